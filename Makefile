@@ -1,0 +1,57 @@
+# Every verb sets up what it needs: an own virtual environment in .venv with the pinned packages.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
+
+# CUDA kernels are compiled where nvcc is found; one architecture is enough to develop with.
+export CUDAARCHS ?= 90
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test fast lint format wheel check clean
+.DEFAULT_GOAL := help
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## the main job: Fisher information of every layer of a network that reads camera images
+	$(BIN)/python -m fisherfast demo imaging
+
+test: $(READY) ## everything: all tests, the slow ones too
+	$(BIN)/python -m pytest
+
+fast: $(READY) ## the fast tests only
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY) ## ruff, mypy, clang-format, without changing a file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+format: $(READY) ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+wheel: $(READY) ## build a wheel into dist/
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+check: $(READY) ## build facts, devices, every op against its reference
+	$(BIN)/python -m fisherfast check
+
+clean: ## remove what was built, the virtual environment too
+	rm -rf $(VENV) build dist *.egg-info fisherfast/*.so fisherfast-report
+
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned torch (an open requirement would pull gigabytes of CUDA packages)"
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(READY): $(VENV)/.torch $(SOURCES)
+	@echo "Building fisherfast and installing what it is tested with"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,182 @@
+// The Python module `fisherfast._C`: the only file that knows Python.
+//
+// Tensors arrive as integers (data pointers) with their sizes; fisherfast/ops.py has checked them.
+// Every op exists once a dtype, as <op>_<device>_<dtype>, and runs with the GIL released.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+
+#include "ops/fisher_solve.h"
+#include "ops/lift.h"
+#include "ops/moments.h"
+
+namespace py = pybind11;
+
+namespace fisherfast {
+namespace {
+
+using Address = std::uintptr_t;
+using Strides3 = std::array<index_t, 3>;
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+FisherSolveArgs<T> fisher_solve_args(Address cov, Strides3 cov_strides, Address deriv,
+                                     Strides3 deriv_strides, Address fisher, Address half,
+                                     Address info, Address condition, Address inverse_rows,
+                                     index_t batch, index_t dim, index_t params, double ridge) {
+  return {pointer<const T>(cov),
+          {cov_strides[0], cov_strides[1], cov_strides[2]},
+          pointer<const T>(deriv),
+          {deriv_strides[0], deriv_strides[1], deriv_strides[2]},
+          pointer<T>(fisher),
+          pointer<T>(half),
+          pointer<std::int32_t>(info),
+          pointer<T>(condition),
+          pointer<T>(inverse_rows),
+          batch,
+          dim,
+          params,
+          static_cast<T>(ridge)};
+}
+
+template <typename T>
+MomentsArgs<T> moments_args(Address x, index_t row_stride, Address group, Address pilot,
+                            Address count, Address sums, Address cross, Address workspace,
+                            index_t rows, index_t dim, index_t groups) {
+  return {pointer<const T>(x),
+          row_stride,
+          pointer<const index_t>(group),
+          pointer<const T>(pilot),
+          pointer<index_t>(count),
+          pointer<double>(sums),
+          pointer<double>(cross),
+          pointer<double>(workspace),
+          rows,
+          dim,
+          groups};
+}
+
+template <typename T>
+LiftArgs<T> lift_args(Address projected, index_t row_stride, Address bias, Address pilot,
+                      Address features, Address sums, index_t rows, index_t dim, index_t groups,
+                      index_t first, double slope) {
+  return {pointer<const T>(projected),
+          row_stride,
+          pointer<const T>(bias),
+          pointer<const T>(pilot),
+          pointer<T>(features),
+          pointer<double>(sums),
+          rows,
+          dim,
+          groups,
+          first,
+          static_cast<T>(slope)};
+}
+
+// Binds launch(make_args(numbers...), threads) as name(numbers..., threads).
+template <typename Args, typename... Numbers>
+void bind_cpu(py::module_& module, const std::string& name, Args (*make_args)(Numbers...),
+              void (*launch)(const Args&, int)) {
+  module.def(
+      name.c_str(),
+      [=](Numbers... numbers, int threads) { launch(make_args(numbers...), threads); },
+      WithoutGil());
+}
+
+template <typename T>
+void bind_cpu_ops(py::module_& module, const std::string& dtype) {
+  bind_cpu(module, "fisher_solve_cpu_" + dtype, fisher_solve_args<T>, fisher_solve_cpu<T>);
+  bind_cpu(module, "moments_cpu_" + dtype, moments_args<T>, moments_cpu<T>);
+  bind_cpu(module, "lift_cpu_" + dtype, lift_args<T>, lift_cpu<T>);
+}
+
+#ifdef FISHERFAST_WITH_CUDA
+// Binds launch(make_args(numbers...), device, stream) as name(numbers..., device, stream).
+template <typename Args, typename... Numbers>
+void bind_cuda(py::module_& module, const std::string& name, Args (*make_args)(Numbers...),
+               void (*launch)(const Args&, int, void*)) {
+  module.def(
+      name.c_str(),
+      [=](Numbers... numbers, int device, Address stream) {
+        launch(make_args(numbers...), device, pointer<void>(stream));
+      },
+      WithoutGil());
+}
+
+template <typename T>
+void bind_cuda_ops(py::module_& module, const std::string& dtype) {
+  bind_cuda(module, "fisher_solve_cuda_" + dtype, fisher_solve_args<T>, fisher_solve_cuda<T>);
+  bind_cuda(module, "moments_cuda_" + dtype, moments_args<T>, moments_cuda<T>);
+  bind_cuda(module, "lift_cuda_" + dtype, lift_args<T>, lift_cuda<T>);
+  module.def(("fisher_solve_shared_bytes_" + dtype).c_str(), &fisher_solve_shared_bytes<T>);
+}
+#endif
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  return "msvc " + std::to_string(_MSC_VER);
+#else
+  return "unknown";
+#endif
+}
+
+// The instruction set that the compiler was allowed to use.
+std::string simd() {
+#if defined(__AVX512F__)
+  return "avx512f";
+#elif defined(__AVX2__)
+  return "avx2";
+#elif defined(__SSE2__) || defined(_M_X64)
+  return "sse2";
+#elif defined(__ARM_NEON)
+  return "neon";
+#else
+  return "scalar";
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FISHERFAST_VERSION;
+  info["compiler"] = compiler();
+  info["simd"] = simd();
+#ifdef FISHERFAST_WITH_CUDA
+  info["cuda"] = true;
+  info["nvcc"] = FISHERFAST_NVCC_VERSION;
+  info["cuda_architectures"] = FISHERFAST_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = false;
+  info["nvcc"] = "";
+  info["cuda_architectures"] = "";
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace fisherfast
+
+PYBIND11_MODULE(_C, module) {
+  using namespace fisherfast;
+  module.doc() = "Native kernels of fisherfast; call them through fisherfast.ops.";
+  module.attr("__version__") = FISHERFAST_VERSION;
+  module.def("build_info", &build_info, "Facts about this build, as a dict.");
+  bind_cpu_ops<float>(module, "float32");
+  bind_cpu_ops<double>(module, "float64");
+#ifdef FISHERFAST_WITH_CUDA
+  module.def("moments_workspace", &moments_workspace);
+  module.def("shared_bytes_limit", &shared_bytes_limit);
+  bind_cuda_ops<float>(module, "float32");
+  bind_cuda_ops<double>(module, "float64");
+#endif
+}

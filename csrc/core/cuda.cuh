@@ -1,0 +1,70 @@
+// What every launcher needs: device guard, error check, the one launch macro, thread indices.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "core/types.h"
+
+namespace fisherfast {
+
+// Throws std::runtime_error with the name of the call and the text of the CUDA error.
+inline void check_cuda(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(call) + " must succeed, got " + cudaGetErrorString(error));
+  }
+}
+
+// Makes `device` current, and the former device again at the end of the scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&former_), "cudaGetDevice");
+    if (device != former_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != former_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(former_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int former_ = 0;
+  bool changed_ = false;
+};
+
+constexpr index_t kMaxGridX = 0x7fffffff;  // CUDA C++ Programming Guide, compute capabilities
+constexpr index_t kMaxGridYZ = 65535;
+
+inline unsigned grid_x(index_t blocks) {
+  return static_cast<unsigned>(std::min(blocks, kMaxGridX));
+}
+inline unsigned grid_yz(index_t blocks) {
+  return static_cast<unsigned>(std::min(blocks, kMaxGridYZ));
+}
+
+__device__ inline index_t global_thread() {
+  return static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ inline index_t global_threads() { return static_cast<index_t>(gridDim.x) * blockDim.x; }
+__device__ inline index_t thread_in_block() {
+  return static_cast<index_t>(threadIdx.y) * blockDim.x + threadIdx.x;
+}
+__device__ inline index_t threads_in_block() {
+  return static_cast<index_t>(blockDim.x) * blockDim.y;
+}
+
+}  // namespace fisherfast
+
+// Every kernel of the library is launched here:
+//   FF_LAUNCH((kernel<T>), grid, block, shared_bytes, stream, arguments...);
+// `stream` is the void* that came from Python. Throws when the launch fails.
+#define FF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
+  do {                                                                                           \
+    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    ::fisherfast::check_cuda(cudaGetLastError(), "launch of " #kernel);                          \
+  } while (false)

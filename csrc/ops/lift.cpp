@@ -1,0 +1,49 @@
+// CPU kernel: chunks of rows, each with its own sums.
+#include "ops/lift.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "core/parallel.h"
+
+namespace fisherfast {
+namespace {
+
+// Lifts rows [begin, end) and adds them to `sums` [G, k].
+template <typename T>
+void lift_rows(const LiftArgs<T>& args, index_t begin, index_t end, double* sums) {
+  for (index_t i = begin; i < end; ++i) {
+    const T* projected = args.projected + i * args.row_stride;
+    T* features = args.features + i * args.dim;
+    double* sum = sums + (args.first + i) % args.groups * args.dim;
+    for (index_t j = 0; j < args.dim; ++j) {
+      const T feature = lifted(projected[j], args.bias[j], args.slope, args.pilot[j]);
+      features[j] = feature;
+      sum[j] += static_cast<double>(feature);
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void lift_cpu(const LiftArgs<T>& args, int threads) {
+  const index_t size = args.groups * args.dim;
+  const RowChunks chunks = row_chunks(args.rows, size);
+  std::vector<std::vector<double>> parts(chunks.count, std::vector<double>(size, 0.0));
+  parallel_for(chunks.count, 1, threads, [&](index_t begin, index_t end) {
+    for (index_t c = begin; c < end; ++c) {
+      lift_rows(args, chunks.begin(c), chunks.end(c), parts[c].data());
+    }
+  });
+
+  std::fill_n(args.sums, size, 0.0);
+  for (const std::vector<double>& part : parts) {
+    for (index_t i = 0; i < size; ++i) args.sums[i] += part[i];
+  }
+}
+
+template void lift_cpu(const LiftArgs<float>&, int);
+template void lift_cpu(const LiftArgs<double>&, int);
+
+}  // namespace fisherfast

@@ -1,0 +1,22 @@
+"""Fisher information of every layer of a PyTorch network.
+
+flow = ff.fisher_flow(model, ff.FiniteDifference(x_minus, x_plus, dtheta=0.06))
+"""
+
+from fisherfast import ops, problems
+from fisherfast._version import __version__
+from fisherfast.data import FiniteDifference
+from fisherfast.flow import fisher_flow, fisher_information
+from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
+
+__all__ = [
+    "FiniteDifference",
+    "FisherFlow",
+    "FisherWarning",
+    "LayerFisher",
+    "__version__",
+    "fisher_flow",
+    "fisher_information",
+    "ops",
+    "problems",
+]

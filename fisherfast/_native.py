@@ -1,0 +1,104 @@
+"""Loads the native module ``_C`` once and calls its kernels.
+
+The kernels take integers: data pointers, sizes, strides. Each one exists per device and dtype,
+named ``<op>_<device>_<dtype>``. CPU kernels take the number of threads last, CUDA kernels the
+device index and the stream; both are looked up at every call, never stored.
+
+Environment:
+    FISHERFAST_DISABLE_NATIVE: ``1`` runs every op in plain PyTorch; read when fisherfast is
+        imported. Without it a missing or stale ``_C`` is an error: a silent fall-back would be a
+        silent loss of speed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fisherfast._version import __version__
+
+DISABLE_VARIABLE = "FISHERFAST_DISABLE_NATIVE"
+DTYPE_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+
+_REBUILD = (
+    "Run `pip install .` (or `pip install -e .`, or `python setup.py build_ext --inplace`) in the "
+    f"source directory, or set {DISABLE_VARIABLE}=1 to run every op in plain PyTorch."
+)
+
+
+def load() -> ModuleType | None:
+    """Imports ``fisherfast._C``.
+
+    Returns:
+        The module, or None when ``FISHERFAST_DISABLE_NATIVE=1``.
+
+    Raises:
+        RuntimeError: the module is missing, cannot be loaded, or belongs to another version.
+    """
+    if os.environ.get(DISABLE_VARIABLE, "0") == "1":
+        return None
+    try:
+        module = importlib.import_module("fisherfast._C")
+    except ImportError as error:
+        raise RuntimeError(
+            f"fisherfast._C must be built before use, got {type(error).__name__}: {error}. "
+            f"{_REBUILD}"
+        ) from error
+    built = getattr(module, "__version__", "unknown")
+    if built != __version__:
+        raise RuntimeError(
+            f"fisherfast._C must be of version {__version__}, got {built}: a stale build. "
+            f"{_REBUILD}"
+        )
+    return module
+
+
+_C: Any = load()
+
+CUDA_COMPILED: bool = _C is not None and bool(_C.build_info()["cuda"])
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether there are native kernels for the device of ``tensor``."""
+    return CUDA_COMPILED if tensor.is_cuda else _C is not None
+
+
+def build_info() -> dict[str, Any]:
+    """Facts about the build: version, compiler, simd, cuda, nvcc, cuda_architectures."""
+    return {} if _C is None else dict(_C.build_info())
+
+
+def call(op: str, like: torch.Tensor, *numbers: Any) -> None:
+    """Runs the kernel of ``op`` for the device and dtype of ``like``.
+
+    Args:
+        op: name of the op.
+        like: the tensor that decides device and dtype.
+        numbers: the arguments of the kernel, up to the threads or the stream.
+    """
+    kernel = getattr(_C, f"{op}_{like.device.type}_{DTYPE_NAMES[like.dtype]}")
+    if like.is_cuda:
+        kernel(*numbers, like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
+    else:
+        kernel(*numbers, torch.get_num_threads())
+
+
+def fisher_solve_fits(like: torch.Tensor, dim: int, params: int, inverse_rows: bool) -> bool:
+    """Whether one system fits into the shared memory of a block; always so on the CPU."""
+    if not like.is_cuda:
+        return True
+    shared_bytes = getattr(_C, f"fisher_solve_shared_bytes_{DTYPE_NAMES[like.dtype]}")
+    needed: int = shared_bytes(dim, params, inverse_rows)
+    return needed <= _C.shared_bytes_limit(like.device.index)
+
+
+def moments_workspace(like: torch.Tensor, rows: int, dim: int, groups: int) -> torch.Tensor | None:
+    """Scratch memory of the CUDA kernel of `moments`, float64; None on the CPU."""
+    if not like.is_cuda:
+        return None
+    size = _C.moments_workspace(rows, dim, groups)
+    return torch.empty(size, dtype=torch.float64, device=like.device)

@@ -1,0 +1,252 @@
+"""The dictionary of features that a layer's activations are read out with (docs/theory.md, 9).
+
+    features = [z | leaky_relu(W z + b) - pilot],      z the standardised activations
+
+The raw activations come first, so that the linear Fisher information is a point on the curve. Half
+of the lifted rows look at one activation each, half at a dense unit-norm mixture, all with a random
+bias: without it a lift cannot represent odd non-linear scores (a Laplace location stays at half its
+information). Rows are drawn in blocks with a seed of their own, so asking for more features only
+appends, on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fisherfast import ops
+
+__all__ = ["FeatureDictionary", "PilotMoments", "Standardisation"]
+
+LIFT_SLOPE = -1.0
+"""Slope of the leaky ReLU below zero; -1 is the absolute value |W z + b|.
+
+Beside the raw activations every slope spans the same functions, but the published 0.7 leaves most
+of a feature linear, and the ridge then eats the small non-linear rest (measured by
+`benchmarks/dictionary.py`)."""
+
+BIAS_SCALE = 1.0
+"""Standard deviation of the biases in units of a standardised activation (same measurement)."""
+
+MIN_LIFT = 64
+"""Lifted features that even a layer wider than max_features gets, so that a plateau can be
+judged."""
+
+MAX_WIDTH = 4096
+"""Widest layer whose activations all become features: its covariance takes 2 x 134 MB in
+float64."""
+
+BLOCK_ROWS = 64
+"""Rows of the lift drawn from one seed; the first 64 features are the same whatever their final
+number."""
+
+ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""Relative spread below which an activation counts as constant: its variation is float32
+rounding."""
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """Pilot mean and scale of the activations of one layer: z = (a - mean) * scale.
+
+    Only conditioning depends on the pilot, not the result: features are rescaled by their final
+    variance, and an activation that was silent in the pilot but fires later still counts.
+
+    Attributes:
+        mean: [d] float64.
+        scale: [d] float64, 1 / standard deviation; the layer's median scale where the pilot saw no
+            variation.
+        alive: [d] bool, activations that varied in the pilot; only these enter the lift.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+    alive: torch.Tensor
+
+
+class PilotMoments:
+    """Mean and variance of the first samples of a layer, in float64, a batch at a time (Chan's
+    update)."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean: torch.Tensor | None = None
+        self._square = torch.zeros(())
+
+    def update(self, activations: torch.Tensor) -> None:
+        """Add activations [n, d]."""
+        pilot = activations.double()
+        n, mean = len(pilot), pilot.mean(0)
+        square = (pilot - mean).square().sum(0)
+        if self._mean is None:
+            self._count, self._mean, self._square = n, mean, square
+            return
+        total = self._count + n
+        delta = mean - self._mean
+        self._square = self._square + square + delta.square() * (self._count * n / total)
+        self._mean = self._mean + delta * (n / total)
+        self._count = total
+
+    def standardisation(self) -> Standardisation:
+        """Mean and scale of what was added."""
+        if self._mean is None:
+            raise ValueError("pilot must hold at least one batch, got none")
+        std = (self._square / self._count).sqrt()
+        alive = std > ROUNDING * self._mean.abs()
+        typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
+        return Standardisation(self._mean, torch.where(alive, std, typical).reciprocal(), alive)
+
+
+class FeatureDictionary:
+    """Features [n, k] of the activations [n, d] of one layer.
+
+    Args:
+        standardisation: pilot statistics of the layer.
+        max_features: number of features k aimed at. All d activations are always among them (up to
+            `MAX_WIDTH`), and at least `MIN_LIFT` lifted ones are added.
+        dtype: float32 or float64, of the features.
+        seed: fixes the lift, on every device.
+        slope: of the leaky ReLU.
+
+    Attributes:
+        raw: number of leading features that are linear in the activations.
+        size: number of features k.
+        kind: "raw + lift", or "sketch" for a layer wider than `MAX_WIDTH`: signed sums of its
+            standardised
+            activations in max_features random groups. A sketch is a valid but loose lower bound.
+
+    Cost: 2 n d (k - d) operations a call, nothing larger than [n, k] and [d, k - d] held.
+    """
+
+    def __init__(
+        self,
+        standardisation: Standardisation,
+        max_features: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        slope: float = LIFT_SLOPE,
+    ) -> None:
+        device = standardisation.mean.device
+        d = len(standardisation.mean)
+        self.dtype = dtype
+        self.slope = slope
+        self._mean = standardisation.mean.to(dtype)
+        self._scale = standardisation.scale.to(dtype)
+        self.kind = "raw + lift" if d <= MAX_WIDTH else "sketch"
+        if self.kind == "sketch":
+            self.raw = max_features
+            self._bucket, self._sign = (t.to(device) for t in _draw_sketch(d, max_features, seed))
+        else:
+            self.raw = d
+        alive = standardisation.alive
+        lifted = 0
+        if self.kind != "sketch" and bool(alive.any()):
+            lifted = max(max_features - d, MIN_LIFT)
+        self.size = self.raw + lifted
+        weight, bias = draw_lift(alive.cpu(), lifted, seed)
+        self._weight = weight.to(device, dtype)
+        self._bias = bias.to(device, dtype)
+        self._pilot = mean_of_leaky_relu(bias, slope).to(device, dtype)
+        self._no_shift = torch.zeros(self.raw, device=device, dtype=dtype)
+        offset = standardisation.mean * standardisation.scale
+        if self.kind == "sketch":
+            offset = self._group(offset[None].abs())[0]
+        #: Size of what standardisation subtracted, in units of the feature [k]; tells variation
+        # from rounding.
+        self.offset = torch.cat([offset.abs(), offset.new_zeros(lifted)])
+
+    def __call__(
+        self, activations: torch.Tensor, *, folds: int, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of a batch and their sums over folds.
+
+        Args:
+            activations: [n, d], any floating dtype.
+            folds: number of folds; row i belongs to fold (first + i) % folds.
+            first: number of samples of this condition seen before.
+
+        Returns:
+            features [n, k] about the pilot, and their column sums [folds, k] float64.
+        """
+        z = (activations.to(self.dtype) - self._mean) * self._scale
+        if self.kind == "sketch":
+            z = self._group(z * self._sign.to(self.dtype))
+        raw, raw_sums = ops.lift(
+            z, self._no_shift, self._no_shift, slope=1.0, num_groups=folds, first=first
+        )
+        if self.size == self.raw:
+            return raw, raw_sums
+        lifted, lifted_sums = ops.lift(
+            z @ self._weight.T,
+            self._bias,
+            self._pilot,
+            slope=self.slope,
+            num_groups=folds,
+            first=first,
+        )
+        return torch.cat([raw, lifted], 1), torch.cat([raw_sums, lifted_sums], 1)
+
+    def _group(self, z: torch.Tensor) -> torch.Tensor:
+        groups = z.new_zeros(len(z), self.raw)
+        return groups.index_add_(1, self._bucket, z)
+
+
+def draw_lift(alive: torch.Tensor, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [rows, d] and biases [rows] of the lift, float64 on the CPU.
+
+    Even rows read one activation (every live one in turn, in random order), odd rows a dense
+    mixture of unit norm.
+
+    Args:
+        alive: [d] bool; weights of the others are zero.
+        rows: number of lifted features.
+        seed: two calls with the same seed agree in all rows that both have.
+    """
+    axes = alive.nonzero()[:, 0]
+    weight = torch.zeros(rows, len(alive), dtype=torch.float64)
+    bias = torch.zeros(rows, dtype=torch.float64)
+    if rows == 0:
+        return weight, bias
+    order = axes[torch.randperm(len(axes), generator=_generator(seed, 0))]
+    for start in range(0, rows, BLOCK_ROWS):
+        generator = _generator(seed, 1 + start // BLOCK_ROWS)
+        dense = torch.randn(BLOCK_ROWS // 2, len(axes), generator=generator, dtype=torch.float64)
+        dense /= dense.norm(dim=1, keepdim=True)
+        block = torch.zeros(BLOCK_ROWS, len(alive), dtype=torch.float64)
+        turn = (start // 2 + torch.arange(BLOCK_ROWS // 2)) % len(order)
+        block[torch.arange(0, BLOCK_ROWS, 2), order[turn]] = 1.0
+        block[1::2, axes] = dense
+        shift = BIAS_SCALE * torch.randn(BLOCK_ROWS, generator=generator, dtype=torch.float64)
+        count = min(BLOCK_ROWS, rows - start)
+        weight[start : start + count] = block[:count]
+        bias[start : start + count] = shift[:count]
+    return weight, bias
+
+
+def mean_of_leaky_relu(bias: torch.Tensor, slope: float) -> torch.Tensor:
+    r"""Mean of leaky_relu(b + z), z ~ N(0, 1): the pilot that lifted features are centred about.
+
+    .. math:: a b + (1 - a) (b \Phi(b) + \varphi(b)), \quad a = \text{slope}
+
+    Exact for Gaussian activations and near enough for any: it only keeps float32 sums of products
+    small.
+    """
+    normal_cdf = 0.5 * (1 + torch.erf(bias / math.sqrt(2)))
+    normal_pdf = torch.exp(-0.5 * bias.square()) / math.sqrt(2 * math.pi)
+    return slope * bias + (1 - slope) * (bias * normal_cdf + normal_pdf)
+
+
+def _draw_sketch(d: int, groups: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = _generator(seed, 0)
+    bucket = torch.randint(groups, (d,), generator=generator)
+    sign = 2.0 * torch.randint(2, (d,), generator=generator) - 1.0
+    return bucket, sign
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    """An own random stream: the global one is the user's."""
+    stride = 1_000_003  # a prime, so that (seed, stream) pairs met in practice do not collide
+    return torch.Generator().manual_seed(seed * stride + stream)

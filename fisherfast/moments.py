@@ -1,0 +1,259 @@
+"""Fold moments: all that the estimator needs to know of a layer, streamed, mergeable.
+
+Samples are dealt to F folds in turn; even folds form half A, odd folds half B, so that a half is
+every other row of a batch and no row is ever gathered. Kept are counts and sums per condition and
+fold (vectors) and one matrix of cross products per half, all about a pilot mean and in float64:
+memory is O(k^2), whatever the number of samples. Derived in docs/theory.md, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fisherfast import ops
+
+__all__ = ["FoldMoments", "FoldStatistics"]
+
+
+@dataclass(frozen=True)
+class FoldStatistics:
+    """What the estimators see: one covariance and the derivative of the mean, whole and fold by
+    fold.
+
+    Attributes:
+        covariance: S [k, k] float64, within folds: independent of the derivatives for Gaussian
+            features.
+        dof: nu, degrees of freedom of S.
+        derivative: D [k, P] float64, derivative of the mean, per unit of theta.
+        fold_derivatives: [F, k, P] float64, the same from each fold alone.
+        noise: c [P, P] float64; Cov(D) = c S for independent conditions, in 1/theta^2.
+        paired: the conditions share their noise, so that c S overstates Cov(D).
+    """
+
+    covariance: torch.Tensor
+    dof: float
+    derivative: torch.Tensor
+    fold_derivatives: torch.Tensor
+    noise: torch.Tensor
+    paired: bool
+
+    def project(self, readout: torch.Tensor) -> FoldStatistics:
+        """Statistics of the numbers readout^T f, readout [k, m]."""
+        return FoldStatistics(
+            covariance=readout.T @ self.covariance @ readout,
+            dof=self.dof,
+            derivative=readout.T @ self.derivative,
+            fold_derivatives=readout.T @ self.fold_derivatives,
+            noise=self.noise,
+            paired=self.paired,
+        )
+
+    def leading(self, k: int) -> FoldStatistics:
+        """Statistics of the first k features."""
+        return self.select(torch.arange(k, device=self.covariance.device))
+
+    def select(self, index: torch.Tensor) -> FoldStatistics:
+        """Statistics of the features in index (int64 [m])."""
+        return FoldStatistics(
+            covariance=self.covariance[index][:, index],
+            dof=self.dof,
+            derivative=self.derivative[index],
+            fold_derivatives=self.fold_derivatives[:, index],
+            noise=self.noise,
+            paired=self.paired,
+        )
+
+
+class FoldMoments:
+    """Streaming moments of k features under C conditions, in F folds and two halves.
+
+    Args:
+        size: k.
+        conditions: C.
+        folds: F, even and at least 4.
+        device: of the accumulators.
+
+    Features arrive with a pilot subtracted (`FeatureDictionary` does it); the pilot cancels from
+    all results.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        conditions: int,
+        *,
+        folds: int = 16,
+        paired: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if folds < 4 or folds % 2:
+            raise ValueError(f"folds must be even and at least 4, got {folds}")
+        self.folds = folds
+        self.paired = paired
+        self.seen = [0] * conditions
+        self.sums = torch.zeros(conditions, folds, size, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(2, size, size, dtype=torch.float64, device=device)
+        pairs = conditions if paired else 0
+        #: Sums over samples of f_a f_b, feature by feature, for each two conditions [C, C, k]
+        # (paired only).
+        self.products = torch.zeros(pairs, pairs, size, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
+
+    @property
+    def size(self) -> int:
+        """Number of features k."""
+        return self.sums.shape[-1]
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Samples per condition and fold [C, F] int64, on the CPU."""
+        return self._counts
+
+    def update(self, condition: int, features: torch.Tensor, fold_sums: torch.Tensor) -> None:
+        """Add a batch of one condition.
+
+        Args:
+            condition: which one.
+            features: [n, k] about the pilot.
+            fold_sums: [F, k] float64, its column sums by fold, row i in fold (seen + i) % F.
+
+        Cost: n k^2 operations.
+        """
+        first, n = self.seen[condition], len(features)
+        self.sums[condition] += fold_sums
+        for half in (0, 1):
+            rows = features[(half - first) % 2 :: 2]
+            if len(rows):
+                self.cross[half] += ops.moments(rows)[2][0]
+        fold = (first + torch.arange(n)) % self.folds
+        self._counts[condition] += torch.bincount(fold, minlength=self.folds)
+        self.seen[condition] = first + n
+
+    def update_products(self, features: list[torch.Tensor]) -> None:
+        """Add the products of features [n, k] of the same samples under all conditions (paired
+        only)."""
+        for a, first in enumerate(features):
+            for b, second in enumerate(features[:a]):
+                product = (first * second).sum(0, dtype=torch.float64)
+                self.products[a, b] += product
+                self.products[b, a] += product
+
+    def merge(self, other: FoldMoments) -> None:
+        """Add the moments of other samples of the same features about the same pilot."""
+        if (other.size, other.folds, len(other.seen), other.paired) != (
+            self.size,
+            self.folds,
+            len(self.seen),
+            self.paired,
+        ):
+            raise ValueError(
+                "other must describe the same features, folds and conditions, got"
+                f" k={other.size}, F={other.folds}, C={len(other.seen)}, paired={other.paired}"
+            )
+        self.sums += other.sums.to(self.sums.device)
+        self.cross += other.cross.to(self.cross.device)
+        self.products += other.products.to(self.products.device)
+        self._counts += other._counts
+        self.seen = [a + b for a, b in zip(self.seen, other.seen, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and plain numbers."""
+        return {
+            "folds": self.folds,
+            "paired": self.paired,
+            "seen": list(self.seen),
+            "counts": self._counts.clone(),
+            "sums": self.sums.clone(),
+            "cross": self.cross.clone(),
+            "products": self.products.clone(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> FoldMoments:
+        """Rebuild what `state_dict` returned."""
+        conditions, _, size = state["sums"].shape
+        moments = cls(
+            size,
+            conditions,
+            folds=state["folds"],
+            paired=state["paired"],
+            device=state["sums"].device,
+        )
+        moments.seen = list(state["seen"])
+        moments._counts = state["counts"].clone()
+        moments.sums = state["sums"].clone()
+        moments.cross = state["cross"].clone()
+        moments.products = state["products"].clone()
+        return moments
+
+    def statistics(self, contrast: torch.Tensor, half: int | None = None) -> FoldStatistics:
+        """Covariance and derivatives of all samples, or of half A (0) or B (1).
+
+        Args:
+            contrast: [C, P] float64 weights of the conditions, see `FiniteDifference.contrast`.
+
+        Raises:
+            ValueError: a fold is empty, or no degree of freedom is left.
+        """
+        columns = slice(None) if half is None else slice(half, None, 2)
+        counts = self._counts[:, columns]
+        if int(counts.min()) < 1:
+            raise ValueError(
+                f"every condition must have at least {self.folds} samples (one per fold),"
+                f" got {int(self._counts.sum(1).min())}"
+            )
+        device = self.sums.device
+        contrast = contrast.to(device)
+        weight = counts.to(device, torch.float64)[..., None]
+        sums = self.sums[:, columns]
+        means = sums / weight
+        cross = self.cross.sum(0) if half is None else self.cross[half]
+        between = torch.einsum("cfi,cfj->ij", means * weight.sqrt(), means * weight.sqrt())
+        cells = counts.numel()
+        total = int(counts.sum())
+        if total <= cells:
+            raise ValueError(
+                f"samples must outnumber the {cells} cells of conditions x folds, got {total}"
+            )
+        per_condition = counts.sum(1).to(device, torch.float64)
+        return FoldStatistics(
+            covariance=(cross - between) / (total - cells),
+            dof=(total - cells) / self._pair_inflation(),
+            derivative=(sums.sum(1) / per_condition[:, None]).T @ contrast,
+            fold_derivatives=means.permute(1, 2, 0) @ contrast,
+            noise=contrast.T @ (contrast / per_condition[:, None]),
+            paired=self.paired,
+        )
+
+    def variances(self) -> torch.Tensor:
+        """Within-fold variance of each feature [k] float64, all conditions together."""
+        weight = self._counts.to(self.sums.device, torch.float64)[..., None]
+        between = (self.sums.square() / weight.clamp_min(1)).sum((0, 1))
+        total = int(self._counts.sum()) - self._counts.numel()
+        return (self.cross.sum(0).diagonal() - between) / max(total, 1)
+
+    def _pair_inflation(self) -> float:
+        r"""How much the pooled covariance of correlated conditions over-counts its samples.
+
+        Two covariances of the same noise are no two independent ones. For C conditions with mean
+        self-correlations rho_ab the variance of their average is that of
+        :math:`\nu / (1 + \sum_{a \ne b} \rho_{ab}^2 / C)` degrees of freedom; 1 + rho^2 for one
+        pair.
+        """
+        if not self.paired:
+            return 1.0
+        weight = self._counts.to(self.sums.device, torch.float64)[..., None]
+        means = self.sums / weight
+        n = weight[0].sum()
+        between = torch.einsum("afk,bfk->abk", means * weight, means)
+        covariance = (self.products - between) / n
+        variance = self.variances() * (1 - self.folds / n)
+        live = variance > 0
+        if not bool(live.any()):
+            return 1.0
+        rho = (covariance[..., live] / variance[live]).mean(-1)
+        rho.fill_diagonal_(0.0)
+        return float(1.0 + rho.square().sum() / len(rho))

@@ -1,0 +1,258 @@
+"""The common face of the ground truths: distributions whose Fisher information is known.
+
+A problem draws samples at any theta, and knows in closed form the Fisher information (FI) I(theta)
+of its samples, their mean m(theta) and their covariance C(theta), hence also the linear FI
+
+    J(theta) = m'(theta)^T C(theta)^-1 m'(theta)  <=  I(theta).
+
+Every sampler turns one stream of theta-free noise into x, so that the same generator state at two
+values of theta gives the same noise at both (paired conditions).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fisherfast.data import FiniteDifference
+
+Theta = float | Sequence[float] | np.ndarray | Tensor
+
+# Streams of random numbers that never meet, so that one user seed serves several purposes.
+STREAM_CONDITIONS = 1
+STREAM_TRAINING = 2
+STREAM_PARAMETERS = 3
+
+
+def seeded_generator(seed: int, stream: int) -> torch.Generator:
+    """A CPU generator for one purpose: equal seeds in different streams are independent."""
+    state = np.random.SeedSequence((check_count("seed", seed, least=0), stream))
+    return torch.Generator().manual_seed(int(state.generate_state(1, np.uint64)[0]))
+
+
+def check_count(name: str, value: int, *, least: int = 1) -> int:
+    """`value` as an int, or a ValueError if it is not a whole number of at least `least`."""
+    if isinstance(value, bool) or int(value) != value or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
+    return int(value)
+
+
+def check_positive(name: str, value: float) -> float:
+    """`value` as a float, or a ValueError if it is not positive and finite."""
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+def as_matrix(name: str, value: np.ndarray | Tensor, shape: tuple[int, int]) -> Tensor:
+    """`value` as a finite float64 tensor of the given shape, or a ValueError."""
+    matrix = torch.as_tensor(value, dtype=torch.float64)
+    if tuple(matrix.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(matrix.shape)}")
+    if not torch.isfinite(matrix).all():
+        raise ValueError(f"{name} must be finite, got nan or inf")
+    return matrix
+
+
+def cholesky_factor(covariance: Tensor, name: str = "covariance") -> Tensor:
+    """Lower L with L L^T = covariance [d, d], or a ValueError if it is not positive definite."""
+    if not torch.allclose(covariance, covariance.mT):
+        raise ValueError(f"{name} must be symmetric, got a matrix that differs from its transpose")
+    factor, failed_row = torch.linalg.cholesky_ex(covariance)
+    if failed_row:
+        raise ValueError(
+            f"{name} must be positive definite, got a matrix whose leading "
+            f"{int(failed_row)} x {int(failed_row)} block is not"
+        )
+    return factor
+
+
+def whitened_norm(derivative: Tensor, covariance: Tensor) -> Tensor:
+    """D C^-1 D^T for D [P, d] and C [d, d]: the linear FI [P, P]."""
+    half = torch.linalg.solve_triangular(cholesky_factor(covariance), derivative.mT, upper=False)
+    return half.mT @ half
+
+
+class Problem(ABC):
+    """A family p(x | theta) whose Fisher information is known in closed form.
+
+    Attributes:
+        dim: d, numbers in one sample.
+        parameters: P, entries of theta.
+    """
+
+    dim: int
+    parameters: int = 1
+
+    @abstractmethod
+    def mean(self, theta: Theta) -> Tensor:
+        """E[x] at theta, float64 of the shape of one sample, in units of x."""
+
+    @abstractmethod
+    def mean_derivative(self, theta: Theta) -> Tensor:
+        """d E[x] / d theta, float64 [P, *sample], in units of x per unit of theta."""
+
+    @abstractmethod
+    def covariance(self, theta: Theta) -> Tensor:
+        """Cov(x) of the flattened sample at theta, float64 [d, d], in units of x squared."""
+
+    @abstractmethod
+    def fisher(self, theta: Theta) -> Tensor:
+        """The Fisher information I(theta), float64 [P, P], per unit of theta squared."""
+
+    @abstractmethod
+    def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
+        """n samples at theta, float32 [n, *sample], from the random numbers of `generator` only."""
+
+    def linear_fisher(self, theta: Theta) -> Tensor:
+        """The linear FI m'^T C^-1 m' of x itself, float64 [P, P], per unit of theta squared."""
+        derivative = self.mean_derivative(theta).reshape(self.parameters, self.dim)
+        return whitened_norm(derivative, self.covariance(theta))
+
+    def finite_step_fisher(self, theta: Theta, dtheta: float | Sequence[float]) -> Tensor:
+        """The linear FI that conditions a finite step apart really have.
+
+            J_pq = delta_p^T S^-1 delta_q,  delta_p = [m(theta + h_p) - m(theta - h_p)] / dtheta_p
+
+        with h_p = dtheta_p e_p / 2 and S the covariance averaged over all 2 P conditions. This, and
+        not `linear_fisher`, is what an unbiased estimate from `finite_difference` converges to.
+
+        Args:
+            theta: the centre, [P].
+            dtheta: the FULL separation of the two conditions, one number or P of them.
+
+        Returns:
+            J, float64 [P, P], per unit of theta squared.
+
+        Raises:
+            ValueError: if dtheta is not positive or has not 1 or P entries.
+
+        Example:
+            >>> import torch
+            >>> from fisherfast.problems import GaussianShift
+            >>> GaussianShift(torch.ones(4)).finite_step_fisher(0.0, dtheta=0.5).item()
+            4.0
+        """
+        centre, steps = self.as_theta(theta), self._as_steps(dtheta)
+        derivative, covariance = [], torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        for half_step, step in zip(torch.diag(steps / 2), steps, strict=True):
+            lower, upper = centre - half_step, centre + half_step
+            derivative.append(((self.mean(upper) - self.mean(lower)) / step).flatten())
+            covariance += self.covariance(lower) + self.covariance(upper)
+        return whitened_norm(torch.stack(derivative), covariance / (2 * self.parameters))
+
+    def sample_with_tangent(
+        self, theta: Theta, n: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Samples and their derivative at fixed noise: x [n, *sample], dx/dtheta [P, n, *sample].
+
+        Raises:
+            NotImplementedError: if x is not a differentiable function of theta and noise.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no pathwise derivative; use score or finite_difference"
+        )
+
+    def score(self, x: Tensor, theta: Theta) -> Tensor:
+        """The score d log p(x | theta) / d theta of samples x [n, *sample], float64 [n, P].
+
+        Raises:
+            NotImplementedError: if the density has no closed form.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no closed-form score; use finite_difference"
+        )
+
+    def conditions(
+        self,
+        theta: Theta,
+        dtheta: float | Sequence[float],
+        n: int,
+        *,
+        seed: int = 0,
+        paired: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Samples at theta - dtheta/2 and theta + dtheta/2, for one parameter after the other.
+
+        Args:
+            theta: the centre, [P].
+            dtheta: the FULL separation of the two conditions, one number or P of them.
+            n: samples per condition.
+            seed: starts the stream of random numbers; other seeds give independent streams.
+            paired: the same noise at both conditions, instead of independent noise.
+
+        Returns:
+            minus, plus: P tensors each, float32 [n, *sample].
+
+        Raises:
+            ValueError: if dtheta is not positive or has not 1 or P entries.
+
+        Example:
+            >>> from fisherfast.problems import GaussianScale
+            >>> minus, plus = GaussianScale(3).conditions(1.0, 0.1, 5, paired=True)
+            >>> bool((plus[0] / minus[0] - 1.05 / 0.95).abs().max() < 1e-6)
+            True
+        """
+        centre, steps = self.as_theta(theta), self._as_steps(dtheta)
+        generator = seeded_generator(seed, STREAM_CONDITIONS)
+        minus, plus = [], []
+        for half_step in torch.diag(steps / 2):
+            start = generator.get_state()
+            minus.append(self.sample(centre - half_step, n, generator))
+            if paired:
+                generator.set_state(start)
+            plus.append(self.sample(centre + half_step, n, generator))
+        return minus, plus
+
+    def finite_difference(
+        self,
+        theta: Theta,
+        dtheta: float | Sequence[float],
+        n: int,
+        *,
+        seed: int = 0,
+        paired: bool = False,
+    ) -> FiniteDifference:
+        """The samples of `conditions` as data for `fisher_information` and `fisher_flow`."""
+        from fisherfast.data import FiniteDifference
+
+        minus, plus = self.conditions(theta, dtheta, n, seed=seed, paired=paired)
+        steps = self._as_steps(dtheta).tolist()
+        if self.parameters == 1:
+            return FiniteDifference(minus[0], plus[0], steps[0], paired=paired)
+        return FiniteDifference(minus, plus, steps, paired=paired)
+
+    def as_theta(self, theta: Theta) -> Tensor:
+        """theta as a finite float64 tensor [P], differentiable if theta is a tensor."""
+        vector = torch.as_tensor(theta, dtype=torch.float64)
+        if vector.numel() != self.parameters or vector.ndim > 1:
+            raise ValueError(
+                f"theta must have shape ({self.parameters},), got {tuple(vector.shape)}"
+            )
+        if not torch.isfinite(vector).all():
+            raise ValueError(f"theta must be finite, got {vector.tolist()}")
+        return vector.reshape(self.parameters)
+
+    def _as_steps(self, dtheta: float | Sequence[float]) -> Tensor:
+        """dtheta as P positive full separations, float64 [P]."""
+        steps = torch.as_tensor(dtheta, dtype=torch.float64)
+        if steps.ndim > 1 or steps.numel() not in (1, self.parameters):
+            raise ValueError(
+                f"dtheta must be one number or {self.parameters}, got shape {tuple(steps.shape)}"
+            )
+        for step in steps.reshape(-1).tolist():
+            check_positive("dtheta", step)
+        return steps.reshape(-1).expand(self.parameters)
+
+    def _as_samples(self, x: Tensor) -> Tensor:
+        """Samples [n, *sample] flattened to float64 [n, d]."""
+        flat = torch.as_tensor(x, dtype=torch.float64).flatten(1)
+        if flat.shape[1] != self.dim:
+            raise ValueError(f"x must have {self.dim} numbers per sample, got {flat.shape[1]}")
+        return flat

@@ -1,0 +1,468 @@
+"""What a measurement returns: `LayerFisher` for one layer, `FisherFlow` for all of them; tables and
+files."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fisherfast._version import __version__
+
+__all__ = ["FisherFlow", "FisherWarning", "LayerFisher"]
+
+FORMAT = "fisherfast.flow"
+FORMAT_VERSION = 1
+
+FINITE_STEP_LIMIT = 0.3
+"""dtheta sqrt(J) / 2 above which the finite step overshoots by more than 0.4 % (Gaussian shift,
+design 4.5)."""
+
+
+class FisherWarning(UserWarning):
+    """A result is valid but needs care: a finite step too wide, features cut by too few samples."""
+
+
+@dataclass(frozen=True)
+class LayerFisher:
+    """Fisher information in the activations of one layer.
+
+    All matrices are float64 [P, P] on the CPU, per unit of theta squared. For one parameter
+    `value`, or ``float(layer)``, is J as a number.
+
+    Attributes:
+        name: of the layer; "input" for the data themselves.
+        kind: class of the module, or the function.
+        shape: of one sample's activations.
+        J: best estimate of the linear Fisher information of the features, free of bias; a lower
+            bound of the Fisher
+            information. May be negative within its error when the truth is near 0: it is not
+            clipped.
+        stderr: standard error of J.
+        lower: the honest bound: a readout learned on one half of the samples, measured on the
+            other.
+        lower_stderr: its standard error.
+        linear: linear Fisher information of the raw activations, without lift; same correction as
+            J.
+        linear_stderr: its standard error.
+        naive: J without any finite-sample correction (biased upwards).
+        curve_k: [K'] int64 numbers of features at which the curve is kept.
+        curve_J: [K', P, P] J of the first k features.
+        curve_stderr: [K', P, P] standard errors.
+        features: number of features k that J was taken at.
+        feature_kind: "raw", "lift" or "sketch".
+        effective_dim: k_eff, features that count after the ridge.
+        samples: all samples used, over conditions.
+        dropped: activations and features that never varied and were left out.
+        converged: a plateau of the curve was reached before the last feature.
+        dtheta: [P] full separation of the conditions.
+        aliases: other names of the same activations.
+        descendants: names of layers that are a function of this one alone.
+        notes: what a reader should know.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    J: torch.Tensor
+    stderr: torch.Tensor
+    lower: torch.Tensor
+    lower_stderr: torch.Tensor
+    linear: torch.Tensor
+    linear_stderr: torch.Tensor
+    naive: torch.Tensor
+    curve_k: torch.Tensor
+    curve_J: torch.Tensor
+    curve_stderr: torch.Tensor
+    features: int
+    feature_kind: str
+    effective_dim: float
+    samples: int
+    dropped: int
+    converged: bool
+    dtheta: tuple[float, ...]
+    aliases: tuple[str, ...] = ()
+    descendants: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dim(self) -> int:
+        """d, the number of activations of one sample."""
+        return math.prod(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return len(self.J)
+
+    @property
+    def value(self) -> float:
+        """J as a number in 1/theta^2; for one parameter only."""
+        if self.parameters != 1:
+            raise ValueError(
+                f"value must be asked for one parameter, got {self.parameters}: use .J"
+            )
+        return float(self.J)
+
+    def __float__(self) -> float:
+        return self.value
+
+    @property
+    def crlb(self) -> torch.Tensor:
+        """Cramer-Rao bound [P] float64 in the unit of theta: sqrt of the diagonal of J^-1.
+
+        The smallest standard deviation that an unbiased estimate from these features can have, all
+        parameters unknown. Infinite where J is not positive definite.
+        """
+        symmetric = (self.J + self.J.T) / 2
+        factor, failed = torch.linalg.cholesky_ex(symmetric)
+        if int(failed) or not bool(torch.isfinite(factor).all()):
+            return torch.full((self.parameters,), math.inf, dtype=torch.float64)
+        return torch.cholesky_inverse(factor).diagonal().sqrt()
+
+    @property
+    def finite_step(self) -> torch.Tensor:
+        """dtheta sqrt(J) / 2 [P]: how far each condition is from theta in units of its
+        uncertainty."""
+        step = torch.tensor(self.dtheta, dtype=torch.float64)
+        return step * self.J.diagonal().clamp_min(0).sqrt() / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and nested lists; NaN and infinity as None."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> LayerFisher:
+        """Rebuild what `to_dict` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: an entry is missing or of a wrong kind.
+        """
+        values = {f.name: entry[f.name] for f in fields(cls)}
+        for name in _MATRICES:
+            values[name] = torch.tensor(
+                np.array(values[name], dtype=np.float64), dtype=torch.float64
+            )
+        values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64)
+        for name in ("shape", "dtheta", "aliases", "descendants", "notes"):
+            values[name] = tuple(values[name])
+        parameters = len(values["dtheta"])
+        if any(tuple(values[name].shape[-2:]) != (parameters,) * 2 for name in _MATRICES):
+            raise ValueError("matrices must be [P, P]")
+        return cls(**values)
+
+
+_MATRICES = (
+    "J",
+    "stderr",
+    "lower",
+    "lower_stderr",
+    "linear",
+    "linear_stderr",
+    "naive",
+    "curve_J",
+    "curve_stderr",
+)
+
+
+@dataclass(frozen=True)
+class FisherFlow:
+    """Fisher information of every layer, in execution order from "input" to "output".
+
+    Index by name or alias (``flow["fc2"].J``), iterate over `LayerFisher`, print for a table. The
+    *linear*
+    information of a layer may exceed that of the layer before it: it is a bound, and a non-linear
+    layer can
+    make information linearly readable. The true information never rises along a chain: see
+    `tightened`.
+
+    Attributes:
+        layers: in execution order.
+        settings: arguments of the measurement.
+        version: of the library that measured.
+    """
+
+    layers: tuple[LayerFisher, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+    def __getitem__(self, name: str) -> LayerFisher:
+        for layer in self.layers:
+            if name == layer.name or name in layer.aliases:
+                return layer
+        raise KeyError(f"layer must be one of {self.names}, got {name!r}")
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == layer.name or name in layer.aliases for layer in self.layers)
+
+    def __iter__(self) -> Iterator[LayerFisher]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers in execution order."""
+        return [layer.name for layer in self.layers]
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return self.layers[0].parameters
+
+    def fractions(self) -> dict[str, float]:
+        """J / J_input of each layer; tr(J_input^-1 J) / P for P parameters. Dimensionless."""
+        inverse = self._inverse_input()
+        return {layer.name: float((inverse @ layer.J).trace()) / self.parameters for layer in self}
+
+    def fraction_errors(self) -> dict[str, float]:
+        """Standard errors of `fractions`, those of layer and input added in square.
+
+        Both come from the same samples and are positively correlated, so this errs on the wide
+        side.
+        """
+        inverse = self._inverse_input()
+        source = self.layers[0]
+        errors = {}
+        for layer in self:
+            own = (inverse * layer.stderr).square().sum()
+            both = inverse @ layer.J @ inverse
+            from_input = (both * source.stderr).square().sum() if layer is not source else 0.0
+            errors[layer.name] = math.sqrt(float(own + from_input)) / self.parameters
+        return errors
+
+    def tightened(self) -> FisherFlow:
+        """Use the network itself: information that a later layer shows was there before it.
+
+        Any function of a later layer is a function of an earlier one, so I_l >= J_m for m after l
+        along a chain. Chains
+        are found by the measurement (`LayerFisher.descendants`); a layer inside a residual branch
+        gets nothing
+        from layers after the sum. For several parameters a later J is taken where it is larger in
+        every direction.
+        """
+        by_name = {layer.name: layer for layer in self}
+        tight = []
+        for layer in self:
+            best = layer
+            for name in layer.descendants:
+                later = by_name.get(name)
+                if later is not None and _larger(later.J, best.J):
+                    best = later
+            if best is not layer:
+                layer = replace(
+                    layer,
+                    J=best.J,
+                    stderr=best.stderr,
+                    notes=(*layer.notes, f"tightened by {best.name}"),
+                )
+            tight.append(layer)
+        return replace(self, layers=tuple(tight))
+
+    def plot(self, ax: Any = None, **style: Any) -> Any:
+        """J with error bars and the honest bound against the layers; returns the matplotlib
+        axes."""
+        from fisherfast import plots  # upwards, and late: matplotlib is optional
+
+        return plots.plot_flow(self, ax, **style)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists: what `save` writes as JSON."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "version": self.version,
+            "settings": self.settings,
+            "layers": [layer.to_dict() for layer in self],
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> FisherFlow:
+        """Rebuild what `to_dict` returned. Raises ValueError for anything else."""
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(
+                f"content must be a saved flow (format {FORMAT!r}), got another format"
+            )
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version must be {FORMAT_VERSION}, got {content.get('format_version')}:"
+                " use the version of fisherfast that wrote the file"
+            )
+        try:
+            layers = tuple(LayerFisher.from_dict(entry) for entry in content["layers"])
+            return cls(layers, dict(content["settings"]), str(content["version"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"content must be a complete flow, got a damaged one: {error!r}"
+            ) from None
+
+    def save(self, path: str | Path) -> None:
+        """Write to a .json or .npz file (by its ending). Numbers survive exactly; nothing is
+        pickled."""
+        path = Path(path)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        if path.suffix == ".json":
+            path.write_text(text + "\n", encoding="utf-8")
+        elif path.suffix == ".npz":
+            np.savez_compressed(path, flow=np.frombuffer(text.encode(), dtype=np.uint8))
+        else:
+            raise ValueError(f"path must end in .json or .npz, got {path.name!r}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> FisherFlow:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged or something else.
+            FileNotFoundError: there is none.
+        """
+        path = Path(path)
+        if path.suffix not in (".json", ".npz"):
+            raise ValueError(f"path must end in .json or .npz, got {path.name!r}")
+        raw = path.read_bytes() if path.suffix == ".json" else _read_npz(path)
+        try:
+            content = json.loads(raw)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} must hold a saved flow, got a damaged or foreign file: {error}"
+            ) from None
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def table(self) -> list[list[str]]:
+        """Header and one row of text per layer, as `print` shows them."""
+        header = [
+            "layer",
+            "shape",
+            "dim",
+            "J",
+            "+-",
+            "lower",
+            "J / J_input",
+            "features",
+            "converged",
+        ]
+        errors = self.fraction_errors()
+        rows = [header]
+        for layer in self:
+            fraction = self.fractions()[layer.name]
+            rows.append(
+                [
+                    " = ".join(_main_names(layer)),
+                    "x".join(map(str, layer.shape)) or "1",
+                    str(layer.dim),
+                    _numbers(layer.J),
+                    _numbers(layer.stderr),
+                    _numbers(layer.lower),
+                    f"{fraction:.3f} +- {errors[layer.name]:.3f}",
+                    f"{layer.feature_kind} {layer.features}",
+                    "yes" if layer.converged else "no",
+                ]
+            )
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.table()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        left = {0, 1, len(widths) - 2, len(widths) - 1}
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i in left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        lines.append(self._footer())
+        lines += [f"note: {layer.name}: {note}" for layer in self for note in layer.notes]
+        return "\n".join(lines)
+
+    def _footer(self) -> str:
+        step = ", ".join(f"{value:g}" for value in self.layers[0].dtheta)
+        per = "diagonal of J shown; " if self.parameters > 1 else ""
+        return f"J per unit of theta squared; {per}dtheta {step}; {self.layers[0].samples} samples"
+
+    def _repr_html_(self) -> str:
+        head, *rows = self.table()
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in rows
+        )
+        return (
+            f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+            f"<p>{html.escape(self._footer())}</p>"
+        )
+
+    def _inverse_input(self) -> torch.Tensor:
+        if self.layers[0].name != "input":
+            raise ValueError(f"the first layer must be the input, got {self.layers[0].name!r}")
+        J = self.layers[0].J
+        inverse, failed = torch.linalg.inv_ex(J)
+        return torch.full_like(J, math.nan) if int(failed) else inverse
+
+
+def finite_step_note(layer: LayerFisher) -> str | None:
+    """A warning where the two conditions are too far apart for a derivative."""
+    worst = float(layer.finite_step.max())
+    if worst <= FINITE_STEP_LIMIT:
+        return None
+    return (
+        f"dtheta sqrt(J) / 2 = {worst:.2f} > {FINITE_STEP_LIMIT}: the finite step distorts J;"
+        f" use a dtheta about {FINITE_STEP_LIMIT / worst:.2f} times as large"
+    )
+
+
+def warn_of(layers: tuple[LayerFisher, ...]) -> None:
+    """Say aloud, once, what the layers note about their finite step."""
+    noted = [(layer.name, note) for layer in layers if (note := finite_step_note(layer))]
+    if noted:
+        names = ", ".join(name for name, _ in noted)
+        warnings.warn(f"{noted[0][1]} (layers: {names})", FisherWarning, stacklevel=4)
+
+
+def _main_names(layer: LayerFisher) -> list[str]:
+    """The name, and for the output the layer that it comes from."""
+    return [layer.name, *layer.aliases[:1]] if layer.name == "output" else [layer.name]
+
+
+def _larger(later: torch.Tensor, earlier: torch.Tensor) -> bool:
+    difference = later - earlier
+    return float(torch.linalg.eigvalsh((difference + difference.T) / 2).min()) > 0
+
+
+def _numbers(matrix: torch.Tensor) -> str:
+    return ", ".join(f"{float(value):.4g}" for value in matrix.diagonal())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _read_npz(path: Path) -> bytes:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return bytes(archive["flow"].tobytes())
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} must hold a saved flow, got a damaged or foreign file: {error}"
+        ) from None

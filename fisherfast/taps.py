@@ -1,0 +1,446 @@
+"""Where activations are read: every module's output, and the functional activations that hooks
+cannot see.
+
+A *site* is one place in the forward pass: the output of a module ("fc1", "fc1#2" on its second
+call, "lstm[0]" inside a tuple), of a functional activation ("fc1/relu": `F.relu` after fc1), or
+"input" and "output".
+`survey` runs the model once on a few samples and lists the sites; `Forward` runs it for good and
+hands each
+activation over the moment it exists, before an in-place operation can overwrite it. Mode, hooks,
+random state and the attention fast path are put back afterwards, also after an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import random
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Forward", "Site", "evaluation", "select", "survey"]
+
+Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module | None], bool]
+
+INPUT = "input"
+OUTPUT = "output"
+
+PASSIVE = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+"""Modules that change nothing in eval mode but the shape: "auto" leaves them out."""
+
+ACTIVATIONS = frozenset(
+    {
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "prelu",
+        "rrelu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "softplus",
+        "softsign",
+        "sigmoid",
+        "logsigmoid",
+        "tanh",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "hardshrink",
+        "softshrink",
+        "tanhshrink",
+        "threshold",
+        "softmax",
+        "log_softmax",
+        "softmin",
+        "glu",
+    }
+)
+"""Names of functions and methods that are tapped when a forward method calls them itself."""
+
+
+@dataclass
+class Site:
+    """One place where activations are read.
+
+    Attributes:
+        name: as `model.named_modules()` has it, with "#2" for the second call and "/relu" for a
+            function.
+        kind: class of the module, or name of the function.
+        shape: of one sample's activations, without the batch.
+        aliases: other names of the same activations (a Sequential and its last layer, "output" and
+            "fc5").
+        passive: a reshape, dropout or identity: not measured unless asked for by name.
+        descendants: names of the sites that are a function of this one alone (see `chains`).
+        module: the module itself; None for "input" and functions.
+        event: the first of its names that a forward pass reports.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    aliases: list[str] = field(default_factory=list)
+    passive: bool = False
+    descendants: set[str] = field(default_factory=set)
+    module: nn.Module | None = field(default=None, repr=False)
+    event: str = ""
+
+    def __post_init__(self) -> None:
+        self.event = self.event or self.name
+
+    @property
+    def names(self) -> list[str]:
+        """Its name and all aliases."""
+        return [self.name, *self.aliases]
+
+    @property
+    def dim(self) -> int:
+        """d, the number of activations of one sample."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+Consumer = Callable[[str, str, nn.Module | None, torch.Tensor], torch.Tensor | None]
+"""Called with event name, kind, module and output; a returned tensor takes the place of the
+output."""
+
+
+class Forward(TorchFunctionMode):
+    """Runs a model and reports every activation.
+
+    Use as a context manager (hooks are there inside only) and call `run` for each batch.
+
+    Args:
+        model: any module.
+        consume: gets each event as it happens.
+    """
+
+    def __init__(self, model: nn.Module, consume: Consumer) -> None:
+        super().__init__()
+        self._model = model
+        self._consume = consume
+        self._names = {id(module): _event_name(name) for name, module in model.named_modules()}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._calls: dict[str, int] = {}
+        self._stack: list[nn.Module] = []
+        self._last = INPUT
+        self._samples = 0
+        self._busy = False
+
+    def __enter__(self) -> Forward:
+        try:
+            for module in self._model.modules():
+                self._handles.append(module.register_forward_pre_hook(self._enter_module))
+                self._handles.append(module.register_forward_hook(self._leave_module))
+        except BaseException:
+            self._remove_hooks()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._remove_hooks()
+
+    def run(self, batch: torch.Tensor) -> Any:
+        """Run the model on a batch [n, ...]; events are reported on the way. Returns the model's
+        output."""
+        self._calls = {}
+        self._stack = []
+        self._last = INPUT
+        self._samples = len(batch)
+        self._report(INPUT, INPUT, None, batch)
+        super().__enter__()
+        try:
+            return self._model(batch)
+        finally:
+            super().__exit__(None, None, None)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._busy or not isinstance(result, torch.Tensor):
+            return result
+        kind = getattr(func, "__name__", "").rstrip("_")
+        if kind not in ACTIVATIONS or self._inside_layer():
+            return result
+        return self._report(self._count(f"{self._last}/{kind}"), kind, None, result)
+
+    def _inside_layer(self) -> bool:
+        """Is the innermost running module a ready-made layer, whose own hook reports its output?"""
+        if not self._stack:
+            return False
+        module = self._stack[-1]
+        ready_made = type(module).__module__.startswith("torch.nn")
+        is_container = any(True for _ in module.children()) and not isinstance(
+            module, nn.MultiheadAttention
+        )
+        return ready_made and not is_container
+
+    def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._stack.append(module)
+
+    def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._stack:
+            self._stack.pop()
+        name = self._count(self._names.get(id(module), type(module).__name__))
+        kind = type(module).__name__
+        if isinstance(output, torch.Tensor):
+            output = self._report(name, kind, module, output)
+        else:
+            for suffix, tensor in _tensors(output):
+                self._report(name + suffix, kind, module, tensor, replaceable=False)
+        self._last = name
+        return output
+
+    def _report(
+        self,
+        name: str,
+        kind: str,
+        module: nn.Module | None,
+        output: torch.Tensor,
+        replaceable: bool = True,
+    ) -> torch.Tensor:
+        """Hand an activation [n, ...] of floating dtype to the consumer."""
+        readable = output.ndim > 0 and len(output) == self._samples and output.is_floating_point()
+        if self._busy or not readable:
+            return output
+        self._busy = True
+        try:
+            replacement = self._consume(name, kind, module, output)
+        finally:
+            self._busy = False
+        return output if replacement is None or not replaceable else replacement
+
+    def _count(self, name: str) -> str:
+        self._calls[name] = calls = self._calls.get(name, 0) + 1
+        return name if calls == 1 else f"{name}#{calls}"
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module, seed: int) -> Iterator[None]:
+    """Eval mode, no gradients, an own random stream; the mode of every module and all random states
+    return.
+
+    A model that draws random numbers in eval mode draws the same ones for the same seed.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+        | ({torch.cuda.current_device()} if torch.cuda.is_initialized() else set())
+    )
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            torch.manual_seed(seed)
+            torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside from hooks
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
+    """List all sites of a model in execution order, with aliases and chains. Call inside
+    `evaluation`.
+
+    Two events with the very same activations (a container returns its last child's output) are one
+    site.
+    Cost: one forward pass, and one on at most `CHAIN_SAMPLES` samples for each site.
+    """
+    sites: list[Site] = []
+    seen: list[tuple[weakref.ref[torch.Tensor], int, Site]] = []
+
+    def consume(name: str, kind: str, module: nn.Module | None, output: torch.Tensor) -> None:
+        for reference, version, site in seen:
+            if reference() is _original(output) and version == output._version:
+                if name == OUTPUT and site.name != INPUT:
+                    site.aliases.append(site.name)
+                    site.name = OUTPUT
+                    site.passive = False
+                else:
+                    site.aliases.append(name)
+                return
+        passive = isinstance(module, PASSIVE) and name != OUTPUT
+        site = Site(name, kind, tuple(output.shape[1:]), passive=passive, module=module)
+        sites.append(site)
+        seen.append((weakref.ref(output), output._version, site))
+
+    with Forward(model, consume) as forward:
+        output = forward.run(batch)
+        del output
+    chains(model, batch, sites)
+    return sites
+
+
+CHAIN_SAMPLES = 8
+"""Samples that `chains` runs: enough to tell two activations apart, few enough to cost nothing."""
+
+CHAIN_TOLERANCE = 1e-3
+"""Relative difference below which two activations count as equal: rounding of another batch order
+is 1e-5."""
+
+
+def chains(model: nn.Module, batch: torch.Tensor, sites: list[Site]) -> None:
+    """Find which sites are a function of which other site alone; fills `Site.descendants`.
+
+    The model runs on *other* samples while one site's output is replaced by what it was for these.
+    A later site that is as it was depends on nothing else; past a skip connection it differs.
+    """
+    x = batch[:CHAIN_SAMPLES]
+    if len(x) < 2:
+        return
+    other = x.roll(1, 0)
+    by_event = {event: site for site in sites for event in site.names}
+    original = _record(model, x, by_event)
+    for site in sites:
+        replay = _record(model, other, by_event, replace=(site.name, original))
+        past = False
+        for later in sites:
+            if past and later.name in replay and _same(replay[later.name], original[later.name]):
+                site.descendants.add(later.name)
+            past = past or later is site
+
+
+def select(sites: list[Site], layers: Layers, model: nn.Module) -> list[Site]:
+    """The sites that `layers` asks for, in execution order, always with "input" and "output".
+
+    Args:
+        layers: "auto" (all but passive ones), a name or a list of names, a regular expression
+            (searched for in every name), or a function (name, module or None) -> bool.
+
+    Raises:
+        ValueError: a name that does not exist (with the nearest ones) or a layer that never ran.
+    """
+    if isinstance(layers, str) and layers == "auto":
+        return [site for site in sites if not site.passive]
+    known = {name: site for site in sites for name in site.names}
+    if callable(layers) and not isinstance(layers, re.Pattern):
+        wanted = {id(s) for s in sites if any(layers(name, s.module) for name in s.names)}
+    elif isinstance(layers, re.Pattern) or (isinstance(layers, str) and layers not in known):
+        wanted = _match(layers, known, model)
+    else:
+        names = [layers] if isinstance(layers, str) else list(layers)
+        for name in names:
+            if name not in known:
+                raise ValueError(_unknown(name, known, model))
+        wanted = {id(known[name]) for name in names}
+    ends = {id(s) for s in sites if s.name in (INPUT, OUTPUT) or s.name.startswith(f"{OUTPUT}[")}
+    return [site for site in sites if id(site) in wanted | ends]
+
+
+def _match(layers: str | re.Pattern[str], known: dict[str, Site], model: nn.Module) -> set[int]:
+    try:
+        pattern = re.compile(layers)
+    except re.error as error:
+        raise ValueError(
+            f"layers must be names or a regular expression, got {layers!r}: {error}"
+        ) from None
+    wanted = {id(site) for name, site in known.items() if pattern.search(name)}
+    if not wanted:
+        raise ValueError(_unknown(pattern.pattern, known, model))
+    return wanted
+
+
+def _unknown(name: str, known: Mapping[str, Site], model: nn.Module) -> str:
+    if name in dict(model.named_modules(remove_duplicate=False)):
+        return (
+            f"layer {name!r} must run in the forward pass, got none: it never ran, or returned no"
+            " floating tensor with one row per sample"
+        )
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:5]
+    return f"layers must name layers of the model, got {name!r}; nearest: {', '.join(near)}"
+
+
+def _record(
+    model: nn.Module,
+    x: torch.Tensor,
+    by_event: Mapping[str, Site],
+    replace: tuple[str, Mapping[str, torch.Tensor]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Outputs of all sites; one of them replaced by what it was in an earlier record."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def consume(
+        event: str, kind: str, module: nn.Module | None, output: torch.Tensor
+    ) -> torch.Tensor | None:
+        site = by_event.get(event)
+        if site is None or site.name in outputs:
+            return None
+        if replace is not None and site.name == replace[0] and event != INPUT:
+            outputs[site.name] = replace[1][site.name]
+            return outputs[site.name].clone()
+        outputs[site.name] = output.clone()
+        return None
+
+    start = x if replace is None or replace[0] != INPUT else replace[1][INPUT]
+    with Forward(model, consume) as forward:
+        forward.run(start)
+    return outputs
+
+
+def _event_name(module_name: str) -> str:
+    """The root is "output"; a submodule that is called so itself becomes "self.output"."""
+    if not module_name:
+        return OUTPUT
+    return f"self.{module_name}" if module_name in (INPUT, OUTPUT) else module_name
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().max() <= CHAIN_TOLERANCE * b.abs().max().clamp_min(1e-30))
+
+
+def _original(output: torch.Tensor) -> torch.Tensor:
+    """The tensor that a reshaping view shows whole, or the tensor itself."""
+    base = output._base
+    return base if base is not None and base.numel() == output.numel() else output
+
+
+def _tensors(output: Any, suffix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a nested output with their place in it: "[0]", "[mean]"; none for a lone
+    tensor."""
+    if isinstance(output, torch.Tensor):
+        yield suffix, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _tensors(value, f"{suffix}[{key}]")
+    elif isinstance(output, list | tuple):
+        for index, value in enumerate(output):
+            yield from _tensors(value, f"{suffix}[{index}]")

@@ -1,0 +1,73 @@
+"""Repeated experiments at the level of the estimators: fold moments of fresh samples, many
+times."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fisherfast.estimators import RIDGE, fisher_curve, fold_statistic_curve
+from fisherfast.features import FeatureDictionary, PilotMoments
+from fisherfast.moments import FoldMoments, FoldStatistics
+from fisherfast.problems import Problem
+
+PUBLISHED_SLOPE = 0.7  # the published lift: here k - k_eff is largest
+
+
+def moments_of(
+    problem: Problem, theta: float, dtheta: float, n: int, features: int, seed: int, paired: bool
+) -> tuple[FoldMoments, torch.Tensor]:
+    """Fold moments of n samples per condition in `features` lifted features, and the contrast."""
+    data = problem.finite_difference(theta, dtheta, n, seed=seed, paired=paired)
+    samples = [torch.cat(list(data.batches(c, n))) for c in range(data.conditions)]
+    pilot = PilotMoments()
+    for x in samples:
+        pilot.update(x)
+    dictionary = FeatureDictionary(
+        pilot.standardisation(), features, seed=seed, slope=PUBLISHED_SLOPE
+    )
+    moments = FoldMoments(dictionary.size, data.conditions, paired=paired)
+    lifted = []
+    for condition, x in enumerate(samples):
+        phi, sums = dictionary(x, folds=moments.folds, first=0)
+        moments.update(condition, phi, sums)
+        lifted.append(phi)
+    if paired:
+        moments.update_products(lifted)
+    return moments, data.contrast()
+
+
+def ordinary_covariance(moments: FoldMoments, within_folds: FoldStatistics) -> FoldStatistics:
+    """The same statistics with deviations from the condition's mean instead of the fold's: wrong on
+    purpose."""
+    n = moments.counts.sum(1).double()[:, None]
+    means = moments.sums.sum(1) / n
+    scatter = moments.cross.sum(0) - torch.einsum("ci,cj->ij", means * n, means)
+    dof = int(moments.counts.sum()) - len(means)
+    return replace(within_folds, covariance=scatter / dof, dof=float(dof))
+
+
+def classical(statistics: FoldStatistics, naive: float) -> float:
+    """Kanitscheider et al. 2015 with k, the number of features, in place of k_eff: wrong with a
+    ridge."""
+    k, nu = len(statistics.derivative), statistics.dof
+    return naive * (nu - k - 1) / nu - k * float(statistics.noise)
+
+
+def estimates(
+    problem: Problem, theta: float, dtheta: float, n: int, features: int, seed: int
+) -> dict[str, float]:
+    """J at all features by each formula, for one replication of independent conditions."""
+    moments, contrast = moments_of(problem, theta, dtheta, n, features, seed, paired=False)
+    within = moments.statistics(contrast)
+    curve = fisher_curve(within, RIDGE)
+    naive = float(curve.naive[-1])
+    ordinary = ordinary_covariance(moments, within)
+    return {
+        "k_eff": float(curve.J[-1]),
+        "folds": float(fold_statistic_curve(within, RIDGE)[-1]),
+        "naive": naive,
+        "classical": classical(within, naive),
+        "ordinary": float(fold_statistic_curve(ordinary, RIDGE)[-1]),
+    }

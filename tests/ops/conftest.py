@@ -1,0 +1,72 @@
+"""Fixtures of the op tests: every device, every dtype, both routes, a number of threads."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fisherfast import ops
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that is there."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Every dtype that the ops accept."""
+    return request.param
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The native kernel, and what serves the sizes above its limit, on the same small input."""
+    if request.param == "torch":
+        for limit in (ops.FISHER_SOLVE_LIMIT, ops.MOMENTS_LIMIT):
+            for key in limit:
+                monkeypatch.setitem(limit, key, -1)
+    return request.param
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable]:
+    """Calls a function with a number of torch threads; the former number is restored."""
+    former = torch.get_num_threads()
+
+    def call(threads: int, function: Callable) -> object:
+        torch.set_num_threads(threads)
+        return function()
+
+    yield call
+    torch.set_num_threads(former)
+
+
+@pytest.fixture
+def normal() -> Callable[..., torch.Tensor]:
+    """Normal numbers from a seed: normal(3, 4, dtype=..., device=...)."""
+    generator = torch.Generator().manual_seed(20250131)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float64, device: object = "cpu"):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return draw
+
+
+@pytest.fixture
+def systems(normal: Callable[..., torch.Tensor]) -> Callable[..., tuple]:
+    """Well-conditioned systems: systems((B, ...), d, P, dtype=..., device=...) -> cov, deriv."""
+
+    def draw(batch: tuple, dim: int, params: int, **kind: object):
+        samples = normal(*batch, dim, 2 * dim + 3)
+        unit = torch.logspace(-3, 3, dim, dtype=torch.float64)  # features of very different units
+        cov = unit[:, None] * (samples @ samples.mT / (2 * dim + 3)) * unit
+        deriv = unit[:, None] * normal(*batch, dim, params)
+        return cov.to(**kind), deriv.to(**kind)
+
+    return draw

@@ -1,0 +1,362 @@
+"""fisher_solve against its float64 reference, against closed forms, and on every bad input."""
+
+import math
+
+import pytest
+import torch
+
+from fisherfast import ops, reference
+
+# Errors relative to the largest result of a system. Measured: 1.1e-6 and 1.5e-15.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
+
+SHAPES = [((), 1, 1), ((1,), 2, 1), ((7,), 5, 2), ((2, 3), 8, 16), ((37,), 33, 3), ((5,), 64, 1)]
+
+
+def relative_error(result, truth, core_dims):
+    """Largest |result - truth| over the systems, relative to the largest |truth| of each."""
+    dims = tuple(range(-core_dims, 0))
+    difference = (result.double() - truth).abs()
+    if core_dims == 0:
+        return (difference / truth.abs()).max().item()
+    return (difference.amax(dims) / truth.abs().amax(dims)).max().item()
+
+
+def largest_error(got, cov, deriv, ridge):
+    truth = reference.fisher_solve(cov.double(), deriv.double(), ridge, True)
+    assert got.info.eq(0).all()
+    core_dims = {"fisher": 2, "half": 2, "condition": 0, "inverse_rows": 1}
+    expected = dict(zip(ops.FisherSolve._fields, truth, strict=True))
+    return max(
+        relative_error(getattr(got, name), expected[name], dims) for name, dims in core_dims.items()
+    )
+
+
+# --- the reference against the definition --------------------------------------------------------
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-4, 2.0])
+def test_reference_is_the_definition(systems, ridge):
+    cov, deriv = systems((4,), 9, 2)
+    regular = cov + ridge * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
+    fisher, half, info, condition, inverse_rows = reference.fisher_solve(cov, deriv, ridge, True)
+    torch.testing.assert_close(fisher, deriv.mT @ torch.linalg.solve(regular, deriv))
+    torch.testing.assert_close(half, torch.linalg.inv(torch.linalg.cholesky(regular)) @ deriv)
+    assert info.dtype == torch.int32
+    assert info.tolist() == [0] * 4
+
+    s = cov.diagonal(dim1=-2, dim2=-1).rsqrt()
+    correlation = s[:, :, None] * regular * s[:, None, :]
+    inverse = torch.linalg.inv(torch.linalg.cholesky(correlation))
+    torch.testing.assert_close(inverse_rows, inverse.square().sum(-1))
+    assert (condition <= torch.linalg.cond(correlation, 2) * (1 + 1e-12)).all()
+    assert (condition >= 1).all()
+
+
+def test_inverse_rows_give_the_effective_dimension(systems):
+    """k - ridge * cumsum(inverse_rows) = tr((S_k + ridge)^-1 S_k); a wrong power of L fails."""
+    ridge, dim = 0.3, 6
+    cov, deriv = systems((), dim, 1)
+    s = cov.diagonal().rsqrt()
+    correlation = s[:, None] * cov * s
+    rows = ops.fisher_solve_details(cov, deriv, ridge=ridge, inverse_rows=True).inverse_rows
+    for k in range(1, dim + 1):
+        block = correlation[:k, :k]
+        trace = torch.linalg.solve(block + ridge * torch.eye(k, dtype=torch.float64), block).trace()
+        torch.testing.assert_close(k - ridge * rows[:k].sum(), trace)
+
+
+# --- the op against the reference ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ridge", [0.0, 2.0**-13])
+@pytest.mark.parametrize(("batch", "dim", "params"), SHAPES)
+def test_matches_the_reference(systems, device, dtype, route, batch, dim, params, ridge):
+    cov, deriv = systems(batch, dim, params, dtype=dtype, device=device)
+    got = ops.fisher_solve_details(cov, deriv, ridge=ridge, inverse_rows=True)
+    assert got.fisher.shape == (*batch, params, params)
+    assert got.half.shape == (*batch, dim, params)
+    assert got.info.shape == got.condition.shape == batch
+    assert got.inverse_rows.shape == (*batch, dim)
+    assert {t.dtype for t in got} == {dtype, torch.int32}
+    assert torch.equal(got.fisher, got.fisher.mT)
+    assert largest_error(got, cov, deriv, ridge) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_matches_on_both_sides_of_the_limit(systems, device, dtype, above):
+    dim = ops.FISHER_SOLVE_LIMIT[dtype] + above
+    cov, deriv = systems((2,), dim, 2, dtype=dtype, device=device)
+    got = ops.fisher_solve_details(cov, deriv, ridge=1e-3, inverse_rows=True)
+    assert largest_error(got, cov, deriv, 1e-3) < TOLERANCE[dtype]
+
+
+def test_fisher_solve_is_the_first_three_details(systems, device, dtype):
+    cov, deriv = systems((3,), 6, 2, dtype=dtype, device=device)
+    details = ops.fisher_solve_details(cov, deriv, ridge=0.1)
+    for got, expected in zip(ops.fisher_solve(cov, deriv, ridge=0.1), details[:3], strict=True):
+        assert torch.equal(got, expected)
+    assert details.inverse_rows.shape == (0,)
+
+
+def test_asking_for_inverse_rows_changes_little(systems, device, dtype):
+    cov, deriv = systems((3,), 21, 2, dtype=dtype, device=device)
+    with_rows = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
+    without = ops.fisher_solve_details(cov, deriv)
+    torch.testing.assert_close(with_rows.fisher, without.fisher)
+    torch.testing.assert_close(with_rows.condition, without.condition)
+
+
+def test_only_the_lower_triangle_is_read(systems, device, dtype, route):
+    cov, deriv = systems((3,), 6, 2, dtype=dtype, device=device)
+    upper = torch.ones(6, 6, dtype=torch.bool, device=device).triu(1)
+    expected = ops.fisher_solve_details(cov.masked_fill(upper, 0.0), deriv, inverse_rows=True)
+    got = ops.fisher_solve_details(cov.masked_fill(upper, math.nan), deriv, inverse_rows=True)
+    for left, right in zip(got, expected, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_strided_input(systems, device, dtype, route):
+    cov, deriv = systems((6,), 5, 3, dtype=dtype, device=device)
+    expected = ops.fisher_solve(cov[::2], deriv[::2].contiguous())
+    wide = torch.zeros(6, 10, 15, dtype=dtype, device=device)
+    wide[:, ::2, ::3] = cov
+    column_major = deriv.mT.contiguous().mT
+    for got, right in zip(
+        ops.fisher_solve(wide[::2, ::2, ::3], column_major[::2]), expected, strict=True
+    ):
+        assert got.is_contiguous()
+        assert torch.equal(got, right)
+
+
+def test_expanded_input(systems, device, dtype, route):
+    cov, _ = systems((), 5, 1, dtype=dtype, device=device)
+    _, deriv = systems((2, 3), 5, 1, dtype=dtype, device=device)
+    fisher, _, _ = ops.fisher_solve(cov.expand(2, 3, 5, 5), deriv)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(fisher[i, j], ops.fisher_solve(cov, deriv[i, j])[0])
+
+
+# --- properties ----------------------------------------------------------------------------------
+
+
+def test_leading_rows_of_half_give_the_fisher_of_leading_features(systems, device, dtype, route):
+    cov, deriv = systems((4,), 12, 2, dtype=dtype, device=device)
+    _, half, _ = ops.fisher_solve(cov, deriv, ridge=0.01)
+    for k in (1, 5, 12):
+        leading, _, _ = ops.fisher_solve(cov[:, :k, :k], deriv[:, :k], ridge=0.01)
+        running = half[:, :k].mT @ half[:, :k]
+        torch.testing.assert_close(running, leading, rtol=TOLERANCE[dtype], atol=0)
+
+
+def test_units_of_powers_of_two_change_no_bit(systems, device, dtype, route):
+    """J does not depend on the unit of a feature; powers of two are exact in floating point."""
+    cov, deriv = systems((3,), 7, 2, dtype=dtype, device=device)
+    unit = torch.tensor([2.0**e for e in (-20, 15, 0, 3, -7, 20, 1)], dtype=dtype, device=device)
+    expected = ops.fisher_solve(cov, deriv, ridge=0.1)
+    got = ops.fisher_solve(unit[:, None] * cov * unit, unit[:, None] * deriv, ridge=0.1)
+    for left, right in zip(got, expected, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_units_of_theta(systems, device, dtype, route):
+    cov, deriv = systems((3,), 7, 2, dtype=dtype, device=device)
+    assert torch.equal(ops.fisher_solve(cov, 4 * deriv)[0], 16 * ops.fisher_solve(cov, deriv)[0])
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.99, 1 - 2.0**-13])
+def test_equal_correlations_have_a_closed_form(device, dtype, route, correlation):
+    """C = (1 - r) I + r 1 1^T: J = d / (1 + (d - 1) r) along 1, and 2 / (1 - r) along e_1 - e_2.
+
+    The second is the ill-conditioned one: its error grows as d eps / (1 - r). Measured: at most
+    0.1 of the first bound and 0.05 of the second.
+    """
+    dim = 20
+    cov = torch.full((dim, dim), correlation, dtype=dtype, device=device).fill_diagonal_(1.0)
+    deriv = torch.ones(dim, 2, dtype=dtype, device=device)
+    deriv[:, 1] = 0
+    deriv[0, 1], deriv[1, 1] = 1, -1
+    fisher, _, info = ops.fisher_solve(cov, deriv)
+    r = cov[0, 1].item()  # rounded to the dtype
+    eps = torch.finfo(dtype).eps
+    assert info.item() == 0
+    assert fisher[0, 0].item() == pytest.approx(dim / (1 + (dim - 1) * r), rel=dim * eps)
+    assert fisher[1, 1].item() == pytest.approx(2 / (1 - r), rel=dim * eps / (1 - r))
+
+
+@pytest.mark.parametrize("inverse_rows", [False, True])
+def test_threads_change_no_bit(systems, dtype, with_threads, inverse_rows):
+    cov, deriv = systems((301,), 24, 2, dtype=dtype)
+
+    def solve():
+        return ops.fisher_solve_details(cov, deriv, ridge=1e-4, inverse_rows=inverse_rows)
+
+    one = with_threads(1, solve)
+    for threads in (2, 3):
+        for left, right in zip(with_threads(threads, solve), one, strict=True):
+            assert torch.equal(left, right)
+
+
+# --- empty input ---------------------------------------------------------------------------------
+
+
+def test_no_features(device, dtype, route):
+    kind = {"dtype": dtype, "device": device}
+    got = ops.fisher_solve_details(
+        torch.empty(3, 0, 0, **kind), torch.empty(3, 0, 2, **kind), inverse_rows=True
+    )
+    assert torch.equal(got.fisher, torch.zeros(3, 2, 2, **kind))
+    assert got.half.shape == (3, 0, 2)
+    assert got.info.tolist() == [0, 0, 0]
+    assert got.condition.tolist() == [1, 1, 1]
+    assert got.inverse_rows.shape == (3, 0)
+
+
+def test_no_parameters(systems, device, dtype, route):
+    cov, deriv = systems((3,), 4, 0, dtype=dtype, device=device)
+    got = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
+    assert got.fisher.shape == (3, 0, 0)
+    assert got.half.shape == (3, 4, 0)
+    assert got.info.tolist() == [0, 0, 0]
+    assert got.inverse_rows.isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [(0,), (2, 0)])
+def test_no_systems(systems, device, dtype, route, batch):
+    kind = {"dtype": dtype, "device": device}
+    got = ops.fisher_solve_details(
+        torch.empty(*batch, 4, 4, **kind), torch.empty(*batch, 4, 2, **kind), inverse_rows=True
+    )
+    assert got.fisher.shape == (*batch, 2, 2)
+    assert got.half.shape == (*batch, 4, 2)
+    assert got.info.shape == got.condition.shape == batch
+    assert got.inverse_rows.shape == (*batch, 4)
+
+
+# --- failures, one system at a time --------------------------------------------------------------
+
+FAILURES = {
+    "zero variance": ([(2, 2, 0.0)], 3),
+    "negative variance": ([(0, 0, -1.0)], 1),
+    "NaN variance": ([(4, 4, math.nan)], 5),
+    "infinite variance": ([(3, 3, math.inf)], 4),
+    "NaN covariance": ([(3, 1, math.nan)], 4),
+    "infinite covariance": ([(2, 0, -math.inf)], 3),
+    "not positive definite": ([(1, 0, 1.5)], 2),
+    "singular": ([(4, 2, 1.0)], 5),
+    "the first of two": ([(3, 0, 2.0), (4, 4, math.nan)], 4),
+    "the first of two, diagonal first": ([(1, 1, 0.0), (3, 0, 2.0)], 2),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failures_stay_in_their_system(systems, device, dtype, route, failure):
+    entries, pivot = FAILURES[failure]
+    cov, deriv = systems((5,), 5, 2, dtype=dtype, device=device)
+    expected = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
+    broken = cov.clone()
+    broken[2] = torch.eye(5, dtype=dtype, device=device)
+    for row, column, value in entries:
+        broken[2, row, column] = value
+    got = ops.fisher_solve_details(broken, deriv, inverse_rows=True)
+    assert got.info.tolist() == [0, 0, pivot, 0, 0]
+    others = [0, 1, 3, 4]
+    for left, right in zip(got, expected, strict=True):
+        assert torch.equal(left[others], right[others])
+    for name in ("fisher", "half", "condition", "inverse_rows"):
+        assert getattr(got, name)[2].isnan().all(), name
+
+
+def test_the_smallest_pivot_is_d_eps(device, dtype, route):
+    """The second pivot of [[1, r], [r, 1]] is 1 - r^2: 2 (1 - r), nearly. d eps = 2 eps."""
+    eps = torch.finfo(dtype).eps
+    r = torch.tensor([1.0, 1 - eps / 2, 1 - eps, 1 - 2 * eps, 1 - 8 * eps], dtype=dtype)
+    cov = torch.ones(5, 2, 2, dtype=dtype)
+    cov[:, 1, 0] = r
+    _, _, info = ops.fisher_solve(cov.to(device), torch.ones(5, 2, 1, dtype=dtype, device=device))
+    assert info.tolist()[:2] == [2, 2]
+    assert info.tolist()[3:] == [0, 0]
+
+
+def test_a_failed_derivative_is_no_failure_of_the_system(systems, device, dtype, route):
+    cov, deriv = systems((2,), 4, 2, dtype=dtype, device=device)
+    deriv[0, 1, 0] = math.nan
+    fisher, half, info = ops.fisher_solve(cov, deriv)
+    assert info.tolist() == [0, 0]
+    assert half[0, 0].isfinite().all()
+    assert fisher[0, 0, 0].isnan()
+    assert fisher[1].isfinite().all()
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+COV, DERIV = torch.eye(3), torch.ones(3, 2)
+WRONG = {
+    "half": (COV.half(), DERIV, {}, TypeError, "cov must be float32 or float64, got float16"),
+    "int": (COV.long(), DERIV, {}, TypeError, "cov must be float32 or float64, got int64"),
+    "complex": (
+        COV.cfloat(), DERIV, {}, TypeError, "cov must be float32 or float64, got complex64",
+    ),
+    "mixed": (
+        COV, DERIV.double(), {}, TypeError,
+        "deriv must have the dtype of cov (float32), got float64",
+    ),
+    "vector": (COV[0], DERIV, {}, ValueError, "cov must have shape [..., d, d], got [3]"),
+    "oblong": (COV[:2], DERIV, {}, ValueError, "cov must have shape [..., d, d], got [2, 3]"),
+    "deriv dims": (
+        COV, DERIV[:, 0], {}, ValueError,
+        "deriv must have shape [..., d, P] with [..., d] = [3], got [3]",
+    ),
+    "deriv rows": (
+        COV[None], DERIV[None, :2], {}, ValueError,
+        "deriv must have shape [..., d, P] with [..., d] = [1, 3], got [1, 2, 2]",
+    ),
+    "ridge": (
+        COV, DERIV, {"ridge": -0.1}, ValueError, "ridge must be finite and at least 0, got -0.1",
+    ),
+    "NaN ridge": (
+        COV, DERIV, {"ridge": math.nan}, ValueError, "ridge must be finite and at least 0, got nan",
+    ),
+    "array": (
+        COV.numpy(), DERIV, {}, TypeError, "cov must be a torch.Tensor, got ndarray",
+    ),
+    "grad": (
+        COV, DERIV.clone().requires_grad_(), {}, RuntimeError,
+        "deriv must not require grad, got requires_grad=True: fisher_solve has no backward; "
+        "pass deriv.detach() or call it under torch.no_grad()",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case):
+    cov, deriv, options, error, message = WRONG[case]
+    with pytest.raises(error) as caught:
+        ops.fisher_solve(cov, deriv, **options)
+    assert str(caught.value) == message
+
+
+def test_no_grad_is_enough(systems):
+    cov, deriv = systems((), 3, 1)
+    with torch.no_grad():
+        fisher, _, _ = ops.fisher_solve(cov.requires_grad_(), deriv)
+    assert not fisher.requires_grad
+
+
+# --- torch.library -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inverse_rows", [False, True])
+@pytest.mark.parametrize(("batch", "dim", "params"), [((), 3, 1), ((2, 3), 5, 2), ((0,), 4, 1)])
+def test_opcheck(systems, device, dtype, route, batch, dim, params, inverse_rows):
+    cov, deriv = systems(batch, dim, params, dtype=dtype, device=device)
+    op = torch.ops.fisherfast.fisher_solve.default
+    torch.library.opcheck(op, (cov, deriv, 1e-4, inverse_rows))
+
+
+def test_compiles(systems):
+    cov, deriv = systems((4,), 3, 2)
+    compiled = torch.compile(ops.fisher_solve, backend="aot_eager", fullgraph=True)
+    for left, right in zip(compiled(cov, deriv), ops.fisher_solve(cov, deriv), strict=True):
+        assert torch.equal(left, right)

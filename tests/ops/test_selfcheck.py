@@ -1,0 +1,48 @@
+"""The self-check passes here, reports failures, and prints only where it is told to."""
+
+import io
+
+import torch
+
+from fisherfast import ops, selfcheck
+
+
+def test_passes_and_writes_the_report():
+    stream = io.StringIO()
+    report = selfcheck.run_selfcheck(stream)
+    assert report.passed
+    devices = 1 + (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert len(report.rows) == 3 * 2 * devices
+    assert stream.getvalue() == selfcheck.format_report(report) + "\n"
+    assert "all checks passed" in stream.getvalue()
+    assert {"fisherfast", "torch", "native core", "CUDA kernels"} <= report.facts.keys()
+
+
+def test_prints_nothing_by_itself(capsys):
+    selfcheck.run_selfcheck()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    selfcheck.run_selfcheck()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_wrong_and_a_raising_op_fail(monkeypatch):
+    def wrong(*args, **kwargs):
+        features, sums = lift(*args, **kwargs)
+        return features, sums * 1.001
+
+    def raising(*args, **kwargs):
+        raise RuntimeError("no kernel image")
+
+    lift = ops.lift
+    monkeypatch.setattr(ops, "lift", wrong)
+    monkeypatch.setattr(ops, "moments", raising)
+    report = selfcheck.run_selfcheck()
+    assert not report.passed
+    assert {row.op for row in report.rows if not row.passed} == {"lift", "moments"}
+    text = selfcheck.format_report(report)
+    assert "FAILED (RuntimeError: no kernel image)" in text
+    assert f"{len(report.rows) * 2 // 3} of {len(report.rows)} checks failed" in text

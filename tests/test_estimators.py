@@ -1,0 +1,161 @@
+"""The algebra of the estimators on exact moments; statistics are in tests/montecarlo."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fisherfast.estimators import (
+    cross_fitted_bound,
+    fisher_curve,
+    fold_statistic_curve,
+    linear_readout,
+)
+from fisherfast.moments import FoldStatistics
+
+K, P, F = 12, 2, 8
+
+
+def statistics(dof: float = 500.0, paired: bool = False) -> FoldStatistics:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(K, 2 * K, generator=generator, dtype=torch.float64)
+    derivative = torch.randn(K, P, generator=generator, dtype=torch.float64)
+    wobble = 0.3 * torch.randn(F, K, P, generator=generator, dtype=torch.float64)
+    return FoldStatistics(
+        covariance=root @ root.T,
+        dof=dof,
+        derivative=derivative,
+        fold_derivatives=derivative + wobble - wobble.mean(0),
+        noise=torch.diag(torch.tensor([0.01, 0.03], dtype=torch.float64)),
+        paired=paired,
+    )
+
+
+def test_curve_equals_one_solve_per_size():
+    """Catches a curve that is right at k = K only: each point against its own inverse."""
+    s = statistics()
+    curve = fisher_curve(s, ridge=1e-2)
+    scale = s.covariance.diagonal().rsqrt()
+    for k in range(1, K + 1):
+        scaled = (scale[:, None] * s.covariance * scale)[:k, :k]
+        inverse = torch.linalg.inv(scaled + 1e-2 * torch.eye(k, dtype=torch.float64))
+        D = (scale[:, None] * s.derivative)[:k]
+        naive = D.T @ inverse @ D
+        k_eff = torch.trace(inverse @ scaled)
+        h = (s.dof - k_eff - 1) / s.dof
+        torch.testing.assert_close(curve.naive[k - 1], naive)
+        torch.testing.assert_close(curve.effective_dim[k - 1], k_eff)
+        torch.testing.assert_close(curve.J[k - 1], h * naive - k_eff * s.noise)
+
+
+def test_effective_dimension_is_k_without_ridge():
+    """Catches k_eff from unscaled rows."""
+    curve = fisher_curve(statistics(), ridge=0.0)
+    torch.testing.assert_close(curve.effective_dim, torch.arange(1.0, K + 1, dtype=torch.float64))
+
+
+def test_fold_statistic_equals_the_double_loop():
+    """Catches a U-statistic that keeps its diagonal, or divides by F^2."""
+    s = statistics()
+    curve = fold_statistic_curve(s, ridge=0.0)
+    inverse = torch.linalg.inv(s.covariance)
+    total = torch.zeros(P, P, dtype=torch.float64)
+    for f in range(F):
+        for g in range(F):
+            if f != g:
+                total += s.fold_derivatives[f].T @ inverse @ s.fold_derivatives[g]
+    h = (s.dof - K - 1) / s.dof
+    torch.testing.assert_close(curve[-1], h * total / (F * (F - 1)))
+
+
+def test_paired_error_is_the_jackknife():
+    """Catches a jackknife without its factor F - 1, and a covariance part left out."""
+    s = statistics(paired=True)
+    curve = fisher_curve(s, ridge=0.0)
+    inverse = torch.linalg.inv(s.covariance)
+    h = (s.dof - K - 1) / s.dof
+    without = []
+    for left in range(F):
+        d = torch.stack([s.fold_derivatives[f] for f in range(F) if f != left])
+        sums = d.sum(0)
+        own = torch.einsum("fkp,kl,flq->pq", d, inverse, d)
+        without.append(h * (sums.T @ inverse @ sums - own) / ((F - 1) * (F - 2)))
+    stacked = torch.stack(without)
+    jackknife = (stacked - stacked.mean(0)).square().sum(0) * (F - 1) / F
+    J = curve.J[-1]
+    rest = (J.square() + torch.outer(J.diagonal(), J.diagonal())) / (s.dof - K - 3)
+    torch.testing.assert_close(curve.stderr[-1].square(), jackknife + rest)
+
+
+def test_independent_error_has_the_published_form():
+    """Catches a slip in the general P x P variance: its diagonal is 2/(a-3) [J^2 + 2cJ(nu-1) + c^2
+    k(nu-1)]."""
+    s = statistics()
+    curve = fisher_curve(s, ridge=0.0)
+    J, c, nu = curve.J[-1].diagonal(), s.noise.diagonal(), s.dof
+    a = nu - K
+    expected = 2 / (a - 3) * (J.square() + 2 * c * J * (nu - 1) + c.square() * K * (nu - 1))
+    torch.testing.assert_close(curve.stderr[-1].diagonal().square(), expected)
+
+
+def test_covariant_under_the_unit_of_theta():
+    """Catches a term with a wrong power of dtheta."""
+    s = statistics()
+    unit = torch.diag(torch.tensor([1000.0, 0.01], dtype=torch.float64))
+    other = replace(
+        s,
+        derivative=s.derivative @ unit,
+        fold_derivatives=s.fold_derivatives @ unit,
+        noise=unit @ s.noise @ unit,
+    )
+    a, b = fisher_curve(s), fisher_curve(other)
+    torch.testing.assert_close(b.J[-1], unit @ a.J[-1] @ unit)
+    torch.testing.assert_close(b.stderr[-1], unit @ a.stderr[-1] @ unit)
+
+
+def test_invariant_under_affine_maps_without_ridge():
+    """Catches an information that depends on how features are mixed."""
+    s = statistics()
+    mix = torch.randn(K, K, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(
+        fisher_curve(s.project(mix), 0.0).J[-1], fisher_curve(s, 0.0).J[-1], rtol=1e-8, atol=1e-8
+    )
+
+
+def test_readout_attains_the_linear_information():
+    """Catches a readout in the wrong scale: one half used for learning and testing must give
+    J_naive."""
+    s = statistics(dof=1e9)
+    s = replace(s, noise=torch.zeros(P, P, dtype=torch.float64))
+    lower, _ = cross_fitted_bound(s, s)
+    # the readout is learned with a ridge of 1e-4: its loss is second order
+    torch.testing.assert_close(lower, fisher_curve(s, 0.0).naive[-1], rtol=1e-3, atol=1e-3)
+    assert linear_readout(s).shape == (K, P)
+
+
+def test_bound_of_one_output_and_two_parameters_exists():
+    """Catches a singular 2 x 2 covariance when both readouts are the same activation."""
+    s = statistics().leading(1)
+    lower, stderr = cross_fitted_bound(s, s)
+    assert torch.isfinite(lower).all()
+    assert torch.isfinite(stderr).all()
+
+
+def test_singular_covariance_is_an_error():
+    """Catches NaN passed on as a result."""
+    s = statistics()
+    s.covariance[3] = s.covariance[2]
+    s.covariance[:, 3] = s.covariance[:, 2]
+    s.covariance[3, 3] = s.covariance[2, 2]
+    with pytest.raises(ValueError, match=r"covariance must be positive definite.* feature 4 of 12"):
+        fisher_curve(s, ridge=0.0)
+
+
+def test_too_few_degrees_of_freedom_is_an_error():
+    """Catches a variance that does not exist (nu - k - 3 <= 0)."""
+    with pytest.raises(
+        ValueError, match=r"degrees of freedom must exceed the 12 features by 4, got 15"
+    ):
+        fisher_curve(statistics(dof=15.0), ridge=0.0)

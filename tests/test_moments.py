@@ -1,0 +1,146 @@
+"""Fold moments: they equal what a loop over samples gives, merge, and do not depend on batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fisherfast.moments import FoldMoments
+
+FOLDS = 4
+
+
+def accumulate(samples: list[torch.Tensor], batch: int, paired: bool = False) -> FoldMoments:
+    moments = FoldMoments(samples[0].shape[1], len(samples), folds=FOLDS, paired=paired)
+    for start in range(0, max(map(len, samples)), batch):
+        rows = [x[start : start + batch] for x in samples]
+        for condition, x in enumerate(rows):
+            fold = (moments.seen[condition] + torch.arange(len(x))) % FOLDS
+            sums = torch.zeros(FOLDS, x.shape[1], dtype=torch.float64).index_add_(
+                0, fold, x.double()
+            )
+            moments.update(condition, x, sums)
+        if paired:
+            moments.update_products(rows)
+    return moments
+
+
+@pytest.fixture
+def samples() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 3, generator=generator, dtype=torch.float64) + 2 for n in (37, 41)]
+
+
+CONTRAST = torch.tensor([[-2.0], [2.0]], dtype=torch.float64)
+
+
+def test_statistics_equal_a_loop_over_cells(samples):
+    """Catches a fold dealt wrongly, a mean of means, a covariance about the wrong mean, a wrong
+    nu."""
+    statistics = accumulate(samples, 100).statistics(CONTRAST)
+    scatter = torch.zeros(3, 3, dtype=torch.float64)
+    fold_means = torch.zeros(2, FOLDS, 3, dtype=torch.float64)
+    for c, x in enumerate(samples):
+        for f in range(FOLDS):
+            cell = x[f::FOLDS]
+            fold_means[c, f] = cell.mean(0)
+            scatter += (cell - cell.mean(0)).T @ (cell - cell.mean(0))
+    dof = 37 + 41 - 2 * FOLDS
+    assert statistics.dof == dof
+    torch.testing.assert_close(statistics.covariance, scatter / dof)
+    torch.testing.assert_close(
+        statistics.derivative, 2 * (samples[1].mean(0) - samples[0].mean(0))[:, None]
+    )
+    torch.testing.assert_close(
+        statistics.fold_derivatives, 2 * (fold_means[1] - fold_means[0])[..., None]
+    )
+    assert float(statistics.noise) == pytest.approx(4 * (1 / 37 + 1 / 41))
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_halves_are_the_even_and_the_odd_samples(samples, half):
+    """Catches halves that share samples: the lower bound would not be honest."""
+    statistics = accumulate(samples, 100).statistics(CONTRAST, half)
+    cells = [x[f::FOLDS] for x in samples for f in range(half, FOLDS, 2)]
+    scatter = sum((cell - cell.mean(0)).T @ (cell - cell.mean(0)) for cell in cells)
+    dof = sum(map(len, cells)) - len(cells)
+    assert statistics.dof == dof
+    torch.testing.assert_close(statistics.covariance, scatter / dof)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_batches_do_not_matter(samples, batch):
+    """Catches folds dealt within a batch instead of over the whole stream."""
+    whole = accumulate(samples, 100).statistics(CONTRAST)
+    cut = accumulate(samples, batch).statistics(CONTRAST)
+    torch.testing.assert_close(cut.covariance, whole.covariance)
+    torch.testing.assert_close(cut.fold_derivatives, whole.fold_derivatives)
+
+
+def test_pilot_cancels(samples):
+    """Catches a covariance that keeps the offset of the pilot."""
+    moved = accumulate([x - 5 for x in samples], 100).statistics(CONTRAST)
+    whole = accumulate(samples, 100).statistics(CONTRAST)
+    torch.testing.assert_close(moved.covariance, whole.covariance)
+    torch.testing.assert_close(moved.derivative, whole.derivative)
+
+
+def test_merge_equals_one_stream(samples):
+    """Catches sums that merge but counts that do not. 40 samples a part keep folds aligned."""
+    generator = torch.Generator().manual_seed(1)
+    parts = [
+        [torch.randn(40, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+        for _ in range(2)
+    ]
+    merged = accumulate(parts[0], 100)
+    merged.merge(accumulate(parts[1], 100))
+    whole = accumulate([torch.cat(pair) for pair in zip(*parts, strict=True)], 100)
+    torch.testing.assert_close(merged.cross, whole.cross)
+    torch.testing.assert_close(merged.sums, whole.sums)
+    assert torch.equal(merged.counts, whole.counts)
+    assert merged.seen == whole.seen
+
+
+def test_merge_refuses_other_features(samples):
+    """Catches sums of different features."""
+    with pytest.raises(ValueError, match=r"other must describe the same features.* got k=2"):
+        accumulate(samples, 100).merge(accumulate([x[:, :2] for x in samples], 100))
+
+
+def test_state_survives(samples):
+    """Catches a field left out of the state."""
+    first = accumulate([samples[0], samples[0] + 1], 100, paired=True)
+    again = FoldMoments.from_state_dict(first.state_dict())
+    a, b = first.statistics(CONTRAST), again.statistics(CONTRAST)
+    assert a.dof == b.dof
+    assert torch.equal(a.covariance, b.covariance)
+    assert torch.equal(a.fold_derivatives, b.fold_derivatives)
+
+
+def test_pairs_with_the_same_noise_count_once(samples):
+    """Catches nu = 2 (T - F) for pairs: identical noise has rho = 1 and half the degrees of
+    freedom."""
+    x = samples[0]
+    paired = accumulate([x, x + 1], 100, paired=True).statistics(CONTRAST)
+    assert paired.dof == pytest.approx(len(x) - FOLDS)
+
+
+def test_pairs_with_own_noise_count_twice():
+    """Catches an inflation that is always on: rho is about 0.01 here."""
+    generator = torch.Generator().manual_seed(2)
+    x = [torch.randn(10_000, 4, generator=generator) for _ in range(2)]
+    paired = accumulate(x, 10_000, paired=True).statistics(CONTRAST)
+    assert paired.dof == pytest.approx(2 * (10_000 - FOLDS), rel=1e-3)
+
+
+def test_empty_fold_is_an_error():
+    """Catches a division by zero that would end as NaN."""
+    with pytest.raises(ValueError, match=r"at least 4 samples \(one per fold\), got 3"):
+        accumulate([torch.ones(3, 2), torch.ones(3, 2)], 8).statistics(CONTRAST)
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_folds_must_make_two_halves(folds):
+    """Catches halves of different size."""
+    with pytest.raises(ValueError, match=f"folds must be even and at least 4, got {folds}"):
+        FoldMoments(3, 2, folds=folds)

@@ -9,18 +9,28 @@
 namespace fisherfast {
 namespace {
 
+// Lifts one row [k] and adds it to `sum` [k]. Without aliases the compiler uses vectors; `features`
+// may be `projected` itself, which is safe because each number is read before it is written.
+template <typename T>
+void lift_row(const LiftArgs<T>& args, const T* projected, T* features, double* __restrict sum) {
+  const T* __restrict bias = args.bias;
+  const T* __restrict pilot = args.pilot;
+  const T slope = args.slope;
+  const index_t dim = args.dim;
+#pragma GCC ivdep
+  for (index_t j = 0; j < dim; ++j) {
+    const T feature = lifted(projected[j], bias[j], slope, pilot[j]);
+    features[j] = feature;
+    sum[j] += static_cast<double>(feature);
+  }
+}
+
 // Lifts rows [begin, end) and adds them to `sums` [G, k].
 template <typename T>
 void lift_rows(const LiftArgs<T>& args, index_t begin, index_t end, double* sums) {
   for (index_t i = begin; i < end; ++i) {
-    const T* projected = args.projected + i * args.row_stride;
-    T* features = args.features + i * args.dim;
     double* sum = sums + (args.first + i) % args.groups * args.dim;
-    for (index_t j = 0; j < args.dim; ++j) {
-      const T feature = lifted(projected[j], args.bias[j], args.slope, args.pilot[j]);
-      features[j] = feature;
-      sum[j] += static_cast<double>(feature);
-    }
+    lift_row(args, args.projected + i * args.row_stride, args.features + i * args.dim, sum);
   }
 }
 

@@ -28,7 +28,8 @@ struct LiftArgs {
 template <typename T>
 FF_HOST_DEVICE inline T lifted(T projected, T bias, T slope, T pilot) {
   const T z = projected + bias;
-  return (z > T(0) ? z : slope * z) - pilot;
+  const T negative = slope * z;  // computed in any case: a select, where a branch would be a guess
+  return (z > T(0) ? z : negative) - pilot;
 }
 
 // Cost: reads and writes n k numbers. Same bits for any number of threads.

@@ -18,7 +18,7 @@ CASES = {
     # I = 16; naive about 130, classical about 4
     "shift": (GaussianShift(torch.ones(16)), 0.0, 0.0625, 2000, 400, 16.0, 100),
     # I = 40; naive about 230, classical about 20
-    "scale": (GaussianScale(20), 1.0, 0.04, 4000, 600, 40.0, 60),
+    "scale": (GaussianScale(20), 1.0, 0.04, 4000, 600, 40.0, 150),
 }
 
 

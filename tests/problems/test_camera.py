@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -20,6 +21,8 @@ from fisherfast.problems import (
 
 NO_READOUT = {"white_std": 0.0, "row_std": 0.0, "correlated_std": 0.0}
 
+experiment = functools.cache(default_camera)
+
 
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -27,7 +30,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 def test_default_is_the_published_experiment():
     """18 x 24 pixels, 15 DN, 2 DN, 13 %, 1.6 per um^2, and an FI that hardly varies."""
-    camera = default_camera()
+    camera = experiment()
     assert camera.shape == (18, 24)
     assert camera.readout_std == pytest.approx(15.0)
     assert camera.covariance(0.0).diagonal().sqrt().unique().item() == pytest.approx(15.0)
@@ -41,7 +44,7 @@ def test_default_is_the_published_experiment():
 
 def test_finite_step_of_the_experiment():
     """0.6 um is a coarse step: 1.40 instead of 1.60 per um^2. Catches dtheta taken as half."""
-    camera = default_camera()
+    camera = experiment()
     change = (camera.mean(0.3) - camera.mean(-0.3)).flatten()
     expected = change @ torch.linalg.solve(camera.covariance(0.0), change) / 0.6**2
     assert camera.finite_step_fisher(0.0, 0.6).item() == pytest.approx(expected.item())
@@ -51,7 +54,7 @@ def test_finite_step_of_the_experiment():
 @pytest.mark.parametrize("theta", [-1.8, -0.37, 0.9])
 def test_theta_is_the_displacement_in_micrometres(theta):
     """Catches the opposite direction, pixels for um, or a shift along the columns."""
-    camera = default_camera()
+    camera = experiment()
     light = camera.mean(theta) - camera.offset
     columns = (torch.arange(24, dtype=torch.float64) - 11.5) * camera.pixel_size
     rows = torch.arange(18, dtype=torch.float64) - 8.5
@@ -60,10 +63,10 @@ def test_theta_is_the_displacement_in_micrometres(theta):
 
 
 def test_whole_pixel_shift_rolls_the_image():
-    """Catches a shift of N - 1 for N samples. Error seen: 3e-9 of the signal, the tail beyond."""
-    camera = default_camera()
+    """Catches a shift of N - 1 for N samples. Error seen: 1.4e-14 DN."""
+    camera = experiment()
     still, moved = camera.mean(0.0), camera.mean(camera.pixel_size)
-    torch.testing.assert_close(moved[:, 1:], still[:, :-1], rtol=0, atol=1e-8)
+    torch.testing.assert_close(moved[:, 1:], still[:, :-1], rtol=0, atol=1e-12)
 
 
 def test_sub_pixel_shift_equals_a_moved_scene():
@@ -151,7 +154,7 @@ def test_pure_photon_counting():
 
 
 def test_mixed_noise_is_the_gaussian_family():
-    """Catches a lost trace term: here 8 % of the FI. The derivative of C is numerical."""
+    """Catches a lost trace term: here 69 % of the FI. The derivative of C is numerical."""
     camera = Camera(
         glyph_scene((12, 10), stroke=2), amplitude=40.0, offset=0.5, shape=(4, 5), gain=0.02
     )
@@ -165,7 +168,7 @@ def test_mixed_noise_is_the_gaussian_family():
         dim=20,
     )
     assert camera.fisher(0.1).item() == pytest.approx(family.fisher(0.1).item(), rel=1e-6)
-    assert camera.fisher(0.1).item() > 1.02 * camera.linear_fisher(0.1).item()
+    assert camera.fisher(0.1).item() > 3 * camera.linear_fisher(0.1).item()
 
 
 @pytest.mark.parametrize("options", [{}, {"gain": 2.0}, {"gain": 2.0, **NO_READOUT}])
@@ -182,7 +185,7 @@ def test_a_photograph_as_scene():
     camera = default_camera(picture)
     assert camera.fisher(0.0).item() == pytest.approx(1.6, rel=1e-11)
     values = torch.stack([camera.fisher(place) for place in camera.positions()])
-    assert ((values > 1.4) & (values < 1.8)).all()
+    assert ((values > 1.599) & (values < 1.605)).all()
     step = 1e-4
     slope = (camera.mean(0.7 + step) - camera.mean(0.7 - step)) / (2 * step)
     torch.testing.assert_close(camera.mean_derivative(0.7)[0], slope, rtol=1e-6, atol=1e-7)
@@ -190,7 +193,7 @@ def test_a_photograph_as_scene():
 
 def test_training_set():
     """Catches images beside the wrong position, and noise shared with the evaluation data."""
-    camera = default_camera().with_input_fisher(1e6)
+    camera = experiment().with_input_fisher(1e6)
     x, theta = camera.training_set(2, seed=3)
     assert x.shape == (26, 18, 24)
     assert x.dtype == theta.dtype == torch.float32
@@ -211,7 +214,7 @@ ERRORS = {
         "scene must be finite, got nan or inf",
     ),
     "theta": (
-        lambda: default_camera().mean(2.5),
+        lambda: experiment().mean(2.5),
         r"theta must lie within \+-2.4 um, got 2.5",
     ),
     "psf": (
@@ -244,7 +247,7 @@ ERRORS = {
         "offset must leave every pixel some light for shot noise, got a pixel of -",
     ),
     "target": (
-        lambda: default_camera().with_input_fisher(0.0),
+        lambda: experiment().with_input_fisher(0.0),
         "target must be positive and finite, got 0.0",
     ),
     "still": (

@@ -158,7 +158,7 @@ def test_samples_have_the_mean_and_covariance(problem, theta):
 
 @each_case
 def test_mean_derivative_is_the_slope_of_the_mean(problem, theta):
-    """Catches a derivative with respect to another unit, or transposed. Error seen: 3e-9."""
+    """Catches a derivative with respect to another unit, or transposed. Error seen: 1.2e-8."""
     centre, step = problem.as_theta(theta), 1e-4
     for row, unit in zip(
         problem.mean_derivative(theta), torch.eye(problem.parameters).double(), strict=True
@@ -169,7 +169,7 @@ def test_mean_derivative_is_the_slope_of_the_mean(problem, theta):
 
 @each_case
 def test_linear_fisher_is_a_lower_bound_and_the_limit_of_small_steps(problem, theta):
-    """Catches a linear FI above the FI, and a finite step counted as half: that is off by 4."""
+    """Catches a linear FI above the FI, and half a step for dtheta: off by 4. Error seen: 3e-7."""
     linear = problem.linear_fisher(theta)
     gap = torch.linalg.eigvalsh(problem.fisher(theta) - linear)
     assert gap.min() > -1e-9 * linear.abs().max()
@@ -181,7 +181,7 @@ def test_linear_fisher_is_a_lower_bound_and_the_limit_of_small_steps(problem, th
 
 @each_pathwise
 def test_tangent_is_the_derivative_at_fixed_noise(problem, theta):
-    """Catches a tangent of another sample, or of the wrong parameter. Rounding seen: 4e-5."""
+    """Catches a tangent of another sample, or of the wrong parameter. Error seen: 2e-4."""
     x, tangent = problem.sample_with_tangent(theta, 50, generator(3))
     assert torch.equal(x, problem.sample(theta, 50, generator(3)))
     assert tangent.shape == (problem.parameters, *x.shape)
@@ -192,7 +192,7 @@ def test_tangent_is_the_derivative_at_fixed_noise(problem, theta):
         before = problem.sample(centre - step * unit, 50, generator(3))
         smooth = (after != 0) == (before != 0)  # a ReLU that switches between has no derivative
         slope = (after - before) / (2 * step)
-        torch.testing.assert_close(row[smooth], slope[smooth], rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(row[smooth], slope[smooth], rtol=5e-4, atol=5e-4)
 
 
 @each_pathwise

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +126,18 @@ def test_center_position_among_the_edges(tmp_path):
     arrays["position_edge"] = np.where(np.isclose(EDGE, -0.9), -0.3, EDGE)
     with pytest.raises(ValueError, match=r"position_center must hold -0.3 um, the file has it in"):
         load(tmp_path, arrays)
+
+
+def test_array_longer_than_its_header_says(tmp_path):
+    """Catches a file whose frames do not stand where the header puts them."""
+    path = tmp_path / "data.npz"
+    np.savez(path, **{k: v for k, v in recording().items() if k != "position_center"})
+    header = io.BytesIO()
+    np.save(header, CENTER)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("position_center.npy", header.getvalue() + b"more")
+    with pytest.raises(ValueError, match=r"position_center must end after its \(3,\) numbers, got"):
+        load_camera_npz(path)
 
 
 def test_damaged_file(tmp_path):

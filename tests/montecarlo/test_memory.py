@@ -1,0 +1,46 @@
+"""Peak memory does not grow with the number of samples."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import torch
+import fisherfast as ff
+from fisherfast.problems import mlp
+
+samples, batch = int(sys.argv[1]), 4096
+
+def stream(shift, seed):
+    def batches():
+        generator = torch.Generator().manual_seed(seed)
+        for start in range(0, samples, batch):
+            yield torch.randn(min(batch, samples - start), 64, generator=generator) + shift
+    return batches
+
+data = ff.FiniteDifference(stream(-0.02, 0), stream(0.02, 1), dtheta=0.04)
+flow = ff.fisher_flow(mlp([64, 48, 16, 1], seed=0), data, max_features=128)
+assert flow["output"].samples == 2 * samples
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_kilobytes(samples: int) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(samples)], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_from_1e4_to_1e6_samples():
+    """Catches inputs, activations or features that are kept: 10^6 x 64 floats alone are 256 MB.
+
+    A process with torch peaks near 400 MB; within 15 % means less than 60 MB for a hundredfold more.
+    """
+    small, large = peak_kilobytes(10_000), peak_kilobytes(1_000_000)
+    assert large < 1.15 * small

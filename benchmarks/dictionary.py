@@ -2,7 +2,8 @@
 
     python benchmarks/dictionary.py
 
-Prints, for each choice, the mean over seeds of J at all features and of the honest lower bound, both over I.
+Prints, for each choice, the mean over seeds of J at all features and of the honest lower bound,
+both over I.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def peak_kilobytes(samples: int) -> int:
 def test_memory_is_flat_from_1e4_to_1e6_samples():
     """Catches inputs, activations or features that are kept: 10^6 x 64 floats alone are 256 MB.
 
-    A process with torch peaks near 400 MB; within 15 % means less than 60 MB for a hundredfold more.
+    A process with torch peaks near 400 MB; within 15 % means less than 60 MB for a hundredfold
+    more.
     """
     small, large = peak_kilobytes(10_000), peak_kilobytes(1_000_000)
     assert large < 1.15 * small

@@ -128,7 +128,7 @@ class FiniteDifference:
         """
         name = self.condition_name(condition)
         empty = True
-        for item in _iterate(self._sources[condition], batch_size):
+        for item in _iterate(self._sources[condition], batch_size, name):
             batch = _as_batch(item, name)
             if len(batch):
                 empty = False
@@ -183,7 +183,7 @@ def _check_source(source: Source, name: str) -> Source:
             raise ValueError(f"{name} must have shape [n, ...], got a single number")
         return source
     readable = isinstance(source, Iterable | Callable) or hasattr(source, "__getitem__")
-    if not readable or isinstance(source, str | bytes | dict):
+    if not readable or isinstance(source, str | bytes | dict | np.generic):
         raise TypeError(
             f"{name} must be a tensor, an array, a Dataset, a DataLoader, an iterable of batches"
             f" or a function that returns one, got {type(source).__name__}"
@@ -202,6 +202,8 @@ def _check_floating(batch: torch.Tensor | np.ndarray, name: str) -> None:
             f"{name} must have a floating dtype, got {batch.dtype}; convert with .float(),"
             " or split complex numbers into real and imaginary part"
         )
+    if isinstance(batch, torch.Tensor) and batch.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got {batch.layout}; convert with .to_dense()")
 
 
 def _check_shapes(sources: list[Source], paired: bool) -> None:
@@ -218,7 +220,7 @@ def _check_shapes(sources: list[Source], paired: bool) -> None:
         )
 
 
-def _iterate(source: Source, batch_size: int) -> Iterator[Any]:
+def _iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:
     if isinstance(source, torch.Tensor | np.ndarray):
         for start in range(0, len(source), batch_size):
             yield source[start : start + batch_size]
@@ -229,9 +231,15 @@ def _iterate(source: Source, batch_size: int) -> Iterator[Any]:
     elif isinstance(source, Iterable):
         yield from source
     elif callable(source):
-        yield from source()
+        yield from _iterate(_check_source(source(), name), batch_size, name)
     else:
         yield from torch.utils.data.DataLoader(source, batch_size=batch_size)
+
+
+def _from_array(array: np.ndarray) -> torch.Tensor:
+    """A tensor of an array, without a copy where torch can read it as it is."""
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(np.require(native, requirements=["C", "W"]))
 
 
 def _as_batch(item: Any, name: str) -> torch.Tensor:
@@ -239,11 +247,13 @@ def _as_batch(item: Any, name: str) -> torch.Tensor:
         item = item[0]
     if isinstance(item, np.ndarray):
         _check_floating(item, name)
-        item = torch.from_numpy(np.ascontiguousarray(item))
+        item = _from_array(item)
     if not isinstance(item, torch.Tensor):
         raise TypeError(
             f"{name} must yield tensors or arrays [n, ...] (or tuples that start with one),"
             f" got {type(item).__name__}"
         )
     _check_floating(item, name)
+    if item.ndim < 1:
+        raise ValueError(f"{name} must yield batches of shape [n, ...], got a single number")
     return item.detach()

@@ -71,6 +71,21 @@ class FisherCurve:
         return len(self.J)
 
 
+class SingularCovarianceError(ValueError):
+    """A feature is linear in the features before it, and there is no ridge to part them.
+
+    Attributes:
+        feature: its number, counted from 1.
+    """
+
+    def __init__(self, feature: int, size: int, ridge: float) -> None:
+        super().__init__(
+            f"covariance must be positive definite, got a singular one at feature {feature} of"
+            f" {size}: add a ridge (now {ridge}), or drop features that are linear in others"
+        )
+        self.feature = feature
+
+
 def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurve:
     r"""The whole curve J(k) from one Cholesky factorisation.
 
@@ -86,7 +101,8 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
         ridge: lambda, relative to the variance of each feature.
 
     Raises:
-        ValueError: the covariance is singular, or too few samples were seen for K features.
+        SingularCovarianceError: a feature is linear in those before it.
+        ValueError: too few samples were seen for K features.
 
     Cost: K^3 operations. Derived in docs/theory.md, sections 4 to 6.
     """
@@ -100,11 +116,7 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
         inverse_rows=True,
     )
     if int(solved.info):
-        raise ValueError(
-            "covariance must be positive definite, got a singular one at feature"
-            f" {int(solved.info)} of {size}: add a ridge (now {ridge}),"
-            " or drop features that are linear in others"
-        )
+        raise SingularCovarianceError(int(solved.info), size, ridge)
     half = solved.half[:, :parameters]
     fold_half = solved.half[:, parameters:].reshape(size, folds, parameters)
     naive = _running_products(half)

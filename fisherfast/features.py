@@ -30,9 +30,8 @@ of a feature linear, and the ridge then eats the small non-linear rest (measured
 BIAS_SCALE = 1.0
 """Standard deviation of the biases in units of a standardised activation (same measurement)."""
 
-MIN_LIFT = 64
-"""Lifted features that even a layer wider than max_features gets, so that a plateau can be
-judged."""
+MIN_LIFT_SHARE = 8
+"""A layer wider than max_features gets an eighth as many lifted ones, to judge a plateau by."""
 
 MAX_WIDTH = 4096
 """Widest layer whose activations all become features: its covariance takes 2 x 134 MB in
@@ -42,9 +41,8 @@ BLOCK_ROWS = 64
 """Rows of the lift drawn from one seed; the first 64 features are the same whatever their final
 number."""
 
-ROUNDING = 16 * torch.finfo(torch.float32).eps
-"""Relative spread below which an activation counts as constant: its variation is float32
-rounding."""
+ROUNDING = 16
+"""Units in the last place of its mean below which the spread of an activation is rounding."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,13 @@ class Standardisation:
         scale: [d] float64, 1 / standard deviation; the layer's median scale where the pilot saw no
             variation.
         alive: [d] bool, activations that varied in the pilot; only these enter the lift.
+        rounding: relative spread that the precision of the activations does not resolve.
     """
 
     mean: torch.Tensor
     scale: torch.Tensor
     alive: torch.Tensor
+    rounding: float
 
 
 class PilotMoments:
@@ -74,10 +74,13 @@ class PilotMoments:
         self._count = 0
         self._mean: torch.Tensor | None = None
         self._square = torch.zeros(())
+        self._rounding = 0.0
 
     def update(self, activations: torch.Tensor) -> None:
         """Add activations [n, d]."""
         pilot = activations.double()
+        precision = torch.float64 if activations.dtype == torch.float64 else torch.float32
+        self._rounding = max(self._rounding, ROUNDING * torch.finfo(precision).eps)
         n, mean = len(pilot), pilot.mean(0)
         square = (pilot - mean).square().sum(0)
         if self._mean is None:
@@ -94,9 +97,10 @@ class PilotMoments:
         if self._mean is None:
             raise ValueError("pilot must hold at least one batch, got none")
         std = (self._square / self._count).sqrt()
-        alive = std > ROUNDING * self._mean.abs()
+        alive = std > self._rounding * self._mean.abs()
         typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
-        return Standardisation(self._mean, torch.where(alive, std, typical).reciprocal(), alive)
+        scale = torch.where(alive, std, typical).reciprocal()
+        return Standardisation(self._mean, scale, alive, self._rounding)
 
 
 class FeatureDictionary:
@@ -105,7 +109,7 @@ class FeatureDictionary:
     Args:
         standardisation: pilot statistics of the layer.
         max_features: number of features k aimed at. All d activations are always among them (up to
-            `MAX_WIDTH`), and at least `MIN_LIFT` lifted ones are added.
+            `MAX_WIDTH`), and at least max_features / 8 lifted ones are added.
         dtype: float32 or float64, of the features.
         seed: fixes the lift, on every device.
         slope: of the leaky ReLU.
@@ -144,19 +148,20 @@ class FeatureDictionary:
         alive = standardisation.alive
         lifted = 0
         if self.kind != "sketch" and bool(alive.any()):
-            lifted = max(max_features - d, MIN_LIFT)
+            lifted = max(max_features - d, max_features // MIN_LIFT_SHARE)
         self.size = self.raw + lifted
         weight, bias = draw_lift(alive.cpu(), lifted, seed)
         self._weight = weight.to(device, dtype)
         self._bias = bias.to(device, dtype)
         self._pilot = mean_of_leaky_relu(bias, slope).to(device, dtype)
         self._no_shift = torch.zeros(self.raw, device=device, dtype=dtype)
-        offset = standardisation.mean * standardisation.scale
+        offset = (standardisation.mean * standardisation.scale).abs()
         if self.kind == "sketch":
-            offset = self._group(offset[None].abs())[0]
-        #: Size of what standardisation subtracted, in units of the feature [k]; tells variation
-        # from rounding.
-        self.offset = torch.cat([offset.abs(), offset.new_zeros(lifted)])
+            offset = self._group(offset[None])[0]
+        #: Variance of each feature [k] below which it is rounding of what was subtracted from it.
+        self.rounding_variance = torch.cat(
+            [(standardisation.rounding * offset).square(), offset.new_zeros(lifted)]
+        )
 
     def __call__(
         self, activations: torch.Tensor, *, folds: int, first: int

@@ -8,7 +8,8 @@ those.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+import numbers
 from dataclasses import replace
 from typing import Any
 
@@ -17,33 +18,27 @@ from torch import nn
 
 from fisherfast import taps
 from fisherfast._progress import progress_bar
-from fisherfast.data import FiniteDifference, lockstep
+from fisherfast.data import FiniteDifference
 from fisherfast.estimators import (
     RIDGE,
     SPARE_DOF,
+    SingularCovarianceError,
     choose_features,
     cross_fitted_bound,
     fisher_curve,
 )
-from fisherfast.features import ROUNDING, FeatureDictionary, PilotMoments
+from fisherfast.features import FeatureDictionary, PilotMoments
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import FisherFlow, LayerFisher, finite_step_note, warn_of
+from fisherfast.streams import Streams
 
 __all__ = ["fisher_flow", "fisher_information"]
 
 FOLDS = 16
 """Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
 
-PILOT_SAMPLES = 2048
-"""Samples, over all conditions, that fix the scale of the activations (3 % accuracy of a scale is
-plenty)."""
-
-PILOT_BATCHES = 4
-"""Batches per condition that are kept for the pilot at most: bounds memory when samples are
-large."""
-
 SURVEY_SAMPLES = 64
-"""Samples of the forward pass that lists the layers."""
+"""Samples of each condition in the forward pass that lists the layers."""
 
 CURVE_POINTS = 64
 """Points at which a result keeps its curve."""
@@ -242,8 +237,14 @@ class Measurement:
         return FisherFlow(layers, self._settings)
 
     def _stream(self, progress: bool) -> None:
-        device = _device_of(self._model)
-        streams = _Streams(self._data, self._settings["batch_size"], device)
+        device, dtype = _place_of(self._model)
+        streams = Streams(
+            self._data,
+            self._settings["batch_size"],
+            device=device,
+            dtype=dtype,
+            copy=self._model is not None,
+        )
         pilot = streams.pilot()
         first = torch.cat([batches[0][:SURVEY_SAMPLES] for batches in pilot])
         self._survey(first)
@@ -263,15 +264,27 @@ class Measurement:
                         self._raise_if_not_finite()
                     bar.update(len(batch))
         self._raise_if_not_finite()
+        self._raise_if_skipped()
 
     def _survey(self, batch: torch.Tensor) -> None:
         if self._model is None:
             sites = [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
         else:
-            sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
+            sites = taps.select(taps.survey(self._model, batch.clone()), self._layers, self._model)
+            self._find_chains(sites, batch)
         for site in sites:
             meter = LayerMeter(site)
             self._meters.update(dict.fromkeys(site.names, meter))
+
+    def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
+        """Replay the model once per layer, on so few samples that it costs half a pass at most."""
+        if self._model is None:
+            return
+        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        affordable = len(batch)
+        if None not in counts:
+            affordable = sum(n for n in counts if n is not None) // (2 * len(sites))
+        taps.chains(self._model, batch[: max(taps.CHAIN_SAMPLES, affordable)], sites)
 
     def _forward(self) -> Any:
         if self._model is None:
@@ -308,6 +321,16 @@ class Measurement:
             f" condition {self._data.condition_name(condition)!r}"
         )
 
+    def _raise_if_skipped(self) -> None:
+        """A layer that runs for some batches only has no moments that can be compared."""
+        meters = list(dict.fromkeys(self._meters.values()))
+        for meter in meters:
+            if meter.moments.seen != meters[0].moments.seen:
+                raise ValueError(
+                    f"layer {meter.site.event!r} must run for every batch, got"
+                    f" {sum(meter.moments.seen)} of {sum(meters[0].moments.seen)} samples"
+                )
+
 
 class _NoModel:
     """Stands in for a forward pass when only the data are measured."""
@@ -325,87 +348,13 @@ class _NoModel:
         self._consume(taps.INPUT, taps.INPUT, None, batch)
 
 
-class _Streams:
-    """Batches of all conditions: one condition after the other, or in lockstep when paired.
-
-    The first batches are read for the pilot and kept, so that a stream is read only once.
-    """
-
-    def __init__(
-        self, data: FiniteDifference, batch_size: int, device: torch.device | None
-    ) -> None:
-        self._device = device
-        self._paired = data.paired
-        self._conditions = data.conditions
-        if data.paired:
-            self._rounds = lockstep(data, batch_size)
-            self._kept_rounds: list[tuple[torch.Tensor, ...]] = []
-        else:
-            self._streams = [data.batches(c, batch_size) for c in range(data.conditions)]
-            self._kept: list[list[torch.Tensor]] = []
-
-    def pilot(self) -> list[list[torch.Tensor]]:
-        """The first batches of each condition, at most `PILOT_SAMPLES` samples in all."""
-        rows = -(-PILOT_SAMPLES // self._conditions)
-        if self._paired:
-            self._kept_rounds = _head(self._rounds, rows, lambda batches: len(batches[0]))
-            kept = [[batches[c] for batches in self._kept_rounds] for c in range(self._conditions)]
-        else:
-            self._kept = [_head(stream, rows, len) for stream in self._streams]
-            kept = self._kept
-        return [self._trim(batches, rows) for batches in kept]
-
-    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield (condition, number of the batch, batch)."""
-        if self._paired:
-            rounds = itertools.chain(_release(self._kept_rounds), self._rounds)
-            for number, batches in enumerate(rounds):
-                for condition, batch in enumerate(batches):
-                    yield condition, number, self._move(batch)
-            return
-        for condition, stream in enumerate(self._streams):
-            batches = itertools.chain(_release(self._kept[condition]), stream)
-            for number, batch in enumerate(batches):
-                yield condition, number, self._move(batch)
-
-    def _trim(self, batches: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
-        trimmed = []
-        for batch in batches:
-            if rows > 0:
-                trimmed.append(self._move(batch[:rows]))
-                rows -= len(batch)
-        return trimmed
-
-    def _move(self, batch: torch.Tensor) -> torch.Tensor:
-        return batch if self._device is None else batch.to(self._device, non_blocking=True)
-
-
-def _head(stream: Iterator[Any], rows: int, length: Any) -> list[Any]:
-    """Read batches until there are enough rows, or `PILOT_BATCHES` of them."""
-    head: list[Any] = []
-    while rows > 0 and len(head) < PILOT_BATCHES:
-        item = next(stream, None)
-        if item is None:
-            break
-        head.append(item)
-        rows -= length(item)
-    return head
-
-
-def _release(kept: list[Any]) -> Iterator[Any]:
-    """Yield what was kept and let go of it."""
-    while kept:
-        yield kept.pop(0)
-
-
 def estimate_layer(
     meter: LayerMeter, data: FiniteDifference, contrast: torch.Tensor, ridge: float
 ) -> LayerFisher:
     """J, its errors and bounds from the fold moments of one layer."""
     site, dictionary, moments = meter.site, meter.dictionary, meter.moments
-    _check_samples(site.name, moments)
-    floor = (ROUNDING * dictionary.offset).square()
-    alive = (moments.variances() > floor).nonzero()[:, 0]
+    _check_samples(site.name, dictionary.raw, moments)
+    alive = (moments.variances() > dictionary.rounding_variance).nonzero()[:, 0]
     raw = int((alive < dictionary.raw).sum())
     dropped = dictionary.size - len(alive)
     base = _no_information(site, data, samples=sum(moments.seen), dropped=dropped)
@@ -416,11 +365,15 @@ def estimate_layer(
     size, notes = _affordable(len(alive), raw, whole.dof)
     if dropped:
         notes.append(f"{dropped} constant features dropped")
-    index = alive[:size]
     try:
-        curve = fisher_curve(whole.select(index), ridge)
-    except ValueError as error:
-        raise ValueError(f"layer {site.name!r}: {error}") from None
+        curve = fisher_curve(whole.select(alive[:size]), ridge)
+    except SingularCovarianceError as error:
+        size = error.feature - 1
+        if size < raw:
+            raise ValueError(f"layer {site.name!r}: {error}") from None
+        notes.append(f"features limited to {size}: the next is linear in these (no ridge)")
+        curve = fisher_curve(whole.select(alive[:size]), ridge)
+    index = alive[:size]
     chosen, converged = choose_features(curve, raw)
     halves = [moments.statistics(contrast, half).select(index[:chosen]) for half in (0, 1)]
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1])
@@ -480,25 +433,33 @@ def _no_information(
     )
 
 
-def _check_samples(name: str, moments: FoldMoments) -> None:
-    if int(moments.counts.min()) < 2:
-        raise ValueError(
-            f"layer {name!r} must see at least {2 * moments.folds} samples per condition"
-            f" (two per fold), got {min(moments.seen)}"
-        )
+def _check_samples(name: str, raw: int, moments: FoldMoments) -> None:
+    """Two samples in every fold, and asked for together with what `_check_freedom` will need."""
+    if int(moments.counts.min()) >= 2:
+        return
+    least = 2 * moments.folds
+    needed = max(least, _needed(raw, 1.0, moments))
+    reason = "(two per fold)" if needed == least else f"for its {raw} activations"
+    raise ValueError(
+        f"layer {name!r} must see at least {needed} samples per condition {reason},"
+        f" got {min(moments.seen)}"
+    )
 
 
 def _check_freedom(name: str, raw: int, whole: FoldStatistics, moments: FoldMoments) -> None:
-    needed = raw + SPARE_DOF
-    if whole.dof >= needed:
+    if whole.dof >= raw + SPARE_DOF:
         return
-    conditions = len(moments.seen)
     inflation = (sum(moments.seen) - moments.counts.numel()) / whole.dof
-    per_condition = int(-(-(needed * inflation + moments.counts.numel()) // conditions))
     raise ValueError(
-        f"layer {name!r} must see at least {per_condition} samples per condition for its {raw}"
-        f" activations, got {min(moments.seen)}"
+        f"layer {name!r} must see at least {_needed(raw, inflation, moments)} samples per condition"
+        f" for its {raw} activations, got {min(moments.seen)}"
     )
+
+
+def _needed(raw: int, inflation: float, moments: FoldMoments) -> int:
+    """Samples per condition whose degrees of freedom carry the raw activations."""
+    cells = moments.counts.numel()
+    return math.ceil(((raw + SPARE_DOF) * inflation + cells) / len(moments.seen))
 
 
 def _affordable(size: int, raw: int, dof: float) -> tuple[int, list[str]]:
@@ -515,12 +476,14 @@ def _curve_points(raw: int, size: int) -> torch.Tensor:
     return steps.round().long().unique()
 
 
-def _device_of(model: nn.Module | None) -> torch.device | None:
-    """Where the model's first parameter or buffer lies; None leaves batches where they are."""
+def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype of the model's first parameter or buffer of floating dtype."""
     if model is None:
-        return None
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return None if tensor is None else tensor.device
+        return None, None
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return None, None
 
 
 def _check_settings(
@@ -536,9 +499,15 @@ def _check_settings(
         raise TypeError(f"data must be a FiniteDifference, got {type(data).__name__}")
     if probe is not None:
         raise NotImplementedError(f"probe must be None in this version, got {probe!r}")
-    for name, value in (("max_features", max_features), ("batch_size", batch_size)):
-        if int(value) < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
+    whole = {"max_features": max_features, "batch_size": batch_size, "folds": folds, "seed": seed}
+    for name, value in whole.items():
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+    for name in ("max_features", "batch_size"):
+        if whole[name] < 1:
+            raise ValueError(f"{name} must be positive, got {whole[name]}")
+    if not isinstance(ridge, numbers.Real):
+        raise TypeError(f"ridge must be a number, got {ridge!r}")
     if not 0 <= ridge < 1:
         raise ValueError(f"ridge must be in [0, 1), got {ridge}")
     if folds < 4 or folds % 2:

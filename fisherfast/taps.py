@@ -208,11 +208,9 @@ class Forward(TorchFunctionMode):
             self._stack.pop()
         name = self._count(self._names.get(id(module), type(module).__name__))
         kind = type(module).__name__
-        if isinstance(output, torch.Tensor):
-            output = self._report(name, kind, module, output)
-        else:
-            for suffix, tensor in _tensors(output):
-                self._report(name + suffix, kind, module, tensor, replaceable=False)
+        output = _map_tensors(
+            output, lambda suffix, tensor: self._report(name + suffix, kind, module, tensor)
+        )
         self._last = name
         return output
 
@@ -222,7 +220,6 @@ class Forward(TorchFunctionMode):
         kind: str,
         module: nn.Module | None,
         output: torch.Tensor,
-        replaceable: bool = True,
     ) -> torch.Tensor:
         """Hand an activation [n, ...] of floating dtype to the consumer."""
         readable = output.ndim > 0 and len(output) == self._samples and output.is_floating_point()
@@ -233,7 +230,7 @@ class Forward(TorchFunctionMode):
             replacement = self._consume(name, kind, module, output)
         finally:
             self._busy = False
-        return output if replacement is None or not replaceable else replacement
+        return output if replacement is None else replacement
 
     def _count(self, name: str) -> str:
         self._calls[name] = calls = self._calls.get(name, 0) + 1
@@ -259,7 +256,11 @@ def evaluation(model: nn.Module, seed: int) -> Iterator[None]:
         {p.device.index for p in model.parameters() if p.device.type == "cuda"}
         | ({torch.cuda.current_device()} if torch.cuda.is_initialized() else set())
     )
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.inference_mode(False),  # its tensors do not tell when they were overwritten
+        torch.no_grad(),
+    ):
         try:
             torch.manual_seed(seed)
             torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside from hooks
@@ -280,14 +281,14 @@ def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
 
     Two events with the very same activations (a container returns its last child's output) are one
     site.
-    Cost: one forward pass, and one on at most `CHAIN_SAMPLES` samples for each site.
+    Cost: one forward pass.
     """
     sites: list[Site] = []
     seen: list[tuple[weakref.ref[torch.Tensor], int, Site]] = []
 
     def consume(name: str, kind: str, module: nn.Module | None, output: torch.Tensor) -> None:
         for reference, version, site in seen:
-            if reference() is _original(output) and version == output._version:
+            if reference() is _original(output) and version == _version(output):
                 if name == OUTPUT and site.name != INPUT:
                     site.aliases.append(site.name)
                     site.name = OUTPUT
@@ -298,17 +299,16 @@ def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
         passive = isinstance(module, PASSIVE) and name != OUTPUT
         site = Site(name, kind, tuple(output.shape[1:]), passive=passive, module=module)
         sites.append(site)
-        seen.append((weakref.ref(output), output._version, site))
+        seen.append((weakref.ref(output), _version(output), site))
 
     with Forward(model, consume) as forward:
         output = forward.run(batch)
         del output
-    chains(model, batch, sites)
     return sites
 
 
 CHAIN_SAMPLES = 8
-"""Samples that `chains` runs: enough to tell two activations apart, few enough to cost nothing."""
+"""Fewest samples that tell two activations apart; more also see a path that few samples take."""
 
 CHAIN_TOLERANCE = 1e-3
 """Relative difference below which two activations count as equal: rounding of another batch order
@@ -321,12 +321,11 @@ def chains(model: nn.Module, batch: torch.Tensor, sites: list[Site]) -> None:
     The model runs on *other* samples while one site's output is replaced by what it was for these.
     A later site that is as it was depends on nothing else; past a skip connection it differs.
     """
-    x = batch[:CHAIN_SAMPLES]
-    if len(x) < 2:
+    if len(batch) < 2:
         return
-    other = x.roll(1, 0)
+    other = batch.roll(1, 0)
     by_event = {event: site for site in sites for event in site.names}
-    original = _record(model, x, by_event)
+    original = _record(model, batch, by_event)
     for site in sites:
         replay = _record(model, other, by_event, replace=(site.name, original))
         past = False
@@ -349,6 +348,7 @@ def select(sites: list[Site], layers: Layers, model: nn.Module) -> list[Site]:
     if isinstance(layers, str) and layers == "auto":
         return [site for site in sites if not site.passive]
     known = {name: site for site in sites for name in site.names}
+    _check_layers(layers)
     if callable(layers) and not isinstance(layers, re.Pattern):
         wanted = {id(s) for s in sites if any(layers(name, s.module) for name in s.names)}
     elif isinstance(layers, re.Pattern) or (isinstance(layers, str) and layers not in known):
@@ -361,6 +361,19 @@ def select(sites: list[Site], layers: Layers, model: nn.Module) -> list[Site]:
         wanted = {id(known[name]) for name in names}
     ends = {id(s) for s in sites if s.name in (INPUT, OUTPUT) or s.name.startswith(f"{OUTPUT}[")}
     return [site for site in sites if id(site) in wanted | ends]
+
+
+def _check_layers(layers: Any) -> None:
+    if isinstance(layers, str | re.Pattern):
+        return
+    names = isinstance(layers, Sequence) and not isinstance(layers, bytes)
+    if names and all(isinstance(name, str) for name in layers):
+        return
+    if names or not callable(layers) or isinstance(layers, nn.Module):
+        raise TypeError(
+            'layers must be "auto", a name, a list of names, a regular expression or a function,'
+            f" got {layers!r}"
+        )
 
 
 def _match(layers: str | re.Pattern[str], known: dict[str, Site], model: nn.Module) -> set[int]:
@@ -409,7 +422,7 @@ def _record(
 
     start = x if replace is None or replace[0] != INPUT else replace[1][INPUT]
     with Forward(model, consume) as forward:
-        forward.run(start)
+        forward.run(start.clone())
     return outputs
 
 
@@ -427,20 +440,35 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= CHAIN_TOLERANCE * b.abs().max().clamp_min(1e-30))
 
 
+def _version(output: torch.Tensor) -> int:
+    """Counts in-place changes; inference tensors have no counter."""
+    return -1 if output.is_inference() else output._version
+
+
 def _original(output: torch.Tensor) -> torch.Tensor:
     """The tensor that a reshaping view shows whole, or the tensor itself."""
     base = output._base
     return base if base is not None and base.numel() == output.numel() else output
 
 
-def _tensors(output: Any, suffix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a nested output with their place in it: "[0]", "[mean]"; none for a lone
-    tensor."""
-    if isinstance(output, torch.Tensor):
-        yield suffix, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _tensors(value, f"{suffix}[{key}]")
-    elif isinstance(output, list | tuple):
-        for index, value in enumerate(output):
-            yield from _tensors(value, f"{suffix}[{index}]")
+def _map_tensors(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+    """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]".
+
+    What is not changed is returned as it is, containers of the user's own classes included.
+    """
+
+    def visit(item: Any, place: str) -> Any:
+        if isinstance(item, torch.Tensor):
+            return change(place, item)
+        if isinstance(item, Mapping):
+            changed = {key: visit(value, f"{place}[{key}]") for key, value in item.items()}
+            same = all(changed[key] is value for key, value in item.items())
+            return item if same else type(item)(changed)  # type: ignore[call-arg]
+        if isinstance(item, list | tuple):
+            entries = [visit(value, f"{place}[{index}]") for index, value in enumerate(item)]
+            if all(new is old for new, old in zip(entries, item, strict=True)):
+                return item
+            return type(item)(*entries) if hasattr(item, "_fields") else type(item)(entries)
+        return item
+
+    return visit(output, "")

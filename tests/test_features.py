@@ -7,7 +7,7 @@ import torch
 
 from fisherfast.features import (
     MAX_WIDTH,
-    MIN_LIFT,
+    MIN_LIFT_SHARE,
     FeatureDictionary,
     PilotMoments,
     draw_lift,
@@ -91,7 +91,7 @@ def test_rounding_noise_is_no_variation():
 def test_wide_layers_get_a_lift_to_judge_a_plateau_by():
     """Catches k = d, where `converged` would have nothing to look at."""
     x = torch.randn(50, 80)
-    assert dictionary_of(x, 64).size == 80 + MIN_LIFT
+    assert dictionary_of(x, 64).size == 80 + 64 // MIN_LIFT_SHARE
 
 
 def test_very_wide_layers_are_sketched():

@@ -1,0 +1,803 @@
+"""`fisher_flow` and `fisher_information`: formulas, properties, and errors that change nothing."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from networks_zoo import (
+    DTHETA,
+    SHIFT,
+    WIDTH,
+    Functional,
+    Residual,
+    Unused,
+    measure,
+    mlp,
+    one_thread,  # noqa: F401
+    samples,
+    seeded,
+    two_conditions,
+    untouched,
+)
+from torch import nn
+
+import fisherfast as ff
+
+FOLDS = 16
+MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
+
+
+def three_parameters(n: int = 400, dtype: torch.dtype = torch.float64, units=(1.0, 1.0, 1.0)):
+    """Samples whose first three means are the parameters, measured in these units."""
+    generator = torch.Generator().manual_seed(1)
+    minus, plus = [], []
+    for parameter in range(3):
+        for sign, condition in ((-1, minus), (1, plus)):
+            x = torch.randn(n, WIDTH, generator=generator, dtype=dtype)
+            x[:, parameter] += sign * SHIFT
+            condition.append(x)
+    return ff.FiniteDifference(minus, plus, [DTHETA * unit for unit in units])
+
+
+def double_conditions(n: int = 400, **options) -> ff.FiniteDifference:
+    """`two_conditions` in float64."""
+    return ff.FiniteDifference(*(x.double() for x in samples(n)), DTHETA, **options)
+
+
+# --- the numbers ---
+
+
+def brute_force(minus: np.ndarray, plus: np.ndarray, ridge: float) -> tuple[float, float]:
+    """Debiased and naive linear information by the formulas of design 4.1 to 4.3, one parameter."""
+    d = minus.shape[1]
+    cells = [x[fold::FOLDS] for x in (minus, plus) for fold in range(FOLDS)]
+    nu = len(minus) + len(plus) - len(cells)
+    within = sum((cell - cell.mean(0)).T @ (cell - cell.mean(0)) for cell in cells) / nu
+    scale = np.sqrt(np.diag(within))
+    correlation = within / np.outer(scale, scale) + ridge * np.eye(d)
+    derivative = (plus.mean(0) - minus.mean(0)) / DTHETA / scale
+    inverse = np.linalg.inv(correlation)
+    naive = derivative @ inverse @ derivative
+    k_eff = d - ridge * np.trace(inverse)
+    noise = (1 / len(minus) + 1 / len(plus)) / DTHETA**2
+    return (nu - k_eff - 1) / nu * naive - noise * k_eff, naive
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-4, 0.1])
+def test_linear_information_against_the_formula(ridge):
+    """Catches a covariance with fold means in it, another nu, a ridge on raw units, a half step."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    minus, plus = (x.double() @ mix for x in samples(300))
+    data = ff.FiniteDifference(minus, plus[:250], DTHETA)
+    debiased, naive = brute_force(minus.numpy(), plus[:250].numpy(), ridge)
+    info = ff.fisher_information(data, max_features=1, ridge=ridge)
+    assert info.linear.item() == pytest.approx(debiased, rel=1e-9)
+    if info.feature_kind == "raw":
+        assert info.naive.item() == pytest.approx(naive, rel=1e-9)
+
+
+def test_truth_of_a_gaussian_shift():
+    """J = 6 within 4 sigma (false alarm 1 in 16000); power: J/2 and 2 J fail."""
+    info = ff.fisher_information(two_conditions(4000), max_features=16)
+    assert info.stderr.item() < 0.7
+    assert info.value == pytest.approx(WIDTH, abs=4 * info.stderr.item())
+    assert info.lower.item() == pytest.approx(WIDTH, abs=4 * info.lower_stderr.item())
+    assert info.naive > info.J
+
+
+def test_truth_of_a_relu():
+    """Design section 8, t = 0: linear information of ReLU(N(t, 1)) is Phi^2 / v; of the sign, all.
+
+    4 sigma. Catches values before the ReLU (J = 1 each) measured under its name.
+    """
+    phi = 1 / math.sqrt(2 * math.pi)
+    truth = 0.25 / (0.5 - phi**2)  # 0.7339
+    flow = measure(nn.ReLU(), two_conditions(4000))
+    layer = flow["output"]
+    assert layer.linear.item() == pytest.approx(WIDTH * truth, abs=4 * layer.linear_stderr.item())
+    assert abs(layer.linear.item() - WIDTH) > 2 * layer.linear_stderr.item()
+
+
+def test_no_information_is_not_clipped():
+    """Catches J clipped at 0, which is biased: about every second one must be negative."""
+    values = []
+    for seed in range(6):
+        minus, plus = samples(seed=seed)
+        data = ff.FiniteDifference(minus + SHIFT, plus - SHIFT, DTHETA)
+        values.append(ff.fisher_information(data, max_features=16).linear.item())
+    assert min(values) < 0
+
+
+def test_input_of_a_flow_is_the_information_of_the_data():
+    """Catches an "input" that has been through the model."""
+    flow = measure(seeded(mlp))
+    info = ff.fisher_information(two_conditions(), max_features=16)
+    assert info.name == "input"
+    for name in MATRICES:
+        assert torch.equal(getattr(info, name), getattr(flow["input"], name))
+
+
+def test_finite_step_warns_once_with_the_layers():
+    """Catches a warning per layer, one at any step, or none: 0.3 is the limit."""
+    minus, plus = samples()
+    wide = ff.FiniteDifference(minus - 0.5, plus + 0.5, dtheta=1.2)
+    with pytest.warns(ff.FisherWarning, match=r"^dtheta sqrt\(J\) / 2 = \d\.\d+ > 0\.3") as caught:
+        flow = measure(seeded(mlp), wide)
+    assert len(caught) == 1
+    assert "input" in str(caught[0].message)
+    assert flow["input"].finite_step.item() == pytest.approx(
+        1.2 * math.sqrt(flow["input"].value) / 2
+    )
+    assert any("finite step" in note for note in flow["input"].notes)
+
+
+# --- properties ---
+
+
+def test_results_are_symmetric_and_plain():
+    """Catches a J that is only one half of a matrix, and results on another device or dtype."""
+    flow = measure(seeded(mlp).double(), three_parameters())
+    for layer in flow:
+        for name in MATRICES:
+            matrix = getattr(layer, name)
+            assert matrix.shape == (3, 3)
+            assert matrix.dtype == torch.float64
+            assert not matrix.requires_grad
+            torch.testing.assert_close(matrix, matrix.T, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer.curve_J, layer.curve_J.mT, rtol=1e-12, atol=1e-12)
+        assert layer.curve_J.shape == layer.curve_stderr.shape == (len(layer.curve_k), 3, 3)
+        assert layer.curve_k.dtype == torch.int64
+        assert (layer.curve_k[1:] > layer.curve_k[:-1]).all()
+        assert layer.curve_k[-1] >= layer.features
+        assert (torch.linalg.eigvalsh(layer.naive) > -1e-9).all()
+        assert (layer.stderr.diagonal() >= 0).all()
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-4])
+def test_invertible_affine_map_keeps_linear_information(ridge):
+    """Catches a whitening or a standardisation that is not undone.
+
+    Without ridge to rounding (1e-13 seen); with it the features' noise differs: 1e-4 times the
+    condition number of the correlations.
+    """
+    model = seeded(lambda: nn.Linear(WIDTH, WIDTH), seed=2).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(WIDTH) + 0.3 * model.weight)
+        model.bias.fill_(5.0)
+    flow = measure(model, double_conditions(), ridge=ridge, max_features=1)
+    tolerance = 1e-9 if ridge == 0 else 2e-3
+    torch.testing.assert_close(flow["output"].linear, flow["input"].linear, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e6, 1e12])
+def test_units_of_the_data_do_not_matter(scale):
+    """Catches an absolute threshold: volts or microvolts, J is the same to rounding."""
+    minus, plus = (x.double() for x in samples())
+    expected = ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA), max_features=16)
+    scaled = ff.FiniteDifference(minus * scale, plus * scale, DTHETA)
+    info = ff.fisher_information(scaled, max_features=16)
+    assert info.dropped == 0
+    torch.testing.assert_close(info.curve_J, expected.curve_J, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e5, 1e8])
+def test_offset_of_the_data_does_not_matter(offset):
+    """Catches a plain sum of squares, and features called constant that are resolved in float64."""
+    minus, plus = (x.double() for x in samples())
+    expected = ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA), max_features=16)
+    moved = ff.FiniteDifference(minus + offset, plus + offset, DTHETA)
+    info = ff.fisher_information(moved, max_features=16)
+    assert info.dropped == 0
+    # float64 resolves 1e8 to 1e-8 standard deviations
+    torch.testing.assert_close(info.linear, expected.linear, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
+def test_unit_of_theta(paired):
+    """theta in mm, not m: J, stderr, lower, all by 1e-6. Catches a step left out somewhere."""
+    minus, plus = (x.double() for x in samples())
+    model = seeded(mlp).double()
+    metres, millimetres = (
+        measure(model, ff.FiniteDifference(minus, plus, step, paired=paired))
+        for step in (DTHETA, DTHETA * 1000)
+    )
+    for layer in metres:
+        other = millimetres[layer.name]
+        for name in (*MATRICES, "curve_J", "curve_stderr"):
+            expected = getattr(layer, name) / 1e6
+            torch.testing.assert_close(getattr(other, name), expected, rtol=1e-9, atol=1e-15)
+        assert other.features == layer.features
+        torch.testing.assert_close(other.finite_step, layer.finite_step, rtol=1e-9, atol=0)
+        torch.testing.assert_close(other.crlb, layer.crlb * 1000, rtol=1e-9, atol=0)
+    for name, fraction in metres.fractions().items():
+        assert millimetres.fractions()[name] == pytest.approx(fraction, rel=1e-9)
+
+
+def test_units_of_several_parameters():
+    """Each theta in its own unit: J_ij by both units, fractions not at all."""
+    units = torch.tensor([1.0, 1000.0, 0.01], dtype=torch.float64)
+    model = seeded(mlp).double()
+    plain = measure(model, three_parameters())
+    scaled = measure(model, three_parameters(units=units.tolist()))
+    for layer in plain:
+        for name in MATRICES:
+            matrix = getattr(scaled[layer.name], name) * torch.outer(units, units)
+            # the bound of the output inverts a matrix of rank 1: 1e-8 of its size seen
+            tolerance = 1e-6 if name.startswith("lower") else 1e-9
+            torch.testing.assert_close(matrix, getattr(layer, name), rtol=tolerance, atol=tolerance)
+        assert scaled[layer.name].features == layer.features
+    for name, fraction in plain.fractions().items():
+        assert scaled.fractions()[name] == pytest.approx(fraction, rel=1e-8, abs=1e-10)
+        error = plain.fraction_errors()[name]
+        assert scaled.fraction_errors()[name] == pytest.approx(error, rel=1e-8)
+
+
+def test_order_of_parameters():
+    """Catches a parameter that is treated apart, such as the first one deciding on k."""
+    model = seeded(mlp).double()
+    data = three_parameters()
+    conditions = [next(data.batches(c, 10**6)) for c in range(6)]
+    order = [2, 0, 1]
+    shuffled = ff.FiniteDifference(
+        [conditions[2 * p] for p in order], [conditions[2 * p + 1] for p in order], DTHETA
+    )
+    plain, other = measure(model, data), measure(model, shuffled)
+    for layer in plain:
+        expected = layer.linear[order][:, order]
+        torch.testing.assert_close(other[layer.name].linear, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_exchanged_conditions():
+    """theta -> -theta: J stays. Catches a covariance of one condition only."""
+    minus, plus = (x.double() for x in samples())
+    plus = plus[:300] * 1.1 - 0.1
+    forward, backward = (
+        ff.fisher_information(ff.FiniteDifference(*pair, DTHETA), max_features=1).linear
+        for pair in ((minus, plus), (plus, minus))
+    )
+    torch.testing.assert_close(forward, backward, rtol=1e-9, atol=0)
+
+
+def test_same_seed_same_bits():
+    """Catches a random state of the process that gets in."""
+    model = seeded(mlp)
+    first = measure(model)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    second = measure(model)
+    for layer in first:
+        for name in (*MATRICES, "curve_J", "curve_stderr"):
+            assert torch.equal(getattr(layer, name), getattr(second[layer.name], name))
+
+
+def test_seed_changes_the_lift_alone():
+    """Catches folds or pilots that are drawn, and a seed that is not used."""
+    model = seeded(mlp)
+    first, second = (measure(model, seed=seed) for seed in (0, 1))
+    for layer in first:
+        other = second[layer.name]
+        assert torch.equal(layer.linear, other.linear)
+        assert torch.equal(layer.linear_stderr, other.linear_stderr)
+        assert not torch.equal(layer.curve_J, other.curve_J)
+
+
+def test_more_features_append():
+    """Catches a lift that is drawn anew for each width: features are nested."""
+    few, many = (
+        ff.fisher_information(double_conditions(), max_features=count) for count in (16, 32)
+    )
+    common = {k: j for k, j in zip(few.curve_k.tolist(), few.curve_J, strict=True)}
+    shared = [
+        (j, common[k])
+        for k, j in zip(many.curve_k.tolist(), many.curve_J, strict=True)
+        if k in common
+    ]
+    assert len(shared) > 8
+    for one, other in shared:
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 50, 399, 400])
+def test_batch_size_changes_results_to_rounding(batch_size):
+    """Catches samples that are dealt to folds, or standardised, by the batches they come in."""
+    model = seeded(mlp).double()
+    data = double_conditions(400 if batch_size > 1 else 64)
+    expected = measure(model, data, batch_size=4096)
+    flow = measure(model, data, batch_size=batch_size)
+    for layer in flow:
+        other = expected[layer.name]
+        for name in ("linear", "linear_stderr"):
+            torch.testing.assert_close(
+                getattr(layer, name), getattr(other, name), rtol=1e-9, atol=1e-9
+            )
+        assert layer.features == other.features
+        for name in ("J", "lower", "naive", "curve_J", "curve_stderr"):
+            torch.testing.assert_close(
+                getattr(layer, name), getattr(other, name), rtol=1e-6, atol=1e-6
+            )
+
+
+def test_settings_are_kept():
+    """Catches a result that does not say how it was measured."""
+    flow = measure(seeded(mlp), seed=3, folds=8, batch_size=100, ridge=1e-3)
+    for name, value in {"seed": 3, "folds": 8, "batch_size": 100, "ridge": 1e-3}.items():
+        assert flow.settings[name] == value
+    assert flow.settings["max_features"] == 16
+    assert flow.settings["dtheta"] == [DTHETA]
+    assert flow.settings["paired"] is False
+    assert flow.version == ff.__version__
+
+
+# --- values that cannot be used ---
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("batch", [0, 3, 7])
+def test_bad_samples_name_input_batch_and_condition(batch, value):
+    """Catches NaN that reaches J, or is blamed on the first layer instead of the data."""
+    minus, plus = samples()
+    plus[50 * batch + 49, 2] = value
+    model = seeded(mlp).train()
+    text = (
+        "activations of layer 'input' must be finite, got NaN or infinity in "
+        f"batch {batch} of condition 'plus'"
+    )
+    data = ff.FiniteDifference(minus, plus, DTHETA)
+    with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        measure(model, data, batch_size=50)
+
+
+def test_bad_samples_of_the_second_parameter():
+    """Catches a condition named "plus" when there are several."""
+    minus, plus = samples()
+    broken = minus.clone()
+    broken[60, 0] = math.nan
+    data = ff.FiniteDifference([minus, broken], [plus, plus], DTHETA)
+    with pytest.raises(ValueError, match=r"layer 'input' .* batch 1 of condition 'minus\[1\]'$"):
+        measure(seeded(mlp), data, batch_size=50)
+
+
+@pytest.mark.parametrize("place", [20, 333])
+def test_bad_activations_name_the_first_layer_in_order_of_execution(place):
+    """Catches the last layer, or the first of a dict, that is blamed; in the pilot and later."""
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.z_first = nn.Linear(WIDTH, WIDTH)
+            self.m_breaks = nn.Identity()
+            self.a_last = nn.Linear(WIDTH, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.z_first(x)
+            y = torch.sigmoid(torch.where(x[:, :1] > 9, torch.nan, y))
+            return self.a_last(y)
+
+    minus, plus = samples()
+    plus[place, 0] = 10
+    model = seeded(Broken)
+    text = (
+        "activations of layer 'z_first/sigmoid' must be finite, got NaN or infinity in "
+        f"batch {place // 50} of condition 'plus'"
+    )
+    data = ff.FiniteDifference(minus, plus, DTHETA)
+    with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        measure(model, data, batch_size=50)
+
+
+def test_overflow_of_the_statistics():
+    """1e30 is finite, its square is not in float32: catches a NaN that comes out as J."""
+    minus, plus = (x * 1e30 for x in samples())
+    expected = ff.fisher_information(two_conditions(), max_features=16)
+    info = ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA), max_features=16)
+    torch.testing.assert_close(info.linear, expected.linear, rtol=1e-4, atol=0)
+
+
+# --- how many samples ---
+
+
+def needed(error: BaseException) -> int:
+    """The number of samples that a message asks for."""
+    found = re.search(r"must see at least (\d+) samples per condition", str(error))
+    assert found, str(error)
+    return int(found[1])
+
+
+def wide_information(n: int, width: int, parameters: int, paired: bool) -> ff.LayerFisher:
+    """Information of n samples per condition, of which few are enough."""
+    minus, plus = samples(n * parameters, width=width)
+    data = ff.FiniteDifference(list(minus.split(n)), list(plus.split(n)), DTHETA, paired=paired)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ff.FisherWarning)
+        return ff.fisher_information(data, max_features=16)
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
+@pytest.mark.parametrize("parameters", [1, 2])
+@pytest.mark.parametrize("width", [100, 257])
+def test_number_of_samples_that_is_asked_for_is_enough(width, parameters, paired):
+    """Catches a number that is too small, and one that is too large (two less must fail)."""
+    with pytest.raises(ValueError, match=r"^layer 'input' must see at least ") as caught:
+        wide_information(2 * FOLDS, width, parameters, paired)
+    enough = needed(caught.value)
+    info = wide_information(enough, width, parameters, paired)
+    assert info.samples == 2 * parameters * enough
+    assert torch.isfinite(info.linear).all()
+    assert torch.isfinite(info.lower).all()
+    with pytest.raises(ValueError, match=r"^layer 'input' must see at least ") as caught:
+        wide_information(enough - 2, width, parameters, paired)
+    assert needed(caught.value) == pytest.approx(enough, abs=1)
+
+
+@pytest.mark.parametrize("width", [3, 100])
+def test_samples_are_asked_for_once(width):
+    """Catches a first message that asks for the folds alone, and a second that asks for more."""
+    with pytest.raises(ValueError, match=r"^layer 'input' must see at least ") as caught:
+        wide_information(20, width, 1, False)
+    assert torch.isfinite(wide_information(needed(caught.value), width, 1, False).linear).all()
+
+
+def test_too_few_samples_name_the_numbers():
+    """Catches words about matrices instead of samples."""
+    model = seeded(mlp).train()
+    text = "layer 'input' must see at least 32 samples per condition (two per fold), got 31"
+    with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        measure(model, two_conditions(31))
+
+
+def test_one_condition_with_too_few_samples():
+    """Catches a mean over conditions: each one must fill its folds."""
+    minus, plus = samples()
+    with pytest.raises(ValueError, match=r"must see at least 32 samples per condition.*got 20$"):
+        measure(seeded(mlp), ff.FiniteDifference(minus, plus[:20], DTHETA))
+
+
+def test_wide_layer_names_itself():
+    """Catches "input" blamed for a layer that is too wide."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, 200), nn.Tanh(), nn.Linear(200, 1)))
+    with (
+        untouched(model),
+        pytest.raises(
+            ValueError, match=r"^layer '0' must see at least \d+ samples per condition for its 200 "
+        ),
+    ):
+        measure(model, two_conditions(80))
+
+
+def test_fewer_features_than_asked_for_are_noted():
+    """Catches nu <= k + 1, and a reduction that nobody is told of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ff.FisherWarning)
+        info = ff.fisher_information(two_conditions(40), max_features=512)
+    assert info.curve_k[-1] < 2 * 40 - 2 * FOLDS - 1
+    assert any("limited" in note for note in info.notes)
+
+
+# --- features without information ---
+
+
+class Dead(nn.Module):
+    """The first and third of four activations never vary; `all_dead` silences the rest."""
+
+    def __init__(self, all_dead: bool = False) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, 4)
+        self.out = nn.Linear(4, 1)
+        self.all_dead = all_dead
+        with torch.no_grad():
+            self.fc.weight[0] = 0
+            self.fc.bias[2] = -1e6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.fc(x) - 1e9 * self.all_dead))
+
+
+def test_constant_features_are_dropped_counted_and_noted():
+    """Catches a division by a standard deviation of 0."""
+    model = seeded(Dead)
+    flow = measure(model)
+    assert flow["fc"].dropped >= 1
+    relu = flow["fc/relu"]
+    assert relu.dropped >= 2
+    assert any("constant" in note for note in relu.notes)
+    assert relu.dim == 4
+    rest = measure(nn.Identity(), two_conditions())["input"]
+    assert relu.value < rest.value + 4 * rest.stderr.item()
+
+
+def test_all_dead_is_no_information():
+    """Catches NaN, an error, or a layer that is missing from the results."""
+    model = seeded(lambda: Dead(all_dead=True))
+    with untouched(model):
+        flow = measure(model)
+    for name, dim in (("fc/relu", 4), ("output", 1)):
+        layer = flow[name]
+        assert layer.dropped == dim
+        for matrix in MATRICES:
+            assert torch.equal(getattr(layer, matrix), torch.zeros(1, 1, dtype=torch.float64))
+        assert any("constant" in note for note in layer.notes)
+        assert flow.fractions()[name] == 0
+        assert math.isinf(layer.crlb.item())
+    assert "fc/relu" in str(flow)
+
+
+def test_constant_input():
+    """Catches fractions of an input without information: no division by zero, no warning."""
+    data = ff.FiniteDifference(torch.ones(100, 3), torch.ones(100, 3), DTHETA)
+    flow = measure(nn.Identity(), data)
+    assert flow["input"].value == 0
+    str(flow)
+    flow.table()
+    flow.fractions()
+    flow.fraction_errors()
+    flow.tightened()
+
+
+@pytest.mark.parametrize("batch_size", [25, 4096])
+@pytest.mark.parametrize("where", ["minus", "plus"])
+def test_activations_that_fire_late_count(where, batch_size):
+    """Catches a feature that is dropped because it was silent in the first batches.
+
+    Zero for the first 1600 samples of both conditions, then noise, shifted by 1 in one of them.
+    """
+    minus, plus = samples(2000)
+    silent = 1600
+    for x in (minus, plus):
+        x[:silent, 5] = 0
+        x[silent:, 5] += SHIFT if x is minus else -SHIFT
+    (minus if where == "minus" else plus)[silent:, 5] += 1.0
+    data = ff.FiniteDifference(minus, plus, DTHETA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ff.FisherWarning)
+        info = ff.fisher_information(data, max_features=16, batch_size=batch_size)
+    expected, _ = brute_force(minus.double().numpy(), plus.double().numpy(), 1e-4)
+    assert info.dropped == 0
+    assert info.linear.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_single_event():
+    """One sample of 4000 differs: catches a singular covariance of half A or B."""
+    minus, plus = samples(2000)
+    minus[:, 3] = plus[:, 3] = 0.0
+    plus[1234, 3] = 1.0
+    flow = measure(nn.Identity(), ff.FiniteDifference(minus, plus, DTHETA))
+    for name in MATRICES:
+        assert torch.isfinite(getattr(flow["input"], name)).all()
+    # one event in 4000 shows nothing that could be told from chance
+    assert flow["input"].value == pytest.approx(5, abs=4 * flow["input"].stderr.item())
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_features": 0}, "max_features must be positive, got 0"),
+        ({"max_features": -1}, "max_features must be positive, got -1"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"batch_size": -3}, "batch_size must be positive, got -3"),
+        ({"folds": 3}, "folds must be even and at least 4, got 3"),
+        ({"folds": 0}, "folds must be even and at least 4, got 0"),
+        ({"folds": -2}, "folds must be even and at least 4, got -2"),
+        ({"ridge": -1}, "ridge must be in [0, 1), got -1"),
+        ({"ridge": 1}, "ridge must be in [0, 1), got 1"),
+        ({"ridge": math.nan}, "ridge must be in [0, 1), got nan"),
+    ],
+)
+def test_numbers_out_of_range(options, text):
+    """Catches a number that fails deep inside, or not at all. Both functions check alike."""
+    model = seeded(mlp)
+    with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        measure(model, **options)
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        ff.fisher_information(two_conditions(), **options)
+
+
+@pytest.mark.parametrize("name", ["max_features", "batch_size", "folds", "ridge", "seed"])
+def test_arguments_of_a_wrong_kind(name):
+    """Catches "int() argument must be a string", which does not say which argument."""
+    model = seeded(mlp)
+    for value in (None, "many", [1]):
+        with untouched(model), pytest.raises((TypeError, ValueError), match=f"^{name} must "):
+            measure(model, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_features", "batch_size", "folds"])
+def test_fractional_numbers_are_refused(name):
+    """Catches 16.5 features that are silently 16."""
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must "):
+        measure(seeded(mlp), **{name: 16.5})
+
+
+def test_network_probe_is_not_there_yet():
+    """Catches a probe that is ignored."""
+    with pytest.raises((NotImplementedError, ValueError), match=r"^probe must be None .*'network'"):
+        measure(seeded(mlp), probe="network")
+
+
+@pytest.mark.parametrize(
+    ("model", "got"), [(None, "NoneType"), (torch.relu, "builtin_function_or_method"), ([], "list")]
+)
+def test_things_that_are_no_model(model, got):
+    """Catches an error about missing attributes."""
+    text = f"model must be a torch.nn.Module, got {got}"
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        ff.fisher_flow(model, two_conditions())
+
+
+@pytest.mark.parametrize("data", [None, torch.zeros(3, 3), (torch.zeros(3), 1), "x", nn.ReLU()])
+def test_things_that_are_no_data(data):
+    """Catches samples given without their step."""
+    text = f"data must be a FiniteDifference, got {type(data).__name__}"
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        ff.fisher_flow(seeded(mlp), data)
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        ff.fisher_information(data)
+
+
+def test_arguments_after_the_data_are_keywords():
+    """Catches a position that users could rely on."""
+    with pytest.raises(TypeError, match="positional"):
+        ff.fisher_flow(seeded(mlp), two_conditions(), "auto")
+    with pytest.raises(TypeError, match="positional"):
+        ff.fisher_information(two_conditions(), 16)
+
+
+# --- interruptions, progress, chains ---
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
+@pytest.mark.parametrize("batches", [0, 1, 6, 8])
+def test_interrupted_sources_leave_nothing_behind(batches, error):
+    """Catches hooks, eval mode or a seeded stream that stay after Ctrl-C while data are read."""
+    minus, plus = samples()
+
+    def interrupted():
+        yield from plus.split(50)[:batches]
+        raise error
+
+    model = seeded(mlp).train()
+    data = ff.FiniteDifference(lambda: minus.split(50), interrupted, DTHETA)
+    with untouched(model), pytest.raises(error):
+        measure(model, data)
+    # and it still measures
+    assert measure(model)["input"].samples == 800
+
+
+def test_source_that_uses_the_random_stream():
+    """A source may draw from the global stream: its draws are kept there, or all are put back."""
+    model = seeded(mlp)
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.randn(400, WIDTH)]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        draw(), draw()
+        drawn = torch.get_rng_state()
+        torch.manual_seed(5)
+        measure(model, ff.FiniteDifference(draw, draw, DTHETA))
+        after = torch.get_rng_state()
+    assert torch.equal(after, drawn) or torch.equal(after, before)
+
+
+def test_random_sources_are_not_frozen():
+    """Catches a source whose every batch gets the same random numbers from a library's seed."""
+    generator_state = []
+
+    def draw():
+        for _ in range(8):
+            x = torch.randn(50, WIDTH)
+            generator_state.append(x[0, 0].item())
+            yield x
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        measure(seeded(mlp), ff.FiniteDifference(draw, draw, DTHETA))
+    assert len(set(generator_state)) == 16
+
+
+def test_progress_without_a_terminal(monkeypatch):
+    """Catches a bar that needs a terminal or a length, warns, or writes to standard output."""
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    minus, plus = samples()
+    model = seeded(mlp)
+    expected = measure(model)
+    for data in (two_conditions(), ff.FiniteDifference(lambda: [minus], iter([plus]), DTHETA)):
+        with untouched(model):
+            flow = measure(model, data, progress=True)
+        assert torch.equal(flow["output"].J, expected["output"].J)
+    assert out.getvalue() == ""
+
+
+def test_progress_without_tqdm(monkeypatch):
+    """Catches "No module named 'tqdm'", and a measurement that needs tqdm for nothing."""
+    for name in ("tqdm", "tqdm.auto", "tqdm.std"):
+        monkeypatch.setitem(sys.modules, name, None)
+    model = seeded(mlp).train()
+    text = "progress bars need tqdm: pip install 'fisherfast[plots]', or pass progress=False"
+    with untouched(model), pytest.raises(ImportError, match=f"^{re.escape(text)}$"):
+        measure(model, progress=True)
+    measure(model)
+
+
+def test_silent_without_progress(capfd):
+    """Catches anything printed."""
+    measure(seeded(mlp))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tightened_chain_never_rises():
+    """Information of a later layer was there before: catches a chain in the wrong direction."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, 6), nn.ReLU(), nn.Linear(6, 3)))
+    flow = measure(model)
+    tight = flow.tightened()
+    values = [layer.value for layer in tight]
+    assert values == sorted(values, reverse=True)
+    assert tight["output"].value == flow["output"].value
+    for layer in tight:
+        assert layer.value >= flow[layer.name].value
+        later = [flow[name].value for name in (layer.name, *flow[layer.name].descendants)]
+        assert layer.value == pytest.approx(max(later), rel=1e-12)
+    assert torch.equal(flow["0"].J, measure(model)["0"].J)  # the flow itself stays
+
+
+def test_tightened_stops_at_a_residual_sum():
+    """Catches the sum's information credited to a branch that saw only part of the input."""
+    flow = measure(seeded(Residual), two_conditions(1000))
+    tight = flow.tightened()
+    branch = max(flow[name].value for name in ("a", "act", "b"))
+    for name in ("a", "act", "b"):
+        assert tight[name].value <= branch
+    assert tight["input"].value == pytest.approx(max(layer.value for layer in flow))
+
+
+def test_functional_and_module_activations_agree():
+    """Catches another lift, or another measurement, for a function than for a module."""
+    function = seeded(lambda: Functional(torch.relu))
+    module = seeded(lambda: Functional(nn.ReLU()))
+    one, other = measure(function), measure(module)
+    for first, second in (("fc1", "fc1"), ("fc1/relu", "activation"), ("output", "output")):
+        torch.testing.assert_close(one[first].linear, other[second].linear, rtol=1e-9, atol=1e-9)
+
+
+def test_a_layer_that_runs_only_sometimes():
+    """Catches an output that is read from its other name, which runs in every second batch."""
+
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, 3)
+            self.rare = nn.Linear(3, 3)
+            self.batches = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.batches += 1
+            y = self.fc(x)
+            return self.rare(y) if self.batches % 2 else y + 1
+
+    model = seeded(Sometimes)
+    try:
+        flow = measure(model, batch_size=50)
+    except (ValueError, RuntimeError) as error:
+        assert "rare" in str(error)  # noqa: PT017
+    else:
+        assert flow["fc"].samples == 800
+        assert flow["output"].samples == 800
+
+
+def test_unused_layers_are_left_out():
+    """Catches a layer without samples that ends in an error under "auto"."""
+    assert measure(seeded(Unused)).names == ["input", "fc1", "fc1/relu", "output"]

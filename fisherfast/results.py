@@ -3,6 +3,7 @@ files."""
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import math
@@ -31,7 +32,7 @@ class FisherWarning(UserWarning):
     """A result is valid but needs care: a finite step too wide, features cut by too few samples."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerFisher:
     """Fisher information in the activations of one layer.
 
@@ -115,6 +116,12 @@ class LayerFisher:
     def __float__(self) -> float:
         return self.value
 
+    def __repr__(self) -> str:
+        return (
+            f"LayerFisher({self.name!r}, J={_numbers(self.J)}, stderr={_numbers(self.stderr)},"
+            f" lower={_numbers(self.lower)}, features={self.features})"
+        )
+
     @property
     def crlb(self) -> torch.Tensor:
         """Cramer-Rao bound [P] float64 in the unit of theta: sqrt of the diagonal of J^-1.
@@ -136,7 +143,7 @@ class LayerFisher:
         return step * self.J.diagonal().clamp_min(0).sqrt() / 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and nested lists; NaN and infinity as None."""
+        """Plain numbers, strings and nested lists; NaN and infinity as "nan", "inf"."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
@@ -147,16 +154,18 @@ class LayerFisher:
             KeyError, TypeError, ValueError: an entry is missing or of a wrong kind.
         """
         values = {f.name: entry[f.name] for f in fields(cls)}
+        parameters = len(values["dtheta"])
         for name in _MATRICES:
-            values[name] = torch.tensor(
-                np.array(values[name], dtype=np.float64), dtype=torch.float64
-            )
+            numbers = np.array(values[name], dtype=np.float64)
+            shape = (-1, parameters, parameters) if name.startswith("curve") else (parameters,) * 2
+            values[name] = torch.from_numpy(numbers.reshape(shape))
+        values["effective_dim"] = float(values["effective_dim"])
         values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64)
         for name in ("shape", "dtheta", "aliases", "descendants", "notes"):
             values[name] = tuple(values[name])
-        parameters = len(values["dtheta"])
-        if any(tuple(values[name].shape[-2:]) != (parameters,) * 2 for name in _MATRICES):
-            raise ValueError("matrices must be [P, P]")
+        lengths = {len(values[name]) for name in ("curve_k", "curve_J", "curve_stderr")}
+        if len(lengths) > 1:
+            raise ValueError(f"curves must have the same length, got {sorted(lengths)}")
         return cls(**values)
 
 
@@ -173,7 +182,7 @@ _MATRICES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class FisherFlow:
     """Fisher information of every layer, in execution order from "input" to "output".
 
@@ -198,7 +207,8 @@ class FisherFlow:
         for layer in self.layers:
             if name == layer.name or name in layer.aliases:
                 return layer
-        raise KeyError(f"layer must be one of {self.names}, got {name!r}")
+        known = [*self.names, *(alias for layer in self.layers for alias in layer.aliases)]
+        raise KeyError(f"layer must be one of {known}, got {name!r}")
 
     def __contains__(self, name: object) -> bool:
         return any(name == layer.name or name in layer.aliases for layer in self.layers)
@@ -281,7 +291,7 @@ class FisherFlow:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "version": self.version,
-            "settings": self.settings,
+            "settings": copy.deepcopy(self.settings),
             "layers": [layer.to_dict() for layer in self],
         }
 
@@ -331,7 +341,7 @@ class FisherFlow:
         raw = path.read_bytes() if path.suffix == ".json" else _read_npz(path)
         try:
             content = json.loads(raw)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{path} must hold a saved flow, got a damaged or foreign file: {error}"
             ) from None
@@ -371,6 +381,9 @@ class FisherFlow:
                 ]
             )
         return rows
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         rows = self.table()
@@ -452,13 +465,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return str(value)
     return value
 
 
 def _read_npz(path: Path) -> bytes:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return bytes(archive["flow"].tobytes())
     except FileNotFoundError:
         raise

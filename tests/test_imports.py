@@ -1,4 +1,4 @@
-"""Who may import whom (design section 10), and what `import fisherfast` must not do."""
+"""Who may import whom (CONTRIBUTING.md), and what `import fisherfast` must not do."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("line", [x for code in blocks("sh") for x in code.splitlines() if x])
 def test_shell_lines_exist(line, tmp_path):
-    """Catches a verb that is not there: make targets are resolved, commands asked for their help."""
+    """Catches a verb that is not there: targets are resolved, commands asked for their help."""
     command = line.split("#")[0].split()
     if command[0] == "make":
         if shutil.which("make") is None:
@@ -60,3 +60,12 @@ def test_pictures_and_links_exist():
     """Catches a figure that was renamed."""
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_accuracy_table_is_what_was_measured():
+    """Catches a number typed by hand: the table comes from benchmarks/results/validation.json."""
+    script = ROOT / "benchmarks" / "validation.py"
+    done = subprocess.run(
+        [sys.executable, script, "--table"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() in README

@@ -2,8 +2,8 @@
 
 A *condition* is one set of samples, all drawn at the same theta. `FiniteDifference` holds 2 P of
 them, one below and one above theta for each of the P parameters, and says by `contrast` how the
-derivative of
-a mean follows from the means of the conditions. Nothing is loaded or copied before it is asked for.
+derivative of a mean follows from the means of the conditions. Nothing is loaded or copied before it
+is asked for.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ class FiniteDifference:
 
     Args:
         minus: samples at theta - dtheta/2: a tensor or array [n, ...] of floating dtype, a
-            ``Dataset``, a
-            ``DataLoader``, an iterable of batches [n_batch, ...], or a function without arguments
-            that returns
-            such an iterable (for streams that can be replayed). Batches may be tuples: the first
-            entry is used. For P parameters a list of P of these.
+            ``Dataset``, a ``DataLoader``, an iterable of batches [n_batch, ...], or a function
+            without arguments that returns such an iterable (for streams that can be replayed).
+            Batches may be tuples: the first entry is used. For P parameters a list of P of these.
         plus: samples at theta + dtheta/2, in the same form.
         dtheta: full separation in the unit of theta, positive; a sequence of P numbers for P
             parameters.

@@ -2,11 +2,9 @@ r"""From fold moments to Fisher information: the curve, its error bars, the hone
 of k.
 
 Design 4.2 to 4.5; every formula is derived in docs/theory.md. Notation: S [k, k] the covariance of
-the
-features scaled to unit diagonal, R = S + ridge, L L^T = R, D [k, P] the derivative of the mean, Y =
-L^-1 D.
-Because the leading block of L factors the leading block of R, the running sums of y_i y_i^T are the
-linear Fisher information of the first k features, for every k at once.
+the features scaled to unit diagonal, R = S + ridge, L L^T = R, D [k, P] the derivative of the mean,
+Y = L^-1 D. Because the leading block of L factors the leading block of R, the running sums of y_i
+y_i^T are the linear Fisher information of the first k features, for every k at once.
 """
 
 from __future__ import annotations
@@ -90,8 +88,8 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
     r"""The whole curve J(k) from one Cholesky factorisation.
 
     .. math::
-        k_\text{eff}(k) = k - \lambda \sum_{i \le k} \lVert \text{row}_i L^{-1} \rVert^2, \qquad
-        h = (\nu - k_\text{eff} - 1) / \nu
+        k_\text{eff}(k) = k - \lambda \sum_{i \le k} \lVert \text{row}_i L^{-1} \rVert^2, \qquad h =
+        (\nu - k_\text{eff} - 1) / \nu
 
         \text{independent:}\quad J = h \, J_\text{naive} - k_\text{eff} \, c \qquad
         \text{paired:}\quad J = h \, \frac{\sum_{f \ne g} y_f y_g^T}{F (F - 1)}
@@ -162,8 +160,8 @@ def cross_fitted_bound(
     average.
 
     Whatever the readout W = R_A^-1 D_A [k, P] is, the linear Fisher information of the P numbers
-    W^T f is a
-    lower bound, and it is measured on samples that W has not seen, with only k = P to correct for.
+    W^T f is a lower bound, and it is measured on samples that W has not seen, with only k = P to
+    correct for.
 
     Returns:
         lower [P, P] and its standard error [P, P], in 1/theta^2.
@@ -211,11 +209,9 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     r"""The smallest k >= first that no larger k' beats significantly, for any parameter.
 
     Significantly means by more than `GAIN_ERRORS` standard errors *of the gain* J(k') - J(k), not
-    of J: both share
-    the noise of their common features, and a gain of 1 % can be certain where J itself is known to
-    3 %. The variance
-    of a gain is that over folds (jackknife), and that of dk more features in the covariance, 2 M^2
-    dk / nu^2 with M = h J_naive.
+    of J: both share the noise of their common features, and a gain of 1 % can be certain where J
+    itself is known to 3 %. The variance of a gain is that over folds (jackknife), and that of dk
+    more features in the covariance, 2 M^2 dk / nu^2 with M = h J_naive.
 
     Args:
         curve: of K features.

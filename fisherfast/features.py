@@ -118,8 +118,8 @@ class FeatureDictionary:
         raw: number of leading features that are linear in the activations.
         size: number of features k.
         kind: "raw + lift", or "sketch" for a layer wider than `MAX_WIDTH`: signed sums of its
-            standardised
-            activations in max_features random groups. A sketch is a valid but loose lower bound.
+            standardised activations in max_features random groups. A sketch is a valid but loose
+            lower bound.
 
     Cost: 2 n d (k - d) operations a call, nothing larger than [n, k] and [d, k - d] held.
     """

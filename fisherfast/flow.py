@@ -8,9 +8,7 @@ those.
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,17 +17,9 @@ from torch import nn
 from fisherfast import taps
 from fisherfast._progress import progress_bar
 from fisherfast.data import FiniteDifference
-from fisherfast.estimators import (
-    RIDGE,
-    SPARE_DOF,
-    SingularCovarianceError,
-    choose_features,
-    cross_fitted_bound,
-    fisher_curve,
-)
-from fisherfast.features import FeatureDictionary, PilotMoments
-from fisherfast.moments import FoldMoments, FoldStatistics
-from fisherfast.results import FisherFlow, LayerFisher, finite_step_note, warn_of
+from fisherfast.estimators import RIDGE
+from fisherfast.meters import LayerMeter, estimate_layer
+from fisherfast.results import FisherFlow, LayerFisher, warn_of
 from fisherfast.streams import Streams
 
 __all__ = ["fisher_flow", "fisher_information"]
@@ -39,9 +29,6 @@ FOLDS = 16
 
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
-
-CURVE_POINTS = 64
-"""Points at which a result keeps its curve."""
 
 MAX_FEATURES = 512
 """Default number of features: raw activations and lift together."""
@@ -66,21 +53,18 @@ def fisher_flow(
     r"""Fisher information about theta in the activations of every layer.
 
     For each layer, :math:`J = D^T S^{-1} D` of its activations and a random lift of them, free of
-    finite-sample
-    bias, with standard error and an honest lower bound. The model runs in eval mode without
-    gradients;
-    parameters, mode, hooks and random state are afterwards as they were, also after an error.
+    finite-sample bias, with standard error and an honest lower bound. The model runs in eval mode
+    without gradients; parameters, mode, hooks and random state are afterwards as they were, also
+    after an error.
 
     Args:
         model: any module that maps a batch [n, ...] to anything.
         data: samples at theta, see `FiniteDifference`. Batches are moved to the device of the
             model.
         layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
-            names, a regular
-            expression searched for in the names, or a function (name, module or None) -> bool.
-            Names are those of
-            ``model.named_modules()``, with "#2" for a second call and "fc1/relu" for ``F.relu``
-            after fc1. "input" and "output" are always there.
+            names, a regular expression searched for in the names, or a function (name, module or
+            None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
+            and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always there.
         max_features: features per layer aimed at; a layer wider than that uses all its activations.
         probe: None; "network" is not available in this version.
         batch_size: samples per batch, for data that are not batched already.
@@ -94,9 +78,8 @@ def fisher_flow(
 
     Raises:
         ValueError: NaN or infinite activations (names the layer and the batch), too few samples
-            (says how many
-            are needed), an empty source, an unknown layer (names the nearest) or one that never
-            runs.
+            (says how many are needed), an empty source, an unknown layer (names the nearest) or one
+            that never runs.
         TypeError: integer or complex data.
 
     Warns:
@@ -151,54 +134,6 @@ def fisher_information(
     return Measurement(None, data, "auto", settings).run(progress).layers[0]
 
 
-class LayerMeter:
-    """Everything kept of one layer while samples stream by."""
-
-    dictionary: FeatureDictionary
-    moments: FoldMoments
-
-    def __init__(self, site: taps.Site) -> None:
-        self.site = site
-        self.pilot = PilotMoments()
-        self._pending: list[torch.Tensor] = []
-        self._dtype = torch.float32
-
-    def observe_pilot(self, activations: torch.Tensor) -> None:
-        """Add [n, ...] to the pilot statistics."""
-        if activations.dtype == torch.float64:
-            self._dtype = torch.float64
-        self.pilot.update(activations.flatten(1) if activations.ndim > 1 else activations[:, None])
-
-    def prepare(self, data: FiniteDifference, settings: dict[str, Any]) -> None:
-        """Fix the dictionary from the pilot; from here on `observe` counts."""
-        standardisation = self.pilot.standardisation()
-        self.dictionary = FeatureDictionary(
-            standardisation, settings["max_features"], dtype=self._dtype, seed=settings["seed"]
-        )
-        self.moments = FoldMoments(
-            self.dictionary.size,
-            data.conditions,
-            folds=settings["folds"],
-            paired=data.paired,
-            device=standardisation.mean.device,
-        )
-
-    def observe(self, condition: int, activations: torch.Tensor) -> torch.Tensor:
-        """Add activations [n, ...] of a condition. Returns whether all were finite, as a 0-d
-        tensor."""
-        flat = activations.flatten(1) if activations.ndim > 1 else activations[:, None]
-        features, fold_sums = self.dictionary(
-            flat, folds=self.moments.folds, first=self.moments.seen[condition]
-        )
-        self.moments.update(condition, features, fold_sums)
-        if self.moments.paired:
-            self._pending.append(features)
-            if len(self._pending) == len(self.moments.seen):
-                self.moments.update_products(self._pending)
-                self._pending = []
-        return torch.isfinite(fold_sums).all()
-
-
 class Measurement:
     """One measurement of a model (or of the data alone) on given data."""
 
@@ -222,7 +157,7 @@ class Measurement:
     def run(self, progress: bool = False) -> FisherFlow:
         """Stream all samples and estimate."""
         if self._model is None:
-            with torch.no_grad():
+            with taps.own_random_state(None, self._settings["seed"]), torch.no_grad():
                 self._stream(progress)
         else:
             with taps.evaluation(self._model, self._settings["seed"]):
@@ -302,11 +237,13 @@ class Measurement:
                 f"layer {name!r} must have the same shape for all samples,"
                 f" got {tuple(output.shape[1:])} after {meter.site.shape}"
             )
-        if self._pilot:
-            meter.observe_pilot(output)
-            finite = torch.isfinite(output).all()
-        else:
-            finite = meter.observe(self._condition, output)
+        # the network may run under autocast, or with gradients inside: the statistics never do
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            if self._pilot:
+                meter.observe_pilot(output.detach())
+                finite = torch.isfinite(output).all()
+            else:
+                finite = meter.observe(self._condition, output.detach())
         self._finite.append((meter.site.name, self._condition, self._batch, finite))
         if self._pilot and output.device.type == "cpu":
             self._raise_if_not_finite()
@@ -346,134 +283,6 @@ class _NoModel:
 
     def run(self, batch: torch.Tensor) -> None:
         self._consume(taps.INPUT, taps.INPUT, None, batch)
-
-
-def estimate_layer(
-    meter: LayerMeter, data: FiniteDifference, contrast: torch.Tensor, ridge: float
-) -> LayerFisher:
-    """J, its errors and bounds from the fold moments of one layer."""
-    site, dictionary, moments = meter.site, meter.dictionary, meter.moments
-    _check_samples(site.name, dictionary.raw, moments)
-    alive = (moments.variances() > dictionary.rounding_variance).nonzero()[:, 0]
-    raw = int((alive < dictionary.raw).sum())
-    dropped = dictionary.size - len(alive)
-    base = _no_information(site, data, samples=sum(moments.seen), dropped=dropped)
-    if raw == 0:
-        return replace(base, notes=(f"all {site.dim} activations are constant: J = 0",))
-    whole = moments.statistics(contrast)
-    _check_freedom(site.name, raw, whole, moments)
-    size, notes = _affordable(len(alive), raw, whole.dof)
-    if dropped:
-        notes.append(f"{dropped} constant features dropped")
-    try:
-        curve = fisher_curve(whole.select(alive[:size]), ridge)
-    except SingularCovarianceError as error:
-        size = error.feature - 1
-        if size < raw:
-            raise ValueError(f"layer {site.name!r}: {error}") from None
-        notes.append(f"features limited to {size}: the next is linear in these (no ridge)")
-        curve = fisher_curve(whole.select(alive[:size]), ridge)
-    index = alive[:size]
-    chosen, converged = choose_features(curve, raw)
-    halves = [moments.statistics(contrast, half).select(index[:chosen]) for half in (0, 1)]
-    lower, lower_stderr = cross_fitted_bound(halves[0], halves[1])
-    points = _curve_points(raw, size)
-    kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
-    layer = replace(
-        base,
-        J=curve.J[chosen - 1].cpu(),
-        stderr=curve.stderr[chosen - 1].cpu(),
-        lower=lower.cpu(),
-        lower_stderr=lower_stderr.cpu(),
-        linear=curve.J[raw - 1].cpu(),
-        linear_stderr=curve.stderr[raw - 1].cpu(),
-        naive=curve.naive[chosen - 1].cpu(),
-        curve_k=points,
-        curve_J=curve.J[points - 1].cpu(),
-        curve_stderr=curve.stderr[points - 1].cpu(),
-        features=chosen,
-        feature_kind=kind,
-        effective_dim=float(curve.effective_dim[chosen - 1]),
-        converged=converged,
-    )
-    warning = finite_step_note(layer)
-    return replace(layer, notes=(*notes, *([warning] if warning else [])))
-
-
-def _no_information(
-    site: taps.Site, data: FiniteDifference, *, samples: int, dropped: int
-) -> LayerFisher:
-    """J = 0 and an empty curve: what a layer shows when none of its activations varies."""
-    P = data.parameters
-    zero = torch.zeros(P, P, dtype=torch.float64)
-    empty = torch.zeros(0, P, P, dtype=torch.float64)
-    return LayerFisher(
-        name=site.name,
-        kind=site.kind,
-        shape=site.shape,
-        J=zero,
-        stderr=zero,
-        lower=zero,
-        lower_stderr=zero,
-        linear=zero,
-        linear_stderr=zero,
-        naive=zero,
-        curve_k=torch.zeros(0, dtype=torch.int64),
-        curve_J=empty,
-        curve_stderr=empty,
-        features=0,
-        feature_kind="none",
-        effective_dim=0.0,
-        samples=samples,
-        dropped=dropped,
-        converged=True,
-        dtheta=data.dtheta,
-        aliases=tuple(site.aliases),
-        descendants=tuple(sorted(site.descendants)),
-    )
-
-
-def _check_samples(name: str, raw: int, moments: FoldMoments) -> None:
-    """Two samples in every fold, and asked for together with what `_check_freedom` will need."""
-    if int(moments.counts.min()) >= 2:
-        return
-    least = 2 * moments.folds
-    needed = max(least, _needed(raw, 1.0, moments))
-    reason = "(two per fold)" if needed == least else f"for its {raw} activations"
-    raise ValueError(
-        f"layer {name!r} must see at least {needed} samples per condition {reason},"
-        f" got {min(moments.seen)}"
-    )
-
-
-def _check_freedom(name: str, raw: int, whole: FoldStatistics, moments: FoldMoments) -> None:
-    if whole.dof >= raw + SPARE_DOF:
-        return
-    inflation = (sum(moments.seen) - moments.counts.numel()) / whole.dof
-    raise ValueError(
-        f"layer {name!r} must see at least {_needed(raw, inflation, moments)} samples per condition"
-        f" for its {raw} activations, got {min(moments.seen)}"
-    )
-
-
-def _needed(raw: int, inflation: float, moments: FoldMoments) -> int:
-    """Samples per condition whose degrees of freedom carry the raw activations."""
-    cells = moments.counts.numel()
-    return math.ceil(((raw + SPARE_DOF) * inflation + cells) / len(moments.seen))
-
-
-def _affordable(size: int, raw: int, dof: float) -> tuple[int, list[str]]:
-    """Features that the samples can carry: lifted ones only up to half the degrees of freedom."""
-    limit = max(raw, int(dof / 2))
-    if size <= limit:
-        return size, []
-    return limit, [f"features limited to {limit} of {size} by the number of samples"]
-
-
-def _curve_points(raw: int, size: int) -> torch.Tensor:
-    """The raw dimension, and about `CURVE_POINTS` sizes evenly up to all features."""
-    steps = torch.linspace(raw, size, min(CURVE_POINTS, size - raw + 1), dtype=torch.float64)
-    return steps.round().long().unique()
 
 
 def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype | None]:

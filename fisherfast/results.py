@@ -44,9 +44,8 @@ class LayerFisher:
         kind: class of the module, or the function.
         shape: of one sample's activations.
         J: best estimate of the linear Fisher information of the features, free of bias; a lower
-            bound of the Fisher
-            information. May be negative within its error when the truth is near 0: it is not
-            clipped.
+            bound of the Fisher information. May be negative within its error when the truth is near
+            0: it is not clipped.
         stderr: standard error of J.
         lower: the honest bound: a readout learned on one half of the samples, measured on the
             other.
@@ -187,11 +186,9 @@ class FisherFlow:
     """Fisher information of every layer, in execution order from "input" to "output".
 
     Index by name or alias (``flow["fc2"].J``), iterate over `LayerFisher`, print for a table. The
-    *linear*
-    information of a layer may exceed that of the layer before it: it is a bound, and a non-linear
-    layer can
-    make information linearly readable. The true information never rises along a chain: see
-    `tightened`.
+    *linear* information of a layer may exceed that of the layer before it: it is a bound, and a
+    non-linear layer can make information linearly readable. The true information never rises along
+    a chain: see `tightened`.
 
     Attributes:
         layers: in execution order.
@@ -254,11 +251,9 @@ class FisherFlow:
         """Use the network itself: information that a later layer shows was there before it.
 
         Any function of a later layer is a function of an earlier one, so I_l >= J_m for m after l
-        along a chain. Chains
-        are found by the measurement (`LayerFisher.descendants`); a layer inside a residual branch
-        gets nothing
-        from layers after the sum. For several parameters a later J is taken where it is larger in
-        every direction.
+        along a chain. Chains are found by the measurement (`LayerFisher.descendants`); a layer
+        inside a residual branch gets nothing from layers after the sum. For several parameters a
+        later J is taken where it is larger in every direction.
         """
         by_name = {layer.name: layer for layer in self}
         tight = []

@@ -3,11 +3,10 @@ cannot see.
 
 A *site* is one place in the forward pass: the output of a module ("fc1", "fc1#2" on its second
 call, "lstm[0]" inside a tuple), of a functional activation ("fc1/relu": `F.relu` after fc1), or
-"input" and "output".
-`survey` runs the model once on a few samples and lists the sites; `Forward` runs it for good and
-hands each
-activation over the moment it exists, before an in-place operation can overwrite it. Mode, hooks,
-random state and the attention fast path are put back afterwards, also after an error.
+"input" and "output". `survey` runs the model once on a few samples and lists the sites; `Forward`
+runs it for good and hands each activation over the moment it exists, before an in-place operation
+can overwrite it. Mode, hooks, random state and the attention fast path are put back afterwards,
+also after an error.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Forward", "Site", "evaluation", "select", "survey"]
+__all__ = ["Forward", "Site", "evaluation", "own_random_state", "select", "survey"]
 
 Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module | None], bool]
 
@@ -242,27 +241,36 @@ class Forward(TorchFunctionMode):
 
 
 @contextlib.contextmanager
+def own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
+    """Random numbers from a stream of our own: the states of torch, numpy and Python return."""
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
+    devices = {torch.cuda.current_device()} if torch.cuda.is_initialized() else set()
+    if model is not None:
+        devices |= {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            torch.manual_seed(seed)
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+@contextlib.contextmanager
 def evaluation(model: nn.Module, seed: int) -> Iterator[None]:
-    """Eval mode, no gradients, an own random stream; the mode of every module and all random states
-    return.
+    """Eval mode and no gradients; the mode of every module and all random states return.
 
     A model that draws random numbers in eval mode draws the same ones for the same seed.
     """
     modes = [(module, module.training) for module in model.modules()]
-    numpy_state = np.random.get_state()
-    python_state = random.getstate()
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted(
-        {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-        | ({torch.cuda.current_device()} if torch.cuda.is_initialized() else set())
-    )
     with (
-        torch.random.fork_rng(devices=devices),
+        own_random_state(model, seed),
         torch.inference_mode(False),  # its tensors do not tell when they were overwritten
         torch.no_grad(),
     ):
         try:
-            torch.manual_seed(seed)
             torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside from hooks
             for module, _ in modes:
                 module.training = False
@@ -271,8 +279,6 @@ def evaluation(model: nn.Module, seed: int) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             torch.backends.mha.set_fastpath_enabled(fast_path)
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
 
 
 def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
@@ -280,9 +286,8 @@ def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
     `evaluation`.
 
     Two events with the very same activations (a container returns its last child's output) are one
-    site.
-    What has one row per sample is told from a table that happens to have as many rows by a run on
-    one sample less. Cost: two forward passes.
+    site. What has one row per sample is told from a table that happens to have as many rows by a
+    run on one sample less. Cost: two forward passes.
     """
     per_sample = _events(model, batch[:-1]) if len(batch) > 1 else None
     sites: list[Site] = []
@@ -339,7 +344,10 @@ def chains(model: nn.Module, batch: torch.Tensor, sites: list[Site]) -> None:
     by_event = {event: site for site in sites for event in site.names}
     original = _record(model, batch, by_event)
     for site in sites:
-        replay = _record(model, other, by_event, replace=(site.name, original))
+        try:
+            replay = _record(model, other, by_event, replace=(site.name, original))
+        except Exception:  # a network may refuse exchanged values: no chain is known
+            continue
         past = False
         for later in sites:
             if past and later.name in replay and _same(replay[later.name], original[later.name]):
@@ -429,7 +437,7 @@ def _record(
         if replace is not None and site.name == replace[0] and event != INPUT:
             outputs[site.name] = replace[1][site.name]
             return outputs[site.name].clone()
-        outputs[site.name] = output.clone()
+        outputs[site.name] = output.detach().clone()
         return None
 
     start = x if replace is None or replace[0] != INPUT else replace[1][INPUT]

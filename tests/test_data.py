@@ -451,6 +451,22 @@ def test_errors_of_the_source_pass_through():
             measure(model, data, batch_size=BATCH)
 
 
+@pytest.mark.parametrize("kind", [*SOURCES, "shuffled DataLoader"])
+def test_random_state_without_a_model(kind):
+    """Catches the seed that every pass over a DataLoader draws from the user's random stream."""
+    model = nn.Identity()
+    shuffled = lambda x: DataLoader(TensorDataset(x), batch_size=BATCH, shuffle=True)  # noqa: E731
+    make = SOURCES.get(kind, shuffled)
+    minus, plus = samples()
+    for measurement in (
+        lambda data: ff.fisher_information(data, max_features=16),
+        lambda data: measure(model, data),
+    ):
+        data = ff.FiniteDifference(make(minus), make(plus), DTHETA)
+        with untouched(model):
+            measurement(data)
+
+
 @pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
 def test_streams_are_read_once(paired):
     """Catches a second pass: the function is called once, every batch is asked for once."""

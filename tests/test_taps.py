@@ -559,6 +559,61 @@ def test_grad_modes_return(mode):
     assert torch.equal(flow["output"].J, expected["output"].J)
 
 
+def test_autocast_of_the_user():
+    """Catches statistics in bfloat16, and a type error, when autocast is on around the call."""
+    model = seeded(mlp)
+    expected = measure(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16), untouched(model):
+        flow = measure(model)
+    assert flow.names == expected.names
+    torch.testing.assert_close(flow["input"].linear, expected["input"].linear, rtol=1e-5, atol=0)
+    # the layers themselves may run in bfloat16, rounded to 1 in 256: within one error bar
+    for layer in flow:
+        error = layer.linear_stderr.item()
+        assert layer.linear.item() == pytest.approx(expected[layer.name].linear.item(), abs=error)
+
+
+class Energy(nn.Module):
+    """A force: minus the gradient of an energy, taken inside the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.fc(x).tanh().sum()
+            return -torch.autograd.grad(energy, x)[0]
+
+
+def test_networks_that_differentiate_inside():
+    """Catches a replay for chains whose replaced outputs break the network's own gradient."""
+    model = seeded(Energy)
+    with untouched(model):
+        flow = measure(model)
+    assert flow.names == ["input", "fc", "fc/tanh", "output"]
+    assert_measures(flow["fc"], model.fc)
+
+
+def test_networks_that_check_their_own_values():
+    """Catches an error that only a replay with exchanged values brings about."""
+
+    class Checking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            if not torch.allclose(y, nn.functional.linear(x, self.fc.weight, self.fc.bias)):
+                raise ArithmeticError("my own layer lies")
+            return torch.tanh(y)
+
+    flow = measure(seeded(Checking))
+    assert flow.names == ["input", "fc", "output"]
+
+
 def test_nothing_is_recorded_for_backward():
     """Catches a graph: activations must not require gradients."""
     recorded = []

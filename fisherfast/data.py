@@ -9,6 +9,7 @@ is asked for.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -76,6 +77,8 @@ class FiniteDifference:
             for name, source in zip(("minus", "plus"), pair, strict=True):
                 label = name if len(minus_list) == 1 else f"{name}[{p}]"
                 self._sources.append(_check_source(source, label))
+                if self.paired:
+                    _check_order(source, label)
         _check_shapes(self._sources, self.paired)
 
     @property
@@ -162,16 +165,19 @@ def _as_list(source: Source | Sequence[Source]) -> list[Source]:
 
 
 def _check_dtheta(dtheta: float | Sequence[float], parameters: int) -> tuple[float, ...]:
-    values = np.atleast_1d(np.asarray(dtheta, dtype=np.float64)).ravel()
-    if len(values) == 1:
-        values = np.repeat(values, parameters)
-    if len(values) != parameters:
+    values = np.atleast_1d(np.asarray(dtheta))
+    if values.dtype.kind not in "iuf":
+        raise TypeError(f"dtheta must be a number or a sequence of numbers, got {dtheta!r}")
+    steps = [float(value) for value in values.ravel()]
+    if len(steps) == 1:
+        steps *= parameters
+    if len(steps) != parameters:
         raise ValueError(
-            f"dtheta must hold one step or one per parameter ({parameters}), got {len(values)}"
+            f"dtheta must hold one step or one per parameter ({parameters}), got {len(steps)}"
         )
-    if not (np.isfinite(values).all() and (values > 0).all()):
+    if not all(math.isfinite(step) and step > 0 for step in steps):
         raise ValueError(f"dtheta must be positive and finite, got {dtheta}")
-    return tuple(float(v) for v in values)
+    return tuple(steps)
 
 
 def _check_source(source: Source, name: str) -> Source:
@@ -216,6 +222,13 @@ def _check_shapes(sources: list[Source], paired: bool) -> None:
         raise ValueError(
             f"paired conditions must have the same number of samples, got {sorted(counts)}"
         )
+
+
+def _check_order(source: Source, name: str) -> None:
+    """A shuffled loader tears pairs apart, silently."""
+    sampler = getattr(source, "sampler", None)
+    if isinstance(sampler, torch.utils.data.RandomSampler):
+        raise ValueError(f"{name} must keep its order when paired, got a shuffled DataLoader")
 
 
 def _iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:

@@ -59,12 +59,13 @@ def fisher_flow(
 
     Args:
         model: any module that maps a batch [n, ...] to anything.
-        data: samples at theta, see `FiniteDifference`. Batches are moved to the device of the
-            model.
+        data: samples at theta, see `FiniteDifference`. Batches are copied to the device and
+            dtype of the model.
         layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
             names, a regular expression searched for in the names, or a function (name, module or
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
-            and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always there.
+            and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always there
+            (an output that is a tuple or dict shows as "output[0]", "output[key]").
         max_features: features per layer aimed at; a layer wider than that uses all its activations.
         probe: None; "network" is not available in this version.
         batch_size: samples per batch, for data that are not batched already.

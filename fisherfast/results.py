@@ -58,7 +58,7 @@ class LayerFisher:
         curve_J: [K', P, P] J of the first k features.
         curve_stderr: [K', P, P] standard errors.
         features: number of features k that J was taken at.
-        feature_kind: "raw", "lift" or "sketch".
+        feature_kind: "raw", "lift", "sketch", or "none" for a layer without variation (J = 0).
         effective_dim: k_eff, features that count after the ridge.
         samples: all samples used, over conditions.
         dropped: activations and features that never varied and were left out.

@@ -203,7 +203,7 @@ def test_step_from_tensors_and_arrays():
         assert ff.FiniteDifference(minus, plus, step).contrast()[1, 0] == 4
 
 
-@pytest.mark.parametrize("step", [0, -1, -0.0, math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("step", [0, -1, -0.0, math.nan, math.inf, -math.inf])
 def test_step_must_be_positive_and_finite(step):
     """Catches an infinite or negative J from a step of 0 or of the wrong sign."""
     minus, plus = samples(32)
@@ -522,3 +522,20 @@ def test_batches_are_let_go(paired):
     assert flow["input"].samples == 2 * batches * size
     assert most <= allowed
     assert len(alive) <= allowed
+
+
+@pytest.mark.parametrize("dtheta", [True, "0.1", None, [0.1, "x"], 1j])
+def test_steps_that_are_no_numbers(dtheta):
+    """Catches True read as 1, and text read as a number."""
+    x, y = samples(64)
+    with pytest.raises(TypeError, match=r"^dtheta must be a number or a sequence of numbers, got "):
+        ff.FiniteDifference(x, y, dtheta)
+
+
+def test_shuffled_pairs_are_refused():
+    """Catches pairs torn apart: independent noise would pass for paired, with a wrong error bar."""
+    x, y = samples(64)
+    loaders = [DataLoader(TensorDataset(z), batch_size=8, shuffle=True) for z in (x, y)]
+    text = "minus must keep its order when paired, got a shuffled DataLoader"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        ff.FiniteDifference(*loaders, DTHETA, paired=True)

@@ -1,0 +1,93 @@
+"""The figures of a demonstration, as matplotlib figures by file name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fisherfast.demos.task import LAST, Pictures, Task
+from fisherfast.demos.training import EpochRecord
+from fisherfast.plots import GREY, legend_beside, new_figure, plot_flows, plot_training
+
+__all__ = ["draw_figures", "published_label"]
+
+PUBLISHED_MARKERS = "sD^v"
+PANEL = 5.6  # inches
+HEIGHT = 4.0
+TILE = 1.75  # inches, one sample image
+CLIP = 2.5  # standard deviations of a single image that its grey scale spans
+
+
+def draw_figures(task: Task, history: Sequence[EpochRecord]) -> dict[str, Any]:
+    """Flow, training, both side by side, and sample images where the samples are images."""
+    flow, training = new_figure(PANEL + 0.6, HEIGHT), new_figure(PANEL, HEIGHT)
+    _draw_flow(task, history, flow.add_subplot())
+    plot_training(history, training.add_subplot())
+    both = new_figure(2 * PANEL, HEIGHT)
+    left, right = both.subplots(1, 2)
+    _draw_flow(task, history, left)
+    plot_training(history, right)
+    figures = {"flow.png": flow, "training.png": training, "overview.png": both}
+    if task.pictures is not None:
+        figures["samples.png"] = _sample_images(task.pictures)
+    return figures
+
+
+def published_label(epoch: int) -> str:
+    """How the report names a published epoch."""
+    return "last epoch" if epoch == LAST else f"epoch {epoch}"
+
+
+def _draw_flow(task: Task, history: Sequence[EpochRecord], ax: Any) -> None:
+    """One line per epoch, and open grey markers at the published values."""
+    plot_flows({record.epoch: record.flow for record in history}, ax, fraction=True, title="epoch")
+    places = range(1, len(task.layers) + 2)
+    for marker, (epoch, values) in zip(PUBLISHED_MARKERS, task.published.items(), strict=False):
+        ax.plot(
+            places,
+            values,
+            marker,
+            color=GREY,
+            mfc="none",
+            label=f"published, {published_label(epoch)}",
+        )
+    legend_beside(ax, title="epoch")
+
+
+def _sample_images(pictures: Pictures) -> Any:
+    """Scene, and below it the mean and a single image at each position."""
+    columns = len(pictures.positions)
+    with_scene = pictures.scene is not None
+    height = TILE * pictures.means.shape[1] / pictures.means.shape[2]
+    figure = new_figure(TILE * (columns + with_scene) + 0.6, 2 * height + 0.5)
+    grid = figure.add_gridspec(2, columns + with_scene)
+    if pictures.scene is not None:
+        ax = figure.add_subplot(grid[:, 0])
+        ax.imshow(pictures.scene.numpy(), cmap="gray")
+        ax.set_title("scene", fontsize="medium")
+        ax.set_xticks([])
+        ax.set_yticks([])
+    rows = (
+        (
+            "exact mean" if pictures.averaged == 0 else f"mean of {pictures.averaged}",
+            pictures.means,
+        ),
+        ("single image", pictures.shots),
+    )
+    for row, (name, images) in enumerate(rows):
+        middle, spread = float(images.mean()), float(images.std())
+        low, high = float(images.min()), float(images.max())
+        if row == 1:
+            low, high = middle - CLIP * spread, middle + CLIP * spread
+        for column, position in enumerate(pictures.positions):
+            ax = figure.add_subplot(grid[row, column + with_scene])
+            shown = ax.imshow(images[column].numpy(), cmap="gray", vmin=low, vmax=high)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if row == 0:
+                ax.set_title(f"{position:+.1f} µm".replace("+0.0", "0.0"), fontsize="medium")
+            if column == 0:
+                ax.set_ylabel(name)
+        axes = figure.axes[-columns:]
+        figure.colorbar(shown, ax=axes, label="DN", shrink=0.85, pad=0.01, aspect=12)
+    return figure

@@ -1,0 +1,122 @@
+"""Train the model of a task, and measure the information in its layers after every epoch."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fisherfast._progress import progress_bar
+from fisherfast.demos.task import VALIDATION_SHARE, Task
+from fisherfast.flow import fisher_flow
+from fisherfast.results import FisherFlow, FisherWarning
+
+__all__ = ["DivergenceError", "EpochRecord", "train"]
+
+EVALUATION_BATCH = 4096
+
+
+class DivergenceError(ArithmeticError):
+    """The training error became infinite or NaN."""
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What is known after an epoch; epoch 0 is before training.
+
+    Attributes:
+        epoch: its number.
+        flow: information in every layer, on held-out samples.
+        train_mse: mean square error on training samples, in theta^2.
+        val_mse: the same on samples that are not trained on.
+        seconds: of wall time for training, errors and measurement.
+    """
+
+    epoch: int
+    flow: FisherFlow
+    train_mse: float
+    val_mse: float
+    seconds: float
+
+    @property
+    def train_level(self) -> float:
+        """Training error in units of the Cramer-Rao bound: train_mse * J_input."""
+        return self.train_mse * self.flow["input"].value
+
+    @property
+    def val_level(self) -> float:
+        """Validation error in units of the Cramer-Rao bound: val_mse * J_input."""
+        return self.val_mse * self.flow["input"].value
+
+
+def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[EpochRecord]:
+    """Yield a record before training and after each epoch; the model of the task is trained.
+
+    Adam on the mean square error. The training error is taken after the epoch, on as many of the
+    training samples as there are validation samples.
+
+    Args:
+        task: what to learn.
+        seed: of the order of the samples.
+        progress: show a progress bar for each epoch and measurement.
+
+    Raises:
+        DivergenceError: the error became infinite or NaN.
+    """
+    optimizer = torch.optim.Adam(task.model.parameters(), lr=task.learning_rate, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(task.epochs + 1):
+        start = time.perf_counter()
+        if epoch:
+            order = torch.randperm(len(task.x), generator=generator)
+            _train_epoch(task, optimizer, order, f"epoch {epoch}/{task.epochs}", progress)
+        yield _measure(task, epoch, start, progress)
+
+
+def mean_square_error(model: nn.Module, x: Tensor, theta: Tensor) -> float:
+    """Mean of (model(x) - theta)^2 over samples [n, ...], without gradients, in theta^2."""
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for samples, truth in zip(
+            x.split(EVALUATION_BATCH), theta.split(EVALUATION_BATCH), strict=True
+        ):
+            total += F.mse_loss(model(samples)[:, 0], truth, reduction="sum").double()
+    return float(total) / len(x)
+
+
+def _train_epoch(
+    task: Task, optimizer: torch.optim.Optimizer, order: Tensor, title: str, progress: bool
+) -> None:
+    task.model.train()
+    with progress_bar(progress, total=len(order), title=title) as bar:
+        for batch in order.split(task.batch_size):
+            loss = F.mse_loss(task.model(task.x[batch])[:, 0], task.theta[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.update(len(batch))
+    task.model.eval()
+
+
+def _measure(task: Task, epoch: int, start: float, progress: bool) -> EpochRecord:
+    trained_on = slice(None, None, VALIDATION_SHARE)
+    train_mse = mean_square_error(task.model, task.x[trained_on], task.theta[trained_on])
+    val_mse = mean_square_error(task.model, task.val_x, task.val_theta)
+    if not torch.isfinite(torch.tensor([train_mse, val_mse])).all():
+        raise DivergenceError(f"the error became {train_mse} in epoch {epoch}")
+    with warnings.catch_warnings():
+        # The finite step is that of the experiment; the report explains it.
+        warnings.simplefilter("ignore", FisherWarning)
+        flow = fisher_flow(
+            task.model,
+            task.data,
+            layers=list(task.layers),
+            max_features=task.max_features,
+            progress=progress,
+        )
+    return EpochRecord(epoch, flow, train_mse, val_mse, time.perf_counter() - start)

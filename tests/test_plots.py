@@ -1,0 +1,195 @@
+"""Figures: what is drawn, its labels, and that nothing global is touched."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import fisherfast as ff
+from fisherfast import plots
+from fisherfast.problems import GaussianShift, mlp
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The least that `plot_training` needs."""
+
+    epoch: int
+    flow: ff.FisherFlow
+    train_mse: float | None
+    val_mse: float | None
+
+
+@pytest.fixture(scope="module")
+def flow() -> ff.FisherFlow:
+    data = GaussianShift(torch.ones(6)).finite_difference(0.0, 0.2, 2000, seed=1)
+    return ff.fisher_flow(mlp([6, 8, 1], seed=0), data, max_features=40)
+
+
+@pytest.fixture(scope="module")
+def flow_of_two() -> ff.FisherFlow:
+    data = GaussianShift(torch.eye(6)[:, :2]).finite_difference([0.0, 0.0], 0.2, 2000, seed=1)
+    return ff.fisher_flow(mlp([6, 8, 2], seed=0), data, max_features=40)
+
+
+@pytest.fixture
+def history(flow: ff.FisherFlow) -> list[Epoch]:
+    """Training error x J of 2, 1.1, 0.9, 0.8, and the least validation error in epoch 1."""
+    J = flow["input"].value
+    levels = [(2.0, 2.1), (1.1, 1.2), (0.9, 1.3), (0.8, 1.4)]
+    return [Epoch(e, flow, train / J, val / J) for e, (train, val) in enumerate(levels)]
+
+
+def legend(ax) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def bars(ax) -> list:
+    """The error-bar containers of an axes."""
+    return [c for c in ax.containers if isinstance(c, matplotlib.container.ErrorbarContainer)]
+
+
+def heights(ax, number: int) -> list[float]:
+    return list(bars(ax)[number].lines[0].get_ydata())
+
+
+def test_flow_has_points_errors_and_bound(flow):
+    """Catches values of another quantity, errors that are not J's, a missing lower bound."""
+    ax = plots.plot_flow(flow, label="now", unit="1/µm²")
+    assert heights(ax, 0) == [layer.value for layer in flow]
+    (segments,) = bars(ax)[0].lines[2]
+    lengths = [s[1, 1] - s[0, 1] for s in segments.get_segments()]
+    assert lengths == pytest.approx([2 * float(layer.stderr) for layer in flow])
+    assert list(ax.get_lines()[-1].get_ydata()) == [float(layer.lower) for layer in flow]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == flow.names
+    assert ax.get_ylabel() == "Fisher information J (1/µm²)"
+    assert ax.get_xlabel() == "layer"
+    assert sorted(legend(ax)) == ["honest lower bound", "now"]
+
+
+def test_flow_as_fractions(flow):
+    ax = plots.plot_flow(flow, fraction=True)
+    assert heights(ax, 0) == list(flow.fractions().values())
+    assert "input" in ax.get_ylabel()
+
+
+def test_flow_of_several_parameters_has_a_line_for_each(flow_of_two):
+    """Catches the off-diagonal or only the first parameter drawn."""
+    ax = plots.plot_flow(flow_of_two)
+    assert len(bars(ax)) == 2
+    assert heights(ax, 1) == [float(layer.J[1, 1]) for layer in flow_of_two]
+    assert {"J[0]", "J[1]"} <= set(legend(ax))
+    assert len(bars(plots.plot_flow(flow_of_two, fraction=True))) == 1
+
+
+def test_method_of_the_flow_draws_the_same(flow):
+    assert heights(flow.plot(), 0) == heights(plots.plot_flow(flow), 0)
+
+
+def test_flows_have_one_line_each_in_distinct_colours(flow):
+    ax = plots.plot_flows({"first": flow, "second": flow, "third": flow}, title="epoch")
+    assert legend(ax) == ["first", "second", "third"]
+    assert len({c.lines[0].get_color() for c in bars(ax)}) == 3
+
+
+def test_many_flows_keep_a_short_legend(flow):
+    ax = plots.plot_flows(dict.fromkeys(range(40), flow))
+    assert len(bars(ax)) == 40
+    assert len(legend(ax)) <= plots.LEGEND_ENTRIES
+    assert {"0", "39"} <= set(legend(ax))
+
+
+def test_flows_must_be_of_the_same_layers(flow):
+    other = ff.FisherFlow(flow.layers[:2])
+    with pytest.raises(ValueError, match="flows must have the same layers, got"):
+        plots.plot_flows({0: flow, 1: other})
+    with pytest.raises(ValueError, match="flows must hold at least one flow, got none"):
+        plots.plot_flows({})
+
+
+def test_curve_has_its_band(flow):
+    layer = flow.layers[1]
+    ax = plots.plot_curve(layer)
+    (band,) = ax.collections
+    J, error = layer.curve_J[:, 0, 0], layer.curve_stderr[:, 0, 0]
+    ys = band.get_paths()[0].vertices[:, 1]
+    assert ys.max() == pytest.approx(float((J + error).max()))
+    assert list(ax.get_lines()[0].get_ydata()) == J.tolist()
+    assert ax.get_title() == layer.name
+    assert ax.get_xlabel() == "features k"
+
+
+def test_training_marks_the_published_stop(history):
+    """Catches a stop at the least validation error, one epoch early, or errors without J."""
+    ax = plots.plot_training(history)
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    star, ring = lines["published stop"], lines["least validation MSE"]
+    assert list(star.get_xdata()) == [2]
+    assert list(star.get_ydata()) == pytest.approx([0.9])
+    assert list(ring.get_xdata()) == [1]
+    assert list(lines["Cramér-Rao bound"].get_ydata()) == [1, 1]
+    assert heights(ax, 0) == [history[0].flow.fractions()["output"]] * 4
+    assert not ax.texts
+    assert plots.crossing_epoch(history) == 2
+
+
+def test_training_without_crossing_or_errors(flow, history):
+    """Catches a mark that nothing justifies, and unknown errors that break the figure."""
+    assert plots.crossing_epoch(history[:2]) is None
+    ax = plots.plot_training([Epoch(0, flow, None, None)])
+    assert not {"published stop", "least validation MSE"} & set(legend(ax))
+    with pytest.raises(ValueError, match="history must hold at least one epoch, got none"):
+        plots.plot_training([])
+
+
+def test_large_errors_do_not_squeeze_what_matters(flow):
+    """The axis ends at 2.5, and the error above it is written down."""
+    J = flow["input"].value
+    history = [Epoch(0, flow, 100 / J, 120 / J), Epoch(1, flow, 1.2 / J, math.nan)]
+    ax = plots.plot_training(history)
+    assert ax.get_ylim()[1] == plots.CEILING
+    assert [text.get_text() for text in ax.texts] == ["↑ 120"]
+
+
+def test_axes_of_the_user_are_used(flow, history):
+    ax = plots.new_figure().add_subplot()
+    assert plots.plot_flow(flow, ax) is ax
+    assert plots.plot_flows({0: flow}, ax) is ax
+    assert plots.plot_curve(flow.layers[0], ax) is ax
+    assert plots.plot_training(history, ax) is ax
+
+
+def test_nothing_global_is_touched(flow, history, tmp_path):
+    """Catches pyplot figures and changed settings."""
+    import matplotlib.pyplot as plt
+
+    before, open_figures = dict(matplotlib.rcParams), plt.get_fignums()
+    for ax in (
+        plots.plot_flow(flow),
+        plots.plot_flows({0: flow}),
+        plots.plot_curve(flow.layers[0]),
+        plots.plot_training(history),
+    ):
+        ax.figure.savefig(tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert dict(matplotlib.rcParams) == before
+    assert plt.get_fignums() == open_figures
+
+
+def test_missing_matplotlib_says_how_to_get_it(flow, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest, **more):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'fisherfast\[plots\]'"):
+        plots.plot_flow(flow)

@@ -9,8 +9,6 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.c
 # CUDA kernels are compiled where nvcc is found; one architecture is enough to develop with.
 export CUDAARCHS ?= 90
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Threads that wait sleep: on cores shared with others spinning ones cost up to 50 times the work.
-export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help demo test fast lint format wheel check clean
 .DEFAULT_GOAL := help

@@ -57,8 +57,8 @@ def _demo(options: argparse.Namespace) -> int:
 
     try:
         _check_numbers(options)
-        options.out.mkdir(parents=True, exist_ok=True)
         task = _with_overrides(_make_task(options), options)
+        options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"fisherfast demo {options.task}: {' '.join(str(error).split())}\n")
         return WRONG_OPTION

@@ -324,16 +324,7 @@ def _limit_errors(ax: Axes, epochs: list[int], levels: list[float], *, lowest: f
     if above:
         epoch, level = above[0]
         note = f"\N{UPWARDS ARROW} {level:.3g}"
-        ax.annotate(
-            note,
-            (epoch, CEILING),
-            xytext=(0, -4),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            color=GREEN,
-            fontsize="small",
-        )
+        ax.text(epoch, CEILING, note, ha="center", va="top", color=GREEN, fontsize="small")
 
 
 def _in_bounds(mse: float | None, flow: FisherFlow) -> float:

@@ -86,6 +86,7 @@ def test_failed_check_has_status_1(capsys, monkeypatch):
 def test_wrong_options(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in fails_with(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unreadable_files(capsys, tmp_path, monkeypatch):
@@ -104,7 +105,8 @@ def test_report_folder_that_is_a_file(capsys, tmp_path):
     """Catches a run whose work is lost at its end."""
     taken = tmp_path / "taken"
     taken.write_text("")
-    assert "taken" in fails_with(capsys, "imaging", "--out", str(taken))
+    arguments = ["lognormal", "--samples", "100", "--out", str(taken)]
+    assert "taken" in fails_with(capsys, *arguments)
 
 
 def test_global_state_is_left_alone(tmp_path, capsys):

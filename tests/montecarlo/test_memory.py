@@ -10,6 +10,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
+torch.set_num_threads(1)
 import fisherfast as ff
 from fisherfast.problems import mlp
 

@@ -21,6 +21,9 @@ __all__ = ["FisherCurve", "choose_features", "cross_fitted_bound", "fisher_curve
 RIDGE = 1e-4
 """Relative to the variance of each feature: as if noise of 1 % of its spread were added to it."""
 
+VARIANCE_FLOOR = 0.1
+"""Variance below which a feature counts as rare, relative to the median feature of a half."""
+
 BOUND_RIDGE = 1e-8
 """Ridge of the P readouts: only there for readouts that are copies of each other (one output, two
 parameters)."""
@@ -188,11 +191,14 @@ def linear_readout(statistics: FoldStatistics, ridge: float = RIDGE) -> torch.Te
     """W = R^-1 D [k, P] in the scale of the features: the readout that attains the linear
     information.
 
-    Any readout gives a valid bound. So features that did not vary in these samples get no weight,
-    and where rounding leaves R indefinite the ridge grows until it is not.
+    Any readout gives a valid bound, so it may be cautious. A feature that hardly varied in these
+    samples is not scaled up to unit variance: it may vary much in others, and a large weight on it
+    would drown the rest there. Where rounding leaves R indefinite the ridge grows until it is not.
     """
     variance = statistics.covariance.diagonal()
-    scale = torch.where(variance > 0, variance, torch.inf).rsqrt()
+    live = variance > 0
+    floor = VARIANCE_FLOOR * (variance[live].median() if bool(live.any()) else 1.0)
+    scale = torch.where(live, variance.clamp_min(floor), torch.inf).rsqrt()
     scaled = (scale[:, None] * statistics.covariance * scale).clamp(-1, 1)
     factor, failed = torch.linalg.cholesky_ex(_with_ridge(scaled, ridge))
     while int(failed):

@@ -98,7 +98,7 @@ def estimate_layer(
         size = error.feature - 1
         if size < raw:
             raise ValueError(f"layer {site.name!r}: {error}") from None
-        notes.append(f"features limited to {size}: the next is linear in these (no ridge)")
+        notes.append(f"features limited to {size}: the next is linear in these (ridge {ridge:g})")
         curve = fisher_curve(whole.select(alive[:size]), ridge)
     index = alive[:size]
     chosen, converged = choose_features(curve, raw)

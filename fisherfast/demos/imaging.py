@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from fisherfast.data import FiniteDifference
 from fisherfast.demos.task import VALIDATION_SHARE, Pictures, Task
 from fisherfast.problems import (
     Camera,
-    glyph_scene,
+    default_camera,
     imaging_network,
     load_camera_npz,
     published_positions,
     scene_from_file,
 )
 
-__all__ = ["LEAST_SAMPLES", "demo_camera", "imaging_task"]
+__all__ = ["LEAST_SAMPLES", "imaging_task"]
 
 SAMPLES = 10_000
 EPOCHS = 20
@@ -33,14 +32,6 @@ LEAST_SAMPLES = 250
 """Per position: twice 750 held-out images carry the covariance of the 800 units of layer 1."""
 LAYERS = ("relu1", "relu2", "relu3", "relu4")
 SHOWN = (0, 3, 6, 9, 12)  # indices of the positions in the figure of sample images
-
-# A signal of 13 % of the noise that keeps changing over the whole range of positions: with thin
-# lines, images 1 um apart would differ as much as images 3 um apart, and a mean square error of
-# 1 / J were out of reach. Most of the read-out noise is common to a row, as in many cameras.
-STROKE = 14
-PSF_SIGMA = 0.5
-WHITE_STD, CORRELATED_STD, READOUT_STD = 7.0, 2.0, 15.0
-INPUT_FISHER = 1.6
 
 STORY = (
     "A camera takes pictures of 18 x 24 pixels of an object that moves sideways. In one picture it"
@@ -86,19 +77,8 @@ def imaging_task(
         )
     if data is not None:
         return _recorded(data, samples, seed)
-    return _simulated(demo_camera(scene), scene, samples or SAMPLES, seed)
-
-
-def demo_camera(scene: Path | None = None) -> Camera:
-    """The camera of the demonstration: FI 1.6 per um^2, and for the letter theta an SNR of 13 %."""
-    picture = glyph_scene(stroke=STROKE) if scene is None else scene_from_file(scene)
-    return Camera(
-        torch.as_tensor(picture),
-        psf_sigma=PSF_SIGMA,
-        white_std=WHITE_STD,
-        row_std=math.sqrt(READOUT_STD**2 - WHITE_STD**2 - CORRELATED_STD**2),
-        correlated_std=CORRELATED_STD,
-    ).with_input_fisher(INPUT_FISHER)
+    camera = default_camera(None if scene is None else scene_from_file(scene))
+    return _simulated(camera, scene, samples or SAMPLES, seed)
 
 
 def _simulated(camera: Camera, scene: Path | None, samples: int, seed: int) -> Task:

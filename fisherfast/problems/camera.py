@@ -25,6 +25,9 @@ from .problem import (
 from .scenes import glyph_scene
 
 PUBLISHED_INPUT_FISHER = 1.6  # per um^2, Weimar et al. 2025
+READOUT_STD = 15.0  # DN, published
+DEFAULT_PSF_SIGMA = 0.5  # um
+DEFAULT_WHITE_STD, DEFAULT_CORRELATED_STD = 7.0, 2.0  # DN; the rest of READOUT_STD is row noise
 PSF_TAIL = 6  # standard deviations; the Gaussian beyond holds 2e-9 of the light
 FISHER_TOLERANCE = 1e-12  # relative; the iteration halves its error at least, so 100 rounds do
 FISHER_ROUNDS = 100
@@ -329,9 +332,12 @@ class Camera(Problem):
 def default_camera(scene: np.ndarray | Tensor | None = None) -> Camera:
     """The published experiment, simulated: 18 x 24 pixels, 15 DN read-out noise, FI 1.6 per um^2.
 
-    With the glyph of `glyph_scene` the largest signal is 2.05 DN, a signal-to-noise ratio of
-    13.7 %, and the FI is 1.600 to 1.601 per um^2 over all positions. Conditions 0.6 um apart, as in
-    the experiment, really have 1.40 per um^2: see `finite_step_fisher`.
+    With the glyph of `glyph_scene` the largest signal is 2.03 DN, a signal-to-noise ratio of
+    13.6 %, and the FI is 1.600 to 1.601 per um^2 over all positions. Conditions 0.6 um apart, as in
+    the experiment, really have 1.51 per um^2: see `finite_step_fisher`. The glyph has thick lines
+    and most of the read-out noise is common to a row, as in many cameras, so that images keep
+    changing over the whole range of positions: with thin lines, images 1 um apart differ as much as
+    images 3 um apart, and no estimate comes near a mean square error of 1 / FI.
 
     Args:
         scene: [h, w]; the glyph if None. Any scene gets the amplitude that gives it this FI.
@@ -345,4 +351,11 @@ def default_camera(scene: np.ndarray | Tensor | None = None) -> Camera:
         15.0
     """
     picture = glyph_scene() if scene is None else scene
-    return Camera(torch.as_tensor(picture)).with_input_fisher(PUBLISHED_INPUT_FISHER)
+    camera = Camera(
+        torch.as_tensor(picture),
+        psf_sigma=DEFAULT_PSF_SIGMA,
+        white_std=DEFAULT_WHITE_STD,
+        row_std=math.sqrt(READOUT_STD**2 - DEFAULT_WHITE_STD**2 - DEFAULT_CORRELATED_STD**2),
+        correlated_std=DEFAULT_CORRELATED_STD,
+    )
+    return camera.with_input_fisher(PUBLISHED_INPUT_FISHER)

@@ -8,9 +8,9 @@ import numpy as np
 
 from .problem import check_count
 
-# 9.6 um x 7.2 um with a line of 0.9 um at the 0.15 um spacing of `default_camera`.
+# 9.6 um x 7.2 um with a line of 2.1 um at the 0.15 um spacing of `default_camera`.
 GLYPH_SHAPE = (64, 48)
-GLYPH_STROKE = 6
+GLYPH_STROKE = 14
 
 
 def glyph_scene(shape: tuple[int, int] = GLYPH_SHAPE, *, stroke: int = GLYPH_STROKE) -> np.ndarray:

@@ -14,7 +14,8 @@ import torch
 
 import fisherfast as ff
 from fisherfast.__main__ import main
-from fisherfast.demos import imaging, imaging_task, lognormal_task, training
+from fisherfast.demos import imaging_task, lognormal_task, training
+from fisherfast.problems import default_camera
 
 Image = pytest.importorskip("PIL.Image")
 matplotlib = pytest.importorskip("matplotlib")
@@ -133,7 +134,7 @@ def test_photograph_as_scene(tmp_path):
 
 def recording(path: Path, edge_frames: int, center_frames: int) -> Path:
     """A file in the layout of the published measurements, with images of the simulated camera."""
-    camera = imaging.demo_camera()
+    camera = default_camera()
     generator = torch.Generator().manual_seed(0)
 
     def frames(positions: np.ndarray, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which lift reads most: J / I of the ground truths for slopes and bias scales of the dictionary.
+"""Which lift reads most, and which rule chooses its size: J / I of the ground truths.
 
     python benchmarks/dictionary.py
 
@@ -13,7 +13,8 @@ import warnings
 import torch
 
 import fisherfast as ff
-from fisherfast import features, flow
+from fisherfast import features, meters
+from fisherfast.estimators import FisherCurve
 from fisherfast.problems import GaussianScale, Laplace, LogNormal
 
 PROBLEMS = {
@@ -22,7 +23,7 @@ PROBLEMS = {
     "laplace": (Laplace(4, 1.0), 0.0, 0.1, 4.0),
 }
 CHOICES = [(0.7, 0.7), (0.7, 1.0), (0.0, 0.7), (0.0, 1.0), (-1.0, 0.7), (-1.0, 1.0), (-1.0, 1.4)]
-SEEDS = range(3)
+SEEDS = range(5)
 SAMPLES = 100_000
 FEATURES = 400
 
@@ -51,10 +52,38 @@ def measure(slope: float, bias_scale: float) -> dict[str, tuple[float, float]]:
     return results
 
 
+def one_error_of_J(curve: FisherCurve, first: int) -> tuple[int, bool]:
+    """The other rule: the smallest k whose J lies within one standard error of all later J."""
+    J, error = curve.J[first - 1 :, 0, 0], curve.stderr[first - 1 :, 0, 0]
+    floor = (J - error).flip(0).cummax(0).values.flip(0)
+    return first + int((floor <= J).nonzero()[0]), True
+
+
+def compare_rules() -> None:
+    """J / I at the chosen size by both rules, means over seeds, with the dictionary as it is."""
+    rules = {"two errors of the gain": meters.choose_features, "one error of J": one_error_of_J}
+    for rule, choose in rules.items():
+        meters.choose_features = choose
+        means = []
+        for problem, theta, dtheta, truth in PROBLEMS.values():
+            values = [
+                ff.fisher_information(
+                    problem.finite_difference(theta, dtheta, SAMPLES, seed=seed),
+                    max_features=FEATURES,
+                    seed=seed,
+                ).value
+                for seed in SEEDS
+            ]
+            means.append(sum(values) / len(values) / truth)
+        print(f"{rule:24s}" + "  ".join(f"{mean:.3f}" for mean in means), flush=True)
+
+
 def main() -> None:
-    """Measure all choices."""
+    """Compare the rules, then measure all choices of the dictionary."""
     warnings.simplefilter("ignore", ff.FisherWarning)
-    flow.FeatureDictionary = SlopedDictionary  # type: ignore[misc]
+    print("chosen by               " + "  ".join(PROBLEMS))
+    compare_rules()
+    meters.FeatureDictionary = SlopedDictionary  # type: ignore[misc]
     print("slope  bias  " + "  ".join(f"{name + ' J / lower':>20}" for name in PROBLEMS))
     for slope, bias_scale in CHOICES:
         results = measure(slope, bias_scale)

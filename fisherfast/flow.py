@@ -155,6 +155,11 @@ class Measurement:
         self._batch = 0
         self._pilot = True
 
+    @property
+    def _layer_meters(self) -> list[LayerMeter]:
+        """One meter per layer in execution order; `_meters` has it under every alias."""
+        return list(dict.fromkeys(self._meters.values()))
+
     def run(self, progress: bool = False) -> FisherFlow:
         """Stream all samples and estimate."""
         if self._model is None:
@@ -165,9 +170,9 @@ class Measurement:
                 self._stream(progress)
         with torch.no_grad():
             contrast = self._data.contrast()
-            meters = list(dict.fromkeys(self._meters.values()))
             layers = tuple(
-                estimate_layer(m, self._data, contrast, self._settings["ridge"]) for m in meters
+                estimate_layer(m, self._data, contrast, self._settings["ridge"])
+                for m in self._layer_meters
             )
         warn_of(layers)
         return FisherFlow(layers, self._settings)
@@ -188,7 +193,7 @@ class Measurement:
             for self._condition, batches in enumerate(pilot):
                 for self._batch, batch in enumerate(batches):
                     forward.run(batch)
-            for meter in dict.fromkeys(self._meters.values()):
+            for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
             self._pilot = False
             counts = [self._data.samples(c) for c in range(self._data.conditions)]
@@ -206,7 +211,7 @@ class Measurement:
         if self._model is None:
             sites = [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
         else:
-            sites = taps.select(taps.survey(self._model, batch.clone()), self._layers, self._model)
+            sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
             self._find_chains(sites, batch)
         for site in sites:
             meter = LayerMeter(site)
@@ -261,7 +266,7 @@ class Measurement:
 
     def _raise_if_skipped(self) -> None:
         """A layer that runs for some batches only has no moments that can be compared."""
-        meters = list(dict.fromkeys(self._meters.values()))
+        meters = self._layer_meters
         for meter in meters:
             if meter.moments.seen != meters[0].moments.seen:
                 raise ValueError(

@@ -43,7 +43,7 @@ class LayerMeter:
         """Add [n, ...] to the pilot statistics."""
         if activations.dtype == torch.float64:
             self._dtype = torch.float64
-        self.pilot.update(activations.flatten(1) if activations.ndim > 1 else activations[:, None])
+        self.pilot.update(_rows(activations))
 
     def prepare(self, data: FiniteDifference, settings: dict[str, Any]) -> None:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
@@ -62,9 +62,8 @@ class LayerMeter:
     def observe(self, condition: int, activations: torch.Tensor) -> torch.Tensor:
         """Add activations [n, ...] of a condition. Returns whether all were finite, as a 0-d
         tensor."""
-        flat = activations.flatten(1) if activations.ndim > 1 else activations[:, None]
         features, fold_sums = self.dictionary(
-            flat, folds=self.moments.folds, first=self.moments.seen[condition]
+            _rows(activations), folds=self.moments.folds, first=self.moments.seen[condition]
         )
         self.moments.update(condition, features, fold_sums)
         if self.moments.paired:
@@ -73,6 +72,11 @@ class LayerMeter:
                 self.moments.update_products(self._pending)
                 self._pending = []
         return torch.isfinite(fold_sums).all()
+
+
+def _rows(activations: torch.Tensor) -> torch.Tensor:
+    """Activations [n, ...] of one layer as [n, d]; one number per sample is d = 1."""
+    return activations.flatten(1) if activations.ndim > 1 else activations[:, None]
 
 
 def estimate_layer(

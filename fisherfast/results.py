@@ -358,10 +358,10 @@ class FisherFlow:
             "features",
             "converged",
         ]
-        errors = self.fraction_errors()
+        fractions, errors = self.fractions(), self.fraction_errors()
         rows = [header]
         for layer in self:
-            fraction = self.fractions()[layer.name]
+            fraction = fractions[layer.name]
             rows.append(
                 [
                     " = ".join(_main_names(layer)),

@@ -1,0 +1,202 @@
+"""fisher_solve beside torch's own route, over condition numbers, sizes and positions in a batch.
+
+Kernels that solve many systems at once, one in each lane of a vector, must not lose accuracy, nor
+let one system touch another: the cases here lie around the widths of such vectors.
+"""
+
+import math
+
+import pytest
+import torch
+
+from fisherfast import ops, reference
+
+# Errors relative to the largest result of a system, of systems with condition numbers below 100.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
+
+CONDITIONS = [10.0**e for e in range(7)]
+SYSTEMS = {4: 600, 8: 600, 16: 400, 32: 300, 64: 150, 128: 60}
+SIZES = [*range(1, 41), 48, 63, 64, 65, 96, 127, 128, 129, 130, 200, 257]
+COUNTS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100]
+
+
+def correlations(normal, count, dim, condition):
+    """Unit diagonal, random orthogonal bases, eigenvalues spread evenly in their logarithm.
+
+    The unit diagonal changes the condition number a little.
+    """
+    basis = torch.linalg.qr(normal(count, dim, dim))[0]
+    eigenvalues = torch.logspace(0, -math.log10(condition), dim, dtype=torch.float64)
+    matrix = basis * eigenvalues @ basis.mT
+    scale = matrix.diagonal(dim1=-2, dim2=-1).rsqrt()
+    return scale[:, :, None] * matrix * scale[:, None, :]
+
+
+def torch_route(cov, deriv):
+    """What a user writes: J by cholesky and solve_triangular."""
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(cov), deriv, upper=False)
+    return half.mT @ half
+
+
+def errors(fisher, truth):
+    """Relative error [B] of J, by its largest entry."""
+    return (fisher.double() - truth).abs().amax((-2, -1)) / truth.abs().amax((-2, -1))
+
+
+@pytest.mark.parametrize("condition", CONDITIONS, ids="{:g}".format)
+@pytest.mark.parametrize("dim", SYSTEMS)
+def test_as_accurate_as_torch(normal, device, dim, condition):
+    """float32 against the truth in float64 on the same rounded systems: the largest and the median
+    error are never twice those of torch. Catches reciprocals and square roots of half the bits,
+    and an inverse that is multiplied where a system should be solved.
+    """
+    kind = {"dtype": torch.float32, "device": device}
+    cov = correlations(normal, SYSTEMS[dim], dim, condition).to(**kind)
+    cov = (cov + cov.mT) / 2
+    deriv = normal(SYSTEMS[dim], dim, 2, **kind)
+    truth, _, info, _, _ = reference.fisher_solve(cov.double(), deriv.double())
+    assert info.eq(0).all()
+    fisher, _, info = ops.fisher_solve(cov, deriv)
+    assert info.eq(0).all()
+    ours, theirs = errors(fisher, truth), errors(torch_route(cov, deriv), truth)
+    assert ours.max() <= 2 * theirs.max()
+    assert ours.median() <= 2 * theirs.median()
+    if condition <= 100:
+        assert ours.max() <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dim", [4, 16, 33, 128])
+def test_gradients_are_accurate(normal, device, dim):
+    """solution, which the gradients are made of, at condition 100: as accurate as torch's."""
+    kind = {"dtype": torch.float32, "device": device}
+    cov = correlations(normal, 100, dim, 100.0).to(**kind)
+    cov = (cov + cov.mT) / 2
+    deriv = normal(100, dim, 2, **kind)
+    truth = torch.linalg.solve(cov.double(), deriv.double())
+    ours = errors(ops.fisher_solve_details(cov, deriv, solution=True).solution, truth)
+    theirs = errors(torch.cholesky_solve(deriv, torch.linalg.cholesky(cov)), truth)
+    assert ours.max() <= 2 * theirs.max()
+    assert ours.median() <= 2 * theirs.median()
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+def assert_matches(cov, deriv, ridge=2.0**-13):
+    got = ops.fisher_solve_details(cov, deriv, ridge=ridge, inverse_rows=True)
+    truth = reference.fisher_solve(cov.double(), deriv.double(), ridge, True)
+    assert got.info.eq(0).all()
+    for name, expected in zip(("fisher", "half"), truth, strict=False):
+        result = getattr(got, name)
+        assert result.shape == expected.shape
+        assert (errors(result, expected) <= TOLERANCE[cov.dtype]).all(), name
+    for result, expected in ((got.condition, truth[3]), (got.inverse_rows, truth[4])):
+        scale = expected if expected.dim() == 1 else expected.amax(-1, keepdim=True)
+        assert ((result.double() - expected).abs() <= TOLERANCE[cov.dtype] * scale).all()
+
+
+@pytest.mark.parametrize("dim", SIZES)
+def test_every_size(systems, device, dtype, dim):
+    """Catches the edges of blocks in d: one full vector of systems and one more."""
+    assert_matches(*systems((17,), dim, 2, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("dim", [1, 5, 8, 16, 33])
+def test_every_number_of_systems(systems, device, dtype, dim, count):
+    """Catches a last group of systems that is not full."""
+    assert_matches(*systems((count,), dim, 3, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("params", [1, 2, 3, 4, 5, 8, 9, 16, 17])
+@pytest.mark.parametrize("dim", [1, 4, 15, 16, 40, 130])
+def test_every_number_of_parameters(systems, device, dtype, dim, params):
+    """Catches more right-hand sides than a block holds."""
+    assert_matches(*systems((9,), dim, params, dtype=dtype, device=device))
+
+
+# --- lanes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inverse_rows", [False, True])
+@pytest.mark.parametrize("count", [1, 4, 8, 16, 17, 33, 100])
+@pytest.mark.parametrize("dim", [1, 5, 12, 40, 130])
+def test_a_permuted_batch_gives_permuted_bits(
+    normal, systems, device, dtype, dim, count, inverse_rows
+):
+    """Catches a tail of systems that takes another route, with other bits."""
+    cov, deriv = systems((count,), dim, 2, dtype=dtype, device=device)
+    order = normal(count).argsort().to(device)
+    options = {"ridge": 1e-3, "inverse_rows": inverse_rows}
+    got = ops.fisher_solve_details(cov[order], deriv[order], **options)
+    expected = ops.fisher_solve_details(cov, deriv, **options)
+    for left, right in zip(got, expected, strict=True):
+        assert torch.equal(left, right[order] if right.numel() else right)
+
+
+def test_equal_systems_have_equal_bits(systems, device, dtype):
+    """The same system in every lane, and in the tail."""
+    cov, deriv = systems((), 21, 2, dtype=dtype, device=device)
+    details = ops.fisher_solve_details(
+        cov.expand(37, 21, 21), deriv.expand(37, 21, 2), ridge=1e-3, inverse_rows=True
+    )
+    for result in details[:5]:
+        assert torch.equal(result, result[:1].expand_as(result))
+
+
+FAILURES = {
+    "zero variance": (2, 2, 0.0),
+    "NaN": (2, 0, math.nan),
+    "not positive definite": (2, 1, 3.0),
+    "infinite variance": (2, 2, math.inf),
+    "tiny variance, so that its scale overflows": (2, 2, -1e-38),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("position", [0, 1, 15, 16, 17, -1])
+@pytest.mark.parametrize(("dim", "count"), [(5, 37), (24, 33), (70, 20)])
+def test_a_failure_stays_in_its_lane(normal, device, dtype, dim, count, position, failure):
+    """At the edges of a vector of systems: info says which pivot, all else keeps its bits."""
+    row, column, value = FAILURES[failure]
+    kind = {"dtype": dtype, "device": device}
+    cov, deriv = correlations(normal, count, dim, 10.0).to(**kind), normal(count, dim, 2, **kind)
+    expected = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
+    broken = cov.clone()
+    broken[position, row, column] = value
+    got = ops.fisher_solve_details(broken, deriv, inverse_rows=True)
+    pivots = [0] * count
+    pivots[position] = 3
+    assert got.info.tolist() == pivots
+    others = torch.ones(count, dtype=torch.bool, device=device)
+    others[position] = False
+    for left, right in zip(got[:5], expected[:5], strict=True):
+        assert torch.equal(left[others], right[others])
+    for name in ("fisher", "half", "condition", "inverse_rows"):
+        assert getattr(got, name)[position].isnan().all(), name
+
+
+def test_many_failures_at_once(normal, device, dtype):
+    """Every third system fails, each at another pivot."""
+    count, dim = 100, 9
+    kind = {"dtype": dtype, "device": device}
+    cov, deriv = correlations(normal, count, dim, 10.0).to(**kind), normal(count, dim, 1, **kind)
+    expected = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
+    broken = cov.clone()
+    pivots = [i % dim + 1 if i % 3 == 0 else 0 for i in range(count)]
+    for i, pivot in enumerate(pivots):
+        if pivot:
+            broken[i, pivot - 1, pivot - 1] = -1.0
+    got = ops.fisher_solve_details(broken, deriv, inverse_rows=True)
+    assert got.info.tolist() == pivots
+    good = got.info == 0
+    for left, right in zip(got[:5], expected[:5], strict=True):
+        assert torch.equal(left[good], right[good])
+
+
+def test_all_systems_fail(device, dtype):
+    cov = torch.zeros(19, 6, 6, dtype=dtype, device=device)
+    fisher, half, info = ops.fisher_solve(cov, torch.ones(19, 6, 1, dtype=dtype, device=device))
+    assert info.tolist() == [1] * 19
+    assert fisher.isnan().all()
+    assert half.isnan().all()

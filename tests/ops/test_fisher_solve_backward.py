@@ -1,0 +1,436 @@
+"""The derivative of fisher_solve: gradcheck, closed forms, plain torch's autograd, and failures.
+
+J = D^T (C + ridge diag C)^-1 D and its gradients for a gradient G with respect to J:
+Z = X (G + G^T), grad_deriv = Z, grad_cov = -(Z X^T) / 2 with the diagonal times (1 + ridge).
+"""
+
+import math
+import re
+
+import pytest
+import torch
+
+from fisherfast import ops
+
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 2e-13}
+
+BATCHES = [(), (1,), (3,), (2, 3), (17,)]
+
+
+def plain(cov, deriv, ridge):
+    """J as anyone would write it, differentiable by torch."""
+    regular = cov + ridge * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
+    return deriv.mT @ torch.linalg.solve(regular, deriv)
+
+
+def regular_systems(normal, batch, dim, params, **kind):
+    """Systems of one unit (a gradient has the units of 1/C, gradcheck steps are absolute)."""
+    samples = normal(*batch, dim, 2 * dim + 3)
+    cov = samples @ samples.mT / (2 * dim + 3) + 0.1 * torch.eye(dim, dtype=torch.float64)
+    return cov.to(**kind), normal(*batch, dim, params).to(**kind)
+
+
+def gradients(fisher, inputs, weight):
+    return torch.autograd.grad(fisher, inputs, weight)
+
+
+def assert_close(got, expected, dtype):
+    """Relative to the largest entry of each system."""
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    if got.numel() > 0:
+        scale = expected.abs().amax((-2, -1), keepdim=True)
+        assert ((got.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
+
+
+# --- solution ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize(("batch", "dim", "params"), [((), 1, 1), ((5,), 7, 3), ((2, 3), 33, 1)])
+def test_solution(normal, device, dtype, route, batch, dim, params, ridge):
+    """X = (C + ridge diag C)^-1 D. Catches the X of the scaled system, and a ridge on I."""
+    cov, deriv = regular_systems(normal, batch, dim, params, dtype=dtype, device=device)
+    unit = torch.logspace(-2, 2, dim, dtype=dtype, device=device)
+    cov, deriv = unit[:, None] * cov * unit, unit[:, None] * deriv
+    got = ops.fisher_solve_details(cov, deriv, ridge=ridge, solution=True)
+    regular = (cov + ridge * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))).double()
+    expected = torch.linalg.solve(regular, deriv.double())
+    assert_close(unit[:, None] * got.solution, unit[:, None] * expected, dtype)
+    without = ops.fisher_solve_details(cov, deriv, ridge=ridge)
+    assert without.solution.shape == (0,)
+    torch.testing.assert_close(got.fisher, without.fisher)
+    torch.testing.assert_close(got.half, without.half)
+
+
+@pytest.mark.parametrize("inverse_rows", [False, True])
+def test_solution_and_inverse_rows_do_not_mix(systems, device, dtype, route, inverse_rows):
+    cov, deriv = systems((3,), 9, 2, dtype=dtype, device=device)
+    got = ops.fisher_solve_details(cov, deriv, inverse_rows=inverse_rows, solution=True)
+    alone = ops.fisher_solve_details(cov, deriv, solution=True)
+    assert got.inverse_rows.shape == ((3, 9) if inverse_rows else (0,))
+    torch.testing.assert_close(got.solution, alone.solution)
+
+
+def test_a_failed_system_has_no_solution(normal, device, dtype, route):
+    """NaN there, the same bits elsewhere."""
+    cov, deriv = regular_systems(normal, (5,), 4, 2, dtype=dtype, device=device)
+    expected = ops.fisher_solve_details(cov, deriv, solution=True).solution
+    cov[3, 1, 1] = -1
+    got = ops.fisher_solve_details(cov, deriv, solution=True)
+    assert got.info.tolist() == [0, 0, 0, 2, 0]
+    assert got.solution[3].isnan().all()
+    others = [0, 1, 2, 4]
+    assert torch.equal(got.solution[others], expected[others])
+
+
+@pytest.mark.parametrize(("batch", "dim", "params"), [((0,), 3, 2), ((2,), 0, 2), ((2,), 3, 0)])
+def test_empty_solution(device, dtype, route, batch, dim, params):
+    cov = torch.eye(dim, dtype=dtype, device=device).expand(*batch, dim, dim)
+    deriv = torch.ones(*batch, dim, params, dtype=dtype, device=device)
+    got = ops.fisher_solve_details(cov, deriv, solution=True)
+    assert got.solution.shape == (*batch, dim, params)
+
+
+# --- the derivative ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("batch", "dim", "params"), [((), 1, 1), ((), 4, 2), ((3,), 5, 1), ((2, 2), 3, 3)]
+)
+def test_gradcheck(normal, device, route, batch, dim, params, ridge):
+    """Finite differences in float64, through cov = A A^T + I. Catches a diagonal without
+    (1 + ridge), a factor 2, a sign, and G for G + G^T (gradcheck weights J at random)."""
+    root = normal(*batch, dim, dim, device=device).requires_grad_()
+    deriv = normal(*batch, dim, params, device=device).requires_grad_()
+    unit = torch.eye(dim, dtype=torch.float64, device=device)
+
+    def fisher(root, deriv):
+        return ops.fisher_solve(root @ root.mT + unit, deriv, ridge=ridge)[0]
+
+    assert torch.autograd.gradcheck(fisher, (root, deriv))
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_gradcheck_of_a_symmetrised_matrix(normal, device, route, ridge):
+    """Through (A + A^T) / 2: an off-diagonal entry counted once or four times fails."""
+    cov, deriv = regular_systems(normal, (2,), 4, 2, device=device)
+    cov = cov.requires_grad_()
+
+    def fisher(cov):
+        return ops.fisher_solve((cov + cov.mT) / 2, deriv, ridge=ridge)[0]
+
+    assert torch.autograd.gradcheck(fisher, (cov,))
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.25])
+def test_one_feature_has_a_closed_form(device, dtype, route, ridge):
+    """J = D^2 / ((1 + r) C): dJ/dD = 2 D / ((1 + r) C), dJ/dC = -D^2 / ((1 + r) C^2)."""
+    kind = {"dtype": dtype, "device": device}
+    cov = torch.tensor([[[2.0]], [[0.5]]], **kind).requires_grad_()
+    deriv = torch.tensor([[[3.0]], [[-1.0]]], **kind).requires_grad_()
+    fisher = ops.fisher_solve(cov, deriv, ridge=ridge)[0]
+    fisher.sum().backward()
+    C, D = cov.detach(), deriv.detach()
+    torch.testing.assert_close(deriv.grad, 2 * D / ((1 + ridge) * C))
+    torch.testing.assert_close(cov.grad, -D.square() / ((1 + ridge) * C.square()))
+
+
+def test_two_features_have_a_closed_form(device, dtype, route):
+    """C = [[1, r], [r, 1]], D = e_1: J = 1 / (1 - r^2). Each of the two entries r gets half of
+    dJ/dr = 2 r / (1 - r^2)^2; a gradient of the lower triangle alone fails."""
+    kind = {"dtype": dtype, "device": device}
+    r = 0.5
+    cov = torch.tensor([[1.0, r], [r, 1.0]], **kind).requires_grad_()
+    fisher = ops.fisher_solve(cov, torch.tensor([[1.0], [0.0]], **kind))[0]
+    fisher.backward(torch.ones_like(fisher))
+    x = 1 / (1 - r * r)
+    expected = torch.tensor([[-x * x, r * x * x], [r * x * x, -r * r * x * x]], **kind)
+    torch.testing.assert_close(cov.grad, expected)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("params", [1, 2, 5])
+@pytest.mark.parametrize("dim", [1, 2, 5, 16, 33, 70])
+def test_matches_autograd_of_the_formula(normal, device, dtype, route, dim, params, ridge):
+    """float64 autograd through torch.linalg.solve; the weight G is not symmetric."""
+    cov, deriv = regular_systems(normal, (4,), dim, params, dtype=dtype, device=device)
+    weight = normal(4, params, params, dtype=dtype, device=device)
+    inputs = [t.double().requires_grad_() for t in (cov, deriv)]
+    # cov is read as symmetric by the op; torch's gradient of the symmetrised one is that too
+    formula = plain((inputs[0] + inputs[0].mT) / 2, inputs[1], ridge)
+    expected = gradients(formula, inputs, weight.double())
+    inputs = [t.clone().requires_grad_() for t in (cov, deriv)]
+    got = gradients(ops.fisher_solve(*inputs, ridge=ridge)[0], inputs, weight)
+    for left, right in zip(got, expected, strict=True):
+        assert_close(left, right, dtype)
+    assert torch.equal(got[0], got[0].mT)
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_batches(normal, device, dtype, route, batch):
+    """Each system has the gradient that it has alone."""
+    cov, deriv = regular_systems(normal, batch, 6, 2, dtype=dtype, device=device)
+    weight = normal(*batch, 2, 2, dtype=dtype, device=device)
+    inputs = [t.requires_grad_() for t in (cov, deriv)]
+    got = gradients(ops.fisher_solve(*inputs, ridge=0.1)[0], inputs, weight)
+    flat = [t.reshape(-1, *t.shape[-2:]) for t in (cov.detach(), deriv.detach(), weight, *got)]
+    for C, D, G, grad_cov, grad_deriv in zip(*flat, strict=True):
+        alone = [t.double().requires_grad_() for t in (C, D)]
+        formula = plain((alone[0] + alone[0].mT) / 2, alone[1], 0.1)
+        expected = gradients(formula, alone, G.double())
+        assert_close(grad_cov, expected[0], dtype)
+        assert_close(grad_deriv, expected[1], dtype)
+
+
+def test_details_are_differentiable_too(normal, device, route):
+    """Whatever else is asked for, the gradient of fisher is the same."""
+    cov, deriv = regular_systems(normal, (3,), 5, 2, device=device)
+    inputs = [t.requires_grad_() for t in (cov, deriv)]
+    expected = gradients(plain((cov + cov.mT) / 2, deriv, 0.2).sum(), inputs, None)
+    for inverse_rows in (False, True):
+        for solution in (False, True):
+            options = {"inverse_rows": inverse_rows, "solution": solution}
+            details = ops.fisher_solve_details(cov, deriv, ridge=0.2, **options)
+            got = gradients(details.fisher.sum(), inputs, None)
+            for left, right in zip(got, expected, strict=True):
+                assert_close(left, right, torch.float64)
+
+
+def test_only_fisher_is_differentiable(normal, device, dtype, route):
+    """Catches a gradient that flows through half and is not there: silently zero."""
+    cov, deriv = regular_systems(normal, (3,), 5, 2, dtype=dtype, device=device)
+    details = ops.fisher_solve_details(
+        cov.requires_grad_(), deriv.requires_grad_(), inverse_rows=True, solution=True
+    )
+    assert details.fisher.requires_grad
+    for name in ("half", "info", "condition", "inverse_rows", "solution"):
+        assert not getattr(details, name).requires_grad, name
+
+
+@pytest.mark.parametrize("needed", ["cov", "deriv"])
+def test_one_input_needs_a_gradient(normal, device, route, needed):
+    cov, deriv = regular_systems(normal, (3,), 5, 2, device=device)
+    tensor = {"cov": cov, "deriv": deriv}[needed].requires_grad_()
+    (expected,) = gradients(plain((cov + cov.mT) / 2, deriv, 0.1).sum(), [tensor], None)
+    (got,) = gradients(ops.fisher_solve(cov, deriv, ridge=0.1)[0].sum(), [tensor], None)
+    assert_close(got, expected, torch.float64)
+
+
+def test_values_do_not_depend_on_the_gradient(normal, device, dtype, route):
+    """Catches another route, with other bits, for inputs that require grad."""
+    cov, deriv = regular_systems(normal, (3,), 21, 2, dtype=dtype, device=device)
+    expected = ops.fisher_solve_details(cov, deriv, ridge=0.1, solution=True)
+    got = ops.fisher_solve_details(cov.requires_grad_(), deriv, ridge=0.1, solution=True)
+    for left, right in zip(got, expected, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_strided_inputs_and_an_expanded_gradient(normal, device, dtype, route):
+    """fisher.sum() hands over a gradient of stride 0, a transposed loss one that is transposed."""
+    cov, deriv = regular_systems(normal, (4,), 5, 3, dtype=dtype, device=device)
+    inputs = [t.requires_grad_() for t in (cov, deriv)]
+    G = normal(3, 3, 4, dtype=dtype, device=device).permute(2, 1, 0)
+    for weight in (torch.ones((), dtype=dtype, device=device).expand(4, 3, 3), G):
+        contiguous = gradients(ops.fisher_solve(*inputs)[0], inputs, weight.contiguous())
+        strided = [cov.mT.contiguous().mT, deriv.mT.contiguous().mT]
+        got = gradients(ops.fisher_solve(*strided)[0], inputs, weight)
+        for left, right in zip(got, contiguous, strict=True):
+            torch.testing.assert_close(left, right)
+
+
+def test_gradient_descent_finds_the_worst_noise(device):
+    """What it is for: two features of noise a and 2 - a and D = (2, 1). J = 4 / a + 1 / (2 - a) is
+    smallest where 2 / a = 1 / (2 - a): a = 4 / 3, J = 4.5."""
+    kind = {"dtype": torch.float64, "device": device}
+    a = torch.tensor(1.0, **kind, requires_grad=True)
+    deriv = torch.tensor([[2.0], [1.0]], **kind)
+    for _ in range(200):
+        fisher = ops.fisher_solve(torch.diag(torch.stack([a, 2 - a])), deriv)[0].sum()
+        (gradient,) = torch.autograd.grad(fisher, a)
+        a = (a - 0.05 * gradient).detach().requires_grad_()
+    assert a.item() == pytest.approx(4 / 3, rel=1e-9)
+    assert fisher.item() == pytest.approx(4.5, rel=1e-9)
+
+
+# --- failures and edges --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_failed_systems_have_nan_gradients(normal, device, dtype, route, position):
+    """NaN there, the bits of a good batch elsewhere: no gradient is made up, none is lost."""
+    cov, deriv = regular_systems(normal, (5,), 4, 2, dtype=dtype, device=device)
+    broken = cov.clone()
+    broken[position, 2, 2] = -1
+
+    def run(cov):
+        inputs = [cov.clone().requires_grad_(), deriv.clone().requires_grad_()]
+        return gradients(ops.fisher_solve(*inputs)[0].sum(), inputs, None)
+
+    others = [i for i in range(5) if i != position]
+    for got, expected in zip(run(broken), run(cov), strict=True):
+        assert got[position].isnan().all()
+        assert torch.equal(got[others], expected[others])
+
+
+@pytest.mark.parametrize(
+    ("batch", "dim", "params"),
+    [((0,), 3, 2), ((2,), 0, 2), ((2,), 3, 0), ((), 0, 0), ((2, 0), 1, 1)],
+)
+def test_empty_gradients(device, dtype, route, batch, dim, params):
+    cov = torch.eye(dim, dtype=dtype, device=device).repeat(*batch, 1, 1).requires_grad_()
+    deriv = torch.ones(*batch, dim, params, dtype=dtype, device=device).requires_grad_()
+    fisher = ops.fisher_solve(cov, deriv)[0]
+    grad_cov, grad_deriv = gradients(fisher.sum(), [cov, deriv], None)
+    assert grad_cov.shape == cov.shape
+    assert grad_deriv.shape == deriv.shape
+    assert grad_cov.eq(0).all()
+    assert grad_deriv.eq(0).all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_changes(normal, mode):
+    cov, deriv = regular_systems(normal, (2,), 3, 1)
+    expected = ops.fisher_solve_details(cov, deriv, solution=True)
+    with mode():
+        got = ops.fisher_solve_details(cov.requires_grad_(), deriv, solution=True)
+    assert not any(t.requires_grad for t in got)
+    for left, right in zip(got, expected, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_backward_twice_is_right_or_refused(device, route):
+    """J = D^2 / C, d^2 J / dD^2 = 2 / C. A gradient of the gradient that is quietly zero, or left
+    out of a sum, is what must not happen."""
+    kind = {"dtype": torch.float64, "device": device}
+    cov = torch.tensor([[4.0]], **kind).requires_grad_()
+    deriv = torch.tensor([[3.0]], **kind).requires_grad_()
+    fisher = ops.fisher_solve(cov, deriv)[0]
+    reason = "twice|differentiable|double|second|backward"
+    try:
+        (slope,) = torch.autograd.grad(fisher.sum(), deriv, create_graph=True)
+        penalty = deriv.sum() + slope.square().sum()  # 3 + (2 D / C)^2
+        (got,) = torch.autograd.grad(penalty, deriv)
+    except (RuntimeError, NotImplementedError) as error:
+        assert re.search(reason, str(error))  # noqa: PT017
+    else:
+        assert got.item() == pytest.approx(1 + 8 * 3 / 16)
+
+
+# --- the op of the backward ----------------------------------------------------------------------
+
+
+def backward_by_formula(G, X, ridge):
+    Z = X @ (G + G.mT)
+    grad_cov = -(Z @ X.mT) / 2
+    diagonal = torch.diag_embed(grad_cov.diagonal(dim1=-2, dim2=-1))
+    return grad_cov + ridge * diagonal, Z
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("params", [1, 2, 3, 16, 17])
+@pytest.mark.parametrize("dim", [1, 3, 8, 33, 130])
+def test_backward_is_the_formula(normal, device, dtype, dim, params, ridge):
+    """Z X^T = X (G + G^T) X^T is symmetric, to the bit; G itself is not."""
+    G = normal(3, params, params, dtype=dtype, device=device)
+    X = normal(3, dim, params, dtype=dtype, device=device)
+    expected = backward_by_formula(G.double(), X.double(), ridge)
+    got = ops.fisher_solve_backward(G, X, ridge)
+    for left, right in zip(got, expected, strict=True):
+        assert_close(left, right, dtype)
+    assert torch.equal(got[0], got[0].mT)
+
+
+def test_backward_of_strided_inputs(normal, device, dtype):
+    G = normal(3, 3, 6, dtype=dtype, device=device).permute(2, 1, 0)[::2]
+    X = normal(3, 10, 4, dtype=dtype, device=device)[:, ::2, 1:]
+    expected = ops.fisher_solve_backward(G.contiguous(), X[..., :3].contiguous(), 0.1)
+    for left, right in zip(ops.fisher_solve_backward(G, X[..., :3], 0.1), expected, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_backward_of_batches(normal, device, dtype, batch):
+    G = normal(*batch, 2, 2, dtype=dtype, device=device)
+    X = normal(*batch, 5, 2, dtype=dtype, device=device)
+    for left, right in zip(
+        ops.fisher_solve_backward(G, X, 0.1),
+        backward_by_formula(G.double(), X.double(), 0.1),
+        strict=True,
+    ):
+        assert_close(left, right, dtype)
+
+
+def test_backward_of_nan_stays_in_its_system(normal, device, dtype):
+    G, X = (normal(4, n, 2, dtype=dtype, device=device) for n in (2, 5))
+    expected = ops.fisher_solve_backward(G, X, 0.1)
+    X[2] = math.nan
+    got = ops.fisher_solve_backward(G, X, 0.1)
+    for left, right in zip(got, expected, strict=True):
+        assert left[2].isnan().all()
+        assert torch.equal(left[[0, 1, 3]], right[[0, 1, 3]])
+
+
+def test_threads_change_no_bit(normal, dtype, with_threads):
+    G, X = (normal(301, n, 3, dtype=dtype) for n in (3, 24))
+    one = with_threads(1, lambda: ops.fisher_solve_backward(G, X, 0.1))
+    for threads in (2, 3):
+        got = with_threads(threads, lambda: ops.fisher_solve_backward(G, X, 0.1))
+        for left, right in zip(got, one, strict=True):
+            assert torch.equal(left, right)
+
+
+G, X = torch.ones(3, 2, 2), torch.ones(3, 5, 2)
+WRONG = {
+    "half": (G.half(), X.half(), 0.0, TypeError, "must be float32 or float64, got float16"),
+    "mixed": (G, X.double(), 0.0, TypeError, "must have the dtype of .*, got float"),
+    "array": (G.numpy(), X, 0.0, TypeError, "grad_fisher must be a torch.Tensor, got ndarray"),
+    "oblong": (G[:, :1], X, 0.0, ValueError, r"must have shape .*, got \["),
+    "params": (torch.ones(3, 3, 3), X, 0.0, ValueError, r"must have shape .*, got \["),
+    "batch": (G[:2], X, 0.0, ValueError, r"must have shape .*, got \["),
+    "vector": (G[0, 0], X[0, 0], 0.0, ValueError, r"must have shape .*, got \["),
+    "ridge": (G, X, -0.1, ValueError, "ridge must be finite and at least 0, got -0.1"),
+    "NaN ridge": (G, X, math.nan, ValueError, "ridge must be finite and at least 0, got nan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case):
+    grad_fisher, solution, ridge, error, message = WRONG[case]
+    with pytest.raises(error, match=message) as caught:
+        ops.fisher_solve_backward(grad_fisher, solution, ridge)
+    assert str(caught.value).startswith(("grad_fisher must", "solution must", "ridge must"))
+
+
+# --- torch.library -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("solution", [False, True])
+@pytest.mark.parametrize(("batch", "dim", "params"), [((), 3, 1), ((2, 3), 5, 2), ((0,), 4, 1)])
+def test_opcheck(normal, device, dtype, route, batch, dim, params, solution, grad):
+    cov, deriv = regular_systems(normal, batch, dim, params, dtype=dtype, device=device)
+    options = {"ridge": 1e-4, "inverse_rows": False, "solution": solution}
+    inputs = (cov.requires_grad_(grad), deriv.requires_grad_(grad))
+    torch.library.opcheck(torch.ops.fisherfast.fisher_solve.default, inputs, options)
+
+
+@pytest.mark.parametrize(("batch", "dim", "params"), [((), 3, 1), ((2, 3), 5, 2), ((0,), 4, 1)])
+def test_opcheck_of_the_backward(normal, device, dtype, batch, dim, params):
+    G = normal(*batch, params, params, dtype=dtype, device=device)
+    X = normal(*batch, dim, params, dtype=dtype, device=device)
+    torch.library.opcheck(torch.ops.fisherfast.fisher_solve_backward.default, (G, X, 0.3))
+
+
+def test_compiles_with_its_backward(normal):
+    cov, deriv = regular_systems(normal, (4,), 3, 2)
+    inputs = [t.requires_grad_() for t in (cov, deriv)]
+
+    def loss(cov, deriv):
+        return ops.fisher_solve(cov, deriv, ridge=0.1)[0].square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected = gradients(loss(*inputs), inputs, None)
+    for left, right in zip(gradients(compiled(*inputs), inputs, None), expected, strict=True):
+        assert torch.equal(left, right)

@@ -1,0 +1,488 @@
+"""lift_moments_ against its definition in float64, bit for bit while it grows, on every bad input.
+
+Features of row i: f = [z_i | leaky_relu(weight z_i + bias) - pilot]. Row i belongs to fold
+(first + i) % F and half (first + i) % H.
+"""
+
+import math
+import re
+
+import pytest
+import torch
+
+from fisherfast import ops
+
+# Errors relative to the largest entry, as for moments.
+TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
+
+
+def features(z, weight, bias, pilot, slope):
+    """[n, K] in float64."""
+    z, weight, bias, pilot = (t.double() for t in (z, weight, bias, pilot))
+    before = z @ weight.T + bias
+    return torch.cat([z, torch.where(before > 0, before, slope * before) - pilot], 1)
+
+
+def definition(sums, cross, z, weight, bias, pilot, *, slope=0.7, first=0, start=0):
+    """What sums and cross must be afterwards, in float64 and row by row of folds and halves."""
+    f = features(z, weight, bias, pilot, slope)
+    sums, cross = sums.clone(), cross.clone()
+    number = first + torch.arange(len(z), device=z.device)
+    for fold in range(len(sums)):
+        sums[fold, start:] += f[number % len(sums) == fold].sum(0)[start:]
+    for half in range(len(cross)):
+        rows = f[number % len(cross) == half]
+        cross[half, start:] += (rows.T @ rows).tril()[start:]
+    return sums, cross
+
+
+def assert_matches(got, truth, dtype):
+    for result, expected in zip(got, truth, strict=True):
+        assert result.dtype == torch.float64
+        if expected.numel() > 0:
+            error = (result - expected).abs().max()
+            assert error <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.fixture
+def inputs(normal, device, dtype):
+    """inputs(n, d, k) -> z, weight, bias, pilot, at the sizes that a dictionary has."""
+
+    def draw(rows, dim, lifted):
+        kind = {"dtype": dtype, "device": device}
+        weight = normal(lifted, dim, **kind) / max(dim, 1) ** 0.5
+        return normal(rows, dim, **kind), weight, normal(lifted, **kind), normal(lifted, **kind)
+
+    return draw
+
+
+@pytest.fixture
+def accumulators(normal, device):
+    """accumulators(F, H, K) -> sums, cross that hold something already, upper triangle as well."""
+
+    def draw(folds, halves, size):
+        return normal(folds, size, device=device), normal(halves, size, size, device=device)
+
+    return draw
+
+
+def zeros(folds, halves, size, device):
+    kind = {"dtype": torch.float64, "device": device}
+    return torch.zeros(folds, size, **kind), torch.zeros(halves, size, size, **kind)
+
+
+def lower(cross):
+    """The valid part."""
+    return cross.tril()
+
+
+# --- against the definition ----------------------------------------------------------------------
+
+
+def test_by_hand(device, dtype):
+    """Catches halves for folds, a sum that overwrites, slope on the wrong side, pilot on z."""
+    kind = {"dtype": dtype, "device": device}
+    z = torch.tensor([[1.0], [-2.0], [3.0]], **kind)
+    weight = torch.tensor([[2.0]], **kind)
+    bias, pilot = torch.tensor([1.0], **kind), torch.tensor([0.5], **kind)
+    sums = torch.tensor([[10.0, 20.0], [30.0, 40.0]], dtype=torch.float64, device=device)
+    cross = torch.full((2, 2, 2), 100.0, dtype=torch.float64, device=device)
+    result = ops.lift_moments_(sums, cross, z, weight, bias, pilot, slope=0.5, first=1)
+    # lifted: 3 - 0.5, -1.5 - 0.5, 7 - 0.5; rows 0 and 2 are numbers 1 and 3, fold and half 1
+    assert result is None
+    assert sums.tolist() == [[8.0, 18.0], [34.0, 49.0]]
+    assert cross.tolist() == [[[104.0, 100.0], [104.0, 104.0]], [[110.0, 100.0], [122.0, 148.5]]]
+
+
+@pytest.mark.parametrize(("folds", "halves"), [(1, 1), (2, 2), (16, 2), (16, 1), (3, 2), (1, 2)])
+@pytest.mark.parametrize("rows", [1, 2, 1000, 3001])
+def test_folds_and_halves(inputs, accumulators, dtype, rows, folds, halves):
+    """Catches halves that alternate by fold rather than by row, and a lost tail of rows."""
+    arguments = inputs(rows, 10, 21)
+    before = accumulators(folds, halves, 31)
+    got = tuple(t.clone() for t in before)
+    ops.lift_moments_(*got, *arguments)
+    assert_matches(got, definition(*before, *arguments), dtype)
+
+
+@pytest.mark.parametrize("lifted", [0, 1, 63, 200])
+@pytest.mark.parametrize("dim", [1, 10, 33, 130])
+def test_sizes(inputs, accumulators, dtype, dim, lifted):
+    """Catches the edges of tiles, in the product, in the triangle and between raw and lifted."""
+    arguments = inputs(517, dim, lifted)
+    before = accumulators(16, 2, dim + lifted)
+    got = tuple(t.clone() for t in before)
+    ops.lift_moments_(*got, *arguments, first=5)
+    assert_matches(got, definition(*before, *arguments, first=5), dtype)
+
+
+@pytest.mark.parametrize("size", [*range(1, 35), 47, 48, 49, 64, 65])
+def test_every_small_size(inputs, accumulators, dtype, size):
+    """All K from 1 on, split into raw and lifted features in turn."""
+    dim = 1 + size * 7 % size if size > 1 else 1
+    arguments = inputs(37, dim, size - dim)
+    before = accumulators(4, 2, size)
+    got = tuple(t.clone() for t in before)
+    ops.lift_moments_(*got, *arguments, first=3)
+    assert_matches(got, definition(*before, *arguments, first=3), dtype)
+
+
+@pytest.mark.parametrize("slope", [0.7, -1.0, 1.0, 0.0, 3.0])
+def test_slopes(inputs, accumulators, dtype, slope):
+    """Catches max(x, slope x), which is wrong for slopes above 1."""
+    arguments = inputs(200, 7, 20)
+    before = accumulators(4, 2, 27)
+    got = tuple(t.clone() for t in before)
+    ops.lift_moments_(*got, *arguments, slope=slope)
+    assert_matches(got, definition(*before, *arguments, slope=slope), dtype)
+
+
+@pytest.mark.parametrize("first", [0, 1, 15, 16, 1_000_003, 2**40 + 5])
+def test_first(inputs, accumulators, dtype, first):
+    """Catches a first that counts for folds but not for halves, and one of 32 bits."""
+    arguments = inputs(50, 4, 6)
+    before = accumulators(16, 2, 10)
+    got = tuple(t.clone() for t in before)
+    ops.lift_moments_(*got, *arguments, first=first)
+    assert_matches(got, definition(*before, *arguments, first=first), dtype)
+
+
+def test_it_is_lift_and_moments(inputs, device, dtype):
+    """The two ops that it joins, on the features that they hold in memory."""
+    z, weight, bias, pilot = inputs(300, 9, 14)
+    sums, cross = zeros(4, 2, 23, device)
+    ops.lift_moments_(sums, cross, z, weight, bias, pilot, first=1)
+    lifted, lifted_sums = ops.lift(z @ weight.T, bias, pilot, num_groups=4, first=1)
+    whole = torch.cat([z, lifted], 1)
+    group = (1 + torch.arange(300, device=device)) % 2
+    _, _, products = ops.moments(whole, group, 2)
+    assert_matches((lower(cross),), (lower(products),), dtype)
+    assert_matches((sums[:, 9:],), (lifted_sums,), dtype)
+
+
+def test_small_integers_are_exact(device, dtype):
+    """Catches a lost or doubled row, to the bit: all numbers are integers below 2^24."""
+    kind = {"dtype": dtype, "device": device}
+    z = (torch.arange(2003 * 5, device=device).reshape(2003, 5) * 37 % 7 - 3).to(dtype)
+    weight = (torch.arange(40, device=device).reshape(8, 5) % 3 - 1).to(dtype)
+    bias, pilot = torch.ones(8, **kind), torch.full((8,), 2.0, **kind)
+    sums, cross = zeros(16, 2, 13, device)
+    expected = definition(sums, cross, z, weight, bias, pilot, slope=-1.0)
+    ops.lift_moments_(sums, cross, z, weight, bias, pilot, slope=-1.0)
+    assert torch.equal(sums, expected[0])
+    assert torch.equal(cross, expected[1])
+
+
+# --- batches and growing -------------------------------------------------------------------------
+
+
+def test_batches_equal_one_call_with_first_continued(inputs, device, dtype):
+    z, *dictionary = inputs(1000, 10, 30)
+    whole, parts = zeros(16, 2, 40, device), zeros(16, 2, 40, device)
+    ops.lift_moments_(*whole, z, *dictionary, first=7)
+    for begin in range(0, 1000, 301):
+        ops.lift_moments_(*parts, z[begin : begin + 301], *dictionary, first=7 + begin)
+    assert_matches(parts, whole, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dim", "lifted", "steps"),
+    [(1, 5, [0, 2]), (10, 40, [13]), (10, 63, [0, 1, 17, 62]), (33, 200, [64]), (130, 90, [37])],
+)
+@pytest.mark.parametrize("rows", [1, 130, 1300])
+def test_growing_gives_the_same_bits(inputs, device, rows, dim, lifted, steps):
+    """The contract that makes growing worth it: a first pass with features [0, k0) and start = 0,
+    then passes with more weights and start = d + k0, give the bits of one pass with all k: no entry
+    depends on which others are computed beside it.
+    """
+    z, weight, bias, pilot = inputs(rows, dim, lifted)
+    batches = list(enumerate(z.split(max(1, rows // 2 - 7))))
+    length = len(batches[0][1])
+
+    def run(sums, cross, k, start):
+        for number, batch in batches:
+            options = {"first": 3 + number * length, "start": start}
+            ops.lift_moments_(sums, cross, batch, weight[:k], bias[:k], pilot[:k], **options)
+
+    whole_sums, whole_cross = zeros(16, 2, dim + lifted, device)
+    run(whole_sums, whole_cross, lifted, 0)
+    sums, cross = zeros(16, 2, 0, device)
+    start = 0
+    for k in (*steps, lifted):
+        wider_sums, wider_cross = zeros(16, 2, dim + k, device)
+        wider_sums[:, :start], wider_cross[:, :start, :start] = sums, cross
+        sums, cross = wider_sums, wider_cross
+        run(sums, cross, k, start)
+        start = dim + k
+    assert torch.equal(sums, whole_sums)
+    assert torch.equal(lower(cross), lower(whole_cross))
+
+
+@pytest.mark.parametrize("start", [0, 5, 10, 13, 26, 39, 40])
+def test_only_rows_from_start_on_are_touched(inputs, accumulators, dtype, start):
+    """Catches old features that are counted twice, and writes above the diagonal."""
+    arguments = inputs(100, 10, 30)
+    before = accumulators(4, 2, 40)
+    before[1].masked_fill_(torch.ones_like(before[1], dtype=torch.bool).triu(1), math.nan)
+    got = tuple(t.clone() for t in before)
+    ops.lift_moments_(*got, *arguments, start=start)
+    truth = definition(*before, *arguments, start=start)
+    assert_matches((got[0], lower(got[1])), (truth[0], lower(truth[1])), dtype)
+    assert torch.equal(got[0][:, :start], before[0][:, :start])
+    assert torch.equal(lower(got[1])[:, :start], lower(before[1])[:, :start])
+    upper = torch.ones(40, 40, dtype=torch.bool, device=got[1].device).triu(1)
+    assert got[1][:, upper].isnan().all()
+    assert not got[1][:, ~upper].isnan().any()
+
+
+def test_one_new_column_after_the_others(inputs, device, dtype):
+    """start = K - 1 gives the last row alone, as the whole pass does."""
+    arguments = inputs(333, 6, 11)
+    whole, last = zeros(4, 2, 17, device), zeros(4, 2, 17, device)
+    ops.lift_moments_(*whole, *arguments)
+    ops.lift_moments_(*last, *arguments, start=16)
+    assert torch.equal(last[0][:, 16], whole[0][:, 16])
+    assert torch.equal(last[1][:, 16], whole[1][:, 16])
+    assert last[0][:, :16].eq(0).all()
+    assert last[1][:, :16].eq(0).all()
+
+
+# --- properties ----------------------------------------------------------------------------------
+
+
+def test_no_rows(inputs, accumulators):
+    before = accumulators(4, 2, 8)
+    got = tuple(t.clone() for t in before)
+    ops.lift_moments_(*got, *inputs(0, 3, 5))
+    assert torch.equal(got[0], before[0])
+    assert torch.equal(got[1], before[1])
+
+
+@pytest.mark.parametrize("view", ["rows", "columns", "transposed", "expanded", "unaligned"])
+def test_strided_input(inputs, accumulators, normal, dtype, device, view):
+    """Catches strides that are assumed: of z, of the weights, of the vectors."""
+    base = normal(60, 60, dtype=dtype, device=device)
+    z = {
+        "rows": base[::3],
+        "columns": base[:, 5:25],
+        "transposed": base.T[:, :9],
+        "expanded": base[:1].expand(33, 60)[:, :8],
+        "unaligned": base.flatten()[1 : 1 + 50 * 11].view(50, 11),
+    }[view]
+    dim = z.shape[1]
+    weight = normal(dim, 2 * 17, dtype=dtype, device=device)[:, ::2].T / dim**0.5
+    bias, pilot = base[:17, 3], base[::2, 7][:17]
+    before = accumulators(4, 2, dim + 17)
+    got = tuple(t.clone() for t in before)
+    ops.lift_moments_(*got, z, weight, bias, pilot)
+    assert_matches(got, definition(*before, z, weight, bias, pilot), dtype)
+
+
+def test_strided_accumulators_are_filled_or_refused(inputs, normal, dtype, device):
+    """Catches a copy that takes the sums, and leaves the user's tensor as it was."""
+    arguments = inputs(40, 3, 5)
+    wide_sums, wide_cross = normal(4, 16, device=device), normal(2, 16, 16, device=device)
+    sums, cross = wide_sums[:, ::2], wide_cross[:, 1:9, 4:12]
+    truth = definition(sums, cross, *arguments)
+    try:
+        ops.lift_moments_(sums, cross, *arguments)
+    except ValueError as error:
+        assert re.match(r"(sums|cross) must be contiguous, got", str(error))  # noqa: PT017
+    else:
+        assert_matches((sums, lower(cross)), (truth[0], lower(truth[1])), dtype)
+
+
+def test_inputs_are_not_changed(inputs, accumulators):
+    arguments = inputs(40, 3, 5)
+    before = [t.clone() for t in arguments]
+    ops.lift_moments_(*accumulators(4, 2, 8), *arguments)
+    for left, right in zip(arguments, before, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("rows", [100, 2000])
+def test_a_nan_reaches_its_fold_and_its_half_only(inputs, device, rows):
+    """Row 6 is number 7 here: fold 3 of 4, half 1. Catches 0 * NaN from masked rows."""
+    z, *dictionary = inputs(rows, 5, 8)
+    clean, got = zeros(4, 2, 13, device), zeros(4, 2, 13, device)
+    ops.lift_moments_(*clean, z, *dictionary, first=1)
+    z[6, 2] = math.nan
+    ops.lift_moments_(*got, z, *dictionary, first=1)
+    sums, cross = got
+    assert torch.equal(sums[[0, 1, 2]], clean[0][[0, 1, 2]])
+    assert torch.equal(lower(cross[0]), lower(clean[1][0]))
+    assert sums[3].isnan().tolist() == [False, False, True, False, False] + [True] * 8
+    others = [0, 1, 3, 4]
+    assert cross[1][others][:, others].tril().isfinite().all()
+    assert cross[1][2, :3].isnan().all()
+    valid = torch.ones(8, 13, dtype=torch.bool, device=device).tril(5)
+    assert cross[1][5:][valid].isnan().all()
+
+
+def test_threads_change_no_bit(normal, dtype, with_threads):
+    weight = normal(70, 11, dtype=dtype)
+    z, bias, pilot = (normal(*shape, dtype=dtype) for shape in ((5001, 11), (70,), (70,)))
+
+    def run():
+        sums, cross = zeros(16, 2, 81, "cpu")
+        ops.lift_moments_(sums, cross, z, weight, bias, pilot)
+        ops.lift_moments_(sums, cross, z[:40], weight, bias, pilot, first=5001, start=30)
+        return sums, cross
+
+    one = with_threads(1, run)
+    for threads in (2, 3):
+        for left, right in zip(with_threads(threads, run), one, strict=True):
+            assert torch.equal(left, right)
+
+
+def test_reduced_matmul_precision_does_not_reach_it(normal, device):
+    """With bfloat16 products the error would be about 1e-3."""
+    kind = {"dtype": torch.float32, "device": device}
+    z, weight = normal(500, 60, **kind), normal(120, 60, **kind) / 8
+    arguments = (z, weight, normal(120, **kind), normal(120, **kind))
+    got = zeros(4, 2, 180, device)
+    truth = definition(*got, *arguments)
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        ops.lift_moments_(*got, *arguments)
+    finally:
+        torch.set_float32_matmul_precision(former)
+    assert_matches(got, truth, torch.float32)
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+GOOD = {
+    "sums": torch.zeros(4, 7, dtype=torch.float64),
+    "cross": torch.zeros(2, 7, 7, dtype=torch.float64),
+    "z": torch.ones(5, 3),
+    "weight": torch.ones(4, 3),
+    "bias": torch.ones(4),
+    "pilot": torch.ones(4),
+}
+GRAD = (
+    "{} must not require grad, got requires_grad=True: lift_moments_ has no backward; "
+    "pass {}.detach() or call it under torch.no_grad()"
+)
+# What is changed, the error, and its message as a regular expression.
+WRONG = {
+    "half": ({"z": GOOD["z"].half()}, TypeError, "z must be float32 or float64, got float16"),
+    "int": ({"z": GOOD["z"].int()}, TypeError, "z must be float32 or float64, got int32"),
+    "array": ({"z": GOOD["z"].numpy()}, TypeError, r"z must be a torch\.Tensor, got ndarray"),
+    "z dims": ({"z": torch.ones(3)}, ValueError, r"z must have shape \[n, d\].*, got \[3\]"),
+    "weight dtype": (
+        {"weight": GOOD["weight"].double()}, TypeError,
+        r"weight must have the dtype of z \(float32\), got float64",
+    ),
+    "bias dtype": (
+        {"bias": GOOD["bias"].double()}, TypeError,
+        r"bias must have the dtype of z \(float32\), got float64",
+    ),
+    "pilot dtype": (
+        {"pilot": GOOD["pilot"].double()}, TypeError,
+        r"pilot must have the dtype of z \(float32\), got float64",
+    ),
+    "weight shape": (
+        {"weight": torch.ones(4, 2)}, ValueError,
+        r"weight must have shape \[k, d\].*, got \[4, 2\]",
+    ),
+    "weight dims": (
+        {"weight": torch.ones(4)}, ValueError, r"weight must have shape \[k, d\].*, got \[4\]",
+    ),
+    "bias shape": (
+        {"bias": torch.ones(3)}, ValueError, r"bias must have shape \[k\] = \[4\], got \[3\]",
+    ),
+    "pilot shape": (
+        {"pilot": torch.ones(1, 4)}, ValueError,
+        r"pilot must have shape \[k\] = \[4\], got \[1, 4\]",
+    ),
+    "sums dtype": ({"sums": torch.zeros(4, 7)}, TypeError, "sums must be float64, got float32"),
+    "cross dtype": (
+        {"cross": torch.zeros(2, 7, 7)}, TypeError, "cross must be float64, got float32",
+    ),
+    "sums shape": (
+        {"sums": GOOD["sums"][:, :6]}, ValueError, r"sums must have shape \[F, K\].*, got \[4, 6\]",
+    ),
+    "sums dims": (
+        {"sums": GOOD["sums"][0]}, ValueError, r"sums must have shape \[F, K\].*, got \[7\]",
+    ),
+    "no folds": ({"sums": GOOD["sums"][:0]}, ValueError, r"sums must .*, got .*"),
+    "cross shape": (
+        {"cross": GOOD["cross"][:, :6]}, ValueError,
+        r"cross must have shape \[H, K, K\].*, got \[2, 6, 7\]",
+    ),
+    "cross dims": (
+        {"cross": GOOD["cross"][0]}, ValueError,
+        r"cross must have shape \[H, K, K\].*, got \[7, 7\]",
+    ),
+    "three halves": (
+        {"cross": GOOD["cross"][[0, 1, 0]]}, ValueError, r"cross must .*, got .*3.*",
+    ),
+    "no half": ({"cross": GOOD["cross"][:0]}, ValueError, r"cross must .*, got .*0.*"),
+    "slope": ({"slope": math.inf}, ValueError, "slope must be finite, got inf"),
+    "first": ({"first": -1}, ValueError, "first must be at least 0, got -1"),
+    "start below": ({"start": -1}, ValueError, r"start must .*, got -1"),
+    "start above": ({"start": 8}, ValueError, r"start must .*, got 8"),
+} | {
+    f"{name} grad": (
+        {name: GOOD[name].clone().requires_grad_()}, RuntimeError,
+        re.escape(GRAD.format(name, name)),
+    )
+    for name in GOOD
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case):
+    """The message says which argument; sums and cross stay as they were."""
+    changed, error, message = WRONG[case]
+    arguments = {name: tensor.clone() for name, tensor in GOOD.items()} | changed
+    before = {name: arguments[name].detach().clone() for name in ("sums", "cross")}
+    with pytest.raises(error) as caught:
+        ops.lift_moments_(**arguments)
+    assert re.fullmatch(message, str(caught.value)), str(caught.value)
+    for name, tensor in before.items():
+        assert torch.equal(arguments[name], tensor)
+
+
+def test_accumulators_that_overlap_are_refused():
+    """Catches two halves added into the same memory."""
+    arguments = GOOD | {"cross": GOOD["cross"][:1].clone().expand(2, 7, 7)}
+    with pytest.raises((ValueError, RuntimeError)):
+        ops.lift_moments_(**arguments)
+
+
+def test_no_grad_is_enough():
+    arguments = {name: tensor.clone() for name, tensor in GOOD.items()}
+    arguments["weight"].requires_grad_()
+    with torch.no_grad():
+        ops.lift_moments_(**arguments)
+    assert arguments["sums"].sum() != 0
+    assert not arguments["sums"].requires_grad
+
+
+# --- torch.library -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "lifted", "start"), [(9, 3, 5, 0), (9, 3, 5, 4), (0, 2, 0, 2)]
+)
+def test_opcheck(inputs, accumulators, rows, dim, lifted, start):
+    op = torch.ops.fisherfast.lift_moments_.default
+    arguments = (*accumulators(4, 2, dim + lifted), *inputs(rows, dim, lifted))
+    options = {"slope": 0.7, "first": 3, "start": start}
+    torch.library.opcheck(op, arguments, options)
+
+
+def test_compiles(normal):
+    arguments = (normal(20, 3), normal(5, 3), normal(5), normal(5))
+
+    def run(z, weight, bias, pilot):
+        sums, cross = zeros(4, 2, 8, "cpu")
+        ops.lift_moments_(sums, cross, z, weight, bias, pilot, first=1)
+        return sums, cross
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for left, right in zip(compiled(*arguments), run(*arguments), strict=True):
+        assert torch.equal(left, right)

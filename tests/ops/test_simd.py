@@ -1,0 +1,269 @@
+"""The instruction sets of the CPU kernels: chosen when fisherfast is imported, all of them right.
+
+Each case runs in a process of its own: what FISHERFAST_SIMD says is read once.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fisherfast import _native, ops, reference, selfcheck
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIABLE = "FISHERFAST_SIMD"
+LEVELS = ["baseline", "avx2", "avx512"]
+# What the processor must have at least, as Linux names it.
+FLAGS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
+
+pytestmark = pytest.mark.skipif(
+    _native.load() is None,
+    reason="FISHERFAST_DISABLE_NATIVE=1 is set: there are no kernels to choose from",
+)
+
+
+def available():
+    return _native.build_info()["simd_available"]
+
+
+def run(code, level=None):
+    """A new process with FISHERFAST_SIMD = level, or without it."""
+    environment = {k: v for k, v in os.environ.items() if k != VARIABLE} | {"OMP_NUM_THREADS": "1"}
+    if level is not None:
+        environment[VARIABLE] = level
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def build_info(level=None, before="", after=""):
+    """build_info of a new process, with code before and after the import."""
+    code = f"import json, os; {before}; from fisherfast import _native; {after};"
+    done = run(code + "print(json.dumps(_native.build_info()))", level)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refusal(level):
+    """What `import fisherfast` says of a level that it cannot use."""
+    done = run("import fisherfast", level)
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    start = done.stderr.rfind(f"RuntimeError: {VARIABLE} must ")
+    assert start >= 0, done.stderr
+    return done.stderr[start:]
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+def test_available_levels_are_named_best_last():
+    levels = available()
+    assert isinstance(levels, list)
+    assert levels[0] == "baseline"
+    assert [level for level in LEVELS if level in levels] == levels
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux lists the flags there")
+def test_available_levels_are_those_of_the_machine():
+    """Catches a list of what was compiled instead: an illegal instruction elsewhere."""
+    text = Path("/proc/cpuinfo").read_text()
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    for level in available()[1:]:
+        assert FLAGS[level] <= set(flags.split()), level
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX is of x86 only")
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux lists the flags there")
+def test_avx2_is_used_where_it_is():
+    """Catches a build without the fast kernels, on a machine that has them."""
+    text = Path("/proc/cpuinfo").read_text()
+    flags = set(next(line for line in text.splitlines() if line.startswith("flags")).split())
+    if not FLAGS["avx2"] <= flags:
+        pytest.skip("this machine has no AVX2")
+    assert "avx2" in available()
+
+
+def test_the_best_one_is_the_default():
+    assert build_info()["simd"] == available()[-1]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_variable_chooses(level):
+    """Catches a variable that is read and not obeyed, or obeyed where it cannot be."""
+    if level not in available():
+        pytest.skip(f"this machine has no {level}")
+    info = build_info(level)
+    assert info["simd"] == level
+    assert info["simd_available"] == available()
+
+
+def test_the_variable_is_read_at_import():
+    """Set before the import it counts, set later it does not."""
+    early = build_info(before="os.environ['FISHERFAST_SIMD'] = 'baseline'")
+    assert early["simd"] == "baseline"
+    late = build_info(after="os.environ['FISHERFAST_SIMD'] = 'baseline'")
+    assert late["simd"] == available()[-1]
+
+
+@pytest.mark.parametrize("level", ["avx1024", "AVX2 ", "sse2", "0", "best"])
+def test_unknown_levels_are_an_error(level):
+    """At import, not at the first op; it names the variable, the value and the choices."""
+    message = refusal(level)
+    assert level in message
+    for choice in available():
+        assert choice in message
+
+
+def test_levels_that_the_machine_lacks_are_an_error():
+    """Catches a crash by an illegal instruction, and a silent fall-back."""
+    missing = [level for level in LEVELS if level not in available()]
+    if not missing:
+        pytest.skip("this machine has every level")
+    for level in missing:
+        message = refusal(level)
+        assert level in message
+        for choice in available():
+            assert choice in message
+
+
+# --- the kernels of each level -------------------------------------------------------------------
+
+
+def normal(*shape, dtype):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def assert_close(got, expected, dtype):
+    scale = expected.double().abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    error = (got.double() - expected.double()).abs().max() / scale
+    assert error <= TOLERANCE[dtype], float(error)
+
+
+def same_bits_for_threads(function):
+    """The results, after a look at 1, 2 and 3 threads."""
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(function())
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        for left, right in zip(other, results[0], strict=True):
+            assert torch.equal(left, right)
+    return results[0]
+
+
+def check_fisher_solve(dtype):
+    for count, dim, params in ((1, 1, 1), (17, 5, 2), (33, 16, 3), (9, 33, 1), (3, 130, 17)):
+        samples = normal(count, dim, 2 * dim + 3, dtype=dtype)
+        cov, deriv = samples @ samples.mT, normal(count, dim, params, dtype=dtype)
+
+        def solve(cov=cov, deriv=deriv):
+            details = ops.fisher_solve_details(cov, deriv, ridge=2.0**-13, inverse_rows=True)
+            return details[:5]
+
+        got = same_bits_for_threads(solve)
+        truth = reference.fisher_solve(cov.double(), deriv.double(), 2.0**-13, True)
+        for left, right in zip(got, truth, strict=False):
+            assert_close(left, right, dtype)
+
+
+def check_moments(dtype):
+    for rows, dim in ((1, 1), (1030, 17), (333, 64)):
+        x = normal(rows, dim, dtype=dtype)
+        group, pilot = torch.arange(rows) % 3, normal(dim, dtype=dtype)
+
+        def run_moments(x=x, group=group, pilot=pilot):
+            return ops.moments(x, group, 3, pilot=pilot)
+
+        truth = reference.moments(x, group, 3, pilot)
+        for left, right in zip(same_bits_for_threads(run_moments), truth, strict=True):
+            assert_close(left, right, dtype)
+
+
+def check_lift(dtype):
+    for rows, dim in ((1, 1), (1030, 33)):
+        inputs = (
+            normal(rows, dim, dtype=dtype),
+            normal(dim, dtype=dtype),
+            normal(dim, dtype=dtype),
+        )
+        truth = reference.lift(*(t.double() for t in inputs), 0.75, 4, 1)
+
+        def run_lift(inputs=inputs):
+            return ops.lift(*inputs, slope=0.75, num_groups=4, first=1)
+
+        for left, right in zip(same_bits_for_threads(run_lift), truth, strict=True):
+            assert_close(left, right, dtype)
+
+
+def check_spatial_moments(dtype):
+    for shape in ((1, 1, 1, 1), (130, 17, 3, 11), (40, 3, 4, 4)):
+        x, pilot = normal(*shape, dtype=dtype), normal(*shape[1:], dtype=dtype)
+        centred = (x - pilot).double()
+        cross = torch.einsum("nahw,nbhw->hwab", centred, centred)
+        truth = (centred.sum(0).permute(1, 2, 0), cross)
+        for layout in (x, x.contiguous(memory_format=torch.channels_last), x[..., ::1]):
+
+            def run_spatial(layout=layout, pilot=pilot):
+                return ops.spatial_moments(layout, pilot=pilot)
+
+            for left, right in zip(same_bits_for_threads(run_spatial), truth, strict=True):
+                assert_close(left, right, dtype)
+
+
+def check_lift_moments(dtype):
+    for rows, dim, lifted in ((1, 1, 1), (517, 10, 63), (100, 33, 100)):
+        z, weight = normal(rows, dim, dtype=dtype), normal(lifted, dim, dtype=dtype) / dim**0.5
+        bias, pilot = normal(lifted, dtype=dtype), normal(lifted, dtype=dtype)
+        before = z.double() @ weight.double().T + bias.double()
+        lift = torch.nn.functional.leaky_relu(before, 0.75) - pilot.double()
+        whole = torch.cat([z.double(), lift], 1)
+        halves = [whole[half::2] for half in (0, 1)]
+        truth = torch.stack([half.T @ half for half in halves]).tril()
+        sums = torch.stack([whole[fold::4].sum(0) for fold in range(4)])
+        size = dim + lifted
+
+        def run_lift_moments(size=size, arguments=(z, weight, bias, pilot)):
+            sums = torch.zeros(4, size, dtype=torch.float64)
+            cross = torch.zeros(2, size, size, dtype=torch.float64)
+            ops.lift_moments_(sums, cross, *arguments, slope=0.75)
+            return sums, cross
+
+        got = same_bits_for_threads(run_lift_moments)
+        assert_close(got[0], sums, dtype)
+        assert_close(got[1], truth, dtype)
+
+
+def check_all():
+    """Run by the tests below in a process that has chosen a level."""
+    torch.set_num_threads(1)
+    report = selfcheck.run_selfcheck()
+    assert report.passed, selfcheck.format_report(report)
+    for dtype in (torch.float32, torch.float64):
+        check_fisher_solve(dtype)
+        check_moments(dtype)
+        check_lift(dtype)
+        check_spatial_moments(dtype)
+        check_lift_moments(dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_op_at_every_level(level):
+    """Catches a kernel that is right at one width of vectors only."""
+    if level not in available():
+        pytest.skip(f"this machine has no {level}")
+    code = (
+        "import runpy; from fisherfast import _native;"
+        f"assert _native.build_info()['simd'] == {level!r};"
+        f"runpy.run_path({str(Path(__file__))!r})['check_all'](); print('right')"
+    )
+    done = run(code, level)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("right\n")

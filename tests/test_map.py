@@ -34,11 +34,14 @@ class World:
         self.shape = (INPUTS, height, width)
         # a gradient over the map: an exchanged H and W, or a mean over positions, fails
         rise = torch.linspace(0.3, 1.5, height * width, dtype=torch.float64).view(height, width)
-        self.patterns = self.normal(parameters, INPUTS, height, width) * rise / 2
-        self.mix = torch.eye(INPUTS, dtype=torch.float64) + 0.3 * self.normal(
+        directions = nn.functional.normalize(self.normal(parameters, INPUTS, height, width), dim=1)
+        self.patterns = 1.5 * rise * directions
+        # well conditioned: the ridge, 1e-4 of each variance, changes no J by more than 1e-3
+        self.mix = torch.eye(INPUTS, dtype=torch.float64) + 0.1 * self.normal(
             height, width, INPUTS, INPUTS
         )
-        self.weight = self.normal(CHANNELS, INPUTS) / INPUTS**0.5
+        rotation = torch.linalg.qr(self.normal(INPUTS, INPUTS))[0]
+        self.weight = rotation[:CHANNELS] + 0.1 * self.normal(CHANNELS, INPUTS)
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -61,11 +64,12 @@ class World:
         conv = nn.Conv2d(INPUTS, CHANNELS, 1).double()
         with torch.no_grad():
             conv.weight.copy_(self.weight[:, :, None, None])
+            conv.bias.fill_(0.5)
         height, width = self.shape[1:]
-        layers = OrderedDict(
-            conv=conv, flat=nn.Flatten(), fc=nn.Linear(CHANNELS * height * width, 1).double()
-        )
-        return nn.Sequential(layers)
+        fc = nn.Linear(CHANNELS * height * width, 1).double()
+        with torch.no_grad():
+            fc.weight.fill_(0.1)
+        return nn.Sequential(OrderedDict(conv=conv, flat=nn.Flatten(), fc=fc))
 
     def truth(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """J [H, W, P, P]."""
@@ -75,9 +79,11 @@ class World:
         return slopes.mT @ torch.linalg.solve(covariance, slopes)
 
 
-def measure(world: World, n: int, *, paired: bool = False, **options: Any) -> ff.FisherFlow:
+def measure(
+    world: World, n: int, *, paired: bool = False, dtheta: float = DTHETA, **options: Any
+) -> ff.FisherFlow:
     """`fisher_flow` with maps, without random features."""
-    data = world.data(n, paired=paired)
+    data = world.data(n, paired=paired, dtheta=dtheta)
     options = {"layers": ["conv"], "maps": True, "max_features": 1} | options
     return ff.fisher_flow(world.model(), data, **options)
 
@@ -125,36 +131,35 @@ def test_the_input_has_a_map_too(world, flow):
 
 @pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
 def test_the_mean_has_no_bias(paired):
-    """Mean over positions and 60 measurements of 60 samples per condition: 4 sigma (false alarm
-    6e-5). Catches J without the finite-sample correction, with the noise but without h, and with h
-    but without the noise, each far off here: the test computes them and says so.
+    """Mean over positions and 60 measurements of 60 (100) samples per condition: 4 sigma (false
+    alarm 6e-5). Catches J without the finite-sample correction, and with one half of it alone:
+    without h, or without the noise of the derivative. Each is far off here: the test shows it.
     """
     world = World(2, 3, seed=4)
     truth = world.truth()
-    samples, repeats = 60, 60
+    samples, repeats, dtheta = 100 if paired else 60, 60, 1.0
     world.generator.manual_seed(11)
-    maps = [measure(world, samples, paired=paired).map("conv") for _ in range(repeats)]
+    maps = [
+        measure(world, samples, paired=paired, dtheta=dtheta).map("conv") for _ in range(repeats)
+    ]
     J = torch.stack([result.J for result in maps])
     stderr = torch.stack([result.stderr for result in maps])
-    # the mean of each measurement, since positions of one share nothing but its samples
-    means = (J / truth).mean((1, 2, 3, 4))
+    means = J.mean((1, 2, 3, 4)) / truth.mean()
     error = means.std() / repeats**0.5
     assert (means.mean() - 1).abs() < 4 * error
     assert error < 0.02
-    # in the error bars: the mean of z^2 is 1, to 3/4 and 4/3; sqrt(2) in stderr gives 2
+    # in the error bars: the mean of z^2 is 1 (sqrt(2) too much in stderr gives 1/2, too little 2)
     spread = ((J - truth) / stderr).square().mean()
     assert 0.75 < spread < 1.35
 
-    # power, by the same measurements without correction
-    dof = 2 * samples - 2
+    # power: what the expectation is without correction, and with half of it
+    dof = samples - 1 if paired else 2 * samples - 2
     shrink = (dof - CHANNELS - 1) / dof
-    noise = 0.0 if paired else CHANNELS * 2 / samples / DTHETA**2
-    naive = ((truth + noise) / shrink / truth).mean()
-    only_noise = ((truth + noise) / shrink / truth - noise / truth).mean()
-    assert naive - 1 > 4 * error
-    assert only_noise - 1 > 4 * error
+    noise = 0.0 if paired else CHANNELS * 2 / samples / dtheta**2 / truth.mean()
+    assert (1 + noise) / shrink - 1 > 4 * error  # naive
+    assert (1 + noise) / shrink - noise - 1 > 4 * error  # without h
     if not paired:
-        assert ((truth + noise) / truth).mean() - 1 > 4 * error
+        assert noise > 4 * error  # without the noise of the derivative
 
 
 def test_paired_conditions_are_less_noisy(world):

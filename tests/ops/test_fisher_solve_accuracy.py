@@ -149,7 +149,7 @@ FAILURES = {
     "NaN": (2, 0, math.nan),
     "not positive definite": (2, 1, 3.0),
     "infinite variance": (2, 2, math.inf),
-    "tiny variance, so that its scale overflows": (2, 2, -1e-38),
+    "negative variance, tiny": (2, 2, -1e-38),
 }
 
 

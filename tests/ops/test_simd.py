@@ -43,9 +43,9 @@ def run(code, level=None):
 
 
 def build_info(level=None, before="", after=""):
-    """build_info of a new process, with code before and after the import."""
-    code = f"import json, os; {before}; from fisherfast import _native; {after};"
-    done = run(code + "print(json.dumps(_native.build_info()))", level)
+    """build_info of a new process, with a line of code before and after the import."""
+    lines = ["import json, os", before, "from fisherfast import _native", after]
+    done = run("\n".join([*lines, "print(json.dumps(_native.build_info()))"]), level)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -259,11 +259,13 @@ def test_every_op_at_every_level(level):
     """Catches a kernel that is right at one width of vectors only."""
     if level not in available():
         pytest.skip(f"this machine has no {level}")
-    code = (
-        "import runpy; from fisherfast import _native;"
-        f"assert _native.build_info()['simd'] == {level!r};"
-        f"runpy.run_path({str(Path(__file__))!r})['check_all'](); print('right')"
-    )
-    done = run(code, level)
+    lines = [
+        "import runpy",
+        "from fisherfast import _native",
+        f"assert _native.build_info()['simd'] == {level!r}",
+        f"runpy.run_path({str(Path(__file__))!r})['check_all']()",
+        "print('right')",
+    ]
+    done = run("\n".join(lines), level)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("right\n")

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "ops/fisher_solve.h"
+#include "ops/fisher_solve_backward.h"
 #include "ops/lift.h"
 #include "ops/moments.h"
 
@@ -30,7 +31,8 @@ template <typename T>
 FisherSolveArgs<T> fisher_solve_args(Address cov, Strides3 cov_strides, Address deriv,
                                      Strides3 deriv_strides, Address fisher, Address half,
                                      Address info, Address condition, Address inverse_rows,
-                                     index_t batch, index_t dim, index_t params, double ridge) {
+                                     Address solution, index_t batch, index_t dim, index_t params,
+                                     double ridge) {
   return {pointer<const T>(cov),
           {cov_strides[0], cov_strides[1], cov_strides[2]},
           pointer<const T>(deriv),
@@ -40,6 +42,22 @@ FisherSolveArgs<T> fisher_solve_args(Address cov, Strides3 cov_strides, Address 
           pointer<std::int32_t>(info),
           pointer<T>(condition),
           pointer<T>(inverse_rows),
+          pointer<T>(solution),
+          batch,
+          dim,
+          params,
+          static_cast<T>(ridge)};
+}
+
+template <typename T>
+FisherSolveBackwardArgs<T> fisher_solve_backward_args(Address grad_fisher, Address solution,
+                                                      Address grad_cov, Address grad_deriv,
+                                                      index_t batch, index_t dim, index_t params,
+                                                      double ridge) {
+  return {pointer<const T>(grad_fisher),
+          pointer<const T>(solution),
+          pointer<T>(grad_cov),
+          pointer<T>(grad_deriv),
           batch,
           dim,
           params,
@@ -93,6 +111,8 @@ void bind_cpu(py::module_& module, const std::string& name, Args (*make_args)(Nu
 template <typename T>
 void bind_cpu_ops(py::module_& module, const std::string& dtype) {
   bind_cpu(module, "fisher_solve_cpu_" + dtype, fisher_solve_args<T>, fisher_solve_cpu<T>);
+  bind_cpu(module, "fisher_solve_backward_cpu_" + dtype, fisher_solve_backward_args<T>,
+           fisher_solve_backward_cpu<T>);
   bind_cpu(module, "moments_cpu_" + dtype, moments_args<T>, moments_cpu<T>);
   bind_cpu(module, "lift_cpu_" + dtype, lift_args<T>, lift_cpu<T>);
 }
@@ -131,26 +151,12 @@ std::string compiler() {
 #endif
 }
 
-// The instruction set that the compiler was allowed to use.
-std::string simd() {
-#if defined(__AVX512F__)
-  return "avx512f";
-#elif defined(__AVX2__)
-  return "avx2";
-#elif defined(__SSE2__) || defined(_M_X64)
-  return "sse2";
-#elif defined(__ARM_NEON)
-  return "neon";
-#else
-  return "scalar";
-#endif
-}
-
 py::dict build_info() {
   py::dict info;
   info["version"] = FISHERFAST_VERSION;
   info["compiler"] = compiler();
-  info["simd"] = simd();
+  info["simd"] = simd_name(simd_level());
+  info["simd_available"] = simd_names();
 #ifdef FISHERFAST_WITH_CUDA
   info["cuda"] = true;
   info["nvcc"] = FISHERFAST_NVCC_VERSION;
@@ -171,6 +177,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of fisherfast; call them through fisherfast.ops.";
   module.attr("__version__") = FISHERFAST_VERSION;
   module.def("build_info", &build_info, "Facts about this build, as a dict.");
+  module.def("use_simd", &use_simd, "Chooses the instruction set of the CPU kernels by name.");
   bind_cpu_ops<float>(module, "float32");
   bind_cpu_ops<double>(module, "float64");
 #ifdef FISHERFAST_WITH_CUDA

@@ -8,6 +8,8 @@ Environment:
     FISHERFAST_DISABLE_NATIVE: ``1`` runs every op in plain PyTorch; read when fisherfast is
         imported. Without it a missing or stale ``_C`` is an error: a silent fall-back would be a
         silent loss of speed.
+    FISHERFAST_SIMD: ``baseline``, ``avx2`` or ``avx512``, the instruction set of the CPU kernels;
+        read when fisherfast is imported. Without it the widest that the processor runs is used.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from fisherfast._version import __version__
 
 DISABLE_VARIABLE = "FISHERFAST_DISABLE_NATIVE"
+SIMD_VARIABLE = "FISHERFAST_SIMD"
 DTYPE_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 _REBUILD = (
@@ -37,7 +40,8 @@ def load() -> ModuleType | None:
         The module, or None when ``FISHERFAST_DISABLE_NATIVE=1``.
 
     Raises:
-        RuntimeError: the module is missing, cannot be loaded, or belongs to another version.
+        RuntimeError: the module is missing, cannot be loaded, or belongs to another version, or
+            ``FISHERFAST_SIMD`` names no instruction set of this processor.
     """
     if os.environ.get(DISABLE_VARIABLE, "0") == "1":
         return None
@@ -54,7 +58,18 @@ def load() -> ModuleType | None:
             f"fisherfast._C must be of version {__version__}, got {built}: a stale build. "
             f"{_REBUILD}"
         )
+    _choose_simd(module)
     return module
+
+
+def _choose_simd(module: ModuleType) -> None:
+    name = os.environ.get(SIMD_VARIABLE)
+    if name is None:
+        return
+    try:
+        module.use_simd(name)
+    except ValueError as error:
+        raise RuntimeError(str(error).replace("the instruction set", SIMD_VARIABLE)) from error
 
 
 _C: Any = load()
@@ -68,7 +83,8 @@ def serves(tensor: torch.Tensor) -> bool:
 
 
 def build_info() -> dict[str, Any]:
-    """Facts about the build: version, compiler, simd, cuda, nvcc, cuda_architectures."""
+    """Facts about the build: version, compiler, cuda, nvcc, cuda_architectures; and the instruction
+    set in use, simd, of simd_available (the widest last)."""
     return {} if _C is None else dict(_C.build_info())
 
 

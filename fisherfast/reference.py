@@ -15,18 +15,22 @@ MATMUL_TILE_ROWS = 1024
 
 
 def fisher_solve(
-    cov: Tensor, deriv: Tensor, ridge: float = 0.0, inverse_rows: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cov: Tensor,
+    deriv: Tensor,
+    ridge: float = 0.0,
+    inverse_rows: bool = False,
+    solution: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Linear Fisher information of a batch of systems, by one Cholesky factorisation each.
 
         s_i = 1 / sqrt(C_ii),   R = diag(s) C diag(s) + ridge I = L L^T,
-        Y = L^-1 diag(s) D,     J = Y^T Y = D^T C^-1 D   (ridge 0)
+        Y = L^-1 diag(s) D,     J = Y^T Y = D^T C^-1 D   (ridge 0),     X = diag(s) L^-T Y
 
     See `fisherfast.ops.fisher_solve_details` for arguments, results and failures.
 
     Returns:
-        fisher [..., P, P], half [..., d, P], info [...] int32, condition [...] and
-        inverse_rows [..., d] (or [0] when not asked for).
+        fisher [..., P, P], half [..., d, P], info [...] int32, condition [...], inverse_rows
+        [..., d] and solution [..., d, P] (these two [0] when not asked for).
     """
     dim = cov.shape[-1]
     scale, correlation = _scaled(cov, ridge)
@@ -45,13 +49,38 @@ def fisher_solve(
         identity = torch.eye(dim, dtype=cov.dtype, device=cov.device).expand_as(cov)
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
         rows = _nan_where_failed(inverse.square().sum(-1), info)
+    readout = cov.new_empty(0)
+    if solution:
+        readout = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        readout = _nan_where_failed(scale.unsqueeze(-1) * readout, info)
     return (
         _nan_where_failed(fisher, info),
         _nan_where_failed(half, info),
         info,
         _nan_where_failed(condition, info),
         rows,
+        readout,
     )
+
+
+def fisher_solve_backward(
+    grad_fisher: Tensor, solution: Tensor, ridge: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a number through J = D^T R'^-1 D, R' = C + ridge diag(C), X = R'^-1 D.
+
+    From dJ = dD^T X + X^T dD - X^T dR' X, with G the gradient with respect to J:
+
+        Z = X (G + G^T),   grad_deriv = Z,   grad_cov = -(Z X^T) / 2, its diagonal times 1 + ridge
+
+    See `fisherfast.ops.fisher_solve_backward` for arguments and results.
+    """
+    # Sums of products, not matrix products: reduced precision must not touch them.
+    symmetric = grad_fisher + grad_fisher.mT
+    grad_deriv = (solution.unsqueeze(-1) * symmetric.unsqueeze(-3)).sum(-2)
+    grad_cov = -(grad_deriv.unsqueeze(-2) * solution.unsqueeze(-3)).sum(-1) / 2
+    grad_cov = (grad_cov + grad_cov.mT) / 2  # equal but for rounding
+    grad_cov.diagonal(dim1=-2, dim2=-1).mul_(1 + ridge)
+    return grad_cov, grad_deriv
 
 
 def _scaled(cov: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -149,8 +149,9 @@ def _fisher_solve_error(device: torch.device, dtype: torch.dtype) -> float:
     cov = samples @ samples.mT / (3 * dim)
     deriv = _normal(device, dtype, systems, dim, params)
     ridge = 2.0**-13  # the same number in float32 and float64
-    got = ops.fisher_solve_details(cov, deriv, ridge=ridge, inverse_rows=True)
-    return _largest_error(got, reference.fisher_solve(cov.double(), deriv.double(), ridge, True))
+    got = ops.fisher_solve_details(cov, deriv, ridge=ridge, inverse_rows=True, solution=True)
+    truth = reference.fisher_solve(cov.double(), deriv.double(), ridge, True, True)
+    return _largest_error(got, truth)
 
 
 def _moments_error(device: torch.device, dtype: torch.dtype) -> float:

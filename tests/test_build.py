@@ -35,7 +35,8 @@ def test_version_stamp():
 @needs_native
 def test_build_info():
     info = _native.build_info()
-    assert set(info) == {"version", "compiler", "simd", "cuda", "nvcc", "cuda_architectures"}
+    facts = {"version", "compiler", "simd", "simd_available", "cuda", "nvcc", "cuda_architectures"}
+    assert set(info) == facts
     assert info["version"] == fisherfast.__version__
     assert info["compiler"]
     assert info["simd"]

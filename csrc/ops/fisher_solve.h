@@ -4,6 +4,7 @@
 //   R   = diag(s) C diag(s) + ridge I = L L^T
 //   Y   = L^-1 diag(s) D                       `half`
 //   J   = Y^T Y                                `fisher`
+//   X   = diag(s) L^-T Y = (C + ridge diag(C))^-1 D       `solution`, what the backward pass needs
 //
 // Only the lower triangle of C is read. Pivot i (1-based) fails when C_ii is not positive and
 // finite, or when the Cholesky pivot L_ii^2 is not above `pivot_tolerance`; the first failure is
@@ -21,6 +22,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/dispatch.h"
 #include "core/types.h"
 
 namespace fisherfast {
@@ -36,6 +38,7 @@ struct FisherSolveArgs {
   std::int32_t* info;        // out [B]: 0, or the 1-based index of the first failed pivot
   T* condition;              // out [B]: (max L_ii / min L_ii)^2
   T* inverse_rows;           // out [B, d]: squared norms of the rows of L^-1, or null: not wanted
+  T* solution;               // out [B, d, P]: X, or null: not wanted
   index_t batch;             // B systems
   index_t dim;               // d features
   index_t params;            // P parameters
@@ -105,9 +108,30 @@ FF_HOST_DEVICE inline T augmented_entry(const FisherSolveArgs<T>& args, index_t 
   return row - args.dim - args.params == column ? T(1) : T(0);
 }
 
-// Cost a system: d^3 / 3 + d^2 P multiply-adds, and d^3 / 3 more for inverse_rows.
+// Cost a system: d^3 / 6 + d^2 P / 2 multiply-adds, d^3 / 6 more for inverse_rows and d^2 P / 2
+// more for solution. Same bits for any number of threads.
 template <typename T>
 void fisher_solve_cpu(const FisherSolveArgs<T>& args, int threads);
+
+// The two ways of the CPU, one instruction set at a time, on systems [begin, end): a system a lane
+// for many small ones (no inverse_rows), and one system after another in blocks. `scratch` is
+// aligned to 64 bytes and holds that many numbers of T.
+inline index_t fisher_solve_lanes_scratch(index_t lanes, index_t d, index_t P) {
+  return lanes * (2 * d + d * (d + 1) / 2 + P * d + P * P + lanes + 1) + d * P;
+}
+inline index_t fisher_solve_blocked_scratch(index_t lanes, index_t d, index_t P,
+                                            bool with_inverse) {
+  const index_t panel = 2 * lanes;  // rows of a panel
+  const index_t columns = ceil_div(d, panel) * panel;
+  const index_t rows = columns * (with_inverse ? 2 : 1) + ceil_div(P, panel) * panel;
+  return (rows + 2 + P) * columns;
+}
+FF_DECLARE_SIMD(template <typename T>
+                void fisher_solve_lanes(const FisherSolveArgs<T>& args, index_t begin, index_t end,
+                                        T tolerance, T* scratch);
+                template <typename T>
+                void fisher_solve_blocked(const FisherSolveArgs<T>& args, index_t begin,
+                                          index_t end, T tolerance, T* scratch);)
 
 // Bytes of shared memory that a block of the device kernel needs.
 template <typename T>

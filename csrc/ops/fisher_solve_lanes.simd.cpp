@@ -1,0 +1,482 @@
+// Many small systems: one system a lane. A group of systems, as many as a vector has lanes, is
+// transposed on the way in; every step of the factorisation is then the same for all lanes.
+//
+// The lower triangle lies in rows, row i at i (i + 1) / 2, and each of the P rows of D^T below it.
+// Tiles of kTile rows by kTile columns stay in registers while the product of the earlier columns
+// is subtracted (left-looking): 2 kTile loads serve kTile^2 multiply-adds.
+#include "core/simd.h"
+#include "ops/fisher_solve.h"
+
+namespace fisherfast::FF_SIMD_NAMESPACE {
+namespace {
+
+// 16 accumulators where there are 32 registers, 9 where there are 16.
+constexpr int kTile = FF_SIMD_BYTES == 64 ? 4 : 3;
+
+// Rows of Y whose products are summed before the sum is added to the rest: a single chain of d
+// additions would lose up to sqrt(d) more digits than the factorisation.
+constexpr index_t kSumRows = 16;
+
+// One int32 a lane.
+template <typename T>
+struct InfoOf {
+  typedef std::int32_t Type __attribute__((vector_size(4 * kLanes<T>)));
+};
+template <typename T>
+using Info = typename InfoOf<T>::Type;
+
+// The scratch of one group, in vectors.
+template <typename T>
+struct Group {
+  static constexpr int W = kLanes<T>;
+
+  const FisherSolveArgs<T>& args;
+  index_t first;   // first system
+  int count;       // systems, 1..W; the other lanes repeat the last one
+  int next_count;  // systems of the next group
+  index_t d, P;
+  Vec<T>* scale;                   // [d]
+  Vec<T>* reciprocal;              // [d] 1 / L_ii
+  Vec<T>* factor;                  // [d (d + 1) / 2] rows of C, then of L
+  Vec<T>* half;                    // [P, d] rows of D^T, then of Y^T
+  const std::int32_t* cov_index;   // [d^2] where number e of C goes in `factor`, or -1; d < W only
+  const std::int32_t* half_index;  // [d P] where number e of D and Y is in `half`
+  Vec<T> tolerance;
+  Mask<T> failed;  // first failed pivot, or 0
+
+  FF_INLINE Vec<T>* row(index_t i) { return factor + i * (i + 1) / 2; }
+  FF_INLINE index_t system(int lane) const { return first + (lane < count ? lane : count - 1); }
+};
+
+// --- In: from rows of numbers, one system after another, to vectors of lanes ---------------------
+
+// Calls run.template operator()<L>() for the power of two L = length < W, if it is one.
+template <typename T, typename Run>
+FF_INLINE bool with_short_length(index_t length, const Run& run) {
+  constexpr int W = kLanes<T>;
+  if (length == 1) return run(std::integral_constant<int, 1>{}), true;
+  if (W > 2 && length == 2) return run(std::integral_constant<int, 2>{}), true;
+  if (W > 4 && length == 4) return run(std::integral_constant<int, 4>{}), true;
+  if (W > 8 && length == 8) return run(std::integral_constant<int, 8>{}), true;
+  return false;
+}
+
+// Reads W neighbouring numbers from each system and hands number e < length to put(e, vector).
+template <typename T, typename Put>
+FF_INLINE void read_square(const T* first, index_t stride, index_t start, index_t length,
+                           const Put& put) {
+  constexpr int W = kLanes<T>;
+  Vec<T> square[W];
+  for (int lane = 0; lane < W; ++lane) square[lane] = load(first + lane * stride + start);
+  transpose<T>(square);
+  const int count = static_cast<int>(length - start < W ? length - start : W);
+  for (int e = 0; e < count; ++e) put(start + e, square[e]);
+}
+
+// Hands each of the `length` neighbouring numbers of every system to put(e, vector), some twice.
+template <typename T, typename Put>
+FF_INLINE void read_run(const Group<T>& group, const T* base, index_t stride, index_t length,
+                        const Put& put) {
+  constexpr int W = kLanes<T>;
+  const T* first = base + group.first * stride;
+  if (group.count == W) {
+    for (index_t start = 0; start + W <= length; start += W) {
+      read_square(first, stride, start, length, put);
+    }
+    if (length % W == 0) return;
+    if (length > W) return read_square(first, stride, length - W, length, put);
+    const auto unzip_all = [&](auto count) {
+      Vec<T> vectors[count];
+      for (int e = 0; e < count; ++e) vectors[e] = load(first + e * W);
+      unzip<T, count>(vectors);
+      for (int e = 0; e < count; ++e) put(e, vectors[e]);
+    };
+    if (stride == length && with_short_length<T>(length, unzip_all)) return;
+    // a whole vector from each system, where the systems behind it lie in the way of the overrun
+    const index_t last = (group.args.batch - 1) * stride + length;
+    if ((group.first + W - 1) * stride + W <= last) {
+      return read_square(first, stride, 0, length, put);
+    }
+  }
+  for (index_t e = 0; e < length; ++e) {
+    Vec<T> lanes;
+    for (int lane = 0; lane < W; ++lane) lanes[lane] = base[group.system(lane) * stride + e];
+    put(e, lanes);
+  }
+}
+
+template <typename T>
+FF_INLINE void read_covariance(Group<T>& group) {
+  const FisherSolveArgs<T>& args = group.args;
+  const index_t d = group.d;
+  const index_t* strides = args.cov_strides;
+  if (strides[2] == 1 && strides[1] == d && d < kLanes<T>) {  // a whole system is one run
+    read_run(group, args.cov, strides[0], d * d, [&](index_t e, Vec<T> value) {
+      if (group.cov_index[e] >= 0) group.factor[group.cov_index[e]] = value;
+    });
+  } else if (strides[2] == 1) {
+    for (index_t i = 0; i < d; ++i) {
+      Vec<T>* row = group.row(i);
+      // up to whole vectors, as far as the row goes
+      const index_t whole = (i / kLanes<T> + 1) * kLanes<T>;
+      const index_t length = whole <= d ? whole : d;
+      read_run(group, args.cov + i * strides[1], strides[0], length, [&](index_t j, Vec<T> value) {
+        if (j <= i) row[j] = value;
+      });
+    }
+  } else {
+    for (index_t i = 0; i < d; ++i) {
+      for (index_t j = 0; j <= i; ++j) {
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+          group.row(i)[j][lane] =
+              args.cov[group.system(lane) * strides[0] + i * strides[1] + j * strides[2]];
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+FF_INLINE void read_derivative(Group<T>& group) {
+  const FisherSolveArgs<T>& args = group.args;
+  const index_t d = group.d, P = group.P;
+  const index_t* strides = args.deriv_strides;
+  if ((strides[2] == 1 || P == 1) && (strides[1] == P || d == 1)) {
+    read_run(group, args.deriv, strides[0], d * P,
+             [&](index_t e, Vec<T> value) { group.half[group.half_index[e]] = value; });
+    return;
+  }
+  for (index_t p = 0; p < P; ++p) {
+    for (index_t i = 0; i < d; ++i) {
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        group.half[p * d + i][lane] =
+            args.deriv[group.system(lane) * strides[0] + i * strides[1] + p * strides[2]];
+      }
+    }
+  }
+}
+
+template <typename T>
+FF_INLINE void compute_scale(Group<T>& group) {
+  for (index_t i = 0; i < group.d; ++i) {
+    const Vec<T> variance = group.row(i)[i];
+    const auto usable = (variance > T(0)) & (variance <= kLargest<T>);
+    group.scale[i] = usable ? T(1) / square_root<T>(variance) : splat(kNan<T>);
+  }
+}
+
+// Asks for rows [begin, end) of C of the next group: sixteen systems far apart in memory are more
+// streams than the processor foresees, and waiting for them took most of the time at d = 16 to 64.
+template <typename T>
+FF_INLINE void prefetch_next(const Group<T>& group, index_t begin, index_t end) {
+  constexpr index_t kLineNumbers = 64 / static_cast<index_t>(sizeof(T));
+  const FisherSolveArgs<T>& args = group.args;
+  for (int lane = 0; lane < group.next_count; ++lane) {
+    const T* system = args.cov + (group.first + kLanes<T> + lane) * args.cov_strides[0];
+    for (index_t i = begin; i < end; ++i) {
+      const T* row = system + i * args.cov_strides[1];
+      for (index_t j = 0; j <= i; j += kLineNumbers) {
+        __builtin_prefetch(row + j * args.cov_strides[2], 0, 2);
+      }
+    }
+  }
+}
+
+// --- The factorisation ---------------------------------------------------------------------------
+
+// tile -= sum_{k < depth} (left row r)_k (right row c)_k
+template <typename T, int R, int C>
+FF_INLINE void subtract_products(Vec<T> (&tile)[R][C], const Vec<T>* const (&left)[R],
+                                 const Vec<T>* const (&right)[C], index_t depth) {
+  for (index_t k = 0; k < depth; ++k) {
+    Vec<T> column[C];
+    FF_UNROLL
+    for (int c = 0; c < C; ++c) column[c] = right[c][k];
+    FF_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> value = left[r][k];
+      FF_UNROLL
+      for (int c = 0; c < C; ++c) tile[r][c] -= value * column[c];
+    }
+  }
+}
+
+// Rows and columns j0 .. j0 + C of the factor: a small Cholesky in registers.
+template <typename T, int C>
+FF_INLINE void factor_diagonal_tile(Group<T>& group, index_t j0, T unit) {
+  Vec<T>* rows[C];
+  const Vec<T>* right[C];
+  Vec<T> tile[C][C];
+  FF_UNROLL
+  for (int r = 0; r < C; ++r) {
+    rows[r] = group.row(j0 + r);
+    right[r] = rows[r];
+    FF_UNROLL
+    for (int c = 0; c < C; ++c) {
+      tile[r][c] = splat(unit);
+      if (c < r) tile[r][c] = group.scale[j0 + r] * rows[r][j0 + c] * group.scale[j0 + c];
+    }
+  }
+  subtract_products<T, C, C>(tile, right, right, j0);
+  FF_UNROLL
+  for (int c = 0; c < C; ++c) {
+    const Vec<T> scale = group.scale[j0 + c];
+    Vec<T> pivot = tile[c][c];
+    const auto bad = ~((scale > T(0)) & (pivot > group.tolerance));
+    const Mask<T> pivot_number = splat_mask<T>(j0 + c + 1);
+    group.failed = (bad & (group.failed == 0)) ? pivot_number : group.failed;
+    const Vec<T> root = square_root<T>(pivot);
+    const Vec<T> reciprocal = T(1) / root;
+    rows[c][j0 + c] = root;
+    group.reciprocal[j0 + c] = reciprocal;
+    FF_UNROLL
+    for (int r = c + 1; r < C; ++r) {
+      tile[r][c] *= reciprocal;
+      rows[r][j0 + c] = tile[r][c];
+    }
+    FF_UNROLL
+    for (int r = c + 1; r < C; ++r) {
+      FF_UNROLL
+      for (int q = c + 1; q <= r; ++q) tile[r][q] -= tile[r][c] * tile[q][c];
+    }
+  }
+}
+
+// R rows below the diagonal tile at column j0: subtract, then solve with the diagonal tile.
+// A row starts as row_scale * row * scale; rows of D^T have no scale of their own.
+template <typename T, int R, int C, bool derivative>
+FF_INLINE void factor_tile(Group<T>& group, index_t i0, index_t j0) {
+  Vec<T>* rows[R];
+  const Vec<T>* left[R];
+  const Vec<T>* right[C];
+  Vec<T> tile[R][C];
+  FF_UNROLL
+  for (int c = 0; c < C; ++c) right[c] = group.row(j0 + c);
+  FF_UNROLL
+  for (int r = 0; r < R; ++r) {
+    rows[r] = derivative ? group.half + (i0 + r) * group.d : group.row(i0 + r);
+    left[r] = rows[r];
+    FF_UNROLL
+    for (int c = 0; c < C; ++c) {
+      tile[r][c] = derivative ? rows[r][j0 + c] : group.scale[i0 + r] * rows[r][j0 + c];
+      tile[r][c] *= group.scale[j0 + c];
+    }
+  }
+  subtract_products<T, R, C>(tile, left, right, j0);
+  FF_UNROLL
+  for (int c = 0; c < C; ++c) {
+    const Vec<T> reciprocal = group.reciprocal[j0 + c];
+    FF_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FF_UNROLL
+      for (int q = 0; q < c; ++q) tile[r][c] -= tile[r][q] * right[c][j0 + q];
+      tile[r][c] *= reciprocal;
+      rows[r][j0 + c] = tile[r][c];
+    }
+  }
+}
+
+template <typename T, int C, bool derivative>
+FF_INLINE void factor_rows(Group<T>& group, index_t begin, index_t end, index_t j0) {
+  index_t i = begin;
+  for (; i + kTile <= end; i += kTile) factor_tile<T, kTile, C, derivative>(group, i, j0);
+  switch (end - i) {
+    case 3:
+      if constexpr (kTile > 3) factor_tile<T, 3, C, derivative>(group, i, j0);
+      break;
+    case 2:
+      factor_tile<T, 2, C, derivative>(group, i, j0);
+      break;
+    case 1:
+      factor_tile<T, 1, C, derivative>(group, i, j0);
+      break;
+    default:
+      break;
+  }
+}
+
+template <typename T, int C>
+void factor_columns(Group<T>& group, index_t j0, T unit) {
+  prefetch_next(group, j0, j0 + C);
+  factor_diagonal_tile<T, C>(group, j0, unit);
+  factor_rows<T, C, false>(group, j0 + C, group.d, j0);
+  factor_rows<T, C, true>(group, 0, group.P, j0);
+}
+
+template <typename T>
+void factor_group(Group<T>& group) {
+  const T unit = T(1) + group.args.ridge;
+  index_t j = 0;
+  for (; j + kTile <= group.d; j += kTile) factor_columns<T, kTile>(group, j, unit);
+  switch (group.d - j) {
+    case 3:
+      if constexpr (kTile > 3) factor_columns<T, 3>(group, j, unit);
+      break;
+    case 2:
+      factor_columns<T, 2>(group, j, unit);
+      break;
+    case 1:
+      factor_columns<T, 1>(group, j, unit);
+      break;
+    default:
+      break;
+  }
+}
+
+// --- Out: from vectors of lanes to rows of numbers -----------------------------------------------
+
+// Writes `length` numbers a system, contiguous; number e comes from get(e). `run` holds
+// W (W + 1) numbers.
+template <typename T, typename Get>
+FF_INLINE void write_run(const Group<T>& group, T* out, index_t length, T* run, const Get& get) {
+  constexpr int W = kLanes<T>;
+  const auto square_of = [&](index_t start, Vec<T>(&square)[W]) {
+    for (int e = 0; e < W; ++e) square[e] = get(start + e < length ? start + e : length - 1);
+    transpose<T>(square);
+  };
+  T* const to = out + group.first * length;
+  const auto zip_all = [&](auto count) {
+    Vec<T> vectors[count];
+    for (int e = 0; e < count; ++e) vectors[e] = get(e);
+    zip<T, count>(vectors);
+    for (int e = 0; e < count; ++e) store(to + e * W, vectors[e]);
+  };
+  if (group.count == W && with_short_length<T>(length, zip_all)) return;
+  Vec<T> square[W];
+  if (length < W) {  // each row overwrites what the one before wrote too much
+    square_of(0, square);
+    for (int lane = 0; lane < W; ++lane) store(run + lane * length, square[lane]);
+    const index_t total = group.count * length;
+    index_t e = 0;
+    for (; e + W <= total; e += W) store(to + e, load(run + e));
+    for (; e < total; ++e) to[e] = run[e];
+    return;
+  }
+  for (index_t start = 0; start < length; start += W) {
+    const index_t begin = start + W <= length ? start : length - W;
+    square_of(begin, square);
+    for (int lane = 0; lane < group.count; ++lane) {
+      store(to + lane * length + begin, square[lane]);
+    }
+  }
+}
+
+template <typename T>
+FF_INLINE void write_lanes(const Group<T>& group, T* out, Vec<T> value) {
+  if (group.count == kLanes<T>) {
+    store(out + group.first, value);
+  } else {
+    for (int lane = 0; lane < group.count; ++lane) out[group.first + lane] = value[lane];
+  }
+}
+
+// X = diag(s) L^-T Y, in place of Y; `half` has been written before.
+template <typename T>
+FF_INLINE void back_substitute(Group<T>& group) {
+  for (index_t p = 0; p < group.P; ++p) {
+    Vec<T>* x = group.half + p * group.d;
+    for (index_t k = group.d - 1; k >= 0; --k) {
+      const Vec<T>* row = group.row(k);
+      const Vec<T> value = x[k] * group.reciprocal[k];
+      for (index_t i = 0; i < k; ++i) x[i] -= row[i] * value;
+      x[k] = value * group.scale[k];
+    }
+  }
+}
+
+template <typename T>
+FF_INLINE void write_group(Group<T>& group, Vec<T>* products, T* run) {
+  const FisherSolveArgs<T>& args = group.args;
+  const index_t d = group.d, P = group.P;
+  const auto failed = group.failed != 0;
+  Vec<T> smallest = d > 0 ? group.row(0)[0] : splat(T(1));
+  Vec<T> largest = smallest;
+  for (index_t i = 1; i < d; ++i) {
+    const Vec<T> diagonal = group.row(i)[i];
+    smallest = diagonal < smallest ? diagonal : smallest;
+    largest = diagonal > largest ? diagonal : largest;
+  }
+  Vec<T> condition = largest / smallest;
+  condition *= condition;
+  if (any(failed)) {
+    const Vec<T> nan = splat(kNan<T>);
+    condition = failed ? nan : condition;
+    for (index_t e = 0; e < P * d; ++e) group.half[e] = failed ? nan : group.half[e];
+  }
+  for (index_t p = 0; p < P; ++p) {
+    for (index_t q = 0; q <= p; ++q) {
+      const Vec<T>*y = group.half + p * d, *z = group.half + q * d;
+      Vec<T> sum{};
+      for (index_t begin = 0; begin < d; begin += kSumRows) {
+        const index_t end = begin + kSumRows < d ? begin + kSumRows : d;
+        Vec<T> part{};
+        for (index_t i = begin; i < end; ++i) part += y[i] * z[i];
+        sum += part;
+      }
+      if (d == 0) sum = failed ? splat(kNan<T>) : sum;
+      products[p * P + q] = sum;
+      products[q * P + p] = sum;
+    }
+  }
+  const auto numbers = __builtin_convertvector(group.failed, Info<T>);
+  if (group.count == kLanes<T>) {
+    __builtin_memcpy(args.info + group.first, &numbers, sizeof(numbers));
+  } else {
+    for (int lane = 0; lane < group.count; ++lane) args.info[group.first + lane] = numbers[lane];
+  }
+  write_lanes(group, args.condition, condition);
+  if (P == 0) return;
+  write_run(group, args.fisher, P * P, run, [&](index_t e) { return products[e]; });
+  if (d == 0) return;
+  const auto by_parameter = [&](index_t e) { return group.half[group.half_index[e]]; };
+  write_run(group, args.half, d * P, run, by_parameter);
+  if (args.solution == nullptr) return;
+  back_substitute(group);
+  write_run(group, args.solution, d * P, run, by_parameter);
+}
+
+// The order of numbers in memory and in the scratch, once a call.
+void fill_indices(index_t d, index_t P, bool with_cov, std::int32_t* cov, std::int32_t* half) {
+  for (index_t i = 0; i < d; ++i) {
+    for (index_t p = 0; p < P; ++p) half[i * P + p] = static_cast<std::int32_t>(p * d + i);
+    for (index_t j = 0; with_cov && j < d; ++j) {
+      cov[i * d + j] = static_cast<std::int32_t>(j <= i ? i * (i + 1) / 2 + j : -1);
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void fisher_solve_lanes(const FisherSolveArgs<T>& args, index_t begin, index_t end, T tolerance,
+                        T* scratch) {
+  constexpr int W = kLanes<T>;
+  const index_t d = args.dim, P = args.params;
+  Vec<T>* const scale = reinterpret_cast<Vec<T>*>(scratch);
+  Vec<T>* const reciprocal = scale + d;
+  Vec<T>* const factor = reciprocal + d;
+  Vec<T>* const half = factor + d * (d + 1) / 2;
+  Vec<T>* const products = half + P * d;
+  T* const run = reinterpret_cast<T*>(products + P * P);
+  std::int32_t* const half_index = reinterpret_cast<std::int32_t*>(run + W * (W + 1));
+  std::int32_t cov_index[W * W];
+  fill_indices(d, P, d < W, cov_index, half_index);
+  for (index_t first = begin; first < end; first += W) {
+    const index_t left = end - first;
+    const int count = static_cast<int>(left < W ? left : W);
+    const int next_count = static_cast<int>(left < 2 * W ? left - count : W);
+    Group<T> group{
+        args, first,     count,      next_count,       d,        P, scale, reciprocal, factor,
+        half, cov_index, half_index, splat(tolerance), Mask<T>{}};
+    read_covariance(group);
+    read_derivative(group);
+    compute_scale(group);
+    factor_group(group);
+    write_group(group, products, run);
+  }
+}
+
+template void fisher_solve_lanes(const FisherSolveArgs<float>&, index_t, index_t, float, float*);
+template void fisher_solve_lanes(const FisherSolveArgs<double>&, index_t, index_t, double, double*);
+
+}  // namespace fisherfast::FF_SIMD_NAMESPACE

@@ -1,0 +1,77 @@
+// Moments of random features that never exist as a whole: projection, bias, activation, centring,
+// sums by fold and products by half in one pass over the samples. For a sample z
+//
+//   f       = [z | leaky_relu(weight z + bias) - pilot]      slope below zero: `slope`
+//   sums_g += sum of f over the rows i with (first + i) mod F = g
+//   cross_h += sum of f f^T over the rows i with (first + i) mod H = h     lower triangle only
+//
+// Features before `start` are known already: only the sums of the others, and the rows of the cross
+// products from `start` on, are added to. Growing a dictionary costs its new columns alone.
+#pragma once
+
+#include "core/dispatch.h"
+#include "core/types.h"
+
+namespace fisherfast {
+
+template <typename T>
+struct LiftMomentsArgs {
+  const T* z;          // [n, d], unit column stride
+  index_t row_stride;  // of z, in elements
+  const T* weight;     // [k, d], contiguous
+  const T* bias;       // [k]
+  const T* pilot;      // [k]
+  double* sums;        // in and out [F, d + k], contiguous
+  double* cross;       // in and out [H, d + k, d + k], contiguous
+  void* workspace;     // device only: lift_moments_workspace() bytes
+  index_t rows;        // n
+  index_t dim;         // d raw features
+  index_t lifted;      // k lifted features
+  index_t folds;       // F
+  index_t halves;      // H
+  index_t first;       // rows dealt before this call
+  index_t start;       // features known already
+  T slope;
+};  // outputs and workspace alias nothing
+
+template <typename T>
+FF_HOST_DEVICE inline T lifted_feature(T projected, T bias, T slope, T pilot) {
+  const T z = projected + bias;
+  const T negative = slope * z;  // computed in any case: a select, where a branch would be a guess
+  return (z > T(0) ? z : negative) - pilot;
+}
+
+// Rows whose products are summed in T before they are added in double: the error of a float32 sum
+// of 512 products is at most 512 * 2^-24 = 3e-5 of the sum of their magnitudes, 1e-6 typically.
+constexpr index_t kLiftTileRows = 512;
+
+// Cost, with K = d + k: n ((K - start) (K + start) / 2 + k d) multiply-adds. Nothing of the size
+// [n, K] is held, only tiles of it. Same bits for any number of threads, and the same whether
+// features are added at once or in several passes over the same rows.
+template <typename T>
+void lift_moments_cpu(const LiftMomentsArgs<T>& args, int threads);
+
+// Bytes of workspace on the device.
+template <typename T>
+index_t lift_moments_workspace(index_t rows, index_t dim, index_t lifted, index_t folds,
+                               index_t halves);
+
+template <typename T>
+void lift_moments_cuda(const LiftMomentsArgs<T>& args, int device, void* stream);
+
+// CPU, one instruction set. Features lie in panels of two vectors of columns, row after row:
+// number (row, column) of panel p is feature p * panel + column, at row * panel + column.
+// Weights are packed alike: number (m, column) of panel p is weight[column - d][m].
+FF_DECLARE_SIMD(
+    template <typename T>
+    void lift_pack_weights(const LiftMomentsArgs<T>& args, index_t panel, T* packed);
+    // Rows begin, begin + step, ... (count of them) of one panel, and their sums by fold.
+    template <typename T>
+    void lift_features(const LiftMomentsArgs<T>& args, index_t panel, const T* packed,
+                       index_t begin, index_t step, index_t count, T* features);
+    // cross (row panel, column panel) += left^T right over `count` rows.
+    template <typename T>
+    void lift_products(const LiftMomentsArgs<T>& args, index_t half, index_t row_panel,
+                       index_t column_panel, const T* left, const T* right, index_t count);)
+
+}  // namespace fisherfast

@@ -11,7 +11,9 @@
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/lift.h"
+#include "ops/lift_moments.h"
 #include "ops/moments.h"
+#include "ops/spatial_moments.h"
 
 namespace py = pybind11;
 
@@ -98,6 +100,44 @@ LiftArgs<T> lift_args(Address projected, index_t row_stride, Address bias, Addre
           static_cast<T>(slope)};
 }
 
+template <typename T>
+SpatialMomentsArgs<T> spatial_moments_args(Address x, std::array<index_t, 4> strides, Address pilot,
+                                           Address sums, Address cross, index_t rows,
+                                           index_t channels, index_t height, index_t width) {
+  return {pointer<const T>(x),
+          {strides[0], strides[1], strides[2], strides[3]},
+          pointer<const T>(pilot),
+          pointer<double>(sums),
+          pointer<double>(cross),
+          rows,
+          channels,
+          height,
+          width};
+}
+
+template <typename T>
+LiftMomentsArgs<T> lift_moments_args(Address z, index_t row_stride, Address weight, Address bias,
+                                     Address pilot, Address sums, Address cross, Address workspace,
+                                     index_t rows, index_t dim, index_t lifted, index_t folds,
+                                     index_t halves, index_t first, index_t start, double slope) {
+  return {pointer<const T>(z),
+          row_stride,
+          pointer<const T>(weight),
+          pointer<const T>(bias),
+          pointer<const T>(pilot),
+          pointer<double>(sums),
+          pointer<double>(cross),
+          pointer<void>(workspace),
+          rows,
+          dim,
+          lifted,
+          folds,
+          halves,
+          first,
+          start,
+          static_cast<T>(slope)};
+}
+
 // Binds launch(make_args(numbers...), threads) as name(numbers..., threads).
 template <typename Args, typename... Numbers>
 void bind_cpu(py::module_& module, const std::string& name, Args (*make_args)(Numbers...),
@@ -114,7 +154,9 @@ void bind_cpu_ops(py::module_& module, const std::string& dtype) {
   bind_cpu(module, "fisher_solve_backward_cpu_" + dtype, fisher_solve_backward_args<T>,
            fisher_solve_backward_cpu<T>);
   bind_cpu(module, "moments_cpu_" + dtype, moments_args<T>, moments_cpu<T>);
+  bind_cpu(module, "spatial_moments_cpu_" + dtype, spatial_moments_args<T>, spatial_moments_cpu<T>);
   bind_cpu(module, "lift_cpu_" + dtype, lift_args<T>, lift_cpu<T>);
+  bind_cpu(module, "lift_moments_cpu_" + dtype, lift_moments_args<T>, lift_moments_cpu<T>);
 }
 
 #ifdef FISHERFAST_WITH_CUDA
@@ -181,7 +223,6 @@ PYBIND11_MODULE(_C, module) {
   bind_cpu_ops<float>(module, "float32");
   bind_cpu_ops<double>(module, "float64");
 #ifdef FISHERFAST_WITH_CUDA
-  module.def("moments_workspace", &moments_workspace);
   module.def("shared_bytes_limit", &shared_bytes_limit);
   bind_cuda_ops<float>(module, "float32");
   bind_cuda_ops<double>(module, "float64");

@@ -112,9 +112,9 @@ def fisher_solve_fits(like: torch.Tensor, dim: int, params: int, inverse_rows: b
     return needed <= _C.shared_bytes_limit(like.device.index)
 
 
-def moments_workspace(like: torch.Tensor, rows: int, dim: int, groups: int) -> torch.Tensor | None:
-    """Scratch memory of the CUDA kernel of `moments`, float64; None on the CPU."""
+def workspace(op: str, like: torch.Tensor, *sizes: int) -> torch.Tensor | None:
+    """Scratch memory of the CUDA kernel of ``op``, which says how many bytes; None on the CPU."""
     if not like.is_cuda:
         return None
-    size = _C.moments_workspace(rows, dim, groups)
-    return torch.empty(size, dtype=torch.float64, device=like.device)
+    size: int = getattr(_C, f"{op}_workspace_{DTYPE_NAMES[like.dtype]}")(*sizes)
+    return torch.empty(size, dtype=torch.uint8, device=like.device)

@@ -9,10 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows of one float32 product in the large `moments`. A float32 sum of m products is off by at most
-# m 2^-24 of the sum of their magnitudes: 6e-5 here, and about 1e-6 for terms of random sign.
-MATMUL_TILE_ROWS = 1024
-
 
 def fisher_solve(
     cov: Tensor,
@@ -145,42 +141,21 @@ def moments(
     count = torch.tensor([len(rows) for rows in by_group], dtype=torch.int64, device=x.device)
     sums = torch.stack([rows.sum(0) for rows in by_group])
     cross = torch.stack([rows.mT @ rows for rows in by_group])
-    return count, sums, cross
+    return count, sums, (cross + cross.mT) / 2  # equal but for rounding
 
 
-def moments_by_matmul(
-    x: Tensor, group: Tensor | None, num_groups: int, pilot: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`moments` by matrix products of row tiles, the rows of one group after another."""
-    rows, dim = x.shape
-    order = None
-    counts = [rows]
-    if group is not None:
-        order = group.argsort(stable=True)
-        counts = torch.bincount(group, minlength=num_groups).tolist()
-    sums = x.new_zeros((num_groups, dim), dtype=torch.float64)
-    cross = x.new_zeros((num_groups, dim, dim), dtype=torch.float64)
-    dtype = torch.float32 if x.dtype == torch.float32 and _float32_matmul_is_exact(x) else None
-    start = 0
-    for g, count in enumerate(counts):
-        for begin in range(start, start + count, MATMUL_TILE_ROWS):
-            end = min(begin + MATMUL_TILE_ROWS, start + count)
-            tile = x[begin:end] if order is None else x[order[begin:end]]
-            centred = tile if pilot is None else tile - pilot
-            centred = centred.to(dtype or torch.float64)
-            sums[g] += centred.sum(0, dtype=torch.float64)
-            cross[g] += centred.mT @ centred
-        start += count
-    return torch.tensor(counts, device=x.device), sums, (cross + cross.mT) / 2
+def spatial_moments(x: Tensor, pilot: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums and cross-products over samples at every position of a feature map, about a pilot m.
 
+        sums_hw = sum_n (x[n, :, h, w] - m[:, h, w]),
+        cross_hw = sum_n (x[n, :, h, w] - m[:, h, w])(x[n, :, h, w] - m[:, h, w])^T
 
-def _float32_matmul_is_exact(x: Tensor) -> bool:
-    """Whether a float32 product really is one: TF32 or bfloat16 must not touch a covariance."""
-    if x.is_cuda:
-        return False  # the settings there are many; float64 is the safe choice
-    if hasattr(torch.backends.mkldnn, "matmul"):
-        return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
-    return torch.get_float32_matmul_precision() == "highest"
+    See `fisherfast.ops.spatial_moments` for arguments and results. Every sum is float64; the
+    difference x - m alone is taken in the dtype of x.
+    """
+    centred = (x if pilot is None else x - pilot).double().permute(2, 3, 1, 0)
+    cross = centred @ centred.mT
+    return centred.sum(-1), (cross + cross.mT) / 2  # equal but for rounding
 
 
 def lift(
@@ -202,3 +177,34 @@ def lift(
     fold = (first + torch.arange(projected.shape[0], device=projected.device)) % num_groups
     sums = torch.zeros(num_groups, bias.shape[0], dtype=torch.float64, device=projected.device)
     return features, sums.index_add(0, fold, features.double())
+
+
+def lift_moments_(
+    sums: Tensor,
+    cross: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pilot: Tensor,
+    slope: float = 0.7,
+    first: int = 0,
+    start: int = 0,
+) -> None:
+    """Adds the moments of the features f = [z | leaky_relu(weight z + bias) - pilot] of a batch.
+
+        sums_g += sum of f over rows i with (first + i) mod F = g,     features from start on
+        cross_h += sum of f f^T over rows i with (first + i) mod H = h, rows from start on,
+            lower triangle
+
+    See `fisherfast.ops.lift_moments_` for arguments. Here every sum is float64, and the projection
+    is a sum of products, which reduced precision does not touch.
+    """
+    folds, halves = len(sums), len(cross)
+    projected = (z.double() @ weight.double().T).to(z.dtype)
+    lifted = torch.nn.functional.leaky_relu(projected + bias, slope) - pilot
+    features = torch.cat([z, lifted], 1).double()
+    fold = (first + torch.arange(len(z), device=z.device)) % folds
+    sums[:, start:].index_add_(0, fold, features[:, start:])
+    for half in range(halves):
+        rows = features[(half - first) % halves :: halves]
+        cross[half, start:] += (rows.mT @ rows).tril()[start:]

@@ -7,7 +7,9 @@
 #pragma once
 
 #include <algorithm>
+#include <condition_variable>
 #include <exception>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -48,6 +50,61 @@ void parallel_for(index_t total, index_t grain, int threads, const Body& body) {
     if (error) std::rethrow_exception(error);
   }
 }
+
+// The threads of a team, which pass through several phases of one piece of work together. Made by
+// `run`; a team that is constructed is one thread.
+class Team {
+ public:
+  index_t size() const { return size_; }
+
+  // Splits [0, total) among the threads of the team: the part of `rank`.
+  index_t begin(index_t total, index_t rank) const { return rank * total / size_; }
+  index_t end(index_t total, index_t rank) const { return (rank + 1) * total / size_; }
+
+  // Returns when every thread has come here.
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const index_t phase = phase_;
+    if (++waiting_ == size_) {
+      waiting_ = 0;
+      ++phase_;
+      everyone_.notify_all();
+    } else {
+      everyone_.wait(lock, [&] { return phase_ != phase; });
+    }
+  }
+
+  // Calls body(team, rank) on up to `threads` threads at once; it must not throw.
+  template <typename Body>
+  static void run(index_t threads, const Body& body) {
+    Team team;
+    std::vector<std::thread> workers;
+    workers.reserve(std::max<index_t>(threads - 1, 0));
+    {
+      // nobody starts before the number of threads is known: the system may have too few
+      const std::lock_guard<std::mutex> hold(team.mutex_);
+      try {
+        for (index_t rank = 1; rank < threads; ++rank) {
+          workers.emplace_back([&team, &body, rank]() noexcept {
+            { const std::lock_guard<std::mutex> started(team.mutex_); }
+            body(team, rank);
+          });
+        }
+      } catch (const std::system_error&) {
+      }
+      team.size_ = static_cast<index_t>(workers.size()) + 1;
+    }
+    body(team, 0);
+    for (std::thread& worker : workers) worker.join();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable everyone_;
+  index_t size_ = 1;
+  index_t waiting_ = 0;
+  index_t phase_ = 0;
+};
 
 // A split of rows into chunks of `size` rows (the last may be shorter).
 struct RowChunks {

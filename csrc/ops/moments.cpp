@@ -1,17 +1,22 @@
-// CPU kernel: rows are dealt into one panel a group; a full panel is multiplied with itself.
+// CPU: the rows of a group, tile by tile, are copied into panels and the panels multiplied.
+//
+// A few columns: chunks of rows, each with results of its own that are added in order. Many
+// columns, whose results are too large to have one a thread: all threads work on the same tile.
 #include "ops/moments.h"
 
-#include <algorithm>
-#include <vector>
+#include <numeric>
 
+#include "core/aligned.h"
 #include "core/parallel.h"
 
 namespace fisherfast {
 namespace {
 
-// Rows whose products are added in one pass over the tile product.
-constexpr index_t kUnroll = 4;
-static_assert(kTileRows % kUnroll == 0, "a full panel must be a whole number of passes");
+// Panels from which the threads share a tile: there are pairs of panels enough for them.
+constexpr index_t kSharedPanels = 4;
+
+// A thread is started for at least this many multiply-adds (about 100 us).
+constexpr index_t kGrainOperations = 4'000'000;
 
 // The moments of one chunk of rows.
 struct PartialMoments {
@@ -23,69 +28,115 @@ struct PartialMoments {
       : count(groups, 0), sums(groups * dim, 0.0), cross(groups * dim * dim, 0.0) {}
 };
 
-// The scratch of one thread: a panel of centred rows for every group.
-template <typename T>
-class Panels {
- public:
-  explicit Panels(const MomentsArgs<T>& args)
-      : args_(args),
-        dim_(args.dim),
-        filled_(args.groups, 0),
-        panels_(args.groups * kTileRows * args.dim),
-        product_(args.dim * args.dim) {}
+// Rows [begin, end) in the order of their groups.
+struct GroupedRows {
+  std::vector<index_t> list;   // empty when there is one group
+  std::vector<index_t> start;  // [G + 1] where each group starts in the list
+  index_t begin;
 
-  void add_rows(index_t begin, index_t end, PartialMoments& part) {
-    for (index_t n = begin; n < end; ++n) add_row(n, part);
-    for (index_t g = 0; g < args_.groups; ++g) multiply(g, part);
+  template <typename T>
+  GroupedRows(const MomentsArgs<T>& args, index_t first, index_t last)
+      : start(args.groups + 1, 0), begin(first) {
+    if (args.group == nullptr) {
+      start[1] = last - first;
+      return;
+    }
+    list.resize(last - first);
+    for (index_t n = first; n < last; ++n) ++start[args.group[n] + 1];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    std::vector<index_t> next(start.begin(), start.end() - 1);
+    for (index_t n = first; n < last; ++n) list[next[args.group[n]]++] = n;
   }
 
- private:
-  T* panel(index_t g) { return panels_.data() + g * kTileRows * dim_; }
-
-  void add_row(index_t n, PartialMoments& part) {
-    const index_t g = args_.group == nullptr ? 0 : args_.group[n];
-    const T* x = args_.x + n * args_.row_stride;
-    T* centred = panel(g) + filled_[g] * dim_;
-    double* sum = part.sums.data() + g * dim_;
-    for (index_t i = 0; i < dim_; ++i) {
-      centred[i] = args_.pilot == nullptr ? x[i] : x[i] - args_.pilot[i];
-      sum[i] += static_cast<double>(centred[i]);
-    }
-    ++part.count[g];
-    if (++filled_[g] == kTileRows) multiply(g, part);
+  index_t count(index_t group) const { return start[group + 1] - start[group]; }
+  RowList rows(index_t group, index_t from, index_t count) const {
+    if (list.empty()) return {nullptr, begin + from, count};
+    return {list.data(), start[group] + from, count};
   }
-
-  // cross_g += panel^T panel, and empties the panel.
-  void multiply(index_t g, PartialMoments& part) {
-    const index_t padded = ceil_div(filled_[g], kUnroll) * kUnroll;
-    std::fill(panel(g) + filled_[g] * dim_, panel(g) + padded * dim_, T(0));
-    std::fill(product_.begin(), product_.end(), T(0));
-    for (index_t n = 0; n < padded; n += kUnroll) {
-      const T* x0 = panel(g) + n * dim_;
-      const T *x1 = x0 + dim_, *x2 = x1 + dim_, *x3 = x2 + dim_;
-      for (index_t i = 0; i < dim_; ++i) {
-        T* row = product_.data() + i * dim_;
-        const T a0 = x0[i], a1 = x1[i], a2 = x2[i], a3 = x3[i];
-        for (index_t j = 0; j <= i; ++j) {
-          row[j] += (a0 * x0[j] + a1 * x1[j]) + (a2 * x2[j] + a3 * x3[j]);
-        }
-      }
-    }
-    double* cross = part.cross.data() + g * dim_ * dim_;
-    for (index_t i = 0; i < dim_; ++i) {
-      for (index_t j = 0; j <= i; ++j) {
-        cross[i * dim_ + j] += static_cast<double>(product_[i * dim_ + j]);
-      }
-    }
-    filled_[g] = 0;
-  }
-
-  const MomentsArgs<T>& args_;
-  const index_t dim_;
-  std::vector<index_t> filled_;  // [G] rows in each panel
-  std::vector<T> panels_;        // [G, kTileRows, d]
-  std::vector<T> product_;       // [d, d], lower triangle
 };
+
+// What the threads of a team share.
+template <typename T>
+struct Panels {
+  SimdLevel level;
+  index_t panel;    // columns of a panel
+  index_t panels;   // ceil(d / panel)
+  AlignedArray<T> tile;
+
+  Panels(SimdLevel simd, index_t dim)
+      : level(simd),
+        panel(2 * simd_lanes<T>(simd)),
+        panels(ceil_div(dim, panel)),
+        tile(aligned_array<T>(panels * panel * kMomentsTileRows + 1)) {}
+
+  T* at(index_t p) const { return tile.get() + p * panel * kMomentsTileRows; }
+};
+
+// Adds the rows of one group to sums [d] and cross [d, d]. Pair e of panels, e = 0, 1, ..., is
+// (row, column) = (0, 0), (1, 0), (1, 1), (2, 0), ...
+template <typename T>
+void add_group(const MomentsArgs<T>& args, const Panels<T>& panels, const GroupedRows& rows,
+               index_t group, Team& team, index_t rank, double* sums, double* cross) {
+  const index_t pairs = panels.panels * (panels.panels + 1) / 2;
+  for (index_t from = 0; from < rows.count(group); from += kMomentsTileRows) {
+    const index_t count = std::min(kMomentsTileRows, rows.count(group) - from);
+    const RowList list = rows.rows(group, from, count);
+    for (index_t p = rank; p < panels.panels; p += team.size()) {
+      FF_CALL_SIMD(panels.level, moments_centre<T>, args, list, p, panels.at(p), sums);
+    }
+    team.wait();
+    index_t e = 0;
+    for (index_t row = 0; row < panels.panels; ++row) {
+      for (index_t column = 0; column <= row; ++column, ++e) {
+        if (e < team.begin(pairs, rank) || e >= team.end(pairs, rank)) continue;
+        FF_CALL_SIMD(panels.level, moments_products<T>, args.dim, row, column, panels.at(row),
+                     panels.at(column), count, cross);
+      }
+    }
+    team.wait();
+  }
+}
+
+template <typename T>
+void moments_of_few_columns(const MomentsArgs<T>& args, SimdLevel level, int threads) {
+  const RowChunks chunks = row_chunks(args.rows, args.groups * (args.dim + 1) * (args.dim + 1));
+  std::vector<PartialMoments> parts(chunks.count, PartialMoments(args.groups, args.dim));
+  parallel_for(chunks.count, 1, threads, [&](index_t begin, index_t end) {
+    const Panels<T> panels(level, args.dim);
+    Team alone;
+    for (index_t c = begin; c < end; ++c) {
+      const GroupedRows rows(args, chunks.begin(c), chunks.end(c));
+      for (index_t g = 0; g < args.groups; ++g) {
+        parts[c].count[g] = rows.count(g);
+        add_group(args, panels, rows, g, alone, 0, parts[c].sums.data() + g * args.dim,
+                  parts[c].cross.data() + g * args.dim * args.dim);
+      }
+    }
+  });
+  const auto add_to = [](const auto& part, auto* total) {
+    for (std::size_t i = 0; i < part.size(); ++i) total[i] += part[i];
+  };
+  for (const PartialMoments& part : parts) {
+    add_to(part.count, args.count);
+    add_to(part.sums, args.sums);
+    add_to(part.cross, args.cross);
+  }
+}
+
+template <typename T>
+void moments_of_many_columns(const MomentsArgs<T>& args, SimdLevel level, int threads) {
+  const Panels<T> panels(level, args.dim);
+  const GroupedRows rows(args, 0, args.rows);
+  const index_t operations = args.rows * args.dim * (args.dim + 1) / 2;
+  const index_t useful = std::clamp<index_t>(operations / kGrainOperations, 1, std::max(threads, 1));
+  for (index_t g = 0; g < args.groups; ++g) args.count[g] = rows.count(g);
+  Team::run(useful, [&](Team& team, index_t rank) {
+    for (index_t g = 0; g < args.groups; ++g) {
+      add_group(args, panels, rows, g, team, rank, args.sums + g * args.dim,
+                args.cross + g * args.dim * args.dim);
+    }
+  });
+}
 
 template <typename T>
 void fill_upper_triangles(const MomentsArgs<T>& args) {
@@ -97,31 +148,18 @@ void fill_upper_triangles(const MomentsArgs<T>& args) {
   }
 }
 
-template <typename Number>
-void add_to(const std::vector<Number>& part, Number* total) {
-  for (std::size_t i = 0; i < part.size(); ++i) total[i] += part[i];
-}
-
 }  // namespace
 
 template <typename T>
 void moments_cpu(const MomentsArgs<T>& args, int threads) {
-  const RowChunks chunks = row_chunks(args.rows, args.groups * (args.dim + 1) * (args.dim + 1));
-  std::vector<PartialMoments> parts(chunks.count, PartialMoments(args.groups, args.dim));
-  parallel_for(chunks.count, 1, threads, [&](index_t begin, index_t end) {
-    Panels<T> panels(args);
-    for (index_t c = begin; c < end; ++c) {
-      panels.add_rows(chunks.begin(c), chunks.end(c), parts[c]);
-    }
-  });
-
+  const SimdLevel level = simd_level();
   std::fill_n(args.count, args.groups, index_t{0});
   std::fill_n(args.sums, args.groups * args.dim, 0.0);
   std::fill_n(args.cross, args.groups * args.dim * args.dim, 0.0);
-  for (const PartialMoments& part : parts) {
-    add_to(part.count, args.count);
-    add_to(part.sums, args.sums);
-    add_to(part.cross, args.cross);
+  if (ceil_div(args.dim, 2 * simd_lanes<T>(level)) < kSharedPanels) {
+    moments_of_few_columns(args, level, threads);
+  } else {
+    moments_of_many_columns(args, level, threads);
   }
   fill_upper_triangles(args);
 }

@@ -5,9 +5,10 @@
 //   cross_g = sum_{group_n = g} (x_n - m) (x_n - m)^T
 //
 // The difference x - m is taken in T. On the CPU products of T are summed in T over at most
-// kTileRows rows and then in double; on the device everything after the difference is double.
+// kMomentsTileRows rows and then in double; on the device everything after the difference is double.
 #pragma once
 
+#include "core/dispatch.h"
 #include "core/types.h"
 
 namespace fisherfast {
@@ -27,9 +28,9 @@ struct MomentsArgs {
   index_t groups;        // G
 };  // outputs and workspace alias nothing
 
-// Rows whose products are summed in T. The error of a float32 sum of 64 products is at most
-// 64 * 2^-24 = 4e-6 of the sum of their magnitudes, 2e-7 typically.
-constexpr index_t kTileRows = 64;
+// Rows whose products are summed in T. The error of a float32 sum of 256 products is at most
+// 256 * 2^-24 = 2e-5 of the sum of their magnitudes, 1e-6 typically.
+constexpr index_t kMomentsTileRows = 256;
 
 // Cost: N d (d + 1) / 2 multiply-adds. Same bits for any number of threads.
 template <typename T>
@@ -48,6 +49,21 @@ inline index_t moments_splits(index_t rows) {
 inline index_t moments_workspace(index_t rows, index_t dim, index_t groups) {
   return moments_splits(rows) * groups * (dim + 1) * (dim + 1);
 }
+
+// CPU, one instruction set: the rows of a list (or first, first + 1, ... without a list), in panels
+// of two vectors of columns about the pilot, with their sums; and the product of two panels.
+struct RowList {
+  const index_t* list;
+  index_t first;
+  index_t count;
+};
+FF_DECLARE_SIMD(
+    template <typename T>
+    void moments_centre(const MomentsArgs<T>& args, const RowList& rows, index_t panel, T* centred,
+                        double* sums);
+    template <typename T>
+    void moments_products(index_t dim, index_t row_panel, index_t column_panel, const T* left,
+                          const T* right, index_t count, double* cross);)
 
 template <typename T>
 void moments_cuda(const MomentsArgs<T>& args, int device, void* stream);

@@ -40,7 +40,7 @@ void spatial_moments_cuda(const SpatialMomentsArgs<T>& args, int device, void* s
 // CPU, one instruction set: positions [begin, end) of the H W, as many at a time as a vector has
 // lanes. `scratch` is aligned to 64 bytes and holds spatial_moments_scratch() bytes.
 inline index_t spatial_moments_scratch(index_t lanes, index_t channels, index_t number_bytes) {
-  const index_t tile = kSpatialTileRows * channels * lanes * number_bytes;
+  const index_t tile = (kSpatialTileRows + 1) * channels * lanes * number_bytes;  // and the pilot
   const index_t sums = lanes * (channels + channels * (channels + 1) / 2) * 8;
   return tile + sums;
 }

@@ -8,7 +8,7 @@ from fisherfast import ops, reference
 # Errors relative to the largest result. Measured: 7e-7 and 4e-15.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
 
-LARGE = ops.MOMENTS_LIMIT[torch.float32] + 6
+LARGE = 230  # columns that all threads share, several panels and a rest
 
 
 def assert_matches(got, truth, dtype):
@@ -36,7 +36,7 @@ def test_matches_the_reference(normal, device, dtype, route, rows, dim, groups, 
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_matches_above_the_limit(normal, device, dtype, groups):
+def test_matches_for_many_columns(normal, device, dtype, groups):
     x = normal(2500, LARGE, dtype=dtype, device=device)
     group = torch.arange(2500, device=device) % groups if groups > 1 else None
     pilot = normal(LARGE, dtype=dtype, device=device)

@@ -1,0 +1,47 @@
+// Panels of rows about the pilot, and the products of two panels.
+#include "ops/moments.h"
+
+#include "core/panels.h"
+
+namespace fisherfast::FF_SIMD_NAMESPACE {
+
+template <typename T>
+void moments_centre(const MomentsArgs<T>& args, const RowList& rows, index_t panel, T* centred,
+                    double* sums) {
+  constexpr int W = kLanes<T>;
+  const index_t first = panel * kPanel<T>;
+  const index_t used = args.dim - first < kPanel<T> ? args.dim - first : kPanel<T>;
+  alignas(64) T pilot[kPanel<T>] = {};
+  alignas(64) double total[kPanel<T>] = {};
+  for (index_t c = 0; args.pilot != nullptr && c < used; ++c) pilot[c] = args.pilot[first + c];
+  const Vec<T> pilot_low = load(pilot), pilot_high = load(pilot + W);
+  for (index_t n = 0; n < rows.count; ++n) {
+    const index_t row = rows.list == nullptr ? rows.first + n : rows.list[rows.first + n];
+    const T* x = args.x + row * args.row_stride + first;
+    T* const to = centred + n * kPanel<T>;
+    if (used == kPanel<T>) {
+      store(to, load(x) - pilot_low);
+      store(to + W, load(x + W) - pilot_high);
+    } else {
+      for (index_t c = 0; c < used; ++c) to[c] = x[c] - pilot[c];
+      for (index_t c = used; c < kPanel<T>; ++c) to[c] = 0;
+    }
+    for (index_t c = 0; c < kPanel<T>; ++c) total[c] += static_cast<double>(to[c]);
+  }
+  for (index_t c = 0; c < used; ++c) sums[first + c] += total[c];
+}
+
+template <typename T>
+void moments_products(index_t dim, index_t row_panel, index_t column_panel, const T* left,
+                      const T* right, index_t count, double* cross) {
+  add_panel_product<T>(Triangle{cross, dim, 0}, row_panel, column_panel, left, right, count);
+}
+
+#define FF_INSTANTIATE(T)                                                                       \
+  template void moments_centre(const MomentsArgs<T>&, const RowList&, index_t, T*, double*);    \
+  template void moments_products(index_t, index_t, index_t, const T*, const T*, index_t, double*);
+FF_INSTANTIATE(float)
+FF_INSTANTIATE(double)
+#undef FF_INSTANTIATE
+
+}  // namespace fisherfast::FF_SIMD_NAMESPACE

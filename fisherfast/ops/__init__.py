@@ -1,0 +1,32 @@
+"""The ops: what the library computes with its own kernels, usable on their own.
+
+Each op is a public function over an op of ``torch.library`` (``torch.ops.fisherfast.*``) with an
+implementation for CPU and CUDA and a fake one, so that ``torch.compile`` and fake tensors work.
+The checks of an input are shared by all of them and run once a call. `fisher_solve` has a backward;
+for the others an input that requires grad is an error, never a wrong gradient.
+
+On the CPU the kernels serve every size: they were never slower than torch (README, performance).
+On CUDA `fisher_solve` goes to ``torch.linalg`` where a system does not fit into the memory of a
+block. Everything goes to plain torch when ``FISHERFAST_DISABLE_NATIVE=1`` is set, or for CUDA
+tensors when the build has no CUDA kernels.
+"""
+
+from fisherfast.ops._fisher_solve import (
+    FisherSolve,
+    fisher_solve,
+    fisher_solve_backward,
+    fisher_solve_details,
+)
+from fisherfast.ops._lift import lift, lift_moments_
+from fisherfast.ops._moments import moments, spatial_moments
+
+__all__ = [
+    "FisherSolve",
+    "fisher_solve",
+    "fisher_solve_backward",
+    "fisher_solve_details",
+    "lift",
+    "lift_moments_",
+    "moments",
+    "spatial_moments",
+]

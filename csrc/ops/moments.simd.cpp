@@ -4,6 +4,17 @@
 #include "core/panels.h"
 
 namespace fisherfast::FF_SIMD_NAMESPACE {
+namespace {
+
+// -1 in the lanes of columns that are used, 0 in the others.
+template <typename T>
+FF_INLINE Mask<T> used_lanes(index_t used) {
+  Mask<T> mask;
+  for (int lane = 0; lane < kLanes<T>; ++lane) mask[lane] = lane < used ? -1 : 0;
+  return mask;
+}
+
+}  // namespace
 
 template <typename T>
 void moments_centre(const MomentsArgs<T>& args, const RowList& rows, index_t panel, T* centred,
@@ -15,18 +26,22 @@ void moments_centre(const MomentsArgs<T>& args, const RowList& rows, index_t pan
   alignas(64) double total[kPanel<T>] = {};
   for (index_t c = 0; args.pilot != nullptr && c < used; ++c) pilot[c] = args.pilot[first + c];
   const Vec<T> pilot_low = load(pilot), pilot_high = load(pilot + W);
+  const Mask<T> low_used = used_lanes<T>(used), high_used = used_lanes<T>(used - W);
+  // behind the last number of a row there may be other rows to read, and behind the last one nothing
+  const T* const last = args.x + (args.rows - 1) * args.row_stride + args.dim - kPanel<T>;
   for (index_t n = 0; n < rows.count; ++n) {
     const index_t row = rows.list == nullptr ? rows.first + n : rows.list[rows.first + n];
     const T* x = args.x + row * args.row_stride + first;
     T* const to = centred + n * kPanel<T>;
-    if (used == kPanel<T>) {
-      store(to, load(x) - pilot_low);
-      store(to + W, load(x + W) - pilot_high);
+    if (x <= last) {
+      store(to, low_used ? load(x) - pilot_low : Vec<T>{});
+      store(to + W, high_used ? load(x + W) - pilot_high : Vec<T>{});
     } else {
       for (index_t c = 0; c < used; ++c) to[c] = x[c] - pilot[c];
       for (index_t c = used; c < kPanel<T>; ++c) to[c] = 0;
     }
-    for (index_t c = 0; c < kPanel<T>; ++c) total[c] += static_cast<double>(to[c]);
+    const index_t vectors = used <= W ? W : kPanel<T>;
+    for (index_t c = 0; c < vectors; ++c) total[c] += static_cast<double>(to[c]);
   }
   for (index_t c = 0; c < used; ++c) sums[first + c] += total[c];
 }

@@ -7,12 +7,14 @@ from fisherfast import ops, problems
 from fisherfast._version import __version__
 from fisherfast.data import FiniteDifference
 from fisherfast.flow import fisher_flow, fisher_information
+from fisherfast.information_map import InformationMap
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
 
 __all__ = [
     "FiniteDifference",
     "FisherFlow",
     "FisherWarning",
+    "InformationMap",
     "LayerFisher",
     "__version__",
     "fisher_flow",

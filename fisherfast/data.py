@@ -140,6 +140,16 @@ class FiniteDifference:
                 " (an iterator can be read once only: pass a function that returns a new one)"
             )
 
+    def repeats(self, condition: int) -> bool:
+        """Whether each pass over a condition surely gives the same samples in the same order:
+        tensors, arrays, Datasets, and DataLoaders that do not shuffle."""
+        source = self._sources[condition]
+        if isinstance(source, torch.utils.data.DataLoader):
+            return isinstance(source.sampler, torch.utils.data.SequentialSampler)
+        if isinstance(source, torch.utils.data.IterableDataset):
+            return False
+        return isinstance(source, torch.Tensor | np.ndarray | torch.utils.data.Dataset)
+
     def __repr__(self) -> str:
         kind = "paired" if self.paired else "independent"
         counts = [self.samples(c) for c in range(self.conditions)]

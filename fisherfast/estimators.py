@@ -1,7 +1,7 @@
 r"""From fold moments to Fisher information: the curve, its error bars, the honest bound, the choice
 of k.
 
-Design 4.2 to 4.5; every formula is derived in docs/theory.md. Notation: S [k, k] the covariance of
+Every formula is derived in docs/theory.md. Notation: S [k, k] the covariance of
 the features scaled to unit diagonal, R = S + ridge, L L^T = R, D [k, P] the derivative of the mean,
 Y = L^-1 D. Because the leading block of L factors the leading block of R, the running sums of y_i
 y_i^T are the linear Fisher information of the first k features, for every k at once.
@@ -133,10 +133,10 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
     if statistics.paired:
         J = across_folds
         jackknife = left_out.var(1, correction=0) * (folds - 1)
-        variance = jackknife + _covariance_variance(J, statistics.dof, effective)
+        variance = jackknife + covariance_variance(J, statistics.dof, effective)
     else:
         J = shrink[:, None, None] * naive - effective[:, None, None] * statistics.noise
-        variance = _independent_variance(J, statistics, effective)
+        variance = independent_variance(J, statistics.dof, statistics.noise, effective)
     return FisherCurve(
         J=J,
         stderr=variance.sqrt(),
@@ -270,7 +270,7 @@ def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left[..., :, None] * right[..., None, :]).cumsum(0)
 
 
-def _covariance_variance(J: torch.Tensor, dof: float, effective: torch.Tensor) -> torch.Tensor:
+def covariance_variance(J: torch.Tensor, dof: float, effective: torch.Tensor) -> torch.Tensor:
     r"""Variance of J from the estimated covariance alone: (J_pp J_qq + J_pq^2) / (nu - k_eff -
     3)."""
     diagonal = torch.diagonal(J, dim1=1, dim2=2).clamp_min(0)
@@ -278,10 +278,11 @@ def _covariance_variance(J: torch.Tensor, dof: float, effective: torch.Tensor) -
     return spread / (dof - effective - 3)[:, None, None]
 
 
-def _independent_variance(
-    J: torch.Tensor, statistics: FoldStatistics, effective: torch.Tensor
+def independent_variance(
+    J: torch.Tensor, dof: float, noise: torch.Tensor, effective: torch.Tensor
 ) -> torch.Tensor:
-    r"""Variance of the corrected J for Gaussian features and independent conditions.
+    r"""Variance [K, P, P] of corrected J [K, P, P] for Gaussian features and independent
+    conditions, of nu = dof degrees of freedom, noise c [P, P] and k_eff = effective [K].
 
     With a = nu - k_eff, M = D^T S^-1 D a non-central Wishart matrix and D^T S_hat^-1 D inverse
     Wishart given M:
@@ -293,8 +294,8 @@ def _independent_variance(
     which for p = q is 2 / (a - 3) [J^2 + 2 c J (nu - 1) + c^2 k_eff (nu - 1)].
     """
     k = effective[:, None, None]
-    a = statistics.dof - k
-    noise = statistics.noise.expand_as(J)
+    a = dof - k
+    noise = noise.expand_as(J)
     J = _with_diagonal(J, torch.diagonal(J, dim1=1, dim2=2).clamp_min(0))
     mean = J + k * noise
     J_p, J_q = _outer_diagonals(J)

@@ -18,7 +18,7 @@ import torch
 
 from fisherfast import ops
 
-__all__ = ["FeatureDictionary", "PilotMoments", "Standardisation"]
+__all__ = ["FeatureDictionary", "Lift", "PilotMoments", "Standardisation"]
 
 LIFT_SLOPE = -1.0
 """Slope of the leaky ReLU below zero; -1 is the absolute value |W z + b|.
@@ -103,6 +103,40 @@ class PilotMoments:
         return Standardisation(self._mean, scale, alive, self._rounding)
 
 
+@dataclass(frozen=True)
+class Lift:
+    """Random features leaky_relu(weight z + bias) - pilot of raw ones z [n, d].
+
+    Attributes:
+        weight: [k, d].
+        bias: [k].
+        pilot: [k], roughly the mean of the lifted features.
+        slope: of the leaky ReLU below zero.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    pilot: torch.Tensor
+    slope: float = LIFT_SLOPE
+
+    @classmethod
+    def none(cls, z: torch.Tensor) -> Lift:
+        """No lifted feature of raw ones like z [n, d]."""
+        empty = z.new_empty(0)
+        return cls(z.new_empty(0, z.shape[1]), empty, empty)
+
+    def __len__(self) -> int:
+        return len(self.bias)
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        """Lifted features [n, k] of raw ones [n, d]."""
+        return ops.lift(z @ self.weight.T, self.bias, self.pilot, slope=self.slope)[0]
+
+    def leading(self, count: int) -> Lift:
+        """The first `count` lifted features."""
+        return Lift(self.weight[:count], self.bias[:count], self.pilot[:count], self.slope)
+
+
 class FeatureDictionary:
     """Features [n, k] of the activations [n, d] of one layer.
 
@@ -121,7 +155,10 @@ class FeatureDictionary:
             standardised activations in max_features random groups. A sketch is a valid but loose
             lower bound.
 
-    Cost: 2 n d (k - d) operations a call, nothing larger than [n, k] and [d, k - d] held.
+        lift: the lifted features that follow the raw ones.
+
+    Streaming statistics take `raw_features` and `lift`, and never have the features of many
+    samples; a call gives the features themselves, 2 n d (k - d) operations.
     """
 
     def __init__(
@@ -136,7 +173,6 @@ class FeatureDictionary:
         device = standardisation.mean.device
         d = len(standardisation.mean)
         self.dtype = dtype
-        self.slope = slope
         self._mean = standardisation.mean.to(dtype)
         self._scale = standardisation.scale.to(dtype)
         self.kind = "raw + lift" if d <= MAX_WIDTH else "sketch"
@@ -151,10 +187,11 @@ class FeatureDictionary:
             lifted = max(max_features - d, max_features // MIN_LIFT_SHARE)
         self.size = self.raw + lifted
         weight, bias = draw_lift(alive.cpu(), lifted, seed)
-        self._weight = weight.to(device, dtype)
-        self._bias = bias.to(device, dtype)
-        self._pilot = mean_of_leaky_relu(bias, slope).to(device, dtype)
-        self._no_shift = torch.zeros(self.raw, device=device, dtype=dtype)
+        weight = weight if lifted else weight.new_empty(0, self.raw)
+        pilot = mean_of_leaky_relu(bias, slope)
+        self.lift = Lift(
+            weight.to(device, dtype), bias.to(device, dtype), pilot.to(device, dtype), slope
+        )
         offset = (standardisation.mean * standardisation.scale).abs()
         if self.kind == "sketch":
             offset = self._group(offset[None])[0]
@@ -163,36 +200,15 @@ class FeatureDictionary:
             [(standardisation.rounding * offset).square(), offset.new_zeros(lifted)]
         )
 
-    def __call__(
-        self, activations: torch.Tensor, *, folds: int, first: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of a batch and their sums over folds.
-
-        Args:
-            activations: [n, d], any floating dtype.
-            folds: number of folds; row i belongs to fold (first + i) % folds.
-            first: number of samples of this condition seen before.
-
-        Returns:
-            features [n, k] about the pilot, and their column sums [folds, k] float64.
-        """
+    def raw_features(self, activations: torch.Tensor) -> torch.Tensor:
+        """The leading features [n, raw] of activations [n, d] of any floating dtype."""
         z = (activations.to(self.dtype) - self._mean) * self._scale
-        if self.kind == "sketch":
-            z = self._group(z * self._sign.to(self.dtype))
-        raw, raw_sums = ops.lift(
-            z, self._no_shift, self._no_shift, slope=1.0, num_groups=folds, first=first
-        )
-        if self.size == self.raw:
-            return raw, raw_sums
-        lifted, lifted_sums = ops.lift(
-            z @ self._weight.T,
-            self._bias,
-            self._pilot,
-            slope=self.slope,
-            num_groups=folds,
-            first=first,
-        )
-        return torch.cat([raw, lifted], 1), torch.cat([raw_sums, lifted_sums], 1)
+        return self._group(z * self._sign.to(self.dtype)) if self.kind == "sketch" else z
+
+    def __call__(self, activations: torch.Tensor) -> torch.Tensor:
+        """All features [n, k] of activations [n, d] of any floating dtype, about their pilot."""
+        raw = self.raw_features(activations)
+        return torch.cat([raw, self.lift(raw)], 1)
 
     def _group(self, z: torch.Tensor) -> torch.Tensor:
         groups = z.new_zeros(len(z), self.raw)

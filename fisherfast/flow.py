@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fisherfast import taps
 from fisherfast._progress import progress_bar
 from fisherfast.data import FiniteDifference
 from fisherfast.estimators import RIDGE
+from fisherfast.maps import estimate_map
 from fisherfast.meters import LayerMeter, estimate_layer
 from fisherfast.results import FisherFlow, LayerFisher, warn_of
 from fisherfast.streams import Streams
@@ -49,6 +51,8 @@ def fisher_flow(
     progress: bool = False,
     ridge: float = RIDGE,
     folds: int = FOLDS,
+    grow: bool = False,
+    maps: bool = False,
 ) -> FisherFlow:
     r"""Fisher information about theta in the activations of every layer.
 
@@ -73,6 +77,12 @@ def fisher_flow(
         progress: show a progress bar (needs tqdm).
         ridge: noise variance added to each feature, relative to its own.
         folds: number of folds, even.
+        grow: begin with 64 lifted features and double their number, in another pass over the data,
+            only for layers whose curve still rises at its end, up to max_features. Each pass
+            computes the new features alone. For data that repeat: tensors, arrays, Datasets,
+            loaders that do not shuffle.
+        maps: also measure the information of the channels at each position of layers [C, H, W],
+            see `FisherFlow.map`.
 
     Returns:
         `FisherFlow`: J, stderr, lower, ... of each layer, float64 [P, P] in 1/theta^2.
@@ -104,6 +114,7 @@ def fisher_flow(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings = _check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
+    settings |= _check_passes(data, grow, maps)
     return Measurement(model, data, layers, settings).run(progress)
 
 
@@ -116,6 +127,7 @@ def fisher_information(
     progress: bool = False,
     ridge: float = RIDGE,
     folds: int = FOLDS,
+    grow: bool = False,
 ) -> LayerFisher:
     """Fisher information about theta in the data themselves, without a model.
 
@@ -132,6 +144,7 @@ def fisher_information(
         True
     """
     settings = _check_settings(data, max_features, None, batch_size, seed, ridge, folds)
+    settings |= _check_passes(data, grow, maps=False)
     return Measurement(None, data, "auto", settings).run(progress).layers[0]
 
 
@@ -150,6 +163,7 @@ class Measurement:
         self._layers = layers
         self._settings = settings
         self._meters: dict[str, LayerMeter] = {}
+        self._active: list[LayerMeter] = []
         self._finite: list[tuple[str, int, int, torch.Tensor]] = []
         self._condition = 0
         self._batch = 0
@@ -161,34 +175,55 @@ class Measurement:
         return list(dict.fromkeys(self._meters.values()))
 
     def run(self, progress: bool = False) -> FisherFlow:
-        """Stream all samples and estimate."""
-        if self._model is None:
-            with taps.own_random_state(None, self._settings["seed"]), torch.no_grad():
-                self._stream(progress)
-        else:
-            with taps.evaluation(self._model, self._settings["seed"]):
-                self._stream(progress)
+        """Stream all samples, again for layers that grow, and estimate."""
+        contrast, ridge = self._data.contrast(), self._settings["ridge"]
+        with self._evaluation():
+            self._stream(progress)
+        while True:
+            with torch.no_grad():
+                growing = [m for m in self._layer_meters if m.grow(contrast, ridge)]
+            if not growing:
+                break
+            self._active = growing
+            with self._evaluation():
+                self._stream_again(progress)
         with torch.no_grad():
-            contrast = self._data.contrast()
             layers = tuple(
-                estimate_layer(m, self._data, contrast, self._settings["ridge"])
-                for m in self._layer_meters
+                estimate_layer(m, self._data, contrast, ridge) for m in self._layer_meters
             )
+            maps = {
+                m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
+                for m in self._layer_meters
+                if m.map is not None
+            }
         warn_of(layers)
-        return FisherFlow(layers, self._settings)
+        return FisherFlow(layers, self._settings, maps=maps)
 
-    def _stream(self, progress: bool) -> None:
+    def _evaluation(self) -> AbstractContextManager[Any]:
+        """The model in eval mode, without gradients, with random numbers of its own."""
+        if self._model is not None:
+            return taps.evaluation(self._model, self._settings["seed"])
+        stack = ExitStack()
+        stack.enter_context(taps.own_random_state(None, self._settings["seed"]))
+        stack.enter_context(torch.no_grad())
+        return stack
+
+    def _streams(self) -> Streams:
         device, dtype = _place_of(self._model)
-        streams = Streams(
+        return Streams(
             self._data,
             self._settings["batch_size"],
             device=device,
             dtype=dtype,
             copy=self._model is not None,
         )
+
+    def _stream(self, progress: bool) -> None:
+        streams = self._streams()
         pilot = streams.pilot()
         first = torch.cat([batches[0][:SURVEY_SAMPLES] for batches in pilot])
         self._survey(first)
+        self._active = self._layer_meters
         with self._forward() as forward:
             for self._condition, batches in enumerate(pilot):
                 for self._batch, batch in enumerate(batches):
@@ -196,14 +231,24 @@ class Measurement:
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
             self._pilot = False
-            counts = [self._data.samples(c) for c in range(self._data.conditions)]
-            total = None if None in counts else sum(n for n in counts if n is not None)
-            with progress_bar(progress, total=total, title="Fisher flow") as bar:
-                for self._condition, self._batch, batch in streams:
-                    forward.run(batch)
-                    if batch.device.type == "cpu":
-                        self._raise_if_not_finite()
-                    bar.update(len(batch))
+            self._run_all(streams, forward, progress)
+
+    def _stream_again(self, progress: bool) -> None:
+        """Another pass over the same samples, for the meters that are active."""
+        streams = self._streams()
+        streams.pilot()
+        with self._forward() as forward:
+            self._run_all(streams, forward, progress)
+
+    def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
+        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        total = None if None in counts else sum(n for n in counts if n is not None)
+        with progress_bar(progress, total=total, title="Fisher flow") as bar:
+            for self._condition, self._batch, batch in streams:
+                forward.run(batch)
+                if batch.device.type == "cpu":
+                    self._raise_if_not_finite()
+                bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
 
@@ -236,7 +281,7 @@ class Measurement:
         self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor
     ) -> None:
         meter = self._meters.get(name)
-        if meter is None or name != meter.site.event:
+        if meter is None or name != meter.site.event or not (self._pilot or meter in self._active):
             return
         if tuple(output.shape[1:]) != meter.site.shape:
             raise ValueError(
@@ -266,7 +311,7 @@ class Measurement:
 
     def _raise_if_skipped(self) -> None:
         """A layer that runs for some batches only has no moments that can be compared."""
-        meters = self._layer_meters
+        meters = self._active
         for meter in meters:
             if meter.moments.seen != meters[0].moments.seen:
                 raise ValueError(
@@ -299,6 +344,18 @@ def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return None, None
+
+
+def _check_passes(data: FiniteDifference, grow: bool, maps: bool) -> dict[str, Any]:
+    for name, value in (("grow", grow), ("maps", maps)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if grow and not all(data.repeats(c) for c in range(data.conditions)):
+        raise ValueError(
+            "data must come in the same order at every pass for grow=True (tensors, arrays,"
+            f" Datasets, DataLoaders that do not shuffle), got {data!r}"
+        )
+    return {"grow": grow, "maps": maps}
 
 
 def _check_settings(

@@ -16,7 +16,9 @@ from fisherfast.estimators import (
     cross_fitted_bound,
     fisher_curve,
 )
-from fisherfast.features import FeatureDictionary, PilotMoments
+from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments
+from fisherfast.information_map import has_map
+from fisherfast.maps import MapMoments
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
@@ -26,12 +28,16 @@ __all__ = ["LayerMeter"]
 CURVE_POINTS = 64
 """Points at which a result keeps its curve."""
 
+PRODUCT_ROWS = 512
+"""Samples of a pair whose features exist at the same time: 1 MB of float32 for 512 features."""
+
 
 class LayerMeter:
     """Everything kept of one layer while samples stream by."""
 
     dictionary: FeatureDictionary
     moments: FoldMoments
+    map: MapMoments | None = None
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -51,27 +57,68 @@ class LayerMeter:
         self.dictionary = FeatureDictionary(
             standardisation, settings["max_features"], dtype=self._dtype, seed=settings["seed"]
         )
+        size = self.dictionary.size
+        if settings["grow"]:
+            size = min(size, self.dictionary.raw + BLOCK_ROWS)
+        streams = {"folds": settings["folds"], "paired": data.paired}
         self.moments = FoldMoments(
-            self.dictionary.size,
-            data.conditions,
-            folds=settings["folds"],
-            paired=data.paired,
-            device=standardisation.mean.device,
+            size, data.conditions, device=standardisation.mean.device, **streams
         )
+        if settings["maps"] and has_map(self.site.shape):
+            pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
+            self.map = MapMoments(pilot, data.conditions, **streams)
 
     def observe(self, condition: int, activations: torch.Tensor) -> torch.Tensor:
-        """Add activations [n, ...] of a condition. Returns whether all were finite, as a 0-d
-        tensor."""
-        features, fold_sums = self.dictionary(
-            _rows(activations), folds=self.moments.folds, first=self.moments.seen[condition]
-        )
-        self.moments.update(condition, features, fold_sums)
-        if self.moments.paired:
-            self._pending.append(features)
-            if len(self._pending) == len(self.moments.seen):
-                self.moments.update_products(self._pending)
-                self._pending = []
-        return torch.isfinite(fold_sums).all()
+        """Add activations [n, ...] of a condition. Returns whether all of that condition were
+        finite so far, as a 0-d tensor."""
+        moments = self.moments
+        raw = self.dictionary.raw_features(_rows(activations))
+        moments.update(condition, raw, self._lift())
+        if moments.paired:
+            self._pending.append(raw)
+            if len(self._pending) == len(moments.seen):
+                self._add_products()
+        if self.map is not None and not moments.known:
+            self.map.update(condition, activations)
+        return torch.isfinite(moments.sums[condition]).all()
+
+    def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
+        """Make room for twice the lifted features where the curve still rises at its end.
+
+        Returns whether it did: the same samples are then to be observed again.
+        """
+        moments, raw = self.moments, self.dictionary.raw
+        if moments.size == self.dictionary.size or int(moments.counts.min()) < 2:
+            return False
+        whole = moments.statistics(contrast)
+        alive = (moments.variances() > self.rounding_variance()).nonzero()[:, 0]
+        raw_alive = int((alive < raw).sum())
+        if raw_alive == 0 or whole.dof < 2 * len(alive):
+            return False
+        try:
+            curve = fisher_curve(whole.select(alive), ridge)
+        except SingularCovarianceError:
+            return False
+        if choose_features(curve, raw_alive)[1]:
+            return False
+        size = min(2 * moments.size - raw, self.dictionary.size)
+        self.moments = moments.grown(size)
+        return True
+
+    def rounding_variance(self) -> torch.Tensor:
+        """Variance of each present feature below which it is rounding."""
+        return self.dictionary.rounding_variance[: self.moments.size]
+
+    def _lift(self) -> Lift:
+        return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
+
+    def _add_products(self) -> None:
+        """Products of the features of a pair, a few hundred samples at a time."""
+        held, self._pending = self._pending, []
+        lift = self._lift()
+        for start in range(0, len(held[0]), PRODUCT_ROWS):
+            tiles = [raw[start : start + PRODUCT_ROWS] for raw in held]
+            self.moments.update_products([torch.cat([raw, lift(raw)], 1) for raw in tiles])
 
 
 def _rows(activations: torch.Tensor) -> torch.Tensor:
@@ -85,9 +132,9 @@ def estimate_layer(
     """J, its errors and bounds from the fold moments of one layer."""
     site, dictionary, moments = meter.site, meter.dictionary, meter.moments
     _check_samples(site.name, dictionary.raw, moments)
-    alive = (moments.variances() > dictionary.rounding_variance).nonzero()[:, 0]
+    alive = (moments.variances() > meter.rounding_variance()).nonzero()[:, 0]
     raw = int((alive < dictionary.raw).sum())
-    dropped = dictionary.size - len(alive)
+    dropped = moments.size - len(alive)
     base = _no_information(site, data, samples=sum(moments.seen), dropped=dropped)
     if raw == 0:
         return replace(base, notes=(f"all {site.dim} activations are constant: J = 0",))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fisherfast import ops
+from fisherfast.features import Lift
 
 __all__ = ["FoldMoments", "FoldStatistics"]
 
@@ -77,7 +78,10 @@ class FoldMoments:
         device: of the accumulators.
 
     Features arrive with a pilot subtracted (`FeatureDictionary` does it); the pilot cancels from
-    all results.
+    all results. Lifted ones are made on the way, tile by tile: the features of a batch never exist.
+
+    Attributes:
+        known: leading features whose moments are complete, see `grown`.
     """
 
     def __init__(
@@ -94,7 +98,10 @@ class FoldMoments:
         self.folds = folds
         self.paired = paired
         self.seen = [0] * conditions
+        self.known = 0
+        self._seen_before: list[int] | None = None
         self.sums = torch.zeros(conditions, folds, size, dtype=torch.float64, device=device)
+        # lower triangles
         self.cross = torch.zeros(2, size, size, dtype=torch.float64, device=device)
         pairs = conditions if paired else 0
         #: Sums over samples of f_a f_b, feature by feature, for each two conditions [C, C, k]
@@ -112,25 +119,48 @@ class FoldMoments:
         """Samples per condition and fold [C, F] int64, on the CPU."""
         return self._counts
 
-    def update(self, condition: int, features: torch.Tensor, fold_sums: torch.Tensor) -> None:
+    def update(self, condition: int, raw: torch.Tensor, lift: Lift | None = None) -> None:
         """Add a batch of one condition.
 
         Args:
             condition: which one.
-            features: [n, k] about the pilot.
-            fold_sums: [F, k] float64, its column sums by fold, row i in fold (seen + i) % F.
+            raw: [n, d] raw features about the pilot; row i is of fold (seen + i) % F and half
+                (seen + i) % 2.
+            lift: makes the other k - d features; None for none.
 
-        Cost: n k^2 operations.
+        Cost: n k (k + 1) / 2 + n d (k - d) multiply-adds, those of known features left out.
         """
-        first, n = self.seen[condition], len(features)
-        self.sums[condition] += fold_sums
-        for half in (0, 1):
-            rows = features[(half - first) % 2 :: 2]
-            if len(rows):
-                self.cross[half] += ops.moments(rows)[2][0]
+        lift = Lift.none(raw) if lift is None else lift
+        first, n = self.seen[condition], len(raw)
+        ops.lift_moments_(
+            self.sums[condition],
+            self.cross,
+            raw,
+            lift.weight,
+            lift.bias,
+            lift.pilot,
+            slope=lift.slope,
+            first=first,
+            start=self.known,
+        )
         fold = (first + torch.arange(n)) % self.folds
         self._counts[condition] += torch.bincount(fold, minlength=self.folds)
         self.seen[condition] = first + n
+
+    def grown(self, size: int) -> FoldMoments:
+        """Moments of more features, whose first ones are these.
+
+        What is known stays; the same samples, in the same order, must be added again for the new
+        features, and only these are computed then.
+        """
+        moments = FoldMoments(
+            size, len(self.seen), folds=self.folds, paired=self.paired, device=self.sums.device
+        )
+        moments.known = self.size
+        moments._seen_before = list(self.seen)
+        moments.sums[..., : self.size] = self.sums
+        moments.cross[:, : self.size, : self.size] = self.cross
+        return moments
 
     def update_products(self, features: list[torch.Tensor]) -> None:
         """Add the products of features [n, k] of the same samples under all conditions (paired
@@ -143,6 +173,8 @@ class FoldMoments:
 
     def merge(self, other: FoldMoments) -> None:
         """Add the moments of other samples of the same features about the same pilot."""
+        if self.known or other.known:
+            raise ValueError("moments must not be merged while they grow, got known features")
         if (other.size, other.folds, len(other.seen), other.paired) != (
             self.size,
             self.folds,
@@ -164,6 +196,8 @@ class FoldMoments:
         return {
             "folds": self.folds,
             "paired": self.paired,
+            "known": self.known,
+            "seen_before": self._seen_before,
             "seen": list(self.seen),
             "counts": self._counts.clone(),
             "sums": self.sums.clone(),
@@ -182,6 +216,8 @@ class FoldMoments:
             paired=state["paired"],
             device=state["sums"].device,
         )
+        moments.known = state["known"]
+        moments._seen_before = state["seen_before"]
         moments.seen = list(state["seen"])
         moments._counts = state["counts"].clone()
         moments.sums = state["sums"].clone()
@@ -198,6 +234,11 @@ class FoldMoments:
         Raises:
             ValueError: a fold is empty, or no degree of freedom is left.
         """
+        if self._seen_before not in (None, self.seen):
+            raise ValueError(
+                f"samples must be the same at every pass, got {self.seen} after"
+                f" {self._seen_before} per condition"
+            )
         columns = slice(None) if half is None else slice(half, None, 2)
         counts = self._counts[:, columns]
         if int(counts.min()) < 1:
@@ -211,6 +252,7 @@ class FoldMoments:
         sums = self.sums[:, columns]
         means = sums / weight
         cross = self.cross.sum(0) if half is None else self.cross[half]
+        cross = cross.tril() + cross.tril(-1).T
         between = torch.einsum("cfi,cfj->ij", means * weight.sqrt(), means * weight.sqrt())
         cells = counts.numel()
         total = int(counts.sum())

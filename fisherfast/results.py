@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fisherfast._version import __version__
+from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map
 
 __all__ = ["FisherFlow", "FisherWarning", "LayerFisher"]
 
@@ -24,8 +25,7 @@ FORMAT = "fisherfast.flow"
 FORMAT_VERSION = 1
 
 FINITE_STEP_LIMIT = 0.3
-"""dtheta sqrt(J) / 2 above which the finite step overshoots by more than 0.4 % (Gaussian shift,
-design 4.5)."""
+"""dtheta sqrt(J) / 2 above which the finite step overshoots by more than 0.4 % (Gaussian shift)."""
 
 
 class FisherWarning(UserWarning):
@@ -194,11 +194,13 @@ class FisherFlow:
         layers: in execution order.
         settings: arguments of the measurement.
         version: of the library that measured.
+        maps: by name of the layer, see `map`.
     """
 
     layers: tuple[LayerFisher, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
+    maps: dict[str, InformationMap] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LayerFisher:
         for layer in self.layers:
@@ -273,6 +275,26 @@ class FisherFlow:
             tight.append(layer)
         return replace(self, layers=tuple(tight))
 
+    def map(self, name: str) -> InformationMap:
+        """Linear Fisher information of the channels at each position of a layer [C, H, W], measured
+        with ``maps=True``: where on the picture the information sits. J [H, W, P, P] in 1/theta^2.
+
+        Raises:
+            KeyError: there is no such layer.
+            ValueError: the flow was measured without maps, or the layer has no positions.
+        """
+        layer = self[name]
+        if not self.settings.get("maps", False):
+            raise ValueError("flow must have been measured with maps=True, got a flow without maps")
+        if layer.name in self.maps:
+            return self.maps[layer.name]
+        shape = list(layer.shape)
+        if len(shape) == 3 and not has_map(layer.shape):
+            raise ValueError(
+                f"layer {name!r} must have H W C^2 <= {MAX_MAP_NUMBERS} for a map, got {shape}"
+            )
+        raise ValueError(f"layer {name!r} must have a shape [C, H, W] for a map, got {shape}")
+
     def plot(self, ax: Any = None, **style: Any) -> Any:
         """J with error bars and the honest bound against the layers; returns the matplotlib
         axes."""
@@ -288,6 +310,7 @@ class FisherFlow:
             "version": self.version,
             "settings": copy.deepcopy(self.settings),
             "layers": [layer.to_dict() for layer in self],
+            "maps": {name: entry.to_dict() for name, entry in self.maps.items()},
         }
 
     @classmethod
@@ -304,8 +327,12 @@ class FisherFlow:
             )
         try:
             layers = tuple(LayerFisher.from_dict(entry) for entry in content["layers"])
-            return cls(layers, dict(content["settings"]), str(content["version"]))
-        except (KeyError, TypeError, ValueError) as error:
+            maps = {
+                str(name): InformationMap.from_dict(entry)
+                for name, entry in content.get("maps", {}).items()
+            }
+            return cls(layers, dict(content["settings"]), str(content["version"]), maps)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"content must be a complete flow, got a damaged one: {error!r}"
             ) from None

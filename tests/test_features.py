@@ -22,7 +22,7 @@ def dictionary_of(x: torch.Tensor, size: int, **options) -> FeatureDictionary:
 
 
 def features_of(x: torch.Tensor, size: int, **options) -> torch.Tensor:
-    return dictionary_of(x, size, **options)(x, folds=4, first=0)[0]
+    return dictionary_of(x, size, **options)(x)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_dead_activations_stay_out_of_the_lift(x):
     dictionary = dictionary_of(x, 100)
     weight, _ = draw_lift(torch.tensor([True, True, False, True, True]), 95, 0)
     assert (weight[:, 2] == 0).all()
-    features, _ = dictionary(x, folds=4, first=0)
+    features = dictionary(x)
     assert (features[:, 2] == 0).all()
 
 
@@ -100,8 +100,8 @@ def test_very_wide_layers_are_sketched():
     dictionary = dictionary_of(x, 32)
     assert (dictionary.kind, dictionary.raw, dictionary.size) == ("sketch", 32, 32)
     one, two = x[:20], x[20:]
-    mean = dictionary((one + two) / 2, folds=4, first=0)[0]
-    both = (dictionary(one, folds=4, first=0)[0] + dictionary(two, folds=4, first=0)[0]) / 2
+    mean = dictionary((one + two) / 2)
+    both = (dictionary(one) + dictionary(two)) / 2
     torch.testing.assert_close(mean, both, rtol=0, atol=1e-4)
 
 
@@ -115,12 +115,15 @@ def test_pilot_of_the_lift_is_the_gaussian_mean(slope):
         assert abs(float(got - expected)) < 0.004
 
 
-def test_fold_sums_follow_the_stream(x):
-    """Catches folds that restart with each batch."""
+def test_raw_features_and_lift_are_the_features(x):
+    """Catches a lift of activations that are not standardised, and a leading part that is not."""
     dictionary = dictionary_of(x, 80)
-    features, sums = dictionary(x[:10], folds=4, first=3)
-    expected = torch.stack([features[(f - 3) % 4 :: 4].double().sum(0) for f in range(4)])
-    torch.testing.assert_close(sums, expected)
+    raw, features = dictionary.raw_features(x), dictionary(x)
+    assert torch.equal(features[:, :5], raw)
+    assert torch.equal(features[:, 5:], dictionary.lift(raw))
+    assert len(dictionary.lift.leading(7)) == 7
+    few = dictionary.lift.leading(7)(raw)
+    torch.testing.assert_close(few, features[:, 5:12], rtol=0, atol=1e-5)
 
 
 def test_pilot_moments_merge_batches(x):

@@ -15,11 +15,7 @@ def accumulate(samples: list[torch.Tensor], batch: int, paired: bool = False) ->
     for start in range(0, max(map(len, samples)), batch):
         rows = [x[start : start + batch] for x in samples]
         for condition, x in enumerate(rows):
-            fold = (moments.seen[condition] + torch.arange(len(x))) % FOLDS
-            sums = torch.zeros(FOLDS, x.shape[1], dtype=torch.float64).index_add_(
-                0, fold, x.double()
-            )
-            moments.update(condition, x, sums)
+            moments.update(condition, x)
         if paired:
             moments.update_products(rows)
     return moments

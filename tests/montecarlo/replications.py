@@ -30,11 +30,10 @@ def moments_of(
     moments = FoldMoments(dictionary.size, data.conditions, paired=paired)
     lifted = []
     for condition, x in enumerate(samples):
-        phi, sums = dictionary(x, folds=moments.folds, first=0)
-        moments.update(condition, phi, sums)
-        lifted.append(phi)
+        moments.update(condition, dictionary.raw_features(x), dictionary.lift)
+        lifted.append(x)
     if paired:
-        moments.update_products(lifted)
+        moments.update_products([dictionary(x) for x in lifted])
     return moments, data.contrast()
 
 

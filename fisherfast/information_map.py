@@ -1,0 +1,61 @@
+"""What `FisherFlow.map` returns: plain numbers, one matrix a position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["InformationMap", "has_map"]
+
+MAX_MAP_NUMBERS = 2**27
+"""H W C^2 of the largest map that is measured: its covariances take 1 GiB."""
+
+
+@dataclass(frozen=True, eq=False)
+class InformationMap:
+    """Linear Fisher information of the channels at each position of a feature map.
+
+    It is a picture, not a budget: neighbours share information, so J of a layer is not the sum of
+    its map.
+
+    Attributes:
+        J: [H, W, P, P] float64 in 1/theta^2, without bias, not clipped; NaN where the covariance of
+            a position is singular (ridge 0 only).
+        stderr: [H, W, P, P] its standard errors.
+    """
+
+    J: torch.Tensor
+    stderr: torch.Tensor
+
+    @property
+    def value(self) -> torch.Tensor:
+        """J [H, W] for one parameter."""
+        parameters = self.J.shape[-1]
+        if parameters != 1:
+            raise ValueError(f"value must be asked for one parameter, got {parameters}: use .J")
+        return self.J[..., 0, 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and nested lists; NaN as "nan"."""
+        return {
+            "shape": list(self.J.shape),
+            "J": [str(v) if v != v else v for v in self.J.flatten().tolist()],
+            "stderr": [str(v) if v != v else v for v in self.stderr.flatten().tolist()],
+        }
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> InformationMap:
+        """Rebuild what `to_dict` returned."""
+        J, stderr = (
+            torch.from_numpy(np.array(entry[name], dtype=np.float64).reshape(entry["shape"]))
+            for name in ("J", "stderr")
+        )
+        return cls(J, stderr)
+
+
+def has_map(shape: tuple[int, ...]) -> bool:
+    """Whether a layer of this shape has positions, and few enough numbers."""
+    return len(shape) == 3 and shape[1] * shape[2] * shape[0] ** 2 <= MAX_MAP_NUMBERS

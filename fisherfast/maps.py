@@ -1,0 +1,202 @@
+r"""Where on a feature map the information sits: the linear Fisher information of the C channels at
+each position.
+
+Each position (h, w) of a layer [C, H, W] is a small measurement of its own: within-fold covariance
+S_hw [C, C], derivative D_hw [C, P], and the same corrections as for a whole layer (docs/theory.md,
+4 to 6). All H W systems are solved in one batched call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fisherfast import ops
+from fisherfast.estimators import SPARE_DOF, covariance_variance, independent_variance
+from fisherfast.features import ROUNDING
+from fisherfast.information_map import InformationMap
+
+__all__ = ["MapMoments", "estimate_map"]
+
+
+class MapMoments:
+    """Streaming moments of the C channels at each position, by condition and fold.
+
+    Args:
+        pilot: [C, H, W], what is subtracted from the activations, in the dtype that they get.
+        conditions: number of conditions.
+        folds: F.
+        paired: the conditions share their noise.
+
+    Memory: 8 H W C (C + conditions F) bytes.
+    """
+
+    def __init__(self, pilot: torch.Tensor, conditions: int, *, folds: int, paired: bool) -> None:
+        self.folds = folds
+        self.paired = paired
+        self.seen = [0] * conditions
+        self._pilot = pilot
+        self._held: list[torch.Tensor] = []
+        self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
+        channels, height, width = pilot.shape
+        self._sums = _zeros(pilot, conditions, folds, channels, height, width)
+        self._cross = _zeros(pilot, height, width, channels, channels)
+        self._products = _zeros(pilot, conditions, conditions, channels, height, width)
+
+    def update(self, condition: int, activations: torch.Tensor) -> None:
+        """Add activations [n, C, H, W] of a condition; sample i is of fold (seen + i) % F."""
+        x = activations.to(self._pilot.dtype)
+        first = self.seen[condition]
+        self._cross += ops.spatial_moments(x, pilot=self._pilot)[1]
+        for fold in range(self.folds):
+            rows = x[(fold - first) % self.folds :: self.folds]
+            self._sums[condition, fold] += (rows - self._pilot).sum(0, dtype=torch.float64)
+            self._counts[condition, fold] += len(rows)
+        self.seen[condition] = first + len(x)
+        if self.paired:
+            self._held.append(x - self._pilot)
+            if len(self._held) == len(self.seen):
+                self._add_products()
+
+    def _add_products(self) -> None:
+        for a, left in enumerate(self._held):
+            for b, right in enumerate(self._held[:a]):
+                product = (left * right).sum(0, dtype=torch.float64)
+                self._products[a, b] += product
+                self._products[b, a] += product
+        self._held = []
+
+    def covariance(self) -> tuple[torch.Tensor, int]:
+        """Within-fold covariance S [H, W, C, C] and its degrees of freedom."""
+        weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
+        means = (self._sums / weight.sqrt()).flatten(0, 1).permute(2, 3, 1, 0)
+        dof = int(self._counts.sum()) - self._counts.numel()
+        return (self._cross - means @ means.mT) / dof, dof
+
+    def derivatives(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """D [H, W, C, P] of all samples, and of each fold alone [H, W, C, F, P]."""
+        weight = self._counts.to(self._sums.device, torch.float64)
+        fold_means = self._sums / weight[..., None, None, None]
+        means = self._sums.sum(1) / weight.sum(1)[..., None, None, None]
+        return (
+            torch.einsum("achw,ap->hwcp", means, contrast),
+            torch.einsum("afchw,ap->hwcfp", fold_means, contrast),
+        )
+
+    def noise(self, contrast: torch.Tensor) -> torch.Tensor:
+        """c [P, P]: Cov(D) = c S for independent conditions."""
+        per_condition = self._counts.sum(1).to(contrast)
+        return contrast.T @ (contrast / per_condition[:, None])
+
+    def alive(self, covariance: torch.Tensor) -> torch.Tensor:
+        """Channels [H, W, C] that vary by more than the rounding of their mean."""
+        total = self._counts.sum()
+        mean = (self._sums.sum((0, 1)) / total + self._pilot).permute(1, 2, 0)
+        rounding = ROUNDING * torch.finfo(self._pilot.dtype).eps * mean
+        return covariance.diagonal(dim1=-2, dim2=-1) > rounding.square()
+
+    def pair_inflation(self, covariance: torch.Tensor, alive: torch.Tensor) -> float:
+        """1 + sum over pairs of rho^2, as for a whole layer: how much correlated conditions
+        over-count their samples."""
+        if not self.paired or not bool(alive.any()):
+            return 1.0
+        weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
+        means = self._sums / weight
+        n = weight[0].sum()
+        between = torch.einsum("afchw,bfchw->abchw", means * weight, means)
+        shared = ((self._products - between) / n).permute(0, 1, 3, 4, 2)
+        variance = covariance.diagonal(dim1=-2, dim2=-1) * (1 - self.folds / n)
+        rho = (shared[..., alive] / variance[alive]).mean(-1)
+        rho.fill_diagonal_(0.0)
+        return float(1.0 + rho.square().sum() / len(rho))
+
+
+def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=like.device)
+
+
+def estimate_map(
+    name: str, moments: MapMoments, contrast: torch.Tensor, ridge: float
+) -> InformationMap:
+    r"""J and its standard errors at each position, in 1/theta^2.
+
+    .. math::
+        \text{independent:}\quad J = h \, J_\text{naive} - k_\text{eff} \, c \qquad
+        \text{paired:}\quad J = h \, \frac{\sum_{f \ne g} y_f y_g^T}{F (F - 1)}
+
+    with k_eff of the C channels that vary at the position.
+
+    Raises:
+        ValueError: too few samples were seen for C channels.
+    """
+    covariance, dof = moments.covariance()
+    contrast = contrast.to(covariance.device)
+    alive = moments.alive(covariance)
+    nu = dof / moments.pair_inflation(covariance, alive)
+    channels = int(alive.sum(-1).max())
+    if nu < channels + SPARE_DOF:
+        raise ValueError(
+            f"layer {name!r} must have more degrees of freedom than {channels + SPARE_DOF} for the"
+            f" map of its {channels} channels, got {nu:.0f}: use more samples or maps=False"
+        )
+    derivative, fold_derivatives = moments.derivatives(contrast)
+    solved, effective = _solve(covariance, alive, derivative, fold_derivatives, ridge)
+    parameters, folds = derivative.shape[-1], moments.folds
+    shrink = ((nu - effective - 1) / nu)[:, None, None]
+    half = solved[..., :parameters]
+    noise = moments.noise(contrast)
+    if moments.paired:
+        fold_half = solved[..., parameters:].unflatten(-1, (folds, parameters))
+        J, left_out = _fold_statistic(fold_half, shrink)
+        jackknife = left_out.var(1, correction=0) * (folds - 1)
+        variance = jackknife + covariance_variance(J, nu, effective)
+    else:
+        J = shrink * (half.mT @ half) - effective[:, None, None] * noise
+        variance = independent_variance(J, nu, noise, effective)
+    nothing = (alive.sum(-1) == 0).flatten()[:, None, None]
+    J = torch.where(nothing, 0.0, (J + J.mT) / 2)
+    stderr = torch.where(nothing, 0.0, (variance + variance.mT).div(2).sqrt())
+    height, width = alive.shape[:2]
+    return InformationMap(
+        *(t.unflatten(0, (height, width)).detach().cpu() for t in (J, stderr)),
+    )
+
+
+def _solve(
+    covariance: torch.Tensor,
+    alive: torch.Tensor,
+    derivative: torch.Tensor,
+    fold_derivatives: torch.Tensor,
+    ridge: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L^-1 of all derivatives [H W, C, (1 + F) P], and k_eff [H W].
+
+    Channels that do not vary become features of unit variance without derivative or covariance:
+    they add nothing to J, and are not counted.
+    """
+    both = alive[..., None] & alive[..., None, :]
+    covariance = torch.where(both, covariance, 0.0)
+    covariance.diagonal(dim1=-2, dim2=-1).copy_(
+        torch.where(alive, covariance.diagonal(dim1=-2, dim2=-1), 1.0)
+    )
+    columns = torch.cat([derivative, fold_derivatives.flatten(-2)], -1)
+    columns = torch.where(alive[..., None], columns, 0.0)
+    solved = ops.fisher_solve_details(
+        covariance.flatten(0, 1), columns.flatten(0, 1), ridge=ridge, inverse_rows=True
+    )
+    counted = alive.flatten(0, 1)
+    rows = torch.where(counted, solved.inverse_rows, 0.0)
+    return solved.half, counted.sum(-1) - ridge * rows.sum(-1)
+
+
+def _fold_statistic(
+    fold_half: torch.Tensor, shrink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """U-statistic over pairs of different folds [H W, P, P], and the same without each fold
+    [H W, F, P, P], of y_f [H W, C, F, P]."""
+    folds = fold_half.shape[2]
+    total = fold_half.sum(2)
+    own = torch.einsum("bcfp,bcfq->bfpq", fold_half, fold_half)
+    value = shrink * (total.mT @ total - own.sum(1)) / (folds * (folds - 1))
+    rest = total[:, :, None, :] - fold_half
+    pairs = torch.einsum("bcfp,bcfq->bfpq", rest, rest) - (own.sum(1, keepdim=True) - own)
+    return value, shrink[:, None] * pairs / ((folds - 1) * (folds - 2))

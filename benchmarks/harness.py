@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fisherfast
@@ -313,6 +314,7 @@ def machine() -> dict[str, Any]:
         "compiler": build.get("compiler"),
         "simd": build.get("simd"),
         "python": platform.python_version(),
+        "numpy": np.__version__,
         "torch": torch.__version__,
         "mkl": torch.backends.mkl.is_available(),
         "platform": platform.platform(),

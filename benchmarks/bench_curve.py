@@ -2,10 +2,10 @@
 
     python benchmarks/bench_curve.py [--tiny] [--out benchmarks/results/cpu.json]
 
-Log-normal problem, d = 10, I = 10, dtheta = 0.2, 150 000 samples per condition. The loop (see
-`published_loop`) takes many seconds and runs twice, ours several times before, between and after.
-Both get the same samples; their lifts differ, so that J may differ by more than its error, and
-both are compared with the truth as well.
+Gaussian shift and log-normal problem, d = 10, I = 10, dtheta = 0.2, 150 000 samples per condition.
+The loop (see `published_loop`) takes many seconds and runs once for each, ours several times before
+and after. Both get the same samples. On the Gaussian shift both must find I. On the log-normal
+problem the lifts differ, and J by more than its error: both are compared with the truth as well.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ import torch
 from published_loop import WIDTHS, published_curve, standard_error
 
 import fisherfast as ff
-from fisherfast.problems import LogNormal
+from fisherfast.problems import GaussianShift, LogNormal, Problem
 
 SAMPLES = 150_000  # per condition
 DIM = 10
 DTHETA = 0.2
-LOOPS = 2
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "gaussian shift": lambda: GaussianShift(torch.ones(DIM)),
+    "log-normal": lambda: LogNormal.random(dim=DIM, variance=0.01),
+}
+LOOPS = 1
 CALLS_BETWEEN = 3
 SIGMAS = 4.0  # by which an estimate may exceed the truth: chance alone does so once in 30 000
 
@@ -42,9 +46,9 @@ class Drawn:
     truth: float
 
 
-def draw(samples: int, device: torch.device | str = "cpu", seed: int = 0) -> Drawn:
-    """Samples of the log-normal problem."""
-    problem = LogNormal.random(dim=DIM, variance=0.01)
+def draw(name: str, samples: int, device: torch.device | str = "cpu", seed: int = 0) -> Drawn:
+    """Samples of a problem of `PROBLEMS`."""
+    problem = PROBLEMS[name]()
     minus, plus = problem.conditions(0.0, DTHETA, samples, seed=seed)
     data = ff.FiniteDifference(minus[0].to(device), plus[0].to(device), DTHETA)
     arrays = (minus[0].double().numpy(), plus[0].double().numpy())
@@ -65,6 +69,7 @@ def check(name: str, J: float, stderr: float, truth: float) -> None:
 
 
 def run(
+    name: str,
     samples: int = SAMPLES,
     widths: Sequence[int] = WIDTHS,
     loops: int = LOOPS,
@@ -72,7 +77,7 @@ def run(
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Times of both, and J at the last number of features."""
-    drawn, last = draw(samples, device), widths[-1]
+    drawn, last = draw(name, samples, device), widths[-1]
 
     def call() -> Any:
         return ff.fisher_information(drawn.data, max_features=last)
@@ -94,6 +99,7 @@ def run(
     J, stderr = float(info.curve_J[-1]), float(info.curve_stderr[-1])
     loop, ours = statistics.median(loop_seconds), statistics.median(ours_seconds)
     return {
+        "problem": name,
         "samples per condition": samples,
         "d": DIM,
         "dtheta": DTHETA,
@@ -120,14 +126,18 @@ def line(row: dict[str, Any]) -> str:
         for name, r in row.items()
         if isinstance(r, dict)
     ]
-    return f"curve {row['ratio']:.1f} x  " + "; ".join(parts) + f"; truth {row['truth']:g}"
+    return (
+        f"{row['problem']} {row['ratio']:.1f} x  " + "; ".join(parts) + f"; truth {row['truth']:g}"
+    )
 
 
-def curve(tiny: bool) -> dict[str, Any]:
+def curve(tiny: bool) -> list[dict[str, Any]]:
     """J(k) to 500 features, 150 000 samples per condition: one call against the published loop."""
-    row = run(4000, (10, 20, 40), loops=1, calls=1) if tiny else run()
-    print(line(row), flush=True)
-    return row
+    rows = []
+    for name in PROBLEMS:
+        rows.append(run(name, 4000, (10, 20, 40), calls=1) if tiny else run(name))
+        print(line(rows[-1]), flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -178,13 +178,15 @@ def run_spatial(
     gemm_sizes: tuple[int, ...] = GEMM_SIZES,
     device: torch.device | str = "cpu",
     clock: Clock | None = None,
+    layouts: Sequence[str] = LAYOUTS,
+    memory_of: Sequence[str] = tuple(WAYS),
 ) -> list[dict[str, Any]]:
-    """Both layouts of spatial_moments, with the peak memory of each way."""
+    """Layouts of spatial_moments, with the peak memory of ways."""
     gemm = gemm_speed(torch.float32, device, gemm_sizes, clock or harness.wall_clock)
     results = []
-    for layout in LAYOUTS:
+    for layout in layouts:
         row = measure_spatial(shape, layout, gemm, effort or Effort(), device, clock)
-        memory = {name: extra_bytes(name, shape, layout, device) for name in WAYS}
+        memory = {name: extra_bytes(name, shape, layout, device) for name in memory_of}
         input_bytes = 4 * torch.Size(shape).numel()
         row["extra memory / input"] = {n: extra / input_bytes for n, extra in memory.items()}
         results.append(row)
@@ -210,7 +212,9 @@ def moments(tiny: bool) -> list[dict[str, Any]]:
 
 def spatial_moments(tiny: bool) -> list[dict[str, Any]]:
     """spatial_moments of [256, 64, 28, 28] float32 against torch, with peak memory."""
-    return run_spatial(TINY_SHAPE, TINY, (64,)) if tiny else run_spatial()
+    if not tiny:
+        return run_spatial()
+    return run_spatial(TINY_SHAPE, TINY, (64,), memory_of=(OURS, "einsum"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The published algorithm for the Fisher information against the number of features, in NumPy.
 
-    python benchmarks/published_loop.py [--samples 150000]      one run of the loop, with its time
+    python benchmarks/published_loop.py [--samples 150000]
 
 Written from the description in Weimar et al., Phys. Rev. X 15, 031072 (2025), as a physicist would
 write it down: for every number of features k a new random lift and a new covariance, which is
@@ -86,13 +86,14 @@ def published_curve(
 
 
 def main() -> None:
-    """Run the loop once on the log-normal problem of `bench_curve`."""
-    from bench_curve import DTHETA, draw
+    """Run the loop once on a problem of `bench_curve`."""
+    from bench_curve import DTHETA, PROBLEMS, draw
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=150_000, help="per condition")
+    parser.add_argument("--problem", choices=list(PROBLEMS), default="log-normal")
     options = parser.parse_args()
-    problem = draw(options.samples)
+    problem = draw(options.problem, options.samples)
     start = time.perf_counter()
     curve = published_curve(*problem.arrays, DTHETA)
     print(f"{time.perf_counter() - start:.1f} s for {len(curve)} numbers of features")

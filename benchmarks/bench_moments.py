@@ -29,7 +29,8 @@ TINY_CASES = ((10, 1), (10, 4))
 SHAPE = (256, 64, 28, 28)
 TINY_SHAPE = (6, 5, 4, 3)
 LAYOUTS = ("contiguous", "channels_last")
-# Of the largest entry. Measured: at most 4e-6 for any right contender; a wrong one is off by 1e-2.
+# Of the largest entry. Measured: at most 2.4e-5 for torch, which sums 100 000 rows in float32, and
+# 1.3e-7 for ours.
 TOLERANCE = 1e-4
 SCRATCH_NUMBERS = 1 << 25  # temporaries of at most 128 MB: more is no reasonable way
 

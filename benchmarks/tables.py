@@ -17,6 +17,7 @@ FIGURE = ROOT / "docs" / "figures" / "performance.png"
 
 TORCH, BY_HAND = "torch", "by hand"  # families of contenders, see `harness`
 DTYPES = ("float32", "float64")
+RATIO_TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 TIMES = "\N{MULTIPLICATION SIGN}"
 Row = dict[str, Any]
 
@@ -53,7 +54,9 @@ def solve_lines(rows: list[Row]) -> list[str]:
     for dim, systems in sizes:
         found = {r["dtype"]: r for r in rows if (r["d"], r["systems"]) == (dim, systems)}
         cells = [cell(found[dtype]) if dtype in found else "" for dtype in DTYPES]
-        lines.append(line("`fisher_solve`", f"d = {dim}, {systems} systems", *cells))
+        lines.append(
+            line("`fisher_solve`", f"d = {dim}, {systems} system{'s' * (systems > 1)}", *cells)
+        )
     return lines
 
 
@@ -129,6 +132,7 @@ def figure(results: dict[str, Any], target: Path) -> None:
     draw_shares(share_axes, results["fisher_solve"]["figures"])
     for axes in (ratio_axes, share_axes):
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(plain)
         axes.set_xlabel("features d")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9", lw=0.8)
@@ -140,6 +144,8 @@ def figure(results: dict[str, Any], target: Path) -> None:
 
 def draw_ratios(axes: Any, rows: list[Row]) -> None:
     """Times faster than torch, and than torch operations by hand, for the batches."""
+    from matplotlib.ticker import NullLocator
+
     from fisherfast.plots import GREY
 
     for dtype, color in colours().items():
@@ -156,8 +162,17 @@ def draw_ratios(axes: Any, rows: list[Row]) -> None:
                 axes.plot(*zip(*points, strict=True), style, color=color, ms=5, label=label)
     axes.axhline(1, color=GREY, ls="--", lw=1)
     axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in RATIO_TICKS if low <= tick <= high])
+    axes.yaxis.set_major_formatter(plain)
     axes.set_ylabel("times faster than the best of torch")
     axes.set_title("fisher_solve, batches, P = 2", fontsize="medium")
+
+
+def plain(value: float, _: int) -> str:
+    """A tick in plain digits."""
+    return f"{value:g}"
 
 
 def draw_shares(axes: Any, rows: list[Row]) -> None:

@@ -1,6 +1,6 @@
 """The kernels on a GPU against the best of torch, and their share of its copy bandwidth.
 
-    python benchmarks/bench_gpu.py --out gpu.json [--tiny]
+    python benchmarks/bench_gpu.py --out gpu.json [--tiny] [part ...]
 
 Times are CUDA events around calls that are already warm. Inputs are larger than the cache of the
 card where that is possible. A case that fails is stored with its message, and the others go on.
@@ -25,7 +25,7 @@ from published_loop import CUT_OFF, LIFT_NOISE, LIFT_SLOPE, WIDTHS, corrected, s
 import fisherfast as ff
 
 DEVICE = "cuda"
-EFFORT = Effort(turns=11, turn_seconds=0.01, case_seconds=5.0)
+EFFORT = Effort(turns=11, turn_seconds=0.01, case_seconds=3.0)
 TINY = Effort(turns=3, turn_seconds=0.0, case_seconds=1.0, least_turns=3)
 NUMBERS = 1 << 26  # of a batch of covariances: 256 MB in float32
 MOST_SYSTEMS = 1 << 22

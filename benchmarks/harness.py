@@ -361,10 +361,15 @@ def main(doc: str, parts: dict[str, Callable[[bool], Any]]) -> None:
         parts: name -> function of whether sizes and efforts are tiny, returning the figures.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(parts)}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to add the results to")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args()
-    for name, run in parts.items():
+    for name in options.parts:
+        if name not in parts:
+            parser.error(f"part must be one of {', '.join(parts)}, got {name}")
+    for name in options.parts or parts:
+        run = parts[name]
         start = time.perf_counter()
         figures = run(options.tiny)
         what = (run.__doc__ or name).splitlines()[0]

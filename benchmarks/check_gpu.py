@@ -155,7 +155,8 @@ def sources(commit: str | None) -> dict[str, Any]:
             if path.is_file():
                 digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     found = first_line(["git", "rev-parse", "--short", "HEAD"])
-    changed = first_line(["git", "status", "--porcelain", "-uno"]) if found else None
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", "."]
+    changed = first_line([*status, ":!benchmarks/results"]) if found else None
     name = commit or (f"{found}+" if changed else found)
     return {"commit": name, "sources sha256": digest.hexdigest()[:16]}
 

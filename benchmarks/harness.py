@@ -334,15 +334,17 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit, with "+" when files differ from it; None outside of a repository."""
+    """The commit, with "+" when files differ from it; None outside of a repository. The results
+    themselves may differ: they are being written."""
+    changes = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
     try:
-        name, changes = (
+        name, changed = (
             subprocess.run(["git", *verb], cwd=ROOT, capture_output=True, text=True, check=True)
-            for verb in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+            for verb in (["rev-parse", "--short", "HEAD"], changes)
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def store(part: str, what: str, figures: Any, seconds: float, out: Path) -> None:

@@ -10,11 +10,11 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.c
 export CUDAARCHS ?= 90
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test fast lint format wheel check clean
+.PHONY: help demo test fast lint format wheel check bench check-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## the main job: Fisher information of every layer of a network that reads camera images
 	$(BIN)/python -m fisherfast demo imaging
@@ -41,6 +41,15 @@ wheel: $(READY) ## build a wheel into dist/
 
 check: $(READY) ## build facts, devices, every op against its reference
 	$(BIN)/python -m fisherfast check
+
+bench: $(READY) ## speed and memory against torch, about ten minutes; needs an idle machine
+	$(BIN)/python benchmarks/bench_fisher_solve.py $(ARGS)
+	$(BIN)/python benchmarks/bench_moments.py $(ARGS)
+	$(BIN)/python benchmarks/bench_curve.py $(ARGS)
+
+# With the Python that is given and what is installed there: no environment, no network.
+check-gpu: ## all tests, benchmarks and sanitizers on this machine's GPU: PYTHON=python3 ARGS="--output FILE"
+	$(PYTHON) benchmarks/check_gpu.py $(ARGS)
 
 clean: ## remove what was built, the virtual environment too
 	rm -rf $(VENV) build dist *.egg-info fisherfast/*.so fisherfast-report

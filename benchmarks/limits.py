@@ -1,0 +1,86 @@
+"""What the machine can do at most: copy and multiply, measured in the same run.
+
+A kernel cannot be faster than its loads and stores, nor than its multiply-adds. The share of a
+copy's bandwidth and the share of a matrix product's speed say how near it is; the larger one names
+what limits it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from harness import COPY, Clock, Comparison, Contender, on_one_thread_too, wall_clock
+
+CACHE_LINE = 64  # bytes: memory moves in these
+GEMM_SIZES = (1024, 2048)
+GEMM_RUNS = 7
+
+
+def copy_contenders(working_set: int, device: torch.device | str = "cpu") -> list[Contender]:
+    """A copy whose source and target together are `working_set` bytes; on the CPU also on one
+    thread."""
+    source = torch.ones(max(1, working_set // 8), dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)
+
+    def call() -> None:
+        target.copy_(source)
+
+    copy = [Contender(COPY, call, family="")]
+    return on_one_thread_too(copy) if source.device.type == "cpu" else copy
+
+
+def copied_bytes(working_set: int) -> int:
+    """Bytes that `copy_contenders` reads and writes."""
+    return max(1, working_set // 8) * 8
+
+
+def gemm_speed(
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    sizes: tuple[int, ...] = GEMM_SIZES,
+    clock: Clock = wall_clock,
+) -> float:
+    """Multiply-adds per second of torch.matmul, the best of several sizes and runs."""
+    best = 0.0
+    for size in sizes:
+        a, b = torch.randn(2, size, size, dtype=dtype, device=device)
+        out = torch.empty_like(a)
+        torch.matmul(a, b, out=out)
+        seconds = min(clock(lambda: torch.matmul(a, b, out=out), 1) for _ in range(GEMM_RUNS))  # noqa: B023
+        best = max(best, size**3 / seconds)
+    return best
+
+
+def shares(
+    seconds: float,
+    moved: float,
+    operations: float,
+    comparison: Comparison,
+    working_set: int,
+    gemm: float,
+) -> dict[str, Any]:
+    """How near a call is to the limits.
+
+    Args:
+        seconds: of the call.
+        moved: bytes it must read and write.
+        operations: multiply-adds it must do.
+        comparison: holds the times of the copies.
+        working_set: of the copy.
+        gemm: multiply-adds per second of a matrix product.
+    """
+    copies = [t for name, t in comparison.seconds.items() if name.startswith(COPY)]
+    bandwidth = copied_bytes(working_set) / min(copies)
+    loads, arithmetic = moved / seconds / bandwidth, operations / seconds / gemm
+    return {
+        "bytes": moved,
+        "multiply-adds": operations,
+        "GB/s": moved / seconds / 1e9,
+        "copy GB/s": bandwidth / 1e9,
+        "share of copy": loads,
+        "Gmadd/s": operations / seconds / 1e9,
+        "gemm Gmadd/s": gemm / 1e9,
+        "share of gemm": arithmetic,
+        "limit": "loads" if loads >= arithmetic else "arithmetic",
+    }

@@ -1,0 +1,327 @@
+"""The benchmarks run and leave out who is wrong; tables and reports hold what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from fisherfast import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results" / "cpu.json"
+SIGMAS = 4.0
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script of the benchmarks as they import each other."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+# --- the runner ----------------------------------------------------------------------------------
+
+
+def compare(harness: ModuleType, **ways) -> object:
+    """Contenders given by name; the right result is 1."""
+    contenders = [
+        harness.Contender(name, way, family="" if name == harness.OURS else harness.TORCH)
+        for name, way in ways.items()
+    ]
+    return harness.compare(contenders, lambda got: abs(got - 1.0), 1e-6, harness.TINY)
+
+
+def test_wrong_and_raising_contenders_are_left_out(load):
+    """Catches a ratio against a contender that gives no right answer, and a NaN that passes."""
+
+    def raising() -> float:
+        raise RuntimeError("no")
+
+    found = compare(
+        load("harness"),
+        fisherfast=lambda: 1.0,
+        right=lambda: 1.0,
+        wrong=lambda: 1.1,
+        nan=lambda: math.nan,
+        raising=raising,
+    )
+    assert set(found.left_out) == {"wrong", "nan", "raising"}
+    assert found.left_out["raising"] == "raised RuntimeError: no"
+    assert set(found.seconds) == {"fisherfast", "right"}
+    assert found.against()["torch"]["best"] == "right"
+
+
+def test_a_contender_that_turns_wrong_later_is_left_out(load):
+    """Catches results that are checked in the warm-up only."""
+    harness = load("harness")
+    calls = iter(range(1000))
+    found = compare(
+        harness,
+        fisherfast=lambda: 1.0,
+        late=lambda: 1.0 if next(calls) < harness.WARM_UPS else 2.0,
+    )
+    assert found.left_out == {"late": "wrong: relative error 1.0e+00"}
+
+
+def test_ours_must_be_right(load):
+    """Catches a speed that is reported for wrong results."""
+    with pytest.raises(AssertionError, match="fisherfast must give right results"):
+        compare(load("harness"), fisherfast=lambda: 1.5, right=lambda: 1.0)
+
+
+def test_contenders_take_turns(load):
+    """Catches one contender timed after another: the order of calls is a, b, a, b, ..."""
+    harness, order = load("harness"), []
+    compare(
+        harness,
+        fisherfast=lambda: order.append("a") or 1.0,
+        other=lambda: order.append("b") or 1.0,
+    )
+    turns = harness.TINY.turns
+    assert "".join(order) == "a" * harness.WARM_UPS + "b" * harness.WARM_UPS + "ab" * turns
+
+
+def test_threads_are_given_and_restored(load):
+    """Catches a contender on one thread that runs on all, and a changed setting afterwards."""
+    harness, seen = load("harness"), []
+    former = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ours = harness.Contender(harness.OURS, lambda: 1.0, family="")
+        other = harness.Contender("x", lambda: seen.append(torch.get_num_threads()) or 1.0)
+        both = harness.on_one_thread_too([other])
+        harness.compare([ours, *both], lambda got: got - 1.0, 0.0, harness.TINY)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(former)
+    assert set(seen[: harness.WARM_UPS]) == {2}
+    assert set(seen[harness.WARM_UPS : 2 * harness.WARM_UPS]) == {1}
+
+
+def test_what_libraries_print_is_dropped(load, capfd):
+    """Catches the thousands of lines of a failing MKL; what is printed outside must stay."""
+    harness = load("harness")
+    print("before", flush=True)
+    with harness.silent_libraries():
+        subprocess.run([sys.executable, "-c", "import os; os.write(1, b'x'); os.write(2, b'y')"])
+    print("after", flush=True)
+    assert capfd.readouterr() == ("before\nafter\n", "")
+
+
+# --- formulas ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dim", "size", "triangle"),
+    [
+        (2, 4, 16),  # all of it: 8 bytes a row
+        (16, 4, 16 * 64),  # a row is a line
+        (32, 4, 16 * 64 + 16 * 128),  # 16 rows of one line, 16 of two
+        (16, 8, 8 * 64 + 8 * 128),
+    ],
+)
+def test_bytes_of_a_system(load, dim, size, triangle):
+    """By hand: rows up to the diagonal in lines of 64 bytes, D and Y, J, condition, info."""
+    results = (2 * dim * 2 + 4 + 1) * size + 4
+    assert load("bench_fisher_solve").bytes_moved(dim, 2, size) == triangle + results
+
+
+def test_multiply_adds_are_counted(load):
+    """The leading terms of what a factorisation in scalar loops does; catches a factor of 2."""
+    d, P = 200, 2
+    factor = sum((d - 1 - j) * (d - j) / 2 for j in range(d))
+    half = P * sum(i for i in range(d))
+    product = d * P * (P + 1) / 2
+    counted = load("bench_fisher_solve").multiply_adds(d, P)
+    assert counted == pytest.approx(factor + half + product, rel=0.02)
+
+
+def test_factorisation_by_hand_is_right(load):
+    """Catches a rival that is left out for being wrong, although it need not be."""
+    bench = load("bench_fisher_solve")
+    cov, deriv = bench.draw_systems(5, 7, torch.float64)
+    truth = deriv.mT @ torch.linalg.inv(cov) @ deriv
+    assert torch.allclose(bench.by_columns(cov, deriv), truth, rtol=1e-11)
+
+
+# --- the published loop --------------------------------------------------------------------------
+
+
+def gaussian_shift(samples: int, dim: int, dtheta: float) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    noise = rng.normal(size=(2, samples, dim))
+    return noise[0] - dtheta / 2, noise[1] + dtheta / 2
+
+
+def test_published_loop_finds_the_information(load):
+    """N(theta 1, 1_4), I = 4: J at every width within 4 standard errors, a false alarm in 1 of 16
+    000 for another seed. 60 features of 4 numbers leave out much less: 120 find 0.2 % more."""
+    loop = load("published_loop")
+    samples, dtheta = 20_000, 0.2
+    curve = loop.published_curve(*gaussian_shift(samples, 4, dtheta), dtheta, (60, 120))
+    for k, J in curve.items():
+        error = loop.standard_error(J, k, (samples, samples), dtheta)
+        assert 0 < error < 0.1 * 4
+        assert abs(J - 4) < SIGMAS * error
+
+
+@pytest.mark.parametrize("power", [1, 0])
+def test_a_forgotten_dtheta_is_rejected(load, power):
+    """The power of the test above: J times dtheta or dtheta^2 (a derivative that is not divided by
+    dtheta, once or at all) leaves the same bounds by far."""
+    loop = load("published_loop")
+    samples, dtheta = 20_000, 0.2
+    minus, plus = gaussian_shift(samples, 4, dtheta)
+    right = loop.published_curve(minus, plus, dtheta, (60,))[60]
+    wrong = right * dtheta ** (2 - power)
+    assert abs(wrong - 4) > SIGMAS * loop.standard_error(right, 60, (samples, samples), dtheta)
+
+
+def test_the_correction_matters(load):
+    """Few samples, many features: uncorrected J leaves the bounds that the corrected one keeps."""
+    loop = load("published_loop")
+    samples, dtheta, k = 1000, 0.2, 100
+    minus, plus = gaussian_shift(samples, 4, dtheta)
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(4, k))
+    naive = loop.linear_fisher(loop.lift(minus, weight, rng), loop.lift(plus, weight, rng), dtheta)
+    J = loop.corrected(naive, k, (samples, samples), dtheta)
+    bound = SIGMAS * loop.standard_error(J, k, (samples, samples), dtheta)
+    assert abs(J - 4) < bound < abs(naive - 4)
+
+
+# --- tiny runs -----------------------------------------------------------------------------------
+
+SCRIPTS = {
+    "bench_fisher_solve": {"fisher_solve": 6},
+    "bench_moments": {"moments": 2, "spatial_moments": 2},
+    "bench_curve": {"curve": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_results(tmp_path_factory) -> Path:
+    """What a tiny run of every script stores."""
+    out = tmp_path_factory.mktemp("bench") / "cpu.json"
+    for script in SCRIPTS:
+        command = [sys.executable, BENCHMARKS / f"{script}.py", "--tiny", "--out", out]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tiny_runs_store_their_rows(tiny_results, script):
+    """Catches a benchmark that does not run, loses rows, or does not say on what it ran."""
+    results = json.loads(tiny_results.read_text())
+    for part, rows in SCRIPTS[script].items():
+        assert len(results[part]["figures"]) == rows
+        facts = results[part]["machine"]
+        assert {"processor", "threads", "torch", "compiler", "simd", "commit"} <= set(facts)
+        assert facts["torch"] == torch.__version__
+    for part in set(SCRIPTS[script]) - {"curve"}:
+        for row in results[part]["figures"]:
+            best = row["against"]["torch"]
+            ratio = row["seconds"][best["best"]] / row["seconds"]["fisherfast"]
+            assert best["ratio"] == pytest.approx(ratio)
+            shares = row["limits"]["share of copy"], row["limits"]["share of gemm"]
+            assert row["limits"]["limit"] == ("loads", "arithmetic")[shares[0] < shares[1]]
+
+
+def test_peak_memory_sees_a_copy(load):
+    """A copy of 16 MB costs 16 MB, a view less than half of it. Catches a peak that is read before
+    the call, and results or input counted as extra."""
+    extra = load("peak_memory").extra_bytes
+    shape, size = (64, 64, 32, 32), 64 * 64 * 32 * 32 * 4
+    assert 0.8 * size < extra("bmm of a copy [HW, n, C]", shape, "channels_last") < 1.5 * size
+    assert extra("bmm of the view [HW, n, C]", shape, "channels_last") < 0.5 * size
+
+
+def test_every_way_of_spatial_moments_is_right(load):
+    """Catches a rival that is left out for a mistake of ours."""
+    ways = load("spatial_ways")
+    for layout in ("contiguous", "channels_last"):
+        x = ways.draw_maps((6, 5, 4, 3), layout)
+        truth = ways.truth_of(x)
+        for name, way in ways.WAYS.items():
+            for got, expected in zip(way(x), truth, strict=True):
+                assert torch.allclose(got.double(), expected, atol=1e-5), name
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+def test_every_way_of_moments_is_right(load, groups):
+    """The same for `moments`, in float64 against the op."""
+    bench = load("bench_moments")
+    x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    group = torch.arange(50) % groups
+    truth = ops.moments(x, group, groups)[1:]
+    ways = bench.one_group_ways(x) if groups == 1 else bench.grouped_ways(x, group, groups)
+    assert len(ways) == (2 if groups == 1 else 4)
+    for way in ways:
+        assert bench.error_of_pair(way.call(), truth) < 1e-12, way.name
+
+
+# --- tables and figure ---------------------------------------------------------------------------
+
+
+def test_table_and_figure(load, tiny_results, tmp_path):
+    """Catches a table that drops a row, or a script that does not fit what the benchmarks store."""
+    pytest.importorskip("matplotlib")
+    table, target = run_tables(tiny_results, tmp_path)
+    assert target.stat().st_size > 10_000
+    for words in ("d = 64, 1 system |", "10, 4 groups", "channels last", "J(k) to 40", "commit"):
+        assert words in table
+    ratio = json.loads(tiny_results.read_text())["moments"]["figures"][0]["against"]["torch"]
+    assert f"| {load('tables').number(ratio['ratio'])} " in table
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="benchmarks/results/cpu.json is not stored yet")
+def test_table_and_figure_of_the_stored_results(tmp_path):
+    """Catches stored results that the script can no longer read."""
+    pytest.importorskip("matplotlib")
+    table, target = run_tables(RESULTS, tmp_path)
+    assert "d = 2048" in table
+    assert target.stat().st_size > 10_000
+
+
+def run_tables(results: Path, folder: Path) -> tuple[str, Path]:
+    """The table, and the file of the figure."""
+    target = folder / "performance.png"
+    options = ["--table", "--figure", "--results", results, "--to", target]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", BENCHMARKS / "tables.py", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, target
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tiny_run_on_a_gpu(tmp_path):
+    """Catches a benchmark that fails on a device: its rows then say so."""
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, BENCHMARKS / "bench_gpu.py", "--tiny", "--out", out]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = [row for part in json.loads(out.read_text()).values() for row in part["figures"]]
+    assert len(rows) == 9
+    assert not [row for row in rows if "failed" in row]

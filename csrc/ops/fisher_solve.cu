@@ -106,7 +106,7 @@ __device__ void write_failure(const FisherSolveArgs<T>& args, index_t system) {
 // does d^3 / 3 + d^2 P multiply-adds, twice the first with inverse_rows.
 template <typename T>
 __global__ void fisher_solve_kernel(FisherSolveArgs<T> args, T tolerance) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  FF_DYNAMIC_SHARED(shared_memory);
   const AugmentedFactor factor{args.dim, args.params, args.inverse_rows != nullptr};
   T* work = reinterpret_cast<T*>(shared_memory);
   T* scale = work + factor.size();

@@ -1,0 +1,87 @@
+// The launchers of csrc/ops, called with the arrays of a case.
+#include "case.h"
+#include "ops/fisher_solve.h"
+#include "ops/lift.h"
+#include "ops/moments.h"
+
+namespace cuda_host {
+namespace {
+
+using namespace fisherfast;
+
+constexpr int kDevice = 0;
+
+template <typename T>
+void fisher_solve(Case& call) {
+  const index_t B = call.number("batch"), d = call.number("dim"), P = call.number("params");
+  FisherSolveArgs<T> args{};
+  args.cov = call.input<T>("cov");
+  args.deriv = call.input<T>("deriv");
+  for (int i = 0; i < 3; ++i) {
+    args.cov_strides[i] = call.number("cov_stride" + std::to_string(i));
+    args.deriv_strides[i] = call.number("deriv_stride" + std::to_string(i));
+  }
+  args.fisher = call.output<T>("fisher", B * P * P);
+  args.half = call.output<T>("half", B * d * P);
+  args.info = call.output<std::int32_t>("info", B);
+  args.condition = call.output<T>("condition", B);
+  if (call.flag("inverse_rows")) args.inverse_rows = call.output<T>("inverse_rows", B * d);
+  args.batch = B;
+  args.dim = d;
+  args.params = P;
+  args.ridge = static_cast<T>(call.numbers.at("ridge"));
+  fisher_solve_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
+void moments(Case& call) {
+  const index_t N = call.number("rows"), d = call.number("dim"), G = call.number("groups");
+  MomentsArgs<T> args{};
+  args.x = call.input<T>("x");
+  args.row_stride = call.number("row_stride");
+  args.group = call.input<index_t>("group");
+  args.pilot = call.input<T>("pilot");
+  args.count = call.output<index_t>("count", G);
+  args.sums = call.output<double>("sums", G * d);
+  args.cross = call.output<double>("cross", G * d * d);
+  const std::unique_ptr<double[]> workspace(new double[moments_workspace(N, d, G)]);
+  args.workspace = workspace.get();
+  args.rows = N;
+  args.dim = d;
+  args.groups = G;
+  moments_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
+void lift(Case& call) {
+  const index_t n = call.number("rows"), k = call.number("dim"), G = call.number("groups");
+  LiftArgs<T> args{};
+  args.projected = call.input<T>("projected");
+  args.row_stride = call.number("row_stride");
+  args.bias = call.input<T>("bias");
+  args.pilot = call.input<T>("pilot");
+  args.features = call.output<T>("features", n * k);
+  args.sums = call.output<double>("sums", G * k);
+  args.rows = n;
+  args.dim = k;
+  args.groups = G;
+  args.first = call.number("first");
+  args.slope = static_cast<T>(call.numbers.at("slope"));
+  lift_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
+bool run(Case& call) {
+  static const std::map<std::string, void (*)(Case&)> ops = {
+      {"fisher_solve", fisher_solve<T>}, {"moments", moments<T>}, {"lift", lift<T>}};
+  const auto op = ops.find(call.op);
+  if (op == ops.end()) return false;
+  op->second(call);
+  return true;
+}
+
+}  // namespace
+
+bool run_op(Case& call) { return call.dtype == "float64" ? run<double>(call) : run<float>(call); }
+
+}  // namespace cuda_host

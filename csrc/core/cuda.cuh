@@ -67,9 +67,9 @@ __device__ inline index_t threads_in_block() {
 //
 // FISHERFAST_CUDA_HOST is set by tests that run the kernels on a host compiler's threads.
 #ifdef FISHERFAST_CUDA_HOST
-#define FF_RUN(kernel, grid, block, shared_bytes, stream, ...)                               \
-  ::cuda_host::launch(#kernel, reinterpret_cast<const void*>(kernel), (grid), (block),       \
-                      (shared_bytes), [&] { (kernel)(__VA_ARGS__); });                       \
+#define FF_RUN(kernel, grid, block, shared_bytes, stream, ...)                         \
+  ::cuda_host::launch(#kernel, reinterpret_cast<const void*>(kernel), (grid), (block), \
+                      (shared_bytes), [&] { (kernel)(__VA_ARGS__); });                 \
   static_cast<void>(stream)
 #define FF_DYNAMIC_SHARED(name) unsigned char* const name = ::cuda_host::dynamic_shared()
 #else
@@ -78,8 +78,8 @@ __device__ inline index_t threads_in_block() {
 #define FF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-#define FF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)               \
-  do {                                                                          \
-    FF_RUN(kernel, grid, block, shared_bytes, stream, __VA_ARGS__);             \
-    ::fisherfast::check_cuda(cudaGetLastError(), "launch of " #kernel);         \
+#define FF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)       \
+  do {                                                                  \
+    FF_RUN(kernel, grid, block, shared_bytes, stream, __VA_ARGS__);     \
+    ::fisherfast::check_cuda(cudaGetLastError(), "launch of " #kernel); \
   } while (false)

@@ -47,7 +47,8 @@ class Case {
   T* output(const std::string& name, long long count) {
     Bytes bytes(count * sizeof(T), 0);
     std::memset(bytes.data(), 0xff, bytes.size);
-    return reinterpret_cast<T*>(outputs.insert_or_assign(name, std::move(bytes)).first->second.data());
+    return reinterpret_cast<T*>(
+        outputs.insert_or_assign(name, std::move(bytes)).first->second.data());
   }
 
   // An output that starts as the input of that name: for what is added to in place.

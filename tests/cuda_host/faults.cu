@@ -10,7 +10,15 @@ using fisherfast::index_t;
 
 constexpr unsigned kThreads = 64;
 
-enum Fault { kNone, kNoBarrier, kReadsOutside, kSharedOutside, kDivergentBarrier, kWrongMask, kUnset };
+enum Fault {
+  kNone,
+  kNoBarrier,
+  kReadsOutside,
+  kSharedOutside,
+  kDivergentBarrier,
+  kWrongMask,
+  kUnset
+};
 
 // Thread: one number, by way of dynamic shared memory. One number of shared memory a thread.
 template <Fault kFault>

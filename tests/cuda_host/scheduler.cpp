@@ -7,7 +7,6 @@
 #include "scheduler.h"
 
 #include <link.h>
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -36,10 +35,10 @@ constexpr int kPoison = 0xff;            // bytes of a NaN
 enum class State { kReady, kAtBarrier, kAtExchange, kEnded };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  void* place[5];      // where it goes on
   unsigned char* stack = nullptr;
   void* fake_stack = nullptr;  // what the sanitizer keeps of a fibre that does not run
-  bool started = false;
   State state = State::kEnded;
   int line = 0;
   unsigned mask = 0, source = 0, votes = 0;
@@ -49,7 +48,7 @@ struct Thread {
 
 // One launch at a time: its state.
 std::vector<Thread> threads(kMostThreads);
-ucontext_t scheduler_context;
+void* scheduler_place[5];
 const void* scheduler_stack = nullptr;
 std::size_t scheduler_stack_bytes = 0;
 void* scheduler_fake_stack = nullptr;
@@ -62,10 +61,16 @@ std::mt19937 random_numbers;
 
 // --- fibres --------------------------------------------------------------------------------------
 
-void to_scheduler() {
+// The compiler's own setjmp and longjmp: those of the C library, and swapcontext, make system calls
+// at every turn. The sanitizer is told of the switch, and must not clear the stack before a jump.
+#define SWITCHES_STACKS __attribute__((noinline, no_sanitize_address))
+
+SWITCHES_STACKS void jump(void** place) { __builtin_longjmp(place, 1); }
+
+SWITCHES_STACKS void to_scheduler() {
   Thread& self = threads[current];
   __sanitizer_start_switch_fiber(&self.fake_stack, scheduler_stack, scheduler_stack_bytes);
-  swapcontext(&self.context, &scheduler_context);
+  if (__builtin_setjmp(self.place) == 0) jump(scheduler_place);
   __sanitizer_finish_switch_fiber(self.fake_stack, nullptr, nullptr);
 }
 
@@ -80,29 +85,30 @@ void fibre() {
 }
 
 void start(Thread& thread) {
-  if (thread.stack == nullptr) {
-    void* pages = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (pages == MAP_FAILED) throw std::runtime_error("mmap must give a stack, got MAP_FAILED");
-    mprotect(pages, kGuardBytes, PROT_NONE);
-    thread.stack = static_cast<unsigned char*>(pages) + kGuardBytes;
-  }
+  void* pages = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) throw std::runtime_error("mmap must give a stack, got MAP_FAILED");
+  mprotect(pages, kGuardBytes, PROT_NONE);
+  thread.stack = static_cast<unsigned char*>(pages) + kGuardBytes;
   getcontext(&thread.context);
   thread.context.uc_stack.ss_sp = thread.stack;
   thread.context.uc_stack.ss_size = kStackBytes;
   thread.context.uc_link = nullptr;
   makecontext(&thread.context, fibre, 0);
-  thread.started = true;
 }
 
-void resume(unsigned index) {
+SWITCHES_STACKS void resume(unsigned index) {
   Thread& thread = threads[index];
-  if (!thread.started) start(thread);
+  const bool first_time = thread.stack == nullptr;
+  if (first_time) start(thread);
   current = index;
   threadIdx = {index % blockDim.x, index / blockDim.x % blockDim.y,
                index / (blockDim.x * blockDim.y)};
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, thread.stack, kStackBytes);
-  swapcontext(&scheduler_context, &thread.context);
+  if (__builtin_setjmp(scheduler_place) == 0) {
+    if (first_time) setcontext(&thread.context);
+    jump(thread.place);
+  }
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 }
 
@@ -225,8 +231,8 @@ class Block {
 
 cudaError_t last_error = cudaSuccess;
 std::map<const void*, int> dynamic_limits;
-constexpr int kDynamicDefault = 48 << 10;   // bytes without cudaFuncSetAttribute
-constexpr int kDynamicOptIn = 227 << 10;    // compute capability 9.0
+constexpr int kDynamicDefault = 48 << 10;  // bytes without cudaFuncSetAttribute
+constexpr int kDynamicOptIn = 227 << 10;   // compute capability 9.0
 constexpr int kMultiprocessorBytes = 228 << 10;
 constexpr int kMultiprocessors = 132;
 int dynamic_opt_in = kDynamicOptIn;
@@ -308,9 +314,7 @@ void launch(const char* kernel, const void* function, dim3 grid, dim3 block, std
 
 }  // namespace cuda_host
 
-cudaError_t cudaGetLastError() {
-  return std::exchange(cuda_host::last_error, cudaSuccess);
-}
+cudaError_t cudaGetLastError() { return std::exchange(cuda_host::last_error, cudaSuccess); }
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {

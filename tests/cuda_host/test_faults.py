@@ -20,7 +20,9 @@ def test_sound_kernels_pass(kernels, normal, op, rows):
 
 def test_a_missing_barrier_changes_the_result(kernels, normal):
     with pytest.raises(harness.OrderError, match="y must be the same in order"):
-        kernels.run("missing_barrier", torch.float32, Y, x=normal(100, dtype=torch.float32), rows=100)
+        kernels.run(
+            "missing_barrier", torch.float32, Y, x=normal(100, dtype=torch.float32), rows=100
+        )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,16 @@ from fisherfast import reference
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
 
 # Both plans: systems in the lanes of a warp (d <= 32), and in the shared memory of a block.
-SHAPES = [(1, 1, 1), (3, 2, 1), (9, 5, 2), (5, 8, 16), (3, 31, 3), (9, 32, 1), (4, 33, 3), (2, 64, 1)]
+SHAPES = [
+    (1, 1, 1),
+    (3, 2, 1),
+    (9, 5, 2),
+    (5, 8, 16),
+    (3, 31, 3),
+    (9, 32, 1),
+    (4, 33, 3),
+    (2, 64, 1),
+]
 RESULTS = ("fisher", "half", "info", "condition", "inverse_rows")
 
 
@@ -35,8 +44,10 @@ def assert_matches(got, cov, deriv, ridge):
     assert torch.equal(got["fisher"], got["fisher"].mT)
     for name, expected in zip(RESULTS, truth, strict=True):
         if name in got and name != "info" and expected.numel() > 0:
-            difference = (got[name].double() - expected).abs().flatten(1) if expected.dim() > 1 else (
-                (got[name].double() - expected).abs()[:, None]
+            difference = (
+                (got[name].double() - expected).abs().flatten(1)
+                if expected.dim() > 1
+                else ((got[name].double() - expected).abs()[:, None])
             )
             scale = expected.abs().reshape(len(expected), -1).amax(1)
             assert (difference.amax(1) / scale).max() < TOLERANCE[cov.dtype], name

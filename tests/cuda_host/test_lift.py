@@ -37,7 +37,11 @@ def test_matches_the_reference(kernels, normal, dtype, rows, dim, groups, first)
 
 @pytest.mark.parametrize("view", ["rows", "columns", "expanded"])
 def test_strided_input(kernels, normal, dtype, view):
-    base, bias, pilot = normal(40, 40, dtype=dtype), normal(20, dtype=dtype), normal(20, dtype=dtype)
+    base, bias, pilot = (
+        normal(40, 40, dtype=dtype),
+        normal(20, dtype=dtype),
+        normal(20, dtype=dtype),
+    )
     projected = {
         "rows": base[::3, :20],
         "columns": base[:, 5:25],

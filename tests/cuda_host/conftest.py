@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-
 from cuda_host import harness
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from cuda_host import harness
 
 Y = {"y": torch.float32}

@@ -26,6 +26,7 @@ void fisher_solve(Case& call) {
   args.info = call.output<std::int32_t>("info", B);
   args.condition = call.output<T>("condition", B);
   if (call.flag("inverse_rows")) args.inverse_rows = call.output<T>("inverse_rows", B * d);
+  if (call.flag("solution")) args.solution = call.output<T>("solution", B * d * P);
   args.batch = B;
   args.dim = d;
   args.params = P;

@@ -22,6 +22,7 @@ ORDERS = ("forward", "reverse", "1", "20250131")
 
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"),
+    "-Wno-unknown-pragmas",  # unroll, which nvcc alone knows
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     *("-DFISHERFAST_CUDA_HOST", f"-I{HERE / 'include'}", f"-I{CSRC}", f"-I{HERE}"),
 ]

@@ -21,39 +21,51 @@ SHAPES = [
     (4, 33, 3),
     (2, 64, 1),
 ]
-RESULTS = ("fisher", "half", "info", "condition", "inverse_rows")
+RESULTS = ("fisher", "half", "info", "condition", "inverse_rows", "solution")
+
+# A lane, a part of a warp, or a block: the plan without inverse_rows, and that with them.
+both_plans = pytest.mark.parametrize("inverse_rows", [False, True])
 
 
-def fisher_solve(kernels, cov, deriv, ridge=0.0, inverse_rows=True, limit=None):
+def fisher_solve(kernels, cov, deriv, ridge=0.0, inverse_rows=True, limit=None, solution=True):
     """The launcher on cov [B, d, d] and deriv [B, d, P] of any strides."""
     B, d, P = deriv.shape
     numbers = {"batch": B, "dim": d, "params": P, "ridge": ridge, "inverse_rows": inverse_rows}
+    numbers["solution"] = solution
     for name, tensor in (("cov", cov), ("deriv", deriv)):
         numbers |= {f"{name}_stride{i}": tensor.stride(i) for i in range(3)}
     outputs = dict.fromkeys(RESULTS, cov.dtype) | {"info": torch.int32}
     got = kernels.run(
         "fisher_solve", cov.dtype, outputs, limit=limit, cov=cov, deriv=deriv, **numbers
     )
-    shapes = {"fisher": (B, P, P), "half": (B, d, P), "inverse_rows": (B, d)}
+    shapes = {"fisher": (B, P, P), "half": (B, d, P), "inverse_rows": (B, d), "solution": (B, d, P)}
     return {name: result.view(shapes.get(name, (B,))) for name, result in got.items()}
 
 
+def truth_of(cov, deriv, ridge):
+    """The results in float64, by name."""
+    cov, deriv = cov.double(), deriv.double()
+    truth = dict(zip(RESULTS, reference.fisher_solve(cov, deriv, ridge, True), strict=False))
+    regular = cov + ridge * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
+    s = regular.diagonal(dim1=-2, dim2=-1).rsqrt()[..., None]  # the solver does not scale itself
+    truth["solution"] = s * torch.linalg.solve(s * regular * s.mT, s * deriv)
+    return truth
+
+
 def assert_matches(got, cov, deriv, ridge):
-    truth = reference.fisher_solve(cov.double(), deriv.double(), ridge, True)
     assert got["info"].eq(0).all()
     assert torch.equal(got["fisher"], got["fisher"].mT)
-    for name, expected in zip(RESULTS, truth, strict=True):
+    for name, expected in truth_of(cov, deriv, ridge).items():
         if name in got and name != "info" and expected.numel() > 0:
-            difference = (
-                (got[name].double() - expected).abs().flatten(1)
-                if expected.dim() > 1
-                else ((got[name].double() - expected).abs()[:, None])
+            unit = (
+                cov.double().diagonal(dim1=1, dim2=2).sqrt()[..., None] if name == "solution" else 1
             )
-            scale = expected.abs().reshape(len(expected), -1).amax(1)
-            assert (difference.amax(1) / scale).max() < TOLERANCE[cov.dtype], name
+            error = (unit * (got[name].double() - expected)).abs().reshape(len(expected), -1)
+            scale = (unit * expected).abs().reshape(len(expected), -1).amax(1)
+            assert (error.amax(1) / scale).max() < TOLERANCE[cov.dtype], name
 
 
-@pytest.mark.parametrize("inverse_rows", [False, True])
+@both_plans
 @pytest.mark.parametrize(("batch", "dim", "params"), SHAPES)
 def test_matches_the_reference(kernels, systems, dtype, batch, dim, params, inverse_rows):
     cov, deriv = systems(batch, dim, params, dtype)
@@ -61,30 +73,35 @@ def test_matches_the_reference(kernels, systems, dtype, batch, dim, params, inve
     assert_matches(got, cov, deriv, 2.0**-13)
 
 
+@both_plans
 @pytest.mark.parametrize("dim", [5, 40])
-def test_only_the_lower_triangle_is_read(kernels, systems, dtype, dim):
+def test_only_the_lower_triangle_is_read(kernels, systems, dtype, dim, inverse_rows):
     cov, deriv = systems(3, dim, 2, dtype)
     upper = torch.ones(dim, dim, dtype=torch.bool).triu(1)
-    expected = fisher_solve(kernels, cov, deriv)
-    got = fisher_solve(kernels, cov.masked_fill(upper, math.nan), deriv)
-    for name in RESULTS:
+    expected = fisher_solve(kernels, cov, deriv, 0.0, inverse_rows)
+    got = fisher_solve(kernels, cov.masked_fill(upper, math.nan), deriv, 0.0, inverse_rows)
+    for name in got:
         assert torch.equal(got[name], expected[name]), name
 
 
+@both_plans
 @pytest.mark.parametrize("dim", [5, 20, 40])
-def test_strided_input(kernels, systems, dtype, dim):
+def test_strided_input(kernels, systems, dtype, dim, inverse_rows):
     cov, deriv = systems(6, dim, 3, dtype)
-    expected = fisher_solve(kernels, cov[::2], deriv[::2].contiguous())
+    expected = fisher_solve(kernels, cov[::2], deriv[::2].contiguous(), 0.0, inverse_rows)
     wide = torch.zeros(6, 2 * dim, 3 * dim + 1, dtype=dtype)
     wide[:, ::2, 1::3] = cov
-    got = fisher_solve(kernels, wide[::2, ::2, 1::3], deriv.mT.contiguous().mT[::2])
-    for name in RESULTS:
+    got = fisher_solve(
+        kernels, wide[::2, ::2, 1::3], deriv.mT.contiguous().mT[::2], 0.0, inverse_rows
+    )
+    for name in got:
         assert torch.equal(got[name], expected[name]), name
 
 
+@both_plans
 @pytest.mark.parametrize(("batch", "dim", "params"), [(0, 4, 2), (3, 0, 2), (3, 4, 0)])
-def test_empty_input(kernels, systems, dtype, batch, dim, params):
-    got = fisher_solve(kernels, *systems(batch, dim, params, dtype))
+def test_empty_input(kernels, systems, dtype, batch, dim, params, inverse_rows):
+    got = fisher_solve(kernels, *systems(batch, dim, params, dtype), 0.0, inverse_rows)
     assert got["info"].tolist() == [0] * batch
     assert got["fisher"].shape == (batch, params, params)
     assert got["fisher"].eq(0).all()
@@ -106,27 +123,29 @@ FAILURES = {
 }
 
 
+@both_plans
 @pytest.mark.parametrize("dim", [5, 36])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_failures_stay_in_their_system(kernels, systems, dtype, failure, dim):
+def test_failures_stay_in_their_system(kernels, systems, dtype, failure, dim, inverse_rows):
     entries, pivot = FAILURES[failure]
     cov, deriv = systems(5, dim, 2, dtype)
-    expected = fisher_solve(kernels, cov, deriv)
+    expected = fisher_solve(kernels, cov, deriv, 0.0, inverse_rows)
     broken = cov.clone()
     broken[2] = torch.eye(dim, dtype=dtype)
     for row, column, value in entries:
         broken[2, row, column] = value
-    got = fisher_solve(kernels, broken, deriv)
+    got = fisher_solve(kernels, broken, deriv, 0.0, inverse_rows)
     assert got["info"].tolist() == [0, 0, pivot, 0, 0]
-    for name in RESULTS:
+    for name in got:
         assert torch.equal(got[name][[0, 1, 3, 4]], expected[name][[0, 1, 3, 4]]), name
         assert name == "info" or got[name][2].isnan().all(), name
 
 
-def test_a_failed_derivative_is_no_failure_of_the_system(kernels, systems, dtype):
+@both_plans
+def test_a_failed_derivative_is_no_failure_of_the_system(kernels, systems, dtype, inverse_rows):
     cov, deriv = systems(2, 4, 2, dtype)
     deriv[0, 1, 0] = math.nan
-    got = fisher_solve(kernels, cov, deriv)
+    got = fisher_solve(kernels, cov, deriv, 0.0, inverse_rows)
     assert got["info"].tolist() == [0, 0]
     assert got["half"][0, 0].isfinite().all()
     assert got["fisher"][0, 0, 0].isnan()

@@ -52,6 +52,7 @@ extern dim3 blockDim, gridDim;
 
 using std::max;
 using std::min;
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 

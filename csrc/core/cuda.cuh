@@ -37,8 +37,13 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-constexpr index_t kMaxGridX = 0x7fffffff;  // CUDA C++ Programming Guide, compute capabilities
-constexpr index_t kMaxGridYZ = 65535;
+// Largest grids: CUDA C++ Programming Guide, compute capabilities. Tests on a host compiler lower
+// them, so that a block has to take several turns.
+#ifdef FISHERFAST_CUDA_HOST
+inline index_t kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
+#else
+constexpr index_t kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
+#endif
 
 inline unsigned grid_x(index_t blocks) {
   return static_cast<unsigned>(std::min(blocks, kMaxGridX));

@@ -15,7 +15,8 @@ constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kWarps = kTileThreads / kLanes;
 
 // The rows of group g among kTileThreads rows from `begin` on, in order, as distances to `begin`.
-// Returns their number, the same in every thread. Begins and ends with a barrier.
+// Returns their number, the same in every thread. Ends with a barrier; the caller has one after
+// every use of `rows`.
 template <typename T>
 __device__ int rows_of_group(const MomentsArgs<T>& args, index_t g, index_t begin, index_t end,
                              int* rows, int* in_warp) {
@@ -24,7 +25,6 @@ __device__ int rows_of_group(const MomentsArgs<T>& args, index_t g, index_t begi
   const index_t n = begin + thread;
   const bool mine = n < end && (args.group == nullptr || args.group[n] == g);
   const unsigned votes = __ballot_sync(kAllLanes, mine);
-  __syncthreads();  // the former rows have been read
   if (lane == 0) in_warp[warp] = __popc(votes);
   __syncthreads();
   int before = __popc(votes & ((1u << lane) - 1)), total = 0;

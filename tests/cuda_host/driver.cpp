@@ -1,8 +1,8 @@
 // Reads one case from standard input, runs it in every order asked for, writes the results to
 // standard output. harness.py is the other end.
 //
-//   op NAME | dtype NAME | orders NAME... | number NAME VALUE | limit BYTES      one a line
-//   array NAME BYTES OFFSET                                      its bytes follow
+//   op NAME | dtype NAME | orders NAME... | number NAME VALUE | limit BYTES | grid X YZ
+//   array NAME BYTES OFFSET                                      one a line; its bytes follow
 //   end
 #include <cstdio>
 #include <exception>
@@ -10,6 +10,7 @@
 #include <sstream>
 
 #include "case.h"
+#include "core/cuda.cuh"
 #include "scheduler.h"
 
 namespace {
@@ -27,6 +28,10 @@ Case read_case(std::istream& in) {
     if (kind == "op") call.op = name;
     if (kind == "dtype") call.dtype = name;
     if (kind == "limit") cuda_host::set_dynamic_limit(std::stoi(name));
+    if (kind == "grid") {
+      fisherfast::kMaxGridX = std::stoi(name);
+      words >> fisherfast::kMaxGridYZ;
+    }
     if (kind == "number") words >> call.numbers[name];
     if (kind == "orders") {
       do call.orders.push_back(name);

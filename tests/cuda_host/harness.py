@@ -53,6 +53,7 @@ class Kernels:
         outputs: dict[str, torch.dtype],
         *,
         limit: int | None = None,
+        grid: tuple[int, int] | None = None,
         **items: object,
     ) -> dict[str, Tensor]:
         """The results of a launcher, flat, the same for all orders.
@@ -62,13 +63,14 @@ class Kernels:
             dtype: T of the launcher.
             outputs: dtype of each result.
             limit: bytes of shared memory that a block may have; default: those of an H200.
+            grid: largest grid along x, and along y and z, for blocks that take several turns.
             items: tensors (sent as they lie in memory, see `memory`), numbers; None is left out.
 
         Raises:
             RuntimeError: the launcher threw, or a sanitizer reported; the message is its text.
             OrderError: two orders gave different bits.
         """
-        request = _request(op, dtype, limit, items)
+        request = _request(op, dtype, {"limit": limit, "grid": grid}, items)
         done = subprocess.run([self._program], input=request, capture_output=True, timeout=TIMEOUT)
         if done.returncode != 0:
             raise RuntimeError(done.stderr.decode())
@@ -87,10 +89,14 @@ def memory(tensor: Tensor) -> bytes:
     return tensor.as_strided((last + 1,), (1,)).numpy().tobytes()
 
 
-def _request(op: str, dtype: torch.dtype, limit: int | None, items: dict[str, object]) -> bytes:
+def _request(
+    op: str, dtype: torch.dtype, settings: dict[str, object], items: dict[str, object]
+) -> bytes:
     parts = [f"op {op}\ndtype {str(dtype).removeprefix('torch.')}\norders {' '.join(ORDERS)}\n"]
-    if limit is not None:
-        parts.append(f"limit {limit}\n")
+    for name, setting in settings.items():
+        if setting is not None:
+            values = setting if isinstance(setting, tuple) else (setting,)
+            parts.append(f"{name} {' '.join(map(str, values))}\n")
     request = "".join(parts).encode()
     for name, item in items.items():
         if isinstance(item, Tensor):

@@ -11,7 +11,7 @@ from fisherfast import reference
 # Measured: 1e-6 and 1.6e-15.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
 
-# Both plans: systems in the lanes of a warp (d <= 32), and in the shared memory of a block.
+# Both plans: a column a thread (d <= 64, P <= 4), and systems in the shared memory of a block.
 SHAPES = [
     (1, 1, 1),
     (3, 2, 1),
@@ -28,7 +28,7 @@ RESULTS = ("fisher", "half", "info", "condition", "inverse_rows", "solution")
 both_plans = pytest.mark.parametrize("inverse_rows", [False, True])
 
 
-def fisher_solve(kernels, cov, deriv, ridge=0.0, inverse_rows=True, limit=None, solution=True):
+def fisher_solve(kernels, cov, deriv, ridge=0.0, inverse_rows=True, solution=True, **settings):
     """The launcher on cov [B, d, d] and deriv [B, d, P] of any strides."""
     B, d, P = deriv.shape
     numbers = {"batch": B, "dim": d, "params": P, "ridge": ridge, "inverse_rows": inverse_rows}
@@ -37,7 +37,7 @@ def fisher_solve(kernels, cov, deriv, ridge=0.0, inverse_rows=True, limit=None, 
         numbers |= {f"{name}_stride{i}": tensor.stride(i) for i in range(3)}
     outputs = dict.fromkeys(RESULTS, cov.dtype) | {"info": torch.int32}
     got = kernels.run(
-        "fisher_solve", cov.dtype, outputs, limit=limit, cov=cov, deriv=deriv, **numbers
+        "fisher_solve", cov.dtype, outputs, **settings, cov=cov, deriv=deriv, **numbers
     )
     shapes = {"fisher": (B, P, P), "half": (B, d, P), "inverse_rows": (B, d), "solution": (B, d, P)}
     return {name: result.view(shapes.get(name, (B,))) for name, result in got.items()}
@@ -71,7 +71,19 @@ def test_matches_the_reference(kernels, systems, dtype, batch, dim, params, inve
 
 
 @both_plans
-@pytest.mark.parametrize("dim", [5, 40])
+@pytest.mark.parametrize("dim", [5, 12, 30, 40, 66])
+def test_blocks_take_turns(kernels, systems, dtype, dim, inverse_rows):
+    cov, deriv = systems(40 if dim < 20 else 7, dim, 2, dtype)
+    cov[-2, 1, 1] = -1.0  # a failed system in a later turn
+    expected = fisher_solve(kernels, cov, deriv, 0.5, inverse_rows)
+    got = fisher_solve(kernels, cov, deriv, 0.5, inverse_rows, grid=(1, 1))
+    assert got["info"].count_nonzero() == 1
+    for name in got:
+        assert torch.equal(got[name].nan_to_num(-7), expected[name].nan_to_num(-7)), name
+
+
+@both_plans
+@pytest.mark.parametrize("dim", [5, 40, 66])
 def test_only_the_lower_triangle_is_read(kernels, systems, dtype, dim, inverse_rows):
     cov, deriv = systems(3, dim, 2, dtype)
     upper = torch.ones(dim, dim, dtype=torch.bool).triu(1)
@@ -82,7 +94,7 @@ def test_only_the_lower_triangle_is_read(kernels, systems, dtype, dim, inverse_r
 
 
 @both_plans
-@pytest.mark.parametrize("dim", [5, 20, 40])
+@pytest.mark.parametrize("dim", [5, 20, 40, 66])
 def test_strided_input(kernels, systems, dtype, dim, inverse_rows):
     cov, deriv = systems(6, dim, 3, dtype)
     expected = fisher_solve(kernels, cov[::2], deriv[::2].contiguous(), 0.0, inverse_rows)

@@ -15,12 +15,14 @@ RIDGE = 0.125  # the same number in float32 and float64
 SHAPES = [(1, 1, 1), (3, 2, 1), (70, 5, 2), (5, 8, 16), (3, 33, 3), (2, 64, 1), (1, 130, 2)]
 
 
-def backward(kernels, grad_fisher, solution):
+def backward(kernels, grad_fisher, solution, **settings):
     B, d, P = solution.shape
     outputs = dict.fromkeys(("grad_cov", "grad_deriv"), solution.dtype)
     numbers = {"batch": B, "dim": d, "params": P, "ridge": RIDGE}
     arrays = {"grad_fisher": grad_fisher, "solution": solution}
-    got = kernels.run("fisher_solve_backward", solution.dtype, outputs, **arrays, **numbers)
+    got = kernels.run(
+        "fisher_solve_backward", solution.dtype, outputs, **arrays, **numbers, **settings
+    )
     return got["grad_cov"].view(B, d, d), got["grad_deriv"].view(B, d, P)
 
 
@@ -51,3 +53,11 @@ def test_a_failed_system_has_no_gradient(kernels, normal, dtype):
     for grad in backward(kernels, normal(3, 2, 2, dtype=dtype), solution):
         assert grad[1].isnan().all()
         assert grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(("batch", "dim"), [(30, 5), (2, 130)])
+def test_blocks_take_turns(kernels, normal, dtype, batch, dim):
+    inputs = normal(batch, 2, 2, dtype=dtype), normal(batch, dim, 2, dtype=dtype)
+    expected = backward(kernels, *inputs)
+    for got, right in zip(backward(kernels, *inputs, grid=(1, 1)), expected, strict=True):
+        assert torch.equal(got, right)

@@ -12,14 +12,16 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 2e-14}
 SLOPE = 0.75  # the same number in float32 and float64
 
 
-def lift(kernels, projected, bias, pilot, groups=1, first=0):
+def lift(kernels, projected, bias, pilot, groups=1, first=0, **settings):
     """The launcher on any `projected` of unit column stride."""
     n, k = projected.shape
     outputs = {"features": projected.dtype, "sums": torch.float64}
     numbers = {"rows": n, "dim": k, "groups": groups, "first": first, "slope": SLOPE}
     arrays = {"projected": projected, "bias": bias, "pilot": pilot}
     stride = projected.stride(0)
-    got = kernels.run("lift", projected.dtype, outputs, row_stride=stride, **arrays, **numbers)
+    got = kernels.run(
+        "lift", projected.dtype, outputs, row_stride=stride, **arrays, **numbers, **settings
+    )
     return got["features"].view(n, k), got["sums"].view(groups, k)
 
 
@@ -58,3 +60,10 @@ def test_a_nan_stays_in_its_column_and_fold(kernels, normal, dtype):
     features, sums = lift(kernels, projected, bias, pilot.to(dtype), 2)
     assert features.isnan().sum() == 1
     assert sums.isnan().nonzero().tolist() == [[1, 1]]
+
+
+def test_blocks_take_turns(kernels, normal, dtype):
+    inputs = [normal(90, 20, dtype=dtype), normal(20, dtype=dtype), normal(20, dtype=dtype)]
+    expected = lift(kernels, *inputs, 4)
+    for got, right in zip(lift(kernels, *inputs, 4, grid=(1, 1)), expected, strict=True):
+        assert torch.equal(got, right)

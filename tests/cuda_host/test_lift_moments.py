@@ -16,14 +16,16 @@ def draw(normal, dtype, rows, dim, lifted, folds, halves):
     return {name: normal(*shape, dtype=dtype) for name, shape in shapes.items()} | before
 
 
-def lift_moments(kernels, inputs, first=0, start=0):
+def lift_moments(kernels, inputs, first=0, start=0, **settings):
     """The launcher; returns sums [F, K] and cross [H, K, K] after the call."""
     z, sums, cross = inputs["z"], inputs["sums"], inputs["cross"]
     numbers = {"rows": len(z), "dim": z.shape[1], "lifted": len(inputs["bias"]), "slope": SLOPE}
     numbers |= {"folds": len(sums), "halves": len(cross), "first": first, "start": start}
     outputs = {"sums": torch.float64, "cross": torch.float64}
     stride = z.stride(0)
-    got = kernels.run("lift_moments", z.dtype, outputs, row_stride=stride, **inputs, **numbers)
+    got = kernels.run(
+        "lift_moments", z.dtype, outputs, row_stride=stride, **inputs, **numbers, **settings
+    )
     return got["sums"].view_as(sums), got["cross"].view_as(cross)
 
 
@@ -113,3 +115,10 @@ def test_a_nan_stays_in_its_feature_fold_and_half(kernels, normal, dtype):
     sums, cross = lift_moments(kernels, inputs)
     assert sums.isnan().nonzero().tolist() == [[g, 5] for g in range(4)]
     assert cross[0].isnan().nonzero().tolist() == [*([5, j] for j in range(6)), [6, 5]]
+
+
+def test_blocks_take_turns(kernels, normal, dtype):
+    inputs = draw(normal, dtype, 150, 6, 70, 5, 1)
+    expected = lift_moments(kernels, inputs)
+    for got, right in zip(lift_moments(kernels, inputs, grid=(8, 1)), expected, strict=True):
+        assert torch.equal(got, right)

@@ -10,12 +10,14 @@ from fisherfast import reference
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
 
 
-def moments(kernels, x, group=None, groups=1, pilot=None):
+def moments(kernels, x, group=None, groups=1, pilot=None, **settings):
     """The launcher on any x of unit column stride."""
     n, d = x.shape
     outputs = {"count": torch.int64, "sums": torch.float64, "cross": torch.float64}
     numbers = {"rows": n, "dim": d, "groups": groups, "row_stride": x.stride(0)}
-    got = kernels.run("moments", x.dtype, outputs, x=x, group=group, pilot=pilot, **numbers)
+    got = kernels.run(
+        "moments", x.dtype, outputs, x=x, group=group, pilot=pilot, **numbers, **settings
+    )
     return got["count"], got["sums"].view(groups, d), got["cross"].view(groups, d, d)
 
 
@@ -74,3 +76,11 @@ def test_a_nan_stays_in_its_group(kernels, normal, dtype):
     assert cross[[0, 2]].isfinite().all()
     assert sums[1].isnan().tolist() == [False, True, False]
     assert cross[1].isnan().sum() == 5
+
+
+@pytest.mark.parametrize("dim", [3, 70])
+def test_blocks_take_turns(kernels, normal, dtype, dim):
+    x, group = normal(600, dim, dtype=dtype), torch.arange(600) % 5
+    expected = moments(kernels, x, group, 5)
+    for got, right in zip(moments(kernels, x, group, 5, grid=(8, 1)), expected, strict=True):
+        assert torch.equal(got, right)

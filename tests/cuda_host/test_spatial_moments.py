@@ -9,13 +9,13 @@ TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
 SHAPES = [(1, 1, 1, 1), (5, 3, 4, 7), (70, 17, 3, 3), (130, 2, 1, 65), (9, 40, 2, 2)]  # n C H W
 
 
-def spatial_moments(kernels, x, pilot=None):
+def spatial_moments(kernels, x, pilot=None, **settings):
     """The launcher on x [n, C, H, W] of any strides."""
     n, C, H, W = x.shape
     numbers = {"rows": n, "channels": C, "height": H, "width": W}
     numbers |= {f"stride{i}": x.stride(i) for i in range(4)}
     outputs = {"sums": torch.float64, "cross": torch.float64}
-    got = kernels.run("spatial_moments", x.dtype, outputs, x=x, pilot=pilot, **numbers)
+    got = kernels.run("spatial_moments", x.dtype, outputs, x=x, pilot=pilot, **numbers, **settings)
     return got["sums"].view(H, W, C), got["cross"].view(H, W, C, C)
 
 
@@ -74,3 +74,10 @@ def test_a_nan_stays_at_its_position(kernels, normal, dtype):
     assert sums.isnan().nonzero().tolist() == [[1, 3, 1]]
     assert cross.isnan().sum() == 5
     assert cross[1, 3].isnan().sum() == 5
+
+
+def test_blocks_take_turns(kernels, normal, dtype):
+    x, pilot = normal(9, 20, 3, 40, dtype=dtype), normal(20, 3, 40, dtype=dtype)
+    expected = spatial_moments(kernels, x, pilot)
+    for got, right in zip(spatial_moments(kernels, x, pilot, grid=(8, 1)), expected, strict=True):
+        assert torch.equal(got, right)

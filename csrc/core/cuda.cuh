@@ -37,8 +37,13 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-constexpr index_t kMaxGridX = 0x7fffffff;  // CUDA C++ Programming Guide, compute capabilities
-constexpr index_t kMaxGridYZ = 65535;
+// Largest grids: CUDA C++ Programming Guide, compute capabilities. Tests on a host compiler lower
+// them, so that a block has to take several turns.
+#ifdef FISHERFAST_CUDA_HOST
+inline index_t kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
+#else
+constexpr index_t kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
+#endif
 
 inline unsigned grid_x(index_t blocks) {
   return static_cast<unsigned>(std::min(blocks, kMaxGridX));
@@ -62,9 +67,24 @@ __device__ inline index_t threads_in_block() {
 
 // Every kernel of the library is launched here:
 //   FF_LAUNCH((kernel<T>), grid, block, shared_bytes, stream, arguments...);
-// `stream` is the void* that came from Python. Throws when the launch fails.
-#define FF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
-  do {                                                                                           \
-    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
-    ::fisherfast::check_cuda(cudaGetLastError(), "launch of " #kernel);                          \
+// `stream` is the void* that came from Python. Throws when the launch fails. A kernel names its
+// dynamic shared memory with FF_DYNAMIC_SHARED(name): bytes, aligned to 16.
+//
+// FISHERFAST_CUDA_HOST is set by tests that run the kernels on a host compiler's threads.
+#ifdef FISHERFAST_CUDA_HOST
+#define FF_RUN(kernel, grid, block, shared_bytes, stream, ...)                         \
+  ::cuda_host::launch(#kernel, reinterpret_cast<const void*>(kernel), (grid), (block), \
+                      (shared_bytes), [&] { (kernel)(__VA_ARGS__); });                 \
+  static_cast<void>(stream)
+#define FF_DYNAMIC_SHARED(name) unsigned char* const name = ::cuda_host::dynamic_shared()
+#else
+#define FF_RUN(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define FF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+#define FF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)       \
+  do {                                                                  \
+    FF_RUN(kernel, grid, block, shared_bytes, stream, __VA_ARGS__);     \
+    ::fisherfast::check_cuda(cudaGetLastError(), "launch of " #kernel); \
   } while (false)

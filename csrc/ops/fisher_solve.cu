@@ -1,7 +1,9 @@
-// CUDA kernel: a block owns one system at a time, its augmented factor in shared memory.
+// CUDA kernels: small systems in the registers of a warp, larger ones in the shared memory of a
+// block.
 #include "core/check.h"
 #include "core/cuda.cuh"
 #include "ops/fisher_solve.h"
+#include "ops/fisher_solve_lanes.cuh"
 
 namespace fisherfast {
 namespace {
@@ -88,6 +90,27 @@ __device__ void write_results(const FisherSolveArgs<T>& args, index_t system,
   }
 }
 
+// X = diag(s) L^-T Y, from the last row up, over Y.
+template <typename T>
+__device__ void write_solution(const FisherSolveArgs<T>& args, index_t system,
+                               const AugmentedFactor& factor, const T* scale, T* work) {
+  const index_t d = args.dim, P = args.params;
+  const auto y = [&](index_t i) { return work + factor.offset(i) + (d - i); };
+  for (index_t r = d - 1; r >= 0; --r) {
+    __syncthreads();  // row r is complete, and the results that need Y have read it
+    const T root = work[factor.offset(r)];
+    for (index_t e = thread_in_block(); e < r * P; e += threads_in_block()) {
+      const index_t i = e / P, p = e % P;
+      y(i)[p] -= work[factor.offset(i) + (r - i)] * (y(r)[p] / root);
+    }
+  }
+  __syncthreads();
+  for (index_t e = thread_in_block(); e < d * P; e += threads_in_block()) {
+    const index_t i = e / P;
+    args.solution[system * d * P + e] = scale[i] * (y(i)[e % P] / work[factor.offset(i)]);
+  }
+}
+
 template <typename T>
 __device__ void write_failure(const FisherSolveArgs<T>& args, index_t system) {
   const index_t d = args.dim, P = args.params;
@@ -97,6 +120,9 @@ __device__ void write_failure(const FisherSolveArgs<T>& args, index_t system) {
   if (args.inverse_rows != nullptr) {
     for (index_t i = thread; i < d; i += threads) args.inverse_rows[system * d + i] = kNan<T>;
   }
+  if (args.solution != nullptr) {
+    for (index_t e = thread; e < d * P; e += threads) args.solution[system * d * P + e] = kNan<T>;
+  }
   if (thread == 0) args.condition[system] = kNan<T>;
 }
 
@@ -105,8 +131,8 @@ __device__ void write_failure(const FisherSolveArgs<T>& args, index_t system) {
 // contiguous input up to the triangle. Moves (d (d + 1) / 2 + 2 d P + P^2) numbers a system and
 // does d^3 / 3 + d^2 P multiply-adds, twice the first with inverse_rows.
 template <typename T>
-__global__ void fisher_solve_kernel(FisherSolveArgs<T> args, T tolerance) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+__global__ void fisher_solve_block_kernel(FisherSolveArgs<T> args, T tolerance) {
+  FF_DYNAMIC_SHARED(shared_memory);
   const AugmentedFactor factor{args.dim, args.params, args.inverse_rows != nullptr};
   T* work = reinterpret_cast<T*>(shared_memory);
   T* scale = work + factor.size();
@@ -115,6 +141,7 @@ __global__ void fisher_solve_kernel(FisherSolveArgs<T> args, T tolerance) {
     const std::int32_t info = factor_system(factor, scale, tolerance, work);
     if (info == 0) {
       write_results(args, system, factor, work);
+      if (args.solution != nullptr) write_solution(args, system, factor, scale, work);
     } else {
       write_failure(args, system);
     }
@@ -132,10 +159,10 @@ index_t shared_bytes_limit(int device) {
   return bytes;
 }
 
+namespace {
+
 template <typename T>
-void fisher_solve_cuda(const FisherSolveArgs<T>& args, int device, void* stream) {
-  if (args.batch == 0) return;
-  const DeviceGuard guard(device);
+void launch_blocks(const FisherSolveArgs<T>& args, int device, void* stream) {
   const bool with_inverse = args.inverse_rows != nullptr;
   const index_t bytes = fisher_solve_shared_bytes<T>(args.dim, args.params, with_inverse);
   const index_t limit = shared_bytes_limit(device);
@@ -143,12 +170,27 @@ void fisher_solve_cuda(const FisherSolveArgs<T>& args, int device, void* stream)
                                << limit << " bytes of shared memory, got " << bytes
                                << " (d = " << args.dim << ", P = " << args.params << ")");
   check_cuda(
-      cudaFuncSetAttribute(fisher_solve_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(bytes)),
+      cudaFuncSetAttribute(fisher_solve_block_kernel<T>,
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
       "cudaFuncSetAttribute");
   const dim3 block(kRowThreads, kColumnWarps);
-  FF_LAUNCH(fisher_solve_kernel<T>, grid_x(args.batch), block, static_cast<std::size_t>(bytes),
-            stream, args, pivot_tolerance<T>(args.dim));
+  FF_LAUNCH(fisher_solve_block_kernel<T>, grid_x(args.batch), block,
+            static_cast<std::size_t>(bytes), stream, args, pivot_tolerance<T>(args.dim));
+}
+
+}  // namespace
+
+template <typename T>
+void fisher_solve_cuda(const FisherSolveArgs<T>& args, int device, void* stream) {
+  if (args.batch == 0) return;
+  const DeviceGuard guard(device);
+  if (args.dim > kLaneDim || args.params > kLaneParams || args.inverse_rows != nullptr) {
+    launch_blocks(args, device, stream);
+  } else if (args.params <= 1) {
+    launch_lanes<T, 1>(args, stream);
+  } else {
+    launch_lanes<T, kLaneParams>(args, stream);
+  }
 }
 
 template void fisher_solve_cuda(const FisherSolveArgs<float>&, int, void*);

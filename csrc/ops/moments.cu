@@ -1,57 +1,110 @@
-// CUDA kernels: products of tiles of the rows [x - m, 1], then a sum over splits in fixed order.
+// CUDA kernels: products of tiles of the rows x - m of a group, then a sum over splits in order.
 //
-// The column of ones makes one product of all three results: for the rows Z_g = [x - m, 1] of
-// group g, Z_g^T Z_g holds cross_g, sums_g in its last row and count_g in its last corner.
+// The partial result of a split is a [d + 1, d + 1] matrix in the workspace: cross in its lower
+// triangle, sums in its last row, count in its last corner.
 #include "core/cuda.cuh"
+#include "core/tile_product.cuh"
 #include "ops/moments.h"
 
 namespace fisherfast {
 namespace {
 
-constexpr int kTile = 16;  // a block multiplies 16 x 16 columns, 16 rows at a time
 constexpr unsigned kReduceThreads = 256;
+constexpr unsigned kLanes = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kWarps = kTileThreads / kLanes;
 
-// Entry (n, c) of Z_g: zero for rows of other groups, and outside the matrix.
+// The rows of group g among kTileThreads rows from `begin` on, in order, as distances to `begin`.
+// Returns their number, the same in every thread. Ends with a barrier; the caller has one after
+// every use of `rows`.
 template <typename T>
-__device__ double extended_entry(const MomentsArgs<T>& args, index_t g, index_t n, index_t end,
-                                 index_t c) {
-  if (n >= end || c > args.dim) return 0.0;
-  if (args.group != nullptr && args.group[n] != g) return 0.0;
-  if (c == args.dim) return 1.0;
-  const T pilot = args.pilot == nullptr ? T(0) : args.pilot[c];
-  return static_cast<double>(args.x[n * args.row_stride + c] - pilot);
+__device__ int rows_of_group(const MomentsArgs<T>& args, index_t g, index_t begin, index_t end,
+                             int* rows, int* in_warp) {
+  const int thread = static_cast<int>(thread_in_block());
+  const int warp = thread / static_cast<int>(kLanes), lane = thread % static_cast<int>(kLanes);
+  const index_t n = begin + thread;
+  const bool mine = n < end && (args.group == nullptr || args.group[n] == g);
+  const unsigned votes = __ballot_sync(kAllLanes, mine);
+  if (lane == 0) in_warp[warp] = __popc(votes);
+  __syncthreads();
+  int before = __popc(votes & ((1u << lane) - 1)), total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += in_warp[w];
+    total += in_warp[w];
+  }
+  if (mine) rows[before] = thread;
+  __syncthreads();
+  return total;
 }
 
-// Block (x, y, z): one tile of Z_g^T Z_g in the lower triangle, one split of the rows, one group.
-// Thread: one entry of the tile. Reads of x are coalesced in runs of 16 columns. A split is read
-// once for every group and pair of tiles; N (d + 1) (d + 2) / 2 multiply-adds in all a group.
-template <typename T>
-__global__ void moments_kernel(MomentsArgs<T> args, index_t tiles, index_t rows_per_split) {
-  __shared__ double left[kTile][kTile], right[kTile][kTile];
-  const index_t tile_row = blockIdx.x / tiles, tile_column = blockIdx.x % tiles;
-  if (tile_column > tile_row) return;
-  const index_t tx = threadIdx.x, ty = threadIdx.y;
-  const index_t width = args.dim + 1;
-  const index_t i = tile_row * kTile + ty, j = tile_column * kTile + tx;
+// Copies columns [first_column, ...) of kTileDepth rows, about the pilot, into a tile. Thread:
+// kEdge neighbours of one row.
+template <typename T, int kEdge>
+__device__ void stage(const MomentsArgs<T>& args, index_t begin, const int* rows, int count,
+                      index_t first_column, Tile<T, kEdge>& tile) {
+  const int r = static_cast<int>(threadIdx.y), place = static_cast<int>(threadIdx.x) * kEdge;
+  const index_t column = first_column + place;
+  Vector<T, kEdge> entries{};
+  if (r < count && column < args.dim) {
+    const T* row = args.x + (begin + rows[r]) * args.row_stride;
+    entries = load_vector<kEdge>(row + column, args.dim - column);
+    if (args.pilot != nullptr) {
+      const auto pilot = load_vector<kEdge>(args.pilot + column, args.dim - column);
+#pragma unroll
+      for (int e = 0; e < kEdge; ++e) entries.entry[e] -= pilot.entry[e];
+    }
+  }
+  as_vector<kEdge>(&tile.rows[r][place]) = entries;
+}
+
+// Block (x, y, z): one tile of the lower triangle of cross, one split of the rows, one group (in
+// turn). Thread: kEdge x kEdge results; in blocks on the diagonal, one column's sum too. Reads of x
+// are coalesced along rows, 16 bytes a thread where aligned. A row is read once for each tile that
+// needs it, N d (d + 1) / 2 multiply-adds in all; every group looks at all N numbers of `group`.
+template <typename T, int kEdge>
+__global__ void __launch_bounds__(kTileThreads)
+    moments_kernel(MomentsArgs<T> args, index_t rows_per_split) {
+  constexpr int kWidth = Tile<T, kEdge>::kWidth;
+  __shared__ Tile<T, kEdge> left, right;
+  __shared__ int rows[kTileThreads], in_warp[kWarps];
+  const TilePair pair = tile_pair(blockIdx.x);
+  const bool diagonal = pair.row == pair.column;
+  const int thread = static_cast<int>(thread_in_block());
+  const index_t d = args.dim, width = d + 1;
   const index_t begin = blockIdx.y * rows_per_split;
   const index_t end = min(args.rows, begin + rows_per_split);
   for (index_t g = blockIdx.z; g < args.groups; g += gridDim.z) {
+    TileProduct<T, kEdge> product;
+    product.clear();
     double sum = 0.0;
-    for (index_t n = begin; n < end; n += kTile) {
-      left[ty][tx] = extended_entry(args, g, n + ty, end, tile_row * kTile + tx);
-      right[ty][tx] = extended_entry(args, g, n + ty, end, tile_column * kTile + tx);
-      __syncthreads();
-      for (int r = 0; r < kTile; ++r) sum += left[r][ty] * right[r][tx];
-      __syncthreads();
+    index_t count = 0;
+    for (index_t n = begin; n < end; n += kTileThreads) {
+      const int found = rows_of_group(args, g, n, end, rows, in_warp);
+      count += found;
+      for (int r = 0; r < found; r += kTileDepth) {
+        stage(args, n, rows + r, found - r, pair.row * kWidth, left);
+        if (!diagonal) stage(args, n, rows + r, found - r, pair.column * kWidth, right);
+        __syncthreads();
+        product.add(left, diagonal ? left : right);
+        if (diagonal && thread < kWidth) {
+          for (int q = 0; q < kTileDepth; ++q) sum += static_cast<double>(left.rows[q][thread]);
+        }
+        __syncthreads();
+      }
     }
-    if (i < width && j < width) {
-      args.workspace[((blockIdx.y * args.groups + g) * width + i) * width + j] = sum;
-    }
+    double* part = args.workspace + (blockIdx.y * args.groups + g) * width * width;
+    product.for_each([&](index_t a, index_t b, double total) {
+      const index_t i = pair.row * kWidth + a, j = pair.column * kWidth + b;
+      if (i < d && j <= i) part[i * width + j] = total;
+    });
+    const index_t column = pair.row * kWidth + thread;
+    if (diagonal && thread < kWidth && column < d) part[d * width + column] = sum;
+    if (blockIdx.x == 0 && thread == 0) part[d * width + d] = static_cast<double>(count);
   }
 }
 
-// Thread: one entry of one Z_g^T Z_g, summed over the splits in order. Reads are coalesced in the
-// lower triangle.
+// Thread: one entry of one partial matrix, summed over the splits in order. Reads are coalesced in
+// the lower triangle; moves (splits + 1) G d^2 numbers.
 template <typename T>
 __global__ void moments_reduce_kernel(MomentsArgs<T> args, index_t splits) {
   const index_t d = args.dim, width = d + 1;
@@ -73,16 +126,25 @@ __global__ void moments_reduce_kernel(MomentsArgs<T> args, index_t splits) {
   }
 }
 
+template <typename T, int kEdge>
+void launch_tiles(const MomentsArgs<T>& args, index_t splits, void* stream) {
+  const index_t tiles = ceil_div(args.dim > 0 ? args.dim : 1, Tile<T, kEdge>::kWidth);
+  const dim3 block(kTileSide, kTileSide);
+  const dim3 grid(grid_x(tile_pairs(tiles)), grid_yz(splits), grid_yz(args.groups));
+  FF_LAUNCH((moments_kernel<T, kEdge>), grid, block, 0, stream, args, ceil_div(args.rows, splits));
+}
+
 }  // namespace
 
 template <typename T>
 void moments_cuda(const MomentsArgs<T>& args, int device, void* stream) {
   const DeviceGuard guard(device);
-  const index_t tiles = ceil_div(args.dim + 1, kTile);
   const index_t splits = moments_splits(args.rows);
-  const dim3 block(kTile, kTile);
-  const dim3 grid(grid_x(tiles * tiles), grid_yz(splits), grid_yz(args.groups));
-  FF_LAUNCH(moments_kernel<T>, grid, block, 0, stream, args, tiles, ceil_div(args.rows, splits));
+  if (args.dim <= Tile<T, 1>::kWidth) {
+    launch_tiles<T, 1>(args, splits, stream);
+  } else {
+    launch_tiles<T, 4>(args, splits, stream);
+  }
   const index_t entries = args.groups * (args.dim + 1) * (args.dim + 1);
   FF_LAUNCH(moments_reduce_kernel<T>, grid_x(ceil_div(entries, kReduceThreads)), kReduceThreads, 0,
             stream, args, splits);

@@ -1,0 +1,69 @@
+"""The CUDA kernels of lift, run on the host, against the float64 reference."""
+
+import math
+
+import pytest
+import torch
+
+from fisherfast import reference
+
+# Errors relative to the largest result: those of tests/ops/test_lift.py.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 2e-14}
+SLOPE = 0.75  # the same number in float32 and float64
+
+
+def lift(kernels, projected, bias, pilot, groups=1, first=0, **settings):
+    """The launcher on any `projected` of unit column stride."""
+    n, k = projected.shape
+    outputs = {"features": projected.dtype, "sums": torch.float64}
+    numbers = {"rows": n, "dim": k, "groups": groups, "first": first, "slope": SLOPE}
+    arrays = {"projected": projected, "bias": bias, "pilot": pilot}
+    stride = projected.stride(0)
+    got = kernels.run(
+        "lift", projected.dtype, outputs, row_stride=stride, **arrays, **numbers, **settings
+    )
+    return got["features"].view(n, k), got["sums"].view(groups, k)
+
+
+@pytest.mark.parametrize(("groups", "first"), [(1, 0), (16, 1_000_003)])
+@pytest.mark.parametrize(("rows", "dim"), [(0, 3), (4, 0), (1, 1), (100, 33), (601, 7), (3, 300)])
+def test_matches_the_reference(kernels, normal, dtype, rows, dim, groups, first):
+    inputs = [normal(rows, dim, dtype=dtype), normal(dim, dtype=dtype), normal(dim, dtype=dtype)]
+    got = lift(kernels, *inputs, groups, first)
+    truth = reference.lift(*(t.double() for t in inputs), SLOPE, groups, first)
+    for result, expected in zip(got, truth, strict=True):
+        if expected.numel() > 0:
+            error = (result.double() - expected).abs().max()
+            assert error <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("view", ["rows", "columns", "expanded"])
+def test_strided_input(kernels, normal, dtype, view):
+    base, bias, pilot = (
+        normal(40, 40, dtype=dtype),
+        normal(20, dtype=dtype),
+        normal(20, dtype=dtype),
+    )
+    projected = {
+        "rows": base[::3, :20],
+        "columns": base[:, 5:25],
+        "expanded": base[:1, :20].expand(9, 20),
+    }[view]
+    truth = lift(kernels, projected.contiguous(), bias, pilot, 2)
+    for left, right in zip(lift(kernels, projected, bias, pilot, 2), truth, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_nan_stays_in_its_column_and_fold(kernels, normal, dtype):
+    projected, bias, pilot = normal(10, 3, dtype=dtype), torch.ones(3, dtype=dtype), normal(3)
+    projected[3, 1] = math.nan
+    features, sums = lift(kernels, projected, bias, pilot.to(dtype), 2)
+    assert features.isnan().sum() == 1
+    assert sums.isnan().nonzero().tolist() == [[1, 1]]
+
+
+def test_blocks_take_turns(kernels, normal, dtype):
+    inputs = [normal(90, 20, dtype=dtype), normal(20, dtype=dtype), normal(20, dtype=dtype)]
+    expected = lift(kernels, *inputs, 4)
+    for got, right in zip(lift(kernels, *inputs, 4, grid=(1, 1)), expected, strict=True):
+        assert torch.equal(got, right)

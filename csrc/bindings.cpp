@@ -175,8 +175,18 @@ void bind_cuda(py::module_& module, const std::string& name, Args (*make_args)(N
 template <typename T>
 void bind_cuda_ops(py::module_& module, const std::string& dtype) {
   bind_cuda(module, "fisher_solve_cuda_" + dtype, fisher_solve_args<T>, fisher_solve_cuda<T>);
+  bind_cuda(module, "fisher_solve_backward_cuda_" + dtype, fisher_solve_backward_args<T>,
+            fisher_solve_backward_cuda<T>);
   bind_cuda(module, "moments_cuda_" + dtype, moments_args<T>, moments_cuda<T>);
+  bind_cuda(module, "spatial_moments_cuda_" + dtype, spatial_moments_args<T>,
+            spatial_moments_cuda<T>);
   bind_cuda(module, "lift_cuda_" + dtype, lift_args<T>, lift_cuda<T>);
+  bind_cuda(module, "lift_moments_cuda_" + dtype, lift_moments_args<T>, lift_moments_cuda<T>);
+  // Bytes of the workspaces.
+  module.def(("moments_workspace_" + dtype).c_str(), [](index_t rows, index_t dim, index_t groups) {
+    return moments_workspace(rows, dim, groups) * static_cast<index_t>(sizeof(double));
+  });
+  module.def(("lift_moments_workspace_" + dtype).c_str(), &lift_moments_workspace<T>);
   module.def(("fisher_solve_shared_bytes_" + dtype).c_str(), &fisher_solve_shared_bytes<T>);
 }
 #endif

@@ -89,8 +89,9 @@ def test_layering(path):
         if path.parent.name == "ops":
             op = path.name.removesuffix("".join(path.suffixes))
             own = {f"ops/{op}.h"}
-            if path.name.endswith(".simd.cpp"):  # an op may have several: op_way.simd.cpp
-                own |= {f"ops/{op.rpartition('_')[0]}.h"}
+            if not (CSRC / "ops" / f"{op}.h").exists():  # op_way.simd.cpp, op_way.cuh
+                own = {f"ops/{op.rpartition('_')[0]}.h"}
+            own |= {f"ops/{part.name}" for part in path.parent.glob(f"{op}*.cuh")}
             assert name in own or name.startswith("core/") or "/" not in name
         if path.parent.name == "core":
             assert name.startswith("core/") or "/" not in name, name

@@ -14,16 +14,8 @@ import fisherfast
 PACKAGE = Path(fisherfast.__file__).parent
 ANYONE = {"_version", "_progress"}
 PARTS_OF_FLOW = {"meters", "streams"}
-MEASURE = {
-    "data",
-    "taps",
-    "results",
-    "features",
-    "moments",
-    "estimators",
-    "maps",
-    "information_map",
-}
+MEASURE = {"data", "taps", "features", "moments", "estimators", "maps"}
+NUMBERS = {"results", "information_map"}
 TOP = {"__main__", "plots", "demos", "training", "selfcheck"}
 BELOW_OPS = {"_native", "reference"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot

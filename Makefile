@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TEST_SOURCES := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/*.cu tests/cuda_host/include/*.h \
+                          tests/native/*.cpp)
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
 
 # CUDA kernels are compiled where nvcc is found; one architecture is enough to develop with.
@@ -29,12 +31,12 @@ lint: $(READY) ## ruff, mypy, clang-format, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(TEST_SOURCES)
 
 format: $(READY) ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(TEST_SOURCES)
 
 wheel: $(READY) ## build a wheel into dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

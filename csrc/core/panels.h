@@ -13,11 +13,12 @@ namespace {
 template <typename T>
 constexpr index_t kPanel = 2 * kLanes<T>;
 
-// Rows of the product in registers: 16 accumulators where there are 32 registers, 8 where there are 16.
+// Rows of the product in registers: 16 accumulators where there are 32 registers, 8 where there
+// are 16.
 constexpr int kProductRows = FF_SIMD_BYTES == 64 ? 8 : 4;
 
-// tile[r] = sum_n left[n * stride + r] * right row n, r < kProductRows; the first kVectors vectors of
-// the right rows.
+// tile[r] = sum_n left[n * stride + r] * right row n, r < kProductRows; the first kVectors vectors
+// of the right rows.
 template <typename T, int kVectors>
 FF_INLINE void multiply_tile(Vec<T> (&tile)[kProductRows][2], const T* left, index_t stride,
                              const T* right, index_t count) {

@@ -86,7 +86,9 @@ class Team {
       try {
         for (index_t rank = 1; rank < threads; ++rank) {
           workers.emplace_back([&team, &body, rank]() noexcept {
-            { const std::lock_guard<std::mutex> started(team.mutex_); }
+            {
+              const std::lock_guard<std::mutex> started(team.mutex_);
+            }
             body(team, rank);
           });
         }

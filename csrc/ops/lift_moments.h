@@ -23,7 +23,7 @@ struct LiftMomentsArgs {
   const T* pilot;      // [k]
   double* sums;        // in and out [F, d + k], contiguous
   double* cross;       // in and out [H, d + k, d + k], contiguous
-  void* workspace;     // device only: lift_moments_workspace() bytes
+  void* workspace;     // device only: lift_moments_workspace() bytes, aligned to 16
   index_t rows;        // n
   index_t dim;         // d raw features
   index_t lifted;      // k lifted features
@@ -41,13 +41,14 @@ FF_HOST_DEVICE inline T lifted_feature(T projected, T bias, T slope, T pilot) {
   return (z > T(0) ? z : negative) - pilot;
 }
 
-// Rows whose products are summed in T before they are added in double: the error of a float32 sum
-// of 512 products is at most 512 * 2^-24 = 3e-5 of the sum of their magnitudes, 1e-6 typically.
+// Rows whose products are summed in T on the CPU (64 on the device) before they are added in
+// double: the error of a float32 sum of 512 products is at most 512 * 2^-24 = 3e-5 of the sum of
+// their magnitudes, 1e-6 typically.
 constexpr index_t kLiftTileRows = 512;
 
 // Cost, with K = d + k: n ((K - start) (K + start) / 2 + k d) multiply-adds. Nothing of the size
-// [n, K] is held, only tiles of it. Same bits for any number of threads, and the same whether
-// features are added at once or in several passes over the same rows.
+// [n, K] is held, only tiles of it. Same bits for any number of threads, and on the CPU the same
+// whether features are added at once or in several passes over the same rows.
 template <typename T>
 void lift_moments_cpu(const LiftMomentsArgs<T>& args, int threads);
 

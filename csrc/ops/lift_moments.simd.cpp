@@ -1,6 +1,7 @@
 // Features of a few hundred samples, panel by panel, and the products of two panels.
-#include "core/panels.h"
 #include "ops/lift_moments.h"
+
+#include "core/panels.h"
 
 namespace fisherfast::FF_SIMD_NAMESPACE {
 namespace {
@@ -117,11 +118,11 @@ void lift_products(const LiftMomentsArgs<T>& args, index_t half, index_t row_pan
   add_panel_product<T>(triangle, row_panel, column_panel, left, right, count);
 }
 
-#define FF_INSTANTIATE(T)                                                                       \
-  template void lift_pack_weights(const LiftMomentsArgs<T>&, index_t, T*);                      \
-  template void lift_features(const LiftMomentsArgs<T>&, index_t, const T*, index_t, index_t,   \
-                              index_t, T*);                                                     \
-  template void lift_products(const LiftMomentsArgs<T>&, index_t, index_t, index_t, const T*,   \
+#define FF_INSTANTIATE(T)                                                                     \
+  template void lift_pack_weights(const LiftMomentsArgs<T>&, index_t, T*);                    \
+  template void lift_features(const LiftMomentsArgs<T>&, index_t, const T*, index_t, index_t, \
+                              index_t, T*);                                                   \
+  template void lift_products(const LiftMomentsArgs<T>&, index_t, index_t, index_t, const T*, \
                               const T*, index_t);
 FF_INSTANTIATE(float)
 FF_INSTANTIATE(double)

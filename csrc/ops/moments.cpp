@@ -59,8 +59,8 @@ struct GroupedRows {
 template <typename T>
 struct Panels {
   SimdLevel level;
-  index_t panel;    // columns of a panel
-  index_t panels;   // ceil(d / panel)
+  index_t panel;   // columns of a panel
+  index_t panels;  // ceil(d / panel)
   AlignedArray<T> tile;
 
   Panels(SimdLevel simd, index_t dim)
@@ -128,7 +128,8 @@ void moments_of_many_columns(const MomentsArgs<T>& args, SimdLevel level, int th
   const Panels<T> panels(level, args.dim);
   const GroupedRows rows(args, 0, args.rows);
   const index_t operations = args.rows * args.dim * (args.dim + 1) / 2;
-  const index_t useful = std::clamp<index_t>(operations / kGrainOperations, 1, std::max(threads, 1));
+  const index_t useful =
+      std::clamp<index_t>(operations / kGrainOperations, 1, std::max(threads, 1));
   for (index_t g = 0; g < args.groups; ++g) args.count[g] = rows.count(g);
   Team::run(useful, [&](Team& team, index_t rank) {
     for (index_t g = 0; g < args.groups; ++g) {

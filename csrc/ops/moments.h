@@ -4,8 +4,8 @@
 //   sums_g  = sum_{group_n = g} (x_n - m)
 //   cross_g = sum_{group_n = g} (x_n - m) (x_n - m)^T
 //
-// The difference x - m is taken in T. On the CPU products of T are summed in T over at most
-// kMomentsTileRows rows and then in double; on the device everything after the difference is double.
+// The difference x - m is taken in T. Products of T are summed in T over a tile of rows (at most
+// kMomentsTileRows on the CPU, 64 on the device) and then in double.
 #pragma once
 
 #include "core/dispatch.h"
@@ -22,7 +22,7 @@ struct MomentsArgs {
   index_t* count;        // out [G]
   double* sums;          // out [G, d]
   double* cross;         // out [G, d, d], both triangles
-  double* workspace;     // device only: moments_workspace() doubles
+  double* workspace;     // device only: moments_workspace() doubles, aligned to 16 bytes
   index_t rows;          // N
   index_t dim;           // d
   index_t groups;        // G
@@ -57,13 +57,12 @@ struct RowList {
   index_t first;
   index_t count;
 };
-FF_DECLARE_SIMD(
-    template <typename T>
-    void moments_centre(const MomentsArgs<T>& args, const RowList& rows, index_t panel, T* centred,
-                        double* sums);
-    template <typename T>
-    void moments_products(index_t dim, index_t row_panel, index_t column_panel, const T* left,
-                          const T* right, index_t count, double* cross);)
+FF_DECLARE_SIMD(template <typename T>
+                void moments_centre(const MomentsArgs<T>& args, const RowList& rows, index_t panel,
+                                    T* centred, double* sums);
+                template <typename T>
+                void moments_products(index_t dim, index_t row_panel, index_t column_panel,
+                                      const T* left, const T* right, index_t count, double* cross);)
 
 template <typename T>
 void moments_cuda(const MomentsArgs<T>& args, int device, void* stream);

@@ -27,7 +27,8 @@ void moments_centre(const MomentsArgs<T>& args, const RowList& rows, index_t pan
   for (index_t c = 0; args.pilot != nullptr && c < used; ++c) pilot[c] = args.pilot[first + c];
   const Vec<T> pilot_low = load(pilot), pilot_high = load(pilot + W);
   const Mask<T> low_used = used_lanes<T>(used), high_used = used_lanes<T>(used - W);
-  // behind the last number of a row there may be other rows to read, and behind the last one nothing
+  // behind the last number of a row there may be other rows to read, and behind the last one
+  // nothing
   const T* const last = args.x + (args.rows - 1) * args.row_stride + args.dim - kPanel<T>;
   for (index_t n = 0; n < rows.count; ++n) {
     const index_t row = rows.list == nullptr ? rows.first + n : rows.list[rows.first + n];
@@ -52,8 +53,8 @@ void moments_products(index_t dim, index_t row_panel, index_t column_panel, cons
   add_panel_product<T>(Triangle{cross, dim, 0}, row_panel, column_panel, left, right, count);
 }
 
-#define FF_INSTANTIATE(T)                                                                       \
-  template void moments_centre(const MomentsArgs<T>&, const RowList&, index_t, T*, double*);    \
+#define FF_INSTANTIATE(T)                                                                    \
+  template void moments_centre(const MomentsArgs<T>&, const RowList&, index_t, T*, double*); \
   template void moments_products(index_t, index_t, index_t, const T*, const T*, index_t, double*);
 FF_INSTANTIATE(float)
 FF_INSTANTIATE(double)

@@ -3,8 +3,8 @@
 //   sums_hw  = sum_n (x[n, :, h, w] - m[:, h, w])
 //   cross_hw = sum_n (x[n, :, h, w] - m[:, h, w]) (x[n, :, h, w] - m[:, h, w])^T
 //
-// The difference x - m is taken in T. On the CPU products of T are summed in T over at most
-// kSpatialTileRows samples and then in double; on the device see the kernel.
+// The difference x - m is taken in T. Products of T are summed in T over at most kSpatialTileRows
+// samples and then in double.
 #pragma once
 
 #include "core/dispatch.h"

@@ -2,8 +2,9 @@
 // the pilot taken off; where positions are neighbours in memory this is a copy of vectors, where
 // channels are (channels-last) squares are transposed in registers. Then, for every block of kBlock
 // by kBlock channels, the products of the tile are summed in registers and added in double.
-#include "core/simd.h"
 #include "ops/spatial_moments.h"
+
+#include "core/simd.h"
 
 namespace fisherfast::FF_SIMD_NAMESPACE {
 namespace {

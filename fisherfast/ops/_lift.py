@@ -136,8 +136,8 @@ def lift_moments_(
 
     Projection, bias, activation, centring, sums and products run over tiles that stay in the
     caches. The dictionary grows at the cost of its new columns: with ``start`` the first features
-    count as known, and only what is new is added. Growing over the same rows gives the same bits as
-    having all features from the beginning.
+    count as known, and only what is new is added. On the CPU growing over the same rows gives the
+    same bits as having all features from the beginning.
 
     Args:
         sums: [F, K] float64, contiguous; changed in place.

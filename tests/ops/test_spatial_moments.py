@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fisherfast import ops
+from fisherfast import _native, ops
 
 # Errors at a position, relative to its sum of |x - m| and to its largest sum of squares.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
@@ -204,7 +204,7 @@ def test_offsets_beyond_32_bits(dim):
 def test_more_than_2_to_the_31_elements(rows, channels):
     """Catches an int for the number of rows or elements, float32 sums beyond 2^24, and a copy of x
     (8.6 GB, or 17 GB in float64), which the contract excludes."""
-    if ops._native.load() is None:
+    if _native.load() is None:
         pytest.skip("plain torch copies x; the kernel does not")
     value = torch.arange(1.0, channels + 1)
     x = value[None, :, None, None].expand(rows, channels, 1, 1)

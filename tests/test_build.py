@@ -1,7 +1,9 @@
 """The build: version stamp, missing and stale modules, build facts, layering of the sources."""
 
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +113,24 @@ def test_kernels_are_launched_through_the_macro(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_a_library_neither_prints_nor_exits(path):
     assert not re.search(r"\b(printf|std::cout|std::cerr|abort|exit)\b", path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which("g++") or not shutil.which("nm") or platform.machine() != "x86_64",
+    reason="needs g++ and nm, and the wider instruction sets of x86-64",
+)
+@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.simd.cpp")), ids=lambda path: path.name)
+def test_wide_instructions_stay_in_their_namespace(path, tmp_path):
+    """Catches an inline function of a shared header in a source that is compiled for AVX2: the
+    linker keeps one copy of it for all callers, and an older processor would meet it."""
+    flags = re.search(r"set\(simd_avx2_flags ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    target = tmp_path / "kernel.o"
+    command = ["g++", "-std=c++17", "-O2", "-Wno-psabi", *flags[1].split(), f"-I{CSRC}"]
+    subprocess.run([*command, "-c", str(path), "-o", str(target)], check=True)
+    symbols = subprocess.run(
+        ["nm", "--defined-only", "-C", str(target)], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    shared = [line.split(maxsplit=2)[2] for line in symbols if line.split()[1] in "TWi"]
+    assert shared
+    assert [name for name in shared if "fisherfast::avx2::" not in name] == []

@@ -1,0 +1,127 @@
+"""Dictionaries that grow: the same bits as one pass, fewer passes where the curve is flat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fisherfast as ff
+from fisherfast.features import BLOCK_ROWS, Lift
+from fisherfast.moments import FoldMoments
+
+# Many dimensions far apart know much about the step; nothing here depends on it.
+pytestmark = pytest.mark.filterwarnings("ignore:dtheta sqrt:fisherfast.FisherWarning")
+
+SAMPLES, DIM = 4000, 6
+WIDE = 30  # a scale of so many dimensions needs more than the first 64 lifted features
+GROWN = WIDE + 2 * BLOCK_ROWS
+
+
+class Counting(nn.Module):
+    """The identity, which counts the samples that pass through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += len(x)
+        return x
+
+
+def shifted(generator: torch.Generator, paired: bool = False) -> ff.FiniteDifference:
+    """A Gaussian shift: the raw activations know everything."""
+    x = torch.randn(2, SAMPLES, DIM, generator=generator)
+    return ff.FiniteDifference(x[0] - 0.05, x[int(not paired)] + 0.05, dtheta=0.1, paired=paired)
+
+
+def scaled(generator: torch.Generator, paired: bool = False) -> ff.FiniteDifference:
+    """A Gaussian scale: the raw activations know nothing, and every lifted feature adds."""
+    x = torch.randn(2, SAMPLES, WIDE, generator=generator)
+    return ff.FiniteDifference(0.95 * x[0], 1.05 * x[int(not paired)], dtheta=0.1, paired=paired)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
+def test_growing_to_the_end_equals_one_pass_to_the_bit(generator, paired):
+    """Catches moments of known features that are added twice, features of another draw, folds that
+    go on where the last pass ended, and products of pairs that are added twice. The curve still
+    rises at the first size (a power check: it is left), so that all features are reached."""
+    data = scaled(generator, paired)
+    grown = ff.fisher_information(data, max_features=GROWN, grow=True)
+    fixed = ff.fisher_information(data, max_features=GROWN)
+    assert int(grown.curve_k[-1]) == GROWN
+    for name in ("J", "stderr", "lower", "naive", "linear", "curve_k", "curve_J"):
+        assert torch.equal(getattr(grown, name), getattr(fixed, name)), name
+    assert grown.samples == fixed.samples == 2 * SAMPLES
+
+
+def test_growth_stops_at_the_plateau(generator):
+    """Catches a width that is not chosen from the curve: the shift needs no second pass."""
+    counting = Counting()
+    flow = ff.fisher_flow(counting, shifted(generator), max_features=512, grow=True)
+    assert flow["output"].converged
+    assert int(flow["output"].curve_k[-1]) == DIM + BLOCK_ROWS
+    once = Counting()
+    ff.fisher_flow(once, shifted(generator), max_features=512)
+    assert counting.seen == once.seen
+
+
+def test_only_layers_that_rise_are_measured_again(generator):
+    """Catches a layer that is finished and added to again: its moments would double."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDE, 1), nn.Tanh())
+    data = scaled(generator)
+    flow = ff.fisher_flow(model, data, max_features=GROWN, grow=True)
+    fixed = ff.fisher_flow(model, data, max_features=GROWN)
+    sizes = [int(layer.curve_k[-1]) for layer in flow]
+    assert sizes[0] == GROWN
+    assert min(sizes) < GROWN  # one number: some tens of features say it all
+    assert [layer.samples for layer in flow] == [layer.samples for layer in fixed]
+    assert torch.equal(flow["input"].J, fixed["input"].J)
+
+
+def test_samples_carry_only_so_many_features(generator):
+    """Catches growth beyond half the degrees of freedom, where the features would be cut again."""
+    x = torch.randn(2, 120, DIM, generator=generator)
+    info = ff.fisher_information(
+        ff.FiniteDifference(0.9 * x[0], 1.1 * x[1], dtheta=0.2), max_features=512, grow=True
+    )
+    assert int(info.curve_k[-1]) <= 208 // 2
+
+
+def test_data_that_do_not_repeat_are_refused():
+    x = torch.randn(64, DIM)
+    shuffled = DataLoader(TensorDataset(x), batch_size=16, shuffle=True)
+    data = ff.FiniteDifference(shuffled, shuffled, dtheta=0.1)
+    with pytest.raises(ValueError, match="data must come in the same order at every pass for grow"):
+        ff.fisher_information(data, grow=True)
+    ordered = DataLoader(TensorDataset(torch.randn(3000, DIM)), batch_size=256)
+    ff.fisher_information(ff.FiniteDifference(ordered, ordered, dtheta=5.0), grow=True)
+
+
+@pytest.mark.parametrize("name", ["grow", "maps"])
+def test_flags_are_true_or_false(generator, name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'yes'"):
+        ff.fisher_flow(nn.Identity(), shifted(generator), **{name: "yes"})
+
+
+def test_samples_that_went_missing_between_passes_are_an_error(generator):
+    """Catches new features of fewer samples beside known ones of all."""
+    z = torch.randn(200, 3, generator=generator)
+    moments = FoldMoments(3, 1, folds=4)
+    moments.update(0, z)
+    grown = moments.grown(5)
+    lift = Lift(torch.randn(2, 3, generator=generator), torch.zeros(2), torch.zeros(2))
+    grown.update(0, z[:150], lift)
+    text = r"samples must be the same at every pass, got \[150\] after \[200\] per condition"
+    with pytest.raises(ValueError, match=text):
+        grown.statistics(torch.ones(1, 1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="moments must not be merged while they grow"):
+        grown.merge(moments)

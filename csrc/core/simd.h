@@ -11,6 +11,10 @@
 #error "compile *.simd.cpp with FF_SIMD_NAMESPACE and FF_SIMD_BYTES, as CMakeLists.txt does"
 #endif
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <type_traits>
 #include <utility>
 
@@ -70,6 +74,23 @@ FF_INLINE Vec<T> square_root(Vec<T> vector) {
     }
   }
   return roots;
+}
+// 1 / sqrt(x) for normal x > 0. AVX-512 has an estimate of 14 bits, which each Newton step doubles:
+// right to 2 units in the last place, in half the time of a root and a division.
+template <typename T>
+FF_INLINE Vec<T> reciprocal_square_root(Vec<T> x) {
+#ifdef __AVX512F__
+  Vec<T> y;
+  if constexpr (sizeof(T) == 4) {
+    y = (Vec<T>)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
+  } else {
+    y = (Vec<T>)_mm512_maskz_rsqrt14_pd(0xff, (__m512d)x);
+    y += T(0.5) * y * (T(1) - x * y * y);
+  }
+  return y + T(0.5) * y * (T(1) - x * y * y);
+#else
+  return T(1) / square_root<T>(x);
+#endif
 }
 template <typename M>
 FF_INLINE bool any(M mask) {

@@ -161,7 +161,7 @@ FF_INLINE void compute_scale(Group<T>& group) {
   for (index_t i = 0; i < group.d; ++i) {
     const Vec<T> variance = group.row(i)[i];
     const auto usable = (variance > T(0)) & (variance <= kLargest<T>);
-    group.scale[i] = usable ? T(1) / square_root<T>(variance) : splat(kNan<T>);
+    group.scale[i] = usable ? reciprocal_square_root<T>(variance) : splat(kNan<T>);
   }
 }
 
@@ -225,9 +225,8 @@ FF_INLINE void factor_diagonal_tile(Group<T>& group, index_t j0, T unit) {
     const auto bad = ~((scale > T(0)) & (pivot > group.tolerance));
     const Mask<T> pivot_number = splat_mask<T>(j0 + c + 1);
     group.failed = (bad & (group.failed == 0)) ? pivot_number : group.failed;
-    const Vec<T> root = square_root<T>(pivot);
-    const Vec<T> reciprocal = T(1) / root;
-    rows[c][j0 + c] = root;
+    const Vec<T> reciprocal = reciprocal_square_root<T>(pivot);
+    rows[c][j0 + c] = pivot * reciprocal;
     group.reciprocal[j0 + c] = reciprocal;
     FF_UNROLL
     for (int r = c + 1; r < C; ++r) {

@@ -15,6 +15,11 @@ constexpr index_t kGrainOperations = 1'000'000;
 // fast at 256.
 constexpr index_t kLargestLaneDim = 192;
 
+// Fewer systems than threads: from this d on the threads share each system, two waits for every 16
+// to 32 columns, and every thread has at least kColumnsOfAThread columns.
+constexpr index_t kSmallestSharedDim = 512;
+constexpr index_t kColumnsOfAThread = 128;
+
 // Whether the systems go a lane each. Looks at the shape alone, never at the threads: same bits.
 template <typename T>
 bool one_system_a_lane(const FisherSolveArgs<T>& args, index_t lanes) {
@@ -44,9 +49,21 @@ void fisher_solve_cpu(const FisherSolveArgs<T>& args, int threads) {
     return;
   }
   const index_t size = fisher_solve_blocked_scratch(lanes, d, P, args.inverse_rows != nullptr);
+  if (args.batch < threads && d >= kSmallestSharedDim) {
+    const AlignedArray<T> scratch = aligned_array<T>(size);
+    const index_t most = std::max<index_t>(d / kColumnsOfAThread, 1);
+    Team::run(std::min<index_t>(threads, most), [&](Team& team, index_t rank) {
+      const TeamMember member{rank, team.size(), &team,
+                              [](void* shared) { static_cast<Team*>(shared)->wait(); }};
+      FF_CALL_SIMD(level, fisher_solve_blocked<T>, args, 0, args.batch, tolerance, scratch.get(),
+                   member);
+    });
+    return;
+  }
   parallel_for(args.batch, grain, threads, [&](index_t begin, index_t end) {
     const AlignedArray<T> scratch = aligned_array<T>(size);
-    FF_CALL_SIMD(level, fisher_solve_blocked<T>, args, begin, end, tolerance, scratch.get());
+    const TeamMember alone{0, 1, nullptr, nullptr};
+    FF_CALL_SIMD(level, fisher_solve_blocked<T>, args, begin, end, tolerance, scratch.get(), alone);
   });
 }
 

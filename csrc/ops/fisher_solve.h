@@ -124,14 +124,22 @@ inline index_t fisher_solve_blocked_scratch(index_t lanes, index_t d, index_t P,
   const index_t panel = 2 * lanes;  // rows of a panel
   const index_t columns = ceil_div(d, panel) * panel;
   const index_t rows = columns * (with_inverse ? 2 : 1) + ceil_div(P, panel) * panel;
-  return (rows + 2 + P) * columns;
+  return (rows + 2 + P) * columns + 1;
 }
+// One thread of several that solve the same large systems together, with one scratch.
+struct TeamMember {
+  index_t rank;
+  index_t size;
+  void* team;
+  void (*wait)(void* team);  // returns when every member has called it
+};
 FF_DECLARE_SIMD(template <typename T>
                 void fisher_solve_lanes(const FisherSolveArgs<T>& args, index_t begin, index_t end,
                                         T tolerance, T* scratch);
                 template <typename T>
                 void fisher_solve_blocked(const FisherSolveArgs<T>& args, index_t begin,
-                                          index_t end, T tolerance, T* scratch);)
+                                          index_t end, T tolerance, T* scratch,
+                                          const TeamMember& member);)
 
 // Bytes of shared memory that a block of the device kernel needs.
 template <typename T>

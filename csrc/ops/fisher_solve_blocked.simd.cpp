@@ -5,6 +5,8 @@
 //   diagonal panel:  subtract the products with all earlier columns, then factor the tile
 //   panels below it: subtract, then solve with the tile; the same for D^T (gives Y^T), I (L^-T)
 //
+// Of several threads on one system each owns panels; only the diagonal panel waits for one of them.
+//
 // Every product is one loop over earlier columns: two vector loads and kColumns broadcasts for
 // 2 kColumns multiply-adds of vectors. What lies above the diagonal is never used.
 #include "core/simd.h"
@@ -29,7 +31,13 @@ struct Blocked {
   T* scale;         // [columns]
   T* reciprocal;    // [columns] 1 / L_ii
   T* solution;      // [P, columns]
+  T* failure;       // [1] what the threads share: 0, or the first failed pivot
+  TeamMember member;
 
+  FF_INLINE bool owns(index_t index) const { return index % member.size == member.rank; }
+  FF_INLINE void wait() const {
+    if (member.size > 1) member.wait(member.team);
+  }
   FF_INLINE T* panel(index_t index) { return work + index * kPanel<T> * columns; }
   FF_INLINE index_t derivative_panels() const { return (P + kPanel<T> - 1) / kPanel<T>; }
   FF_INLINE T* derivative_panel(index_t index) { return panel(panels + index); }
@@ -89,6 +97,7 @@ void read_covariance(Blocked<T>& b) {
   constexpr int W = kLanes<T>;
   const bool unit_stride = b.args.cov_strides[2] == 1;
   for (index_t row = 0; row < b.columns; row += W) {
+    if (!b.owns(row / kPanel<T>)) continue;
     T* const rows = b.panel(row / kPanel<T>) + row % kPanel<T>;
     const index_t end = (row / kPanel<T> + 1) * kPanel<T>;  // of the panel's diagonal block
     for (index_t column = 0; column < end; column += W) {
@@ -113,6 +122,7 @@ void read_derivative(Blocked<T>& b) {
   const FisherSolveArgs<T>& args = b.args;
   const T* deriv = args.deriv + b.system * args.deriv_strides[0];
   for (index_t index = 0; index < b.derivative_panels(); ++index) {
+    if (!b.owns(b.panels + index)) continue;
     T* const panel = b.derivative_panel(index);
     for (index_t i = 0; i < b.columns; ++i) {
       for (index_t r = 0; r < kPanel<T>; ++r) {
@@ -128,6 +138,7 @@ void read_derivative(Blocked<T>& b) {
 template <typename T>
 void fill_identity(Blocked<T>& b) {
   for (index_t index = 0; index < b.panels; ++index) {
+    if (!b.owns(index)) continue;
     T* const panel = b.inverse_panel(index);
     for (index_t column = index * kPanel<T>; column < b.columns; ++column) {
       for (index_t r = 0; r < kPanel<T>; ++r) {
@@ -220,27 +231,41 @@ FF_INLINE void factor_tile(const Blocked<T>& b, T* panel, const T* diagonal, ind
   }
 }
 
+// Columns [first, last) of the panels below the diagonal that this thread owns.
+template <typename T>
+void factor_panels(Blocked<T>& b, index_t block, index_t first, index_t last) {
+  const T* diagonal = b.panel(block);
+  const auto factor_panel = [&](T* panel, index_t begin) {
+    for (index_t j = first; j < last; j += kColumns) factor_tile<T>(b, panel, diagonal, begin, j);
+  };
+  for (index_t index = block + 1; index < b.panels + b.derivative_panels(); ++index) {
+    if (b.owns(index)) factor_panel(b.panel(index), 0);
+  }
+  if (b.args.inverse_rows == nullptr) return;
+  for (index_t index = 0; index <= block; ++index) {
+    if (b.owns(index)) factor_panel(b.inverse_panel(index), index * kPanel<T>);
+  }
+}
+
+// Returns 0 or the 1-based index of the first failed pivot, the same to every thread.
 template <typename T>
 index_t factor_system(Blocked<T>& b, T tolerance) {
-  const index_t others = b.panels + b.derivative_panels();
   for (index_t block = 0; block < b.panels; ++block) {
     const index_t first = block * kPanel<T>;
     const index_t last = first + kPanel<T> < b.d ? first + kPanel<T> : b.d;
-    for (index_t j = first; j < last; j += kColumns) {
-      if (const index_t failed = factor_diagonal_tile(b, j, tolerance)) return failed;
-    }
-    const T* diagonal = b.panel(block);
-    const auto factor_panel = [&](T* panel, index_t begin) {
-      for (index_t j = first; j < last; j += kColumns) {
-        factor_tile<T>(b, panel, diagonal, begin, j);
+    b.wait();  // the panels of the block before
+    if (b.owns(block)) {
+      index_t failed = 0;
+      for (index_t j = first; j < last && failed == 0; j += kColumns) {
+        failed = factor_diagonal_tile(b, j, tolerance);
       }
-    };
-    for (index_t index = block + 1; index < others; ++index) factor_panel(b.panel(index), 0);
-    if (b.args.inverse_rows == nullptr) continue;
-    for (index_t index = 0; index <= block; ++index) {
-      factor_panel(b.inverse_panel(index), index * kPanel<T>);
+      *b.failure = static_cast<T>(failed);
     }
+    b.wait();  // the diagonal panel
+    if (*b.failure != 0) return static_cast<index_t>(*b.failure);
+    factor_panels(b, block, first, last);
   }
+  b.wait();
   return 0;
 }
 
@@ -328,11 +353,24 @@ void write_failure(const FisherSolveArgs<T>& args, index_t system) {
   fill(args.solution, d * P);
 }
 
+template <typename T>
+void write_system(Blocked<T>& b, index_t failed) {
+  b.args.info[b.system] = static_cast<std::int32_t>(failed);
+  if (failed != 0) {
+    write_failure(b.args, b.system);
+    return;
+  }
+  write_condition(b);
+  write_fisher(b);
+  if (b.args.inverse_rows != nullptr) write_inverse_rows(b);
+  if (b.args.solution != nullptr) write_solution(b);
+}
+
 }  // namespace
 
 template <typename T>
 void fisher_solve_blocked(const FisherSolveArgs<T>& args, index_t begin, index_t end, T tolerance,
-                          T* scratch) {
+                          T* scratch, const TeamMember& member) {
   const index_t d = args.dim, P = args.params;
   const index_t panels = (d + kPanel<T> - 1) / kPanel<T>;
   const index_t columns = panels * kPanel<T>;
@@ -340,27 +378,26 @@ void fisher_solve_blocked(const FisherSolveArgs<T>& args, index_t begin, index_t
   T* const reciprocal = scale + columns;
   T* const solution = reciprocal + columns;
   T* const work = solution + P * columns;
+  const index_t rows = columns * (args.inverse_rows != nullptr ? 2 : 1) +
+                       (P + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
+  T* const failure = work + rows * columns;
   for (index_t system = begin; system < end; ++system) {
-    Blocked<T> b{args, system, d, P, panels, columns, work, scale, reciprocal, solution};
-    compute_scale(b);
+    Blocked<T> b{args, system, d,          P,        panels,  columns,
+                 work, scale,  reciprocal, solution, failure, member};
+    if (member.rank == 0) compute_scale(b);
+    b.wait();
     read_covariance(b);
     read_derivative(b);
     if (args.inverse_rows != nullptr) fill_identity(b);
     const index_t failed = factor_system(b, tolerance);
-    args.info[system] = static_cast<std::int32_t>(failed);
-    if (failed != 0) {
-      write_failure(args, system);
-      continue;
-    }
-    write_condition(b);
-    write_fisher(b);
-    if (args.inverse_rows != nullptr) write_inverse_rows(b);
-    if (args.solution != nullptr) write_solution(b);
+    if (member.rank == 0) write_system(b, failed);
+    b.wait();
   }
 }
 
-template void fisher_solve_blocked(const FisherSolveArgs<float>&, index_t, index_t, float, float*);
+template void fisher_solve_blocked(const FisherSolveArgs<float>&, index_t, index_t, float, float*,
+                                   const TeamMember&);
 template void fisher_solve_blocked(const FisherSolveArgs<double>&, index_t, index_t, double,
-                                   double*);
+                                   double*, const TeamMember&);
 
 }  // namespace fisherfast::FF_SIMD_NAMESPACE

@@ -207,6 +207,24 @@ def test_threads_change_no_bit(systems, dtype, with_threads, inverse_rows):
             assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("failed_pivot", [0, 1, 301, 600])
+def test_threads_share_a_large_system(systems, dtype, with_threads, failed_pivot):
+    """Catches a panel that is read before it is finished, and a thread that goes on alone after a
+    pivot failed, which would wait for ever."""
+    cov, deriv = systems((2,), 600, 3, dtype=dtype)
+    if failed_pivot:
+        cov[0, failed_pivot - 1, failed_pivot - 1] = -1.0
+
+    def solve():
+        return ops.fisher_solve_details(cov, deriv, ridge=1e-3, inverse_rows=True, solution=True)
+
+    one = with_threads(1, solve)
+    assert one.info.tolist() == [failed_pivot, 0]
+    for threads in (3, 4, 7):
+        for left, right in zip(with_threads(threads, solve), one, strict=True):
+            assert torch.equal(left.nan_to_num(7.0), right.nan_to_num(7.0))
+
+
 # --- empty input ---------------------------------------------------------------------------------
 
 

@@ -42,6 +42,11 @@ def sanitize_choice() -> str:
 class CMakeBuild(build_ext):
     """Configures and builds the CMake target `_C`, straight into the place Python expects."""
 
+    def run(self) -> None:
+        if sanitize_choice() and (self.inplace or self.editable_mode):
+            raise SystemExit("FISHERFAST_SANITIZE must be empty for a build in place, see setup.py")
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 

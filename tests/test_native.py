@@ -21,7 +21,12 @@ LEVELS = ["baseline", "avx2", "avx512"]
 LEVEL_IS_NOT_HERE = 77  # exit status of tests/native/race.cpp
 # Python's own directory comes first: cmake and ninja may be installed there.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-ENVIRONMENT = os.environ | {"PATH": PATH, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": ""}
+# ThreadSanitizer stops at the first race: a missing wait would be reported for an hour.
+ENVIRONMENT = os.environ | {
+    "PATH": PATH,
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
 COMPILER = os.environ.get("CXX", "c++")
 
 
@@ -130,10 +135,20 @@ def test_the_installed_module_has_no_sanitizer():
 
 
 @pytest.mark.skipif(not (ROOT / "fisherfast").exists(), reason="setup.py needs the whole checkout")
-def test_unknown_sanitizers_are_an_error(monkeypatch, tmp_path):
-    monkeypatch.setitem(ENVIRONMENT, "FISHERFAST_SANITIZE", "memory")
+@pytest.mark.parametrize(
+    ("choice", "options", "message"),
+    [
+        ("memory", [], "FISHERFAST_SANITIZE must be empty or address,undefined, got memory"),
+        (
+            "address,undefined", ["--inplace"],
+            "FISHERFAST_SANITIZE must be empty for a build in place, see setup.py",
+        ),
+    ],
+)  # fmt: skip
+def test_what_setup_refuses(monkeypatch, tmp_path, choice, options, message):
+    """An unknown sanitizer, and any over the module of the checkout."""
+    monkeypatch.setitem(ENVIRONMENT, "FISHERFAST_SANITIZE", choice)
     places = ["--build-lib", tmp_path, "--build-temp", tmp_path]
-    done = run(sys.executable, "setup.py", "-q", "build_ext", *places)
-    message = "FISHERFAST_SANITIZE must be empty or address,undefined, got memory"
+    done = run(sys.executable, "setup.py", "-q", "build_ext", *places, *options)
     assert done.returncode == 1
     assert done.stderr.strip().endswith(message), done.stderr

@@ -12,17 +12,19 @@ FISHERFAST_SANITIZE=address,undefined FISHERFAST_CUDA=OFF \
 cp -r tests pyproject.toml "$tree"
 
 # Python itself has no sanitizer: their libraries must be there before it, and that of C++ with
-# them, whose exceptions they follow. Python and torch leak by design.
+# them, whose exceptions they follow. Python and torch leak by design. A fault ends in abort(), at
+# which pytest shows the test, and --capture=sys leaves the report on the terminal.
 sanitized() {
   local libraries
   libraries=$(ldd "$tree"/fisherfast/_C.*so |
     awk '/lib(asan|ubsan|stdc\+\+|clang_rt\.asan.*)\./ { print $3 }' | paste -sd:)
-  (cd "$tree" && LD_PRELOAD=$libraries ASAN_OPTIONS=detect_leaks=0 \
-    UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+  (cd "$tree" && LD_PRELOAD=$libraries ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
+    UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 OMP_NUM_THREADS=1 \
     PYTHONPATH=$tree:$tree/tests/native python "$@")
 }
 op_tests() {
-  sanitized -m pytest -q -p sanitized -p no:cacheprovider -m "not slow" -k "not torch" "$@"
+  sanitized -m pytest -q --capture=sys -p sanitized -p no:cacheprovider -m "not slow" \
+    -k "not torch" "$@"
 }
 
 sanitized tests/native/sanitized.py

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from fisherfast import _native, ops
@@ -42,7 +43,7 @@ def pytest_configure() -> None:
     """No test runs on another module."""
     fault = fault_of_module()
     if fault is not None:
-        raise SystemExit(fault)
+        raise pytest.UsageError(fault)
 
 
 def shortened(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.c
 export CUDAARCHS ?= 90
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test fast lint format wheel check bench check-gpu clean
+.PHONY: help demo test fast sanitize lint format wheel check bench check-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -26,6 +26,12 @@ test: $(READY) ## everything: all tests, the slow ones too
 
 fast: $(READY) ## the fast tests only
 	$(BIN)/python -m pytest -m "not slow"
+
+# The op tests that are not slow, on a sanitized module, at every instruction set; those of plain torch
+# stand-ins ("torch" in their name) are left out: nothing of theirs is sanitized. The environment
+# goes first on PATH for its cmake and ninja.
+sanitize: $(READY) ## the CPU kernels under the address, undefined and thread sanitizers
+	PATH="$(abspath $(BIN)):$$PATH" tests/native/sanitize.sh
 
 lint: $(READY) ## ruff, mypy, clang-format, without changing a file
 	$(BIN)/ruff check .

@@ -3,6 +3,9 @@
 Environment:
     FISHERFAST_CUDA            AUTO (default: on when nvcc is found), ON or OFF
     CUDAARCHS                  GPU architectures, as CMake reads them (default all-major)
+    FISHERFAST_SANITIZE        address,undefined: with these sanitizers, for developers (default:
+                               none). Python must then start with their libraries; `make sanitize`
+                               keeps such a module in build/sanitize, away from the one in use.
     CMAKE_BUILD_PARALLEL_LEVEL number of compile jobs (default: all cores)
 """
 
@@ -17,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCE_DIR = Path(__file__).resolve().parent
 CUDA_CHOICES = ("AUTO", "ON", "OFF")
+SANITIZE_CHOICES = ("", "address,undefined")
 
 
 def cuda_choice() -> str:
@@ -27,8 +31,21 @@ def cuda_choice() -> str:
     return choice
 
 
+def sanitize_choice() -> str:
+    """Returns the value of FISHERFAST_SANITIZE, empty for none."""
+    choice = os.environ.get("FISHERFAST_SANITIZE", "")
+    if choice not in SANITIZE_CHOICES:
+        raise SystemExit(f"FISHERFAST_SANITIZE must be empty or address,undefined, got {choice}")
+    return choice
+
+
 class CMakeBuild(build_ext):
     """Configures and builds the CMake target `_C`, straight into the place Python expects."""
+
+    def run(self) -> None:
+        if sanitize_choice() and (self.inplace or self.editable_mode):
+            raise SystemExit("FISHERFAST_SANITIZE must be empty for a build in place, see setup.py")
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -49,6 +66,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFISHERFAST_VERSION={self.distribution.get_version()}",
             f"-DFISHERFAST_CUDA={cuda_choice()}",
+            f"-DFISHERFAST_SANITIZE={sanitize_choice()}",
         ]
         build = ["cmake", "--build", str(build_dir), "--target", "_C"]
         if self.parallel:

@@ -1,0 +1,234 @@
+// Calls of every CPU op on made-up numbers, large enough that eight threads have work to do.
+//
+// A case holds its inputs and gives its results as bytes: `run(threads)` may be called from several
+// threads at once, which then share the inputs and nothing else.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ops/fisher_solve.h"
+#include "ops/fisher_solve_backward.h"
+#include "ops/lift.h"
+#include "ops/lift_moments.h"
+#include "ops/moments.h"
+#include "ops/spatial_moments.h"
+
+namespace fisherfast {
+
+// The arrays that an op has written, zero before; compared bit for bit, so NaN equals itself.
+class Results {
+ public:
+  template <typename T>
+  T* array(index_t count) {
+    arrays_.emplace_back(static_cast<std::size_t>(count) * sizeof(T));
+    return reinterpret_cast<T*>(arrays_.back().data());
+  }
+  bool operator==(const Results& other) const { return arrays_ == other.arrays_; }
+
+ private:
+  std::list<std::vector<unsigned char>> arrays_;  // a list: growing it moves none of them
+};
+
+struct Case {
+  std::string name;
+  std::function<Results(int threads)> run;
+};
+
+// Numbers in [-1/2, 1/2), the same in every run (Knuth's MMIX generator).
+template <typename T>
+std::vector<T> numbers(index_t count) {
+  std::uint64_t state = static_cast<std::uint64_t>(count);
+  std::vector<T> out(count);
+  for (T& number : out) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    number = static_cast<T>(static_cast<double>(state >> 11) * 0x1p-53 - 0.5);
+  }
+  return out;
+}
+
+// Diagonally dominant, hence positive definite.
+template <typename T>
+std::vector<T> covariances(index_t batch, index_t d) {
+  std::vector<T> out = numbers<T>(batch * d * d);
+  for (index_t b = 0; b < batch; ++b) {
+    T* cov = out.data() + b * d * d;
+    for (index_t i = 0; i < d; ++i) {
+      for (index_t j = 0; j < i; ++j) cov[j * d + i] = cov[i * d + j];
+      cov[i * d + i] = static_cast<T>(d);
+    }
+  }
+  return out;
+}
+
+template <typename T>
+Case solve_case(const std::string& name, index_t batch, index_t d, index_t P, bool with_inverse) {
+  const auto cov = std::make_shared<std::vector<T>>(covariances<T>(batch, d));
+  const auto deriv = std::make_shared<std::vector<T>>(numbers<T>(batch * d * P));
+  return {name, [=](int threads) {
+            Results out;
+            const FisherSolveArgs<T> args{cov->data(),
+                                          {d * d, d, 1},
+                                          deriv->data(),
+                                          {d * P, P, 1},
+                                          out.array<T>(batch * P * P),
+                                          out.array<T>(batch * d * P),
+                                          out.array<std::int32_t>(batch),
+                                          out.array<T>(batch),
+                                          with_inverse ? out.array<T>(batch * d) : nullptr,
+                                          out.array<T>(batch * d * P),
+                                          batch,
+                                          d,
+                                          P,
+                                          static_cast<T>(0.01)};
+            fisher_solve_cpu(args, threads);
+            return out;
+          }};
+}
+
+template <typename T>
+Case backward_case(index_t batch, index_t d, index_t P) {
+  const auto grad = std::make_shared<std::vector<T>>(numbers<T>(batch * P * P));
+  const auto solution = std::make_shared<std::vector<T>>(numbers<T>(batch * d * P));
+  return {"fisher_solve_backward", [=](int threads) {
+            Results out;
+            const FisherSolveBackwardArgs<T> args{grad->data(),
+                                                  solution->data(),
+                                                  out.array<T>(batch * d * d),
+                                                  out.array<T>(batch * d * P),
+                                                  batch,
+                                                  d,
+                                                  P,
+                                                  static_cast<T>(0.01)};
+            fisher_solve_backward_cpu(args, threads);
+            return out;
+          }};
+}
+
+template <typename T>
+Case moments_case(const std::string& name, index_t rows, index_t d, index_t groups) {
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>(rows * d));
+  const auto pilot = std::make_shared<std::vector<T>>(numbers<T>(d));
+  const auto group = std::make_shared<std::vector<index_t>>(rows);
+  for (index_t n = 0; n < rows; ++n) (*group)[n] = n * 7 % groups;
+  return {name, [=](int threads) {
+            Results out;
+            const MomentsArgs<T> args{x->data(),
+                                      d,
+                                      groups > 1 ? group->data() : nullptr,
+                                      pilot->data(),
+                                      out.array<index_t>(groups),
+                                      out.array<double>(groups * d),
+                                      out.array<double>(groups * d * d),
+                                      nullptr,
+                                      rows,
+                                      d,
+                                      groups};
+            moments_cpu(args, threads);
+            return out;
+          }};
+}
+
+template <typename T>
+Case spatial_case(const std::string& name, index_t rows, index_t C, index_t H, index_t W,
+                  bool channels_last) {
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>(rows * C * H * W));
+  const auto pilot = std::make_shared<std::vector<T>>(numbers<T>(C * H * W));
+  return {name, [=](int threads) {
+            Results out;
+            SpatialMomentsArgs<T> args{x->data(),
+                                       {C * H * W, H * W, W, 1},
+                                       pilot->data(),
+                                       out.array<double>(H * W * C),
+                                       out.array<double>(H * W * C * C),
+                                       rows,
+                                       C,
+                                       H,
+                                       W};
+            if (channels_last) {
+              args.strides[1] = 1;
+              args.strides[2] = W * C;
+              args.strides[3] = C;
+            }
+            spatial_moments_cpu(args, threads);
+            return out;
+          }};
+}
+
+template <typename T>
+Case lift_case(index_t rows, index_t k, index_t groups) {
+  const auto projected = std::make_shared<std::vector<T>>(numbers<T>(rows * k));
+  const auto bias = std::make_shared<std::vector<T>>(numbers<T>(k));
+  return {"lift", [=](int threads) {
+            Results out;
+            const LiftArgs<T> args{projected->data(),
+                                   k,
+                                   bias->data(),
+                                   bias->data(),
+                                   out.array<T>(rows * k),
+                                   out.array<double>(groups * k),
+                                   rows,
+                                   k,
+                                   groups,
+                                   3,
+                                   static_cast<T>(0.7)};
+            lift_cpu(args, threads);
+            return out;
+          }};
+}
+
+template <typename T>
+Case lift_moments_case(const std::string& name, index_t rows, index_t d, index_t k, index_t folds,
+                       index_t halves, index_t start) {
+  const auto z = std::make_shared<std::vector<T>>(numbers<T>(rows * d));
+  const auto weight = std::make_shared<std::vector<T>>(numbers<T>(k * d));
+  const auto bias = std::make_shared<std::vector<T>>(numbers<T>(k));
+  const index_t K = d + k;
+  return {name, [=](int threads) {
+            Results out;
+            const LiftMomentsArgs<T> args{z->data(),
+                                          d,
+                                          weight->data(),
+                                          bias->data(),
+                                          bias->data(),
+                                          out.array<double>(folds * K),
+                                          out.array<double>(halves * K * K),
+                                          nullptr,
+                                          rows,
+                                          d,
+                                          k,
+                                          folds,
+                                          halves,
+                                          3,
+                                          start,
+                                          static_cast<T>(0.7)};
+            lift_moments_cpu(args, threads);
+            return out;
+          }};
+}
+
+// Every op, each way that its source file distinguishes. A thread is started for about 1e6
+// multiply-adds in fisher_solve and spatial_moments, 1e5 numbers in the backward pass, 1024 rows in
+// lift and in moments of few columns, 4e6 multiply-adds in the others: each case has 8 times that.
+template <typename T>
+std::vector<Case> cases() {
+  return {solve_case<T>("fisher_solve, lanes", 2400, 24, 3, false),
+          solve_case<T>("fisher_solve, blocks", 600, 40, 3, true),
+          solve_case<T>("fisher_solve, more threads than systems", 2, 200, 3, false),
+          backward_case<T>(500, 40, 5),
+          moments_case<T>("moments, few columns", 20'000, 10, 1),
+          moments_case<T>("moments, few columns in groups", 20'000, 10, 16),
+          moments_case<T>("moments, many columns", 4000, 130, 1),
+          moments_case<T>("moments, many columns in groups", 4000, 130, 3),
+          spatial_case<T>("spatial_moments", 70, 12, 30, 33, false),
+          spatial_case<T>("spatial_moments, channels last", 70, 17, 30, 33, true),
+          lift_case<T>(9000, 20, 4),
+          lift_moments_case<T>("lift_moments", 3500, 10, 120, 4, 2, 0),
+          lift_moments_case<T>("lift_moments, new columns", 3500, 40, 100, 16, 1, 37)};
+}
+
+}  // namespace fisherfast

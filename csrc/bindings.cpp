@@ -8,6 +8,7 @@
 #include <array>
 #include <string>
 
+#include "core/threads.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/lift.h"
@@ -209,6 +210,7 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["simd"] = simd_name(simd_level());
   info["simd_available"] = simd_names();
+  info["threads"] = borrowed_pool() ? "of torch (libgomp)" : "started for each call";
 #ifdef FISHERFAST_WITH_CUDA
   info["cuda"] = true;
   info["nvcc"] = FISHERFAST_NVCC_VERSION;
@@ -229,6 +231,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of fisherfast; call them through fisherfast.ops.";
   module.attr("__version__") = FISHERFAST_VERSION;
   module.def("build_info", &build_info, "Facts about this build, as a dict.");
+  module.def("borrow_threads", &borrow_threads, "Uses the OpenMP threads of torch, if it has any.");
   module.def("use_simd", &use_simd, "Chooses the instruction set of the CPU kernels by name.");
   bind_cpu_ops<float>(module, "float32");
   bind_cpu_ops<double>(module, "float64");

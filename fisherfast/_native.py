@@ -59,6 +59,7 @@ def load() -> ModuleType | None:
             f"{_REBUILD}"
         )
     _choose_simd(module)
+    module.borrow_threads()  # torch has been imported: its pool is there
     return module
 
 
@@ -84,7 +85,7 @@ def serves(tensor: torch.Tensor) -> bool:
 
 def build_info() -> dict[str, Any]:
     """Facts about the build: version, compiler, cuda, nvcc, cuda_architectures; and the instruction
-    set in use, simd, of simd_available (the widest last)."""
+    set in use, simd, of simd_available (the widest last), and whose threads the kernels use."""
     return {} if _C is None else dict(_C.build_info())
 
 

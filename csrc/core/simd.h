@@ -11,7 +11,7 @@
 #error "compile *.simd.cpp with FF_SIMD_NAMESPACE and FF_SIMD_BYTES, as CMakeLists.txt does"
 #endif
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -92,11 +92,18 @@ FF_INLINE Vec<T> reciprocal_square_root(Vec<T> x) {
   return T(1) / square_root<T>(x);
 #endif
 }
+// Whether a lane of a mask is not 0.
 template <typename M>
 FF_INLINE bool any(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
   bool found = false;
   for (unsigned lane = 0; lane < sizeof(M) / sizeof(mask[0]); ++lane) found |= mask[lane] != 0;
   return found;
+#endif
 }
 
 // One step of the transposition: rows i and i + h exchange the halves of every block of 2 h lanes.

@@ -25,15 +25,17 @@ struct InfoOf {
 template <typename T>
 using Info = typename InfoOf<T>::Type;
 
-// The scratch of one group, in vectors.
-template <typename T>
+// The scratch of one group, in vectors. Dimensions that are known to the compiler (kDim, kParams,
+// not 0) let it keep everything in registers and work on two groups at the same time.
+template <typename T, int kDim, int kParams>
 struct Group {
+  using Number = T;
   static constexpr int W = kLanes<T>;
 
   const FisherSolveArgs<T>& args;
-  index_t first;    // first system
-  int count;        // systems, 1..W; the other lanes repeat the last one
-  int later_count;  // systems of the group that is asked for in advance
+  index_t first;  // first system
+  int count;      // systems, 1..W; the other lanes repeat the last one
+  index_t ahead;  // groups to the one that is asked for in advance
   index_t d, P;
   Vec<T>* scale;                   // [d]
   Vec<T>* reciprocal;              // [d] 1 / L_ii
@@ -44,6 +46,22 @@ struct Group {
   Vec<T> tolerance;
   Mask<T> failed;  // first failed pivot, or 0
 
+  // An estimate of 2 ulp where everything waits for it, a root and a division where they overlap.
+  static FF_INLINE Vec<T> reciprocal_root(Vec<T> x) {
+    if constexpr (kDim > 0) return reciprocal_square_root<T>(x);
+    return T(1) / square_root<T>(x);
+  }
+  FF_INLINE index_t dim() const { return kDim > 0 ? kDim : d; }
+  FF_INLINE index_t params() const { return kDim > 0 ? kParams : P; }
+  FF_INLINE index_t cov_position(index_t e) const {
+    if constexpr (kDim == 0) return cov_index[e];
+    const index_t i = e / dim(), j = e % dim();
+    return j <= i ? i * (i + 1) / 2 + j : -1;
+  }
+  FF_INLINE index_t half_position(index_t e) const {
+    if constexpr (kDim == 0) return half_index[e];
+    return e % params() * dim() + e / params();
+  }
   FF_INLINE Vec<T>* row(index_t i) { return factor + i * (i + 1) / 2; }
   FF_INLINE index_t system(int lane) const { return first + (lane < count ? lane : count - 1); }
 };
@@ -61,30 +79,50 @@ FF_INLINE bool with_short_length(index_t length, const Run& run) {
   return false;
 }
 
-// Reads W neighbouring numbers from each system and hands number e < length to put(e, vector).
+// Groups between the one at work and the one whose numbers are asked for in advance: sixteen
+// systems far apart in memory are more streams than the processor foresees, and waiting for them
+// took most of the time at d = 16 to 64. At least two groups, and at least 32 KiB. Measured at d =
+// 16 and 32 (16 and 64 KiB a group): 107 and 470 ns a system for one group, 93 and 412 for two, 113
+// and 487 for three.
+template <typename T>
+FF_INLINE index_t groups_ahead(index_t d) {
+  constexpr index_t kBytesAhead = 32 * 1024;
+  const index_t groups = kBytesAhead / (FF_SIMD_BYTES * d * d + 1);
+  return groups < 2 ? 2 : groups;
+}
+
+// Reads W neighbouring numbers from each system and hands number e < length to put(e, vector); asks
+// for those of the group `ahead` groups later.
 template <typename T, typename Put>
 FF_INLINE void read_square(const T* first, index_t stride, index_t start, index_t length,
-                           const Put& put) {
+                           index_t ahead, const Put& put) {
   constexpr int W = kLanes<T>;
   Vec<T> square[W];
-  for (int lane = 0; lane < W; ++lane) square[lane] = load(first + lane * stride + start);
+  for (int lane = 0; lane < W; ++lane) {
+    square[lane] = load(first + lane * stride + start);
+    if (ahead > 0) __builtin_prefetch(first + (lane + ahead * W) * stride + start, 0, 2);
+  }
   transpose<T>(square);
   const int count = static_cast<int>(length - start < W ? length - start : W);
-  for (int e = 0; e < count; ++e) put(start + e, square[e]);
+  FF_UNROLL
+  for (int e = 0; e < W; ++e) {
+    if (e < count) put(start + e, square[e]);
+  }
 }
 
 // Hands each of the `length` neighbouring numbers of every system to put(e, vector), some twice.
-template <typename T, typename Put>
-FF_INLINE void read_run(const Group<T>& group, const T* base, index_t stride, index_t length,
-                        const Put& put) {
+template <typename G, typename Put>
+FF_INLINE void read_run(const G& group, const typename G::Number* base, index_t stride,
+                        index_t length, const Put& put) {
+  using T = typename G::Number;
   constexpr int W = kLanes<T>;
   const T* first = base + group.first * stride;
   if (group.count == W) {
     for (index_t start = 0; start + W <= length; start += W) {
-      read_square(first, stride, start, length, put);
+      read_square(first, stride, start, length, group.ahead, put);
     }
     if (length % W == 0) return;
-    if (length > W) return read_square(first, stride, length - W, length, put);
+    if (length > W) return read_square(first, stride, length - W, length, group.ahead, put);
     const auto unzip_all = [&](auto count) {
       Vec<T> vectors[count];
       for (int e = 0; e < count; ++e) vectors[e] = load(first + e * W);
@@ -95,7 +133,7 @@ FF_INLINE void read_run(const Group<T>& group, const T* base, index_t stride, in
     // a whole vector from each system, where the systems behind it lie in the way of the overrun
     const index_t last = (group.args.batch - 1) * stride + length;
     if ((group.first + W - 1) * stride + W <= last) {
-      return read_square(first, stride, 0, length, put);
+      return read_square(first, stride, 0, length, group.ahead, put);
     }
   }
   for (index_t e = 0; e < length; ++e) {
@@ -105,14 +143,16 @@ FF_INLINE void read_run(const Group<T>& group, const T* base, index_t stride, in
   }
 }
 
-template <typename T>
-FF_INLINE void read_covariance(Group<T>& group) {
+template <typename G>
+FF_INLINE void read_covariance(G& group) {
+  using T = typename G::Number;
   const FisherSolveArgs<T>& args = group.args;
-  const index_t d = group.d;
+  const index_t d = group.dim();
   const index_t* strides = args.cov_strides;
   if (strides[2] == 1 && strides[1] == d && d < kLanes<T>) {  // a whole system is one run
     read_run(group, args.cov, strides[0], d * d, [&](index_t e, Vec<T> value) {
-      if (group.cov_index[e] >= 0) group.factor[group.cov_index[e]] = value;
+      const index_t position = group.cov_position(e);
+      if (position >= 0) group.factor[position] = value;
     });
   } else if (strides[2] == 1) {
     for (index_t i = 0; i < d; ++i) {
@@ -136,14 +176,15 @@ FF_INLINE void read_covariance(Group<T>& group) {
   }
 }
 
-template <typename T>
-FF_INLINE void read_derivative(Group<T>& group) {
+template <typename G>
+FF_INLINE void read_derivative(G& group) {
+  using T = typename G::Number;
   const FisherSolveArgs<T>& args = group.args;
-  const index_t d = group.d, P = group.P;
+  const index_t d = group.dim(), P = group.params();
   const index_t* strides = args.deriv_strides;
   if ((strides[2] == 1 || P == 1) && (strides[1] == P || d == 1)) {
     read_run(group, args.deriv, strides[0], d * P,
-             [&](index_t e, Vec<T> value) { group.half[group.half_index[e]] = value; });
+             [&](index_t e, Vec<T> value) { group.half[group.half_position(e)] = value; });
     return;
   }
   for (index_t p = 0; p < P; ++p) {
@@ -156,34 +197,13 @@ FF_INLINE void read_derivative(Group<T>& group) {
   }
 }
 
-template <typename T>
-FF_INLINE void compute_scale(Group<T>& group) {
-  for (index_t i = 0; i < group.d; ++i) {
+template <typename G>
+FF_INLINE void compute_scale(G& group) {
+  using T = typename G::Number;
+  for (index_t i = 0; i < group.dim(); ++i) {
     const Vec<T> variance = group.row(i)[i];
     const auto usable = (variance > T(0)) & (variance <= kLargest<T>);
-    group.scale[i] = usable ? reciprocal_square_root<T>(variance) : splat(kNan<T>);
-  }
-}
-
-// Groups between the one at work and the one that is asked for in advance. Measured at d = 16 and
-// 32: 107 and 470 ns a system for 1, 93 and 412 for 2, 113 and 487 for 3, 98 and 477 for 4.
-constexpr index_t kGroupsAhead = 2;
-
-// Asks for rows [begin, end) of C of a later group: sixteen systems far apart in memory are more
-// streams than the processor foresees, and waiting for them took most of the time at d = 16 to 64.
-template <typename T>
-FF_INLINE void prefetch_later(const Group<T>& group, index_t begin, index_t end) {
-  constexpr index_t kLineNumbers = 64 / static_cast<index_t>(sizeof(T));
-  const FisherSolveArgs<T>& args = group.args;
-  for (int lane = 0; lane < group.later_count; ++lane) {
-    const T* system =
-        args.cov + (group.first + kGroupsAhead * kLanes<T> + lane) * args.cov_strides[0];
-    for (index_t i = begin; i < end; ++i) {
-      const T* row = system + i * args.cov_strides[1];
-      for (index_t j = 0; j <= i; j += kLineNumbers) {
-        __builtin_prefetch(row + j * args.cov_strides[2], 0, 2);
-      }
-    }
+    group.scale[i] = usable ? G::reciprocal_root(variance) : splat(kNan<T>);
   }
 }
 
@@ -207,8 +227,9 @@ FF_INLINE void subtract_products(Vec<T> (&tile)[R][C], const Vec<T>* const (&lef
 }
 
 // Rows and columns j0 .. j0 + C of the factor: a small Cholesky in registers.
-template <typename T, int C>
-FF_INLINE void factor_diagonal_tile(Group<T>& group, index_t j0, T unit) {
+template <typename G, int C>
+FF_INLINE void factor_diagonal_tile(G& group, index_t j0, typename G::Number unit) {
+  using T = typename G::Number;
   Vec<T>* rows[C];
   const Vec<T>* right[C];
   Vec<T> tile[C][C];
@@ -230,7 +251,7 @@ FF_INLINE void factor_diagonal_tile(Group<T>& group, index_t j0, T unit) {
     const auto bad = ~((scale > T(0)) & (pivot > group.tolerance));
     const Mask<T> pivot_number = splat_mask<T>(j0 + c + 1);
     group.failed = (bad & (group.failed == 0)) ? pivot_number : group.failed;
-    const Vec<T> reciprocal = reciprocal_square_root<T>(pivot);
+    const Vec<T> reciprocal = G::reciprocal_root(pivot);
     rows[c][j0 + c] = pivot * reciprocal;
     group.reciprocal[j0 + c] = reciprocal;
     FF_UNROLL
@@ -248,8 +269,9 @@ FF_INLINE void factor_diagonal_tile(Group<T>& group, index_t j0, T unit) {
 
 // R rows below the diagonal tile at column j0: subtract, then solve with the diagonal tile.
 // A row starts as row_scale * row * scale; rows of D^T have no scale of their own.
-template <typename T, int R, int C, bool derivative>
-FF_INLINE void factor_tile(Group<T>& group, index_t i0, index_t j0) {
+template <typename G, int R, int C, bool derivative>
+FF_INLINE void factor_tile(G& group, index_t i0, index_t j0) {
+  using T = typename G::Number;
   Vec<T>* rows[R];
   const Vec<T>* left[R];
   const Vec<T>* right[C];
@@ -258,7 +280,7 @@ FF_INLINE void factor_tile(Group<T>& group, index_t i0, index_t j0) {
   for (int c = 0; c < C; ++c) right[c] = group.row(j0 + c);
   FF_UNROLL
   for (int r = 0; r < R; ++r) {
-    rows[r] = derivative ? group.half + (i0 + r) * group.d : group.row(i0 + r);
+    rows[r] = derivative ? group.half + (i0 + r) * group.dim() : group.row(i0 + r);
     left[r] = rows[r];
     FF_UNROLL
     for (int c = 0; c < C; ++c) {
@@ -280,47 +302,47 @@ FF_INLINE void factor_tile(Group<T>& group, index_t i0, index_t j0) {
   }
 }
 
-template <typename T, int C, bool derivative>
-FF_INLINE void factor_rows(Group<T>& group, index_t begin, index_t end, index_t j0) {
+template <typename G, int C, bool derivative>
+FF_INLINE void factor_rows(G& group, index_t begin, index_t end, index_t j0) {
   index_t i = begin;
-  for (; i + kTile <= end; i += kTile) factor_tile<T, kTile, C, derivative>(group, i, j0);
+  for (; i + kTile <= end; i += kTile) factor_tile<G, kTile, C, derivative>(group, i, j0);
   switch (end - i) {
     case 3:
-      if constexpr (kTile > 3) factor_tile<T, 3, C, derivative>(group, i, j0);
+      if constexpr (kTile > 3) factor_tile<G, 3, C, derivative>(group, i, j0);
       break;
     case 2:
-      factor_tile<T, 2, C, derivative>(group, i, j0);
+      factor_tile<G, 2, C, derivative>(group, i, j0);
       break;
     case 1:
-      factor_tile<T, 1, C, derivative>(group, i, j0);
+      factor_tile<G, 1, C, derivative>(group, i, j0);
       break;
     default:
       break;
   }
 }
 
-template <typename T, int C>
-void factor_columns(Group<T>& group, index_t j0, T unit) {
-  prefetch_later(group, j0, j0 + C);
-  factor_diagonal_tile<T, C>(group, j0, unit);
-  factor_rows<T, C, false>(group, j0 + C, group.d, j0);
-  factor_rows<T, C, true>(group, 0, group.P, j0);
+template <typename G, int C>
+FF_INLINE void factor_columns(G& group, index_t j0, typename G::Number unit) {
+  factor_diagonal_tile<G, C>(group, j0, unit);
+  factor_rows<G, C, false>(group, j0 + C, group.dim(), j0);
+  factor_rows<G, C, true>(group, 0, group.params(), j0);
 }
 
-template <typename T>
-void factor_group(Group<T>& group) {
+template <typename G>
+FF_INLINE void factor_group(G& group) {
+  using T = typename G::Number;
   const T unit = T(1) + group.args.ridge;
   index_t j = 0;
-  for (; j + kTile <= group.d; j += kTile) factor_columns<T, kTile>(group, j, unit);
-  switch (group.d - j) {
+  for (; j + kTile <= group.dim(); j += kTile) factor_columns<G, kTile>(group, j, unit);
+  switch (group.dim() - j) {
     case 3:
-      if constexpr (kTile > 3) factor_columns<T, 3>(group, j, unit);
+      if constexpr (kTile > 3) factor_columns<G, 3>(group, j, unit);
       break;
     case 2:
-      factor_columns<T, 2>(group, j, unit);
+      factor_columns<G, 2>(group, j, unit);
       break;
     case 1:
-      factor_columns<T, 1>(group, j, unit);
+      factor_columns<G, 1>(group, j, unit);
       break;
     default:
       break;
@@ -331,8 +353,10 @@ void factor_group(Group<T>& group) {
 
 // Writes `length` numbers a system, contiguous; number e comes from get(e). `run` holds
 // W (W + 1) numbers.
-template <typename T, typename Get>
-FF_INLINE void write_run(const Group<T>& group, T* out, index_t length, T* run, const Get& get) {
+template <typename G, typename Get>
+FF_INLINE void write_run(const G& group, typename G::Number* out, index_t length,
+                         typename G::Number* run, const Get& get) {
+  using T = typename G::Number;
   constexpr int W = kLanes<T>;
   const auto square_of = [&](index_t start, Vec<T>(&square)[W]) {
     for (int e = 0; e < W; ++e) square[e] = get(start + e < length ? start + e : length - 1);
@@ -365,8 +389,9 @@ FF_INLINE void write_run(const Group<T>& group, T* out, index_t length, T* run, 
   }
 }
 
-template <typename T>
-FF_INLINE void write_lanes(const Group<T>& group, T* out, Vec<T> value) {
+template <typename G>
+FF_INLINE void write_lanes(const G& group, typename G::Number* out, Vec<typename G::Number> value) {
+  using T = typename G::Number;
   if (group.count == kLanes<T>) {
     store(out + group.first, value);
   } else {
@@ -375,11 +400,12 @@ FF_INLINE void write_lanes(const Group<T>& group, T* out, Vec<T> value) {
 }
 
 // X = diag(s) L^-T Y, in place of Y; `half` has been written before.
-template <typename T>
-FF_INLINE void back_substitute(Group<T>& group) {
-  for (index_t p = 0; p < group.P; ++p) {
-    Vec<T>* x = group.half + p * group.d;
-    for (index_t k = group.d - 1; k >= 0; --k) {
+template <typename G>
+FF_INLINE void back_substitute(G& group) {
+  using T = typename G::Number;
+  for (index_t p = 0; p < group.params(); ++p) {
+    Vec<T>* x = group.half + p * group.dim();
+    for (index_t k = group.dim() - 1; k >= 0; --k) {
       const Vec<T>* row = group.row(k);
       const Vec<T> value = x[k] * group.reciprocal[k];
       for (index_t i = 0; i < k; ++i) x[i] -= row[i] * value;
@@ -388,10 +414,11 @@ FF_INLINE void back_substitute(Group<T>& group) {
   }
 }
 
-template <typename T>
-FF_INLINE void write_group(Group<T>& group, Vec<T>* products, T* run) {
+template <typename G>
+FF_INLINE void write_group(G& group, Vec<typename G::Number>* products, typename G::Number* run) {
+  using T = typename G::Number;
   const FisherSolveArgs<T>& args = group.args;
-  const index_t d = group.d, P = group.P;
+  const index_t d = group.dim(), P = group.params();
   const auto failed = group.failed != 0;
   Vec<T> smallest = d > 0 ? group.row(0)[0] : splat(T(1));
   Vec<T> largest = smallest;
@@ -432,7 +459,7 @@ FF_INLINE void write_group(Group<T>& group, Vec<T>* products, T* run) {
   if (P == 0) return;
   write_run(group, args.fisher, P * P, run, [&](index_t e) { return products[e]; });
   if (d == 0) return;
-  const auto by_parameter = [&](index_t e) { return group.half[group.half_index[e]]; };
+  const auto by_parameter = [&](index_t e) { return group.half[group.half_position(e)]; };
   write_run(group, args.half, d * P, run, by_parameter);
   if (args.solution == nullptr) return;
   back_substitute(group);
@@ -449,11 +476,19 @@ void fill_indices(index_t d, index_t P, bool with_cov, std::int32_t* cov, std::i
   }
 }
 
-}  // namespace
+template <typename T, int kDim, int kParams>
+FF_INLINE void solve_group(Group<T, kDim, kParams>& group, Vec<T>* products, T* run) {
+  read_covariance(group);
+  read_derivative(group);
+  compute_scale(group);
+  factor_group(group);
+  write_group(group, products, run);
+}
 
+// Groups of any size, with everything in `scratch`.
 template <typename T>
-void fisher_solve_lanes(const FisherSolveArgs<T>& args, index_t begin, index_t end, T tolerance,
-                        T* scratch) {
+void solve_groups(const FisherSolveArgs<T>& args, index_t begin, index_t end, T tolerance,
+                  T* scratch) {
   constexpr int W = kLanes<T>;
   const index_t d = args.dim, P = args.params;
   Vec<T>* const scale = reinterpret_cast<Vec<T>*>(scratch);
@@ -465,20 +500,66 @@ void fisher_solve_lanes(const FisherSolveArgs<T>& args, index_t begin, index_t e
   std::int32_t* const half_index = reinterpret_cast<std::int32_t*>(run + W * (W + 1));
   std::int32_t cov_index[W * W];
   fill_indices(d, P, d < W, cov_index, half_index);
+  const index_t ahead = groups_ahead<T>(d);
   for (index_t first = begin; first < end; first += W) {
     const index_t left = end - first;
     const int count = static_cast<int>(left < W ? left : W);
-    const index_t later = left - kGroupsAhead * W;
-    const int later_count = static_cast<int>(later < 0 ? 0 : later < W ? later : W);
-    Group<T> group{
-        args, first,     count,      later_count,      d,        P, scale, reciprocal, factor,
-        half, cov_index, half_index, splat(tolerance), Mask<T>{}};
-    read_covariance(group);
-    read_derivative(group);
-    compute_scale(group);
-    factor_group(group);
-    write_group(group, products, run);
+    Group<T, 0, 0> group{args,
+                         first,
+                         count,
+                         ahead,
+                         d,
+                         P,
+                         scale,
+                         reciprocal,
+                         factor,
+                         half,
+                         cov_index,
+                         half_index,
+                         splat(tolerance),
+                         Mask<T>{}};
+    solve_group(group, products, run);
   }
+}
+
+// Groups of a size that is known when this is compiled, with everything in registers.
+template <typename T, int kDim, int kParams>
+void solve_tiny_groups(const FisherSolveArgs<T>& args, index_t begin, index_t end, T tolerance) {
+  constexpr int W = kLanes<T>;
+  for (index_t first = begin; first < end; first += W) {
+    Vec<T> scale[kDim], reciprocal[kDim], factor[kDim * (kDim + 1) / 2], half[kParams * kDim];
+    Vec<T> products[kParams * kParams];
+    T run[W * (W + 1)];
+    const int count = static_cast<int>(end - first < W ? end - first : W);
+    Group<T, kDim, kParams> group{
+        args,       first,  count, 0,       kDim,    kParams,          scale,
+        reciprocal, factor, half,  nullptr, nullptr, splat(tolerance), Mask<T>{}};
+    solve_group(group, products, run);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void fisher_solve_lanes(const FisherSolveArgs<T>& args, index_t begin, index_t end, T tolerance,
+                        T* scratch) {
+  switch (args.params > 2 ? 0 : 10 * args.dim + args.params) {
+    case 21:
+      return solve_tiny_groups<T, 2, 1>(args, begin, end, tolerance);
+    case 22:
+      return solve_tiny_groups<T, 2, 2>(args, begin, end, tolerance);
+    case 31:
+      return solve_tiny_groups<T, 3, 1>(args, begin, end, tolerance);
+    case 32:
+      return solve_tiny_groups<T, 3, 2>(args, begin, end, tolerance);
+    case 41:
+      return solve_tiny_groups<T, 4, 1>(args, begin, end, tolerance);
+    case 42:
+      return solve_tiny_groups<T, 4, 2>(args, begin, end, tolerance);
+    default:
+      break;
+  }
+  solve_groups(args, begin, end, tolerance, scratch);
 }
 
 template void fisher_solve_lanes(const FisherSolveArgs<float>&, index_t, index_t, float, float*);

@@ -57,7 +57,11 @@ FF_INLINE void read_sample(const SpatialMomentsArgs<T>& args, const Positions<T>
   const index_t stride = args.strides[1];
   index_t c = 0;
   if (positions.neighbours) {
-    for (; c < C; ++c) to[c] = load(sample + positions.offset[0] + c * stride);
+    const T* const from = sample + positions.offset[0];
+    for (; c < C; ++c) {
+      to[c] = load(from + c * stride);
+      __builtin_prefetch(from + args.strides[0] + c * stride, 0, 2);  // of the next sample
+    }
   } else if (stride == 1) {
     for (; c + W <= C; c += W) read_square(sample, positions, c, to);
   }
@@ -68,10 +72,17 @@ FF_INLINE void read_sample(const SpatialMomentsArgs<T>& args, const Positions<T>
   for (c = 0; c < C; ++c) to[c] -= pilot[c];
 }
 
-// Lanes of T, as vectors of double.
+// As many doubles as a vector has lanes of T; the compiler splits them into registers.
+template <typename T>
+struct DoublesOf {
+  typedef double Type
+      __attribute__((vector_size(8 * kLanes<T>), aligned(alignof(double)), may_alias));
+};
+
 template <typename T>
 FF_INLINE void add_double(double* sum, Vec<T> value) {
-  for (int lane = 0; lane < kLanes<T>; ++lane) sum[lane] += static_cast<double>(value[lane]);
+  using Doubles = typename DoublesOf<T>::Type;
+  *reinterpret_cast<Doubles*>(sum) += __builtin_convertvector(value, Doubles);
 }
 
 // Adds the products of channels [i, i + R) and [j, j + Q) over the tile; sums are by lane.

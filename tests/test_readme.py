@@ -82,3 +82,12 @@ def test_accuracy_table_is_what_was_measured():
         [sys.executable, script, "--table"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() in README
+
+
+def test_performance_table_is_what_was_measured():
+    """The same for speed: the table comes from benchmarks/results/cpu.json."""
+    script = ROOT / "benchmarks" / "tables.py"
+    done = subprocess.run(
+        [sys.executable, script, "--table"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() in README

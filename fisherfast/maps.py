@@ -14,6 +14,7 @@ from fisherfast import ops
 from fisherfast.estimators import SPARE_DOF, covariance_variance, independent_variance
 from fisherfast.features import ROUNDING
 from fisherfast.information_map import InformationMap
+from fisherfast.moments import add_pair_products_, pair_inflation
 
 __all__ = ["MapMoments", "estimate_map"]
 
@@ -55,15 +56,8 @@ class MapMoments:
         if self.paired:
             self._held.append(x - self._pilot)
             if len(self._held) == len(self.seen):
-                self._add_products()
-
-    def _add_products(self) -> None:
-        for a, left in enumerate(self._held):
-            for b, right in enumerate(self._held[:a]):
-                product = (left * right).sum(0, dtype=torch.float64)
-                self._products[a, b] += product
-                self._products[b, a] += product
-        self._held = []
+                add_pair_products_(self._products, self._held)
+                self._held = []
 
     def covariance(self) -> tuple[torch.Tensor, int]:
         """Within-fold covariance S [H, W, C, C] and its degrees of freedom."""
@@ -105,9 +99,7 @@ class MapMoments:
         between = torch.einsum("afchw,bfchw->abchw", means * weight, means)
         shared = ((self._products - between) / n).permute(0, 1, 3, 4, 2)
         variance = covariance.diagonal(dim1=-2, dim2=-1) * (1 - self.folds / n)
-        rho = (shared[..., alive] / variance[alive]).mean(-1)
-        rho.fill_diagonal_(0.0)
-        return float(1.0 + rho.square().sum() / len(rho))
+        return pair_inflation(shared[..., alive] / variance[alive])
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:

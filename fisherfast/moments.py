@@ -165,11 +165,7 @@ class FoldMoments:
     def update_products(self, features: list[torch.Tensor]) -> None:
         """Add the products of features [n, k] of the same samples under all conditions (paired
         only)."""
-        for a, first in enumerate(features):
-            for b, second in enumerate(features[:a]):
-                product = (first * second).sum(0, dtype=torch.float64)
-                self.products[a, b] += product
-                self.products[b, a] += product
+        add_pair_products_(self.products, features)
 
     def merge(self, other: FoldMoments) -> None:
         """Add the moments of other samples of the same features about the same pilot."""
@@ -296,6 +292,22 @@ class FoldMoments:
         live = variance > 0
         if not bool(live.any()):
             return 1.0
-        rho = (covariance[..., live] / variance[live]).mean(-1)
-        rho.fill_diagonal_(0.0)
-        return float(1.0 + rho.square().sum() / len(rho))
+        return pair_inflation(covariance[..., live] / variance[live])
+
+
+def add_pair_products_(products: torch.Tensor, samples: list[torch.Tensor]) -> None:
+    """Adds to products [C, C, ...] the sums over n of x_a x_b of the same samples [n, ...] under
+    each two of C conditions."""
+    for a, first in enumerate(samples):
+        for b, second in enumerate(samples[:a]):
+            product = (first * second).sum(0, dtype=torch.float64)
+            products[a, b] += product
+            products[b, a] += product
+
+
+def pair_inflation(correlations: torch.Tensor) -> float:
+    """1 + sum over pairs of conditions of rho^2 / C, rho [C, C] the mean over features of
+    correlations [C, C, k] of a feature with itself."""
+    rho = correlations.mean(-1)
+    rho.fill_diagonal_(0.0)
+    return float(1.0 + rho.square().sum() / len(rho))

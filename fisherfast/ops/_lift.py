@@ -107,11 +107,8 @@ def _check_lift(
     check_real("projected", projected)
     if projected.dim() != 2:
         raise ValueError(f"projected must have shape [n, k], got {list(projected.shape)}")
-    for name, tensor in (("bias", bias), ("pilot", pilot)):
-        check_like(name, tensor, "projected", projected)
-        check_shape(name, tensor, "[k]", [projected.shape[1]])
-    if not math.isfinite(slope):
-        raise ValueError(f"slope must be finite, got {slope}")
+    _check_vectors(bias, pilot, "projected", projected, projected.shape[1])
+    _check_slope(slope)
     check_at_least("num_groups", num_groups, 1)
     check_at_least("first", first, 0)
 
@@ -234,9 +231,7 @@ def _lift_moments_fake(
         raise ValueError(
             f"weight must have shape [k, d] with d = {z.shape[1]}, got {list(weight.shape)}"
         )
-    for name, tensor in (("bias", bias), ("pilot", pilot)):
-        check_like(name, tensor, "z", z)
-        check_shape(name, tensor, "[k]", [weight.shape[0]])
+    _check_vectors(bias, pilot, "z", z, weight.shape[0])
     size = z.shape[1] + weight.shape[0]
     _check_accumulator("sums", sums, z, "[F, K]", [size])
     _check_accumulator("cross", cross, z, "[H, K, K]", [size, size])
@@ -246,11 +241,23 @@ def _lift_moments_fake(
         raise ValueError(
             f"cross must have shape [H, K, K] with H = 1 or 2, got {list(cross.shape)}"
         )
-    if not math.isfinite(slope):
-        raise ValueError(f"slope must be finite, got {slope}")
+    _check_slope(slope)
     check_at_least("first", first, 0)
     if not 0 <= start <= size:
         raise ValueError(f"start must lie in [0, K] = [0, {size}], got {start}")
+
+
+def _check_vectors(
+    bias: Tensor, pilot: Tensor, model_name: str, model: Tensor, lifted: int
+) -> None:
+    for name, tensor in (("bias", bias), ("pilot", pilot)):
+        check_like(name, tensor, model_name, model)
+        check_shape(name, tensor, "[k]", [lifted])
+
+
+def _check_slope(slope: float) -> None:
+    if not math.isfinite(slope):
+        raise ValueError(f"slope must be finite, got {slope}")
 
 
 def _check_accumulator(name: str, tensor: Tensor, z: Tensor, symbol: str, shape: list[int]) -> None:

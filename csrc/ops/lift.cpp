@@ -19,7 +19,7 @@ void lift_row(const LiftArgs<T>& args, const T* projected, T* features, double* 
   const index_t dim = args.dim;
 #pragma GCC ivdep
   for (index_t j = 0; j < dim; ++j) {
-    const T feature = lifted(projected[j], bias[j], slope, pilot[j]);
+    const T feature = lifted_feature(projected[j], bias[j], slope, pilot[j]);
     features[j] = feature;
     sum[j] += static_cast<double>(feature);
   }

@@ -15,8 +15,8 @@ __global__ void lift_kernel(LiftArgs<T> args) {
   const index_t entries = args.rows * args.dim;
   for (index_t e = global_thread(); e < entries; e += global_threads()) {
     const index_t i = e / args.dim, j = e % args.dim;
-    args.features[e] =
-        lifted(args.projected[i * args.row_stride + j], args.bias[j], args.slope, args.pilot[j]);
+    args.features[e] = lifted_feature(args.projected[i * args.row_stride + j], args.bias[j],
+                                      args.slope, args.pilot[j]);
   }
 }
 

@@ -6,6 +6,7 @@
 // The matrix product that gives `projected` stays with torch.
 #pragma once
 
+#include "core/lifted_feature.h"
 #include "core/types.h"
 
 namespace fisherfast {
@@ -24,13 +25,6 @@ struct LiftArgs {
   index_t first;       // number of rows dealt before this call
   T slope;
 };
-
-template <typename T>
-FF_HOST_DEVICE inline T lifted(T projected, T bias, T slope, T pilot) {
-  const T z = projected + bias;
-  const T negative = slope * z;  // computed in any case: a select, where a branch would be a guess
-  return (z > T(0) ? z : negative) - pilot;
-}
 
 // Cost: reads and writes n k numbers. Same bits for any number of threads.
 template <typename T>

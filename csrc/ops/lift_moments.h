@@ -10,6 +10,7 @@
 #pragma once
 
 #include "core/dispatch.h"
+#include "core/lifted_feature.h"
 #include "core/types.h"
 
 namespace fisherfast {
@@ -33,13 +34,6 @@ struct LiftMomentsArgs {
   index_t start;       // features known already
   T slope;
 };  // outputs and workspace alias nothing
-
-template <typename T>
-FF_HOST_DEVICE inline T lifted_feature(T projected, T bias, T slope, T pilot) {
-  const T z = projected + bias;
-  const T negative = slope * z;  // computed in any case: a select, where a branch would be a guess
-  return (z > T(0) ? z : negative) - pilot;
-}
 
 // Rows whose products are summed in T on the CPU (64 on the device) before they are added in
 // double: the error of a float32 sum of 512 products is at most 512 * 2^-24 = 3e-5 of the sum of

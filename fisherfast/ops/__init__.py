@@ -11,6 +11,9 @@ block. Everything goes to plain torch when ``FISHERFAST_DISABLE_NATIVE=1`` is se
 tensors when the build has no CUDA kernels.
 """
 
+from fisherfast.ops._dual_activation import dual_activation
+from fisherfast.ops._dual_pool import dual_pool
+from fisherfast.ops._dual_rows import dual_norm, dual_softmax
 from fisherfast.ops._fisher_solve import (
     FisherSolve,
     fisher_solve,
@@ -22,6 +25,10 @@ from fisherfast.ops._moments import moments, spatial_moments
 
 __all__ = [
     "FisherSolve",
+    "dual_activation",
+    "dual_norm",
+    "dual_pool",
+    "dual_softmax",
     "fisher_solve",
     "fisher_solve_backward",
     "fisher_solve_details",

@@ -1,0 +1,174 @@
+"""Activations of a dual buffer, with the batch norm in eval mode that comes before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisherfast import _native, reference_dual
+from fisherfast.ops._common import address, check_no_grad, register
+from fisherfast.ops._dual_common import check_buffer, check_vector, dense, empty_like
+
+KINDS = {
+    "identity": (),
+    "relu": (),
+    "leaky_relu": ("slope",),
+    "prelu": (),
+    "hardtanh": ("low", "high"),
+    "elu": ("alpha", "scale", "input_scale"),
+    "gelu": (),
+    "gelu_tanh": (),
+    "silu": (),
+    "mish": (),
+    "softplus": ("beta", "threshold"),
+    "sigmoid": (),
+    "tanh": (),
+    "hardswish": (),
+    "hardsigmoid": (),
+}
+"""Activations and the names of their parameters, in the order of csrc/ops/dual_activation.h."""
+
+
+def dual_activation(
+    x: Tensor,
+    kind: str,
+    *parameters: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    slope: Tensor | None = None,
+    channel_dim: int = 2,
+) -> Tensor:
+    """An activation of a primal and of its P tangents in one pass over the memory.
+
+        z = scale_c x[0] + shift_c,   y[0] = f(z),   y[p] = f'(z) scale_c x[p]
+
+    A batch norm in eval mode is a scale and a shift; kind "identity" applies it alone.
+
+    Args:
+        x: [1 + P, ...] float32 or float64, the primal x[0] and its tangents, in any layout.
+        kind: "identity", "relu", "leaky_relu" (slope), "prelu", "hardtanh" (low, high; ReLU6 is
+            0, 6), "elu" (alpha, scale, input_scale; SELU and CELU too), "gelu", "gelu_tanh",
+            "silu", "mish", "softplus" (beta, threshold), "sigmoid", "tanh", "hardswish" or
+            "hardsigmoid".
+        parameters: of the activation, as many as the kind has.
+        scale: [C], dtype and device of ``x``, or None for one.
+        shift: [C], or None for zero.
+        slope: [C], slope of "prelu" below zero.
+        channel_dim: dimension of x with the C channels, for scale, shift and slope.
+
+    Returns:
+        y [1 + P, ...] in the layout of ``x``.
+
+    Raises:
+        TypeError: wrong dtype, or a parameter that is no number.
+        ValueError: wrong kind, shape, device, or number of parameters.
+        RuntimeError: an input requires grad.
+
+    Cost: reads and writes x once. The derivative at a kink is that of PyTorch's autograd.
+
+    Example:
+        >>> x = torch.tensor([[-1.0, 2.0], [10.0, 10.0]])          # primal, one tangent
+        >>> dual_activation(x, "leaky_relu", 0.5).tolist()
+        [[-0.5, 2.0], [5.0, 10.0]]
+    """
+    check_no_grad("dual_activation", x=x, scale=scale, shift=shift, slope=slope)
+    op = torch.ops.fisherfast.dual_activation.default
+    return op(x, kind, list(parameters), scale, shift, slope, channel_dim)
+
+
+def _dual_activation(
+    x: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    slope: Tensor | None,
+    channel_dim: int,
+) -> Tensor:
+    _check(x, kind, parameters, scale, shift, slope, channel_dim)
+    if not _native.serves(x) or not _native.has("dual_activation", x):
+        return reference_dual.dual_activation(
+            x, kind, parameters, scale, shift, slope, channel_dim
+        )
+    x = dense(x)
+    y = empty_like(x)
+    scale, shift, slope = (None if v is None else v.contiguous() for v in (scale, shift, slope))
+    slice_size = y.stride(0)
+    channels, inner = 1, max(slice_size, 1)
+    if scale is not None or shift is not None or slope is not None:
+        channels = x.shape[channel_dim]
+        inner = x.stride(channel_dim) if channels > 1 else max(slice_size, 1)
+    a, b, c = (*parameters, 0.0, 0.0, 0.0)[:3]
+    _native.call(
+        "dual_activation",
+        x,
+        x.data_ptr(),
+        y.data_ptr(),
+        address(scale),
+        address(shift),
+        address(slope),
+        x.stride(0),
+        y.stride(0),
+        x.shape[0] - 1,
+        slice_size // max(channels * inner, 1),
+        channels,
+        inner,
+        list(KINDS).index(kind),
+        a,
+        b,
+        c,
+    )
+    return y
+
+
+def _dual_activation_fake(
+    x: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    slope: Tensor | None,
+    channel_dim: int,
+) -> Tensor:
+    _check(x, kind, parameters, scale, shift, slope, channel_dim)
+    return empty_like(dense(x))
+
+
+def _check(
+    x: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    slope: Tensor | None,
+    channel_dim: int,
+) -> None:
+    check_buffer(x, 1, "[1 + P, ...]")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    names = KINDS[kind]
+    if len(parameters) != len(names):
+        raise ValueError(
+            f"parameters must be ({', '.join(names)}) for {kind}, got {len(parameters)} numbers"
+        )
+    if not all(math.isfinite(value) for value in parameters):
+        raise ValueError(f"parameters must be finite, got {list(parameters)}")
+    if (slope is not None) != (kind == "prelu"):
+        raise ValueError(f"slope must be given for prelu and for it alone, got kind {kind!r}")
+    if scale is None and shift is None and slope is None:
+        return
+    if not 1 <= channel_dim < x.dim():
+        raise ValueError(f"channel_dim must lie in [1, {x.dim()}), got {channel_dim}")
+    for name, vector in (("scale", scale), ("shift", shift), ("slope", slope)):
+        check_vector(name, vector, x, "[C]", x.shape[channel_dim])
+
+
+register(
+    "dual_activation(Tensor x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
+    " Tensor? slope, int channel_dim) -> Tensor",
+    _dual_activation,
+    _dual_activation_fake,
+)

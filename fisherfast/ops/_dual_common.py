@@ -1,0 +1,57 @@
+"""What the dual ops share: checks of a dual buffer [1 + P, ...], and its layout in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherfast.ops._common import check_like, check_real, check_shape
+
+
+def check_buffer(x: Tensor, least_dims: int, symbol: str) -> None:
+    """x is [1 + P, ...] of a real dtype with at least `least_dims` dimensions."""
+    check_real("x", x)
+    if x.dim() < least_dims or x.shape[0] < 1:
+        raise ValueError(f"x must have shape {symbol}, got {list(x.shape)}")
+
+
+def check_vector(name: str, vector: Tensor | None, x: Tensor, symbol: str, size: int) -> None:
+    """A vector [size] like x, or None."""
+    if vector is not None:
+        check_like(name, vector, "x", x)
+        check_shape(name, vector, symbol, [size])
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where each slice x[p] fills one block of memory, in any order of dimensions; else a
+    copy of which that is true."""
+    return x if is_dense(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether each slice fills one block of memory, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """An uninitialised buffer of the shape of dense x whose slices have the layout of those of x
+    and follow each other."""
+    strides = [x[0].numel(), *x.stride()[1:]]
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+
+
+def with_contiguous_slices(x: Tensor) -> Tensor:
+    """x itself where each slice x[p] is contiguous, else a contiguous copy."""
+    return x if x[0].is_contiguous() else x.contiguous()
+
+
+def slice_stride(x: Tensor) -> int:
+    """Numbers from one slice to the next."""
+    return x.stride(0)

@@ -1,0 +1,169 @@
+"""Max pooling of a dual buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisherfast import _native, reference_dual
+from fisherfast.ops._common import check_no_grad, register
+from fisherfast.ops._dual_common import check_buffer, with_contiguous_slices
+
+MAX_SPATIAL = 3
+"""Dimensions that a window may have."""
+
+
+def dual_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] | None = None,
+    padding: Sequence[int] | None = None,
+    dilation: Sequence[int] | None = None,
+    *,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Max pooling: the largest primal of each window, and the tangents at its place.
+
+        i(o) = argmax of x[0] over window o (the first of equals; NaN is the largest)
+        y[:, o] = x[:, i(o)]
+
+    Args:
+        x: [1 + P, n, C, *spatial] float32 or float64 with one to three spatial dimensions, the
+            primal x[0] and its tangents; contiguous or channels-last slices are read in place.
+        kernel: size of the window, one number per spatial dimension.
+        stride: None for the kernel.
+        padding: -inf on both sides, at most half the kernel; None for zero.
+        dilation: None for one.
+        ceil_mode: windows may begin inside and end outside.
+
+    Returns:
+        y [1 + P, n, C, *pooled] in the layout of ``x``.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, kernel, stride, padding or dilation, or no window fits.
+        RuntimeError: x requires grad.
+
+    Cost: reads the primals of every window, and one number of each tangent per window.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 5.0, 2.0, 0.0], [10.0, 20.0, 30.0, 40.0]])[:, None, None]
+        >>> dual_pool(x, [2]).flatten(1).tolist()                  # one sample, one channel
+        [[5.0, 2.0], [20.0, 30.0]]
+    """
+    check_no_grad("dual_pool", x=x)
+    spatial = len(kernel)
+    op = torch.ops.fisherfast.dual_pool.default
+    return op(
+        x,
+        list(kernel),
+        list(kernel if stride is None else stride),
+        [0] * spatial if padding is None else list(padding),
+        [1] * spatial if dilation is None else list(dilation),
+        ceil_mode,
+    )
+
+
+def _dual_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    y = _dual_pool_fake(x, kernel, stride, padding, dilation, ceil_mode)
+    if not _native.serves(x) or not _native.has("dual_pool", x):
+        return reference_dual.dual_pool(x, kernel, stride, padding, dilation, ceil_mode)
+    last = _is_channels_last(x)
+    if not last:
+        x = with_contiguous_slices(x)
+    n, channels = x.shape[1:3]
+    missing = MAX_SPATIAL - len(kernel)
+    ones, zeros = [1] * missing, [0] * missing
+    _native.call(
+        "dual_pool",
+        x,
+        x.data_ptr(),
+        y.data_ptr(),
+        x.stride(0),
+        x.shape[0] - 1,
+        n if last else n * channels,
+        channels if last else 1,
+        [*ones, *x.shape[3:]],
+        [*ones, *y.shape[3:]],
+        [*ones, *kernel],
+        [*ones, *stride],
+        [*zeros, *padding],
+        [*ones, *dilation],
+    )
+    return y
+
+
+def _dual_pool_fake(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    check_buffer(x, 4, "[1 + P, n, C, *spatial]")
+    spatial = x.dim() - 3
+    if not 1 <= spatial <= MAX_SPATIAL:
+        raise ValueError(f"x must have one to three spatial dimensions, got {list(x.shape)}")
+    for name, numbers, least in (
+        ("kernel", kernel, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(numbers) != spatial or min(numbers) < least:
+            raise ValueError(
+                f"{name} must hold {spatial} numbers of at least {least}, got {list(numbers)}"
+            )
+    if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
+        raise ValueError(
+            f"padding must be at most half the kernel {list(kernel)}, got {list(padding)}"
+        )
+    pooled = [
+        _pooled_size(*numbers, ceil_mode)
+        for numbers in zip(x.shape[3:], kernel, stride, padding, dilation, strict=True)
+    ]
+    if min(pooled) < 1:
+        raise ValueError(f"x must hold at least one window, got {list(x.shape[3:])} numbers")
+    shape = [*x.shape[:3], *pooled]
+    if not _is_channels_last(x):
+        return x.new_empty(shape)
+    places = range(3, x.dim())
+    y = x.new_empty([x.shape[0], x.shape[1], *pooled, x.shape[2]])
+    return y.permute(0, 1, x.dim() - 1, *(place - 1 for place in places))
+
+
+def _pooled_size(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> int:
+    """Number of windows along one dimension, by PyTorch's rule: with ceil_mode the last begins
+    inside the input or its left padding."""
+    reach = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (count - 1) * stride >= size + padding:
+        count -= 1
+    return count
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether each slice [n, C, *spatial] lies as [n, *spatial, C], and not as [n, C, *spatial]."""
+    one = x[0]
+    order = (0, *range(2, one.dim()), 1)
+    return not one.is_contiguous() and one.permute(order).is_contiguous()
+
+
+register(
+    "dual_pool(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
+    " bool ceil_mode) -> Tensor",
+    _dual_pool,
+    _dual_pool_fake,
+)

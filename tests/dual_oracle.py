@@ -175,7 +175,7 @@ def map_tensors(function: Callable[..., Any], *structures: Any) -> Any:
         return {key: map_tensors(function, *(each[key] for each in structures)) for key in first}
     if isinstance(first, tuple | list):
         entries = [map_tensors(function, *each) for each in zip(*structures, strict=True)]
-        return type(first)(entries)
+        return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
     return first
 
 

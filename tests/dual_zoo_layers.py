@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from dual_oracle import Function, Network, Oracle
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LINE = (2, 9)
 IMAGE = (2, 5, 7)
@@ -63,6 +64,10 @@ NORMS = {
     "batch_norm_prelu": _entry(lambda: nn.Sequential(nn.BatchNorm1d(2), nn.PReLU(2)), LINE),
     "weight_norm": _entry(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(7, 6)), (5, 7)),
 }
+
+NORMS["spectral_norm"] = _entry(
+    lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(7, 6)), (5, 7)
+)
 
 ACTIVATIONS = {
     **{
@@ -313,6 +318,24 @@ def _with_graph(x: Tensor) -> Tensor:
         return y * x.cos()
 
 
+def _asked(x: Tensor) -> Tensor:
+    """What a forward method may ask a tensor before it does anything."""
+    assert isinstance(x, Tensor)
+    assert torch.is_tensor(x)
+    assert x.ndim == x.dim() == len(x.shape) == 3
+    assert (x.size(), x.stride(1), x.is_contiguous()) == (x.shape, x.shape[2], True)
+    assert x.device.type == "cpu"
+    assert not x.is_cuda
+    assert x.is_floating_point()
+    assert not torch.is_complex(x)
+    assert x.dtype == x.new_empty(0).dtype == torch.empty_like(x).dtype
+    assert len(repr(x)) > len(f"{x.sum().item():.1f}") > 0
+    assert torch.isfinite(x).all()
+    assert bool((x == x).all())
+    assert torch.allclose(x, x)
+    return x * 2
+
+
 ELEMENTWISE = {
     "exponentials": _call(lambda x: x.exp() + x.expm1() + torch.exp2(x) + x.sinh() - x.cosh()),
     "logarithms": _call(lambda x: (x * x + 1).log() + x.abs().log1p() + (x.exp() + 1).log2()),
@@ -339,6 +362,8 @@ ELEMENTWISE = {
     "detached": _call(lambda x: x * x.detach() + x.data.sin()),
     "number_of_tensor": _call(lambda x: x * x.mean().item() + float(x[0, 0, 0])),
     "graph_inside": _call(_with_graph),
+    "asked": _call(_asked),
+    "checkpoint": _call(lambda x: checkpoint(lambda t: t.sin() * t, x, use_reentrant=False)),
     "python_number": _call(lambda x: x * float(x.shape[0]) + x * 0.5 ** x.dim()),
 }
 

@@ -89,7 +89,7 @@ def _dual_activation(
     channel_dim: int,
 ) -> Tensor:
     _check(x, kind, parameters, scale, shift, slope, channel_dim)
-    if not _native.serves(x) or not _native.has("dual_activation", x):
+    if not _native.serves(x):
         return reference_dual.dual_activation(
             x, kind, parameters, scale, shift, slope, channel_dim
         )

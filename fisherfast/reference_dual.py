@@ -1,8 +1,8 @@
 """The dual ops in plain PyTorch: a primal and its P tangents go through one operation together.
 
 A dual buffer x [1 + P, ...] holds the primal x[0] and the tangents x[1:], the derivatives of the
-primal along P directions. Each function returns the buffer of y = f(primal) and of J_f(primal) x[p],
-with J_f the Jacobian. At a kink the derivative is the one that PyTorch's autograd uses. Feed them
+primal along P directions. Each function returns the buffer of y = f(primal) and of J_f(primal) x[p]
+(J_f: the Jacobian). At a kink the derivative is the one that PyTorch's autograd uses. Feed them
 float64 to get the truth a kernel is measured against.
 """
 
@@ -19,6 +19,8 @@ HARD_SIX = 6.0
 HARD_THREE = 3.0
 GELU_CUBIC = 0.044715
 """Coefficient of x^3 in the tanh form of GELU (Hendrycks and Gimpel 2016)."""
+GELU_FLAT = 25.0
+"""Beyond, the tanh of that form is -1 or 1 in float64, and x^3 may overflow."""
 
 Parameters = Sequence[float]
 ValueAndSlope = tuple[Tensor, Tensor]
@@ -93,8 +95,9 @@ def _gelu(z: Tensor) -> ValueAndSlope:
 def _gelu_tanh(z: Tensor) -> ValueAndSlope:
     """The tanh form: 0.5 (1 + tanh(u)) = sigmoid(2 u)."""
     factor = math.sqrt(8 / math.pi)
-    u = factor * (z + GELU_CUBIC * z**3)
-    inner = factor * (1 + 3 * GELU_CUBIC * z.square())
+    bounded = z.clamp(-GELU_FLAT, GELU_FLAT)
+    u = factor * (bounded + GELU_CUBIC * bounded**3)
+    inner = factor * (1 + 3 * GELU_CUBIC * bounded.square())
     s = torch.sigmoid(u)
     return z * s, s + z * s * torch.sigmoid(-u) * inner
 
@@ -209,7 +212,8 @@ def dual_pool(
 ) -> Tensor:
     """Max pooling: the largest primal of each window, and the tangents at its place.
 
-        i(o) = argmax of x[0] over window o (the first of equals; NaN is largest),  y[:, o] = x[:, i(o)]
+        i(o) = argmax of x[0] over window o (the first of equals; NaN is largest)
+        y[:, o] = x[:, i(o)]
 
     See `fisherfast.ops.dual_pool` for arguments.
     """

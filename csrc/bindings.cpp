@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/threads.h"
+#include "ops/dual_activation.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/lift.h"
@@ -139,6 +140,29 @@ LiftMomentsArgs<T> lift_moments_args(Address z, index_t row_stride, Address weig
           static_cast<T>(slope)};
 }
 
+template <typename T>
+DualActivationArgs<T> dual_activation_args(Address x, Address y, Address scale, Address shift,
+                                           Address slope, index_t slice_stride,
+                                           index_t output_stride, index_t tangents, index_t outer,
+                                           index_t channels, index_t inner, int kind, double a,
+                                           double b, double c) {
+  return {pointer<const T>(x),
+          pointer<T>(y),
+          pointer<const T>(scale),
+          pointer<const T>(shift),
+          pointer<const T>(slope),
+          slice_stride,
+          output_stride,
+          tangents,
+          outer,
+          channels,
+          inner,
+          static_cast<Activation>(kind),
+          static_cast<T>(a),
+          static_cast<T>(b),
+          static_cast<T>(c)};
+}
+
 // Binds launch(make_args(numbers...), threads) as name(numbers..., threads).
 template <typename Args, typename... Numbers>
 void bind_cpu(py::module_& module, const std::string& name, Args (*make_args)(Numbers...),
@@ -158,6 +182,7 @@ void bind_cpu_ops(py::module_& module, const std::string& dtype) {
   bind_cpu(module, "spatial_moments_cpu_" + dtype, spatial_moments_args<T>, spatial_moments_cpu<T>);
   bind_cpu(module, "lift_cpu_" + dtype, lift_args<T>, lift_cpu<T>);
   bind_cpu(module, "lift_moments_cpu_" + dtype, lift_moments_args<T>, lift_moments_cpu<T>);
+  bind_cpu(module, "dual_activation_cpu_" + dtype, dual_activation_args<T>, dual_activation_cpu<T>);
 }
 
 #ifdef FISHERFAST_WITH_CUDA

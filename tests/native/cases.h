@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/dual_activation.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/lift.h"
@@ -211,9 +212,40 @@ Case lift_moments_case(const std::string& name, index_t rows, index_t d, index_t
           }};
 }
 
+template <typename T>
+Case activation_case(const std::string& name, Activation kind, index_t outer, index_t C,
+                     index_t inner) {
+  constexpr index_t kTangents = 3;
+  const index_t size = outer * C * inner;
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>((1 + kTangents) * size));
+  const auto scale = std::make_shared<std::vector<T>>(numbers<T>(C));
+  return {name, [=](int threads) {
+            Results out;
+            const bool by_channel = kind == Activation::kPrelu;
+            const DualActivationArgs<T> args{x->data(),
+                                             out.array<T>((1 + kTangents) * size),
+                                             scale->data(),
+                                             scale->data(),
+                                             by_channel ? scale->data() : nullptr,
+                                             size,
+                                             size,
+                                             kTangents,
+                                             outer,
+                                             C,
+                                             inner,
+                                             kind,
+                                             1,
+                                             1,
+                                             1};
+            dual_activation_cpu(args, threads);
+            return out;
+          }};
+}
+
 // Every op, each way that its source file distinguishes. A thread is started for about 1e6
 // multiply-adds in fisher_solve and spatial_moments, 1e5 numbers in the backward pass, 1024 rows in
-// lift and in moments of few columns, 4e6 multiply-adds in the others: each case has 8 times that.
+// lift and in moments of few columns, 32 KiB of a slice in dual_activation, 4e6 multiply-adds in
+// the others: each case has 8 times that.
 template <typename T>
 std::vector<Case> cases() {
   return {solve_case<T>("fisher_solve, lanes", 2400, 24, 3, false),
@@ -228,7 +260,10 @@ std::vector<Case> cases() {
           spatial_case<T>("spatial_moments, channels last", 70, 17, 30, 33, true),
           lift_case<T>(9000, 20, 4),
           lift_moments_case<T>("lift_moments", 3500, 10, 120, 4, 2, 0),
-          lift_moments_case<T>("lift_moments, new columns", 3500, 40, 100, 16, 1, 37)};
+          lift_moments_case<T>("lift_moments, new columns", 3500, 40, 100, 16, 1, 37),
+          activation_case<T>("dual_activation", Activation::kGelu, 40, 7, 501),
+          activation_case<T>("dual_activation, channels last", Activation::kPrelu, 5010, 28, 1),
+          activation_case<T>("dual_activation, past the caches", Activation::kRelu, 75, 5, 3003)};
 }
 
 }  // namespace fisherfast

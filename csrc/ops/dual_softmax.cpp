@@ -1,6 +1,8 @@
 // CPU: splits the rows over the threads; no two threads write the same number.
 #include "ops/dual_softmax.h"
 
+#include <algorithm>
+
 #include "core/parallel.h"
 
 namespace fisherfast {
@@ -13,11 +15,13 @@ constexpr index_t kGrainNumbers = 65'536;
 
 template <typename T>
 void dual_softmax_cpu(const DualSoftmaxArgs<T>& args, int threads) {
-  if (args.width == 0) return;
+  if (args.width == 0 || args.inner == 0) return;
   const SimdLevel level = simd_level();
-  const index_t grain = ceil_div(kGrainNumbers, (1 + args.tangents) * args.width);
-  parallel_for(args.outer * args.inner, grain, threads, [&](index_t begin, index_t end) {
-    FF_CALL_SIMD(level, dual_softmax_rows<T>, args, begin, end);
+  const index_t rows = std::min(args.inner, simd_lanes<T>(level));  // of a group
+  const index_t grain = ceil_div(kGrainNumbers, (1 + args.tangents) * args.width * rows);
+  const index_t groups = args.outer * ceil_div(args.inner, rows);
+  parallel_for(groups, grain, threads, [&](index_t begin, index_t end) {
+    FF_CALL_SIMD(level, dual_softmax_groups<T>, args, begin, end);
   });
 }
 

@@ -202,28 +202,26 @@ FF_INLINE void write_rows(const DualSoftmaxArgs<T>& args, const Rows& rows, inde
 }  // namespace
 
 template <typename T>
-void dual_softmax_rows(const DualSoftmaxArgs<T>& args, index_t begin, index_t end) {
+void dual_softmax_groups(const DualSoftmaxArgs<T>& args, index_t begin, index_t end) {
   constexpr int W = kLanes<T>;
   if (args.inner == 1) {
     const ContiguousRow<T> row{args.width};
     for (index_t i = begin; i < end; ++i) write_rows(args, row, i * args.width);
     return;
   }
-  for (index_t i = begin; i < end;) {
-    const index_t column = i % args.inner;
-    const index_t first = i / args.inner * args.width * args.inner + column;
-    const index_t left = end - i < args.inner - column ? end - i : args.inner - column;
+  const index_t groups = (args.inner + W - 1) / W;
+  for (index_t group = begin; group < end; ++group) {
+    const index_t column = group % groups * W, left = args.inner - column;
+    const index_t first = group / groups * args.width * args.inner + column;
     if (left >= W) {
       write_rows(args, RowLanes<T, WholeVector<T>>{args.width, args.inner, {}}, first);
-      i += W;
     } else {
       write_rows(args, RowLanes<T, PartVector<T>>{args.width, args.inner, {left}}, first);
-      i += left;
     }
   }
 }
 
-template void dual_softmax_rows(const DualSoftmaxArgs<float>&, index_t, index_t);
-template void dual_softmax_rows(const DualSoftmaxArgs<double>&, index_t, index_t);
+template void dual_softmax_groups(const DualSoftmaxArgs<float>&, index_t, index_t);
+template void dual_softmax_groups(const DualSoftmaxArgs<double>&, index_t, index_t);
 
 }  // namespace fisherfast::FF_SIMD_NAMESPACE

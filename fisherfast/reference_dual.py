@@ -218,8 +218,10 @@ def dual_pool(
     See `fisherfast.ops.dual_pool` for arguments.
     """
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1]
+    # Contiguous: channels last, PyTorch 2.13 names the place of another window where all is -inf.
+    primal = x[0].contiguous()
     value, index = pool(
-        x[0], list(kernel), list(stride), list(padding), list(dilation), ceil_mode, True
+        primal, list(kernel), list(stride), list(padding), list(dilation), ceil_mode, True
     )
     flat = x.flatten(3)
     places = index.flatten(2).expand(len(x), -1, -1, -1)

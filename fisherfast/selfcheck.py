@@ -187,11 +187,38 @@ def _dual_activation_error(device: torch.device, dtype: torch.dtype) -> float:
     return _largest_error(got, truth)
 
 
+def _dual_norm_error(device: torch.device, dtype: torch.dtype) -> float:
+    x = 3 + _normal(device, dtype, 6, 70, 45)
+    weight, bias = _normal(device, dtype, 30), _normal(device, dtype, 30)
+    eps, groups, inner = 2.0**-10, 2, 3  # eps is the same number in float32 and float64
+    got = ops.dual_norm(x, weight, bias, eps=eps, groups=groups, inner=inner)
+    inputs = (x.double(), weight.double(), bias.double())
+    return _largest_error([got], [reference_dual.dual_norm(*inputs, eps, groups, inner)])
+
+
+def _dual_softmax_error(device: torch.device, dtype: torch.dtype) -> float:
+    x = _normal(device, dtype, 6, 37, 45)
+    cases = [(dim, log) for dim in (1, 2) for log in (False, True)]
+    got = [ops.dual_softmax(x, dim, log=log) for dim, log in cases]
+    return _largest_error(got, [reference_dual.dual_softmax(x.double(), *case) for case in cases])
+
+
+def _dual_pool_error(device: torch.device, dtype: torch.dtype) -> float:
+    x = _normal(device, dtype, 6, 3, 9, 15, 37)
+    window = ([3, 2], [2, 2], [1, 0], [1, 1])
+    layouts = (x, x.movedim(2, -1).contiguous().movedim(-1, 2))
+    truth = reference_dual.dual_pool(x.double(), *window)
+    return _largest_error([ops.dual_pool(one, *window) for one in layouts], [truth, truth])
+
+
 _COMPARISONS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
     "fisher_solve": _fisher_solve_error,
     "moments": _moments_error,
     "lift": _lift_error,
     "dual_activation": _dual_activation_error,
+    "dual_norm": _dual_norm_error,
+    "dual_softmax": _dual_softmax_error,
+    "dual_pool": _dual_pool_error,
 }
 
 

@@ -267,7 +267,7 @@ PRODUCTS = {
         lambda x: torch.einsum("nij,kj->nk", x, torch.linspace(0, 1, 14).to(x).view(2, 7))
     ),
     "outer": _call(lambda x: x[:, :, None, 0] * x[:, None, 1] + torch.outer(x[0, 0], x[0, 1])[:5]),
-    "dot": _call(lambda x: x[:, 0] * torch.dot(x[0, 0], x[1, 1])),
+    "dot": _call(lambda x: x[:, 0] * torch.dot(x[0, 0], x[-1, 1])),
     "addcmul": _call(lambda x: torch.addcmul(x, x.sin(), x.cos(), value=0.3)),
     "addcdiv": _call(lambda x: torch.addcdiv(x, x.sin(), x.cosh(), value=0.3)),
     "lerp": _call(lambda x: torch.lerp(x, x.exp(), 0.3) + torch.lerp(x, x.sin(), x.sigmoid())),
@@ -396,7 +396,7 @@ def _in_place(x: Tensor) -> Tensor:
     y = x * 1.0
     y.add_(x, alpha=2).mul_(x).sub_(1).div_(3.0).neg_().clamp_(-2, 2)
     y.addcmul_(x, x, value=0.1).tanh_().exp_().sigmoid_().pow_(2)
-    return y.masked_fill_(y < 0.3, 0.1).copy_(y * 2).squeeze_().transpose_(1, 2)
+    return y.masked_fill_(y < 0.3, 0.1).copy_(y * 2).unsqueeze_(0).squeeze_(0).transpose_(1, 2)
 
 
 def _aliased(x: Tensor) -> Tensor:
@@ -418,12 +418,6 @@ def _accumulated(x: Tensor) -> Tensor:
     return total
 
 
-def _into(x: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    torch.mul(x, 2, out=out)
-    return out
-
-
 WRITES = {
     "overwritten": _call(_overwritten),
     "filled": _call(_filled),
@@ -431,8 +425,9 @@ WRITES = {
     "in_place": _call(_in_place),
     "aliased": _call(_aliased),
     "accumulated": _call(_accumulated),
-    "out": _call(_into, oracle="differences"),
-    "index_put": _call(lambda x: x.index_put((torch.tensor([1, 0]),), x[:2].sin())),
+    "index_put": _call(
+        lambda x: x.index_put((torch.tensor([0]), torch.tensor([2])), x[0, 1].sin())
+    ),
 }
 
 LAYERS: dict[str, Network] = {

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import dual_oracle
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from dual_oracle import Function, Network, distance, map_tensors
 from dual_zoo import NETWORKS, ResNet18
@@ -37,7 +38,15 @@ SINGLE = 1e-4
 HALF = {torch.bfloat16: 0.05, torch.float16: 0.006}
 """Against the truth: forward mode in the same dtype is off by 0.013 and 0.0016."""
 
-BOUND = {"forward": EXACT, "differences": DIFFERENCES}
+ROUNDED = 1e-7
+"""PyTorch's own derivatives of hardsigmoid and CELU hold a constant in float32, also in float64."""
+
+
+def bound_of(name: str) -> float:
+    """How far from its oracle an entry may be in float64."""
+    if ALL[name].oracle == "differences":
+        return DIFFERENCES
+    return ROUNDED if name in ("mobilenet", "hardsigmoid", "celu") else EXACT
 
 
 def names_of(model: nn.Module, x: Tensor) -> list[str]:
@@ -90,7 +99,7 @@ def test_every_layer_has_the_exact_derivative(name):
     model = network.make()
     x, dx = network.inputs()
     truth, output, tangents = dual_oracle.oracle(network, x, dx)
-    bound = BOUND[network.oracle]
+    bound = bound_of(name)
 
     seen = ff.propagate(model, x, dx)
     assert_layers(seen, truth, bound)
@@ -134,9 +143,9 @@ def test_one_direction_and_one_sample(name, parameters, samples):
     network = NETWORKS[name]
     x, dx = network.inputs(parameters, samples)
     truth, output, tangents = dual_oracle.oracle(network, x, dx)
-    assert_layers(ff.propagate(network.make(), x, dx), truth, EXACT)
+    assert_layers(ff.propagate(network.make(), x, dx), truth, bound_of(name))
     y, dy = ff.jvp(network.make(), x, dx)
-    assert_outputs(y, floating(dy), output, [floating(each) for each in tangents], EXACT)
+    assert_outputs(y, floating(dy), output, [floating(each) for each in tangents], bound_of(name))
 
 
 def test_width_is_no_limit():
@@ -149,6 +158,20 @@ def test_width_is_no_limit():
     assert_layers(seen, truth, SINGLE)
 
 
+@pytest.mark.parametrize(
+    ("function", "slope"),
+    [
+        (F.hardsigmoid, lambda x: (x.abs() < 3) / 6),
+        (lambda x: F.celu(x, 1.3), lambda x: (x / 1.3).clamp(max=0).exp()),
+    ],
+)
+def test_slopes_that_forward_mode_rounds(function, slope):
+    """Catches slopes that are right to float32 only; here the closed form is the oracle."""
+    x, dx = Network(nn.Identity, (5, 7)).inputs()
+    _, dy = ff.jvp(Function(function), 3 * x, dx)
+    assert distance(dy, slope(3 * x) * dx) <= 1e-14
+
+
 @pytest.mark.parametrize("name", ["resnet18", "unet", "mobilenet"])
 def test_channels_last(name):
     """Catches kernels that take the memory format of the input for the contiguous one."""
@@ -158,7 +181,7 @@ def test_channels_last(name):
     model = network.make().to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last)
     dx = dx.flatten(0, 1).to(memory_format=torch.channels_last).view(dx.shape)
-    assert_layers(ff.propagate(model, x, dx), truth, EXACT)
+    assert_layers(ff.propagate(model, x, dx), truth, bound_of(name))
 
 
 def test_directions_that_are_views():
@@ -258,9 +281,9 @@ class Mixed(nn.Module):
 def test_coverage_reports_and_does_not_raise():
     """Catches a report that fails where it is needed, or that names no layer."""
     model = seeded(Mixed)
-    x = torch.rand(3, 5)
+    x, dx = torch.rand(3, 5), torch.rand(2, 3, 5)
     with untouched(model):
-        coverage = ff.dual.coverage(model, x, torch.rand(2, 3, 5))
+        coverage = ff.dual.coverage(model, x, dx)
     assert any("polygamma" in operation for operation in coverage.fallbacks)
     assert any("zeta" in operation for operation in coverage.failures)
     assert 0 < coverage.share < 1
@@ -280,16 +303,17 @@ def test_coverage_reports_and_does_not_raise():
 
 def test_fused_attention_that_forward_mode_refuses():
     """PyTorch has no forward derivative of its fused attention: there it raises, ours does not."""
-    network = ATTENTION["attention"]
+    network = Network(
+        lambda: Function(lambda x: F.scaled_dot_product_attention(x, 2 * x, x)), (2, 6, 4)
+    )
     x, dx = network.inputs()
     truth, _, _ = dual_oracle.oracle(network, x, dx)
     model = network.make()
-    level = torch.autograd.forward_ad.dual_level()
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad(), level:
-        dual = torch.autograd.forward_ad.make_dual(x, dx[0])
-        with pytest.raises(NotImplementedError, match=r"forward AD.*flash_attention"):
-            F.scaled_dot_product_attention(dual, dual, dual)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, dx[0])
+            with pytest.raises(NotImplementedError, match=r"forward AD.*flash_attention"):
+                model(dual)
         assert_layers(ff.propagate(model, x, dx), truth, EXACT)
 
 

@@ -396,7 +396,7 @@ def _in_place(x: Tensor) -> Tensor:
     y = x * 1.0
     y.add_(x, alpha=2).mul_(x).sub_(1).div_(3.0).neg_().clamp_(-2, 2)
     y.addcmul_(x, x, value=0.1).tanh_().exp_().sigmoid_().pow_(2)
-    return y.masked_fill_(y < 0.3, 0.1).copy_(y * 2).unsqueeze_(0).squeeze_(0).transpose_(1, 2)
+    return y.masked_fill_(y < 0.3, 0.1).copy_(y * 2)
 
 
 def _aliased(x: Tensor) -> Tensor:
@@ -423,6 +423,8 @@ WRITES = {
     "filled": _call(_filled),
     "scattered": _call(_scattered),
     "in_place": _call(_in_place),
+    "transposed_in_place": _call(lambda x: x.sin().transpose_(1, 2) * 2),
+    "squeezed_in_place": _call(lambda x: x.sin().unsqueeze_(1).squeeze_(1) * 2),
     "aliased": _call(_aliased),
     "accumulated": _call(_accumulated),
     "index_put": _call(

@@ -432,6 +432,34 @@ WRITES = {
     ),
 }
 
+FALLBACKS = {
+    "inverse": _call(lambda x: torch.linalg.inv(x @ x.mT + torch.eye(5).to(x))),
+    "solve": _call(lambda x: torch.linalg.solve(x @ x.mT + torch.eye(5).to(x), x)),
+    "cholesky": _call(lambda x: torch.linalg.cholesky(x @ x.mT + torch.eye(5).to(x))),
+    "determinant": _call(lambda x: torch.linalg.slogdet(x @ x.mT + torch.eye(5).to(x))),
+    "eigenvalues": _call(lambda x: torch.linalg.eigvalsh(x @ x.mT)),
+    "complex": _call(lambda x: (torch.complex(x, x.sin()) @ torch.complex(x.mT, x.mT)).abs()),
+    "spectrogram": _call(
+        lambda x: torch.stft(
+            x.flatten(1), 8, 4, window=torch.hann_window(8).to(x), return_complex=True
+        ).abs()
+    ),
+    "quantile": _call(lambda x: x.quantile(0.3, dim=1)),
+    "covariance": _call(lambda x: x * torch.corrcoef(x[0]).sum()),
+    "special": _call(lambda x: torch.special.i0(x) + torch.special.erfcx(x) + x.abs().digamma()),
+    "spread": _call(
+        lambda x: x.scatter_reduce(1, torch.zeros(len(x), 5, 7).long(), x.sin(), "mean")
+    ),
+    "margin": _call(lambda x: F.soft_margin_loss(x, torch.ones_like(x), reduction="none")),
+    "cross_entropy": _call(
+        lambda x: F.cross_entropy(x, torch.zeros(len(x), 7).long(), reduction="none")
+    ),
+    "bags": _call(lambda x: F.embedding_bag(x.argmax(-1), torch.ones(7, 2).to(x)) + x[:, 0, :2]),
+    "mapped": _call(lambda x: torch.vmap(lambda row: row.sin() * row.sum())(x)),
+    "slope_inside": _call(lambda x: torch.func.grad(lambda t: (t**3).sum())(x)),
+}
+"""Operations that are rare enough to leave them to PyTorch's forward mode."""
+
 LAYERS: dict[str, Network] = {
     **NORMS,
     **ACTIVATIONS,
@@ -442,4 +470,5 @@ LAYERS: dict[str, Network] = {
     **REDUCTIONS,
     **ELEMENTWISE,
     **WRITES,
+    **FALLBACKS,
 }

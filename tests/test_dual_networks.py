@@ -19,6 +19,7 @@ from dual_zoo_layers import LAYERS
 from dual_zoo_sequences import ATTENTION
 from networks_zoo import seeded, untouched
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fisherfast as ff
@@ -182,6 +183,45 @@ def test_channels_last(name):
     x = x.to(memory_format=torch.channels_last)
     dx = dx.flatten(0, 1).to(memory_format=torch.channels_last).view(dx.shape)
     assert_layers(ff.propagate(model, x, dx), truth, bound_of(name))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.fx.symbolic_trace,
+        nn.DataParallel,
+        lambda model: Function(lambda x: functional_call(model, dict(model.named_parameters()), x)),
+    ],
+    ids=["fx", "parallel", "functional_call"],
+)
+def test_model_inside_of_something(wrap):
+    """Catches derivatives that depend on how the layers are called."""
+    network = NETWORKS["lenet"]
+    x, dx = network.inputs()
+    _, output, tangents = dual_oracle.oracle(network, x, dx)
+    assert_outputs(*ff.jvp(wrap(network.make()), x, dx), output, tangents, EXACT)
+
+
+def test_autocast_of_the_user():
+    """Catches a lower precision that is asked for and lost, or that breaks the derivative."""
+    network = NETWORKS["lenet"]
+    x, dx = network.inputs()
+    _, output, tangents = dual_oracle.oracle(network, x, dx)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, dy = ff.jvp(network.make(torch.float32), x.float(), dx.float())
+    assert y.dtype == dy.dtype == torch.bfloat16
+    assert_outputs(y, dy, output, tangents, HALF[torch.bfloat16])
+
+
+@pytest.mark.parametrize(("parameters", "samples"), [(0, 3), (2, 0)])
+def test_nothing_to_do(parameters, samples):
+    """Catches reductions over nothing: no direction, or no sample."""
+    model = NETWORKS["lenet"].make()
+    x = torch.zeros(samples, 1, 16, 16, dtype=torch.float64)
+    y, dy = ff.jvp(model, x, x.new_zeros(parameters, *x.shape))
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(x))
+    assert dy.shape == (parameters, samples, 5)
 
 
 def test_directions_that_are_views():

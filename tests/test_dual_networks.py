@@ -6,7 +6,7 @@ Every entry of the zoo is run. Deviations are relative to the largest entry of t
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import dual_oracle
 import pytest
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from dual_oracle import Function, Network, distance, map_tensors
 from dual_zoo import NETWORKS, ResNet18
 from dual_zoo_layers import LAYERS
+from dual_zoo_operations import OPERATIONS
 from dual_zoo_sequences import ATTENTION
-from networks_zoo import seeded, untouched
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fisherfast as ff
 from fisherfast import taps
 
-ALL: dict[str, Network] = {**NETWORKS, **ATTENTION, **LAYERS}
+ALL: dict[str, Network] = {**NETWORKS, **ATTENTION, **LAYERS, **OPERATIONS}
 
 EXACT = 1e-8
 """Against forward mode in float64: the same derivative, another order of sums."""
@@ -275,73 +275,6 @@ def test_layers_hold_what_they_were_before_the_next_one_wrote_over_them():
     assert (seen["0"][0] < 0).any()
 
 
-# --- how much by rule ---
-
-
-@pytest.fixture(scope="module")
-def coverages() -> dict[str, Any]:
-    """Of all networks, with random directions."""
-    return {
-        name: ff.dual.coverage(network.make(), network.inputs()[0])
-        for name, network in NETWORKS.items()
-    }
-
-
-def test_at_least_95_percent_of_the_operations_run_by_rule(coverages):
-    """Catches operations that slip from the rules to the fallback; the share is in the output."""
-    by_rule = sum(sum(each.rules.values()) for each in coverages.values())
-    by_fallback = sum(sum(each.fallbacks.values()) for each in coverages.values())
-    share = by_rule / (by_rule + by_fallback)
-    print(f"{share:.4f} of {by_rule + by_fallback} operations by rule")
-    print({name: dict(each.fallbacks) for name, each in coverages.items() if each.fallbacks})
-    assert not {name: each.failures for name, each in coverages.items() if each.failures}
-    assert share >= 0.95
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_share_is_that_of_the_counts(coverages, name):
-    """Catches counts and share that tell different stories, and an empty count."""
-    coverage = coverages[name]
-    counts = [
-        sum(each.values()) for each in (coverage.rules, coverage.fallbacks, coverage.failures)
-    ]
-    assert counts[0] > 0
-    assert coverage.share == pytest.approx(counts[0] / sum(counts), abs=1e-12)
-
-
-class Mixed(nn.Module):
-    """A layer by rule, one by the fallback, one that has no derivative."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(5, 5)
-        self.curious = Function(lambda x: torch.polygamma(1, x.abs() + 1))
-        self.impossible = Function(lambda x: torch.special.zeta(x.abs() + 2, x.abs() + 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.impossible(self.curious(self.linear(x))) * 2
-
-
-def test_coverage_reports_and_does_not_raise():
-    """Catches a report that fails where it is needed, or that names no layer."""
-    model = seeded(Mixed)
-    x, dx = torch.rand(3, 5), torch.rand(2, 3, 5)
-    with untouched(model):
-        coverage = ff.dual.coverage(model, x, dx)
-    assert any("polygamma" in operation for operation in coverage.fallbacks)
-    assert any("zeta" in operation for operation in coverage.failures)
-    assert 0 < coverage.share < 1
-    lines = str(coverage).splitlines()
-    for operation, way, layer in (
-        ("polygamma", "fallback", "curious"),
-        ("zeta", "failed", "impossible"),
-        ("linear", "rule", "linear"),
-    ):
-        line = next(line for line in lines if operation in line)
-        assert way in line
-        assert layer in line
-
-
 # --- attention ---
 
 
@@ -393,63 +326,3 @@ def test_large_logits():
     x, dx = network.inputs()
     truth, _, _ = dual_oracle.oracle(network, x, dx)
     assert_layers(ff.propagate(network.make(), x, dx), truth, EXACT)
-
-
-# --- the dual tensor ---
-
-
-def test_dual_tensor_is_the_stack_of_its_parts():
-    """Catches parts in another order, and a shape that shows the stack to the model."""
-    x, dx = torch.randn(2, 5), torch.randn(3, 2, 5)
-    dual = ff.dual.DualTensor.pack(x, dx)
-    assert torch.equal(dual.primal, x)
-    assert torch.equal(dual.tangents, dx)
-    assert torch.equal(dual.stack, torch.cat([x[None], dx]))
-    assert (dual.shape, dual.dtype, dual.ndim, len(dual)) == (x.shape, x.dtype, 2, 2)
-    assert (dual.numel(), dual.size(-1), dual.requires_grad) == (10, 5, False)
-
-
-class Pair(NamedTuple):
-    """A named tuple of outputs."""
-
-    mean: Tensor
-    scale: Tensor
-
-
-def test_structures_of_outputs_stay():
-    """Catches lists, tuples, dicts and named tuples that come back as something else."""
-    x, dx = torch.randn(2, 5), torch.randn(3, 2, 5)
-    for structure in (
-        lambda x: (x + 1, [x * 2, (x.exp(),)]),
-        lambda x: {"a": {"b": x + 1}, "c": [x]},
-        lambda x: Pair(x + 1, x.exp()),
-        lambda x: [Pair(x, x[:, 0])],
-    ):
-        y, dy = ff.jvp(Function(structure), x, dx)
-        expected = structure(x)
-        map_tensors(lambda seen, truth: _same(seen, truth, 1e-6), y, expected)
-        map_tensors(lambda seen, truth: _shaped(seen, (3, *truth.shape)), dy, expected)
-        assert type(y) is type(dy) is type(expected)
-
-
-def _shaped(seen: Tensor, shape: tuple[int, ...]) -> None:
-    assert seen.shape == shape
-
-
-def test_dual_tensor_through_operators():
-    """Catches operators that leave the dual world, or enter it from a constant wrongly."""
-    x, dx = torch.randn(2, 5).double(), torch.randn(3, 2, 5).double()
-    dual = ff.dual.DualTensor.pack(x, dx)
-    y = 2 - torch.ones(5).double() * dual.exp() / 3
-    assert isinstance(y, ff.dual.DualTensor)
-    assert distance(y.primal, 2 - x.exp() / 3) <= EXACT
-    assert distance(y.tangents, -dx * x.exp() / 3) <= EXACT
-
-
-def test_comparisons_and_indices_are_plain():
-    """Catches duals of booleans and integers, which have no derivative."""
-    dual = ff.dual.DualTensor.pack(torch.randn(2, 5), torch.randn(3, 2, 5))
-    for plain in (dual > 0, dual.argmax(-1), dual.sort(1).indices, dual.isnan(), dual.long()):
-        assert type(plain) is torch.Tensor
-        assert not plain.is_floating_point()
-    assert dual.max(1).indices.shape == (2,)

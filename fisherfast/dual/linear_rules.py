@@ -289,8 +289,8 @@ def _to(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
         )
     if primal.dtype == x.dtype and primal.data_ptr() == x.primal.data_ptr():
         return x
-    stack = x.stack
-    return DualTensor(stack.clone() if stack.dtype == primal.dtype else stack.to(primal.dtype))
+    stack = x.stack.to(primal.dtype, copy=True)
+    return DualTensor(stack, Memory(constant=x.memory.constant))
 
 
 @rule(*overloads("detach", "alias", "detach_copy"))
@@ -504,6 +504,9 @@ SLICE_WISE = overloads(
     "view_as_complex",
     "fft_fftshift",
     "fft_ifftshift",
+    "grid_sampler",
+    "grid_sampler_2d",
+    "grid_sampler_3d",
     "flipud",
     "fliplr",
     "cumulative_trapezoid",
@@ -664,6 +667,9 @@ WITHOUT_DERIVATIVE = [
     "histc",
     "bincount",
     "multinomial",
+    "heaviside",
+    "floor_divide",
+    "floor_divide.Scalar",
 ]
 for comparison in ("eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "not_equal"):
     WITHOUT_DERIVATIVE += [f"{comparison}.Tensor", f"{comparison}.Scalar"]

@@ -6,8 +6,9 @@ from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error
 
 from fisherfast import _native, ops, reference_dual
 
-# Largest error of a slice relative to its largest number. Measured: 4e-7 and 8e-16.
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 3e-15}
+# Largest error of a slice relative to its largest number. Measured: 2.3e-7, and
+# 2.6e-15, part of it the reference's own.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 8e-15}
 
 WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 197, 1024, 4099]
 TANGENTS = [0, 1, 2, 3, 4, 5, 9, 16]

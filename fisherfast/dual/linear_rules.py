@@ -68,12 +68,12 @@ def view_of(dual: DualTensor, stack: Tensor) -> DualTensor:
 def _view(func: Operator, x: DualTensor, size: Sequence[int], *_: Any) -> DualTensor:
     size = _resolved(size, x.numel())
     try:
-        stack = x.stack.view(len(x.stack), *size)
+        return view_of(x, x.stack.view(len(x.stack), *size))
     except RuntimeError:
-        stack = x.stack.reshape(len(x.stack), *size)
-        if func is aten.view.default:
-            raise
-    return view_of(x, stack)
+        if func is not aten.view.default:
+            return view_of(x, x.stack.reshape(len(x.stack), *size))
+    x.settle(x.stack.contiguous())  # a convolution may have laid it out as channels-last
+    return view_of(x, x.stack.view(len(x.stack), *size))
 
 
 def _resolved(size: Sequence[int], numel: int) -> list[int]:

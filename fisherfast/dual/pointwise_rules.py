@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.dual.dispatch import Operator, aten, overload, overloads, overwrite, rule
-from fisherfast.dual.linear_rules import aligned
+from fisherfast.dual.stacks import aligned
 from fisherfast.dual.tensor import Affine, DualTensor, apply_activation
 
 SELU_ALPHA = 1.6732632423543772848170429916717

@@ -9,14 +9,21 @@ y_i^T are the linear Fisher information of the first k features, for every k at 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
 from fisherfast import ops
 from fisherfast.moments import FoldStatistics
 
-__all__ = ["FisherCurve", "choose_features", "cross_fitted_bound", "fisher_curve"]
+__all__ = [
+    "FisherCurve",
+    "average_curves",
+    "choose_features",
+    "cross_fitted_bound",
+    "fisher_curve",
+]
 
 RIDGE = 1e-4
 """Relative to the variance of each feature: as if noise of 1 % of its spread were added to it."""
@@ -243,6 +250,41 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     chosen = int(grid[enough][0]) + 1
     lifted = len(curve) - first
     return chosen, lifted > 0 and chosen - first <= PLATEAU * lifted
+
+
+def average_curves(first: FisherCurve, second: FisherCurve) -> FisherCurve:
+    r"""The mean of two independent curves of the same parameters.
+
+    A curve that ends before the other stays at its last value: its features are used up. The folds
+    of both make one jackknife, whose deviations are scaled so that the variance of the mean,
+    (V_1 + V_2) / 4, follows from all F_1 + F_2 of them.
+    """
+    size = max(len(first), len(second))
+    folds = first.left_out.shape[1] + second.left_out.shape[1]
+    curves = [_extended(curve, size) for curve in (first, second)]
+    J = (curves[0].J + curves[1].J) / 2
+    deviations = []
+    for curve in curves:
+        own = curve.left_out.shape[1]
+        weight = math.sqrt(folds * (own - 1) / (4 * own * (folds - 1)))
+        deviations.append(weight * (curve.left_out - curve.left_out.mean(1, keepdim=True)))
+    return FisherCurve(
+        J=J,
+        stderr=(curves[0].stderr.square() + curves[1].stderr.square()).sqrt() / 2,
+        naive=(curves[0].naive + curves[1].naive) / 2,
+        effective_dim=(curves[0].effective_dim + curves[1].effective_dim) / 2,
+        shrink=(curves[0].shrink + curves[1].shrink) / 2,
+        left_out=torch.diagonal(J, dim1=1, dim2=2)[:, None] + torch.cat(deviations, 1),
+        dof=2 / math.hypot(1 / first.dof, 1 / second.dof),  # the gains' variance is 2 M^2 dk / nu^2
+        condition=max(first.condition, second.condition),
+    )
+
+
+def _extended(curve: FisherCurve, size: int) -> FisherCurve:
+    """The same curve up to more features, which add nothing."""
+    index = torch.arange(size, device=curve.J.device).clamp_max(len(curve) - 1)
+    names = ("J", "stderr", "naive", "effective_dim", "shrink", "left_out")
+    return replace(curve, **{name: getattr(curve, name)[index] for name in names})
 
 
 def _running_products(half: torch.Tensor) -> torch.Tensor:

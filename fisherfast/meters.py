@@ -16,7 +16,7 @@ from fisherfast.estimators import (
     cross_fitted_bound,
     fisher_curve,
 )
-from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments
+from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments, Standardisation
 from fisherfast.information_map import has_map
 from fisherfast.maps import MapMoments
 from fisherfast.moments import FoldMoments, FoldStatistics
@@ -45,11 +45,16 @@ class LayerMeter:
         self._pending: list[torch.Tensor] = []
         self._dtype = torch.float32
 
+    @property
+    def seen(self) -> list[int]:
+        """Samples of each condition in this pass."""
+        return self.moments.seen
+
     def observe_pilot(self, activations: torch.Tensor) -> None:
         """Add [n, ...] to the pilot statistics."""
         if activations.dtype == torch.float64:
             self._dtype = torch.float64
-        self.pilot.update(_rows(activations))
+        self.pilot.update(rows_of(activations))
 
     def prepare(self, data: FiniteDifference, settings: dict[str, Any]) -> None:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
@@ -60,19 +65,20 @@ class LayerMeter:
         size = self.dictionary.size
         if settings["grow"]:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
-        streams = {"folds": settings["folds"], "paired": data.paired}
         self.moments = FoldMoments(
-            size, data.conditions, device=standardisation.mean.device, **streams
+            size,
+            data.conditions,
+            folds=settings["folds"],
+            paired=data.paired,
+            device=standardisation.mean.device,
         )
-        if settings["maps"] and has_map(self.site.shape):
-            pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
-            self.map = MapMoments(pilot, data.conditions, **streams)
+        self._prepare_map(standardisation, data, settings)
 
     def observe(self, condition: int, activations: torch.Tensor) -> torch.Tensor:
         """Add activations [n, ...] of a condition. Returns whether all of that condition were
         finite so far, as a 0-d tensor."""
         moments = self.moments
-        raw = self.dictionary.raw_features(_rows(activations))
+        raw = self.dictionary.raw_features(rows_of(activations))
         moments.update(condition, raw, self._lift())
         if moments.paired:
             self._pending.append(raw)
@@ -105,9 +111,22 @@ class LayerMeter:
         self.moments = moments.grown(size)
         return True
 
+    def estimate(self, data: FiniteDifference, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+        """J, its errors and bounds, after the last pass."""
+        return estimate_layer(self, data, contrast, ridge)
+
     def rounding_variance(self) -> torch.Tensor:
         """Variance of each present feature below which it is rounding."""
         return self.dictionary.rounding_variance[: self.moments.size]
+
+    def _prepare_map(
+        self, standardisation: Standardisation, data: FiniteDifference, settings: dict[str, Any]
+    ) -> None:
+        if settings["maps"] and has_map(self.site.shape):
+            pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
+            self.map = MapMoments(
+                pilot, data.conditions, folds=settings["folds"], paired=data.paired
+            )
 
     def _lift(self) -> Lift:
         return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
@@ -121,7 +140,7 @@ class LayerMeter:
             self.moments.update_products([torch.cat([raw, lift(raw)], 1) for raw in tiles])
 
 
-def _rows(activations: torch.Tensor) -> torch.Tensor:
+def rows_of(activations: torch.Tensor) -> torch.Tensor:
     """Activations [n, ...] of one layer as [n, d]; one number per sample is d = 1."""
     return activations.flatten(1) if activations.ndim > 1 else activations[:, None]
 
@@ -135,7 +154,7 @@ def estimate_layer(
     alive = (moments.variances() > meter.rounding_variance()).nonzero()[:, 0]
     raw = int((alive < dictionary.raw).sum())
     dropped = moments.size - len(alive)
-    base = _no_information(site, data, samples=sum(moments.seen), dropped=dropped)
+    base = no_information(site, data, samples=sum(moments.seen), dropped=dropped)
     if raw == 0:
         return replace(base, notes=(f"all {site.dim} activations are constant: J = 0",))
     whole = moments.statistics(contrast)
@@ -155,7 +174,7 @@ def estimate_layer(
     chosen, converged = choose_features(curve, raw)
     halves = [moments.statistics(contrast, half).select(index[:chosen]) for half in (0, 1)]
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1])
-    points = _curve_points(raw, size)
+    points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
     layer = replace(
         base,
@@ -178,7 +197,7 @@ def estimate_layer(
     return replace(layer, notes=(*notes, *([warning] if warning else [])))
 
 
-def _no_information(
+def no_information(
     site: Site, data: FiniteDifference, *, samples: int, dropped: int
 ) -> LayerFisher:
     """J = 0 and an empty curve: what a layer shows when none of its activations varies."""
@@ -248,7 +267,7 @@ def _affordable(size: int, raw: int, dof: float) -> tuple[int, list[str]]:
     return limit, [f"features limited to {limit} of {size} by the number of samples"]
 
 
-def _curve_points(raw: int, size: int) -> torch.Tensor:
+def curve_points(raw: int, size: int) -> torch.Tensor:
     """The raw dimension, and about `CURVE_POINTS` sizes evenly up to all features."""
     steps = torch.linspace(raw, size, min(CURVE_POINTS, size - raw + 1), dtype=torch.float64)
     return steps.round().long().unique()

@@ -120,7 +120,9 @@ def test_measurement_below_flow_knows_no_ground_truth():
     assert users <= TOP
 
 
-@pytest.mark.parametrize("part", ["_native", "reference", "reference_dual", "_version", "_progress"])
+@pytest.mark.parametrize(
+    "part", ["_native", "reference", "reference_dual", "_version", "_progress"]
+)
 def test_the_ground_floor_imports_nothing_above(part):
     """Catches a reference that calls the op it is the oracle of."""
     used = {target for source, target, _ in imports() if source == part}

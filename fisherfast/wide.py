@@ -1,0 +1,237 @@
+"""A layer too wide for its covariance: compressed on each half of its samples, measured on the
+other.
+
+The Krylov space that one half has taught (`KrylovSpace`) is a handful of features for the other
+half: no number in them has seen the samples that they are measured on, so the measurement is that
+of any k features. The halves then change places, and the two results are averaged: half the
+variance of one of them, for twice the samples in each pass. See docs/theory.md, 12.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fisherfast.data import FiniteDifference
+from fisherfast.estimators import (
+    SPARE_DOF,
+    FisherCurve,
+    SingularCovarianceError,
+    average_curves,
+    choose_features,
+    cross_fitted_bound,
+    fisher_curve,
+)
+from fisherfast.features import MAX_WIDTH
+from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
+from fisherfast.meters import LayerMeter, curve_points, no_information, rows_of
+from fisherfast.moments import FoldMoments
+from fisherfast.results import LayerFisher, finite_step_note
+
+__all__ = ["WideMeter", "too_wide"]
+
+LEAST_DOF = 1.25
+"""Degrees of freedom per activation below which a layer wider than max_features is compressed."""
+
+
+def too_wide(dim: int, data: FiniteDifference, max_features: int) -> bool:
+    """Whether a layer of dim activations is to be compressed: it has too many for a covariance, or
+    too few samples to invert one. Only for data that can be read again and again."""
+    if not all(data.repeats(c) for c in range(data.conditions)):
+        return False
+    if dim > MAX_WIDTH:
+        return True
+    counts = [data.samples(c) for c in range(data.conditions)]
+    if dim <= max_features or None in counts:
+        return False
+    dof = float(sum(n for n in counts if n is not None))
+    if data.paired:  # at worst: the same noise in all conditions is one measurement of it
+        dof /= data.conditions
+    return dof < LEAST_DOF * dim
+
+
+class WideMeter(LayerMeter):
+    """Everything kept of one layer that is compressed, while samples stream by again and again.
+
+    Attributes:
+        spaces: what even and odd samples of each condition teach.
+        measured: moments of the features in these spaces, each of the other samples; empty while
+            the spaces are learned.
+    """
+
+    spaces: list[KrylovSpace]
+    measured: list[FoldMoments]
+
+    @property
+    def seen(self) -> list[int]:
+        """Samples of each condition in this pass."""
+        return self._seen
+
+    def prepare(self, data: FiniteDifference, settings: dict[str, Any]) -> None:
+        """Fix the pilot; from here on `observe` counts."""
+        standardisation = self.pilot.standardisation()
+        self._mean, self._rounding = standardisation.mean, standardisation.rounding
+        self._paired = data.paired
+        self._conditions, self._parameters = data.conditions, data.parameters
+        self._folds = max(4, settings["folds"] // 4 * 2)  # of a half; an even number
+        steps = max(min(KRYLOV_VECTORS, settings["max_features"] // data.parameters), 1)
+        self.spaces = [
+            KrylovSpace(
+                standardisation,
+                conditions=data.conditions,
+                parameters=data.parameters,
+                steps=steps,
+                dtype=self._dtype,
+            )
+            for _ in range(2)
+        ]
+        self.measured = []
+        self._seen = [0] * data.conditions
+        self._seen_before: list[int] | None = None
+        self._waiting: list[list[torch.Tensor]] = [[], []]
+        self._prepare_map(standardisation, data, settings)
+
+    def observe(self, condition: int, activations: torch.Tensor) -> torch.Tensor:
+        """Add activations [n, ...] of a condition. Returns whether all of that condition were
+        finite so far, as a 0-d tensor."""
+        if self.map is not None and self._seen_before is None:
+            self.map.update(condition, activations)
+        rows = rows_of(activations)
+        first = self.seen[condition]
+        self._seen[condition] = first + len(rows)
+        halves = [rows[(half - first) % 2 :: 2] for half in range(2)]
+        if self.measured:
+            return self._measure(condition, halves)
+        for space, half in zip(self.spaces, halves, strict=True):
+            space.observe(condition, half)
+        return torch.stack([space.finite(condition) for space in self.spaces]).all()
+
+    def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
+        """End a pass. Returns whether another one over the same samples must follow."""
+        if self._seen_before not in (None, self.seen):
+            raise ValueError(
+                f"samples must be the same at every pass, got {self.seen} after"
+                f" {self._seen_before} per condition"
+            )
+        if self.measured:
+            return False
+        self._seen_before, self._seen = self._seen, [0] * self._conditions
+        if not any([space.advance(contrast) for space in self.spaces]):
+            self._prepare_measurement()
+        return True
+
+    def estimate(self, data: FiniteDifference, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+        """J, its errors and bounds: means over the two halves."""
+        dead = int((~(self.spaces[0].alive | self.spaces[1].alive)).sum())
+        base = no_information(self.site, data, samples=sum(self.seen), dropped=dead)
+        if dead == self.site.dim:
+            return replace(base, notes=(f"all {dead} activations are constant: J = 0",))
+        if not all(map(len, self.spaces)):
+            return replace(base, notes=("no activation moves with theta: J = 0",))
+        self._check_samples(contrast)
+        fits = [self._fit(half, contrast, ridge) for half in range(2)]
+        if not all(len(index) for _, index in fits):
+            return replace(base, notes=("no activation varies in both halves: J = 0",))
+        curve = average_curves(*(curve for curve, _ in fits))
+        first = min(self._parameters, len(curve))
+        chosen, converged = choose_features(curve, first)
+        lower, lower_stderr = self._honest_bound([index[:chosen] for _, index in fits], contrast)
+        points = curve_points(first, len(curve))
+        layer = replace(
+            base,
+            J=curve.J[chosen - 1].cpu(),
+            stderr=curve.stderr[chosen - 1].cpu(),
+            lower=lower,
+            lower_stderr=lower_stderr,
+            linear=curve.J[chosen - 1].cpu(),
+            linear_stderr=curve.stderr[chosen - 1].cpu(),
+            naive=curve.naive[chosen - 1].cpu(),
+            curve_k=points,
+            curve_J=curve.J[points - 1].cpu(),
+            curve_stderr=curve.stderr[points - 1].cpu(),
+            features=chosen,
+            feature_kind="krylov",
+            effective_dim=float(curve.effective_dim[chosen - 1]),
+            converged=converged,
+        )
+        notes = [f"{dead} constant activations left out"] if dead else []
+        notes += [warning] if (warning := finite_step_note(layer)) else []
+        return replace(layer, notes=tuple(notes))
+
+    def _prepare_measurement(self) -> None:
+        """From here on each half is read in the space that the other has taught."""
+        self._projections = [space.projection() for space in self.spaces]
+        rounding = (self._rounding * self._mean).square()
+        self._floors = [p.double().square() @ rounding for p in self._projections]
+        self.measured = [
+            FoldMoments(
+                len(projection),
+                self._conditions,
+                folds=self._folds,
+                paired=self._paired,
+                device=self._mean.device,
+            )
+            for projection in self._projections
+        ]
+
+    def _measure(self, condition: int, halves: list[torch.Tensor]) -> torch.Tensor:
+        finite = []
+        for projection, moments, waiting, rows in zip(
+            self._projections, self.measured, self._waiting, reversed(halves), strict=True
+        ):
+            features = projected(rows, self._mean, projection)
+            moments.update(condition, features)
+            finite.append(torch.isfinite(moments.sums[condition]).all())
+            if self._paired:
+                waiting.append(features)
+                if len(waiting) == self._conditions:
+                    moments.update_products(waiting)
+                    waiting.clear()
+        return torch.stack(finite).all()
+
+    def _check_samples(self, contrast: torch.Tensor) -> None:
+        """Two samples in every fold, and a quarter of all must carry the readouts of the bound."""
+        inflation = 1.0
+        fewest = min(int(moments.counts.min()) for moments in self.measured)
+        if fewest >= 2:
+            quarters = [m.statistics(contrast, half) for m in self.measured for half in (0, 1)]
+            dof = min(quarter.dof for quarter in quarters)
+            if dof >= self._parameters + SPARE_DOF:
+                return
+            cells = self._conditions * self._folds // 2
+            inflation = max((sum(self.seen) / 4 - cells) / dof, 1.0)
+        freedom = (self._parameters + SPARE_DOF) * inflation / self._conditions
+        needed = max(4 * self._folds, math.ceil(4 * freedom) + 2 * self._folds + 3)
+        raise ValueError(
+            f"layer {self.site.name!r} must see at least {needed} samples per condition"
+            f" to be compressed and measured, got {min(self.seen)}"
+        )
+
+    def _fit(
+        self, half: int, contrast: torch.Tensor, ridge: float
+    ) -> tuple[FisherCurve, torch.Tensor]:
+        """The curve in one of the spaces, and the numbers of its features."""
+        moments = self.measured[half]
+        whole = moments.statistics(contrast)
+        varied = (moments.variances() > self._floors[half]).nonzero()[:, 0]
+        index = varied[: max(self._parameters, int(whole.dof / 2))]
+        try:
+            return fisher_curve(whole.select(index), ridge), index
+        except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
+            index = index[: error.feature - 1]
+            return fisher_curve(whole.select(index), ridge), index
+
+    def _honest_bound(
+        self, indices: list[torch.Tensor], contrast: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Readouts learned on a quarter of the samples and measured on the next, in the space that
+        the other half has taught."""
+        lower = variance = torch.zeros(self._parameters, self._parameters, dtype=torch.float64)
+        for moments, index in zip(self.measured, indices, strict=True):
+            quarters = [moments.statistics(contrast, half).select(index) for half in (0, 1)]
+            bound, stderr = cross_fitted_bound(quarters[0], quarters[1])
+            lower, variance = lower + bound.cpu() / 2, variance + stderr.cpu().square() / 4
+        return lower, variance.sqrt()

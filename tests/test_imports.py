@@ -14,7 +14,7 @@ import fisherfast
 PACKAGE = Path(fisherfast.__file__).parent
 ANYONE = {"_version", "_progress"}
 PARTS_OF_FLOW = {"meters", "streams"}
-MEASURE = {"data", "taps", "features", "moments", "estimators", "maps"}
+MEASURE = {"data", "dual", "taps", "features", "moments", "estimators", "maps"}
 NUMBERS = {"results", "information_map"}
 TOP = {"__main__", "plots", "demos", "training", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
@@ -120,7 +120,9 @@ def test_measurement_below_flow_knows_no_ground_truth():
     assert users <= TOP
 
 
-@pytest.mark.parametrize("part", ["_native", "reference", "reference_dual", "_version", "_progress"])
+@pytest.mark.parametrize(
+    "part", ["_native", "reference", "reference_dual", "_version", "_progress"]
+)
 def test_the_ground_floor_imports_nothing_above(part):
     """Catches a reference that calls the op it is the oracle of."""
     used = {target for source, target, _ in imports() if source == part}

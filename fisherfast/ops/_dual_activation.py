@@ -90,9 +90,7 @@ def _dual_activation(
 ) -> Tensor:
     _check(x, kind, parameters, scale, shift, slope, channel_dim)
     if not _native.serves(x) or not _native.has("dual_activation", x):
-        return reference_dual.dual_activation(
-            x, kind, parameters, scale, shift, slope, channel_dim
-        )
+        return reference_dual.dual_activation(x, kind, parameters, scale, shift, slope, channel_dim)
     x = dense(x)
     y = empty_like(x)
     scale, shift, slope = (None if v is None else v.contiguous() for v in (scale, shift, slope))

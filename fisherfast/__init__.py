@@ -3,9 +3,10 @@
 flow = ff.fisher_flow(model, ff.FiniteDifference(x_minus, x_plus, dtheta=0.06))
 """
 
-from fisherfast import ops, problems
+from fisherfast import dual, ops, problems
 from fisherfast._version import __version__
 from fisherfast.data import FiniteDifference
+from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
 from fisherfast.information_map import InformationMap
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
@@ -17,8 +18,11 @@ __all__ = [
     "InformationMap",
     "LayerFisher",
     "__version__",
+    "dual",
     "fisher_flow",
     "fisher_information",
+    "jvp",
     "ops",
     "problems",
+    "propagate",
 ]

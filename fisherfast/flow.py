@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherfast import taps
+from fisherfast import dual, taps
 from fisherfast._progress import progress_bar
-from fisherfast.data import FiniteDifference
+from fisherfast.data import Batch, Data
 from fisherfast.estimators import RIDGE
 from fisherfast.maps import estimate_map
 from fisherfast.meters import LayerMeter
@@ -42,7 +42,7 @@ BATCH_SIZE = 4096
 
 def fisher_flow(
     model: nn.Module,
-    data: FiniteDifference,
+    data: Data,
     *,
     layers: taps.Layers = "auto",
     max_features: int = MAX_FEATURES,
@@ -64,8 +64,9 @@ def fisher_flow(
 
     Args:
         model: any module that maps a batch [n, ...] to anything.
-        data: samples at theta, see `FiniteDifference`. Batches are copied to the device and
-            dtype of the model.
+        data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
+            copied to the device and dtype of the model. For `Pathwise` the tangents go through the
+            model beside the samples, at the cost of 1 + P forward passes.
         layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
             names, a regular expression searched for in the names, or a function (name, module or
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
@@ -120,7 +121,7 @@ def fisher_flow(
 
 
 def fisher_information(
-    data: FiniteDifference,
+    data: Data,
     *,
     max_features: int = MAX_FEATURES,
     batch_size: int = BATCH_SIZE,
@@ -155,7 +156,7 @@ class Measurement:
     def __init__(
         self,
         model: nn.Module | None,
-        data: FiniteDifference,
+        data: Data,
         layers: taps.Layers,
         settings: dict[str, Any],
     ) -> None:
@@ -168,6 +169,7 @@ class Measurement:
         self._finite: list[tuple[str, int, int, torch.Tensor]] = []
         self._condition = 0
         self._batch = 0
+        self._score: torch.Tensor | None = None
         self._pilot = True
 
     @property
@@ -220,13 +222,13 @@ class Measurement:
     def _stream(self, progress: bool) -> None:
         streams = self._streams()
         pilot = streams.pilot()
-        first = torch.cat([batches[0][:SURVEY_SAMPLES] for batches in pilot])
+        first = torch.cat([batches[0].x[:SURVEY_SAMPLES] for batches in pilot])
         self._survey(first)
         self._active = self._layer_meters
         with self._forward() as forward:
             for self._condition, batches in enumerate(pilot):
                 for self._batch, batch in enumerate(batches):
-                    forward.run(batch)
+                    forward.run(batch.x)
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
             self._pilot = False
@@ -245,12 +247,23 @@ class Measurement:
         total = None if None in counts else sum(n for n in counts if n is not None)
         with progress_bar(progress, total=total, title="Fisher flow") as bar:
             for self._condition, self._batch, batch in streams:
-                forward.run(batch)
-                if batch.device.type == "cpu":
+                self._score = batch.score
+                self._run(forward, batch)
+                if batch.x.device.type == "cpu":
                     self._raise_if_not_finite()
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
+
+    def _run(self, forward: Any, batch: Batch) -> None:
+        """One forward pass, with tangents where the samples have them."""
+        if batch.tangents is None:
+            forward.run(batch.x)
+        elif self._model is None:
+            forward.run(batch)
+        else:
+            with dual.propagation(self._model):
+                forward.run(dual.DualTensor.pack(batch.x, batch.tangents))
 
     def _survey(self, batch: torch.Tensor) -> None:
         if self._model is None:
@@ -290,14 +303,17 @@ class Measurement:
                 f" got {tuple(output.shape[1:])} after {meter.site.shape}"
             )
         # the network may run under autocast, or with gradients inside: the statistics never do
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        primal, tangents = _parts(output)
+        with torch.no_grad(), torch.autocast(primal.device.type, enabled=False):
             if self._pilot:
-                meter.observe_pilot(output.detach())
-                finite = torch.isfinite(output).all()
+                meter.observe_pilot(primal.detach())
+                finite = torch.isfinite(primal).all()
             else:
-                finite = meter.observe(self._condition, output.detach())
+                finite = meter.observe(
+                    self._condition, primal.detach(), tangents=tangents, score=self._score
+                )
         self._finite.append((meter.site.name, self._condition, self._batch, finite))
-        if self._pilot and output.device.type == "cpu":
+        if self._pilot and primal.device.type == "cpu":
             self._raise_if_not_finite()
 
     def _raise_if_not_finite(self) -> None:
@@ -333,8 +349,19 @@ class _NoModel:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def run(self, batch: torch.Tensor) -> None:
+    def run(self, batch: torch.Tensor | Batch) -> None:
         self._consume(taps.INPUT, taps.INPUT, None, batch)
+
+
+def _parts(
+    output: torch.Tensor | Batch | dual.DualTensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activations and their tangents; None for those of a plain tensor, which are zero."""
+    if isinstance(output, Batch):
+        return output.x, output.tangents
+    if isinstance(output, dual.DualTensor):
+        return output.primal, output.tangents.detach()
+    return output, None
 
 
 def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype | None]:
@@ -347,7 +374,7 @@ def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype
     return None, None
 
 
-def _check_passes(data: FiniteDifference, grow: bool, maps: bool) -> dict[str, Any]:
+def _check_passes(data: Data, grow: bool, maps: bool) -> dict[str, Any]:
     for name, value in (("grow", grow), ("maps", maps)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -360,7 +387,7 @@ def _check_passes(data: FiniteDifference, grow: bool, maps: bool) -> dict[str, A
 
 
 def _check_settings(
-    data: FiniteDifference,
+    data: Data,
     max_features: int,
     probe: None,
     batch_size: int,
@@ -368,8 +395,11 @@ def _check_settings(
     ridge: float,
     folds: int,
 ) -> dict[str, Any]:
-    if not isinstance(data, FiniteDifference):
-        raise TypeError(f"data must be a FiniteDifference, got {type(data).__name__}")
+    if not isinstance(data, Data):
+        raise TypeError(
+            "data must be a FiniteDifference, Pathwise, Score or Simulator,"
+            f" got {type(data).__name__}"
+        )
     if probe is not None:
         raise NotImplementedError(f"probe must be None in this version, got {probe!r}")
     whole = {"max_features": max_features, "batch_size": batch_size, "folds": folds, "seed": seed}
@@ -391,6 +421,7 @@ def _check_settings(
         "seed": int(seed),
         "ridge": float(ridge),
         "folds": int(folds),
+        "source": data.source,
         "paired": data.paired,
         "dtheta": list(data.dtheta),
     }

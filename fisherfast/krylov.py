@@ -54,7 +54,6 @@ class FirstPass:
         self._squares = standardisation.mean.new_zeros(d)
         self._derivative_sums = standardisation.mean.new_zeros(parameters, d)
         self._score_sums: torch.Tensor | None = None
-        self._tangents = False
 
     @property
     def degrees_of_freedom(self) -> int:
@@ -71,7 +70,6 @@ class FirstPass:
 
     def add_tangents(self, tangents: torch.Tensor) -> None:
         """Add the derivatives [P, n, d] of activations, sample by sample."""
-        self._tangents = True
         for p, tangent in enumerate(tangents):
             for tile in tiles(tangent):
                 self._derivative_sums[p] += tile.to(self._dtype).sum(0) * self._pilot.scale
@@ -86,16 +84,16 @@ class FirstPass:
         self._score_sums = sums if self._score_sums is None else self._score_sums + sums
 
     def finite(self, condition: int) -> torch.Tensor:
-        """Whether all activations of a condition were finite, a 0-d tensor."""
-        return torch.isfinite(self._sums[condition]).all()
+        """Whether all that was added for a condition was finite, a 0-d tensor."""
+        carried = torch.isfinite(self._derivative_sums).all()
+        return torch.isfinite(self._sums[condition]).all() & carried
 
     def results(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Means [C, d] and scales [d] of the activations, 0 where they never vary, and the
         derivative [P, d] of the standardised ones; all float64.
 
         Args:
-            contrast: [C, P] float64 weights of the conditions, for samples without tangents and
-                score.
+            contrast: [C, P] float64 weights of the conditions; zero for tangents and score.
         """
         counts = self._sums.new_tensor(self._counts)[:, None].clamp_min(1)
         means = self._sums / counts
@@ -104,13 +102,11 @@ class FirstPass:
         alive = variance > (self._pilot.rounding * self._pilot.mean * self._pilot.scale).square()
         floor = RARE * variance[alive].median() if bool(alive.any()) else 1.0
         scale = torch.where(alive, variance.clamp_min(floor), torch.inf).rsqrt()
-        if self._tangents:
-            derivative = self._derivative_sums / counts
-        elif self._score_sums is not None:
+        if self._score_sums is not None:
             derivative = self._derivative_sums - self._score_sums[:, None] * means
             derivative /= self.degrees_of_freedom
         else:
-            derivative = contrast.to(means).T @ means
+            derivative = contrast.to(means).T @ means + self._derivative_sums / counts.sum()
         center = self._pilot.mean + means / self._pilot.scale
         return center, scale * self._pilot.scale, derivative * scale
 
@@ -203,8 +199,7 @@ class KrylovSpace:
         """End a pass. Returns whether the space asks for another, over the same samples.
 
         Args:
-            contrast: [C, P] float64 weights of the conditions, for samples without tangents and
-                score.
+            contrast: [C, P] float64 weights of the conditions; zero for tangents and score.
         """
         if self.ready:
             return False
@@ -271,14 +266,17 @@ def standardised(
 
 
 def projected(
-    activations: torch.Tensor, mean: torch.Tensor, projection: torch.Tensor
+    activations: torch.Tensor, projection: torch.Tensor, mean: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Features [n, k] of activations [n, d] about their mean [d], for weights [k, d]."""
-    features = activations.new_empty(len(activations), len(projection), dtype=projection.dtype)
-    pieces = zip(tiles(activations), tiles(features, like=activations), strict=True)
-    for tile, piece in pieces:
-        torch.mm(tile.to(projection.dtype) - mean.to(projection.dtype), projection.T, out=piece)
-    return features
+    """Features [n, k] of activations [n, d], about their mean [d] where it is given, for weights
+    [k, d]."""
+    pieces = []
+    for tile in tiles(activations):
+        rows = tile.to(projection.dtype)
+        if mean is not None:
+            rows = rows - mean.to(projection.dtype)
+        pieces.append(rows @ projection.T)
+    return torch.cat(pieces)
 
 
 def tiles(rows: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:

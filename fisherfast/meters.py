@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fisherfast.data import FiniteDifference
+from fisherfast.data import Data
 from fisherfast.estimators import (
     SPARE_DOF,
     SingularCovarianceError,
@@ -19,6 +19,7 @@ from fisherfast.estimators import (
 from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments, Standardisation
 from fisherfast.information_map import has_map
 from fisherfast.maps import MapMoments
+from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
@@ -56,7 +57,7 @@ class LayerMeter:
             self._dtype = torch.float64
         self.pilot.update(rows_of(activations))
 
-    def prepare(self, data: FiniteDifference, settings: dict[str, Any]) -> None:
+    def prepare(self, data: Data, settings: dict[str, Any]) -> None:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self.dictionary = FeatureDictionary(
@@ -65,28 +66,45 @@ class LayerMeter:
         size = self.dictionary.size
         if settings["grow"]:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
+        streams = {"folds": settings["folds"], "paired": data.paired, **carried_by(data)}
         self.moments = FoldMoments(
-            size,
-            data.conditions,
-            folds=settings["folds"],
-            paired=data.paired,
-            device=standardisation.mean.device,
+            size, data.conditions, device=standardisation.mean.device, **streams
         )
-        self._prepare_map(standardisation, data, settings)
+        self._prepare_map(standardisation, data.conditions, settings, streams)
 
-    def observe(self, condition: int, activations: torch.Tensor) -> torch.Tensor:
-        """Add activations [n, ...] of a condition. Returns whether all of that condition were
-        finite so far, as a 0-d tensor."""
+    def observe(
+        self,
+        condition: int,
+        activations: torch.Tensor,
+        *,
+        tangents: torch.Tensor | None = None,
+        score: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add activations [n, ...] of a condition, with what they carry.
+
+        Args:
+            tangents: [P, n, ...] of the activations; None for none, or for zero.
+            score: [n, P] of the samples.
+
+        Returns:
+            Whether all of that condition were finite so far, as a 0-d tensor.
+        """
         moments = self.moments
         raw = self.dictionary.raw_features(rows_of(activations))
-        moments.update(condition, raw, self._lift())
+        carried = score
+        if tangents is not None:
+            carried = self.dictionary.raw_tangents(rows_of(tangents, 1))
+        moments.update(condition, raw, self._lift(), carried)
         if moments.paired:
             self._pending.append(raw)
             if len(self._pending) == len(moments.seen):
                 self._add_products()
         if self.map is not None and not moments.known:
-            self.map.update(condition, activations)
-        return torch.isfinite(moments.sums[condition]).all()
+            self.map.update(condition, activations, score if tangents is None else tangents)
+        finite = torch.isfinite(moments.sums[condition]).all()
+        if moments.carried is not None:
+            finite = finite & torch.isfinite(moments.carried.sums).all()
+        return finite
 
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """Make room for twice the lifted features where the curve still rises at its end.
@@ -111,7 +129,7 @@ class LayerMeter:
         self.moments = moments.grown(size)
         return True
 
-    def estimate(self, data: FiniteDifference, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
         """J, its errors and bounds, after the last pass."""
         return estimate_layer(self, data, contrast, ridge)
 
@@ -120,13 +138,15 @@ class LayerMeter:
         return self.dictionary.rounding_variance[: self.moments.size]
 
     def _prepare_map(
-        self, standardisation: Standardisation, data: FiniteDifference, settings: dict[str, Any]
+        self,
+        standardisation: Standardisation,
+        conditions: int,
+        settings: dict[str, Any],
+        streams: dict[str, Any],
     ) -> None:
         if settings["maps"] and has_map(self.site.shape):
             pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
-            self.map = MapMoments(
-                pilot, data.conditions, folds=settings["folds"], paired=data.paired
-            )
+            self.map = MapMoments(pilot, conditions, **streams)
 
     def _lift(self) -> Lift:
         return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
@@ -140,13 +160,23 @@ class LayerMeter:
             self.moments.update_products([torch.cat([raw, lift(raw)], 1) for raw in tiles])
 
 
-def rows_of(activations: torch.Tensor) -> torch.Tensor:
-    """Activations [n, ...] of one layer as [n, d]; one number per sample is d = 1."""
-    return activations.flatten(1) if activations.ndim > 1 else activations[:, None]
+def carried_by(data: Data) -> dict[str, int]:
+    """What the samples of a source carry, as arguments of their moments."""
+    return {
+        "tangents": data.parameters if data.source == "pathwise" else 0,
+        "score": data.parameters if data.source == "score" else 0,
+    }
+
+
+def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
+    """Activations [n, ...] of one layer as [n, d], one number per sample as d = 1; behind leading
+    dimensions."""
+    rows = leading + 1
+    return activations.flatten(rows) if activations.ndim > rows else activations[..., None]
 
 
 def estimate_layer(
-    meter: LayerMeter, data: FiniteDifference, contrast: torch.Tensor, ridge: float
+    meter: LayerMeter, data: Data, contrast: torch.Tensor, ridge: float
 ) -> LayerFisher:
     """J, its errors and bounds from the fold moments of one layer."""
     site, dictionary, moments = meter.site, meter.dictionary, meter.moments
@@ -192,14 +222,13 @@ def estimate_layer(
         feature_kind=kind,
         effective_dim=float(curve.effective_dim[chosen - 1]),
         converged=converged,
+        error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
     )
     warning = finite_step_note(layer)
     return replace(layer, notes=(*notes, *([warning] if warning else [])))
 
 
-def no_information(
-    site: Site, data: FiniteDifference, *, samples: int, dropped: int
-) -> LayerFisher:
+def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> LayerFisher:
     """J = 0 and an empty curve: what a layer shows when none of its activations varies."""
     P = data.parameters
     zero = torch.zeros(P, P, dtype=torch.float64)
@@ -225,6 +254,7 @@ def no_information(
         dropped=dropped,
         converged=True,
         dtheta=data.dtheta,
+        error_covariance=pack_covariance(torch.zeros(P, P, P, P, dtype=torch.float64)),
         aliases=tuple(site.aliases),
         descendants=tuple(sorted(site.descendants)),
     )

@@ -1,9 +1,9 @@
 """The dual ops in plain PyTorch: a primal and its P tangents go through one operation together.
 
 A dual buffer x [1 + P, ...] holds the primal x[0] and the tangents x[1:], the derivatives of the
-primal along P directions. Each function returns the buffer of y = f(primal) and of J_f(primal) x[p],
-with J_f the Jacobian. At a kink the derivative is the one that PyTorch's autograd uses. Feed them
-float64 to get the truth a kernel is measured against.
+primal along P directions. Each function returns the buffer of y = f(primal) and of J_f(primal)
+x[p], with J_f the Jacobian. At a kink the derivative is the one that PyTorch's autograd uses. Feed
+them float64 to get the truth a kernel is measured against.
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ def dual_pool(
 ) -> Tensor:
     """Max pooling: the largest primal of each window, and the tangents at its place.
 
-        i(o) = argmax of x[0] over window o (the first of equals; NaN is largest),  y[:, o] = x[:, i(o)]
+        i(o) = argmax of x[0] over window o (the first of equals; NaN is the largest)
+        y[:, o] = x[:, i(o)]
 
     See `fisherfast.ops.dual_pool` for arguments.
     """

@@ -207,7 +207,7 @@ class Forward(TorchFunctionMode):
             self._stack.pop()
         name = self._count(self._names.get(id(module), type(module).__name__))
         kind = type(module).__name__
-        output = _map_tensors(
+        output = map_tensors(
             output, lambda suffix, tensor: self._report(name + suffix, kind, module, tensor)
         )
         self._last = name
@@ -471,7 +471,7 @@ def _original(output: torch.Tensor) -> torch.Tensor:
     return base if base is not None and base.numel() == output.numel() else output
 
 
-def _map_tensors(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
     """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]".
 
     What is not changed is returned as it is, containers of the user's own classes included.

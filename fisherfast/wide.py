@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 
-from fisherfast.data import FiniteDifference
+from fisherfast.average import average_curves
+from fisherfast.data import Data
 from fisherfast.estimators import (
     SPARE_DOF,
     FisherCurve,
     SingularCovarianceError,
-    average_curves,
     choose_features,
     cross_fitted_bound,
     fisher_curve,
 )
 from fisherfast.features import MAX_WIDTH
 from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
-from fisherfast.meters import LayerMeter, curve_points, no_information, rows_of
+from fisherfast.marginal import pack_covariance
+from fisherfast.meters import LayerMeter, carried_by, curve_points, no_information, rows_of
 from fisherfast.moments import FoldMoments
 from fisherfast.results import LayerFisher, finite_step_note
 
@@ -37,7 +38,7 @@ LEAST_DOF = 1.25
 """Degrees of freedom per activation below which a layer wider than max_features is compressed."""
 
 
-def too_wide(dim: int, data: FiniteDifference, max_features: int) -> bool:
+def too_wide(dim: int, data: Data, max_features: int) -> bool:
     """Whether a layer of dim activations is to be compressed: it has too many for a covariance, or
     too few samples to invert one. Only for data that can be read again and again."""
     if not all(data.repeats(c) for c in range(data.conditions)):
@@ -70,11 +71,11 @@ class WideMeter(LayerMeter):
         """Samples of each condition in this pass."""
         return self._seen
 
-    def prepare(self, data: FiniteDifference, settings: dict[str, Any]) -> None:
+    def prepare(self, data: Data, settings: dict[str, Any]) -> None:
         """Fix the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self._mean, self._rounding = standardisation.mean, standardisation.rounding
-        self._paired = data.paired
+        self._paired, self._carried = data.paired, carried_by(data)
         self._conditions, self._parameters = data.conditions, data.parameters
         self._folds = max(4, settings["folds"] // 4 * 2)  # of a half; an even number
         steps = max(min(KRYLOV_VECTORS, settings["max_features"] // data.parameters), 1)
@@ -92,22 +93,38 @@ class WideMeter(LayerMeter):
         self._seen = [0] * data.conditions
         self._seen_before: list[int] | None = None
         self._waiting: list[list[torch.Tensor]] = [[], []]
-        self._prepare_map(standardisation, data, settings)
+        streams = {"folds": settings["folds"], "paired": data.paired, **self._carried}
+        self._prepare_map(standardisation, data.conditions, settings, streams)
 
-    def observe(self, condition: int, activations: torch.Tensor) -> torch.Tensor:
-        """Add activations [n, ...] of a condition. Returns whether all of that condition were
-        finite so far, as a 0-d tensor."""
+    def observe(
+        self,
+        condition: int,
+        activations: torch.Tensor,
+        *,
+        tangents: torch.Tensor | None = None,
+        score: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add activations [n, ...] of a condition, with what they carry; see `LayerMeter`."""
         if self.map is not None and self._seen_before is None:
-            self.map.update(condition, activations)
+            self.map.update(condition, activations, score if tangents is None else tangents)
         rows = rows_of(activations)
+        moved = None if tangents is None else rows_of(tangents, 1)
         first = self.seen[condition]
         self._seen[condition] = first + len(rows)
-        halves = [rows[(half - first) % 2 :: 2] for half in range(2)]
-        if self.measured:
-            return self._measure(condition, halves)
-        for space, half in zip(self.spaces, halves, strict=True):
-            space.observe(condition, half)
-        return torch.stack([space.finite(condition) for space in self.spaces]).all()
+        finite = []
+        for half in range(2):
+            chosen = slice((half - first) % 2, None, 2)
+            own = (
+                rows[chosen],
+                None if moved is None else moved[:, chosen],
+                None if score is None else score[chosen],
+            )
+            if self.measured:
+                finite.append(self._measure(1 - half, condition, *own))
+            else:
+                self.spaces[half].observe(condition, *own)
+                finite.append(self.spaces[half].finite(condition))
+        return torch.stack(finite).all()
 
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """End a pass. Returns whether another one over the same samples must follow."""
@@ -123,7 +140,7 @@ class WideMeter(LayerMeter):
             self._prepare_measurement()
         return True
 
-    def estimate(self, data: FiniteDifference, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
         """J, its errors and bounds: means over the two halves."""
         dead = int((~(self.spaces[0].alive | self.spaces[1].alive)).sum())
         base = no_information(self.site, data, samples=sum(self.seen), dropped=dead)
@@ -156,6 +173,7 @@ class WideMeter(LayerMeter):
             feature_kind="krylov",
             effective_dim=float(curve.effective_dim[chosen - 1]),
             converged=converged,
+            error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
         )
         notes = [f"{dead} constant activations left out"] if dead else []
         notes += [warning] if (warning := finite_step_note(layer)) else []
@@ -172,25 +190,38 @@ class WideMeter(LayerMeter):
                 self._conditions,
                 folds=self._folds,
                 paired=self._paired,
+                **self._carried,
                 device=self._mean.device,
             )
             for projection in self._projections
         ]
 
-    def _measure(self, condition: int, halves: list[torch.Tensor]) -> torch.Tensor:
-        finite = []
-        for projection, moments, waiting, rows in zip(
-            self._projections, self.measured, self._waiting, reversed(halves), strict=True
-        ):
-            features = projected(rows, self._mean, projection)
-            moments.update(condition, features)
-            finite.append(torch.isfinite(moments.sums[condition]).all())
-            if self._paired:
-                waiting.append(features)
-                if len(waiting) == self._conditions:
-                    moments.update_products(waiting)
-                    waiting.clear()
-        return torch.stack(finite).all()
+    def _measure(
+        self,
+        half: int,
+        condition: int,
+        rows: torch.Tensor,
+        tangents: torch.Tensor | None,
+        score: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add samples to what is measured in the space of a half. Returns whether all was finite,
+        as a 0-d tensor."""
+        moments, projection = self.measured[half], self._projections[half]
+        features = projected(rows, projection, self._mean)
+        carried = score
+        if tangents is not None:
+            carried = torch.stack([projected(tangent, projection) for tangent in tangents])
+        moments.update(condition, features, carried=carried)
+        if self._paired:
+            waiting = self._waiting[half]
+            waiting.append(features)
+            if len(waiting) == self._conditions:
+                moments.update_products(waiting)
+                waiting.clear()
+        finite = torch.isfinite(moments.sums[condition]).all()
+        if moments.carried is not None:
+            finite = finite & torch.isfinite(moments.carried.sums).all()
+        return finite
 
     def _check_samples(self, contrast: torch.Tensor) -> None:
         """Two samples in every fold, and a quarter of all must carry the readouts of the bound."""

@@ -14,7 +14,7 @@ import fisherfast
 PACKAGE = Path(fisherfast.__file__).parent
 ANYONE = {"_version", "_progress"}
 PARTS_OF_FLOW = {"meters", "streams"}
-MEASURE = {"data", "taps", "features", "moments", "estimators", "maps"}
+MEASURE = {"data", "dual", "taps", "features", "moments", "estimators", "maps"}
 NUMBERS = {"results", "information_map"}
 TOP = {"__main__", "plots", "demos", "training", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}

@@ -1,0 +1,43 @@
+"""Exact derivatives through any network: a batch and its P tangents in one forward pass.
+
+    y, dy = ff.jvp(model, x, dx)                        # dy [P, n, ...]
+    acts = ff.propagate(model, x, dx)                   # {layer: (activations, tangents)}
+    print(ff.dual.coverage(model, x))                   # which operations have a rule
+
+A `DualTensor` goes through the model in place of the batch. `dispatch` finds the rule of each
+operation; the rules stand in `linear_rules`, `product_rules`, `pointwise_rules`, `reduction_rules`,
+`attention` and `recurrent`; `fallback` serves the rest.
+"""
+
+from fisherfast.dual import (
+    attention,
+    linear_rules,
+    pointwise_rules,
+    product_rules,
+    recurrent,
+    reduction_rules,
+)
+from fisherfast.dual.coverage import Coverage
+from fisherfast.dual.errors import DerivativeError
+from fisherfast.dual.propagation import coverage, jvp, propagate, propagation
+from fisherfast.dual.tensor import DualTensor
+
+__all__ = [
+    "Coverage",
+    "DerivativeError",
+    "DualTensor",
+    "coverage",
+    "jvp",
+    "propagate",
+    "propagation",
+]
+
+RULE_MODULES = (
+    attention,
+    linear_rules,
+    pointwise_rules,
+    product_rules,
+    recurrent,
+    reduction_rules,
+)
+"""Importing them fills the table of rules."""

@@ -1,0 +1,73 @@
+"""Which operations of a model used a rule, the fallback, or failed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+__all__ = ["Coverage"]
+
+MAX_LAYERS_SHOWN = 3
+
+
+@dataclass
+class Coverage:
+    """Operations that a model executed on dual tensors, by how they were served.
+
+    Attributes:
+        rules: name of the operation -> how often a rule served it.
+        fallbacks: the same for PyTorch's forward mode of that one operation.
+        failures: the same for operations without a derivative.
+        layers: name of the operation -> layers it was executed in.
+    """
+
+    rules: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    layers: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, operation: str, how: str, layer: str) -> None:
+        """Count one execution: how is "rule", "fallback" or "failed"."""
+        table = {"rule": self.rules, "fallback": self.fallbacks, "failed": self.failures}[how]
+        table[operation] += 1
+        seen = self.layers.setdefault(operation, [])
+        if layer not in seen:
+            seen.append(layer)
+
+    @property
+    def executed(self) -> int:
+        """Number of operations executed."""
+        return sum(sum(table.values()) for table in (self.rules, self.fallbacks, self.failures))
+
+    @property
+    def share(self) -> float:
+        """Share of the executed operations that a rule served, 0 to 1."""
+        return sum(self.rules.values()) / max(self.executed, 1)
+
+    def __str__(self) -> str:
+        rows = [
+            (operation, how, str(count), self._layers_of(operation))
+            for how, table in (
+                ("failed", self.failures),
+                ("fallback", self.fallbacks),
+                ("rule", self.rules),
+            )
+            for operation, count in sorted(table.items())
+        ]
+        header = ("operation", "served by", "times", "layers")
+        width = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip()
+            for row in [header, *rows]
+        ]
+        verdict = (
+            f"{self.executed} operations: {100 * self.share:.1f} % by rule,"
+            f" {sum(self.fallbacks.values())} by forward mode, {sum(self.failures.values())} failed"
+        )
+        return "\n".join([*lines, verdict])
+
+    def _layers_of(self, operation: str) -> str:
+        layers = self.layers.get(operation, [])
+        more = len(layers) - MAX_LAYERS_SHOWN
+        shown = ", ".join(layers[:MAX_LAYERS_SHOWN])
+        return f"{shown} and {more} more" if more > 0 else shown

@@ -1,0 +1,201 @@
+"""Which rule serves an operation: an own one, none needed, or PyTorch's forward mode.
+
+`RULES` maps an operator of ATen to a function (operator, *arguments) -> result. Rule modules fill
+it with `rule`. What has no rule goes to `fallback.forward_mode`, one operation at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.dual.coverage import Coverage
+from fisherfast.dual.errors import (
+    DerivativeError,
+    current_layer,
+    no_derivative,
+    warn_of_randomness,
+)
+from fisherfast.dual.fallback import forward_mode
+from fisherfast.dual.tensor import DualTensor
+
+__all__ = ["RULES", "aten", "directions_of", "dispatch", "duals_of", "rule"]
+
+aten: Any = torch.ops.aten
+
+Operator = Any
+Rule = Callable[..., Any]
+
+RULES: dict[Operator, Rule] = {}
+
+_record: ContextVar[Coverage | None] = ContextVar("fisherfast_dual_record", default=None)
+
+
+def rule(*operators: Operator) -> Callable[[Rule], Rule]:
+    """Register a rule for operators; those that this version of PyTorch lacks are left out."""
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            if operator is not None:
+                RULES[operator] = function
+        return function
+
+    return register
+
+
+def overload(name: str, variant: str = "default") -> Operator:
+    """aten.<name>.<variant>, or None where this version of PyTorch lacks it."""
+    return getattr(getattr(aten, name, None), variant, None)
+
+
+def overloads(*names: str) -> list[Operator]:
+    """Operators by name, "relu" or "sum.dim_IntList"."""
+    return [overload(*name.split(".")) for name in names]
+
+
+@contextmanager
+def recording(record: Coverage | None) -> Iterator[None]:
+    """Count every operation; with a record, an operation that fails has zero tangents."""
+    token = _record.set(record)
+    try:
+        yield
+    finally:
+        _record.reset(token)
+
+
+def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of one operation on dual tensors (and others)."""
+    served = RULES.get(func)
+    schema = func._schema
+    mutable = schema.is_mutable
+    if mutable:
+        _check_target(func, args)
+    elif all(d.memory.constant for d in duals_of(args, kwargs)) and not _is_view(schema):
+        return func(*primals(args), **primals(kwargs))
+    if served is None and mutable:
+        served = _in_place(func)
+    if served is not None:
+        result = served(func, *args, **kwargs)
+        if result is not NotImplemented:
+            _count(func, "rule")
+            return result
+    if func._can_decompose():
+        return func.decompose(*args, **kwargs)
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        warn_of_randomness(func)
+    try:
+        result = forward_mode(func, args, kwargs)
+    except DerivativeError:
+        if _record.get() is None:
+            raise
+        _count(func, "failed")
+        return with_zero_tangents(func(*primals(args), **primals(kwargs)), args, kwargs)
+    _count(func, "fallback")
+    return result
+
+
+def _count(func: Operator, how: str) -> None:
+    record = _record.get()
+    if record is not None and func not in BOOKKEEPING:
+        record.add(str(func).removeprefix("aten."), how, current_layer())
+
+
+def _is_view(schema: Any) -> bool:
+    return any(argument.alias_info is not None for argument in schema.arguments)
+
+
+def _check_target(func: Operator, args: tuple[Any, ...]) -> None:
+    """A plain tensor has no room for tangents."""
+    target = args[0] if args else None
+    if isinstance(target, Tensor) and not isinstance(target, DualTensor):
+        raise no_derivative(
+            str(func),
+            "a write of what depends on theta into a tensor that was made outside of the forward"
+            " pass: make it inside, or with x.new_zeros(...)",
+        )
+
+
+def _in_place(func: Operator) -> Rule | None:
+    """The rule of an operation that overwrites its first argument, from the one that does not."""
+    name = func._schema.name.removeprefix("aten::")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    functional = overload(name[:-1], func._overloadname)
+    if functional is None:
+        return None
+
+    def write(_: Operator, target: DualTensor, *args: Any, **kwargs: Any) -> Any:
+        served = RULES.get(functional)
+        result = NotImplemented if served is None else served(functional, target, *args, **kwargs)
+        return result if result is NotImplemented else overwrite(target, result)
+
+    return write
+
+
+def overwrite(target: DualTensor, result: Any) -> DualTensor:
+    """Copy a result into a dual tensor and its views."""
+    stack = target.before_writing()
+    if isinstance(result, DualTensor):
+        stack.copy_(result.stack)
+    else:
+        stack[0].copy_(result)
+        stack[1:].zero_()
+    return target
+
+
+def duals_of(*containers: Any) -> Iterator[DualTensor]:
+    """All dual tensors in nested arguments."""
+    for item in containers:
+        if isinstance(item, DualTensor):
+            yield item
+        elif isinstance(item, list | tuple):
+            yield from duals_of(*item)
+        elif isinstance(item, dict):
+            yield from duals_of(*item.values())
+
+
+def directions_of(*containers: Any) -> int:
+    """P of the first dual tensor in nested arguments."""
+    return next(duals_of(*containers)).directions
+
+
+def primals(container: Any) -> Any:
+    """Nested arguments with every dual tensor replaced by its primal."""
+    if isinstance(container, DualTensor):
+        return container.primal
+    if isinstance(container, list | tuple):
+        return type(container)(primals(item) for item in container)
+    if isinstance(container, dict):
+        return {key: primals(value) for key, value in container.items()}
+    return container
+
+
+def with_zero_tangents(result: Any, *arguments: Any) -> Any:
+    """A plain result as dual tensors; what is not of floating dtype stays."""
+    if isinstance(result, list | tuple):
+        return type(result)(with_zero_tangents(item, *arguments) for item in result)
+    if isinstance(result, Tensor) and result.is_floating_point():
+        return DualTensor.constant(result, directions_of(*arguments))
+    return result
+
+
+def plain_rule(operators: Iterable[Operator]) -> None:
+    """Operators whose result has no tangent: they run on the primals alone."""
+
+    def on_primals(func: Operator, *args: Any, **kwargs: Any) -> Any:
+        return func(*primals(args), **primals(kwargs))
+
+    rule(*operators)(on_primals)
+
+
+BOOKKEEPING: set[Operator] = {
+    operator
+    for operator in (overload("detach"), overload("alias"), overload("is_same_size"))
+    if operator is not None
+}
+"""Operations that compute nothing: `coverage` does not count them."""

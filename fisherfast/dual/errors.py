@@ -1,0 +1,67 @@
+"""What goes wrong in a dual forward pass, said with the operation and the layer."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+from fisherfast.results import FisherWarning
+
+__all__ = ["DerivativeError", "current_layer"]
+
+_running: ContextVar[nn.Module | None] = ContextVar("fisherfast_dual_model", default=None)
+
+REMEDY = "use FiniteDifference(..., paired=True), which needs no derivative"
+
+
+class DerivativeError(RuntimeError):
+    """An operation of the model has no derivative; names it and the layer."""
+
+
+@contextmanager
+def running(model: nn.Module | None) -> Iterator[None]:
+    """Names of layers are those of this model."""
+    token = _running.set(model)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def current_layer() -> str:
+    """Name of the innermost module whose forward runs, found on the call stack: costs nothing until
+    it is asked for."""
+    model = _running.get()
+    names = {} if model is None else {id(m): name for name, m in model.named_modules()}
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            name = names.get(id(owner), "")
+            return name or type(owner).__name__
+        frame = frame.f_back  # type: ignore[assignment]
+    return "the model"
+
+
+def no_derivative(operation: str, reason: str) -> DerivativeError:
+    """The error for an operation that cannot be pushed through."""
+    return DerivativeError(
+        f"operation {operation} in layer {current_layer()!r} must have a derivative, got"
+        f" {reason}; {REMEDY}"
+    )
+
+
+def warn_of_randomness(operation: Any) -> None:
+    """A network in eval mode that draws random numbers all the same."""
+    warnings.warn(
+        f"layer {current_layer()!r} draws random numbers ({operation}) in eval mode: its noise"
+        " counts as fixed, the same for the samples and their tangents",
+        FisherWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,129 @@
+"""Operations without a rule: PyTorch's forward-mode derivative of that one operation.
+
+The operation runs once per direction on PyTorch's own dual numbers, outside of any graph. In-place
+operations run on copies, whose result is then written back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from fisherfast.dual.errors import no_derivative
+from fisherfast.dual.tensor import DualTensor
+
+__all__ = ["forward_mode"]
+
+_INCLUDED = torch._C._dispatch_tls_local_include_set()
+_EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
+"""State of PyTorch's dispatcher outside of everything: derivatives are found in it."""
+
+
+def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation on dual tensors, by PyTorch's forward mode.
+
+    Raises:
+        DerivativeError: PyTorch has no forward derivative of it either.
+    """
+    found: list[DualTensor] = []
+    _replace((args, kwargs), lambda dual: found.append(dual))
+    in_place = func._schema.is_mutable
+    try:
+        with _autograd_alive(), _same_random_numbers() as rewind:
+            results = []
+            for direction in range(found[0].directions):
+                rewind()
+                results.append(_along(func, args, kwargs, direction, copy=in_place))
+    except (NotImplementedError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise no_derivative(str(func), f"none ({reason})") from error
+    if not results:  # P = 0: the primal alone
+        plain_args, plain_kwargs = _replace((args, kwargs), lambda dual: dual.primal.clone())
+        results = [_pairs(func(*plain_args, **plain_kwargs))]
+    joined = _join(results, found[0].directions)
+    if not in_place:
+        return joined
+    if not isinstance(args[0], DualTensor) or not isinstance(joined, DualTensor):
+        raise no_derivative(str(func), "none for an operation that overwrites several tensors")
+    args[0].before_writing().copy_(joined.stack)
+    return args[0]
+
+
+def _along(func: Any, args: Any, kwargs: Any, direction: int, *, copy: bool) -> Any:
+    """(primal, tangent) of every result along one direction."""
+
+    def make(dual: DualTensor) -> Tensor:
+        primal, tangent = dual.primal, dual.tangents[direction]
+        if copy:
+            primal, tangent = primal.clone(), tangent.clone()
+        return forward_ad.make_dual(primal, tangent)
+
+    with forward_ad.dual_level():
+        new_args, new_kwargs = _replace((args, kwargs), make)
+        return _pairs(func(*new_args, **new_kwargs))
+
+
+@contextmanager
+def _autograd_alive() -> Iterator[None]:
+    """Derivatives inside of a dispatched operation, where PyTorch switches them off."""
+    with (
+        warnings.catch_warnings(),
+        torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED),
+    ):
+        # PyTorch compiles some derivatives with its old TorchScript at first use, and says so.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[Callable[[], None]]:
+    """Gives a function that winds the CPU's random numbers back to where they are now."""
+    state = torch.get_rng_state()
+    yield lambda: torch.set_rng_state(state)
+
+
+def _pairs(result: Any) -> Any:
+    """Results split into (primal, tangent or None); what is no dual stays."""
+    if isinstance(result, list | tuple):
+        return [_pairs(item) for item in result]
+    if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
+        unpacked = forward_ad.unpack_dual(result) if forward_ad._current_level >= 0 else None
+        if unpacked is None:
+            return (result, None)
+        return (unpacked.primal, unpacked.tangent)
+    return result
+
+
+def _join(results: list[Any], directions: int) -> Any:
+    """One dual tensor from its (primal, tangent) along each direction."""
+    first = results[0]
+    if isinstance(first, list):
+        return tuple(
+            _join([result[index] for result in results], directions) for index in range(len(first))
+        )
+    if not isinstance(first, tuple):
+        return first
+    primal = first[0]
+    stack = primal.new_zeros((1 + directions, *primal.shape))
+    stack[0] = primal
+    for direction, (_, tangent) in enumerate(results[:directions]):
+        if tangent is not None:
+            stack[1 + direction] = tangent
+    return DualTensor(stack)
+
+
+def _replace(container: Any, change: Callable[[DualTensor], Any]) -> Any:
+    """Nested arguments with every dual tensor changed."""
+    if isinstance(container, DualTensor):
+        return change(container)
+    if isinstance(container, list | tuple):
+        return type(container)(_replace(item, change) for item in container)
+    if isinstance(container, dict):
+        return {key: _replace(value, change) for key, value in container.items()}
+    return container

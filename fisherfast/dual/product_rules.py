@@ -1,0 +1,146 @@
+"""Rules of matrix products and convolutions: linear in each operand.
+
+With a constant weight the whole stack goes through in one call; where both operands depend on the
+direction, the product rule adds two products per tangent, in place of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.dual.dispatch import Operator, aten, overloads, rule
+from fisherfast.dual.linear_rules import merged
+from fisherfast.dual.tensor import DualTensor
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def bilinear(product: Product, a: Any, b: Any) -> DualTensor:
+    """a b of operands of which one or both are dual, slice by slice."""
+    if not isinstance(b, DualTensor):
+        return DualTensor(_slices(product, a.stack, [b] * len(a.stack)))
+    if not isinstance(a, DualTensor):
+        return DualTensor(_slices(product, [a] * len(b.stack), b.stack))
+    primal = product(a.primal, b.primal)
+    result = primal.new_empty((len(a.stack), *primal.shape))
+    result[0] = primal
+    for out, da, db in zip(result[1:], a.tangents, b.tangents, strict=True):
+        out.copy_(product(da, b.primal)).add_(product(a.primal, db))
+    return DualTensor(result)
+
+
+def _slices(product: Product, left: Any, right: Any) -> Tensor:
+    return torch.stack([product(a, b) for a, b in zip(left, right, strict=True)])
+
+
+@rule(*overloads("mm", "bmm", "matmul", "mv", "dot", "vdot", "inner", "outer", "ger"))
+def _matrix_product(func: Operator, a: Any, b: Any) -> Any:
+    if func in (aten.dot.default, aten.vdot.default, aten.inner.default):
+        return (a * b).sum(-1) if a.dim() == 1 and b.dim() == 1 else NotImplemented
+    if func in (aten.outer.default, aten.ger.default):
+        return a[:, None] * b
+    if isinstance(a, DualTensor) and not isinstance(b, DualTensor) and b.dim() == 2 and a.dim() > 1:
+        return DualTensor(torch.matmul(a.stack, b))  # more rows of one product
+    if isinstance(a, DualTensor) and isinstance(b, DualTensor) and a.dim() == b.dim() == 3:
+        return DualTensor(batched_product(a.stack, b.stack))
+    return bilinear(torch.matmul, a, b)
+
+
+def batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """Stack of a b from the stacks of a [1 + P, B, i, j] and b [1 + P, B, j, k]."""
+    result = a.new_empty((*a.shape[:-1], b.shape[-1]))
+    torch.bmm(a[0], b[0], out=result[0])
+    for out, da, db in zip(result[1:], a[1:], b[1:], strict=True):
+        torch.bmm(da, b[0], out=out)
+        out.baddbmm_(a[0], db)
+    return result
+
+
+@rule(*overloads("addmm", "baddbmm", "addbmm", "addmv"))
+def _add_product(
+    func: Operator, x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1
+) -> Any:
+    if func is aten.addbmm.default:
+        return NotImplemented
+    product = torch.matmul(a, b)
+    if alpha != 1:
+        product = alpha * product
+    if beta == 0:
+        return product
+    return product + (x if beta == 1 else beta * x)
+
+
+@rule(*overloads("linear"))
+def _linear(func: Operator, x: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(x, DualTensor) or isinstance(weight, DualTensor):
+        return NotImplemented
+    if isinstance(bias, DualTensor):
+        return _linear(func, x, weight) + bias
+    stack = torch.nn.functional.linear(x.stack, weight)
+    if bias is not None:
+        stack[0].add_(bias)
+    return DualTensor(stack)
+
+
+@rule(*overloads("bilinear"))
+def _bilinear(func: Operator, a: Any, b: Any, weight: Any, bias: Any = None) -> Any:
+    if isinstance(weight, DualTensor):
+        return NotImplemented
+    result = bilinear(lambda u, v: torch.nn.functional.bilinear(u, v, weight), a, b)
+    return result if bias is None else result + bias
+
+
+# --- Convolutions ------------------------------------------------------------------------------
+
+CONVOLUTIONS = overloads(
+    "convolution",
+    "_convolution",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv1d.padding",
+    "conv2d.padding",
+    "conv3d.padding",
+    "conv_transpose1d",
+    "conv_transpose2d.input",
+    "conv_transpose3d.input",
+)
+UNBATCHED = {"conv1d": 2, "conv2d": 3, "conv3d": 4} | {
+    "conv_transpose1d": 2,
+    "conv_transpose2d": 3,
+    "conv_transpose3d": 4,
+}
+"""Dimensions of an input without samples."""
+
+
+@rule(*CONVOLUTIONS)
+def _convolve(
+    func: Operator, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    name = func._schema.name.removeprefix("aten::")
+
+    def without_bias(u: Tensor, w: Tensor) -> Tensor:
+        return func(u, w, None, *args, **kwargs)
+
+    if isinstance(weight, DualTensor) or not isinstance(x, DualTensor):
+        result = bilinear(without_bias, x, weight)
+        return result if bias is None else result + _by_channel(bias, result)
+    if x.dim() == UNBATCHED.get(name):
+        return NotImplemented
+    stack = x.stack
+    result = without_bias(merged(stack), weight).unflatten(0, stack.shape[:2])
+    dual = DualTensor(result)
+    if isinstance(bias, DualTensor):
+        return dual + _by_channel(bias, dual)
+    if bias is not None:
+        result[0].add_(_by_channel(bias, dual))
+    return dual
+
+
+def _by_channel(bias: Any, like: Tensor) -> Any:
+    """A bias [C] against [n, C, ...]."""
+    return bias.reshape(-1, *[1] * (like.dim() - 2))

@@ -1,0 +1,233 @@
+"""A model on dual tensors: `propagation` prepares the ground, `jvp` and `propagate` use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisherfast import taps
+from fisherfast.dual.coverage import Coverage
+from fisherfast.dual.dispatch import overloads, recording
+from fisherfast.dual.errors import running, warn_of_randomness
+from fisherfast.dual.tensor import DualTensor
+
+__all__ = ["coverage", "jvp", "propagate", "propagation"]
+
+SEED = 0
+"""Of the random numbers that a model may draw in eval mode."""
+
+FACTORIES = frozenset(
+    overloads(
+        "zeros",
+        "ones",
+        "full",
+        "empty.memory_format",
+        "empty_strided",
+        "rand",
+        "randn",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+    )
+)
+
+
+class _Factories(TorchDispatchMode):
+    """What a model makes inside its forward pass has room for tangents: it may be written into."""
+
+    def __init__(self, directions: int) -> None:
+        super().__init__()
+        self._directions = directions
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (
+            func in FACTORIES
+            and isinstance(result, Tensor)
+            and not isinstance(result, DualTensor)
+            and result.is_floating_point()
+        ):
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                warn_of_randomness(func)
+            return DualTensor.constant(result, self._directions)
+        return result
+
+
+@contextmanager
+def propagation(
+    model: nn.Module | None, directions: int, record: Coverage | None = None
+) -> Iterator[None]:
+    """Dual tensors with P = directions tangents go through a model inside.
+
+    Below autograd, so that the operations a model calls arrive whole (a linear layer, an attention)
+    and not in pieces; without a graph.
+
+    Args:
+        model: names the layers in errors and warnings.
+        directions: P.
+        record: counts the operations; with one, an operation that fails has zero tangents.
+    """
+    with (
+        torch.no_grad(),
+        torch._C._AutoDispatchBelowAutograd(),
+        running(model),
+        recording(record),
+        _Factories(directions),
+    ):
+        yield
+
+
+def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
+    r"""Output of a model and its exact derivatives along P directions, sample by sample.
+
+    .. math:: y_i = f(x_i), \qquad dy_{p i} = \frac{\partial f}{\partial x}(x_i) \, dx_{p i}
+
+    One forward pass of 1 + P width; no graph is recorded. The model runs in eval mode; parameters,
+    buffers, mode, hooks and random state are afterwards as they were, also after an error.
+
+    Args:
+        model: any module that maps a batch [n, ...] to tensors, tuples, lists or dicts of them.
+        x: [n, ...] of floating dtype.
+        dx: [P, n, ...], dtype and device of x: derivative of each sample along P directions.
+
+    Returns:
+        y: what the model returns for x, without gradients.
+        dy: the same structure, each tensor [P, *shape of y]; zero where y does not depend on x, and
+            for integers.
+
+    Raises:
+        ValueError: dx of another shape or device.
+        TypeError: x is no tensor, not real or not floating, or dx of another dtype.
+        DerivativeError: an operation without derivative, with its layer.
+
+    Cost: about 1 + P forward passes of time and memory, less for non-linear layers.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh())
+        >>> y, dy = ff.jvp(model, torch.zeros(5, 3), torch.ones(1, 5, 3))
+        >>> y.shape, dy.shape
+        (torch.Size([5, 2]), torch.Size([1, 5, 2]))
+    """
+    _check_model(model)
+    batch = DualTensor.pack(x, dx)
+    directions = batch.directions
+    with taps.evaluation(model, SEED), propagation(model, directions):
+        output = model(batch)
+        return _structure(output, _primal), _structure(output, lambda t: _tangents(t, directions))
+
+
+def propagate(
+    model: nn.Module, x: Tensor, dx: Tensor, layers: taps.Layers = "auto"
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Activations of every layer and their exact derivatives along P directions.
+
+    Args:
+        model: as for `jvp`.
+        x: [n, ...].
+        dx: [P, n, ...].
+        layers: as for `fisher_flow`.
+
+    Returns:
+        Name of the layer -> (activations [n, ...], tangents [P, n, ...]), in execution order,
+        with "input" and "output".
+
+    Raises:
+        As for `jvp`; ValueError for an unknown layer (names the nearest).
+
+    Cost: as for `jvp`, and the activations that are kept. Three forward passes more, on two
+        samples, list the layers.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh())
+        >>> acts = ff.propagate(model, torch.zeros(5, 3), torch.ones(1, 5, 3))
+        >>> list(acts), acts["0"][1].shape
+        (['input', '0', 'output'], torch.Size([1, 5, 2]))
+    """
+    _check_model(model)
+    batch = DualTensor.pack(x, dx)
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    with taps.evaluation(model, SEED):
+        survey = x[:SURVEY_SAMPLES]
+        sites = taps.select(taps.survey(model, survey), layers, model)
+        names = {site.event: site.name for site in sites}
+
+        def keep(event: str, kind: str, module: nn.Module | None, output: Tensor) -> None:
+            if event in names:
+                kept[names[event]] = (
+                    _primal(output).clone(),
+                    _tangents(output, batch.directions).clone(),
+                )
+
+        with taps.Forward(model, keep) as forward, propagation(model, batch.directions):
+            forward.run(batch)
+    return {site.name: kept[site.name] for site in sites}
+
+
+SURVEY_SAMPLES = 2
+"""Samples that list the layers: two tell what has one row per sample."""
+
+
+def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
+    """Which operations of a model have a rule, which need PyTorch's forward mode, which fail.
+
+    Args:
+        model: as for `jvp`.
+        x: [n, ...].
+        dx: [P, n, ...], or None for one random direction.
+
+    Returns:
+        `Coverage`: counts by operation and by how it was served; prints as a table.
+
+    Raises:
+        ValueError, TypeError: as for `jvp`. An operation that fails is reported, not raised.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> report = ff.dual.coverage(torch.nn.Linear(3, 2), torch.zeros(5, 3))
+        >>> report.share, list(report.rules)
+        (1.0, ['linear.default'])
+    """
+    _check_model(model)
+    if dx is None:
+        generator = torch.Generator(device=x.device).manual_seed(SEED)
+        dx = torch.randn((1, *x.shape), generator=generator, device=x.device).to(x.dtype)
+    record = Coverage()
+    batch = DualTensor.pack(x, dx)
+    with taps.evaluation(model, SEED), propagation(model, batch.directions, record):
+        model(batch)
+    return record
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _structure(output: Any, change: Any) -> Any:
+    """The tensors of a nested output changed; the structure stays."""
+    return taps.map_tensors(output, lambda place, tensor: change(tensor))
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    return tensor.primal if isinstance(tensor, DualTensor) else tensor
+
+
+def _tangents(tensor: Tensor, directions: int) -> Tensor:
+    if isinstance(tensor, DualTensor):
+        return tensor.tangents
+    dtype = tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
+    return torch.zeros((directions, *tensor.shape), dtype=dtype, device=tensor.device)

@@ -1,0 +1,210 @@
+"""`DualTensor`: a batch and its P tangents in one buffer, seen by a model as the batch alone.
+
+A dual tensor looks like its primal [n, ...]: shape, strides, dtype, device. Behind it lies a stack
+[1 + P, n, ...], the primal first. Operations reach `__torch_dispatch__` whatever the model calls
+them by, and `fisherfast.dual.dispatch` applies the derivative rule of each. Nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast import ops, reference_dual
+from fisherfast.dual.errors import no_derivative
+
+__all__ = ["DualTensor", "apply_activation"]
+
+Affine = tuple[Tensor, Tensor]
+"""Scale and shift [C] of an eval-mode batch norm, over dimension 1 of the batch."""
+
+CHANNEL_DIM = 2
+"""Of a stack [1 + P, n, C, ...]."""
+
+
+class Memory:
+    """The storage that a dual tensor and its views share.
+
+    Attributes:
+        constant: made by a factory inside the model, and no dual was written into it yet: its
+            tangents are known to be zero.
+        detached: a copy that stands for `x.detach()`: a write into it would not reach x.
+        waiting: dual tensors that will still read this storage (a batch norm that waits for the
+            activation behind it) and must do so before it is overwritten.
+    """
+
+    __slots__ = ("constant", "detached", "waiting")
+
+    def __init__(self, *, constant: bool = False, detached: bool = False) -> None:
+        self.constant = constant
+        self.detached = detached
+        self.waiting: list[weakref.ref[DualTensor]] = []
+
+
+class DualTensor(torch.Tensor):
+    """A primal [n, ...] and its P tangents, pushed through a model together.
+
+    Make one with `pack`. Inside `fisherfast.dual.propagation` it goes through a model like any
+    batch; outside, operations on it work too, but for a few that need the fused kernels.
+
+    Attributes:
+        primal: [n, ...], a view of the stack.
+        tangents: [P, n, ...], a view of the stack.
+        stack: [1 + P, n, ...].
+    """
+
+    _stack: Tensor
+    _pending: Affine | None
+    memory: Memory
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, stack: Tensor, memory: Memory | None = None) -> DualTensor:
+        """Wrap a stack [1 + P, n, ...] without a copy."""
+        dual: DualTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            stack.shape[1:],
+            strides=stack.stride()[1:],
+            dtype=stack.dtype,
+            device=stack.device,
+        )
+        dual._stack = stack
+        dual._pending = None
+        dual.memory = Memory() if memory is None else memory
+        return dual
+
+    @classmethod
+    def pack(cls, primal: Tensor, tangents: Tensor) -> DualTensor:
+        """Copy a primal [n, ...] and tangents [P, n, ...] into one buffer.
+
+        Raises:
+            ValueError: tangents of another shape or on another device.
+            TypeError: another dtype, or one that has no derivative.
+        """
+        check_tangents(primal, tangents)
+        with torch.no_grad():
+            return cls(torch.cat([primal.detach()[None], tangents.detach()]))
+
+    @classmethod
+    def constant(cls, primal: Tensor, directions: int) -> DualTensor:
+        """A primal [n, ...] with P = directions tangents of zero."""
+        stack = primal.new_zeros((1 + directions, *primal.shape))
+        stack[0] = primal
+        return cls(stack, Memory(constant=True))
+
+    @classmethod
+    def awaiting(cls, source: DualTensor, scale: Tensor, shift: Tensor) -> DualTensor:
+        """scale_c x + shift_c, computed when it is looked at, or within the activation behind."""
+        dual = cls(source.stack)
+        dual._pending = (scale, shift)
+        source.memory.waiting.append(weakref.ref(dual))
+        return dual
+
+    @property
+    def stack(self) -> Tensor:
+        """[1 + P, n, ...], the primal first."""
+        if self._pending is not None:
+            self.settle(apply_activation(self._stack, "identity", affine=self._pending))
+        return self._stack
+
+    def pending(self) -> tuple[Tensor, Affine | None]:
+        """The stack, and the scale and shift that it still waits for."""
+        return self._stack, self._pending
+
+    def settle(self, stack: Tensor) -> None:
+        """Put the values that were waited for in place."""
+        self._stack, self._pending = stack, None
+
+    def before_writing(self) -> Tensor:
+        """The stack, after everything that waits for its present content has read it."""
+        if self.memory.detached:
+            raise no_derivative("detach", "a write into a detached tensor (or into x.data)")
+        stack = self.stack
+        self.memory.constant = False
+        waiting, self.memory.waiting = self.memory.waiting, []
+        for reference in waiting:
+            dual = reference()
+            if dual is not None:
+                _ = dual.stack
+        return stack
+
+    @property
+    def primal(self) -> Tensor:
+        """[n, ...]."""
+        return self.stack[0]
+
+    @property
+    def tangents(self) -> Tensor:
+        """[P, n, ...]."""
+        return self.stack[1:]
+
+    @property
+    def directions(self) -> int:
+        """P."""
+        return len(self._stack) - 1
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"DualTensor(primal={list(self.shape)}, P={self.directions}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        from fisherfast.dual.dispatch import dispatch
+
+        return dispatch(func, args, kwargs or {})
+
+
+def check_tangents(x: Tensor, dx: Tensor) -> None:
+    """x [n, ...] of real floating dtype and dx [P, n, ...] like it."""
+    for name, tensor in (("x", x), ("dx", dx)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if x.is_complex():
+        raise TypeError(
+            f"x must be real, got {x.dtype}: give real and imaginary part as two channels"
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x must have a floating dtype, got {x.dtype}: numbers that only count have no"
+            " derivative (a network may make integers inside; their tangents are zero)"
+        )
+    if dx.dtype != x.dtype:
+        raise TypeError(f"dx must have the dtype of x ({x.dtype}), got {dx.dtype}")
+    if dx.device != x.device:
+        raise ValueError(f"dx must be on the device of x ({x.device}), got {dx.device}")
+    if dx.dim() != x.dim() + 1 or dx.shape[1:] != x.shape:
+        raise ValueError(
+            f"dx must have shape [P, *x.shape] with x.shape = {list(x.shape)}, got {list(dx.shape)}"
+        )
+
+
+def apply_activation(
+    stack: Tensor,
+    kind: str,
+    *parameters: float,
+    slope: Tensor | None = None,
+    affine: Affine | None = None,
+) -> Tensor:
+    """An activation of a stack; half precision goes through the reference."""
+    scale, shift = affine or (None, None)
+    if stack.dtype in (torch.float32, torch.float64):
+        return ops.dual_activation(
+            stack,
+            kind,
+            *parameters,
+            scale=scale,
+            shift=shift,
+            slope=slope,
+            channel_dim=CHANNEL_DIM,
+        )
+    return reference_dual.dual_activation(stack, kind, parameters, scale, shift, slope, CHANNEL_DIM)

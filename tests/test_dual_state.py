@@ -1,0 +1,179 @@
+"""Exact derivatives leave what is the user's as it was, and depend on their arguments alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dual_oracle
+import pytest
+import torch
+from dual_oracle import Function, distance, map_tensors
+from dual_zoo import NETWORKS
+from networks_zoo import Failing, seeded, untouched
+from torch import Tensor, nn
+
+import fisherfast as ff
+
+EXACT = 1e-8
+"""In float64: the same derivative, another order of sums."""
+
+SINGLE = 1e-4
+"""float32 against float64."""
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_model_and_process_are_untouched(name, training):
+    """Catches modes, running statistics, hooks, random states, dtype or fast path that change; and
+    a model that runs in its training mode."""
+    network = NETWORKS[name]
+    model = network.make(torch.float32).train(training)
+    x, dx = (t.float() for t in network.inputs())
+    before = x.clone(), dx.clone()
+    with untouched(model):
+        y, dy = ff.jvp(model, x, dx)
+        layers = ff.propagate(model, x, dx)
+        ff.dual.coverage(model, x)
+    assert torch.equal(x, before[0])
+    assert torch.equal(dx, before[1])
+    with torch.no_grad():
+        expected = dual_oracle.run(model, x, torch.clone)[0]
+    for seen, truth in zip(_leaves(y), _leaves(expected), strict=True):
+        assert distance(seen.double(), truth.double()) <= SINGLE
+    for tensor in [*_leaves(y), *_leaves(dy), *(t for pair in layers.values() for t in pair)]:
+        assert type(tensor) is torch.Tensor
+        assert not tensor.requires_grad
+        assert tensor.grad_fn is None
+        assert not tensor.is_inference()
+
+
+def _leaves(structure: Any) -> list[Tensor]:
+    leaves: list[Tensor] = []
+    map_tensors(leaves.append, structure)
+    return leaves
+
+
+IN_PLACE_FIRST: dict[str, Any] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "sequential": lambda: nn.Sequential(nn.Hardswish(inplace=True), nn.Linear(5, 2)),
+    "write": lambda: Function(lambda x: x.mul_(2).add_(1)),
+    "fill": lambda: Function(lambda x: x[:, 0].zero_() + x.sum(1)),
+    "identity": nn.Identity,
+    "view": lambda: Function(lambda x: x.view(-1, 5, 1).transpose(1, 2)),
+    "norm": lambda: nn.Sequential(nn.BatchNorm1d(5), nn.ReLU(inplace=True)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE_FIRST)
+def test_arguments_are_not_written_and_not_handed_out(name):
+    """Catches an in-place first layer that writes into x or dx, and results that are their views:
+    a caller who writes into a result must not change the data."""
+    model = seeded(IN_PLACE_FIRST[name])
+    for contiguous in (True, False):
+        x, dx = torch.randn(4, 10)[:, ::2], torch.randn(3, 4, 10)[..., ::2]
+        if contiguous:
+            x, dx = x.contiguous(), dx.contiguous()
+        before = x.clone(), dx.clone()
+        results = [*ff.jvp(model, x, dx)]
+        for pair in ff.propagate(model, x, dx).values():
+            results += pair
+        for result in results:
+            result.fill_(float("nan"))
+        assert torch.equal(x, before[0])
+        assert torch.equal(dx, before[1])
+
+
+def test_arguments_that_require_gradients():
+    """Catches a graph that hangs on the arguments, or gradients that are written into them."""
+    x = torch.randn(4, 5, requires_grad=True)
+    dx = torch.randn(2, 4, 5, requires_grad=True)
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 3), nn.ReLU(inplace=True)))
+    for tensor in ff.jvp(model, x, dx):
+        assert not tensor.requires_grad
+    assert x.requires_grad
+    assert dx.requires_grad
+    assert x.grad is None
+    assert dx.grad is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_under_any_gradient_mode(mode):
+    """Catches results that depend on the mode of the caller, or a mode that is not put back."""
+    network = NETWORKS["functional"]
+    model = network.make()
+    x, dx = network.inputs()
+    expected = ff.jvp(model, x, dx)
+    with mode():
+        flags = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        y, dy = ff.jvp(model, x.clone(), dx.clone())
+        assert flags == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    assert torch.equal(y, expected[0])
+    assert torch.equal(dy, expected[1])
+
+
+def test_default_dtype_of_the_user():
+    """Catches constants that are made in the default dtype."""
+    network = NETWORKS["encoder_causal"]
+    x, dx = network.inputs()
+    model = network.make()
+    expected = ff.jvp(model, x, dx)
+    torch.set_default_dtype(torch.float64)
+    try:
+        seen = ff.jvp(model, x, dx)
+        assert torch.get_default_dtype() == torch.float64
+        single = ff.jvp(network.make(torch.float32), x.float(), dx.float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for result, truth, short in zip(seen, expected, single, strict=True):
+        assert torch.equal(result, truth)
+        assert short.dtype == torch.float32
+
+
+@pytest.mark.parametrize("call", ["jvp", "propagate", "coverage"])
+@pytest.mark.parametrize("error", [ValueError("in the model"), KeyboardInterrupt()])
+def test_untouched_after_an_error(call, error):
+    """Catches hooks, modes and statistics that stay behind when the model raises; and an error that
+    is swallowed or turned into another."""
+    model = seeded(lambda: Failing(error))
+    model.norm.eval()
+    x, dx = torch.randn(3, 6), torch.randn(2, 3, 6)
+    model.seen = 0
+    function = {"jvp": ff.jvp, "propagate": ff.propagate, "coverage": ff.dual.coverage}[call]
+    with untouched(model), pytest.raises(type(error)) as raised:
+        function(model, x, dx)
+    assert raised.value is error
+
+
+def test_hooks_of_the_user_run():
+    """Catches hooks that are skipped: a hook that changes the output is a part of the model."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh())).double()
+    x, dx = torch.randn(3, 5).double(), torch.randn(2, 3, 5).double()
+    handle = model[0].register_forward_hook(lambda module, args, output: output * 3)
+    try:
+        y, dy = ff.jvp(model, x, dx)
+    finally:
+        handle.remove()
+    with torch.no_grad():
+        z = 3 * model[0](x)
+        assert distance(y, z.tanh()) <= EXACT
+        assert distance(dy, 3 * (dx @ model[0].weight.T) * (1 - z.tanh() ** 2)) <= EXACT
+
+
+def test_same_input_same_bits():
+    """Catches results that depend on what was computed before."""
+    network = NETWORKS["vit"]
+    x, dx = network.inputs()
+    first = ff.jvp(network.make(), x, dx)
+    ff.jvp(NETWORKS["unet"].make(), *NETWORKS["unet"].inputs())
+    for seen, truth in zip(ff.jvp(network.make(), x, dx), first, strict=True):
+        assert torch.equal(seen, truth)
+
+
+def test_directions_do_not_see_each_other():
+    """Catches a mistaken stack axis: each tangent alone is what it is among others."""
+    network = NETWORKS["resnet18"]
+    x, dx = network.inputs(4)
+    together = ff.jvp(network.make(), x, dx)[1]
+    for index in range(4):
+        alone = ff.jvp(network.make(), x, dx[index : index + 1])[1]
+        assert distance(alone[0], together[index]) <= EXACT

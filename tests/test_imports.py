@@ -14,7 +14,7 @@ import fisherfast
 PACKAGE = Path(fisherfast.__file__).parent
 ANYONE = {"_version", "_progress"}
 PARTS_OF_FLOW = {"meters", "streams"}
-MEASURE = {"data", "dual", "taps", "features", "moments", "estimators", "maps"}
+MEASURE = {"data", "dual", "taps", "features", "moments", "estimators", "maps", "krylov", "average"}
 NUMBERS = {"results", "information_map"}
 TOP = {"__main__", "plots", "demos", "training", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
@@ -22,8 +22,9 @@ LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.
 
 # level of each part: an import goes to a lower level, or stays within one level where that is said
 LEVELS = {
-    **dict.fromkeys(TOP, 6),
-    "flow": 5,
+    **dict.fromkeys(TOP, 7),
+    "flow": 6,
+    "wide": 5,
     **dict.fromkeys(PARTS_OF_FLOW, 4),
     "problems": 4,
     **dict.fromkeys(MEASURE | NUMBERS, 3),
@@ -31,7 +32,7 @@ LEVELS = {
     **dict.fromkeys(BELOW_OPS, 1),
     **dict.fromkeys(ANYONE, 0),
 }
-WITHIN_LEVEL = {6, 3, 1}
+WITHIN_LEVEL = {7, 3, 1}
 
 
 def part_of(path: Path) -> str:

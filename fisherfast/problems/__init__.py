@@ -1,6 +1,7 @@
 """Problems whose Fisher information is known: ground truths for tests, examples and benchmarks."""
 
 from .camera import Camera, default_camera, published_positions
+from .correlated_image import CorrelatedImage
 from .distributions import Laplace, LogNormal, Poisson, RectifiedGaussian
 from .experiment import CameraRecording, load_camera_npz
 from .gaussian import GaussianFamily, GaussianScale, GaussianShift, NoisyLinear
@@ -20,6 +21,7 @@ __all__ = [
     "MLP",
     "Camera",
     "CameraRecording",
+    "CorrelatedImage",
     "GaussianFamily",
     "GaussianScale",
     "GaussianShift",

@@ -1,6 +1,7 @@
 """Problems whose Fisher information is known: ground truths for tests, examples and benchmarks."""
 
 from .camera import Camera, default_camera, published_positions
+from .camera_pose import CameraPose
 from .distributions import Laplace, LogNormal, Poisson, RectifiedGaussian
 from .experiment import CameraRecording, load_camera_npz
 from .gaussian import GaussianFamily, GaussianScale, GaussianShift, NoisyLinear
@@ -19,6 +20,7 @@ from .scenes import glyph_scene, scene_from_file
 __all__ = [
     "MLP",
     "Camera",
+    "CameraPose",
     "CameraRecording",
     "GaussianFamily",
     "GaussianScale",

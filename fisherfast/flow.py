@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import numbers
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual, taps
 from fisherfast._progress import progress_bar
@@ -262,7 +264,7 @@ class Measurement:
         elif self._model is None:
             forward.run(batch)
         else:
-            with dual.propagation(self._model):
+            with dual.propagation(self._model, len(batch.tangents)):
                 forward.run(dual.DualTensor.pack(batch.x, batch.tangents))
 
     def _survey(self, batch: torch.Tensor) -> None:
@@ -292,28 +294,33 @@ class Measurement:
         return taps.Forward(self._model, self._consume)
 
     def _consume(
-        self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor
+        self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor | Batch
     ) -> None:
         meter = self._meters.get(name)
         if meter is None or name != meter.site.event or not (self._pilot or meter in self._active):
             return
-        if tuple(output.shape[1:]) != meter.site.shape:
-            raise ValueError(
-                f"layer {name!r} must have the same shape for all samples,"
-                f" got {tuple(output.shape[1:])} after {meter.site.shape}"
-            )
-        # the network may run under autocast, or with gradients inside: the statistics never do
-        primal, tangents = _parts(output)
-        with torch.no_grad(), torch.autocast(primal.device.type, enabled=False):
-            if self._pilot:
-                meter.observe_pilot(primal.detach())
-                finite = torch.isfinite(primal).all()
-            else:
-                finite = meter.observe(
-                    self._condition, primal.detach(), tangents=tangents, score=self._score
+        # what the statistics make has no tangents, and they never run under autocast or with
+        # gradients, as the network may
+        with _disable_current_modes(), torch.no_grad():
+            activations, tangents = _parts(output)
+            if tuple(activations.shape[1:]) != meter.site.shape:
+                raise ValueError(
+                    f"layer {name!r} must have the same shape for all samples,"
+                    f" got {tuple(activations.shape[1:])} after {meter.site.shape}"
                 )
+            with torch.autocast(activations.device.type, enabled=False):
+                if self._pilot:
+                    meter.observe_pilot(activations.detach())
+                    finite = torch.isfinite(activations).all()
+                else:
+                    finite = meter.observe(
+                        self._condition,
+                        activations.detach(),
+                        tangents=tangents,
+                        score=self._score,
+                    )
         self._finite.append((meter.site.name, self._condition, self._batch, finite))
-        if self._pilot and primal.device.type == "cpu":
+        if self._pilot and activations.device.type == "cpu":
             self._raise_if_not_finite()
 
     def _raise_if_not_finite(self) -> None:
@@ -340,7 +347,7 @@ class Measurement:
 class _NoModel:
     """Stands in for a forward pass when only the data are measured."""
 
-    def __init__(self, consume: taps.Consumer) -> None:
+    def __init__(self, consume: Callable[[str, str, None, torch.Tensor | Batch], None]) -> None:
         self._consume = consume
 
     def __enter__(self) -> _NoModel:
@@ -360,7 +367,7 @@ def _parts(
     if isinstance(output, Batch):
         return output.x, output.tangents
     if isinstance(output, dual.DualTensor):
-        return output.primal, output.tangents.detach()
+        return output.primal, output.tangents
     return output, None
 
 

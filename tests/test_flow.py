@@ -637,7 +637,8 @@ def test_things_that_are_no_model(model, got):
 @pytest.mark.parametrize("data", [None, torch.zeros(3, 3), (torch.zeros(3), 1), "x", nn.ReLU()])
 def test_things_that_are_no_data(data):
     """Catches samples given without their step."""
-    text = f"data must be a FiniteDifference, got {type(data).__name__}"
+    known = "FiniteDifference, Pathwise, Score or Simulator"
+    text = f"data must be a {known}, got {type(data).__name__}"
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
         ff.fisher_flow(seeded(mlp), data)
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):

@@ -10,12 +10,11 @@ variance of one of them, for twice the samples in each pass. See docs/theory.md,
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fisherfast.average import average_curves
 from fisherfast.data import Data
 from fisherfast.estimators import (
     SPARE_DOF,
@@ -34,7 +33,7 @@ from fisherfast.results import LayerFisher, finite_step_note
 
 __all__ = ["WideMeter", "too_wide"]
 
-LEAST_DOF = 1.25
+LEAST_DOF = 1.1
 """Degrees of freedom per activation below which a layer wider than max_features is compressed."""
 
 
@@ -52,6 +51,33 @@ def too_wide(dim: int, data: Data, max_features: int) -> bool:
     if data.paired:  # at worst: the same noise in all conditions is one measurement of it
         dof /= data.conditions
     return dof < LEAST_DOF * dim
+
+
+@dataclass(frozen=True)
+class HalfFit:
+    """J in the space that one half has taught, measured on the other.
+
+    Attributes:
+        curve: over the leading vectors of the space.
+        index: int64 [k] numbers of these vectors.
+        chosen: how many of them are used.
+        converged: that number is on a plateau.
+    """
+
+    curve: FisherCurve
+    index: torch.Tensor
+    chosen: int
+    converged: bool
+
+    def at_chosen(self, name: str) -> torch.Tensor:
+        """Value of one of the curves at the chosen size."""
+        values: torch.Tensor = getattr(self.curve, name)
+        return values[self.chosen - 1]
+
+    def at(self, name: str, sizes: torch.Tensor) -> torch.Tensor:
+        """Values of one of the curves at sizes [n], the last one where it ends before."""
+        values: torch.Tensor = getattr(self.curve, name)
+        return values[(sizes.to(values.device) - 1).clamp_max(len(values) - 1)]
 
 
 class WideMeter(LayerMeter):
@@ -149,31 +175,35 @@ class WideMeter(LayerMeter):
         if not all(map(len, self.spaces)):
             return replace(base, notes=("no activation moves with theta: J = 0",))
         self._check_samples(contrast)
-        fits = [self._fit(half, contrast, ridge) for half in range(2)]
-        if not all(len(index) for _, index in fits):
+        halves = self.halves(contrast, ridge)
+        if not all(len(half.index) for half in halves):
             return replace(base, notes=("no activation varies in both halves: J = 0",))
-        curve = average_curves(*(curve for curve, _ in fits))
-        first = min(self._parameters, len(curve))
-        chosen, converged = choose_features(curve, first)
-        lower, lower_stderr = self._honest_bound([index[:chosen] for _, index in fits], contrast)
-        points = curve_points(first, len(curve))
+        size = max(len(half.curve) for half in halves)
+        points = curve_points(min(self._parameters, size), size)
+        lower, lower_stderr = self._honest_bound(halves, contrast)
+        J, stderr = (
+            _mean_of([half.at_chosen("J") for half in halves]),
+            _error_of_mean([half.at_chosen("stderr") for half in halves]),
+        )
+        curves = [half.at("stderr", points) for half in halves]
+        errors = [half.curve.error_covariance(half.chosen) for half in halves]
         layer = replace(
             base,
-            J=curve.J[chosen - 1].cpu(),
-            stderr=curve.stderr[chosen - 1].cpu(),
+            J=J,
+            stderr=stderr,
             lower=lower,
             lower_stderr=lower_stderr,
-            linear=curve.J[chosen - 1].cpu(),
-            linear_stderr=curve.stderr[chosen - 1].cpu(),
-            naive=curve.naive[chosen - 1].cpu(),
+            linear=J,
+            linear_stderr=stderr,
+            naive=_mean_of([half.at_chosen("naive") for half in halves]),
             curve_k=points,
-            curve_J=curve.J[points - 1].cpu(),
-            curve_stderr=curve.stderr[points - 1].cpu(),
-            features=chosen,
+            curve_J=_mean_of([half.at("J", points) for half in halves]),
+            curve_stderr=_error_of_mean(curves),
+            features=max(half.chosen for half in halves),
             feature_kind="krylov",
-            effective_dim=float(curve.effective_dim[chosen - 1]),
-            converged=converged,
-            error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
+            effective_dim=float(_mean_of([half.at_chosen("effective_dim") for half in halves])),
+            converged=all(half.converged for half in halves),
+            error_covariance=pack_covariance(_mean_of(errors) / 2),
         )
         notes = [f"{dead} constant activations left out"] if dead else []
         notes += [warning] if (warning := finite_step_note(layer)) else []
@@ -241,10 +271,26 @@ class WideMeter(LayerMeter):
             f" to be compressed and measured, got {min(self.seen)}"
         )
 
+    def halves(self, contrast: torch.Tensor, ridge: float) -> list[HalfFit]:
+        """What was measured in the space of each half, and the size at which it is to be read.
+
+        That size is chosen on the *other* curve, where its noise is another one: the best of many
+        sizes on the same curve would be the luckiest one.
+        """
+        fits = [self._fit(half, contrast, ridge) for half in range(2)]
+        sizes = [
+            choose_features(curve, min(self._parameters, len(curve))) if len(index) else (0, True)
+            for curve, index in fits
+        ]
+        return [
+            HalfFit(curve, index, min(chosen, len(index)), converged)
+            for (curve, index), (chosen, converged) in zip(fits, reversed(sizes), strict=True)
+        ]
+
     def _fit(
         self, half: int, contrast: torch.Tensor, ridge: float
     ) -> tuple[FisherCurve, torch.Tensor]:
-        """The curve in one of the spaces, and the numbers of its features."""
+        """The curve in the space of a half, and the numbers of its features."""
         moments = self.measured[half]
         whole = moments.statistics(contrast)
         varied = (moments.variances() > self._floors[half]).nonzero()[:, 0]
@@ -256,13 +302,24 @@ class WideMeter(LayerMeter):
             return fisher_curve(whole.select(index), ridge), index
 
     def _honest_bound(
-        self, indices: list[torch.Tensor], contrast: torch.Tensor
+        self, halves: list[HalfFit], contrast: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Readouts learned on a quarter of the samples and measured on the next, in the space that
         the other half has taught."""
-        lower = variance = torch.zeros(self._parameters, self._parameters, dtype=torch.float64)
-        for moments, index in zip(self.measured, indices, strict=True):
-            quarters = [moments.statistics(contrast, half).select(index) for half in (0, 1)]
-            bound, stderr = cross_fitted_bound(quarters[0], quarters[1])
-            lower, variance = lower + bound.cpu() / 2, variance + stderr.cpu().square() / 4
-        return lower, variance.sqrt()
+        bounds, errors = [], []
+        for moments, half in zip(self.measured, halves, strict=True):
+            index = half.index[: half.chosen]
+            quarters = [moments.statistics(contrast, part).select(index) for part in (0, 1)]
+            bound, error = cross_fitted_bound(quarters[0], quarters[1])
+            bounds.append(bound)
+            errors.append(error)
+        return _mean_of(bounds), _error_of_mean(errors)
+
+
+def _mean_of(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(values).mean(0).cpu()
+
+
+def _error_of_mean(errors: list[torch.Tensor]) -> torch.Tensor:
+    """Standard error of the mean of independent results with these errors."""
+    return torch.stack(errors).square().sum(0).sqrt().cpu() / len(errors)

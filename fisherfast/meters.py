@@ -192,6 +192,11 @@ def estimate_layer(
     size, notes = _affordable(len(alive), raw, whole.dof)
     if dropped:
         notes.append(f"{dropped} constant features dropped")
+    if dictionary.kind == "sketch":
+        notes.append(
+            f"sums of {site.dim} activations in random groups, a loose bound: data that can be read"
+            " again are compressed instead"
+        )
     try:
         curve = fisher_curve(whole.select(alive[:size]), ridge)
     except SingularCovarianceError as error:

@@ -28,7 +28,7 @@ from fisherfast.features import MAX_WIDTH
 from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
 from fisherfast.marginal import pack_covariance
 from fisherfast.meters import LayerMeter, carried_by, curve_points, no_information, rows_of
-from fisherfast.moments import FoldMoments
+from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 
 __all__ = ["WideMeter", "too_wide"]
@@ -176,7 +176,7 @@ class WideMeter(LayerMeter):
             return replace(base, notes=("no activation moves with theta: J = 0",))
         self._check_samples(contrast)
         halves = self.halves(contrast, ridge)
-        if not all(len(half.index) for half in halves):
+        if not halves:
             return replace(base, notes=("no activation varies in both halves: J = 0",))
         size = max(len(half.curve) for half in halves)
         points = curve_points(min(self._parameters, size), size)
@@ -198,7 +198,7 @@ class WideMeter(LayerMeter):
             naive=_mean_of([half.at_chosen("naive") for half in halves]),
             curve_k=points,
             curve_J=_mean_of([half.at("J", points) for half in halves]),
-            curve_stderr=_error_of_mean(curves),
+            curve_stderr=_error_of_mean([half.at("stderr", points) for half in halves]),
             features=max(half.chosen for half in halves),
             feature_kind="krylov",
             effective_dim=float(_mean_of([half.at_chosen("effective_dim") for half in halves])),
@@ -212,8 +212,6 @@ class WideMeter(LayerMeter):
     def _prepare_measurement(self) -> None:
         """From here on each half is read in the space that the other has taught."""
         self._projections = [space.projection() for space in self.spaces]
-        rounding = (self._rounding * self._mean).square()
-        self._floors = [p.double().square() @ rounding for p in self._projections]
         self.measured = [
             FoldMoments(
                 len(projection),
@@ -255,51 +253,53 @@ class WideMeter(LayerMeter):
 
     def _check_samples(self, contrast: torch.Tensor) -> None:
         """Two samples in every fold, and a quarter of all must carry the readouts of the bound."""
-        inflation = 1.0
+        inflation, freedom = 1.0, self._parameters + SPARE_DOF
         fewest = min(int(moments.counts.min()) for moments in self.measured)
         if fewest >= 2:
             quarters = [m.statistics(contrast, half) for m in self.measured for half in (0, 1)]
-            dof = min(quarter.dof for quarter in quarters)
-            if dof >= self._parameters + SPARE_DOF:
+            least = min(quarter.dof for quarter in quarters)
+            if least >= freedom:
                 return
-            cells = self._conditions * self._folds // 2
-            inflation = max((sum(self.seen) / 4 - cells) / dof, 1.0)
-        freedom = (self._parameters + SPARE_DOF) * inflation / self._conditions
-        needed = max(4 * self._folds, math.ceil(4 * freedom) + 2 * self._folds + 3)
+            samples = sum(n // 4 for n in self.seen)
+            inflation = max((samples - self._conditions * self._folds / 2) / least, 1.0)
+        in_quarter = self._folds / 2 + freedom * inflation / self._conditions
+        needed = max(4 * self._folds, 4 * math.ceil(in_quarter))
         raise ValueError(
-            f"layer {self.site.name!r} must see at least {needed} samples per condition"
-            f" to be compressed and measured, got {min(self.seen)}"
+            f"layer {self.site.name!r} must see at least {needed} samples per condition to be"
+            f" compressed on one half and measured on the other, got {min(self.seen)}"
         )
 
     def halves(self, contrast: torch.Tensor, ridge: float) -> list[HalfFit]:
-        """What was measured in the space of each half, and the size at which it is to be read.
+        """What was measured in the space of each half, and the size at which it is to be read; empty
+        where a space has no feature that varies in the other half.
 
         That size is chosen on the *other* curve, where its noise is another one: the best of many
         sizes on the same curve would be the luckiest one.
         """
-        fits = [self._fit(half, contrast, ridge) for half in range(2)]
-        sizes = [
-            choose_features(curve, min(self._parameters, len(curve))) if len(index) else (0, True)
-            for curve, index in fits
-        ]
+        wholes = [moments.statistics(contrast) for moments in self.measured]
+        indices = [self._affordable(half, whole.dof) for half, whole in enumerate(wholes)]
+        if not all(map(len, indices)):
+            return []
+        fits = [_fit(*pair, ridge) for pair in zip(wholes, indices, strict=True)]
+        sizes = [choose_features(c, min(self._parameters, len(c))) for c, _ in fits]
         return [
             HalfFit(curve, index, min(chosen, len(index)), converged)
             for (curve, index), (chosen, converged) in zip(fits, reversed(sizes), strict=True)
         ]
 
-    def _fit(
-        self, half: int, contrast: torch.Tensor, ridge: float
-    ) -> tuple[FisherCurve, torch.Tensor]:
-        """The curve in the space of a half, and the numbers of its features."""
+    def _affordable(self, half: int, dof: float) -> torch.Tensor:
+        """Numbers of the features in the space of a half that vary, as many as the samples carry."""
+        varied = self.measured[half].variances() > self._rounding_variance(half)
+        return varied.nonzero()[: max(self._parameters, int(dof / 2)), 0]
+
+    def _rounding_variance(self, half: int) -> torch.Tensor:
+        """Variance of each feature [k] below which it is rounding: of the activations, or of the
+        squares of a feature that the other half keeps far from zero."""
         moments = self.measured[half]
-        whole = moments.statistics(contrast)
-        varied = (moments.variances() > self._floors[half]).nonzero()[:, 0]
-        index = varied[: max(self._parameters, int(whole.dof / 2))]
-        try:
-            return fisher_curve(whole.select(index), ridge), index
-        except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
-            index = index[: error.feature - 1]
-            return fisher_curve(whole.select(index), ridge), index
+        mean = moments.sums.sum((0, 1)) / sum(moments.seen)
+        of_activations = (self._rounding * self._mean).square()
+        squares = self._projections[half].double().square()
+        return squares @ of_activations + self._rounding * mean.square()
 
     def _honest_bound(
         self, halves: list[HalfFit], contrast: torch.Tensor
@@ -314,6 +314,17 @@ class WideMeter(LayerMeter):
             bounds.append(bound)
             errors.append(error)
         return _mean_of(bounds), _error_of_mean(errors)
+
+
+def _fit(
+    whole: FoldStatistics, index: torch.Tensor, ridge: float
+) -> tuple[FisherCurve, torch.Tensor]:
+    """The curve of the features in index, and those of them that it holds."""
+    try:
+        return fisher_curve(whole.select(index), ridge), index
+    except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
+        index = index[: error.feature - 1]
+        return fisher_curve(whole.select(index), ridge), index
 
 
 def _mean_of(values: list[torch.Tensor]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
+from fisherfast.derivatives import ScoreMoments, TangentMoments
 from fisherfast.estimators import (
     SPARE_DOF,
     SingularCovarianceError,
@@ -24,13 +25,22 @@ from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
 
-__all__ = ["LayerMeter"]
+__all__ = ["LayerMeter", "estimate_layer", "score_note"]
 
 CURVE_POINTS = 64
 """Points at which a result keeps its curve."""
 
 PRODUCT_ROWS = 512
 """Samples of a pair whose features exist at the same time: 1 MB of float32 for 512 features."""
+
+
+NO_TANGENTS = (
+    "no derivative reaches this layer (rounding, comparisons, integers): J = 0 is only a lower"
+    " bound, a score or two conditions may tell more"
+)
+
+SCORE_ERRORS = 5.0
+"""Standard errors from zero beyond which the mean of a score is no chance: 6e-7."""
 
 
 class LayerMeter:
@@ -202,13 +212,28 @@ def estimate_layer(
         converged=converged,
         error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
     )
+    if isinstance(moments.carried, TangentMoments) and not bool(moments.carried.sums.any()):
+        notes.append(NO_TANGENTS)
     warning = finite_step_note(layer)
     return replace(layer, notes=(*notes, *([warning] if warning else [])))
 
 
-def _no_information(
-    site: Site, data: Data, *, samples: int, dropped: int
-) -> LayerFisher:
+def score_note(meter: LayerMeter) -> str | None:
+    """A warning where the mean of what was given as score is not zero."""
+    carried = meter.moments.carried
+    if not isinstance(carried, ScoreMoments):
+        return None
+    off = carried.mean_error(meter.moments.counts[0].to(carried.sums.device, torch.float64))
+    worst = float(off.abs().nan_to_num().max())
+    if worst <= SCORE_ERRORS:
+        return None
+    return (
+        f"mean of the score is {worst:.1f} standard errors from zero: it is no score of these"
+        " samples, or one at another theta; J is wrong then"
+    )
+
+
+def _no_information(site: Site, data: Data, *, samples: int, dropped: int) -> LayerFisher:
     """J = 0 and an empty curve: what a layer shows when none of its activations varies."""
     P = data.parameters
     zero = torch.zeros(P, P, dtype=torch.float64)

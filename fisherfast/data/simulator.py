@@ -162,9 +162,7 @@ class Simulator(Data):
         tangents = [torch.zeros_like(x) if tangent is None else tangent for x, tangent in duals]
         return Batch(duals[0][0], tangents=torch.stack(tangents))
 
-    def _jvp(
-        self, parameter: int, number: int, n: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _jvp(self, parameter: int, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x of one batch and its derivative to one parameter; None where nothing depends on it."""
         direction = torch.zeros_like(self._theta)
         direction[parameter] = 1
@@ -228,7 +226,9 @@ class Simulator(Data):
 
     def __repr__(self) -> str:
         step = f", dtheta={list(self.dtheta)}" if self.dtheta else ""
-        return f"Simulator({self.source}{step}, theta={self._theta.tolist()}, samples={self._samples})"
+        return (
+            f"Simulator({self.source}{step}, theta={self._theta.tolist()}, samples={self._samples})"
+        )
 
 
 def _as_theta(theta: float | Sequence[float] | np.ndarray | torch.Tensor) -> torch.Tensor:

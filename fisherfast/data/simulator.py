@@ -174,8 +174,9 @@ class Simulator(Data):
                 try:
                     x = self._call(theta, self._generator(0, number), n)
                 except NotImplementedError as error:
+                    reason = str(error).partition("\n")[0].rstrip(".")
                     raise ValueError(
-                        f"fn must be differentiable in forward mode, got: {error}; {HINT}"
+                        f"fn must be differentiable in forward mode, got: {reason}; {HINT}"
                     ) from error
                 primal, tangent = forward_ad.unpack_dual(x)
                 return as_batch(primal, "fn"), None if tangent is None else tangent.detach()

@@ -9,6 +9,10 @@
 #include <string>
 
 #include "core/threads.h"
+#include "ops/dual_activation.h"
+#include "ops/dual_norm.h"
+#include "ops/dual_pool.h"
+#include "ops/dual_softmax.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/lift.h"
@@ -23,6 +27,7 @@ namespace {
 
 using Address = std::uintptr_t;
 using Strides3 = std::array<index_t, 3>;
+using PoolSizes = std::array<index_t, kPoolDims>;
 using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
 template <typename T>
@@ -139,6 +144,72 @@ LiftMomentsArgs<T> lift_moments_args(Address z, index_t row_stride, Address weig
           static_cast<T>(slope)};
 }
 
+template <typename T>
+DualActivationArgs<T> dual_activation_args(Address x, Address y, Address scale, Address shift,
+                                           Address slope, index_t slice_stride,
+                                           index_t output_stride, index_t tangents, index_t outer,
+                                           index_t channels, index_t inner, int kind, double a,
+                                           double b, double c) {
+  return {pointer<const T>(x),
+          pointer<T>(y),
+          pointer<const T>(scale),
+          pointer<const T>(shift),
+          pointer<const T>(slope),
+          slice_stride,
+          output_stride,
+          tangents,
+          outer,
+          channels,
+          inner,
+          static_cast<Activation>(kind),
+          static_cast<T>(a),
+          static_cast<T>(b),
+          static_cast<T>(c)};
+}
+
+template <typename T>
+DualNormArgs<T> dual_norm_args(Address x, Address y, Address weight, Address bias,
+                               index_t slice_stride, index_t tangents, index_t rows, index_t width,
+                               index_t groups, index_t inner, double eps, bool centre) {
+  return {pointer<const T>(x),
+          pointer<T>(y),
+          pointer<const T>(weight),
+          pointer<const T>(bias),
+          slice_stride,
+          tangents,
+          rows,
+          width,
+          groups,
+          inner,
+          static_cast<T>(eps),
+          centre};
+}
+
+template <typename T>
+DualSoftmaxArgs<T> dual_softmax_args(Address x, Address y, index_t slice_stride, index_t tangents,
+                                     index_t outer, index_t width, index_t inner, bool log) {
+  return {pointer<const T>(x), pointer<T>(y), slice_stride, tangents, outer, width, inner, log};
+}
+
+template <typename T>
+DualPoolArgs<T> dual_pool_args(Address x, Address y, index_t slice_stride, index_t tangents,
+                               index_t outer, index_t inner, PoolSizes in, PoolSizes out,
+                               PoolSizes kernel, PoolSizes stride, PoolSizes padding,
+                               PoolSizes dilation) {
+  return {pointer<const T>(x),
+          pointer<T>(y),
+          slice_stride,
+          tangents,
+          outer,
+          inner,
+          {in[0], in[1], in[2]},
+          {out[0], out[1], out[2]},
+          {kernel[0], kernel[1], kernel[2]},
+          {stride[0], stride[1], stride[2]},
+          {padding[0], padding[1], padding[2]},
+          {dilation[0], dilation[1], dilation[2]}};
+}
+
 // Binds launch(make_args(numbers...), threads) as name(numbers..., threads).
 template <typename Args, typename... Numbers>
 void bind_cpu(py::module_& module, const std::string& name, Args (*make_args)(Numbers...),
@@ -158,6 +229,10 @@ void bind_cpu_ops(py::module_& module, const std::string& dtype) {
   bind_cpu(module, "spatial_moments_cpu_" + dtype, spatial_moments_args<T>, spatial_moments_cpu<T>);
   bind_cpu(module, "lift_cpu_" + dtype, lift_args<T>, lift_cpu<T>);
   bind_cpu(module, "lift_moments_cpu_" + dtype, lift_moments_args<T>, lift_moments_cpu<T>);
+  bind_cpu(module, "dual_activation_cpu_" + dtype, dual_activation_args<T>, dual_activation_cpu<T>);
+  bind_cpu(module, "dual_norm_cpu_" + dtype, dual_norm_args<T>, dual_norm_cpu<T>);
+  bind_cpu(module, "dual_softmax_cpu_" + dtype, dual_softmax_args<T>, dual_softmax_cpu<T>);
+  bind_cpu(module, "dual_pool_cpu_" + dtype, dual_pool_args<T>, dual_pool_cpu<T>);
 }
 
 #ifdef FISHERFAST_WITH_CUDA

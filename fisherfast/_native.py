@@ -83,10 +83,6 @@ def serves(tensor: torch.Tensor) -> bool:
     return CUDA_COMPILED if tensor.is_cuda else _C is not None
 
 
-def has(op: str, like: torch.Tensor) -> bool:  # INTERIM: goes when the four dual kernels are bound
-    return hasattr(_C, f"{op}_{like.device.type}_{DTYPE_NAMES[like.dtype]}")
-
-
 def build_info() -> dict[str, Any]:
     """Facts about the build: version, compiler, cuda, nvcc, cuda_architectures; and the instruction
     set in use, simd, of simd_available (the widest last), and whose threads the kernels use."""

@@ -122,9 +122,7 @@ class DerivativeMoments(ABC):
             kind.kind: kind for kind in (TangentMoments, ScoreMoments)
         }
         folds, parameters, size = state["sums"].shape
-        moments = kinds[state["kind"]](
-            parameters, size, folds=folds, device=state["sums"].device
-        )
+        moments = kinds[state["kind"]](parameters, size, folds=folds, device=state["sums"].device)
         for name, tensor in moments._tensors().items():
             tensor.copy_(state[name])
         return moments
@@ -159,8 +157,10 @@ class TangentMoments(DerivativeMoments):
             self.sums[..., :dim] += fold_sums(carried, first, self.folds)
         begin = max(known, dim)
         weight, bias = lift.weight[begin - dim :], lift.bias[begin - dim :]
-        rows = max(TILE_ROWS // self.parameters, self.folds) if len(bias) else len(raw) + 1
-        for start in range(0, len(raw) if len(bias) else 0, rows):
+        if len(bias) == 0:
+            return
+        rows = max(TILE_ROWS // self.parameters, self.folds)
+        for start in range(0, len(raw), rows):
             tile = slice(start, start + rows)
             slope = torch.where(raw[tile] @ weight.T + bias > 0, 1.0, lift.slope)
             moved = (carried[:, tile] @ weight.T) * slope.to(raw.dtype)
@@ -206,16 +206,21 @@ class ScoreMoments(DerivativeMoments):
         if carried is None:
             raise ValueError("carried must be the score of each sample, got None")
         dim = raw.shape[1]
-        if known < dim:
-            self.sums[..., :dim] += fold_products(carried, raw, first, self.folds)
         begin = max(known, dim)
         rest = Lift(
-            lift.weight[begin - dim :], lift.bias[begin - dim :], lift.pilot[begin - dim :], lift.slope
+            lift.weight[begin - dim :],
+            lift.bias[begin - dim :],
+            lift.pilot[begin - dim :],
+            lift.slope,
         )
-        for start in range(0, len(raw) if len(rest) else 0, TILE_ROWS):
+        for start in range(0, len(raw), TILE_ROWS):
             tile = slice(start, start + TILE_ROWS)
-            products = fold_products(carried[tile], rest(raw[tile]), first + start, self.folds)
-            self.sums[..., begin:] += products
+            if known < dim:
+                products = fold_products(carried[tile], raw[tile], first + start, self.folds)
+                self.sums[..., :dim] += products
+            if len(rest):
+                products = fold_products(carried[tile], rest(raw[tile]), first + start, self.folds)
+                self.sums[..., begin:] += products
         self.score_sums += fold_sums(carried[None], first, self.folds)[:, 0]
         self.score_cross += fold_products(carried, carried, first, self.folds)
 

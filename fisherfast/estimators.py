@@ -185,7 +185,7 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
 
 
 def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k), up to a constant.
+    """Replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
 
     A gain is the mean of 2 e d with d what the new features add to the prediction, e the residual
     before; the folds see 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the largest k
@@ -197,9 +197,9 @@ def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor
 
 
 def fold_statistic_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> torch.Tensor:
-    """J(k) [K, P, P] by the fold U-statistic, whatever the source: agrees with `fisher_curve` in
-    the mean."""
-    return fisher_curve(replace(statistics, paired=True), ridge).J
+    """J(k) [K, P, P] by the fold U-statistic: agrees with `fisher_curve` in the mean, for all
+    sources but the score, whose derivative is not independent of the covariance."""
+    return fisher_curve(replace(statistics, paired=True, score=None), ridge).J
 
 
 def cross_fitted_bound(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import numbers
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ from fisherfast._progress import progress_bar
 from fisherfast.data import Batch, Data
 from fisherfast.estimators import RIDGE
 from fisherfast.maps import estimate_map
-from fisherfast.meters import LayerMeter
-from fisherfast.results import FisherFlow, LayerFisher, warn_of
+from fisherfast.meters import LayerMeter, score_note
+from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
 from fisherfast.streams import Streams
 from fisherfast.wide import WideMeter, too_wide
 
@@ -98,7 +100,8 @@ def fisher_flow(
         TypeError: integer or complex data.
 
     Warns:
-        FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3.
+        FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
+            mean of a score is more than 5 standard errors from zero.
 
     Cost: one forward pass over the data plus n k^2 operations and 16 k^2 bytes per layer; memory
         does not
@@ -199,6 +202,10 @@ class Measurement:
                 for m in self._layer_meters
                 if m.map is not None
             }
+            warning = score_note(self._layer_meters[0])
+        if warning is not None:
+            layers = (replace(layers[0], notes=(*layers[0].notes, warning)), *layers[1:])
+            warnings.warn(warning, FisherWarning, stacklevel=3)
         warn_of(layers)
         return FisherFlow(layers, self._settings, maps=maps)
 
@@ -328,8 +335,10 @@ class Measurement:
         if not flags or bool(torch.stack([flag for *_, flag in flags]).all()):
             return
         name, condition, batch, _ = next(entry for entry in flags if not bool(entry[-1]))
+        pathwise = self._data.source == "pathwise"
+        what = "activations and their tangents" if pathwise else "activations"
         raise ValueError(
-            f"activations of layer {name!r} must be finite, got NaN or infinity in batch {batch} of"
+            f"{what} of layer {name!r} must be finite, got NaN or infinity in batch {batch} of"
             f" condition {self._data.condition_name(condition)!r}"
         )
 

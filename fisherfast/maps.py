@@ -102,9 +102,7 @@ class MapMoments:
         """D [H, W, C, P] of all samples, and of each fold alone [H, W, C, F, P]."""
         if self._carried is not None:
             counts = self._counts[0].to(self._sums.device, torch.float64)
-            whole, folds = self._carried.derivatives(
-                slice(None), counts, self._sums[0].flatten(1)
-            )
+            whole, folds = self._carried.derivatives(slice(None), counts, self._sums[0].flatten(1))
             shape = self._pilot.shape
             return (
                 whole.unflatten(0, shape).permute(1, 2, 0, 3),

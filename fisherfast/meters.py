@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
+from fisherfast.derivatives import ScoreMoments, TangentMoments
 from fisherfast.estimators import (
     SPARE_DOF,
     SingularCovarianceError,
@@ -24,13 +25,22 @@ from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
 
-__all__ = ["LayerMeter"]
+__all__ = ["LayerMeter", "estimate_layer", "score_note"]
 
 CURVE_POINTS = 64
 """Points at which a result keeps its curve."""
 
 PRODUCT_ROWS = 512
 """Samples of a pair whose features exist at the same time: 1 MB of float32 for 512 features."""
+
+
+NO_TANGENTS = (
+    "no derivative reaches this layer (rounding, comparisons, integers): J = 0 is only a lower"
+    " bound, a score or two conditions may tell more"
+)
+
+SCORE_ERRORS = 5.0
+"""Standard errors from zero beyond which the mean of a score is no chance: 6e-7."""
 
 
 class LayerMeter:
@@ -50,6 +60,11 @@ class LayerMeter:
     def seen(self) -> list[int]:
         """Samples of each condition in this pass."""
         return self.moments.seen
+
+    @property
+    def parts(self) -> list[FoldMoments]:
+        """Moments of different samples, together of all."""
+        return [self.moments]
 
     def observe_pilot(self, activations: torch.Tensor) -> None:
         """Add [n, ...] to the pilot statistics."""
@@ -229,8 +244,29 @@ def estimate_layer(
         converged=converged,
         error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
     )
+    if isinstance(moments.carried, TangentMoments) and not bool(moments.carried.sums.any()):
+        notes.append(NO_TANGENTS)
     warning = finite_step_note(layer)
     return replace(layer, notes=(*notes, *([warning] if warning else [])))
+
+
+def score_note(meter: LayerMeter) -> str | None:
+    """A warning where the mean of what was given as score is not zero."""
+    errors = [
+        moments.carried.mean_error(moments.counts[0].to(moments.sums.device, torch.float64))
+        for moments in meter.parts
+        if isinstance(moments.carried, ScoreMoments)
+    ]
+    if not errors:
+        return None
+    off = torch.stack(errors).sum(0) / math.sqrt(len(errors))
+    worst = float(off.abs().nan_to_num().max())
+    if worst <= SCORE_ERRORS:
+        return None
+    return (
+        f"mean of the score is {worst:.1f} standard errors from zero: it is no score of these"
+        " samples, or one at another theta; J is wrong then"
+    )
 
 
 def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> LayerFisher:

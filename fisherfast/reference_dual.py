@@ -19,6 +19,8 @@ HARD_SIX = 6.0
 HARD_THREE = 3.0
 GELU_CUBIC = 0.044715
 """Coefficient of x^3 in the tanh form of GELU (Hendrycks and Gimpel 2016)."""
+GELU_FLAT = 25.0
+"""Beyond, the tanh of that form is -1 or 1 in float64, and x^3 may overflow."""
 
 Parameters = Sequence[float]
 ValueAndSlope = tuple[Tensor, Tensor]
@@ -65,7 +67,7 @@ def _identity(z: Tensor) -> ValueAndSlope:
 
 
 def _relu(z: Tensor) -> ValueAndSlope:
-    return F.relu(z), (z > 0).to(z.dtype)
+    return F.relu(z), (~(z <= 0)).to(z.dtype)  # 1 at NaN
 
 
 def _leaky_relu(z: Tensor, slope: float) -> ValueAndSlope:
@@ -85,21 +87,24 @@ def _elu(z: Tensor, alpha: float, scale: float, input_scale: float) -> ValueAndS
 
 
 def _gelu(z: Tensor) -> ValueAndSlope:
-    cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    cdf = 0.5 * torch.erfc(-z / math.sqrt(2))
     pdf = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-    return F.gelu(z), cdf + z * pdf
+    return z * cdf, cdf + z * pdf
 
 
 def _gelu_tanh(z: Tensor) -> ValueAndSlope:
-    factor = math.sqrt(2 / math.pi)
-    t = torch.tanh(factor * (z + GELU_CUBIC * z**3))
-    inner = factor * (1 + 3 * GELU_CUBIC * z.square())
-    return F.gelu(z, approximate="tanh"), 0.5 * (1 + t) + 0.5 * z * (1 - t.square()) * inner
+    """The tanh form: 0.5 (1 + tanh(u)) = sigmoid(2 u)."""
+    factor = math.sqrt(8 / math.pi)
+    bounded = z.clamp(-GELU_FLAT, GELU_FLAT)
+    u = factor * (bounded + GELU_CUBIC * bounded**3)
+    inner = factor * (1 + 3 * GELU_CUBIC * bounded.square())
+    s = torch.sigmoid(u)
+    return z * s, s + z * s * torch.sigmoid(-u) * inner
 
 
 def _silu(z: Tensor) -> ValueAndSlope:
     s = torch.sigmoid(z)
-    return z * s, s * (1 + z * (1 - s))
+    return z * s, s * (1 + z * torch.sigmoid(-z))
 
 
 def _mish(z: Tensor) -> ValueAndSlope:
@@ -114,17 +119,16 @@ def _softplus(z: Tensor, beta: float, threshold: float) -> ValueAndSlope:
 
 def _sigmoid(z: Tensor) -> ValueAndSlope:
     s = torch.sigmoid(z)
-    return s, s * (1 - s)
+    return s, s * torch.sigmoid(-z)
 
 
 def _tanh(z: Tensor) -> ValueAndSlope:
-    t = torch.tanh(z)
-    return t, 1 - t.square()
+    return torch.tanh(z), z.cosh().square().reciprocal()
 
 
 def _hardswish(z: Tensor) -> ValueAndSlope:
     middle = z / HARD_THREE + 0.5
-    slope = torch.where(z <= -HARD_THREE, 0.0, torch.where(z < HARD_THREE, middle, 1.0))
+    slope = torch.where(z <= -HARD_THREE, 0.0, torch.where(z >= HARD_THREE, 1.0, middle))
     return F.hardswish(z), slope.to(z.dtype)
 
 
@@ -214,8 +218,10 @@ def dual_pool(
     See `fisherfast.ops.dual_pool` for arguments.
     """
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1]
+    # Contiguous: channels last, PyTorch 2.13 names the place of another window where all is -inf.
+    primal = x[0].contiguous()
     value, index = pool(
-        x[0], list(kernel), list(stride), list(padding), list(dilation), ceil_mode, True
+        primal, list(kernel), list(stride), list(padding), list(dilation), ceil_mode, True
     )
     flat = x.flatten(3)
     places = index.flatten(2).expand(len(x), -1, -1, -1)

@@ -15,7 +15,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from fisherfast import _native, ops, reference
+from fisherfast import _native, ops, reference, reference_dual
 from fisherfast._version import __version__
 
 # Bounds on the relative error. Measured: at most 4e-7 in float32 and 1.2e-15 in float64, for every
@@ -80,12 +80,12 @@ def format_report(report: SelfCheckReport) -> str:
     """The report as text: the facts, a table of the rows, and the verdict."""
     width = max(len(name) for name in report.facts)
     lines = [f"{name:<{width}}  {value}" for name, value in report.facts.items()]
-    lines += ["", f"{'op':<14}{'device':<10}{'dtype':<10}{'error':>10}{'tolerance':>11}  result"]
+    lines += ["", f"{'op':<17}{'device':<10}{'dtype':<10}{'error':>10}{'tolerance':>11}  result"]
     for row in report.rows:
         result = "ok" if row.passed else "FAILED"
         note = f" ({row.note})" if row.note else ""
         lines.append(
-            f"{row.op:<14}{row.device:<10}{row.dtype:<10}{row.error:>10.1e}{row.tolerance:>11.1e}"
+            f"{row.op:<17}{row.device:<10}{row.dtype:<10}{row.error:>10.1e}{row.tolerance:>11.1e}"
             f"  {result}{note}"
         )
     failed = sum(not row.passed for row in report.rows)
@@ -174,10 +174,51 @@ def _lift_error(device: torch.device, dtype: torch.dtype) -> float:
     return _largest_error(got, reference.lift(*inputs, slope, groups, first))
 
 
+def _dual_activation_error(device: torch.device, dtype: torch.dtype) -> float:
+    kinds = {"relu": (), "elu": (1.0, 1.0, 1.0), "gelu": (), "tanh": (), "softplus": (1.0, 20.0)}
+    x = _normal(device, dtype, 3, 2, 5, 411)
+    scale, shift = _normal(device, dtype, 5), _normal(device, dtype, 5)
+    doubles = (scale.double(), shift.double())
+    got = [ops.dual_activation(x, k, *p, scale=scale, shift=shift) for k, p in kinds.items()]
+    truth = [
+        reference_dual.dual_activation(x.double(), kind, parameters, *doubles)
+        for kind, parameters in kinds.items()
+    ]
+    return _largest_error(got, truth)
+
+
+def _dual_norm_error(device: torch.device, dtype: torch.dtype) -> float:
+    x = 3 + _normal(device, dtype, 6, 70, 45)
+    weight, bias = _normal(device, dtype, 30), _normal(device, dtype, 30)
+    eps, groups, inner = 2.0**-10, 2, 3  # eps is the same number in float32 and float64
+    got = ops.dual_norm(x, weight, bias, eps=eps, groups=groups, inner=inner)
+    inputs = (x.double(), weight.double(), bias.double())
+    return _largest_error([got], [reference_dual.dual_norm(*inputs, eps, groups, inner)])
+
+
+def _dual_softmax_error(device: torch.device, dtype: torch.dtype) -> float:
+    x = _normal(device, dtype, 6, 37, 45)
+    cases = [(dim, log) for dim in (1, 2) for log in (False, True)]
+    got = [ops.dual_softmax(x, dim, log=log) for dim, log in cases]
+    return _largest_error(got, [reference_dual.dual_softmax(x.double(), *case) for case in cases])
+
+
+def _dual_pool_error(device: torch.device, dtype: torch.dtype) -> float:
+    x = _normal(device, dtype, 6, 3, 9, 15, 37)
+    window = ([3, 2], [2, 2], [1, 0], [1, 1])
+    layouts = (x, x.movedim(2, -1).contiguous().movedim(-1, 2))
+    truth = reference_dual.dual_pool(x.double(), *window)
+    return _largest_error([ops.dual_pool(one, *window) for one in layouts], [truth, truth])
+
+
 _COMPARISONS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
     "fisher_solve": _fisher_solve_error,
     "moments": _moments_error,
     "lift": _lift_error,
+    "dual_activation": _dual_activation_error,
+    "dual_norm": _dual_norm_error,
+    "dual_softmax": _dual_softmax_error,
+    "dual_pool": _dual_pool_error,
 }
 
 

@@ -1,8 +1,8 @@
 """Batches of all conditions in the order of a measurement, each sample read once.
 
-A batch holds what each sample carries, tangents or a score. Independent conditions follow each other; paired ones advance in lockstep, so that the samples which
-share their noise meet. The first samples of every condition are read early, for the pilot, and kept
-until their turn comes.
+A batch holds what its samples carry: tangents, or a score. Independent conditions follow each
+other; paired ones advance in lockstep, so that the samples which share their noise meet. The first
+samples of every condition are read early, for the pilot, and kept until their turn comes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ PILOT_SAMPLES = 2048
 
 PILOT_BYTES = 2**28
 """What the pilot may keep of the input, 256 MB: fewer samples when they are large."""
+
 
 class Streams:
     """The samples of all conditions.

@@ -1,8 +1,8 @@
 r"""Variances of the estimates of J (docs/theory.md, sections 6, 12 and 13).
 
 Each formula comes twice: entry by entry [..., P, P] for a whole curve or map, and as the full
-covariance [P, P, P, P] of the entries at the k that was chosen, from which the error of any function
-of J follows (`FisherFlow`'s marginal information). Entry by entry, both are the same.
+covariance [P, P, P, P] of the entries at the k that was chosen, from which the error of any
+function of J follows (marginal information). Entry by entry, both are the same.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = [
 
 
 def entry_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """(A_pp B_qq + B_pp A_qq) / 2 + A_pq B_pq for symmetric A, B [..., P, P]: the entries p = r, q =
-    s of `pair_product`."""
+    """(A_pp B_qq + B_pp A_qq) / 2 + A_pq B_pq for symmetric A, B [..., P, P]: the entries p = r
+    and q = s of `pair_product`."""
     A_p, A_q = _outer_diagonals(A)
     B_p, B_q = _outer_diagonals(B)
     return (A_p * B_q + B_p * A_q) / 2 + A * B
@@ -31,8 +31,8 @@ def entry_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 def pair_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """(A_pr B_qs + A_ps B_qr + B_pr A_qs + B_ps A_qr) / 2 [P, P, P, P].
 
-    With A = B the covariance of a_p a_q and a_r a_s for Gaussian a of covariance A; with A != B half
-    that of a_p b_q + b_p a_q and a_r b_s + b_r a_s for independent a and b.
+    With A = B the covariance of a_p a_q and a_r a_s for Gaussian a of covariance A; with A != B
+    half that of a_p b_q + b_p a_q and a_r b_s + b_r a_s for independent a and b.
     """
     one = torch.einsum("pr,qs->pqrs", A, B)
     both = one + torch.einsum("pr,qs->pqrs", B, A)

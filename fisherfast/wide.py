@@ -27,7 +27,14 @@ from fisherfast.estimators import (
 from fisherfast.features import MAX_WIDTH
 from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
 from fisherfast.marginal import pack_covariance
-from fisherfast.meters import LayerMeter, carried_by, curve_points, no_information, rows_of
+from fisherfast.meters import (
+    NO_TANGENTS,
+    LayerMeter,
+    carried_by,
+    curve_points,
+    no_information,
+    rows_of,
+)
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 
@@ -96,6 +103,11 @@ class WideMeter(LayerMeter):
     def seen(self) -> list[int]:
         """Samples of each condition in this pass."""
         return self._seen
+
+    @property
+    def parts(self) -> list[FoldMoments]:
+        """Moments of different samples, together of all."""
+        return self.measured
 
     def prepare(self, data: Data, settings: dict[str, Any]) -> None:
         """Fix the pilot; from here on `observe` counts."""
@@ -173,7 +185,8 @@ class WideMeter(LayerMeter):
         if dead == self.site.dim:
             return replace(base, notes=(f"all {dead} activations are constant: J = 0",))
         if not all(map(len, self.spaces)):
-            return replace(base, notes=("no activation moves with theta: J = 0",))
+            still = "no activation moves with theta: J = 0"
+            return replace(base, notes=(NO_TANGENTS if self._carried["tangents"] else still,))
         self._check_samples(contrast)
         halves = self.halves(contrast, ridge)
         if not halves:
@@ -181,11 +194,8 @@ class WideMeter(LayerMeter):
         size = max(len(half.curve) for half in halves)
         points = curve_points(min(self._parameters, size), size)
         lower, lower_stderr = self._honest_bound(halves, contrast)
-        J, stderr = (
-            _mean_of([half.at_chosen("J") for half in halves]),
-            _error_of_mean([half.at_chosen("stderr") for half in halves]),
-        )
-        curves = [half.at("stderr", points) for half in halves]
+        J = _mean_of([half.at_chosen("J") for half in halves])
+        stderr = _error_of_mean([half.at_chosen("stderr") for half in halves])
         errors = [half.curve.error_covariance(half.chosen) for half in halves]
         layer = replace(
             base,
@@ -253,7 +263,8 @@ class WideMeter(LayerMeter):
 
     def _check_samples(self, contrast: torch.Tensor) -> None:
         """Two samples in every fold, and a quarter of all must carry the readouts of the bound."""
-        inflation, freedom = 1.0, self._parameters + SPARE_DOF
+        freedom = self._parameters + SPARE_DOF
+        inflation = float(self._conditions) if self._paired else 1.0  # at worst
         fewest = min(int(moments.counts.min()) for moments in self.measured)
         if fewest >= 2:
             quarters = [m.statistics(contrast, half) for m in self.measured for half in (0, 1)]
@@ -270,8 +281,8 @@ class WideMeter(LayerMeter):
         )
 
     def halves(self, contrast: torch.Tensor, ridge: float) -> list[HalfFit]:
-        """What was measured in the space of each half, and the size at which it is to be read; empty
-        where a space has no feature that varies in the other half.
+        """What was measured in the space of each half, and the size at which it is to be read.
+        Empty where a space has no feature that varies in the other half.
 
         That size is chosen on the *other* curve, where its noise is another one: the best of many
         sizes on the same curve would be the luckiest one.
@@ -288,7 +299,7 @@ class WideMeter(LayerMeter):
         ]
 
     def _affordable(self, half: int, dof: float) -> torch.Tensor:
-        """Numbers of the features in the space of a half that vary, as many as the samples carry."""
+        """Numbers of the features in the space of a half that vary; not more than samples carry."""
         varied = self.measured[half].variances() > self._rounding_variance(half)
         return varied.nonzero()[: max(self._parameters, int(dof / 2)), 0]
 

@@ -85,6 +85,13 @@ class Function(nn.Module):
         return self.function(x)
 
 
+def calls(
+    function: Callable[[Tensor], Any], shape: tuple[int, ...] = (5, 7), oracle: Oracle = "forward"
+) -> Network:
+    """A network that is one function of an input of this shape."""
+    return Network(lambda: Function(function), shape, oracle=oracle)
+
+
 @contextlib.contextmanager
 def _plain_evaluation() -> Iterator[None]:
     """No gradients, and attention by the operations that have a forward derivative."""

@@ -142,6 +142,9 @@ def test_untouched_after_an_error(call, error):
     with untouched(model), pytest.raises(type(error)) as raised:
         function(model, x, dx)
     assert raised.value is error
+    assert torch.ones(1, requires_grad=True).mul(2).requires_grad  # autograd works again
+    assert type(torch.zeros(1)) is torch.Tensor  # and factories make plain tensors
+    assert torch._C._len_torch_dispatch_stack() == 0
 
 
 def test_hooks_of_the_user_run():

@@ -14,7 +14,18 @@ import fisherfast
 PACKAGE = Path(fisherfast.__file__).parent
 ANYONE = {"_version", "_progress"}
 PARTS_OF_FLOW = {"meters", "streams"}
-MEASURE = {"data", "dual", "taps", "features", "derivatives", "moments", "score", "uncertainty", "estimators", "maps"}
+MEASURE = {
+    "data",
+    "dual",
+    "taps",
+    "features",
+    "derivatives",
+    "moments",
+    "score",
+    "uncertainty",
+    "estimators",
+    "maps",
+}
 NUMBERS = {"results", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
 TOP = {"__main__", "plots", "demos", "training", "selfcheck"}

@@ -11,8 +11,10 @@
 #error "compile *.simd.cpp with FF_SIMD_NAMESPACE and FF_SIMD_BYTES, as CMakeLists.txt does"
 #endif
 
-#ifdef __AVX2__
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include <type_traits>
@@ -53,6 +55,32 @@ FF_INLINE Vec<T> load(const T* from) {
 template <typename T>
 FF_INLINE void store(T* to, Vec<T> vector) {
   *reinterpret_cast<typename VectorOf<T>::Unaligned*>(to) = vector;
+}
+// Stores past the caches, where what is written is not read soon: the processor then need not read
+// the line first. `to` is on the boundary of a vector; `finish_streams` before anyone else reads.
+template <typename T>
+FF_INLINE void store_stream(T* to, Vec<T> vector) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)vector);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)vector);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)vector);
+#else
+  store(to, vector);
+#endif
+}
+FF_INLINE void finish_streams() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+// How many numbers lie before the next boundary of a vector.
+template <typename T>
+FF_INLINE index_t numbers_to_boundary(const T* from) {
+  constexpr std::uintptr_t kSize = FF_SIMD_BYTES;
+  return static_cast<index_t>((kSize - reinterpret_cast<std::uintptr_t>(from) % kSize) % kSize /
+                              sizeof(T));
 }
 template <typename T>
 FF_INLINE Vec<T> splat(T value) {

@@ -1,6 +1,6 @@
 // Max pooling of a dual buffer: the largest primal of each window, and the tangents at its place.
 //
-//   i(o) = argmax of x[0] over window o (the first of equals; NaN is the largest)
+//   i(o) = argmax of x[0] over window o (the first of equals; of NaN the last)
 //   y[:, o] = x[:, i(o)]
 //
 // One to three dimensions: missing ones have size, kernel, stride and dilation 1 and padding 0.
@@ -25,11 +25,12 @@ struct DualPoolArgs {
   index_t out[kPoolDims];
   index_t kernel[kPoolDims];
   index_t stride[kPoolDims];
-  index_t padding[kPoolDims];  // at most half the kernel: no window is empty
+  index_t padding[kPoolDims];  // no window lies in it alone
   index_t dilation[kPoolDims];
 };
 
-// Cost: reads each primal once per window it is in, and one tangent per window; writes the results.
+// Cost: writes the results, and reads each number once from memory; on the CPU, from the caches, as
+// often as it is in a window. Same bits for any number of threads.
 template <typename T>
 void dual_pool_cpu(const DualPoolArgs<T>& args, int threads);
 

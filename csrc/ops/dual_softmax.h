@@ -31,8 +31,10 @@ void dual_softmax_cpu(const DualSoftmaxArgs<T>& args, int threads);
 template <typename T>
 void dual_softmax_cuda(const DualSoftmaxArgs<T>& args, int device, void* stream);
 
-// CPU, one instruction set: rows [begin, end) of the outer x inner; row = o * inner + i.
-FF_DECLARE_SIMD(template <typename T> void dual_softmax_rows(const DualSoftmaxArgs<T>& args,
-                                                             index_t begin, index_t end);)
+// CPU, one instruction set: groups [begin, end) of the outer x ceil(inner / lanes), each of as many
+// neighbouring rows as a vector has lanes, or one contiguous row where inner is 1. A row is always
+// in the same group, and so has the same bits.
+FF_DECLARE_SIMD(template <typename T> void dual_softmax_groups(const DualSoftmaxArgs<T>& args,
+                                                               index_t begin, index_t end);)
 
 }  // namespace fisherfast

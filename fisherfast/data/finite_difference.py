@@ -171,5 +171,3 @@ def _check_order(source: Source, name: str) -> None:
     sampler = getattr(source, "sampler", None)
     if isinstance(sampler, torch.utils.data.RandomSampler):
         raise ValueError(f"{name} must keep its order when paired, got a shuffled DataLoader")
-
-

@@ -162,9 +162,7 @@ class Simulator(Data):
         tangents = [torch.zeros_like(x) if tangent is None else tangent for x, tangent in duals]
         return Batch(duals[0][0], tangents=torch.stack(tangents))
 
-    def _jvp(
-        self, parameter: int, number: int, n: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _jvp(self, parameter: int, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x of one batch and its derivative to one parameter; None where nothing depends on it."""
         direction = torch.zeros_like(self._theta)
         direction[parameter] = 1
@@ -176,8 +174,9 @@ class Simulator(Data):
                 try:
                     x = self._call(theta, self._generator(0, number), n)
                 except NotImplementedError as error:
+                    reason = str(error).partition("\n")[0].rstrip(".")
                     raise ValueError(
-                        f"fn must be differentiable in forward mode, got: {error}; {HINT}"
+                        f"fn must be differentiable in forward mode, got: {reason}; {HINT}"
                     ) from error
                 primal, tangent = forward_ad.unpack_dual(x)
                 return as_batch(primal, "fn"), None if tangent is None else tangent.detach()
@@ -228,7 +227,9 @@ class Simulator(Data):
 
     def __repr__(self) -> str:
         step = f", dtheta={list(self.dtheta)}" if self.dtheta else ""
-        return f"Simulator({self.source}{step}, theta={self._theta.tolist()}, samples={self._samples})"
+        return (
+            f"Simulator({self.source}{step}, theta={self._theta.tolist()}, samples={self._samples})"
+        )
 
 
 def _as_theta(theta: float | Sequence[float] | np.ndarray | torch.Tensor) -> torch.Tensor:

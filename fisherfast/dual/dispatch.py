@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.errors import (
@@ -74,8 +75,9 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     schema = func._schema
     mutable = schema.is_mutable
     if mutable:
-        _check_target(func, args)
+        _check_target(func, args, kwargs)
     elif all(d.memory.constant for d in duals_of(args, kwargs)) and not _is_view(schema):
+        warn_of_randomness(func, args, kwargs)
         return func(*primals(args), **primals(kwargs))
     if served is None and mutable:
         served = _in_place(func)
@@ -86,8 +88,7 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             return result
     if func._can_decompose():
         return func.decompose(*args, **kwargs)
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        warn_of_randomness(func)
+    warn_of_randomness(func, args, kwargs)
     try:
         result = forward_mode(func, args, kwargs)
     except DerivativeError:
@@ -109,9 +110,9 @@ def _is_view(schema: Any) -> bool:
     return any(argument.alias_info is not None for argument in schema.arguments)
 
 
-def _check_target(func: Operator, args: tuple[Any, ...]) -> None:
+def _check_target(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A plain tensor has no room for tangents."""
-    target = args[0] if args else None
+    target = kwargs.get("out", args[0] if args else None)
     if isinstance(target, Tensor) and not isinstance(target, DualTensor):
         raise no_derivative(
             str(func),
@@ -120,19 +121,56 @@ def _check_target(func: Operator, args: tuple[Any, ...]) -> None:
         )
 
 
+RENAMED = {"transpose_": "int"}
+"""Overloads that are called otherwise where the operation is not in place."""
+
+
 def _in_place(func: Operator) -> Rule | None:
     """The rule of an operation that overwrites its first argument, from the one that does not."""
     name = func._schema.name.removeprefix("aten::")
+    if func._schema.arguments[-1].is_out:
+        return _into(name)
     if not name.endswith("_") or name.endswith("__"):
         return None
-    functional = overload(name[:-1], func._overloadname)
+    functional = overload(name[:-1], RENAMED.get(name, func._overloadname))
     if functional is None:
         return None
+    if torch.Tag.inplace_view in func.tags:
+        return _reshaped_in_place(functional)
 
     def write(_: Operator, target: DualTensor, *args: Any, **kwargs: Any) -> Any:
         served = RULES.get(functional)
         result = NotImplemented if served is None else served(functional, target, *args, **kwargs)
         return result if result is NotImplemented else overwrite(target, result)
+
+    return write
+
+
+def _reshaped_in_place(functional: Operator) -> Rule | None:
+    """The rule of `squeeze_`, `transpose_` and the like: another view, and the wrapper follows."""
+    if functional not in RULES:
+        return None
+
+    def reshape(func: Operator, target: DualTensor, *args: Any, **kwargs: Any) -> DualTensor:
+        stack = RULES[functional](functional, target, *args, **kwargs).stack
+        with no_dispatch():
+            func(target, *args, **kwargs)
+        target.settle(stack)
+        return target
+
+    return reshape
+
+
+def _into(name: str) -> Rule | None:
+    """The rule of an operation that writes its result into `out`."""
+    function = getattr(torch, name, None)
+    if function is None:
+        return None
+
+    def write(_: Operator, *args: Any, out: Any, **kwargs: Any) -> Any:
+        if not isinstance(out, DualTensor):
+            return NotImplemented
+        return overwrite(out, function(*args, **kwargs))
 
     return write
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
 from fisherfast.results import FisherWarning
@@ -57,8 +58,18 @@ def no_derivative(operation: str, reason: str) -> DerivativeError:
     )
 
 
-def warn_of_randomness(operation: Any) -> None:
-    """A network in eval mode that draws random numbers all the same."""
+SWITCHES = ("train", "training", "dropout", "dropout_p")
+"""Arguments that say whether an operation draws random numbers."""
+
+
+def warn_of_randomness(operation: Any, args: Any = (), kwargs: Any = None) -> None:
+    """Warn of an operation that draws random numbers although the network is in eval mode."""
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
+        return
+    names = [argument.name for argument in operation._schema.arguments]
+    named = dict(zip(names, args, strict=False)) | (kwargs or {})
+    if any(name in names and not named.get(name) for name in SWITCHES):
+        return
     warnings.warn(
         f"layer {current_layer()!r} draws random numbers ({operation}) in eval mode: its noise"
         " counts as fixed, the same for the samples and their tangents",

@@ -43,6 +43,8 @@ def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     except (NotImplementedError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise no_derivative(str(func), f"none ({reason})") from error
+    if func.namespace != "aten" and not _has_tangent(results):
+        raise no_derivative(str(func), "none: the library that it is from defines none")
     if not results:  # P = 0: the primal alone
         plain_args, plain_kwargs = _replace((args, kwargs), lambda dual: dual.primal.clone())
         results = [_pairs(func(*plain_args, **plain_kwargs))]
@@ -98,6 +100,12 @@ def _pairs(result: Any) -> Any:
             return (result, None)
         return (unpacked.primal, unpacked.tangent)
     return result
+
+
+def _has_tangent(results: Any) -> bool:
+    if isinstance(results, tuple):
+        return results[1] is not None
+    return isinstance(results, list) and any(_has_tangent(item) for item in results)
 
 
 def _join(results: list[Any], directions: int) -> Any:

@@ -21,6 +21,7 @@ from fisherfast.dual.dispatch import (
     overloads,
     overwrite,
     plain_rule,
+    primals,
     rule,
     with_zero_tangents,
 )
@@ -172,8 +173,9 @@ def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
             if isinstance(value, int)
             else [shifted(v, x.dim()) for v in value]
         )
-    ordered = [named.pop(a.name) for a in func._schema.arguments[1:] if _is_positional(a, named)]
-    result = func(x.stack, *ordered, **named)
+    if any(isinstance(value, DualTensor) for value in named.values()):
+        return NotImplemented
+    result = func(x.stack, **named)
     if isinstance(result, Tensor):
         return view_of(x, result)
     return type(result)(view_of(x, item) for item in result)
@@ -183,10 +185,6 @@ DIM_NAMES = frozenset({"dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis
     "source",
     "destination",
 }
-
-
-def _is_positional(argument: Any, named: dict[str, Any]) -> bool:
-    return argument.name in named and not argument.kwarg_only
 
 
 rule(*ONE_DIM)(_along_one_dim)
@@ -278,7 +276,10 @@ def _clone(func: Operator, x: DualTensor, **kwargs: Any) -> DualTensor:
 
 
 @rule(*overloads("_to_copy", "to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as"))
-def _to(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
+def _to(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = primals(args), primals(kwargs)
+    if not isinstance(x, DualTensor):
+        return func(x, *args, **kwargs)
     primal = func(x.primal, *args, **kwargs)
     if not (primal.is_floating_point() or primal.is_complex()):
         return primal
@@ -614,7 +615,7 @@ def _dropout(func: Operator, x: DualTensor, p: float, train: bool) -> DualTensor
 @rule(*overloads("native_dropout"))
 def _masked(func: Operator, x: DualTensor, p: float, train: bool | None = True) -> Any:
     """One mask for the primal and its tangents."""
-    warn_of_randomness(func)
+    warn_of_randomness(aten.bernoulli.default)
     values, mask = torch.native_dropout(x.primal, p, train)
     factor = mask.to(x.dtype) * (1.0 if train is False or p == 1 else 1 / (1 - p))
     return DualTensor(torch.cat([values[None], x.tangents * factor])), mask

@@ -23,6 +23,8 @@ SELU_SCALE = 1.0507009873554804934193349852946
 
 SOFTPLUS_THRESHOLD = 20.0
 RELU6_END = 6.0
+RRELU_LOWER, RRELU_UPPER = 1 / 8, 1 / 3
+"""PyTorch's defaults."""
 
 # --- Activations -------------------------------------------------------------------------------
 
@@ -111,6 +113,17 @@ def _numbers(kind: Kind) -> Kind:
 
 for _name in KINDS:
     rule(overload(_name), overload(f"{_name}_"))(_activate)
+
+
+@rule(*overloads("rrelu", "rrelu_with_noise"))
+def _random_relu(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
+    """In eval mode a leaky ReLU of the mean slope."""
+    names = [argument.name for argument in func._schema.arguments[1:]]
+    named = dict(zip(names, args, strict=False)) | kwargs
+    if named.get("training", False):
+        return NotImplemented
+    slope = (named.get("lower", RRELU_LOWER) + named.get("upper", RRELU_UPPER)) / 2
+    return DualTensor(apply_activation(x.stack, "leaky_relu", slope))
 
 
 @rule(*overloads("prelu", "_prelu_kernel"))

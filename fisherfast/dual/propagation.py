@@ -52,15 +52,16 @@ class _Factories(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not any(issubclass(kind, DualTensor) for kind in types):
+            warn_of_randomness(func, args, kwargs)
         if (
             func in FACTORIES
             and isinstance(result, Tensor)
             and not isinstance(result, DualTensor)
             and result.is_floating_point()
         ):
-            if torch.Tag.nondeterministic_seeded in func.tags:
-                warn_of_randomness(func)
             return DualTensor.constant(result, self._directions)
         return result
 
@@ -126,7 +127,7 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     directions = batch.directions
     with taps.evaluation(model, SEED), propagation(model, directions):
         output = model(batch)
-        return _structure(output, _primal), _structure(output, lambda t: _tangents(t, directions))
+    return _structure(output, _primal), _structure(output, lambda t: _tangents(t, directions))
 
 
 def propagate(
@@ -147,8 +148,8 @@ def propagate(
     Raises:
         As for `jvp`; ValueError for an unknown layer (names the nearest).
 
-    Cost: as for `jvp`, and the activations that are kept. Three forward passes more, on two
-        samples, list the layers.
+    Cost: as for `jvp`, and the activations that are kept. Two plain forward passes more, on at
+        most 64 samples, list the layers.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -159,26 +160,38 @@ def propagate(
     """
     _check_model(model)
     batch = DualTensor.pack(x, dx)
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    kept: dict[str, Tensor] = {}
     with taps.evaluation(model, SEED):
         survey = x[:SURVEY_SAMPLES]
-        sites = taps.select(taps.survey(model, survey), layers, model)
+        with _explained(model, batch):
+            sites = taps.select(taps.survey(model, survey), layers, model)
         names = {site.event: site.name for site in sites}
 
         def keep(event: str, kind: str, module: nn.Module | None, output: Tensor) -> None:
             if event in names:
-                kept[names[event]] = (
-                    _primal(output).clone(),
-                    _tangents(output, batch.directions).clone(),
-                )
+                kept[names[event]] = output.clone()
 
         with taps.Forward(model, keep) as forward, propagation(model, batch.directions):
             forward.run(batch)
-    return {site.name: kept[site.name] for site in sites}
+    return {
+        site.name: (_primal(kept[site.name]), _tangents(kept[site.name], batch.directions))
+        for site in sites
+    }
 
 
-SURVEY_SAMPLES = 2
-"""Samples that list the layers: two tell what has one row per sample."""
+@contextmanager
+def _explained(model: nn.Module, batch: DualTensor) -> Iterator[None]:
+    """A model that fails on plain samples fails on dual ones, with an error that says where."""
+    try:
+        yield
+    except RuntimeError:
+        with propagation(model, batch.directions):
+            model(batch)
+        raise
+
+
+SURVEY_SAMPLES = 64
+"""Samples that list the layers."""
 
 
 def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:

@@ -171,7 +171,8 @@ def check_tangents(x: Tensor, dx: Tensor) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if x.is_complex():
         raise TypeError(
-            f"x must be real, got {x.dtype}: give real and imaginary part as two channels"
+            f"x must have a floating dtype, got {x.dtype}: give real and imaginary part as two"
+            " channels"
         )
     if not x.is_floating_point():
         raise TypeError(

@@ -75,6 +75,9 @@ def dual_activation(
         [[-0.5, 2.0], [5.0, 10.0]]
     """
     check_no_grad("dual_activation", x=x, scale=scale, shift=shift, slope=slope)
+    for value in parameters:
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"parameters must be numbers, got {type(value).__name__}")
     op = torch.ops.fisherfast.dual_activation.default
     return op(x, kind, list(parameters), scale, shift, slope, channel_dim)
 
@@ -89,8 +92,9 @@ def _dual_activation(
     channel_dim: int,
 ) -> Tensor:
     _check(x, kind, parameters, scale, shift, slope, channel_dim)
-    if not _native.serves(x) or not _native.has("dual_activation", x):
-        return reference_dual.dual_activation(x, kind, parameters, scale, shift, slope, channel_dim)
+    if not _native.serves(x):
+        y = reference_dual.dual_activation(x, kind, parameters, scale, shift, slope, channel_dim)
+        return empty_like(dense(x)).copy_(y)
     x = dense(x)
     y = empty_like(x)
     scale, shift, slope = (None if v is None else v.contiguous() for v in (scale, shift, slope))

@@ -26,7 +26,7 @@ def dual_pool(
 ) -> Tensor:
     """Max pooling: the largest primal of each window, and the tangents at its place.
 
-        i(o) = argmax of x[0] over window o (the first of equals; NaN is the largest)
+        i(o) = argmax of x[0] over window o (the first of equals; of NaN the last)
         y[:, o] = x[:, i(o)]
 
     Args:
@@ -34,7 +34,8 @@ def dual_pool(
             primal x[0] and its tangents; contiguous or channels-last slices are read in place.
         kernel: size of the window, one number per spatial dimension.
         stride: None for the kernel.
-        padding: -inf on both sides, at most half the kernel; None for zero.
+        padding: -inf on both sides, at most half the kernel, and no window may lie in it alone;
+            None for zero.
         dilation: None for one.
         ceil_mode: windows may begin inside and end outside.
 
@@ -46,7 +47,7 @@ def dual_pool(
         ValueError: wrong shape, kernel, stride, padding or dilation, or no window fits.
         RuntimeError: x requires grad.
 
-    Cost: reads the primals of every window, and one number of each tangent per window.
+    Cost: reads x once from memory and writes y. Same bits for any number of threads.
 
     Example:
         >>> x = torch.tensor([[1.0, 5.0, 2.0, 0.0], [10.0, 20.0, 30.0, 40.0]])[:, None, None]
@@ -75,7 +76,7 @@ def _dual_pool(
     ceil_mode: bool,
 ) -> Tensor:
     y = _dual_pool_fake(x, kernel, stride, padding, dilation, ceil_mode)
-    if not _native.serves(x) or not _native.has("dual_pool", x):
+    if not _native.serves(x):
         return reference_dual.dual_pool(x, kernel, stride, padding, dilation, ceil_mode)
     last = _is_channels_last(x)
     if not last:
@@ -134,6 +135,8 @@ def _dual_pool_fake(
     ]
     if min(pooled) < 1:
         raise ValueError(f"x must hold at least one window, got {list(x.shape[3:])} numbers")
+    for numbers in zip(x.shape[3:], pooled, stride, padding, dilation, strict=True):
+        _check_no_empty_window(*numbers)
     shape = [*x.shape[:3], *pooled]
     if not _is_channels_last(x):
         return x.new_empty(shape)
@@ -152,6 +155,19 @@ def _pooled_size(
     if ceil_mode and (count - 1) * stride >= size + padding:
         count -= 1
     return count
+
+
+def _check_no_empty_window(
+    size: int, windows: int, stride: int, padding: int, dilation: int
+) -> None:
+    """A window that begins in the padding may step over all of the input where its steps are
+    larger. PyTorch then returns -inf and the index of a number that is not there."""
+    for start in range(-padding, min(0, windows * stride - padding), stride):
+        if start % dilation >= size:
+            raise ValueError(
+                f"dilation must be at most {size}, the numbers of x along that dimension, where a "
+                f"window begins in the padding, got {dilation}"
+            )
 
 
 def _is_channels_last(x: Tensor) -> bool:

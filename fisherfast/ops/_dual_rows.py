@@ -71,7 +71,7 @@ def _dual_norm(
     centre: bool,
 ) -> Tensor:
     y = _dual_norm_fake(x, weight, bias, eps, groups, inner, centre)
-    if not _native.serves(x) or not _native.has("dual_norm", x):
+    if not _native.serves(x):
         return reference_dual.dual_norm(x, weight, bias, eps, groups, inner, centre)
     x = with_contiguous_slices(x)
     weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
@@ -151,7 +151,7 @@ def dual_softmax(x: Tensor, dim: int = -1, *, log: bool = False) -> Tensor:
 def _dual_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
     y = _dual_softmax_fake(x, dim, log)
     dim %= x.dim()
-    if not _native.serves(x) or not _native.has("dual_softmax", x):
+    if not _native.serves(x):
         return reference_dual.dual_softmax(x, dim, log)
     x = with_contiguous_slices(x)
     _native.call(

@@ -11,6 +11,10 @@
 #include <string>
 #include <vector>
 
+#include "ops/dual_activation.h"
+#include "ops/dual_norm.h"
+#include "ops/dual_pool.h"
+#include "ops/dual_softmax.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/lift.h"
@@ -211,9 +215,103 @@ Case lift_moments_case(const std::string& name, index_t rows, index_t d, index_t
           }};
 }
 
+template <typename T>
+Case activation_case(const std::string& name, Activation kind, index_t outer, index_t C,
+                     index_t inner) {
+  constexpr index_t kTangents = 3;
+  const index_t size = outer * C * inner;
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>((1 + kTangents) * size));
+  const auto scale = std::make_shared<std::vector<T>>(numbers<T>(C));
+  return {name, [=](int threads) {
+            Results out;
+            const bool by_channel = kind == Activation::kPrelu;
+            const DualActivationArgs<T> args{x->data(),
+                                             out.array<T>((1 + kTangents) * size),
+                                             scale->data(),
+                                             scale->data(),
+                                             by_channel ? scale->data() : nullptr,
+                                             size,
+                                             size,
+                                             kTangents,
+                                             outer,
+                                             C,
+                                             inner,
+                                             kind,
+                                             1,
+                                             1,
+                                             1};
+            dual_activation_cpu(args, threads);
+            return out;
+          }};
+}
+
+// In place: the results start as a copy of the input.
+template <typename T>
+Case dual_norm_case(index_t rows, index_t width, index_t tangents) {
+  const index_t size = (1 + tangents) * rows * width;
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>(size));
+  const auto weight = std::make_shared<std::vector<T>>(numbers<T>(width));
+  return {
+      "dual_norm", [=](int threads) {
+        Results out;
+        T* const y = out.array<T>(size);
+        for (index_t i = 0; i < size; ++i) y[i] = (*x)[i];
+        const DualNormArgs<T> args{
+            y,       y,   weight->data(), weight->data(), rows * width, tangents, rows, width, 1, 1,
+            T(1e-5), true};
+        dual_norm_cpu(args, threads);
+        return out;
+      }};
+}
+
+template <typename T>
+Case dual_softmax_case(const std::string& name, index_t outer, index_t width, index_t inner,
+                       index_t tangents, bool log) {
+  const index_t slice = outer * width * inner;
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>((1 + tangents) * slice));
+  return {name, [=](int threads) {
+            Results out;
+            const DualSoftmaxArgs<T> args{x->data(), out.array<T>((1 + tangents) * slice),
+                                          slice,     tangents,
+                                          outer,     width,
+                                          inner,     log};
+            dual_softmax_cpu(args, threads);
+            return out;
+          }};
+}
+
+// Windows of 3 x 3, a stride of 2, a padding of 1.
+template <typename T>
+Case dual_pool_case(const std::string& name, index_t outer, index_t height, index_t width,
+                    index_t inner, index_t tangents) {
+  const index_t slice = outer * height * width * inner;
+  const index_t rows = (height + 1) / 2, columns = (width + 1) / 2;
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>((1 + tangents) * slice));
+  return {name, [=](int threads) {
+            Results out;
+            const DualPoolArgs<T> args{
+                x->data(),
+                out.array<T>((1 + tangents) * outer * rows * columns * inner),
+                slice,
+                tangents,
+                outer,
+                inner,
+                {1, height, width},
+                {1, rows, columns},
+                {1, 3, 3},
+                {1, 2, 2},
+                {0, 1, 1},
+                {1, 1, 1}};
+            dual_pool_cpu(args, threads);
+            return out;
+          }};
+}
+
 // Every op, each way that its source file distinguishes. A thread is started for about 1e6
 // multiply-adds in fisher_solve and spatial_moments, 1e5 numbers in the backward pass, 1024 rows in
-// lift and in moments of few columns, 4e6 multiply-adds in the others: each case has 8 times that.
+// lift and in moments of few columns, 32 KiB of a slice in dual_activation, 1e5 numbers in the
+// other dual ops, 4e6 multiply-adds in
+// the others: each case has 8 times that.
 template <typename T>
 std::vector<Case> cases() {
   return {solve_case<T>("fisher_solve, lanes", 2400, 24, 3, false),
@@ -227,8 +325,16 @@ std::vector<Case> cases() {
           spatial_case<T>("spatial_moments", 70, 12, 30, 33, false),
           spatial_case<T>("spatial_moments, channels last", 70, 17, 30, 33, true),
           lift_case<T>(9000, 20, 4),
+          dual_norm_case<T>(1000, 170, 5),
+          dual_softmax_case<T>("dual_softmax", 1000, 170, 1, 5, false),
+          dual_softmax_case<T>("dual_softmax, not last", 50, 50, 70, 5, true),
+          dual_pool_case<T>("dual_pool", 50, 31, 70, 1, 5),
+          dual_pool_case<T>("dual_pool, channels last", 5, 31, 33, 37, 5),
           lift_moments_case<T>("lift_moments", 3500, 10, 120, 4, 2, 0),
-          lift_moments_case<T>("lift_moments, new columns", 3500, 40, 100, 16, 1, 37)};
+          lift_moments_case<T>("lift_moments, new columns", 3500, 40, 100, 16, 1, 37),
+          activation_case<T>("dual_activation", Activation::kGelu, 40, 7, 501),
+          activation_case<T>("dual_activation, channels last", Activation::kPrelu, 5010, 28, 1),
+          activation_case<T>("dual_activation, past the caches", Activation::kRelu, 75, 5, 3003)};
 }
 
 }  // namespace fisherfast

@@ -90,6 +90,9 @@ def calls(dtype: torch.dtype) -> dict[str, Callable]:
         "spatial_moments": lambda spoil: ops.spatial_moments(spoil(ones(9, 5, 7, 9))),
         "lift": lambda spoil: ops.lift(spoil(ones(64, 9)), ones(9), ones(9)),
         "lift_moments": lift_moments,
+        "dual_activation": lambda spoil: ops.dual_activation(
+            spoil(ones(3, 9, 7, 5)), "gelu", scale=ones(7)
+        ),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fisherfast import _native, ops, reference, selfcheck
+from fisherfast import _native, ops, reference, reference_dual, selfcheck
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = "FISHERFAST_SIMD"
@@ -241,6 +241,45 @@ def check_lift_moments(dtype):
         assert_close(got[1], truth, dtype)
 
 
+def check_dual_norm(dtype):
+    for width, channels in ((1, 1), (19, 19), (700, 10)):
+        x = normal(6, 9, width, dtype=dtype)
+        vectors = (normal(channels, dtype=dtype), normal(channels, dtype=dtype))
+        inner = width // channels
+
+        def run_norm(x=x, vectors=vectors, inner=inner):
+            return [ops.dual_norm(x, *vectors, eps=0.125, inner=inner)]
+
+        wide = (v.double() for v in (x, *vectors))
+        truth = reference_dual.dual_norm(*wide, 0.125, 1, inner)
+        assert_close(same_bits_for_threads(run_norm)[0], truth, dtype)
+
+
+def check_dual_softmax(dtype):
+    for shape in ((1, 1, 1), (6, 19, 35), (10, 3, 130)):
+        x = 10 * normal(*shape, dtype=dtype)
+        for dim, log in ((1, False), (1, True), (2, False), (2, True)):
+
+            def run_softmax(x=x, dim=dim, log=log):
+                return [ops.dual_softmax(x, dim, log=log)]
+
+            truth = reference_dual.dual_softmax(x.double(), dim, log)
+            assert_close(same_bits_for_threads(run_softmax)[0], truth, dtype)
+
+
+def check_dual_pool(dtype):
+    for stride in (1, 2, 3):
+        x = normal(10, 2, 21, 7, 75, dtype=dtype)
+        window = ([3, 2], [stride, stride], [1, 1], [1, 2])
+        truth = reference_dual.dual_pool(x, *window)
+        for layout in (x, x.movedim(2, -1).contiguous().movedim(-1, 2)):
+
+            def run_pool(layout=layout, window=window):
+                return [ops.dual_pool(layout, *window)]
+
+            assert torch.equal(same_bits_for_threads(run_pool)[0], truth)
+
+
 def check_all():
     """Run by the tests below in a process that has chosen a level."""
     torch.set_num_threads(1)
@@ -252,6 +291,9 @@ def check_all():
         check_lift(dtype)
         check_spatial_moments(dtype)
         check_lift_moments(dtype)
+        check_dual_norm(dtype)
+        check_dual_softmax(dtype)
+        check_dual_pool(dtype)
 
 
 @pytest.mark.parametrize("level", LEVELS)

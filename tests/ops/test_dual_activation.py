@@ -1,0 +1,547 @@
+"""dual_activation against closed forms, its float64 reference, PyTorch's derivatives, bad input."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fisherfast import _native, ops, reference_dual
+from fisherfast.ops._dual_activation import KINDS
+
+# PyTorch's forward mode loads decompositions, once, through a function that it deprecates itself.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+# The function in PyTorch, its kind and parameters here, and the points where it has kinks.
+CASES = {
+    "identity": (lambda z: z * 1, "identity", (), ()),
+    "relu": (F.relu, "relu", (), (0.0,)),
+    "leaky_relu": (lambda z: F.leaky_relu(z, 0.25), "leaky_relu", (0.25,), (0.0,)),
+    "hardtanh": (lambda z: F.hardtanh(z, -0.5, 2.0), "hardtanh", (-0.5, 2.0), (-0.5, 2.0)),
+    "relu6": (F.relu6, "hardtanh", (0.0, 6.0), (0.0, 6.0)),
+    "elu": (lambda z: F.elu(z, 1.5), "elu", (1.5, 1.0, 1.0), (0.0,)),
+    "selu": (F.selu, "elu", (SELU_ALPHA, SELU_SCALE, 1.0), (0.0,)),
+    "celu": (lambda z: F.celu(z, 2.0), "elu", (2.0, 1.0, 0.5), (0.0,)),
+    "gelu": (F.gelu, "gelu", (), ()),
+    "gelu_tanh": (lambda z: F.gelu(z, approximate="tanh"), "gelu_tanh", (), ()),
+    "silu": (F.silu, "silu", (), ()),
+    "mish": (F.mish, "mish", (), ()),
+    "softplus": (F.softplus, "softplus", (1.0, 20.0), (20.0,)),
+    "softplus, sharp": (lambda z: F.softplus(z, 4.0, 8.0), "softplus", (4.0, 8.0), (2.0,)),
+    "sigmoid": (torch.sigmoid, "sigmoid", (), ()),
+    "tanh": (torch.tanh, "tanh", (), ()),
+    "hardswish": (F.hardswish, "hardswish", (), (-3.0, 3.0)),
+    "hardsigmoid": (F.hardsigmoid, "hardsigmoid", (), (-3.0, 3.0)),
+}
+
+# PyTorch rounds 1/6, the slope of hardsigmoid, to float32 in float64 too.
+SLOPE_ROUNDING = {"hardsigmoid": 4e-8}
+
+# Errors relative to the largest number of a result. Measured: 5e-7 and 1e-15.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
+
+# Results of this size leave the caches: the kernel then writes past them.
+BEYOND_THE_CACHES = 17 * 2**20
+
+MACHINES = ["baseline", "avx2", "avx512"]
+if torch.cuda.is_available():
+    MACHINES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request):
+    """Every device, the CPU at each of its instruction sets."""
+    if request.param == "cuda":
+        yield torch.device("cuda")
+        return
+    module, cpu = _native.load(), torch.device("cpu")
+    if module is None:
+        if request.param != "baseline":
+            pytest.skip("FISHERFAST_DISABLE_NATIVE=1 is set: there is one way only")
+        yield cpu
+        return
+    info = _native.build_info()
+    if request.param not in info["simd_available"]:
+        pytest.skip(f"this machine has no {request.param}")
+    module.use_simd(request.param)
+    yield cpu
+    module.use_simd(info["simd"])
+
+
+def assert_matches(got, truth, dtype):
+    """Each slice is right on its own scale; NaN where the truth is NaN."""
+    assert got.shape == truth.shape
+    assert got.dtype == dtype
+    for result, expected in zip(got.double(), truth.double(), strict=True):
+        assert torch.equal(result.isnan(), expected.isnan())
+        if expected.numel() > 0:
+            error = (result - expected).abs().nan_to_num().max()
+            assert error <= TOLERANCE[dtype] * expected.abs().nan_to_num().max(), float(error)
+
+
+def truth_of(x, kind, parameters=(), **options):
+    vectors = {
+        name: value.double() if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
+    return reference_dual.dual_activation(x.double(), kind, parameters, **vectors)
+
+
+def run_kernel(x, y, kind, parameters=(), size=None, slope=None):
+    """The kernel itself, from the memory of x to that of y."""
+    size = x[0].numel() if size is None else size
+    slope_address = 0 if slope is None else slope.data_ptr()
+    numbers = (x.stride(0), y.stride(0), len(x) - 1, 1, 1, size, list(KINDS).index(kind))
+    parameters = (*parameters, 0.0, 0.0, 0.0)[:3]
+    addresses = (x.data_ptr(), y.data_ptr(), 0, 0, slope_address)
+    _native.call("dual_activation", x, *addresses, *numbers, *parameters)
+
+
+needs_kernel = pytest.mark.skipif(
+    _native.load() is None, reason="FISHERFAST_DISABLE_NATIVE=1 is set: there is no kernel"
+)
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_has_the_values_and_derivatives_of_pytorch(normal, case):
+    """Catches a wrong formula in what everything else is compared with. PyTorch's own GELU loses
+    digits in the tail, where it subtracts one from one (4e-15 measured): hence the absolute part.
+    """
+    function, kind, parameters, _ = CASES[case]
+    z, v = 4 * normal(3000), normal(2, 3000)
+    got = reference_dual.dual_activation(torch.cat([z[None], v]), kind, parameters)
+    for tangent, result in zip(v, got[1:], strict=True):
+        value, derivative = torch.func.jvp(function, (z,), (tangent,))
+        torch.testing.assert_close(got[0], value, rtol=1e-14, atol=1e-14)
+        rounding = max(SLOPE_ROUNDING.get(case, 0), 1e-14)
+        torch.testing.assert_close(result, derivative, rtol=rounding, atol=1e-14)
+
+
+def test_the_reference_of_prelu_by_channel(normal):
+    """By reverse mode: at 0 the forward mode of PyTorch has the other slope (see below)."""
+    x, slope = normal(3, 4, 6, 5), normal(6)
+    got = reference_dual.dual_activation(x, "prelu", slope=slope)
+    primal = x[0].clone().requires_grad_()
+    value = F.prelu(primal, slope)
+    (gradient,) = torch.autograd.grad(value.sum(), primal)
+    torch.testing.assert_close(got[0], value.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(got[1:], x[1:] * gradient, rtol=0, atol=0)
+
+
+# --- the closed forms, to forty digits -----------------------------------------------------------
+
+# Error of a value and of a slope, in units of the spacing of the dtype at the result. Measured: at
+# most 2.7. Where terms of the slope cancel, at its zero, the unit is that of the larger term.
+ULPS = 4
+# A denormal factor has fewer digits: so many of its last one, times the other factors of a slope.
+DENORMAL_UNITS = 1000
+
+
+def exact_forms(mp):
+    """f and f' in the numbers of mpmath, by kind; the parameters are those of CASES."""
+
+    def logistic(z):
+        return 1 / (1 + mp.exp(-z))
+
+    def gelu(z):
+        below = mp.erfc(-z / mp.sqrt(2)) / 2
+        return z * below, below + z * mp.exp(-z * z / 2) / mp.sqrt(2 * mp.pi)
+
+    def gelu_tanh(z):
+        u = mp.sqrt(8 / mp.pi) * (z + mp.mpf("0.044715") * z**3)
+        inner = mp.sqrt(8 / mp.pi) * (1 + 3 * mp.mpf("0.044715") * z * z)
+        return z * logistic(u), logistic(u) * (1 + z * logistic(-u) * inner)
+
+    def mish(z):
+        soft = mp.log1p(mp.exp(z))
+        return z * mp.tanh(soft), mp.tanh(soft) + z * logistic(z) * mp.sech(soft) ** 2
+
+    def elu(z):
+        return (z, mp.mpf(1)) if z > 0 else (mp.mpf("1.5") * mp.expm1(z), mp.mpf("1.5") * mp.exp(z))
+
+    return {
+        "elu": elu,
+        "gelu": gelu,
+        "gelu_tanh": gelu_tanh,
+        "silu": lambda z: (z * logistic(z), logistic(z) * (1 + z * logistic(-z))),
+        "mish": mish,
+        "softplus": lambda z: (mp.log1p(mp.exp(z)), logistic(z)),
+        "sigmoid": lambda z: (logistic(z), logistic(z) * logistic(-z)),
+        "tanh": lambda z: (mp.tanh(z), mp.sech(z) ** 2),
+    }
+
+
+def accuracy_points(dtype):
+    """Small, middling and large numbers; up to where softplus becomes linear."""
+    small = torch.logspace(-30, -1, 30, dtype=torch.float64)
+    middle = torch.linspace(-12.3, 12.1, 150, dtype=torch.float64)
+    large = torch.linspace(-80.7, 19.9, 40, dtype=torch.float64)
+    return torch.cat([small, -small, middle, large]).to(dtype)
+
+
+@needs_kernel
+@pytest.mark.parametrize("case", ["elu", "gelu", "gelu_tanh", "silu", "mish", "softplus", "sigmoid",
+                                  "tanh"])  # fmt: skip
+def test_right_to_a_few_units_in_the_last_place(machine, dtype, case):
+    """Catches cancellation: tanh and elu near 0, gelu and sigmoid in the tail."""
+    mp = pytest.importorskip("mpmath", reason="mpmath comes with torch, but not here").mp
+    _, kind, parameters, _ = CASES[case]
+    z = accuracy_points(dtype)
+    x = torch.stack([z, torch.ones_like(z)]).to(machine)
+    got = ops.dual_activation(x, kind, *parameters).cpu()
+    limits, function = torch.finfo(dtype), exact_forms(mp)[case]
+    with mp.workdps(40):
+        for point, value, slope in zip(z.tolist(), *got.tolist(), strict=True):
+            exact_value, exact_slope = function(mp.mpf(point))
+            units = ULPS
+            if case == "gelu_tanh":  # the rounding of u multiplies exp(u) by |u|
+                units *= 1 + 1.6 * abs(point) + 0.08 * abs(point) ** 3
+            two_terms = case in ("gelu", "gelu_tanh", "silu", "mish")
+            term = abs(exact_value / point) if two_terms else 0
+            smallest = DENORMAL_UNITS * limits.tiny * limits.eps
+            bound = units * limits.eps
+            assert abs(value - exact_value) <= bound * abs(exact_value) + smallest, point
+            assert abs(slope - exact_slope) <= bound * (abs(exact_slope) + 2 * term) + smallest, (
+                point
+            )
+
+
+# --- kinks and special numbers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][3]])
+def test_the_derivative_at_a_kink_is_that_of_pytorch(machine, dtype, case):
+    """Catches < for <=, by reverse mode and by forward mode, in vectors and in the rest."""
+    function, kind, parameters, kinks = CASES[case]
+    middle = torch.tensor([*kinks, -0.0], dtype=dtype)
+    up, down = torch.full_like(middle, math.inf), torch.full_like(middle, -math.inf)
+    beside = [torch.nextafter(middle, up), torch.nextafter(middle, down)]
+    z = torch.cat([middle, *beside]).repeat(19).to(machine)
+    got = ops.dual_activation(torch.stack([z, torch.ones_like(z)]), kind, *parameters)
+    value, derivative = torch.func.jvp(function, (z,), (torch.ones_like(z),))
+    primal = z.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(primal).sum(), primal)
+    rounding = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got[0], value, rtol=rounding, atol=rounding)
+    rounding = max(SLOPE_ROUNDING.get(case, 0), rounding)
+    torch.testing.assert_close(got[1], derivative, rtol=rounding, atol=0)
+    torch.testing.assert_close(got[1], gradient, rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_the_derivative_of_prelu_at_zero_is_that_of_the_backward_pass(machine, dtype, zero):
+    """PyTorch's two modes differ there: its backward pass takes the slope below zero, its forward
+    mode one. Here as in the backward pass, which is also that of leaky_relu in both modes."""
+    z = torch.full((23,), zero, dtype=dtype, device=machine)
+    slope = torch.tensor([0.25], dtype=dtype, device=machine)
+    primal = z.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.prelu(primal, slope).sum(), primal)
+    x = torch.stack([z, torch.ones_like(z)])[:, None]
+    got = ops.dual_activation(x, "prelu", slope=slope, channel_dim=1)
+    assert torch.equal(got[1, 0], gradient)
+    assert torch.equal(got[0, 0], z)
+
+
+SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nan_and_infinity_give_what_pytorch_gives(machine, case):
+    """As its vectors on the CPU do: for the numbers left over behind the last vector its slopes at
+    NaN are others (1 for hardtanh, elu and hardswish). In float64, as the vectors of its float32
+    GELU make NaN of infinity. Catches a NaN that is swallowed by a comparison."""
+    function, kind, parameters, _ = CASES[case]
+    z = torch.tensor(SPECIAL, dtype=torch.float64).repeat(32)
+    x = torch.stack([z, torch.ones_like(z)]).to(machine)
+    got = ops.dual_activation(x, kind, *parameters).cpu()
+    primal = z.clone().requires_grad_()
+    value = function(primal)
+    (gradient,) = torch.autograd.grad(value.sum(), primal)
+    torch.testing.assert_close(got[0], value.detach(), rtol=1e-15, atol=1e-15, equal_nan=True)
+    rounding = max(SLOPE_ROUNDING.get(case, 0), 1e-15)
+    torch.testing.assert_close(got[1], gradient, rtol=rounding, atol=1e-15, equal_nan=True)
+
+
+EXTREME = {
+    torch.float32: [1e30, -1e30, 1e-44, -1e-44, 1e-38, -87.0, -88.5, -100.0, 88.5, 89.0, -104.0],
+    torch.float64: [1e300, -1e300, 5e-324, -1e-310, -708.0, -740.0, -744.9, 709.7, 711.0, -746.0],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_overflow_and_denormal_numbers(machine, dtype, case):
+    """Each number by itself, to the last denormal one. Catches infinity times 0, and an exp whose
+    power of two leaves the range of the exponent."""
+    _, kind, parameters, _ = CASES[case]
+    points = [*EXTREME[dtype], *SPECIAL]
+    if dtype == torch.float64 and case in ("sigmoid", "silu", "mish"):
+        # PyTorch's sigmoid is 0 below -709.8, where it still is a number, and there is no truth
+        points = [z for z in points if not 709 < abs(z) < 1000]
+    z = torch.tensor(points, dtype=dtype, device=machine).repeat(17)
+    got = ops.dual_activation(torch.stack([z, torch.ones_like(z)]), kind, *parameters)
+    truth = truth_of(torch.stack([z, torch.ones_like(z)]), kind, parameters)
+    limits = torch.finfo(dtype)
+    smallest = DENORMAL_UNITS * limits.tiny * limits.eps
+    # 100: softplus with beta rounds the argument of exp
+    close = {"rtol": 100 * limits.eps, "atol": smallest, "equal_nan": True}
+    torch.testing.assert_close(got.double(), truth.double(), **close)
+
+
+@pytest.mark.parametrize("input_scale", [-2.0, -0.5, 0.0, 3.0])
+def test_elu_with_any_input_scale(machine, dtype, normal, input_scale):
+    """Catches an exp that is only right below zero: this one grows."""
+    z = torch.cat([10 * normal(500), torch.tensor([-20.0, -29.5])])
+    x = torch.stack([z, torch.ones_like(z)]).to(machine, dtype)
+    got = ops.dual_activation(x, "elu", 0.75, 2.0, input_scale)
+    truth = truth_of(x, "elu", (0.75, 2.0, input_scale))
+    rounding = 40 * torch.finfo(dtype).eps  # of the argument of exp, up to 60
+    torch.testing.assert_close(got.double(), truth, rtol=rounding, atol=rounding)
+
+
+# --- layouts -------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2),
+    "channels first": lambda x: x.movedim(2, 1).contiguous().movedim(1, 2),
+    "samples last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "slices apart": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "every second slice": lambda x: torch.stack([x, x], 1)[:, 0],
+    "every second sample": lambda x: torch.stack([x, x], 2)[:, :, 0],
+    "crop": lambda x: F.pad(x, (1, 2))[..., 1:-2],
+    "slices last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "unaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "one sample again": lambda x: x[:, :1].expand(x.shape),
+    "one slice again": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(machine, dtype, normal, layout, affine):
+    """Catches an assumed stride, a channel of the wrong number, and a y in another layout."""
+    x = LAYOUTS[layout](normal(4, 3, 7, 5, 6, dtype=dtype, device=machine))
+    before = x.clone()
+    options = {"slope": normal(7, dtype=dtype, device=machine)}
+    if affine:
+        options |= {name: normal(7, dtype=dtype, device=machine) for name in ("scale", "shift")}
+    got = ops.dual_activation(x, "prelu", **options)
+    assert_matches(got, truth_of(x, "prelu", **options), dtype)
+    assert torch.equal(x, before)
+    dense = x.is_contiguous() or layout in ("channels last", "channels first", "samples last")
+    if dense:
+        assert got.stride() == x.stride()
+
+
+SHAPES = [
+    (1,), (2, 1), (3, 7), (2, 1, 1), (1, 4, 3), (5, 1, 17), (17, 3, 5, 2, 2), (2, 3, 70, 1),
+    (2, 2, 3, 1023), (3, 1, 5, 1025), (2, 1000, 3), (5, 33, 64), (3, 0, 4), (3, 4, 0, 2), (1, 0),
+    (2, 1, 1, 70, 70), (2, 31, 2, 3, 11),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes(machine, dtype, normal, case):
+    """P from 0 to 16, no number, one, odd ones, blocks that are not whole."""
+    _, kind, parameters, _ = CASES[case]
+    for shape in SHAPES:
+        x = 3 * normal(*shape, dtype=dtype, device=machine)
+        got = ops.dual_activation(x, kind, *parameters)
+        assert_matches(got, truth_of(x, kind, parameters), dtype)
+
+
+@pytest.mark.parametrize("given", ["scale", "shift", "both"])
+@pytest.mark.parametrize(
+    ("shape", "channel_dim"),
+    [((3, 5), 1), ((2, 4, 9), 1), ((2, 4, 9), 2), ((4, 2, 3, 49), 2), ((2, 3, 1, 700), 2),
+     ((2, 3, 5, 2, 100), 3), ((2, 30, 1100, 1), 2), ((2, 2, 3, 2, 2), 2), ((2, 3, 0, 4), 2)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["identity", "relu", "gelu"])
+def test_scale_and_shift(machine, dtype, normal, kind, shape, channel_dim, given):
+    """Catches a tangent without scale, a tangent with shift, and the channel of a neighbour."""
+    x = normal(*shape, dtype=dtype, device=machine)
+    names = ("scale", "shift") if given == "both" else (given,)
+    channels = shape[channel_dim]
+    options = {name: normal(channels, 2, dtype=dtype, device=machine)[:, 0] for name in names}
+    options["channel_dim"] = channel_dim
+    got = ops.dual_activation(x, kind, **options)
+    assert_matches(got, truth_of(x, kind, **options), dtype)
+
+
+def test_a_batch_norm_in_eval_mode(machine, dtype, normal):
+    """The scale and shift of its running statistics, then GELU: what two modules give."""
+    norm = torch.nn.BatchNorm2d(6, dtype=torch.float64).eval()
+    for vector in (norm.running_mean, norm.weight.data, norm.bias.data):
+        vector.copy_(normal(6))
+    norm.running_var.copy_(normal(6).square() + 0.5)
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+    shift = (norm.bias - norm.running_mean * scale).detach()
+    x = normal(3, 4, 6, 5, 5)
+    value, first = torch.func.jvp(lambda u: F.gelu(norm(u)), (x[0],), (x[1],))
+    _, second = torch.func.jvp(lambda u: F.gelu(norm(u)), (x[0],), (x[2],))
+    got = ops.dual_activation(
+        x.to(machine, dtype),
+        "gelu",
+        scale=scale.to(machine, dtype),
+        shift=shift.to(machine, dtype),
+    )
+    assert_matches(got.cpu(), torch.stack([value, first, second]).detach(), dtype)
+
+
+# --- the kernel itself ---------------------------------------------------------------------------
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [1, 15, 16, 64, 1000, 1024, 1025, BEYOND_THE_CACHES // 8])
+def test_in_place(machine, dtype, normal, size):
+    """y may be x: catches a number that is computed twice where two vectors overlap."""
+    x = normal(3, size, dtype=dtype, device=machine)
+    expected = ops.dual_activation(x, "gelu")
+    run_kernel(x, x, "gelu")
+    assert torch.equal(x, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("offset", [0, 1, 5, 16])
+@pytest.mark.parametrize("size", [*range(1, 20), 63, 64, 65, 1023, 1030, BEYOND_THE_CACHES // 8])
+def test_nothing_is_written_beside_the_result(machine, dtype, normal, size, offset):
+    """Catches the vector store that begins before y or ends behind a slice, and the streaming store
+    to an address that is no boundary."""
+    x = normal(3, size, dtype=dtype, device=machine)
+    gap = 40
+    memory = torch.full((3 * (size + gap) + offset,), 7.0, dtype=dtype, device=machine)
+    slices = memory[offset:].view(3, size + gap)
+    run_kernel(x, slices, "elu", (1.0, 1.0, 1.0), size)
+    assert torch.equal(slices[:, :size], ops.dual_activation(x, "elu", 1.0, 1.0, 1.0))
+    assert slices[:, size:].eq(7).all()
+    assert memory[:offset].eq(7).all()
+
+
+@pytest.mark.parametrize("kind", ["relu", "gelu"])
+def test_beyond_the_caches(machine, dtype, normal, kind):
+    """The streaming stores, on slices that begin between two boundaries."""
+    channels, inner = 3, 100_003 * 8 // dtype.itemsize
+    x = normal(8, 1, channels, inner, dtype=dtype, device=machine)
+    assert x.nbytes > BEYOND_THE_CACHES
+    scale, shift = (normal(channels, dtype=dtype, device=machine) for _ in range(2))
+    got = ops.dual_activation(x, kind, scale=scale, shift=shift)
+    assert_matches(got, truth_of(x, kind, scale=scale, shift=shift), dtype)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(5, 40, 17, 31, 33), (2, 300, 1000, 1, 1), (7, 3, 3, 300, 301)])
+def test_threads_change_no_bit(machine, dtype, normal, with_threads, shape, last):
+    """Catches a number that is computed in a vector here and alone there, with other roundings."""
+    x = normal(*shape, dtype=dtype, device=machine)
+    if last:
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2)
+    scale, shift = (normal(shape[2], dtype=dtype, device=machine) for _ in range(2))
+
+    def run():
+        return ops.dual_activation(x, "gelu", scale=scale, shift=shift)
+
+    one = with_threads(1, run)
+    for threads in (2, 3):
+        assert torch.equal(with_threads(threads, run), one)
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+X, C = torch.ones(3, 4, 5, 2), torch.ones(5)
+WRONG = {
+    "half": ((X.half(), "relu"), {}, TypeError, "x must be float32 or float64, got float16"),
+    "int": ((X.int(), "relu"), {}, TypeError, "x must be float32 or float64, got int32"),
+    "complex": ((X.cfloat(), "relu"), {}, TypeError, "x must be float32 or float64, got complex64"),
+    "array": ((X.numpy(), "relu"), {}, TypeError, "x must be a torch.Tensor, got ndarray"),
+    "scalar": (
+        (torch.tensor(1.0), "relu"), {}, ValueError, "x must have shape [1 + P, ...], got []",
+    ),
+    "no primal": ((X[:0], "relu"), {}, ValueError,
+                  "x must have shape [1 + P, ...], got [0, 4, 5, 2]"),
+    "kind": ((X, "swish"), {}, ValueError,
+             f"kind must be one of {', '.join(KINDS)}, got 'swish'"),
+    "too few": ((X, "elu", 1.0), {}, ValueError,
+                "parameters must be (alpha, scale, input_scale) for elu, got 1 numbers"),
+    "too many": ((X, "relu", 1.0), {}, ValueError,
+                 "parameters must be () for relu, got 1 numbers"),
+    "no number": ((X, "leaky_relu", "0.1"), {}, TypeError, "parameters must be numbers, got str"),
+    "tensor": ((X, "leaky_relu", C), {}, TypeError, "parameters must be numbers, got Tensor"),
+    "nan": ((X, "leaky_relu", math.nan), {}, ValueError, "parameters must be finite, got [nan]"),
+    "infinity": ((X, "hardtanh", 0.0, math.inf), {}, ValueError,
+                 "parameters must be finite, got [0.0, inf]"),
+    "no slope": ((X, "prelu"), {}, ValueError,
+                 "slope must be given for prelu and for it alone, got kind 'prelu'"),
+    "slope": ((X, "relu"), {"slope": C}, ValueError,
+              "slope must be given for prelu and for it alone, got kind 'relu'"),
+    "channel_dim 0": ((X, "relu"), {"scale": C, "channel_dim": 0}, ValueError,
+                      "channel_dim must lie in [1, 4), got 0"),
+    "channel_dim 4": ((X, "relu"), {"scale": C, "channel_dim": 4}, ValueError,
+                      "channel_dim must lie in [1, 4), got 4"),
+    "scale shape": ((X, "relu"), {"scale": C[:2]}, ValueError,
+                    "scale must have shape [C] = [5], got [2]"),
+    "shift shape": ((X, "relu"), {"shift": C[None]}, ValueError,
+                    "shift must have shape [C] = [5], got [1, 5]"),
+    "slope shape": ((X, "prelu"), {"slope": C[:1]}, ValueError,
+                    "slope must have shape [C] = [5], got [1]"),
+    "scale dtype": ((X, "relu"), {"scale": C.double()}, TypeError,
+                    "scale must have the dtype of x (float32), got float64"),
+    "shift array": ((X, "relu"), {"shift": C.numpy()}, TypeError,
+                    "shift must be a torch.Tensor, got ndarray"),
+    "shift device": ((X, "relu"), {"shift": C.to("meta")}, ValueError,
+                     "shift must be on the device of x (cpu), got meta"),
+    "grad": (
+        (X.clone().requires_grad_(), "relu"), {}, RuntimeError,
+        "x must not require grad, got requires_grad=True: dual_activation has no backward; "
+        "pass x.detach() or call it under torch.no_grad()",
+    ),
+    "scale grad": (
+        (X, "relu"), {"scale": C.clone().requires_grad_()}, RuntimeError,
+        "scale must not require grad, got requires_grad=True: dual_activation has no backward; "
+        "pass scale.detach() or call it under torch.no_grad()",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case):
+    arguments, options, error, message = WRONG[case]
+    with pytest.raises(error) as caught:
+        ops.dual_activation(*arguments, **options)
+    assert str(caught.value) == message
+
+
+# --- torch.library -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "crop"])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 3), (1, 0, 2, 2), (2, 3, 1, 1)], ids=str)
+def test_opcheck(normal, device, dtype, route, shape, layout):
+    """Catches a fake implementation of another layout, on either route."""
+    x = LAYOUTS[layout](normal(*shape, dtype=dtype, device=device))
+    scale = normal(shape[2], dtype=dtype, device=device)
+    arguments = (x, "elu", [1.0, 1.0, 1.0], scale, None, None, 2)
+    torch.library.opcheck(torch.ops.fisherfast.dual_activation.default, arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_routes_give_the_same_layout(normal, device, monkeypatch, layout):
+    x = LAYOUTS[layout](normal(3, 2, 4, 3, 5, device=device))
+    kernel = ops.dual_activation(x, "relu")
+    monkeypatch.setattr(_native, "serves", lambda tensor: False)
+    plain = ops.dual_activation(x, "relu")
+    assert torch.equal(kernel, plain)
+    assert kernel.stride() == plain.stride()
+
+
+def test_compiles(normal):
+    x, scale = normal(3, 2, 4, 5), normal(4)
+    compiled = torch.compile(ops.dual_activation, backend="aot_eager", fullgraph=True)
+    assert torch.equal(
+        compiled(x, "gelu", scale=scale), ops.dual_activation(x, "gelu", scale=scale)
+    )

@@ -1,0 +1,268 @@
+"""dual_pool against PyTorch's max pooling, whose indices say where each tangent comes from."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops.dual_buffers import LAYOUTS, expanded, jvp_of
+
+from fisherfast import ops, reference_dual
+
+POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+TANGENTS = [0, 1, 2, 3, 4, 5, 8, 9, 13, 16]
+
+# spatial size, kernel, stride, padding, dilation
+WINDOWS = [
+    ([17], [2], [2], [0], [1]),
+    ([40], [3], [1], [1], [1]),
+    ([75], [5], [3], [2], [2]),
+    ([2], [2], [1], [1], [1]),
+    ([12, 36], [2, 2], [2, 2], [0, 0], [1, 1]),
+    ([15, 67], [3, 3], [2, 2], [1, 1], [1, 1]),
+    ([9, 11], [3, 3], [1, 1], [1, 1], [1, 1]),
+    ([13, 50], [2, 4], [3, 1], [1, 2], [4, 3]),
+    ([7, 7], [7, 7], [1, 1], [0, 0], [1, 1]),
+    ([1, 1], [3, 3], [1, 1], [1, 1], [1, 1]),
+    ([6, 70], [1, 1], [1, 2], [0, 0], [1, 1]),
+    ([5, 6, 37], [2, 2, 2], [2, 2, 2], [0, 0, 0], [1, 1, 1]),
+    ([4, 7, 35], [3, 3, 3], [2, 1, 2], [1, 1, 1], [1, 2, 1]),
+]
+
+
+@pytest.fixture(params=[False, True], ids=["contiguous", "channels_last"])
+def last(request):
+    return request.param
+
+
+def channels_last(x):
+    """The same numbers, every slice with its channels next to each other."""
+    return x.movedim(2, -1).contiguous().movedim(-1, 2)
+
+
+def assert_matches(x, *window, ceil_mode=False):
+    """Bit for bit: nothing is computed."""
+    truth = reference_dual.dual_pool(x, *window, ceil_mode)
+    got = ops.dual_pool(x, *window, ceil_mode=ceil_mode)
+    assert got.dtype == x.dtype
+    torch.testing.assert_close(got, truth, rtol=0, atol=0, equal_nan=True)
+    return got
+
+
+# --- against PyTorch -----------------------------------------------------------------------------
+
+
+def test_by_hand(device, dtype):
+    """Catches a tangent pooled by itself, and the place of the last of equals."""
+    kind = {"dtype": dtype, "device": device}
+    x = torch.tensor([[1.0, 5.0, 2.0, 2.0], [9.0, 2.0, -3.0, 4.0]], **kind)[:, None, None]
+    assert ops.dual_pool(x, [2]).flatten(1).tolist() == [[5.0, 2.0], [2.0, -3.0]]
+    got = ops.dual_pool(x, [3], [2], [1])
+    assert got.flatten(1).tolist() == [[5.0, 5.0], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 16, 21])
+def test_windows(normal, device, dtype, window, channels, last, ceil_mode):
+    """Catches windows that reach over an end, a row or a channel, and a wrong number of them."""
+    size, *window = window
+    x = normal(4, 2, channels, *size, dtype=dtype, device=device)
+    assert_matches(channels_last(x) if last else x, *window, ceil_mode=ceil_mode)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("width", [*range(3, 41), 63, 64, 65, 66, 67, 130])
+def test_every_width(normal, device, dtype, width, stride):
+    """Catches vectors that run over the end of a row."""
+    x = normal(3, 1, 2, 5, width, dtype=dtype, device=device)
+    assert_matches(x, [3, 3], [1, stride], [1, 1], [1, 1])
+    assert_matches(x, [2, 2], [2, stride], [0, 0], [1, 1])
+
+
+@pytest.mark.parametrize("channels", [*range(1, 36), 64, 65])
+def test_every_number_of_channels(normal, device, dtype, channels):
+    x = channels_last(normal(6, 2, channels, 5, 6, dtype=dtype, device=device))
+    assert_matches(x, [3, 2], [2, 1], [1, 1], [1, 2])
+
+
+@pytest.mark.parametrize("tangents", TANGENTS)
+def test_every_number_of_tangents(normal, device, dtype, tangents, last):
+    """Catches a group of tangents that is cut off, or taken from another pass."""
+    x = normal(1 + tangents, 2, 3, 6, 43, dtype=dtype, device=device)
+    assert_matches(channels_last(x) if last else x, [3, 3], [2, 2], [1, 1], [1, 1])
+
+
+def test_number_of_windows(device):
+    """PyTorch's rule, ceil_mode and not, over every small geometry. Catches a last window that
+    begins in the right padding, and -1 // 2 rounded to zero."""
+    shapes = itertools.product(range(1, 9), range(1, 5), range(1, 5), range(3), range(1, 4))
+    checked = 0
+    for size, kernel, stride, padding, dilation in shapes:
+        if 2 * padding > kernel:
+            continue
+        x = torch.arange(2.0 * size, device=device).reshape(2, 1, 1, size)
+        for ceil_mode in (False, True):
+            window = ([kernel], [stride], [padding], [dilation])
+            try:
+                expected, index = F.max_pool1d(x[0], *window, ceil_mode, return_indices=True)
+            except RuntimeError:
+                with pytest.raises(ValueError, match="x must hold at least one window"):
+                    ops.dual_pool(x, *window, ceil_mode=ceil_mode)
+                continue
+            if expected.isinf().any():  # of nothing: its index is that of no number
+                assert index.max() >= size
+                with pytest.raises(ValueError, match="where a window begins in the padding"):
+                    ops.dual_pool(x, *window, ceil_mode=ceil_mode)
+                continue
+            assert torch.equal(ops.dual_pool(x, *window, ceil_mode=ceil_mode)[0], expected)
+            checked += 1
+    assert checked > 500
+
+
+# --- ties, NaN and infinities --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_ties_and_nan(normal, device, dtype, window, last):
+    """Few values, so that most windows have equals, -0 beside 0, NaN and infinities among them.
+    Catches the last of equals, the first of NaN, and a NaN that a larger number replaces."""
+    size, *window = window
+    values = torch.tensor([0.0, -0.0, 1.0, 1.0, float("nan"), float("inf"), -float("inf")])
+    x = normal(4, 3, 17, *size, dtype=dtype, device=device)
+    for choices in (2, 4, 5, 7):
+        pick = torch.arange(x[0].numel(), device=device).mul(7919) % 104729 % choices
+        x[0] = values.to(x)[pick].reshape(x[0].shape)
+        assert_matches(channels_last(x) if last else x, *window)
+    x[0] = -float("inf")
+    got = assert_matches(channels_last(x) if last else x, *window)
+    assert got[1:].isfinite().all()
+
+
+# --- layouts and contracts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(normal, device, dtype, layout):
+    """Catches a stride that is assumed, and vector loads that need an aligned address."""
+    x = LAYOUTS[layout](normal(6, 4, 3, 5, 37, dtype=dtype, device=device))
+    before = x.clone()
+    window = ([3, 3], [2, 2], [1, 1], [1, 1])
+    assert assert_matches(x, *window).is_contiguous()
+    assert torch.equal(x, before)
+    assert_matches(expanded(x), *window)
+    assert_matches(LAYOUTS[layout](normal(3, 4, 3, 9, dtype=dtype, device=device)), [2], [2], [0], [1])
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_channels_last_stays_so(normal, device, dtype, spatial):
+    """Slices that lie apart too. Catches a copy in between, which would come out contiguous."""
+    x = channels_last(normal(6, 2, 5, *[6] * spatial, dtype=dtype, device=device))
+    for one in (x, x[::2], expanded(x)):
+        got = assert_matches(one, *([number] * spatial for number in (2, 2, 0, 1)))
+        assert got.movedim(2, -1).is_contiguous()
+    if spatial > 1:
+        assert got[0].is_contiguous(memory_format=LAST[spatial])
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3, 4, 4), (1, 2, 0, 4, 4), (1, 0, 0, 4, 4)], ids=str)
+def test_empty(device, dtype, shape, last):
+    x = torch.ones(shape, dtype=dtype, device=device)
+    got = ops.dual_pool(channels_last(x) if last else x, [2, 2])
+    assert got.shape == (*shape[:3], 2, 2)
+    assert got.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(5, 16, 8, 32, 32), (3, 300, 20, 7, 9)], ids=str)
+def test_threads_change_no_bit(normal, dtype, with_threads, shape, last):
+    x = normal(*shape, dtype=dtype)
+    x = channels_last(x) if last else x
+    one = with_threads(1, lambda: ops.dual_pool(x, [3, 3], [2, 2], [1, 1]))
+    for threads in (2, 3):
+        got = with_threads(threads, lambda: ops.dual_pool(x, [3, 3], [2, 2], [1, 1]))
+        assert torch.equal(got, one)
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_reference_is_max_pool(normal, window):
+    size, *window = window
+    x = normal(3, 2, 3, *size)
+    truth = jvp_of(lambda u: POOLS[len(size)](u, *window), x)
+    assert torch.equal(reference_dual.dual_pool(x, *window), truth)
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+X = torch.ones(3, 2, 4, 6, 7)
+PAIR = "must hold 2 numbers of at least"
+WRONG = {
+    "half": ((X.half(), [2, 2]), TypeError, "x must be float32 or float64, got float16"),
+    "int": ((X.int(), [2, 2]), TypeError, "x must be float32 or float64, got int32"),
+    "array": ((X.numpy(), [2, 2]), TypeError, "x must be a torch.Tensor, got ndarray"),
+    "matrix": (
+        (X[0, 0, 0], [2]), ValueError, "x must have shape [1 + P, n, C, *spatial], got [6, 7]",
+    ),
+    "no primal": (
+        (X[:0], [2, 2]), ValueError,
+        "x must have shape [1 + P, n, C, *spatial], got [0, 2, 4, 6, 7]",
+    ),
+    "four dimensions": (
+        (X[..., None, None], [2] * 4), ValueError,
+        "x must have one to three spatial dimensions, got [3, 2, 4, 6, 7, 1, 1]",
+    ),
+    "kernel": ((X, [2]), ValueError, f"kernel {PAIR} 1, got [2]"),
+    "kernel zero": ((X, [2, 0]), ValueError, f"kernel {PAIR} 1, got [2, 0]"),
+    "no kernel": ((X, []), ValueError, f"kernel {PAIR} 1, got []"),
+    "stride": ((X, [2, 2], [0, 1]), ValueError, f"stride {PAIR} 1, got [0, 1]"),
+    "padding": ((X, [2, 2], None, [-1, 0]), ValueError, f"padding {PAIR} 0, got [-1, 0]"),
+    "dilation": (
+        (X, [2, 2], None, None, [1, 1, 1]), ValueError, f"dilation {PAIR} 1, got [1, 1, 1]",
+    ),
+    "wide padding": (
+        (X, [2, 3], None, [1, 2]), ValueError,
+        "padding must be at most half the kernel [2, 3], got [1, 2]",
+    ),
+    "no window": (
+        (X, [7, 2]), ValueError, "x must hold at least one window, got [6, 7] numbers",
+    ),
+    "empty window": (
+        (X[..., :1], [1, 2], None, [0, 1], [1, 2]), ValueError,
+        "dilation must be at most 1, the numbers of x along that dimension, where a window begins "
+        "in the padding, got 2",
+    ),
+    "grad": (
+        (X.clone().requires_grad_(), [2, 2]), RuntimeError,
+        "x must not require grad, got requires_grad=True: dual_pool has no backward; "
+        "pass x.detach() or call it under torch.no_grad()",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case):
+    arguments, error, message = WRONG[case]
+    with pytest.raises(error) as caught:
+        ops.dual_pool(*arguments)
+    assert str(caught.value) == message
+
+
+# --- torch.library -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4, 6), (1, 1, 1, 3, 4), (2, 2, 3, 4, 4, 4)], ids=str)
+def test_opcheck(normal, device, dtype, shape, last):
+    x = normal(*shape, dtype=dtype, device=device)
+    numbers = ([number] * (len(shape) - 3) for number in (3, 2, 1, 1))
+    arguments = (channels_last(x) if last else x, *numbers, False)
+    torch.library.opcheck(torch.ops.fisherfast.dual_pool.default, arguments)
+
+
+def test_compiles(normal, last):
+    x = normal(3, 2, 4, 6, 7)
+    x = channels_last(x) if last else x
+    compiled = torch.compile(ops.dual_pool, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, [3, 2], ceil_mode=True), ops.dual_pool(x, [3, 2], ceil_mode=True))

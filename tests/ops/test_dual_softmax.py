@@ -1,0 +1,242 @@
+"""dual_softmax against its reference in float64, the reference against PyTorch's forward mode."""
+
+import pytest
+import torch
+from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error
+
+from fisherfast import _native, ops, reference_dual
+
+# Largest error of a slice relative to its largest number. Measured: 4e-7 and 8e-16.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 3e-15}
+
+WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 197, 1024, 4099]
+TANGENTS = [0, 1, 2, 3, 4, 5, 9, 16]
+INFINITY = float("inf")
+
+
+@pytest.fixture(params=[False, True], ids=["softmax", "log_softmax"])
+def log(request):
+    return request.param
+
+
+def assert_matches(x, dim, log):
+    truth = reference_dual.dual_softmax(x.double(), dim, log)
+    got = ops.dual_softmax(x, dim, log=log)
+    assert got.dtype == x.dtype
+    assert got.is_contiguous()
+    # Before the mean is taken off, which may leave nothing.
+    scale = truth.abs() + (1.0 if log else torch.softmax(x[0].double(), dim - (dim > 0))) * x.abs()
+    assert largest_error(got, truth, scale) <= TOLERANCE[x.dtype]
+
+
+# --- against the reference -----------------------------------------------------------------------
+
+
+def test_by_hand(device, dtype):
+    """s = [1/4, 3/4]. Catches a mean without weights, a lost factor s, and a logarithm of it."""
+    third = torch.tensor(3.0, dtype=torch.float64).log().item()
+    x = torch.tensor([[0.0, third], [4.0, 0.0]], dtype=dtype, device=device)
+    truth = torch.tensor([[0.25, 0.75], [0.75, -0.75]], dtype=torch.float64, device=device)
+    assert largest_error(ops.dual_softmax(x), truth) <= TOLERANCE[dtype]
+    truth = torch.stack([truth[0].log(), torch.tensor([3.0, -1.0]).to(truth)])
+    assert largest_error(ops.dual_softmax(x, log=True), truth) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width(normal, device, dtype, width, log):
+    """Catches a tail of a row that is lost, or summed with what lies behind it."""
+    x = 2 * normal(6, 5, width, dtype=dtype, device=device)
+    assert_matches(x, -1, log)
+    assert_matches(x.mT.contiguous(), 1, log)
+
+
+@pytest.mark.parametrize("inner", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 70])
+def test_every_inner_size(normal, device, dtype, inner, log):
+    """Catches rows that are lost beside each other, and rows of the next outer number."""
+    assert_matches(2 * normal(4, 3, 6, inner, dtype=dtype, device=device), 2, log)
+
+
+@pytest.mark.parametrize("tangents", TANGENTS)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_every_number_of_tangents(normal, device, dtype, tangents, dim, log):
+    """Catches a group of tangents that is cut off, and an exponential of one that was kept."""
+    assert_matches(normal(1 + tangents, 19, 37, dtype=dtype, device=device), dim, log)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, -1, -2, -3])
+def test_every_dimension(normal, device, dtype, dim, log):
+    assert_matches(normal(3, 4, 5, 6, dtype=dtype, device=device), dim, log)
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(normal, device, dtype, layout, dim, log):
+    """Catches a stride that is assumed, and vector loads that need an aligned address."""
+    x = LAYOUTS[layout](normal(6, 18, 21, dtype=dtype, device=device))
+    before = x.clone()
+    assert_matches(x, dim, log)
+    assert torch.equal(x, before)
+    assert_matches(expanded(x), dim, log)
+
+
+# --- accuracy and infinities ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_million_numbers(normal, device, dtype, dim, log):
+    """Catches sums in float32 of one number after another (error 1e-3)."""
+    shape = (3, 2, 1_000_003) if dim == 2 else (2, 300_007, 3)
+    assert_matches(normal(*shape, dtype=dtype, device=device), dim, log)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("offset", [-3e38, -800.0, 800.0, 3e38])
+def test_exponents_out_of_range(normal, device, dtype, offset, dim, log):
+    """exp(800) is infinite and exp(-800) zero in both dtypes: catches a maximum not taken off."""
+    x = normal(3, 20, 20, dtype=dtype, device=device)
+    x[0] += offset
+    assert_matches(x, dim, log)
+
+
+def test_denormal_results(device, dtype):
+    """Numbers below the smallest normal one come out, rounded, and not as zero."""
+    lowest = -100.0 if dtype == torch.float32 else -740.0
+    x = torch.linspace(lowest, 0, 41, dtype=dtype, device=device)[None, None]
+    got, truth = ops.dual_softmax(x), torch.softmax(x.double(), -1)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert 0 < got[0, 0, 0] < torch.finfo(dtype).smallest_normal
+    error = (got.double() - truth).abs()
+    assert (error <= 2 * torch.finfo(dtype).eps * truth + smallest).all()
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_minus_infinity_is_a_mask(normal, device, dtype, dim, log):
+    """Masked entries have s = 0 and give nothing to the others. Catches -inf - -inf."""
+    x = normal(4, 23, 23, dtype=dtype, device=device)
+    hidden = torch.ones(23, 23, dtype=torch.bool, device=device).triu(1)
+    masked = x.clone()
+    masked[0] = masked[0].masked_fill(hidden if dim == 2 else hidden.T, -INFINITY)
+    got = ops.dual_softmax(masked, dim, log=log)
+    truth = reference_dual.dual_softmax(masked.double(), dim, log)
+    seen = ~(hidden if dim == 2 else hidden.T)
+    assert largest_error(got[:, seen], truth[:, seen], 1 + truth[:, seen].abs()) <= TOLERANCE[dtype]
+    assert got[0][~seen].eq(-INFINITY if log else 0).all()
+    if not log:
+        assert got[:, ~seen].eq(0).all()
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), INFINITY, None], ids=["nan", "inf", "all -inf"])
+def test_rows_without_a_value(normal, device, dtype, value, dim, log):
+    """As in PyTorch, NaN fills the row of a NaN, of inf and of -inf alone; no other row."""
+    x = normal(6, 21, 21, dtype=dtype, device=device)
+    expected = ops.dual_softmax(x, dim, log=log)
+    row = x[0, 4] if dim == 2 else x[0, :, 4]
+    if value is None:
+        row.fill_(-INFINITY)
+    else:
+        row[20] = value
+    plain = (torch.log_softmax if log else torch.softmax)(x[0], dim - 1)
+    got = ops.dual_softmax(x, dim, log=log)
+    torch.testing.assert_close(got[0], plain, equal_nan=True)
+    got, expected = (t if dim == 2 else t.mT for t in (got, expected))
+    others = torch.arange(21) != 4
+    assert torch.equal(got[:, others], expected[:, others])
+    assert got[1:, 4].isnan().all()
+
+
+# --- contracts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (3, 0, 3), (3, 4, 0), (1, 0, 0), (3, 1, 1)], ids=str)
+def test_empty_and_single(device, dtype, shape):
+    got = ops.dual_softmax(torch.ones(shape, dtype=dtype, device=device))
+    assert got.shape == shape
+    assert got.dtype == dtype
+    assert got[0].eq(1).all()
+    assert got[1:].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 700, 300), (3, 7, 100_000), (17, 90, 30, 70)], ids=str)
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_threads_change_no_bit(normal, dtype, with_threads, shape, dim, log):
+    x = normal(*shape, dtype=dtype)
+    one = with_threads(1, lambda: ops.dual_softmax(x, dim, log=log))
+    for threads in (2, 3):
+        got = with_threads(threads, lambda: ops.dual_softmax(x, dim, log=log))
+        assert torch.equal(got, one)
+
+
+@pytest.mark.parametrize("inner", [1, 5, 40])
+@pytest.mark.parametrize("tangents", [0, 1, 5])
+def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents, inner, log):
+    """Catches a primal that is written before the last tangent has been computed."""
+    if not _native.serves(torch.empty(0, device=device)):
+        pytest.skip("plain torch writes new memory; the contract is that of the kernel")
+    x = normal(1 + tangents, 9, 50, inner, dtype=dtype, device=device)
+    expected = ops.dual_softmax(x, 2, log=log)
+    sizes = (x.stride(0), tangents, 9, 50, inner, log)
+    _native.call("dual_softmax", x, x.data_ptr(), x.data_ptr(), *sizes)
+    assert torch.equal(x, expected)
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 2, -1])
+def test_reference_is_softmax(normal, dim, log):
+    function = torch.log_softmax if log else torch.softmax
+    x = normal(3, 4, 5, 6)
+    truth = jvp_of(lambda u: function(u, dim - (dim > 0)), x)
+    torch.testing.assert_close(reference_dual.dual_softmax(x, dim, log), truth)
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+X = torch.ones(3, 4, 6)
+WRONG = {
+    "half": ((X.half(),), TypeError, "x must be float32 or float64, got float16"),
+    "int": ((X.int(),), TypeError, "x must be float32 or float64, got int32"),
+    "array": ((X.numpy(),), TypeError, "x must be a torch.Tensor, got ndarray"),
+    "vector": ((X[0, 0],), ValueError, "x must have shape [1 + P, ...], got [6]"),
+    "no primal": ((X[:0],), ValueError, "x must have shape [1 + P, ...], got [0, 4, 6]"),
+    "first": (
+        (X, 0), ValueError, "dim must be a dimension of x but the first, 1 to 2, got 0",
+    ),
+    "first from behind": (
+        (X, -3), ValueError, "dim must be a dimension of x but the first, 1 to 2, got -3",
+    ),
+    "beyond": (
+        (X, 3), ValueError, "dim must be a dimension of x but the first, 1 to 2, got 3",
+    ),
+    "grad": (
+        (X.clone().requires_grad_(),), RuntimeError,
+        "x must not require grad, got requires_grad=True: dual_softmax has no backward; "
+        "pass x.detach() or call it under torch.no_grad()",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case):
+    arguments, error, message = WRONG[case]
+    with pytest.raises(error) as caught:
+        ops.dual_softmax(*arguments)
+    assert str(caught.value) == message
+
+
+# --- torch.library -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "apart", "transposed"])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 1), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("dim", [1, -1])
+def test_opcheck(normal, device, dtype, shape, layout, dim, log):
+    x = LAYOUTS[layout](normal(*shape, dtype=dtype, device=device))
+    torch.library.opcheck(torch.ops.fisherfast.dual_softmax.default, (x, dim, log))
+
+
+def test_compiles(normal, log):
+    x = normal(3, 4, 24)
+    compiled = torch.compile(ops.dual_softmax, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, 1, log=log), ops.dual_softmax(x, 1, log=log))

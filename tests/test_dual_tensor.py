@@ -1,0 +1,71 @@
+"""The dual tensor by itself: its parts, what it shows to a model, and the structures around it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from dual_oracle import Function, distance, map_tensors
+from torch import Tensor
+
+import fisherfast as ff
+
+EXACT = 1e-12
+"""In float64, one operation."""
+
+
+def test_dual_tensor_is_the_stack_of_its_parts():
+    """Catches parts in another order, and a shape that shows the stack to the model."""
+    x, dx = torch.randn(2, 5), torch.randn(3, 2, 5)
+    dual = ff.dual.DualTensor.pack(x, dx)
+    assert torch.equal(dual.primal, x)
+    assert torch.equal(dual.tangents, dx)
+    assert torch.equal(dual.stack, torch.cat([x[None], dx]))
+    assert (dual.shape, dual.dtype, dual.ndim, len(dual)) == (x.shape, x.dtype, 2, 2)
+    assert (dual.numel(), dual.size(-1), dual.requires_grad) == (10, 5, False)
+
+
+class Pair(NamedTuple):
+    """A named tuple of outputs."""
+
+    mean: Tensor
+    scale: Tensor
+
+
+def test_structures_of_outputs_stay():
+    """Catches lists, tuples, dicts and named tuples that come back as something else."""
+    x, dx = torch.randn(2, 5), torch.randn(3, 2, 5)
+    for structure in (
+        lambda x: (x + 1, [x * 2, (x.exp(),)]),
+        lambda x: {"a": {"b": x + 1}, "c": [x]},
+        lambda x: Pair(x + 1, x.exp()),
+        lambda x: [Pair(x, x[:, 0])],
+    ):
+        y, dy = ff.jvp(Function(structure), x, dx)
+        expected = structure(x)
+        map_tensors(lambda seen, truth: torch.testing.assert_close(seen, truth), y, expected)
+        map_tensors(lambda seen, truth: _shaped(seen, (3, *truth.shape)), dy, expected)
+        assert type(y) is type(dy) is type(expected)
+
+
+def _shaped(seen: Tensor, shape: tuple[int, ...]) -> None:
+    assert seen.shape == shape
+
+
+def test_dual_tensor_through_operators():
+    """Catches operators that leave the dual world, or enter it from a constant wrongly."""
+    x, dx = torch.randn(2, 5).double(), torch.randn(3, 2, 5).double()
+    dual = ff.dual.DualTensor.pack(x, dx)
+    y = 2 - torch.ones(5).double() * dual.exp() / 3
+    assert isinstance(y, ff.dual.DualTensor)
+    assert distance(y.primal, 2 - x.exp() / 3) <= EXACT
+    assert distance(y.tangents, -dx * x.exp() / 3) <= EXACT
+
+
+def test_comparisons_and_indices_are_plain():
+    """Catches duals of booleans and integers, which have no derivative."""
+    dual = ff.dual.DualTensor.pack(torch.randn(2, 5), torch.randn(3, 2, 5))
+    for plain in (dual > 0, dual.argmax(-1), dual.sort(1).indices, dual.isnan(), dual.long()):
+        assert type(plain) is torch.Tensor
+        assert not plain.is_floating_point()
+    assert dual.max(1).indices.shape == (2,)

@@ -76,7 +76,9 @@ def fisher_flow(
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
             and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always there
             (an output that is a tuple or dict shows as "output[0]", "output[key]").
-        max_features: features per layer aimed at; a layer wider than that uses all its activations.
+        max_features: features per layer aimed at. A layer wider than that uses all its activations;
+            with more than 4096 of them, or too few samples for so many, it is compressed in 16 more
+            passes over data that can be read again (docs/theory.md, 14).
         probe: None; "network" is not available in this version.
         batch_size: samples per batch, for data that are not batched already.
         seed: of the random lift. The global random state is neither used nor changed.

@@ -89,7 +89,9 @@ def test_group_norm_weights(normal, device, dtype, groups, channels, positions):
     assert_matches(x, weight, bias, groups=groups, inner=positions)
 
 
-@pytest.mark.parametrize(("groups", "width", "inner"), [(4, 6, 8), (6, 10, 4), (4, 9, 6), (6, 5, 3)])
+@pytest.mark.parametrize(
+    ("groups", "width", "inner"), [(4, 6, 8), (6, 10, 4), (4, 9, 6), (6, 5, 3)]
+)
 def test_a_weight_may_reach_into_the_next_row(normal, device, dtype, groups, width, inner):
     """Catches weights that are counted from the start of each row."""
     x = normal(2, 2 * groups + 1, width, dtype=dtype, device=device)

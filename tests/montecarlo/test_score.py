@@ -41,8 +41,8 @@ def statistics_of(
 @pytest.mark.slow
 def test_adjusted_and_nothing_else():
     """Catches J without the adjustment (naive), with the correction of a given derivative (h J),
-    and with half the degrees of freedom. The score of 60 numbers, 40 of them seen, in 200 samples: J =
-    40, V = 60, where the formula is exact. 4 standard errors of the mean of 400 (false alarm
+    and with half the degrees of freedom. The score of 60 numbers, 40 of them seen, in 200 samples:
+    J = 40, V = 60, where the formula is exact. 4 standard errors of the mean of 400 (false alarm
     6e-5)."""
     values: dict[str, list[float]] = {"adjusted": [], "naive": [], "given": [], "half": []}
     for seed in range(400):

@@ -1,4 +1,4 @@
-"""What the compression of wide layers finds, and when it pays: the numbers of docs/theory.md, 14.
+"""What the compression of wide layers finds, and when it pays: the numbers of docs/theory.md, 15.
 
     python benchmarks/wide_layers.py
 

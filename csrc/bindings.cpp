@@ -258,6 +258,11 @@ void bind_cuda_ops(py::module_& module, const std::string& dtype) {
             spatial_moments_cuda<T>);
   bind_cuda(module, "lift_cuda_" + dtype, lift_args<T>, lift_cuda<T>);
   bind_cuda(module, "lift_moments_cuda_" + dtype, lift_moments_args<T>, lift_moments_cuda<T>);
+  bind_cuda(module, "dual_activation_cuda_" + dtype, dual_activation_args<T>,
+            dual_activation_cuda<T>);
+  bind_cuda(module, "dual_norm_cuda_" + dtype, dual_norm_args<T>, dual_norm_cuda<T>);
+  bind_cuda(module, "dual_softmax_cuda_" + dtype, dual_softmax_args<T>, dual_softmax_cuda<T>);
+  bind_cuda(module, "dual_pool_cuda_" + dtype, dual_pool_args<T>, dual_pool_cuda<T>);
   // Bytes of the workspaces.
   module.def(("moments_workspace_" + dtype).c_str(), [](index_t rows, index_t dim, index_t groups) {
     return moments_workspace(rows, dim, groups) * static_cast<index_t>(sizeof(double));

@@ -78,7 +78,7 @@ def fisher_flow(
             (an output that is a tuple or dict shows as "output[0]", "output[key]").
         max_features: features per layer aimed at. A layer wider than that uses all its activations;
             with more than 4096 of them, or too few samples for so many, it is compressed in 16 more
-            passes over data that can be read again (docs/theory.md, 14).
+            passes over data that can be read again (docs/theory.md, 15).
         probe: None; "network" is not available in this version.
         batch_size: samples per batch, for data that are not batched already.
         seed: of the random lift. The global random state is neither used nor changed.

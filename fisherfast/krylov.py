@@ -1,4 +1,4 @@
-"""The Krylov space of a layer too wide for a covariance matrix (docs/theory.md, 14).
+"""The Krylov space of a layer too wide for a covariance matrix (docs/theory.md, 15).
 
     span{D, S D, S^2 D, ..., S^(q-1) D},      D [d, P], S [d, d] of one half of the samples
 

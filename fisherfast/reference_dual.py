@@ -212,7 +212,7 @@ def dual_pool(
 ) -> Tensor:
     """Max pooling: the largest primal of each window, and the tangents at its place.
 
-        i(o) = argmax of x[0] over window o (the first of equals; NaN is the largest)
+        i(o) = argmax of x[0] over window o (the first of equals; of NaN the last)
         y[:, o] = x[:, i(o)]
 
     See `fisherfast.ops.dual_pool` for arguments.

@@ -58,7 +58,7 @@ def score_estimate(
     .. math:: \hat s \hat s^T \approx 2 R\, s \hat s^T - R^2 s s^T, \qquad R = J / V,
 
     is taken from the folds, the rest from Gaussian theory: nothing of it where R is 0 or 1, at most
-    8 % of the variance between.
+    9 % of the variance between.
 
     Args:
         naive: [B, P, P] D^T R^-1 D.

@@ -4,7 +4,7 @@ other.
 The Krylov space that one half has taught (`KrylovSpace`) is a handful of features for the other
 half: no number in them has seen the samples that they are measured on, so the measurement is that
 of any k features. The halves then change places, and the two results are averaged: half the
-variance of one of them, for twice the samples in each pass. See docs/theory.md, 14.
+variance of one of them, for twice the samples in each pass. See docs/theory.md, 15.
 """
 
 from __future__ import annotations

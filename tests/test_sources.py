@@ -373,6 +373,14 @@ def test_a_simulator_that_ignores_theta_has_no_information(derivative):
     assert info.value == 0
 
 
+def test_forward_mode_works_in_inference_mode():
+    """Catches samples without derivative where the caller has switched gradients off."""
+    data = ff.Simulator(draw, THETA, samples=200)
+    with torch.inference_mode():
+        inside = ff.fisher_information(data, max_features=8)
+    assert torch.equal(inside.J, ff.fisher_information(data, max_features=8).J)
+
+
 def test_forward_mode_is_silent():
     """Catches the warning of torch's own compiler at the first use of forward mode."""
     with warnings.catch_warnings():

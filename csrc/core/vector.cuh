@@ -11,6 +11,10 @@ struct __align__(kCount == 1 ? sizeof(T) : 16) Vector {
   T entry[kCount];
 };
 
+// Numbers in 16 bytes.
+template <typename T>
+constexpr int kVectorCount = 16 / static_cast<int>(sizeof(T));
+
 template <int kCount, typename T>
 __device__ inline Vector<T, kCount>& as_vector(T* address) {
   return *reinterpret_cast<Vector<T, kCount>*>(address);
@@ -31,6 +35,19 @@ __device__ inline Vector<T, kCount> load_vector(const T* address, index_t valid)
 #pragma unroll
   for (int e = 0; e < kCount; ++e) loaded.entry[e] = e < valid ? address[e] : T(0);
   return loaded;
+}
+
+// Writes those of `kCount` neighbours that lie in a row of `valid` more entries.
+template <int kCount, typename T>
+__device__ inline void store_vector(T* address, index_t valid, const Vector<T, kCount>& stored) {
+  if (kCount > 1 && valid >= kCount && aligned_to_vector(address)) {
+    as_vector<kCount>(address) = stored;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    if (e < valid) address[e] = stored.entry[e];
+  }
 }
 
 }  // namespace fisherfast

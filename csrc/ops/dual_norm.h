@@ -38,7 +38,7 @@ template <typename T>
 void dual_norm_cuda(const DualNormArgs<T>& args, int device, void* stream);
 
 // CPU, one instruction set: rows [begin, end).
-FF_DECLARE_SIMD(template <typename T> void dual_norm_rows(const DualNormArgs<T>& args,
-                                                          index_t begin, index_t end);)
+FF_DECLARE_SIMD(template <typename T>
+                void dual_norm_rows(const DualNormArgs<T>& args, index_t begin, index_t end);)
 
 }  // namespace fisherfast

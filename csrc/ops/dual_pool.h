@@ -38,7 +38,7 @@ template <typename T>
 void dual_pool_cuda(const DualPoolArgs<T>& args, int device, void* stream);
 
 // CPU, one instruction set: rows [begin, end) of the outer x out_0 x out_1.
-FF_DECLARE_SIMD(template <typename T> void dual_pool_rows(const DualPoolArgs<T>& args,
-                                                          index_t begin, index_t end);)
+FF_DECLARE_SIMD(template <typename T>
+                void dual_pool_rows(const DualPoolArgs<T>& args, index_t begin, index_t end);)
 
 }  // namespace fisherfast

@@ -1,7 +1,8 @@
 // An output a lane: neighbours along the last dimension, or channels where these are last. The
 // numbers of a window are passed over in its order; where one is larger than the largest so far, it
 // and the tangents beside it replace what the lanes hold, so that no index is kept and nothing is
-// gathered. Tangents beyond kTangents take further passes over the primal.
+// gathered. Tangents beyond kTangents take further passes over the primal. Windows at the ends of a
+// row, and those more than two numbers apart, are searched one by one for an index.
 #include "ops/dual_pool.h"
 
 #include "core/simd.h"
@@ -11,6 +12,7 @@ namespace fisherfast::FF_SIMD_NAMESPACE {
 namespace {
 
 constexpr int kTangents = FF_SIMD_BYTES == 64 ? 8 : 4;  // held in registers, with the primal
+constexpr index_t kFewLanes = 2;  // no faster in a vector: measured for windows of 3 x 3 and 7 x 7
 
 // --- which lanes are replaced --------------------------------------------------------------------
 
@@ -44,28 +46,18 @@ FF_INLINE Vec<T> choose(Mask<T> mask, Vec<T> yes, Vec<T> no) {
   return mask ? yes : no;
 }
 #endif
-template <typename T>
-FF_INLINE bool exceeds(T a, T b) {
-  return a > b || a != a;
-}
-template <typename T>
-FF_INLINE T choose(bool mask, T yes, T no) {
-  return mask ? yes : no;
-}
-
 // --- how the lanes are read ----------------------------------------------------------------------
 
-// kStride numbers from lane to lane; `count` lanes are there. A kStride of 0 stands for `stride`.
+// kStride numbers, 1 or 2, from lane to lane; `count` lanes are there.
 template <typename T, int kStride, bool kWhole>
 struct StridedLanes {
-  using Value = Vec<T>;
-  index_t stride, count;
+  index_t count;
 
   FF_INLINE Vec<T> read(const T* from) const {
     constexpr int W = kLanes<T>;
     if constexpr (kStride == 1) {
       return kWhole ? load(from) : load_part(from, count, Vec<T>{});
-    } else if constexpr (kStride == 2) {  // neither reads beyond the number of the last lane
+    } else {  // neither reads beyond the number of the last lane
       Vec<T> first, second;
       if constexpr (kWhole) {
         first = load(from);
@@ -76,10 +68,6 @@ struct StridedLanes {
         second = load_part(from + W - 1, reach - (W - 1), Vec<T>{});
       }
       return every_second(first, second, std::make_integer_sequence<int, W>{});
-    } else {
-      Vec<T> lanes{};
-      for (int lane = 0; lane < (kWhole ? W : count); ++lane) lanes[lane] = from[lane * stride];
-      return lanes;
     }
   }
   FF_INLINE void write(T* to, Vec<T> vector) const {
@@ -102,13 +90,6 @@ struct StridedLanes {
     return __builtin_shuffle(first, second, Mask<T>{(2 * lane < W ? 2 * lane : 2 * lane + 1)...});
 #endif
   }
-};
-
-template <typename T>
-struct OneLane {
-  using Value = T;
-  FF_INLINE T read(const T* from) const { return *from; }
-  FF_INLINE void write(T* to, T value) const { *to = value; }
 };
 
 // --- a window ------------------------------------------------------------------------------------
@@ -142,11 +123,10 @@ struct Window {
 template <typename T, int P, typename Lanes>
 FF_INLINE void pool_lanes(const DualPoolArgs<T>& args, const Lanes& lanes, const Window& window,
                           index_t p, index_t slice, index_t to) {
-  using Value = typename Lanes::Value;
   const T* const primal = args.x + window.first;
   const T* const tangents = primal + p * args.slice_stride;
-  Value best = lanes.read(primal);  // number 0 is there again below: it replaces nothing
-  Value held[P + 1];
+  Vec<T> best = lanes.read(primal);  // number 0 is there again below: it replaces nothing
+  Vec<T> held[P + 1];
   FF_UNROLL
   for (int q = 0; q < P; ++q) held[q] = lanes.read(tangents + q * args.slice_stride);
   index_t plane = 0;
@@ -155,7 +135,7 @@ FF_INLINE void pool_lanes(const DualPoolArgs<T>& args, const Lanes& lanes, const
     for (index_t b = 0; b < window.along[1].count; ++b, row += window.along[1].step) {
       index_t place = row;
       for (index_t c = 0; c < window.along[2].count; ++c, place += window.along[2].step) {
-        const Value value = lanes.read(primal + place);
+        const Vec<T> value = lanes.read(primal + place);
         const auto mask = exceeds<T>(value, best);
         best = choose<T>(mask, value, best);
         FF_UNROLL
@@ -183,6 +163,29 @@ FF_INLINE void pool(const DualPoolArgs<T>& args, const Lanes& lanes, const Windo
   }
   for (; p <= args.tangents; ++p) pool_lanes<T, 1>(args, lanes, window, p, slice, to);
   if (args.tangents == 0) pool_lanes<T, 0>(args, lanes, window, p, slice, to);
+}
+
+// One window by itself.
+template <typename T>
+FF_INLINE void pool_one(const DualPoolArgs<T>& args, const Window& window, index_t slice,
+                        index_t to) {
+  const T* x = args.x + window.first;
+  T best = *x;
+  index_t found = 0, plane = 0;
+  for (index_t a = 0; a < window.along[0].count; ++a, plane += window.along[0].step) {
+    index_t row = plane;
+    for (index_t b = 0; b < window.along[1].count; ++b, row += window.along[1].step) {
+      index_t place = row;
+      for (index_t c = 0; c < window.along[2].count; ++c, place += window.along[2].step) {
+        const bool better = (x[place] > best) | (x[place] != x[place]);
+        best = better ? x[place] : best;
+        found = better ? place : found;
+      }
+    }
+  }
+  x += found;
+  T* y = args.y + to;
+  for (index_t p = 0; p <= args.tangents; ++p, x += args.slice_stride, y += slice) *y = *x;
 }
 
 // --- a row of windows ----------------------------------------------------------------------------
@@ -215,47 +218,51 @@ void pool_channels(const DualPoolArgs<T>& args, const Window& row, index_t slice
     window.along[2].step *= C;
     index_t c = 0;
     for (; c + W <= C; c += W, window.first += W) {
-      pool(args, StridedLanes<T, 1, true>{1, W}, window, slice, to + c);
+      pool(args, StridedLanes<T, 1, true>{W}, window, slice, to + c);
     }
-    if (c < C) pool(args, StridedLanes<T, 1, false>{1, C - c}, window, slice, to + c);
+    if (c < C) pool(args, StridedLanes<T, 1, false>{C - c}, window, slice, to + c);
   }
 }
 
-// Contiguous: the outputs whose windows lie inside along the row by the vector, those at its ends
-// by themselves.
-template <typename T, int kStride>
-void pool_positions(const DualPoolArgs<T>& args, const Window& row, index_t slice, index_t to) {
-  constexpr int W = kLanes<T>;
-  const index_t out = args.out[2], stride = args.stride[2], dilation = args.dilation[2];
-  const index_t reach = (args.kernel[2] - 1) * dilation;
-  const index_t first = (args.padding[2] + stride - 1) / stride;
-  const index_t space = args.in[2] + args.padding[2] - reach - 1;  // of the last start that fits
-  index_t last = space < 0 ? 0 : space / stride + 1;
-  last = last < out ? last : out;
-  const auto at_an_end = [&](index_t o) {
+// Contiguous: outputs [begin, end) of a row.
+template <typename T>
+void pool_one_by_one(const DualPoolArgs<T>& args, const Window& row, index_t slice, index_t to,
+                     index_t begin, index_t end) {
+  for (index_t o = begin; o < end; ++o) {
     Window window = row;
     window.along[2] = places(args, 2, o);
     window.first += window.along[2].first;
-    pool(args, OneLane<T>{}, window, slice, to + o);
-  };
-  index_t o = 0;
-  for (; o < first && o < out; ++o) at_an_end(o);
+    pool_one(args, window, slice, to + o);
+  }
+}
+
+// Contiguous: the outputs whose windows lie inside along the row, by the vector.
+template <typename T, int kStride>
+void pool_positions(const DualPoolArgs<T>& args, const Window& row, index_t slice, index_t to) {
+  constexpr int W = kLanes<T>;
+  const index_t out = args.out[2], padding = args.padding[2], dilation = args.dilation[2];
+  const index_t space = args.in[2] + padding - (args.kernel[2] - 1) * dilation - 1;
+  index_t first = (padding + kStride - 1) / kStride;
+  first = first < out ? first : out;
+  index_t last = space < 0 ? 0 : space / kStride + 1;  // space: of the last start that fits
+  last = last < first ? first : last < out ? last : out;
+  pool_one_by_one(args, row, slice, to, 0, first);
   Window window = row;
   window.along[2] = {0, dilation, args.kernel[2]};
-  while (o < last) {
-    const index_t left = last - o;
-    const bool whole = left >= W || last - first >= W;
-    if (left < W && whole) o = last - W;  // some once more
-    window.first = row.first + o * stride - args.padding[2];
+  index_t o = first;
+  while (last - o > kFewLanes) {
+    const bool whole = last - first >= W;
+    if (whole && last - o < W) o = last - W;  // some once more
+    window.first = row.first + o * kStride - padding;
     if (whole) {
-      pool(args, StridedLanes<T, kStride, true>{stride, W}, window, slice, to + o);
+      pool(args, StridedLanes<T, kStride, true>{W}, window, slice, to + o);
       o += W;
     } else {
-      pool(args, StridedLanes<T, kStride, false>{stride, left}, window, slice, to + o);
+      pool(args, StridedLanes<T, kStride, false>{last - o}, window, slice, to + o);
       o = last;
     }
   }
-  for (; o < out; ++o) at_an_end(o);
+  pool_one_by_one(args, row, slice, to, o, out);
 }
 
 }  // namespace
@@ -274,7 +281,7 @@ void dual_pool_rows(const DualPoolArgs<T>& args, index_t begin, index_t end) {
     } else if (args.stride[2] == 2) {
       pool_positions<T, 2>(args, row, slice, to);
     } else {
-      pool_positions<T, 0>(args, row, slice, to);
+      pool_one_by_one(args, row, slice, to, 0, args.out[2]);
     }
   }
 }

@@ -169,7 +169,7 @@ class Simulator(Data):
         with warnings.catch_warnings():
             # torch compiles its decompositions at the first use of forward mode, and warns of it
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
-            with forward_ad.dual_level():
+            with torch.inference_mode(False), forward_ad.dual_level():
                 theta = forward_ad.make_dual(self._theta.clone(), direction)
                 try:
                     x = self._call(theta, self._generator(0, number), n)

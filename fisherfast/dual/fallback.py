@@ -43,8 +43,8 @@ def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     except (NotImplementedError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise no_derivative(str(func), f"none ({reason})") from error
-    if func.namespace != "aten" and not _has_tangent(results):
-        raise no_derivative(str(func), "none: the library that it is from defines none")
+    if results and _is_real(results[0]) and not any(_has_tangent(result) for result in results):
+        raise no_derivative(str(func), "none: PyTorch, or the library it is from, defines none")
     if not results:  # P = 0: the primal alone
         plain_args, plain_kwargs = _replace((args, kwargs), lambda dual: dual.primal.clone())
         results = [_pairs(func(*plain_args, **plain_kwargs))]
@@ -62,6 +62,8 @@ def _along(func: Any, args: Any, kwargs: Any, direction: int, *, copy: bool) -> 
 
     def make(dual: DualTensor) -> Tensor:
         primal, tangent = dual.primal, dual.tangents[direction]
+        if dual.memory.constant:
+            return primal.clone()
         if copy:
             primal, tangent = primal.clone(), tangent.clone()
         return forward_ad.make_dual(primal, tangent)
@@ -102,10 +104,18 @@ def _pairs(result: Any) -> Any:
     return result
 
 
-def _has_tangent(results: Any) -> bool:
-    if isinstance(results, tuple):
-        return results[1] is not None
-    return isinstance(results, list) and any(_has_tangent(item) for item in results)
+def _is_real(result: Any) -> bool:
+    """Whether there is a result that could have a tangent."""
+    if isinstance(result, list):
+        return any(_is_real(item) for item in result)
+    return isinstance(result, tuple)
+
+
+def _has_tangent(result: Any) -> bool:
+    """Whether PyTorch gave a tangent: it gives none, in silence, where a derivative is missing."""
+    if isinstance(result, list):
+        return any(_has_tangent(item) for item in result)
+    return isinstance(result, tuple) and result[1] is not None
 
 
 def _join(results: list[Any], directions: int) -> Any:

@@ -68,12 +68,12 @@ def view_of(dual: DualTensor, stack: Tensor) -> DualTensor:
 def _view(func: Operator, x: DualTensor, size: Sequence[int], *_: Any) -> DualTensor:
     size = _resolved(size, x.numel())
     try:
-        stack = x.stack.view(len(x.stack), *size)
+        return view_of(x, x.stack.view(len(x.stack), *size))
     except RuntimeError:
-        stack = x.stack.reshape(len(x.stack), *size)
-        if func is aten.view.default:
-            raise
-    return view_of(x, stack)
+        if func is not aten.view.default:
+            return view_of(x, x.stack.reshape(len(x.stack), *size))
+    x.settle(x.stack.contiguous())  # a convolution may have laid it out as channels-last
+    return view_of(x, x.stack.view(len(x.stack), *size))
 
 
 def _resolved(size: Sequence[int], numel: int) -> list[int]:
@@ -289,8 +289,8 @@ def _to(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
         )
     if primal.dtype == x.dtype and primal.data_ptr() == x.primal.data_ptr():
         return x
-    stack = x.stack
-    return DualTensor(stack.clone() if stack.dtype == primal.dtype else stack.to(primal.dtype))
+    stack = x.stack.to(primal.dtype, copy=True)
+    return DualTensor(stack, Memory(constant=x.memory.constant))
 
 
 @rule(*overloads("detach", "alias", "detach_copy"))
@@ -504,6 +504,9 @@ SLICE_WISE = overloads(
     "view_as_complex",
     "fft_fftshift",
     "fft_ifftshift",
+    "grid_sampler",
+    "grid_sampler_2d",
+    "grid_sampler_3d",
     "flipud",
     "fliplr",
     "cumulative_trapezoid",
@@ -664,6 +667,9 @@ WITHOUT_DERIVATIVE = [
     "histc",
     "bincount",
     "multinomial",
+    "heaviside",
+    "floor_divide",
+    "floor_divide.Scalar",
 ]
 for comparison in ("eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "not_equal"):
     WITHOUT_DERIVATIVE += [f"{comparison}.Tensor", f"{comparison}.Scalar"]

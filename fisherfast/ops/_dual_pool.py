@@ -76,8 +76,10 @@ def _dual_pool(
     ceil_mode: bool,
 ) -> Tensor:
     y = _dual_pool_fake(x, kernel, stride, padding, dilation, ceil_mode)
+    if y.numel() == 0:
+        return y  # max_pool2d refuses zero channels
     if not _native.serves(x):
-        return reference_dual.dual_pool(x, kernel, stride, padding, dilation, ceil_mode)
+        return y.copy_(reference_dual.dual_pool(x, kernel, stride, padding, dilation, ceil_mode))
     last = _is_channels_last(x)
     if not last:
         x = with_contiguous_slices(x)

@@ -72,7 +72,7 @@ def _dual_norm(
 ) -> Tensor:
     y = _dual_norm_fake(x, weight, bias, eps, groups, inner, centre)
     if not _native.serves(x):
-        return reference_dual.dual_norm(x, weight, bias, eps, groups, inner, centre)
+        return y.copy_(reference_dual.dual_norm(x, weight, bias, eps, groups, inner, centre))
     x = with_contiguous_slices(x)
     weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     _native.call(
@@ -152,7 +152,7 @@ def _dual_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
     y = _dual_softmax_fake(x, dim, log)
     dim %= x.dim()
     if not _native.serves(x):
-        return reference_dual.dual_softmax(x, dim, log)
+        return y.copy_(reference_dual.dual_softmax(x, dim, log))
     x = with_contiguous_slices(x)
     _native.call(
         "dual_softmax",

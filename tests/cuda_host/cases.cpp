@@ -1,5 +1,9 @@
 // The launchers of csrc/ops, called with the arrays of a case.
 #include "case.h"
+#include "ops/dual_activation.h"
+#include "ops/dual_norm.h"
+#include "ops/dual_pool.h"
+#include "ops/dual_softmax.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/lift.h"
@@ -132,9 +136,92 @@ void spatial_moments(Case& call) {
   spatial_moments_cuda(args, kDevice, nullptr);
 }
 
+// x and y of a dual op: apart, or y in the place of a copy of x.
+template <typename T, typename Args>
+void dual_buffers(Case& call, Args& args, index_t numbers) {
+  args.x = call.input<T>("x");
+  if (call.flag("in_place")) {
+    args.y = call.updated<T>("x");
+    args.x = args.y;
+  } else {
+    args.y = call.output<T>("y", numbers);
+  }
+  args.slice_stride = call.number("slice_stride");
+  args.tangents = call.number("tangents");
+}
+
+template <typename T>
+void dual_activation(Case& call) {
+  DualActivationArgs<T> args{};
+  args.outer = call.number("outer");
+  args.channels = call.number("channels");
+  args.inner = call.number("inner");
+  args.output_stride = call.number("output_stride");
+  const index_t size = args.outer * args.channels * args.inner;
+  dual_buffers<T>(call, args, call.number("tangents") * args.output_stride + size);
+  args.scale = call.input<T>("scale");
+  args.shift = call.input<T>("shift");
+  args.slope = call.input<T>("slope");
+  args.kind = static_cast<Activation>(call.number("kind"));
+  args.a = static_cast<T>(call.numbers.at("a"));
+  args.b = static_cast<T>(call.numbers.at("b"));
+  args.c = static_cast<T>(call.numbers.at("c"));
+  dual_activation_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
+void dual_norm(Case& call) {
+  DualNormArgs<T> args{};
+  args.rows = call.number("rows");
+  args.width = call.number("width");
+  dual_buffers<T>(call, args, (1 + call.number("tangents")) * args.rows * args.width);
+  args.weight = call.input<T>("weight");
+  args.bias = call.input<T>("bias");
+  args.groups = call.number("groups");
+  args.inner = call.number("inner");
+  args.eps = static_cast<T>(call.numbers.at("eps"));
+  args.centre = call.flag("centre");
+  dual_norm_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
+void dual_softmax(Case& call) {
+  DualSoftmaxArgs<T> args{};
+  args.outer = call.number("outer");
+  args.width = call.number("width");
+  args.inner = call.number("inner");
+  dual_buffers<T>(call, args, (1 + call.number("tangents")) * args.outer * args.width * args.inner);
+  args.log = call.flag("log");
+  dual_softmax_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
+void dual_pool(Case& call) {
+  DualPoolArgs<T> args{};
+  args.outer = call.number("outer");
+  args.inner = call.number("inner");
+  index_t pooled = args.outer * args.inner;
+  for (int i = 0; i < kPoolDims; ++i) {
+    const std::string dim = std::to_string(i);
+    args.in[i] = call.number("in" + dim);
+    args.out[i] = call.number("out" + dim);
+    args.kernel[i] = call.number("kernel" + dim);
+    args.stride[i] = call.number("stride" + dim);
+    args.padding[i] = call.number("padding" + dim);
+    args.dilation[i] = call.number("dilation" + dim);
+    pooled *= args.out[i];
+  }
+  dual_buffers<T>(call, args, (1 + call.number("tangents")) * pooled);
+  dual_pool_cuda(args, kDevice, nullptr);
+}
+
 template <typename T>
 bool run(Case& call) {
   static const std::map<std::string, void (*)(Case&)> ops = {
+      {"dual_activation", dual_activation<T>},
+      {"dual_norm", dual_norm<T>},
+      {"dual_pool", dual_pool<T>},
+      {"dual_softmax", dual_softmax<T>},
       {"fisher_solve", fisher_solve<T>},
       {"fisher_solve_backward", fisher_solve_backward<T>},
       {"moments", moments<T>},

@@ -1,5 +1,5 @@
 """J in a learned space is unbiased, because nothing in it has seen the samples that it is measured
-on (docs/theory.md, 14).
+on (docs/theory.md, 15).
 
 The truth of each replication is the linear information of the learned vectors under the known
 covariance. Bounds are 4 standard errors of the mean over replications: a false alarm in 1 of 16 000

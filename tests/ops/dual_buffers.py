@@ -2,7 +2,10 @@
 
 import warnings
 
+import pytest
 import torch
+
+from fisherfast import _native
 
 
 def _gap(x):
@@ -23,6 +26,12 @@ LAYOUTS = {
     "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
 }
 """Buffers of equal numbers; the ops read the first three in place."""
+
+
+def skip_without_kernel(device, reason):
+    """For what a kernel promises and plain torch does not."""
+    if not _native.serves(torch.empty(0, device=device)):
+        pytest.skip(f"plain torch runs the op: {reason}")
 
 
 def expanded(x):

@@ -273,6 +273,7 @@ EXTREME = {
 }
 
 
+@needs_kernel
 @pytest.mark.parametrize("case", CASES)
 def test_overflow_and_denormal_numbers(machine, dtype, case):
     """Each number by itself, to the last denormal one. Catches infinity times 0, and an exp whose

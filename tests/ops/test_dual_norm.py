@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error
+from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error, skip_without_kernel
 
 from fisherfast import _native, ops, reference_dual
 
-# Largest error of a slice relative to its largest number. Measured: 8e-7 and 2e-15.
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 5e-15}
+# Largest error of a slice relative to its largest number. Measured: 1.5e-7 and 7.3e-16.
+TOLERANCE = {torch.float32: 5e-7, torch.float64: 3e-15}
 
 WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 257, 1023, 1024, 4099]
 TANGENTS = [0, 1, 2, 3, 4, 5, 9, 16]
@@ -89,7 +89,9 @@ def test_group_norm_weights(normal, device, dtype, groups, channels, positions):
     assert_matches(x, weight, bias, groups=groups, inner=positions)
 
 
-@pytest.mark.parametrize(("groups", "width", "inner"), [(4, 6, 8), (6, 10, 4), (4, 9, 6), (6, 5, 3)])
+@pytest.mark.parametrize(
+    ("groups", "width", "inner"), [(4, 6, 8), (6, 10, 4), (4, 9, 6), (6, 5, 3)]
+)
 def test_a_weight_may_reach_into_the_next_row(normal, device, dtype, groups, width, inner):
     """Catches weights that are counted from the start of each row."""
     x = normal(2, 2 * groups + 1, width, dtype=dtype, device=device)
@@ -121,6 +123,7 @@ def test_a_mean_far_from_zero(normal, device, dtype, width):
     """Mean 1000 or -4000, spread 1, in numbers that both dtypes hold. Catches E[u^2] - m^2 (error
     0.1 in float32), a mean rounded to float32 (6e-5), and sums of a million numbers one after
     another (1e-2)."""
+    skip_without_kernel(device, "its means are rounded")
     x = (normal(3, 2, width) * 2**11).round() / 2**11  # 12 bits before the point, 11 after it
     offset = torch.tensor([[1000.0], [-4000.0]], dtype=torch.float64)
     assert_matches((x + offset).to(device, dtype), offset=offset.to(device))
@@ -168,6 +171,7 @@ def test_empty_and_single(device, dtype, shape):
 
 @pytest.mark.parametrize("shape", [(5, 700, 300), (3, 7, 100_000), (17, 20_000, 3)], ids=str)
 def test_threads_change_no_bit(normal, dtype, with_threads, shape):
+    skip_without_kernel("cpu", "its sums are those of torch")
     x = normal(*shape, dtype=dtype)
     weight, bias = affine(normal, shape[-1], dtype=dtype)
     one = with_threads(1, lambda: ops.dual_norm(x, weight, bias))
@@ -178,8 +182,7 @@ def test_threads_change_no_bit(normal, dtype, with_threads, shape):
 @pytest.mark.parametrize("tangents", [0, 1, 5])
 def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents):
     """Catches a primal that is written before the last tangent has been computed."""
-    if not _native.serves(torch.empty(0, device=device)):
-        pytest.skip("plain torch writes new memory; the contract is that of the kernel")
+    skip_without_kernel(device, "it writes new memory")
     x = normal(1 + tangents, 9, 50, dtype=dtype, device=device)
     weight, bias = affine(normal, 50, dtype=dtype, device=device)
     expected = ops.dual_norm(x, weight, bias)

@@ -152,7 +152,9 @@ def test_layouts(normal, device, dtype, layout):
     assert assert_matches(x, *window).is_contiguous()
     assert torch.equal(x, before)
     assert_matches(expanded(x), *window)
-    assert_matches(LAYOUTS[layout](normal(3, 4, 3, 9, dtype=dtype, device=device)), [2], [2], [0], [1])
+    assert_matches(
+        LAYOUTS[layout](normal(3, 4, 3, 9, dtype=dtype, device=device)), [2], [2], [0], [1]
+    )
 
 
 @pytest.mark.parametrize("spatial", [1, 2, 3])
@@ -265,4 +267,6 @@ def test_compiles(normal, last):
     x = normal(3, 2, 4, 6, 7)
     x = channels_last(x) if last else x
     compiled = torch.compile(ops.dual_pool, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x, [3, 2], ceil_mode=True), ops.dual_pool(x, [3, 2], ceil_mode=True))
+    assert torch.equal(
+        compiled(x, [3, 2], ceil_mode=True), ops.dual_pool(x, [3, 2], ceil_mode=True)
+    )

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error
+from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error, skip_without_kernel
 
 from fisherfast import _native, ops, reference_dual
 
-# Largest error of a slice relative to its largest number. Measured: 4e-7 and 8e-16.
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 3e-15}
+# Largest error of a slice relative to its largest number. Measured: 2.3e-7, and
+# 2.6e-15, part of it the reference's own.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 8e-15}
 
 WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 197, 1024, 4099]
 TANGENTS = [0, 1, 2, 3, 4, 5, 9, 16]
@@ -85,6 +86,7 @@ def test_layouts(normal, device, dtype, layout, dim, log):
 @pytest.mark.parametrize("dim", [1, 2])
 def test_a_million_numbers(normal, device, dtype, dim, log):
     """Catches sums in float32 of one number after another (error 1e-3)."""
+    skip_without_kernel(device, "its sums are those of torch")
     shape = (3, 2, 1_000_003) if dim == 2 else (2, 300_007, 3)
     assert_matches(normal(*shape, dtype=dtype, device=device), dim, log)
 
@@ -160,6 +162,7 @@ def test_empty_and_single(device, dtype, shape):
 @pytest.mark.parametrize("shape", [(5, 700, 300), (3, 7, 100_000), (17, 90, 30, 70)], ids=str)
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_threads_change_no_bit(normal, dtype, with_threads, shape, dim, log):
+    skip_without_kernel("cpu", "its sums are those of torch")
     x = normal(*shape, dtype=dtype)
     one = with_threads(1, lambda: ops.dual_softmax(x, dim, log=log))
     for threads in (2, 3):
@@ -171,8 +174,7 @@ def test_threads_change_no_bit(normal, dtype, with_threads, shape, dim, log):
 @pytest.mark.parametrize("tangents", [0, 1, 5])
 def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents, inner, log):
     """Catches a primal that is written before the last tangent has been computed."""
-    if not _native.serves(torch.empty(0, device=device)):
-        pytest.skip("plain torch writes new memory; the contract is that of the kernel")
+    skip_without_kernel(device, "it writes new memory")
     x = normal(1 + tangents, 9, 50, inner, dtype=dtype, device=device)
     expected = ops.dual_softmax(x, 2, log=log)
     sizes = (x.stride(0), tangents, 9, 50, inner, log)

@@ -1,0 +1,149 @@
+"""The CUDA kernel of dual_activation, run on the host, against the float64 reference."""
+
+import math
+
+import pytest
+import torch
+from cuda_host.dual_buffers import assert_matches, buffer
+
+from fisherfast import reference_dual
+from fisherfast.ops._dual_activation import KINDS
+
+# Measured: 2.4e-7 and 4e-15, where the reference takes a difference of numbers near one.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+# Parameters that float32 holds exactly: the kernel and the reference see the same numbers.
+PARAMETERS = {
+    "leaky_relu": (0.25,),
+    "hardtanh": (-1.5, 2.0),
+    "elu": (1.5, 1.0625, 0.5),
+    "softplus": (2.0, 16.0),
+}
+KINKS = [0.0, -0.0, -1.5, 2.0, -3.0, 3.0, 8.0]  # 8: where softplus becomes linear
+PIECEWISE_LINEAR = ["identity", "relu", "leaky_relu", "prelu", "hardtanh", "hardsigmoid"]
+SMALL = {torch.float32: 1e-30, torch.float64: 1e-100}
+SHAPES = [(1, 1, 1), (7, 1, 301), (3, 5, 7), (2, 3, 64), (5, 16, 4), (400, 3, 1), (3, 129, 1)]
+
+
+def dual_activation(kernels, x, kind, output_gap=0, **settings):
+    """The launcher on x [1 + P, outer, C, inner] with contiguous slices: y of that shape, and what
+    lies between its slices."""
+    numbers = dict(zip(("outer", "channels", "inner"), x.shape[1:], strict=True))
+    size = x[0].numel()
+    numbers |= {"slice_stride": x.stride(0), "output_stride": size + output_gap}
+    numbers |= {"tangents": len(x) - 1, "kind": list(KINDS).index(kind)}
+    parameters = (*PARAMETERS.get(kind, ()), 0.0, 0.0, 0.0)
+    numbers |= dict(zip("abc", parameters[:3], strict=True))
+    name = "x" if settings.get("in_place") else "y"
+    y = kernels.run("dual_activation", x.dtype, {name: x.dtype}, x=x, **numbers, **settings)[name]
+    if name == "x":
+        return y.as_strided(x.shape, x.stride()), None
+    lines = torch.cat([y, y.new_full((output_gap,), math.nan)]).view(len(x), size + output_gap)
+    return lines[:, :size].reshape(x.shape), lines[:, size:]
+
+
+def truth_of(x, kind, scale=None, shift=None, slope=None):
+    vectors = (None if v is None else v.double() for v in (scale, shift, slope))
+    return reference_dual.dual_activation(x.double(), kind, PARAMETERS.get(kind, ()), *vectors)
+
+
+def slope_of(normal, kind, channels, dtype):
+    return normal(channels, dtype=dtype) if kind == "prelu" else None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kernels, normal, dtype, kind):
+    """Value and derivative from deep saturation to deep saturation: catches a wrong formula, a lost
+    factor, and cancellation."""
+    z = torch.cat([torch.linspace(-40, 40, 801), 2 * normal(200), 1e-3 * normal(100)]).to(dtype)
+    tangents = torch.stack([torch.ones_like(z), normal(len(z), dtype=dtype)])
+    x = torch.cat([z[None], tangents])[:, None, None]
+    slope = slope_of(normal, kind, 1, dtype)
+    y, _ = dual_activation(kernels, x, kind, slope=slope)
+    assert_matches(y, truth_of(x, kind, slope=slope), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinks(kernels, normal, dtype, kind):
+    """The derivative at a kink is that of the reference: catches >= for >."""
+    z = torch.tensor(KINKS, dtype=dtype)
+    x = torch.stack([z, torch.ones_like(z)])[:, None, None]
+    slope = slope_of(normal, kind, 1, dtype)
+    y, _ = dual_activation(kernels, x, kind, slope=slope)
+    tolerance = torch.finfo(dtype).eps if kind in PIECEWISE_LINEAR else TOLERANCE[dtype]
+    assert_matches(y, truth_of(x, kind, slope=slope), tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_not_finite_or_large(kernels, normal, dtype, kind):
+    """Catches an overflow on the way (exp, the cube of gelu_tanh) and a NaN that is swallowed."""
+    large = 1 / SMALL[dtype]
+    z = torch.tensor([math.nan, math.inf, -math.inf, large, -large, SMALL[dtype]], dtype=dtype)
+    x = torch.stack([z, torch.ones_like(z)])[:, None, None]
+    slope = slope_of(normal, kind, 1, dtype)
+    y, _ = dual_activation(kernels, x, kind, slope=slope)
+    truth = truth_of(x, kind, slope=slope)
+    assert_matches(y, truth, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tangents", [0, 1, 4, 9])
+@pytest.mark.parametrize(("outer", "channels", "inner"), SHAPES)
+@pytest.mark.parametrize("kind", ["prelu", "silu"])
+def test_scale_and_shift_of_each_channel(
+    kernels, normal, dtype, kind, outer, channels, inner, tangents
+):
+    """Catches the channel of a neighbour, a shift of the tangents, and a tangent that is left out
+    (four are loaded together)."""
+    x = buffer(normal, dtype, (1 + tangents, outer, channels, inner), gap=3)
+    scale, shift = normal(channels, dtype=dtype), normal(channels, dtype=dtype)
+    vectors = {"scale": scale, "shift": shift, "slope": slope_of(normal, kind, channels, dtype)}
+    y, _ = dual_activation(kernels, x, kind, **vectors)
+    assert_matches(y, truth_of(x, kind, **vectors), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", ["identity", "tanh"])
+@pytest.mark.parametrize("given", ["scale", "shift"])
+def test_one_vector_alone(kernels, normal, dtype, given, kind):
+    """Catches a kernel that reads the other vector, which is null."""
+    x, vector = buffer(normal, dtype, (3, 2, 5, 6)), {given: normal(5, dtype=dtype)}
+    y, _ = dual_activation(kernels, x, kind, **vector)
+    assert_matches(y, truth_of(x, kind, **vector), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("size", [5, 64, 1023])
+@pytest.mark.parametrize("gap", [0, 1, 4])
+def test_any_alignment_gives_the_same_bits(kernels, normal, dtype, size, gap, offset):
+    """Catches a vector access at an address that does not allow it, at the tail, or outside; and a
+    write between the slices of y."""
+    x = buffer(normal, dtype, (4, 1, 1, size), gap=gap, offset=offset)
+    expected, _ = dual_activation(kernels, x.contiguous(), "gelu")
+    y, between = dual_activation(kernels, x, "gelu", output_gap=gap)
+    assert torch.equal(y, expected)
+    assert between.isnan().all()
+
+
+@pytest.mark.parametrize("tangents", [0, 2, 6])
+def test_in_place(kernels, normal, dtype, tangents):
+    """Catches a primal that is read after it was written."""
+    x = buffer(normal, dtype, (1 + tangents, 3, 4, 9), gap=2)  # y has the strides of x
+    vectors = {"scale": normal(4, dtype=dtype), "shift": normal(4, dtype=dtype)}
+    expected, _ = dual_activation(kernels, x, "mish", **vectors)
+    y, _ = dual_activation(kernels, x, "mish", output_gap=2, in_place=1, **vectors)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
+def test_empty_input(kernels, dtype, shape):
+    """Catches a launch of no blocks, and a division by no channels."""
+    y, _ = dual_activation(kernels, torch.empty(3, *shape, dtype=dtype), "relu")
+    assert y.numel() == 0
+
+
+def test_blocks_take_turns(kernels, normal, dtype):
+    """Catches a stride of the grid that leaves numbers out or takes them twice."""
+    x = buffer(normal, dtype, (3, 11, 3, 101))
+    vectors = {"scale": normal(3, dtype=dtype), "shift": normal(3, dtype=dtype)}
+    expected, _ = dual_activation(kernels, x, "relu", **vectors)
+    y, _ = dual_activation(kernels, x, "relu", grid=(1, 1), **vectors)
+    assert torch.equal(y, expected)

@@ -1,0 +1,107 @@
+"""The CUDA kernel of dual_pool, run on the host, against the reference: it moves numbers, so that
+every comparison is exact."""
+
+import math
+
+import pytest
+import torch
+from cuda_host.dual_buffers import buffer
+
+from fisherfast import reference_dual
+from fisherfast.ops._dual_pool import MAX_SPATIAL, _pooled_size
+
+# size, kernel, stride, padding, dilation
+POOLS = {
+    "halves": ([8, 6], [2, 2], [2, 2], [0, 0], [1, 1]),
+    "resnet": ([9, 7], [3, 3], [2, 2], [1, 1], [1, 1]),
+    "overlapping": ([6, 11], [4, 3], [1, 2], [2, 0], [1, 1]),
+    "dilated": ([12, 9], [3, 2], [2, 1], [1, 1], [2, 3]),
+    "gaps": ([11, 10], [1, 2], [3, 4], [0, 1], [1, 1]),
+    "whole": ([5, 4], [5, 4], [1, 1], [0, 0], [1, 1]),
+    "line": ([301], [3], [2], [1], [1]),
+    "volume": ([5, 6, 7], [2, 3, 2], [2, 2, 1], [1, 1, 0], [1, 1, 2]),
+}
+
+
+def dual_pool(kernels, x, pool, *, ceil_mode=False, last=False, **settings):
+    """The launcher on x [1 + P, n, C, *spatial], or [1 + P, n, *spatial, C] where channels are
+    last, with contiguous slices."""
+    size, *rest = pool
+    n, channels = x.shape[1], x.shape[-1 if last else 2]
+    out = [_pooled_size(*each, ceil_mode) for each in zip(size, *rest, strict=True)]
+    numbers = {"slice_stride": x.stride(0), "tangents": len(x) - 1}
+    numbers |= {"outer": n if last else n * channels, "inner": channels if last else 1}
+    missing = MAX_SPATIAL - len(size)
+    names = ("in", "kernel", "stride", "padding", "dilation", "out")
+    for name, values in zip(names, [size, *rest, out], strict=True):
+        fill = 0 if name == "padding" else 1
+        numbers |= {f"{name}{i}": v for i, v in enumerate([fill] * missing + values)}
+    y = kernels.run("dual_pool", x.dtype, {"y": x.dtype}, x=x, **numbers, **settings)["y"]
+    return y.view(len(x), n, *out, channels) if last else y.view(len(x), n, channels, *out)
+
+
+def assert_same(got, truth):
+    """The same numbers, a NaN where the truth has one."""
+    assert torch.equal(got.isnan(), truth.isnan())
+    assert torch.equal(got.nan_to_num(0.0), truth.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("tangents", [0, 1, 5])
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_matches_the_reference(kernels, normal, dtype, pool, tangents, ceil_mode):
+    """Catches a window that begins or ends one tap early or late, and dimensions in wrong order."""
+    x = buffer(normal, dtype, (1 + tangents, 2, 3, *pool[0]), gap=3, offset=1)
+    truth = reference_dual.dual_pool(x, *pool[1:], ceil_mode)
+    assert_same(dual_pool(kernels, x, pool, ceil_mode=ceil_mode), truth)
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+@pytest.mark.parametrize("channels", [2, 5, 64])
+def test_channels_last(kernels, normal, dtype, pool, channels):
+    """Catches a neighbour's channel."""
+    x = buffer(normal, dtype, (3, 2, *pool[0], channels), gap=3)
+    got = dual_pool(kernels, x, pool, last=True)
+    truth = reference_dual.dual_pool(x.movedim(-1, 2), *pool[1:], False)
+    assert_same(got.movedim(-1, 2), truth)
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_ties_take_the_first(kernels, normal, dtype, pool):
+    """Few different numbers: the tangents tell which of equals was taken."""
+    x = buffer(normal, dtype, (2, 3, 4, *pool[0]))
+    x[0] = x[0].round().clamp(-1, 1)
+    truth = reference_dual.dual_pool(x, *pool[1:], False)
+    assert_same(dual_pool(kernels, x, pool), truth)
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_nan_and_infinity(kernels, normal, dtype, pool):
+    """A NaN wins, the last of several; windows of -inf keep a place. Catches a comparison that a
+    NaN never passes, and a search that starts above -inf."""
+    x = buffer(normal, dtype, (2, 6, 4, *pool[0]))
+    x[0][x[0] > 0.8] = math.nan
+    x[0, :3][x[0, :3] < 0.8] = -math.inf
+    truth = reference_dual.dual_pool(x, *pool[1:], False)
+    assert_same(dual_pool(kernels, x, pool), truth)
+
+
+def test_a_window_of_padding_alone(kernels, normal, dtype):
+    """Taps at -1 and 4 of four numbers: catches a read outside."""
+    x = buffer(normal, dtype, (3, 1, 2, 4))
+    y = dual_pool(kernels, x, ([4], [2], [1], [1], [5]))
+    assert y.flatten().tolist() == [-math.inf] * 2 + [0.0] * 4
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_empty_input(kernels, dtype, shape):
+    """Catches a launch of no blocks."""
+    x = torch.empty(3, *shape, 8, 6, dtype=dtype)
+    assert dual_pool(kernels, x, POOLS["halves"]).numel() == 0
+
+
+def test_blocks_take_turns(kernels, normal, dtype):
+    """Catches a stride of the grid that leaves windows out or takes them twice."""
+    x = buffer(normal, dtype, (6, 7, 11, 9, 7))
+    expected = dual_pool(kernels, x, POOLS["resnet"])
+    assert torch.equal(dual_pool(kernels, x, POOLS["resnet"], grid=(1, 1)), expected)

@@ -5,10 +5,11 @@ flow = ff.fisher_flow(model, ff.FiniteDifference(x_minus, x_plus, dtheta=0.06))
 
 from fisherfast import dual, ops, problems
 from fisherfast._version import __version__
-from fisherfast.data import FiniteDifference
+from fisherfast.data import FiniteDifference, Pathwise, Score, Simulator
 from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
 from fisherfast.information_map import InformationMap
+from fisherfast.marginal import MarginalFisher
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
 
 __all__ = [
@@ -17,6 +18,10 @@ __all__ = [
     "FisherWarning",
     "InformationMap",
     "LayerFisher",
+    "MarginalFisher",
+    "Pathwise",
+    "Score",
+    "Simulator",
     "__version__",
     "dual",
     "fisher_flow",

@@ -9,12 +9,20 @@ y_i^T are the linear Fisher information of the first k features, for every k at 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fisherfast import ops
 from fisherfast.moments import FoldStatistics
+from fisherfast.score import score_estimate, score_theory
+from fisherfast.uncertainty import (
+    covariance_covariance,
+    covariance_variance,
+    independent_covariance,
+    independent_variance,
+    jackknife_covariance,
+)
 
 __all__ = ["FisherCurve", "choose_features", "cross_fitted_bound", "fisher_curve"]
 
@@ -53,9 +61,12 @@ class FisherCurve:
         stderr: [K, P, P] its standard errors.
         naive: [K, P, P] Y^T Y, uncorrected.
         effective_dim: [K] k_eff, the features that count after the ridge.
-        shrink: [K] h, what an inverse covariance of nu degrees of freedom overstates.
-        left_out: [K, F, P] diagonal of the fold statistic without each fold: the jackknife.
-        dof: nu.
+        left_out: [K, F, P] diagonal of the fold statistic without each fold: the jackknife of a
+            gain.
+        useless: [K, P] the size M of 2 M^2 dk / nu^2, which dk features that add nothing add to the
+            variance of J; zero where the jackknife sees it already.
+        replicates: [K, F, P, P] the estimate without each fold; their jackknife is in stderr.
+        statistics: what it follows from.
         condition: lower bound on the condition number of the scaled covariance plus ridge.
     """
 
@@ -63,13 +74,26 @@ class FisherCurve:
     stderr: torch.Tensor
     naive: torch.Tensor
     effective_dim: torch.Tensor
-    shrink: torch.Tensor
     left_out: torch.Tensor
-    dof: float
+    useless: torch.Tensor
+    replicates: torch.Tensor
+    statistics: FoldStatistics
     condition: float
 
     def __len__(self) -> int:
         return len(self.J)
+
+    def error_covariance(self, k: int) -> torch.Tensor:
+        """Covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal entries are
+        those of stderr squared."""
+        J, effective = self.J[k - 1], float(self.effective_dim[k - 1])
+        dof, noise = self.statistics.dof, self.statistics.noise
+        empirical = jackknife_covariance(self.replicates[k - 1])
+        if self.statistics.score is not None:
+            return empirical + score_theory(J, self.statistics.score.covariance, effective, dof)
+        if self.statistics.paired:
+            return empirical + covariance_covariance(J, dof, effective)
+        return independent_covariance(J, dof, noise, effective)
 
 
 class SingularCovarianceError(ValueError):
@@ -95,7 +119,8 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
         (\nu - k_\text{eff} - 1) / \nu
 
         \text{independent:}\quad J = h \, J_\text{naive} - k_\text{eff} \, c \qquad
-        \text{paired:}\quad J = h \, \frac{\sum_{f \ne g} y_f y_g^T}{F (F - 1)}
+        \text{paired, pathwise:}\quad J = h \, \frac{\sum_{f \ne g} y_f y_g^T}{F (F - 1)} \qquad
+        \text{score:}\quad J = V - (V - J_\text{naive}) \, \nu / (\nu - k_\text{eff})
 
     Args:
         statistics: of K features, each with positive variance.
@@ -105,7 +130,7 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
         SingularCovarianceError: a feature is linear in those before it.
         ValueError: too few samples were seen for K features.
 
-    Cost: K^3 operations. Derived in docs/theory.md, sections 4 to 6.
+    Cost: K^3 operations. Derived in docs/theory.md, sections 4 to 6, 12 and 13.
     """
     size, parameters = statistics.derivative.shape
     folds = len(statistics.fold_derivatives)
@@ -129,31 +154,52 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
             f" got {statistics.dof:.0f}: use more samples or fewer features"
         )
     shrink = (statistics.dof - effective - 1) / statistics.dof
-    across_folds, left_out = _fold_statistic(fold_half, shrink)
-    if statistics.paired:
-        J = across_folds
-        jackknife = left_out.var(1, correction=0) * (folds - 1)
-        variance = jackknife + covariance_variance(J, statistics.dof, effective)
+    if statistics.score is not None:
+        products = _fold_products(half[:, None], fold_half)
+        estimate = score_estimate(naive, effective, products, statistics.score, statistics.dof)
+        J, variance, replicates = estimate.J, estimate.variance, estimate.replicates
+        left_out = _gains_of_score(products, estimate.share[-1])
+        useless = torch.zeros_like(left_out[:, 0])
     else:
-        J = shrink[:, None, None] * naive - effective[:, None, None] * statistics.noise
-        variance = independent_variance(J, statistics.dof, statistics.noise, effective)
+        across_folds, replicates = _fold_statistic(fold_half, shrink)
+        left_out = torch.diagonal(replicates, dim1=2, dim2=3)
+        useless = shrink[:, None] * torch.diagonal(naive, dim1=1, dim2=2)
+        if statistics.paired:
+            J = across_folds
+            jackknife = replicates.var(1, correction=0) * (folds - 1)
+            variance = jackknife + covariance_variance(J, statistics.dof, effective)
+        else:
+            J = shrink[:, None, None] * naive - effective[:, None, None] * statistics.noise
+            variance = independent_variance(J, statistics.dof, statistics.noise, effective)
     return FisherCurve(
         J=J,
         stderr=variance.sqrt(),
         naive=naive,
         effective_dim=effective,
-        shrink=shrink,
-        left_out=torch.diagonal(left_out, dim1=2, dim2=3),
-        dof=statistics.dof,
+        left_out=left_out,
+        useless=useless,
+        replicates=replicates,
+        statistics=statistics,
         condition=float(solved.condition),
     )
 
 
+def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
+
+    A gain is the mean of 2 e d with d what the new features add to the prediction, e the residual
+    before; the folds see 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the largest k
+    is taken for all.
+    """
+    folds = products.shape[1]
+    scale = -2 * (1 - share).sqrt() / (folds - 1)
+    return scale * torch.diagonal(products, dim1=2, dim2=3)
+
+
 def fold_statistic_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> torch.Tensor:
-    """J(k) [K, P, P] by the fold U-statistic, whatever the source: agrees with `fisher_curve` in
-    the mean."""
-    paired = FoldStatistics(**{**statistics.__dict__, "paired": True})
-    return fisher_curve(paired, ridge).J
+    """J(k) [K, P, P] by the fold U-statistic: agrees with `fisher_curve` in the mean, for all
+    sources but the score, whose derivative is not independent of the covariance."""
+    return fisher_curve(replace(statistics, paired=True, score=None), ridge).J
 
 
 def cross_fitted_bound(
@@ -217,7 +263,8 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     Significantly means by more than `GAIN_ERRORS` standard errors *of the gain* J(k') - J(k), not
     of J: both share the noise of their common features, and a gain of 1 % can be certain where J
     itself is known to 3 %. The variance of a gain is that over folds (jackknife), and that of dk
-    more features in the covariance, 2 M^2 dk / nu^2 with M = h J_naive.
+    more features in the covariance, 2 M^2 dk / nu^2 with M = h J_naive (with a score the folds see
+    that too).
 
     Args:
         curve: of K features.
@@ -229,14 +276,14 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     steps = torch.linspace(first, len(curve), GAIN_POINTS, dtype=torch.float64)
     grid = steps.round().long().unique().to(curve.J.device) - 1
     J = torch.diagonal(curve.J, dim1=1, dim2=2)[grid]
-    size = curve.shrink[grid, None] * torch.diagonal(curve.naive, dim1=1, dim2=2)[grid]
+    size = curve.useless[grid]
     left_out = curve.left_out[grid]
     folds = left_out.shape[1]
     gain = J[None] - J[:, None]
     spread = left_out[None] - left_out[:, None]
     jackknife = spread.var(2, correction=0) * (folds - 1)
     added = (curve.effective_dim[grid][None] - curve.effective_dim[grid][:, None]).clamp_min(0)
-    covariance = 2 * size[None].square() * added[..., None] / curve.dof**2
+    covariance = 2 * size[None].square() * added[..., None] / curve.statistics.dof**2
     beaten = gain > GAIN_ERRORS * (jackknife + covariance).sqrt()
     later = torch.ones_like(gain[..., 0], dtype=torch.bool).triu(1)
     enough = ~(beaten.any(-1) & later).any(1)
@@ -268,50 +315,3 @@ def _fold_statistic(
 
 def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left[..., :, None] * right[..., None, :]).cumsum(0)
-
-
-def covariance_variance(J: torch.Tensor, dof: float, effective: torch.Tensor) -> torch.Tensor:
-    r"""Variance of J from the estimated covariance alone: (J_pp J_qq + J_pq^2) / (nu - k_eff -
-    3)."""
-    diagonal = torch.diagonal(J, dim1=1, dim2=2).clamp_min(0)
-    spread = J.square() + diagonal[:, :, None] * diagonal[:, None, :]
-    return spread / (dof - effective - 3)[:, None, None]
-
-
-def independent_variance(
-    J: torch.Tensor, dof: float, noise: torch.Tensor, effective: torch.Tensor
-) -> torch.Tensor:
-    r"""Variance [K, P, P] of corrected J [K, P, P] for Gaussian features and independent
-    conditions, of nu = dof degrees of freedom, noise c [P, P] and k_eff = effective [K].
-
-    With a = nu - k_eff, M = D^T S^-1 D a non-central Wishart matrix and D^T S_hat^-1 D inverse
-    Wishart given M:
-
-    .. math::
-        \mathrm{Var}(J_{pq}) = \frac{(a + 1) E[M_{pq}^2] + (a - 1) E[M_{pp} M_{qq}]}{a (a - 3)}
-                              + \mathrm{Var}(M_{pq})
-
-    which for p = q is 2 / (a - 3) [J^2 + 2 c J (nu - 1) + c^2 k_eff (nu - 1)].
-    """
-    k = effective[:, None, None]
-    a = dof - k
-    noise = noise.expand_as(J)
-    J = _with_diagonal(J, torch.diagonal(J, dim1=1, dim2=2).clamp_min(0))
-    mean = J + k * noise
-    J_p, J_q = _outer_diagonals(J)
-    c_p, c_q = _outer_diagonals(noise)
-    mean_p, mean_q = _outer_diagonals(mean)
-    var_mean = c_p * J_q + c_q * J_p + 2 * noise * J + k * (c_p * c_q + noise.square())
-    mean_square = mean.square() + var_mean
-    mean_product = mean_p * mean_q + 4 * noise * J + 2 * k * noise.square()
-    wishart = ((a + 1) * mean_square + (a - 1) * mean_product) / (a * (a - 3))
-    return wishart + var_mean
-
-
-def _outer_diagonals(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)
-    return diagonal[..., :, None], diagonal[..., None, :]
-
-
-def _with_diagonal(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-    return torch.diagonal_scatter(matrix, diagonal, dim1=1, dim2=2)

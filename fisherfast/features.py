@@ -35,7 +35,7 @@ MIN_LIFT_SHARE = 8
 
 MAX_WIDTH = 4096
 """Widest layer whose activations all become features: its covariance takes 2 x 134 MB in
-float64."""
+float64. Wider ones are compressed where the data can be read again."""
 
 BLOCK_ROWS = 64
 """Rows of the lift drawn from one seed; the first 64 features are the same whatever their final
@@ -204,6 +204,15 @@ class FeatureDictionary:
         """The leading features [n, raw] of activations [n, d] of any floating dtype."""
         z = (activations.to(self.dtype) - self._mean) * self._scale
         return self._group(z * self._sign.to(self.dtype)) if self.kind == "sketch" else z
+
+    def raw_tangents(self, tangents: torch.Tensor) -> torch.Tensor:
+        """Tangents [P, n, raw] of the leading features, of tangents [P, n, d] of the
+        activations."""
+        z = tangents.to(self.dtype) * self._scale
+        if self.kind != "sketch":
+            return z
+        grouped = self._group((z * self._sign.to(self.dtype)).flatten(0, 1))
+        return grouped.unflatten(0, z.shape[:2])
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         """All features [n, k] of activations [n, d] of any floating dtype, about their pilot."""

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import itertools
 import numbers
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from fisherfast import taps
+from fisherfast import dual, taps
 from fisherfast._progress import progress_bar
-from fisherfast.data import FiniteDifference
+from fisherfast.data import Batch, Data
 from fisherfast.estimators import RIDGE
 from fisherfast.maps import estimate_map
-from fisherfast.meters import LayerMeter, estimate_layer
-from fisherfast.results import FisherFlow, LayerFisher, warn_of
+from fisherfast.meters import LayerMeter, score_note
+from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
 from fisherfast.streams import Streams
+from fisherfast.wide import WideMeter, too_wide
 
 __all__ = ["fisher_flow", "fisher_information"]
 
@@ -41,7 +46,7 @@ BATCH_SIZE = 4096
 
 def fisher_flow(
     model: nn.Module,
-    data: FiniteDifference,
+    data: Data,
     *,
     layers: taps.Layers = "auto",
     max_features: int = MAX_FEATURES,
@@ -63,14 +68,17 @@ def fisher_flow(
 
     Args:
         model: any module that maps a batch [n, ...] to anything.
-        data: samples at theta, see `FiniteDifference`. Batches are copied to the device and
-            dtype of the model.
+        data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
+            copied to the device and dtype of the model. For `Pathwise` the tangents go through the
+            model beside the samples, at the cost of 1 + P forward passes.
         layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
             names, a regular expression searched for in the names, or a function (name, module or
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
             and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always there
             (an output that is a tuple or dict shows as "output[0]", "output[key]").
-        max_features: features per layer aimed at; a layer wider than that uses all its activations.
+        max_features: features per layer aimed at. A layer wider than that uses all its activations;
+            with more than 4096 of them, or too few samples for so many, it is compressed in 16 more
+            passes over data that can be read again (docs/theory.md, 15).
         probe: None; "network" is not available in this version.
         batch_size: samples per batch, for data that are not batched already.
         seed: of the random lift. The global random state is neither used nor changed.
@@ -94,7 +102,8 @@ def fisher_flow(
         TypeError: integer or complex data.
 
     Warns:
-        FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3.
+        FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
+            mean of a score is more than 5 standard errors from zero.
 
     Cost: one forward pass over the data plus n k^2 operations and 16 k^2 bytes per layer; memory
         does not
@@ -119,7 +128,7 @@ def fisher_flow(
 
 
 def fisher_information(
-    data: FiniteDifference,
+    data: Data,
     *,
     max_features: int = MAX_FEATURES,
     batch_size: int = BATCH_SIZE,
@@ -154,7 +163,7 @@ class Measurement:
     def __init__(
         self,
         model: nn.Module | None,
-        data: FiniteDifference,
+        data: Data,
         layers: taps.Layers,
         settings: dict[str, Any],
     ) -> None:
@@ -167,6 +176,7 @@ class Measurement:
         self._finite: list[tuple[str, int, int, torch.Tensor]] = []
         self._condition = 0
         self._batch = 0
+        self._score: torch.Tensor | None = None
         self._pilot = True
 
     @property
@@ -188,14 +198,16 @@ class Measurement:
             with self._evaluation():
                 self._stream_again(progress)
         with torch.no_grad():
-            layers = tuple(
-                estimate_layer(m, self._data, contrast, ridge) for m in self._layer_meters
-            )
+            layers = tuple(m.estimate(self._data, contrast, ridge) for m in self._layer_meters)
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
                 if m.map is not None
             }
+            warning = score_note(self._layer_meters[0])
+        if warning is not None:
+            layers = (replace(layers[0], notes=(*layers[0].notes, warning)), *layers[1:])
+            warnings.warn(warning, FisherWarning, stacklevel=3)
         warn_of(layers)
         return FisherFlow(layers, self._settings, maps=maps)
 
@@ -221,13 +233,13 @@ class Measurement:
     def _stream(self, progress: bool) -> None:
         streams = self._streams()
         pilot = streams.pilot()
-        first = torch.cat([batches[0][:SURVEY_SAMPLES] for batches in pilot])
+        first = torch.cat([batches[0].x[:SURVEY_SAMPLES] for batches in pilot])
         self._survey(first)
         self._active = self._layer_meters
         with self._forward() as forward:
             for self._condition, batches in enumerate(pilot):
                 for self._batch, batch in enumerate(batches):
-                    forward.run(batch)
+                    forward.run(batch.x)
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
             self._pilot = False
@@ -237,7 +249,8 @@ class Measurement:
         """Another pass over the same samples, for the meters that are active."""
         streams = self._streams()
         streams.pilot()
-        with self._forward() as forward:
+        only_input = all(meter.site.name == taps.INPUT for meter in self._active)
+        with _NoModel(self._consume) if only_input else self._forward() as forward:
             self._run_all(streams, forward, progress)
 
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
@@ -245,12 +258,23 @@ class Measurement:
         total = None if None in counts else sum(n for n in counts if n is not None)
         with progress_bar(progress, total=total, title="Fisher flow") as bar:
             for self._condition, self._batch, batch in streams:
-                forward.run(batch)
-                if batch.device.type == "cpu":
+                self._score = batch.score
+                self._run(forward, batch)
+                if batch.x.device.type == "cpu":
                     self._raise_if_not_finite()
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
+
+    def _run(self, forward: Any, batch: Batch) -> None:
+        """One forward pass, with tangents where the samples have them."""
+        if batch.tangents is None:
+            forward.run(batch.x)
+        elif self._model is None:
+            forward.run(batch)
+        else:
+            with dual.propagation(self._model, len(batch.tangents)):
+                forward.run(dual.DualTensor.pack(batch.x, batch.tangents))
 
     def _survey(self, batch: torch.Tensor) -> None:
         if self._model is None:
@@ -259,7 +283,8 @@ class Measurement:
             sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
             self._find_chains(sites, batch)
         for site in sites:
-            meter = LayerMeter(site)
+            wide = too_wide(site.dim, self._data, self._settings["max_features"])
+            meter = WideMeter(site) if wide else LayerMeter(site)
             self._meters.update(dict.fromkeys(site.names, meter))
 
     def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
@@ -278,25 +303,33 @@ class Measurement:
         return taps.Forward(self._model, self._consume)
 
     def _consume(
-        self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor
+        self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor | Batch
     ) -> None:
         meter = self._meters.get(name)
         if meter is None or name != meter.site.event or not (self._pilot or meter in self._active):
             return
-        if tuple(output.shape[1:]) != meter.site.shape:
-            raise ValueError(
-                f"layer {name!r} must have the same shape for all samples,"
-                f" got {tuple(output.shape[1:])} after {meter.site.shape}"
-            )
-        # the network may run under autocast, or with gradients inside: the statistics never do
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            if self._pilot:
-                meter.observe_pilot(output.detach())
-                finite = torch.isfinite(output).all()
-            else:
-                finite = meter.observe(self._condition, output.detach())
+        # what the statistics make has no tangents, and they never run under autocast or with
+        # gradients, as the network may
+        with _disable_current_modes(), torch.no_grad():
+            activations, tangents = _parts(output)
+            if tuple(activations.shape[1:]) != meter.site.shape:
+                raise ValueError(
+                    f"layer {name!r} must have the same shape for all samples,"
+                    f" got {tuple(activations.shape[1:])} after {meter.site.shape}"
+                )
+            with torch.autocast(activations.device.type, enabled=False):
+                if self._pilot:
+                    meter.observe_pilot(activations.detach())
+                    finite = torch.isfinite(activations).all()
+                else:
+                    finite = meter.observe(
+                        self._condition,
+                        activations.detach(),
+                        tangents=tangents,
+                        score=self._score,
+                    )
         self._finite.append((meter.site.name, self._condition, self._batch, finite))
-        if self._pilot and output.device.type == "cpu":
+        if self._pilot and activations.device.type == "cpu":
             self._raise_if_not_finite()
 
     def _raise_if_not_finite(self) -> None:
@@ -304,8 +337,10 @@ class Measurement:
         if not flags or bool(torch.stack([flag for *_, flag in flags]).all()):
             return
         name, condition, batch, _ = next(entry for entry in flags if not bool(entry[-1]))
+        pathwise = self._data.source == "pathwise"
+        what = "activations and their tangents" if pathwise else "activations"
         raise ValueError(
-            f"activations of layer {name!r} must be finite, got NaN or infinity in batch {batch} of"
+            f"{what} of layer {name!r} must be finite, got NaN or infinity in batch {batch} of"
             f" condition {self._data.condition_name(condition)!r}"
         )
 
@@ -313,17 +348,17 @@ class Measurement:
         """A layer that runs for some batches only has no moments that can be compared."""
         meters = self._active
         for meter in meters:
-            if meter.moments.seen != meters[0].moments.seen:
+            if meter.seen != meters[0].seen:
                 raise ValueError(
                     f"layer {meter.site.event!r} must run for every batch, got"
-                    f" {sum(meter.moments.seen)} of {sum(meters[0].moments.seen)} samples"
+                    f" {sum(meter.seen)} of {sum(meters[0].seen)} samples"
                 )
 
 
 class _NoModel:
     """Stands in for a forward pass when only the data are measured."""
 
-    def __init__(self, consume: taps.Consumer) -> None:
+    def __init__(self, consume: Callable[[str, str, None, torch.Tensor | Batch], None]) -> None:
         self._consume = consume
 
     def __enter__(self) -> _NoModel:
@@ -332,8 +367,19 @@ class _NoModel:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def run(self, batch: torch.Tensor) -> None:
+    def run(self, batch: torch.Tensor | Batch) -> None:
         self._consume(taps.INPUT, taps.INPUT, None, batch)
+
+
+def _parts(
+    output: torch.Tensor | Batch | dual.DualTensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activations and their tangents; None for those of a plain tensor, which are zero."""
+    if isinstance(output, Batch):
+        return output.x, output.tangents
+    if isinstance(output, dual.DualTensor):
+        return output.primal, output.tangents
+    return output, None
 
 
 def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype | None]:
@@ -346,7 +392,7 @@ def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype
     return None, None
 
 
-def _check_passes(data: FiniteDifference, grow: bool, maps: bool) -> dict[str, Any]:
+def _check_passes(data: Data, grow: bool, maps: bool) -> dict[str, Any]:
     for name, value in (("grow", grow), ("maps", maps)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -359,7 +405,7 @@ def _check_passes(data: FiniteDifference, grow: bool, maps: bool) -> dict[str, A
 
 
 def _check_settings(
-    data: FiniteDifference,
+    data: Data,
     max_features: int,
     probe: None,
     batch_size: int,
@@ -367,8 +413,11 @@ def _check_settings(
     ridge: float,
     folds: int,
 ) -> dict[str, Any]:
-    if not isinstance(data, FiniteDifference):
-        raise TypeError(f"data must be a FiniteDifference, got {type(data).__name__}")
+    if not isinstance(data, Data):
+        raise TypeError(
+            "data must be a FiniteDifference, Pathwise, Score or Simulator,"
+            f" got {type(data).__name__}"
+        )
     if probe is not None:
         raise NotImplementedError(f"probe must be None in this version, got {probe!r}")
     whole = {"max_features": max_features, "batch_size": batch_size, "folds": folds, "seed": seed}
@@ -390,6 +439,7 @@ def _check_settings(
         "seed": int(seed),
         "ridge": float(ridge),
         "folds": int(folds),
+        "source": data.source,
         "paired": data.paired,
         "dtheta": list(data.dtheta),
     }

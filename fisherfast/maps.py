@@ -11,10 +11,13 @@ from __future__ import annotations
 import torch
 
 from fisherfast import ops
-from fisherfast.estimators import SPARE_DOF, covariance_variance, independent_variance
-from fisherfast.features import ROUNDING
+from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, TangentMoments
+from fisherfast.estimators import SPARE_DOF
+from fisherfast.features import ROUNDING, Lift
 from fisherfast.information_map import InformationMap
 from fisherfast.moments import add_pair_products_, pair_inflation
+from fisherfast.score import score_estimate
+from fisherfast.uncertainty import covariance_variance, independent_variance
 
 __all__ = ["MapMoments", "estimate_map"]
 
@@ -27,11 +30,22 @@ class MapMoments:
         conditions: number of conditions.
         folds: F.
         paired: the conditions share their noise.
+        tangents: P, where each sample comes with its tangents; 0 for none.
+        score: P, where each sample comes with its score; 0 for none.
 
-    Memory: 8 H W C (C + conditions F) bytes.
+    Memory: 8 H W C (C + conditions F) bytes, and 8 H W C P F for tangents or score.
     """
 
-    def __init__(self, pilot: torch.Tensor, conditions: int, *, folds: int, paired: bool) -> None:
+    def __init__(
+        self,
+        pilot: torch.Tensor,
+        conditions: int,
+        *,
+        folds: int,
+        paired: bool,
+        tangents: int = 0,
+        score: int = 0,
+    ) -> None:
         self.folds = folds
         self.paired = paired
         self.seen = [0] * conditions
@@ -42,11 +56,29 @@ class MapMoments:
         self._sums = _zeros(pilot, conditions, folds, channels, height, width)
         self._cross = _zeros(pilot, height, width, channels, channels)
         self._products = _zeros(pilot, conditions, conditions, channels, height, width)
+        self._carried: DerivativeMoments | None = None
+        if tangents:
+            self._carried = TangentMoments(
+                tangents, pilot.numel(), folds=folds, device=pilot.device
+            )
+        elif score:
+            self._carried = ScoreMoments(score, pilot.numel(), folds=folds, device=pilot.device)
 
-    def update(self, condition: int, activations: torch.Tensor) -> None:
-        """Add activations [n, C, H, W] of a condition; sample i is of fold (seen + i) % F."""
+    def update(
+        self, condition: int, activations: torch.Tensor, carried: torch.Tensor | None = None
+    ) -> None:
+        """Add activations [n, C, H, W] of a condition; sample i is of fold (seen + i) % F.
+
+        Args:
+            carried: their tangents [P, n, C, H, W] (None for zero), or the score [n, P].
+        """
         x = activations.to(self._pilot.dtype)
         first = self.seen[condition]
+        if self._carried is not None:
+            raw = (x - self._pilot).flatten(1)
+            if carried is not None and carried.ndim > 2:
+                carried = carried.flatten(2)
+            self._carried.update(raw, carried, Lift.none(raw), first=first)
         self._cross += ops.spatial_moments(x, pilot=self._pilot)[1]
         for fold in range(self.folds):
             rows = x[(fold - first) % self.folds :: self.folds]
@@ -68,6 +100,14 @@ class MapMoments:
 
     def derivatives(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """D [H, W, C, P] of all samples, and of each fold alone [H, W, C, F, P]."""
+        if self._carried is not None:
+            counts = self._counts[0].to(self._sums.device, torch.float64)
+            whole, folds = self._carried.derivatives(slice(None), counts, self._sums[0].flatten(1))
+            shape = self._pilot.shape
+            return (
+                whole.unflatten(0, shape).permute(1, 2, 0, 3),
+                folds.unflatten(1, shape).permute(2, 3, 1, 0, 4),
+            )
         weight = self._counts.to(self._sums.device, torch.float64)
         fold_means = self._sums / weight[..., None, None, None]
         means = self._sums.sum(1) / weight.sum(1)[..., None, None, None]
@@ -75,6 +115,16 @@ class MapMoments:
             torch.einsum("achw,ap->hwcp", means, contrast),
             torch.einsum("afchw,ap->hwcfp", fold_means, contrast),
         )
+
+    def score(self) -> FoldScore | None:
+        """Covariance of the score; None for the other sources."""
+        counts = self._counts[0].to(self._sums.device, torch.float64)
+        return None if self._carried is None else self._carried.score(slice(None), counts)
+
+    @property
+    def carries(self) -> bool:
+        """Whether the derivative comes from what the samples carry."""
+        return self._carried is not None
 
     def noise(self, contrast: torch.Tensor) -> torch.Tensor:
         """c [P, P]: Cov(D) = c S for independent conditions."""
@@ -113,7 +163,8 @@ def estimate_map(
 
     .. math::
         \text{independent:}\quad J = h \, J_\text{naive} - k_\text{eff} \, c \qquad
-        \text{paired:}\quad J = h \, \frac{\sum_{f \ne g} y_f y_g^T}{F (F - 1)}
+        \text{paired, pathwise:}\quad J = h \, \frac{\sum_{f \ne g} y_f y_g^T}{F (F - 1)} \qquad
+        \text{score:}\quad J = V - (V - J_\text{naive}) \, \nu / (\nu - k_\text{eff})
 
     with k_eff of the C channels that vary at the position.
 
@@ -136,8 +187,13 @@ def estimate_map(
     shrink = ((nu - effective - 1) / nu)[:, None, None]
     half = solved[..., :parameters]
     noise = moments.noise(contrast)
-    if moments.paired:
-        fold_half = solved[..., parameters:].unflatten(-1, (folds, parameters))
+    fold_half = solved[..., parameters:].unflatten(-1, (folds, parameters))
+    score = moments.score()
+    if score is not None:
+        products = torch.einsum("bcp,bcfq->bfpq", half, fold_half)
+        estimate = score_estimate(half.mT @ half, effective, products, score, nu)
+        J, variance = estimate.J, estimate.variance
+    elif moments.paired or moments.carries:
         J, left_out = _fold_statistic(fold_half, shrink)
         jackknife = left_out.var(1, correction=0) * (folds - 1)
         variance = jackknife + covariance_variance(J, nu, effective)

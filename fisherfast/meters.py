@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fisherfast.data import FiniteDifference
+from fisherfast.data import Data
+from fisherfast.derivatives import ScoreMoments, TangentMoments
 from fisherfast.estimators import (
     SPARE_DOF,
     SingularCovarianceError,
@@ -16,20 +17,30 @@ from fisherfast.estimators import (
     cross_fitted_bound,
     fisher_curve,
 )
-from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments
+from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments, Standardisation
 from fisherfast.information_map import has_map
 from fisherfast.maps import MapMoments
+from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
 
-__all__ = ["LayerMeter"]
+__all__ = ["LayerMeter", "estimate_layer", "score_note"]
 
 CURVE_POINTS = 64
 """Points at which a result keeps its curve."""
 
 PRODUCT_ROWS = 512
 """Samples of a pair whose features exist at the same time: 1 MB of float32 for 512 features."""
+
+
+NO_TANGENTS = (
+    "no derivative reaches this layer (rounding, comparisons, integers): J = 0 is only a lower"
+    " bound, a score or two conditions may tell more"
+)
+
+SCORE_ERRORS = 5.0
+"""Standard errors from zero beyond which the mean of a score is no chance: 6e-7."""
 
 
 class LayerMeter:
@@ -45,13 +56,23 @@ class LayerMeter:
         self._pending: list[torch.Tensor] = []
         self._dtype = torch.float32
 
+    @property
+    def seen(self) -> list[int]:
+        """Samples of each condition in this pass."""
+        return self.moments.seen
+
+    @property
+    def parts(self) -> list[FoldMoments]:
+        """Moments of different samples, together of all."""
+        return [self.moments]
+
     def observe_pilot(self, activations: torch.Tensor) -> None:
         """Add [n, ...] to the pilot statistics."""
         if activations.dtype == torch.float64:
             self._dtype = torch.float64
-        self.pilot.update(_rows(activations))
+        self.pilot.update(rows_of(activations))
 
-    def prepare(self, data: FiniteDifference, settings: dict[str, Any]) -> None:
+    def prepare(self, data: Data, settings: dict[str, Any]) -> None:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self.dictionary = FeatureDictionary(
@@ -60,27 +81,45 @@ class LayerMeter:
         size = self.dictionary.size
         if settings["grow"]:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
-        streams = {"folds": settings["folds"], "paired": data.paired}
+        streams = {"folds": settings["folds"], "paired": data.paired, **carried_by(data)}
         self.moments = FoldMoments(
             size, data.conditions, device=standardisation.mean.device, **streams
         )
-        if settings["maps"] and has_map(self.site.shape):
-            pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
-            self.map = MapMoments(pilot, data.conditions, **streams)
+        self._prepare_map(standardisation, data.conditions, settings, streams)
 
-    def observe(self, condition: int, activations: torch.Tensor) -> torch.Tensor:
-        """Add activations [n, ...] of a condition. Returns whether all of that condition were
-        finite so far, as a 0-d tensor."""
+    def observe(
+        self,
+        condition: int,
+        activations: torch.Tensor,
+        *,
+        tangents: torch.Tensor | None = None,
+        score: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add activations [n, ...] of a condition, with what they carry.
+
+        Args:
+            tangents: [P, n, ...] of the activations; None for none, or for zero.
+            score: [n, P] of the samples.
+
+        Returns:
+            Whether all of that condition were finite so far, as a 0-d tensor.
+        """
         moments = self.moments
-        raw = self.dictionary.raw_features(_rows(activations))
-        moments.update(condition, raw, self._lift())
+        raw = self.dictionary.raw_features(rows_of(activations))
+        carried = score
+        if tangents is not None:
+            carried = self.dictionary.raw_tangents(rows_of(tangents, 1))
+        moments.update(condition, raw, self._lift(), carried)
         if moments.paired:
             self._pending.append(raw)
             if len(self._pending) == len(moments.seen):
                 self._add_products()
         if self.map is not None and not moments.known:
-            self.map.update(condition, activations)
-        return torch.isfinite(moments.sums[condition]).all()
+            self.map.update(condition, activations, score if tangents is None else tangents)
+        finite = torch.isfinite(moments.sums[condition]).all()
+        if moments.carried is not None:
+            finite = finite & torch.isfinite(moments.carried.sums).all()
+        return finite
 
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """Make room for twice the lifted features where the curve still rises at its end.
@@ -105,9 +144,24 @@ class LayerMeter:
         self.moments = moments.grown(size)
         return True
 
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+        """J, its errors and bounds, after the last pass."""
+        return estimate_layer(self, data, contrast, ridge)
+
     def rounding_variance(self) -> torch.Tensor:
         """Variance of each present feature below which it is rounding."""
         return self.dictionary.rounding_variance[: self.moments.size]
+
+    def _prepare_map(
+        self,
+        standardisation: Standardisation,
+        conditions: int,
+        settings: dict[str, Any],
+        streams: dict[str, Any],
+    ) -> None:
+        if settings["maps"] and has_map(self.site.shape):
+            pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
+            self.map = MapMoments(pilot, conditions, **streams)
 
     def _lift(self) -> Lift:
         return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
@@ -121,13 +175,23 @@ class LayerMeter:
             self.moments.update_products([torch.cat([raw, lift(raw)], 1) for raw in tiles])
 
 
-def _rows(activations: torch.Tensor) -> torch.Tensor:
-    """Activations [n, ...] of one layer as [n, d]; one number per sample is d = 1."""
-    return activations.flatten(1) if activations.ndim > 1 else activations[:, None]
+def carried_by(data: Data) -> dict[str, int]:
+    """What the samples of a source carry, as arguments of their moments."""
+    return {
+        "tangents": data.parameters if data.source == "pathwise" else 0,
+        "score": data.parameters if data.source == "score" else 0,
+    }
+
+
+def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
+    """Activations [n, ...] of one layer as [n, d], one number per sample as d = 1; behind leading
+    dimensions."""
+    rows = leading + 1
+    return activations.flatten(rows) if activations.ndim > rows else activations[..., None]
 
 
 def estimate_layer(
-    meter: LayerMeter, data: FiniteDifference, contrast: torch.Tensor, ridge: float
+    meter: LayerMeter, data: Data, contrast: torch.Tensor, ridge: float
 ) -> LayerFisher:
     """J, its errors and bounds from the fold moments of one layer."""
     site, dictionary, moments = meter.site, meter.dictionary, meter.moments
@@ -135,7 +199,7 @@ def estimate_layer(
     alive = (moments.variances() > meter.rounding_variance()).nonzero()[:, 0]
     raw = int((alive < dictionary.raw).sum())
     dropped = moments.size - len(alive)
-    base = _no_information(site, data, samples=sum(moments.seen), dropped=dropped)
+    base = no_information(site, data, samples=sum(moments.seen), dropped=dropped)
     if raw == 0:
         return replace(base, notes=(f"all {site.dim} activations are constant: J = 0",))
     whole = moments.statistics(contrast)
@@ -143,6 +207,11 @@ def estimate_layer(
     size, notes = _affordable(len(alive), raw, whole.dof)
     if dropped:
         notes.append(f"{dropped} constant features dropped")
+    if dictionary.kind == "sketch":
+        notes.append(
+            f"sums of {site.dim} activations in random groups, a loose bound: data that can be read"
+            " again are compressed instead"
+        )
     try:
         curve = fisher_curve(whole.select(alive[:size]), ridge)
     except SingularCovarianceError as error:
@@ -155,7 +224,7 @@ def estimate_layer(
     chosen, converged = choose_features(curve, raw)
     halves = [moments.statistics(contrast, half).select(index[:chosen]) for half in (0, 1)]
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1])
-    points = _curve_points(raw, size)
+    points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
     layer = replace(
         base,
@@ -173,14 +242,34 @@ def estimate_layer(
         feature_kind=kind,
         effective_dim=float(curve.effective_dim[chosen - 1]),
         converged=converged,
+        error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
     )
+    if isinstance(moments.carried, TangentMoments) and not bool(moments.carried.sums.any()):
+        notes.append(NO_TANGENTS)
     warning = finite_step_note(layer)
     return replace(layer, notes=(*notes, *([warning] if warning else [])))
 
 
-def _no_information(
-    site: Site, data: FiniteDifference, *, samples: int, dropped: int
-) -> LayerFisher:
+def score_note(meter: LayerMeter) -> str | None:
+    """A warning where the mean of what was given as score is not zero."""
+    errors = [
+        moments.carried.mean_error(moments.counts[0].to(moments.sums.device, torch.float64))
+        for moments in meter.parts
+        if isinstance(moments.carried, ScoreMoments)
+    ]
+    if not errors:
+        return None
+    off = torch.stack(errors).sum(0) / math.sqrt(len(errors))
+    worst = float(off.abs().nan_to_num().max())
+    if worst <= SCORE_ERRORS:
+        return None
+    return (
+        f"mean of the score is {worst:.1f} standard errors from zero: it is no score of these"
+        " samples, or one at another theta; J is wrong then"
+    )
+
+
+def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> LayerFisher:
     """J = 0 and an empty curve: what a layer shows when none of its activations varies."""
     P = data.parameters
     zero = torch.zeros(P, P, dtype=torch.float64)
@@ -206,6 +295,7 @@ def _no_information(
         dropped=dropped,
         converged=True,
         dtheta=data.dtheta,
+        error_covariance=pack_covariance(torch.zeros(P, P, P, P, dtype=torch.float64)),
         aliases=tuple(site.aliases),
         descendants=tuple(sorted(site.descendants)),
     )
@@ -248,7 +338,7 @@ def _affordable(size: int, raw: int, dof: float) -> tuple[int, list[str]]:
     return limit, [f"features limited to {limit} of {size} by the number of samples"]
 
 
-def _curve_points(raw: int, size: int) -> torch.Tensor:
+def curve_points(raw: int, size: int) -> torch.Tensor:
     """The raw dimension, and about `CURVE_POINTS` sizes evenly up to all features."""
     steps = torch.linspace(raw, size, min(CURVE_POINTS, size - raw + 1), dtype=torch.float64)
     return steps.round().long().unique()

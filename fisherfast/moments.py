@@ -8,12 +8,13 @@ memory is O(k^2), whatever the number of samples. Derived in docs/theory.md, sec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fisherfast import ops
+from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, TangentMoments
 from fisherfast.features import Lift
 
 __all__ = ["FoldMoments", "FoldStatistics"]
@@ -31,7 +32,9 @@ class FoldStatistics:
         derivative: D [k, P] float64, derivative of the mean, per unit of theta.
         fold_derivatives: [F, k, P] float64, the same from each fold alone.
         noise: c [P, P] float64; Cov(D) = c S for independent conditions, in 1/theta^2.
-        paired: the conditions share their noise, so that c S overstates Cov(D).
+        paired: the conditions share their noise, or the samples carry tangents: Cov(D) is not c S,
+            and only the folds tell it.
+        score: the covariance of the score, for D = Cov(f, s); None for the other sources.
     """
 
     covariance: torch.Tensor
@@ -40,16 +43,15 @@ class FoldStatistics:
     fold_derivatives: torch.Tensor
     noise: torch.Tensor
     paired: bool
+    score: FoldScore | None = None
 
     def project(self, readout: torch.Tensor) -> FoldStatistics:
         """Statistics of the numbers readout^T f, readout [k, m]."""
-        return FoldStatistics(
+        return replace(
+            self,
             covariance=readout.T @ self.covariance @ readout,
-            dof=self.dof,
             derivative=readout.T @ self.derivative,
             fold_derivatives=readout.T @ self.fold_derivatives,
-            noise=self.noise,
-            paired=self.paired,
         )
 
     def leading(self, k: int) -> FoldStatistics:
@@ -58,13 +60,11 @@ class FoldStatistics:
 
     def select(self, index: torch.Tensor) -> FoldStatistics:
         """Statistics of the features in index (int64 [m])."""
-        return FoldStatistics(
+        return replace(
+            self,
             covariance=self.covariance[index][:, index],
-            dof=self.dof,
             derivative=self.derivative[index],
             fold_derivatives=self.fold_derivatives[:, index],
-            noise=self.noise,
-            paired=self.paired,
         )
 
 
@@ -75,6 +75,9 @@ class FoldMoments:
         size: k.
         conditions: C.
         folds: F, even and at least 4.
+        paired: the conditions share their noise.
+        tangents: P, where each sample comes with its tangents; 0 for none.
+        score: P, where each sample comes with its score; 0 for none.
         device: of the accumulators.
 
     Features arrive with a pilot subtracted (`FeatureDictionary` does it); the pilot cancels from
@@ -82,6 +85,7 @@ class FoldMoments:
 
     Attributes:
         known: leading features whose moments are complete, see `grown`.
+        carried: fold-wise derivatives from what the samples carry; None for none.
     """
 
     def __init__(
@@ -91,6 +95,8 @@ class FoldMoments:
         *,
         folds: int = 16,
         paired: bool = False,
+        tangents: int = 0,
+        score: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         if folds < 4 or folds % 2:
@@ -108,6 +114,11 @@ class FoldMoments:
         # (paired only).
         self.products = torch.zeros(pairs, pairs, size, dtype=torch.float64, device=device)
         self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
+        self.carried: DerivativeMoments | None = None
+        if tangents:
+            self.carried = TangentMoments(tangents, size, folds=folds, device=device)
+        elif score:
+            self.carried = ScoreMoments(score, size, folds=folds, device=device)
 
     @property
     def size(self) -> int:
@@ -119,7 +130,13 @@ class FoldMoments:
         """Samples per condition and fold [C, F] int64, on the CPU."""
         return self._counts
 
-    def update(self, condition: int, raw: torch.Tensor, lift: Lift | None = None) -> None:
+    def update(
+        self,
+        condition: int,
+        raw: torch.Tensor,
+        lift: Lift | None = None,
+        carried: torch.Tensor | None = None,
+    ) -> None:
         """Add a batch of one condition.
 
         Args:
@@ -127,6 +144,8 @@ class FoldMoments:
             raw: [n, d] raw features about the pilot; row i is of fold (seen + i) % F and half
                 (seen + i) % 2.
             lift: makes the other k - d features; None for none.
+            carried: tangents [P, n, d] of the raw features (None for zero) or score [n, P], where
+                the samples carry these.
 
         Cost: n k (k + 1) / 2 + n d (k - d) multiply-adds, those of known features left out.
         """
@@ -143,6 +162,8 @@ class FoldMoments:
             first=first,
             start=self.known,
         )
+        if self.carried is not None:
+            self.carried.update(raw, carried, lift, first=first, known=self.known)
         fold = (first + torch.arange(n)) % self.folds
         self._counts[condition] += torch.bincount(fold, minlength=self.folds)
         self.seen[condition] = first + n
@@ -160,6 +181,7 @@ class FoldMoments:
         moments._seen_before = list(self.seen)
         moments.sums[..., : self.size] = self.sums
         moments.cross[:, : self.size, : self.size] = self.cross
+        moments.carried = None if self.carried is None else self.carried.grown(size)
         return moments
 
     def update_products(self, features: list[torch.Tensor]) -> None:
@@ -181,6 +203,10 @@ class FoldMoments:
                 "other must describe the same features, folds and conditions, got"
                 f" k={other.size}, F={other.folds}, C={len(other.seen)}, paired={other.paired}"
             )
+        if (self.carried is None) != (other.carried is None):
+            raise ValueError("other must hold the same kind of derivatives, got one without")
+        if self.carried is not None and other.carried is not None:
+            self.carried.merge(other.carried)
         self.sums += other.sums.to(self.sums.device)
         self.cross += other.cross.to(self.cross.device)
         self.products += other.products.to(self.products.device)
@@ -199,6 +225,7 @@ class FoldMoments:
             "sums": self.sums.clone(),
             "cross": self.cross.clone(),
             "products": self.products.clone(),
+            "carried": None if self.carried is None else self.carried.state_dict(),
         }
 
     @classmethod
@@ -219,6 +246,8 @@ class FoldMoments:
         moments.sums = state["sums"].clone()
         moments.cross = state["cross"].clone()
         moments.products = state["products"].clone()
+        if state.get("carried") is not None:
+            moments.carried = DerivativeMoments.from_state_dict(state["carried"])
         return moments
 
     def statistics(self, contrast: torch.Tensor, half: int | None = None) -> FoldStatistics:
@@ -257,13 +286,23 @@ class FoldMoments:
                 f"samples must outnumber the {cells} cells of conditions x folds, got {total}"
             )
         per_condition = counts.sum(1).to(device, torch.float64)
-        return FoldStatistics(
+        statistics = FoldStatistics(
             covariance=(cross - between) / (total - cells),
             dof=(total - cells) / self._pair_inflation(),
             derivative=(sums.sum(1) / per_condition[:, None]).T @ contrast,
             fold_derivatives=means.permute(1, 2, 0) @ contrast,
             noise=contrast.T @ (contrast / per_condition[:, None]),
-            paired=self.paired,
+            paired=self.paired or self.carried is not None,
+        )
+        if self.carried is None:
+            return statistics
+        of_condition = weight[0, :, 0]
+        derivative, fold_derivatives = self.carried.derivatives(columns, of_condition, sums[0])
+        return replace(
+            statistics,
+            derivative=derivative,
+            fold_derivatives=fold_derivatives,
+            score=self.carried.score(columns, of_condition),
         )
 
     def variances(self) -> torch.Tensor:

@@ -8,7 +8,7 @@ import html
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from fisherfast._version import __version__
 from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map
+from fisherfast.marginal import MarginalFisher, cramer_rao, marginal_fisher
 
 __all__ = ["FisherFlow", "FisherWarning", "LayerFisher"]
 
@@ -51,22 +52,26 @@ class LayerFisher:
             other.
         lower_stderr: its standard error.
         linear: linear Fisher information of the raw activations, without lift; same correction as
-            J.
+            J (and the same as J for a wide layer).
         linear_stderr: its standard error.
         naive: J without any finite-sample correction (biased upwards).
         curve_k: [K'] int64 numbers of features at which the curve is kept.
         curve_J: [K', P, P] J of the first k features.
         curve_stderr: [K', P, P] standard errors.
-        features: number of features k that J was taken at.
-        feature_kind: "raw", "lift", "sketch", or "none" for a layer without variation (J = 0).
+        features: number of features k that J was taken at; for "krylov" the larger of those of its
+            two halves.
+        feature_kind: "raw", "lift", "krylov" or "sketch" for a wide layer, or "none" for a layer
+            without variation (J = 0).
         effective_dim: k_eff, features that count after the ridge.
         samples: all samples used, over conditions.
         dropped: activations and features that never varied and were left out.
         converged: a plateau of the curve was reached before the last feature.
-        dtheta: [P] full separation of the conditions.
+        dtheta: [P] full separation of the conditions; empty where there was no finite step.
         aliases: other names of the same activations.
         descendants: names of layers that are a function of this one alone.
         notes: what a reader should know.
+        error_covariance: [m, m] covariance of the errors of the lower triangle of J, row by row, m
+            = P (P + 1) / 2; None in old files. `marginal` takes its error from it.
     """
 
     name: str
@@ -92,6 +97,7 @@ class LayerFisher:
     aliases: tuple[str, ...] = ()
     descendants: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    error_covariance: torch.Tensor | None = None
 
     @property
     def dim(self) -> int:
@@ -128,22 +134,42 @@ class LayerFisher:
         The smallest standard deviation that an unbiased estimate from these features can have, all
         parameters unknown. Infinite where J is not positive definite.
         """
-        symmetric = (self.J + self.J.T) / 2
-        factor, failed = torch.linalg.cholesky_ex(symmetric)
-        if int(failed) or not bool(torch.isfinite(factor).all()):
-            return torch.full((self.parameters,), math.inf, dtype=torch.float64)
-        return torch.cholesky_inverse(factor).diagonal().sqrt()
+        return cramer_rao(self.J)
+
+    def marginal(self, keep: int | Sequence[int]) -> MarginalFisher:
+        """Information about some parameters, the others being unknown nuisances: the Schur
+        complement J_aa - J_ab J_bb^-1 J_ba, in 1/theta^2.
+
+        Its standard error is the first-order one, from the covariance of the errors of all entries
+        of J. ``marginal([p]).J`` is ``crlb[p] ** -2``.
+
+        Args:
+            keep: the parameters kept, one number or several; negative ones count from the end.
+
+        Raises:
+            ValueError: keep is empty, or names a parameter twice or one that does not exist.
+
+        Example:
+            >>> layer = flow["fc1"]                                     # doctest: +SKIP
+            >>> layer.marginal([0]).J, layer.marginal([0]).stderr       # doctest: +SKIP
+        """
+        return marginal_fisher(self.J, self.error_covariance, keep)
 
     @property
     def finite_step(self) -> torch.Tensor:
         """dtheta sqrt(J) / 2 [P]: how far each condition is from theta in units of its
-        uncertainty."""
+        uncertainty. Zero where there was no finite step."""
+        if not self.dtheta:
+            return torch.zeros(self.parameters, dtype=torch.float64)
         step = torch.tensor(self.dtheta, dtype=torch.float64)
         return step * self.J.diagonal().clamp_min(0).sqrt() / 2
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and nested lists; NaN and infinity as "nan", "inf"."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        entry = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        if self.error_covariance is None:
+            del entry["error_covariance"]
+        return entry
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> LayerFisher:
@@ -152,8 +178,17 @@ class LayerFisher:
         Raises:
             KeyError, TypeError, ValueError: an entry is missing or of a wrong kind.
         """
-        values = {f.name: entry[f.name] for f in fields(cls)}
-        parameters = len(values["dtheta"])
+        added = {"error_covariance"} - set(entry)  # files of the first version lack it
+        values = {f.name: entry[f.name] for f in fields(cls) if f.name not in added}
+        parameters = len(values["J"])
+        if "error_covariance" in values:
+            numbers = np.array(values["error_covariance"], dtype=np.float64)
+            entries = parameters * (parameters + 1) // 2
+            values["error_covariance"] = torch.from_numpy(numbers.reshape(entries, entries))
+        if len(values["dtheta"]) not in (0, parameters):
+            raise ValueError(
+                f"dtheta must hold {parameters} steps or none, got {len(values['dtheta'])}"
+            )
         for name in _MATRICES:
             numbers = np.array(values[name], dtype=np.float64)
             shape = (-1, parameters, parameters) if name.startswith("curve") else (parameters,) * 2
@@ -270,6 +305,7 @@ class FisherFlow:
                     layer,
                     J=best.J,
                     stderr=best.stderr,
+                    error_covariance=best.error_covariance,
                     notes=(*layer.notes, f"tightened by {best.name}"),
                 )
             tight.append(layer)
@@ -425,8 +461,9 @@ class FisherFlow:
 
     def _footer(self) -> str:
         step = ", ".join(f"{value:g}" for value in self.layers[0].dtheta)
+        source = f"dtheta {step}" if step else self.settings.get("source", "no finite step")
         per = "diagonal of J shown; " if self.parameters > 1 else ""
-        return f"J per unit of theta squared; {per}dtheta {step}; {self.layers[0].samples} samples"
+        return f"J per unit of theta squared; {per}{source}; {self.layers[0].samples} samples"
 
     def _repr_html_(self) -> str:
         head, *rows = self.table()

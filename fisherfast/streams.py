@@ -1,8 +1,8 @@
 """Batches of all conditions in the order of a measurement, each sample read once.
 
-Independent conditions follow each other; paired ones advance in lockstep, so that the samples which
-share their noise meet. The first samples of every condition are read early, for the pilot, and kept
-until their turn comes.
+A batch holds what its samples carry: tangents, or a score. Independent conditions follow each
+other; paired ones advance in lockstep, so that the samples which share their noise meet. The first
+samples of every condition are read early, for the pilot, and kept until their turn comes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fisherfast.data import FiniteDifference, lockstep
+from fisherfast.data import Batch, Data
+from fisherfast.data.batch import Round
 
 __all__ = ["Streams"]
 
@@ -21,9 +22,6 @@ PILOT_SAMPLES = 2048
 
 PILOT_BYTES = 2**28
 """What the pilot may keep of the input, 256 MB: fewer samples when they are large."""
-
-Round = tuple[torch.Tensor, ...]
-"""One batch of each condition of a stream: of one when independent, of all when paired."""
 
 
 class Streams:
@@ -39,7 +37,7 @@ class Streams:
 
     def __init__(
         self,
-        data: FiniteDifference,
+        data: Data,
         batch_size: int,
         *,
         device: torch.device | None = None,
@@ -48,16 +46,10 @@ class Streams:
     ) -> None:
         self._device, self._dtype, self._copy = device, dtype, copy
         self._conditions = data.conditions
-        self._streams: list[Iterator[Round]]
-        if data.paired:
-            self._streams = [lockstep(data, batch_size)]
-        else:
-            self._streams = [
-                ((batch,) for batch in data.batches(c, batch_size)) for c in range(data.conditions)
-            ]
+        self._streams = data.rounds(batch_size)
         self._kept: list[list[Round]] = []
 
-    def pilot(self) -> list[list[torch.Tensor]]:
+    def pilot(self) -> list[list[Batch]]:
         """The first samples of each condition, in batches; their number does not depend on these.
 
         Raises:
@@ -74,7 +66,7 @@ class Streams:
         ]
         return [[self._ready(batch) for batch in _trim(kept, rows)] for kept in conditions]
 
-    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[int, int, Batch]]:
         """Yield (condition, number of the batch, batch) for every sample, after `pilot`."""
         condition = 0
         for kept, stream in zip(self._kept, self._streams, strict=True):
@@ -84,21 +76,18 @@ class Streams:
                     yield condition + offset, number, self._ready(batch)
             condition += width
 
-    def _pilot_rows(self, batch: torch.Tensor) -> int:
-        sample_bytes = max(batch[:1].numel() * batch.element_size(), 1)
+    def _pilot_rows(self, batch: Batch) -> int:
+        carried = 1 if batch.tangents is None else 1 + len(batch.tangents)
+        sample_bytes = max(batch.x[:1].numel() * batch.x.element_size() * carried, 1)
         samples = min(PILOT_SAMPLES, PILOT_BYTES // sample_bytes)
         return max(samples // self._conditions, 2)
 
-    def _ready(self, batch: torch.Tensor) -> torch.Tensor:
-        return batch.to(
-            device=self._device or batch.device,
-            dtype=self._dtype or batch.dtype,
-            copy=self._copy,
-        )
+    def _ready(self, batch: Batch) -> Batch:
+        return batch.to(self._device, self._dtype, copy=self._copy)
 
 
-def _check_shapes(batches: list[torch.Tensor]) -> None:
-    shapes = sorted({tuple(batch.shape[1:]) for batch in batches})
+def _check_shapes(batches: list[Batch]) -> None:
+    shapes = sorted({tuple(batch.x.shape[1:]) for batch in batches})
     if len(shapes) > 1:
         raise ValueError(f"all conditions must have samples of the same shape, got {shapes}")
 
@@ -113,11 +102,11 @@ def _head(first: Round, stream: Iterator[Round], rows: int) -> list[Round]:
     return head
 
 
-def _trim(batches: list[torch.Tensor], rows: int) -> Iterator[torch.Tensor]:
+def _trim(batches: list[Batch], rows: int) -> Iterator[Batch]:
     """The first rows of a list of batches."""
     for batch in batches:
         if rows > 0:
-            yield batch[:rows]
+            yield batch.leading(rows)
             rows -= len(batch)
 
 

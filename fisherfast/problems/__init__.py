@@ -1,6 +1,8 @@
 """Problems whose Fisher information is known: ground truths for tests, examples and benchmarks."""
 
 from .camera import Camera, default_camera, published_positions
+from .camera_pose import CameraPose
+from .correlated_image import CorrelatedImage
 from .distributions import Laplace, LogNormal, Poisson, RectifiedGaussian
 from .experiment import CameraRecording, load_camera_npz
 from .gaussian import GaussianFamily, GaussianScale, GaussianShift, NoisyLinear
@@ -19,7 +21,9 @@ from .scenes import glyph_scene, scene_from_file
 __all__ = [
     "MLP",
     "Camera",
+    "CameraPose",
     "CameraRecording",
+    "CorrelatedImage",
     "GaussianFamily",
     "GaussianScale",
     "GaussianShift",

@@ -165,8 +165,8 @@ class Camera(Problem):
     def covariance(self, theta: Theta) -> Tensor:
         """C(theta) of the pixels in row-major order, float64 [HW, HW], in DN squared."""
         if self.gain is None:
-            return self._readout_covariance.clone()
-        return self._readout_covariance + (self.mean(theta).flatten() / self.gain).diag()
+            return self.readout_covariance.clone()
+        return self.readout_covariance + (self.mean(theta).flatten() / self.gain).diag()
 
     def fisher(self, theta: Theta) -> Tensor:
         """The FI in one image, float64 [1, 1], per um^2: exact, or Gaussian for mixed noise."""
@@ -191,7 +191,7 @@ class Camera(Problem):
             images = (poisson_sample(mean * self.gain, n, generator) / self.gain).float()
         if self.has_readout_noise:
             noise = standard_normal(n, self.dim, generator)
-            images = images + noise @ self._readout_factor.mT.to(noise)
+            images = images + noise @ self.readout_factor.mT.to(noise)
         return images.reshape(n, *self.shape)
 
     def sample_with_tangent(
@@ -309,7 +309,7 @@ class Camera(Problem):
         return spectrum, frequencies, (canvas.shape[0], canvas.shape[1])
 
     @cached_property
-    def _readout_covariance(self) -> Tensor:
+    def readout_covariance(self) -> Tensor:
         """Covariance of the read-out noise, float64 [HW, HW]."""
         rows, columns = (
             index.flatten().double()
@@ -324,9 +324,9 @@ class Camera(Problem):
         )
 
     @cached_property
-    def _readout_factor(self) -> Tensor:
+    def readout_factor(self) -> Tensor:
         """Its Cholesky factor."""
-        return cholesky_factor(self._readout_covariance)
+        return cholesky_factor(self.readout_covariance)
 
 
 def default_camera(scene: np.ndarray | Tensor | None = None) -> Camera:

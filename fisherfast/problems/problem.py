@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fisherfast.data import FiniteDifference
+    from fisherfast.data import FiniteDifference, Pathwise, Score
 
 Theta = float | Sequence[float] | np.ndarray | Tensor
 
@@ -227,6 +227,38 @@ class Problem(ABC):
         if self.parameters == 1:
             return FiniteDifference(minus[0], plus[0], steps[0], paired=paired)
         return FiniteDifference(minus, plus, steps, paired=paired)
+
+    def pathwise(self, theta: Theta, n: int, *, seed: int = 0) -> Pathwise:
+        """n samples at theta with their derivative at fixed noise, as data for `fisher_flow`.
+
+        Raises:
+            NotImplementedError: if x is not a differentiable function of theta and noise.
+
+        Example:
+            >>> from fisherfast.problems import GaussianScale
+            >>> GaussianScale(3).pathwise(1.0, 100)
+            Pathwise(parameters=1, samples=100)
+        """
+        from fisherfast.data import Pathwise
+
+        generator = seeded_generator(seed, STREAM_CONDITIONS)
+        return Pathwise(*self.sample_with_tangent(theta, n, generator))
+
+    def scored(self, theta: Theta, n: int, *, seed: int = 0) -> Score:
+        """n samples at theta with their score, as data for `fisher_flow`.
+
+        Raises:
+            NotImplementedError: if the density has no closed form.
+
+        Example:
+            >>> from fisherfast.problems import Laplace
+            >>> Laplace(3).scored(0.0, 100)
+            Score(parameters=1, samples=100)
+        """
+        from fisherfast.data import Score
+
+        x = self.sample(theta, n, seeded_generator(seed, STREAM_CONDITIONS))
+        return Score(x, self.score(x, theta))
 
     def as_theta(self, theta: Theta) -> Tensor:
         """theta as a finite float64 tensor [P], differentiable if theta is a tensor."""

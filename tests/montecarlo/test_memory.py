@@ -23,26 +23,36 @@ def stream(shift, seed):
             yield torch.randn(min(batch, samples - start), 64, generator=generator) + shift
     return batches
 
-data = ff.FiniteDifference(stream(-0.02, 0), stream(0.02, 1), dtheta=0.04)
+def carried(what):
+    def batches():
+        for x in stream(0.0, 0)():
+            yield (x, torch.ones_like(x)[:, None] if what == "pathwise" else x.sum(1))
+    return batches
+
+data = {
+    "two conditions": lambda: ff.FiniteDifference(stream(-0.02, 0), stream(0.02, 1), dtheta=0.04),
+    "pathwise": lambda: ff.Pathwise(carried("pathwise")),
+    "score": lambda: ff.Score(carried("score")),
+}[sys.argv[2]]()
 flow = ff.fisher_flow(mlp([64, 48, 16, 1], seed=0), data, max_features=128)
-assert flow["output"].samples == 2 * samples
+assert flow["output"].samples == data.conditions * samples
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def peak_kilobytes(samples: int) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(samples)], capture_output=True, text=True, check=True
-    )
+def peak_kilobytes(samples: int, source: str) -> int:
+    command = [sys.executable, "-c", PROGRAM, str(samples), source]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 @pytest.mark.slow
-def test_memory_is_flat_from_1e4_to_1e6_samples():
+@pytest.mark.parametrize("source", ["two conditions", "pathwise", "score"])
+def test_memory_is_flat_from_1e4_to_1e6_samples(source):
     """Catches inputs, activations or features that are kept: 10^6 x 64 floats alone are 256 MB.
 
     A process with torch peaks near 400 MB; within 15 % means less than 60 MB for a hundredfold
     more.
     """
-    small, large = peak_kilobytes(10_000), peak_kilobytes(1_000_000)
+    small, large = peak_kilobytes(10_000, source), peak_kilobytes(1_000_000, source)
     assert large < 1.15 * small

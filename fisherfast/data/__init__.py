@@ -1,0 +1,12 @@
+"""How the samples at theta are given: four sources, one interface.
+
+`FiniteDifference`: two conditions a finite step apart. `Pathwise`: samples with their derivative.
+`Score`: samples with the derivative of their log density. `Simulator`: a function that draws them.
+"""
+
+from fisherfast.data.batch import Batch, Data
+from fisherfast.data.finite_difference import FiniteDifference, lockstep
+from fisherfast.data.per_sample import Pathwise, Score
+from fisherfast.data.simulator import Simulator
+
+__all__ = ["Batch", "Data", "FiniteDifference", "Pathwise", "Score", "Simulator", "lockstep"]

@@ -1,0 +1,132 @@
+"""What all sources have in common: conditions, their batches, and how a mean is differentiated.
+
+A *condition* is one set of samples, all drawn at the same theta. The derivative of a mean is the
+`contrast` of the conditions' means, plus what the samples carry themselves: tangents or a score.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Batch", "Data", "Round", "abreast"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one condition, and what is known of each.
+
+    Attributes:
+        x: [n, ...].
+        tangents: [P, n, ...] dx/dtheta of each sample, or None.
+        score: [n, P] float64 d log p(x | theta) / d theta of each sample, or None.
+    """
+
+    x: torch.Tensor
+    tangents: torch.Tensor | None = None
+    score: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def leading(self, rows: int) -> Batch:
+        """The first samples."""
+        return Batch(
+            self.x[:rows],
+            None if self.tangents is None else self.tangents[:, :rows],
+            None if self.score is None else self.score[:rows],
+        )
+
+    def to(
+        self, device: torch.device | None, dtype: torch.dtype | None, *, copy: bool = False
+    ) -> Batch:
+        """On another device, samples and tangents in another dtype; None keeps what is.
+
+        Args:
+            copy: of x, so that who overwrites it harms nobody.
+        """
+        device, dtype = device or self.x.device, dtype or self.x.dtype
+        return Batch(
+            self.x.to(device=device, dtype=dtype, copy=copy),
+            None if self.tangents is None else self.tangents.to(device=device, dtype=dtype),
+            None if self.score is None else self.score.to(device),
+        )
+
+
+Round = tuple[Batch, ...]
+"""One batch of each condition of a stream: of one when independent, of all when paired."""
+
+
+class Data(ABC):
+    """Samples at theta, whatever their source.
+
+    Attributes:
+        source: "independent", "paired", "pathwise" or "score".
+        parameters: P, entries of theta.
+        conditions: number of conditions.
+        dtheta: [P] full separation of the conditions; empty where there is no finite step.
+        paired: the i-th samples of all conditions share their noise.
+    """
+
+    source: str
+    parameters: int
+    conditions: int
+    dtheta: tuple[float, ...] = ()
+    paired: bool = False
+
+    @abstractmethod
+    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
+        """Yield the samples of one condition, in order."""
+
+    @abstractmethod
+    def samples(self, condition: int) -> int | None:
+        """Number of samples of a condition, or None for a stream of unknown length."""
+
+    @abstractmethod
+    def repeats(self, condition: int) -> bool:
+        """Whether each pass over a condition surely gives the same samples in the same order."""
+
+    def contrast(self) -> torch.Tensor:
+        """Weights [conditions, P] float64: derivative of the mean = sum over conditions of weight *
+        mean. In 1/theta; zero where the samples carry the derivative themselves."""
+        weights = torch.zeros(self.conditions, self.parameters, dtype=torch.float64)
+        for p, step in enumerate(self.dtheta):
+            weights[2 * p, p] = -1.0 / step
+            weights[2 * p + 1, p] = 1.0 / step
+        return weights
+
+    def condition_name(self, condition: int) -> str:
+        """How messages call a condition: "minus", "plus", "plus[1]" for the second of several
+        parameters, or "x" where there is only one."""
+        if self.conditions == 1:
+            return "x"
+        name = "plus" if condition % 2 else "minus"
+        return name if self.parameters == 1 else f"{name}[{condition // 2}]"
+
+    def rounds(self, batch_size: int) -> list[Iterator[Round]]:
+        """The streams of a measurement: one per condition, or one of all when they are paired.
+
+        Raises:
+            ValueError: paired conditions do not yield batches of the same sizes.
+        """
+        streams = [self.read(c, batch_size) for c in range(self.conditions)]
+        if self.paired:
+            return [abreast(streams)]
+        return [((batch,) for batch in stream) for stream in streams]
+
+
+def abreast(streams: Sequence[Iterator[Batch]]) -> Iterator[Round]:
+    """Yield one batch of every stream at a time; row i of each belongs together.
+
+    Raises:
+        ValueError: the streams do not yield batches of the same sizes.
+    """
+    for batches in itertools.zip_longest(*streams):
+        sizes = [0 if batch is None else len(batch) for batch in batches]
+        if len(set(sizes)) != 1:
+            raise ValueError(f"paired conditions must yield batches of the same sizes, got {sizes}")
+        yield batches

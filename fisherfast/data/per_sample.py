@@ -1,0 +1,246 @@
+"""Samples of one condition that carry a derivative each: of themselves, or of their log density."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from fisherfast.data import sources
+from fisherfast.data.batch import Batch, Data
+from fisherfast.data.sources import Source
+
+__all__ = ["Pathwise", "Score"]
+
+
+class PerSample(Data):
+    """One condition at theta; each sample comes with something of its own."""
+
+    companion: str
+    """How messages call what comes with a sample."""
+
+    conditions = 1
+
+    def __init__(self, x: Source, companion: Any, parameters: int | None) -> None:
+        self._x = sources.check_source(x, "x")
+        self._companion = companion
+        if isinstance(x, torch.Tensor | np.ndarray):
+            if parameters is not None:
+                raise ValueError(
+                    f"parameters must be left out beside tensors, got {parameters}:"
+                    f" {self.companion} tells it"
+                )
+            self._companion = self._whole_companion()
+        else:
+            if companion is not None:
+                raise TypeError(
+                    f"{self.companion} must be left out when x yields batches"
+                    f" (x, {self.companion}), got {type(companion).__name__}"
+                )
+            self.parameters = 1 if parameters is None else parameters
+        if isinstance(self.parameters, bool) or not isinstance(self.parameters, int):
+            raise TypeError(f"parameters must be a whole number, got {parameters!r}")
+        if self.parameters < 1:
+            raise ValueError(f"parameters must be positive, got {self.parameters}")
+
+    @abstractmethod
+    def _whole_companion(self) -> torch.Tensor:
+        """The checked companion of all samples, for x a tensor; sets `parameters`."""
+
+    @abstractmethod
+    def _slice(self, x: torch.Tensor, start: int) -> Batch:
+        """The batch of samples x, the first of them number start, for x a tensor."""
+
+    @abstractmethod
+    def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
+        """The checked batch of samples and companion that a source has yielded."""
+
+    def samples(self, condition: int = 0) -> int | None:
+        """Number of samples, or None for a stream of unknown length."""
+        return sources.count(self._x)
+
+    def repeats(self, condition: int = 0) -> bool:
+        """Whether each pass surely gives the same samples in the same order."""
+        return sources.repeats(self._x)
+
+    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
+        """Yield batches of samples with their companion, in order.
+
+        Raises:
+            TypeError: a batch is not a pair of tensors or arrays of floating dtype.
+            ValueError: the source yields no sample, or a companion of a wrong shape.
+        """
+        empty, start = True, 0
+        for number, item in enumerate(sources.iterate(self._x, batch_size, "x")):
+            where = f"in batch {number}"
+            x = sources.as_batch(item, "x")
+            if isinstance(self._x, torch.Tensor | np.ndarray):
+                batch = self._slice(x, start)
+            else:
+                batch = self._join(x, self._second(item, where), where)
+            start += len(x)
+            if len(x):
+                empty = False
+                yield batch
+        if empty:
+            raise ValueError(
+                "x must yield at least one sample, got an empty source"
+                " (an iterator can be read once only: pass a function that returns a new one)"
+            )
+
+    def _second(self, item: Any, where: str) -> torch.Tensor:
+        if not isinstance(item, list | tuple) or len(item) < 2:
+            raise TypeError(
+                f"x must yield pairs (x, {self.companion}) where {self.companion} is not given,"
+                f" got {type(item).__name__} {where}"
+            )
+        return sources.as_batch([item[1]], self.companion)
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return f"{name}(parameters={self.parameters}, samples={self.samples()})"
+
+
+class Pathwise(PerSample):
+    r"""Samples at theta with their own derivative: a differentiable simulator, a known signal.
+
+    The derivative of a mean is the mean of the per-sample derivatives,
+    :math:`\partial_\theta E[f(x)] = E[f'(x)\, dx/d\theta]`: no finite step, and far less noise than
+    the difference of two conditions.
+
+    Args:
+        x: samples [n, ...] of floating dtype; or, without dx, a ``Dataset``, ``DataLoader``,
+            iterable or function that yields pairs (x, dx), see below.
+        dx: dx/dtheta [P, n, ...], dtype of x, **parameter first** for tensors and arrays. Sources
+            that yield pairs give it **sample first**, as a loader collates it: batches x [n, ...]
+            and dx [n, P, ...], Datasets items x [...] and dx [P, ...].
+        parameters: P, for sources that yield pairs; 1 if None.
+
+    Raises:
+        ValueError: dx has another shape or is not finite.
+        TypeError: integer, boolean or complex samples (an input that cannot move has no derivative:
+            use `Score` or `FiniteDifference`), or dx of another dtype than x.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> x = torch.randn(1000, 4)
+        >>> data = ff.Pathwise(x, torch.ones(1, 1000, 4))          # a mean that moves with theta
+        >>> abs(ff.fisher_information(data).value - 4) < 1
+        True
+    """
+
+    source = "pathwise"
+    companion = "dx"
+
+    def __init__(self, x: Source, dx: Any = None, *, parameters: int | None = None) -> None:
+        super().__init__(x, dx, parameters)
+
+    def _whole_companion(self) -> torch.Tensor:
+        x, dx = self._x, _as_tensor(self._companion, "dx", "[P, n, ...]")
+        if dx.ndim < 1 or tuple(dx.shape[1:]) != tuple(x.shape) or len(dx) < 1:
+            raise ValueError(
+                f"dx must have shape [P, n, ...] with [n, ...] = {list(x.shape)},"
+                f" got {list(dx.shape)}"
+            )
+        _check_like(dx, sources.as_batch(x[:1], "x"), "")
+        _check_finite(dx, "dx", "")
+        self.parameters = len(dx)
+        return dx
+
+    def _slice(self, x: torch.Tensor, start: int) -> Batch:
+        return Batch(x, tangents=self._companion[:, start : start + len(x)])
+
+    def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
+        expected = (len(x), self.parameters, *x.shape[1:])
+        if tuple(companion.shape) != expected:
+            raise ValueError(
+                f"dx must have shape [n, P, ...] = {list(expected)}, got"
+                f" {list(companion.shape)} {where} (parameters={self.parameters})"
+            )
+        _check_like(companion, x, f" {where}")
+        if companion.device.type == "cpu":
+            _check_finite(companion, "dx", f" {where}")
+        return Batch(x, tangents=companion.movedim(1, 0))
+
+
+class Score(PerSample):
+    r"""Samples at theta with their score: a known noise model (Gaussian, Poisson, ...).
+
+    With s = d log p(x | theta) / d theta the derivative of any mean is a covariance,
+    :math:`\partial_\theta E[f(x)] = \mathrm{Cov}(f, s)`. There is no finite step, nothing is
+    differentiated, and it serves photon counts, which no derivative passes through. J is then the
+    part of the score's variance that the features explain, free of the optimism of a fit.
+
+    Args:
+        x: samples [n, ...] of floating dtype (counts converted to it); or, without score, a
+            ``Dataset``, ``DataLoader``, iterable or function that yields pairs (x, score).
+        score: [n, P] or [n] for one parameter, floating; Datasets give [P] or one number a sample.
+        parameters: P, for sources that yield pairs; 1 if None.
+
+    Raises:
+        ValueError: score has another shape or is not finite.
+        TypeError: integer, boolean or complex samples or score.
+
+    Warns:
+        FisherWarning: by the measurement, when the mean of the score is more than 5 standard errors
+            from zero: it then is no score, or one at another theta.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> x = torch.randn(1000, 4)                               # N(theta 1, 1) at theta = 0
+        >>> abs(ff.fisher_information(ff.Score(x, x.sum(1))).value - 4) < 1
+        True
+    """
+
+    source = "score"
+    companion = "score"
+
+    def __init__(self, x: Source, score: Any = None, *, parameters: int | None = None) -> None:
+        super().__init__(x, score, parameters)
+
+    def _whole_companion(self) -> torch.Tensor:
+        score = _as_tensor(self._companion, "score", "[n, P]")
+        if score.ndim not in (1, 2) or len(score) != len(self._x) or score.shape[-1] < 1:
+            raise ValueError(
+                f"score must have shape [n, P] or [n] with n = {len(self._x)},"
+                f" got {list(score.shape)}"
+            )
+        _check_finite(score, "score", "")
+        columns = score.double().reshape(len(score), -1)
+        self.parameters = columns.shape[1]
+        return columns
+
+    def _slice(self, x: torch.Tensor, start: int) -> Batch:
+        return Batch(x, score=self._companion[start : start + len(x)])
+
+    def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
+        columns = companion[:, None] if companion.ndim == 1 else companion
+        if tuple(columns.shape) != (len(x), self.parameters):
+            raise ValueError(
+                f"score must have shape [n, P] = {[len(x), self.parameters]}, got"
+                f" {list(companion.shape)} {where} (parameters={self.parameters})"
+            )
+        if companion.device.type == "cpu":
+            _check_finite(companion, "score", f" {where}")
+        return Batch(x, score=columns.double())
+
+
+def _as_tensor(value: Any, name: str, shape: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor | np.ndarray):
+        raise TypeError(
+            f"{name} must be a tensor or array {shape} as x is, got {type(value).__name__}"
+        )
+    return sources.as_batch(value, name)
+
+
+def _check_like(dx: torch.Tensor, x: torch.Tensor, where: str) -> None:
+    if dx.dtype != x.dtype:
+        raise TypeError(f"dx must have the dtype of x, {x.dtype}, got {dx.dtype}{where}")
+
+
+def _check_finite(value: torch.Tensor, name: str, where: str) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity{where}")

@@ -1,0 +1,248 @@
+"""A function that draws samples at any theta, differentiated forwards or by finite steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from fisherfast.data.batch import Batch, Data
+from fisherfast.data.finite_difference import check_dtheta
+from fisherfast.data.sources import as_batch
+from fisherfast.results import FisherWarning
+
+__all__ = ["Simulator"]
+
+Draw = Callable[[torch.Tensor, int, torch.Generator], torch.Tensor]
+
+DERIVATIVES = ("pathwise", "paired", "independent")
+
+STEP_ROUNDING = 1e-3
+"""Relative error of dtheta, by the rounding of theta -+ dtheta / 2, that is refused."""
+
+PROBE_STEP = 1e-2
+"""Relative to 1 + |theta|: a change that any simulator which depends on theta shows in a batch."""
+
+HINT = 'use derivative="paired" with a dtheta'
+
+
+class Simulator(Data):
+    """Samples drawn by a function, batch by batch, the same ones at every pass.
+
+    Args:
+        fn: fn(theta [P], n, generator) -> x [n, ...] of floating dtype. All random numbers must
+            come from the generator: the same generator state must give the same noise.
+        theta: where to measure, P numbers. It reaches fn as a tensor [P] of torch's default dtype,
+            or of its own if it is a floating tensor; x keeps the dtype that fn gives it.
+        samples: number of samples, of each condition for finite steps.
+        derivative: "pathwise": dx/dtheta by PyTorch's forward mode through fn, one parameter at a
+            time (1 + P times the work). "paired": two conditions with the same noise, for a black
+            box. "independent": two conditions with noise of their own.
+        dtheta: full separation of the two conditions, one number or P of them; only for "paired"
+            and "independent".
+        seed: a batch is fixed by seed, condition and its number alone: a measurement with another
+            batch size draws other samples.
+        device: of theta and of the generator.
+
+    Raises:
+        ValueError: dtheta is missing, not positive or lost in the rounding of theta; during a
+            measurement: fn gives other samples from the same generator state, or has no derivative.
+        TypeError: fn cannot be called, or returns no floating tensor.
+
+    Warns:
+        FisherWarning: during a measurement, when x does not depend on theta: J = 0.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> def fn(theta, n, generator):
+        ...     return torch.exp(theta + torch.randn(n, 3, generator=generator))
+        >>> data = ff.Simulator(fn, theta=0.5, samples=4000)
+        >>> data.parameters, data.source
+        (1, 'pathwise')
+    """
+
+    def __init__(
+        self,
+        fn: Draw,
+        theta: float | Sequence[float] | np.ndarray | torch.Tensor,
+        *,
+        samples: int = 20_000,
+        derivative: str = "pathwise",
+        dtheta: float | Sequence[float] | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(f"fn must be a function, got {type(fn).__name__}")
+        if derivative not in DERIVATIVES:
+            raise ValueError(f"derivative must be one of {DERIVATIVES}, got {derivative!r}")
+        for name, value in (("samples", samples), ("seed", seed)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if samples < 1:
+            raise ValueError(f"samples must be positive, got {samples}")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
+        self._fn = fn
+        self._theta = _as_theta(theta).to(device)
+        self._samples = int(samples)
+        self._seed = int(seed)
+        self.source = derivative
+        self.parameters = len(self._theta)
+        self.paired = derivative == "paired"
+        if derivative == "pathwise":
+            if dtheta is not None:
+                raise ValueError(f'dtheta must be left out for derivative="pathwise", got {dtheta}')
+            self.conditions = 1
+        else:
+            if dtheta is None:
+                raise ValueError(f'dtheta must be given for derivative="{derivative}", got None')
+            self.dtheta = check_dtheta(dtheta, self.parameters)
+            self.conditions = 2 * self.parameters
+            self._check_rounding()
+        self._checked = False
+
+    def samples(self, condition: int = 0) -> int:
+        """Number of samples of a condition."""
+        return self._samples
+
+    def repeats(self, condition: int = 0) -> bool:
+        """Always: a batch is fixed by seed, condition and its number."""
+        return True
+
+    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
+        """Draw the samples of one condition, in batches."""
+        if not self._checked:
+            self._check_simulator(min(batch_size, self._samples))
+            self._checked = True
+        for number, start in enumerate(range(0, self._samples, batch_size)):
+            n = min(batch_size, self._samples - start)
+            if self.source == "pathwise":
+                yield self._differentiate(number, n)
+            else:
+                yield Batch(self._draw(self._point(condition), condition, number, n))
+
+    def _point(self, condition: int) -> torch.Tensor:
+        """theta of a condition, [P]."""
+        point = self._theta.clone()
+        if self.dtheta:
+            side = 0.5 if condition % 2 else -0.5
+            point[condition // 2] += side * self.dtheta[condition // 2]
+        return point
+
+    def _generator(self, condition: int, number: int) -> torch.Generator:
+        """Random numbers of one batch; both conditions of a pair share them."""
+        stream = condition // 2 if self.paired else condition
+        state = np.random.SeedSequence((self._seed, stream, number)).generate_state(1, np.uint64)
+        return torch.Generator(self._theta.device).manual_seed(int(state[0]))
+
+    def _draw(self, theta: torch.Tensor, condition: int, number: int, n: int) -> torch.Tensor:
+        """One batch at any theta, from the random numbers of a condition's batch."""
+        return as_batch(self._call(theta, self._generator(condition, number), n), "fn")
+
+    def _call(self, theta: torch.Tensor, generator: torch.Generator, n: int) -> torch.Tensor:
+        x = self._fn(theta, n, generator)
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"fn must return a tensor [n, ...], got {type(x).__name__}")
+        if x.ndim < 1 or len(x) != n:
+            raise ValueError(f"fn must return n = {n} samples, got shape {list(x.shape)}")
+        if not x.is_floating_point():
+            hint = f"; counts have no derivative: {HINT}" if self.source == "pathwise" else ""
+            raise TypeError(
+                f"fn must return a floating tensor, got {x.dtype}: convert with .float(){hint}"
+            )
+        return x
+
+    def _differentiate(self, number: int, n: int) -> Batch:
+        """x and dx/dtheta by forward mode: each parameter in turn, with the same noise."""
+        duals = [self._jvp(parameter, number, n) for parameter in range(self.parameters)]
+        tangents = [torch.zeros_like(x) if tangent is None else tangent for x, tangent in duals]
+        return Batch(duals[0][0], tangents=torch.stack(tangents))
+
+    def _jvp(self, parameter: int, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x of one batch and its derivative to one parameter; None where nothing depends on it."""
+        direction = torch.zeros_like(self._theta)
+        direction[parameter] = 1
+        with warnings.catch_warnings():
+            # torch compiles its decompositions at the first use of forward mode, and warns of it
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
+            with torch.inference_mode(False), forward_ad.dual_level():
+                theta = forward_ad.make_dual(self._theta.clone(), direction)
+                try:
+                    x = self._call(theta, self._generator(0, number), n)
+                except NotImplementedError as error:
+                    reason = str(error).partition("\n")[0].rstrip(".")
+                    raise ValueError(
+                        f"fn must be differentiable in forward mode, got: {reason}; {HINT}"
+                    ) from error
+                primal, tangent = forward_ad.unpack_dual(x)
+                return as_batch(primal, "fn"), None if tangent is None else tangent.detach()
+
+    def _check_simulator(self, n: int) -> None:
+        """On the first batch: the same noise from the same seed, and x that depends on theta."""
+        first = self._draw(self._theta, 0, 0, n)
+        if not torch.equal(self._draw(self._theta, 0, 0, n), first):
+            raise ValueError(
+                "fn must give the same samples from the same generator state, got others:"
+                " draw every random number from the generator that it is given"
+            )
+        for p in range(self.parameters):
+            if not self._depends_on(p, n, first):
+                warnings.warn(
+                    f"fn must depend on theta, got the same samples for another theta[{p}]: J = 0",
+                    FisherWarning,
+                    stacklevel=2,
+                )
+
+    def _depends_on(self, parameter: int, n: int, first: torch.Tensor) -> bool:
+        """Whether the first batch changes with a parameter, and as it should."""
+        if self.source != "pathwise":
+            minus, plus = (
+                self._draw(self._point(2 * parameter + side), 0, 0, n) for side in (0, 1)
+            )
+            return not torch.equal(minus, plus)
+        tangent = self._jvp(parameter, 0, n)[1]
+        if tangent is not None and bool(tangent.any()):
+            return True
+        moved = self._theta.clone()
+        moved[parameter] += PROBE_STEP * (1 + float(moved[parameter].abs()))
+        if torch.equal(self._draw(moved, 0, 0, n), first):
+            return False
+        raise ValueError(
+            f"fn must be differentiable in theta[{parameter}], got samples that change with it but"
+            f" have no derivative (counts, comparisons, NumPy): {HINT}"
+        )
+
+    def _check_rounding(self) -> None:
+        for p, step in enumerate(self.dtheta):
+            minus, plus = (self._point(2 * p + side)[p].double() for side in (0, 1))
+            if abs(float(plus - minus) / step - 1) > STEP_ROUNDING:
+                raise ValueError(
+                    f"dtheta must be resolved by theta of {self._theta.dtype}, got"
+                    f" {step:g} beside {float(self._theta[p]):g}: pass theta as a float64 tensor"
+                )
+
+    def __repr__(self) -> str:
+        step = f", dtheta={list(self.dtheta)}" if self.dtheta else ""
+        return (
+            f"Simulator({self.source}{step}, theta={self._theta.tolist()}, samples={self._samples})"
+        )
+
+
+def _as_theta(theta: float | Sequence[float] | np.ndarray | torch.Tensor) -> torch.Tensor:
+    """theta as a finite tensor [P]."""
+    if isinstance(theta, torch.Tensor) and theta.is_floating_point():
+        vector = theta.detach().clone()
+    else:
+        vector = torch.as_tensor(theta)
+        if vector.is_complex() or vector.dtype == torch.bool:
+            raise TypeError(f"theta must be real numbers, got {vector.dtype}")
+        vector = vector.to(torch.get_default_dtype())
+    if vector.ndim > 1 or vector.numel() < 1:
+        raise ValueError(f"theta must have shape [P], got {list(vector.shape)}")
+    if not bool(torch.isfinite(vector).all()):
+        raise ValueError(f"theta must be finite, got {vector.tolist()}")
+    return vector.reshape(-1)

@@ -1,0 +1,105 @@
+"""Reading samples from whatever holds them: tensors, arrays, Datasets, loaders, streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Source", "as_batch", "check_floating", "check_source", "count", "iterate", "repeats"]
+
+Source = Any
+"""A tensor or array [n, ...], a Dataset, a DataLoader, an iterable of batches, or a function that
+returns one."""
+
+
+def check_source(source: Source, name: str) -> Source:
+    if isinstance(source, torch.Tensor | np.ndarray):
+        check_floating(source, name)
+        if source.ndim < 1:
+            raise ValueError(f"{name} must have shape [n, ...], got a single number")
+        return source
+    readable = isinstance(source, Iterable | Callable) or hasattr(source, "__getitem__")
+    if not readable or isinstance(source, str | bytes | dict | np.generic):
+        raise TypeError(
+            f"{name} must be a tensor, an array, a Dataset, a DataLoader, an iterable of batches"
+            f" or a function that returns one, got {type(source).__name__}"
+        )
+    return source
+
+
+def check_floating(batch: torch.Tensor | np.ndarray, name: str) -> None:
+    floating = (
+        batch.is_floating_point()
+        if isinstance(batch, torch.Tensor)
+        else np.issubdtype(batch.dtype, np.floating)
+    )
+    if not floating:
+        raise TypeError(
+            f"{name} must have a floating dtype, got {batch.dtype}; convert with .float(),"
+            " or split complex numbers into real and imaginary part"
+        )
+    if isinstance(batch, torch.Tensor) and batch.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got {batch.layout}; convert with .to_dense()")
+
+
+def iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:
+    if isinstance(source, torch.Tensor | np.ndarray):
+        for start in range(0, len(source), batch_size):
+            yield source[start : start + batch_size]
+    elif isinstance(source, torch.utils.data.DataLoader):
+        yield from source
+    elif isinstance(source, torch.utils.data.Dataset):
+        yield from torch.utils.data.DataLoader(source, batch_size=batch_size)
+    elif isinstance(source, Iterable):
+        yield from source
+    elif callable(source):
+        yield from iterate(check_source(source(), name), batch_size, name)
+    else:
+        yield from torch.utils.data.DataLoader(source, batch_size=batch_size)
+
+
+def _from_array(array: np.ndarray) -> torch.Tensor:
+    """A tensor of an array, without a copy where torch can read it as it is."""
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(np.require(native, requirements=["C", "W"]))
+
+
+def as_batch(item: Any, name: str) -> torch.Tensor:
+    if isinstance(item, list | tuple) and item:
+        item = item[0]
+    if isinstance(item, np.ndarray):
+        check_floating(item, name)
+        item = _from_array(item)
+    if not isinstance(item, torch.Tensor):
+        raise TypeError(
+            f"{name} must yield tensors or arrays [n, ...] (or tuples that start with one),"
+            f" got {type(item).__name__}"
+        )
+    check_floating(item, name)
+    if item.ndim < 1:
+        raise ValueError(f"{name} must yield batches of shape [n, ...], got a single number")
+    return item.detach()
+
+
+def count(source: Source) -> int | None:
+    """Number of samples of a source, or None for a stream of unknown length."""
+    if isinstance(source, torch.Tensor | np.ndarray):
+        return len(source)
+    sized: Any = getattr(source, "dataset", source)
+    try:
+        return len(sized)
+    except TypeError:
+        return None
+
+
+def repeats(source: Source) -> bool:
+    """Whether each pass over a source surely gives the same samples in the same order: tensors,
+    arrays, Datasets, and DataLoaders that do not shuffle."""
+    if isinstance(source, torch.utils.data.DataLoader):
+        return isinstance(source.sampler, torch.utils.data.SequentialSampler)
+    if isinstance(source, torch.utils.data.IterableDataset):
+        return False
+    return isinstance(source, torch.Tensor | np.ndarray | torch.utils.data.Dataset)

@@ -1,0 +1,122 @@
+"""Information about some parameters when the others are unknown too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["MarginalFisher", "marginal_fisher", "pack_covariance"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MarginalFisher:
+    """Fisher information about the parameters kept, the others being nuisances.
+
+    Attributes:
+        parameters: [a] the parameters kept.
+        J: [a, a] float64, J_aa - J_ab J_bb^-1 J_ba, per unit of theta squared. NaN where the
+            information about the nuisances is not positive definite.
+        stderr: [a, a] standard errors; NaN where the errors of J were not kept (old files).
+    """
+
+    parameters: tuple[int, ...]
+    J: torch.Tensor
+    stderr: torch.Tensor
+
+    @property
+    def value(self) -> float:
+        """J as a number; for one parameter only."""
+        if len(self.parameters) != 1:
+            raise ValueError(
+                f"value must be asked for one parameter, got {len(self.parameters)}: use .J"
+            )
+        return float(self.J)
+
+    def __float__(self) -> float:
+        return self.value
+
+    @property
+    def crlb(self) -> torch.Tensor:
+        """Cramer-Rao bound [a] in the unit of theta, as `LayerFisher.crlb` has it for these."""
+        return cramer_rao(self.J)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{float(value):.4g}" for value in self.J.diagonal())
+        errors = ", ".join(f"{float(value):.4g}" for value in self.stderr.diagonal())
+        return f"MarginalFisher(parameters={list(self.parameters)}, J={values}, stderr={errors})"
+
+
+def cramer_rao(J: torch.Tensor) -> torch.Tensor:
+    """sqrt of the diagonal of J^-1 [P]; infinite where J is not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex((J + J.T) / 2)
+    if int(failed) or not bool(torch.isfinite(factor).all()):
+        return torch.full((len(J),), math.inf, dtype=torch.float64)
+    return torch.cholesky_inverse(factor).diagonal().sqrt()
+
+
+def marginal_fisher(
+    J: torch.Tensor, error_covariance: torch.Tensor | None, keep: int | Sequence[int]
+) -> MarginalFisher:
+    r"""The Schur complement of J, and its standard error in first order.
+
+    .. math:: M = J_{aa} - J_{ab} J_{bb}^{-1} J_{ba}, \qquad dM = X^T\, dJ\, X, \quad
+              X = \begin{pmatrix} 1 \\ -J_{bb}^{-1} J_{ba} \end{pmatrix}
+
+    Args:
+        J: [P, P].
+        error_covariance: [m, m] of the lower triangle of J, m = P (P + 1) / 2, or None.
+        keep: parameters kept.
+
+    Raises:
+        ValueError: keep is empty, or names a parameter twice or one that does not exist.
+        TypeError: keep is no whole number or sequence of these.
+    """
+    kept = _check_keep(keep, len(J))
+    rest = [p for p in range(len(J)) if p not in kept]
+    J = (J + J.T) / 2
+    size = len(kept)
+    X = torch.zeros(len(J), size, dtype=torch.float64)
+    X[kept] = torch.eye(size, dtype=torch.float64)
+    if rest:
+        block = J[rest][:, rest]
+        factor, failed = torch.linalg.cholesky_ex(block)
+        if int(failed) or not bool(torch.isfinite(factor).all()):
+            nothing = torch.full((size, size), math.nan, dtype=torch.float64)
+            return MarginalFisher(tuple(kept), nothing, nothing.clone())
+        X[rest] = -torch.cholesky_solve(J[rest][:, kept], factor)
+    marginal = X.T @ J @ X
+    if error_covariance is None:
+        return MarginalFisher(tuple(kept), marginal, torch.full_like(marginal, math.nan))
+    full = _unpack_covariance(error_covariance, len(J))
+    variance = torch.einsum("pi,qj,pqrs,ri,sj->ij", X, X, full, X, X)
+    return MarginalFisher(tuple(kept), marginal, variance.clamp_min(0).sqrt())
+
+
+def pack_covariance(full: torch.Tensor) -> torch.Tensor:
+    """[P, P, P, P] of the entries of a symmetric matrix as [m, m] of its lower triangle."""
+    row, column = torch.tril_indices(len(full), len(full), device=full.device)
+    return full[row, column][:, row, column]
+
+
+def _unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
+    row, column = torch.tril_indices(parameters, parameters)
+    place = torch.zeros(parameters, parameters, dtype=torch.int64)
+    place[row, column] = torch.arange(len(row))
+    place[column, row] = torch.arange(len(row))
+    return packed[place.flatten()][:, place.flatten()].reshape((parameters,) * 4)
+
+
+def _check_keep(keep: int | Sequence[int], parameters: int) -> list[int]:
+    entries = [keep] if isinstance(keep, int) else list(keep)
+    if any(isinstance(p, bool) or not isinstance(p, int) for p in entries):
+        raise TypeError(f"keep must hold whole numbers, got {keep!r}")
+    kept = [p + parameters if p < 0 else p for p in entries]
+    valid = all(0 <= p < parameters for p in kept)
+    if not kept or not valid or len(set(kept)) < len(kept):
+        raise ValueError(
+            f"keep must name different parameters of the {parameters} there are, got {keep!r}"
+        )
+    return kept

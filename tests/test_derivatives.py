@@ -1,0 +1,315 @@
+"""Fold-wise derivatives from tangents and scores, and the algebra of the estimates from them.
+Statistics are in tests/montecarlo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fisherfast.derivatives import ScoreMoments, fold_products, fold_sums
+from fisherfast.estimators import choose_features, cross_fitted_bound, fisher_curve
+from fisherfast.features import FeatureDictionary, Lift, PilotMoments
+from fisherfast.moments import FoldMoments, FoldStatistics
+from fisherfast.uncertainty import independent_covariance, independent_variance
+
+N, D, K, P, FOLDS = 203, 3, 24, 2, 4
+NO_STEP = torch.zeros(1, P, dtype=torch.float64)
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def lift() -> Lift:
+    return Lift(numbers(K - D, D, seed=1), numbers(K - D, seed=2), numbers(K - D, seed=3), -0.5)
+
+
+def carried(kind: str) -> torch.Tensor:
+    """Tangents [P, n, d], or a score [n, P] that the features explain in part."""
+    if kind == "tangents":
+        return 1 + numbers(P, N, D, seed=4)
+    return numbers(N, D) @ numbers(D, P, seed=5) + numbers(N, P, seed=6)
+
+
+def accumulate(kind: str, lift: Lift, batch: int = N, folds: int = FOLDS) -> FoldMoments:
+    moments = FoldMoments(K, 1, folds=folds, **{kind: P})
+    what = carried(kind)
+    for start in range(0, N, batch):
+        rows = slice(start, start + batch)
+        piece = what[:, rows] if kind == "tangents" else what[rows]
+        moments.update(0, numbers(N, D)[rows], lift, piece)
+    return moments
+
+
+def lifted(lift: Lift) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [n, K] and their tangents [P, n, K] by autograd."""
+    z, dz = numbers(N, D), carried("tangents")
+
+    def features(row: torch.Tensor) -> torch.Tensor:
+        u = lift.weight @ row + lift.bias
+        return torch.cat([row, torch.nn.functional.leaky_relu(u, lift.slope) - lift.pilot])
+
+    jacobian = torch.func.vmap(torch.func.jacrev(features))(z)
+    return torch.func.vmap(features)(z), torch.einsum("nkd,pnd->pnk", jacobian, dz)
+
+
+def test_fold_sums_equal_a_loop():
+    """Catches rows of the wrong fold, at any start and any remainder."""
+    x, w = numbers(P, 11, 5), numbers(11, P, seed=1)
+    for n in range(12):
+        for first in range(5):
+            fold = (first + torch.arange(n)) % FOLDS
+            for f in range(FOLDS):
+                mine = x[:, :n][:, fold == f]
+                torch.testing.assert_close(
+                    fold_sums(x[:, :n], first, FOLDS)[f], mine.sum(1), rtol=0, atol=1e-12
+                )
+                torch.testing.assert_close(
+                    fold_products(w[:n], x[0, :n], first, FOLDS)[f],
+                    w[:n][fold == f].T @ x[0, :n][fold == f],
+                    rtol=0,
+                    atol=1e-12,
+                )
+
+
+def test_tangents_of_lifted_features_are_those_of_autograd(lift):
+    """Catches the slope of the other side, a bias in the tangent, folds of another batch."""
+    _, df = lifted(lift)
+    statistics = accumulate("tangents", lift).statistics(NO_STEP)
+    torch.testing.assert_close(statistics.derivative, df.mean(1).T)
+    for f in range(FOLDS):
+        torch.testing.assert_close(statistics.fold_derivatives[f], df[:, f::FOLDS].mean(1).T)
+
+
+def test_the_kink_has_the_derivative_of_pytorch():
+    """Catches the mean of both slopes at u = 0: PyTorch takes the slope below."""
+    one, zero = torch.ones(1, 1), torch.zeros(1)
+    moments = FoldMoments(2, 1, folds=FOLDS, tangents=1)
+    moments.update(0, torch.zeros(8, 1), Lift(one, zero, zero, -0.5), torch.ones(1, 8, 1))
+    assert moments.carried.sums[:, 0].sum(0).tolist() == [8.0, -4.0]
+
+
+def test_score_covariance_is_within_folds(lift):
+    """Catches a covariance about the total mean, a fold's share of wrong weight, a wrong nu."""
+    f, _ = lifted(lift)
+    s = carried("score")
+    statistics = accumulate("score", lift).statistics(NO_STEP)
+    shares, V = [], []
+    for fold in range(FOLDS):
+        df, ds = (x[fold::FOLDS] - x[fold::FOLDS].mean(0) for x in (f, s))
+        shares.append(df.T @ ds)
+        V.append(ds.T @ ds)
+    nu = N - FOLDS
+    assert statistics.dof == nu
+    torch.testing.assert_close(statistics.derivative, sum(shares) / nu)
+    torch.testing.assert_close(statistics.fold_derivatives, torch.stack(shares) * FOLDS / nu)
+    torch.testing.assert_close(statistics.score.covariance, sum(V) / nu)
+    torch.testing.assert_close(statistics.score.folds, torch.stack(V) * FOLDS / nu)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("kind", ["tangents", "score"])
+def test_halves_are_the_even_and_the_odd_samples(kind, half, lift):
+    """Catches a bound whose readout has seen the samples it is measured on."""
+    statistics = accumulate(kind, lift).statistics(NO_STEP, half)
+    what = carried(kind)
+    rows = torch.arange(N)[half::2]
+    sums = []
+    f, df = lifted(lift)
+    for fold in range(half, FOLDS, 2):
+        mine = rows[rows % FOLDS == fold]
+        if kind == "tangents":
+            sums.append(df[:, mine].sum(1).T)
+        else:
+            sums.append((f[mine] - f[mine].mean(0)).T @ (what[mine] - what[mine].mean(0)))
+    weight = len(rows) if kind == "tangents" else len(rows) - FOLDS // 2
+    torch.testing.assert_close(statistics.derivative, sum(sums) / weight)
+    assert len(statistics.fold_derivatives) == FOLDS // 2
+
+
+@pytest.mark.parametrize("kind", ["tangents", "score"])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_batches_do_not_matter(kind, batch, lift):
+    """Catches folds dealt within a batch, or a tile whose rows start at fold 0."""
+    whole = accumulate(kind, lift).statistics(NO_STEP)
+    cut = accumulate(kind, lift, batch).statistics(NO_STEP)
+    torch.testing.assert_close(cut.derivative, whole.derivative)
+    torch.testing.assert_close(cut.fold_derivatives, whole.fold_derivatives)
+    if kind == "score":
+        torch.testing.assert_close(cut.score.folds, whole.score.folds)
+
+
+@pytest.mark.parametrize("kind", ["tangents", "score"])
+def test_growing_gives_the_same(kind, lift):
+    """Catches sums of known features that are added twice, or a score counted twice."""
+    small = FoldMoments(D + 5, 1, folds=FOLDS, **{kind: P})
+    small.update(0, numbers(N, D), lift.leading(5), carried(kind))
+    grown = small.grown(K)
+    grown.update(0, numbers(N, D), lift, carried(kind))
+    whole = accumulate(kind, lift)
+    got, expected = grown.statistics(NO_STEP), whole.statistics(NO_STEP)
+    torch.testing.assert_close(got.derivative, expected.derivative, rtol=1e-12, atol=1e-12)
+    assert got.dof == expected.dof
+    if kind == "score":
+        assert torch.equal(got.score.folds, expected.score.folds)
+
+
+@pytest.mark.parametrize("kind", ["tangents", "score"])
+def test_merge_and_state(kind, lift):
+    """Catches derivatives that are left out of a merge or of the state. 100 rows keep the folds."""
+    what = carried(kind)
+    parts = []
+    for rows in (slice(0, 100), slice(100, 200)):
+        moments = FoldMoments(K, 1, folds=FOLDS, **{kind: P})
+        piece = what[:, rows] if kind == "tangents" else what[rows]
+        moments.update(0, numbers(N, D)[rows], lift, piece)
+        parts.append(FoldMoments.from_state_dict(moments.state_dict()))
+    parts[0].merge(parts[1])
+    whole = FoldMoments(K, 1, folds=FOLDS, **{kind: P})
+    both = what[:, :200] if kind == "tangents" else what[:200]
+    whole.update(0, numbers(N, D)[:200], lift, both)
+    got, expected = parts[0].statistics(NO_STEP), whole.statistics(NO_STEP)
+    torch.testing.assert_close(got.fold_derivatives, expected.fold_derivatives)
+    if kind == "score":
+        torch.testing.assert_close(got.score.folds, expected.score.folds)
+
+
+def test_merge_refuses_another_kind(lift):
+    """Catches tangents added to products with the score."""
+    message = r"other must hold the same kind of derivatives, got score \[4, 2, 24\] for tangents"
+    with pytest.raises(ValueError, match=message):
+        accumulate("tangents", lift).merge(accumulate("score", lift))
+    with pytest.raises(ValueError, match="same kind of derivatives, got one without"):
+        accumulate("tangents", lift).merge(FoldMoments(K, 1, folds=FOLDS))
+
+
+def test_no_tangents_are_zero_tangents(lift):
+    """Catches counts that leave out batches whose activations do not depend on theta."""
+    moments = accumulate("tangents", lift)
+    moments.update(0, numbers(N, D), lift, None)
+    once = accumulate("tangents", lift).statistics(NO_STEP).derivative
+    torch.testing.assert_close(moments.statistics(NO_STEP).derivative, once / 2)
+
+
+def test_score_is_needed(lift):
+    """Catches a score of zero in the place of none."""
+    with pytest.raises(ValueError, match="carried must be the score of each sample, got None"):
+        ScoreMoments(P, K, folds=FOLDS).update(numbers(N, D), None, lift)
+
+
+def test_sketch_groups_tangents_as_activations():
+    """Catches tangents of other groups, or without the sign: a shift by the tangent shows it."""
+    d, step = 5000, 1e-3
+    x, dx = numbers(40, d), numbers(1, 40, d, seed=1)
+    pilot = PilotMoments()
+    pilot.update(x)
+    dictionary = FeatureDictionary(pilot.standardisation(), 16, dtype=torch.float64)
+    assert dictionary.kind == "sketch"
+    moved = dictionary.raw_features(x + step * dx[0]) - dictionary.raw_features(x)
+    torch.testing.assert_close(dictionary.raw_tangents(dx)[0], moved / step, rtol=0, atol=1e-8)
+
+
+# estimates --------------------------------------------------------------------------------------
+
+
+def test_j_of_the_score_is_the_adjusted_r_squared(lift):
+    """Catches nu, k or the residual: V - RSS / (nu - k) of a least-squares fit, for every k."""
+    f, _ = lifted(lift)
+    s = carried("score")
+    for fold in range(FOLDS):
+        f[fold::FOLDS] -= f[fold::FOLDS].mean(0)
+        s[fold::FOLDS] -= s[fold::FOLDS].mean(0)
+    nu = N - FOLDS
+    curve = fisher_curve(accumulate("score", lift).statistics(NO_STEP), ridge=0.0)
+    for k in (1, D, 10, K):
+        readout = torch.linalg.lstsq(f[:, :k], s).solution
+        residual = s - f[:, :k] @ readout
+        J = s.T @ s / nu - residual.T @ residual / (nu - k)
+        torch.testing.assert_close(curve.J[k - 1], J)
+
+
+def statistics_of(kind: str, lift: Lift) -> FoldStatistics:
+    if kind != "independent":
+        return accumulate(kind, lift).statistics(NO_STEP)
+    moments = FoldMoments(K, 2 * P, folds=FOLDS)
+    shifts = torch.tensor([[-1.0, 0, 0], [1, 0, 0], [0, -1, -1], [0, 1, 1]]).double()
+    for condition in range(2 * P):
+        moments.update(condition, numbers(N, D, seed=condition) + shifts[condition], lift)
+    contrast = torch.zeros(2 * P, P, dtype=torch.float64)
+    contrast[:2, 0] = contrast[2:, 1] = torch.tensor([-2.0, 2.0])
+    return moments.statistics(contrast)
+
+
+@pytest.mark.parametrize("kind", ["independent", "tangents", "score"])
+def test_error_covariance_has_the_standard_errors_on_its_diagonal(kind, lift):
+    """Catches a formula that differs between the curve and the marginal information."""
+    curve = fisher_curve(statistics_of(kind, lift))
+    for k in (D, K):
+        full = curve.error_covariance(k)
+        entries = torch.einsum("pqpq->pq", full)
+        torch.testing.assert_close(entries, curve.stderr[k - 1].square())
+        torch.testing.assert_close(full, full.transpose(0, 1))
+        torch.testing.assert_close(full, full.permute(2, 3, 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["independent", "tangents", "score"])
+def test_errors_turn_with_theta(kind, lift):
+    """Catches a formula that is right in one basis of theta only: D T has the errors of T^T J T,
+    where the share R that steers the score's formula is the same (T is a rotation of a round V)."""
+    statistics = statistics_of(kind, lift)
+    angle = torch.tensor(0.7)
+    T = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]]).double()
+    turned = FoldStatistics(
+        **{
+            **statistics.__dict__,
+            "derivative": statistics.derivative @ T,
+            "fold_derivatives": statistics.fold_derivatives @ T,
+            "noise": T.T @ statistics.noise @ T,
+            "score": None
+            if statistics.score is None
+            else type(statistics.score)(
+                T.T @ statistics.score.covariance @ T, T.T @ statistics.score.folds @ T
+            ),
+        }
+    )
+    before, after = (fisher_curve(s).error_covariance(K) for s in (statistics, turned))
+    expected = torch.einsum("pi,qj,pqrs,rk,sl->ijkl", T, T, before, T, T)
+    torch.testing.assert_close(after, expected)
+
+
+def test_independent_covariance_of_one_parameter_is_the_classical_variance():
+    """Catches a term of the inverse Wishart that is missing: docs/theory.md, section 6."""
+    J, c, k, nu = 7.0, 0.3, 12.0, 400.0
+    a = nu - k
+    expected = 2 / (a - 3) * (J**2 + 2 * c * J * (nu - 1) + c**2 * k * (nu - 1))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    full = independent_covariance(J * one, nu, c * one, k)
+    assert float(full) == pytest.approx(expected)
+    entry = independent_variance(J * one[None], nu, c * one, torch.tensor([k]).double())
+    assert float(entry) == pytest.approx(expected)
+
+
+def test_score_that_is_a_feature_is_explained_whole(lift):
+    """Catches an error bar that misses the variance of V: J = V, known as well as V is."""
+    moments = FoldMoments(D, 1, folds=FOLDS, score=1)
+    moments.update(0, numbers(N, D), None, numbers(N, D)[:, :1])
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    statistics = moments.statistics(zero)
+    curve = fisher_curve(statistics, ridge=0.0)
+    V = statistics.score
+    torch.testing.assert_close(curve.J[-1], V.covariance)
+    torch.testing.assert_close(curve.stderr[-1].square(), V.folds.var(0, correction=1) / FOLDS)
+
+
+def test_bound_and_choice_work_on_both(lift):
+    """Catches a half-split that drops the score, and a choice of k outside the curve."""
+    for kind in ("tangents", "score"):
+        moments = accumulate(kind, lift, folds=8)
+        curve = fisher_curve(moments.statistics(NO_STEP))
+        chosen, _ = choose_features(curve, D)
+        assert D <= chosen <= K
+        halves = [moments.statistics(NO_STEP, half) for half in (0, 1)]
+        lower, error = cross_fitted_bound(*halves)
+        assert lower.shape == error.shape == (P, P)
+        assert bool((error.diagonal() > 0).all())

@@ -1,0 +1,320 @@
+"""The flow on tangents, scores and simulators: layers, maps, growth, notes, files, nuisances."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import fisherfast as ff
+from fisherfast.problems import GaussianShift, Poisson, mlp
+
+N, D = 3000, 6
+
+
+def problem(parameters: int = 2) -> GaussianShift:
+    generator = torch.Generator().manual_seed(1)
+    root = torch.randn(D, D, generator=generator, dtype=torch.float64) / D**0.5
+    direction = torch.randn(D, parameters, generator=generator, dtype=torch.float64)
+    return GaussianShift(direction, root @ root.T + 0.5 * torch.eye(D, dtype=torch.float64))
+
+
+def source(kind: str, parameters: int = 2, n: int = N) -> ff.Pathwise | ff.Score | ff.Simulator:
+    world, theta = problem(parameters), [0.0] * parameters
+    if kind == "pathwise":
+        return world.pathwise(theta, n)
+    if kind == "score":
+        return world.scored(theta, n)
+    if kind == "simulator":
+        return ff.Simulator(world.sample, theta, samples=n)
+    return ff.Simulator(world.sample, theta, samples=n, derivative="paired", dtheta=0.1)
+
+
+KINDS = ["pathwise", "score", "simulator", "paired"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_linear_layer_has_its_closed_form(kind):
+    """Catches tangents of another layer, a parameter in the place of another: 4 standard errors of
+    nine entries in three layers, a false alarm in 600 seeds."""
+    model = mlp([D, 5, 3], nn.Identity, seed=0)
+    flow = ff.fisher_flow(model, source(kind), layers=r"^fc", max_features=16)
+    weight = torch.eye(D, dtype=torch.float64)
+    for name, layer in (("input", None), ("fc1", model.fc1), ("fc2", model.fc2)):
+        if layer is not None:
+            weight = layer.weight.detach().double() @ weight
+        off = (flow[name].J - problem().fisher_after(weight)) / flow[name].stderr
+        assert float(off.abs().max()) < 4
+        assert flow[name].linear.shape == (2, 2)
+
+
+class Detached(nn.Module):
+    """A smooth branch, and one whose derivative is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.smooth = nn.Linear(D, 3)
+        self.sign = nn.Linear(D, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.tanh(self.smooth(x)), torch.relu(self.sign(x).round())], 1)
+
+
+def test_a_layer_without_derivative_says_so():
+    """Catches J = 0 without a word where information passes but no derivative does."""
+    torch.manual_seed(0)
+    flow = ff.fisher_flow(Detached(), source("pathwise"), max_features=16)
+    rounded = next(layer for layer in flow if layer.name.endswith("relu"))
+    assert float(rounded.J.abs().max()) == 0
+    assert any(note.startswith("no derivative reaches this layer") for note in rounded.notes)
+    assert not any(note.startswith("no derivative") for note in flow["smooth"].notes)
+    score = ff.fisher_flow(Detached(), source("score"), max_features=16)
+    assert float(score[rounded.name].J[0, 0]) > 0.1
+
+
+def test_the_score_sees_photon_counts():
+    """Catches a score that is taken at another theta than the samples: 4 standard errors."""
+    light = Poisson(lambda t: 3 * t * torch.ones(8), lambda t: 3 * torch.ones(1, 8), dim=8)
+    info = ff.fisher_information(light.scored(1.0, 4000), max_features=32)
+    assert abs(info.value - 24) < 4 * float(info.stderr)
+    assert abs(float(info.lower) - 24) < 4 * float(info.lower_stderr)
+
+
+@pytest.mark.parametrize("shift", [0.3, -0.3])
+def test_a_score_with_a_mean_is_none(shift):
+    """Catches J from a wrong score without a word, and a warning at the mean of a true one."""
+    data = source("score", 1)
+    x, score = (t.clone() for t in (data._x, data._companion))
+    ff.fisher_information(ff.Score(x, score), max_features=8)
+    with pytest.warns(ff.FisherWarning, match="standard errors from zero: it is no score") as seen:
+        info = ff.fisher_information(ff.Score(x, score + shift * score.std()), max_features=8)
+    assert len(seen) == 1
+    assert any("mean of the score" in note for note in info.notes)
+
+
+@pytest.mark.parametrize("kind", ["pathwise", "score", "simulator"])
+def test_growing_reads_the_same_samples(kind):
+    """Catches a second pass whose score or tangents are those of other samples."""
+    data = source(kind, 1)
+    whole = ff.fisher_information(data, max_features=D + 256)
+    grown = ff.fisher_information(data, max_features=D + 256, grow=True)
+    at = {int(k): float(J) for k, J in zip(whole.curve_k, whole.curve_J, strict=True)}
+    shared = [
+        (float(J), at[int(k)])
+        for k, J in zip(grown.curve_k, grown.curve_J, strict=True)
+        if int(k) in at
+    ]
+    assert shared
+    for mine, theirs in shared:
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_growing_needs_samples_that_repeat():
+    """Catches two passes over a stream that has one."""
+    x = torch.randn(100, 2)
+    data = ff.Score(lambda: iter([(x, x[:, 0])]))
+    with pytest.raises(ValueError, match="data must come in the same order at every pass"):
+        ff.fisher_information(data, grow=True)
+
+
+@pytest.mark.parametrize("kind", ["pathwise", "score"])
+def test_batches_and_loaders_do_not_matter(kind):
+    """Catches folds that begin anew with each batch."""
+    data = source(kind)
+    x, companion = data._x, data._companion
+    pairs = companion.movedim(1, 0) if kind == "pathwise" else companion
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, pairs), batch_size=77)
+    model = mlp([D, 5, 3], nn.ReLU, seed=0)
+    one, two = (
+        ff.fisher_flow(model, given, max_features=16, batch_size=size)
+        for given, size in ((data, 1000), (type(data)(loader, parameters=2), 5))
+    )
+    for layer in one:
+        torch.testing.assert_close(layer.J, two[layer.name].J, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.stderr, two[layer.name].stderr, rtol=1e-3, atol=1e-4)
+
+
+def test_the_model_and_the_data_stay_as_they_are():
+    """Catches tangents that are written into, hooks that stay, gradients that are switched off."""
+    data = source("pathwise")
+    x, dx = data._x.clone(), data._companion.clone()
+    model = nn.Sequential(nn.Linear(D, 4), nn.ReLU(inplace=True), nn.Linear(4, 1)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ff.fisher_flow(model, data, max_features=8)
+    assert torch.equal(data._x, x)
+    assert torch.equal(data._companion, dx)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model(x).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["pathwise", "score"])
+def test_constant_layers_have_none(kind):
+    """Catches a division by zero where nothing varies."""
+    model = mlp([D, 3], nn.ReLU, seed=0)
+    with torch.no_grad():
+        model.fc1.weight.zero_()
+    flow = ff.fisher_flow(model, source(kind), max_features=8)
+    assert float(flow["fc1"].J.abs().max()) == 0
+    assert torch.isnan(flow["fc1"].marginal(0).J).all()
+
+
+def test_not_finite_tangents_name_the_layer():
+    """Catches a NaN that arises in the derivative alone: sqrt at 0."""
+
+    class Root(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sqrt(torch.relu(x)) * 1.0
+
+    data = source("pathwise", 1)
+    message = "activations and their tangents of layer 'output' must be finite, got NaN or infinity"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        ff.fisher_flow(nn.Sequential(Root()), data, layers=[], max_features=8)
+
+
+# maps -------------------------------------------------------------------------------------------
+
+C, H, W = 2, 2, 3
+
+
+@pytest.mark.parametrize("kind", ["pathwise", "score"])
+def test_maps_have_the_closed_form_at_each_position(kind):
+    """Catches positions or channels that are exchanged: 4 standard errors at 6 positions."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(C * H * W, 2, generator=generator, dtype=torch.float64)
+    world = GaussianShift(direction)
+    x, dx = world.sample_with_tangent([0.0, 0.0], N, generator)
+    image = x.reshape(N, C, H, W)
+    data = (
+        ff.Pathwise(image, dx.reshape(2, N, C, H, W))
+        if kind == "pathwise"
+        else ff.Score(image, world.score(x, [0.0, 0.0]))
+    )
+    flow = ff.fisher_flow(nn.Identity(), data, maps=True, max_features=8)
+    places = direction.reshape(C, H, W, 2).permute(1, 2, 0, 3)
+    truth = places.mT @ places
+    got = flow.map("input")
+    assert got.J.shape == (H, W, 2, 2)
+    off = (got.J - truth) / got.stderr
+    assert float(off.abs().max()) < 4
+    assert 0.6 < float(off.square().mean().sqrt()) < 1.5
+
+
+@pytest.mark.parametrize("kind", ["pathwise", "score"])
+def test_a_map_of_one_position_is_the_layer(kind):
+    """Catches another formula for maps than for layers."""
+    data = source(kind)
+    image = data._x[..., None, None]
+    companion = data._companion[..., None, None] if kind == "pathwise" else data._companion
+    flow = ff.fisher_flow(nn.Identity(), type(data)(image, companion), maps=True, max_features=D)
+    layer = flow["input"]
+    at = int((layer.curve_k == D).nonzero()[0])
+    torch.testing.assert_close(flow.map("input").J[0, 0], layer.curve_J[at], rtol=1e-5, atol=1e-5)
+    error = layer.curve_stderr[at]
+    torch.testing.assert_close(flow.map("input").stderr[0, 0], error, rtol=1e-4, atol=1e-5)
+
+
+# results ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flow() -> ff.FisherFlow:
+    return ff.fisher_flow(mlp([D, 5, 3], nn.ReLU, seed=0), source("pathwise", 3), max_features=16)
+
+
+@pytest.mark.parametrize("ending", [".json", ".npz"])
+def test_files_come_back(flow, tmp_path, ending):
+    """Catches a flow without finite step that takes P from dtheta, and errors that are lost."""
+    flow.save(tmp_path / f"flow{ending}")
+    again = ff.FisherFlow.load(tmp_path / f"flow{ending}")
+    assert again.settings["source"] == "pathwise"
+    for layer in flow:
+        assert again[layer.name].dtheta == ()
+        assert torch.equal(again[layer.name].J, layer.J)
+        assert torch.equal(again[layer.name].error_covariance, layer.error_covariance)
+        assert torch.equal(again[layer.name].finite_step, torch.zeros(3, dtype=torch.float64))
+    assert str(again) == str(flow)
+    assert "pathwise; 3000 samples" in str(flow)
+
+
+def test_files_of_the_first_version_load(flow, tmp_path):
+    """Catches a field that is asked for and was never written; its errors are NaN, not wrong."""
+    content = flow.to_dict()
+    for entry in content["layers"]:
+        del entry["error_covariance"]
+        entry["dtheta"] = [0.1, 0.1, 0.1]
+    del content["settings"]["source"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(content))
+    old = ff.FisherFlow.load(path)["fc1"]
+    assert old.error_covariance is None
+    torch.testing.assert_close(old.marginal(1).J, flow["fc1"].marginal(1).J)
+    assert math.isnan(float(old.marginal(1).stderr))
+    assert "error_covariance" not in old.to_dict()
+
+
+def test_dtheta_of_another_length_is_damage(flow):
+    """Catches a file whose steps belong to other parameters."""
+    content = flow.to_dict()
+    content["layers"][0]["dtheta"] = [0.1]
+    with pytest.raises(ValueError, match="dtheta must hold 3 steps or none, got 1"):
+        ff.FisherFlow.from_dict(content)
+
+
+def test_marginal_is_the_inverse_of_a_block_of_the_inverse(flow):
+    """Catches J_aa itself, or the block of the wrong parameters."""
+    layer = flow["fc1"]
+    inverse = torch.linalg.inv((layer.J + layer.J.T) / 2)
+    for keep in ([0], [2], [0, 2], [2, 0], [0, 1, 2]):
+        expected = torch.linalg.inv(inverse[keep][:, keep])
+        torch.testing.assert_close(layer.marginal(keep).J, expected)
+        torch.testing.assert_close(layer.marginal(keep).crlb, layer.crlb[keep])
+    one = layer.marginal(-1)
+    assert one.parameters == (2,)
+    assert float(one) == one.value == pytest.approx(float(layer.crlb[2]) ** -2)
+    assert repr(one).startswith("MarginalFisher(parameters=[2], J=")
+    torch.testing.assert_close(layer.marginal([0, 1, 2]).stderr, layer.stderr)
+
+
+def test_marginal_error_is_the_linear_one(flow):
+    """Catches a wrong gradient: J moved along each entry, one after the other."""
+    layer, step = flow["fc1"], 1e-5
+    row, column = torch.tril_indices(3, 3)
+    gradient = []
+    for p, q in zip(row.tolist(), column.tolist(), strict=True):
+        moved = layer.J.clone()
+        moved[p, q] += step
+        moved[q, p] = moved[p, q]
+        inverse = torch.linalg.inv(moved)
+        gradient.append((1 / inverse[0, 0] - layer.marginal(0).J[0, 0]) / step)
+    gradient = torch.stack(gradient)
+    variance = gradient @ layer.error_covariance @ gradient
+    torch.testing.assert_close(layer.marginal(0).stderr[0, 0].square(), variance, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("keep", [[], [3], [-4], [0, 0], [0, -3]])
+def test_marginal_of_wrong_parameters(flow, keep):
+    """Catches an index that wraps around."""
+    message = f"keep must name different parameters of the 3 there are, got {keep!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        flow["fc1"].marginal(keep)
+
+
+@pytest.mark.parametrize("keep", [[0.5], [True], ["0"]])
+def test_marginal_of_no_numbers(flow, keep):
+    """Catches True as parameter 1."""
+    with pytest.raises(
+        TypeError, match=f"^keep must hold whole numbers, got {re.escape(repr(keep))}$"
+    ):
+        flow["fc1"].marginal(keep)
+
+
+def test_value_of_two_parameters(flow):
+    """Catches one entry in the place of a matrix."""
+    with pytest.raises(ValueError, match=r"value must be asked for one parameter, got 2: use \.J"):
+        _ = flow["fc1"].marginal([0, 1]).value

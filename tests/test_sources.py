@@ -1,0 +1,464 @@
+"""Samples that carry a derivative, and simulators: what is read, what is refused, what repeats."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import fisherfast as ff
+from fisherfast.data import Batch, Data
+
+N, P, SHAPE = 20, 3, (4, 2)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def read(data: Data, batch_size: int = 7) -> Batch:
+    """All samples of the only condition in one batch."""
+    batches = list(data.read(0, batch_size))
+    tangents = [b.tangents for b in batches if b.tangents is not None]
+    score = [b.score for b in batches if b.score is not None]
+    return Batch(
+        torch.cat([b.x for b in batches]),
+        torch.cat(tangents, 1) if tangents else None,
+        torch.cat(score) if score else None,
+    )
+
+
+class Items(Dataset):
+    """Items (x, companion), the parameter dimension first in the companion of a sample."""
+
+    def __init__(self, x: torch.Tensor, companion: torch.Tensor) -> None:
+        self._x, self._companion = x, companion
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._x[index], self._companion[index]
+
+
+# reading ----------------------------------------------------------------------------------------
+
+
+def test_pathwise_tensors_are_cut_along_the_samples():
+    """Catches a tangent cut along the parameters."""
+    x, dx = numbers(N, *SHAPE), numbers(P, N, *SHAPE)
+    data = ff.Pathwise(x, dx)
+    assert (data.parameters, data.conditions, data.source, data.dtheta) == (P, 1, "pathwise", ())
+    assert [len(batch) for batch in data.read(0, 7)] == [7, 7, 6]
+    got = read(data)
+    assert torch.equal(got.x, x)
+    assert torch.equal(got.tangents, dx)
+
+
+@pytest.mark.parametrize("form", ["dataset", "loader", "list", "function"])
+def test_pathwise_pairs_have_the_sample_first(form):
+    """Catches [P, n] read as [n, P]: both are 3 x 3 in the last batch of the list."""
+    x, dx = numbers(N, *SHAPE), numbers(P, N, *SHAPE)
+    items = Items(x, dx.movedim(0, 1))
+    pairs = [(x[i : i + P], dx[:, i : i + P].movedim(0, 1)) for i in range(0, N, P)]
+    sources = {
+        "dataset": items,
+        "loader": DataLoader(items, batch_size=6),
+        "list": pairs,
+        "function": lambda: iter(pairs),
+    }
+    got = read(ff.Pathwise(sources[form], parameters=P))
+    assert torch.equal(got.x, x)
+    assert torch.equal(got.tangents, dx)
+
+
+def test_numpy_is_read_without_a_change():
+    """Catches a cast on the way."""
+    x, dx = numbers(N, 4).double().numpy(), numbers(P, N, 4).double().numpy()
+    got = read(ff.Pathwise(x, dx))
+    assert got.x.dtype == got.tangents.dtype == torch.float64
+    assert np.array_equal(got.tangents.numpy(), dx)
+    got = read(ff.Score(x, dx[:, :, 0].T))
+    assert np.array_equal(got.score.numpy(), dx[:, :, 0].T)
+
+
+@pytest.mark.parametrize("parameters", [1, P])
+def test_score_is_float64_with_one_column_per_parameter(parameters):
+    """Catches a score [n] that broadcasts to [n, n], and one that is rounded to float32."""
+    x = numbers(N, 4)
+    score = numbers(N, parameters, dtype=torch.float64)
+    given = score[:, 0] if parameters == 1 else score
+    data = ff.Score(x, given)
+    assert (data.parameters, data.conditions, data.source) == (parameters, 1, "score")
+    assert torch.equal(read(data).score, score)
+    loader = DataLoader(TensorDataset(x, given), batch_size=6)
+    assert torch.equal(read(ff.Score(loader, parameters=parameters)).score, score)
+
+
+@pytest.mark.parametrize("cls", [ff.Pathwise, ff.Score])
+def test_what_repeats(cls):
+    """Catches `grow` on samples that come in another order at the second pass."""
+    x = numbers(N, 4)
+    companion = numbers(1, N, 4) if cls is ff.Pathwise else numbers(N)
+    items = Items(x, companion.movedim(0, 1) if cls is ff.Pathwise else companion)
+    assert cls(x, companion).repeats(0)
+    assert cls(items).repeats(0)
+    assert not cls(DataLoader(items, batch_size=4, shuffle=True)).repeats(0)
+    assert not cls(lambda: iter([])).repeats(0)
+
+
+# refusals ---------------------------------------------------------------------------------------
+
+X = numbers(N, *SHAPE)
+NAN = torch.full((1, N, *SHAPE), float("nan"))
+
+REFUSED = {
+    "dx without P": (
+        lambda: ff.Pathwise(X, X),
+        r"dx must have shape [P, n, ...] with [n, ...] = [20, 4, 2], got [20, 4, 2]",
+    ),
+    "no direction": (
+        lambda: ff.Pathwise(X, X[None][:0]),
+        r"dx must have shape [P, n, ...] with [n, ...] = [20, 4, 2], got [0, 20, 4, 2]",
+    ),
+    "dx of other samples": (
+        lambda: ff.Pathwise(X, X[None, :5]),
+        r"dx must have shape [P, n, ...] with [n, ...] = [20, 4, 2], got [1, 5, 4, 2]",
+    ),
+    "dx of another dtype": (
+        lambda: ff.Pathwise(X, X[None].double()),
+        "dx must have the dtype of x, torch.float32, got torch.float64",
+    ),
+    "integer dx": (
+        lambda: ff.Pathwise(X, X[None].long()),
+        "dx must have a floating dtype, got torch.int64; convert with .float(),"
+        " or split complex numbers into real and imaginary part",
+    ),
+    "integer x": (
+        lambda: ff.Pathwise(X.long(), X[None]),
+        "x must have a floating dtype, got torch.int64; convert with .float(),"
+        " or split complex numbers into real and imaginary part",
+    ),
+    "complex x": (
+        lambda: ff.Score(X.to(torch.complex64), X[:, 0, 0]),
+        "x must have a floating dtype, got torch.complex64; convert with .float(),"
+        " or split complex numbers into real and imaginary part",
+    ),
+    "dx not finite": (
+        lambda: ff.Pathwise(X, NAN),
+        "dx must be finite, got NaN or infinity",
+    ),
+    "no dx": (
+        lambda: ff.Pathwise(X),
+        "dx must be a tensor or array [P, n, ...] as x is, got NoneType",
+    ),
+    "dx beside a loader": (
+        lambda: ff.Pathwise([X], X[None]),
+        "dx must be left out when x yields batches (x, dx), got Tensor",
+    ),
+    "parameters beside tensors": (
+        lambda: ff.Pathwise(X, X[None], parameters=1),
+        "parameters must be left out beside tensors, got 1: dx tells it",
+    ),
+    "no parameter": (
+        lambda: ff.Score([X], parameters=0),
+        "parameters must be positive, got 0",
+    ),
+    "half a parameter": (
+        lambda: ff.Score([X], parameters=0.5),
+        "parameters must be a whole number, got 0.5",
+    ),
+    "score of other samples": (
+        lambda: ff.Score(X, X[:5, 0, 0]),
+        "score must have shape [n, P] or [n] with n = 20, got [5]",
+    ),
+    "score of every number": (
+        lambda: ff.Score(X, X),
+        "score must have shape [n, P] or [n] with n = 20, got [20, 4, 2]",
+    ),
+    "score not finite": (
+        lambda: ff.Score(X, NAN[0, :, 0, 0]),
+        "score must be finite, got NaN or infinity",
+    ),
+    "batches without score": (
+        lambda: read(ff.Score([X])),
+        "x must yield pairs (x, score) where score is not given, got Tensor in batch 0",
+    ),
+    "dx with the parameter first": (
+        lambda: read(ff.Pathwise([(X, X[None])])),
+        "dx must have shape [n, P, ...] = [20, 1, 4, 2], got [1, 20, 4, 2] in batch 0"
+        " (parameters=1)",
+    ),
+    "batch of another P": (
+        lambda: read(ff.Score([(X, X[:, 0, 0]), (X, X[:, 0])])),
+        "score must have shape [n, P] = [20, 1], got [20, 2] in batch 1 (parameters=1)",
+    ),
+    "batch of another dtype": (
+        lambda: read(ff.Pathwise([(X, X[:, None].double())])),
+        "dx must have the dtype of x, torch.float32, got torch.float64 in batch 0",
+    ),
+    "batch not finite": (
+        lambda: read(ff.Pathwise([(X, X[:, None]), (X, NAN[0][:, None])])),
+        "dx must be finite, got NaN or infinity in batch 1",
+    ),
+    "empty": (
+        lambda: read(ff.Score(iter([]))),
+        "x must yield at least one sample, got an empty source (an iterator can be read once"
+        " only: pass a function that returns a new one)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_companions_are_refused(case):
+    """Catches samples that are paired with what is not theirs, silently."""
+    make, message = REFUSED[case]
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
+        make()
+
+
+# simulators -------------------------------------------------------------------------------------
+
+
+def draw(theta: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+    """Two parameters: mean and log of the spread."""
+    noise = torch.randn(n, 3, generator=generator)
+    return theta[0] + noise * torch.exp(theta[1])
+
+
+THETA = [0.5, -0.2]
+
+
+def test_tangents_of_a_simulator_are_exact():
+    """Catches a direction in the place of another, and noise that differs between directions."""
+    got = read(ff.Simulator(draw, THETA, samples=50))
+    assert got.x.shape == (50, 3)
+    torch.testing.assert_close(got.tangents[0], torch.ones(50, 3))
+    torch.testing.assert_close(got.tangents[1], got.x - 0.5)
+
+
+@pytest.mark.parametrize("derivative", ["pathwise", "paired", "independent"])
+def test_every_pass_repeats(derivative):
+    """Catches a generator that goes on where the first pass ended."""
+    step = None if derivative == "pathwise" else 0.1
+    data = ff.Simulator(draw, THETA, samples=50, derivative=derivative, dtheta=step, seed=3)
+    other = ff.Simulator(draw, THETA, samples=50, derivative=derivative, dtheta=step, seed=4)
+    assert data.source == derivative
+    for c in range(data.conditions):
+        one, two = (torch.cat([b.x for b in data.read(c, 16)]) for _ in range(2))
+        assert torch.equal(one, two)
+        assert len(one) == data.samples(c) == 50
+        assert len(one.unique(dim=0)) == 50  # no batch repeats another
+        assert not torch.equal(one, torch.cat([b.x for b in other.read(c, 16)]))
+
+
+def test_pairs_share_their_noise_and_independent_conditions_do_not():
+    """Catches dtheta taken as half a step, and the noise of one pair in another."""
+    paired = ff.Simulator(draw, THETA, samples=9, derivative="paired", dtheta=[0.1, 0.2])
+    batches = [next(paired.read(c, 16)).x for c in range(4)]
+    torch.testing.assert_close(batches[1] - batches[0], torch.full((9, 3), 0.1))
+    torch.testing.assert_close((batches[3] - 0.5) / (batches[2] - 0.5), torch.full((9, 3), 1.2214))
+    assert not torch.allclose(batches[0], batches[2], atol=0.2)
+    own = ff.Simulator(draw, THETA, samples=9, derivative="independent", dtheta=0.1)
+    batches = [next(own.read(c, 16)).x for c in range(4)]
+    assert not torch.allclose(batches[1], batches[0], atol=0.2)
+    assert own.dtheta == (0.1, 0.1)
+
+
+@pytest.mark.parametrize("theta", [0.5, [0.5], np.array([0.5]), torch.tensor(0.5), 1])
+def test_theta_arrives_as_a_vector(theta):
+    """Catches a number in the place of [P], and float64 that turns all samples into float64."""
+    seen = []
+
+    def fn(theta, n, generator):
+        seen.append((tuple(theta.shape), theta.dtype))
+        return theta + torch.randn(n, 2, generator=generator)
+
+    assert read(ff.Simulator(fn, theta, samples=4)).x.dtype == torch.float32
+    wide = ff.Simulator(fn, torch.tensor([0.5], dtype=torch.float64), samples=4)
+    assert read(wide).x.dtype == torch.float64
+    assert set(seen) == {((1,), torch.float32), ((1,), torch.float64)}
+
+
+def counts(theta, n, generator):
+    return torch.poisson(theta.exp().expand(n, 4), generator=generator)
+
+
+def numpy_inside(theta, n, generator):
+    return torch.randn(n, 2, generator=generator) + torch.from_numpy(theta.detach().numpy())
+
+
+@pytest.mark.parametrize("fn", [counts, numpy_inside])
+def test_simulators_without_derivative_are_told_apart(fn):
+    """Catches J = 0 for photon counts: samples that change without a derivative."""
+    data = ff.Simulator(fn, 2.0, samples=100)
+    message = (
+        "fn must be differentiable in theta[0], got samples that change with it but have no"
+        ' derivative (counts, comparisons, NumPy): use derivative="paired" with a dtheta'
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ff.fisher_information(data)
+
+
+def attention(theta, n, generator):
+    noise = torch.randn(1, 1, n, 4, generator=generator)
+    return torch.nn.functional.scaled_dot_product_attention(noise, theta * noise, noise)[0, 0]
+
+
+def test_operations_without_forward_mode_name_the_way_out():
+    """Catches the request to file an issue with PyTorch."""
+    message = r"^fn must be differentiable in forward mode, got: .* has not been implemented yet;"
+    message += ' use derivative="paired" with a dtheta$'
+    with pytest.raises(ValueError, match=message):
+        ff.fisher_information(ff.Simulator(attention, 1.0, samples=100))
+    paired = ff.Simulator(attention, 1.0, samples=100, derivative="paired", dtheta=0.01)
+    assert torch.isfinite(ff.fisher_information(paired, max_features=8).J).all()
+
+
+def test_integers_name_the_way_out():
+    """Catches a cast that hides counts."""
+    data = ff.Simulator(lambda t, n, g: counts(t, n, g).long(), 2.0, samples=100)
+    message = (
+        "fn must return a floating tensor, got torch.int64: convert with .float(); counts have no"
+        ' derivative: use derivative="paired" with a dtheta'
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        ff.fisher_information(data)
+
+
+def global_torch(theta, n, generator):
+    return theta + torch.randn(n, 2)
+
+
+def global_numpy(theta, n, generator):
+    return theta + torch.from_numpy(np.random.randn(n, 2))
+
+
+@pytest.mark.parametrize("fn", [global_torch, global_numpy])
+@pytest.mark.parametrize("derivative", ["pathwise", "paired"])
+def test_noise_from_elsewhere_is_found(fn, derivative):
+    """Catches pairs whose noise differs: J would drown in it. The user's random state stays."""
+    step = None if derivative == "pathwise" else 0.1
+    data = ff.Simulator(fn, 0.0, samples=100, derivative=derivative, dtheta=step)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    message = (
+        "fn must give the same samples from the same generator state, got others: draw every"
+        " random number from the generator that it is given"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ff.fisher_information(data)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+
+
+@pytest.mark.parametrize("derivative", ["pathwise", "paired"])
+def test_a_simulator_that_ignores_theta_has_no_information(derivative):
+    """Catches an error, or a J from rounding, where the truth is 0."""
+    step = None if derivative == "pathwise" else 0.1
+    data = ff.Simulator(
+        lambda t, n, g: torch.randn(n, 2, generator=g),
+        0.0,
+        samples=1000,
+        derivative=derivative,
+        dtheta=step,
+    )
+    message = "fn must depend on theta, got the same samples for another theta[0]: J = 0"
+    with pytest.warns(ff.FisherWarning, match=f"^{re.escape(message)}$"):
+        info = ff.fisher_information(data, max_features=16)
+    assert info.value == 0
+
+
+def test_forward_mode_works_in_inference_mode():
+    """Catches samples without derivative where the caller has switched gradients off."""
+    data = ff.Simulator(draw, THETA, samples=200)
+    with torch.inference_mode():
+        inside = ff.fisher_information(data, max_features=8)
+    assert torch.equal(inside.J, ff.fisher_information(data, max_features=8).J)
+
+
+def test_forward_mode_is_silent():
+    """Catches the warning of torch's own compiler at the first use of forward mode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(ff.Simulator(lambda t, n, g: torch.sigmoid(draw(t, n, g)), THETA, samples=10))
+
+
+BAD = {
+    "fn": (lambda: ff.Simulator(1, 0.0), "fn must be a function, got int"),
+    "derivative": (
+        lambda: ff.Simulator(draw, THETA, derivative="exact"),
+        "derivative must be one of ('pathwise', 'paired', 'independent'), got 'exact'",
+    ),
+    "no dtheta": (
+        lambda: ff.Simulator(draw, THETA, derivative="paired"),
+        'dtheta must be given for derivative="paired", got None',
+    ),
+    "dtheta": (
+        lambda: ff.Simulator(draw, THETA, dtheta=0.1),
+        'dtheta must be left out for derivative="pathwise", got 0.1',
+    ),
+    "negative dtheta": (
+        lambda: ff.Simulator(draw, THETA, derivative="paired", dtheta=-1),
+        "dtheta must be positive and finite, got -1",
+    ),
+    "three steps": (
+        lambda: ff.Simulator(draw, THETA, derivative="paired", dtheta=[1, 1, 1]),
+        "dtheta must hold one step or one per parameter (2), got 3",
+    ),
+    "rounded dtheta": (
+        lambda: ff.Simulator(draw, [1e6, 0.0], derivative="paired", dtheta=0.01),
+        "dtheta must be resolved by theta of torch.float32, got 0.01 beside 1e+06:"
+        " pass theta as a float64 tensor",
+    ),
+    "samples": (
+        lambda: ff.Simulator(draw, THETA, samples=0),
+        "samples must be positive, got 0",
+    ),
+    "half a sample": (
+        lambda: ff.Simulator(draw, THETA, samples=1.5),
+        "samples must be a whole number, got 1.5",
+    ),
+    "seed": (lambda: ff.Simulator(draw, THETA, seed=-1), "seed must be at least 0, got -1"),
+    "theta": (
+        lambda: ff.Simulator(draw, [[0.0]]),
+        "theta must have shape [P], got [1, 1]",
+    ),
+    "theta nan": (
+        lambda: ff.Simulator(draw, float("nan")),
+        "theta must be finite, got nan",
+    ),
+    "complex theta": (
+        lambda: ff.Simulator(draw, 1j),
+        "theta must be real numbers, got torch.complex64",
+    ),
+    "too few samples": (
+        lambda: read(ff.Simulator(lambda t, n, g: t + torch.zeros(n - 1, 1), 0.0)),
+        "fn must return n = 7 samples, got shape [6, 1]",
+    ),
+    "an array": (
+        lambda: read(ff.Simulator(lambda t, n, g: np.zeros((n, 1)), 0.0)),
+        "fn must return a tensor [n, ...], got ndarray",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_simulators_are_refused(case):
+    """Catches an argument that is ignored."""
+    make, message = BAD[case]
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
+        make()
+
+
+def test_representations_tell_the_source():
+    """Catches a repr that shows all samples."""
+    assert repr(ff.Pathwise(X, X[None])) == "Pathwise(parameters=1, samples=20)"
+    assert repr(ff.Score(X, X[:, 0])) == "Score(parameters=2, samples=20)"
+    simulator = ff.Simulator(draw, [1.0, 0.0], samples=9, derivative="paired", dtheta=0.5)
+    expected = "Simulator(paired, dtheta=[0.5, 0.5], theta=[1.0, 0.0], samples=9)"
+    assert repr(simulator) == expected

@@ -35,7 +35,7 @@ MIN_LIFT_SHARE = 8
 
 MAX_WIDTH = 4096
 """Widest layer whose activations all become features: its covariance takes 2 x 134 MB in
-float64."""
+float64. Wider ones are compressed where the data can be read again."""
 
 BLOCK_ROWS = 64
 """Rows of the lift drawn from one seed; the first 64 features are the same whatever their final

@@ -24,9 +24,10 @@ from fisherfast._progress import progress_bar
 from fisherfast.data import Batch, Data
 from fisherfast.estimators import RIDGE
 from fisherfast.maps import estimate_map
-from fisherfast.meters import LayerMeter, estimate_layer, score_note
+from fisherfast.meters import LayerMeter, score_note
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
 from fisherfast.streams import Streams
+from fisherfast.wide import WideMeter, too_wide
 
 __all__ = ["fisher_flow", "fisher_information"]
 
@@ -75,7 +76,9 @@ def fisher_flow(
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
             and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always there
             (an output that is a tuple or dict shows as "output[0]", "output[key]").
-        max_features: features per layer aimed at; a layer wider than that uses all its activations.
+        max_features: features per layer aimed at. A layer wider than that uses all its activations;
+            with more than 4096 of them, or too few samples for so many, it is compressed in 16 more
+            passes over data that can be read again (docs/theory.md, 15).
         probe: None; "network" is not available in this version.
         batch_size: samples per batch, for data that are not batched already.
         seed: of the random lift. The global random state is neither used nor changed.
@@ -195,9 +198,7 @@ class Measurement:
             with self._evaluation():
                 self._stream_again(progress)
         with torch.no_grad():
-            layers = tuple(
-                estimate_layer(m, self._data, contrast, ridge) for m in self._layer_meters
-            )
+            layers = tuple(m.estimate(self._data, contrast, ridge) for m in self._layer_meters)
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
@@ -248,7 +249,8 @@ class Measurement:
         """Another pass over the same samples, for the meters that are active."""
         streams = self._streams()
         streams.pilot()
-        with self._forward() as forward:
+        only_input = all(meter.site.name == taps.INPUT for meter in self._active)
+        with _NoModel(self._consume) if only_input else self._forward() as forward:
             self._run_all(streams, forward, progress)
 
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
@@ -281,7 +283,8 @@ class Measurement:
             sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
             self._find_chains(sites, batch)
         for site in sites:
-            meter = LayerMeter(site)
+            wide = too_wide(site.dim, self._data, self._settings["max_features"])
+            meter = WideMeter(site) if wide else LayerMeter(site)
             self._meters.update(dict.fromkeys(site.names, meter))
 
     def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
@@ -345,10 +348,10 @@ class Measurement:
         """A layer that runs for some batches only has no moments that can be compared."""
         meters = self._active
         for meter in meters:
-            if meter.moments.seen != meters[0].moments.seen:
+            if meter.seen != meters[0].seen:
                 raise ValueError(
                     f"layer {meter.site.event!r} must run for every batch, got"
-                    f" {sum(meter.moments.seen)} of {sum(meters[0].moments.seen)} samples"
+                    f" {sum(meter.seen)} of {sum(meters[0].seen)} samples"
                 )
 
 

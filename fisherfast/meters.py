@@ -17,7 +17,7 @@ from fisherfast.estimators import (
     cross_fitted_bound,
     fisher_curve,
 )
-from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments
+from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments, Standardisation
 from fisherfast.information_map import has_map
 from fisherfast.maps import MapMoments
 from fisherfast.marginal import pack_covariance
@@ -56,11 +56,21 @@ class LayerMeter:
         self._pending: list[torch.Tensor] = []
         self._dtype = torch.float32
 
+    @property
+    def seen(self) -> list[int]:
+        """Samples of each condition in this pass."""
+        return self.moments.seen
+
+    @property
+    def parts(self) -> list[FoldMoments]:
+        """Moments of different samples, together of all."""
+        return [self.moments]
+
     def observe_pilot(self, activations: torch.Tensor) -> None:
         """Add [n, ...] to the pilot statistics."""
         if activations.dtype == torch.float64:
             self._dtype = torch.float64
-        self.pilot.update(_rows(activations))
+        self.pilot.update(rows_of(activations))
 
     def prepare(self, data: Data, settings: dict[str, Any]) -> None:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
@@ -71,17 +81,11 @@ class LayerMeter:
         size = self.dictionary.size
         if settings["grow"]:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
-        carried = {
-            "tangents": data.parameters if data.source == "pathwise" else 0,
-            "score": data.parameters if data.source == "score" else 0,
-        }
-        streams = {"folds": settings["folds"], "paired": data.paired, **carried}
+        streams = {"folds": settings["folds"], "paired": data.paired, **carried_by(data)}
         self.moments = FoldMoments(
             size, data.conditions, device=standardisation.mean.device, **streams
         )
-        if settings["maps"] and has_map(self.site.shape):
-            pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
-            self.map = MapMoments(pilot, data.conditions, **streams)
+        self._prepare_map(standardisation, data.conditions, settings, streams)
 
     def observe(
         self,
@@ -101,10 +105,10 @@ class LayerMeter:
             Whether all of that condition were finite so far, as a 0-d tensor.
         """
         moments = self.moments
-        raw = self.dictionary.raw_features(_rows(activations))
+        raw = self.dictionary.raw_features(rows_of(activations))
         carried = score
         if tangents is not None:
-            carried = self.dictionary.raw_tangents(_rows(tangents, 1))
+            carried = self.dictionary.raw_tangents(rows_of(tangents, 1))
         moments.update(condition, raw, self._lift(), carried)
         if moments.paired:
             self._pending.append(raw)
@@ -140,9 +144,24 @@ class LayerMeter:
         self.moments = moments.grown(size)
         return True
 
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+        """J, its errors and bounds, after the last pass."""
+        return estimate_layer(self, data, contrast, ridge)
+
     def rounding_variance(self) -> torch.Tensor:
         """Variance of each present feature below which it is rounding."""
         return self.dictionary.rounding_variance[: self.moments.size]
+
+    def _prepare_map(
+        self,
+        standardisation: Standardisation,
+        conditions: int,
+        settings: dict[str, Any],
+        streams: dict[str, Any],
+    ) -> None:
+        if settings["maps"] and has_map(self.site.shape):
+            pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
+            self.map = MapMoments(pilot, conditions, **streams)
 
     def _lift(self) -> Lift:
         return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
@@ -156,7 +175,15 @@ class LayerMeter:
             self.moments.update_products([torch.cat([raw, lift(raw)], 1) for raw in tiles])
 
 
-def _rows(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
+def carried_by(data: Data) -> dict[str, int]:
+    """What the samples of a source carry, as arguments of their moments."""
+    return {
+        "tangents": data.parameters if data.source == "pathwise" else 0,
+        "score": data.parameters if data.source == "score" else 0,
+    }
+
+
+def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
     """Activations [n, ...] of one layer as [n, d], one number per sample as d = 1; behind leading
     dimensions."""
     rows = leading + 1
@@ -172,7 +199,7 @@ def estimate_layer(
     alive = (moments.variances() > meter.rounding_variance()).nonzero()[:, 0]
     raw = int((alive < dictionary.raw).sum())
     dropped = moments.size - len(alive)
-    base = _no_information(site, data, samples=sum(moments.seen), dropped=dropped)
+    base = no_information(site, data, samples=sum(moments.seen), dropped=dropped)
     if raw == 0:
         return replace(base, notes=(f"all {site.dim} activations are constant: J = 0",))
     whole = moments.statistics(contrast)
@@ -180,6 +207,11 @@ def estimate_layer(
     size, notes = _affordable(len(alive), raw, whole.dof)
     if dropped:
         notes.append(f"{dropped} constant features dropped")
+    if dictionary.kind == "sketch":
+        notes.append(
+            f"sums of {site.dim} activations in random groups, a loose bound: data that can be read"
+            " again are compressed instead"
+        )
     try:
         curve = fisher_curve(whole.select(alive[:size]), ridge)
     except SingularCovarianceError as error:
@@ -192,7 +224,7 @@ def estimate_layer(
     chosen, converged = choose_features(curve, raw)
     halves = [moments.statistics(contrast, half).select(index[:chosen]) for half in (0, 1)]
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1])
-    points = _curve_points(raw, size)
+    points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
     layer = replace(
         base,
@@ -220,10 +252,14 @@ def estimate_layer(
 
 def score_note(meter: LayerMeter) -> str | None:
     """A warning where the mean of what was given as score is not zero."""
-    carried = meter.moments.carried
-    if not isinstance(carried, ScoreMoments):
+    errors = [
+        moments.carried.mean_error(moments.counts[0].to(moments.sums.device, torch.float64))
+        for moments in meter.parts
+        if isinstance(moments.carried, ScoreMoments)
+    ]
+    if not errors:
         return None
-    off = carried.mean_error(meter.moments.counts[0].to(carried.sums.device, torch.float64))
+    off = torch.stack(errors).sum(0) / math.sqrt(len(errors))
     worst = float(off.abs().nan_to_num().max())
     if worst <= SCORE_ERRORS:
         return None
@@ -233,7 +269,7 @@ def score_note(meter: LayerMeter) -> str | None:
     )
 
 
-def _no_information(site: Site, data: Data, *, samples: int, dropped: int) -> LayerFisher:
+def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> LayerFisher:
     """J = 0 and an empty curve: what a layer shows when none of its activations varies."""
     P = data.parameters
     zero = torch.zeros(P, P, dtype=torch.float64)
@@ -302,7 +338,7 @@ def _affordable(size: int, raw: int, dof: float) -> tuple[int, list[str]]:
     return limit, [f"features limited to {limit} of {size} by the number of samples"]
 
 
-def _curve_points(raw: int, size: int) -> torch.Tensor:
+def curve_points(raw: int, size: int) -> torch.Tensor:
     """The raw dimension, and about `CURVE_POINTS` sizes evenly up to all features."""
     steps = torch.linspace(raw, size, min(CURVE_POINTS, size - raw + 1), dtype=torch.float64)
     return steps.round().long().unique()

@@ -52,14 +52,16 @@ class LayerFisher:
             other.
         lower_stderr: its standard error.
         linear: linear Fisher information of the raw activations, without lift; same correction as
-            J.
+            J (and the same as J for a wide layer).
         linear_stderr: its standard error.
         naive: J without any finite-sample correction (biased upwards).
         curve_k: [K'] int64 numbers of features at which the curve is kept.
         curve_J: [K', P, P] J of the first k features.
         curve_stderr: [K', P, P] standard errors.
-        features: number of features k that J was taken at.
-        feature_kind: "raw", "lift", "sketch", or "none" for a layer without variation (J = 0).
+        features: number of features k that J was taken at; for "krylov" the larger of those of its
+            two halves.
+        feature_kind: "raw", "lift", "krylov" or "sketch" for a wide layer, or "none" for a layer
+            without variation (J = 0).
         effective_dim: k_eff, features that count after the ridge.
         samples: all samples used, over conditions.
         dropped: activations and features that never varied and were left out.

@@ -27,22 +27,24 @@ MEASURE = {
     "maps",
 }
 NUMBERS = {"results", "information_map", "marginal"}
+WIDE_LAYERS = {"krylov"}
 TOP = {"__main__", "plots", "demos", "training", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot
 
 # level of each part: an import goes to a lower level, or stays within one level where that is said
 LEVELS = {
-    **dict.fromkeys(TOP, 6),
-    "flow": 5,
+    **dict.fromkeys(TOP, 7),
+    "flow": 6,
+    "wide": 5,
     **dict.fromkeys(PARTS_OF_FLOW, 4),
     "problems": 4,
-    **dict.fromkeys(MEASURE | NUMBERS, 3),
+    **dict.fromkeys(MEASURE | NUMBERS | WIDE_LAYERS, 3),
     "ops": 2,
     **dict.fromkeys(BELOW_OPS, 1),
     **dict.fromkeys(ANYONE, 0),
 }
-WITHIN_LEVEL = {6, 3, 1}
+WITHIN_LEVEL = {7, 3, 1}
 
 
 def part_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from .camera import Camera, default_camera, published_positions
 from .camera_pose import CameraPose
+from .correlated_image import CorrelatedImage
 from .distributions import Laplace, LogNormal, Poisson, RectifiedGaussian
 from .experiment import CameraRecording, load_camera_npz
 from .gaussian import GaussianFamily, GaussianScale, GaussianShift, NoisyLinear
@@ -22,6 +23,7 @@ __all__ = [
     "Camera",
     "CameraPose",
     "CameraRecording",
+    "CorrelatedImage",
     "GaussianFamily",
     "GaussianScale",
     "GaussianShift",

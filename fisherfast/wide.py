@@ -1,0 +1,347 @@
+"""A layer too wide for its covariance: compressed on each half of its samples, measured on the
+other.
+
+The Krylov space that one half has taught (`KrylovSpace`) is a handful of features for the other
+half: no number in them has seen the samples that they are measured on, so the measurement is that
+of any k features. The halves then change places, and the two results are averaged: half the
+variance of one of them, for twice the samples in each pass. See docs/theory.md, 15.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fisherfast.data import Data
+from fisherfast.estimators import (
+    SPARE_DOF,
+    FisherCurve,
+    SingularCovarianceError,
+    choose_features,
+    cross_fitted_bound,
+    fisher_curve,
+)
+from fisherfast.features import MAX_WIDTH
+from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
+from fisherfast.marginal import pack_covariance
+from fisherfast.meters import (
+    NO_TANGENTS,
+    LayerMeter,
+    carried_by,
+    curve_points,
+    no_information,
+    rows_of,
+)
+from fisherfast.moments import FoldMoments, FoldStatistics
+from fisherfast.results import LayerFisher, finite_step_note
+
+__all__ = ["WideMeter", "too_wide"]
+
+LEAST_DOF = 1.1
+"""Degrees of freedom per activation below which a layer wider than max_features is compressed."""
+
+
+def too_wide(dim: int, data: Data, max_features: int) -> bool:
+    """Whether a layer of dim activations is to be compressed: it has too many for a covariance, or
+    too few samples to invert one. Only for data that can be read again and again."""
+    if not all(data.repeats(c) for c in range(data.conditions)):
+        return False
+    if dim > MAX_WIDTH:
+        return True
+    counts = [data.samples(c) for c in range(data.conditions)]
+    if dim <= max_features or None in counts:
+        return False
+    dof = float(sum(n for n in counts if n is not None))
+    if data.paired:  # at worst: the same noise in all conditions is one measurement of it
+        dof /= data.conditions
+    return dof < LEAST_DOF * dim
+
+
+@dataclass(frozen=True)
+class HalfFit:
+    """J in the space that one half has taught, measured on the other.
+
+    Attributes:
+        curve: over the leading vectors of the space.
+        index: int64 [k] numbers of these vectors.
+        chosen: how many of them are used.
+        converged: that number is on a plateau.
+    """
+
+    curve: FisherCurve
+    index: torch.Tensor
+    chosen: int
+    converged: bool
+
+    def at_chosen(self, name: str) -> torch.Tensor:
+        """Value of one of the curves at the chosen size."""
+        values: torch.Tensor = getattr(self.curve, name)
+        return values[self.chosen - 1]
+
+    def at(self, name: str, sizes: torch.Tensor) -> torch.Tensor:
+        """Values of one of the curves at sizes [n], the last one where it ends before."""
+        values: torch.Tensor = getattr(self.curve, name)
+        return values[(sizes.to(values.device) - 1).clamp_max(len(values) - 1)]
+
+
+class WideMeter(LayerMeter):
+    """Everything kept of one layer that is compressed, while samples stream by again and again.
+
+    Attributes:
+        spaces: what even and odd samples of each condition teach.
+        measured: moments of the features in these spaces, each of the other samples; empty while
+            the spaces are learned.
+    """
+
+    spaces: list[KrylovSpace]
+    measured: list[FoldMoments]
+
+    @property
+    def seen(self) -> list[int]:
+        """Samples of each condition in this pass."""
+        return self._seen
+
+    @property
+    def parts(self) -> list[FoldMoments]:
+        """Moments of different samples, together of all."""
+        return self.measured
+
+    def prepare(self, data: Data, settings: dict[str, Any]) -> None:
+        """Fix the pilot; from here on `observe` counts."""
+        standardisation = self.pilot.standardisation()
+        self._mean, self._rounding = standardisation.mean, standardisation.rounding
+        self._paired, self._carried = data.paired, carried_by(data)
+        self._conditions, self._parameters = data.conditions, data.parameters
+        self._folds = max(4, settings["folds"] // 4 * 2)  # of a half; an even number
+        steps = max(min(KRYLOV_VECTORS, settings["max_features"] // data.parameters), 1)
+        self.spaces = [
+            KrylovSpace(
+                standardisation,
+                conditions=data.conditions,
+                parameters=data.parameters,
+                steps=steps,
+                dtype=self._dtype,
+            )
+            for _ in range(2)
+        ]
+        self.measured = []
+        self._seen = [0] * data.conditions
+        self._seen_before: list[int] | None = None
+        self._waiting: list[list[torch.Tensor]] = [[], []]
+        streams = {"folds": settings["folds"], "paired": data.paired, **self._carried}
+        self._prepare_map(standardisation, data.conditions, settings, streams)
+
+    def observe(
+        self,
+        condition: int,
+        activations: torch.Tensor,
+        *,
+        tangents: torch.Tensor | None = None,
+        score: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add activations [n, ...] of a condition, with what they carry; see `LayerMeter`."""
+        if self.map is not None and self._seen_before is None:
+            self.map.update(condition, activations, score if tangents is None else tangents)
+        rows = rows_of(activations)
+        moved = None if tangents is None else rows_of(tangents, 1)
+        first = self.seen[condition]
+        self._seen[condition] = first + len(rows)
+        finite = []
+        for half in range(2):
+            chosen = slice((half - first) % 2, None, 2)
+            own = (
+                rows[chosen],
+                None if moved is None else moved[:, chosen],
+                None if score is None else score[chosen],
+            )
+            if self.measured:
+                finite.append(self._measure(1 - half, condition, *own))
+            else:
+                self.spaces[half].observe(condition, *own)
+                finite.append(self.spaces[half].finite(condition))
+        return torch.stack(finite).all()
+
+    def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
+        """End a pass. Returns whether another one over the same samples must follow."""
+        if self._seen_before not in (None, self.seen):
+            raise ValueError(
+                f"samples must be the same at every pass, got {self.seen} after"
+                f" {self._seen_before} per condition"
+            )
+        if self.measured:
+            return False
+        self._seen_before, self._seen = self._seen, [0] * self._conditions
+        if not any([space.advance(contrast) for space in self.spaces]):
+            self._prepare_measurement()
+        return True
+
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+        """J, its errors and bounds: means over the two halves."""
+        dead = int((~(self.spaces[0].alive | self.spaces[1].alive)).sum())
+        base = no_information(self.site, data, samples=sum(self.seen), dropped=dead)
+        if dead == self.site.dim:
+            return replace(base, notes=(f"all {dead} activations are constant: J = 0",))
+        if not all(map(len, self.spaces)):
+            still = "no activation moves with theta: J = 0"
+            return replace(base, notes=(NO_TANGENTS if self._carried["tangents"] else still,))
+        self._check_samples(contrast)
+        halves = self.halves(contrast, ridge)
+        if not halves:
+            return replace(base, notes=("no activation varies in both halves: J = 0",))
+        size = max(len(half.curve) for half in halves)
+        points = curve_points(min(self._parameters, size), size)
+        lower, lower_stderr = self._honest_bound(halves, contrast)
+        J = _mean_of([half.at_chosen("J") for half in halves])
+        stderr = _error_of_mean([half.at_chosen("stderr") for half in halves])
+        errors = [half.curve.error_covariance(half.chosen) for half in halves]
+        layer = replace(
+            base,
+            J=J,
+            stderr=stderr,
+            lower=lower,
+            lower_stderr=lower_stderr,
+            linear=J,
+            linear_stderr=stderr,
+            naive=_mean_of([half.at_chosen("naive") for half in halves]),
+            curve_k=points,
+            curve_J=_mean_of([half.at("J", points) for half in halves]),
+            curve_stderr=_error_of_mean([half.at("stderr", points) for half in halves]),
+            features=max(half.chosen for half in halves),
+            feature_kind="krylov",
+            effective_dim=float(_mean_of([half.at_chosen("effective_dim") for half in halves])),
+            converged=all(half.converged for half in halves),
+            error_covariance=pack_covariance(_mean_of(errors) / 2),
+        )
+        notes = [f"{dead} constant activations left out"] if dead else []
+        notes += [warning] if (warning := finite_step_note(layer)) else []
+        return replace(layer, notes=tuple(notes))
+
+    def _prepare_measurement(self) -> None:
+        """From here on each half is read in the space that the other has taught."""
+        self._projections = [space.projection() for space in self.spaces]
+        self.measured = [
+            FoldMoments(
+                len(projection),
+                self._conditions,
+                folds=self._folds,
+                paired=self._paired,
+                **self._carried,
+                device=self._mean.device,
+            )
+            for projection in self._projections
+        ]
+
+    def _measure(
+        self,
+        half: int,
+        condition: int,
+        rows: torch.Tensor,
+        tangents: torch.Tensor | None,
+        score: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add samples to what is measured in the space of a half. Returns whether all was finite,
+        as a 0-d tensor."""
+        moments, projection = self.measured[half], self._projections[half]
+        features = projected(rows, projection, self._mean)
+        carried = score
+        if tangents is not None:
+            carried = torch.stack([projected(tangent, projection) for tangent in tangents])
+        moments.update(condition, features, carried=carried)
+        if self._paired:
+            waiting = self._waiting[half]
+            waiting.append(features)
+            if len(waiting) == self._conditions:
+                moments.update_products(waiting)
+                waiting.clear()
+        finite = torch.isfinite(moments.sums[condition]).all()
+        if moments.carried is not None:
+            finite = finite & torch.isfinite(moments.carried.sums).all()
+        return finite
+
+    def _check_samples(self, contrast: torch.Tensor) -> None:
+        """Two samples in every fold, and a quarter of all must carry the readouts of the bound."""
+        freedom = self._parameters + SPARE_DOF
+        inflation = float(self._conditions) if self._paired else 1.0  # at worst
+        fewest = min(int(moments.counts.min()) for moments in self.measured)
+        if fewest >= 2:
+            quarters = [m.statistics(contrast, half) for m in self.measured for half in (0, 1)]
+            least = min(quarter.dof for quarter in quarters)
+            if least >= freedom:
+                return
+            samples = sum(n // 4 for n in self.seen)
+            inflation = max((samples - self._conditions * self._folds / 2) / least, 1.0)
+        in_quarter = self._folds / 2 + freedom * inflation / self._conditions
+        needed = max(4 * self._folds, 4 * math.ceil(in_quarter))
+        raise ValueError(
+            f"layer {self.site.name!r} must see at least {needed} samples per condition to be"
+            f" compressed on one half and measured on the other, got {min(self.seen)}"
+        )
+
+    def halves(self, contrast: torch.Tensor, ridge: float) -> list[HalfFit]:
+        """What was measured in the space of each half, and the size at which it is to be read.
+        Empty where a space has no feature that varies in the other half.
+
+        That size is chosen on the *other* curve, where its noise is another one: the best of many
+        sizes on the same curve would be the luckiest one.
+        """
+        wholes = [moments.statistics(contrast) for moments in self.measured]
+        indices = [self._affordable(half, whole.dof) for half, whole in enumerate(wholes)]
+        if not all(map(len, indices)):
+            return []
+        fits = [_fit(*pair, ridge) for pair in zip(wholes, indices, strict=True)]
+        sizes = [choose_features(c, min(self._parameters, len(c))) for c, _ in fits]
+        return [
+            HalfFit(curve, index, min(chosen, len(index)), converged)
+            for (curve, index), (chosen, converged) in zip(fits, reversed(sizes), strict=True)
+        ]
+
+    def _affordable(self, half: int, dof: float) -> torch.Tensor:
+        """Numbers of the features in the space of a half that vary; not more than samples carry."""
+        varied = self.measured[half].variances() > self._rounding_variance(half)
+        return varied.nonzero()[: max(self._parameters, int(dof / 2)), 0]
+
+    def _rounding_variance(self, half: int) -> torch.Tensor:
+        """Variance of each feature [k] below which it is rounding: of the activations, or of the
+        squares of a feature that the other half keeps far from zero."""
+        moments = self.measured[half]
+        mean = moments.sums.sum((0, 1)) / sum(moments.seen)
+        of_activations = (self._rounding * self._mean).square()
+        squares = self._projections[half].double().square()
+        return squares @ of_activations + self._rounding * mean.square()
+
+    def _honest_bound(
+        self, halves: list[HalfFit], contrast: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Readouts learned on a quarter of the samples and measured on the next, in the space that
+        the other half has taught."""
+        bounds, errors = [], []
+        for moments, half in zip(self.measured, halves, strict=True):
+            index = half.index[: half.chosen]
+            quarters = [moments.statistics(contrast, part).select(index) for part in (0, 1)]
+            bound, error = cross_fitted_bound(quarters[0], quarters[1])
+            bounds.append(bound)
+            errors.append(error)
+        return _mean_of(bounds), _error_of_mean(errors)
+
+
+def _fit(
+    whole: FoldStatistics, index: torch.Tensor, ridge: float
+) -> tuple[FisherCurve, torch.Tensor]:
+    """The curve of the features in index, and those of them that it holds."""
+    try:
+        return fisher_curve(whole.select(index), ridge), index
+    except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
+        index = index[: error.feature - 1]
+        return fisher_curve(whole.select(index), ridge), index
+
+
+def _mean_of(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(values).mean(0).cpu()
+
+
+def _error_of_mean(errors: list[torch.Tensor]) -> torch.Tensor:
+    """Standard error of the mean of independent results with these errors."""
+    return torch.stack(errors).square().sum(0).sqrt().cpu() / len(errors)

@@ -18,8 +18,8 @@ from fisherfast.features import Lift
 
 __all__ = ["DerivativeMoments", "FoldScore", "ScoreMoments", "TangentMoments"]
 
-TILE_ROWS = 512
-"""Rows of features or tangents that exist at the same time: 2 MB of float64 for 512 features."""
+TILE_ROWS = 1024
+"""Rows of features or tangents that exist at the same time: 4 MB of float64 for 512 features."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class TangentMoments(DerivativeMoments):
         rows = max(TILE_ROWS // self.parameters, self.folds)
         for start in range(0, len(raw), rows):
             tile = slice(start, start + rows)
-            slope = torch.where(raw[tile] @ weight.T + bias > 0, 1.0, lift.slope)
-            moved = (carried[:, tile] @ weight.T) * slope.to(raw.dtype)
+            above = (torch.addmm(bias, raw[tile], weight.T) > 0).to(raw.dtype)
+            moved = (carried[:, tile] @ weight.T).mul_(above.mul_(1 - lift.slope).add_(lift.slope))
             self.sums[..., begin:] += fold_sums(moved, first + start, self.folds)
 
     def derivatives(

@@ -9,8 +9,9 @@
 namespace fisherfast::FF_SIMD_NAMESPACE {
 namespace {
 
+// Five such buffers and the slices that pass by share 32 KiB of first cache.
 template <typename T>
-inline constexpr index_t kBlock = 4096 / sizeof(T);
+inline constexpr index_t kBlock = 2048 / sizeof(T);
 
 // f(z) and f'(z).
 template <typename T>
@@ -312,8 +313,9 @@ FF_INLINE void write(T* y, index_t count, bool stream, const Whole& whole, const
   for (; i < count; ++i) y[i] = number(i);
 }
 
-// Streaming stores pay for results beyond the caches: from here on all kinds took 0.5 to 0.7 of the
-// time (two cores with 32 MiB of shared cache). In place the lines are in the cache anyway.
+// Streaming stores pay for results beyond the caches: relu and gelu on 42 MB took 0.54 and 0.58 of
+// the time (two cores, 32 MiB of shared cache). Half of that cache is the bound: what is smaller
+// may still be there for the next reader. In place the lines are in the cache anyway.
 constexpr index_t kStreamBytes = index_t{16} << 20;
 
 template <typename T>

@@ -8,7 +8,7 @@
 #include "ops/dual_softmax.h"
 
 #include "core/simd.h"
-#include "core/simd_exp.h"
+#include "core/simd_math.h"
 #include "core/simd_row.h"
 
 namespace fisherfast::FF_SIMD_NAMESPACE {
@@ -130,7 +130,7 @@ struct Pass {
   FF_INLINE const T* tangent(index_t p) const { return x + p * args.slice_stride; }
   template <typename Lanes>
   FF_INLINE Vec<T> exponent(index_t offset, Lanes lanes) const {
-    return exponential<T>(lanes.read(x + offset, splat(kMinusInfinity<T>)) - largest);
+    return exponential<T>(lanes.read(x + offset, splat(kMinusInfinity<T>)) - largest).exp;
   }
 };
 

@@ -5,17 +5,21 @@
     print(ff.dual.coverage(model, x))                   # which operations have a rule
 
 A `DualTensor` goes through the model in place of the batch. `dispatch` finds the rule of each
-operation; the rules stand in `linear_rules`, `product_rules`, `pointwise_rules`, `reduction_rules`,
-`attention` and `recurrent`; `fallback` serves the rest.
+operation; the rules stand in `view_rules`, `linear_rules`, `product_rules`, `pointwise_rules`,
+`reduction_rules`, `attention`, `recurrent`, `writing_rules` and `constant_rules`; `fallback` serves
+the rest.
 """
 
 from fisherfast.dual import (
     attention,
+    constant_rules,
     linear_rules,
     pointwise_rules,
     product_rules,
     recurrent,
     reduction_rules,
+    view_rules,
+    writing_rules,
 )
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.errors import DerivativeError
@@ -34,10 +38,13 @@ __all__ = [
 
 RULE_MODULES = (
     attention,
+    constant_rules,
     linear_rules,
     pointwise_rules,
     product_rules,
     recurrent,
     reduction_rules,
+    view_rules,
+    writing_rules,
 )
 """Importing them fills the table of rules."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherfast import ops, reference_dual
 from fisherfast.dual.dispatch import Operator, directions_of, overloads, rule
-from fisherfast.dual.linear_rules import lifted
+from fisherfast.dual.stacks import lifted
 from fisherfast.dual.tensor import DualTensor
 
 BLOCK_NUMBERS = 2**22

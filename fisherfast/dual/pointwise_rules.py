@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast import ops
 from fisherfast.dual.dispatch import Operator, aten, overload, overloads, overwrite, rule
-from fisherfast.dual.linear_rules import aligned
+from fisherfast.dual.stacks import aligned
 from fisherfast.dual.tensor import Affine, DualTensor, apply_activation
 
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -104,7 +105,11 @@ def _activated_in_place(x: DualTensor, kind: Kind) -> DualTensor:
     if affine is not None:  # nobody else has seen these values
         x.settle(apply_activation(stack, *_numbers(kind), affine=affine))
         return x
-    return overwrite(x, DualTensor(apply_activation(x.stack, *_numbers(kind))))
+    stack = x.before_writing()
+    if stack.dtype in (torch.float32, torch.float64):
+        ops.dual_activation_(stack, *_numbers(kind))
+        return x
+    return overwrite(x, DualTensor(apply_activation(stack, *_numbers(kind))))
 
 
 def _numbers(kind: Kind) -> Kind:

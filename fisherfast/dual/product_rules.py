@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.dual.dispatch import Operator, aten, overloads, rule
-from fisherfast.dual.linear_rules import merged
+from fisherfast.dual.stacks import merged
 from fisherfast.dual.tensor import DualTensor
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -157,7 +157,7 @@ def channels_last_pays(samples: Tensor) -> bool:
 
 def as_channels_last(samples: Tensor) -> Tensor:
     """Samples [n, C, H, W] in the order n, H, W, C, with strides that say so for C = 1 too."""
-    n, channels, height, width = samples.shape
+    _, channels, height, width = samples.shape
     laid = samples.contiguous(memory_format=torch.channels_last)
     strides = (height * width * channels, 1, width * channels, channels)
     return laid.as_strided(laid.shape, strides)

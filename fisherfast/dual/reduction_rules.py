@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherfast import ops, reference_dual
 from fisherfast.dual.dispatch import Operator, overload, overloads, rule
-from fisherfast.dual.linear_rules import shifted
+from fisherfast.dual.stacks import shifted
 from fisherfast.dual.tensor import DualTensor
 
 KERNEL_DTYPES = (torch.float32, torch.float64)

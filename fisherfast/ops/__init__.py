@@ -11,7 +11,7 @@ block. Everything goes to plain torch when ``FISHERFAST_DISABLE_NATIVE=1`` is se
 tensors when the build has no CUDA kernels.
 """
 
-from fisherfast.ops._dual_activation import dual_activation
+from fisherfast.ops._dual_activation import dual_activation, dual_activation_
 from fisherfast.ops._dual_pool import dual_pool
 from fisherfast.ops._dual_rows import dual_norm, dual_softmax
 from fisherfast.ops._fisher_solve import (
@@ -26,6 +26,7 @@ from fisherfast.ops._moments import moments, spatial_moments
 __all__ = [
     "FisherSolve",
     "dual_activation",
+    "dual_activation_",
     "dual_norm",
     "dual_pool",
     "dual_softmax",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherfast import _native, reference_dual
 from fisherfast.ops._common import address, check_no_grad, register
-from fisherfast.ops._dual_common import check_buffer, check_vector, dense, empty_like
+from fisherfast.ops._dual_common import check_buffer, check_vector, dense, empty_like, is_dense
 
 KINDS = {
     "identity": (),
@@ -75,11 +75,47 @@ def dual_activation(
         [[-0.5, 2.0], [5.0, 10.0]]
     """
     check_no_grad("dual_activation", x=x, scale=scale, shift=shift, slope=slope)
+    _check_numbers(parameters)
+    op = torch.ops.fisherfast.dual_activation.default
+    return op(x, kind, list(parameters), scale, shift, slope, channel_dim)
+
+
+def dual_activation_(
+    x: Tensor,
+    kind: str,
+    *parameters: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    slope: Tensor | None = None,
+    channel_dim: int = 2,
+) -> None:
+    """`dual_activation` that overwrites x.
+
+    Args:
+        x: [1 + P, ...], changed in place; a buffer that overlaps itself is refused.
+        kind, parameters, scale, shift, slope, channel_dim: as for `dual_activation`.
+
+    Raises:
+        As `dual_activation`. Nothing is changed then.
+
+    Cost: reads and writes x once.
+
+    Example:
+        >>> x = torch.tensor([[-1.0, 2.0], [10.0, 10.0]])
+        >>> dual_activation_(x, "relu")
+        >>> x.tolist()
+        [[0.0, 2.0], [0.0, 10.0]]
+    """
+    check_no_grad("dual_activation_", x=x, scale=scale, shift=shift, slope=slope)
+    _check_numbers(parameters)
+    op = torch.ops.fisherfast.dual_activation_.default
+    op(x, kind, list(parameters), scale, shift, slope, channel_dim)
+
+
+def _check_numbers(parameters: Sequence[float]) -> None:
     for value in parameters:
         if not isinstance(value, (int, float)):
             raise TypeError(f"parameters must be numbers, got {type(value).__name__}")
-    op = torch.ops.fisherfast.dual_activation.default
-    return op(x, kind, list(parameters), scale, shift, slope, channel_dim)
 
 
 def _dual_activation(
@@ -97,8 +133,23 @@ def _dual_activation(
         return empty_like(dense(x)).copy_(y)
     x = dense(x)
     y = empty_like(x)
+    _launch(x, y, kind, parameters, scale, shift, slope, channel_dim)
+    return y
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    slope: Tensor | None,
+    channel_dim: int,
+) -> None:
+    """The kernel on a dense x; y has its layout, or is x itself."""
     scale, shift, slope = (None if v is None else v.contiguous() for v in (scale, shift, slope))
-    slice_size = y.stride(0)
+    slice_size = x[0].numel()
     channels, inner = 1, max(slice_size, 1)
     if scale is not None or shift is not None or slope is not None:
         channels = x.shape[channel_dim]
@@ -123,7 +174,36 @@ def _dual_activation(
         b,
         c,
     )
-    return y
+
+
+def _dual_activation_(
+    x: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    slope: Tensor | None,
+    channel_dim: int,
+) -> None:
+    _check_in_place(x, kind, parameters, scale, shift, slope, channel_dim)
+    if _native.serves(x) and is_dense(x):
+        _launch(x, x, kind, parameters, scale, shift, slope, channel_dim)
+    else:
+        x.copy_(_dual_activation(x, kind, parameters, scale, shift, slope, channel_dim))
+
+
+def _check_in_place(
+    x: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    slope: Tensor | None,
+    channel_dim: int,
+) -> None:
+    _check(x, kind, parameters, scale, shift, slope, channel_dim)
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"x must not overlap itself, got strides {list(x.stride())}")
 
 
 def _dual_activation_fake(
@@ -173,4 +253,10 @@ register(
     " Tensor? slope, int channel_dim) -> Tensor",
     _dual_activation,
     _dual_activation_fake,
+)
+register(
+    "dual_activation_(Tensor(a!) x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
+    " Tensor? slope, int channel_dim) -> ()",
+    _dual_activation_,
+    _check_in_place,
 )

@@ -546,3 +546,32 @@ def test_compiles(normal):
     assert torch.equal(
         compiled(x, "gelu", scale=scale), ops.dual_activation(x, "gelu", scale=scale)
     )
+
+
+@pytest.mark.parametrize("layout", ["dense", "permuted", "strided"])
+def test_overwriting(device, dtype, route, normal, layout):
+    """Catches a value that is overwritten before it is read, and numbers beside the buffer that
+    change."""
+    memory = normal(3, 2, 5, 14, dtype=dtype, device=device)
+    x = {
+        "dense": memory,
+        "permuted": memory.transpose(2, 3),
+        "strided": memory[..., ::2],
+    }[layout]
+    channels = x.shape[2]
+    scale, shift = (normal(channels, dtype=dtype, device=device) for _ in range(2))
+    expected = ops.dual_activation(x, "gelu", scale=scale, shift=shift)
+    beside = memory[..., 1::2].clone()
+    assert ops.dual_activation_(x, "gelu", scale=scale, shift=shift) is None
+    torch.testing.assert_close(x, expected, rtol=0, atol=0)
+    if layout == "strided":
+        assert torch.equal(memory[..., 1::2], beside)
+
+
+def test_overwriting_is_checked_and_known_to_torch(normal):
+    """Catches an in-place op that torch takes for a pure one, and a buffer that overlaps itself."""
+    x = normal(3, 4, 5)
+    op = torch.ops.fisherfast.dual_activation_.default
+    torch.library.opcheck(op, (x, "leaky_relu", [0.1], None, None, None, 2))
+    with pytest.raises(ValueError, match=r"x must not overlap itself, got strides \[1, 0\]"):
+        ops.dual_activation_(normal(3, 1).expand(3, 4), "relu")

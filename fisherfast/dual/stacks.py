@@ -1,0 +1,41 @@
+"""How a stack [1 + P, n, ...] stands for its primal [n, ...]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fisherfast.dual.tensor import DualTensor
+
+
+def shifted(dim: int, ndim: int) -> int:
+    """A dimension of the primal as one of the stack."""
+    return dim % max(ndim, 1) + 1
+
+
+def aligned(dual: DualTensor, ndim: int) -> Tensor:
+    """The stack of a dual tensor with dimensions of size 1 behind its first, as if the primal had
+    ndim of them."""
+    stack = dual.stack
+    missing = ndim - dual.dim()
+    if missing <= 0:
+        return stack
+    return stack.reshape(stack.shape[:1] + (1,) * missing + stack.shape[1:])
+
+
+def lifted(tensor: Any, directions: int) -> Tensor:
+    """The stack of a dual tensor, or of a plain one with tangents of zero."""
+    if isinstance(tensor, DualTensor):
+        return tensor.stack
+    return DualTensor.constant(tensor, directions).stack
+
+
+def merged(stack: Tensor) -> Tensor:
+    """[1 + P, n, ...] as [(1 + P) n, ...]."""
+    return stack.flatten(0, 1)
+
+
+def view_of(dual: DualTensor, stack: Tensor) -> DualTensor:
+    """A dual tensor that shares memory with another."""
+    return DualTensor(stack, dual.memory)

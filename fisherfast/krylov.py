@@ -23,8 +23,9 @@ BREAKDOWN = 1e-5
 """Part of a product that must be new for another vector: float32 products leave 1e-6 of noise."""
 
 RARE = 1e-3
-"""Variance, relative to the median activation's, below which an activation is not scaled up to unit
-variance: it may vary much more in samples that were not seen, and drown the rest there."""
+"""Variance, in units of the pilot's and relative to the median activation, below which an
+activation is not scaled up to unit variance: elsewhere it may vary as in the pilot, and drown the
+rest."""
 
 TILE_NUMBERS = 2**20
 """Activations that are standardised at a time, 4 MB of float32."""
@@ -193,7 +194,9 @@ class KrylovSpace:
 
     def finite(self, condition: int) -> torch.Tensor:
         """Whether all activations of a condition were finite in the first pass, a 0-d tensor."""
-        return torch.ones((), dtype=torch.bool) if self._passes else self._first.finite(condition)
+        if self._passes:
+            return torch.ones((), dtype=torch.bool, device=self._basis.device)
+        return self._first.finite(condition)
 
     def advance(self, contrast: torch.Tensor) -> bool:
         """End a pass. Returns whether the space asks for another, over the same samples.

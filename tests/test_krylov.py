@@ -138,6 +138,34 @@ def test_result_does_not_depend_on_the_batches(source, parameters):
         torch.testing.assert_close(other.lower, results[0].lower, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("source", ["pathwise", "score"])
+def test_result_does_not_depend_on_the_tiles(source, monkeypatch):
+    """Catches a vector that is orthogonalised in its first tile only, scores cut elsewhere than
+    their activations."""
+    x, derivative = correlated(), directions(2)
+    data = pathwise(x, derivative) if source == "pathwise" else Score(x, x[:, :2] - 3)
+    whole = estimated(data)
+    monkeypatch.setattr(krylov, "TILE_NUMBERS", 7 * D)
+    assert [len(tile) for tile in krylov.tiles(x)] == [7] * 85 + [5]
+    torch.testing.assert_close(estimated(data).J, whole.J, rtol=1e-3, atol=1e-3)
+
+
+def test_tiles_are_small_however_many_samples_a_batch_has():
+    """Catches a standardised copy of a whole batch of a very wide layer."""
+    wide = torch.zeros(1, 1).expand(100, krylov.TILE_NUMBERS)
+    assert {len(tile) for tile in krylov.tiles(wide)} == {krylov.TILE_ROWS}
+
+
+def test_rare_activation_is_not_scaled_up():
+    """One that varies less in one half than in the pilot may vary in the other half. Catches a
+    scale without a floor: 1e4 here."""
+    x = torch.randn(N, D, generator=generator())
+    x[::2, 0] *= 1e-4
+    spaces = measured(pathwise(x, directions(1))).spaces
+    assert float(spaces[0].projection()[:, 0].abs().max()) < 2 * krylov.RARE**-0.5
+    assert float(spaces[1].projection()[:, 0].abs().max()) < 2
+
+
 def test_halves_are_measured_on_each_other():
     """In the whole space, any basis gives the raw information of the half that is measured. Catches
     a measurement on the half that taught the space, or on all samples."""

@@ -34,6 +34,9 @@ __all__ = ["fisher_flow", "fisher_information"]
 FOLDS = 16
 """Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
 
+LEAST_FOLDS = {"independent": 4, "score": 4, "paired": 6, "pathwise": 6}
+"""Folds that each half needs two of; three where its error is a jackknife of pairs of folds."""
+
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
 
@@ -84,7 +87,7 @@ def fisher_flow(
         seed: of the random lift. The global random state is neither used nor changed.
         progress: show a progress bar (needs tqdm).
         ridge: noise variance added to each feature, relative to its own.
-        folds: number of folds, even.
+        folds: number of folds, even, at least 4 (6 for paired conditions and tangents).
         grow: begin with 64 lifted features and double their number, in another pass over the data,
             only for layers whose curve still rises at its end, up to max_features. Each pass
             computes the new features alone. For data that repeat: tensors, arrays, Datasets,
@@ -431,8 +434,9 @@ def _check_settings(
         raise TypeError(f"ridge must be a number, got {ridge!r}")
     if not 0 <= ridge < 1:
         raise ValueError(f"ridge must be in [0, 1), got {ridge}")
-    if folds < 4 or folds % 2:
-        raise ValueError(f"folds must be even and at least 4, got {folds}")
+    least = LEAST_FOLDS[data.source]
+    if folds < least or folds % 2:
+        raise ValueError(f"folds must be even and at least {least}, got {folds}")
     return {
         "max_features": int(max_features),
         "batch_size": int(batch_size),

@@ -318,3 +318,21 @@ def test_value_of_two_parameters(flow):
     """Catches one entry in the place of a matrix."""
     with pytest.raises(ValueError, match=r"value must be asked for one parameter, got 2: use \.J"):
         _ = flow["fc1"].marginal([0, 1]).value
+
+
+@pytest.mark.parametrize("source", ["paired", "pathwise", "independent", "score"])
+def test_fewest_folds(source):
+    """Catches an error of the bound that divides by no pair of folds: NaN in silence."""
+    problem = GaussianShift(torch.ones(3))
+    data = {
+        "paired": lambda: problem.finite_difference(0.0, 0.2, 400, paired=True),
+        "independent": lambda: problem.finite_difference(0.0, 0.2, 400),
+        "pathwise": lambda: problem.pathwise(0.0, 400),
+        "score": lambda: problem.scored(0.0, 400),
+    }[source]()
+    least = 6 if source in ("paired", "pathwise") else 4
+    info = ff.fisher_information(data, folds=least, max_features=16)
+    assert torch.isfinite(info.stderr).all()
+    assert torch.isfinite(info.lower_stderr).all()
+    with pytest.raises(ValueError, match=f"folds must be even and at least {least}, got"):
+        ff.fisher_information(data, folds=least - 2)

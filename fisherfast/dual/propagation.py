@@ -15,6 +15,7 @@ from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.dispatch import overloads, recording
 from fisherfast.dual.errors import running, warn_of_randomness
 from fisherfast.dual.tensor import DualTensor
+from fisherfast.dual.writing_rules import LIKE_FACTORIES
 
 __all__ = ["coverage", "jvp", "propagate", "propagation"]
 
@@ -30,16 +31,8 @@ FACTORIES = frozenset(
         "empty_strided",
         "rand",
         "randn",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
     )
-)
+) | frozenset(LIKE_FACTORIES)
 
 
 class _Factories(TorchDispatchMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,116 +119,82 @@ def _check_numbers(parameters: Sequence[float]) -> None:
             raise TypeError(f"parameters must be numbers, got {type(value).__name__}")
 
 
-def _dual_activation(
-    x: Tensor,
-    kind: str,
-    parameters: Sequence[float],
-    scale: Tensor | None,
-    shift: Tensor | None,
-    slope: Tensor | None,
-    channel_dim: int,
-) -> Tensor:
-    _check(x, kind, parameters, scale, shift, slope, channel_dim)
+class _How(NamedTuple):
+    """The arguments behind x, in the order of the schema."""
+
+    kind: str
+    parameters: Sequence[float]
+    scale: Tensor | None
+    shift: Tensor | None
+    slope: Tensor | None
+    channel_dim: int
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """Those that are given, by name."""
+        named = {"scale": self.scale, "shift": self.shift, "slope": self.slope}
+        return {name: vector for name, vector in named.items() if vector is not None}
+
+
+def _dual_activation(x: Tensor, *arguments: Any) -> Tensor:
+    _check(x, _How(*arguments))
     if not _native.serves(x):
-        y = reference_dual.dual_activation(x, kind, parameters, scale, shift, slope, channel_dim)
-        return empty_like(dense(x)).copy_(y)
+        return empty_like(dense(x)).copy_(reference_dual.dual_activation(x, *arguments))
     x = dense(x)
     y = empty_like(x)
-    _launch(x, y, kind, parameters, scale, shift, slope, channel_dim)
+    _launch(x, y, _How(*arguments))
     return y
 
 
-def _launch(
-    x: Tensor,
-    y: Tensor,
-    kind: str,
-    parameters: Sequence[float],
-    scale: Tensor | None,
-    shift: Tensor | None,
-    slope: Tensor | None,
-    channel_dim: int,
-) -> None:
+def _launch(x: Tensor, y: Tensor, how: _How) -> None:
     """The kernel on a dense x; y has its layout, or is x itself."""
-    scale, shift, slope = (None if v is None else v.contiguous() for v in (scale, shift, slope))
+    vectors = {name: vector.contiguous() for name, vector in how.vectors.items()}
     slice_size = x[0].numel()
     channels, inner = 1, max(slice_size, 1)
-    if scale is not None or shift is not None or slope is not None:
-        channels = x.shape[channel_dim]
-        inner = x.stride(channel_dim) if channels > 1 else max(slice_size, 1)
-    a, b, c = (*parameters, 0.0, 0.0, 0.0)[:3]
+    if vectors:
+        channels = x.shape[how.channel_dim]
+        inner = x.stride(how.channel_dim) if channels > 1 else inner
+    a, b, c = (*how.parameters, 0.0, 0.0, 0.0)[:3]
     _native.call(
         "dual_activation",
         x,
         x.data_ptr(),
         y.data_ptr(),
-        address(scale),
-        address(shift),
-        address(slope),
+        *(address(vectors.get(name)) for name in ("scale", "shift", "slope")),
         x.stride(0),
         y.stride(0),
         x.shape[0] - 1,
         slice_size // max(channels * inner, 1),
         channels,
         inner,
-        list(KINDS).index(kind),
+        list(KINDS).index(how.kind),
         a,
         b,
         c,
     )
 
 
-def _dual_activation_(
-    x: Tensor,
-    kind: str,
-    parameters: Sequence[float],
-    scale: Tensor | None,
-    shift: Tensor | None,
-    slope: Tensor | None,
-    channel_dim: int,
-) -> None:
-    _check_in_place(x, kind, parameters, scale, shift, slope, channel_dim)
+def _dual_activation_(x: Tensor, *arguments: Any) -> None:
+    _check_in_place(x, *arguments)
     if _native.serves(x) and is_dense(x):
-        _launch(x, x, kind, parameters, scale, shift, slope, channel_dim)
+        _launch(x, x, _How(*arguments))
     else:
-        x.copy_(_dual_activation(x, kind, parameters, scale, shift, slope, channel_dim))
+        x.copy_(_dual_activation(x, *arguments))
 
 
-def _check_in_place(
-    x: Tensor,
-    kind: str,
-    parameters: Sequence[float],
-    scale: Tensor | None,
-    shift: Tensor | None,
-    slope: Tensor | None,
-    channel_dim: int,
-) -> None:
-    _check(x, kind, parameters, scale, shift, slope, channel_dim)
+def _check_in_place(x: Tensor, *arguments: Any) -> None:
+    _check(x, _How(*arguments))
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"x must not overlap itself, got strides {list(x.stride())}")
 
 
-def _dual_activation_fake(
-    x: Tensor,
-    kind: str,
-    parameters: Sequence[float],
-    scale: Tensor | None,
-    shift: Tensor | None,
-    slope: Tensor | None,
-    channel_dim: int,
-) -> Tensor:
-    _check(x, kind, parameters, scale, shift, slope, channel_dim)
+def _dual_activation_fake(x: Tensor, *arguments: Any) -> Tensor:
+    _check(x, _How(*arguments))
     return empty_like(dense(x))
 
 
-def _check(
-    x: Tensor,
-    kind: str,
-    parameters: Sequence[float],
-    scale: Tensor | None,
-    shift: Tensor | None,
-    slope: Tensor | None,
-    channel_dim: int,
-) -> None:
+def _check(x: Tensor, how: _How) -> None:
+    kind, parameters = how.kind, how.parameters
     check_buffer(x, 1, "[1 + P, ...]")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -236,16 +203,15 @@ def _check(
         raise ValueError(
             f"parameters must be ({', '.join(names)}) for {kind}, got {len(parameters)} numbers"
         )
-    if not all(math.isfinite(value) for value in parameters):
+    infinite = kind == "hardtanh"  # an end that cuts nothing
+    if not all(math.isfinite(value) or (infinite and math.isinf(value)) for value in parameters):
         raise ValueError(f"parameters must be finite, got {list(parameters)}")
-    if (slope is not None) != (kind == "prelu"):
+    if (how.slope is not None) != (kind == "prelu"):
         raise ValueError(f"slope must be given for prelu and for it alone, got kind {kind!r}")
-    if scale is None and shift is None and slope is None:
-        return
-    if not 1 <= channel_dim < x.dim():
-        raise ValueError(f"channel_dim must lie in [1, {x.dim()}), got {channel_dim}")
-    for name, vector in (("scale", scale), ("shift", shift), ("slope", slope)):
-        check_vector(name, vector, x, "[C]", x.shape[channel_dim])
+    if how.vectors and not 1 <= how.channel_dim < x.dim():
+        raise ValueError(f"channel_dim must lie in [1, {x.dim()}), got {how.channel_dim}")
+    for name, vector in how.vectors.items():
+        check_vector(name, vector, x, "[C]", x.shape[how.channel_dim])
 
 
 register(

@@ -221,7 +221,7 @@ class KrylovSpace:
 
     def projection(self) -> torch.Tensor:
         """Weights [k, d] that turn activations into the features, up to a constant."""
-        return (self.basis * self._scale).to(self._dtype)
+        return self.basis * self._scale.to(self._dtype)
 
     def _add_products(self, condition: int, activations: torch.Tensor) -> None:
         newest = self.basis[self._size - self._newest :]

@@ -22,10 +22,10 @@ and each more is a pass."""
 BREAKDOWN = 1e-5
 """Part of a product that must be new for another vector: float32 products leave 1e-6 of noise."""
 
-RARE = 1e-3
-"""Variance, in units of the pilot's and relative to the median activation, below which an
-activation is not scaled up to unit variance: elsewhere it may vary as in the pilot, and drown the
-rest."""
+RARE = 0.1
+"""Variance, relative to the median activation's, below which an activation is not scaled up to unit
+variance. One that fires in a few samples of this half has a derivative from these few alone: behind
+a ReLU the vectors would be made of such noise."""
 
 TILE_NUMBERS = 2**20
 """Activations that are standardised at a time, 4 MB of float32."""
@@ -101,15 +101,16 @@ class FirstPass:
         variance = self._squares - (counts * means.square()).sum(0)
         variance /= self.degrees_of_freedom
         alive = variance > (self._pilot.rounding * self._pilot.mean * self._pilot.scale).square()
-        floor = RARE * variance[alive].median() if bool(alive.any()) else 1.0
-        scale = torch.where(alive, variance.clamp_min(floor), torch.inf).rsqrt()
+        own = variance / self._pilot.scale.square()  # in units of the activations
+        floor = RARE * own[alive].median() if bool(alive.any()) else 1.0
+        scale = torch.where(alive, own.clamp_min(floor), torch.inf).rsqrt()
         if self._score_sums is not None:
             derivative = self._derivative_sums - self._score_sums[:, None] * means
             derivative /= self.degrees_of_freedom
         else:
             derivative = contrast.to(means).T @ means + self._derivative_sums / counts.sum()
         center = self._pilot.mean + means / self._pilot.scale
-        return center, scale * self._pilot.scale, derivative * scale
+        return center, scale, derivative * scale / self._pilot.scale
 
 
 class KrylovSpace:
@@ -221,7 +222,7 @@ class KrylovSpace:
 
     def projection(self) -> torch.Tensor:
         """Weights [k, d] that turn activations into the features, up to a constant."""
-        return (self.basis * self._scale).to(self._dtype)
+        return self.basis * self._scale.to(self._dtype)
 
     def _add_products(self, condition: int, activations: torch.Tensor) -> None:
         newest = self.basis[self._size - self._newest :]

@@ -309,8 +309,9 @@ class WideMeter(LayerMeter):
         moments = self.measured[half]
         mean = moments.sums.sum((0, 1)) / sum(moments.seen)
         of_activations = (self._rounding * self._mean).square()
-        squares = self._projections[half].double().square()
-        return squares @ of_activations + self._rounding * mean.square()
+        weights = self._projections[half]  # one vector at a time in float64: they are long
+        own = [weight.double().square() @ of_activations for weight in weights]
+        return torch.stack(own) + self._rounding * mean.square()
 
     def _honest_bound(
         self, halves: list[HalfFit], contrast: torch.Tensor

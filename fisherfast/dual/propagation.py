@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,9 @@ from fisherfast import taps
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.dispatch import overloads, recording
 from fisherfast.dual.errors import running, warn_of_randomness
-from fisherfast.dual.tensor import DualTensor
+from fisherfast.dual.tensor import DualTensor, check_tangents
 from fisherfast.dual.writing_rules import LIKE_FACTORIES
+from fisherfast.results import FisherWarning
 
 __all__ = ["coverage", "jvp", "propagate", "propagation"]
 
@@ -93,7 +95,7 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 
     Args:
         model: any module that maps a batch [n, ...] to tensors, tuples, lists or dicts of them.
-        x: [n, ...] of floating dtype.
+        x: [n, ...] of floating dtype (or integers, for an embedding: all tangents are then zero).
         dx: [P, n, ...], dtype and device of x: derivative of each sample along P directions.
 
     Returns:
@@ -103,8 +105,11 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 
     Raises:
         ValueError: dx of another shape or device.
-        TypeError: x is no tensor, not real or not floating, or dx of another dtype.
+        TypeError: x is no tensor or complex, or dx of another dtype.
         DerivativeError: an operation without derivative, with its layer.
+
+    Warns:
+        FisherWarning: integer x, or a layer that draws random numbers in eval mode.
 
     Cost: about 1 + P forward passes of time and memory, less for non-linear layers.
 
@@ -116,8 +121,7 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         (torch.Size([5, 2]), torch.Size([1, 5, 2]))
     """
     _check_model(model)
-    batch = DualTensor.pack(x, dx)
-    directions = batch.directions
+    batch, directions = _packed(x, dx)
     with taps.evaluation(model, SEED), propagation(model, directions):
         output = model(batch)
     return _structure(output, _primal), _structure(output, lambda t: _tangents(t, directions))
@@ -152,11 +156,11 @@ def propagate(
         (['input', '0', 'output'], torch.Size([1, 5, 2]))
     """
     _check_model(model)
-    batch = DualTensor.pack(x, dx)
+    batch, directions = _packed(x, dx)
     kept: dict[str, Tensor] = {}
     with taps.evaluation(model, SEED):
         survey = x[:SURVEY_SAMPLES]
-        with _explained(model, batch):
+        with _explained(model, batch, directions):
             sites = taps.select(taps.survey(model, survey), layers, model)
         names = {site.event: site.name for site in sites}
 
@@ -164,21 +168,21 @@ def propagate(
             if event in names:
                 kept[names[event]] = output.clone()
 
-        with taps.Forward(model, keep) as forward, propagation(model, batch.directions):
+        with taps.Forward(model, keep) as forward, propagation(model, directions):
             forward.run(batch)
     return {
-        site.name: (_primal(kept[site.name]), _tangents(kept[site.name], batch.directions))
+        site.name: (_primal(kept[site.name]), _tangents(kept[site.name], directions))
         for site in sites
     }
 
 
 @contextmanager
-def _explained(model: nn.Module, batch: DualTensor) -> Iterator[None]:
+def _explained(model: nn.Module, batch: Tensor, directions: int) -> Iterator[None]:
     """A model that fails on plain samples fails on dual ones, with an error that says where."""
     try:
         yield
     except RuntimeError:
-        with propagation(model, batch.directions):
+        with propagation(model, directions):
             model(batch)
         raise
 
@@ -210,12 +214,29 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
     _check_model(model)
     if dx is None:
         generator = torch.Generator(device=x.device).manual_seed(SEED)
-        dx = torch.randn((1, *x.shape), generator=generator, device=x.device).to(x.dtype)
+        dx = torch.randn((1, *x.shape), generator=generator, device=x.device)
+        dx = dx.to(x.dtype) if x.is_floating_point() else dx
     record = Coverage()
-    batch = DualTensor.pack(x, dx)
-    with taps.evaluation(model, SEED), propagation(model, batch.directions, record):
+    batch, directions = _packed(x, dx)
+    with taps.evaluation(model, SEED), propagation(model, directions, record):
         model(batch)
     return record
+
+
+def _packed(x: Tensor, dx: Tensor) -> tuple[Tensor, int]:
+    """What goes into the model, and P: a dual tensor, or counts alone, whose tangents are zero."""
+    counts = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
+    if not counts:
+        batch = DualTensor.pack(x, dx)
+        return batch, batch.directions
+    check_tangents(x.to(dx.dtype), dx)
+    warnings.warn(
+        f"x has dtype {x.dtype}: numbers that only count have no derivative, all tangents are zero;"
+        " a Score tells what they know",
+        FisherWarning,
+        stacklevel=3,
+    )
+    return x.clone(), len(dx)
 
 
 def _check_model(model: Any) -> None:

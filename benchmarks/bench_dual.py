@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,8 @@ import harness
 import torch
 import torch.autograd.forward_ad as forward_ad
 from dual_ways import OpCase, Result, op_cases
-from harness import OURS, TINY, Clock, Contender, Effort
-from limits import copy_contenders, kept_memory, share_of_copy
+from harness import OURS, TINY, Clock, Comparison, Contender, Effort
+from limits import copied_bytes, copy_contenders, kept_memory, share_of_copy
 from networks import built
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,12 +33,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fisherfast as ff
 
 PLAIN = "plain"  # family of what computes no tangents
+MEMMOVE = "memmove"  # the C library's copy: large ones write past the caches, as torch's do not
 LAYOUTS = {"": torch.contiguous_format, ", channels last": torch.channels_last}
-# Of the largest entry, in float32.
-JVP_TOLERANCE = 1e-4
-OP_TOLERANCE = 1e-5
+# Of the largest entry, in float32. Measured: at most 1e-6, but 1.0e-4 in one sample where the input
+# of one ReLU, 2e-8 of their mean, has the other sign in float32. Which of the ways that meets, ours
+# or torch's, is chance: a bound below it leaves right ones out.
+JVP_TOLERANCE = 1e-3
+OP_TOLERANCE = 1e-5  # measured: at most 3e-7
 
-JVP_EFFORT = Effort(turns=9, turn_seconds=0.0, case_seconds=10.0, least_turns=5)
+JVP_EFFORT = Effort(turns=9, turn_seconds=0.0, case_seconds=8.0, least_turns=5)
 OP_EFFORT = Effort(turns=9, turn_seconds=0.0, case_seconds=3.0, least_turns=5)
 
 MEMORY_SIZES = {"samples": 8, "size": 224, "width": 64, "directions": 4}
@@ -189,8 +193,13 @@ def network_line(row: dict[str, Any]) -> str:
     share = "  ".join(f"{name} {value:.2f}" for name, value in row["passes / (1 + P)"].items())
     return (
         f"jvp {row['network']:<10} P={row['P']} {1e3 * row['seconds'][OURS]:9.1f} ms  "
-        f"{best['ratio']:.2f} x {best['best']}  forward passes / (1 + P): {share}"
+        f"{best['ratio']:.2f} x {best['best']}  forward passes / (1 + P): {share}" + left_out(row)
     )
+
+
+def left_out(row: dict[str, Any]) -> str:
+    """Who was left out and why: a ratio to the best of torch is one to the best of the others."""
+    return "".join(f"\n  left out: {name}, {why}" for name, why in row["left out"].items())
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -249,6 +258,7 @@ def measure_op(
                 Contender(PLAIN, without_tangents, family=PLAIN),
                 *(Contender(name, lambda f=way: f(x)) for name, way in case.ways().items()),
                 *copy_contenders(moved, device),
+                *memmove_contenders(moved, device),
             ],
             lambda got: error_of_result(got, truth),
             OP_TOLERANCE,
@@ -259,7 +269,37 @@ def measure_op(
         "op": case.name,
         "shape": list(case.shape),
         **comparison.as_dict(),
-        "limits": share_of_copy(comparison.seconds[OURS], moved, comparison, moved),
+        "limits": limits_of(comparison, moved),
+    }
+
+
+def memmove_contenders(working_set: int, device: torch.device | str) -> list[Contender]:
+    """A copy by the C library on one thread, on the CPU alone; sizes as for `copy_contenders`."""
+    if torch.device(device).type != "cpu":
+        return []
+    source = torch.ones(copied_bytes(working_set) // 2, dtype=torch.uint8)
+    target = torch.zeros_like(source)
+
+    def call() -> None:
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), len(source))
+
+    return [Contender(MEMMOVE, call, family="")]
+
+
+def limits_of(comparison: Comparison, moved: int) -> dict[str, float]:
+    """Share of the bandwidth of torch's copy, and of whichever copy is the fastest.
+
+    A kernel that writes past the caches can be faster than torch's copy, which first reads what it
+    overwrites: the second share is the stricter one.
+    """
+    limits = share_of_copy(comparison.seconds[OURS], moved, comparison, moved)
+    if MEMMOVE not in comparison.seconds:
+        return limits | {"share of the fastest copy": limits["share of copy"]}
+    by_memmove = copied_bytes(moved) / comparison.seconds[MEMMOVE] / 1e9
+    fastest = max(limits["copy GB/s"], by_memmove)
+    return limits | {
+        "memmove GB/s": by_memmove,
+        "share of the fastest copy": limits["GB/s"] / fastest,
     }
 
 
@@ -283,7 +323,8 @@ def op_line(row: dict[str, Any]) -> str:
     rivals = "  ".join(f"{r['ratio']:.2f} x {r['best']}" for r in row["against"].values())
     return (
         f"dual {row['op']:<20}{1e3 * row['seconds'][OURS]:9.3f} ms  {rivals}"
-        f"  {row['limits']['share of copy']:.0%} of a copy"
+        f"  {row['limits']['share of copy']:.0%} of a copy,"
+        f" {row['limits']['share of the fastest copy']:.0%} of the fastest" + left_out(row)
     )
 
 

@@ -105,12 +105,14 @@ def curve_line(row: Row) -> str:
 
 
 def jvp_line(row: Row) -> str:
-    """ff.jvp against forward mode of torch, and in forward passes of the same layout."""
-    passes = row["passes / (1 + P)"]
-    text = (
-        f"{rival(row)}, {passes['contiguous']:.2f} (1 + P) forward passes "
-        f"({passes['of the fastest']:.2f} of the fastest layout)"
-    )
+    """ff.jvp against forward mode of torch, in forward passes of the same layout and of the
+    fastest."""
+    passes, ratio = row["passes / (1 + P)"], row["ratio by layout"]
+    text = f"{rival(row)}, {passes['contiguous']:.2f} (1 + P) forward passes"
+    if "channels last" in ratio and "channels last" in passes:
+        last = passes["channels last"]
+        text += f"; channels last {number(ratio['channels last'])} {TIMES}, {last:.2f} (1 + P)"
+    text += f"; {passes['of the fastest']:.2f} (1 + P) of the fastest layout"
     return line("`ff.jvp`", f"{row['network']} {row['shape']}, P = {row['P']}", text)
 
 
@@ -149,7 +151,11 @@ def footnote(results: dict[str, Any]) -> str:
     """How to read the table, and what it was measured on."""
     m = next(iter(results.values()))["machine"]
     machine = f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, {m['compiler']}"
-    return (
+    copies = (
+        "*Dual* ops: shares of torch's own copy and of the fastest copy, above 100% where the op "
+        "writes past the caches and the copy does not. "
+    )
+    return (copies if "dual_ops" in results else "") + (
         "Times faster than the fastest way in torch that gives right answers (*by hand*: than a "
         "Cholesky factorisation written in torch operations over the whole batch), and the share "
         "of the machine's own limit: of a copy's bandwidth (*loads*) or a matrix product's speed "

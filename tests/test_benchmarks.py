@@ -256,8 +256,12 @@ def test_rows_of_exact_derivatives_add_up(tiny_results):
         ours = seconds["fisherfast"] / (1 + row["P"])
         assert passes["contiguous"] == pytest.approx(ours / seconds["plain"])
         assert passes["of the fastest"] == pytest.approx(ours / plain_seconds(seconds))
+        best = seconds[row["against"]["torch"]["best"]]
+        assert best == min(time for n, time in seconds.items() if n.startswith(("loop", "vmap")))
+        assert row["ratio by layout"]["contiguous"] == pytest.approx(best / seconds["fisherfast"])
         layouts = 1 if row["network"] == "ViT" else 2
         assert len(seconds) + len(row["left out"]) == 4 * layouts
+        assert not [name for name in row["left out"] if not name.startswith(("loop", "vmap"))]
         assert not [why for why in row["left out"].values() if "best of its family" not in why]
     for row in results["dual_ops"]["figures"]:
         seconds, limits = row["seconds"], row["limits"]
@@ -329,7 +333,7 @@ def test_peak_memory_of_derivatives_counts_the_tangents(load):
     sizes = {"samples": 4, "size": 128, "width": 16}
     plain = extra("plain", directions=1, **sizes)
     few, many = (extra("jvp", directions=directions, **sizes) for directions in (2, 5))
-    assert 0 < plain < few < many
+    assert 0 < plain < few
     assert 1.5 * few < many < 3 * few  # 6 slices to 3
 
 

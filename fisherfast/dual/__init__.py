@@ -23,6 +23,7 @@ from fisherfast.dual import (
 )
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.errors import DerivativeError
+from fisherfast.dual.memory import release_memory
 from fisherfast.dual.propagation import coverage, jvp, propagate, propagation
 from fisherfast.dual.tensor import DualTensor
 
@@ -34,6 +35,7 @@ __all__ = [
     "jvp",
     "propagate",
     "propagation",
+    "release_memory",
 ]
 
 RULE_MODULES = (

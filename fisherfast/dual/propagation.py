@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherfast import taps
+from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.dispatch import overloads, recording
 from fisherfast.dual.errors import running, warn_of_randomness
@@ -80,6 +81,7 @@ def propagation(
         torch._C._AutoDispatchBelowAutograd(),
         running(model),
         recording(record),
+        memory.reusing(),
         _Factories(directions),
     ):
         yield

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from fisherfast import ops, reference_dual
+from fisherfast.dual import memory
 from fisherfast.dual.errors import no_derivative
+from fisherfast.ops._dual_common import is_dense
 
 __all__ = ["DualTensor", "apply_activation"]
 
@@ -189,6 +191,14 @@ def check_tangents(x: Tensor, dx: Tensor) -> None:
         )
 
 
+def _room_like(stack: Tensor) -> Tensor | None:
+    """Used memory of the layout of a stack, where it is worth while."""
+    if stack.nbytes < memory.LARGE_BYTES or not is_dense(stack):
+        return None
+    strides = (stack[0].numel(), *stack.stride()[1:])
+    return memory.empty(stack.shape, strides, stack.dtype, stack.device)
+
+
 def apply_activation(
     stack: Tensor,
     kind: str,
@@ -207,5 +217,6 @@ def apply_activation(
             shift=shift,
             slope=slope,
             channel_dim=CHANNEL_DIM,
+            out=_room_like(stack),
         )
     return reference_dual.dual_activation(stack, kind, parameters, scale, shift, slope, CHANNEL_DIM)

@@ -34,16 +34,17 @@ Rule = Callable[..., Any]
 
 RULES: dict[Operator, Rule] = {}
 
+MISSING: set[str] = set()
+"""Names that rules ask for and this version of PyTorch does not have."""
+
 _record: ContextVar[Coverage | None] = ContextVar("fisherfast_dual_record", default=None)
 
 
 def rule(*operators: Operator) -> Callable[[Rule], Rule]:
-    """Register a rule for operators; those that this version of PyTorch lacks are left out."""
+    """Register a rule for operators."""
 
     def register(function: Rule) -> Rule:
-        for operator in operators:
-            if operator is not None:
-                RULES[operator] = function
+        RULES.update(dict.fromkeys(operators, function))
         return function
 
     return register
@@ -55,8 +56,10 @@ def overload(name: str, variant: str = "default") -> Operator:
 
 
 def overloads(*names: str) -> list[Operator]:
-    """Operators by name, "relu" or "sum.dim_IntList"."""
-    return [overload(*name.split(".")) for name in names]
+    """Operators by name, "relu" or "sum.dim_IntList"; those in `MISSING` are left out."""
+    found = {name: overload(*name.split(".")) for name in names}
+    MISSING.update(name for name, operator in found.items() if operator is None)
+    return [operator for operator in found.values() if operator is not None]
 
 
 @contextmanager
@@ -231,9 +234,5 @@ def plain_rule(operators: Iterable[Operator]) -> None:
     rule(*operators)(on_primals)
 
 
-BOOKKEEPING: set[Operator] = {
-    operator
-    for operator in (overload("detach"), overload("alias"), overload("is_same_size"))
-    if operator is not None
-}
+BOOKKEEPING = frozenset(overloads("detach", "alias", "is_same_size"))
 """Operations that compute nothing: `coverage` does not count them."""

@@ -58,7 +58,7 @@ def _linear_unary(func: Operator, x: DualTensor) -> DualTensor:
     return DualTensor(func(x.stack))
 
 
-@rule(*overloads("clone", "contiguous", "lift_fresh", "lift_fresh_copy"))
+@rule(*overloads("clone", "contiguous"))
 def _clone(func: Operator, x: DualTensor, **kwargs: Any) -> DualTensor:
     memory_format = kwargs.get("memory_format", torch.preserve_format)
     stack = x.stack
@@ -243,7 +243,6 @@ SAMPLE_WISE = overloads(
     "adaptive_avg_pool3d",
     "_adaptive_avg_pool2d",
     "_adaptive_avg_pool3d",
-    "mkldnn_adaptive_avg_pool2d",
     "upsample_nearest1d",
     "upsample_nearest2d",
     "upsample_nearest3d",
@@ -292,8 +291,6 @@ SLICE_WISE = overloads(
     "diag_embed",
     "diag",
     "diagonal_scatter",
-    "select_backward",
-    "slice_backward",
     "_fft_r2c",
     "_fft_c2c",
     "_fft_c2r",
@@ -306,6 +303,5 @@ SLICE_WISE = overloads(
     "grid_sampler_3d",
     "flipud",
     "fliplr",
-    "cumulative_trapezoid",
 )
 rule(*SLICE_WISE)(slice_by_slice)

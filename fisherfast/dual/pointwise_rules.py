@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfast import ops
-from fisherfast.dual.dispatch import Operator, aten, overload, overloads, overwrite, rule
+from fisherfast.dual.dispatch import Operator, aten, overloads, overwrite, rule
 from fisherfast.dual.stacks import aligned
 from fisherfast.dual.tensor import Affine, DualTensor, apply_activation
 
@@ -117,7 +117,9 @@ def _numbers(kind: Kind) -> Kind:
 
 
 for _name in KINDS:
-    rule(overload(_name), overload(f"{_name}_"))(_activate)
+    rule(*overloads(_name))(_activate)
+    if _name != "softplus":  # which never works in place
+        rule(*overloads(f"{_name}_"))(_activate)
 
 
 @rule(*overloads("rrelu", "rrelu_with_noise"))
@@ -145,7 +147,7 @@ def _prelu(func: Operator, x: DualTensor, weight: Tensor) -> Any:
     return DualTensor(apply_activation(stack, "prelu", slope=slope, affine=affine))
 
 
-@rule(*overloads("batch_norm", "cudnn_batch_norm", "native_batch_norm"))
+@rule(*overloads("batch_norm"))
 def _batch_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
     """In eval mode a scale and a shift, which waits for the activation behind it."""
     named = dict(zip((a.name for a in func._schema.arguments[1:]), args, strict=False)) | kwargs
@@ -153,7 +155,7 @@ def _batch_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
     if named["training"] or any(isinstance(item, DualTensor) for item in tensors) or x.dim() < 2:
         return NotImplemented
     weight, bias, mean, variance = tensors
-    if mean is None or variance is None or func is not aten.batch_norm.default:
+    if mean is None or variance is None:
         return NotImplemented
     scale, shift = eval_affine(mean, variance, weight, bias, named["eps"])
     return DualTensor.awaiting(x, scale.to(x.dtype), shift.to(x.dtype))
@@ -232,8 +234,6 @@ SLOPES: dict[str, Derivative] = {
         x == 0, 0.0, ((math.pi * x).cos() - y) / torch.where(x == 0, 1.0, x)
     ),
     "log_sigmoid": lambda x, y: torch.sigmoid(-x),
-    "softsign": lambda x, y: (1 + x.abs()).square().reciprocal(),
-    "tanhshrink": lambda x, y: (x - y).square(),
     "hardshrink": lambda x, y, cut=0.5: (x.abs() > cut).to(x.dtype),
     "softshrink": lambda x, y, cut=0.5: (x.abs() > cut).to(x.dtype),
     "threshold": lambda x, y, threshold, value: (x > threshold).to(x.dtype),

@@ -108,16 +108,15 @@ def fisher_flow(
         FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
             mean of a score is more than 5 standard errors from zero.
 
-    Cost: one forward pass over the data plus n k^2 operations and 16 k^2 bytes per layer; memory
-        does not
-    grow with the number of samples.
+    Cost: one forward pass over the data (1 + P with tangents) plus n k^2 operations and 16 k^2
+        bytes per layer; memory does not grow with the number of samples.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025); corrections derived in docs/theory.md.
 
     Example:
         >>> import torch, fisherfast as ff
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4,
-        1))
+        >>> layers = torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)
+        >>> model = torch.nn.Sequential(*layers)
         >>> x = torch.randn(2, 5000, 8)
         >>> flow = ff.fisher_flow(model, ff.FiniteDifference(x[0] - 0.05, x[1] + 0.05, dtheta=0.1))
         >>> flow.names

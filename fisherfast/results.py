@@ -150,8 +150,12 @@ class LayerFisher:
             ValueError: keep is empty, or names a parameter twice or one that does not exist.
 
         Example:
-            >>> layer = flow["fc1"]                                     # doctest: +SKIP
-            >>> layer.marginal([0]).J, layer.marginal([0]).stderr       # doctest: +SKIP
+            >>> import torch, fisherfast as ff
+            >>> x, tangents = torch.randn(1000, 2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+            >>> dx = tangents[:, None].expand(2, 1000, 2)       # J = [[1, 0.6], [0.6, 1]]
+            >>> input = ff.fisher_information(ff.Pathwise(x, dx))
+            >>> abs(input.marginal(0).value - 0.64) < 0.2       # 1 - 0.6^2 / 1
+            True
         """
         return marginal_fisher(self.J, self.error_covariance, keep)
 

@@ -43,8 +43,8 @@ class FiniteDifference(Data):
 
     Example:
         >>> import torch, fisherfast as ff
-        >>> data = ff.FiniteDifference(torch.randn(100, 3) - 0.1, torch.randn(100, 3) + 0.1,
-        dtheta=0.2)
+        >>> x = torch.randn(2, 100, 3)
+        >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
         >>> data.parameters
         1
     """
@@ -108,7 +108,7 @@ class FiniteDifference(Data):
             )
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
-        """The same as `Batch`."""
+        """The same batches, each as a `Batch`."""
         return map(Batch, self.batches(condition, batch_size))
 
     def repeats(self, condition: int) -> bool:

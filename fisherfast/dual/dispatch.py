@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fisherfast.dual.errors import (
     no_derivative,
     warn_of_randomness,
 )
-from fisherfast.dual.fallback import forward_mode
+from fisherfast.dual.fallback import forward_mode, replaced
 from fisherfast.dual.tensor import DualTensor
 
 __all__ = ["RULES", "aten", "directions_of", "dispatch", "duals_of", "rule"]
@@ -205,15 +206,30 @@ def directions_of(*containers: Any) -> int:
     return next(duals_of(*containers)).directions
 
 
+def has_dual(*containers: Any) -> bool:
+    """Whether there is a dual tensor in nested arguments."""
+    return any(True for _ in duals_of(*containers))
+
+
 def primals(container: Any) -> Any:
     """Nested arguments with every dual tensor replaced by its primal."""
-    if isinstance(container, DualTensor):
-        return container.primal
-    if isinstance(container, list | tuple):
-        return type(container)(primals(item) for item in container)
-    if isinstance(container, dict):
-        return {key: primals(value) for key, value in container.items()}
-    return container
+    return replaced(container, lambda dual: dual.primal)
+
+
+@cache
+def _behind_first(func: Operator) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the arguments of an operator but the first, and the defaults of some."""
+    arguments = func._schema.arguments[1:]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return tuple(a.name for a in arguments), defaults
+
+
+def named_arguments(
+    func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments behind the first by name, with their defaults."""
+    names, defaults = _behind_first(func)
+    return defaults | dict(zip(names, args, strict=False)) | kwargs
 
 
 def with_zero_tangents(result: Any, *arguments: Any) -> Any:

@@ -16,6 +16,7 @@ from fisherfast.dual.dispatch import (
     Operator,
     aten,
     directions_of,
+    has_dual,
     overload,
     overloads,
     primals,
@@ -121,7 +122,7 @@ def _add(func: Operator, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(a, DualTensor) and isinstance(b, DualTensor):
         ndim = max(a.dim(), b.dim())
         return DualTensor(torch.add(aligned(a, ndim), aligned(b, ndim), alpha=sign * alpha))
-    dtype = torch.result_type(_plain(a), _plain(b))
+    dtype = torch.result_type(primals(a), primals(b))
     if isinstance(a, DualTensor):
         stack = _result_stack(a, b, dtype)
         stack[0].add_(b, alpha=sign * alpha)
@@ -129,10 +130,6 @@ def _add(func: Operator, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     stack = _result_stack(b, a, dtype).mul_(sign * alpha)
     stack[0].add_(a)
     return DualTensor(stack)
-
-
-def _plain(item: Any) -> Any:
-    return item.primal if isinstance(item, DualTensor) else item
 
 
 @rule(*overloads("add_.Tensor", "sub_.Tensor", "add_.Scalar", "sub_.Scalar"))
@@ -169,7 +166,7 @@ def _stack(func: Operator, tensors: Sequence[Tensor], dim: int = 0) -> DualTenso
 def _where(func: Operator, condition: Tensor, a: Any, b: Any) -> DualTensor:
     reference = a if isinstance(a, DualTensor) else b
     directions = directions_of([a, b])
-    dtype = torch.result_type(_plain(a), _plain(b))
+    dtype = torch.result_type(primals(a), primals(b))
     ndim = max(t.dim() for t in (condition, a, b) if isinstance(t, Tensor))
     stacks = []
     for item in (a, b):
@@ -213,9 +210,7 @@ def _triangle(func: Operator, x: DualTensor, diagonal: int = 0) -> DualTensor:
 
 def slice_by_slice(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     """A linear operation on each slice of the stack."""
-    if not isinstance(x, DualTensor) or any(
-        isinstance(item, DualTensor) for item in (*args, *kwargs.values())
-    ):
+    if not isinstance(x, DualTensor) or has_dual(args, kwargs):
         return NotImplemented
     return DualTensor(torch.stack([func(part, *args, **kwargs) for part in x.stack.unbind(0)]))
 
@@ -225,9 +220,7 @@ def slice_by_slice(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
 
 def as_more_samples(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     """A linear operation on [n, C, ...] that treats samples alike."""
-    if not isinstance(x, DualTensor) or any(
-        isinstance(item, DualTensor) for item in (*args, *kwargs.values())
-    ):
+    if not isinstance(x, DualTensor) or has_dual(args, kwargs):
         return NotImplemented
     stack = x.stack
     result = func(merged(stack), *args, **kwargs)

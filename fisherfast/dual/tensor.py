@@ -17,13 +17,16 @@ from torch import Tensor
 from fisherfast import ops, reference_dual
 from fisherfast.dual.errors import no_derivative
 
-__all__ = ["DualTensor", "apply_activation"]
+__all__ = ["KERNEL_DTYPES", "Affine", "DualTensor", "apply_activation", "apply_softmax"]
 
 Affine = tuple[Tensor, Tensor]
 """Scale and shift [C] of an eval-mode batch norm, over dimension 1 of the batch."""
 
 CHANNEL_DIM = 2
 """Of a stack [1 + P, n, C, ...]."""
+
+KERNEL_DTYPES = (torch.float32, torch.float64)
+"""Those of the fused kernels; half precision goes through their references."""
 
 
 class Memory:
@@ -196,9 +199,9 @@ def apply_activation(
     slope: Tensor | None = None,
     affine: Affine | None = None,
 ) -> Tensor:
-    """An activation of a stack; half precision goes through the reference."""
+    """An activation of a stack of any floating dtype."""
     scale, shift = affine or (None, None)
-    if stack.dtype in (torch.float32, torch.float64):
+    if stack.dtype in KERNEL_DTYPES:
         return ops.dual_activation(
             stack,
             kind,
@@ -209,3 +212,10 @@ def apply_activation(
             channel_dim=CHANNEL_DIM,
         )
     return reference_dual.dual_activation(stack, kind, parameters, scale, shift, slope, CHANNEL_DIM)
+
+
+def apply_softmax(stack: Tensor, dim: int, *, log: bool = False) -> Tensor:
+    """Softmax or log-softmax of a stack of any floating dtype, along dimension dim >= 1 of it."""
+    if stack.dtype in KERNEL_DTYPES:
+        return ops.dual_softmax(stack, dim, log=log)
+    return reference_dual.dual_softmax(stack, dim, log)

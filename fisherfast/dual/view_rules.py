@@ -11,6 +11,8 @@ from torch import Tensor
 from fisherfast.dual.dispatch import (
     Operator,
     aten,
+    has_dual,
+    named_arguments,
     overload,
     overloads,
     rule,
@@ -115,12 +117,10 @@ ONE_DIM = overloads(
 
 def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     """Shift every argument called dim, dims, dim0, ... behind the stack's first dimension."""
-    named = dict(zip((a.name for a in func._schema.arguments[1:]), args, strict=False)) | kwargs
-    for argument in func._schema.arguments[1:]:
-        name = argument.name
+    named = named_arguments(func, args, kwargs)
+    for name, value in named.items():
         if name not in DIM_NAMES:
             continue
-        value = named.get(name, argument.default_value)
         if value is None or (isinstance(value, list | tuple) and not value):
             return NotImplemented  # over the flattened tensor
         named[name] = (
@@ -128,7 +128,7 @@ def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
             if isinstance(value, int)
             else [shifted(v, x.dim()) for v in value]
         )
-    if any(isinstance(value, DualTensor) for value in named.values()):
+    if has_dual(named):
         return NotImplemented
     result = func(x.stack, **named)
     if isinstance(result, Tensor):
@@ -170,13 +170,10 @@ def _repeat(func: Operator, x: DualTensor, repeats: Sequence[int]) -> DualTensor
 
 @rule(*overloads("constant_pad_nd", "pad"))
 def _pad(func: Operator, x: DualTensor, pad: Sequence[int], *args: Any, **kwargs: Any) -> Any:
-    mode = kwargs.get("mode", "constant")
-    value = kwargs.get("value", args[-1] if args else 0) or 0
-    if func is not aten.constant_pad_nd.default:
-        mode = args[0] if args else mode
-        value = (args[1] if len(args) > 1 else kwargs.get("value")) or 0
-    if mode != "constant":
+    named = named_arguments(func, (pad, *args), kwargs)
+    if named.get("mode", "constant") != "constant":
         return NotImplemented
+    value = named["value"] or 0
     stack = torch.constant_pad_nd(x.stack, pad, 0)
     if value != 0:
         stack[0] = torch.constant_pad_nd(x.primal, pad, value)

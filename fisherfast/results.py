@@ -20,7 +20,7 @@ from fisherfast._version import __version__
 from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map
 from fisherfast.marginal import MarginalFisher, cramer_rao, marginal_fisher
 
-__all__ = ["FisherFlow", "FisherWarning", "LayerFisher"]
+__all__ = ["FisherFlow", "FisherWarning", "LayerFisher", "finite_step_note", "warn_of"]
 
 FORMAT = "fisherfast.flow"
 FORMAT_VERSION = 1

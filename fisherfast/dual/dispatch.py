@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 
 from fisherfast.dual.coverage import Coverage
@@ -26,11 +27,29 @@ from fisherfast.dual.errors import (
 from fisherfast.dual.fallback import forward_mode, replaced
 from fisherfast.dual.tensor import DualTensor
 
-__all__ = ["RULES", "aten", "directions_of", "dispatch", "duals_of", "rule"]
+__all__ = [
+    "MISSING",
+    "RULES",
+    "Operator",
+    "aten",
+    "directions_of",
+    "dispatch",
+    "duals_of",
+    "has_dual",
+    "named_arguments",
+    "overload",
+    "overloads",
+    "overwrite",
+    "plain_rule",
+    "primals",
+    "recording",
+    "rule",
+    "with_zero_tangents",
+]
 
 aten: Any = torch.ops.aten
 
-Operator = Any
+Operator = OpOverload
 Rule = Callable[..., Any]
 
 RULES: dict[Operator, Rule] = {}
@@ -51,7 +70,7 @@ def rule(*operators: Operator) -> Callable[[Rule], Rule]:
     return register
 
 
-def overload(name: str, variant: str = "default") -> Operator:
+def overload(name: str, variant: str = "default") -> Operator | None:
     """aten.<name>.<variant>, or None where this version of PyTorch lacks it."""
     return getattr(getattr(aten, name, None), variant, None)
 

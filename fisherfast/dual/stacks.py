@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fisherfast.dual.tensor import DualTensor
 
+__all__ = ["aligned", "lifted", "merged", "shifted", "view_of"]
+
 
 def shifted(dim: int, ndim: int) -> int:
     """A dimension of the primal as one of the stack."""

@@ -8,16 +8,24 @@ them by, and `fisherfast.dual.dispatch` applies the derivative rule of each. Not
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fisherfast import ops, reference_dual
 from fisherfast.dual.errors import no_derivative
 
-__all__ = ["KERNEL_DTYPES", "Affine", "DualTensor", "apply_activation", "apply_softmax"]
+__all__ = [
+    "KERNEL_DTYPES",
+    "Affine",
+    "DualTensor",
+    "Memory",
+    "apply_activation",
+    "apply_softmax",
+    "check_tangents",
+]
 
 Affine = tuple[Tensor, Tensor]
 """Scale and shift [C] of an eval-mode batch norm, over dimension 1 of the batch."""
@@ -157,7 +165,7 @@ class DualTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls,
-        func: Callable[..., Any],
+        func: OpOverload,
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,

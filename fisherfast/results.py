@@ -30,7 +30,8 @@ FINITE_STEP_LIMIT = 0.3
 
 
 class FisherWarning(UserWarning):
-    """A result is valid but needs care: a finite step too wide, features cut by too few samples."""
+    """A result needs care: a finite step too wide, a mean score far from zero, samples that do not
+    depend on theta, random numbers in eval mode."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,6 +149,7 @@ class LayerFisher:
 
         Raises:
             ValueError: keep is empty, or names a parameter twice or one that does not exist.
+            TypeError: keep holds something else than whole numbers.
 
         Example:
             >>> import torch, fisherfast as ff

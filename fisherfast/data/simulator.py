@@ -39,7 +39,7 @@ class Simulator(Data):
             or of its own if it is a floating tensor; x keeps the dtype that fn gives it.
         samples: number of samples, of each condition for finite steps.
         derivative: "pathwise": dx/dtheta by PyTorch's forward mode through fn, one parameter at a
-            time (1 + P times the work). "paired": two conditions with the same noise, for a black
+            time (P calls of fn a batch). "paired": two conditions with the same noise, for a black
             box. "independent": two conditions with noise of their own.
         dtheta: full separation of the two conditions, one number or P of them; only for "paired"
             and "independent".
@@ -54,6 +54,8 @@ class Simulator(Data):
 
     Warns:
         FisherWarning: during a measurement, when x does not depend on theta: J = 0.
+
+    Cost: nothing is kept; every pass draws all samples anew, "pathwise" P times over.
 
     Example:
         >>> import torch, fisherfast as ff

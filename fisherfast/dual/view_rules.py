@@ -114,9 +114,14 @@ ONE_DIM = overloads(
     "swapaxes",
 )
 
+DIM_NAMES = frozenset(
+    ("dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis0", "axis1", "source", "destination")
+)
+"""What ATen calls an argument that is a dimension, or several."""
+
 
 def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    """Shift every argument called dim, dims, dim0, ... behind the stack's first dimension."""
+    """Shift every dimension among the arguments behind the stack's first."""
     named = named_arguments(func, args, kwargs)
     for name, value in named.items():
         if name not in DIM_NAMES:
@@ -134,12 +139,6 @@ def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
     if isinstance(result, Tensor):
         return view_of(x, result)
     return type(result)(view_of(x, item) for item in result)
-
-
-DIM_NAMES = frozenset({"dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis0", "axis1"}) | {
-    "source",
-    "destination",
-}
 
 
 rule(*ONE_DIM)(_along_one_dim)

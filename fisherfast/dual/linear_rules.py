@@ -61,7 +61,7 @@ def _linear_unary(func: Operator, x: DualTensor) -> DualTensor:
 @rule(*overloads("clone", "contiguous", "lift_fresh", "lift_fresh_copy"))
 def _clone(func: Operator, x: DualTensor, **kwargs: Any) -> DualTensor:
     memory_format = kwargs.get("memory_format", torch.preserve_format)
-    stack = x.stack
+    stack = x.laid_out() if func is aten.contiguous.default else x.stack
     if func is aten.contiguous.default:
         memory_format = kwargs.get("memory_format", torch.contiguous_format)
         if x.is_contiguous(memory_format=memory_format):
@@ -93,7 +93,7 @@ def _to(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
 @rule(*overloads("detach", "alias", "detach_copy"))
 def _detach(func: Operator, x: DualTensor) -> DualTensor:
     if func is overload("alias"):
-        return view_of(x, x.stack)
+        return view_of(x, x.laid_out())
     detached = DualTensor.constant(x.primal, x.directions)
     detached.memory = Memory(detached=True)
     return detached

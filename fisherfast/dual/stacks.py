@@ -14,10 +14,10 @@ def shifted(dim: int, ndim: int) -> int:
     return dim % max(ndim, 1) + 1
 
 
-def aligned(dual: DualTensor, ndim: int) -> Tensor:
+def aligned(dual: DualTensor, ndim: int, *, laid_out: bool = False) -> Tensor:
     """The stack of a dual tensor with dimensions of size 1 behind its first, as if the primal had
-    ndim of them."""
-    stack = dual.stack
+    ndim of them; laid_out where a view of it is made, see `DualTensor.laid_out`."""
+    stack = dual.laid_out() if laid_out else dual.stack
     missing = ndim - dual.dim()
     if missing <= 0:
         return stack

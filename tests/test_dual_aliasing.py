@@ -14,6 +14,9 @@ from torch.nn.functional import conv2d, relu
 
 import fisherfast as ff
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+"""PyTorch's own, at the first use of its forward mode."""
+
 EXACT = 1e-5
 """In float32, a few operations; what a missed write changes is of order 1."""
 
@@ -67,7 +70,6 @@ def _behind_an_activation(y: Tensor) -> Tensor:
     return _write_flattened(relu(y) - 0.5)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize(
     "change",
     [

@@ -49,7 +49,6 @@ WITHOUT_DERIVATIVE = [
     "result_type.Tensor",
     "can_cast",
     "histc",
-    "bincount",
     "multinomial",
     "heaviside",
     "floor_divide",

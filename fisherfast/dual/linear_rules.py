@@ -22,7 +22,7 @@ from fisherfast.dual.dispatch import (
     rule,
 )
 from fisherfast.dual.errors import no_derivative
-from fisherfast.dual.stacks import aligned, lifted, merged, shifted, view_of
+from fisherfast.dual.stacks import aligned, in_one_dtype, lifted, merged, shifted, view_of
 from fisherfast.dual.tensor import DualTensor, Memory
 
 # --- Sums --------------------------------------------------------------------------------------
@@ -119,6 +119,7 @@ def _add(func: Operator, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
         a, b = b, a
     sign = 1 if name == "aten::add" else -1
     if isinstance(a, DualTensor) and isinstance(b, DualTensor):
+        a, b = in_one_dtype(a, b)
         ndim = max(a.dim(), b.dim())
         return DualTensor(torch.add(aligned(a, ndim), aligned(b, ndim), alpha=sign * alpha))
     dtype = torch.result_type(_plain(a), _plain(b))
@@ -145,6 +146,14 @@ def _add_in_place(func: Operator, x: DualTensor, other: Any, alpha: float = 1) -
     else:
         stack[0].add_(other, alpha=alpha)
     return x
+
+
+@rule(*overloads("bincount"))
+def _count_weights(func: Operator, index: Any, weights: Any = None, minlength: int = 0) -> Any:
+    """Sums of weights: linear, though PyTorch has no derivative."""
+    if not isinstance(weights, DualTensor):
+        return func(*primals([index, weights]), minlength)
+    return DualTensor(torch.stack([func(index, part, minlength) for part in weights.stack]))
 
 
 # --- Joining and choosing ----------------------------------------------------------------------

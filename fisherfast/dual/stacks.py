@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisherfast.dual.tensor import DualTensor
@@ -22,6 +23,17 @@ def aligned(dual: DualTensor, ndim: int, *, laid_out: bool = False) -> Tensor:
     if missing <= 0:
         return stack
     return stack.reshape(stack.shape[:1] + (1,) * missing + stack.shape[1:])
+
+
+def in_one_dtype(a: Any, b: Any) -> tuple[Any, Any]:
+    """Two operands in the dtype of their result. PyTorch lets a tensor without dimensions give way
+    to one that has some, and a stack has one more than its primal."""
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    if not tensors or a.dtype == b.dtype or not (a.is_floating_point() and b.is_floating_point()):
+        return a, b
+    plain = [item.primal if isinstance(item, DualTensor) else item for item in (a, b)]
+    dtype = torch.result_type(*plain)
+    return a.to(dtype), b.to(dtype)
 
 
 def lifted(tensor: Any, directions: int) -> Tensor:

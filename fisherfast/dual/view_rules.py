@@ -131,8 +131,8 @@ def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
             if isinstance(value, int)
             else [shifted(v, x.dim()) for v in value]
         )
-    if any(isinstance(value, DualTensor) for value in named.values()):
-        return NotImplemented
+    if any(isinstance(value, Tensor) for value in named.values()):
+        return NotImplemented  # what is joined on has tangents of its own, or zero
     result = func(x.laid_out(), **named)
     if isinstance(result, Tensor):
         return view_of(x, result)

@@ -40,7 +40,6 @@ WITHOUT_DERIVATIVE = [
     "searchsorted.Tensor",
     "result_type.Tensor",
     "histc",
-    "bincount",
     "multinomial",
     "heaviside",
     "floor_divide",

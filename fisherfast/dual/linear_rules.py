@@ -23,7 +23,7 @@ from fisherfast.dual.dispatch import (
     rule,
 )
 from fisherfast.dual.errors import no_derivative
-from fisherfast.dual.stacks import aligned, lifted, merged, shifted, view_of
+from fisherfast.dual.stacks import aligned, in_one_dtype, lifted, merged, shifted, view_of
 from fisherfast.dual.tensor import DualTensor, Memory
 
 # --- Sums --------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def _linear_unary(func: Operator, x: DualTensor) -> DualTensor:
 @rule(*overloads("clone", "contiguous"))
 def _clone(func: Operator, x: DualTensor, **kwargs: Any) -> DualTensor:
     memory_format = kwargs.get("memory_format", torch.preserve_format)
-    stack = x.stack
+    stack = x.laid_out() if func is aten.contiguous.default else x.stack
     if func is aten.contiguous.default:
         memory_format = kwargs.get("memory_format", torch.contiguous_format)
         if x.is_contiguous(memory_format=memory_format):
@@ -94,7 +94,7 @@ def _to(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
 @rule(*overloads("detach", "alias", "detach_copy"))
 def _detach(func: Operator, x: DualTensor) -> DualTensor:
     if func is overload("alias"):
-        return view_of(x, x.stack)
+        return view_of(x, x.laid_out())
     detached = DualTensor.constant(x.primal, x.directions)
     detached.memory = Memory(detached=True)
     return detached
@@ -120,6 +120,7 @@ def _add(func: Operator, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
         a, b = b, a
     sign = 1 if name == "aten::add" else -1
     if isinstance(a, DualTensor) and isinstance(b, DualTensor):
+        a, b = in_one_dtype(a, b)
         ndim = max(a.dim(), b.dim())
         return DualTensor(torch.add(aligned(a, ndim), aligned(b, ndim), alpha=sign * alpha))
     dtype = torch.result_type(primals(a), primals(b))
@@ -142,6 +143,14 @@ def _add_in_place(func: Operator, x: DualTensor, other: Any, alpha: float = 1) -
     else:
         stack[0].add_(other, alpha=alpha)
     return x
+
+
+@rule(*overloads("bincount"))
+def _count_weights(func: Operator, index: Any, weights: Any = None, minlength: int = 0) -> Any:
+    """Sums of weights: linear, though PyTorch has no derivative."""
+    if not isinstance(weights, DualTensor):
+        return func(*primals([index, weights]), minlength)
+    return DualTensor(torch.stack([func(index, part, minlength) for part in weights.stack]))
 
 
 # --- Joining and choosing ----------------------------------------------------------------------

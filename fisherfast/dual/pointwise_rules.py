@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.dual.dispatch import Operator, aten, has_dual, overloads, overwrite, rule
-from fisherfast.dual.stacks import aligned
+from fisherfast.dual.stacks import aligned, in_one_dtype
 from fisherfast.dual.tensor import DualTensor
 
 # --- One operand ---------------------------------------------------------------------------------
@@ -142,6 +142,7 @@ def _dims(a: Any, b: Any) -> int:
 
 @rule(*overloads("mul.Tensor", "mul.Scalar", "multiply.Tensor", "multiply.Scalar"))
 def _multiply(func: Operator, a: Any, b: Any) -> DualTensor:
+    a, b = in_one_dtype(a, b)
     if not isinstance(a, DualTensor):
         a, b = b, a
     ndim = _dims(a, b)
@@ -166,6 +167,7 @@ def _scale_in_place(func: Operator, x: DualTensor, other: Any) -> Any:
 
 @rule(*overloads("div.Tensor", "div.Scalar", "divide.Tensor", "true_divide.Tensor"))
 def _divide(func: Operator, a: Any, b: Any) -> DualTensor:
+    a, b = in_one_dtype(a, b)
     ndim = _dims(a, b)
     if not isinstance(b, DualTensor):
         return DualTensor(torch.div(aligned(a, ndim), b))
@@ -196,15 +198,22 @@ def _power(func: Operator, base: Any, exponent: Any) -> Any:
     return DualTensor(torch.cat([value[None], tangents.expand(-1, *value.shape)]))
 
 
+IGNORE_NAN = overloads("fmax", "fmin")
+
+
 def _choice(a_wins: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., DualTensor]:
-    """The larger or smaller of two operands; equal ones share the derivative."""
+    """The larger or smaller of two operands. Equal ones share the derivative; where a NaN loses
+    against a number, one of them has it, as in PyTorch."""
 
     def choose(func: Operator, a: Any, b: Any) -> DualTensor:
         ndim = _dims(a, b)
         (a_primal, a_tangents), (b_primal, b_tangents) = _parts(a, ndim), _parts(b, ndim)
         value = func(a_primal, b_primal)
         share = a_wins(a_primal, b_primal).to(value.dtype)
-        share = torch.where(a_primal == b_primal, 0.5, share)
+        if func in IGNORE_NAN:
+            share = torch.where(b_primal.isnan(), 1, share)
+        else:
+            share = torch.where(a_primal == b_primal, 0.5, share)
         tangents: Any = 0
         if a_tangents is not None:
             tangents = tangents + share * a_tangents
@@ -216,7 +225,8 @@ def _choice(a_wins: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., DualTen
 
 
 rule(*overloads("maximum", "fmax"))(_choice(torch.gt))
-rule(*overloads("minimum", "fmin"))(_choice(torch.lt))
+rule(*overloads("minimum"))(_choice(torch.lt))
+rule(*overloads("fmin"))(_choice(torch.le))
 
 
 @rule(*overloads("atan2"))

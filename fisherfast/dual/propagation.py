@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherfast import taps
@@ -92,8 +94,32 @@ def propagation(
         running(model),
         recording(record),
         _Factories(directions),
+        _without_traces(model),
     ):
         yield
+
+
+@contextmanager
+def _without_traces(model: nn.Module | None) -> Iterator[None]:
+    """What a module keeps of a forward pass (a state, a cache) is put back where it is dual."""
+    modules = [] if model is None else list(model.modules())
+    kept = [(place, dict(place)) for m in modules for place in (vars(m), m._buffers)]
+    try:
+        yield
+    finally:
+        for place, before in kept:
+            for name, value in list(place.items()):
+                if value is not before.get(name) and _has_dual(value):
+                    del place[name]
+                    place.update({name: before[name]} if name in before else {})
+
+
+def _has_dual(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_dual(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(_has_dual(item) for item in value)
+    return isinstance(value, DualTensor)
 
 
 def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -251,6 +277,12 @@ def _packed(x: Tensor, dx: Tensor) -> tuple[Tensor, int]:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"model must have initialised parameters, got {name!r} without a shape: run the"
+                " model once on samples like x"
+            )
 
 
 def _structure(output: Any, change: Any) -> Any:

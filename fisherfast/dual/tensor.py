@@ -70,6 +70,7 @@ class DualTensor(torch.Tensor):
 
     _stack: Tensor
     _pending: Affine | None
+    _is_whole: bool
     memory: Memory
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -77,15 +78,20 @@ class DualTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, stack: Tensor, memory: Memory | None = None) -> DualTensor:
         """Wrap a stack [1 + P, n, ...] without a copy."""
+        strides = stack.stride()[1:]
+        if memory is None and _channels_last(stack):
+            _, channels, height, width = stack.shape[1:]
+            strides = (channels * height * width, height * width, width, 1)
         dual: DualTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             stack.shape[1:],
-            strides=stack.stride()[1:],
+            strides=strides,
             dtype=stack.dtype,
             device=stack.device,
         )
         dual._stack = stack
         dual._pending = None
+        dual._is_whole = memory is None
         dual.memory = Memory() if memory is None else memory
         return dual
 
@@ -121,6 +127,18 @@ class DualTensor(torch.Tensor):
         """[1 + P, n, ...], the primal first."""
         if self._pending is not None:
             self.settle(apply_activation(self._stack, "identity", affine=self._pending))
+        return self._stack
+
+    def laid_out(self) -> Tensor:
+        """The stack in the order of its dimensions, for those who make views of it.
+
+        A convolution leaves its channels last, as it is faster so; the model knows nothing of it.
+        A view made in that order would be a copy where the model expects to share memory, or share
+        where it expects a copy: what is written into one would be missed, or seen, by the other.
+        """
+        stack = self.stack
+        if self._is_whole and _channels_last(stack):
+            self.settle(stack.contiguous())
         return self._stack
 
     def pending(self) -> tuple[Tensor, Affine | None]:
@@ -173,6 +191,13 @@ class DualTensor(torch.Tensor):
         from fisherfast.dual.dispatch import dispatch
 
         return dispatch(func, args, kwargs or {})
+
+
+def _channels_last(stack: Tensor) -> bool:
+    """Whether a stack [1 + P, n, C, H, W] lies in memory with its channels last."""
+    if stack.dim() != len("pnCHW") or stack.is_contiguous():
+        return False
+    return stack.movedim(2, 4).is_contiguous()
 
 
 def check_tangents(x: Tensor, dx: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Forward", "Site", "evaluation", "own_random_state", "select", "survey"]
+__all__ = ["Forward", "Site", "evaluation", "forgetting", "own_random_state", "select", "survey"]
 
 Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module | None], bool]
 
@@ -273,24 +273,46 @@ def _own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers that a forward pass writes, or puts others in place of, return."""
-    kept = [(module, dict(module._buffers)) for module in model.modules()]
-    values = {
-        id(buffer): (buffer, buffer._version, buffer.clone())
-        for _, buffers in kept
-        for buffer in buffers.values()
-        if buffer is not None and not is_lazy(buffer) and not buffer.is_inference()
-    }
+def _own_state(model: nn.Module) -> Iterator[None]:
+    """Buffers that a forward pass writes return, and so does what it leaves in a module."""
+    values = [
+        (buffer, buffer._version, buffer.clone())
+        for buffer in model.buffers()
+        if not is_lazy(buffer) and not buffer.is_inference()
+    ]
+    try:
+        with forgetting(model):
+            yield
+    finally:
+        for buffer, version, value in values:
+            if buffer._version != version:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def forgetting(model: nn.Module, kind: type = torch.Tensor) -> Iterator[None]:
+    """What a module keeps of a forward pass (a state, a cache) is put back, where it holds tensors
+    of a kind."""
+    places = [place for module in model.modules() for place in (vars(module), module._buffers)]
+    kept = [(place, dict(place)) for place in places]
     try:
         yield
     finally:
-        for module, buffers in kept:
-            if any(module._buffers.get(name, module) is not b for name, b in buffers.items()):
-                module._buffers.update(buffers)
-        for buffer, version, value in values.values():
-            if buffer._version != version:
-                buffer.copy_(value)
+        for place, before in kept:
+            for name, value in list(place.items()):
+                if value is not before.get(name) and _holds(value, kind):
+                    if name in before:
+                        place[name] = before[name]
+                    else:
+                        del place[name]
+
+
+def _holds(value: Any, kind: type) -> bool:
+    if isinstance(value, dict):
+        return any(_holds(item, kind) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds(item, kind) for item in value)
+    return isinstance(value, kind)
 
 
 @contextlib.contextmanager
@@ -304,7 +326,7 @@ def evaluation(model: nn.Module, seed: int) -> Iterator[None]:
         own_random_state(model, seed),
         torch.inference_mode(False),  # its tensors do not tell when they were overwritten
         torch.no_grad(),
-        _own_buffers(model),
+        _own_state(model),
     ):
         modes = [(module, module.training) for module in model.modules()]
         fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -49,7 +49,8 @@ class Simulator(Data):
 
     Raises:
         ValueError: dtheta is missing, not positive or lost in the rounding of theta; during a
-            measurement: fn gives other samples from the same generator state, or has no derivative.
+            measurement: fn gives other samples from the same generator state, the same from
+            another one, or has no derivative.
         TypeError: fn cannot be called, or returns no floating tensor.
 
     Warns:
@@ -143,10 +144,11 @@ class Simulator(Data):
 
     def _draw(self, theta: torch.Tensor, condition: int, number: int, n: int) -> torch.Tensor:
         """One batch at any theta, from the random numbers of a condition's batch."""
-        return as_batch(self._call(theta, self._generator(condition, number), n), "fn")
+        x = as_batch(self._call(theta, self._generator(condition, number), n), "fn")
+        return x.clone()  # it may draw the next batch into the same memory
 
     def _call(self, theta: torch.Tensor, generator: torch.Generator, n: int) -> torch.Tensor:
-        x = self._fn(theta, n, generator)
+        x = self._fn(theta.clone(), n, generator)  # it may convert units in place
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"fn must return a tensor [n, ...], got {type(x).__name__}")
         if x.ndim < 1 or len(x) != n:
@@ -181,7 +183,8 @@ class Simulator(Data):
                         f"fn must be differentiable in forward mode, got: {reason}; {HINT}"
                     ) from error
                 primal, tangent = forward_ad.unpack_dual(x)
-                return as_batch(primal, "fn"), None if tangent is None else tangent.detach()
+                x = as_batch(primal, "fn").clone()
+                return x, None if tangent is None else tangent.detach().clone()
 
     def _check_simulator(self, n: int) -> None:
         """On the first batch: the same noise from the same seed, and x that depends on theta."""
@@ -190,6 +193,12 @@ class Simulator(Data):
             raise ValueError(
                 "fn must give the same samples from the same generator state, got others:"
                 " draw every random number from the generator that it is given"
+            )
+        varied = not torch.equal(first, first[:1].expand_as(first))
+        if varied and torch.equal(self._draw(self._theta, 0, 1, n), first):
+            raise ValueError(
+                "fn must draw other samples from another generator state, got the same: draw every"
+                " random number from the generator that it is given"
             )
         for p in range(self.parameters):
             if not self._depends_on(p, n, first):

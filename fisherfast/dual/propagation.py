@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherfast import taps
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.dispatch import overloads, recording
+from fisherfast.dual.dispatch import has_dual, overloads, recording
 from fisherfast.dual.errors import running, warn_of_randomness
 from fisherfast.dual.tensor import DualTensor, check_tangents
 from fisherfast.dual.writing_rules import LIKE_FACTORIES
@@ -109,17 +109,9 @@ def _without_traces(model: nn.Module | None) -> Iterator[None]:
     finally:
         for place, before in kept:
             for name, value in list(place.items()):
-                if value is not before.get(name) and _has_dual(value):
+                if value is not before.get(name) and has_dual(value):
                     del place[name]
                     place.update({name: before[name]} if name in before else {})
-
-
-def _has_dual(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_dual(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(_has_dual(item) for item in value)
-    return isinstance(value, DualTensor)
 
 
 def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:

@@ -46,9 +46,14 @@ def _matrix_product(func: Operator, a: Any, b: Any) -> Any:
         return a[:, None] * b
     if isinstance(a, DualTensor) and not isinstance(b, DualTensor) and b.dim() == 2 and a.dim() > 1:
         return DualTensor(torch.matmul(a.stack, b))  # more rows of one product
-    if isinstance(a, DualTensor) and isinstance(b, DualTensor) and a.dim() == b.dim() == 3:
+    if isinstance(a, DualTensor) and isinstance(b, DualTensor) and _batches_match(a, b):
         return DualTensor(batched_product(a.stack, b.stack))
     return bilinear(torch.matmul, a, b)
+
+
+def _batches_match(a: Tensor, b: Tensor) -> bool:
+    """Whether bmm takes them; matmul repeats a batch of one."""
+    return a.dim() == b.dim() == len("Bij") and len(a) == len(b)
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:

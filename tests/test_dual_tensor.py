@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from dual_oracle import Function, distance, map_tensors
 from torch import Tensor
 
@@ -69,3 +70,20 @@ def test_comparisons_and_indices_are_plain():
         assert type(plain) is torch.Tensor
         assert not plain.is_floating_point()
     assert dual.max(1).indices.shape == (2,)
+
+
+def test_constants_of_a_forward_pass_are_plain_operands():
+    """Catches a sampling grid, a mask or a weight made inside the model that counts as varying: an
+    operation that is linear in its other operand then has no derivative, or a dear one."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        grid = torch.zeros(len(x), 3, 4, 2) + torch.linspace(-1, 1, 4)[:, None]
+        kernel = torch.ones(2, 1, 2, 2)
+        moved = F.grid_sample(x, grid, align_corners=True)
+        return F.conv2d(moved, kernel) * torch.full((2, 3), 0.5)
+
+    model = Function(forward)
+    x, dx = torch.randn(3, 1, 5, 6), torch.randn(2, 3, 1, 5, 6)
+    _, dy = ff.jvp(model, x, dx)
+    torch.testing.assert_close(dy, torch.stack([forward(one) for one in dx]))
+    assert ff.dual.coverage(model, x).share == 1.0

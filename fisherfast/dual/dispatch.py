@@ -45,6 +45,7 @@ __all__ = [
     "recording",
     "rule",
     "with_zero_tangents",
+    "without_constants",
 ]
 
 aten: Any = torch.ops.aten
@@ -99,9 +100,11 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     mutable = schema.is_mutable
     if mutable:
         _check_target(func, args, kwargs)
-    elif all(d.memory.constant for d in duals_of(args, kwargs)) and not _is_view(schema):
-        warn_of_randomness(func, args, kwargs)
-        return func(*primals(args), **primals(kwargs))
+    elif not _is_view(schema) and any(d.memory.constant for d in duals_of(args, kwargs)):
+        args, kwargs = without_constants(args), without_constants(kwargs)
+        if not has_dual(args, kwargs):
+            warn_of_randomness(func, args, kwargs)
+            return func(*args, **kwargs)
     if served is None and mutable:
         served = _in_place(func)
     if served is not None:
@@ -233,6 +236,12 @@ def has_dual(*containers: Any) -> bool:
 def primals(container: Any) -> Any:
     """Nested arguments with every dual tensor replaced by its primal."""
     return replaced(container, lambda dual: dual.primal)
+
+
+def without_constants(container: Any) -> Any:
+    """Nested arguments with the primals of those dual tensors whose tangents are known to be
+    zero."""
+    return replaced(container, lambda dual: dual.primal if dual.memory.constant else dual)
 
 
 @cache

@@ -3,9 +3,9 @@ the truth.
 
     python benchmarks/validation.py [--out benchmarks/results/validation.json] [part ...]
 
-Parts: seeds bias coverage figure3 untrained linear chain memory (all without arguments). The bounds
-    that
-must hold are asserted by tests/montecarlo; this prints and stores the figures themselves.
+Parts: seeds bias coverage figure3 untrained chain memory, and those of validation_derivatives.py:
+tangents error_bars score camera wide operations (all without arguments). The bounds that must hold
+are asserted by tests/montecarlo; this prints and stores the figures themselves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import validation_derivatives as derivatives
 
 import fisherfast as ff
 from fisherfast.problems import (
@@ -156,12 +157,14 @@ def table(results: dict[str, Any]) -> str:
         rows.append((f"mean J, few samples: Gaussian {label}", truth, text))
     for name, r in results["coverage"]["figures"].items():
         rows.append((f"coverage of J ± 1.96 stderr, {name}", "95 %", f"{r['coverage']:.1%}"))
+    rows += derivatives.coverage_rows(results)
     last = list(results["figure3"]["figures"].items())[-1]
     text = f"{last[1][0]:.1f} ± {last[1][1]:.1f} (published 97.7)"
     rows.append((f"published figure 3, {last[0]} lifted features, T = 20 000", "100", text))
     chained = results["chain"]["figures"]["output"]
     text = f"{chained[0]:.2f} ± {chained[2]:.2f} (linear {chained[1]:.2f})"
     rows.append(("J / I behind six invertible leaky-ReLU layers", "1", text))
+    rows += derivatives.derivative_rows(results)
     small, large = results["memory"]["figures"].values()
     text = f"{large / small:.2f}"
     rows.append(("peak memory, 10^6 over 10^4 samples", "1", text))
@@ -169,7 +172,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([lines[0], "|---|---|---|", *lines[1:]])
 
 
-PARTS = (seeds, bias, coverage, figure3, untrained, chain, memory)
+PARTS = (seeds, bias, coverage, figure3, untrained, chain, memory, *derivatives.PARTS)
 
 
 def machine() -> dict[str, Any]:
@@ -203,9 +206,13 @@ def main() -> None:
         start = time.perf_counter()
         figures = names[name]()
         seconds = round(time.perf_counter() - start, 1)
-        results[name] = {"what": names[name].__doc__, "seconds": seconds, "figures": figures}
+        results[name] = {
+            "what": " ".join((names[name].__doc__ or "").split()),
+            "seconds": seconds,
+            "machine": machine(),
+            "figures": figures,
+        }
         print(f"{name} ({seconds} s): {json.dumps(figures, indent=1)}", flush=True)
-    results["machine"] = machine()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
 

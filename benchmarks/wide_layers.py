@@ -68,7 +68,9 @@ def main() -> None:
     steps = image.fisher(IMAGE_THETA).diagonal().rsqrt().tolist()
     print("image, position and amplitude    D alone        J              standard error")
     for n, seeds in ((500, 5), (2000, 6), (4000, 2)):
-        share_of_image(f"{n}, tangents", lambda s, n=n: image.pathwise(IMAGE_THETA, n, seed=s), seeds,)
+        share_of_image(
+            f"{n}, tangents", lambda s, n=n: image.pathwise(IMAGE_THETA, n, seed=s), seeds
+        )
     share_of_image("2000, scores", lambda s: image.scored(IMAGE_THETA, 2000, seed=s), 2)
     share_of_image(
         "4 x 500, independent",

@@ -43,6 +43,8 @@ from montecarlo.test_bias import CASES  # noqa: E402
 from montecarlo.test_memory import peak_kilobytes  # noqa: E402
 
 SEEDS = range(5)
+MEMORY_SAMPLES = (10_000, 1_000_000)
+MEMORY_SOURCES = ("two conditions", "pathwise", "score")
 
 
 def seeds() -> dict[str, Any]:
@@ -139,8 +141,12 @@ def chain() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Peak resident memory of a process that streams 10^4 and 10^6 samples per condition, in MB."""
-    return {str(n): peak_kilobytes(n) / 1024 for n in (10_000, 1_000_000)}
+    """Peak resident memory of a process that streams 10^4 and 10^6 samples per condition, in MB, by
+    source."""
+    return {
+        source: {str(n): peak_kilobytes(n, source) / 1024 for n in MEMORY_SAMPLES}
+        for source in MEMORY_SOURCES
+    }
 
 
 PARTS = (seeds, bias, coverage, figure3, untrained, chain, memory, *derivatives.PARTS)
@@ -173,6 +179,7 @@ def main() -> None:
     if options.table:
         print(table(results))
         return
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.parts or names:
         start = time.perf_counter()
         figures = names[name]()
@@ -183,9 +190,8 @@ def main() -> None:
             "machine": machine(),
             "figures": figures,
         }
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{name} ({seconds} s): {json.dumps(figures, indent=1)}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherfast as ff
-from fisherfast.data import Data
+from fisherfast.data import Data, Score
 from fisherfast.demos.published import gaussian_task
 from fisherfast.demos.training import train
 from fisherfast.problems import (
@@ -135,20 +135,18 @@ def score() -> dict[str, Any]:
     """Mean and spread of J from 4000 samples with scores, log-normal d = 10, 300 features, over 24
     and 200 seeds; the large-sample value from 200 000 samples."""
     problem = LogNormal.random(dim=10, variance=0.01, seed=0)
-    large = ff.fisher_information(
-        problem.scored(0.0, LARGE_SAMPLE, seed=LARGE_SEED), max_features=SCORE_FEATURES
-    )
+    many = problem.scored(0.0, LARGE_SAMPLE, seed=LARGE_SEED)
+    large = ff.fisher_information(many, max_features=SCORE_FEATURES)
     infos, variances = [], []
     for seed in range(MORE_SCORE_SEEDS):
         data = problem.scored(0.0, SCORE_SAMPLES, seed=seed)
         infos.append(ff.fisher_information(data, max_features=SCORE_FEATURES))
-        scores = next(data.read(0, SCORE_SAMPLES)).score
-        assert scores is not None
-        variances.append(scores.var())
+        variances.append(variance_of_score(data, SCORE_SAMPLES))
     J, V = values(infos), torch.stack(variances)
     results: dict[str, Any] = {
         "large-sample J": large.value,
         "stderr of it": float(large.stderr),
+        "large-sample J / V": large.value / float(variance_of_score(many, LARGE_SAMPLE)),
         "exact std of V": (2 / SCORE_SAMPLES) ** 0.5 * float(problem.fisher(0.0)),
         "mean stderr": float(torch.stack([i.stderr[0, 0] for i in infos]).mean()),
     }
@@ -157,10 +155,18 @@ def score() -> dict[str, Any]:
             "mean J": float(J[:count].mean()),
             "std of J": float(J[:count].std()),
             "std of V": float(V[:count].std()),
+            "mean J / V": float((J / V)[:count].mean()),
             "std of J / V": float((J / V)[:count].std()),
             "mean lower": float(torch.stack([i.lower[0, 0] for i in infos[:count]]).mean()),
         }
     return results
+
+
+def variance_of_score(data: Score, samples: int) -> Tensor:
+    """V, the information of the input as these samples tell it."""
+    scores = next(data.read(0, samples)).score
+    assert scores is not None
+    return scores.var()
 
 
 # --- cameras ---

@@ -62,6 +62,17 @@ def test_every_part_of_derivatives_is_stored(load):
         assert entry["figures"]
 
 
+@pytest.mark.slow
+def test_memory_is_measured_for_every_source(load, monkeypatch):
+    """Catches a source that the measured program does not know, and numbers that are not MB: a
+    process with torch takes some hundred."""
+    validation = load("validation")
+    monkeypatch.setattr(validation, "MEMORY_SAMPLES", (2000,))
+    figures = validation.memory()
+    assert set(figures) == {"two conditions", "pathwise", "score"}
+    assert all(50 < by_size["2000"] < 5000 for by_size in figures.values())
+
+
 def put(figures: dict[str, Any], *path: str, value: float) -> None:
     """Change one stored number."""
     for key in path[:-1]:
@@ -76,6 +87,7 @@ CHANGES = {
     "tangents, layers": (("trained", "stderr ratio", "fc3"), 3.211, "3.21 trained"),
     "error_bars": (("scored", "Laplace", "coverage"), 0.123, "12.3% (Laplace)"),
     "score": (("200 seeds", "std of J"), 0.777, "0.777 (V on the same seeds"),
+    "score, share": (("200 seeds", "mean J / V"), 0.666, "of J / V 0.666"),
     "camera": (("photon counts", "stderr"), 0.555, "± 0.555 |"),
     "camera, marginals": (("place and brightness, scored", "input", "marginal"), 7.7, "als 7.7"),
     "camera, linear": (("place and brightness, pathwise", "fc1", "marginal"), 8.8, "layers 8.8"),

@@ -50,10 +50,11 @@ wheel: $(READY) ## build a wheel into dist/
 check: $(READY) ## build facts, devices, every op against its reference
 	$(BIN)/python -m fisherfast check
 
-bench: $(READY) ## speed and memory against torch, about ten minutes; needs an idle machine
+bench: $(READY) ## speed and memory against torch, about fifteen minutes; needs an idle machine
 	$(BIN)/python benchmarks/bench_fisher_solve.py $(ARGS)
 	$(BIN)/python benchmarks/bench_moments.py $(ARGS)
 	$(BIN)/python benchmarks/bench_curve.py $(ARGS)
+	$(BIN)/python benchmarks/bench_dual.py $(ARGS)
 
 # With the Python that is given and what is installed there: no environment, no network.
 check-gpu: ## all tests, benchmarks and sanitizers on this machine's GPU: PYTHON=python3 ARGS="--output FILE"

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import bench_curve
+import bench_dual
 import bench_fisher_solve
 import bench_moments
 import harness
 import torch
+from dual_ways import op_cases
 from harness import Effort, cuda_clock
 from published_loop import CUT_OFF, LIFT_NOISE, LIFT_SLOPE, WIDTHS, corrected, standard_error
 
@@ -33,6 +35,8 @@ SOLVE_DIMS = (2, 4, 8, 16, 32, 64, 128, 256)
 SINGLE_DIMS = (64, 256)
 MOMENT_ROWS = 1_000_000
 SPATIAL_SHAPE = (1024, 64, 28, 28)
+# Feature maps, rows of a layer norm, scores of an attention, P = 4: 260 to 340 MB before and after
+DUAL_SHAPES = ((5, 64, 64, 64, 64), (5, 32768, 512), (5, 65536, 197))
 GEMM_SIZES = (4096,)
 PROBLEM = "log-normal"
 CURVE_CALLS = 7
@@ -46,7 +50,12 @@ def guarded(cases: Iterable[Any], measure: Callable[[Any], list[dict[str, Any]]]
         try:
             rows += measure(case)
         except Exception as raised:  # the report must hold every failure, whatever its type
-            rows.append({"case": str(case), "failed": f"{type(raised).__name__}: {raised}"})
+            rows.append(
+                {
+                    "case": str(getattr(case, "name", case)),
+                    "failed": f"{type(raised).__name__}: {raised}",
+                }
+            )
             print(f"{case} failed\n{traceback.format_exc(limit=3)}", flush=True)
         torch.cuda.empty_cache()
     return rows
@@ -83,6 +92,16 @@ def spatial_moments(tiny: bool) -> list[Any]:
         lambda layout: bench_moments.run_spatial(
             shape, effort, gemm, DEVICE, cuda_clock, layouts=[layout]
         ),
+    )
+
+
+def dual_ops(tiny: bool) -> list[Any]:
+    """The fused dual ops, float32, on the GPU against torch: seconds, ratios, share of a copy's
+    bandwidth."""
+    shapes, effort = (bench_dual.TINY_OPS, TINY) if tiny else (DUAL_SHAPES, EFFORT)
+    return guarded(
+        op_cases(*shapes, DEVICE),
+        lambda case: bench_dual.run_ops([case], effort, DEVICE, cuda_clock),
     )
 
 
@@ -141,6 +160,7 @@ PARTS: dict[str, Callable[[bool], Any]] = {
     "fisher_solve": fisher_solve,
     "moments": moments,
     "spatial_moments": spatial_moments,
+    "dual_ops": dual_ops,
     "curve": guarded_curve,
 }
 

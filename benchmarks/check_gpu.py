@@ -36,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TAIL = 4000  # characters of a step's output that are kept
 MESSAGE = 600  # characters of a failed test's message that are kept
 GRACE = 30  # seconds that an interrupted step has to write its report
-BENCHMARK_PARTS = ("fisher_solve", "moments", "spatial_moments", "curve")
+BENCHMARK_PARTS = ("fisher_solve", "moments", "spatial_moments", "dual_ops", "curve")
 SANITIZER_ERROR = 99  # exit status of compute-sanitizer when it finds something
 # Kernels at edges: odd sizes, strides, both sides of a limit, systems that fail.
 SANITIZED = "strided_input or both_sides or failures_stay or batches_add_up or empty_input"

@@ -12,6 +12,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,6 +54,17 @@ def _on_cuda(way: str, shape: tuple[int, int, int, int], layout: str) -> int:
     return torch.cuda.max_memory_allocated() - before - _bytes(results)
 
 
+def peak_beyond(call: Callable[[], tuple[torch.Tensor, ...]]) -> int:
+    """Bytes beyond the results at the peak of a call in this process, and what was there before."""
+    try:
+        CLEAR.write_text(RESET_PEAK)
+        before = _resident()
+    except OSError:
+        before = _process_peak()
+    results = call()
+    return max(0, _peak() - before - _bytes(results))
+
+
 def _bytes(results: tuple[torch.Tensor, ...]) -> int:
     return sum(result.untyped_storage().nbytes() for result in results)
 
@@ -85,13 +97,7 @@ def main() -> None:
     # the same routines, and small beside the input.
     WAYS[way](draw_maps((4, channels, height, width), layout))
     x = draw_maps((n, channels, height, width), layout)
-    try:
-        CLEAR.write_text(RESET_PEAK)
-        before = _resident()
-    except OSError:
-        before = _process_peak()
-    results = WAYS[way](x)
-    print(max(0, _peak() - before - _bytes(results)))
+    print(peak_beyond(lambda: WAYS[way](x)))
 
 
 if __name__ == "__main__":

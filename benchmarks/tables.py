@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 FIGURE = ROOT / "docs" / "figures" / "performance.png"
 
-TORCH, BY_HAND = "torch", "by hand"  # families of contenders, see `harness`
+TORCH, BY_HAND, PLAIN = "torch", "by hand", "plain"  # families of contenders, see `harness`
 DTYPES = ("float32", "float64")
 RATIO_TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -34,6 +34,9 @@ def table(results: dict[str, Any]) -> str:
         lines.append(line("`spatial_moments`", size, f"{cell(row)}; {memory(row)}"))
     for row in figures(results, "curve"):
         lines.append(curve_line(row))
+    lines += [jvp_line(row) for row in figures(results, "jvp")]
+    lines += [memory_line(row) for row in figures(results, "dual_memory")]
+    lines += [dual_line(row) for row in figures(results, "dual_ops")]
     return "\n".join([*lines, "", footnote(results)])
 
 
@@ -101,6 +104,43 @@ def curve_line(row: Row) -> str:
     return line(what, size, text)
 
 
+def jvp_line(row: Row) -> str:
+    """ff.jvp against forward mode of torch, in forward passes of the same layout and of the
+    fastest."""
+    passes, ratio = row["passes / (1 + P)"], row["ratio by layout"]
+    text = f"{rival(row)}, {passes['contiguous']:.2f} (1 + P) forward passes"
+    if "channels last" in ratio and "channels last" in passes:
+        last = passes["channels last"]
+        text += f"; channels last {number(ratio['channels last'])} {TIMES}, {last:.2f} (1 + P)"
+    text += f"; {passes['of the fastest']:.2f} (1 + P) of the fastest layout"
+    return line("`ff.jvp`", f"{row['network']} {row['shape']}, P = {row['P']}", text)
+
+
+def rival(row: Row) -> str:
+    """Ratio to the fastest way of torch, with its name: 2.1 x (vmap of jvp)."""
+    best = row["against"].get(TORCH)
+    return f"{number(best['ratio'])} {TIMES} ({best['best']})" if best else "no right rival"
+
+
+def memory_line(row: Row) -> str:
+    """Peak memory in those of 1 + P forward passes."""
+    passes = row["passes / (1 + P)"]
+    text = ", ".join(f"{way} {share:.2f}" for way, share in passes.items() if share is not None)
+    size = f"{row['network']} {row['shape']}, P = {row['P']}"
+    return line("peak memory / (1 + P) forward passes", size, text)
+
+
+def dual_line(row: Row) -> str:
+    """A fused dual op: against torch, against 1 + P plain ops, share of a copy."""
+    limits, plain_ops = row["limits"], row["against"][PLAIN]["ratio"]
+    text = (
+        f"{rival(row)}, {number(plain_ops)} {TIMES} plain op on 1 + P slices, "
+        f"{limits['share of copy']:.0%} of torch's copy, "
+        f"{limits['share of the fastest copy']:.0%} of the fastest"
+    )
+    return line(f"dual {row['op']}", str(row["shape"]), text)
+
+
 def estimate(entry: Row) -> str:
     """J / I and its standard error."""
     error = entry["stderr"] * entry["J / I"] / entry["J"]
@@ -111,7 +151,11 @@ def footnote(results: dict[str, Any]) -> str:
     """How to read the table, and what it was measured on."""
     m = next(iter(results.values()))["machine"]
     machine = f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, {m['compiler']}"
-    return (
+    copies = (
+        "*Dual* ops: shares of torch's own copy and of the fastest copy, above 100% where the op "
+        "writes past the caches and the copy does not. "
+    )
+    return (copies if "dual_ops" in results else "") + (
         "Times faster than the fastest way in torch that gives right answers (*by hand*: than a "
         "Cholesky factorisation written in torch operations over the whole batch), and the share "
         "of the machine's own limit: of a copy's bandwidth (*loads*) or a matrix product's speed "

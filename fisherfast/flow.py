@@ -8,7 +8,6 @@ those.
 from __future__ import annotations
 
 import itertools
-import numbers
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -26,25 +25,14 @@ from fisherfast.estimators import RIDGE
 from fisherfast.maps import estimate_map
 from fisherfast.meters import LayerMeter, score_note
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
+from fisherfast.settings import BATCH_SIZE, FOLDS, MAX_FEATURES, check_passes, check_settings
 from fisherfast.streams import Streams
 from fisherfast.wide import WideMeter, too_wide
 
 __all__ = ["fisher_flow", "fisher_information"]
 
-FOLDS = 16
-"""Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
-
-LEAST_FOLDS = {"independent": 4, "score": 4, "paired": 6, "pathwise": 6}
-"""Folds that each half needs two of; three where its error is a jackknife of pairs of folds."""
-
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
-
-MAX_FEATURES = 512
-"""Default number of features: raw activations and lift together."""
-
-BATCH_SIZE = 4096
-"""Default number of samples in a batch; fewer for large samples or networks."""
 
 
 def fisher_flow(
@@ -108,16 +96,15 @@ def fisher_flow(
         FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
             mean of a score is more than 5 standard errors from zero.
 
-    Cost: one forward pass over the data plus n k^2 operations and 16 k^2 bytes per layer; memory
-        does not
-    grow with the number of samples.
+    Cost: one forward pass over the data (1 + P with tangents) plus n k^2 operations and 16 k^2
+        bytes per layer; memory does not grow with the number of samples.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025); corrections derived in docs/theory.md.
 
     Example:
         >>> import torch, fisherfast as ff
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4,
-        1))
+        >>> layers = torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)
+        >>> model = torch.nn.Sequential(*layers)
         >>> x = torch.randn(2, 5000, 8)
         >>> flow = ff.fisher_flow(model, ff.FiniteDifference(x[0] - 0.05, x[1] + 0.05, dtheta=0.1))
         >>> flow.names
@@ -125,8 +112,8 @@ def fisher_flow(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    settings = _check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
-    settings |= _check_passes(data, grow, maps)
+    settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
+    settings |= check_passes(data, grow, maps)
     return Measurement(model, data, layers, settings).run(progress)
 
 
@@ -155,8 +142,8 @@ def fisher_information(
         >>> abs(info.value - 4) < 0.8
         True
     """
-    settings = _check_settings(data, max_features, None, batch_size, seed, ridge, folds)
-    settings |= _check_passes(data, grow, maps=False)
+    settings = check_settings(data, max_features, None, batch_size, seed, ridge, folds)
+    settings |= check_passes(data, grow, maps=False)
     return Measurement(None, data, "auto", settings).run(progress).layers[0]
 
 
@@ -393,57 +380,3 @@ def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return None, None
-
-
-def _check_passes(data: Data, grow: bool, maps: bool) -> dict[str, Any]:
-    for name, value in (("grow", grow), ("maps", maps)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-    if grow and not all(data.repeats(c) for c in range(data.conditions)):
-        raise ValueError(
-            "data must come in the same order at every pass for grow=True (tensors, arrays,"
-            f" Datasets, DataLoaders that do not shuffle), got {data!r}"
-        )
-    return {"grow": grow, "maps": maps}
-
-
-def _check_settings(
-    data: Data,
-    max_features: int,
-    probe: None,
-    batch_size: int,
-    seed: int,
-    ridge: float,
-    folds: int,
-) -> dict[str, Any]:
-    if not isinstance(data, Data):
-        raise TypeError(
-            "data must be a FiniteDifference, Pathwise, Score or Simulator,"
-            f" got {type(data).__name__}"
-        )
-    if probe is not None:
-        raise NotImplementedError(f"probe must be None in this version, got {probe!r}")
-    whole = {"max_features": max_features, "batch_size": batch_size, "folds": folds, "seed": seed}
-    for name, value in whole.items():
-        if not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-    for name in ("max_features", "batch_size"):
-        if whole[name] < 1:
-            raise ValueError(f"{name} must be positive, got {whole[name]}")
-    if not isinstance(ridge, numbers.Real):
-        raise TypeError(f"ridge must be a number, got {ridge!r}")
-    if not 0 <= ridge < 1:
-        raise ValueError(f"ridge must be in [0, 1), got {ridge}")
-    least = LEAST_FOLDS[data.source]
-    if folds < least or folds % 2:
-        raise ValueError(f"folds must be even and at least {least}, got {folds}")
-    return {
-        "max_features": int(max_features),
-        "batch_size": int(batch_size),
-        "seed": int(seed),
-        "ridge": float(ridge),
-        "folds": int(folds),
-        "source": data.source,
-        "paired": data.paired,
-        "dtheta": list(data.dtheta),
-    }

@@ -157,7 +157,7 @@ class KrylovSpace:
         self._first = FirstPass(standardisation, conditions, parameters, dtype)
         mean = standardisation.mean
         self._basis = torch.zeros(steps * parameters, len(mean), dtype=dtype, device=mean.device)
-        #: Vectors in the basis, and how many of these the next pass multiplies by S.
+        # vectors in the basis, and how many of these the next pass multiplies by S
         self._size = self._newest = 0
 
     def __len__(self) -> int:

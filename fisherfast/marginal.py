@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["MarginalFisher", "marginal_fisher", "pack_covariance"]
+__all__ = ["MarginalFisher", "cramer_rao", "marginal_fisher", "pack_covariance"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

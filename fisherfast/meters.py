@@ -25,7 +25,16 @@ from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
 
-__all__ = ["LayerMeter", "estimate_layer", "score_note"]
+__all__ = [
+    "NO_TANGENTS",
+    "LayerMeter",
+    "carried_by",
+    "curve_points",
+    "estimate_layer",
+    "no_information",
+    "rows_of",
+    "score_note",
+]
 
 CURVE_POINTS = 64
 """Points at which a result keeps its curve."""

@@ -20,7 +20,7 @@ from fisherfast._version import __version__
 from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map
 from fisherfast.marginal import MarginalFisher, cramer_rao, marginal_fisher
 
-__all__ = ["FisherFlow", "FisherWarning", "LayerFisher"]
+__all__ = ["FisherFlow", "FisherWarning", "LayerFisher", "finite_step_note", "warn_of"]
 
 FORMAT = "fisherfast.flow"
 FORMAT_VERSION = 1
@@ -30,7 +30,8 @@ FINITE_STEP_LIMIT = 0.3
 
 
 class FisherWarning(UserWarning):
-    """A result is valid but needs care: a finite step too wide, features cut by too few samples."""
+    """A result needs care: a finite step too wide, a mean score far from zero, samples that do not
+    depend on theta, random numbers in eval mode."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,10 +149,15 @@ class LayerFisher:
 
         Raises:
             ValueError: keep is empty, or names a parameter twice or one that does not exist.
+            TypeError: keep holds something else than whole numbers.
 
         Example:
-            >>> layer = flow["fc1"]                                     # doctest: +SKIP
-            >>> layer.marginal([0]).J, layer.marginal([0]).stderr       # doctest: +SKIP
+            >>> import torch, fisherfast as ff
+            >>> x, tangents = torch.randn(1000, 2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+            >>> dx = tangents[:, None].expand(2, 1000, 2)       # J = [[1, 0.6], [0.6, 1]]
+            >>> input = ff.fisher_information(ff.Pathwise(x, dx))
+            >>> abs(input.marginal(0).value - 0.64) < 0.2       # 1 - 0.6^2 / 1
+            True
         """
         return marginal_fisher(self.J, self.error_covariance, keep)
 

@@ -93,7 +93,10 @@ def score_theory(J: torch.Tensor, V: torch.Tensor, effective: float, dof: float)
 
 def _explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     """tr(V^-1 J) / P [B], between 0 and 1; 0 for a score without variance."""
-    ratio = torch.linalg.pinv(V, hermitian=True) @ J
+    scale = V.diagonal().clamp_min(0).sqrt()
+    units = torch.where(scale > 0, scale, 1).reciprocal()
+    units = units[:, None] * units  # pinv cuts small eigenvalues: the units must not make them
+    ratio = torch.linalg.pinv(V * units, hermitian=True) @ (J * units)
     return ratio.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(0, 1)
 
 

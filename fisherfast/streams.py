@@ -47,6 +47,7 @@ class Streams:
         self._device, self._dtype, self._copy = device, dtype, copy
         self._conditions = data.conditions
         self._streams = data.rounds(batch_size)
+        self._lent = not all(data.repeats(c) for c in range(data.conditions))
         self._kept: list[list[Round]] = []
 
     def pilot(self) -> list[list[Batch]]:
@@ -55,11 +56,12 @@ class Streams:
         Raises:
             ValueError: the conditions differ in the shape of a sample.
         """
-        firsts = [next(stream) for stream in self._streams]
+        firsts = [self._keep(next(stream)) for stream in self._streams]
         _check_shapes([batch for batches in firsts for batch in batches])
         rows = self._pilot_rows(firsts[0][0])
         self._kept = [
-            _head(first, stream, rows) for first, stream in zip(firsts, self._streams, strict=True)
+            [first, *self._rest_of_head(first, stream, rows)]
+            for first, stream in zip(firsts, self._streams, strict=True)
         ]
         conditions = [
             [batches[c] for batches in kept] for kept in self._kept for c in range(len(kept[0]))
@@ -82,6 +84,17 @@ class Streams:
         samples = min(PILOT_SAMPLES, PILOT_BYTES // sample_bytes)
         return max(samples // self._conditions, 2)
 
+    def _rest_of_head(self, first: Round, stream: Iterator[Round], rows: int) -> Iterator[Round]:
+        """Read on until there are enough rows, or no more."""
+        seen = len(first[0])
+        while seen < rows and (batches := next(stream, None)) is not None:
+            yield self._keep(batches)
+            seen += len(batches[0])
+
+    def _keep(self, batches: Round) -> Round:
+        """Copies, where a source may read the next batch into the same memory."""
+        return tuple(batch.clone() for batch in batches) if self._lent else batches
+
     def _ready(self, batch: Batch) -> Batch:
         return batch.to(self._device, self._dtype, copy=self._copy)
 
@@ -90,16 +103,6 @@ def _check_shapes(batches: list[Batch]) -> None:
     shapes = sorted({tuple(batch.x.shape[1:]) for batch in batches})
     if len(shapes) > 1:
         raise ValueError(f"all conditions must have samples of the same shape, got {shapes}")
-
-
-def _head(first: Round, stream: Iterator[Round], rows: int) -> list[Round]:
-    """Read on until there are enough rows, or no more."""
-    head = [first]
-    seen = len(first[0])
-    while seen < rows and (batches := next(stream, None)) is not None:
-        head.append(batches)
-        seen += len(batches[0])
-    return head
 
 
 def _trim(batches: list[Batch], rows: int) -> Iterator[Batch]:

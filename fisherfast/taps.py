@@ -15,6 +15,7 @@ import contextlib
 import difflib
 import random
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Forward", "Site", "evaluation", "own_random_state", "select", "survey"]
+__all__ = ["Forward", "Site", "evaluation", "forgetting", "own_random_state", "select", "survey"]
 
 Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module | None], bool]
 
@@ -240,9 +242,22 @@ class Forward(TorchFunctionMode):
             self._handles.pop().remove()
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Modes, buffers and global random states are borrowed: by one thread, or they would not return."""
+
+
 @contextlib.contextmanager
 def own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
-    """Random numbers from a stream of our own: the states of torch, numpy and Python return."""
+    """Random numbers from a stream of our own: the states of torch, numpy and Python return.
+
+    One thread at a time; another waits.
+    """
+    with _ONE_AT_A_TIME, _own_random_state(model, seed):
+        yield
+
+
+@contextlib.contextmanager
+def _own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
     numpy_state = np.random.get_state()
     python_state = random.getstate()
     devices = {torch.cuda.current_device()} if torch.cuda.is_initialized() else set()
@@ -258,18 +273,63 @@ def own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _own_state(model: nn.Module) -> Iterator[None]:
+    """Buffers that a forward pass writes return, and so does what it leaves in a module."""
+    values = [
+        (buffer, buffer._version, buffer.clone())
+        for buffer in model.buffers()
+        if not is_lazy(buffer) and not buffer.is_inference()
+    ]
+    try:
+        with forgetting(model):
+            yield
+    finally:
+        for buffer, version, value in values:
+            if buffer._version != version:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def forgetting(model: nn.Module, kind: type = torch.Tensor) -> Iterator[None]:
+    """What a module keeps of a forward pass (a state, a cache) is put back, where it holds tensors
+    of a kind."""
+    places = [place for module in model.modules() for place in (vars(module), module._buffers)]
+    kept = [(place, dict(place)) for place in places]
+    try:
+        yield
+    finally:
+        for place, before in kept:
+            for name, value in list(place.items()):
+                if value is not before.get(name) and _holds(value, kind):
+                    if name in before:
+                        place[name] = before[name]
+                    else:
+                        del place[name]
+
+
+def _holds(value: Any, kind: type) -> bool:
+    if isinstance(value, dict):
+        return any(_holds(item, kind) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds(item, kind) for item in value)
+    return isinstance(value, kind)
+
+
+@contextlib.contextmanager
 def evaluation(model: nn.Module, seed: int) -> Iterator[None]:
-    """Eval mode and no gradients; the mode of every module and all random states return.
+    """Eval mode and no gradients; the mode of every module, its buffers and all random states
+    return.
 
     A model that draws random numbers in eval mode draws the same ones for the same seed.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with (
         own_random_state(model, seed),
         torch.inference_mode(False),  # its tensors do not tell when they were overwritten
         torch.no_grad(),
+        _own_state(model),
     ):
+        modes = [(module, module.training) for module in model.modules()]
+        fast_path = torch.backends.mha.get_fastpath_enabled()
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside from hooks
             for module, _ in modes:

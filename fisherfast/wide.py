@@ -174,7 +174,8 @@ class WideMeter(LayerMeter):
         if self.measured:
             return False
         self._seen_before, self._seen = self._seen, [0] * self._conditions
-        if not any([space.advance(contrast) for space in self.spaces]):
+        more = [space.advance(contrast) for space in self.spaces]  # both: no short cut
+        if not any(more):
             self._prepare_measurement()
         return True
 

@@ -207,7 +207,9 @@ SCRIPTS = {
     "bench_fisher_solve": {"fisher_solve": 6},
     "bench_moments": {"moments": 2, "spatial_moments": 2},
     "bench_curve": {"curve": 2},
+    "bench_dual": {"jvp": 3, "dual_memory": 1, "dual_ops": 12},
 }
+LIMITED = {"fisher_solve", "moments", "spatial_moments"}  # by loads or by arithmetic
 
 
 @pytest.fixture(scope="module")
@@ -236,13 +238,120 @@ def test_tiny_runs_store_their_rows(tiny_results, script):
         facts = results[part]["machine"]
         assert {"processor", "threads", "torch", "compiler", "simd", "commit"} <= set(facts)
         assert facts["torch"] == torch.__version__
-    for part in set(SCRIPTS[script]) - {"curve"}:
+    for part in set(SCRIPTS[script]) & LIMITED:
         for row in results[part]["figures"]:
             best = row["against"]["torch"]
             ratio = row["seconds"][best["best"]] / row["seconds"]["fisherfast"]
             assert best["ratio"] == pytest.approx(ratio)
             shares = row["limits"]["share of copy"], row["limits"]["share of gemm"]
             assert row["limits"]["limit"] == ("loads", "arithmetic")[shares[0] < shares[1]]
+
+
+def test_rows_of_exact_derivatives_add_up(tiny_results):
+    """Ratios by hand from the stored seconds. Catches 1 + P that is forgotten or taken twice, a
+    share of the wrong copy, and a contender that vanished without a reason."""
+    results = json.loads(tiny_results.read_text())
+    for row in results["jvp"]["figures"]:
+        seconds, passes = row["seconds"], row["passes / (1 + P)"]
+        ours = seconds["fisherfast"] / (1 + row["P"])
+        assert passes["contiguous"] == pytest.approx(ours / seconds["plain"])
+        assert passes["of the fastest"] == pytest.approx(ours / plain_seconds(seconds))
+        best = seconds[row["against"]["torch"]["best"]]
+        assert best == min(time for n, time in seconds.items() if n.startswith(("loop", "vmap")))
+        assert row["ratio by layout"]["contiguous"] == pytest.approx(best / seconds["fisherfast"])
+        layouts = 1 if row["network"] == "ViT" else 2
+        assert len(seconds) + len(row["left out"]) == 4 * layouts
+        assert not [name for name in row["left out"] if not name.startswith(("loop", "vmap"))]
+        assert not [why for why in row["left out"].values() if "best of its family" not in why]
+    for row in results["dual_ops"]["figures"]:
+        seconds, limits = row["seconds"], row["limits"]
+        copies = [limits["copy GB/s"], limits["memmove GB/s"]]
+        speed = limits["bytes"] / seconds["fisherfast"] / 1e9
+        assert limits["share of copy"] == pytest.approx(speed / copies[0])
+        assert limits["share of the fastest copy"] == pytest.approx(speed / max(copies))
+        assert row["against"]["plain"]["ratio"] == pytest.approx(
+            seconds["plain"] / seconds["fisherfast"]
+        )
+    [row] = results["dual_memory"]["figures"]
+    assert set(row["bytes"]) == {"jvp", "propagate", "reductions"}
+
+
+def plain_seconds(seconds: dict[str, float]) -> float:
+    """Of the fastest plain forward pass."""
+    return min(time for name, time in seconds.items() if name.startswith("plain"))
+
+
+def test_bytes_of_a_dual_op(load):
+    """By hand: relu reads and writes 3 slices of 2 x 4 x 8 x 8 floats, a pool writes a quarter of
+    what it reads. Catches the results left out, or counted at the size of the input."""
+    bench, ways = load("bench_dual"), load("dual_ways")
+    maps = bench.TINY_OPS[0]
+    read = 4 * 3 * 2 * 4 * 8 * 8
+    for case, moved in (
+        (ways.activation("relu", maps, False, "cpu"), 2 * read),
+        (ways.max_pool(maps, 2, 0), read + read // 4),
+    ):
+        assert bench.measure_op(case, bench.TINY)["limits"]["bytes"] == moved
+
+
+@pytest.mark.parametrize("number", range(12))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch compiles decompositions
+def test_every_way_of_a_dual_op_is_right(load, number):
+    """A float64 run of each against the formula. Catches a rival that is left out for a mistake of
+    ours."""
+    bench, ways = load("bench_dual"), load("dual_ways")
+    case = ways.op_cases(*bench.TINY_OPS)[number]
+    x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
+    truth = case.formula(x.double())
+    assert bench.error_of_result(case.ours(x), truth) < bench.OP_TOLERANCE
+    for name, way in case.ways().items():
+        assert bench.error_of_result(way(x), truth) < bench.OP_TOLERANCE, name
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_wrong_tangents_of_a_network_are_rejected(load, number):
+    """The power of the check before the timing: tangents in bfloat16, of a neighbour in the batch,
+    5 % too small, or an output off by 1 % exceed the tolerance that right ones keep by far."""
+    bench, networks = load("bench_dual"), load("networks")
+    case = bench.TINY_CASES[number]
+    model = networks.built(case.name, **case.sizes).double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, *case.shape[1:], generator=generator, dtype=torch.float64)
+    dx = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64)
+    y, dy = bench.by_loop(model, x, dx)
+    for way in (bench.by_vmap, bench.ff.jvp):
+        assert bench.error_of_pair(way(model, x, dx), (y, dy)) < 1e-12
+    swapped = dy.roll(1, dims=1)
+    for wrong in ((y, dy.bfloat16()), (y, swapped), (y, 0.95 * dy), (1.01 * y, dy)):
+        assert bench.error_of_pair(wrong, (y, dy)) > bench.JVP_TOLERANCE
+
+
+def test_peak_memory_of_derivatives_counts_the_tangents(load):
+    """Twice as many directions need more memory, and a plain pass the least. Catches a way that is
+    not run, and a peak that is read before the call."""
+    extra = load("dual_memory").extra_bytes
+    sizes = {"samples": 4, "size": 128, "width": 16}
+    plain = extra("plain", directions=1, **sizes)
+    few, many = (extra("jvp", directions=directions, **sizes) for directions in (2, 5))
+    assert 0 < plain < few
+    assert 1.5 * few < many < 3 * few  # 6 slices to 3
+
+
+def test_kept_memory_ends(load):
+    """Freed memory stays inside and leaves afterwards. Catches a setting of the process that the
+    rest of a run inherits."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc for the resident memory")
+    resident, size = load("peak_memory")._resident, 64 << 20
+    before = resident()
+    with load("limits").kept_memory():
+        del_soon = torch.ones(size // 4)
+        del del_soon
+        assert resident() - before > size // 2
+    assert resident() - before < size // 2
+    passing = torch.ones(size // 4)
+    del passing
+    assert resident() - before < size // 2
 
 
 def test_peak_memory_sees_a_copy(load):
@@ -286,7 +395,10 @@ def test_table_and_figure(load, tiny_results, tmp_path):
     pytest.importorskip("matplotlib")
     table, target = run_tables(tiny_results, tmp_path)
     assert target.stat().st_size > 10_000
-    for words in ("d = 64, 1 system |", "10, 4 groups", "channels last", "J(k) to 40", "commit"):
+    for words in (
+        *("d = 64, 1 system |", "10, 4 groups", "channels last", "J(k) to 40", "commit"),
+        *("`ff.jvp` | small CNN [2, 1, 16, 16], P = 2", "| ViT [", "peak memory", "max pool 3"),
+    ):
         assert words in table
     ratio = json.loads(tiny_results.read_text())["moments"]["figures"][0]["against"]["torch"]
     assert f"| {load('tables').number(ratio['ratio'])} " in table
@@ -315,6 +427,19 @@ def run_tables(results: Path, folder: Path) -> tuple[str, Path]:
     return done.stdout, target
 
 
+def test_dual_ops_of_the_gpu_benchmark_run(load, monkeypatch):
+    """On the CPU in place of the card, by the wall clock. Catches a part that fails before it
+    reaches the card, and failed cases that `guarded` turns into rows."""
+    bench = load("bench_gpu")
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "cuda_clock", load("harness").wall_clock)
+    rows = bench.dual_ops(tiny=True)
+    assert len(rows) == SCRIPTS["bench_dual"]["dual_ops"]
+    for row in rows:
+        assert "failed" not in row, row
+        assert row["limits"]["share of copy"] > 0
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tiny_run_on_a_gpu(tmp_path):
@@ -323,5 +448,5 @@ def test_tiny_run_on_a_gpu(tmp_path):
     command = [sys.executable, BENCHMARKS / "bench_gpu.py", "--tiny", "--out", out]
     subprocess.run(command, check=True, capture_output=True)
     rows = [row for part in json.loads(out.read_text()).values() for row in part["figures"]]
-    assert len(rows) == 9
+    assert len(rows) == 9 + SCRIPTS["bench_dual"]["dual_ops"]
     assert not [row for row in rows if "failed" in row]

@@ -90,10 +90,15 @@ def test_keeps_every_part_of_the_benchmarks(check, monkeypatch, tmp_path):
     monkeypatch.setattr(check, "ROOT", tmp_path)
     outcome = check.benchmarks(60)
     statuses = {part: run["status"] for part, run in outcome["runs"].items()}
-    ended_well = {"fisher_solve": "passed", "spatial_moments": "passed"}
+    ended_well = dict.fromkeys(("fisher_solve", "spatial_moments", "dual_ops"), "passed")
     assert statuses == ended_well | {"moments": "failed", "curve": "failed"}
-    assert set(outcome["parts"]) == {"fisher_solve", "spatial_moments", "curve"}
+    assert set(outcome["parts"]) == {"fisher_solve", "spatial_moments", "dual_ops", "curve"}
     assert outcome["status"] == "failed"
+
+
+def test_every_part_of_the_gpu_benchmarks_runs(check):
+    """Catches a part that is written and never run, or asked for by a name that does not exist."""
+    assert set(check.BENCHMARK_PARTS) == set(importlib.import_module("bench_gpu").PARTS)
 
 
 def test_counts_tests(check):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,9 @@ from networks_zoo import seeded, untouched
 from torch import Tensor, nn
 
 import fisherfast as ff
+from fisherfast.dual import dispatch
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +81,13 @@ def test_coverage_reports_and_does_not_raise():
         line = next(line for line in lines if operation in line)
         assert way in line
         assert layer in line
+
+
+def test_every_rule_is_for_an_operator_that_exists():
+    """Catches a misspelt operator: its rule would never run, and nobody would hear of it."""
+    pinned = re.search(r"^torch==(\S+)", CONSTRAINTS.read_text(encoding="utf-8"), flags=re.M)
+    assert pinned is not None
+    if torch.__version__.partition("+")[0] != pinned[1]:
+        pytest.skip(f"operators are those of torch {pinned[1]}, this is {torch.__version__}")
+    assert not dispatch.MISSING
+    assert all(isinstance(operator, torch._ops.OpOverload) for operator in dispatch.RULES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import dual_oracle
@@ -180,3 +181,87 @@ def test_directions_do_not_see_each_other():
     for index in range(4):
         alone = ff.jvp(network.make(), x, dx[index : index + 1])[1]
         assert distance(alone[0], together[index]) <= EXACT
+
+
+class Remembering(nn.Module):
+    """Counts its calls, keeps a moving mean, a cache, its last input and a list of states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(5))
+        self.cache: Tensor | None = None
+        self.states: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cache is None:
+            self.cache = torch.ones(5, dtype=x.dtype)
+        self.calls += 1
+        self.mean = 0.9 * self.mean + x.mean(0)
+        self.last = x
+        self.states = [*self.states, x[:1]]
+        return self.linear(x) * self.cache + self.mean
+
+
+def _samples(n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 5, generator=generator), torch.randn(2, n, 5, generator=generator)
+
+
+def _jvp(model: nn.Module) -> Any:
+    return ff.jvp(model, *_samples(40))
+
+
+def _propagate(model: nn.Module) -> Any:
+    return ff.propagate(model, *_samples(40))
+
+
+def _flow(model: nn.Module) -> Any:
+    data = ff.Pathwise(*_samples(400))
+    return ff.fisher_flow(model, data, max_features=8, batch_size=150)
+
+
+@pytest.mark.parametrize("call", [_jvp, _propagate, _flow])
+def test_what_a_model_remembers(call):
+    """Catches buffers that count the measurement's calls, and dual tensors that stay in the model:
+    the next plain call would return them."""
+    model = Remembering()
+    with untouched(model):
+        call(model)
+    kept = [*vars(model).values(), *model.buffers(), *model.states]
+    assert not any(isinstance(item, ff.dual.DualTensor) for item in kept)
+    assert type(model(torch.randn(3, 5))) is Tensor
+
+
+@pytest.mark.parametrize("call", [_jvp, _propagate])
+def test_parameters_without_a_shape(call):
+    """Catches lazy parameters that are made of dual tensors: torch crashes on them."""
+    with pytest.raises(ValueError, match=r"'0\.weight' without a shape: run the model once"):
+        call(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_threads_take_turns():
+    """Catches two threads that borrow the mode of one model from each other: it came back in eval
+    mode, with running statistics of a training step."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()).train()
+    x, dx = torch.randn(256, 64), torch.randn(2, 256, 64)
+    expected = ff.jvp(model, x, dx)[1]
+    results: list[Any] = []
+
+    def work() -> None:
+        for _ in range(20):
+            try:
+                results.append(ff.jvp(model, x, dx)[1])
+            except RuntimeError as error:
+                results.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    with untouched(model):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results) == 60
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=SINGLE, atol=SINGLE)

@@ -336,3 +336,15 @@ def test_fewest_folds(source):
     assert torch.isfinite(info.lower_stderr).all()
     with pytest.raises(ValueError, match=f"folds must be even and at least {least}, got"):
         ff.fisher_information(data, folds=least - 2)
+
+
+def test_units_of_two_scores_do_not_matter():
+    """Catches a pseudo-inverse that drops the parameter with the small unit: the standard error was
+    off by a sixth."""
+    x = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0))
+    score = torch.stack([x.sum(1), x @ torch.tensor([1.0, -1.0, 2.0, 0.0])], 1)
+    units = torch.tensor([1e-5, 1e4])
+    one, two = (ff.fisher_information(ff.Score(x[:, :3], s)) for s in (score, score * units))
+    square = torch.outer(units, units).double()
+    torch.testing.assert_close(two.J / square, one.J, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two.stderr / square, one.stderr, rtol=1e-3, atol=1e-5)

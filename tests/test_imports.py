@@ -13,7 +13,7 @@ import fisherfast
 
 PACKAGE = Path(fisherfast.__file__).parent
 ANYONE = {"_version", "_progress"}
-PARTS_OF_FLOW = {"meters", "streams"}
+PARTS_OF_FLOW = {"meters", "settings", "streams"}
 MEASURE = {
     "data",
     "dual",

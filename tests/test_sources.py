@@ -462,3 +462,101 @@ def test_representations_tell_the_source():
     simulator = ff.Simulator(draw, [1.0, 0.0], samples=9, derivative="paired", dtheta=0.5)
     expected = "Simulator(paired, dtheta=[0.5, 0.5], theta=[1.0, 0.0], samples=9)"
     assert repr(simulator) == expected
+
+
+def frozen(theta, n, generator):
+    return theta + torch.randn(n, 2, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("derivative", ["pathwise", "paired", "independent"])
+def test_noise_that_ignores_the_generator_is_found(derivative):
+    """Catches batches that repeat the same noise: J came out twice too large, as if each sample
+    were new."""
+    step = None if derivative == "pathwise" else 0.1
+    data = ff.Simulator(frozen, 0.0, samples=1000, derivative=derivative, dtheta=step)
+    message = (
+        "fn must draw other samples from another generator state, got the same: draw every random"
+        " number from the generator that it is given"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ff.fisher_information(data, batch_size=100)
+
+
+def test_rare_counts_are_no_frozen_noise():
+    """Catches a batch of zeros that is taken for noise which ignores the generator."""
+    data = ff.Simulator(
+        lambda t, n, g: torch.poisson(t.expand(n, 2), generator=g),
+        torch.tensor([1e-9]),
+        samples=100,
+        derivative="paired",
+        dtheta=1e-10,
+    )
+    with pytest.warns(ff.FisherWarning, match="the same samples for another theta"):
+        next(data.read(0, 100))
+
+
+@pytest.mark.parametrize("derivative", ["pathwise", "paired", "independent"])
+def test_simulators_may_reuse_their_memory(derivative):
+    """Catches batches that the next call overwrites: J came out as 0."""
+    memory = torch.empty(100, 2)
+
+    def fresh(theta, n, generator):
+        return theta + torch.randn(n, 2, generator=generator)
+
+    def reusing(theta, n, generator):
+        with torch.no_grad():
+            return memory[:n].detach().copy_(fresh(theta, n, generator))
+
+    step = None if derivative == "pathwise" else 0.3
+    one, two = (
+        ff.fisher_information(
+            ff.Simulator(fn, 0.0, samples=1000, derivative=derivative, dtheta=step),
+            max_features=16,
+            batch_size=100,
+        )
+        for fn in (fresh, reusing)
+    )
+    assert one.value == two.value > 0.5
+
+
+@pytest.mark.parametrize("derivative", ["pathwise", "paired"])
+def test_simulators_may_write_into_theta(derivative):
+    """Catches a theta that the simulator changes for all later batches."""
+    step = None if derivative == "pathwise" else 0.1
+
+    def converted(theta, n, generator):
+        theta *= 2
+        return theta + torch.randn(n, 2, generator=generator)
+
+    data = ff.Simulator(converted, 1.0, samples=2000, derivative=derivative, dtheta=step)
+    info = ff.fisher_information(data, max_features=2)
+    assert abs(info.value - 8) < 4 * float(info.stderr) < 2
+    assert "theta=[1.0]" in repr(data)
+
+
+@pytest.mark.parametrize("kind", ["pathwise", "score", "independent"])
+def test_streams_may_reuse_their_memory(kind):
+    """Catches samples kept for the scale of the activations, overwritten by the batches behind."""
+    x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+    carried = torch.ones(1000, 1, 3) if kind == "pathwise" else x.sum(1, keepdim=True)
+
+    def stream(*parts, reuse):
+        batches = zip(*(part.split(100) for part in parts), strict=True)
+        memory = [torch.empty_like(part[:100]) for part in parts]
+        for batch in batches:
+            if reuse:
+                batch = [kept.copy_(part) for kept, part in zip(memory, batch, strict=True)]
+            yield tuple(part if reuse else part.clone() for part in batch)
+
+    def information(reuse):
+        if kind == "independent":
+            minus, plus = (
+                lambda shift=shift: stream(x.flip(0) + shift, reuse=reuse) for shift in (-0.1, 0.1)
+            )
+            data = ff.FiniteDifference(minus, plus, dtheta=0.2)
+        else:
+            cls = ff.Pathwise if kind == "pathwise" else ff.Score
+            data = cls(lambda: stream(x, carried, reuse=reuse))
+        return ff.fisher_information(data, max_features=16)
+
+    assert information(True).value == information(False).value

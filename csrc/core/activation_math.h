@@ -38,7 +38,7 @@ FF_HOST_DEVICE inline T clamped(T z, T low, T high) {
 
 template <typename T>
 FF_HOST_DEVICE inline ValueAndSlope<T> relu(T z) {
-  return {z <= T(0) ? T(0) : z, z > T(0) ? T(1) : T(0)};
+  return {z <= T(0) ? T(0) : z, z <= T(0) ? T(0) : T(1)};  // NaN, 1 at NaN: as PyTorch
 }
 
 // PReLU too.
@@ -124,7 +124,7 @@ FF_HOST_DEVICE inline ValueAndSlope<T> hyperbolic_tangent(T z) {
 template <typename T>
 FF_HOST_DEVICE inline ValueAndSlope<T> hardswish(T z) {
   const T gate = clamped(z + T(3), T(0), T(6)) / T(6);
-  return {z * gate, z <= T(-3) ? T(0) : (z < T(3) ? z / T(3) + T(0.5) : T(1))};
+  return {z * gate, z <= T(-3) ? T(0) : (z >= T(3) ? T(1) : z / T(3) + T(0.5))};
 }
 
 template <typename T>

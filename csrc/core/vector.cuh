@@ -11,9 +11,11 @@ struct __align__(kCount == 1 ? sizeof(T) : 16) Vector {
   T entry[kCount];
 };
 
-// Numbers in 16 bytes.
+// Numbers in 16 bytes, and these 16 bytes as a thread owns them.
 template <typename T>
 constexpr int kVectorCount = 16 / static_cast<int>(sizeof(T));
+template <typename T>
+using Numbers = Vector<T, kVectorCount<T>>;
 
 template <int kCount, typename T>
 __device__ inline Vector<T, kCount>& as_vector(T* address) {

@@ -10,10 +10,6 @@ namespace {
 constexpr unsigned kThreads = 256;
 constexpr index_t kAhead = 4;  // tangents that are loaded before the first of them is written
 
-// Numbers in 16 bytes, as a thread owns them.
-template <typename T>
-using Numbers = Vector<T, kVectorCount<T>>;
-
 // The channels of neighbours in a slice [outer, C, inner], one after another.
 class Channels {
  public:

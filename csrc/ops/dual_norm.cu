@@ -12,9 +12,6 @@ namespace {
 
 constexpr int kTangents = 4;  // of a long row that are summed together
 
-template <typename T>
-using Numbers = Vector<T, kVectorCount<T>>;
-
 // h = rate (d - shift) with d = u - mean. The mean is rounded to T; what it lacks is the shift, so
 // that a mean far above the deviations costs no digit.
 template <typename T>

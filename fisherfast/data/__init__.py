@@ -5,8 +5,8 @@
 """
 
 from fisherfast.data.batch import Batch, Data
-from fisherfast.data.finite_difference import FiniteDifference, lockstep
+from fisherfast.data.finite_difference import FiniteDifference
 from fisherfast.data.per_sample import Pathwise, Score
 from fisherfast.data.simulator import Simulator
 
-__all__ = ["Batch", "Data", "FiniteDifference", "Pathwise", "Score", "Simulator", "lockstep"]
+__all__ = ["Batch", "Data", "FiniteDifference", "Pathwise", "Score", "Simulator"]

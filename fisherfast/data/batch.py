@@ -41,6 +41,14 @@ class Batch:
             None if self.score is None else self.score[:rows],
         )
 
+    def clone(self) -> Batch:
+        """A copy of everything."""
+        return Batch(
+            self.x.clone(),
+            None if self.tangents is None else self.tangents.clone(),
+            None if self.score is None else self.score.clone(),
+        )
+
     def to(
         self, device: torch.device | None, dtype: torch.dtype | None, *, copy: bool = False
     ) -> Batch:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from fisherfast.data import sources
-from fisherfast.data.batch import Batch, Data, abreast
+from fisherfast.data.batch import Batch, Data
 from fisherfast.data.sources import Source
 
-__all__ = ["FiniteDifference", "lockstep"]
+__all__ = ["FiniteDifference", "check_dtheta"]
 
 
 class FiniteDifference(Data):
@@ -43,8 +43,8 @@ class FiniteDifference(Data):
 
     Example:
         >>> import torch, fisherfast as ff
-        >>> data = ff.FiniteDifference(torch.randn(100, 3) - 0.1, torch.randn(100, 3) + 0.1,
-        dtheta=0.2)
+        >>> x = torch.randn(2, 100, 3)
+        >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
         >>> data.parameters
         1
     """
@@ -108,7 +108,7 @@ class FiniteDifference(Data):
             )
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
-        """The same as `Batch`."""
+        """The same batches, each as a `Batch`."""
         return map(Batch, self.batches(condition, batch_size))
 
     def repeats(self, condition: int) -> bool:
@@ -119,16 +119,6 @@ class FiniteDifference(Data):
     def __repr__(self) -> str:
         counts = [self.samples(c) for c in range(self.conditions)]
         return f"FiniteDifference({self.source}, dtheta={list(self.dtheta)}, samples={counts})"
-
-
-def lockstep(data: FiniteDifference, batch_size: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield one batch of every condition at a time; row i of each belongs together (paired data).
-
-    Raises:
-        ValueError: the conditions do not yield batches of the same sizes.
-    """
-    for batches in abreast([data.read(c, batch_size) for c in range(data.conditions)]):
-        yield tuple(batch.x for batch in batches)
 
 
 def _as_list(source: Source | Sequence[Source]) -> list[Source]:

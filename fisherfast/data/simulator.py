@@ -39,7 +39,7 @@ class Simulator(Data):
             or of its own if it is a floating tensor; x keeps the dtype that fn gives it.
         samples: number of samples, of each condition for finite steps.
         derivative: "pathwise": dx/dtheta by PyTorch's forward mode through fn, one parameter at a
-            time (1 + P times the work). "paired": two conditions with the same noise, for a black
+            time (P calls of fn a batch). "paired": two conditions with the same noise, for a black
             box. "independent": two conditions with noise of their own.
         dtheta: full separation of the two conditions, one number or P of them; only for "paired"
             and "independent".
@@ -49,11 +49,14 @@ class Simulator(Data):
 
     Raises:
         ValueError: dtheta is missing, not positive or lost in the rounding of theta; during a
-            measurement: fn gives other samples from the same generator state, or has no derivative.
+            measurement: fn gives other samples from the same generator state, the same from
+            another one, or has no derivative.
         TypeError: fn cannot be called, or returns no floating tensor.
 
     Warns:
         FisherWarning: during a measurement, when x does not depend on theta: J = 0.
+
+    Cost: nothing is kept; every pass draws all samples anew, "pathwise" P times over.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -141,10 +144,11 @@ class Simulator(Data):
 
     def _draw(self, theta: torch.Tensor, condition: int, number: int, n: int) -> torch.Tensor:
         """One batch at any theta, from the random numbers of a condition's batch."""
-        return as_batch(self._call(theta, self._generator(condition, number), n), "fn")
+        x = as_batch(self._call(theta, self._generator(condition, number), n), "fn")
+        return x.clone()  # it may draw the next batch into the same memory
 
     def _call(self, theta: torch.Tensor, generator: torch.Generator, n: int) -> torch.Tensor:
-        x = self._fn(theta, n, generator)
+        x = self._fn(theta.clone(), n, generator)  # it may convert units in place
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"fn must return a tensor [n, ...], got {type(x).__name__}")
         if x.ndim < 1 or len(x) != n:
@@ -179,7 +183,8 @@ class Simulator(Data):
                         f"fn must be differentiable in forward mode, got: {reason}; {HINT}"
                     ) from error
                 primal, tangent = forward_ad.unpack_dual(x)
-                return as_batch(primal, "fn"), None if tangent is None else tangent.detach()
+                x = as_batch(primal, "fn").clone()
+                return x, None if tangent is None else tangent.detach().clone()
 
     def _check_simulator(self, n: int) -> None:
         """On the first batch: the same noise from the same seed, and x that depends on theta."""
@@ -188,6 +193,12 @@ class Simulator(Data):
             raise ValueError(
                 "fn must give the same samples from the same generator state, got others:"
                 " draw every random number from the generator that it is given"
+            )
+        varied = not torch.equal(first, first[:1].expand_as(first))
+        if varied and torch.equal(self._draw(self._theta, 0, 1, n), first):
+            raise ValueError(
+                "fn must draw other samples from another generator state, got the same: draw every"
+                " random number from the generator that it is given"
             )
         for p in range(self.parameters):
             if not self._depends_on(p, n, first):

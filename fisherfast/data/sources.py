@@ -16,6 +16,12 @@ returns one."""
 
 
 def check_source(source: Source, name: str) -> Source:
+    """A source that can be read, as it is.
+
+    Raises:
+        TypeError: it is none, or a tensor or array of integers, complex numbers or sparse.
+        ValueError: a tensor without dimensions.
+    """
     if isinstance(source, torch.Tensor | np.ndarray):
         check_floating(source, name)
         if source.ndim < 1:
@@ -31,6 +37,7 @@ def check_source(source: Source, name: str) -> Source:
 
 
 def check_floating(batch: torch.Tensor | np.ndarray, name: str) -> None:
+    """Raises TypeError unless a tensor or array is dense and of floating dtype."""
     floating = (
         batch.is_floating_point()
         if isinstance(batch, torch.Tensor)
@@ -46,6 +53,8 @@ def check_floating(batch: torch.Tensor | np.ndarray, name: str) -> None:
 
 
 def iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:
+    """Yield what a source holds, in batches: of batch_size samples, or those that it yields itself
+    (loaders, iterables)."""
     if isinstance(source, torch.Tensor | np.ndarray):
         for start in range(0, len(source), batch_size):
             yield source[start : start + batch_size]
@@ -68,6 +77,12 @@ def _from_array(array: np.ndarray) -> torch.Tensor:
 
 
 def as_batch(item: Any, name: str) -> torch.Tensor:
+    """What a source has yielded as a tensor [n, ...] without gradient; of a tuple the first entry.
+
+    Raises:
+        TypeError: no tensor or array of floating dtype.
+        ValueError: a tensor without dimensions.
+    """
     if isinstance(item, list | tuple) and item:
         item = item[0]
     if isinstance(item, np.ndarray):

@@ -5,12 +5,13 @@
     print(ff.dual.coverage(model, x))                   # which operations have a rule
 
 A `DualTensor` goes through the model in place of the batch. `dispatch` finds the rule of each
-operation; the rules stand in `view_rules`, `linear_rules`, `product_rules`, `pointwise_rules`,
-`reduction_rules`, `attention`, `recurrent`, `writing_rules` and `constant_rules`; `fallback` serves
-the rest.
+operation; the rules stand in `view_rules`, `linear_rules`, `product_rules`, `activation_rules`,
+`pointwise_rules`, `reduction_rules`, `attention`, `recurrent`, `writing_rules` and
+`constant_rules`; `fallback` serves the rest.
 """
 
-from fisherfast.dual import (
+from fisherfast.dual import (  # noqa: F401  importing them fills the table of rules
+    activation_rules,
     attention,
     constant_rules,
     linear_rules,
@@ -23,6 +24,7 @@ from fisherfast.dual import (
 )
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.errors import DerivativeError
+from fisherfast.dual.memory import release_memory
 from fisherfast.dual.propagation import coverage, jvp, propagate, propagation
 from fisherfast.dual.tensor import DualTensor
 
@@ -34,17 +36,5 @@ __all__ = [
     "jvp",
     "propagate",
     "propagation",
+    "release_memory",
 ]
-
-RULE_MODULES = (
-    attention,
-    constant_rules,
-    linear_rules,
-    pointwise_rules,
-    product_rules,
-    recurrent,
-    reduction_rules,
-    view_rules,
-    writing_rules,
-)
-"""Importing them fills the table of rules."""

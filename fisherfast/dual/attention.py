@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast import ops, reference_dual
 from fisherfast.dual.dispatch import Operator, directions_of, overloads, rule
 from fisherfast.dual.stacks import lifted
-from fisherfast.dual.tensor import DualTensor
+from fisherfast.dual.tensor import DualTensor, apply_softmax
 
 BLOCK_NUMBERS = 2**22
 """Scores of primal and tangents that exist at the same time: 16 MB in float32."""
@@ -75,10 +74,7 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def _softmax(scores: Tensor) -> Tensor:
     """Stack of the weights; a query that may look at nothing weighs nothing."""
-    if scores.dtype in (torch.float32, torch.float64):
-        weights = ops.dual_softmax(scores, -1)
-    else:
-        weights = reference_dual.dual_softmax(scores, scores.dim() - 1)
+    weights = apply_softmax(scores, scores.dim() - 1)
     blind = (scores[0] == -torch.inf).all(-1, keepdim=True)
     return weights.masked_fill_(blind, 0.0)
 

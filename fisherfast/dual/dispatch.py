@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 
 from fisherfast.dual.coverage import Coverage
@@ -22,41 +24,62 @@ from fisherfast.dual.errors import (
     no_derivative,
     warn_of_randomness,
 )
-from fisherfast.dual.fallback import forward_mode
+from fisherfast.dual.fallback import forward_mode, replaced
 from fisherfast.dual.tensor import DualTensor
 
-__all__ = ["RULES", "aten", "directions_of", "dispatch", "duals_of", "rule"]
+__all__ = [
+    "MISSING",
+    "RULES",
+    "Operator",
+    "aten",
+    "directions_of",
+    "dispatch",
+    "duals_of",
+    "has_dual",
+    "named_arguments",
+    "overload",
+    "overloads",
+    "overwrite",
+    "plain_rule",
+    "primals",
+    "recording",
+    "rule",
+    "with_zero_tangents",
+]
 
 aten: Any = torch.ops.aten
 
-Operator = Any
+Operator = OpOverload
 Rule = Callable[..., Any]
 
 RULES: dict[Operator, Rule] = {}
+
+MISSING: set[str] = set()
+"""Names that rules ask for and this version of PyTorch does not have."""
 
 _record: ContextVar[Coverage | None] = ContextVar("fisherfast_dual_record", default=None)
 
 
 def rule(*operators: Operator) -> Callable[[Rule], Rule]:
-    """Register a rule for operators; those that this version of PyTorch lacks are left out."""
+    """Register a rule for operators."""
 
     def register(function: Rule) -> Rule:
-        for operator in operators:
-            if operator is not None:
-                RULES[operator] = function
+        RULES.update(dict.fromkeys(operators, function))
         return function
 
     return register
 
 
-def overload(name: str, variant: str = "default") -> Operator:
+def overload(name: str, variant: str = "default") -> Operator | None:
     """aten.<name>.<variant>, or None where this version of PyTorch lacks it."""
     return getattr(getattr(aten, name, None), variant, None)
 
 
 def overloads(*names: str) -> list[Operator]:
-    """Operators by name, "relu" or "sum.dim_IntList"."""
-    return [overload(*name.split(".")) for name in names]
+    """Operators by name, "relu" or "sum.dim_IntList"; those in `MISSING` are left out."""
+    found = {name: overload(*name.split(".")) for name in names}
+    MISSING.update(name for name, operator in found.items() if operator is None)
+    return [operator for operator in found.values() if operator is not None]
 
 
 @contextmanager
@@ -202,15 +225,30 @@ def directions_of(*containers: Any) -> int:
     return next(duals_of(*containers)).directions
 
 
+def has_dual(*containers: Any) -> bool:
+    """Whether there is a dual tensor in nested arguments."""
+    return any(True for _ in duals_of(*containers))
+
+
 def primals(container: Any) -> Any:
     """Nested arguments with every dual tensor replaced by its primal."""
-    if isinstance(container, DualTensor):
-        return container.primal
-    if isinstance(container, list | tuple):
-        return type(container)(primals(item) for item in container)
-    if isinstance(container, dict):
-        return {key: primals(value) for key, value in container.items()}
-    return container
+    return replaced(container, lambda dual: dual.primal)
+
+
+@cache
+def _behind_first(func: Operator) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the arguments of an operator but the first, and the defaults of some."""
+    arguments = func._schema.arguments[1:]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return tuple(a.name for a in arguments), defaults
+
+
+def named_arguments(
+    func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments behind the first by name, with their defaults."""
+    names, defaults = _behind_first(func)
+    return defaults | dict(zip(names, args, strict=False)) | kwargs
 
 
 def with_zero_tangents(result: Any, *arguments: Any) -> Any:
@@ -231,9 +269,5 @@ def plain_rule(operators: Iterable[Operator]) -> None:
     rule(*operators)(on_primals)
 
 
-BOOKKEEPING: set[Operator] = {
-    operator
-    for operator in (overload("detach"), overload("alias"), overload("is_same_size"))
-    if operator is not None
-}
+BOOKKEEPING = frozenset(overloads("detach", "alias", "is_same_size"))
 """Operations that compute nothing: `coverage` does not count them."""

@@ -14,7 +14,13 @@ from torch import nn
 
 from fisherfast.results import FisherWarning
 
-__all__ = ["DerivativeError", "current_layer"]
+__all__ = [
+    "DerivativeError",
+    "current_layer",
+    "no_derivative",
+    "running",
+    "warn_of_randomness",
+]
 
 _running: ContextVar[nn.Module | None] = ContextVar("fisherfast_dual_model", default=None)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fisherfast.dual.errors import no_derivative
 from fisherfast.dual.tensor import DualTensor
 
-__all__ = ["forward_mode"]
+__all__ = ["forward_mode", "replaced"]
 
 _INCLUDED = torch._C._dispatch_tls_local_include_set()
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
@@ -32,7 +32,7 @@ def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         DerivativeError: PyTorch has no forward derivative of it either.
     """
     found: list[DualTensor] = []
-    _replace((args, kwargs), lambda dual: found.append(dual))
+    replaced((args, kwargs), found.append)
     in_place = func._schema.is_mutable
     try:
         with _autograd_alive(), _same_random_numbers() as rewind:
@@ -46,7 +46,7 @@ def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if results and _is_real(results[0]) and not any(_has_tangent(result) for result in results):
         raise no_derivative(str(func), "none: PyTorch, or the library it is from, defines none")
     if not results:  # P = 0: the primal alone
-        plain_args, plain_kwargs = _replace((args, kwargs), lambda dual: dual.primal.clone())
+        plain_args, plain_kwargs = replaced((args, kwargs), lambda dual: dual.primal.clone())
         results = [_pairs(func(*plain_args, **plain_kwargs))]
     joined = _join(results, found[0].directions)
     if not in_place:
@@ -69,7 +69,7 @@ def _along(func: Any, args: Any, kwargs: Any, direction: int, *, copy: bool) -> 
         return forward_ad.make_dual(primal, tangent)
 
     with forward_ad.dual_level():
-        new_args, new_kwargs = _replace((args, kwargs), make)
+        new_args, new_kwargs = replaced((args, kwargs), make)
         return _pairs(func(*new_args, **new_kwargs))
 
 
@@ -136,12 +136,12 @@ def _join(results: list[Any], directions: int) -> Any:
     return DualTensor(stack)
 
 
-def _replace(container: Any, change: Callable[[DualTensor], Any]) -> Any:
+def replaced(container: Any, change: Callable[[DualTensor], Any]) -> Any:
     """Nested arguments with every dual tensor changed."""
     if isinstance(container, DualTensor):
         return change(container)
     if isinstance(container, list | tuple):
-        return type(container)(_replace(item, change) for item in container)
+        return type(container)(replaced(item, change) for item in container)
     if isinstance(container, dict):
-        return {key: _replace(value, change) for key, value in container.items()}
+        return {key: replaced(value, change) for key, value in container.items()}
     return container

@@ -16,13 +16,14 @@ from fisherfast.dual.dispatch import (
     Operator,
     aten,
     directions_of,
+    has_dual,
     overload,
     overloads,
     primals,
     rule,
 )
 from fisherfast.dual.errors import no_derivative
-from fisherfast.dual.stacks import aligned, lifted, merged, shifted, view_of
+from fisherfast.dual.stacks import aligned, in_one_dtype, lifted, merged, shifted, view_of
 from fisherfast.dual.tensor import DualTensor, Memory
 
 # --- Sums --------------------------------------------------------------------------------------
@@ -58,10 +59,10 @@ def _linear_unary(func: Operator, x: DualTensor) -> DualTensor:
     return DualTensor(func(x.stack))
 
 
-@rule(*overloads("clone", "contiguous", "lift_fresh", "lift_fresh_copy"))
+@rule(*overloads("clone", "contiguous"))
 def _clone(func: Operator, x: DualTensor, **kwargs: Any) -> DualTensor:
     memory_format = kwargs.get("memory_format", torch.preserve_format)
-    stack = x.stack
+    stack = x.laid_out() if func is aten.contiguous.default else x.stack
     if func is aten.contiguous.default:
         memory_format = kwargs.get("memory_format", torch.contiguous_format)
         if x.is_contiguous(memory_format=memory_format):
@@ -93,7 +94,7 @@ def _to(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
 @rule(*overloads("detach", "alias", "detach_copy"))
 def _detach(func: Operator, x: DualTensor) -> DualTensor:
     if func is overload("alias"):
-        return view_of(x, x.stack)
+        return view_of(x, x.laid_out())
     detached = DualTensor.constant(x.primal, x.directions)
     detached.memory = Memory(detached=True)
     return detached
@@ -119,9 +120,10 @@ def _add(func: Operator, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
         a, b = b, a
     sign = 1 if name == "aten::add" else -1
     if isinstance(a, DualTensor) and isinstance(b, DualTensor):
+        a, b = in_one_dtype(a, b)
         ndim = max(a.dim(), b.dim())
         return DualTensor(torch.add(aligned(a, ndim), aligned(b, ndim), alpha=sign * alpha))
-    dtype = torch.result_type(_plain(a), _plain(b))
+    dtype = torch.result_type(primals(a), primals(b))
     if isinstance(a, DualTensor):
         stack = _result_stack(a, b, dtype)
         stack[0].add_(b, alpha=sign * alpha)
@@ -129,10 +131,6 @@ def _add(func: Operator, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     stack = _result_stack(b, a, dtype).mul_(sign * alpha)
     stack[0].add_(a)
     return DualTensor(stack)
-
-
-def _plain(item: Any) -> Any:
-    return item.primal if isinstance(item, DualTensor) else item
 
 
 @rule(*overloads("add_.Tensor", "sub_.Tensor", "add_.Scalar", "sub_.Scalar"))
@@ -145,6 +143,14 @@ def _add_in_place(func: Operator, x: DualTensor, other: Any, alpha: float = 1) -
     else:
         stack[0].add_(other, alpha=alpha)
     return x
+
+
+@rule(*overloads("bincount"))
+def _count_weights(func: Operator, index: Any, weights: Any = None, minlength: int = 0) -> Any:
+    """Sums of weights: linear, though PyTorch has no derivative."""
+    if not isinstance(weights, DualTensor):
+        return func(*primals([index, weights]), minlength)
+    return DualTensor(torch.stack([func(index, part, minlength) for part in weights.stack]))
 
 
 # --- Joining and choosing ----------------------------------------------------------------------
@@ -169,7 +175,7 @@ def _stack(func: Operator, tensors: Sequence[Tensor], dim: int = 0) -> DualTenso
 def _where(func: Operator, condition: Tensor, a: Any, b: Any) -> DualTensor:
     reference = a if isinstance(a, DualTensor) else b
     directions = directions_of([a, b])
-    dtype = torch.result_type(_plain(a), _plain(b))
+    dtype = torch.result_type(primals(a), primals(b))
     ndim = max(t.dim() for t in (condition, a, b) if isinstance(t, Tensor))
     stacks = []
     for item in (a, b):
@@ -213,9 +219,7 @@ def _triangle(func: Operator, x: DualTensor, diagonal: int = 0) -> DualTensor:
 
 def slice_by_slice(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     """A linear operation on each slice of the stack."""
-    if not isinstance(x, DualTensor) or any(
-        isinstance(item, DualTensor) for item in (*args, *kwargs.values())
-    ):
+    if not isinstance(x, DualTensor) or has_dual(args, kwargs):
         return NotImplemented
     return DualTensor(torch.stack([func(part, *args, **kwargs) for part in x.stack.unbind(0)]))
 
@@ -225,9 +229,7 @@ def slice_by_slice(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
 
 def as_more_samples(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     """A linear operation on [n, C, ...] that treats samples alike."""
-    if not isinstance(x, DualTensor) or any(
-        isinstance(item, DualTensor) for item in (*args, *kwargs.values())
-    ):
+    if not isinstance(x, DualTensor) or has_dual(args, kwargs):
         return NotImplemented
     stack = x.stack
     result = func(merged(stack), *args, **kwargs)
@@ -243,7 +245,6 @@ SAMPLE_WISE = overloads(
     "adaptive_avg_pool3d",
     "_adaptive_avg_pool2d",
     "_adaptive_avg_pool3d",
-    "mkldnn_adaptive_avg_pool2d",
     "upsample_nearest1d",
     "upsample_nearest2d",
     "upsample_nearest3d",
@@ -292,8 +293,6 @@ SLICE_WISE = overloads(
     "diag_embed",
     "diag",
     "diagonal_scatter",
-    "select_backward",
-    "slice_backward",
     "_fft_r2c",
     "_fft_c2c",
     "_fft_c2r",
@@ -306,6 +305,5 @@ SLICE_WISE = overloads(
     "grid_sampler_3d",
     "flipud",
     "fliplr",
-    "cumulative_trapezoid",
 )
 rule(*SLICE_WISE)(slice_by_slice)

@@ -1,7 +1,7 @@
-"""Rules of elementwise non-linear operations: y = f(x), dy = f'(x) dx.
+"""Rules of elementwise non-linear operations: y = f(x), dy = f'(x) dx, from a table of f', and of
+two operands.
 
-Activations go through the fused kernel, which reads and writes the stack once; the rest through a
-table of f and f'. At a kink the derivative is the one of PyTorch's autograd.
+At a kink the derivative is the one of PyTorch's autograd.
 """
 
 from __future__ import annotations
@@ -13,164 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast import ops
-from fisherfast.dual.dispatch import Operator, aten, overload, overloads, overwrite, rule
-from fisherfast.dual.stacks import aligned
-from fisherfast.dual.tensor import Affine, DualTensor, apply_activation
+from fisherfast.dual.dispatch import Operator, aten, has_dual, overloads, overwrite, rule
+from fisherfast.dual.stacks import aligned, in_one_dtype
+from fisherfast.dual.tensor import DualTensor
 
-SELU_ALPHA = 1.6732632423543772848170429916717
-SELU_SCALE = 1.0507009873554804934193349852946
-"""Of Klambauer et al. 2017: the fixed point with mean 0 and variance 1."""
-
-SOFTPLUS_THRESHOLD = 20.0
-RELU6_END = 6.0
-RRELU_LOWER, RRELU_UPPER = 1 / 8, 1 / 3
-"""PyTorch's defaults."""
-
-# --- Activations -------------------------------------------------------------------------------
-
-Kind = tuple[Any, ...]
-"""Kind of activation and its parameters, as `ops.dual_activation` takes them."""
-
-
-def _default(
-    args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, value: Any
-) -> Any:
-    return args[index] if len(args) > index else kwargs.get(name, value)
-
-
-def _leaky_relu(*args: Any, **kwargs: Any) -> Kind:
-    return "leaky_relu", _default(args, kwargs, 0, "negative_slope", 0.01)
-
-
-def _hardtanh(*args: Any, **kwargs: Any) -> Kind:
-    low = _default(args, kwargs, 0, "min_val", -1.0)
-    return "hardtanh", low, _default(args, kwargs, 1, "max_val", 1.0)
-
-
-def _elu(*args: Any, **kwargs: Any) -> Kind:
-    return (
-        "elu",
-        _default(args, kwargs, 0, "alpha", 1.0),
-        _default(args, kwargs, 1, "scale", 1.0),
-        _default(args, kwargs, 2, "input_scale", 1.0),
-    )
-
-
-def _celu(*args: Any, **kwargs: Any) -> Kind:
-    alpha = _default(args, kwargs, 0, "alpha", 1.0)
-    return "elu", alpha, 1.0, 1.0 / alpha
-
-
-def _gelu(*args: Any, **kwargs: Any) -> Kind:
-    return ("gelu_tanh",) if kwargs.get("approximate", "none") == "tanh" else ("gelu",)
-
-
-def _softplus(*args: Any, **kwargs: Any) -> Kind:
-    beta = _default(args, kwargs, 0, "beta", 1.0)
-    return "softplus", beta, _default(args, kwargs, 1, "threshold", SOFTPLUS_THRESHOLD)
-
-
-KINDS: dict[str, Callable[..., Kind]] = {
-    "relu": lambda: ("relu",),
-    "relu6": lambda: ("hardtanh", 0.0, RELU6_END),
-    "leaky_relu": _leaky_relu,
-    "hardtanh": _hardtanh,
-    "elu": _elu,
-    "selu": lambda: ("elu", SELU_ALPHA, SELU_SCALE, 1.0),
-    "celu": _celu,
-    "gelu": _gelu,
-    "silu": lambda: ("silu",),
-    "mish": lambda: ("mish",),
-    "softplus": _softplus,
-    "sigmoid": lambda: ("sigmoid",),
-    "tanh": lambda: ("tanh",),
-    "hardswish": lambda: ("hardswish",),
-    "hardsigmoid": lambda: ("hardsigmoid",),
-}
-"""Name in ATen -> kind and parameters, from the arguments behind the first."""
-
-
-def _activate(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> DualTensor:
-    name = func._schema.name.removeprefix("aten::")
-    kind = KINDS[name.rstrip("_")](*args, **kwargs)
-    if name.endswith("_"):
-        return _activated_in_place(x, kind)
-    stack, affine = x.pending()
-    return DualTensor(apply_activation(stack, *_numbers(kind), affine=affine))
-
-
-def _activated_in_place(x: DualTensor, kind: Kind) -> DualTensor:
-    stack, affine = x.pending()
-    if affine is not None:  # nobody else has seen these values
-        x.settle(apply_activation(stack, *_numbers(kind), affine=affine))
-        return x
-    stack = x.before_writing()
-    if stack.dtype in (torch.float32, torch.float64):
-        ops.dual_activation_(stack, *_numbers(kind))
-        return x
-    return overwrite(x, DualTensor(apply_activation(stack, *_numbers(kind))))
-
-
-def _numbers(kind: Kind) -> Kind:
-    return (kind[0], *(float(parameter) for parameter in kind[1:]))
-
-
-for _name in KINDS:
-    rule(overload(_name), overload(f"{_name}_"))(_activate)
-
-
-@rule(*overloads("rrelu", "rrelu_with_noise"))
-def _random_relu(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    """In eval mode a leaky ReLU of the mean slope."""
-    names = [argument.name for argument in func._schema.arguments[1:]]
-    named = dict(zip(names, args, strict=False)) | kwargs
-    if named.get("training", False):
-        return NotImplemented
-    slope = (named.get("lower", RRELU_LOWER) + named.get("upper", RRELU_UPPER)) / 2
-    return DualTensor(apply_activation(x.stack, "leaky_relu", slope))
-
-
-@rule(*overloads("prelu", "_prelu_kernel"))
-def _prelu(func: Operator, x: DualTensor, weight: Tensor) -> Any:
-    if isinstance(weight, DualTensor) or not isinstance(x, DualTensor):
-        return NotImplemented
-    slope = weight.detach().flatten()
-    if slope.numel() == 1:
-        channels = x.shape[1] if x.dim() > 1 else 1
-        slope = slope.expand(channels)
-    if x.dim() < 2 or len(slope) != x.shape[1]:
-        return NotImplemented
-    stack, affine = x.pending()
-    return DualTensor(apply_activation(stack, "prelu", slope=slope, affine=affine))
-
-
-@rule(*overloads("batch_norm", "cudnn_batch_norm", "native_batch_norm"))
-def _batch_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """In eval mode a scale and a shift, which waits for the activation behind it."""
-    named = dict(zip((a.name for a in func._schema.arguments[1:]), args, strict=False)) | kwargs
-    tensors = [named.get(n) for n in ("weight", "bias", "running_mean", "running_var")]
-    if named["training"] or any(isinstance(item, DualTensor) for item in tensors) or x.dim() < 2:
-        return NotImplemented
-    weight, bias, mean, variance = tensors
-    if mean is None or variance is None or func is not aten.batch_norm.default:
-        return NotImplemented
-    scale, shift = eval_affine(mean, variance, weight, bias, named["eps"])
-    return DualTensor.awaiting(x, scale.to(x.dtype), shift.to(x.dtype))
-
-
-def eval_affine(
-    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Affine:
-    """Scale and shift [C] of a batch norm with running statistics."""
-    scale = (variance + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
-
-
-# --- f and f' of the rest ------------------------------------------------------------------------
+# --- One operand ---------------------------------------------------------------------------------
 
 Derivative = Callable[..., Tensor]
 """f'(x), from x, y = f(x) and the arguments of f."""
@@ -232,8 +79,6 @@ SLOPES: dict[str, Derivative] = {
         x == 0, 0.0, ((math.pi * x).cos() - y) / torch.where(x == 0, 1.0, x)
     ),
     "log_sigmoid": lambda x, y: torch.sigmoid(-x),
-    "softsign": lambda x, y: (1 + x.abs()).square().reciprocal(),
-    "tanhshrink": lambda x, y: (x - y).square(),
     "hardshrink": lambda x, y, cut=0.5: (x.abs() > cut).to(x.dtype),
     "softshrink": lambda x, y, cut=0.5: (x.abs() > cut).to(x.dtype),
     "threshold": lambda x, y, threshold, value: (x > threshold).to(x.dtype),
@@ -261,8 +106,7 @@ REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _elementwise(slope: Derivative) -> Callable[..., Any]:
     def apply(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-        others = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
-        if any(isinstance(item, DualTensor) for item in others) or x.dtype not in REAL:
+        if has_dual(args, kwargs) or x.dtype not in REAL:
             return NotImplemented
         primal = x.primal
         value = func(primal, *args, **kwargs)
@@ -298,6 +142,7 @@ def _dims(a: Any, b: Any) -> int:
 
 @rule(*overloads("mul.Tensor", "mul.Scalar", "multiply.Tensor", "multiply.Scalar"))
 def _multiply(func: Operator, a: Any, b: Any) -> DualTensor:
+    a, b = in_one_dtype(a, b)
     if not isinstance(a, DualTensor):
         a, b = b, a
     ndim = _dims(a, b)
@@ -322,6 +167,7 @@ def _scale_in_place(func: Operator, x: DualTensor, other: Any) -> Any:
 
 @rule(*overloads("div.Tensor", "div.Scalar", "divide.Tensor", "true_divide.Tensor"))
 def _divide(func: Operator, a: Any, b: Any) -> DualTensor:
+    a, b = in_one_dtype(a, b)
     ndim = _dims(a, b)
     if not isinstance(b, DualTensor):
         return DualTensor(torch.div(aligned(a, ndim), b))
@@ -352,15 +198,22 @@ def _power(func: Operator, base: Any, exponent: Any) -> Any:
     return DualTensor(torch.cat([value[None], tangents.expand(-1, *value.shape)]))
 
 
+IGNORE_NAN = overloads("fmax", "fmin")
+
+
 def _choice(a_wins: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., DualTensor]:
-    """The larger or smaller of two operands; equal ones share the derivative."""
+    """The larger or smaller of two operands. Equal ones share the derivative; where a NaN loses
+    against a number, one of them has it, as in PyTorch."""
 
     def choose(func: Operator, a: Any, b: Any) -> DualTensor:
         ndim = _dims(a, b)
         (a_primal, a_tangents), (b_primal, b_tangents) = _parts(a, ndim), _parts(b, ndim)
         value = func(a_primal, b_primal)
         share = a_wins(a_primal, b_primal).to(value.dtype)
-        share = torch.where(a_primal == b_primal, 0.5, share)
+        if func in IGNORE_NAN:
+            share = torch.where(b_primal.isnan(), 1, share)
+        else:
+            share = torch.where(a_primal == b_primal, 0.5, share)
         tangents: Any = 0
         if a_tangents is not None:
             tangents = tangents + share * a_tangents
@@ -372,7 +225,8 @@ def _choice(a_wins: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., DualTen
 
 
 rule(*overloads("maximum", "fmax"))(_choice(torch.gt))
-rule(*overloads("minimum", "fmin"))(_choice(torch.lt))
+rule(*overloads("minimum"))(_choice(torch.lt))
+rule(*overloads("fmin"))(_choice(torch.le))
 
 
 @rule(*overloads("atan2"))

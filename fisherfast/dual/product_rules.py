@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast.dual import memory
 from fisherfast.dual.dispatch import Operator, aten, overloads, rule
 from fisherfast.dual.stacks import merged
 from fisherfast.dual.tensor import DualTensor
@@ -45,9 +46,14 @@ def _matrix_product(func: Operator, a: Any, b: Any) -> Any:
         return a[:, None] * b
     if isinstance(a, DualTensor) and not isinstance(b, DualTensor) and b.dim() == 2 and a.dim() > 1:
         return DualTensor(torch.matmul(a.stack, b))  # more rows of one product
-    if isinstance(a, DualTensor) and isinstance(b, DualTensor) and a.dim() == b.dim() == 3:
+    if isinstance(a, DualTensor) and isinstance(b, DualTensor) and _batches_match(a, b):
         return DualTensor(batched_product(a.stack, b.stack))
     return bilinear(torch.matmul, a, b)
+
+
+def _batches_match(a: Tensor, b: Tensor) -> bool:
+    """Whether bmm takes them; matmul repeats a batch of one."""
+    return a.dim() == b.dim() == len("Bij") and len(a) == len(b)
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:
@@ -127,21 +133,38 @@ def _convolve(
         return func(u, w, None, *args, **kwargs)
 
     if isinstance(weight, DualTensor) or not isinstance(x, DualTensor):
-        result = bilinear(without_bias, x, weight)
-        return result if bias is None else result + _by_channel(bias, result)
+        product = bilinear(without_bias, x, weight)
+        return product if bias is None else product + _by_channel(bias, product)
     if x.dim() == UNBATCHED.get(name):
         return NotImplemented
     stack = x.stack
     samples = merged(stack)
     if "transpose" not in name and channels_last_pays(samples):
         samples = as_channels_last(samples)
-    result = without_bias(samples, weight).unflatten(0, stack.shape[:2])
-    dual = DualTensor(result)
+    growth = weight.shape[0] / max(x.shape[1], 1)  # of a convolution that keeps the positions
+    if "transpose" in name or growth * stack.nbytes < memory.LARGE_BYTES or stack.is_cuda:
+        result = without_bias(samples, weight).unflatten(0, stack.shape[:2])
+    else:
+        samples = samples.unflatten(0, stack.shape[:2])
+        result = _slice_by_slice(lambda part: without_bias(part, weight), samples)
+    dual: Any = DualTensor(result)
     if isinstance(bias, DualTensor):
         return dual + _by_channel(bias, dual)
     if bias is not None:
-        result[0].add_(_by_channel(bias, dual))
+        dual.primal.add_(_by_channel(bias, dual))
     return dual
+
+
+def _slice_by_slice(convolve: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """A convolution whose results are copied, one by one, into used memory: that is faster than
+    fresh pages for all of them."""
+    first = convolve(stack[0])
+    strides = (first.numel(), *first.stride())
+    result = memory.empty((len(stack), *first.shape), strides, first.dtype, first.device)
+    result[0] = first
+    for index in range(1, len(stack)):
+        result[index] = convolve(stack[index])
+    return result
 
 
 def channels_last_pays(samples: Tensor) -> bool:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherfast import taps
+from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.dispatch import overloads, recording
+from fisherfast.dual.dispatch import has_dual, overloads, recording
 from fisherfast.dual.errors import running, warn_of_randomness
-from fisherfast.dual.tensor import DualTensor
+from fisherfast.dual.tensor import DualTensor, check_tangents
 from fisherfast.dual.writing_rules import LIKE_FACTORIES
+from fisherfast.results import FisherWarning
 
 __all__ = ["coverage", "jvp", "propagate", "propagation"]
 
 SEED = 0
 """Of the random numbers that a model may draw in eval mode."""
+
+SURVEY_SAMPLES = 64
+"""Samples that list the layers."""
 
 FACTORIES = frozenset(
     overloads(
@@ -72,15 +80,40 @@ def propagation(
         model: names the layers in errors and warnings.
         directions: P.
         record: counts the operations; with one, an operation that fails has zero tangents.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> x = ff.dual.DualTensor.pack(torch.tensor([3.0]), torch.ones(1, 1))
+        >>> with ff.dual.propagation(None, 1):
+        ...     y = x**2
+        >>> y.primal.item(), y.tangents.item()
+        (9.0, 6.0)
     """
     with (
         torch.no_grad(),
         torch._C._AutoDispatchBelowAutograd(),
         running(model),
         recording(record),
+        memory.reusing(),
         _Factories(directions),
+        _without_traces(model),
     ):
         yield
+
+
+@contextmanager
+def _without_traces(model: nn.Module | None) -> Iterator[None]:
+    """What a module keeps of a forward pass (a state, a cache) is put back where it is dual."""
+    modules = [] if model is None else list(model.modules())
+    kept = [(place, dict(place)) for m in modules for place in (vars(m), m._buffers)]
+    try:
+        yield
+    finally:
+        for place, before in kept:
+            for name, value in list(place.items()):
+                if value is not before.get(name) and has_dual(value):
+                    del place[name]
+                    place.update({name: before[name]} if name in before else {})
 
 
 def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -93,7 +126,7 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 
     Args:
         model: any module that maps a batch [n, ...] to tensors, tuples, lists or dicts of them.
-        x: [n, ...] of floating dtype.
+        x: [n, ...] of floating dtype (or integers, for an embedding: all tangents are then zero).
         dx: [P, n, ...], dtype and device of x: derivative of each sample along P directions.
 
     Returns:
@@ -103,8 +136,11 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 
     Raises:
         ValueError: dx of another shape or device.
-        TypeError: x is no tensor, not real or not floating, or dx of another dtype.
+        TypeError: model is no module, x no tensor or complex, or dx of another dtype.
         DerivativeError: an operation without derivative, with its layer.
+
+    Warns:
+        FisherWarning: integer x, or a layer that draws random numbers in eval mode.
 
     Cost: about 1 + P forward passes of time and memory, less for non-linear layers.
 
@@ -116,8 +152,7 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         (torch.Size([5, 2]), torch.Size([1, 5, 2]))
     """
     _check_model(model)
-    batch = DualTensor.pack(x, dx)
-    directions = batch.directions
+    batch, directions = _packed(x, dx)
     with taps.evaluation(model, SEED), propagation(model, directions):
         output = model(batch)
     return _structure(output, _primal), _structure(output, lambda t: _tangents(t, directions))
@@ -152,11 +187,11 @@ def propagate(
         (['input', '0', 'output'], torch.Size([1, 5, 2]))
     """
     _check_model(model)
-    batch = DualTensor.pack(x, dx)
+    batch, directions = _packed(x, dx)
     kept: dict[str, Tensor] = {}
     with taps.evaluation(model, SEED):
         survey = x[:SURVEY_SAMPLES]
-        with _explained(model, batch):
+        with _explained(model, batch, directions):
             sites = taps.select(taps.survey(model, survey), layers, model)
         names = {site.event: site.name for site in sites}
 
@@ -164,27 +199,23 @@ def propagate(
             if event in names:
                 kept[names[event]] = output.clone()
 
-        with taps.Forward(model, keep) as forward, propagation(model, batch.directions):
+        with taps.Forward(model, keep) as forward, propagation(model, directions):
             forward.run(batch)
     return {
-        site.name: (_primal(kept[site.name]), _tangents(kept[site.name], batch.directions))
+        site.name: (_primal(kept[site.name]), _tangents(kept[site.name], directions))
         for site in sites
     }
 
 
 @contextmanager
-def _explained(model: nn.Module, batch: DualTensor) -> Iterator[None]:
+def _explained(model: nn.Module, batch: Tensor, directions: int) -> Iterator[None]:
     """A model that fails on plain samples fails on dual ones, with an error that says where."""
     try:
         yield
     except RuntimeError:
-        with propagation(model, batch.directions):
+        with propagation(model, directions):
             model(batch)
         raise
-
-
-SURVEY_SAMPLES = 64
-"""Samples that list the layers."""
 
 
 def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
@@ -201,6 +232,8 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
     Raises:
         ValueError, TypeError: as for `jvp`. An operation that fails is reported, not raised.
 
+    Cost: as for `jvp`, with P = 1 where dx is None: a few samples suffice.
+
     Example:
         >>> import torch, fisherfast as ff
         >>> report = ff.dual.coverage(torch.nn.Linear(3, 2), torch.zeros(5, 3))
@@ -210,17 +243,40 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
     _check_model(model)
     if dx is None:
         generator = torch.Generator(device=x.device).manual_seed(SEED)
-        dx = torch.randn((1, *x.shape), generator=generator, device=x.device).to(x.dtype)
+        dx = torch.randn((1, *x.shape), generator=generator, device=x.device)
+        dx = dx.to(x.dtype) if x.is_floating_point() else dx
     record = Coverage()
-    batch = DualTensor.pack(x, dx)
-    with taps.evaluation(model, SEED), propagation(model, batch.directions, record):
+    batch, directions = _packed(x, dx)
+    with taps.evaluation(model, SEED), propagation(model, directions, record):
         model(batch)
     return record
+
+
+def _packed(x: Tensor, dx: Tensor) -> tuple[Tensor, int]:
+    """What goes into the model, and P: a dual tensor, or counts alone, whose tangents are zero."""
+    counts = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
+    if not counts:
+        batch = DualTensor.pack(x, dx)
+        return batch, batch.directions
+    check_tangents(x.to(dx.dtype), dx)
+    warnings.warn(
+        f"x has dtype {x.dtype}: numbers that only count have no derivative, all tangents are zero;"
+        " a Score tells what they know",
+        FisherWarning,
+        stacklevel=3,
+    )
+    return x.clone(), len(dx)
 
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"model must have initialised parameters, got {name!r} without a shape: run the"
+                " model once on samples like x"
+            )
 
 
 def _structure(output: Any, change: Any) -> Any:

@@ -13,25 +13,18 @@ import torch
 from torch import Tensor
 
 from fisherfast import ops, reference_dual
-from fisherfast.dual.dispatch import Operator, overload, overloads, rule
+from fisherfast.dual.dispatch import (
+    Operator,
+    has_dual,
+    named_arguments,
+    overload,
+    overloads,
+    rule,
+)
 from fisherfast.dual.stacks import shifted
-from fisherfast.dual.tensor import DualTensor
-
-KERNEL_DTYPES = (torch.float32, torch.float64)
-
+from fisherfast.dual.tensor import KERNEL_DTYPES, DualTensor, apply_softmax
 
 # --- Normalisation -----------------------------------------------------------------------------
-
-
-def _named(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments behind the first by name, with their defaults."""
-    schema = func._schema.arguments[1:]
-    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return defaults | dict(zip((a.name for a in schema), args, strict=False)) | kwargs
-
-
-def _has_dual(*items: Any) -> bool:
-    return any(isinstance(item, DualTensor) for item in items)
 
 
 def _normalised(
@@ -61,9 +54,9 @@ def _normalised(
 
 @rule(*overloads("layer_norm"))
 def _layer_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
-    named = _named(func, args, kwargs)
+    named = named_arguments(func, args, kwargs)
     weight, bias = named["weight"], named["bias"]
-    if _has_dual(weight, bias) or x.numel() == 0:
+    if has_dual(weight, bias) or x.numel() == 0:
         return NotImplemented
     width = torch.Size(named["normalized_shape"]).numel()
     rows = (x.numel() // width, width)
@@ -72,9 +65,9 @@ def _layer_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule(*overloads("rms_norm"))
 def _rms_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
-    named = _named(func, args, kwargs)
+    named = named_arguments(func, args, kwargs)
     weight, eps = named["weight"], named["eps"]
-    if _has_dual(weight) or x.numel() == 0:
+    if has_dual(weight) or x.numel() == 0:
         return NotImplemented
     width = torch.Size(named["normalized_shape"]).numel()
     eps = torch.finfo(x.dtype).eps if eps is None else eps
@@ -84,13 +77,13 @@ def _rms_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule(*overloads("group_norm"))
 def _group_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
-    named = _named(func, args, kwargs)
+    named = named_arguments(func, args, kwargs)
     return _by_group(x, named["num_groups"], named["weight"], named["bias"], named["eps"])
 
 
 @rule(*overloads("instance_norm"))
 def _instance_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
-    named = _named(func, args, kwargs)
+    named = named_arguments(func, args, kwargs)
     if not named["use_input_stats"]:
         return torch.batch_norm(
             x,
@@ -111,7 +104,7 @@ def _instance_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
 def _by_group(
     x: DualTensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Any:
-    if _has_dual(weight, bias) or x.numel() == 0:
+    if has_dual(weight, bias) or x.numel() == 0:
         return NotImplemented
     rows = (x.shape[0] * groups, x.numel() // (x.shape[0] * groups))
     inner = x.shape[2:].numel()
@@ -128,11 +121,7 @@ def _softmax(
     if x.dim() == 0:
         stack = stack[:, None]
     place = shifted(dim, x.dim())
-    result = (
-        ops.dual_softmax(stack, place, log=log)
-        if stack.dtype in KERNEL_DTYPES
-        else reference_dual.dual_softmax(stack, place, log)
-    )
+    result = apply_softmax(stack, place, log=log)
     if func is overload("_safe_softmax"):
         result = torch.where((stack[:1] == -torch.inf).all(place, keepdim=True), 0.0, result)
     return DualTensor(result.reshape(x.stack.shape))
@@ -166,7 +155,7 @@ def _kth(func: Operator, x: DualTensor, k: int, dim: int = -1, keepdim: bool = F
 
 @rule(*overloads("sort", "sort.stable", "topk"))
 def _sort(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    dim = _named(func, args, kwargs)["dim"]
+    dim = named_arguments(func, args, kwargs)["dim"]
     values, index = func(x.primal, *args, **kwargs)
     return _picked(x, values, index, dim, True), index
 
@@ -194,7 +183,7 @@ def _behind(dims: Sequence[int], x: DualTensor) -> list[int]:
 @rule(*overloads("var.correction", "std.correction", "var_mean.correction", "std_mean.correction"))
 @rule(*overloads("var", "std", "var.dim", "std.dim"))
 def _spread(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    named = _named(func, args, kwargs)
+    named = named_arguments(func, args, kwargs)
     dims = named.get("dim") or list(range(x.dim()))
     correction = named.get("correction", 1 if named.get("unbiased", True) else 0)
     correction = 1 if correction is None else correction
@@ -221,7 +210,7 @@ def _spread(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
 
 @rule(*overloads("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar"))
 def _norm(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    named = _named(func, args, kwargs)
+    named = named_arguments(func, args, kwargs)
     order = named.get("ord", named.get("p"))
     if order not in (2, None) or not x.is_floating_point():
         return NotImplemented
@@ -252,7 +241,7 @@ def _logsumexp(
 
 @rule(*overloads("max_pool1d", "max_pool2d", "max_pool3d"))
 def _max_pool(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    named = _named(func, args, kwargs)
+    named = named_arguments(func, args, kwargs)
     spatial = int(func._schema.name.removesuffix("d")[-1])
     if x.dim() != spatial + 2 or x.dtype not in KERNEL_DTYPES:
         return NotImplemented

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisherfast.dual.tensor import DualTensor
+
+__all__ = ["aligned", "in_one_dtype", "lifted", "merged", "shifted", "view_of"]
 
 
 def shifted(dim: int, ndim: int) -> int:
@@ -14,14 +17,25 @@ def shifted(dim: int, ndim: int) -> int:
     return dim % max(ndim, 1) + 1
 
 
-def aligned(dual: DualTensor, ndim: int) -> Tensor:
+def aligned(dual: DualTensor, ndim: int, *, laid_out: bool = False) -> Tensor:
     """The stack of a dual tensor with dimensions of size 1 behind its first, as if the primal had
-    ndim of them."""
-    stack = dual.stack
+    ndim of them; laid_out where a view of it is made, see `DualTensor.laid_out`."""
+    stack = dual.laid_out() if laid_out else dual.stack
     missing = ndim - dual.dim()
     if missing <= 0:
         return stack
     return stack.reshape(stack.shape[:1] + (1,) * missing + stack.shape[1:])
+
+
+def in_one_dtype(a: Any, b: Any) -> tuple[Any, Any]:
+    """Two operands in the dtype of their result. PyTorch lets a tensor without dimensions give way
+    to one that has some, and a stack has one more than its primal."""
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    if not tensors or a.dtype == b.dtype or not (a.is_floating_point() and b.is_floating_point()):
+        return a, b
+    plain = [item.primal if isinstance(item, DualTensor) else item for item in (a, b)]
+    dtype = torch.result_type(*plain)
+    return a.to(dtype), b.to(dtype)
 
 
 def lifted(tensor: Any, directions: int) -> Tensor:

@@ -8,22 +8,35 @@ them by, and `fisherfast.dual.dispatch` applies the derivative rule of each. Not
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fisherfast import ops, reference_dual
+from fisherfast.dual import memory
 from fisherfast.dual.errors import no_derivative
+from fisherfast.ops._dual_common import is_dense
 
-__all__ = ["DualTensor", "apply_activation"]
+__all__ = [
+    "KERNEL_DTYPES",
+    "Affine",
+    "DualTensor",
+    "Memory",
+    "apply_activation",
+    "apply_softmax",
+    "check_tangents",
+]
 
 Affine = tuple[Tensor, Tensor]
 """Scale and shift [C] of an eval-mode batch norm, over dimension 1 of the batch."""
 
 CHANNEL_DIM = 2
 """Of a stack [1 + P, n, C, ...]."""
+
+KERNEL_DTYPES = (torch.float32, torch.float64)
+"""Those of the fused kernels; half precision goes through their references."""
 
 
 class Memory:
@@ -59,6 +72,7 @@ class DualTensor(torch.Tensor):
 
     _stack: Tensor
     _pending: Affine | None
+    _is_whole: bool
     memory: Memory
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -66,15 +80,20 @@ class DualTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, stack: Tensor, memory: Memory | None = None) -> DualTensor:
         """Wrap a stack [1 + P, n, ...] without a copy."""
+        strides = stack.stride()[1:]
+        if memory is None and _channels_last(stack):
+            _, channels, height, width = stack.shape[1:]
+            strides = (channels * height * width, height * width, width, 1)
         dual: DualTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             stack.shape[1:],
-            strides=stack.stride()[1:],
+            strides=strides,
             dtype=stack.dtype,
             device=stack.device,
         )
         dual._stack = stack
         dual._pending = None
+        dual._is_whole = memory is None
         dual.memory = Memory() if memory is None else memory
         return dual
 
@@ -110,6 +129,18 @@ class DualTensor(torch.Tensor):
         """[1 + P, n, ...], the primal first."""
         if self._pending is not None:
             self.settle(apply_activation(self._stack, "identity", affine=self._pending))
+        return self._stack
+
+    def laid_out(self) -> Tensor:
+        """The stack in the order of its dimensions, for those who make views of it.
+
+        A convolution leaves its channels last, as it is faster so; the model knows nothing of it.
+        A view made in that order would be a copy where the model expects to share memory, or share
+        where it expects a copy: what is written into one would be missed, or seen, by the other.
+        """
+        stack = self.stack
+        if self._is_whole and _channels_last(stack):
+            self.settle(stack.contiguous())
         return self._stack
 
     def pending(self) -> tuple[Tensor, Affine | None]:
@@ -154,7 +185,7 @@ class DualTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls,
-        func: Callable[..., Any],
+        func: OpOverload,
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
@@ -162,6 +193,13 @@ class DualTensor(torch.Tensor):
         from fisherfast.dual.dispatch import dispatch
 
         return dispatch(func, args, kwargs or {})
+
+
+def _channels_last(stack: Tensor) -> bool:
+    """Whether a stack [1 + P, n, C, H, W] lies in memory with its channels last."""
+    if stack.dim() != len("pnCHW") or stack.is_contiguous():
+        return False
+    return stack.movedim(2, 4).is_contiguous()
 
 
 def check_tangents(x: Tensor, dx: Tensor) -> None:
@@ -189,6 +227,14 @@ def check_tangents(x: Tensor, dx: Tensor) -> None:
         )
 
 
+def _room_like(stack: Tensor) -> Tensor | None:
+    """Used memory of the layout of a stack, where it is worth while."""
+    if stack.nbytes < memory.LARGE_BYTES or not is_dense(stack):
+        return None
+    strides = (stack[0].numel(), *stack.stride()[1:])
+    return memory.empty(stack.shape, strides, stack.dtype, stack.device)
+
+
 def apply_activation(
     stack: Tensor,
     kind: str,
@@ -196,9 +242,9 @@ def apply_activation(
     slope: Tensor | None = None,
     affine: Affine | None = None,
 ) -> Tensor:
-    """An activation of a stack; half precision goes through the reference."""
+    """An activation of a stack of any floating dtype."""
     scale, shift = affine or (None, None)
-    if stack.dtype in (torch.float32, torch.float64):
+    if stack.dtype in KERNEL_DTYPES:
         return ops.dual_activation(
             stack,
             kind,
@@ -207,5 +253,13 @@ def apply_activation(
             shift=shift,
             slope=slope,
             channel_dim=CHANNEL_DIM,
+            out=_room_like(stack),
         )
     return reference_dual.dual_activation(stack, kind, parameters, scale, shift, slope, CHANNEL_DIM)
+
+
+def apply_softmax(stack: Tensor, dim: int, *, log: bool = False) -> Tensor:
+    """Softmax or log-softmax of a stack of any floating dtype, along dimension dim >= 1 of it."""
+    if stack.dtype in KERNEL_DTYPES:
+        return ops.dual_softmax(stack, dim, log=log)
+    return reference_dual.dual_softmax(stack, dim, log)

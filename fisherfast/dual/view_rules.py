@@ -11,10 +11,12 @@ from torch import Tensor
 from fisherfast.dual.dispatch import (
     Operator,
     aten,
+    named_arguments,
     overload,
     overloads,
     rule,
 )
+from fisherfast.dual.errors import no_derivative
 from fisherfast.dual.stacks import aligned, shifted, view_of
 from fisherfast.dual.tensor import DualTensor
 
@@ -23,12 +25,12 @@ from fisherfast.dual.tensor import DualTensor
 def _view(func: Operator, x: DualTensor, size: Sequence[int], *_: Any) -> DualTensor:
     size = _resolved(size, x.numel())
     try:
-        return view_of(x, x.stack.view(len(x.stack), *size))
+        return view_of(x, x.laid_out().view(len(x.laid_out()), *size))
     except RuntimeError:
         if func is not aten.view.default:
-            return view_of(x, x.stack.reshape(len(x.stack), *size))
-    x.settle(x.stack.contiguous())  # a convolution may have laid it out as channels-last
-    return view_of(x, x.stack.view(len(x.stack), *size))
+            return view_of(x, x.laid_out().reshape(len(x.laid_out()), *size))
+    x.settle(x.laid_out().contiguous())  # a convolution may have laid it out as channels-last
+    return view_of(x, x.laid_out().view(len(x.laid_out()), *size))
 
 
 def _resolved(size: Sequence[int], numel: int) -> list[int]:
@@ -42,51 +44,53 @@ def _resolved(size: Sequence[int], numel: int) -> list[int]:
 @rule(*overloads("flatten.using_ints"))
 def _flatten(func: Operator, x: DualTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
     if x.dim() == 0:
-        return view_of(x, x.stack.reshape(-1, 1))
-    stack = x.stack.flatten(shifted(start_dim, x.dim()), shifted(end_dim, x.dim()))
+        return view_of(x, x.laid_out().reshape(-1, 1))
+    stack = x.laid_out().flatten(shifted(start_dim, x.dim()), shifted(end_dim, x.dim()))
     return view_of(x, stack)
 
 
 @rule(*overloads("expand"))
 def _expand(func: Operator, x: DualTensor, size: Sequence[int], *, implicit: bool = False) -> Any:
-    return view_of(x, aligned(x, len(size)).expand(len(x.stack), *size))
+    return view_of(x, aligned(x, len(size), laid_out=True).expand(len(x.laid_out()), *size))
 
 
 @rule(*overloads("permute"))
 def _permute(func: Operator, x: DualTensor, dims: Sequence[int]) -> DualTensor:
-    return view_of(x, x.stack.permute(0, *(shifted(dim, x.dim()) for dim in dims)))
+    return view_of(x, x.laid_out().permute(0, *(shifted(dim, x.dim()) for dim in dims)))
 
 
 @rule(*overloads("transpose.int"))
 def _transpose(func: Operator, x: DualTensor, dim0: int, dim1: int) -> DualTensor:
-    return view_of(x, x.stack.transpose(shifted(dim0, x.dim()), shifted(dim1, x.dim())))
+    return view_of(x, x.laid_out().transpose(shifted(dim0, x.dim()), shifted(dim1, x.dim())))
 
 
 @rule(*overloads("t", "numpy_T", "mT"))
 def _matrix_transpose(func: Operator, x: DualTensor) -> Any:
     if x.dim() < 2:
-        return view_of(x, x.stack)
+        return view_of(x, x.laid_out())
     if x.dim() > 2 and func is not overload("mT"):
         return NotImplemented
-    return view_of(x, x.stack.transpose(-2, -1))
+    return view_of(x, x.laid_out().transpose(-2, -1))
 
 
 @rule(*overloads("unsqueeze"))
 def _unsqueeze(func: Operator, x: DualTensor, dim: int) -> DualTensor:
-    return view_of(x, x.stack.unsqueeze(shifted(dim, x.dim() + 1)))
+    return view_of(x, x.laid_out().unsqueeze(shifted(dim, x.dim() + 1)))
 
 
 @rule(*overloads("squeeze"))
 def _squeeze(func: Operator, x: DualTensor) -> DualTensor:
-    return view_of(x, x.stack.reshape(x.stack.shape[:1] + tuple(s for s in x.shape if s != 1)))
+    return view_of(
+        x, x.laid_out().reshape(x.laid_out().shape[:1] + tuple(s for s in x.shape if s != 1))
+    )
 
 
 @rule(*overloads("squeeze.dim", "squeeze.dims"))
 def _squeeze_dims(func: Operator, x: DualTensor, dim: int | Sequence[int]) -> DualTensor:
     if x.dim() == 0:
-        return view_of(x, x.stack)
+        return view_of(x, x.laid_out())
     dims = [dim] if isinstance(dim, int) else dim
-    return view_of(x, x.stack.squeeze(tuple(shifted(d, x.dim()) for d in dims)))
+    return view_of(x, x.laid_out().squeeze(tuple(shifted(d, x.dim()) for d in dims)))
 
 
 # --- Operations with dimension arguments in second place: func(x, dim, ...) ----------------------
@@ -112,15 +116,18 @@ ONE_DIM = overloads(
     "swapaxes",
 )
 
+DIM_NAMES = frozenset(
+    ("dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis0", "axis1", "source", "destination")
+)
+"""What ATen calls an argument that is a dimension, or several."""
+
 
 def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    """Shift every argument called dim, dims, dim0, ... behind the stack's first dimension."""
-    named = dict(zip((a.name for a in func._schema.arguments[1:]), args, strict=False)) | kwargs
-    for argument in func._schema.arguments[1:]:
-        name = argument.name
+    """Shift every dimension among the arguments behind the stack's first."""
+    named = named_arguments(func, args, kwargs)
+    for name, value in named.items():
         if name not in DIM_NAMES:
             continue
-        value = named.get(name, argument.default_value)
         if value is None or (isinstance(value, list | tuple) and not value):
             return NotImplemented  # over the flattened tensor
         named[name] = (
@@ -128,18 +135,12 @@ def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
             if isinstance(value, int)
             else [shifted(v, x.dim()) for v in value]
         )
-    if any(isinstance(value, DualTensor) for value in named.values()):
-        return NotImplemented
-    result = func(x.stack, **named)
+    if any(isinstance(value, Tensor) for value in named.values()):
+        return NotImplemented  # what is joined on has tangents of its own, or zero
+    result = func(x.laid_out(), **named)
     if isinstance(result, Tensor):
         return view_of(x, result)
     return type(result)(view_of(x, item) for item in result)
-
-
-DIM_NAMES = frozenset({"dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis0", "axis1"}) | {
-    "source",
-    "destination",
-}
 
 
 rule(*ONE_DIM)(_along_one_dim)
@@ -147,7 +148,7 @@ rule(*ONE_DIM)(_along_one_dim)
 
 @rule(*overloads("unflatten.int"))
 def _unflatten(func: Operator, x: DualTensor, dim: int, sizes: Sequence[int]) -> DualTensor:
-    return view_of(x, x.stack.unflatten(shifted(dim, x.dim()), sizes))
+    return view_of(x, x.laid_out().unflatten(shifted(dim, x.dim()), sizes))
 
 
 @rule(*overloads("as_strided"))
@@ -158,7 +159,13 @@ def _as_strided(
     stride: Sequence[int],
     storage_offset: int | None = None,
 ) -> DualTensor:
-    stack = x.stack
+    stack = x.laid_out()
+    if storage_offset is not None and stack.numel() * stack.itemsize != (
+        stack.untyped_storage().nbytes()
+    ):
+        raise no_derivative(
+            str(func), "an offset into the memory of a view: leave storage_offset out"
+        )
     first = stack.storage_offset() + (storage_offset or 0)
     return view_of(x, stack.as_strided([len(stack), *size], [stack.stride(0), *stride], first))
 
@@ -170,13 +177,10 @@ def _repeat(func: Operator, x: DualTensor, repeats: Sequence[int]) -> DualTensor
 
 @rule(*overloads("constant_pad_nd", "pad"))
 def _pad(func: Operator, x: DualTensor, pad: Sequence[int], *args: Any, **kwargs: Any) -> Any:
-    mode = kwargs.get("mode", "constant")
-    value = kwargs.get("value", args[-1] if args else 0) or 0
-    if func is not aten.constant_pad_nd.default:
-        mode = args[0] if args else mode
-        value = (args[1] if len(args) > 1 else kwargs.get("value")) or 0
-    if mode != "constant":
+    named = named_arguments(func, (pad, *args), kwargs)
+    if named.get("mode", "constant") != "constant":
         return NotImplemented
+    value = named["value"] or 0
     stack = torch.constant_pad_nd(x.stack, pad, 0)
     if value != 0:
         stack[0] = torch.constant_pad_nd(x.primal, pad, value)

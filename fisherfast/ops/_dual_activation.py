@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fisherfast import _native, reference_dual
-from fisherfast.ops._common import address, check_no_grad, register
+from fisherfast.ops._common import (
+    address,
+    check_like,
+    check_no_grad,
+    check_shape,
+    register,
+)
 from fisherfast.ops._dual_common import check_buffer, check_vector, dense, empty_like, is_dense
 
 KINDS = {
@@ -41,6 +47,7 @@ def dual_activation(
     shift: Tensor | None = None,
     slope: Tensor | None = None,
     channel_dim: int = 2,
+    out: Tensor | None = None,
 ) -> Tensor:
     """An activation of a primal and of its P tangents in one pass over the memory.
 
@@ -59,9 +66,11 @@ def dual_activation(
         shift: [C], or None for zero.
         slope: [C], slope of "prelu" below zero.
         channel_dim: dimension of x with the C channels, for scale, shift and slope.
+        out: takes the result: shape, dtype and device of ``x``, not overlapping it; None for a new
+            one.
 
     Returns:
-        y [1 + P, ...] in the layout of ``x``.
+        y [1 + P, ...] in the layout of ``x``, or ``out``.
 
     Raises:
         TypeError: wrong dtype, or a parameter that is no number.
@@ -75,10 +84,13 @@ def dual_activation(
         >>> dual_activation(x, "leaky_relu", 0.5).tolist()
         [[-0.5, 2.0], [5.0, 10.0]]
     """
-    check_no_grad("dual_activation", x=x, scale=scale, shift=shift, slope=slope)
+    check_no_grad("dual_activation", x=x, scale=scale, shift=shift, slope=slope, out=out)
     _check_numbers(parameters)
-    op = torch.ops.fisherfast.dual_activation.default
-    return op(x, kind, list(parameters), scale, shift, slope, channel_dim)
+    how = (kind, list(parameters), scale, shift, slope, channel_dim)
+    if out is None:
+        return torch.ops.fisherfast.dual_activation.default(x, *how)
+    torch.ops.fisherfast.dual_activation_out.default(x, *how, out)
+    return out
 
 
 def dual_activation_(
@@ -182,6 +194,22 @@ def _dual_activation_(x: Tensor, *arguments: Any) -> None:
         x.copy_(_dual_activation(x, *arguments))
 
 
+def _dual_activation_out(x: Tensor, *arguments: Any) -> None:
+    _check_out(x, *arguments)
+    *how, out = arguments
+    if _native.serves(x) and is_dense(x) and x.stride()[1:] == out.stride()[1:]:
+        _launch(x, out, _How(*how))
+    else:
+        out.copy_(_dual_activation(x, *how))
+
+
+def _check_out(x: Tensor, *arguments: Any) -> None:
+    *how, out = arguments
+    _check(x, _How(*how))
+    check_like("out", out, "x", x)
+    check_shape("out", out, "[1 + P, ...]", list(x.shape))
+
+
 def _check_in_place(x: Tensor, *arguments: Any) -> None:
     _check(x, _How(*arguments))
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
@@ -225,4 +253,10 @@ register(
     " Tensor? slope, int channel_dim) -> ()",
     _dual_activation_,
     _check_in_place,
+)
+register(
+    "dual_activation_out(Tensor x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
+    " Tensor? slope, int channel_dim, Tensor(a!) out) -> ()",
+    _dual_activation_out,
+    _check_out,
 )

@@ -50,8 +50,3 @@ def empty_like(x: Tensor) -> Tensor:
 def with_contiguous_slices(x: Tensor) -> Tensor:
     """x itself where each slice x[p] is contiguous, else a contiguous copy."""
     return x if x[0].is_contiguous() else x.contiguous()
-
-
-def slice_stride(x: Tensor) -> int:
-    """Numbers from one slice to the next."""
-    return x.stride(0)

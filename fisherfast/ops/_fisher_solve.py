@@ -101,6 +101,12 @@ def fisher_solve_details(
     take 12 us: for a single system of d < 64 they are faster). Memory: the results, and on the CPU
     one factor a thread (a group of 4 to 16 of them up to d = 192). The bits do not depend on the
     number of threads.
+
+    Example:
+        >>> cov, deriv = torch.tensor([[4.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0], [3.0]])
+        >>> details = fisher_solve_details(cov, deriv, solution=True)
+        >>> details.solution.flatten().tolist(), details.condition.item()
+        ([0.5, 3.0], 1.0)
     """
     check_tensors(cov=cov, deriv=deriv)
     tracked = torch.is_grad_enabled() and (cov.requires_grad or deriv.requires_grad)

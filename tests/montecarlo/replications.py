@@ -15,6 +15,29 @@ from fisherfast.problems import Problem
 PUBLISHED_SLOPE = 0.7  # the published lift: here k - k_eff is largest
 
 
+NO_STEP = torch.zeros(1, 1, dtype=torch.float64)
+"""The contrast of one condition, whose samples carry the derivative of one parameter."""
+
+
+def carried_statistics(
+    source: str, problem: Problem, theta: float, n: int, features: int, seed: int
+) -> FoldStatistics:
+    """Fold statistics of fresh samples with tangents ("pathwise") or a score ("score"), in a
+    dictionary that is the same every time."""
+    data = (problem.pathwise if source == "pathwise" else problem.scored)(theta, n, seed=seed)
+    batch = next(data.read(0, n))
+    pilot = PilotMoments()
+    pilot.update(problem.sample(theta, 2048, torch.Generator().manual_seed(1)))
+    dictionary = FeatureDictionary(pilot.standardisation(), features, dtype=torch.float64)
+    if batch.tangents is None:
+        moments, carried = FoldMoments(dictionary.size, 1, score=1), batch.score
+    else:
+        moments = FoldMoments(dictionary.size, 1, tangents=1)
+        carried = dictionary.raw_tangents(batch.tangents)
+    moments.update(0, dictionary.raw_features(batch.x), dictionary.lift, carried)
+    return moments.statistics(NO_STEP)
+
+
 def moments_of(
     problem: Problem, theta: float, dtheta: float, n: int, features: int, seed: int, paired: bool
 ) -> tuple[FoldMoments, torch.Tensor]:

@@ -7,38 +7,21 @@ import warnings
 
 import pytest
 import torch
+from montecarlo.replications import carried_statistics
 from torch import nn
 
 import fisherfast as ff
 from fisherfast.estimators import fisher_curve
-from fisherfast.features import FeatureDictionary, PilotMoments
-from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.problems import (
     Camera,
     CameraPose,
     GaussianScale,
     GaussianShift,
     LogNormal,
-    Problem,
     mlp,
 )
 
-NO_STEP = torch.zeros(1, 1, dtype=torch.float64)
 REPLICATIONS = 300
-
-
-def statistics_of(
-    problem: Problem, theta: float, n: int, features: int, seed: int
-) -> FoldStatistics:
-    """Fold statistics of fresh samples in a dictionary that is the same every time."""
-    batch = next(problem.pathwise(theta, n, seed=seed).read(0, n))
-    pilot = PilotMoments()
-    pilot.update(problem.sample(theta, 2048, torch.Generator().manual_seed(1)))
-    dictionary = FeatureDictionary(pilot.standardisation(), features, dtype=torch.float64)
-    moments = FoldMoments(dictionary.size, 1, tangents=1)
-    tangents = dictionary.raw_tangents(batch.tangents)
-    moments.update(0, dictionary.raw_features(batch.x), dictionary.lift, tangents)
-    return moments.statistics(NO_STEP)
 
 
 @pytest.mark.slow
@@ -47,11 +30,11 @@ def test_fold_statistic_and_nothing_else():
     conditions. 120 features on 800 samples, 100 replications; 4 standard errors of the mean (false
     alarm 6e-5). The truth is what 200 000 samples show in the same features."""
     problem = GaussianScale(12)
-    large = fisher_curve(statistics_of(problem, 1.0, 200_000, 120, 10_000))
+    large = fisher_curve(carried_statistics("pathwise", problem, 1.0, 200_000, 120, 10_000))
     truth = float(large.J[-1])
     values: dict[str, list[float]] = {"folds": [], "naive": [], "h naive": [], "two conditions": []}
     for seed in range(100):
-        s = statistics_of(problem, 1.0, 800, 120, seed)
+        s = carried_statistics("pathwise", problem, 1.0, 800, 120, seed)
         curve = fisher_curve(s)
         J, naive, k_eff = (float(t[-1]) for t in (curve.J, curve.naive, curve.effective_dim))
         h, h_two = ((nu - k_eff - 1) / nu for nu in (s.dof, 2 * s.dof))

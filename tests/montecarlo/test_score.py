@@ -6,36 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from montecarlo.replications import NO_STEP, carried_statistics
 
 import fisherfast as ff
 from fisherfast.estimators import fisher_curve
-from fisherfast.features import FeatureDictionary, PilotMoments
-from fisherfast.moments import FoldMoments, FoldStatistics
+from fisherfast.moments import FoldMoments
 from fisherfast.problems import (
     Camera,
     GaussianScale,
     GaussianShift,
     Laplace,
     LogNormal,
-    Problem,
     glyph_scene,
 )
 
-NO_STEP = torch.zeros(1, 1, dtype=torch.float64)
 REPLICATIONS = 300
-
-
-def statistics_of(
-    problem: Problem, theta: float, n: int, features: int, seed: int
-) -> FoldStatistics:
-    """Fold statistics of fresh samples in a dictionary that is the same every time."""
-    x = next(problem.scored(theta, n, seed=seed).read(0, n))
-    pilot = PilotMoments()
-    pilot.update(problem.sample(theta, 2048, torch.Generator().manual_seed(1)))
-    dictionary = FeatureDictionary(pilot.standardisation(), features, dtype=torch.float64)
-    moments = FoldMoments(dictionary.size, 1, score=1)
-    moments.update(0, dictionary.raw_features(x.x), dictionary.lift, x.score)
-    return moments.statistics(NO_STEP)
 
 
 @pytest.mark.slow
@@ -77,11 +62,11 @@ def test_little_remains_of_the_optimism(problem, theta):
 
     J / V is compared with that of 100 000 samples in the same features: it is known to 0.05 %.
     """
-    large = statistics_of(problem, theta, 100_000, 200, 10_000)
+    large = carried_statistics("score", problem, theta, 100_000, 200, 10_000)
     truth = float(fisher_curve(large).J[-1] / large.score.covariance)
     J, naive = [], []
     for seed in range(60):
-        s = statistics_of(problem, theta, 800, 200, seed)
+        s = carried_statistics("score", problem, theta, 800, 200, seed)
         curve = fisher_curve(s)
         J.append(float(curve.J[-1] / s.score.covariance))
         naive.append(float(curve.naive[-1] / s.score.covariance))
@@ -123,7 +108,7 @@ def test_coverage(name):
 def test_error_of_independent_parts_is_too_wide():
     """The power of the test above: jackknife of D and 2 J^2 / (nu - k) are no error of the score's
     J, where the derivative and the covariance come from the same samples."""
-    s = statistics_of(GaussianShift(torch.ones(20)), 0.0, 2000, 100, 0)
+    s = carried_statistics("score", GaussianShift(torch.ones(20)), 0.0, 2000, 100, 0)
     right = float(fisher_curve(s).stderr[-1])
     apart = float(fisher_curve(replace(s, paired=True, score=None)).stderr[-1])
     assert apart > 1.8 * right

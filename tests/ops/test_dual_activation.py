@@ -582,3 +582,27 @@ def test_an_end_at_infinity_cuts_nothing(dtype, route, normal):
     x = normal(3, 40, dtype=dtype)
     got = ops.dual_activation(x, "hardtanh", 0.0, math.inf)
     assert torch.equal(got, ops.dual_activation(x, "relu"))
+
+
+@pytest.mark.parametrize("layout", ["same", "other"])
+def test_a_given_result(device, dtype, route, normal, layout):
+    """Catches a result in the order of another layout, and one that is not written to the end."""
+    x = normal(3, 4, 5, 6, dtype=dtype, device=device)
+    out = torch.full_like(x, math.nan)
+    if layout == "other":
+        out = out.transpose(2, 3).contiguous().transpose(2, 3)
+    got = ops.dual_activation(x, "elu", 1.0, 1.0, 1.0, out=out)
+    assert got is out
+    assert torch.equal(out, ops.dual_activation(x, "elu", 1.0, 1.0, 1.0))
+
+
+def test_a_given_result_is_checked_and_known_to_torch(normal):
+    """Catches a result of another shape or dtype that is written beyond its end."""
+    x = normal(3, 4, 5)
+    op = torch.ops.fisherfast.dual_activation_out.default
+    torch.library.opcheck(op, (x, "relu", [], None, None, None, 2, torch.empty_like(x)))
+    message = r"out must have shape \[1 \+ P, ...\] = \[3, 4, 5\], got \[3, 4\]"
+    with pytest.raises(ValueError, match=message):
+        ops.dual_activation(x, "relu", out=normal(3, 4))
+    with pytest.raises(TypeError, match=r"out must have the dtype of x \(float64\), got float32"):
+        ops.dual_activation(x, "relu", out=x.float())

@@ -1,0 +1,89 @@
+"""The arguments of a measurement: their defaults and their checks."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from fisherfast.data import Data
+
+__all__ = ["BATCH_SIZE", "FOLDS", "MAX_FEATURES", "check_passes", "check_settings"]
+
+FOLDS = 16
+"""Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
+
+LEAST_FOLDS = {"independent": 4, "score": 4, "paired": 6, "pathwise": 6}
+"""Folds that each half needs two of; three where its error is a jackknife of pairs of folds."""
+
+MAX_FEATURES = 512
+"""Default number of features: raw activations and lift together."""
+
+BATCH_SIZE = 4096
+"""Default number of samples in a batch; fewer for large samples or networks."""
+
+
+def check_passes(data: Data, grow: bool, maps: bool) -> dict[str, Any]:
+    """Settings of what may take more passes over the data.
+
+    Raises:
+        TypeError: one is neither True nor False.
+        ValueError: data that do not repeat, for grow.
+    """
+    for name, value in (("grow", grow), ("maps", maps)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if grow and not all(data.repeats(c) for c in range(data.conditions)):
+        raise ValueError(
+            "data must come in the same order at every pass for grow=True (tensors, arrays,"
+            f" Datasets, DataLoaders that do not shuffle), got {data!r}"
+        )
+    return {"grow": grow, "maps": maps}
+
+
+def check_settings(
+    data: Data,
+    max_features: int,
+    probe: None,
+    batch_size: int,
+    seed: int,
+    ridge: float,
+    folds: int,
+) -> dict[str, Any]:
+    """Settings of a measurement as plain numbers, with what they depend on of the data.
+
+    Raises:
+        TypeError: data are no source, a setting is no number.
+        ValueError: a setting is out of its range.
+        NotImplementedError: probe is not None.
+    """
+    if not isinstance(data, Data):
+        raise TypeError(
+            "data must be a FiniteDifference, Pathwise, Score or Simulator,"
+            f" got {type(data).__name__}"
+        )
+    if probe is not None:
+        raise NotImplementedError(f"probe must be None in this version, got {probe!r}")
+    whole = {"max_features": max_features, "batch_size": batch_size, "folds": folds, "seed": seed}
+    for name, value in whole.items():
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+    for name in ("max_features", "batch_size"):
+        if whole[name] < 1:
+            raise ValueError(f"{name} must be positive, got {whole[name]}")
+    if not isinstance(ridge, numbers.Real):
+        raise TypeError(f"ridge must be a number, got {ridge!r}")
+    if not 0 <= ridge < 1:
+        raise ValueError(f"ridge must be in [0, 1), got {ridge}")
+    least = LEAST_FOLDS[data.source]
+    if folds < least or folds % 2:
+        raise ValueError(f"folds must be even and at least {least}, got {folds}")
+    return {
+        "max_features": int(max_features),
+        "batch_size": int(batch_size),
+        "seed": int(seed),
+        "ridge": float(ridge),
+        "folds": int(folds),
+        "source": data.source,
+        "paired": data.paired,
+        "dtheta": list(data.dtheta),
+    }

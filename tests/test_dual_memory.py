@@ -1,0 +1,133 @@
+"""Memory that dual forward passes use again: never that of a living tensor, never much."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fisherfast as ff
+from fisherfast.dual import memory
+
+SMALL = 2**10
+FLOATS = SMALL // 4
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch):
+    """Blocks of a kilobyte count as large; nothing is kept from or for other tests."""
+    ff.dual.release_memory()
+    monkeypatch.setattr(memory, "LARGE_BYTES", SMALL)
+    yield
+    ff.dual.release_memory()
+
+
+def room(count: int) -> torch.Tensor:
+    return memory.empty((count,), (1,), torch.float32, torch.device("cpu"))
+
+
+def test_a_dead_block_is_used_again():
+    """Catches memory that is never used again, which is all that this is for."""
+    with memory.reusing():
+        first = room(FLOATS)
+        address = first.data_ptr()
+        del first
+        assert room(FLOATS).data_ptr() == address
+
+
+def test_a_living_block_is_not():
+    """Catches a result that is overwritten while somebody looks at it, by a view too."""
+    with memory.reusing():
+        block = room(4 * FLOATS)
+        view = block.view(4, FLOATS)[2]
+        view.fill_(7.0)
+        del block
+        others = [room(4 * FLOATS).fill_(1.0) for _ in range(3)]
+        assert (view == 7.0).all()
+        assert len({other.data_ptr() for other in others}) == len(others)
+
+
+def test_small_tensors_and_those_outside_of_a_pass_are_ordinary():
+    """Catches memory that is kept for what the allocator does well."""
+    room(FLOATS)
+    with memory.reusing():
+        room(FLOATS // 2)
+    assert memory.kept() == 0
+
+
+def test_what_is_kept_has_a_limit(monkeypatch):
+    """Catches memory that grows from call to call, and memory of a user's result that is counted
+    as free."""
+    monkeypatch.setattr(memory, "KEPT_BYTES", 4 * SMALL)
+    with memory.reusing():
+        held = room(8 * FLOATS)
+        for size in (FLOATS, 2 * FLOATS, 16 * FLOATS, 3 * FLOATS):
+            room(size)
+    assert 0 < memory.kept() <= 4 * SMALL
+    ff.dual.release_memory()
+    assert memory.kept() == 0
+    assert held.fill_(1.0).sum() == 8 * FLOATS
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3),
+        nn.GELU(),
+        nn.Conv2d(6, 2, 1),
+    ).eval()
+
+
+def test_results_stay_as_they_are():
+    """Catches a result of one call that the next one overwrites."""
+    model = network()
+    x, dx = torch.randn(3, 1, 12, 12), torch.randn(2, 3, 1, 12, 12)
+    y, dy = ff.jvp(model, x, dx)
+    before = y.clone(), dy.clone()
+    acts = ff.propagate(model, x + 1, dx * 2)
+    kept = {name: (a.clone(), t.clone()) for name, (a, t) in acts.items()}
+    for _ in range(3):
+        ff.jvp(model, torch.randn(3, 1, 12, 12), torch.randn(2, 3, 1, 12, 12))
+    assert torch.equal(y, before[0])
+    assert torch.equal(dy, before[1])
+    for name, (activations, tangents) in acts.items():
+        assert torch.equal(activations, kept[name][0])
+        assert torch.equal(tangents, kept[name][1])
+
+
+def test_same_numbers_as_in_fresh_memory(monkeypatch):
+    """Catches a slice that is left as it was found, and a layout that is not that of the input."""
+    model = network()
+    x, dx = torch.randn(3, 1, 12, 12), torch.randn(2, 3, 1, 12, 12)
+    for _ in range(2):
+        used = ff.jvp(model, x, dx)
+    monkeypatch.setattr(memory, "LARGE_BYTES", 2**40)
+    fresh = ff.jvp(model, x, dx)
+    for one, other in zip(used, fresh, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_do_not_share_blocks():
+    """Catches two threads that are given the same free block."""
+    model = network()
+    inputs = [(torch.randn(3, 1, 12, 12), torch.randn(2, 3, 1, 12, 12)) for _ in range(4)]
+    truth = [ff.jvp(model, *pair)[1] for pair in inputs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(10):
+            _, dy = ff.jvp(model.__class__(*model), *inputs[index])
+            if not torch.allclose(dy, truth[index], rtol=1e-5, atol=1e-6):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -2,10 +2,11 @@
 the truth.
 
     python benchmarks/validation.py [--out benchmarks/results/validation.json] [part ...]
+    python benchmarks/validation.py --table
 
-Parts: seeds bias coverage figure3 untrained linear chain memory (all without arguments). The bounds
-    that
-must hold are asserted by tests/montecarlo; this prints and stores the figures themselves.
+Parts: seeds bias coverage figure3 untrained chain memory, and those of validation_derivatives.py:
+tangents error_bars score camera wide operations (all without arguments). The bounds that must hold
+are asserted by tests/montecarlo; this prints and stores the figures themselves.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import validation_derivatives as derivatives
+from validation_table import table
 
 import fisherfast as ff
 from fisherfast.problems import (
@@ -40,6 +43,8 @@ from montecarlo.test_bias import CASES  # noqa: E402
 from montecarlo.test_memory import peak_kilobytes  # noqa: E402
 
 SEEDS = range(5)
+MEMORY_SAMPLES = (10_000, 1_000_000)
+MEMORY_SOURCES = ("two conditions", "pathwise", "score")
 
 
 def seeds() -> dict[str, Any]:
@@ -136,40 +141,15 @@ def chain() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Peak resident memory of a process that streams 10^4 and 10^6 samples per condition, in MB."""
-    return {str(n): peak_kilobytes(n) / 1024 for n in (10_000, 1_000_000)}
+    """Peak resident memory of a process that streams 10^4 and 10^6 samples per condition, in MB, by
+    source."""
+    return {
+        source: {str(n): peak_kilobytes(n, source) / 1024 for n in MEMORY_SAMPLES}
+        for source in MEMORY_SOURCES
+    }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The stored figures as the Markdown table of the README."""
-    rows = [("what", "truth", "measured")]
-    for name, r in results["seeds"]["figures"].items():
-        lower = sum(r["lower / J"]) / len(r["lower / J"])
-        text = f"{r['mean J / I']:.3f} ± {r['stderr / I'] / 5**0.5:.3f}; lower / J {lower:.2f}"
-        rows.append((f"J / I, {name}, T = 100 000, mean of 5 seeds", "1", text))
-    for name, r in results["bias"]["figures"].items():
-        ours, wrong, naive = (r[key] for key in ("k_eff", "classical", "naive"))
-        text = (
-            f"{ours[0]:.1f} ± {ours[1]:.1f} (classical {wrong[0]:.1f}, uncorrected {naive[0]:.1f})"
-        )
-        label, truth = name.split(", I = ")
-        rows.append((f"mean J, few samples: Gaussian {label}", truth, text))
-    for name, r in results["coverage"]["figures"].items():
-        rows.append((f"coverage of J ± 1.96 stderr, {name}", "95 %", f"{r['coverage']:.1%}"))
-    last = list(results["figure3"]["figures"].items())[-1]
-    text = f"{last[1][0]:.1f} ± {last[1][1]:.1f} (published 97.7)"
-    rows.append((f"published figure 3, {last[0]} lifted features, T = 20 000", "100", text))
-    chained = results["chain"]["figures"]["output"]
-    text = f"{chained[0]:.2f} ± {chained[2]:.2f} (linear {chained[1]:.2f})"
-    rows.append(("J / I behind six invertible leaky-ReLU layers", "1", text))
-    small, large = results["memory"]["figures"].values()
-    text = f"{large / small:.2f}"
-    rows.append(("peak memory, 10^6 over 10^4 samples", "1", text))
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---|---|---|", *lines[1:]])
-
-
-PARTS = (seeds, bias, coverage, figure3, untrained, chain, memory)
+PARTS = (seeds, bias, coverage, figure3, untrained, chain, memory, *derivatives.PARTS)
 
 
 def machine() -> dict[str, Any]:
@@ -199,15 +179,19 @@ def main() -> None:
     if options.table:
         print(table(results))
         return
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.parts or names:
         start = time.perf_counter()
         figures = names[name]()
         seconds = round(time.perf_counter() - start, 1)
-        results[name] = {"what": names[name].__doc__, "seconds": seconds, "figures": figures}
+        results[name] = {
+            "what": " ".join((names[name].__doc__ or "").split()),
+            "seconds": seconds,
+            "machine": machine(),
+            "figures": figures,
+        }
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{name} ({seconds} s): {json.dumps(figures, indent=1)}", flush=True)
-    results["machine"] = machine()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from validation_derivatives import IMAGE_THETA, shares_of_image
 
 import fisherfast as ff
 from fisherfast import wide
 from fisherfast.data import Data, Pathwise
 from fisherfast.problems import CorrelatedImage, GaussianShift, Problem
 
-THETA = (0.0, 1.0)
-BATCH = 500
 DIM = 400
 RATIOS = (1.05, 1.1, 1.25, 1.5, 2.0)
 REPETITIONS = 25
@@ -28,13 +27,7 @@ REPETITIONS = 25
 
 def share_of_image(name: str, source: Callable[[int], Data], seeds: int) -> None:
     """Print D alone, J and its standard error over the closed form, for position and amplitude."""
-    truth = CorrelatedImage().fisher(THETA).diagonal()
-    rows = []
-    for seed in range(seeds):
-        info = ff.fisher_information(source(seed), batch_size=BATCH)
-        found = [info.curve_J[0].diagonal(), info.J.diagonal(), info.stderr.diagonal()]
-        rows.append(torch.stack(found) / truth)
-    cells = torch.stack(rows).mean(0)
+    cells = shares_of_image(CorrelatedImage(), source, seeds).mean(0)[:3]
     line = "  ".join(f"{a:6.2f} {b:6.2f}" for a, b in cells.tolist())
     print(f"{name:32s}{line}", flush=True)
 
@@ -72,18 +65,22 @@ def main() -> None:
     warnings.simplefilter("ignore", ff.FisherWarning)
     torch.set_num_threads(1)
     image = CorrelatedImage()
-    steps = image.fisher(THETA).diagonal().rsqrt().tolist()
+    steps = image.fisher(IMAGE_THETA).diagonal().rsqrt().tolist()
     print("image, position and amplitude    D alone        J              standard error")
     for n, seeds in ((500, 5), (2000, 6), (4000, 2)):
-        share_of_image(f"{n}, tangents", lambda s, n=n: image.pathwise(THETA, n, seed=s), seeds)
-    share_of_image("2000, scores", lambda s: image.scored(THETA, 2000, seed=s), 2)
+        share_of_image(
+            f"{n}, tangents", lambda s, n=n: image.pathwise(IMAGE_THETA, n, seed=s), seeds
+        )
+    share_of_image("2000, scores", lambda s: image.scored(IMAGE_THETA, 2000, seed=s), 2)
     share_of_image(
-        "4 x 500, independent", lambda s: image.finite_difference(THETA, steps, 500, seed=s), 2
+        "4 x 500, independent",
+        lambda s: image.finite_difference(IMAGE_THETA, steps, 500, seed=s),
+        2,
     )
     print("problem         nu / d   compressed      all activations")
     compare("random axes", random_axes(), 0.0)
     small = CorrelatedImage((20, 20), spot=2.0, correlation_length=3.0)
-    compare("small image", small, THETA)
+    compare("small image", small, IMAGE_THETA)
 
 
 if __name__ == "__main__":

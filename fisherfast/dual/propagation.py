@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,32 +84,9 @@ def propagation(
         running(model),
         recording(record),
         _Factories(directions),
-        _without_traces(model),
+        contextlib.nullcontext() if model is None else taps.forgetting(model, DualTensor),
     ):
         yield
-
-
-@contextmanager
-def _without_traces(model: nn.Module | None) -> Iterator[None]:
-    """What a module keeps of a forward pass (a state, a cache) is put back where it is dual."""
-    modules = [] if model is None else list(model.modules())
-    kept = [(place, dict(place)) for m in modules for place in (vars(m), m._buffers)]
-    try:
-        yield
-    finally:
-        for place, before in kept:
-            for name, value in list(place.items()):
-                if value is not before.get(name) and _has_dual(value):
-                    del place[name]
-                    place.update({name: before[name]} if name in before else {})
-
-
-def _has_dual(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_dual(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(_has_dual(item) for item in value)
-    return isinstance(value, DualTensor)
 
 
 def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -131,7 +109,7 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 
     Raises:
         ValueError: dx of another shape or device.
-        TypeError: x is no tensor or complex, or dx of another dtype.
+        TypeError: x is no tensor or complex, dx of another dtype, or an output of another class.
         DerivativeError: an operation without derivative, with its layer.
 
     Warns:
@@ -278,11 +256,27 @@ def _check_model(model: Any) -> None:
 
 def _structure(output: Any, change: Any) -> Any:
     """The tensors of a nested output changed; the structure stays."""
-    return taps.map_tensors(output, lambda place, tensor: change(tensor))
+    changed = taps.map_tensors(output, lambda place, tensor: change(tensor))
+    _check_structure(changed)
+    return changed
+
+
+def _check_structure(output: Any) -> None:
+    """Nothing dual is left, hidden in an object of another class."""
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        for item in output:
+            _check_structure(item)
+    elif taps.holds(getattr(output, "__dict__", None), DualTensor):
+        raise TypeError(
+            "model must return tensors, or tuples, lists or dicts of them, got"
+            f" {type(output).__name__}"
+        )
 
 
 def _primal(tensor: Tensor) -> Tensor:
-    return tensor.primal if isinstance(tensor, DualTensor) else tensor
+    return tensor.primal if isinstance(tensor, DualTensor) else tensor.detach().clone()
 
 
 def _tangents(tensor: Tensor, directions: int) -> Tensor:

@@ -141,8 +141,8 @@ class LayerFisher:
         complement J_aa - J_ab J_bb^-1 J_ba, in 1/theta^2.
 
         Its standard error is the first-order one, from the covariance of the errors of all entries
-        of J. ``marginal([p]).J`` is ``crlb[p] ** -2``. Nuisances that stand for each other, or are not
-        seen at all, count once or not; NaN where their J is not positive semi-definite.
+        of J. ``marginal([p]).J`` is ``crlb[p] ** -2``. Nuisances that stand for each other count
+        once, those not seen at all do not; NaN where their J is not positive semi-definite.
 
         Args:
             keep: the parameters kept, one number or several; negative ones count from the end.

@@ -36,6 +36,9 @@ FACTORIES = frozenset(
         "empty_strided",
         "rand",
         "randn",
+        "eye",
+        "eye.m",
+        "linspace",
     )
 ) | frozenset(LIKE_FACTORIES)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,10 +137,10 @@ def _unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
 
 
 def _check_keep(keep: int | Sequence[int], parameters: int) -> list[int]:
-    entries = [keep] if isinstance(keep, int) else list(keep)
-    if any(isinstance(p, bool) or not isinstance(p, int) for p in entries):
+    entries = list(keep) if isinstance(keep, Iterable) else [keep]
+    if any(isinstance(p, bool) or not isinstance(p, numbers.Integral) for p in entries):
         raise TypeError(f"keep must hold whole numbers, got {keep!r}")
-    kept = [p + parameters if p < 0 else p for p in entries]
+    kept = [int(p) + parameters if p < 0 else int(p) for p in entries]
     valid = all(0 <= p < parameters for p in kept)
     if not kept or not valid or len(set(kept)) < len(kept):
         raise ValueError(

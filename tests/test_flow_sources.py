@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -371,3 +372,10 @@ def test_parameters_that_stand_for_each_other():
         assert torch.isfinite(layer.crlb).all()
         assert torch.isinf(more[layer.name].crlb).all()
         assert torch.isinf(summed_flow[layer.name].crlb).all()
+
+
+def test_marginal_of_numpy_numbers(flow):
+    """Catches whole numbers that are refused because NumPy made them."""
+    layer = flow["fc1"]
+    for keep in (np.int64(0), np.arange(1), [np.int32(-3)]):
+        assert torch.equal(layer.marginal(keep).J, layer.marginal(0).J)

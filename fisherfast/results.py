@@ -133,7 +133,7 @@ class LayerFisher:
         """Cramer-Rao bound [P] float64 in the unit of theta: sqrt of the diagonal of J^-1.
 
         The smallest standard deviation that an unbiased estimate from these features can have, all
-        parameters unknown. Infinite where J is not positive definite.
+        parameters unknown. Infinite where J is not positive definite, but for rounding.
         """
         return cramer_rao(self.J)
 
@@ -142,7 +142,8 @@ class LayerFisher:
         complement J_aa - J_ab J_bb^-1 J_ba, in 1/theta^2.
 
         Its standard error is the first-order one, from the covariance of the errors of all entries
-        of J. ``marginal([p]).J`` is ``crlb[p] ** -2``.
+        of J. ``marginal([p]).J`` is ``crlb[p] ** -2``. Nuisances that stand for each other count
+        once, those not seen at all do not; NaN where their J is not positive semi-definite.
 
         Args:
             keep: the parameters kept, one number or several; negative ones count from the end.

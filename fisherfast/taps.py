@@ -27,7 +27,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Forward", "Site", "evaluation", "forgetting", "own_random_state", "select", "survey"]
+__all__ = [
+    "Forward",
+    "Site",
+    "evaluation",
+    "forgetting",
+    "holds",
+    "own_random_state",
+    "select",
+    "survey",
+]
 
 Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module | None], bool]
 
@@ -300,18 +309,19 @@ def forgetting(model: nn.Module, kind: type = torch.Tensor) -> Iterator[None]:
     finally:
         for place, before in kept:
             for name, value in list(place.items()):
-                if value is not before.get(name) and _holds(value, kind):
+                if value is not before.get(name) and holds(value, kind):
                     if name in before:
                         place[name] = before[name]
                     else:
                         del place[name]
 
 
-def _holds(value: Any, kind: type) -> bool:
+def holds(value: Any, kind: type) -> bool:
+    """Whether there is an object of a kind in nested containers."""
     if isinstance(value, dict):
-        return any(_holds(item, kind) for item in value.values())
+        return any(holds(item, kind) for item in value.values())
     if isinstance(value, list | tuple):
-        return any(_holds(item, kind) for item in value)
+        return any(holds(item, kind) for item in value)
     return isinstance(value, kind)
 
 

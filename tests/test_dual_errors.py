@@ -299,3 +299,26 @@ def test_pack_checks_too():
         ff.dual.DualTensor.pack(x, dx.double())
     with pytest.raises(TypeError, match="x must have a floating dtype"):
         ff.dual.DualTensor.pack(x.long(), dx.long())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.zeros(4, 3).clone(),
+        lambda x: torch.eye(4, 3),
+        lambda x: torch.linspace(0, 1, 12).reshape(4, 3),
+    ],
+)
+def test_what_the_model_makes_may_be_written(make):
+    """Catches constants made inside of the forward pass that have no room for tangents."""
+
+    def forward(x):
+        y = make(x)
+        y[:, 0] = x[:, 1]
+        return y
+
+    x, dx = torch.randn(4, 3), torch.randn(2, 4, 3)
+    y, dy = ff.jvp(Function(forward), x, dx)
+    assert torch.equal(y, forward(x))
+    assert torch.equal(dy[..., 0], dx[..., 1])
+    assert not dy[..., 1:].any()

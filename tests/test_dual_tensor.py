@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from dual_oracle import Function, distance, map_tensors
@@ -87,3 +89,29 @@ def test_constants_of_a_forward_pass_are_plain_operands():
     _, dy = ff.jvp(model, x, dx)
     torch.testing.assert_close(dy, torch.stack([forward(one) for one in dx]))
     assert ff.dual.coverage(model, x).share == 1.0
+
+
+@dataclass
+class Answer:
+    """An output of a class that nobody knows how to take apart."""
+
+    mean: Tensor
+
+
+@pytest.mark.parametrize("wrap", [lambda a: a, lambda a: [a], lambda a: {"a": (1, a)}])
+def test_outputs_of_other_classes_are_refused(wrap):
+    """Catches an object that comes back twice, with dual tensors inside, as y and as dy."""
+    model = Function(lambda x: wrap(Answer(x * 2)))
+    with pytest.raises(TypeError, match=r"^model must return tensors, or .*, got Answer$"):
+        ff.jvp(model, torch.randn(2, 5), torch.randn(3, 2, 5))
+
+
+def test_outputs_that_are_parameters():
+    """Catches a parameter that is handed out itself, with its gradient."""
+    model = Function(lambda x: weight)
+    weight = model.weight = torch.nn.Parameter(torch.ones(5))
+    y, dy = ff.jvp(model, torch.randn(2, 5), torch.randn(3, 2, 5))
+    y.zero_()
+    assert not y.requires_grad
+    assert torch.equal(weight, torch.ones(5))
+    assert torch.equal(dy, torch.zeros(3, 5))

@@ -101,10 +101,12 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if mutable:
         _check_target(func, args, kwargs)
     elif not _is_view(schema) and any(d.memory.constant for d in duals_of(args, kwargs)):
-        args, kwargs = without_constants(args), without_constants(kwargs)
-        if not has_dual(args, kwargs):
+        plain_args, plain_kwargs = without_constants(args), without_constants(kwargs)
+        if not has_dual(plain_args, plain_kwargs):
             warn_of_randomness(func, args, kwargs)
-            return func(*args, **kwargs)
+            result = func(*plain_args, **plain_kwargs)
+            return with_zero_tangents(result, args) if func is aten.clone.default else result
+        args, kwargs = plain_args, plain_kwargs
     if served is None and mutable:
         served = _in_place(func)
     if served is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fisherfast import taps
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.dispatch import has_dual, overloads, recording
+from fisherfast.dual.dispatch import overloads, recording
 from fisherfast.dual.errors import running, warn_of_randomness
 from fisherfast.dual.tensor import DualTensor, check_tangents
 from fisherfast.dual.writing_rules import LIKE_FACTORIES
@@ -39,6 +40,9 @@ FACTORIES = frozenset(
         "empty_strided",
         "rand",
         "randn",
+        "eye",
+        "eye.m",
+        "linspace",
     )
 ) | frozenset(LIKE_FACTORIES)
 
@@ -96,24 +100,9 @@ def propagation(
         recording(record),
         memory.reusing(),
         _Factories(directions),
-        _without_traces(model),
+        contextlib.nullcontext() if model is None else taps.forgetting(model, DualTensor),
     ):
         yield
-
-
-@contextmanager
-def _without_traces(model: nn.Module | None) -> Iterator[None]:
-    """What a module keeps of a forward pass (a state, a cache) is put back where it is dual."""
-    modules = [] if model is None else list(model.modules())
-    kept = [(place, dict(place)) for m in modules for place in (vars(m), m._buffers)]
-    try:
-        yield
-    finally:
-        for place, before in kept:
-            for name, value in list(place.items()):
-                if value is not before.get(name) and has_dual(value):
-                    del place[name]
-                    place.update({name: before[name]} if name in before else {})
 
 
 def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -136,7 +125,8 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 
     Raises:
         ValueError: dx of another shape or device.
-        TypeError: model is no module, x no tensor or complex, or dx of another dtype.
+        TypeError: model is no module, x no tensor or complex, dx of another dtype, or an output of
+            another class.
         DerivativeError: an operation without derivative, with its layer.
 
     Warns:
@@ -281,11 +271,27 @@ def _check_model(model: Any) -> None:
 
 def _structure(output: Any, change: Any) -> Any:
     """The tensors of a nested output changed; the structure stays."""
-    return taps.map_tensors(output, lambda place, tensor: change(tensor))
+    changed = taps.map_tensors(output, lambda place, tensor: change(tensor))
+    _check_structure(changed)
+    return changed
+
+
+def _check_structure(output: Any) -> None:
+    """Nothing dual is left, hidden in an object of another class."""
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        for item in output:
+            _check_structure(item)
+    elif taps.holds(getattr(output, "__dict__", None), DualTensor):
+        raise TypeError(
+            "model must return tensors, or tuples, lists or dicts of them, got"
+            f" {type(output).__name__}"
+        )
 
 
 def _primal(tensor: Tensor) -> Tensor:
-    return tensor.primal if isinstance(tensor, DualTensor) else tensor
+    return tensor.primal if isinstance(tensor, DualTensor) else tensor.detach().clone()
 
 
 def _tangents(tensor: Tensor, directions: int) -> Tensor:

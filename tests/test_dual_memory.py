@@ -131,3 +131,17 @@ def test_threads_do_not_share_blocks():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_hook_may_look_at_what_waits():
+    """Catches used memory that is taken for a tensor of the model, where a hook reads a batch norm
+    that still waits for its activation."""
+    model = network()
+    seen: list[torch.Tensor] = []
+    handle = model[1].register_forward_hook(lambda module, args, output: seen.append(output.stack))
+    x, dx = torch.randn(3, 1, 12, 12), torch.randn(2, 3, 1, 12, 12)
+    ff.jvp(model, x, dx)
+    handle.remove()
+    expected = model[:2](x)
+    assert type(seen[0]) is torch.Tensor
+    torch.testing.assert_close(seen[0][0], expected, rtol=1e-5, atol=1e-6)

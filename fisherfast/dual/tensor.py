@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import ops, reference_dual
 from fisherfast.dual import memory
@@ -128,7 +129,8 @@ class DualTensor(torch.Tensor):
     def stack(self) -> Tensor:
         """[1 + P, n, ...], the primal first."""
         if self._pending is not None:
-            self.settle(apply_activation(self._stack, "identity", affine=self._pending))
+            with _disable_current_modes():  # a hook may ask, in the middle of a forward pass
+                self.settle(apply_activation(self._stack, "identity", affine=self._pending))
         return self._stack
 
     def laid_out(self) -> Tensor:

@@ -48,7 +48,7 @@ def reductions(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Tensor, ...]:
     means: list[Tensor] = []
 
     def consume(name: str, kind: str, module: nn.Module | None, output: Any) -> None:
-        means.append(output.stack.flatten(1).mean(1))
+        means.append(output.stack.mean(tuple(range(1, output.dim() + 1))))
 
     batch = ff.dual.DualTensor.pack(x, dx)
     with Forward(model, consume) as forward, ff.dual.propagation(model, len(dx)):

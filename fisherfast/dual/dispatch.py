@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 
+from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.errors import (
     DerivativeError,
@@ -95,6 +96,7 @@ def recording(record: Coverage | None) -> Iterator[None]:
 
 def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of one operation on dual tensors (and others)."""
+    memory.trim()
     served = RULES.get(func)
     schema = func._schema
     mutable = schema.is_mutable

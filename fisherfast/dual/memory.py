@@ -16,13 +16,16 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["empty", "kept", "release_memory", "reusing"]
+__all__ = ["compact", "empty", "kept", "release_memory", "reusing", "trim"]
 
 LARGE_BYTES = 2**25
 """From here on glibc asks the system for each block, 32 MB."""
 
-KEPT_BYTES = 2**28
-"""What is kept for the next forward pass at most, 256 MB."""
+SMALL_BYTES = 2**20
+"""Below, a stack takes no block that is larger than it."""
+
+KEPT_BYTES = 3 * 2**25
+"""What is kept unused at most, within a forward pass and for the next one, 96 MB."""
 
 _lock = threading.Lock()
 _blocks: list[torch.UntypedStorage] = []
@@ -46,7 +49,7 @@ def reusing() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Give back what is kept for the next forward pass, at most 256 MB.
+    """Give back what is kept for the next forward pass, at most 96 MB.
 
     Example:
         >>> import fisherfast as ff
@@ -66,25 +69,49 @@ def empty(
 ) -> Tensor:
     """An uninitialised tensor without holes, as `torch.empty_strided` gives it."""
     size = torch.Size(shape).numel() * dtype.itemsize
-    if size < LARGE_BYTES or device.type != "cpu" or not _active.get():
+    if device.type != "cpu" or not _active.get():
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
     with _lock:
-        fitting = [b for b in _blocks if size <= b.nbytes() <= 2 * size and _is_free(b)]
-        if fitting:
+        free = [block for block in _blocks if _is_free(block)]
+        fitting = [block for block in free if block.nbytes() >= size]
+        if fitting and size >= SMALL_BYTES:
             block = min(fitting, key=lambda b: b.nbytes())
+        elif size < LARGE_BYTES:
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
         else:
+            _blocks[:] = [b for b in _blocks if not any(b is one for one in free)]
+            free.clear()  # given back before more is asked for: the peak is that of what is in use
             block = torch.UntypedStorage(size)
             _blocks.append(block)
         return torch.empty(0, dtype=dtype).set_(block, 0, torch.Size(shape), tuple(strides))
 
 
+def trim() -> None:
+    """Give back what is kept unused beyond the limit."""
+    if _blocks:
+        with _lock:
+            _drop([block for block in _blocks if _is_free(block)], KEPT_BYTES)
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that keeps more than twice its memory alive."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > 2 * tensor.nbytes else tensor
+
+
 def _keep(limit: int) -> None:
     """Keep the largest free blocks up to a limit; what is in use belongs to the user."""
     with _lock:
-        free = sorted((b for b in _blocks if _is_free(b)), key=lambda b: -b.nbytes())
-        _blocks.clear()
-        total = 0
-        for block in free:
-            if total + block.nbytes() <= limit:
-                _blocks.append(block)
-                total += block.nbytes()
+        free = [block for block in _blocks if _is_free(block)]
+        _blocks[:] = free
+        _drop(free, limit)
+
+
+def _drop(free: list[torch.UntypedStorage], limit: int) -> None:
+    """Of the free blocks keep the largest, up to a limit."""
+    total, dropped = 0, set()
+    for block in sorted(free, key=lambda b: -b.nbytes()):
+        if total + block.nbytes() <= limit:
+            total += block.nbytes()
+        else:
+            dropped.add(id(block))
+    _blocks[:] = [block for block in _blocks if id(block) not in dropped]

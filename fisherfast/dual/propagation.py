@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fisherfast import taps
 from fisherfast.dual import memory
@@ -28,8 +28,8 @@ __all__ = ["coverage", "jvp", "propagate", "propagation"]
 SEED = 0
 """Of the random numbers that a model may draw in eval mode."""
 
-SURVEY_SAMPLES = 64
-"""Samples that list the layers."""
+SURVEY_SAMPLES = 4
+"""Samples that list the layers: few, for these passes are to take no memory that counts."""
 
 FACTORIES = frozenset(
     overloads(
@@ -145,6 +145,7 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     batch, directions = _packed(x, dx)
     with taps.evaluation(model, SEED), propagation(model, directions):
         output = model(batch)
+        output = taps.map_tensors(output, lambda place, tensor: _compact(tensor))
     return _structure(output, _primal), _structure(output, lambda t: _tangents(t, directions))
 
 
@@ -167,7 +168,7 @@ def propagate(
         As for `jvp`; ValueError for an unknown layer (names the nearest).
 
     Cost: as for `jvp`, and the activations that are kept. Two plain forward passes more, on at
-        most 64 samples, list the layers.
+        most 4 samples, list the layers.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -288,6 +289,14 @@ def _check_structure(output: Any) -> None:
             "model must return tensors, or tuples, lists or dicts of them, got"
             f" {type(output).__name__}"
         )
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A result that does not keep the memory of a larger stack alive."""
+    if not isinstance(tensor, DualTensor):
+        return tensor
+    with _disable_current_modes():
+        return DualTensor(memory.compact(tensor.stack))
 
 
 def _primal(tensor: Tensor) -> Tensor:

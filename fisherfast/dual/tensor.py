@@ -231,7 +231,7 @@ def check_tangents(x: Tensor, dx: Tensor) -> None:
 
 def _room_like(stack: Tensor) -> Tensor | None:
     """Used memory of the layout of a stack, where it is worth while."""
-    if stack.nbytes < memory.LARGE_BYTES or not is_dense(stack):
+    if stack.nbytes < memory.SMALL_BYTES or not is_dense(stack):
         return None
     strides = (stack[0].numel(), *stack.stride()[1:])
     return memory.empty(stack.shape, strides, stack.dtype, stack.device)

@@ -156,14 +156,16 @@ class TangentMoments(DerivativeMoments):
         if known < dim:
             self.sums[..., :dim] += fold_sums(carried, first, self.folds)
         begin = max(known, dim)
-        weight, bias = lift.weight[begin - dim :], lift.bias[begin - dim :]
-        if len(bias) == 0:
+        rest = lift.following(begin - dim)
+        if len(rest) == 0:
             return
         rows = max(TILE_ROWS // self.parameters, self.folds)
         for start in range(0, len(raw), rows):
             tile = slice(start, start + rows)
-            above = (torch.addmm(bias, raw[tile], weight.T) > 0).to(raw.dtype)
-            moved = (carried[:, tile] @ weight.T).mul_(above.mul_(1 - lift.slope).add_(lift.slope))
+            above = (torch.addmm(rest.bias, raw[tile], rest.weight.T) > 0).to(raw.dtype)
+            moved = (carried[:, tile] @ rest.weight.T).mul_(
+                above.mul_(1 - lift.slope).add_(lift.slope)
+            )
             self.sums[..., begin:] += fold_sums(moved, first + start, self.folds)
 
     def derivatives(
@@ -207,12 +209,7 @@ class ScoreMoments(DerivativeMoments):
             raise ValueError("carried must be the score of each sample, got None")
         dim = raw.shape[1]
         begin = max(known, dim)
-        rest = Lift(
-            lift.weight[begin - dim :],
-            lift.bias[begin - dim :],
-            lift.pilot[begin - dim :],
-            lift.slope,
-        )
+        rest = lift.following(begin - dim)
         for start in range(0, len(raw), TILE_ROWS):
             tile = slice(start, start + TILE_ROWS)
             if known < dim:

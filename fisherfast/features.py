@@ -134,7 +134,14 @@ class Lift:
 
     def leading(self, count: int) -> Lift:
         """The first `count` lifted features."""
-        return Lift(self.weight[:count], self.bias[:count], self.pilot[:count], self.slope)
+        return self._part(slice(count))
+
+    def following(self, count: int) -> Lift:
+        """The lifted features behind the first `count`."""
+        return self._part(slice(count, None))
+
+    def _part(self, rows: slice) -> Lift:
+        return Lift(self.weight[rows], self.bias[rows], self.pilot[rows], self.slope)
 
 
 class FeatureDictionary:

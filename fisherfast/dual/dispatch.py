@@ -98,11 +98,10 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     """The result of one operation on dual tensors (and others)."""
     memory.trim()
     served = RULES.get(func)
-    schema = func._schema
-    mutable = schema.is_mutable
+    mutable = func._schema.is_mutable
     if mutable:
         _check_target(func, args, kwargs)
-    elif not _is_view(schema) and any(d.memory.constant for d in duals_of(args, kwargs)):
+    elif not _is_view(func) and any(d.memory.constant for d in duals_of(args, kwargs)):
         plain_args, plain_kwargs = without_constants(args), without_constants(kwargs)
         if not has_dual(plain_args, plain_kwargs):
             warn_of_randomness(func, args, kwargs)
@@ -136,8 +135,9 @@ def _count(func: Operator, how: str) -> None:
         record.add(str(func).removeprefix("aten."), how, current_layer())
 
 
-def _is_view(schema: Any) -> bool:
-    return any(argument.alias_info is not None for argument in schema.arguments)
+@cache
+def _is_view(func: Operator) -> bool:
+    return any(argument.alias_info is not None for argument in func._schema.arguments)
 
 
 def _check_target(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def empty(
         elif size < LARGE_BYTES:
             return torch.empty_strided(shape, strides, dtype=dtype, device=device)
         else:
-            _blocks[:] = [b for b in _blocks if not any(b is one for one in free)]
+            _drop(free, 0)
             free.clear()  # given back before more is asked for: the peak is that of what is in use
             block = torch.UntypedStorage(size)
             _blocks.append(block)

@@ -164,17 +164,30 @@ def _sort(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
 def _extreme_of_all(
     func: Operator, x: DualTensor, dim: Sequence[int] | int = (), keepdim: bool = False
 ) -> DualTensor:
-    dims = [dim] if isinstance(dim, int) else list(dim) or list(range(x.dim()))
+    dims = _all_or(dim, x)
     function = torch.amax if "max" in func._schema.name else torch.amin
     value = function(x.primal, dims, keepdim=True)
     share = (x.primal == value).to(x.dtype)
     share = share / share.sum(dims, keepdim=True)
-    stack = torch.cat([value[None], (x.tangents * share).sum(_behind(dims, x), keepdim=True)])
-    return DualTensor(stack if keepdim else stack.squeeze(tuple(_behind(dims, x))))
+    return _weighted(x, value, share, dims, keepdim)
+
+
+def _all_or(dim: int | Sequence[int] | None, x: DualTensor) -> list[int]:
+    """Dimensions as a list; all of them where none is named."""
+    return [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
 
 
 def _behind(dims: Sequence[int], x: DualTensor) -> list[int]:
     return [shifted(dim, x.dim()) for dim in dims]
+
+
+def _weighted(
+    x: DualTensor, value: Tensor, weights: Tensor, dims: Sequence[int], keepdim: bool
+) -> DualTensor:
+    """A value (its dimensions kept) whose tangents are weighted sums of those of x."""
+    places = _behind(dims, x)
+    stack = torch.cat([value[None], (weights * x.tangents).sum(places, keepdim=True)])
+    return DualTensor(stack if keepdim else stack.squeeze(tuple(places)))
 
 
 # --- Spread and size -----------------------------------------------------------------------------
@@ -214,26 +227,19 @@ def _norm(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     order = named.get("ord", named.get("p"))
     if order not in (2, None) or not x.is_floating_point():
         return NotImplemented
-    dims = named.get("dim")
-    dims = [dims] if isinstance(dims, int) else dims or list(range(x.dim()))
-    keepdim = bool(named.get("keepdim", False))
+    dims = _all_or(named.get("dim"), x)
     value = x.primal.square().sum(dims, keepdim=True).sqrt()
     direction = torch.where(value == 0, 0.0, x.primal / value)
-    tangents = (direction * x.tangents).sum(_behind(dims, x), keepdim=True)
-    stack = torch.cat([value[None], tangents])
-    return DualTensor(stack if keepdim else stack.squeeze(tuple(_behind(dims, x))))
+    return _weighted(x, value, direction, dims, bool(named.get("keepdim", False)))
 
 
 @rule(*overloads("logsumexp"))
 def _logsumexp(
     func: Operator, x: DualTensor, dim: int | list[int], keepdim: bool = False
 ) -> DualTensor:
-    dims = [dim] if isinstance(dim, int) else list(dim) or list(range(x.dim()))
+    dims = _all_or(dim, x)
     value = torch.logsumexp(x.primal, dims, keepdim=True)
-    weights = torch.exp(x.primal - value)
-    tangents = (weights * x.tangents).sum(_behind(dims, x), keepdim=True)
-    stack = torch.cat([value[None], tangents])
-    return DualTensor(stack if keepdim else stack.squeeze(tuple(_behind(dims, x))))
+    return _weighted(x, value, torch.exp(x.primal - value), dims, keepdim)
 
 
 # --- Max pooling -------------------------------------------------------------------------------

@@ -24,13 +24,14 @@ from fisherfast.dual.tensor import DualTensor
 @rule(*overloads("view", "_unsafe_view", "reshape", "_reshape_alias"))
 def _view(func: Operator, x: DualTensor, size: Sequence[int], *_: Any) -> DualTensor:
     size = _resolved(size, x.numel())
+    stack = x.laid_out()
     try:
-        return view_of(x, x.laid_out().view(len(x.laid_out()), *size))
+        return view_of(x, stack.view(len(stack), *size))
     except RuntimeError:
         if func is not aten.view.default:
-            return view_of(x, x.laid_out().reshape(len(x.laid_out()), *size))
-    x.settle(x.laid_out().contiguous())  # a convolution may have laid it out as channels-last
-    return view_of(x, x.laid_out().view(len(x.laid_out()), *size))
+            return view_of(x, stack.reshape(len(stack), *size))
+    x.settle(stack.contiguous())  # a convolution may have laid it out as channels-last
+    return view_of(x, x.laid_out().view(len(stack), *size))
 
 
 def _resolved(size: Sequence[int], numel: int) -> list[int]:
@@ -51,7 +52,8 @@ def _flatten(func: Operator, x: DualTensor, start_dim: int = 0, end_dim: int = -
 
 @rule(*overloads("expand"))
 def _expand(func: Operator, x: DualTensor, size: Sequence[int], *, implicit: bool = False) -> Any:
-    return view_of(x, aligned(x, len(size), laid_out=True).expand(len(x.laid_out()), *size))
+    stack = aligned(x, len(size), laid_out=True)
+    return view_of(x, stack.expand(len(stack), *size))
 
 
 @rule(*overloads("permute"))
@@ -80,9 +82,8 @@ def _unsqueeze(func: Operator, x: DualTensor, dim: int) -> DualTensor:
 
 @rule(*overloads("squeeze"))
 def _squeeze(func: Operator, x: DualTensor) -> DualTensor:
-    return view_of(
-        x, x.laid_out().reshape(x.laid_out().shape[:1] + tuple(s for s in x.shape if s != 1))
-    )
+    stack = x.laid_out()
+    return view_of(x, stack.reshape(stack.shape[:1] + tuple(s for s in x.shape if s != 1)))
 
 
 @rule(*overloads("squeeze.dim", "squeeze.dims"))

@@ -36,6 +36,7 @@ LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.
 LEVELS = {
     **dict.fromkeys(TOP, 7),
     "flow": 6,
+    "measurement": 5,
     "wide": 5,
     **dict.fromkeys(PARTS_OF_FLOW, 4),
     "problems": 4,
@@ -44,7 +45,7 @@ LEVELS = {
     **dict.fromkeys(BELOW_OPS, 1),
     **dict.fromkeys(ANYONE, 0),
 }
-WITHIN_LEVEL = {7, 3, 1}
+WITHIN_LEVEL = {7, 5, 3, 1}
 
 
 def part_of(path: Path) -> str:

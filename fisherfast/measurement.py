@@ -1,0 +1,265 @@
+"""One measurement: data are streamed through the model, `taps` hands over activations, `features`
+turns them into features, `moments` keeps their fold moments, `estimators` reads J from those.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fisherfast import dual, taps
+from fisherfast._progress import progress_bar
+from fisherfast.data import Batch, Data
+from fisherfast.maps import estimate_map
+from fisherfast.meters import LayerMeter, score_note
+from fisherfast.results import FisherFlow, FisherWarning, warn_of
+from fisherfast.streams import Streams
+from fisherfast.wide import WideMeter, too_wide
+
+__all__ = ["Measurement"]
+
+SURVEY_SAMPLES = 64
+"""Samples of each condition in the forward pass that lists the layers."""
+
+
+class Measurement:
+    """One measurement of a model (or of the data alone) on given data."""
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        data: Data,
+        layers: taps.Layers,
+        settings: dict[str, Any],
+    ) -> None:
+        self._model = model
+        self._data = data
+        self._layers = layers
+        self._settings = settings
+        self._meters: dict[str, LayerMeter] = {}
+        self._active: list[LayerMeter] = []
+        self._finite: list[tuple[str, int, int, torch.Tensor]] = []
+        self._condition = 0
+        self._batch = 0
+        self._score: torch.Tensor | None = None
+        self._pilot = True
+
+    @property
+    def _layer_meters(self) -> list[LayerMeter]:
+        """One meter per layer in execution order; `_meters` has it under every alias."""
+        return list(dict.fromkeys(self._meters.values()))
+
+    def run(self, progress: bool = False) -> FisherFlow:
+        """Stream all samples, again for layers that grow, and estimate."""
+        contrast, ridge = self._data.contrast(), self._settings["ridge"]
+        with self._evaluation():
+            self._stream(progress)
+        while True:
+            with torch.no_grad():
+                growing = [m for m in self._layer_meters if m.grow(contrast, ridge)]
+            if not growing:
+                break
+            self._active = growing
+            with self._evaluation():
+                self._stream_again(progress)
+        with torch.no_grad():
+            layers = tuple(m.estimate(self._data, contrast, ridge) for m in self._layer_meters)
+            maps = {
+                m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
+                for m in self._layer_meters
+                if m.map is not None
+            }
+            warning = score_note(self._layer_meters[0])
+        if warning is not None:
+            layers = (replace(layers[0], notes=(*layers[0].notes, warning)), *layers[1:])
+            warnings.warn(warning, FisherWarning, stacklevel=3)
+        warn_of(layers)
+        return FisherFlow(layers, self._settings, maps=maps)
+
+    def _evaluation(self) -> AbstractContextManager[Any]:
+        """The model in eval mode, without gradients, with random numbers of its own."""
+        if self._model is not None:
+            return taps.evaluation(self._model, self._settings["seed"])
+        stack = ExitStack()
+        stack.enter_context(taps.own_random_state(None, self._settings["seed"]))
+        stack.enter_context(torch.no_grad())
+        return stack
+
+    def _streams(self) -> Streams:
+        device, dtype = _place_of(self._model)
+        return Streams(
+            self._data,
+            self._settings["batch_size"],
+            device=device,
+            dtype=dtype,
+            copy=self._model is not None,
+        )
+
+    def _stream(self, progress: bool) -> None:
+        streams = self._streams()
+        pilot = streams.pilot()
+        first = torch.cat([batches[0].x[:SURVEY_SAMPLES] for batches in pilot])
+        self._survey(first)
+        self._active = self._layer_meters
+        with self._forward() as forward:
+            for self._condition, batches in enumerate(pilot):
+                for self._batch, batch in enumerate(batches):
+                    forward.run(batch.x)
+            for meter in self._layer_meters:
+                meter.prepare(self._data, self._settings)
+            self._pilot = False
+            self._run_all(streams, forward, progress)
+
+    def _stream_again(self, progress: bool) -> None:
+        """Another pass over the same samples, for the meters that are active."""
+        streams = self._streams()
+        streams.pilot()
+        only_input = all(meter.site.name == taps.INPUT for meter in self._active)
+        with _NoModel(self._consume) if only_input else self._forward() as forward:
+            self._run_all(streams, forward, progress)
+
+    def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
+        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        total = None if None in counts else sum(n for n in counts if n is not None)
+        with progress_bar(progress, total=total, title="Fisher flow") as bar:
+            for self._condition, self._batch, batch in streams:
+                self._score = batch.score
+                self._run(forward, batch)
+                if batch.x.device.type == "cpu":
+                    self._raise_if_not_finite()
+                bar.update(len(batch))
+        self._raise_if_not_finite()
+        self._raise_if_skipped()
+
+    def _run(self, forward: Any, batch: Batch) -> None:
+        """One forward pass, with tangents where the samples have them."""
+        if batch.tangents is None:
+            forward.run(batch.x)
+        elif self._model is None:
+            forward.run(batch)
+        else:
+            with dual.propagation(self._model, len(batch.tangents)):
+                forward.run(dual.DualTensor.pack(batch.x, batch.tangents))
+
+    def _survey(self, batch: torch.Tensor) -> None:
+        if self._model is None:
+            sites = [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
+        else:
+            sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
+            self._find_chains(sites, batch)
+        for site in sites:
+            wide = too_wide(site.dim, self._data, self._settings["max_features"])
+            meter = WideMeter(site) if wide else LayerMeter(site)
+            self._meters.update(dict.fromkeys(site.names, meter))
+
+    def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
+        """Replay the model once per layer, on so few samples that it costs half a pass at most."""
+        if self._model is None:
+            return
+        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        affordable = len(batch)
+        if None not in counts:
+            affordable = sum(n for n in counts if n is not None) // (2 * len(sites))
+        taps.chains(self._model, batch[: max(taps.CHAIN_SAMPLES, affordable)], sites)
+
+    def _forward(self) -> Any:
+        if self._model is None:
+            return _NoModel(self._consume)
+        return taps.Forward(self._model, self._consume)
+
+    def _consume(
+        self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor | Batch
+    ) -> None:
+        meter = self._meters.get(name)
+        if meter is None or name != meter.site.event or not (self._pilot or meter in self._active):
+            return
+        # what the statistics make has no tangents, and they never run under autocast or with
+        # gradients, as the network may
+        with _disable_current_modes(), torch.no_grad():
+            activations, tangents = _parts(output)
+            if tuple(activations.shape[1:]) != meter.site.shape:
+                raise ValueError(
+                    f"layer {name!r} must have the same shape for all samples,"
+                    f" got {tuple(activations.shape[1:])} after {meter.site.shape}"
+                )
+            with torch.autocast(activations.device.type, enabled=False):
+                if self._pilot:
+                    meter.observe_pilot(activations.detach())
+                    finite = torch.isfinite(activations).all()
+                else:
+                    finite = meter.observe(
+                        self._condition,
+                        activations.detach(),
+                        tangents=tangents,
+                        score=self._score,
+                    )
+        self._finite.append((meter.site.name, self._condition, self._batch, finite))
+        if self._pilot and activations.device.type == "cpu":
+            self._raise_if_not_finite()
+
+    def _raise_if_not_finite(self) -> None:
+        flags, self._finite = self._finite, []
+        if not flags or bool(torch.stack([flag for *_, flag in flags]).all()):
+            return
+        name, condition, batch, _ = next(entry for entry in flags if not bool(entry[-1]))
+        pathwise = self._data.source == "pathwise"
+        what = "activations and their tangents" if pathwise else "activations"
+        raise ValueError(
+            f"{what} of layer {name!r} must be finite, got NaN or infinity in batch {batch} of"
+            f" condition {self._data.condition_name(condition)!r}"
+        )
+
+    def _raise_if_skipped(self) -> None:
+        """A layer that runs for some batches only has no moments that can be compared."""
+        meters = self._active
+        for meter in meters:
+            if meter.seen != meters[0].seen:
+                raise ValueError(
+                    f"layer {meter.site.event!r} must run for every batch, got"
+                    f" {sum(meter.seen)} of {sum(meters[0].seen)} samples"
+                )
+
+
+class _NoModel:
+    """Stands in for a forward pass when only the data are measured."""
+
+    def __init__(self, consume: Callable[[str, str, None, torch.Tensor | Batch], None]) -> None:
+        self._consume = consume
+
+    def __enter__(self) -> _NoModel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def run(self, batch: torch.Tensor | Batch) -> None:
+        self._consume(taps.INPUT, taps.INPUT, None, batch)
+
+
+def _parts(
+    output: torch.Tensor | Batch | dual.DualTensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activations and their tangents; None for those of a plain tensor, which are zero."""
+    if isinstance(output, Batch):
+        return output.x, output.tangents
+    if isinstance(output, dual.DualTensor):
+        return output.primal, output.tangents
+    return output, None
+
+
+def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype of the model's first parameter or buffer of floating dtype."""
+    if model is None:
+        return None, None
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return None, None

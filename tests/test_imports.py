@@ -28,7 +28,7 @@ MEASURE = {
 }
 NUMBERS = {"results", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
-TOP = {"__main__", "plots", "demos", "training", "selfcheck"}
+TOP = {"__main__", "plots", "demos", "reproduce", "training", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot
 

@@ -1,0 +1,101 @@
+"""`TrainedRun`: what is left of a training once it is over, without its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TextIO
+
+from fisherfast.demos.report import epoch_numbers, summary
+from fisherfast.demos.runner import collect, verdict
+from fisherfast.demos.task import Task
+from fisherfast.demos.training import EpochRecord, train
+
+__all__ = ["TrainedRun", "train_and_measure"]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A training that came to its end, or as far as it got.
+
+    Attributes:
+        name, layers, unit, settings: of the task.
+        history: at least one epoch.
+        status: exit status: 0 done, 1 diverged, 130 interrupted.
+        published: J / J_input by epoch, from the publication.
+        training: J_output / J_input on samples that are trained on, with its error, by epoch; empty
+            where it was not measured.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    unit: str
+    settings: Mapping[str, Any]
+    history: list[EpochRecord]
+    status: int
+    published: Mapping[int, tuple[float, ...]]
+    training: list[tuple[float, float]] = field(default_factory=list)
+
+    def numbers(self) -> dict[str, Any]:
+        """For the JSON file: settings, summary, every epoch."""
+        epochs = [epoch_numbers(record) for record in self.history]
+        for entry, (share, error) in zip(epochs, self.training, strict=False):
+            entry["training_output_fraction"] = share
+            entry["training_output_fraction_error"] = error
+        return {
+            "task": self.name,
+            "unit": self.unit,
+            "settings": dict(self.settings),
+            "summary": summary(self.history),
+            "J_input": self.history[0].flow["input"].value,
+            "J_input_error": float(self.history[0].flow["input"].stderr),
+            "epochs": epochs,
+        }
+
+
+def train_and_measure(
+    task: Task, *, seed: int, stream: TextIO, progress: bool, meter: Any = None
+) -> TrainedRun | None:
+    """Train the model of a task, a table on the stream; None where nothing was measured.
+
+    Args:
+        task: what to learn.
+        seed: of the order of the samples.
+        stream: where table and messages go.
+        progress: show progress bars.
+        meter: record -> (value, error), called after every epoch, for `TrainedRun.training`.
+    """
+    history: list[EpochRecord] = []
+    training: list[tuple[float, float]] = []
+
+    def epochs() -> Any:
+        for record in train(task, seed=seed, progress=progress):
+            if meter is not None:
+                training.append(meter(record))
+            yield record
+
+    stream.write(f"task {task.name}: {len(task.x)} training samples, {task.epochs} epochs\n")
+    status = collect(epochs(), history, task, stream)
+    if not history:
+        return None
+    stream.write(verdict(history) + "\n")
+    return TrainedRun(
+        task.name,
+        task.layers,
+        task.unit,
+        {
+            **task.settings,
+            "learning rate": task.learning_rate,
+            "batch size": task.batch_size,
+            "epochs": task.epochs,
+        },
+        history,
+        status,
+        task.published,
+        training,
+    )
+
+
+def with_epochs(task: Task, epochs: int | None) -> Task:
+    """The task with another number of epochs, where one is given."""
+    return task if epochs is None else replace(task, epochs=epochs)

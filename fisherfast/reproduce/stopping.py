@@ -8,6 +8,7 @@ samples that are trained on: its gap to the held-out one is what was memorised.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,7 @@ from fisherfast.problems.published import STOPPING_EXCESS, STOPPING_RISE, STOPPI
 from fisherfast.reproduce.drawing import draw_stopping, draw_transmission
 from fisherfast.reproduce.figure import Context, Options, Outcome
 from fisherfast.reproduce.trained import TrainedRun, train_and_measure, with_epochs
+from fisherfast.results import FisherWarning
 
 __all__ = [
     "measure_gaussian_stopping",
@@ -141,7 +143,10 @@ def _training_meter(task: Task) -> Callable[[EpochRecord], tuple[float, float]]:
     def meter(record: EpochRecord) -> tuple[float, float]:
         with torch.no_grad():
             minus, plus = (task.model(samples) for samples in pair)
-        output = fisher_information(FiniteDifference(minus, plus, step), max_features=1)
+        with warnings.catch_warnings():
+            # the step of the training values; the output is one number, nearly linear in theta
+            warnings.simplefilter("ignore", FisherWarning)
+            output = fisher_information(FiniteDifference(minus, plus, step), max_features=1)
         J_input = record.flow["input"].value
         return output.value / J_input, float(output.stderr) / J_input
 

@@ -103,21 +103,15 @@ def _draw_epochs(ax: Axes, run: TrainedRun, chosen: Mapping[int, EpochRecord]) -
             range(len(names) + 1),
             [1.0, *(shares[name] for name in names)],
             [0.0, *(errors[name] for name in names)],
-            label=f"epoch {record.epoch}",
+            label=f"epoch {record.epoch} (published: {published_label(epoch)})",
             color=color,
             marker="o",
             ms=4,
             lw=1.3,
             capsize=3,
         )
-        ax.plot(
-            range(1, len(names) + 1),
-            values,
-            "s",
-            color=color,
-            label=f"published, {published_label(epoch)}",
-            **OPEN,
-        )
+        ax.plot(range(1, len(names) + 1), values, "s", color=color, **OPEN)
+    ax.plot([], [], "s", color=GREY, label="published", **OPEN)
     ax.set_xticks(range(len(names) + 1), ["input", *names])
     ax.set_xlabel("layer")
     ax.set_ylabel("J / J$_{input}$")
@@ -151,9 +145,9 @@ def _draw_against_output(ax: Axes, run: TrainedRun) -> None:
             [values[index] for values in run.published.values()],
             marker,
             color=color,
-            label="published" if index == 0 else None,
             **OPEN,
         )
+    ax.plot([], [], MARKERS[0], color=GREY, label="published (open)", **OPEN)
     ax.set_xlabel("J$_{output}$ / J$_{input}$")
     ax.set_ylabel("J / J$_{input}$ of the layer")
     tidy(ax)
@@ -189,12 +183,17 @@ def draw_stopping(
                 [1 + STOPPING_EXCESS],
                 "v",
                 color="black",
-                label="published: at most",
+                label=f"published: stop within {100 * STOPPING_EXCESS:.0f} %",
                 **OPEN,
             )
     if published:
         right.plot(
-            [last], [1 + STOPPING_RISE], "s", color="black", label="published: at the end", **OPEN
+            [last],
+            [1 + STOPPING_RISE],
+            "s",
+            color="black",
+            label="published: a third more at the end",
+            **OPEN,
         )
     right.set_ylim(0.98, max(1.1, 1 + STOPPING_RISE * published, ratios[-1]) + 0.06)
     right.set_xlabel("epoch")

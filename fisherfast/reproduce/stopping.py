@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 GAUSSIAN_SIZES = {
-    False: Size(250, 20_000, 60, 4e-5, paired=True, validation=500),
+    False: Size(300, 10_000, 60, 3e-5, paired=True, validation=400),
     True: Size(7000, PUBLISHED_HELD_OUT, 400, 1e-7, paired=False),
 }
 """The publication does not say after how many epochs it ends."""

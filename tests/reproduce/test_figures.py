@@ -187,14 +187,14 @@ def test_full_grid_has_neighbours_of_zero():
 
 def test_same_seed_same_numbers():
     """Catches weights, samples or order from the global random numbers."""
-    options = Options(seed=3, epochs=1, samples=250)
+    options = Options(seed=3, epochs=1, samples=100)
     results = []
     for _ in range(2):
         torch.manual_seed(len(results))
         outcome = stopping.measure_gaussian_stopping(Context(options, io.StringIO()))
         results.append([entry["val_mse"] for entry in outcome.numbers["epochs"]])
     assert results[0] == results[1]
-    other = Context(Options(seed=4, epochs=1, samples=250), io.StringIO())
+    other = Context(Options(seed=4, epochs=1, samples=100), io.StringIO())
     outcome = stopping.measure_gaussian_stopping(other)
     assert outcome.numbers["epochs"][0]["val_mse"] != results[0][0]
 

@@ -75,7 +75,8 @@ class Figure:
         least_samples: that a user may ask for.
         trains: whether a network is trained, so that epochs mean something.
         camera: whether it shows the imaging task, so that a file of measurements may be given.
-        measure: does the work; None where it was interrupted before the first measurement.
+        measure: does the work, and shows as much of it as was finished before Ctrl-C; raises
+            KeyboardInterrupt where that is nothing.
     """
 
     name: str
@@ -85,4 +86,4 @@ class Figure:
     least_samples: int
     trains: bool
     camera: bool
-    measure: Callable[[Context], Outcome | None]
+    measure: Callable[[Context], Outcome]

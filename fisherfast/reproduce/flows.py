@@ -30,17 +30,17 @@ IMAGING_EPOCHS = {False: 8, True: 15}
 IMAGING_RATE = 3e-5  # of Adam: the states between the first and the last epoch are seen
 
 
-def measure_gaussian(context: Context) -> Outcome | None:
+def measure_gaussian(context: Context) -> Outcome:
     """Figure 4: the mean of Gaussian noise, N(theta 1, I_256)."""
     return _measure(context, _gaussian)
 
 
-def measure_lognormal(context: Context) -> Outcome | None:
+def measure_lognormal(context: Context) -> Outcome:
     """Figure 5: a log-normal distribution, exp(B z) with z ~ N(theta 1, I_10)."""
     return _measure(context, _lognormal)
 
 
-def measure_imaging(context: Context) -> Outcome | None:
+def measure_imaging(context: Context) -> Outcome:
     """Figure 6: the position of an object in camera images."""
     return _measure(context, _imaging)
 
@@ -91,14 +91,12 @@ def _imaging(options: Options) -> Task:
     )
 
 
-def _measure(context: Context, make: Callable[[Options], Task]) -> Outcome | None:
+def _measure(context: Context, make: Callable[[Options], Task]) -> Outcome:
     options = context.options
     task = with_epochs(make(options), options.epochs)
     run = train_and_measure(
         task, seed=options.seed, stream=context.stream, progress=context.progress
     )
-    if run is None:
-        return None
     chosen = compared_epochs(run, options.full)
     numbers = {**run.numbers(), "points": _points(run, chosen)}
     return Outcome(run.status, numbers, lambda: draw_flows(run, chosen))

@@ -69,7 +69,7 @@ class LiftPoint:
         }
 
 
-def measure_lift(context: Context) -> Outcome | None:
+def measure_lift(context: Context) -> Outcome:
     """Every published number of features; after Ctrl-C those that are finished."""
     options = context.options
     samples = options.samples or SAMPLES[options.full]
@@ -83,10 +83,10 @@ def measure_lift(context: Context) -> Outcome | None:
             context.stream.write(_row(point))
             context.stream.flush()
     except KeyboardInterrupt:
+        if not points:
+            raise
         context.stream.write("\ninterrupted\n")
         status = INTERRUPTED
-    if not points:
-        return None
     numbers = {
         "settings": {
             "problem": f"N(0, theta^2 1), d = {LIFT_DIM}, theta = {LIFT_THETA:g}",

@@ -134,9 +134,6 @@ def _run_one(figure: Figure, context: Context, out: Path) -> int:
     start = time.perf_counter()
     try:
         outcome = figure.measure(context)
-        if outcome is None:
-            context.stream.write("nothing was measured\n")
-            return INTERRUPTED
         seconds = time.perf_counter() - start
         numbers, image = _write(figure, context, outcome, seconds, out)
     except KeyboardInterrupt:

@@ -24,16 +24,16 @@ from fisherfast.demos.published import (
     simulated_task,
     sized,
 )
-from fisherfast.demos.runner import DONE, INTERRUPTED
+from fisherfast.demos.runner import DONE, FAILED, INTERRUPTED
 from fisherfast.demos.task import Task
-from fisherfast.demos.training import EpochRecord
+from fisherfast.demos.training import DivergenceError, EpochRecord
 from fisherfast.flow import fisher_information
 from fisherfast.plots import crossing_epoch
 from fisherfast.problems import GaussianShift, mlp
 from fisherfast.problems.published import STOPPING_EXCESS, STOPPING_RISE, STOPPING_WIDTHS
 from fisherfast.reproduce.drawing import draw_stopping, draw_transmission
 from fisherfast.reproduce.figure import Context, Options, Outcome
-from fisherfast.reproduce.trained import TrainedRun, train_and_measure, with_epochs
+from fisherfast.reproduce.trained import Meter, TrainedRun, train_and_measure, with_epochs
 from fisherfast.results import FisherWarning
 
 __all__ = [
@@ -61,17 +61,17 @@ ZERO = 1e-3  # values of theta nearer to zero than this are zero, up to rounding
 EVERY_SAMPLE = 1  # checked_share: the training error on all of the few training samples
 
 
-def measure_gaussian_stopping(context: Context) -> Outcome | None:
+def measure_gaussian_stopping(context: Context) -> Outcome:
     """Figure 10: the Gaussian task, a network that is too large for its training samples."""
     return _stopping(_run(context, "gaussian"), published=True)
 
 
-def measure_imaging_stopping(context: Context) -> Outcome | None:
+def measure_imaging_stopping(context: Context) -> Outcome:
     """Figure 11: the imaging task with few training images."""
     return _stopping(_run(context, "imaging"), published=False)
 
 
-def measure_transmission(context: Context) -> Outcome | None:
+def measure_transmission(context: Context) -> Outcome:
     """J_output on held-out samples and on training samples, for both trainings.
 
     Runs that figures 10 and 11 have finished are shown again, not repeated. A run that was
@@ -80,14 +80,17 @@ def measure_transmission(context: Context) -> Outcome | None:
     runs: list[TrainedRun] = []
     status = DONE
     for name in TASKS:
-        run = _run(context, name)
-        if run is not None:
-            runs.append(run)
-        status = INTERRUPTED if run is None else max(status, run.status)
+        try:
+            run = _run(context, name)
+        except (KeyboardInterrupt, DivergenceError) as error:
+            if not runs:
+                raise
+            status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+            break
+        runs.append(run)
+        status = max(status, run.status)
         if status == INTERRUPTED:
             break
-    if not runs:
-        return None
     numbers = {
         "unit": "J_input",
         "settings": {"seed": context.options.seed},
@@ -114,7 +117,7 @@ def stopping_facts(run: TrainedRun) -> dict[str, float | int | None]:
     }
 
 
-def _run(context: Context, name: str) -> TrainedRun | None:
+def _run(context: Context, name: str) -> TrainedRun:
     """Train a task, or take what another figure has finished with it."""
     if name in context.runs:
         context.stream.write(f"task {name}: trained already\n")
@@ -128,12 +131,12 @@ def _run(context: Context, name: str) -> TrainedRun | None:
         progress=context.progress,
         meter=_training_meter(task),
     )
-    if run is not None and run.status == DONE:
+    if run.status == DONE:
         context.runs[name] = run
     return run
 
 
-def _training_meter(task: Task) -> Callable[[EpochRecord], tuple[float, float]]:
+def _training_meter(task: Task) -> Meter:
     """J_output / J_input on the training samples at the two values next to theta = 0."""
     values = task.theta.unique()
     below, above = values[values < -ZERO].max(), values[values > ZERO].min()
@@ -173,12 +176,24 @@ def _gaussian(options: Options) -> Task:
 
 
 def _imaging(options: Options) -> Task:
-    samples = options.samples or IMAGING_SAMPLES[options.full]
+    """Few images per position; of a file that has fewer, all."""
+    few = options.samples or IMAGING_SAMPLES[options.full]
     task = imaging_task(
-        samples=samples, seed=options.seed, data=options.data, held_out_factor=IMAGING_HELD_OUT
+        samples=options.samples if options.data else few,
+        seed=options.seed,
+        data=options.data,
+        held_out_factor=IMAGING_HELD_OUT,
+    )
+    positions = len(task.theta.unique())
+    x, theta = (
+        values.unflatten(0, (positions, -1))[:, :few].flatten(0, 1)
+        for values in (task.x, task.theta)
     )
     return replace(
         task,
+        x=x,
+        theta=theta,
+        settings={**task.settings, "training images per position": len(theta) // positions},
         title="Imaging task",
         layers=(),
         learning_rate=IMAGING_RATE[options.full],
@@ -190,9 +205,7 @@ def _imaging(options: Options) -> Task:
 TASKS: dict[str, Callable[[Options], Task]] = {"gaussian": _gaussian, "imaging": _imaging}
 
 
-def _stopping(run: TrainedRun | None, *, published: bool) -> Outcome | None:
-    if run is None:
-        return None
+def _stopping(run: TrainedRun, *, published: bool) -> Outcome:
     facts = stopping_facts(run)
     points = [
         {

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 from fisherfast.demos.report import epoch_numbers, summary
-from fisherfast.demos.runner import collect, verdict
+from fisherfast.demos.runner import INTERRUPTED, collect, verdict
 from fisherfast.demos.task import Task
-from fisherfast.demos.training import EpochRecord, train
+from fisherfast.demos.training import DivergenceError, EpochRecord, train
 
-__all__ = ["TrainedRun", "train_and_measure"]
+__all__ = ["TrainedRun", "train_and_measure", "with_epochs"]
+
+Meter = Callable[[EpochRecord], tuple[float, float]]
+"""From an epoch, while the model is as it was then, to a value and its error."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,25 @@ class TrainedRun:
 
 
 def train_and_measure(
-    task: Task, *, seed: int, stream: TextIO, progress: bool, meter: Any = None
-) -> TrainedRun | None:
-    """Train the model of a task, a table on the stream; None where nothing was measured.
+    task: Task, *, seed: int, stream: TextIO, progress: bool, meter: Meter | None = None
+) -> TrainedRun:
+    """Train the model of a task, a table on the stream, as far as it gets.
 
     Args:
         task: what to learn.
         seed: of the order of the samples.
         stream: where table and messages go.
         progress: show progress bars.
-        meter: record -> (value, error), called after every epoch, for `TrainedRun.training`.
+        meter: called after every epoch, for `TrainedRun.training`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C before anything was measured.
+        DivergenceError: the error is not finite before anything was measured.
     """
     history: list[EpochRecord] = []
     training: list[tuple[float, float]] = []
 
-    def epochs() -> Any:
+    def epochs() -> Iterator[EpochRecord]:
         for record in train(task, seed=seed, progress=progress):
             if meter is not None:
                 training.append(meter(record))
@@ -76,8 +83,10 @@ def train_and_measure(
 
     stream.write(f"task {task.name}: {len(task.x)} training samples, {task.epochs} epochs\n")
     status = collect(epochs(), history, task, stream)
+    if not history and status == INTERRUPTED:
+        raise KeyboardInterrupt
     if not history:
-        return None
+        raise DivergenceError("nothing was measured")
     stream.write(verdict(history) + "\n")
     return TrainedRun(
         task.name,

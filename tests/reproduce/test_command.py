@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recorded_camera import recording
 
 from fisherfast.__main__ import main
-from fisherfast.demos import training
-from fisherfast.reproduce import FIGURES, command, lift, runner
+from fisherfast.demos import imaging_task, training
+from fisherfast.reproduce import FIGURES, Options, command, lift, runner, stopping
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -169,7 +170,7 @@ def test_interrupt_between_points_and_before_the_first(tmp_path, monkeypatch, ca
     arguments = ["reproduce", "fig3", "--samples", "1000", "--out", str(tmp_path)]
     limit = 0
     assert main(arguments) == 130
-    assert "nothing was measured" in capsys.readouterr().out
+    assert "interrupted" in capsys.readouterr().out
     assert files(tmp_path) == set()
     limit = 4  # one measurement of the samples, then three for each number of features
     calls.clear()
@@ -189,3 +190,56 @@ def test_global_state_is_left_alone(tmp_path, capsys):
         == 0
     )
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_interrupt_before_the_second_training_is_measured(tmp_path, monkeypatch, capsys):
+    """Catches a transmission that loses the training that is finished."""
+    measure = training._measure
+
+    def interrupted(task, epoch, *rest):
+        if task.name == "imaging":
+            raise KeyboardInterrupt
+        return measure(task, epoch, *rest)
+
+    monkeypatch.setattr(training, "_measure", interrupted)
+    assert main(["reproduce", "transmission", *TINY, "--out", str(tmp_path)]) == 130
+    numbers = numbers_of(tmp_path, "transmission")
+    assert numbers["complete"] is False
+    assert [run["task"] for run in numbers["runs"]] == ["gaussian"]
+
+
+def test_divergence_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    """Catches a failure that passes for Ctrl-C and keeps the others from being begun."""
+
+    def diverging(*_):
+        raise training.DivergenceError("the error became nan in epoch 0")
+
+    monkeypatch.setattr(training, "_measure", diverging)
+    assert main(["reproduce", "fig4", "fig5", *TINY, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.endswith("failed: fig4, fig5\n")
+    assert files(tmp_path) == set()
+
+
+def test_published_measurements(tmp_path, capsys):
+    """Catches a file that only one of the figures reads, and one with fewer images than wanted."""
+    path = recording(tmp_path / "Data1.npz", edge_frames=300, center_frames=1050)
+    arguments = ["fig6", "fig11", "transmission", "--data", str(path), "--epochs", "1"]
+    out = tmp_path / "out"
+    assert main(["reproduce", *arguments, "--samples", "250", "--out", str(out)]) == 0
+    for name in ("fig6", "fig11"):
+        assert numbers_of(out, name)["settings"]["source"] == "measurements in Data1.npz"
+    task = stopping._imaging(Options(data=path))
+    assert len(task.x) == len(task.theta) == 13 * 250
+    assert task.settings["training images per position"] == 250
+
+
+def test_few_images_of_a_file(tmp_path, monkeypatch):
+    """Catches images that are cut off across positions: each must go with its own theta."""
+    path = recording(tmp_path / "Data1.npz", edge_frames=400, center_frames=1050)
+    whole = imaging_task(data=path)
+    monkeypatch.setattr(stopping, "IMAGING_SAMPLES", {False: 260})
+    task = stopping._imaging(Options(data=path))
+    assert len(task.x) == len(task.theta) == 13 * 260
+    for position in whole.theta.unique():
+        expected = whole.x[whole.theta == position][:260]
+        assert torch.equal(task.x[task.theta == position], expected)

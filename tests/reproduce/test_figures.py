@@ -14,7 +14,7 @@ import torch
 import fisherfast as ff
 from fisherfast.__main__ import main
 from fisherfast.problems import published
-from fisherfast.reproduce import FIGURES, Context, Options, flows, stopping
+from fisherfast.reproduce import FIGURES, Context, Options, flows, lift, stopping
 from fisherfast.reproduce.trained import TrainedRun
 
 Image = pytest.importorskip("PIL.Image")
@@ -183,6 +183,30 @@ def test_full_grid_has_neighbours_of_zero():
         SimpleNamespace(flow={"input": SimpleNamespace(value=2.0)})
     )
     assert math.isfinite(error)
+
+
+def test_full_is_the_published_size():
+    """Catches a learning rate, a network, a grid or epochs of the reduced run in the full one."""
+    options = Options(full=True, samples=100)
+    task = flows._gaussian(options)
+    assert (task.learning_rate, task.epochs, task.batch_size) == (1e-6, 15, 128)
+    assert task.settings["paired conditions"] is False
+    task = flows._lognormal(options)
+    assert (task.learning_rate, len(task.theta.unique())) == (1e-4, 21)
+    task = stopping._gaussian(options)
+    assert (task.learning_rate, len(task.theta.unique())) == (1e-7, 101)
+    widths = [layer.in_features for layer in task.model if isinstance(layer, torch.nn.Linear)]
+    assert [*widths, 1] == list(published.STOPPING_WIDTHS)
+    assert float(task.theta.max()) == 1.5
+    sizes = [stopping.GAUSSIAN_SIZES[True].samples, lift.SAMPLES[True]]
+    assert sizes == [7000, 150_000]
+
+
+def test_reduced_gaussian_epoch_goes_as_far_as_a_published_one():
+    """Learning rate times steps per epoch: catches a rate that ignores --samples."""
+    for samples in (100, 250):
+        task = flows._gaussian(Options(samples=samples))
+        assert task.learning_rate * samples == pytest.approx(1e-6 * 20_000)
 
 
 def test_same_seed_same_numbers():

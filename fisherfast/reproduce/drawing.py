@@ -13,7 +13,6 @@ from fisherfast.plots import (
     GREY,
     VERMILION,
     crossing_epoch,
-    legend_beside,
     new_figure,
     plot_training,
     sequence_colours,
@@ -84,7 +83,7 @@ def draw_lift(points: Sequence[LiftPoint]) -> Any:
 def draw_flows(run: TrainedRun, chosen: Mapping[int, EpochRecord]) -> Any:
     """Left: share of the input in each layer, for the epochs that were published. Right: the same
     over the share at the output, which needs no epochs to be matched."""
-    figure = new_figure(2 * PANEL + 1.0, HEIGHT)
+    figure = new_figure(2 * PANEL, HEIGHT + 0.8)
     left, right = figure.subplots(1, 2)
     _draw_epochs(left, run, chosen)
     _draw_against_output(right, run)
@@ -117,22 +116,21 @@ def _draw_epochs(ax: Axes, run: TrainedRun, chosen: Mapping[int, EpochRecord]) -
     ax.set_ylabel("J / J$_{input}$")
     ax.set_ylim(bottom=-0.04)
     tidy(ax)
-    ax.legend(frameon=False, fontsize="small")
+    _legend_above(ax)
 
 
 def _draw_against_output(ax: Axes, run: TrainedRun) -> None:
     colours = sequence_colours(len(run.layers))
     output = [record.flow.fractions()["output"] for record in run.history]
-    order = sorted(range(len(output)), key=lambda i: output[i])
     ax.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="no loss behind the layer")
     for index, (layer, color) in enumerate(zip(run.layers, colours, strict=True)):
         marker = MARKERS[index % len(MARKERS)]
         shares = [record.flow.fractions()[layer] for record in run.history]
         errors = [record.flow.fraction_errors()[layer] for record in run.history]
         ax.errorbar(
-            [output[i] for i in order],
-            [shares[i] for i in order],
-            [errors[i] for i in order],
+            output,
+            shares,
+            errors,
             label=layer,
             color=color,
             marker=marker,
@@ -151,7 +149,14 @@ def _draw_against_output(ax: Axes, run: TrainedRun) -> None:
     ax.set_xlabel("J$_{output}$ / J$_{input}$")
     ax.set_ylabel("J / J$_{input}$ of the layer")
     tidy(ax)
-    legend_beside(ax)
+    _legend_above(ax)
+
+
+def _legend_above(ax: Axes) -> None:
+    """Two columns above the axes: the lines go everywhere inside of them."""
+    ax.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small"
+    )
 
 
 def draw_stopping(

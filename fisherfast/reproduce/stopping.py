@@ -51,7 +51,7 @@ GAUSSIAN_SIZES = {
 GAUSSIAN_VALUES = {False: 31, True: 101}  # of theta in [-1.5, 1.5]
 GAUSSIAN_RANGE = 1.5
 GAUSSIAN_STEP = 0.06
-GAUSSIAN_FEATURES = 64  # the 256 numbers of the input, and 63 of the lift beside the one output
+GAUSSIAN_FEATURES = 64  # a lift of 63 beside the output; the input has its 256 numbers and 8
 
 IMAGING_SAMPLES = {False: 3000, True: 10_000}  # per position
 IMAGING_EPOCHS = {False: 24, True: 60}

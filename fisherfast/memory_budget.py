@@ -28,7 +28,6 @@ from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
 from fisherfast.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE
 from fisherfast.information_map import has_map
 from fisherfast.krylov import KRYLOV_VECTORS, TILE_NUMBERS, TILE_ROWS
-from fisherfast.streams import PILOT_BYTES
 from fisherfast.taps import Site
 
 __all__ = ["LivePeak", "Plan", "Shares", "check_budget", "layer_bytes", "plan", "shares"]
@@ -53,7 +52,7 @@ SOURCE_COPIES = 3
 ESTIMATE_MATRICES = 10
 """Matrices [k, k] float64 that exist while J of one layer is estimated."""
 
-MAP_COPIES = 8
+MAP_COPIES = 12
 """Arrays of each size that exist while a map is estimated, freed ones among them."""
 
 LIBRARIES = 2**25
@@ -63,7 +62,8 @@ FEW_SAMPLES = 4
 """Samples of each condition in the pass that tells what a sample takes."""
 
 PILOT_SHARE = 8
-"""The pilot of a source that is read once keeps an eighth of the budget at most."""
+"""The pilot of a source that is read once keeps an eighth of the budget at most, of what is
+left."""
 
 
 def check_budget(memory_budget: int | str | None) -> dict[str, int | None]:
@@ -274,9 +274,7 @@ def plan(
     """
     costs = [layer_bytes(site, wide, data, settings, number) for site, wide in layers]
     lent = not all(data.repeats(c) for c in range(data.conditions))
-    pilot = min(PILOT_BYTES, budget // PILOT_SHARE) if lent else 0
-    fixed = LIBRARIES + sum(own for own, _ in costs) + max(extra for _, extra in costs)
-    fixed += kept if kept >= pilot else kept + pilot
+    fixed = kept + LIBRARIES + sum(own for own, _ in costs) + max(extra for _, extra in costs)
     needed = fixed + per_sample.of(1)
     if needed > budget:
         largest = max(range(len(costs)), key=lambda i: sum(costs[i]))
@@ -288,12 +286,12 @@ def plan(
             f" {site.name!r} with {site.dim} activations {in_words(sum(costs[largest]))} for its"
             f" {what}; a smaller max_features takes less"
         )
+    pilot = min(budget // PILOT_SHARE, budget - needed) if lent else 0
+    fixed += pilot
     low, high = 1, settings["batch_size"]
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if fixed + per_sample.of(middle) <= budget else (low, middle - 1)
-        )
+        low, high = (middle, high) if fixed + per_sample.of(middle) <= budget else (low, middle - 1)
     every = number * sum(site.dim for site, _ in layers)
     replay = 3 * every + WORKSPACE * per_sample.network + per_sample.source
     room = (budget - LIBRARIES - kept) // max(replay * data.conditions, 1)

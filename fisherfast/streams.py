@@ -72,7 +72,7 @@ class Streams:
         about pilot_bytes of a source that is read once."""
         self._batch_size = self._largest = batch_size
         if self._lent:
-            self._pilot_bytes = pilot_bytes
+            self._pilot_bytes = min(PILOT_BYTES, pilot_bytes)
         self._restart()
 
     def first(self, rows: int) -> list[Batch]:
@@ -115,9 +115,7 @@ class Streams:
         if self._again:
             self._streams = self._data.rounds(self._batch_size)
 
-    def _leading(
-        self, condition: int, rounds: Iterator[Round]
-    ) -> Iterator[tuple[int, int, Batch]]:
+    def _leading(self, condition: int, rounds: Iterator[Round]) -> Iterator[tuple[int, int, Batch]]:
         """The first samples of a stream, which begins with a condition."""
         seen, rows, number = 0, 1, 0
         while seen < rows and (batches := next(rounds, None)) is not None:

@@ -45,7 +45,7 @@ LEVELS = {
     **dict.fromkeys(BELOW_OPS, 1),
     **dict.fromkeys(ANYONE, 0),
 }
-WITHIN_LEVEL = {7, 5, 4, 3, 1}
+WITHIN_LEVEL = {7, 5, 3, 1}
 
 
 def part_of(path: Path) -> str:

@@ -80,8 +80,9 @@ class EpochRecord:
         """Plain numbers by column; NaN where unknown. J and fractions of several parameters are
         those of `FisherFlow.fractions`, and the diagonal of J as "J/layer[p]"."""
         row: dict[str, Any] = {"epoch": self.epoch}
-        for name, errors in (("train_mse", self.train_mse), ("val_mse", self.val_mse)):
-            row |= _by_parameter(name, errors, len(self.input_J))
+        parameters = len(self.input_J)
+        row |= _by_parameter("train_mse", self.train_mse, parameters)
+        row |= _by_parameter("val_mse", self.val_mse, parameters)
         row |= {
             "train_level": self.train_level,
             "val_level": self.val_level,
@@ -91,13 +92,13 @@ class EpochRecord:
             "seconds": self.seconds,
         }
         if self.flow is not None:
-            fractions, errors = self.flow.fractions(), self.flow.fraction_errors()
+            fractions, fraction_errors = self.flow.fractions(), self.flow.fraction_errors()
             for layer in self.flow:
                 row |= _by_parameter(f"J/{layer.name}", layer.J.diagonal().tolist())
                 row |= _by_parameter(f"stderr/{layer.name}", layer.stderr.diagonal().tolist())
                 row |= _by_parameter(f"lower/{layer.name}", layer.lower.diagonal().tolist())
                 row[f"fraction/{layer.name}"] = fractions[layer.name]
-                row[f"fraction_stderr/{layer.name}"] = errors[layer.name]
+                row[f"fraction_stderr/{layer.name}"] = fraction_errors[layer.name]
         row |= {f"live/{name}": value for name, value in self.live.items()}
         return row
 
@@ -118,16 +119,24 @@ class EpochRecord:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> EpochRecord:
         """Rebuild what `state_dict` returned."""
-        flows = {
-            name: None if state[name] is None else FisherFlow.from_dict(state[name])
+        flow, training_flow = (
+            None if state[name] is None else FisherFlow.from_dict(state[name])
             for name in ("flow", "training_flow")
-        }
-        errors = {
-            name: None if state[name] is None else tuple(state[name])
-            for name in ("train_mse", "val_mse")
-        }
-        rest = {name: state[name] for name in ("epoch", "input_J", "live", "seconds")}
-        return cls(**rest, **flows, **errors, notes=tuple(state["notes"]))
+        )
+        train_mse, val_mse = (
+            None if state[name] is None else tuple(state[name]) for name in ("train_mse", "val_mse")
+        )
+        return cls(
+            epoch=state["epoch"],
+            flow=flow,
+            train_mse=train_mse,
+            val_mse=val_mse,
+            input_J=state["input_J"].clone(),
+            training_flow=training_flow,
+            live=dict(state["live"]),
+            seconds=state["seconds"],
+            notes=tuple(state["notes"]),
+        )
 
 
 def output_of(flow: FisherFlow) -> str:

@@ -63,67 +63,83 @@ class LiveEstimate:
     samples: float
 
 
+class ThetaBatch:
+    """The polynomial of the thetas of one batch: what the regressions of all layers share.
+
+    Args:
+        theta: [n, P] float64 on the CPU.
+        center, spread: [P], so that (theta - center) / spread is of order 1.
+
+    Attributes:
+        basis: [n, q] values of the monomials, float32.
+        solver: [q, n], gives the coefficients of activations [n, d]; float32.
+        slopes: [P, q] float64, sums over the samples of the derivatives of the monomials.
+        inverse: [q, q] float64, (B^T B)^-1.
+        usable: there are enough different thetas for the polynomial.
+    """
+
+    def __init__(self, theta: torch.Tensor, center: torch.Tensor, spread: torch.Tensor) -> None:
+        exponents = monomials(theta.shape[1])
+        t = (theta - center) / spread
+        basis = powers(t, exponents)
+        self.inverse, failed = torch.linalg.inv_ex(basis.T @ basis)
+        largest = float(self.inverse.diagonal().amax())
+        enough = len(theta) > len(exponents) + 1
+        self.usable = enough and int(failed) == 0 and largest * len(theta) < DEGENERATE
+        self.basis = basis.float()
+        self.solver = (self.inverse @ basis.T).float()
+        self.slopes = slopes_of(t, exponents).sum(0)
+
+    def to(self, device: torch.device) -> ThetaBatch:
+        """On another device."""
+        self.basis, self.solver = self.basis.to(device), self.solver.to(device)
+        return self
+
+
 class RegressionMoments:
     """Regressions of activations [n, d] on polynomials of theta [n, P], old batches fading.
 
     Args:
         dim: d.
         parameters: P.
-        device: of the sums.
+        device: of the sums over activations.
 
-    Memory: (q + d)^2 numbers of float64, q the number of monomials. Cost of a batch: n d^2.
+    Memory: d (q + d) numbers of float64, q the number of monomials. Cost of a batch: n d^2.
     """
 
     def __init__(self, dim: int, parameters: int, device: torch.device | str = "cpu") -> None:
         self._window = max(WINDOW, WINDOW_PER_ACTIVATION * dim)
-        self._exponents = monomials(parameters)
-        q = len(self._exponents)
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
+        q = len(monomials(parameters))
+        f64 = torch.float64
         self._sums = {
-            "coefficients": zeros(q, dim),  # n C
-            "square": zeros(dim, dim),  # residuals
-            "errors": zeros(q, q),  # n^2 (B^T B)^-1: covariance of n C in units of S
-            "slopes": zeros(parameters, q),  # n times the mean of B'
-            "theta": zeros(2, parameters),  # mean and spread of the first batch
+            "coefficients": torch.zeros(q, dim, dtype=f64, device=device),  # n C
+            "square": torch.zeros(dim, dim, dtype=f64, device=device),  # residuals
+            "errors": torch.zeros(q, q, dtype=f64),  # n^2 (B^T B)^-1: Cov(n C) in units of S
+            "slopes": torch.zeros(parameters, q, dtype=f64),  # n times the mean of B'
         }
         self._weight = 0.0  # sum of n
         self._freedom = 0.0  # of the residuals
         self._freedom_squared = 0.0
 
-    def update(self, theta: torch.Tensor, activations: torch.Tensor) -> None:
-        """Add a batch: theta [n, P] float64 and activations [n, d] of any floating dtype. One with
-        too few samples for the polynomial, or too few different theta, adds nothing."""
-        sums, n, q = self._sums, len(theta), len(self._exponents)
-        if n <= q + 1:
-            return
-        if self._weight == 0.0:
-            spread, mean = torch.std_mean(theta, 0, correction=0)
-            sums["theta"] = torch.stack([mean, torch.where(spread > 0, spread, 1.0)])
-        t = (theta - sums["theta"][0]) / sums["theta"][1]
-        basis = powers(t, self._exponents)
-        inverse, failed = torch.linalg.inv_ex(basis.T @ basis)
-        usable = (failed == 0) & (inverse.diagonal().amax() < DEGENERATE)
-        inverse = torch.where(usable, inverse, 0.0)
+    def update(self, batch: ThetaBatch, activations: torch.Tensor) -> None:
+        """Add activations [n, d] of any floating dtype, of a usable batch of thetas."""
+        sums, (n, q) = self._sums, batch.basis.shape
         a = activations.float()
-        a = a - a.mean(0)
-        coefficients = inverse @ (basis.T @ a.double())
+        coefficients = batch.solver @ a
         # float32 products of residuals, float64 sums: a trend needs three digits
-        residual = torch.where(usable, a - (basis @ coefficients).float(), 0.0)
-        slopes = slopes_of(t, self._exponents).sum(0)
+        residual = torch.addmm(a, batch.basis, coefficients, alpha=-1)
         keep = math.exp(-n / self._window)
         sums["coefficients"].mul_(keep).add_(coefficients, alpha=n)
         sums["square"].mul_(keep).add_(residual.T @ residual)
-        sums["errors"].mul_(keep**2).add_(inverse, alpha=n**2)
-        sums["slopes"].mul_(keep).add_(slopes)
+        sums["errors"].mul_(keep**2).add_(batch.inverse, alpha=n**2)
+        sums["slopes"].mul_(keep).add_(batch.slopes)
         self._weight = self._weight * keep + n
         self._freedom = self._freedom * keep + (n - q)
         self._freedom_squared = self._freedom_squared * keep**2 + (n - q)
 
     def estimate(self, ridge: float = RIDGE) -> LiveEstimate | None:
-        """J of what was added; None while there are too few samples.
+        """J of what was added, in units of the spread of theta; None while there are too few
+        samples.
 
         Cost: d^3 / 3 operations.
         """
@@ -136,8 +152,8 @@ class RegressionMoments:
         k, P = len(live), len(sums["slopes"])
         if dof < k + SPARE_DOF:
             return None
-        slopes = sums["slopes"] / self._weight
-        noise = slopes @ sums["errors"] @ slopes.T / self._weight**2
+        slopes = (sums["slopes"] / self._weight).to(covariance)
+        noise = slopes @ sums["errors"].to(covariance) @ slopes.T / self._weight**2
         if k == 0:
             zero = torch.zeros(P, P, dtype=torch.float64)
             return LiveEstimate(zero, zero, dof)
@@ -151,10 +167,8 @@ class RegressionMoments:
             return None
         effective = k - ridge * float(solved.inverse_rows.sum())
         J = (dof - effective - 1) / dof * solved.fisher - effective * noise
-        unit = 1 / (sums["theta"][1][:, None] * sums["theta"][1])
         variance = independent_variance(J[None], dof, noise, torch.tensor([effective]).to(J))[0]
-        stderr = variance.clamp_min(0).sqrt() * unit
-        return LiveEstimate((J * unit).cpu(), stderr.cpu(), dof)
+        return LiveEstimate(J.cpu(), variance.clamp_min(0).sqrt().cpu(), dof)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers."""
@@ -166,6 +180,10 @@ class RegressionMoments:
         for name, value in self._sums.items():
             self._sums[name] = state[name].to(value.device, copy=True)
         self._weight, self._freedom, self._freedom_squared = state["counts"]
+
+
+Caught = tuple[torch.Tensor, int]
+"""An activation and the number of its in-place changes when it was caught."""
 
 
 class Observer:
@@ -189,8 +207,11 @@ class Observer:
         self._every = every
         self._modules = modules
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._caught: dict[str, tuple[torch.Tensor, int]] = {}
+        self._caught: dict[str, Caught] = {}
         self._calls = 0
+        # of the first batch that is read: thetas of order 1 keep the polynomial well conditioned
+        self._center = torch.zeros(parameters, dtype=torch.float64)
+        self._spread = torch.ones(parameters, dtype=torch.float64)
         self.moments: dict[str, RegressionMoments] = {}
 
     def observe(self, theta: torch.Tensor) -> None:
@@ -202,7 +223,8 @@ class Observer:
         self._calls += 1
         if self._handles:
             try:
-                self._take(theta)
+                with torch.no_grad():
+                    self._take(theta)
             finally:
                 self.release()
         if (self._calls - 1) % self._every == 0:
@@ -217,17 +239,29 @@ class Observer:
     def estimates(self) -> dict[str, LiveEstimate]:
         """J of each layer that enough samples were seen of."""
         found = {name: moments.estimate() for name, moments in self.moments.items()}
-        return {name: estimate for name, estimate in found.items() if estimate is not None}
+        unit = 1 / (self._spread[:, None] * self._spread)
+        return {
+            name: LiveEstimate(live.J * unit, live.stderr * unit, live.samples)
+            for name, live in found.items()
+            if live is not None
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers; a batch that is being listened to is not among them."""
         moments = {name: m.state_dict() for name, m in self.moments.items()}
-        return {"calls": self._calls, "listening": bool(self._handles), "moments": moments}
+        return {
+            "calls": self._calls,
+            "listening": bool(self._handles),
+            "center": self._center.clone(),
+            "spread": self._spread.clone(),
+            "moments": moments,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned; listens again if that was so."""
         self.release()
         self._calls = int(state["calls"])
+        self._center, self._spread = state["center"].clone(), state["spread"].clone()
         self.moments = {}
         for name, sums in state["moments"].items():
             moments = RegressionMoments(
@@ -250,6 +284,10 @@ class Observer:
 
     def _catch(self, name: str) -> Any:
         def catch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if name == OUTPUT:  # the last layer's own: one of them is enough
+                same = [other for other, (tensor, _) in self._caught.items() if tensor is output]
+                for other in same:
+                    del self._caught[other]
             self._keep(name, output)
 
         return catch
@@ -260,31 +298,45 @@ class Observer:
             return
         if output.is_floating_point() and output[:1].numel() <= WIDEST:
             version = -1 if output.is_inference() else output._version
-            self._caught[name] = (output.detach(), version)
+            self._caught[name] = (output, version)
 
     def _take(self, theta: torch.Tensor) -> None:
-        with torch.no_grad():
-            for name, (output, version) in self._caught.items():
-                if version not in (-1, output._version):  # overwritten by an in-place activation
-                    continue
-                rows = output.flatten(1) if output.ndim > 1 else output[:, None]
-                wanted = self._theta(theta, len(rows), rows.device)
-                moments = self.moments.get(name)
-                if moments is None:
-                    moments = RegressionMoments(rows.shape[1], self._parameters, device=rows.device)
-                    self.moments[name] = moments
-                with torch.autocast(rows.device.type, enabled=False):
-                    moments.update(wanted, rows)
+        caught = {name: tensor for name, tensor in self._caught.items() if self._intact(tensor)}
+        if not caught:
+            return
+        n = len(next(iter(caught.values()))[0])
+        rows = self._theta(theta, n)
+        if not self.moments:
+            spread, self._center = torch.std_mean(rows, 0, correction=0)
+            self._spread = torch.where(spread > 0, spread, 1.0)
+        batch = ThetaBatch(rows, self._center, self._spread)
+        if not batch.usable:
+            return
+        for name, (output, _) in caught.items():
+            flat = output.detach().flatten(1) if output.ndim > 1 else output.detach()[:, None]
+            if len(flat) != n:
+                continue
+            if name not in self.moments:
+                self.moments[name] = RegressionMoments(
+                    flat.shape[1], self._parameters, device=flat.device
+                )
+            with torch.autocast(flat.device.type, enabled=False):
+                self.moments[name].update(batch.to(flat.device), flat)
 
-    def _theta(self, theta: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
+    def _intact(self, caught: Caught) -> bool:
+        """Not overwritten since, by an in-place activation."""
+        output, version = caught
+        return version in (-1, output._version)
+
+    def _theta(self, theta: torch.Tensor, n: int) -> torch.Tensor:
         rows = torch.as_tensor(theta).detach()
-        rows = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
-        if rows.shape != (n, self._parameters):
+        flat = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
+        if flat.shape != (n, self._parameters):
             raise ValueError(
                 f"theta must have shape [n, P] = [{n}, {self._parameters}], one row per sample of"
-                f" the last forward pass, got {list(torch.as_tensor(theta).shape)}"
+                f" the last forward pass, got {list(rows.shape)}"
             )
-        return rows.to(device, torch.float64)
+        return flat.to("cpu", torch.float64)
 
 
 def monomials(parameters: int) -> list[tuple[int, ...]]:

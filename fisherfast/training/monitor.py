@@ -145,8 +145,9 @@ class FisherMonitor:
         epoch: int | None = None,
         train_mse: float | Sequence[float] | torch.Tensor | None = None,
         val_mse: float | Sequence[float] | torch.Tensor | None = None,
-    ) -> EpochRecord:
-        """Record an epoch, and measure if it is its turn. Call it when an epoch ends.
+    ) -> EpochRecord | None:
+        """Record an epoch, and measure if it is its turn. Call it when an epoch ends, or after
+        every so many training steps.
 
         Call it inside your autocast context to measure the network as it runs there.
 
@@ -157,7 +158,8 @@ class FisherMonitor:
             val_mse: the same on samples that are not trained on.
 
         Returns:
-            The record, which is the last of `history`.
+            The record, which is the last of `history`; None where there is nothing to record, no
+            measurement and no error.
 
         Raises:
             TypeError, ValueError: an error is no number, negative, or not one per parameter.
@@ -167,6 +169,10 @@ class FisherMonitor:
                 flow then); the targets seem to be in another unit than theta; the history file
                 cannot be written; once each.
         """
+        due = self._calls % self._every == 0
+        if not due and train_mse is None and val_mse is None:
+            self._calls += 1
+            return None
         start = time.perf_counter()
         number = self._next_epoch() if epoch is None else _whole("epoch", epoch)
         errors = {
@@ -175,7 +181,7 @@ class FisherMonitor:
         }
         notes: list[str] = []
         flow = training_flow = None
-        if self._calls % self._every == 0:
+        if due:
             try:
                 flow, training_flow = self._measure()
             except NotFiniteError as error:

@@ -7,11 +7,11 @@ batches they give
 
     J = D^T S^-1 D,      D the mean of m'(theta), S the mean covariance over the training range
 
-corrected for the finite window as for independent conditions. m'^T S^-1 m' is convex in m' and S
-together, so this is at most the mean over theta of the linear Fisher information, and what the
-polynomial cannot follow counts as noise: the trend is a lower bound, for these *training* samples
-and a network in training mode (dropout and batch statistics included). More than the input holds is
-memory.
+corrected for the finite window as for independent conditions (docs/theory.md, 17). m'^T S^-1 m' is
+convex in m' and S together, so this is at most the mean over theta of the linear Fisher
+information, and what the polynomial cannot follow counts as noise: the trend is a lower bound, for
+these *training* samples and a network in training mode (dropout and batch statistics included).
+More than the input holds is memory.
 """
 
 from __future__ import annotations

@@ -21,18 +21,33 @@ from fisherfast.data import Batch, Data
 from fisherfast.maps import estimate_map
 from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
 from fisherfast.meters import LayerMeter, score_note
-from fisherfast.results import FisherFlow, FisherWarning, warn_of
+from fisherfast.recall import Recall
+from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
 from fisherfast.streams import Streams
 from fisherfast.wide import WideMeter, too_wide
 
-__all__ = ["Measurement"]
+__all__ = ["Measurement", "NotFiniteError"]
 
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
 
 
+class NotFiniteError(ValueError):
+    """Activations are NaN or infinite."""
+
+
 class Measurement:
-    """One measurement of a model (or of the data alone) on given data."""
+    """One measurement of a model (or of the data alone) on given data.
+
+    Args:
+        model: what is measured; None for the data alone.
+        data: the samples.
+        layers: which layers.
+        settings: from `check_settings` and `check_passes`.
+        recall: what an earlier measurement of this model on these data has found out, and takes
+            what this one does.
+        quiet: leave warnings to the notes of the layers.
+    """
 
     def __init__(
         self,
@@ -40,7 +55,12 @@ class Measurement:
         data: Data,
         layers: taps.Layers,
         settings: dict[str, Any],
+        *,
+        recall: Recall | None = None,
+        quiet: bool = False,
     ) -> None:
+        self._recall = Recall() if recall is None else recall
+        self._quiet = quiet
         self._model = model
         self._data = data
         self._layers = layers
@@ -73,18 +93,27 @@ class Measurement:
             with self._evaluation():
                 self._stream_again(progress)
         with torch.no_grad():
-            layers = tuple(m.estimate(self._data, contrast, ridge) for m in self._layer_meters)
+            layers = [m.estimate(self._data, contrast, ridge) for m in self._layer_meters]
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
                 if m.map is not None
             }
-            warning = score_note(self._layer_meters[0])
+            warning = score_note(self._layer_meters[0]) if self._layer_meters else None
         if warning is not None:
-            layers = (replace(layers[0], notes=(*layers[0].notes, warning)), *layers[1:])
-            warnings.warn(warning, FisherWarning, stacklevel=3)
-        warn_of(layers)
-        return FisherFlow(layers, self._settings, maps=maps)
+            layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
+        flow = self._recall.complete(
+            FisherFlow(tuple(layers), self._settings, maps=maps), self._data
+        )
+        self._warn(flow.layers, warning)
+        return flow
+
+    def _warn(self, layers: tuple[LayerFisher, ...], warning: str | None) -> None:
+        if self._quiet:
+            return
+        if warning is not None:
+            warnings.warn(warning, FisherWarning, stacklevel=4)
+        warn_of(layers, stacklevel=5)
 
     def _evaluation(self) -> AbstractContextManager[Any]:
         """The model in eval mode, without gradients, with random numbers of its own."""
@@ -103,7 +132,7 @@ class Measurement:
             device=device,
             dtype=dtype,
             copy=self._model is not None,
-            bounded=self._settings["memory_budget"] is not None,
+            bounded=self._settings.get("memory_budget") is not None,
         )
 
     def _stream(self, progress: bool) -> None:
@@ -152,14 +181,13 @@ class Measurement:
 
     def _survey(self, streams: Streams) -> None:
         """List the layers on the first samples; with a budget, on as few as tell what they take."""
-        bounded = self._settings["memory_budget"] is not None
+        bounded = self._settings.get("memory_budget") is not None
         first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
         batch = torch.cat([samples.x for samples in first])
-        if self._model is None:
-            sites = [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
-        else:
-            sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
-        for site in sites:
+        known = self._recall.sites is not None
+        if self._recall.sites is None:
+            self._recall.sites = self._find_sites(batch)
+        for site in self._recall.unknown():
             wide = too_wide(site.dim, self._data, self._settings["max_features"])
             meter = WideMeter(site) if wide else LayerMeter(site)
             self._meters.update(dict.fromkeys(site.names, meter))
@@ -168,7 +196,8 @@ class Measurement:
             streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
             more = streams.first(min(self._plan.survey_samples, SURVEY_SAMPLES))
             batch = torch.cat([samples.x for samples in more])
-        self._find_chains(sites, batch)
+        if not known:
+            self._find_chains(self._recall.sites, batch)
 
     def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
         """How many samples of the model's own size fit into the budget."""
@@ -188,6 +217,11 @@ class Measurement:
             self._settings,
             max(batch.element_size(), torch.float32.itemsize),
         )
+
+    def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:
+        if self._model is None:
+            return [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
+        return taps.select(taps.survey(self._model, batch), self._layers, self._model)
 
     def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
         """Replay the model once per layer, on so few samples that it costs half a pass at most."""
@@ -241,7 +275,7 @@ class Measurement:
         name, condition, batch, _ = next(entry for entry in flags if not bool(entry[-1]))
         pathwise = self._data.source == "pathwise"
         what = "activations and their tangents" if pathwise else "activations"
-        raise ValueError(
+        raise NotFiniteError(
             f"{what} of layer {name!r} must be finite, got NaN or infinity in batch {batch} of"
             f" condition {self._data.condition_name(condition)!r}"
         )

@@ -303,8 +303,8 @@ class FisherMonitor:
         self._input_J = measured[-1] if measured else None
 
     def _measure(self) -> tuple[FisherFlow, FisherFlow | None]:
-        self.close()
-        with _own_stream(self.model):
+        paused = contextlib.nullcontext() if self._observer is None else self._observer.paused()
+        with paused, _own_stream(self.model):
             flow = Measurement(
                 self.model,
                 self.data,

@@ -16,9 +16,11 @@ More than the input holds is memory.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,6 +110,7 @@ class RegressionMoments:
     """
 
     def __init__(self, dim: int, parameters: int, device: torch.device | str = "cpu") -> None:
+        self.dim = dim
         self._window = max(WINDOW, WINDOW_PER_ACTIVATION * dim)
         q = len(monomials(parameters))
         f64 = torch.float64
@@ -128,9 +131,12 @@ class RegressionMoments:
         coefficients = batch.solver @ a
         # float32 products of residuals, float64 sums: a trend needs three digits
         residual = torch.addmm(a, batch.basis, coefficients, alpha=-1)
+        square = residual.T @ residual
+        if not bool(torch.isfinite(square).all()):
+            return  # one NaN would stay for ever
         keep = math.exp(-n / self._window)
         sums["coefficients"].mul_(keep).add_(coefficients, alpha=n)
-        sums["square"].mul_(keep).add_(residual.T @ residual)
+        sums["square"].mul_(keep).add_(square)
         sums["errors"].mul_(keep**2).add_(batch.inverse, alpha=n**2)
         sums["slopes"].mul_(keep).add_(batch.slopes)
         self._weight = self._weight * keep + n
@@ -186,6 +192,23 @@ Caught = tuple[torch.Tensor, int]
 """An activation and the number of its in-place changes when it was caught."""
 
 
+class Hook:
+    """A hook whose copies do nothing: a network may be copied or pickled while it is listened to.
+
+    A copy is a function of the standard library that takes anything and returns None, so that a
+    file of such a network loads without this library.
+    """
+
+    def __init__(self, react: Callable[..., None]) -> None:
+        self._react = react
+
+    def __call__(self, *given: Any) -> None:
+        self._react(*given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
 class Observer:
     """Reads activations of one training batch in `every`, from hooks that live for that batch.
 
@@ -208,6 +231,7 @@ class Observer:
         self._modules = modules
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._caught: dict[str, Caught] = {}
+        self._sizes: list[int] = []  # of the batch that was caught: of its input and its output
         self._calls = 0
         # of the first batch that is read: thetas of order 1 keep the polynomial well conditioned
         self._center = torch.zeros(parameters, dtype=torch.float64)
@@ -234,7 +258,7 @@ class Observer:
         """Remove the hooks and let go of what they caught."""
         while self._handles:
             self._handles.pop().remove()
-        self._caught = {}
+        self._caught, self._sizes = {}, []
 
     def estimates(self) -> dict[str, LiveEstimate]:
         """J of each layer that enough samples were seen of."""
@@ -272,31 +296,54 @@ class Observer:
         if state["listening"]:
             self._listen()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No hooks inside; afterwards it listens again if it did before."""
+        listening = bool(self._handles)
+        self.release()
+        try:
+            yield
+        finally:
+            if listening:
+                self._listen()
+
     def _listen(self) -> None:
-        self._handles.append(self._model.register_forward_pre_hook(self._catch_input))
-        self._handles.append(self._model.register_forward_hook(self._catch(OUTPUT)))
+        self._handles.append(self._model.register_forward_pre_hook(Hook(self._catch_input)))
+        self._handles.append(self._model.register_forward_hook(Hook(self._catch_output)))
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._catch(name)))
+            hook = Hook(partial(self._catch_layer, name))
+            self._handles.append(module.register_forward_hook(hook))
+
+    def _trains(self) -> bool:
+        """Whether this forward pass is of the training: neither a validation nor a measurement."""
+        return self._model.training or torch.is_grad_enabled()
 
     def _catch_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:
-            self._keep(INPUT, args[0])
+        if self._trains():
+            self._caught, self._sizes = {}, []  # the last pass counts
+            if args:
+                self._keep(INPUT, args[0])
 
-    def _catch(self, name: str) -> Any:
-        def catch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if name == OUTPUT:  # the last layer's own: one of them is enough
-                same = [other for other, (tensor, _) in self._caught.items() if tensor is output]
-                for other in same:
-                    del self._caught[other]
-            self._keep(name, output)
+    def _catch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # the last layer's own: one of them is enough
+        same = [name for name, (tensor, _) in self._caught.items() if tensor is output]
+        for name in same:
+            del self._caught[name]
+        self._keep(OUTPUT, output)
 
-        return catch
+    def _catch_layer(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        self._keep(name, output)
 
     def _keep(self, name: str, output: Any) -> None:
         """Hold on to a reference: the activations are there anyway, for the backward pass."""
-        if name in self._caught or not isinstance(output, torch.Tensor) or output.ndim < 1:
+        if not (self._trains() and isinstance(output, torch.Tensor) and output.ndim):
             return
-        if output.is_floating_point() and output[:1].numel() <= WIDEST:
+        if name in (INPUT, OUTPUT):
+            self._sizes.append(len(output))
+        floating = output.is_floating_point() and name not in self._caught
+        if floating and output[:1].numel() <= WIDEST:
             version = -1 if output.is_inference() else output._version
             self._caught[name] = (output, version)
 
@@ -304,8 +351,9 @@ class Observer:
         caught = {name: tensor for name, tensor in self._caught.items() if self._intact(tensor)}
         if not caught:
             return
-        n = len(next(iter(caught.values()))[0])
-        rows = self._theta(theta, n)
+        rows = self._theta(theta, self._sizes or [len(output) for output, _ in caught.values()])
+        if len(rows) < 2:
+            return
         if not self.moments:
             spread, self._center = torch.std_mean(rows, 0, correction=0)
             self._spread = torch.where(spread > 0, spread, 1.0)
@@ -314,27 +362,30 @@ class Observer:
             return
         for name, (output, _) in caught.items():
             flat = output.detach().flatten(1) if output.ndim > 1 else output.detach()[:, None]
-            if len(flat) != n:
+            if len(flat) != len(rows):
                 continue
-            if name not in self.moments:
-                self.moments[name] = RegressionMoments(
-                    flat.shape[1], self._parameters, device=flat.device
-                )
-            with torch.autocast(flat.device.type, enabled=False):
-                self.moments[name].update(batch.to(flat.device), flat)
+            moments = self.moments.get(name)
+            if moments is None:
+                moments = RegressionMoments(flat.shape[1], self._parameters, device=flat.device)
+                self.moments[name] = moments
+            if flat.shape[1] == moments.dim:  # sequences may differ in length
+                with torch.autocast(flat.device.type, enabled=False):
+                    moments.update(batch.to(flat.device), flat)
 
     def _intact(self, caught: Caught) -> bool:
         """Not overwritten since, by an in-place activation."""
         output, version = caught
-        return version in (-1, output._version)
+        return version == -1 or version == output._version
 
-    def _theta(self, theta: torch.Tensor, n: int) -> torch.Tensor:
+    def _theta(self, theta: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """theta [n, P] float64 on the CPU; n is one of the sizes, for the batch need not come
+        first."""
         rows = torch.as_tensor(theta).detach()
-        flat = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
-        if flat.shape != (n, self._parameters):
+        flat = rows.reshape(len(rows), -1) if rows.numel() and rows.ndim else rows.reshape(-1, 1)
+        if len(flat) not in sizes or flat.shape[1] != self._parameters:
             raise ValueError(
-                f"theta must have shape [n, P] = [{n}, {self._parameters}], one row per sample of"
-                f" the last forward pass, got {list(rows.shape)}"
+                f"theta must have shape [n, P] = [{sizes[0]}, {self._parameters}], one row per"
+                f" sample of the last forward pass, got {list(rows.shape)}"
             )
         return flat.to("cpu", torch.float64)
 

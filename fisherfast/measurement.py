@@ -64,6 +64,7 @@ class Measurement:
         self._data = data
         self._layers = layers
         self._settings = settings
+        self._sites: list[taps.Site] = []
         self._meters: dict[str, LayerMeter] = {}
         self._active: list[LayerMeter] = []
         self._finite: list[tuple[str, int, int, torch.Tensor]] = []
@@ -101,7 +102,7 @@ class Measurement:
         if warning is not None:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
         flow = self._recall.complete(
-            FisherFlow(tuple(layers), self._settings, maps=maps), self._data
+            FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
         )
         self._warn(flow.layers, warning)
         return flow
@@ -179,9 +180,8 @@ class Measurement:
                 forward.run(dual.DualTensor.pack(batch.x, batch.tangents))
 
     def _survey(self, batch: torch.Tensor) -> None:
-        if self._recall.sites is None:
-            self._recall.sites = self._find_sites(batch)
-        for site in self._recall.unknown():
+        self._sites = self._recall.sites or self._find_sites(batch)
+        for site in self._recall.unknown(self._sites):
             wide = too_wide(site.dim, self._data, self._settings["max_features"])
             meter = WideMeter(site) if wide else LayerMeter(site)
             self._meters.update(dict.fromkeys(site.names, meter))

@@ -69,28 +69,35 @@ class ThetaBatch:
     """The polynomial of the thetas of one batch: what the regressions of all layers share.
 
     Args:
-        theta: [n, P] float64 on the CPU.
-        center, spread: [P], so that (theta - center) / spread is of order 1.
+        theta: [n, P] float64 on the CPU, n at least 2.
 
     Attributes:
-        basis: [n, q] values of the monomials, float32.
+        basis: [n, q] values of the monomials of the standardised thetas, float32.
         solver: [q, n], gives the coefficients of activations [n, d]; float32.
-        slopes: [P, q] float64, sums over the samples of the derivatives of the monomials.
-        inverse: [q, q] float64, (B^T B)^-1.
+        slopes: [P, q] float64, means over the samples of the derivatives of the monomials by theta.
+        noise: [P, P] float64, covariance of a mean derivative in units of that of an activation.
+        weight: of the batch; n for batches of like thetas.
         usable: there are enough different thetas for the polynomial.
     """
 
-    def __init__(self, theta: torch.Tensor, center: torch.Tensor, spread: torch.Tensor) -> None:
+    def __init__(self, theta: torch.Tensor) -> None:
         exponents = monomials(theta.shape[1])
-        t = (theta - center) / spread
+        spread, center = torch.std_mean(theta, 0, correction=0)
+        spread = torch.where(spread > 0, spread, 1.0)
+        t = (theta - center) / spread  # of order 1: a polynomial that is well conditioned
         basis = powers(t, exponents)
-        self.inverse, failed = torch.linalg.inv_ex(basis.T @ basis)
-        largest = float(self.inverse.diagonal().amax())
+        inverse, failed = torch.linalg.inv_ex(basis.T @ basis)
+        largest = float(inverse.diagonal().amax())
         enough = len(theta) > len(exponents) + 1
         self.usable = enough and int(failed) == 0 and largest * len(theta) < DEGENERATE
         self.basis = basis.float()
-        self.solver = (self.inverse @ basis.T).float()
-        self.slopes = slopes_of(t, exponents).sum(0)
+        self.solver = (inverse @ basis.T).float()
+        self.slopes = slopes_of(t, exponents).mean(0) / spread[:, None]
+        self.noise = self.slopes @ inverse @ self.slopes.T
+        # thetas close together tell little of a slope; a power that a change of units only scales
+        size = float(torch.linalg.det(self.noise))
+        self.usable = self.usable and size > 0
+        self.weight = size ** (-1 / theta.shape[1]) if self.usable else 0.0
 
     def to(self, device: torch.device) -> ThetaBatch:
         """On another device."""
@@ -106,27 +113,25 @@ class RegressionMoments:
         parameters: P.
         device: of the sums over activations.
 
-    Memory: d (q + d) numbers of float64, q the number of monomials. Cost of a batch: n d^2.
+    Memory: d (P + d) numbers of float64. Cost of a batch: n d^2.
     """
 
     def __init__(self, dim: int, parameters: int, device: torch.device | str = "cpu") -> None:
         self.dim = dim
         self._window = max(WINDOW, WINDOW_PER_ACTIVATION * dim)
-        q = len(monomials(parameters))
         f64 = torch.float64
         self._sums = {
-            "coefficients": torch.zeros(q, dim, dtype=f64, device=device),  # n C
-            "square": torch.zeros(dim, dim, dtype=f64, device=device),  # residuals
-            "errors": torch.zeros(q, q, dtype=f64),  # n^2 (B^T B)^-1: Cov(n C) in units of S
-            "slopes": torch.zeros(parameters, q, dtype=f64),  # n times the mean of B'
+            "derivative": torch.zeros(parameters, dim, dtype=f64, device=device),  # w D
+            "square": torch.zeros(dim, dim, dtype=f64, device=device),  # w / n residuals
+            "noise": torch.zeros(parameters, parameters, dtype=f64),  # w^2 Cov(D) in units of S
         }
-        self._weight = 0.0  # sum of n
-        self._freedom = 0.0  # of the residuals
-        self._freedom_squared = 0.0
+        self._weight = 0.0  # sum of w
+        self._freedom = 0.0  # of the residuals, times w / n
+        self._freedom_squared = 0.0  # times (w / n)^2
 
     def update(self, batch: ThetaBatch, activations: torch.Tensor) -> None:
         """Add activations [n, d] of any floating dtype, of a usable batch of thetas."""
-        sums, (n, q) = self._sums, batch.basis.shape
+        sums, (n, q), weight = self._sums, batch.basis.shape, batch.weight
         a = activations.float()
         coefficients = batch.solver @ a
         # float32 products of residuals, float64 sums: a trend needs three digits
@@ -135,17 +140,16 @@ class RegressionMoments:
         if not bool(torch.isfinite(square).all()):
             return  # one NaN would stay for ever
         keep = math.exp(-n / self._window)
-        sums["coefficients"].mul_(keep).add_(coefficients, alpha=n)
-        sums["square"].mul_(keep).add_(square)
-        sums["errors"].mul_(keep**2).add_(batch.inverse, alpha=n**2)
-        sums["slopes"].mul_(keep).add_(batch.slopes)
-        self._weight = self._weight * keep + n
-        self._freedom = self._freedom * keep + (n - q)
-        self._freedom_squared = self._freedom_squared * keep**2 + (n - q)
+        derivative = batch.slopes.to(a.device) @ coefficients.double()
+        sums["derivative"].mul_(keep).add_(derivative, alpha=weight)
+        sums["square"].mul_(keep).add_(square, alpha=weight / n)
+        sums["noise"].mul_(keep**2).add_(batch.noise, alpha=weight**2)
+        self._weight = self._weight * keep + weight
+        self._freedom = self._freedom * keep + (n - q) * (weight / n)
+        self._freedom_squared = self._freedom_squared * keep**2 + (n - q) * (weight / n) ** 2
 
     def estimate(self, ridge: float = RIDGE) -> LiveEstimate | None:
-        """J of what was added, in units of the spread of theta; None while there are too few
-        samples.
+        """J of what was added; None while there are too few samples.
 
         Cost: d^3 / 3 operations.
         """
@@ -155,17 +159,16 @@ class RegressionMoments:
         dof = self._freedom**2 / self._freedom_squared
         covariance = sums["square"] / self._freedom
         live = (covariance.diagonal() > 0).nonzero()[:, 0]
-        k, P = len(live), len(sums["slopes"])
+        k, P = len(live), len(sums["noise"])
         if dof < k + SPARE_DOF:
             return None
-        slopes = (sums["slopes"] / self._weight).to(covariance)
-        noise = slopes @ sums["errors"].to(covariance) @ slopes.T / self._weight**2
         if k == 0:
             zero = torch.zeros(P, P, dtype=torch.float64)
             return LiveEstimate(zero, zero, dof)
+        noise = (sums["noise"] / self._weight**2).to(covariance)
         solved = ops.fisher_solve_details(
             covariance[live][:, live].contiguous(),
-            (slopes @ sums["coefficients"][:, live] / self._weight).T.contiguous(),
+            (sums["derivative"][:, live] / self._weight).T.contiguous(),
             ridge=ridge,
             inverse_rows=True,
         )
@@ -233,9 +236,6 @@ class Observer:
         self._caught: dict[str, Caught] = {}
         self._sizes: list[int] = []  # of the batch that was caught: of its input and its output
         self._calls = 0
-        # of the first batch that is read: thetas of order 1 keep the polynomial well conditioned
-        self._center = torch.zeros(parameters, dtype=torch.float64)
-        self._spread = torch.ones(parameters, dtype=torch.float64)
         self.moments: dict[str, RegressionMoments] = {}
 
     def observe(self, theta: torch.Tensor) -> None:
@@ -263,12 +263,7 @@ class Observer:
     def estimates(self) -> dict[str, LiveEstimate]:
         """J of each layer that enough samples were seen of."""
         found = {name: moments.estimate() for name, moments in self.moments.items()}
-        unit = 1 / (self._spread[:, None] * self._spread)
-        return {
-            name: LiveEstimate(live.J * unit, live.stderr * unit, live.samples)
-            for name, live in found.items()
-            if live is not None
-        }
+        return {name: live for name, live in found.items() if live is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers; a batch that is being listened to is not among them."""
@@ -276,8 +271,6 @@ class Observer:
         return {
             "calls": self._calls,
             "listening": bool(self._handles),
-            "center": self._center.clone(),
-            "spread": self._spread.clone(),
             "moments": moments,
         }
 
@@ -285,7 +278,6 @@ class Observer:
         """Take what `state_dict` returned; listens again if that was so."""
         self.release()
         self._calls = int(state["calls"])
-        self._center, self._spread = state["center"].clone(), state["spread"].clone()
         self.moments = {}
         for name, sums in state["moments"].items():
             moments = RegressionMoments(
@@ -354,10 +346,7 @@ class Observer:
         rows = self._theta(theta, self._sizes or [len(output) for output, _ in caught.values()])
         if len(rows) < 2:
             return
-        if not self.moments:
-            spread, self._center = torch.std_mean(rows, 0, correction=0)
-            self._spread = torch.where(spread > 0, spread, 1.0)
-        batch = ThetaBatch(rows, self._center, self._spread)
+        batch = ThetaBatch(rows)
         if not batch.usable:
             return
         for name, (output, _) in caught.items():
@@ -381,7 +370,7 @@ class Observer:
         """theta [n, P] float64 on the CPU; n is one of the sizes, for the batch need not come
         first."""
         rows = torch.as_tensor(theta).detach()
-        flat = rows.reshape(len(rows), -1) if rows.numel() and rows.ndim else rows.reshape(-1, 1)
+        flat = rows.flatten(1) if rows.ndim > 1 else rows.reshape(-1, 1)
         if len(flat) not in sizes or flat.shape[1] != self._parameters:
             raise ValueError(
                 f"theta must have shape [n, P] = [{sizes[0]}, {self._parameters}], one row per"

@@ -20,6 +20,7 @@ from fisherfast._progress import progress_bar
 from fisherfast.data import Batch, Data
 from fisherfast.maps import estimate_map
 from fisherfast.meters import LayerMeter, score_note
+from fisherfast.probed import PROBE_BYTES, ProbedMeter, unprobed
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
 from fisherfast.streams import Streams
@@ -91,7 +92,7 @@ class Measurement:
             with self._evaluation():
                 self._stream_again(progress)
         with torch.no_grad():
-            layers = [m.estimate(self._data, contrast, ridge) for m in self._layer_meters]
+            layers = [self._estimate(m, contrast, ridge) for m in self._layer_meters]
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
@@ -105,6 +106,11 @@ class Measurement:
         )
         self._warn(flow.layers, warning)
         return flow
+
+    def _estimate(self, meter: LayerMeter, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+        layer = meter.estimate(self._data, contrast, ridge)
+        compressed = isinstance(meter, WideMeter) and self._settings["probe"] is not None
+        return unprobed(layer) if compressed else layer
 
     def _warn(self, layers: tuple[LayerFisher, ...], warning: str | None) -> None:
         if self._quiet:
@@ -181,10 +187,15 @@ class Measurement:
     def _survey(self, batch: torch.Tensor) -> None:
         if self._recall.sites is None:
             self._recall.sites = self._find_sites(batch)
-        for site in self._recall.unknown():
-            wide = too_wide(site.dim, self._data, self._settings["max_features"])
-            meter = WideMeter(site) if wide else LayerMeter(site)
+        sites = self._recall.unknown()
+        for site in sites:
+            meter = self._meter(site, PROBE_BYTES // len(sites))
             self._meters.update(dict.fromkeys(site.names, meter))
+
+    def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
+        if too_wide(site.dim, self._data, self._settings["max_features"]):
+            return WideMeter(site)
+        return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
 
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:
         if self._model is None:

@@ -374,7 +374,7 @@ class _Training:
             for group in optimiser.param_groups:
                 group["lr"] = LEARNING_RATE * schedule(step / total)
             optimiser.zero_grad()
-            self._loss(probe, batch, noisy=True).backward()  # type: ignore[no-untyped-call]
+            self._loss(probe, batch, noisy=True).backward()
             torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
             optimiser.step()
             if step % max(total // EVALUATIONS, 1) and step < total:

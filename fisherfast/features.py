@@ -212,14 +212,19 @@ class FeatureDictionary:
         z = (activations.to(self.dtype) - self._mean) * self._scale
         return self._group(z * self._sign.to(self.dtype)) if self.kind == "sketch" else z
 
-    def raw_tangents(self, tangents: torch.Tensor) -> torch.Tensor:
-        """Tangents [P, n, raw] of the leading features, of tangents [P, n, d] of the
-        activations."""
+    def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
+        """Tangents [P, n, raw] of the leading features, of tangents [P, n, d] of the activations.
+        `raw` is what `raw_features` returned: not needed where they are linear."""
         z = tangents.to(self.dtype) * self._scale
         if self.kind != "sketch":
             return z
         grouped = self._group((z * self._sign.to(self.dtype)).flatten(0, 1))
         return grouped.unflatten(0, z.shape[:2])
+
+    def response(self, derivative: torch.Tensor) -> torch.Tensor:
+        """Derivative [d, P] of the mean activations from that of the mean features [k, P]; not for
+        a sketch."""
+        return derivative[: self.raw] / self._scale.to(derivative)[:, None]
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         """All features [n, k] of activations [n, d] of any floating dtype, about their pilot."""

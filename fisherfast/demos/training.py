@@ -53,6 +53,16 @@ class EpochRecord:
         """Validation error in units of the Cramer-Rao bound: val_mse * J_input."""
         return self.val_mse * self.flow["input"].value
 
+    @property
+    def transmission(self) -> float:
+        """J_output / J_input."""
+        return self.flow.fractions()["output"]
+
+    @property
+    def transmission_error(self) -> float:
+        """Standard error of `transmission`."""
+        return self.flow.fraction_errors()["output"]
+
 
 def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[EpochRecord]:
     """Yield a record before training and after each epoch; the model of the task is trained.
@@ -81,7 +91,7 @@ def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[Epoc
 def nearest_epoch(history: Sequence[EpochRecord], share: float) -> EpochRecord:
     """The epoch whose output transmits nearest to `share` of the input; runs of different length
     compare at equal output."""
-    return min(history, key=lambda record: abs(record.flow.fractions()["output"] - share))
+    return min(history, key=lambda record: abs(record.transmission - share))
 
 
 def mean_square_error(model: nn.Module, x: Tensor, theta: Tensor) -> float:

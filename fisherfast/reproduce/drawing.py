@@ -121,7 +121,7 @@ def _draw_epochs(ax: Axes, run: TrainedRun, chosen: Mapping[int, EpochRecord]) -
 
 def _draw_against_output(ax: Axes, run: TrainedRun) -> None:
     colours = sequence_colours(len(run.layers))
-    output = [record.flow.fractions()["output"] for record in run.history]
+    output = [record.transmission for record in run.history]
     ax.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="no loss behind the layer")
     for index, (layer, color) in enumerate(zip(run.layers, colours, strict=True)):
         marker = MARKERS[index % len(MARKERS)]
@@ -214,8 +214,8 @@ def draw_transmission(runs: Sequence[TrainedRun]) -> Any:
     for index, run in enumerate(runs):
         ax = figure.add_subplot(1, len(runs), index + 1)
         epochs = [record.epoch for record in run.history]
-        held_out = [record.flow.fractions()["output"] for record in run.history]
-        errors = [record.flow.fraction_errors()["output"] for record in run.history]
+        held_out = [record.transmission for record in run.history]
+        errors = [record.transmission_error for record in run.history]
         ax.axhline(1, color=GREY, ls="--", lw=1, label="all of the input")
         ax.errorbar(
             epochs, held_out, errors, color=BLUE, marker="o", ms=4, capsize=3, label="held-out"

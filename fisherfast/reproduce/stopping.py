@@ -223,8 +223,8 @@ def _stopping(run: TrainedRun, *, published: bool) -> Outcome:
 
 def _loss(run: TrainedRun) -> dict[str, Any]:
     """How far the output falls on held-out samples, from its best epoch to the last."""
-    shares = [record.flow.fractions()["output"] for record in run.history]
-    errors = [record.flow.fraction_errors()["output"] for record in run.history]
+    shares = [record.transmission for record in run.history]
+    errors = [record.transmission_error for record in run.history]
     best = max(range(len(shares)), key=lambda i: shares[i])
     return {
         "best_epoch": run.history[best].epoch,

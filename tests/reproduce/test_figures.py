@@ -13,6 +13,7 @@ import torch
 
 import fisherfast as ff
 from fisherfast.__main__ import main
+from fisherfast.demos.training import EpochRecord
 from fisherfast.problems import published
 from fisherfast.reproduce import FIGURES, Context, Options, flows, lift, stopping
 from fisherfast.reproduce.trained import TrainedRun
@@ -91,32 +92,23 @@ def test_points_of_the_flow_are_those_of_their_epoch(folder, name, values):
     assert {point["epoch"] for point in points[:5]} == {0}  # before training
 
 
-def fake_run(outputs: list[float], levels: list[float], **more) -> TrainedRun:
+def fake_run(outputs, levels, *, val=None, published=None) -> TrainedRun:
     """A run whose output transmits `outputs`, with training errors `levels` / J_input."""
-
-    def flow(share):
-        layer = SimpleNamespace(value=2.0, stderr=torch.ones(1, 1))
-        return SimpleNamespace(
-            fractions=lambda: {"input": 1.0, "output": share},
-            fraction_errors=lambda: {"input": 0.1, "output": 0.1},
-            __getitem__=None,
-            layer=layer,
-        )
+    J_input = 2.0
 
     class Flow(SimpleNamespace):
         def __getitem__(self, name):
-            return self.layer
+            return SimpleNamespace(value=J_input)
 
-    history = [
-        SimpleNamespace(
-            epoch=epoch,
-            flow=Flow(**vars(flow(share))),
-            train_mse=level / 2,
-            val_mse=more.get("val", [1.0] * len(outputs))[epoch],
+    history = []
+    for epoch, (share, level) in enumerate(zip(outputs, levels, strict=True)):
+        flow = Flow(
+            fractions=lambda share=share: {"input": 1.0, "output": share},
+            fraction_errors=lambda: {"input": 0.1, "output": 0.1},
         )
-        for epoch, (share, level) in enumerate(zip(outputs, levels, strict=True))
-    ]
-    return TrainedRun("fake", (), "", {}, history, 0, more.get("published", {}))
+        val_mse = val[epoch] if val else 1.0
+        history.append(EpochRecord(epoch, flow, level / J_input, val_mse, 0.0))
+    return TrainedRun("fake", (), "", {}, history, 0, published or {})
 
 
 def test_reduced_runs_are_compared_at_equal_output():

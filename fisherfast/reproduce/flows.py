@@ -26,7 +26,7 @@ PUBLISHED_SAMPLES, PUBLISHED_RATE, PUBLISHED_EPOCHS = 20_000, 1e-6, 15  # of the
 LOGNORMAL_RATE, LOGNORMAL_EPOCHS = 1e-3, 12  # reduced: to the published last state
 
 IMAGING_SAMPLES = {False: 10_000, True: 20_000}  # per position, simulated; a file has its own
-IMAGING_EPOCHS = {False: 8, True: 15}
+IMAGING_EPOCHS = {False: 5, True: 15}
 IMAGING_RATE = 3e-5  # of Adam: the states between the first and the last epoch are seen
 
 

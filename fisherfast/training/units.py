@@ -17,7 +17,8 @@ error of one that is not is that of its bias, and that of one that remembers is 
 
 TRANSMITTED = 0.3
 """J_output / J_input below which a network counts as untrained whatever its error: where the output
-is mostly noise, so is the error. Networks of random weights were at 0.001 to 0.1."""
+is mostly noise, so is the error. Of 150 networks of random weights nine in ten were below 0.11, the
+best at 0.35."""
 
 
 def unit_note(flow: FisherFlow, mse: Errors, target_scale: float) -> list[str]:

@@ -45,7 +45,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "history.csv"
 
 
-# --- what stands in it -----------------------------------------------------------------------------
+# --- what stands in it ----------------------------------------------------------------------------
 
 
 def test_each_record_adds_its_line(path):
@@ -97,7 +97,7 @@ def test_new_columns_rewrite_the_file(path):
         assert read(path) == cells(rows[:count])
 
 
-# --- other hands -----------------------------------------------------------------------------------
+# --- other hands ----------------------------------------------------------------------------------
 
 
 def test_a_file_of_that_name_is_replaced(path):
@@ -146,7 +146,7 @@ def test_a_reader_never_sees_half_a_file(path):
     assert set(seen) <= whole
 
 
-# --- a disk that is full, a folder that is gone ----------------------------------------------------
+# --- a disk that is full, a folder that is gone ---------------------------------------------------
 
 
 def refuse(*_given: object, **_more: object) -> None:
@@ -237,7 +237,7 @@ def test_other_formats_are_refused(tmp_path, name):
         HistoryFile(tmp_path / name)
 
 
-# --- with a monitor --------------------------------------------------------------------------------
+# --- with a monitor -------------------------------------------------------------------------------
 
 
 def test_a_training_on_a_full_disk(path, monkeypatch):

@@ -77,7 +77,7 @@ class Counter:
         self.calls += 1
 
 
-# --- a measurement by the monitor is a measurement -------------------------------------------------
+# --- a measurement by the monitor is a measurement ------------------------------------------------
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -140,7 +140,7 @@ def test_a_path_that_opens_later_is_seen():
         assert flow.to_dict() == ff.fisher_flow(model, data, max_features=128).to_dict()
 
 
-# --- what is found out once ------------------------------------------------------------------------
+# --- what is found out once -----------------------------------------------------------------------
 
 
 def test_the_input_is_measured_once_and_layers_are_found_twice():
@@ -226,7 +226,7 @@ def test_calls_with_nothing_to_record_count():
     assert [record.epoch for record in monitor.history] == [0, 3, 6]
 
 
-# --- what goes wrong -------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("healthy_first", [True, False])
@@ -346,11 +346,11 @@ def test_no_samples_are_refused():
         ).step()
 
 
-# --- levels and the meter of overfitting -----------------------------------------------------------
+# --- levels and the meter of overfitting ----------------------------------------------------------
 
 
 def test_levels_are_errors_in_units_of_the_bound():
-    """Catches J of another layer or epoch, and the scale of the targets forgotten or not squared."""
+    """Catches J of another layer or epoch, and a scale of the targets that is not squared."""
     monitor = ff.FisherMonitor(network(), SOURCES["independent"](), target_scale=-0.5)
     record = monitor.step(train_mse=0.8, val_mse=1.2)
     J = record.flow["input"].value
@@ -418,7 +418,7 @@ def test_overfitting_is_unknown_without_training_data():
     assert math.isnan(ff.FisherMonitor(network(), SOURCES["paired"]()).step().overfitting)
 
 
-# --- what is the user's ----------------------------------------------------------------------------
+# --- what is the user's ---------------------------------------------------------------------------
 
 
 def regular() -> nn.Module:

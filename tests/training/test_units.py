@@ -115,7 +115,7 @@ def test_the_parameter_in_another_unit_is_named():
     assert notes_of(plain, 2, train_mse=errors(plain, x, theta)) == ()
 
 
-# --- no false alarm --------------------------------------------------------------------------------
+# --- no false alarm -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -535,6 +535,17 @@ class Pair(nn.Module):
         return body.sum(1), {"states": states}
 
 
+class Ends(nn.Module):
+    """Layers that are called like the ends of the network, which they are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.output = nn.Linear(DIM, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.output(self.input(x)))
+
+
 class TimeFirst(nn.Module):
     """Sequences [T, n, 1], as recurrent layers take them by default."""
 
@@ -577,6 +588,14 @@ KINDS = {
         lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 2, 2), nn.Flatten()),
         lambda x: x,
         {"input", "1", "output"},
+    ),
+    "ends": (Ends, lambda x: x, {"input", "self.input", "self.output", "output"}),
+    "parametrized": (
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(DIM, BATCH)), nn.Linear(BATCH, 1)
+        ),
+        lambda x: x,
+        {"input", "0", "output"},
     ),
     "one module": (lambda: nn.Linear(DIM, 1), lambda x: x, {"input", "output"}),
     "one number": (
@@ -654,6 +673,39 @@ def test_a_compiled_network_is_read_at_its_ends():
     assert not compiled._forward_hooks
 
 
+def test_a_compiled_part_is_not_read_inside():
+    torch._dynamo.reset()
+    inside = torch.compile(mlp([DIM, 4, 3], seed=0), backend="eager")
+    model = nn.Sequential(inside, nn.Linear(3, 2), nn.Linear(2, 1))
+    monitor = monitored(model)
+    train(monitor, model, 3)
+    monitor.close()
+    assert set(monitor._observer.moments) == {"input", "1", "output"}
+
+
+def test_a_network_that_is_compiled_in_place_is_left_alone():
+    """Catches a graph that is compiled again for each batch that is read: after eight times it
+    would run uncompiled for good."""
+    model = mlp([DIM, 4, 1], seed=0)
+    model.compile(backend="eager")
+    monitor = monitored(model)
+    with pytest.warns(ff.FisherWarning, match="model must not be compiled in place for observe"):
+        monitor.observe(torch.zeros(1))
+    assert not any(m._forward_hooks for m in model.modules())
+    train(monitor, model, 3)
+    assert monitor.live() == {}
+    monitor.close()
+
+
+def test_a_network_spread_over_threads_is_read_at_its_ends():
+    """Catches hooks that are copied into replicas, each of which sees a part of the batch."""
+    wrapped = nn.DataParallel(mlp([DIM, 4, 1], seed=0))
+    monitor = monitored(wrapped)
+    train(monitor, wrapped, 6)
+    monitor.close()
+    assert set(monitor.live()) == {"input", "output"}
+
+
 def test_several_models_do_not_meet():
     """Catches hooks that are shared, by a layer that both networks have."""
     shared = nn.Linear(DIM, 3)
@@ -670,6 +722,33 @@ def test_several_models_do_not_meet():
     for monitor in monitors:
         monitor.close()
     assert not shared._forward_hooks
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_state_that_comes_back_on_another_device(place, tmp_path):
+    """Catches sums that stay where a state was loaded to, away from the activations."""
+    model = mlp([DIM, 4, 1], seed=0).cuda()
+    monitor = monitored(model)
+    for x, theta in shifted(torch.ones(DIM), 4):
+        model(x.cuda())
+        monitor.observe(theta.cuda())
+    monitor.step(train_mse=0.5)
+    monitor.close()
+    torch.save(monitor.state_dict(), tmp_path / "state.pt")
+    again = monitored(model)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", map_location=place, weights_only=True))
+    for each in (monitor, again):
+        generator.manual_seed(1)
+        for x, theta in shifted(torch.ones(DIM), 4):
+            model(x.cuda())
+            each.observe(theta)
+        each.step(train_mse=torch.tensor(0.5, device="cuda"))
+        each.close()
+    assert again.history[0].train_level == monitor.history[0].train_level
+    for name, estimate in monitor.live().items():
+        assert torch.allclose(again.live()[name].J, estimate.J, rtol=1e-4)
 
 
 def test_live_values_are_shares_of_the_input_that_was_observed():

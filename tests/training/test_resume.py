@@ -135,6 +135,19 @@ def test_the_file_of_a_resumed_run_is_whole(tmp_path):
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["epoch", "0", "1"]
 
 
+def test_a_state_that_replaces_as_many_records_rewrites_the_file(tmp_path):
+    """Catches a line appended to the history that was left, where both are equally long."""
+    model = mlp([DIM, 4, 1], seed=0)
+    path = tmp_path / "history.csv"
+    other = ff.FisherMonitor(model, DATA, max_features=32)
+    other.step(epoch=7, train_mse=0.5)
+    monitor = ff.FisherMonitor(model, DATA, max_features=32, path=path)
+    monitor.step(epoch=3, train_mse=0.9)
+    monitor.load_state_dict(other.state_dict())
+    monitor.step(train_mse=0.4)
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["epoch", "7", "8"]
+
+
 def test_a_state_does_not_change_with_the_run():
     """Catches tensors that a state shares with the monitor."""
     run = Run(seed=0)

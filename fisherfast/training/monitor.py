@@ -19,6 +19,7 @@ from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
 from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement, NotFiniteError
+from fisherfast.memory_budget import check_budget
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
 from fisherfast.settings import BATCH_SIZE, FOLDS, check_passes, check_settings
@@ -67,7 +68,8 @@ class FisherMonitor:
         path: CSV file that is brought up to date with every record.
         keep: bytes of samples kept between measurements where the source is a simulator, a loader
             or files; what does not fit is read again each time.
-        batch_size, seed, ridge, folds, maps: as for `fisher_flow`.
+        batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. What is kept
+            between measurements counts besides.
 
     Attributes:
         history: records in the order of the calls.
@@ -110,6 +112,7 @@ class FisherMonitor:
         ridge: float = RIDGE,
         folds: int = FOLDS,
         maps: bool = False,
+        memory_budget: int | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -120,7 +123,7 @@ class FisherMonitor:
         self._target_scale = _check_scale(target_scale)
         common = (batch_size, seed, ridge, folds)
         self._settings = check_settings(data, max_features, None, *common)
-        self._settings |= check_passes(data, False, maps)
+        self._settings |= check_passes(data, False, maps) | check_budget(memory_budget)
         self._layers = layers
         self.data = self._kept(data)
         self._training_data: Data | None = None

@@ -206,7 +206,7 @@ class Observer:
         self._parameters = parameters
         self._every = every
         self._modules = modules
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle | _AroundCompiled] = []
         self._caught: dict[str, Caught] = {}
         self._calls = 0
         # of the first batch that is read: thetas of order 1 keep the polynomial well conditioned
@@ -273,17 +273,22 @@ class Observer:
             self._listen()
 
     def _listen(self) -> None:
+        if self._model._compiled_call_impl is not None:  # by `model.compile()`
+            self._handles.append(_AroundCompiled(self._model, self._catch_input, self._catch))
+            return
         self._handles.append(self._model.register_forward_pre_hook(self._catch_input))
         self._handles.append(self._model.register_forward_hook(self._catch(OUTPUT)))
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._catch(name)))
 
     def _catch_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:
+        if args and not torch.compiler.is_compiling():
             self._keep(INPUT, args[0])
 
     def _catch(self, name: str) -> Any:
         def catch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if torch.compiler.is_compiling():  # no part of what is compiled
+                return
             if name == OUTPUT:  # the last layer's own: one of them is enough
                 same = [other for other, (tensor, _) in self._caught.items() if tensor is output]
                 for other in same:
@@ -337,6 +342,29 @@ class Observer:
                 f" the last forward pass, got {list(rows.shape)}"
             )
         return flat.to("cpu", torch.float64)
+
+
+class _AroundCompiled:
+    """Hooks on the input and output of a module that compiles its own call, hooks included: these
+    are outside of it."""
+
+    def __init__(self, module: nn.Module, catch_input: Any, catch: Any) -> None:
+        self._module = module
+        compiled: Any = module._compiled_call_impl
+        self._compiled = compiled
+        catch_output = catch(OUTPUT)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            catch_input(module, args)
+            output = compiled(*args, **kwargs)
+            catch_output(module, args, output)
+            return output
+
+        module._compiled_call_impl = call
+
+    def remove(self) -> None:
+        """Put the compiled call back."""
+        self._module._compiled_call_impl = self._compiled
 
 
 def monomials(parameters: int) -> list[tuple[int, ...]]:

@@ -183,6 +183,8 @@ class FisherCallback(_Callback):  # type: ignore[misc]
             return
         train_mse = _errors(trainer, "train_metric", self._train_metric)
         record = self._record(trainer, monitor, train_mse)
+        if record is None:
+            return
         logged = {f"{self._prefix}{name}": value for name, value in scalars(record).items()}
         pl_module.log_dict(logged, sync_dist=trainer.world_size > 1)
         if self.stopping is not None and trainer.current_epoch + 1 >= (trainer.min_epochs or 0):
@@ -224,10 +226,10 @@ class FisherCallback(_Callback):  # type: ignore[misc]
 
     def _record(
         self, trainer: Any, monitor: FisherMonitor, train_mse: list[float] | None
-    ) -> EpochRecord:
+    ) -> EpochRecord | None:
         """The record that all processes go on with: where one measures alone, that of rank 0."""
 
-        def step() -> EpochRecord:
+        def step() -> EpochRecord | None:
             epoch = trainer.current_epoch
             with _autocast(trainer):
                 return monitor.step(epoch=epoch, train_mse=train_mse, val_mse=self._val_mse)
@@ -240,11 +242,13 @@ class FisherCallback(_Callback):  # type: ignore[misc]
             except Exception as error:  # the others wait: they must hear of it
                 trainer.strategy.broadcast(f"{type(error).__name__}: {error}")
                 raise
-            trainer.strategy.broadcast(record.state_dict())
+            trainer.strategy.broadcast(None if record is None else record.state_dict())
             return record
         state = trainer.strategy.broadcast(None)
         if isinstance(state, str):
             raise RuntimeError(f"rank 0 failed in its measurement: {state}")
+        if state is None:
+            return None
         record = EpochRecord.from_state_dict(state)
         monitor.adopt(record)
         return record

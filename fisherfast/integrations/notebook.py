@@ -33,7 +33,7 @@ class LivePlot:
     Raises:
         TypeError: monitor is none.
 
-    Cost: of an update about 0.4 s, in a notebook.
+    Cost: of an update about half a second, in a notebook.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -42,7 +42,7 @@ class LivePlot:
         >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
         >>> monitor = ff.FisherMonitor(torch.nn.Linear(4, 1), data)
         >>> plot = LivePlot(monitor)
-        >>> record = monitor.step(train_mse=0.3)
+        >>> record = monitor.step()
         >>> plot.update()  # not in a notebook
         False
     """

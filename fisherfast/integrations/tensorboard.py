@@ -45,7 +45,7 @@ def log_to_tensorboard(
         ValueError: the monitor has no record yet.
         ImportError: figures without matplotlib.
 
-    Cost: a few milliseconds for scalars, about 0.3 s for figures.
+    Cost: a few milliseconds for scalars, about half a second for figures.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -55,9 +55,8 @@ def log_to_tensorboard(
         ...         print(global_step, tag)
         >>> x = torch.randn(2, 1000, 4)
         >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
-        >>> record = ff.FisherMonitor(torch.nn.Linear(4, 1), data).step(epoch=7, train_mse=0.3)
+        >>> record = ff.FisherMonitor(torch.nn.Linear(4, 1), data).step(epoch=7)
         >>> log_to_tensorboard(Printer(), record)
-        7 fisher/train_level
         7 fisher/transmission
         7 fisher/J/input
         7 fisher/fraction/input

@@ -48,7 +48,10 @@ def ipython(monkeypatch: pytest.MonkeyPatch, shell: Any) -> Display:
 def new_monitor(every: int = 1) -> ff.FisherMonitor:
     x = torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))
     data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
-    return ff.FisherMonitor(torch.nn.Linear(4, 1), data, every, max_features=8)
+    model = torch.nn.Linear(4, 1)
+    with torch.no_grad():
+        model.weight.fill_(1 / 4)  # unbiased: it is in the unit of theta
+    return ff.FisherMonitor(model, data, every, max_features=8)
 
 
 def test_one_display_that_is_drawn_again(monkeypatch):

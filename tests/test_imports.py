@@ -29,7 +29,7 @@ MEASURE = {
 NUMBERS = {"results", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
 PROBES = {"probe"}
-TOP = {"__main__", "plots", "demos", "training", "selfcheck"}
+TOP = {"__main__", "plots", "demos", "training", "integrations", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot
 
@@ -162,6 +162,7 @@ before, known = state(), set(sys.modules)
 import fisherfast
 assert state() == before, "import fisherfast changes a global setting"
 heavy = {"matplotlib", "tqdm", "PIL", "scipy", "pandas", "torchvision"}
+heavy |= {"lightning", "pytorch_lightning", "tensorboard", "IPython"}
 print(sorted(heavy & {name.split(".")[0] for name in set(sys.modules) - known}))
 """
 

@@ -40,6 +40,7 @@ LEVELS = {
     "wide": 5,
     **dict.fromkeys(PARTS_OF_FLOW, 4),
     "problems": 4,
+    "loss": 4,
     **dict.fromkeys(MEASURE | NUMBERS | WIDE_LAYERS, 3),
     "ops": 2,
     **dict.fromkeys(BELOW_OPS, 1),

@@ -152,7 +152,7 @@ class InformationLoss(nn.Module):
         dtheta: float | Sequence[float] | None = None,
         *,
         paired: bool = False,
-        corrected: bool = True,
+        corrected: bool = False,
         ridge: float = 0.0,
         regularization: float = REGULARIZATION,
     ) -> None:
@@ -395,9 +395,9 @@ def _information(moments: _Moments, ridge: float, corrected: bool) -> tuple[Tens
 
 def _failure(moments: _Moments, info: Tensor, ridge: float) -> ValueError:
     """Why the first system that failed did."""
-    covariance, info = moments.covariance.flatten(0, -3), info.flatten()
+    size = moments.covariance.shape[-1]
+    covariance, info = moments.covariance.reshape(-1, size, size), info.flatten()
     failed = int(info.nonzero()[0])
-    size = covariance.shape[-1]
     variance = covariance[failed].diagonal()
     finite = torch.isfinite(covariance[failed]).all(1)
     if not bool(finite.all()):

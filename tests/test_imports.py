@@ -24,6 +24,7 @@ MEASURE = {
     "score",
     "uncertainty",
     "estimators",
+    "batch_moments",
     "maps",
 }
 NUMBERS = {"results", "information_map", "marginal"}

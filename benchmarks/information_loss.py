@@ -49,7 +49,7 @@ class Run:
     """One training: what gives the samples, and how many."""
 
     source: str  # paired, independent, tangents or score
-    steps: int = 2000
+    steps: int = 3000
     batch: int = 500
     fixed: int | None = None  # training samples a condition; None: fresh ones at every step
     corrected: bool = False
@@ -78,10 +78,11 @@ def whitening(task: Task) -> nn.Linear:
     """A fixed layer to inputs of mean 0 and covariance 1; the log-normal's are nearly collinear."""
     problem = task.problem
     x = problem.sample(task.theta, WHITENING_SAMPLES, torch.Generator().manual_seed(FRESH_SEED - 1))
-    inverse = torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.double().T)))
+    values, vectors = torch.linalg.eigh(torch.cov(x.double().T))
+    root = vectors * values.rsqrt() @ vectors.T  # of the inverse: each input stays most like itself
     layer = nn.Linear(problem.dim, problem.dim).requires_grad_(False)
-    layer.weight.copy_(inverse)
-    layer.bias.copy_(-inverse @ x.double().mean(0))
+    layer.weight.copy_(root)
+    layer.bias.copy_(-root @ x.double().mean(0))
     return layer
 
 

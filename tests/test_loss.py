@@ -630,10 +630,11 @@ def test_nothing_of_the_users_is_touched():
 def whitened_network(problem: Problem, theta: float, seed: int) -> nn.Sequential:
     """d-64-64-1 behind a fixed layer that makes the inputs' covariance the unit matrix."""
     x = problem.sample(theta, 5000, torch.Generator().manual_seed(100)).double()
-    inverse = torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)))
+    values, vectors = torch.linalg.eigh(torch.cov(x.T))
+    root = vectors * values.rsqrt() @ vectors.T
     first = nn.Linear(problem.dim, problem.dim).requires_grad_(False)
-    first.weight.copy_(inverse)
-    first.bias.copy_(-inverse @ x.mean(0))
+    first.weight.copy_(root)
+    first.bias.copy_(-root @ x.mean(0))
     return nn.Sequential(first, mlp([problem.dim, 64, 64, 1], nn.GELU, seed=seed))
 
 

@@ -10,6 +10,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -291,7 +292,7 @@ def check_steps(
 ) -> tuple[float, ...]:
     """dtheta as positive numbers, one a parameter if their number is known."""
     if parameters is None:
-        parameters = max(1, len(dtheta)) if isinstance(dtheta, Sequence) else 1
+        parameters = max(1, np.size(np.asarray(dtheta)))
     return check_dtheta(dtheta, parameters)
 
 

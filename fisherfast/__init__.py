@@ -12,10 +12,13 @@ from fisherfast.information_map import InformationMap
 from fisherfast.loss import InformationLoss, linear_fisher
 from fisherfast.marginal import MarginalFisher
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
+from fisherfast.training import EpochRecord, FisherMonitor
 
 __all__ = [
+    "EpochRecord",
     "FiniteDifference",
     "FisherFlow",
+    "FisherMonitor",
     "FisherWarning",
     "InformationLoss",
     "InformationMap",

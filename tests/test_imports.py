@@ -12,8 +12,8 @@ import pytest
 import fisherfast
 
 PACKAGE = Path(fisherfast.__file__).parent
-ANYONE = {"_version", "_progress"}
-PARTS_OF_FLOW = {"meters", "settings", "streams"}
+ANYONE = {"_version", "_progress", "unwrap"}
+PARTS_OF_FLOW = {"meters", "recall", "settings", "streams"}
 MEASURE = {
     "data",
     "dual",

@@ -1,11 +1,11 @@
 """Networks trained with `ff.InformationLoss`, measured on fresh samples against the truth.
 
-    python benchmarks/information_loss.py [--out benchmarks/results/training.json] [--tiny]
+    python benchmarks/information_loss.py [--out benchmarks/results/training.json] [run ...]
     python benchmarks/information_loss.py --table
 
 Every run trains a small network with one output on one core and measures its output with
-`ff.fisher_flow` on samples that no training has seen. Each way to give the samples is run with 3
-seeds of weights and training samples; nothing is chosen by the result.
+`ff.fisher_flow` on samples that no training has seen. Each way to give the samples is run with
+several seeds of weights and training samples; nothing is chosen by the result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import fisherfast as ff
 from fisherfast.problems import GaussianScale, LogNormal, Problem, mlp
 
 OUT = harness.ROOT / "benchmarks" / "results" / "training.json"
-SEEDS = range(3)
+SEEDS = 3
 FRESH_SAMPLES = 50_000
 FRESH_SEED = 1000  # far from the seeds of training
 WHITENING_SAMPLES = 20_000
@@ -161,55 +161,60 @@ def measure(task: Task, network: nn.Module) -> dict[str, float]:
     }
 
 
-def information_loss(tiny: bool) -> dict[str, Any]:
-    """J / I of the one output of 64-64-1 networks trained to maximise log det J, 3 seeds each."""
-    results: dict[str, Any] = {
-        name: {"I": task.problem.fisher(task.theta).item()} for name, task in TASKS.items()
-    }
-    for label, run in RUNS.items():
-        for name, task in TASKS.items():
-            run = dataclasses.replace(run, steps=20, batch=100) if tiny else run
-            rows = []
-            for seed in range(1) if tiny else SEEDS:
-                network, seconds = train(task, run, seed)
-                rows.append(measure(task, network) | {"core seconds": round(seconds, 1)})
-                print(f"{name}, {label}, seed {seed}: {rows[-1]}", flush=True)
-            results[name][label] = {"steps": run.steps, "batch": run.batch} | {
-                key: [row[key] for row in rows] for key in rows[0]
-            }
+def information_loss(label: str, seeds: int, tiny: bool) -> dict[str, Any]:
+    """J / I of the one output of 64-64-1 networks trained to maximise log det J, one entry a seed."""
+    run = dataclasses.replace(RUNS[label], steps=20, batch=100) if tiny else RUNS[label]
+    results: dict[str, Any] = {}
+    for name, task in TASKS.items():
+        rows = []
+        for seed in range(seeds):
+            network, seconds = train(task, run, seed)
+            rows.append(measure(task, network) | {"core seconds": round(seconds, 1)})
+            print(f"{name}, {label}, seed {seed}: {rows[-1]}", flush=True)
+        results[name] = {"steps": run.steps, "batch": run.batch} | {
+            key: [row[key] for row in rows] for key in rows[0]
+        }
     return results
 
 
 def table(figures: dict[str, Any]) -> str:
     """The figures as docs/training.md shows them."""
     lines = [
-        "| samples at theta | " + " | ".join(figures) + " | core seconds |",
-        "|---|" + "---|" * (len(figures) + 1),
+        "| samples at theta | " + " | ".join(TASKS) + " | core seconds |",
+        "|---|" + "---|" * (len(TASKS) + 1),
     ]
     for label in RUNS:
-        rows = [task[label] for task in figures.values()]
-        cells = [", ".join(f"{value:.3f}" for value in row["J / I"]) for row in rows]
-        seconds = [value for row in rows for value in row["core seconds"]]
-        lines.append(f"| {label} | {' | '.join(cells)} | {sum(seconds) / len(seconds):.0f} |")
+        if label in figures:
+            rows = [figures[label][name] for name in TASKS]
+            cells = [", ".join(f"{value:.3f}" for value in row["J / I"]) for row in rows]
+            seconds = [value for row in rows for value in row["core seconds"]]
+            mean = sum(seconds) / len(seconds)
+            lines.append(f"| {label} | {' | '.join(cells)} | {mean:.0f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Train, measure, store beside what else is stored there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", help=f"of {', '.join(RUNS)}; all without arguments")
     parser.add_argument("--out", type=Path, default=OUT, help="JSON to add the results to")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="networks trained for each run")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--table", action="store_true", help="only print what is stored")
     options = parser.parse_args()
+    stored = json.loads(options.out.read_text()) if options.out.exists() else {}
+    figures = stored.get("information_loss", {}).get("figures", {})
     if options.table:
-        print(table(json.loads(options.out.read_text())["information_loss"]["figures"]))
+        print(table(figures))
         return
     torch.set_num_threads(1)
-    start = time.perf_counter()
-    figures = information_loss(options.tiny)
     what = (information_loss.__doc__ or "").splitlines()[0]
-    seconds = time.perf_counter() - start
-    harness.store("information_loss", what, figures, seconds, options.out)
+    seconds = stored.get("information_loss", {}).get("seconds", 0.0)
+    for label in options.runs or RUNS:
+        start = time.perf_counter()
+        figures |= {label: information_loss(label, options.seeds, options.tiny)}
+        seconds += time.perf_counter() - start
+        harness.store("information_loss", what, figures, seconds, options.out)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,26 @@ def test_corrected_tangents_are_a_sum_over_pairs_of_folds():
     torch.testing.assert_close(ff.linear_fisher(z, **given, corrected=True), expected, **EXACT)
 
 
+def test_corrected_pairs_have_fewer_degrees_of_freedom():
+    """nu / (1 + rho^2) for one pair that shares its noise. Catches the covariances of both
+    conditions taken for independent."""
+    n, k, F = 64, 3, 16
+    minus = normal(n, k)
+    plus = 0.8 * minus + 0.6 * normal(n, k, seed=1) + 0.3
+    means_minus, scatter_minus = within_folds(minus, F)
+    means_plus, scatter_plus = within_folds(plus, F)
+    rho = sum(torch.corrcoef(torch.stack([minus[:, i], plus[:, i]]))[0, 1] for i in range(k)) / k
+    cells = 2 * (n - F)
+    nu = cells / (1 + rho**2)
+    inverse = torch.linalg.inv((scatter_minus + scatter_plus) / cells)
+    d = (means_plus - means_minus) / 0.5
+    total = sum(d[f] @ inverse @ d[g] for f in range(F) for g in range(F) if f != g)
+    expected = (nu - k - 1) / nu * total / (F * (F - 1))
+    found = ff.linear_fisher(minus, plus, 0.5, paired=True, corrected=True)
+    assert rho > 0.7
+    torch.testing.assert_close(found, expected.reshape(1, 1), **EXACT)
+
+
 def test_corrected_score_is_the_adjusted_share():
     """Catches the explained part shrunk instead of the residual corrected."""
     (z,), given = arguments("score", 2)
@@ -700,15 +720,28 @@ def test_training_reaches_the_information_of_the_log_normal():
     assert output.value - SIGMAS * output.stderr.item() < 10
 
 
+TRAINING = Path(ff.__file__).resolve().parent.parent / "docs" / "training.md"
+
+
+def test_documented_example_runs():
+    """Catches an example that was never run; it says itself what it reaches."""
+    section = TRAINING.read_text(encoding="utf-8").partition("## Information as a loss\n")[2]
+    code = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], flags=re.S)
+    assert len(code) == 1
+    exec(compile(code[0], "training.md", "exec"), {})
+
+
 def test_documented_figures_are_the_measured_ones(monkeypatch):
     """Catches a table that is older than the measurement, and a measurement that misses the mark:
     paired samples keep 0.95 of the truth with every seed."""
-    root = Path(ff.__file__).resolve().parent.parent
+    root = TRAINING.parent.parent
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     benchmark = importlib.import_module("information_loss")
     stored = json.loads((root / "benchmarks/results/training.json").read_text())
     figures = stored["information_loss"]["figures"]
-    assert benchmark.table(figures) in (root / "docs/training.md").read_text()
-    for task in figures.values():
-        assert min(task["paired"]["J / I"]) >= 0.95
-        assert max(task["paired"]["core seconds"]) < 60
+    assert benchmark.table(figures) in TRAINING.read_text(encoding="utf-8")
+    for task in benchmark.TASKS:
+        paired = figures["paired"][task]
+        assert len(paired["J / I"]) >= 3
+        assert min(paired["J / I"]) >= 0.95
+        assert max(paired["core seconds"]) < 60

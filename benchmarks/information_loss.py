@@ -162,7 +162,7 @@ def measure(task: Task, network: nn.Module) -> dict[str, float]:
 
 
 def information_loss(label: str, seeds: int, tiny: bool) -> dict[str, Any]:
-    """J / I of the one output of 64-64-1 networks trained to maximise log det J, one entry a seed."""
+    """J / I of the output of 64-64-1 networks trained to maximise log det J, one entry a seed."""
     run = dataclasses.replace(RUNS[label], steps=20, batch=100) if tiny else RUNS[label]
     results: dict[str, Any] = {}
     for name, task in TASKS.items():

@@ -33,6 +33,10 @@ FOLDS = 16
 SPARE_DOF = 2
 """Degrees of freedom beyond k that the mean of an inverse covariance needs to exist."""
 
+ROUNDING = 1e-13
+"""Spread relative to its mean below which an output is constant: the mean of equal numbers is off
+by up to 1e-15 of them, and what is left would pass for a spread."""
+
 Outputs = Tensor | Sequence[Tensor]
 
 
@@ -168,7 +172,7 @@ def _of_score(z: Tensor, score: Tensor) -> BatchMoments:
 
 
 def _fold_number(n: int) -> int:
-    return max(1, min(FOLDS, n // 2))
+    return min(n, FOLDS, max(2, n // 2))
 
 
 def _averaging(n: int, folds: int, like: Tensor) -> Tensor:
@@ -226,7 +230,7 @@ def batch_information(
     columns = moments.folds.movedim(-3, -2).reshape(*systems, size, folds * parameters)
     wanted = corrected and ridge > 0
     solved = ops.fisher_solve_details(moments.covariance, columns, ridge=ridge, inverse_rows=wanted)
-    if bool(solved.info.any()):
+    if bool((solved.info.bool() | _constant(moments).any(-1)).any()):
         raise _failure(moments, solved.info, ridge)
     products = solved.fisher.reshape(*systems, folds, parameters, folds, parameters)
     total = products.sum((-4, -2))
@@ -244,19 +248,21 @@ def batch_information(
     return naive, shrink * (total - own) / (folds * (folds - 1))
 
 
+def _constant(moments: BatchMoments) -> Tensor:
+    """Whether an output does not vary [..., k]."""
+    variance = moments.covariance.diagonal(dim1=-2, dim2=-1)
+    return variance <= (ROUNDING * moments.mean).square()
+
+
 def _failure(moments: BatchMoments, info: Tensor, ridge: float) -> ValueError:
-    """Why the first system that failed did."""
+    """What is wrong with the first system that failed."""
     size = moments.covariance.shape[-1]
-    covariance, info = moments.covariance.reshape(-1, size, size), info.flatten()
-    failed = int(info.nonzero()[0])
-    variance = covariance[failed].diagonal()
-    finite = torch.isfinite(covariance[failed]).all(1)
-    if not bool(finite.all()):
+    if not bool(torch.isfinite(moments.covariance).all()):
         return ValueError("z must be finite, got NaN or infinity")
-    constant = (variance <= 0).nonzero().flatten().tolist()
+    constant = _constant(moments).reshape(-1, size).nonzero()[:, 1].tolist()
     if constant:
         return ValueError(f"outputs of z must vary, got a constant one: {constant[0]} of {size}")
-    return SingularCovarianceError(int(info[failed]), size, ridge)
+    return SingularCovarianceError(int(info[info > 0][0]), size, ridge)
 
 
 def _conditions(z: Outputs, name: str) -> list[Tensor]:

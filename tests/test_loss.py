@@ -424,7 +424,7 @@ def message(text: str) -> str:
 
 
 A, B = normal(20, 3), normal(20, 3, seed=1)
-CONSTANT = A * torch.tensor([1.0, 0.0, 1.0])
+CONSTANT = A * torch.tensor([1.0, 0.0, 1.0]) + 0.1  # whose mean is not 0.1 but for rounding
 TWINS = A[:, [0, 1, 0]]
 
 
@@ -504,6 +504,12 @@ TWINS = A[:, [0, 1, 0]]
             lambda f: f(A[:1], tangents=A[None, :1], corrected=True),
             ValueError,
             "degrees of freedom must exceed the 3 outputs by at least 2, got 0:"
+            " use more samples or fewer outputs",
+        ),
+        (
+            lambda f: f(A[:3, :1], B[:3, :1], 0.1, paired=True, corrected=True),
+            ValueError,
+            "degrees of freedom must exceed the 1 outputs by at least 2, got 2:"
             " use more samples or fewer outputs",
         ),
         (

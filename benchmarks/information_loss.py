@@ -119,6 +119,18 @@ class Samples:
         return self.kept[0][chosen], self.kept[1][chosen]
 
 
+def step_loss(
+    network: nn.Module, loss: ff.InformationLoss, source: str, first: Tensor, second: Tensor
+) -> Tensor:
+    """The loss of one batch."""
+    if source in ("paired", "independent"):
+        return loss(*network(torch.cat([first, second])).split(len(first)))
+    if source == "tangents":
+        z, dz = torch.func.jvp(network, (first,), (second,))
+        return loss(z, tangents=dz[None])
+    return loss(network(first), score=second)
+
+
 def train(task: Task, run: Run, seed: int) -> tuple[nn.Module, float]:
     """A trained network, and the seconds of one core it took."""
     widths = [task.problem.dim, HIDDEN, HIDDEN, task.problem.parameters]
@@ -133,14 +145,10 @@ def train(task: Task, run: Run, seed: int) -> tuple[nn.Module, float]:
     )
     start = time.process_time()
     for _ in range(run.steps):
-        first, second = samples.batch()
-        if two:
-            value = loss(*network(torch.cat([first, second])).split(len(first)))
-        elif run.source == "tangents":
-            z, dz = torch.func.jvp(network, (first,), (second,))
-            value = loss(z, tangents=dz[None])
-        else:
-            value = loss(network(first), score=second)
+        try:
+            value = step_loss(network, loss, run.source, *samples.batch())
+        except ValueError:  # the output is constant: what is left is measured
+            break
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

@@ -81,8 +81,8 @@ def linear_fisher(
         TypeError: an input that is no floating tensor, or arguments of two sources.
 
     Computed outside of autocast, in float64. Cost: n k^2 operations, and k^3; tells the CPU whether
-    S is singular, so a GPU is waited for. With a ReLU in the network, tangents give J without error
-    but not its gradient: they do not see that weights move the kink. Two conditions do.
+    S is singular, so a GPU is waited for. Behind a ReLU, tangents give J but not its gradient: they
+    do not see that weights move the kink, and training fails (docs/training.md). Two conditions do.
 
     Reference: Charnock, Lavaux, Wandelt, Phys. Rev. D 97, 083004 (2018), for two conditions.
 

@@ -24,6 +24,7 @@ MEASURE = {
     "score",
     "uncertainty",
     "estimators",
+    "batch_moments",
     "maps",
 }
 NUMBERS = {"results", "information_map", "marginal"}
@@ -42,6 +43,7 @@ LEVELS = {
     "probed": 5,
     **dict.fromkeys(PARTS_OF_FLOW, 4),
     "problems": 4,
+    "loss": 4,
     **dict.fromkeys(MEASURE | NUMBERS | WIDE_LAYERS | PROBES, 3),
     "ops": 2,
     **dict.fromkeys(BELOW_OPS, 1),

@@ -99,10 +99,15 @@ class PilotMoments:
         """Samples that were added."""
         return self._count
 
-    def parts(self, dim: int, device: torch.device) -> torch.Tensor:
-        """Mean and sum of squared deviations [2, d] of what was added, zero for nothing."""
+    @property
+    def rounding(self) -> float:
+        """Relative spread that the precision of what was added does not resolve."""
+        return self._rounding
+
+    def parts(self) -> torch.Tensor:
+        """Mean and sum of squared deviations [2, d] of what was added."""
         if self._mean is None:
-            return torch.zeros(2, dim, dtype=torch.float64, device=device)
+            raise ValueError("pilot must hold at least one batch, got none")
         return torch.stack([self._mean, self._square])
 
     def merge(self, count: int, parts: torch.Tensor, rounding: float) -> None:

@@ -4,10 +4,13 @@ that of the data alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fisherfast import taps
 from fisherfast.data import Data
+from fisherfast.distributed import TIMEOUT, ranks_of, unwrapped
 from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement
 from fisherfast.results import FisherFlow, LayerFisher
@@ -30,6 +33,8 @@ def fisher_flow(
     folds: int = FOLDS,
     grow: bool = False,
     maps: bool = False,
+    group: Any = None,
+    timeout: float = TIMEOUT,
 ) -> FisherFlow:
     r"""Fisher information about theta in the activations of every layer.
 
@@ -63,6 +68,11 @@ def fisher_flow(
             loaders that do not shuffle.
         maps: also measure the information of the channels at each position of layers [C, H, W],
             see `FisherFlow.map`.
+        group: processes that share the work: None for this one alone, "world" for all ranks of
+            `torch.distributed` (this one alone where it is not initialised), or a ProcessGroup. All
+            of them make this call, with the same data or each with its own `Shard`, and all get the
+            same result (docs/training.md, many processes).
+        timeout: seconds without a sign of life after which a rank of the group counts as dead.
 
     Returns:
         `FisherFlow`: J, stderr, lower, ... of each layer, float64 [P, P] in 1/theta^2.
@@ -72,6 +82,7 @@ def fisher_flow(
             (says how many are needed), an empty source, an unknown layer (names the nearest) or one
             that never runs.
         TypeError: integer or complex data.
+        RuntimeError: another rank of the group has failed or died (names it, and what it raised).
 
     Warns:
         FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
@@ -93,9 +104,11 @@ def fisher_flow(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
-    settings |= check_passes(data, grow, maps)
-    return Measurement(model, data, layers, settings).run(progress)
+    with ranks_of(group, timeout) as ranks:
+        settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
+        settings |= check_passes(data, grow, maps)
+        measurement = Measurement(unwrapped(model), data, layers, settings, ranks=ranks)
+        return measurement.run(progress)
 
 
 def fisher_information(
@@ -108,6 +121,8 @@ def fisher_information(
     ridge: float = RIDGE,
     folds: int = FOLDS,
     grow: bool = False,
+    group: Any = None,
+    timeout: float = TIMEOUT,
 ) -> LayerFisher:
     """Fisher information about theta in the data themselves, without a model.
 
@@ -123,6 +138,7 @@ def fisher_information(
         >>> abs(info.value - 4) < 0.8
         True
     """
-    settings = check_settings(data, max_features, None, batch_size, seed, ridge, folds)
-    settings |= check_passes(data, grow, maps=False)
-    return Measurement(None, data, "auto", settings).run(progress).layers[0]
+    with ranks_of(group, timeout) as ranks:
+        settings = check_settings(data, max_features, None, batch_size, seed, ridge, folds)
+        settings |= check_passes(data, grow, maps=False)
+        return Measurement(None, data, "auto", settings, ranks=ranks).run(progress).layers[0]

@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual, taps
 from fisherfast._progress import progress_bar
+from fisherfast.agreement import Agreement
 from fisherfast.data import Batch, Data
+from fisherfast.data.batch import Gap
+from fisherfast.distributed import Ranks
 from fisherfast.maps import estimate_map
 from fisherfast.meters import LayerMeter, score_note
 from fisherfast.recall import Recall
@@ -46,6 +49,8 @@ class Measurement:
         recall: what an earlier measurement of this model on these data has found out, and takes
             what this one does.
         quiet: leave warnings to the notes of the layers.
+        ranks: the processes that make this measurement together; None for this one alone. Warnings
+            and the progress bar are left to the first.
     """
 
     def __init__(
@@ -57,9 +62,11 @@ class Measurement:
         *,
         recall: Recall | None = None,
         quiet: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._recall = Recall() if recall is None else recall
-        self._quiet = quiet
+        self._agreement = Agreement(ranks)
+        self._quiet = quiet or not self._agreement.leads
         self._model = model
         self._data = data
         self._layers = layers
@@ -79,6 +86,8 @@ class Measurement:
 
     def run(self, progress: bool = False) -> FisherFlow:
         """Stream all samples, again for layers that grow, and estimate."""
+        progress = progress and self._agreement.leads
+        self._data = self._agreement.begin(self._model, self._data, self._layers, self._settings)
         contrast, ridge = self._data.contrast(), self._settings["ridge"]
         with self._evaluation():
             self._stream(progress)
@@ -127,21 +136,28 @@ class Measurement:
         return Streams(
             self._data,
             self._settings["batch_size"],
+            share=self._agreement.share,
             device=device,
             dtype=dtype,
             copy=self._model is not None,
         )
 
     def _stream(self, progress: bool) -> None:
+        self._agreement.copy_buffers(self._model)
         streams = self._streams()
         pilot = streams.pilot()
-        first = torch.cat([batches[0].x[:SURVEY_SAMPLES] for batches in pilot])
-        self._survey(first)
+        heads = streams.heads(SURVEY_SAMPLES)
+        self._agreement.agree_on_samples(self._data, heads)
+        self._survey(torch.cat([head.x for head in heads]))
+        self._agreement.agree_on_layers(self._recall.sites or [], self._layer_meters)
         self._active = self._layer_meters
         with self._forward() as forward:
             for self._condition, batches in enumerate(pilot):
                 for self._batch, batch in enumerate(batches):
                     forward.run(batch.x)
+            if not any(pilot):  # the first samples are on other ranks: here they only show a device
+                forward.run(heads[0].x)
+            self._agreement.share_pilot(self._layer_meters, counts=any(pilot))
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
             self._pilot = False
@@ -149,6 +165,7 @@ class Measurement:
 
     def _stream_again(self, progress: bool) -> None:
         """Another pass over the same samples, for the meters that are active."""
+        self._agreement.copy_buffers(self._model)
         streams = self._streams()
         streams.pilot()
         only_input = all(meter.site.name == taps.INPUT for meter in self._active)
@@ -158,15 +175,22 @@ class Measurement:
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
         counts = [self._data.samples(c) for c in range(self._data.conditions)]
         total = None if None in counts else sum(n for n in counts if n is not None)
+        self._agreement.begin_pass(self._settings["seed"])
         with progress_bar(progress, total=total, title="Fisher flow") as bar:
             for self._condition, self._batch, batch in streams:
-                self._score = batch.score
-                self._run(forward, batch)
-                if batch.x.device.type == "cpu":
-                    self._raise_if_not_finite()
+                if isinstance(batch, Gap):
+                    for meter in self._active:
+                        meter.skip(self._condition, len(batch))
+                else:
+                    self._score = batch.score
+                    self._run(forward, batch)
+                    if batch.x.device.type == "cpu":
+                        self._raise_if_not_finite()
+                    self._agreement.glance()
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
+        self._agreement.end_pass(self._active)
 
     def _run(self, forward: Any, batch: Batch) -> None:
         """One forward pass, with tangents where the samples have them."""

@@ -16,7 +16,9 @@ ANYONE = {"_version", "_progress"}
 PARTS_OF_FLOW = {"meters", "recall", "settings", "streams"}
 MEASURE = {
     "data",
+    "distributed",
     "dual",
+    "shares",
     "taps",
     "features",
     "derivatives",
@@ -36,6 +38,7 @@ LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.
 LEVELS = {
     **dict.fromkeys(TOP, 7),
     "flow": 6,
+    "agreement": 5,
     "measurement": 5,
     "wide": 5,
     **dict.fromkeys(PARTS_OF_FLOW, 4),

@@ -89,9 +89,7 @@ def divisible(source: Source) -> bool:
     return bool(count(source))
 
 
-def deal(
-    source: Source, batch_size: int, mine: Callable[[int], bool]
-) -> Iterator[tuple[int, Any]]:
+def deal(source: Source, batch_size: int, mine: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
     """Yield (samples, batch) of a divisible source; None for a batch whose number is not mine,
     which is not read."""
     in_memory = resident(source)
@@ -144,8 +142,8 @@ def count(source: Source) -> int | None:
     """Number of samples of a source, or None for a stream of unknown length."""
     if isinstance(source, torch.Tensor | np.ndarray):
         return len(source)
-    if isinstance(source, torch.utils.data.DataLoader) and source.batch_size is not None:
-        return _count_of_loader(source, source.batch_size)
+    if isinstance(source, torch.utils.data.DataLoader):
+        return _count_of_loader(source)
     sized: Any = getattr(source, "dataset", source)
     try:
         return len(sized)
@@ -153,16 +151,18 @@ def count(source: Source) -> int | None:
         return None
 
 
-def _count_of_loader(loader: torch.utils.data.DataLoader[Any], batch_size: int) -> int | None:
-    """What its sampler draws (of a Dataset or of one process's share), without what it drops."""
-    counted: Any = loader.sampler
-    if isinstance(loader.dataset, torch.utils.data.IterableDataset):
-        counted = loader.dataset
+def _count_of_loader(loader: torch.utils.data.DataLoader[Any]) -> int | None:
+    """What its sampler draws (of a Dataset, or of one process's share of it), less what is dropped;
+    None where items are batches, or a sampler makes these."""
+    if loader.batch_size is None:
+        return None
+    iterable = isinstance(loader.dataset, torch.utils.data.IterableDataset)
+    counted: Any = loader.dataset if iterable else loader.sampler
     try:
         samples = len(counted)
     except TypeError:
         return None
-    return samples - samples % batch_size if loader.drop_last else samples
+    return samples - samples % loader.batch_size if loader.drop_last else samples
 
 
 def resident(source: Source) -> bool:

@@ -69,8 +69,8 @@ class Agreement:
             return data
         conditions = range(data.conditions)
         counts = [data.samples(c) for c in conditions]
-        asked = dict(settings) | {
-            "model": "none" if model is None else type(model).__name__,
+        asked = {"model": "none" if model is None else type(model).__name__}
+        asked |= dict(settings) | {
             "data": "each rank's own share" if data.sharded else "the same data for all ranks",
             "parameters of the data": data.parameters,
             "conditions of the data": data.conditions,

@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-__all__ = ["TIMEOUT", "Ranks", "ranks_of", "unwrapped"]
+__all__ = ["TIMEOUT", "Ranks", "ranks_of"]
 
 TIMEOUT = 60.0
 """Seconds without a sign of life after which a rank counts as dead: a beat comes every second."""
@@ -77,15 +76,6 @@ def ranks_of(group: Any, timeout: float = TIMEOUT) -> Iterator[Ranks | None]:
         return
     with ranks.measuring(float(timeout)):
         yield ranks
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of ``DistributedDataParallel``: its forward pass is a collective where the
-    model has buffers, also in eval mode, and would wait for ranks that have other batches."""
-    if dist.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
-        inner: nn.Module = model.module
-        return inner
-    return model
 
 
 def _find(group: Any) -> Ranks | None:

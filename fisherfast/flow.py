@@ -10,11 +10,12 @@ from torch import nn
 
 from fisherfast import taps
 from fisherfast.data import Data
-from fisherfast.distributed import TIMEOUT, ranks_of, unwrapped
+from fisherfast.distributed import TIMEOUT, ranks_of
 from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement
 from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.settings import BATCH_SIZE, FOLDS, MAX_FEATURES, check_passes, check_settings
+from fisherfast.unwrap import unwrapped
 
 __all__ = ["fisher_flow", "fisher_information"]
 
@@ -44,7 +45,8 @@ def fisher_flow(
     after an error.
 
     Args:
-        model: any module that maps a batch [n, ...] to anything.
+        model: any module that maps a batch [n, ...] to anything; of a compiled or distributed one
+            the module inside is measured.
         data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
             copied to the device and dtype of the model. For `Pathwise` the tangents go through the
             model beside the samples, at the cost of 1 + P forward passes.

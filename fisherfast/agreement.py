@@ -69,8 +69,9 @@ class Agreement:
             return data
         conditions = range(data.conditions)
         counts = [data.samples(c) for c in conditions]
-        asked = {"model": "none" if model is None else type(model).__name__}
-        asked |= dict(settings) | {
+        asked: dict[str, Any] = {"model": "none" if model is None else type(model).__name__}
+        asked |= settings
+        asked |= {
             "data": "each rank's own share" if data.sharded else "the same data for all ranks",
             "parameters of the data": data.parameters,
             "conditions of the data": data.conditions,

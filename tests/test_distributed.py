@@ -28,7 +28,7 @@ class Process:
     result: Any
 
 
-def run_ranks(case: str, size: int, folder: Path, seconds: float = 120.0) -> list[Process]:
+def run_ranks(case: str, size: int, folder: Path, seconds: float = 240.0) -> list[Process]:
     """Run a case on so many processes of this machine, for so long at most."""
     root = Path(ff.__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -186,17 +186,17 @@ def test_every_rank_hears_of_an_error(together):
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_dies_leaves_an_error(victim, tmp_path):
     """Catches a hang: the first rank keeps the store that all meet in, the others do not. Neither
-    the measurement nor the next one may take much longer than the timeout of 2 seconds."""
-    processes = run_ranks(f"death of {victim}", 2 + victim, tmp_path, seconds=60)
+    the measurement nor the next one may take much longer than the timeout."""
+    processes = run_ranks(f"death of {victim}", 2 + victim, tmp_path)
     assert processes[victim].code == rank_cases.DEAD
     left = [process for rank, process in enumerate(processes) if rank != victim]
     for result in results_of(left, quiet=victim > 0):  # torch says that the store is gone
         if victim:
-            assert "rank 1 not heard of for 2 s while" in result["said"][0]
+            assert "rank 1 not heard of for 3 s while" in result["said"][0]
         else:
             assert "the other ranks could not be reached while" in result["said"][0]
         assert all(said.startswith("OtherRankError") for said in result["said"])
-        assert result["seconds"] < 30
+        assert result["seconds"] < 20 * rank_cases.SILENCE
 
 
 def test_a_rank_that_does_not_take_part_leaves_an_error(together):
@@ -222,7 +222,7 @@ def test_a_model_in_training_is_measured_as_rank_0_has_it(together):
 
 @pytest.mark.slow
 def test_groups_come_and_go(tmp_path):
-    """Catches ranks outside of the group that must take part, a slow rank (three times the timeout)
+    """Catches ranks outside of the group that must take part, a slow rank (twice the timeout)
     that counts as dead, samples of a sampler counted by its Dataset, streams of unknown length that
     are counted twice or not at all, and what a destroyed group leaves behind: a thread, a warning
     at the end of the process."""

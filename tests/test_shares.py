@@ -14,14 +14,14 @@ import fisherfast as ff
 from fisherfast.data import Batch, Data, KeptData, sources
 from fisherfast.data.batch import Gap
 from fisherfast.distributed import buffers, ranks_of
-from fisherfast.features import PilotMoments, Standardisation
+from fisherfast.features import Lift, PilotMoments, Standardisation
 from fisherfast.krylov import KrylovSpace
 from fisherfast.maps import MapMoments
 from fisherfast.moments import FoldMoments, lower_triangles
 from fisherfast.shares import Share, WholeData, shares_of
 from fisherfast.streams import PILOT_SAMPLES, Streams
 
-FOLDS = 4
+FOLDS, RAW = 4, 5
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -139,27 +139,28 @@ def carried_by(kind: str, size: int) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("known", [0, 5])
+@pytest.mark.parametrize("known", [0, RAW + 2])
 def test_moments_of_processes_are_those_of_one(kind, known):
     """Catches folds that go on as if other samples had not been, counts of own samples alone, a sum
     that is not shared, and one of a known feature that is shared again."""
     conditions, settings = KINDS[kind]
-    x, carried = normal(2, SAMPLES, 12), carried_by(kind, 12)
+    x, carried = normal(2, SAMPLES, RAW), carried_by(kind, RAW)
+    lift = Lift(normal(7, RAW, seed=2), normal(7, seed=3), torch.zeros(7, dtype=torch.float64))
 
-    def add(moments: FoldMoments, rows: slice, size: int = 12) -> None:
+    def add(moments: FoldMoments, rows: slice) -> None:
         extra = None if carried is None else carried[..., rows, :]
-        if kind == "tangents":
-            extra = extra[..., :size]
+        own = lift.leading(moments.size - RAW)
         for condition in range(conditions):
-            moments.update(condition, x[condition, rows, :size], carried=extra)
+            moments.update(condition, x[condition, rows], own, extra)
         if kind == "paired":
-            moments.update_products([x[c, rows, :size] for c in range(conditions)])
+            held = [x[c, rows] for c in range(conditions)]
+            moments.update_products([torch.cat([raw, own(raw)], 1) for raw in held])
 
     def begin() -> FoldMoments:
-        moments = FoldMoments(known or 12, conditions, folds=FOLDS, **settings)
+        moments = FoldMoments(known or RAW + 7, conditions, folds=FOLDS, **settings)
         if known:
-            add(moments, slice(None), known)
-            moments = moments.grown(12)
+            add(moments, slice(None))
+            moments = moments.grown(RAW + 7)
         return moments
 
     whole, parts = begin(), [begin(), begin(), begin()]

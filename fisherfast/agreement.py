@@ -222,7 +222,7 @@ def _states(tensors: Any, kind: str) -> dict[str, Any]:
     return {
         f"{kind} {name}": f"{list(t.shape)} {str(t.dtype)[6:]} (checksum {checksum(t):x})"
         for name, t in tensors
-        if not is_lazy(t)
+        if not is_lazy(t) and t.layout is torch.strided
     }
 
 

@@ -120,6 +120,7 @@ class Ranks:
         self._point = 0  # number of the next meeting point
         self._glanced = 0.0
         self._sums: Any = None
+        self._broken = ""
         self._busy = threading.Lock()
         with _reaching("starting"):
             store = _prefixed(f"fisherfast/{group.group_name}", _own_connection())
@@ -138,6 +139,9 @@ class Ranks:
         """
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("a group must serve one measurement at a time, got a second")
+        if self._broken:
+            self._busy.release()
+            raise RuntimeError(f"group must be made anew, it has lost a rank: {self._broken}")
         self._timeout = timeout
         self.doing = "preparing the measurement"
         heart = _Heart(self._store, f"alive/{self.rank}", min(BEAT, timeout / 10))
@@ -218,29 +222,33 @@ class Ranks:
         """
         sizes = [tensor.numel() for tensor in tensors]
         self.agree(doing, {"sums over samples": [len(sizes), sum(sizes)]})
-        with _reaching(doing):
-            if self._sums is None:
-                self._sums = self._own_group()
-            for pieces in buffers(tensors, CHUNK_NUMBERS):
-                self._add_pieces(pieces)
-
-    def _own_group(self) -> Any:
-        """A gloo group that nobody else knows: the user's may run on NCCL, or wait for other
-        work."""
-        store = _prefixed(f"{self._name}/sums", _own_connection())
-        return dist.ProcessGroupGloo(
-            store, self.rank, self.size, timeout=timedelta(seconds=self._timeout)
-        )
+        for pieces in buffers(tensors, CHUNK_NUMBERS):
+            self._add_pieces(pieces)
 
     def _add_pieces(self, pieces: list[torch.Tensor]) -> None:
         flat = torch.cat([piece.detach().reshape(-1).double() for piece in pieces])
         total = flat.cpu().contiguous()
-        options = dist.AllreduceOptions()
-        options.timeout = timedelta(seconds=self._timeout)
-        self._sums.allreduce([total], options).wait()
+        try:
+            with _reaching(self.doing):
+                self._all_reduce(total)
+        except OtherRankError as error:
+            self._broken = str(error)  # gloo has no way back
+            self._raise_if_failed()  # which says more, if it was said
+            raise
         parts = total.to(flat.device).split([piece.numel() for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             piece.copy_(part.view(piece.shape))
+
+    def _all_reduce(self, total: torch.Tensor) -> None:
+        """In a gloo group that nobody else knows: the user's may run on NCCL, or wait for other
+        work. Its ring adds in one order and hands the result to all: the same bits."""
+        patience = timedelta(seconds=self._timeout)
+        if self._sums is None:
+            store = _prefixed(f"{self._name}/sums", _own_connection())
+            self._sums = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=patience)
+        options = dist.AllreduceOptions()
+        options.timeout = patience
+        self._sums.allreduce([total], options).wait()
 
     def _key(self, rank: int | str, point: int | None = None) -> str:
         return f"{self._point if point is None else point}/{rank}"

@@ -377,6 +377,9 @@ def groups(rank: int, size: int) -> dict[str, Any]:
     found["streams"] = numbers_of(measure(model, streams(data, rank, size)))
     dist.destroy_process_group()
     found["without"] = numbers_of(measure(model, data))
+    again = f"file://{Path(sys.argv[4]) / 'again'}"
+    dist.init_process_group("gloo", init_method=again, rank=rank, world_size=size)
+    found["again"] = numbers_of(measure(model, data))
     found["threads"] = [thread.name for thread in threading.enumerate()]
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import torch
 
 import fisherfast as ff
 
-AGREEMENT = 1e-10  # relative to the largest number of its kind; see benchmarks/distributed.py
+AGREEMENT = 1e-10  # relative to the largest number of its kind; 4e-14 was seen
+SHARES_OF_FLOAT32 = 1e-4  # batches that are cut elsewhere: other float32 products; 4e-6 was seen
 
 
 @dataclass
@@ -234,9 +236,49 @@ def test_groups_come_and_go(tmp_path):
     for result in found:
         assert difference(result["slow"], alone) < AGREEMENT
         assert difference(result["without"], alone) < AGREEMENT
+        assert difference(result["again"], alone) < AGREEMENT
         assert result["sampled"] == 2 * rank_cases.N
         assert result["threads"] == ["MainThread"]
         streamed = result["streams"]["fc1 J"] - alone["fc1 J"]
         assert float(streamed.abs()) < float(alone["fc1 stderr"])
         assert float(result["streams"]["fc1 dof"][1]) == 2 * rank_cases.N
         assert all(map(torch.equal, result["streams"].values(), found[0]["streams"].values()))
+
+
+EXAMPLE = Path(ff.__file__).parent.parent / "examples" / "distributed.py"
+
+
+@pytest.mark.slow
+def test_the_example_prints_the_same_on_any_number_of_processes():
+    """Catches an example that needs torchrun, or that prints once per process."""
+    alone = [sys.executable, EXAMPLE]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLE.parent.parent), "OMP_NUM_THREADS": "1"}
+    printed = []
+    for command in (alone, [*torchrun, "--nproc-per-node", "2", EXAMPLE]):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0] == printed[1]
+    assert printed[0].count("J per unit of theta squared") == 2
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    """Catches a benchmark that compares a measurement with itself, and differences above what the
+    documentation says."""
+    script = EXAMPLE.parent.parent / "benchmarks" / "distributed.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, "--tiny", "--out", tmp_path / "found.json"]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=280)
+    figures = json.loads((tmp_path / "found.json").read_text())["distributed"]["figures"]
+    assert all(figures["same bits on all ranks"].values())
+    differences = figures["relative difference of J, largest of all layers"]
+    assert set(differences) == {"1", "2", "3"}
+    for size, kinds in differences.items():
+        assert max(value for name, value in kinds.items() if "float64" in name) < AGREEMENT
+        assert max(value for name, value in kinds.items() if "dealt" in name) < AGREEMENT
+        assert max(kinds.values()) < SHARES_OF_FLOAT32
+        assert size == "1" or max(kinds.values()) > 0

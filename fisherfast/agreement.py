@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from fisherfast.data import Batch, Data
 from fisherfast.distributed import Ranks
 from fisherfast.features import PilotMoments
+from fisherfast.memory_budget import Plan
 from fisherfast.meters import LayerMeter
 from fisherfast.shares import Share, WholeData, shares_of
 from fisherfast.taps import Site
@@ -132,6 +133,14 @@ class Agreement:
         chains = self._ranks.exchange(doing, [sorted(site.descendants) for site in sites])[0]
         for site, descendants in zip(sites, chains, strict=True):
             site.descendants = set(descendants)
+
+    def smallest(self, plan: Plan) -> Plan:
+        """The smallest batches that any rank has planned: they are dealt by their number."""
+        if self._ranks is None:
+            return plan
+        mine = [plan.batch_size, plan.survey_samples, plan.pilot_bytes]
+        everywhere = self._ranks.exchange("planning batches", mine)
+        return Plan(*map(min, zip(*everywhere, strict=True)))
 
     def share_pilot(self, meters: Sequence[LayerMeter], counts: bool) -> None:
         """Merge what each rank has seen of the first samples, where they have different ones.

@@ -89,6 +89,11 @@ class Agreement:
             self.share, total = shares_of(everywhere, self._ranks.rank)
             self._counted = total is not None
             data = WholeData(data, total)
+            if total is None and settings["probe"] is not None:
+                raise ValueError(
+                    "data must tell how many samples each rank has, for a probe in a group, got"
+                    f" {everywhere} per rank and condition"
+                )
         else:
             self.share = Share(self._ranks.rank, self._ranks.size)
             _check_repeats(data)
@@ -103,10 +108,19 @@ class Agreement:
                 if name in self._buffers:
                     buffer.copy_(self._buffers[name])
 
-    def begin_pass(self, seed: int) -> None:
-        """A network that draws random numbers must not draw the same ones on all ranks."""
+    def begin_pass(self, meters: Sequence[LayerMeter], seed: int) -> None:
+        """The same layers on all ranks, read by what rank 0 has learned; and other random numbers
+        on each, for a network that draws some."""
         if self._ranks is None:
             return
+        doing = "beginning a pass"
+        self._ranks.agree(doing, {"layers of a pass": [meter.site.name for meter in meters]})
+        learned = [tensor for meter in meters for tensor in meter.learned()]
+        if learned:
+            if self._ranks.rank:
+                for tensor in learned:
+                    tensor.zero_()
+            self._ranks.add_up(doing, learned)
         self._ranks.doing = "measuring"
         if self._ranks.rank:
             torch.manual_seed(seed + SEED_STRIDE * self._ranks.rank)
@@ -170,11 +184,10 @@ class Agreement:
         if self._ranks is None or self.share is None:
             return
         doing = "adding up the sums of a pass"
-        names = [meter.site.name for meter in meters]
         if not self._counted:
             _count_others(meters, self._ranks)
         seen = meters[0].seen if meters else []
-        self._ranks.agree(doing, {"layers of a pass": names, "samples of a pass": seen})
+        self._ranks.agree(doing, {"samples of a pass": seen})
         self._ranks.add_up(doing, [part for meter in meters for part in meter.shared_sums()])
         for meter in meters:
             meter.sums_were_shared()

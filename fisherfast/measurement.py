@@ -183,7 +183,7 @@ class Measurement:
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
         counts = [self._data.samples(c) for c in range(self._data.conditions)]
         total = None if None in counts else sum(n for n in counts if n is not None)
-        self._agreement.begin_pass(self._settings["seed"])
+        self._agreement.begin_pass(self._active, self._settings["seed"])
         with progress_bar(progress, total=total, title="Fisher flow") as bar:
             for self._condition, self._batch, batch in streams:
                 if isinstance(batch, Gap):

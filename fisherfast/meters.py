@@ -150,6 +150,11 @@ class LayerMeter:
         sums = self.moments.shared_sums()
         return sums if self.map is None or self.moments.known else sums + self.map.shared_sums()
 
+    def learned(self) -> list[torch.Tensor]:
+        """What was learned between passes in a way that processors may differ in: all processes
+        take that of the first."""
+        return []
+
     def sums_were_shared(self) -> None:
         """`shared_sums` hold now what all processes have seen."""
         if self.map is not None:

@@ -86,6 +86,8 @@ def dealt_cases() -> Cases:
     x = images()
     small = {"max_features": 32, "batch_size": 64}
     growing = {"grow": True, "max_features": SCALED + 128}
+    scored = one.scored([0.0], N)
+    loader = DataLoader(TensorDataset(scored._x, scored._companion), batch_size=90)
     return {
         "independent": (net(), conditions(1), {}),
         "paired": (net(), conditions(1, paired=True), {}),
@@ -93,6 +95,8 @@ def dealt_cases() -> Cases:
         "score": (net(), two.scored([0.0, 0.0], N), {}),
         "simulator": (net(), ff.Simulator(two.sample, [0.0, 0.0], samples=N), {}),
         "two parameters": (net(), conditions(2), {}),
+        "memory budget": (net(), conditions(1), {"memory_budget": "36 MB"}),
+        "loader": (net(), ff.Score(loader), {}),
         "float64": (net(dtype=torch.float64), conditions(1), {}),
         "grow": (net(SCALED), ff.FiniteDifference(*scales(), dtheta=0.1), growing),
         "grow, score": (net(SCALED), ff.Score(*scale_and_score()), growing),
@@ -352,6 +356,14 @@ def training(rank: int, size: int) -> dict[str, Any]:
     }
 
 
+def probed(**also: Any) -> dict[str, torch.Tensor]:
+    """A measurement with a probe."""
+    x = scale_and_score()[0][:800]
+    data = ff.Score(x[:, :4].contiguous(), x[:, :4].square().sum(1) - 4)
+    info = ff.fisher_information(data, **(SETTINGS | {"probe": "network"} | also))
+    return {"J": info.J, "stderr": info.stderr, "kind": torch.tensor(info.feature_kind == "probe")}
+
+
 def groups(rank: int, size: int) -> dict[str, Any]:
     """Some of the ranks, nobody else, all again after the group was destroyed, and slow ones."""
     data, model = conditions(1), net()
@@ -363,6 +375,7 @@ def groups(rank: int, size: int) -> dict[str, Any]:
         found["error"] = said(lambda: measure(model, data, group=some))
     if rank == 1:  # this process alone, in a group that waits for it at the barrier
         found["alone"] = numbers_of(ff.fisher_flow(model, data, **SETTINGS))
+        found["probed alone"] = probed()
     dist.barrier()
     slow = [data._sources[0], Slow(data._sources[1], 2 * SILENCE if rank == 2 else 0.0)]
     found["slow"] = numbers_of(
@@ -374,6 +387,7 @@ def groups(rank: int, size: int) -> dict[str, Any]:
     ]
     sampled = measure(model, ff.Shard(ff.FiniteDifference(*loaders, dtheta=0.1)))
     found["sampled"] = sampled["fc1"].samples
+    found["probed"] = probed(group="world", timeout=PATIENCE)
     found["streams"] = numbers_of(measure(model, streams(data, rank, size)))
     dist.destroy_process_group()
     found["without"] = numbers_of(measure(model, data))

@@ -226,8 +226,8 @@ def test_a_model_in_training_is_measured_as_rank_0_has_it(together):
 def test_groups_come_and_go(tmp_path):
     """Catches ranks outside of the group that must take part, a slow rank (twice the timeout)
     that counts as dead, samples of a sampler counted by its Dataset, streams of unknown length that
-    are counted twice or not at all, and what a destroyed group leaves behind: a thread, a warning
-    at the end of the process."""
+    are counted twice or not at all, a probe that each rank has trained on samples of its own, and
+    what a destroyed group leaves behind: a thread, a warning at the end of the process."""
     found = results_of(run_ranks("groups", 3, tmp_path))
     alone = found[1]["alone"]
     assert "must contain this process" in found[1]["error"]
@@ -239,6 +239,12 @@ def test_groups_come_and_go(tmp_path):
         assert difference(result["again"], alone) < AGREEMENT
         assert result["sampled"] == 2 * rank_cases.N
         assert result["threads"] == ["MainThread"]
+        assert all(map(torch.equal, result["probed"].values(), found[0]["probed"].values()))
+        expected = found[1]["probed alone"]
+        assert bool(result["probed"]["kind"])
+        # training makes more of a rounding than 1e-10: a tenth of the error at most
+        off = (result["probed"]["J"] - expected["J"]).abs()
+        assert float(off) < 0.1 * float(expected["stderr"])
         streamed = result["streams"]["fc1 J"] - alone["fc1 J"]
         assert float(streamed.abs()) < float(alone["fc1 stderr"])
         assert float(result["streams"]["fc1 dof"][1]) == 2 * rank_cases.N

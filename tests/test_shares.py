@@ -18,6 +18,7 @@ from fisherfast.features import Lift, PilotMoments, Standardisation
 from fisherfast.krylov import KrylovSpace
 from fisherfast.maps import MapMoments
 from fisherfast.moments import FoldMoments, lower_triangles
+from fisherfast.probe import KeptSamples
 from fisherfast.shares import Share, WholeData, shares_of
 from fisherfast.streams import PILOT_SAMPLES, Streams
 
@@ -246,6 +247,36 @@ def test_krylov_spaces_of_processes_are_that_of_one(kind):
     assert len(set(idle)) == 1
     assert len(whole) == 3 * (1 if kind == "independent" else 2)
     torch.testing.assert_close(parts[2].projection(), whole.projection(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("capacity", [3, 7, SAMPLES])
+def test_processes_train_on_the_samples_of_one(capacity):
+    """Catches a sample that is trained on in the place of another, one that all processes keep, and
+    a process without samples that keeps fewer columns."""
+    x, score = normal(2, SAMPLES, 4).float(), normal(2, SAMPLES, 2, seed=1).float()
+
+    def add(kept: KeptSamples, rows: slice) -> None:
+        for condition in range(2):
+            kept.add(condition, x[condition, rows], score[condition, rows])
+
+    whole, *parts = (KeptSamples(2, capacity) for _ in range(7))  # one of them has no batch
+    for number, batch in enumerate(BATCHES):
+        begin = sum(BATCHES[:number])
+        for rank, kept in enumerate(parts):
+            if rank == number:
+                add(kept, slice(begin, begin + batch))
+            else:
+                kept.skip(0, batch)
+                kept.skip(1, batch)
+        add(whole, slice(begin, begin + batch))
+    like = [torch.empty(0, 4), torch.empty(0, 2)]
+    for tensors in zip(*(part.dense(like) for part in parts), strict=True):
+        tensors[0].copy_(torch.stack(tensors).sum(0))
+    found, expected = parts[0].take(), whole.take()
+    assert len(expected[0]) == -(
+        -SAMPLES // (1 if capacity == SAMPLES else 4 if capacity > 3 else 16)
+    )
+    assert all(map(torch.equal, found, expected))
 
 
 def test_a_pilot_of_one_process_keeps_its_bits():

@@ -170,8 +170,8 @@ class Measurement:
         self._raise_if_skipped()
 
     def _run(self, forward: Any, batch: Batch) -> None:
-        """One forward pass, with tangents where the samples have them."""
-        if batch.tangents is None:
+        """One forward pass, with tangents where the samples have them and a layer reads them."""
+        if batch.tangents is None or not any(meter.reads_carried for meter in self._active):
             forward.run(batch.x)
         elif self._model is None:
             forward.run(batch)
@@ -191,6 +191,7 @@ class Measurement:
             wide = too_wide(site.dim, self._data, self._settings["max_features"])
             meter = WideMeter(site) if wide else LayerMeter(site)
             self._meters.update(dict.fromkeys(site.names, meter))
+        self._check_maps()
         if bounded:
             self._plan = self._planned(streams, first[0], batch)
             streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
@@ -198,6 +199,13 @@ class Measurement:
             batch = torch.cat([samples.x for samples in more])
         if not known:
             self._find_chains(self._recall.sites, batch)
+
+    def _check_maps(self) -> None:
+        maps = self._settings["maps"]
+        known = [name for site in self._recall.sites or [] for name in site.names]
+        unknown = [] if isinstance(maps, bool) else [name for name in maps if name not in known]
+        if unknown:
+            raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")
 
     def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
         """How many samples of the model's own size fit into the budget."""

@@ -65,6 +65,7 @@ class Measurement:
         self._data = data
         self._layers = layers
         self._settings = settings
+        self._sites: list[taps.Site] = []
         self._meters: dict[str, LayerMeter] = {}
         self._active: list[LayerMeter] = []
         self._finite: list[tuple[str, int, int, torch.Tensor]] = []
@@ -103,7 +104,7 @@ class Measurement:
         if warning is not None:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
         flow = self._recall.complete(
-            FisherFlow(tuple(layers), self._settings, maps=maps), self._data
+            FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
         )
         self._warn(flow.layers, warning)
         return flow
@@ -185,9 +186,8 @@ class Measurement:
         first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
         batch = torch.cat([samples.x for samples in first])
         known = self._recall.sites is not None
-        if self._recall.sites is None:
-            self._recall.sites = self._find_sites(batch)
-        for site in self._recall.unknown():
+        self._sites = self._recall.sites or self._find_sites(batch)
+        for site in self._recall.unknown(self._sites):
             wide = too_wide(site.dim, self._data, self._settings["max_features"])
             meter = WideMeter(site) if wide else LayerMeter(site)
             self._meters.update(dict.fromkeys(site.names, meter))
@@ -198,7 +198,7 @@ class Measurement:
             more = streams.first(min(self._plan.survey_samples, SURVEY_SAMPLES))
             batch = torch.cat([samples.x for samples in more])
         if not known:
-            self._find_chains(self._recall.sites, batch)
+            self._find_chains(self._sites, batch)
 
     def _check_maps(self) -> None:
         maps = self._settings["maps"]

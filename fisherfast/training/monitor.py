@@ -193,7 +193,8 @@ class FisherMonitor:
         if flow is not None:
             self._input_J = flow.layers[0].J
             notes += [note for layer in flow if (note := finite_step_note(layer)) is not None][:1]
-            notes += unit_note(flow, errors["train_mse"], self._target_scale)
+            known = errors["train_mse"] if errors["val_mse"] is None else errors["val_mse"]
+            notes += unit_note(flow, known, self._target_scale)
         if any(not math.isfinite(e) for values in errors.values() for e in values or ()):
             notes.append(f"mean square errors must be finite, got {errors}")
         record = EpochRecord(
@@ -217,7 +218,9 @@ class FisherMonitor:
         """Read the training batch that the model has just seen, at no forward pass of its own.
 
         Call it after every forward pass of the training. One batch in `observe_every` is read, by
-        hooks that are on the model for that batch only. See `live`.
+        hooks that are on the model for that batch only. Passes in eval mode without gradients
+        (validation, measurements) are not read; of several passes in training the last is. See
+        `live`.
 
         Args:
             theta: [n] or [n, P], the parameters of the samples, in the unit of theta.
@@ -266,7 +269,7 @@ class FisherMonitor:
             "format_version": FORMAT_VERSION,
             "version": __version__,
             "network": self._signature(),
-            "settings": _plain(self._settings),
+            "settings": self._compared(),
             "calls": self._calls,
             "history": [record.state_dict() for record in self.history],
             "observer": observer,
@@ -286,7 +289,7 @@ class FisherMonitor:
                 f" {state.get('format_version') if isinstance(state, Mapping) else type(state)}"
             )
         _check_same_network(self._signature(), state["network"])
-        ours, theirs = _plain(self._settings), state["settings"]
+        ours, theirs = self._compared(), state["settings"]
         for name in sorted(set(ours) | set(theirs)):
             if ours.get(name) != theirs.get(name):
                 raise ValueError(
@@ -306,8 +309,8 @@ class FisherMonitor:
         self._input_J = measured[-1] if measured else None
 
     def _measure(self) -> tuple[FisherFlow, FisherFlow | None]:
-        self.close()
-        with _own_stream(self.model):
+        paused = contextlib.nullcontext() if self._observer is None else self._observer.paused()
+        with paused, _own_stream(self.model):
             flow = Measurement(
                 self.model,
                 self.data,
@@ -396,6 +399,15 @@ class FisherMonitor:
             if kind not in self._told:
                 self._told.add(kind)
                 warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
+
+    def _compared(self) -> dict[str, Any]:
+        """Settings that two runs must share for their records to be of one history."""
+        own = {
+            "parameters": self.data.parameters,
+            "target_scale": self._target_scale,
+            "layers": self._layers,
+        }
+        return _plain(self._settings | own)
 
     def _signature(self) -> dict[str, list[int]]:
         """Names and shapes of the parameters."""

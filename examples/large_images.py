@@ -22,6 +22,7 @@ of the sample, and `memory_budget` bounds what the measurement takes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import resource
@@ -76,6 +77,15 @@ TESTED = 256
 
 SMALLEST = 64
 """Of the size: the network shrinks a picture to 1 / 64 of it."""
+
+MAP_BLOCK = 8
+"""Pixels of a side over which the exact information is summed in its map."""
+
+MAP_OPACITY = 0.75
+"""Of the most informative place on the picture below it."""
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+"""Of the parameters, told apart with every common colour vision (Okabe and Ito, 2008)."""
 
 TRAVEL = 64
 """It moves by this part of the picture at most, in each direction: 8 pixels of 512."""
@@ -235,7 +245,7 @@ def network(scene: Scene) -> nn.Module:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = (1, 8, 16, 24, 32, 32)
     width = scene.size
-    for i, (before, after) in enumerate(zip(channels[:-1], channels[1:], strict=True), start=1):
+    for i, (before, after) in enumerate(itertools.pairwise(channels), start=1):
         if i == 1:  # a stem that shrinks the picture at once: all behind it is cheap
             layers["conv1"], width = nn.Conv2d(before, after, 8, stride=4, padding=2), width // 4
         else:
@@ -358,6 +368,111 @@ def table(flow: ff.FisherFlow, exact: Tensor) -> str:
     return "\n".join(lines)
 
 
+def draw(out: Path, scene: Scene, pictures: Pictures, flow: ff.FisherFlow, rms: Tensor) -> None:
+    """The figures: what a sample looks like, where the information sits, and what becomes of it."""
+    from fisherfast.plots import new_figure
+
+    exact = torch.linalg.inv(pictures.information()[0]).diagonal().sqrt()
+    figure = new_figure(11.0, 3.1)
+    draw_samples(figure.subplots(1, 4), scene, pictures)
+    figure.savefig(out / "samples.png")
+    layers = [name for name in MAPPED if name in flow.maps]
+    figure = new_figure(11.0, 2.75 * (1 + len(layers)))
+    axes = figure.subplots(1 + len(layers), len(NAMES))
+    draw_maps(axes[0], pictures, pooled(pictures.information_by_pixel()), "all pixels, exact")
+    for row, name in zip(axes[1:], layers, strict=True):
+        draw_maps(row, pictures, of_layer(flow, name), name)
+    for ax, name in zip(axes[0], NAMES, strict=True):
+        ax.set_title(name)
+    figure.savefig(out / "maps.png")
+    figure = new_figure(8.0, 4.2)
+    draw_bounds(figure.subplots(), flow, exact, rms)
+    figure.savefig(out / "bounds.png")
+    figure = new_figure(11.0, 5.8)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    axes = top.subplots(1, 1 + len(NAMES))
+    draw_samples(axes[:1], scene, pictures, ["a sample"])
+    draw_maps(axes[1:], pictures, of_layer(flow, layers[-1]), "")
+    for ax, name in zip(axes[1:], NAMES, strict=True):
+        ax.set_title(f"{layers[-1]}: {name}")
+    draw_bounds(bottom.subplots(), flow, exact, rms)
+    figure.savefig(out / "overview.png", dpi=110)
+
+
+SHOWN = ("centre, no noise", "one end of every range", "the other end", "a sample")
+
+
+def draw_samples(
+    axes: Any, scene: Scene, pictures: Pictures, titles: Sequence[str] = SHOWN
+) -> None:
+    """Without noise in the middle of the range, two ends of it, and a sample."""
+    low, high = scene.centre - scene.reach, scene.centre + scene.reach
+    shown = {
+        "centre, no noise": pictures.mean,
+        "one end of every range": scene.mean(low),
+        "the other end": scene.mean(high),
+        "a sample": pictures[0][0][0] * (LEVEL + READ_OUT**2) ** 0.5 + LEVEL,
+    }
+    for ax, title in zip(axes, titles, strict=True):
+        wide = 3 * READ_OUT if title == "a sample" else 0
+        ax.imshow(shown[title], cmap="gray", vmin=GROUND - wide, vmax=GROUND + LIGHT + wide)
+        ax.set_title(title)
+        ax.set_axis_off()
+
+
+def pooled(maps: Tensor) -> Tensor:
+    """Sums over blocks of pixels, MAP_BLOCK of them on a side: [4, h, w]."""
+    return nn.functional.avg_pool2d(maps[None], MAP_BLOCK)[0] * MAP_BLOCK**2
+
+
+def of_layer(flow: ff.FisherFlow, name: str) -> Tensor:
+    """Information of the channels at each position about each parameter alone: [4, h, w]."""
+    return flow.map(name).J.diagonal(dim1=-2, dim2=-1).permute(2, 0, 1)
+
+
+def draw_maps(axes: Any, pictures: Pictures, maps: Tensor, title: str) -> None:
+    """One map per parameter over the picture, each in its own unit: dark where nothing is known."""
+    side = pictures.mean.shape[0]
+    extent = (-0.5, side - 0.5, side - 0.5, -0.5)
+    for ax, values in zip(axes, maps.clamp_min(0), strict=True):
+        share = values / values.max()
+        ax.imshow(pictures.mean, cmap="gray", extent=extent)
+        alpha = share.sqrt().clamp_max(1) * MAP_OPACITY
+        ax.imshow(share, cmap="inferno", alpha=alpha.numpy(), extent=extent, vmin=0, vmax=1)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    axes[0].set_ylabel(title)
+
+
+def draw_bounds(ax: Any, flow: ff.FisherFlow, exact: Tensor, rms: Tensor) -> None:
+    """The Cramer-Rao bound of each layer in units of that of all pixels, and the network's error in
+    the same unit."""
+    places = range(len(flow))
+    for p, (name, color) in enumerate(zip(NAMES, COLORS, strict=True)):
+        bound, low, high = [], [], []
+        for layer in flow:
+            one = layer.marginal(p)
+            information = max(one.value, 0.0)
+            error = float(one.stderr)
+            bound.append(deviation(information) / float(exact[p]))
+            low.append(deviation(information + error) / float(exact[p]))
+            high.append(deviation(max(information - error, information / 4)) / float(exact[p]))
+        ax.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
+        ax.plot(places, bound, "o-", color=color, markersize=4, label=name)
+        ax.plot(len(flow) - 0.4, float(rms[p] / exact[p]), "*", color=color, markersize=11)
+    ax.set_yscale("log")
+    ax.axhline(1, color="#767676", linewidth=0.8, linestyle="--")
+    ax.set_xticks([*places, len(flow) - 0.4])
+    ax.set_xticklabels([*flow.names, "RMS error"], rotation=45, ha="right")
+    ax.set_ylabel("standard deviation / Cramer-Rao bound of all pixels")
+    ax.legend(frameon=False, title="bound of a layer; stars: error of the network", ncols=2)
+
+
+def deviation(information: float) -> float:
+    """1 / sqrt(J), infinite without information."""
+    return information**-0.5 if information > 0 else math.inf
+
+
 def peak_bytes() -> int:
     """Highest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -376,7 +491,12 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=32, help="pictures of a training step")
     add("--lr", type=float, default=2e-3, help="largest learning rate")
     add("--seed", type=int, default=0)
-    add("--every", type=int, default=2, help="epochs from one measurement of the monitor to the next")
+    add(
+        "--every",
+        type=int,
+        default=2,
+        help="epochs from one measurement of the monitor to the next",
+    )
     add("--max-features", type=int, default=None, help="features a layer; 4 make a Krylov vector")
     add("--memory-budget", default="1.5 GB", help="of the measurement")
     add("--no-monitor", action="store_true", help="train without the monitor")

@@ -202,7 +202,7 @@ class Measurement:
 
     def _check_maps(self) -> None:
         maps = self._settings["maps"]
-        known = [name for site in self._recall.sites or [] for name in site.names]
+        known = [name for site in self._sites for name in site.names]
         unknown = [] if isinstance(maps, bool) else [name for name in maps if name not in known]
         if unknown:
             raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")

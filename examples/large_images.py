@@ -27,6 +27,7 @@ import json
 import math
 import resource
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -51,7 +52,7 @@ DEFOCUS = (1.2, 2.8)
 BLURS = 5
 """Blurred copies of the photograph between which defocus is interpolated, to 1e-3 of the light."""
 
-LIGHT, GROUND, READ_OUT = 8.0, 2.0, 4.0
+LIGHT, GROUND, READ_OUT = 16.0, 4.0, 4.0
 """Electrons of a white pixel beyond those of a black one, which has GROUND, and the standard
 deviation of the read-out noise."""
 
@@ -113,7 +114,8 @@ class Scene:
     def mean(self, theta: Tensor) -> Tensor:
         """Electrons [H, W] at theta [4], differentiable in forward mode."""
         canvas = GROUND + LIGHT * torch.tensordot(self._mixture(theta[3]), self.levels, 1)
-        rows, columns = self._places(theta)
+        (row, over), (column, across) = self._places(theta)
+        rows, columns = row + over, column + across
         edge = canvas.shape[0] - 2
         top = rows.detach().floor().clamp(0, edge)
         left = columns.detach().floor().clamp(0, edge)
@@ -130,27 +132,32 @@ class Scene:
         mixture = torch.stack([self._mixture(theta[3]) for theta in thetas])
         canvas = GROUND + LIGHT * (mixture @ self.levels.flatten(1))
         canvas = canvas.unflatten(1, (1, *self.levels.shape[1:]))
-        places = [torch.stack(self._places(theta)[::-1], -1) for theta in thetas]
-        grid = torch.stack(places).mul_(2 / (self.levels.shape[-1] - 1)).sub_(1)
+        grid = canvas.new_empty(len(thetas), self.size, self.size, 2)
+        unit = 2 / (self.levels.shape[-1] - 1)  # grid_sample counts from -1 to 1
+        for theta, cells in zip(thetas, grid, strict=True):
+            for axis, (down, along) in enumerate(reversed(self._places(theta))):
+                torch.add(down * unit - 1, along * unit, out=cells[..., axis])
         return nn.functional.grid_sample(canvas, grid, align_corners=True)
 
     def tangents(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The mean [H, W] at theta and its exact derivatives [4, H, W]."""
         duals = []
         for direction in torch.eye(len(theta)):
-            with forward_ad.dual_level():
+            with warnings.catch_warnings(), forward_ad.dual_level():
+                # torch compiles its decompositions at the first use of forward mode, and warns
+                warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
                 dual = self.mean(forward_ad.make_dual(theta, direction))
                 duals.append(forward_ad.unpack_dual(dual))
         return duals[0].primal, torch.stack([dual.tangent for dual in duals])
 
-    def _places(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and column of the photograph that each pixel looks at: the picture is turned about
-        its centre, then moved."""
+    def _places(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Row and column of the photograph that each pixel looks at, each as a sum of a part down
+        the picture [H, 1] and one along it [1, W]: it is turned about its centre, then moved."""
         angle = theta[2] * (math.pi / 180)
         cosine, sine = torch.cos(angle), torch.sin(angle)
         along, down = self.along - theta[0], self.down - theta[1]
         middle = (self.levels.shape[-1] - 1) / 2
-        return down * cosine - along * sine + middle, along * cosine + down * sine + middle
+        return [(down * cosine + middle, -along * sine), (down * sine + middle, along * cosine)]
 
     def _mixture(self, defocus: Tensor) -> Tensor:
         """Weights of the blurred copies: the polynomial through all of them (Lagrange)."""
@@ -337,6 +344,7 @@ def measure(
     flow = ff.fisher_flow(
         model,
         ff.Pathwise(pictures, parameters=len(NAMES)),
+        layers=lambda name, module: name != "last",  # the output is the same in other units
         max_features=options.max_features,
         maps=MAPPED,
         memory_budget=options.memory_budget,
@@ -392,9 +400,9 @@ def draw(out: Path, scene: Scene, pictures: Pictures, flow: ff.FisherFlow, rms: 
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))
     axes = top.subplots(1, 1 + len(NAMES))
     draw_samples(axes[:1], scene, pictures, ["a sample"])
-    draw_maps(axes[1:], pictures, of_layer(flow, layers[-1]), "")
+    draw_maps(axes[1:], pictures, of_layer(flow, layers[0]), "")
     for ax, name in zip(axes[1:], NAMES, strict=True):
-        ax.set_title(f"{layers[-1]}: {name}")
+        ax.set_title(f"{name}, {layers[0]}")
     draw_bounds(bottom.subplots(), flow, exact, rms)
     figure.savefig(out / "overview.png", dpi=110)
 
@@ -415,7 +423,7 @@ def draw_samples(
     }
     for ax, title in zip(axes, titles, strict=True):
         wide = 3 * READ_OUT if title == "a sample" else 0
-        ax.imshow(shown[title], cmap="gray", vmin=GROUND - wide, vmax=GROUND + LIGHT + wide)
+        ax.imshow(shown[title].numpy(), cmap="gray", vmin=GROUND - wide, vmax=GROUND + LIGHT + wide)
         ax.set_title(title)
         ax.set_axis_off()
 
@@ -436,9 +444,9 @@ def draw_maps(axes: Any, pictures: Pictures, maps: Tensor, title: str) -> None:
     extent = (-0.5, side - 0.5, side - 0.5, -0.5)
     for ax, values in zip(axes, maps.clamp_min(0), strict=True):
         share = values / values.max()
-        ax.imshow(pictures.mean, cmap="gray", extent=extent)
+        ax.imshow(pictures.mean.numpy(), cmap="gray", extent=extent)
         alpha = share.sqrt().clamp_max(1) * MAP_OPACITY
-        ax.imshow(share, cmap="inferno", alpha=alpha.numpy(), extent=extent, vmin=0, vmax=1)
+        ax.imshow(share.numpy(), cmap="inferno", alpha=alpha.numpy(), extent=extent, vmin=0, vmax=1)
         ax.set_xticks([])
         ax.set_yticks([])
     axes[0].set_ylabel(title)
@@ -464,8 +472,10 @@ def draw_bounds(ax: Any, flow: ff.FisherFlow, exact: Tensor, rms: Tensor) -> Non
     ax.axhline(1, color="#767676", linewidth=0.8, linestyle="--")
     ax.set_xticks([*places, len(flow) - 0.4])
     ax.set_xticklabels([*flow.names, "RMS error"], rotation=45, ha="right")
-    ax.set_ylabel("standard deviation / Cramer-Rao bound of all pixels")
-    ax.legend(frameon=False, title="bound of a layer; stars: error of the network", ncols=2)
+    ax.set_ylabel("CRLB / CRLB of all pixels")
+    ax.legend(
+        frameon=False, title="Cramer-Rao bound of a layer; stars: RMS error of the network", ncols=2
+    )
 
 
 def deviation(information: float) -> float:

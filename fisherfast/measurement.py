@@ -21,12 +21,16 @@ from fisherfast.data import Batch, Data
 from fisherfast.maps import estimate_map
 from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
 from fisherfast.meters import LayerMeter, score_note
+from fisherfast.probed import PROBE_BYTES, ProbedMeter, unprobed
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
 from fisherfast.streams import Streams
 from fisherfast.wide import WideMeter, too_wide
 
 __all__ = ["Measurement", "NotFiniteError"]
+
+PROBE_SHARE = 4
+"""Activations kept to train probes take a quarter of a memory budget at most."""
 
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
@@ -94,7 +98,7 @@ class Measurement:
             with self._evaluation():
                 self._stream_again(progress)
         with torch.no_grad():
-            layers = [m.estimate(self._data, contrast, ridge) for m in self._layer_meters]
+            layers = [self._estimate(m, contrast, ridge) for m in self._layer_meters]
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
@@ -108,6 +112,11 @@ class Measurement:
         )
         self._warn(flow.layers, warning)
         return flow
+
+    def _estimate(self, meter: LayerMeter, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+        layer = meter.estimate(self._data, contrast, ridge)
+        compressed = isinstance(meter, WideMeter) and self._settings["probe"] is not None
+        return unprobed(layer) if compressed else layer
 
     def _warn(self, layers: tuple[LayerFisher, ...], warning: str | None) -> None:
         if self._quiet:
@@ -187,9 +196,9 @@ class Measurement:
         batch = torch.cat([samples.x for samples in first])
         known = self._recall.sites is not None
         self._sites = self._recall.sites or self._find_sites(batch)
-        for site in self._recall.unknown(self._sites):
-            wide = too_wide(site.dim, self._data, self._settings["max_features"])
-            meter = WideMeter(site) if wide else LayerMeter(site)
+        unknown = self._recall.unknown(self._sites)
+        for site in unknown:
+            meter = self._meter(site, self._probe_bytes() // len(unknown))
             self._meters.update(dict.fromkeys(site.names, meter))
         self._check_maps()
         if bounded:
@@ -220,11 +229,23 @@ class Measurement:
             self._settings["memory_budget"],
             layers,
             per_sample,
-            streams.kept_bytes,
+            streams.kept_bytes + self._probe_bytes(),
             self._data,
             self._settings,
             max(batch.element_size(), torch.float32.itemsize),
         )
+
+    def _probe_bytes(self) -> int:
+        """Of the activations that are kept to train probes."""
+        if self._settings["probe"] is None:
+            return 0
+        budget = self._settings.get("memory_budget")
+        return PROBE_BYTES if budget is None else min(PROBE_BYTES, budget // PROBE_SHARE)
+
+    def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
+        if too_wide(site.dim, self._data, self._settings["max_features"]):
+            return WideMeter(site)
+        return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
 
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:
         if self._model is None:

@@ -125,7 +125,7 @@ class LayerMeter:
         raw = self.dictionary.raw_features(rows_of(activations))
         carried = score
         if tangents is not None:
-            carried = self.dictionary.raw_tangents(rows_of(tangents, 1))
+            carried = self.dictionary.raw_tangents(rows_of(tangents, 1), raw)
         moments.update(condition, raw, self._lift(), carried)
         if moments.paired:
             self._pending.append(raw)

@@ -38,7 +38,7 @@ from fisherfast.meters import (
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 
-__all__ = ["WideMeter", "too_wide"]
+__all__ = ["HalfFit", "WideMeter", "error_of_mean", "mean_of", "too_wide"]
 
 LEAST_DOF = 1.1
 """Degrees of freedom per activation below which a layer wider than max_features is compressed."""
@@ -200,8 +200,8 @@ class WideMeter(LayerMeter):
         size = max(len(half.curve) for half in halves)
         points = curve_points(min(self._parameters, size), size)
         lower, lower_stderr = self._honest_bound(halves, contrast)
-        J = _mean_of([half.at_chosen("J") for half in halves])
-        stderr = _error_of_mean([half.at_chosen("stderr") for half in halves])
+        J = mean_of([half.at_chosen("J") for half in halves])
+        stderr = error_of_mean([half.at_chosen("stderr") for half in halves])
         errors = [half.curve.error_covariance(half.chosen) for half in halves]
         layer = replace(
             base,
@@ -211,15 +211,15 @@ class WideMeter(LayerMeter):
             lower_stderr=lower_stderr,
             linear=J,
             linear_stderr=stderr,
-            naive=_mean_of([half.at_chosen("naive") for half in halves]),
+            naive=mean_of([half.at_chosen("naive") for half in halves]),
             curve_k=points,
-            curve_J=_mean_of([half.at("J", points) for half in halves]),
-            curve_stderr=_error_of_mean([half.at("stderr", points) for half in halves]),
+            curve_J=mean_of([half.at("J", points) for half in halves]),
+            curve_stderr=error_of_mean([half.at("stderr", points) for half in halves]),
             features=max(half.chosen for half in halves),
             feature_kind="krylov",
-            effective_dim=float(_mean_of([half.at_chosen("effective_dim") for half in halves])),
+            effective_dim=float(mean_of([half.at_chosen("effective_dim") for half in halves])),
             converged=all(half.converged for half in halves),
-            error_covariance=pack_covariance(_mean_of(errors) / 2),
+            error_covariance=pack_covariance(mean_of(errors) / 2),
         )
         notes = [f"{dead} constant activations left out"] if dead else []
         notes += [warning] if (warning := finite_step_note(layer)) else []
@@ -331,7 +331,7 @@ class WideMeter(LayerMeter):
             bound, error = cross_fitted_bound(quarters[0], quarters[1])
             bounds.append(bound)
             errors.append(error)
-        return _mean_of(bounds), _error_of_mean(errors)
+        return mean_of(bounds), error_of_mean(errors)
 
 
 def _fit(
@@ -345,10 +345,11 @@ def _fit(
         return fisher_curve(whole.select(index), ridge), index
 
 
-def _mean_of(values: list[torch.Tensor]) -> torch.Tensor:
+def mean_of(values: list[torch.Tensor]) -> torch.Tensor:
+    """Mean of results, on the CPU."""
     return torch.stack(values).mean(0).cpu()
 
 
-def _error_of_mean(errors: list[torch.Tensor]) -> torch.Tensor:
+def error_of_mean(errors: list[torch.Tensor]) -> torch.Tensor:
     """Standard error of the mean of independent results with these errors."""
     return torch.stack(errors).square().sum(0).sqrt().cpu() / len(errors)

@@ -28,6 +28,7 @@ MEASURE = {
 }
 NUMBERS = {"results", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
+PROBES = {"probe"}
 TOP = {"__main__", "plots", "demos", "training", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot
@@ -38,9 +39,10 @@ LEVELS = {
     "flow": 6,
     "measurement": 5,
     "wide": 5,
+    "probed": 5,
     **dict.fromkeys(PARTS_OF_FLOW, 4),
     "problems": 4,
-    **dict.fromkeys(MEASURE | NUMBERS | WIDE_LAYERS, 3),
+    **dict.fromkeys(MEASURE | NUMBERS | WIDE_LAYERS | PROBES, 3),
     "ops": 2,
     **dict.fromkeys(BELOW_OPS, 1),
     **dict.fromkeys(ANYONE, 0),

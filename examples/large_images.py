@@ -71,7 +71,7 @@ a wide layer, which is a pass over the pictures. The noise of neighbouring pixel
 so four vectors already hold what sixteen do."""
 
 WATCHED = 96
-"""Pictures that the monitor measures the last layers on."""
+"""Pictures that the monitor measures the output on, and the input once."""
 
 TESTED = 256
 """Pictures that the error of the network is measured on."""
@@ -542,7 +542,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
             model,
             watched,
             every=options.every,
-            layers=["hidden", "relu6"],
+            layers=["output"],
             max_features=2 * len(NAMES),
             keep=0,
             memory_budget=options.memory_budget,

@@ -111,7 +111,7 @@ class FisherMonitor:
         seed: int = 0,
         ridge: float = RIDGE,
         folds: int = FOLDS,
-        maps: bool = False,
+        maps: bool | Sequence[str] = False,
         memory_budget: int | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):

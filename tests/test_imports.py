@@ -32,7 +32,7 @@ MEASURE = {
 NUMBERS = {"results", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
 PROBES = {"probe"}
-TOP = {"__main__", "plots", "demos", "training", "integrations", "selfcheck"}
+TOP = {"__main__", "plots", "demos", "reproduce", "training", "integrations", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot
 

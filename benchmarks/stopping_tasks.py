@@ -1,0 +1,302 @@
+"""The tasks of the study of early stopping: small enough to train in a minute, and to overfit.
+
+The rules were settled on the first three. The last two were chosen before any result was seen, have
+other noise, other networks and another source of derivatives, and served as examination only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import fisherfast as ff
+from fisherfast.problems import (
+    GaussianShift,
+    LogNormal,
+    Problem,
+    default_camera,
+    gaussian_network,
+    imaging_network,
+    lognormal_network,
+)
+
+MIXING_SEED = 5  # condition number 10: random ones are often too near singular to be learned
+HELD_OUT = 10_000  # samples at theta = 0 that the information is measured with
+PULSE_SAMPLES, PULSE_WIDTH, PULSE_RANGE = 128, 4.0, 16.0
+PULSE_NOISE = 0.7  # correlation of the noise of neighbouring samples
+PULSE_STRENGTH = 8.0  # root of m^T C^-1 m: strong enough that no noise peak is taken for the pulse
+SPOT_PIXELS, SPOT_WIDTH, SPOT_RANGE = 16, 2.0, 3.0
+SPOT_PHOTONS, SPOT_BACKGROUND = 150.0, 2.0
+
+
+@dataclass(frozen=True)
+class StoppingTask:
+    """What one run trains on.
+
+    Attributes:
+        model: from samples to estimates [n, 1].
+        x, theta: training samples and their parameters [n].
+        val_x, val_theta: the same, for the validation loss.
+        data: held-out samples at theta = 0.
+        prior: what the rule is told of theta: the values of the training samples, or a range.
+        learning_rate: of Adam.
+        epochs: of the whole run.
+    """
+
+    model: nn.Module
+    x: Tensor
+    theta: Tensor
+    val_x: Tensor
+    val_theta: Tensor
+    data: ff.Pathwise | ff.Score
+    prior: Tensor | tuple[float, float]
+    learning_rate: float
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is: training and validation samples, learning rate, epochs."""
+
+    training: int
+    validation: int
+    learning_rate: float
+    epochs: int
+
+
+SIZES = {
+    "gaussian": Size(31 * 500, 31 * 1000, 1e-4, 60),
+    "lognormal": Size(21 * 400, 21 * 1500, 3e-4, 60),
+    "imaging": Size(13 * 1000, 13 * 2000, 1e-5, 60),
+    "pulse": Size(20_000, 20_000, 3e-4, 40),
+    "spot": Size(20_000, 20_000, 3e-4, 40),
+}
+
+
+def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
+    """For training and for validation samples; those of different seeds do not meet."""
+    first, second = (torch.Generator().manual_seed(1000 * seed + stream) for stream in (1, 2))
+    return first, second
+
+
+def on_grid(problem: Problem, values: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Samples at each of the values in turn, `count` together."""
+    share = count // len(values)
+    return torch.cat([problem.sample(float(value), share, generator) for value in values])
+
+
+def gridded(
+    problem: Problem, values: Tensor, model: nn.Module, size: Size, seed: int
+) -> StoppingTask:
+    """Training on a grid of theta, as in the publication; samples normalised by the training ones."""
+    training, validation = generators(seed)
+    x = on_grid(problem, values, size.training, training)
+    val_x = on_grid(problem, values, size.validation, validation)
+    generator = torch.Generator().manual_seed(1000 * seed + 3)
+    held_out, tangents = problem.sample_with_tangent(0.0, HELD_OUT, generator)
+    mean, std = x.mean(0), x.std(0)
+    return StoppingTask(
+        model=model,
+        x=(x - mean) / std,
+        theta=values.float().repeat_interleave(size.training // len(values)),
+        val_x=(val_x - mean) / std,
+        val_theta=values.float().repeat_interleave(size.validation // len(values)),
+        data=ff.Pathwise((held_out - mean) / std, tangents / std),
+        prior=values,
+        learning_rate=size.learning_rate,
+        epochs=size.epochs,
+    )
+
+
+def gaussian(seed: int, size: Size) -> StoppingTask:
+    """x ~ N(theta 1, I_256), theta at 31 values in [-1, 1]."""
+    values = torch.linspace(-1, 1, 31)
+    return gridded(
+        GaussianShift(torch.ones(256)), values, gaussian_network(seed=seed), size, seed
+    )
+
+
+def lognormal(seed: int, size: Size) -> StoppingTask:
+    """x = exp(B z), z ~ N(theta 1, I_10), theta at 21 values in [-7, 7]."""
+    values = torch.linspace(-7, 7, 21)
+    problem = LogNormal.random(seed=MIXING_SEED)
+    return gridded(problem, values, lognormal_network(seed=seed), size, seed)
+
+
+def imaging(seed: int, size: Size) -> StoppingTask:
+    """Camera images of 18 x 24 pixels, theta at the 13 published positions."""
+    camera = default_camera()
+    return gridded(camera, camera.positions(), imaging_network(seed=seed), size, seed)
+
+
+def pulse(seed: int, size: Size) -> StoppingTask:
+    """When a pulse arrives in a trace with coloured noise, read by a 1-D convolutional network."""
+    training, validation = generators(seed)
+    problem = pulse_problem()
+    x, theta = problem.draw(size.training, training)
+    val_x, val_theta = problem.draw(size.validation, validation)
+    noise = problem.noise(HELD_OUT, torch.Generator().manual_seed(1000 * seed + 3))
+    centre = torch.zeros(1)
+    dx = problem.derivative(centre).expand(1, HELD_OUT, 1, -1)
+    held_out = problem.shape_of(centre)[:, None] + noise
+    return StoppingTask(
+        model=pulse_network(seed),
+        x=x,
+        theta=theta,
+        val_x=val_x,
+        val_theta=val_theta,
+        data=ff.Pathwise(held_out, dx),
+        prior=(-PULSE_RANGE, PULSE_RANGE),
+        learning_rate=size.learning_rate,
+        epochs=size.epochs,
+    )
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """a exp(-(t - theta)^2 / 2 w^2) in autoregressive noise of unit variance."""
+
+    amplitude: float = 1.0
+
+    def shape_of(self, theta: Tensor) -> Tensor:
+        """Mean traces [n, T] at theta [n]."""
+        times = torch.arange(PULSE_SAMPLES) - (PULSE_SAMPLES - 1) / 2
+        return self.amplitude * torch.exp(-((times - theta[:, None]) ** 2) / (2 * PULSE_WIDTH**2))
+
+    def derivative(self, theta: Tensor) -> Tensor:
+        """d mean / d theta [n, T]."""
+        times = torch.arange(PULSE_SAMPLES) - (PULSE_SAMPLES - 1) / 2
+        return self.shape_of(theta) * (times - theta[:, None]) / PULSE_WIDTH**2
+
+    def noise_factor(self) -> Tensor:
+        """Cholesky factor of the covariance of the noise."""
+        lags = torch.arange(PULSE_SAMPLES)
+        return torch.linalg.cholesky(PULSE_NOISE ** (lags[:, None] - lags).abs().double()).float()
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """Noise [n, 1, T]."""
+        white = torch.randn(n, PULSE_SAMPLES, generator=generator)
+        return (white @ self.noise_factor().T)[:, None]
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Traces [n, 1, T] and their theta [n], uniform over the range."""
+        theta = PULSE_RANGE * (2 * torch.rand(n, generator=generator) - 1)
+        return self.shape_of(theta)[:, None] + self.noise(n, generator), theta
+
+
+def pulse_problem() -> Pulse:
+    """With the amplitude that makes the pulse as strong as stated."""
+    unit = torch.linalg.solve_triangular(
+        Pulse().noise_factor(), Pulse().shape_of(torch.zeros(1)).T, upper=False
+    )
+    return Pulse(PULSE_STRENGTH / float(unit.norm()))
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network whose weights come from the seed; the global random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build()
+
+
+def pulse_network(seed: int) -> nn.Module:
+    """Three convolutions and two dense layers; from traces [n, 1, 128]."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv1d(1, 8, 9, stride=2, padding=4),
+            nn.ReLU(),
+            nn.Conv1d(8, 16, 7, stride=2, padding=3),
+            nn.ReLU(),
+            nn.Conv1d(16, 32, 5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 64),
+            nn.ReLU(),
+            nn.Linear(64, 1),
+        )
+
+    return seeded(build, seed)
+
+
+def spot(seed: int, size: Size) -> StoppingTask:
+    """Where a spot lies in an image of photon counts, read by a convolutional network."""
+    training, validation = generators(seed)
+    draws = []
+    for count, generator in ((size.training, training), (size.validation, validation)):
+        theta = SPOT_RANGE * (2 * torch.rand(count, generator=generator) - 1)
+        draws.append((torch.poisson(spot_rates(theta), generator=generator), theta))
+    (x, theta), (val_x, val_theta) = draws
+    centre = torch.zeros(HELD_OUT, dtype=torch.float64)
+    rates, slope = spot_rates(centre), spot_slope(centre)
+    counts = torch.poisson(rates, generator=torch.Generator().manual_seed(1000 * seed + 3))
+    score = ((counts / rates - 1) * slope).flatten(1).sum(1, keepdim=True)
+    return StoppingTask(
+        model=spot_network(seed),
+        x=x,
+        theta=theta,
+        val_x=val_x,
+        val_theta=val_theta,
+        data=ff.Score(counts.float(), score),
+        prior=(-SPOT_RANGE, SPOT_RANGE),
+        learning_rate=size.learning_rate,
+        epochs=size.epochs,
+    )
+
+
+def spot_rates(theta: Tensor) -> Tensor:
+    """Expected counts [n, 1, H, W] of a spot whose column is theta [n]."""
+    places = torch.arange(SPOT_PIXELS).to(theta) - (SPOT_PIXELS - 1) / 2
+    row = torch.exp(-(places**2) / (2 * SPOT_WIDTH**2))
+    column = torch.exp(-((places - theta[:, None]) ** 2) / (2 * SPOT_WIDTH**2))
+    peak = SPOT_PHOTONS / (2 * math.pi * SPOT_WIDTH**2)
+    return SPOT_BACKGROUND + peak * (row[:, None] * column[:, None, None, :])
+
+
+def spot_slope(theta: Tensor) -> Tensor:
+    """d rates / d theta [n, 1, H, W]."""
+    places = torch.arange(SPOT_PIXELS).to(theta) - (SPOT_PIXELS - 1) / 2
+    away = (places - theta[:, None])[:, None, None, :]
+    return (spot_rates(theta) - SPOT_BACKGROUND) * away / SPOT_WIDTH**2
+
+
+class SpotNetwork(nn.Sequential):
+    """A network behind a fixed normalisation of counts."""
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """Counts [n, 1, H, W]."""
+        estimate: Tensor = super().forward((counts - SPOT_BACKGROUND) / 2)
+        return estimate
+
+
+def spot_network(seed: int) -> nn.Module:
+    """Three convolutions and two dense layers; from counts [n, 1, 16, 16]."""
+
+    def build() -> nn.Module:
+        return SpotNetwork(
+            nn.Conv2d(1, 16, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 64),
+            nn.ReLU(),
+            nn.Linear(64, 1),
+        )
+
+    return seeded(build, seed)
+
+
+TASKS = {
+    "gaussian": gaussian,
+    "lognormal": lognormal,
+    "imaging": imaging,
+    "pulse": pulse,
+    "spot": spot,
+}
+SETTLED_ON = ("gaussian", "lognormal", "imaging")
+EXAMINED_ON = ("pulse", "spot")

@@ -20,18 +20,33 @@ from fisherfast._progress import progress_bar
 from fisherfast.data import Batch, Data
 from fisherfast.maps import estimate_map
 from fisherfast.meters import LayerMeter, score_note
-from fisherfast.results import FisherFlow, FisherWarning, warn_of
+from fisherfast.recall import Recall
+from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
 from fisherfast.streams import Streams
 from fisherfast.wide import WideMeter, too_wide
 
-__all__ = ["Measurement"]
+__all__ = ["Measurement", "NotFiniteError"]
 
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
 
 
+class NotFiniteError(ValueError):
+    """Activations are NaN or infinite."""
+
+
 class Measurement:
-    """One measurement of a model (or of the data alone) on given data."""
+    """One measurement of a model (or of the data alone) on given data.
+
+    Args:
+        model: what is measured; None for the data alone.
+        data: the samples.
+        layers: which layers.
+        settings: from `check_settings` and `check_passes`.
+        recall: what an earlier measurement of this model on these data has found out, and takes
+            what this one does.
+        quiet: leave warnings to the notes of the layers.
+    """
 
     def __init__(
         self,
@@ -39,7 +54,12 @@ class Measurement:
         data: Data,
         layers: taps.Layers,
         settings: dict[str, Any],
+        *,
+        recall: Recall | None = None,
+        quiet: bool = False,
     ) -> None:
+        self._recall = Recall() if recall is None else recall
+        self._quiet = quiet
         self._model = model
         self._data = data
         self._layers = layers
@@ -71,18 +91,27 @@ class Measurement:
             with self._evaluation():
                 self._stream_again(progress)
         with torch.no_grad():
-            layers = tuple(m.estimate(self._data, contrast, ridge) for m in self._layer_meters)
+            layers = [m.estimate(self._data, contrast, ridge) for m in self._layer_meters]
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
                 if m.map is not None
             }
-            warning = score_note(self._layer_meters[0])
+            warning = score_note(self._layer_meters[0]) if self._layer_meters else None
         if warning is not None:
-            layers = (replace(layers[0], notes=(*layers[0].notes, warning)), *layers[1:])
-            warnings.warn(warning, FisherWarning, stacklevel=3)
-        warn_of(layers)
-        return FisherFlow(layers, self._settings, maps=maps)
+            layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
+        flow = self._recall.complete(
+            FisherFlow(tuple(layers), self._settings, maps=maps), self._data
+        )
+        self._warn(flow.layers, warning)
+        return flow
+
+    def _warn(self, layers: tuple[LayerFisher, ...], warning: str | None) -> None:
+        if self._quiet:
+            return
+        if warning is not None:
+            warnings.warn(warning, FisherWarning, stacklevel=4)
+        warn_of(layers, stacklevel=5)
 
     def _evaluation(self) -> AbstractContextManager[Any]:
         """The model in eval mode, without gradients, with random numbers of its own."""
@@ -150,15 +179,19 @@ class Measurement:
                 forward.run(dual.DualTensor.pack(batch.x, batch.tangents))
 
     def _survey(self, batch: torch.Tensor) -> None:
-        if self._model is None:
-            sites = [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
-        else:
-            sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
-            self._find_chains(sites, batch)
-        for site in sites:
+        if self._recall.sites is None:
+            self._recall.sites = self._find_sites(batch)
+        for site in self._recall.unknown():
             wide = too_wide(site.dim, self._data, self._settings["max_features"])
             meter = WideMeter(site) if wide else LayerMeter(site)
             self._meters.update(dict.fromkeys(site.names, meter))
+
+    def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:
+        if self._model is None:
+            return [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
+        sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
+        self._find_chains(sites, batch)
+        return sites
 
     def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
         """Replay the model once per layer, on so few samples that it costs half a pass at most."""
@@ -212,7 +245,7 @@ class Measurement:
         name, condition, batch, _ = next(entry for entry in flags if not bool(entry[-1]))
         pathwise = self._data.source == "pathwise"
         what = "activations and their tangents" if pathwise else "activations"
-        raise ValueError(
+        raise NotFiniteError(
             f"{what} of layer {name!r} must be finite, got NaN or infinity in batch {batch} of"
             f" condition {self._data.condition_name(condition)!r}"
         )

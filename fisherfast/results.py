@@ -503,12 +503,12 @@ def finite_step_note(layer: LayerFisher) -> str | None:
     )
 
 
-def warn_of(layers: tuple[LayerFisher, ...]) -> None:
+def warn_of(layers: tuple[LayerFisher, ...], *, stacklevel: int = 4) -> None:
     """Say aloud, once, what the layers note about their finite step."""
     noted = [(layer.name, note) for layer in layers if (note := finite_step_note(layer))]
     if noted:
         names = ", ".join(name for name, _ in noted)
-        warnings.warn(f"{noted[0][1]} (layers: {names})", FisherWarning, stacklevel=4)
+        warnings.warn(f"{noted[0][1]} (layers: {names})", FisherWarning, stacklevel=stacklevel)
 
 
 def _main_names(layer: LayerFisher) -> list[str]:

@@ -13,7 +13,7 @@ import fisherfast
 
 PACKAGE = Path(fisherfast.__file__).parent
 ANYONE = {"_version", "_progress"}
-PARTS_OF_FLOW = {"meters", "settings", "streams"}
+PARTS_OF_FLOW = {"meters", "recall", "settings", "streams"}
 MEASURE = {
     "data",
     "dual",

@@ -98,6 +98,10 @@ class Data(ABC):
     def repeats(self, condition: int) -> bool:
         """Whether each pass over a condition surely gives the same samples in the same order."""
 
+    def resident(self) -> bool:
+        """Whether all samples are in memory already, as tensors or arrays."""
+        return False
+
     def contrast(self) -> torch.Tensor:
         """Weights [conditions, P] float64: derivative of the mean = sum over conditions of weight *
         mean. In 1/theta; zero where the samples carry the derivative themselves."""

@@ -116,6 +116,10 @@ class FiniteDifference(Data):
         tensors, arrays, Datasets, and DataLoaders that do not shuffle."""
         return sources.repeats(self._sources[condition])
 
+    def resident(self) -> bool:
+        """Whether all samples are in memory already, as tensors or arrays."""
+        return all(map(sources.resident, self._sources))
+
     def __repr__(self) -> str:
         counts = [self.samples(c) for c in range(self.conditions)]
         return f"FiniteDifference({self.source}, dtheta={list(self.dtheta)}, samples={counts})"

@@ -66,6 +66,10 @@ class PerSample(Data):
         """Whether each pass surely gives the same samples in the same order."""
         return sources.repeats(self._x)
 
+    def resident(self) -> bool:
+        """Whether all samples are in memory already, as tensors or arrays."""
+        return sources.resident(self._x)
+
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Yield batches of samples with their companion, in order.
 

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Source", "as_batch", "check_floating", "check_source", "count", "iterate", "repeats"]
+__all__ = [
+    "Source",
+    "as_batch",
+    "check_floating",
+    "check_source",
+    "count",
+    "iterate",
+    "repeats",
+    "resident",
+]
 
 Source = Any
 """A tensor or array [n, ...], a Dataset, a DataLoader, an iterable of batches, or a function that
@@ -108,6 +117,11 @@ def count(source: Source) -> int | None:
         return len(sized)
     except TypeError:
         return None
+
+
+def resident(source: Source) -> bool:
+    """Whether all samples of a source are in memory already."""
+    return isinstance(source, torch.Tensor | np.ndarray)
 
 
 def repeats(source: Source) -> bool:

@@ -1,0 +1,81 @@
+"""Data that are drawn or read once and then kept in memory, up to a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fisherfast.data.batch import Batch, Data
+
+__all__ = ["KeptData"]
+
+
+class KeptData(Data):
+    """The same samples at every pass: batches of a source, kept the first time that they are read.
+
+    A simulator draws nothing twice, a folder of files is read once, and a loader that shuffles
+    gives the same samples at every measurement, so that differences between measurements are those
+    of the network. What does not fit into the limit is read again every time, like the source.
+
+    Args:
+        source: any data.
+        limit: bytes that may be kept.
+    """
+
+    def __init__(self, source: Data, limit: int) -> None:
+        self._source = source
+        self._limit = limit
+        self._kept: dict[int, list[Batch]] = {}
+        self._held = 0
+        self.source = source.source
+        self.parameters = source.parameters
+        self.conditions = source.conditions
+        self.dtheta = source.dtheta
+        self.paired = source.paired
+
+    @property
+    def held_bytes(self) -> int:
+        """What is kept now."""
+        return self._held
+
+    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
+        """Yield the samples of one condition, in order; batches keep the sizes that they were first
+        read with."""
+        if condition in self._kept:
+            yield from self._kept[condition]
+            return
+        batches: list[Batch] | None = []
+        size = 0
+        for batch in self._source.read(condition, batch_size):
+            if batches is not None:
+                size += bytes_of(batch)
+                if self._held + size > self._limit:
+                    batches = None
+                else:
+                    batches.append(batch.clone())
+            yield batch
+        if batches is not None:
+            self._kept[condition] = batches
+            self._held += size
+
+    def samples(self, condition: int) -> int | None:
+        """Number of samples of a condition, or None for a stream of unknown length."""
+        if condition in self._kept:
+            return sum(map(len, self._kept[condition]))
+        return self._source.samples(condition)
+
+    def repeats(self, condition: int) -> bool:
+        """Whether the next pass surely gives the same samples in the same order."""
+        return condition in self._kept or self._source.repeats(condition)
+
+    def condition_name(self, condition: int) -> str:
+        """As the source calls it."""
+        return self._source.condition_name(condition)
+
+    def __repr__(self) -> str:
+        return repr(self._source)
+
+
+def bytes_of(batch: Batch) -> int:
+    """Bytes of the samples and what they carry."""
+    parts = [batch.x, batch.tangents, batch.score]
+    return sum(t.numel() * t.element_size() for t in parts if t is not None)

@@ -1,0 +1,42 @@
+"""What one measurement finds out that the next one of the same model on the same data need not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fisherfast.data import Data
+from fisherfast.information_map import InformationMap
+from fisherfast.results import FisherFlow, LayerFisher
+from fisherfast.taps import INPUT, Site
+
+__all__ = ["Recall"]
+
+
+@dataclass
+class Recall:
+    """Layers, their chains, and the information in the input, which training does not change.
+
+    Attributes:
+        sites: the layers measured, with their chains; None before the first measurement.
+        input: what was measured in the input; None where the samples may be others each time.
+        input_map: its map, where there is one.
+    """
+
+    sites: list[Site] | None = None
+    input: LayerFisher | None = None
+    input_map: InformationMap | None = None
+
+    def unknown(self) -> list[Site]:
+        """The sites that must be measured."""
+        sites = self.sites or []
+        return [site for site in sites if site.name != INPUT or self.input is None]
+
+    def complete(self, flow: FisherFlow, data: Data) -> FisherFlow:
+        """A flow with the layers that were not measured again; keeps those of this one that need
+        not be."""
+        if self.input is not None:
+            maps = {} if self.input_map is None else {INPUT: self.input_map}
+            return replace(flow, layers=(self.input, *flow.layers), maps=maps | flow.maps)
+        if flow.names[0] == INPUT and all(data.repeats(c) for c in range(data.conditions)):
+            self.input, self.input_map = flow.layers[0], flow.maps.get(INPUT)
+        return flow

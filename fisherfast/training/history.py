@@ -1,0 +1,114 @@
+"""The history of a run as a CSV file that is never more than one epoch behind.
+
+A file that cannot be written (a full disk, a folder that is gone) stops no training: the rows stay
+in memory, and the whole file is written again at the next record that goes through.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fisherfast.results import FisherWarning
+
+__all__ = ["HistoryFile", "as_csv", "columns_of"]
+
+
+class HistoryFile:
+    """A CSV file with one line per record.
+
+    Args:
+        path: of the file; its folder must exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        if self._path.suffix != ".csv":
+            raise ValueError(f"path must end in .csv, got {self._path.name!r}")
+        self._columns: list[str] | None = None
+        self._written = 0
+        self._warned = False
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Bring the file up to date with all rows of the run.
+
+        A new row is appended; the file is rewritten as a whole where columns are new, after a
+        failure, and at first (a run that is continued, or another run's file of that name).
+
+        Warns:
+            FisherWarning: the file could not be written, once until it works again.
+        """
+        columns = columns_of(rows)
+        try:
+            if self._columns == columns and self._written == len(rows) - 1 and self._whole():
+                with self._path.open("a", encoding="utf-8", newline="") as file:
+                    file.write(as_csv(rows[-1:], columns, header=False))
+                    self._synchronise(file)
+            else:
+                self._rewrite(as_csv(rows, columns))
+        except OSError as error:
+            self._columns = None
+            if not self._warned:
+                warnings.warn(
+                    f"history could not be written to {self._path}: {error.strerror or error};"
+                    f" training goes on, all {len(rows)} records are kept in memory and written"
+                    " with the next record that goes through",
+                    FisherWarning,
+                    stacklevel=4,
+                )
+            self._warned = True
+            return
+        self._columns, self._written, self._warned = columns, len(rows), False
+        self._size = self._path.stat().st_size
+
+    def _whole(self) -> bool:
+        """Whether the file is as it was left: nobody moved or cut it."""
+        return self._path.exists() and self._path.stat().st_size == self._size
+
+    def _rewrite(self, text: str) -> None:
+        """Write beside the file, then put it in its place: no reader sees half a file."""
+        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
+        try:
+            with beside.open("w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                self._synchronise(file)
+            beside.replace(self._path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+
+    @staticmethod
+    def _synchronise(file: io.TextIOBase) -> None:
+        """A full disk may only show when buffers are emptied."""
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """All columns, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def as_csv(
+    rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, header: bool = True
+) -> str:
+    """Rows as CSV; what is missing or NaN is an empty cell, numbers keep every digit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if header:
+        writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_cell(row.get(name)) for name in columns])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return repr(value) if isinstance(value, float) else str(value)

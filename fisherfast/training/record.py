@@ -1,0 +1,172 @@
+"""`EpochRecord`: what a monitor knows after one epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fisherfast.results import FisherFlow
+from fisherfast.taps import INPUT, OUTPUT
+
+__all__ = ["EpochRecord", "Errors", "level_of"]
+
+Errors = tuple[float, ...] | None
+"""Mean square errors of the P parameters in theta^2; None where unknown."""
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One call of `FisherMonitor.step`.
+
+    Attributes:
+        epoch: its number, as the caller counts.
+        flow: information in every layer on held-out samples; None where this epoch was not
+            measured.
+        train_mse: mean square errors of the P parameters on training samples, in theta^2; None
+            where not given.
+        val_mse: the same on samples that are not trained on.
+        input_J: [P, P] Fisher information of the input in 1/theta^2, from the first measurement on;
+            NaN before.
+        training_flow: information in the output on *training* samples, where asked for.
+        live: J / J_input of layers as the training batches show it, see `FisherMonitor.observe`.
+        seconds: of wall time that the record took.
+        notes: what a reader should know.
+    """
+
+    epoch: int
+    flow: FisherFlow | None
+    train_mse: Errors
+    val_mse: Errors
+    input_J: torch.Tensor
+    training_flow: FisherFlow | None = None
+    live: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def train_level(self) -> float:
+        """Training error in units of the Cramer-Rao bound of the input: mse * J for one parameter,
+        the mean of mse_p / (J^-1)_pp for several. NaN where unknown. Below 1 is memory, not
+        skill."""
+        return level_of(self.train_mse, self.input_J)
+
+    @property
+    def val_level(self) -> float:
+        """Validation error in units of the Cramer-Rao bound of the input; NaN where unknown."""
+        return level_of(self.val_mse, self.input_J)
+
+    @property
+    def transmission(self) -> float:
+        """J_output / J_input on held-out samples; NaN where not measured."""
+        return _fraction(self.flow)
+
+    @property
+    def transmission_error(self) -> float:
+        """Standard error of `transmission`."""
+        flow = self.flow
+        return math.nan if flow is None else flow.fraction_errors()[output_of(flow)]
+
+    @property
+    def overfitting(self) -> float:
+        """J_output / J_input on training samples minus that on held-out ones: zero but for noise
+        while the network generalises. NaN where one of them was not measured."""
+        return _fraction(self.training_flow) - self.transmission
+
+    def row(self) -> dict[str, Any]:
+        """Plain numbers by column; NaN where unknown. J and fractions of several parameters are
+        those of `FisherFlow.fractions`, and the diagonal of J as "J/layer[p]"."""
+        row: dict[str, Any] = {"epoch": self.epoch}
+        parameters = len(self.input_J)
+        row |= _by_parameter("train_mse", self.train_mse, parameters)
+        row |= _by_parameter("val_mse", self.val_mse, parameters)
+        row |= {
+            "train_level": self.train_level,
+            "val_level": self.val_level,
+            "transmission": self.transmission,
+            "transmission_stderr": self.transmission_error,
+            "overfitting": self.overfitting,
+            "seconds": self.seconds,
+        }
+        if self.flow is not None:
+            fractions, fraction_errors = self.flow.fractions(), self.flow.fraction_errors()
+            for layer in self.flow:
+                row |= _by_parameter(f"J/{layer.name}", layer.J.diagonal().tolist())
+                row |= _by_parameter(f"stderr/{layer.name}", layer.stderr.diagonal().tolist())
+                row |= _by_parameter(f"lower/{layer.name}", layer.lower.diagonal().tolist())
+                row[f"fraction/{layer.name}"] = fractions[layer.name]
+                row[f"fraction_stderr/{layer.name}"] = fraction_errors[layer.name]
+        row |= {f"live/{name}": value for name, value in self.live.items()}
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and tensors."""
+        return {
+            "epoch": self.epoch,
+            "flow": None if self.flow is None else self.flow.to_dict(),
+            "train_mse": self.train_mse,
+            "val_mse": self.val_mse,
+            "input_J": self.input_J.clone(),
+            "training_flow": None if self.training_flow is None else self.training_flow.to_dict(),
+            "live": dict(self.live),
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> EpochRecord:
+        """Rebuild what `state_dict` returned."""
+        flow, training_flow = (
+            None if state[name] is None else FisherFlow.from_dict(state[name])
+            for name in ("flow", "training_flow")
+        )
+        train_mse, val_mse = (
+            None if state[name] is None else tuple(state[name]) for name in ("train_mse", "val_mse")
+        )
+        return cls(
+            epoch=state["epoch"],
+            flow=flow,
+            train_mse=train_mse,
+            val_mse=val_mse,
+            input_J=state["input_J"].clone(),
+            training_flow=training_flow,
+            live=dict(state["live"]),
+            seconds=state["seconds"],
+            notes=tuple(state["notes"]),
+        )
+
+
+def output_of(flow: FisherFlow) -> str:
+    """Name of the output; of several the first."""
+    if OUTPUT in flow:
+        return OUTPUT
+    return next((name for name in flow.names if name.startswith(f"{OUTPUT}[")), flow.names[-1])
+
+
+def level_of(errors: Errors, input_J: torch.Tensor) -> float:
+    """Mean over parameters of mse_p / (J^-1)_pp; NaN where unknown."""
+    if errors is None:
+        return math.nan
+    inverse, failed = torch.linalg.inv_ex(input_J)
+    if int(failed):
+        return math.nan
+    levels = torch.tensor(errors, dtype=torch.float64) / inverse.diagonal()
+    return float(levels.mean())
+
+
+def _fraction(flow: FisherFlow | None) -> float:
+    if flow is None or INPUT not in flow:
+        return math.nan
+    return flow.fractions()[output_of(flow)]
+
+
+def _by_parameter(name: str, values: Any, parameters: int | None = None) -> dict[str, float]:
+    """One column, or for several parameters one each."""
+    if values is None:
+        values = [math.nan] * (parameters or 1)
+    if len(values) == 1:
+        return {name: float(values[0])}
+    return {f"{name}[{p}]": float(value) for p, value in enumerate(values)}

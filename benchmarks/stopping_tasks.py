@@ -66,14 +66,15 @@ class Size:
     validation: int
     learning_rate: float
     epochs: int
+    passes: int = 1
 
 
 SIZES = {
-    "gaussian": Size(31 * 500, 31 * 1000, 1e-4, 60),
-    "lognormal": Size(21 * 400, 21 * 1500, 3e-4, 60),
-    "imaging": Size(13 * 1000, 13 * 2000, 1e-5, 60),
-    "pulse": Size(20_000, 20_000, 3e-4, 40),
-    "spot": Size(20_000, 20_000, 3e-4, 40),
+    "gaussian": Size(31 * 500, 31 * 1000, 1.5e-4, 45),
+    "lognormal": Size(21 * 200, 21 * 1000, 6e-3, 90, passes=3),
+    "imaging": Size(13 * 1500, 13 * 1600, 5e-5, 30),
+    "pulse": Size(5000, 20_000, 5e-3, 48, passes=2),
+    "spot": Size(10_000, 20_000, 2e-3, 40),
 }
 
 
@@ -215,9 +216,9 @@ def pulse_network(seed: int) -> nn.Module:
             nn.Conv1d(16, 32, 5, stride=2, padding=2),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(512, 64),
+            nn.Linear(512, 256),
             nn.ReLU(),
-            nn.Linear(64, 1),
+            nn.Linear(256, 1),
         )
 
     return seeded(build, seed)

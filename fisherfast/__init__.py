@@ -11,10 +11,13 @@ from fisherfast.flow import fisher_flow, fisher_information
 from fisherfast.information_map import InformationMap
 from fisherfast.marginal import MarginalFisher
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
+from fisherfast.training import EpochRecord, FisherMonitor
 
 __all__ = [
+    "EpochRecord",
     "FiniteDifference",
     "FisherFlow",
+    "FisherMonitor",
     "FisherWarning",
     "InformationMap",
     "LayerFisher",

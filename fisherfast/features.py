@@ -221,6 +221,11 @@ class FeatureDictionary:
         grouped = self._group((z * self._sign.to(self.dtype)).flatten(0, 1))
         return grouped.unflatten(0, z.shape[:2])
 
+    def response(self, derivative: torch.Tensor) -> torch.Tensor:
+        """Derivative [d, P] of the mean activations from that of the mean features [k, P]; not for
+        a sketch."""
+        return derivative[: self.raw] / self._scale.to(derivative)[:, None]
+
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         """All features [n, k] of activations [n, d] of any floating dtype, about their pilot."""
         raw = self.raw_features(activations)

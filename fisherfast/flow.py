@@ -12,6 +12,7 @@ from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement
 from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.settings import BATCH_SIZE, FOLDS, MAX_FEATURES, check_passes, check_settings
+from fisherfast.unwrap import unwrapped
 
 __all__ = ["fisher_flow", "fisher_information"]
 
@@ -39,7 +40,8 @@ def fisher_flow(
     after an error.
 
     Args:
-        model: any module that maps a batch [n, ...] to anything.
+        model: any module that maps a batch [n, ...] to anything; of a compiled or distributed one
+            the module inside is measured.
         data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
             copied to the device and dtype of the model. For `Pathwise` the tangents go through the
             model beside the samples, at the cost of 1 + P forward passes.
@@ -95,7 +97,7 @@ def fisher_flow(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
     settings |= check_passes(data, grow, maps)
-    return Measurement(model, data, layers, settings).run(progress)
+    return Measurement(unwrapped(model), data, layers, settings).run(progress)
 
 
 def fisher_information(

@@ -43,6 +43,9 @@ PRODUCT_ROWS = 512
 """Samples of a pair whose features exist at the same time: 1 MB of float32 for 512 features."""
 
 
+RESPONSE_WIDTH = 16
+"""Widest layer whose response to theta is part of its result: outputs, not feature maps."""
+
 NO_TANGENTS = (
     "no derivative reaches this layer (rounding, comparisons, integers): J = 0 is only a lower"
     " bound, a score or two conditions may tell more"
@@ -253,6 +256,8 @@ def estimate_layer(
         converged=converged,
         error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
     )
+    if site.dim <= min(RESPONSE_WIDTH, dictionary.raw):
+        layer = replace(layer, response=dictionary.response(whole.derivative).cpu())
     if isinstance(moments.carried, TangentMoments) and not bool(moments.carried.sums.any()):
         notes.append(NO_TANGENTS)
     warning = finite_step_note(layer)

@@ -7,7 +7,6 @@ imported when the first figure is drawn; its settings and its pyplot figures are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -42,16 +41,19 @@ CEILING = 2.5  # of the axis of errors: untrained networks are far above what ma
 
 
 class EpochLike(Protocol):
-    """What `plot_training` reads of an epoch; mean square errors in theta^2, None where unknown."""
+    """What `plot_training` reads of an epoch; NaN where unknown. Levels are mean square errors in
+    units of the Cramer-Rao bound of the input, transmission is J_output / J_input."""
 
     @property
     def epoch(self) -> int: ...
     @property
-    def flow(self) -> FisherFlow: ...
+    def train_level(self) -> float: ...
     @property
-    def train_mse(self) -> float | None: ...
+    def val_level(self) -> float: ...
     @property
-    def val_mse(self) -> float | None: ...
+    def transmission(self) -> float: ...
+    @property
+    def transmission_error(self) -> float: ...
 
 
 class _Line(NamedTuple):
@@ -242,7 +244,7 @@ def plot_training(history: Sequence[EpochLike], ax: Axes | None = None) -> Axes:
     error. The axis ends at 2.5; an arrow with the number stands for an error above it.
 
     Args:
-        history: the epochs in their order; see `EpochLike`. For one parameter.
+        history: the epochs in their order, as `FisherMonitor.history`.
         ax: axes to draw into; None makes a new figure.
 
     Returns:
@@ -258,12 +260,21 @@ def plot_training(history: Sequence[EpochLike], ax: Axes | None = None) -> Axes:
     from matplotlib.ticker import MaxNLocator
 
     epochs = [entry.epoch for entry in history]
-    share = [entry.flow.fractions()["output"] for entry in history]
-    errors = [entry.flow.fraction_errors()["output"] for entry in history]
-    train = [_in_bounds(entry.train_mse, entry.flow) for entry in history]
-    validation = [_in_bounds(entry.val_mse, entry.flow) for entry in history]
+    measured = [entry for entry in history if entry.transmission == entry.transmission]
+    train = [entry.train_level for entry in history]
+    validation = [entry.val_level for entry in history]
     ax.axhline(1, color=GREY, ls="--", lw=1, label="Cramér-Rao bound")
-    ax.errorbar(epochs, share, errors, color=BLUE, marker="o", ms=4, capsize=3, label=_SHARE)
+    share = [entry.transmission for entry in measured]
+    ax.errorbar(
+        [entry.epoch for entry in measured],
+        share,
+        [entry.transmission_error for entry in measured],
+        color=BLUE,
+        marker="o",
+        ms=4,
+        capsize=3,
+        label=_SHARE,
+    )
     ax.plot(
         epochs, train, color=VERMILION, marker="s", ms=4, label=r"training MSE $\times$ J$_{input}$"
     )
@@ -291,7 +302,7 @@ def crossing_epoch(history: Sequence[EpochLike]) -> int | None:
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025).
     """
     for entry in history:
-        if _in_bounds(entry.train_mse, entry.flow) <= 1:
+        if entry.train_level <= 1:
             return entry.epoch
     return None
 
@@ -325,11 +336,6 @@ def _limit_errors(ax: Axes, epochs: list[int], levels: list[float], *, lowest: f
         epoch, level = above[0]
         note = f"\N{UPWARDS ARROW} {level:.3g}"
         ax.text(epoch, CEILING, note, ha="center", va="top", color=GREEN, fontsize="small")
-
-
-def _in_bounds(mse: float | None, flow: FisherFlow) -> float:
-    """A mean square error in units of the Cramer-Rao bound 1 / J_input; NaN where unknown."""
-    return math.nan if mse is None else mse * flow["input"].value
 
 
 def _lines(flow: FisherFlow, fraction: bool) -> Iterator[_Line]:

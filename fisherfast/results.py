@@ -73,6 +73,9 @@ class LayerFisher:
         notes: what a reader should know.
         error_covariance: [m, m] covariance of the errors of the lower triangle of J, row by row, m
             = P (P + 1) / 2; None in old files. `marginal` takes its error from it.
+        response: [d, P] derivative of the mean activations, in their unit per unit of theta, of
+            layers with at most 16 of them; None for others. The output of an unbiased estimator
+            has the unit matrix.
     """
 
     name: str
@@ -99,6 +102,7 @@ class LayerFisher:
     descendants: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     error_covariance: torch.Tensor | None = None
+    response: torch.Tensor | None = None
 
     @property
     def dim(self) -> int:
@@ -174,9 +178,7 @@ class LayerFisher:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and nested lists; NaN and infinity as "nan", "inf"."""
         entry = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-        if self.error_covariance is None:
-            del entry["error_covariance"]
-        return entry
+        return {name: value for name, value in entry.items() if value is not None}
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> LayerFisher:
@@ -185,13 +187,16 @@ class LayerFisher:
         Raises:
             KeyError, TypeError, ValueError: an entry is missing or of a wrong kind.
         """
-        added = {"error_covariance"} - set(entry)  # files of the first version lack it
+        added = {"error_covariance", "response"} - set(entry)  # where there is none, and old files
         values = {f.name: entry[f.name] for f in fields(cls) if f.name not in added}
         parameters = len(values["J"])
         if "error_covariance" in values:
             numbers = np.array(values["error_covariance"], dtype=np.float64)
             entries = parameters * (parameters + 1) // 2
             values["error_covariance"] = torch.from_numpy(numbers.reshape(entries, entries))
+        if "response" in values:
+            response = np.array(values["response"], dtype=np.float64)
+            values["response"] = torch.from_numpy(response.reshape(-1, parameters))
         if len(values["dtheta"]) not in (0, parameters):
             raise ValueError(
                 f"dtheta must hold {parameters} steps or none, got {len(values['dtheta'])}"

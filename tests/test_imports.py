@@ -12,7 +12,7 @@ import pytest
 import fisherfast
 
 PACKAGE = Path(fisherfast.__file__).parent
-ANYONE = {"_version", "_progress"}
+ANYONE = {"_version", "_progress", "unwrap"}
 PARTS_OF_FLOW = {"meters", "recall", "settings", "streams"}
 MEASURE = {
     "data",

@@ -6,7 +6,8 @@
 
 from fisherfast.data.batch import Batch, Data
 from fisherfast.data.finite_difference import FiniteDifference
+from fisherfast.data.kept import KeptData
 from fisherfast.data.per_sample import Pathwise, Score
 from fisherfast.data.simulator import Simulator
 
-__all__ = ["Batch", "Data", "FiniteDifference", "Pathwise", "Score", "Simulator"]
+__all__ = ["Batch", "Data", "FiniteDifference", "KeptData", "Pathwise", "Score", "Simulator"]

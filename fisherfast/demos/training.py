@@ -53,6 +53,16 @@ class EpochRecord:
         """Validation error in units of the Cramer-Rao bound: val_mse * J_input."""
         return self.val_mse * self.flow["input"].value
 
+    @property
+    def transmission(self) -> float:
+        """J_output / J_input."""
+        return self.flow.fractions()["output"]
+
+    @property
+    def transmission_error(self) -> float:
+        """Standard error of `transmission`."""
+        return self.flow.fraction_errors()["output"]
+
 
 def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[EpochRecord]:
     """Yield a record before training and after each epoch; the model of the task is trained.

@@ -1,0 +1,465 @@
+"""`FisherMonitor`: Fisher information of every layer while a network trains."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisherfast import taps
+from fisherfast._version import __version__
+from fisherfast.data import Data, KeptData
+from fisherfast.estimators import RIDGE
+from fisherfast.measurement import Measurement, NotFiniteError
+from fisherfast.recall import Recall
+from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
+from fisherfast.settings import BATCH_SIZE, FOLDS, check_passes, check_settings
+from fisherfast.training.history import HistoryFile, as_csv, columns_of
+from fisherfast.training.observe import LiveEstimate, Observer
+from fisherfast.training.record import EpochRecord, Errors, output_of
+from fisherfast.training.units import unit_note
+from fisherfast.unwrap import unwrapped
+
+__all__ = ["FisherMonitor"]
+
+MONITOR_FEATURES = 128
+"""Default number of features: a trend over epochs, at an eighth of the cost of 512 features."""
+
+OBSERVE_EVERY = 128
+"""Batches from one that `observe` reads to the next: under 2 % of the shortest training steps."""
+
+KEPT_BYTES = 2**29
+"""Samples of simulators, files and loaders that are kept between measurements, 512 MB."""
+
+FORMAT_VERSION = 1
+
+
+class FisherMonitor:
+    r"""Measures a network again and again while it trains, and keeps the history.
+
+    What does not change between measurements is found out once: samples, the information in the
+    input, layers and their chains. Measurements use the same samples and the same lift each time,
+    so differences between epochs are those of the network. The model comes back as it was:
+    parameters, mode, hooks and random state.
+
+    Args:
+        model: the network in training, also compiled or inside DistributedDataParallel.
+        data: held-out samples at theta, as for `fisher_flow`.
+        every: calls of `step` from one measurement to the next; the first call measures.
+        layers: as for `fisher_flow`.
+        max_features: features per layer aimed at.
+        training_data: *training* samples at theta, in the same form: J of the output is measured on
+            them too, and `EpochRecord.overfitting` is the difference.
+        target_scale: theta per unit of the network's targets; errors given to `step` are multiplied
+            by its square. 1 for targets in the unit of theta.
+        observe_every: batches from one that `observe` reads to the next.
+        path: CSV file that is brought up to date with every record.
+        keep: bytes of samples kept between measurements where the source is a simulator, a loader
+            or files; what does not fit is read again each time.
+        batch_size, seed, ridge, folds, maps: as for `fisher_flow`.
+
+    Attributes:
+        history: records in the order of the calls.
+        model: the module inside of wrappers.
+        data: the samples.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range (as `fisher_flow`).
+
+    Cost: a measurement is a `fisher_flow` without its input and survey; see docs/training.md for
+        the share of an epoch.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Linear(4, 1)
+        >>> x = torch.randn(2, 1000, 4)
+        >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
+        >>> monitor = ff.FisherMonitor(model, data)
+        >>> for epoch in range(2):
+        ...     record = monitor.step(epoch=epoch, train_mse=0.3)  # after an epoch of training
+        >>> len(monitor.history), record.flow.names
+        (2, ['input', 'output'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        every: int = 1,
+        *,
+        layers: taps.Layers = "auto",
+        max_features: int = MONITOR_FEATURES,
+        training_data: Data | None = None,
+        target_scale: float = 1.0,
+        observe_every: int = OBSERVE_EVERY,
+        path: str | Path | None = None,
+        keep: int = KEPT_BYTES,
+        batch_size: int = BATCH_SIZE,
+        seed: int = 0,
+        ridge: float = RIDGE,
+        folds: int = FOLDS,
+        maps: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = unwrapped(model)
+        self._every = _positive("every", every)
+        self._observe_every = _positive("observe_every", observe_every)
+        self._keep = _positive("keep", keep, least=0)
+        self._target_scale = _check_scale(target_scale)
+        common = (batch_size, seed, ridge, folds)
+        self._settings = check_settings(data, max_features, None, *common)
+        self._settings |= check_passes(data, False, maps)
+        self._layers = layers
+        self.data = self._kept(data)
+        self._training_data: Data | None = None
+        if training_data is not None:
+            check_settings(training_data, max_features, None, *common)
+            if training_data.parameters != data.parameters:
+                raise ValueError(
+                    f"training_data must have {data.parameters} parameters like data,"
+                    f" got {training_data.parameters}"
+                )
+            self._training_data = self._kept(training_data)
+        self._file = None if path is None else HistoryFile(path)
+        self._recall, self._training_recall = Recall(), Recall()
+        self._observer: Observer | None = None
+        self._compiled = self.model if unwrapped(model) is not model else None
+        self._outer = model
+        self._calls = 0
+        self._input_J: torch.Tensor | None = None
+        self._told: set[str] = set()
+        self.history: list[EpochRecord] = []
+
+    def step(
+        self,
+        *,
+        epoch: int | None = None,
+        train_mse: float | Sequence[float] | torch.Tensor | None = None,
+        val_mse: float | Sequence[float] | torch.Tensor | None = None,
+    ) -> EpochRecord | None:
+        """Record an epoch, and measure if it is its turn. Call it when an epoch ends, or after
+        every so many training steps.
+
+        Call it inside your autocast context to measure the network as it runs there.
+
+        Args:
+            epoch: its number; None counts on from the last record.
+            train_mse: mean square error on training samples, in the square of the targets' unit; P
+                of them for P parameters.
+            val_mse: the same on samples that are not trained on.
+
+        Returns:
+            The record, which is the last of `history`; None where there is nothing to record, no
+            measurement and no error.
+
+        Raises:
+            TypeError, ValueError: an error is no number, negative, or not one per parameter.
+
+        Warns:
+            FisherWarning: activations or the training error are NaN or infinite (the record has no
+                flow then); the targets seem to be in another unit than theta; the history file
+                cannot be written; once each.
+        """
+        due = self._calls % self._every == 0
+        if not due and train_mse is None and val_mse is None:
+            self._calls += 1
+            return None
+        start = time.perf_counter()
+        number = self._next_epoch() if epoch is None else _whole("epoch", epoch)
+        errors = {
+            name: self._in_theta(name, value)
+            for name, value in (("train_mse", train_mse), ("val_mse", val_mse))
+        }
+        notes: list[str] = []
+        flow = training_flow = None
+        if due:
+            try:
+                flow, training_flow = self._measure()
+            except NotFiniteError as error:
+                notes.append(f"not measured: {error}")
+        self._calls += 1
+        if flow is not None:
+            self._input_J = flow.layers[0].J
+            notes += [note for layer in flow if (note := finite_step_note(layer)) is not None][:1]
+            notes += unit_note(flow, errors["train_mse"], self._target_scale)
+        if any(not math.isfinite(e) for values in errors.values() for e in values or ()):
+            notes.append(f"mean square errors must be finite, got {errors}")
+        record = EpochRecord(
+            epoch=number,
+            flow=flow,
+            train_mse=errors["train_mse"],
+            val_mse=errors["val_mse"],
+            input_J=self._known_input(),
+            training_flow=training_flow,
+            live=self._live_fractions(),
+            seconds=time.perf_counter() - start,
+            notes=tuple(notes),
+        )
+        self.history.append(record)
+        self._tell(record)
+        if self._file is not None:
+            self._file.write(self.rows())
+        return record
+
+    def observe(self, theta: torch.Tensor) -> None:
+        """Read the training batch that the model has just seen, at no forward pass of its own.
+
+        Call it after every forward pass of the training. One batch in `observe_every` is read, by
+        hooks that are on the model for that batch only. See `live`.
+
+        Args:
+            theta: [n] or [n, P], the parameters of the samples, in the unit of theta.
+
+        Raises:
+            ValueError: theta has not one row per sample.
+
+        Cost: under 2 % of a training step in the mean; layers of up to 256 activations are read,
+            input and output too (of a compiled model these two only).
+        """
+        if self._observer is None:
+            self._observer = self._new_observer()
+        self._observer.observe(theta)
+
+    def live(self) -> dict[str, LiveEstimate]:
+        """J of the layers that `observe` has read, over the last few thousand samples it has seen:
+        a trend between measurements, averaged over the thetas of the batches."""
+        return {} if self._observer is None else self._observer.estimates()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The history as plain numbers by column, for any logger or data frame."""
+        return [record.row() for record in self.history]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the history, one line per record; empty cells where nothing is known."""
+        rows = self.rows()
+        Path(path).write_text(as_csv(rows, columns_of(rows)), encoding="utf-8")
+
+    def plot(self, ax: Any = None) -> Any:
+        """What reaches the output and the errors in units of the bound, over epochs; returns the
+        matplotlib axes."""
+        from fisherfast import plots
+
+        return plots.plot_training(self.history, ax)
+
+    def close(self) -> None:
+        """Take the hooks of `observe` off the model, where the training ends before they are."""
+        if self._observer is not None:
+            self._observer.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to continue bit for bit, as tensors, numbers, strings
+        and lists: ``torch.save`` it beside the model."""
+        observer = None if self._observer is None else self._observer.state_dict()
+        return {
+            "format_version": FORMAT_VERSION,
+            "version": __version__,
+            "network": self._signature(),
+            "settings": _plain(self._settings),
+            "calls": self._calls,
+            "history": [record.state_dict() for record in self.history],
+            "observer": observer,
+            "told": sorted(self._told),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the run that `state_dict` was taken from.
+
+        Raises:
+            ValueError: the state is of another network (says what differs), of other settings or of
+                another version of the format; nothing is changed then.
+        """
+        if not isinstance(state, Mapping) or state.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"state must be of a FisherMonitor, format {FORMAT_VERSION}, got"
+                f" {state.get('format_version') if isinstance(state, Mapping) else type(state)}"
+            )
+        _check_same_network(self._signature(), state["network"])
+        ours, theirs = _plain(self._settings), state["settings"]
+        for name in sorted(set(ours) | set(theirs)):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"state must be of the same settings, got {name} = {theirs.get(name)!r} for"
+                    f" {ours.get(name)!r}"
+                )
+        history = [EpochRecord.from_state_dict(record) for record in state["history"]]
+        observer = None
+        if state["observer"] is not None:
+            observer = self._new_observer()
+            observer.load_state_dict(state["observer"])
+        self.close()
+        self.history, self._observer = history, observer
+        self._calls = int(state["calls"])
+        self._told = set(state["told"])
+        measured = [record.input_J for record in history if not record.input_J.isnan().any()]
+        self._input_J = measured[-1] if measured else None
+
+    def _measure(self) -> tuple[FisherFlow, FisherFlow | None]:
+        self.close()
+        with _own_stream(self.model):
+            flow = Measurement(
+                self.model,
+                self.data,
+                self._layers,
+                self._settings,
+                recall=self._recall,
+                quiet=True,
+            ).run()
+            if self._training_data is None:
+                return flow, None
+            settings = self._settings | {"maps": False}
+            training = Measurement(
+                self.model,
+                self._training_data,
+                [output_of(flow)],
+                settings,
+                recall=self._training_recall,
+                quiet=True,
+            ).run()
+        return flow, self._beside(flow, training)
+
+    def _beside(self, flow: FisherFlow, training: FisherFlow) -> FisherFlow:
+        """The output on training samples, as a share of the held-out input's J."""
+        output = [layer for layer in training if layer.name != taps.INPUT]
+        return FisherFlow((flow.layers[0], *output), training.settings)
+
+    def _kept(self, data: Data) -> Data:
+        return data if data.resident() or self._keep == 0 else KeptData(data, self._keep)
+
+    def _known_input(self) -> torch.Tensor:
+        if self._input_J is not None:
+            return self._input_J
+        return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64)
+
+    def _live_fractions(self) -> dict[str, float]:
+        """tr(J_input^-1 J) / P of the layers read by `observe`."""
+        estimates = self.live()
+        source = estimates.get(taps.INPUT)
+        J = self._known_input() if source is None else source.J
+        inverse, failed = torch.linalg.inv_ex(J)
+        if int(failed):
+            return {}
+        return {
+            name: float((inverse @ estimate.J).trace()) / len(J)
+            for name, estimate in estimates.items()
+            if name != taps.INPUT
+        }
+
+    def _new_observer(self) -> Observer:
+        compiled = self._outer is not self.model and hasattr(self._outer, "_orig_mod")
+        modules = {} if compiled else _leaves(self.model)
+        return Observer(
+            self._outer if compiled else self.model,
+            self.data.parameters,
+            every=self._observe_every,
+            modules=modules,
+        )
+
+    def _in_theta(self, name: str, value: Any) -> Errors:
+        """Mean square errors in theta^2, one per parameter."""
+        if value is None:
+            return None
+        try:
+            numbers_ = torch.as_tensor(value, dtype=torch.float64).detach().cpu().reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"{name} must be a number or one per parameter, got {value!r}"
+            ) from None
+        P = self.data.parameters
+        if len(numbers_) != P:
+            raise ValueError(f"{name} must hold one number per parameter ({P}), got {value!r}")
+        if bool((numbers_ < 0).any()):
+            raise ValueError(
+                f"{name} must be a mean square error, at least 0, got {value!r}: a log-likelihood"
+                ' is none; leave it out and stop with rule="transmission"'
+            )
+        return tuple((numbers_ * self._target_scale**2).tolist())
+
+    def _next_epoch(self) -> int:
+        return self.history[-1].epoch + 1 if self.history else 0
+
+    def _tell(self, record: EpochRecord) -> None:
+        """Warn of each kind of note once in a run."""
+        for note in record.notes:
+            kind = note.partition(":")[0].partition("=")[0]
+            if kind not in self._told:
+                self._told.add(kind)
+                warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
+
+    def _signature(self) -> dict[str, list[int]]:
+        """Names and shapes of the parameters."""
+        return {name: list(p.shape) for name, p in self.model.named_parameters()}
+
+
+def _leaves(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules without children by name, passive ones left out."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and not any(True for _ in module.children())
+        and not isinstance(module, taps.PASSIVE)
+    }
+
+
+@contextlib.contextmanager
+def _own_stream(model: nn.Module) -> Iterator[None]:
+    """A CUDA stream of our own where the model is on a GPU: the caller's next kernels wait for it,
+    and it for the ones before."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda":
+        yield
+        return
+    callers = torch.cuda.current_stream(device)
+    own = torch.cuda.Stream(device)
+    own.wait_stream(callers)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        callers.wait_stream(own)
+
+
+def _check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]]) -> None:
+    for name in [*here, *(name for name in there if name not in here)]:
+        ours, theirs = here.get(name), there.get(name)
+        if ours is None or theirs is None or list(ours) != list(theirs):
+            raise ValueError(
+                f"state must be of the same network, got {name!r} {theirs or 'missing'} there and"
+                f" {ours or 'missing'} here"
+            )
+
+
+def _positive(name: str, value: Any, least: int = 1) -> int:
+    if _whole(name, value) < least:
+        wanted = "positive" if least == 1 else f"at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return int(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _check_scale(scale: Any) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"target_scale must be a number, got {scale!r}")
+    if not (math.isfinite(scale) and scale != 0):
+        raise ValueError(f"target_scale must be finite and not 0, got {scale}")
+    return float(scale)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a state can hold."""
+    kinds = (bool, int, float, str, list, tuple, type(None))
+    return {name: value for name, value in settings.items() if isinstance(value, kinds)}

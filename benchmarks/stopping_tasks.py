@@ -93,7 +93,7 @@ def on_grid(problem: Problem, values: Tensor, count: int, generator: torch.Gener
 def gridded(
     problem: Problem, values: Tensor, model: nn.Module, size: Size, seed: int
 ) -> StoppingTask:
-    """Training on a grid of theta, as in the publication; samples normalised by the training ones."""
+    """Training on a grid of theta, as published; samples are normalised by the training ones."""
     training, validation = generators(seed)
     x = on_grid(problem, values, size.training, training)
     val_x = on_grid(problem, values, size.validation, validation)
@@ -116,9 +116,7 @@ def gridded(
 def gaussian(seed: int, size: Size) -> StoppingTask:
     """x ~ N(theta 1, I_256), theta at 31 values in [-1, 1]."""
     values = torch.linspace(-1, 1, 31)
-    return gridded(
-        GaussianShift(torch.ones(256)), values, gaussian_network(seed=seed), size, seed
-    )
+    return gridded(GaussianShift(torch.ones(256)), values, gaussian_network(seed=seed), size, seed)
 
 
 def lognormal(seed: int, size: Size) -> StoppingTask:

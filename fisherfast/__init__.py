@@ -11,11 +11,12 @@ from fisherfast.flow import fisher_flow, fisher_information
 from fisherfast.information_map import InformationMap
 from fisherfast.marginal import MarginalFisher
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
-from fisherfast.training import EpochRecord, FisherMonitor
+from fisherfast.training import EpochRecord, FisherEarlyStopping, FisherMonitor
 
 __all__ = [
     "EpochRecord",
     "FiniteDifference",
+    "FisherEarlyStopping",
     "FisherFlow",
     "FisherMonitor",
     "FisherWarning",

@@ -63,7 +63,9 @@ def attainable_error(precision: float, prior: Prior) -> float:
         return _continuous(torch.ones(1), *_range(prior), precision)
     values = prior.detach().cpu().double().flatten()
     if not len(values) or not bool(torch.isfinite(values).all()):
-        raise ValueError(f"prior must hold finite values of theta, got {tuple(prior.shape)} of them")
+        raise ValueError(
+            f"prior must hold finite values of theta, got {tuple(prior.shape)} of them"
+        )
     distinct, counts = values.unique(return_counts=True)
     if len(distinct) == 1:
         raise ValueError(f"prior must hold more than one value of theta, got {float(distinct)}")

@@ -79,7 +79,8 @@ class CramerRaoRule(StoppingRule):
         input_J: information in the input at several theta, where it varies: numbers, [P, P]
             tensors or `LayerFisher`. The errors that they allow are averaged. None takes that of
             the monitor.
-        target_scale: targets are theta times this, one number or P.
+        target_scale: theta per unit of the network's targets, one number or P, where the monitor was
+            not told (as it can be, once for all its parameters).
         smoothing: epochs in which the level is fitted by a straight line, whose end then counts: for
             errors of few samples. 1 takes the level as it is.
         patience, min_delta, min_epochs: see `StoppingRule`; patience is 0 by default.
@@ -159,7 +160,7 @@ class CramerRaoRule(StoppingRule):
         if int(failed) or not bool(torch.isfinite(factor).all()):
             raise ValueError(
                 "input_J must be positive definite for rule 'crlb', got"
-                f" {J.tolist()}: measure with more samples, or use rule=\"transmission\""
+                f' {J.tolist()}: measure with more samples, or use rule="transmission"'
             )
         errors: list[float] = torch.cholesky_inverse(factor).diagonal().tolist()
         if self.prior is None:
@@ -210,7 +211,7 @@ class CramerRaoRule(StoppingRule):
                 f"target_scale must be one number or {len(least)}, got {len(self.target_scale)}"
             )
         triples = zip(errors, scales, least, strict=True)
-        return statistics.fmean(mse / scale**2 / error for mse, scale, error in triples)
+        return statistics.fmean(mse * scale**2 / error for mse, scale, error in triples)
 
     def _reason(self, record: EpochRecord, level: float) -> str:
         bound = "1 / J_input" if self.prior is None else "the attainable error"

@@ -28,8 +28,8 @@ STEPS = 8
 TAIL = 8.5
 """Standard deviations: what is farther out has a weight of 1e-17."""
 WIDEST = 200.0
-"""Standard deviations in a continuous range up to which it is computed; beyond, the edges keep their
-share of the error, which falls as 1 / width."""
+"""Standard deviations in a continuous range up to which it is computed; beyond, the part of the edges
+falls as 1 / width."""
 
 
 def attainable_error(precision: float, prior: Prior) -> float:
@@ -63,9 +63,7 @@ def attainable_error(precision: float, prior: Prior) -> float:
         return _continuous(torch.ones(1), *_range(prior), precision)
     values = prior.detach().cpu().double().flatten()
     if not len(values) or not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            f"prior must hold finite values of theta, got {tuple(prior.shape)} of them"
-        )
+        raise ValueError(f"prior must hold finite values of theta, got shape {tuple(prior.shape)}")
     distinct, counts = values.unique(return_counts=True)
     if len(distinct) == 1:
         raise ValueError(f"prior must hold more than one value of theta, got {float(distinct)}")

@@ -79,10 +79,10 @@ class CramerRaoRule(StoppingRule):
         input_J: information in the input at several theta, where it varies: numbers, [P, P]
             tensors or `LayerFisher`. The errors that they allow are averaged. None takes that of
             the monitor.
-        target_scale: theta per unit of the network's targets, one number or P, where the monitor was
-            not told (as it can be, once for all its parameters).
-        smoothing: epochs in which the level is fitted by a straight line, whose end then counts: for
-            errors of few samples. 1 takes the level as it is.
+        target_scale: theta per unit of the network's targets, one number or P, for errors that were
+            given to the monitor in the unit of the targets (it has a `target_scale` of its own).
+        smoothing: epochs in which the logarithm of the level is fitted by a straight line, whose
+            end then counts, for errors of few samples. 1 takes the level as it is.
         patience, min_delta, min_epochs: see `StoppingRule`; patience is 0 by default.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025), section on early stopping; E_p is 1/J

@@ -1,8 +1,9 @@
-"""`FisherEarlyStopping`: asks a rule after each epoch, keeps the best weights, and puts them back."""
+"""`FisherEarlyStopping`: asks a rule after each epoch, keeps the best weights, puts them back."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from fisherfast.training.rules import RULES, StoppingRule, Verdict
 __all__ = ["FisherEarlyStopping", "Monitored"]
 
 STATE_VERSION = 1
+SHARED = ("patience", "min_delta", "min_epochs")  # settings that every rule has
 
 
 class Monitored(Protocol):
@@ -84,11 +86,13 @@ class FisherEarlyStopping:
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, got {rule!r}")
-        settings = {"patience": patience, "min_delta": min_delta, "min_epochs": min_epochs}
-        try:
-            self.rule: StoppingRule = RULES[rule](**settings, **options)
-        except TypeError as error:
-            raise TypeError(f"options must be those of rule {rule!r}: {error}") from None
+        known = inspect.signature(RULES[rule]).parameters
+        if unknown := sorted(set(options) - set(known)):
+            own = ", ".join(name for name in known if name not in SHARED)
+            raise TypeError(f"options of rule {rule!r} must be {own}, got {', '.join(unknown)}")
+        self.rule: StoppingRule = RULES[rule](
+            patience=patience, min_delta=min_delta, min_epochs=min_epochs, **options
+        )
         self.restore_best = restore_best
         self.check_finite = check_finite
         self.stopped_epoch: int | None = None

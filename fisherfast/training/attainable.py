@@ -28,8 +28,8 @@ STEPS = 8
 TAIL = 8.5
 """Standard deviations: what is farther out has a weight of 1e-17."""
 WIDEST = 200.0
-"""Standard deviations in a continuous range up to which it is computed; beyond, the part of the edges
-falls as 1 / width."""
+"""Standard deviations in a continuous range up to which it is computed; beyond, what the edges take
+off falls as 1 / width."""
 
 
 def attainable_error(precision: float, prior: Prior) -> float:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fisherfast.results import LayerFisher
+from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.taps import INPUT
 from fisherfast.training.attainable import Prior, attainable_error
 from fisherfast.training.record import EpochRecord, output_of
@@ -23,6 +23,16 @@ from fisherfast.training.record import EpochRecord, output_of
 __all__ = ["RULES", "CramerRaoRule", "StoppingRule", "TransmissionRule", "Verdict"]
 
 History = Sequence[EpochRecord]
+
+TOLERANCE = 0.01
+"""Of the largest share: less than what slope and offset still add to the error in the study of
+benchmarks/early_stopping.py, and about as much in validation loss at worst."""
+SIGNIFICANT = 3.0
+"""Standard errors above 0 of a share that is not noise: before that, nothing has been learned."""
+NOISE_WINDOW = 10
+"""Measurements that the noise is taken from: enough for a median, few enough to be recent."""
+NORMAL_MEDIAN = 0.6745  # of |z|, z standard normal
+THIRD_DIFFERENCE = 20.0  # 1 + 9 + 9 + 1, variance of the third difference of independent numbers
 
 
 @dataclass(frozen=True)
@@ -225,14 +235,18 @@ class TransmissionRule(StoppingRule):
     """Stop when the output no longer gains information on samples that are not trained on.
 
     The share of an epoch is tr(J_input^-1 J_output) / P on the held-out samples of the monitor. The
-    best epoch is the one with the largest share; the rule stops when `patience` more measurements
-    have not risen above it. No error, no unit and no prior are needed: any loss will do.
+    rule stops when `patience` measurements have not risen above the largest share (which must be
+    three standard errors above 0); the best epoch is the last one within `tolerance` of it. No
+    error, no unit and no prior are needed: any loss will do.
 
     Args:
         information: "linear" for the linear information of the outputs themselves, which is that of
             an estimate, corrected for slope and offset; "J" for that of a lift of them too, for
             outputs that are no estimates.
-        patience: measurements without a rise after the best one; 5 by default.
+        tolerance: part of the largest share that may be given away. Information is measured at one
+            theta and does not see slope and offset, which settle later: where the share is level,
+            later weights are the better ones.
+        patience: measurements without a rise before the stop; 5 by default.
         min_delta: smallest rise that counts, in standard errors of the difference of two epochs.
             These are far below the standard error of a share, for all epochs are measured on the
             same samples: the scatter of the last measurements about a smooth curve shows them.
@@ -246,6 +260,7 @@ class TransmissionRule(StoppingRule):
         self,
         *,
         information: str = "linear",
+        tolerance: float = TOLERANCE,
         patience: int | None = None,
         min_delta: float = 0.0,
         min_epochs: int = 0,
@@ -253,28 +268,34 @@ class TransmissionRule(StoppingRule):
         super().__init__(patience=patience, min_delta=min_delta, min_epochs=min_epochs)
         if information not in ("linear", "J"):
             raise ValueError(f'information must be "linear" or "J", got {information!r}')
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance}")
         self.information = information
+        self.tolerance = float(tolerance)
 
     def judge(self, history: History) -> Verdict:
         """See `StoppingRule`."""
         shares = self.shares(history)
         known = [index for index, share in enumerate(shares) if not math.isnan(share)]
-        best, since = None, 0
-        for count, index in enumerate(known):
-            rise = self.min_delta and self.min_delta * self.noise(
-                [shares[i] for i in known[: count + 1]]
-            )
-            if best is None or shares[index] > shares[best] + rise:
-                best, since = index, 0
-            else:
-                since += 1
-        if best is None or since < max(self.patience, 1) or history[-1].epoch < self.min_epochs:
+        if not known:
+            return Verdict(None)
+        peak = best = known[0]
+        since = 0
+        for count, index in enumerate(known[1:], start=2):
+            since += 1
+            if shares[index] > shares[peak] + self._least_rise(shares, known[:count]):
+                peak, since = index, 0
+            if index == peak or shares[index] >= (1 - self.tolerance) * shares[peak]:
+                best = index
+        measured_now = known[-1] == len(history) - 1
+        late = history[-1].epoch >= self.min_epochs
+        if since < max(self.patience, 1) or not late or not measured_now:
             return Verdict(best)
-        if known[-1] != len(history) - 1:  # decided when it was measured
+        if not self._has_begun(history[peak]):
             return Verdict(best)
         reason = (
-            f"J_output / J_input has not risen above the {shares[best]:.4g} of epoch"
-            f" {history[best].epoch} for {since} measurements"
+            f"J_output / J_input has not risen above the {shares[peak]:.4g} of epoch"
+            f" {history[peak].epoch} for {since} measurements"
         )
         return Verdict(best, reason)
 
@@ -292,18 +313,33 @@ class TransmissionRule(StoppingRule):
         spread = float(thirds.abs().median()) / NORMAL_MEDIAN / math.sqrt(THIRD_DIFFERENCE)
         return math.sqrt(2) * spread
 
+    def _least_rise(self, shares: Sequence[float], known: Sequence[int]) -> float:
+        """The rise that counts after the measurements with these numbers."""
+        if self.min_delta == 0:
+            return 0.0
+        return self.min_delta * self.noise([shares[index] for index in known])
+
+    def _has_begun(self, record: EpochRecord) -> bool:
+        """Whether the output has information about some parameter that is not noise."""
+        if record.flow is None:
+            return False
+        J, stderr = self._output(record.flow)
+        return bool((J.diagonal() > SIGNIFICANT * stderr.diagonal()).any())
+
+    def _output(self, flow: FisherFlow) -> tuple[torch.Tensor, torch.Tensor]:
+        """J of the output and its standard error."""
+        layer = flow[output_of(flow)]
+        if self.information == "linear":
+            return layer.linear, layer.linear_stderr
+        return layer.J, layer.stderr
+
     def _share(self, record: EpochRecord) -> float:
         if record.flow is None or INPUT not in record.flow:
             return math.nan
-        inputs, outputs = record.flow[INPUT], record.flow[output_of(record.flow)]
-        J = outputs.linear if self.information == "linear" else outputs.J
-        return float((torch.linalg.pinv(inputs.J, hermitian=True) @ J).trace()) / len(J)
+        J, _ = self._output(record.flow)
+        inverse = torch.linalg.pinv(record.flow[INPUT].J, hermitian=True)
+        return float((inverse @ J).trace()) / len(J)
 
-
-NOISE_WINDOW = 10
-"""Measurements that the noise is taken from: enough for a median, few enough to be recent."""
-NORMAL_MEDIAN = 0.6745  # of |z|, z standard normal
-THIRD_DIFFERENCE = 20.0  # 1 + 9 + 9 + 1, variance of the third difference of independent numbers
 
 RULES: Mapping[str, type[StoppingRule]] = {
     rule.name: rule for rule in (CramerRaoRule, TransmissionRule)

@@ -50,8 +50,8 @@ def train(name: str, seed: int, size: Size) -> dict[str, Any]:
         record = EpochRecord(
             epoch=epoch,
             flow=flow,
-            train_mse=(mean_square_error(model, task.x, task.theta),),
-            val_mse=(mean_square_error(model, task.val_x, task.val_theta),),
+            train_mse=mean_square_errors(model, task.x, task.theta),
+            val_mse=mean_square_errors(model, task.val_x, task.val_theta),
             input_J=flow["input"].J,
             seconds=time.perf_counter() - start,
         )
@@ -77,7 +77,8 @@ def train_epoch(
     total = torch.zeros((), dtype=torch.float64)
     for _ in range(passes):
         for batch in torch.randperm(len(task.x), generator=generator).split(BATCH):
-            loss = F.mse_loss(task.model(task.x[batch])[:, 0], task.theta[batch])
+            targets = task.theta[batch].reshape(len(batch), -1)
+            loss = F.mse_loss(task.model(task.x[batch]), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -86,11 +87,12 @@ def train_epoch(
     return float(total) / (passes * len(task.x))
 
 
-def mean_square_error(model: nn.Module, x: Tensor, theta: Tensor) -> float:
-    """Mean of (model(x) - theta)^2 over samples [n, ...], without gradients."""
+def mean_square_errors(model: nn.Module, x: Tensor, theta: Tensor) -> tuple[float, ...]:
+    """Mean of (model(x) - theta)^2 over samples [n, ...] for each parameter, without gradients."""
     with torch.no_grad():
-        estimates = torch.cat([model(part)[:, 0] for part in x.split(EVALUATION_BATCH)])
-    return float((estimates - theta).double().square().mean())
+        estimates = torch.cat([model(part) for part in x.split(EVALUATION_BATCH)])
+    errors = (estimates - theta.reshape(len(x), -1)).double().square()
+    return tuple(errors.mean(0).tolist())
 
 
 def plain(record: EpochRecord) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def main() -> None:
                 continue
             run = train(name, seed, SIZES[name])
             path.write_text(json.dumps(run))
-            losses = [record["val_mse"][0] for record in run["records"]]
+            losses = [sum(record["val_mse"]) for record in run["records"]]
             seconds = sum(record["seconds"] for record in run["records"])
             print(
                 f"{name} {seed}: end / min {losses[-1] / min(losses):.3f}, {seconds:.0f} s",

@@ -1,4 +1,4 @@
-"""`FisherEarlyStopping`: weights that are kept and put back, resumed runs, errors, and one training."""
+"""`FisherEarlyStopping`: weights that are kept and put back, resumed runs, errors, a training."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_states_that_do_not_fit():
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="state must be of version 1, got 2"):
         other.load_state_dict({**state, "version": 2})
-    with pytest.raises(ValueError, match="state must hold .*'weights'"):
+    with pytest.raises(ValueError, match=r"state must hold .*'weights'"):
         other.load_state_dict({"rule": "transmission"})
 
 
@@ -220,7 +220,7 @@ def test_settings_that_do_not_exist():
     """Catches a misspelled rule or option that is ignored."""
     with pytest.raises(ValueError, match="rule must be one of crlb, transmission, got 'CRLB'"):
         ff.FisherEarlyStopping("CRLB")
-    with pytest.raises(TypeError, match="options of rule 'crlb' must be prior, .*, got tolerance"):
+    with pytest.raises(TypeError, match=r"options of rule 'crlb' must .*, got tolerance"):
         ff.FisherEarlyStopping("crlb", tolerance=0.1)
     with pytest.raises(ValueError, match="patience must be a whole number of at least 0, got -1"):
         ff.FisherEarlyStopping("transmission", patience=-1)
@@ -228,7 +228,7 @@ def test_settings_that_do_not_exist():
 
 def test_before_the_first_epoch():
     """Catches an IndexError."""
-    with pytest.raises(ValueError, match="monitor must have made a step before stopping.step"):
+    with pytest.raises(ValueError, match=r"monitor must have made a step before stopping\.step"):
         ff.FisherEarlyStopping().step(Replay(network()))
 
 

@@ -4,12 +4,16 @@ that of the data alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fisherfast import taps
 from fisherfast.data import Data
+from fisherfast.distributed import TIMEOUT, ranks_of
 from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement
+from fisherfast.memory_budget import check_budget
 from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.settings import BATCH_SIZE, FOLDS, MAX_FEATURES, check_passes, check_settings
 from fisherfast.unwrap import unwrapped
@@ -23,7 +27,7 @@ def fisher_flow(
     *,
     layers: taps.Layers = "auto",
     max_features: int = MAX_FEATURES,
-    probe: None = None,
+    probe: str | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     progress: bool = False,
@@ -31,6 +35,9 @@ def fisher_flow(
     folds: int = FOLDS,
     grow: bool = False,
     maps: bool = False,
+    memory_budget: int | str | None = None,
+    group: Any = None,
+    timeout: float = TIMEOUT,
 ) -> FisherFlow:
     r"""Fisher information about theta in the activations of every layer.
 
@@ -53,7 +60,11 @@ def fisher_flow(
         max_features: features per layer aimed at. A layer wider than that uses all its activations;
             with more than 4096 of them, or too few samples for so many, it is compressed in 16 more
             passes over data that can be read again (docs/theory.md, 15).
-        probe: None; "network" is not available in this version.
+        probe: None, or "network": also train two small networks per layer, each on half of the
+            samples, and add their outputs to the features of the other half. Closes most of the gap
+            that the lift leaves behind many strong non-linearities, for up to half a minute per
+            layer on two cores. Reads the data twice, so they must repeat, and keeps up to 512 MB
+            of activations (docs/training.md). Not for layers that are compressed.
         batch_size: samples per batch, for data that are not batched already.
         seed: of the random lift. The global random state is neither used nor changed.
         progress: show a progress bar (needs tqdm).
@@ -65,6 +76,15 @@ def fisher_flow(
             loaders that do not shuffle.
         maps: also measure the information of the channels at each position of layers [C, H, W],
             see `FisherFlow.map`.
+        memory_budget: what the measurement may allocate beside the model and the user's own data,
+            in bytes or as "2 GB"; None for no bound. Batches are made as small as it takes, those
+            of a loader are split. The result depends on it by rounding alone (but for a
+            `Simulator`, which draws other samples in batches of another size).
+        group: processes that share the work: None for this one alone, "world" for all ranks of
+            `torch.distributed` (this one alone where it is not initialised), or a ProcessGroup. All
+            of them make this call, with the same data or each with its own `Shard`, and all get the
+            same result (docs/training.md, many processes).
+        timeout: seconds without a sign of life after which a rank of the group counts as dead.
 
     Returns:
         `FisherFlow`: J, stderr, lower, ... of each layer, float64 [P, P] in 1/theta^2.
@@ -72,8 +92,10 @@ def fisher_flow(
     Raises:
         ValueError: NaN or infinite activations (names the layer and the batch), too few samples
             (says how many are needed), an empty source, an unknown layer (names the nearest) or one
-            that never runs.
+            that never runs; a memory_budget too small for one sample (says what is needed); data
+            that do not repeat, for a probe or to grow.
         TypeError: integer or complex data.
+        RuntimeError: another rank of the group has failed or died (names it, and what it raised).
 
     Warns:
         FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
@@ -95,21 +117,27 @@ def fisher_flow(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
-    settings |= check_passes(data, grow, maps)
-    return Measurement(unwrapped(model), data, layers, settings).run(progress)
+    with ranks_of(group, timeout) as ranks:
+        settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
+        settings |= check_passes(data, grow, maps) | check_budget(memory_budget)
+        measurement = Measurement(unwrapped(model), data, layers, settings, ranks=ranks)
+        return measurement.run(progress)
 
 
 def fisher_information(
     data: Data,
     *,
     max_features: int = MAX_FEATURES,
+    probe: str | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     progress: bool = False,
     ridge: float = RIDGE,
     folds: int = FOLDS,
     grow: bool = False,
+    memory_budget: int | str | None = None,
+    group: Any = None,
+    timeout: float = TIMEOUT,
 ) -> LayerFisher:
     """Fisher information about theta in the data themselves, without a model.
 
@@ -125,6 +153,7 @@ def fisher_information(
         >>> abs(info.value - 4) < 0.8
         True
     """
-    settings = check_settings(data, max_features, None, batch_size, seed, ridge, folds)
-    settings |= check_passes(data, grow, maps=False)
-    return Measurement(None, data, "auto", settings).run(progress).layers[0]
+    with ranks_of(group, timeout) as ranks:
+        settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
+        settings |= check_passes(data, grow, maps=False) | check_budget(memory_budget)
+        return Measurement(None, data, "auto", settings, ranks=ranks).run(progress).layers[0]

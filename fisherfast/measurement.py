@@ -17,9 +17,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual, taps
 from fisherfast._progress import progress_bar
+from fisherfast.agreement import Agreement
 from fisherfast.data import Batch, Data
+from fisherfast.data.batch import Gap
+from fisherfast.distributed import Ranks
 from fisherfast.maps import estimate_map
+from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
 from fisherfast.meters import LayerMeter, score_note
+from fisherfast.probed import PROBE_BYTES, ProbedMeter, unprobed
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
 from fisherfast.streams import Streams
@@ -46,6 +51,8 @@ class Measurement:
         recall: what an earlier measurement of this model on these data has found out, and takes
             what this one does.
         quiet: leave warnings to the notes of the layers.
+        ranks: the processes that make this measurement together; None for this one alone. Warnings
+            and the progress bar are left to the first.
     """
 
     def __init__(
@@ -57,13 +64,16 @@ class Measurement:
         *,
         recall: Recall | None = None,
         quiet: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._recall = Recall() if recall is None else recall
-        self._quiet = quiet
+        self._agreement = Agreement(ranks)
+        self._quiet = quiet or not self._agreement.leads
         self._model = model
         self._data = data
         self._layers = layers
         self._settings = settings
+        self._sites: list[taps.Site] = []
         self._meters: dict[str, LayerMeter] = {}
         self._active: list[LayerMeter] = []
         self._finite: list[tuple[str, int, int, torch.Tensor]] = []
@@ -71,6 +81,7 @@ class Measurement:
         self._batch = 0
         self._score: torch.Tensor | None = None
         self._pilot = True
+        self._plan: Plan | None = None
 
     @property
     def _layer_meters(self) -> list[LayerMeter]:
@@ -79,6 +90,8 @@ class Measurement:
 
     def run(self, progress: bool = False) -> FisherFlow:
         """Stream all samples, again for layers that grow, and estimate."""
+        progress = progress and self._agreement.leads
+        self._data = self._agreement.begin(self._model, self._data, self._layers, self._settings)
         contrast, ridge = self._data.contrast(), self._settings["ridge"]
         with self._evaluation():
             self._stream(progress)
@@ -91,7 +104,7 @@ class Measurement:
             with self._evaluation():
                 self._stream_again(progress)
         with torch.no_grad():
-            layers = [m.estimate(self._data, contrast, ridge) for m in self._layer_meters]
+            layers = [self._estimate(m, contrast, ridge) for m in self._layer_meters]
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
@@ -101,10 +114,15 @@ class Measurement:
         if warning is not None:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
         flow = self._recall.complete(
-            FisherFlow(tuple(layers), self._settings, maps=maps), self._data
+            FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
         )
         self._warn(flow.layers, warning)
         return flow
+
+    def _estimate(self, meter: LayerMeter, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+        layer = meter.estimate(self._data, contrast, ridge)
+        compressed = isinstance(meter, WideMeter) and self._settings["probe"] is not None
+        return unprobed(layer) if compressed else layer
 
     def _warn(self, layers: tuple[LayerFisher, ...], warning: str | None) -> None:
         if self._quiet:
@@ -127,21 +145,26 @@ class Measurement:
         return Streams(
             self._data,
             self._settings["batch_size"],
+            share=self._agreement.share,
             device=device,
             dtype=dtype,
             copy=self._model is not None,
+            bounded=self._settings.get("memory_budget") is not None,
         )
 
     def _stream(self, progress: bool) -> None:
+        self._agreement.copy_buffers(self._model)
         streams = self._streams()
-        pilot = streams.pilot()
-        first = torch.cat([batches[0].x[:SURVEY_SAMPLES] for batches in pilot])
-        self._survey(first)
+        self._survey(streams)
         self._active = self._layer_meters
         with self._forward() as forward:
-            for self._condition, batches in enumerate(pilot):
-                for self._batch, batch in enumerate(batches):
-                    forward.run(batch.x)
+            seen = 0
+            for self._condition, self._batch, batch in streams.pilot():
+                forward.run(batch.x)
+                seen += len(batch)
+            if not seen:  # the first samples are on other ranks: these only show a device
+                forward.run(streams.first(2)[0].x)
+            self._agreement.share_pilot(self._layer_meters, counts=seen > 0)
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
             self._pilot = False
@@ -149,8 +172,10 @@ class Measurement:
 
     def _stream_again(self, progress: bool) -> None:
         """Another pass over the same samples, for the meters that are active."""
+        self._agreement.copy_buffers(self._model)
         streams = self._streams()
-        streams.pilot()
+        if self._plan is not None:
+            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
         only_input = all(meter.site.name == taps.INPUT for meter in self._active)
         with _NoModel(self._consume) if only_input else self._forward() as forward:
             self._run_all(streams, forward, progress)
@@ -158,15 +183,22 @@ class Measurement:
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
         counts = [self._data.samples(c) for c in range(self._data.conditions)]
         total = None if None in counts else sum(n for n in counts if n is not None)
+        self._agreement.begin_pass(self._active, self._settings["seed"])
         with progress_bar(progress, total=total, title="Fisher flow") as bar:
             for self._condition, self._batch, batch in streams:
-                self._score = batch.score
-                self._run(forward, batch)
-                if batch.x.device.type == "cpu":
-                    self._raise_if_not_finite()
+                if isinstance(batch, Gap):
+                    for meter in self._active:
+                        meter.skip(self._condition, len(batch))
+                else:
+                    self._score = batch.score
+                    self._run(forward, batch)
+                    if batch.x.device.type == "cpu":
+                        self._raise_if_not_finite()
+                    self._agreement.glance()
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
+        self._agreement.end_pass(self._active)
 
     def _run(self, forward: Any, batch: Batch) -> None:
         """One forward pass, with tangents where the samples have them."""
@@ -178,20 +210,55 @@ class Measurement:
             with dual.propagation(self._model, len(batch.tangents)):
                 forward.run(dual.DualTensor.pack(batch.x, batch.tangents))
 
-    def _survey(self, batch: torch.Tensor) -> None:
-        if self._recall.sites is None:
-            self._recall.sites = self._find_sites(batch)
-        for site in self._recall.unknown():
-            wide = too_wide(site.dim, self._data, self._settings["max_features"])
-            meter = WideMeter(site) if wide else LayerMeter(site)
+    def _survey(self, streams: Streams) -> None:
+        """List the layers on the first samples; with a budget, on as few as tell what they take."""
+        bounded = self._settings.get("memory_budget") is not None
+        first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
+        self._agreement.agree_on_samples(self._data, first)
+        batch = torch.cat([samples.x for samples in first])
+        known = self._recall.sites is not None
+        self._sites = self._recall.sites or self._find_sites(batch)
+        unknown = self._recall.unknown(self._sites)
+        for site in unknown:
+            meter = self._meter(site, PROBE_BYTES // len(unknown))
             self._meters.update(dict.fromkeys(site.names, meter))
+        if bounded:
+            self._plan = self._agreement.smallest(self._planned(streams, first[0], batch))
+            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
+            more = streams.first(min(self._plan.survey_samples, SURVEY_SAMPLES))
+            batch = torch.cat([samples.x for samples in more])
+        if not known:
+            self._find_chains(self._sites, batch)
+        self._agreement.agree_on_layers(self._sites, self._layer_meters)
+
+    def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
+        """How many samples of the model's own size fit into the budget."""
+        with LivePeak() as live:
+            if self._model is not None:
+                self._model(batch.clone())
+        layers = [(meter.site, isinstance(meter, WideMeter)) for meter in self._layer_meters]
+        alive = -(-live.nbytes // len(batch))
+        sites = [site for site, _ in layers]
+        per_sample = shares(first, alive, sites, self._data, owned=streams.owned)
+        return plan(
+            self._settings["memory_budget"],
+            layers,
+            per_sample,
+            streams.kept_bytes,
+            self._data,
+            self._settings,
+            max(batch.element_size(), torch.float32.itemsize),
+        )
+
+    def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
+        if too_wide(site.dim, self._data, self._settings["max_features"]):
+            return WideMeter(site)
+        return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
 
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:
         if self._model is None:
             return [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
-        sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
-        self._find_chains(sites, batch)
-        return sites
+        return taps.select(taps.survey(self._model, batch), self._layers, self._model)
 
     def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
         """Replay the model once per layer, on so few samples that it costs half a pass at most."""
@@ -292,7 +359,12 @@ def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype
     """Device and dtype of the model's first parameter or buffer of floating dtype."""
     if model is None:
         return None, None
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model must hold numbers, got {name!r} on the meta device: give it memory with"
+                " model.to_empty(device=...) and load its weights first"
+            )
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return None, None

@@ -18,6 +18,9 @@ LEAST_FOLDS = {"independent": 4, "score": 4, "paired": 6, "pathwise": 6}
 MAX_FEATURES = 512
 """Default number of features: raw activations and lift together."""
 
+PROBES = (None, "network")
+"""What may be trained to read a layer."""
+
 BATCH_SIZE = 4096
 """Default number of samples in a batch; fewer for large samples or networks."""
 
@@ -32,18 +35,23 @@ def check_passes(data: Data, grow: bool, maps: bool) -> dict[str, Any]:
     for name, value in (("grow", grow), ("maps", maps)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
-    if grow and not all(data.repeats(c) for c in range(data.conditions)):
+    if grow:
+        _check_repeats(data, "grow=True")
+    return {"grow": grow, "maps": maps}
+
+
+def _check_repeats(data: Data, purpose: str) -> None:
+    if not all(data.repeats(c) for c in range(data.conditions)):
         raise ValueError(
-            "data must come in the same order at every pass for grow=True (tensors, arrays,"
+            f"data must come in the same order at every pass for {purpose} (tensors, arrays,"
             f" Datasets, DataLoaders that do not shuffle), got {data!r}"
         )
-    return {"grow": grow, "maps": maps}
 
 
 def check_settings(
     data: Data,
     max_features: int,
-    probe: None,
+    probe: str | None,
     batch_size: int,
     seed: int,
     ridge: float,
@@ -53,16 +61,18 @@ def check_settings(
 
     Raises:
         TypeError: data are no source, a setting is no number.
-        ValueError: a setting is out of its range.
-        NotImplementedError: probe is not None.
+        ValueError: a setting is out of its range, or data that do not repeat, for a probe.
     """
     if not isinstance(data, Data):
         raise TypeError(
             "data must be a FiniteDifference, Pathwise, Score or Simulator,"
             f" got {type(data).__name__}"
         )
+    if probe not in PROBES:
+        choices = " or ".join(map(repr, PROBES))
+        raise ValueError(f"probe must be {choices}, got {probe!r}")
     if probe is not None:
-        raise NotImplementedError(f"probe must be None in this version, got {probe!r}")
+        _check_repeats(data, f"probe={probe!r}")
     whole = {"max_features": max_features, "batch_size": batch_size, "folds": folds, "seed": seed}
     for name, value in whole.items():
         if not isinstance(value, numbers.Integral):
@@ -79,6 +89,7 @@ def check_settings(
         raise ValueError(f"folds must be even and at least {least}, got {folds}")
     return {
         "max_features": int(max_features),
+        "probe": probe,
         "batch_size": int(batch_size),
         "seed": int(seed),
         "ridge": float(ridge),

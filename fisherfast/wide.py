@@ -38,7 +38,7 @@ from fisherfast.meters import (
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 
-__all__ = ["WideMeter", "too_wide"]
+__all__ = ["HalfFit", "WideMeter", "error_of_mean", "mean_of", "too_wide"]
 
 LEAST_DOF = 1.1
 """Degrees of freedom per activation below which a layer wider than max_features is compressed."""
@@ -124,6 +124,7 @@ class WideMeter(LayerMeter):
                 parameters=data.parameters,
                 steps=steps,
                 dtype=self._dtype,
+                scored=bool(self._carried["score"]),
             )
             for _ in range(2)
         ]
@@ -164,6 +165,27 @@ class WideMeter(LayerMeter):
                 finite.append(self.spaces[half].finite(condition))
         return torch.stack(finite).all()
 
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
+        if self.map is not None and self._seen_before is None:
+            self.map.skip(condition, samples, first=first)
+        start = self.seen[condition] if first is None else first
+        for half in range(2):
+            count = len(range((half - start) % 2, samples, 2))
+            if not self.measured:
+                self.spaces[half].skip(condition, count)
+                continue
+            before = None if first is None else len(range(half, first, 2))
+            self.measured[1 - half].skip(condition, count, first=before)
+        self._seen[condition] += samples
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Views of all that this pass adds up over processes."""
+        sources = self.measured or self.spaces
+        sums = [part for source in sources for part in source.shared_sums()]
+        first_pass = self._seen_before is None
+        return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
+
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """End a pass. Returns whether another one over the same samples must follow."""
         if self._seen_before not in (None, self.seen):
@@ -195,8 +217,8 @@ class WideMeter(LayerMeter):
         size = max(len(half.curve) for half in halves)
         points = curve_points(min(self._parameters, size), size)
         lower, lower_stderr = self._honest_bound(halves, contrast)
-        J = _mean_of([half.at_chosen("J") for half in halves])
-        stderr = _error_of_mean([half.at_chosen("stderr") for half in halves])
+        J = mean_of([half.at_chosen("J") for half in halves])
+        stderr = error_of_mean([half.at_chosen("stderr") for half in halves])
         errors = [half.curve.error_covariance(half.chosen) for half in halves]
         layer = replace(
             base,
@@ -206,15 +228,15 @@ class WideMeter(LayerMeter):
             lower_stderr=lower_stderr,
             linear=J,
             linear_stderr=stderr,
-            naive=_mean_of([half.at_chosen("naive") for half in halves]),
+            naive=mean_of([half.at_chosen("naive") for half in halves]),
             curve_k=points,
-            curve_J=_mean_of([half.at("J", points) for half in halves]),
-            curve_stderr=_error_of_mean([half.at("stderr", points) for half in halves]),
+            curve_J=mean_of([half.at("J", points) for half in halves]),
+            curve_stderr=error_of_mean([half.at("stderr", points) for half in halves]),
             features=max(half.chosen for half in halves),
             feature_kind="krylov",
-            effective_dim=float(_mean_of([half.at_chosen("effective_dim") for half in halves])),
+            effective_dim=float(mean_of([half.at_chosen("effective_dim") for half in halves])),
             converged=all(half.converged for half in halves),
-            error_covariance=pack_covariance(_mean_of(errors) / 2),
+            error_covariance=pack_covariance(mean_of(errors) / 2),
         )
         notes = [f"{dead} constant activations left out"] if dead else []
         notes += [warning] if (warning := finite_step_note(layer)) else []
@@ -326,7 +348,7 @@ class WideMeter(LayerMeter):
             bound, error = cross_fitted_bound(quarters[0], quarters[1])
             bounds.append(bound)
             errors.append(error)
-        return _mean_of(bounds), _error_of_mean(errors)
+        return mean_of(bounds), error_of_mean(errors)
 
 
 def _fit(
@@ -340,10 +362,11 @@ def _fit(
         return fisher_curve(whole.select(index), ridge), index
 
 
-def _mean_of(values: list[torch.Tensor]) -> torch.Tensor:
+def mean_of(values: list[torch.Tensor]) -> torch.Tensor:
+    """Mean of results, on the CPU."""
     return torch.stack(values).mean(0).cpu()
 
 
-def _error_of_mean(errors: list[torch.Tensor]) -> torch.Tensor:
+def error_of_mean(errors: list[torch.Tensor]) -> torch.Tensor:
     """Standard error of the mean of independent results with these errors."""
     return torch.stack(errors).square().sum(0).sqrt().cpu() / len(errors)

@@ -19,6 +19,7 @@ from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
 from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement, NotFiniteError
+from fisherfast.memory_budget import check_budget
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
 from fisherfast.settings import BATCH_SIZE, FOLDS, check_passes, check_settings
@@ -40,6 +41,9 @@ KEPT_BYTES = 2**29
 """Samples of simulators, files and loaders that are kept between measurements, 512 MB."""
 
 FORMAT_VERSION = 1
+
+PARAMETRIZED = "parametrizations"
+"""Name of the child that computes the weights of a module: `torch.nn.utils.parametrize`."""
 
 
 class FisherMonitor:
@@ -64,7 +68,8 @@ class FisherMonitor:
         path: CSV file that is brought up to date with every record.
         keep: bytes of samples kept between measurements where the source is a simulator, a loader
             or files; what does not fit is read again each time.
-        batch_size, seed, ridge, folds, maps: as for `fisher_flow`.
+        batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. What is kept
+            between measurements counts besides.
 
     Attributes:
         history: records in the order of the calls.
@@ -107,6 +112,7 @@ class FisherMonitor:
         ridge: float = RIDGE,
         folds: int = FOLDS,
         maps: bool = False,
+        memory_budget: int | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -117,7 +123,7 @@ class FisherMonitor:
         self._target_scale = _check_scale(target_scale)
         common = (batch_size, seed, ridge, folds)
         self._settings = check_settings(data, max_features, None, *common)
-        self._settings |= check_passes(data, False, maps)
+        self._settings |= check_passes(data, False, maps) | check_budget(memory_budget)
         self._layers = layers
         self.data = self._kept(data)
         self._training_data: Data | None = None
@@ -132,7 +138,6 @@ class FisherMonitor:
         self._file = None if path is None else HistoryFile(path)
         self._recall, self._training_recall = Recall(), Recall()
         self._observer: Observer | None = None
-        self._compiled = self.model if unwrapped(model) is not model else None
         self._outer = model
         self._calls = 0
         self._input_J: torch.Tensor | None = None
@@ -190,7 +195,8 @@ class FisherMonitor:
         if flow is not None:
             self._input_J = flow.layers[0].J
             notes += [note for layer in flow if (note := finite_step_note(layer)) is not None][:1]
-            notes += unit_note(flow, errors["train_mse"], self._target_scale)
+            known = errors["train_mse"] if errors["val_mse"] is None else errors["val_mse"]
+            notes += unit_note(flow, known, self._target_scale)
         if any(not math.isfinite(e) for values in errors.values() for e in values or ()):
             notes.append(f"mean square errors must be finite, got {errors}")
         record = EpochRecord(
@@ -210,11 +216,24 @@ class FisherMonitor:
             self._file.write(self.rows())
         return record
 
+    def adopt(self, record: EpochRecord) -> None:
+        """Take a record that another process has measured of the same network, in place of `step`.
+
+        Args:
+            record: its `step` returned.
+        """
+        self._calls += 1
+        if record.flow is not None:
+            self._input_J = record.flow.layers[0].J
+        self.history.append(record)
+
     def observe(self, theta: torch.Tensor) -> None:
         """Read the training batch that the model has just seen, at no forward pass of its own.
 
         Call it after every forward pass of the training. One batch in `observe_every` is read, by
-        hooks that are on the model for that batch only. See `live`.
+        hooks that are on the model for that batch only. Passes in eval mode without gradients
+        (validation, measurements) are not read; of several passes in training the last is. See
+        `live`.
 
         Args:
             theta: [n] or [n, P], the parameters of the samples, in the unit of theta.
@@ -223,7 +242,11 @@ class FisherMonitor:
             ValueError: theta has not one row per sample.
 
         Cost: under 2 % of a training step in the mean; layers of up to 256 activations are read,
-            input and output too (of a compiled model these two only).
+            input and output too (of a compiled model these two only, of one that is compiled in
+            place by ``model.compile()`` nothing).
+
+        Warns:
+            FisherWarning: the model is compiled in place.
         """
         if self._observer is None:
             self._observer = self._new_observer()
@@ -263,7 +286,7 @@ class FisherMonitor:
             "format_version": FORMAT_VERSION,
             "version": __version__,
             "network": self._signature(),
-            "settings": _plain(self._settings),
+            "settings": self._compared(),
             "calls": self._calls,
             "history": [record.state_dict() for record in self.history],
             "observer": observer,
@@ -283,7 +306,7 @@ class FisherMonitor:
                 f" {state.get('format_version') if isinstance(state, Mapping) else type(state)}"
             )
         _check_same_network(self._signature(), state["network"])
-        ours, theirs = _plain(self._settings), state["settings"]
+        ours, theirs = self._compared(), state["settings"]
         for name in sorted(set(ours) | set(theirs)):
             if ours.get(name) != theirs.get(name):
                 raise ValueError(
@@ -296,6 +319,8 @@ class FisherMonitor:
             observer = self._new_observer()
             observer.load_state_dict(state["observer"])
         self.close()
+        if self._file is not None:
+            self._file.restart()
         self.history, self._observer = history, observer
         self._calls = int(state["calls"])
         self._told = set(state["told"])
@@ -303,8 +328,8 @@ class FisherMonitor:
         self._input_J = measured[-1] if measured else None
 
     def _measure(self) -> tuple[FisherFlow, FisherFlow | None]:
-        self.close()
-        with _own_stream(self.model):
+        paused = contextlib.nullcontext() if self._observer is None else self._observer.paused()
+        with paused, _own_stream(self.model):
             flow = Measurement(
                 self.model,
                 self.data,
@@ -337,7 +362,7 @@ class FisherMonitor:
     def _known_input(self) -> torch.Tensor:
         if self._input_J is not None:
             return self._input_J
-        return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64)
+        return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64, device="cpu")
 
     def _live_fractions(self) -> dict[str, float]:
         """tr(J_input^-1 J) / P of the layers read by `observe`."""
@@ -354,21 +379,33 @@ class FisherMonitor:
         }
 
     def _new_observer(self) -> Observer:
-        compiled = self._outer is not self.model and hasattr(self._outer, "_orig_mod")
-        modules = {} if compiled else _leaves(self.model)
-        return Observer(
-            self._outer if compiled else self.model,
-            self.data.parameters,
-            every=self._observe_every,
-            modules=modules,
-        )
+        model, modules = self.model, _leaves(self.model)
+        inside = set(model.modules())
+        wrappers = [module for module in self._outer.modules() if module not in inside]
+        if any(hasattr(w, "_orig_mod") or isinstance(w, nn.DataParallel) for w in wrappers):
+            model, modules = self._outer, {}  # hooks inside would be compiled, or copied to threads
+        if _compiled_in_place(model):
+            warnings.warn(
+                "model must not be compiled in place for observe to read it: hooks would compile it"
+                " again for each batch that is read; use torch.compile(model) for model.compile()",
+                FisherWarning,
+                stacklevel=4,
+            )
+            model, modules = nn.Identity(), {}  # never runs
+        return Observer(model, self.data.parameters, every=self._observe_every, modules=modules)
 
     def _in_theta(self, name: str, value: Any) -> Errors:
         """Mean square errors in theta^2, one per parameter."""
         if value is None:
             return None
         try:
-            numbers_ = torch.as_tensor(value, dtype=torch.float64).detach().cpu().reshape(-1)
+            device = getattr(value, "device", "cpu")
+            numbers_ = (
+                torch.as_tensor(value, dtype=torch.float64, device=device)
+                .detach()
+                .cpu()
+                .reshape(-1)
+            )
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{name} must be a number or one per parameter, got {value!r}"
@@ -394,20 +431,37 @@ class FisherMonitor:
                 self._told.add(kind)
                 warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
 
+    def _compared(self) -> dict[str, Any]:
+        """Settings that two runs must share for their records to be of one history."""
+        own = {
+            "parameters": self.data.parameters,
+            "target_scale": self._target_scale,
+            "layers": self._layers,
+        }
+        return _plain(self._settings | own)
+
     def _signature(self) -> dict[str, list[int]]:
         """Names and shapes of the parameters."""
         return {name: list(p.shape) for name, p in self.model.named_parameters()}
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules without children by name, passive ones left out."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name
-        and not any(True for _ in module.children())
-        and not isinstance(module, taps.PASSIVE)
-    }
+    """Modules without children by name; left out are passive ones, those inside of what is
+    compiled, and what computes weights."""
+    compiled = [f"{name}." for name, module in model.named_modules() if _compiled_in_place(module)]
+    found = {}
+    for name, module in model.named_modules():
+        inside = {"_orig_mod", PARAMETRIZED} & set(name.split("."))
+        inside |= {prefix for prefix in compiled if f"{name}.".startswith(prefix)}
+        branches = any(child != PARAMETRIZED for child, _ in module.named_children())
+        if name and not (inside or branches or isinstance(module, taps.PASSIVE)):
+            found[f"self.{name}" if name in (taps.INPUT, taps.OUTPUT) else name] = module
+    return found
+
+
+def _compiled_in_place(module: nn.Module) -> bool:
+    """By its method `compile`, which leaves no wrapper."""
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 @contextlib.contextmanager

@@ -12,11 +12,12 @@ from fisherfast.information_map import InformationMap
 from fisherfast.loss import InformationLoss, linear_fisher
 from fisherfast.marginal import MarginalFisher
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
-from fisherfast.training import EpochRecord, FisherMonitor
+from fisherfast.training import EpochRecord, FisherEarlyStopping, FisherMonitor
 
 __all__ = [
     "EpochRecord",
     "FiniteDifference",
+    "FisherEarlyStopping",
     "FisherFlow",
     "FisherMonitor",
     "FisherWarning",

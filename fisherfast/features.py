@@ -212,9 +212,7 @@ class FeatureDictionary:
         z = (activations.to(self.dtype) - self._mean) * self._scale
         return self._group(z * self._sign.to(self.dtype)) if self.kind == "sketch" else z
 
-    def raw_tangents(
-        self, tangents: torch.Tensor, raw: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
         """Tangents [P, n, raw] of the leading features, of tangents [P, n, d] of the activations.
         `raw` is what `raw_features` returned: not needed where they are linear."""
         z = tangents.to(self.dtype) * self._scale

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +126,8 @@ CHOICES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 """Name -> source, samples per condition, and what is changed in `fisherfast.probe`."""
 
+TINY_CHOICES = ("as it is", "no residual sums", "independent, classified")
+
 
 @contextmanager
 def changed(changes: dict[str, Any]) -> Iterator[None]:
@@ -220,20 +222,17 @@ def measure(out: Path, tiny: bool) -> dict[str, Any]:
     start = time.perf_counter()
     figures: dict[str, Any] = {"stack": [], "choices": {}}
 
-    def keep(add: Callable[[], None]) -> None:
-        add()
+    def keep() -> None:
         what = " ".join((__doc__ or "").split("\n\n")[0].split())
         harness.store("probe", what, figures, time.perf_counter() - start, out)
 
     for source, seed in RUNS[:1] if tiny else RUNS:
-        samples = TINY_SAMPLES if tiny else SAMPLES
-        row = stack(source, seed, samples)
-        keep(lambda row=row: figures["stack"].append(row))  # type: ignore[misc]
+        figures["stack"].append(stack(source, seed, TINY_SAMPLES if tiny else SAMPLES))
+        keep()
     for name, (source, samples, changes) in CHOICES.items():
-        if tiny and name not in ("as it is", "no residual sums", "independent, classified"):
-            continue
-        row = choice(source, TINY_SAMPLES if tiny else samples, changes)
-        keep(lambda name=name, row=row: figures["choices"].update({name: row}))  # type: ignore[misc]
+        if not tiny or name in TINY_CHOICES:
+            figures["choices"][name] = choice(source, TINY_SAMPLES if tiny else samples, changes)
+            keep()
     return figures
 
 

@@ -163,7 +163,7 @@ def test_probed_features_stand_between_raw_and_lifted():
     assert torch.equal(features[:, :5], plain[:, :5])
     assert torch.equal(features[:, 5:7], both.probe(plain[:, :5]))
     torch.testing.assert_close(features[:, 7:], plain[:, 5:15])
-    with pytest.raises(ValueError, match="^raw must be given"):
+    with pytest.raises(ValueError, match=r"^raw must be given"):
         both.raw_tangents(x[None])
 
 

@@ -355,16 +355,17 @@ def store(part: str, what: str, figures: Any, seconds: float, out: Path) -> None
     out.write_text(json.dumps(results | {part: entry}, indent=1) + "\n")
 
 
-def main(doc: str, parts: dict[str, Callable[[bool], Any]]) -> None:
+def main(doc: str, parts: dict[str, Callable[[bool], Any]], *, results: Path = RESULTS) -> None:
     """The command line of a benchmark: run its parts and store them.
 
     Args:
         doc: of the benchmark.
         parts: name -> function of whether sizes and efforts are tiny, returning the figures.
+        results: file that they are added to, unless another is given.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(parts)}")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to add the results to")
+    parser.add_argument("--out", type=Path, default=results, help="JSON to add the results to")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args()
     for name in options.parts:

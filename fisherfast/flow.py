@@ -10,6 +10,7 @@ from fisherfast import taps
 from fisherfast.data import Data
 from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement
+from fisherfast.memory_budget import check_budget
 from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.settings import BATCH_SIZE, FOLDS, MAX_FEATURES, check_passes, check_settings
 from fisherfast.unwrap import unwrapped
@@ -31,6 +32,7 @@ def fisher_flow(
     folds: int = FOLDS,
     grow: bool = False,
     maps: bool = False,
+    memory_budget: int | str | None = None,
 ) -> FisherFlow:
     r"""Fisher information about theta in the activations of every layer.
 
@@ -69,6 +71,10 @@ def fisher_flow(
             loaders that do not shuffle.
         maps: also measure the information of the channels at each position of layers [C, H, W],
             see `FisherFlow.map`.
+        memory_budget: what the measurement may allocate beside the model and the user's own data,
+            in bytes or as "2 GB"; None for no bound. Batches are made as small as it takes, those
+            of a loader are split. The result depends on it by rounding alone (but for a
+            `Simulator`, which draws other samples in batches of another size).
 
     Returns:
         `FisherFlow`: J, stderr, lower, ... of each layer, float64 [P, P] in 1/theta^2.
@@ -76,7 +82,8 @@ def fisher_flow(
     Raises:
         ValueError: NaN or infinite activations (names the layer and the batch), too few samples
             (says how many are needed), an empty source, an unknown layer (names the nearest) or one
-            that never runs; data that do not repeat, for a probe or to grow.
+            that never runs; a memory_budget too small for one sample (says what is needed); data
+            that do not repeat, for a probe or to grow.
         TypeError: integer or complex data.
 
     Warns:
@@ -100,7 +107,7 @@ def fisher_flow(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
-    settings |= check_passes(data, grow, maps)
+    settings |= check_passes(data, grow, maps) | check_budget(memory_budget)
     return Measurement(unwrapped(model), data, layers, settings).run(progress)
 
 
@@ -115,6 +122,7 @@ def fisher_information(
     ridge: float = RIDGE,
     folds: int = FOLDS,
     grow: bool = False,
+    memory_budget: int | str | None = None,
 ) -> LayerFisher:
     """Fisher information about theta in the data themselves, without a model.
 
@@ -131,5 +139,5 @@ def fisher_information(
         True
     """
     settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
-    settings |= check_passes(data, grow, maps=False)
+    settings |= check_passes(data, grow, maps=False) | check_budget(memory_budget)
     return Measurement(None, data, "auto", settings).run(progress).layers[0]

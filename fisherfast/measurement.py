@@ -19,6 +19,7 @@ from fisherfast import dual, taps
 from fisherfast._progress import progress_bar
 from fisherfast.data import Batch, Data
 from fisherfast.maps import estimate_map
+from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
 from fisherfast.meters import LayerMeter, score_note
 from fisherfast.probed import PROBE_BYTES, ProbedMeter, unprobed
 from fisherfast.recall import Recall
@@ -65,6 +66,7 @@ class Measurement:
         self._data = data
         self._layers = layers
         self._settings = settings
+        self._sites: list[taps.Site] = []
         self._meters: dict[str, LayerMeter] = {}
         self._active: list[LayerMeter] = []
         self._finite: list[tuple[str, int, int, torch.Tensor]] = []
@@ -72,6 +74,7 @@ class Measurement:
         self._batch = 0
         self._score: torch.Tensor | None = None
         self._pilot = True
+        self._plan: Plan | None = None
 
     @property
     def _layer_meters(self) -> list[LayerMeter]:
@@ -102,7 +105,7 @@ class Measurement:
         if warning is not None:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
         flow = self._recall.complete(
-            FisherFlow(tuple(layers), self._settings, maps=maps), self._data
+            FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
         )
         self._warn(flow.layers, warning)
         return flow
@@ -136,18 +139,16 @@ class Measurement:
             device=device,
             dtype=dtype,
             copy=self._model is not None,
+            bounded=self._settings.get("memory_budget") is not None,
         )
 
     def _stream(self, progress: bool) -> None:
         streams = self._streams()
-        pilot = streams.pilot()
-        first = torch.cat([batches[0].x[:SURVEY_SAMPLES] for batches in pilot])
-        self._survey(first)
+        self._survey(streams)
         self._active = self._layer_meters
         with self._forward() as forward:
-            for self._condition, batches in enumerate(pilot):
-                for self._batch, batch in enumerate(batches):
-                    forward.run(batch.x)
+            for self._condition, self._batch, batch in streams.pilot():
+                forward.run(batch.x)
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
             self._pilot = False
@@ -156,7 +157,8 @@ class Measurement:
     def _stream_again(self, progress: bool) -> None:
         """Another pass over the same samples, for the meters that are active."""
         streams = self._streams()
-        streams.pilot()
+        if self._plan is not None:
+            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
         only_input = all(meter.site.name == taps.INPUT for meter in self._active)
         with _NoModel(self._consume) if only_input else self._forward() as forward:
             self._run_all(streams, forward, progress)
@@ -184,13 +186,43 @@ class Measurement:
             with dual.propagation(self._model, len(batch.tangents)):
                 forward.run(dual.DualTensor.pack(batch.x, batch.tangents))
 
-    def _survey(self, batch: torch.Tensor) -> None:
-        if self._recall.sites is None:
-            self._recall.sites = self._find_sites(batch)
-        sites = self._recall.unknown()
-        for site in sites:
-            meter = self._meter(site, PROBE_BYTES // len(sites))
+    def _survey(self, streams: Streams) -> None:
+        """List the layers on the first samples; with a budget, on as few as tell what they take."""
+        bounded = self._settings.get("memory_budget") is not None
+        first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
+        batch = torch.cat([samples.x for samples in first])
+        known = self._recall.sites is not None
+        self._sites = self._recall.sites or self._find_sites(batch)
+        unknown = self._recall.unknown(self._sites)
+        for site in unknown:
+            meter = self._meter(site, PROBE_BYTES // len(unknown))
             self._meters.update(dict.fromkeys(site.names, meter))
+        if bounded:
+            self._plan = self._planned(streams, first[0], batch)
+            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
+            more = streams.first(min(self._plan.survey_samples, SURVEY_SAMPLES))
+            batch = torch.cat([samples.x for samples in more])
+        if not known:
+            self._find_chains(self._sites, batch)
+
+    def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
+        """How many samples of the model's own size fit into the budget."""
+        with LivePeak() as live:
+            if self._model is not None:
+                self._model(batch.clone())
+        layers = [(meter.site, isinstance(meter, WideMeter)) for meter in self._layer_meters]
+        alive = -(-live.nbytes // len(batch))
+        sites = [site for site, _ in layers]
+        per_sample = shares(first, alive, sites, self._data, owned=streams.owned)
+        return plan(
+            self._settings["memory_budget"],
+            layers,
+            per_sample,
+            streams.kept_bytes,
+            self._data,
+            self._settings,
+            max(batch.element_size(), torch.float32.itemsize),
+        )
 
     def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
         if too_wide(site.dim, self._data, self._settings["max_features"]):
@@ -200,9 +232,7 @@ class Measurement:
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:
         if self._model is None:
             return [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
-        sites = taps.select(taps.survey(self._model, batch), self._layers, self._model)
-        self._find_chains(sites, batch)
-        return sites
+        return taps.select(taps.survey(self._model, batch), self._layers, self._model)
 
     def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
         """Replay the model once per layer, on so few samples that it costs half a pass at most."""

@@ -287,7 +287,7 @@ def plot_training(history: Sequence[EpochLike], ax: Axes | None = None) -> Axes:
         label=r"validation MSE $\times$ J$_{input}$",
     )
     _mark_stops(ax, history, train, validation)
-    _limit_errors(ax, epochs, validation, lowest=min(0.0, *share))
+    _limit_errors(ax, epochs, validation, lowest=min([0.0, *share]))
     ax.set_xlabel("epoch")
     ax.set_ylabel("in units of J$_{input}$")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

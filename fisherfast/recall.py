@@ -17,7 +17,8 @@ class Recall:
     """Layers, their chains, and the information in the input, which training does not change.
 
     Attributes:
-        sites: the layers measured, with their chains; None before the first measurement.
+        sites: the layers measured, with their chains; None before two measurements agree on them: a
+            weight that begins at zero hides a path.
         input: what was measured in the input; None where the samples may be others each time.
         input_map: its map, where there is one.
     """
@@ -25,15 +26,19 @@ class Recall:
     sites: list[Site] | None = None
     input: LayerFisher | None = None
     input_map: InformationMap | None = None
+    _chains: dict[str, set[str]] | None = None
 
-    def unknown(self) -> list[Site]:
+    def unknown(self, sites: list[Site]) -> list[Site]:
         """The sites that must be measured."""
-        sites = self.sites or []
         return [site for site in sites if site.name != INPUT or self.input is None]
 
-    def complete(self, flow: FisherFlow, data: Data) -> FisherFlow:
+    def complete(self, flow: FisherFlow, sites: list[Site], data: Data) -> FisherFlow:
         """A flow with the layers that were not measured again; keeps those of this one that need
         not be."""
+        if self.sites is None:
+            chains = {site.name: set(site.descendants) for site in sites}
+            self.sites = sites if chains == self._chains else None
+            self._chains = chains
         if self.input is not None:
             maps = {} if self.input_map is None else {INPUT: self.input_map}
             return replace(flow, layers=(self.input, *flow.layers), maps=maps | flow.maps)

@@ -13,7 +13,7 @@ import fisherfast
 
 PACKAGE = Path(fisherfast.__file__).parent
 ANYONE = {"_version", "_progress", "unwrap"}
-PARTS_OF_FLOW = {"meters", "recall", "settings", "streams"}
+PARTS_OF_FLOW = {"meters", "recall", "settings", "streams", "memory_budget"}
 MEASURE = {
     "data",
     "dual",

@@ -33,12 +33,22 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the samples and of what is known of each."""
+        parts = (self.x, self.tangents, self.score)
+        return sum(part.nbytes for part in parts if part is not None)
+
     def leading(self, rows: int) -> Batch:
         """The first samples."""
+        return self.part(0, rows)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Samples start to stop."""
         return Batch(
-            self.x[:rows],
-            None if self.tangents is None else self.tangents[:, :rows],
-            None if self.score is None else self.score[:rows],
+            self.x[start:stop],
+            None if self.tangents is None else self.tangents[:, start:stop],
+            None if self.score is None else self.score[start:stop],
         )
 
     def clone(self) -> Batch:

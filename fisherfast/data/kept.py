@@ -26,6 +26,7 @@ class KeptData(Data):
         self._limit = limit
         self._kept: dict[int, list[Batch]] = {}
         self._held = 0
+        self._too_large: set[int] = set()
         self.source = source.source
         self.parameters = source.parameters
         self.conditions = source.conditions
@@ -43,19 +44,23 @@ class KeptData(Data):
         if condition in self._kept:
             yield from self._kept[condition]
             return
-        batches: list[Batch] | None = []
-        size = 0
-        for batch in self._source.read(condition, batch_size):
-            if batches is not None:
-                size += bytes_of(batch)
-                if self._held + size > self._limit:
-                    batches = None
-                else:
+        batches: list[Batch] | None = None if condition in self._too_large else []
+        size, kept = 0, False
+        try:
+            for batch in self._source.read(condition, batch_size):
+                more = bytes_of(batch)
+                if batches is not None and self._held + more > self._limit:
+                    self._too_large.add(condition)
+                    self._held, size, batches = self._held - size, 0, None
+                if batches is not None:
                     batches.append(batch.clone())
-            yield batch
-        if batches is not None:
-            self._kept[condition] = batches
-            self._held += size
+                    size, self._held = size + more, self._held + more
+                yield batch
+            if batches is not None and condition not in self._kept:
+                self._kept[condition], kept = batches, True
+        finally:
+            if not kept:  # not read to its end
+                self._held -= size
 
     def samples(self, condition: int) -> int | None:
         """Number of samples of a condition, or None for a stream of unknown length."""

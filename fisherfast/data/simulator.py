@@ -162,9 +162,16 @@ class Simulator(Data):
 
     def _differentiate(self, number: int, n: int) -> Batch:
         """x and dx/dtheta by forward mode: each parameter in turn, with the same noise."""
-        duals = [self._jvp(parameter, number, n) for parameter in range(self.parameters)]
-        tangents = [torch.zeros_like(x) if tangent is None else tangent for x, tangent in duals]
-        return Batch(duals[0][0], tangents=torch.stack(tangents))
+        x, first = self._jvp(0, number, n)
+        tangents = x.new_zeros((self.parameters, *x.shape))
+        if first is not None:
+            tangents[0] = first
+        del first  # one tangent at a time beside the batch
+        for parameter in range(1, self.parameters):
+            tangent = self._jvp(parameter, number, n)[1]
+            if tangent is not None:
+                tangents[parameter] = tangent
+        return Batch(x, tangents=tangents)
 
     def _jvp(self, parameter: int, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x of one batch and its derivative to one parameter; None where nothing depends on it."""

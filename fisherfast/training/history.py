@@ -44,14 +44,17 @@ class HistoryFile:
         Warns:
             FisherWarning: the file could not be written, once until it works again.
         """
-        columns = columns_of(rows)
+        columns = self._columns or []
+        follows = self._written == len(rows) - 1 and set(rows[-1]) <= set(columns)
         try:
-            if self._columns == columns and self._written == len(rows) - 1 and self._whole():
+            if follows and self._whole():
                 with self._path.open("a", encoding="utf-8", newline="") as file:
                     file.write(as_csv(rows[-1:], columns, header=False))
                     self._synchronise(file)
             else:
+                columns = columns_of(rows)
                 self._rewrite(as_csv(rows, columns))
+            self._size = self._path.stat().st_size
         except OSError as error:
             self._columns = None
             if not self._warned:
@@ -65,7 +68,6 @@ class HistoryFile:
             self._warned = True
             return
         self._columns, self._written, self._warned = columns, len(rows), False
-        self._size = self._path.stat().st_size
 
     def _whole(self) -> bool:
         """Whether the file is as it was left: nobody moved or cut it."""

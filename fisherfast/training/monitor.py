@@ -19,6 +19,7 @@ from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
 from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement, NotFiniteError
+from fisherfast.memory_budget import check_budget
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
 from fisherfast.settings import BATCH_SIZE, FOLDS, check_passes, check_settings
@@ -64,7 +65,8 @@ class FisherMonitor:
         path: CSV file that is brought up to date with every record.
         keep: bytes of samples kept between measurements where the source is a simulator, a loader
             or files; what does not fit is read again each time.
-        batch_size, seed, ridge, folds, maps: as for `fisher_flow`.
+        batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. What is kept
+            between measurements counts besides.
 
     Attributes:
         history: records in the order of the calls.
@@ -107,6 +109,7 @@ class FisherMonitor:
         ridge: float = RIDGE,
         folds: int = FOLDS,
         maps: bool = False,
+        memory_budget: int | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -117,7 +120,7 @@ class FisherMonitor:
         self._target_scale = _check_scale(target_scale)
         common = (batch_size, seed, ridge, folds)
         self._settings = check_settings(data, max_features, None, *common)
-        self._settings |= check_passes(data, False, maps)
+        self._settings |= check_passes(data, False, maps) | check_budget(memory_budget)
         self._layers = layers
         self.data = self._kept(data)
         self._training_data: Data | None = None
@@ -145,8 +148,9 @@ class FisherMonitor:
         epoch: int | None = None,
         train_mse: float | Sequence[float] | torch.Tensor | None = None,
         val_mse: float | Sequence[float] | torch.Tensor | None = None,
-    ) -> EpochRecord:
-        """Record an epoch, and measure if it is its turn. Call it when an epoch ends.
+    ) -> EpochRecord | None:
+        """Record an epoch, and measure if it is its turn. Call it when an epoch ends, or after
+        every so many training steps.
 
         Call it inside your autocast context to measure the network as it runs there.
 
@@ -157,7 +161,8 @@ class FisherMonitor:
             val_mse: the same on samples that are not trained on.
 
         Returns:
-            The record, which is the last of `history`.
+            The record, which is the last of `history`; None where there is nothing to record, no
+            measurement and no error.
 
         Raises:
             TypeError, ValueError: an error is no number, negative, or not one per parameter.
@@ -167,6 +172,10 @@ class FisherMonitor:
                 flow then); the targets seem to be in another unit than theta; the history file
                 cannot be written; once each.
         """
+        due = self._calls % self._every == 0
+        if not due and train_mse is None and val_mse is None:
+            self._calls += 1
+            return None
         start = time.perf_counter()
         number = self._next_epoch() if epoch is None else _whole("epoch", epoch)
         errors = {
@@ -175,7 +184,7 @@ class FisherMonitor:
         }
         notes: list[str] = []
         flow = training_flow = None
-        if self._calls % self._every == 0:
+        if due:
             try:
                 flow, training_flow = self._measure()
             except NotFiniteError as error:
@@ -184,7 +193,8 @@ class FisherMonitor:
         if flow is not None:
             self._input_J = flow.layers[0].J
             notes += [note for layer in flow if (note := finite_step_note(layer)) is not None][:1]
-            notes += unit_note(flow, errors["train_mse"], self._target_scale)
+            known = errors["train_mse"] if errors["val_mse"] is None else errors["val_mse"]
+            notes += unit_note(flow, known, self._target_scale)
         if any(not math.isfinite(e) for values in errors.values() for e in values or ()):
             notes.append(f"mean square errors must be finite, got {errors}")
         record = EpochRecord(
@@ -208,7 +218,9 @@ class FisherMonitor:
         """Read the training batch that the model has just seen, at no forward pass of its own.
 
         Call it after every forward pass of the training. One batch in `observe_every` is read, by
-        hooks that are on the model for that batch only. See `live`.
+        hooks that are on the model for that batch only. Passes in eval mode without gradients
+        (validation, measurements) are not read; of several passes in training the last is. See
+        `live`.
 
         Args:
             theta: [n] or [n, P], the parameters of the samples, in the unit of theta.
@@ -257,7 +269,7 @@ class FisherMonitor:
             "format_version": FORMAT_VERSION,
             "version": __version__,
             "network": self._signature(),
-            "settings": _plain(self._settings),
+            "settings": self._compared(),
             "calls": self._calls,
             "history": [record.state_dict() for record in self.history],
             "observer": observer,
@@ -277,7 +289,7 @@ class FisherMonitor:
                 f" {state.get('format_version') if isinstance(state, Mapping) else type(state)}"
             )
         _check_same_network(self._signature(), state["network"])
-        ours, theirs = _plain(self._settings), state["settings"]
+        ours, theirs = self._compared(), state["settings"]
         for name in sorted(set(ours) | set(theirs)):
             if ours.get(name) != theirs.get(name):
                 raise ValueError(
@@ -297,8 +309,8 @@ class FisherMonitor:
         self._input_J = measured[-1] if measured else None
 
     def _measure(self) -> tuple[FisherFlow, FisherFlow | None]:
-        self.close()
-        with _own_stream(self.model):
+        paused = contextlib.nullcontext() if self._observer is None else self._observer.paused()
+        with paused, _own_stream(self.model):
             flow = Measurement(
                 self.model,
                 self.data,
@@ -387,6 +399,15 @@ class FisherMonitor:
             if kind not in self._told:
                 self._told.add(kind)
                 warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
+
+    def _compared(self) -> dict[str, Any]:
+        """Settings that two runs must share for their records to be of one history."""
+        own = {
+            "parameters": self.data.parameters,
+            "target_scale": self._target_scale,
+            "layers": self._layers,
+        }
+        return _plain(self._settings | own)
 
     def _signature(self) -> dict[str, list[int]]:
         """Names and shapes of the parameters."""

@@ -7,18 +7,20 @@ batches they give
 
     J = D^T S^-1 D,      D the mean of m'(theta), S the mean covariance over the training range
 
-corrected for the finite window as for independent conditions. m'^T S^-1 m' is convex in m' and S
-together, so this is at most the mean over theta of the linear Fisher information, and what the
-polynomial cannot follow counts as noise: the trend is a lower bound, for these *training* samples
-and a network in training mode (dropout and batch statistics included). More than the input holds is
-memory.
+corrected for the finite window as for independent conditions (docs/theory.md, 17). m'^T S^-1 m' is
+convex in m' and S together, so this is at most the mean over theta of the linear Fisher
+information, and what the polynomial cannot follow counts as noise: the trend is a lower bound, for
+these *training* samples and a network in training mode (dropout and batch statistics included).
+More than the input holds is memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,28 +69,35 @@ class ThetaBatch:
     """The polynomial of the thetas of one batch: what the regressions of all layers share.
 
     Args:
-        theta: [n, P] float64 on the CPU.
-        center, spread: [P], so that (theta - center) / spread is of order 1.
+        theta: [n, P] float64 on the CPU, n at least 2.
 
     Attributes:
-        basis: [n, q] values of the monomials, float32.
+        basis: [n, q] values of the monomials of the standardised thetas, float32.
         solver: [q, n], gives the coefficients of activations [n, d]; float32.
-        slopes: [P, q] float64, sums over the samples of the derivatives of the monomials.
-        inverse: [q, q] float64, (B^T B)^-1.
+        slopes: [P, q] float64, means over the samples of the derivatives of the monomials by theta.
+        noise: [P, P] float64, covariance of a mean derivative in units of that of an activation.
+        weight: of the batch; n for batches of like thetas.
         usable: there are enough different thetas for the polynomial.
     """
 
-    def __init__(self, theta: torch.Tensor, center: torch.Tensor, spread: torch.Tensor) -> None:
+    def __init__(self, theta: torch.Tensor) -> None:
         exponents = monomials(theta.shape[1])
-        t = (theta - center) / spread
+        spread, center = torch.std_mean(theta, 0, correction=0)
+        spread = torch.where(spread > 0, spread, 1.0)
+        t = (theta - center) / spread  # of order 1: a polynomial that is well conditioned
         basis = powers(t, exponents)
-        self.inverse, failed = torch.linalg.inv_ex(basis.T @ basis)
-        largest = float(self.inverse.diagonal().amax())
+        inverse, failed = torch.linalg.inv_ex(basis.T @ basis)
+        largest = float(inverse.diagonal().amax())
         enough = len(theta) > len(exponents) + 1
         self.usable = enough and int(failed) == 0 and largest * len(theta) < DEGENERATE
         self.basis = basis.float()
-        self.solver = (self.inverse @ basis.T).float()
-        self.slopes = slopes_of(t, exponents).sum(0)
+        self.solver = (inverse @ basis.T).float()
+        self.slopes = slopes_of(t, exponents).mean(0) / spread[:, None]
+        self.noise = self.slopes @ inverse @ self.slopes.T
+        # thetas close together tell little of a slope; a power that a change of units only scales
+        size = float(torch.linalg.det(self.noise))
+        self.usable = self.usable and size > 0
+        self.weight = size ** (-1 / theta.shape[1]) if self.usable else 0.0
 
     def to(self, device: torch.device) -> ThetaBatch:
         """On another device."""
@@ -104,42 +113,43 @@ class RegressionMoments:
         parameters: P.
         device: of the sums over activations.
 
-    Memory: d (q + d) numbers of float64, q the number of monomials. Cost of a batch: n d^2.
+    Memory: d (P + d) numbers of float64. Cost of a batch: n d^2.
     """
 
     def __init__(self, dim: int, parameters: int, device: torch.device | str = "cpu") -> None:
+        self.dim = dim
         self._window = max(WINDOW, WINDOW_PER_ACTIVATION * dim)
-        q = len(monomials(parameters))
         f64 = torch.float64
         self._sums = {
-            "coefficients": torch.zeros(q, dim, dtype=f64, device=device),  # n C
-            "square": torch.zeros(dim, dim, dtype=f64, device=device),  # residuals
-            "errors": torch.zeros(q, q, dtype=f64),  # n^2 (B^T B)^-1: Cov(n C) in units of S
-            "slopes": torch.zeros(parameters, q, dtype=f64),  # n times the mean of B'
+            "derivative": torch.zeros(parameters, dim, dtype=f64, device=device),  # w D
+            "square": torch.zeros(dim, dim, dtype=f64, device=device),  # w / n residuals
+            "noise": torch.zeros(parameters, parameters, dtype=f64),  # w^2 Cov(D) in units of S
         }
-        self._weight = 0.0  # sum of n
-        self._freedom = 0.0  # of the residuals
-        self._freedom_squared = 0.0
+        self._weight = 0.0  # sum of w
+        self._freedom = 0.0  # of the residuals, times w / n
+        self._freedom_squared = 0.0  # times (w / n)^2
 
     def update(self, batch: ThetaBatch, activations: torch.Tensor) -> None:
         """Add activations [n, d] of any floating dtype, of a usable batch of thetas."""
-        sums, (n, q) = self._sums, batch.basis.shape
+        sums, (n, q), weight = self._sums, batch.basis.shape, batch.weight
         a = activations.float()
         coefficients = batch.solver @ a
         # float32 products of residuals, float64 sums: a trend needs three digits
         residual = torch.addmm(a, batch.basis, coefficients, alpha=-1)
+        square = residual.T @ residual
+        if not bool(torch.isfinite(square).all()):
+            return  # one NaN would stay for ever
         keep = math.exp(-n / self._window)
-        sums["coefficients"].mul_(keep).add_(coefficients, alpha=n)
-        sums["square"].mul_(keep).add_(residual.T @ residual)
-        sums["errors"].mul_(keep**2).add_(batch.inverse, alpha=n**2)
-        sums["slopes"].mul_(keep).add_(batch.slopes)
-        self._weight = self._weight * keep + n
-        self._freedom = self._freedom * keep + (n - q)
-        self._freedom_squared = self._freedom_squared * keep**2 + (n - q)
+        derivative = batch.slopes.to(a.device) @ coefficients.double()
+        sums["derivative"].mul_(keep).add_(derivative, alpha=weight)
+        sums["square"].mul_(keep).add_(square, alpha=weight / n)
+        sums["noise"].mul_(keep**2).add_(batch.noise, alpha=weight**2)
+        self._weight = self._weight * keep + weight
+        self._freedom = self._freedom * keep + (n - q) * (weight / n)
+        self._freedom_squared = self._freedom_squared * keep**2 + (n - q) * (weight / n) ** 2
 
     def estimate(self, ridge: float = RIDGE) -> LiveEstimate | None:
-        """J of what was added, in units of the spread of theta; None while there are too few
-        samples.
+        """J of what was added; None while there are too few samples.
 
         Cost: d^3 / 3 operations.
         """
@@ -149,17 +159,16 @@ class RegressionMoments:
         dof = self._freedom**2 / self._freedom_squared
         covariance = sums["square"] / self._freedom
         live = (covariance.diagonal() > 0).nonzero()[:, 0]
-        k, P = len(live), len(sums["slopes"])
+        k, P = len(live), len(sums["noise"])
         if dof < k + SPARE_DOF:
             return None
-        slopes = (sums["slopes"] / self._weight).to(covariance)
-        noise = slopes @ sums["errors"].to(covariance) @ slopes.T / self._weight**2
         if k == 0:
             zero = torch.zeros(P, P, dtype=torch.float64)
             return LiveEstimate(zero, zero, dof)
+        noise = (sums["noise"] / self._weight**2).to(covariance)
         solved = ops.fisher_solve_details(
             covariance[live][:, live].contiguous(),
-            (slopes @ sums["coefficients"][:, live] / self._weight).T.contiguous(),
+            (sums["derivative"][:, live] / self._weight).T.contiguous(),
             ridge=ridge,
             inverse_rows=True,
         )
@@ -186,6 +195,23 @@ Caught = tuple[torch.Tensor, int]
 """An activation and the number of its in-place changes when it was caught."""
 
 
+class Hook:
+    """A hook whose copies do nothing: a network may be copied or pickled while it is listened to.
+
+    A copy is a function of the standard library that takes anything and returns None, so that a
+    file of such a network loads without this library.
+    """
+
+    def __init__(self, react: Callable[..., None]) -> None:
+        self._react = react
+
+    def __call__(self, *given: Any) -> None:
+        self._react(*given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
 class Observer:
     """Reads activations of one training batch in `every`, from hooks that live for that batch.
 
@@ -208,10 +234,8 @@ class Observer:
         self._modules = modules
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._caught: dict[str, Caught] = {}
+        self._sizes: list[int] = []  # of the batch that was caught: of its input and its output
         self._calls = 0
-        # of the first batch that is read: thetas of order 1 keep the polynomial well conditioned
-        self._center = torch.zeros(parameters, dtype=torch.float64)
-        self._spread = torch.ones(parameters, dtype=torch.float64)
         self.moments: dict[str, RegressionMoments] = {}
 
     def observe(self, theta: torch.Tensor) -> None:
@@ -234,17 +258,12 @@ class Observer:
         """Remove the hooks and let go of what they caught."""
         while self._handles:
             self._handles.pop().remove()
-        self._caught = {}
+        self._caught, self._sizes = {}, []
 
     def estimates(self) -> dict[str, LiveEstimate]:
         """J of each layer that enough samples were seen of."""
         found = {name: moments.estimate() for name, moments in self.moments.items()}
-        unit = 1 / (self._spread[:, None] * self._spread)
-        return {
-            name: LiveEstimate(live.J * unit, live.stderr * unit, live.samples)
-            for name, live in found.items()
-            if live is not None
-        }
+        return {name: live for name, live in found.items() if live is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers; a batch that is being listened to is not among them."""
@@ -252,8 +271,6 @@ class Observer:
         return {
             "calls": self._calls,
             "listening": bool(self._handles),
-            "center": self._center.clone(),
-            "spread": self._spread.clone(),
             "moments": moments,
         }
 
@@ -261,7 +278,6 @@ class Observer:
         """Take what `state_dict` returned; listens again if that was so."""
         self.release()
         self._calls = int(state["calls"])
-        self._center, self._spread = state["center"].clone(), state["spread"].clone()
         self.moments = {}
         for name, sums in state["moments"].items():
             moments = RegressionMoments(
@@ -272,31 +288,54 @@ class Observer:
         if state["listening"]:
             self._listen()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No hooks inside; afterwards it listens again if it did before."""
+        listening = bool(self._handles)
+        self.release()
+        try:
+            yield
+        finally:
+            if listening:
+                self._listen()
+
     def _listen(self) -> None:
-        self._handles.append(self._model.register_forward_pre_hook(self._catch_input))
-        self._handles.append(self._model.register_forward_hook(self._catch(OUTPUT)))
+        self._handles.append(self._model.register_forward_pre_hook(Hook(self._catch_input)))
+        self._handles.append(self._model.register_forward_hook(Hook(self._catch_output)))
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._catch(name)))
+            hook = Hook(partial(self._catch_layer, name))
+            self._handles.append(module.register_forward_hook(hook))
+
+    def _trains(self) -> bool:
+        """Whether this forward pass is of the training: neither a validation nor a measurement."""
+        return self._model.training or torch.is_grad_enabled()
 
     def _catch_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:
-            self._keep(INPUT, args[0])
+        if self._trains():
+            self._caught, self._sizes = {}, []  # the last pass counts
+            if args:
+                self._keep(INPUT, args[0])
 
-    def _catch(self, name: str) -> Any:
-        def catch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if name == OUTPUT:  # the last layer's own: one of them is enough
-                same = [other for other, (tensor, _) in self._caught.items() if tensor is output]
-                for other in same:
-                    del self._caught[other]
-            self._keep(name, output)
+    def _catch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # the last layer's own: one of them is enough
+        same = [name for name, (tensor, _) in self._caught.items() if tensor is output]
+        for name in same:
+            del self._caught[name]
+        self._keep(OUTPUT, output)
 
-        return catch
+    def _catch_layer(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        self._keep(name, output)
 
     def _keep(self, name: str, output: Any) -> None:
         """Hold on to a reference: the activations are there anyway, for the backward pass."""
-        if name in self._caught or not isinstance(output, torch.Tensor) or output.ndim < 1:
+        if not (self._trains() and isinstance(output, torch.Tensor) and output.ndim):
             return
-        if output.is_floating_point() and output[:1].numel() <= WIDEST:
+        if name in (INPUT, OUTPUT):
+            self._sizes.append(len(output))
+        floating = output.is_floating_point() and name not in self._caught
+        if floating and output[:1].numel() <= WIDEST:
             version = -1 if output.is_inference() else output._version
             self._caught[name] = (output, version)
 
@@ -304,37 +343,38 @@ class Observer:
         caught = {name: tensor for name, tensor in self._caught.items() if self._intact(tensor)}
         if not caught:
             return
-        n = len(next(iter(caught.values()))[0])
-        rows = self._theta(theta, n)
-        if not self.moments:
-            spread, self._center = torch.std_mean(rows, 0, correction=0)
-            self._spread = torch.where(spread > 0, spread, 1.0)
-        batch = ThetaBatch(rows, self._center, self._spread)
+        rows = self._theta(theta, self._sizes or [len(output) for output, _ in caught.values()])
+        if len(rows) < 2:
+            return
+        batch = ThetaBatch(rows)
         if not batch.usable:
             return
         for name, (output, _) in caught.items():
             flat = output.detach().flatten(1) if output.ndim > 1 else output.detach()[:, None]
-            if len(flat) != n:
+            if len(flat) != len(rows):
                 continue
-            if name not in self.moments:
-                self.moments[name] = RegressionMoments(
-                    flat.shape[1], self._parameters, device=flat.device
-                )
-            with torch.autocast(flat.device.type, enabled=False):
-                self.moments[name].update(batch.to(flat.device), flat)
+            moments = self.moments.get(name)
+            if moments is None:
+                moments = RegressionMoments(flat.shape[1], self._parameters, device=flat.device)
+                self.moments[name] = moments
+            if flat.shape[1] == moments.dim:  # sequences may differ in length
+                with torch.autocast(flat.device.type, enabled=False):
+                    moments.update(batch.to(flat.device), flat)
 
     def _intact(self, caught: Caught) -> bool:
         """Not overwritten since, by an in-place activation."""
         output, version = caught
-        return version in (-1, output._version)
+        return version == -1 or version == output._version
 
-    def _theta(self, theta: torch.Tensor, n: int) -> torch.Tensor:
+    def _theta(self, theta: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """theta [n, P] float64 on the CPU; n is one of the sizes, for the batch need not come
+        first."""
         rows = torch.as_tensor(theta).detach()
-        flat = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
-        if flat.shape != (n, self._parameters):
+        flat = rows.flatten(1) if rows.ndim > 1 else rows.reshape(-1, 1)
+        if len(flat) not in sizes or flat.shape[1] != self._parameters:
             raise ValueError(
-                f"theta must have shape [n, P] = [{n}, {self._parameters}], one row per sample of"
-                f" the last forward pass, got {list(rows.shape)}"
+                f"theta must have shape [n, P] = [{sizes[0]}, {self._parameters}], one row per"
+                f" sample of the last forward pass, got {list(rows.shape)}"
             )
         return flat.to("cpu", torch.float64)
 

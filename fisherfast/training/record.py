@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,6 +80,11 @@ class EpochRecord:
     def row(self) -> dict[str, Any]:
         """Plain numbers by column; NaN where unknown. J and fractions of several parameters are
         those of `FisherFlow.fractions`, and the diagonal of J as "J/layer[p]"."""
+        return dict(self._row)
+
+    @cached_property
+    def _row(self) -> dict[str, Any]:
+        """Found out once: a history of n records is written n times."""
         row: dict[str, Any] = {"epoch": self.epoch}
         parameters = len(self.input_J)
         row |= _by_parameter("train_mse", self.train_mse, parameters)
@@ -131,7 +137,7 @@ class EpochRecord:
             flow=flow,
             train_mse=train_mse,
             val_mse=val_mse,
-            input_J=state["input_J"].clone(),
+            input_J=state["input_J"].to("cpu", copy=True),
             training_flow=training_flow,
             live=dict(state["live"]),
             seconds=state["seconds"],
@@ -147,11 +153,12 @@ def output_of(flow: FisherFlow) -> str:
 
 
 def level_of(errors: Errors, input_J: torch.Tensor) -> float:
-    """Mean over parameters of mse_p / (J^-1)_pp; NaN where unknown."""
+    """Mean over parameters of mse_p / (J^-1)_pp; NaN where unknown, or where J is too uncertain to
+    be positive."""
     if errors is None:
         return math.nan
     inverse, failed = torch.linalg.inv_ex(input_J)
-    if int(failed):
+    if int(failed) or bool((inverse.diagonal() <= 0).any()):
         return math.nan
     levels = torch.tensor(errors, dtype=torch.float64) / inverse.diagonal()
     return float(levels.mean())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from fisherfast.results import FisherFlow
 from fisherfast.training.record import Errors, output_of
 
@@ -14,25 +12,27 @@ FACTOR = 3.0
 no estimator that has learned anything overshoots threefold."""
 
 TRAINED = 3.0
-"""Training error, in variances of the output, below which a small response is no longer the
-caution of an untrained network, whose error is that of never moving."""
+"""How far an error may be from the variance of the output for the network to count as trained: the
+error of one that is not is that of its bias, and that of one that remembers is near zero."""
 
 
-def unit_note(flow: FisherFlow, train_mse: Errors, target_scale: float) -> list[str]:
+def unit_note(flow: FisherFlow, mse: Errors, target_scale: float) -> list[str]:
     """A note where the output moves by another amount than theta, with the factor between them.
 
-    An output that estimates theta moves by 1 / target_scale per unit of it. One that moves far more
-    is in another unit. One that moves far less may only be untrained; but then its error is large
-    beside its own variance.
+    An output that estimates theta moves by 1 / target_scale per unit of it. One that moves by
+    another amount may only be untrained; but then its error is large beside its own variance. So
+    only a network whose error *is* its variance is held to its unit, and a unit that is less than
+    threefold another passes for the caution of an estimator.
 
     Args:
         flow: of the network on held-out samples.
-        train_mse: in theta^2, as the caller's scale gives it; None where unknown.
+        mse: in theta^2, as the caller's scale gives it, of held-out samples if those are known;
+            None where unknown: there is no error then whose unit could be wrong.
         target_scale: theta per unit of the targets.
     """
     layer = flow[output_of(flow)]
     P = layer.parameters
-    if layer.response is None or layer.response.shape != (P, P):
+    if mse is None or layer.response is None or layer.response.shape != (P, P):
         return []
     for p in range(P):
         gain = float(layer.response[p, p].abs()) * abs(target_scale)
@@ -40,14 +40,13 @@ def unit_note(flow: FisherFlow, train_mse: Errors, target_scale: float) -> list[
         if gain == 0 or J <= 0:
             continue
         variance = gain**2 / J  # of the output, in theta^2: its own J is gain^2 / variance
-        known = train_mse is not None
-        cautious = not known or (train_mse or ())[p] > TRAINED * variance
-        if gain > FACTOR or (gain < 1 / FACTOR and not cautious):
+        trained = variance / TRAINED <= mse[p] <= TRAINED * variance
+        if trained and not 1 / FACTOR <= gain <= FACTOR:
             factor = abs(target_scale) / gain
             which = f" of parameter {p}" if P > 1 else ""
             return [
                 f"targets seem to be in another unit than theta: the output{which} moves by"
                 f" {gain / abs(target_scale):.3g} per unit of theta, so errors are off by its"
-                f" square; pass target_scale={torch.tensor(factor).item():.3g}"
+                f" square; pass target_scale={factor:.3g}"
             ]
     return []

@@ -32,7 +32,7 @@ WIDTH = 128
 BLOCKS = 3
 """Hidden layers behind the first, each added to what it reads."""
 
-STEPS = 2000
+STEPS = 4000
 """Most optimisation steps: what a probe costs, whatever the number of samples."""
 
 LEAST_STEPS = 300

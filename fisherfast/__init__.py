@@ -9,6 +9,7 @@ from fisherfast.data import FiniteDifference, Pathwise, Score, Simulator
 from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
 from fisherfast.information_map import InformationMap
+from fisherfast.loss import InformationLoss, linear_fisher
 from fisherfast.marginal import MarginalFisher
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
 from fisherfast.training import EpochRecord, FisherMonitor
@@ -19,6 +20,7 @@ __all__ = [
     "FisherFlow",
     "FisherMonitor",
     "FisherWarning",
+    "InformationLoss",
     "InformationMap",
     "LayerFisher",
     "MarginalFisher",
@@ -30,6 +32,7 @@ __all__ = [
     "fisher_flow",
     "fisher_information",
     "jvp",
+    "linear_fisher",
     "ops",
     "problems",
     "propagate",

@@ -333,7 +333,12 @@ def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype
     """Device and dtype of the model's first parameter or buffer of floating dtype."""
     if model is None:
         return None, None
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model must hold numbers, got {name!r} on the meta device: give it memory with"
+                " model.to_empty(device=...) and load its weights first"
+            )
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return None, None

@@ -99,7 +99,7 @@ class Measurement:
         with self._evaluation():
             self._stream(progress)
         while True:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 growing = [m for m in self._layer_meters if m.grow(contrast, ridge)]
             if not growing:
                 break

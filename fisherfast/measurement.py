@@ -114,6 +114,11 @@ class Measurement:
                 if m.map is not None
             }
             warning = score_note(self._layer_meters[0]) if self._layer_meters else None
+        self._recall.spaces |= {
+            m.site.name: m.projections
+            for m in self._layer_meters
+            if isinstance(m, WideMeter) and m.site.name != taps.INPUT
+        }
         if warning is not None:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
         flow = self._recall.complete(
@@ -270,7 +275,7 @@ class Measurement:
 
     def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
         if too_wide(site.dim, self._data, self._settings["max_features"]):
-            return WideMeter(site)
+            return WideMeter(site, self._recall.spaces.pop(site.name, None))
         return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
 
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:

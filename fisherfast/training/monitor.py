@@ -111,7 +111,7 @@ class FisherMonitor:
         seed: int = 0,
         ridge: float = RIDGE,
         folds: int = FOLDS,
-        maps: bool = False,
+        maps: bool | Sequence[str] = False,
         memory_budget: int | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -215,6 +215,17 @@ class FisherMonitor:
         if self._file is not None:
             self._file.write(self.rows())
         return record
+
+    def adopt(self, record: EpochRecord) -> None:
+        """Take a record that another process has measured of the same network, in place of `step`.
+
+        Args:
+            record: its `step` returned.
+        """
+        self._calls += 1
+        if record.flow is not None:
+            self._input_J = record.flow.layers[0].J
+        self.history.append(record)
 
     def observe(self, theta: torch.Tensor) -> None:
         """Read the training batch that the model has just seen, at no forward pass of its own.

@@ -203,14 +203,15 @@ class Hook:
     """A hook whose copies do nothing: a network may be copied or pickled while it is listened to.
 
     A copy is a function of the standard library that takes anything and returns None, so that a
-    file of such a network loads without this library.
+    file of such a network loads without this library. It is no part of what is compiled.
     """
 
     def __init__(self, react: Callable[..., None]) -> None:
         self._react = react
 
     def __call__(self, *given: Any) -> None:
-        self._react(*given)
+        if not torch.compiler.is_compiling():
+            self._react(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -238,7 +239,7 @@ class Observer:
         self._modules = modules
         self._input_hook, self._output_hook = Hook(self._catch_input), Hook(self._catch_output)
         self._layer_hooks = {name: Hook(partial(self._catch_layer, name)) for name in modules}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle | _AroundCompiled] = []
         self._caught: dict[str, Caught] = {}
         self._sizes: list[int] = []  # of the batch that was caught: of its input and its output
         self._calls = 0
@@ -306,6 +307,10 @@ class Observer:
                 self._listen()
 
     def _listen(self) -> None:
+        if self._model._compiled_call_impl is not None:  # by `model.compile()`
+            hooks = self._input_hook, self._output_hook
+            self._handles.append(_AroundCompiled(self._model, *hooks))
+            return
         self._handles.append(self._model.register_forward_pre_hook(self._input_hook))
         self._handles.append(self._model.register_forward_hook(self._output_hook))
         for name, module in self._modules.items():
@@ -382,6 +387,28 @@ class Observer:
                 f" sample of the last forward pass, got {list(rows.shape)}"
             )
         return flat.to("cpu", torch.float64)
+
+
+class _AroundCompiled:
+    """Hooks on the input and output of a module that compiles its own call, hooks included: these
+    are outside of it."""
+
+    def __init__(self, module: nn.Module, catch_input: Hook, catch_output: Hook) -> None:
+        self._module = module
+        compiled: Any = module._compiled_call_impl
+        self._compiled = compiled
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            catch_input(module, args)
+            output = compiled(*args, **kwargs)
+            catch_output(module, args, output)
+            return output
+
+        module._compiled_call_impl = call
+
+    def remove(self) -> None:
+        """Put the compiled call back."""
+        self._module._compiled_call_impl = self._compiled
 
 
 def monomials(parameters: int) -> list[tuple[int, ...]]:

@@ -9,16 +9,19 @@ from fisherfast.data import FiniteDifference, Pathwise, Score, Shard, Simulator
 from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
 from fisherfast.information_map import InformationMap
+from fisherfast.loss import InformationLoss, linear_fisher
 from fisherfast.marginal import MarginalFisher
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
-from fisherfast.training import EpochRecord, FisherMonitor
+from fisherfast.training import EpochRecord, FisherEarlyStopping, FisherMonitor
 
 __all__ = [
     "EpochRecord",
     "FiniteDifference",
+    "FisherEarlyStopping",
     "FisherFlow",
     "FisherMonitor",
     "FisherWarning",
+    "InformationLoss",
     "InformationMap",
     "LayerFisher",
     "MarginalFisher",
@@ -31,6 +34,7 @@ __all__ = [
     "fisher_flow",
     "fisher_information",
     "jvp",
+    "linear_fisher",
     "ops",
     "problems",
     "propagate",

@@ -4,6 +4,7 @@ that of the data alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,7 @@ def fisher_flow(
     ridge: float = RIDGE,
     folds: int = FOLDS,
     grow: bool = False,
-    maps: bool = False,
+    maps: bool | Sequence[str] = False,
     memory_budget: int | str | None = None,
     group: Any = None,
     timeout: float = TIMEOUT,
@@ -74,8 +75,8 @@ def fisher_flow(
             only for layers whose curve still rises at its end, up to max_features. Each pass
             computes the new features alone. For data that repeat: tensors, arrays, Datasets,
             loaders that do not shuffle.
-        maps: also measure the information of the channels at each position of layers [C, H, W],
-            see `FisherFlow.map`.
+        maps: also measure the information of the channels at each position of layers [C, H, W], of
+            all or of those in a list of names, see `FisherFlow.map`.
         memory_budget: what the measurement may allocate beside the model and the user's own data,
             in bytes or as "2 GB"; None for no bound. Batches are made as small as it takes, those
             of a loader are split. The result depends on it by rounding alone (but for a

@@ -32,6 +32,9 @@ from fisherfast.wide import WideMeter, too_wide
 
 __all__ = ["Measurement", "NotFiniteError"]
 
+PROBE_SHARE = 4
+"""Activations kept to train probes take a quarter of a memory budget at most."""
+
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
 
@@ -96,7 +99,7 @@ class Measurement:
         with self._evaluation():
             self._stream(progress)
         while True:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 growing = [m for m in self._layer_meters if m.grow(contrast, ridge)]
             if not growing:
                 break
@@ -201,8 +204,8 @@ class Measurement:
         self._agreement.end_pass(self._active)
 
     def _run(self, forward: Any, batch: Batch) -> None:
-        """One forward pass, with tangents where the samples have them."""
-        if batch.tangents is None:
+        """One forward pass, with tangents where the samples have them and a layer reads them."""
+        if batch.tangents is None or not any(meter.reads_carried for meter in self._active):
             forward.run(batch.x)
         elif self._model is None:
             forward.run(batch)
@@ -220,8 +223,9 @@ class Measurement:
         self._sites = self._recall.sites or self._find_sites(batch)
         unknown = self._recall.unknown(self._sites)
         for site in unknown:
-            meter = self._meter(site, PROBE_BYTES // len(unknown))
+            meter = self._meter(site, self._probe_bytes() // len(unknown))
             self._meters.update(dict.fromkeys(site.names, meter))
+        self._check_maps()
         if bounded:
             self._plan = self._agreement.smallest(self._planned(streams, first[0], batch))
             streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
@@ -230,6 +234,13 @@ class Measurement:
         if not known:
             self._find_chains(self._sites, batch)
         self._agreement.agree_on_layers(self._sites, self._layer_meters)
+
+    def _check_maps(self) -> None:
+        maps = self._settings["maps"]
+        known = [name for site in self._sites for name in site.names]
+        unknown = [] if isinstance(maps, bool) else [name for name in maps if name not in known]
+        if unknown:
+            raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")
 
     def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
         """How many samples of the model's own size fit into the budget."""
@@ -244,11 +255,18 @@ class Measurement:
             self._settings["memory_budget"],
             layers,
             per_sample,
-            streams.kept_bytes,
+            streams.kept_bytes + self._probe_bytes(),
             self._data,
             self._settings,
             max(batch.element_size(), torch.float32.itemsize),
         )
+
+    def _probe_bytes(self) -> int:
+        """Of the activations that are kept to train probes."""
+        if self._settings["probe"] is None:
+            return 0
+        budget = self._settings.get("memory_budget")
+        return PROBE_BYTES if budget is None else min(PROBE_BYTES, budget // PROBE_SHARE)
 
     def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
         if too_wide(site.dim, self._data, self._settings["max_features"]):
@@ -359,7 +377,12 @@ def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype
     """Device and dtype of the model's first parameter or buffer of floating dtype."""
     if model is None:
         return None, None
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model must hold numbers, got {name!r} on the meta device: give it memory with"
+                " model.to_empty(device=...) and load its weights first"
+            )
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return None, None

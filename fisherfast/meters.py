@@ -18,7 +18,7 @@ from fisherfast.estimators import (
     fisher_curve,
 )
 from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments, Standardisation
-from fisherfast.information_map import has_map
+from fisherfast.information_map import has_map, is_mapped
 from fisherfast.maps import MapMoments
 from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
@@ -72,6 +72,11 @@ class LayerMeter:
     def seen(self) -> list[int]:
         """Samples of each condition in this pass."""
         return self.moments.seen
+
+    @property
+    def reads_carried(self) -> bool:
+        """Whether this pass reads what the samples carry, tangents or a score."""
+        return True
 
     @property
     def parts(self) -> list[FoldMoments]:
@@ -198,7 +203,7 @@ class LayerMeter:
         settings: dict[str, Any],
         streams: dict[str, Any],
     ) -> None:
-        if settings["maps"] and has_map(self.site.shape):
+        if is_mapped(settings["maps"], self.site.names) and has_map(self.site.shape):
             pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
             self.map = MapMoments(pilot, conditions, **streams)
 

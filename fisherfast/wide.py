@@ -105,6 +105,11 @@ class WideMeter(LayerMeter):
         return self._seen
 
     @property
+    def reads_carried(self) -> bool:
+        """Products of the covariance with vectors are made of the samples alone."""
+        return self._seen_before is None or bool(self.measured)
+
+    @property
     def parts(self) -> list[FoldMoments]:
         """Moments of different samples, together of all."""
         return self.measured

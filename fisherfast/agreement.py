@@ -202,7 +202,7 @@ class Agreement:
         with batch norms whose statistics are those of each rank's own batches."""
         doing = "comparing the model"
         ranks.agree(doing, _states(model.named_parameters(), "parameter"))
-        buffers = {name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)}
+        buffers = {name: buffer for name, buffer in model.named_buffers() if _has_numbers(buffer)}
         states = {f"buffer {name}": [list(b.shape), str(b.dtype)] for name, b in buffers.items()}
         ranks.agree(doing, states)
         sums = ranks.exchange(doing, [checksum(buffer) for buffer in buffers.values()])
@@ -235,6 +235,11 @@ def checksum(tensor: torch.Tensor) -> int:
     return int(tensor.contiguous().view(integers).sum(dtype=torch.int64)) & (2**64 - 1)
 
 
+def _has_numbers(tensor: torch.Tensor) -> bool:
+    """Whether there are bits to compare."""
+    return not (is_lazy(tensor) or tensor.is_meta) and tensor.layout is torch.strided
+
+
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
@@ -244,7 +249,7 @@ def _states(tensors: Any, kind: str) -> dict[str, Any]:
     return {
         f"{kind} {name}": f"{list(t.shape)} {str(t.dtype)[6:]} (checksum {checksum(t):x})"
         for name, t in tensors
-        if not is_lazy(t) and t.layout is torch.strided
+        if _has_numbers(t)
     }
 
 

@@ -144,8 +144,8 @@ class Agreement:
         order = [f"{type(meter).__name__} {meter.site.name}" for meter in measured]
         self._ranks.agree(doing, {"list of layers": [s.name for s in sites]} | shapes)
         self._ranks.agree(doing, {"list of layers to measure": order})
-        chains = self._ranks.exchange(doing, [sorted(site.descendants) for site in sites])[0]
-        for site, descendants in zip(sites, chains, strict=True):
+        chains = [sorted(site.descendants) for site in sites] if self.leads else None
+        for site, descendants in zip(sites, self._ranks.exchange(doing, chains)[0], strict=True):
             site.descendants = set(descendants)
 
     def smallest(self, plan: Plan) -> Plan:
@@ -205,10 +205,11 @@ class Agreement:
         buffers = {name: buffer for name, buffer in model.named_buffers() if _has_numbers(buffer)}
         states = {f"buffer {name}": [list(b.shape), str(b.dtype)] for name, b in buffers.items()}
         ranks.agree(doing, states)
-        sums = ranks.exchange(doing, [checksum(buffer) for buffer in buffers.values()])
-        differ = [name for name, *bits in zip(buffers, *sums, strict=True) if len(set(bits)) > 1]
-        if not differ:
+        own = [checksum(buffer) for buffer in buffers.values()]
+        if ranks.same(doing, own):
             return
+        sums = ranks.exchange(doing, own)
+        differ = [name for name, *bits in zip(buffers, *sums, strict=True) if len(set(bits)) > 1]
         values = [_bytes_of(buffers[name]).double() * (ranks.rank == 0) for name in differ]
         ranks.add_up(doing, values)
         for name, value in zip(differ, values, strict=True):

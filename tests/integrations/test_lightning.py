@@ -147,13 +147,13 @@ def test_stops_and_keeps_what_the_rule_restored():
         assert torch.equal(value, own.stopping.weights[name])
 
 
-def test_rule_is_not_asked_before_min_epochs():
+@pytest.mark.parametrize("options", [{"min_epochs": 3}, {"min_steps": 40}])
+def test_trainers_that_would_not_stop_are_refused(options):
     """Catches weights that are restored while the trainer goes on all the same."""
-    own = callback(stopping=StopAt(0))
-    own.stopping.weights = module_of(PACKAGE).state_dict()
-    trainer, _ = fit(own, max_epochs=8, min_epochs=3)
-    assert own.stopping.asked == [2]
-    assert trainer.current_epoch == 3
+    message = "min_epochs must be given to the stopping rule, which restores weights when it stops"
+    with pytest.raises(ValueError, match=message):
+        fit(callback(stopping=StopAt(0)), **options)
+    fit(callback(), max_epochs=4, **options)
 
 
 def run_saved(folder: Path, resume: int | None = None, *, early: bool, **options: Any) -> Any:

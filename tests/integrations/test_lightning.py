@@ -308,7 +308,8 @@ def test_bases_are_those_in_use(monkeypatch):
 @pytest.mark.slow
 def test_two_processes_record_stop_and_restore_together(tmp_path):
     """Catches a rank without history, with errors of its own share alone, with other weights, or
-    one that waits for ever (bounded by a timeout)."""
+    one that waits for ever (bounded by a timeout); then the same with a measurement that they
+    share, which must be that of one process (float64 sums of the same batches: 1e-10)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -345,3 +346,7 @@ def test_two_processes_record_stop_and_restore_together(tmp_path):
     for row, a, b in zip(first["rows"], first["own"], second["own"], strict=True):
         assert row["train_mse"] == pytest.approx((a + b) / 2, rel=1e-6)
     assert first["weights"] == second["weights"] == first["best"]
+    assert len(first["together"]) == 2
+    assert str(first["together"]) == str(second["together"])
+    shared = first["together"][-1]["J/output"]
+    assert shared == pytest.approx(first["alone"], rel=1e-10)

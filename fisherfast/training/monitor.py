@@ -257,11 +257,7 @@ class FisherMonitor:
             ValueError: theta has not one row per sample.
 
         Cost: under 2 % of a training step in the mean; layers of up to 256 activations are read,
-            input and output too (of a compiled model these two only, of one that is compiled in
-            place by ``model.compile()`` nothing).
-
-        Warns:
-            FisherWarning: the model is compiled in place.
+            input and output too (of a compiled model these two only).
         """
         if self._observer is None:
             self._observer = self._new_observer()
@@ -407,14 +403,6 @@ class FisherMonitor:
         wrappers = [module for module in self._outer.modules() if module not in inside]
         if any(hasattr(w, "_orig_mod") or isinstance(w, nn.DataParallel) for w in wrappers):
             model, modules = self._outer, {}  # hooks inside would be compiled, or copied to threads
-        if _compiled_in_place(model):
-            warnings.warn(
-                "model must not be compiled in place for observe to read it: hooks would compile it"
-                " again for each batch that is read; use torch.compile(model) for model.compile()",
-                FisherWarning,
-                stacklevel=4,
-            )
-            model, modules = nn.Identity(), {}  # never runs
         return Observer(model, self.data.parameters, every=self._observe_every, modules=modules)
 
     def _in_theta(self, name: str, value: Any) -> Errors:

@@ -33,6 +33,10 @@ SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
 
 
+PROBE_SHARE = 8
+"""Samples to train probes on are an eighth of a memory budget at most."""
+
+
 class NotFiniteError(ValueError):
     """Activations are NaN or infinite."""
 
@@ -195,7 +199,7 @@ class Measurement:
         self._sites = self._recall.sites or self._find_sites(batch)
         unknown = self._recall.unknown(self._sites)
         for site in unknown:
-            meter = self._meter(site, PROBE_BYTES // len(unknown))
+            meter = self._meter(site, self._probe_bytes() // len(unknown))
             self._meters.update(dict.fromkeys(site.names, meter))
         if bounded:
             self._plan = self._planned(streams, first[0], batch)
@@ -218,11 +222,18 @@ class Measurement:
             self._settings["memory_budget"],
             layers,
             per_sample,
-            streams.kept_bytes,
+            streams.kept_bytes + 2 * self._probe_bytes(),  # once more while a probe is trained
             self._data,
             self._settings,
             max(batch.element_size(), torch.float32.itemsize),
         )
+
+    def _probe_bytes(self) -> int:
+        """What may be kept to train probes on."""
+        if self._settings["probe"] is None:
+            return 0
+        budget = self._settings.get("memory_budget")
+        return PROBE_BYTES if budget is None else min(PROBE_BYTES, budget // PROBE_SHARE)
 
     def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
         if too_wide(site.dim, self._data, self._settings["max_features"]):

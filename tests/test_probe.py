@@ -300,6 +300,22 @@ def test_a_budget_holds_whatever_the_samples(small, monkeypatch):
     assert " on 328 samples" in layer.notes[0]  # 3000 / 8 = 375 fit into 500, an eighth held out
 
 
+def test_a_memory_budget_counts_the_probes(small):
+    """Catches moments of the halves that no budget knows: the least one is larger by these. One
+    that is large enough changes nothing."""
+    data, options = data_of("paired", 6000), {"max_features": 600}
+    needed = []
+    for probe in (None, "network"):
+        with pytest.raises(ValueError, match=r"^memory_budget must be at least ") as raised:
+            measure(data, memory_budget=1000, probe=probe, **options)
+        needed.append(float(str(raised.value).split("at least ")[1].split(" MB")[0]))
+    halves = 2 * 2 * (2 * 8 * 600**2) / 1e6  # two layers, two halves, two matrices each
+    assert needed[1] > needed[0] + halves
+    layer = measure(data, memory_budget="60 MB")["output"]
+    assert layer.feature_kind == "probe"
+    assert layer.value == measure(data)["output"].value
+
+
 def test_a_probe_that_diverges_is_left_out(small, monkeypatch):
     """Catches NaN in J: the result is that without a probe, to the bit."""
     monkeypatch.setattr(probes, "CAREFUL_RATE", math.inf)

@@ -39,6 +39,10 @@ SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
 
 
+PROBE_SHARE = 8
+"""Samples to train probes on are an eighth of a memory budget at most."""
+
+
 class NotFiniteError(ValueError):
     """Activations are NaN or infinite."""
 
@@ -260,14 +264,14 @@ class Measurement:
             self._settings["memory_budget"],
             layers,
             per_sample,
-            streams.kept_bytes + self._probe_bytes(),
+            streams.kept_bytes + 2 * self._probe_bytes(),  # once more while a probe is trained
             self._data,
             self._settings,
             max(batch.element_size(), torch.float32.itemsize),
         )
 
     def _probe_bytes(self) -> int:
-        """Of the activations that are kept to train probes."""
+        """What may be kept to train probes on."""
         if self._settings["probe"] is None:
             return 0
         budget = self._settings.get("memory_budget")

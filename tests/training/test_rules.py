@@ -301,7 +301,7 @@ class TestTransmission:
 @pytest.mark.parametrize(
     ("make", "one", "other"),
     [
-        (CramerRaoRule, by_errors([0.5, 0.4, 0.3]), by_errors([0.5, 0.2, 0.3])),
+        (CramerRaoRule, by_errors([0.5, 0.4, 0.3]), by_errors([0.5, 0.2, 0.2])),
         (
             lambda: TransmissionRule(patience=1, tolerance=0.0),
             by_shares([0.3, 0.4, 0.5]),

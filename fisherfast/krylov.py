@@ -46,6 +46,7 @@ class FirstPass:
         conditions: int,
         parameters: int,
         dtype: torch.dtype,
+        scored: bool = False,
     ) -> None:
         self._pilot = standardisation
         self._dtype = dtype
@@ -54,7 +55,7 @@ class FirstPass:
         self._sums = standardisation.mean.new_zeros(conditions, d)
         self._squares = standardisation.mean.new_zeros(d)
         self._derivative_sums = standardisation.mean.new_zeros(parameters, d)
-        self._score_sums: torch.Tensor | None = None
+        self._score_sums = standardisation.mean.new_zeros(parameters) if scored else None
 
     @property
     def degrees_of_freedom(self) -> int:
@@ -67,7 +68,16 @@ class FirstPass:
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
             self._sums[condition] += z.sum(0)
             self._squares += z.square_().sum(0)
-        self._counts[condition] += len(activations)
+        self.skip(condition, len(activations))
+
+    def skip(self, condition: int, samples: int) -> None:
+        """Count samples whose sums come from elsewhere."""
+        self._counts[condition] += samples
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """What adds up over processes."""
+        sums = [self._sums, self._squares, self._derivative_sums]
+        return sums if self._score_sums is None else [*sums, self._score_sums]
 
     def add_tangents(self, tangents: torch.Tensor) -> None:
         """Add the derivatives [P, n, d] of activations, sample by sample."""
@@ -82,7 +92,7 @@ class FirstPass:
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
             self._derivative_sums += weight.T @ z
         sums = weights.sum(0, dtype=torch.float64)
-        self._score_sums = sums if self._score_sums is None else self._score_sums + sums
+        self._score_sums = sums if self._score_sums is None else self._score_sums.add_(sums)
 
     def finite(self, condition: int) -> torch.Tensor:
         """Whether all that was added for a condition was finite, a 0-d tensor."""
@@ -130,6 +140,7 @@ class KrylovSpace:
         parameters: P.
         steps: q, vectors per parameter.
         dtype: float32 or float64, of products; sums over tiles are float64.
+        scored: samples come with their score.
 
     Attributes:
         ready: no pass is asked for any more.
@@ -149,12 +160,13 @@ class KrylovSpace:
         parameters: int,
         steps: int = KRYLOV_VECTORS,
         dtype: torch.dtype = torch.float32,
+        scored: bool = False,
     ) -> None:
         self.ready = False
         self._dtype = dtype
         self._steps = steps
         self._passes = 0
-        self._first = FirstPass(standardisation, conditions, parameters, dtype)
+        self._first = FirstPass(standardisation, conditions, parameters, dtype, scored)
         mean = standardisation.mean
         self._basis = torch.zeros(steps * parameters, len(mean), dtype=dtype, device=mean.device)
         # vectors in the basis, and how many of these the next pass multiplies by S
@@ -192,6 +204,15 @@ class KrylovSpace:
             self._first.add_tangents(tangents)
         if score is not None:
             self._first.add_score(activations, score)
+
+    def skip(self, condition: int, samples: int) -> None:
+        """Count samples of this set whose sums come from elsewhere."""
+        if self._passes == 0:
+            self._first.skip(condition, samples)
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """What adds up over processes in this pass."""
+        return self._first.shared_sums() if self._passes == 0 else [self._products]
 
     def finite(self, condition: int) -> torch.Tensor:
         """Whether all activations of a condition were finite in the first pass, a 0-d tensor."""

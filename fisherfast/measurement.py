@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual, taps
 from fisherfast._progress import progress_bar
+from fisherfast.agreement import Agreement
 from fisherfast.data import Batch, Data
+from fisherfast.data.batch import Gap
+from fisherfast.distributed import Ranks
 from fisherfast.maps import estimate_map
 from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
 from fisherfast.meters import LayerMeter, score_note
@@ -51,6 +54,8 @@ class Measurement:
         recall: what an earlier measurement of this model on these data has found out, and takes
             what this one does.
         quiet: leave warnings to the notes of the layers.
+        ranks: the processes that make this measurement together; None for this one alone. Warnings
+            and the progress bar are left to the first.
     """
 
     def __init__(
@@ -62,9 +67,11 @@ class Measurement:
         *,
         recall: Recall | None = None,
         quiet: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._recall = Recall() if recall is None else recall
-        self._quiet = quiet
+        self._agreement = Agreement(ranks)
+        self._quiet = quiet or not self._agreement.leads
         self._model = model
         self._data = data
         self._layers = layers
@@ -86,11 +93,13 @@ class Measurement:
 
     def run(self, progress: bool = False) -> FisherFlow:
         """Stream all samples, again for layers that grow, and estimate."""
+        progress = progress and self._agreement.leads
+        self._data = self._agreement.begin(self._model, self._data, self._layers, self._settings)
         contrast, ridge = self._data.contrast(), self._settings["ridge"]
         with self._evaluation():
             self._stream(progress)
         while True:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 growing = [m for m in self._layer_meters if m.grow(contrast, ridge)]
             if not growing:
                 break
@@ -139,6 +148,7 @@ class Measurement:
         return Streams(
             self._data,
             self._settings["batch_size"],
+            share=self._agreement.share,
             device=device,
             dtype=dtype,
             copy=self._model is not None,
@@ -146,12 +156,18 @@ class Measurement:
         )
 
     def _stream(self, progress: bool) -> None:
+        self._agreement.copy_buffers(self._model)
         streams = self._streams()
         self._survey(streams)
         self._active = self._layer_meters
         with self._forward() as forward:
+            seen = 0
             for self._condition, self._batch, batch in streams.pilot():
                 forward.run(batch.x)
+                seen += len(batch)
+            if not seen:  # the first samples are on other ranks: these only show a device
+                forward.run(streams.first(2)[0].x)
+            self._agreement.share_pilot(self._layer_meters, counts=seen > 0)
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
             self._pilot = False
@@ -159,6 +175,7 @@ class Measurement:
 
     def _stream_again(self, progress: bool) -> None:
         """Another pass over the same samples, for the meters that are active."""
+        self._agreement.copy_buffers(self._model)
         streams = self._streams()
         if self._plan is not None:
             streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
@@ -169,15 +186,22 @@ class Measurement:
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
         counts = [self._data.samples(c) for c in range(self._data.conditions)]
         total = None if None in counts else sum(n for n in counts if n is not None)
+        self._agreement.begin_pass(self._active, self._settings["seed"])
         with progress_bar(progress, total=total, title="Fisher flow") as bar:
             for self._condition, self._batch, batch in streams:
-                self._score = batch.score
-                self._run(forward, batch)
-                if batch.x.device.type == "cpu":
-                    self._raise_if_not_finite()
+                if isinstance(batch, Gap):
+                    for meter in self._active:
+                        meter.skip(self._condition, len(batch))
+                else:
+                    self._score = batch.score
+                    self._run(forward, batch)
+                    if batch.x.device.type == "cpu":
+                        self._raise_if_not_finite()
+                    self._agreement.glance()
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
+        self._agreement.end_pass(self._active)
 
     def _run(self, forward: Any, batch: Batch) -> None:
         """One forward pass, with tangents where the samples have them and a layer reads them."""
@@ -193,6 +217,7 @@ class Measurement:
         """List the layers on the first samples; with a budget, on as few as tell what they take."""
         bounded = self._settings.get("memory_budget") is not None
         first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
+        self._agreement.agree_on_samples(self._data, first)
         batch = torch.cat([samples.x for samples in first])
         known = self._recall.sites is not None
         self._sites = self._recall.sites or self._find_sites(batch)
@@ -202,12 +227,13 @@ class Measurement:
             self._meters.update(dict.fromkeys(site.names, meter))
         self._check_maps()
         if bounded:
-            self._plan = self._planned(streams, first[0], batch)
+            self._plan = self._agreement.smallest(self._planned(streams, first[0], batch))
             streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
             more = streams.first(min(self._plan.survey_samples, SURVEY_SAMPLES))
             batch = torch.cat([samples.x for samples in more])
         if not known:
             self._find_chains(self._sites, batch)
+        self._agreement.agree_on_layers(self._sites, self._layer_meters)
 
     def _check_maps(self) -> None:
         maps = self._settings["maps"]
@@ -351,7 +377,12 @@ def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype
     """Device and dtype of the model's first parameter or buffer of floating dtype."""
     if model is None:
         return None, None
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model must hold numbers, got {name!r} on the meta device: give it memory with"
+                " model.to_empty(device=...) and load its weights first"
+            )
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return None, None

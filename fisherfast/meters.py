@@ -138,6 +138,33 @@ class LayerMeter:
             finite = finite & torch.isfinite(moments.carried.sums).all()
         return finite
 
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples of a condition that another process observes.
+
+        Args:
+            condition: theirs.
+            samples: how many.
+            first: number of the first of them; None for the one after the last.
+        """
+        if self.map is not None and not self.moments.known:
+            self.map.skip(condition, samples, first=first)
+        self.moments.skip(condition, samples, first=first)
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Views of all that this pass adds up over processes: sums of samples, nothing else."""
+        sums = self.moments.shared_sums()
+        return sums if self.map is None or self.moments.known else sums + self.map.shared_sums()
+
+    def learned(self) -> list[torch.Tensor]:
+        """What was learned between passes in a way that processors may differ in: all processes
+        take that of the first."""
+        return []
+
+    def sums_were_shared(self) -> None:
+        """`shared_sums` hold now what all processes have seen."""
+        if self.map is not None:
+            self.map.mirror_()
+
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """Make room for twice the lifted features where the curve still rises at its end.
 

@@ -15,7 +15,7 @@ docs/training.md, "A network as probe", for what each choice below gains.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ WIDTH = 128
 BLOCKS = 3
 """Hidden layers behind the first, each added to what it reads."""
 
-STEPS = 2000
+STEPS = 4000
 """Most optimisation steps: what a probe costs, whatever the number of samples."""
 
 LEAST_STEPS = 300
@@ -48,7 +48,11 @@ BATCH_POINTS = 1024
 """Activations that a step evaluates, over all conditions."""
 
 LEARNING_RATE = 6e-3
-"""At its peak, after a warm-up; it then falls to zero as a cosine."""
+"""For a regression on a known score, at its peak after a warm-up; it then falls to zero as a
+cosine."""
+
+CAREFUL_RATE = 3e-3
+"""The same, where the score is not known."""
 
 WARM_UP = 0.05
 """Part of the steps in which the learning rate rises."""
@@ -57,11 +61,11 @@ LARGEST_GRADIENT = 1.0
 """Norm beyond which a gradient is shortened."""
 
 NOISE = 0.05
-"""Standard deviation of the noise added to whitened activations, the same for a pair. Differences
-of a pair would reward a network that is steep at the samples and flat between them."""
+"""Standard deviation of the noise added to whitened activations, the same for a pair, where the
+score is not known: differences reward a network that is steep at the samples, flat between them."""
 
-DECAY = 0.3
-"""Weight decay, for the same reason. Neither is used for a regression on a known score."""
+DECAY = 1.0
+"""Weight decay, for the same reason."""
 
 VALIDATION = 8
 """Every eighth kept sample is not trained on: these tell the best step."""
@@ -69,8 +73,11 @@ VALIDATION = 8
 EVALUATIONS = 20
 """How often they are asked."""
 
-PATIENCE = 6
+PATIENCE = 9
 """Evaluations without improvement after which training ends."""
+
+LEAST_GAIN = 1e-3
+"""What counts as an improvement, relative to the loss."""
 
 PAIR_STEP = 0.4
 """Separation of the pair that a sample with tangents stands for, in units of 1 / sqrt(J)."""
@@ -199,34 +206,64 @@ class KeptSamples:
         self._capacity = capacity
         self._stride = 1
         self._seen = [0] * conditions
+        # chunks of sample numbers, and of each column
         self._kept: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(conditions)]
-        self._count = [0] * conditions
 
     def add(self, condition: int, *columns: torch.Tensor | None) -> None:
         """Add samples of a condition: tensors [n, ...] of what is known of each, or None."""
         given = [column for column in columns if column is not None]
-        rows = slice(-self._seen[condition] % self._stride, None, self._stride)
-        self._seen[condition] += len(given[0])
+        first, n = self._seen[condition], len(given[0])
+        rows = slice(-first % self._stride, None, self._stride)
+        numbers = torch.arange(first, first + n)[rows]
         chosen = tuple(column[rows].float().clone() for column in given)
-        self._kept[condition].append(chosen)
-        self._count[condition] += len(chosen[0])
-        while self._count[condition] > self._capacity:
+        self._kept[condition].append((numbers, *chosen))
+        self.skip(condition, n)
+
+    def skip(self, condition: int, samples: int) -> None:
+        """Count samples of a condition that another process adds."""
+        self._seen[condition] += samples
+        while self._count(condition) > self._capacity:
             self._thin()
+
+    def dense(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What all processes together keep, in float32: a tensor for each condition and column,
+        zero where a sample was added elsewhere. From here on these are what is kept.
+
+        Args:
+            like: a tensor [0, ...] for each column.
+        """
+        tensors: list[torch.Tensor] = []
+        for condition, chunks in enumerate(self._kept):
+            count = self._count(condition)
+            wholes = [empty.new_zeros(count, *empty.shape[1:]) for empty in like]
+            for numbers, *columns in chunks:
+                for whole, column in zip(wholes, columns, strict=True):
+                    whole[(numbers // self._stride).to(whole.device)] = column
+            self._kept[condition] = [(torch.arange(count) * self._stride, *wholes)]
+            tensors += wholes
+        return tensors
+
+    def _count(self, condition: int) -> int:
+        """Samples of a condition that are kept, here and elsewhere."""
+        return -(-self._seen[condition] // self._stride)
 
     def _thin(self) -> None:
         self._stride *= 2
         for condition, chunks in enumerate(self._kept):
             if chunks:
-                columns = zip(*chunks, strict=True)
-                self._kept[condition] = [tuple(torch.cat(c)[::2].clone() for c in columns)]
-                self._count[condition] = len(self._kept[condition][0][0])
+                columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
+                rows = columns[0] % self._stride == 0
+                thinned = (column[rows.to(column.device)] for column in columns)
+                self._kept[condition] = [tuple(thinned)]
 
     def take(self) -> tuple[torch.Tensor, ...]:
         """What was kept, [n, C, ...] each, as many samples of each condition; nothing stays."""
-        count, kept = min(self._count), self._kept
+        kept = self._kept
+        count = min(self._count(condition) for condition in range(len(kept)))
         self._kept = [[] for _ in kept]
         whole = [
-            [torch.cat(column)[:count] for column in zip(*chunks, strict=True)] for chunks in kept
+            [torch.cat(column)[:count] for column in list(zip(*chunks, strict=True))[1:]]
+            for chunks in kept
         ]
         return tuple(torch.stack(columns, 1) for columns in zip(*whole, strict=True))
 
@@ -313,7 +350,7 @@ def train_probe(
 
     Cost: up to `STEPS` steps of `BATCH_POINTS` points, 6 w (d + 3 w) operations a point.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(regression.z.device):
+    with torch.enable_grad(), _no_autocast(regression.z.device):
         whitening = _whitening(covariance, max(WHITENING_RIDGE, len(covariance) / dof))
         mean = regression.z.clamp(-LIMIT, LIMIT).mean((0, 1)).double()
         return _Training(regression, whitening, mean, readout, scale, seed).run()
@@ -367,12 +404,13 @@ class _Training:
         total = min(max(total, LEAST_STEPS), STEPS)
         parameters = [p.requires_grad_() for p in self._probe.parameters()]
         probe = self._probe.like(parameters)
-        decay = 0.0 if self._regression.exact else DECAY
-        optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=decay)
+        exact = self._regression.exact
+        rate, decay = (LEARNING_RATE, 0.0) if exact else (CAREFUL_RATE, DECAY)
+        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
         best, kept, since, step = self._held_out(probe), None, 0, 0
         for step, batch in enumerate(self._batches(rows, total), start=1):
             for group in optimiser.param_groups:
-                group["lr"] = LEARNING_RATE * schedule(step / total)
+                group["lr"] = rate * schedule(step / total)
             optimiser.zero_grad()
             self._loss(probe, batch, noisy=True).backward()
             torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
@@ -382,7 +420,7 @@ class _Training:
             value, since = self._held_out(probe), since + 1
             if not math.isfinite(value):
                 return Trained(None, step, len(self._train_rows), diverged=True)
-            if value < best:
+            if value < best - LEAST_GAIN * abs(best):
                 best, kept, since = value, [p.detach().clone() for p in parameters], 0
             if since >= PATIENCE:
                 break

@@ -27,7 +27,14 @@ from fisherfast.estimators import (
 from fisherfast.marginal import pack_covariance
 from fisherfast.meters import LayerMeter, carried_by, curve_points, rows_of
 from fisherfast.moments import FoldMoments, FoldStatistics
-from fisherfast.probe import KeptSamples, ProbedDictionary, Regression, Trained, train_probe
+from fisherfast.probe import (
+    KeptSamples,
+    Probe,
+    ProbedDictionary,
+    Regression,
+    Trained,
+    train_probe,
+)
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
 from fisherfast.wide import HalfFit, error_of_mean, mean_of
@@ -81,8 +88,8 @@ class ProbedMeter(LayerMeter):
         carried = carried_by(data)
         self._paired, self._carried, self._seed = data.paired, carried, settings["seed"]
         columns = self.dictionary.raw * (1 + carried["tangents"]) + carried["score"]
-        numbers = self._budget // torch.finfo(torch.float32).bits * 8
-        capacity = max(numbers // (2 * data.conditions * columns), 1)
+        sample_bytes = torch.float32.itemsize * columns
+        capacity = max(self._budget // (2 * data.conditions * sample_bytes), 1)
         self._kept = [KeptSamples(data.conditions, capacity) for _ in range(2)]
 
     def observe(
@@ -111,6 +118,39 @@ class ProbedMeter(LayerMeter):
             return torch.stack(finite).all()
         return super().observe(condition, activations, tangents=tangents, score=score)
 
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
+        start = self.seen[condition]
+        for half in range(2):
+            count = len(range((half - start) % 2, samples, 2))
+            if self.halves:
+                self.halves[half].skip(condition, count)
+            elif not self.moments.known:
+                self._kept[half].skip(condition, count)
+        if not self.halves:
+            super().skip(condition, samples, first=first)
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """What this pass adds up over processes; samples to train on are among it, zero where they
+        were seen elsewhere."""
+        if self.halves:
+            return [part for half in self.halves for part in half.shared_sums()]
+        sums = super().shared_sums()
+        if self.moments.known:
+            return sums
+        raw, P = self.dictionary.raw, self._carried["tangents"]
+        columns: list[tuple[int, ...]] = [(0, raw)]
+        columns += [(0, P, raw)] if P else []
+        columns += [(0, self._carried["score"])] if self._carried["score"] else []
+        device = self.moments.sums.device
+        like = [torch.empty(shape, dtype=torch.float32, device=device) for shape in columns]
+        return sums + [part for kept in self._kept for part in kept.dense(like)]
+
+    def learned(self) -> list[torch.Tensor]:
+        """The weights of both networks, before they are read."""
+        probes = [trained.probe for trained in self._trained if trained.probe is not None]
+        return [weight for probe in probes for weight in probe.parameters()]
+
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """End a pass. Returns whether another one over the same samples must follow."""
         if self.halves:
@@ -120,8 +160,10 @@ class ProbedMeter(LayerMeter):
                     f" {self.moments.seen} per condition"
                 )
             return False
-        if self._reason or super().grow(contrast, ridge):
-            return not self._reason
+        if self._reason:
+            return False
+        if super().grow(contrast, ridge):
+            return True
         self._reason = self._too_few(contrast)
         if not self._reason:
             self._train(contrast, ridge)
@@ -169,9 +211,10 @@ class ProbedMeter(LayerMeter):
         """Why the samples of a half are too few to be trained on and measured; "" if they are
         not."""
         features = self.dictionary.raw + contrast.shape[1] + SPARE_DOF
-        if min(self.moments.seen) // 2 >= FEWEST_ROWS and int(self.moments.counts.min()) >= 2:
+        in_fold = int(self.moments.counts.min()) // 2  # a half is dealt to as many folds as all
+        if min(self.moments.seen) // 2 >= FEWEST_ROWS and in_fold >= 2:
             halves = [self.moments.statistics(contrast, half) for half in (0, 1)]
-            cells = self.moments.counts.numel() // 2  # a half is dealt to as many folds as all
+            cells = self.moments.counts.numel() // 2
             fewest = min(half.dof for half in halves) - cells
             if fewest >= 2 * features:
                 return ""
@@ -179,29 +222,31 @@ class ProbedMeter(LayerMeter):
 
     def _train(self, contrast: torch.Tensor, ridge: float) -> None:
         """A network for each half; halves stay empty where one of them learned nothing."""
-        for half in (0, 1):
-            kept = self._kept[half].take()
-            trained = self._train_on(half, kept, contrast, ridge)
+        probes = []
+        for half, kept in enumerate(self._kept):
+            trained = self._train_on(half, kept.take(), contrast, ridge)
             if trained is None or trained.probe is None:
                 self._reason = _why_not(trained)
                 break
+            probes.append(trained.probe)
             self._trained.append(trained)
         self._kept = []
-        if len(self._trained) < 2:
-            return
+        if len(probes) == 2:
+            self.halves = [self._half_meter(probe) for probe in reversed(probes)]
+
+    def _half_meter(self, probe: Probe) -> _HalfMeter:
+        """Measures samples that a probe has not seen."""
         lifted = self.moments.size - self.dictionary.raw
-        for trained in reversed(self._trained):
-            assert trained.probe is not None
-            dictionary = ProbedDictionary(self.dictionary, trained.probe, lifted)
-            moments = FoldMoments(
-                dictionary.size,
-                len(self.moments.seen),
-                folds=self.moments.folds,
-                paired=self._paired,
-                device=self.moments.sums.device,
-                **self._carried,
-            )
-            self.halves.append(_HalfMeter(self.site, dictionary, moments))
+        dictionary = ProbedDictionary(self.dictionary, probe, lifted)
+        moments = FoldMoments(
+            dictionary.size,
+            len(self.moments.seen),
+            folds=self.moments.folds,
+            paired=self._paired,
+            device=self.moments.sums.device,
+            **self._carried,
+        )
+        return _HalfMeter(self.site, dictionary, moments)
 
     def _train_on(
         self, half: int, kept: tuple[torch.Tensor, ...], contrast: torch.Tensor, ridge: float

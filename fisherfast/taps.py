@@ -27,6 +27,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from fisherfast.unwrap import as_written, is_shell, name_inside
+
 __all__ = [
     "Forward",
     "Site",
@@ -149,7 +151,9 @@ class Forward(TorchFunctionMode):
         super().__init__()
         self._model = model
         self._consume = consume
-        self._names = {id(module): _event_name(name) for name, module in model.named_modules()}
+        self._names = {
+            id(module): _event_name(name_inside(name)) for name, module in model.named_modules()
+        }
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._calls: dict[str, int] = {}
         self._stack: list[nn.Module] = []
@@ -160,6 +164,8 @@ class Forward(TorchFunctionMode):
     def __enter__(self) -> Forward:
         try:
             for module in self._model.modules():
+                if is_shell(module):
+                    continue
                 self._handles.append(module.register_forward_pre_hook(self._enter_module))
                 self._handles.append(module.register_forward_hook(self._leave_module))
         except BaseException:
@@ -328,12 +334,13 @@ def holds(value: Any, kind: type) -> bool:
 @contextlib.contextmanager
 def evaluation(model: nn.Module, seed: int) -> Iterator[None]:
     """Eval mode and no gradients; the mode of every module, its buffers and all random states
-    return.
+    return. What is compiled runs as it is written.
 
     A model that draws random numbers in eval mode draws the same ones for the same seed.
     """
     with (
         own_random_state(model, seed),
+        as_written(),
         torch.inference_mode(False),  # its tensors do not tell when they were overwritten
         torch.no_grad(),
         _own_state(model),

@@ -129,6 +129,7 @@ class WideMeter(LayerMeter):
                 parameters=data.parameters,
                 steps=steps,
                 dtype=self._dtype,
+                scored=bool(self._carried["score"]),
             )
             for _ in range(2)
         ]
@@ -168,6 +169,27 @@ class WideMeter(LayerMeter):
                 self.spaces[half].observe(condition, *own)
                 finite.append(self.spaces[half].finite(condition))
         return torch.stack(finite).all()
+
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
+        if self.map is not None and self._seen_before is None:
+            self.map.skip(condition, samples, first=first)
+        start = self.seen[condition] if first is None else first
+        for half in range(2):
+            count = len(range((half - start) % 2, samples, 2))
+            if not self.measured:
+                self.spaces[half].skip(condition, count)
+                continue
+            before = None if first is None else len(range(half, first, 2))
+            self.measured[1 - half].skip(condition, count, first=before)
+        self._seen[condition] += samples
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Views of all that this pass adds up over processes."""
+        sources = self.measured or self.spaces
+        sums = [part for source in sources for part in source.shared_sums()]
+        first_pass = self._seen_before is None
+        return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
 
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """End a pass. Returns whether another one over the same samples must follow."""

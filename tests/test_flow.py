@@ -618,12 +618,6 @@ def test_fractional_numbers_are_refused(name):
         measure(seeded(mlp), **{name: 16.5})
 
 
-def test_network_probe_is_not_there_yet():
-    """Catches a probe that is ignored."""
-    with pytest.raises((NotImplementedError, ValueError), match=r"^probe must be None .*'network'"):
-        measure(seeded(mlp), probe="network")
-
-
 @pytest.mark.parametrize(
     ("model", "got"), [(None, "NoneType"), (torch.relu, "builtin_function_or_method"), ([], "list")]
 )

@@ -16,7 +16,9 @@ ANYONE = {"_version", "_progress", "unwrap"}
 PARTS_OF_FLOW = {"meters", "recall", "settings", "streams", "memory_budget"}
 MEASURE = {
     "data",
+    "distributed",
     "dual",
+    "shares",
     "taps",
     "features",
     "derivatives",
@@ -24,12 +26,13 @@ MEASURE = {
     "score",
     "uncertainty",
     "estimators",
+    "batch_moments",
     "maps",
 }
 NUMBERS = {"results", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
 PROBES = {"probe"}
-TOP = {"__main__", "plots", "demos", "training", "selfcheck"}
+TOP = {"__main__", "plots", "demos", "reproduce", "training", "integrations", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot
 
@@ -37,11 +40,13 @@ LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.
 LEVELS = {
     **dict.fromkeys(TOP, 7),
     "flow": 6,
+    "agreement": 5,
     "measurement": 5,
     "wide": 5,
     "probed": 5,
     **dict.fromkeys(PARTS_OF_FLOW, 4),
     "problems": 4,
+    "loss": 4,
     **dict.fromkeys(MEASURE | NUMBERS | WIDE_LAYERS | PROBES, 3),
     "ops": 2,
     **dict.fromkeys(BELOW_OPS, 1),
@@ -162,6 +167,7 @@ before, known = state(), set(sys.modules)
 import fisherfast
 assert state() == before, "import fisherfast changes a global setting"
 heavy = {"matplotlib", "tqdm", "PIL", "scipy", "pandas", "torchvision"}
+heavy |= {"lightning", "pytorch_lightning", "tensorboard", "IPython"}
 print(sorted(heavy & {name.split(".")[0] for name in set(sys.modules) - known}))
 """
 

@@ -18,12 +18,19 @@ matplotlib = pytest.importorskip("matplotlib")
 
 @dataclass(frozen=True)
 class Epoch:
-    """The least that `plot_training` needs."""
+    """The least that `plot_training` needs; levels are errors in units of the bound."""
 
     epoch: int
-    flow: ff.FisherFlow
-    train_mse: float | None
-    val_mse: float | None
+    train_level: float = math.nan
+    val_level: float = math.nan
+    transmission: float = math.nan
+    transmission_error: float = math.nan
+
+
+def epoch_of(flow: ff.FisherFlow, epoch: int, train: float, val: float) -> Epoch:
+    """An epoch that was measured."""
+    share, error = flow.fractions()["output"], flow.fraction_errors()["output"]
+    return Epoch(epoch, train, val, share, error)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +48,8 @@ def flow_of_two() -> ff.FisherFlow:
 @pytest.fixture
 def history(flow: ff.FisherFlow) -> list[Epoch]:
     """Training error x J of 2, 1.1, 0.9, 0.8, and the least validation error in epoch 1."""
-    J = flow["input"].value
     levels = [(2.0, 2.1), (1.1, 1.2), (0.9, 1.3), (0.8, 1.4)]
-    return [Epoch(e, flow, train / J, val / J) for e, (train, val) in enumerate(levels)]
+    return [epoch_of(flow, e, train, val) for e, (train, val) in enumerate(levels)]
 
 
 def legend(ax) -> list[str]:
@@ -134,7 +140,10 @@ def test_training_marks_the_published_stop(history):
     assert list(star.get_ydata()) == pytest.approx([0.9])
     assert list(ring.get_xdata()) == [1]
     assert list(lines["Cramér-Rao bound"].get_ydata()) == [1, 1]
-    assert heights(ax, 0) == [history[0].flow.fractions()["output"]] * 4
+    assert heights(ax, 0) == [history[0].transmission] * 4
+    (segments,) = bars(ax)[0].lines[2]
+    lengths = [s[1, 1] - s[0, 1] for s in segments.get_segments()]
+    assert lengths == pytest.approx([2 * history[0].transmission_error] * 4)
     assert not ax.texts
     assert plots.crossing_epoch(history) == 2
 
@@ -142,7 +151,7 @@ def test_training_marks_the_published_stop(history):
 def test_training_without_crossing_or_errors(flow, history):
     """Catches a mark that nothing justifies, and unknown errors that break the figure."""
     assert plots.crossing_epoch(history[:2]) is None
-    ax = plots.plot_training([Epoch(0, flow, None, None)])
+    ax = plots.plot_training([epoch_of(flow, 0, math.nan, math.nan)])
     assert not {"published stop", "least validation MSE"} & set(legend(ax))
     with pytest.raises(ValueError, match="history must hold at least one epoch, got none"):
         plots.plot_training([])
@@ -150,11 +159,45 @@ def test_training_without_crossing_or_errors(flow, history):
 
 def test_large_errors_do_not_squeeze_what_matters(flow):
     """The axis ends at 2.5, and the error above it is written down."""
-    J = flow["input"].value
-    history = [Epoch(0, flow, 100 / J, 120 / J), Epoch(1, flow, 1.2 / J, math.nan)]
+    history = [epoch_of(flow, 0, 100, 120), epoch_of(flow, 1, 1.2, math.nan)]
     ax = plots.plot_training(history)
     assert ax.get_ylim()[1] == plots.CEILING
     assert [text.get_text() for text in ax.texts] == ["↑ 120"]
+
+
+def test_epochs_that_were_not_measured_have_no_point(flow, history):
+    """Catches a NaN among the points, which breaks the line, and points at the wrong epoch."""
+    mixed = [history[0], Epoch(1, 1.1, 1.2), Epoch(2, 0.9, 1.3), history[3]]
+    ax = plots.plot_training(mixed)
+    assert list(bars(ax)[0].lines[0].get_xdata()) == [0, 3]
+    assert heights(ax, 0) == [history[0].transmission, history[3].transmission]
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert list(lines["published stop"].get_xdata()) == [2]
+    assert list(lines["least validation MSE"].get_xdata()) == [1]
+    errors = [line for label, line in lines.items() if label.startswith("training MSE")]
+    assert list(errors[0].get_xdata()) == [0, 1, 2, 3]
+
+
+def test_a_history_without_any_measurement(tmp_path):
+    """Catches a figure that needs one: the first measurement may have failed."""
+    ax = plots.plot_training([Epoch(0, 2.0, 2.1), Epoch(1, 0.9, math.nan)])
+    assert heights(ax, 0) == []
+    assert ax.get_ylim()[0] == 0
+    assert "published stop" in legend(ax)
+    ax.figure.savefig(tmp_path / "figure.png")
+    plots.plot_training([Epoch(0)]).figure.savefig(tmp_path / "figure.png")
+
+
+def test_epochs_whose_error_is_unknown_break_the_line(flow):
+    """Catches an unknown error that is drawn as zero, or taken for a crossing or the least."""
+    nan = math.nan
+    history = [epoch_of(flow, 0, 2.0, nan), epoch_of(flow, 1, nan, 1.5), Epoch(2, 1.2, nan)]
+    ax = plots.plot_training(history)
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert "published stop" not in lines
+    assert list(lines["least validation MSE"].get_xdata()) == [1]
+    drawn = next(line for label, line in lines.items() if label.startswith("training MSE"))
+    assert [y == y for y in drawn.get_ydata()] == [True, False, True]
 
 
 def test_axes_of_the_user_are_used(flow, history):

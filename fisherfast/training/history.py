@@ -35,6 +35,10 @@ class HistoryFile:
         self._written = 0
         self._warned = False
 
+    def restart(self) -> None:
+        """The next rows are of another history."""
+        self._columns = None
+
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Bring the file up to date with all rows of the run.
 

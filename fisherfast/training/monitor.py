@@ -42,6 +42,9 @@ KEPT_BYTES = 2**29
 
 FORMAT_VERSION = 1
 
+PARAMETRIZED = "parametrizations"
+"""Name of the child that computes the weights of a module: `torch.nn.utils.parametrize`."""
+
 
 class FisherMonitor:
     r"""Measures a network again and again while it trains, and keeps the history.
@@ -135,7 +138,6 @@ class FisherMonitor:
         self._file = None if path is None else HistoryFile(path)
         self._recall, self._training_recall = Recall(), Recall()
         self._observer: Observer | None = None
-        self._compiled = self.model if unwrapped(model) is not model else None
         self._outer = model
         self._calls = 0
         self._input_J: torch.Tensor | None = None
@@ -214,6 +216,17 @@ class FisherMonitor:
             self._file.write(self.rows())
         return record
 
+    def adopt(self, record: EpochRecord) -> None:
+        """Take a record that another process has measured of the same network, in place of `step`.
+
+        Args:
+            record: its `step` returned.
+        """
+        self._calls += 1
+        if record.flow is not None:
+            self._input_J = record.flow.layers[0].J
+        self.history.append(record)
+
     def observe(self, theta: torch.Tensor) -> None:
         """Read the training batch that the model has just seen, at no forward pass of its own.
 
@@ -229,7 +242,11 @@ class FisherMonitor:
             ValueError: theta has not one row per sample.
 
         Cost: under 2 % of a training step in the mean; layers of up to 256 activations are read,
-            input and output too (of a compiled model these two only).
+            input and output too (of a compiled model these two only, of one that is compiled in
+            place by ``model.compile()`` nothing).
+
+        Warns:
+            FisherWarning: the model is compiled in place.
         """
         if self._observer is None:
             self._observer = self._new_observer()
@@ -302,6 +319,8 @@ class FisherMonitor:
             observer = self._new_observer()
             observer.load_state_dict(state["observer"])
         self.close()
+        if self._file is not None:
+            self._file.restart()
         self.history, self._observer = history, observer
         self._calls = int(state["calls"])
         self._told = set(state["told"])
@@ -343,7 +362,7 @@ class FisherMonitor:
     def _known_input(self) -> torch.Tensor:
         if self._input_J is not None:
             return self._input_J
-        return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64)
+        return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64, device="cpu")
 
     def _live_fractions(self) -> dict[str, float]:
         """tr(J_input^-1 J) / P of the layers read by `observe`."""
@@ -360,21 +379,33 @@ class FisherMonitor:
         }
 
     def _new_observer(self) -> Observer:
-        compiled = self._outer is not self.model and hasattr(self._outer, "_orig_mod")
-        modules = {} if compiled else _leaves(self.model)
-        return Observer(
-            self._outer if compiled else self.model,
-            self.data.parameters,
-            every=self._observe_every,
-            modules=modules,
-        )
+        model, modules = self.model, _leaves(self.model)
+        inside = set(model.modules())
+        wrappers = [module for module in self._outer.modules() if module not in inside]
+        if any(hasattr(w, "_orig_mod") or isinstance(w, nn.DataParallel) for w in wrappers):
+            model, modules = self._outer, {}  # hooks inside would be compiled, or copied to threads
+        if _compiled_in_place(model):
+            warnings.warn(
+                "model must not be compiled in place for observe to read it: hooks would compile it"
+                " again for each batch that is read; use torch.compile(model) for model.compile()",
+                FisherWarning,
+                stacklevel=4,
+            )
+            model, modules = nn.Identity(), {}  # never runs
+        return Observer(model, self.data.parameters, every=self._observe_every, modules=modules)
 
     def _in_theta(self, name: str, value: Any) -> Errors:
         """Mean square errors in theta^2, one per parameter."""
         if value is None:
             return None
         try:
-            numbers_ = torch.as_tensor(value, dtype=torch.float64).detach().cpu().reshape(-1)
+            device = getattr(value, "device", "cpu")
+            numbers_ = (
+                torch.as_tensor(value, dtype=torch.float64, device=device)
+                .detach()
+                .cpu()
+                .reshape(-1)
+            )
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{name} must be a number or one per parameter, got {value!r}"
@@ -415,14 +446,22 @@ class FisherMonitor:
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules without children by name, passive ones left out."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name
-        and not any(True for _ in module.children())
-        and not isinstance(module, taps.PASSIVE)
-    }
+    """Modules without children by name; left out are passive ones, those inside of what is
+    compiled, and what computes weights."""
+    compiled = [f"{name}." for name, module in model.named_modules() if _compiled_in_place(module)]
+    found = {}
+    for name, module in model.named_modules():
+        inside = {"_orig_mod", PARAMETRIZED} & set(name.split("."))
+        inside |= {prefix for prefix in compiled if f"{name}.".startswith(prefix)}
+        branches = any(child != PARAMETRIZED for child, _ in module.named_children())
+        if name and not (inside or branches or isinstance(module, taps.PASSIVE)):
+            found[f"self.{name}" if name in (taps.INPUT, taps.OUTPUT) else name] = module
+    return found
+
+
+def _compiled_in_place(module: nn.Module) -> bool:
+    """By its method `compile`, which leaves no wrapper."""
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 @contextlib.contextmanager

@@ -123,7 +123,8 @@ class RegressionMoments:
         self._sums = {
             "derivative": torch.zeros(parameters, dim, dtype=f64, device=device),  # w D
             "square": torch.zeros(dim, dim, dtype=f64, device=device),  # w / n residuals
-            "noise": torch.zeros(parameters, parameters, dtype=f64),  # w^2 Cov(D) in units of S
+            # w^2 Cov(D) in units of S
+            "noise": torch.zeros(parameters, parameters, dtype=f64, device="cpu"),
         }
         self._weight = 0.0  # sum of w
         self._freedom = 0.0  # of the residuals, times w / n
@@ -133,6 +134,9 @@ class RegressionMoments:
         """Add activations [n, d] of any floating dtype, of a usable batch of thetas."""
         sums, (n, q), weight = self._sums, batch.basis.shape, batch.weight
         a = activations.float()
+        if a.device != sums["square"].device:  # the model has moved, or a state has
+            for name in ("derivative", "square"):
+                sums[name] = sums[name].to(a.device)
         coefficients = batch.solver @ a
         # float32 products of residuals, float64 sums: a trend needs three digits
         residual = torch.addmm(a, batch.basis, coefficients, alpha=-1)
@@ -159,11 +163,11 @@ class RegressionMoments:
         dof = self._freedom**2 / self._freedom_squared
         covariance = sums["square"] / self._freedom
         live = (covariance.diagonal() > 0).nonzero()[:, 0]
-        k, P = len(live), len(sums["noise"])
+        k = len(live)
         if dof < k + SPARE_DOF:
             return None
         if k == 0:
-            zero = torch.zeros(P, P, dtype=torch.float64)
+            zero = torch.zeros_like(sums["noise"])
             return LiveEstimate(zero, zero, dof)
         noise = (sums["noise"] / self._weight**2).to(covariance)
         solved = ops.fisher_solve_details(
@@ -176,7 +180,7 @@ class RegressionMoments:
             return None
         effective = k - ridge * float(solved.inverse_rows.sum())
         J = (dof - effective - 1) / dof * solved.fisher - effective * noise
-        variance = independent_variance(J[None], dof, noise, torch.tensor([effective]).to(J))[0]
+        variance = independent_variance(J[None], dof, noise, J.new_tensor([effective]))[0]
         return LiveEstimate(J.cpu(), variance.clamp_min(0).sqrt().cpu(), dof)
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,14 +203,15 @@ class Hook:
     """A hook whose copies do nothing: a network may be copied or pickled while it is listened to.
 
     A copy is a function of the standard library that takes anything and returns None, so that a
-    file of such a network loads without this library.
+    file of such a network loads without this library. It is no part of what is compiled.
     """
 
     def __init__(self, react: Callable[..., None]) -> None:
         self._react = react
 
     def __call__(self, *given: Any) -> None:
-        self._react(*given)
+        if not torch.compiler.is_compiling():
+            self._react(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -232,7 +237,9 @@ class Observer:
         self._parameters = parameters
         self._every = every
         self._modules = modules
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._input_hook, self._output_hook = Hook(self._catch_input), Hook(self._catch_output)
+        self._layer_hooks = {name: Hook(partial(self._catch_layer, name)) for name in modules}
+        self._handles: list[torch.utils.hooks.RemovableHandle | _AroundCompiled] = []
         self._caught: dict[str, Caught] = {}
         self._sizes: list[int] = []  # of the batch that was caught: of its input and its output
         self._calls = 0
@@ -300,11 +307,14 @@ class Observer:
                 self._listen()
 
     def _listen(self) -> None:
-        self._handles.append(self._model.register_forward_pre_hook(Hook(self._catch_input)))
-        self._handles.append(self._model.register_forward_hook(Hook(self._catch_output)))
+        if self._model._compiled_call_impl is not None:  # by `model.compile()`
+            hooks = self._input_hook, self._output_hook
+            self._handles.append(_AroundCompiled(self._model, *hooks))
+            return
+        self._handles.append(self._model.register_forward_pre_hook(self._input_hook))
+        self._handles.append(self._model.register_forward_hook(self._output_hook))
         for name, module in self._modules.items():
-            hook = Hook(partial(self._catch_layer, name))
-            self._handles.append(module.register_forward_hook(hook))
+            self._handles.append(module.register_forward_hook(self._layer_hooks[name]))
 
     def _trains(self) -> bool:
         """Whether this forward pass is of the training: neither a validation nor a measurement."""
@@ -369,7 +379,7 @@ class Observer:
     def _theta(self, theta: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """theta [n, P] float64 on the CPU; n is one of the sizes, for the batch need not come
         first."""
-        rows = torch.as_tensor(theta).detach()
+        rows = torch.as_tensor(theta, device=getattr(theta, "device", "cpu")).detach()
         flat = rows.flatten(1) if rows.ndim > 1 else rows.reshape(-1, 1)
         if len(flat) not in sizes or flat.shape[1] != self._parameters:
             raise ValueError(
@@ -377,6 +387,28 @@ class Observer:
                 f" sample of the last forward pass, got {list(rows.shape)}"
             )
         return flat.to("cpu", torch.float64)
+
+
+class _AroundCompiled:
+    """Hooks on the input and output of a module that compiles its own call, hooks included: these
+    are outside of it."""
+
+    def __init__(self, module: nn.Module, catch_input: Hook, catch_output: Hook) -> None:
+        self._module = module
+        compiled: Any = module._compiled_call_impl
+        self._compiled = compiled
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            catch_input(module, args)
+            output = compiled(*args, **kwargs)
+            catch_output(module, args, output)
+            return output
+
+        module._compiled_call_impl = call
+
+    def remove(self) -> None:
+        """Put the compiled call back."""
+        self._module._compiled_call_impl = self._compiled
 
 
 def monomials(parameters: int) -> list[tuple[int, ...]]:

@@ -160,7 +160,7 @@ def level_of(errors: Errors, input_J: torch.Tensor) -> float:
     inverse, failed = torch.linalg.inv_ex(input_J)
     if int(failed) or bool((inverse.diagonal() <= 0).any()):
         return math.nan
-    levels = torch.tensor(errors, dtype=torch.float64) / inverse.diagonal()
+    levels = input_J.new_tensor(errors) / inverse.diagonal()
     return float(levels.mean())
 
 

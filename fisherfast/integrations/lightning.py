@@ -1,0 +1,285 @@
+"""`FisherCallback`: a monitor, and if wanted a stopping rule, inside a Lightning trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fisherfast.data import Data
+from fisherfast.integrations.scalars import scalars
+from fisherfast.results import FisherWarning
+from fisherfast.training import EpochRecord, FisherMonitor
+from fisherfast.unwrap import unwrapped
+
+__all__ = ["FisherCallback", "Stopping"]
+
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+"""Names of the same library; a trainer takes only callbacks of its own name."""
+
+SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
+"""Strategies that leave no process with the whole model."""
+
+
+class Stopping(Protocol):
+    """What is used of a `FisherEarlyStopping`."""
+
+    def step(self, monitor: FisherMonitor) -> bool: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def _bases() -> tuple[type, ...]:
+    """`Callback` of each Lightning that is imported already, else of each that is installed."""
+    names = [name for name in PACKAGES if name in sys.modules]
+    if not names:
+        names = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0])]
+    return tuple(importlib.import_module(name).Callback for name in names)
+
+
+_BASES = _bases()
+_Callback: Any = type("_Callback", _BASES, {})
+
+
+class FisherCallback(_Callback):  # type: ignore[misc]
+    """Measures the network after each training epoch, logs what it finds, and stops the training.
+
+    Made for ``lightning.pytorch`` and for ``pytorch_lightning``, whichever is imported first (both,
+    if both are imported before this module).
+
+    With several processes (DDP) rank 0 measures while the others wait for its record, so that all
+    of them have the same history, stop together and restore the same weights. With a ``group``
+    among the options all of them measure together. Errors are averaged over processes.
+
+    A run that is resumed has the history of the unbroken one if its checkpoints are written at the
+    end of training epochs, ``ModelCheckpoint(save_on_train_epoch_end=True)``.
+
+    Args:
+        data: held-out samples at theta, as for `FisherMonitor`.
+        every: epochs from one measurement to the next.
+        train_metric: name of a logged mean square error on training samples, in the square of the
+            targets' unit (``self.log("train_mse", mse, on_step=False, on_epoch=True)`` in
+            `training_step`); None for none. For several parameters a list of P names.
+        val_metric: the same on validation samples; unknown in epochs without validation.
+        network: name of the submodule to measure, as in ``named_modules()``; None for the
+            LightningModule itself, whose `forward` must then take a batch of samples.
+        stopping: a `FisherEarlyStopping`, or another object with its `step`, `state_dict` and
+            `load_state_dict`. It is not asked before the trainer's `min_epochs`.
+        theta: function that takes a batch of the loader and returns its parameters [n] or [n, P];
+            the live trend is then followed with `FisherMonitor.observe`.
+        prefix: what logged names begin with: "fisher/transmission", "fisher/train_level",
+            "fisher/J/fc1", ... (see `integrations.scalars`).
+        options: of `FisherMonitor`: layers, max_features, training_data, target_scale, path, ...
+
+    Attributes:
+        monitor: the `FisherMonitor`, from the start of the fit on; None before.
+
+    Raises:
+        ImportError: Lightning is not installed.
+        ValueError: at the start of the fit: an unknown network, a strategy that shards the model,
+            an option out of range. After an epoch: a metric that is not logged.
+
+    Warns:
+        FisherWarning: as `FisherMonitor.step`; a resumed run cannot record the epoch that its
+            checkpoint was written in.
+
+    Cost: as `FisherMonitor`; with several processes one broadcast of a record per epoch.
+
+    Example:
+        >>> from fisherfast.integrations.lightning import FisherCallback  # doctest: +SKIP
+        >>> callback = FisherCallback(data, train_metric="train_mse")  # doctest: +SKIP
+        >>> lightning.pytorch.Trainer(callbacks=[callback]).fit(module, loader)  # doctest: +SKIP
+        >>> callback.monitor.history[-1].transmission  # doctest: +SKIP
+        0.93
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        every: int = 1,
+        *,
+        train_metric: str | list[str] | None = None,
+        val_metric: str | list[str] | None = None,
+        network: str | None = None,
+        stopping: Stopping | None = None,
+        theta: Callable[[Any], torch.Tensor] | None = None,
+        prefix: str = "fisher",
+        **options: Any,
+    ) -> None:
+        if not _BASES:
+            raise ImportError("FisherCallback needs Lightning: pip install 'fisherfast[lightning]'")
+        super().__init__()
+        self.monitor: FisherMonitor | None = None
+        self.stopping = stopping
+        self._data = data
+        self._every = every
+        self._train_metric = _names(train_metric)
+        self._val_metric = _names(val_metric)
+        self._network = network
+        self._theta = theta
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._options = options
+        self._val_mse: list[float] | None = None
+        self._trained = False
+        self._resume: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the monitor, or go on with the one of the last fit or of a checkpoint."""
+        strategy = type(trainer.strategy).__name__
+        if strategy in SHARDED:
+            raise ValueError(
+                "strategy must leave every process with the whole model, got"
+                f" {strategy}: call a FisherMonitor in your own loop, on all processes"
+            )
+        model = self._measured(pl_module)
+        if self.monitor is None or self.monitor.model is not unwrapped(model):
+            self.monitor = FisherMonitor(model, self._data, self._every, **self._options)
+        if self._resume is not None:
+            self.monitor.load_state_dict(self._resume["monitor"])
+            if self.stopping is not None and self._resume["stopping"] is not None:
+                self.stopping.load_state_dict(self._resume["stopping"])
+            self._val_mse = self._resume["val_mse"]
+            self._resume = None
+        self._trained = False
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget the errors of the last epoch."""
+        self._val_mse = None
+        self._trained = False
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow the live trend, where thetas are known."""
+        self._trained = True
+        if self._theta is not None and self.monitor is not None and self._measures(trainer):
+            self.monitor.observe(self._theta(batch))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the validation error while it is that of this epoch."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._val_mse = _errors(trainer, "val_metric", self._val_metric)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, log, and stop."""
+        monitor = self.monitor
+        if monitor is None:
+            return
+        if self._train_metric and not self._trained:
+            warnings.warn(
+                f"epoch {trainer.current_epoch} is not in the history: its checkpoint was written"
+                " at a validation, and Lightning keeps no training metrics of such an epoch; use"
+                " ModelCheckpoint(save_on_train_epoch_end=True)",
+                FisherWarning,
+                stacklevel=2,
+            )
+            return
+        train_mse = _errors(trainer, "train_metric", self._train_metric)
+        record = self._record(trainer, monitor, train_mse)
+        if record is None:
+            return
+        logged = {f"{self._prefix}{name}": value for name, value in scalars(record).items()}
+        pl_module.log_dict(logged, sync_dist=trainer.world_size > 1)
+        if self.stopping is not None and trainer.current_epoch + 1 >= (trainer.min_epochs or 0):
+            trainer.should_stop = self.stopping.step(monitor) or trainer.should_stop
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave no hook behind, also after an error."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoints: the states of monitor and stopping rule."""
+        if self.monitor is None:
+            return self._resume or {}
+        return {
+            "monitor": self.monitor.state_dict(),
+            "stopping": None if self.stopping is None else self.stopping.state_dict(),
+            "val_mse": self._val_mse,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the states for the start of the fit, when there is a network."""
+        self._resume = dict(state_dict) or None
+
+    def _measured(self, pl_module: nn.Module) -> nn.Module:
+        if self._network is None:
+            return pl_module
+        modules = dict(pl_module.named_modules())
+        if self._network not in modules:
+            raise ValueError(
+                f"network must name a submodule, got {self._network!r};"
+                f" there are: {', '.join(name for name in modules if name)}"
+            )
+        return modules[self._network]
+
+    def _measures(self, trainer: Any) -> bool:
+        """Whether this process takes part in measurements."""
+        return trainer.is_global_zero or self._options.get("group") is not None
+
+    def _record(
+        self, trainer: Any, monitor: FisherMonitor, train_mse: list[float] | None
+    ) -> EpochRecord | None:
+        """The record that all processes go on with: where one measures alone, that of rank 0."""
+
+        def step() -> EpochRecord | None:
+            epoch = trainer.current_epoch
+            with _autocast(trainer):
+                return monitor.step(epoch=epoch, train_mse=train_mse, val_mse=self._val_mse)
+
+        if trainer.world_size == 1 or self._options.get("group") is not None:
+            return step()
+        if trainer.is_global_zero:
+            try:
+                record = step()
+            except Exception as error:  # the others wait: they must hear of it
+                trainer.strategy.broadcast(f"{type(error).__name__}: {error}")
+                raise
+            trainer.strategy.broadcast(None if record is None else record.state_dict())
+            return record
+        state = trainer.strategy.broadcast(None)
+        if isinstance(state, str):
+            raise RuntimeError(f"rank 0 failed in its measurement: {state}")
+        if state is None:
+            return None
+        record = EpochRecord.from_state_dict(state)
+        monitor.adopt(record)
+        return record
+
+
+def _names(metric: str | list[str] | None) -> list[str]:
+    if metric is None:
+        return []
+    return [metric] if isinstance(metric, str) else list(metric)
+
+
+def _errors(trainer: Any, argument: str, names: list[str]) -> list[float] | None:
+    """Logged metrics, averaged over processes, in which each may have its own."""
+    if not names:
+        return None
+    logged = trainer.callback_metrics
+    values = []
+    for name in names:
+        if name not in logged:
+            raise ValueError(
+                f"{argument} must name a metric that is logged before the epoch ends, got {name!r};"
+                f" logged are: {', '.join(logged) or 'none'}. Log it in training_step or"
+                " validation_step: self.log(name, value, on_step=False, on_epoch=True)"
+            )
+        value = logged[name].detach().clone()  # reduced in place
+        values.append(float(trainer.strategy.reduce(value, reduce_op="mean")))
+    return values
+
+
+def _autocast(trainer: Any) -> contextlib.AbstractContextManager[Any]:
+    """As the network runs in training: under autocast for mixed precision."""
+    plugin = trainer.precision_plugin
+    context = getattr(plugin, "autocast_context_manager", contextlib.nullcontext)
+    return context()

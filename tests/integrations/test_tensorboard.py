@@ -1,0 +1,159 @@
+"""What reaches a TensorBoard writer, of torch's own kind and of any other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fisherfast as ff
+from fisherfast.integrations.scalars import scalars
+from fisherfast.integrations.tensorboard import log_to_tensorboard
+
+
+def monitor_after(epochs: int, parameters: int = 1, **options: Any) -> ff.FisherMonitor:
+    """A monitor of a small network with that many records."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    x = torch.randn(800, 4)
+    data = ff.Pathwise(x, torch.randn(parameters, 1, 4).expand(parameters, 800, 4))
+    monitor = ff.FisherMonitor(model, data, max_features=16, **options)
+    for epoch in range(epochs):
+        errors = [0.5 / (epoch + 1)] * parameters
+        monitor.step(epoch=10 * epoch, train_mse=errors, val_mse=errors)
+    return monitor
+
+
+class Recorder:
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[str, list[tuple[int, float]]] = {}
+        self.figures: dict[str, list[tuple[int, Any]]] = {}
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.scalars.setdefault(tag, []).append((global_step, scalar_value))
+
+    def add_figure(self, tag: str, figure: Any, global_step: int) -> None:
+        self.figures.setdefault(tag, []).append((global_step, figure))
+
+
+def test_every_number_of_a_record_under_its_epoch():
+    """Catches swapped tags, a step that counts calls rather than epochs, and other numbers than
+    those of the record."""
+    monitor, writer = monitor_after(2), Recorder()
+    log_to_tensorboard(writer, monitor)
+    record = monitor.history[-1]
+    for layer in record.flow:
+        assert writer.scalars[f"fisher/J/{layer.name}"] == [(10, layer.value)]
+        fraction = record.flow.fractions()[layer.name]
+        assert writer.scalars[f"fisher/fraction/{layer.name}"] == [(10, fraction)]
+    assert writer.scalars["fisher/train_level"] == [(10, record.train_level)]
+    assert writer.scalars["fisher/val_level"] == [(10, record.val_level)]
+    assert writer.scalars["fisher/transmission"] == [(10, record.transmission)]
+    assert not any("stderr" in tag or "lower" in tag for tag in writer.scalars)
+    assert {tag: step for tag, [(step, _)] in writer.figures.items()} == {
+        "fisher/training": 10,
+        "fisher/flow": 10,
+    }
+    labels = writer.figures["fisher/flow"][0][1].axes[0].get_legend_handles_labels()[1]
+    assert labels == ["0", "10"]
+
+
+def test_several_parameters_have_a_curve_each():
+    """Catches columns that end in "[p]" and are left out."""
+    writer = Recorder()
+    log_to_tensorboard(writer, monitor_after(1, parameters=2).history[0])
+    assert {"fisher/J/output[0]", "fisher/J/output[1]"} <= set(writer.scalars)
+    assert writer.figures == {}
+
+
+def test_epochs_without_a_measurement():
+    """Catches NaN in a curve, and a figure of no flow."""
+    monitor, writer = monitor_after(2, every=5), Recorder()
+    log_to_tensorboard(writer, monitor, prefix="")
+    assert set(writer.scalars) == {"train_level", "val_level"}
+    assert not any(math.isnan(v) for [(_, v)] in writer.scalars.values())
+    assert set(writer.figures) == {"training", "flow"}
+
+
+def test_live_trend_and_overfitting_are_written():
+    """Catches a column of the record that the list of curves has forgotten."""
+    record = monitor_after(1).history[0]
+    columns = {"live/output": 0.5, "overfitting": 0.1}
+    row = record.row() | columns
+    known = scalars(type("Record", (), {"row": lambda self: row})())
+    assert columns.items() <= known.items()
+    rest = set(row) - set(known)
+    assert {name.partition("/")[0] for name in rest} == {
+        "epoch",
+        "train_mse",
+        "val_mse",
+        "transmission_stderr",
+        "seconds",
+        "stderr",
+        "lower",
+        "fraction_stderr",
+    }
+
+
+def test_figures_leave_pyplot_alone():
+    """Catches figures that pile up in pyplot, one per epoch."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    log_to_tensorboard(Recorder(), monitor_after(1))
+    assert pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize(
+    ("writer", "source", "error", "message"),
+    [
+        (Recorder(), 3, TypeError, "source must be a FisherMonitor or an EpochRecord, got int"),
+        (Recorder(), 0, ValueError, "source must hold a record, got a monitor before its first"),
+        (object(), 1, TypeError, "writer must have a method add_scalar, as a SummaryWriter, got"),
+    ],
+)
+def test_wrong_input(writer, source, error, message):
+    """Catches errors that do not say what is wanted."""
+    monitor = monitor_after(source) if source in (0, 1) else source
+    with pytest.raises(error, match=message):
+        log_to_tensorboard(writer, monitor)
+
+
+def test_writer_without_figures_is_told_before_anything_is_written():
+    """Catches half an epoch in the file."""
+
+    class Scalars:
+        def __init__(self) -> None:
+            self.tags: list[str] = []
+
+        def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+            self.tags.append(tag)
+
+    writer = Scalars()
+    with pytest.raises(TypeError, match=r"add_figure.* got Scalars; or pass figures=False"):
+        log_to_tensorboard(writer, monitor_after(1))
+    assert writer.tags == []
+    log_to_tensorboard(writer, monitor_after(1), figures=False)
+    assert "fisher/transmission" in writer.tags
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_writer_reads_back(tmp_path):
+    """Catches arguments that the real writer does not take: its file is read back."""
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    monitor = monitor_after(2)
+    with SummaryWriter(tmp_path) as writer:
+        log_to_tensorboard(writer, monitor.history[0])
+        log_to_tensorboard(writer, monitor)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    read = [(e.step, e.value) for e in events.Scalars("fisher/transmission")]
+    expected = [(record.epoch, record.transmission) for record in monitor.history]
+    assert [step for step, _ in read] == [0, 10]
+    assert [v for _, v in read] == pytest.approx([v for _, v in expected], rel=1e-6)
+    assert set(events.Tags()["images"]) == {"fisher/training", "fisher/flow"}

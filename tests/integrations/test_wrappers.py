@@ -1,0 +1,472 @@
+"""Measured inside of what others wrap around a network: compilers, processes, precisions, layouts.
+
+Wherever the arithmetic is the same, J must be that of the plain network bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import fisherfast as ff
+from fisherfast import unwrap
+
+DIM, DTHETA, FEATURES = 6, 0.1, 16
+OPTIONS: dict[str, Any] = {"max_features": FEATURES}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(DIM, 5)
+        self.fc2 = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+def network() -> Net:
+    torch.manual_seed(1)
+    return Net()
+
+
+def samples(n: int = 400, dim: int = DIM) -> torch.Tensor:
+    return torch.randn(2, n, dim, generator=torch.Generator().manual_seed(0))
+
+
+def shifted(x: torch.Tensor) -> ff.FiniteDifference:
+    return ff.FiniteDifference(x[0] - DTHETA / 2, x[1] + DTHETA / 2, DTHETA)
+
+
+def plain_flow() -> ff.FisherFlow:
+    return ff.fisher_flow(network(), shifted(samples()), **OPTIONS)
+
+
+def assert_same(flow: ff.FisherFlow, expected: ff.FisherFlow) -> None:
+    assert flow.names == expected.names
+    for layer, other in zip(flow, expected, strict=True):
+        assert torch.equal(layer.J, other.J), layer.name
+
+
+def hooks(model: nn.Module) -> int:
+    """Hooks of all modules."""
+    return sum(
+        len(found)
+        for module in model.modules()
+        for found in (module._forward_hooks, module._forward_pre_hooks)
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def wrapped(backend: Any) -> nn.Module:
+    return torch.compile(network(), backend=backend)
+
+
+def in_place(backend: Any) -> nn.Module:
+    model = network()
+    model.compile(backend=backend)
+    return model
+
+
+def part_wrapped(backend: Any) -> nn.Module:
+    model = nn.Sequential(network(), nn.Linear(2, 2))
+    model[0] = torch.compile(model[0], backend=backend)
+    return model
+
+
+def part_in_place(backend: Any) -> nn.Module:
+    model = nn.Sequential(network(), nn.Linear(2, 2))
+    model[0].compile(backend=backend)
+    return model
+
+
+def forward_compiled(backend: Any) -> nn.Module:
+    class Compiled(Net):
+        forward = torch.compile(Net.forward, backend=backend)
+
+    torch.manual_seed(1)
+    return Compiled()
+
+
+COMPILED = [wrapped, in_place, part_wrapped, part_in_place, forward_compiled]
+
+
+@pytest.mark.parametrize("source", ["independent", "pathwise"])
+@pytest.mark.parametrize("make", COMPILED, ids=lambda make: make.__name__)
+def test_compiled_models_are_not_compiled_again(make, source):
+    """Catches hooks and modes that are compiled into a model, or that make it compile anew at the
+    next training step; `fisher_flow`, `step` and `observe` between two steps of a training."""
+    counter = CompileCounter()
+    model, x = make(counter), samples()
+    data = shifted(x) if source == "independent" else ff.Pathwise(x[0], torch.ones(1, 400, DIM))
+    theta = torch.linspace(-1, 1, 400)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+    def train_step() -> None:
+        optimizer.zero_grad()
+        model(x[0]).square().mean().backward()
+        optimizer.step()
+
+    train_step()
+    train_step()
+    compiled = counter.frame_count
+    assert compiled > 0
+    flow = ff.fisher_flow(model, data, **OPTIONS)
+    monitor = ff.FisherMonitor(model, data, observe_every=2, **OPTIONS)
+    for _ in range(3):
+        train_step()
+        monitor.observe(theta)
+        train_step()
+        monitor.observe(theta)
+        monitor.step()
+    monitor.close()
+    train_step()
+    assert counter.frame_count == compiled
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert hooks(model) == 0
+    assert not any("_orig_mod" in name for name in flow.names)
+    assert "fc1/relu" in "|".join(flow.names)
+
+
+@pytest.mark.parametrize("make", COMPILED[:2], ids=lambda make: make.__name__)
+def test_compiled_models_give_the_same_and_are_observed(make):
+    """Catches other numbers or names than those of the plain network; and an observer that a
+    compiled call passes by, or that stays around it."""
+    model, x = make("eager"), samples()
+    assert_same(ff.fisher_flow(model, shifted(x), **OPTIONS), plain_flow())
+    call = model._compiled_call_impl
+    monitor = ff.FisherMonitor(model, shifted(x), observe_every=1, **OPTIONS)
+    theta = torch.linspace(-1, 1, 400)
+    for _ in range(4):
+        model(x[0] + theta[:, None])
+        monitor.observe(theta)
+    assert list(monitor.live()) == ["input", "output"]
+    monitor.close()
+    assert model._compiled_call_impl is call
+
+
+def test_a_compiled_training_step_is_not_compiled_again():
+    """Catches an observer that is compiled into a step that holds the model, or breaks it."""
+    counter = CompileCounter()
+    model, x = network(), samples()
+    step = torch.compile(lambda batch: model(batch).square().mean(), backend=counter)
+    monitor = ff.FisherMonitor(model, shifted(x), observe_every=2, **OPTIONS)
+    step(x[0]).backward()
+    for _ in range(4):
+        monitor.observe(torch.linspace(-1, 1, 400))
+        step(x[0]).backward()
+    monitor.step()
+    monitor.close()
+    step(x[0]).backward()
+    assert counter.frame_count == 1
+
+
+def test_jvp_of_a_compiled_model():
+    """Catches dual tensors in a compiler."""
+    counter = CompileCounter()
+    model, x = wrapped(counter), samples()[0]
+    y, dy = ff.jvp(model, x, torch.ones(1, *x.shape))
+    expected, expected_tangent = ff.jvp(network(), x, torch.ones(1, *x.shape))
+    assert torch.equal(y, expected)
+    assert torch.equal(dy, expected_tangent)
+    assert list(ff.propagate(model, x, torch.ones(1, *x.shape))) == [
+        *ff.propagate(network(), x, torch.ones(1, *x.shape))
+    ]
+    assert counter.frame_count == 0
+
+
+def test_the_compiler_comes_back_after_an_error():
+    """Catches a compiler that stays switched off: nothing would tell but the speed."""
+    counter = CompileCounter()
+    model = wrapped(counter)
+    broken = samples()
+    broken[0, 3, 2] = float("nan")
+    with pytest.raises(ValueError, match="must be finite"):
+        ff.fisher_flow(model, shifted(broken), **OPTIONS)
+    model(samples()[0])
+    assert counter.frame_count == 1
+
+
+def test_without_a_compiler_none_is_imported():
+    """Catches an import of torch._dynamo, which takes seconds, where nothing is compiled."""
+    code = (
+        "import sys, torch, fisherfast as ff\n"
+        "x = torch.randn(2, 500, 4)\n"
+        "ff.fisher_flow(torch.nn.Linear(4, 1), ff.FiniteDifference(x[0], x[1] + 0.1, 0.1))\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+DISTRIBUTED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+sys.path.insert(0, {tests!r})
+from integrations.test_wrappers import OPTIONS, assert_same, hooks, network, plain_flow, samples
+from integrations.test_wrappers import shifted
+import fisherfast as ff
+
+torch.set_num_threads(1)
+rank, world = int(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=world)
+x, expected = samples(), plain_flow()
+
+def trained(model):  # forward and backward, before and after a measurement
+    model(x[0]).sum().backward()
+    before = hooks(model)
+    flow = ff.fisher_flow(model, shifted(x), **OPTIONS)
+    monitor = ff.FisherMonitor(model, shifted(x), observe_every=1, **OPTIONS)
+    record = monitor.step()
+    for _ in range(3):
+        model(x[0]).sum().backward()
+        monitor.observe(torch.linspace(-1, 1, 400))
+    monitor.close()
+    assert hooks(model) == before
+    assert "output" in monitor.live()
+    return flow, record.flow
+
+together = nn.parallel.DistributedDataParallel(network())
+for flow in trained(together):
+    assert_same(flow, expected)
+if rank == 0:  # the others are not needed
+    ff.fisher_flow(together, shifted(x), **OPTIONS)
+sharded = network()
+mesh = init_device_mesh("cpu", (world,))
+for part in (sharded.fc1, sharded):
+    fully_shard(part, mesh=mesh)
+for flow in trained(sharded):
+    assert_same(flow, expected)
+old = network()
+old.fc1 = FullyShardedDataParallel(old.fc1, device_id=torch.device("cpu"))
+for flow in trained(FullyShardedDataParallel(old, device_id=torch.device("cpu"))):
+    assert_same(flow, expected)
+dist.barrier()
+dist.destroy_process_group()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_distributed_models(tmp_path, world):
+    """Catches a measurement that waits for other processes, of a shard in place of the parameters,
+    or that leaves DDP or FSDP unable to train on. Bounded by a timeout."""
+    code = DISTRIBUTED.format(tests=str(Path(__file__).resolve().parents[1]))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, str(rank), str(world), tmp_path / "store"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        for process in ranks:
+            out, _ = process.communicate(timeout=100)
+            assert out.endswith("done\n"), out
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def test_data_parallel_and_averaged_models():
+    """Catches names and numbers that are not those inside; an average is measured with its own
+    weights, not those it averages."""
+    model = network()
+    assert_same(ff.fisher_flow(nn.DataParallel(model), shifted(samples()), **OPTIONS), plain_flow())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        model.fc1.weight.mul_(3)
+    flow = ff.fisher_flow(average, shifted(samples()), **OPTIONS)
+    assert flow.names == ["input", "module.fc1", "module.fc1/relu", "output"]
+    assert torch.equal(flow["output"].J, plain_flow()["output"].J)
+
+
+def test_names_inside_of_wrappers():
+    """Catches a module whose own name looks like a wrapper's, cut in half."""
+    assert unwrap.name_inside("_fsdp_wrapped_module.a._orig_mod.b") == "a.b"
+    assert unwrap.name_inside("my_orig_mod.b") == "my_orig_mod.b"
+    assert unwrap.name_inside("") == ""
+
+
+def test_autocast_is_the_callers_and_statistics_are_not():
+    """Catches activations in float32 inside of autocast, statistics in bfloat16 (three digits: J of
+    the input would differ), and parameters or state of autocast that change."""
+    model, data = network(), shifted(samples())
+    monitor = ff.FisherMonitor(model, data, **OPTIONS)
+    outside = monitor.step().flow
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = monitor.step().flow
+        assert torch.is_autocast_enabled("cpu")
+        assert model(samples()[0]).dtype == torch.bfloat16
+    assert_same(monitor.step().flow, outside)
+    by_hand = network().bfloat16()
+    expected = ff.fisher_flow(by_hand, data, **OPTIONS)
+    assert torch.equal(inside["input"].J, outside["input"].J)
+    assert not torch.equal(inside["fc1"].J, outside["fc1"].J)
+    # Weights and samples are rounded alike: 3e-3 seen between them, 3e-3 from float32.
+    for name in ("fc1", "output"):
+        torch.testing.assert_close(inside[name].J, expected[name].J, rtol=2e-2, atol=0)
+        torch.testing.assert_close(inside[name].J, outside[name].J, rtol=2e-2, atol=0)
+        assert inside[name].J.dtype == torch.float64
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 2e-2)],
+    ids=["float64", "float16", "bfloat16"],
+)
+def test_models_of_other_precision(dtype, tolerance):
+    """Catches samples that are not given in the model's precision, and statistics in it. Seen:
+    1e-6, 1e-3 and 3e-3, relative."""
+    flow = ff.fisher_flow(network().to(dtype), shifted(samples()), **OPTIONS)
+    for layer, other in zip(flow, plain_flow(), strict=True):
+        torch.testing.assert_close(layer.J, other.J, rtol=tolerance, atol=tolerance)
+        assert layer.J.dtype == torch.float64
+
+
+@pytest.mark.parametrize("inputs", ["channels_last", "contiguous", "mixed"])
+@pytest.mark.parametrize("maps", [False, True])
+def test_channels_last(inputs, maps):
+    """Catches activations whose memory is read in the wrong order: J and the maps are those of the
+    contiguous network. float32 convolutions differ by 2e-5 of J, seen; 1e-3 allowed."""
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    x = torch.randn(2, 300, 3, 6, 6)
+    options = {"max_features": 64, "maps": maps}
+    minus, plus = x[0] - 0.02, x[1] + 0.02
+    plain = ff.fisher_flow(model, ff.FiniteDifference(minus, plus, 0.04), **options)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    if inputs != "contiguous":
+        plus = plus.to(memory_format=torch.channels_last)
+    if inputs == "channels_last":
+        minus = minus.to(memory_format=torch.channels_last)
+    flow = ff.fisher_flow(last, ff.FiniteDifference(minus, plus, 0.04), **options)
+    assert flow.names == plain.names
+    for layer, other in zip(flow, plain, strict=True):
+        torch.testing.assert_close(layer.J, other.J, rtol=1e-3, atol=1e-3)
+    if maps:
+        assert flow.maps.keys() == plain.maps.keys()
+        for name, found in flow.maps.items():
+            torch.testing.assert_close(found.J, plain.maps[name].J, rtol=1e-3, atol=1e-3)
+
+
+def test_models_without_numbers():
+    """Catches torch's own error about tensors that have no items."""
+    message = r"model must hold numbers, got 'fc1.weight' on the meta device: .*to_empty"
+    with pytest.raises(ValueError, match=message):
+        ff.fisher_flow(network().to("meta"), shifted(samples()), **OPTIONS)
+    monitor = ff.FisherMonitor(network().to("meta"), shifted(samples()), **OPTIONS)
+    with pytest.raises(ValueError, match=message):
+        monitor.step()
+
+
+def test_several_outputs():
+    """Catches a record that has no output: transmission is that of the first one."""
+
+    class Mean(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            h = self.fc1(x)
+            return {"mean": self.fc2(h)[:, :1], "spread": h.sum(1), "none": None, "count": 3}
+
+    torch.manual_seed(1)
+    monitor = ff.FisherMonitor(Mean(), shifted(samples()), **OPTIONS)
+    record = monitor.step(train_mse=0.1)
+    assert record.flow.names == ["input", "fc1", "fc2", "output[mean]", "output[spread]"]
+    assert record.transmission == record.flow.fractions()["output[mean]"]
+
+
+def lazy() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(2))
+
+
+def shared() -> nn.Module:
+    model = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM))
+    model[2].weight = model[0].weight
+    return model
+
+
+def frozen() -> nn.Module:
+    return network().requires_grad_(False)
+
+
+def made_in_inference() -> nn.Module:
+    with torch.inference_mode():
+        return network()
+
+
+@pytest.mark.parametrize(
+    "make", [lazy, shared, frozen, made_in_inference], ids=lambda make: make.__name__
+)
+def test_unusual_parameters_stay_as_they_are(make: Callable[[], nn.Module]):
+    """Catches a measurement that unties, unfreezes or fails on them; a monitor measures twice the
+    same, and its state loads into another one."""
+    model = make()
+    monitor = ff.FisherMonitor(model, shifted(samples()), **OPTIONS)
+    first = monitor.step().flow
+    before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    assert_same(monitor.step().flow, first)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    again = ff.FisherMonitor(model, shifted(samples()), **OPTIONS)
+    again.load_state_dict(monitor.state_dict())
+    assert_same(again.step().flow, first)
+
+
+def test_shared_weights_stay_shared():
+    """Catches parameters that are replaced by copies."""
+    model = shared()
+    ff.fisher_flow(model, shifted(samples()), **OPTIONS)
+    assert model[0].weight is model[2].weight
+
+
+def test_inference_mode_around_it():
+    """Catches inference tensors that the monitor keeps and cannot use outside; data made inside."""
+    with torch.inference_mode():
+        data = shifted(samples())
+        monitor = ff.FisherMonitor(network(), data, **OPTIONS)
+        monitor.step()
+        assert torch.is_inference_mode_enabled()
+    assert_same(monitor.step().flow, plain_flow())
+    with torch.inference_mode():
+        assert_same(monitor.step().flow, plain_flow())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_models_on_a_gpu():
+    """Catches samples that are not brought to the model, and results that stay there."""
+    model = network().cuda()
+    flow = ff.fisher_flow(torch.compile(model, backend="eager"), shifted(samples()), **OPTIONS)
+    for layer, other in zip(flow, plain_flow(), strict=True):
+        torch.testing.assert_close(layer.J, other.J, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,165 @@
+"""A monitor is a guest: what is the user's stays as it was, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fisherfast as ff
+from fisherfast.problems import GaussianShift, mlp
+
+DIM = 6
+PROBLEM = GaussianShift(torch.ones(DIM))
+DATA = PROBLEM.finite_difference(0.0, 0.2, 400, seed=1)
+
+
+def draw(theta, n, generator):
+    return theta + torch.randn(n, DIM, generator=generator)
+
+
+def regular() -> nn.Module:
+    """A network with everything that has a state, partly in eval mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(DIM, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Linear(8, 8),
+        nn.BatchNorm1d(8),
+        nn.Linear(8, 1),
+    )
+    model.train()
+    model[5].eval()
+    return model
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """All that must not change, as plain values."""
+    tensors = {
+        name: (tensor.detach().numpy().tobytes(), tensor.requires_grad)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    grads = {n: None if p.grad is None else p.grad.tolist() for n, p in model.named_parameters()}
+    hooks = {
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+        for name, m in model.named_modules()
+    }
+    return {
+        "tensors": tensors,
+        "grads": grads,
+        "hooks": hooks,
+        "modes": {name: m.training for name, m in model.named_modules()},
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": repr(np.random.get_state(legacy=False)),
+        "python": random.getstate(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def test_nothing_of_the_users_is_changed():
+    """Catches running statistics that move, modes set for all modules at once, hooks left behind,
+    random numbers taken from the training."""
+    model = regular()
+    model.register_forward_hook(lambda *_: None)
+    model(torch.randn(32, DIM)).sum().backward()
+    data = DATA
+    before = snapshot(model)
+    monitor = ff.FisherMonitor(
+        model, data, training_data=ff.Simulator(draw, 0.0, samples=400), observe_every=1
+    )
+    monitor.step(train_mse=0.3)
+    monitor.observe(torch.zeros(32))
+    monitor.step(train_mse=0.3)
+    state = monitor.state_dict()
+    monitor.load_state_dict(state)
+    monitor.rows(), monitor.live()
+    monitor.close()
+    assert snapshot(model) == before
+
+
+def test_nothing_is_changed_by_a_failed_measurement():
+    """Catches a mode that stays in eval after an error."""
+    model = regular()
+    with torch.no_grad():
+        model[6].weight.fill_(math.nan)
+    before = snapshot(model)
+    monitor = ff.FisherMonitor(model, DATA, observe_every=1)
+    with pytest.warns(ff.FisherWarning, match="not measured"):
+        monitor.step()
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_are_the_same_bits_with_a_monitor(create_graph):
+    """Catches a graph, a version counter or an activation that is touched between forward and
+    backward, and a random number taken from dropout."""
+
+    def gradients(watched: bool) -> list[torch.Tensor]:
+        model = regular()
+        monitor = ff.FisherMonitor(model, DATA, observe_every=1)
+        found = []
+        for step in range(4):
+            theta = torch.linspace(-1, 1, 40)
+            x = theta[:, None] + torch.randn(40, DIM)
+            loss = nn.functional.mse_loss(model(x)[:, 0], theta)
+            if watched:
+                monitor.observe(theta)
+                if step == 2:
+                    monitor.step(train_mse=loss)
+            model.zero_grad()
+            if create_graph:
+                first = torch.autograd.grad(loss, model[0].weight, create_graph=True)[0]
+                (loss + first.square().sum()).backward()
+            else:
+                loss.backward(retain_graph=True)
+                loss.backward()
+            found += [p.grad.clone() for p in model.parameters()]
+        assert not watched or monitor.live()
+        monitor.close()
+        return found
+
+    plain, watched = gradients(False), gradients(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
+def test_a_network_that_is_listened_to_can_be_copied_and_saved():
+    """Catches hooks that cannot be pickled, copies of the monitor inside of copies of the network,
+    and copies that are still listened to."""
+    model = mlp([DIM, 8, 1], seed=0)
+    monitor = ff.FisherMonitor(model, DATA, observe_every=1)
+    theta = torch.linspace(-1, 1, 64)
+    x = theta[:, None] + torch.randn(64, DIM)
+    monitor.observe(theta)
+    model(x)  # activations of a graph are held now
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+        torch.optim.swa_utils.AveragedModel(model).module,
+    ]
+    monitor.observe(theta)
+    assert list(monitor._observer.moments) == ["input", "fc1", "relu1", "output"]
+    before = monitor.state_dict()["observer"]["moments"]["fc1"]["square"]
+    for other in copies:
+        assert torch.equal(other(-x), model(-x))
+    model(x)
+    monitor.observe(theta)
+    monitor.close()
+    after = monitor.state_dict()["observer"]["moments"]["fc1"]["square"]
+    keep = math.exp(-64 / 512)
+    assert torch.allclose(after, before * (1 + keep), rtol=1e-6)  # x twice, and no -x
+    assert b"fisherfast" not in pickle.dumps(copies[0].fc1._forward_hooks)

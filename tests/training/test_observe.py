@@ -1,0 +1,375 @@
+"""The live estimate: against closed forms, while weights drift, and in networks of every kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from fisherfast.problems import GaussianShift, mlp
+from fisherfast.training.observe import LiveEstimate, Observer, ThetaBatch, monomials, slopes_of
+
+DIM = 6
+BATCH = 128
+BATCHES = 80  # many windows: what is seen is the last of it
+SIGMAS = 4.0  # false alarm 6e-5 per comparison
+
+generator = torch.Generator()
+
+
+def uniform(n: int, parameters: int = 1) -> torch.Tensor:
+    """theta in [-1, 1], [n, P]."""
+    return 2 * torch.rand(n, parameters, generator=generator) - 1
+
+
+def noise(n: int, dim: int = DIM) -> torch.Tensor:
+    return torch.randn(n, dim, generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    generator.manual_seed(0)
+
+
+def leaves(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if name and not list(m.children())}
+
+
+def live(
+    model: nn.Module,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    parameters: int = 1,
+    *,
+    between: Callable[[int], None] = lambda _: None,
+) -> dict[str, LiveEstimate]:
+    """What an observer of every batch finds; `between` is what happens after each."""
+    observer = Observer(model, parameters, every=1, modules=leaves(model))
+    observer.observe(torch.zeros(1, parameters))  # listens from now on
+    for number, (x, theta) in enumerate(batches):
+        model(x)
+        observer.observe(theta)
+        between(number)
+    observer.release()
+    return observer.estimates()
+
+
+def shifted(direction: torch.Tensor, batches: int = BATCHES, n: int = BATCH) -> Iterator:
+    """x ~ N(A theta, 1), theta uniform."""
+    direction = direction.reshape(DIM, -1)
+    for _ in range(batches):
+        theta = uniform(n, direction.shape[1])
+        yield theta @ direction.T + noise(n), theta
+
+
+def linear_network(*widths: int) -> nn.Module:
+    return mlp(widths, nn.Identity, seed=0)
+
+
+def weights_to(model: nn.Module, name: str) -> torch.Tensor:
+    """The product of all layers up to one."""
+    product = torch.eye(DIM, dtype=torch.float64)
+    for module_name, module in model.named_children():
+        if isinstance(module, nn.Linear):
+            product = module.weight.detach().double() @ product
+        if module_name == name:
+            break
+    return product
+
+
+# --- against closed forms -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parameters", [1, 2])
+def test_layers_of_a_linear_network(parameters):
+    """a^T W^T (W W^T)^-1 W a of each layer within 4 standard errors, all entries. Catches a slope
+    in another unit, the bias of a finite window (6 % for the input), residuals over n."""
+    direction = torch.randn(DIM, parameters, generator=generator) * 2
+    problem = GaussianShift(direction)
+    model = linear_network(DIM, 4, 3, parameters)
+    found = live(model, shifted(direction), parameters)
+    names = {"input": None, "fc1": "fc1", "fc2": "fc2", "output": "fc3"}
+    for name, layer in names.items():
+        weights = torch.eye(DIM).double() if layer is None else weights_to(model, layer)
+        truth = problem.fisher_after(weights)
+        error = (found[name].J - truth).abs() / found[name].stderr
+        assert float(error.amax()) < SIGMAS, name
+        assert (
+            float((found[name].stderr / truth.diagonal().mean()).amax()) < 0.2
+        )  # the test's power
+
+
+def test_the_error_bar_has_its_coverage():
+    """120 short runs that share nothing, three layers. Of exact errors 95.4 % lie within two error
+    bars; the sum of squares of z has mean 120 and error 15.5. Bounds at 4 sigma: false alarm 2e-4
+    in all. Catches error bars that are off by a quarter, and a bias of 0.4 of one."""
+    direction = torch.ones(DIM)
+    problem = GaussianShift(direction)
+    model = linear_network(DIM, 3, 1)
+    scores: dict[str, list[float]] = {}
+    runs = 120
+    for _ in range(runs):
+        for name, estimate in live(model, shifted(direction, batches=16)).items():
+            if name in ("input", "fc1", "output"):
+                layer = {"input": torch.eye(DIM), "fc1": None, "output": None}[name]
+                weights = (
+                    weights_to(model, name.replace("output", "fc2")) if layer is None else layer
+                )
+                truth = problem.fisher_after(weights).item()
+                scores.setdefault(name, []).append(float((estimate.J - truth) / estimate.stderr))
+    for name, values in scores.items():
+        z = torch.tensor(values)
+        assert len(z) == runs
+        within = int((z.abs() < 2).sum())
+        assert within >= 0.954 * runs - SIGMAS * math.sqrt(runs * 0.954 * 0.046), name
+        assert abs(float(z.mean())) < SIGMAS / math.sqrt(runs), name
+        assert abs(float(z.square().sum()) - runs) < SIGMAS * math.sqrt(2 * runs) * 1.2, name
+
+
+def test_a_relu_network_is_a_lower_bound():
+    """Two ReLUs, each silent on one half of the range: J of the mean slope lies below the mean of J
+    over theta, whose closed form stands in `RectifiedGaussian`. The mean of m'^T S^-1 m' with the
+    mean S, a formula that looks right, lies above it: the last line is that it fails the test."""
+    strength = 4.0
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+
+    def batches() -> Iterator:
+        for _ in range(BATCHES):
+            theta = uniform(BATCH)
+            yield strength * theta + noise(BATCH, 2), theta
+
+    found = live(model, batches())["output"]
+    t = strength * torch.linspace(-1, 1, 4001, dtype=torch.float64)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    cdf, pdf = normal.cdf(t), normal.log_prob(t).exp()
+    mean = t * cdf + pdf
+    variance = (t.square() + 1) * cdf + t * pdf - mean.square()
+    slope = strength * cdf
+    truth = 2 * (slope.square() / variance.clamp_min(1e-12))[variance > 1e-9].mean()
+    assert found.J.item() < truth + SIGMAS * found.stderr.item()
+    assert found.J.item() > 0.3 * truth
+    wrong = 2 * slope.square().mean() / variance.mean()
+    assert wrong > truth + SIGMAS * found.stderr.item()
+
+
+def test_a_silent_layer_has_no_information():
+    """Catches a division by the variance of dead units, and the noise of a slope taken for one."""
+    model = mlp([DIM, 4, 1], seed=0)
+    with torch.no_grad():
+        model.fc1.bias.fill_(-100.0)
+    found = live(model, shifted(torch.ones(DIM)))
+    assert found["relu1"].J.item() == 0
+    assert found["relu1"].stderr.item() == 0
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e3])
+def test_another_unit_of_theta_scales_j(scale):
+    """J is per unit of theta squared. Catches a polynomial that is only good for theta of order 1,
+    and a weight of batches that depends on the unit."""
+    model = linear_network(DIM, 3, 1)
+    plain = live(model, shifted(torch.ones(DIM), 20))
+    generator.manual_seed(0)
+    rescaled = ((x, scale * theta.double()) for x, theta in shifted(torch.ones(DIM), 20))
+    other = live(model, rescaled)
+    for name, estimate in plain.items():
+        assert other[name].J.item() * scale**2 == pytest.approx(estimate.J.item(), rel=1e-4)
+        assert other[name].samples == pytest.approx(estimate.samples, rel=1e-6)
+
+
+def test_slopes_are_derivatives():
+    """Against autograd, for three parameters. Catches a monomial lowered in the wrong variable."""
+    t = torch.randn(5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    exponents = monomials(3)
+    assert len(exponents) == 10
+    for q, powers in enumerate(exponents):
+        value = torch.stack([t[:, p] ** e for p, e in enumerate(powers)]).prod(0).sum()
+        slope = torch.autograd.grad(value, t, allow_unused=True)[0]
+        expected = torch.zeros_like(t) if slope is None else slope
+        assert torch.allclose(slopes_of(t.detach(), exponents)[:, :, q], expected)
+
+
+# --- weights and thetas that change ---------------------------------------------------------------
+
+
+def test_weights_that_drift_do_not_count_as_noise():
+    """The output grows tenfold within a window of 512 samples, J stays. Mean slope and mean
+    covariance of what grows so fast keep 0.53 of it (geometric sums over the fading window). One
+    regression of all batches counts the drift as noise: the last line is that it fails the test."""
+    model = linear_network(DIM, 1)
+    growth = 10 ** (1 / 4)
+    direction = 2 * torch.ones(DIM)
+    with torch.no_grad():
+        model.fc1.weight.fill_(1.0)
+        model.fc1.bias.fill_(20.0)
+    outputs = []
+
+    def grow(_: int) -> None:
+        with torch.no_grad():
+            model.fc1.weight.mul_(growth)
+            model.fc1.bias.mul_(growth)
+
+    truth = GaussianShift(direction).fisher_after(weights_to(model, "fc1")).item()
+    handle = model.register_forward_hook(lambda _m, _i, out: outputs.append(out.detach()))
+    seen = list(shifted(direction, 40))
+    thetas = [theta for _, theta in seen]
+    found = live(model, iter(seen), between=grow)["output"]
+    handle.remove()
+    assert 0.35 * truth < found.J.item() < 0.7 * truth
+    theta, a = torch.cat(thetas[-4:]).double(), torch.cat(outputs[-4:]).double()
+    basis = theta ** torch.arange(4)
+    coefficients = torch.linalg.lstsq(basis, a).solution
+    residual = a - basis @ coefficients
+    pooled = coefficients[1] ** 2 / residual.square().mean()
+    assert float(pooled) < 0.1 * truth
+
+
+def test_the_window_forgets():
+    """J of the output rises tenfold when another layer is put in. Catches a window without end."""
+    model = linear_network(DIM, 1)
+    with torch.no_grad():
+        model.fc1.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0, -0.9]]))
+
+    def swap(number: int) -> None:
+        if number == 30:
+            with torch.no_grad():
+                model.fc1.weight.fill_(1.0)
+
+    found = live(model, shifted(torch.ones(DIM), 70), between=swap)["output"]
+    assert abs(found.J.item() - DIM) < SIGMAS * found.stderr.item()
+
+
+@pytest.mark.parametrize("center", [0.0, 1.0])
+def test_a_first_batch_of_close_thetas_does_no_harm(center):
+    """As a sorted loader gives it. Catches a polynomial standardised by the first batch: the others
+    are then far out on its tails."""
+
+    def batches() -> Iterator:
+        for number in range(BATCHES):
+            theta = uniform(BATCH) * (0.003 if number == 0 else 1.0) + (
+                center if number == 0 else 0
+            )
+            yield theta * torch.ones(DIM) + noise(BATCH), theta
+
+    found = live(linear_network(DIM, 1), batches())["input"]
+    assert abs(found.J.item() - DIM) < SIGMAS * found.stderr.item()
+    assert found.stderr.item() < 0.2 * DIM
+
+
+def test_a_batch_of_close_thetas_among_others_does_no_harm():
+    """Its slope is noise. Catches batches that all count by their samples alone."""
+
+    def batches() -> Iterator:
+        for number in range(BATCHES):
+            theta = uniform(BATCH) * (1e-5 if number == BATCHES - 2 else 1.0)
+            yield theta * torch.ones(DIM) + noise(BATCH), theta
+
+    found = live(linear_network(DIM, 1), batches())["input"]
+    assert abs(found.J.item() - DIM) < SIGMAS * found.stderr.item()
+    assert found.stderr.item() < 0.2 * DIM
+
+
+# --- batches that tell nothing --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
+def test_batches_that_are_too_small_are_passed_over(n):
+    """Catches a division by no degrees of freedom, and a warning of torch."""
+    model = mlp([DIM, 4, 1], seed=0)
+    assert live(model, shifted(torch.ones(DIM), 20, n)) == {}
+
+
+@pytest.mark.parametrize(
+    "theta",
+    [
+        torch.full((BATCH,), 0.7),
+        torch.ones(BATCH).copysign(torch.arange(BATCH) - 60.5),
+        torch.full((BATCH,), math.nan),
+        torch.linspace(-1, 1, BATCH).index_fill(0, torch.tensor([3]), math.inf),
+    ],
+    ids=["constant", "two values", "nan", "one infinite"],
+)
+def test_thetas_that_tell_no_polynomial_are_passed_over(theta):
+    """Catches a singular regression, and its garbage in the window."""
+    model = mlp([DIM, 4, 1], seed=0)
+    useless = ((noise(BATCH), theta) for _ in range(3))
+    assert live(model, useless) == {}
+
+    def mixed() -> Iterator:
+        yield noise(BATCH), theta
+        yield from shifted(torch.ones(DIM), 20)
+        yield noise(BATCH), theta
+
+    generator.manual_seed(1)
+    found = live(model, mixed())["input"]
+    assert abs(found.J.item() - DIM) < SIGMAS * found.stderr.item()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_activations_that_are_not_finite_do_not_stay(value):
+    """Catches one NaN batch that makes the rest of the run NaN."""
+    model = linear_network(DIM, 3, 1)
+    healthy = model.fc1.weight.detach().clone()
+
+    def fail(number: int) -> None:
+        with torch.no_grad():
+            model.fc1.weight.copy_(healthy)
+            if number == 10:
+                model.fc1.weight[0, 0] = value
+
+    found = live(model, shifted(torch.ones(DIM), 30), between=fail)
+    truth = GaussianShift(torch.ones(DIM)).fisher_after(healthy).item()
+    assert abs(found["fc1"].J.item() - truth) < SIGMAS * found["fc1"].stderr.item()
+
+
+@pytest.mark.parametrize(
+    ("theta", "shape"),
+    [
+        (torch.zeros(5), r"\[5\]"),
+        (torch.zeros(8, 2), r"\[8, 2\]"),
+        (torch.zeros(2, 8), r"\[2, 8\]"),
+        (torch.zeros(()), r"\[\]"),
+        (torch.zeros(0), r"\[0\]"),
+    ],
+)
+def test_thetas_of_other_samples_are_refused(theta, shape):
+    """Catches thetas that are broadcast or cut to fit."""
+    model = mlp([DIM, 4, 1], seed=0)
+    message = (
+        rf"theta must have shape \[n, P\] = \[8, 1\], one row per sample of the last forward pass,"
+        rf" got {shape}"
+    )
+    with pytest.raises(ValueError, match=message):
+        live(model, iter([(noise(8), theta)]))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["list", "flat", "double", "grad", "whole", "column"])
+def test_thetas_may_be_given_in_any_form(kind):
+    """Catches a graph held by theta, and a form that is refused for nothing."""
+    theta = torch.arange(BATCH) % 7
+    forms = {
+        "list": theta.tolist(),
+        "flat": theta.float(),
+        "double": theta.double(),
+        "grad": theta.float().requires_grad_(),
+        "whole": theta,
+        "column": theta[:, None, None].float(),
+    }
+    x = noise(BATCH) + theta[:, None]
+    found = live(linear_network(DIM, 1), ((x, forms[kind]) for _ in range(4)))["input"]
+    expected = live(linear_network(DIM, 1), ((x, theta.float()) for _ in range(4)))["input"]
+    assert torch.equal(found.J, expected.J)
+
+
+def test_weights_of_batches_are_their_size():
+    """Twice the samples weigh twice, half the range a quarter, and the weight is the inverse of the
+    slope's variance. Catches weights by samples or by range alone."""
+    theta = torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None]
+    weight = ThetaBatch(theta).weight
+    assert ThetaBatch(theta.repeat(2, 1)).weight == pytest.approx(2 * weight)
+    assert ThetaBatch(theta / 2 + 5).weight == pytest.approx(weight / 4)
+    assert ThetaBatch(theta).noise.item() == pytest.approx(1 / weight)

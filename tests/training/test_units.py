@@ -1,0 +1,188 @@
+"""Targets in another unit than theta: who is warned, and who is not."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fisherfast as ff
+from fisherfast.problems import GaussianShift, mlp
+
+DIM = 16
+RANGE = 1.0  # theta in [-1, 1]
+
+
+def samples(n: int, seed: int, parameters: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [n, DIM] and theta [n, P]."""
+    generator = torch.Generator().manual_seed(seed)
+    theta = RANGE * (2 * torch.rand(n, parameters, generator=generator) - 1)
+    x = theta @ directions(parameters).T + torch.randn(n, DIM, generator=generator)
+    return x, theta
+
+
+def directions(parameters: int) -> torch.Tensor:
+    return torch.eye(DIM).unflatten(0, (-1, parameters)).sum(0).T.contiguous() * 2
+
+
+def held_out(parameters: int = 1) -> ff.FiniteDifference:
+    problem = GaussianShift(directions(parameters))
+    return problem.finite_difference([0.0] * parameters, 0.05, 4000, seed=3)
+
+
+def regression(x: torch.Tensor, target: torch.Tensor) -> nn.Linear:
+    """The network that a training with these targets ends at."""
+    model = nn.Linear(DIM, target.shape[1])
+    design = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    solution = torch.linalg.lstsq(design, target.double()).solution.float()
+    with torch.no_grad():
+        model.weight.copy_(solution[:-1].T)
+        model.bias.copy_(solution[-1])
+    return model
+
+
+def errors(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> list[float]:
+    with torch.no_grad():
+        return (model(x) - target).square().mean(0).tolist()
+
+
+def notes_of(
+    model: nn.Module, parameters: int = 1, *, target_scale: float = 1.0, **given: object
+) -> tuple[str, ...]:
+    monitor = ff.FisherMonitor(
+        model, held_out(parameters), max_features=32, target_scale=target_scale
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ff.FisherWarning)
+        return monitor.step(**given).notes
+
+
+# micrometres for millimetres and the reverse; targets divided by their standard deviation
+UNITS = {"um for mm": 1000.0, "mm for um": 1e-3, "standardised, sigma 8": 1 / 8, "half range": 5.0}
+
+
+@pytest.mark.parametrize("side", ["train_mse", "val_mse"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_another_unit_is_told_with_its_factor(unit, side):
+    """Catches a factor upside down or squared, and a unit that only large outputs betray."""
+    factor = UNITS[unit]
+    x, theta = samples(4000, 1)
+    model = regression(x, factor * theta)
+    (note,) = notes_of(model, **{side: errors(model, x, factor * theta)})
+    assert note.startswith("targets seem to be in another unit than theta: the output moves by")
+    named = float(note.rpartition("target_scale=")[2])
+    assert named == pytest.approx(1 / factor, rel=0.15)  # the network answers by 0.95 of a unit
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_with_the_scale_given_levels_are_right_and_nobody_is_warned(unit):
+    """The error of this network is 0.96 of the bound (its caution pays), known to 3 %: catches a
+    scale that is not squared, or applied to J."""
+    factor = UNITS[unit]
+    x, theta = samples(4000, 1)
+    model = regression(x, factor * theta)
+    fresh, there = samples(4000, 2)
+    monitor = ff.FisherMonitor(model, held_out(), max_features=32, target_scale=1 / factor)
+    record = monitor.step(
+        train_mse=errors(model, x, factor * theta), val_mse=errors(model, fresh, factor * there)
+    )
+    assert record.notes == ()
+    J = record.flow["input"].value
+    plain = regression(x, theta)
+    assert record.train_level == pytest.approx(errors(plain, x, theta)[0] * J, rel=1e-4)
+    assert record.val_level == pytest.approx(errors(plain, fresh, there)[0] * J, rel=1e-4)
+    assert 0.8 < record.val_level < 1.15
+
+
+def test_a_wrong_scale_is_told():
+    """Catches a check that looks at the output alone: here the scale is what is wrong."""
+    x, theta = samples(4000, 1)
+    model = regression(x, theta)
+    (note,) = notes_of(model, target_scale=100.0, train_mse=errors(model, x, theta))
+    assert float(note.rpartition("target_scale=")[2]) == pytest.approx(1, rel=0.15)
+
+
+def test_the_parameter_in_another_unit_is_named():
+    x, theta = samples(4000, 1, parameters=2)
+    target = theta * torch.tensor([1.0, 1000.0])
+    model = regression(x, target)
+    (note,) = notes_of(model, 2, train_mse=errors(model, x, target))
+    assert "the output of parameter 1 moves by" in note
+    assert float(note.rpartition("target_scale=")[2]) == pytest.approx(1e-3, rel=0.15)
+    plain = regression(x, theta)
+    assert notes_of(plain, 2, train_mse=errors(plain, x, theta)) == ()
+
+
+# --- no false alarm -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("loud", [1.0, 30.0], ids=["as it is", "thirtyfold"])
+def test_an_untrained_network_is_left_alone(seed, loud):
+    """A network that knows nothing yet may move by any amount: small weights, or raw counts as
+    input. Catches a check of the response alone."""
+    model = mlp([DIM, 12, 1], seed=seed)
+    with torch.no_grad():
+        model.fc2.weight.mul_(loud)
+    x, theta = samples(2000, 1)
+    found = errors(model, x, theta)
+    assert notes_of(model, train_mse=found) == ()
+    assert notes_of(model, train_mse=found, val_mse=found) == ()
+
+
+@pytest.mark.parametrize("caution", [1.0, 0.5, 0.1])
+def test_a_trained_network_is_left_alone(caution):
+    """Noise that is strong beside the range shrinks the response of a good network: here to a half.
+    At a tenth its error is mostly bias."""
+    x, theta = samples(4000, 1)
+    model = regression(x, theta)
+    with torch.no_grad():
+        model.weight.mul_(caution)
+    assert notes_of(model, train_mse=errors(model, x, theta)) == ()
+
+
+def test_a_network_that_remembers_is_left_alone():
+    """Its training error is near zero and its response to fresh samples small. Catches a small
+    error taken for a small unit."""
+    x, theta = samples(40, 1)
+    model = mlp([DIM, 300, 1], seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    shuffled = theta[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), shuffled).backward()
+        optimizer.step()
+    training = errors(model, x, shuffled)
+    assert training[0] < 1e-4
+    assert notes_of(model, train_mse=training) == ()
+    assert notes_of(model, train_mse=training, val_mse=errors(model, *samples(2000, 2))) == ()
+
+
+def test_without_errors_there_is_no_unit_to_be_wrong():
+    x, theta = samples(4000, 1)
+    assert notes_of(regression(x, 1000 * theta)) == ()
+
+
+def test_outputs_that_are_no_estimate_are_left_alone():
+    """Catches a classifier's logits compared with theta."""
+    assert notes_of(mlp([DIM, 12, 5], seed=0), train_mse=0.3) == ()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_an_error_that_says_nothing_alarms_nobody(value):
+    """Catches a comparison that a NaN decides."""
+    x, theta = samples(4000, 1)
+    notes = notes_of(regression(x, 1e-3 * theta), train_mse=value)
+    assert not any("unit" in note for note in notes)
+
+
+def test_the_warning_comes_once():
+    x, theta = samples(4000, 1)
+    model = regression(x, 1000 * theta)
+    monitor = ff.FisherMonitor(model, held_out(), max_features=32)
+    mse = errors(model, x, 1000 * theta)
+    with pytest.warns(ff.FisherWarning, match=r"epoch 0: targets seem to be in another unit"):
+        monitor.step(train_mse=mse)
+    assert monitor.step(train_mse=mse).notes  # noted again, said once: warnings are errors here

@@ -46,11 +46,11 @@ UNITS = ("px", "px", "deg", "px")
 TURN = 2.0
 """Largest rotation, in degrees."""
 
-DEFOCUS = (1.2, 2.8)
+DEFOCUS = (1.2, 5.0)
 """Range of the blur, in pixels: below 1.2 a picture is too sharp for linear interpolation."""
 
-BLURS = 5
-"""Blurred copies of the photograph between which defocus is interpolated, to 1e-3 of the light."""
+BLURS = 7
+"""Blurred copies of the photograph between which defocus is interpolated, to 2e-3 of the light."""
 
 LIGHT, GROUND, READ_OUT = 16.0, 4.0, 4.0
 """Electrons of a white pixel beyond those of a black one, which has GROUND, and the standard
@@ -65,12 +65,12 @@ MARGIN = 16
 MAPPED = ("relu2", "relu3")
 """Layers whose information is drawn onto the picture."""
 
-EFFORT = {"samples": (256, 1024), "epochs": (6, 20), "max_features": (16, 64)}
+EFFORT = {"samples": (256, 1024), "epochs": (8, 24), "max_features": (16, 64)}
 """Default and full size: pictures of the flow, epochs, and four features for each Krylov vector of
 a wide layer, which is a pass over the pictures. The noise of neighbouring pixels is independent,
 so four vectors already hold what sixteen do."""
 
-WATCHED = 96
+WATCHED = 64
 """Pictures that the monitor measures the output on, and the input once."""
 
 TESTED = 256
@@ -82,8 +82,11 @@ SMALLEST = 64
 MAP_BLOCK = 8
 """Pixels of a side over which the exact information is summed in its map."""
 
-MAP_OPACITY = 0.75
-"""Of the most informative place on the picture below it."""
+MAP_TOP = 0.995
+"""Share of the places that a map tells apart: a few outliers would leave all others dark."""
+
+DIMMED = 0.55
+"""Brightness of the picture below a map."""
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 """Of the parameters, told apart with every common colour vision (Okabe and Ito, 2008)."""
@@ -443,10 +446,10 @@ def draw_maps(axes: Any, pictures: Pictures, maps: Tensor, title: str) -> None:
     side = pictures.mean.shape[0]
     extent = (-0.5, side - 0.5, side - 0.5, -0.5)
     for ax, values in zip(axes, maps.clamp_min(0), strict=True):
-        share = values / values.max()
-        ax.imshow(pictures.mean.numpy(), cmap="gray", extent=extent)
-        alpha = share.sqrt().clamp_max(1) * MAP_OPACITY
-        ax.imshow(share.numpy(), cmap="inferno", alpha=alpha.numpy(), extent=extent, vmin=0, vmax=1)
+        share = (values / values.flatten().quantile(MAP_TOP)).clamp_max(1).sqrt().numpy()
+        white = (GROUND + LIGHT) / DIMMED
+        ax.imshow(pictures.mean.numpy(), cmap="gray", extent=extent, vmin=GROUND, vmax=white)
+        ax.imshow(share, cmap="inferno", alpha=share, extent=extent, vmin=0, vmax=1)
         ax.set_xticks([])
         ax.set_yticks([])
     axes[0].set_ylabel(title)
@@ -467,10 +470,11 @@ def draw_bounds(ax: Any, flow: ff.FisherFlow, exact: Tensor, rms: Tensor) -> Non
             high.append(deviation(max(information - error, information / 4)) / float(exact[p]))
         ax.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
         ax.plot(places, bound, "o-", color=color, markersize=4, label=name)
-        ax.plot(len(flow) - 0.4, float(rms[p] / exact[p]), "*", color=color, markersize=11)
+        ax.plot(len(flow), float(rms[p] / exact[p]), "*", color=color, markersize=11)
     ax.set_yscale("log")
     ax.axhline(1, color="#767676", linewidth=0.8, linestyle="--")
-    ax.set_xticks([*places, len(flow) - 0.4])
+    ax.axvline(len(flow) - 0.5, color="#767676", linewidth=0.8)
+    ax.set_xticks([*places, len(flow)])
     ax.set_xticklabels([*flow.names, "RMS error"], rotation=45, ha="right")
     ax.set_ylabel("CRLB / CRLB of all pixels")
     ax.legend(

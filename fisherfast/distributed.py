@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["TIMEOUT", "Ranks", "ranks_of"]
+__all__ = ["TIMEOUT", "OtherRankError", "Ranks", "ranks_of"]
 
 TIMEOUT = 60.0
 """Seconds without a sign of life after which a rank counts as dead: a beat comes every second."""

@@ -144,8 +144,8 @@ class Agreement:
         order = [f"{type(meter).__name__} {meter.site.name}" for meter in measured]
         self._ranks.agree(doing, {"list of layers": [s.name for s in sites]} | shapes)
         self._ranks.agree(doing, {"list of layers to measure": order})
-        chains = self._ranks.exchange(doing, [sorted(site.descendants) for site in sites])[0]
-        for site, descendants in zip(sites, chains, strict=True):
+        chains = [sorted(site.descendants) for site in sites] if self.leads else None
+        for site, descendants in zip(sites, self._ranks.exchange(doing, chains)[0], strict=True):
             site.descendants = set(descendants)
 
     def smallest(self, plan: Plan) -> Plan:
@@ -202,13 +202,14 @@ class Agreement:
         with batch norms whose statistics are those of each rank's own batches."""
         doing = "comparing the model"
         ranks.agree(doing, _states(model.named_parameters(), "parameter"))
-        buffers = {name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)}
+        buffers = {name: buffer for name, buffer in model.named_buffers() if _has_numbers(buffer)}
         states = {f"buffer {name}": [list(b.shape), str(b.dtype)] for name, b in buffers.items()}
         ranks.agree(doing, states)
-        sums = ranks.exchange(doing, [checksum(buffer) for buffer in buffers.values()])
-        differ = [name for name, *bits in zip(buffers, *sums, strict=True) if len(set(bits)) > 1]
-        if not differ:
+        own = [checksum(buffer) for buffer in buffers.values()]
+        if ranks.same(doing, own):
             return
+        sums = ranks.exchange(doing, own)
+        differ = [name for name, *bits in zip(buffers, *sums, strict=True) if len(set(bits)) > 1]
         values = [_bytes_of(buffers[name]).double() * (ranks.rank == 0) for name in differ]
         ranks.add_up(doing, values)
         for name, value in zip(differ, values, strict=True):
@@ -235,6 +236,11 @@ def checksum(tensor: torch.Tensor) -> int:
     return int(tensor.contiguous().view(integers).sum(dtype=torch.int64)) & (2**64 - 1)
 
 
+def _has_numbers(tensor: torch.Tensor) -> bool:
+    """Whether there are bits to compare."""
+    return not (is_lazy(tensor) or tensor.is_meta) and tensor.layout is torch.strided
+
+
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
@@ -244,7 +250,7 @@ def _states(tensors: Any, kind: str) -> dict[str, Any]:
     return {
         f"{kind} {name}": f"{list(t.shape)} {str(t.dtype)[6:]} (checksum {checksum(t):x})"
         for name, t in tensors
-        if not is_lazy(t) and t.layout is torch.strided
+        if _has_numbers(t)
     }
 
 

@@ -22,6 +22,10 @@ and each more is a pass."""
 BREAKDOWN = 1e-5
 """Part of a product that must be new for another vector: float32 products leave 1e-6 of noise."""
 
+WARM_PASSES = 2
+"""Passes that renew a space that the same layer had a few training steps before: D and S D of the
+network as it is now, the old vectors behind them. J is that of 16 passes within its noise."""
+
 RARE = 0.1
 """Variance, relative to the median activation's, below which an activation is not scaled up to unit
 variance. One that fires in a few samples of this half has a derivative from these few alone: behind
@@ -141,6 +145,8 @@ class KrylovSpace:
         steps: q, vectors per parameter.
         dtype: float32 or float64, of products; sums over tiles are float64.
         scored: samples come with their score.
+        start: [k, d] weights of an earlier space of this layer, from `projection`; None for none.
+            `WARM_PASSES` passes are then enough.
 
     Attributes:
         ready: no pass is asked for any more.
@@ -161,10 +167,12 @@ class KrylovSpace:
         steps: int = KRYLOV_VECTORS,
         dtype: torch.dtype = torch.float32,
         scored: bool = False,
+        start: torch.Tensor | None = None,
     ) -> None:
         self.ready = False
         self._dtype = dtype
-        self._steps = steps
+        self._start = start
+        self._steps = steps if start is None else min(steps, WARM_PASSES)
         self._passes = 0
         self._first = FirstPass(standardisation, conditions, parameters, dtype, scored)
         mean = standardisation.mean
@@ -238,6 +246,8 @@ class KrylovSpace:
         self._passes += 1
         self._newest = self._append(columns)
         self.ready = self._newest == 0 or self._passes == self._steps
+        if self.ready and self._start is not None:
+            self._append_known(self._start, len(columns))
         self._products = columns.new_zeros(0 if self.ready else self._newest, columns.shape[1])
         return not self.ready
 
@@ -268,6 +278,16 @@ class KrylovSpace:
             self._basis[self._size] = column
             self._size += 1
         return len(added)
+
+    def _append_known(self, start: torch.Tensor, together: int) -> None:
+        """Add what is new in the weights [k, d] of an earlier space, in its order, as far as there
+        is room."""
+        self._start = None
+        scale = torch.where(self.alive, self._scale, torch.inf)
+        for rows in start.split(together):
+            if self._size == len(self._basis):
+                return
+            self._append(rows.to(scale) / scale)
 
     def _remove_known(self, columns: torch.Tensor) -> None:
         """Subtract from columns [P, d] float64 their projection on the basis, in place."""

@@ -39,6 +39,10 @@ SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
 
 
+PROBE_SHARE = 8
+"""Samples to train probes on are an eighth of a memory budget at most."""
+
+
 class NotFiniteError(ValueError):
     """Activations are NaN or infinite."""
 
@@ -114,6 +118,11 @@ class Measurement:
                 if m.map is not None
             }
             warning = score_note(self._layer_meters[0]) if self._layer_meters else None
+        self._recall.spaces |= {
+            m.site.name: m.projections
+            for m in self._layer_meters
+            if isinstance(m, WideMeter) and m.site.name != taps.INPUT
+        }
         if warning is not None:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
         flow = self._recall.complete(
@@ -255,14 +264,14 @@ class Measurement:
             self._settings["memory_budget"],
             layers,
             per_sample,
-            streams.kept_bytes + self._probe_bytes(),
+            streams.kept_bytes + 2 * self._probe_bytes(),  # once more while a probe is trained
             self._data,
             self._settings,
             max(batch.element_size(), torch.float32.itemsize),
         )
 
     def _probe_bytes(self) -> int:
-        """Of the activations that are kept to train probes."""
+        """What may be kept to train probes on."""
         if self._settings["probe"] is None:
             return 0
         budget = self._settings.get("memory_budget")
@@ -270,7 +279,7 @@ class Measurement:
 
     def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
         if too_wide(site.dim, self._data, self._settings["max_features"]):
-            return WideMeter(site)
+            return WideMeter(site, self._recall.spaces.pop(site.name, None))
         return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
 
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:

@@ -239,7 +239,10 @@ def layer_bytes(
         lift = (k - raw) * d * number
         kept = pilot + lift + 3 * number * d
         extra = max(lift // number + BLOCK_ROWS * d, 0) * DOUBLE  # drawn in float64
-    kept += 2 * DOUBLE * k * k + DOUBLE * streams * k
+    moments = 2 * DOUBLE * k * k + DOUBLE * streams * k
+    kept += moments
+    if settings["probe"] is not None and not wide:  # the same of each half, with another lift
+        kept += 2 * (moments + lift)
     extra = max(extra, DOUBLE * (ESTIMATE_MATRICES * k * k + 4 * k * (F + 1) * P * P))
     if is_mapped(settings["maps"], site.names) and has_map(site.shape):
         covariance = DOUBLE * d * site.shape[0]

@@ -10,6 +10,7 @@ variance of one of them, for twice the samples in each pass. See docs/theory.md,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from fisherfast.meters import (
 )
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
+from fisherfast.taps import Site
 
 __all__ = ["HalfFit", "WideMeter", "error_of_mean", "mean_of", "too_wide"]
 
@@ -90,6 +92,10 @@ class HalfFit:
 class WideMeter(LayerMeter):
     """Everything kept of one layer that is compressed, while samples stream by again and again.
 
+    Args:
+        site: the layer.
+        start: `projections` of an earlier measurement of it with the same samples; None for none.
+
     Attributes:
         spaces: what even and odd samples of each condition teach.
         measured: moments of the features in these spaces, each of the other samples; empty while
@@ -98,6 +104,17 @@ class WideMeter(LayerMeter):
 
     spaces: list[KrylovSpace]
     measured: list[FoldMoments]
+
+    def __init__(self, site: Site, start: Sequence[torch.Tensor] | None = None) -> None:
+        super().__init__(site)
+        self._start = start
+        self._projections: list[torch.Tensor] = []
+
+    @property
+    def projections(self) -> list[torch.Tensor]:
+        """Weights [k, d] of the vectors that each half has taught: where the next measurement of
+        this layer may start."""
+        return self._projections
 
     @property
     def seen(self) -> list[int]:
@@ -130,9 +147,11 @@ class WideMeter(LayerMeter):
                 steps=steps,
                 dtype=self._dtype,
                 scored=bool(self._carried["score"]),
+                start=start,
             )
-            for _ in range(2)
+            for start in self._start or (None, None)
         ]
+        self._start = None
         self.measured = []
         self._seen = [0] * data.conditions
         self._seen_before: list[int] | None = None

@@ -95,7 +95,7 @@ def dealt_cases() -> Cases:
         "score": (net(), two.scored([0.0, 0.0], N), {}),
         "simulator": (net(), ff.Simulator(two.sample, [0.0, 0.0], samples=N), {}),
         "two parameters": (net(), conditions(2), {}),
-        "memory budget": (net(), conditions(1), {"memory_budget": "36 MB"}),
+        "memory budget": (net(), conditions(1), {"memory_budget": "34 MB", "batch_size": N}),
         "loader": (net(), ff.Score(loader), {}),
         "float64": (net(dtype=torch.float64), conditions(1), {}),
         "grow": (net(SCALED), ff.FiniteDifference(*scales(), dtheta=0.1), growing),

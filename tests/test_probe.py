@@ -6,8 +6,11 @@ Statistical tests: bounds of 4 standard errors, a false alarm in 16 000 runs; se
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,6 +303,22 @@ def test_a_budget_holds_whatever_the_samples(small, monkeypatch):
     assert " on 328 samples" in layer.notes[0]  # 3000 / 8 = 375 fit into 500, an eighth held out
 
 
+def test_a_memory_budget_counts_the_probes(small):
+    """Catches moments of the halves that no budget knows: the least one is larger by these. One
+    that is large enough changes nothing."""
+    data, options = data_of("paired", 6000), {"max_features": 600}
+    needed = []
+    for probe in (None, "network"):
+        with pytest.raises(ValueError, match=r"^memory_budget must be at least ") as raised:
+            measure(data, memory_budget=1000, probe=probe, **options)
+        needed.append(float(str(raised.value).split("at least ")[1].split(" MB")[0]))
+    halves = 2 * 2 * (2 * 8 * 600**2) / 1e6  # two layers, two halves, two matrices each
+    assert needed[1] > needed[0] + halves
+    layer = measure(data, memory_budget="60 MB")["output"]
+    assert layer.feature_kind == "probe"
+    assert layer.value == measure(data)["output"].value
+
+
 def test_a_probe_that_diverges_is_left_out(small, monkeypatch):
     """Catches NaN in J: the result is that without a probe, to the bit."""
     monkeypatch.setattr(probes, "CAREFUL_RATE", math.inf)
@@ -376,3 +395,45 @@ def test_data_that_do_not_repeat_are_refused():
     text = "^data must come in the same order at every pass for probe='network'"
     with pytest.raises(ValueError, match=text):
         measure(data)
+
+
+# --- the benchmark -------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The script, imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("probe")
+
+
+def test_the_benchmark_runs(small, benchmark, tmp_path):
+    """Catches a benchmark that does not run, a choice that is not one of the probe's, and one that
+    stays changed."""
+    former = {name: getattr(probes, name) for name in ("WIDTH", "schedule", "_whitening")}
+    out = tmp_path / "training.json"
+    figures = benchmark.measure(out, tiny=True)
+    stored = json.loads(out.read_text())["probe"]
+    assert stored["figures"]["choices"].keys() == figures["choices"].keys()
+    assert figures["choices"].keys() == set(benchmark.TINY_CHOICES)
+    assert figures["stack"][0]["probe"]["processor seconds"] > 0
+    for _, _, changes in benchmark.CHOICES.values():
+        with benchmark.changed(changes):
+            pass
+    assert all(getattr(probes, name) is value for name, value in former.items())
+
+
+def test_the_documentation_shows_what_was_measured(benchmark):
+    """Catches numbers in the text that no command has measured, and the promise that is broken:
+    at least 0.92 behind six layers, never above 1.03, in less than two minutes of two cores."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())
+    figures = stored["probe"]["figures"]
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for line in benchmark.table(figures).splitlines():
+        assert line in text
+    rows = [row["probe"] for row in figures["stack"] if row["samples"] == benchmark.MANY]
+    assert len(rows) == 3
+    assert all(0.92 <= row["J / J_input"] <= 1.03 for row in rows)
+    assert all(row["processor seconds"] < 120 for row in rows)

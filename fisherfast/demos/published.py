@@ -21,6 +21,7 @@ from fisherfast.problems import (
 from fisherfast.problems.published import GAUSSIAN_FLOW, LOGNORMAL_FLOW
 
 __all__ = [
+    "GAUSSIAN_SIZES",
     "LEAST_SAMPLES",
     "PUBLISHED_HELD_OUT",
     "Size",

@@ -31,8 +31,8 @@ def add_reproduce(verbs: Any) -> None:
         help="measure the published figures again",
         description="Measure figures of Weimar et al., Phys. Rev. X 15, 031072 (2025), again: each"
         " as a picture and as numbers in JSON, with the published values beside them.",
-        epilog=f"figures, and roughly how long they take on two cores:\n{times}\n"
-        f"  {ALL:<{width}}  all of them; goes on after a failure",
+        epilog="figures, and roughly how long they take on two cores (--full: estimated):\n"
+        f"{times}\n  {ALL:<{width}}  all of them; goes on after a failure",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

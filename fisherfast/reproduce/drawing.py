@@ -33,6 +33,7 @@ HEIGHT = 4.0
 OPEN: dict[str, Any] = {"ls": "none", "mfc": "none", "ms": 8, "mew": 1.4}
 """Markers of published values."""
 MARKERS = "osD^v"
+SHARE_CEILING = 1.75  # of J_output / J_input: what was learned by heart has no end
 
 
 def draw_lift(points: Sequence[LiftPoint]) -> Any:
@@ -228,7 +229,7 @@ def draw_transmission(runs: Sequence[TrainedRun]) -> Any:
             marker="s",
             ms=4,
             capsize=3,
-            label="training samples",
+            label=f"training samples ({run.training[-1][0]:.3g} at the end)",
         )
         best = max(range(len(epochs)), key=lambda i: held_out[i])
         ax.plot(
@@ -237,10 +238,10 @@ def draw_transmission(runs: Sequence[TrainedRun]) -> Any:
         stop = crossing_epoch(run.history)
         if stop is not None:
             ax.axvline(stop, color=VERMILION, lw=1, ls=":", label="published stop")
-        ax.set_title(f"{run.name} task", fontsize="medium")
+        ax.set_title(f"{run.name.capitalize()} task", fontsize="medium")
         ax.set_xlabel("epoch")
         ax.set_ylabel("J$_{output}$ / J$_{input}$")
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, min(SHARE_CEILING, ax.get_ylim()[1]))
         tidy(ax)
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(frameon=False, fontsize="small", loc="lower center")
     return figure

@@ -13,6 +13,7 @@ from typing import Any
 
 from fisherfast.demos import gaussian_task, imaging_task, lognormal_task
 from fisherfast.demos.figures import published_label
+from fisherfast.demos.published import GAUSSIAN_SIZES
 from fisherfast.demos.task import Task
 from fisherfast.demos.training import EpochRecord, nearest_epoch
 from fisherfast.problems.published import FIRST, IMAGING_FLOW
@@ -22,8 +23,7 @@ from fisherfast.reproduce.trained import TrainedRun, train_and_measure, with_epo
 
 __all__ = ["compared_epochs", "measure_gaussian", "measure_imaging", "measure_lognormal"]
 
-PUBLISHED_SAMPLES, PUBLISHED_RATE, PUBLISHED_EPOCHS = 20_000, 1e-6, 15  # of the Gaussian task
-LOGNORMAL_RATE, LOGNORMAL_EPOCHS = 1e-3, 12  # reduced: to the published last state
+LOGNORMAL_RATE, LOGNORMAL_EPOCHS = 1e-3, 12  # reduced: as far as twelve epochs go
 
 IMAGING_SAMPLES = {False: 10_000, True: 20_000}  # per position, simulated; a file has its own
 IMAGING_EPOCHS = {False: 5, True: 15}
@@ -67,8 +67,9 @@ def _gaussian(options: Options) -> Task:
     if options.full:
         return task
     samples = int(task.settings["training samples per theta"])
-    rate = PUBLISHED_RATE * PUBLISHED_SAMPLES / samples
-    return replace(task, learning_rate=rate, epochs=PUBLISHED_EPOCHS)
+    published = GAUSSIAN_SIZES[True]
+    rate = published.learning_rate * published.samples / samples
+    return replace(task, learning_rate=rate, epochs=published.epochs)
 
 
 def _lognormal(options: Options) -> Task:

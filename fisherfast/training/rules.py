@@ -1,17 +1,14 @@
-"""When to stop training: rules that look at the history of a monitor and at nothing else.
-
-A rule is a function of the history, so a resumed run decides as the unbroken one did. A new rule is
-a class with `judge`, and a line in `RULES`.
+"""When to stop training: the published rule and one that needs no error. A new rule is a class with
+`judge`, and a line in `RULES`.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -19,10 +16,9 @@ from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.taps import INPUT
 from fisherfast.training.attainable import Prior, attainable_error
 from fisherfast.training.record import EpochRecord, output_of
+from fisherfast.training.stopping_rule import History, StoppingRule, Verdict, check_count
 
-__all__ = ["RULES", "CramerRaoRule", "StoppingRule", "TransmissionRule", "Verdict"]
-
-History = Sequence[EpochRecord]
+__all__ = ["RULES", "CramerRaoRule", "TransmissionRule"]
 
 TOLERANCE = 0.02
 """Of the largest share: less than what slope and offset still add to the error in the study of
@@ -33,46 +29,6 @@ NOISE_WINDOW = 10
 """Measurements that the noise is taken from: enough for a median, few enough to be recent."""
 NORMAL_MEDIAN = 0.6745  # of |z|, z standard normal
 THIRD_DIFFERENCE = 20.0  # 1 + 9 + 9 + 1, variance of the third difference of independent numbers
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a rule says after the last record of a history.
-
-    Attributes:
-        best: index of the record whose weights are to be kept; None while nothing can be said.
-        reason: why to stop, a sentence; None to go on.
-    """
-
-    best: int | None
-    reason: str | None = None
-
-
-class StoppingRule(ABC):
-    """What the rules share.
-
-    Args:
-        patience: measured epochs for which the sign to stop must last after it is first seen.
-        min_delta: how clear the sign must be, at least 0; its unit is the rule's.
-        min_epochs: epoch number before which there is no stop.
-    """
-
-    name: ClassVar[str]
-    default_patience: ClassVar[int]
-
-    def __init__(
-        self, *, patience: int | None = None, min_delta: float = 0.0, min_epochs: int = 0
-    ) -> None:
-        patience = self.default_patience if patience is None else patience
-        self.patience = _check_count("patience", patience)
-        self.min_epochs = _check_count("min_epochs", min_epochs)
-        if not 0 <= min_delta < math.inf:
-            raise ValueError(f"min_delta must be at least 0 and finite, got {min_delta}")
-        self.min_delta = float(min_delta)
-
-    @abstractmethod
-    def judge(self, history: History) -> Verdict:
-        """Whether to stop after the last record, and which one was the best."""
 
 
 class CramerRaoRule(StoppingRule):
@@ -119,7 +75,7 @@ class CramerRaoRule(StoppingRule):
         super().__init__(patience=patience, min_delta=min_delta, min_epochs=min_epochs)
         if self.min_delta >= 1:
             raise ValueError(f"min_delta must be below 1, the level to stop at, got {min_delta}")
-        self.smoothing = _check_count("smoothing", smoothing, least=1)
+        self.smoothing = check_count("smoothing", smoothing, least=1)
         if least_error is not None and not (prior is None and input_J is None):
             raise ValueError("least_error must be given without prior and input_J, got both")
         self.prior = prior
@@ -149,7 +105,7 @@ class CramerRaoRule(StoppingRule):
 
     def levels(self, history: History) -> list[float]:
         """Training error in units of the least error; NaN before the first measurement."""
-        raw = [self._level(record) for record in history]
+        raw = self._each(history, self._level)
         return raw if self.smoothing == 1 else _line_ends(raw, self.smoothing)
 
     def least_errors(self, J: torch.Tensor) -> list[float]:
@@ -292,7 +248,8 @@ class TransmissionRule(StoppingRule):
         since = 0
         for count, index in enumerate(known[1:], start=2):
             since += 1
-            if shares[index] > shares[peak] + self._least_rise(shares, known[:count]):
+            recent = known[max(0, count - NOISE_WINDOW) : count]
+            if shares[index] > shares[peak] + self._least_rise(shares, recent):
                 peak, since = index, 0
             if index == peak or shares[index] >= (1 - self.tolerance) * shares[peak]:
                 best = index
@@ -310,7 +267,7 @@ class TransmissionRule(StoppingRule):
 
     def shares(self, history: History) -> list[float]:
         """tr(J_input^-1 J_output) / P of each record; NaN where it was not measured."""
-        return [self._share(record) for record in history]
+        return self._each(history, self._share)
 
     def noise(self, shares: Sequence[float]) -> float:
         """Standard error of the difference of two of the last shares, from their third differences:
@@ -359,12 +316,14 @@ def _line_ends(levels: Sequence[float], window: int) -> list[float]:
     """End of the straight line through the logarithms of the last levels, up to `window` of them
     that are known. Unlike a mean it does not lag behind a falling error."""
     ends = []
-    for stop in range(1, len(levels) + 1):
-        recent = [level for level in levels[:stop] if not math.isnan(level)][-window:]
-        if math.isnan(levels[stop - 1]) or not all(0 < level < math.inf for level in recent):
-            ends.append(levels[stop - 1])
+    recent: deque[float] = deque(maxlen=window)
+    for level in levels:
+        if not math.isnan(level):
+            recent.append(level)
+        if math.isnan(level) or not all(0 < value < math.inf for value in recent):
+            ends.append(level)
             continue
-        y = torch.tensor(recent, dtype=torch.float64).log()
+        y = torch.tensor(list(recent), dtype=torch.float64).log()
         x = torch.arange(len(recent), dtype=torch.float64) - (len(recent) - 1) / 2
         slope = (x @ y) / (x @ x) if len(recent) > 1 else torch.zeros(())
         ends.append(float((y.mean() + slope * x[-1]).exp()))
@@ -387,9 +346,3 @@ def _numbers(name: str, values: float | Sequence[float]) -> list[float]:
     if not listed or not all(0 < value < math.inf for value in listed):
         raise ValueError(f"{name} must be positive and finite, got {values}")
     return listed
-
-
-def _check_count(name: str, value: int, *, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value

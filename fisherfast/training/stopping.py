@@ -14,7 +14,8 @@ from torch import nn
 
 from fisherfast.results import FisherWarning
 from fisherfast.training.record import EpochRecord
-from fisherfast.training.rules import RULES, StoppingRule, Verdict
+from fisherfast.training.rules import RULES
+from fisherfast.training.stopping_rule import StoppingRule, Verdict
 
 __all__ = ["FisherEarlyStopping", "Monitored"]
 

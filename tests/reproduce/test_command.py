@@ -223,7 +223,7 @@ def test_divergence_before_anything_is_measured(tmp_path, monkeypatch, capsys):
 def test_published_measurements(tmp_path, capsys):
     """Catches a file that only one of the figures reads, and one with fewer images than wanted."""
     path = recording(tmp_path / "Data1.npz", edge_frames=300, center_frames=1050)
-    arguments = ["fig6", "fig11", "transmission", "--data", str(path), "--epochs", "1"]
+    arguments = ["fig6", "fig11", "--data", str(path), "--epochs", "1"]
     out = tmp_path / "out"
     assert main(["reproduce", *arguments, "--samples", "250", "--out", str(out)]) == 0
     for name in ("fig6", "fig11"):
@@ -235,7 +235,7 @@ def test_published_measurements(tmp_path, capsys):
 
 def test_few_images_of_a_file(tmp_path, monkeypatch):
     """Catches images that are cut off across positions: each must go with its own theta."""
-    path = recording(tmp_path / "Data1.npz", edge_frames=400, center_frames=1050)
+    path = recording(tmp_path / "Data1.npz", edge_frames=400, center_frames=1200)
     whole = imaging_task(data=path)
     monkeypatch.setattr(stopping, "IMAGING_SAMPLES", {False: 260})
     task = stopping._imaging(Options(data=path))

@@ -508,7 +508,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--every",
         type=int,
-        default=2,
+        default=4,
         help="epochs from one measurement of the monitor to the next",
     )
     add("--max-features", type=int, default=None, help="features a layer; 4 make a Krylov vector")

@@ -22,6 +22,8 @@ import harness
 import torch
 from stopping_tasks import (
     EXAMINED_ON,
+    LIMITS,
+    PRIORS,
     SETTLED_ON,
     SIZES,
     TASKS,
@@ -54,12 +56,14 @@ RECIPES = {  # name -> rule, whether it is told where theta lies, training error
     "crlb, running error": ("crlb", True, True),
     "crlb, published, running error": ("crlb", False, True),
 }
+PRIOR_RECIPE = {"crlb, prior alone": ("crlb", True, False)}
+"""Not in the table: the same as "crlb" but for the camera images."""
 BATCH, EVALUATION_BATCH, FEATURES = 128, 2048, 64
 
 
 def train(name: str, seed: int, size: Size) -> dict[str, Any]:
     """Train to the end; the records of all epochs, as plain numbers."""
-    task = TASKS[name](seed, size)
+    task = (TASKS | LIMITS)[name](seed, size)
     average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING))
     optimizer = torch.optim.Adam(task.model.parameters(), lr=size.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(seed)
@@ -140,10 +144,12 @@ def judge(run: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     weights = crlb_weights(records[0])
     losses = [weighted(record.val_mse, weights) for record in records]
     stops = {}
-    for name, (rule, told, running) in RECIPES.items():
+    told_prior = {"prior": PRIORS[run["task"]]}
+    for name, (rule, told, running) in (RECIPES | PRIOR_RECIPE).items():
         if running and len(weights) > 1:
             continue
-        stopping = FisherEarlyStopping(rule, restore_best=False, **(options if told else {}))
+        known = told_prior if name in PRIOR_RECIPE else options if told else {}
+        stopping = FisherEarlyStopping(rule, restore_best=False, **known)
         replay = Replay([], nn.Identity())
         for record in running_records(run, records) if running else records:
             replay.history.append(record)
@@ -164,11 +170,21 @@ def judge(run: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         "end": losses[-1] / min(losses) - 1,
         "stops": stops,
         "curves": {
-            "validation": [round(loss, 5) for loss in losses],
-            "training": [round(record.train_level, 5) for record in records],
-            "transmission": [round(share, 5) for share in TransmissionRule().shares(records)],
+            "validation": line_of(losses),
+            "training": line_of([record.train_level for record in records]),
+            "transmission": line_of(TransmissionRule().shares(records)),
         },
     }
+
+
+def line_of(numbers: list[float]) -> str:
+    """One line of the JSON instead of one for each epoch."""
+    return " ".join(f"{number:.5f}" for number in numbers)
+
+
+def numbers_of(line: str) -> list[float]:
+    """What `line_of` wrote."""
+    return [float(number) for number in line.split()]
 
 
 def as_state(entry: dict[str, Any]) -> dict[str, Any]:
@@ -196,12 +212,17 @@ def weighted(errors: Errors, weights: list[float]) -> float:
 
 def study(runs: Path) -> dict[str, Any]:
     """Validation loss at the stop of each rule, over tasks and seeds"""
-    rows = []
-    for name in TASKS:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name in (*TASKS, *LIMITS):
         paths = sorted(runs.glob(f"{name}_*.json"))
         options = crlb_options(name) if paths else {}
-        rows += [judge(json.loads(path.read_text()), options) for path in paths]
-    return {"settled on": list(SETTLED_ON), "examined on": list(EXAMINED_ON), "runs": rows}
+        rows[name] = [judge(json.loads(path.read_text()), options) for path in paths]
+    return {
+        "settled on": list(SETTLED_ON),
+        "examined on": list(EXAMINED_ON),
+        "runs": [row for name in TASKS for row in rows[name]],
+        "limits": [row for name in LIMITS for row in rows[name]],
+    }
 
 
 def table(results: dict[str, Any]) -> str:
@@ -236,10 +257,15 @@ def figure(results: dict[str, Any], target: Path) -> None:
     marks = {"transmission": (BLUE, "o"), "crlb": (VERMILION, "s"), "crlb, published": (GREY, "^")}
     for axes, name in zip(panels, names, strict=False):
         run = next(run for run in results["runs"] if run["task"] == name)
-        losses = run["curves"]["validation"]
+        losses = numbers_of(run["curves"]["validation"])
         relative = [loss / min(losses) for loss in losses]
         axes.plot(relative, color="black", lw=1.2, label="validation loss / its least")
-        axes.plot(run["curves"]["transmission"], color=GREEN, lw=1.2, label="J_output / J_input")
+        axes.plot(
+            numbers_of(run["curves"]["transmission"]),
+            color=GREEN,
+            lw=1.2,
+            label="J_output / J_input",
+        )
         for recipe, (color, mark) in marks.items():
             best = run["stops"][recipe]["best"]
             axes.plot(best, relative[best], mark, color=color, ms=7, mfc="none", mew=1.5)
@@ -290,7 +316,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("verb", choices=("train", "judge", "table", "figure"))
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=[*TASKS, *LIMITS])
     parser.add_argument("--seeds", nargs="*", type=int, default=range(5))
     parser.add_argument("--runs", type=Path, default=RUNS, help="where runs are stored")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to add the results to")

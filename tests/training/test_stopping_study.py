@@ -55,14 +55,15 @@ def test_the_rules_still_stop_there(results, load):
 
     import fisherfast as ff
 
+    study = load("early_stopping")
     for run in results["runs"]:
-        curves = run["curves"]
+        curves = {name: study.numbers_of(line) for name, line in run["curves"].items()}
         for rule, recipe, records in (
             ("transmission", "transmission", by_shares(curves["transmission"])),
             ("crlb", "crlb, published", by_errors(curves["training"], J=1.0)),
         ):
             stopping = ff.FisherEarlyStopping(rule, restore_best=False)
-            monitor = load("early_stopping").Replay([], torch.nn.Identity())
+            monitor = study.Replay([], torch.nn.Identity())
             for record in records:
                 monitor.history.append(record)
                 if stopping.step(monitor):
@@ -84,9 +85,9 @@ def test_a_run_is_trained_and_judged(load, tmp_path):
     size = replace(tasks.SIZES["phase"], training=500, validation=500, epochs=3)
     run = json.loads(json.dumps(study.train("phase", 0, size)))
     judged = study.judge(run, tasks.crlb_options("phase"))
-    assert len(judged["curves"]["validation"]) == 4
+    assert len(study.numbers_of(judged["curves"]["validation"])) == 4
     assert judged["end"] >= 0
-    assert set(judged["stops"]) == set(study.RECIPES)
+    assert set(study.RECIPES) <= set(judged["stops"])
     found = {"runs": [judged], "settled on": ["phase"], "examined on": []}
     assert study.table(found).count("\n") == 2
     study.figure(found, tmp_path / "figure.png")

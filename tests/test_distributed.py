@@ -222,6 +222,22 @@ def test_a_model_in_training_is_measured_as_rank_0_has_it(together):
     assert first["names"] == ["input", "fc", "norm", "output"]
 
 
+def test_a_monitor_on_all_ranks_keeps_one_history(together):
+    """Catches errors that are not averaged (ranks would stop at different epochs), a file or a
+    warning on each rank, and a NaN on all ranks that ends the training or the group."""
+    expected = rank_cases.monitored(0, 2, group=None)
+    for rank, result in enumerate(together):
+        found = result["monitored"]
+        assert torch.equal(found["measured"], torch.tensor([True, True, False, True]))
+        assert torch.equal(found["train_mse"], expected["train_mse"])
+        assert int(found["files"]) == (rank == 0)
+        for name, bound in (("J", AGREEMENT), ("training", SHARES_OF_FLOAT32)):
+            assert difference({name: found[name]}, {name: expected[name]}) < bound
+            assert torch.equal(found[name], together[0]["monitored"][name])
+        if rank:
+            assert int(found["warnings"]) == 0
+
+
 @pytest.mark.slow
 def test_groups_come_and_go(tmp_path):
     """Catches ranks outside of the group that must take part, a slow rank (twice the timeout)

@@ -118,6 +118,10 @@ class Probe:
         layers = (self.enter, *self.blocks, self.leave)
         return [w for w, _ in layers] + [b for _, b in layers] + [self.skip]
 
+    def to(self, dtype: torch.dtype) -> Probe:
+        """The same network in another precision."""
+        return self.like([parameter.to(dtype) for parameter in self.parameters()])
+
     def like(self, parameters: list[torch.Tensor]) -> Probe:
         """The same network with other `parameters`."""
         layers = list(zip(parameters, parameters[BLOCKS + 2 : -1], strict=False))
@@ -167,7 +171,7 @@ class ProbedDictionary(FeatureDictionary):
 
     def __init__(self, base: FeatureDictionary, probe: Probe, lifted: int) -> None:
         lift, outputs = base.lift.leading(lifted), len(probe)
-        self.base, self.probe = base, probe
+        self.base, self.probe = base, probe.to(base.dtype)
         self.dtype, self.kind = base.dtype, "probe"
         self.linear, self.raw = base.raw, base.raw + outputs
         self.size = self.raw + len(lift)

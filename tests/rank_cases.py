@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -356,6 +357,49 @@ def training(rank: int, size: int) -> dict[str, Any]:
     }
 
 
+def monitored(rank: int, size: int, group: str | None = "world") -> dict[str, Any]:
+    """A monitor on all ranks: errors that differ by rank, and an epoch whose weights are NaN."""
+    model, data, training = net(), conditions(1), conditions(1, n=300)
+    folder = tempfile.mkdtemp()
+    monitor = ff.FisherMonitor(
+        model,
+        data,
+        max_features=40,
+        batch_size=BATCH,
+        training_data=ff.Shard(training) if group else ff.Shard(_repeated(training, size)),
+        group=group,
+        path=f"{folder}/{rank}.csv",
+    )
+    weights = next(model.parameters())
+    for epoch in range(4):
+        with torch.no_grad():
+            value = weights.clone()
+            weights.mul_(1.1 if epoch != 2 else float("nan"))
+        mean = 1.0 + epoch + (rank if group else (size - 1) / 2)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            monitor.step(train_mse=mean)
+        with torch.no_grad():
+            weights.copy_(value * 1.1)
+    rows = [record.row() for record in monitor.history]
+    J = [torch.zeros(1, 1) if r.flow is None else r.flow["output"].J for r in monitor.history]
+    flows = [record.training_flow for record in monitor.history]
+    return {
+        "J": torch.stack(J),
+        "training": torch.stack([f["output"].J for f in flows if f is not None]),
+        "measured": torch.tensor([record.flow is not None for record in monitor.history]),
+        "train_mse": torch.tensor([row["train_mse"] for row in rows], dtype=torch.float64),
+        "files": torch.tensor(len(os.listdir(folder))),
+        "warnings": torch.tensor(len(heard)),
+    }
+
+
+def _repeated(data: Any, size: int) -> Any:
+    """The samples of all shares, where every rank has the same."""
+    x = [torch.cat([next(data.read(c, 10**6)).x] * size) for c in range(2)]
+    return ff.FiniteDifference(*x, dtheta=0.1)
+
+
 def probed(**also: Any) -> dict[str, torch.Tensor]:
     """A measurement with a probe."""
     x = scale_and_score()[0][:800]
@@ -461,7 +505,7 @@ def absent(rank: int, size: int) -> dict[str, Any]:
 
 def together(rank: int, size: int) -> dict[str, Any]:
     """One after the other in the same processes."""
-    return {case.__name__: case(rank, size) for case in (errors, absent, training)}
+    return {case.__name__: case(rank, size) for case in (errors, absent, training, monitored)}
 
 
 def main(case: str, rank: int, size: int, folder: Path) -> None:

@@ -222,6 +222,22 @@ def test_a_model_in_training_is_measured_as_rank_0_has_it(together):
     assert first["names"] == ["input", "fc", "norm", "output"]
 
 
+def test_a_monitor_on_all_ranks_keeps_one_history(together):
+    """Catches errors that are not averaged (ranks would stop at different epochs), a file or a
+    warning on each rank, and a NaN on all ranks that ends the training or the group."""
+    expected = rank_cases.monitored(0, 2, group=None)
+    for rank, result in enumerate(together):
+        found = result["monitored"]
+        assert torch.equal(found["measured"], torch.tensor([True, True, False, True]))
+        assert torch.equal(found["train_mse"], expected["train_mse"])
+        assert int(found["files"]) == (rank == 0)
+        for name, bound in (("J", AGREEMENT), ("training", SHARES_OF_FLOAT32)):
+            assert difference({name: found[name]}, {name: expected[name]}) < bound
+            assert torch.equal(found[name], together[0]["monitored"][name])
+        if rank:
+            assert int(found["warnings"]) == 0
+
+
 @pytest.mark.slow
 def test_groups_come_and_go(tmp_path):
     """Catches ranks outside of the group that must take part, a slow rank (twice the timeout)
@@ -251,7 +267,8 @@ def test_groups_come_and_go(tmp_path):
         assert all(map(torch.equal, result["streams"].values(), found[0]["streams"].values()))
 
 
-EXAMPLE = Path(ff.__file__).parent.parent / "examples" / "distributed.py"
+ROOT = Path(ff.__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "distributed.py"
 
 
 @pytest.mark.slow
@@ -259,7 +276,7 @@ def test_the_example_prints_the_same_on_any_number_of_processes():
     """Catches an example that needs torchrun, or that prints once per process."""
     alone = [sys.executable, EXAMPLE]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLE.parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     printed = []
     for command in (alone, [*torchrun, "--nproc-per-node", "2", EXAMPLE]):
         done = subprocess.run(
@@ -275,8 +292,8 @@ def test_the_example_prints_the_same_on_any_number_of_processes():
 def test_the_benchmark_runs(tmp_path):
     """Catches a benchmark that compares a measurement with itself, and differences above what the
     documentation says."""
-    script = EXAMPLE.parent.parent / "benchmarks" / "distributed.py"
-    environment = os.environ | {"PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"}
+    script = ROOT / "benchmarks" / "distributed.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, script, "--tiny", "--out", tmp_path / "found.json"]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=280)
     figures = json.loads((tmp_path / "found.json").read_text())["distributed"]["figures"]
@@ -288,3 +305,33 @@ def test_the_benchmark_runs(tmp_path):
         assert max(value for name, value in kinds.items() if "dealt" in name) < AGREEMENT
         assert max(kinds.values()) < SHARES_OF_FLOAT32
         assert size == "1" or max(kinds.values()) > 0
+
+
+def test_the_documentation_has_the_figures_that_were_measured():
+    """Catches a table that was not brought up to date with its JSON."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())
+    figures = stored["distributed"]["figures"]
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    runs = figures["relative difference of J, largest of all layers"]
+    worst = {
+        (how, dtype): max(
+            value
+            for kinds in runs.values()
+            for name, value in kinds.items()
+            if name.startswith(how) and name.endswith(dtype)
+        )
+        for how in ("dealt", "shares")
+        for dtype in ("float64", "float32")
+    }
+    for how, label in (("dealt", "dealt"), ("shares", "shares, batches cut elsewhere")):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {label}"))
+        assert [f"{worst[how, dtype]:.0g}" for dtype in ("float64", "float32")] == [
+            cell.strip() for cell in row.split("|")[2:4]
+        ]
+    assert f"{figures['bytes of a layer'] / 1e6:.2f} MB" in text
+    adding, meeting = (
+        figures[f"seconds to {what}, 2 ranks"]["shortest"] * 1e3
+        for what in ("add up all layers", "meet")
+    )
+    assert f"take {adding:.0f} ms" in text
+    assert f"without sums {meeting:.1f} ms" in text

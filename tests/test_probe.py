@@ -270,6 +270,17 @@ def test_training_in_any_mode(small, source):
         assert measure(data, model).to_dict()["layers"] == expected["layers"]
 
 
+@pytest.mark.parametrize("source", ["pathwise", "score"])
+def test_any_precision(small, source):
+    """Catches a network in another precision than its layer: trained in float32, it reads float64
+    activations as it reads float32 ones, but for rounding on the way of the training."""
+    data, model = data_of(source, 4000), chain()
+    single = measure(data, model)["output"]
+    double = measure(data, model.double())["output"]
+    assert single.feature_kind == double.feature_kind == "probe"
+    assert double.value == pytest.approx(single.value, abs=SIGMAS * float(single.stderr))
+
+
 def test_same_seed_same_bits(small, tmp_path):
     """Catches numbers of another random state, and time in a result; another seed is another
     network. Files bring back what was saved."""
@@ -403,37 +414,37 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def script(monkeypatch):
     """The script, imported."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module("probe")
 
 
-def test_the_benchmark_runs(small, benchmark, tmp_path):
+def test_the_benchmark_runs(small, script, tmp_path):
     """Catches a benchmark that does not run, a choice that is not one of the probe's, and one that
     stays changed."""
     former = {name: getattr(probes, name) for name in ("WIDTH", "schedule", "_whitening")}
     out = tmp_path / "training.json"
-    figures = benchmark.measure(out, tiny=True)
+    figures = script.measure(out, tiny=True)
     stored = json.loads(out.read_text())["probe"]
     assert stored["figures"]["choices"].keys() == figures["choices"].keys()
-    assert figures["choices"].keys() == set(benchmark.TINY_CHOICES)
+    assert figures["choices"].keys() == set(script.TINY_CHOICES)
     assert figures["stack"][0]["probe"]["processor seconds"] > 0
-    for _, _, changes in benchmark.CHOICES.values():
-        with benchmark.changed(changes):
+    for _, _, changes in script.CHOICES.values():
+        with script.changed(changes):
             pass
     assert all(getattr(probes, name) is value for name, value in former.items())
 
 
-def test_the_documentation_shows_what_was_measured(benchmark):
+def test_the_documentation_shows_what_was_measured(script):
     """Catches numbers in the text that no command has measured, and the promise that is broken:
     at least 0.92 behind six layers, never above 1.03, in less than two minutes of two cores."""
     stored = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())
     figures = stored["probe"]["figures"]
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    for line in benchmark.table(figures).splitlines():
+    for line in script.table(figures).splitlines():
         assert line in text
-    rows = [row["probe"] for row in figures["stack"] if row["samples"] == benchmark.MANY]
+    rows = [row["probe"] for row in figures["stack"] if row["samples"] == script.MANY]
     assert len(rows) == 3
     assert all(0.92 <= row["J / J_input"] <= 1.03 for row in rows)
     assert all(row["processor seconds"] < 120 for row in rows)

@@ -53,7 +53,7 @@ def draw_lift(points: Sequence[LiftPoint]) -> Any:
         ax.fill_between(shown, low, high, color=BLUE, alpha=0.2, lw=0)
         ax.plot(shown, J[inside].tolist(), color=BLUE, lw=1.2)
     series = (
-        ("samples and lift of fisherfast", BLUE, "o", [point.ours for point in points]),
+        ("lift of fisherfast", BLUE, "o", [point.ours for point in points]),
         ("published lift, measured here", VERMILION, "D", [point.theirs for point in points]),
     )
     for label, color, marker, layers in series:

@@ -2,7 +2,7 @@
 
 All information sits in the spread, so without a lift J = 0, and it rises to I = 100 with more
 features. Measured with the dictionary of this library and, on the same samples, with the published
-lift: leaky_relu(W x) + noise, W of normal numbers, without biases.
+lift beside them: leaky_relu(W x) + noise, W of normal numbers, without biases.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LiftPoint:
     Attributes:
         lifted: their number.
         ours: with the dictionary of this library, beside the samples themselves.
-        theirs: with the published lift alone.
+        theirs: with the published lift beside the samples.
         published: J as published.
     """
 
@@ -109,7 +109,8 @@ def _points(samples: int, seed: int) -> Iterator[LiftPoint]:
     generator = torch.Generator().manual_seed(seed)
     widest = max(LIFT_CURVE)
     weight = torch.randn(LIFT_DIM, widest, generator=generator)
-    lifted = [_published_lift(x, weight, generator) for x in (minus, plus)]
+    pair = (minus, plus)
+    lifted = [_published_lift(x, weight, generator) for x in pair]
     with warnings.catch_warnings():
         # the published step, dtheta sqrt(I) / 2 = 0.5: it leaves the variance of x almost linear
         warnings.simplefilter("ignore", FisherWarning)
@@ -120,7 +121,10 @@ def _points(samples: int, seed: int) -> Iterator[LiftPoint]:
                 yield LiftPoint(count, plain, plain, published)
                 continue
             ours = fisher_information(raw, max_features=LIFT_DIM + count, seed=seed)
-            data = FiniteDifference(lifted[0][:, :count], lifted[1][:, :count], LIFT_STEP)
+            below, above = (
+                torch.cat([x, f[:, :count]], 1) for x, f in zip(pair, lifted, strict=True)
+            )
+            data = FiniteDifference(below, above, LIFT_STEP)
             # their noise stands in for a ridge
             theirs = fisher_information(data, max_features=RAW, ridge=0.0)
             yield LiftPoint(count, ours, theirs, published)

@@ -216,19 +216,20 @@ def test_same_seed_same_numbers():
 
 
 @pytest.mark.slow
-def test_figure_3_at_the_published_step(tmp_path):
-    """J with our lift against the published J at equal number of features, 20 000 samples each.
+def test_figure_3_against_the_published_values(tmp_path):
+    """J of both lifts against the published J at equal number of features, 20 000 samples each.
 
-    Ours must lie above what was published for each lift (it is 13 or more above up to 200, 2.5 at
-    1300: over the errors of 20 000 samples only from 400 on by less than 4 of them, hence -1
-    standard error there), and below I by no more than 4 standard errors. The published lift on
-    these samples must lie within 12 of the published J (seen: 10.3 below at 100 features, within
-    2.5 from 200 on). Catches a lift with a ridge that eats it, another slope, and J without its
-    correction (naive: 220 and more at 1300 features).
+    The published lift beside the samples must give the published J within 4 standard errors (seen:
+    1.1 at most; the error of the published values is not known). Ours lies 8 and 6 standard errors
+    above them for 100 and 200 features, 2.8, 1.4 and 0.5 from 400 on, where it may be 3 below;
+    it may exceed I by 3. Chance to fail for another seed: 1e-3. Catches the lift without the
+    samples (52 at 100 features: 7 standard errors), J without its correction (109 at 1300: 3.9
+    above I, 5 above the published), and a dictionary no better than the published one.
     """
     assert main(["reproduce", "fig3", "--samples", "20000", "--out", str(tmp_path)]) == 0
     for point in numbers_of(tmp_path, "fig3")["points"][1:]:
-        assert point["J"] > point["published"] - point["J_error"]
-        assert point["J"] < published.LIFT_FISHER + 4 * point["J_error"]
-        near = 12 if point["lifted"] == 100 else 2.5 + 4 * point["J_published_lift_error"]
-        assert abs(point["J_published_lift"] - point["published"]) < near
+        theirs = point["J_published_lift"]
+        assert abs(theirs - point["published"]) < 4 * point["J_published_lift_error"]
+        margin = 4 if point["lifted"] <= 200 else -3
+        assert point["J"] > point["published"] + margin * point["J_error"]
+        assert point["J"] < published.LIFT_FISHER + 3 * point["J_error"]

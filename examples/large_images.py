@@ -91,6 +91,12 @@ DIMMED = 0.55
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 """Of the parameters, told apart with every common colour vision (Okabe and Ito, 2008)."""
 
+STAR_STEP = 0.15
+"""Distance of the errors of two parameters in the figure of the bounds."""
+
+TICKS = (0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)
+"""Of the same figure."""
+
 TRAVEL = 64
 """It moves by this part of the picture at most, in each direction: 8 pixels of 512."""
 
@@ -470,8 +476,18 @@ def draw_bounds(ax: Any, flow: ff.FisherFlow, exact: Tensor, rms: Tensor) -> Non
             high.append(deviation(max(information - error, information / 4)) / float(exact[p]))
         ax.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
         ax.plot(places, bound, "o-", color=color, markersize=4, label=name)
-        ax.plot(len(flow), float(rms[p] / exact[p]), "*", color=color, markersize=11)
+        ax.plot(
+            len(flow) + (p - 1.5) * STAR_STEP,
+            float(rms[p] / exact[p]),
+            "*",
+            color=color,
+            markersize=11,
+        )
     ax.set_yscale("log")
+    ax.minorticks_off()
+    limits = ax.get_ylim()
+    ax.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    ax.set_ylim(limits)
     ax.axhline(1, color="#767676", linewidth=0.8, linestyle="--")
     ax.axvline(len(flow) - 0.5, color="#767676", linewidth=0.8)
     ax.set_xticks([*places, len(flow)])
@@ -557,6 +573,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     exact, everything = pictures.information()
     rms, bias = errors_at(model, Pictures(scene, theta, TESTED, options.seed + 3), theta)
     options.out.mkdir(parents=True, exist_ok=True)
+    flow.save(options.out / "flow.npz")
     draw(options.out, scene, pictures, flow, rms)
     result = {
         "size": options.size,

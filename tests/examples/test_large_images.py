@@ -134,6 +134,7 @@ def test_files_and_figures(run):
     result, out = run
     for name in FIGURES:
         assert (out / name).stat().st_size > 10_000
+    assert ff.FisherFlow.load(out / "flow.npz").names == list(result["layers"])
     written = json.loads((out / "result.json").read_text())
     assert written["names"] == ["x", "y", "rotation", "defocus"]
     assert written == json.loads((out / "b.json").read_text())

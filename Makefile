@@ -61,7 +61,7 @@ check-gpu: ## all tests, benchmarks and sanitizers on this machine's GPU: PYTHON
 	$(PYTHON) benchmarks/check_gpu.py $(ARGS)
 
 clean: ## remove what was built, the virtual environment too
-	rm -rf $(VENV) build dist *.egg-info fisherfast/*.so fisherfast-report
+	rm -rf $(VENV) build dist *.egg-info fisherfast/*.so fisherfast-report fisherfast-figures
 
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

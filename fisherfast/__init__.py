@@ -5,18 +5,19 @@ flow = ff.fisher_flow(model, ff.FiniteDifference(x_minus, x_plus, dtheta=0.06))
 
 from fisherfast import dual, ops, problems
 from fisherfast._version import __version__
-from fisherfast.data import FiniteDifference, Pathwise, Score, Simulator
+from fisherfast.data import FiniteDifference, Pathwise, Score, Shard, Simulator
 from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
 from fisherfast.information_map import InformationMap
 from fisherfast.loss import InformationLoss, linear_fisher
 from fisherfast.marginal import MarginalFisher
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
-from fisherfast.training import EpochRecord, FisherMonitor
+from fisherfast.training import EpochRecord, FisherEarlyStopping, FisherMonitor
 
 __all__ = [
     "EpochRecord",
     "FiniteDifference",
+    "FisherEarlyStopping",
     "FisherFlow",
     "FisherMonitor",
     "FisherWarning",
@@ -26,6 +27,7 @@ __all__ = [
     "MarginalFisher",
     "Pathwise",
     "Score",
+    "Shard",
     "Simulator",
     "__version__",
     "dual",

@@ -1,4 +1,4 @@
-"""`python -m fisherfast`: run a demonstration, or check this build.
+"""`python -m fisherfast`: run a demonstration, measure the published figures, check this build.
 
 Exit status: 0 when all went well, 1 when a check or a training failed, 2 for a wrong option, 130
 after Ctrl-C.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fisherfast._version import __version__
+from fisherfast.reproduce.command import add_reproduce, run_reproduce
 
 if TYPE_CHECKING:
     from fisherfast.demos import Task
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb == "check":
         return _check()
     try:
+        if options.verb == "reproduce":
+            return run_reproduce(options, progress=_show_progress())
         return _demo(options)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before the first measurement\n")
@@ -128,6 +131,7 @@ def _build_parser() -> argparse.ArgumentParser:
         task = tasks.add_parser(name, help=text)
         _add_common_options(task, samples="training samples per value of theta")
         task.add_argument("--full", action="store_true", help="the published size (long)")
+    add_reproduce(verbs)
     verbs.add_parser("check", help="compare every op with its reference on this machine")
     return parser
 

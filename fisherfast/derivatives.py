@@ -111,6 +111,11 @@ class DerivativeMoments(ABC):
         for name, tensor in mine.items():
             tensor += theirs[name].to(tensor.device)
 
+    def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
+        """Views of all that adds up over processes; features before `known` are left out."""
+        tensors = self._tensors()
+        return [tensors.pop("sums")[..., known:], *tensors.values()]
+
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain numbers."""
         return {"kind": self.kind} | {name: t.clone() for name, t in self._tensors().items()}

@@ -81,8 +81,10 @@ class PilotMoments:
         pilot = activations.double()
         precision = torch.float64 if activations.dtype == torch.float64 else torch.float32
         self._rounding = max(self._rounding, ROUNDING * torch.finfo(precision).eps)
-        n, mean = len(pilot), pilot.mean(0)
-        square = (pilot - mean).square().sum(0)
+        mean = pilot.mean(0)
+        self._add(len(pilot), mean, (pilot - mean).square().sum(0))
+
+    def _add(self, n: int, mean: torch.Tensor, square: torch.Tensor) -> None:
         if self._mean is None:
             self._count, self._mean, self._square = n, mean, square
             return
@@ -91,6 +93,27 @@ class PilotMoments:
         self._square = self._square + square + delta.square() * (self._count * n / total)
         self._mean = self._mean + delta * (n / total)
         self._count = total
+
+    @property
+    def count(self) -> int:
+        """Samples that were added."""
+        return self._count
+
+    @property
+    def rounding(self) -> float:
+        """Relative spread that the precision of what was added does not resolve."""
+        return self._rounding
+
+    def parts(self) -> torch.Tensor:
+        """Mean and sum of squared deviations [2, d] of what was added."""
+        if self._mean is None:
+            raise ValueError("pilot must hold at least one batch, got none")
+        return torch.stack([self._mean, self._square])
+
+    def merge(self, count: int, parts: torch.Tensor, rounding: float) -> None:
+        """Add other samples, of which only number and `parts` are known."""
+        self._rounding = max(self._rounding, rounding)
+        self._add(count, parts[0], parts[1])
 
     def standardisation(self) -> Standardisation:
         """Mean and scale of what was added."""

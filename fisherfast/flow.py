@@ -4,10 +4,14 @@ that of the data alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 
 from fisherfast import taps
 from fisherfast.data import Data
+from fisherfast.distributed import TIMEOUT, ranks_of
 from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement
 from fisherfast.memory_budget import check_budget
@@ -31,8 +35,10 @@ def fisher_flow(
     ridge: float = RIDGE,
     folds: int = FOLDS,
     grow: bool = False,
-    maps: bool = False,
+    maps: bool | Sequence[str] = False,
     memory_budget: int | str | None = None,
+    group: Any = None,
+    timeout: float = TIMEOUT,
 ) -> FisherFlow:
     r"""Fisher information about theta in the activations of every layer.
 
@@ -69,12 +75,17 @@ def fisher_flow(
             only for layers whose curve still rises at its end, up to max_features. Each pass
             computes the new features alone. For data that repeat: tensors, arrays, Datasets,
             loaders that do not shuffle.
-        maps: also measure the information of the channels at each position of layers [C, H, W],
-            see `FisherFlow.map`.
+        maps: also measure the information of the channels at each position of layers [C, H, W], of
+            all or of those in a list of names, see `FisherFlow.map`.
         memory_budget: what the measurement may allocate beside the model and the user's own data,
             in bytes or as "2 GB"; None for no bound. Batches are made as small as it takes, those
             of a loader are split. The result depends on it by rounding alone (but for a
             `Simulator`, which draws other samples in batches of another size).
+        group: processes that share the work: None for this one alone, "world" for all ranks of
+            `torch.distributed` (this one alone where it is not initialised), or a ProcessGroup. All
+            of them make this call, with the same data or each with its own `Shard`, and all get the
+            same result (docs/training.md, many processes).
+        timeout: seconds without a sign of life after which a rank of the group counts as dead.
 
     Returns:
         `FisherFlow`: J, stderr, lower, ... of each layer, float64 [P, P] in 1/theta^2.
@@ -85,6 +96,7 @@ def fisher_flow(
             that never runs; a memory_budget too small for one sample (says what is needed); data
             that do not repeat, for a probe or to grow.
         TypeError: integer or complex data.
+        RuntimeError: another rank of the group has failed or died (names it, and what it raised).
 
     Warns:
         FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
@@ -106,9 +118,11 @@ def fisher_flow(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
-    settings |= check_passes(data, grow, maps) | check_budget(memory_budget)
-    return Measurement(unwrapped(model), data, layers, settings).run(progress)
+    with ranks_of(group, timeout) as ranks:
+        settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
+        settings |= check_passes(data, grow, maps) | check_budget(memory_budget)
+        measurement = Measurement(unwrapped(model), data, layers, settings, ranks=ranks)
+        return measurement.run(progress)
 
 
 def fisher_information(
@@ -123,6 +137,8 @@ def fisher_information(
     folds: int = FOLDS,
     grow: bool = False,
     memory_budget: int | str | None = None,
+    group: Any = None,
+    timeout: float = TIMEOUT,
 ) -> LayerFisher:
     """Fisher information about theta in the data themselves, without a model.
 
@@ -138,6 +154,7 @@ def fisher_information(
         >>> abs(info.value - 4) < 0.8
         True
     """
-    settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
-    settings |= check_passes(data, grow, maps=False) | check_budget(memory_budget)
-    return Measurement(None, data, "auto", settings).run(progress).layers[0]
+    with ranks_of(group, timeout) as ranks:
+        settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
+        settings |= check_passes(data, grow, maps=False) | check_budget(memory_budget)
+        return Measurement(None, data, "auto", settings, ranks=ranks).run(progress).layers[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["InformationMap", "has_map"]
+__all__ = ["InformationMap", "has_map", "is_mapped"]
 
 MAX_MAP_NUMBERS = 2**27
 """H W C^2 of the largest map that is measured: its covariances take 1 GiB."""
@@ -59,3 +60,8 @@ class InformationMap:
 def has_map(shape: tuple[int, ...]) -> bool:
     """Whether a layer of this shape has positions, and few enough numbers."""
     return len(shape) == 3 and shape[1] * shape[2] * shape[0] ** 2 <= MAX_MAP_NUMBERS
+
+
+def is_mapped(maps: bool | Sequence[str], names: Sequence[str]) -> bool:
+    """Whether the setting maps asks for a layer of these names."""
+    return maps if isinstance(maps, bool) else any(name in maps for name in names)

@@ -22,6 +22,10 @@ and each more is a pass."""
 BREAKDOWN = 1e-5
 """Part of a product that must be new for another vector: float32 products leave 1e-6 of noise."""
 
+WARM_PASSES = 2
+"""Passes that renew a space that the same layer had a few training steps before: D and S D of the
+network as it is now, the old vectors behind them. J is that of 16 passes within its noise."""
+
 RARE = 0.1
 """Variance, relative to the median activation's, below which an activation is not scaled up to unit
 variance. One that fires in a few samples of this half has a derivative from these few alone: behind
@@ -46,6 +50,7 @@ class FirstPass:
         conditions: int,
         parameters: int,
         dtype: torch.dtype,
+        scored: bool = False,
     ) -> None:
         self._pilot = standardisation
         self._dtype = dtype
@@ -54,7 +59,7 @@ class FirstPass:
         self._sums = standardisation.mean.new_zeros(conditions, d)
         self._squares = standardisation.mean.new_zeros(d)
         self._derivative_sums = standardisation.mean.new_zeros(parameters, d)
-        self._score_sums: torch.Tensor | None = None
+        self._score_sums = standardisation.mean.new_zeros(parameters) if scored else None
 
     @property
     def degrees_of_freedom(self) -> int:
@@ -67,7 +72,16 @@ class FirstPass:
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
             self._sums[condition] += z.sum(0)
             self._squares += z.square_().sum(0)
-        self._counts[condition] += len(activations)
+        self.skip(condition, len(activations))
+
+    def skip(self, condition: int, samples: int) -> None:
+        """Count samples whose sums come from elsewhere."""
+        self._counts[condition] += samples
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """What adds up over processes."""
+        sums = [self._sums, self._squares, self._derivative_sums]
+        return sums if self._score_sums is None else [*sums, self._score_sums]
 
     def add_tangents(self, tangents: torch.Tensor) -> None:
         """Add the derivatives [P, n, d] of activations, sample by sample."""
@@ -82,7 +96,7 @@ class FirstPass:
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
             self._derivative_sums += weight.T @ z
         sums = weights.sum(0, dtype=torch.float64)
-        self._score_sums = sums if self._score_sums is None else self._score_sums + sums
+        self._score_sums = sums if self._score_sums is None else self._score_sums.add_(sums)
 
     def finite(self, condition: int) -> torch.Tensor:
         """Whether all that was added for a condition was finite, a 0-d tensor."""
@@ -130,6 +144,9 @@ class KrylovSpace:
         parameters: P.
         steps: q, vectors per parameter.
         dtype: float32 or float64, of products; sums over tiles are float64.
+        scored: samples come with their score.
+        start: [k, d] weights of an earlier space of this layer, from `projection`; None for none.
+            `WARM_PASSES` passes are then enough.
 
     Attributes:
         ready: no pass is asked for any more.
@@ -149,12 +166,15 @@ class KrylovSpace:
         parameters: int,
         steps: int = KRYLOV_VECTORS,
         dtype: torch.dtype = torch.float32,
+        scored: bool = False,
+        start: torch.Tensor | None = None,
     ) -> None:
         self.ready = False
         self._dtype = dtype
-        self._steps = steps
+        self._start = start
+        self._steps = steps if start is None else min(steps, WARM_PASSES)
         self._passes = 0
-        self._first = FirstPass(standardisation, conditions, parameters, dtype)
+        self._first = FirstPass(standardisation, conditions, parameters, dtype, scored)
         mean = standardisation.mean
         self._basis = torch.zeros(steps * parameters, len(mean), dtype=dtype, device=mean.device)
         # vectors in the basis, and how many of these the next pass multiplies by S
@@ -193,6 +213,15 @@ class KrylovSpace:
         if score is not None:
             self._first.add_score(activations, score)
 
+    def skip(self, condition: int, samples: int) -> None:
+        """Count samples of this set whose sums come from elsewhere."""
+        if self._passes == 0:
+            self._first.skip(condition, samples)
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """What adds up over processes in this pass."""
+        return self._first.shared_sums() if self._passes == 0 else [self._products]
+
     def finite(self, condition: int) -> torch.Tensor:
         """Whether all activations of a condition were finite in the first pass, a 0-d tensor."""
         if self._passes:
@@ -217,6 +246,8 @@ class KrylovSpace:
         self._passes += 1
         self._newest = self._append(columns)
         self.ready = self._newest == 0 or self._passes == self._steps
+        if self.ready and self._start is not None:
+            self._append_known(self._start, len(columns))
         self._products = columns.new_zeros(0 if self.ready else self._newest, columns.shape[1])
         return not self.ready
 
@@ -247,6 +278,16 @@ class KrylovSpace:
             self._basis[self._size] = column
             self._size += 1
         return len(added)
+
+    def _append_known(self, start: torch.Tensor, together: int) -> None:
+        """Add what is new in the weights [k, d] of an earlier space, in its order, as far as there
+        is room."""
+        self._start = None
+        scale = torch.where(self.alive, self._scale, torch.inf)
+        for rows in start.split(together):
+            if self._size == len(self._basis):
+                return
+            self._append(rows.to(scale) / scale)
 
     def _remove_known(self, columns: torch.Tensor) -> None:
         """Subtract from columns [P, d] float64 their projection on the basis, in place."""

@@ -15,7 +15,7 @@ from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, T
 from fisherfast.estimators import SPARE_DOF
 from fisherfast.features import ROUNDING, Lift
 from fisherfast.information_map import InformationMap
-from fisherfast.moments import add_pair_products_, pair_inflation
+from fisherfast.moments import add_pair_products_, lower_triangles, pair_inflation
 from fisherfast.score import score_estimate
 from fisherfast.uncertainty import covariance_variance, independent_variance
 
@@ -83,13 +83,33 @@ class MapMoments:
         for fold in range(self.folds):
             rows = x[(fold - first) % self.folds :: self.folds]
             self._sums[condition, fold] += (rows - self._pilot).sum(0, dtype=torch.float64)
-            self._counts[condition, fold] += len(rows)
-        self.seen[condition] = first + len(x)
+        self.skip(condition, len(x))
         if self.paired:
             self._held.append(x - self._pilot)
             if len(self._held) == len(self.seen):
                 add_pair_products_(self._products, self._held)
                 self._held = []
+
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples whose sums come from elsewhere, see `FoldMoments.skip`."""
+        first = self.seen[condition] if first is None else first
+        fold = (first + torch.arange(samples)) % self.folds
+        self._counts[condition] += torch.bincount(fold, minlength=self.folds)
+        self.seen[condition] += samples
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Views of all that adds up over processes, see `FoldMoments.shared_sums`; `mirror_`
+        follows."""
+        parts = [self._sums, *lower_triangles(self._cross)]
+        parts += [self._products] if self.paired else []
+        return parts + ([] if self._carried is None else self._carried.shared_sums())
+
+    def mirror_(self) -> None:
+        """Make the upper triangles of the cross products those of the lower ones."""
+        channels = self._cross.shape[-1]
+        upper = torch.ones(channels, channels, dtype=torch.bool, device=self._cross.device).triu(1)
+        for row in self._cross:
+            row.copy_(torch.where(upper, row.mT, row))
 
     def covariance(self) -> tuple[torch.Tensor, int]:
         """Within-fold covariance S [H, W, C, C] and its degrees of freedom."""

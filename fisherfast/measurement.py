@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual, taps
 from fisherfast._progress import progress_bar
+from fisherfast.agreement import Agreement
 from fisherfast.data import Batch, Data
+from fisherfast.data.batch import Gap
+from fisherfast.distributed import Ranks
 from fisherfast.maps import estimate_map
 from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
 from fisherfast.meters import LayerMeter, score_note
@@ -28,6 +31,9 @@ from fisherfast.streams import Streams
 from fisherfast.wide import WideMeter, too_wide
 
 __all__ = ["Measurement", "NotFiniteError"]
+
+PROBE_SHARE = 4
+"""Activations kept to train probes take a quarter of a memory budget at most."""
 
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
@@ -52,6 +58,8 @@ class Measurement:
         recall: what an earlier measurement of this model on these data has found out, and takes
             what this one does.
         quiet: leave warnings to the notes of the layers.
+        ranks: the processes that make this measurement together; None for this one alone. Warnings
+            and the progress bar are left to the first.
     """
 
     def __init__(
@@ -63,9 +71,11 @@ class Measurement:
         *,
         recall: Recall | None = None,
         quiet: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._recall = Recall() if recall is None else recall
-        self._quiet = quiet
+        self._agreement = Agreement(ranks)
+        self._quiet = quiet or not self._agreement.leads
         self._model = model
         self._data = data
         self._layers = layers
@@ -87,6 +97,8 @@ class Measurement:
 
     def run(self, progress: bool = False) -> FisherFlow:
         """Stream all samples, again for layers that grow, and estimate."""
+        progress = progress and self._agreement.leads
+        self._data = self._agreement.begin(self._model, self._data, self._layers, self._settings)
         contrast, ridge = self._data.contrast(), self._settings["ridge"]
         with self._evaluation():
             self._stream(progress)
@@ -106,6 +118,11 @@ class Measurement:
                 if m.map is not None
             }
             warning = score_note(self._layer_meters[0]) if self._layer_meters else None
+        self._recall.spaces |= {
+            m.site.name: m.projections
+            for m in self._layer_meters
+            if isinstance(m, WideMeter) and m.site.name != taps.INPUT
+        }
         if warning is not None:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
         flow = self._recall.complete(
@@ -140,6 +157,7 @@ class Measurement:
         return Streams(
             self._data,
             self._settings["batch_size"],
+            share=self._agreement.share,
             device=device,
             dtype=dtype,
             copy=self._model is not None,
@@ -147,12 +165,18 @@ class Measurement:
         )
 
     def _stream(self, progress: bool) -> None:
+        self._agreement.copy_buffers(self._model)
         streams = self._streams()
         self._survey(streams)
         self._active = self._layer_meters
         with self._forward() as forward:
+            seen = 0
             for self._condition, self._batch, batch in streams.pilot():
                 forward.run(batch.x)
+                seen += len(batch)
+            if not seen:  # the first samples are on other ranks: these only show a device
+                forward.run(streams.first(2)[0].x)
+            self._agreement.share_pilot(self._layer_meters, counts=seen > 0)
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
             self._pilot = False
@@ -160,6 +184,7 @@ class Measurement:
 
     def _stream_again(self, progress: bool) -> None:
         """Another pass over the same samples, for the meters that are active."""
+        self._agreement.copy_buffers(self._model)
         streams = self._streams()
         if self._plan is not None:
             streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
@@ -170,19 +195,26 @@ class Measurement:
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
         counts = [self._data.samples(c) for c in range(self._data.conditions)]
         total = None if None in counts else sum(n for n in counts if n is not None)
+        self._agreement.begin_pass(self._active, self._settings["seed"])
         with progress_bar(progress, total=total, title="Fisher flow") as bar:
             for self._condition, self._batch, batch in streams:
-                self._score = batch.score
-                self._run(forward, batch)
-                if batch.x.device.type == "cpu":
-                    self._raise_if_not_finite()
+                if isinstance(batch, Gap):
+                    for meter in self._active:
+                        meter.skip(self._condition, len(batch))
+                else:
+                    self._score = batch.score
+                    self._run(forward, batch)
+                    if batch.x.device.type == "cpu":
+                        self._raise_if_not_finite()
+                    self._agreement.glance()
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
+        self._agreement.end_pass(self._active)
 
     def _run(self, forward: Any, batch: Batch) -> None:
-        """One forward pass, with tangents where the samples have them."""
-        if batch.tangents is None:
+        """One forward pass, with tangents where the samples have them and a layer reads them."""
+        if batch.tangents is None or not any(meter.reads_carried for meter in self._active):
             forward.run(batch.x)
         elif self._model is None:
             forward.run(batch)
@@ -194,6 +226,7 @@ class Measurement:
         """List the layers on the first samples; with a budget, on as few as tell what they take."""
         bounded = self._settings.get("memory_budget") is not None
         first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
+        self._agreement.agree_on_samples(self._data, first)
         batch = torch.cat([samples.x for samples in first])
         known = self._recall.sites is not None
         self._sites = self._recall.sites or self._find_sites(batch)
@@ -201,13 +234,22 @@ class Measurement:
         for site in unknown:
             meter = self._meter(site, self._probe_bytes() // len(unknown))
             self._meters.update(dict.fromkeys(site.names, meter))
+        self._check_maps()
         if bounded:
-            self._plan = self._planned(streams, first[0], batch)
+            self._plan = self._agreement.smallest(self._planned(streams, first[0], batch))
             streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
             more = streams.first(min(self._plan.survey_samples, SURVEY_SAMPLES))
             batch = torch.cat([samples.x for samples in more])
         if not known:
             self._find_chains(self._sites, batch)
+        self._agreement.agree_on_layers(self._sites, self._layer_meters)
+
+    def _check_maps(self) -> None:
+        maps = self._settings["maps"]
+        known = [name for site in self._sites for name in site.names]
+        unknown = [] if isinstance(maps, bool) else [name for name in maps if name not in known]
+        if unknown:
+            raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")
 
     def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
         """How many samples of the model's own size fit into the budget."""
@@ -237,7 +279,7 @@ class Measurement:
 
     def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
         if too_wide(site.dim, self._data, self._settings["max_features"]):
-            return WideMeter(site)
+            return WideMeter(site, self._recall.spaces.pop(site.name, None))
         return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
 
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:

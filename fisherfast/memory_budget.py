@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from fisherfast.data import Batch, Data
 from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
 from fisherfast.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE
-from fisherfast.information_map import has_map
+from fisherfast.information_map import has_map, is_mapped
 from fisherfast.krylov import KRYLOV_VECTORS, TILE_NUMBERS, TILE_ROWS
 from fisherfast.taps import Site
 
@@ -244,7 +244,7 @@ def layer_bytes(
     if settings["probe"] is not None and not wide:  # the same of each half, with another lift
         kept += 2 * (moments + lift)
     extra = max(extra, DOUBLE * (ESTIMATE_MATRICES * k * k + 4 * k * (F + 1) * P * P))
-    if settings["maps"] and has_map(site.shape):
+    if is_mapped(settings["maps"], site.names) and has_map(site.shape):
         covariance = DOUBLE * d * site.shape[0]
         kept += covariance + DOUBLE * d * streams
         solved, folds = d * (F + 1) * P, d // site.shape[0] * F * P * P

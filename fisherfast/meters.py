@@ -18,7 +18,7 @@ from fisherfast.estimators import (
     fisher_curve,
 )
 from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments, Standardisation
-from fisherfast.information_map import has_map
+from fisherfast.information_map import has_map, is_mapped
 from fisherfast.maps import MapMoments
 from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
@@ -72,6 +72,11 @@ class LayerMeter:
     def seen(self) -> list[int]:
         """Samples of each condition in this pass."""
         return self.moments.seen
+
+    @property
+    def reads_carried(self) -> bool:
+        """Whether this pass reads what the samples carry, tangents or a score."""
+        return True
 
     @property
     def parts(self) -> list[FoldMoments]:
@@ -133,6 +138,33 @@ class LayerMeter:
             finite = finite & torch.isfinite(moments.carried.sums).all()
         return finite
 
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples of a condition that another process observes.
+
+        Args:
+            condition: theirs.
+            samples: how many.
+            first: number of the first of them; None for the one after the last.
+        """
+        if self.map is not None and not self.moments.known:
+            self.map.skip(condition, samples, first=first)
+        self.moments.skip(condition, samples, first=first)
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Views of all that this pass adds up over processes: sums of samples, nothing else."""
+        sums = self.moments.shared_sums()
+        return sums if self.map is None or self.moments.known else sums + self.map.shared_sums()
+
+    def learned(self) -> list[torch.Tensor]:
+        """What was learned between passes in a way that processors may differ in: all processes
+        take that of the first."""
+        return []
+
+    def sums_were_shared(self) -> None:
+        """`shared_sums` hold now what all processes have seen."""
+        if self.map is not None:
+            self.map.mirror_()
+
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """Make room for twice the lifted features where the curve still rises at its end.
 
@@ -171,7 +203,7 @@ class LayerMeter:
         settings: dict[str, Any],
         streams: dict[str, Any],
     ) -> None:
-        if settings["maps"] and has_map(self.site.shape):
+        if is_mapped(settings["maps"], self.site.names) and has_map(self.site.shape):
             pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
             self.map = MapMoments(pilot, conditions, **streams)
 

@@ -17,7 +17,10 @@ from fisherfast import ops
 from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, TangentMoments
 from fisherfast.features import Lift
 
-__all__ = ["FoldMoments", "FoldStatistics"]
+__all__ = ["FoldMoments", "FoldStatistics", "lower_triangles"]
+
+SMALL_TRIANGLE = 8
+"""Rows of a triangle that is taken as a square: of 512 rows 1.4 % too much, in 128 views."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,28 @@ class FoldMoments:
         )
         if self.carried is not None:
             self.carried.update(raw, carried, lift, first=first, known=self.known)
-        fold = (first + torch.arange(n)) % self.folds
+        self.skip(condition, n)
+
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples of a condition whose sums come from elsewhere, see `shared_sums`.
+
+        Args:
+            condition: theirs.
+            samples: how many.
+            first: number of the first of them; None for the one after the last.
+        """
+        first = self.seen[condition] if first is None else first
+        fold = (first + torch.arange(samples)) % self.folds
         self._counts[condition] += torch.bincount(fold, minlength=self.folds)
-        self.seen[condition] = first + n
+        self.seen[condition] += samples
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Views of all that adds up over processes which have each seen other samples, and counted
+        those of the others with `skip`; of the cross products only what is used, the lower
+        triangles. Known features are left out: they have been added up before."""
+        parts = [self.sums[..., self.known :], *lower_triangles(self.cross, self.known)]
+        parts += [self.products] if self.paired else []
+        return parts + ([] if self.carried is None else self.carried.shared_sums(self.known))
 
     def grown(self, size: int) -> FoldMoments:
         """Moments of more features, whose first ones are these.
@@ -332,6 +354,26 @@ class FoldMoments:
         if not bool(live.any()):
             return 1.0
         return pair_inflation(covariance[..., live] / variance[live])
+
+
+def lower_triangles(matrices: torch.Tensor, known: int = 0) -> list[torch.Tensor]:
+    """Rectangular views that together hold the lower triangles of matrices [..., k, k], from row
+    `known` on, and little else."""
+    below = [matrices[..., known:, :known]] if known else []
+    return below + _triangles(matrices[..., known:, known:])
+
+
+def _triangles(matrices: torch.Tensor) -> list[torch.Tensor]:
+    """A triangle is two of half its size, and a square below the first."""
+    size = matrices.shape[-1]
+    if size <= SMALL_TRIANGLE:
+        return [matrices]
+    half = size // 2
+    return [
+        *_triangles(matrices[..., :half, :half]),
+        matrices[..., half:, :half],
+        *_triangles(matrices[..., half:, half:]),
+    ]
 
 
 def add_pair_products_(products: torch.Tensor, samples: list[torch.Tensor]) -> None:

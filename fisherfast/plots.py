@@ -28,6 +28,8 @@ __all__ = [
     "plot_flow",
     "plot_flows",
     "plot_training",
+    "sequence_colours",
+    "tidy",
 ]
 
 # Okabe and Ito (2008): told apart with every common colour vision.
@@ -162,7 +164,7 @@ def plot_flows(
             raise ValueError(f"flows must have the same layers, got {first.names} and {flow.names}")
     ax = _axes_or_new(ax)
     named = _thinned(list(flows))
-    for color, (label, flow) in zip(_sequence(len(flows)), flows.items(), strict=True):
+    for color, (label, flow) in zip(sequence_colours(len(flows)), flows.items(), strict=True):
         for line in _lines(flow, fraction):
             name = f"{label}{line.suffix}" if label in named else None
             ax.errorbar(
@@ -230,7 +232,7 @@ def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/the
     ax.set_xlabel("features k")
     ax.set_ylabel(f"Fisher information J ({unit})")
     ax.set_title(layer.name, fontsize="medium")
-    _tidy(ax)
+    tidy(ax)
     ax.legend(frameon=False, fontsize="small")
     return ax
 
@@ -291,7 +293,7 @@ def plot_training(history: Sequence[EpochLike], ax: Axes | None = None) -> Axes:
     ax.set_xlabel("epoch")
     ax.set_ylabel("in units of J$_{input}$")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _tidy(ax)
+    tidy(ax)
     ax.legend(frameon=False, fontsize="small")
     return ax
 
@@ -368,7 +370,7 @@ def _label_layers(ax: Axes, flow: FisherFlow, fraction: bool, unit: str) -> None
     ax.set_xlabel("layer")
     ax.set_ylabel("J / J$_{input}$" if fraction else f"Fisher information J ({unit})")
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-    _tidy(ax)
+    tidy(ax)
 
 
 def _thinned(labels: list[Any]) -> list[Any]:
@@ -379,7 +381,7 @@ def _thinned(labels: list[Any]) -> list[Any]:
     return [labels[round(i * last / (LEGEND_ENTRIES - 1))] for i in range(LEGEND_ENTRIES)]
 
 
-def _sequence(count: int) -> list[Any]:
+def sequence_colours(count: int) -> list[Any]:
     """Colours from dark to bright that keep their order in grey."""
     import matplotlib
 
@@ -388,7 +390,8 @@ def _sequence(count: int) -> list[Any]:
     return [colours(start + (end - start) * i / max(1, count - 1)) for i in range(count)]
 
 
-def _tidy(ax: Axes) -> None:
+def tidy(ax: Axes) -> None:
+    """The look that all figures share: no box, faint lines across."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9", lw=0.8)
     ax.set_axisbelow(True)

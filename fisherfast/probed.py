@@ -118,6 +118,39 @@ class ProbedMeter(LayerMeter):
             return torch.stack(finite).all()
         return super().observe(condition, activations, tangents=tangents, score=score)
 
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
+        start = self.seen[condition]
+        for half in range(2):
+            count = len(range((half - start) % 2, samples, 2))
+            if self.halves:
+                self.halves[half].skip(condition, count)
+            elif not self.moments.known:
+                self._kept[half].skip(condition, count)
+        if not self.halves:
+            super().skip(condition, samples, first=first)
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """What this pass adds up over processes; samples to train on are among it, zero where they
+        were seen elsewhere."""
+        if self.halves:
+            return [part for half in self.halves for part in half.shared_sums()]
+        sums = super().shared_sums()
+        if self.moments.known:
+            return sums
+        raw, P = self.dictionary.raw, self._carried["tangents"]
+        columns: list[tuple[int, ...]] = [(0, raw)]
+        columns += [(0, P, raw)] if P else []
+        columns += [(0, self._carried["score"])] if self._carried["score"] else []
+        device = self.moments.sums.device
+        like = [torch.empty(shape, dtype=torch.float32, device=device) for shape in columns]
+        return sums + [part for kept in self._kept for part in kept.dense(like)]
+
+    def learned(self) -> list[torch.Tensor]:
+        """The weights of both networks, before they are read."""
+        probes = [trained.probe for trained in self._trained if trained.probe is not None]
+        return [weight for probe in probes for weight in probe.parameters()]
+
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """End a pass. Returns whether another one over the same samples must follow."""
         if self.halves:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from fisherfast.data import Data
 from fisherfast.information_map import InformationMap
@@ -21,11 +23,13 @@ class Recall:
             weight that begins at zero hides a path.
         input: what was measured in the input; None where the samples may be others each time.
         input_map: its map, where there is one.
+        spaces: of layers that are compressed, the weights that each half has taught.
     """
 
     sites: list[Site] | None = None
     input: LayerFisher | None = None
     input_map: InformationMap | None = None
+    spaces: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     _chains: dict[str, set[str]] | None = None
 
     def unknown(self, sites: list[Site]) -> list[Site]:

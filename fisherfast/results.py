@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fisherfast._version import __version__
-from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map
+from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
 from fisherfast.marginal import MarginalFisher, cramer_rao, marginal_fisher
 
 __all__ = ["FisherFlow", "FisherWarning", "LayerFisher", "finite_step_note", "warn_of"]
@@ -336,6 +336,9 @@ class FisherFlow:
             raise ValueError("flow must have been measured with maps=True, got a flow without maps")
         if layer.name in self.maps:
             return self.maps[layer.name]
+        maps = self.settings["maps"]
+        if not is_mapped(maps, (layer.name, *layer.aliases)):
+            raise ValueError(f"layer must be one of maps={maps}, got {name!r}")
         shape = list(layer.shape)
         if len(shape) == 3 and not has_map(layer.shape):
             raise ValueError(

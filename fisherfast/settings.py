@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 from fisherfast.data import Data
@@ -25,16 +26,20 @@ BATCH_SIZE = 4096
 """Default number of samples in a batch; fewer for large samples or networks."""
 
 
-def check_passes(data: Data, grow: bool, maps: bool) -> dict[str, Any]:
+def check_passes(data: Data, grow: bool, maps: bool | Sequence[str]) -> dict[str, Any]:
     """Settings of what may take more passes over the data.
 
     Raises:
-        TypeError: one is neither True nor False.
+        TypeError: one is neither True nor False, nor maps a list of names.
         ValueError: data that do not repeat, for grow.
     """
-    for name, value in (("grow", grow), ("maps", maps)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if not isinstance(grow, bool):
+        raise TypeError(f"grow must be True or False, got {grow!r}")
+    if not isinstance(maps, bool):
+        named = isinstance(maps, list | tuple) and all(isinstance(name, str) for name in maps)
+        if not named:
+            raise TypeError(f"maps must be True or False or a list of layers, got {maps!r}")
+        maps = list(maps)
     if grow:
         _check_repeats(data, "grow=True")
     return {"grow": grow, "maps": maps}

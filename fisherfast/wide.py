@@ -10,6 +10,7 @@ variance of one of them, for twice the samples in each pass. See docs/theory.md,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from fisherfast.meters import (
 )
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
+from fisherfast.taps import Site
 
 __all__ = ["HalfFit", "WideMeter", "error_of_mean", "mean_of", "too_wide"]
 
@@ -90,6 +92,10 @@ class HalfFit:
 class WideMeter(LayerMeter):
     """Everything kept of one layer that is compressed, while samples stream by again and again.
 
+    Args:
+        site: the layer.
+        start: `projections` of an earlier measurement of it with the same samples; None for none.
+
     Attributes:
         spaces: what even and odd samples of each condition teach.
         measured: moments of the features in these spaces, each of the other samples; empty while
@@ -99,10 +105,26 @@ class WideMeter(LayerMeter):
     spaces: list[KrylovSpace]
     measured: list[FoldMoments]
 
+    def __init__(self, site: Site, start: Sequence[torch.Tensor] | None = None) -> None:
+        super().__init__(site)
+        self._start = start
+        self._projections: list[torch.Tensor] = []
+
+    @property
+    def projections(self) -> list[torch.Tensor]:
+        """Weights [k, d] of the vectors that each half has taught: where the next measurement of
+        this layer may start."""
+        return self._projections
+
     @property
     def seen(self) -> list[int]:
         """Samples of each condition in this pass."""
         return self._seen
+
+    @property
+    def reads_carried(self) -> bool:
+        """Products of the covariance with vectors are made of the samples alone."""
+        return self._seen_before is None or bool(self.measured)
 
     @property
     def parts(self) -> list[FoldMoments]:
@@ -124,9 +146,12 @@ class WideMeter(LayerMeter):
                 parameters=data.parameters,
                 steps=steps,
                 dtype=self._dtype,
+                scored=bool(self._carried["score"]),
+                start=start,
             )
-            for _ in range(2)
+            for start in self._start or (None, None)
         ]
+        self._start = None
         self.measured = []
         self._seen = [0] * data.conditions
         self._seen_before: list[int] | None = None
@@ -163,6 +188,27 @@ class WideMeter(LayerMeter):
                 self.spaces[half].observe(condition, *own)
                 finite.append(self.spaces[half].finite(condition))
         return torch.stack(finite).all()
+
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
+        if self.map is not None and self._seen_before is None:
+            self.map.skip(condition, samples, first=first)
+        start = self.seen[condition] if first is None else first
+        for half in range(2):
+            count = len(range((half - start) % 2, samples, 2))
+            if not self.measured:
+                self.spaces[half].skip(condition, count)
+                continue
+            before = None if first is None else len(range(half, first, 2))
+            self.measured[1 - half].skip(condition, count, first=before)
+        self._seen[condition] += samples
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Views of all that this pass adds up over processes."""
+        sources = self.measured or self.spaces
+        sums = [part for source in sources for part in source.shared_sums()]
+        first_pass = self._seen_before is None
+        return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
 
     def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
         """End a pass. Returns whether another one over the same samples must follow."""

@@ -108,7 +108,7 @@ def test_data_that_do_not_repeat_are_refused():
 
 @pytest.mark.parametrize("name", ["grow", "maps"])
 def test_flags_are_true_or_false(generator, name):
-    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'yes'"):
+    with pytest.raises(TypeError, match=rf"^{name} must be True or False.*, got 'yes'$"):
         ff.fisher_flow(nn.Identity(), shifted(generator), **{name: "yes"})
 
 

@@ -16,7 +16,9 @@ ANYONE = {"_version", "_progress", "unwrap"}
 PARTS_OF_FLOW = {"meters", "recall", "settings", "streams", "memory_budget"}
 MEASURE = {
     "data",
+    "distributed",
     "dual",
+    "shares",
     "taps",
     "features",
     "derivatives",
@@ -30,7 +32,7 @@ MEASURE = {
 NUMBERS = {"results", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
 PROBES = {"probe"}
-TOP = {"__main__", "plots", "demos", "training", "integrations", "selfcheck"}
+TOP = {"__main__", "plots", "demos", "reproduce", "training", "integrations", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot
 
@@ -38,6 +40,7 @@ LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.
 LEVELS = {
     **dict.fromkeys(TOP, 7),
     "flow": 6,
+    "agreement": 5,
     "measurement": 5,
     "wide": 5,
     "probed": 5,

@@ -444,3 +444,17 @@ def _first(data: Pathwise | Score, rows: int) -> tuple[torch.Tensor, torch.Tenso
     carried = batch.score if batch.tangents is None else batch.tangents
     assert carried is not None
     return batch.x, carried
+
+
+def test_tangents_go_through_the_network_where_they_are_read():
+    """q + 1 passes, of which the first and the last read tangents. Catches a product with the
+    covariance that costs 1 + P forward passes, and a last pass without derivative."""
+    model = nn.Sequential(nn.Linear(600, 500), nn.Tanh(), nn.Linear(500, 1))
+    x = torch.randn(200, 600, generator=generator(4))
+    passes = []
+    model[0].register_forward_pre_hook(lambda module, args: passes.append(type(args[0]).__name__))
+    data = pathwise(x, torch.ones(1, 600))
+    flow = ff.fisher_flow(model, data, layers=["1"], max_features=6, batch_size=200)
+    assert flow["1"].feature_kind == "krylov"
+    assert float(flow["1"].J) > 0
+    assert passes[-7:] == ["DualTensor", *["Tensor"] * 5, "DualTensor"]

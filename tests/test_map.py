@@ -343,3 +343,22 @@ def test_unknown_layers(flow, name):
         flow.map(name)
     assert "conv" in str(caught.value)
     assert repr(name) in str(caught.value).replace("\\'", "'")
+
+
+def test_maps_of_single_layers(world):
+    """Catches maps of all layers, which large pictures have no memory for, and a name that is
+    silently without a map."""
+    model, data = world.model(), world.data(400)
+    some, every = (
+        ff.fisher_flow(model, data, layers=["conv", "fc"], max_features=1, maps=maps)
+        for maps in (["conv"], True)
+    )
+    assert list(some.maps) == ["conv"]
+    assert torch.equal(some.map("conv").J, every.map("conv").J)
+    with pytest.raises(ValueError, match=r"^layer must be one of maps=\['conv'\], got 'input'"):
+        some.map("input")
+    assert ff.FisherFlow.from_dict(some.to_dict()).settings["maps"] == ["conv"]
+    with pytest.raises(ValueError, match=r"^maps must name layers that are measured, .*\['cnv'\]"):
+        measure(world, 400, maps=["conv", "cnv"])
+    with pytest.raises(TypeError, match=r"^maps must be True or False or a list of layers, got"):
+        measure(world, 400, maps="conv")

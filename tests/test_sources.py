@@ -560,3 +560,12 @@ def test_streams_may_reuse_their_memory(kind):
         return ff.fisher_information(data, max_features=16)
 
     assert information(True).value == information(False).value
+
+
+def test_large_derivatives_are_finite():
+    """Catches a check by a sum that takes its overflow for an infinite derivative."""
+    x = torch.zeros(4, 3)
+    batch = next(ff.Pathwise(x, torch.full((1, 4, 3), 3e38)).read(0, 4))
+    assert batch.tangents is not None
+    with pytest.raises(ValueError, match="dx must be finite"):
+        ff.Pathwise(x, torch.full((1, 4, 3), 3e38).index_fill(2, torch.tensor([1]), float("inf")))

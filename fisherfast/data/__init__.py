@@ -2,12 +2,23 @@
 
 `FiniteDifference`: two conditions a finite step apart. `Pathwise`: samples with their derivative.
 `Score`: samples with the derivative of their log density. `Simulator`: a function that draws them.
+`Shard`: what one of many processes has of any of these.
 """
 
 from fisherfast.data.batch import Batch, Data
 from fisherfast.data.finite_difference import FiniteDifference
 from fisherfast.data.kept import KeptData
 from fisherfast.data.per_sample import Pathwise, Score
+from fisherfast.data.shard import Shard
 from fisherfast.data.simulator import Simulator
 
-__all__ = ["Batch", "Data", "FiniteDifference", "KeptData", "Pathwise", "Score", "Simulator"]
+__all__ = [
+    "Batch",
+    "Data",
+    "FiniteDifference",
+    "KeptData",
+    "Pathwise",
+    "Score",
+    "Shard",
+    "Simulator",
+]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-__all__ = ["Batch", "Data", "Round", "abreast"]
+__all__ = ["Batch", "Data", "Gap", "Round", "abreast", "dealt"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,28 @@ class Batch:
         )
 
 
-Round = tuple[Batch, ...]
+@dataclass(frozen=True)
+class Gap:
+    """Samples in the order of a measurement that another process measures.
+
+    Attributes:
+        samples: how many.
+    """
+
+    samples: int
+
+    def __len__(self) -> int:
+        return self.samples
+
+
+Part = Batch | Gap
+"""What comes next of a condition."""
+
+Round = tuple[Part, ...]
 """One batch of each condition of a stream: of one when independent, of all when paired."""
+
+Mine = Callable[[int], bool]
+"""Whether this process measures the batch of a number."""
 
 
 class Data(ABC):
@@ -88,6 +109,7 @@ class Data(ABC):
         conditions: number of conditions.
         dtheta: [P] full separation of the conditions; empty where there is no finite step.
         paired: the i-th samples of all conditions share their noise.
+        sharded: these are the samples of this process alone, see `Shard`.
     """
 
     source: str
@@ -95,6 +117,7 @@ class Data(ABC):
     conditions: int
     dtheta: tuple[float, ...] = ()
     paired: bool = False
+    sharded: bool = False
 
     @abstractmethod
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
@@ -107,6 +130,17 @@ class Data(ABC):
     @abstractmethod
     def repeats(self, condition: int) -> bool:
         """Whether each pass over a condition surely gives the same samples in the same order."""
+
+    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
+        """The batches of one condition in order; only those that are mine surely are read, a `Gap`
+        stands for the others.
+
+        Args:
+            condition: which one.
+            batch_size: samples per batch, as for `read`.
+            mine: whether the batch of a number is to be read.
+        """
+        yield from dealt(self.read(condition, batch_size), mine)
 
     def resident(self) -> bool:
         """Whether all samples are in memory already, as tensors or arrays."""
@@ -129,19 +163,36 @@ class Data(ABC):
         name = "plus" if condition % 2 else "minus"
         return name if self.parameters == 1 else f"{name}[{condition // 2}]"
 
-    def rounds(self, batch_size: int) -> list[Iterator[Round]]:
+    def rounds(
+        self, batch_size: int, mine: Callable[[int, int], bool] | None = None
+    ) -> list[Iterator[Round]]:
         """The streams of a measurement: one per condition, or one of all when they are paired.
+
+        Args:
+            batch_size: samples per batch, as for `read`.
+            mine: whether the round of a number is to be read, of stream and number; None for all.
 
         Raises:
             ValueError: paired conditions do not yield batches of the same sizes.
         """
-        streams = [self.read(c, batch_size) for c in range(self.conditions)]
+        streams: list[Iterator[Part]] = []
+        for c in range(self.conditions):
+            if mine is None:
+                streams.append(self.read(c, batch_size))
+            else:
+                streams.append(self.deal(c, batch_size, partial(mine, 0 if self.paired else c)))
         if self.paired:
             return [abreast(streams)]
-        return [((batch,) for batch in stream) for stream in streams]
+        return [((part,) for part in stream) for stream in streams]
 
 
-def abreast(streams: Sequence[Iterator[Batch]]) -> Iterator[Round]:
+def dealt(batches: Iterator[Batch], mine: Mine) -> Iterator[Part]:
+    """Batches that are read and let go of where they are not mine."""
+    for number, batch in enumerate(batches):
+        yield batch if mine(number) else Gap(len(batch))
+
+
+def abreast(streams: Sequence[Iterator[Part]]) -> Iterator[Round]:
     """Yield one batch of every stream at a time; row i of each belongs together.
 
     Raises:

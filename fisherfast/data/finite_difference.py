@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fisherfast.data import sources
-from fisherfast.data.batch import Batch, Data
+from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
 from fisherfast.data.sources import Source
 
 __all__ = ["FiniteDifference", "check_dtheta"]
@@ -110,6 +110,16 @@ class FiniteDifference(Data):
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """The same batches, each as a `Batch`."""
         return map(Batch, self.batches(condition, batch_size))
+
+    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
+        """The batches of one condition; only those that are mine are read of tensors, arrays and
+        Datasets."""
+        source, name = self._sources[condition], self.condition_name(condition)
+        if not sources.divisible(source):
+            yield from super().deal(condition, batch_size, mine)
+            return
+        for n, item in sources.deal(source, batch_size, mine):
+            yield Gap(n) if item is None else Batch(sources.as_batch(item, name))
 
     def repeats(self, condition: int) -> bool:
         """Whether each pass over a condition surely gives the same samples in the same order:

@@ -32,6 +32,7 @@ class KeptData(Data):
         self.conditions = source.conditions
         self.dtheta = source.dtheta
         self.paired = source.paired
+        self.sharded = source.sharded
 
     @property
     def held_bytes(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fisherfast.data import sources
-from fisherfast.data.batch import Batch, Data
+from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
 from fisherfast.data.sources import Source
 
 __all__ = ["Pathwise", "Score"]
@@ -79,14 +79,9 @@ class PerSample(Data):
         """
         empty, start = True, 0
         for number, item in enumerate(sources.iterate(self._x, batch_size, "x")):
-            where = f"in batch {number}"
-            x = sources.as_batch(item, "x")
-            if isinstance(self._x, torch.Tensor | np.ndarray):
-                batch = self._slice(x, start)
-            else:
-                batch = self._join(x, self._second(item, where), where)
-            start += len(x)
-            if len(x):
+            batch = self._batch(item, number, start)
+            start += len(batch)
+            if len(batch):
                 empty = False
                 yield batch
         if empty:
@@ -94,6 +89,24 @@ class PerSample(Data):
                 "x must yield at least one sample, got an empty source"
                 " (an iterator can be read once only: pass a function that returns a new one)"
             )
+
+    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
+        """The batches; only those that are mine are read of tensors, arrays and Datasets."""
+        if not sources.divisible(self._x):
+            yield from super().deal(condition, batch_size, mine)
+            return
+        start = 0
+        for number, (n, item) in enumerate(sources.deal(self._x, batch_size, mine)):
+            yield Gap(n) if item is None else self._batch(item, number, start)
+            start += n
+
+    def _batch(self, item: Any, number: int, start: int) -> Batch:
+        """The checked batch of a number, the first of its samples number start."""
+        where = f"in batch {number}"
+        x = sources.as_batch(item, "x")
+        if isinstance(self._x, torch.Tensor | np.ndarray):
+            return self._slice(x, start)
+        return self._join(x, self._second(item, where), where)
 
     def _second(self, item: Any, where: str) -> torch.Tensor:
         if not isinstance(item, list | tuple) or len(item) < 2:
@@ -250,5 +263,8 @@ def _check_like(dx: torch.Tensor, x: torch.Tensor, where: str) -> None:
 
 
 def _check_finite(value: torch.Tensor, name: str, where: str) -> None:
+    # one pass without copies: NaN and infinity survive any sum; one that overflows is looked into
+    if bool(torch.isfinite(value.sum())):
+        return
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity{where}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from fisherfast.data.batch import Batch, Data
+from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
 from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.data.sources import as_batch
 from fisherfast.results import FisherWarning
@@ -118,15 +118,26 @@ class Simulator(Data):
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Draw the samples of one condition, in batches."""
+        for number, n in self._numbered(batch_size):
+            yield self._batch(condition, number, n)
+
+    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
+        """Draw those batches of one condition that are mine."""
+        for number, n in self._numbered(batch_size):
+            yield self._batch(condition, number, n) if mine(number) else Gap(n)
+
+    def _numbered(self, batch_size: int) -> Iterator[tuple[int, int]]:
+        """Number and size of each batch, once the function was tried."""
         if not self._checked:
             self._check_simulator(min(batch_size, self._samples))
             self._checked = True
         for number, start in enumerate(range(0, self._samples, batch_size)):
-            n = min(batch_size, self._samples - start)
-            if self.source == "pathwise":
-                yield self._differentiate(number, n)
-            else:
-                yield Batch(self._draw(self._point(condition), condition, number, n))
+            yield number, min(batch_size, self._samples - start)
+
+    def _batch(self, condition: int, number: int, n: int) -> Batch:
+        if self.source == "pathwise":
+            return self._differentiate(number, n)
+        return Batch(self._draw(self._point(condition), condition, number, n))
 
     def _point(self, condition: int) -> torch.Tensor:
         """theta of a condition, [P]."""

@@ -14,6 +14,8 @@ __all__ = [
     "check_floating",
     "check_source",
     "count",
+    "deal",
+    "divisible",
     "iterate",
     "repeats",
     "resident",
@@ -79,6 +81,34 @@ def iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:
         yield from torch.utils.data.DataLoader(source, batch_size=batch_size)
 
 
+def divisible(source: Source) -> bool:
+    """Whether any batch of a source can be read without the others: of tensors, arrays, Datasets
+    that are not empty."""
+    if isinstance(source, torch.utils.data.DataLoader) or not repeats(source):
+        return False
+    return bool(count(source))
+
+
+def deal(source: Source, batch_size: int, mine: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
+    """Yield (samples, batch) of a divisible source; None for a batch whose number is not mine,
+    which is not read."""
+    in_memory = resident(source)
+    wanted: list[list[int]] = []  # rows of the next batch, for a loader that asks when it is asked
+    loader: Iterator[Any] = iter(())
+    if not in_memory:
+        loader = iter(torch.utils.data.DataLoader(source, batch_sampler=iter(wanted.pop, None)))
+    for number, start in enumerate(range(0, len(source), batch_size)):
+        stop = min(start + batch_size, len(source))
+        item = None
+        if mine(number):
+            if in_memory:
+                item = source[start:stop]
+            else:
+                wanted.append(list(range(start, stop)))
+                item = next(loader)
+        yield stop - start, item
+
+
 def _from_array(array: np.ndarray) -> torch.Tensor:
     """A tensor of an array, without a copy where torch can read it as it is."""
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -112,11 +142,27 @@ def count(source: Source) -> int | None:
     """Number of samples of a source, or None for a stream of unknown length."""
     if isinstance(source, torch.Tensor | np.ndarray):
         return len(source)
+    if isinstance(source, torch.utils.data.DataLoader):
+        return _count_of_loader(source)
     sized: Any = getattr(source, "dataset", source)
     try:
         return len(sized)
     except TypeError:
         return None
+
+
+def _count_of_loader(loader: torch.utils.data.DataLoader[Any]) -> int | None:
+    """What its sampler draws (of a Dataset, or of one process's share of it), less what is dropped;
+    None where items are batches, or a sampler makes these."""
+    if loader.batch_size is None:
+        return None
+    iterable = isinstance(loader.dataset, torch.utils.data.IterableDataset)
+    counted: Any = loader.dataset if iterable else loader.sampler
+    try:
+        samples = len(counted)
+    except TypeError:
+        return None
+    return samples - samples % loader.batch_size if loader.drop_last else samples
 
 
 def resident(source: Source) -> bool:

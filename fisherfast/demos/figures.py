@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fisherfast.demos.task import LAST, Pictures, Task
+from fisherfast.demos.task import Pictures, Task
 from fisherfast.demos.training import EpochRecord
 from fisherfast.plots import GREY, legend_beside, new_figure, plot_flows, plot_training
+from fisherfast.problems.published import FIRST, LAST
 
 __all__ = ["draw_figures", "published_label"]
 
@@ -35,7 +36,7 @@ def draw_figures(task: Task, history: Sequence[EpochRecord]) -> dict[str, Any]:
 
 def published_label(epoch: int) -> str:
     """How the report names a published epoch."""
-    return "last epoch" if epoch == LAST else f"epoch {epoch}"
+    return {FIRST: "first epoch", LAST: "last epoch"}.get(epoch, f"epoch {epoch}")
 
 
 def _draw_flow(task: Task, history: Sequence[EpochRecord], ax: Any) -> None:

@@ -52,6 +52,7 @@ def imaging_task(
     seed: int = 0,
     scene: Path | None = None,
     data: Path | None = None,
+    held_out_factor: int = HELD_OUT_FACTOR,
 ) -> Task:
     """Camera images of a glyph, of a picture file, or the published measurements.
 
@@ -60,6 +61,8 @@ def imaging_task(
         seed: of images, weights and order.
         scene: a picture to look at instead of the letter theta.
         data: `Data1.npz` of the published experiment, instead of simulated images.
+        held_out_factor: held-out images per condition for each training image per position, as far
+            as a file has them.
 
     Raises:
         ValueError: too few samples, both scene and data, or an unreadable file.
@@ -76,16 +79,18 @@ def imaging_task(
             f" got {samples}"
         )
     if data is not None:
-        return _recorded(data, samples, seed)
+        return _recorded(data, samples, seed, held_out_factor)
     camera = default_camera(None if scene is None else scene_from_file(scene))
-    return _simulated(camera, scene, samples or SAMPLES, seed)
+    return _simulated(camera, scene, samples or SAMPLES, seed, held_out_factor)
 
 
-def _simulated(camera: Camera, scene: Path | None, samples: int, seed: int) -> Task:
+def _simulated(
+    camera: Camera, scene: Path | None, samples: int, seed: int, held_out_factor: int
+) -> Task:
     x, theta = camera.training_set(samples, seed=seed)
     # Training sets of different seeds are independent; validation takes one that no user asks for.
     val_x, val_theta = camera.training_set(samples // VALIDATION_SHARE, seed=seed + 2**32)
-    held_out = HELD_OUT_FACTOR * samples
+    held_out = held_out_factor * samples
     minus, plus = camera.conditions(0.0, STEP, held_out, seed=seed)
     positions = published_positions()[list(SHOWN)]
     pictures = Pictures(
@@ -107,7 +112,7 @@ def _simulated(camera: Camera, scene: Path | None, samples: int, seed: int) -> T
     return _task(x, theta, val_x, val_theta, (minus[0], plus[0]), pictures, settings, seed)
 
 
-def _recorded(path: Path, samples: int | None, seed: int) -> Task:
+def _recorded(path: Path, samples: int | None, seed: int, held_out_factor: int) -> Task:
     recording = load_camera_npz(path, seed=seed)
     positions = published_positions()
     images = recording.x.unflatten(0, (len(positions), -1))
@@ -119,7 +124,7 @@ def _recorded(path: Path, samples: int | None, seed: int) -> Task:
             f"--data must hold at least {max(samples, LEAST_SAMPLES)} training images per position"
             f" beside {validation} for validation, got {available}"
         )
-    pair = [part[: HELD_OUT_FACTOR * samples] for part in (recording.minus, recording.plus)]
+    pair = [part[: held_out_factor * samples] for part in (recording.minus, recording.plus)]
     if min(map(len, pair)) < HELD_OUT_FACTOR * LEAST_SAMPLES:
         raise ValueError(
             f"--data must hold at least {HELD_OUT_FACTOR * LEAST_SAMPLES} held-out images at -0.3"

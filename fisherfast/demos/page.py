@@ -11,7 +11,7 @@ from typing import Any
 from fisherfast.demos.figures import published_label
 from fisherfast.demos.table import epoch_cells, epoch_header
 from fisherfast.demos.task import Task
-from fisherfast.demos.training import EpochRecord
+from fisherfast.demos.training import EpochRecord, nearest_epoch
 
 __all__ = ["render_page"]
 
@@ -190,8 +190,7 @@ def _published_table(task: Task, history: Sequence[EpochRecord]) -> str:
         return ""
     rows = []
     for epoch, values in task.published.items():
-        output = values[-1]
-        nearest = min(history, key=lambda r: abs(r.flow.fractions()["output"] - output))
+        nearest = nearest_epoch(history, values[-1])
         fractions = nearest.flow.fractions()
         ours = [fractions[name] for name in (*task.layers, "output")]
         rows.append([f"published, {published_label(epoch)}", *(f"{value:.3f}" for value in values)])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fisherfast.demos.task import LAST, VALIDATION_SHARE, Task
+from fisherfast.demos.task import VALIDATION_SHARE, Task
 from fisherfast.problems import (
     GaussianShift,
     LogNormal,
@@ -18,8 +18,18 @@ from fisherfast.problems import (
     gaussian_network,
     lognormal_network,
 )
+from fisherfast.problems.published import GAUSSIAN_FLOW, LOGNORMAL_FLOW
 
-__all__ = ["LEAST_SAMPLES", "gaussian_task", "lognormal_task"]
+__all__ = [
+    "GAUSSIAN_SIZES",
+    "LEAST_SAMPLES",
+    "PUBLISHED_HELD_OUT",
+    "Size",
+    "gaussian_task",
+    "lognormal_task",
+    "simulated_task",
+    "sized",
+]
 
 LAYERS = ("relu1", "relu2", "relu3", "relu4")
 LEAST_SAMPLES = 100
@@ -27,18 +37,6 @@ LEAST_SAMPLES = 100
 LEAST_HELD_OUT = 1000
 """Per condition: the covariance of the 256 numbers of an input, and a lift beside them."""
 PUBLISHED_HELD_OUT = 150_000
-
-GAUSSIAN_EPOCHS = {
-    0: (0.327, 0.157, 0.053, 0.014, 0.001),
-    1: (0.654, 0.564, 0.519, 0.503, 0.481),
-    5: (0.919, 0.920, 0.909, 0.904, 0.885),
-    15: (0.996, 1.008, 1.007, 1.007, 0.976),
-}
-LOGNORMAL_EPOCHS = {
-    0: (0.981, 0.910, 0.755, 0.582, 0.034),
-    2: (0.971, 0.949, 0.911, 0.872, 0.808),
-    LAST: (0.988, 0.992, 0.991, 0.987, 0.969),
-}
 
 MEASURED = (
     "Before training and after each epoch, the Fisher information about theta is measured in the"
@@ -56,23 +54,24 @@ FULL = "This run has the published number of samples and the published learning 
 
 
 @dataclass(frozen=True)
-class _Size:
-    """How large a run is."""
+class Size:
+    """How large a run is: samples and validation samples per theta, held-out ones per condition."""
 
     samples: int
     held_out: int
     epochs: int
     learning_rate: float
     paired: bool
+    validation: int | None = None  # one for `VALIDATION_SHARE` training samples
 
 
 GAUSSIAN_SIZES = {
-    False: _Size(6000, 20_000, 10, 1e-5, paired=True),
-    True: _Size(20_000, PUBLISHED_HELD_OUT, 15, 1e-6, paired=False),
+    False: Size(6000, 20_000, 10, 1e-5, paired=True),
+    True: Size(20_000, PUBLISHED_HELD_OUT, 15, 1e-6, paired=False),
 }
 LOGNORMAL_SIZES = {
-    False: _Size(10_000, 40_000, 10, 1e-4, paired=True),
-    True: _Size(20_000, PUBLISHED_HELD_OUT, 8, 1e-4, paired=False),
+    False: Size(10_000, 40_000, 10, 1e-4, paired=True),
+    True: Size(20_000, PUBLISHED_HELD_OUT, 8, 1e-4, paired=False),
 }
 
 
@@ -87,7 +86,7 @@ def gaussian_task(*, samples: int | None = None, seed: int = 0, full: bool = Fal
     Raises:
         ValueError: too few samples.
     """
-    size = _sized(GAUSSIAN_SIZES[full], samples)
+    size = sized(GAUSSIAN_SIZES[full], samples)
     problem = GaussianShift(torch.ones(256))
     story = (
         "A sample is 256 numbers, each theta plus independent noise of standard deviation 1. The"
@@ -97,17 +96,18 @@ def gaussian_task(*, samples: int | None = None, seed: int = 0, full: bool = Fal
         MEASURED.format(pairing=PAIRED if size.paired else INDEPENDENT),
         FULL if full else SCALED,
     )
-    return _task(
+    return simulated_task(
         problem,
         size,
         seed,
         values=torch.linspace(-1, 1, 31),
         dtheta=0.06,
+        layers=LAYERS,
         name="gaussian",
         title="A mean hidden in Gaussian noise",
         story=story,
         model=gaussian_network(seed=seed),
-        published=GAUSSIAN_EPOCHS,
+        published=GAUSSIAN_FLOW,
         max_features=256,
     )
 
@@ -123,7 +123,7 @@ def lognormal_task(*, samples: int | None = None, seed: int = 0, full: bool = Fa
     Raises:
         ValueError: too few samples.
     """
-    size = _sized(LOGNORMAL_SIZES[full], samples)
+    size = sized(LOGNORMAL_SIZES[full], samples)
     story = (
         "A sample is 10 numbers exp(B z), where z is theta plus independent noise of standard"
         " deviation 1 and B a random matrix. The Fisher information is exactly 10, but not all of"
@@ -133,22 +133,23 @@ def lognormal_task(*, samples: int | None = None, seed: int = 0, full: bool = Fa
         MEASURED.format(pairing=PAIRED if size.paired else INDEPENDENT),
         FULL if full else SCALED,
     )
-    return _task(
+    return simulated_task(
         LogNormal.random(seed=seed),
         size,
         seed,
         values=torch.linspace(-7, 7, 21),
         dtheta=0.15,
+        layers=LAYERS,
         name="lognormal",
         title="Information in the shape of a distribution",
         story=story,
         model=lognormal_network(seed=seed),
-        published=LOGNORMAL_EPOCHS,
+        published=LOGNORMAL_FLOW,
         max_features=512,
     )
 
 
-def _sized(size: _Size, samples: int | None) -> _Size:
+def sized(size: Size, samples: int | None) -> Size:
     """The size with another number of samples, the held-out ones in proportion."""
     if samples is None:
         return size
@@ -158,18 +159,20 @@ def _sized(size: _Size, samples: int | None) -> _Size:
     return replace(size, samples=samples, held_out=held_out)
 
 
-def _task(
+def simulated_task(
     problem: Problem,
-    size: _Size,
+    size: Size,
     seed: int,
     *,
     values: torch.Tensor,
     dtheta: float,
     **words: Any,
 ) -> Task:
+    """A task of a simulated problem with training samples at `values`; `words` go to `Task`."""
     generator = torch.Generator().manual_seed(seed)
     draws = []
-    for count in (size.samples, size.samples // VALIDATION_SHARE):
+    validation = size.validation or size.samples // VALIDATION_SHARE
+    for count in (size.samples, validation):
         x = torch.cat([problem.sample(float(value), count, generator) for value in values])
         draws.append((x, values.repeat_interleave(count)))
     (x, theta), (val_x, val_theta) = draws
@@ -179,7 +182,6 @@ def _task(
         val_x=val_x,
         val_theta=val_theta,
         data=problem.finite_difference(0.0, dtheta, size.held_out, seed=seed, paired=size.paired),
-        layers=LAYERS,
         unit="1/theta²",
         learning_rate=size.learning_rate,
         epochs=size.epochs,

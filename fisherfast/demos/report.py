@@ -19,7 +19,7 @@ from fisherfast.demos.task import Task
 from fisherfast.demos.training import EpochRecord
 from fisherfast.plots import crossing_epoch
 
-__all__ = ["summary", "write_report"]
+__all__ = ["epoch_numbers", "summary", "versions", "write_report"]
 
 PAGE = "index.html"
 NUMBERS = "results.json"
@@ -75,13 +75,14 @@ def _numbers(task: Task, history: Sequence[EpochRecord], complete: bool) -> dict
             "batch size": task.batch_size,
             "epochs": task.epochs,
         },
-        "versions": _versions(),
+        "versions": versions(),
         "summary": summary(history),
-        "epochs": [_epoch(record) for record in history],
+        "epochs": [{**epoch_numbers(record), "flow": record.flow.to_dict()} for record in history],
     }
 
 
-def _epoch(record: EpochRecord) -> dict[str, Any]:
+def epoch_numbers(record: EpochRecord) -> dict[str, Any]:
+    """Errors, and J / J_input of each layer with its standard error."""
     return {
         "epoch": record.epoch,
         "train_mse": record.train_mse,
@@ -91,11 +92,11 @@ def _epoch(record: EpochRecord) -> dict[str, Any]:
         "fractions": record.flow.fractions(),
         "fraction_errors": record.flow.fraction_errors(),
         "seconds": record.seconds,
-        "flow": record.flow.to_dict(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what the numbers were made with."""
     import matplotlib
 
     return {

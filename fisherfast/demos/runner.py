@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -12,7 +12,7 @@ from fisherfast.demos.task import Task
 from fisherfast.demos.training import DivergenceError, EpochRecord, train
 from fisherfast.plots import new_figure
 
-__all__ = ["INTERRUPTED", "run_demo"]
+__all__ = ["DONE", "FAILED", "INTERRUPTED", "collect", "run_demo", "verdict"]
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 """Exit statuses; 130 is what shells give a command that Ctrl-C ended."""
@@ -42,19 +42,23 @@ def run_demo(
     new_figure()  # fail now, not after the training
     out.mkdir(parents=True, exist_ok=True)
     history: list[EpochRecord] = []
-    status = _collect(train(task, seed=seed, progress=progress), history, task, stream)
+    status = collect(train(task, seed=seed, progress=progress), history, task, stream)
     if not history:
         stream.write("nothing was measured: no report\n")
         return status
     page = write_report(out, task, history, complete=status == DONE)
-    stream.write(f"\n{_verdict(history)}\nreport: {page}\n")
+    stream.write(f"\n{verdict(history)}\nreport: {page}\n")
     return status
 
 
-def _collect(
+def collect(
     epochs: Iterator[EpochRecord], history: list[EpochRecord], task: Task, stream: TextIO
 ) -> int:
-    """Fill the history, one line of the table at a time, as far as it goes."""
+    """Fill the history, one line of the table at a time, as far as it goes.
+
+    Returns:
+        `DONE`, `INTERRUPTED` after Ctrl-C, or `FAILED` when the training diverged.
+    """
     table = LiveTable(task.layers, stream)
     table.begin()
     try:
@@ -70,7 +74,8 @@ def _collect(
     return DONE
 
 
-def _verdict(history: list[EpochRecord]) -> str:
+def verdict(history: Sequence[EpochRecord]) -> str:
+    """What a run found, in two lines."""
     facts = summary(history)
     stop = facts["stop_epoch"]
     crossing = "not reached" if stop is None else f"in epoch {stop}"

@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from fisherfast.data import FiniteDifference
 
-__all__ = ["LAST", "VALIDATION_SHARE", "Pictures", "Task"]
+__all__ = ["VALIDATION_SHARE", "Pictures", "Task"]
 
 VALIDATION_SHARE = 5
 """One validation sample for so many training samples."""
-
-LAST = -1
-"""Key of published values of the last epoch, where its number is not known."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Task:
         settings: what the samples were made with, for the record.
         batch_size: of the training.
         max_features: of the measurement.
+        checked_share: the training error is taken on one of so many training samples.
         published: J / J_input of hidden layers and output by epoch, from the publication.
         pictures: for the figure of sample images; None where samples are no images.
     """
@@ -77,5 +75,6 @@ class Task:
     settings: Mapping[str, Any]
     batch_size: int = 128
     max_features: int = 128
+    checked_share: int = VALIDATION_SHARE
     published: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     pictures: Pictures | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fisherfast._progress import progress_bar
-from fisherfast.demos.task import VALIDATION_SHARE, Task
+from fisherfast.demos.task import Task
 from fisherfast.flow import fisher_flow
 from fisherfast.results import FisherFlow, FisherWarning
 
-__all__ = ["DivergenceError", "EpochRecord", "train"]
+__all__ = ["DivergenceError", "EpochRecord", "nearest_epoch", "train"]
 
 EVALUATION_BATCH = 4096
 
@@ -67,8 +67,8 @@ class EpochRecord:
 def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[EpochRecord]:
     """Yield a record before training and after each epoch; the model of the task is trained.
 
-    Adam on the mean square error. The training error is taken after the epoch, on as many of the
-    training samples as there are validation samples.
+    Adam on the mean square error. The training error is taken after the epoch, on every
+    `checked_share`-th of the training samples.
 
     Args:
         task: what to learn.
@@ -86,6 +86,12 @@ def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[Epoc
             order = torch.randperm(len(task.x), generator=generator)
             _train_epoch(task, optimizer, order, f"epoch {epoch}/{task.epochs}", progress)
         yield _measure(task, epoch, start, progress)
+
+
+def nearest_epoch(history: Sequence[EpochRecord], share: float) -> EpochRecord:
+    """The epoch whose output transmits nearest to `share` of the input; runs of different length
+    compare at equal output."""
+    return min(history, key=lambda record: abs(record.transmission - share))
 
 
 def mean_square_error(model: nn.Module, x: Tensor, theta: Tensor) -> float:
@@ -114,7 +120,7 @@ def _train_epoch(
 
 
 def _measure(task: Task, epoch: int, start: float, progress: bool) -> EpochRecord:
-    trained_on = slice(None, None, VALIDATION_SHARE)
+    trained_on = slice(None, None, task.checked_share)
     train_mse = mean_square_error(task.model, task.x[trained_on], task.theta[trained_on])
     val_mse = mean_square_error(task.model, task.val_x, task.val_theta)
     if not torch.isfinite(torch.tensor([train_mse, val_mse])).all():

@@ -71,7 +71,7 @@ class FisherCallback(_Callback):  # type: ignore[misc]
         network: name of the submodule to measure, as in ``named_modules()``; None for the
             LightningModule itself, whose `forward` must then take a batch of samples.
         stopping: a `FisherEarlyStopping`, or another object with its `step`, `state_dict` and
-            `load_state_dict`. It is not asked before the trainer's `min_epochs`.
+            `load_state_dict`. A trainer with `min_epochs` of its own is refused: give them to it.
         theta: function that takes a batch of the loader and returns its parameters [n] or [n, P];
             the live trend is then followed with `FisherMonitor.observe`.
         prefix: what logged names begin with: "fisher/transmission", "fisher/train_level",
@@ -84,7 +84,8 @@ class FisherCallback(_Callback):  # type: ignore[misc]
     Raises:
         ImportError: Lightning is not installed.
         ValueError: at the start of the fit: an unknown network, a strategy that shards the model,
-            an option out of range. After an epoch: a metric that is not logged.
+            an option out of range, a trainer that would train on after the stop. After an epoch: a
+            metric that is not logged.
 
     Warns:
         FisherWarning: as `FisherMonitor.step`; a resumed run cannot record the epoch that its
@@ -138,6 +139,12 @@ class FisherCallback(_Callback):  # type: ignore[misc]
                 "strategy must leave every process with the whole model, got"
                 f" {strategy}: call a FisherMonitor in your own loop, on all processes"
             )
+        if self.stopping is not None and ((trainer.min_epochs or 0) > 1 or trainer.min_steps):
+            raise ValueError(
+                "min_epochs must be given to the stopping rule, which restores weights when it"
+                f" stops, got Trainer(min_epochs={trainer.min_epochs},"
+                f" min_steps={trainer.min_steps})"
+            )
         model = self._measured(pl_module)
         if self.monitor is None or self.monitor.model is not unwrapped(model):
             self.monitor = FisherMonitor(model, self._data, self._every, **self._options)
@@ -187,7 +194,7 @@ class FisherCallback(_Callback):  # type: ignore[misc]
             return
         logged = {f"{self._prefix}{name}": value for name, value in scalars(record).items()}
         pl_module.log_dict(logged, sync_dist=trainer.world_size > 1)
-        if self.stopping is not None and trainer.current_epoch + 1 >= (trainer.min_epochs or 0):
+        if self.stopping is not None:
             trainer.should_stop = self.stopping.step(monitor) or trainer.should_stop
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -6,6 +6,7 @@ import io
 import sys
 from typing import Any
 
+from fisherfast.integrations.figures import measured_flows
 from fisherfast.training import FisherMonitor
 
 __all__ = ["LivePlot"]
@@ -19,7 +20,8 @@ SHOWN = 80
 
 class LivePlot:
     """Two panels in a notebook's output, drawn again at each `update`: what reaches the output and
-    the errors over epochs, and J / J_input against the layers with a line per epoch.
+    the errors over epochs, and J / J_input against the layers with a line per epoch (twelve at
+    most).
 
     Outside of a notebook `update` does nothing and says so with False: a script that came out of a
     notebook runs as it is. Neither IPython nor matplotlib is imported there.
@@ -33,7 +35,7 @@ class LivePlot:
     Raises:
         TypeError: monitor is none.
 
-    Cost: of an update about half a second, in a notebook.
+    Cost: of an update under a second, in a notebook.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -76,7 +78,7 @@ class LivePlot:
         """A picture rather than the figure: how those are shown is the user's setting."""
         from fisherfast import plots
 
-        flows = {r.epoch: r.flow for r in self._monitor.history if r.flow is not None}
+        flows = measured_flows(self._monitor.history)
         figure = plots.new_figure(*SIZE)
         left, right = figure.subplots(1, 2)
         plots.plot_training(self._monitor.history, left)

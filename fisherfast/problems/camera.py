@@ -22,9 +22,9 @@ from .problem import (
     cholesky_factor,
     seeded_generator,
 )
+from .published import IMAGING_INPUT_FISHER
 from .scenes import glyph_scene
 
-PUBLISHED_INPUT_FISHER = 1.6  # per um^2, Weimar et al. 2025
 READOUT_STD = 15.0  # DN, published
 DEFAULT_PSF_SIGMA = 0.5  # um
 DEFAULT_WHITE_STD, DEFAULT_CORRELATED_STD = 7.0, 2.0  # DN; the rest of READOUT_STD is row noise
@@ -358,4 +358,4 @@ def default_camera(scene: np.ndarray | Tensor | None = None) -> Camera:
         row_std=math.sqrt(READOUT_STD**2 - DEFAULT_WHITE_STD**2 - DEFAULT_CORRELATED_STD**2),
         correlated_std=DEFAULT_CORRELATED_STD,
     )
-    return camera.with_input_fisher(PUBLISHED_INPUT_FISHER)
+    return camera.with_input_fisher(IMAGING_INPUT_FISHER)

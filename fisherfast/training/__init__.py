@@ -1,6 +1,14 @@
 """In training: what a monitor records, when to stop, and a live trend between measurements."""
 
+from fisherfast.training.attainable import attainable_error, attainable_error_of_samples
 from fisherfast.training.monitor import FisherMonitor
 from fisherfast.training.record import EpochRecord
+from fisherfast.training.stopping import FisherEarlyStopping
 
-__all__ = ["EpochRecord", "FisherMonitor"]
+__all__ = [
+    "EpochRecord",
+    "FisherEarlyStopping",
+    "FisherMonitor",
+    "attainable_error",
+    "attainable_error_of_samples",
+]

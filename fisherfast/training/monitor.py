@@ -17,6 +17,7 @@ from torch import nn
 from fisherfast import taps
 from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
+from fisherfast.distributed import TIMEOUT, OtherRankError, Ranks, ranks_of
 from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement, NotFiniteError
 from fisherfast.memory_budget import check_budget
@@ -50,7 +51,8 @@ class FisherMonitor:
     r"""Measures a network again and again while it trains, and keeps the history.
 
     What does not change between measurements is found out once: samples, the information in the
-    input, layers and their chains. Measurements use the same samples and the same lift each time,
+    input, layers and their chains; layers too wide for a covariance start from their last Krylov
+    space (3 passes instead of 17). Measurements use the same samples and the same lift each time,
     so differences between epochs are those of the network. The model comes back as it was:
     parameters, mode, hooks and random state.
 
@@ -68,6 +70,9 @@ class FisherMonitor:
         path: CSV file that is brought up to date with every record.
         keep: bytes of samples kept between measurements where the source is a simulator, a loader
             or files; what does not fit is read again each time.
+        group, timeout: the processes that measure together, as for `fisher_flow`; each calls
+            `step`, errors are averaged over them, the first one warns and writes the file. `live`
+            is that of the process's own batches.
         batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. What is kept
             between measurements counts besides.
 
@@ -111,8 +116,10 @@ class FisherMonitor:
         seed: int = 0,
         ridge: float = RIDGE,
         folds: int = FOLDS,
-        maps: bool = False,
+        maps: bool | Sequence[str] = False,
         memory_budget: int | str | None = None,
+        group: Any = None,
+        timeout: float = TIMEOUT,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -135,7 +142,10 @@ class FisherMonitor:
                     f" got {training_data.parameters}"
                 )
             self._training_data = self._kept(training_data)
-        self._file = None if path is None else HistoryFile(path)
+        with ranks_of(group, timeout) as ranks:
+            self._leads = ranks is None or ranks.rank == 0
+        self._group, self._timeout = group, timeout
+        self._file = None if path is None or not self._leads else HistoryFile(path)
         self._recall, self._training_recall = Recall(), Recall()
         self._observer: Observer | None = None
         self._outer = model
@@ -186,11 +196,16 @@ class FisherMonitor:
         }
         notes: list[str] = []
         flow = training_flow = None
-        if due:
-            try:
-                flow, training_flow = self._measure()
-            except NotFiniteError as error:
-                notes.append(f"not measured: {error}")
+        try:
+            with ranks_of(self._group, self._timeout) as ranks:
+                errors = {name: _mean_over(ranks, name, own) for name, own in errors.items()}
+                if due:
+                    flow, training_flow = self._measure(ranks)
+        except (NotFiniteError, OtherRankError) as error:
+            if isinstance(error, OtherRankError) and NotFiniteError.__name__ not in str(error):
+                raise
+            notes.append(f"not measured: {error}")
+            flow = training_flow = None
         self._calls += 1
         if flow is not None:
             self._input_J = flow.layers[0].J
@@ -242,11 +257,7 @@ class FisherMonitor:
             ValueError: theta has not one row per sample.
 
         Cost: under 2 % of a training step in the mean; layers of up to 256 activations are read,
-            input and output too (of a compiled model these two only, of one that is compiled in
-            place by ``model.compile()`` nothing).
-
-        Warns:
-            FisherWarning: the model is compiled in place.
+            input and output too (of a compiled model these two only).
         """
         if self._observer is None:
             self._observer = self._new_observer()
@@ -290,6 +301,7 @@ class FisherMonitor:
             "calls": self._calls,
             "history": [record.state_dict() for record in self.history],
             "observer": observer,
+            "spaces": {n: [w.cpu() for w in s] for n, s in self._recall.spaces.items()},
             "told": sorted(self._told),
         }
 
@@ -324,10 +336,15 @@ class FisherMonitor:
         self.history, self._observer = history, observer
         self._calls = int(state["calls"])
         self._told = set(state["told"])
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self._recall.spaces = {
+            name: [weights.to(device, copy=True) for weights in spaces]
+            for name, spaces in state["spaces"].items()
+        }
         measured = [record.input_J for record in history if not record.input_J.isnan().any()]
         self._input_J = measured[-1] if measured else None
 
-    def _measure(self) -> tuple[FisherFlow, FisherFlow | None]:
+    def _measure(self, ranks: Ranks | None) -> tuple[FisherFlow, FisherFlow | None]:
         paused = contextlib.nullcontext() if self._observer is None else self._observer.paused()
         with paused, _own_stream(self.model):
             flow = Measurement(
@@ -337,6 +354,7 @@ class FisherMonitor:
                 self._settings,
                 recall=self._recall,
                 quiet=True,
+                ranks=ranks,
             ).run()
             if self._training_data is None:
                 return flow, None
@@ -348,6 +366,7 @@ class FisherMonitor:
                 settings,
                 recall=self._training_recall,
                 quiet=True,
+                ranks=ranks,
             ).run()
         return flow, self._beside(flow, training)
 
@@ -384,14 +403,6 @@ class FisherMonitor:
         wrappers = [module for module in self._outer.modules() if module not in inside]
         if any(hasattr(w, "_orig_mod") or isinstance(w, nn.DataParallel) for w in wrappers):
             model, modules = self._outer, {}  # hooks inside would be compiled, or copied to threads
-        if _compiled_in_place(model):
-            warnings.warn(
-                "model must not be compiled in place for observe to read it: hooks would compile it"
-                " again for each batch that is read; use torch.compile(model) for model.compile()",
-                FisherWarning,
-                stacklevel=4,
-            )
-            model, modules = nn.Identity(), {}  # never runs
         return Observer(model, self.data.parameters, every=self._observe_every, modules=modules)
 
     def _in_theta(self, name: str, value: Any) -> Errors:
@@ -424,12 +435,13 @@ class FisherMonitor:
         return self.history[-1].epoch + 1 if self.history else 0
 
     def _tell(self, record: EpochRecord) -> None:
-        """Warn of each kind of note once in a run."""
+        """Warn of each kind of note once in a run, on one rank."""
         for note in record.notes:
             kind = note.partition(":")[0].partition("=")[0]
             if kind not in self._told:
                 self._told.add(kind)
-                warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
+                if self._leads:
+                    warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
 
     def _compared(self) -> dict[str, Any]:
         """Settings that two runs must share for their records to be of one history."""
@@ -480,6 +492,16 @@ def _own_stream(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         callers.wait_stream(own)
+
+
+def _mean_over(ranks: Ranks | None, name: str, own: Errors) -> Errors:
+    """Mean of what the ranks know; the same on all of them."""
+    if ranks is None:
+        return own
+    told = [values for values in ranks.exchange(f"averaging {name}", own) if values is not None]
+    if not told:
+        return None
+    return tuple(math.fsum(values) / len(told) for values in zip(*told, strict=True))
 
 
 def _check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]]) -> None:

@@ -8,22 +8,19 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from recorded_camera import recording
 
 import fisherfast as ff
 from fisherfast.__main__ import main
 from fisherfast.demos import imaging_task, lognormal_task, training
-from fisherfast.problems import default_camera
 
 Image = pytest.importorskip("PIL.Image")
 matplotlib = pytest.importorskip("matplotlib")
 
 FIGURES = {"flow.png", "training.png", "overview.png"}
 TINY = ("--samples", "250", "--epochs", "2")
-CENTER = np.array([-0.3, 0.0, 0.3])
-EDGE = np.array([p for p in np.arange(-15, 16) * 0.3 if abs(p) > 0.45])
 
 
 class Page(HTMLParser):
@@ -130,29 +127,6 @@ def test_photograph_as_scene(tmp_path):
     numbers = check_report(tmp_path, FIGURES | {"samples.png"}, epochs=1)
     assert numbers["settings"]["scene"] == "grace_hopper.jpg"
     assert numbers["settings"]["FI of one image, per um^2"] == pytest.approx(1.6)
-
-
-def recording(path: Path, edge_frames: int, center_frames: int) -> Path:
-    """A file in the layout of the published measurements, with images of the simulated camera."""
-    camera = default_camera()
-    generator = torch.Generator().manual_seed(0)
-
-    def frames(positions: np.ndarray, count: int) -> np.ndarray:
-        whole = np.full((len(positions), count, 32, 64), 100, np.uint8)
-        for images, position in zip(whole, positions, strict=True):
-            if abs(position) < 2:
-                small = camera.sample(float(position), count, generator)
-                images[:, 7:25, 20:44] = small.round().clamp(0, 255).numpy()
-        return whole
-
-    np.savez(
-        path,
-        data_center=frames(CENTER, center_frames),
-        data_edge=frames(EDGE, edge_frames),
-        position_center=CENTER,
-        position_edge=EDGE,
-    )
-    return path
 
 
 def test_recorded_measurements(tmp_path, capsys):

@@ -147,13 +147,13 @@ def test_stops_and_keeps_what_the_rule_restored():
         assert torch.equal(value, own.stopping.weights[name])
 
 
-def test_rule_is_not_asked_before_min_epochs():
+@pytest.mark.parametrize("options", [{"min_epochs": 3}, {"min_steps": 40}])
+def test_trainers_that_would_not_stop_are_refused(options):
     """Catches weights that are restored while the trainer goes on all the same."""
-    own = callback(stopping=StopAt(0))
-    own.stopping.weights = module_of(PACKAGE).state_dict()
-    trainer, _ = fit(own, max_epochs=8, min_epochs=3)
-    assert own.stopping.asked == [2]
-    assert trainer.current_epoch == 3
+    message = "min_epochs must be given to the stopping rule, which restores weights when it stops"
+    with pytest.raises(ValueError, match=message):
+        fit(callback(stopping=StopAt(0)), **options)
+    fit(callback(), max_epochs=4, **options)
 
 
 def run_saved(folder: Path, resume: int | None = None, *, early: bool, **options: Any) -> Any:
@@ -308,7 +308,8 @@ def test_bases_are_those_in_use(monkeypatch):
 @pytest.mark.slow
 def test_two_processes_record_stop_and_restore_together(tmp_path):
     """Catches a rank without history, with errors of its own share alone, with other weights, or
-    one that waits for ever (bounded by a timeout)."""
+    one that waits for ever (bounded by a timeout); then the same with a measurement that they
+    share, which must be that of one process (float64 sums of the same batches: 1e-10)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -345,3 +346,7 @@ def test_two_processes_record_stop_and_restore_together(tmp_path):
     for row, a, b in zip(first["rows"], first["own"], second["own"], strict=True):
         assert row["train_mse"] == pytest.approx((a + b) / 2, rel=1e-6)
     assert first["weights"] == second["weights"] == first["best"]
+    assert len(first["together"]) == 2
+    assert str(first["together"]) == str(second["together"])
+    shared = first["together"][-1]["J/output"]
+    assert shared == pytest.approx(first["alone"], rel=1e-10)

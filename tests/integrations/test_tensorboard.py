@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import fisherfast as ff
+from fisherfast.integrations.figures import measured_flows
 from fisherfast.integrations.scalars import scalars
 from fisherfast.integrations.tensorboard import log_to_tensorboard
 
@@ -77,6 +79,21 @@ def test_epochs_without_a_measurement():
     assert set(writer.scalars) == {"train_level", "val_level"}
     assert not any(math.isnan(v) for [(_, v)] in writer.scalars.values())
     assert set(writer.figures) == {"training", "flow"}
+
+
+@pytest.mark.parametrize("measured", [0, 1, 11, 12, 13, 1000])
+def test_figures_of_long_runs_are_thinned(measured):
+    """Catches a thousand lines in one figure, the last epoch left out, and epochs by their place
+    rather than their number."""
+    record = monitor_after(1).history[0]
+    history = [replace(record, epoch=7 * i, flow=None) for i in range(2 * measured)]
+    history[1::2] = [replace(r, flow=record.flow) for r in history[1::2]]
+    epochs = list(measured_flows(history))
+    assert len(epochs) == min(measured, 12)
+    assert set(epochs) <= {r.epoch for r in history[1::2]}
+    assert epochs == sorted(set(epochs))
+    if measured:
+        assert (epochs[0], epochs[-1]) == (7, history[-1].epoch)
 
 
 def test_live_trend_and_overfitting_are_written():

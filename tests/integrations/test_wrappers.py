@@ -266,7 +266,8 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
 def test_distributed_models(tmp_path, world):
     """Catches a measurement that waits for other processes, of a shard in place of the parameters,
     or that leaves DDP or FSDP unable to train on. Bounded by a timeout."""

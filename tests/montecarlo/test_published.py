@@ -9,9 +9,10 @@ import torch
 
 import fisherfast as ff
 from fisherfast.problems import GaussianScale, GaussianShift, gaussian_network
+from fisherfast.problems.published import GAUSSIAN_FLOW, LIFT_CURVE
 
-FIGURE_3 = {100: 63.4, 200: 77.2, 400: 90.3, 800: 95.6}
-UNTRAINED = (0.327, 0.157, 0.053, 0.014, 0.001)
+FIGURE_3 = {lifted: J for lifted, J in LIFT_CURVE.items() if 0 < lifted < 1300}
+UNTRAINED = GAUSSIAN_FLOW[0]
 
 
 @pytest.mark.slow

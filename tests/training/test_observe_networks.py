@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import fisherfast as ff
 from fisherfast.problems import GaussianShift, mlp
@@ -346,18 +347,28 @@ def test_a_compiled_part_is_not_read_inside():
     assert set(monitor._observer.moments) == {"input", "1", "output"}
 
 
-def test_a_network_that_is_compiled_in_place_is_left_alone():
-    """Catches a graph that is compiled again for each batch that is read: after eight times it
-    would run uncompiled for good."""
-    model = mlp([DIM, 4, 1], seed=0)
-    model.compile(backend="eager")
-    monitor = monitored(model)
-    with pytest.warns(ff.FisherWarning, match="model must not be compiled in place for observe"):
-        monitor.observe(torch.zeros(1))
-    assert not any(m._forward_hooks for m in model.modules())
-    train(monitor, model, 3)
-    assert monitor.live() == {}
+def test_a_network_that_is_compiled_in_place_is_read_at_its_ends():
+    """Catches a graph that is compiled again for each batch that is read (after eight times it
+    would run uncompiled for good), and a network that the observer passes by."""
+
+    class Own(nn.Module):  # torch leaves its own containers uncompiled
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = mlp([DIM, 4, 1], seed=0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inside(x)
+
+    torch._dynamo.reset()
+    counter, model = CompileCounter(), Own()
+    model.compile(backend=counter)
+    call = model._compiled_call_impl
+    monitor = monitored(model, every=2)
+    train(monitor, model, 12)
     monitor.close()
+    assert set(monitor.live()) == {"input", "output"}
+    assert counter.frame_count == 1
+    assert model._compiled_call_impl is call
 
 
 def test_a_network_spread_over_threads_is_read_at_its_ends():

@@ -1,0 +1,348 @@
+"""When to stop training: the published rule and one that needs no error. A new rule is a class with
+`judge`, and a line in `RULES`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fisherfast.results import FisherFlow, LayerFisher
+from fisherfast.taps import INPUT
+from fisherfast.training.attainable import Prior, attainable_error
+from fisherfast.training.record import EpochRecord, output_of
+from fisherfast.training.stopping_rule import History, StoppingRule, Verdict, check_count
+
+__all__ = ["RULES", "CramerRaoRule", "TransmissionRule"]
+
+TOLERANCE = 0.02
+"""Of the largest share: less than what slope and offset still add to the error in the study of
+benchmarks/early_stopping.py, and about as much in validation loss at worst."""
+SIGNIFICANT = 3.0
+"""Standard errors above 0 of a share that is not noise: before that, nothing has been learned."""
+NOISE_WINDOW = 10
+"""Measurements that the noise is taken from: enough for a median, few enough to be recent."""
+NORMAL_MEDIAN = 0.6745  # of |z|, z standard normal
+THIRD_DIFFERENCE = 20.0  # 1 + 9 + 9 + 1, variance of the third difference of independent numbers
+
+
+class CramerRaoRule(StoppingRule):
+    r"""Stop when the training error is what nobody can reach without having seen the samples.
+
+    The level of an epoch is the mean over parameters of :math:`mse_p / E_p`, with :math:`E_p` the
+    least error of samples that are not known. The rule stops at the first epoch whose level is at
+    most 1 - min_delta. By default :math:`E_p = (J^{-1})_{pp}`, J that of the input.
+
+    Args:
+        prior: where theta lies, for an attainable error instead of 1/J: a pair (low, high), or a
+            tensor [n] of the theta of the training samples; for P parameters P of these, or [n, P].
+            See `attainable_error` for what this assumes.
+        least_error: E_p in theta^2 where it is known otherwise, one number or P: from a simulation,
+            say. Neither prior nor J is used then.
+        input_J: information in the input at several theta, where it varies: numbers, [P, P]
+            tensors or `LayerFisher`. The errors that they allow are averaged. None takes that of
+            the monitor.
+        target_scale: theta per unit of the network's targets, one number or P, for errors that were
+            given to the monitor in the unit of the targets (it has a `target_scale` of its own).
+        smoothing: epochs in which the logarithm of the level is fitted by a straight line, whose
+            end then counts, for errors of few samples. 1 takes the level as it is.
+        patience, min_delta, min_epochs: see `StoppingRule`; patience is 0 by default.
+
+    Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025), section on early stopping; E_p is 1/J
+        there.
+    """
+
+    name = "crlb"
+    default_patience = 0
+
+    def __init__(
+        self,
+        *,
+        prior: Prior | Sequence[Prior] | None = None,
+        least_error: float | Sequence[float] | None = None,
+        input_J: Sequence[Any] | None = None,
+        target_scale: float | Sequence[float] = 1.0,
+        smoothing: int = 1,
+        patience: int | None = None,
+        min_delta: float = 0.0,
+        min_epochs: int = 0,
+    ) -> None:
+        super().__init__(patience=patience, min_delta=min_delta, min_epochs=min_epochs)
+        if self.min_delta >= 1:
+            raise ValueError(f"min_delta must be below 1, the level to stop at, got {min_delta}")
+        self.smoothing = check_count("smoothing", smoothing, least=1)
+        if least_error is not None and not (prior is None and input_J is None):
+            raise ValueError("least_error must be given without prior and input_J, got both")
+        self.prior = prior
+        self.least_error = None if least_error is None else _numbers("least_error", least_error)
+        self.input_J = None if input_J is None else [_as_matrix(J) for J in input_J]
+        if self.input_J is not None and not self.input_J:
+            raise ValueError("input_J must hold the information at one theta at least, got none")
+        self.target_scale = _numbers("target_scale", target_scale)
+        self._known: dict[tuple[float, ...], list[float]] = {}
+
+    def judge(self, history: History) -> Verdict:
+        """See `StoppingRule`."""
+        levels = self.levels(history)
+        known = [index for index, level in enumerate(levels) if not math.isnan(level)]
+        if not known:
+            return Verdict(None)
+        below = 0  # epochs in succession, at the end
+        for index in reversed(known):
+            late = history[index].epoch >= self.min_epochs
+            if not late or levels[index] > 1 - self.min_delta:
+                break
+            below += 1
+        best = known[-below] if below else known[-1]
+        if below <= self.patience:
+            return Verdict(best)
+        return Verdict(best, self._reason(history[best], levels[best]))
+
+    def levels(self, history: History) -> list[float]:
+        """Training error in units of the least error; NaN before the first measurement."""
+        raw = self._each(history, self._level)
+        return raw if self.smoothing == 1 else _line_ends(raw, self.smoothing)
+
+    def least_errors(self, J: torch.Tensor) -> list[float]:
+        """E_p in theta^2, for P parameters.
+
+        Args:
+            J: [P, P] information in the input, where `input_J` was not given.
+
+        Raises:
+            ValueError: J is not positive definite, or the prior has another number of parameters.
+        """
+        if self.least_error is not None:
+            return self.least_error * (len(J) if len(self.least_error) == 1 else 1)
+        key = tuple(J.flatten().tolist())
+        if key not in self._known:
+            matrices = [J] if self.input_J is None else self.input_J
+            errors = torch.tensor(
+                [self._errors_of(matrix) for matrix in matrices], dtype=torch.float64
+            )
+            self._known[key] = errors.mean(0).tolist()
+        return self._known[key]
+
+    def _errors_of(self, J: torch.Tensor) -> list[float]:
+        factor, failed = torch.linalg.cholesky_ex(J)
+        if int(failed) or not bool(torch.isfinite(factor).all()):
+            raise ValueError(
+                "input_J must be positive definite for rule 'crlb', got"
+                f' {J.tolist()}: measure with more samples, or use rule="transmission"'
+            )
+        errors: list[float] = torch.cholesky_inverse(factor).diagonal().tolist()
+        if self.prior is None:
+            return errors
+        priors = self._priors(len(errors))
+        return [attainable_error(1 / e, prior) for e, prior in zip(errors, priors, strict=True)]
+
+    def _priors(self, parameters: int) -> list[Prior]:
+        """One for each parameter."""
+        prior: Any = self.prior
+        if isinstance(prior, torch.Tensor):
+            columns = prior.reshape(len(prior), -1).T if prior.ndim else prior.reshape(1, 1)
+            parts: list[Prior] = list(columns)
+        elif all(isinstance(entry, int | float) for entry in prior):
+            parts = [prior]
+        else:
+            parts = list(prior)
+        if len(parts) != parameters:
+            raise ValueError(
+                f"prior must be given for each of the {parameters} parameters, got {len(parts)}"
+            )
+        return parts
+
+    def _level(self, record: EpochRecord) -> float:
+        errors = record.train_mse
+        if errors is None:
+            raise ValueError(
+                f"train_mse must be given to the monitor for rule 'crlb', got None in epoch"
+                f' {record.epoch}; rule="transmission" needs none'
+            )
+        if min(errors) < 0:
+            raise ValueError(
+                "train_mse must be a mean square error, at least 0, for rule 'crlb', got"
+                f" {min(errors)} in epoch {record.epoch}: another loss has no Cramer-Rao bound; use"
+                ' rule="transmission"'
+            )
+        unknown = self.input_J is None and self.least_error is None
+        if unknown and bool(torch.isnan(record.input_J).any()):
+            return math.nan
+        least = self.least_errors(record.input_J)
+        if len(errors) != len(least):
+            raise ValueError(
+                f"train_mse must hold an error for each of the {len(least)} parameters, got"
+                f" {len(errors)}"
+            )
+        scales = self.target_scale * (len(least) if len(self.target_scale) == 1 else 1)
+        if len(scales) != len(least):
+            raise ValueError(
+                f"target_scale must be one number or {len(least)}, got {len(self.target_scale)}"
+            )
+        triples = zip(errors, scales, least, strict=True)
+        return statistics.fmean(mse * scale**2 / error for mse, scale, error in triples)
+
+    def _reason(self, record: EpochRecord, level: float) -> str:
+        published = self.prior is None and self.least_error is None
+        bound = "1 / J_input" if published else "the attainable error"
+        return (
+            f"training error at {level:.3g} of {bound} in epoch {record.epoch}: below it is memory"
+            " of the training samples, not skill"
+        )
+
+
+class TransmissionRule(StoppingRule):
+    """Stop when the output no longer gains information on samples that are not trained on.
+
+    The share of an epoch is tr(J_input^-1 J_output) / P on the held-out samples of the monitor. The
+    rule stops when `patience` measurements have not risen above the largest share (which must be
+    three standard errors above 0); the best epoch is the last one within `tolerance` of it. No
+    error, no unit and no prior are needed: any loss will do.
+
+    Args:
+        information: "linear" for the linear information of the outputs themselves, which is that of
+            an estimate, corrected for slope and offset; "J" for that of a lift of them too, for
+            outputs that are no estimates.
+        tolerance: part of the largest share that may be given away. Information is measured at one
+            theta and does not see slope and offset, which settle later: where the share is level,
+            later weights are the better ones.
+        patience: measurements without a rise before the stop; 5 by default.
+        min_delta: smallest rise that counts, in standard errors of the difference of two epochs.
+            These are far below the standard error of a share, for all epochs are measured on the
+            same samples: the scatter of the last measurements about a smooth curve shows them.
+        min_epochs: see `StoppingRule`.
+    """
+
+    name = "transmission"
+    default_patience = 5
+
+    def __init__(
+        self,
+        *,
+        information: str = "linear",
+        tolerance: float = TOLERANCE,
+        patience: int | None = None,
+        min_delta: float = 0.0,
+        min_epochs: int = 0,
+    ) -> None:
+        super().__init__(patience=patience, min_delta=min_delta, min_epochs=min_epochs)
+        if information not in ("linear", "J"):
+            raise ValueError(f'information must be "linear" or "J", got {information!r}')
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance}")
+        self.information = information
+        self.tolerance = float(tolerance)
+
+    def judge(self, history: History) -> Verdict:
+        """See `StoppingRule`."""
+        shares = self.shares(history)
+        known = [index for index, share in enumerate(shares) if not math.isnan(share)]
+        if not known:
+            return Verdict(None)
+        peak = best = known[0]
+        since = 0
+        for count, index in enumerate(known[1:], start=2):
+            since += 1
+            recent = known[max(0, count - NOISE_WINDOW) : count]
+            if shares[index] > shares[peak] + self._least_rise(shares, recent):
+                peak, since = index, 0
+            if index == peak or shares[index] >= (1 - self.tolerance) * shares[peak]:
+                best = index
+        measured_now = known[-1] == len(history) - 1
+        late = history[-1].epoch >= self.min_epochs
+        if since < max(self.patience, 1) or not late or not measured_now:
+            return Verdict(best)
+        if not self._has_begun(history[peak]):
+            return Verdict(best)
+        reason = (
+            f"J_output / J_input has not risen above the {shares[peak]:.4g} of epoch"
+            f" {history[peak].epoch} for {since} measurements"
+        )
+        return Verdict(best, reason)
+
+    def shares(self, history: History) -> list[float]:
+        """tr(J_input^-1 J_output) / P of each record; NaN where it was not measured."""
+        return self._each(history, self._share)
+
+    def noise(self, shares: Sequence[float]) -> float:
+        """Standard error of the difference of two of the last shares, from their third differences:
+        a curve without kinks has none. 0 for fewer than four."""
+        recent = torch.tensor(shares[-NOISE_WINDOW:], dtype=torch.float64)
+        if len(recent) < 4:
+            return 0.0
+        thirds = recent.diff(n=3)
+        spread = float(thirds.abs().median()) / NORMAL_MEDIAN / math.sqrt(THIRD_DIFFERENCE)
+        return math.sqrt(2) * spread
+
+    def _least_rise(self, shares: Sequence[float], known: Sequence[int]) -> float:
+        """The rise that counts after the measurements with these numbers."""
+        if self.min_delta == 0:
+            return 0.0
+        return self.min_delta * self.noise([shares[index] for index in known])
+
+    def _has_begun(self, record: EpochRecord) -> bool:
+        """Whether the output has information about some parameter that is not noise."""
+        if record.flow is None:
+            return False
+        J, stderr = self._output(record.flow)
+        return bool((J.diagonal() > SIGNIFICANT * stderr.diagonal()).any())
+
+    def _output(self, flow: FisherFlow) -> tuple[torch.Tensor, torch.Tensor]:
+        """J of the output and its standard error."""
+        layer = flow[output_of(flow)]
+        if self.information == "linear":
+            return layer.linear, layer.linear_stderr
+        return layer.J, layer.stderr
+
+    def _share(self, record: EpochRecord) -> float:
+        if record.flow is None or INPUT not in record.flow:
+            return math.nan
+        J, _ = self._output(record.flow)
+        inverse = torch.linalg.pinv(record.flow[INPUT].J, hermitian=True)
+        return float((inverse @ J).trace()) / len(J)
+
+
+RULES: Mapping[str, type[StoppingRule]] = {
+    rule.name: rule for rule in (CramerRaoRule, TransmissionRule)
+}
+
+
+def _line_ends(levels: Sequence[float], window: int) -> list[float]:
+    """End of the straight line through the logarithms of the last levels, up to `window` of them
+    that are known. Unlike a mean it does not lag behind a falling error."""
+    ends = []
+    recent: deque[float] = deque(maxlen=window)
+    for level in levels:
+        if not math.isnan(level):
+            recent.append(level)
+        if math.isnan(level) or not all(0 < value < math.inf for value in recent):
+            ends.append(level)
+            continue
+        y = torch.tensor(list(recent), dtype=torch.float64).log()
+        x = torch.arange(len(recent), dtype=torch.float64) - (len(recent) - 1) / 2
+        slope = (x @ y) / (x @ x) if len(recent) > 1 else torch.zeros(())
+        ends.append(float((y.mean() + slope * x[-1]).exp()))
+    return ends
+
+
+def _as_matrix(J: Any) -> torch.Tensor:
+    """A number, [P, P] or `LayerFisher` as float64 [P, P]."""
+    matrix = J.J if isinstance(J, LayerFisher) else torch.as_tensor(J, dtype=torch.float64)
+    matrix = matrix.double().cpu()
+    matrix = matrix.reshape(1, 1) if matrix.numel() == 1 else matrix
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"input_J must hold [P, P] matrices, got shape {tuple(matrix.shape)}")
+    return matrix
+
+
+def _numbers(name: str, values: float | Sequence[float]) -> list[float]:
+    """One number or several, each positive."""
+    listed = [float(v) for v in (values if isinstance(values, Sequence) else [values])]
+    if not listed or not all(0 < value < math.inf for value in listed):
+        raise ValueError(f"{name} must be positive and finite, got {values}")
+    return listed

@@ -1,0 +1,213 @@
+"""`FisherEarlyStopping`: asks a rule after each epoch, keeps the best weights, puts them back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fisherfast.results import FisherWarning
+from fisherfast.training.record import EpochRecord
+from fisherfast.training.rules import RULES
+from fisherfast.training.stopping_rule import StoppingRule, Verdict
+
+__all__ = ["FisherEarlyStopping", "Monitored"]
+
+STATE_VERSION = 1
+SHARED = ("patience", "min_delta", "min_epochs")  # settings that every rule has
+
+
+class Monitored(Protocol):
+    """What is looked at of a `FisherMonitor`."""
+
+    @property
+    def history(self) -> Sequence[EpochRecord]:
+        """Records of the epochs so far."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that is trained."""
+
+
+class FisherEarlyStopping:
+    """Stops training by what the network knows, not by a patience with the validation loss.
+
+    Args:
+        rule: "crlb": the training error falls below 1 / J_input, the least error of an unbiased
+            estimate: from there on the network remembers its training samples. Needs ``train_mse``
+            at each step of the monitor. "transmission": J_output / J_input on the held-out samples
+            of the monitor stops rising. Needs no error; any loss will do.
+        patience: measured epochs that the sign to stop must last; None for 0 with "crlb" and 5 with
+            "transmission".
+        min_delta: how clear the sign must be. "crlb": the level to stop at is 1 - min_delta.
+            "transmission": the smallest rise that counts, in standard errors of the difference.
+        min_epochs: epoch number before which there is no stop.
+        restore_best: at the stop, load the weights of `best_epoch` into the model. A copy of the
+            weights is kept for that.
+        check_finite: stop when a training or validation error is NaN or infinite.
+        **options: of the rule. "crlb": ``prior``, ``input_J``, ``target_scale``, ``smoothing``;
+            "transmission": ``information``. See `CramerRaoRule` and `TransmissionRule`.
+
+    Attributes:
+        stopped_epoch: number of the epoch after which training was stopped; None before.
+        best_epoch: number of the best epoch so far; None while nothing can be said.
+        reason: why training was stopped, a sentence; empty before.
+
+    Raises:
+        ValueError: an unknown rule, or a setting out of its range.
+        TypeError: an option that the rule does not have.
+
+    Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025), for "crlb".
+
+    Example:
+        >>> import fisherfast as ff
+        >>> stopping = ff.FisherEarlyStopping(rule="transmission", patience=3)
+        >>> stopping
+        FisherEarlyStopping(rule='transmission', patience=3, best_epoch=None, stopped_epoch=None)
+
+        In a training loop, after ``monitor.step(...)``: ``if stopping.step(monitor): break``.
+    """
+
+    def __init__(
+        self,
+        rule: str = "crlb",
+        patience: int | None = None,
+        min_delta: float = 0.0,
+        min_epochs: int = 0,
+        restore_best: bool = True,
+        *,
+        check_finite: bool = True,
+        **options: Any,
+    ) -> None:
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, got {rule!r}")
+        known = inspect.signature(RULES[rule]).parameters
+        if unknown := sorted(set(options) - set(known)):
+            own = ", ".join(name for name in known if name not in SHARED)
+            raise TypeError(f"options of rule {rule!r} must be {own}, got {', '.join(unknown)}")
+        self.rule: StoppingRule = RULES[rule](
+            patience=patience, min_delta=min_delta, min_epochs=min_epochs, **options
+        )
+        self.restore_best = restore_best
+        self.check_finite = check_finite
+        self.stopped_epoch: int | None = None
+        self.best_epoch: int | None = None
+        self.reason = ""
+        self._weights: dict[str, Any] | None = None
+
+    def step(self, monitor: Monitored) -> bool:
+        """Judge the last epoch of the monitor. Call it once after each ``monitor.step``.
+
+        Returns:
+            Whether to stop training now. Once true it stays true; the weights are put back only at
+            the first time.
+
+        Raises:
+            ValueError: "crlb" without ``train_mse`` or with an error below 0, or the monitor has no
+                epoch yet.
+
+        Warns:
+            FisherWarning: the best epoch was before the first step, so its weights are not known.
+
+        Cost: a copy of the weights in an epoch that is the best so far; nothing is measured.
+        """
+        if self.stopped_epoch is not None:
+            return True
+        history = monitor.history
+        if not history:
+            raise ValueError("monitor must have made a step before stopping.step, got none")
+        verdict = self._judge(history)
+        if verdict.best is not None:
+            best_epoch = history[verdict.best].epoch
+            is_new = best_epoch != self.best_epoch
+            self.best_epoch = best_epoch
+            if self.restore_best and is_new:
+                seen = verdict.best == len(history) - 1
+                self._weights = _copied(monitor.model.state_dict()) if seen else None
+        if verdict.reason is None:
+            return False
+        self.stopped_epoch, self.reason = history[-1].epoch, verdict.reason
+        if self.restore_best and self.best_epoch is not None:
+            self._restore(monitor.model)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the history of the monitor: numbers, strings and
+        tensors, for ``torch.save`` and ``torch.load(weights_only=True)``."""
+        return {
+            "version": STATE_VERSION,
+            "rule": self.rule.name,
+            "stopped_epoch": self.stopped_epoch,
+            "best_epoch": self.best_epoch,
+            "reason": self.reason,
+            "weights": None if self._weights is None else _copied(self._weights),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with a monitor that does the same.
+
+        Raises:
+            ValueError: the state is of another rule, or no state at all.
+        """
+        missing = {"version", "rule", "stopped_epoch", "best_epoch", "reason", "weights"} - set(
+            state
+        )
+        if missing:
+            raise ValueError(f"state must hold {sorted(missing)}, got {sorted(state)}")
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"state must be of version {STATE_VERSION}, got {state['version']}")
+        if state["rule"] != self.rule.name:
+            raise ValueError(f"state must be of rule {self.rule.name!r}, got {state['rule']!r}")
+        self.stopped_epoch, self.best_epoch = state["stopped_epoch"], state["best_epoch"]
+        self.reason = state["reason"]
+        self._weights = None if state["weights"] is None else _copied(state["weights"])
+
+    def __repr__(self) -> str:
+        return (
+            f"FisherEarlyStopping(rule={self.rule.name!r}, patience={self.rule.patience},"
+            f" best_epoch={self.best_epoch}, stopped_epoch={self.stopped_epoch})"
+        )
+
+    def _restore(self, model: nn.Module) -> None:
+        """Put the weights of the best epoch back."""
+        if self._weights is None:
+            warnings.warn(
+                f"weights of the best epoch {self.best_epoch} were not seen by stopping.step, the"
+                f" model keeps those of epoch {self.stopped_epoch}: step it in every epoch, and"
+                " resume it with load_state_dict",
+                FisherWarning,
+                stacklevel=3,
+            )
+            return
+        model.load_state_dict(self._weights)
+        self._weights = None
+
+    def _judge(self, history: Sequence[EpochRecord]) -> Verdict:
+        """The rule's verdict, unless the errors are not finite: then the best of the others."""
+        if self.check_finite and (problem := _not_finite(history[-1])):
+            earlier = [index for index, r in enumerate(history) if r.epoch == self.best_epoch]
+            return Verdict(earlier[-1] if earlier else None, problem)
+        return self.rule.judge(history)
+
+
+def _not_finite(record: EpochRecord) -> str:
+    """What is wrong with the errors of an epoch; empty if nothing."""
+    for name, errors in (("training", record.train_mse), ("validation", record.val_mse)):
+        for value in errors or ():
+            if not math.isfinite(value):
+                return f"{name} error became {value} in epoch {record.epoch}"
+    return ""
+
+
+def _copied(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A state that training does not change."""
+    return {
+        name: value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+        for name, value in weights.items()
+    }

@@ -1,0 +1,74 @@
+"""`StoppingRule`: what rules share, which look at the history of a monitor and at nothing else.
+
+A rule is a function of the history, so a resumed run decides as the unbroken one did.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fisherfast.training.record import EpochRecord
+
+__all__ = ["History", "StoppingRule", "Verdict", "check_count"]
+
+History = Sequence[EpochRecord]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says after the last record of a history.
+
+    Attributes:
+        best: index of the record whose weights are to be kept; None while nothing can be said.
+        reason: why to stop, a sentence; None to go on.
+    """
+
+    best: int | None
+    reason: str | None = None
+
+
+class StoppingRule(ABC):
+    """What the rules share.
+
+    Args:
+        patience: measured epochs for which the sign to stop must last after it is first seen.
+        min_delta: how clear the sign must be, at least 0; its unit is the rule's.
+        min_epochs: epoch number before which there is no stop.
+    """
+
+    name: ClassVar[str]
+    default_patience: ClassVar[int]
+
+    def __init__(
+        self, *, patience: int | None = None, min_delta: float = 0.0, min_epochs: int = 0
+    ) -> None:
+        patience = self.default_patience if patience is None else patience
+        self.patience = check_count("patience", patience)
+        self.min_epochs = check_count("min_epochs", min_epochs)
+        if not 0 <= min_delta < math.inf:
+            raise ValueError(f"min_delta must be at least 0 and finite, got {min_delta}")
+        self.min_delta = float(min_delta)
+        self._values: list[tuple[EpochRecord, float]] = []
+
+    @abstractmethod
+    def judge(self, history: History) -> Verdict:
+        """Whether to stop after the last record, and which one was the best."""
+
+    def _each(self, history: History, value: Callable[[EpochRecord], float]) -> list[float]:
+        """Value of every record; those of a history that has grown are found out once."""
+        known = self._values
+        if known and (len(known) > len(history) or history[len(known) - 1] is not known[-1][0]):
+            known.clear()
+        known += [(record, value(record)) for record in history[len(known) :]]
+        return [number for _, number in known]
+
+
+def check_count(name: str, value: int, *, least: int = 0) -> int:
+    """`value`, or a ValueError if it is not a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value

@@ -1,0 +1,540 @@
+"""What the processes of a test run: ``python rank_cases.py CASE RANK SIZE FOLDER``.
+
+Each case is a function of rank and size; what it returns is saved in FOLDER for the test to read.
+The folder also holds the store that the processes meet in.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import fisherfast as ff
+from fisherfast.data import Batch, Data
+from fisherfast.problems import GaussianShift, mlp
+
+N, DIM, BATCH = 1500, 6, 128
+WIDE, WIDE_SAMPLES = 300, 150
+SCALED = 30  # a scale of so many dimensions needs more than the first 64 lifted features
+SETTINGS = {"max_features": 40, "batch_size": BATCH}
+PATIENCE = 60.0  # seconds; a test machine may be slow
+SILENCE = 3.0  # seconds after which a rank counts as dead: no process starves for so long
+
+
+Cases = dict[str, tuple[nn.Module, Any, dict[str, Any]]]
+"""Model, data and settings by name."""
+
+
+def gaussian(parameters: int, dim: int = DIM) -> GaussianShift:
+    generator = torch.Generator().manual_seed(1)
+    root = torch.randn(dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
+    direction = torch.randn(dim, parameters, generator=generator, dtype=torch.float64)
+    return GaussianShift(direction, root @ root.T + 0.5 * torch.eye(dim, dtype=torch.float64))
+
+
+def conditions(parameters: int, n: int = N, dim: int = DIM, paired: bool = False) -> Any:
+    world, zero = gaussian(parameters, dim), [0.0] * parameters
+    simulator = ff.Simulator(
+        world.sample, zero, samples=n, dtheta=0.1, derivative="paired" if paired else "independent"
+    )
+    x = [next(simulator.read(c, n)).x for c in range(simulator.conditions)]
+    return ff.FiniteDifference(x[::2], x[1::2], dtheta=0.1, paired=paired)
+
+
+def scales() -> tuple[torch.Tensor, torch.Tensor]:
+    """A Gaussian scale: every lifted feature adds to what is known of it."""
+    x = torch.randn(2, N, SCALED, generator=torch.Generator().manual_seed(3))
+    return 0.95 * x[0], 1.05 * x[1]
+
+
+def scale_and_score() -> tuple[torch.Tensor, torch.Tensor]:
+    x = scales()[0] / 0.95
+    return x, x.square().sum(1) - SCALED
+
+
+def images(n: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(n, 1, 6, 6, generator=generator)
+    shape = torch.linspace(-0.2, 0.2, 36).reshape(1, 6, 6)
+    return noise - shape, noise.flip(0) + shape
+
+
+def net(dim: int = DIM, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return mlp([dim, 5, 3], nn.ReLU, seed=0).to(dtype)
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 2))
+
+
+def dealt_cases() -> Cases:
+    """Model, data and settings of measurements of data that all ranks have."""
+    one, two, wide = gaussian(1), gaussian(2), gaussian(1, WIDE)
+    x = images()
+    small = {"max_features": 32, "batch_size": 64}
+    growing = {"grow": True, "max_features": SCALED + 128}
+    scored = one.scored([0.0], N)
+    loader = DataLoader(TensorDataset(scored._x, scored._companion), batch_size=90)
+    return {
+        "independent": (net(), conditions(1), {}),
+        "paired": (net(), conditions(1, paired=True), {}),
+        "pathwise": (net(), one.pathwise([0.0], N), {}),
+        "score": (net(), two.scored([0.0, 0.0], N), {}),
+        "simulator": (net(), ff.Simulator(two.sample, [0.0, 0.0], samples=N), {}),
+        "two parameters": (net(), conditions(2), {}),
+        "memory budget": (net(), conditions(1), {"memory_budget": "34 MB", "batch_size": N}),
+        "loader": (net(), ff.Score(loader), {}),
+        "float64": (net(dtype=torch.float64), conditions(1), {}),
+        "grow": (net(SCALED), ff.FiniteDifference(*scales(), dtheta=0.1), growing),
+        "grow, score": (net(SCALED), ff.Score(*scale_and_score()), growing),
+        "maps": (conv_net(), ff.FiniteDifference(*x, dtheta=0.1), {"maps": True}),
+        "paired maps": (
+            conv_net(),
+            ff.FiniteDifference(x[0], x[0] + 0.1, dtheta=0.1, paired=True),
+            {"maps": True},
+        ),
+        "wide": (net(WIDE), conditions(1, WIDE_SAMPLES, WIDE), small),
+        "wide, paired": (net(WIDE), conditions(1, WIDE_SAMPLES, WIDE, paired=True), small),
+        "wide, pathwise": (net(WIDE), wide.pathwise([0.0], WIDE_SAMPLES), small),
+        "wide, score": (net(WIDE), wide.scored([0.0], WIDE_SAMPLES), small),
+        "one batch": (net(), one.scored([0.0], N), {"batch_size": N}),
+    }
+
+
+def share(rank: int, size: int, n: int) -> slice:
+    """Uneven shares: the last rank has about twice as much as the first."""
+    ends = [0, *(n * (r + 1) * (r + 2 + size) // (size * (2 * size + 1)) for r in range(size))]
+    return slice(ends[rank], ends[rank + 1])
+
+
+class Batches(Data):
+    """The batches of all shares, one after the other, in one process."""
+
+    def __init__(self, like: Data, size: int, batch: int = BATCH) -> None:
+        self.source, self.dtheta, self.paired = like.source, like.dtheta, like.paired
+        self.parameters, self.conditions = like.parameters, like.conditions
+        self._like, self._size, self._batch = like, size, batch
+
+    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
+        whole = next(self._like.read(condition, 10**9))
+        for rank in range(self._size):
+            rows = share(rank, self._size, len(whole))
+            x = whole.x[rows].split(self._batch)
+            score = whole.score
+            scores = [None] * len(x) if score is None else score[rows].split(self._batch)
+            yield from (Batch(a, score=b) for a, b in zip(x, scores, strict=True))
+
+    def samples(self, condition: int) -> int | None:
+        return self._like.samples(condition)
+
+    def repeats(self, condition: int) -> bool:
+        return True
+
+
+def sharded_cases() -> Cases:
+    """Measurements of data that are to be cut into shares."""
+    minus, plus = conditions(1)._sources
+    longer = torch.cat([plus, plus[:77] + 0.01])
+    double = net(dtype=torch.float64)
+    growing = {"grow": True, "max_features": SCALED + 128}
+    return {
+        "independent": (double, ff.FiniteDifference(minus, longer, dtheta=0.1), {}),
+        "float32": (net(), ff.FiniteDifference(minus, longer, dtheta=0.1), {}),
+        "paired": (double, conditions(1, paired=True), {}),
+        "score": (net(), gaussian(1).scored([0.0], N), {}),
+        "grow": (
+            net(SCALED, torch.float64),
+            ff.FiniteDifference(*scales(), dtheta=0.1),
+            growing,
+        ),
+        "wide": (
+            net(WIDE, torch.float64),
+            conditions(1, WIDE_SAMPLES, WIDE),
+            {"max_features": 32},
+        ),
+    }
+
+
+def share_of(data: Any, rank: int, size: int) -> ff.Shard:
+    """The share of a rank, as tensors or as a loader of pairs."""
+    if isinstance(data, ff.Score):
+        x, score = (t[share(rank, size, len(t))] for t in (data._x, data._companion))
+        return ff.Shard(ff.Score(DataLoader(TensorDataset(x, score), batch_size=BATCH)))
+    parts = [t[share(rank, size, len(t))] for t in data._sources]
+    return ff.Shard(
+        ff.FiniteDifference(parts[::2], parts[1::2], dtheta=data.dtheta, paired=data.paired)
+    )
+
+
+def numbers_of(flow: ff.FisherFlow) -> dict[str, torch.Tensor]:
+    """All that a measurement gives, by layer and name."""
+    names = ("J", "stderr", "lower", "lower_stderr", "linear", "naive", "curve_k", "curve_J")
+    found = {f"{layer.name} {name}": getattr(layer, name) for layer in flow for name in names}
+    for layer in flow:
+        found[f"{layer.name} dof"] = torch.tensor([layer.effective_dim, layer.samples])
+        found[f"{layer.name} is krylov"] = torch.tensor([float(layer.feature_kind == "krylov")])
+    for name, where in flow.maps.items():
+        found |= {f"{name} map": where.J, f"{name} map stderr": where.stderr}
+    return found
+
+
+def measured(cases: Cases, **also: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """What all of them give, and whether they warned."""
+    found = {}
+    for name, (model, data, settings) in cases.items():
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found[name] = numbers_of(ff.fisher_flow(model, data, **(SETTINGS | settings | also)))
+        found[name]["warnings"] = torch.tensor([float(len(seen))])
+    return found
+
+
+def agree(rank: int, size: int) -> dict[str, Any]:
+    """Every kind of measurement, dealt and in shares."""
+    shares = {
+        name: (model, share_of(data, rank, size), settings)
+        for name, (model, data, settings) in sharded_cases().items()
+    }
+    together = {"group": "world", "timeout": PATIENCE}
+    return {"dealt": measured(dealt_cases(), **together), "shared": measured(shares, **together)}
+
+
+def streams(data: Any, rank: int, size: int) -> ff.Shard:
+    """The share of a rank as streams that do not tell their length."""
+    parts = [t[share(rank, size, len(t))] for t in data._sources]
+    return ff.Shard(
+        ff.FiniteDifference(*(_stream(part) for part in parts), dtheta=0.1, paired=data.paired)
+    )
+
+
+def _stream(x: torch.Tensor) -> Callable[[], Iterator[torch.Tensor]]:
+    return lambda: iter(x.split(BATCH))
+
+
+def said(call: Callable[[], Any]) -> str:
+    """The error that a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def measure(model: Any, data: Any, **also: Any) -> ff.FisherFlow:
+    """A measurement on all ranks."""
+    return ff.fisher_flow(
+        model, data, **(SETTINGS | {"group": "world", "timeout": PATIENCE} | also)
+    )
+
+
+class Faulty(torch.utils.data.Dataset):
+    """Samples of which one cannot be read, on one rank."""
+
+    def __init__(self, x: torch.Tensor, last: bool) -> None:
+        self._x, self._last = x, last
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self._last and index == len(self._x) - 1:
+            raise OSError("disk gone")
+        return self._x[index]
+
+
+def errors(rank: int, size: int) -> dict[str, str]:
+    """What each rank says when one fails or they disagree; after all of it they still work."""
+    last = rank == size - 1
+    data, model = conditions(1), net()
+    minus, plus = data._sources
+    spoilt = plus.clone()
+    spoilt[-1, 0] = torch.nan if last else 0.0
+    other = plus + 1e-6 * last
+    scored = gaussian(1).scored([0.0], N)
+    trained = net()
+    with torch.no_grad():
+        trained.fc1.weight[0, 0] += float(last)
+    wider = mlp([DIM, 5 + last, 3], nn.ReLU, seed=0)
+
+    def pair(a: torch.Tensor, b: Any, dtheta: float = 0.1) -> ff.FiniteDifference:
+        return ff.FiniteDifference(a, b, dtheta=dtheta)
+
+    def shard(a: Any, b: Any) -> ff.Shard:
+        return ff.Shard(pair(a, b))
+
+    short = minus if rank else minus[:0]
+    lying = DataLoader(TensorDataset(plus[:100]), batch_size=50, sampler=Claims(100 + last))
+    calls: dict[str, Callable[[], Any]] = {
+        "nan": lambda: measure(model, shard(minus, spoilt)),
+        "loader": lambda: measure(model, shard(minus, Faulty(plus, last))),
+        "settings": lambda: measure(model, data, max_features=40 + last),
+        "folds": lambda: measure(model, data, folds=5 if last else 16),
+        "dtheta": lambda: measure(model, pair(minus, plus, 0.1 + 0.1 * last)),
+        "source": lambda: measure(model, scored if last else data),
+        "shares": lambda: measure(model, ff.Shard(data) if last else data),
+        "samples": lambda: measure(model, pair(minus, other)),
+        "count": lambda: measure(model, pair(minus, plus[: N - last])),
+        "weights": lambda: measure(trained, data),
+        "shape": lambda: measure(wider, data),
+        "layers": lambda: measure(model, data, layers=["fc1"] if last else ["fc2"]),
+        "function": lambda: measure(model, data, layers=lambda name, _: last or name == "fc1"),
+        "no model": lambda: (
+            ff.fisher_information(data, group="world", timeout=PATIENCE)
+            if last
+            else measure(model, data)
+        ),
+        "empty": lambda: measure(model, shard(short, minus)),
+        "announced": lambda: measure(model, shard(plus, lying)),
+        "shuffled": lambda: measure(
+            model, ff.FiniteDifference(*(DataLoader(x, 32, True) for x in (minus, plus)), dtheta=1)
+        ),
+        "few": lambda: measure(model, pair(minus[:9], plus[:9])),
+        "group": lambda: measure(model, data, group="all"),
+        "fine": lambda: measure(model, data),
+    }
+    return {name: said(call) for name, call in calls.items()}
+
+
+class Claims(torch.utils.data.Sampler):
+    """A sampler of 100 samples that says it has another number."""
+
+    def __init__(self, claimed: int) -> None:
+        self._claimed = claimed
+
+    def __len__(self) -> int:
+        return self._claimed
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(100))
+
+
+class Normalised(nn.Module):
+    """A network with buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(DIM, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.norm(self.fc(x)))
+
+
+def training(rank: int, size: int) -> dict[str, Any]:
+    """A model in the midst of distributed training: wrapped, statistics of each rank's batches."""
+    data = conditions(1)
+    model = Normalised()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with torch.no_grad():
+        model.norm.running_mean += rank
+        model.norm.num_batches_tracked += 2**60 + rank
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    flow = measure(wrapped, data)
+    grads = [parameter.requires_grad for parameter in model.parameters()]
+    same = all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    expected = ff.fisher_flow(wrapped, data, **SETTINGS) if rank == 0 else None  # not collective
+    dist.barrier()
+    return {
+        "found": numbers_of(flow),
+        "expected": expected and numbers_of(expected),
+        "untouched": same and model.training and all(grads),
+        "names": flow.names,
+    }
+
+
+def monitored(rank: int, size: int, group: str | None = "world") -> dict[str, Any]:
+    """A monitor on all ranks: errors that differ by rank, and an epoch whose weights are NaN."""
+    model, data, training = net(), conditions(1), conditions(1, n=300)
+    folder = tempfile.mkdtemp()
+    monitor = ff.FisherMonitor(
+        model,
+        data,
+        max_features=40,
+        batch_size=BATCH,
+        training_data=ff.Shard(training) if group else ff.Shard(_repeated(training, size)),
+        group=group,
+        path=f"{folder}/{rank}.csv",
+    )
+    weights = next(model.parameters())
+    for epoch in range(4):
+        with torch.no_grad():
+            value = weights.clone()
+            weights.mul_(1.1 if epoch != 2 else float("nan"))
+        mean = 1.0 + epoch + (rank if group else (size - 1) / 2)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            monitor.step(train_mse=mean)
+        with torch.no_grad():
+            weights.copy_(value * 1.1)
+    rows = [record.row() for record in monitor.history]
+    J = [torch.zeros(1, 1) if r.flow is None else r.flow["output"].J for r in monitor.history]
+    flows = [record.training_flow for record in monitor.history]
+    return {
+        "J": torch.stack(J),
+        "training": torch.stack([f["output"].J for f in flows if f is not None]),
+        "measured": torch.tensor([record.flow is not None for record in monitor.history]),
+        "train_mse": torch.tensor([row["train_mse"] for row in rows], dtype=torch.float64),
+        "files": torch.tensor(len(os.listdir(folder))),
+        "warnings": torch.tensor(len(heard)),
+    }
+
+
+def _repeated(data: Any, size: int) -> Any:
+    """The samples of all shares, where every rank has the same."""
+    x = [torch.cat([next(data.read(c, 10**6)).x] * size) for c in range(2)]
+    return ff.FiniteDifference(*x, dtheta=0.1)
+
+
+def probed(**also: Any) -> dict[str, torch.Tensor]:
+    """A measurement with a probe."""
+    x = scale_and_score()[0][:800]
+    data = ff.Score(x[:, :4].contiguous(), x[:, :4].square().sum(1) - 4)
+    info = ff.fisher_information(data, **(SETTINGS | {"probe": "network"} | also))
+    return {"J": info.J, "stderr": info.stderr, "kind": torch.tensor(info.feature_kind == "probe")}
+
+
+def groups(rank: int, size: int) -> dict[str, Any]:
+    """Some of the ranks, nobody else, all again after the group was destroyed, and slow ones."""
+    data, model = conditions(1), net()
+    some = dist.new_group([0, 2])
+    found: dict[str, Any] = {}
+    if rank != 1:
+        found["some"] = numbers_of(measure(model, data, group=some))
+    else:
+        found["error"] = said(lambda: measure(model, data, group=some))
+    if rank == 1:  # this process alone, in a group that waits for it at the barrier
+        found["alone"] = numbers_of(ff.fisher_flow(model, data, **SETTINGS))
+        found["probed alone"] = probed()
+    dist.barrier()
+    slow = [data._sources[0], Slow(data._sources[1], 2 * SILENCE if rank == 2 else 0.0)]
+    found["slow"] = numbers_of(
+        measure(model, ff.FiniteDifference(*slow, dtheta=0.1), timeout=SILENCE)
+    )
+    loaders = [
+        DataLoader(x, BATCH, sampler=DistributedSampler(TensorDataset(x), shuffle=False))
+        for x in data._sources
+    ]
+    sampled = measure(model, ff.Shard(ff.FiniteDifference(*loaders, dtheta=0.1)))
+    found["sampled"] = sampled["fc1"].samples
+    found["probed"] = probed(group="world", timeout=PATIENCE)
+    found["streams"] = numbers_of(measure(model, streams(data, rank, size)))
+    dist.destroy_process_group()
+    found["without"] = numbers_of(measure(model, data))
+    again = f"file://{Path(sys.argv[4]) / 'again'}"
+    dist.init_process_group("gloo", init_method=again, rank=rank, world_size=size)
+    found["again"] = numbers_of(measure(model, data))
+    found["threads"] = [thread.name for thread in threading.enumerate()]
+    return found
+
+
+class Slow(torch.utils.data.Dataset):
+    """Samples that take their time, on one rank."""
+
+    def __init__(self, x: torch.Tensor, seconds: float) -> None:
+        self._x, self._seconds = x, seconds
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == BATCH * 5:
+            time.sleep(self._seconds)
+        return self._x[index]
+
+
+class Dying(torch.utils.data.Dataset):
+    """Samples of which one ends the process at once, without a word."""
+
+    def __init__(self, x: torch.Tensor, dies: bool) -> None:
+        self._x, self._dies = x, dies
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self._dies and index == len(self._x) - 1:
+            os._exit(DEAD)
+        return self._x[index]
+
+
+DEAD = 17
+"""How a process ends that dies in a test."""
+
+
+def death_of(victim: int) -> Callable[[int, int], dict[str, Any]]:
+    """One rank dies while it measures; then the others try again."""
+
+    def case(rank: int, size: int) -> dict[str, Any]:
+        minus, plus = conditions(1)._sources
+        data = ff.Shard(ff.FiniteDifference(minus, Dying(plus, rank == victim), dtheta=0.1))
+        begin = time.monotonic()
+        first = said(lambda: measure(net(), data, timeout=SILENCE))
+        second = said(lambda: measure(net(), data, timeout=SILENCE))
+        return {"said": [first, second], "seconds": time.monotonic() - begin}
+
+    return case
+
+
+def absent(rank: int, size: int) -> dict[str, Any]:
+    """One rank does not take part; it comes too late, and then in time."""
+    data, model = conditions(1), net()
+    found = {}
+    if rank == 0:
+        found["late"] = said(lambda: measure(model, data, timeout=1.0))
+    dist.barrier()
+    if rank:
+        found["late"] = said(lambda: measure(model, data))
+    found["then"] = said(lambda: measure(model, data))
+    return found
+
+
+def together(rank: int, size: int) -> dict[str, Any]:
+    """One after the other in the same processes."""
+    return {case.__name__: case(rank, size) for case in (errors, absent, training, monitored)}
+
+
+def main(case: str, rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    join(rank, size, folder)
+    torch.save(CASES[case](rank, size), folder / f"{rank}.pt")
+
+
+def join(rank: int, size: int, folder: Path) -> None:
+    """Meet at a server that rank 0 keeps, as in real use: it dies with rank 0."""
+    told = folder / "port"
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        (folder / "new").write_text(str(store.port))
+        (folder / "new").rename(told)
+    else:
+        while not told.exists():
+            time.sleep(0.02)
+        store = dist.TCPStore("127.0.0.1", int(told.read_text()), size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+
+CASES: dict[str, Callable[[int, int], Any]] = {
+    "agree": agree,
+    "together": together,
+    "groups": groups,
+    "death of 0": death_of(0),
+    "death of 1": death_of(1),
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

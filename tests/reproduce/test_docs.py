@@ -1,0 +1,41 @@
+"""docs/reproduce.md shows what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fisherfast.reproduce import FIGURES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+FOLDER = ROOT / "docs" / "figures" / "reproduce"
+LARGEST = 150_000  # bytes of a picture
+
+
+def test_tables_are_what_was_measured():
+    """Catches a number typed by hand, and figures that were drawn anew without their tables."""
+    script = ROOT / "benchmarks" / "reproduced.py"
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, check=True, encoding="utf-8"
+    )
+    assert done.stdout == PAGE
+    assert PAGE.count("<!-- table") == PAGE.count("<!-- end -->") == 6
+    assert not re.search(r"-->\n<!-- end", PAGE)  # no empty one
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_figures_are_there_and_whole(name):
+    """Catches a figure of a run that was cut short, of another size, or too large for a clone."""
+    assert f"](figures/reproduce/{name}.png)" in PAGE
+    assert (FOLDER / f"{name}.png").stat().st_size < LARGEST
+    numbers = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    assert numbers["figure"] == name
+    assert numbers["complete"] is True
+    assert numbers["full"] is False
+    assert numbers["settings"]["seed"] == 0

@@ -1,0 +1,235 @@
+"""The published figures at a tiny size: the files are whole, and agree with what was measured."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fisherfast as ff
+from fisherfast.__main__ import main
+from fisherfast.demos.training import EpochRecord
+from fisherfast.problems import published
+from fisherfast.reproduce import FIGURES, Context, Options, flows, lift, stopping
+from fisherfast.reproduce.trained import TrainedRun
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
+
+COMMON = {"figure", "title", "complete", "full", "source", "versions", "seconds", "settings"}
+POINTS = {"fig3": 6, "fig4": 20, "fig5": 15, "fig6": 10, "fig10": 2, "fig11": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """All figures, tiny."""
+    out = tmp_path_factory.mktemp("figures")
+    names = ["fig4", "fig5", "fig6", "fig10", "fig11", "transmission"]
+    assert main(["reproduce", *names, "--samples", "250", "--epochs", "1", "--out", str(out)]) == 0
+    assert main(["reproduce", "fig3", "--samples", "2000", "--out", str(out)]) == 0
+    return out
+
+
+def numbers_of(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_files_are_whole(folder, name):
+    numbers = numbers_of(folder, name)
+    assert set(numbers) >= COMMON
+    assert numbers["figure"] == name
+    assert numbers["complete"] is True
+    assert numbers["full"] is False
+    assert numbers["settings"]["seed"] == 0
+    assert numbers["versions"]["fisherfast"] == ff.__version__
+    assert "031072" in numbers["source"]
+    with Image.open(folder / f"{name}.png") as image:
+        image.load()
+        assert min(image.size) > 300
+        assert len(image.convert("RGB").getcolors(2**24)) > 20  # not blank
+
+
+@pytest.mark.parametrize("name", list(POINTS))
+def test_every_published_value_has_its_own_beside_it(folder, name):
+    points = numbers_of(folder, name)["points"]
+    assert len(points) == POINTS[name]
+    if name == "fig11":  # nothing is published in numbers
+        assert not any(key.startswith("published") for point in points for key in point)
+        return
+    for point in points:
+        assert any(key.startswith("published") for key in point)
+        value = next(point[key] for key in ("fraction", "J", "value") if key in point)
+        assert value is None or math.isfinite(value)
+        for key in ("fraction", "J"):
+            if key in point:
+                assert point[f"{key}_error"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("fig4", published.GAUSSIAN_FLOW),
+        ("fig5", published.LOGNORMAL_FLOW),
+        ("fig6", published.IMAGING_FLOW),
+    ],
+)
+def test_points_of_the_flow_are_those_of_their_epoch(folder, name, values):
+    """Catches a layer or an epoch that stands beside another one's published value."""
+    numbers = numbers_of(folder, name)
+    epochs = {entry["epoch"]: entry for entry in numbers["epochs"]}
+    points = numbers["points"]
+    assert [point["published"] for point in points] == [v for row in values.values() for v in row]
+    layers = ["relu1", "relu2", "relu3", "relu4", "output"]
+    assert [point["layer"] for point in points] == layers * len(values)
+    for point in points:
+        assert point["fraction"] == epochs[point["epoch"]]["fractions"][point["layer"]]
+    assert {point["epoch"] for point in points[:5]} == {0}  # before training
+
+
+def fake_run(outputs, levels, *, val=None, published=None) -> TrainedRun:
+    """A run whose output transmits `outputs`, with training errors `levels` / J_input."""
+    J_input = 2.0
+
+    class Flow(SimpleNamespace):
+        def __getitem__(self, name):
+            return SimpleNamespace(value=J_input)
+
+    history = []
+    for epoch, (share, level) in enumerate(zip(outputs, levels, strict=True)):
+        flow = Flow(
+            fractions=lambda share=share: {"input": 1.0, "output": share},
+            fraction_errors=lambda: {"input": 0.1, "output": 0.1},
+        )
+        val_mse = val[epoch] if val else 1.0
+        history.append(EpochRecord(epoch, flow, level / J_input, val_mse, 0.0))
+    return TrainedRun("fake", (), "", {}, history, 0, published or {})
+
+
+def test_reduced_runs_are_compared_at_equal_output():
+    """Catches a comparison by epoch, of full runs by output, and one that trains to be epoch 0."""
+    values = {0: (0.9,), 1: (0.5,), 2: (0.6,), published.LAST: (0.8,)}
+    run = fake_run([0.95, 0.79, 0.52, 0.61], [9.0] * 4, published=values)
+    chosen = flows.compared_epochs(run, full=False)
+    assert {key: record.epoch for key, record in chosen.items()} == {0: 0, 1: 2, 2: 3, -1: 1}
+    chosen = flows.compared_epochs(run, full=True)
+    assert {key: record.epoch for key, record in chosen.items()} == {0: 0, 1: 1, 2: 2, -1: 1}
+
+
+def test_facts_of_a_stop():
+    """Catches the last crossing, errors relative to the last epoch, and an invented stop."""
+    levels = [5.0, 1.2, 0.9, 1.1, 0.4]
+    facts = stopping.stopping_facts(fake_run([0.1] * 5, levels, val=[4.0, 2.2, 2.1, 2.0, 3.0]))
+    assert facts["stop_epoch"] == 2
+    assert facts["least_validation_epoch"] == 3
+    assert facts["excess_at_stop"] == pytest.approx(0.05)
+    assert facts["rise_at_end"] == pytest.approx(0.5)
+    facts = stopping.stopping_facts(fake_run([0.1] * 2, [5.0, 1.2], val=[4.0, 2.0]))
+    assert facts["stop_epoch"] is None
+    assert facts["excess_at_stop"] is None
+
+
+def test_transmission_shows_the_trainings_of_the_other_figures(folder):
+    """Catches a second training where one is finished, and runs of other tasks."""
+    runs = numbers_of(folder, "transmission")["runs"]
+    for run, name in zip(runs, ("fig10", "fig11"), strict=True):
+        other = numbers_of(folder, name)
+        assert run["epochs"] == other["epochs"]  # wall times too
+        shares = [entry["fractions"]["output"] for entry in run["epochs"]]
+        assert run["transmission"]["best"] == max(shares)
+        assert run["transmission"]["last"] == shares[-1]
+
+
+def test_training_meter_measures_training_samples():
+    """J_output on training samples of an untrained linear network, against the closed form.
+
+    Catches held-out samples, a wrong step, and values of theta that are not next to zero (the
+    samples below belong to theta = +-0.5; those at +-1 are shifted by nothing at all). 4 standard
+    errors: false-alarm rate 6e-5; half or twice the step is 30 standard errors off.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
+    theta = values.repeat_interleave(4000)
+    shift = torch.where(theta.abs() < 0.9, theta, torch.zeros(()))
+    x = shift[:, None] + torch.randn(len(theta), 4, generator=generator)
+    model = torch.nn.Linear(4, 1)
+    torch.nn.init.ones_(model.weight)
+    flow = {"input": SimpleNamespace(value=4.0)}
+    meter = stopping._training_meter(SimpleNamespace(x=x, theta=theta, model=model))
+    share, error = meter(SimpleNamespace(flow=flow))
+    assert error < 0.05
+    assert abs(share - 1) < 4 * error
+
+
+def test_full_grid_has_neighbours_of_zero():
+    """The 101 published values of theta: catches a pair that is not among them."""
+    theta = torch.linspace(-1.5, 1.5, 101).repeat_interleave(50)
+    x = theta[:, None] + torch.randn(len(theta), 2, generator=torch.Generator().manual_seed(0))
+    task = SimpleNamespace(x=x, theta=theta, model=torch.nn.Linear(2, 1))
+    _, error = stopping._training_meter(task)(
+        SimpleNamespace(flow={"input": SimpleNamespace(value=2.0)})
+    )
+    assert math.isfinite(error)
+
+
+def test_full_is_the_published_size():
+    """Catches a learning rate, a network, a grid or epochs of the reduced run in the full one."""
+    options = Options(full=True, samples=100)
+    task = flows._gaussian(options)
+    assert (task.learning_rate, task.epochs, task.batch_size) == (1e-6, 15, 128)
+    assert task.settings["paired conditions"] is False
+    task = flows._lognormal(options)
+    assert (task.learning_rate, len(task.theta.unique())) == (1e-4, 21)
+    task = stopping._gaussian(options)
+    assert (task.learning_rate, len(task.theta.unique())) == (1e-7, 101)
+    widths = [layer.in_features for layer in task.model if isinstance(layer, torch.nn.Linear)]
+    assert [*widths, 1] == list(published.STOPPING_WIDTHS)
+    assert float(task.theta.max()) == 1.5
+    sizes = [stopping.GAUSSIAN_SIZES[True].samples, lift.SAMPLES[True]]
+    assert sizes == [7000, 150_000]
+
+
+def test_reduced_gaussian_epoch_goes_as_far_as_a_published_one():
+    """Learning rate times steps per epoch: catches a rate that ignores --samples."""
+    for samples in (100, 250):
+        task = flows._gaussian(Options(samples=samples))
+        assert task.learning_rate * samples == pytest.approx(1e-6 * 20_000)
+
+
+def test_same_seed_same_numbers():
+    """Catches weights, samples or order from the global random numbers."""
+    options = Options(seed=3, epochs=1, samples=100)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(len(results))
+        outcome = stopping.measure_gaussian_stopping(Context(options, io.StringIO()))
+        results.append([entry["val_mse"] for entry in outcome.numbers["epochs"]])
+    assert results[0] == results[1]
+    other = Context(Options(seed=4, epochs=1, samples=100), io.StringIO())
+    outcome = stopping.measure_gaussian_stopping(other)
+    assert outcome.numbers["epochs"][0]["val_mse"] != results[0][0]
+
+
+@pytest.mark.slow
+def test_figure_3_against_the_published_values(tmp_path):
+    """J of both lifts against the published J at equal number of features, 20 000 samples each.
+
+    The published lift beside the samples must give the published J within 4 standard errors (seen:
+    1.1 at most; the error of the published values is not known). Ours lies 8 and 6 standard errors
+    above them for 100 and 200 features, 2.8, 1.4 and 0.5 from 400 on, where it may be 3 below;
+    it may exceed I by 3. Chance to fail for another seed: 1e-3. Catches the lift without the
+    samples (52 at 100 features: 7 standard errors), J without its correction (109 at 1300: 3.9
+    above I, 5 above the published), and a dictionary no better than the published one.
+    """
+    assert main(["reproduce", "fig3", "--samples", "20000", "--out", str(tmp_path)]) == 0
+    for point in numbers_of(tmp_path, "fig3")["points"][1:]:
+        theirs = point["J_published_lift"]
+        assert abs(theirs - point["published"]) < 4 * point["J_published_lift_error"]
+        margin = 4 if point["lifted"] <= 200 else -3
+        assert point["J"] > point["published"] + margin * point["J_error"]
+        assert point["J"] < published.LIFT_FISHER + 3 * point["J_error"]

@@ -1,0 +1,292 @@
+"""`FisherEarlyStopping`: weights that are kept and put back, resumed runs, errors, a training."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import nn
+from training_histories import by_errors, by_shares
+
+import fisherfast as ff
+from fisherfast.training.record import EpochRecord
+
+
+@dataclass
+class Replay:
+    """What the stopping sees of a monitor: records that come one by one, and a model."""
+
+    model: nn.Module
+    history: list[EpochRecord] = field(default_factory=list)
+
+
+def network(seed: int = 0) -> nn.Module:
+    """Weights, a bias, and a buffer that changes in training."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def train_a_little(model: nn.Module, epoch: int) -> None:
+    """Changes every parameter and buffer, in place."""
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value += epoch + 1
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def run(
+    stopping: ff.FisherEarlyStopping, records: list[EpochRecord]
+) -> tuple[Replay, list[dict[str, torch.Tensor]]]:
+    """Train until the stop. Returns the monitor, and the weights after each epoch."""
+    monitor, weights = Replay(network()), []
+    for record in records:
+        train_a_little(monitor.model, record.epoch)
+        weights.append(state_of(monitor.model))
+        monitor.history.append(record)
+        if stopping.step(monitor):
+            break
+    return monitor, weights
+
+
+def test_restores_the_best_weights_exactly():
+    """The largest share is in epoch 2. Catches the weights of the last epoch, copies that share
+    memory with the model, and buffers that are forgotten."""
+    stopping = ff.FisherEarlyStopping("transmission", patience=2, tolerance=0.0)
+    monitor, weights = run(stopping, by_shares([0.2, 0.5, 0.8, 0.7, 0.6, 0.5]))
+    assert (stopping.stopped_epoch, stopping.best_epoch) == (4, 2)
+    assert same(monitor.model.state_dict(), weights[2])
+
+
+def test_parameters_stay_the_same_tensors():
+    """An optimizer holds them. Catches a model whose parameters are replaced."""
+    stopping = ff.FisherEarlyStopping("transmission", patience=1, tolerance=0.0)
+    monitor = Replay(network())
+    before = list(map(id, monitor.model.parameters()))
+    for record in by_shares([0.5, 0.4]):
+        monitor.history.append(record)
+        stopped = stopping.step(monitor)
+    assert stopped
+    assert list(map(id, monitor.model.parameters())) == before
+
+
+def test_restore_best_may_be_left_out():
+    """Catches weights that change although they should not."""
+    stopping = ff.FisherEarlyStopping("transmission", patience=2, restore_best=False)
+    monitor, weights = run(stopping, by_shares([0.2, 0.8, 0.5, 0.5]))
+    assert same(monitor.model.state_dict(), weights[3])
+    assert stopping.best_epoch == 1
+
+
+def test_crlb_with_patience_restores_the_crossing():
+    """Below 1 / J in epoch 1, stopped in 3. Catches the weights of the stop."""
+    stopping = ff.FisherEarlyStopping("crlb", patience=2)
+    monitor, weights = run(stopping, by_errors([0.3, 0.2, 0.15, 0.1, 0.05]))
+    assert (stopping.stopped_epoch, stopping.best_epoch) == (3, 1)
+    assert same(monitor.model.state_dict(), weights[1])
+    assert "1 / J_input in epoch 1" in stopping.reason
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["train_mse", "val_mse"])
+def test_an_error_that_is_not_finite_stops(name, value):
+    """Catches a training that goes on with NaN, one that stops with NaN weights, and a reason that
+    does not say so."""
+    records = by_errors([0.5, 0.4, 0.3])
+    records[2] = replace(records[2], **{name: (value,)})
+    stopping = ff.FisherEarlyStopping("crlb")
+    monitor, weights = run(stopping, records)
+    assert (stopping.stopped_epoch, stopping.best_epoch) == (2, 1)
+    assert f"error became {value} in epoch 2" in stopping.reason
+    assert same(monitor.model.state_dict(), weights[1])
+
+
+def test_an_error_that_is_not_finite_stops_the_other_rule_too():
+    """Catches a check inside of one rule."""
+    records = by_shares([0.3, 0.6, 0.5])
+    records[2] = replace(records[2], train_mse=(math.nan,))
+    stopping = ff.FisherEarlyStopping("transmission")
+    run(stopping, records)
+    assert (stopping.stopped_epoch, stopping.best_epoch) == (2, 1)
+
+
+def test_check_finite_may_be_left_out():
+    """Catches a NaN that counts as below the bound, or a check that is always made."""
+    stopping = ff.FisherEarlyStopping("crlb", check_finite=False)
+    run(stopping, by_errors([0.5, math.nan, 0.3, 0.2, 0.1]))
+    assert stopping.stopped_epoch == 3
+
+
+def test_a_stop_is_final():
+    """Catches weights that are put back again, over what a user did with them since."""
+    stopping = ff.FisherEarlyStopping("crlb")
+    monitor, _ = run(stopping, by_errors([0.5, 0.2]))
+    train_a_little(monitor.model, 7)
+    kept = state_of(monitor.model)
+    monitor.history += by_errors([0.9], first=2)
+    assert stopping.step(monitor)
+    assert stopping.stopped_epoch == 1
+    assert same(monitor.model.state_dict(), kept)
+
+
+def test_step_twice_in_an_epoch_changes_nothing():
+    """Catches patience that counts calls."""
+    stopping = ff.FisherEarlyStopping("transmission", patience=2)
+    monitor = Replay(network(), by_shares([0.8, 0.5]))
+    assert [stopping.step(monitor) for _ in range(5)] == [False] * 5
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rule", ["crlb", "transmission"])
+def test_a_resumed_run_goes_on_bit_for_bit(rule, cut):
+    """Broken after `cut` epochs, with everything through a file that holds weights only. Catches
+    best weights that are lost (the model of the resumed run is another one until the stop), and
+    counters that begin anew."""
+    if rule == "crlb":
+        records, options = by_errors([0.5, 0.3, 0.2, 0.2, 0.2, 0.2, 0.1]), {"patience": 3}
+    else:
+        records, options = by_shares([0.2, 0.5, 0.8, 0.7, 0.6, 0.5, 0.4]), {"patience": 4}
+    whole = ff.FisherEarlyStopping(rule, **options)
+    unbroken, weights = run(whole, records)
+
+    first = ff.FisherEarlyStopping(rule, **options)
+    run(first, records[:cut])
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = ff.FisherEarlyStopping(rule, **options)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    monitor = Replay(network(seed=1), list(records[:cut]))
+    monitor.model.load_state_dict(weights[cut - 1])
+    for record in records[cut:]:
+        train_a_little(monitor.model, record.epoch)
+        monitor.history.append(record)
+        if second.step(monitor):
+            break
+    assert (second.stopped_epoch, second.best_epoch) == (whole.stopped_epoch, whole.best_epoch)
+    assert second.reason == whole.reason
+    assert same(monitor.model.state_dict(), unbroken.model.state_dict())
+
+
+def test_state_is_a_copy():
+    """Catches a saved state that the training goes on changing."""
+    stopping = ff.FisherEarlyStopping("crlb")
+    monitor, _ = run(stopping, by_errors([0.5, 0.4]))
+    state = stopping.state_dict()
+    kept = {name: value.clone() for name, value in state["weights"].items()}
+    train_a_little(monitor.model, 2)
+    monitor.history += by_errors([0.3], first=2)
+    stopping.step(monitor)
+    assert same(state["weights"], kept)
+
+
+def test_weights_never_seen_are_told():
+    """A stopping that begins late cannot know the best weights. Catches silence."""
+    monitor = Replay(network(), by_shares([0.2, 0.8, 0.5]))
+    stopping = ff.FisherEarlyStopping("transmission", patience=2)
+    assert not stopping.step(monitor)
+    monitor.history += [replace(by_shares([0.4])[0], epoch=3)]
+    kept = state_of(monitor.model)
+    with pytest.warns(ff.FisherWarning, match="weights of the best epoch 1 were not seen"):
+        assert stopping.step(monitor)
+    assert same(monitor.model.state_dict(), kept)
+
+
+def test_states_that_do_not_fit():
+    """Catches the state of another rule, of another object, or of a later version."""
+    state = ff.FisherEarlyStopping("crlb").state_dict()
+    other = ff.FisherEarlyStopping("transmission")
+    with pytest.raises(ValueError, match="state must be of rule 'transmission', got 'crlb'"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="state must be of version 1, got 2"):
+        other.load_state_dict({**state, "version": 2})
+    with pytest.raises(ValueError, match=r"state must hold .*'weights'"):
+        other.load_state_dict({"rule": "transmission"})
+
+
+def test_settings_that_do_not_exist():
+    """Catches a misspelled rule or option that is ignored."""
+    with pytest.raises(ValueError, match="rule must be one of crlb, transmission, got 'CRLB'"):
+        ff.FisherEarlyStopping("CRLB")
+    with pytest.raises(TypeError, match=r"options of rule 'crlb' must .*, got tolerance"):
+        ff.FisherEarlyStopping("crlb", tolerance=0.1)
+    with pytest.raises(ValueError, match="patience must be a whole number of at least 0, got -1"):
+        ff.FisherEarlyStopping("transmission", patience=-1)
+
+
+def test_before_the_first_epoch():
+    """Catches an IndexError."""
+    with pytest.raises(ValueError, match=r"monitor must have made a step before stopping\.step"):
+        ff.FisherEarlyStopping().step(Replay(network()))
+
+
+def test_defaults():
+    """The published rule, at once; transmission with some patience. Catches defaults that differ
+    from those that were verified."""
+    published, other = ff.FisherEarlyStopping(), ff.FisherEarlyStopping("transmission")
+    assert repr(published) == (
+        "FisherEarlyStopping(rule='crlb', patience=0, best_epoch=None, stopped_epoch=None)"
+    )
+    assert (other.rule.patience, other.rule.min_delta, other.rule.min_epochs) == (5, 0.0, 0)
+    assert published.restore_best
+    assert published.check_finite
+
+
+def overfit(rule: str, options: dict[str, object]) -> tuple[float, float, ff.FisherEarlyStopping]:
+    """x ~ N(theta 1, I_64), 1500 samples, trained for 60 epochs with a monitor. Returns validation
+    losses at the stop and at the end in units of their minimum."""
+    generator = torch.Generator().manual_seed(0)
+    model = ff.problems.mlp([64, 128, 64, 1], seed=0)
+    draws = []
+    for count in (1500, 20_000):
+        theta = 2 * torch.rand(count, 1, generator=generator) - 1
+        draws.append((theta + torch.randn(count, 64, generator=generator), theta))
+    (x, theta), (val_x, val_theta) = draws
+    problem = ff.problems.GaussianShift(torch.ones(64))
+    monitor = ff.FisherMonitor(model, problem.pathwise(0.0, 5000), layers=[])
+    stopping = ff.FisherEarlyStopping(rule, **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+    losses, at_stop = [], math.nan
+    for epoch in range(60):
+        for batch in torch.randperm(len(x), generator=generator).split(32):
+            loss = nn.functional.mse_loss(model(x[batch]), theta[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            losses.append(float(nn.functional.mse_loss(model(val_x), val_theta)))
+            error = float(nn.functional.mse_loss(model(x), theta))
+        if stopping.stopped_epoch is not None:
+            continue
+        monitor.step(epoch=epoch, train_mse=error)
+        if stopping.step(monitor):
+            with torch.no_grad():
+                at_stop = float(nn.functional.mse_loss(model(val_x), val_theta))
+            assert at_stop == losses[stopping.best_epoch]
+    return at_stop / min(losses), losses[-1] / min(losses), stopping
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "options"), [("crlb", {"prior": (-1.0, 1.0)}), ("transmission", {})]
+)
+def test_a_training_is_stopped_near_its_best(rule, options):
+    """A real monitor and a network that overfits by more than 15 %: the stop is within 6 % of the
+    least validation loss. The seed is fixed. Catches rules that stop at once or never, and weights
+    that are not those of the best epoch."""
+    at_stop, at_end, stopping = overfit(rule, options)
+    assert stopping.stopped_epoch is not None
+    assert at_end > 1.15
+    assert at_stop < 1.06

@@ -38,6 +38,7 @@ RUNS = [
     ("score", MANY, 1),
     ("score", MANY, 2),
     ("score", SAMPLES, 0),
+    ("paired", MANY, 0),
     ("paired", SAMPLES, 0),
     ("pathwise", SAMPLES, 0),
     ("independent", SAMPLES, 0),

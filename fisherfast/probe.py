@@ -67,6 +67,9 @@ score is not known: differences reward a network that is steep at the samples, f
 DECAY = 1.0
 """Weight decay, for the same reason."""
 
+DECAY_SAMPLES = 50_000
+"""Beyond so many samples it falls as one over their number."""
+
 VALIDATION = 8
 """Every eighth kept sample is not trained on: these tell the best step."""
 
@@ -409,7 +412,8 @@ class _Training:
         parameters = [p.requires_grad_() for p in self._probe.parameters()]
         probe = self._probe.like(parameters)
         exact = self._regression.exact
-        rate, decay = (LEARNING_RATE, 0.0) if exact else (CAREFUL_RATE, DECAY)
+        decay = DECAY * min(DECAY_SAMPLES / len(self._train_rows), 1.0)
+        rate, decay = (LEARNING_RATE, 0.0) if exact else (CAREFUL_RATE, decay)
         optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
         best, kept, since, step = self._held_out(probe), None, 0, 0
         for step, batch in enumerate(self._batches(rows, total), start=1):

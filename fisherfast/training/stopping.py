@@ -62,7 +62,7 @@ class FisherEarlyStopping:
 
     Raises:
         ValueError: an unknown rule, or a setting out of its range.
-        TypeError: an option that the rule does not have.
+        TypeError: an option that the rule does not have, a count that is no whole number.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025), for "crlb".
 

@@ -87,8 +87,8 @@ class FisherMonitor:
     Raises:
         TypeError, ValueError: an argument is out of its range (as `fisher_flow`).
 
-    Cost: a measurement is a `fisher_flow` without its input and survey; see docs/training.md for
-        the share of an epoch.
+    Cost: a measurement is a `fisher_flow` without its input and survey; benchmarks/bench_monitor.py
+        measures its share of an epoch.
 
     Example:
         >>> import torch, fisherfast as ff

@@ -197,8 +197,8 @@ class FisherMonitor:
             name: check_errors(name, value, self.data.parameters, self._target_scale)
             for name, value in (("train_mse", train_mse), ("val_mse", val_mse))
         }
-        notes: list[str] = []
         flow = training_flow = None
+        notes: list[str] = []
         try:
             with ranks_of(self._group, self._timeout) as ranks:
                 errors = {name: _mean_over(ranks, name, own) for name, own in errors.items()}
@@ -210,13 +210,9 @@ class FisherMonitor:
             notes.append(f"not measured: {error}")
             flow = training_flow = None
         self._calls += 1
+        notes += self._notes_on(flow, errors)
         if flow is not None:
             self._input_J = flow.layers[0].J
-            notes += [note for layer in flow if (note := finite_step_note(layer)) is not None][:1]
-            known = errors["train_mse"] if errors["val_mse"] is None else errors["val_mse"]
-            notes += unit_note(flow, known, self._target_scale)
-        if any(not math.isfinite(e) for values in errors.values() for e in values or ()):
-            notes.append(f"mean square errors must be finite, got {errors}")
         record = EpochRecord(
             epoch=number,
             flow=flow,
@@ -346,6 +342,17 @@ class FisherMonitor:
         }
         measured = [record.input_J for record in history if not record.input_J.isnan().any()]
         self._input_J = measured[-1] if measured else None
+
+    def _notes_on(self, flow: FisherFlow | None, errors: Mapping[str, Errors]) -> list[str]:
+        """What a reader of a record should know."""
+        notes: list[str] = []
+        if flow is not None:
+            notes += [note for layer in flow if (note := finite_step_note(layer)) is not None][:1]
+            known = errors["train_mse"] if errors["val_mse"] is None else errors["val_mse"]
+            notes += unit_note(flow, known, self._target_scale)
+        if any(not math.isfinite(e) for values in errors.values() for e in values or ()):
+            notes.append(f"mean square errors must be finite, got {dict(errors)}")
+        return notes
 
     def _measure(self, ranks: Ranks | None) -> tuple[FisherFlow, FisherFlow | None]:
         paused = contextlib.nullcontext() if self._observer is None else self._observer.paused()

@@ -22,8 +22,9 @@ import fisherfast as ff
 from fisherfast import probe as probes
 from fisherfast import probed
 from fisherfast.features import FeatureDictionary, PilotMoments
-from fisherfast.probe import KeptSamples, Probe, ProbedDictionary, Regression
+from fisherfast.probe import Probe, ProbedDictionary, Regression
 from fisherfast.problems import GaussianScale, GaussianShift, invertible_chain
+from fisherfast.reservoir import KeptSamples
 
 SIGMAS = 4.0
 DIM, DTHETA = 4, 0.25

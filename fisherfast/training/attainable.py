@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fisherfast.estimators import RIDGE
+
 __all__ = ["Prior", "attainable_error", "attainable_error_of_samples"]
 
 Prior = torch.Tensor | Sequence[float]
@@ -31,7 +33,6 @@ DEGREE = 6
 """Of the polynomial: for ranges of a few standard errors, in which a mean turns a few times."""
 LEAST_DOF = 2  # degrees of freedom per number of a sample: for a covariance to be inverted
 DRAWS = 40_000  # of the simulation: 1 % error
-RIDGE = 1e-4  # noise added to each number, relative, as everywhere in the library
 WIDEST = 200.0
 """Standard deviations in a continuous range up to which it is computed; beyond, what the edges take
 off falls as 1 / width."""

@@ -13,7 +13,7 @@ import torch
 from fisherfast.results import FisherFlow
 from fisherfast.taps import INPUT, OUTPUT
 
-__all__ = ["EpochRecord", "Errors", "level_of"]
+__all__ = ["EpochRecord", "Errors", "level_of", "output_of"]
 
 Errors = tuple[float, ...] | None
 """Mean square errors of the P parameters in theta^2; None where unknown."""

@@ -26,7 +26,7 @@ from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
 from fisherfast.settings import BATCH_SIZE, FOLDS, check_passes, check_settings
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import LiveEstimate, Observer
-from fisherfast.training.record import EpochRecord, Errors, output_of
+from fisherfast.training.record import NOT_MEASURED, EpochRecord, Errors, output_of
 from fisherfast.training.units import unit_note
 from fisherfast.unwrap import unwrapped
 
@@ -204,7 +204,7 @@ class FisherMonitor:
         except (NotFiniteError, OtherRankError) as error:
             if isinstance(error, OtherRankError) and NotFiniteError.__name__ not in str(error):
                 raise
-            notes.append(f"not measured: {error}")
+            notes.append(f"{NOT_MEASURED}{error}")
             flow = training_flow = None
         self._calls += 1
         if flow is not None:

@@ -42,6 +42,7 @@ KEPT_BYTES = 2**29
 """Samples of simulators, files and loaders that are kept between measurements, 512 MB."""
 
 FORMAT_VERSION = 1
+STATE = {"network", "settings", "calls", "history", "observer", "spaces", "told"}
 
 PARAMETRIZED = "parametrizations"
 """Name of the child that computes the weights of a module: `torch.nn.utils.parametrize`."""
@@ -317,6 +318,8 @@ class FisherMonitor:
                 f"state must be of a FisherMonitor, format {FORMAT_VERSION}, got"
                 f" {state.get('format_version') if isinstance(state, Mapping) else type(state)}"
             )
+        if missing := sorted(STATE - set(state)):
+            raise ValueError(f"state must hold {missing}, got {sorted(state)}")
         _check_same_network(self._signature(), state["network"])
         ours, theirs = self._compared(), state["settings"]
         for name in sorted(set(ours) | set(theirs)):

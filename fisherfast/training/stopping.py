@@ -88,7 +88,7 @@ class FisherEarlyStopping:
         check_finite: bool = True,
         **options: Any,
     ) -> None:
-        if rule not in RULES:
+        if not isinstance(rule, str) or rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, got {rule!r}")
         known = inspect.signature(RULES[rule]).parameters
         if unknown := sorted(set(options) - set(known)):

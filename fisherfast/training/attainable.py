@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fisherfast.default_device import on_host
+
 __all__ = ["Prior", "attainable_error", "attainable_error_of_samples", "check_prior"]
 
 Prior = torch.Tensor | Sequence[float]
@@ -38,6 +40,7 @@ WIDEST = 200.0
 off falls as 1 / width."""
 
 
+@on_host()
 def attainable_error(precision: float, prior: Prior) -> float:
     """Mean square error of the posterior mean of theta, given a Gaussian measurement of it.
 
@@ -76,6 +79,7 @@ def attainable_error(precision: float, prior: Prior) -> float:
     return _continuous(torch.histc(values, CELLS, low, high), low, high, precision)
 
 
+@on_host()
 def attainable_error_of_samples(
     x: torch.Tensor, theta: torch.Tensor, *, degree: int = DEGREE, seed: int = 0
 ) -> float:

@@ -126,7 +126,7 @@ class CramerRaoRule(StoppingRule):
         if key not in self._known:
             matrices = [J] if self.input_J is None else self.input_J
             errors = torch.tensor(
-                [self._errors_of(matrix) for matrix in matrices], dtype=torch.float64
+                [self._errors_of(matrix) for matrix in matrices], dtype=torch.float64, device="cpu"
             )
             self._known[key] = errors.mean(0).tolist()
         return self._known[key]
@@ -268,7 +268,7 @@ class TransmissionRule(StoppingRule):
     def noise(self, shares: Sequence[float]) -> float:
         """Standard error of the difference of two of the last shares, from their third differences:
         a curve without kinks has none. 0 for fewer than four."""
-        recent = torch.tensor(shares[-NOISE_WINDOW:], dtype=torch.float64)
+        recent = torch.tensor(shares[-NOISE_WINDOW:], dtype=torch.float64, device="cpu")
         if len(recent) < 4:
             return 0.0
         thirds = recent.diff(n=3)
@@ -319,9 +319,9 @@ def _line_ends(levels: Sequence[float], window: int) -> list[float]:
         if math.isnan(level) or not all(0 < value < math.inf for value in recent):
             ends.append(level)
             continue
-        y = torch.tensor(list(recent), dtype=torch.float64).log()
-        x = torch.arange(len(recent), dtype=torch.float64) - (len(recent) - 1) / 2
-        slope = (x @ y) / (x @ x) if len(recent) > 1 else torch.zeros(())
+        y = torch.tensor(list(recent), dtype=torch.float64, device="cpu").log()
+        x = torch.arange(len(recent), dtype=torch.float64, device="cpu") - (len(recent) - 1) / 2
+        slope = (x @ y) / (x @ x) if len(recent) > 1 else torch.zeros((), device="cpu")
         ends.append(float((y.mean() + slope * x[-1]).exp()))
     return ends
 
@@ -360,8 +360,8 @@ def _matrices(input_J: Any) -> list[torch.Tensor]:
 
 def _as_matrix(J: Any) -> torch.Tensor:
     """A number, [P, P] or `LayerFisher` as float64 [P, P]."""
-    matrix = J.J if isinstance(J, LayerFisher) else torch.as_tensor(J, dtype=torch.float64)
-    matrix = matrix.double().cpu()
+    known = J.J if isinstance(J, LayerFisher) else J
+    matrix = torch.as_tensor(known, dtype=torch.float64, device="cpu")
     matrix = matrix.reshape(1, 1) if matrix.numel() == 1 else matrix
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"input_J must hold [P, P] matrices, got shape {tuple(matrix.shape)}")

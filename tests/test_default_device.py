@@ -46,12 +46,6 @@ def noise() -> torch.Tensor:
     return torch.randn(2, ROWS, DIM, generator=torch.Generator().manual_seed(1))
 
 
-def batches():
-    """A function that yields batches, and notes the same."""
-    SEEN.append(torch.empty(0).device.type)
-    yield from noise()[0].split(200)
-
-
 def shifted(step: float):
     z = noise()
     return [z + step * torch.eye(DIM)[p] for p in range(2)]
@@ -98,7 +92,14 @@ def test_maps_and_sources_that_are_functions():
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 1))
     data = ff.FiniteDifference(x - 0.02, x + 0.02, dtheta=0.04, paired=True)
     expected = ff.fisher_flow(model, data, maps=True).map("0").J
-    read = ff.Score(lambda: ((b, b[:, 0]) for b in batches()))
+    z = noise()[0]
+
+    def batches():
+        for batch in z.split(200):
+            SEEN.append(torch.empty(0).device.type)
+            yield batch, batch[:, 0]
+
+    read = ff.Score(batches)
     with default_device("meta"):
         assert torch.equal(ff.fisher_flow(model, data, maps=True).map("0").J, expected)
         SEEN.clear()

@@ -61,7 +61,7 @@ def cramer_rao(J: torch.Tensor) -> torch.Tensor:
     factor, failed = torch.linalg.cholesky_ex(correlation)
     left = factor.diagonal().square()
     if int(failed) or not bool((left > SINGULAR).all() and torch.isfinite(left).all()):
-        return torch.full((len(J),), math.inf, dtype=torch.float64)
+        return torch.full((len(J),), math.inf, dtype=torch.float64, device="cpu")
     return torch.cholesky_inverse(factor).diagonal().sqrt() / scale
 
 
@@ -106,12 +106,12 @@ def marginal_fisher(
     rest = [p for p in range(len(J)) if p not in kept]
     J = (J + J.T) / 2
     size = len(kept)
-    X = torch.zeros(len(J), size, dtype=torch.float64)
-    X[kept] = torch.eye(size, dtype=torch.float64)
+    X = torch.zeros(len(J), size, dtype=torch.float64, device="cpu")
+    X[kept] = torch.eye(size, dtype=torch.float64, device="cpu")
     if rest:
         inverse = _pseudo_inverse(J[rest][:, rest])
         if inverse is None:
-            nothing = torch.full((size, size), math.nan, dtype=torch.float64)
+            nothing = torch.full((size, size), math.nan, dtype=torch.float64, device="cpu")
             return MarginalFisher(tuple(kept), nothing, nothing.clone())
         X[rest] = -inverse @ J[rest][:, kept]
     marginal = X.T @ J @ X
@@ -130,9 +130,8 @@ def pack_covariance(full: torch.Tensor) -> torch.Tensor:
 
 def _unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
     row, column = torch.tril_indices(parameters, parameters)
-    place = torch.zeros(parameters, parameters, dtype=torch.int64)
-    place[row, column] = torch.arange(len(row))
-    place[column, row] = torch.arange(len(row))
+    place = torch.zeros(parameters, parameters, dtype=torch.int64, device="cpu")
+    place[row, column] = place[column, row] = torch.arange(len(row), device="cpu")
     return packed[place.flatten()][:, place.flatten()].reshape((parameters,) * 4)
 
 

@@ -20,6 +20,7 @@ from fisherfast._progress import progress_bar
 from fisherfast.agreement import Agreement
 from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Gap
+from fisherfast.default_device import on_host, outside
 from fisherfast.distributed import Ranks
 from fisherfast.maps import estimate_map
 from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
@@ -93,6 +94,13 @@ class Measurement:
 
     def run(self, progress: bool = False) -> FisherFlow:
         """Stream all samples, again for layers that grow, and estimate."""
+        with on_host():
+            flow, warning = self._run_on_host(progress)
+        self._warn(flow.layers, warning)
+        return flow
+
+    def _run_on_host(self, progress: bool) -> tuple[FisherFlow, str | None]:
+        """The flow, and what is to be said of the score."""
         progress = progress and self._agreement.leads
         self._data = self._agreement.begin(self._model, self._data, self._layers, self._settings)
         contrast, ridge = self._data.contrast(), self._settings["ridge"]
@@ -124,8 +132,7 @@ class Measurement:
         flow = self._recall.complete(
             FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
         )
-        self._warn(flow.layers, warning)
-        return flow
+        return flow, warning
 
     def _estimate(self, meter: LayerMeter, contrast: torch.Tensor, ridge: float) -> LayerFisher:
         layer = meter.estimate(self._data, contrast, ridge)
@@ -249,7 +256,7 @@ class Measurement:
 
     def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
         """How many samples of the model's own size fit into the budget."""
-        with LivePeak() as live:
+        with LivePeak() as live, outside():
             if self._model is not None:
                 self._model(batch.clone())
         layers = [(meter.site, isinstance(meter, WideMeter)) for meter in self._layer_meters]
@@ -306,7 +313,7 @@ class Measurement:
             return
         # what the statistics make has no tangents, and they never run under autocast or with
         # gradients, as the network may
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes(), torch.no_grad(), on_host():
             activations, tangents = _parts(output)
             if tuple(activations.shape[1:]) != meter.site.shape:
                 raise ValueError(

@@ -171,8 +171,8 @@ class LayerFisher:
         """dtheta sqrt(J) / 2 [P]: how far each condition is from theta in units of its
         uncertainty. Zero where there was no finite step."""
         if not self.dtheta:
-            return torch.zeros(self.parameters, dtype=torch.float64)
-        step = torch.tensor(self.dtheta, dtype=torch.float64)
+            return torch.zeros(self.parameters, dtype=torch.float64, device="cpu")
+        step = torch.tensor(self.dtheta, dtype=torch.float64, device="cpu")
         return step * self.J.diagonal().clamp_min(0).sqrt() / 2
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class LayerFisher:
             shape = (-1, parameters, parameters) if name.startswith("curve") else (parameters,) * 2
             values[name] = torch.from_numpy(numbers.reshape(shape))
         values["effective_dim"] = float(values["effective_dim"])
-        values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64)
+        values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64, device="cpu")
         for name in ("shape", "dtheta", "aliases", "descendants", "notes"):
             values[name] = tuple(values[name])
         lengths = {len(values[name]) for name in ("curve_k", "curve_J", "curve_stderr")}

@@ -16,6 +16,7 @@ import torch
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Gap, Part, Round
+from fisherfast.default_device import each_as_outside
 from fisherfast.shares import Share
 
 __all__ = ["Streams"]
@@ -140,7 +141,8 @@ class Streams:
         """The streams from their beginning: what other processes measure is not read, but for what
         the pilot needs."""
         everything = self._share.turns == 1
-        return self._data.rounds(self._batch_size, None if everything else self._wanted)
+        rounds = self._data.rounds(self._batch_size, None if everything else self._wanted)
+        return [each_as_outside(stream) for stream in rounds]
 
     def _wanted(self, stream: int, number: int) -> bool:
         return self._reads_all or self._share.mine(stream, number)

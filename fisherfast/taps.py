@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from fisherfast.default_device import outside
 from fisherfast.unwrap import as_written, is_shell, name_inside
 
 __all__ = [
@@ -186,7 +187,8 @@ class Forward(TorchFunctionMode):
         self._report(INPUT, INPUT, None, batch)
         super().__enter__()
         try:
-            return self._model(batch)
+            with outside():
+                return self._model(batch)
         finally:
             super().__exit__(None, None, None)
 

@@ -12,7 +12,7 @@ import pytest
 import fisherfast
 
 PACKAGE = Path(fisherfast.__file__).parent
-ANYONE = {"_version", "_progress", "unwrap"}
+ANYONE = {"_version", "_progress", "unwrap", "default_device"}
 PARTS_OF_FLOW = {"meters", "recall", "settings", "streams", "memory_budget"}
 MEASURE = {
     "data",

@@ -11,13 +11,15 @@ its error is below 1/J. The least mean square error under a prior is that of the
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 
 import torch
 
+from fisherfast.default_device import on_host
 from fisherfast.estimators import RIDGE
 
-__all__ = ["Prior", "attainable_error", "attainable_error_of_samples"]
+__all__ = ["Prior", "attainable_error", "attainable_error_of_samples", "check_prior"]
 
 Prior = torch.Tensor | Sequence[float]
 
@@ -38,6 +40,7 @@ WIDEST = 200.0
 off falls as 1 / width."""
 
 
+@on_host()
 def attainable_error(precision: float, prior: Prior) -> float:
     """Mean square error of the posterior mean of theta, given a Gaussian measurement of it.
 
@@ -65,20 +68,18 @@ def attainable_error(precision: float, prior: Prior) -> float:
     """
     if not (math.isfinite(precision) and precision > 0):
         raise ValueError(f"precision must be positive and finite, got {precision}")
-    if not isinstance(prior, torch.Tensor):
-        return _continuous(torch.ones(1), *_range(prior), precision)
-    values = prior.detach().cpu().double().flatten()
-    if not len(values) or not bool(torch.isfinite(values).all()):
-        raise ValueError(f"prior must hold finite values of theta, got shape {tuple(prior.shape)}")
+    known = check_prior(prior)
+    if isinstance(known, tuple):
+        return _continuous(torch.ones(1), *known, precision)
+    values = known
     distinct, counts = values.unique(return_counts=True)
-    if len(distinct) == 1:
-        raise ValueError(f"prior must hold more than one value of theta, got {float(distinct)}")
     if len(distinct) <= MOST_VALUES:
         return _grid(distinct * math.sqrt(precision), counts / len(values)) / precision
     low, high = float(distinct[0]), float(distinct[-1])
     return _continuous(torch.histc(values, CELLS, low, high), low, high, precision)
 
 
+@on_host()
 def attainable_error_of_samples(
     x: torch.Tensor, theta: torch.Tensor, *, degree: int = DEGREE, seed: int = 0
 ) -> float:
@@ -172,10 +173,29 @@ def _simulated(
     return float(error)
 
 
-def _range(prior: Sequence[float]) -> tuple[float, float]:
-    if len(prior) != 2 or not -math.inf < prior[0] < prior[1] < math.inf:
-        raise ValueError(f"prior must be (low, high) with low < high, got {tuple(prior)}")
-    return float(prior[0]), float(prior[1])
+def check_prior(prior: Prior) -> tuple[float, float] | torch.Tensor:
+    """(low, high), or values of theta, float64 [n] on the CPU.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(prior, torch.Tensor):
+        try:
+            low, high = (float(end) for end in prior)
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(
+                "prior must be (low, high) with low < high, or a tensor of theta, got"
+                f" {reprlib.repr(prior)}"
+            )
+        return low, high
+    values = prior.detach().cpu().double().flatten()
+    if not len(values) or not bool(torch.isfinite(values).all()):
+        raise ValueError(f"prior must hold finite values of theta, got shape {tuple(prior.shape)}")
+    if bool((values == values[0]).all()):
+        raise ValueError(f"prior must hold more than one value of theta, got {float(values[0])}")
+    return values
 
 
 def _grid(values: torch.Tensor, weights: torch.Tensor) -> float:

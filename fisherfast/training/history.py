@@ -34,6 +34,8 @@ class HistoryFile:
         self._path = Path(path)
         if self._path.suffix != ".csv":
             raise ValueError(f"path must end in .csv, got {self._path.name!r}")
+        if "\0" in str(path):
+            raise ValueError(f"path must hold no null character, got {str(path)!r}")
         self._columns: list[str] | None = None
         self._written = 0
         self._size = 0  # bytes, as it was left

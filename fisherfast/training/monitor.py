@@ -31,7 +31,7 @@ from fisherfast.training.checks import (
 )
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import Observer, leaves
-from fisherfast.training.record import EpochRecord, Errors, output_of
+from fisherfast.training.record import NOT_MEASURED, EpochRecord, Errors, output_of
 from fisherfast.training.regression import LiveEstimate
 from fisherfast.training.units import unit_note
 from fisherfast.unwrap import unwrapped
@@ -41,13 +41,14 @@ __all__ = ["FisherMonitor"]
 MONITOR_FEATURES = 128
 """Default number of features: a trend over epochs, at an eighth of the cost of 512 features."""
 
-OBSERVE_EVERY = 128
+OBSERVE_EVERY = 256
 """Batches from one that `observe` reads to the next: under 2 % of the shortest training steps."""
 
 KEPT_BYTES = 2**29
 """Samples of simulators, files and loaders that are kept between measurements, 512 MB."""
 
 FORMAT_VERSION = 1
+STATE = {"network", "settings", "calls", "history", "observer", "spaces", "told"}
 
 
 class FisherMonitor:
@@ -207,7 +208,7 @@ class FisherMonitor:
         except (NotFiniteError, OtherRankError) as error:
             if isinstance(error, OtherRankError) and NotFiniteError.__name__ not in str(error):
                 raise
-            notes.append(f"not measured: {error}")
+            notes.append(f"{NOT_MEASURED}{error}")
             flow = training_flow = None
         self._calls += 1
         notes += self._notes_on(flow, errors)
@@ -316,6 +317,8 @@ class FisherMonitor:
                 f"state must be of a FisherMonitor, format {FORMAT_VERSION}, got"
                 f" {state.get('format_version') if isinstance(state, Mapping) else type(state)}"
             )
+        if missing := sorted(STATE - set(state)):
+            raise ValueError(f"state must hold {missing}, got {sorted(state)}")
         check_same_network(self._signature(), state["network"])
         ours, theirs = self._compared(), state["settings"]
         for name in sorted(set(ours) | set(theirs)):

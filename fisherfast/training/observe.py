@@ -66,13 +66,34 @@ class Observer:
         self._parameters = parameters
         self._every = every
         self._modules = modules
-        self._input_hook, self._output_hook = Hook(self._catch_input), Hook(self._catch_output)
-        self._layer_hooks = {name: Hook(partial(self._catch_layer, name)) for name in modules}
+        self._make_hooks()
         self._handles: list[torch.utils.hooks.RemovableHandle | _AroundCompiled] = []
         self._caught: dict[str, Caught] = {}
         self._sizes: list[int] = []  # of the batch that was caught: of its input and its output
         self._calls = 0
         self.moments: dict[str, RegressionMoments] = {}
+
+    def _make_hooks(self) -> None:
+        self._input_hook, self._output_hook = Hook(self._catch_input), Hook(self._catch_output)
+        self._layer_hooks = {name: Hook(partial(self._catch_layer, name)) for name in self._modules}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what was caught, which is part of a graph, and without
+        hooks, whose copies do nothing."""
+        hooks = {"_input_hook", "_output_hook", "_layer_hooks"}
+        state = {name: value for name, value in vars(self).items() if name not in hooks}
+        return state | {"_handles": [], "_caught": {}, "_sizes": [], "listening": self._listens()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy listens to its own network, if the original did."""
+        listening = state.pop("listening")
+        vars(self).update(state)
+        self._make_hooks()
+        if listening:
+            self._listen()
+
+    def _listens(self) -> bool:
+        return bool(self._handles)
 
     def observe(self, theta: torch.Tensor) -> None:
         """Take the batch that the model has just seen, if it is its turn.
@@ -106,7 +127,7 @@ class Observer:
         moments = {name: m.state_dict() for name, m in self.moments.items()}
         return {
             "calls": self._calls,
-            "listening": bool(self._handles),
+            "listening": self._listens(),
             "moments": moments,
         }
 
@@ -127,7 +148,7 @@ class Observer:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """No hooks inside; afterwards it listens again if it did before."""
-        listening = bool(self._handles)
+        listening = self._listens()
         self.release()
         try:
             yield
@@ -220,24 +241,31 @@ class Observer:
 
 class _AroundCompiled:
     """Hooks on the input and output of a module that compiles its own call, hooks included: these
-    are outside of it."""
+    are outside of it. Those of several observers lie around each other, and may come off in any
+    order."""
 
     def __init__(self, module: nn.Module, catch_input: Hook, catch_output: Hook) -> None:
         self._module = module
-        compiled: Any = module._compiled_call_impl
-        self._compiled = compiled
+        self._inner: Any = module._compiled_call_impl
+        self._catch_input, self._catch_output = catch_input, catch_output
+        self._removed = False
+        module._compiled_call_impl = self
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            catch_input(module, args)
-            output = compiled(*args, **kwargs)
-            catch_output(module, args, output)
-            return output
-
-        module._compiled_call_impl = call
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._removed:
+            return self._inner(*args, **kwargs)
+        self._catch_input(self._module, args)
+        output = self._inner(*args, **kwargs)
+        self._catch_output(self._module, args, output)
+        return output
 
     def remove(self) -> None:
-        """Put the compiled call back."""
-        self._module._compiled_call_impl = self._compiled
+        """Put the compiled call back, once nobody else's hooks are around it."""
+        self._removed = True
+        call: Any = self._module._compiled_call_impl
+        while isinstance(call, _AroundCompiled) and call._removed:
+            call = call._inner
+        self._module._compiled_call_impl = call
 
 
 def leaves(model: nn.Module) -> dict[str, nn.Module]:

@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.taps import INPUT
-from fisherfast.training.attainable import Prior, attainable_error
+from fisherfast.training.attainable import Prior, attainable_error, check_prior
 from fisherfast.training.checks import check_whole
 from fisherfast.training.record import EpochRecord, output_of
 from fisherfast.training.stopping_rule import History, StoppingRule, Verdict
@@ -41,7 +43,8 @@ class CramerRaoRule(StoppingRule):
 
     Args:
         prior: where theta lies, for an attainable error instead of 1/J: a pair (low, high), or a
-            tensor [n] of the theta of the training samples; for P parameters P of these, or [n, P].
+            tensor or array [n] of the theta of the training samples; for P parameters P of these,
+            or [n, P].
             See `attainable_error` for what this assumes.
         least_error: E_p in theta^2 where it is known otherwise, one number or P: from a simulation,
             say. Neither prior nor J is used then.
@@ -79,9 +82,9 @@ class CramerRaoRule(StoppingRule):
         self.smoothing = check_whole("smoothing", smoothing, least=1)
         if least_error is not None and not (prior is None and input_J is None):
             raise ValueError("least_error must be given without prior and input_J, got both")
-        self.prior = prior
+        self._parts = None if prior is None else _parts_of(prior)
         self.least_error = None if least_error is None else _numbers("least_error", least_error)
-        self.input_J = None if input_J is None else [_as_matrix(J) for J in input_J]
+        self.input_J = None if input_J is None else _matrices(input_J)
         if self.input_J is not None and not self.input_J:
             raise ValueError("input_J must hold the information at one theta at least, got none")
         self.target_scale = _numbers("target_scale", target_scale)
@@ -124,7 +127,7 @@ class CramerRaoRule(StoppingRule):
         if key not in self._known:
             matrices = [J] if self.input_J is None else self.input_J
             errors = torch.tensor(
-                [self._errors_of(matrix) for matrix in matrices], dtype=torch.float64
+                [self._errors_of(matrix) for matrix in matrices], dtype=torch.float64, device="cpu"
             )
             self._known[key] = errors.mean(0).tolist()
         return self._known[key]
@@ -137,21 +140,14 @@ class CramerRaoRule(StoppingRule):
                 f' {J.tolist()}: measure with more samples, or use rule="transmission"'
             )
         errors: list[float] = torch.cholesky_inverse(factor).diagonal().tolist()
-        if self.prior is None:
+        if self._parts is None:
             return errors
         priors = self._priors(len(errors))
         return [attainable_error(1 / e, prior) for e, prior in zip(errors, priors, strict=True)]
 
     def _priors(self, parameters: int) -> list[Prior]:
         """One for each parameter."""
-        prior: Any = self.prior
-        if isinstance(prior, torch.Tensor):
-            columns = prior.reshape(len(prior), -1).T if prior.ndim else prior.reshape(1, 1)
-            parts: list[Prior] = list(columns)
-        elif all(isinstance(entry, int | float) for entry in prior):
-            parts = [prior]
-        else:
-            parts = list(prior)
+        parts = self._parts or []
         if len(parts) != parameters:
             raise ValueError(
                 f"prior must be given for each of the {parameters} parameters, got {len(parts)}"
@@ -189,7 +185,7 @@ class CramerRaoRule(StoppingRule):
         return statistics.fmean(mse * scale**2 / error for mse, scale, error in triples)
 
     def _reason(self, record: EpochRecord, level: float) -> str:
-        published = self.prior is None and self.least_error is None
+        published = self._parts is None and self.least_error is None
         bound = "1 / J_input" if published else "the attainable error"
         return (
             f"training error at {level:.3g} of {bound} in epoch {record.epoch}: below it is memory"
@@ -273,7 +269,7 @@ class TransmissionRule(StoppingRule):
     def noise(self, shares: Sequence[float]) -> float:
         """Standard error of the difference of two of the last shares, from their third differences:
         a curve without kinks has none. 0 for fewer than four."""
-        recent = torch.tensor(shares[-NOISE_WINDOW:], dtype=torch.float64)
+        recent = torch.tensor(shares[-NOISE_WINDOW:], dtype=torch.float64, device="cpu")
         if len(recent) < 4:
             return 0.0
         thirds = recent.diff(n=3)
@@ -324,17 +320,49 @@ def _line_ends(levels: Sequence[float], window: int) -> list[float]:
         if math.isnan(level) or not all(0 < value < math.inf for value in recent):
             ends.append(level)
             continue
-        y = torch.tensor(list(recent), dtype=torch.float64).log()
-        x = torch.arange(len(recent), dtype=torch.float64) - (len(recent) - 1) / 2
-        slope = (x @ y) / (x @ x) if len(recent) > 1 else torch.zeros(())
+        y = torch.tensor(list(recent), dtype=torch.float64, device="cpu").log()
+        x = torch.arange(len(recent), dtype=torch.float64, device="cpu") - (len(recent) - 1) / 2
+        slope = (x @ y) / (x @ x) if len(recent) > 1 else torch.zeros((), device="cpu")
         ends.append(float((y.mean() + slope * x[-1]).exp()))
     return ends
 
 
+def _parts_of(prior: Any) -> list[Prior]:
+    """A range or values of theta for each parameter.
+
+    Raises:
+        ValueError: one is neither.
+    """
+    if isinstance(prior, np.ndarray):
+        prior = torch.as_tensor(prior, device="cpu")
+    if isinstance(prior, torch.Tensor):
+        parts = list(prior.reshape(len(prior), -1).T if prior.ndim else prior.reshape(1, 1))
+    elif not isinstance(prior, Sequence) or all(not np.ndim(entry) for entry in prior):
+        parts = [prior]
+    else:
+        parts = [
+            torch.as_tensor(p, device="cpu") if isinstance(p, np.ndarray) else p for p in prior
+        ]
+    for part in parts:
+        check_prior(part)
+    return parts
+
+
+def _matrices(input_J: Any) -> list[torch.Tensor]:
+    """Information at several theta, each [P, P]."""
+    try:
+        return [_as_matrix(J) for J in input_J]
+    except TypeError:
+        raise TypeError(
+            "input_J must be a list of numbers, [P, P] tensors or LayerFisher, one for each theta,"
+            f" got {reprlib.repr(input_J)}"
+        ) from None
+
+
 def _as_matrix(J: Any) -> torch.Tensor:
     """A number, [P, P] or `LayerFisher` as float64 [P, P]."""
-    matrix = J.J if isinstance(J, LayerFisher) else torch.as_tensor(J, dtype=torch.float64)
-    matrix = matrix.double().cpu()
+    known = J.J if isinstance(J, LayerFisher) else J
+    matrix = torch.as_tensor(known, dtype=torch.float64, device="cpu")
     matrix = matrix.reshape(1, 1) if matrix.numel() == 1 else matrix
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"input_J must hold [P, P] matrices, got shape {tuple(matrix.shape)}")
@@ -343,7 +371,11 @@ def _as_matrix(J: Any) -> torch.Tensor:
 
 def _numbers(name: str, values: float | Sequence[float]) -> list[float]:
     """One number or several, each positive."""
-    listed = [float(v) for v in (values if isinstance(values, Sequence) else [values])]
+    try:
+        flat = torch.as_tensor(values, dtype=torch.float64, device=getattr(values, "device", "cpu"))
+        listed: list[float] = flat.reshape(-1).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or one per parameter, got {values!r}") from None
     if not listed or not all(0 < value < math.inf for value in listed):
         raise ValueError(f"{name} must be positive and finite, got {values}")
     return listed

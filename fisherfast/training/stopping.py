@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,13 +14,14 @@ import torch
 from torch import nn
 
 from fisherfast.results import FisherWarning
-from fisherfast.training.record import EpochRecord
+from fisherfast.training.record import NOT_MEASURED, EpochRecord
 from fisherfast.training.rules import RULES
 from fisherfast.training.stopping_rule import StoppingRule, Verdict
 
 __all__ = ["FisherEarlyStopping", "Monitored"]
 
 STATE_VERSION = 1
+STATE = {"version", "rule", "stopped_epoch", "best_epoch", "best_record", "reason", "weights"}
 SHARED = ("patience", "min_delta", "min_epochs")  # settings that every rule has
 
 
@@ -50,7 +52,8 @@ class FisherEarlyStopping:
         min_epochs: epoch number before which there is no stop.
         restore_best: at the stop, load the weights of `best_epoch` into the model. A copy of the
             weights is kept for that.
-        check_finite: stop when a training or validation error is NaN or infinite.
+        check_finite: stop when a training or validation error is NaN or infinite, or an activation
+            on the held-out samples.
         **options: of the rule. "crlb": ``prior``, ``least_error``, ``input_J``, ``target_scale``,
             ``smoothing``; "transmission": ``information``, ``tolerance``. See `CramerRaoRule` and
             `TransmissionRule`.
@@ -86,7 +89,7 @@ class FisherEarlyStopping:
         check_finite: bool = True,
         **options: Any,
     ) -> None:
-        if rule not in RULES:
+        if not isinstance(rule, str) or rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, got {rule!r}")
         known = inspect.signature(RULES[rule]).parameters
         if unknown := sorted(set(options) - set(known)):
@@ -101,6 +104,7 @@ class FisherEarlyStopping:
         self.best_epoch: int | None = None
         self.reason = ""
         self._weights: dict[str, Any] | None = None
+        self._best_record: int | None = None  # in the history: an epoch may have several records
 
     def step(self, monitor: Monitored) -> bool:
         """Judge the last epoch of the monitor. Call it once after each ``monitor.step``.
@@ -126,8 +130,8 @@ class FisherEarlyStopping:
         verdict = self._judge(history)
         if verdict.best is not None:
             best_epoch = history[verdict.best].epoch
-            is_new = best_epoch != self.best_epoch
-            self.best_epoch = best_epoch
+            is_new = (best_epoch, verdict.best) != (self.best_epoch, self._best_record)
+            self.best_epoch, self._best_record = best_epoch, verdict.best
             if self.restore_best and is_new:
                 seen = verdict.best == len(history) - 1
                 self._weights = _copied(monitor.model.state_dict()) if seen else None
@@ -146,6 +150,7 @@ class FisherEarlyStopping:
             "rule": self.rule.name,
             "stopped_epoch": self.stopped_epoch,
             "best_epoch": self.best_epoch,
+            "best_record": self._best_record,
             "reason": self.reason,
             "weights": None if self._weights is None else _copied(self._weights),
         }
@@ -156,16 +161,16 @@ class FisherEarlyStopping:
         Raises:
             ValueError: the state is of another rule, or no state at all.
         """
-        missing = {"version", "rule", "stopped_epoch", "best_epoch", "reason", "weights"} - set(
-            state
-        )
-        if missing:
-            raise ValueError(f"state must hold {sorted(missing)}, got {sorted(state)}")
+        if not isinstance(state, Mapping) or (missing := sorted(STATE - set(state))):
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            wanted = missing if isinstance(state, Mapping) else sorted(STATE)
+            raise ValueError(f"state must hold {wanted}, got {got}")
         if state["version"] != STATE_VERSION:
             raise ValueError(f"state must be of version {STATE_VERSION}, got {state['version']}")
         if state["rule"] != self.rule.name:
             raise ValueError(f"state must be of rule {self.rule.name!r}, got {state['rule']!r}")
         self.stopped_epoch, self.best_epoch = state["stopped_epoch"], state["best_epoch"]
+        self._best_record = state["best_record"]
         self.reason = state["reason"]
         self._weights = None if state["weights"] is None else _copied(state["weights"])
 
@@ -192,23 +197,29 @@ class FisherEarlyStopping:
     def _judge(self, history: Sequence[EpochRecord]) -> Verdict:
         """The rule's verdict, unless the errors are not finite: then the best of the others."""
         if self.check_finite and (problem := _not_finite(history[-1])):
-            earlier = [index for index, r in enumerate(history) if r.epoch == self.best_epoch]
-            return Verdict(earlier[-1] if earlier else None, problem)
+            return Verdict(self._best_record, problem)
         return self.rule.judge(history)
 
 
 def _not_finite(record: EpochRecord) -> str:
-    """What is wrong with the errors of an epoch; empty if nothing."""
+    """What is wrong with the errors or activations of an epoch; empty if nothing."""
     for name, errors in (("training", record.train_mse), ("validation", record.val_mse)):
         for value in errors or ():
             if not math.isfinite(value):
                 return f"{name} error became {value} in epoch {record.epoch}"
+    for note in record.notes:
+        if note.startswith(NOT_MEASURED):
+            return f"epoch {record.epoch}: {note.removeprefix(NOT_MEASURED)}"
     return ""
 
 
 def _copied(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A state that training does not change."""
-    return {
-        name: value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+    """A state that training does not change, with the versions of the modules beside it: a module
+    that finds none takes the state for an old one."""
+    copied = OrderedDict(
+        (name, value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value))
         for name, value in weights.items()
-    }
+    )
+    if (versions := getattr(weights, "_metadata", None)) is not None:
+        copied._metadata = copy.deepcopy(versions)  # type: ignore[attr-defined]
+    return copied

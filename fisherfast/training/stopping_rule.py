@@ -6,6 +6,7 @@ A rule is a function of the history, so a resumed run decides as the unbroken on
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,9 +51,9 @@ class StoppingRule(ABC):
         patience = self.default_patience if patience is None else patience
         self.patience = check_whole("patience", patience, least=0)
         self.min_epochs = check_whole("min_epochs", min_epochs, least=0)
-        if not 0 <= min_delta < math.inf:
-            raise ValueError(f"min_delta must be at least 0 and finite, got {min_delta}")
-        self.min_delta = float(min_delta)
+        if not (isinstance(min_delta, numbers.Real) and 0 <= min_delta < math.inf):
+            raise ValueError(f"min_delta must be at least 0 and finite, got {min_delta!r}")
+        self.min_delta: float = float(min_delta)
         self._values: list[tuple[EpochRecord, float]] = []
 
     @abstractmethod

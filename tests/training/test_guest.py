@@ -163,3 +163,28 @@ def test_a_network_that_is_listened_to_can_be_copied_and_saved():
     keep = math.exp(-64 / 512)
     assert torch.allclose(after, before * (1 + keep), rtol=1e-6)  # x twice, and no -x
     assert b"fisherfast" not in pickle.dumps(copies[0].fc1._forward_hooks)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_monitor_that_listens_can_be_copied(copied):
+    """Catches copies of activations of a graph, a copy that reads nothing any more because its
+    hooks do nothing, and one that listens to the network of the original."""
+    model = mlp([DIM, 8, 1], seed=0)
+    monitor = ff.FisherMonitor(model, DATA, observe_every=1)
+    theta = torch.linspace(-1, 1, 64)
+    x = theta[:, None] + torch.randn(64, DIM)
+    monitor.observe(theta)
+    model(x)
+    other = copied(monitor)
+    assert other.model is not model
+    other.model(x)
+    other.observe(theta)
+    assert list(other._observer.moments) == ["input", "fc1", "relu1", "output"]
+    monitor.observe(theta)
+    both = [m._observer.moments["fc1"].state_dict()["square"] for m in (monitor, other)]
+    assert torch.equal(*both)
+    for each in (monitor, other):
+        each.close()
+    other.step()
+    assert (len(monitor.history), len(other.history)) == (0, 1)
+    assert not model.fc1._forward_hooks

@@ -439,3 +439,25 @@ def test_live_values_are_shares_of_the_input_that_was_observed():
     for name, share in record.live.items():
         assert share == pytest.approx(live_[name].J.item() / live_["input"].J.item())
     assert record.row()["live/output"] == record.live["output"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_monitors_of_a_network_that_is_compiled_in_place(first):
+    """They let go in either order. Catches the hooks of one that stay for ever because the other
+    has put back the call that it found, and one that loses its own."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 1))
+    model.compile(backend="eager")
+    call = model._compiled_call_impl
+    x = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
+    data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
+    monitors = [ff.FisherMonitor(model, data, observe_every=1) for _ in range(2)]
+    theta = torch.linspace(-1, 1, 32)
+    for monitor in monitors:
+        monitor.observe(theta)
+    monitors[first].close()
+    model(theta[:, None] + x[0, :32])
+    monitors[1 - first].observe(theta)
+    assert set(monitors[1 - first]._observer.moments) == {"input", "output"}
+    assert not monitors[first]._observer.moments
+    monitors[1 - first].close()
+    assert model._compiled_call_impl is call

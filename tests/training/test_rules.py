@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from training_histories import by_errors, by_shares, flow, number
@@ -80,6 +82,40 @@ class TestCramerRao:
         least = rule.least_errors(number(4.0))
         assert least == [pytest.approx(attainable_error(4.0, theta), rel=1e-12)]
 
+    @pytest.mark.parametrize(
+        "prior",
+        [
+            (torch.tensor(-1.0), torch.tensor(1.0)),
+            [np.float32(-1), np.int64(1)],
+            (-1, 1),
+            [(-1, 1)],
+            [np.float64(-1), 1.0],
+        ],
+    )
+    def test_a_range_of_any_numbers(self, prior):
+        """Catches ends that are taken for one prior each of two parameters."""
+        expected = attainable_error(4.0, (-1.0, 1.0))
+        assert CramerRaoRule(prior=prior).least_errors(number(4.0)) == [expected]
+
+    @pytest.mark.parametrize("shape", [(300,), (300, 1)])
+    def test_training_samples_in_an_array(self, shape):
+        """Catches an array of two or more values that is taken for a range."""
+        theta = np.linspace(-1, 1, 300).reshape(shape)
+        expected = attainable_error(4.0, torch.from_numpy(theta))
+        assert CramerRaoRule(prior=theta).least_errors(number(4.0)) == [expected]
+
+    @pytest.mark.parametrize("J", [5.0, torch.tensor(5.0), ["5"]])
+    def test_information_that_is_no_list_of_it(self, J):
+        """Catches Python's own words about iteration."""
+        with pytest.raises(TypeError, match=r"input_J must be a list of numbers, \[P, P\] tensors"):
+            CramerRaoRule(input_J=J)
+
+    @pytest.mark.parametrize("value", ["x", None, [None]])
+    def test_a_scale_that_is_no_number(self, value):
+        """Catches Python's own words about float."""
+        with pytest.raises(TypeError, match="target_scale must be a number or one per parameter"):
+            CramerRaoRule(target_scale=value)
+
     def test_several_J_average_the_errors(self):
         """J = 1 and 4: mean of 1 / J is 0.625. Catches 1 / mean J (0.4), and J of the monitor."""
         rule = CramerRaoRule(input_J=[1.0, 4.0])
@@ -147,6 +183,12 @@ class TestCramerRao:
             ({"target_scale": 0.0}, "target_scale must be positive and finite, got 0.0"),
             ({"least_error": NAN}, "least_error must be positive and finite, got nan"),
             ({"input_J": []}, "input_J must hold the information at one theta at least, got none"),
+            ({"min_delta": "a lot"}, "min_delta must be at least 0 and finite, got 'a lot'"),
+            ({"prior": (1.0, -1.0)}, "prior must be (low, high) with low < high, or a tensor of"),
+            ({"prior": 3.0}, "prior must be (low, high) with low < high, or a tensor of theta"),
+            ({"prior": "ab"}, "prior must be (low, high) with low < high, or a tensor of theta"),
+            ({"prior": [(0, 1), (2, 1)]}, "theta, got (2, 1)"),
+            ({"prior": torch.ones(4)}, "prior must hold more than one value of theta, got 1.0"),
             (
                 {"least_error": 1.0, "prior": (0.0, 1.0)},
                 "least_error must be given without prior and input_J, got both",
@@ -155,7 +197,7 @@ class TestCramerRao:
     )
     def test_bad_settings(self, options, message):
         """Catches settings that are found out in the middle of a training."""
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=re.escape(message)):
             CramerRaoRule(**options)
 
     @pytest.mark.parametrize("name", ["patience", "min_epochs", "smoothing"])

@@ -290,3 +290,69 @@ def test_a_training_is_stopped_near_its_best(rule, options):
     assert stopping.stopped_epoch is not None
     assert at_end > 1.15
     assert at_stop < 1.06
+
+
+def test_several_records_of_one_epoch():
+    """Measured within epoch 0 after each of three parts: the best is the last of them. Catches
+    weights that are kept once per number of an epoch, which are those of the first part."""
+    stopping = ff.FisherEarlyStopping("transmission", patience=1, tolerance=0.0)
+    records = [replace(record, epoch=0) for record in by_shares([0.2, 0.5, 0.8, 0.5])]
+    monitor, weights = run(stopping, records)
+    assert stopping.stopped_epoch == 0
+    assert not same(weights[2], weights[0])
+    assert same(monitor.model.state_dict(), weights[2])
+
+
+@pytest.mark.parametrize("check_finite", [True, False])
+def test_weights_that_are_not_finite_stop_without_any_error(check_finite):
+    """A monitor that is given no error meets NaN weights. Catches a training that goes on for ever
+    because nothing is measured any more, and one that ends with NaN weights."""
+    model = nn.Linear(4, 1)
+    x = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
+    monitor = ff.FisherMonitor(model, ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2))
+    stopping = ff.FisherEarlyStopping("transmission", patience=3, check_finite=check_finite)
+    monitor.step()
+    assert not stopping.step(monitor)
+    kept = state_of(model)
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    with pytest.warns(ff.FisherWarning, match="must be finite"):
+        monitor.step()
+    assert stopping.step(monitor) == check_finite
+    if check_finite:
+        assert stopping.reason.startswith("epoch 1: activations of layer")
+        assert same(model.state_dict(), kept)
+
+
+class Versioned(nn.Linear):
+    """A module that changed the meaning of its weights, as its version tells."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version", 1) < 2:
+            state_dict[f"{prefix}weight"] = -state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_weights_keep_the_versions_of_their_modules(resumed):
+    """Catches weights that are put back as those of an old version (negated here), also through a
+    file that holds weights only."""
+    model = nn.Sequential(Versioned(3, 1))
+    stopping = ff.FisherEarlyStopping("transmission", patience=1, tolerance=0.0)
+    monitor = Replay(model)
+    best = state_of(model)
+    for number, record in enumerate(by_shares([0.8, 0.5])):
+        if number == 1 and resumed:
+            file = io.BytesIO()
+            torch.save(stopping.state_dict(), file)
+            file.seek(0)
+            stopping = ff.FisherEarlyStopping("transmission", patience=1, tolerance=0.0)
+            stopping.load_state_dict(torch.load(file, weights_only=True))
+        if number == 1:
+            train_a_little(model, number)
+        monitor.history.append(record)
+        stopped = stopping.step(monitor)
+    assert stopped
+    assert same(model.state_dict(), best)

@@ -22,6 +22,9 @@ MAX_FEATURES = 512
 PROBES = (None, "network")
 """What may be trained to read a layer."""
 
+SEEDS = 2**63
+"""Beyond, PyTorch has no generator."""
+
 BATCH_SIZE = 4096
 """Default number of samples in a batch; fewer for large samples or networks."""
 
@@ -85,6 +88,8 @@ def check_settings(
     for name in ("max_features", "batch_size"):
         if whole[name] < 1:
             raise ValueError(f"{name} must be positive, got {whole[name]}")
+    if not -SEEDS <= seed < SEEDS:
+        raise ValueError(f"seed must be at least -2**63 and below 2**63, got {seed}")
     if not isinstance(ridge, numbers.Real):
         raise TypeError(f"ridge must be a number, got {ridge!r}")
     if not 0 <= ridge < 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fisherfast._version import __version__
-from fisherfast.reproduce.command import add_reproduce, run_reproduce
+from fisherfast.reproduce.command import SEEDS, add_reproduce, run_reproduce
 
 if TYPE_CHECKING:
     from fisherfast.demos import Task
@@ -75,6 +75,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ValueError(f"--epochs must be at least 1, got {options.epochs}")
     if options.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    if options.seed >= SEEDS:
+        raise ValueError(f"--seed must be below {SEEDS}, got {options.seed}")
     rate = options.learning_rate
     if rate is not None and not 0 < rate < float("inf"):
         raise ValueError(f"--learning-rate must be positive and finite, got {rate}")

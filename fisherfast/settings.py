@@ -23,6 +23,9 @@ MAX_FEATURES = 512
 PROBES = (None, "network")
 """What may be trained to read a layer."""
 
+SEEDS = 2**63
+"""Beyond, PyTorch has no generator."""
+
 BATCH_SIZE = 4096
 """Default number of samples in a batch; fewer for large samples or networks."""
 
@@ -86,6 +89,8 @@ def check_settings(
     for name in ("max_features", "batch_size"):
         if whole[name] < 1:
             raise ValueError(f"{name} must be positive, got {whole[name]}")
+    if not -SEEDS <= seed < SEEDS:
+        raise ValueError(f"seed must be at least -2**63 and below 2**63, got {seed}")
     ridge = check_ridge(ridge)
     least = LEAST_FOLDS[data.source]
     if folds < least or folds % 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -23,35 +22,6 @@ its own forward pass, in which all processes must take part."""
 
 SHELLS = ("_orig_mod", "_fsdp_wrapped_module")
 """What wrappers call the module inside, where they may be anywhere in a model."""
-
-
-class _Stance:
-    """Eager for as long as somebody needs it: the stance is that of the process, and measurements
-    in several threads may overlap, so that each putting back what it found would leave the wrong
-    one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._needed_by = 0
-        self._held = contextlib.ExitStack()
-
-    @contextlib.contextmanager
-    def eager(self) -> Iterator[None]:
-        """Inside, what is compiled runs as it is written."""
-        with self._lock:
-            if self._needed_by == 0:
-                self._held.enter_context(torch.compiler.set_stance("force_eager"))
-            self._needed_by += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._needed_by -= 1
-                if self._needed_by == 0:
-                    self._held.close()
-
-
-_STANCE = _Stance()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -92,5 +62,5 @@ def as_written() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and its import takes seconds
         yield
         return
-    with _STANCE.eager():
+    with torch.compiler.set_stance("force_eager"):
         yield

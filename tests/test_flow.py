@@ -586,6 +586,7 @@ def test_a_single_event():
         ({"batch_size": 0}, "batch_size must be positive, got 0"),
         ({"batch_size": -3}, "batch_size must be positive, got -3"),
         ({"folds": 3}, "folds must be even and at least 4, got 3"),
+        ({"seed": 2**63}, f"seed must be at least -2**63 and below 2**63, got {2**63}"),
         ({"folds": 0}, "folds must be even and at least 4, got 0"),
         ({"folds": -2}, "folds must be even and at least 4, got -2"),
         ({"ridge": -1}, "ridge must be in [0, 1), got -1"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fisherfast as ff
 from fisherfast.data import KeptData
-from fisherfast.unwrap import as_written, unwrapped
+from fisherfast.unwrap import unwrapped
 
 ROWS, DIM = 50, 3
 SIDE_BYTES = ROWS * DIM * 4  # of one condition
@@ -217,38 +216,3 @@ def test_a_flow_of_a_wrapped_network_has_its_names():
     data = ff.FiniteDifference(x[0] - 0.05, x[1] + 0.05, dtheta=0.1)
     flows = [ff.fisher_flow(m, data, max_features=8) for m in (model, nn.DataParallel(model))]
     assert flows[0].to_dict() == flows[1].to_dict()
-
-
-def test_measurements_in_two_threads_leave_compiled_networks_compiled():
-    """Each begins before the other ends. Catches a stance of the process that the second puts back
-    as it found it, so that nothing compiled runs compiled from then on."""
-    compiled_runs = []
-
-    def backend(graph, _):
-        compiled_runs.append(1)
-        return graph.forward
-
-    model = torch.compile(nn.Linear(2, 2), backend=backend)
-    first_in, second_in, first_out = (threading.Event() for _ in range(3))
-
-    def first():
-        with as_written():
-            first_in.set()
-            second_in.wait(60)
-        first_out.set()
-
-    def second():
-        first_in.wait(60)
-        with as_written():
-            second_in.set()
-            first_out.wait(60)
-            model(torch.ones(1, 2))
-
-    threads = [threading.Thread(target=target) for target in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not compiled_runs  # the second was still inside
-    model(torch.ones(1, 2))
-    assert compiled_runs

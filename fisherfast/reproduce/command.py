@@ -11,11 +11,12 @@ from fisherfast.demos import imaging_task
 from fisherfast.reproduce.figure import Context, Figure, Options
 from fisherfast.reproduce.runner import FIGURES, run_figures
 
-__all__ = ["add_reproduce", "run_reproduce"]
+__all__ = ["SEEDS", "add_reproduce", "run_reproduce"]
 
 FOLDER = Path("fisherfast-figures")
 ALL = "all"
 WRONG_OPTION = 2
+SEEDS = 2**32  # what NumPy takes; figures count on from there
 
 
 def add_reproduce(verbs: Any) -> None:
@@ -92,6 +93,8 @@ def _check(figures: list[Figure], options: Options) -> None:
     """
     if options.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    if options.seed >= SEEDS:
+        raise ValueError(f"--seed must be below {SEEDS}, got {options.seed}")
     names = ", ".join(figure.name for figure in figures)
     if options.epochs is not None:
         if options.epochs < 1:

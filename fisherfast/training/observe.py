@@ -5,6 +5,7 @@ them to the regressions of `regression.py`.
 from __future__ import annotations
 
 import contextlib
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -100,6 +101,9 @@ class Observer:
 
         Args:
             theta: [n] or [n, P] of the samples.
+
+        Raises:
+            TypeError: theta are no real numbers.
         """
         self._calls += 1
         if self._handles:
@@ -229,7 +233,12 @@ class Observer:
     def _theta(self, theta: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """theta [n, P] float64 on the CPU; n is one of the sizes, for the batch need not come
         first."""
-        rows = torch.as_tensor(theta, device=getattr(theta, "device", "cpu")).detach()
+        try:
+            rows = torch.as_tensor(theta, device=getattr(theta, "device", "cpu")).detach()
+        except (TypeError, ValueError, RuntimeError):
+            rows = torch.empty(0, dtype=torch.complex64, device="cpu")
+        if rows.is_complex():
+            raise TypeError(f"theta must be a tensor of real numbers, got {reprlib.repr(theta)}")
         flat = rows.flatten(1) if rows.ndim > 1 else rows.reshape(-1, 1)
         if len(flat) not in sizes or flat.shape[1] != self._parameters:
             raise ValueError(

@@ -73,6 +73,7 @@ def test_failed_check_has_status_1(capsys, monkeypatch):
         (["gaussian", "--samples", "10"], "--samples must be at least 100 per theta, got 10"),
         (["lognormal", "--samples", "-1"], "--samples must be at least 100 per theta, got -1"),
         (["imaging", "--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["imaging", "--seed", "4294967296"], "--seed must be below 4294967296, got 4294967296"),
         (["imaging", "--learning-rate", "0"], "--learning-rate must be positive and finite"),
         (["imaging", "--learning-rate", "nan"], "--learning-rate must be positive and finite"),
         (["imaging", "--scene", "none.jpg"], "none.jpg"),

@@ -38,6 +38,7 @@ def numbers_of(folder: Path, name: str) -> dict:
         (["fig5", "--epochs", "many"], "invalid int value: 'many'"),
         (["fig3", "--epochs", "2"], "--epochs must be given with a figure that trains, got fig3"),
         (["fig5", "--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["fig3", "--seed", "4294967296"], "--seed must be below 4294967296, got 4294967296"),
         (["fig5", "--samples", "10"], "--samples must be at least 100 for fig5, got 10"),
         (["fig4", "fig6", "--samples", "100"], "--samples must be at least 250 for fig6, got 100"),
         (["all", "--samples", "250"], "--samples must be at least 1000 for fig3, got 250"),

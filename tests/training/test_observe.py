@@ -373,6 +373,15 @@ def test_thetas_of_other_samples_are_refused(theta, shape):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("theta", [None, "x", object(), torch.zeros(8, dtype=torch.complex64)])
+def test_thetas_that_are_no_real_numbers_are_refused(theta):
+    """Catches PyTorch's own words, an imaginary part that is dropped, and hooks that stay."""
+    model = mlp([DIM, 4, 1], seed=0)
+    with pytest.raises(TypeError, match="theta must be a tensor of real numbers, got"):
+        live(model, iter([(noise(8), theta)]))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 @pytest.mark.parametrize("kind", ["list", "flat", "double", "grad", "whole", "column"])
 def test_thetas_may_be_given_in_any_form(kind):
     """Catches a graph held by theta, and a form that is refused for nothing."""

@@ -70,6 +70,6 @@ class StoppingRule(ABC):
 
 def check_count(name: str, value: int, *, least: int = 0) -> int:
     """`value`, or a ValueError if it is not a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
+    return int(value)

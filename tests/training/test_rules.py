@@ -104,6 +104,12 @@ class TestCramerRao:
         expected = attainable_error(4.0, torch.from_numpy(theta))
         assert CramerRaoRule(prior=theta).least_errors(number(4.0)) == [expected]
 
+    def test_counts_of_numpy(self):
+        """Catches a patience from an array that is refused although `every` takes one."""
+        rule = CramerRaoRule(patience=np.int64(2), min_epochs=np.int32(3))
+        assert (rule.patience, rule.min_epochs) == (2, 3)
+        assert type(rule.patience) is int
+
     @pytest.mark.parametrize("J", [5.0, torch.tensor(5.0), ["5"]])
     def test_information_that_is_no_list_of_it(self, J):
         """Catches Python's own words about iteration."""

@@ -26,7 +26,7 @@ from fisherfast.taps import Site
 __all__ = ["Agreement"]
 
 SEED_STRIDE = 7_919
-"""Between the random numbers of two ranks: a prime, so that seeds met in practice do not collide"""
+"""Between the seeds of two ranks: a prime, so that seeds met in practice do not collide."""
 
 SAME_DATA = (
     ": every rank must have the same samples, in the same order (a seed?), or its own share,"

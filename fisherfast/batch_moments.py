@@ -6,7 +6,6 @@ gradient. The formulas are the same.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,6 @@ __all__ = [
     "Outputs",
     "batch_information",
     "batch_moments",
-    "check_ridge",
     "check_steps",
 ]
 
@@ -300,11 +298,3 @@ def check_steps(
     if parameters is None:
         parameters = max(1, np.size(np.asarray(dtheta)))
     return check_dtheta(dtheta, parameters)
-
-
-def check_ridge(ridge: float) -> float:
-    if not isinstance(ridge, numbers.Real):
-        raise TypeError(f"ridge must be a number, got {ridge!r}")
-    if not 0 <= ridge < 1:
-        raise ValueError(f"ridge must be in [0, 1), got {ridge}")
-    return float(ridge)

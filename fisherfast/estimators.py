@@ -9,6 +9,7 @@ y_i^T are the linear Fisher information of the first k features, for every k at 
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,13 @@ from fisherfast.uncertainty import (
     jackknife_covariance,
 )
 
-__all__ = ["FisherCurve", "choose_features", "cross_fitted_bound", "fisher_curve"]
+__all__ = [
+    "FisherCurve",
+    "check_ridge",
+    "choose_features",
+    "cross_fitted_bound",
+    "fisher_curve",
+]
 
 RIDGE = 1e-4
 """Relative to the variance of each feature: as if noise of 1 % of its spread were added to it."""
@@ -50,6 +57,20 @@ GAIN_POINTS = 64
 SPARE_DOF = 4
 """Degrees of freedom beyond k_eff that the variance of an inverse covariance needs to exist (nu - k
 - 3 > 0)."""
+
+
+def check_ridge(ridge: float) -> float:
+    """The setting ridge as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not in [0, 1).
+    """
+    if not isinstance(ridge, numbers.Real):
+        raise TypeError(f"ridge must be a number, got {ridge!r}")
+    if not 0 <= ridge < 1:
+        raise ValueError(f"ridge must be in [0, 1), got {ridge}")
+    return float(ridge)
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,10 @@ def fisher_flow(
             passes over data that can be read again (docs/theory.md, 15).
         probe: None, or "network": also train two small networks per layer, each on half of the
             samples, and add their outputs to the features of the other half. Closes most of the gap
-            that the lift leaves behind many strong non-linearities, for up to half a minute per
-            layer on two cores. Reads the data twice, so they must repeat, and keeps up to 512 MB
-            of activations (docs/training.md). Not for layers that are compressed.
+            that the lift leaves behind many strong non-linearities where the score is known, about
+            half of it by pairs or tangents, hardly any by two independent conditions, for up to a
+            minute per layer on two cores. Reads the data twice, so they must repeat, and keeps up
+            to 512 MB of activations (docs/training.md). Not for layers that are compressed.
         batch_size: samples per batch, for data that are not batched already.
         seed: of the random lift. The global random state is neither used nor changed.
         progress: show a progress bar (needs tqdm).

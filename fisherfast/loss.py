@@ -14,9 +14,9 @@ from fisherfast.batch_moments import (
     Outputs,
     batch_information,
     batch_moments,
-    check_ridge,
     check_steps,
 )
+from fisherfast.estimators import check_ridge
 
 __all__ = ["InformationLoss", "linear_fisher"]
 

@@ -33,12 +33,8 @@ from fisherfast.wide import WideMeter, too_wide
 
 __all__ = ["Measurement", "NotFiniteError"]
 
-PROBE_SHARE = 4
-"""Activations kept to train probes take a quarter of a memory budget at most."""
-
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
-
 
 PROBE_SHARE = 8
 """Samples to train probes on are an eighth of a memory budget at most."""

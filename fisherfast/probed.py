@@ -28,13 +28,13 @@ from fisherfast.marginal import pack_covariance
 from fisherfast.meters import LayerMeter, carried_by, curve_points, rows_of
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.probe import (
-    KeptSamples,
     Probe,
     ProbedDictionary,
     Regression,
     Trained,
     train_probe,
 )
+from fisherfast.reservoir import KeptSamples
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
 from fisherfast.wide import HalfFit, error_of_mean, mean_of

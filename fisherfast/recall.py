@@ -30,7 +30,7 @@ class Recall:
     input: LayerFisher | None = None
     input_map: InformationMap | None = None
     spaces: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    _chains: dict[str, set[str]] | None = None
+    _chains: dict[str, set[str]] | None = field(default=None, init=False, repr=False)
 
     def unknown(self, sites: list[Site]) -> list[Site]:
         """The sites that must be measured."""

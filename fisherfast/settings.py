@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fisherfast.data import Data
+from fisherfast.estimators import check_ridge
 
 __all__ = ["BATCH_SIZE", "FOLDS", "MAX_FEATURES", "check_passes", "check_settings"]
 
@@ -90,10 +91,7 @@ def check_settings(
             raise ValueError(f"{name} must be positive, got {whole[name]}")
     if not -SEEDS <= seed < SEEDS:
         raise ValueError(f"seed must be at least -2**63 and below 2**63, got {seed}")
-    if not isinstance(ridge, numbers.Real):
-        raise TypeError(f"ridge must be a number, got {ridge!r}")
-    if not 0 <= ridge < 1:
-        raise ValueError(f"ridge must be in [0, 1), got {ridge}")
+    ridge = check_ridge(ridge)
     least = LEAST_FOLDS[data.source]
     if folds < least or folds % 2:
         raise ValueError(f"folds must be even and at least {least}, got {folds}")
@@ -102,7 +100,7 @@ def check_settings(
         "probe": probe,
         "batch_size": int(batch_size),
         "seed": int(seed),
-        "ridge": float(ridge),
+        "ridge": ridge,
         "folds": int(folds),
         "source": data.source,
         "paired": data.paired,

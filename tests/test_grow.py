@@ -97,6 +97,7 @@ def test_samples_carry_only_so_many_features(generator):
 
 
 def test_data_that_do_not_repeat_are_refused():
+    """Catches features learned on other samples than they are measured on."""
     x = torch.randn(64, DIM)
     shuffled = DataLoader(TensorDataset(x), batch_size=16, shuffle=True)
     data = ff.FiniteDifference(shuffled, shuffled, dtheta=0.1)
@@ -108,6 +109,7 @@ def test_data_that_do_not_repeat_are_refused():
 
 @pytest.mark.parametrize("name", ["grow", "maps"])
 def test_flags_are_true_or_false(generator, name):
+    """Catches a string that passes for True."""
     with pytest.raises(TypeError, match=rf"^{name} must be True or False.*, got 'yes'$"):
         ff.fisher_flow(nn.Identity(), shifted(generator), **{name: "yes"})
 

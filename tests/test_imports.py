@@ -31,7 +31,7 @@ MEASURE = {
 }
 NUMBERS = {"results", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
-PROBES = {"probe"}
+PROBES = {"probe", "reservoir"}
 TOP = {"__main__", "plots", "demos", "reproduce", "training", "integrations", "selfcheck"}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot

@@ -18,7 +18,7 @@ from fisherfast.features import Lift, PilotMoments, Standardisation
 from fisherfast.krylov import KrylovSpace
 from fisherfast.maps import MapMoments
 from fisherfast.moments import FoldMoments, lower_triangles
-from fisherfast.probe import KeptSamples
+from fisherfast.reservoir import KeptSamples
 from fisherfast.shares import Share, WholeData, shares_of
 from fisherfast.streams import PILOT_SAMPLES, Streams
 

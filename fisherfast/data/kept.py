@@ -49,7 +49,7 @@ class KeptData(Data):
         size, kept = 0, False
         try:
             for batch in self._source.read(condition, batch_size):
-                more = bytes_of(batch)
+                more = batch.nbytes
                 if batches is not None and self._held + more > self._limit:
                     self._too_large.add(condition)
                     self._held, size, batches = self._held - size, 0, None
@@ -79,9 +79,3 @@ class KeptData(Data):
 
     def __repr__(self) -> str:
         return repr(self._source)
-
-
-def bytes_of(batch: Batch) -> int:
-    """Bytes of the samples and what they carry."""
-    parts = [batch.x, batch.tangents, batch.score]
-    return sum(t.numel() * t.element_size() for t in parts if t is not None)

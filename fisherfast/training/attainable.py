@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from fisherfast.default_device import on_host
+from fisherfast.estimators import RIDGE
 
 __all__ = ["Prior", "attainable_error", "attainable_error_of_samples", "check_prior"]
 
@@ -34,7 +35,6 @@ DEGREE = 6
 """Of the polynomial: for ranges of a few standard errors, in which a mean turns a few times."""
 LEAST_DOF = 2  # degrees of freedom per number of a sample: for a covariance to be inverted
 DRAWS = 40_000  # of the simulation: 1 % error
-RIDGE = 1e-4  # noise added to each number, relative, as everywhere in the library
 WIDEST = 200.0
 """Standard deviations in a continuous range up to which it is computed; beyond, what the edges take
 off falls as 1 / width."""

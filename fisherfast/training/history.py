@@ -24,7 +24,10 @@ class HistoryFile:
     """A CSV file with one line per record.
 
     Args:
-        path: of the file; its folder must exist.
+        path: of the file.
+
+    Raises:
+        ValueError: the path does not end in .csv.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -35,6 +38,7 @@ class HistoryFile:
             raise ValueError(f"path must hold no null character, got {str(path)!r}")
         self._columns: list[str] | None = None
         self._written = 0
+        self._size = 0  # bytes, as it was left
         self._warned = False
 
     def restart(self) -> None:

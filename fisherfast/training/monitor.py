@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +23,16 @@ from fisherfast.memory_budget import check_budget
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
 from fisherfast.settings import BATCH_SIZE, FOLDS, check_passes, check_settings
+from fisherfast.training.checks import (
+    check_errors,
+    check_same_network,
+    check_scale,
+    check_whole,
+)
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
-from fisherfast.training.observe import LiveEstimate, Observer
+from fisherfast.training.observe import Observer, leaves
 from fisherfast.training.record import NOT_MEASURED, EpochRecord, Errors, output_of
+from fisherfast.training.regression import LiveEstimate
 from fisherfast.training.units import unit_note
 from fisherfast.unwrap import unwrapped
 
@@ -35,7 +41,7 @@ __all__ = ["FisherMonitor"]
 MONITOR_FEATURES = 128
 """Default number of features: a trend over epochs, at an eighth of the cost of 512 features."""
 
-OBSERVE_EVERY = 128
+OBSERVE_EVERY = 256
 """Batches from one that `observe` reads to the next: under 2 % of the shortest training steps."""
 
 KEPT_BYTES = 2**29
@@ -43,9 +49,6 @@ KEPT_BYTES = 2**29
 
 FORMAT_VERSION = 1
 STATE = {"network", "settings", "calls", "history", "observer", "spaces", "told"}
-
-PARAMETRIZED = "parametrizations"
-"""Name of the child that computes the weights of a module: `torch.nn.utils.parametrize`."""
 
 
 class FisherMonitor:
@@ -85,8 +88,8 @@ class FisherMonitor:
     Raises:
         TypeError, ValueError: an argument is out of its range (as `fisher_flow`).
 
-    Cost: a measurement is a `fisher_flow` without its input and survey; see docs/training.md for
-        the share of an epoch.
+    Cost: a measurement is a `fisher_flow` without its input and survey; benchmarks/bench_monitor.py
+        measures its share of an epoch.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -125,10 +128,10 @@ class FisherMonitor:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = unwrapped(model)
-        self._every = _positive("every", every)
-        self._observe_every = _positive("observe_every", observe_every)
-        self._keep = _positive("keep", keep, least=0)
-        self._target_scale = _check_scale(target_scale)
+        self._every = check_whole("every", every, least=1)
+        self._observe_every = check_whole("observe_every", observe_every, least=1)
+        self._keep = check_whole("keep", keep, least=0)
+        self._target_scale = check_scale(target_scale)
         common = (batch_size, seed, ridge, folds)
         self._settings = check_settings(data, max_features, None, *common)
         self._settings |= check_passes(data, False, maps) | check_budget(memory_budget)
@@ -190,13 +193,13 @@ class FisherMonitor:
             self._calls += 1
             return None
         start = time.perf_counter()
-        number = self._next_epoch() if epoch is None else _whole("epoch", epoch)
+        number = self._next_epoch() if epoch is None else check_whole("epoch", epoch)
         errors = {
-            name: self._in_theta(name, value)
+            name: check_errors(name, value, self.data.parameters, self._target_scale)
             for name, value in (("train_mse", train_mse), ("val_mse", val_mse))
         }
-        notes: list[str] = []
         flow = training_flow = None
+        notes: list[str] = []
         try:
             with ranks_of(self._group, self._timeout) as ranks:
                 errors = {name: _mean_over(ranks, name, own) for name, own in errors.items()}
@@ -208,13 +211,9 @@ class FisherMonitor:
             notes.append(f"{NOT_MEASURED}{error}")
             flow = training_flow = None
         self._calls += 1
+        notes += self._notes_on(flow, errors)
         if flow is not None:
             self._input_J = flow.layers[0].J
-            notes += [note for layer in flow if (note := finite_step_note(layer)) is not None][:1]
-            known = errors["train_mse"] if errors["val_mse"] is None else errors["val_mse"]
-            notes += unit_note(flow, known, self._target_scale)
-        if any(not math.isfinite(e) for values in errors.values() for e in values or ()):
-            notes.append(f"mean square errors must be finite, got {errors}")
         record = EpochRecord(
             epoch=number,
             flow=flow,
@@ -321,7 +320,7 @@ class FisherMonitor:
             )
         if missing := sorted(STATE - set(state)):
             raise ValueError(f"state must hold {missing}, got {sorted(state)}")
-        _check_same_network(self._signature(), state["network"])
+        check_same_network(self._signature(), state["network"])
         ours, theirs = self._compared(), state["settings"]
         for name in sorted(set(ours) | set(theirs)):
             if ours.get(name) != theirs.get(name):
@@ -347,6 +346,17 @@ class FisherMonitor:
         }
         measured = [record.input_J for record in history if not record.input_J.isnan().any()]
         self._input_J = measured[-1] if measured else None
+
+    def _notes_on(self, flow: FisherFlow | None, errors: Mapping[str, Errors]) -> list[str]:
+        """What a reader of a record should know."""
+        notes: list[str] = []
+        if flow is not None:
+            notes += [note for layer in flow if (note := finite_step_note(layer)) is not None][:1]
+            known = errors["train_mse"] if errors["val_mse"] is None else errors["val_mse"]
+            notes += unit_note(flow, known, self._target_scale)
+        if any(not math.isfinite(e) for values in errors.values() for e in values or ()):
+            notes.append(f"mean square errors must be finite, got {dict(errors)}")
+        return notes
 
     def _measure(self, ranks: Ranks | None) -> tuple[FisherFlow, FisherFlow | None]:
         paused = contextlib.nullcontext() if self._observer is None else self._observer.paused()
@@ -402,38 +412,12 @@ class FisherMonitor:
         }
 
     def _new_observer(self) -> Observer:
-        model, modules = self.model, _leaves(self.model)
+        model, modules = self.model, leaves(self.model)
         inside = set(model.modules())
         wrappers = [module for module in self._outer.modules() if module not in inside]
         if any(hasattr(w, "_orig_mod") or isinstance(w, nn.DataParallel) for w in wrappers):
             model, modules = self._outer, {}  # hooks inside would be compiled, or copied to threads
         return Observer(model, self.data.parameters, every=self._observe_every, modules=modules)
-
-    def _in_theta(self, name: str, value: Any) -> Errors:
-        """Mean square errors in theta^2, one per parameter."""
-        if value is None:
-            return None
-        try:
-            device = getattr(value, "device", "cpu")
-            numbers_ = (
-                torch.as_tensor(value, dtype=torch.float64, device=device)
-                .detach()
-                .cpu()
-                .reshape(-1)
-            )
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                f"{name} must be a number or one per parameter, got {value!r}"
-            ) from None
-        P = self.data.parameters
-        if len(numbers_) != P:
-            raise ValueError(f"{name} must hold one number per parameter ({P}), got {value!r}")
-        if bool((numbers_ < 0).any()):
-            raise ValueError(
-                f"{name} must be a mean square error, at least 0, got {value!r}: a log-likelihood"
-                ' is none; leave it out and stop with rule="transmission"'
-            )
-        return tuple((numbers_ * self._target_scale**2).tolist())
 
     def _next_epoch(self) -> int:
         return self.history[-1].epoch + 1 if self.history else 0
@@ -459,25 +443,6 @@ class FisherMonitor:
     def _signature(self) -> dict[str, list[int]]:
         """Names and shapes of the parameters."""
         return {name: list(p.shape) for name, p in self.model.named_parameters()}
-
-
-def _leaves(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules without children by name; left out are passive ones, those inside of what is
-    compiled, and what computes weights."""
-    compiled = [f"{name}." for name, module in model.named_modules() if _compiled_in_place(module)]
-    found = {}
-    for name, module in model.named_modules():
-        inside = {"_orig_mod", PARAMETRIZED} & set(name.split("."))
-        inside |= {prefix for prefix in compiled if f"{name}.".startswith(prefix)}
-        branches = any(child != PARAMETRIZED for child, _ in module.named_children())
-        if name and not (inside or branches or isinstance(module, taps.PASSIVE)):
-            found[f"self.{name}" if name in (taps.INPUT, taps.OUTPUT) else name] = module
-    return found
-
-
-def _compiled_in_place(module: nn.Module) -> bool:
-    """By its method `compile`, which leaves no wrapper."""
-    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 @contextlib.contextmanager
@@ -506,37 +471,6 @@ def _mean_over(ranks: Ranks | None, name: str, own: Errors) -> Errors:
     if not told:
         return None
     return tuple(math.fsum(values) / len(told) for values in zip(*told, strict=True))
-
-
-def _check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]]) -> None:
-    for name in [*here, *(name for name in there if name not in here)]:
-        ours, theirs = here.get(name), there.get(name)
-        if ours is None or theirs is None or list(ours) != list(theirs):
-            raise ValueError(
-                f"state must be of the same network, got {name!r} {theirs or 'missing'} there and"
-                f" {ours or 'missing'} here"
-            )
-
-
-def _positive(name: str, value: Any, least: int = 1) -> int:
-    if _whole(name, value) < least:
-        wanted = "positive" if least == 1 else f"at least {least}"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-    return int(value)
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    return int(value)
-
-
-def _check_scale(scale: Any) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"target_scale must be a number, got {scale!r}")
-    if not (math.isfinite(scale) and scale != 0):
-        raise ValueError(f"target_scale must be finite and not 0, got {scale}")
-    return float(scale)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from fisherfast.results import FisherFlow
 from fisherfast.taps import INPUT, OUTPUT
 
-__all__ = ["NOT_MEASURED", "EpochRecord", "Errors", "level_of"]
+__all__ = ["NOT_MEASURED", "EpochRecord", "Errors", "level_of", "output_of"]
 
 NOT_MEASURED = "not measured: "
 """Begins the note of a record whose measurement met activations that are not finite."""

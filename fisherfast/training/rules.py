@@ -17,8 +17,9 @@ import torch
 from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.taps import INPUT
 from fisherfast.training.attainable import Prior, attainable_error, check_prior
+from fisherfast.training.checks import check_whole
 from fisherfast.training.record import EpochRecord, output_of
-from fisherfast.training.stopping_rule import History, StoppingRule, Verdict, check_count
+from fisherfast.training.stopping_rule import History, StoppingRule, Verdict
 
 __all__ = ["RULES", "CramerRaoRule", "TransmissionRule"]
 
@@ -78,7 +79,7 @@ class CramerRaoRule(StoppingRule):
         super().__init__(patience=patience, min_delta=min_delta, min_epochs=min_epochs)
         if self.min_delta >= 1:
             raise ValueError(f"min_delta must be below 1, the level to stop at, got {min_delta}")
-        self.smoothing = check_count("smoothing", smoothing, least=1)
+        self.smoothing = check_whole("smoothing", smoothing, least=1)
         if least_error is not None and not (prior is None and input_J is None):
             raise ValueError("least_error must be given without prior and input_J, got both")
         self._parts = None if prior is None else _parts_of(prior)

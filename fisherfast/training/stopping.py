@@ -54,8 +54,9 @@ class FisherEarlyStopping:
             weights is kept for that.
         check_finite: stop when a training or validation error is NaN or infinite, or an activation
             on the held-out samples.
-        **options: of the rule. "crlb": ``prior``, ``input_J``, ``target_scale``, ``smoothing``;
-            "transmission": ``information``. See `CramerRaoRule` and `TransmissionRule`.
+        **options: of the rule. "crlb": ``prior``, ``least_error``, ``input_J``, ``target_scale``,
+            ``smoothing``; "transmission": ``information``, ``tolerance``. See `CramerRaoRule` and
+            `TransmissionRule`.
 
     Attributes:
         stopped_epoch: number of the epoch after which training was stopped; None before.
@@ -64,7 +65,7 @@ class FisherEarlyStopping:
 
     Raises:
         ValueError: an unknown rule, or a setting out of its range.
-        TypeError: an option that the rule does not have.
+        TypeError: an option that the rule does not have, a count that is no whole number.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025), for "crlb".
 

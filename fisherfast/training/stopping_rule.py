@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fisherfast.training.checks import check_whole
 from fisherfast.training.record import EpochRecord
 
-__all__ = ["History", "StoppingRule", "Verdict", "check_count"]
+__all__ = ["History", "StoppingRule", "Verdict"]
 
 History = Sequence[EpochRecord]
 
@@ -48,8 +49,8 @@ class StoppingRule(ABC):
         self, *, patience: int | None = None, min_delta: float = 0.0, min_epochs: int = 0
     ) -> None:
         patience = self.default_patience if patience is None else patience
-        self.patience = check_count("patience", patience)
-        self.min_epochs = check_count("min_epochs", min_epochs)
+        self.patience = check_whole("patience", patience, least=0)
+        self.min_epochs = check_whole("min_epochs", min_epochs, least=0)
         if not (isinstance(min_delta, numbers.Real) and 0 <= min_delta < math.inf):
             raise ValueError(f"min_delta must be at least 0 and finite, got {min_delta!r}")
         self.min_delta: float = float(min_delta)
@@ -66,10 +67,3 @@ class StoppingRule(ABC):
             known.clear()
         known += [(record, value(record)) for record in history[len(known) :]]
         return [number for _, number in known]
-
-
-def check_count(name: str, value: int, *, least: int = 0) -> int:
-    """`value`, or a ValueError if it is not a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return int(value)

@@ -7,6 +7,7 @@ from fisherfast.problems import GaussianScale, default_camera, published
 
 
 def test_lift_curve():
+    """Catches a published value that was changed, and a problem whose truth is another one."""
     assert published.LIFT_CURVE == {0: 4.4, 100: 63.4, 200: 77.2, 400: 90.3, 800: 95.6, 1300: 97.7}
     truth = GaussianScale(published.LIFT_DIM).fisher(published.LIFT_THETA).item()
     assert truth == published.LIFT_FISHER == 100
@@ -14,6 +15,7 @@ def test_lift_curve():
 
 
 def test_flows():
+    """Catches a published value that was changed or slipped into another layer or epoch."""
     gaussian = """0 .327 .157 .053 .014 .001; 1 .654 .564 .519 .503 .481;
         5 .919 .920 .909 .904 .885; 15 .996 1.008 1.007 1.007 .976"""
     lognormal = """0 .981 .910 .755 .582 .034; 2 .971 .949 .911 .872 .808;
@@ -39,5 +41,6 @@ def test_tasks_use_them():
 
 
 def test_early_stopping():
+    """Catches another network or another bound than the published ones."""
     assert published.STOPPING_WIDTHS == (256, 1000, 500, 300, 50, 1)
     assert (published.STOPPING_EXCESS, published.STOPPING_RISE) == (0.03, 1 / 3)

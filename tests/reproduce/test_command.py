@@ -79,6 +79,7 @@ def test_folder_that_is_a_file(capsys, tmp_path):
 
 
 def test_help_says_how_long_each_takes(capsys):
+    """Catches a figure that the help leaves out, or shows without its times."""
     with pytest.raises(SystemExit) as stop:
         main(["reproduce", "--help"])
     assert stop.value.code == 0
@@ -159,6 +160,7 @@ def test_interrupt_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
 
 
 def test_interrupt_between_points_and_before_the_first(tmp_path, monkeypatch, capsys):
+    """Catches files without a point, and finished points that Ctrl-C throws away."""
     measure, calls = lift.fisher_information, []
 
     def interrupted(*arguments, **settings):

@@ -41,6 +41,7 @@ def numbers_of(folder: Path, name: str) -> dict:
 
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_files_are_whole(folder, name):
+    """Catches numbers without seed, version or source, and an empty picture."""
     numbers = numbers_of(folder, name)
     assert set(numbers) >= COMMON
     assert numbers["figure"] == name
@@ -57,6 +58,7 @@ def test_files_are_whole(folder, name):
 
 @pytest.mark.parametrize("name", list(POINTS))
 def test_every_published_value_has_its_own_beside_it(folder, name):
+    """Catches a published value without a measured one, and one without its error."""
     points = numbers_of(folder, name)["points"]
     assert len(points) == POINTS[name]
     if name == "fig11":  # nothing is published in numbers

@@ -70,6 +70,7 @@ def test_lines_are_appended(path, monkeypatch):
 
 
 def test_numbers_keep_every_digit(path):
+    """Catches numbers that are rounded on their way into the file."""
     values = [1 / 3, 1e-320, -0.0, 123456789.123456789, math.pi * 1e300, math.inf, -math.inf]
     HistoryFile(path).write([{"value": value} for value in values])
     assert [float(row["value"]) for row in read(path)] == values
@@ -83,6 +84,7 @@ def test_unknown_numbers_are_empty_cells():
 
 
 def test_names_with_commas_and_quotes_come_back(path):
+    """Catches names of layers that break a row."""
     rows = [{'J/a,b"c\nd': 1.5, "µ": 2}]
     HistoryFile(path).write(rows)
     assert read(path) == [{'J/a,b"c\nd': "1.5", "µ": "2"}]
@@ -214,6 +216,7 @@ def test_a_line_that_was_written_by_half(path):
 
 
 def test_a_folder_that_vanished_and_came_back(tmp_path):
+    """Catches a training that ends with its folder, and rows lost meanwhile."""
     folder = tmp_path / "runs"
     folder.mkdir()
     path = folder / "history.csv"
@@ -233,6 +236,7 @@ def test_a_folder_that_vanished_and_came_back(tmp_path):
 
 @pytest.mark.parametrize("name", ["history", "history.txt", "history.csv.gz"])
 def test_other_formats_are_refused(tmp_path, name):
+    """Catches CSV in a file that says it is something else."""
     with pytest.raises(ValueError, match=rf"path must end in \.csv, got '{name}'"):
         HistoryFile(tmp_path / name)
 

@@ -283,6 +283,7 @@ BAD_ERRORS = {
 @pytest.mark.parametrize("name", ["train_mse", "val_mse"])
 @pytest.mark.parametrize("case", BAD_ERRORS)
 def test_bad_errors_are_refused(name, case):
+    """Catches errors that would be recorded and be wrong for the whole run."""
     value, kind, message = BAD_ERRORS[case]
     monitor = ff.FisherMonitor(network(), SOURCES["independent"]())
     with pytest.raises(kind, match=f"{name} {message}"):
@@ -293,6 +294,7 @@ def test_bad_errors_are_refused(name, case):
     "value", [0.25, np.float32(0.25), torch.tensor(0.25), torch.tensor([0.25], requires_grad=True)]
 )
 def test_errors_may_be_any_kind_of_number(value):
+    """Catches tensors and numpy numbers that are refused or rounded."""
     monitor = ff.FisherMonitor(network(), SOURCES["independent"]())
     assert monitor.step(train_mse=value).train_mse == (0.25,)
 
@@ -322,6 +324,7 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_arguments_are_refused(case):
+    """Catches settings that are found out in the middle of a training."""
     changed, kind, message = BAD_ARGUMENTS[case]
     arguments = {"model": network(), "data": SOURCES["independent"]()} | changed
     with pytest.raises(kind, match=message):
@@ -330,6 +333,7 @@ def test_bad_arguments_are_refused(case):
 
 @pytest.mark.parametrize("epoch", [True, 1.5, "3"])
 def test_epochs_are_whole_numbers(epoch):
+    """Catches an epoch that no later one can be counted on from."""
     monitor = ff.FisherMonitor(network(), SOURCES["independent"]())
     with pytest.raises(TypeError, match="epoch must be a whole number, got"):
         monitor.step(epoch=epoch)
@@ -412,10 +416,12 @@ def test_overfitting_shows_memory_and_nothing_else():
 
 
 def test_overfitting_is_unknown_without_training_data():
+    """Catches a zero that nobody has measured."""
     assert math.isnan(ff.FisherMonitor(network(), SOURCES["paired"]()).step().overfitting)
 
 
 def test_plot_and_rows_of_a_run_that_was_not_measured_every_time():
+    """Catches a figure that needs a flow in each record, and rows that share their memory."""
     pytest.importorskip("matplotlib")
     monitor = ff.FisherMonitor(network(), SOURCES["independent"](), every=2)
     for level in (0.5, 0.4, 0.3):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fisherfast.problems import GaussianShift, mlp
-from fisherfast.training.observe import (
+from fisherfast.training.observe import Observer
+from fisherfast.training.regression import (
     LiveEstimate,
-    Observer,
     RegressionMoments,
     ThetaBatch,
     monomials,

@@ -141,6 +141,7 @@ def test_of_several_passes_in_training_the_last_is_read():
 
 
 def test_a_call_without_a_pass_reads_nothing():
+    """Catches an error, or a batch made of nothing, where the model did not run."""
     model = mlp([DIM, 4, 1], seed=0)
     monitor = monitored(model)
     for _ in range(3):
@@ -338,6 +339,7 @@ def test_a_compiled_network_is_read_at_its_ends():
 
 
 def test_a_compiled_part_is_not_read_inside():
+    """Catches hooks inside of what is compiled, which compile it again."""
     torch._dynamo.reset()
     inside = torch.compile(mlp([DIM, 4, 3], seed=0), backend="eager")
     model = nn.Sequential(inside, nn.Linear(3, 2), nn.Linear(2, 1))

@@ -199,6 +199,7 @@ def assert_refused(monitor: ff.FisherMonitor, state: Any, message: str) -> None:
 
 @pytest.mark.parametrize("case", ["width", "names", "less"])
 def test_the_state_of_another_network_is_refused(state, case):
+    """Catches two networks in one history; the message says what differs."""
     model, message = other_networks()[case]
     monitor = ff.FisherMonitor(model, DATA, max_features=32)
     assert_refused(monitor, state, f"state must be of the same network, {message}")
@@ -251,6 +252,7 @@ def test_the_state_of_other_parameters_is_refused():
     ],
 )
 def test_other_formats_are_refused(wrong, message):
+    """Catches the state of something else, and of another version."""
     assert_refused(
         ff.FisherMonitor(mlp([DIM, 4, 1], seed=0), DATA, max_features=32), wrong, message
     )

@@ -181,11 +181,11 @@ class TestCramerRao:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"patience": -1}, "patience must be a whole number of at least 0, got -1"),
-            ({"min_epochs": 1.5}, "min_epochs must be a whole number of at least 0, got 1.5"),
+            ({"patience": -1}, "patience must be at least 0, got -1"),
+            ({"min_epochs": -2}, "min_epochs must be at least 0, got -2"),
             ({"min_delta": -0.1}, "min_delta must be at least 0 and finite, got -0.1"),
             ({"min_delta": 1.0}, "min_delta must be below 1, the level to stop at, got 1.0"),
-            ({"smoothing": 0}, "smoothing must be a whole number of at least 1, got 0"),
+            ({"smoothing": 0}, "smoothing must be positive, got 0"),
             ({"target_scale": 0.0}, "target_scale must be positive and finite, got 0.0"),
             ({"least_error": NAN}, "least_error must be positive and finite, got nan"),
             ({"input_J": []}, "input_J must hold the information at one theta at least, got none"),
@@ -205,6 +205,13 @@ class TestCramerRao:
         """Catches settings that are found out in the middle of a training."""
         with pytest.raises(ValueError, match=re.escape(message)):
             CramerRaoRule(**options)
+
+    @pytest.mark.parametrize("name", ["patience", "min_epochs", "smoothing"])
+    def test_counts_are_whole_numbers(self, name):
+        """Catches an epoch and a half, and True for 1."""
+        for value in (1.5, True):
+            with pytest.raises(TypeError, match=f"{name} must be a whole number, got {value}"):
+                CramerRaoRule(**{name: value})
 
     def test_a_loss_that_is_no_square_error(self):
         """A log-likelihood may be below 0. Catches a stop at the first such epoch."""

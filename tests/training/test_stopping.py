@@ -222,7 +222,7 @@ def test_settings_that_do_not_exist():
         ff.FisherEarlyStopping("CRLB")
     with pytest.raises(TypeError, match=r"options of rule 'crlb' must .*, got tolerance"):
         ff.FisherEarlyStopping("crlb", tolerance=0.1)
-    with pytest.raises(ValueError, match="patience must be a whole number of at least 0, got -1"):
+    with pytest.raises(ValueError, match="patience must be at least 0, got -1"):
         ff.FisherEarlyStopping("transmission", patience=-1)
 
 

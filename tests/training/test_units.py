@@ -105,6 +105,7 @@ def test_a_wrong_scale_is_told():
 
 
 def test_the_parameter_in_another_unit_is_named():
+    """Catches one factor for all parameters, and an alarm where units are right."""
     x, theta = samples(4000, 1, parameters=2)
     target = theta * torch.tensor([1.0, 1000.0])
     model = regression(x, target)
@@ -161,6 +162,7 @@ def test_a_network_that_remembers_is_left_alone():
 
 
 def test_without_errors_there_is_no_unit_to_be_wrong():
+    """Catches a warning about targets that are nobody's errors."""
     x, theta = samples(4000, 1)
     assert notes_of(regression(x, 1000 * theta)) == ()
 
@@ -179,6 +181,7 @@ def test_an_error_that_says_nothing_alarms_nobody(value):
 
 
 def test_the_warning_comes_once():
+    """Catches a warning in every epoch; the note stays in each record."""
     x, theta = samples(4000, 1)
     model = regression(x, 1000 * theta)
     monitor = ff.FisherMonitor(model, held_out(), max_features=32)

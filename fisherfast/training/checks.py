@@ -1,0 +1,89 @@
+"""What a monitor and its rules are given, checked where it comes in."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fisherfast.training.record import Errors
+
+__all__ = [
+    "check_errors",
+    "check_same_network",
+    "check_scale",
+    "check_whole",
+]
+
+
+def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors:
+    """Mean square errors in theta^2, one per parameter; None for None.
+
+    Args:
+        name: of the argument.
+        value: a number or P of them, in the square of the targets' unit.
+        parameters: P.
+        scale: theta per unit of the targets.
+
+    Raises:
+        TypeError: no number, or not numbers.
+        ValueError: not P of them, or a negative one.
+    """
+    if value is None:
+        return None
+    device = getattr(value, "device", "cpu")
+    try:
+        errors = torch.as_tensor(value, dtype=torch.float64, device=device).detach().cpu().flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or one per parameter, got {value!r}") from None
+    if len(errors) != parameters:
+        raise ValueError(f"{name} must hold one number per parameter ({parameters}), got {value!r}")
+    if bool((errors < 0).any()):
+        raise ValueError(
+            f"{name} must be a mean square error, at least 0, got {value!r}: a log-likelihood"
+            ' is none; leave it out and stop with rule="transmission"'
+        )
+    return tuple((errors * scale**2).tolist())
+
+
+def check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]]) -> None:
+    """Raise ValueError unless both have the same parameters: shapes by name."""
+    for name in [*here, *(name for name in there if name not in here)]:
+        ours, theirs = here.get(name), there.get(name)
+        if ours is None or theirs is None or list(ours) != list(theirs):
+            raise ValueError(
+                f"state must be of the same network, got {name!r} {theirs or 'missing'} there and"
+                f" {ours or 'missing'} here"
+            )
+
+
+def check_whole(name: str, value: Any, *, least: int | None = None) -> int:
+    """A whole number as an int.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and value < least:
+        wanted = "positive" if least == 1 else f"at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return int(value)
+
+
+def check_scale(scale: Any) -> float:
+    """The setting target_scale as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is 0, NaN or infinite.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"target_scale must be a number, got {scale!r}")
+    if not (math.isfinite(scale) and scale != 0):
+        raise ValueError(f"target_scale must be finite and not 0, got {scale}")
+    return float(scale)

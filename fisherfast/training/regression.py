@@ -1,0 +1,218 @@
+r"""A live estimate from the training batches themselves: no forward pass of its own.
+
+A training batch holds samples at many theta. Regressing the activations a of a layer on a
+polynomial B(theta) *within each batch* gives the mean m(theta) = C^T B(theta) and, as residual, the
+covariance S: weights that move between batches do not count as noise. Averaged over a window of
+batches they give
+
+    J = D^T S^-1 D,      D the mean of m'(theta), S the mean covariance over the training range
+
+corrected for the finite window as for independent conditions (docs/theory.md, 17). m'^T S^-1 m' is
+convex in m' and S together, so this is at most the mean over theta of the linear Fisher
+information, and what the polynomial cannot follow counts as noise: the trend is a lower bound, for
+these *training* samples and a network in training mode (dropout and batch statistics included).
+More than the input holds is memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fisherfast import ops
+from fisherfast.estimators import RIDGE, SPARE_DOF
+from fisherfast.uncertainty import independent_variance
+
+__all__ = ["LiveEstimate", "RegressionMoments", "ThetaBatch"]
+
+WINDOW = 512
+"""Samples after which a batch counts 1/e: twice as many effective ones, J of an output to 6 %."""
+
+WINDOW_PER_ACTIVATION = 8
+"""The same per activation of a wide layer: its covariance needs them."""
+
+DEGENERATE = 1e6
+"""Largest entry of (B^T B)^-1 for a batch of n samples of order 1 each: thetas that are nearly all
+the same tell no polynomial."""
+
+DEGREES = {1: 3}
+"""Degree of the polynomial by number of parameters, else 2: a saturating network is cubic."""
+
+
+@dataclass(frozen=True)
+class LiveEstimate:
+    """Linear Fisher information of one layer as the last batches show it, in 1/theta^2.
+
+    Attributes:
+        J: [P, P] float64, a lower bound of its mean over the thetas of the batches.
+        stderr: [P, P] its standard errors, of independent samples.
+        samples: effective number of samples behind it, degrees of freedom of its covariance.
+    """
+
+    J: torch.Tensor
+    stderr: torch.Tensor
+    samples: float
+
+
+class ThetaBatch:
+    """The polynomial of the thetas of one batch: what the regressions of all layers share.
+
+    Args:
+        theta: [n, P] float64 on the CPU, n at least 2.
+
+    Attributes:
+        basis: [n, q] values of the monomials of the standardised thetas, float32.
+        solver: [q, n], gives the coefficients of activations [n, d]; float32.
+        slopes: [P, q] float64, means over the samples of the derivatives of the monomials by theta.
+        noise: [P, P] float64, covariance of a mean derivative in units of that of an activation.
+        weight: of the batch; n for batches of like thetas.
+        usable: there are enough different thetas for the polynomial.
+    """
+
+    def __init__(self, theta: torch.Tensor) -> None:
+        exponents = monomials(theta.shape[1])
+        spread, center = torch.std_mean(theta, 0, correction=0)
+        spread = torch.where(spread > 0, spread, 1.0)
+        t = (theta - center) / spread  # of order 1: a polynomial that is well conditioned
+        basis = powers(t, exponents)
+        inverse, failed = torch.linalg.inv_ex(basis.T @ basis)
+        largest = float(inverse.diagonal().amax())
+        enough = len(theta) > len(exponents) + 1
+        self.usable = enough and int(failed) == 0 and largest * len(theta) < DEGENERATE
+        self.basis = basis.float()
+        self.solver = (inverse @ basis.T).float()
+        self.slopes = slopes_of(t, exponents).mean(0) / spread[:, None]
+        self.noise = self.slopes @ inverse @ self.slopes.T
+        # thetas close together tell little of a slope; a power that a change of units only scales
+        size = float(torch.linalg.det(self.noise))
+        self.usable = self.usable and size > 0
+        self.weight = size ** (-1 / theta.shape[1]) if self.usable else 0.0
+
+    def to(self, device: torch.device) -> ThetaBatch:
+        """On another device."""
+        self.basis, self.solver = self.basis.to(device), self.solver.to(device)
+        return self
+
+
+class RegressionMoments:
+    """Regressions of activations [n, d] on polynomials of theta [n, P], old batches fading.
+
+    Args:
+        dim: d.
+        parameters: P.
+        device: of the sums over activations.
+
+    Memory: d (P + d) numbers of float64. Cost of a batch: n d^2.
+    """
+
+    def __init__(self, dim: int, parameters: int, device: torch.device | str = "cpu") -> None:
+        self.dim = dim
+        self._window = max(WINDOW, WINDOW_PER_ACTIVATION * dim)
+        f64 = torch.float64
+        self._sums = {
+            "derivative": torch.zeros(parameters, dim, dtype=f64, device=device),  # w D
+            "square": torch.zeros(dim, dim, dtype=f64, device=device),  # w / n residuals
+            # w^2 Cov(D) in units of S
+            "noise": torch.zeros(parameters, parameters, dtype=f64, device="cpu"),
+        }
+        self._weight = 0.0  # sum of w
+        self._freedom = 0.0  # of the residuals, times w / n
+        self._freedom_squared = 0.0  # times (w / n)^2
+
+    def update(self, batch: ThetaBatch, activations: torch.Tensor) -> None:
+        """Add activations [n, d] of any floating dtype, of a usable batch of thetas."""
+        sums, (n, q), weight = self._sums, batch.basis.shape, batch.weight
+        a = activations.float()
+        if a.device != sums["square"].device:  # the model has moved, or a state has
+            for name in ("derivative", "square"):
+                sums[name] = sums[name].to(a.device)
+        coefficients = batch.solver @ a
+        # float32 products of residuals, float64 sums: a trend needs three digits
+        residual = torch.addmm(a, batch.basis, coefficients, alpha=-1)
+        square = residual.T @ residual
+        if not bool(torch.isfinite(square).all()):
+            return  # one NaN would stay for ever
+        keep = math.exp(-n / self._window)
+        derivative = batch.slopes.to(a.device) @ coefficients.double()
+        sums["derivative"].mul_(keep).add_(derivative, alpha=weight)
+        sums["square"].mul_(keep).add_(square, alpha=weight / n)
+        sums["noise"].mul_(keep**2).add_(batch.noise, alpha=weight**2)
+        self._weight = self._weight * keep + weight
+        self._freedom = self._freedom * keep + (n - q) * (weight / n)
+        self._freedom_squared = self._freedom_squared * keep**2 + (n - q) * (weight / n) ** 2
+
+    def estimate(self, ridge: float = RIDGE) -> LiveEstimate | None:
+        """J of what was added; None while there are too few samples.
+
+        Cost: d^3 / 3 operations.
+        """
+        sums = self._sums
+        if self._weight == 0.0:
+            return None
+        dof = self._freedom**2 / self._freedom_squared
+        covariance = sums["square"] / self._freedom
+        live = (covariance.diagonal() > 0).nonzero()[:, 0]
+        k = len(live)
+        if dof < k + SPARE_DOF:
+            return None
+        if k == 0:
+            zero = torch.zeros_like(sums["noise"])
+            return LiveEstimate(zero, zero, dof)
+        noise = (sums["noise"] / self._weight**2).to(covariance)
+        solved = ops.fisher_solve_details(
+            covariance[live][:, live].contiguous(),
+            (sums["derivative"][:, live] / self._weight).T.contiguous(),
+            ridge=ridge,
+            inverse_rows=True,
+        )
+        if int(solved.info):
+            return None
+        effective = k - ridge * float(solved.inverse_rows.sum())
+        J = (dof - effective - 1) / dof * solved.fisher - effective * noise
+        variance = independent_variance(J[None], dof, noise, J.new_tensor([effective]))[0]
+        return LiveEstimate(J.cpu(), variance.clamp_min(0).sqrt().cpu(), dof)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers."""
+        sums = {name: value.clone() for name, value in self._sums.items()}
+        return sums | {"counts": [self._weight, self._freedom, self._freedom_squared]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        for name, value in self._sums.items():
+            self._sums[name] = state[name].to(value.device, copy=True)
+        self._weight, self._freedom, self._freedom_squared = state["counts"]
+
+
+def monomials(parameters: int) -> list[tuple[int, ...]]:
+    """Exponents of all monomials of P variables up to the degree, the constant first."""
+    degree = DEGREES.get(parameters, 2)
+    found: list[tuple[int, ...]] = [(0,) * parameters]
+    for _ in range(degree):
+        more = [
+            tuple(e + (p == q) for q, e in enumerate(exponents))
+            for exponents in found
+            for p in range(parameters)
+        ]
+        found = list(dict.fromkeys([*found, *more]))
+    return found
+
+
+def powers(t: torch.Tensor, exponents: list[tuple[int, ...]]) -> torch.Tensor:
+    """Monomials [n, q] of t [n, P]."""
+    orders = torch.tensor(exponents, device=t.device)
+    return torch.pow(t[:, None, :], orders).prod(-1)
+
+
+def slopes_of(t: torch.Tensor, exponents: list[tuple[int, ...]]) -> torch.Tensor:
+    """Derivatives [n, P, q] of the monomials."""
+    columns = []
+    for p in range(t.shape[1]):
+        lowered = [tuple(max(e - (p == r), 0) for r, e in enumerate(es)) for es in exponents]
+        factors = torch.tensor([es[p] for es in exponents], dtype=t.dtype, device=t.device)
+        columns.append(powers(t, lowered) * factors)
+    return torch.stack(columns, 1)

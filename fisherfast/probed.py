@@ -21,10 +21,9 @@ from fisherfast.estimators import (
     FisherCurve,
     SingularCovarianceError,
     choose_features,
-    cross_fitted_bound,
     fisher_curve,
 )
-from fisherfast.marginal import pack_covariance
+from fisherfast.halves import HalfFit, error_of_mean, joined, mean_of
 from fisherfast.meters import LayerMeter, carried_by, curve_points, rows_of
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.probe import (
@@ -37,7 +36,6 @@ from fisherfast.probe import (
 from fisherfast.reservoir import KeptSamples
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
-from fisherfast.wide import HalfFit, error_of_mean, mean_of
 
 __all__ = ["PROBE_BYTES", "ProbedMeter", "unprobed"]
 
@@ -306,34 +304,13 @@ class ProbedMeter(LayerMeter):
             return None
         linear = int((halves[0].index < self.dictionary.raw).sum())
         points = curve_points(linear, len(halves[0].curve))
-        bounds = [
-            cross_fitted_bound(
-                *(
-                    meter.moments.statistics(contrast, part).select(fit.index[: fit.chosen])
-                    for part in (0, 1)
-                )
-            )
-            for meter, fit in zip(self.halves, halves, strict=True)
-        ]
         first = torch.tensor([linear])
-        errors = [fit.curve.error_covariance(fit.chosen) for fit in halves]
+        measured = [meter.moments for meter in self.halves]
         layer = replace(
-            plain,
-            J=mean_of([fit.at_chosen("J") for fit in halves]),
-            stderr=error_of_mean([fit.at_chosen("stderr") for fit in halves]),
-            lower=mean_of([bound for bound, _ in bounds]),
-            lower_stderr=error_of_mean([error for _, error in bounds]),
+            joined(plain, halves, measured, contrast, points),
             linear=mean_of([fit.at("J", first)[0] for fit in halves]),
             linear_stderr=error_of_mean([fit.at("stderr", first)[0] for fit in halves]),
-            naive=mean_of([fit.at_chosen("naive") for fit in halves]),
-            curve_k=points,
-            curve_J=mean_of([fit.at("J", points) for fit in halves]),
-            curve_stderr=error_of_mean([fit.at("stderr", points) for fit in halves]),
-            features=max(fit.chosen for fit in halves),
             feature_kind="probe",
-            effective_dim=float(mean_of([fit.at_chosen("effective_dim") for fit in halves])),
-            converged=all(fit.converged for fit in halves),
-            error_covariance=pack_covariance(mean_of(errors) / 2),
         )
         notes = [f"{plain.dropped} constant features dropped"] if plain.dropped else []
         notes.append(self._note())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +22,11 @@ from fisherfast.estimators import (
     FisherCurve,
     SingularCovarianceError,
     choose_features,
-    cross_fitted_bound,
     fisher_curve,
 )
 from fisherfast.features import MAX_WIDTH
+from fisherfast.halves import HalfFit, joined
 from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
-from fisherfast.marginal import pack_covariance
 from fisherfast.meters import (
     NO_TANGENTS,
     LayerMeter,
@@ -40,7 +39,7 @@ from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.taps import Site
 
-__all__ = ["HalfFit", "WideMeter", "error_of_mean", "mean_of", "too_wide"]
+__all__ = ["WideMeter", "too_wide"]
 
 LEAST_DOF = 1.1
 """Degrees of freedom per activation below which a layer wider than max_features is compressed."""
@@ -60,33 +59,6 @@ def too_wide(dim: int, data: Data, max_features: int) -> bool:
     if data.paired:  # at worst: the same noise in all conditions is one measurement of it
         dof /= data.conditions
     return dof < LEAST_DOF * dim
-
-
-@dataclass(frozen=True)
-class HalfFit:
-    """J in the space that one half has taught, measured on the other.
-
-    Attributes:
-        curve: over the leading vectors of the space.
-        index: int64 [k] numbers of these vectors.
-        chosen: how many of them are used.
-        converged: that number is on a plateau.
-    """
-
-    curve: FisherCurve
-    index: torch.Tensor
-    chosen: int
-    converged: bool
-
-    def at_chosen(self, name: str) -> torch.Tensor:
-        """Value of one of the curves at the chosen size."""
-        values: torch.Tensor = getattr(self.curve, name)
-        return values[self.chosen - 1]
-
-    def at(self, name: str, sizes: torch.Tensor) -> torch.Tensor:
-        """Values of one of the curves at sizes [n], the last one where it ends before."""
-        values: torch.Tensor = getattr(self.curve, name)
-        return values[(sizes.to(values.device) - 1).clamp_max(len(values) - 1)]
 
 
 class WideMeter(LayerMeter):
@@ -240,28 +212,8 @@ class WideMeter(LayerMeter):
             return replace(base, notes=("no activation varies in both halves: J = 0",))
         size = max(len(half.curve) for half in halves)
         points = curve_points(min(self._parameters, size), size)
-        lower, lower_stderr = self._honest_bound(halves, contrast)
-        J = mean_of([half.at_chosen("J") for half in halves])
-        stderr = error_of_mean([half.at_chosen("stderr") for half in halves])
-        errors = [half.curve.error_covariance(half.chosen) for half in halves]
-        layer = replace(
-            base,
-            J=J,
-            stderr=stderr,
-            lower=lower,
-            lower_stderr=lower_stderr,
-            linear=J,
-            linear_stderr=stderr,
-            naive=mean_of([half.at_chosen("naive") for half in halves]),
-            curve_k=points,
-            curve_J=mean_of([half.at("J", points) for half in halves]),
-            curve_stderr=error_of_mean([half.at("stderr", points) for half in halves]),
-            features=max(half.chosen for half in halves),
-            feature_kind="krylov",
-            effective_dim=float(mean_of([half.at_chosen("effective_dim") for half in halves])),
-            converged=all(half.converged for half in halves),
-            error_covariance=pack_covariance(mean_of(errors) / 2),
-        )
+        layer = joined(base, halves, self.measured, contrast, points)
+        layer = replace(layer, linear=layer.J, linear_stderr=layer.stderr, feature_kind="krylov")
         notes = [f"{dead} constant activations left out"] if dead else []
         notes += [warning] if (warning := finite_step_note(layer)) else []
         return replace(layer, notes=tuple(notes))
@@ -360,20 +312,6 @@ class WideMeter(LayerMeter):
         own = [weight.double().square() @ of_activations for weight in weights]
         return torch.stack(own) + self._rounding * mean.square()
 
-    def _honest_bound(
-        self, halves: list[HalfFit], contrast: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Readouts learned on a quarter of the samples and measured on the next, in the space that
-        the other half has taught."""
-        bounds, errors = [], []
-        for moments, half in zip(self.measured, halves, strict=True):
-            index = half.index[: half.chosen]
-            quarters = [moments.statistics(contrast, part).select(index) for part in (0, 1)]
-            bound, error = cross_fitted_bound(quarters[0], quarters[1])
-            bounds.append(bound)
-            errors.append(error)
-        return mean_of(bounds), error_of_mean(errors)
-
 
 def _fit(
     whole: FoldStatistics, index: torch.Tensor, ridge: float
@@ -384,13 +322,3 @@ def _fit(
     except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
         index = index[: error.feature - 1]
         return fisher_curve(whole.select(index), ridge), index
-
-
-def mean_of(values: list[torch.Tensor]) -> torch.Tensor:
-    """Mean of results, on the CPU."""
-    return torch.stack(values).mean(0).cpu()
-
-
-def error_of_mean(errors: list[torch.Tensor]) -> torch.Tensor:
-    """Standard error of the mean of independent results with these errors."""
-    return torch.stack(errors).square().sum(0).sqrt().cpu() / len(errors)

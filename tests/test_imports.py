@@ -42,6 +42,7 @@ LEVELS = {
     "flow": 6,
     "agreement": 5,
     "measurement": 5,
+    "halves": 5,
     "wide": 5,
     "probed": 5,
     **dict.fromkeys(PARTS_OF_FLOW, 4),

@@ -1,0 +1,101 @@
+"""Two halves of the samples, each measured with features that the other has taught: their mean.
+
+A Krylov space or a network that has seen samples may not be measured on them. So each half teaches
+features for the other, both are measured, and the results are averaged: independent measurements of
+the same J, half the variance of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fisherfast.estimators import FisherCurve, cross_fitted_bound
+from fisherfast.marginal import pack_covariance
+from fisherfast.moments import FoldMoments
+from fisherfast.results import LayerFisher
+
+__all__ = ["HalfFit", "error_of_mean", "joined", "mean_of"]
+
+
+@dataclass(frozen=True)
+class HalfFit:
+    """J of features that one half has taught, measured on the other.
+
+    Attributes:
+        curve: over the leading features.
+        index: int64 [k] numbers of these features.
+        chosen: how many of them are used.
+        converged: that number is on a plateau.
+    """
+
+    curve: FisherCurve
+    index: torch.Tensor
+    chosen: int
+    converged: bool
+
+    def at_chosen(self, name: str) -> torch.Tensor:
+        """Value of one of the curves at the chosen size."""
+        values: torch.Tensor = getattr(self.curve, name)
+        return values[self.chosen - 1]
+
+    def at(self, name: str, sizes: torch.Tensor) -> torch.Tensor:
+        """Values of one of the curves at sizes [n], the last one where it ends before."""
+        values: torch.Tensor = getattr(self.curve, name)
+        return values[(sizes.to(values.device) - 1).clamp_max(len(values) - 1)]
+
+
+def joined(
+    base: LayerFisher,
+    halves: Sequence[HalfFit],
+    measured: Sequence[FoldMoments],
+    contrast: torch.Tensor,
+    points: torch.Tensor,
+) -> LayerFisher:
+    """The mean of two halves, in all but the linear J and the kind of features.
+
+    The honest bound of each half learns its readout on a quarter of all samples and measures it on
+    the next.
+
+    Args:
+        base: what else there is to say of the layer.
+        halves: the two measurements.
+        measured: their moments.
+        contrast: [C, P] float64 weights of the conditions.
+        points: int64 [n], sizes at which the curve is kept.
+    """
+    bounds, bound_errors = [], []
+    for moments, half in zip(measured, halves, strict=True):
+        index = half.index[: half.chosen]
+        quarters = [moments.statistics(contrast, part).select(index) for part in (0, 1)]
+        bound, error = cross_fitted_bound(quarters[0], quarters[1])
+        bounds.append(bound)
+        bound_errors.append(error)
+    errors = [half.curve.error_covariance(half.chosen) for half in halves]
+    return replace(
+        base,
+        J=mean_of([half.at_chosen("J") for half in halves]),
+        stderr=error_of_mean([half.at_chosen("stderr") for half in halves]),
+        lower=mean_of(bounds),
+        lower_stderr=error_of_mean(bound_errors),
+        naive=mean_of([half.at_chosen("naive") for half in halves]),
+        curve_k=points,
+        curve_J=mean_of([half.at("J", points) for half in halves]),
+        curve_stderr=error_of_mean([half.at("stderr", points) for half in halves]),
+        features=max(half.chosen for half in halves),
+        effective_dim=float(mean_of([half.at_chosen("effective_dim") for half in halves])),
+        converged=all(half.converged for half in halves),
+        error_covariance=pack_covariance(mean_of(errors) / 2),
+    )
+
+
+def mean_of(values: list[torch.Tensor]) -> torch.Tensor:
+    """Mean of results, on the CPU."""
+    return torch.stack(values).mean(0).cpu()
+
+
+def error_of_mean(errors: list[torch.Tensor]) -> torch.Tensor:
+    """Standard error of the mean of independent results with these errors."""
+    return torch.stack(errors).square().sum(0).sqrt().cpu() / len(errors)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fisherfast.demos.task import Pictures, Task
-from fisherfast.demos.training import EpochRecord
+from fisherfast.demos.training import DemoEpoch
 from fisherfast.plots import GREY, legend_beside, new_figure, plot_flows, plot_training
 from fisherfast.problems.published import FIRST, LAST
 
@@ -19,7 +19,7 @@ TILE = 1.75  # inches, one sample image
 CLIP = 2.5  # standard deviations of a single image that its grey scale spans
 
 
-def draw_figures(task: Task, history: Sequence[EpochRecord]) -> dict[str, Any]:
+def draw_figures(task: Task, history: Sequence[DemoEpoch]) -> dict[str, Any]:
     """Flow, training, both side by side, and sample images where the samples are images."""
     flow, training = new_figure(PANEL + 0.6, HEIGHT), new_figure(PANEL, HEIGHT)
     _draw_flow(task, history, flow.add_subplot())
@@ -39,7 +39,7 @@ def published_label(epoch: int) -> str:
     return {FIRST: "first epoch", LAST: "last epoch"}.get(epoch, f"epoch {epoch}")
 
 
-def _draw_flow(task: Task, history: Sequence[EpochRecord], ax: Any) -> None:
+def _draw_flow(task: Task, history: Sequence[DemoEpoch], ax: Any) -> None:
     """One line per epoch, and open grey markers at the published values."""
     plot_flows({record.epoch: record.flow for record in history}, ax, fraction=True, title="epoch")
     places = range(1, len(task.layers) + 2)

@@ -11,7 +11,7 @@ from typing import Any
 from fisherfast.demos.figures import published_label
 from fisherfast.demos.table import epoch_cells, epoch_header
 from fisherfast.demos.task import Task
-from fisherfast.demos.training import EpochRecord, nearest_epoch
+from fisherfast.demos.training import DemoEpoch, nearest_epoch
 
 __all__ = ["render_page"]
 
@@ -123,7 +123,7 @@ $settings
 
 def render_page(
     task: Task,
-    history: Sequence[EpochRecord],
+    history: Sequence[DemoEpoch],
     images: Mapping[str, bytes],
     numbers: Mapping[str, Any],
 ) -> str:
@@ -160,7 +160,7 @@ def render_page(
     )
 
 
-def _key(task: Task, facts: Mapping[str, Any], history: Sequence[EpochRecord]) -> str:
+def _key(task: Task, facts: Mapping[str, Any], history: Sequence[DemoEpoch]) -> str:
     """The result in three sentences."""
     start = history[0].flow.fractions()["output"]
     source = history[0].flow["input"]
@@ -179,12 +179,12 @@ def _key(task: Task, facts: Mapping[str, Any], history: Sequence[EpochRecord]) -
     return " ".join(sentences)
 
 
-def _epoch_table(task: Task, history: Sequence[EpochRecord]) -> str:
+def _epoch_table(task: Task, history: Sequence[DemoEpoch]) -> str:
     rows = [epoch_cells(record, task.layers) for record in history]
     return _table(epoch_header(task.layers), rows)
 
 
-def _published_table(task: Task, history: Sequence[EpochRecord]) -> str:
+def _published_table(task: Task, history: Sequence[DemoEpoch]) -> str:
     """Each published epoch above the epoch of this run with the nearest output."""
     if not task.published:
         return ""

@@ -16,7 +16,7 @@ from fisherfast._version import __version__
 from fisherfast.demos.figures import draw_figures
 from fisherfast.demos.page import render_page
 from fisherfast.demos.task import Task
-from fisherfast.demos.training import EpochRecord
+from fisherfast.demos.training import DemoEpoch
 from fisherfast.plots import crossing_epoch
 
 __all__ = ["epoch_numbers", "summary", "versions", "write_report"]
@@ -25,7 +25,7 @@ PAGE = "index.html"
 NUMBERS = "results.json"
 
 
-def write_report(out: Path, task: Task, history: Sequence[EpochRecord], *, complete: bool) -> Path:
+def write_report(out: Path, task: Task, history: Sequence[DemoEpoch], *, complete: bool) -> Path:
     """Write everything into the folder `out`, over what an earlier run left there.
 
     Args:
@@ -51,7 +51,7 @@ def write_report(out: Path, task: Task, history: Sequence[EpochRecord], *, compl
     return out / PAGE
 
 
-def summary(history: Sequence[EpochRecord]) -> dict[str, Any]:
+def summary(history: Sequence[DemoEpoch]) -> dict[str, Any]:
     """The epochs that matter, and what the output transmits at its best."""
     best = max(history, key=lambda record: record.flow.fractions()["output"])
     return {
@@ -64,7 +64,7 @@ def summary(history: Sequence[EpochRecord]) -> dict[str, Any]:
     }
 
 
-def _numbers(task: Task, history: Sequence[EpochRecord], complete: bool) -> dict[str, Any]:
+def _numbers(task: Task, history: Sequence[DemoEpoch], complete: bool) -> dict[str, Any]:
     return {
         "task": task.name,
         "complete": complete,
@@ -81,7 +81,7 @@ def _numbers(task: Task, history: Sequence[EpochRecord], complete: bool) -> dict
     }
 
 
-def epoch_numbers(record: EpochRecord) -> dict[str, Any]:
+def epoch_numbers(record: DemoEpoch) -> dict[str, Any]:
     """Errors, and J / J_input of each layer with its standard error."""
     return {
         "epoch": record.epoch,

@@ -9,7 +9,7 @@ from typing import TextIO
 from fisherfast.demos.report import summary, write_report
 from fisherfast.demos.table import LiveTable
 from fisherfast.demos.task import Task
-from fisherfast.demos.training import DivergenceError, EpochRecord, train
+from fisherfast.demos.training import DemoEpoch, DivergenceError, train
 from fisherfast.plots import new_figure
 
 __all__ = ["DONE", "FAILED", "INTERRUPTED", "collect", "run_demo", "verdict"]
@@ -41,7 +41,7 @@ def run_demo(
     """
     new_figure()  # fail now, not after the training
     out.mkdir(parents=True, exist_ok=True)
-    history: list[EpochRecord] = []
+    history: list[DemoEpoch] = []
     status = collect(train(task, seed=seed, progress=progress), history, task, stream)
     if not history:
         stream.write("nothing was measured: no report\n")
@@ -52,7 +52,7 @@ def run_demo(
 
 
 def collect(
-    epochs: Iterator[EpochRecord], history: list[EpochRecord], task: Task, stream: TextIO
+    epochs: Iterator[DemoEpoch], history: list[DemoEpoch], task: Task, stream: TextIO
 ) -> int:
     """Fill the history, one line of the table at a time, as far as it goes.
 
@@ -74,7 +74,7 @@ def collect(
     return DONE
 
 
-def verdict(history: Sequence[EpochRecord]) -> str:
+def verdict(history: Sequence[DemoEpoch]) -> str:
     """What a run found, in two lines."""
     facts = summary(history)
     stop = facts["stop_epoch"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
-from fisherfast.demos.training import EpochRecord
+from fisherfast.demos.training import DemoEpoch
 
 __all__ = ["LiveTable", "epoch_cells", "epoch_header"]
 
@@ -15,7 +15,7 @@ def epoch_header(layers: Sequence[str]) -> list[str]:
     return ["epoch", "train x J", "val x J", *layers, "output +- error", "seconds"]
 
 
-def epoch_cells(record: EpochRecord, layers: Sequence[str]) -> list[str]:
+def epoch_cells(record: DemoEpoch, layers: Sequence[str]) -> list[str]:
     """One row of text: errors in units of 1 / J_input, then J / J_input of each layer."""
     fractions, errors = record.flow.fractions(), record.flow.fraction_errors()
     return [
@@ -40,7 +40,7 @@ class LiveTable:
         """Write the header."""
         self._write(self._header)
 
-    def add(self, record: EpochRecord) -> None:
+    def add(self, record: DemoEpoch) -> None:
         """Write the row of an epoch."""
         self._write(epoch_cells(record, self._layers))
 

@@ -16,7 +16,7 @@ from fisherfast.demos.task import Task
 from fisherfast.flow import fisher_flow
 from fisherfast.results import FisherFlow, FisherWarning
 
-__all__ = ["DivergenceError", "EpochRecord", "nearest_epoch", "train"]
+__all__ = ["DemoEpoch", "DivergenceError", "nearest_epoch", "train"]
 
 EVALUATION_BATCH = 4096
 
@@ -26,7 +26,7 @@ class DivergenceError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class EpochRecord:
+class DemoEpoch:
     """What is known after an epoch; epoch 0 is before training.
 
     Attributes:
@@ -64,7 +64,7 @@ class EpochRecord:
         return self.flow.fraction_errors()["output"]
 
 
-def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[EpochRecord]:
+def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[DemoEpoch]:
     """Yield a record before training and after each epoch; the model of the task is trained.
 
     Adam on the mean square error. The training error is taken after the epoch, on every
@@ -88,7 +88,7 @@ def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[Epoc
         yield _measure(task, epoch, start, progress)
 
 
-def nearest_epoch(history: Sequence[EpochRecord], share: float) -> EpochRecord:
+def nearest_epoch(history: Sequence[DemoEpoch], share: float) -> DemoEpoch:
     """The epoch whose output transmits nearest to `share` of the input; runs of different length
     compare at equal output."""
     return min(history, key=lambda record: abs(record.transmission - share))
@@ -119,7 +119,7 @@ def _train_epoch(
     task.model.eval()
 
 
-def _measure(task: Task, epoch: int, start: float, progress: bool) -> EpochRecord:
+def _measure(task: Task, epoch: int, start: float, progress: bool) -> DemoEpoch:
     trained_on = slice(None, None, task.checked_share)
     train_mse = mean_square_error(task.model, task.x[trained_on], task.theta[trained_on])
     val_mse = mean_square_error(task.model, task.val_x, task.val_theta)
@@ -135,4 +135,4 @@ def _measure(task: Task, epoch: int, start: float, progress: bool) -> EpochRecor
             max_features=task.max_features,
             progress=progress,
         )
-    return EpochRecord(epoch, flow, train_mse, val_mse, time.perf_counter() - start)
+    return DemoEpoch(epoch, flow, train_mse, val_mse, time.perf_counter() - start)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fisherfast.demos.figures import published_label
-from fisherfast.demos.training import EpochRecord
+from fisherfast.demos.training import DemoEpoch
 from fisherfast.plots import (
     BLUE,
     GREEN,
@@ -81,7 +81,7 @@ def draw_lift(points: Sequence[LiftPoint]) -> Any:
     return figure
 
 
-def draw_flows(run: TrainedRun, chosen: Mapping[int, EpochRecord]) -> Any:
+def draw_flows(run: TrainedRun, chosen: Mapping[int, DemoEpoch]) -> Any:
     """Left: share of the input in each layer, for the epochs that were published. Right: the same
     over the share at the output, which needs no epochs to be matched."""
     figure = new_figure(2 * PANEL, HEIGHT + 0.8)
@@ -91,7 +91,7 @@ def draw_flows(run: TrainedRun, chosen: Mapping[int, EpochRecord]) -> Any:
     return figure
 
 
-def _draw_epochs(ax: Axes, run: TrainedRun, chosen: Mapping[int, EpochRecord]) -> None:
+def _draw_epochs(ax: Axes, run: TrainedRun, chosen: Mapping[int, DemoEpoch]) -> None:
     names = [*run.layers, "output"]
     ax.axhline(1, color=GREY, ls="--", lw=1)
     for color, (epoch, values) in zip(

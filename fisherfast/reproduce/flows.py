@@ -15,7 +15,7 @@ from fisherfast.demos import gaussian_task, imaging_task, lognormal_task
 from fisherfast.demos.figures import published_label
 from fisherfast.demos.published import GAUSSIAN_SIZES
 from fisherfast.demos.task import Task
-from fisherfast.demos.training import EpochRecord, nearest_epoch
+from fisherfast.demos.training import DemoEpoch, nearest_epoch
 from fisherfast.problems.published import FIRST, IMAGING_FLOW
 from fisherfast.reproduce.drawing import draw_flows
 from fisherfast.reproduce.figure import Context, Options, Outcome
@@ -45,7 +45,7 @@ def measure_imaging(context: Context) -> Outcome:
     return _measure(context, _imaging)
 
 
-def compared_epochs(run: TrainedRun, full: bool) -> dict[int, EpochRecord]:
+def compared_epochs(run: TrainedRun, full: bool) -> dict[int, DemoEpoch]:
     """The epoch of a run that each published epoch is compared with.
 
     Before training there is nothing to match; the same number otherwise, where the run has the
@@ -103,7 +103,7 @@ def _measure(context: Context, make: Callable[[Options], Task]) -> Outcome:
     return Outcome(run.status, numbers, lambda: draw_flows(run, chosen))
 
 
-def _points(run: TrainedRun, chosen: dict[int, EpochRecord]) -> list[dict[str, Any]]:
+def _points(run: TrainedRun, chosen: dict[int, DemoEpoch]) -> list[dict[str, Any]]:
     """Every published value beside the one of the epoch it is compared with."""
     points = []
     for epoch, values in run.published.items():

@@ -26,7 +26,7 @@ from fisherfast.demos.published import (
 )
 from fisherfast.demos.runner import DONE, FAILED, INTERRUPTED
 from fisherfast.demos.task import Task
-from fisherfast.demos.training import DivergenceError, EpochRecord
+from fisherfast.demos.training import DemoEpoch, DivergenceError
 from fisherfast.flow import fisher_information
 from fisherfast.plots import crossing_epoch
 from fisherfast.problems import GaussianShift, mlp
@@ -143,7 +143,7 @@ def _training_meter(task: Task) -> Meter:
     pair = [task.x[task.theta == side] for side in (below, above)]
     step = float(above - below)
 
-    def meter(record: EpochRecord) -> tuple[float, float]:
+    def meter(record: DemoEpoch) -> tuple[float, float]:
         with torch.no_grad():
             minus, plus = (task.model(samples) for samples in pair)
         with warnings.catch_warnings():

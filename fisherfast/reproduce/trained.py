@@ -9,11 +9,11 @@ from typing import Any, TextIO
 from fisherfast.demos.report import epoch_numbers, summary
 from fisherfast.demos.runner import INTERRUPTED, collect, verdict
 from fisherfast.demos.task import Task
-from fisherfast.demos.training import DivergenceError, EpochRecord, train
+from fisherfast.demos.training import DemoEpoch, DivergenceError, train
 
 __all__ = ["TrainedRun", "train_and_measure", "with_epochs"]
 
-Meter = Callable[[EpochRecord], tuple[float, float]]
+Meter = Callable[[DemoEpoch], tuple[float, float]]
 """From an epoch, while the model is as it was then, to a value and its error."""
 
 
@@ -34,7 +34,7 @@ class TrainedRun:
     layers: tuple[str, ...]
     unit: str
     settings: Mapping[str, Any]
-    history: list[EpochRecord]
+    history: list[DemoEpoch]
     status: int
     published: Mapping[int, tuple[float, ...]]
     training: list[tuple[float, float]] = field(default_factory=list)
@@ -72,10 +72,10 @@ def train_and_measure(
         KeyboardInterrupt: Ctrl-C before anything was measured.
         DivergenceError: the error is not finite before anything was measured.
     """
-    history: list[EpochRecord] = []
+    history: list[DemoEpoch] = []
     training: list[tuple[float, float]] = []
 
-    def epochs() -> Iterator[EpochRecord]:
+    def epochs() -> Iterator[DemoEpoch]:
         for record in train(task, seed=seed, progress=progress):
             if meter is not None:
                 training.append(meter(record))

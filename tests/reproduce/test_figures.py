@@ -13,7 +13,7 @@ import torch
 
 import fisherfast as ff
 from fisherfast.__main__ import main
-from fisherfast.demos.training import EpochRecord
+from fisherfast.demos.training import DemoEpoch
 from fisherfast.problems import published
 from fisherfast.reproduce import FIGURES, Context, Options, flows, lift, stopping
 from fisherfast.reproduce.trained import TrainedRun
@@ -109,7 +109,7 @@ def fake_run(outputs, levels, *, val=None, published=None) -> TrainedRun:
             fraction_errors=lambda: {"input": 0.1, "output": 0.1},
         )
         val_mse = val[epoch] if val else 1.0
-        history.append(EpochRecord(epoch, flow, level / J_input, val_mse, 0.0))
+        history.append(DemoEpoch(epoch, flow, level / J_input, val_mse, 0.0))
     return TrainedRun("fake", (), "", {}, history, 0, published or {})
 
 

@@ -267,7 +267,7 @@ def test_groups_come_and_go(tmp_path):
         assert all(map(torch.equal, result["streams"].values(), found[0]["streams"].values()))
 
 
-ROOT = Path(ff.__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "distributed.py"
 
 

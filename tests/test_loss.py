@@ -726,7 +726,7 @@ def test_training_reaches_the_information_of_the_log_normal():
     assert output.value - SIGMAS * output.stderr.item() < 10
 
 
-TRAINING = Path(ff.__file__).resolve().parent.parent / "docs" / "training.md"
+TRAINING = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 
 
 def test_documented_example_runs():

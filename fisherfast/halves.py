@@ -7,7 +7,7 @@ the same J, half the variance of one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments
 from fisherfast.results import LayerFisher
 
-__all__ = ["HalfFit", "error_of_mean", "joined", "mean_of"]
+__all__ = ["HalfFit", "dealt_to_halves", "error_of_mean", "joined", "mean_of"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,29 @@ class HalfFit:
         """Values of one of the curves at sizes [n], the last one where it ends before."""
         values: torch.Tensor = getattr(self.curve, name)
         return values[(sizes.to(values.device) - 1).clamp_max(len(values) - 1)]
+
+
+def dealt_to_halves(
+    first: int,
+    rows: torch.Tensor,
+    tangents: torch.Tensor | None,
+    score: torch.Tensor | None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+    """Yield what each half has of a batch: every other sample, by its number in the condition.
+
+    Args:
+        first: number of the first sample.
+        rows: [n, d] activations.
+        tangents: [P, n, d], or None.
+        score: [n, P], or None.
+    """
+    for half in range(2):
+        chosen = slice((half - first) % 2, None, 2)
+        yield (
+            rows[chosen],
+            None if tangents is None else tangents[:, chosen],
+            None if score is None else score[chosen],
+        )
 
 
 def joined(

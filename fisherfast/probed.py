@@ -23,7 +23,7 @@ from fisherfast.estimators import (
     choose_features,
     fisher_curve,
 )
-from fisherfast.halves import HalfFit, error_of_mean, joined, mean_of
+from fisherfast.halves import HalfFit, dealt_to_halves, error_of_mean, joined, mean_of
 from fisherfast.meters import LayerMeter, carried_by, curve_points, rows_of
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.probe import (
@@ -103,15 +103,14 @@ class ProbedMeter(LayerMeter):
         rows = rows_of(activations)
         moved = None if tangents is None else rows_of(tangents, 1)
         finite = []
-        for half in range(2):
-            chosen = slice((half - first) % 2, None, 2)
-            own = None if moved is None else moved[:, chosen]
-            part = None if score is None else score[chosen]
+        for half, (own, own_tangents, own_score) in enumerate(
+            dealt_to_halves(first, rows, moved, score)
+        ):
             if self.halves:
                 measure = self.halves[half].observe
-                finite.append(measure(condition, rows[chosen], tangents=own, score=part))
+                finite.append(measure(condition, own, tangents=own_tangents, score=own_score))
             elif not known:
-                self._keep(half, condition, rows[chosen], own, part)
+                self._keep(half, condition, own, own_tangents, own_score)
         if self.halves:
             return torch.stack(finite).all()
         return super().observe(condition, activations, tangents=tangents, score=score)

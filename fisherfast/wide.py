@@ -25,7 +25,7 @@ from fisherfast.estimators import (
     fisher_curve,
 )
 from fisherfast.features import MAX_WIDTH
-from fisherfast.halves import HalfFit, joined
+from fisherfast.halves import HalfFit, dealt_to_halves, joined
 from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
 from fisherfast.meters import (
     NO_TANGENTS,
@@ -147,13 +147,7 @@ class WideMeter(LayerMeter):
         first = self.seen[condition]
         self._seen[condition] = first + len(rows)
         finite = []
-        for half in range(2):
-            chosen = slice((half - first) % 2, None, 2)
-            own = (
-                rows[chosen],
-                None if moved is None else moved[:, chosen],
-                None if score is None else score[chosen],
-            )
+        for half, own in enumerate(dealt_to_halves(first, rows, moved, score)):
             if self.measured:
                 finite.append(self._measure(1 - half, condition, *own))
             else:

@@ -154,7 +154,6 @@ class FisherMonitor:
         self._observer: Observer | None = None
         self._outer = model
         self._calls = 0
-        self._input_J: torch.Tensor | None = None
         self._told: set[str] = set()
         self.history: list[EpochRecord] = []
 
@@ -212,16 +211,15 @@ class FisherMonitor:
             flow = training_flow = None
         self._calls += 1
         notes += self._notes_on(flow, errors)
-        if flow is not None:
-            self._input_J = flow.layers[0].J
+        input_J = self._known_input() if flow is None else flow.layers[0].J
         record = EpochRecord(
             epoch=number,
             flow=flow,
             train_mse=errors["train_mse"],
             val_mse=errors["val_mse"],
-            input_J=self._known_input(),
+            input_J=input_J,
             training_flow=training_flow,
-            live=self._live_fractions(),
+            live=self._live_fractions(input_J),
             seconds=time.perf_counter() - start,
             notes=tuple(notes),
         )
@@ -238,8 +236,6 @@ class FisherMonitor:
             record: its `step` returned.
         """
         self._calls += 1
-        if record.flow is not None:
-            self._input_J = record.flow.layers[0].J
         self.history.append(record)
 
     def observe(self, theta: torch.Tensor) -> None:
@@ -344,8 +340,6 @@ class FisherMonitor:
             name: [weights.to(device, copy=True) for weights in spaces]
             for name, spaces in state["spaces"].items()
         }
-        measured = [record.input_J for record in history if not record.input_J.isnan().any()]
-        self._input_J = measured[-1] if measured else None
 
     def _notes_on(self, flow: FisherFlow | None, errors: Mapping[str, Errors]) -> list[str]:
         """What a reader of a record should know."""
@@ -393,15 +387,16 @@ class FisherMonitor:
         return data if data.resident() or self._keep == 0 else KeptData(data, self._keep)
 
     def _known_input(self) -> torch.Tensor:
-        if self._input_J is not None:
-            return self._input_J
+        """J of the input as the last record has it; NaN before the first measurement."""
+        if self.history:
+            return self.history[-1].input_J
         return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64, device="cpu")
 
-    def _live_fractions(self) -> dict[str, float]:
+    def _live_fractions(self, input_J: torch.Tensor) -> dict[str, float]:
         """tr(J_input^-1 J) / P of the layers read by `observe`."""
         estimates = self.live()
         source = estimates.get(taps.INPUT)
-        J = self._known_input() if source is None else source.J
+        J = input_J if source is None else source.J
         inverse, failed = torch.linalg.inv_ex(J)
         if int(failed):
             return {}

@@ -3,7 +3,7 @@
 flow = ff.fisher_flow(model, ff.FiniteDifference(x_minus, x_plus, dtheta=0.06))
 """
 
-from fisherfast import dual, ops, problems
+from fisherfast import dual, ops, parameters, problems
 from fisherfast._version import __version__
 from fisherfast.data import FiniteDifference, Pathwise, Score, Shard, Simulator
 from fisherfast.dual import jvp, propagate
@@ -36,6 +36,7 @@ __all__ = [
     "jvp",
     "linear_fisher",
     "ops",
+    "parameters",
     "problems",
     "propagate",
 ]

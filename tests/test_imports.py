@@ -32,7 +32,16 @@ MEASURE = {
 NUMBERS = {"results", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
 PROBES = {"probe", "reservoir"}
-TOP = {"__main__", "plots", "demos", "reproduce", "training", "integrations", "selfcheck"}
+TOP = {
+    "__main__",
+    "plots",
+    "demos",
+    "reproduce",
+    "training",
+    "integrations",
+    "parameters",
+    "selfcheck",
+}
 BELOW_OPS = {"_native", "reference", "reference_dual"}
 LAZY = {("results", "plots")}  # the only import that looks upwards: FisherFlow.plot
 

@@ -1,0 +1,85 @@
+"""The diagonal of the Fisher matrix: one number per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.matrix import ParameterFisher, singular
+from fisherfast.parameters.rules import Rule
+from fisherfast.parameters.sweeps import FisherType, Sweep
+
+__all__ = ["DiagonalFisher"]
+
+
+class DiagonalFisher(ParameterFisher):
+    """diag(F): the expected square of every parameter's score, sample by sample."""
+
+    structure = "diag"
+
+    def __init__(
+        self, layout: ParameterLayout, samples: int, fisher_type: FisherType, values: Tensor
+    ) -> None:
+        """values: [P]."""
+        super().__init__(layout, samples, fisher_type)
+        self._values = values.double()
+
+    def diag(self) -> Tensor:
+        return self._values.clone()
+
+    def _matmul(self, columns: Tensor) -> Tensor:
+        return self._values[:, None] * columns
+
+    def _solve(self, columns: Tensor, damping: float) -> Tensor:
+        if damping == 0 and bool((self._values == 0).any()):
+            raise singular("some parameters have no Fisher information")
+        return columns / (self._values + damping)[:, None]
+
+    def eigenvalues(self) -> Tensor:
+        """All P, ascending."""
+        return self._values.sort().values
+
+    def logdet(self, *, damping: float = 0.0) -> float:
+        return float((self._values + damping).log().sum())
+
+    def _device(self) -> torch.device:
+        return self._values.device
+
+    def _state(self) -> dict[str, Any]:
+        return {"values": self._values}
+
+    @classmethod
+    def _from_state(
+        cls,
+        layout: ParameterLayout,
+        samples: int,
+        fisher_type: FisherType,
+        state: Mapping[str, Any],
+    ) -> DiagonalFisher:
+        return cls(layout, samples, fisher_type, state["values"])
+
+
+class DiagonalAccumulator:
+    """Sums of squares, layer by layer, while the gradients pass."""
+
+    def __init__(self, layout: ParameterLayout, fisher_type: FisherType, **_: Any) -> None:
+        self._layout, self._fisher_type = layout, fisher_type
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, sweep: Sweep) -> None:
+        sweep.visit(self._take)
+
+    def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
+        for name, squares in zip(rule.names, rule.squares(x, g), strict=True):
+            if name in self._sums:
+                self._sums[name] += squares
+            else:
+                self._sums[name] = squares.double()
+
+    def result(self, samples: int) -> DiagonalFisher:
+        values = self._layout.flatten(self._sums) / samples
+        return DiagonalFisher(self._layout, samples, self._fisher_type, values)

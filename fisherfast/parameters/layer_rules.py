@@ -1,0 +1,190 @@
+"""The rules of PyTorch's own layers: linear, convolution, norms, embedding.
+
+Each is found by the class of the module and the way it is set; what has no rule here is measured by
+per-sample gradients (`rows.py`), which is slower and always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fisherfast.parameters.rules import Rule
+
+__all__ = ["Convolution", "Embedding", "Linear", "Norm", "rule_for"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Layer(Rule):
+    """A module whose own parameters `weight` and `bias` are measured, either or both."""
+
+    def __init__(self, module: nn.Module, own: Mapping[str, str]) -> None:
+        """own: attribute -> full name, of the parameters that are measured."""
+        self.module = module
+        self.attributes = tuple(own)
+        self.names = tuple(own.values())
+        self.shapes = tuple(getattr(module, attribute).shape for attribute in own)
+
+    def _ordered(self, **parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            parts[attribute].reshape(-1, *shape)
+            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
+        )
+
+
+class MatrixRule(_Layer):
+    """A layer that multiplies by a matrix: at each of T positions, in each of G groups, rows
+    a [n, G, T, D] meet gradients b [n, G, T, M], and the weights' gradient is sum_t b_t a_t^T."""
+
+    def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """a [n, G, T, D] and b [n, G, T, M]."""
+        raise NotImplementedError
+
+    def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        a, b = self.matrices(x, g)
+        parts = {}
+        if "weight" in self.attributes:
+            parts["weight"] = b.transpose(-1, -2) @ a
+        if "bias" in self.attributes:
+            parts["bias"] = b.sum(2)
+        return self._ordered(**parts)
+
+
+class Linear(MatrixRule):
+    """nn.Linear: x [n, ..., D], g [n, ..., M]; the dimensions between are shared positions."""
+
+    folds = True
+
+    def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            x.reshape(len(x), 1, -1, x.shape[-1]),
+            g.reshape(len(g), 1, -1, g.shape[-1]),
+        )
+
+
+class Convolution(MatrixRule):
+    """nn.Conv1d, Conv2d, Conv3d, any stride, padding, dilation and groups."""
+
+    def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        groups = int(self.module.groups)  # type: ignore[arg-type]
+        patches = unfolded(self.module, x)  # [n, C, *kernel, *positions]
+        taps = patches[0, 0].numel() // g[0, 0].numel() if g.numel() else 1
+        a = patches.reshape(len(x), groups, x.shape[1] // groups * taps, -1).transpose(-1, -2)
+        b = g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
+        return a, b
+
+
+def unfolded(module: nn.Module, x: Tensor) -> Tensor:
+    """Every patch that a convolution's kernel meets: [n, C, *kernel, *positions], a view of x."""
+    assert isinstance(module, CONVOLUTIONS)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    around = list(module._reversed_padding_repeated_twice)
+    if any(around):
+        x = F.pad(x, around, mode=mode)
+    spatial = len(module.kernel_size)
+    for axis in range(spatial):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        x = x.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
+    return x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))
+
+
+class Norm(_Layer):
+    """Batch norm that uses its running statistics, layer, group, instance and RMS norm: a scale and
+    a shift of the normalised activations, shared by all positions."""
+
+    def __init__(self, module: nn.Module, own: Mapping[str, str]) -> None:
+        super().__init__(module, own)
+        self.folds = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """What the scale multiplies, in the shape of x."""
+        module = self.module
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            shape = [1, -1] + [1] * (x.dim() - 2)
+            mean, variance = module.running_mean, module.running_var
+            assert mean is not None
+            assert variance is not None
+            return (x - mean.view(shape)) * (variance.view(shape) + module.eps).rsqrt()
+        if isinstance(module, nn.LayerNorm):
+            return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+        if isinstance(module, nn.RMSNorm):
+            return F.rms_norm(x, module.normalized_shape, None, module.eps)
+        assert isinstance(module, nn.GroupNorm)
+        return F.group_norm(x, module.num_groups, None, None, module.eps)
+
+    def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        parts = {}
+        if "weight" in self.attributes:
+            parts["weight"] = self._shared(g * self.normalised(x))
+        if "bias" in self.attributes:
+            parts["bias"] = self._shared(g)
+        return self._ordered(**parts)
+
+    def _shared(self, values: Tensor) -> Tensor:
+        """Sums over the positions that share a parameter: [n, numbers of the parameter]."""
+        if isinstance(self.module, nn.LayerNorm | nn.RMSNorm):
+            kept = self.shapes[0].numel()
+            return values.reshape(len(values), -1, kept).sum(1)
+        return values.flatten(2).sum(2) if values.dim() > 2 else values
+
+
+class Embedding(_Layer):
+    """nn.Embedding: x [n, ...] whole numbers, g [n, ..., D]; the padding row has no gradient."""
+
+    folds = True
+
+    def _segments(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sample, row of the table, gradient) of each pair that occurs: [U], [U], [U, D]."""
+        rows, dim = self.shapes[0]
+        index = x.reshape(len(x), -1)
+        values = g.reshape(-1, dim)
+        key = (torch.arange(len(x), device=x.device)[:, None] * rows + index).flatten()
+        if self.module.padding_idx is not None:
+            wanted = index.flatten() != self.module.padding_idx
+            key, values = key[wanted], values[wanted]
+        pairs, place = key.unique(return_inverse=True)
+        sums = values.new_zeros(len(pairs), dim).index_add_(0, place, values)
+        return pairs // rows, pairs % rows, sums
+
+    def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        sample, row, values = self._segments(x, g)
+        dense = values.new_zeros(len(x), *self.shapes[0])
+        dense[sample, row] = values
+        return (dense,)
+
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        _, row, values = self._segments(x, g)
+        return (values.new_zeros(self.shapes[0]).index_add_(0, row, values.square()),)
+
+    def products(self, x: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:
+        sample, row, values = self._segments(x, g)
+        found = values.new_zeros(len(x))
+        return found.index_add_(0, sample, (values * v[0].to(values.dtype)[row]).sum(1))
+
+    def weighted_sum(self, x: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        sample, row, values = self._segments(x, g)
+        weighted = values * u[sample, None]
+        return (values.new_zeros(self.shapes[0]).index_add_(0, row, weighted),)
+
+
+def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:
+    """The rule of a module whose parameters `own` (attribute -> full name) are measured, or None
+    where it has none."""
+    if not set(own) <= {"weight", "bias"}:
+        return None
+    if type(module) is nn.Linear:
+        return Linear(module, own)
+    if type(module) in CONVOLUTIONS:
+        return Convolution(module, own)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        fixed = not module.training and module.running_mean is not None
+        return Norm(module, own) if fixed else None
+    if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):
+        return Norm(module, own)
+    if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
+        return Embedding(module, own)
+    return None

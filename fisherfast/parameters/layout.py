@@ -1,0 +1,142 @@
+"""Which parameters of a network are measured, and where each lies in a vector of all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ParameterLayout", "Selection"]
+
+Selection = None | str | Sequence[str] | Callable[[str], bool]
+"""Parameters by name: None for all that require grad, a regular expression, names, a function."""
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Names and shapes of the parameters, in the order of ``model.named_parameters()``.
+
+    A vector over parameters has P entries: each parameter flattened row by row, one after another.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, selection: Selection = None) -> ParameterLayout:
+        """The chosen parameters of a model; a shared (tied) one counts once, by its first name.
+
+        Raises:
+            TypeError: the model is no module, or the selection is none.
+            ValueError: nothing is chosen, a name is unknown, or a chosen parameter does not require
+                grad.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        every = dict(model.named_parameters())
+        chosen = _chosen(every, selection)
+        if not chosen:
+            reason = "has no parameters" if not every else "has none that requires grad"
+            if selection is not None:
+                reason = f"has none that {selection!r} chooses; it has {_some(every)}"
+            raise ValueError(f"parameters must choose at least one of the model, which {reason}")
+        frozen = [name for name in chosen if not every[name].requires_grad]
+        if frozen:
+            raise ValueError(
+                f"parameters must require grad, got {frozen[0]!r} that does not; call"
+                " requires_grad_() on it or leave it out by parameters="
+            )
+        return cls(tuple(chosen), tuple(every[name].shape for name in chosen))
+
+    @property
+    def size(self) -> int:
+        """P, numbers in all parameters."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    def slices(self) -> dict[str, slice]:
+        """Where each parameter lies in a vector of P numbers."""
+        found, start = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            found[name] = slice(start, start + shape.numel())
+            start += shape.numel()
+        return found
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One vector [P] of one tensor per parameter.
+
+        Raises:
+            ValueError: a parameter is missing, or of another shape.
+        """
+        rows = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if name not in tensors:
+                raise ValueError(f"tensors must hold every parameter, got none for {name!r}")
+            if tensors[name].shape != shape:
+                raise ValueError(
+                    f"{name} must have shape {list(shape)}, got {list(tensors[name].shape)}"
+                )
+            rows.append(tensors[name].reshape(-1))
+        return torch.cat(rows)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a vector [..., P], one [..., *shape] per parameter.
+
+        Raises:
+            ValueError: the last dimension is not P.
+        """
+        if vector.dim() < 1 or vector.shape[-1] != self.size:
+            raise ValueError(
+                f"vector must have P = {self.size} entries, got shape {list(vector.shape)}"
+            )
+        return {
+            name: vector[..., where].reshape(*vector.shape[:-1], *shape)
+            for (name, where), shape in zip(self.slices().items(), self.shapes, strict=True)
+        }
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """Shapes by name."""
+        return {name: list(shape) for name, shape in zip(self.names, self.shapes, strict=True)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Sequence[int]]) -> ParameterLayout:
+        """The layout whose `state_dict` this is."""
+        return cls(tuple(state), tuple(torch.Size(shape) for shape in state.values()))
+
+    def check_same(self, other: ParameterLayout, what: str) -> None:
+        """Raise ValueError, naming the first difference, unless the other layout is this one."""
+        here, there = self.state_dict(), other.state_dict()
+        for name in [*here, *(name for name in there if name not in here)]:
+            if here.get(name) != there.get(name):
+                raise ValueError(
+                    f"{what} must be of the same network, got {name!r}"
+                    f" {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+                )
+        if self.names != other.names:
+            raise ValueError(f"{what} must have its parameters in the same order")
+
+
+def _chosen(every: Mapping[str, nn.Parameter], selection: Selection) -> list[str]:
+    if selection is None:
+        return [name for name, parameter in every.items() if parameter.requires_grad]
+    if isinstance(selection, str):
+        return [name for name in every if re.search(selection, name)]
+    if callable(selection):
+        return [name for name in every if selection(name)]
+    wanted: list[Any] = list(selection)
+    for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(f"parameters must be names, a pattern or a function, got {name!r}")
+        if name not in every:
+            raise ValueError(
+                f"parameters must be of the model, got {name!r}; it has {_some(every)}"
+            )
+    return [name for name in every if name in wanted]
+
+
+def _some(every: Mapping[str, nn.Parameter], most: int = 8) -> str:
+    names = list(every)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,7 +1,7 @@
 """What is sent back through the network for each batch: columns of a root of the Fisher matrix.
 
-For sample i with outputs f_i, the Fisher matrix of the parameters is sum_r (J_i^T r)(J_i^T r)^T with
-J_i = df_i/dw and columns r such that
+For sample i with outputs f_i, the Fisher matrix of the parameters is sum_r (J_i^T r)(J_i^T r)^T,
+where J_i = df_i/dw and the columns r are such that
 
     exact       sum_r r r^T = E_{y ~ p(y | f_i)}[s s^T],  s = d log p(y | f_i) / df_i
     mc          r = s(y) / sqrt(samples), y drawn from p(y | f_i)

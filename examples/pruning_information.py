@@ -26,6 +26,7 @@ import argparse
 import copy
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Effort:
 
     training: int = 4000
     epochs: int = 5
-    samples: int = 6000
+    samples: int = 10_000
     draws: int = 3
     left: tuple[float, ...] = LEFT
     bits: tuple[float, ...] = BITS
@@ -109,17 +110,18 @@ def camera_network(seed: int) -> nn.Module:
     """Two convolutions and two dense layers, from images [n, 18, 24]."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return nn.Sequential(
-            nn.Unflatten(1, (1, -1)),
-            nn.Conv2d(1, 8, 5, stride=2, padding=2),
-            nn.ReLU(),
-            nn.Conv2d(8, 16, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(16 * 5 * 6, 64),
-            nn.ReLU(),
-            nn.Linear(64, 1),
+        layers = OrderedDict(
+            channel=nn.Unflatten(1, (1, 18)),
+            conv1=nn.Conv2d(1, 8, 5, stride=2, padding=2),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            relu2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            fc3=nn.Linear(16 * 5 * 6, 64),
+            relu3=nn.ReLU(),
+            fc4=nn.Linear(64, 1),
         )
+        return nn.Sequential(layers)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
@@ -140,7 +142,7 @@ class Reader:
         network: as it came out of training.
         x, theta: training samples and labels [n, 1]; what F is measured on.
         test_x, test_theta: fresh ones.
-        data: samples at theta = 0 with their derivative; what J is measured on.
+        data: samples at theta = 0 with their score; what J is measured on.
         variance: of the errors on the training samples, sigma^2 of the likelihood.
     """
 
@@ -149,7 +151,7 @@ class Reader:
     theta: Tensor
     test_x: Tensor
     test_theta: Tensor
-    data: ff.Pathwise
+    data: ff.Score
     variance: float
 
 
@@ -180,7 +182,7 @@ def trained(task: Task, effort: Effort, seed: int) -> Reader:
             schedule.step()
     network.eval()
     test_x, test_theta = labelled(task, effort.training // 4, generator)
-    held_out, tangents = task.problem.sample_with_tangent(0.0, effort.samples, generator)
+    held_out = task.problem.sample(0.0, effort.samples, generator)
     with torch.no_grad():
         variance = float((network(x) - theta).square().mean())
     return Reader(
@@ -189,7 +191,7 @@ def trained(task: Task, effort: Effort, seed: int) -> Reader:
         theta,
         (test_x - mean) / std,
         test_theta,
-        ff.Pathwise((held_out - mean) / std, tangents / std),
+        ff.Score((held_out - mean) / std, task.problem.score(held_out, 0.0)),
         variance,
     )
 
@@ -532,9 +534,10 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             draw_curves(ax, found, kind)
         draw_layers(axes[3], found["layers"])
         axes[0].set_ylabel(f"{network}: J_output / J_input")
-        axes[0].legend(frameon=False, fontsize="x-small")
-        axes[2].legend(frameon=False, fontsize="x-small")
-        axes[3].legend(frameon=False, fontsize="x-small")
+    known = {}
+    for ax in grid.flat:
+        known |= {text: line for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    canvas.legend(known.values(), known, loc="outside upper center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=DPI)
 

@@ -102,7 +102,7 @@ def test_bits_go_where_the_curvature_is():
 def test_the_diagonal_predicts_independent_changes():
     """Catches a factor 2 in 1/2 F w^2 or in sigma^2: of small independent changes of all weights,
     the mean rise in nats is that of the diagonal, correlations or not. Within 4 standard errors
-    (false alarm 6e-5) and 10 % for inputs and second order; a factor 2 is 10 standard errors."""
+    (false alarm 6e-5) and 10 % for inputs and second order; a factor 2 is at least 8 of them."""
     meter = example.Meter(example.trained(example.TASKS["lognormal"](), example.QUICK, 0))
     network, generator = meter.network, torch.Generator().manual_seed(1)
     x, variance = meter.reader.test_x, meter.reader.variance

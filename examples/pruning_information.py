@@ -59,6 +59,7 @@ BATCH, LEARNING_RATE = 128, 3e-3
 SHOWN = 0.2  # share of the weights that is left where all layers are shown
 IMPORTANCE, MAGNITUDE, CHANCE = "importance", "magnitude", "chance"
 EACH_LAYER, EVEN = ", each layer", "the same for all"
+UNCORRELATED = "importance, sum of weights"
 BITS_SHOWN = (4.0, 3.0, 2.0)
 
 Scores = dict[str, Tensor]
@@ -209,8 +210,10 @@ class Meter:
         self.monitor = ff.FisherMonitor(
             self.network, reader.data, layers=["output"], max_features=FEATURES
         )
-        likelihood = ff.parameters.Gaussian(variance=reader.variance)
-        found = ff.parameters.fisher(reader.network, likelihood, reader.x[:FISHER_SAMPLES], "diag")
+        self.likelihood = ff.parameters.Gaussian(variance=reader.variance)
+        found = ff.parameters.fisher(
+            reader.network, self.likelihood, reader.x[:FISHER_SAMPLES], "diag"
+        )
         self.fisher = found.layout.unflatten(found.diag())
         self.whole = {name: w.detach() for name, w in reader.network.named_parameters()}
         with torch.no_grad():
@@ -262,26 +265,22 @@ def weight_scores(meter: Meter) -> dict[str, Scores]:
 
 
 def unit_scores(meter: Meter) -> dict[str, Scores]:
-    """The same for each hidden unit with its bias, by layer."""
-    layers = [name.removesuffix(".weight") for name in weights_of(meter.reader.network)][:-1]
-    return both_scopes(
-        {
-            layer: sum(
-                (meter.fisher[name] * meter.whole[name] ** 2 / 2)
-                .reshape(len(meter.whole[name]), -1)
-                .sum(1)
-                for name in (f"{layer}.weight", f"{layer}.bias")
-            )
-            for layer in layers
-        },
-        {
-            layer: meter.whole[f"{layer}.weight"]
-            .flatten(1)
-            .norm(dim=1)
-            .hypot(meter.whole[f"{layer}.bias"])
-            for layer in layers
-        },
+    """The same for each hidden unit with its bias, by layer: importance with all correlations
+    inside of a unit, and without, as the sum over its weights."""
+    reader, whole = meter.reader, meter.whole
+    joint = ff.parameters.importance(
+        reader.network, meter.likelihood, reader.x[:FISHER_SAMPLES], per="unit"
     )
+    importance, magnitude, apart = {}, {}, {}
+    for name in list(weights_of(reader.network))[:-1]:
+        layer = name.removesuffix(".weight")
+        rows = torch.cat([whole[name].flatten(1), whole[f"{layer}.bias"][:, None]], 1)
+        fisher = torch.cat(
+            [meter.fisher[name].flatten(1), meter.fisher[f"{layer}.bias"][:, None]], 1
+        )
+        importance[layer], magnitude[layer] = joint[layer], rows.norm(dim=1)
+        apart[layer] = (fisher * rows**2 / 2).sum(1)
+    return {**both_scopes(importance, magnitude), UNCORRELATED: apart}
 
 
 def both_scopes(importance: Scores, magnitude: Scores) -> dict[str, Scores]:
@@ -489,16 +488,27 @@ def intact(curve: list[Row], axis: str, whole: float) -> float | None:
     return found
 
 
-def table(figures: dict[str, Any]) -> str:
-    """The smallest intact network of each way, as docs/parameters.md shows it."""
-    ways = list(next(iter(figures.values()))["weights"])
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """The smallest intact network of each way, one number for each run, as docs/parameters.md shows
+    it."""
+    ways = list(next(iter(runs[0].values()))["units"])
     lines = ["| network | left of | " + " | ".join(ways) + " |", "|---|---|" + "---|" * len(ways)]
-    for network, found in figures.items():
-        whole = found["whole"]["transmission"]
+    for network, first in runs[0].items():
         for kind in ("weights", "units"):
-            cells = [share(intact(found[kind][way], "left", whole)) for way in ways]
+            cells = [
+                smallest(runs, network, kind, way) if way in first[kind] else "" for way in ways
+            ]
             lines.append(f"| {network} | {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def smallest(runs: Sequence[dict[str, Any]], network: str, kind: str, way: str) -> str:
+    """The smallest intact network of each run, in per cent."""
+    found = []
+    for run in runs:
+        left = intact(run[network][kind][way], "left", run[network]["whole"]["transmission"])
+        found.append("all" if left is None else f"{left:.0%}")
+    return ", ".join(found)
 
 
 def bits_table(figures: dict[str, Any]) -> str:
@@ -516,11 +526,6 @@ def bits_table(figures: dict[str, Any]) -> str:
                 if row["bits"] in BITS_SHOWN
             ]
     return "\n".join(lines)
-
-
-def share(value: float | None) -> str:
-    """In per cent."""
-    return "more" if value is None else f"{value:.0%}"
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
@@ -548,6 +553,7 @@ def styles() -> dict[str, tuple[str, str]]:
 
     lines = {IMPORTANCE: (BLUE, "-"), MAGNITUDE: (VERMILION, "-")}
     lines |= {way + EACH_LAYER: (colour, ":") for way, (colour, _) in lines.items()}
+    lines[UNCORRELATED] = (BLUE, "--")
     return lines | {CHANCE: (GREY, "-"), EVEN: (GREEN, "-"), "whole": ("black", "-")}
 
 
@@ -602,7 +608,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "result.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     draw(figures, options.out / "pruning.png")
-    print(f"Smallest networks whose output holds {KEPT:.0%} of what it held\n\n{table(figures)}")
+    print(f"Smallest networks whose output holds {KEPT:.0%} of what it held\n\n{table([figures])}")
     print(f"\nFewer bits\n\n{bits_table(figures)}")
     return figures
 

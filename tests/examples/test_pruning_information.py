@@ -139,7 +139,7 @@ def test_files_and_tables(run):
     found, out = run
     assert json.loads((out / "result.json").read_text()) == found
     assert (out / "pruning.png").stat().st_size > 10_000
-    assert example.table(found).count("\n") == 3
+    assert example.table([found]).count("\n") == 3
     assert list(found["lognormal"]["layers"]) == ["whole", "importance", "magnitude", "chance"]
     assert next(iter(found["lognormal"]["layers"]["whole"])) == "input"
 

@@ -1,7 +1,9 @@
 """The other Fisher information: that of a network's own parameters w, for p(y | x, w)."""
 
+from fisherfast.parameters.consolidation import ElasticWeightConsolidation
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.fisher import fisher, from_state_dict
+from fisherfast.parameters.importance import Importance, importance
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.matrix import ParameterFisher
@@ -10,11 +12,14 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "DiagonalFisher",
+    "ElasticWeightConsolidation",
     "Gaussian",
+    "Importance",
     "Likelihood",
     "ParameterFisher",
     "ParameterLayout",
     "Poisson",
     "fisher",
     "from_state_dict",
+    "importance",
 ]

@@ -1,20 +1,26 @@
 """The other Fisher information: that of a network's own parameters w, for p(y | x, w)."""
 
+from fisherfast.parameters.block import BlockFisher
 from fisherfast.parameters.consolidation import ElasticWeightConsolidation
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.fisher import fisher, from_state_dict
+from fisherfast.parameters.full import FullFisher
 from fisherfast.parameters.importance import Importance, importance
+from fisherfast.parameters.kfac import KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.matrix import ParameterFisher
 
 __all__ = [
     "Bernoulli",
+    "BlockFisher",
     "Categorical",
     "DiagonalFisher",
     "ElasticWeightConsolidation",
+    "FullFisher",
     "Gaussian",
     "Importance",
+    "KroneckerFisher",
     "Likelihood",
     "ParameterFisher",
     "ParameterLayout",

@@ -1,9 +1,11 @@
 """The other Fisher information: that of a network's own parameters w, for p(y | x, w)."""
 
 from fisherfast.parameters.block import BlockFisher
+from fisherfast.parameters.consolidation import ElasticWeightConsolidation
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.fisher import fisher, from_state_dict
 from fisherfast.parameters.full import FullFisher
+from fisherfast.parameters.importance import Importance, importance
 from fisherfast.parameters.kfac import KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
@@ -14,8 +16,10 @@ __all__ = [
     "BlockFisher",
     "Categorical",
     "DiagonalFisher",
+    "ElasticWeightConsolidation",
     "FullFisher",
     "Gaussian",
+    "Importance",
     "KroneckerFisher",
     "Likelihood",
     "ParameterFisher",
@@ -23,4 +27,5 @@ __all__ = [
     "Poisson",
     "fisher",
     "from_state_dict",
+    "importance",
 ]

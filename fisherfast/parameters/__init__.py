@@ -5,6 +5,7 @@ from fisherfast.parameters.fisher import fisher, from_state_dict
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.matrix import ParameterFisher
+from fisherfast.parameters.score import MeanZeroTest, Scores, score
 
 __all__ = [
     "Bernoulli",
@@ -12,9 +13,12 @@ __all__ = [
     "DiagonalFisher",
     "Gaussian",
     "Likelihood",
+    "MeanZeroTest",
     "ParameterFisher",
     "ParameterLayout",
     "Poisson",
+    "Scores",
     "fisher",
     "from_state_dict",
+    "score",
 ]

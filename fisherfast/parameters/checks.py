@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.likelihood import Likelihood
-from fisherfast.taps import forgetting
+from fisherfast.taps import forgetting, own_random_state
 
 __all__ = [
     "check_choice",
@@ -119,7 +119,7 @@ def forward_alone(model: nn.Module) -> Iterator[None]:
     """
     before = {name: value.detach().clone() for name, value in model.named_buffers()}
     try:
-        with forgetting(model):
+        with own_random_state(model, 0), forgetting(model):
             yield
     finally:
         changed = []

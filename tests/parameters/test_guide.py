@@ -1,0 +1,86 @@
+"""What docs/parameters.md says of pruned networks is what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, Any]]:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "parameters.json").read_text())
+    found: list[dict[str, Any]] = stored["pruning"]["figures"]["runs"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def guide() -> str:
+    return (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def example(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module("pruning_information")
+
+
+def test_tables_are_the_measured_ones(runs, guide, example):
+    """Catches tables older than the measurement, and numbers typed by hand."""
+    assert len(runs) == 3
+    assert example.table(runs) in guide
+    assert example.bits_table(runs[0]) in guide
+
+
+def test_the_text_quotes_the_first_run(runs, guide):
+    """Catches sentences about another measurement than the one stored."""
+    camera, lognormal = (runs[0][name] for name in ("camera", "lognormal"))
+
+    def at(network: dict[str, Any], kind: str, way: str, size: float) -> dict[str, float]:
+        axis = "bits" if kind == "bits" else "left"
+        return next(row for row in network[kind][way] if row[axis] == size)
+
+    def J(network: dict[str, Any], kind: str, way: str, size: float) -> str:
+        return f"{at(network, kind, way, size)['transmission']:.2f}"
+
+    last = at(lognormal, "weights", "importance", 0.3)
+    coarse = at(lognormal, "bits", "importance", 2.0)
+    text = " ".join(guide.split())
+    for quoted in (
+        f"With 30 % of the weights the camera's network has {J(camera, 'weights', 'magnitude', 0.3)}"
+        f" by magnitude and {J(camera, 'weights', 'importance', 0.3)} by importance",
+        f"({J(camera, 'weights', 'importance, each layer', 0.3)} at 30 %,"
+        f" {J(camera, 'weights', 'importance, each layer', 0.2)} at 20 %, where magnitude over the"
+        f" whole network has {J(camera, 'weights', 'magnitude', 0.2)})",
+        f"({J(camera, 'units', 'importance', 0.14)} of the information at 14 % of the camera's units,"
+        f" where each layer's own order keeps"
+        f" {J(camera, 'units', 'importance, each layer', 0.14)}, and chance at 20 % of the"
+        f" log-normal network's units"
+        f" {J(lognormal, 'units', 'chance', 0.2)} where the sum of weights keeps"
+        f" {J(lognormal, 'units', 'importance, sum of weights', 0.2)})",
+        f"promises {last['predicted']:.2f} nats and costs {last['nats']:.2f}",
+        f"keeps {J(lognormal, 'bits', 'importance', 2.0)} of J_input while the mean square error"
+        f" grows {coarse['level']:.1f}-fold",
+        f"with 10 % of its weights ({J(camera, 'weights', 'importance', 0.1)}) than with all"
+        f" ({camera['whole']['transmission']:.2f} ± {camera['whole']['transmission_error']:.2f})",
+    ):
+        assert quoted in text, quoted
+
+
+def test_importance_is_never_far_behind(runs, example):
+    """The claim of the section: over the whole network, importance needs at most as many weights as
+    magnitude in every run. Catches a figure that is stored although the claim fails."""
+    for run in runs:
+        for network, found in run.items():
+            whole = found["whole"]["transmission"]
+            sizes = [
+                example.intact(found["weights"][way], "left", whole)
+                for way in ("importance", "magnitude")
+            ]
+            assert sizes[0] <= sizes[1], network

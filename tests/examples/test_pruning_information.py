@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -149,3 +151,24 @@ def test_the_smallest_intact_network_has_no_gap_above_it():
     curve = [{"left": left, "transmission": t} for left, t in ((0.8, 1.0), (0.4, 0.5), (0.2, 1.0))]
     assert example.intact(curve, "left", 1.0) == 0.8
     assert example.intact(curve, "left", 3.0) is None
+
+
+@pytest.mark.slow
+def test_the_benchmark_stores_a_run(tmp_path):
+    """Catches a benchmark that does not run, and a convolutional network that is not measured: at
+    the tiny size importance keeps twice what chance keeps with 20 % of the weights."""
+    out = tmp_path / "parameters.json"
+    script = ROOT / "benchmarks" / "bench_pruning.py"
+    done = subprocess.run(
+        [sys.executable, script, "--tiny", "--out", out],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(out.read_text())["pruning"]["figures"]["runs"]
+    assert set(found) == set(example.TASKS)
+    curves = found["camera"]["weights"]
+    assert curves["importance"][1]["left"] == 0.2
+    assert curves["importance"][1]["transmission"] > 2 * curves["chance"][1]["transmission"]

@@ -55,7 +55,8 @@ def test_the_text_quotes_the_first_run(runs, guide):
     text = " ".join(guide.split())
     for quoted in (
         "With 30 % of the weights the camera's network has"
-        f" {J(camera, 'weights', 'magnitude', 0.3)} by magnitude and {J(camera, 'weights', 'importance', 0.3)} by importance",
+        f" {J(camera, 'weights', 'magnitude', 0.3)} by magnitude and"
+        f" {J(camera, 'weights', 'importance', 0.3)} by importance",
         f"({J(second, 'weights', 'importance', 0.14)} by importance,"
         f" {J(second, 'weights', 'magnitude', 0.14)} by magnitude)",
         f"20 % of the camera's units: {J(second, 'units', 'importance, each layer', 0.2)} and"

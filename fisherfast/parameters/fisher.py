@@ -10,6 +10,7 @@ from torch import nn
 from fisherfast._progress import progress_bar
 from fisherfast.default_device import on_host
 from fisherfast.parameters.batches import Data, count
+from fisherfast.parameters.block import BlockAccumulator, BlockFisher
 from fisherfast.parameters.checks import (
     check_choice,
     check_count,
@@ -18,6 +19,7 @@ from fisherfast.parameters.checks import (
     check_seed,
 )
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
+from fisherfast.parameters.full import FullAccumulator, FullFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
@@ -31,9 +33,13 @@ Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank"]
 
 ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
+    "block": BlockAccumulator,
+    "full": FullAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
+    "block": BlockFisher,
+    "full": FullFisher,
 }
 
 

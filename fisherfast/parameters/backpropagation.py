@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fisherfast.parameters.layer_rules import MatrixRule, rule_for
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.rows import alone, one_by_one, vectorised
+from fisherfast.parameters.rows import alone, one_by_one, swapping, vectorised
 from fisherfast.parameters.rules import Rows, Rule
 from fisherfast.parameters.tapping import Call, parameter_uses, tap, undisturbed
 
@@ -357,7 +357,7 @@ def _check_seen(model: nn.Module, trial: Backpropagation) -> None:
 
     def change(names: Sequence[str]) -> float:
         values = {name: moved(name) for name in names}
-        with undisturbed(model):
+        with undisturbed(model), swapping(model):
             output = torch.func.functional_call(model, values, (trial._inputs,)).detach()
         return float((output - trial.outputs).abs().max())
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.parameters.layer_rules import rule_for
+from fisherfast.parameters.layer_rules import MatrixRule, rule_for
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.rows import alone, one_by_one, vectorised
+from fisherfast.parameters.rows import alone, one_by_one, swapping, vectorised
 from fisherfast.parameters.rules import Rows, Rule
 from fisherfast.parameters.tapping import Call, parameter_uses, tap, undisturbed
 
@@ -55,6 +55,7 @@ class Backpropagation:
         outputs: f [n, ...], without gradient.
         samples: n.
         layers: how each parameter is measured: "rule", "rows", or "unused", by name.
+        matrices_without_tap: parameters of linear and convolution layers that are measured by rows.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Backpropagation:
         tapped = Counter(name for call in self._calls for name in call.rule.names)
         parameters = dict(self._model.named_parameters())
         use = {name: uses[id(parameters[name])] for name in self._layout.names}
+        matrices = [call.rule for call in self._calls if isinstance(call.rule, MatrixRule)]
         # a layer is measured as a whole, or not by its tap at all
         self._calls = [
             call
@@ -138,6 +140,8 @@ class Backpropagation:
         ]
         whole = {name for call in self._calls for name in call.rule.names}
         self._rows = tuple(name for name in use if use[name] and name not in whole)
+        in_matrices = {name for rule in matrices for name in rule.names}
+        self.matrices_without_tap = tuple(name for name in self._rows if name in in_matrices)
         self._unused = tuple(name for name in use if not use[name])
         self.layers = {
             name: "rule" if name in whole else "rows" if use[name] else "unused" for name in use
@@ -353,7 +357,7 @@ def _check_seen(model: nn.Module, trial: Backpropagation) -> None:
 
     def change(names: Sequence[str]) -> float:
         values = {name: moved(name) for name in names}
-        with undisturbed(model):
+        with undisturbed(model), swapping(model):
             output = torch.func.functional_call(model, values, (trial._inputs,)).detach()
         return float((output - trial.outputs).abs().max())
 

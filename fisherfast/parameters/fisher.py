@@ -20,6 +20,7 @@ from fisherfast.parameters.checks import (
 )
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
 from fisherfast.parameters.full import FullAccumulator, FullFisher
+from fisherfast.parameters.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
@@ -35,11 +36,13 @@ ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
     "block": BlockAccumulator,
     "full": FullAccumulator,
+    "kfac": KroneckerAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
     "block": BlockFisher,
     "full": FullFisher,
+    "kfac": KroneckerFisher,
 }
 
 

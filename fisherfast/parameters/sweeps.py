@@ -27,6 +27,7 @@ from fisherfast.parameters.checks import check_evaluation, forward_alone
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.rules import Rule
+from fisherfast.taps import forgetting
 
 __all__ = ["FisherType", "Forward", "Sweep", "forwards", "sweeps"]
 
@@ -110,7 +111,8 @@ def forwards(
         if apart is None:
             with forward_alone(model):
                 apart = samples_apart(model, layout, x)
-        batch = Backpropagation(model, layout, x, apart)
+        with forgetting(model):
+            batch = Backpropagation(model, layout, x, apart)
         likelihood.check_outputs(batch.outputs)
         f = batch.outputs
         f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fisherfast.parameters.layer_rules import MatrixRule, rule_for
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.rows import alone, one_by_one, vectorised
+from fisherfast.parameters.rows import alone, one_by_one, swapping, vectorised
 from fisherfast.parameters.rules import Rows, Rule
 from fisherfast.parameters.tapping import Call, parameter_uses, tap, undisturbed
 
@@ -54,8 +54,8 @@ class Backpropagation:
     Attributes:
         outputs: f [n, ...], without gradient.
         samples: n.
-        matrices_without_tap: parameters of linear and convolution layers that are measured by rows.
         layers: how each parameter is measured: "rule", "rows", or "unused", by name.
+        matrices_without_tap: parameters of linear and convolution layers that are measured by rows.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class Backpropagation:
         """Which parameters are covered by the taps, which need rows, which are not used."""
         tapped = Counter(name for call in self._calls for name in call.rule.names)
         parameters = dict(self._model.named_parameters())
-        matrices = [call.rule for call in self._calls if isinstance(call.rule, MatrixRule)]
         use = {name: uses[id(parameters[name])] for name in self._layout.names}
+        matrices = [call.rule for call in self._calls if isinstance(call.rule, MatrixRule)]
         # a layer is measured as a whole, or not by its tap at all
         self._calls = [
             call
@@ -357,7 +357,7 @@ def _check_seen(model: nn.Module, trial: Backpropagation) -> None:
 
     def change(names: Sequence[str]) -> float:
         values = {name: moved(name) for name in names}
-        with undisturbed(model):
+        with undisturbed(model), swapping(model):
             output = torch.func.functional_call(model, values, (trial._inputs,)).detach()
         return float((output - trial.outputs).abs().max())
 

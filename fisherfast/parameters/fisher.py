@@ -8,7 +8,6 @@ from typing import Any, Literal
 from torch import nn
 
 from fisherfast._progress import progress_bar
-from fisherfast.default_device import on_host
 from fisherfast.parameters.batches import Data, count
 from fisherfast.parameters.block import BlockAccumulator, BlockFisher
 from fisherfast.parameters.checks import (
@@ -17,6 +16,7 @@ from fisherfast.parameters.checks import (
     check_likelihood,
     check_options,
     check_seed,
+    untouched,
 )
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
 from fisherfast.parameters.full import FullAccumulator, FullFisher
@@ -25,7 +25,6 @@ from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
 from fisherfast.parameters.sweeps import FisherType, sweeps
-from fisherfast.taps import own_random_state
 from fisherfast.unwrap import unwrapped
 
 __all__ = ["Structure", "fisher", "from_state_dict"]
@@ -139,8 +138,7 @@ def fisher(
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
     with (
-        on_host(),
-        own_random_state(model, seed),
+        untouched(model, seed),
         progress_bar(progress, total=count(data), title="Fisher matrix") as bar,
     ):
         accumulator = accumulate(layout, fisher_type, **settings)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["alone", "one_by_one", "vectorised"]
+from fisherfast.taps import forgetting
+
+__all__ = ["alone", "one_by_one", "swapping", "vectorised"]
 
 CHUNK_BYTES = 2**26
 """Per-sample gradients that are computed at a time, 64 MiB."""
@@ -51,11 +53,37 @@ def vectorised(model: nn.Module, names: Sequence[str], inputs: Tensor, vector: T
     size = sum(value.numel() for value in moving)
     few = max(1, CHUNK_BYTES // max(1, size * vector.element_size()))
     found = vector.new_empty(len(inputs), size)
-    with _batching():
+    with _batching(), swapping(model):
         for start in range(0, len(inputs), few):
             part = slice(start, start + few)
             found[part] = torch.func.vmap(rows)(inputs[part], vector[part])
     return found
+
+
+@contextlib.contextmanager
+def swapping(model: nn.Module) -> Iterator[None]:
+    """Around `torch.func.functional_call`: what modules keep of the parameters that were put in is
+    forgotten afterwards.
+
+    Recurrent layers keep a list of their weights, which torch would leave as it was in the call.
+    """
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    kept = [(module._flat_weights, module._flat_weight_refs) for module in recurrent]
+    handles = [module.register_forward_pre_hook(_relist) for module in recurrent]
+    try:
+        with forgetting(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, (weights, references) in zip(recurrent, kept, strict=True):
+            module._flat_weights, module._flat_weight_refs = weights, references
+
+
+def _relist(module: nn.Module, args: object) -> None:
+    """A recurrent layer takes its weights from its attributes."""
+    assert isinstance(module, nn.RNNBase)
+    module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 @contextlib.contextmanager
@@ -90,7 +118,11 @@ def alone(
     hooked = {
         name: every[name].detach().requires_grad_() for name in names if every[name]._backward_hooks
     }
-    output = torch.func.functional_call(model, hooked, (x,)) if hooked else model(x)
+    if hooked:
+        with swapping(model):
+            output = torch.func.functional_call(model, hooked, (x,))
+    else:
+        output = model(x)
     moving = [hooked.get(name, every[name]) for name in names]
     if output.shape != vector.shape:
         return output.detach(), []

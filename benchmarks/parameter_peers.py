@@ -31,7 +31,7 @@ import contextlib
 import copy
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,7 +161,7 @@ def curvlinops_dense(case: Case, fisher_type: Literal["exact", "empirical", "mc"
 
 
 def curvlinops_labels(case: Case, seed: int = 2147483647) -> Tensor:
-    """The labels that FisherMC draws with one sample: of classes, from its generator and its seed."""
+    """The classes that FisherMC draws with one sample, from its generator with its seed."""
     probabilities = case.model(case.x).detach().softmax(1)
     generator = torch.Generator().manual_seed(seed)
     return probabilities.multinomial(1, replacement=True, generator=generator)[:, 0]
@@ -282,6 +282,3 @@ def _terms(
             output[0].softmax(0).tolist(), output[0].log_softmax(0), strict=True
         ):
             yield probability, scalar
-
-
-Diagonal = Callable[[Case, FisherType], Tensor]

@@ -1,15 +1,19 @@
 """The other Fisher information: that of a network's own parameters w, for p(y | x, w)."""
 
+from fisherfast.parameters.block import BlockFisher
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.fisher import fisher, from_state_dict
+from fisherfast.parameters.full import FullFisher
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.matrix import ParameterFisher
 
 __all__ = [
     "Bernoulli",
+    "BlockFisher",
     "Categorical",
     "DiagonalFisher",
+    "FullFisher",
     "Gaussian",
     "Likelihood",
     "ParameterFisher",

@@ -8,7 +8,9 @@ from typing import Any, Literal
 from torch import nn
 
 from fisherfast.parameters.batches import Data
+from fisherfast.parameters.block import BlockAccumulator, BlockFisher
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
+from fisherfast.parameters.full import FullAccumulator, FullFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
@@ -21,9 +23,13 @@ Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank"]
 
 ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
+    "block": BlockAccumulator,
+    "full": FullAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
+    "block": BlockFisher,
+    "full": FullFisher,
 }
 
 

@@ -4,6 +4,7 @@ from fisherfast.parameters.block import BlockFisher
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.fisher import fisher, from_state_dict
 from fisherfast.parameters.full import FullFisher
+from fisherfast.parameters.kfac import KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.matrix import ParameterFisher
@@ -15,6 +16,7 @@ __all__ = [
     "DiagonalFisher",
     "FullFisher",
     "Gaussian",
+    "KroneckerFisher",
     "Likelihood",
     "ParameterFisher",
     "ParameterLayout",

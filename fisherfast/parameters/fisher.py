@@ -11,6 +11,7 @@ from fisherfast.parameters.batches import Data
 from fisherfast.parameters.block import BlockAccumulator, BlockFisher
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
 from fisherfast.parameters.full import FullAccumulator, FullFisher
+from fisherfast.parameters.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
@@ -24,11 +25,13 @@ Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank"]
 ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
     "block": BlockAccumulator,
+    "kfac": KroneckerAccumulator,
     "full": FullAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
     "block": BlockFisher,
+    "kfac": KroneckerFisher,
     "full": FullFisher,
 }
 

@@ -34,18 +34,15 @@ Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank"]
 ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
     "block": BlockAccumulator,
-    "full": FullAccumulator,
     "kfac": KroneckerAccumulator,
+    "full": FullAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
     "block": BlockFisher,
-    "full": FullFisher,
     "kfac": KroneckerFisher,
+    "full": FullFisher,
 }
-
-
-FISHER_TYPES = ("exact", "mc", "empirical")
 
 
 def fisher(

@@ -2,6 +2,7 @@
 
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.fisher import fisher, from_state_dict
+from fisherfast.parameters.gram import GramFisher
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.matrix import ParameterFisher
@@ -11,6 +12,7 @@ __all__ = [
     "Categorical",
     "DiagonalFisher",
     "Gaussian",
+    "GramFisher",
     "Likelihood",
     "ParameterFisher",
     "ParameterLayout",

@@ -9,6 +9,7 @@ from torch import nn
 
 from fisherfast.parameters.batches import Data
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
+from fisherfast.parameters.gram import GramAccumulator, GramFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
@@ -21,9 +22,11 @@ Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank"]
 
 ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
+    "gram": GramAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
+    "gram": GramFisher,
 }
 
 

@@ -196,7 +196,7 @@ class _Collector:
         if rule.names in self._rules:
             kept = g
         else:
-            kept = torch.cat([part.flatten(1) for part in rule.gradients(x, g)], dim=1)
+            kept = torch.cat([part.reshape(len(g), -1) for part in rule.gradients(x, g)], dim=1)
         self._bytes += kept.numel() * kept.element_size()
         if self._check is not None:
             self._check(column + 1, self._bytes)

@@ -2,7 +2,7 @@
 
 Row (r, i) is the gradient of column r's number of sample i with respect to the layer's parameters
 (`sweeps.py`), as G_i = sum_t g_it a_it^T has it (`rules.py`). Either the rows themselves are kept,
-[R n, p], or what they are products of: the layer's inputs x [n, ...], which all R columns share, and
+[R n, p], or what they are products of: the layer's inputs x [n, ...], shared by all R columns, and
 the gradients g [R, n, ...] at its output. A row of a fully connected layer [M, D] then takes M
 numbers instead of M D.
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherfast.parameters.detached_rules import DetachedRule, rule_from_settings, settings_of
 from fisherfast.parameters.layer_rules import Embedding, Linear
@@ -189,8 +189,10 @@ class FactorRows:
         if isinstance(self.rule, Embedding):
             tokens = self.x[where].reshape(g.shape[1], -1)
             b = g.reshape(*g.shape[:2], 1, tokens.shape[1], -1)
-            if self.rule.module.padding_idx is not None:
-                padding = tokens == self.rule.module.padding_idx
+            module = self.rule.module
+            assert isinstance(module, nn.Embedding)
+            if module.padding_idx is not None:
+                padding = tokens == module.padding_idx
                 b = b.masked_fill(padding[None, :, None, :, None], 0)
             return _Factors(tokens, b)
         x = self._inputs(self.x[where])
@@ -202,7 +204,7 @@ class FactorRows:
 
 
 class _Factors:
-    """a [n, G, T, D], or tokens [n, T] that stand for rows of the identity, and b [R, n, G, T, M]."""
+    """a [n, G, T, D], or tokens [n, T] that stand for rows of the identity; b [R, n, G, T, M]."""
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         self.a, self.b = a, b

@@ -205,6 +205,7 @@ class Embedding(_Layer):
         return (values.new_zeros(self.shapes[0]).index_add_(0, row, values.square()),)
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        assert isinstance(self.module, nn.Embedding)
         table, padding = v[0], self.module.padding_idx
         if padding is not None:
             kept = torch.ones(len(table), 1, dtype=table.dtype, device=table.device)

@@ -5,6 +5,7 @@ from fisherfast.parameters.fisher import fisher, from_state_dict
 from fisherfast.parameters.gram import GramFisher
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from fisherfast.parameters.lowrank import LowRankFisher
 from fisherfast.parameters.matrix import ParameterFisher
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Gaussian",
     "GramFisher",
     "Likelihood",
+    "LowRankFisher",
     "ParameterFisher",
     "ParameterLayout",
     "Poisson",

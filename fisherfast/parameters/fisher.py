@@ -12,6 +12,7 @@ from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
 from fisherfast.parameters.gram import GramAccumulator, GramFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
+from fisherfast.parameters.lowrank import LowRankAccumulator, LowRankFisher
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
 from fisherfast.parameters.sweeps import FisherType, sweeps
 from fisherfast.unwrap import unwrapped
@@ -23,10 +24,12 @@ Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank"]
 ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
     "gram": GramAccumulator,
+    "lowrank": LowRankAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
     "gram": GramFisher,
+    "lowrank": LowRankFisher,
 }
 
 

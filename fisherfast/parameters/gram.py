@@ -216,8 +216,8 @@ class GramAccumulator:
     def add(self, sweep: Sweep) -> None:
         before = self._jacobian.rows
 
-        def check(columns: int, more: int) -> None:
-            rows = before + columns * sweep.samples
+        def check(rows: int, more: int) -> None:
+            rows += before
             needed = self._bytes + more + root_bytes(rows, self._jacobian.layout.size)
             if needed > self._budget:
                 raise MemoryError(
@@ -227,9 +227,8 @@ class GramAccumulator:
                     ' memory_budget=, or structure="lowrank" or "diag"'
                 )
 
-        piece = jacobian_of(sweep, check)
-        self._bytes += sum(part.bytes() for part in piece.values())
-        self._jacobian.add(piece)
+        jacobian_of(sweep, self._jacobian.add, check=check)
+        self._bytes = self._jacobian.bytes()
 
     def result(self, samples: int) -> GramFisher:
         return GramFisher(self._jacobian.layout, samples, self._fisher_type, self._jacobian)

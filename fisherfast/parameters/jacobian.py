@@ -162,47 +162,78 @@ def _count(piece: Mapping[Key, LayerRows]) -> int:
 
 
 def jacobian_of(
-    sweep: Sweep, check: Callable[[int, int], None] | None = None
-) -> dict[Key, LayerRows]:
-    """The rows of one batch, by the names of each layer's parameters.
+    sweep: Sweep,
+    take: Callable[[dict[Key, LayerRows]], None],
+    *,
+    check: Callable[[int, int], None] | None = None,
+    most_rows: int | None = None,
+) -> None:
+    """Hand over the rows of one batch, by the names of each layer's parameters.
 
     Args:
         sweep: the batch.
-        check: called with (columns so far, bytes so far) before more is kept; it may raise.
+        take: called with the rows: once, or again and again where there are many columns.
+        check: called with (rows so far, bytes so far) before more is kept; it may raise.
+        most_rows: how many to hand over at a time, about; None for all.
     """
-    collector = _Collector(check)
-    sweep.visit(collector.take)
-    return collector.result()
+    collector = _Collector(sweep.samples, take, check, most_rows)
+    sweep.visit(collector.see)
+    collector.finish()
 
 
 class _Collector:
     """What passes of one batch, copied: nothing of the user's or of the network is kept."""
 
-    def __init__(self, check: Callable[[int, int], None] | None) -> None:
-        self._check, self._bytes = check, 0
+    def __init__(
+        self,
+        samples: int,
+        take: Callable[[dict[Key, LayerRows]], None],
+        check: Callable[[int, int], None] | None,
+        most_rows: int | None,
+    ) -> None:
+        self._take, self._check = take, check
+        self._samples = samples
+        self._most = None if most_rows is None else max(1, most_rows // samples)
+        self._first = self._column = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._bytes = 0
         self._rules: dict[Key, DetachedRule] = {}
         self._x: dict[Key, Tensor] = {}
         self._columns: dict[Key, list[Tensor]] = {}
 
-    def take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
-        if column == 0:
+    def see(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
+        """A visitor of the sweep."""
+        if column != self._column:
+            self._column = column
+            if self._most is not None and column - self._first >= self._most:
+                self.finish()
+                self._first = column
+        if rule.names not in self._columns:
             self._columns[rule.names] = []
-            plain = detached(rule)
-            numbers = sum(shape.numel() for shape in rule.shapes)
-            if plain is not None and len(g) * numbers > g.numel():
-                self._rules[rule.names] = plain
-                self._x[rule.names] = x.clone()
-                self._bytes += x.numel() * x.element_size()
+            self._begin(rule, x, g)
         if rule.names in self._rules:
             kept = g
         else:
-            kept = torch.cat([part.reshape(len(g), -1) for part in rule.gradients(x, g)], dim=1)
+            parts = rule.gradients(x, g)
+            kept = torch.cat([part.reshape(len(g), -1) for part in parts], dim=1)
         self._bytes += kept.numel() * kept.element_size()
         if self._check is not None:
-            self._check(column + 1, self._bytes)
+            self._check((column - self._first + 1) * self._samples, self._bytes)
         self._columns[rule.names].append(kept)
 
-    def result(self) -> dict[Key, LayerRows]:
+    def _begin(self, rule: Rule, x: Tensor, g: Tensor) -> None:
+        """Choose the form of a layer's rows, the smaller one."""
+        plain = detached(rule)
+        numbers = sum(shape.numel() for shape in rule.shapes)
+        if plain is not None and len(g) * numbers > g.numel():
+            self._rules[rule.names] = plain
+            self._x[rule.names] = x.clone()
+            self._bytes += x.numel() * x.element_size()
+
+    def finish(self) -> None:
+        """Hand over what was collected."""
         found: dict[Key, LayerRows] = {}
         for names, columns in self._columns.items():
             rows = torch.stack(columns)
@@ -211,4 +242,5 @@ class _Collector:
                 found[names] = FactorRows(self._rules[names], self._x[names], rows)
             else:
                 found[names] = MatrixRows(names, rows.flatten(0, 1))
-        return found
+        self._clear()
+        self._take(found)

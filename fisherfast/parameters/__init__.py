@@ -1,6 +1,11 @@
 """The other Fisher information: that of a network's own parameters w, for p(y | x, w)."""
 
 from fisherfast.parameters.diagonal import DiagonalFisher
+from fisherfast.parameters.effective_dimension import (
+    EffectiveDimension,
+    effective_dimension,
+    local_effective_dimension,
+)
 from fisherfast.parameters.fisher import fisher, from_state_dict
 from fisherfast.parameters.gram import GramFisher
 from fisherfast.parameters.layout import ParameterLayout
@@ -12,6 +17,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "DiagonalFisher",
+    "EffectiveDimension",
     "Gaussian",
     "GramFisher",
     "Likelihood",
@@ -19,6 +25,8 @@ __all__ = [
     "ParameterFisher",
     "ParameterLayout",
     "Poisson",
+    "effective_dimension",
     "fisher",
     "from_state_dict",
+    "local_effective_dimension",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.matrix import ParameterFisher, check_damping, singular
 from fisherfast.parameters.sweeps import FisherType, Sweep
 
-__all__ = ["GramAccumulator", "GramFisher", "numerical_rank", "root_bytes"]
+__all__ = ["GramAccumulator", "GramFisher", "numerical_rank", "root_bytes", "rounding_noise"]
 
 GRAM_COPIES = 3
 """Matrices [N, N] float64 that exist at a time: K, what it is factorised into, a work space."""
@@ -59,14 +59,19 @@ class GramFisher(ParameterFisher):
         """K = J J^T / n [N, N], N = samples x columns: its eigenvalues are those of F."""
         return self._gram().clone()
 
+    @property
+    def precision(self) -> float:
+        """Relative rounding error of the gradients that it is made of."""
+        return self._jacobian.precision
+
     def _gram(self) -> Tensor:
         if "gram" not in self._kept:
             self._kept["gram"] = self._jacobian.gram() / self.samples
         found: Tensor = self._kept["gram"]
         return found
 
-    def _smaller(self) -> Tensor:
-        """K, or F where that is smaller."""
+    def smaller(self) -> Tensor:
+        """K, or F where that is smaller: not to be changed."""
         if self.rows <= self.layout.size:
             return self._gram()
         return self._jacobian.moment() / self.samples
@@ -92,7 +97,7 @@ class GramFisher(ParameterFisher):
         """The min(N, P) largest, ascending; the others are zero. Rounding leaves those that should
         be zero at about 1e-15 of the largest, never below 0."""
         if "eigenvalues" not in self._kept:
-            values = torch.linalg.eigvalsh(self._smaller())
+            values = torch.linalg.eigvalsh(self.smaller())
             self._kept["eigenvalues"] = values.clamp_min(0)
         found: Tensor = self._kept["eigenvalues"]
         return found.clone()
@@ -103,19 +108,22 @@ class GramFisher(ParameterFisher):
         Args:
             count: k at most; None for the rank. Fewer come where the rank is less.
         """
-        if self.rows <= self.layout.size:
-            values, vectors = torch.linalg.eigh(self._gram())
-        else:
-            values, vectors = torch.linalg.eigh(self._smaller())
-        self._kept["eigenvalues"] = values.clamp_min(0)
         rank = self.rank()
-        count = rank if count is None else min(count, rank)
-        values = values.flip(0)[:count].clone()
-        vectors = vectors.flip(1)[:, :count]
+        chosen = range(rank if count is None else min(count, rank))
+        return self.eigenvalues().flip(0)[: len(chosen)], self.directions(chosen)
+
+    def directions(self, chosen: Sequence[int]) -> Tensor:
+        """Directions [P, k] of unit length; number 0 is that of the largest eigenvalue.
+
+        Cost: one eigendecomposition, that is kept, and a backward pass of each layer for each.
+        """
+        if "vectors" not in self._kept:
+            values, vectors = torch.linalg.eigh(self.smaller())
+            self._kept |= {"eigenvalues": values.clamp_min(0), "vectors": vectors}
+        found: Tensor = self._kept["vectors"].flip(1)[:, list(chosen)]
         if self.rows <= self.layout.size:
-            vectors = self.transposed_root(vectors) / values.sqrt()
-            vectors /= vectors.norm(dim=0)
-        return values, vectors.clone()
+            found = self.transposed_root(found)
+        return found / found.norm(dim=0)
 
     def rank(self) -> int:
         """Eigenvalues that are larger than rounding."""
@@ -128,7 +136,7 @@ class GramFisher(ParameterFisher):
             values, vectors = self.eigenvectors()
             return vectors @ ((vectors.T @ columns) / values[:, None])
         if self.rows > self.layout.size:
-            factor = _cholesky(self._smaller(), damping)
+            factor = _cholesky(self.smaller(), damping)
             return torch.cholesky_solve(columns, factor)
         factor = _cholesky(self._gram(), damping)
         inner = torch.cholesky_solve(self.times_root(columns), factor)
@@ -180,19 +188,24 @@ def _cholesky(matrix: Tensor, damping: float) -> Tensor:
     return factor
 
 
-def numerical_rank(values: Tensor, precision: float) -> int:
-    """Eigenvalues above what rounding leaves of zero ones.
+def rounding_noise(size: int, largest: float, precision: float) -> float:
+    """What rounding makes of zero eigenvalues of F = S^T S at most, about.
 
     Args:
-        values: eigenvalues of F = S^T S, computed from S in float64.
+        size: of the matrix that is decomposed.
+        largest: its largest eigenvalue.
         precision: relative rounding error of the numbers of S. An error e in all of them moves zero
-            eigenvalues by e^2 in units of the trace.
+            eigenvalues by e^2.
     """
+    arithmetic = size * torch.finfo(torch.float64).eps
+    return (arithmetic + (ROUNDING * precision) ** 2) * largest
+
+
+def numerical_rank(values: Tensor, precision: float) -> int:
+    """Eigenvalues above what rounding leaves of zero ones."""
     if len(values) == 0:
         return 0
-    arithmetic = len(values) * torch.finfo(torch.float64).eps * float(values.max())
-    gradients = (ROUNDING * precision) ** 2 * float(values.sum())
-    return int((values > arithmetic + gradients).sum())
+    return int((values > rounding_noise(len(values), float(values.max()), precision)).sum())
 
 
 class GramAccumulator:

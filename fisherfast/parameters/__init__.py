@@ -12,6 +12,7 @@ from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.lowrank import LowRankFisher
 from fisherfast.parameters.matrix import ParameterFisher
+from fisherfast.parameters.spectrum import Spectrum, spectrum
 
 __all__ = [
     "Bernoulli",
@@ -25,8 +26,10 @@ __all__ = [
     "ParameterFisher",
     "ParameterLayout",
     "Poisson",
+    "Spectrum",
     "effective_dimension",
     "fisher",
     "from_state_dict",
     "local_effective_dimension",
+    "spectrum",
 ]

@@ -1,5 +1,6 @@
 """The other Fisher information: that of a network's own parameters w, for p(y | x, w)."""
 
+from fisherfast.parameters.block import BlockFisher
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.effective_dimension import (
     EffectiveDimension,
@@ -7,7 +8,9 @@ from fisherfast.parameters.effective_dimension import (
     local_effective_dimension,
 )
 from fisherfast.parameters.fisher import fisher, from_state_dict
+from fisherfast.parameters.full import FullFisher
 from fisherfast.parameters.gram import GramFisher
+from fisherfast.parameters.kfac import KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.lowrank import LowRankFisher
@@ -16,11 +19,14 @@ from fisherfast.parameters.spectrum import Spectrum, spectrum
 
 __all__ = [
     "Bernoulli",
+    "BlockFisher",
     "Categorical",
     "DiagonalFisher",
     "EffectiveDimension",
+    "FullFisher",
     "Gaussian",
     "GramFisher",
+    "KroneckerFisher",
     "Likelihood",
     "LowRankFisher",
     "ParameterFisher",

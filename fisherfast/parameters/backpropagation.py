@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.parameters.layer_rules import rule_for
+from fisherfast.parameters.layer_rules import MatrixRule, rule_for
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.rows import per_sample_rows
 from fisherfast.parameters.rules import Rows, Rule
@@ -67,6 +67,7 @@ class Backpropagation:
         outputs: f [n, ...], without gradient.
         samples: n.
         layers: how each parameter is measured: "rule" or "rows", by name.
+        matrices_without_tap: parameters of linear and convolution layers that are measured by rows.
     """
 
     def __init__(
@@ -157,10 +158,13 @@ class Backpropagation:
             for name in self._layout.names
             if tapped[name] == 1 and uses[id(parameters[name])] == 1 and name in self._apart
         }
+        matrices = [call.rule for call in self._calls if isinstance(call.rule, MatrixRule)]
         # a layer is measured as a whole, or not by its tap at all
         self._calls = [call for call in self._calls if covered.issuperset(call.rule.names)]
         whole = {name for call in self._calls for name in call.rule.names}
         self._rows = tuple(name for name in self._layout.names if name not in whole)
+        in_matrices = {name for rule in matrices for name in rule.names}
+        self.matrices_without_tap = tuple(name for name in self._rows if name in in_matrices)
         self.layers = {name: "rule" if name in whole else "rows" for name in self._layout.names}
 
     def look(self, vector: Tensor, arrived: Callable[[_Call, Tensor, Tensor], None]) -> None:

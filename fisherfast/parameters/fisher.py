@@ -8,8 +8,11 @@ from typing import Any, Literal
 from torch import nn
 
 from fisherfast.parameters.batches import Data
+from fisherfast.parameters.block import BlockAccumulator, BlockFisher
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
+from fisherfast.parameters.full import FullAccumulator, FullFisher
 from fisherfast.parameters.gram import GramAccumulator, GramFisher
+from fisherfast.parameters.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.lowrank import LowRankAccumulator, LowRankFisher
@@ -23,12 +26,18 @@ Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank"]
 
 ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
+    "block": BlockAccumulator,
+    "full": FullAccumulator,
     "gram": GramAccumulator,
+    "kfac": KroneckerAccumulator,
     "lowrank": LowRankAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
+    "block": BlockFisher,
+    "full": FullFisher,
     "gram": GramFisher,
+    "kfac": KroneckerFisher,
     "lowrank": LowRankFisher,
 }
 

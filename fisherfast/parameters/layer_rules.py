@@ -6,17 +6,25 @@ per-sample gradients (`rows.py`), which is slower and always right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherfast import ops
 from fisherfast.parameters.rules import Rule
 
 __all__ = ["Convolution", "Embedding", "Linear", "Norm", "rule_for"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+Sharing = Literal["expand", "reduce"]
+"""What Kronecker factors do with shared positions: see `KroneckerFisher`."""
+
+PORTION_BYTES = 32 * 2**20
+"""Of the rows a that are in memory at a time, where they are a copy of x."""
 
 
 class _Layer(Rule):
@@ -71,6 +79,58 @@ class MatrixRule(_Layer):
             parts["bias"] = b.sum(2)
         return self._ordered(**parts)
 
+    def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
+        """The sum over samples of the inputs' Kronecker factor [G, D, D] (`KroneckerFisher`), with
+        a last row and column for the bias."""
+        bias = "bias" in self.attributes
+        total: Tensor | None = None
+        for a, _ in self._portions(x, g):
+            if "weight" not in self.attributes:
+                a = a[..., :0]
+            positions = a.shape[2]
+            rows = a if sharing == "expand" else a.mean(2, keepdim=True)
+            part = _second_moment(rows, with_one=bias) / (positions if sharing == "expand" else 1)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def gradient_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
+        """The sum over samples of the gradients' Kronecker factor [G, M, M]."""
+        b = self.output_rows(g)
+        return _second_moment(b if sharing == "expand" else b.sum(2, keepdim=True))
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """b of `matrices`."""
+        raise NotImplementedError
+
+    def _portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """`matrices` of some samples after the others, so that they take bounded memory."""
+        first = self.matrices(x[:1], g[:1])[0]
+        step = max(1, PORTION_BYTES // max(first.numel() * first.element_size(), 1))
+        for start in range(0, len(x), step):
+            yield self.matrices(x[start : start + step], g[start : start + step])
+
+
+def _second_moment(rows: Tensor, *, with_one: bool = False) -> Tensor:
+    """sum over n and T of rows rows^T, rows [n, G, T, D] with a 1 at their end if wanted:
+    [G, D, D] float64."""
+    n, groups, positions, width = rows.shape
+    if groups == 1:
+        _, sums, cross = ops.moments(rows.reshape(n * positions, width))
+    else:
+        wide = rows.transpose(0, 1).reshape(groups, n * positions, width).double()
+        sums, cross = wide.sum(1), wide.mT @ wide
+    if not with_one:
+        return cross
+    count = sums.new_full((groups, 1, 1), n * positions)
+    return torch.cat(
+        [
+            torch.cat([cross, sums.unsqueeze(2)], 2),
+            torch.cat([sums.unsqueeze(1), count], 2),
+        ],
+        1,
+    )
+
 
 class Linear(MatrixRule):
     """nn.Linear: x [n, ..., D], g [n, ..., M]; the dimensions between are shared positions."""
@@ -80,7 +140,7 @@ class Linear(MatrixRule):
     def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return (
             x.reshape(len(x), 1, -1, x.shape[-1]),
-            g.reshape(len(g), 1, -1, g.shape[-1]),
+            self.output_rows(g),
         )
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
@@ -88,6 +148,9 @@ class Linear(MatrixRule):
         if "weight" in parts:
             return F.linear(x, parts["weight"], parts.get("bias"))
         return parts["bias"].expand(*x.shape[:-1], -1)
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        return g.reshape(len(g), 1, -1, g.shape[-1])
 
 
 class Convolution(MatrixRule):
@@ -98,8 +161,11 @@ class Convolution(MatrixRule):
         patches = unfolded(self.module, x)  # [n, C, *kernel, *positions]
         taps = patches[0, 0].numel() // g[0, 0].numel() if g.numel() else 1
         a = patches.reshape(len(x), groups, x.shape[1] // groups * taps, -1).transpose(-1, -2)
-        b = g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
-        return a, b
+        return a, self.output_rows(g)
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        groups = int(self.module.groups)  # type: ignore[arg-type]
+        return g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
         module = self.module

@@ -36,6 +36,7 @@ class Sweep:
     Attributes:
         samples: n.
         layers: "rule" or "rows" for each parameter, by name.
+        matrices_without_tap: parameters of linear and convolution layers that come as rows.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Sweep:
         self._columns = columns
         self.samples = backpropagation.samples
         self.layers = backpropagation.layers
+        self.matrices_without_tap = backpropagation.matrices_without_tap
 
     def visit(self, visitor: Callable[[int, Rule, Tensor, Tensor], None]) -> None:
         """Send all columns back; visitor(column, rule, x, g) is called for each layer of each.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherfast import ops
+from fisherfast.parameters.column_gram import column_gram
 from fisherfast.parameters.rules import Rule
 
 __all__ = ["Convolution", "Embedding", "Linear", "Norm", "rule_for"]
@@ -78,6 +79,45 @@ class MatrixRule(_Layer):
         if "bias" in self.attributes:
             parts["bias"] = b.sum(2)
         return self._ordered(**parts)
+
+    def gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
+        same = x is other_x and g is other_g
+        columns = g[None]
+        others = columns if same else other_g[None]
+        return self.columns_gram(x, columns, other_x, others)[0, :, 0]
+
+    def columns_gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
+        """`gram` of several columns at a time, whose products of x are computed once.
+
+        Args:
+            x, other_x: [n, ...] and [n', ...].
+            g, other_g: [R, n, ...] and [R', n', ...].
+
+        Returns:
+            [R, n, R', n'] float64.
+        """
+        weight, bias = "weight" in self.attributes, "bias" in self.attributes
+        same = x is other_x and g is other_g
+        gram = g.new_empty((*g.shape[:2], *other_g.shape[:2]), dtype=torch.float64)
+        for here, a, b in self._column_portions(x, g):
+            for there, other_a, other_b in self._column_portions(other_x, other_g):
+                if same and there.start < here.start:
+                    continue
+                others = (None, None) if same and there == here else (other_a, other_b)
+                gram[:, here, :, there] = column_gram(a, b, *others, weight=weight, bias=bias)
+                if same and there != here:
+                    gram[:, there, :, here] = gram[:, here, :, there].permute(2, 3, 0, 1)
+        return gram
+
+    def _column_portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(samples, a, b [R, n, G, T, M]) of some samples after the others."""
+        start = 0
+        for a, _ in self._portions(x, g[0]):
+            where = slice(start, start + len(a))
+            columns = g[:, where]
+            b = self.output_rows(columns.flatten(0, 1))
+            yield where, a, b.unflatten(0, columns.shape[:2])
+            start += len(a)
 
     def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
         """The sum over samples of the inputs' Kronecker factor [G, D, D] (`KroneckerFisher`), with

@@ -268,7 +268,8 @@ def _kappa(n: float, gamma: float) -> float:
 def log_det_one_plus(matrix: GramFisher, scale: float) -> float:
     """log det(1 + scale F), through the smaller one of F and its Gram matrix."""
     smaller = matrix.smaller()
-    noise = rounding_noise(len(smaller), float(smaller.trace()), matrix.precision)
+    length = float(smaller.norm())  # at least the largest eigenvalue
+    noise = rounding_noise(len(smaller), length, matrix.precision)
     if scale * noise < NEGLIGIBLE:
         damped = scale * smaller
         damped.diagonal().add_(1)

@@ -28,6 +28,9 @@ __all__ = ["Jacobian", "jacobian_of"]
 
 Key = tuple[str, ...]
 
+FACTOR_COST = 1.0
+"""Numbers of a row from which on its factors are kept, in units of the numbers at the output."""
+
 
 class Jacobian:
     """J [N, P] of some batches.
@@ -227,7 +230,7 @@ class _Collector:
         """Choose the form of a layer's rows, the smaller one."""
         plain = detached(rule)
         numbers = sum(shape.numel() for shape in rule.shapes)
-        if plain is not None and len(g) * numbers > g.numel():
+        if plain is not None and len(g) * numbers > FACTOR_COST * g.numel():
             self._rules[rule.names] = plain
             self._x[rule.names] = x.clone()
             self._bytes += x.numel() * x.element_size()

@@ -11,6 +11,7 @@ All contractions are sums of float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -24,9 +25,6 @@ __all__ = ["FactorRows", "LayerRows", "MatrixRows", "layer_rows_from_state"]
 
 TILE_NUMBERS = 2**23
 """Numbers of a temporary block, 64 MB of float64."""
-
-REDUCE_COST = 10
-"""Multiply-adds that reading, weighting and adding up one number of a block takes, about."""
 
 
 class LayerRows(Protocol):
@@ -161,125 +159,45 @@ class FactorRows:
         return {"rule": settings_of(self.rule), "x": self.x, "g": self.g}
 
     def gram(self, other: LayerRows) -> Tensor:
+        """Of x and g in float64, whatever they came in: zero eigenvalues stay far below those that
+        a float32 network has."""
         assert isinstance(other, FactorRows)
-        shape = (self.columns, self.samples, other.columns, other.samples)
-        found = self.g.new_empty(shape, dtype=torch.float64)
-        for here, left in self._chunks():
-            for there, right in other._chunks():
-                found[:, here, :, there] = _gram(left, right, "bias" in self.rule.attributes)
+        left = self._inputs(self.x), self.g.double()
+        right = left if other is self else (self._inputs(other.x), other.g.double())
+        if isinstance(self.rule, Embedding):
+            found = _table_gram(self.rule, *left, *right)
+        else:
+            found = self.rule.columns_gram(*left, *right)
         return found.reshape(self.rows, other.rows)
 
     def _inputs(self, x: Tensor) -> Tensor:
         return x.double() if x.is_floating_point() else x
 
-    def _chunks(self) -> Any:
-        """(samples, their factors) in chunks of bounded size."""
-        length = self._numbers_per_sample()
-        count = max(1, TILE_NUMBERS // max(1, length))
-        for start in range(0, self.samples, count):
-            where = slice(start, start + count)
-            yield where, self._factors(where)
 
-    def _numbers_per_sample(self) -> int:
-        patches = self.rule.shapes[0][1:].numel() * self.g[0, 0, 0].numel()
-        return max(patches, self.x[0].numel()) + self.g[:, 0].numel()
-
-    def _factors(self, where: slice) -> _Factors:
-        g = self.g[:, where].double()
-        if isinstance(self.rule, Embedding):
-            tokens = self.x[where].reshape(g.shape[1], -1)
-            b = g.reshape(*g.shape[:2], 1, tokens.shape[1], -1)
-            module = self.rule.module
-            assert isinstance(module, nn.Embedding)
-            if module.padding_idx is not None:
-                padding = tokens == module.padding_idx
-                b = b.masked_fill(padding[None, :, None, :, None], 0)
-            return _Factors(tokens, b)
-        x = self._inputs(self.x[where])
-        a = self.rule.matrices(x, g[0])[0]
-        b = torch.stack([self.rule.matrices(x, column)[1] for column in g])
-        if "weight" not in self.rule.attributes:
-            a = torch.zeros_like(a[..., :1])
-        return _Factors(a, b)
-
-
-class _Factors:
-    """a [n, G, T, D], or tokens [n, T] that stand for rows of the identity; b [R, n, G, T, M]."""
-
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.a, self.b = a, b
-        self.columns, self.samples, self.groups, self.positions, self.outputs = b.shape
-        self.tokens = a.dim() == 2
-
-    def products(self, other: _Factors, group: int, bias: bool) -> Tensor:
-        """<a_it, a'_js> (+ 1 for a bias): [n T, n' T']."""
-        if self.tokens:
-            return (self.a.reshape(-1, 1) == other.a.reshape(1, -1)).double()
-        left, right = (part.a[:, group].flatten(0, 1) for part in (self, other))
-        found = left @ right.T
-        return found.add_(1) if bias else found
-
-    def part(self, where: slice) -> _Factors:
-        """Some of the samples."""
-        return _Factors(self.a[where], self.b[:, where])
-
-
-def _gram(left: _Factors, right: _Factors, bias: bool) -> Tensor:
-    """sum_ts <a_it, a'_js> <b_rit, b'_qjs>: [R, n, R', n'], by the cheaper of two ways."""
-    pairs = left.positions * right.positions * (left.outputs + REDUCE_COST)
-    rows = left.outputs * left.a.shape[-1]
-    if left.tokens or pairs <= rows:
-        return _gram_by_pairs(left, right, bias)
-    return _gram_by_rows(left, right, bias)
-
-
-def _gram_by_pairs(left: _Factors, right: _Factors, bias: bool) -> Tensor:
-    """Pairs of positions: N N' T T' M operations, in tiles of samples."""
-    found = left.b.new_zeros(left.columns, left.samples, right.columns, right.samples)
-    pair = left.columns * left.positions * right.columns * right.positions
-    count = max(1, int((TILE_NUMBERS / max(1, pair)) ** 0.5))  # a tile has count^2 pairs of samples
-    for start in range(0, left.samples, count):
+def _table_gram(rule: Embedding, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
+    """[R, n, R', n'] of an embedding: the sum of <g_t, g'_s> over positions with the same token."""
+    module = rule.module
+    assert isinstance(module, nn.Embedding)
+    tokens, others = (part.reshape(len(part), -1) for part in (x, other_x))
+    if module.padding_idx is not None:
+        others = others.masked_fill(others == module.padding_idx, -1)
+    b, other_b = (
+        part.reshape(*part.shape[:2], t.shape[1], -1)
+        for part, t in ((g, tokens), (other_g, others))
+    )
+    found = g.new_zeros(*b.shape[:2], *other_b.shape[:2])
+    pair = b[:, 0, :, 0].numel() * other_b[:, 0, :, 0].numel()
+    count = max(1, math.isqrt(TILE_NUMBERS // max(1, pair)))  # a tile has count^2 pairs of samples
+    for start in range(0, len(tokens), count):
         here = slice(start, start + count)
-        for other_start in range(0, right.samples, count):
+        for other_start in range(0, len(others), count):
             there = slice(other_start, other_start + count)
-            found[:, here, :, there] = _tile(left.part(here), right.part(there), bias)
+            left, right = b[:, here], other_b[:, there]
+            same = tokens[here, :, None, None] == others[None, None, there]
+            tile = left.flatten(0, 2) @ right.flatten(0, 2).T
+            tile = tile.reshape(*left.shape[:3], *right.shape[:3]) * same[None, :, :, None]
+            found[:, here, :, there] = tile.sum((2, 5))
     return found
-
-
-def _tile(left: _Factors, right: _Factors, bias: bool) -> Tensor:
-    found = left.b.new_zeros(left.columns, left.samples, right.columns, right.samples)
-    for group in range(left.groups):
-        weights = left.products(right, group, bias)
-        b, other = left.b[:, :, group], right.b[:, :, group]
-        products = b.reshape(-1, left.outputs) @ other.reshape(-1, right.outputs).T
-        tile = products.reshape(*b.shape[:3], *other.shape[:3])
-        tile *= weights.reshape(1, *b.shape[1:3], 1, *other.shape[1:3])
-        found += tile.sum((2, 5))
-    return found
-
-
-def _gram_by_rows(left: _Factors, right: _Factors, bias: bool) -> Tensor:
-    """Rows of the Jacobian, a few outputs at a time: N N' D M operations."""
-    shape = (left.columns, left.samples, right.columns, right.samples)
-    N, other_N = left.columns * left.samples, right.columns * right.samples
-    found = left.b.new_zeros(N, other_N)
-    width = left.a.shape[-1] + bias
-    count = max(1, TILE_NUMBERS // max(1, max(N, other_N) * width))
-    for group in range(left.groups):
-        for start in range(0, left.outputs, count):
-            outputs = slice(start, start + count)
-            first, second = (_rows(part, group, outputs, bias) for part in (left, right))
-            found.addmm_(first, second.T)
-    return found.reshape(shape)
-
-
-def _rows(factors: _Factors, group: int, outputs: slice, bias: bool) -> Tensor:
-    """sum_t b_t a_t^T (and sum_t b_t for a bias) of some outputs: [R n, outputs (D + 1)]."""
-    b = factors.b[:, :, group, :, outputs].transpose(-1, -2)
-    rows = b @ factors.a[:, group]
-    if bias:
-        rows = torch.cat([rows, b.sum(-1, keepdim=True)], dim=-1)
-    return rows.flatten(0, 1).flatten(1)
 
 
 def layer_rows_from_state(state: Mapping[str, Any]) -> LayerRows:

@@ -25,7 +25,7 @@ def distribution(kind: str, f: Tensor, variance: float = 1.0) -> Distribution:
     if kind == "categorical":
         return Categorical(logits=f)
     if kind == "gaussian":
-        return Normal(f, variance**0.5)
+        return Normal(f, torch.full_like(f, variance**0.5))  # a number would be of float32
     if kind == "bernoulli":
         return Bernoulli(logits=f)
     if kind == "poisson":

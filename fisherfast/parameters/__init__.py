@@ -15,6 +15,7 @@ from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.lowrank import LowRankFisher
 from fisherfast.parameters.matrix import ParameterFisher
+from fisherfast.parameters.score import MeanZeroTest, Scores, score
 from fisherfast.parameters.spectrum import Spectrum, spectrum
 
 __all__ = [
@@ -29,13 +30,16 @@ __all__ = [
     "KroneckerFisher",
     "Likelihood",
     "LowRankFisher",
+    "MeanZeroTest",
     "ParameterFisher",
     "ParameterLayout",
     "Poisson",
+    "Scores",
     "Spectrum",
     "effective_dimension",
     "fisher",
     "from_state_dict",
     "local_effective_dimension",
+    "score",
     "spectrum",
 ]

@@ -20,6 +20,7 @@ from fisherfast.parameters.rules import Rule
 __all__ = ["Convolution", "Embedding", "Linear", "Norm", "rule_for"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 Sharing = Literal["expand", "reduce"]
 """What Kronecker factors do with shared positions: see `KroneckerFisher`."""
@@ -323,13 +324,13 @@ class Embedding(_Layer):
 def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:
     """The rule of a module whose parameters `own` (attribute -> full name) are measured, or None
     where it has none."""
-    if not set(own) <= {"weight", "bias"}:
+    if not set(own) <= {"weight", "bias"} or "forward" in vars(module):  # or it is somebody's own
         return None
     if type(module) is nn.Linear:
         return Linear(module, own)
     if type(module) in CONVOLUTIONS:
         return Convolution(module, own)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if type(module) in BATCH_NORMS:
         fixed = not module.training and module.running_mean is not None
         return Norm(module, own) if fixed else None
     if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):

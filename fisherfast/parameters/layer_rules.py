@@ -45,6 +45,24 @@ class _Layer(Rule):
             for attribute, shape in zip(self.attributes, self.shapes, strict=True)
         )
 
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        """The output [n, ...] for x if the parameters measured were v and all others zero: it is
+        linear in v, and <G_i, v> = <g_i, output_i>."""
+        raise NotImplementedError
+
+    def products(self, x: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:
+        """<G_i, v> [n], by one forward pass of the layer."""
+        output = self.applied(x, [part.to(g.dtype) for part in v])
+        return (g * output.reshape(g.shape)).flatten(1).sum(1)
+
+    def weighted_sum(self, x: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        """sum_i u_i G_i, by one backward pass of the layer."""
+        weighted = g * u.to(g.dtype).reshape(-1, *[1] * (g.dim() - 1))
+        with torch.inference_mode(False), torch.enable_grad():
+            v = [g.new_zeros(shape).requires_grad_() for shape in self.shapes]
+            output = self.applied(x, v)
+            return torch.autograd.grad(output, v, weighted.reshape(output.shape))
+
 
 class MatrixRule(_Layer):
     """A layer that multiplies by a matrix: at each of T positions, in each of G groups, rows
@@ -166,6 +184,12 @@ class Linear(MatrixRule):
             self.output_rows(g),
         )
 
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        parts = dict(zip(self.attributes, v, strict=True))
+        if "weight" in parts:
+            return F.linear(x, parts["weight"], parts.get("bias"))
+        return parts["bias"].expand(*x.shape[:-1], -1)
+
     def output_rows(self, g: Tensor) -> Tensor:
         return g.reshape(len(g), 1, -1, g.shape[-1])
 
@@ -183,6 +207,15 @@ class Convolution(MatrixRule):
     def output_rows(self, g: Tensor) -> Tensor:
         groups = int(self.module.groups)  # type: ignore[arg-type]
         return g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
+
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        module = self.module
+        assert isinstance(module, CONVOLUTIONS)
+        parts = dict(zip(self.attributes, v, strict=True))
+        weight = parts.get("weight")
+        if weight is None:
+            weight = x.new_zeros(module.weight.shape)
+        return module._conv_forward(x, weight, parts.get("bias"))  # as its padding mode has it
 
 
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:
@@ -231,6 +264,17 @@ class Norm(_Layer):
             parts["bias"] = self._shared(g)
         return self._ordered(**parts)
 
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        last = isinstance(self.module, nn.LayerNorm | nn.RMSNorm)
+        parts = {
+            attribute: value if last else value.reshape(-1, *[1] * (x.dim() - 2))
+            for attribute, value in zip(self.attributes, v, strict=True)
+        }
+        output = torch.zeros_like(x)
+        if "weight" in parts:
+            output = output + self.normalised(x) * parts["weight"]
+        return output + parts["bias"] if "bias" in parts else output
+
     def _shared(self, values: Tensor) -> Tensor:
         """Sums over the positions that share a parameter: [n, numbers of the parameter]."""
         if isinstance(self.module, nn.LayerNorm | nn.RMSNorm):
@@ -267,15 +311,14 @@ class Embedding(_Layer):
         _, row, values = self._segments(x, g)
         return (values.new_zeros(self.shapes[0]).index_add_(0, row, values.square()),)
 
-    def products(self, x: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:
-        sample, row, values = self._segments(x, g)
-        found = values.new_zeros(len(x))
-        return found.index_add_(0, sample, (values * v[0].to(values.dtype)[row]).sum(1))
-
-    def weighted_sum(self, x: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        sample, row, values = self._segments(x, g)
-        weighted = values * u[sample, None]
-        return (values.new_zeros(self.shapes[0]).index_add_(0, row, weighted),)
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        assert isinstance(self.module, nn.Embedding)
+        table, padding = v[0], self.module.padding_idx
+        if padding is not None:
+            kept = torch.ones(len(table), 1, dtype=table.dtype, device=table.device)
+            kept[padding] = 0
+            table = table * kept
+        return F.embedding(x, table)
 
 
 def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:

@@ -105,7 +105,7 @@ class ElasticWeightConsolidation:
         >>> import torch, fisherfast as ff
         >>> model, x = torch.nn.Linear(4, 3), torch.randn(100, 4)
         >>> ewc = ff.parameters.ElasticWeightConsolidation(strength=10.0)
-        >>> float(ewc.penalty(model))  # nothing to keep yet
+        >>> ewc.penalty(model).item()  # nothing to keep yet
         0.0
         >>> _ = ewc.consolidate(model, ff.parameters.Categorical(), x)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -114,7 +114,7 @@ class ElasticWeightConsolidation:
         ...     optimizer.zero_grad()
         ...     loss.backward()
         ...     optimizer.step()
-        >>> float(ewc.penalty(model)) > 0
+        >>> ewc.penalty(model).item() > 0
         True
     """
 
@@ -186,7 +186,8 @@ class ElasticWeightConsolidation:
         if fisher is None:
             if likelihood is None or data is None:
                 raise ValueError("likelihood and data must be given, or fisher, got neither")
-            fisher = measure(model, likelihood, data, **settings)
+            with torch.inference_mode(False):
+                fisher = measure(model, likelihood, data, **settings)
         elif likelihood is not None or data is not None or settings:
             raise ValueError("fisher must be given alone, got likelihood, data or settings as well")
         parameters = dict(model.named_parameters())

@@ -54,7 +54,7 @@ SPLIT = (0.6, 0.8)
 """Shares of the pictures: training up to the first, validation up to the second, test the rest."""
 
 HIDDEN = 128
-EPOCHS = 20
+EPOCHS = 15
 BATCH = 32
 LEARNING_RATE = 1e-3
 

@@ -10,6 +10,7 @@ from fisherfast.parameters.kfac import KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.matrix import ParameterFisher
+from fisherfast.parameters.score import MeanZeroTest, Scores, score
 
 __all__ = [
     "Bernoulli",
@@ -22,10 +23,13 @@ __all__ = [
     "Importance",
     "KroneckerFisher",
     "Likelihood",
+    "MeanZeroTest",
     "ParameterFisher",
     "ParameterLayout",
     "Poisson",
+    "Scores",
     "fisher",
     "from_state_dict",
     "importance",
+    "score",
 ]

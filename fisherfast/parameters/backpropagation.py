@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast.default_device import outside
 from fisherfast.parameters.layer_rules import MatrixRule, rule_for
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.rows import per_sample_rows
@@ -104,6 +105,8 @@ class Backpropagation:
                 f"model must return one tensor [n, ...], got {type(outputs).__name__}; wrap it in a"
                 " module that returns what the likelihood reads"
             )
+        if not outputs.is_floating_point():
+            raise TypeError(f"outputs of the model must be real and floating, got {outputs.dtype}")
         if outputs.dim() < 1 or len(outputs) != self.samples:
             raise ValueError(
                 f"model must return one row per sample ({self.samples}), got shape"
@@ -278,6 +281,7 @@ def _undisturbed() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
         as_written(),
+        outside(),
     ):
         yield
 

@@ -14,18 +14,21 @@ Every structure sees the same columns, one backward pass each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fisherfast.default_device import each_as_outside, outside
 from fisherfast.parameters.backpropagation import Backpropagation, samples_apart
 from fisherfast.parameters.batches import Data, batches
+from fisherfast.parameters.checks import check_evaluation, forward_alone
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.rules import Rule
 
-__all__ = ["FisherType", "Sweep", "sweeps"]
+__all__ = ["FisherType", "Forward", "Sweep", "forwards", "sweeps"]
 
 FisherType = Literal["exact", "mc", "empirical"]
 
@@ -66,6 +69,66 @@ class Sweep:
             vector, number = following, number + 1
 
 
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """A batch that has gone forward, with what the likelihood reads.
+
+    Attributes:
+        batch: the batch, to send vectors back.
+        f: its outputs [n, ...], in float32 at least.
+        y: its labels, checked, on the device of f; None where none are needed.
+    """
+
+    batch: Backpropagation
+    f: Tensor
+    y: Tensor | None
+
+
+def forwards(
+    model: nn.Module,
+    likelihood: Likelihood,
+    data: Data,
+    layout: ParameterLayout,
+    *,
+    batch_size: int,
+    labels: bool,
+) -> Iterator[Forward]:
+    """Yield every batch of the data, gone forward.
+
+    Raises:
+        TypeError: data, outputs or labels of a kind that cannot be read.
+        ValueError: no data; outputs or labels that the likelihood cannot have; a model that mixes
+            samples or is not the same twice. Outputs on a GPU are judged after the last batch.
+    """
+    check_evaluation(model)
+    apart = None
+    valid: list[Tensor] = []
+    looked = 0
+    for x, y in each_as_outside(batches(data, model, batch_size, labels=labels)):
+        if apart is None:
+            with forward_alone(model):
+                apart = samples_apart(model, layout, x)
+        batch = Backpropagation(model, layout, x, apart)
+        likelihood.check_outputs(batch.outputs)
+        f = batch.outputs
+        f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+        valid.append(likelihood.valid(f))
+        if f.device.type == "cpu":
+            looked = _check_valid(likelihood, valid, looked)
+        yield Forward(batch, f, None if y is None else likelihood.check(f, y).to(f.device))
+    _check_valid(likelihood, valid, looked)
+
+
+def _check_valid(likelihood: Likelihood, valid: list[Tensor], first: int) -> int:
+    """How many batches there are; raises ValueError for one, from the first on, not valid."""
+    for number in range(first, len(valid)):
+        if not bool(valid[number]):
+            raise ValueError(
+                f"outputs of the model must be {likelihood.allowed}, got others in batch {number}"
+            )
+    return len(valid)
+
+
 def sweeps(
     model: nn.Module,
     likelihood: Likelihood,
@@ -78,28 +141,33 @@ def sweeps(
     seed: int,
 ) -> Iterator[Sweep]:
     """Yield a `Sweep` for every batch of the data."""
-    generator = torch.Generator().manual_seed(seed)
-    apart = None
-    for x, y in batches(data, model, batch_size, labels=fisher_type == "empirical"):
-        if apart is None:
-            apart = samples_apart(model, layout, x)
-        batch = Backpropagation(model, layout, x, apart)
-        yield Sweep(batch, _columns(likelihood, batch.outputs, y, fisher_type, samples, generator))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for forward in forwards(
+        model,
+        likelihood,
+        data,
+        layout,
+        batch_size=batch_size,
+        labels=fisher_type == "empirical",
+    ):
+        columns = _columns(likelihood, forward, fisher_type, samples, generator)
+        yield Sweep(forward.batch, columns)
 
 
 def _columns(
     likelihood: Likelihood,
-    f: Tensor,
-    y: Tensor | None,
+    forward: Forward,
     fisher_type: FisherType,
     samples: int,
     generator: torch.Generator,
 ) -> Callable[[], Iterator[Tensor]]:
+    f, y = forward.f, forward.y
     if fisher_type == "exact":
-        return lambda: likelihood.root(f)
+        return lambda: each_as_outside(likelihood.root(f))
     if fisher_type == "mc":
-        drawn = likelihood.draw(f, samples, generator)
-        return lambda: (likelihood.score(f, labels) / samples**0.5 for labels in drawn)
+        with outside():
+            drawn = likelihood.draw(f, samples, generator)
+        scores = (likelihood.score(f, labels) / samples**0.5 for labels in drawn)
+        return lambda: each_as_outside(scores)
     assert y is not None
-    labels = likelihood.check(f, y)
-    return lambda: iter([likelihood.score(f, labels)])
+    return lambda: each_as_outside(likelihood.score(f, labels) for labels in (y,))

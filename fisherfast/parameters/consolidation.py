@@ -17,6 +17,7 @@ from fisherfast.parameters.fisher import from_state_dict
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import ParameterFisher
+from fisherfast.parameters.parabola import Parabola, at_least_float32
 from fisherfast.unwrap import unwrapped
 
 __all__ = ["ElasticWeightConsolidation"]
@@ -43,16 +44,6 @@ class _Quadratic:
         force = self.fisher @ step.detach()
         twice = step @ force
         return self.weight * (twice - 0.5 * twice.detach())
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What a training step reads: information and anchors side by side, where the weights are."""
-
-    key: tuple[Any, ...]
-    names: tuple[str, ...]
-    information: Tensor
-    anchor: Tensor
 
 
 class ElasticWeightConsolidation:
@@ -95,8 +86,8 @@ class ElasticWeightConsolidation:
     adds the penalty to its loss before the one ``backward()``; the numbers are those of one
     process.
 
-    Cost: `penalty` reads the parameters and two numbers for each, in five operations however many
-    tensors there are; kept are two float64 numbers per parameter, and two in the network's dtype.
+    Cost: `penalty` reads the parameters and two numbers for each, and its backward pass one; kept
+    are two float64 numbers per parameter, and two in the network's dtype.
 
     References: Kirkpatrick et al., PNAS 114 (2017) 3521, eq. 3; Huszar, PNAS 115 (2018) E2496 (how
     several tasks add up); Schwarz et al., ICML 2018, eq. 9 (online).
@@ -105,7 +96,7 @@ class ElasticWeightConsolidation:
         >>> import torch, fisherfast as ff
         >>> model, x = torch.nn.Linear(4, 3), torch.randn(100, 4)
         >>> ewc = ff.parameters.ElasticWeightConsolidation(strength=10.0)
-        >>> float(ewc.penalty(model))  # nothing to keep yet
+        >>> ewc.penalty(model).item()  # nothing to keep yet
         0.0
         >>> _ = ewc.consolidate(model, ff.parameters.Categorical(), x)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -114,7 +105,7 @@ class ElasticWeightConsolidation:
         ...     optimizer.zero_grad()
         ...     loss.backward()
         ...     optimizer.step()
-        >>> float(ewc.penalty(model)) > 0
+        >>> ewc.penalty(model).item() > 0
         True
     """
 
@@ -140,7 +131,7 @@ class ElasticWeightConsolidation:
         self._anchors: dict[str, Tensor] = {}  # vertex of the sum of parabolas
         self._constant = 0.0  # its height: sum_k F_k (vertex - w_k)^2
         self._quadratics: list[_Quadratic] = []
-        self._prepared: _Prepared | None = None
+        self._parabola: Parabola | None = None
 
     def __repr__(self) -> str:
         how = f", online, decay={self.decay:g}" if self.online else ""
@@ -186,7 +177,8 @@ class ElasticWeightConsolidation:
         if fisher is None:
             if likelihood is None or data is None:
                 raise ValueError("likelihood and data must be given, or fisher, got neither")
-            fisher = measure(model, likelihood, data, **settings)
+            with torch.inference_mode(False):
+                fisher = measure(model, likelihood, data, **settings)
         elif likelihood is not None or data is not None or settings:
             raise ValueError("fisher must be given alone, got likelihood, data or settings as well")
         parameters = dict(model.named_parameters())
@@ -198,7 +190,7 @@ class ElasticWeightConsolidation:
         self._known |= {name: p.shape for name, p in parameters.items() if p.requires_grad}
         self._known |= dict(zip(fisher.layout.names, fisher.layout.shapes, strict=True))
         self.tasks += 1
-        self._prepared = None
+        self._parabola = None
         return fisher
 
     def _remember(
@@ -264,17 +256,16 @@ class ElasticWeightConsolidation:
             first = next((p for p in parameters.values() if p.requires_grad), None)
             if first is None:
                 raise ValueError("model must have parameters that require grad, got none")
-            return _at_least_float32(first.reshape(-1)[:0]).sum()
+            return at_least_float32(first.reshape(-1)[:0]).sum()
         if self._quadratics:
             values = [quadratic.value(parameters) for quadratic in self._quadratics]
-            dtype = _at_least_float32(parameters[self._quadratics[0].fisher.layout.names[0]]).dtype
+            dtype = at_least_float32(parameters[self._quadratics[0].fisher.layout.names[0]]).dtype
             return (self.strength * torch.stack(values).sum()).to(dtype)
-        ready = self._ready(parameters)
-        place = ready.anchor.device
-        flat = torch.cat([parameters[name].reshape(-1).to(place) for name in ready.names])
-        step = flat.to(ready.anchor) - ready.anchor
-        value = torch.dot(step * ready.information, step)
-        return (0.5 * self.strength) * (value + self._constant)
+        if self._parabola is None or self._parabola.key != Parabola.key_of(
+            parameters, self._information
+        ):
+            self._parabola = Parabola.of(parameters, self._information, self._anchors)
+        return self.strength * (self._parabola.value(parameters) + 0.5 * self._constant)
 
     def _check_known(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters, if they are those consolidated."""
@@ -295,23 +286,6 @@ class ElasticWeightConsolidation:
                         " a penalty"
                     )
         return parameters
-
-    def _ready(self, parameters: Mapping[str, Tensor]) -> _Prepared:
-        """Information and anchors as the training step needs them, made once for each task."""
-        names = tuple(self._information)
-        first = _at_least_float32(parameters[names[0]])
-        key = (first.device, *(parameters[name].dtype for name in names))
-        if self._prepared is None or self._prepared.key != key:
-            dtype = first.dtype
-            for name in names:
-                dtype = torch.promote_types(dtype, parameters[name].dtype)
-            with torch.inference_mode(False), torch.no_grad():
-                rows = [
-                    torch.cat([kept[name].reshape(-1).to(first.device) for name in names]).to(dtype)
-                    for kept in (self._information, self._anchors)
-                ]
-            self._prepared = _Prepared(key, names, *rows)
-        return self._prepared
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for ``torch.save``: plain numbers and tensors."""
@@ -358,11 +332,7 @@ class ElasticWeightConsolidation:
             _Quadratic(from_state_dict(each["fisher"]), each["anchor"].clone(), each["weight"])
             for each in state["quadratics"]
         ]
-        self._prepared = None
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        self._parabola = None
 
 
 def _check_positive(value: float, name: str) -> None:

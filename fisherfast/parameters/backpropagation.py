@@ -165,21 +165,27 @@ class Backpropagation:
 
     def look(self, vector: Tensor, arrived: Callable[[_Call, Tensor, Tensor], None]) -> None:
         """Send one vector back, and call `arrived` with each tapped call, its x and its g."""
-        for call in self._calls:
-            call.arrived = arrived
-        self._send(vector, last=False)
+        self._send(vector, arrived, last=False)
 
-    def _send(self, vector: Tensor, *, last: bool) -> None:
+    def _send(
+        self, vector: Tensor, arrived: Callable[[_Call, Tensor, Tensor], None], *, last: bool
+    ) -> None:
         if not self._calls:
             return
-        with _undisturbed():
-            torch.autograd.grad(
-                self._graph,
-                [self._anchor],
-                vector.to(self._graph.dtype),
-                retain_graph=not last,
-                allow_unused=True,
-            )
+        for call in self._calls:
+            call.arrived = arrived
+        try:
+            with _undisturbed():
+                torch.autograd.grad(
+                    self._graph,
+                    [self._anchor],
+                    vector.to(self._graph.dtype),
+                    retain_graph=not last,
+                    allow_unused=True,
+                )
+        finally:
+            for call in self._calls:  # in a circle nothing would be freed before the collector runs
+                call.arrived = None
 
     def visit(self, vector: Tensor, visitor: Visitor, *, last: bool = False) -> None:
         """Send one vector [n, ...] at the outputs back and show every layer's gradients.
@@ -194,9 +200,7 @@ class Backpropagation:
             with torch.no_grad():
                 visitor(call.rule, self._by_sample(x), self._by_sample(g))
 
-        for call in self._calls:
-            call.arrived = arrived
-        self._send(vector, last=last)
+        self._send(vector, arrived, last=last)
         if self._rows:
             rows = Rows(self._rows, [self._shape(name) for name in self._rows])
             with _undisturbed():

@@ -361,6 +361,36 @@ def test_networks_too_sure_or_not_enough_are_seen(factor):
         assert found.layers["2"].p_value < 1e-3
 
 
+def test_the_first_direction_is_that_of_the_parameters():
+    """Catches directions that are all random, or that run over the layers' parameters in another
+    order than the scores: T^2 of one direction is n mean^2 / variance of the projections."""
+    model = confident()
+    x, y = data(model, Categorical(), 100)
+    scores = score(model, Categorical(), x, y, batch_size=60)
+    columns = scores.layout.unflatten(scores.matrix())
+    projected = {}
+    for name, value in model.named_parameters():
+        along = (columns[name] * value.detach() / value.detach().norm()).flatten(1).sum(1)
+        layer = name.split(".")[0]
+        projected[layer] = projected.get(layer, 0) + along
+    together = sum(z / (z.var() + z.mean().square()).sqrt() for z in projected.values())
+    found = scores.mean_zero_test(directions=1)
+    for test, z in [(found, together), *((found.layers[k], z) for k, z in projected.items())]:
+        expected = 100 * float(z.mean().square() / z.var())
+        assert test.statistic == pytest.approx(expected, rel=1e-9)
+
+
+def test_all_layers_of_one_are_that_one():
+    """Catches directions that are counted as independent when the layers are added up: T^2 does not
+    depend on the unit of each."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = data(model, Categorical(), 100)
+    result = score(model, Categorical(), x + 0.3, y).mean_zero_test()
+    assert result.statistic == pytest.approx(result.layers[""].statistic, rel=1e-9)
+    assert result.degrees == result.layers[""].degrees == (4, 96)
+
+
 def test_a_wrong_rate_is_seen():
     """Catches scores of the logarithm where the rate is meant."""
     model = network()

@@ -336,16 +336,15 @@ def confident() -> nn.Module:
 
 def test_wrong_labels_are_seen():
     """Catches a test without power: labels of other samples, and labels that have nothing to do
-    with the inputs, on a network that is right about the true ones."""
+    with the inputs, on a network that is right about the true ones. Over 25 sets of data and
+    directions T^2 was 364 +- 93 for labels of other samples, at least 226; p = 1e-6 is at 34."""
     model = confident()
     x, y = data(model, Categorical(), 2000)
     assert score(model, Categorical(), x, y).mean_zero_test().p_value > 1e-3
     g = torch.Generator().manual_seed(2)
     others = torch.randint(0, 3, (2000,), generator=g)
     for wrong in (y[torch.randperm(2000, generator=g)], others, (y + 1) % 3):
-        result = score(model, Categorical(), x, wrong).mean_zero_test()
-        assert result.p_value < 1e-12
-        assert result.layers["2"].p_value < 1e-12
+        assert score(model, Categorical(), x, wrong).mean_zero_test().p_value < 1e-6
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -392,12 +391,13 @@ def test_all_layers_of_one_are_that_one():
 
 
 def test_a_wrong_rate_is_seen():
-    """Catches scores of the logarithm where the rate is meant."""
+    """Catches scores of the logarithm where the rate is meant. Over 25 sets of data and directions
+    T^2 was 146 +- 43, at least 68; p = 1e-4 is at 24."""
     model = network()
     x, y = data(model, Poisson(), 500)
     with torch.no_grad():
         model[-1].bias += 0.3
-    assert score(model, Poisson(), x, y).mean_zero_test().p_value < 1e-6
+    assert score(model, Poisson(), x, y).mean_zero_test().p_value < 1e-4
 
 
 def test_a_wrong_variance_is_not_seen():

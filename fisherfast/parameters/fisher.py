@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fisherfast._progress import progress_bar
+from fisherfast.default_device import on_host
 from fisherfast.parameters.batches import Data, count
 from fisherfast.parameters.block import BlockAccumulator, BlockFisher
 from fisherfast.parameters.checks import (
@@ -16,15 +17,17 @@ from fisherfast.parameters.checks import (
     check_likelihood,
     check_options,
     check_seed,
-    untouched,
 )
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
 from fisherfast.parameters.full import FullAccumulator, FullFisher
+from fisherfast.parameters.gram import GramAccumulator, GramFisher
 from fisherfast.parameters.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
+from fisherfast.parameters.lowrank import LowRankAccumulator, LowRankFisher
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
 from fisherfast.parameters.sweeps import FisherType, sweeps
+from fisherfast.taps import own_random_state
 from fisherfast.unwrap import unwrapped
 
 __all__ = ["Structure", "fisher", "from_state_dict"]
@@ -35,13 +38,17 @@ ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
     "block": BlockAccumulator,
     "full": FullAccumulator,
+    "gram": GramAccumulator,
     "kfac": KroneckerAccumulator,
+    "lowrank": LowRankAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
     "block": BlockFisher,
     "full": FullFisher,
+    "gram": GramFisher,
     "kfac": KroneckerFisher,
+    "lowrank": LowRankFisher,
 }
 
 
@@ -138,7 +145,8 @@ def fisher(
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
     with (
-        untouched(model, seed),
+        on_host(),
+        own_random_state(model, seed),
         progress_bar(progress, total=count(data), title="Fisher matrix") as bar,
     ):
         accumulator = accumulate(layout, fisher_type, **settings)

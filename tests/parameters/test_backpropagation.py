@@ -11,7 +11,8 @@ import torch
 from parameters_zoo import NETWORKS, Network, linear
 from torch import Tensor, nn
 
-from fisherfast.parameters.backpropagation import Backpropagation, samples_apart
+from fisherfast.parameters.backpropagation import Backpropagation
+from fisherfast.parameters.examination import samples_apart
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.rules import Rule
 
@@ -90,7 +91,7 @@ def test_freed(sent: int) -> None:
     gc.disable()
     try:
         batch, _ = forward(network.make(), network.inputs())
-        activation = weakref.ref(batch._calls[-1].rule)
+        activation = weakref.ref(batch.calls[-1].rule)
         graph = weakref.ref(batch._graph.grad_fn)
         for number in range(sent):
             vector = torch.ones_like(batch.outputs)

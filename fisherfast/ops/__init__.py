@@ -23,6 +23,7 @@ from fisherfast.ops._fisher_solve import (
 from fisherfast.ops._gradient_gram import gradient_gram
 from fisherfast.ops._lift import lift, lift_moments_
 from fisherfast.ops._moments import moments, spatial_moments
+from fisherfast.ops._patch_moments import patch_moments
 
 __all__ = [
     "FisherSolve",
@@ -38,5 +39,6 @@ __all__ = [
     "lift",
     "lift_moments_",
     "moments",
+    "patch_moments",
     "spatial_moments",
 ]

@@ -21,6 +21,7 @@
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
+#include "ops/patch_moments.h"
 #include "ops/spatial_moments.h"
 
 namespace fisherfast {
@@ -180,6 +181,28 @@ Case gradient_gram_case(const std::string& name, index_t rows, index_t columns, 
                 side,   side,    out.array<double>(rows * columns * rows * columns),
                 inputs, outputs, symmetric};
             gradient_gram_cpu(args, threads);
+            return out;
+          }};
+}
+
+template <typename T>
+Case patch_case(const std::string& name, index_t samples, index_t C, index_t H, index_t W,
+                index_t groups) {
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>(samples * C * H * W));
+  const index_t channels = C / groups, K = channels * 9;
+  return {name, [=](int threads) {
+            Results out;
+            const PatchMomentsArgs<T> args{x->data(),
+                                           {C * H * W, H * W, W, 1},
+                                           {{H, W}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {H, W}},
+                                           out.array<double>(groups * K),
+                                           out.array<double>(groups * K * K),
+                                           nullptr,
+                                           samples,
+                                           channels,
+                                           groups,
+                                           K};
+            patch_moments_cpu(args, threads);
             return out;
           }};
 }
@@ -347,6 +370,9 @@ std::vector<Case> cases() {
           spatial_case<T>("spatial_moments, channels last", 70, 17, 30, 33, true),
           gradient_gram_case<T>("gradient_gram", 20, 3, 33, 50, 17, false),
           gradient_gram_case<T>("gradient_gram, symmetric", 6, 1, 300, 27, 33, true),
+          patch_case<T>("patch_moments, small patches", 20, 2, 40, 40, 1),
+          patch_case<T>("patch_moments, large patches", 20, 16, 30, 30, 1),
+          patch_case<T>("patch_moments, groups", 40, 20, 40, 40, 20),
           lift_case<T>(9000, 20, 4),
           dual_norm_case<T>(1000, 170, 5),
           dual_softmax_case<T>("dual_softmax", 1000, 170, 1, 5, false),

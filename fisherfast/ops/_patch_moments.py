@@ -72,7 +72,7 @@ def _patch_moments(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     sums, cross = results = _patch_moments_fake(x, kernel, stride, padding, dilation, groups)
-    if x.shape[0] == 0 or x.shape[1] == 0:
+    if x.numel() == 0:
         return sums.zero_(), cross.zero_()
     if not _native.serves(x):
         return reference.patch_moments(x, kernel, stride, padding, dilation, groups)

@@ -24,6 +24,7 @@ from fisherfast.ops._gradient_gram import gradient_gram
 from fisherfast.ops._gradient_squares import gradient_squares
 from fisherfast.ops._lift import lift, lift_moments_
 from fisherfast.ops._moments import moments, spatial_moments
+from fisherfast.ops._patch_moments import patch_moments
 
 __all__ = [
     "FisherSolve",
@@ -40,5 +41,6 @@ __all__ = [
     "lift",
     "lift_moments_",
     "moments",
+    "patch_moments",
     "spatial_moments",
 ]

@@ -186,16 +186,13 @@ def _second_moment(rows: Tensor, *, with_one: bool = False) -> Tensor:
     else:
         wide = rows.transpose(0, 1).reshape(groups, n * positions, width).double()
         sums, cross = wide.sum(1), wide.mT @ wide
-    if not with_one:
-        return cross
-    count = sums.new_full((groups, 1, 1), n * positions)
-    return torch.cat(
-        [
-            torch.cat([cross, sums.unsqueeze(2)], 2),
-            torch.cat([sums.unsqueeze(1), count], 2),
-        ],
-        1,
-    )
+    return _bordered(sums, cross, n * positions) if with_one else cross
+
+
+def _bordered(sums: Tensor, cross: Tensor, count: int) -> Tensor:
+    """The second moment [G, D + 1, D + 1] of rows with a 1 at their end."""
+    right = torch.cat([sums, sums.new_full((len(sums), 1), count)], 1)
+    return torch.cat([torch.cat([cross, sums.unsqueeze(1)], 1), right.unsqueeze(2)], 2)
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time."""
@@ -251,6 +248,26 @@ class Convolution(MatrixRule):
         taps = patches[0, 0].numel() // g[0, 0].numel() if g.numel() else 1
         a = patches.reshape(len(x), groups, x.shape[1] // groups * taps, -1).transpose(-1, -2)
         return a, self.output_rows(g)
+
+    def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
+        module = self.module
+        if sharing == "reduce" or "weight" not in self.attributes:
+            return super().input_factor(x, g, sharing)
+        if not isinstance(module, nn.Conv1d | nn.Conv2d):
+            return super().input_factor(x, g, sharing)
+        image, padding = _with_border(module, x)
+        sums, cross = ops.patch_moments(
+            image,
+            _pair(module.kernel_size),
+            stride=_pair(module.stride),
+            padding=padding,
+            dilation=_pair(module.dilation),
+            groups=module.groups,
+        )
+        positions = g[0, 0].numel()
+        if "bias" in self.attributes:
+            cross = _bordered(sums, cross, len(x) * positions)
+        return cross / positions
 
     def output_rows(self, g: Tensor) -> Tensor:
         groups = int(self.module.groups)  # type: ignore[arg-type]
@@ -386,6 +403,22 @@ def padded(module: nn.Module, x: Tensor) -> Tensor:
     around = list(module._reversed_padding_repeated_twice)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, around, mode=mode) if any(around) else x
+
+
+def _with_border(module: nn.Module, x: Tensor) -> tuple[Tensor, list[int]]:
+    """x with what the padding adds, as far as it is not the same zeros on both sides: [n, C, H, W],
+    and the zeros that are left to add; a line is an image of one row."""
+    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    around = list(module._reversed_padding_repeated_twice)
+    padding = around[::2][::-1]  # before each axis, the first one first
+    if module.padding_mode != "zeros" or around[::2] != around[1::2]:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = F.pad(x, around, mode=mode), [0] * len(padding)
+    return (x, padding) if x.dim() == 4 else (x.unsqueeze(2), [0, *padding])
+
+
+def _pair(numbers: Sequence[int]) -> list[int]:
+    return [1] * (2 - len(numbers)) + list(numbers)
 
 
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
+#include "ops/patch_moments.h"
 #include "ops/spatial_moments.h"
 
 namespace cuda_host {
@@ -276,6 +277,34 @@ void gradient_gram(Case& call) {
 }
 
 template <typename T>
+void patch_moments(Case& call) {
+  PatchMomentsArgs<T> args{};
+  args.x = call.input<T>("x");
+  for (int i = 0; i < 4; ++i) args.strides[i] = call.number("stride" + std::to_string(i));
+  for (int i = 0; i < 2; ++i) {
+    const std::string dim = std::to_string(i);
+    args.geometry.size[i] = call.number("size" + dim);
+    args.geometry.kernel[i] = call.number("kernel" + dim);
+    args.geometry.stride[i] = call.number("step" + dim);
+    args.geometry.padding[i] = call.number("padding" + dim);
+    args.geometry.dilation[i] = call.number("dilation" + dim);
+    args.geometry.out[i] = call.number("out" + dim);
+  }
+  args.samples = call.number("samples");
+  args.channels = call.number("channels");
+  args.groups = call.number("groups");
+  args.width = args.channels * args.geometry.kernel[0] * args.geometry.kernel[1];
+  args.sums = call.output<double>("sums", args.groups * args.width);
+  args.cross = call.output<double>("cross", args.groups * args.width * args.width);
+  const index_t rows = args.samples * args.geometry.out[0] * args.geometry.out[1];
+  const index_t doubles = patch_moments_workspace(rows, args.width, args.groups);
+  const std::unique_ptr<double[]> workspace(new double[doubles]);
+  std::memset(workspace.get(), 0xff, doubles * sizeof(double));
+  args.workspace = workspace.get();
+  patch_moments_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
 bool run(Case& call) {
   static const std::map<std::string, void (*)(Case&)> ops = {
       {"dual_activation", dual_activation<T>},
@@ -287,6 +316,7 @@ bool run(Case& call) {
       {"gradient_gram", gradient_gram<T>},
       {"gradient_squares", gradient_squares<T>},
       {"moments", moments<T>},
+      {"patch_moments", patch_moments<T>},
       {"spatial_moments", spatial_moments<T>},
       {"lift", lift<T>},
       {"lift_moments", lift_moments<T>}};

@@ -95,6 +95,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable]:
         "gradient_squares, g": lambda spoil: ops.gradient_squares(
             ones(9, 5, 7, 9), spoil(ones(9, 6, 7, 9))
         ),
+        "patch_moments": lambda spoil: ops.patch_moments(spoil(ones(2, 3, 9, 35)), (3, 3)),
         "lift": lambda spoil: ops.lift(spoil(ones(64, 9)), ones(9), ones(9)),
         "lift_moments": lift_moments,
         "dual_activation": lambda spoil: ops.dual_activation(

@@ -1,6 +1,7 @@
 """The other Fisher information: that of a network's own parameters w, for p(y | x, w)."""
 
 from fisherfast.parameters.block import BlockFisher
+from fisherfast.parameters.consolidation import ElasticWeightConsolidation
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.effective_dimension import (
     EffectiveDimension,
@@ -10,6 +11,7 @@ from fisherfast.parameters.effective_dimension import (
 from fisherfast.parameters.fisher import fisher, from_state_dict
 from fisherfast.parameters.full import FullFisher
 from fisherfast.parameters.gram import GramFisher
+from fisherfast.parameters.importance import Importance, importance
 from fisherfast.parameters.kfac import KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
@@ -24,9 +26,11 @@ __all__ = [
     "Categorical",
     "DiagonalFisher",
     "EffectiveDimension",
+    "ElasticWeightConsolidation",
     "FullFisher",
     "Gaussian",
     "GramFisher",
+    "Importance",
     "KroneckerFisher",
     "Likelihood",
     "LowRankFisher",
@@ -39,6 +43,7 @@ __all__ = [
     "effective_dimension",
     "fisher",
     "from_state_dict",
+    "importance",
     "local_effective_dimension",
     "score",
     "spectrum",

@@ -56,7 +56,7 @@ def vectorised(model: nn.Module, names: Sequence[str], inputs: Tensor, vector: T
     with _batching(), swapping(model):
         for start in range(0, len(inputs), few):
             part = slice(start, start + few)
-            found[part] = torch.func.vmap(rows)(inputs[part], vector[part])
+            found[part] = torch.func.vmap(rows)(inputs[part], vector[part]).detach()
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import sys
 import weakref
 
 import pytest
@@ -159,7 +160,8 @@ def test_a_matrix_too_large_is_refused(monkeypatch):
     """Catches memory that runs out without a word."""
     model = network()
     x, y = data(model, Gaussian())
-    monkeypatch.setattr("fisherfast.parameters.score.DENSE_BYTES", 8 * 43 * 6)
+    where = sys.modules["fisherfast.parameters.score"]
+    monkeypatch.setattr(where, "DENSE_BYTES", 8 * 43 * 6)
     with pytest.raises(MemoryError, match="got 8 samples and more of P = 43 numbers"):
         score(model, Gaussian(), x, y, batch_size=4).matrix()
 
@@ -207,6 +209,40 @@ def test_nothing_of_the_users_changes():
     assert not any(module._forward_hooks or module.training for module in model.modules())
 
 
+class Remembers(nn.Module):
+    """Keeps what it computed, and notes the default device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last, self.seen = nn.Linear(4, 3), None, set()
+
+    def forward(self, x):
+        self.seen.add(torch.empty(0).device.type)
+        self.last = self.layer(x)
+        return self.last
+
+
+def test_what_a_module_keeps_and_the_default_device_are_the_users():
+    """Catches a graph that stays in the model, and numbers made on the user's device ("meta" holds
+    none) or a network that sees another."""
+    model = Remembers()
+    x, y = torch.randn(50, 4), torch.randn(50, 3)
+    scores = score(model, Gaussian(), x, y, batch_size=30)
+    expected = scores.matrix(), scores.mean(), scores.mean_zero_test()
+    model.seen.clear()
+    torch.set_default_device("meta")
+    try:
+        found = scores.matrix(), scores.mean(), scores.mean_zero_test()
+        assert [len(batch["layer.weight"]) for batch in scores] == [30, 20]
+    finally:
+        torch.set_default_device(None)
+    assert model.seen == {"meta"}
+    assert model.last is None
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert found[2] == expected[2]
+
+
 # --- is the mean zero? ---
 
 
@@ -248,19 +284,27 @@ def test_moments_batch_by_batch():
     torch.testing.assert_close(moments.covariance, torch.cov(rows.T), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["Gaussian", "Categorical", "Bernoulli", "Poisson"])
-@pytest.mark.parametrize("name", ["dense", "tied"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("dense", "Categorical"),
+        pytest.param("dense", "Gaussian", marks=pytest.mark.slow),
+        pytest.param("dense", "Bernoulli", marks=pytest.mark.slow),
+        pytest.param("dense", "Poisson", marks=pytest.mark.slow),
+        pytest.param("tied", "Categorical", marks=pytest.mark.slow),
+    ],
+)
 def test_labels_from_the_network_have_uniform_p_values(name, kind):
     """Catches projections of the sum over a batch, a sum of layers that counts their directions as
-    independent, and labels of another distribution than the score's. False alarm 6e-5 for each of
-    the p-values of all layers and of each. Power: a test of a third of the variance, or of three
-    times, is at 0.2 or more."""
+    independent, and labels of another distribution than the score's. False alarm 6e-5 for the
+    p-values of all layers and for those of each. Power: T^2 twice as large as it should be, or half
+    of it, is at a distance of 0.36, the bound is 0.21."""
     model, likelihood = network(name), LIKELIHOODS[kind]
-    tests = 250
+    tests = 120
     found: dict[str, list[float]] = {}
     for seed in range(tests):
-        x, y = data(model, likelihood, 200, seed)
-        result = score(model, likelihood, x, y, batch_size=150).mean_zero_test(seed=seed)
+        x, y = data(model, likelihood, 150, seed)
+        result = score(model, likelihood, x, y, batch_size=100).mean_zero_test(seed=seed)
         found.setdefault("all", []).append(result.p_value)
         for layer, test in result.layers.items():
             found.setdefault(layer, []).append(test.p_value)
@@ -307,13 +351,14 @@ def test_wrong_labels_are_seen():
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_networks_too_sure_or_not_enough_are_seen(factor):
     """Catches directions at random alone: the parameters themselves are the direction in which a
-    network becomes surer. Each of 20 sets of labels, which fail together with 1e-9 at most."""
+    network becomes surer. T^2 of 1500 samples is 98 +- 23 and 68 +- 13 (measured over 40 sets of
+    labels); p = 1e-3 is at 11, where a set fails with less than 1e-4."""
     model = confident()
-    for seed in range(20):
-        x, y = data(model, Categorical(), 500, seed)
+    for seed in range(5):
+        x, y = data(model, Categorical(), 1500, seed)
         claims = sharper(model, factor)
         found = score(claims, Categorical(), x, y).mean_zero_test(directions=1, seed=seed)
-        assert found.layers["2"].p_value < 1e-6
+        assert found.layers["2"].p_value < 1e-3
 
 
 def test_a_wrong_rate_is_seen():

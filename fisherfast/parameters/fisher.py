@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from fisherfast.parameters.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
-from fisherfast.parameters.sweeps import FisherType, sweeps
+from fisherfast.parameters.sweeps import FisherType, Sweep, sweeps
 from fisherfast.taps import own_random_state
 from fisherfast.unwrap import unwrapped
 
@@ -45,6 +45,13 @@ RESULTS: dict[str, type[ParameterFisher]] = {
     "kfac": KroneckerFisher,
 }
 
+
+class _Adds(Protocol):
+    def add(self, sweep: Sweep) -> None: ...
+
+
+Adding = TypeVar("Adding", bound=_Adds)
+"""What is summed over batches."""
 
 FISHER_TYPES = ("exact", "mc", "empirical")
 
@@ -124,6 +131,40 @@ def fisher(
         tensor([20.,  2.], dtype=torch.float64)
     """
     check_choice("structure", structure, ACCUMULATORS)
+    accumulate = ACCUMULATORS[structure]
+    check_options(accumulate, settings, structure, positional=2)
+    accumulator, seen = over_data(
+        lambda model, layout: accumulate(layout, fisher_type, **settings),
+        model,
+        likelihood,
+        data,
+        fisher_type=fisher_type,
+        samples=samples,
+        parameters=parameters,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    return accumulator.result(seen)
+
+
+def over_data(
+    make: Callable[[nn.Module, ParameterLayout], Adding],
+    model: nn.Module,
+    likelihood: Likelihood,
+    data: Data,
+    *,
+    fisher_type: FisherType,
+    samples: int,
+    parameters: Selection,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> tuple[Adding, int]:
+    """Add the sweeps of all batches to what `make(model, layout)` gives; it and the samples seen.
+
+    Arguments are those of `fisher`, checked here.
+    """
     check_choice("fisher_type", fisher_type, FISHER_TYPES)
     check_likelihood(likelihood)
     check_count("samples", samples)
@@ -134,8 +175,6 @@ def fisher(
         )
     check_count("batch_size", batch_size)
     check_seed(seed)
-    accumulate = ACCUMULATORS[structure]
-    check_options(accumulate, settings, structure, positional=2)
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
     with (
@@ -143,7 +182,7 @@ def fisher(
         own_random_state(model, seed),
         progress_bar(progress, total=count(data), title="Fisher matrix") as bar,
     ):
-        accumulator = accumulate(layout, fisher_type, **settings)
+        accumulator = make(model, layout)
         seen = 0
         for sweep in sweeps(
             model,
@@ -158,7 +197,7 @@ def fisher(
             accumulator.add(sweep)
             seen += sweep.samples
             bar.update(sweep.samples)
-        return accumulator.result(seen)
+    return accumulator, seen
 
 
 def from_state_dict(state: Mapping[str, Any]) -> ParameterFisher:

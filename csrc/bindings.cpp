@@ -15,6 +15,7 @@
 #include "ops/dual_softmax.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
+#include "ops/gradient_gram.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
@@ -210,6 +211,32 @@ DualPoolArgs<T> dual_pool_args(Address x, Address y, index_t slice_stride, index
           {dilation[0], dilation[1], dilation[2]}};
 }
 
+template <typename T>
+GradientGramArgs<T> gradient_gram_args(Address a, Strides3 a_strides, Address b,
+                                       std::array<index_t, 4> b_strides, Address other_a,
+                                       Strides3 other_a_strides, Address other_b,
+                                       std::array<index_t, 4> other_b_strides, Address gram,
+                                       std::array<index_t, 4> b_shape,
+                                       std::array<index_t, 4> other_b_shape, index_t inputs,
+                                       bool symmetric) {
+  const auto side = [](Address inputs_of, const Strides3& n, Address gradients,
+                       const std::array<index_t, 4>& m, const std::array<index_t, 4>& shape) {
+    return GramSide<T>{pointer<const T>(inputs_of),
+                       {n[0], n[1], n[2]},
+                       pointer<const T>(gradients),
+                       {m[0], m[1], m[2], m[3]},
+                       shape[0],
+                       shape[1],
+                       shape[2]};
+  };
+  return {side(a, a_strides, b, b_strides, b_shape),
+          side(other_a, other_a_strides, other_b, other_b_strides, other_b_shape),
+          pointer<double>(gram),
+          inputs,
+          b_shape[3],
+          symmetric};
+}
+
 // Binds launch(make_args(numbers...), threads) as name(numbers..., threads).
 template <typename Args, typename... Numbers>
 void bind_cpu(py::module_& module, const std::string& name, Args (*make_args)(Numbers...),
@@ -233,6 +260,7 @@ void bind_cpu_ops(py::module_& module, const std::string& dtype) {
   bind_cpu(module, "dual_norm_cpu_" + dtype, dual_norm_args<T>, dual_norm_cpu<T>);
   bind_cpu(module, "dual_softmax_cpu_" + dtype, dual_softmax_args<T>, dual_softmax_cpu<T>);
   bind_cpu(module, "dual_pool_cpu_" + dtype, dual_pool_args<T>, dual_pool_cpu<T>);
+  bind_cpu(module, "gradient_gram_cpu_" + dtype, gradient_gram_args<T>, gradient_gram_cpu<T>);
 }
 
 #ifdef FISHERFAST_WITH_CUDA
@@ -263,6 +291,7 @@ void bind_cuda_ops(py::module_& module, const std::string& dtype) {
   bind_cuda(module, "dual_norm_cuda_" + dtype, dual_norm_args<T>, dual_norm_cuda<T>);
   bind_cuda(module, "dual_softmax_cuda_" + dtype, dual_softmax_args<T>, dual_softmax_cuda<T>);
   bind_cuda(module, "dual_pool_cuda_" + dtype, dual_pool_args<T>, dual_pool_cuda<T>);
+  bind_cuda(module, "gradient_gram_cuda_" + dtype, gradient_gram_args<T>, gradient_gram_cuda<T>);
   // Bytes of the workspaces.
   module.def(("moments_workspace_" + dtype).c_str(), [](index_t rows, index_t dim, index_t groups) {
     return moments_workspace(rows, dim, groups) * static_cast<index_t>(sizeof(double));

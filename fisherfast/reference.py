@@ -158,6 +158,20 @@ def spatial_moments(x: Tensor, pilot: Tensor | None = None) -> tuple[Tensor, Ten
     return centred.sum(-1), (cross + cross.mT) / 2  # equal but for rounding
 
 
+def gradient_gram(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+    """Inner products <G_ic, G'_je> of gradients G_ic = sum_t b_ict a_it^T.
+
+    See `fisherfast.ops.gradient_gram` for arguments and results. Here every sum is float64, and
+    every G is there.
+    """
+    left, right = (
+        (columns.double().mT @ rows.double().unsqueeze(1)).flatten(2)
+        for rows, columns in ((a, b), (other_a, other_b))
+    )
+    products = left.flatten(0, 1) @ right.flatten(0, 1).T
+    return products.reshape(*left.shape[:2], *right.shape[:2])
+
+
 def lift(
     projected: Tensor,
     bias: Tensor,

@@ -25,7 +25,7 @@ def distribution(kind: str, f: Tensor, variance: float = 1.0) -> Distribution:
     if kind == "categorical":
         return Categorical(logits=f)
     if kind == "gaussian":
-        return Normal(f, variance**0.5)
+        return Normal(f, torch.full_like(f, variance**0.5))  # a number would be of float32
     if kind == "bernoulli":
         return Bernoulli(logits=f)
     if kind == "poisson":
@@ -36,8 +36,11 @@ def distribution(kind: str, f: Tensor, variance: float = 1.0) -> Distribution:
 def gradients(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """d outputs / d parameters of one number, side by side [P]; zero where autograd sees none."""
     found = torch.autograd.grad(outputs, parameters, retain_graph=True, allow_unused=True)
-    pairs = zip(found, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+    parts = []
+    for gradient, parameter in zip(found, parameters, strict=True):
+        part = torch.zeros_like(parameter) if gradient is None else gradient
+        parts.append((part.to_dense() if part.is_sparse else part).flatten())
+    return torch.cat(parts)
 
 
 def brute_force(

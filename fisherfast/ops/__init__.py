@@ -20,6 +20,7 @@ from fisherfast.ops._fisher_solve import (
     fisher_solve_backward,
     fisher_solve_details,
 )
+from fisherfast.ops._gradient_gram import gradient_gram
 from fisherfast.ops._lift import lift, lift_moments_
 from fisherfast.ops._moments import moments, spatial_moments
 
@@ -33,6 +34,7 @@ __all__ = [
     "fisher_solve",
     "fisher_solve_backward",
     "fisher_solve_details",
+    "gradient_gram",
     "lift",
     "lift_moments_",
     "moments",

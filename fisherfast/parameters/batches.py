@@ -42,6 +42,8 @@ def batches(
         x, y = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         if isinstance(x, tuple | list) and len(x) == 1:
             x = x[0]
+        if isinstance(x, tuple | list):
+            raise ValueError(f"data must be batches of x or (x, y), got one of {len(x)} entries")
         x, y = _tensor(x, "data"), None if y is None else _tensor(y, "labels")
         if labels and y is None:
             raise ValueError(
@@ -108,6 +110,8 @@ def count(data: Data) -> int | None:
 
 def _tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biufc":
+            raise TypeError(f"{name} must hold numbers, got an array of {value.dtype}")
         value = torch.from_numpy(np.ascontiguousarray(value))
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be tensors or arrays, got {type(value).__name__}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast.default_device import on_host
 from fisherfast.parameters.likelihood import Likelihood
 from fisherfast.taps import forgetting, own_random_state
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_options",
     "check_seed",
     "forward_alone",
+    "untouched",
 ]
 
 SEEDS = 2**63
@@ -111,6 +113,14 @@ def check_evaluation(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
+def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Random states return, and what a forward pass leaves in a module; new tensors are those of
+    the CPU inside, whatever the user's default device."""
+    with on_host(), own_random_state(model, seed), forgetting(model):
+        yield
+
+
+@contextlib.contextmanager
 def forward_alone(model: nn.Module) -> Iterator[None]:
     """The first forward pass: buffers that it writes return, and are an error.
 
@@ -119,7 +129,7 @@ def forward_alone(model: nn.Module) -> Iterator[None]:
     """
     before = {name: value.detach().clone() for name, value in model.named_buffers()}
     try:
-        with own_random_state(model, 0), forgetting(model):
+        with untouched(model):
             yield
     finally:
         changed = []

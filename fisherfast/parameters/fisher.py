@@ -20,9 +20,11 @@ from fisherfast.parameters.checks import (
 )
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
 from fisherfast.parameters.full import FullAccumulator, FullFisher
+from fisherfast.parameters.gram import GramAccumulator, GramFisher
 from fisherfast.parameters.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
+from fisherfast.parameters.lowrank import LowRankAccumulator, LowRankFisher
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
 from fisherfast.parameters.sweeps import FisherType, Sweep, sweeps
 from fisherfast.taps import own_random_state
@@ -36,13 +38,17 @@ ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
     "block": BlockAccumulator,
     "full": FullAccumulator,
+    "gram": GramAccumulator,
     "kfac": KroneckerAccumulator,
+    "lowrank": LowRankAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
     "block": BlockFisher,
     "full": FullFisher,
+    "gram": GramFisher,
     "kfac": KroneckerFisher,
+    "lowrank": LowRankFisher,
 }
 
 

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherfast import ops
+from fisherfast.parameters.column_gram import column_gram
 from fisherfast.parameters.rules import Rule
 
 __all__ = ["Convolution", "Embedding", "Linear", "Norm", "rule_for"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 Sharing = Literal["expand", "reduce"]
 """What Kronecker factors do with shared positions: see `KroneckerFisher`."""
@@ -43,6 +45,24 @@ class _Layer(Rule):
             for attribute, shape in zip(self.attributes, self.shapes, strict=True)
         )
 
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        """The output [n, ...] for x if the parameters measured were v and all others zero: it is
+        linear in v, and <G_i, v> = <g_i, output_i>."""
+        raise NotImplementedError
+
+    def products(self, x: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:
+        """<G_i, v> [n], by one forward pass of the layer."""
+        output = self.applied(x, [part.to(g.dtype) for part in v])
+        return (g * output.reshape(g.shape)).flatten(1).sum(1)
+
+    def weighted_sum(self, x: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        """sum_i u_i G_i, by one backward pass of the layer."""
+        weighted = g * u.to(g.dtype).reshape(-1, *[1] * (g.dim() - 1))
+        with torch.inference_mode(False), torch.enable_grad():
+            v = [g.new_zeros(shape).requires_grad_() for shape in self.shapes]
+            output = self.applied(x, v)
+            return torch.autograd.grad(output, v, weighted.reshape(output.shape))
+
 
 class MatrixRule(_Layer):
     """A layer that multiplies by a matrix: at each of T positions, in each of G groups, rows
@@ -60,6 +80,45 @@ class MatrixRule(_Layer):
         if "bias" in self.attributes:
             parts["bias"] = b.sum(2)
         return self._ordered(**parts)
+
+    def gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
+        same = x is other_x and g is other_g
+        columns = g[None]
+        others = columns if same else other_g[None]
+        return self.columns_gram(x, columns, other_x, others)[0, :, 0]
+
+    def columns_gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
+        """`gram` of several columns at a time, whose products of x are computed once.
+
+        Args:
+            x, other_x: [n, ...] and [n', ...].
+            g, other_g: [R, n, ...] and [R', n', ...].
+
+        Returns:
+            [R, n, R', n'] float64.
+        """
+        weight, bias = "weight" in self.attributes, "bias" in self.attributes
+        same = x is other_x and g is other_g
+        gram = g.new_empty((*g.shape[:2], *other_g.shape[:2]), dtype=torch.float64)
+        for here, a, b in self._column_portions(x, g):
+            for there, other_a, other_b in self._column_portions(other_x, other_g):
+                if same and there.start < here.start:
+                    continue
+                others = (None, None) if same and there == here else (other_a, other_b)
+                gram[:, here, :, there] = column_gram(a, b, *others, weight=weight, bias=bias)
+                if same and there != here:
+                    gram[:, there, :, here] = gram[:, here, :, there].permute(2, 3, 0, 1)
+        return gram
+
+    def _column_portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(samples, a, b [R, n, G, T, M]) of some samples after the others."""
+        start = 0
+        for a, _ in self._portions(x, g[0]):
+            where = slice(start, start + len(a))
+            columns = g[:, where]
+            b = self.output_rows(columns.flatten(0, 1))
+            yield where, a, b.unflatten(0, columns.shape[:2])
+            start += len(a)
 
     def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
         """The sum over samples of the inputs' Kronecker factor [G, D, D] (`KroneckerFisher`), with
@@ -125,6 +184,12 @@ class Linear(MatrixRule):
             self.output_rows(g),
         )
 
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        parts = dict(zip(self.attributes, v, strict=True))
+        if "weight" in parts:
+            return F.linear(x, parts["weight"], parts.get("bias"))
+        return parts["bias"].expand(*x.shape[:-1], -1)
+
     def output_rows(self, g: Tensor) -> Tensor:
         return g.reshape(len(g), 1, -1, g.shape[-1])
 
@@ -142,6 +207,15 @@ class Convolution(MatrixRule):
     def output_rows(self, g: Tensor) -> Tensor:
         groups = int(self.module.groups)  # type: ignore[arg-type]
         return g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
+
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        module = self.module
+        assert isinstance(module, CONVOLUTIONS)
+        parts = dict(zip(self.attributes, v, strict=True))
+        weight = parts.get("weight")
+        if weight is None:
+            weight = x.new_zeros(module.weight.shape)
+        return module._conv_forward(x, weight, parts.get("bias"))  # as its padding mode has it
 
 
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:
@@ -190,6 +264,17 @@ class Norm(_Layer):
             parts["bias"] = self._shared(g)
         return self._ordered(**parts)
 
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        last = isinstance(self.module, nn.LayerNorm | nn.RMSNorm)
+        parts = {
+            attribute: value if last else value.reshape(-1, *[1] * (x.dim() - 2))
+            for attribute, value in zip(self.attributes, v, strict=True)
+        }
+        output = torch.zeros_like(x)
+        if "weight" in parts:
+            output = output + self.normalised(x) * parts["weight"]
+        return output + parts["bias"] if "bias" in parts else output
+
     def _shared(self, values: Tensor) -> Tensor:
         """Sums over the positions that share a parameter: [n, numbers of the parameter]."""
         if isinstance(self.module, nn.LayerNorm | nn.RMSNorm):
@@ -226,27 +311,26 @@ class Embedding(_Layer):
         _, row, values = self._segments(x, g)
         return (values.new_zeros(self.shapes[0]).index_add_(0, row, values.square()),)
 
-    def products(self, x: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:
-        sample, row, values = self._segments(x, g)
-        found = values.new_zeros(len(x))
-        return found.index_add_(0, sample, (values * v[0].to(values.dtype)[row]).sum(1))
-
-    def weighted_sum(self, x: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        sample, row, values = self._segments(x, g)
-        weighted = values * u[sample, None]
-        return (values.new_zeros(self.shapes[0]).index_add_(0, row, weighted),)
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        assert isinstance(self.module, nn.Embedding)
+        table, padding = v[0], self.module.padding_idx
+        if padding is not None:
+            kept = torch.ones(len(table), 1, dtype=table.dtype, device=table.device)
+            kept[padding] = 0
+            table = table * kept
+        return F.embedding(x, table)
 
 
 def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:
     """The rule of a module whose parameters `own` (attribute -> full name) are measured, or None
     where it has none."""
-    if not set(own) <= {"weight", "bias"}:
+    if not set(own) <= {"weight", "bias"} or "forward" in vars(module):  # or it is somebody's own
         return None
     if type(module) is nn.Linear:
         return Linear(module, own)
     if type(module) in CONVOLUTIONS:
         return Convolution(module, own)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if type(module) in BATCH_NORMS:
         fixed = not module.training and module.running_mean is not None
         return Norm(module, own) if fixed else None
     if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):

@@ -41,7 +41,8 @@ class Gaussian(Likelihood):
 
     def __init__(self, variance: float | Tensor = 1.0) -> None:
         super().__init__()
-        given = torch.as_tensor(variance, device="cpu").detach()
+        dtype = torch.float64 if isinstance(variance, float) else None  # the default rounds more
+        given = torch.as_tensor(variance, dtype=dtype, device="cpu").detach()
         if given.is_complex() or given.dtype == torch.bool:
             raise TypeError(f"variance must be real numbers, got {given.dtype}")
         self.variance = given.double().clone()

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherfast.default_device import outside
 from fisherfast.parameters.batches import Data
-from fisherfast.parameters.checks import check_count, check_likelihood, check_seed
+from fisherfast.parameters.checks import check_count, check_likelihood, check_seed, untouched
 from fisherfast.parameters.hotelling import Moments, TSquared, t_squared
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import DENSE_BYTES
 from fisherfast.parameters.rules import Rows, Rule
 from fisherfast.parameters.sweeps import Forward, forwards
-from fisherfast.taps import own_random_state
 from fisherfast.unwrap import unwrapped
 
 __all__ = ["MeanZeroTest", "Scores", "score"]
@@ -118,7 +118,8 @@ class Scores:
             def keep(rule: Rule, x: Tensor, g: Tensor, found: dict[str, Tensor] = found) -> None:
                 found.update(zip(rule.names, rule.gradients(x, g), strict=True))
 
-            forward.batch.visit(self._vector(forward), keep, last=True)
+            with untouched(self.model):
+                forward.batch.visit(self._vector(forward), keep, last=True)
             yield {name: found[name] for name in self.layout.names}
 
     def _forwards(self) -> Iterator[Forward]:
@@ -133,7 +134,8 @@ class Scores:
 
     def _vector(self, forward: Forward) -> Tensor:
         assert forward.y is not None
-        return self.likelihood.score(forward.f, forward.y)
+        with outside():
+            return self.likelihood.score(forward.f, forward.y)
 
     def matrix(self) -> Tensor:
         """All scores [n, P] float64, parameters side by side as in `layout`.
@@ -143,7 +145,7 @@ class Scores:
         """
         rows: list[Tensor] = []
         samples = 0
-        with own_random_state(self.model, 0):
+        with untouched(self.model):
             for batch in self:
                 samples += len(next(iter(batch.values())))
                 if 8 * samples * self.layout.size > DENSE_BYTES:
@@ -165,7 +167,7 @@ class Scores:
             for name, part in zip(rule.names, parts, strict=True):
                 sums[name] = sums[name] + part if name in sums else part.double()
 
-        with own_random_state(self.model, 0):
+        with untouched(self.model):
             for forward in self._forwards():
                 forward.batch.visit(self._vector(forward), add, last=True)
                 samples += forward.batch.samples
@@ -204,7 +206,7 @@ class Scores:
         layers = _by_layer(self.layout)
         aim = self._directions(directions, seed)
         moments: Moments | None = None
-        with own_random_state(self.model, 0):
+        with untouched(self.model):
             for forward in self._forwards():
                 rows = torch.zeros(
                     forward.batch.samples,

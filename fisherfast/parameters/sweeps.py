@@ -27,6 +27,7 @@ from fisherfast.parameters.checks import check_evaluation, forward_alone
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.rules import Rule
+from fisherfast.taps import forgetting
 
 __all__ = ["FisherType", "Forward", "Sweep", "forwards", "sweeps"]
 
@@ -102,31 +103,45 @@ def forwards(
     """
     check_evaluation(model)
     apart = None
-    valid: list[Tensor] = []
-    looked = 0
-    for x, y in each_as_outside(batches(data, model, batch_size, labels=labels)):
+    allowed = _Allowed()
+    for number, (x, y) in enumerate(
+        each_as_outside(batches(data, model, batch_size, labels=labels))
+    ):
+        allowed.add(torch.isfinite(x).all(), f"data must be finite, got others in batch {number}")
         if apart is None:
             with forward_alone(model):
                 apart = samples_apart(model, layout, x)
-        batch = Backpropagation(model, layout, x, apart)
+        with forgetting(model):
+            batch = Backpropagation(model, layout, x, apart)
         likelihood.check_outputs(batch.outputs)
         f = batch.outputs
         f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
-        valid.append(likelihood.valid(f))
-        if f.device.type == "cpu":
-            looked = _check_valid(likelihood, valid, looked)
+        allowed.add(
+            likelihood.valid(f),
+            f"outputs of the model must be {likelihood.allowed}, got others in batch {number}",
+        )
         yield Forward(batch, f, None if y is None else likelihood.check(f, y).to(f.device))
-    _check_valid(likelihood, valid, looked)
+    allowed.check()
 
 
-def _check_valid(likelihood: Likelihood, valid: list[Tensor], first: int) -> int:
-    """How many batches there are; raises ValueError for one, from the first on, not valid."""
-    for number in range(first, len(valid)):
-        if not bool(valid[number]):
-            raise ValueError(
-                f"outputs of the model must be {likelihood.allowed}, got others in batch {number}"
-            )
-    return len(valid)
+class _Allowed:
+    """Whether numbers are allowed: of those in host memory at once, of others at the end, so that
+    no batch waits for a device."""
+
+    def __init__(self) -> None:
+        self._later: list[tuple[Tensor, str]] = []
+
+    def add(self, allowed: Tensor, text: str) -> None:
+        self._later.append((allowed, text))
+        if allowed.device.type == "cpu":
+            self.check()
+            self._later.clear()
+
+    def check(self) -> None:
+        """Raise ValueError with the text of the first that is not allowed."""
+        for allowed, text in self._later:
+            if not bool(allowed):
+                raise ValueError(text)
 
 
 def sweeps(

@@ -6,6 +6,7 @@
 #include "ops/dual_softmax.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
+#include "ops/gradient_gram.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
@@ -216,6 +217,32 @@ void dual_pool(Case& call) {
 }
 
 template <typename T>
+GramSide<T> gram_side(Case& call, const std::string& name) {
+  GramSide<T> side{};
+  side.a = call.input<T>(name + "_a");
+  side.b = call.input<T>(name + "_b");
+  for (int i = 0; i < 3; ++i) side.a_strides[i] = call.number(name + "_a" + std::to_string(i));
+  for (int i = 0; i < 4; ++i) side.b_strides[i] = call.number(name + "_b" + std::to_string(i));
+  side.rows = call.number(name + "_rows");
+  side.columns = call.number(name + "_columns");
+  side.positions = call.number(name + "_positions");
+  return side;
+}
+
+template <typename T>
+void gradient_gram(Case& call) {
+  GradientGramArgs<T> args{};
+  args.left = gram_side<T>(call, "left");
+  args.right = gram_side<T>(call, "right");
+  args.inputs = call.number("D");
+  args.outputs = call.number("M");
+  args.symmetric = call.flag("symmetric");
+  args.gram = call.output<double>(
+      "gram", args.left.rows * args.left.columns * args.right.rows * args.right.columns);
+  gradient_gram_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
 bool run(Case& call) {
   static const std::map<std::string, void (*)(Case&)> ops = {
       {"dual_activation", dual_activation<T>},
@@ -224,6 +251,7 @@ bool run(Case& call) {
       {"dual_softmax", dual_softmax<T>},
       {"fisher_solve", fisher_solve<T>},
       {"fisher_solve_backward", fisher_solve_backward<T>},
+      {"gradient_gram", gradient_gram<T>},
       {"moments", moments<T>},
       {"spatial_moments", spatial_moments<T>},
       {"lift", lift<T>},

@@ -17,6 +17,7 @@
 #include "ops/dual_softmax.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
+#include "ops/gradient_gram.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
@@ -159,6 +160,26 @@ Case spatial_case(const std::string& name, index_t rows, index_t C, index_t H, i
               args.strides[3] = C;
             }
             spatial_moments_cpu(args, threads);
+            return out;
+          }};
+}
+
+template <typename T>
+Case gradient_gram_case(const std::string& name, index_t rows, index_t columns, index_t positions,
+                        index_t inputs, index_t outputs, bool symmetric) {
+  const auto a = std::make_shared<std::vector<T>>(numbers<T>(rows * positions * inputs));
+  const auto b = std::make_shared<std::vector<T>>(numbers<T>(rows * columns * positions * outputs));
+  return {name, [=](int threads) {
+            Results out;
+            const GramSide<T> side{
+                a->data(), {positions * inputs, inputs, 1},
+                b->data(), {columns * positions * outputs, positions * outputs, outputs, 1},
+                rows,      columns,
+                positions};
+            const GradientGramArgs<T> args{
+                side,   side,    out.array<double>(rows * columns * rows * columns),
+                inputs, outputs, symmetric};
+            gradient_gram_cpu(args, threads);
             return out;
           }};
 }
@@ -324,6 +345,8 @@ std::vector<Case> cases() {
           moments_case<T>("moments, many columns in groups", 4000, 130, 3),
           spatial_case<T>("spatial_moments", 70, 12, 30, 33, false),
           spatial_case<T>("spatial_moments, channels last", 70, 17, 30, 33, true),
+          gradient_gram_case<T>("gradient_gram", 20, 3, 33, 50, 17, false),
+          gradient_gram_case<T>("gradient_gram, symmetric", 6, 1, 300, 27, 33, true),
           lift_case<T>(9000, 20, 4),
           dual_norm_case<T>(1000, 170, 5),
           dual_softmax_case<T>("dual_softmax", 1000, 170, 1, 5, false),

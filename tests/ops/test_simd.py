@@ -218,6 +218,19 @@ def check_spatial_moments(dtype):
                 assert_close(left, right, dtype)
 
 
+def check_gradient_gram(dtype):
+    for n, columns, positions, inputs, outputs in ((1, 1, 1, 1, 1), (5, 3, 37, 19, 11)):
+        a, b = normal(n, positions, inputs, dtype=dtype), normal(n, positions, outputs, dtype=dtype)
+        b = torch.stack([(c + 1) * b.roll(c, 0) for c in range(columns)], 1)
+        gradients = torch.einsum("itd,ictm->icmd", a.double(), b.double()).flatten(2)
+        truth = torch.einsum("icp,jep->icje", gradients, gradients)
+
+        def run_gram(a=a, b=b):
+            return [ops.gradient_gram(a, b)]
+
+        assert_close(same_bits_for_threads(run_gram)[0], truth, dtype)
+
+
 def check_lift_moments(dtype):
     for rows, dim, lifted in ((1, 1, 1), (517, 10, 63), (100, 33, 100)):
         z, weight = normal(rows, dim, dtype=dtype), normal(lifted, dim, dtype=dtype) / dim**0.5
@@ -290,6 +303,7 @@ def check_all():
         check_moments(dtype)
         check_lift(dtype)
         check_spatial_moments(dtype)
+        check_gradient_gram(dtype)
         check_lift_moments(dtype)
         check_dual_norm(dtype)
         check_dual_softmax(dtype)

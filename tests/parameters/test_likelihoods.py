@@ -373,6 +373,11 @@ def test_a_variance_is_a_copy():
     assert torch.equal(likelihood.variance, torch.ones(2, dtype=torch.float64))
 
 
+def test_a_variance_keeps_its_digits():
+    """Catches a number that passes through the default dtype, float32."""
+    assert Gaussian(0.1).variance.item() == 0.1
+
+
 def test_functions_that_are_not_there_name_the_way_out():
     """Catches an exact Fisher matrix of zeros, and an error without a way on."""
     f = torch.zeros(2, 2)

@@ -52,12 +52,15 @@ RESULTS: dict[str, type[ParameterFisher]] = {
 }
 
 
-class _Adds(Protocol):
+Summed = TypeVar("Summed", covariant=True)
+
+
+class Sums(Protocol[Summed]):
+    """What is summed over batches, an `Accumulator` or the like."""
+
     def add(self, sweep: Sweep) -> None: ...
+    def result(self, samples: int) -> Summed: ...
 
-
-Adding = TypeVar("Adding", bound=_Adds)
-"""What is summed over batches."""
 
 FISHER_TYPES = ("exact", "mc", "empirical")
 
@@ -139,7 +142,7 @@ def fisher(
     check_choice("structure", structure, ACCUMULATORS)
     accumulate = ACCUMULATORS[structure]
     check_options(accumulate, settings, structure, positional=2)
-    accumulator, seen = over_data(
+    return over_data(
         lambda model, layout: accumulate(layout, fisher_type, **settings),
         model,
         likelihood,
@@ -151,11 +154,10 @@ def fisher(
         seed=seed,
         progress=progress,
     )
-    return accumulator.result(seen)
 
 
 def over_data(
-    make: Callable[[nn.Module, ParameterLayout], Adding],
+    make: Callable[[nn.Module, ParameterLayout], Sums[Summed]],
     model: nn.Module,
     likelihood: Likelihood,
     data: Data,
@@ -166,8 +168,8 @@ def over_data(
     batch_size: int,
     seed: int,
     progress: bool,
-) -> tuple[Adding, int]:
-    """Add the sweeps of all batches to what `make(model, layout)` gives; it and the samples seen.
+) -> Summed:
+    """Add the sweeps of all batches to what `make(model, layout)` gives; its result.
 
     Arguments are those of `fisher`, checked here.
     """
@@ -203,7 +205,7 @@ def over_data(
             accumulator.add(sweep)
             seen += sweep.samples
             bar.update(sweep.samples)
-    return accumulator, seen
+        return accumulator.result(seen)
 
 
 def from_state_dict(state: Mapping[str, Any]) -> ParameterFisher:

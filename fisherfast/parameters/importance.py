@@ -225,11 +225,9 @@ def importance(
     def make(model: nn.Module, layout: ParameterLayout) -> GateSums:
         return GateSums(model, layout, by_unit=per == "unit")
 
-    sums, seen = over_data(make, model, likelihood, data, **settings)
-    gates = sums.result(seen)
-    return Importance(
-        per, {name: value / 2 for name, value in gates.items()}, gates, seen, fisher_type
-    )
+    gates, seen = over_data(make, model, likelihood, data, **settings)
+    halves = {name: value / 2 for name, value in gates.items()}
+    return Importance(per, halves, gates, seen, fisher_type)
 
 
 def _per_parameter(model: nn.Module, fisher: ParameterFisher) -> Importance:

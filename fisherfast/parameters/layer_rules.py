@@ -45,6 +45,11 @@ class _Layer(Rule):
             for attribute, shape in zip(self.attributes, self.shapes, strict=True)
         )
 
+
+class _LinearMap(_Layer):
+    """A layer whose output is known to be linear in its parameters: products with vectors are
+    passes of the layer, and no per-sample gradients."""
+
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
         """The output [n, ...] for x if the parameters measured were v and all others zero: it is
         linear in v, and <G_i, v> = <g_i, output_i>."""
@@ -64,7 +69,7 @@ class _Layer(Rule):
             return torch.autograd.grad(output, v, weighted.reshape(output.shape))
 
 
-class MatrixRule(_Layer):
+class MatrixRule(_LinearMap):
     """A layer that multiplies by a matrix: at each of T positions, in each of G groups, rows
     a [n, G, T, D] meet gradients b [n, G, T, M], and the weights' gradient is sum_t b_t a_t^T."""
 
@@ -232,7 +237,7 @@ def unfolded(module: nn.Module, x: Tensor) -> Tensor:
     return x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))
 
 
-class Norm(_Layer):
+class Norm(_LinearMap):
     """Batch norm that uses its running statistics, layer, group, instance and RMS norm: a scale and
     a shift of the normalised activations, shared by all positions."""
 
@@ -283,7 +288,7 @@ class Norm(_Layer):
         return values.flatten(2).sum(2) if values.dim() > 2 else values
 
 
-class Embedding(_Layer):
+class Embedding(_LinearMap):
     """nn.Embedding: x [n, ...] whole numbers, g [n, ..., D]; the padding row has no gradient."""
 
     folds = True

@@ -177,11 +177,11 @@ def _cholesky(matrix: Tensor, damping: float) -> Tensor:
     Raises:
         ValueError: damping is lost in the rounding of the matrix.
     """
+    least = torch.finfo(torch.float64).eps * float(matrix.norm())
     damped = matrix.clone()
     damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed):
-        least = float(matrix.diagonal().max()) * len(matrix) * torch.finfo(torch.float64).eps
+    if damping < least or int(failed):
         raise ValueError(
             f"damping must be more than rounding, about {least:.1e} for this F, got {damping}"
         )

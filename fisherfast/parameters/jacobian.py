@@ -7,7 +7,7 @@ its Gram matrix J J^T and the squares of its columns follow from what each layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,13 +112,26 @@ class Jacobian:
             for second, right in enumerate(self.pieces[: first + 1]):
                 there = slice(edges[second], edges[second + 1])
                 block = found[here, there].zero_()
-                for key, part in left.items():
-                    block += part.gram(right[key])
+                alike = [key for key in left if type(left[key]) is type(right.get(key))]
+                for key in alike:
+                    block += left[key].gram(right[key])
+                if len(alike) < len(left):  # inputs of other lengths are kept in another form
+                    block += self._rest(left, alike) @ self._rest(right, alike).T
                 if second < first:
                     found[there, here] = block.T
                 else:
                     block.copy_((block + block.T) / 2)
         return found
+
+    def _rest(self, piece: Mapping[Key, LayerRows], without: Container[Key]) -> Tensor:
+        """The rows [N, p] of the layers that are left, parameters in the order of the layout."""
+        slices = self.layout.slices()
+        parts: dict[str, Tensor] = {}
+        for key, part in piece.items():
+            if key not in without:
+                sizes = [slices[name].stop - slices[name].start for name in key]
+                parts |= dict(zip(key, part.dense().split(sizes, dim=1), strict=True))
+        return torch.cat([parts[name] for name in self.layout.names if name in parts], dim=1)
 
     def moment(self) -> Tensor:
         """J^T J [P, P], for networks that are smaller than their data."""

@@ -91,7 +91,7 @@ def test_the_smaller_form_is_kept() -> None:
     kept = found._jacobian.pieces[0]
     assert isinstance(kept["0.weight", "0.bias"], MatrixRows)
     assert isinstance(kept["3.weight", "3.bias"], FactorRows)
-    assert kept["3.weight", "3.bias"].bytes() == 4 * (4 * 72 + 3 * 4 * 30)
+    assert kept["3.weight", "3.bias"].bytes() == 4 * (4 * 72 + found.rows * 30)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "batch norm 2d", "embedding"])
@@ -171,6 +171,28 @@ def test_rank_is_seen_through_rounding(dtype: torch.dtype) -> None:
         x = torch.randn(60, 20, dtype=dtype)
     found = gram(model, x)
     assert found.rank() == 60 * 3
+
+
+def test_batches_of_other_lengths() -> None:
+    """Catches batches whose layers are kept in different forms: a shared layer's rows are smaller
+    than long sequences, and larger than short ones."""
+    network = NETWORKS["shared linear"]
+    model, width = network.make(), network.shape[-1]
+    generator = torch.Generator().manual_seed(2)
+    batches = [
+        torch.randn(3, length, width, dtype=torch.float64, generator=generator)
+        for length in (1, 12, 2)
+    ]
+    found = fp.fisher(model, fp.Categorical(), iter(batches), "gram")
+    assert isinstance(found, GramFisher)
+    forms = {tuple(type(part) for part in piece.values()) for piece in found._jacobian.pieces}
+    assert len(forms) == 2
+    truth = sum(brute_force(model, "categorical", x) for x in batches) / len(batches)
+    assert isinstance(truth, Tensor)
+    assert relative(found.to_dense(), truth) < ROUNDING
+    exact = torch.linalg.eigvalsh(truth)
+    rank = min(found.rows, len(exact))
+    assert relative(torch.linalg.eigvalsh(found.gram())[-rank:], exact[-rank:]) < ROUNDING
 
 
 def test_training_that_goes_on_changes_nothing() -> None:

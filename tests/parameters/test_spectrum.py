@@ -104,7 +104,7 @@ def test_bounds_where_some_are_unknown() -> None:
     assert "between" in repr(found)
 
 
-@pytest.mark.parametrize("structure", ["gram", "lowrank", "diag"])
+@pytest.mark.parametrize("structure", ["gram", "lowrank", "diag", "full"])
 def test_of_a_matrix(structure: str) -> None:
     """Catches a structure whose eigenvalues are taken in the wrong order, or as all there are."""
     model, x, exact = problem()

@@ -207,9 +207,16 @@ SCRIPTS = {
     "bench_fisher_solve": {"fisher_solve": 6},
     "bench_moments": {"moments": 2, "spatial_moments": 2},
     "bench_curve": {"curve": 2},
+    "bench_factors": {"patch_moments": 1, "gradient_gram": 1},
     "bench_dual": {"jvp": 3, "dual_memory": 1, "dual_ops": 12},
 }
-LIMITED = {"fisher_solve", "moments", "spatial_moments"}  # by loads or by arithmetic
+LIMITED = {
+    "fisher_solve",
+    "moments",
+    "spatial_moments",
+    "patch_moments",
+    "gradient_gram",
+}  # by loads or by arithmetic
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import nn
 
@@ -26,7 +26,7 @@ from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.lowrank import LowRankAccumulator, LowRankFisher
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
-from fisherfast.parameters.sweeps import FisherType, sweeps
+from fisherfast.parameters.sweeps import FisherType, Sweep, sweeps
 from fisherfast.taps import own_random_state
 from fisherfast.unwrap import unwrapped
 
@@ -50,6 +50,16 @@ RESULTS: dict[str, type[ParameterFisher]] = {
     "kfac": KroneckerFisher,
     "lowrank": LowRankFisher,
 }
+
+
+Summed = TypeVar("Summed", covariant=True)
+
+
+class Sums(Protocol[Summed]):
+    """What is summed over batches, an `Accumulator` or the like."""
+
+    def add(self, sweep: Sweep) -> None: ...
+    def result(self, samples: int) -> Summed: ...
 
 
 FISHER_TYPES = ("exact", "mc", "empirical")
@@ -130,6 +140,39 @@ def fisher(
         tensor([20.,  2.], dtype=torch.float64)
     """
     check_choice("structure", structure, ACCUMULATORS)
+    accumulate = ACCUMULATORS[structure]
+    check_options(accumulate, settings, structure, positional=2)
+    return over_data(
+        lambda model, layout: accumulate(layout, fisher_type, **settings),
+        model,
+        likelihood,
+        data,
+        fisher_type=fisher_type,
+        samples=samples,
+        parameters=parameters,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def over_data(
+    make: Callable[[nn.Module, ParameterLayout], Sums[Summed]],
+    model: nn.Module,
+    likelihood: Likelihood,
+    data: Data,
+    *,
+    fisher_type: FisherType,
+    samples: int,
+    parameters: Selection,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> Summed:
+    """Add the sweeps of all batches to what `make(model, layout)` gives; its result.
+
+    Arguments are those of `fisher`, checked here.
+    """
     check_choice("fisher_type", fisher_type, FISHER_TYPES)
     check_likelihood(likelihood)
     check_count("samples", samples)
@@ -140,8 +183,6 @@ def fisher(
         )
     check_count("batch_size", batch_size)
     check_seed(seed)
-    accumulate = ACCUMULATORS[structure]
-    check_options(accumulate, settings, structure, positional=2)
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
     with (
@@ -149,7 +190,7 @@ def fisher(
         own_random_state(model, seed),
         progress_bar(progress, total=count(data), title="Fisher matrix") as bar,
     ):
-        accumulator = accumulate(layout, fisher_type, **settings)
+        accumulator = make(model, layout)
         seen = 0
         for sweep in sweeps(
             model,

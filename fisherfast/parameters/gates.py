@@ -61,9 +61,10 @@ class GateSums:
         sweep.visit(self._take)
         self._outputs = {}
 
-    def result(self, samples: int) -> dict[str, Tensor]:
-        """Information about the gates, float64: [units] by name of the units, or [] by layer."""
-        return {label: total / samples for label, total in self._sums.items()}
+    def result(self, samples: int) -> tuple[dict[str, Tensor], int]:
+        """Information about the gates, float64: [units] by name of the units, or [] by layer; and
+        how many samples it was averaged over."""
+        return {label: total / samples for label, total in self._sums.items()}, samples
 
     def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
         found = self._scores(rule, x, g)

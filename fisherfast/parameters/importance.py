@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.batches import Data
+from fisherfast.parameters.checks import check_choice
 from fisherfast.parameters.fisher import fisher as measure
+from fisherfast.parameters.fisher import over_data
 from fisherfast.parameters.gates import GateSums
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.matrix import ParameterFisher
-from fisherfast.parameters.sweeps import FisherType, sweeps
+from fisherfast.parameters.sweeps import FisherType
 from fisherfast.unwrap import unwrapped
 
 if TYPE_CHECKING:
@@ -140,6 +142,7 @@ def importance(
     parameters: Selection = None,
     batch_size: int = 256,
     seed: int = 0,
+    progress: bool = False,
 ) -> Importance:
     """The rise of the loss -log p(y | x, w), in nats per sample, expected when parameters are set
     to zero, to second order about a trained network:
@@ -168,8 +171,8 @@ def importance(
         per: "parameter", "unit" or "layer".
         fisher: a Fisher matrix of the model measured already, in place of likelihood and data; per
             parameter only, of any structure.
-        fisher_type, samples, parameters, batch_size, seed: as of `fisher`. A unit or layer has
-            those of its parameters that are chosen.
+        fisher_type, samples, parameters, batch_size, seed, progress: as of `fisher`. A unit or
+            layer has those of its parameters that are chosen.
 
     Returns:
         `Importance`, float64.
@@ -196,9 +199,7 @@ def importance(
         >>> int(found.least(0.25)["0"].sum() + found.least(0.25)["2"].sum())  # of 8 + 3 units
         3
     """
-    if per not in ("parameter", "unit", "layer"):
-        raise ValueError(f'per must be "parameter", "unit" or "layer", got {per!r}')
-    model = unwrapped(model)
+    check_choice("per", per, ("parameter", "unit", "layer"))
     if fisher is not None:
         if likelihood is not None or data is not None:
             raise ValueError("fisher must be given alone, got likelihood or data as well")
@@ -207,28 +208,26 @@ def importance(
                 f'fisher must be left out for per="{per}", got one: units and layers need the sums'
                 " inside of each sample; give likelihood and data"
             )
-        return _per_parameter(model, fisher)
+        return _per_parameter(unwrapped(model), fisher)
     if likelihood is None or data is None:
         raise ValueError("likelihood and data must be given, or fisher, got neither")
     settings: dict[str, Any] = {
         "fisher_type": fisher_type,
         "samples": samples,
+        "parameters": parameters,
         "batch_size": batch_size,
         "seed": seed,
+        "progress": progress,
     }
     if per == "parameter":
-        found = measure(model, likelihood, data, parameters=parameters, **settings)
-        return _per_parameter(model, found)
-    layout = ParameterLayout.of(model, parameters)
-    sums = GateSums(model, layout, by_unit=per == "unit")
-    seen = 0
-    for sweep in sweeps(model, likelihood, data, layout, **settings):
-        sums.add(sweep)
-        seen += sweep.samples
-    gates = sums.result(seen)
-    return Importance(
-        per, {name: value / 2 for name, value in gates.items()}, gates, seen, fisher_type
-    )
+        return _per_parameter(unwrapped(model), measure(model, likelihood, data, **settings))
+
+    def make(model: nn.Module, layout: ParameterLayout) -> GateSums:
+        return GateSums(model, layout, by_unit=per == "unit")
+
+    gates, seen = over_data(make, model, likelihood, data, **settings)
+    halves = {name: value / 2 for name, value in gates.items()}
+    return Importance(per, halves, gates, seen, fisher_type)
 
 
 def _per_parameter(model: nn.Module, fisher: ParameterFisher) -> Importance:

@@ -7,9 +7,11 @@
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/gradient_gram.h"
+#include "ops/gradient_squares.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
+#include "ops/patch_moments.h"
 #include "ops/spatial_moments.h"
 
 namespace cuda_host {
@@ -137,6 +139,38 @@ void spatial_moments(Case& call) {
   spatial_moments_cuda(args, kDevice, nullptr);
 }
 
+template <typename T>
+void gradient_squares(Case& call) {
+  GradientSquaresArgs<T> args{};
+  args.x = call.input<T>("x");
+  args.g = call.input<T>("g");
+  for (int i = 0; i < 4; ++i) {
+    args.x_strides[i] = call.number("x_stride" + std::to_string(i));
+    args.g_strides[i] = call.number("g_stride" + std::to_string(i));
+  }
+  args.samples = call.number("samples");
+  args.groups = call.number("groups");
+  args.inputs = call.number("group_inputs");
+  args.outputs = call.number("group_outputs");
+  for (int i = 0; i < 2; ++i) {
+    const std::string axis = std::to_string(i);
+    args.in[i] = call.number("in" + axis);
+    args.out[i] = call.number("out" + axis);
+    args.kernel[i] = call.number("kernel" + axis);
+    args.stride[i] = call.number("stride" + axis);
+    args.padding[i] = call.number("padding" + axis);
+    args.dilation[i] = call.number("dilation" + axis);
+  }
+  const index_t columns = args.inputs * args.kernel[0] * args.kernel[1];
+  args.squares = call.output<double>("squares", args.groups * args.outputs * columns);
+  const index_t doubles =
+      gradient_squares_workspace(args.samples, args.groups, args.outputs, columns);
+  const std::unique_ptr<double[]> workspace(new double[doubles]);
+  std::memset(workspace.get(), 0xff, doubles * sizeof(double));
+  args.workspace = workspace.get();
+  gradient_squares_cuda(args, kDevice, nullptr);
+}
+
 // x and y of a dual op: apart, or y in the place of a copy of x.
 template <typename T, typename Args>
 void dual_buffers(Case& call, Args& args, index_t numbers) {
@@ -243,6 +277,34 @@ void gradient_gram(Case& call) {
 }
 
 template <typename T>
+void patch_moments(Case& call) {
+  PatchMomentsArgs<T> args{};
+  args.x = call.input<T>("x");
+  for (int i = 0; i < 4; ++i) args.strides[i] = call.number("stride" + std::to_string(i));
+  for (int i = 0; i < 2; ++i) {
+    const std::string dim = std::to_string(i);
+    args.geometry.size[i] = call.number("size" + dim);
+    args.geometry.kernel[i] = call.number("kernel" + dim);
+    args.geometry.stride[i] = call.number("step" + dim);
+    args.geometry.padding[i] = call.number("padding" + dim);
+    args.geometry.dilation[i] = call.number("dilation" + dim);
+    args.geometry.out[i] = call.number("out" + dim);
+  }
+  args.samples = call.number("samples");
+  args.channels = call.number("channels");
+  args.groups = call.number("groups");
+  args.width = args.channels * args.geometry.kernel[0] * args.geometry.kernel[1];
+  args.sums = call.output<double>("sums", args.groups * args.width);
+  args.cross = call.output<double>("cross", args.groups * args.width * args.width);
+  const index_t rows = args.samples * args.geometry.out[0] * args.geometry.out[1];
+  const index_t doubles = patch_moments_workspace(rows, args.width, args.groups);
+  const std::unique_ptr<double[]> workspace(new double[doubles]);
+  std::memset(workspace.get(), 0xff, doubles * sizeof(double));
+  args.workspace = workspace.get();
+  patch_moments_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
 bool run(Case& call) {
   static const std::map<std::string, void (*)(Case&)> ops = {
       {"dual_activation", dual_activation<T>},
@@ -252,7 +314,9 @@ bool run(Case& call) {
       {"fisher_solve", fisher_solve<T>},
       {"fisher_solve_backward", fisher_solve_backward<T>},
       {"gradient_gram", gradient_gram<T>},
+      {"gradient_squares", gradient_squares<T>},
       {"moments", moments<T>},
+      {"patch_moments", patch_moments<T>},
       {"spatial_moments", spatial_moments<T>},
       {"lift", lift<T>},
       {"lift_moments", lift_moments<T>}};

@@ -231,6 +231,40 @@ def check_gradient_gram(dtype):
         assert_close(same_bits_for_threads(run_gram)[0], truth, dtype)
 
 
+def check_gradient_squares(dtype):
+    for shape, outputs in (((1, 1, 1, 1), 1), ((70, 6, 5, 7), 34), ((3, 4, 20, 30), 150)):
+        x, g = normal(*shape, dtype=dtype), normal(shape[0], outputs, *shape[2:], dtype=dtype)
+        truth = reference.gradient_squares(x.double(), g.double(), (3, 1), padding=(1, 0))
+        for memory in (torch.contiguous_format, torch.channels_last):
+            pair = [part.contiguous(memory_format=memory) for part in (x, g)]
+
+            def run_squares(pair=pair):
+                return [ops.gradient_squares(*pair, (3, 1), padding=(1, 0))]
+
+            assert_close(same_bits_for_threads(run_squares)[0], truth, dtype)
+
+
+def check_patch_moments(dtype):
+    for shape, stride, groups in (
+        ((1, 1, 3, 3), 1, 1),
+        ((5, 17, 9, 21), 2, 1),
+        ((3, 4, 9, 35), 1, 2),
+    ):
+        x = normal(*shape, dtype=dtype)
+        geometry = ((3, 3), (stride, stride), (1, 1), (1, 1))
+        truth = reference.patch_moments(x, *geometry, groups)
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+
+            def run_patches(layout=layout, geometry=geometry, groups=groups):
+                kernel, stride, padding, _ = geometry
+                return ops.patch_moments(
+                    layout, kernel, stride=stride, padding=padding, groups=groups
+                )
+
+            for left, right in zip(same_bits_for_threads(run_patches), truth, strict=True):
+                assert_close(left, right, dtype)
+
+
 def check_lift_moments(dtype):
     for rows, dim, lifted in ((1, 1, 1), (517, 10, 63), (100, 33, 100)):
         z, weight = normal(rows, dim, dtype=dtype), normal(lifted, dim, dtype=dtype) / dim**0.5
@@ -304,6 +338,8 @@ def check_all():
         check_lift(dtype)
         check_spatial_moments(dtype)
         check_gradient_gram(dtype)
+        check_gradient_squares(dtype)
+        check_patch_moments(dtype)
         check_lift_moments(dtype)
         check_dual_norm(dtype)
         check_dual_softmax(dtype)

@@ -260,7 +260,7 @@ def test_a_fisher_matrix_that_is_there_is_used():
 def test_bad_arguments():
     """Catches a silent default."""
     model, x = nn.Linear(4, 3), torch.ones(2, 4)
-    with pytest.raises(ValueError, match=r"per must be .* got 'channel'"):
+    with pytest.raises(ValueError, match=r"per must be one of .*, got 'channel'"):
         importance(model, Categorical(), x, per="channel")
     with pytest.raises(ValueError, match="likelihood and data must be given, or fisher"):
         importance(model, Categorical())
@@ -270,6 +270,8 @@ def test_bad_arguments():
         importance(model, Categorical(), x)["fc"]
     with pytest.raises(ValueError, match="at least one sample"):
         importance(model, Categorical(), torch.ones(0, 4), per="unit")
+    with pytest.raises(ValueError, match="fisher_type must be one of"):
+        importance(model, Categorical(), x, per="layer", fisher_type="true")
     noisy = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
     with pytest.raises(ValueError, match="eval"):
         importance(noisy, Categorical(), torch.ones(6, 4), per="unit")

@@ -62,6 +62,13 @@ NETWORKS = {
         ),
         (4, 7),
     ),
+    "same": (lambda: conv(padding="same", dilation=(1, 3)), (4, 4, 7)),
+    "one sided": (
+        lambda: nn.Sequential(
+            nn.Conv1d(4, 4, 4, padding="same"), nn.Tanh(), LastMeans(), nn.Linear(4, CLASSES)
+        ),
+        (4, 6),
+    ),
     "3d": (
         lambda: nn.Sequential(nn.Conv3d(2, 4, 2), nn.Tanh(), Means(), nn.Linear(4, CLASSES)),
         (2, 3, 3, 4),
@@ -194,6 +201,7 @@ def only_blocks(matrix, model):
 # --- the factors ---------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equals_products_built_by_loops(name, sharing):

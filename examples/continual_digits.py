@@ -55,13 +55,13 @@ SPLIT = (0.6, 0.8)
 
 HIDDEN = 128
 EPOCHS = 15
-BATCH = 32
-LEARNING_RATE = 1e-3
+BATCH = 64
+LEARNING_RATE = 2e-3
 
 STRENGTHS = {
-    "distance": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "online": (10.0, 30.0, 100.0, 300.0, 1000.0),
-    "consolidation": (10.0, 30.0, 100.0, 300.0, 1000.0),
+    "distance": (1e-3, 3e-3, 1e-2),
+    "online": (30.0, 100.0, 300.0),
+    "consolidation": (30.0, 100.0, 300.0),
 }
 """Tried by --choose."""
 
@@ -364,13 +364,11 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, print, draw; returns what is written to result.json."""
     options = arguments(given)
     if options.choose:
-        tried = {
-            protocol: {
-                method: choose(protocol, method, options.epochs)[1] for method in CHOSEN[protocol]
-            }
-            for protocol in options.protocol
-        }
-        print(json.dumps(tried, indent=1))
+        tried: dict[str, Any] = {protocol: {} for protocol in options.protocol}
+        for protocol in options.protocol:
+            for method in CHOSEN[protocol]:
+                best, tried[protocol][method] = choose(protocol, method, options.epochs)
+                print(protocol, method, best, tried[protocol][method], flush=True)
         return tried
     start = time.perf_counter()
     protocols = ["permuted"] if options.quick else options.protocol

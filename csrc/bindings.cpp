@@ -16,6 +16,7 @@
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/gradient_gram.h"
+#include "ops/gradient_squares.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
@@ -28,6 +29,8 @@ namespace {
 
 using Address = std::uintptr_t;
 using Strides3 = std::array<index_t, 3>;
+using Strides4 = std::array<index_t, 4>;
+using Plane = std::array<index_t, 2>;
 using PoolSizes = std::array<index_t, kPoolDims>;
 using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
@@ -237,6 +240,30 @@ GradientGramArgs<T> gradient_gram_args(Address a, Strides3 a_strides, Address b,
           symmetric};
 }
 
+template <typename T>
+GradientSquaresArgs<T> gradient_squares_args(Address x, Address g, Strides4 x_strides,
+                                             Strides4 g_strides, Address squares, Address workspace,
+                                             index_t samples, index_t groups, index_t inputs,
+                                             index_t outputs, Plane in, Plane out, Plane kernel,
+                                             Plane stride, Plane padding, Plane dilation) {
+  return {pointer<const T>(x),
+          pointer<const T>(g),
+          {x_strides[0], x_strides[1], x_strides[2], x_strides[3]},
+          {g_strides[0], g_strides[1], g_strides[2], g_strides[3]},
+          pointer<double>(squares),
+          pointer<double>(workspace),
+          samples,
+          groups,
+          inputs,
+          outputs,
+          {in[0], in[1]},
+          {out[0], out[1]},
+          {kernel[0], kernel[1]},
+          {stride[0], stride[1]},
+          {padding[0], padding[1]},
+          {dilation[0], dilation[1]}};
+}
+
 // Binds launch(make_args(numbers...), threads) as name(numbers..., threads).
 template <typename Args, typename... Numbers>
 void bind_cpu(py::module_& module, const std::string& name, Args (*make_args)(Numbers...),
@@ -252,6 +279,8 @@ void bind_cpu_ops(py::module_& module, const std::string& dtype) {
   bind_cpu(module, "fisher_solve_cpu_" + dtype, fisher_solve_args<T>, fisher_solve_cpu<T>);
   bind_cpu(module, "fisher_solve_backward_cpu_" + dtype, fisher_solve_backward_args<T>,
            fisher_solve_backward_cpu<T>);
+  bind_cpu(module, "gradient_squares_cpu_" + dtype, gradient_squares_args<T>,
+           gradient_squares_cpu<T>);
   bind_cpu(module, "moments_cpu_" + dtype, moments_args<T>, moments_cpu<T>);
   bind_cpu(module, "spatial_moments_cpu_" + dtype, spatial_moments_args<T>, spatial_moments_cpu<T>);
   bind_cpu(module, "lift_cpu_" + dtype, lift_args<T>, lift_cpu<T>);
@@ -281,6 +310,8 @@ void bind_cuda_ops(py::module_& module, const std::string& dtype) {
   bind_cuda(module, "fisher_solve_cuda_" + dtype, fisher_solve_args<T>, fisher_solve_cuda<T>);
   bind_cuda(module, "fisher_solve_backward_cuda_" + dtype, fisher_solve_backward_args<T>,
             fisher_solve_backward_cuda<T>);
+  bind_cuda(module, "gradient_squares_cuda_" + dtype, gradient_squares_args<T>,
+            gradient_squares_cuda<T>);
   bind_cuda(module, "moments_cuda_" + dtype, moments_args<T>, moments_cuda<T>);
   bind_cuda(module, "spatial_moments_cuda_" + dtype, spatial_moments_args<T>,
             spatial_moments_cuda<T>);
@@ -296,6 +327,11 @@ void bind_cuda_ops(py::module_& module, const std::string& dtype) {
   module.def(("moments_workspace_" + dtype).c_str(), [](index_t rows, index_t dim, index_t groups) {
     return moments_workspace(rows, dim, groups) * static_cast<index_t>(sizeof(double));
   });
+  module.def(("gradient_squares_workspace_" + dtype).c_str(),
+             [](index_t samples, index_t groups, index_t outputs, index_t columns) {
+               return gradient_squares_workspace(samples, groups, outputs, columns) *
+                      static_cast<index_t>(sizeof(double));
+             });
   module.def(("lift_moments_workspace_" + dtype).c_str(), &lift_moments_workspace<T>);
   module.def(("fisher_solve_shared_bytes_" + dtype).c_str(), &fisher_solve_shared_bytes<T>);
 }

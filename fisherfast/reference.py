@@ -6,8 +6,13 @@ kernels compute, line by line. Feed them float64 to get the truth a kernel is me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+GRADIENT_NUMBERS = 1 << 22
+"""Numbers of patches and gradients that `gradient_squares` holds at a time."""
 
 
 def fisher_solve(
@@ -170,6 +175,37 @@ def gradient_gram(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Ten
     )
     products = left.flatten(0, 1) @ right.flatten(0, 1).T
     return products.reshape(*left.shape[:2], *right.shape[:2])
+
+
+def gradient_squares(
+    x: Tensor,
+    g: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Sums over samples of the squared gradients of a convolution's weights.
+
+        squares[m, c, a, b] = sum_i ( sum_t g[i, m, t] patch[i, c, a, b, t] )^2
+
+    See `fisherfast.ops.gradient_squares` for arguments and results. Every sum is float64; the
+    samples are taken a few at a time, so that their patches and gradients stay within 32 MB.
+    """
+    outputs, inputs = g.shape[1] // groups, x.shape[1] // groups
+    columns = inputs * kernel[0] * kernel[1]
+    squares = x.new_zeros((groups, outputs, columns), dtype=torch.float64)
+    settings = (tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+    numbers = groups * columns * (outputs + g.shape[2] * g.shape[3])  # of a sample
+    few = max(1, GRADIENT_NUMBERS // max(1, numbers))
+    for first in range(0, len(x) if squares.numel() and g.numel() else 0, few):
+        image, gradient = (rows[first : first + few].double() for rows in (x, g))
+        patches = torch.nn.functional.unfold(image, *settings)
+        patches = patches.unflatten(1, (groups, columns))
+        rows = gradient.flatten(2).unflatten(1, (groups, outputs)) @ patches.mT
+        squares += rows.square().sum(0)
+    return squares.reshape(g.shape[1], inputs, *kernel)
 
 
 def lift(

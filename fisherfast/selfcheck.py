@@ -164,6 +164,16 @@ def _moments_error(device: torch.device, dtype: torch.dtype) -> float:
     return _largest_error(got, reference.moments(x - pilot, group, groups))
 
 
+def _gradient_squares_error(device: torch.device, dtype: torch.dtype) -> float:
+    x, g = _normal(device, dtype, 5, 6, 21, 17), _normal(device, dtype, 5, 34, 10, 19)
+    numbers = ([3, 2], [2, 1], [0, 2], [1, 2])
+    settings = dict(zip(("stride", "padding", "dilation"), numbers[1:], strict=True))
+    layouts = (x, x.contiguous(memory_format=torch.channels_last))
+    got = [ops.gradient_squares(one, g, numbers[0], groups=2, **settings) for one in layouts]
+    truth = reference.gradient_squares(x.double(), g.double(), *numbers, 2)
+    return _largest_error(got, [truth, truth])
+
+
 def _lift_error(device: torch.device, dtype: torch.dtype) -> float:
     rows, dim, groups, first = 3001, 33, 16, 5
     projected = _normal(device, dtype, rows, dim)
@@ -222,6 +232,7 @@ def _gradient_gram_error(device: torch.device, dtype: torch.dtype) -> float:
 
 _COMPARISONS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
     "fisher_solve": _fisher_solve_error,
+    "gradient_squares": _gradient_squares_error,
     "moments": _moments_error,
     "lift": _lift_error,
     "dual_activation": _dual_activation_error,

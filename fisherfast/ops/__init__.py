@@ -21,6 +21,7 @@ from fisherfast.ops._fisher_solve import (
     fisher_solve_details,
 )
 from fisherfast.ops._gradient_gram import gradient_gram
+from fisherfast.ops._gradient_squares import gradient_squares
 from fisherfast.ops._lift import lift, lift_moments_
 from fisherfast.ops._moments import moments, spatial_moments
 
@@ -35,6 +36,7 @@ __all__ = [
     "fisher_solve_backward",
     "fisher_solve_details",
     "gradient_gram",
+    "gradient_squares",
     "lift",
     "lift_moments_",
     "moments",

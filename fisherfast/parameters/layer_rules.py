@@ -1,4 +1,4 @@
-"""The rules of PyTorch's own layers: linear, convolution, norms, embedding.
+"""The rules of PyTorch's own layers: linear, convolution, transposed convolution, norms, embedding.
 
 Each is found by the class of the module and the way it is set; what has no rule here is measured by
 per-sample gradients (`rows.py`), which is slower and always right.
@@ -17,7 +17,7 @@ from fisherfast import ops
 from fisherfast.parameters.column_gram import column_gram
 from fisherfast.parameters.rules import Rule
 
-__all__ = ["Convolution", "Embedding", "Linear", "Norm", "rule_for"]
+__all__ = ["Convolution", "Embedding", "Linear", "Norm", "TransposedConvolution", "rule_for"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -27,6 +27,14 @@ Sharing = Literal["expand", "reduce"]
 
 PORTION_BYTES = 32 * 2**20
 """Of the rows a that are in memory at a time, where they are a copy of x."""
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+IN_CACHE = 1 << 18
+"""Numbers of a temporary that is read at once: some samples at a time, 2 MB at most."""
+IN_MEMORY = 1 << 22
+"""Numbers of patches and per-sample gradients at a time, where no kernel does without: 32 MB."""
 
 
 class _Layer(Rule):
@@ -62,6 +70,23 @@ class _Layer(Rule):
             v = [g.new_zeros(shape).requires_grad_() for shape in self.shapes]
             output = self.applied(x, v)
             return torch.autograd.grad(output, v, weighted.reshape(output.shape))
+
+    def _shaped(self, **parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            parts[attribute].reshape(shape)
+            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
+        )
+
+
+def _parts(samples: int, numbers: int, limit: int) -> Iterator[slice]:
+    """Slices of samples of `numbers` numbers each: of at most `limit` numbers, or one sample."""
+    few = max(1, limit // max(1, numbers))
+    return (slice(first, first + few) for first in range(0, samples, few))
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    """sum_i rows_i^2 of rows [n, ...], in float64."""
+    return rows.double().square().sum(0)
 
 
 class MatrixRule(_Layer):
@@ -172,6 +197,16 @@ def _second_moment(rows: Tensor, *, with_one: bool = False) -> Tensor:
         1,
     )
 
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """See `Rule.squares`; a few samples at a time."""
+        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
+        a, b = self.matrices(x[:1], g[:1])
+        numbers = a.numel() + b.numel() + sum(shape.numel() for shape in self.shapes)
+        for part in _parts(len(x), numbers, IN_MEMORY):
+            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
+                total += _sum_of_squares(rows)
+        return tuple(sums)
+
 
 class Linear(MatrixRule):
     """nn.Linear: x [n, ..., D], g [n, ..., M]; the dimensions between are shared positions."""
@@ -192,6 +227,19 @@ class Linear(MatrixRule):
 
     def output_rows(self, g: Tensor) -> Tensor:
         return g.reshape(len(g), 1, -1, g.shape[-1])
+
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """See `Rule.squares`; where there is one position, it is a product of matrices."""
+        x, g = (rows.reshape(len(rows), -1, rows.shape[-1]) for rows in (x, g))
+        parts = {}
+        if "weight" in self.attributes and x.shape[1] > 1:
+            parts["weight"] = _kernel_squares(x.mT, g.mT)
+        elif "weight" in self.attributes:
+            # float64: a reduced precision of products, which the user may have set, ends at float32
+            parts["weight"] = g.sum(1).double().square().T @ x.sum(1).double().square()
+        if "bias" in self.attributes:
+            parts["bias"] = _sum_of_squares(g.sum(1))
+        return self._shaped(**parts)
 
 
 class Convolution(MatrixRule):
@@ -217,14 +265,133 @@ class Convolution(MatrixRule):
             weight = x.new_zeros(module.weight.shape)
         return module._conv_forward(x, weight, parts.get("bias"))  # as its padding mode has it
 
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """See `Rule.squares`; a few samples at a time for three dimensions."""
+        module = self.module
+        assert isinstance(module, CONVOLUTIONS)
+        spatial = len(module.kernel_size)
+        if spatial > 2:  # the kernel knows images
+            return super().squares(x, g)
+        parts = {}
+        if "weight" in self.attributes:
+            around = list(module._reversed_padding_repeated_twice)
+            padding = around[::2][::-1]
+            if module.padding_mode != "zeros" or around[::2] != around[1::2]:
+                x, padding = padded(module, x), [0] * spatial
+            parts["weight"] = _kernel_squares(
+                x,
+                g,
+                module.kernel_size,
+                stride=module.stride,
+                padding=padding,
+                dilation=module.dilation,
+                groups=module.groups,
+            )
+        if "bias" in self.attributes:
+            parts["bias"] = _sum_of_squares(g.flatten(2).sum(2))
+        return self._shaped(**parts)
+
+
+class TransposedConvolution(_Layer):
+    """nn.ConvTranspose1d, ConvTranspose2d: the convolution that takes g to the shape of x has the
+    same gradients, with x and g in exchanged roles."""
+
+    products = Rule.products
+    weighted_sum = Rule.weighted_sum
+
+    def _settings(self) -> Iterator[tuple[int, int, int, int]]:
+        """(stride, dilation, kernel, padding) of each axis."""
+        module = self.module
+        assert isinstance(module, TRANSPOSED)
+        padding = module.padding
+        assert not isinstance(padding, str)
+        return zip(module.stride, module.dilation, module.kernel_size, padding, strict=True)
+
+    def _margins(self, x: Tensor, g: Tensor) -> list[int]:
+        """What the windows over g reach beyond it, as F.pad takes it; `output_padding` widens g on
+        one side, to where no window may reach (then it is negative)."""
+        margins = []
+        for axis, (stride, dilation, kernel, padding) in enumerate(self._settings(), start=2):
+            last = (x.shape[axis] - 1) * stride - padding + dilation * (kernel - 1)
+            margins.append([padding, last + 1 - g.shape[axis]])
+        return [margin for pair in reversed(margins) for margin in pair]
+
+    def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        parts = {}
+        if "weight" in self.attributes:
+            groups = int(self.module.groups)  # type: ignore[arg-type]
+            settings = list(self._settings())
+            patches = F.pad(g, self._margins(x, g))
+            for axis, (stride, dilation, kernel, _) in enumerate(settings):
+                reach = dilation * (kernel - 1) + 1
+                patches = patches.unfold(2 + axis, reach, stride)[..., ::dilation]
+            # [n, M, *positions, *kernel]
+            spatial = len(settings)
+            patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial)
+            a = patches.movedim(3, -1).flatten(2, -2)  # [n, G, M / G taps, T]
+            b = x.reshape(len(x), groups, x.shape[1] // groups, -1)
+            parts["weight"] = b @ a.mT
+        if "bias" in self.attributes:
+            parts["bias"] = g.flatten(2).sum(2)
+        return self._ordered(**parts)
+
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        parts = {}
+        if "weight" in self.attributes:
+            stride, dilation, kernel, padding = zip(*self._settings(), strict=True)
+            margins, image = self._margins(x, g), g
+            wider = [
+                before - after for before, after in zip(margins[::2], margins[1::2], strict=True)
+            ]
+            if any(wide >= jump for wide, jump in zip(reversed(wider), stride, strict=True)):
+                image, padding = F.pad(g, margins), (0,) * len(kernel)  # else a window more
+            parts["weight"] = _kernel_squares(
+                image,
+                x,
+                kernel,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=int(self.module.groups),  # type: ignore[arg-type]
+            )
+        if "bias" in self.attributes:
+            parts["bias"] = _sum_of_squares(g.flatten(2).sum(2))
+        return self._shaped(**parts)
+
+
+def _kernel_squares(
+    x: Tensor,
+    g: Tensor,
+    kernel: Sequence[int] = (1,),
+    *,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Tensor:
+    """`ops.gradient_squares` of x and g [n, C, L] or [n, C, H, W]."""
+    if x.dim() == 3:
+        x, g = x.unsqueeze(2), g.unsqueeze(2)
+        kernel, stride, dilation = ((1, *numbers) for numbers in (kernel, stride, dilation))
+        padding = (0, *padding)
+    if x.dtype not in (torch.float32, torch.float64):
+        x, g = x.float(), g.float()
+    settings = {"stride": stride, "padding": padding, "dilation": dilation}
+    return ops.gradient_squares(x, g, kernel, groups=groups, **settings)
+
+
+def padded(module: nn.Module, x: Tensor) -> Tensor:
+    """x with the margins of a convolution, whatever they hold."""
+    assert isinstance(module, CONVOLUTIONS)
+    around = list(module._reversed_padding_repeated_twice)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, around, mode=mode) if any(around) else x
+
 
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:
     """Every patch that a convolution's kernel meets: [n, C, *kernel, *positions], a view of x."""
     assert isinstance(module, CONVOLUTIONS)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    around = list(module._reversed_padding_repeated_twice)
-    if any(around):
-        x = F.pad(x, around, mode=mode)
+    x = padded(module, x)
     spatial = len(module.kernel_size)
     for axis in range(spatial):
         reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
@@ -253,6 +420,8 @@ class Norm(_Layer):
             return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
         if isinstance(module, nn.RMSNorm):
             return F.rms_norm(x, module.normalized_shape, None, module.eps)
+        if isinstance(module, INSTANCE_NORMS):
+            return F.instance_norm(x, eps=module.eps)
         assert isinstance(module, nn.GroupNorm)
         return F.group_norm(x, module.num_groups, None, None, module.eps)
 
@@ -274,6 +443,14 @@ class Norm(_Layer):
         if "weight" in parts:
             output = output + self.normalised(x) * parts["weight"]
         return output + parts["bias"] if "bias" in parts else output
+
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """See `Rule.squares`; so few samples at a time that what is normalised is in the caches."""
+        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
+        for part in _parts(len(x), x[:1].numel(), IN_CACHE):
+            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
+                total += _sum_of_squares(rows)
+        return tuple(sums)
 
     def _shared(self, values: Tensor) -> Tensor:
         """Sums over the positions that share a parameter: [n, numbers of the parameter]."""
@@ -330,10 +507,14 @@ def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:
         return Linear(module, own)
     if type(module) in CONVOLUTIONS:
         return Convolution(module, own)
+    if type(module) in TRANSPOSED:
+        return TransposedConvolution(module, own)
     if type(module) in BATCH_NORMS:
         fixed = not module.training and module.running_mean is not None
         return Norm(module, own) if fixed else None
     if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):
+        return Norm(module, own)
+    if isinstance(module, INSTANCE_NORMS) and not module.track_running_stats:
         return Norm(module, own)
     if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
         return Embedding(module, own)

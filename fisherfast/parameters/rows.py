@@ -12,10 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherfast.taps import forgetting
 
-__all__ = ["alone", "one_by_one", "swapping", "vectorised"]
+__all__ = ["NOT_VECTORISED", "alone", "one_by_one", "swapping", "vectorised"]
 
 CHUNK_BYTES = 2**26
 """Per-sample gradients that are computed at a time, 64 MiB."""
+
+NOT_VECTORISED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+"""What models raise under torch.func: a branch on a value, an operation without a rule, a check of
+their own (NotImplementedError is a RuntimeError)."""
 
 SLOW_BATCHING = "There is a performance drop because we have not yet implemented the batching rule"
 """How torch says that an operation is done sample by sample, which is what is asked for."""

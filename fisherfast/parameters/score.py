@@ -235,8 +235,10 @@ class Scores:
         found = {}
         for name, shape in zip(self.layout.names, self.layout.shapes, strict=True):
             value = parameters[name].detach()
-            aim = torch.randn(directions, shape.numel(), generator=generator, device="cpu")
-            aim[0] = value.flatten().float().cpu()
+            aim = torch.randn(
+                directions, shape.numel(), generator=generator, dtype=torch.float64, device="cpu"
+            )
+            aim[0] = value.flatten().cpu()
             aim = torch.nn.functional.normalize(aim, dim=1)
             found[name] = aim.reshape(directions, *shape).to(value)
         return found

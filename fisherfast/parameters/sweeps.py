@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.default_device import each_as_outside, outside
-from fisherfast.parameters.backpropagation import Backpropagation, samples_apart
+from fisherfast.parameters.backpropagation import Backpropagation
 from fisherfast.parameters.batches import Data, batches
 from fisherfast.parameters.checks import check_evaluation, forward_alone
+from fisherfast.parameters.examination import samples_apart
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.rules import Rule

@@ -7,6 +7,7 @@
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/gradient_gram.h"
+#include "ops/gradient_squares.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
@@ -137,6 +138,38 @@ void spatial_moments(Case& call) {
   spatial_moments_cuda(args, kDevice, nullptr);
 }
 
+template <typename T>
+void gradient_squares(Case& call) {
+  GradientSquaresArgs<T> args{};
+  args.x = call.input<T>("x");
+  args.g = call.input<T>("g");
+  for (int i = 0; i < 4; ++i) {
+    args.x_strides[i] = call.number("x_stride" + std::to_string(i));
+    args.g_strides[i] = call.number("g_stride" + std::to_string(i));
+  }
+  args.samples = call.number("samples");
+  args.groups = call.number("groups");
+  args.inputs = call.number("group_inputs");
+  args.outputs = call.number("group_outputs");
+  for (int i = 0; i < 2; ++i) {
+    const std::string axis = std::to_string(i);
+    args.in[i] = call.number("in" + axis);
+    args.out[i] = call.number("out" + axis);
+    args.kernel[i] = call.number("kernel" + axis);
+    args.stride[i] = call.number("stride" + axis);
+    args.padding[i] = call.number("padding" + axis);
+    args.dilation[i] = call.number("dilation" + axis);
+  }
+  const index_t columns = args.inputs * args.kernel[0] * args.kernel[1];
+  args.squares = call.output<double>("squares", args.groups * args.outputs * columns);
+  const index_t doubles =
+      gradient_squares_workspace(args.samples, args.groups, args.outputs, columns);
+  const std::unique_ptr<double[]> workspace(new double[doubles]);
+  std::memset(workspace.get(), 0xff, doubles * sizeof(double));
+  args.workspace = workspace.get();
+  gradient_squares_cuda(args, kDevice, nullptr);
+}
+
 // x and y of a dual op: apart, or y in the place of a copy of x.
 template <typename T, typename Args>
 void dual_buffers(Case& call, Args& args, index_t numbers) {
@@ -252,6 +285,7 @@ bool run(Case& call) {
       {"fisher_solve", fisher_solve<T>},
       {"fisher_solve_backward", fisher_solve_backward<T>},
       {"gradient_gram", gradient_gram<T>},
+      {"gradient_squares", gradient_squares<T>},
       {"moments", moments<T>},
       {"spatial_moments", spatial_moments<T>},
       {"lift", lift<T>},

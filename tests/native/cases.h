@@ -18,6 +18,7 @@
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
 #include "ops/gradient_gram.h"
+#include "ops/gradient_squares.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
@@ -161,6 +162,36 @@ Case spatial_case(const std::string& name, index_t rows, index_t C, index_t H, i
             }
             spatial_moments_cpu(args, threads);
             return out;
+          }};
+}
+
+// A convolution of 3 x 3 with margins of one.
+template <typename T>
+Case gradient_case(const std::string& name, index_t samples, index_t groups, index_t C, index_t M,
+                   index_t H, index_t W) {
+  const index_t in = groups * C, out = groups * M, area = H * W;
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>(samples * in * area));
+  const auto g = std::make_shared<std::vector<T>>(numbers<T>(samples * out * area));
+  return {name, [=](int threads) {
+            Results results;
+            const GradientSquaresArgs<T> args{x->data(),
+                                              g->data(),
+                                              {in * area, area, W, 1},
+                                              {out * area, area, W, 1},
+                                              results.array<double>(out * C * 9),
+                                              nullptr,
+                                              samples,
+                                              groups,
+                                              C,
+                                              M,
+                                              {H, W},
+                                              {H, W},
+                                              {3, 3},
+                                              {1, 1},
+                                              {1, 1},
+                                              {1, 1}};
+            gradient_squares_cpu(args, threads);
+            return results;
           }};
 }
 
@@ -329,10 +360,9 @@ Case dual_pool_case(const std::string& name, index_t outer, index_t height, inde
 }
 
 // Every op, each way that its source file distinguishes. A thread is started for about 1e6
-// multiply-adds in fisher_solve and spatial_moments, 1e5 numbers in the backward pass, 1024 rows in
-// lift and in moments of few columns, 32 KiB of a slice in dual_activation, 1e5 numbers in the
-// other dual ops, 4e6 multiply-adds in
-// the others: each case has 8 times that.
+// multiply-adds in fisher_solve, spatial_moments and gradient_squares, 1e5 numbers in the backward
+// pass, 1024 rows in lift and in moments of few columns, 32 KiB of a slice in dual_activation, 1e5
+// numbers in the other dual ops, 4e6 multiply-adds in the others: each case has 8 times that.
 template <typename T>
 std::vector<Case> cases() {
   return {solve_case<T>("fisher_solve, lanes", 2400, 24, 3, false),
@@ -347,6 +377,8 @@ std::vector<Case> cases() {
           spatial_case<T>("spatial_moments, channels last", 70, 17, 30, 33, true),
           gradient_gram_case<T>("gradient_gram", 20, 3, 33, 50, 17, false),
           gradient_gram_case<T>("gradient_gram, symmetric", 6, 1, 300, 27, 33, true),
+          gradient_case<T>("gradient_squares", 5, 1, 19, 150, 6, 7),
+          gradient_case<T>("gradient_squares, depthwise", 30, 40, 1, 1, 29, 30),
           lift_case<T>(9000, 20, 4),
           dual_norm_case<T>(1000, 170, 5),
           dual_softmax_case<T>("dual_softmax", 1000, 170, 1, 5, false),

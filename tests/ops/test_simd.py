@@ -231,6 +231,19 @@ def check_gradient_gram(dtype):
         assert_close(same_bits_for_threads(run_gram)[0], truth, dtype)
 
 
+def check_gradient_squares(dtype):
+    for shape, outputs in (((1, 1, 1, 1), 1), ((70, 6, 5, 7), 34), ((3, 4, 20, 30), 150)):
+        x, g = normal(*shape, dtype=dtype), normal(shape[0], outputs, *shape[2:], dtype=dtype)
+        truth = reference.gradient_squares(x.double(), g.double(), (3, 1), padding=(1, 0))
+        for memory in (torch.contiguous_format, torch.channels_last):
+            pair = [part.contiguous(memory_format=memory) for part in (x, g)]
+
+            def run_squares(pair=pair):
+                return [ops.gradient_squares(*pair, (3, 1), padding=(1, 0))]
+
+            assert_close(same_bits_for_threads(run_squares)[0], truth, dtype)
+
+
 def check_lift_moments(dtype):
     for rows, dim, lifted in ((1, 1, 1), (517, 10, 63), (100, 33, 100)):
         z, weight = normal(rows, dim, dtype=dtype), normal(lifted, dim, dtype=dtype) / dim**0.5
@@ -304,6 +317,7 @@ def check_all():
         check_lift(dtype)
         check_spatial_moments(dtype)
         check_gradient_gram(dtype)
+        check_gradient_squares(dtype)
         check_lift_moments(dtype)
         check_dual_norm(dtype)
         check_dual_softmax(dtype)

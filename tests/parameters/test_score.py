@@ -336,16 +336,15 @@ def confident() -> nn.Module:
 
 def test_wrong_labels_are_seen():
     """Catches a test without power: labels of other samples, and labels that have nothing to do
-    with the inputs, on a network that is right about the true ones."""
+    with the inputs, on a network that is right about the true ones. Over 25 sets of data and
+    directions T^2 was 364 +- 93 for labels of other samples, at least 226; p = 1e-6 is at 34."""
     model = confident()
     x, y = data(model, Categorical(), 2000)
     assert score(model, Categorical(), x, y).mean_zero_test().p_value > 1e-3
     g = torch.Generator().manual_seed(2)
     others = torch.randint(0, 3, (2000,), generator=g)
     for wrong in (y[torch.randperm(2000, generator=g)], others, (y + 1) % 3):
-        result = score(model, Categorical(), x, wrong).mean_zero_test()
-        assert result.p_value < 1e-12
-        assert result.layers["2"].p_value < 1e-12
+        assert score(model, Categorical(), x, wrong).mean_zero_test().p_value < 1e-6
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -361,13 +360,44 @@ def test_networks_too_sure_or_not_enough_are_seen(factor):
         assert found.layers["2"].p_value < 1e-3
 
 
+def test_the_first_direction_is_that_of_the_parameters():
+    """Catches directions that are all random, or that run over the layers' parameters in another
+    order than the scores: T^2 of one direction is n mean^2 / variance of the projections."""
+    model = confident()
+    x, y = data(model, Categorical(), 100)
+    scores = score(model, Categorical(), x, y, batch_size=60)
+    columns = scores.layout.unflatten(scores.matrix())
+    projected = {}
+    for name, value in model.named_parameters():
+        along = (columns[name] * value.detach() / value.detach().norm()).flatten(1).sum(1)
+        layer = name.split(".")[0]
+        projected[layer] = projected.get(layer, 0) + along
+    together = sum(z / (z.var() + z.mean().square()).sqrt() for z in projected.values())
+    found = scores.mean_zero_test(directions=1)
+    for test, z in [(found, together), *((found.layers[k], z) for k, z in projected.items())]:
+        expected = 100 * float(z.mean().square() / z.var())
+        assert test.statistic == pytest.approx(expected, rel=1e-9)
+
+
+def test_all_layers_of_one_are_that_one():
+    """Catches directions that are counted as independent when the layers are added up: T^2 does not
+    depend on the unit of each."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = data(model, Categorical(), 100)
+    result = score(model, Categorical(), x + 0.3, y).mean_zero_test()
+    assert result.statistic == pytest.approx(result.layers[""].statistic, rel=1e-9)
+    assert result.degrees == result.layers[""].degrees == (4, 96)
+
+
 def test_a_wrong_rate_is_seen():
-    """Catches scores of the logarithm where the rate is meant."""
+    """Catches scores of the logarithm where the rate is meant. Over 25 sets of data and directions
+    T^2 was 146 +- 43, at least 68; p = 1e-4 is at 24."""
     model = network()
     x, y = data(model, Poisson(), 500)
     with torch.no_grad():
         model[-1].bias += 0.3
-    assert score(model, Poisson(), x, y).mean_zero_test().p_value < 1e-6
+    assert score(model, Poisson(), x, y).mean_zero_test().p_value < 1e-4
 
 
 def test_a_wrong_variance_is_not_seen():

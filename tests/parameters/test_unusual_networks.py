@@ -220,14 +220,16 @@ class Positions(nn.Module):
 @pytest.mark.parametrize("positions", [3, 4, SAMPLES, 6, 8])
 def test_positions(positions: int) -> None:
     """As many positions as samples in a batch, in the examination, or a multiple of them."""
-    assert_right(*make(lambda: Positions(positions)))
+    for batch_size in (3, positions):
+        assert_right(*make(lambda: Positions(positions)), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("time", [3, 4, SAMPLES, 6])
 def test_time_first(time: int) -> None:
     """[time, n, d] with as many times as samples."""
     network = NETWORKS["transformer, time first"]
-    assert_right(*make(network.build, (time, 2)))
+    for batch_size in (3, time):
+        assert_right(*make(network.build, (time, 2)), batch_size=batch_size)
 
 
 class Experts(nn.Module):

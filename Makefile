@@ -53,6 +53,7 @@ check: $(READY) ## build facts, devices, every op against its reference
 bench: $(READY) ## speed and memory against torch, about fifteen minutes; needs an idle machine
 	$(BIN)/python benchmarks/bench_fisher_solve.py $(ARGS)
 	$(BIN)/python benchmarks/bench_moments.py $(ARGS)
+	$(BIN)/python benchmarks/bench_gradients.py $(ARGS)
 	$(BIN)/python benchmarks/bench_curve.py $(ARGS)
 	$(BIN)/python benchmarks/bench_dual.py $(ARGS)
 

@@ -32,6 +32,8 @@ def table(results: dict[str, Any]) -> str:
     for row in figures(results, "spatial_moments"):
         size = f"{row['shape']}, {row['layout'].replace('_', ' ')}"
         lines.append(line("`spatial_moments`", size, f"{cell(row)}; {memory(row)}"))
+    for row in figures(results, "gradient_squares"):
+        lines.append(line("`gradient_squares`", gradient_size(row), cell(row)))
     for row in figures(results, "curve"):
         lines.append(curve_line(row))
     lines += [jvp_line(row) for row in figures(results, "jvp")]
@@ -61,6 +63,15 @@ def solve_lines(rows: list[Row]) -> list[str]:
             line("`fisher_solve`", f"d = {dim}, {systems} system{'s' * (systems > 1)}", *cells)
         )
     return lines
+
+
+def gradient_size(row: Row) -> str:
+    """A layer: 64 x [16, 32, 32] to 16 channels, 3 x 3."""
+    layer = row["layer"]
+    image = [layer["inputs"], layer["size"], layer["size"]]
+    kernel = f"{layer['kernel']} x {layer['kernel']}"
+    text = f"{layer['samples']} {TIMES} {image} to {layer['outputs']} channels, {kernel}"
+    return text + (", depthwise" if layer["groups"] > 1 else "")
 
 
 def cell(row: Row) -> str:

@@ -206,6 +206,7 @@ def test_the_correction_matters(load):
 SCRIPTS = {
     "bench_fisher_solve": {"fisher_solve": 6},
     "bench_moments": {"moments": 2, "spatial_moments": 2},
+    "bench_gradients": {"gradient_squares": 2},
     "bench_curve": {"curve": 2},
     "bench_factors": {"patch_moments": 1, "gradient_gram": 1},
     "bench_dual": {"jvp": 3, "dual_memory": 1, "dual_ops": 12},
@@ -216,6 +217,7 @@ LIMITED = {
     "spatial_moments",
     "patch_moments",
     "gradient_gram",
+    "gradient_squares",
 }  # by loads or by arithmetic
 
 
@@ -404,6 +406,17 @@ def test_every_way_of_moments_is_right(load, groups):
     assert len(ways) == (2 if groups == 1 else 4)
     for way in ways:
         assert bench.error_of_pair(way.call(), truth) < 1e-12, way.name
+
+
+def test_every_way_of_gradient_squares_is_right(load):
+    """The same for `gradient_squares`, in float64 against the op."""
+    bench = load("bench_gradients")
+    for layer in bench.TINY_CASES.values():
+        x, g = (part.double() for part in layer.draw("cpu"))
+        kernel = (layer.kernel, layer.kernel)
+        truth = ops.gradient_squares(x, g, kernel, **layer.settings)
+        for way in bench.ways(layer, x, g).values():
+            torch.testing.assert_close(way(), truth, rtol=1e-12, atol=1e-12)
 
 
 # --- tables and figure ---------------------------------------------------------------------------

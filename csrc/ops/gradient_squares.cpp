@@ -56,24 +56,36 @@ template <typename T>
 class Memory {
  public:
   Memory(const GradientSquaresArgs<T>& args, const Cut& cut)
-      : g_(aligned_array<T>(rounded(cut.rows) * positions(args))),
+      : positions_are_lanes_(args.groups > 1 && args.outputs <= kGradientFewRows),
+        g_(aligned_array<T>(gradients(args, cut))),
         sums_(aligned_array<T>(rounded(cut.rows) * rounded(cut.columns))),
         position_(aligned_array<index_t>(positions(args))),
         column_(aligned_array<index_t>(rounded(cut.columns))) {
-    if (args.padding[0] == 0 && args.padding[1] == 0) return;
+    if (args.padding[0] == 0 && args.padding[1] == 0 && !positions_are_lanes_) return;
     const index_t taps = args.kernel[0] * args.kernel[1];
     const index_t channels = std::min(args.inputs, cut.columns / taps + 2);
-    const index_t height = args.in[0] + 2 * args.padding[0];
-    padded_ = aligned_array<T>(channels * height * (args.in[1] + 2 * args.padding[1]));
+    padded_ = aligned_array<T>(channels * (area(args) + kGradientRound));
   }
 
   GradientScratch<T> scratch() const {
-    return {g_.get(), sums_.get(), position_.get(), column_.get(), padded_.get()};
+    return {g_.get(),      sums_.get(),   position_.get(),
+            column_.get(), padded_.get(), positions_are_lanes_};
   }
 
  private:
+  static index_t area(const GradientSquaresArgs<T>& args) {
+    return (args.in[0] + 2 * args.padding[0]) * (args.in[1] + 2 * args.padding[1]);
+  }
+
+  // Numbers of g of one sample: lanes are rows, or positions spread over the area of x.
+  index_t gradients(const GradientSquaresArgs<T>& args, const Cut& cut) const {
+    if (!positions_are_lanes_) return rounded(cut.rows) * positions(args);
+    return cut.rows * rounded(area(args));
+  }
+
   static index_t positions(const GradientSquaresArgs<T>& args) { return args.out[0] * args.out[1]; }
 
+  bool positions_are_lanes_;
   AlignedArray<T> g_, sums_;
   AlignedArray<index_t> position_, column_;
   AlignedArray<T> padded_;

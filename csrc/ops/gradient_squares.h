@@ -60,8 +60,14 @@ struct GradientScratch {
   T* sums;            // squares of some samples, rows and columns rounded up
   index_t* position;  // [Ho Wo], where the positions lie in x
   index_t* column;    // where the columns lie in x, rounded up
-  T* padded;  // [channels, H + 2 padding, W + 2 padding] of one sample; null without padding
+  T* padded;          // x of one sample with its margins; null without margins
+  // Groups of few rows (depthwise): lanes are positions, and `padded` is always there, each channel
+  // with kGradientRound zeros behind it.
+  bool positions_are_lanes;
 };
+
+// Largest number of rows of groups whose positions are lanes.
+constexpr index_t kGradientFewRows = 4;
 
 // Numbers to which rows and columns of a tile are rounded up, whatever the instruction set.
 constexpr index_t kGradientRound = 32;

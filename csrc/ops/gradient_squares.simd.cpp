@@ -4,6 +4,9 @@
 // sample with its margins of zeros) and multiply the lanes. kColumns columns by one or two vectors
 // of rows are summed in registers over all positions, squared, and added to sums that stay in the
 // caches.
+//
+// A group of few rows (depthwise) would leave most lanes empty. There positions are the lanes: g is
+// spread over the area of x, so that any column of the patch meets it as one run of memory.
 #include "ops/gradient_squares.h"
 
 #include "core/simd.h"
@@ -52,10 +55,12 @@ void find_columns(const GradientSquaresArgs<T>& args, const GradientTile& tile,
 
 // --- x with its margins --------------------------------------------------------------------------
 
-// The layout of the copy: channels last where they lie so in x.
+// The layout of the copy: channels last where they lie so in x and lanes are not positions.
 template <typename T>
-Image<T> padded_image(const GradientSquaresArgs<T>& args, const GradientTile& tile, const T* copy) {
+Image<T> padded_image(const GradientSquaresArgs<T>& args, const GradientTile& tile, const T* copy,
+                      bool lanes) {
   const index_t height = args.in[0] + 2 * args.padding[0], width = args.in[1] + 2 * args.padding[1];
+  if (lanes) return {copy, height * width + kGradientRound, width, 1};
   if (args.x_strides[1] < args.x_strides[3]) {
     return {copy, 1, width * tile.channels, tile.channels};
   }
@@ -208,6 +213,67 @@ void add_sample(const GradientTile& tile, const GradientScratch<T>& scratch, con
   }
 }
 
+// --- groups of few rows --------------------------------------------------------------------------
+
+// Numbers of a row of g that is spread over the area of x, whole vectors.
+template <typename T>
+FF_INLINE index_t spread_size(const GradientSquaresArgs<T>& args, const Image<T>& image) {
+  const index_t last = (args.out[0] - 1) * args.stride[0] * image.row +
+                       (args.out[1] - 1) * args.stride[1] * image.column;
+  return (last + kLanes<T>) / kLanes<T> * kLanes<T>;
+}
+
+// g at the places where its windows begin; between these there are zeros.
+template <typename T>
+void spread_gradients(const GradientSquaresArgs<T>& args, const GradientTile& tile, const T* g,
+                      const index_t* position, index_t size, T* spread) {
+  const index_t* const strides = args.g_strides;
+  for (index_t row = 0; row < tile.rows; ++row) {
+    const index_t* at = position;
+    for (index_t h = 0; h < args.out[0]; ++h) {
+      const T* const from = g + row * strides[1] + h * strides[2];
+      for (index_t w = 0; w < args.out[1]; ++w) {
+        spread[row * size + *at++] = from[w * strides[3]];
+      }
+    }
+  }
+}
+
+template <typename T>
+FF_INLINE T sum_of_lanes(Vec<T> vector) {
+  T lanes[kLanes<T>];
+  store(lanes, vector);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// sums[column][row] += (sum of a row of g times a column of the patch, over the area of x)^2.
+template <typename T>
+void add_spread_sample(const GradientTile& tile, const GradientScratch<T>& scratch, const T* x,
+                       index_t size) {
+  for (index_t row = 0; row < tile.rows; ++row) {
+    const T* const g = scratch.g + row * size;
+    for (index_t d = 0; d < tile.columns; d += kColumns) {
+      Vec<T> part[kColumns] = {};
+      index_t offset[kColumns];
+      for (int c = 0; c < kColumns; ++c) offset[c] = scratch.column[d + c];
+      for (index_t u = 0; u < size; u += kLanes<T>) {
+        const Vec<T> lanes = load(g + u);
+        FF_UNROLL
+        for (int c = 0; c < kColumns; ++c) part[c] += lanes * load(x + offset[c] + u);
+      }
+      for (int c = 0; c < kColumns; ++c) {
+        const T sum = sum_of_lanes<T>(part[c]);
+        scratch.sums[(d + c) * kPanel<T> + row] += sum * sum;
+      }
+    }
+  }
+}
+
+// --- a tile --------------------------------------------------------------------------------------
+
 // Adds the sums to the results, and clears them.
 template <typename T>
 void flush(const GradientSquaresArgs<T>& args, const GradientTile& tile, T* sums) {
@@ -240,10 +306,12 @@ void gradient_squares_tile(const GradientSquaresArgs<T>& args, const GradientTil
   const T* const g = args.g + (tile.group * args.outputs + tile.row) * args.g_strides[1];
   Image<T> image{x, args.x_strides[1], args.x_strides[2], args.x_strides[3]};
   if (scratch.padded != nullptr) {
-    image = padded_image<T>(args, tile, scratch.padded);
+    image = padded_image<T>(args, tile, scratch.padded, scratch.positions_are_lanes);
     const index_t area = (args.in[0] + 2 * args.padding[0]) * (args.in[1] + 2 * args.padding[1]);
-    clear(scratch.padded, tile.channels * area);
+    clear(scratch.padded, tile.channels * (area + kGradientRound));
   }
+  const index_t spread = spread_size(args, image);
+  if (scratch.positions_are_lanes) clear(scratch.g, tile.rows * spread);
   find_positions(args, image, scratch.position);
   find_columns(args, tile, image, scratch.column);
   for (index_t row = 0; row < tile.rows; ++row) {
@@ -257,8 +325,14 @@ void gradient_squares_tile(const GradientSquaresArgs<T>& args, const GradientTil
       copy_image(args, tile, image, sample, scratch.padded);
       sample = scratch.padded;
     }
-    pack_gradients(args, tile, g + n * args.g_strides[0], scratch.g);
-    add_sample(tile, scratch, sample, positions);
+    const T* const gradients = g + n * args.g_strides[0];
+    if (scratch.positions_are_lanes) {
+      spread_gradients(args, tile, gradients, scratch.position, spread, scratch.g);
+      add_spread_sample(tile, scratch, sample, spread);
+    } else {
+      pack_gradients(args, tile, gradients, scratch.g);
+      add_sample(tile, scratch, sample, positions);
+    }
     if ((n + 1) % kGradientSamples == 0 || n + 1 == args.samples) flush(args, tile, scratch.sums);
   }
 }

@@ -22,6 +22,13 @@ CASES = {
     "dilated": ((5, 3, 9, 8), 4, (3, 2), {"dilation": (2, 3), "padding": (0, 2)}),
     "groups": ((5, 6, 5, 4), 9, (2, 3), {"groups": 3, "padding": (1, 1)}),
     "depthwise": ((4, 19, 5, 6), 19, (3, 3), {"groups": 19, "padding": (1, 1)}),
+    "depthwise, two for each": (
+        (70, 3, 9, 8),
+        6,
+        (3, 4),
+        {"stride": (2, 3), "padding": (0, 2), "dilation": (2, 1), "groups": 3},
+    ),
+    "few rows, many columns": ((3, 80, 4, 5), 6, (3, 3), {"padding": (1, 1), "groups": 2}),
     "everything": (
         (3, 8, 11, 10),
         6,

@@ -552,7 +552,7 @@ def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:
         return Norm(module, own) if fixed else None
     if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):
         return Norm(module, own)
-    if isinstance(module, INSTANCE_NORMS) and not module.track_running_stats:
+    if type(module) in INSTANCE_NORMS and not module.track_running_stats:
         return Norm(module, own)
     if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
         return Embedding(module, own)

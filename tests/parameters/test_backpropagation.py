@@ -19,9 +19,6 @@ from fisherfast.parameters.rules import Rule
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # of torch, on copies
 
 ROWS = {
-    "conv transpose": ["0"],
-    "conv transpose grouped": ["0"],
-    "instance norm": ["1"],
     "instance norm, running": ["1"],
     "attention": ["attention"],
     "transformer": ["0.self_attn"],
@@ -35,9 +32,7 @@ ROWS = {
     "weights in an expression": ["layer"],
     "weight norm": ["0.parametrizations", "0.bias"],
 }
-"""Parts of the networks that no rule answers for, or not rightly; of some there may be one."""
-
-OPTIONAL = {"conv transpose", "conv transpose grouped", "instance norm", "instance norm, running"}
+"""Parts of the networks that no rule answers for, or not rightly."""
 
 
 def forward(
@@ -50,8 +45,8 @@ def forward(
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_ways(name: str) -> None:
-    """A layer that is measured by its rule where that mixes samples; or, 10 times slower, sample
-    by sample where the rule would do: behind in-place operations, folded windows, checkpoints."""
+    """A layer that is measured by its rule where that mixes samples; or, slowly, sample by
+    sample where the rule would do: behind in-place operations, folded windows, checkpoints."""
     network = NETWORKS[name]
     for dtype in (torch.float64, torch.float32):
         batch, layout = forward(network.make(dtype), network.inputs(6, dtype))
@@ -59,8 +54,7 @@ def test_ways(name: str) -> None:
         for parameter in layout.names:
             by_rows = any(parameter.startswith(part) for part in parts)
             expected = "unused" if "idle" in parameter else "rows" if by_rows else "rule"
-            found = batch.layers[parameter]
-            assert found == expected or (name in OPTIONAL and found == "rule"), parameter
+            assert batch.layers[parameter] == expected, parameter
 
 
 def test_hooks_of_the_user() -> None:

@@ -15,10 +15,12 @@
 #include "ops/dual_softmax.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
+#include "ops/gradient_gram.h"
 #include "ops/gradient_squares.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
+#include "ops/patch_moments.h"
 #include "ops/spatial_moments.h"
 
 namespace py = pybind11;
@@ -213,6 +215,56 @@ DualPoolArgs<T> dual_pool_args(Address x, Address y, index_t slice_stride, index
           {dilation[0], dilation[1], dilation[2]}};
 }
 
+using Pair = std::array<index_t, 2>;
+
+template <typename T>
+PatchMomentsArgs<T> patch_moments_args(Address x, std::array<index_t, 4> strides, Pair size,
+                                       Pair kernel, Pair stride, Pair padding, Pair dilation,
+                                       Pair out, Address sums, Address cross, Address workspace,
+                                       index_t samples, index_t channels, index_t groups) {
+  return {pointer<const T>(x),
+          {strides[0], strides[1], strides[2], strides[3]},
+          {{size[0], size[1]},
+           {kernel[0], kernel[1]},
+           {stride[0], stride[1]},
+           {padding[0], padding[1]},
+           {dilation[0], dilation[1]},
+           {out[0], out[1]}},
+          pointer<double>(sums),
+          pointer<double>(cross),
+          pointer<double>(workspace),
+          samples,
+          channels,
+          groups,
+          channels * kernel[0] * kernel[1]};
+}
+
+template <typename T>
+GradientGramArgs<T> gradient_gram_args(Address a, Strides3 a_strides, Address b,
+                                       std::array<index_t, 4> b_strides, Address other_a,
+                                       Strides3 other_a_strides, Address other_b,
+                                       std::array<index_t, 4> other_b_strides, Address gram,
+                                       std::array<index_t, 4> b_shape,
+                                       std::array<index_t, 4> other_b_shape, index_t inputs,
+                                       bool symmetric) {
+  const auto side = [](Address inputs_of, const Strides3& n, Address gradients,
+                       const std::array<index_t, 4>& m, const std::array<index_t, 4>& shape) {
+    return GramSide<T>{pointer<const T>(inputs_of),
+                       {n[0], n[1], n[2]},
+                       pointer<const T>(gradients),
+                       {m[0], m[1], m[2], m[3]},
+                       shape[0],
+                       shape[1],
+                       shape[2]};
+  };
+  return {side(a, a_strides, b, b_strides, b_shape),
+          side(other_a, other_a_strides, other_b, other_b_strides, other_b_shape),
+          pointer<double>(gram),
+          inputs,
+          b_shape[3],
+          symmetric};
+}
+
 template <typename T>
 GradientSquaresArgs<T> gradient_squares_args(Address x, Address g, Strides4 x_strides,
                                              Strides4 g_strides, Address squares, Address workspace,
@@ -262,6 +314,8 @@ void bind_cpu_ops(py::module_& module, const std::string& dtype) {
   bind_cpu(module, "dual_norm_cpu_" + dtype, dual_norm_args<T>, dual_norm_cpu<T>);
   bind_cpu(module, "dual_softmax_cpu_" + dtype, dual_softmax_args<T>, dual_softmax_cpu<T>);
   bind_cpu(module, "dual_pool_cpu_" + dtype, dual_pool_args<T>, dual_pool_cpu<T>);
+  bind_cpu(module, "gradient_gram_cpu_" + dtype, gradient_gram_args<T>, gradient_gram_cpu<T>);
+  bind_cpu(module, "patch_moments_cpu_" + dtype, patch_moments_args<T>, patch_moments_cpu<T>);
 }
 
 #ifdef FISHERFAST_WITH_CUDA
@@ -294,6 +348,8 @@ void bind_cuda_ops(py::module_& module, const std::string& dtype) {
   bind_cuda(module, "dual_norm_cuda_" + dtype, dual_norm_args<T>, dual_norm_cuda<T>);
   bind_cuda(module, "dual_softmax_cuda_" + dtype, dual_softmax_args<T>, dual_softmax_cuda<T>);
   bind_cuda(module, "dual_pool_cuda_" + dtype, dual_pool_args<T>, dual_pool_cuda<T>);
+  bind_cuda(module, "gradient_gram_cuda_" + dtype, gradient_gram_args<T>, gradient_gram_cuda<T>);
+  bind_cuda(module, "patch_moments_cuda_" + dtype, patch_moments_args<T>, patch_moments_cuda<T>);
   // Bytes of the workspaces.
   module.def(("moments_workspace_" + dtype).c_str(), [](index_t rows, index_t dim, index_t groups) {
     return moments_workspace(rows, dim, groups) * static_cast<index_t>(sizeof(double));
@@ -303,6 +359,10 @@ void bind_cuda_ops(py::module_& module, const std::string& dtype) {
                return gradient_squares_workspace(samples, groups, outputs, columns) *
                       static_cast<index_t>(sizeof(double));
              });
+  module.def(("patch_moments_workspace_" + dtype).c_str(), [](index_t rows, index_t width,
+                                                              index_t groups) {
+    return patch_moments_workspace(rows, width, groups) * static_cast<index_t>(sizeof(double));
+  });
   module.def(("lift_moments_workspace_" + dtype).c_str(), &lift_moments_workspace<T>);
   module.def(("fisher_solve_shared_bytes_" + dtype).c_str(), &fisher_solve_shared_bytes<T>);
 }

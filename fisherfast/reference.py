@@ -163,6 +163,43 @@ def spatial_moments(x: Tensor, pilot: Tensor | None = None) -> tuple[Tensor, Ten
     return centred.sum(-1), (cross + cross.mT) / 2  # equal but for rounding
 
 
+def patch_moments(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Sums and cross-products of the patches that the kernel of a convolution meets, by group.
+
+        sums_g = sum of patches over samples and positions,   cross_g = sum of patch patch^T
+
+    See `fisherfast.ops.patch_moments` for arguments and results. Here every sum is float64, and
+    every patch is there.
+    """
+    patches = torch.nn.functional.unfold(
+        x.double(), tuple(kernel), tuple(dilation), tuple(padding), tuple(stride)
+    )
+    by_group = patches.unflatten(1, (groups, -1)).transpose(0, 1).movedim(2, -1).flatten(1, 2)
+    cross = by_group.mT @ by_group
+    return by_group.sum(1), (cross + cross.mT) / 2  # equal but for rounding
+
+
+def gradient_gram(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+    """Inner products <G_ic, G'_je> of gradients G_ic = sum_t b_ict a_it^T.
+
+    See `fisherfast.ops.gradient_gram` for arguments and results. Here every sum is float64, and
+    every G is there.
+    """
+    left, right = (
+        (columns.double().mT @ rows.double().unsqueeze(1)).flatten(2)
+        for rows, columns in ((a, b), (other_a, other_b))
+    )
+    products = left.flatten(0, 1) @ right.flatten(0, 1).T
+    return products.reshape(*left.shape[:2], *right.shape[:2])
+
+
 def gradient_squares(
     x: Tensor,
     g: Tensor,

@@ -221,6 +221,31 @@ def _dual_pool_error(device: torch.device, dtype: torch.dtype) -> float:
     return _largest_error([ops.dual_pool(one, *window) for one in layouts], [truth, truth])
 
 
+def _gradient_gram_error(device: torch.device, dtype: torch.dtype) -> float:
+    a, b = _normal(device, dtype, 5, 37, 19), _normal(device, dtype, 5, 3, 37, 11)
+    other_a, other_b = _normal(device, dtype, 4, 70, 19), _normal(device, dtype, 4, 2, 70, 11)
+    got = [ops.gradient_gram(a, b), ops.gradient_gram(a, b, other_a, other_b)]
+    wide = [tensor.double() for tensor in (a, b, other_a, other_b)]
+    truth = [reference.gradient_gram(*wide[:2], *wide[:2]), reference.gradient_gram(*wide)]
+    return _largest_error(got, truth)
+
+
+def _patch_moments_error(device: torch.device, dtype: torch.dtype) -> float:
+    x = _normal(device, dtype, 4, 6, 13, 11)
+    geometries = (
+        ((3, 2), (2, 2), (1, 1), (1, 1), 2),
+        ((3, 3), (1, 1), (0, 2), (2, 2), 1),
+    )
+    got: list[Tensor] = []
+    truth: list[Tensor] = []
+    for kernel, stride, padding, dilation, groups in geometries:
+        got += ops.patch_moments(
+            x, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )
+        truth += reference.patch_moments(x, kernel, stride, padding, dilation, groups)
+    return _largest_error(got, truth)
+
+
 _COMPARISONS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
     "fisher_solve": _fisher_solve_error,
     "gradient_squares": _gradient_squares_error,
@@ -230,6 +255,8 @@ _COMPARISONS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
     "dual_norm": _dual_norm_error,
     "dual_softmax": _dual_softmax_error,
     "dual_pool": _dual_pool_error,
+    "gradient_gram": _gradient_gram_error,
+    "patch_moments": _patch_moments_error,
 }
 
 

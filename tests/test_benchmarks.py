@@ -208,6 +208,7 @@ SCRIPTS = {
     "bench_moments": {"moments": 2, "spatial_moments": 2},
     "bench_gradients": {"gradient_squares": 2},
     "bench_curve": {"curve": 2},
+    "bench_factors": {"patch_moments": 1, "gradient_gram": 1},
     "bench_dual": {"jvp": 3, "dual_memory": 1, "dual_ops": 12},
 }
 LIMITED = {
@@ -215,6 +216,8 @@ LIMITED = {
     "moments",
     "spatial_moments",
     "gradient_squares",
+    "patch_moments",
+    "gradient_gram",
 }  # by loads or by arithmetic
 
 

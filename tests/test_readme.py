@@ -1,4 +1,4 @@
-"""Every code block of the README and of docs/training.md runs, and every file they show exists."""
+"""Every code block of the README and of the guides runs, and every file they show exists."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+PARAMETERS = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
 LANGUAGES = {"python", "sh", "text"}
 OPTIONAL = {"lightning", "tensorboard"}
 """Packages whose blocks are left out where they are not installed."""
@@ -31,7 +32,9 @@ def all_blocks(text: str) -> list[tuple[str, str]]:
     return re.findall(r"```(\w+)\n(.*?)```", text, flags=re.S)
 
 
-@pytest.mark.parametrize("text", [README, TRAINING], ids=["README", "training"])
+@pytest.mark.parametrize(
+    "text", [README, TRAINING, PARAMETERS], ids=["README", "training", "parameters"]
+)
 def test_every_block_has_a_known_language(text):
     """Catches a block that none of the tests below would run."""
     assert {name for name, _ in all_blocks(text)} <= LANGUAGES
@@ -85,6 +88,16 @@ def test_training_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert "transmission" in services["mlflow"].log_metrics.call_args.args[0]
 
 
+def test_parameter_blocks_run_in_order(tmp_path, monkeypatch):
+    """Catches an example of the parameters' guide that was never run, or whose assertion fails: all
+    blocks share one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for code in blocks("python", PARAMETERS):
+        exec(compile(code, "parameters.md", "exec"), namespace)
+    assert "ewc" in namespace
+
+
 def table_rows(text: str) -> dict[str, tuple[float, float]]:
     """J and its error of each layer in a printed flow."""
     rows = re.findall(r"^(\w+(?: = \w+)?) +\d+ +\d+ +(\S+) +(\S+)", text, flags=re.M)
@@ -113,7 +126,9 @@ def test_shell_lines_exist(line, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "folder"), [(README, ROOT), (TRAINING, ROOT / "docs")], ids=["README", "training"]
+    ("text", "folder"),
+    [(README, ROOT), (TRAINING, ROOT / "docs"), (PARAMETERS, ROOT / "docs")],
+    ids=["README", "training", "parameters"],
 )
 def test_pictures_and_links_exist(text, folder):
     """Catches a figure that was renamed."""

@@ -20,9 +20,11 @@ from fisherfast.ops._fisher_solve import (
     fisher_solve_backward,
     fisher_solve_details,
 )
+from fisherfast.ops._gradient_gram import gradient_gram
 from fisherfast.ops._gradient_squares import gradient_squares
 from fisherfast.ops._lift import lift, lift_moments_
 from fisherfast.ops._moments import moments, spatial_moments
+from fisherfast.ops._patch_moments import patch_moments
 
 __all__ = [
     "FisherSolve",
@@ -34,9 +36,11 @@ __all__ = [
     "fisher_solve",
     "fisher_solve_backward",
     "fisher_solve_details",
+    "gradient_gram",
     "gradient_squares",
     "lift",
     "lift_moments_",
     "moments",
+    "patch_moments",
     "spatial_moments",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Data", "batches"]
+__all__ = ["Data", "batches", "count"]
 
 Data = Any
 """Inputs x [n, ...], a pair (x, y), a Dataset or a DataLoader of x or (x, y), or an iterable of
@@ -20,11 +20,14 @@ batches."""
 def batches(
     data: Data, model: nn.Module, batch_size: int, *, labels: bool
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield (x [n, ...], y [n, ...] or None) on the model's device; empty batches are left out.
+    """Yield (x [n, ...], y [n, ...] or None); empty batches are left out.
+
+    Inputs come to the model's device, and floating ones in its dtype. Labels stay where they are,
+    so that those in host memory can be looked at without waiting for a device.
 
     Args:
         data: see `Data`.
-        model: whose device is used.
+        model: whose device and dtype are used.
         batch_size: samples per batch, of tensors and Datasets.
         labels: whether y is needed.
 
@@ -33,11 +36,14 @@ def batches(
         ValueError: no sample at all, labels that are missing, or not as many as inputs.
     """
     place = next(model.parameters()).device
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     found = False
     for item in _items(data, batch_size):
         x, y = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         if isinstance(x, tuple | list) and len(x) == 1:
             x = x[0]
+        if isinstance(x, tuple | list):
+            raise ValueError(f"data must be batches of x or (x, y), got one of {len(x)} entries")
         x, y = _tensor(x, "data"), None if y is None else _tensor(y, "labels")
         if labels and y is None:
             raise ValueError(
@@ -48,7 +54,7 @@ def batches(
             raise ValueError(f"labels must be as many as inputs ({len(x)}), got {len(y)}")
         if len(x):
             found = True
-            yield x.to(place), y.to(place) if labels and y is not None else None
+            yield x.to(place, dtype if x.is_floating_point() else None), y if labels else None
     if not found:
         raise ValueError("data must hold at least one sample, got none")
 
@@ -56,18 +62,16 @@ def batches(
 def _items(data: Data, batch_size: int) -> Iterator[Any]:
     if isinstance(data, Tensor | np.ndarray):
         data = (data,)
-    if isinstance(data, tuple) and all(isinstance(part, Tensor | np.ndarray) for part in data):
-        tensors = [_tensor(part, "data") for part in data]
-        if len({len(part) for part in tensors}) > 1:
-            lengths = [len(part) for part in tensors]
-            raise ValueError(f"labels must be as many as inputs, got {lengths}")
+    if isinstance(data, tuple) and data and isinstance(data[0], Tensor | np.ndarray):
+        tensors = _pair(data)
         for start in range(0, len(tensors[0]), batch_size):
             part = tuple(tensor[start : start + batch_size] for tensor in tensors)
             yield part if len(part) > 1 else part[0]
     elif isinstance(data, DataLoader):
         yield from data
     elif isinstance(data, Dataset):
-        yield from DataLoader(data, batch_size=batch_size)
+        own = torch.Generator("cpu")  # a loader draws a seed, if from the global generator
+        yield from DataLoader(data, batch_size=batch_size, generator=own)
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | dict):
         yield from data
     else:
@@ -77,8 +81,37 @@ def _items(data: Data, batch_size: int) -> Iterator[Any]:
         )
 
 
+def _pair(data: tuple[Any, ...]) -> list[Tensor]:
+    """[x] or [x, y] of a tuple that begins with a tensor."""
+    if len(data) > 2:
+        raise ValueError(f"data must be a pair (x, y), got {len(data)} entries")
+    names = ("data", "labels")
+    found = [
+        _tensor(value, name) for value, name in zip(data, names, strict=False) if value is not None
+    ]
+    if len(found) == 2 and len(found[0]) != len(found[1]):
+        raise ValueError(f"labels must be as many as inputs ({len(found[0])}), got {len(found[1])}")
+    return found
+
+
+def count(data: Data) -> int | None:
+    """Samples in the data, or None where that shows only when they are read."""
+    if isinstance(data, tuple) and data and isinstance(data[0], Tensor | np.ndarray):
+        return len(data[0]) if data[0].ndim else None
+    if isinstance(data, DataLoader):
+        data = data.sampler
+    elif not isinstance(data, Tensor | np.ndarray | Dataset):
+        return None
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
 def _tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biufc":
+            raise TypeError(f"{name} must hold numbers, got an array of {value.dtype}")
         value = torch.from_numpy(np.ascontiguousarray(value))
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be tensors or arrays, got {type(value).__name__}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.matrix import ParameterFisher, singular
+from fisherfast.parameters.matrix import ParameterFisher, check_damping, singular
 from fisherfast.parameters.rules import Rule
 from fisherfast.parameters.sweeps import FisherType, Sweep
 
@@ -44,6 +44,7 @@ class DiagonalFisher(ParameterFisher):
         return self._values.sort().values
 
     def logdet(self, *, damping: float = 0.0) -> float:
+        check_damping(damping)
         return float((self._values + damping).log().sum())
 
     def _device(self) -> torch.device:

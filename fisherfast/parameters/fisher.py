@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import nn
 
-from fisherfast.parameters.batches import Data
+from fisherfast._progress import progress_bar
+from fisherfast.default_device import on_host
+from fisherfast.parameters.batches import Data, count
+from fisherfast.parameters.block import BlockAccumulator, BlockFisher
+from fisherfast.parameters.checks import (
+    check_choice,
+    check_count,
+    check_likelihood,
+    check_options,
+    check_seed,
+)
 from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
+from fisherfast.parameters.full import FullAccumulator, FullFisher
+from fisherfast.parameters.gram import GramAccumulator, GramFisher
+from fisherfast.parameters.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
+from fisherfast.parameters.lowrank import LowRankAccumulator, LowRankFisher
 from fisherfast.parameters.matrix import Accumulator, ParameterFisher
-from fisherfast.parameters.sweeps import FisherType, sweeps
+from fisherfast.parameters.sweeps import FisherType, Sweep, sweeps
+from fisherfast.taps import own_random_state
 from fisherfast.unwrap import unwrapped
 
 __all__ = ["Structure", "fisher", "from_state_dict"]
@@ -21,10 +36,33 @@ Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank"]
 
 ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
     "diag": DiagonalAccumulator,
+    "block": BlockAccumulator,
+    "full": FullAccumulator,
+    "gram": GramAccumulator,
+    "kfac": KroneckerAccumulator,
+    "lowrank": LowRankAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
+    "block": BlockFisher,
+    "full": FullFisher,
+    "gram": GramFisher,
+    "kfac": KroneckerFisher,
+    "lowrank": LowRankFisher,
 }
+
+
+Summed = TypeVar("Summed", covariant=True)
+
+
+class Sums(Protocol[Summed]):
+    """What is summed over batches, an `Accumulator` or the like."""
+
+    def add(self, sweep: Sweep) -> None: ...
+    def result(self, samples: int) -> Summed: ...
+
+
+FISHER_TYPES = ("exact", "mc", "empirical")
 
 
 def fisher(
@@ -38,33 +76,159 @@ def fisher(
     parameters: Selection = None,
     batch_size: int = 256,
     seed: int = 0,
+    progress: bool = False,
     **settings: Any,
 ) -> ParameterFisher:
-    """The Fisher matrix of the parameters w of p(y | x, w), averaged over the inputs of the data.
+    r"""The Fisher matrix of the parameters w of p(y | x, w), averaged over the inputs of the data.
 
-    F = 1/n sum_i E_{y ~ p(y | x_i, w)}[ s s^T ],   s = d log p(y | x_i, w) / dw
+    .. math::
+        F = \frac{1}{n} \sum_i \mathbb{E}_{y \sim p(y | x_i, w)}\left[ s\, s^T \right], \qquad
+        s = \frac{\partial \log p(y | x_i, w)}{\partial w}
+
+    The gradients are those of single samples, whatever the batch size: the square of a batch's mean
+    gradient is another matrix, near zero at a trained network.
+
+    Args:
+        model: f(x, w), in evaluation mode, every sample by itself: [n, ...] to outputs [n, ...].
+        likelihood: p(y | f): `Gaussian`, `Categorical`, `Bernoulli`, `Poisson` or a `Likelihood` of
+            your own.
+        data: inputs x [n, ...], a pair (x, y), a Dataset or DataLoader of x or (x, y), or an
+            iterable of batches, read once. Labels are used by "empirical" only. Floating inputs are
+            converted to the dtype and device of the model.
+        structure: what is kept of F: "diag", "block" (one dense block per layer), "kfac" (Kronecker
+            factors per layer), "full", "gram" (all of it, through the inner products of samples)
+            or "lowrank" (the largest eigenvalues).
+        fisher_type: "exact" sums the expectation over the outputs, "mc" draws labels from the
+            network, "empirical" takes the labels of the data: the second moment of the training
+            gradients, which is not the Fisher matrix (Kunstner et al. 2019).
+        samples: labels drawn for each input, of "mc" only; the error falls like its square root.
+        parameters: which are measured: None for all that require grad, a regular expression, names,
+            or a function of the name.
+        batch_size: samples per batch, of tensors and Datasets. It changes memory, not the result.
+        seed: of the labels drawn; the global random state is not touched.
+        progress: show a bar (needs tqdm).
+        **settings: what the structure takes besides, see its class.
+
+    Returns:
+        The matrix in the structure asked for, float64, in nats and the unit 1 / w^2: multiply it
+        (``F @ v``), ``solve``, ``trace``, ``diag``, ``eigenvalues``, ``logdet``.
+
+    Raises:
+        TypeError: an argument of a wrong kind, a keyword that the structure does not take, a model
+            that does not return one tensor.
+        ValueError: an unknown structure or fisher_type, no data, labels missing or out of range,
+            outputs that are not finite, active dropout, batch norm that uses its batch, nothing to
+            measure, parameters that do not require grad.
+
+    Cost: one forward pass, and one backward pass per column: N outputs of a sample (one less for
+    `Categorical`) with "exact", `samples` with "mc", one with "empirical". A backward pass does not
+    compute the weights' gradients; structures add their own cost. Layers without a rule (tied
+    weights, attention's own matrices) take per-sample gradients, one more pass per column.
+
+    References: Amari (1998), Neural Comput. 10, 251; Kunstner, Balles and Hennig (2019),
+    "Limitations of the empirical Fisher approximation for natural gradient descent", NeurIPS;
+    Martens (2020), "New insights and perspectives on the natural gradient method", JMLR 21, 146.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+        >>> F = ff.parameters.fisher(model, ff.parameters.Gaussian(variance=0.25), x)
+        >>> F
+        <Fisher matrix (diag): 2 parameters, 2 samples>
+        >>> F.diag()  # the mean of x^2 / variance
+        tensor([20.,  2.], dtype=torch.float64)
     """
-    model = unwrapped(model)
-    layout = ParameterLayout.of(model, parameters)
-    accumulator = ACCUMULATORS[structure](layout, fisher_type, **settings)
-    seen = 0
-    for sweep in sweeps(
+    check_choice("structure", structure, ACCUMULATORS)
+    accumulate = ACCUMULATORS[structure]
+    check_options(accumulate, settings, structure, positional=2)
+    return over_data(
+        lambda model, layout: accumulate(layout, fisher_type, **settings),
         model,
         likelihood,
         data,
-        layout,
         fisher_type=fisher_type,
         samples=samples,
+        parameters=parameters,
         batch_size=batch_size,
         seed=seed,
+        progress=progress,
+    )
+
+
+def over_data(
+    make: Callable[[nn.Module, ParameterLayout], Sums[Summed]],
+    model: nn.Module,
+    likelihood: Likelihood,
+    data: Data,
+    *,
+    fisher_type: FisherType,
+    samples: int,
+    parameters: Selection,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> Summed:
+    """Add the sweeps of all batches to what `make(model, layout)` gives; its result.
+
+    Arguments are those of `fisher`, checked here.
+    """
+    check_choice("fisher_type", fisher_type, FISHER_TYPES)
+    check_likelihood(likelihood)
+    check_count("samples", samples)
+    if fisher_type != "mc" and samples != 1:
+        raise ValueError(
+            f"samples must be 1 for fisher_type {fisher_type!r}, which draws no labels, got"
+            f' {samples}; draw them with fisher_type="mc"'
+        )
+    check_count("batch_size", batch_size)
+    check_seed(seed)
+    model = unwrapped(model)
+    layout = ParameterLayout.of(model, parameters)
+    with (
+        on_host(),
+        own_random_state(model, seed),
+        progress_bar(progress, total=count(data), title="Fisher matrix") as bar,
     ):
-        accumulator.add(sweep)
-        seen += sweep.samples
-    return accumulator.result(seen)
+        accumulator = make(model, layout)
+        seen = 0
+        for sweep in sweeps(
+            model,
+            likelihood,
+            data,
+            layout,
+            fisher_type=fisher_type,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+        ):
+            accumulator.add(sweep)
+            seen += sweep.samples
+            bar.update(sweep.samples)
+        return accumulator.result(seen)
 
 
 def from_state_dict(state: Mapping[str, Any]) -> ParameterFisher:
-    """The matrix whose ``state_dict()`` this is."""
+    """The matrix whose ``state_dict()`` this is.
+
+    Raises:
+        TypeError: no mapping.
+        ValueError: a mapping that is no state of a Fisher matrix.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Linear(2, 1)
+        >>> F = ff.parameters.fisher(model, ff.parameters.Gaussian(), torch.ones(4, 2))
+        >>> torch.equal(ff.parameters.from_state_dict(F.state_dict()).diag(), F.diag())
+        True
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping, got {type(state).__name__}")
+    missing = {"structure", "layout", "samples", "fisher_type"} - set(state)
+    if missing:
+        raise ValueError(f"state must be that of a Fisher matrix, got none of {sorted(missing)}")
+    check_choice("structure", state["structure"], RESULTS)
+    check_choice("fisher_type", state["fisher_type"], FISHER_TYPES)
     layout = ParameterLayout.from_state_dict(state["layout"])
     return RESULTS[state["structure"]]._from_state(
         layout, state["samples"], state["fisher_type"], state

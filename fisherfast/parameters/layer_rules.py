@@ -7,17 +7,27 @@ per-sample gradients (`rows.py`), which is slower and always right.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherfast import ops
+from fisherfast.parameters.column_gram import column_gram
 from fisherfast.parameters.rules import Rule
 
 __all__ = ["Convolution", "Embedding", "Linear", "Norm", "TransposedConvolution", "rule_for"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+Sharing = Literal["expand", "reduce"]
+"""What Kronecker factors do with shared positions: see `KroneckerFisher`."""
+
+PORTION_BYTES = 32 * 2**20
+"""Of the rows a that are in memory at a time, where they are a copy of x."""
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -43,6 +53,29 @@ class _Layer(Rule):
             for attribute, shape in zip(self.attributes, self.shapes, strict=True)
         )
 
+
+class _LinearMap(_Layer):
+    """A layer whose output is known to be linear in its parameters: products with vectors are
+    passes of the layer, and no per-sample gradients."""
+
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        """The output [n, ...] for x if the parameters measured were v and all others zero: it is
+        linear in v, and <G_i, v> = <g_i, output_i>."""
+        raise NotImplementedError
+
+    def products(self, x: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:
+        """<G_i, v> [n], by one forward pass of the layer."""
+        output = self.applied(x, [part.to(g.dtype) for part in v])
+        return (g * output.reshape(g.shape)).flatten(1).sum(1)
+
+    def weighted_sum(self, x: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        """sum_i u_i G_i, by one backward pass of the layer."""
+        weighted = g * u.to(g.dtype).reshape(-1, *[1] * (g.dim() - 1))
+        with torch.inference_mode(False), torch.enable_grad():
+            v = [g.new_zeros(shape).requires_grad_() for shape in self.shapes]
+            output = self.applied(x, v)
+            return torch.autograd.grad(output, v, weighted.reshape(output.shape))
+
     def _shaped(self, **parts: Tensor) -> tuple[Tensor, ...]:
         return tuple(
             parts[attribute].reshape(shape)
@@ -61,7 +94,7 @@ def _sum_of_squares(rows: Tensor) -> Tensor:
     return rows.double().square().sum(0)
 
 
-class MatrixRule(_Layer):
+class MatrixRule(_LinearMap):
     """A layer that multiplies by a matrix: at each of T positions, in each of G groups, rows
     a [n, G, T, D] meet gradients b [n, G, T, M], and the weights' gradient is sum_t b_t a_t^T."""
 
@@ -77,6 +110,94 @@ class MatrixRule(_Layer):
         if "bias" in self.attributes:
             parts["bias"] = b.sum(2)
         return self._ordered(**parts)
+
+    def gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
+        same = x is other_x and g is other_g
+        columns = g[None]
+        others = columns if same else other_g[None]
+        return self.columns_gram(x, columns, other_x, others)[0, :, 0]
+
+    def columns_gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
+        """`gram` of several columns at a time, whose products of x are computed once.
+
+        Args:
+            x, other_x: [n, ...] and [n', ...].
+            g, other_g: [R, n, ...] and [R', n', ...].
+
+        Returns:
+            [R, n, R', n'] float64.
+        """
+        weight, bias = "weight" in self.attributes, "bias" in self.attributes
+        same = x is other_x and g is other_g
+        gram = g.new_empty((*g.shape[:2], *other_g.shape[:2]), dtype=torch.float64)
+        for here, a, b in self._column_portions(x, g):
+            for there, other_a, other_b in self._column_portions(other_x, other_g):
+                if same and there.start < here.start:
+                    continue
+                others = (None, None) if same and there == here else (other_a, other_b)
+                gram[:, here, :, there] = column_gram(a, b, *others, weight=weight, bias=bias)
+                if same and there != here:
+                    gram[:, there, :, here] = gram[:, here, :, there].permute(2, 3, 0, 1)
+        return gram
+
+    def _column_portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(samples, a, b [R, n, G, T, M]) of some samples after the others."""
+        start = 0
+        for a, _ in self._portions(x, g[0]):
+            where = slice(start, start + len(a))
+            columns = g[:, where]
+            b = self.output_rows(columns.flatten(0, 1))
+            yield where, a, b.unflatten(0, columns.shape[:2])
+            start += len(a)
+
+    def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
+        """The sum over samples of the inputs' Kronecker factor [G, D, D] (`KroneckerFisher`), with
+        a last row and column for the bias."""
+        bias = "bias" in self.attributes
+        total: Tensor | None = None
+        for a, _ in self._portions(x, g):
+            if "weight" not in self.attributes:
+                a = a[..., :0]
+            positions = a.shape[2]
+            rows = a if sharing == "expand" else a.mean(2, keepdim=True)
+            part = _second_moment(rows, with_one=bias) / (positions if sharing == "expand" else 1)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def gradient_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
+        """The sum over samples of the gradients' Kronecker factor [G, M, M]."""
+        b = self.output_rows(g)
+        return _second_moment(b if sharing == "expand" else b.sum(2, keepdim=True))
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """b of `matrices`."""
+        raise NotImplementedError
+
+    def _portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """`matrices` of some samples after the others, so that they take bounded memory."""
+        first = self.matrices(x[:1], g[:1])[0]
+        step = max(1, PORTION_BYTES // max(first.numel() * first.element_size(), 1))
+        for start in range(0, len(x), step):
+            yield self.matrices(x[start : start + step], g[start : start + step])
+
+
+def _second_moment(rows: Tensor, *, with_one: bool = False) -> Tensor:
+    """sum over n and T of rows rows^T, rows [n, G, T, D] with a 1 at their end if wanted:
+    [G, D, D] float64."""
+    n, groups, positions, width = rows.shape
+    if groups == 1:
+        _, sums, cross = ops.moments(rows.reshape(n * positions, width))
+    else:
+        wide = rows.transpose(0, 1).reshape(groups, n * positions, width).double()
+        sums, cross = wide.sum(1), wide.mT @ wide
+    return _bordered(sums, cross, n * positions) if with_one else cross
+
+
+def _bordered(sums: Tensor, cross: Tensor, count: int) -> Tensor:
+    """The second moment [G, D + 1, D + 1] of rows with a 1 at their end."""
+    right = torch.cat([sums, sums.new_full((len(sums), 1), count)], 1)
+    return torch.cat([torch.cat([cross, sums.unsqueeze(1)], 1), right.unsqueeze(2)], 2)
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time."""
@@ -97,8 +218,17 @@ class Linear(MatrixRule):
     def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return (
             x.reshape(len(x), 1, -1, x.shape[-1]),
-            g.reshape(len(g), 1, -1, g.shape[-1]),
+            self.output_rows(g),
         )
+
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        parts = dict(zip(self.attributes, v, strict=True))
+        if "weight" in parts:
+            return F.linear(x, parts["weight"], parts.get("bias"))
+        return parts["bias"].expand(*x.shape[:-1], -1)
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        return g.reshape(len(g), 1, -1, g.shape[-1])
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; where there is one position, it is a product of matrices."""
@@ -122,8 +252,40 @@ class Convolution(MatrixRule):
         patches = unfolded(self.module, x)  # [n, C, *kernel, *positions]
         taps = patches[0, 0].numel() // g[0, 0].numel() if g.numel() else 1
         a = patches.reshape(len(x), groups, x.shape[1] // groups * taps, -1).transpose(-1, -2)
-        b = g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
-        return a, b
+        return a, self.output_rows(g)
+
+    def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
+        module = self.module
+        if sharing == "reduce" or "weight" not in self.attributes:
+            return super().input_factor(x, g, sharing)
+        if not isinstance(module, nn.Conv1d | nn.Conv2d):
+            return super().input_factor(x, g, sharing)
+        image, padding = _with_border(module, x)
+        sums, cross = ops.patch_moments(
+            image,
+            _pair(module.kernel_size),
+            stride=_pair(module.stride),
+            padding=padding,
+            dilation=_pair(module.dilation),
+            groups=module.groups,
+        )
+        positions = g[0, 0].numel()
+        if "bias" in self.attributes:
+            cross = _bordered(sums, cross, len(x) * positions)
+        return cross / positions
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        groups = int(self.module.groups)  # type: ignore[arg-type]
+        return g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
+
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        module = self.module
+        assert isinstance(module, CONVOLUTIONS)
+        parts = dict(zip(self.attributes, v, strict=True))
+        weight = parts.get("weight")
+        if weight is None:
+            weight = x.new_zeros(module.weight.shape)
+        return module._conv_forward(x, weight, parts.get("bias"))  # as its padding mode has it
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time for three dimensions."""
@@ -155,6 +317,9 @@ class Convolution(MatrixRule):
 class TransposedConvolution(_Layer):
     """nn.ConvTranspose1d, ConvTranspose2d: the convolution that takes g to the shape of x has the
     same gradients, with x and g in exchanged roles."""
+
+    products = Rule.products
+    weighted_sum = Rule.weighted_sum
 
     def _settings(self) -> Iterator[tuple[int, int, int, int]]:
         """(stride, dilation, kernel, padding) of each axis."""
@@ -245,6 +410,22 @@ def padded(module: nn.Module, x: Tensor) -> Tensor:
     return F.pad(x, around, mode=mode) if any(around) else x
 
 
+def _with_border(module: nn.Module, x: Tensor) -> tuple[Tensor, list[int]]:
+    """x with what the padding adds, as far as it is not the same zeros on both sides: [n, C, H, W],
+    and the zeros that are left to add; a line is an image of one row."""
+    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    around = list(module._reversed_padding_repeated_twice)
+    padding = around[::2][::-1]  # before each axis, the first one first
+    if module.padding_mode != "zeros" or around[::2] != around[1::2]:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = F.pad(x, around, mode=mode), [0] * len(padding)
+    return (x, padding) if x.dim() == 4 else (x.unsqueeze(2), [0, *padding])
+
+
+def _pair(numbers: Sequence[int]) -> list[int]:
+    return [1] * (2 - len(numbers)) + list(numbers)
+
+
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:
     """Every patch that a convolution's kernel meets: [n, C, *kernel, *positions], a view of x."""
     assert isinstance(module, CONVOLUTIONS)
@@ -256,7 +437,7 @@ def unfolded(module: nn.Module, x: Tensor) -> Tensor:
     return x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))
 
 
-class Norm(_Layer):
+class Norm(_LinearMap):
     """Batch norm that uses its running statistics, layer, group, instance and RMS norm: a scale and
     a shift of the normalised activations, shared by all positions."""
 
@@ -290,6 +471,17 @@ class Norm(_Layer):
             parts["bias"] = self._shared(g)
         return self._ordered(**parts)
 
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        last = isinstance(self.module, nn.LayerNorm | nn.RMSNorm)
+        parts = {
+            attribute: value if last else value.reshape(-1, *[1] * (x.dim() - 2))
+            for attribute, value in zip(self.attributes, v, strict=True)
+        }
+        output = torch.zeros_like(x)
+        if "weight" in parts:
+            output = output + self.normalised(x) * parts["weight"]
+        return output + parts["bias"] if "bias" in parts else output
+
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; so few samples at a time that what is normalised is in the caches."""
         sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
@@ -306,7 +498,7 @@ class Norm(_Layer):
         return values.flatten(2).sum(2) if values.dim() > 2 else values
 
 
-class Embedding(_Layer):
+class Embedding(_LinearMap):
     """nn.Embedding: x [n, ...] whole numbers, g [n, ..., D]; the padding row has no gradient."""
 
     folds = True
@@ -334,21 +526,20 @@ class Embedding(_Layer):
         _, row, values = self._segments(x, g)
         return (values.new_zeros(self.shapes[0]).index_add_(0, row, values.square()),)
 
-    def products(self, x: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:
-        sample, row, values = self._segments(x, g)
-        found = values.new_zeros(len(x))
-        return found.index_add_(0, sample, (values * v[0].to(values.dtype)[row]).sum(1))
-
-    def weighted_sum(self, x: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        sample, row, values = self._segments(x, g)
-        weighted = values * u[sample, None]
-        return (values.new_zeros(self.shapes[0]).index_add_(0, row, weighted),)
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        assert isinstance(self.module, nn.Embedding)
+        table, padding = v[0], self.module.padding_idx
+        if padding is not None:
+            kept = torch.ones(len(table), 1, dtype=table.dtype, device=table.device)
+            kept[padding] = 0
+            table = table * kept
+        return F.embedding(x, table)
 
 
 def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:
     """The rule of a module whose parameters `own` (attribute -> full name) are measured, or None
     where it has none."""
-    if not set(own) <= {"weight", "bias"}:
+    if not set(own) <= {"weight", "bias"} or "forward" in vars(module):  # or it is somebody's own
         return None
     if type(module) is nn.Linear:
         return Linear(module, own)
@@ -356,7 +547,7 @@ def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:
         return Convolution(module, own)
     if type(module) in TRANSPOSED:
         return TransposedConvolution(module, own)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if type(module) in BATCH_NORMS:
         fixed = not module.training and module.running_mean is not None
         return Norm(module, own) if fixed else None
     if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):

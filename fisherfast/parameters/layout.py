@@ -31,9 +31,9 @@ class ParameterLayout:
         """The chosen parameters of a model; a shared (tied) one counts once, by its first name.
 
         Raises:
-            TypeError: the model is no module, or the selection is none.
+            TypeError: the model is no module, the selection is none, or a parameter is complex.
             ValueError: nothing is chosen, a name is unknown, or a chosen parameter does not require
-                grad.
+                grad, or has no shape yet.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -44,6 +44,8 @@ class ParameterLayout:
             if selection is not None:
                 reason = f"has none that {selection!r} chooses; it has {_some(every)}"
             raise ValueError(f"parameters must choose at least one of the model, which {reason}")
+        for name in chosen:
+            _check_parameter(name, every[name])
         frozen = [name for name in chosen if not every[name].requires_grad]
         if frozen:
             raise ValueError(
@@ -117,6 +119,15 @@ class ParameterLayout:
                 )
         if self.names != other.names:
             raise ValueError(f"{what} must have its parameters in the same order")
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"parameters must have a shape, got {name!r} of a lazy module; call the model once"
+        )
+    if parameter.is_complex():
+        raise TypeError(f"parameters must be real, got {name!r} of {parameter.dtype}")
 
 
 def _chosen(every: Mapping[str, nn.Parameter], selection: Selection) -> list[str]:

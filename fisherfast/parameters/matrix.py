@@ -170,8 +170,12 @@ def check_damping(damping: float) -> None:
         raise ValueError(f"damping must be finite and at least 0, got {damping}")
 
 
-def singular(what: str) -> ValueError:
-    """The error of `solve` without damping where the matrix is singular."""
+def singular(what: str, damping: float = 0.0) -> ValueError:
+    """The error of `solve` where the matrix is singular, and the damping does not help."""
+    if damping > 0:
+        return ValueError(
+            f"damping must be larger than the rounding of F, got {damping:g}: {what}; pass more"
+        )
     return ValueError(
         f"damping must be positive, got 0: {what}, so that F has no inverse; pass damping="
     )

@@ -45,7 +45,7 @@ class Rule:
         rows = self.gradients(x, g)
         return sum(
             (
-                row.flatten(1) @ part.flatten().to(row.dtype)
+                row.reshape(len(row), -1) @ part.flatten().to(row.dtype)
                 for row, part in zip(rows, v, strict=True)
             ),
             start=torch.zeros(len(g), dtype=g.dtype, device=g.device),
@@ -59,7 +59,10 @@ class Rule:
         """<G_i, G'_j> of every pair of samples, summed over the parameters: [n, n']."""
         left, right = self.gradients(x, g), self.gradients(other_x, other_g)
         return sum(
-            (a.flatten(1) @ b.flatten(1).T for a, b in zip(left, right, strict=True)),
+            (
+                a.reshape(len(a), -1) @ b.reshape(len(b), -1).T
+                for a, b in zip(left, right, strict=True)
+            ),
             start=torch.zeros(len(g), len(other_g), dtype=g.dtype, device=g.device),
         )
 

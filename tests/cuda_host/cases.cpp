@@ -6,10 +6,12 @@
 #include "ops/dual_softmax.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
+#include "ops/gradient_gram.h"
 #include "ops/gradient_squares.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
+#include "ops/patch_moments.h"
 #include "ops/spatial_moments.h"
 
 namespace cuda_host {
@@ -249,6 +251,60 @@ void dual_pool(Case& call) {
 }
 
 template <typename T>
+GramSide<T> gram_side(Case& call, const std::string& name) {
+  GramSide<T> side{};
+  side.a = call.input<T>(name + "_a");
+  side.b = call.input<T>(name + "_b");
+  for (int i = 0; i < 3; ++i) side.a_strides[i] = call.number(name + "_a" + std::to_string(i));
+  for (int i = 0; i < 4; ++i) side.b_strides[i] = call.number(name + "_b" + std::to_string(i));
+  side.rows = call.number(name + "_rows");
+  side.columns = call.number(name + "_columns");
+  side.positions = call.number(name + "_positions");
+  return side;
+}
+
+template <typename T>
+void gradient_gram(Case& call) {
+  GradientGramArgs<T> args{};
+  args.left = gram_side<T>(call, "left");
+  args.right = gram_side<T>(call, "right");
+  args.inputs = call.number("D");
+  args.outputs = call.number("M");
+  args.symmetric = call.flag("symmetric");
+  args.gram = call.output<double>(
+      "gram", args.left.rows * args.left.columns * args.right.rows * args.right.columns);
+  gradient_gram_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
+void patch_moments(Case& call) {
+  PatchMomentsArgs<T> args{};
+  args.x = call.input<T>("x");
+  for (int i = 0; i < 4; ++i) args.strides[i] = call.number("stride" + std::to_string(i));
+  for (int i = 0; i < 2; ++i) {
+    const std::string dim = std::to_string(i);
+    args.geometry.size[i] = call.number("size" + dim);
+    args.geometry.kernel[i] = call.number("kernel" + dim);
+    args.geometry.stride[i] = call.number("step" + dim);
+    args.geometry.padding[i] = call.number("padding" + dim);
+    args.geometry.dilation[i] = call.number("dilation" + dim);
+    args.geometry.out[i] = call.number("out" + dim);
+  }
+  args.samples = call.number("samples");
+  args.channels = call.number("channels");
+  args.groups = call.number("groups");
+  args.width = args.channels * args.geometry.kernel[0] * args.geometry.kernel[1];
+  args.sums = call.output<double>("sums", args.groups * args.width);
+  args.cross = call.output<double>("cross", args.groups * args.width * args.width);
+  const index_t rows = args.samples * args.geometry.out[0] * args.geometry.out[1];
+  const index_t doubles = patch_moments_workspace(rows, args.width, args.groups);
+  const std::unique_ptr<double[]> workspace(new double[doubles]);
+  std::memset(workspace.get(), 0xff, doubles * sizeof(double));
+  args.workspace = workspace.get();
+  patch_moments_cuda(args, kDevice, nullptr);
+}
+
+template <typename T>
 bool run(Case& call) {
   static const std::map<std::string, void (*)(Case&)> ops = {
       {"dual_activation", dual_activation<T>},
@@ -257,8 +313,10 @@ bool run(Case& call) {
       {"dual_softmax", dual_softmax<T>},
       {"fisher_solve", fisher_solve<T>},
       {"fisher_solve_backward", fisher_solve_backward<T>},
+      {"gradient_gram", gradient_gram<T>},
       {"gradient_squares", gradient_squares<T>},
       {"moments", moments<T>},
+      {"patch_moments", patch_moments<T>},
       {"spatial_moments", spatial_moments<T>},
       {"lift", lift<T>},
       {"lift_moments", lift_moments<T>}};

@@ -17,10 +17,12 @@
 #include "ops/dual_softmax.h"
 #include "ops/fisher_solve.h"
 #include "ops/fisher_solve_backward.h"
+#include "ops/gradient_gram.h"
 #include "ops/gradient_squares.h"
 #include "ops/lift.h"
 #include "ops/lift_moments.h"
 #include "ops/moments.h"
+#include "ops/patch_moments.h"
 #include "ops/spatial_moments.h"
 
 namespace fisherfast {
@@ -195,6 +197,48 @@ Case gradient_case(const std::string& name, index_t samples, index_t groups, ind
 }
 
 template <typename T>
+Case gradient_gram_case(const std::string& name, index_t rows, index_t columns, index_t positions,
+                        index_t inputs, index_t outputs, bool symmetric) {
+  const auto a = std::make_shared<std::vector<T>>(numbers<T>(rows * positions * inputs));
+  const auto b = std::make_shared<std::vector<T>>(numbers<T>(rows * columns * positions * outputs));
+  return {name, [=](int threads) {
+            Results out;
+            const GramSide<T> side{
+                a->data(), {positions * inputs, inputs, 1},
+                b->data(), {columns * positions * outputs, positions * outputs, outputs, 1},
+                rows,      columns,
+                positions};
+            const GradientGramArgs<T> args{
+                side,   side,    out.array<double>(rows * columns * rows * columns),
+                inputs, outputs, symmetric};
+            gradient_gram_cpu(args, threads);
+            return out;
+          }};
+}
+
+template <typename T>
+Case patch_case(const std::string& name, index_t samples, index_t C, index_t H, index_t W,
+                index_t groups) {
+  const auto x = std::make_shared<std::vector<T>>(numbers<T>(samples * C * H * W));
+  const index_t channels = C / groups, K = channels * 9;
+  return {name, [=](int threads) {
+            Results out;
+            const PatchMomentsArgs<T> args{x->data(),
+                                           {C * H * W, H * W, W, 1},
+                                           {{H, W}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {H, W}},
+                                           out.array<double>(groups * K),
+                                           out.array<double>(groups * K * K),
+                                           nullptr,
+                                           samples,
+                                           channels,
+                                           groups,
+                                           K};
+            patch_moments_cpu(args, threads);
+            return out;
+          }};
+}
+
+template <typename T>
 Case lift_case(index_t rows, index_t k, index_t groups) {
   const auto projected = std::make_shared<std::vector<T>>(numbers<T>(rows * k));
   const auto bias = std::make_shared<std::vector<T>>(numbers<T>(k));
@@ -354,8 +398,13 @@ std::vector<Case> cases() {
           moments_case<T>("moments, many columns in groups", 4000, 130, 3),
           spatial_case<T>("spatial_moments", 70, 12, 30, 33, false),
           spatial_case<T>("spatial_moments, channels last", 70, 17, 30, 33, true),
+          gradient_gram_case<T>("gradient_gram", 20, 3, 33, 50, 17, false),
+          gradient_gram_case<T>("gradient_gram, symmetric", 6, 1, 300, 27, 33, true),
           gradient_case<T>("gradient_squares", 5, 1, 19, 150, 6, 7),
           gradient_case<T>("gradient_squares, depthwise", 30, 40, 1, 1, 29, 30),
+          patch_case<T>("patch_moments, small patches", 20, 2, 40, 40, 1),
+          patch_case<T>("patch_moments, large patches", 20, 16, 30, 30, 1),
+          patch_case<T>("patch_moments, groups", 40, 20, 40, 40, 20),
           lift_case<T>(9000, 20, 4),
           dual_norm_case<T>(1000, 170, 5),
           dual_softmax_case<T>("dual_softmax", 1000, 170, 1, 5, false),

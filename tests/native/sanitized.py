@@ -88,12 +88,14 @@ def calls(dtype: torch.dtype) -> dict[str, Callable]:
         "moments, few columns": lambda spoil: ops.moments(spoil(ones(64, 9))),
         "moments, many columns": lambda spoil: ops.moments(spoil(ones(64, 130))),
         "spatial_moments": lambda spoil: ops.spatial_moments(spoil(ones(9, 5, 7, 9))),
+        "gradient_gram": lambda spoil: ops.gradient_gram(spoil(ones(3, 9, 35)), ones(3, 2, 9, 7)),
         "gradient_squares": lambda spoil: ops.gradient_squares(
             spoil(ones(9, 5, 7, 9)), ones(9, 6, 7, 9), (3, 3), padding=(1, 1)
         ),
         "gradient_squares, g": lambda spoil: ops.gradient_squares(
             ones(9, 5, 7, 9), spoil(ones(9, 6, 7, 9))
         ),
+        "patch_moments": lambda spoil: ops.patch_moments(spoil(ones(2, 3, 9, 35)), (3, 3)),
         "lift": lambda spoil: ops.lift(spoil(ones(64, 9)), ones(9), ones(9)),
         "lift_moments": lift_moments,
         "dual_activation": lambda spoil: ops.dual_activation(

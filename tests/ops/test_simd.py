@@ -218,6 +218,19 @@ def check_spatial_moments(dtype):
                 assert_close(left, right, dtype)
 
 
+def check_gradient_gram(dtype):
+    for n, columns, positions, inputs, outputs in ((1, 1, 1, 1, 1), (5, 3, 37, 19, 11)):
+        a, b = normal(n, positions, inputs, dtype=dtype), normal(n, positions, outputs, dtype=dtype)
+        b = torch.stack([(c + 1) * b.roll(c, 0) for c in range(columns)], 1)
+        gradients = torch.einsum("itd,ictm->icmd", a.double(), b.double()).flatten(2)
+        truth = torch.einsum("icp,jep->icje", gradients, gradients)
+
+        def run_gram(a=a, b=b):
+            return [ops.gradient_gram(a, b)]
+
+        assert_close(same_bits_for_threads(run_gram)[0], truth, dtype)
+
+
 def check_gradient_squares(dtype):
     for shape, outputs in (((1, 1, 1, 1), 1), ((70, 6, 5, 7), 34), ((3, 4, 20, 30), 150)):
         x, g = normal(*shape, dtype=dtype), normal(shape[0], outputs, *shape[2:], dtype=dtype)
@@ -229,6 +242,27 @@ def check_gradient_squares(dtype):
                 return [ops.gradient_squares(*pair, (3, 1), padding=(1, 0))]
 
             assert_close(same_bits_for_threads(run_squares)[0], truth, dtype)
+
+
+def check_patch_moments(dtype):
+    for shape, stride, groups in (
+        ((1, 1, 3, 3), 1, 1),
+        ((5, 17, 9, 21), 2, 1),
+        ((3, 4, 9, 35), 1, 2),
+    ):
+        x = normal(*shape, dtype=dtype)
+        geometry = ((3, 3), (stride, stride), (1, 1), (1, 1))
+        truth = reference.patch_moments(x, *geometry, groups)
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+
+            def run_patches(layout=layout, geometry=geometry, groups=groups):
+                kernel, stride, padding, _ = geometry
+                return ops.patch_moments(
+                    layout, kernel, stride=stride, padding=padding, groups=groups
+                )
+
+            for left, right in zip(same_bits_for_threads(run_patches), truth, strict=True):
+                assert_close(left, right, dtype)
 
 
 def check_lift_moments(dtype):
@@ -303,7 +337,9 @@ def check_all():
         check_moments(dtype)
         check_lift(dtype)
         check_spatial_moments(dtype)
+        check_gradient_gram(dtype)
         check_gradient_squares(dtype)
+        check_patch_moments(dtype)
         check_lift_moments(dtype)
         check_dual_norm(dtype)
         check_dual_softmax(dtype)

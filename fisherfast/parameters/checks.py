@@ -1,0 +1,151 @@
+"""What is looked at before a network is measured: arguments, its mode, its buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherfast.default_device import on_host
+from fisherfast.parameters.likelihood import Likelihood
+from fisherfast.taps import forgetting, own_random_state
+
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_evaluation",
+    "check_likelihood",
+    "check_options",
+    "check_seed",
+    "forward_alone",
+    "untouched",
+]
+
+SEEDS = 2**63
+"""Beyond, PyTorch has no generator."""
+
+DROPOUT = (nn.modules.dropout._DropoutNd, nn.RReLU)
+
+
+def check_likelihood(likelihood: Any) -> None:
+    """Raise TypeError unless it is an instance of a Likelihood."""
+    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
+        raise TypeError(
+            f"likelihood must be an instance, got the class {likelihood.__name__}: write"
+            f" {likelihood.__name__}()"
+        )
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            "likelihood must be a Gaussian, Categorical, Bernoulli, Poisson or another Likelihood,"
+            f" got {type(likelihood).__name__}"
+        )
+
+
+def check_choice(name: str, value: Any, choices: Mapping[str, Any] | tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise unless the value is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if int(value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise unless the seed is one that generators take."""
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
+    if not 0 <= int(seed) < SEEDS:
+        raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
+
+
+def check_options(
+    function: Callable[..., Any], given: Mapping[str, Any], structure: str, positional: int
+) -> None:
+    """Raise TypeError for a keyword that a structure does not take; the first arguments are not
+    the user's."""
+    known = [
+        name
+        for name, parameter in list(inspect.signature(function).parameters.items())[positional:]
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    for name in given:
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes none of its own"
+            raise TypeError(
+                f"settings must be those of structure {structure!r}, which {takes}, got {name!r}"
+            )
+
+
+def check_evaluation(model: nn.Module) -> None:
+    """Refuse layers that mix the samples of a batch or draw random numbers, before they run.
+
+    Raises:
+        ValueError: batch norm that uses the statistics of its batch, active dropout.
+    """
+    for name, module in model.named_modules():
+        what = type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training:
+                raise ValueError(
+                    f"model must be in evaluation mode, got {what} {name!r} in training mode, where"
+                    " every sample depends on its batch: call model.eval()"
+                )
+            if module.running_mean is None:
+                raise ValueError(
+                    f"model must treat every sample by itself, got {what} {name!r} without running"
+                    " statistics, where every sample depends on its batch"
+                )
+        elif isinstance(module, DROPOUT) and module.training and getattr(module, "p", 1) > 0:
+            raise ValueError(
+                f"model must be in evaluation mode, got {what} {name!r} in training mode, which"
+                " draws random numbers: call model.eval()"
+            )
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Random states return, and what a forward pass leaves in a module; new tensors are those of
+    the CPU inside, whatever the user's default device."""
+    with on_host(), own_random_state(model, seed), forgetting(model):
+        yield
+
+
+@contextlib.contextmanager
+def forward_alone(model: nn.Module) -> Iterator[None]:
+    """The first forward pass: buffers that it writes return, and are an error.
+
+    Raises:
+        ValueError: a buffer changed.
+    """
+    before = {name: value.detach().clone() for name, value in model.named_buffers()}
+    try:
+        with untouched(model):
+            yield
+    finally:
+        changed = []
+        for name, value in model.named_buffers():
+            if name in before and not _same(value, before[name]):
+                changed.append(name)
+                with torch.no_grad():
+                    value.copy_(before[name])
+    if changed:
+        raise ValueError(
+            f"model must leave its buffers as they are in a forward pass, got {changed[0]!r}"
+            " changed: call model.eval()"
+        )
+
+
+def _same(now: Tensor, before: Tensor) -> bool:
+    if now.shape != before.shape:
+        return False
+    return bool(((now == before) | ((now != now) & (before != before))).all())

@@ -1,0 +1,155 @@
+"""Which parameters are measured by the rule of their layer, which by per-sample gradients, and what
+a batch that has gone forward keeps."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from parameters_zoo import NETWORKS, Network, linear
+from torch import Tensor, nn
+
+from fisherfast.parameters.backpropagation import Backpropagation
+from fisherfast.parameters.examination import samples_apart
+from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.rules import Rule
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # of torch, on copies
+
+ROWS = {
+    "conv transpose": ["0"],
+    "conv transpose grouped": ["0"],
+    "instance norm": ["1"],
+    "instance norm, running": ["1"],
+    "attention": ["attention"],
+    "transformer": ["0.self_attn"],
+    "transformer, time first": ["embed", "layer"],
+    "LSTM": ["rnn"],
+    "GRU": ["rnn"],
+    "windows mixed": ["layers"],
+    "called twice": ["layer"],
+    "tied head": ["embedding", "head"],
+    "expression": ["scale", "gate"],
+    "weights in an expression": ["layer"],
+    "weight norm": ["0.parametrizations", "0.bias"],
+}
+"""Parts of the networks that no rule answers for, or not rightly; of some there may be one."""
+
+OPTIONAL = {"conv transpose", "conv transpose grouped", "instance norm", "instance norm, running"}
+
+
+def forward(
+    model: nn.Module, x: Tensor, among: int | None = None
+) -> tuple[Backpropagation, ParameterLayout]:
+    """A batch that has gone forward, after the examination."""
+    layout = ParameterLayout.of(model)
+    return Backpropagation(model, layout, x[:among], samples_apart(model, layout, x)), layout
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_ways(name: str) -> None:
+    """A layer that is measured by its rule where that mixes samples; or, 10 times slower, sample
+    by sample where the rule would do: behind in-place operations, folded windows, checkpoints."""
+    network = NETWORKS[name]
+    for dtype in (torch.float64, torch.float32):
+        batch, layout = forward(network.make(dtype), network.inputs(6, dtype))
+        parts = ROWS.get(name, [])
+        for parameter in layout.names:
+            by_rows = any(parameter.startswith(part) for part in parts)
+            expected = "unused" if "idle" in parameter else "rows" if by_rows else "rule"
+            found = batch.layers[parameter]
+            assert found == expected or (name in OPTIONAL and found == "rule"), parameter
+
+
+def test_hooks_of_the_user() -> None:
+    """A tap behind the user's hook instead of before: right, and slow."""
+    network = NETWORKS["linear"]
+    model = network.make()
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    batch, _ = forward(model, network.inputs())
+    assert set(batch.layers.values()) == {"rule"}
+
+
+def test_layer_without_gradient() -> None:
+    """A layer that has no gradient at the samples that are examined, taken for one that is wrong:
+    the last layer of a fresh network is zero."""
+    network = NETWORKS["linear"]
+    model = network.make()
+    nn.init.zeros_(model[2].weight)
+    batch, _ = forward(model, network.inputs())
+    assert set(batch.layers.values()) == {"rule"}
+
+
+@pytest.mark.parametrize("sent", [0, 1, 3])
+def test_freed(sent: int) -> None:
+    """A batch that refers to itself, and holds its activations until the garbage collector comes:
+    then there are those of two batches."""
+    network = Network(linear, (4,))
+    gc.collect()
+    gc.disable()
+    try:
+        batch, _ = forward(network.make(), network.inputs())
+        activation = weakref.ref(batch.calls[-1].rule)
+        graph = weakref.ref(batch._graph.grad_fn)
+        for number in range(sent):
+            vector = torch.ones_like(batch.outputs)
+            batch.visit(vector, lambda rule, x, g: None, last=number == 2)
+        del batch
+        assert activation() is None
+        assert graph() is None
+    finally:
+        gc.enable()
+
+
+def test_inputs_of_layers_go_with_the_last_vector() -> None:
+    """Inputs that a tap keeps until the next batch has gone forward."""
+    network = Network(linear, (4,))
+    batch, _ = forward(network.make(), network.inputs())
+    kept: list[weakref.ref[Tensor]] = []
+
+    def visitor(rule: Rule, x: Tensor, g: Tensor) -> None:
+        kept.append(weakref.ref(x))
+
+    batch.visit(torch.ones_like(batch.outputs), visitor)
+    gc.collect()
+    assert all(reference() is not None for reference in kept)
+    batch.visit(torch.ones_like(batch.outputs), visitor, last=True)
+    gc.collect()
+    assert all(reference() is None for reference in kept)
+    with pytest.raises(RuntimeError, match="last must be set for the last vector only"):
+        batch.visit(torch.ones_like(batch.outputs), visitor)
+
+
+def test_all_layers_come() -> None:
+    """A layer that no gradient reaches, for which a structure would wait."""
+
+    class Blocked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> None:
+            return None
+
+    class Blocking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + Blocked.apply(self.second(x))
+
+    network = Network(Blocking, (4,))
+    batch, layout = forward(network.make(), network.inputs())
+    seen: dict[str, Tensor] = {}
+
+    def visitor(rule: Rule, x: Tensor, g: Tensor) -> None:
+        seen.update(zip(rule.names, rule.gradients(x, g), strict=True))
+
+    batch.visit(torch.ones_like(batch.outputs), visitor)
+    assert set(seen) == set(layout.names)
+    assert bool((seen["second.weight"] == 0).all())
+    assert bool((seen["first.weight"] != 0).any())

@@ -1,0 +1,266 @@
+"""Data in every form, and a Fisher matrix that does not depend on how they are batched."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Poisson, fisher
+from fisherfast.parameters.batches import batches, count
+
+N = 60
+LIKELIHOODS = {
+    "Gaussian": Gaussian(0.25),
+    "Categorical": Categorical(),
+    "Bernoulli": Bernoulli(),
+    "Poisson": Poisson(),
+}
+SIGMAS = 4.0
+
+
+def network(dtype=torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(),
+        nn.Linear(12, 3),
+    ).to(dtype)  # fmt: skip
+
+
+def inputs(n: int = N, dtype=torch.float64) -> Tensor:
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def labels(model: nn.Module, likelihood, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return likelihood.draw(model(x), 1, torch.Generator().manual_seed(2))[0]
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+@pytest.mark.parametrize("fisher_type", ["exact", "mc", "empirical"])
+def test_the_matrix_does_not_depend_on_the_batch_size(kind, fisher_type):
+    """Catches gradients that are averaged before they are squared, a mean of the batches' means
+    where the last batch is smaller, and labels that are drawn in the order of batches."""
+    model, likelihood = network(), LIKELIHOODS[kind]
+    x = inputs()
+    settings = {"samples": 3, "seed": 5} if fisher_type == "mc" else {}
+    data = (x, labels(model, likelihood, x))
+    whole = fisher(model, likelihood, data, "diag", fisher_type, batch_size=N, **settings)
+    for size in (1, 7, 59, 10_000):
+        other = fisher(model, likelihood, data, "diag", fisher_type, batch_size=size, **settings)
+        assert other.samples == N
+        torch.testing.assert_close(other.diag(), whole.diag(), rtol=1e-12, atol=1e-14)
+
+
+def squared_mean_gradients(model: nn.Module, likelihood, x: Tensor, y: Tensor, size: int) -> Tensor:
+    """What is often taken for the diagonal: the mean over batches of the square of the gradient of
+    a batch's mean."""
+    squares = []
+    for xs, ys in zip(x.split(size), y.split(size), strict=True):
+        loss = likelihood.log_prob(model(xs), ys).mean()
+        parts = torch.autograd.grad(loss, list(model.parameters()))
+        squares.append(torch.cat([part.flatten() for part in parts]).square())
+    return torch.stack(squares).mean(0)
+
+
+def test_squares_of_batch_means_are_another_matrix():
+    """Catches that formula: with labels from the network, gradients of different samples do not
+    depend on each other, so that it is 1 / batch size of the Fisher matrix, here 1/100; on the data
+    that a network was fitted to it is zero. The traces of 40 batches: 4 sigma, false alarm 6e-5."""
+    model, size, number = network(), 100, 40
+    likelihood, x = Categorical(), inputs(4000)
+    y = labels(model, likelihood, x)
+    right = fisher(model, likelihood, (x, y), "diag", "empirical", batch_size=size).trace()
+    single = squared_mean_gradients(model, likelihood, x[:200], y[:200], 1)
+    first = fisher(model, likelihood, (x[:200], y[:200]), "diag", "empirical", batch_size=size)
+    torch.testing.assert_close(first.diag(), single, rtol=1e-10, atol=1e-14)
+    wrong = torch.stack(
+        [
+            squared_mean_gradients(model, likelihood, xs, ys, size).sum()
+            for xs, ys in zip(x.split(size), y.split(size), strict=True)
+        ]
+    )
+    error = wrong.std() / number**0.5
+    assert abs(float(wrong.mean()) - right / size) < SIGMAS * error
+    assert float(wrong.mean()) < 0.02 * right
+
+
+def test_at_a_fitted_network_squares_of_batch_means_vanish():
+    """Catches a diagonal that says that no parameter matters once a network is trained."""
+    x = inputs()
+    y = x.square().sum(1, keepdim=True)
+    model = nn.Linear(4, 1).double()
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(N, 1)], 1), y).solution
+    with torch.no_grad():
+        model.weight.copy_(solution[:4].T)
+        model.bias.copy_(solution[4])
+    right = fisher(model, Gaussian(), (x, y), "diag", "empirical", batch_size=N).diag()
+    assert bool((squared_mean_gradients(model, Gaussian(), x, y, N) < 1e-20 * right).all())
+
+
+class Numbers(Dataset):
+    """A Dataset of arrays and plain numbers."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        return self.x[index].numpy(), int(self.y[index])
+
+
+class Stream(IterableDataset):
+    """One sample after the other, of unknown number."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __iter__(self):
+        return zip(self.x, self.y, strict=True)
+
+
+SOURCES = {
+    "tensors": lambda x, y: (x, y),
+    "arrays": lambda x, y: (x.numpy(), y.numpy()),
+    "Dataset": TensorDataset,
+    "Dataset of numbers": Numbers,
+    "IterableDataset": Stream,
+    "DataLoader": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=9),
+    "list": lambda x, y: [(x[:5], y[:5]), [x[5:], y[5:]]],
+    "generator": lambda x, y: ((x[i : i + 8], y[i : i + 8]) for i in range(0, N, 8)),
+    "with empty batches": lambda x, y: [(x[:0], y[:0]), (x, y), (x[:0], y[:0])],
+    "strided": lambda x, y: (x.repeat_interleave(2, 1)[:, ::2], y.repeat_interleave(2)[::2]),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_sources_of_pairs(source):
+    """Catches labels that go to other samples, and batches that are left out."""
+    model, x = network(), inputs()
+    y = labels(model, Categorical(), x)
+    expected = fisher(model, Categorical(), (x, y), "diag", "empirical").diag()
+    found = fisher(model, Categorical(), SOURCES[source](x, y), "diag", "empirical", batch_size=7)
+    assert found.samples == N
+    torch.testing.assert_close(found.diag(), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda x: x,
+        lambda x: x.numpy(),
+        lambda x: (x,),
+        lambda x: (x, None),
+        lambda x: TensorDataset(x),
+        lambda x: DataLoader(TensorDataset(x), batch_size=9),
+        lambda x: DataLoader(list(x), batch_size=9),
+        lambda x: [x[:5], x[5:]],
+        lambda x: [(x[:5],), (x[5:],)],
+        lambda x: iter([x[:5], x[5:]]),
+        lambda x: (x, torch.full((N, 7), float("nan"))),
+    ],
+)
+def test_sources_of_inputs(source):
+    """Catches labels that are asked for, or looked at, where none are used."""
+    model, x = network(), inputs()
+    expected = fisher(model, Categorical(), x).diag()
+    found = fisher(model, Categorical(), source(x), batch_size=7)
+    torch.testing.assert_close(found.diag(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_inputs_take_the_dtype_of_the_model():
+    """Catches arrays of float64 that a float32 network refuses, and tokens that become floats."""
+    model, x = network(torch.float32), inputs()
+    expected = fisher(model, Categorical(), x.float()).diag()
+    assert torch.equal(fisher(model, Categorical(), x.numpy()).diag(), expected)
+    tokens = torch.randint(0, 5, (N, 4), generator=torch.Generator().manual_seed(0))
+    reader = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(12, 3))
+    assert fisher(reader, Categorical(), tokens.numpy()).samples == N
+
+
+def test_a_generator_is_read_batch_by_batch():
+    """Catches data that are collected before they are measured."""
+    model, x = network(), inputs()
+    read = []
+
+    def source():
+        for part in x.split(10):
+            read.append(len(part))
+            yield part
+
+    seen = batches(source(), model, 4, labels=False)
+    for number, (batch, y) in enumerate(seen):
+        assert len(read) == number + 1
+        assert len(batch) == 10
+        assert y is None
+    assert sum(read) == N
+
+
+def test_labels_stay_in_host_memory():
+    """Catches a copy that the checks of the labels would wait for."""
+    model, x = network(), inputs()
+    y = torch.zeros(N)
+    (batch,) = batches((x, y), model, N, labels=True)
+    assert batch[1] is not None
+    assert batch[1].data_ptr() == y.data_ptr()
+
+
+X, Y = inputs(), torch.zeros(N, dtype=torch.long)
+WRONG = [
+    (X[:0], ValueError, "data must hold at least one sample, got none"),
+    ((X[:0], Y[:0]), ValueError, "data must hold at least one sample, got none"),
+    ([], ValueError, "data must hold at least one sample, got none"),
+    (iter(()), ValueError, "data must hold at least one sample, got none"),
+    (TensorDataset(X[:0], Y[:0]), ValueError, "data must hold at least one sample, got none"),
+    (X, ValueError, "data must hold labels, got inputs alone: pass (x, y)"),
+    ((X, None), ValueError, "data must hold labels, got inputs alone: pass (x, y)"),
+    (TensorDataset(X), ValueError, "data must hold labels, got inputs alone: pass (x, y)"),
+    ((X, Y[:-1]), ValueError, "labels must be as many as inputs (60), got 59"),
+    ([(X, Y[:-1])], ValueError, "labels must be as many as inputs (60), got 59"),
+    ((X, Y, Y), ValueError, "data must be a pair (x, y), got 3 entries"),
+    ([(X, Y, Y)], ValueError, "data must be batches of x or (x, y), got one of 3 entries"),
+    ((X, list(range(N))), TypeError, "labels must be tensors or arrays, got list"),
+    ((X, torch.tensor(1)), ValueError, "labels must have shape [n, ...], got a single number"),
+    ([{"x": X, "y": Y}], TypeError, "data must be tensors or arrays, got dict"),
+    ({"x": X}, TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
+    ("data", TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
+    (3, TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
+    (None, TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
+    (torch.tensor(1.0), ValueError, "data must have shape [n, ...], got a single number"),
+    ([1.0, 2.0], TypeError, "data must be tensors or arrays, got float"),
+    ((np.array(["a"]), Y[:1]), TypeError, "data must hold numbers, got an array of <U1"),
+]
+
+
+@pytest.mark.parametrize(("data", "error", "text"), WRONG)
+def test_wrong_data(data, error, text):
+    """Catches an empty mean (NaN), labels that are cut or repeated, and errors about something
+    else."""
+    with pytest.raises(error, match=f"^{re.escape(text)}"):
+        fisher(network(), Categorical(), data, "diag", "empirical")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (X, N),
+        ((X, Y), N),
+        ((X.numpy(), None), N),
+        (TensorDataset(X), N),
+        (DataLoader(TensorDataset(X), batch_size=7), N),
+        (DataLoader(Stream(X, Y), batch_size=7), None),
+        (Stream(X, Y), None),
+        ([X, X], None),
+        (iter([X]), None),
+        (3, None),
+    ],
+)
+def test_the_number_of_samples(data, expected):
+    """Catches batches that are counted as samples."""
+    assert count(data) == expected

@@ -1,0 +1,103 @@
+"""What docs/parameters.md says of pruned networks is what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, Any]]:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "parameters.json").read_text())
+    found: list[dict[str, Any]] = stored["pruning"]["figures"]["runs"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def guide() -> str:
+    return (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def example(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module("pruning_information")
+
+
+def test_tables_are_the_measured_ones(runs, guide, example):
+    """Catches tables older than the measurement, and numbers typed by hand."""
+    assert len(runs) == 3
+    assert example.table(runs) in guide
+    assert example.bits_table(runs[0]) in guide
+
+
+def test_the_text_quotes_the_first_run(runs, guide):
+    """Catches sentences about another measurement than the one stored."""
+    camera, lognormal = (runs[0][name] for name in ("camera", "lognormal"))
+
+    def at(network: dict[str, Any], kind: str, way: str, size: float) -> dict[str, float]:
+        axis = "bits" if kind == "bits" else "left"
+        return next(row for row in network[kind][way] if row[axis] == size)
+
+    def J(network: dict[str, Any], kind: str, way: str, size: float) -> str:
+        return f"{at(network, kind, way, size)['transmission']:.2f}"
+
+    last = at(lognormal, "weights", "importance", 0.3)
+    coarse = at(lognormal, "bits", "importance", 2.0)
+    second = runs[1]["camera"]
+    text = " ".join(guide.split())
+    for quoted in (
+        "With 30 % of the weights the camera's network has"
+        f" {J(camera, 'weights', 'magnitude', 0.3)} by magnitude and"
+        f" {J(camera, 'weights', 'importance', 0.3)} by importance",
+        f"({J(second, 'weights', 'importance', 0.14)} by importance,"
+        f" {J(second, 'weights', 'magnitude', 0.14)} by magnitude)",
+        f"20 % of the camera's units: {J(second, 'units', 'importance, each layer', 0.2)} and"
+        f" {J(second, 'units', 'magnitude, each layer', 0.2)})",
+        f"({at(camera, 'bits', 'magnitude', 1.0)['nats']:.3f} nats, importance"
+        f" {at(camera, 'bits', 'importance', 1.0)['nats']:.3f})",
+        f"({J(camera, 'weights', 'importance, each layer', 0.3)} at 30 %,"
+        f" {J(camera, 'weights', 'importance, each layer', 0.2)} at 20 %, where magnitude over the"
+        f" whole network has {J(camera, 'weights', 'magnitude', 0.2)})",
+        f"({J(camera, 'units', 'importance', 0.14)} of the information at 14 % of the camera's"
+        f" units, where each layer's own order keeps"
+        f" {J(camera, 'units', 'importance, each layer', 0.14)}, and chance at 20 % of the"
+        f" log-normal network's units"
+        f" {J(lognormal, 'units', 'chance', 0.2)} where the sum of weights keeps"
+        f" {J(lognormal, 'units', 'importance, sum of weights', 0.2)})",
+        f"promises {last['predicted']:.2f} nats and costs {last['nats']:.2f}",
+        f"keeps {coarse['transmission']:.3f} of J_input while the mean square error"
+        f" grows {coarse['level']:.1f}-fold",
+        f"with 10 % of its weights ({J(camera, 'weights', 'importance', 0.1)}) than with all"
+        f" ({camera['whole']['transmission']:.2f} ± {camera['whole']['transmission_error']:.2f})",
+    ):
+        assert quoted in text, quoted
+
+
+def test_importance_is_never_behind(runs, example):
+    """The claims of the section, of every run: over the whole network importance needs no more
+    weights than magnitude, and fewer in four of six networks; fewer units; and keeps more with 1.5
+    bits or less. Catches results that are stored although the claims fail."""
+    fewer = 0
+    for run in runs:
+        for network, found in run.items():
+            whole = found["whole"]["transmission"]
+            sizes = {
+                (kind, way): example.intact(found[kind][way], "left", whole) or 1.0
+                for kind in ("weights", "units")
+                for way in ("importance", "magnitude")
+            }
+            assert sizes["weights", "importance"] <= sizes["weights", "magnitude"], network
+            assert sizes["units", "importance"] < sizes["units", "magnitude"], network
+            fewer += sizes["weights", "importance"] < sizes["weights", "magnitude"]
+            by_importance, by_magnitude = (found["bits"][w] for w in ("importance", "magnitude"))
+            for row, other in zip(by_importance, by_magnitude, strict=True):
+                assert row["bits"] > 1.5 or row["transmission"] > other["transmission"], network
+    assert fewer == 4

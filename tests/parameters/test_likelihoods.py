@@ -1,0 +1,416 @@
+"""Likelihoods: scores, draws and the root of the Fisher matrix of the outputs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli as TorchBernoulli
+from torch.distributions import Categorical as TorchCategorical
+from torch.distributions import Normal as TorchNormal
+from torch.distributions import Poisson as TorchPoisson
+
+import fisherfast as ff
+from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+
+SAMPLES = 5
+DRAWS = 40_000
+SIGMAS = 4.0
+"""False alarm below 6e-5 per comparison. What a wrong factor of 1.1 would do: the relative standard
+error of a second moment is sqrt(2 / DRAWS) = 0.7 %, or 14 sigma."""
+
+
+class Sampled(Likelihood):
+    """A subclass: exponential waiting times, f the logarithm of the rate."""
+
+    def log_prob(self, f, y):
+        return (f - y * f.exp()).flatten(1).sum(1)
+
+    def draw(self, f, samples, generator):
+        uniform = torch.rand(len(f), samples, f[0].numel(), generator=generator, dtype=f.dtype)
+        uniform = uniform.transpose(0, 1).reshape(samples, *f.shape)
+        return -torch.log1p(-uniform) / f.exp()
+
+    def root(self, f):
+        for output in range(f[0].numel()):
+            vector = torch.zeros_like(f).flatten(1)
+            vector[:, output] = 1
+            yield vector.reshape(f.shape)
+
+
+def by_functions() -> Likelihood:
+    """The same by functions, and correlated Gaussian noise is not needed to see a wrong root."""
+    return Likelihood(
+        lambda f, y: (f - y * f.exp()).flatten(1).sum(1),
+        lambda f, generator: torch.empty_like(f).exponential_(generator=generator) / f.exp(),
+        information=lambda f: torch.eye(f[0].numel()).expand(len(f), -1, -1),
+    )
+
+
+def correlated() -> Likelihood:
+    """Gaussian noise with a covariance [2, 2]: a root that is not diagonal, by functions."""
+    covariance = torch.tensor([[2.0, 0.6], [0.6, 0.5]], dtype=torch.float64)
+    factor, precision = torch.linalg.cholesky(covariance), torch.linalg.inv(covariance)
+
+    def log_prob(f, y):
+        return -0.5 * torch.einsum("ni,ij,nj->n", y - f, precision.to(f), y - f)
+
+    def sample(f, generator):
+        noise = torch.empty_like(f).normal_(generator=generator)
+        return f + noise @ factor.to(f).T
+
+    return Likelihood(log_prob, sample, lambda f: precision.expand(len(f), 2, 2))
+
+
+VARIANCE = torch.tensor([0.3, 1.0, 4.0])
+LIKELIHOODS = {
+    "Gaussian": (lambda: Gaussian(0.25), (2, 2)),
+    "Gaussian of one number": (lambda: Gaussian(), ()),
+    "Gaussian by output": (lambda: Gaussian(VARIANCE), (2, 3)),
+    "Categorical": (Categorical, (4,)),
+    "Categorical of two": (Categorical, (2,)),
+    "Categorical of a map": (Categorical, (3, 2, 2)),
+    "Bernoulli": (Bernoulli, (3,)),
+    "Poisson": (Poisson, (3,)),
+    "Poisson of the rate": (lambda: Poisson(log_rate=False), (3,)),
+    "subclass": (Sampled, (2,)),
+    "functions": (by_functions, (2,)),
+    "correlated": (correlated, (2,)),
+}
+CASES = pytest.mark.parametrize("case", LIKELIHOODS)
+
+
+def outputs(case: str, samples: int = SAMPLES, dtype=torch.float64) -> tuple[Likelihood, Tensor]:
+    """A likelihood and outputs of a network."""
+    build, shape = LIKELIHOODS[case]
+    g = torch.Generator().manual_seed(3)
+    f = torch.randn(samples, *shape, generator=g, dtype=torch.float64)
+    return build(), (f.exp() if case == "Poisson of the rate" else f).to(dtype)
+
+
+def labels(likelihood: Likelihood, f: Tensor, samples: int = 1, seed: int = 5) -> Tensor:
+    return likelihood.draw(f, samples, torch.Generator().manual_seed(seed))
+
+
+def information(likelihood: Likelihood, f: Tensor) -> Tensor:
+    """[n, N, N] from the root."""
+    columns = torch.stack([column.reshape(len(f), -1) for column in likelihood.root(f)], 2)
+    return columns @ columns.mT
+
+
+@CASES
+def test_the_score_is_the_derivative_of_the_log_probability(case):
+    """Catches a wrong sign, a lost 1 / sigma^2, and a softmax over the wrong dimension."""
+    likelihood, f = outputs(case)
+    y = labels(likelihood, f)[0]
+    moving = f.clone().requires_grad_()
+    each = likelihood.log_prob(moving, y)
+    assert each.shape == (SAMPLES,)
+    (expected,) = torch.autograd.grad(each.sum(), moving)
+    score = likelihood.score(f, y)
+    assert score.shape == f.shape
+    torch.testing.assert_close(score, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("case", "distribution"),
+    [
+        ("Gaussian", lambda f: TorchNormal(f, 0.5)),
+        ("Gaussian of one number", lambda f: TorchNormal(f, 1.0)),
+        ("Gaussian by output", lambda f: TorchNormal(f, VARIANCE.double().sqrt())),
+        ("Categorical", lambda f: TorchCategorical(logits=f)),
+        ("Categorical of a map", lambda f: TorchCategorical(logits=f.movedim(1, -1))),
+        ("Bernoulli", lambda f: TorchBernoulli(logits=f)),
+        ("Poisson", lambda f: TorchPoisson(f.exp())),
+        ("Poisson of the rate", lambda f: TorchPoisson(f)),
+    ],
+)
+def test_log_probabilities_are_those_of_torch(case, distribution):
+    """Catches a lost constant, and a mean over outputs instead of the sum. Nats."""
+    likelihood, f = outputs(case)
+    y = labels(likelihood, f)[0]
+    expected = distribution(f).log_prob(y).reshape(SAMPLES, -1).sum(1)
+    torch.testing.assert_close(likelihood.log_prob(f, y), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "values"),
+    [
+        ("Categorical", range(4)),
+        ("Categorical of two", range(2)),
+        ("Categorical of a map", range(3)),
+        ("Bernoulli", range(2)),
+    ],
+)
+def test_the_root_is_that_of_the_expectation_over_all_labels(case, values):
+    """Catches diag(p) without p p^T, classes that are counted twice, and positions that see each
+    other: every label there is, with its probability."""
+    likelihood, f = outputs(case)
+    per_sample = f[:, 0].numel() // SAMPLES if case.startswith("Cat") else f[0].numel()
+    shape = f.shape[2:] if case.startswith("Cat") else f.shape[1:]
+    expected = torch.zeros(SAMPLES, f[0].numel(), f[0].numel(), dtype=torch.float64)
+    total = torch.zeros(SAMPLES, dtype=torch.float64)
+    for choice in itertools.product(values, repeat=per_sample):
+        y = torch.tensor(choice).reshape(shape).expand(SAMPLES, *shape)
+        score = likelihood.score(f, y).reshape(SAMPLES, -1)
+        p = likelihood.log_prob(f, y).exp()
+        expected += p[:, None, None] * score[:, :, None] * score[:, None, :]
+        total += p
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
+    torch.testing.assert_close(information(likelihood, f), expected, rtol=0, atol=1e-13)
+
+
+@CASES
+def test_scores_of_draws_have_mean_zero_and_the_roots_covariance(case):
+    """Catches labels from another distribution than log_prob's (a standard deviation for the
+    variance, a rate for its logarithm), and a root of something else. 4 sigma of the mean over
+    draws, for each entry: false alarm below 6e-5 for each, 0.02 over all 300 with fixed seeds."""
+    likelihood, f = outputs(case, samples=2)
+    drawn = labels(likelihood, f, DRAWS)
+    assert drawn.shape[:2] == (DRAWS, 2)
+    flat = drawn.flatten(0, 1)
+    many = f.expand(DRAWS, *f.shape).flatten(0, 1)
+    scores = likelihood.score(many, flat).reshape(DRAWS, 2, -1)
+    products = scores[..., :, None] * scores[..., None, :]
+    for values, expected in ((scores, 0 * scores[0]), (products, information(likelihood, f))):
+        error = values.std(0) / math.sqrt(DRAWS)
+        assert bool(((values.mean(0) - expected).abs() <= SIGMAS * error + 1e-12).all())
+
+
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_gets_the_same_labels_however_it_is_batched(case, dtype):
+    """Catches labels that depend on the batch size: results would too."""
+    likelihood, f = outputs(case, samples=23, dtype=dtype)
+    whole = labels(likelihood, f, 3)
+    for size in (1, 4, 17):
+        generator = torch.Generator().manual_seed(5)
+        parts = [likelihood.draw(part, 3, generator) for part in f.split(size)]
+        assert torch.equal(torch.cat(parts, 1), whole)
+    assert not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("case", [case for case in LIKELIHOODS if case[0].isupper()])
+def test_precisions_draw_the_same_labels(case):
+    """Catches random numbers drawn in the dtype of the outputs: another stream for float32."""
+    likelihood, f = outputs(case, samples=50, dtype=torch.float32)
+    single, double = labels(likelihood, f), labels(likelihood, f.double())
+    torch.testing.assert_close(single.double(), double.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in LIKELIHOODS if case[0].isupper()])
+def test_the_users_random_state_and_default_device_stay(case):
+    """Catches draws from the global generator, and numbers made on the user's device."""
+    likelihood, f = outputs(case)
+    before = torch.get_rng_state()
+    expected = labels(likelihood, f)
+    with torch.device("meta"):
+        assert torch.equal(likelihood.draw(f, 1, torch.Generator("cpu").manual_seed(5)), expected)
+        assert information(likelihood, f).device.type == "cpu"
+        likelihood.score(f, expected[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_counts_of_any_rate():
+    """Catches a bracket that is too narrow for large or small rates, and a bisection that ends one
+    too early: the quantile against the distribution function, both sides, and its mean."""
+    rate = torch.tensor([[1e-6, 0.3, 7.0, 900.0, 1e8]], dtype=torch.float64)
+    drawn = labels(Poisson(log_rate=False), rate, 2000)[:, 0]
+    assert bool((drawn == drawn.round()).all())
+    assert bool((drawn >= 0).all())
+    error = (rate[0] / 2000).sqrt()
+    assert bool(((drawn.mean(0) - rate[0]).abs() < SIGMAS * error + 1e-12).all())
+    uniform = torch.rand(
+        1, 2000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
+    # P(count <= k) >= u > P(count <= k - 1)
+    assert bool((torch.special.gammaincc(drawn + 1, rate) >= uniform[0]).all())
+    below = torch.special.gammaincc(drawn.clamp_min(1), rate)
+    assert bool(((below < uniform[0]) | (drawn == 0)).all())
+
+
+def test_roots_of_sure_networks_are_finite():
+    """Catches 0 / 0 where the later classes, or all but one, have no probability left."""
+    f = torch.tensor([[0.0, 200, 400], [400, 200, 0], [0, 0, 0], [1e4, -1e4, 1e4]])
+    for dtype in (torch.float32, torch.float64):
+        for values in (f.to(dtype), f.to(dtype).flip(1)):
+            p = values.double().softmax(1)
+            expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+            found = information(Categorical(), values).double()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+    extreme = torch.tensor([[-200.0, 200.0, 0.0]])
+    assert bool(torch.isfinite(information(Bernoulli(), extreme)).all())
+
+
+def test_categorical_takes_one_column_less_than_classes():
+    """Catches a backward pass that is not needed."""
+    assert len(list(Categorical().root(torch.zeros(2, 7)))) == 6
+    assert len(list(Categorical().root(torch.zeros(2, 3, 4)))) == 8
+
+
+SHAPE = "have the shape of the outputs, [2, {}], got [2]"
+WHOLE = "be whole numbers of classes, got torch.{}"
+WRONG_LABELS = [
+    (Gaussian(), (2, 3), torch.zeros(2), ValueError, SHAPE.format(3)),
+    (Gaussian(), (2, 1), torch.zeros(2), ValueError, SHAPE.format(1)),
+    (Gaussian(), (1, 1), torch.tensor([[math.nan]]), ValueError, "be finite, got nan"),
+    (Gaussian(), (1, 1), torch.tensor([[1j]]), TypeError, "be real numbers, got torch.complex64"),
+    (Categorical(), (2, 3), torch.zeros(2), TypeError, WHOLE.format("float32")),
+    (Categorical(), (2, 3), torch.tensor([0, 3]), ValueError, "lie in [0, 3), got 0 to 3"),
+    (Categorical(), (2, 3), torch.tensor([-100, 1]), ValueError, "lie in [0, 3), got -100 to 1"),
+    (Categorical(), (2, 3), torch.zeros(2, 3).long(), ValueError, "have shape [2], got [2, 3]"),
+    (Categorical(), (2, 3, 4), torch.zeros(2).long(), ValueError, "have shape [2, 4], got [2]"),
+    (Categorical(), (2, 3), torch.tensor([True, False]), TypeError, WHOLE.format("bool")),
+    (Bernoulli(), (2, 1), torch.zeros(2), ValueError, SHAPE.format(1)),
+    (Bernoulli(), (1, 2), torch.tensor([[0.0, 0.5]]), ValueError, "be 0 or 1, got 0.5"),
+    (Bernoulli(), (1, 1), torch.tensor([[math.nan]]), ValueError, "be 0 or 1, got nan"),
+    (Bernoulli(), (1, 1), torch.tensor([[1j]]), TypeError, "be 0 or 1, got torch.complex64"),
+    (Poisson(), (1, 1), torch.tensor([[-1]]), ValueError, "be counts 0, 1, 2, ..., got -1"),
+    (Poisson(), (1, 1), torch.tensor([[1.5]]), ValueError, "be counts 0, 1, 2, ..., got 1.5"),
+    (Poisson(), (1, 1), torch.tensor([[math.inf]]), ValueError, "be finite, got inf"),
+    (Poisson(), (2, 1), torch.zeros(2), ValueError, SHAPE.format(1)),
+    (Poisson(), (1, 1), torch.tensor([[True]]), TypeError, "be real numbers, got torch.bool"),
+    (Sampled(), (2, 1), torch.zeros(3, 1), ValueError, "be one per sample (2), got 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("likelihood", "shape", "y", "error", "text"), WRONG_LABELS)
+def test_wrong_labels(likelihood, shape, y, error, text):
+    """Catches labels that broadcast silently, that are cut to a class, or that index elsewhere."""
+    with pytest.raises(error, match=f"^{re.escape(f'labels must {text}')}$"):
+        likelihood.check(torch.zeros(shape), y)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "y", "expected"),
+    [
+        (Gaussian(), torch.tensor([[1], [2]]), torch.tensor([[1.0], [2.0]])),
+        (Categorical(), torch.tensor([1, 0], dtype=torch.uint8), torch.tensor([1, 0])),
+        (Bernoulli(), torch.tensor([[True], [False]]), torch.tensor([[1.0], [0.0]])),
+        (Poisson(), torch.tensor([[3], [0]]), torch.tensor([[3.0], [0.0]])),
+    ],
+)
+def test_labels_of_other_dtypes(likelihood, y, expected):
+    """Catches refusing labels that are right but for their dtype."""
+    f = torch.zeros(2, 2 if isinstance(likelihood, Categorical) else 1)
+    assert torch.equal(likelihood.check(f, y), expected)
+    assert likelihood.check(f, y).dtype == expected.dtype
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "f", "text"),
+    [
+        (
+            Categorical(),
+            torch.zeros(3),
+            "outputs of the model must have shape [n, C, ...], got [3]",
+        ),
+        (
+            Categorical(),
+            torch.zeros(3, 1),
+            "outputs of the model must be logits of two classes at least, got 1; for one logit take"
+            " Bernoulli()",
+        ),
+        (
+            Gaussian(torch.ones(2)),
+            torch.zeros(5, 3),
+            "variance must broadcast to the outputs of a sample, [3], got shape [2]",
+        ),
+        (
+            Gaussian(torch.ones(5, 3)),
+            torch.zeros(5, 3),
+            "variance must broadcast to the outputs of a sample, [3], got shape [5, 3]",
+        ),
+    ],
+)
+def test_outputs_of_a_wrong_shape(likelihood, f, text):
+    """Catches one logit as a class that is always sure, and a variance per sample of one batch."""
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        likelihood.check_outputs(f)
+
+
+def test_outputs_must_be_floating():
+    """Catches predicted classes in the place of logits."""
+    with pytest.raises(TypeError, match=r"must be real and floating, got torch\.int64"):
+        Bernoulli().check_outputs(torch.zeros(2, 1).long())
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(), Categorical(), Bernoulli(), Poisson()])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_outputs_that_are_not_finite(likelihood, value):
+    """Catches a Fisher matrix of NaN that looks like one."""
+    f = torch.zeros(2, 3)
+    assert bool(likelihood.valid(f))
+    f[1, 2] = value
+    assert not bool(likelihood.valid(f))
+
+
+def test_rates_must_be_positive_and_finite():
+    """Catches a rate of zero or less, and the logarithm of one that overflows."""
+    assert not bool(Poisson(log_rate=False).valid(torch.tensor([[0.0]])))
+    assert not bool(Poisson(log_rate=False).valid(torch.tensor([[-1.0]])))
+    assert not bool(Poisson().valid(torch.tensor([[100.0]])))
+    assert not bool(Poisson().valid(torch.tensor([[-200.0]])))
+    assert bool(Poisson(log_rate=False).valid(torch.tensor([[1e-3]])))
+
+
+@pytest.mark.parametrize("variance", [0.0, -1.0, math.nan, math.inf, torch.tensor([1.0, 0.0])])
+def test_wrong_variances(variance):
+    """Catches a variance that makes the Fisher matrix infinite or NaN."""
+    with pytest.raises(ValueError, match="variance must be finite and positive, got"):
+        Gaussian(variance)
+
+
+def test_a_variance_is_a_copy():
+    """Catches a likelihood that changes with the user's tensor."""
+    variance = torch.ones(2, dtype=torch.float64)
+    likelihood = Gaussian(variance)
+    variance.zero_()
+    assert torch.equal(likelihood.variance, torch.ones(2, dtype=torch.float64))
+
+
+def test_a_variance_keeps_its_digits():
+    """Catches a number that passes through the default dtype, float32."""
+    assert Gaussian(0.1).variance.item() == 0.1
+
+
+def test_functions_that_are_not_there_name_the_way_out():
+    """Catches an exact Fisher matrix of zeros, and an error without a way on."""
+    f = torch.zeros(2, 2)
+    bare = Likelihood(lambda f, y: -(f - y).square().sum(1))
+    with pytest.raises(ValueError, match=r'information= for .*"exact".* draw labels .*"mc"'):
+        bare.root(f)
+    with pytest.raises(ValueError, match="must have sample= for"):
+        bare.draw(f, 1, torch.Generator())
+    with pytest.raises(NotImplementedError, match="Likelihood must override log_prob or score"):
+        Likelihood().score(f, f)
+    with pytest.raises(TypeError, match="log_prob must be a function, got 3"):
+        Likelihood(3)
+
+
+def test_functions_that_return_something_else():
+    """Catches a mean over the batch as a log-probability, and a wrong covariance."""
+    f = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"log_prob must return shape \[n\] = \[2\], got \[\]"):
+        Likelihood(lambda f, y: -(f - y).square().mean()).score(f, f)
+    with pytest.raises(ValueError, match="log_prob must depend on the outputs"):
+        Likelihood(lambda f, y: y.sum(1)).score(f, f)
+    with pytest.raises(ValueError, match=r"one label for each row of f \(4\), got shape \[1, 3\]"):
+        Likelihood(None, lambda f, g: f[:1]).draw(f, 4, torch.Generator())
+    for wrong in (torch.eye(3), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match=r"information must return shape \[n, N, N\]"):
+            Likelihood(None, None, lambda f, wrong=wrong: wrong).root(f)
+    with pytest.raises(ValueError, match="positive semi-definite, got the eigenvalue -1"):
+        Likelihood(None, None, lambda f: -torch.eye(3).expand(2, 3, 3)).root(f)
+
+
+def test_they_say_what_they_are():
+    """Catches a variance that does not show."""
+    assert repr(Gaussian(0.5)) == "Gaussian(variance=0.5)"
+    assert repr(Gaussian(VARIANCE)) == "Gaussian(variance=[0.3 to 4], [3])"
+    assert repr(Poisson()) == "Poisson(log_rate=True)"
+    assert ff.parameters.Gaussian is Gaussian

@@ -33,6 +33,7 @@ SEEDS = 5
 STEPS = 3000
 RATE = 1e-2  # of Adam, falling to zero along a cosine
 SIGMA = 0.1  # of the noise: the likelihood that network and Fisher matrix have
+ERROR_TICKS = (0.6, 1, 2, 4, 8)
 STATISTICS = ("rank", "effective rank", "participation ratio", "effective dimension")
 
 
@@ -125,7 +126,9 @@ def figure(source: Path, target: Path) -> None:
         axes.set_yscale("log")
         tidy(axes)
         axes.legend(frameon=False, fontsize="small")
-    top.set_ylabel("directions")
+    bottom.set_yticks(ERROR_TICKS, [f"{tick:g}" for tick in ERROR_TICKS])
+    bottom.minorticks_off()
+    top.set_ylabel("directions of the parameters")
     bottom.set_ylabel("mean square error / noise")
     bottom.set_xlabel("parameters of the network")
     target.parent.mkdir(parents=True, exist_ok=True)

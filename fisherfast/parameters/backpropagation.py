@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast.default_device import on_host
 from fisherfast.parameters.layer_rules import MatrixRule, rule_for
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.rows import NOT_VECTORISED, one_by_one, vectorised
@@ -172,7 +173,7 @@ class Backpropagation:
 
         def arrived(call: Call, x: Tensor, g: Tensor) -> None:
             del missing[id(call)]
-            with torch.no_grad():
+            with torch.no_grad(), on_host():
                 visitor(call.rule, self.by_sample(x), self.by_sample(g))
 
         self.send(vector, arrived, last=last)

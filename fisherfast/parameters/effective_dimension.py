@@ -229,10 +229,12 @@ def local_effective_dimension(
         _put(network, centre)
         if draws == 1:
             return
-        step = torch.randn(layout.size, generator=generator, dtype=torch.float64)
-        shrink = float(torch.rand((), generator=generator, dtype=torch.float64)) ** (
-            1 / layout.size
+        step = torch.randn(
+            layout.size, generator=generator, dtype=torch.float64, device=generator.device
         )
+        shrink = float(
+            torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
+        ) ** (1 / layout.size)
         step *= reach * shrink / step.norm()
         own = dict(network.named_parameters())
         for name, part in layout.unflatten(step).items():

@@ -138,7 +138,8 @@ class FactorRows:
         x, g = self._inputs(self.x), self.g.double()
         if isinstance(self.rule, Linear) and x.dim() == 2:  # sum_r (g_r x)^2 = (sum_r g_r^2) x^2
             g = g.square().sum(0, keepdim=True).sqrt()
-        found = torch.zeros(sum(s.numel() for s in self.rule.shapes), dtype=g.dtype).to(g.device)
+        numbers = sum(shape.numel() for shape in self.rule.shapes)
+        found = torch.zeros(numbers, dtype=g.dtype, device=g.device)
         for column in g:
             parts = self.rule.squares(x, column)
             found += torch.cat([part.flatten().double() for part in parts])

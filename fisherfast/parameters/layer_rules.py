@@ -53,6 +53,12 @@ class _Layer(Rule):
             for attribute, shape in zip(self.attributes, self.shapes, strict=True)
         )
 
+    def _shaped(self, **parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            parts[attribute].reshape(shape)
+            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
+        )
+
 
 class _LinearMap(_Layer):
     """A layer whose output is known to be linear in its parameters: products with vectors are
@@ -75,12 +81,6 @@ class _LinearMap(_Layer):
             v = [g.new_zeros(shape).requires_grad_() for shape in self.shapes]
             output = self.applied(x, v)
             return torch.autograd.grad(output, v, weighted.reshape(output.shape))
-
-    def _shaped(self, **parts: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            parts[attribute].reshape(shape)
-            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
-        )
 
 
 def _parts(samples: int, numbers: int, limit: int) -> Iterator[slice]:
@@ -110,6 +110,16 @@ class MatrixRule(_LinearMap):
         if "bias" in self.attributes:
             parts["bias"] = b.sum(2)
         return self._ordered(**parts)
+
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """See `Rule.squares`; a few samples at a time."""
+        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
+        a, b = self.matrices(x[:1], g[:1])
+        numbers = a.numel() + b.numel() + sum(shape.numel() for shape in self.shapes)
+        for part in _parts(len(x), numbers, IN_MEMORY):
+            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
+                total += _sum_of_squares(rows)
+        return tuple(sums)
 
     def gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
         same = x is other_x and g is other_g
@@ -198,16 +208,6 @@ def _bordered(sums: Tensor, cross: Tensor, count: int) -> Tensor:
     """The second moment [G, D + 1, D + 1] of rows with a 1 at their end."""
     right = torch.cat([sums, sums.new_full((len(sums), 1), count)], 1)
     return torch.cat([torch.cat([cross, sums.unsqueeze(1)], 1), right.unsqueeze(2)], 2)
-
-    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """See `Rule.squares`; a few samples at a time."""
-        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
-        a, b = self.matrices(x[:1], g[:1])
-        numbers = a.numel() + b.numel() + sum(shape.numel() for shape in self.shapes)
-        for part in _parts(len(x), numbers, IN_MEMORY):
-            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
-                total += _sum_of_squares(rows)
-        return tuple(sums)
 
 
 class Linear(MatrixRule):
@@ -552,7 +552,7 @@ def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:
         return Norm(module, own) if fixed else None
     if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):
         return Norm(module, own)
-    if isinstance(module, INSTANCE_NORMS) and not module.track_running_stats:
+    if type(module) in INSTANCE_NORMS and not module.track_running_stats:
         return Norm(module, own)
     if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
         return Embedding(module, own)

@@ -215,9 +215,9 @@ LIMITED = {
     "fisher_solve",
     "moments",
     "spatial_moments",
+    "gradient_squares",
     "patch_moments",
     "gradient_gram",
-    "gradient_squares",
 }  # by loads or by arithmetic
 
 

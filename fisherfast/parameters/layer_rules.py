@@ -111,6 +111,16 @@ class MatrixRule(_LinearMap):
             parts["bias"] = b.sum(2)
         return self._ordered(**parts)
 
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """See `Rule.squares`; a few samples at a time."""
+        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
+        a, b = self.matrices(x[:1], g[:1])
+        numbers = a.numel() + b.numel() + sum(shape.numel() for shape in self.shapes)
+        for part in _parts(len(x), numbers, IN_MEMORY):
+            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
+                total += _sum_of_squares(rows)
+        return tuple(sums)
+
     def gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
         same = x is other_x and g is other_g
         columns = g[None]
@@ -198,16 +208,6 @@ def _bordered(sums: Tensor, cross: Tensor, count: int) -> Tensor:
     """The second moment [G, D + 1, D + 1] of rows with a 1 at their end."""
     right = torch.cat([sums, sums.new_full((len(sums), 1), count)], 1)
     return torch.cat([torch.cat([cross, sums.unsqueeze(1)], 1), right.unsqueeze(2)], 2)
-
-    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """See `Rule.squares`; a few samples at a time."""
-        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
-        a, b = self.matrices(x[:1], g[:1])
-        numbers = a.numel() + b.numel() + sum(shape.numel() for shape in self.shapes)
-        for part in _parts(len(x), numbers, IN_MEMORY):
-            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
-                total += _sum_of_squares(rows)
-        return tuple(sums)
 
 
 class Linear(MatrixRule):

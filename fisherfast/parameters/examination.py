@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from fisherfast.parameters.tapping import Call, undisturbed
 __all__ = ["samples_apart"]
 
 EXAMINED = 3
-"""Samples that `samples_apart` looks at: one, one that may be alike, and one that is neither first
+"""Samples that `examined` looks at: one, one that may be alike, and one that is neither first
 nor last."""
 
 OUTPUTS_ALIKE = 100
@@ -40,7 +42,43 @@ ABOVE_NOISE = 10
 """A change of the outputs is one when it is so many times what they change by themselves."""
 
 
+_EXAMINED: WeakKeyDictionary[nn.Module, tuple[Hashable, Apart]] = WeakKeyDictionary()
+"""What the last examination of a network has found, with what the network was like."""
+
+
 def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
+    """`examined`, once for a network: again when its modules, their settings or hooks, or the
+    shape of a sample have changed. Numbers in its parameters and buffers may change."""
+    alike = (layout, inputs.shape[1:], inputs.dtype, inputs.device, tuple(_settings(model)))
+    before, apart = _EXAMINED.get(model, (None, None))
+    if apart is None or before != alike:
+        apart = examined(model, layout, inputs)
+        _EXAMINED[model] = alike, apart
+    return apart
+
+
+def _settings(model: nn.Module) -> Iterator[Hashable]:
+    """What the forward pass of a model may depend on: its modules, and what these hold."""
+    for module in model.modules():
+        yield id(module), type(module)
+        for name, value in module.__dict__.items():
+            yield name, _settled(value)
+
+
+def _settled(value: Any) -> Hashable:
+    """Plain values as they are, dictionaries and lists by what they hold, others by identity."""
+    if isinstance(value, dict):
+        return tuple((str(name), _settled(held)) for name, held in value.items())
+    if isinstance(value, tuple | list | set):
+        return tuple(_settled(held) for held in value)
+    if isinstance(value, nn.Parameter):
+        return id(value), value.requires_grad, value.shape, value.dtype
+    if isinstance(value, bool | int | float | complex | str | bytes | None):
+        return type(value), value
+    return id(value)
+
+
+def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
     """Which layers' rules give the gradients of single samples, by trying a few samples alone.
 
     A layer may see [time, n, d], or windows of all samples mixed: its rows are then nobody's. It

@@ -37,9 +37,9 @@ class KroneckerFisher(ParameterFisher):
     Otherwise it is an approximation: A and B are averaged apart from each other.
 
     A convolution in groups has one pair of factors for each. Weight and bias of a layer have a
-    joint block. Parameters without a Kronecker form (norms, embeddings, attention's own matrices,
-    parameters used in expressions) have their exact diagonal; `diagonal_names` lists them, and so
-    does the repr.
+    joint block. Parameters without a Kronecker form (norms, embeddings, transposed convolutions,
+    attention's and recurrent layers' own matrices, parameters used in expressions) have their exact
+    diagonal; `diagonal_names` lists them, and so does the repr.
 
     Reference: Martens and Grosse 2015 (arXiv 1503.05671), Grosse and Martens 2016 (arXiv
     1602.01407); shared positions and the scales above: Eschenhagen et al. 2023 (arXiv 2311.00636),

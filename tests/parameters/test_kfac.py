@@ -3,6 +3,7 @@ matrix where theory says that they are it."""
 
 import itertools
 
+import parameters_zoo
 import pytest
 import torch
 import torch.nn.functional as F
@@ -253,14 +254,14 @@ def test_weights_or_biases_alone(name, chosen):
     assert_near(got.to_dense(), truth)
 
 
-@pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
-def test_other_types_have_the_same_inputs(fisher_type):
+@pytest.mark.parametrize(("fisher_type", "samples"), [("mc", 3), ("empirical", 1)])
+def test_other_types_have_the_same_inputs(fisher_type, samples):
     """The factor of the inputs does not depend on labels: catches one that is summed once for each
     column of the root instead of once."""
     model, x = network("shared linear")
     y = torch.arange(SAMPLES) % CLASSES
     exact = P.fisher(model, P.Categorical(), (x, y), "kfac")
-    other = P.fisher(model, P.Categorical(), (x, y), "kfac", fisher_type, 3)
+    other = P.fisher(model, P.Categorical(), (x, y), "kfac", fisher_type, samples)
     for left, right in zip(exact.blocks, other.blocks, strict=True):
         assert_near(left.inputs, right.inputs)
         assert not torch.equal(left.gradients, right.gradients)
@@ -395,6 +396,42 @@ def test_other_layers_have_their_exact_diagonal():
     assert rest[:, where].eq(0).all()
     v = torch.ones(got.shape[0]).double()
     assert_near(got.solve(v, damping=0.1)[where], 1 / (diagonal[where] + 0.1))
+
+
+REFUSED = (
+    "called twice",
+    "tied head",
+    "transformer, time first",
+    "weights in an expression",
+    "windows mixed",
+)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("name", parameters_zoo.NETWORKS)
+def test_every_network_is_measured_or_refused(name):
+    """Catches a layer whose factors are of another shape than its parameters, a parameter that no
+    part answers for, a diagonal that is not exact, and a network that is refused without need."""
+    network = parameters_zoo.NETWORKS[name]
+    model, x = network.make(), network.inputs()
+    if name in REFUSED:
+        with pytest.raises(ValueError, match="parameters must be used by one call of one layer"):
+            P.fisher(model, P.Categorical(), x, "kfac")
+        return
+    exact = P.fisher(model, P.Categorical(), x, "diag").diag()
+    for sharing in ("expand", "reduce"):
+        got = P.fisher(model, P.Categorical(), x, "kfac", sharing=sharing)
+        places = got.layout.slices()
+        covered = torch.zeros(got.shape[0])
+        for block in got.blocks:
+            for place in (block.weight, block.bias):
+                if place is not None:
+                    covered[place] += 1
+        for own in got.diagonal_names:
+            covered[places[own]] += 1
+            assert_near(got.diag()[places[own]], exact[places[own]])
+        assert covered.eq(1).all()
+        assert got.eigenvalues().min() >= 0
 
 
 class Twice(nn.Module):

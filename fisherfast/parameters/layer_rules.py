@@ -53,6 +53,12 @@ class _Layer(Rule):
             for attribute, shape in zip(self.attributes, self.shapes, strict=True)
         )
 
+    def _shaped(self, **parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            parts[attribute].reshape(shape)
+            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
+        )
+
 
 class _LinearMap(_Layer):
     """A layer whose output is known to be linear in its parameters: products with vectors are
@@ -75,12 +81,6 @@ class _LinearMap(_Layer):
             v = [g.new_zeros(shape).requires_grad_() for shape in self.shapes]
             output = self.applied(x, v)
             return torch.autograd.grad(output, v, weighted.reshape(output.shape))
-
-    def _shaped(self, **parts: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            parts[attribute].reshape(shape)
-            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
-        )
 
 
 def _parts(samples: int, numbers: int, limit: int) -> Iterator[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -203,7 +204,7 @@ def test_rank_of_a_linear_network(dtype: torch.dtype, hidden: int, rank: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         widths = [6, hidden, hidden, hidden, 5]
-        layers = [nn.Linear(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
         model, x = nn.Sequential(*layers).to(dtype), torch.randn(300, 6, dtype=dtype)
     found = fp.fisher(model, fp.Gaussian(), x, "gram")
     assert isinstance(found, GramFisher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -193,6 +194,21 @@ def test_batches_of_other_lengths() -> None:
     exact = torch.linalg.eigvalsh(truth)
     rank = min(found.rows, len(exact))
     assert relative(torch.linalg.eigvalsh(found.gram())[-rank:], exact[-rank:]) < ROUNDING
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("hidden", "rank"), [(3, 3 * (6 + 5 - 3) + 5), (8, 5 * (6 + 1))])
+def test_rank_of_a_linear_network(dtype: torch.dtype, hidden: int, rank: int) -> None:
+    """Catches rounding that counts as rank, or a threshold above what is there: a network without
+    activations is an affine map of rank at most `hidden`, whatever its number of parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        widths = [6, hidden, hidden, hidden, 5]
+        layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+        model, x = nn.Sequential(*layers).to(dtype), torch.randn(300, 6, dtype=dtype)
+    found = fp.fisher(model, fp.Gaussian(), x, "gram")
+    assert isinstance(found, GramFisher)
+    assert found.rank() == rank
 
 
 def test_training_that_goes_on_changes_nothing() -> None:

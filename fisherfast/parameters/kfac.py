@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fisherfast.parameters.kronecker import KroneckerBlock
-from fisherfast.parameters.layer_rules import MatrixRule, Sharing
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.matrix import ParameterFisher, check_damping, singular
+from fisherfast.parameters.matrix_rule import MatrixRule, Sharing
 from fisherfast.parameters.rules import Rule
 from fisherfast.parameters.sweeps import FisherType, Sweep
 

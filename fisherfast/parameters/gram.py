@@ -22,8 +22,8 @@ GRAM_COPIES = 3
 
 ROUNDING = 4.0
 """Rounding errors of a gradient in units of its dtype's last place that are allowed for. In
-networks of four layers, float32 ones too, zero eigenvalues came out at up to 3e-15 of the largest; the
-threshold is 3e-13 in float32, and in float64 1e-14 for 50 rows."""
+networks of four layers, float32 ones too, zero eigenvalues came out at up to 3e-15 of the largest;
+the threshold is 3e-13 in float32, and in float64 1e-14 for 50 rows."""
 
 
 class GramFisher(ParameterFisher):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,15 +35,8 @@ class Convolution(MatrixRule):
             return super().input_factor(x, g, sharing)
         if not isinstance(module, nn.Conv1d | nn.Conv2d):
             return super().input_factor(x, g, sharing)
-        image, padding = _with_border(module, x)
-        sums, cross = ops.patch_moments(
-            image,
-            _pair(module.kernel_size),
-            stride=_pair(module.stride),
-            padding=padding,
-            dilation=_pair(module.dilation),
-            groups=module.groups,
-        )
+        image, window = _as_image(module, x)
+        sums, cross = ops.patch_moments(image, **window)
         positions = g[0, 0].numel()
         if "bias" in self.attributes:
             cross = bordered(sums, cross, len(x) * positions)
@@ -64,25 +58,12 @@ class Convolution(MatrixRule):
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time for three dimensions."""
         module = self.module
-        assert isinstance(module, CONVOLUTIONS)
-        spatial = len(module.kernel_size)
-        if spatial > 2:  # the kernel knows images
+        if not isinstance(module, nn.Conv1d | nn.Conv2d):  # the kernel knows images
             return super().squares(x, g)
         parts = {}
         if "weight" in self.attributes:
-            around = list(module._reversed_padding_repeated_twice)
-            padding = around[::2][::-1]
-            if module.padding_mode != "zeros" or around[::2] != around[1::2]:
-                x, padding = padded(module, x), [0] * spatial
-            parts["weight"] = kernel_squares(
-                x,
-                g,
-                module.kernel_size,
-                stride=module.stride,
-                padding=padding,
-                dilation=module.dilation,
-                groups=module.groups,
-            )
+            image, window = _as_image(module, x)
+            parts["weight"] = kernel_squares(image, g if g.dim() == 4 else g.unsqueeze(2), **window)
         if "bias" in self.attributes:
             parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
         return self._shaped(**parts)
@@ -163,20 +144,25 @@ def padded(module: nn.Module, x: Tensor) -> Tensor:
     return F.pad(x, around, mode=mode) if any(around) else x
 
 
-def _with_border(module: nn.Module, x: Tensor) -> tuple[Tensor, list[int]]:
-    """x with what the padding adds, as far as it is not the same zeros on both sides: [n, C, H, W],
-    and the zeros that are left to add; a line is an image of one row."""
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+def _as_image(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """x as [n, C, H, W], and what the ops take of its windows; a line is an image of one row.
+
+    What the padding adds is in the image already, unless it is the same zeros on both sides.
+    """
     around = list(module._reversed_padding_repeated_twice)
     padding = around[::2][::-1]  # before each axis, the first one first
     if module.padding_mode != "zeros" or around[::2] != around[1::2]:
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x, padding = F.pad(x, around, mode=mode), [0] * len(padding)
-    return (x, padding) if x.dim() == 4 else (x.unsqueeze(2), [0, *padding])
-
-
-def _pair(numbers: Sequence[int]) -> list[int]:
-    return [1] * (2 - len(numbers)) + list(numbers)
+        x, padding = padded(module, x), [0] * len(padding)
+    missing = 4 - x.dim()
+    ones = [1] * missing
+    window = {
+        "kernel": [*ones, *module.kernel_size],
+        "stride": [*ones, *module.stride],
+        "padding": [*[0] * missing, *padding],
+        "dilation": [*ones, *module.dilation],
+        "groups": module.groups,
+    }
+    return (x.unsqueeze(2) if missing else x), window
 
 
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:

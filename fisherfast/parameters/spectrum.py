@@ -37,6 +37,9 @@ PRODUCTS_PER_VALUE = 4
 SHARES = (0.5, 0.9, 0.99)
 """Of the trace, in the table."""
 
+SHARE_ROUNDING = 1e-12
+"""Of a sum of eigenvalues relative to the trace, so that share=1 is reached."""
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -138,7 +141,7 @@ class Spectrum:
         if not 0 < share <= 1:
             raise ValueError(f"share must lie in (0, 1], got {share}")
         held = self.eigenvalues.cumsum(0) / self.trace
-        found = int((held < share * (1 - 1e-12)).sum()) + 1
+        found = int((held < share * (1 - SHARE_ROUNDING)).sum()) + 1
         return found if found <= len(held) else None
 
     def direction(self, number: int) -> dict[str, Tensor]:
@@ -229,7 +232,8 @@ def spectrum(
         parameters: those measured, see `fisher`.
         batch_size: samples at a time.
         seed: of the labels drawn and of the start of Lanczos' method.
-        memory_budget: for the Gram matrix, or for the vectors of Lanczos' method.
+        memory_budget: bytes for the Gram matrix, or for the vectors of Lanczos' method, a number or
+            like "8 GiB".
 
     Returns:
         `Spectrum`.

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.default_device import on_host
-from fisherfast.parameters.layer_rules import MatrixRule, rule_for
+from fisherfast.parameters.layer_rules import rule_for
 from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.matrix_rule import MatrixRule
 from fisherfast.parameters.rows import NOT_VECTORISED, one_by_one, vectorised
 from fisherfast.parameters.rules import Rows, Rule
 from fisherfast.parameters.tapping import Call, parameter_uses, tap, undisturbed
@@ -43,10 +44,12 @@ class Apart:
     Attributes:
         folds: rows per sample in the layer of each parameter that keeps the samples apart.
         vectorised: whether torch.func gives the gradients that autograd gives.
+        shown: whether the samples looked at could tell; not if they were alike, or gradients zero.
     """
 
     folds: Mapping[str, int] = field(default_factory=dict)
     vectorised: bool = True
+    shown: bool = True
 
 
 class Backpropagation:

@@ -51,8 +51,9 @@ class ElasticWeightConsolidation:
 
         penalty(w) = strength / 2 sum_k weight_k (w - w_k)^T F_k (w - w_k)
 
-    with F_k the Fisher matrix of task k's data at w_k, by default its diagonal. It is the logarithm
-    of the Gaussian (Laplace) approximation of the posterior p(w | earlier tasks), up to a constant.
+    with F_k the Fisher matrix of task k's data at w_k, by default its diagonal. It is minus the
+    logarithm of the Gaussian (Laplace) approximation of the posterior p(w | earlier tasks), up to a
+    constant and a factor, which `strength` sets.
 
     Several tasks take the memory of one: a sum of parabolas in one parameter is a parabola, whose
     curvature sum_k F_k, vertex and height are kept exactly, so that nothing grows and nothing is

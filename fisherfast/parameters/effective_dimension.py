@@ -104,7 +104,7 @@ def effective_dimension(
         parameters: those that are measured, see `fisher`; initialise may draw others too.
         batch_size: samples at a time.
         seed: of the draws.
-        memory_budget: of one Gram matrix and what it is made of.
+        memory_budget: bytes of one Gram matrix and what it is made of, a number or like "8 GiB".
 
     Returns:
         `EffectiveDimension`.
@@ -203,7 +203,16 @@ def local_effective_dimension(
         parameters: those that are measured, and moved.
         batch_size: samples at a time.
         seed: of the draws.
-        memory_budget: of one Gram matrix and what it is made of.
+        memory_budget: bytes of one Gram matrix and what it is made of, a number or like "8 GiB".
+
+    Returns:
+        `EffectiveDimension`.
+
+    Raises:
+        ValueError: n, gamma, draws or radius out of range; a Fisher matrix of zero.
+        MemoryError: the Gram matrix does not fit.
+
+    Cost: that of `effective_dimension`, without the pass for the trace where there is one draw.
 
     Reference: Abbas, Sutter, Figalli, Woerner (2021), "Effective dimension of machine learning
     models", arXiv:2112.04807, definition 1.

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fisherfast.parameters.layer_rules import Embedding, MatrixRule
+from fisherfast.parameters.embedding_rule import Embedding
 from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.matrix_rule import MatrixRule
 from fisherfast.parameters.rules import Rule
 from fisherfast.parameters.sweeps import Sweep
 

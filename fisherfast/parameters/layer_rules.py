@@ -197,7 +197,7 @@ def _second_moment(rows: Tensor, *, with_one: bool = False) -> Tensor:
     [G, D, D] float64."""
     n, groups, positions, width = rows.shape
     if groups == 1:
-        _, sums, cross = ops.moments(rows.reshape(n * positions, width))
+        _, sums, cross = ops.moments(_kernel_dtype(rows.reshape(n * positions, width)))
     else:
         wide = rows.transpose(0, 1).reshape(groups, n * positions, width).double()
         sums, cross = wide.sum(1), wide.mT @ wide
@@ -262,7 +262,7 @@ class Convolution(MatrixRule):
             return super().input_factor(x, g, sharing)
         image, padding = _with_border(module, x)
         sums, cross = ops.patch_moments(
-            image,
+            _kernel_dtype(image),
             _pair(module.kernel_size),
             stride=_pair(module.stride),
             padding=padding,
@@ -396,10 +396,15 @@ def _kernel_squares(
         x, g = x.unsqueeze(2), g.unsqueeze(2)
         kernel, stride, dilation = ((1, *numbers) for numbers in (kernel, stride, dilation))
         padding = (0, *padding)
-    if x.dtype not in (torch.float32, torch.float64):
-        x, g = x.float(), g.float()
     settings = {"stride": stride, "padding": padding, "dilation": dilation}
-    return ops.gradient_squares(x, g, kernel, groups=groups, **settings)
+    return ops.gradient_squares(
+        _kernel_dtype(x), _kernel_dtype(g), kernel, groups=groups, **settings
+    )
+
+
+def _kernel_dtype(x: Tensor) -> Tensor:
+    """x in a dtype that kernels read: half precision in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def padded(module: nn.Module, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from fisherfast.parameters.checks import check_number
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.sweeps import FisherType, Sweep
 
@@ -85,6 +86,7 @@ class ParameterFisher(ABC):
     def _apply(self, function: Any, vector: Vector) -> Any:
         if isinstance(vector, Mapping):
             flat = self.layout.flatten(vector)
+            _check_real(flat)
             return self.layout.unflatten(function(flat[:, None].double())[:, 0])
         if not isinstance(vector, Tensor):
             raise TypeError(f"vector must be a tensor or a mapping, got {type(vector).__name__}")
@@ -93,6 +95,9 @@ class ParameterFisher(ABC):
                 f"vector must have shape [P] or [P, m] with P = {self.layout.size}, got"
                 f" {list(vector.shape)}"
             )
+        _check_real(vector)
+        if not vector.numel():  # no column
+            return torch.zeros(vector.shape, dtype=torch.float64, device=self._device())
         columns = vector.reshape(len(vector), -1).double()
         return function(columns).reshape(vector.shape)
 
@@ -164,8 +169,14 @@ class ParameterFisher(ABC):
         """The structure whose `_state` this is."""
 
 
+def _check_real(vector: Tensor) -> None:
+    if vector.is_complex():
+        raise TypeError(f"vector must be real, got {vector.dtype}")
+
+
 def check_damping(damping: float) -> None:
-    """Raise ValueError unless damping is a finite number of at least 0."""
+    """Raise unless damping is a finite number of at least 0."""
+    check_number("damping", damping)
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be finite and at least 0, got {damping}")
 

@@ -66,6 +66,11 @@ def some_samples(samples: int, numbers: int, limit: int) -> Iterator[slice]:
     return (slice(first, first + few) for first in range(0, samples, few))
 
 
+def kernel_dtype(x: Tensor) -> Tensor:
+    """x in a dtype that kernels read: half precision in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def sum_of_squares(rows: Tensor) -> Tensor:
     """sum_i rows_i^2 of rows [n, ...], in float64."""
     return rows.double().square().sum(0)
@@ -86,7 +91,5 @@ def kernel_squares(
         x, g = x.unsqueeze(2), g.unsqueeze(2)
         kernel, stride, dilation = ((1, *numbers) for numbers in (kernel, stride, dilation))
         padding = (0, *padding)
-    if x.dtype not in (torch.float32, torch.float64):
-        x, g = x.float(), g.float()
     settings = {"stride": stride, "padding": padding, "dilation": dilation}
-    return ops.gradient_squares(x, g, kernel, groups=groups, **settings)
+    return ops.gradient_squares(kernel_dtype(x), kernel_dtype(g), kernel, groups=groups, **settings)

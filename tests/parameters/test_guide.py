@@ -101,3 +101,15 @@ def test_importance_is_never_behind(runs, example):
             for row, other in zip(by_importance, by_magnitude, strict=True):
                 assert row["bits"] > 1.5 or row["transmission"] > other["transmission"], network
     assert fewer == 4
+
+
+def test_all_tables_are_those_of_the_stored_results(guide, monkeypatch):
+    """Catches tables that an older measurement has left in the guide, and marks without a table."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("parameter_tables")
+    results = json.loads(tables.RESULTS.read_text(encoding="utf-8"))
+    stored = tables.stored(results)
+    assert set(stored) == set(tables.TABLES)
+    assert tables.written(guide, stored) == guide
+    for name, table in stored.items():
+        assert f"<!-- {name} -->\n{table}\n" in guide, name

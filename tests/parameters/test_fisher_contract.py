@@ -294,6 +294,42 @@ def test_layout_is_the_order_of_the_network() -> None:
         layout.unflatten(vector[:-1])
 
 
+def test_a_parameter_that_is_one_number() -> None:
+    """A temperature, of shape []: it has a place, a name and a shape like any other."""
+
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, OUTPUTS, dtype=torch.float64)
+            self.temperature = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) / self.temperature
+
+    model, x = seeded(Tempered), inputs(5)[:, 0, :4]
+    for structure in STRUCTURES:
+        settings = {"rank": 4} if structure == "lowrank" else {}
+        matrix = ff.parameters.fisher(model, CATEGORICAL, x, structure, **settings)  # type: ignore[arg-type]
+        assert matrix.layout.unflatten(matrix.diag())["temperature"].shape == ()
+        named = {name: w.detach() for name, w in model.named_parameters()}
+        product = matrix @ named
+        assert product["temperature"].shape == ()
+        flat = matrix @ matrix.layout.flatten(named)
+        assert float(flat[matrix.layout.slices()["temperature"]]) == float(product["temperature"])
+    stiffest = ff.parameters.spectrum(model, CATEGORICAL, x).direction(0)
+    assert stiffest["temperature"].shape == ()
+    for per in ("parameter", "unit", "layer"):
+        found = ff.parameters.importance(model, CATEGORICAL, x, per=per)  # type: ignore[arg-type]
+        assert found.least(1.0)
+    ewc = ff.parameters.ElasticWeightConsolidation(1.0)
+    ewc.consolidate(model, CATEGORICAL, x)
+    with torch.no_grad():
+        model.temperature.mul_(2)
+    assert ewc.penalty(model).item() > 0
+    scores = ff.parameters.score(model, CATEGORICAL, x, labels(5))
+    assert next(iter(scores))["temperature"].shape == (5,)
+
+
 def batches(x: Tensor) -> Iterator[Tensor]:
     yield x[:3]
     yield x[3:]

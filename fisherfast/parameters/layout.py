@@ -97,7 +97,7 @@ class ParameterLayout:
                 f"vector must have P = {self.size} entries, got shape {list(vector.shape)}"
             )
         return {
-            name: vector[..., where].reshape(*vector.shape[:-1], *shape)
+            name: vector[..., where].reshape((*vector.shape[:-1], *shape))
             for (name, where), shape in zip(self.slices().items(), self.shapes, strict=True)
         }
 

@@ -44,10 +44,12 @@ class Apart:
     Attributes:
         folds: rows per sample in the layer of each parameter that keeps the samples apart.
         vectorised: whether torch.func gives the gradients that autograd gives.
+        shown: whether the samples looked at could tell; not if they were alike, or gradients zero.
     """
 
     folds: Mapping[str, int] = field(default_factory=dict)
     vectorised: bool = True
+    shown: bool = True
 
 
 class Backpropagation:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.backpropagation import Apart, Backpropagation
+from fisherfast.parameters.checks import forward_alone, untouched
+from fisherfast.parameters.fingerprint import settings
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.rows import (
     NOT_VECTORISED,
@@ -47,35 +48,37 @@ _EXAMINED: WeakKeyDictionary[nn.Module, tuple[Hashable, Apart]] = WeakKeyDiction
 
 
 def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
-    """`examined`, once for a network: again when its modules, their settings or hooks, or the
-    shape of a sample have changed. Numbers in its parameters and buffers may change."""
-    alike = (layout, inputs.shape[1:], inputs.dtype, inputs.device, tuple(_settings(model)))
+    """`examined`, once for a network: again when its parameters, buffers, modules, their settings,
+    classes or hooks, or the shape of a sample have changed, or when it had shown nothing."""
+    alike = (layout, inputs.shape[1:], inputs.dtype, inputs.device, settings(model))
     before, apart = _EXAMINED.get(model, (None, None))
-    if apart is None or before != alike:
+    if apart is not None and before == alike:
+        check_one_alone(model, inputs)
+        return apart
+    with forward_alone(model):
         apart = examined(model, layout, inputs)
+    if apart.shown:
         _EXAMINED[model] = alike, apart
     return apart
 
 
-def _settings(model: nn.Module) -> Iterator[Hashable]:
-    """What the forward pass of a model may depend on: its modules, and what these hold."""
-    for module in model.modules():
-        yield id(module), type(module)
-        for name, value in module.__dict__.items():
-            yield name, _settled(value)
+def check_one_alone(model: nn.Module, inputs: Tensor) -> None:
+    """Raise ValueError if the outputs of a sample depend on another: no key sees what a forward
+    pass reads outside of its network. A pass of three samples."""
+    few = _different(inputs)[0]
+    with untouched(model), undisturbed(model), torch.no_grad():
+        _check_apart(model(few)[-1:], model(few[-1:]))
 
 
-def _settled(value: Any) -> Hashable:
-    """Plain values as they are, dictionaries and lists by what they hold, others by identity."""
-    if isinstance(value, dict):
-        return tuple((str(name), _settled(held)) for name, held in value.items())
-    if isinstance(value, tuple | list | set):
-        return tuple(_settled(held) for held in value)
-    if isinstance(value, nn.Parameter):
-        return id(value), value.requires_grad, value.shape, value.dtype
-    if isinstance(value, bool | int | float | complex | str | bytes | None):
-        return type(value), value
-    return id(value)
+def _different(inputs: Tensor) -> tuple[Tensor, bool]:
+    """A few samples, not all alike if there are such; whether there are."""
+    flat = inputs.flatten(1)
+    others = (flat != flat[:1]).any(1).nonzero().flatten().tolist() if flat.shape[1] else []
+    if not others:
+        return inputs[[i % len(inputs) for i in range(EXAMINED)]], len(inputs) == 1
+    second = others[0]
+    third = next((i for i in (*others[1:], *range(1, len(inputs))) if i != second), 0)
+    return inputs[[0, second, third]], True
 
 
 def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
@@ -91,13 +94,13 @@ def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart
 
     Cost: two or three passes forward and back of three samples, and the memory of a gradient.
     """
-    few = inputs[[i % len(inputs) for i in range(EXAMINED)]]
+    few, shown = _different(inputs)
     trial = Backpropagation(model, layout, few)
     f = trial.outputs
     spread = torch.linspace(0.5, 1.5, f.numel(), dtype=f.dtype, device=f.device)
     vector = (spread * (1 - 2 * (torch.arange(f.numel(), device=f.device) % 2))).reshape(f.shape)
     _check_seen(model, trial)
-    wrong = _misled(model, trial, vector)
+    wrong, silent = _misled(model, trial, vector)
     folds = {
         name: call.rows // EXAMINED
         for call in trial.calls
@@ -105,11 +108,13 @@ def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart
         if not wrong.intersection(call.rule.names)
     }
     rest = [name for name in layout.names if trial.layers[name] != "unused" and name not in folds]
-    return Apart(folds, not rest or _can_vectorise(model, trial, rest, vector))
+    vectorised = not rest or _can_vectorise(model, trial, rest, vector)
+    return Apart(folds, vectorised, shown and not silent)
 
 
-def _misled(model: nn.Module, trial: Backpropagation, vector: Tensor) -> set[str]:
-    """Parameters whose rule does not give the gradients of the samples alone."""
+def _misled(model: nn.Module, trial: Backpropagation, vector: Tensor) -> tuple[set[str], set[str]]:
+    """Parameters whose rule does not give the gradients of the samples alone, and those whose rule
+    has shown nothing, because all these are zero."""
     found: list[tuple[Rule, Tensor, Tensor]] = []
 
     def keep(call: Call, x: Tensor, g: Tensor) -> None:
@@ -119,6 +124,7 @@ def _misled(model: nn.Module, trial: Backpropagation, vector: Tensor) -> set[str
     wrong = {name for call in trial.calls for name in call.rule.names}
     wrong -= {name for rule, _, _ in found for name in rule.names}  # no gradient, or x is gone
     names = [name for rule, _, _ in found for name in rule.names]
+    silent = set(names)
     for sample in range(EXAMINED):
         part = slice(sample, sample + 1)
         with undisturbed(model):
@@ -127,6 +133,8 @@ def _misled(model: nn.Module, trial: Backpropagation, vector: Tensor) -> set[str
         truth = dict(zip(names, gradients, strict=True))
         for rule, x, g in found:
             expected = [truth[name] for name in rule.names]
+            if any(bool(each.any()) for each in expected):
+                silent.difference_update(rule.names)
             try:
                 rows = [row[0] for row in rule.gradients(x[part], g[part])]
             except NOT_VECTORISED:  # it is not the input that the rule knows
@@ -134,7 +142,7 @@ def _misled(model: nn.Module, trial: Backpropagation, vector: Tensor) -> set[str
                 continue
             if not _alike(rows, expected, GRADIENTS_ALIKE):
                 wrong.update(rule.names)
-    return wrong
+    return wrong, silent
 
 
 def _can_vectorise(

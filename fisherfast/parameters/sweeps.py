@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fisherfast.default_device import each_as_outside, outside
 from fisherfast.parameters.backpropagation import Backpropagation
 from fisherfast.parameters.batches import Data, batches
-from fisherfast.parameters.checks import check_evaluation, forward_alone
+from fisherfast.parameters.checks import check_evaluation
 from fisherfast.parameters.examination import samples_apart
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
@@ -103,15 +103,14 @@ def forwards(
             samples or is not the same twice. Outputs on a GPU are judged after the last batch.
     """
     check_evaluation(model)
-    apart = None
+    apart, single = None, False
     allowed = _Allowed()
     for number, (x, y) in enumerate(
         each_as_outside(batches(data, model, batch_size, labels=labels))
     ):
         allowed.add(torch.isfinite(x).all(), f"data must be finite, got others in batch {number}")
-        if apart is None:
-            with forward_alone(model):
-                apart = samples_apart(model, layout, x)
+        if apart is None or not apart.shown or (single and len(x) > 1):
+            apart, single = samples_apart(model, layout, x), len(x) == 1
         with forgetting(model):
             batch = Backpropagation(model, layout, x, apart)
         likelihood.check_outputs(batch.outputs)

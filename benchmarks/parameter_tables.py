@@ -21,13 +21,6 @@ PAGE = ROOT / "docs" / "parameters.md"
 
 ROUNDING = 1e-6  # errors below it are float32's or float64's
 RIVALS = ("nngeometry", "BackPACK", "hooks", "vmap(grad), whole batch", "vmap(grad)")
-PROTOCOLS = {
-    "permuted": "pixels permuted anew",
-    "heads": "two digits each, a head for each task",
-    "shared": "two digits each, one head: odd or even",
-    "classes": "two digits each, one head of ten",
-}
-METHODS = ("fine-tuning", "distance", "consolidation", "online", "joint")
 MEGA = 1e6
 
 
@@ -126,23 +119,6 @@ def spectrum(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def continual(results: dict[str, Any]) -> str:
-    """Accuracy over all tasks after the last one: mean and standard deviation over seeds."""
-    lines = [
-        "| five tasks | fine-tuning | same penalty for all | consolidation, every anchor"
-        " | consolidation, online | all at once |",
-        "|---|---|---|---|---|---|",
-    ]
-    for protocol, methods in results["continual"]["figures"]["protocols"].items():
-        cells = [
-            f"{100 * methods[name]['mean']:.1f} \N{PLUS-MINUS SIGN}"
-            f" {100 * methods[name]['deviation']:.1f} %"
-            for name in METHODS
-        ]
-        lines.append("| " + " | ".join([PROTOCOLS[protocol], *cells]) + " |")
-    return "\n".join(lines)
-
-
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers, same": same,
     "peers, different": different,
@@ -150,7 +126,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "diagonal": speed,
     "diagonal_memory": memory,
     "spectrum": spectrum,
-    "continual": continual,
 }
 
 

@@ -2,10 +2,9 @@
 //
 //   K[i, c, j, e] = sum_ts (a_it . a'_js) (b_ict . b'_jes) = <G_ic, G'_je>
 //
-// where G_ic = sum_t b_ict a_it^T,
-// without these [M, D], and without the products of all positions in memory. Products of T are
-// summed in T over at most kGramDepth entries of D and kGramPositions positions s, times 2 entries
-// of M and kGramRows positions t, and then in double.
+// where G_ic = sum_t b_ict a_it^T, without these [M, D], and without the products of all positions
+// in memory. Products of T are summed in T over at most kGramDepth entries of D and kGramPositions
+// positions s, times 2 entries of M and kGramRows positions t, and then in double.
 #pragma once
 
 #include "core/dispatch.h"

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.default_device import on_host
-from fisherfast.parameters.layer_rules import MatrixRule, rule_for
+from fisherfast.parameters.layer_rules import rule_for
 from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.matrix_rule import MatrixRule
 from fisherfast.parameters.rows import NOT_VECTORISED, one_by_one, vectorised
 from fisherfast.parameters.rules import Rows, Rule
 from fisherfast.parameters.tapping import Call, parameter_uses, tap, undisturbed

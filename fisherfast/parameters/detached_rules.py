@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherfast.parameters.layer_rules import Convolution, Embedding, Linear
+from fisherfast.parameters.convolution_rules import Convolution
+from fisherfast.parameters.embedding_rule import Embedding
+from fisherfast.parameters.matrix_rule import Linear
 from fisherfast.parameters.rules import Rule
 
 __all__ = ["DetachedRule", "detached", "rule_from_settings", "settings_of"]

@@ -13,11 +13,30 @@ from fisherfast.parameters.matrix import ParameterFisher, check_damping, singula
 from fisherfast.parameters.rules import Rule
 from fisherfast.parameters.sweeps import FisherType, Sweep
 
-__all__ = ["DiagonalFisher"]
+__all__ = ["DiagonalAccumulator", "DiagonalFisher"]
 
 
 class DiagonalFisher(ParameterFisher):
-    """diag(F): the expected square of every parameter's score, sample by sample."""
+    """diag(F): the expected square of every parameter's score, sample by sample.
+
+    Correlations between parameters are left out: `solve` divides each entry by its own number.
+
+    Cost: 8 P bytes; for a layer with D inputs of a weight, M outputs and T positions T D M
+    operations per sample and column, and no per-sample gradient in memory where the layer has a
+    rule.
+
+    Reference: LeCun, Denker, Solla (1990), NIPS 2, 598 (the diagonal of the curvature).
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+        >>> F = ff.parameters.fisher(model, ff.parameters.Gaussian(), x, structure="diag")
+        >>> F.diag()
+        tensor([5.0000, 0.5000], dtype=torch.float64)
+        >>> F.solve(torch.ones(2))
+        tensor([0.2000, 2.0000], dtype=torch.float64)
+    """
 
     structure = "diag"
 
@@ -67,7 +86,7 @@ class DiagonalFisher(ParameterFisher):
 class DiagonalAccumulator:
     """Sums of squares, layer by layer, while the gradients pass."""
 
-    def __init__(self, layout: ParameterLayout, fisher_type: FisherType, **_: Any) -> None:
+    def __init__(self, layout: ParameterLayout, fisher_type: FisherType) -> None:
         self._layout, self._fisher_type = layout, fisher_type
         self._sums: dict[str, Tensor] = {}
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.batches import Data
+from fisherfast.parameters.checks import check_count, check_number, check_seed
 from fisherfast.parameters.fisher import fisher
 from fisherfast.parameters.gram import GramFisher, rounding_noise
 from fisherfast.parameters.layout import ParameterLayout, Selection
@@ -104,7 +105,7 @@ def effective_dimension(
         parameters: those that are measured, see `fisher`; initialise may draw others too.
         batch_size: samples at a time.
         seed: of the draws.
-        memory_budget: of one Gram matrix and what it is made of.
+        memory_budget: bytes of one Gram matrix and what it is made of, a number or like "8 GiB".
 
     Returns:
         `EffectiveDimension`.
@@ -132,8 +133,14 @@ def effective_dimension(
         True
     """
     kappa = _kappa(n, gamma)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    check_count("draws", draws)
+    check_seed(seed)
+    if initialise is not None and not callable(initialise):
+        raise TypeError(f"initialise must be a function, got {initialise!r}")
+    if isinstance(x, Iterator):
+        raise TypeError(
+            f"x must be data that can be read again, got {type(x).__name__}: pass a list of it"
+        )
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
     measure = partial(
@@ -203,7 +210,16 @@ def local_effective_dimension(
         parameters: those that are measured, and moved.
         batch_size: samples at a time.
         seed: of the draws.
-        memory_budget: of one Gram matrix and what it is made of.
+        memory_budget: bytes of one Gram matrix and what it is made of, a number or like "8 GiB".
+
+    Returns:
+        `EffectiveDimension`.
+
+    Raises:
+        ValueError: n, gamma, draws or radius out of range; a Fisher matrix of zero.
+        MemoryError: the Gram matrix does not fit.
+
+    Cost: that of `effective_dimension`, without the pass for the trace where there is one draw.
 
     Reference: Abbas, Sutter, Figalli, Woerner (2021), "Effective dimension of machine learning
     models", arXiv:2112.04807, definition 1.
@@ -219,6 +235,7 @@ def local_effective_dimension(
     """
     _kappa(n, gamma)
     reach = 1 / math.sqrt(n) if radius is None else radius
+    check_number("radius", reach)
     if not 0 < reach < math.inf:
         raise ValueError(f"radius must be positive and finite, got {radius}")
     model = unwrapped(model)
@@ -256,6 +273,8 @@ def local_effective_dimension(
 
 
 def _kappa(n: float, gamma: float) -> float:
+    check_number("gamma", gamma)
+    check_number("n", n)
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
     kappa = gamma * n / (2 * math.pi * math.log(n)) if 1 < n < math.inf else 0.0

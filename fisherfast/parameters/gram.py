@@ -22,8 +22,8 @@ GRAM_COPIES = 3
 
 ROUNDING = 4.0
 """Rounding errors of a gradient in units of its dtype's last place that are allowed for. In
-networks of four layers, float32 ones too, zero eigenvalues came out at up to 3e-15 of the largest; the
-threshold is 3e-13 in float32, and in float64 1e-14 for 50 rows."""
+networks of four layers, float32 ones too, zero eigenvalues came out at up to 3e-15 of the largest;
+the threshold is 3e-13 in float32, and in float64 1e-14 for 50 rows."""
 
 
 class GramFisher(ParameterFisher):
@@ -40,6 +40,18 @@ class GramFisher(ParameterFisher):
     Cost: K takes N^2 p operations for p numbers that a row keeps, its eigenvalues N^3; a product
     with a vector is one forward and one backward pass of each layer. Where P < N, eigenvalues are
     those of F [P, P], which is then the smaller.
+
+    ``fisher(..., structure="gram", memory_budget="8 GiB")``: bytes that what is kept of the layers
+    and the matrices [N, N] may take.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model, x = torch.nn.Linear(20, 1, bias=False), torch.eye(20)[:2]
+        >>> F = ff.parameters.fisher(model, ff.parameters.Gaussian(), x, structure="gram")
+        >>> F.rows, F.layout.size
+        (2, 20)
+        >>> F.eigenvalues()  # the other 18 are zero
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
 
     structure = "gram"

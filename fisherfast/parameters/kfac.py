@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fisherfast.parameters.kronecker import KroneckerBlock
-from fisherfast.parameters.layer_rules import MatrixRule, Sharing
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.matrix import ParameterFisher, check_damping, singular
+from fisherfast.parameters.matrix_rule import MatrixRule, Sharing
 from fisherfast.parameters.rules import Rule
 from fisherfast.parameters.sweeps import FisherType, Sweep
 
-__all__ = ["KroneckerFisher"]
+__all__ = ["KroneckerAccumulator", "KroneckerFisher"]
 
 
 class KroneckerFisher(ParameterFisher):
@@ -41,9 +41,24 @@ class KroneckerFisher(ParameterFisher):
     attention's and recurrent layers' own matrices, parameters used in expressions) have their exact
     diagonal; `diagonal_names` lists them, and so does the repr.
 
+    ``fisher(..., structure="kfac", sharing="expand")``: what becomes of shared positions.
+
+    Cost: 8 (D^2 + M^2) bytes for a layer with D inputs of a weight and M outputs; T (D^2 + R M^2)
+    operations per sample with R columns and T positions; `solve`, `eigenvalues` and `logdet` about
+    10 (D^3 + M^3).
+
     Reference: Martens and Grosse 2015 (arXiv 1503.05671), Grosse and Martens 2016 (arXiv
     1602.01407); shared positions and the scales above: Eschenhagen et al. 2023 (arXiv 2311.00636),
     sections 3.2 and 3.3, for a loss that is a mean over samples.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+        >>> F = ff.parameters.fisher(model, ff.parameters.Gaussian(), x, structure="kfac")
+        >>> F.to_dense()  # exact for one layer under Gaussian noise
+        tensor([[5.0000, 1.5000],
+                [1.5000, 0.5000]], dtype=torch.float64)
     """
 
     structure = "kfac"

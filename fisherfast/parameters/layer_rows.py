@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.detached_rules import DetachedRule, rule_from_settings, settings_of
-from fisherfast.parameters.layer_rules import Embedding, Linear
+from fisherfast.parameters.embedding_rule import Embedding
+from fisherfast.parameters.matrix_rule import Linear
 
 __all__ = ["FactorRows", "LayerRows", "MatrixRows", "layer_rows_from_state"]
 

@@ -270,7 +270,7 @@ class Poisson(Likelihood):
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
         log_rate = f if self.log_rate else f.log()
-        return _by_sample(y * log_rate - self._rate(f) - (y + 1).lgamma())
+        return _by_sample(y * log_rate - self._rate(f) - (y.to(f.dtype) + 1).lgamma())
 
     def score(self, f: Tensor, y: Tensor) -> Tensor:
         return y - f.exp() if self.log_rate else y / f - 1

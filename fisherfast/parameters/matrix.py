@@ -174,6 +174,14 @@ def _check_real(vector: Tensor) -> None:
         raise TypeError(f"vector must be real, got {vector.dtype}")
 
 
+def check_fisher(fisher: Any) -> None:
+    """Raise TypeError unless it is a Fisher matrix."""
+    if not isinstance(fisher, ParameterFisher):
+        raise TypeError(
+            f"fisher must be a matrix of ff.parameters.fisher, got {type(fisher).__name__}"
+        )
+
+
 def check_damping(damping: float) -> None:
     """Raise unless damping is a finite number of at least 0."""
     check_number("damping", damping)

@@ -32,10 +32,13 @@ TOLERANCE = 1e-6
 """Residual of the eigenvalues that Lanczos' method finds, relative to the largest."""
 
 PRODUCTS_PER_VALUE = 4
-"""Products with F, for each eigenvalue wanted, after which Lanczos' method stops at the latest."""
+"""Products with F, for each eigenvalue wanted, after which one search stops at the latest."""
 
 SHARES = (0.5, 0.9, 0.99)
 """Of the trace, in the table."""
+
+SHARE_ROUNDING = 1e-12
+"""Of a sum of eigenvalues relative to the trace, so that share=1 is reached."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +141,7 @@ class Spectrum:
         if not 0 < share <= 1:
             raise ValueError(f"share must lie in (0, 1], got {share}")
         held = self.eigenvalues.cumsum(0) / self.trace
-        found = int((held < share * (1 - 1e-12)).sum()) + 1
+        found = int((held < share * (1 - SHARE_ROUNDING)).sum()) + 1
         return found if found <= len(held) else None
 
     def direction(self, number: int) -> dict[str, Tensor]:
@@ -229,7 +232,8 @@ def spectrum(
         parameters: those measured, see `fisher`.
         batch_size: samples at a time.
         seed: of the labels drawn and of the start of Lanczos' method.
-        memory_budget: for the Gram matrix, or for the vectors of Lanczos' method.
+        memory_budget: bytes for the Gram matrix, or for the vectors of Lanczos' method, a number or
+            like "8 GiB".
 
     Returns:
         `Spectrum`.
@@ -241,7 +245,9 @@ def spectrum(
         MemoryError: more than memory_budget would be needed.
 
     Cost: eigenvalues of [N, N] take N^3 operations: 15 s for N = 5000 on two cores. Lanczos' method
-    takes up to 4 count products, a pass over the data each, and so many vectors of P numbers.
+    takes up to 4 (count + 1) products, a pass over the data each, and so many vectors of P numbers;
+    then about as many as for one eigenvalue to see that none was missed, and again for each time
+    that equal eigenvalues come.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -339,15 +345,19 @@ def _by_products(
     steps = min(PRODUCTS_PER_VALUE * count + PRODUCTS_PER_VALUE, size)
     budget = check_budget(memory_budget)["memory_budget"]
     assert budget is not None
-    needed = 8 * size * (2 * steps + count)  # the vectors, once more side by side, and the results
+    # the vectors, once more side by side, and the results of one search and of all
+    needed = 8 * size * (2 * steps + 2 * count)
     if needed > budget:
         raise MemoryError(
             f"{steps} vectors of {size} parameters must fit into memory_budget = {budget} bytes,"
             f" got {needed}: ask for a smaller count=, or choose some parameters="
         )
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(size, dtype=torch.float64, generator=generator, device="cpu").to(device)
-    found = lanczos(product, start, count, tolerance=TOLERANCE, most_products=steps)
+
+    def draw() -> Tensor:
+        return torch.randn(size, dtype=torch.float64, generator=generator, device="cpu").to(device)
+
+    found = lanczos(product, draw, count, tolerance=TOLERANCE, most_products=steps)
     largest = float(found.values[0])
     if not largest > 0:
         raise ValueError(f"F must not be zero, got a largest eigenvalue of {largest}")

@@ -95,7 +95,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_rules_of_layers(monkeypatch, name, portion):
     """Catches samples of another portion, and g of one column beside x of another sample."""
-    monkeypatch.setattr("fisherfast.parameters.layer_rules.PORTION_BYTES", portion)
+    monkeypatch.setattr("fisherfast.parameters.matrix_rule.PORTION_BYTES", portion)
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = make().double()

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fisherfast.parameters.layer_rules import TransposedConvolution, rule_for
+from fisherfast.parameters.convolution_rules import TransposedConvolution
+from fisherfast.parameters.layer_rules import rule_for
 
 # PyTorch says that it copies the input.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
@@ -127,8 +128,8 @@ def test_float32_and_channels_last(name):
 def test_parts_of_a_batch_add_up(name, monkeypatch):
     """One sample at a time: catches a part that is lost, or whose sum is squared with another's."""
     layer, x, g = prepared(*LAYERS[name])
-    for limit in ("IN_CACHE", "IN_MEMORY"):
-        monkeypatch.setattr(f"fisherfast.parameters.layer_rules.{limit}", 1)
+    for limit in ("norm_rule.IN_CACHE", "matrix_rule.IN_MEMORY"):
+        monkeypatch.setattr(f"fisherfast.parameters.{limit}", 1)
     rule, sizes = rule_of(layer), []
     gradients = rule.gradients
 

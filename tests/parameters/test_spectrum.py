@@ -184,11 +184,49 @@ def test_lanczos_of_a_known_matrix() -> None:
     turn = torch.linalg.qr(torch.randn(80, 80, dtype=torch.float64, generator=generator)).Q
     values = torch.logspace(0, -12, 80, dtype=torch.float64)
     matrix = (turn * values) @ turn.T
-    start = torch.randn(80, dtype=torch.float64, generator=generator)
-    found = lanczos(lambda v: matrix @ v, start, 10, tolerance=1e-14, most_products=60)
+
+    def draw() -> Tensor:
+        return torch.randn(80, dtype=torch.float64, generator=generator)
+
+    found = lanczos(lambda v: matrix @ v, draw, 10, tolerance=1e-14, most_products=60)
     torch.testing.assert_close(found.values, values[:10], rtol=1e-9, atol=0)
     eye = torch.eye(10, dtype=torch.float64)
     assert float((found.directions.T @ found.directions - eye).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7, 30])
+def test_eigenvalues_that_come_several_times(count: int) -> None:
+    """Catches one of each: outputs that share no layer give every eigenvalue once for each."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(50, 4, dtype=torch.float64)
+    exact = fp.spectrum(model, fp.Gaussian(), x).eigenvalues
+    assert math.isclose(exact[0], exact[2], rel_tol=1e-12)
+    found = fp.spectrum(model, fp.Gaussian(), x, count=count)
+    torch.testing.assert_close(found.eigenvalues, exact[:count], rtol=1e-6, atol=0)
+    directions = found.stiff(found.rank)
+    eye = torch.eye(found.rank, dtype=torch.float64)
+    torch.testing.assert_close(directions.T @ directions, eye, rtol=0, atol=1e-9)
+    low, high = found.participation_bounds
+    assert low * (1 - 1e-6) <= participation(exact) <= high * (1 + 1e-6)
+    assert found.complete == (count > len(exact))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_lanczos_misses_no_copy(seed: int) -> None:
+    """Copies far from the end of the space, among many other eigenvalues: catches a search that is
+    content with the first of each."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.cat([0.9 ** torch.arange(40, dtype=torch.float64)] * 3).sort(descending=True)[0]
+    turn = torch.linalg.qr(torch.randn(120, 120, dtype=torch.float64, generator=generator)).Q
+    matrix = (turn * values) @ turn.T
+
+    def draw() -> Tensor:
+        return torch.randn(120, dtype=torch.float64, generator=generator)
+
+    found = lanczos(lambda v: matrix @ v, draw, 8, tolerance=1e-9, most_products=60)
+    torch.testing.assert_close(found.values, values[:8], rtol=1e-7, atol=0)
+    left = matrix @ found.directions - found.directions * found.values
+    assert bool((left.norm(dim=0) <= found.residuals + 1e-8).all())
 
 
 def test_monte_carlo_draws_the_same_labels_again() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.batches import Data
+from fisherfast.parameters.checks import check_count, check_number, check_seed
 from fisherfast.parameters.fisher import fisher
 from fisherfast.parameters.gram import GramFisher, rounding_noise
 from fisherfast.parameters.layout import ParameterLayout, Selection
@@ -132,8 +133,14 @@ def effective_dimension(
         True
     """
     kappa = _kappa(n, gamma)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    check_count("draws", draws)
+    check_seed(seed)
+    if initialise is not None and not callable(initialise):
+        raise TypeError(f"initialise must be a function, got {initialise!r}")
+    if isinstance(x, Iterator):
+        raise TypeError(
+            f"x must be data that can be read again, got {type(x).__name__}: pass a list of it"
+        )
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
     measure = partial(
@@ -228,6 +235,7 @@ def local_effective_dimension(
     """
     _kappa(n, gamma)
     reach = 1 / math.sqrt(n) if radius is None else radius
+    check_number("radius", reach)
     if not 0 < reach < math.inf:
         raise ValueError(f"radius must be positive and finite, got {radius}")
     model = unwrapped(model)
@@ -265,6 +273,8 @@ def local_effective_dimension(
 
 
 def _kappa(n: float, gamma: float) -> float:
+    check_number("gamma", gamma)
+    check_number("n", n)
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
     kappa = gamma * n / (2 * math.pi * math.log(n)) if 1 < n < math.inf else 0.0

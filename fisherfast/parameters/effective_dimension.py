@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.batches import Data
+from fisherfast.parameters.checks import check_count, check_seed
 from fisherfast.parameters.fisher import fisher
 from fisherfast.parameters.gram import GramFisher, rounding_noise
 from fisherfast.parameters.layout import ParameterLayout, Selection
@@ -132,8 +134,8 @@ def effective_dimension(
         True
     """
     kappa = _kappa(n, gamma)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    check_count("draws", draws)
+    check_seed(seed)
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
     measure = partial(
@@ -265,6 +267,9 @@ def local_effective_dimension(
 
 
 def _kappa(n: float, gamma: float) -> float:
+    for name, value in (("n", n), ("gamma", gamma)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
     kappa = gamma * n / (2 * math.pi * math.log(n)) if 1 < n < math.inf else 0.0

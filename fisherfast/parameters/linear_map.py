@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast import ops
+from fisherfast.parameters.parabola import at_least_float32
 from fisherfast.parameters.rules import Rule
 
-__all__ = ["Layer", "LinearMap", "kernel_squares", "some_samples", "sum_of_squares"]
+__all__ = [
+    "Layer",
+    "LinearMap",
+    "kernel_squares",
+    "some_samples",
+    "sum_of_squares",
+]
 
 
 class Layer(Rule):
@@ -86,7 +93,6 @@ def kernel_squares(
         x, g = x.unsqueeze(2), g.unsqueeze(2)
         kernel, stride, dilation = ((1, *numbers) for numbers in (kernel, stride, dilation))
         padding = (0, *padding)
-    if x.dtype not in (torch.float32, torch.float64):
-        x, g = x.float(), g.float()
+    x, g = at_least_float32(x), at_least_float32(g)
     settings = {"stride": stride, "padding": padding, "dilation": dilation}
     return ops.gradient_squares(x, g, kernel, groups=groups, **settings)

@@ -17,6 +17,7 @@ from fisherfast.parameters.linear_map import (
     some_samples,
     sum_of_squares,
 )
+from fisherfast.parameters.parabola import at_least_float32
 
 __all__ = ["Linear", "MatrixRule", "Sharing", "bordered"]
 
@@ -131,6 +132,7 @@ def _second_moment(rows: Tensor, *, with_one: bool = False) -> Tensor:
     """sum over n and T of rows rows^T, rows [n, G, T, D] with a 1 at their end if wanted:
     [G, D, D] float64."""
     n, groups, positions, width = rows.shape
+    rows = at_least_float32(rows)
     if groups == 1:
         _, sums, cross = ops.moments(rows.reshape(n * positions, width))
     else:

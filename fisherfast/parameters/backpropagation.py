@@ -108,6 +108,10 @@ class Backpropagation:
                 f"model must return one row per sample ({self.samples}), got shape"
                 f" {list(outputs.shape)}"
             )
+        if self.samples and not outputs.numel():
+            raise ValueError(
+                f"model must return at least one number per sample, got shape {list(outputs.shape)}"
+            )
 
     @contextlib.contextmanager
     def _tapped(self) -> Iterator[None]:

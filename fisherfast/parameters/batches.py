@@ -115,6 +115,8 @@ def _tensor(value: Any, name: str) -> Tensor:
         value = torch.from_numpy(np.ascontiguousarray(value))
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be tensors or arrays, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be dense, got {value.layout}: batch by batch, to_dense()")
     if value.dim() < 1:
         raise ValueError(f"{name} must have shape [n, ...], got a single number")
     return value.detach()

@@ -20,6 +20,7 @@ __all__ = [
     "check_count",
     "check_evaluation",
     "check_likelihood",
+    "check_number",
     "check_options",
     "check_seed",
     "forward_alone",
@@ -58,6 +59,16 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if int(value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError unless the value is a real number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        real = value.numel() == 1 and not value.is_complex()
+    else:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real:
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_seed(seed: Any) -> None:

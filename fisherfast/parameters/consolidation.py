@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.batches import Data
+from fisherfast.parameters.checks import check_number
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.fisher import fisher as measure
 from fisherfast.parameters.fisher import from_state_dict
@@ -119,6 +120,7 @@ class ElasticWeightConsolidation:
         new: Literal["refuse", "free"] = "refuse",
     ) -> None:
         _check_positive(strength, "strength")
+        check_number("decay", decay)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie in [0, 1], got {decay}")
         if decay != 1 and not online:
@@ -337,6 +339,7 @@ class ElasticWeightConsolidation:
 
 
 def _check_positive(value: float, name: str) -> None:
+    check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 

@@ -9,13 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherfast import ops
-from fisherfast.parameters.linear_map import (
-    Layer,
-    kernel_squares,
-    sum_of_squares,
-)
+from fisherfast.parameters.linear_map import Layer, kernel_dtype, kernel_squares, sum_of_squares
 from fisherfast.parameters.matrix_rule import MatrixRule, Sharing, bordered
-from fisherfast.parameters.parabola import at_least_float32
 from fisherfast.parameters.rules import Rule
 
 __all__ = ["CONVOLUTIONS", "TRANSPOSED", "Convolution", "TransposedConvolution"]
@@ -41,7 +36,7 @@ class Convolution(MatrixRule):
         if not isinstance(module, nn.Conv1d | nn.Conv2d):
             return super().input_factor(x, g, sharing)
         image, window = _as_image(module, x)
-        sums, cross = ops.patch_moments(at_least_float32(image), **window)
+        sums, cross = ops.patch_moments(kernel_dtype(image), **window)
         positions = g[0, 0].numel()
         if "bias" in self.attributes:
             cross = bordered(sums, cross, len(x) * positions)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.batches import Data
-from fisherfast.parameters.checks import check_count, check_seed
+from fisherfast.parameters.checks import check_count, check_number, check_seed
 from fisherfast.parameters.fisher import fisher
 from fisherfast.parameters.gram import GramFisher, rounding_noise
 from fisherfast.parameters.layout import ParameterLayout, Selection
@@ -267,9 +266,8 @@ def local_effective_dimension(
 
 
 def _kappa(n: float, gamma: float) -> float:
-    for name, value in (("n", n), ("gamma", gamma)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+    check_number("n", n)
+    check_number("gamma", gamma)
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
     kappa = gamma * n / (2 * math.pi * math.log(n)) if 1 < n < math.inf else 0.0

@@ -72,8 +72,8 @@ def check_one_alone(model: nn.Module, inputs: Tensor) -> None:
 
 def _different(inputs: Tensor) -> tuple[Tensor, bool]:
     """A few samples, not all alike if there are such; whether there are."""
-    flat = inputs.flatten(1)
-    others = (flat != flat[:1]).any(1).nonzero().flatten().tolist() if flat.shape[1] else []
+    flat = inputs.reshape(len(inputs), inputs[:1].numel())
+    others = (flat != flat[:1]).any(1).nonzero().flatten().tolist()
     if not others:
         return inputs[[i % len(inputs) for i in range(EXAMINED)]], len(inputs) == 1
     second = others[0]

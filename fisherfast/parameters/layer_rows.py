@@ -133,6 +133,8 @@ class FactorRows:
             joint = torch.einsum("rn,rnk->nk", weights[:, :, number], g.flatten(2))
             parts = self.rule.weighted_sum(x, joint.reshape(g.shape[1:]), ones)
             found.append(torch.cat([part.flatten() for part in parts]))
+        if not found:  # of a matrix of rank 0
+            return g.new_zeros(sum(shape.numel() for shape in self.rule.shapes), 0)
         return torch.stack(found, dim=1)
 
     def squares(self) -> Tensor:

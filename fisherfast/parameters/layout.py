@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ class ParameterLayout:
                 f"vector must have P = {self.size} entries, got shape {list(vector.shape)}"
             )
         return {
-            name: vector[..., where].reshape(*vector.shape[:-1], *shape)
+            name: vector[..., where].reshape((*vector.shape[:-1], *shape))
             for (name, where), shape in zip(self.slices().items(), self.shapes, strict=True)
         }
 
@@ -136,9 +136,16 @@ def _chosen(every: Mapping[str, nn.Parameter], selection: Selection) -> list[str
     if selection is None:
         return [name for name, parameter in every.items() if parameter.requires_grad]
     if isinstance(selection, str):
-        return [name for name in every if re.search(selection, name)]
+        try:
+            return [name for name in every if re.search(selection, name)]
+        except re.error as error:
+            raise ValueError(
+                f"parameters must be a regular expression, got {selection!r}: {error}"
+            ) from error
     if callable(selection):
         return [name for name in every if selection(name)]
+    if isinstance(selection, bytes) or not isinstance(selection, Iterable):
+        raise TypeError(f"parameters must be names, a pattern or a function, got {selection!r}")
     wanted: list[Any] = list(selection)
     for name in wanted:
         if not isinstance(name, str):

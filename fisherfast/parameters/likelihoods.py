@@ -42,7 +42,10 @@ class Gaussian(Likelihood):
     def __init__(self, variance: float | Tensor = 1.0) -> None:
         super().__init__()
         dtype = torch.float64 if isinstance(variance, float) else None  # the default rounds more
-        given = torch.as_tensor(variance, dtype=dtype, device="cpu").detach()
+        try:
+            given = torch.as_tensor(variance, dtype=dtype, device="cpu").detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"variance must be a number or a tensor, got {variance!r}") from error
         if given.is_complex() or given.dtype == torch.bool:
             raise TypeError(f"variance must be real numbers, got {given.dtype}")
         self.variance = given.double().clone()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from fisherfast.parameters.checks import check_number
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.sweeps import FisherType, Sweep
 
@@ -86,7 +87,7 @@ class ParameterFisher(ABC):
         """(F + damping)^-1 v, as v was given, like ``F @ v``.
 
         Raises:
-            TypeError: v is complex, or neither tensors nor a mapping of them.
+            TypeError: v is complex, or neither tensors nor a mapping of them; damping is no number.
             ValueError: v is of another shape, or lacks a parameter; damping is negative, or not
                 positive where F is singular.
         """
@@ -196,7 +197,8 @@ class _Symmetric(torch.autograd.Function):
 
 
 def check_damping(damping: float) -> None:
-    """Raise ValueError unless damping is a finite number of at least 0."""
+    """Raise unless damping is a finite number of at least 0."""
+    check_number("damping", damping)
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be finite and at least 0, got {damping}")
 

@@ -13,11 +13,11 @@ from fisherfast import ops
 from fisherfast.parameters.column_gram import column_gram
 from fisherfast.parameters.linear_map import (
     LinearMap,
+    kernel_dtype,
     kernel_squares,
     some_samples,
     sum_of_squares,
 )
-from fisherfast.parameters.parabola import at_least_float32
 
 __all__ = ["Linear", "MatrixRule", "Sharing", "bordered"]
 
@@ -132,9 +132,8 @@ def _second_moment(rows: Tensor, *, with_one: bool = False) -> Tensor:
     """sum over n and T of rows rows^T, rows [n, G, T, D] with a 1 at their end if wanted:
     [G, D, D] float64."""
     n, groups, positions, width = rows.shape
-    rows = at_least_float32(rows)
     if groups == 1:
-        _, sums, cross = ops.moments(rows.reshape(n * positions, width))
+        _, sums, cross = ops.moments(kernel_dtype(rows.reshape(n * positions, width)))
     else:
         wide = rows.transpose(0, 1).reshape(groups, n * positions, width).double()
         sums, cross = wide.sum(1), wide.mT @ wide

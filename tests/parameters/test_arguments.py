@@ -91,6 +91,13 @@ ARGUMENTS = [
     ({"parameters": "convolution"}, ValueError, "parameters must choose at least one of the"),
     ({"parameters": ["0.weigth"]}, ValueError, "parameters must be of the model, got '0.weigth'"),
     ({"parameters": [0]}, TypeError, "parameters must be names, a pattern or a function, got 0"),
+    ({"parameters": 0}, TypeError, "parameters must be names, a pattern or a function, got 0"),
+    (
+        {"parameters": b"0"},
+        TypeError,
+        "parameters must be names, a pattern or a function, got b'0'",
+    ),
+    ({"parameters": "0("}, ValueError, "parameters must be a regular expression, got '0('"),
 ]
 
 

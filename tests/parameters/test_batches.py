@@ -234,6 +234,7 @@ WRONG = [
     (None, TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
     (torch.tensor(1.0), ValueError, "data must have shape [n, ...], got a single number"),
     ([1.0, 2.0], TypeError, "data must be tensors or arrays, got float"),
+    (X.to_sparse(), TypeError, "data must be dense, got torch.sparse_coo"),
     ((np.array(["a"]), Y[:1]), TypeError, "data must hold numbers, got an array of <U1"),
 ]
 

@@ -253,3 +253,9 @@ def test_once_for_a_network_that_stays(name: str, monkeypatch: pytest.MonkeyPatc
     del model
     gc.collect()
     assert alive() is None
+
+
+def test_one_number_for_each_sample() -> None:
+    """Catches an examination that asks for a second dimension of the inputs."""
+    model = nn.Embedding(5, 3).double()
+    assert_right(model, torch.tensor([0, 3, 3, 1]))

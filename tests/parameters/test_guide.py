@@ -104,6 +104,17 @@ def test_importance_is_never_behind(runs, example):
     assert fewer == 4
 
 
+def test_tables_of_costs_are_those_of_the_stored_results(stored, guide, monkeypatch):
+    """Catches tables that an older measurement has left in the guide, and marks without a table."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("parameter_tables")
+    found = tables.stored(stored)
+    assert set(found) == set(tables.TABLES)
+    assert tables.written(guide, found) == guide
+    for name, table in found.items():
+        assert f"<!-- {name} -->\n{table}\n" in guide, name
+
+
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(

@@ -365,6 +365,13 @@ def test_wrong_variances(variance):
         Gaussian(variance)
 
 
+@pytest.mark.parametrize("variance", ["1", None, {}], ids=repr)
+def test_variances_that_are_none(variance):
+    """Catches errors that do not say which argument is wrong."""
+    with pytest.raises(TypeError, match="variance must be a number or a tensor, got"):
+        Gaussian(variance)
+
+
 def test_a_variance_is_a_copy():
     """Catches a likelihood that changes with the user's tensor."""
     variance = torch.ones(2, dtype=torch.float64)

@@ -20,6 +20,7 @@ __all__ = [
     "check_count",
     "check_evaluation",
     "check_likelihood",
+    "check_model",
     "check_number",
     "check_options",
     "check_seed",
@@ -59,6 +60,12 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if int(value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_number(name: str, value: Any) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.batches import Data
-from fisherfast.parameters.checks import check_number
+from fisherfast.parameters.checks import check_model, check_number
 from fisherfast.parameters.diagonal import DiagonalFisher
 from fisherfast.parameters.fisher import fisher as measure
 from fisherfast.parameters.fisher import from_state_dict
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
-from fisherfast.parameters.matrix import ParameterFisher
+from fisherfast.parameters.matrix import ParameterFisher, check_fisher
 from fisherfast.parameters.parabola import Parabola, at_least_float32
 from fisherfast.unwrap import unwrapped
 
@@ -125,6 +125,8 @@ class ElasticWeightConsolidation:
             raise ValueError(f"decay must lie in [0, 1], got {decay}")
         if decay != 1 and not online:
             raise ValueError(f"decay must be 1 unless online=True, got {decay}")
+        if not isinstance(online, bool):
+            raise TypeError(f"online must be True or False, got {online!r}")
         if new not in ("refuse", "free"):
             raise ValueError(f'new must be "refuse" or "free", got {new!r}')
         self.strength, self.online, self.decay, self.new = strength, online, decay, new
@@ -174,6 +176,7 @@ class ElasticWeightConsolidation:
         Cost: that of `ff.parameters.fisher`.
         """
         model = unwrapped(model)
+        check_model(model)
         _check_positive(weight, "weight")
         if self.tasks:
             self._check_known(model)
@@ -184,6 +187,7 @@ class ElasticWeightConsolidation:
                 fisher = measure(model, likelihood, data, **settings)
         elif likelihood is not None or data is not None or settings:
             raise ValueError("fisher must be given alone, got likelihood, data or settings as well")
+        check_fisher(fisher)
         parameters = dict(model.named_parameters())
         _check_layout(fisher.layout, parameters)
         if not bool(torch.isfinite(fisher.diag()).all()):
@@ -272,6 +276,7 @@ class ElasticWeightConsolidation:
 
     def _check_known(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters, if they are those consolidated."""
+        check_model(model)
         parameters = dict(model.named_parameters())
         for name, shape in self._known.items():
             if name not in parameters or parameters[name].shape != shape:
@@ -320,22 +325,35 @@ class ElasticWeightConsolidation:
             ValueError: no state of an `ElasticWeightConsolidation`. Whether it is of the model's
                 parameters shows when it meets the model.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping, got {type(state).__name__}")
         if set(state) != STATE or state["version"] != STATE_VERSION:
             raise ValueError(
                 f"state must be of an ElasticWeightConsolidation, version {STATE_VERSION}, got"
                 f" {sorted(map(str, state))[:8]}"
             )
-        for name in ("strength", "online", "decay", "new", "tasks"):
-            setattr(self, name, state[name])
-        self._known = {name: torch.Size(shape) for name, shape in state["known"].items()}
-        self._information = {name: value.clone() for name, value in state["information"].items()}
-        self._anchors = {name: value.clone() for name, value in state["anchors"].items()}
-        self._constant = state["constant"]
-        self._quadratics = [
+        self.__dict__.update(vars(_from_state(state)))
+
+
+def _from_state(state: Mapping[str, Any]) -> ElasticWeightConsolidation:
+    made = ElasticWeightConsolidation(
+        state["strength"], online=state["online"], decay=state["decay"], new=state["new"]
+    )
+    made.tasks, made._constant = state["tasks"], state["constant"]
+    try:
+        made._known = {name: torch.Size(shape) for name, shape in state["known"].items()}
+        for name, value in state["information"].items():
+            anchor = state["anchors"][name]
+            if not made._known[name] == value.shape == anchor.shape:
+                raise ValueError(f"{name} has the shapes {[*value.shape]} and {[*anchor.shape]}")
+            made._information[name], made._anchors[name] = value.clone(), anchor.clone()
+        made._quadratics = [
             _Quadratic(from_state_dict(each["fisher"]), each["anchor"].clone(), each["weight"])
             for each in state["quadratics"]
         ]
-        self._parabola = None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"state must be whole, got one that is damaged: {error!r}") from error
+    return made
 
 
 def _check_positive(value: float, name: str) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherfast import ops
-from fisherfast.parameters.linear_map import Layer, kernel_dtype, kernel_squares, sum_of_squares
+from fisherfast.parameters.linear_map import Layer, as_kernels_read, kernel_squares, sum_of_squares
 from fisherfast.parameters.matrix_rule import MatrixRule, Sharing, bordered
 from fisherfast.parameters.rules import Rule
 
@@ -36,7 +36,7 @@ class Convolution(MatrixRule):
         if not isinstance(module, nn.Conv1d | nn.Conv2d):
             return super().input_factor(x, g, sharing)
         image, window = _as_image(module, x)
-        sums, cross = ops.patch_moments(kernel_dtype(image), **window)
+        sums, cross = ops.patch_moments(as_kernels_read(image), **window)
         positions = g[0, 0].numel()
         if "bias" in self.attributes:
             cross = bordered(sums, cross, len(x) * positions)

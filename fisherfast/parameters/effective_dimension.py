@@ -135,6 +135,12 @@ def effective_dimension(
     kappa = _kappa(n, gamma)
     check_count("draws", draws)
     check_seed(seed)
+    if initialise is not None and not callable(initialise):
+        raise TypeError(f"initialise must be a function, got {initialise!r}")
+    if isinstance(x, Iterator):
+        raise TypeError(
+            f"x must be data that can be read again, got {type(x).__name__}: pass a list of it"
+        )
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
     measure = partial(
@@ -229,6 +235,7 @@ def local_effective_dimension(
     """
     _kappa(n, gamma)
     reach = 1 / math.sqrt(n) if radius is None else radius
+    check_number("radius", reach)
     if not 0 < reach < math.inf:
         raise ValueError(f"radius must be positive and finite, got {radius}")
     model = unwrapped(model)
@@ -266,8 +273,8 @@ def local_effective_dimension(
 
 
 def _kappa(n: float, gamma: float) -> float:
-    check_number("n", n)
     check_number("gamma", gamma)
+    check_number("n", n)
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
     kappa = gamma * n / (2 * math.pi * math.log(n)) if 1 < n < math.inf else 0.0

@@ -27,6 +27,9 @@ __all__ = ["GateSums"]
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+WITHOUT_A_NAME = ("weight", "bias", "orig")
+"""What does not tell matrices of a module apart; pruning calls what it masks `weight_orig`."""
+
 
 @dataclass(frozen=True)
 class _Unit:
@@ -83,7 +86,7 @@ class GateSums:
 
     def _scores(self, rule: Rule, x: Tensor, g: Tensor) -> dict[_Unit, Tensor]:
         """The scores about the gates of all units, [n, units]."""
-        here = [unit for unit in self._units if unit.names[0] in rule.names]
+        here = [unit for unit in self._units if set(unit.names) & set(rule.names)]
         if isinstance(rule, MatrixRule):
             if rule not in self._outputs:
                 self._outputs[rule] = _output(rule, x)
@@ -97,6 +100,7 @@ class GateSums:
                 [
                     _summed(_units_first(self._owners[name], gradients[name] * self._weights[name]))
                     for name in unit.names
+                    if name in gradients  # a bias that is never used comes by itself
                 ]
             ).sum(0)
             for unit in here
@@ -115,7 +119,7 @@ def _units(layout: ParameterLayout, owners: Mapping[str, nn.Module]) -> list[_Un
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         layer, attribute = _split(name)
         count = _units_first(owners[name], torch.empty(1, *shape, device="meta")).shape[1]
-        rest = "_".join(part for part in attribute.split("_") if part not in ("weight", "bias"))
+        rest = "_".join(part for part in attribute.split("_") if part not in WITHOUT_A_NAME)
         groups.setdefault((layer, rest, count), []).append(name)
     found: list[_Unit] = []
     for (layer, rest, _), names in groups.items():

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.batches import Data
-from fisherfast.parameters.checks import check_choice
+from fisherfast.parameters.checks import check_choice, check_model, check_number
 from fisherfast.parameters.fisher import fisher as measure
 from fisherfast.parameters.fisher import over_data
 from fisherfast.parameters.gates import GateSums
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
-from fisherfast.parameters.matrix import ParameterFisher
+from fisherfast.parameters.matrix import ParameterFisher, check_fisher
 from fisherfast.parameters.sweeps import FisherType
 from fisherfast.unwrap import unwrapped
 
@@ -77,6 +77,7 @@ class Importance:
         Raises:
             ValueError: the fraction is not in [0, 1].
         """
+        check_number("fraction", fraction)
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
         flat = torch.cat([value.reshape(-1) for value in self.values.values()])
@@ -231,6 +232,8 @@ def importance(
 
 
 def _per_parameter(model: nn.Module, fisher: ParameterFisher) -> Importance:
+    check_model(model)
+    check_fisher(fisher)
     every = dict(model.named_parameters())
     fisher.layout.check_same(ParameterLayout.of(model, list(fisher.layout.names)), "fisher")
     diagonal = fisher.layout.unflatten(fisher.diag())

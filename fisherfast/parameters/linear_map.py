@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from fisherfast import ops
 from fisherfast.parameters.rules import Rule
 
-__all__ = ["Layer", "LinearMap", "kernel_squares", "some_samples", "sum_of_squares"]
+__all__ = [
+    "Layer",
+    "LinearMap",
+    "as_kernels_read",
+    "kernel_squares",
+    "some_samples",
+    "sum_of_squares",
+]
 
 
 class Layer(Rule):
@@ -66,11 +73,6 @@ def some_samples(samples: int, numbers: int, limit: int) -> Iterator[slice]:
     return (slice(first, first + few) for first in range(0, samples, few))
 
 
-def kernel_dtype(x: Tensor) -> Tensor:
-    """x in a dtype that kernels read: half precision in float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
 def sum_of_squares(rows: Tensor) -> Tensor:
     """sum_i rows_i^2 of rows [n, ...], in float64."""
     return rows.double().square().sum(0)
@@ -91,5 +93,11 @@ def kernel_squares(
         x, g = x.unsqueeze(2), g.unsqueeze(2)
         kernel, stride, dilation = ((1, *numbers) for numbers in (kernel, stride, dilation))
         padding = (0, *padding)
+    x, g = as_kernels_read(x), as_kernels_read(g)
     settings = {"stride": stride, "padding": padding, "dilation": dilation}
-    return ops.gradient_squares(kernel_dtype(x), kernel_dtype(g), kernel, groups=groups, **settings)
+    return ops.gradient_squares(x, g, kernel, groups=groups, **settings)
+
+
+def as_kernels_read(x: Tensor) -> Tensor:
+    """x in a dtype that kernels read: half precision in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

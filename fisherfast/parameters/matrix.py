@@ -196,6 +196,14 @@ class _Symmetric(torch.autograd.Function):
         return _Symmetric.apply(g, ctx.matrix), None
 
 
+def check_fisher(fisher: Any) -> None:
+    """Raise TypeError unless it is a Fisher matrix."""
+    if not isinstance(fisher, ParameterFisher):
+        raise TypeError(
+            f"fisher must be a matrix of ff.parameters.fisher, got {type(fisher).__name__}"
+        )
+
+
 def check_damping(damping: float) -> None:
     """Raise unless damping is a finite number of at least 0."""
     check_number("damping", damping)

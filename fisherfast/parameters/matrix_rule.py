@@ -13,7 +13,7 @@ from fisherfast import ops
 from fisherfast.parameters.column_gram import column_gram
 from fisherfast.parameters.linear_map import (
     LinearMap,
-    kernel_dtype,
+    as_kernels_read,
     kernel_squares,
     some_samples,
     sum_of_squares,
@@ -133,7 +133,7 @@ def _second_moment(rows: Tensor, *, with_one: bool = False) -> Tensor:
     [G, D, D] float64."""
     n, groups, positions, width = rows.shape
     if groups == 1:
-        _, sums, cross = ops.moments(kernel_dtype(rows.reshape(n * positions, width)))
+        _, sums, cross = ops.moments(as_kernels_read(rows.reshape(n * positions, width)))
     else:
         wide = rows.transpose(0, 1).reshape(groups, n * positions, width).double()
         sums, cross = wide.sum(1), wide.mT @ wide

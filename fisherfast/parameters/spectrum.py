@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fisherfast.memory_budget import check_budget
 from fisherfast.parameters.batches import Data
+from fisherfast.parameters.checks import check_count
 from fisherfast.parameters.fisher import fisher
 from fisherfast.parameters.gram import GramFisher, rounding_noise
 from fisherfast.parameters.lanczos import lanczos
@@ -259,6 +260,8 @@ def spectrum(
     """
     if isinstance(source, ParameterFisher):
         return _of_matrix(source)
+    if not isinstance(source, nn.Module):
+        raise TypeError(f"source must be a network or a Fisher matrix, got {type(source).__name__}")
     if likelihood is None or data is None:
         raise TypeError("likelihood and data must be given with a network, got None")
     if count is None:
@@ -339,8 +342,7 @@ def _by_products(
     seed: int,
     memory_budget: int | str,
 ) -> Spectrum:
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    check_count("count", count)
     size = product.layout.size
     steps = min(PRODUCTS_PER_VALUE * count + PRODUCTS_PER_VALUE, size)
     budget = check_budget(memory_budget)["memory_budget"]

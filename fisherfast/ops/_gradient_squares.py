@@ -34,10 +34,10 @@ def gradient_squares(
         squares[m, c, u] = sum_i ( sum_t g[i, m, t] x[i, c, t stride - padding + u dilation] )^2
 
     u are the places of the kernel. The sum over positions t is inside the square: it is the
-    gradient of one sample. Neither
-    patches of x nor gradients of samples are stored, and x and g are read in place whatever their
-    strides. A linear layer with positions x [n, T, D], g [n, T, M] is the case
-    ``x.mT[..., None], g.mT[..., None]``; a transposed convolution that with x and g exchanged.
+    gradient of one sample. Neither patches of x nor gradients of samples are stored, and x and g
+    are read in place whatever their strides. A linear layer with positions x [n, T, D],
+    g [n, T, M] is the case ``x.mT[..., None], g.mT[..., None]``; a transposed convolution that
+    with x and g exchanged.
 
     Args:
         x: [n, C, H, W] float32 or float64, the input of the convolution; zero outside.
@@ -57,8 +57,9 @@ def gradient_squares(
         RuntimeError: an input requires grad.
 
     Cost: n M (C / groups) kh kw Ho Wo multiply-adds. In float32 the products are summed in float32
-    over the positions, in blocks of 256, their squares in float32 over at most 64 samples and then
-    in float64. The bits do not depend on the number of threads.
+    over the positions, in blocks of 256 (in groups of at most 4 outputs: of all positions, spread
+    over the lanes of a vector), their squares in float32 over at most 64 samples and then in
+    float64. The bits do not depend on the number of threads.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 3.0]])[:, None, None]  # one sample, one channel, H = 1

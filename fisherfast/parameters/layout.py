@@ -71,17 +71,19 @@ class ParameterLayout:
         """One vector [P] of one tensor per parameter.
 
         Raises:
+            TypeError: something that is no tensor.
             ValueError: a parameter is missing, or of another shape.
         """
         rows = []
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in tensors:
                 raise ValueError(f"tensors must hold every parameter, got none for {name!r}")
-            if tensors[name].shape != shape:
-                raise ValueError(
-                    f"{name} must have shape {list(shape)}, got {list(tensors[name].shape)}"
-                )
-            rows.append(tensors[name].reshape(-1))
+            tensor = tensors[name]
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            rows.append(tensor.reshape(-1))
         return torch.cat(rows)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
@@ -95,7 +97,7 @@ class ParameterLayout:
                 f"vector must have P = {self.size} entries, got shape {list(vector.shape)}"
             )
         return {
-            name: vector[..., where].reshape(*vector.shape[:-1], *shape)
+            name: vector[..., where].reshape((*vector.shape[:-1], *shape))
             for (name, where), shape in zip(self.slices().items(), self.shapes, strict=True)
         }
 

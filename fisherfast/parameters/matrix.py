@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -20,6 +20,10 @@ Vector = Tensor | Mapping[str, Tensor]
 
 DENSE_BYTES = 8 * 2**30
 """Largest dense matrix that `to_dense` builds unasked: 32 768 parameters in float64."""
+
+
+Columns = Callable[[Tensor], Tensor]
+"""A map of V [P, m] float64 to V's shape."""
 
 
 class Accumulator(Protocol):
@@ -71,23 +75,28 @@ class ParameterFisher(ABC):
         return f"<{self.name}: {self.layout.size} parameters, {self.samples} samples>"
 
     def __matmul__(self, vector: Vector) -> Any:
-        """F v, as v was given: [P], [P, m], or by name."""
+        """F v, as v was given: [P], [P, m], or by name; float64, differentiable in v.
+
+        Raises:
+            TypeError: v is complex, or neither tensors nor a mapping of them.
+            ValueError: v is of another shape, or lacks a parameter.
+        """
         return self._apply(self._matmul, vector)
 
     def solve(self, vector: Vector, *, damping: float = 0.0) -> Any:
-        """(F + damping)^-1 v, as v was given.
+        """(F + damping)^-1 v, as v was given, like ``F @ v``.
 
         Raises:
-            ValueError: damping is negative, or not positive where F is singular.
+            TypeError: v is complex, or neither tensors nor a mapping of them; damping is no number.
+            ValueError: v is of another shape, or lacks a parameter; damping is negative, or not
+                positive where F is singular.
         """
         check_damping(damping)
         return self._apply(lambda v: self._solve(v, damping), vector)
 
-    def _apply(self, function: Any, vector: Vector) -> Any:
+    def _apply(self, function: Columns, vector: Vector) -> Any:
         if isinstance(vector, Mapping):
-            flat = self.layout.flatten(vector)
-            _check_real(flat)
-            return self.layout.unflatten(function(flat[:, None].double())[:, 0])
+            return self.layout.unflatten(self._apply(function, self.layout.flatten(vector)))
         if not isinstance(vector, Tensor):
             raise TypeError(f"vector must be a tensor or a mapping, got {type(vector).__name__}")
         if vector.dim() not in (1, 2) or len(vector) != self.layout.size:
@@ -95,11 +104,13 @@ class ParameterFisher(ABC):
                 f"vector must have shape [P] or [P, m] with P = {self.layout.size}, got"
                 f" {list(vector.shape)}"
             )
-        _check_real(vector)
-        if not vector.numel():  # no column
-            return torch.zeros(vector.shape, dtype=torch.float64, device=self._device())
+        if vector.is_complex():
+            raise TypeError(f"vector must be real, got {vector.dtype}")
         columns = vector.reshape(len(vector), -1).double()
-        return function(columns).reshape(vector.shape)
+        if not columns.numel():
+            return columns.clone()
+        product: Tensor = _Symmetric.apply(columns, function)
+        return product.reshape(vector.shape)
 
     @abstractmethod
     def _matmul(self, columns: Tensor) -> Tensor:
@@ -169,9 +180,20 @@ class ParameterFisher(ABC):
         """The structure whose `_state` this is."""
 
 
-def _check_real(vector: Tensor) -> None:
-    if vector.is_complex():
-        raise TypeError(f"vector must be real, got {vector.dtype}")
+class _Symmetric(torch.autograd.Function):
+    """A symmetric matrix times V: its own derivative, whatever the product is computed with."""
+
+    @staticmethod
+    def forward(columns: Tensor, matrix: Columns) -> Tensor:
+        return matrix(columns)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Columns], output: Tensor) -> None:
+        ctx.matrix = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Symmetric.apply(g, ctx.matrix), None
 
 
 def check_fisher(fisher: Any) -> None:

@@ -35,8 +35,11 @@ class Parabola:
     ) -> Parabola:
         """Convert float64 F and m for these parameters."""
         with torch.inference_mode(False), torch.no_grad():
+            like = {
+                name: at_least_float32(parameters[name].reshape(-1)[:0]) for name in information
+            }
             rows = [
-                tuple(kept[name].to(at_least_float32(parameters[name][:0])) for name in information)
+                tuple(kept[name].to(like[name]) for name in information)
                 for kept in (information, anchors)
             ]
         return cls(cls.key_of(parameters, information), tuple(information), *rows)

@@ -112,6 +112,66 @@ def test_vectors_come_back_as_they_went_in(
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+def test_unusual_vectors(found: dict[str, ff.parameters.ParameterFisher], structure: str) -> None:
+    """The parameters themselves, float32, no columns at all, a strided matrix: each works in
+    every structure, in float64, and is differentiated like the dense matrix."""
+    matrix, model = found[structure], network()
+    probe = torch.cat([w.detach().flatten() for w in model.parameters()])
+    for action in (matrix.__matmul__, lambda v: matrix.solve(v, damping=0.2)):
+        expected = action(probe)
+        by_name = action(dict(model.named_parameters()))
+        assert torch.equal(matrix.layout.flatten(by_name), expected)
+        parabola = 0.5 * (probe @ matrix.layout.flatten(action(dict(model.named_parameters()))))
+        gradient = torch.autograd.grad(parabola, list(model.parameters()))
+        found_gradient = torch.cat([g.flatten() for g in gradient])
+        assert difference(found_gradient, 0.5 * expected) < ROUNDING
+        by_function = torch.func.grad(lambda v, f=action: 0.5 * v @ f(v))(probe)
+        assert difference(by_function, expected) < ROUNDING
+        single = action(probe.float())
+        assert single.dtype == torch.float64
+        assert difference(single, action(probe.float().double())) < ROUNDING
+        assert action(probe[:, None][:, :0]).shape == (matrix.layout.size, 0)
+        wide = torch.stack([probe, 2 * probe]).T  # columns that are not contiguous
+        assert difference(action(wide), torch.stack([expected, 2 * expected], 1)) < ROUNDING
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_wrong_vectors(found: dict[str, ff.parameters.ParameterFisher], structure: str) -> None:
+    """A complex vector whose imaginary part is dropped, names that are missing, other shapes."""
+    matrix = found[structure]
+    size = matrix.layout.size
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        (torch.ones(size, dtype=torch.complex64), TypeError, "vector must be real"),
+        ([1.0] * size, TypeError, "vector must be a tensor or a mapping"),
+        (torch.ones(size - 1), ValueError, "vector must have shape"),
+        (torch.ones(1, size), ValueError, "vector must have shape"),
+        ({"0.weight": torch.ones(3, 2, 3)}, ValueError, r"tensors must hold .*'0\.bias'"),
+        ({n: [0.0] for n in matrix.layout.names}, TypeError, "0.weight must be a tensor"),
+        (
+            {n: torch.ones(1) for n in matrix.layout.names},
+            ValueError,
+            r"0\.weight must have shape \[3, 2, 3\], got \[1\]",
+        ),
+    ]
+    for vector, error, message in wrong:
+        with pytest.raises(error, match=message):
+            matrix @ vector
+        with pytest.raises(error, match=message):
+            matrix.solve(vector, damping=1.0)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_wrong_damping(found: dict[str, ff.parameters.ParameterFisher], structure: str) -> None:
+    """Damping that makes the matrix indefinite, or no number."""
+    matrix = found[structure]
+    for damping in (-1e-3, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"damping must be finite and at least 0, got"):
+            matrix.solve(torch.ones(matrix.layout.size), damping=damping)
+        with pytest.raises(ValueError, match=r"damping must be finite and at least 0, got"):
+            matrix.logdet(damping=damping)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_state_is_all_of_it(
     found: dict[str, ff.parameters.ParameterFisher], structure: str
 ) -> None:

@@ -1,9 +1,10 @@
-"""What docs/parameters.md says of pruned networks is what was measured."""
+"""What docs/parameters.md says of measurements is what was measured."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import statistics
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,3 +102,58 @@ def test_importance_is_never_behind(runs, example):
             for row, other in zip(by_importance, by_magnitude, strict=True):
                 assert row["bits"] > 1.5 or row["transmission"] > other["transmission"], network
     assert fewer == 4
+
+
+def test_tables_of_costs_are_those_of_the_stored_results(stored, guide, monkeypatch):
+    """Catches tables that an older measurement has left in the guide, and marks without a table."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("parameter_tables")
+    found = tables.stored(stored)
+    assert set(found) == set(tables.TABLES)
+    assert tables.written(guide, found) == guide
+    for name, table in found.items():
+        assert f"<!-- {name} -->\n{table}\n" in guide, name
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (ROOT / "benchmarks" / "results" / "parameters.json").read_text()
+    )
+    return found
+
+
+def test_the_table_of_tasks_is_the_measured_one(stored, guide, monkeypatch):
+    """Catches a table or a gain of another run than the one stored."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("continual_digits")
+    protocols = stored["continual"]["figures"]["protocols"]
+    assert example.table(protocols) in guide
+    gains = {way: 100 * statistics.mean(found["gain"]) for way, found in permuted(stored).items()}
+    assert (
+        f"the online variant keeps {gains['online']:.1f} points more than fine-tuning, the sum"
+        f" over all tasks {gains['consolidation']:.1f} more; joint training is"
+        f" {gains['joint'] - gains['online']:.1f} above the better of the two"
+    ) in " ".join(guide.split())
+
+
+def permuted(stored: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = stored["continual"]["figures"]["protocols"]["permuted"]
+    return found
+
+
+def test_what_is_said_of_widths_is_what_was_measured(stored):
+    """Medians over seeds. Catches a caption that the figure does not show."""
+    networks = stored["widths"]["figures"]["networks"]
+
+    def middle(name: str) -> list[float]:
+        widths = sorted({row["width"] for row in networks})
+        return [statistics.median(r[name] for r in networks if r["width"] == w) for w in widths]
+
+    assert max(middle("rank")) <= stored["widths"]["figures"]["samples"] == 128
+    for name in ("effective rank", "participation ratio"):
+        assert all(2.5 < value < 4.5 for value in middle(name)), name
+    dimension = middle("effective dimension")
+    assert dimension == sorted(dimension)
+    assert dimension[-1] < 4 * dimension[1] < middle("rank")[-1]
+    assert all(1.3 < error < 1.5 for error in middle("test error")[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -288,3 +289,15 @@ def test_spectra_of_nothing() -> None:
         zero = fp.fisher(model, CATEGORICAL, 0 * x, structure, parameters=r"0\.weight")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="F must not be zero"):
             fp.spectrum(zero)
+
+
+def test_several_threads_at_once() -> None:
+    """Catches hooks of one thread in the passes of another: all measure the same network."""
+    model, x = make()
+    expected = fp.fisher(model, CATEGORICAL, x).diag()
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(
+            lambda size: fp.fisher(model, CATEGORICAL, x, batch_size=size).diag(), [1, 2, 3] * 4
+        )
+        for each in found:
+            torch.testing.assert_close(each, expected, rtol=ROUNDING, atol=0)

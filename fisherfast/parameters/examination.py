@@ -92,7 +92,7 @@ def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart
         ValueError: the output of a sample depends on the others, or on chance, or on parameters
             that autograd does not see.
 
-    Cost: two or three passes forward and back of three samples, and the memory of a gradient.
+    Cost: three or four passes forward and back of three samples, and the memory of a gradient.
     """
     few, shown = _different(inputs)
     trial = Backpropagation(model, layout, few)
@@ -100,7 +100,7 @@ def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart
     spread = torch.linspace(0.5, 1.5, f.numel(), dtype=f.dtype, device=f.device)
     vector = (spread * (1 - 2 * (torch.arange(f.numel(), device=f.device) % 2))).reshape(f.shape)
     _check_seen(model, trial)
-    wrong, silent = _misled(model, trial, vector)
+    wrong, silent = _misled(model, layout, trial, vector)
     folds = {
         name: call.rows // EXAMINED
         for call in trial.calls
@@ -112,7 +112,9 @@ def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart
     return Apart(folds, vectorised, shown and not silent)
 
 
-def _misled(model: nn.Module, trial: Backpropagation, vector: Tensor) -> tuple[set[str], set[str]]:
+def _misled(
+    model: nn.Module, layout: ParameterLayout, trial: Backpropagation, vector: Tensor
+) -> tuple[set[str], set[str]]:
     """Parameters whose rule does not give the gradients of the samples alone, and those whose rule
     has shown nothing, because all these are zero."""
     found: list[tuple[Rule, Tensor, Tensor]] = []
@@ -123,6 +125,7 @@ def _misled(model: nn.Module, trial: Backpropagation, vector: Tensor) -> tuple[s
     trial.send(vector, keep, last=False)
     wrong = {name for call in trial.calls for name in call.rule.names}
     wrong -= {name for rule, _, _ in found for name in rule.names}  # no gradient, or x is gone
+    wrong |= _reordered(model, layout, trial, vector, found)
     names = [name for rule, _, _ in found for name in rule.names]
     silent = set(names)
     for sample in range(EXAMINED):
@@ -143,6 +146,38 @@ def _misled(model: nn.Module, trial: Backpropagation, vector: Tensor) -> tuple[s
             if not _alike(rows, expected, GRADIENTS_ALIKE):
                 wrong.update(rule.names)
     return wrong, silent
+
+
+def _reordered(
+    model: nn.Module,
+    layout: ParameterLayout,
+    trial: Backpropagation,
+    vector: Tensor,
+    found: Sequence[tuple[Rule, Tensor, Tensor]],
+) -> set[str]:
+    """Parameters of layers that see the samples in an order of the network's own, sorted by their
+    length for one: with the samples the other way round, it does not turn round with them."""
+    back = Backpropagation(model, layout, trial.inputs.flip(0))
+    seen: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    def keep(call: Call, x: Tensor, g: Tensor) -> None:
+        seen[call.rule.names] = back.by_sample(x), back.by_sample(g)
+
+    back.send(vector.flip(0), keep, last=True)
+    turned: set[str] = set()
+    for rule, x, g in found:
+        other = seen.get(rule.names)
+        if other is None or not all(
+            _same_rows(here, there.flip(0)) for here, there in zip((x, g), other, strict=True)
+        ):
+            turned.update(rule.names)
+    return turned
+
+
+def _same_rows(here: Tensor, there: Tensor) -> bool:
+    if not here.is_floating_point():
+        return torch.equal(here, there)
+    return _alike([there], [here], GRADIENTS_ALIKE)
 
 
 def _can_vectorise(

@@ -128,6 +128,11 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(
             f"parameters must have a shape, got {name!r} of a lazy module; call the model once"
         )
+    if parameter.is_inference():
+        raise ValueError(
+            f"parameters must not be made in inference mode, got {name!r}, which has no gradients;"
+            " load its numbers into a model that is made outside"
+        )
     if parameter.is_complex():
         raise TypeError(f"parameters must be real, got {name!r} of {parameter.dtype}")
 

@@ -260,6 +260,8 @@ def spectrum(
     """
     if isinstance(source, ParameterFisher):
         return _of_matrix(source)
+    if not isinstance(source, nn.Module):
+        raise TypeError(f"source must be a network or a Fisher matrix, got {type(source).__name__}")
     if likelihood is None or data is None:
         raise TypeError("likelihood and data must be given with a network, got None")
     if count is None:

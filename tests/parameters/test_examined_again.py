@@ -259,3 +259,32 @@ def test_one_number_for_each_sample() -> None:
     """Catches an examination that asks for a second dimension of the inputs."""
     model = nn.Embedding(5, 3).double()
     assert_right(model, torch.tensor([0, 3, 3, 1]))
+
+
+class Sorted(nn.Module):
+    """Sorts the samples of its batch, as those of different lengths are, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort(descending=True)
+        return self.head(torch.tanh(self.layer(x[order]))[order.argsort()])
+
+
+@pytest.mark.parametrize("descending", [True, False])
+def test_samples_in_an_order_of_the_networks_own(descending: bool) -> None:
+    """Catches an order that is that of the samples looked at, and of no others."""
+    network = Network(Sorted, (4,))
+    model, x = network.make(), network.inputs(8)
+    x[:3, 0] = x[:3, 0].sort(descending=descending).values
+    assert_right(model, x)
+
+
+def test_parameters_without_gradients_for_ever() -> None:
+    """Catches an error about something else."""
+    with torch.inference_mode():
+        model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="parameters must not be made in inference mode"):
+        ff.parameters.fisher(model, CATEGORICAL, torch.ones(2, 4))

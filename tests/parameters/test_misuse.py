@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -268,3 +269,35 @@ def test_a_measurement_inside_of_the_data() -> None:
     found = fp.fisher(model, CATEGORICAL, data()).diag()
     expected = fp.fisher(model, CATEGORICAL, x).diag()
     torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=0)
+
+
+# --- spectrum ---
+
+
+def test_spectra_of_nothing() -> None:
+    """Catches errors that do not say which argument is wrong."""
+    model, x = make()
+    with pytest.raises(TypeError, match=r"count must be a whole number, got 1\.5"):
+        fp.spectrum(model, CATEGORICAL, x, count=1.5)  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match="source must be a network or a Fisher matrix, got NoneType"
+    ):
+        fp.spectrum(None, CATEGORICAL, x)  # type: ignore[arg-type]
+    for structure in ("diag", "block", "kfac", "full", "gram", "lowrank"):
+        F = fp.fisher(model, CATEGORICAL, x, structure, parameters=r"0\.weight")  # type: ignore[arg-type]
+        assert fp.spectrum(F).trace > 0
+        zero = fp.fisher(model, CATEGORICAL, 0 * x, structure, parameters=r"0\.weight")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="F must not be zero"):
+            fp.spectrum(zero)
+
+
+def test_several_threads_at_once() -> None:
+    """Catches hooks of one thread in the passes of another: all measure the same network."""
+    model, x = make()
+    expected = fp.fisher(model, CATEGORICAL, x).diag()
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(
+            lambda size: fp.fisher(model, CATEGORICAL, x, batch_size=size).diag(), [1, 2, 3] * 4
+        )
+        for each in found:
+            torch.testing.assert_close(each, expected, rtol=ROUNDING, atol=0)

@@ -88,18 +88,19 @@ class DiagonalAccumulator:
 
     def __init__(self, layout: ParameterLayout, fisher_type: FisherType) -> None:
         self._layout, self._fisher_type = layout, fisher_type
-        self._sums: dict[str, Tensor] = {}
+        self._where = layout.slices()
+        self._sums: Tensor | None = None  # [P]
 
     def add(self, sweep: Sweep) -> None:
         sweep.visit(self._take)
 
     def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
         for name, squares in zip(rule.names, rule.squares(x, g), strict=True):
-            if name in self._sums:
-                self._sums[name] += squares
-            else:
-                self._sums[name] = squares.double()
+            if self._sums is None:
+                self._sums = squares.new_zeros(self._layout.size, dtype=torch.float64)
+            self._sums[self._where[name]] += squares.flatten()
 
     def result(self, samples: int) -> DiagonalFisher:
-        values = self._layout.flatten(self._sums) / samples
+        assert self._sums is not None  # every parameter is shown in every sweep
+        values = self._sums.div_(samples)
         return DiagonalFisher(self._layout, samples, self._fisher_type, values)

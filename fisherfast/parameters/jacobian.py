@@ -81,6 +81,8 @@ class Jacobian:
     def transposed(self, u: Tensor) -> Tensor:
         """J^T u [P, m] of u [N, m] float64."""
         found = u.new_zeros(self.layout.size, u.shape[1])
+        if not u.shape[1]:  # a matrix of zero has no directions
+            return found
         start = 0
         for piece in self.pieces:
             stop = start + _count(piece)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherfast.memory_budget import check_budget
 from fisherfast.parameters.batches import Data
-from fisherfast.parameters.checks import check_count
+from fisherfast.parameters.checks import check_count, check_seed
 from fisherfast.parameters.fisher import fisher
 from fisherfast.parameters.gram import GramFisher, rounding_noise
 from fisherfast.parameters.lanczos import lanczos
@@ -241,7 +241,7 @@ def spectrum(
 
     Raises:
         TypeError: a network without likelihood, data that can be read once only where count is
-            given.
+            given, a count that is no whole number.
         ValueError: count is not positive.
         MemoryError: more than memory_budget would be needed.
 
@@ -278,6 +278,8 @@ def spectrum(
             memory_budget=memory_budget,
         )
         return _of_matrix(matrix)
+    check_count("count", count)
+    check_seed(seed)
     model = unwrapped(source)
     product = StreamedFisher(
         model,
@@ -342,7 +344,6 @@ def _by_products(
     seed: int,
     memory_budget: int | str,
 ) -> Spectrum:
-    check_count("count", count)
     size = product.layout.size
     steps = min(PRODUCTS_PER_VALUE * count + PRODUCTS_PER_VALUE, size)
     budget = check_budget(memory_budget)["memory_budget"]

@@ -6,6 +6,7 @@ Its methods tell of one matrix; structures stand to each other as they should.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from parameters_small import (
     measure,
     network,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import fisherfast as ff
 
@@ -288,3 +289,24 @@ def test_kronecker_trace_is_that_of_its_factors(sharing: str) -> None:
     parts = kfac.layout.unflatten(kfac.diag())
     trace = parts["0.weight"].sum() + parts["0.bias"].sum()
     assert float(trace) == pytest.approx(float(outer * inner), rel=ROUNDING)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_matrix_of_zero(structure: str) -> None:
+    """Inputs that say nothing of the weights (all zero, as behind dead units): F is zero, no
+    error, and `solve` needs damping. For low rank, no direction is left."""
+    model = nn.Linear(4, 3, bias=False).double()
+    x = torch.zeros(5, 4, dtype=torch.float64)
+    settings = {"rank": 2} if structure == "lowrank" else {}
+    matrix = ff.parameters.fisher(model, CATEGORICAL, x, structure, **settings)  # type: ignore[arg-type]
+    for each in (matrix, ff.parameters.from_state_dict(matrix.state_dict())):
+        assert each.trace() == 0
+        assert not each.eigenvalues().any()
+        assert torch.equal(each.to_dense(), torch.zeros(12, 12, dtype=torch.float64))
+        probe = torch.linspace(-1, 1, 12, dtype=torch.float64)
+        assert not (each @ probe).any()
+        assert difference(each.solve(probe, damping=0.25), 4 * probe) < ROUNDING
+        assert each.logdet(damping=0.25) == pytest.approx(12 * math.log(0.25))
+        assert each.logdet() == -math.inf
+        with pytest.raises(ValueError, match="damping must be positive, got 0"):
+            each.solve(probe)

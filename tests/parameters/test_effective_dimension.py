@@ -192,6 +192,10 @@ def test_arguments() -> None:
         fp.effective_dimension(model, likelihood, x, n=1000, gamma=1.5)
     with pytest.raises(ValueError, match=r"^draws must be at least 1, got 0$"):
         fp.effective_dimension(model, likelihood, x, n=1000, draws=0)
+    with pytest.raises(TypeError, match=r"^draws must be a whole number, got 1.5$"):
+        fp.effective_dimension(model, likelihood, x, n=1000, draws=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^n must be a number, got '1000'$"):
+        fp.effective_dimension(model, likelihood, x, n="1000")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^radius must be positive and finite, got -1$"):
         fp.local_effective_dimension(model, likelihood, x, n=1000, radius=-1)
     own = NETWORKS["expression"]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from networks_zoo import seeded
 from parameters_oracle import brute_force
 from parameters_zoo import NETWORKS
 from torch import Tensor, nn
@@ -139,3 +140,18 @@ def test_arguments() -> None:
         low(model, x, 2.5)  # type: ignore[arg-type]
     with pytest.raises(MemoryError, match="must fit into memory_budget = 100 bytes, got"):
         low(model, x, 2, memory_budget=100)
+
+
+@pytest.mark.parametrize("zeros_first", [True, False])
+def test_a_part_of_the_data_that_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, zeros_first: bool
+) -> None:
+    """Catches a merge with a basis of no directions, or with rows that are all zero."""
+    monkeypatch.setattr(lowrank, "ROWS_AT_ONCE", 8)
+    model = seeded(lambda: nn.Linear(4, 3, bias=False).double())
+    zeros = torch.zeros(20, 4, dtype=torch.float64)
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data = torch.cat([zeros, x] if zeros_first else [x, zeros])
+    full = fp.fisher(model, fp.Categorical(), data, "full")
+    found = low(model, data, 12, batch_size=4)
+    torch.testing.assert_close(found.to_dense(), full.to_dense(), rtol=1e-11, atol=1e-15)

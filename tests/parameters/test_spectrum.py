@@ -260,6 +260,8 @@ def test_arguments() -> None:
         fp.spectrum(model)
     with pytest.raises(ValueError, match=r"^count must be at least 1, got 0$"):
         fp.spectrum(model, likelihood, x, count=0)
+    with pytest.raises(TypeError, match=r"^count must be a whole number, got 2.5$"):
+        fp.spectrum(model, likelihood, x, count=2.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^data must be readable more than once, got generator"):
         fp.spectrum(model, likelihood, (part for part in x.split(2)), count=2)
     with pytest.raises(MemoryError, match=r"vectors of \d+ parameters must fit into memory_budget"):

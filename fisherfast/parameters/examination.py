@@ -22,7 +22,7 @@ from fisherfast.parameters.rows import (
 from fisherfast.parameters.rules import Rule
 from fisherfast.parameters.tapping import Call, undisturbed
 
-__all__ = ["samples_apart"]
+__all__ = ["check_one_alone", "samples_apart"]
 
 EXAMINED = 3
 """Samples that `examined` looks at: one, one that may be alike, and one that is neither first
@@ -48,12 +48,11 @@ _EXAMINED: WeakKeyDictionary[nn.Module, tuple[Hashable, Apart]] = WeakKeyDiction
 
 
 def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
-    """`examined`, once for a network: again when its parameters, buffers, modules, their settings,
-    classes or hooks, or the shape of a sample have changed, or when it had shown nothing."""
+    """`examined`, once for a network: again when its modules, their settings, classes or hooks, its
+    switches or the shape of a sample have changed, or when it had shown nothing."""
     alike = (layout, inputs.shape[1:], inputs.dtype, inputs.device, settings(model))
     before, apart = _EXAMINED.get(model, (None, None))
     if apart is not None and before == alike:
-        check_one_alone(model, inputs)
         return apart
     with forward_alone(model):
         apart = examined(model, layout, inputs)
@@ -62,12 +61,14 @@ def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> 
     return apart
 
 
-def check_one_alone(model: nn.Module, inputs: Tensor) -> None:
-    """Raise ValueError if the outputs of a sample depend on another: no key sees what a forward
-    pass reads outside of its network. A pass of three samples."""
-    few = _different(inputs)[0]
+def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    """Raise ValueError if the outputs of a sample are others alone than in its batch: no key of a
+    kept examination sees what a forward pass reads outside of its network. A pass of one sample."""
+    flat = inputs.reshape(len(inputs), inputs[:1].numel())
+    others = (flat != flat[:1]).any(1).nonzero().flatten()
+    one = int(others[-1]) if len(others) else 0
     with untouched(model), undisturbed(model), torch.no_grad():
-        _check_apart(model(few)[-1:], model(few[-1:]))
+        _check_apart(outputs[one : one + 1], model(inputs[one : one + 1]))
 
 
 def _different(inputs: Tensor) -> tuple[Tensor, bool]:

@@ -43,7 +43,9 @@ def settings(model: nn.Module) -> Hashable:
     """Equal to what it was as long as nothing has changed that the network holds: its modules and
     their classes, attributes, hooks, parameters and buffers; nothing of it keeps the network alive.
 
-    Numbers written into a tensor are seen by its version, which ``.data`` does not count.
+    Numbers written into a tensor are seen by its version, which ``.data`` does not count: of whole
+    numbers, of truth values and of single numbers, which may be switches. Weights and statistics
+    move at every step of training and are left out, and so are the steps that batch norms count.
 
     Cost: a few microseconds for each attribute of a module, no number is read.
     """
@@ -55,7 +57,7 @@ def _everything(model: nn.Module) -> Iterator[Hashable]:
     for module in model.modules():
         yield (
             _Same(module),
-            tuple((name, _settled(value, DEEP)) for name, value in vars(module).items()),
+            tuple((name, _held(module, name, value)) for name, value in vars(module).items()),
         )
         kinds.update(kind for kind in type(module).__mro__ if kind is not object)
     for kind in sorted(kinds, key=id):
@@ -69,6 +71,13 @@ def _everything(model: nn.Module) -> Iterator[Hashable]:
         )
     for name in GLOBAL_HOOKS:
         yield name, _settled(getattr(nn.modules.module, name, {}), DEEP)
+
+
+def _held(module: nn.Module, name: str, value: Any) -> Hashable:
+    """An attribute of a module; of batch norms without the count of their steps."""
+    if name == "_buffers" and isinstance(module, nn.modules.batchnorm._NormBase):
+        value = {key: held for key, held in value.items() if key != "num_batches_tracked"}
+    return _settled(value, DEEP)
 
 
 def _of_class(value: Any) -> Hashable:
@@ -136,4 +145,6 @@ def _empty(cell: types.CellType) -> bool:
 def _tensor(value: Tensor) -> Hashable:
     if value.is_inference():  # has no version
         return object()
-    return _Same(value), value._version, value.requires_grad, value.shape, value.dtype, value.device
+    switch = not value.is_floating_point() or value.numel() == 1
+    version = value._version if switch else None
+    return _Same(value), version, value.requires_grad, value.shape, value.dtype, value.device

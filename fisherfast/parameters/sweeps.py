@@ -24,7 +24,7 @@ from fisherfast.default_device import each_as_outside, outside
 from fisherfast.parameters.backpropagation import Backpropagation
 from fisherfast.parameters.batches import Data, batches
 from fisherfast.parameters.checks import check_evaluation
-from fisherfast.parameters.examination import samples_apart
+from fisherfast.parameters.examination import check_one_alone, samples_apart
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.rules import Rule
@@ -109,10 +109,13 @@ def forwards(
         each_as_outside(batches(data, model, batch_size, labels=labels))
     ):
         allowed.add(torch.isfinite(x).all(), f"data must be finite, got others in batch {number}")
-        if apart is None or not apart.shown or (single and len(x) > 1):
+        looked_at = apart is None or not apart.shown or (single and len(x) > 1)
+        if looked_at:
             apart, single = samples_apart(model, layout, x), len(x) == 1
         with forgetting(model):
             batch = Backpropagation(model, layout, x, apart)
+        if looked_at:
+            check_one_alone(model, x, batch.outputs)
         likelihood.check_outputs(batch.outputs)
         f = batch.outputs
         f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f

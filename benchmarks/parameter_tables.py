@@ -36,7 +36,7 @@ def speed(results: dict[str, Any]) -> str:
         seconds, against = row["seconds"], row["against"]
         times = (seconds[n] for n in ("fisherfast", "training step", "forward and backward"))
         rivals = (
-            f"{against[rival]['ratio']:.2f} \N{MULTIPLICATION SIGN}" if rival in against else ""
+            f"{against[rival]['ratio']:.2f} \N{MULTIPLICATION SIGN}" if rival in against else "none"
             for rival in RIVALS
         )
         cells = [row["network"], row["fisher_type"], *(f"{1e3 * t:.0f} ms" for t in times), *rivals]

@@ -32,7 +32,7 @@ def batches(
         labels: whether y is needed.
 
     Raises:
-        TypeError: data of a kind that cannot be read.
+        TypeError: data of a kind that cannot be read, or a list of two tensors.
         ValueError: no sample at all, labels that are missing, or not as many as inputs.
     """
     place = next(model.parameters()).device
@@ -72,6 +72,11 @@ def _items(data: Data, batch_size: int) -> Iterator[Any]:
     elif isinstance(data, Dataset):
         own = torch.Generator("cpu")  # a loader draws a seed, if from the global generator
         yield from DataLoader(data, batch_size=batch_size, generator=own)
+    elif isinstance(data, list) and len(data) == 2 and _are_tensors(data):
+        raise TypeError(
+            "data must be a tuple for a pair (x, y), got a list of two, which may be two batches as"
+            " well: pass (x, y), or iter([first, second])"
+        )
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | dict):
         yield from data
     else:
@@ -106,6 +111,10 @@ def count(data: Data) -> int | None:
         return len(data)
     except TypeError:
         return None
+
+
+def _are_tensors(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, Tensor | np.ndarray) for value in values)
 
 
 def _tensor(value: Any, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ParameterLayout", "Selection"]
+__all__ = ["ParameterLayout", "Selection", "some_of"]
 
 Selection = None | str | Sequence[str] | Callable[[str], bool]
 """Parameters by name: None for all that require grad, a regular expression, names, a function."""
@@ -42,7 +42,7 @@ class ParameterLayout:
         if not chosen:
             reason = "has no parameters" if not every else "has none that requires grad"
             if selection is not None:
-                reason = f"has none that {selection!r} chooses; it has {_some(every)}"
+                reason = f"has none that {selection!r} chooses; it has {some_of(every)}"
             raise ValueError(f"parameters must choose at least one of the model, which {reason}")
         for name in chosen:
             _check_parameter(name, every[name])
@@ -157,11 +157,12 @@ def _chosen(every: Mapping[str, nn.Parameter], selection: Selection) -> list[str
             raise TypeError(f"parameters must be names, a pattern or a function, got {name!r}")
         if name not in every:
             raise ValueError(
-                f"parameters must be of the model, got {name!r}; it has {_some(every)}"
+                f"parameters must be of the model, got {name!r}; it has {some_of(every)}"
             )
     return [name for name in every if name in wanted]
 
 
-def _some(every: Mapping[str, nn.Parameter], most: int = 8) -> str:
+def some_of(every: Iterable[str], most: int = 8) -> str:
+    """The first of some names, for an error."""
     names = list(every)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fisherfast.parameters.layout import some_of
 from fisherfast.taps import forgetting
 
 __all__ = ["NOT_VECTORISED", "alone", "one_by_one", "swapping", "vectorised"]
@@ -138,11 +139,7 @@ def alone(
         )
     except RuntimeError as error:
         raise RuntimeError(
-            f"parameters must have gradients for a sample alone, got an error for {_some(names)};"
+            f"parameters must have gradients for a sample alone, got an error for {some_of(names)};"
             f" leave them out by parameters=. Autograd says: {error}"
         ) from error
     return output.detach(), [part.to_dense() if part.is_sparse else part for part in parts]
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -160,7 +160,7 @@ def test_sources_of_pairs(source):
         lambda x: TensorDataset(x),
         lambda x: DataLoader(TensorDataset(x), batch_size=9),
         lambda x: DataLoader(list(x), batch_size=9),
-        lambda x: [x[:5], x[5:]],
+        lambda x: [x[:5], x[5:7], x[7:]],
         lambda x: [(x[:5],), (x[5:],)],
         lambda x: iter([x[:5], x[5:]]),
         lambda x: (x, torch.full((N, 7), float("nan"))),
@@ -265,3 +265,11 @@ def test_wrong_data(data, error, text):
 def test_the_number_of_samples(data, expected):
     """Catches batches that are counted as samples."""
     assert count(data) == expected
+
+
+def test_a_list_of_two_tensors_may_be_a_pair_or_batches():
+    """Catches labels that are measured as inputs, as those of an autoencoder look like them."""
+    model, x = torch.nn.Linear(3, 3), torch.randn(5, 3)
+    with pytest.raises(TypeError, match="data must be a tuple for a pair"):
+        fisher(model, Gaussian(), [x, x])
+    assert fisher(model, Gaussian(), iter([x, x])).samples == 10

@@ -280,3 +280,12 @@ def test_arguments() -> None:
         silent[0].bias.fill_(-100)
     with pytest.raises(ValueError, match=r"^F must not be zero, got a largest eigenvalue of 0"):
         fp.spectrum(silent, fp.Gaussian(), torch.zeros(3, 2))
+
+
+def test_a_matrix_comes_alone():
+    """Catches data that are given and not looked at."""
+    model, x = nn.Linear(3, 2), torch.randn(5, 3)
+    matrix = fp.fisher(model, fp.Gaussian(), x, "gram")
+    for wrong in ({"likelihood": fp.Gaussian()}, {"data": x}, {"count": 1}):
+        with pytest.raises(TypeError, match="must be left out with a Fisher matrix"):
+            fp.spectrum(matrix, **wrong)

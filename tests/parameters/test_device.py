@@ -1,0 +1,47 @@
+"""On a GPU as on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parameters_zoo import NETWORKS
+
+from fisherfast.parameters import Categorical, ElasticWeightConsolidation, fisher, importance
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+NAMES = ("linear", "shared linear", "conv2d strided", "batch norm 2d", "layer norm", "embedding")
+TOLERANCE = 1e-9
+"""Of the largest entry, float64; sums are taken in another order."""
+
+
+@pytest.mark.parametrize("structure", ["diag", "block", "full", "gram", "lowrank", "kfac"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_matrix(name: str, structure: str) -> None:
+    """Catches kernels that differ, and numbers made on another device than they are used on."""
+    model, x = NETWORKS[name].make(), NETWORKS[name].inputs(5)
+    expected = fisher(model, Categorical(), x, structure).to_dense()
+    there = fisher(model.cuda(), Categorical(), x.cuda(), structure)
+    assert there.diag().device.type == "cuda"
+    error = (there.to_dense().cpu() - expected).abs().max()
+    assert error < TOLERANCE * expected.abs().max()
+
+
+def test_drawn_labels_are_the_same() -> None:
+    """Catches labels that are drawn by the device."""
+    model, x = NETWORKS["linear"].make(), NETWORKS["linear"].inputs(5)
+    expected = fisher(model, Categorical(), x, "diag", "mc", 3).diag()
+    found = fisher(model.cuda(), Categorical(), x.cuda(), "diag", "mc", 3).diag()
+    torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_importance_and_consolidation() -> None:
+    """Catches anchors and masks that stay on the CPU."""
+    model, x = NETWORKS["linear"].make().cuda(), NETWORKS["linear"].inputs(5).cuda()
+    keep = ElasticWeightConsolidation(strength=1.0)
+    keep.consolidate(model, Categorical(), x)
+    assert keep.penalty(model).item() == pytest.approx(0, abs=TOLERANCE)
+    masks = importance(model, Categorical(), x).least(0.5)
+    assert all(mask.device.type == "cuda" for mask in masks.values())

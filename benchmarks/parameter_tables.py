@@ -96,7 +96,8 @@ def batches(results: dict[str, Any]) -> str:
 def spectrum(results: dict[str, Any]) -> str:
     """Networks of a million parameters."""
     lines = [
-        "| network | P | N | spectrum | effective dimension | peak memory | effective rank"
+        "| network | P | N | time of the spectrum | of the effective dimension | peak memory"
+        " | effective rank"
         " | participation ratio | effective dimension |",
         "|---" * 9 + "|",
     ]

@@ -57,7 +57,7 @@ def test_ways_to_give_the_data(structure: str) -> None:
         pairs,
         DataLoader(pairs, batch_size=3),
         DataLoader(Inputs(x), batch_size=7),
-        [x[:2], x[2:]],
+        [x[:2], x[2:3], x[3:]],
         iter([(x[:2], y[:2]), (x[2:6], y[2:6]), (x[6:], y[6:])]),
         (batch for batch in (x[:5], x[5:])),
     ]

@@ -8,15 +8,13 @@ Counted is what lies beyond model, input, tangents of the input and results (see
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from networks import built
-from peak_memory import peak_beyond
+from peak_memory import peak_beyond, printed_by
 from torch import Tensor, nn
 
 import fisherfast as ff
@@ -66,16 +64,7 @@ WAYS: dict[str, Way] = {
 
 def extra_bytes(way: str, samples: int, size: int, width: int, directions: int) -> int:
     """Bytes at the peak of one call of a way, in a process of its own."""
-    numbers = map(str, (samples, size, width, directions))
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [sys.executable, __file__, way, *numbers],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | threads,
-    )
-    return int(done.stdout.split()[-1])
+    return printed_by(__file__, way, samples, size, width, directions)
 
 
 def give_back_memory() -> None:

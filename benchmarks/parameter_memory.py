@@ -8,8 +8,6 @@ for its gradients and the state of its optimiser, and the diagonal for its P num
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +19,7 @@ import parameter_ways
 import torch
 from dual_memory import give_back_memory
 from parameter_peers import Case
-from peak_memory import peak_beyond
+from peak_memory import peak_beyond, printed_by
 from torch import nn
 
 import fisherfast as ff
@@ -69,16 +67,7 @@ PEERS: dict[str, Callable[[Case], Any]] = {
 
 def extra_bytes(way: str, samples: int, width: int, stages: int, blocks: int) -> int:
     """Bytes at the peak of one call of a way, in a process of its own."""
-    numbers = map(str, (samples, width, stages, blocks))
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [sys.executable, __file__, way, *numbers],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | threads,
-    )
-    return int(done.stdout.split()[-1])
+    return printed_by(__file__, way, samples, width, stages, blocks)
 
 
 def main() -> None:

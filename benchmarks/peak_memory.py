@@ -32,7 +32,13 @@ def extra_bytes(
     """Bytes beyond input and results at the peak of one call of a way of `spatial_ways`."""
     if torch.device(device).type == "cuda":
         return _on_cuda(way, shape, layout)
-    command = [sys.executable, __file__, way, *map(str, shape), layout]
+    return printed_by(__file__, way, *shape, layout)
+
+
+def printed_by(script: str, *arguments: object) -> int:
+    """The bytes that a script prints at its end, run in a process of its own with as many threads
+    as this one."""
+    command = [sys.executable, script, *map(str, arguments)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | threads

@@ -24,7 +24,7 @@ class MarginalFisher:
         parameters: [a] the parameters kept.
         J: [a, a] float64, J_aa - J_ab J_bb^-1 J_ba, per unit of theta squared. NaN where the
             information about the nuisances is not positive semi-definite.
-        stderr: [a, a] standard errors; NaN where the errors of J were not kept (old files).
+        stderr: [a, a] standard errors; NaN where the errors of J were not kept.
     """
 
     parameters: tuple[int, ...]

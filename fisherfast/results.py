@@ -66,16 +66,23 @@ class LayerFisher:
         effective_dim: k_eff, features that count after the ridge.
         samples: all samples used, over conditions.
         dropped: activations and features that never varied and were left out.
-        converged: a plateau of the curve was reached before the last feature.
+        plateau: a plateau of the curve was reached before the last feature.
         dtheta: [P] full separation of the conditions; empty where there was no finite step.
         aliases: other names of the same activations.
         descendants: names of layers that are a function of this one alone.
         notes: what a reader should know.
         error_covariance: [m, m] covariance of the errors of the lower triangle of J, row by row, m
-            = P (P + 1) / 2; None in old files. `marginal` takes its error from it.
+            = P (P + 1) / 2; None where unknown. `marginal` takes its error from it.
         response: [d, P] derivative of the mean activations, in their unit per unit of theta, of
             layers with at most 16 of them; None for others. The output of an unbiased estimator
             has the unit matrix.
+        status: how far J is to be believed: "unresolved", "noisy", "rising" or "resolved".
+        compressed: the activations were compressed before they were measured.
+        carried: the arithmetic carries the condition of the covariance; where not, information may
+            lie below the rounding of the activations.
+        replicates: [F, P, P] J without each fold of the samples, scaled so that their jackknife is
+            the covariance of the error of J. All layers of a flow leave out the same samples, so
+            the error of any function of several layers follows. Empty where there are none.
     """
 
     name: str
@@ -96,13 +103,24 @@ class LayerFisher:
     effective_dim: float
     samples: int
     dropped: int
-    converged: bool
+    plateau: bool
     dtheta: tuple[float, ...]
     aliases: tuple[str, ...] = ()
     descendants: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     error_covariance: torch.Tensor | None = None
     response: torch.Tensor | None = None
+    status: str = "unresolved"
+    compressed: bool = False
+    carried: bool = True
+    replicates: torch.Tensor = field(
+        default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")
+    )
+
+    @property
+    def converged(self) -> bool:
+        """Whether J may be taken as it is: status == "resolved"."""
+        return self.status == "resolved"
 
     @property
     def dim(self) -> int:
@@ -187,7 +205,7 @@ class LayerFisher:
         Raises:
             KeyError, TypeError, ValueError: an entry is missing or of a wrong kind.
         """
-        added = {"error_covariance", "response"} - set(entry)  # where there is none, and old files
+        added = {"error_covariance", "response"} - set(entry)  # where there is none
         values = {f.name: entry[f.name] for f in fields(cls) if f.name not in added}
         parameters = len(values["J"])
         if "error_covariance" in values:
@@ -203,7 +221,8 @@ class LayerFisher:
             )
         for name in _MATRICES:
             numbers = np.array(values[name], dtype=np.float64)
-            shape = (-1, parameters, parameters) if name.startswith("curve") else (parameters,) * 2
+            stacked = name.startswith("curve") or name == "replicates"
+            shape = (-1, parameters, parameters) if stacked else (parameters,) * 2
             values[name] = torch.from_numpy(numbers.reshape(shape))
         values["effective_dim"] = float(values["effective_dim"])
         values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64, device="cpu")
@@ -225,6 +244,7 @@ _MATRICES = (
     "naive",
     "curve_J",
     "curve_stderr",
+    "replicates",
 )
 
 

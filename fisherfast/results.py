@@ -17,6 +17,13 @@ import numpy as np
 import torch
 
 from fisherfast._version import __version__
+from fisherfast.comparison import (
+    LayerComparison,
+    compare,
+    divides,
+    ratio,
+    unresolved_note,
+)
 from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
 from fisherfast.marginal import MarginalFisher, cramer_rao, marginal_fisher
 
@@ -296,25 +303,43 @@ class FisherFlow:
         return self.layers[0].parameters
 
     def fractions(self) -> dict[str, float]:
-        """J / J_input of each layer; tr(J_input^-1 J) / P for P parameters. Dimensionless."""
-        inverse = self._inverse_input()
-        return {layer.name: float((inverse @ layer.J).trace()) / self.parameters for layer in self}
+        """J / J_input of each layer; tr(J_input^-1 J) / P for P parameters. Dimensionless.
+
+        NaN where J_input is within three errors of zero in some direction. Errors in
+        `fraction_errors`; for the ratio of two other layers see `compare`.
+        """
+        return {name: value for name, (value, _) in self._ratios().items()}
 
     def fraction_errors(self) -> dict[str, float]:
-        """Standard errors of `fractions`, those of layer and input added in square.
+        """Standard errors of `fractions`: jackknife of the ratio over the folds of the samples that
+        layer and input share."""
+        return {name: error for name, (_, error) in self._ratios().items()}
 
-        Both come from the same samples and are positively correlated, so this errs on the wide
-        side.
+    def compare(self, a: str, b: str) -> LayerComparison:
+        """Ratio J_a / J_b and difference J_a - J_b of two layers, with their standard errors.
+
+        Both layers have seen the same samples, so their errors are correlated and those of ratio
+        and difference are smaller than the two added in square.
+
+        Args:
+            a, b: names of layers.
+
+        Returns:
+            `LayerComparison`; for P parameters also the ratio by direction. The ratios are NaN
+            where J_b is within three errors of zero.
+
+        Raises:
+            KeyError: there is no such layer.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x = torch.randn(2, 2000, 4)
+            >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
+            >>> flow = ff.fisher_flow(torch.nn.Linear(4, 2), data)
+            >>> flow.compare("output", "input").ratio < 1
+            True
         """
-        inverse = self._inverse_input()
-        source = self.layers[0]
-        errors = {}
-        for layer in self:
-            own = (inverse * layer.stderr).square().sum()
-            both = inverse @ layer.J @ inverse
-            from_input = (both * source.stderr).square().sum() if layer is not source else 0.0
-            errors[layer.name] = math.sqrt(float(own + from_input)) / self.parameters
-        return errors
+        return compare(self[a], self[b])
 
     def tightened(self) -> FisherFlow:
         """Use the network itself: information that a later layer shows was there before it.
@@ -338,6 +363,9 @@ class FisherFlow:
                     J=best.J,
                     stderr=best.stderr,
                     error_covariance=best.error_covariance,
+                    replicates=best.replicates,
+                    status=best.status,
+                    carried=best.carried,
                     notes=(*layer.notes, f"tightened by {best.name}"),
                 )
             tight.append(layer)
@@ -454,12 +482,10 @@ class FisherFlow:
             "lower",
             "J / J_input",
             "features",
-            "converged",
+            "status",
         ]
-        fractions, errors = self.fractions(), self.fraction_errors()
         rows = [header]
-        for layer in self:
-            fraction = fractions[layer.name]
+        for layer, (fraction, error) in zip(self, self._ratios().values(), strict=True):
             rows.append(
                 [
                     " = ".join(_main_names(layer)),
@@ -468,9 +494,9 @@ class FisherFlow:
                     _numbers(layer.J),
                     _numbers(layer.stderr),
                     _numbers(layer.lower),
-                    f"{fraction:.3f} +- {errors[layer.name]:.3f}",
+                    "-" if math.isnan(fraction) else f"{fraction:.3f} +- {error:.3f}",
                     f"{layer.feature_kind} {layer.features}",
-                    "yes" if layer.converged else "no",
+                    layer.status,
                 ]
             )
         return rows
@@ -491,6 +517,8 @@ class FisherFlow:
         ]
         lines.insert(1, "-" * max(map(len, lines)))
         lines.append(self._footer())
+        if not divides(self.layers[0]):
+            lines.append(f"note: {unresolved_note(self.layers[0])}")
         lines += [f"note: {layer.name}: {note}" for layer in self for note in layer.notes]
         return "\n".join(lines)
 
@@ -512,12 +540,12 @@ class FisherFlow:
             f"<p>{html.escape(self._footer())}</p>"
         )
 
-    def _inverse_input(self) -> torch.Tensor:
-        if self.layers[0].name != "input":
-            raise ValueError(f"the first layer must be the input, got {self.layers[0].name!r}")
-        J = self.layers[0].J
-        inverse, failed = torch.linalg.inv_ex(J)
-        return torch.full_like(J, math.nan) if int(failed) else inverse
+    def _ratios(self) -> dict[str, tuple[float, float]]:
+        """J / J_input of each layer and its standard error."""
+        source = self.layers[0]
+        if source.name != "input":
+            raise ValueError(f"the first layer must be the input, got {source.name!r}")
+        return {layer.name: ratio(layer, source) for layer in self}
 
 
 def finite_step_note(layer: LayerFisher) -> str | None:

@@ -25,6 +25,7 @@ __all__ = [
     "divides",
     "ratio",
     "relative",
+    "uncorrelated",
     "unresolved_note",
     "variance_along",
     "weakest_direction",
@@ -146,7 +147,7 @@ def relative(J_a: torch.Tensor, J_b: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def divides(layer: Measured) -> bool:
     """Whether J is at least `DIVIDES` errors above zero in every direction: no ratio to less."""
-    return weakest_direction(layer)[1] >= DIVIDES
+    return weakest_direction(layer.J, covariance_of(layer))[1] >= DIVIDES
 
 
 def unresolved_note(layer: Measured) -> str:
@@ -154,20 +155,24 @@ def unresolved_note(layer: Measured) -> str:
     return f"J of {layer.name} is within {DIVIDES:g} errors of zero: no ratio to it"
 
 
-def weakest_direction(layer: Measured) -> tuple[torch.Tensor, float]:
+def weakest_direction(J: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The direction in theta [P] in which J is worst known, and J there in units of its error.
 
-    Of the eigenvectors of J scaled to unit diagonal. 0 errors for J = 0 without an error, NaN for a
-    J that is not finite.
+    Of the eigenvectors of J scaled to unit diagonal. 0 errors for J = 0 without an error, NaN for
+    numbers that are not finite.
+
+    Args:
+        J: [P, P].
+        covariance: [P, P, P, P] of the errors of its entries.
     """
-    scale = layer.J.diagonal().abs().sqrt()
+    scale = J.diagonal().abs().sqrt()
     scale = torch.where(scale > 0, scale, 1)
-    unit = layer.J / scale[:, None] / scale
-    if not bool(torch.isfinite(unit).all() and torch.isfinite(layer.stderr).all()):
+    unit = J / scale[:, None] / scale
+    if not bool(torch.isfinite(unit).all() and torch.isfinite(covariance).all()):
         return torch.full_like(scale, math.nan), math.nan
     values, vectors = torch.linalg.eigh((unit + unit.T) / 2)
     directions = vectors / scale[:, None]
-    errors = variance_along(directions, covariance_of(layer)).sqrt()
+    errors = variance_along(directions, covariance).sqrt()
     known = (values / errors).nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
     worst = int(known.argmin())
     return directions[:, worst], float(known[worst])
@@ -186,8 +191,13 @@ def covariance_of(layer: Measured) -> torch.Tensor:
         return jackknife_covariance(layer.replicates)
     if layer.error_covariance is not None:
         return unpack_covariance(layer.error_covariance, len(layer.J))
-    row, column = torch.tril_indices(*layer.J.shape)
-    return unpack_covariance(layer.stderr[row, column].square().diag(), len(layer.J))
+    return uncorrelated(layer.stderr)
+
+
+def uncorrelated(stderr: torch.Tensor) -> torch.Tensor:
+    """Covariance [P, P, P, P] of entries whose errors [P, P] are independent."""
+    row, column = torch.tril_indices(*stderr.shape)
+    return unpack_covariance(stderr[row, column].square().diag(), len(stderr))
 
 
 def _joint_replicates(a: Measured, b: Measured) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,7 +69,7 @@ def with_status(layers: Sequence[LayerFisher], *, score: bool) -> tuple[LayerFis
 def _status(
     layer: LayerFisher, later: Sequence[LayerFisher], bound: LayerFisher | None
 ) -> tuple[str, list[str]]:
-    direction, known = weakest_direction(layer)
+    direction, known = weakest_direction(layer.J, covariance_of(layer))
     if known != known:
         return "unresolved", []
     if not bool(layer.J.any() or layer.stderr.any()):
@@ -128,6 +128,5 @@ def _risen(later: Sequence[LayerFisher], layer: LayerFisher) -> Iterator[LayerFi
 
 def _attains(layer: LayerFisher, bound: LayerFisher) -> bool:
     """Whether J is at least `ATTAINED` of an upper bound in every direction."""
-    if not weakest_direction(bound)[1] > 0:
-        return False
-    return bool(relative(layer.J, bound.J)[0].min() >= ATTAINED)
+    positive = weakest_direction(bound.J, covariance_of(bound))[1] > 0
+    return positive and bool(relative(layer.J, bound.J)[0].min() >= ATTAINED)

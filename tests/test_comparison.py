@@ -201,7 +201,7 @@ def test_one_direction_near_zero_is_enough():
     not known at all. Catches a rule that looks at the diagonal."""
     J = torch.tensor([[1.0, 0.99], [0.99, 1.0]], dtype=torch.float64)
     b = layer("b", J, stderr=0.01, lifted=0.0)
-    direction, known = weakest_direction(b)
+    direction, known = weakest_direction(b.J, covariance_of(b))
     assert known < 3
     assert direction[0] == pytest.approx(-direction[1])
     assert math.isnan(ratio(b, b)[0])

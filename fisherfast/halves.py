@@ -28,13 +28,13 @@ class HalfFit:
         curve: over the leading features.
         index: int64 [k] numbers of these features.
         chosen: how many of them are used.
-        converged: that number is on a plateau.
+        plateau: that number is on a plateau of the curve.
     """
 
     curve: FisherCurve
     index: torch.Tensor
     chosen: int
-    converged: bool
+    plateau: bool
 
     def at_chosen(self, name: str) -> torch.Tensor:
         """Value of one of the curves at the chosen size."""
@@ -109,7 +109,7 @@ def joined(
         curve_stderr=error_of_mean([half.at("stderr", points) for half in halves]),
         features=max(half.chosen for half in halves),
         effective_dim=float(mean_of([half.at_chosen("effective_dim") for half in halves])),
-        converged=all(half.converged for half in halves),
+        plateau=all(half.plateau for half in halves),
         error_covariance=pack_covariance(mean_of(errors) / 2),
     )
 

@@ -28,6 +28,7 @@ from fisherfast.meters import LayerMeter, score_note
 from fisherfast.probed import PROBE_BYTES, ProbedMeter, unprobed
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
+from fisherfast.status import with_status
 from fisherfast.streams import Streams
 from fisherfast.wide import WideMeter, too_wide
 
@@ -132,7 +133,8 @@ class Measurement:
         flow = self._recall.complete(
             FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
         )
-        return flow, warning
+        judged = with_status(flow.layers, score=self._data.source == "score")
+        return replace(flow, layers=judged), warning
 
     def _estimate(self, meter: LayerMeter, contrast: torch.Tensor, ridge: float) -> LayerFisher:
         layer = meter.estimate(self._data, contrast, ridge)

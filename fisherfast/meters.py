@@ -265,7 +265,7 @@ def estimate_layer(
         notes.append(f"features limited to {size}: the next is linear in these (ridge {ridge:g})")
         curve = fisher_curve(whole.select(alive[:size]), ridge)
     index = alive[:size]
-    chosen, converged = choose_features(curve, raw)
+    chosen, plateau = choose_features(curve, raw)
     halves = [moments.statistics(contrast, half).select(index[:chosen]) for half in (0, 1)]
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1])
     points = curve_points(raw, size)
@@ -285,7 +285,7 @@ def estimate_layer(
         features=chosen,
         feature_kind=kind,
         effective_dim=float(curve.effective_dim[chosen - 1]),
-        converged=converged,
+        plateau=plateau,
         error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
     )
     if site.dim <= min(RESPONSE_WIDTH, dictionary.raw):
@@ -339,9 +339,10 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
         effective_dim=0.0,
         samples=samples,
         dropped=dropped,
-        converged=True,
+        plateau=True,
         dtheta=data.dtheta,
         error_covariance=pack_covariance(torch.zeros(P, P, P, P, dtype=torch.float64)),
+        replicates=empty,
         aliases=tuple(site.aliases),
         descendants=tuple(sorted(site.descendants)),
     )

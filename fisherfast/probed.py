@@ -335,8 +335,8 @@ class ProbedMeter(LayerMeter):
             curves[0], _ = _leading_curve(wholes[0], alive, ridge)
         sizes = [choose_features(curve, needed) for curve in curves]
         return [
-            HalfFit(curve, alive, chosen, converged)
-            for curve, (chosen, converged) in zip(curves, reversed(sizes), strict=True)
+            HalfFit(curve, alive, chosen, plateau)
+            for curve, (chosen, plateau) in zip(curves, reversed(sizes), strict=True)
         ]
 
     def _note(self) -> str:

@@ -287,8 +287,8 @@ class WideMeter(LayerMeter):
         fits = [_fit(*pair, ridge) for pair in zip(wholes, indices, strict=True)]
         sizes = [choose_features(c, min(self._parameters, len(c))) for c, _ in fits]
         return [
-            HalfFit(curve, index, min(chosen, len(index)), converged)
-            for (curve, index), (chosen, converged) in zip(fits, reversed(sizes), strict=True)
+            HalfFit(curve, index, min(chosen, len(index)), plateau)
+            for (curve, index), (chosen, plateau) in zip(fits, reversed(sizes), strict=True)
         ]
 
     def _affordable(self, half: int, dof: float) -> torch.Tensor:

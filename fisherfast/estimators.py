@@ -46,6 +46,9 @@ GAIN_ERRORS = 2.0
 """Standard errors by which more features must raise J to be used: 1 would chase noise, 3 leave 1 %
 behind."""
 
+LEAST_GAIN = 0.01
+"""Of the standard error of J: a smaller gain changes nothing that anybody could see."""
+
 GAIN_POINTS = 64
 """Sizes k that are compared with each other."""
 
@@ -69,6 +72,7 @@ class FisherCurve:
         ridge_share: [K] q_i, the part of whitened feature i that is ridge.
         hidden: [K, P] information that may lie below the ridge, first order in q.
         readout: [K, K] L^-1 in the scale of the features: whitened features are readout @ f.
+        half: [K, P] Y, the derivative of the whitened features.
         left_out: [K, F, P] diagonal of the fold statistic without each fold: the jackknife of a
             gain.
         useless: [K, P] the size M of 2 M^2 dk / nu^2, which dk features that add nothing add to the
@@ -85,6 +89,7 @@ class FisherCurve:
     ridge_share: torch.Tensor
     hidden: torch.Tensor
     readout: torch.Tensor
+    half: torch.Tensor
     left_out: torch.Tensor
     useless: torch.Tensor
     replicates: torch.Tensor
@@ -94,6 +99,11 @@ class FisherCurve:
     def __len__(self) -> int:
         return len(self.J)
 
+    def readout_of(self, k: int) -> torch.Tensor:
+        """W = R^-1 D [k, P] of the first k features, in their scale."""
+        leading = self.readout[:k, :k]
+        return leading.T @ self.half[:k]
+
     def error_covariance(self, k: int) -> torch.Tensor:
         """Covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal entries are
         those of stderr squared."""
@@ -101,7 +111,8 @@ class FisherCurve:
         dof, noise = self.statistics.dof, self.statistics.noise
         empirical = jackknife_covariance(self.replicates[k - 1])
         if self.statistics.score is not None:
-            return empirical + score_theory(J, self.statistics.score.covariance, effective, dof)
+            theory, least = score_theory(J, self.statistics.score.covariance, effective, dof)
+            return _at_least(empirical + theory, least)
         if self.statistics.paired:
             return empirical + covariance_covariance(J, dof, effective)
         return independent_covariance(J, dof, noise, effective)
@@ -149,9 +160,7 @@ def fisher_curve(
     size, parameters = statistics.derivative.shape
     folds = len(statistics.fold_derivatives)
     columns = statistics.fold_derivatives.permute(1, 0, 2).reshape(size, folds * parameters)
-    solved = whitened(
-        statistics.covariance, torch.cat([statistics.derivative, columns], 1), ridge
-    )
+    solved = whitened(statistics.covariance, torch.cat([statistics.derivative, columns], 1), ridge)
     kept = solved.ridge_share <= MOSTLY_RIDGE
     kept[exact:] = True
     half = solved.columns * kept[:, None]
@@ -190,6 +199,7 @@ def fisher_curve(
         ridge_share=solved.ridge_share,
         hidden=_hidden(statistics, solved, exact),
         readout=solved.inverse,
+        half=half,
         left_out=left_out,
         useless=useless,
         replicates=replicates,
@@ -300,7 +310,11 @@ def fold_statistic_curve(statistics: FoldStatistics, ridge: float = LIFT_RIDGE) 
 
 
 def cross_fitted_bound(
-    half_a: FoldStatistics, half_b: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
+    half_a: FoldStatistics,
+    half_b: FoldStatistics,
+    ridge: float | torch.Tensor = LIFT_RIDGE,
+    *,
+    exact: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The honest lower bound: learn the readout on one half, measure it on the other, swap,
     average.
@@ -311,14 +325,14 @@ def cross_fitted_bound(
 
     Args:
         half_a, half_b: statistics of the same features.
-        ridge: that of the readout, one number or [k].
+        ridge, exact: of the readout, see `linear_readout`.
 
     Returns:
         lower [P, P] and its standard error [P, P], in 1/theta^2.
     """
     measured = []
     for learn, test in ((half_a, half_b), (half_b, half_a)):
-        seen = test.project(linear_readout(learn, ridge))
+        seen = test.project(linear_readout(learn, ridge, exact=exact))
         varied = (seen.covariance.diagonal() > 0).nonzero()[:, 0]
         measured.append(_last_or_zero(seen.select(varied)))
     (J_a, variance_a), (J_b, variance_b) = measured
@@ -330,30 +344,50 @@ def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tenso
     if len(statistics.derivative) == 0:
         zero = torch.zeros_like(statistics.noise)
         return zero, zero
-    curve = fisher_curve(statistics, BOUND_RIDGE)
-    return curve.J[-1], curve.stderr[-1].square()
+    ridge = BOUND_RIDGE
+    while True:
+        try:
+            curve = fisher_curve(statistics, ridge)
+        except (
+            SingularCovarianceError
+        ):  # readouts of an ill-conditioned layer, alike but for rounding
+            ridge *= 10
+        else:
+            return curve.J[-1], curve.stderr[-1].square()
 
 
 def linear_readout(
-    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
+    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE, *, exact: int = 0
 ) -> torch.Tensor:
     """W = R^-1 D [k, P] in the scale of the features: the readout that attains the linear
     information.
 
     Any readout gives a valid bound, so it may be cautious. A feature that hardly varied in these
-    samples is not scaled up to unit variance: it may vary much in others, and a large weight on it
-    would drown the rest there. Where rounding leaves R indefinite the ridge grows until it is not.
+    samples is not scaled up to unit variance, and has a ridge of its own: it may vary much in
+    others, and a large weight on it would drown the rest there. Where rounding leaves R indefinite
+    the ridge grows until it is not.
+
+    Args:
+        statistics: of k features.
+        ridge: one number or [k], relative to the variance of each feature.
+        exact: leading features whose ridge is rounding, see `fisher_curve`.
     """
     variance = statistics.covariance.diagonal()
     live = variance > 0
     floor = VARIANCE_FLOOR * (variance[live].median() if bool(live.any()) else 1.0)
+    ridge = torch.as_tensor(ridge).to(variance).expand(len(variance))
+    ridge = torch.where(variance < floor, ridge.clamp_min(LIFT_RIDGE), ridge)
     scale = torch.where(live, variance.clamp_min(floor), torch.inf).rsqrt()
     scaled = (scale[:, None] * statistics.covariance * scale).clamp(-1, 1)
     factor, failed = torch.linalg.cholesky_ex(with_ridge(scaled, ridge))
     while int(failed):
         ridge = ridge * 10
         factor, failed = torch.linalg.cholesky_ex(with_ridge(scaled, ridge))
-    return scale[:, None] * torch.cholesky_solve(scale[:, None] * statistics.derivative, factor)
+    inverse = inverse_of_lower(factor)
+    known = inverse.square() @ ridge <= MOSTLY_RIDGE
+    known[exact:] = True
+    half = inverse @ (scale[:, None] * statistics.derivative)
+    return scale[:, None] * (inverse.T @ (half * known[:, None]))
 
 
 def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
@@ -383,7 +417,9 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     jackknife = spread.var(2, correction=0) * (folds - 1)
     added = (curve.effective_dim[grid][None] - curve.effective_dim[grid][:, None]).clamp_min(0)
     covariance = 2 * size[None].square() * added[..., None] / curve.statistics.dof**2
-    beaten = gain > GAIN_ERRORS * (jackknife + covariance).sqrt()
+    own = torch.diagonal(curve.stderr, dim1=1, dim2=2)[grid]
+    error = (jackknife + covariance).sqrt().maximum(LEAST_GAIN * own[:, None])
+    beaten = gain > GAIN_ERRORS * error
     later = torch.ones_like(gain[..., 0], dtype=torch.bool).triu(1)
     enough = ~(beaten.any(-1) & later).any(1)
     chosen = int(grid[enough][0]) + 1
@@ -410,6 +446,15 @@ def _fold_statistic(
     without = _fold_products(rest, rest) - (own.sum(1, keepdim=True) - own)
     left_out = shrink[:, None, None, None] * without / ((folds - 1) * (folds - 2))
     return value, left_out
+
+
+def _at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """The covariance [P, P, P, P], raised to the least one in every direction."""
+    parameters = len(covariance)
+    excess = (covariance - least).reshape(parameters**2, parameters**2)
+    values, vectors = torch.linalg.eigh((excess + excess.T) / 2)
+    raised = (vectors * values.clamp_min(0)) @ vectors.T
+    return least + raised.reshape(covariance.shape)
 
 
 def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from fisherfast import ops
-from fisherfast.ridge import AUTO, LIFT_RIDGE, RidgeSetting, raw_ridge
+from fisherfast.ridge import (
+    AUTO,
+    LIFT_RIDGE,
+    ROUNDING,
+    RidgeSetting,
+    raw_ridge,
+    relative_rounding,
+)
 
 __all__ = ["FeatureDictionary", "Lift", "PilotMoments", "Standardisation"]
 
@@ -41,9 +48,6 @@ float64. Wider ones are compressed where the data can be read again."""
 BLOCK_ROWS = 64
 """Rows of the lift drawn from one seed; the first 64 features are the same whatever their final
 number."""
-
-ROUNDING = 16
-"""Units in the last place of its mean below which the spread of an activation is rounding."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class PilotMoments:
         pilot = activations.double()
         precision = torch.float64 if activations.dtype == torch.float64 else torch.float32
         self._rounding = max(self._rounding, ROUNDING * torch.finfo(precision).eps)
-        self._noise = max(self._noise, self._rounding, torch.finfo(activations.dtype).eps)
+        self._noise = max(self._noise, relative_rounding(activations.dtype))
         mean = pilot.mean(0)
         self._add(len(pilot), mean, (pilot - mean).square().sum(0))
 
@@ -167,6 +171,10 @@ class Lift:
         """Lifted features [n, k] of raw ones [n, d]."""
         return ops.lift(z @ self.weight.T, self.bias, self.pilot, slope=self.slope)[0]
 
+    def to(self, dtype: torch.dtype) -> Lift:
+        """The same features in another dtype."""
+        return Lift(self.weight.to(dtype), self.bias.to(dtype), self.pilot.to(dtype), self.slope)
+
     def leading(self, count: int) -> Lift:
         """The first `count` lifted features."""
         return self._part(slice(count))
@@ -186,8 +194,8 @@ class FeatureDictionary:
         standardisation: pilot statistics of the layer.
         max_features: number of features k aimed at. All d activations are always among them (up to
             `MAX_WIDTH`), and at least max_features / 8 lifted ones are added.
-        dtype: float32 or float64, of the lifted features. Raw ones are float64: their covariance may
-            have a condition that float32 does not carry.
+        dtype: float32 or float64, of the lifted features. Raw ones are float64: float32 does not
+            carry every condition of their covariance.
         seed: fixes the lift, on every device.
         slope: of the leaky ReLU.
 

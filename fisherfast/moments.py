@@ -166,9 +166,7 @@ class FoldMoments:
             self.carried.update(raw, carried, lift, first=first, known=self.known)
         self.skip(condition, n)
 
-    def _add(
-        self, condition: int, raw: torch.Tensor, lift: Lift, first: int, known: int
-    ) -> None:
+    def _add(self, condition: int, raw: torch.Tensor, lift: Lift, first: int, known: int) -> None:
         """Add sums and products of the features after the first known ones."""
         ops.lift_moments_(
             self.sums[condition],
@@ -203,20 +201,25 @@ class FoldMoments:
         parts += [self.products] if self.paired else []
         return parts + ([] if self.carried is None else self.carried.shared_sums(self.known))
 
-    def grown(self, size: int) -> FoldMoments:
+    def grown(self, size: int, known: int | None = None) -> FoldMoments:
         """Moments of more features, whose first ones are these.
 
         What is known stays; the same samples, in the same order, must be added again for the new
         features, and only these are computed then.
+
+        Args:
+            size: number of features.
+            known: how many of these stay; None for all.
         """
+        known = self.size if known is None else known
         moments = FoldMoments(
             size, len(self.seen), folds=self.folds, paired=self.paired, device=self.sums.device
         )
-        moments.known = self.size
+        moments.known = known
         moments._seen_before = list(self.seen)
-        moments.sums[..., : self.size] = self.sums
-        moments.cross[:, : self.size, : self.size] = self.cross
-        moments.carried = None if self.carried is None else self.carried.grown(size)
+        moments.sums[..., :known] = self.sums[..., :known]
+        moments.cross[:, :known, :known] = self.cross[:, :known, :known]
+        moments.carried = None if self.carried is None else self.carried.grown(size, known)
         return moments
 
     def update_products(self, features: list[torch.Tensor]) -> None:

@@ -23,9 +23,11 @@ __all__ = [
     "HIDDEN_SHARE",
     "LIFT_RIDGE",
     "MOSTLY_RIDGE",
+    "ROUNDING",
     "RidgeSetting",
     "check_ridge",
     "raw_ridge",
+    "relative_rounding",
     "with_ridge",
 ]
 
@@ -36,6 +38,10 @@ AUTO: Literal["auto"] = "auto"
 
 LIFT_RIDGE = 1e-4
 """Of lifted features: as if noise of 1 % of its spread were added to each."""
+
+ROUNDING = 16
+"""Units in the last place of a number below which a difference is rounding: a dot product of a
+thousand numbers is off by a few."""
 
 FACTOR_ROUNDING = 4 * torch.finfo(torch.float64).eps
 """Per feature: least ridge with which a factorisation in float64 is positive definite."""
@@ -60,9 +66,17 @@ def check_ridge(ridge: object) -> RidgeSetting:
         return AUTO
     if not isinstance(ridge, numbers.Real) or isinstance(ridge, bool):
         raise TypeError(f'ridge must be "auto" or a number, got {ridge!r}')
-    if not 0 <= ridge < 1:
-        raise ValueError(f'ridge must be "auto" or in [0, 1), got {ridge}')
-    return float(ridge)
+    value = float(ridge)
+    if not 0 <= value < 1:
+        raise ValueError(f'ridge must be "auto" or in [0, 1), got {value}')
+    return value
+
+
+def relative_rounding(dtype: torch.dtype) -> float:
+    """Spread relative to its size that rounding may add to an activation of a dtype: of half types
+    one unit in the last place, their products are summed in float32."""
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    return max(ROUNDING * torch.finfo(precision).eps, torch.finfo(dtype).eps)
 
 
 def raw_ridge(variance: torch.Tensor, rounding_variance: torch.Tensor) -> torch.Tensor:

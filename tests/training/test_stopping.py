@@ -308,7 +308,7 @@ def test_weights_that_are_not_finite_stop_without_any_error(check_finite):
     """A monitor that is given no error meets NaN weights. Catches a training that goes on for ever
     because nothing is measured any more, and one that ends with NaN weights."""
     model = nn.Linear(4, 1)
-    x = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 4000, 4, generator=torch.Generator().manual_seed(0))
     monitor = ff.FisherMonitor(model, ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2))
     stopping = ff.FisherEarlyStopping("transmission", patience=3, check_finite=check_finite)
     monitor.step()

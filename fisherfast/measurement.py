@@ -269,7 +269,8 @@ class Measurement:
         """How many samples of the model's own size fit into the budget."""
         with LivePeak() as live, outside():
             if self._model is not None:
-                self._model(batch.clone())
+                with taps.Forward(self._model, lambda *event: None, self._sites) as forward:
+                    forward.run(batch.clone())
         layers = [(meter.site, isinstance(meter, WideMeter)) for meter in self._layer_meters]
         alive = -(-live.nbytes // len(batch))
         sites = [site for site, _ in layers]
@@ -299,7 +300,8 @@ class Measurement:
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:
         if self._model is None:
             return [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
-        return taps.select(taps.survey(self._model, batch), self._layers, self._model)
+        sites = taps.survey(self._model, batch)
+        return taps.select(sites, self._layers, self._model, self._settings.get("output"))
 
     def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
         """Replay the model once per layer, on so few samples that it costs half a pass at most."""
@@ -314,7 +316,7 @@ class Measurement:
     def _forward(self) -> Any:
         if self._model is None:
             return _NoModel(self._consume)
-        return taps.Forward(self._model, self._consume)
+        return taps.Forward(self._model, self._consume, self._sites)
 
     def _consume(
         self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor | Batch

@@ -9,7 +9,14 @@ from typing import Any
 from fisherfast.data import Data
 from fisherfast.ridge import RidgeSetting, check_ridge
 
-__all__ = ["BATCH_SIZE", "FOLDS", "MAX_FEATURES", "check_passes", "check_settings"]
+__all__ = [
+    "BATCH_SIZE",
+    "FOLDS",
+    "MAX_FEATURES",
+    "check_output",
+    "check_passes",
+    "check_settings",
+]
 
 FOLDS = 16
 """Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
@@ -47,6 +54,17 @@ def check_passes(data: Data, grow: bool, maps: bool | Sequence[str]) -> dict[str
     if grow:
         _check_repeats(data, "grow=True")
     return {"grow": grow, "maps": maps}
+
+
+def check_output(output: str | None) -> dict[str, str | None]:
+    """The setting output, the name of a head; whether the model has it shows when it has run.
+
+    Raises:
+        TypeError: neither a name nor None.
+    """
+    if output is not None and not isinstance(output, str):
+        raise TypeError(f'output must be a name like "output[0]" or None, got {output!r}')
+    return {"output": output}
 
 
 def _check_repeats(data: Data, purpose: str) -> None:

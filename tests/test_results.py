@@ -109,8 +109,8 @@ def test_indexing(flow):
 def test_missing_layers_show_the_aliases_too():
     """Catches names that work in an index but not in the message: "output[mean]" of a dict."""
     flow = measure(seeded(Nested))
-    with pytest.raises(KeyError, match=r"got 'output'") as caught:
-        flow["output"]
+    with pytest.raises(KeyError, match=r"got 'mean'") as caught:
+        flow["mean"]
     assert "output[mean]" in str(caught.value)
 
 

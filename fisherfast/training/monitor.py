@@ -29,7 +29,7 @@ from fisherfast.memory_budget import check_budget
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
 from fisherfast.ridge import AUTO, RidgeSetting
-from fisherfast.settings import BATCH_SIZE, FOLDS, check_passes, check_settings
+from fisherfast.settings import BATCH_SIZE, FOLDS, check_output, check_passes, check_settings
 from fisherfast.training.checks import (
     check_errors,
     check_same_network,
@@ -73,6 +73,8 @@ class FisherMonitor:
         every: calls of `step` from one measurement to the next; the first call measures.
         layers: as for `fisher_flow`.
         max_features: features per layer aimed at.
+        output: name of a head that records and rules read instead of the joint "output", as for
+            `fisher_flow`.
         training_data: *training* samples at theta, in the same form: J of the output is measured on
             them too, and `EpochRecord.overfitting` is the difference.
         target_scale: theta per unit of the network's targets; errors given to `step` are multiplied
@@ -118,6 +120,7 @@ class FisherMonitor:
         *,
         layers: taps.Layers = "auto",
         max_features: int = MONITOR_FEATURES,
+        output: str | None = None,
         training_data: Data | None = None,
         target_scale: float = 1.0,
         observe_every: int = OBSERVE_EVERY,
@@ -142,6 +145,7 @@ class FisherMonitor:
         common = (batch_size, seed, ridge, folds)
         self._settings = check_settings(data, max_features, None, *common)
         self._settings |= check_passes(data, False, maps) | check_budget(memory_budget)
+        self._settings |= check_output(output)
         self._layers = layers
         self.data = self._kept(data)
         self._training_data: Data | None = None

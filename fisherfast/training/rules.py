@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fisherfast.comparison import divides
+from fisherfast.comparison import DIVIDES, divides
 from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.taps import INPUT
 from fisherfast.training.attainable import Prior, attainable_error, check_prior
@@ -363,6 +363,8 @@ def _matrices(input_J: Any) -> list[torch.Tensor]:
 
 def _as_matrix(J: Any) -> torch.Tensor:
     """A number, [P, P] or `LayerFisher` as float64 [P, P]."""
+    if isinstance(J, LayerFisher) and not divides(J):
+        raise ValueError(f"input_J must be {DIVIDES:g} errors above zero, got {J!r}")
     known = J.J if isinstance(J, LayerFisher) else J
     matrix = torch.as_tensor(known, dtype=torch.float64, device="cpu")
     matrix = matrix.reshape(1, 1) if matrix.numel() == 1 else matrix

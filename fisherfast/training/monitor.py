@@ -24,11 +24,11 @@ from fisherfast.comparison import (
 )
 from fisherfast.data import Data, KeptData
 from fisherfast.distributed import TIMEOUT, OtherRankError, Ranks, ranks_of
-from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement, NotFiniteError
 from fisherfast.memory_budget import check_budget
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
+from fisherfast.ridge import AUTO, RidgeSetting
 from fisherfast.settings import BATCH_SIZE, FOLDS, check_output, check_passes, check_settings
 from fisherfast.training.checks import (
     check_errors,
@@ -128,7 +128,7 @@ class FisherMonitor:
         keep: int = KEPT_BYTES,
         batch_size: int = BATCH_SIZE,
         seed: int = 0,
-        ridge: float = RIDGE,
+        ridge: RidgeSetting = AUTO,
         folds: int = FOLDS,
         maps: bool | Sequence[str] = False,
         memory_budget: int | str | None = None,

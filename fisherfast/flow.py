@@ -12,10 +12,10 @@ from torch import nn
 from fisherfast import taps
 from fisherfast.data import Data
 from fisherfast.distributed import TIMEOUT, ranks_of
-from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement
 from fisherfast.memory_budget import check_budget
 from fisherfast.results import FisherFlow, LayerFisher
+from fisherfast.ridge import AUTO, RidgeSetting
 from fisherfast.settings import (
     BATCH_SIZE,
     FOLDS,
@@ -40,7 +40,7 @@ def fisher_flow(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     progress: bool = False,
-    ridge: float = RIDGE,
+    ridge: RidgeSetting = AUTO,
     folds: int = FOLDS,
     grow: bool = False,
     maps: bool | Sequence[str] = False,
@@ -83,7 +83,10 @@ def fisher_flow(
         batch_size: samples per batch, for data that are not batched already.
         seed: of the random lift. The global random state is neither used nor changed.
         progress: show a progress bar (needs tqdm).
-        ridge: noise variance added to each feature, relative to its own.
+        ridge: noise variance added to each feature, relative to its own. It takes all information
+            from directions that vary less than that. "auto" adds the rounding of the activations to
+            them, which takes nothing that they carry, and 1e-4 to lifted features; a number is
+            added to all.
         folds: number of folds, even, at least 4 (6 for paired conditions and tangents).
         grow: begin with 64 lifted features and double their number, in another pass over the data,
             only for layers whose curve still rises at its end, up to max_features. Each pass
@@ -149,7 +152,7 @@ def fisher_information(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     progress: bool = False,
-    ridge: float = RIDGE,
+    ridge: RidgeSetting = AUTO,
     folds: int = FOLDS,
     grow: bool = False,
     memory_budget: int | str | None = None,

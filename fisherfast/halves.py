@@ -7,6 +7,7 @@ the same J, half the variance of one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from fisherfast.estimators import FisherCurve, cross_fitted_bound
 from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments
 from fisherfast.results import LayerFisher
+from fisherfast.ridge import HIDDEN_SHARE
 
 __all__ = ["HalfFit", "dealt_to_halves", "error_of_mean", "joined", "mean_of"]
 
@@ -28,13 +30,27 @@ class HalfFit:
         curve: over the leading features.
         index: int64 [k] numbers of these features.
         chosen: how many of them are used.
-        converged: that number is on a plateau.
+        plateau: that number is on a plateau of the curve.
+        ridge: [k] of these features.
+        half: whose samples were measured, 0 for even ones.
+        exact: leading features whose ridge is rounding.
+        replicates: [F, P, P] J without each fold of this half; None where it is not known.
     """
 
     curve: FisherCurve
     index: torch.Tensor
     chosen: int
-    converged: bool
+    plateau: bool
+    ridge: torch.Tensor
+    half: int
+    exact: int = 0
+    replicates: torch.Tensor | None = None
+
+    @property
+    def carried(self) -> bool:
+        """Whether the arithmetic carries the condition of the covariance."""
+        J = self.at_chosen("J").diagonal().clamp_min(0)
+        return not bool((self.at_chosen("hidden") > HIDDEN_SHARE * J).any())
 
     def at_chosen(self, name: str) -> torch.Tensor:
         """Value of one of the curves at the chosen size."""
@@ -93,7 +109,9 @@ def joined(
     for moments, half in zip(measured, halves, strict=True):
         index = half.index[: half.chosen]
         quarters = [moments.statistics(contrast, part).select(index) for part in (0, 1)]
-        bound, error = cross_fitted_bound(quarters[0], quarters[1])
+        bound, error = cross_fitted_bound(
+            quarters[0], quarters[1], half.ridge[: half.chosen], exact=half.exact
+        )
         bounds.append(bound)
         bound_errors.append(error)
     errors = [half.curve.error_covariance(half.chosen) for half in halves]
@@ -109,9 +127,25 @@ def joined(
         curve_stderr=error_of_mean([half.at("stderr", points) for half in halves]),
         features=max(half.chosen for half in halves),
         effective_dim=float(mean_of([half.at_chosen("effective_dim") for half in halves])),
-        converged=all(half.converged for half in halves),
+        plateau=all(half.plateau for half in halves),
         error_covariance=pack_covariance(mean_of(errors) / 2),
+        replicates=_replicates_of_mean(halves),
+        carried=all(half.carried for half in halves),
     )
+
+
+def _replicates_of_mean(halves: Sequence[HalfFit]) -> torch.Tensor:
+    """The mean of the halves without each fold [F, P, P]: even folds are those of even samples.
+    Empty where they are not known."""
+    J = mean_of([half.at_chosen("J") for half in halves])
+    ordered = sorted(halves, key=lambda half: half.half)
+    known = [half.replicates for half in ordered if half.replicates is not None]
+    if len(known) < len(halves):
+        return J.new_empty(0, *J.shape)
+    changes = torch.stack([one.cpu() - one.cpu().mean(0) for one in known], 1) / 2
+    folds = 2 * len(changes)  # a jackknife over these, where each half had one over its own
+    scale = math.sqrt((folds / 2 - 1) / (folds / 2) * folds / (folds - 1))
+    return J + changes.flatten(0, 1) * scale
 
 
 def mean_of(values: list[torch.Tensor]) -> torch.Tensor:

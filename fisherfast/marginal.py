@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["MarginalFisher", "cramer_rao", "marginal_fisher", "pack_covariance"]
+__all__ = [
+    "MarginalFisher",
+    "cramer_rao",
+    "marginal_fisher",
+    "pack_covariance",
+    "unpack_covariance",
+]
 
 SINGULAR = 1e-9
 """Share of its information about a parameter that J must keep when the others are unknown: below it
@@ -24,7 +30,7 @@ class MarginalFisher:
         parameters: [a] the parameters kept.
         J: [a, a] float64, J_aa - J_ab J_bb^-1 J_ba, per unit of theta squared. NaN where the
             information about the nuisances is not positive semi-definite.
-        stderr: [a, a] standard errors; NaN where the errors of J were not kept (old files).
+        stderr: [a, a] standard errors; NaN where the errors of J were not kept.
     """
 
     parameters: tuple[int, ...]
@@ -117,7 +123,7 @@ def marginal_fisher(
     marginal = X.T @ J @ X
     if error_covariance is None:
         return MarginalFisher(tuple(kept), marginal, torch.full_like(marginal, math.nan))
-    full = _unpack_covariance(error_covariance, len(J))
+    full = unpack_covariance(error_covariance, len(J))
     variance = torch.einsum("pi,qj,pqrs,ri,sj->ij", X, X, full, X, X)
     return MarginalFisher(tuple(kept), marginal, variance.clamp_min(0).sqrt())
 
@@ -128,7 +134,8 @@ def pack_covariance(full: torch.Tensor) -> torch.Tensor:
     return full[row, column][:, row, column]
 
 
-def _unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
+def unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
+    """[m, m] of the lower triangle of a symmetric matrix as [P, P, P, P] of all its entries."""
     row, column = torch.tril_indices(parameters, parameters)
     place = torch.zeros(parameters, parameters, dtype=torch.int64, device="cpu")
     place[row, column] = place[column, row] = torch.arange(len(row), device="cpu")

@@ -28,6 +28,8 @@ from fisherfast.meters import LayerMeter, score_note
 from fisherfast.probed import PROBE_BYTES, ProbedMeter, unprobed
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
+from fisherfast.ridge import RidgeSetting
+from fisherfast.status import with_status
 from fisherfast.streams import Streams
 from fisherfast.wide import WideMeter, too_wide
 
@@ -106,16 +108,22 @@ class Measurement:
         contrast, ridge = self._data.contrast(), self._settings["ridge"]
         with self._evaluation():
             self._stream(progress)
+        estimates: dict[LayerMeter, LayerFisher] = {}
         while True:
+            growing = []
             with torch.inference_mode(False), torch.no_grad():
-                growing = [m for m in self._layer_meters if m.grow(contrast, ridge)]
+                for meter in self._active:
+                    if meter.grow(contrast, ridge):
+                        growing.append(meter)
+                    else:
+                        estimates[meter] = self._estimate(meter, contrast, ridge)
             if not growing:
                 break
             self._active = growing
             with self._evaluation():
                 self._stream_again(progress)
         with torch.no_grad():
-            layers = [self._estimate(m, contrast, ridge) for m in self._layer_meters]
+            layers = [estimates[meter] for meter in self._layer_meters]
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
@@ -132,9 +140,12 @@ class Measurement:
         flow = self._recall.complete(
             FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
         )
-        return flow, warning
+        judged = with_status(flow.layers, score=self._data.source == "score")
+        return replace(flow, layers=judged), warning
 
-    def _estimate(self, meter: LayerMeter, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+    def _estimate(
+        self, meter: LayerMeter, contrast: torch.Tensor, ridge: RidgeSetting
+    ) -> LayerFisher:
         layer = meter.estimate(self._data, contrast, ridge)
         compressed = isinstance(meter, WideMeter) and self._settings["probe"] is not None
         return unprobed(layer) if compressed else layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fisherfast.data import Data
 from fisherfast.derivatives import ScoreMoments, TangentMoments
 from fisherfast.estimators import (
     SPARE_DOF,
+    FisherCurve,
     SingularCovarianceError,
     choose_features,
     cross_fitted_bound,
@@ -22,7 +23,10 @@ from fisherfast.information_map import has_map, is_mapped
 from fisherfast.maps import MapMoments
 from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
+from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, spread_of_squares
+from fisherfast.reservoir import KeptSamples
 from fisherfast.results import LayerFisher, finite_step_note
+from fisherfast.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, RidgeSetting
 from fisherfast.taps import Site
 
 __all__ = [
@@ -51,8 +55,65 @@ NO_TANGENTS = (
     " bound, a score or two conditions may tell more"
 )
 
+NOT_CARRIED = (
+    "information may lie below the rounding of the activations: directions that vary less are left"
+    " out"
+)
+
+RIDGE_LOSS = 0.02
+"""Part of J that a ridge given as a number may take before a note says so."""
+
+LIFT_ROUNDING = 1e-7
+"""Error of the float32 products of raw and lifted features, relative to their spreads."""
+
+LIFT_ERROR = 0.003
+"""Part of J that these errors may add before the lift is measured in float64."""
+
 SCORE_ERRORS = 5.0
 """Standard errors from zero beyond which the mean of a score is no chance: 6e-7."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the moments of a layer say.
+
+    Attributes:
+        whole: statistics of all features.
+        alive: int64 [k] numbers of the features that vary and that the samples carry.
+        raw: how many of these are raw activations.
+        ridge: [k] theirs.
+        curve: over these features.
+        notes: why features were left out.
+    """
+
+    whole: FoldStatistics
+    alive: torch.Tensor
+    raw: int
+    ridge: torch.Tensor
+    curve: FisherCurve
+    notes: tuple[str, ...]
+
+    def lift_error(self) -> torch.Tensor:
+        """Information [k] that rounded products of raw and lifted features may add, a running sum.
+
+        An error e in the covariance of a lifted feature with the raw ones changes the derivative
+        that they do not explain by e W, and J by (e W)^2 times the row of L^-1 squared.
+        """
+        W = (
+            self.curve.readout_of(self.raw)
+            * self.whole.covariance.diagonal().sqrt()[self.alive[: self.raw], None]
+        )
+        share = self.curve.ridge_share.clone()
+        share[: self.raw] = 0.0
+        size = float(W.square().sum()) * LIFT_ROUNDING**2 / LIFT_RIDGE
+        return size * share.cumsum(0)
+
+    def exact_features(self) -> int:
+        """Features up to which that is a small part of J."""
+        J = self.curve.J[self.raw - 1].diagonal().sum()
+        error = self.curve.stderr[self.raw - 1].diagonal().sum()
+        exact = self.lift_error() <= LIFT_ERROR * (J.clamp_min(0) + error)
+        return max(int(exact.sum()), self.raw)
 
 
 class LayerMeter:
@@ -61,12 +122,14 @@ class LayerMeter:
     dictionary: FeatureDictionary
     moments: FoldMoments
     map: MapMoments | None = None
+    _held: KeptSamples | None = None
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.pilot = PilotMoments()
         self._pending: list[torch.Tensor] = []
         self._dtype = torch.float32
+        self._fit: Fit | None = None
 
     @property
     def seen(self) -> list[int]:
@@ -96,11 +159,19 @@ class LayerMeter:
             standardisation, settings["max_features"], dtype=self._dtype, seed=settings["seed"]
         )
         size = self.dictionary.size
+        self._grows = bool(settings["grow"])
+        self._repeats = all(data.repeats(c) for c in range(data.conditions))
         if settings["grow"]:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
         streams = {"folds": settings["folds"], "paired": data.paired, **carried_by(data)}
         self.moments = FoldMoments(
             size, data.conditions, device=standardisation.mean.device, **streams
+        )
+        self._held = KeptSamples(
+            data.conditions,
+            KEPT_SAMPLES // data.conditions,
+            block=settings["folds"],
+            dtype=self._dtype,
         )
         self._prepare_map(standardisation, data.conditions, settings, streams)
 
@@ -126,9 +197,12 @@ class LayerMeter:
         carried = score
         if tangents is not None:
             carried = self.dictionary.raw_tangents(rows_of(tangents, 1), raw)
+        if self._held is not None and not moments.known:
+            self._held.add(condition, raw)
         moments.update(condition, raw, self._lift(), carried)
+        self._fit = None
         if moments.paired:
-            self._pending.append(raw)
+            self._pending.append(raw.to(self.dictionary.lift.weight.dtype))
             if len(self._pending) == len(moments.seen):
                 self._add_products()
         if self.map is not None and not moments.known:
@@ -148,12 +222,22 @@ class LayerMeter:
         """
         if self.map is not None and not self.moments.known:
             self.map.skip(condition, samples, first=first)
+        if self._held is not None and not self.moments.known:
+            self._held.skip(condition, samples)
         self.moments.skip(condition, samples, first=first)
+        self._fit = None
 
     def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that this pass adds up over processes: sums of samples, nothing else."""
+        """Views of all that this pass adds up over processes: sums of samples, and some of these,
+        zero where they were seen elsewhere."""
         sums = self.moments.shared_sums()
-        return sums if self.map is None or self.moments.known else sums + self.map.shared_sums()
+        self._fit = None
+        if self.moments.known:
+            return sums
+        if self._held is not None:
+            like = self.moments.sums.new_empty(0, self.dictionary.raw, dtype=self._dtype)
+            sums += self._held.dense([like])
+        return sums if self.map is None else sums + self.map.shared_sums()
 
     def learned(self) -> list[torch.Tensor]:
         """What was learned between passes in a way that processors may differ in: all processes
@@ -165,32 +249,106 @@ class LayerMeter:
         if self.map is not None:
             self.map.mirror_()
 
-    def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
-        """Make room for twice the lifted features where the curve still rises at its end.
+    def grow(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
+        """Make room for twice the lifted features where the curve still rises at its end, or
+        measure the lift in float64 where float32 products do not carry it.
 
         Returns whether it did: the same samples are then to be observed again.
         """
-        moments, raw = self.moments, self.dictionary.raw
-        if moments.size == self.dictionary.size or int(moments.counts.min()) < 2:
+        moments, dictionary = self.moments, self.dictionary
+        grows = self._grows and moments.size < dictionary.size
+        if not self._repeats or self._unfit(contrast) or not (grows or self._rounds_lift()):
             return False
-        whole = moments.statistics(contrast)
-        alive = (moments.variances() > self.rounding_variance()).nonzero()[:, 0]
-        raw_alive = int((alive < raw).sum())
-        if raw_alive == 0 or whole.dof < 2 * len(alive):
+        fit = self.fit(contrast, ridge)
+        if self._rounds_lift() and fit.exact_features() < len(fit.alive):
+            dictionary.lift = dictionary.lift.to(torch.float64)
+            self.moments = moments.grown(moments.size, known=dictionary.raw)
+            return True
+        if not grows or fit.whole.dof < 2 * len(fit.alive):
             return False
-        try:
-            curve = fisher_curve(whole.select(alive), ridge)
-        except SingularCovarianceError:
+        if len(fit.alive) < int((moments.variances() > self.rounding_variance()).sum()):
+            return False  # the next feature is linear in these
+        if choose_features(fit.curve, fit.raw)[1]:
             return False
-        if choose_features(curve, raw_alive)[1]:
-            return False
-        size = min(2 * moments.size - raw, self.dictionary.size)
+        size = min(2 * moments.size - dictionary.raw, dictionary.size)
         self.moments = moments.grown(size)
         return True
 
-    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+    def fit(self, contrast: torch.Tensor, ridge: RidgeSetting) -> Fit:
+        """The curve of the features that vary, as far as the samples carry it.
+
+        Raises:
+            ValueError: raw activations are linear in each other, and no ridge parts them.
+        """
+        if self._fit is None:
+            self._fit = self._fitted(contrast, ridge)
+        return self._fit
+
+    def _fitted(self, contrast: torch.Tensor, ridge: RidgeSetting) -> Fit:
+        variances = self.moments.variances()
+        alive = (variances > self.rounding_variance()).nonzero()[:, 0]
+        raw = int((alive < self.dictionary.raw).sum())
+        whole = self.moments.statistics(contrast)
+        size, notes = _affordable(len(alive), raw, whole.dof)
+        ridges = self.ridges(ridge)
+        exact = raw if ridge == AUTO else 0
+        while True:
+            index = alive[:size]
+            try:
+                curve = fisher_curve(whole.select(index), ridges[index], exact=exact)
+            except SingularCovarianceError as error:
+                if error.feature <= raw:
+                    raise ValueError(f"layer {self.site.name!r}: {error}") from None
+                size = error.feature - 1
+                notes.append(f"features limited to {size}: the next is linear in these")
+            else:
+                return Fit(whole, index, raw, ridges[index], curve, tuple(notes))
+
+    def _unfit(self, contrast: torch.Tensor) -> bool:
+        """Whether the samples are too few, or no activation varies: there is no curve then."""
+        moments = self.moments
+        if int(moments.counts.min()) < 2:
+            return True
+        raw = int((moments.variances() > self.rounding_variance())[: self.dictionary.raw].sum())
+        return raw == 0 or moments.statistics(contrast).dof < raw + SPARE_DOF
+
+    def _rounds_lift(self) -> bool:
+        """Whether the products of the lift are of float32."""
+        lift = self.dictionary.lift
+        return len(lift) > 0 and lift.weight.dtype == torch.float32
+
+    def held_readout(
+        self, W: torch.Tensor, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers W^T f [m, P] of the samples that were kept, about the mean of their condition and
+        fold, and their folds [m].
+
+        Args:
+            W: [k, P] readout.
+            index: int64 [k] numbers of the features that it reads.
+        """
+        if self._held is None:
+            return W.new_zeros(0, W.shape[1]), torch.zeros(0, dtype=torch.int64)
+        full = W.new_zeros(self.moments.size, W.shape[1])
+        full[index] = W
+        raw, count, lift = self.dictionary.raw, self.moments.folds, self._lift()
+        rows, folds = [], []
+        for numbers, z in self._held.kept():
+            fold = (numbers % count).to(z.device)
+            r = z.double() @ full[:raw]
+            if bool(full[raw:].any()):
+                r += lift(z.to(lift.weight.dtype)).double() @ full[raw:]
+            rows.append(about_fold_means(r, fold, count))
+            folds.append(fold)
+        return torch.cat(rows), torch.cat(folds)
+
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         """J, its errors and bounds, after the last pass."""
         return estimate_layer(self, data, contrast, ridge)
+
+    def ridges(self, ridge: RidgeSetting) -> torch.Tensor:
+        """The ridge of each present feature [k], relative to its variance."""
+        return self.dictionary.ridge(ridge, self.moments.variances())
 
     def rounding_variance(self) -> torch.Tensor:
         """Variance of each present feature below which it is rounding."""
@@ -204,8 +362,7 @@ class LayerMeter:
         streams: dict[str, Any],
     ) -> None:
         if is_mapped(settings["maps"], self.site.names) and has_map(self.site.shape):
-            pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
-            self.map = MapMoments(pilot, conditions, **streams)
+            self.map = MapMoments(standardisation, self.site.shape, conditions, **streams)
 
     def _lift(self) -> Lift:
         return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
@@ -235,7 +392,7 @@ def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
 
 
 def estimate_layer(
-    meter: LayerMeter, data: Data, contrast: torch.Tensor, ridge: float
+    meter: LayerMeter, data: Data, contrast: torch.Tensor, ridge: RidgeSetting
 ) -> LayerFisher:
     """J, its errors and bounds from the fold moments of one layer."""
     site, dictionary, moments = meter.site, meter.dictionary, meter.moments
@@ -246,9 +403,9 @@ def estimate_layer(
     base = no_information(site, data, samples=sum(moments.seen), dropped=dropped)
     if raw == 0:
         return replace(base, notes=(f"all {site.dim} activations are constant: J = 0",))
-    whole = moments.statistics(contrast)
-    _check_freedom(site.name, raw, whole, moments)
-    size, notes = _affordable(len(alive), raw, whole.dof)
+    _check_freedom(site.name, raw, moments.statistics(contrast), moments)
+    fit = meter.fit(contrast, ridge)
+    curve, whole, size, notes = fit.curve, fit.whole, len(fit.alive), list(fit.notes)
     if dropped:
         notes.append(f"{dropped} constant features dropped")
     if dictionary.kind == "sketch":
@@ -256,24 +413,27 @@ def estimate_layer(
             f"sums of {site.dim} activations in random groups, a loose bound: data that can be read"
             " again are compressed instead"
         )
-    try:
-        curve = fisher_curve(whole.select(alive[:size]), ridge)
-    except SingularCovarianceError as error:
-        size = error.feature - 1
-        if size < raw:
-            raise ValueError(f"layer {site.name!r}: {error}") from None
-        notes.append(f"features limited to {size}: the next is linear in these (ridge {ridge:g})")
-        curve = fisher_curve(whole.select(alive[:size]), ridge)
-    index = alive[:size]
-    chosen, converged = choose_features(curve, raw)
-    halves = [moments.statistics(contrast, half).select(index[:chosen]) for half in (0, 1)]
-    lower, lower_stderr = cross_fitted_bound(halves[0], halves[1])
+    chosen, plateau = choose_features(curve, raw)
+    if meter._rounds_lift() and chosen > (most := fit.exact_features()):
+        chosen, plateau = most, False
+        notes.append(f"features limited to {most}: float32 products do not carry more")
+    index = fit.alive[:chosen]
+    halves = [moments.statistics(contrast, half).select(index) for half in (0, 1)]
+    lower, lower_stderr = cross_fitted_bound(
+        halves[0], halves[1], fit.ridge[:chosen], exact=raw if ridge == AUTO else 0
+    )
+    squares = spread_of_squares(
+        *meter.held_readout(curve.readout_of(chosen), index), moments.folds, whole.dof
+    )
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
+    errors = curve.error_covariance(chosen)
+    J = curve.J[chosen - 1]
+    hidden = curve.hidden[chosen - 1] > HIDDEN_SHARE * J.diagonal().clamp_min(0)
     layer = replace(
         base,
-        J=curve.J[chosen - 1].cpu(),
-        stderr=curve.stderr[chosen - 1].cpu(),
+        J=J.cpu(),
+        stderr=torch.einsum("pqpq->pq", errors).sqrt().cpu(),
         lower=lower.cpu(),
         lower_stderr=lower_stderr.cpu(),
         linear=curve.J[raw - 1].cpu(),
@@ -285,15 +445,42 @@ def estimate_layer(
         features=chosen,
         feature_kind=kind,
         effective_dim=float(curve.effective_dim[chosen - 1]),
-        converged=converged,
-        error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
+        plateau=plateau,
+        compressed=dictionary.kind == "sketch",
+        carried=not bool(hidden.any()),
+        replicates=fold_replicates(curve, chosen, squares).cpu(),
+        error_covariance=pack_covariance(errors).cpu(),
     )
+    if not layer.carried:
+        notes.append(NOT_CARRIED)
+    if ridge != AUTO:
+        notes += _loss_by_ridge(meter, fit)
     if site.dim <= min(RESPONSE_WIDTH, dictionary.raw):
         layer = replace(layer, response=dictionary.response(whole.derivative).cpu())
     if isinstance(moments.carried, TangentMoments) and not bool(moments.carried.sums.any()):
         notes.append(NO_TANGENTS)
     warning = finite_step_note(layer)
     return replace(layer, notes=(*notes, *([warning] if warning else [])))
+
+
+def _loss_by_ridge(meter: LayerMeter, fit: Fit) -> list[str]:
+    """A note where the ridge that was asked for takes much of the linear information."""
+    index = fit.alive[: fit.raw]
+    least = meter.ridges(AUTO)[index]
+    J = fisher_curve(fit.whole.select(index), least, exact=fit.raw).J[-1].diagonal()
+    loss = 1 - fit.curve.J[fit.raw - 1].diagonal() / J
+    worst = float(torch.where(J > 0, loss, 0.0).max())
+    if worst <= RIDGE_LOSS:
+        return []
+    return [f'the ridge takes {worst:.0%} of the linear information: ridge="auto" takes none']
+
+
+def about_fold_means(rows: torch.Tensor, folds: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows [m, P] less the mean of their fold, scaled so that their square is unbiased."""
+    sizes = torch.bincount(folds, minlength=count).to(rows)[:, None]
+    means = rows.new_zeros(count, rows.shape[1]).index_add_(0, folds, rows) / sizes.clamp_min(1)
+    scale = (sizes / (sizes - 1).clamp_min(1)).sqrt()
+    return (rows - means[folds]) * scale[folds]
 
 
 def score_note(meter: LayerMeter) -> str | None:
@@ -339,9 +526,10 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
         effective_dim=0.0,
         samples=samples,
         dropped=dropped,
-        converged=True,
+        plateau=True,
         dtheta=data.dtheta,
         error_covariance=pack_covariance(torch.zeros(P, P, P, P, dtype=torch.float64)),
+        replicates=empty,
         aliases=tuple(site.aliases),
         descendants=tuple(sorted(site.descendants)),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fisherfast.data import Data
-from fisherfast.estimators import check_ridge
+from fisherfast.ridge import RidgeSetting, check_ridge
 
 __all__ = [
     "BATCH_SIZE",
@@ -81,7 +81,7 @@ def check_settings(
     probe: str | None,
     batch_size: int,
     seed: int,
-    ridge: float,
+    ridge: RidgeSetting,
     folds: int,
 ) -> dict[str, Any]:
     """Settings of a measurement as plain numbers, with what they depend on of the data.

@@ -29,14 +29,19 @@ from fisherfast.halves import HalfFit, dealt_to_halves, joined
 from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
 from fisherfast.meters import (
     NO_TANGENTS,
+    NOT_CARRIED,
     LayerMeter,
+    about_fold_means,
     carried_by,
     curve_points,
     no_information,
     rows_of,
 )
 from fisherfast.moments import FoldMoments, FoldStatistics
+from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, spread_of_squares
+from fisherfast.reservoir import KeptSamples
 from fisherfast.results import LayerFisher, finite_step_note
+from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge, relative_rounding
 from fisherfast.taps import Site
 
 __all__ = ["WideMeter", "too_wide"]
@@ -107,6 +112,9 @@ class WideMeter(LayerMeter):
         """Fix the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self._mean, self._rounding = standardisation.mean, standardisation.rounding
+        self._noise_variance = standardisation.noise**2 * (
+            standardisation.mean.square() + standardisation.scale.square().reciprocal()
+        )
         self._paired, self._carried = data.paired, carried_by(data)
         self._conditions, self._parameters = data.conditions, data.parameters
         self._folds = max(4, settings["folds"] // 4 * 2)  # of a half; an even number
@@ -167,16 +175,20 @@ class WideMeter(LayerMeter):
                 continue
             before = None if first is None else len(range(half, first, 2))
             self.measured[1 - half].skip(condition, count, first=before)
+            self._held_features[1 - half].skip(condition, count)
         self._seen[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Views of all that this pass adds up over processes."""
         sources = self.measured or self.spaces
         sums = [part for source in sources for part in source.shared_sums()]
+        if self.measured:
+            for held, moments in zip(self._held_features, self.measured, strict=True):
+                sums += held.dense([moments.sums.new_empty(0, moments.size)])
         first_pass = self._seen_before is None
         return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
 
-    def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
+    def grow(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
         """End a pass. Returns whether another one over the same samples must follow."""
         if self._seen_before not in (None, self.seen):
             raise ValueError(
@@ -191,7 +203,7 @@ class WideMeter(LayerMeter):
             self._prepare_measurement()
         return True
 
-    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         """J, its errors and bounds: means over the two halves."""
         dead = int((~(self.spaces[0].alive | self.spaces[1].alive)).sum())
         base = no_information(self.site, data, samples=sum(self.seen), dropped=dead)
@@ -207,8 +219,15 @@ class WideMeter(LayerMeter):
         size = max(len(half.curve) for half in halves)
         points = curve_points(min(self._parameters, size), size)
         layer = joined(base, halves, self.measured, contrast, points)
-        layer = replace(layer, linear=layer.J, linear_stderr=layer.stderr, feature_kind="krylov")
+        layer = replace(
+            layer,
+            linear=layer.J,
+            linear_stderr=layer.stderr,
+            feature_kind="krylov",
+            compressed=True,
+        )
         notes = [f"{dead} constant activations left out"] if dead else []
+        notes += [] if layer.carried else [NOT_CARRIED]
         notes += [warning] if (warning := finite_step_note(layer)) else []
         return replace(layer, notes=tuple(notes))
 
@@ -226,6 +245,11 @@ class WideMeter(LayerMeter):
             )
             for projection in self._projections
         ]
+        capacity = KEPT_SAMPLES // (2 * self._conditions)
+        self._held_features = [
+            KeptSamples(self._conditions, capacity, block=self._folds, dtype=torch.float64)
+            for _ in range(2)
+        ]
 
     def _measure(
         self,
@@ -238,10 +262,11 @@ class WideMeter(LayerMeter):
         """Add samples to what is measured in the space of a half. Returns whether all was finite,
         as a 0-d tensor."""
         moments, projection = self.measured[half], self._projections[half]
-        features = projected(rows, projection, self._mean)
+        features = projected(rows, projection, self._mean).double()
         carried = score
         if tangents is not None:
             carried = torch.stack([projected(tangent, projection) for tangent in tangents])
+        self._held_features[half].add(condition, features)
         moments.update(condition, features, carried=carried)
         if self._paired:
             waiting = self._waiting[half]
@@ -273,7 +298,7 @@ class WideMeter(LayerMeter):
             f" compressed on one half and measured on the other, got {min(self.seen)}"
         )
 
-    def halves(self, contrast: torch.Tensor, ridge: float) -> list[HalfFit]:
+    def halves(self, contrast: torch.Tensor, ridge: RidgeSetting) -> list[HalfFit]:
         """What was measured in the space of each half, and the size at which it is to be read.
         Empty where a space has no feature that varies in the other half.
 
@@ -284,12 +309,44 @@ class WideMeter(LayerMeter):
         indices = [self._affordable(half, whole.dof) for half, whole in enumerate(wholes)]
         if not all(map(len, indices)):
             return []
-        fits = [_fit(*pair, ridge) for pair in zip(wholes, indices, strict=True)]
+        ridges = [self._ridge(half, ridge) for half in range(2)]
+        exact = ridge == AUTO
+        fits = [_fit(*one, exact) for one in zip(wholes, indices, ridges, strict=True)]
         sizes = [choose_features(c, min(self._parameters, len(c))) for c, _ in fits]
-        return [
-            HalfFit(curve, index, min(chosen, len(index)), converged)
-            for (curve, index), (chosen, converged) in zip(fits, reversed(sizes), strict=True)
-        ]
+        halves = []
+        for half, ((curve, index), (chosen, plateau)) in enumerate(
+            zip(fits, reversed(sizes), strict=True)
+        ):
+            chosen = min(chosen, len(index))
+            squares = self._squares(half, curve, index[:chosen])
+            replicates = fold_replicates(curve, chosen, squares)
+            own = ridges[half][index]
+            fit = HalfFit(curve, index, chosen, plateau, own, 1 - half, chosen * exact, replicates)
+            halves.append(fit)
+        return halves
+
+    def _squares(self, half: int, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
+        """How r r^T varies over the folds of a half, see `spread_of_squares`."""
+        W = curve.readout_of(len(index))
+        rows, folds = [], []
+        for numbers, features in self._held_features[half].kept():
+            fold = (numbers % self._folds).to(features.device)
+            rows.append(about_fold_means(features[:, index] @ W, fold, self._folds))
+            folds.append(fold)
+        return spread_of_squares(
+            torch.cat(rows), torch.cat(folds), self._folds, curve.statistics.dof
+        )
+
+    def _ridge(self, half: int, setting: RidgeSetting) -> torch.Tensor:
+        """The ridge [k] of the features in the space of a half, relative to their variances: the
+        rounding of the activations, and of the products that make features of them."""
+        moments = self.measured[half]
+        variance = moments.variances()
+        if setting != AUTO:
+            return torch.full_like(variance, setting)
+        mean = moments.sums.sum((0, 1)) / sum(moments.seen)
+        products = relative_rounding(self._dtype) ** 2 * (mean.square() + variance)
+        return raw_ridge(variance, self._of_activations(half, self._noise_variance) + products)
 
     def _affordable(self, half: int, dof: float) -> torch.Tensor:
         """Numbers of the features in the space of a half that vary; not more than samples carry."""
@@ -301,18 +358,22 @@ class WideMeter(LayerMeter):
         squares of a feature that the other half keeps far from zero."""
         moments = self.measured[half]
         mean = moments.sums.sum((0, 1)) / sum(moments.seen)
-        of_activations = (self._rounding * self._mean).square()
+        own = self._of_activations(half, (self._rounding * self._mean).square())
+        return own + self._rounding * mean.square()
+
+    def _of_activations(self, half: int, variance: torch.Tensor) -> torch.Tensor:
+        """Variance [k] of the features in the space of a half, from that of activations [d]."""
         weights = self._projections[half]  # one vector at a time in float64: they are long
-        own = [weight.double().square() @ of_activations for weight in weights]
-        return torch.stack(own) + self._rounding * mean.square()
+        return torch.stack([weight.double().square() @ variance for weight in weights])
 
 
 def _fit(
-    whole: FoldStatistics, index: torch.Tensor, ridge: float
+    whole: FoldStatistics, index: torch.Tensor, ridge: torch.Tensor, exact: bool
 ) -> tuple[FisherCurve, torch.Tensor]:
     """The curve of the features in index, and those of them that it holds."""
-    try:
-        return fisher_curve(whole.select(index), ridge), index
-    except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
-        index = index[: error.feature - 1]
-        return fisher_curve(whole.select(index), ridge), index
+    while True:
+        try:
+            own = ridge[index]
+            return fisher_curve(whole.select(index), own, exact=len(index) * exact), index
+        except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
+            index = index[: error.feature - 1]

@@ -399,7 +399,7 @@ def test_several_outputs():
             return {"mean": self.fc2(h)[:, :1], "spread": h.sum(1), "none": None, "count": 3}
 
     torch.manual_seed(1)
-    monitor = ff.FisherMonitor(Mean(), shifted(samples()), **OPTIONS)
+    monitor = ff.FisherMonitor(Mean(), shifted(samples(8000)), **OPTIONS)
     record = monitor.step(train_mse=0.1)
     heads = ["output[mean]", "output[spread]"]
     assert record.flow.names == ["input", "fc1", "fc2", *heads, "output"]

@@ -332,7 +332,17 @@ def test_models_without_a_floating_output(outputs):
         monitor.step()
 
 
-@pytest.mark.parametrize("late", [lambda x: (x * 1,), lambda x: None], ids=["fewer", "none"])
+@pytest.mark.parametrize(
+    "late",
+    [
+        lambda x: (x * 1,),
+        lambda x: None,
+        lambda x: (x * 1, x.argmax(1)),
+        lambda x: (x * 1, x[:-1]),
+        lambda x: (x * 1, x[0, 0]),
+    ],
+    ids=["fewer", "none", "integers", "other rows", "a number"],
+)
 def test_heads_that_are_not_always_there(late):
     """Catches moments of a joint output that changes from batch to batch."""
     calls = []

@@ -36,7 +36,7 @@ ROUNDING = 1e-13
 """Spread relative to its mean below which an output is constant: the mean of equal numbers is off
 by up to 1e-15 of them, and what is left would pass for a spread."""
 
-Outputs = Tensor | Sequence[Tensor]
+Outputs = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,12 @@ def _failure(moments: BatchMoments, info: Tensor, ridge: RidgeSetting) -> ValueE
 
 def _conditions(z: Outputs, name: str) -> list[Tensor]:
     """P tensors [..., n, k] of a tensor [n, k] or [..., P, n, k], or a list."""
-    if isinstance(z, list | tuple):
+    if isinstance(z, tuple):
+        raise TypeError(
+            f"{name} must be a tensor or a list of P of them, got a tuple: join several outputs of"
+            " a model with torch.cat(z, 1), or give one of them"
+        )
+    if isinstance(z, list):
         if not z:
             raise ValueError(f"{name} must hold at least one condition, got an empty list")
         return [_samples(part, f"{name}[{p}]") for p, part in enumerate(z)]

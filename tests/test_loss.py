@@ -513,6 +513,12 @@ TWINS = A[:, [0, 1, 0]]
             " use more samples or fewer outputs",
         ),
         (
+            lambda f: f((A, A), (B, B), 0.1),
+            TypeError,
+            "z_minus must be a tensor or a list of P of them, got a tuple: join several outputs of"
+            " a model with torch.cat(z, 1), or give one of them",
+        ),
+        (
             lambda f: f(CONSTANT, CONSTANT, 0.1),
             ValueError,
             "outputs of z must vary, got a constant one: 1 of 3",

@@ -583,13 +583,19 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
 def not_measured(site: Site, data: Data, *, samples: int, reason: str) -> LayerFisher:
     """NaN: what a layer shows that cannot be measured, so that the others need not fail."""
     layer = no_information(site, data, samples=samples, dropped=0)
-    nan = torch.full_like(layer.J, math.nan)
-    numbers = dict.fromkeys(
-        ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive"), nan
-    )
-    errors = torch.full_like(layer.error_covariance, math.nan)
+    nan, entries = torch.full_like(layer.J, math.nan), layer.error_covariance
     return replace(
-        layer, **numbers, error_covariance=errors, plateau=False, notes=(f"not measured: {reason}",)
+        layer,
+        J=nan,
+        stderr=nan,
+        lower=nan,
+        lower_stderr=nan,
+        linear=nan,
+        linear_stderr=nan,
+        naive=nan,
+        error_covariance=None if entries is None else torch.full_like(entries, math.nan),
+        plateau=False,
+        notes=(f"not measured: {reason}",),
     )
 
 

@@ -187,10 +187,10 @@ def variance_along(directions: torch.Tensor, covariance: torch.Tensor) -> torch.
 def covariance_of(layer: Measured) -> torch.Tensor:
     """Covariance [P, P, P, P] of the errors of the entries of J; uncorrelated entries where no more
     than their errors is known."""
-    if len(layer.replicates):
-        return jackknife_covariance(layer.replicates)
     if layer.error_covariance is not None:
         return unpack_covariance(layer.error_covariance, len(layer.J))
+    if len(layer.replicates):  # of fewer folds than there are entries for many parameters
+        return jackknife_covariance(layer.replicates)
     return uncorrelated(layer.stderr)
 
 

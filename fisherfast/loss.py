@@ -232,8 +232,7 @@ def _factor(J: Tensor) -> tuple[Tensor, Tensor]:
 def _divergence(moments: BatchMoments, ridge: RidgeSetting) -> Tensor:
     """Of N(m, C + ridge) from N(0, 1) [...]; 0 where the outputs have mean 0 and covariance 1."""
     variance = moments.covariance.diagonal(dim1=-2, dim2=-1)
-    covariance = moments.covariance + moments.ridge(ridge).diag_embed()
-    factor = torch.linalg.cholesky(covariance)
+    factor = torch.linalg.cholesky(moments.ridged(ridge))
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return (variance.sum(-1) + moments.mean.square().sum(-1) - variance.shape[-1] - log_det) / 2
 

@@ -36,7 +36,7 @@ ROUNDING = 1e-13
 """Spread relative to its mean below which an output is constant: the mean of equal numbers is off
 by up to 1e-15 of them, and what is left would pass for a spread."""
 
-Outputs = Tensor | Sequence[Tensor]
+Outputs = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,16 @@ class BatchMoments:
     rounding: float = 0.0
 
     def ridge(self, setting: RidgeSetting) -> Tensor:
-        """Noise variance added to each output [..., k]; no gradient passes."""
+        """The ridge of each output [..., k], relative to its variance; no gradient passes."""
         variance = self.covariance.diagonal(dim1=-2, dim2=-1).detach()
         if setting != AUTO:
-            return setting * variance
-        noise = self.rounding**2 * (self.mean.detach().square() + variance)
-        return raw_ridge(variance, noise) * variance
+            return torch.full_like(variance, setting)
+        return raw_ridge(variance, self.rounding**2 * (self.mean.detach().square() + variance))
+
+    def ridged(self, setting: RidgeSetting) -> Tensor:
+        """The covariance [..., k, k] with its ridge."""
+        variance = self.covariance.diagonal(dim1=-2, dim2=-1)
+        return self.covariance + (self.ridge(setting) * variance).diag_embed()
 
 
 def batch_moments(
@@ -257,10 +261,7 @@ def batch_information(
         )
     columns = moments.folds.movedim(-3, -2).reshape(*systems, size, folds * parameters)
     wanted = corrected and ridge != 0
-    added = moments.ridge(ridge)
-    solved = ops.fisher_solve_details(
-        moments.covariance + added.diag_embed(), columns, inverse_rows=wanted
-    )
+    solved = ops.fisher_solve_details(moments.ridged(ridge), columns, inverse_rows=wanted)
     if bool((solved.info.bool() | _constant(moments).any(-1)).any()):
         raise _failure(moments, solved.info, ridge)
     products = solved.fisher.reshape(*systems, folds, parameters, folds, parameters)
@@ -270,8 +271,8 @@ def batch_information(
         return naive, naive
     effective = nu.new_tensor(size)
     if wanted:  # counted with the largest share: where these differ, all of them are tiny
-        share = added / (moments.covariance.diagonal(dim1=-2, dim2=-1).detach() + added)
-        effective = size - (share.amax(-1)[..., None] * solved.inverse_rows).clamp(0, 1).sum(-1)
+        added = moments.ridge(ridge).amax(-1, keepdim=True)
+        effective = size - (added / (1 + added) * solved.inverse_rows).clamp(0, 1).sum(-1)
     shrink = ((nu - effective - 1) / nu)[..., None, None]
     if moments.score is not None:
         residual = moments.score - naive
@@ -303,7 +304,12 @@ def _failure(moments: BatchMoments, info: Tensor, ridge: RidgeSetting) -> ValueE
 
 def _conditions(z: Outputs, name: str) -> list[Tensor]:
     """P tensors [..., n, k] of a tensor [n, k] or [..., P, n, k], or a list."""
-    if isinstance(z, list | tuple):
+    if isinstance(z, tuple):
+        raise TypeError(
+            f"{name} must be a tensor or a list of P of them, got a tuple: join several outputs of"
+            " a model with torch.cat(z, 1), or give one of them"
+        )
+    if isinstance(z, list):
         if not z:
             raise ValueError(f"{name} must hold at least one condition, got an empty list")
         return [_samples(part, f"{name}[{p}]") for p, part in enumerate(z)]

@@ -9,6 +9,7 @@ y_i^T are the linear Fisher information of the first k features, for every k at 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,8 @@ __all__ = [
     "choose_features",
     "cross_fitted_bound",
     "fisher_curve",
+    "independent_features",
+    "whitened",
 ]
 
 VARIANCE_FLOOR = 0.1
@@ -104,6 +107,18 @@ class FisherCurve:
         leading = self.readout[:k, :k]
         return leading.T @ self.half[:k]
 
+    def rounding(self, k: int, relative: float) -> float:
+        """Share of the information about a parameter that rounding of the derivative may make.
+
+        Args:
+            k: number of features.
+            relative: rounding of an entry of the derivative.
+        """
+        columns = self.readout[:k, :k].square().sum(0)
+        error = relative**2 * (columns @ self.statistics.derivative[:k].square())
+        J = self.naive[k - 1].diagonal()
+        return float(torch.where(J > 0, error / J, 0.0).max())
+
     def error_covariance(self, k: int) -> torch.Tensor:
         """Covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal entries are
         those of stderr squared."""
@@ -134,7 +149,7 @@ class SingularCovarianceError(ValueError):
 
 
 def fisher_curve(
-    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE, *, exact: int = 0
+    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
 ) -> FisherCurve:
     r"""The whole curve J(k) from one Cholesky factorisation.
 
@@ -148,8 +163,6 @@ def fisher_curve(
     Args:
         statistics: of K features, each with positive variance.
         ridge: Lambda, relative to the variance of each feature; one number or [K].
-        exact: leading features whose ridge is rounding: whitened ones that are mostly ridge are
-            left out of J.
 
     Raises:
         SingularCovarianceError: a feature is linear in those before it.
@@ -161,13 +174,10 @@ def fisher_curve(
     folds = len(statistics.fold_derivatives)
     columns = statistics.fold_derivatives.permute(1, 0, 2).reshape(size, folds * parameters)
     solved = whitened(statistics.covariance, torch.cat([statistics.derivative, columns], 1), ridge)
-    kept = solved.ridge_share <= MOSTLY_RIDGE
-    kept[exact:] = True
-    half = solved.columns * kept[:, None]
-    fold_half = half[:, parameters:].reshape(size, folds, parameters)
-    half = half[:, :parameters]
+    half = solved.columns[:, :parameters]
+    fold_half = solved.columns[:, parameters:].reshape(size, folds, parameters)
     naive = _running_products(half)
-    effective = torch.where(kept, 1 - solved.ridge_share, 0.0).cumsum(0)
+    effective = (1 - solved.ridge_share).cumsum(0)
     if float(statistics.dof - effective[-1]) < SPARE_DOF:
         raise ValueError(
             f"degrees of freedom must exceed the {size} features by {SPARE_DOF},"
@@ -197,7 +207,7 @@ def fisher_curve(
         naive=naive,
         effective_dim=effective,
         ridge_share=solved.ridge_share,
-        hidden=_hidden(statistics, solved, exact),
+        hidden=_hidden(statistics, solved).cumsum(0),
         readout=solved.inverse,
         half=half,
         left_out=left_out,
@@ -271,8 +281,38 @@ def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def _hidden(statistics: FoldStatistics, solved: Whitened, exact: int) -> torch.Tensor:
-    """Information [K, P] that the ridge of the leading features may hide, a running sum.
+def independent_features(
+    statistics: FoldStatistics, ridge: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which features are not linear in those before them, but for their ridge.
+
+    Args:
+        statistics: of k features.
+        ridge: [k], their rounding.
+
+    Returns:
+        numbers of these features int64 [m], and the information [P] that the others may have: none
+        where they are copies.
+
+    Cost: k^3 multiply-adds.
+    """
+    size, parameters = statistics.derivative.shape
+    index = torch.arange(size, device=statistics.covariance.device)
+    lost = statistics.derivative.new_zeros(parameters)
+    while True:
+        left = statistics.select(index)
+        columns = left.fold_derivatives.permute(1, 0, 2).flatten(1)
+        columns = torch.cat([left.derivative, columns], 1)
+        solved = whitened(left.covariance, columns, ridge[index])
+        rounding = solved.ridge_share > MOSTLY_RIDGE
+        if not bool(rounding.any()):
+            return index, lost
+        lost = lost + _hidden(left, solved)[rounding].sum(0)
+        index = index[~rounding]
+
+
+def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
+    """Information [k, P] that the ridge of each whitened feature may hide.
 
     A whitened feature alone has J = y^2 / (1 - q) without the ridge: y^2 q / (1 - q) is missing.
     The folds tell y^2 without bias; where the feature is mostly ridge, y^2 itself is missing.
@@ -286,9 +326,7 @@ def _hidden(statistics: FoldStatistics, solved: Whitened, exact: int) -> torch.T
     else:
         square = solved.columns[:, :parameters].square()
     q = solved.ridge_share
-    missing = torch.where(q <= MOSTLY_RIDGE, q / (1 - q), 1.0)
-    missing[exact:] = 0.0
-    return (square * missing[:, None]).cumsum(0)
+    return square * torch.where(q <= MOSTLY_RIDGE, q / (1 - q), 1.0)[:, None]
 
 
 def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -313,8 +351,6 @@ def cross_fitted_bound(
     half_a: FoldStatistics,
     half_b: FoldStatistics,
     ridge: float | torch.Tensor = LIFT_RIDGE,
-    *,
-    exact: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The honest lower bound: learn the readout on one half, measure it on the other, swap,
     average.
@@ -325,14 +361,14 @@ def cross_fitted_bound(
 
     Args:
         half_a, half_b: statistics of the same features.
-        ridge, exact: of the readout, see `linear_readout`.
+        ridge: of the readout, see `linear_readout`.
 
     Returns:
         lower [P, P] and its standard error [P, P], in 1/theta^2.
     """
     measured = []
     for learn, test in ((half_a, half_b), (half_b, half_a)):
-        seen = test.project(linear_readout(learn, ridge, exact=exact))
+        seen = test.project(linear_readout(learn, ridge))
         varied = (seen.covariance.diagonal() > 0).nonzero()[:, 0]
         measured.append(_last_or_zero(seen.select(varied)))
     (J_a, variance_a), (J_b, variance_b) = measured
@@ -357,7 +393,7 @@ def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tenso
 
 
 def linear_readout(
-    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE, *, exact: int = 0
+    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
 ) -> torch.Tensor:
     """W = R^-1 D [k, P] in the scale of the features: the readout that attains the linear
     information.
@@ -370,7 +406,6 @@ def linear_readout(
     Args:
         statistics: of k features.
         ridge: one number or [k], relative to the variance of each feature.
-        exact: leading features whose ridge is rounding, see `fisher_curve`.
     """
     variance = statistics.covariance.diagonal()
     live = variance > 0
@@ -383,11 +418,7 @@ def linear_readout(
     while int(failed):
         ridge = ridge * 10
         factor, failed = torch.linalg.cholesky_ex(with_ridge(scaled, ridge))
-    inverse = inverse_of_lower(factor)
-    known = inverse.square() @ ridge <= MOSTLY_RIDGE
-    known[exact:] = True
-    half = inverse @ (scale[:, None] * statistics.derivative)
-    return scale[:, None] * (inverse.T @ (half * known[:, None]))
+    return scale[:, None] * torch.cholesky_solve(scale[:, None] * statistics.derivative, factor)
 
 
 def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
@@ -450,11 +481,16 @@ def _fold_statistic(
 
 def _at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """The covariance [P, P, P, P], raised to the least one in every direction."""
-    parameters = len(covariance)
-    excess = (covariance - least).reshape(parameters**2, parameters**2)
+    entries = len(covariance) ** 2
+    least, covariance = (full.reshape(entries, entries) for full in (least, covariance))
+    size = covariance.diagonal().abs().maximum(least.diagonal()).sqrt()
+    unit = torch.where(size > 0, size, 1.0)
+    unit = unit[:, None] * unit  # eigenvectors depend on units: those of theta must not count
+    excess = (covariance - least) / unit
     values, vectors = torch.linalg.eigh((excess + excess.T) / 2)
-    raised = (vectors * values.clamp_min(0)) @ vectors.T
-    return least + raised.reshape(covariance.shape)
+    raised = least + (vectors * values.clamp_min(0)) @ vectors.T * unit
+    parameters = math.isqrt(entries)
+    return raised.reshape((parameters,) * 4)
 
 
 def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -198,13 +198,13 @@ class FeatureDictionary:
             carry every condition of their covariance.
         seed: fixes the lift, on every device.
         slope: of the leaky ReLU.
+        groups: random groups whose signed sums take the place of the activations; None for none.
 
     Attributes:
         raw: number of leading features that are linear in the activations.
         size: number of features k.
-        kind: "raw + lift", or "sketch" for a layer wider than `MAX_WIDTH`: signed sums of its
-            standardised activations in max_features random groups. A sketch is a valid but loose
-            lower bound.
+        kind: "raw + lift", or "sketch" with groups: signed sums of its
+            standardised activations in random groups. A sketch is a valid but loose lower bound.
 
         lift: the lifted features that follow the raw ones.
 
@@ -220,16 +220,17 @@ class FeatureDictionary:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         slope: float = LIFT_SLOPE,
+        groups: int | None = None,
     ) -> None:
         device = standardisation.mean.device
         d = len(standardisation.mean)
         self.dtype = dtype
         self._mean, self._scale = standardisation.mean, standardisation.scale
         self._noise = standardisation.noise
-        self.kind = "raw + lift" if d <= MAX_WIDTH else "sketch"
-        if self.kind == "sketch":
-            self.raw = max_features
-            self._bucket, self._sign = (t.to(device) for t in _draw_sketch(d, max_features, seed))
+        self.kind = "raw + lift" if groups is None else "sketch"
+        if groups is not None:
+            self.raw = groups
+            self._bucket, self._sign = (t.to(device) for t in _draw_sketch(d, groups, seed))
         else:
             self.raw = d
         alive = standardisation.alive

@@ -33,7 +33,6 @@ class HalfFit:
         plateau: that number is on a plateau of the curve.
         ridge: [k] of these features.
         half: whose samples were measured, 0 for even ones.
-        exact: leading features whose ridge is rounding.
         replicates: [F, P, P] J without each fold of this half; None where it is not known.
     """
 
@@ -43,7 +42,6 @@ class HalfFit:
     plateau: bool
     ridge: torch.Tensor
     half: int
-    exact: int = 0
     replicates: torch.Tensor | None = None
 
     @property
@@ -109,9 +107,8 @@ def joined(
     for moments, half in zip(measured, halves, strict=True):
         index = half.index[: half.chosen]
         quarters = [moments.statistics(contrast, part).select(index) for part in (0, 1)]
-        bound, error = cross_fitted_bound(
-            quarters[0], quarters[1], half.ridge[: half.chosen], exact=half.exact
-        )
+        ridge = half.ridge[: half.chosen]
+        bound, error = cross_fitted_bound(quarters[0], quarters[1], ridge)
         bounds.append(bound)
         bound_errors.append(error)
     errors = [half.curve.error_covariance(half.chosen) for half in halves]

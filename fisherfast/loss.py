@@ -59,7 +59,7 @@ def linear_fisher(
         z_minus: [n, k] at theta - dtheta/2, any floating dtype; with tangents or score, at theta.
             For P parameters and two conditions a list of P of these, or [P, n, k]. Leading
             dimensions [..., P, n, k], or [..., n, k] in a list and with tangents or score, are
-            systems of their own.
+            systems of their own. A tuple, which a model with several outputs returns, is refused.
         z_plus: the same at theta + dtheta/2; n may differ unless paired.
         dtheta: FULL separation of the two conditions in the unit of theta, one number or P.
         tangents: dz/dtheta [..., P, n, k] per sample, per unit of theta.
@@ -232,14 +232,13 @@ def _factor(J: Tensor) -> tuple[Tensor, Tensor]:
 def _divergence(moments: BatchMoments, ridge: RidgeSetting) -> Tensor:
     """Of N(m, C + ridge) from N(0, 1) [...]; 0 where the outputs have mean 0 and covariance 1."""
     variance = moments.covariance.diagonal(dim1=-2, dim2=-1)
-    covariance = moments.covariance + moments.ridge(ridge).diag_embed()
-    factor = torch.linalg.cholesky(covariance)
+    factor = torch.linalg.cholesky(moments.ridged(ridge))
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return (variance.sum(-1) + moments.mean.square().sum(-1) - variance.shape[-1] - log_det) / 2
 
 
 def _exact(z: Outputs) -> torch.autocast:
     """Turns autocast off where z lives."""
-    first = z[0] if isinstance(z, list | tuple) and z else z
+    first = z[0] if isinstance(z, list) and z else z
     device = first.device.type if isinstance(first, Tensor) else "cpu"
     return torch.autocast(device, enabled=False)

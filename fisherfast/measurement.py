@@ -24,14 +24,20 @@ from fisherfast.default_device import on_host, outside
 from fisherfast.distributed import Ranks
 from fisherfast.maps import estimate_map
 from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
-from fisherfast.meters import LayerMeter, score_note
+from fisherfast.meters import (
+    LayerMeter,
+    UnmeasuredError,
+    not_measured,
+    score_information,
+    score_note,
+)
 from fisherfast.probed import PROBE_BYTES, ProbedMeter, unprobed
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
 from fisherfast.ridge import RidgeSetting
 from fisherfast.status import with_status
 from fisherfast.streams import Streams
-from fisherfast.wide import WideMeter, too_wide
+from fisherfast.wide import WideMeter, fewest_samples, too_wide
 
 __all__ = ["Measurement", "NotFiniteError"]
 
@@ -109,21 +115,31 @@ class Measurement:
         with self._evaluation():
             self._stream(progress)
         estimates: dict[LayerMeter, LayerFisher] = {}
+        failures: list[UnmeasuredError] = []
         while True:
             growing = []
             with torch.inference_mode(False), torch.no_grad():
                 for meter in self._active:
-                    if meter.grow(contrast, ridge):
-                        growing.append(meter)
-                    else:
-                        estimates[meter] = self._estimate(meter, contrast, ridge)
+                    try:
+                        if meter.grow(contrast, ridge):
+                            growing.append(meter)
+                        else:
+                            estimates[meter] = self._estimate(meter, contrast, ridge)
+                    except UnmeasuredError as error:
+                        failures.append(error)
+                        seen, reason = sum(meter.seen), str(error)
+                        estimates[meter] = not_measured(
+                            meter.site, self._data, samples=seen, reason=reason
+                        )
             if not growing:
                 break
             self._active = growing
             with self._evaluation():
                 self._stream_again(progress)
+        if failures and len(failures) == len(self._layer_meters):
+            raise failures[0]
         with torch.no_grad():
-            layers = [estimates[meter] for meter in self._layer_meters]
+            layers = [self._known(m, estimates[m]) for m in self._layer_meters]
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
@@ -142,6 +158,11 @@ class Measurement:
         )
         judged = with_status(flow.layers, score=self._data.source == "score")
         return replace(flow, layers=judged), warning
+
+    def _known(self, meter: LayerMeter, layer: LayerFisher) -> LayerFisher:
+        """A layer as it was measured, but for the input of a score source."""
+        scored = meter.site.name == taps.INPUT and self._data.source == "score"
+        return score_information(layer, meter) if scored else layer
 
     def _estimate(
         self, meter: LayerMeter, contrast: torch.Tensor, ridge: RidgeSetting
@@ -294,8 +315,21 @@ class Measurement:
 
     def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
         if too_wide(site.dim, self._data, self._settings["max_features"]):
+            self._check_samples(site, fewest_samples(self._data, self._settings["folds"]))
             return WideMeter(site, self._recall.spaces.pop(site.name, None))
+        self._check_samples(site, 2 * self._settings["folds"])
         return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
+
+    def _check_samples(self, site: taps.Site, needed: int) -> None:
+        """Refuse what cannot be measured before all samples are read, where their number is
+        known."""
+        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        known = [n for n in counts if n is not None]
+        if known and min(known) < needed and not self._data.sharded:
+            raise ValueError(
+                f"layer {site.name!r} must see at least {needed} samples per condition,"
+                f" got {min(known)}"
+            )
 
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:
         if self._model is None:

@@ -17,21 +17,31 @@ from fisherfast.estimators import (
     choose_features,
     cross_fitted_bound,
     fisher_curve,
+    independent_features,
 )
-from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments, Standardisation
+from fisherfast.features import (
+    BLOCK_ROWS,
+    MAX_WIDTH,
+    FeatureDictionary,
+    Lift,
+    PilotMoments,
+    Standardisation,
+)
 from fisherfast.information_map import has_map, is_mapped
 from fisherfast.maps import MapMoments
-from fisherfast.marginal import pack_covariance
+from fisherfast.marginal import SINGULAR, pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, spread_of_squares
 from fisherfast.reservoir import KeptSamples
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, RidgeSetting
 from fisherfast.taps import Site
+from fisherfast.uncertainty import jackknife_covariance
 
 __all__ = [
     "NO_TANGENTS",
     "LayerMeter",
+    "UnmeasuredError",
     "carried_by",
     "curve_points",
     "estimate_layer",
@@ -73,16 +83,22 @@ SCORE_ERRORS = 5.0
 """Standard errors from zero beyond which the mean of a score is no chance: 6e-7."""
 
 
+class UnmeasuredError(ValueError):
+    """A layer cannot be measured with these samples or settings; others may."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """What the moments of a layer say.
 
     Attributes:
         whole: statistics of all features.
-        alive: int64 [k] numbers of the features that vary and that the samples carry.
+        alive: int64 [k] numbers of the features that vary, that are not copies of others and that
+            the samples carry.
         raw: how many of these are raw activations.
         ridge: [k] theirs.
         curve: over these features.
+        lost: [P] information that raw activations may have which are left out as rounding.
         notes: why features were left out.
     """
 
@@ -91,29 +107,33 @@ class Fit:
     raw: int
     ridge: torch.Tensor
     curve: FisherCurve
+    lost: torch.Tensor
     notes: tuple[str, ...]
 
-    def lift_error(self) -> torch.Tensor:
-        """Information [k] that rounded products of raw and lifted features may add, a running sum.
-
-        An error e in the covariance of a lifted feature with the raw ones changes the derivative
-        that they do not explain by e W, and J by (e W)^2 times the row of L^-1 squared.
-        """
-        W = (
-            self.curve.readout_of(self.raw)
-            * self.whole.covariance.diagonal().sqrt()[self.alive[: self.raw], None]
-        )
-        share = self.curve.ridge_share.clone()
-        share[: self.raw] = 0.0
-        size = float(W.square().sum()) * LIFT_ROUNDING**2 / LIFT_RIDGE
-        return size * share.cumsum(0)
+    def carried(self, chosen: int) -> bool:
+        """Whether the arithmetic carries the covariance: what its rounding may hide is little."""
+        hidden = self.lost + self.curve.hidden[self.raw - 1]
+        return not bool((hidden > HIDDEN_SHARE * self.curve.J[chosen - 1].diagonal()).any())
 
     def exact_features(self) -> int:
-        """Features up to which that is a small part of J."""
-        J = self.curve.J[self.raw - 1].diagonal().sum()
-        error = self.curve.stderr[self.raw - 1].diagonal().sum()
-        exact = self.lift_error() <= LIFT_ERROR * (J.clamp_min(0) + error)
-        return max(int(exact.sum()), self.raw)
+        """Features up to which float32 products of raw and lifted features are good enough.
+
+        An error e in the covariance of a lifted feature with the raw ones changes its derivative,
+        less what they explain, by e W, and J by (e W)^2 times the squared row of L^-1; and its
+        variance by e^2 tr R^-1, R that of the raw ones, which must be far below its ridge.
+        """
+        spread = self.whole.covariance.diagonal()[self.alive[: self.raw]].sqrt()
+        inverse = self.curve.readout[: self.raw, : self.raw] * spread
+        if float(inverse.square().sum()) * LIFT_ROUNDING**2 > LIFT_ERROR * LIFT_RIDGE:
+            return self.raw
+        W = self.curve.readout_of(self.raw) * spread[:, None]
+        share = self.curve.ridge_share.clone()
+        share[: self.raw] = 0.0
+        size = W.square().sum(0) * (LIFT_ROUNDING**2 / LIFT_RIDGE)
+        J = self.curve.J[self.raw - 1].diagonal().clamp_min(0)
+        error = self.curve.stderr[self.raw - 1].diagonal()
+        exact = share.cumsum(0)[:, None] * size <= LIFT_ERROR * (J + error)
+        return max(int(exact.all(1).sum()), self.raw)
 
 
 class LayerMeter:
@@ -156,7 +176,11 @@ class LayerMeter:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self.dictionary = FeatureDictionary(
-            standardisation, settings["max_features"], dtype=self._dtype, seed=settings["seed"]
+            standardisation,
+            settings["max_features"],
+            dtype=self._dtype,
+            seed=settings["seed"],
+            groups=_groups(self.site.dim, data, settings["max_features"]),
         )
         size = self.dictionary.size
         self._grows = bool(settings["grow"])
@@ -285,24 +309,26 @@ class LayerMeter:
         return self._fit
 
     def _fitted(self, contrast: torch.Tensor, ridge: RidgeSetting) -> Fit:
-        variances = self.moments.variances()
-        alive = (variances > self.rounding_variance()).nonzero()[:, 0]
+        alive = (self.moments.variances() > self.rounding_variance()).nonzero()[:, 0]
         raw = int((alive < self.dictionary.raw).sum())
-        whole = self.moments.statistics(contrast)
+        whole, ridges = self.moments.statistics(contrast), self.ridges(ridge)
+        lost = whole.derivative.new_zeros(whole.derivative.shape[1])
+        if ridge == AUTO:
+            linear = alive[:raw]
+            kept, lost = independent_features(whole.select(linear), ridges[linear])
+            alive, raw = torch.cat([linear[kept], alive[raw:]]), len(kept)
         size, notes = _affordable(len(alive), raw, whole.dof)
-        ridges = self.ridges(ridge)
-        exact = raw if ridge == AUTO else 0
         while True:
             index = alive[:size]
             try:
-                curve = fisher_curve(whole.select(index), ridges[index], exact=exact)
+                curve = fisher_curve(whole.select(index), ridges[index])
             except SingularCovarianceError as error:
                 if error.feature <= raw:
-                    raise ValueError(f"layer {self.site.name!r}: {error}") from None
+                    raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
                 size = error.feature - 1
                 notes.append(f"features limited to {size}: the next is linear in these")
             else:
-                return Fit(whole, index, raw, ridges[index], curve, tuple(notes))
+                return Fit(whole, index, raw, ridges[index], curve, lost, tuple(notes))
 
     def _unfit(self, contrast: torch.Tensor) -> bool:
         """Whether the samples are too few, or no activation varies: there is no curve then."""
@@ -376,6 +402,25 @@ class LayerMeter:
             self.moments.update_products([torch.cat([raw, lift(raw)], 1) for raw in tiles])
 
 
+def worst_dof(data: Data) -> float | None:
+    """Fewest degrees of freedom of a covariance of these samples; None where their number is not
+    known."""
+    counts = [data.samples(c) for c in range(data.conditions)]
+    if None in counts:
+        return None
+    dof = float(sum(n for n in counts if n is not None))
+    return dof / data.conditions if data.paired else dof  # the same noise in all conditions
+
+
+def _groups(dim: int, data: Data, max_features: int) -> int | None:
+    """Groups that a layer of dim activations is sketched in, where it cannot be measured as a whole
+    nor compressed; None otherwise."""
+    dof = None if data.sharded else worst_dof(data)
+    if dof is None or dof >= dim + SPARE_DOF:
+        return max_features if dim > MAX_WIDTH else None
+    return max(min(max_features, int(dof / 2) - SPARE_DOF), 1)
+
+
 def carried_by(data: Data) -> dict[str, int]:
     """What the samples of a source carry, as arguments of their moments."""
     return {
@@ -405,7 +450,8 @@ def estimate_layer(
         return replace(base, notes=(f"all {site.dim} activations are constant: J = 0",))
     _check_freedom(site.name, raw, moments.statistics(contrast), moments)
     fit = meter.fit(contrast, ridge)
-    curve, whole, size, notes = fit.curve, fit.whole, len(fit.alive), list(fit.notes)
+    curve, whole, raw, size = fit.curve, fit.whole, fit.raw, len(fit.alive)
+    notes = list(fit.notes)
     if dropped:
         notes.append(f"{dropped} constant features dropped")
     if dictionary.kind == "sketch":
@@ -419,9 +465,7 @@ def estimate_layer(
         notes.append(f"features limited to {most}: float32 products do not carry more")
     index = fit.alive[:chosen]
     halves = [moments.statistics(contrast, half).select(index) for half in (0, 1)]
-    lower, lower_stderr = cross_fitted_bound(
-        halves[0], halves[1], fit.ridge[:chosen], exact=raw if ridge == AUTO else 0
-    )
+    lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
     squares = spread_of_squares(
         *meter.held_readout(curve.readout_of(chosen), index), moments.folds, whole.dof
     )
@@ -429,7 +473,6 @@ def estimate_layer(
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
     errors = curve.error_covariance(chosen)
     J = curve.J[chosen - 1]
-    hidden = curve.hidden[chosen - 1] > HIDDEN_SHARE * J.diagonal().clamp_min(0)
     layer = replace(
         base,
         J=J.cpu(),
@@ -447,7 +490,8 @@ def estimate_layer(
         effective_dim=float(curve.effective_dim[chosen - 1]),
         plateau=plateau,
         compressed=dictionary.kind == "sketch",
-        carried=not bool(hidden.any()),
+        carried=fit.carried(chosen),
+        rounding=max(SINGULAR, curve.rounding(chosen, torch.finfo(meter._dtype).eps)),
         replicates=fold_replicates(curve, chosen, squares).cpu(),
         error_covariance=pack_covariance(errors).cpu(),
     )
@@ -466,8 +510,9 @@ def estimate_layer(
 def _loss_by_ridge(meter: LayerMeter, fit: Fit) -> list[str]:
     """A note where the ridge that was asked for takes much of the linear information."""
     index = fit.alive[: fit.raw]
-    least = meter.ridges(AUTO)[index]
-    J = fisher_curve(fit.whole.select(index), least, exact=fit.raw).J[-1].diagonal()
+    linear, least = fit.whole.select(index), meter.ridges(AUTO)[index]
+    kept, _ = independent_features(linear, least)
+    J = fisher_curve(linear.select(kept), least[kept]).J[-1].diagonal()
     loss = 1 - fit.curve.J[fit.raw - 1].diagonal() / J
     worst = float(torch.where(J > 0, loss, 0.0).max())
     if worst <= RIDGE_LOSS:
@@ -535,6 +580,53 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
     )
 
 
+def not_measured(site: Site, data: Data, *, samples: int, reason: str) -> LayerFisher:
+    """NaN: what a layer shows that cannot be measured, so that the others need not fail."""
+    layer = no_information(site, data, samples=samples, dropped=0)
+    nan, entries = torch.full_like(layer.J, math.nan), layer.error_covariance
+    return replace(
+        layer,
+        J=nan,
+        stderr=nan,
+        lower=nan,
+        lower_stderr=nan,
+        linear=nan,
+        linear_stderr=nan,
+        naive=nan,
+        error_covariance=None if entries is None else torch.full_like(entries, math.nan),
+        plateau=False,
+        notes=(f"not measured: {reason}",),
+    )
+
+
+def score_information(layer: LayerFisher, meter: LayerMeter) -> LayerFisher:
+    """The input of a score source: V = Cov(score), the Fisher information itself, in place of what
+    its features show."""
+    scores = [
+        moments.carried.score(slice(None), moments.counts[0].to(moments.sums))
+        for moments in meter.parts
+        if moments.carried is not None
+    ]
+    ordered = torch.stack([score.folds for score in scores if score is not None], 1).cpu()
+    folds = ordered.flatten(0, 1)
+    count, V = len(folds), folds.mean(0)
+    replicates = V - (folds - V) / (count - 1)
+    errors = jackknife_covariance(replicates)
+    stderr = torch.einsum("pqpq->pq", errors).sqrt()
+    return replace(
+        layer,
+        J=V,
+        stderr=stderr,
+        lower=V,
+        lower_stderr=stderr,
+        naive=V,
+        plateau=True,
+        carried=True,
+        replicates=replicates,
+        error_covariance=pack_covariance(errors),
+    )
+
+
 def _check_samples(name: str, raw: int, moments: FoldMoments) -> None:
     """Two samples in every fold, and asked for together with what `_check_freedom` will need."""
     if int(moments.counts.min()) >= 2:
@@ -542,7 +634,7 @@ def _check_samples(name: str, raw: int, moments: FoldMoments) -> None:
     least = 2 * moments.folds
     needed = max(least, _needed(raw, 1.0, moments))
     reason = "(two per fold)" if needed == least else f"for its {raw} activations"
-    raise ValueError(
+    raise UnmeasuredError(
         f"layer {name!r} must see at least {needed} samples per condition {reason},"
         f" got {min(moments.seen)}"
     )
@@ -552,7 +644,7 @@ def _check_freedom(name: str, raw: int, whole: FoldStatistics, moments: FoldMome
     if whole.dof >= raw + SPARE_DOF:
         return
     inflation = (sum(moments.seen) - moments.counts.numel()) / whole.dof
-    raise ValueError(
+    raise UnmeasuredError(
         f"layer {name!r} must see at least {_needed(raw, inflation, moments)} samples per condition"
         f" for its {raw} activations, got {min(moments.seen)}"
     )

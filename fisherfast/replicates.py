@@ -37,11 +37,12 @@ def fold_replicates(curve: FisherCurve, k: int, squares: torch.Tensor) -> torch.
     dof, effective = statistics.dof, float(curve.effective_dim[k - 1])
     covariance_part = squares * math.sqrt(folds / (folds - 1))
     if statistics.score is None:
-        naive = curve.naive[k - 1].diagonal().sum()
-        share = float((J.diagonal().sum() / naive).nan_to_num(0.0).clamp(0, 1))
+        naive = curve.naive[k - 1].diagonal()
+        share = (J.diagonal() / naive).nan_to_num(0.0).clamp(0, 1).sqrt()
         replicates = curve.replicates[k - 1]
         derivative_part = replicates - replicates.mean(0)
-        covariance_part = covariance_part * (share * math.sqrt(dof / (dof - effective - SPARE_DOF)))
+        covariance_part = covariance_part * share[:, None] * share
+        covariance_part = covariance_part * math.sqrt(dof / (dof - effective - SPARE_DOF))
     else:
         gain = dof / (dof - effective)
         products = curve.readout_of(k).T @ statistics.fold_derivatives[:, :k]

@@ -25,7 +25,7 @@ from fisherfast.comparison import (
     unresolved_note,
 )
 from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
-from fisherfast.marginal import MarginalFisher, cramer_rao, marginal_fisher
+from fisherfast.marginal import SINGULAR, MarginalFisher, cramer_rao, marginal_fisher
 
 __all__ = ["FisherFlow", "FisherWarning", "LayerFisher", "finite_step_note", "warn_of"]
 
@@ -87,6 +87,8 @@ class LayerFisher:
         compressed: the activations were compressed before they were measured.
         carried: the arithmetic carries the condition of the covariance; where not, information may
             lie below the rounding of the activations.
+        rounding: share of its information about a parameter, when others are unknown, below which
+            J is rounding: `crlb` is infinite there.
         replicates: [F, P, P] J without each fold of the samples, scaled so that their jackknife is
             the covariance of the error of J. All layers of a flow leave out the same samples, so
             the error of any function of several layers follows. Empty where there are none.
@@ -120,6 +122,7 @@ class LayerFisher:
     status: str = "unresolved"
     compressed: bool = False
     carried: bool = True
+    rounding: float = SINGULAR
     replicates: torch.Tensor = field(
         default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")
     )
@@ -164,7 +167,7 @@ class LayerFisher:
         The smallest standard deviation that an unbiased estimate from these features can have, all
         parameters unknown. Infinite where J is not positive definite, but for rounding.
         """
-        return cramer_rao(self.J)
+        return cramer_rao(self.J, self.rounding)
 
     def marginal(self, keep: int | Sequence[int]) -> MarginalFisher:
         """Information about some parameters, the others being unknown nuisances: the Schur
@@ -189,7 +192,7 @@ class LayerFisher:
             >>> abs(input.marginal(0).value - 0.64) < 0.2       # 1 - 0.6^2 / 1
             True
         """
-        return marginal_fisher(self.J, self.error_covariance, keep)
+        return marginal_fisher(self.J, self.error_covariance, keep, self.rounding)
 
     @property
     def finite_step(self) -> torch.Tensor:

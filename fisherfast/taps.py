@@ -218,7 +218,7 @@ class Forward(TorchFunctionMode):
         found: dict[str, torch.Tensor] = {}
         if self._heads:
             map_tensors(output, lambda place, head: found.setdefault(OUTPUT + place, head))
-        heads = [found[name] for name in self._heads if name in found]
+        heads = [found[name] for name in self._heads if self._readable(found.get(name))]
         rows = [head.flatten(1) if head.ndim > 1 else head[:, None] for head in heads]
         if rows:  # a head that is missing shows as another width, all of them as a skipped layer
             self._report(OUTPUT, JOINT, None, torch.cat(rows, 1))
@@ -271,8 +271,7 @@ class Forward(TorchFunctionMode):
         output: torch.Tensor,
     ) -> torch.Tensor:
         """Hand an activation [n, ...] of floating dtype to the consumer."""
-        readable = output.ndim > 0 and len(output) == self._samples and output.is_floating_point()
-        if self._busy or not readable:
+        if self._busy or not self._readable(output):
             return output
         self._busy = True
         try:
@@ -280,6 +279,12 @@ class Forward(TorchFunctionMode):
         finally:
             self._busy = False
         return output if replacement is None else replacement
+
+    def _readable(self, output: torch.Tensor | None) -> bool:
+        """Whether there is a floating tensor with one row per sample."""
+        if output is None or output.ndim == 0 or len(output) != self._samples:
+            return False
+        return output.is_floating_point()
 
     def _count(self, name: str) -> str:
         self._calls[name] = calls = self._calls.get(name, 0) + 1

@@ -23,6 +23,7 @@ from fisherfast.estimators import (
     SingularCovarianceError,
     choose_features,
     fisher_curve,
+    independent_features,
 )
 from fisherfast.features import MAX_WIDTH
 from fisherfast.halves import HalfFit, dealt_to_halves, joined
@@ -31,11 +32,13 @@ from fisherfast.meters import (
     NO_TANGENTS,
     NOT_CARRIED,
     LayerMeter,
+    UnmeasuredError,
     about_fold_means,
     carried_by,
     curve_points,
     no_information,
     rows_of,
+    worst_dof,
 )
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, spread_of_squares
@@ -47,7 +50,8 @@ from fisherfast.taps import Site
 __all__ = ["WideMeter", "too_wide"]
 
 LEAST_DOF = 1.1
-"""Degrees of freedom per activation below which a layer wider than max_features is compressed."""
+"""Degrees of freedom per activation below which a layer is compressed: above, its whole covariance
+says more."""
 
 
 def too_wide(dim: int, data: Data, max_features: int) -> bool:
@@ -57,13 +61,24 @@ def too_wide(dim: int, data: Data, max_features: int) -> bool:
         return False
     if dim > MAX_WIDTH:
         return True
-    counts = [data.samples(c) for c in range(data.conditions)]
-    if dim <= max_features or None in counts:
+    if data.sharded and dim <= max_features:  # other ranks have samples too
         return False
-    dof = float(sum(n for n in counts if n is not None))
-    if data.paired:  # at worst: the same noise in all conditions is one measurement of it
-        dof /= data.conditions
-    return dof < LEAST_DOF * dim
+    dof = worst_dof(data)
+    return dof is not None and dof < max(LEAST_DOF * dim, dim + SPARE_DOF)
+
+
+def fewest_samples(data: Data, folds: int) -> int:
+    """Samples per condition that a layer needs to be compressed: two in every fold of each half,
+    and a quarter that carries the readouts of the bound."""
+    own = folds_of_half(folds)
+    inflation = data.conditions if data.paired else 1
+    in_quarter = own / 2 + (data.parameters + SPARE_DOF) * inflation / data.conditions
+    return max(4 * own, 4 * math.ceil(in_quarter))
+
+
+def folds_of_half(folds: int) -> int:
+    """Folds of each half of the samples, an even number."""
+    return max(4, folds // 4 * 2)
 
 
 class WideMeter(LayerMeter):
@@ -105,8 +120,8 @@ class WideMeter(LayerMeter):
 
     @property
     def parts(self) -> list[FoldMoments]:
-        """Moments of different samples, together of all."""
-        return self.measured
+        """Moments of different samples, together of all: even ones first."""
+        return self.measured[::-1]
 
     def prepare(self, data: Data, settings: dict[str, Any]) -> None:
         """Fix the pilot; from here on `observe` counts."""
@@ -117,7 +132,7 @@ class WideMeter(LayerMeter):
         )
         self._paired, self._carried = data.paired, carried_by(data)
         self._conditions, self._parameters = data.conditions, data.parameters
-        self._folds = max(4, settings["folds"] // 4 * 2)  # of a half; an even number
+        self._folds = folds_of_half(settings["folds"])
         steps = max(min(KRYLOV_VECTORS, settings["max_features"] // data.parameters), 1)
         self.spaces = [
             KrylovSpace(
@@ -293,7 +308,7 @@ class WideMeter(LayerMeter):
             inflation = max((samples - self._conditions * self._folds / 2) / least, 1.0)
         in_quarter = self._folds / 2 + freedom * inflation / self._conditions
         needed = max(4 * self._folds, 4 * math.ceil(in_quarter))
-        raise ValueError(
+        raise UnmeasuredError(
             f"layer {self.site.name!r} must see at least {needed} samples per condition to be"
             f" compressed on one half and measured on the other, got {min(self.seen)}"
         )
@@ -310,8 +325,11 @@ class WideMeter(LayerMeter):
         if not all(map(len, indices)):
             return []
         ridges = [self._ridge(half, ridge) for half in range(2)]
-        exact = ridge == AUTO
-        fits = [_fit(*one, exact) for one in zip(wholes, indices, ridges, strict=True)]
+        if ridge == AUTO:
+            for half, (whole, index) in enumerate(zip(wholes, indices, strict=True)):
+                kept, _ = independent_features(whole.select(index), ridges[half][index])
+                indices[half] = index[kept]
+        fits = [_fit(*one) for one in zip(wholes, indices, ridges, strict=True)]
         sizes = [choose_features(c, min(self._parameters, len(c))) for c, _ in fits]
         halves = []
         for half, ((curve, index), (chosen, plateau)) in enumerate(
@@ -321,8 +339,7 @@ class WideMeter(LayerMeter):
             squares = self._squares(half, curve, index[:chosen])
             replicates = fold_replicates(curve, chosen, squares)
             own = ridges[half][index]
-            fit = HalfFit(curve, index, chosen, plateau, own, 1 - half, chosen * exact, replicates)
-            halves.append(fit)
+            halves.append(HalfFit(curve, index, chosen, plateau, own, 1 - half, replicates))
         return halves
 
     def _squares(self, half: int, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
@@ -368,12 +385,11 @@ class WideMeter(LayerMeter):
 
 
 def _fit(
-    whole: FoldStatistics, index: torch.Tensor, ridge: torch.Tensor, exact: bool
+    whole: FoldStatistics, index: torch.Tensor, ridge: torch.Tensor
 ) -> tuple[FisherCurve, torch.Tensor]:
     """The curve of the features in index, and those of them that it holds."""
     while True:
         try:
-            own = ridge[index]
-            return fisher_curve(whole.select(index), own, exact=len(index) * exact), index
+            return fisher_curve(whole.select(index), ridge[index]), index
         except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
             index = index[: error.feature - 1]

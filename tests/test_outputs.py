@@ -326,9 +326,23 @@ def test_models_without_a_floating_output(outputs):
     assert "output" not in flow
     with pytest.raises(ValueError, match=re.escape("output must be one of [], got 'output'")):
         measure(seeded(Model), output="output")
+    monitor = ff.FisherMonitor(seeded(Model), two_conditions(), max_features=16)
+    text = "model must return a floating tensor with one row per sample, got none: its layers"
+    with pytest.raises(ValueError, match=f"^{text}"):
+        monitor.step()
 
 
-@pytest.mark.parametrize("late", [lambda x: (x * 1,), lambda x: None], ids=["fewer", "none"])
+@pytest.mark.parametrize(
+    "late",
+    [
+        lambda x: (x * 1,),
+        lambda x: None,
+        lambda x: (x * 1, x.argmax(1)),
+        lambda x: (x * 1, x[:-1]),
+        lambda x: (x * 1, x[0, 0]),
+    ],
+    ids=["fewer", "none", "integers", "other rows", "a number"],
+)
 def test_heads_that_are_not_always_there(late):
     """Catches moments of a joint output that changes from batch to batch."""
     calls = []
@@ -352,7 +366,9 @@ def test_a_named_head_is_kept_in_the_settings_and_measured():
     assert flow.settings["output"] == "output[1]"
     assert measure(model).settings["output"] is None
     monitor = ff.FisherMonitor(model, two_conditions(), layers=[], output="output[1]")
-    assert monitor.step().flow.settings["output"] == "output[1]"
+    record = monitor.step()
+    assert record.flow.settings["output"] == "output[1]"
+    assert record.transmission == record.flow.fractions()["output[1]"] < 0.8
     assert "output[1]" in monitor.step().flow
 
 
@@ -362,6 +378,18 @@ def test_a_named_head_is_measured_on_training_samples_too():
     options = {"training_data": training, "max_features": 16, "output": "output[1]"}
     record = ff.FisherMonitor(Returns(halves), held_out, **options).step()
     assert "output[1]" in record.training_flow
+    share = record.training_flow.fractions()["output[1]"]
+    assert record.overfitting == pytest.approx(share - record.flow.fractions()["output[1]"])
+
+
+def test_a_named_head_that_is_a_layer():
+    """Catches a name that the flow knows as an alias alone: the record reads the layer "mean"."""
+    monitor = ff.FisherMonitor(seeded(Backwards), two_conditions(2000), output="output[1]")
+    record = monitor.step(train_mse=0.1)
+    assert record.flow["output[1]"].name == "mean"
+    assert record.transmission == record.flow.fractions()["mean"]
+    constant = ff.FisherMonitor(seeded(Backwards), two_conditions(2000), output="output[0]")
+    assert constant.step(train_mse=0.1).transmission == 0
 
 
 @pytest.mark.parametrize("name", ["mean", "output[2]", "fc", "", "input"])
@@ -406,7 +434,9 @@ def test_a_head_that_is_no_name(output):
 def test_wrapped_models(wrap):
     """Catches heads that are lost inside a wrapper."""
     model = seeded(Backwards)
+    torch._dynamo.reset()
     expected, flow = measure(model), measure(wrap(model))
+    torch._dynamo.reset()
     assert flow.names == expected.names
     assert torch.equal(flow["output"].J, expected["output"].J)
 

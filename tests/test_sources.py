@@ -117,6 +117,14 @@ def test_what_repeats(cls):
 X = numbers(N, *SHAPE)
 NAN = torch.full((1, N, *SHAPE), float("nan"))
 
+KINDS = (
+    "a tensor, an array, a Dataset, a DataLoader, an iterable of batches or a function that "
+    "returns one"
+)
+SEVERAL = (
+    "samples of several inputs are not supported yet, join them in one tensor that the model splits"
+)
+
 REFUSED = {
     "dx without P": (
         lambda: ff.Pathwise(X, X),
@@ -184,6 +192,33 @@ REFUSED = {
     "score not finite": (
         lambda: ff.Score(X, NAN[0, :, 0, 0]),
         "score must be finite, got NaN or infinity",
+    ),
+    "x of several inputs": (
+        lambda: ff.Pathwise((X, X), X[None]),
+        f"x must be {KINDS}, got tuple: {SEVERAL}; several parameters or batches are a list",
+    ),
+    "x of several inputs by name": (
+        lambda: ff.Score({"image": X}, X[:, 0, 0]),
+        f"x must be {KINDS}, got dict: {SEVERAL}",
+    ),
+    "dx of several inputs": (
+        lambda: ff.Pathwise(X, (X[None], X[None])),
+        "dx must be a tensor or array [P, n, ...] as x is, got tuple",
+    ),
+    "more than a score": (
+        lambda: read(ff.Score([(X, X[:, 0, 0], X)])),
+        "x must yield pairs (x, score) where score is not given, got 3 entries in batch 0: leave"
+        f" labels out; {SEVERAL}",
+    ),
+    "more than dx": (
+        lambda: read(ff.Pathwise(TensorDataset(X, X[:, None], X))),
+        "x must yield pairs (x, dx) where dx is not given, got 3 entries in batch 0: leave"
+        f" labels out; {SEVERAL}",
+    ),
+    "pairs of several inputs": (
+        lambda: read(ff.Score([((X, X), X[:, 0, 0])])),
+        f"x must yield samples [n, ...] alone, got 2 entries (Tensor, Tensor): leave labels out;"
+        f" {SEVERAL}",
     ),
     "batches without score": (
         lambda: read(ff.Score([X])),

@@ -238,7 +238,7 @@ def _lift_moments_fake(
     room = sums.shape[-1] if sums.dim() == 2 else size
     if room < size:
         raise ValueError(
-            f"sums must have room for the {size} features, got shape {list(sums.shape)}"
+            f"sums must have shape [F, K] with K at least {size}, got {list(sums.shape)}"
         )
     _check_accumulator("sums", sums, z, "[F, K]", [room])
     _check_accumulator("cross", cross, z, "[H, K, K]", [room, room])

@@ -192,6 +192,8 @@ class FisherMonitor:
 
         Raises:
             TypeError, ValueError: an error is no number, negative, or not one per parameter.
+            ValueError: the model returns no floating tensor with one row per sample, or not the
+                head that `output` names.
 
         Warns:
             FisherWarning: activations or the training error are NaN or infinite (the record has no
@@ -375,6 +377,11 @@ class FisherMonitor:
                 quiet=True,
                 ranks=ranks,
             ).run()
+            if output_of(flow) not in flow:
+                raise ValueError(
+                    "model must return a floating tensor with one row per sample, got none: its"
+                    " layers alone are measured by fisher_flow"
+                )
             if self._training_data is None:
                 return flow, None
             settings = self._settings | {"maps": False}

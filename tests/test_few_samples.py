@@ -7,6 +7,7 @@ others alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -122,7 +123,7 @@ def test_300_samples_with_layers_of_every_width(source):
     """Layers narrower than max_features were refused, wider ones compressed."""
     torch.manual_seed(1)
     widths = [64, 100, 200, 290, 300, 310, 400, 599, 600, 601, 4]
-    layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
     flow = ff.fisher_flow(nn.Sequential(*layers), shifted(source, 300, (64,)), max_features=512)
     assert len(flow.layers) == len(widths)
     for info in flow.layers:
@@ -157,7 +158,7 @@ class Counting(nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.layers = nn.Sequential(*(nn.Linear(a, b) for a, b in pairs))
         self.seen = 0
 
@@ -211,7 +212,8 @@ def test_too_few_samples_that_do_not_repeat(make):
     assert flow.names == ["input", "0", "1", "output"]
     wide = flow["0"]
     if wide.J.isfinite().all():
-        assert wide.compressed and wide.notes
+        assert wide.compressed
+        assert wide.notes
         assert_measured(wide)
     else:
         assert any(note.startswith("not measured") for note in wide.notes)

@@ -176,8 +176,19 @@ def test_ten_samples_are_refused_before_the_model_has_run_over_them(source):
         ff.fisher_flow(model, data, batch_size=2)
     conditions = 2 if source in ("paired", "independent") else 1
     assert model.seen < 10 * conditions
-    numbers = [int(word) for word in re.findall(r"\d+", str(error.value))]
-    assert max(numbers) > 10
+    needed = int(re.search(r"at least (\d+) samples", str(error.value)).group(1))
+    assert needed > 10
+    for info in ff.fisher_flow(model, shifted(source, needed, (12,)), batch_size=2).layers:
+        assert_measured(info)
+
+
+def test_the_samples_that_a_note_asks_for_are_enough():
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(20, 400), nn.Linear(400, 6))
+    notes = ff.fisher_flow(model, stream(300, 20), max_features=32)["0"].notes
+    needed = int(re.search(r"at least (\d+) samples", notes[0]).group(1))
+    assert needed > 300
+    assert_measured(ff.fisher_flow(model, stream(needed, 20), max_features=32)["0"])
 
 
 # --- data that do not repeat ----------------------------------------------------------------------

@@ -31,7 +31,7 @@ from fisherfast.information_map import has_map, is_mapped
 from fisherfast.maps import MapMoments
 from fisherfast.marginal import SINGULAR, pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
-from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, kept_squares, spread_of_squares
+from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, spread_of_squares
 from fisherfast.reservoir import KeptSamples
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, RidgeSetting
@@ -222,7 +222,7 @@ class LayerMeter:
         if tangents is not None:
             carried = self.dictionary.raw_tangents(rows_of(tangents, 1), raw)
         if self._held is not None and not moments.known:
-            self._held.add(condition, raw, score)
+            self._held.add(condition, raw)
         moments.update(condition, raw, self._lift(), carried)
         self._fit = None
         if moments.paired:
@@ -259,11 +259,8 @@ class LayerMeter:
         if self.moments.known:
             return sums
         if self._held is not None:
-            carried = self.moments.carried
-            scores = [carried.parameters] if isinstance(carried, ScoreMoments) else []
-            widths = [self.dictionary.raw, *scores]
-            like = [self.moments.sums.new_empty(0, width, dtype=self._dtype) for width in widths]
-            sums += self._held.dense(like)
+            like = self.moments.sums.new_empty(0, self.dictionary.raw, dtype=self._dtype)
+            sums += self._held.dense([like])
         return sums if self.map is None else sums + self.map.shared_sums()
 
     def learned(self) -> list[torch.Tensor]:
@@ -348,29 +345,28 @@ class LayerMeter:
 
     def held_readout(
         self, W: torch.Tensor, index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers W^T f [m, P] of the samples that were kept, about the mean of their condition and
-        fold, their folds [m], and their score [m, P] about that mean where they have one.
+        fold, and their folds [m].
 
         Args:
             W: [k, P] readout.
             index: int64 [k] numbers of the features that it reads.
         """
         if self._held is None:
-            return W.new_zeros(0, W.shape[1]), torch.zeros(0, dtype=torch.int64), None
+            return W.new_zeros(0, W.shape[1]), torch.zeros(0, dtype=torch.int64)
         full = W.new_zeros(self.moments.size, W.shape[1])
         full[index] = W
         raw, count, lift = self.dictionary.raw, self.moments.folds, self._lift()
-        rows, folds, scores = [], [], []
-        for numbers, z, *score in self._held.kept():
+        rows, folds = [], []
+        for numbers, z in self._held.kept():
             fold = (numbers % count).to(z.device)
             r = z.double() @ full[:raw]
             if bool(full[raw:].any()):
                 r += lift(z.to(lift.weight.dtype)).double() @ full[raw:]
             rows.append(about_fold_means(r, fold, count))
             folds.append(fold)
-            scores += [about_fold_means(s.double(), fold, count) for s in score]
-        return torch.cat(rows), torch.cat(folds), torch.cat(scores) if scores else None
+        return torch.cat(rows), torch.cat(folds)
 
     def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         """J, its errors and bounds, after the last pass."""
@@ -470,9 +466,9 @@ def estimate_layer(
     index = fit.alive[:chosen]
     halves = [moments.statistics(contrast, half).select(index) for half in (0, 1)]
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
-    rows, folds, score = meter.held_readout(curve.readout_of(chosen), index)
-    kept = kept_squares(curve, chosen, rows, score)
-    squares = spread_of_squares(kept, folds, moments.folds, moments.within)
+    squares = spread_of_squares(
+        *meter.held_readout(curve.readout_of(chosen), index), moments.folds, whole.dof
+    )
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
     errors = curve.error_covariance(chosen)

@@ -130,12 +130,6 @@ class FoldMoments:
         return self.sums.shape[-1]
 
     @property
-    def within(self) -> int:
-        """Degrees of freedom within folds: samples less one per condition and fold. Those of pairs
-        are correlated, and worth less."""
-        return int(self._counts.sum()) - self._counts.numel()
-
-    @property
     def counts(self) -> torch.Tensor:
         """Samples per condition and fold [C, F] int64, on the CPU."""
         return self._counts
@@ -353,7 +347,7 @@ class FoldMoments:
         """Within-fold variance of each feature [k] float64, all conditions together."""
         weight = self._counts.to(self.sums.device, torch.float64)[..., None]
         between = (self.sums.square() / weight.clamp_min(1)).sum((0, 1))
-        total = self.within
+        total = int(self._counts.sum()) - self._counts.numel()
         return (self.cross.sum(0).diagonal() - between) / max(total, 1)
 
     def _pair_inflation(self) -> float:

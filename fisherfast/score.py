@@ -15,7 +15,7 @@ import torch
 from fisherfast.derivatives import FoldScore
 from fisherfast.uncertainty import entry_product, pair_product
 
-__all__ = ["ScoreEstimate", "explained", "score_estimate", "score_theory"]
+__all__ = ["ScoreEstimate", "score_estimate", "score_theory"]
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -70,7 +70,7 @@ def score_estimate(
     V = score.covariance
     residual = (V - naive) * (dof / (dof - effective))[:, None, None]
     J = V - residual
-    share = explained(J, V)
+    share = _explained(J, V)
     seen = (1 - share)[:, None, None, None] * (fold_products + fold_products.mT)
     seen = seen + share.square()[:, None, None, None] * score.folds
     folds = seen.shape[1]
@@ -88,13 +88,13 @@ def score_theory(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the covariance [P, P, P, P] of the entries of one J [P, P] is beyond the jackknife of
     its replicates, and the least that it is with it."""
-    share = float(explained(J[None], V))
+    share = float(_explained(J[None], V))
     J, E = _not_negative(J), _not_negative(V - J)
     theory = _theory(J, E, share, effective, dof, pair_product)
     return theory, _of_useless(E, effective, dof, pair_product)
 
 
-def explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+def _explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     """tr(V^-1 J) / P [B], between 0 and 1; 0 for a score without variance."""
     scale = V.diagonal().clamp_min(0).sqrt()
     units = torch.where(scale > 0, scale, 1).reciprocal()

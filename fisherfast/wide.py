@@ -41,7 +41,7 @@ from fisherfast.meters import (
     worst_dof,
 )
 from fisherfast.moments import FoldMoments, FoldStatistics
-from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, kept_squares, spread_of_squares
+from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, spread_of_squares
 from fisherfast.reservoir import KeptSamples
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge, relative_rounding
@@ -199,8 +199,7 @@ class WideMeter(LayerMeter):
         sums = [part for source in sources for part in source.shared_sums()]
         if self.measured:
             for held, moments in zip(self._held_features, self.measured, strict=True):
-                widths = [moments.size, *([self._parameters] if self._carried["score"] else [])]
-                sums += held.dense([moments.sums.new_empty(0, width) for width in widths])
+                sums += held.dense([moments.sums.new_empty(0, moments.size)])
         first_pass = self._seen_before is None
         return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
 
@@ -282,7 +281,7 @@ class WideMeter(LayerMeter):
         carried = score
         if tangents is not None:
             carried = torch.stack([projected(tangent, projection) for tangent in tangents])
-        self._held_features[half].add(condition, features, score)
+        self._held_features[half].add(condition, features)
         moments.update(condition, features, carried=carried)
         if self._paired:
             waiting = self._waiting[half]
@@ -346,16 +345,14 @@ class WideMeter(LayerMeter):
     def _squares(self, half: int, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
         """How r r^T varies over the folds of a half, see `spread_of_squares`."""
         W = curve.readout_of(len(index))
-        rows, folds, scores = [], [], []
-        for numbers, features, *score in self._held_features[half].kept():
+        rows, folds = [], []
+        for numbers, features in self._held_features[half].kept():
             fold = (numbers % self._folds).to(features.device)
             rows.append(about_fold_means(features[:, index] @ W, fold, self._folds))
             folds.append(fold)
-            scores += [about_fold_means(s, fold, self._folds) for s in score]
-        all_scores = torch.cat(scores) if scores else None
-        kept = kept_squares(curve, len(index), torch.cat(rows), all_scores)
-        within = self.measured[half].within
-        return spread_of_squares(kept, torch.cat(folds), self._folds, within)
+        return spread_of_squares(
+            torch.cat(rows), torch.cat(folds), self._folds, curve.statistics.dof
+        )
 
     def _ridge(self, half: int, setting: RidgeSetting) -> torch.Tensor:
         """The ridge [k] of the features in the space of a half, relative to their variances: the

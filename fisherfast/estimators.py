@@ -52,6 +52,10 @@ behind."""
 LEAST_GAIN = 0.01
 """Of the standard error of J: a smaller gain changes nothing that anybody could see."""
 
+ENTRY_ERRORS = 4.5
+"""The same for a lift to be used at all: the best of `GAIN_POINTS` sizes, with an error from 16
+folds, exceeds it by chance in one of a thousand layers."""
+
 GAIN_POINTS = 64
 """Sizes k that are compared with each other."""
 
@@ -422,7 +426,8 @@ def linear_readout(
 
 
 def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
-    r"""The smallest k >= first that no larger k' beats significantly, for any parameter.
+    r"""The smallest k >= first that no larger k' beats significantly, for any parameter; the first
+    one where none beats it clearly.
 
     Significantly means by more than `GAIN_ERRORS` standard errors *of the gain* J(k') - J(k), not
     of J: both share the noise of their common features, and a gain of 1 % can be certain where J
@@ -451,6 +456,7 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     own = torch.diagonal(curve.stderr, dim1=1, dim2=2)[grid]
     error = (jackknife + covariance).sqrt().maximum(LEAST_GAIN * own[:, None])
     beaten = gain > GAIN_ERRORS * error
+    beaten[0] &= bool((gain[0] > ENTRY_ERRORS * error[0]).any())
     later = torch.ones_like(gain[..., 0], dtype=torch.bool).triu(1)
     enough = ~(beaten.any(-1) & later).any(1)
     chosen = int(grid[enough][0]) + 1

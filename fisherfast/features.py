@@ -171,6 +171,11 @@ class Lift:
         """Lifted features [n, k] of raw ones [n, d]."""
         return ops.lift(z @ self.weight.T, self.bias, self.pilot, slope=self.slope)[0]
 
+    def slopes(self, z: torch.Tensor) -> torch.Tensor:
+        """Derivatives [n, k] of the leaky ReLU at raw features [n, d]: PyTorch's at the kink."""
+        above = torch.addmm(self.bias, z, self.weight.T) > 0
+        return torch.where(above, 1.0, self.slope).to(z)
+
     def to(self, dtype: torch.dtype) -> Lift:
         """The same features in another dtype."""
         return Lift(self.weight.to(dtype), self.bias.to(dtype), self.pilot.to(dtype), self.slope)

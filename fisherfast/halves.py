@@ -126,23 +126,29 @@ def joined(
         effective_dim=float(mean_of([half.at_chosen("effective_dim") for half in halves])),
         plateau=all(half.plateau for half in halves),
         error_covariance=pack_covariance(mean_of(errors) / 2),
-        replicates=_replicates_of_mean(halves),
+        replicates=_replicates(halves),
         carried=all(half.carried for half in halves),
     )
 
 
-def _replicates_of_mean(halves: Sequence[HalfFit]) -> torch.Tensor:
-    """The mean of the halves without each fold [F, P, P]: even folds are those of even samples.
-    Empty where they are not known."""
-    J = mean_of([half.at_chosen("J") for half in halves])
+def _replicates(halves: Sequence[HalfFit]) -> torch.Tensor:
+    """The mean of the halves without each fold [F, P, P]; empty where they are not known."""
     ordered = sorted(halves, key=lambda half: half.half)
     known = [half.replicates for half in ordered if half.replicates is not None]
     if len(known) < len(halves):
-        return J.new_empty(0, *J.shape)
-    changes = torch.stack([one.cpu() - one.cpu().mean(0) for one in known], 1) / 2
+        J = halves[0].at_chosen("J")
+        return J.new_empty(0, *J.shape).cpu()
+    return replicates_of_mean(known)
+
+
+def replicates_of_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean of both halves without each fold [F, P, P], of replicates [F / 2, P, P] of even and
+    of odd samples: even folds are those of even samples."""
+    means = torch.stack([part.mean(0) for part in parts])
+    changes = (torch.stack(list(parts), 1) - means) / 2
     folds = 2 * len(changes)  # a jackknife over these, where each half had one over its own
     scale = math.sqrt((folds / 2 - 1) / (folds / 2) * folds / (folds - 1))
-    return J + changes.flatten(0, 1) * scale
+    return (means.mean(0) + changes.flatten(0, 1) * scale).cpu()
 
 
 def mean_of(values: list[torch.Tensor]) -> torch.Tensor:

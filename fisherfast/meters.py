@@ -31,8 +31,7 @@ from fisherfast.information_map import has_map, is_mapped
 from fisherfast.maps import MapMoments
 from fisherfast.marginal import SINGULAR, pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
-from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, spread_of_squares
-from fisherfast.reservoir import KeptSamples
+from fisherfast.replicates import HeldSamples, Readout
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, RidgeSetting
 from fisherfast.taps import Site
@@ -142,7 +141,7 @@ class LayerMeter:
     dictionary: FeatureDictionary
     moments: FoldMoments
     map: MapMoments | None = None
-    _held: KeptSamples | None = None
+    _held: HeldSamples | None = None
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -191,12 +190,7 @@ class LayerMeter:
         self.moments = FoldMoments(
             size, data.conditions, device=standardisation.mean.device, **streams
         )
-        self._held = KeptSamples(
-            data.conditions,
-            KEPT_SAMPLES // data.conditions,
-            block=settings["folds"],
-            dtype=self._dtype,
-        )
+        self._held = HeldSamples(data, settings["folds"], self.dictionary.raw, self._dtype)
         self._prepare_map(standardisation, data.conditions, settings, streams)
 
     def observe(
@@ -222,7 +216,7 @@ class LayerMeter:
         if tangents is not None:
             carried = self.dictionary.raw_tangents(rows_of(tangents, 1), raw)
         if self._held is not None and not moments.known:
-            self._held.add(condition, raw)
+            self._held.add(condition, raw, carried)
         moments.update(condition, raw, self._lift(), carried)
         self._fit = None
         if moments.paired:
@@ -259,8 +253,7 @@ class LayerMeter:
         if self.moments.known:
             return sums
         if self._held is not None:
-            like = self.moments.sums.new_empty(0, self.dictionary.raw, dtype=self._dtype)
-            sums += self._held.dense([like])
+            sums += self._held.dense(self.moments.sums.device)
         return sums if self.map is None else sums + self.map.shared_sums()
 
     def learned(self) -> list[torch.Tensor]:
@@ -343,30 +336,48 @@ class LayerMeter:
         lift = self.dictionary.lift
         return len(lift) > 0 and lift.weight.dtype == torch.float32
 
-    def held_readout(
-        self, W: torch.Tensor, index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers W^T f [m, P] of the samples that were kept, about the mean of their condition and
-        fold, and their folds [m].
+    def readout(self, W: torch.Tensor, index: torch.Tensor) -> Readout:
+        """How raw features are read.
 
         Args:
-            W: [k, P] readout.
+            W: [k, P].
             index: int64 [k] numbers of the features that it reads.
         """
-        if self._held is None:
-            return W.new_zeros(0, W.shape[1]), torch.zeros(0, dtype=torch.int64)
         full = W.new_zeros(self.moments.size, W.shape[1])
         full[index] = W
-        raw, count, lift = self.dictionary.raw, self.moments.folds, self._lift()
-        rows, folds = [], []
-        for numbers, z in self._held.kept():
-            fold = (numbers % count).to(z.device)
-            r = z.double() @ full[:raw]
-            if bool(full[raw:].any()):
-                r += lift(z.to(lift.weight.dtype)).double() @ full[raw:]
-            rows.append(about_fold_means(r, fold, count))
-            folds.append(fold)
-        return torch.cat(rows), torch.cat(folds)
+        raw, lift = self.dictionary.raw, self._lift()
+        lifted = bool(full[raw:].any())
+
+        def read(
+            z: torch.Tensor, tangents: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            u = z.double() @ full[:raw]
+            moved = None if tangents is None else tangents.double() @ full[:raw]
+            if not lifted:
+                return u, moved
+            narrow = z.to(lift.weight.dtype)
+            u += lift(narrow).double() @ full[raw:]
+            if tangents is not None and moved is not None:
+                slopes = lift.slopes(narrow)[:, None] * (tangents.to(narrow) @ lift.weight.T)
+                moved += slopes.double() @ full[raw:]
+            return u, moved
+
+        return read
+
+    def replicates(self, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
+        """J of the features in index [k] without each fold [F, P, P]; empty where no samples were
+        kept."""
+        J, k = curve.J[-1], len(index)
+        if self._held is None:
+            return J.new_empty(0, *J.shape)
+        read = self.readout(curve.readout_of(k), index)
+        return self._held.replicates(curve, k, read, min(self.moments.seen))
+
+    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
+        """V of the score without each fold [F, P, P]."""
+        if self._held is None:
+            return V.new_empty(0, *V.shape)
+        return self._held.replicates_of_score(V, min(self.moments.seen))
 
     def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         """J, its errors and bounds, after the last pass."""
@@ -466,9 +477,6 @@ def estimate_layer(
     index = fit.alive[:chosen]
     halves = [moments.statistics(contrast, half).select(index) for half in (0, 1)]
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
-    squares = spread_of_squares(
-        *meter.held_readout(curve.readout_of(chosen), index), moments.folds, whole.dof
-    )
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
     errors = curve.error_covariance(chosen)
@@ -492,7 +500,7 @@ def estimate_layer(
         compressed=dictionary.kind == "sketch",
         carried=fit.carried(chosen),
         rounding=max(SINGULAR, curve.rounding(chosen, torch.finfo(meter._dtype).eps)),
-        replicates=fold_replicates(curve, chosen, squares).cpu(),
+        replicates=meter.replicates(curve, index).cpu(),
         error_covariance=pack_covariance(errors).cpu(),
     )
     if not layer.carried:
@@ -518,14 +526,6 @@ def _loss_by_ridge(meter: LayerMeter, fit: Fit) -> list[str]:
     if worst <= RIDGE_LOSS:
         return []
     return [f'the ridge takes {worst:.0%} of the linear information: ridge="auto" takes none']
-
-
-def about_fold_means(rows: torch.Tensor, folds: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows [m, P] less the mean of their fold, scaled so that their square is unbiased."""
-    sizes = torch.bincount(folds, minlength=count).to(rows)[:, None]
-    means = rows.new_zeros(count, rows.shape[1]).index_add_(0, folds, rows) / sizes.clamp_min(1)
-    scale = (sizes / (sizes - 1).clamp_min(1)).sqrt()
-    return (rows - means[folds]) * scale[folds]
 
 
 def score_note(meter: LayerMeter) -> str | None:
@@ -607,12 +607,11 @@ def score_information(layer: LayerFisher, meter: LayerMeter) -> LayerFisher:
         for moments in meter.parts
         if moments.carried is not None
     ]
-    ordered = torch.stack([score.folds for score in scores if score is not None], 1).cpu()
-    folds = ordered.flatten(0, 1)
-    count, V = len(folds), folds.mean(0)
-    replicates = V - (folds - V) / (count - 1)
-    errors = jackknife_covariance(replicates)
+    folds = torch.cat([score.folds for score in scores if score is not None])
+    V = folds.mean(0)
+    errors = jackknife_covariance(V - (folds - V) / (len(folds) - 1)).cpu()
     stderr = torch.einsum("pqpq->pq", errors).sqrt()
+    V = V.cpu()
     return replace(
         layer,
         J=V,
@@ -622,7 +621,7 @@ def score_information(layer: LayerFisher, meter: LayerMeter) -> LayerFisher:
         naive=V,
         plateau=True,
         carried=True,
-        replicates=replicates,
+        replicates=meter.replicates_of_score(V),
         error_covariance=pack_covariance(errors),
     )
 

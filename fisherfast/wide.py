@@ -26,14 +26,13 @@ from fisherfast.estimators import (
     independent_features,
 )
 from fisherfast.features import MAX_WIDTH
-from fisherfast.halves import HalfFit, dealt_to_halves, joined
+from fisherfast.halves import HalfFit, dealt_to_halves, joined, replicates_of_mean
 from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
 from fisherfast.meters import (
     NO_TANGENTS,
     NOT_CARRIED,
     LayerMeter,
     UnmeasuredError,
-    about_fold_means,
     carried_by,
     curve_points,
     no_information,
@@ -41,10 +40,9 @@ from fisherfast.meters import (
     worst_dof,
 )
 from fisherfast.moments import FoldMoments, FoldStatistics
-from fisherfast.replicates import KEPT_SAMPLES, fold_replicates, spread_of_squares
-from fisherfast.reservoir import KeptSamples
+from fisherfast.replicates import HeldSamples
 from fisherfast.results import LayerFisher, finite_step_note
-from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge, relative_rounding
+from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge
 from fisherfast.taps import Site
 
 __all__ = ["WideMeter", "too_wide"]
@@ -130,7 +128,7 @@ class WideMeter(LayerMeter):
         self._noise_variance = standardisation.noise**2 * (
             standardisation.mean.square() + standardisation.scale.square().reciprocal()
         )
-        self._paired, self._carried = data.paired, carried_by(data)
+        self._data, self._paired, self._carried = data, data.paired, carried_by(data)
         self._conditions, self._parameters = data.conditions, data.parameters
         self._folds = folds_of_half(settings["folds"])
         steps = max(min(KRYLOV_VECTORS, settings["max_features"] // data.parameters), 1)
@@ -190,7 +188,7 @@ class WideMeter(LayerMeter):
                 continue
             before = None if first is None else len(range(half, first, 2))
             self.measured[1 - half].skip(condition, count, first=before)
-            self._held_features[1 - half].skip(condition, count)
+            self._halves_held[1 - half].skip(condition, count)
         self._seen[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:
@@ -198,8 +196,7 @@ class WideMeter(LayerMeter):
         sources = self.measured or self.spaces
         sums = [part for source in sources for part in source.shared_sums()]
         if self.measured:
-            for held, moments in zip(self._held_features, self.measured, strict=True):
-                sums += held.dense([moments.sums.new_empty(0, moments.size)])
+            sums += [part for h in self._halves_held for part in h.dense(self._mean.device)]
         first_pass = self._seen_before is None
         return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
 
@@ -260,10 +257,9 @@ class WideMeter(LayerMeter):
             )
             for projection in self._projections
         ]
-        capacity = KEPT_SAMPLES // (2 * self._conditions)
-        self._held_features = [
-            KeptSamples(self._conditions, capacity, block=self._folds, dtype=torch.float64)
-            for _ in range(2)
+        self._halves_held = [
+            HeldSamples(self._data, self._folds, len(projection), torch.float64, share=0.5)
+            for projection in self._projections
         ]
 
     def _measure(
@@ -281,7 +277,7 @@ class WideMeter(LayerMeter):
         carried = score
         if tangents is not None:
             carried = torch.stack([projected(tangent, projection) for tangent in tangents])
-        self._held_features[half].add(condition, features)
+        self._halves_held[half].add(condition, features, carried)
         moments.update(condition, features, carried=carried)
         if self._paired:
             waiting = self._waiting[half]
@@ -336,23 +332,30 @@ class WideMeter(LayerMeter):
             zip(fits, reversed(sizes), strict=True)
         ):
             chosen = min(chosen, len(index))
-            squares = self._squares(half, curve, index[:chosen])
-            replicates = fold_replicates(curve, chosen, squares)
+            replicates = self._replicates(half, curve, index[:chosen])
             own = ridges[half][index]
             halves.append(HalfFit(curve, index, chosen, plateau, own, 1 - half, replicates))
         return halves
 
-    def _squares(self, half: int, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
-        """How r r^T varies over the folds of a half, see `spread_of_squares`."""
+    def _replicates(self, half: int, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
+        """J of the features in index without each fold of a half."""
         W = curve.readout_of(len(index))
-        rows, folds = [], []
-        for numbers, features in self._held_features[half].kept():
-            fold = (numbers % self._folds).to(features.device)
-            rows.append(about_fold_means(features[:, index] @ W, fold, self._folds))
-            folds.append(fold)
-        return spread_of_squares(
-            torch.cat(rows), torch.cat(folds), self._folds, curve.statistics.dof
-        )
+
+        def read(
+            features: torch.Tensor, tangents: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return features[:, index] @ W, None if tangents is None else tangents[..., index] @ W
+
+        samples = min(self.measured[half].seen)
+        return self._halves_held[half].replicates(curve, len(index), read, samples)
+
+    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
+        """V of the score without each fold [F, P, P]."""
+        parts = [
+            held.replicates_of_score(V.to(self._mean), min(moments.seen)).cpu()
+            for held, moments in zip(self._halves_held, self.measured, strict=True)
+        ]
+        return replicates_of_mean(parts[::-1])
 
     def _ridge(self, half: int, setting: RidgeSetting) -> torch.Tensor:
         """The ridge [k] of the features in the space of a half, relative to their variances: the
@@ -361,8 +364,9 @@ class WideMeter(LayerMeter):
         variance = moments.variances()
         if setting != AUTO:
             return torch.full_like(variance, setting)
-        mean = moments.sums.sum((0, 1)) / sum(moments.seen)
-        products = relative_rounding(self._dtype) ** 2 * (mean.square() + variance)
+        size = self._noise_variance.sqrt() / 4  # products are off by a few units in the last place
+        weights = self._projections[half]
+        products = torch.stack([weight.abs().double() @ size for weight in weights]).square()
         return raw_ridge(variance, self._of_activations(half, self._noise_variance) + products)
 
     def _affordable(self, half: int, dof: float) -> torch.Tensor:

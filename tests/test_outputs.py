@@ -277,7 +277,7 @@ def test_one_floating_output_beside_others(others):
     assert any(alias.startswith("output[") for alias in flow["output"].aliases)
     assert flow["output"].kind == "Linear"
     assert torch.equal(flow["output"].J, measure(nn.Sequential(model.fc))["output"].J)
-    record = ff.FisherMonitor(model, two_conditions(), max_features=16).step()
+    record = ff.FisherMonitor(model, sources()["paired"], max_features=16).step()
     assert record.transmission == record.flow.fractions()["output"]
 
 
@@ -365,7 +365,7 @@ def test_a_named_head_is_kept_in_the_settings_and_measured():
     assert flow.names == ["input", "output[1]", "output"]
     assert flow.settings["output"] == "output[1]"
     assert measure(model).settings["output"] is None
-    monitor = ff.FisherMonitor(model, two_conditions(), layers=[], output="output[1]")
+    monitor = ff.FisherMonitor(model, sources()["paired"], layers=[], output="output[1]")
     record = monitor.step()
     assert record.flow.settings["output"] == "output[1]"
     assert record.transmission == record.flow.fractions()["output[1]"] < 0.8
@@ -374,7 +374,7 @@ def test_a_named_head_is_kept_in_the_settings_and_measured():
 
 def test_a_named_head_is_measured_on_training_samples_too():
     """Catches training samples measured in another output than held-out ones."""
-    held_out, training = two_conditions(), two_conditions(seed=1)
+    held_out, training = sources()["paired"], sources()["pathwise"]
     options = {"training_data": training, "max_features": 16, "output": "output[1]"}
     record = ff.FisherMonitor(Returns(halves), held_out, **options).step()
     assert "output[1]" in record.training_flow

@@ -77,6 +77,19 @@ def test_pathwise_pairs_have_the_sample_first(form):
     assert torch.equal(got.tangents, dx)
 
 
+@pytest.mark.parametrize("cls", [ff.Pathwise, ff.Score])
+def test_a_list_of_batches_has_no_known_length(cls):
+    """Catches the number of batches that passes for that of samples: too few, and refused."""
+    x = numbers(2000, 4)
+    companion = torch.ones(2000, 1, 4) if cls is ff.Pathwise else x.sum(1)
+    whole = cls(TensorDataset(x, companion))
+    batches = cls(list(zip(x.split(400), companion.split(400), strict=True)))
+    assert (whole.samples(0), batches.samples(0)) == (2000, None)
+    one, other = (ff.fisher_information(data, batch_size=400) for data in (whole, batches))
+    assert other.samples == 2000
+    torch.testing.assert_close(one.linear, other.linear, rtol=1e-6, atol=0)
+
+
 def test_numpy_is_read_without_a_change():
     """Catches a cast on the way."""
     x, dx = numbers(N, 4).double().numpy(), numbers(P, N, 4).double().numpy()

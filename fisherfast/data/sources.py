@@ -164,6 +164,8 @@ def count(source: Source) -> int | None:
     if isinstance(source, torch.utils.data.DataLoader):
         return _count_of_loader(source)
     sized: Any = getattr(source, "dataset", source)
+    if isinstance(sized, Iterable) and not isinstance(sized, torch.utils.data.Dataset):
+        return None  # the length of a list of batches is their number
     try:
         return len(sized)
     except TypeError:

@@ -1,0 +1,175 @@
+"""Layers whose covariance is singular or badly scaled: copies, sums, constants, single live ones.
+
+They say nothing that the layer without them does not: same J, finite numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fisherfast as ff
+
+SOURCES = ["paired", "tangents", "scores", "independent"]
+DIM, HIDDEN = 6, 4
+DTHETA = 0.1
+RAW_ONLY = 1  # max_features below the width: no lift, which differs between layers
+
+
+def data(source: str, n: int = 4000, seed: int = 0):
+    """White noise moved along (1, .., 1): J = 6."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, DIM, generator=generator)
+    if source == "tangents":
+        return ff.Pathwise(x, torch.ones(1, n, DIM))
+    if source == "scores":
+        return ff.Score(x, x.double().sum(1))
+    other = x if source == "paired" else torch.randn(n, DIM, generator=generator)
+    minus, plus = x - DTHETA / 2, other + DTHETA / 2
+    return ff.FiniteDifference(minus, plus, DTHETA, paired=source == "paired")
+
+
+class Mix(nn.Module):
+    """x -> W x, then columns made from it."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        weight = torch.randn(HIDDEN, DIM, generator=torch.Generator().manual_seed(1))
+        self.weight = nn.Parameter(weight)
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x @ self.weight.T)
+
+
+COPIES = {
+    "copy": lambda z: torch.cat([z, z[:, :1]], 1),
+    "copies first": lambda z: torch.cat([z[:, 2:], z], 1),
+    "all twice": lambda z: torch.cat([z, z], 1),
+    "negated": lambda z: torch.cat([z, -z[:, 1:2]], 1),
+    "twice as large": lambda z: torch.cat([z, 2 * z[:, :2]], 1),
+    "sum": lambda z: torch.cat([z, z.sum(1, keepdim=True)], 1),
+    "sums": lambda z: torch.cat([z, z[:, :2] - 0.3 * z[:, 2:], z @ torch.ones(4, 3)], 1),
+    "constant": lambda z: torch.cat([z, torch.full_like(z[:, :2], 3.0)], 1),
+    "zero": lambda z: torch.cat([torch.zeros_like(z[:, :2]), z], 1),
+}
+SCALES = {
+    "1e12": lambda z: z * torch.tensor([1.0, 1e12, 1e4, 1e8]),
+    "1e-12": lambda z: z * torch.tensor([1e-12, 1.0, 1e-6, 1e-3]),
+    "1e-6 to 1e6": lambda z: z * torch.tensor([1e-6, 1e-2, 1e2, 1e6]),
+    "copy of another scale": lambda z: torch.cat([z, 1e12 * z[:, :1]], 1),
+}
+
+
+def linear(source: str, make):
+    return ff.fisher_flow(Mix(make), data(source), max_features=RAW_ONLY)["output"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", [*COPIES, *SCALES])
+def test_what_adds_nothing_changes_nothing(source, name):
+    """Equal to the layer without it within a thousandth of the error: the samples are the same, so
+    chance has no part in it. Catches a copy that is counted as information (sums of float32 differ
+    by rounding, which is no signal), and a ridge that is not relative to each activation."""
+    plain = linear(source, lambda z: z)
+    found = linear(source, {**COPIES, **SCALES}[name])
+    assert found.J.isfinite().all()
+    assert found.stderr.isfinite().all()
+    assert found.lower.isfinite().all()
+    assert abs(found.value - plain.value) < 1e-3 * float(plain.stderr)
+    assert float(found.stderr) == pytest.approx(float(plain.stderr), rel=1e-2)
+    assert found.status == plain.status
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", [*COPIES, *SCALES])
+def test_with_a_lift(source, name):
+    """The lift of a singular layer: no more than the input has beyond 4 errors,
+    and no less than 0.9 of what the layer without the copy shows."""
+    plain = ff.fisher_flow(Mix(lambda z: z), data(source), max_features=64)["output"]
+    model = Mix({**COPIES, **SCALES}[name])
+    found = ff.fisher_flow(model, data(source), max_features=64)["output"]
+    assert found.J.isfinite().all()
+    assert found.stderr.isfinite().all()
+    errors = float(found.stderr)
+    assert found.value < DIM + 4 * errors
+    assert abs(found.value - plain.value) < 0.02 * DIM + 4 * errors
+    assert errors < 2 * float(plain.stderr) + 0.02 * DIM
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_constant_layer(source):
+    """J = 0, known exactly; nothing after it can have more."""
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return x * 0 + 2
+
+    flow = ff.fisher_flow(
+        nn.Sequential(nn.Linear(DIM, 3), Constant(), nn.Linear(3, 2)), data(source)
+    )
+    for name in ("1", "output"):
+        info = flow[name]
+        assert info.value == 0
+        assert float(info.stderr) == 0
+        assert info.dropped == info.dim
+        assert info.feature_kind == "none"
+    assert flow.fractions()["output"] == 0
+    assert flow["input"].value > 5
+    str(flow)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_single_live_activation(source):
+    """One of eight activations is alive: J of it alone, 6 (w . 1)^2 / (6 |w|^2)."""
+    layer = nn.Linear(DIM, 8)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[3] = torch.tensor([1.0, 2, 0, 1, 0, -1])
+    info = ff.fisher_flow(nn.Sequential(layer, nn.ReLU(), nn.Identity()), data(source))["0"]
+    truth = 3**2 / 7
+    assert info.dropped >= 7
+    assert abs(info.value - truth) < 4 * float(info.stderr) + 0.01 * truth
+    assert abs(float(info.linear) - truth) < 4 * float(info.linear_stderr)
+    assert math.isfinite(float(info.lower))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_relu_that_fires_in_one_sample_of_thousands(source):
+    """A rare feature: its error may be large, J may not be above the input by more than 5 errors
+    while the table says "resolved"."""
+    layer = nn.Linear(DIM, 5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(DIM)[:5])
+        layer.bias.copy_(torch.tensor([-3.4, 0.0, 0.0, -3.3, 0.0]))
+    flow = ff.fisher_flow(nn.Sequential(layer, nn.ReLU()), data(source), max_features=32)
+    info = flow["output"]
+    assert info.J.isfinite().all()
+    assert info.value < DIM + 5 * float(info.stderr) or info.status != "resolved"
+
+
+@pytest.mark.parametrize("others", ["integers", "none", "both"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_integers_and_none_beside_floating_outputs(source, others):
+    """ "output" is what is floating: J as without the rest."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(DIM, 2)
+
+        def forward(self, x):
+            z = self.layer(x)
+            if others == "none":
+                return z, None
+            index = z.argmax(1)
+            return (z, index) if others == "integers" else {"z": z, "index": index, "state": None}
+
+    model = Model()
+    flow = ff.fisher_flow(model, data(source), max_features=RAW_ONLY)
+    plain = ff.fisher_flow(model.layer, data(source), max_features=RAW_ONLY)
+    assert flow["output"].value == pytest.approx(plain["output"].value, rel=1e-6)

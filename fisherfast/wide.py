@@ -42,7 +42,7 @@ from fisherfast.meters import (
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.replicates import HeldSamples
 from fisherfast.results import LayerFisher, finite_step_note
-from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge, relative_rounding
+from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge
 from fisherfast.taps import Site
 
 __all__ = ["WideMeter", "too_wide"]
@@ -364,8 +364,9 @@ class WideMeter(LayerMeter):
         variance = moments.variances()
         if setting != AUTO:
             return torch.full_like(variance, setting)
-        mean = moments.sums.sum((0, 1)) / sum(moments.seen)
-        products = relative_rounding(self._dtype) ** 2 * (mean.square() + variance)
+        size = self._noise_variance.sqrt() / 4  # products are off by a few units in the last place
+        weights = self._projections[half]
+        products = torch.stack([weight.abs().double() @ size for weight in weights]).square()
         return raw_ridge(variance, self._of_activations(half, self._noise_variance) + products)
 
     def _affordable(self, half: int, dof: float) -> torch.Tensor:

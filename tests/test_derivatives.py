@@ -145,7 +145,7 @@ def test_growing_gives_the_same(kind, lift):
     """Catches sums of known features that are added twice, or a score counted twice."""
     small = FoldMoments(D + 5, 1, folds=FOLDS, **{kind: P})
     small.update(0, numbers(N, D), lift.leading(5), carried(kind))
-    grown = small.grown(K)
+    grown = small.grown(K, small.sums.shape[-1])
     grown.update(0, numbers(N, D), lift, carried(kind))
     whole = accumulate(kind, lift)
     got, expected = grown.statistics(NO_STEP), whole.statistics(NO_STEP)
@@ -204,7 +204,7 @@ def test_sketch_groups_tangents_as_activations():
     x, dx = numbers(40, d), numbers(1, 40, d, seed=1)
     pilot = PilotMoments()
     pilot.update(x)
-    dictionary = FeatureDictionary(pilot.standardisation(), 16, dtype=torch.float64)
+    dictionary = FeatureDictionary(pilot.standardisation(), 16, dtype=torch.float64, groups=16)
     assert dictionary.kind == "sketch"
     moved = dictionary.raw_features(x + step * dx[0]) - dictionary.raw_features(x)
     torch.testing.assert_close(dictionary.raw_tangents(dx)[0], moved / step, rtol=0, atol=1e-8)

@@ -97,7 +97,7 @@ def test_wide_layers_get_a_lift_to_judge_a_plateau_by():
 def test_very_wide_layers_are_sketched():
     """Catches a [d, d] matrix for a convolution layer; the sketch is linear in the activations."""
     x = torch.randn(40, MAX_WIDTH + 1)
-    dictionary = dictionary_of(x, 32)
+    dictionary = dictionary_of(x, 32, groups=32)
     assert (dictionary.kind, dictionary.raw, dictionary.size) == ("sketch", 32, 32)
     one, two = x[:20], x[20:]
     mean = dictionary((one + two) / 2)

@@ -589,9 +589,9 @@ def test_a_single_event():
         ({"seed": 2**63}, f"seed must be at least -2**63 and below 2**63, got {2**63}"),
         ({"folds": 0}, "folds must be even and at least 4, got 0"),
         ({"folds": -2}, "folds must be even and at least 4, got -2"),
-        ({"ridge": -1}, "ridge must be in [0, 1), got -1"),
-        ({"ridge": 1}, "ridge must be in [0, 1), got 1"),
-        ({"ridge": math.nan}, "ridge must be in [0, 1), got nan"),
+        ({"ridge": -1}, 'ridge must be "auto" or in [0, 1), got -1.0'),
+        ({"ridge": 1}, 'ridge must be "auto" or in [0, 1), got 1.0'),
+        ({"ridge": math.nan}, 'ridge must be "auto" or in [0, 1), got nan'),
     ],
 )
 def test_numbers_out_of_range(options, text):

@@ -27,6 +27,8 @@ MEASURE = {
     "uncertainty",
     "estimators",
     "batch_moments",
+    "replicates",
+    "ridge",
     "maps",
 }
 NUMBERS = {"comparison", "results", "status", "information_map", "marginal"}

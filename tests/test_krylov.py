@@ -309,7 +309,10 @@ def test_passes_must_bring_the_same_samples():
         (1000, int(LEAST_DOF * 500) + 1, False, False),  # both conditions together
         (1000, int(LEAST_DOF * 500) - 1, False, True),
         (1000, int(LEAST_DOF * 500) + 1, True, True),  # the same noise counts once
-        (512, 100, False, False),  # as many as features: more samples are asked for
+        (512, 100, False, True),  # narrow, but wide for its samples
+        (30, 17, False, False),
+        (30, 16, False, True),
+        (30, 17, True, True),
     ],
 )
 def test_when_a_layer_is_compressed(dim, samples, paired, expected):

@@ -492,8 +492,16 @@ TWINS = A[:, [0, 1, 0]]
             ValueError,
             "score must have shape [..., n, P] with [..., n] = [20], got [9, 3]",
         ),
-        (lambda f: f(A, B, 0.1, ridge=-1), ValueError, "ridge must be in [0, 1), got -1"),
-        (lambda f: f(A, B, 0.1, ridge="a"), TypeError, "ridge must be a number, got 'a'"),
+        (
+            lambda f: f(A, B, 0.1, ridge=-1),
+            ValueError,
+            'ridge must be "auto" or in [0, 1), got -1.0',
+        ),
+        (
+            lambda f: f(A, B, 0.1, ridge="a"),
+            TypeError,
+            "ridge must be \"auto\" or a number, got 'a'",
+        ),
         (
             lambda f: f(A[:3], B[:3], 0.1),
             ValueError,
@@ -536,7 +544,7 @@ TWINS = A[:, [0, 1, 0]]
             "z must be finite, got NaN or infinity",
         ),
         (
-            lambda f: f(TWINS, TWINS, 0.1),
+            lambda f: f(TWINS, TWINS, 0.1, ridge=0),
             ValueError,
             "covariance must be positive definite, got a singular one at feature 3 of 3: add a"
             " ridge (now 0.0), or drop features that are linear in others",
@@ -549,9 +557,10 @@ def test_messages(call: Callable, error: type[Exception], text: str):
         call(ff.linear_fisher)
 
 
-def test_twins_with_a_ridge_are_no_error():
+@pytest.mark.parametrize("ridge", ["auto", 1e-6])
+def test_twins_with_a_ridge_are_no_error(ridge):
     """Catches a ridge that does not do what the message promises."""
-    J = ff.linear_fisher(TWINS, TWINS + 0.1, 0.1, ridge=1e-6)
+    J = ff.linear_fisher(TWINS, TWINS + 0.1, 0.1, ridge=ridge)
     assert torch.isfinite(J).all()
 
 

@@ -193,8 +193,7 @@ def test_maps_of_processes_are_those_of_one(kind):
             moments.update(condition, x[condition, rows], extra)
 
     whole, *parts = (
-        MapMoments(torch.zeros(11, 2, 3, dtype=torch.float64), conditions, folds=FOLDS, **settings)
-        for _ in range(3)
+        MapMoments(pilot_of(66), (11, 2, 3), conditions, folds=FOLDS, **settings) for _ in range(3)
     )
     deal(whole, parts, conditions, add)
     parts[0].mirror_()
@@ -213,8 +212,7 @@ def test_krylov_spaces_of_processes_are_that_of_one(kind):
     process without a sample of its own that lists fewer sums."""
     conditions, _ = KINDS[kind]
     x, carried = normal(2, SAMPLES, 40) + 1, carried_by(kind, 40)
-    scale = torch.ones(40, dtype=torch.float64)
-    pilot = Standardisation(torch.zeros_like(scale), scale, scale > 0, 1e-12)
+    pilot = pilot_of(40)
 
     def add(space: KrylovSpace, rows: slice) -> None:
         extra = None if carried is None else carried[..., rows, :]
@@ -287,12 +285,18 @@ def test_a_pilot_of_one_process_keeps_its_bits():
         whole.update(rows)
     first.update(x[:20])
     second.update(x[20:])
-    merged.merge(20, first.parts(), first.rounding)
+    merged.merge(20, first.parts(), first.rounding, first.noise)
     assert torch.equal(merged.standardisation().scale, first.standardisation().scale)
-    merged.merge(30, second.parts(), second.rounding)
+    merged.merge(30, second.parts(), second.rounding, second.noise)
     torch.testing.assert_close(merged.standardisation().mean, x.mean(0))
     torch.testing.assert_close(merged.standardisation().scale, whole.standardisation().scale)
     assert merged.count == 50
+
+
+def pilot_of(width: int) -> Standardisation:
+    """Of activations with mean 0 and variance 1."""
+    scale = torch.ones(width, dtype=torch.float64)
+    return Standardisation(torch.zeros_like(scale), scale, scale > 0, 1e-12, 1e-12)
 
 
 def given(kind: str) -> tuple[Data, Counted | None]:

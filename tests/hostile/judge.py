@@ -24,6 +24,9 @@ FOLDS = 16  # of the library, by default
 # A violation must fail again with other noise and this many times the samples.
 MORE = 4
 
+# These are violations the first time: an exception, a result that is not a number.
+NEVER = ("measured", "finite")
+
 # What may be missing from J beside its error: the least share that users are promised, 0.97.
 MISSING = 0.03
 # Rounding that no error states; that of float32 tangents and sums at the largest conditions that
@@ -99,7 +102,8 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A first judgement, and the failures that came back on fresh noise with `MORE` samples."""
+    """A first judgement, and the failures that came back on fresh noise with `MORE` samples or that
+    no noise excuses."""
 
     first: Judgement
     violations: list[Check]
@@ -113,7 +117,8 @@ def verdict(problem: Problem) -> Verdict:
     failed = {(check.name, check.where) for check in first.failures}
     second = judge(problem, attempt=1, more=MORE)
     again = [check for check in second.failures if (check.name, check.where) in failed]
-    return Verdict(first, again)
+    lost = [check for check in first.failures if check.name in NEVER]
+    return Verdict(first, lost + again)
 
 
 def judge(problem: Problem, *, attempt: int = 0, more: int = 1) -> Judgement:

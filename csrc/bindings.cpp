@@ -130,7 +130,8 @@ template <typename T>
 LiftMomentsArgs<T> lift_moments_args(Address z, index_t row_stride, Address weight, Address bias,
                                      Address pilot, Address sums, Address cross, Address workspace,
                                      index_t rows, index_t dim, index_t lifted, index_t folds,
-                                     index_t halves, index_t first, index_t start, double slope) {
+                                     index_t halves, index_t first, index_t start, index_t size,
+                                     double slope) {
   return {pointer<const T>(z),
           row_stride,
           pointer<const T>(weight),
@@ -146,6 +147,7 @@ LiftMomentsArgs<T> lift_moments_args(Address z, index_t row_stride, Address weig
           halves,
           first,
           start,
+          size,
           static_cast<T>(slope)};
 }
 

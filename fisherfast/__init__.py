@@ -5,6 +5,7 @@ flow = ff.fisher_flow(model, ff.FiniteDifference(x_minus, x_plus, dtheta=0.06))
 
 from fisherfast import dual, ops, parameters, problems
 from fisherfast._version import __version__
+from fisherfast.comparison import LayerComparison
 from fisherfast.data import FiniteDifference, Pathwise, Score, Shard, Simulator
 from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
@@ -23,6 +24,7 @@ __all__ = [
     "FisherWarning",
     "InformationLoss",
     "InformationMap",
+    "LayerComparison",
     "LayerFisher",
     "MarginalFisher",
     "Pathwise",

@@ -166,16 +166,19 @@ class Agreement:
         if self._ranks is None or self.share is None or self.share.turns > 1:
             return
         doing = "joining the first samples"
-        own = [[meter.pilot.count * counts, meter.pilot.rounding] for meter in meters]
+        own = [
+            [meter.pilot.count * counts, meter.pilot.rounding, meter.pilot.noise]
+            for meter in meters
+        ]
         merged = [PilotMoments() for _ in meters]
         for rank, states in enumerate(self._ranks.exchange(doing, own)):
-            if not any(count for count, _ in states):
+            if not any(count for count, *_ in states):
                 continue
             parts = [meter.pilot.parts() * (rank == self._ranks.rank) for meter in meters]
             self._ranks.add_up(doing, parts)
-            for pilot, part, (count, rounding) in zip(merged, parts, states, strict=True):
+            for pilot, part, (count, *relative) in zip(merged, parts, states, strict=True):
                 if count:
-                    pilot.merge(count, part, rounding)
+                    pilot.merge(count, part, *relative)
         for meter, pilot in zip(meters, merged, strict=True):
             meter.pilot = pilot
 

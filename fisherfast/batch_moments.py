@@ -7,7 +7,7 @@ gradient. The formulas are the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from fisherfast import ops
 from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.estimators import SingularCovarianceError
+from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge, relative_rounding
 
 __all__ = [
     "BatchMoments",
@@ -35,7 +36,7 @@ ROUNDING = 1e-13
 """Spread relative to its mean below which an output is constant: the mean of equal numbers is off
 by up to 1e-15 of them, and what is left would pass for a spread."""
 
-Outputs = Tensor | Sequence[Tensor]
+Outputs = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class BatchMoments:
         noise: [P] c = (1/n_minus + 1/n_plus) / dtheta^2 of independent conditions, whose J without
             correction is too large by c k; None for the other sources.
         score: [..., P, P] covariance of the score; None for the other sources.
+        rounding: spread relative to its size that rounding may have added to an output.
     """
 
     mean: Tensor
@@ -58,6 +60,19 @@ class BatchMoments:
     dof: Tensor
     noise: Tensor | None = None
     score: Tensor | None = None
+    rounding: float = 0.0
+
+    def ridge(self, setting: RidgeSetting) -> Tensor:
+        """The ridge of each output [..., k], relative to its variance; no gradient passes."""
+        variance = self.covariance.diagonal(dim1=-2, dim2=-1).detach()
+        if setting != AUTO:
+            return torch.full_like(variance, setting)
+        return raw_ridge(variance, self.rounding**2 * (self.mean.detach().square() + variance))
+
+    def ridged(self, setting: RidgeSetting) -> Tensor:
+        """The covariance [..., k, k] with its ridge."""
+        variance = self.covariance.diagonal(dim1=-2, dim2=-1)
+        return self.covariance + (self.ridge(setting) * variance).diag_embed()
 
 
 def batch_moments(
@@ -70,6 +85,19 @@ def batch_moments(
     corrected: bool,
 ) -> BatchMoments:
     """The moments of the source that the arguments tell."""
+    moments = _moments_of_source(z, z_plus, dtheta, tangents, score, paired, corrected)
+    return replace(moments, rounding=_rounding(z))
+
+
+def _moments_of_source(
+    z: Outputs,
+    z_plus: Outputs | None,
+    dtheta: float | Sequence[float] | None,
+    tangents: Tensor | None,
+    score: Tensor | None,
+    paired: bool,
+    corrected: bool,
+) -> BatchMoments:
     given = {"z_plus": z_plus, "tangents": tangents, "score": score}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
@@ -169,6 +197,12 @@ def _of_score(z: Tensor, score: Tensor) -> BatchMoments:
     return BatchMoments(mean, scatter / dof, derivative, nu, score=centred.mT @ centred / dof)
 
 
+def _rounding(z: Outputs) -> float:
+    """Of the first tensor: all are of one network."""
+    first = z if isinstance(z, Tensor) else z[0]
+    return relative_rounding(first.dtype)
+
+
 def _fold_number(n: int) -> int:
     return min(n, FOLDS, max(2, n // 2))
 
@@ -208,7 +242,7 @@ def _pair_inflation(conditions: list[Tensor]) -> Tensor:
 
 
 def batch_information(
-    moments: BatchMoments, ridge: float, corrected: bool
+    moments: BatchMoments, ridge: RidgeSetting, corrected: bool
 ) -> tuple[Tensor, Tensor]:
     """J [..., P, P] without and with correction (without, twice, if none is asked for).
 
@@ -226,8 +260,8 @@ def batch_information(
             f" {float(nu.min()):.3g}: use more samples or fewer outputs"
         )
     columns = moments.folds.movedim(-3, -2).reshape(*systems, size, folds * parameters)
-    wanted = corrected and ridge > 0
-    solved = ops.fisher_solve_details(moments.covariance, columns, ridge=ridge, inverse_rows=wanted)
+    wanted = corrected and ridge != 0
+    solved = ops.fisher_solve_details(moments.ridged(ridge), columns, inverse_rows=wanted)
     if bool((solved.info.bool() | _constant(moments).any(-1)).any()):
         raise _failure(moments, solved.info, ridge)
     products = solved.fisher.reshape(*systems, folds, parameters, folds, parameters)
@@ -235,7 +269,10 @@ def batch_information(
     naive = total / folds**2
     if not corrected:
         return naive, naive
-    effective = size - ridge * solved.inverse_rows.sum(-1) if wanted else nu.new_tensor(size)
+    effective = nu.new_tensor(size)
+    if wanted:  # counted with the largest share: where these differ, all of them are tiny
+        added = moments.ridge(ridge).amax(-1, keepdim=True)
+        effective = size - (added / (1 + added) * solved.inverse_rows).clamp(0, 1).sum(-1)
     shrink = ((nu - effective - 1) / nu)[..., None, None]
     if moments.score is not None:
         residual = moments.score - naive
@@ -252,7 +289,7 @@ def _constant(moments: BatchMoments) -> Tensor:
     return variance <= (ROUNDING * moments.mean).square()
 
 
-def _failure(moments: BatchMoments, info: Tensor, ridge: float) -> ValueError:
+def _failure(moments: BatchMoments, info: Tensor, ridge: RidgeSetting) -> ValueError:
     """What is wrong with the first system that failed."""
     size = moments.covariance.shape[-1]
     if not bool(torch.isfinite(moments.covariance).all()):
@@ -260,12 +297,19 @@ def _failure(moments: BatchMoments, info: Tensor, ridge: float) -> ValueError:
     constant = _constant(moments).reshape(-1, size).nonzero()[:, 1].tolist()
     if constant:
         return ValueError(f"outputs of z must vary, got a constant one: {constant[0]} of {size}")
-    return SingularCovarianceError(int(info[info > 0][0]), size, ridge)
+    return SingularCovarianceError(
+        int(info[info > 0][0]), size, 0.0 if ridge == AUTO else float(ridge)
+    )
 
 
 def _conditions(z: Outputs, name: str) -> list[Tensor]:
     """P tensors [..., n, k] of a tensor [n, k] or [..., P, n, k], or a list."""
-    if isinstance(z, list | tuple):
+    if isinstance(z, tuple):
+        raise TypeError(
+            f"{name} must be a tensor or a list of P of them, got a tuple: join several outputs of"
+            " a model with torch.cat(z, 1), or give one of them"
+        )
+    if isinstance(z, list):
         if not z:
             raise ValueError(f"{name} must hold at least one condition, got an empty list")
         return [_samples(part, f"{name}[{p}]") for p, part in enumerate(z)]

@@ -93,11 +93,11 @@ class DerivativeMoments(ABC):
         """Covariance of the score in the folds in columns; None for tangents."""
         return None
 
-    def grown(self, size: int) -> DerivativeMoments:
-        """For more features, of which the first are these. The same samples are then added again
+    def grown(self, size: int, known: int) -> DerivativeMoments:
+        """For more features, of which the first stay known. The same samples are then added again
         with ``known``; sums of the score itself are taken anew."""
         more = type(self)(self.parameters, size, folds=self.folds, device=self.sums.device)
-        more.sums[..., : self.sums.shape[-1]] = self.sums
+        more.sums[..., :known] = self.sums[..., :known]
         return more
 
     def merge(self, other: DerivativeMoments) -> None:

@@ -9,13 +9,13 @@ y_i^T are the linear Fisher information of the first k features, for every k at 
 
 from __future__ import annotations
 
-import numbers
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from fisherfast import ops
 from fisherfast.moments import FoldStatistics
+from fisherfast.ridge import LIFT_RIDGE, MOSTLY_RIDGE, with_ridge
 from fisherfast.score import score_estimate, score_theory
 from fisherfast.uncertainty import (
     covariance_covariance,
@@ -27,14 +27,12 @@ from fisherfast.uncertainty import (
 
 __all__ = [
     "FisherCurve",
-    "check_ridge",
     "choose_features",
     "cross_fitted_bound",
     "fisher_curve",
+    "independent_features",
+    "whitened",
 ]
-
-RIDGE = 1e-4
-"""Relative to the variance of each feature: as if noise of 1 % of its spread were added to it."""
 
 VARIANCE_FLOOR = 0.1
 """Variance below which a feature counts as rare, relative to the median feature of a half."""
@@ -51,26 +49,22 @@ GAIN_ERRORS = 2.0
 """Standard errors by which more features must raise J to be used: 1 would chase noise, 3 leave 1 %
 behind."""
 
+LEAST_GAIN = 0.01
+"""Of the standard error of J: a smaller gain changes nothing that anybody could see."""
+
+ENTRY_ERRORS = 4.5
+"""The same for a lift to be used at all: the best of `GAIN_POINTS` sizes, with an error from 16
+folds, exceeds it by chance in one of a thousand layers."""
+
 GAIN_POINTS = 64
 """Sizes k that are compared with each other."""
+
+SMALL_TRIANGLE = 128
+"""Rows of a triangle that is inverted by a plain solve."""
 
 SPARE_DOF = 4
 """Degrees of freedom beyond k_eff that the variance of an inverse covariance needs to exist (nu - k
 - 3 > 0)."""
-
-
-def check_ridge(ridge: float) -> float:
-    """The setting ridge as a float.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is not in [0, 1).
-    """
-    if not isinstance(ridge, numbers.Real):
-        raise TypeError(f"ridge must be a number, got {ridge!r}")
-    if not 0 <= ridge < 1:
-        raise ValueError(f"ridge must be in [0, 1), got {ridge}")
-    return float(ridge)
 
 
 @dataclass(frozen=True)
@@ -82,6 +76,10 @@ class FisherCurve:
         stderr: [K, P, P] its standard errors.
         naive: [K, P, P] Y^T Y, uncorrected.
         effective_dim: [K] k_eff, the features that count after the ridge.
+        ridge_share: [K] q_i, the part of whitened feature i that is ridge.
+        hidden: [K, P] information that may lie below the ridge, first order in q.
+        readout: [K, K] L^-1 in the scale of the features: whitened features are readout @ f.
+        half: [K, P] Y, the derivative of the whitened features.
         left_out: [K, F, P] diagonal of the fold statistic without each fold: the jackknife of a
             gain.
         useless: [K, P] the size M of 2 M^2 dk / nu^2, which dk features that add nothing add to the
@@ -95,6 +93,10 @@ class FisherCurve:
     stderr: torch.Tensor
     naive: torch.Tensor
     effective_dim: torch.Tensor
+    ridge_share: torch.Tensor
+    hidden: torch.Tensor
+    readout: torch.Tensor
+    half: torch.Tensor
     left_out: torch.Tensor
     useless: torch.Tensor
     replicates: torch.Tensor
@@ -104,6 +106,23 @@ class FisherCurve:
     def __len__(self) -> int:
         return len(self.J)
 
+    def readout_of(self, k: int) -> torch.Tensor:
+        """W = R^-1 D [k, P] of the first k features, in their scale."""
+        leading = self.readout[:k, :k]
+        return leading.T @ self.half[:k]
+
+    def rounding(self, k: int, relative: float) -> float:
+        """Share of the information about a parameter that rounding of the derivative may make.
+
+        Args:
+            k: number of features.
+            relative: rounding of an entry of the derivative.
+        """
+        columns = self.readout[:k, :k].square().sum(0)
+        error = relative**2 * (columns @ self.statistics.derivative[:k].square())
+        J = self.naive[k - 1].diagonal()
+        return float(torch.where(J > 0, error / J, 0.0).max())
+
     def error_covariance(self, k: int) -> torch.Tensor:
         """Covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal entries are
         those of stderr squared."""
@@ -111,7 +130,8 @@ class FisherCurve:
         dof, noise = self.statistics.dof, self.statistics.noise
         empirical = jackknife_covariance(self.replicates[k - 1])
         if self.statistics.score is not None:
-            return empirical + score_theory(J, self.statistics.score.covariance, effective, dof)
+            theory, least = score_theory(J, self.statistics.score.covariance, effective, dof)
+            return _at_least(empirical + theory, least)
         if self.statistics.paired:
             return empirical + covariance_covariance(J, dof, effective)
         return independent_covariance(J, dof, noise, effective)
@@ -132,12 +152,13 @@ class SingularCovarianceError(ValueError):
         self.feature = feature
 
 
-def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurve:
+def fisher_curve(
+    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
+) -> FisherCurve:
     r"""The whole curve J(k) from one Cholesky factorisation.
 
     .. math::
-        k_\text{eff}(k) = k - \lambda \sum_{i \le k} \lVert \text{row}_i L^{-1} \rVert^2, \qquad h =
-        (\nu - k_\text{eff} - 1) / \nu
+        k_\text{eff}(k) = k - \sum_{i \le k} q_i, \qquad h = (\nu - k_\text{eff} - 1) / \nu
 
         \text{independent:}\quad J = h \, J_\text{naive} - k_\text{eff} \, c \qquad
         \text{paired, pathwise:}\quad J = h \, \frac{\sum_{f \ne g} y_f y_g^T}{F (F - 1)} \qquad
@@ -145,7 +166,7 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
 
     Args:
         statistics: of K features, each with positive variance.
-        ridge: lambda, relative to the variance of each feature.
+        ridge: Lambda, relative to the variance of each feature; one number or [K].
 
     Raises:
         SingularCovarianceError: a feature is linear in those before it.
@@ -156,19 +177,11 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
     size, parameters = statistics.derivative.shape
     folds = len(statistics.fold_derivatives)
     columns = statistics.fold_derivatives.permute(1, 0, 2).reshape(size, folds * parameters)
-    solved = ops.fisher_solve_details(
-        statistics.covariance,
-        torch.cat([statistics.derivative, columns], 1),
-        ridge=ridge,
-        inverse_rows=True,
-    )
-    if int(solved.info):
-        raise SingularCovarianceError(int(solved.info), size, ridge)
-    half = solved.half[:, :parameters]
-    fold_half = solved.half[:, parameters:].reshape(size, folds, parameters)
+    solved = whitened(statistics.covariance, torch.cat([statistics.derivative, columns], 1), ridge)
+    half = solved.columns[:, :parameters]
+    fold_half = solved.columns[:, parameters:].reshape(size, folds, parameters)
     naive = _running_products(half)
-    index = torch.arange(1, size + 1, device=half.device, dtype=torch.float64)
-    effective = index - ridge * solved.inverse_rows.cumsum(0)
+    effective = (1 - solved.ridge_share).cumsum(0)
     if float(statistics.dof - effective[-1]) < SPARE_DOF:
         raise ValueError(
             f"degrees of freedom must exceed the {size} features by {SPARE_DOF},"
@@ -197,12 +210,127 @@ def fisher_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> FisherCurv
         stderr=variance.sqrt(),
         naive=naive,
         effective_dim=effective,
+        ridge_share=solved.ridge_share,
+        hidden=_hidden(statistics, solved).cumsum(0),
+        readout=solved.inverse,
+        half=half,
         left_out=left_out,
         useless=useless,
         replicates=replicates,
         statistics=statistics,
-        condition=float(solved.condition),
+        condition=solved.condition,
     )
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """A covariance factored, R = s S s + Lambda = L L^T with s the inverse spreads.
+
+    Attributes:
+        columns: [k, m] L^-1 s times the given columns.
+        inverse: [k, k] L^-1 s.
+        ridge_share: [k] q.
+        condition: (max L_ii / min L_ii)^2, a lower bound on the condition number of R.
+    """
+
+    columns: torch.Tensor
+    inverse: torch.Tensor
+    ridge_share: torch.Tensor
+    condition: float
+
+
+def whitened(
+    covariance: torch.Tensor, columns: torch.Tensor, ridge: float | torch.Tensor
+) -> Whitened:
+    """Whiten columns [k, m] by a covariance [k, k] with a ridge relative to its diagonal.
+
+    Raises:
+        SingularCovarianceError: a pivot cannot be told from zero.
+
+    Cost: k^3 multiply-adds.
+    """
+    scale = covariance.diagonal().rsqrt()
+    R = with_ridge(scale[:, None] * covariance * scale, ridge)
+    factor, failed = torch.linalg.cholesky_ex(R)
+    pivots = factor.diagonal().square()
+    size = len(pivots)
+    # a comparison with NaN is false: what follows a failure counts as failed
+    sound = pivots > size * torch.finfo(torch.float64).eps
+    if int(failed) or not bool(sound.all()):
+        first = int(failed) or size + 1
+        bad = (~sound).nonzero()[:1, 0].tolist()
+        raise SingularCovarianceError(
+            min([first, *(i + 1 for i in bad)]), size, float(torch.as_tensor(ridge).max())
+        )
+    inverse = inverse_of_lower(factor)
+    share = inverse.square() @ torch.as_tensor(ridge).to(inverse).expand(size)
+    inverse = inverse * scale
+    condition = float(pivots.max() / pivots.min()) if size else 1.0
+    return Whitened(inverse @ columns, inverse, share, condition)
+
+
+def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
+    """L^-1 [k, k] of a lower triangle, by halves: a third of the operations of a solve with the
+    unit matrix."""
+    size = len(factor)
+    if size <= SMALL_TRIANGLE:
+        unit = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, unit, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(factor)
+    inverse[:half, :half] = inverse_of_lower(factor[:half, :half])
+    inverse[half:, half:] = inverse_of_lower(factor[half:, half:])
+    below = inverse[half:, half:] @ factor[half:, :half]
+    inverse[half:, :half] = -below @ inverse[:half, :half]
+    return inverse
+
+
+def independent_features(
+    statistics: FoldStatistics, ridge: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which features are not linear in those before them, but for their ridge.
+
+    Args:
+        statistics: of k features.
+        ridge: [k], their rounding.
+
+    Returns:
+        numbers of these features int64 [m], and the information [P] that the others may have: none
+        where they are copies.
+
+    Cost: k^3 multiply-adds.
+    """
+    size, parameters = statistics.derivative.shape
+    index = torch.arange(size, device=statistics.covariance.device)
+    lost = statistics.derivative.new_zeros(parameters)
+    while True:
+        left = statistics.select(index)
+        columns = left.fold_derivatives.permute(1, 0, 2).flatten(1)
+        columns = torch.cat([left.derivative, columns], 1)
+        solved = whitened(left.covariance, columns, ridge[index])
+        rounding = solved.ridge_share > MOSTLY_RIDGE
+        if not bool(rounding.any()):
+            return index, lost
+        lost = lost + _hidden(left, solved)[rounding].sum(0)
+        index = index[~rounding]
+
+
+def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
+    """Information [k, P] that the ridge of each whitened feature may hide.
+
+    A whitened feature alone has J = y^2 / (1 - q) without the ridge: y^2 q / (1 - q) is missing.
+    The folds tell y^2 without bias; where the feature is mostly ridge, y^2 itself is missing.
+    """
+    parameters = statistics.derivative.shape[1]
+    folds = len(statistics.fold_derivatives)
+    fold_half = solved.columns[:, parameters:].unflatten(1, (folds, parameters))
+    if statistics.score is None:
+        total = fold_half.sum(1)
+        square = (total.square() - fold_half.square().sum(1)) / (folds * (folds - 1))
+    else:
+        square = solved.columns[:, :parameters].square()
+    q = solved.ridge_share
+    return square * torch.where(q <= MOSTLY_RIDGE, q / (1 - q), 1.0)[:, None]
 
 
 def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -217,28 +345,34 @@ def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor
     return scale * torch.diagonal(products, dim1=2, dim2=3)
 
 
-def fold_statistic_curve(statistics: FoldStatistics, ridge: float = RIDGE) -> torch.Tensor:
+def fold_statistic_curve(statistics: FoldStatistics, ridge: float = LIFT_RIDGE) -> torch.Tensor:
     """J(k) [K, P, P] by the fold U-statistic: agrees with `fisher_curve` in the mean, for all
     sources but the score, whose derivative is not independent of the covariance."""
     return fisher_curve(replace(statistics, paired=True, score=None), ridge).J
 
 
 def cross_fitted_bound(
-    half_a: FoldStatistics, half_b: FoldStatistics
+    half_a: FoldStatistics,
+    half_b: FoldStatistics,
+    ridge: float | torch.Tensor = LIFT_RIDGE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The honest lower bound: learn the readout on one half, measure it on the other, swap,
     average.
 
     Whatever the readout W = R_A^-1 D_A [k, P] is, the linear Fisher information of the P numbers
     W^T f is a lower bound, and it is measured on samples that W has not seen, with only k = P to
-    correct for.
+    correct for. It is measured without the ridge that it was learned with.
+
+    Args:
+        half_a, half_b: statistics of the same features.
+        ridge: of the readout, see `linear_readout`.
 
     Returns:
         lower [P, P] and its standard error [P, P], in 1/theta^2.
     """
     measured = []
     for learn, test in ((half_a, half_b), (half_b, half_a)):
-        seen = test.project(linear_readout(learn))
+        seen = test.project(linear_readout(learn, ridge))
         varied = (seen.covariance.diagonal() > 0).nonzero()[:, 0]
         measured.append(_last_or_zero(seen.select(varied)))
     (J_a, variance_a), (J_b, variance_b) = measured
@@ -250,36 +384,50 @@ def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tenso
     if len(statistics.derivative) == 0:
         zero = torch.zeros_like(statistics.noise)
         return zero, zero
-    curve = fisher_curve(statistics, BOUND_RIDGE)
-    return curve.J[-1], curve.stderr[-1].square()
+    ridge = BOUND_RIDGE
+    while True:
+        try:
+            curve = fisher_curve(statistics, ridge)
+        except (
+            SingularCovarianceError
+        ):  # readouts of an ill-conditioned layer, alike but for rounding
+            ridge *= 10
+        else:
+            return curve.J[-1], curve.stderr[-1].square()
 
 
-def linear_readout(statistics: FoldStatistics, ridge: float = RIDGE) -> torch.Tensor:
+def linear_readout(
+    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
+) -> torch.Tensor:
     """W = R^-1 D [k, P] in the scale of the features: the readout that attains the linear
     information.
 
     Any readout gives a valid bound, so it may be cautious. A feature that hardly varied in these
-    samples is not scaled up to unit variance: it may vary much in others, and a large weight on it
-    would drown the rest there. Where rounding leaves R indefinite the ridge grows until it is not.
+    samples is not scaled up to unit variance, and has a ridge of its own: it may vary much in
+    others, and a large weight on it would drown the rest there. Where rounding leaves R indefinite
+    the ridge grows until it is not.
+
+    Args:
+        statistics: of k features.
+        ridge: one number or [k], relative to the variance of each feature.
     """
     variance = statistics.covariance.diagonal()
     live = variance > 0
     floor = VARIANCE_FLOOR * (variance[live].median() if bool(live.any()) else 1.0)
+    ridge = torch.as_tensor(ridge).to(variance).expand(len(variance))
+    ridge = torch.where(variance < floor, ridge.clamp_min(LIFT_RIDGE), ridge)
     scale = torch.where(live, variance.clamp_min(floor), torch.inf).rsqrt()
     scaled = (scale[:, None] * statistics.covariance * scale).clamp(-1, 1)
-    factor, failed = torch.linalg.cholesky_ex(_with_ridge(scaled, ridge))
+    factor, failed = torch.linalg.cholesky_ex(with_ridge(scaled, ridge))
     while int(failed):
-        ridge *= 10
-        factor, failed = torch.linalg.cholesky_ex(_with_ridge(scaled, ridge))
+        ridge = ridge * 10
+        factor, failed = torch.linalg.cholesky_ex(with_ridge(scaled, ridge))
     return scale[:, None] * torch.cholesky_solve(scale[:, None] * statistics.derivative, factor)
 
 
-def _with_ridge(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    return matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-
-
 def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
-    r"""The smallest k >= first that no larger k' beats significantly, for any parameter.
+    r"""The smallest k >= first that no larger k' beats significantly, for any parameter; the first
+    one where none beats it clearly.
 
     Significantly means by more than `GAIN_ERRORS` standard errors *of the gain* J(k') - J(k), not
     of J: both share the noise of their common features, and a gain of 1 % can be certain where J
@@ -305,7 +453,10 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     jackknife = spread.var(2, correction=0) * (folds - 1)
     added = (curve.effective_dim[grid][None] - curve.effective_dim[grid][:, None]).clamp_min(0)
     covariance = 2 * size[None].square() * added[..., None] / curve.statistics.dof**2
-    beaten = gain > GAIN_ERRORS * (jackknife + covariance).sqrt()
+    own = torch.diagonal(curve.stderr, dim1=1, dim2=2)[grid]
+    error = (jackknife + covariance).sqrt().maximum(LEAST_GAIN * own[:, None])
+    beaten = gain > GAIN_ERRORS * error
+    beaten[0] &= bool((gain[0] > ENTRY_ERRORS * error[0]).any())
     later = torch.ones_like(gain[..., 0], dtype=torch.bool).triu(1)
     enough = ~(beaten.any(-1) & later).any(1)
     chosen = int(grid[enough][0]) + 1
@@ -332,6 +483,20 @@ def _fold_statistic(
     without = _fold_products(rest, rest) - (own.sum(1, keepdim=True) - own)
     left_out = shrink[:, None, None, None] * without / ((folds - 1) * (folds - 2))
     return value, left_out
+
+
+def _at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """The covariance [P, P, P, P], raised to the least one in every direction."""
+    entries = len(covariance) ** 2
+    least, covariance = (full.reshape(entries, entries) for full in (least, covariance))
+    size = covariance.diagonal().abs().maximum(least.diagonal()).sqrt()
+    unit = torch.where(size > 0, size, 1.0)
+    unit = unit[:, None] * unit  # eigenvectors depend on units: those of theta must not count
+    excess = (covariance - least) / unit
+    values, vectors = torch.linalg.eigh((excess + excess.T) / 2)
+    raised = least + (vectors * values.clamp_min(0)) @ vectors.T * unit
+    parameters = math.isqrt(entries)
+    return raised.reshape((parameters,) * 4)
 
 
 def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from fisherfast import ops
+from fisherfast.ridge import (
+    AUTO,
+    LIFT_RIDGE,
+    ROUNDING,
+    RidgeSetting,
+    raw_ridge,
+    relative_rounding,
+)
 
 __all__ = ["FeatureDictionary", "Lift", "PilotMoments", "Standardisation"]
 
@@ -41,9 +49,6 @@ BLOCK_ROWS = 64
 """Rows of the lift drawn from one seed; the first 64 features are the same whatever their final
 number."""
 
-ROUNDING = 16
-"""Units in the last place of its mean below which the spread of an activation is rounding."""
-
 
 @dataclass(frozen=True)
 class Standardisation:
@@ -58,12 +63,15 @@ class Standardisation:
             variation.
         alive: [d] bool, activations that varied in the pilot; only these enter the lift.
         rounding: relative spread that the precision of the activations does not resolve.
+        noise: spread relative to its size that rounding may add to an activation: `rounding`, or
+            one unit in the last place of a half type.
     """
 
     mean: torch.Tensor
     scale: torch.Tensor
     alive: torch.Tensor
     rounding: float
+    noise: float
 
 
 class PilotMoments:
@@ -75,12 +83,14 @@ class PilotMoments:
         self._mean: torch.Tensor | None = None
         self._square = torch.zeros(())
         self._rounding = 0.0
+        self._noise = 0.0
 
     def update(self, activations: torch.Tensor) -> None:
         """Add activations [n, d]."""
         pilot = activations.double()
         precision = torch.float64 if activations.dtype == torch.float64 else torch.float32
         self._rounding = max(self._rounding, ROUNDING * torch.finfo(precision).eps)
+        self._noise = max(self._noise, relative_rounding(activations.dtype))
         mean = pilot.mean(0)
         self._add(len(pilot), mean, (pilot - mean).square().sum(0))
 
@@ -110,9 +120,15 @@ class PilotMoments:
             raise ValueError("pilot must hold at least one batch, got none")
         return torch.stack([self._mean, self._square])
 
-    def merge(self, count: int, parts: torch.Tensor, rounding: float) -> None:
+    @property
+    def noise(self) -> float:
+        """Spread relative to its size that rounding may add to an activation."""
+        return self._noise
+
+    def merge(self, count: int, parts: torch.Tensor, rounding: float, noise: float) -> None:
         """Add other samples, of which only number and `parts` are known."""
         self._rounding = max(self._rounding, rounding)
+        self._noise = max(self._noise, noise)
         self._add(count, parts[0], parts[1])
 
     def standardisation(self) -> Standardisation:
@@ -123,7 +139,7 @@ class PilotMoments:
         alive = std > self._rounding * self._mean.abs()
         typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
         scale = torch.where(alive, std, typical).reciprocal()
-        return Standardisation(self._mean, scale, alive, self._rounding)
+        return Standardisation(self._mean, scale, alive, self._rounding, self._noise)
 
 
 @dataclass(frozen=True)
@@ -155,6 +171,15 @@ class Lift:
         """Lifted features [n, k] of raw ones [n, d]."""
         return ops.lift(z @ self.weight.T, self.bias, self.pilot, slope=self.slope)[0]
 
+    def slopes(self, z: torch.Tensor) -> torch.Tensor:
+        """Derivatives [n, k] of the leaky ReLU at raw features [n, d]: PyTorch's at the kink."""
+        above = torch.addmm(self.bias, z, self.weight.T) > 0
+        return torch.where(above, 1.0, self.slope).to(z)
+
+    def to(self, dtype: torch.dtype) -> Lift:
+        """The same features in another dtype."""
+        return Lift(self.weight.to(dtype), self.bias.to(dtype), self.pilot.to(dtype), self.slope)
+
     def leading(self, count: int) -> Lift:
         """The first `count` lifted features."""
         return self._part(slice(count))
@@ -174,16 +199,17 @@ class FeatureDictionary:
         standardisation: pilot statistics of the layer.
         max_features: number of features k aimed at. All d activations are always among them (up to
             `MAX_WIDTH`), and at least max_features / 8 lifted ones are added.
-        dtype: float32 or float64, of the features.
+        dtype: float32 or float64, of the lifted features. Raw ones are float64: float32 does not
+            carry every condition of their covariance.
         seed: fixes the lift, on every device.
         slope: of the leaky ReLU.
+        groups: random groups whose signed sums take the place of the activations; None for none.
 
     Attributes:
         raw: number of leading features that are linear in the activations.
         size: number of features k.
-        kind: "raw + lift", or "sketch" for a layer wider than `MAX_WIDTH`: signed sums of its
-            standardised activations in max_features random groups. A sketch is a valid but loose
-            lower bound.
+        kind: "raw + lift", or "sketch" with groups: signed sums of its
+            standardised activations in random groups. A sketch is a valid but loose lower bound.
 
         lift: the lifted features that follow the raw ones.
 
@@ -199,16 +225,17 @@ class FeatureDictionary:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         slope: float = LIFT_SLOPE,
+        groups: int | None = None,
     ) -> None:
         device = standardisation.mean.device
         d = len(standardisation.mean)
         self.dtype = dtype
-        self._mean = standardisation.mean.to(dtype)
-        self._scale = standardisation.scale.to(dtype)
-        self.kind = "raw + lift" if d <= MAX_WIDTH else "sketch"
-        if self.kind == "sketch":
-            self.raw = max_features
-            self._bucket, self._sign = (t.to(device) for t in _draw_sketch(d, max_features, seed))
+        self._mean, self._scale = standardisation.mean, standardisation.scale
+        self._noise = standardisation.noise
+        self.kind = "raw + lift" if groups is None else "sketch"
+        if groups is not None:
+            self.raw = groups
+            self._bucket, self._sign = (t.to(device) for t in _draw_sketch(d, groups, seed))
         else:
             self.raw = d
         alive = standardisation.alive
@@ -225,20 +252,31 @@ class FeatureDictionary:
         offset = (standardisation.mean * standardisation.scale).abs()
         if self.kind == "sketch":
             offset = self._group(offset[None])[0]
+        self._offset = offset
         #: Variance of each feature [k] below which it is rounding of what was subtracted from it.
         self.rounding_variance = torch.cat(
             [(standardisation.rounding * offset).square(), offset.new_zeros(lifted)]
         )
 
     def raw_features(self, activations: torch.Tensor) -> torch.Tensor:
-        """The leading features [n, raw] of activations [n, d] of any floating dtype."""
-        z = (activations.to(self.dtype) - self._mean) * self._scale
-        return self._group(z * self._sign.to(self.dtype)) if self.kind == "sketch" else z
+        """The leading features [n, raw] float64 of activations [n, d] of any floating dtype."""
+        z = (activations.double() - self._mean) * self._scale
+        return self._group(z * self._sign) if self.kind == "sketch" else z
+
+    def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
+        """The ridge [k] of the first k features, relative to their variances [k]."""
+        if setting != AUTO:
+            return torch.full_like(variances, setting)
+        raw = min(self.raw, len(variances))
+        noise = self._noise**2 * (self._offset[:raw].square() + variances[:raw])
+        ridge = torch.full_like(variances, LIFT_RIDGE)
+        ridge[:raw] = raw_ridge(variances[:raw], noise)
+        return ridge
 
     def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
         """Tangents [P, n, raw] of the leading features, of tangents [P, n, d] of the activations.
         `raw` is what `raw_features` returned: not needed where they are linear."""
-        z = tangents.to(self.dtype) * self._scale
+        z = tangents.to(self.dtype) * self._scale.to(self.dtype)
         if self.kind != "sketch":
             return z
         grouped = self._group((z * self._sign.to(self.dtype)).flatten(0, 1))
@@ -251,7 +289,7 @@ class FeatureDictionary:
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         """All features [n, k] of activations [n, d] of any floating dtype, about their pilot."""
-        raw = self.raw_features(activations)
+        raw = self.raw_features(activations).to(self.dtype)
         return torch.cat([raw, self.lift(raw)], 1)
 
     def _group(self, z: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,18 @@ from torch import nn
 from fisherfast import taps
 from fisherfast.data import Data
 from fisherfast.distributed import TIMEOUT, ranks_of
-from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement
 from fisherfast.memory_budget import check_budget
 from fisherfast.results import FisherFlow, LayerFisher
-from fisherfast.settings import BATCH_SIZE, FOLDS, MAX_FEATURES, check_passes, check_settings
+from fisherfast.ridge import AUTO, RidgeSetting
+from fisherfast.settings import (
+    BATCH_SIZE,
+    FOLDS,
+    MAX_FEATURES,
+    check_output,
+    check_passes,
+    check_settings,
+)
 from fisherfast.unwrap import unwrapped
 
 __all__ = ["fisher_flow", "fisher_information"]
@@ -29,10 +36,11 @@ def fisher_flow(
     layers: taps.Layers = "auto",
     max_features: int = MAX_FEATURES,
     probe: str | None = None,
+    output: str | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     progress: bool = False,
-    ridge: float = RIDGE,
+    ridge: RidgeSetting = AUTO,
     folds: int = FOLDS,
     grow: bool = False,
     maps: bool | Sequence[str] = False,
@@ -56,8 +64,11 @@ def fisher_flow(
         layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
             names, a regular expression searched for in the names, or a function (name, module or
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
-            and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always there
-            (an output that is a tuple or dict shows as "output[0]", "output[key]").
+            and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always there. Of a
+            model that returns a tuple, a list or a dict, also nested, "output" is the joint one:
+            all floating tensors with one row per sample, side by side. Each of them is a head,
+            "output[0]" or "output[mean]", in "auto" too. Integers, None and tensors without a row
+            per sample are left out; if nothing remains there is no "output".
         max_features: features per layer aimed at. A layer wider than that uses all its activations;
             with more than 4096 of them, or too few samples for so many, it is compressed in 16 more
             passes over data that can be read again (docs/theory.md, 15).
@@ -67,10 +78,15 @@ def fisher_flow(
             half of it by pairs or tangents, hardly any by two independent conditions, for up to a
             minute per layer on two cores. Reads the data twice, so they must repeat, and keeps up
             to 512 MB of activations (docs/training.md). Not for layers that are compressed.
+        output: name of a head, such as "output[mean]", that a monitor and its rules read instead of
+            the joint "output"; it is measured whatever the layers. Kept in ``flow.settings``.
         batch_size: samples per batch, for data that are not batched already.
         seed: of the random lift. The global random state is neither used nor changed.
         progress: show a progress bar (needs tqdm).
-        ridge: noise variance added to each feature, relative to its own.
+        ridge: noise variance added to each feature, relative to its own. It takes all information
+            from directions that vary less than that. "auto" adds the rounding of the activations to
+            them, which takes nothing that they carry, and 1e-4 to lifted features; a number is
+            added to all.
         folds: number of folds, even, at least 4 (6 for paired conditions and tangents).
         grow: begin with 64 lifted features and double their number, in another pass over the data,
             only for layers whose curve still rises at its end, up to max_features. Each pass
@@ -94,8 +110,9 @@ def fisher_flow(
     Raises:
         ValueError: NaN or infinite activations (names the layer and the batch), too few samples
             (says how many are needed), an empty source, an unknown layer (names the nearest) or one
-            that never runs; a memory_budget too small for one sample (says what is needed); data
-            that do not repeat, for a probe or to grow.
+            that never runs; an output that the model does not have (lists those that it has); a
+            memory_budget too small for one sample (says what is needed); data that do not repeat,
+            for a probe or to grow.
         TypeError: integer or complex data.
         RuntimeError: another rank of the group has failed or died (names it, and what it raised).
 
@@ -122,6 +139,7 @@ def fisher_flow(
     with ranks_of(group, timeout) as ranks:
         settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
         settings |= check_passes(data, grow, maps) | check_budget(memory_budget)
+        settings |= check_output(output)
         measurement = Measurement(unwrapped(model), data, layers, settings, ranks=ranks)
         return measurement.run(progress)
 
@@ -134,7 +152,7 @@ def fisher_information(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     progress: bool = False,
-    ridge: float = RIDGE,
+    ridge: RidgeSetting = AUTO,
     folds: int = FOLDS,
     grow: bool = False,
     memory_budget: int | str | None = None,

@@ -7,6 +7,7 @@ the same J, half the variance of one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from fisherfast.estimators import FisherCurve, cross_fitted_bound
 from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments
 from fisherfast.results import LayerFisher
+from fisherfast.ridge import HIDDEN_SHARE
 
 __all__ = ["HalfFit", "dealt_to_halves", "error_of_mean", "joined", "mean_of"]
 
@@ -28,13 +30,25 @@ class HalfFit:
         curve: over the leading features.
         index: int64 [k] numbers of these features.
         chosen: how many of them are used.
-        converged: that number is on a plateau.
+        plateau: that number is on a plateau of the curve.
+        ridge: [k] of these features.
+        half: whose samples were measured, 0 for even ones.
+        replicates: [F, P, P] J without each fold of this half; None where it is not known.
     """
 
     curve: FisherCurve
     index: torch.Tensor
     chosen: int
-    converged: bool
+    plateau: bool
+    ridge: torch.Tensor
+    half: int
+    replicates: torch.Tensor | None = None
+
+    @property
+    def carried(self) -> bool:
+        """Whether the arithmetic carries the condition of the covariance."""
+        J = self.at_chosen("J").diagonal().clamp_min(0)
+        return not bool((self.at_chosen("hidden") > HIDDEN_SHARE * J).any())
 
     def at_chosen(self, name: str) -> torch.Tensor:
         """Value of one of the curves at the chosen size."""
@@ -93,7 +107,8 @@ def joined(
     for moments, half in zip(measured, halves, strict=True):
         index = half.index[: half.chosen]
         quarters = [moments.statistics(contrast, part).select(index) for part in (0, 1)]
-        bound, error = cross_fitted_bound(quarters[0], quarters[1])
+        ridge = half.ridge[: half.chosen]
+        bound, error = cross_fitted_bound(quarters[0], quarters[1], ridge)
         bounds.append(bound)
         bound_errors.append(error)
     errors = [half.curve.error_covariance(half.chosen) for half in halves]
@@ -109,9 +124,31 @@ def joined(
         curve_stderr=error_of_mean([half.at("stderr", points) for half in halves]),
         features=max(half.chosen for half in halves),
         effective_dim=float(mean_of([half.at_chosen("effective_dim") for half in halves])),
-        converged=all(half.converged for half in halves),
+        plateau=all(half.plateau for half in halves),
         error_covariance=pack_covariance(mean_of(errors) / 2),
+        replicates=_replicates(halves),
+        carried=all(half.carried for half in halves),
     )
+
+
+def _replicates(halves: Sequence[HalfFit]) -> torch.Tensor:
+    """The mean of the halves without each fold [F, P, P]; empty where they are not known."""
+    ordered = sorted(halves, key=lambda half: half.half)
+    known = [half.replicates for half in ordered if half.replicates is not None]
+    if len(known) < len(halves):
+        J = halves[0].at_chosen("J")
+        return J.new_empty(0, *J.shape).cpu()
+    return replicates_of_mean(known)
+
+
+def replicates_of_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean of both halves without each fold [F, P, P], of replicates [F / 2, P, P] of even and
+    of odd samples: even folds are those of even samples."""
+    means = torch.stack([part.mean(0) for part in parts])
+    changes = (torch.stack(list(parts), 1) - means) / 2
+    folds = 2 * len(changes)  # a jackknife over these, where each half had one over its own
+    scale = math.sqrt((folds / 2 - 1) / (folds / 2) * folds / (folds - 1))
+    return (means.mean(0) + changes.flatten(0, 1) * scale).cpu()
 
 
 def mean_of(values: list[torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from fisherfast.batch_moments import (
     batch_moments,
     check_steps,
 )
-from fisherfast.estimators import check_ridge
+from fisherfast.ridge import AUTO, RidgeSetting, check_ridge
 
 __all__ = ["InformationLoss", "linear_fisher"]
 
@@ -41,7 +41,7 @@ def linear_fisher(
     score: Tensor | None = None,
     paired: bool = False,
     corrected: bool = False,
-    ridge: float = 0.0,
+    ridge: RidgeSetting = AUTO,
 ) -> Tensor:
     r"""Linear Fisher information of k numbers a sample, differentiable in them.
 
@@ -59,7 +59,7 @@ def linear_fisher(
         z_minus: [n, k] at theta - dtheta/2, any floating dtype; with tangents or score, at theta.
             For P parameters and two conditions a list of P of these, or [P, n, k]. Leading
             dimensions [..., P, n, k], or [..., n, k] in a list and with tangents or score, are
-            systems of their own.
+            systems of their own. A tuple, which a model with several outputs returns, is refused.
         z_plus: the same at theta + dtheta/2; n may differ unless paired.
         dtheta: FULL separation of the two conditions in the unit of theta, one number or P.
         tangents: dz/dtheta [..., P, n, k] per sample, per unit of theta.
@@ -70,14 +70,15 @@ def linear_fisher(
             and its logdet NaN: `InformationLoss` has one that is not. Without it J is positive
             semi-definite and too large, by c k for independent conditions, c = (1/n_minus +
             1/n_plus) / dtheta^2, and by a factor nu / (nu - k - 1), nu = degrees of freedom of S.
-        ridge: added to the variance of each output, relative to it.
+        ridge: added to the variance of each output, relative to it; "auto" for the rounding of its
+            dtype, which takes nothing that the outputs carry.
 
     Returns:
         J [..., P, P], float64, per unit of theta squared.
 
     Raises:
-        ValueError: a wrong shape; too few samples for k; an output that is constant, not finite or
-            linear in others.
+        ValueError: a wrong shape; too few samples for k; an output that is constant, not finite or,
+            with ridge=0, linear in others.
         TypeError: an input that is no floating tensor, or arguments of two sources.
 
     Computed outside of autocast, in float64. Cost: n k^2 operations, and k^3; tells the CPU whether
@@ -153,7 +154,7 @@ class InformationLoss(nn.Module):
         *,
         paired: bool = False,
         corrected: bool = False,
-        ridge: float = 0.0,
+        ridge: RidgeSetting = AUTO,
         regularization: float = REGULARIZATION,
     ) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class InformationLoss(nn.Module):
         self.dtheta: tuple[float, ...] | None = None if dtheta is None else check_steps(dtheta)
         self.paired: bool = bool(paired)
         self.corrected: bool = bool(corrected)
-        self.ridge: float = check_ridge(ridge)
+        self.ridge: RidgeSetting = check_ridge(ridge)
         self.regularization: float = float(regularization)
 
     def forward(
@@ -196,7 +197,7 @@ class InformationLoss(nn.Module):
         """The settings."""
         return (
             f"dtheta={self.dtheta}, paired={self.paired}, corrected={self.corrected},"
-            f" ridge={self.ridge}, regularization={self.regularization}"
+            f" ridge={self.ridge!r}, regularization={self.regularization}"
         )
 
 
@@ -228,17 +229,16 @@ def _factor(J: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.cholesky((scaled + scaled.mT) / 2 + tiny), scale
 
 
-def _divergence(moments: BatchMoments, ridge: float) -> Tensor:
+def _divergence(moments: BatchMoments, ridge: RidgeSetting) -> Tensor:
     """Of N(m, C + ridge) from N(0, 1) [...]; 0 where the outputs have mean 0 and covariance 1."""
     variance = moments.covariance.diagonal(dim1=-2, dim2=-1)
-    covariance = moments.covariance + ridge * variance.diag_embed()
-    factor = torch.linalg.cholesky(covariance)
+    factor = torch.linalg.cholesky(moments.ridged(ridge))
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return (variance.sum(-1) + moments.mean.square().sum(-1) - variance.shape[-1] - log_det) / 2
 
 
 def _exact(z: Outputs) -> torch.autocast:
     """Turns autocast off where z lives."""
-    first = z[0] if isinstance(z, list | tuple) and z else z
+    first = z[0] if isinstance(z, list) and z else z
     device = first.device.type if isinstance(first, Tensor) else "cpu"
     return torch.autocast(device, enabled=False)

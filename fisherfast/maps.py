@@ -13,9 +13,10 @@ import torch
 from fisherfast import ops
 from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, TangentMoments
 from fisherfast.estimators import SPARE_DOF
-from fisherfast.features import ROUNDING, Lift
+from fisherfast.features import Lift, Standardisation
 from fisherfast.information_map import InformationMap
 from fisherfast.moments import add_pair_products_, lower_triangles, pair_inflation
+from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge
 from fisherfast.score import score_estimate
 from fisherfast.uncertainty import covariance_variance, independent_variance
 
@@ -26,19 +27,23 @@ class MapMoments:
     """Streaming moments of the C channels at each position, by condition and fold.
 
     Args:
-        pilot: [C, H, W], what is subtracted from the activations, in the dtype that they get.
+        standardisation: of the C H W activations; its mean is subtracted from them.
+        shape: (C, H, W).
         conditions: number of conditions.
         folds: F.
         paired: the conditions share their noise.
         tangents: P, where each sample comes with its tangents; 0 for none.
         score: P, where each sample comes with its score; 0 for none.
 
+    Products are of float64, see `FeatureDictionary`.
+
     Memory: 8 H W C (C + conditions F) bytes, and 8 H W C P F for tangents or score.
     """
 
     def __init__(
         self,
-        pilot: torch.Tensor,
+        standardisation: Standardisation,
+        shape: tuple[int, ...],
         conditions: int,
         *,
         folds: int,
@@ -49,7 +54,9 @@ class MapMoments:
         self.folds = folds
         self.paired = paired
         self.seen = [0] * conditions
+        pilot = standardisation.mean.reshape(shape)
         self._pilot = pilot
+        self._rounding, self._noise = standardisation.rounding, standardisation.noise
         self._held: list[torch.Tensor] = []
         self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
         channels, height, width = pilot.shape
@@ -72,7 +79,7 @@ class MapMoments:
         Args:
             carried: their tangents [P, n, C, H, W] (None for zero), or the score [n, P].
         """
-        x = activations.to(self._pilot.dtype)
+        x = activations.double()
         first = self.seen[condition]
         if self._carried is not None:
             raw = (x - self._pilot).flatten(1)
@@ -153,10 +160,18 @@ class MapMoments:
 
     def alive(self, covariance: torch.Tensor) -> torch.Tensor:
         """Channels [H, W, C] that vary by more than the rounding of their mean."""
-        total = self._counts.sum()
-        mean = (self._sums.sum((0, 1)) / total + self._pilot).permute(1, 2, 0)
-        rounding = ROUNDING * torch.finfo(self._pilot.dtype).eps * mean
+        rounding = self._rounding * self._mean()
         return covariance.diagonal(dim1=-2, dim2=-1) > rounding.square()
+
+    def ridge(self, setting: RidgeSetting, variance: torch.Tensor) -> torch.Tensor:
+        """The ridge [H, W, C], relative to the variances [H, W, C]."""
+        if setting != AUTO:
+            return torch.full_like(variance, setting)
+        return raw_ridge(variance, self._noise**2 * (self._mean().square() + variance))
+
+    def _mean(self) -> torch.Tensor:
+        """Mean activations [H, W, C]."""
+        return (self._sums.sum((0, 1)) / self._counts.sum() + self._pilot).permute(1, 2, 0)
 
     def pair_inflation(self, covariance: torch.Tensor, alive: torch.Tensor) -> float:
         """1 + sum over pairs of rho^2, as for a whole layer: how much correlated conditions
@@ -177,7 +192,7 @@ def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def estimate_map(
-    name: str, moments: MapMoments, contrast: torch.Tensor, ridge: float
+    name: str, moments: MapMoments, contrast: torch.Tensor, ridge: RidgeSetting
 ) -> InformationMap:
     r"""J and its standard errors at each position, in 1/theta^2.
 
@@ -202,7 +217,8 @@ def estimate_map(
             f" map of its {channels} channels, got {nu:.0f}: use more samples or maps=False"
         )
     derivative, fold_derivatives = moments.derivatives(contrast)
-    solved, effective = _solve(covariance, alive, derivative, fold_derivatives, ridge)
+    ridges = moments.ridge(ridge, covariance.diagonal(dim1=-2, dim2=-1))
+    solved, effective = _solve(covariance, alive, derivative, fold_derivatives, ridges)
     parameters, folds = derivative.shape[-1], moments.folds
     shrink = ((nu - effective - 1) / nu)[:, None, None]
     half = solved[..., :parameters]
@@ -234,26 +250,27 @@ def _solve(
     alive: torch.Tensor,
     derivative: torch.Tensor,
     fold_derivatives: torch.Tensor,
-    ridge: float,
+    ridge: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L^-1 of all derivatives [H W, C, (1 + F) P], and k_eff [H W].
 
     Channels that do not vary become features of unit variance without derivative or covariance:
-    they add nothing to J, and are not counted.
+    they add nothing to J, and are not counted. The part of a feature that is ridge is counted with
+    the largest ridge of its position: it is 0 but for channels that are linear in others.
     """
     both = alive[..., None] & alive[..., None, :]
     covariance = torch.where(both, covariance, 0.0)
-    covariance.diagonal(dim1=-2, dim2=-1).copy_(
-        torch.where(alive, covariance.diagonal(dim1=-2, dim2=-1), 1.0)
-    )
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    variance.copy_(torch.where(alive, variance * (1 + ridge), 1.0))
+    largest = torch.where(alive, ridge, 0.0).amax(-1).flatten()
     columns = torch.cat([derivative, fold_derivatives.flatten(-2)], -1)
     columns = torch.where(alive[..., None], columns, 0.0)
     solved = ops.fisher_solve_details(
-        covariance.flatten(0, 1), columns.flatten(0, 1), ridge=ridge, inverse_rows=True
+        covariance.flatten(0, 1), columns.flatten(0, 1), inverse_rows=True
     )
     counted = alive.flatten(0, 1)
-    rows = torch.where(counted, solved.inverse_rows, 0.0)
-    return solved.half, counted.sum(-1) - ridge * rows.sum(-1)
+    ridge_share = (largest[:, None] * solved.inverse_rows).clamp(0, 1)
+    return solved.half, counted.sum(-1) - torch.where(counted, ridge_share, 0.0).sum(-1)
 
 
 def _fold_statistic(

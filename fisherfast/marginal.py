@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["MarginalFisher", "cramer_rao", "marginal_fisher", "pack_covariance"]
+__all__ = [
+    "MarginalFisher",
+    "cramer_rao",
+    "marginal_fisher",
+    "pack_covariance",
+    "unpack_covariance",
+]
 
 SINGULAR = 1e-9
 """Share of its information about a parameter that J must keep when the others are unknown: below it
@@ -24,7 +30,7 @@ class MarginalFisher:
         parameters: [a] the parameters kept.
         J: [a, a] float64, J_aa - J_ab J_bb^-1 J_ba, per unit of theta squared. NaN where the
             information about the nuisances is not positive semi-definite.
-        stderr: [a, a] standard errors; NaN where the errors of J were not kept (old files).
+        stderr: [a, a] standard errors; NaN where the errors of J were not kept.
     """
 
     parameters: tuple[int, ...]
@@ -54,13 +60,13 @@ class MarginalFisher:
         return f"MarginalFisher(parameters={list(self.parameters)}, J={values}, stderr={errors})"
 
 
-def cramer_rao(J: torch.Tensor) -> torch.Tensor:
+def cramer_rao(J: torch.Tensor, rounding: float = SINGULAR) -> torch.Tensor:
     """sqrt of the diagonal of J^-1 [P]; infinite where J is not positive definite, but for
-    rounding."""
+    rounding, a share of the information about a parameter."""
     correlation, scale = _unit_diagonal(J)
     factor, failed = torch.linalg.cholesky_ex(correlation)
     left = factor.diagonal().square()
-    if int(failed) or not bool((left > SINGULAR).all() and torch.isfinite(left).all()):
+    if int(failed) or not bool((left > rounding).all() and torch.isfinite(left).all()):
         return torch.full((len(J),), math.inf, dtype=torch.float64, device="cpu")
     return torch.cholesky_inverse(factor).diagonal().sqrt() / scale
 
@@ -72,21 +78,24 @@ def _unit_diagonal(J: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (J + J.T) / 2 / scale[:, None] / scale, scale
 
 
-def _pseudo_inverse(J: torch.Tensor) -> torch.Tensor | None:
+def _pseudo_inverse(J: torch.Tensor, rounding: float) -> torch.Tensor | None:
     """Of a J that may be singular, when parameters stand for each other or none is seen; None if it
     is not positive semi-definite."""
     correlation, scale = _unit_diagonal(J)
     if not bool(torch.isfinite(correlation).all()):
         return None
     values, vectors = torch.linalg.eigh(correlation)
-    if bool((values < -SINGULAR).any()):
+    if bool((values < -rounding).any()):
         return None
-    seen = torch.where(values > SINGULAR, values, math.inf).reciprocal()
+    seen = torch.where(values > rounding, values, math.inf).reciprocal()
     return (vectors * seen) @ vectors.T / scale[:, None] / scale
 
 
 def marginal_fisher(
-    J: torch.Tensor, error_covariance: torch.Tensor | None, keep: int | Sequence[int]
+    J: torch.Tensor,
+    error_covariance: torch.Tensor | None,
+    keep: int | Sequence[int],
+    rounding: float = SINGULAR,
 ) -> MarginalFisher:
     r"""The Schur complement of J, and its standard error in first order.
 
@@ -97,6 +106,7 @@ def marginal_fisher(
         J: [P, P].
         error_covariance: [m, m] of the lower triangle of J, m = P (P + 1) / 2, or None.
         keep: parameters kept.
+        rounding: share of its information about a parameter below which J is rounding.
 
     Raises:
         ValueError: keep is empty, or names a parameter twice or one that does not exist.
@@ -109,7 +119,7 @@ def marginal_fisher(
     X = torch.zeros(len(J), size, dtype=torch.float64, device="cpu")
     X[kept] = torch.eye(size, dtype=torch.float64, device="cpu")
     if rest:
-        inverse = _pseudo_inverse(J[rest][:, rest])
+        inverse = _pseudo_inverse(J[rest][:, rest], rounding)
         if inverse is None:
             nothing = torch.full((size, size), math.nan, dtype=torch.float64, device="cpu")
             return MarginalFisher(tuple(kept), nothing, nothing.clone())
@@ -117,7 +127,7 @@ def marginal_fisher(
     marginal = X.T @ J @ X
     if error_covariance is None:
         return MarginalFisher(tuple(kept), marginal, torch.full_like(marginal, math.nan))
-    full = _unpack_covariance(error_covariance, len(J))
+    full = unpack_covariance(error_covariance, len(J))
     variance = torch.einsum("pi,qj,pqrs,ri,sj->ij", X, X, full, X, X)
     return MarginalFisher(tuple(kept), marginal, variance.clamp_min(0).sqrt())
 
@@ -128,7 +138,8 @@ def pack_covariance(full: torch.Tensor) -> torch.Tensor:
     return full[row, column][:, row, column]
 
 
-def _unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
+def unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
+    """[m, m] of the lower triangle of a symmetric matrix as [P, P, P, P] of all its entries."""
     row, column = torch.tril_indices(parameters, parameters)
     place = torch.zeros(parameters, parameters, dtype=torch.int64, device="cpu")
     place[row, column] = place[column, row] = torch.arange(len(row), device="cpu")

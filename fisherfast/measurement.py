@@ -24,12 +24,20 @@ from fisherfast.default_device import on_host, outside
 from fisherfast.distributed import Ranks
 from fisherfast.maps import estimate_map
 from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
-from fisherfast.meters import LayerMeter, score_note
+from fisherfast.meters import (
+    LayerMeter,
+    UnmeasuredError,
+    not_measured,
+    score_information,
+    score_note,
+)
 from fisherfast.probed import PROBE_BYTES, ProbedMeter, unprobed
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
+from fisherfast.ridge import RidgeSetting
+from fisherfast.status import with_status
 from fisherfast.streams import Streams
-from fisherfast.wide import WideMeter, too_wide
+from fisherfast.wide import WideMeter, fewest_samples, too_wide
 
 __all__ = ["Measurement", "NotFiniteError"]
 
@@ -106,16 +114,32 @@ class Measurement:
         contrast, ridge = self._data.contrast(), self._settings["ridge"]
         with self._evaluation():
             self._stream(progress)
+        estimates: dict[LayerMeter, LayerFisher] = {}
+        failures: list[UnmeasuredError] = []
         while True:
+            growing = []
             with torch.inference_mode(False), torch.no_grad():
-                growing = [m for m in self._layer_meters if m.grow(contrast, ridge)]
+                for meter in self._active:
+                    try:
+                        if meter.grow(contrast, ridge):
+                            growing.append(meter)
+                        else:
+                            estimates[meter] = self._estimate(meter, contrast, ridge)
+                    except UnmeasuredError as error:
+                        failures.append(error)
+                        seen, reason = sum(meter.seen), str(error)
+                        estimates[meter] = not_measured(
+                            meter.site, self._data, samples=seen, reason=reason
+                        )
             if not growing:
                 break
             self._active = growing
             with self._evaluation():
                 self._stream_again(progress)
+        if failures and len(failures) == len(self._layer_meters):
+            raise failures[0]
         with torch.no_grad():
-            layers = [self._estimate(m, contrast, ridge) for m in self._layer_meters]
+            layers = [self._known(m, estimates[m]) for m in self._layer_meters]
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
                 for m in self._layer_meters
@@ -132,9 +156,17 @@ class Measurement:
         flow = self._recall.complete(
             FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
         )
-        return flow, warning
+        judged = with_status(flow.layers, score=self._data.source == "score")
+        return replace(flow, layers=judged), warning
 
-    def _estimate(self, meter: LayerMeter, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+    def _known(self, meter: LayerMeter, layer: LayerFisher) -> LayerFisher:
+        """A layer as it was measured, but for the input of a score source."""
+        scored = meter.site.name == taps.INPUT and self._data.source == "score"
+        return score_information(layer, meter) if scored else layer
+
+    def _estimate(
+        self, meter: LayerMeter, contrast: torch.Tensor, ridge: RidgeSetting
+    ) -> LayerFisher:
         layer = meter.estimate(self._data, contrast, ridge)
         compressed = isinstance(meter, WideMeter) and self._settings["probe"] is not None
         return unprobed(layer) if compressed else layer
@@ -258,7 +290,8 @@ class Measurement:
         """How many samples of the model's own size fit into the budget."""
         with LivePeak() as live, outside():
             if self._model is not None:
-                self._model(batch.clone())
+                with taps.Forward(self._model, lambda *event: None, self._sites) as forward:
+                    forward.run(batch.clone())
         layers = [(meter.site, isinstance(meter, WideMeter)) for meter in self._layer_meters]
         alive = -(-live.nbytes // len(batch))
         sites = [site for site, _ in layers]
@@ -282,13 +315,27 @@ class Measurement:
 
     def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
         if too_wide(site.dim, self._data, self._settings["max_features"]):
+            self._check_samples(site, fewest_samples(self._data, self._settings["folds"]))
             return WideMeter(site, self._recall.spaces.pop(site.name, None))
+        self._check_samples(site, 2 * self._settings["folds"])
         return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
+
+    def _check_samples(self, site: taps.Site, needed: int) -> None:
+        """Refuse what cannot be measured before all samples are read, where their number is
+        known."""
+        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        known = [n for n in counts if n is not None]
+        if known and min(known) < needed and not self._data.sharded:
+            raise ValueError(
+                f"layer {site.name!r} must see at least {needed} samples per condition,"
+                f" got {min(known)}"
+            )
 
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:
         if self._model is None:
             return [taps.Site(taps.INPUT, "data", tuple(batch.shape[1:]))]
-        return taps.select(taps.survey(self._model, batch), self._layers, self._model)
+        sites = taps.survey(self._model, batch)
+        return taps.select(sites, self._layers, self._model, self._settings.get("output"))
 
     def _find_chains(self, sites: list[taps.Site], batch: torch.Tensor) -> None:
         """Replay the model once per layer, on so few samples that it costs half a pass at most."""
@@ -303,7 +350,7 @@ class Measurement:
     def _forward(self) -> Any:
         if self._model is None:
             return _NoModel(self._consume)
-        return taps.Forward(self._model, self._consume)
+        return taps.Forward(self._model, self._consume, self._sites)
 
     def _consume(
         self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor | Batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,22 +12,35 @@ from fisherfast.data import Data
 from fisherfast.derivatives import ScoreMoments, TangentMoments
 from fisherfast.estimators import (
     SPARE_DOF,
+    FisherCurve,
     SingularCovarianceError,
     choose_features,
     cross_fitted_bound,
     fisher_curve,
+    independent_features,
 )
-from fisherfast.features import BLOCK_ROWS, FeatureDictionary, Lift, PilotMoments, Standardisation
+from fisherfast.features import (
+    BLOCK_ROWS,
+    MAX_WIDTH,
+    FeatureDictionary,
+    Lift,
+    PilotMoments,
+    Standardisation,
+)
 from fisherfast.information_map import has_map, is_mapped
 from fisherfast.maps import MapMoments
-from fisherfast.marginal import pack_covariance
+from fisherfast.marginal import SINGULAR, pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
+from fisherfast.replicates import HeldSamples, Readout
 from fisherfast.results import LayerFisher, finite_step_note
+from fisherfast.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, RidgeSetting
 from fisherfast.taps import Site
+from fisherfast.uncertainty import jackknife_covariance
 
 __all__ = [
     "NO_TANGENTS",
     "LayerMeter",
+    "UnmeasuredError",
     "carried_by",
     "curve_points",
     "estimate_layer",
@@ -51,8 +64,75 @@ NO_TANGENTS = (
     " bound, a score or two conditions may tell more"
 )
 
+NOT_CARRIED = (
+    "information may lie below the rounding of the activations: directions that vary less are left"
+    " out"
+)
+
+RIDGE_LOSS = 0.02
+"""Part of J that a ridge given as a number may take before a note says so."""
+
+LIFT_ROUNDING = 1e-7
+"""Error of the float32 products of raw and lifted features, relative to their spreads."""
+
+LIFT_ERROR = 0.003
+"""Part of J that these errors may add before the lift is measured in float64."""
+
 SCORE_ERRORS = 5.0
 """Standard errors from zero beyond which the mean of a score is no chance: 6e-7."""
+
+
+class UnmeasuredError(ValueError):
+    """A layer cannot be measured with these samples or settings; others may."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the moments of a layer say.
+
+    Attributes:
+        whole: statistics of all features.
+        alive: int64 [k] numbers of the features that vary, that are not copies of others and that
+            the samples carry.
+        raw: how many of these are raw activations.
+        ridge: [k] theirs.
+        curve: over these features.
+        lost: [P] information that raw activations may have which are left out as rounding.
+        notes: why features were left out.
+    """
+
+    whole: FoldStatistics
+    alive: torch.Tensor
+    raw: int
+    ridge: torch.Tensor
+    curve: FisherCurve
+    lost: torch.Tensor
+    notes: tuple[str, ...]
+
+    def carried(self, chosen: int) -> bool:
+        """Whether the arithmetic carries the covariance: what its rounding may hide is little."""
+        hidden = self.lost + self.curve.hidden[self.raw - 1]
+        return not bool((hidden > HIDDEN_SHARE * self.curve.J[chosen - 1].diagonal()).any())
+
+    def exact_features(self) -> int:
+        """Features up to which float32 products of raw and lifted features are good enough.
+
+        An error e in the covariance of a lifted feature with the raw ones changes its derivative,
+        less what they explain, by e W, and J by (e W)^2 times the squared row of L^-1; and its
+        variance by e^2 tr R^-1, R that of the raw ones, which must be far below its ridge.
+        """
+        spread = self.whole.covariance.diagonal()[self.alive[: self.raw]].sqrt()
+        inverse = self.curve.readout[: self.raw, : self.raw] * spread
+        if float(inverse.square().sum()) * LIFT_ROUNDING**2 > LIFT_ERROR * LIFT_RIDGE:
+            return self.raw
+        W = self.curve.readout_of(self.raw) * spread[:, None]
+        share = self.curve.ridge_share.clone()
+        share[: self.raw] = 0.0
+        size = W.square().sum(0) * (LIFT_ROUNDING**2 / LIFT_RIDGE)
+        J = self.curve.J[self.raw - 1].diagonal().clamp_min(0)
+        error = self.curve.stderr[self.raw - 1].diagonal()
+        exact = share.cumsum(0)[:, None] * size <= LIFT_ERROR * (J + error)
+        return max(int(exact.all(1).sum()), self.raw)
 
 
 class LayerMeter:
@@ -61,12 +141,14 @@ class LayerMeter:
     dictionary: FeatureDictionary
     moments: FoldMoments
     map: MapMoments | None = None
+    _held: HeldSamples | None = None
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.pilot = PilotMoments()
         self._pending: list[torch.Tensor] = []
         self._dtype = torch.float32
+        self._fit: Fit | None = None
 
     @property
     def seen(self) -> list[int]:
@@ -93,15 +175,22 @@ class LayerMeter:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self.dictionary = FeatureDictionary(
-            standardisation, settings["max_features"], dtype=self._dtype, seed=settings["seed"]
+            standardisation,
+            settings["max_features"],
+            dtype=self._dtype,
+            seed=settings["seed"],
+            groups=_groups(self.site.dim, data, settings["max_features"]),
         )
         size = self.dictionary.size
+        self._grows = bool(settings["grow"])
+        self._repeats = all(data.repeats(c) for c in range(data.conditions))
         if settings["grow"]:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
         streams = {"folds": settings["folds"], "paired": data.paired, **carried_by(data)}
         self.moments = FoldMoments(
             size, data.conditions, device=standardisation.mean.device, **streams
         )
+        self._held = HeldSamples(data, settings["folds"], self.dictionary.raw, self._dtype)
         self._prepare_map(standardisation, data.conditions, settings, streams)
 
     def observe(
@@ -126,9 +215,12 @@ class LayerMeter:
         carried = score
         if tangents is not None:
             carried = self.dictionary.raw_tangents(rows_of(tangents, 1), raw)
+        if self._held is not None and not moments.known:
+            self._held.add(condition, raw, carried)
         moments.update(condition, raw, self._lift(), carried)
+        self._fit = None
         if moments.paired:
-            self._pending.append(raw)
+            self._pending.append(raw.to(self.dictionary.lift.weight.dtype))
             if len(self._pending) == len(moments.seen):
                 self._add_products()
         if self.map is not None and not moments.known:
@@ -148,12 +240,21 @@ class LayerMeter:
         """
         if self.map is not None and not self.moments.known:
             self.map.skip(condition, samples, first=first)
+        if self._held is not None and not self.moments.known:
+            self._held.skip(condition, samples)
         self.moments.skip(condition, samples, first=first)
+        self._fit = None
 
     def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that this pass adds up over processes: sums of samples, nothing else."""
+        """Views of all that this pass adds up over processes: sums of samples, and some of these,
+        zero where they were seen elsewhere."""
         sums = self.moments.shared_sums()
-        return sums if self.map is None or self.moments.known else sums + self.map.shared_sums()
+        self._fit = None
+        if self.moments.known:
+            return sums
+        if self._held is not None:
+            sums += self._held.dense(self.moments.sums.device)
+        return sums if self.map is None else sums + self.map.shared_sums()
 
     def learned(self) -> list[torch.Tensor]:
         """What was learned between passes in a way that processors may differ in: all processes
@@ -165,32 +266,126 @@ class LayerMeter:
         if self.map is not None:
             self.map.mirror_()
 
-    def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
-        """Make room for twice the lifted features where the curve still rises at its end.
+    def grow(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
+        """Make room for twice the lifted features where the curve still rises at its end, or
+        measure the lift in float64 where float32 products do not carry it.
 
         Returns whether it did: the same samples are then to be observed again.
         """
-        moments, raw = self.moments, self.dictionary.raw
-        if moments.size == self.dictionary.size or int(moments.counts.min()) < 2:
+        moments, dictionary = self.moments, self.dictionary
+        grows = self._grows and moments.size < dictionary.size
+        if not self._repeats or self._unfit(contrast) or not (grows or self._rounds_lift()):
             return False
-        whole = moments.statistics(contrast)
-        alive = (moments.variances() > self.rounding_variance()).nonzero()[:, 0]
-        raw_alive = int((alive < raw).sum())
-        if raw_alive == 0 or whole.dof < 2 * len(alive):
+        fit = self.fit(contrast, ridge)
+        if self._rounds_lift() and fit.exact_features() < len(fit.alive):
+            dictionary.lift = dictionary.lift.to(torch.float64)
+            self.moments = moments.grown(moments.size, known=dictionary.raw)
+            return True
+        if not grows or fit.whole.dof < 2 * len(fit.alive):
             return False
-        try:
-            curve = fisher_curve(whole.select(alive), ridge)
-        except SingularCovarianceError:
+        if len(fit.alive) < int((moments.variances() > self.rounding_variance()).sum()):
+            return False  # the next feature is linear in these
+        if choose_features(fit.curve, fit.raw)[1]:
             return False
-        if choose_features(curve, raw_alive)[1]:
-            return False
-        size = min(2 * moments.size - raw, self.dictionary.size)
+        size = min(2 * moments.size - dictionary.raw, dictionary.size)
         self.moments = moments.grown(size)
         return True
 
-    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+    def fit(self, contrast: torch.Tensor, ridge: RidgeSetting) -> Fit:
+        """The curve of the features that vary, as far as the samples carry it.
+
+        Raises:
+            ValueError: raw activations are linear in each other, and no ridge parts them.
+        """
+        if self._fit is None:
+            self._fit = self._fitted(contrast, ridge)
+        return self._fit
+
+    def _fitted(self, contrast: torch.Tensor, ridge: RidgeSetting) -> Fit:
+        alive = (self.moments.variances() > self.rounding_variance()).nonzero()[:, 0]
+        raw = int((alive < self.dictionary.raw).sum())
+        whole, ridges = self.moments.statistics(contrast), self.ridges(ridge)
+        lost = whole.derivative.new_zeros(whole.derivative.shape[1])
+        if ridge == AUTO:
+            linear = alive[:raw]
+            kept, lost = independent_features(whole.select(linear), ridges[linear])
+            alive, raw = torch.cat([linear[kept], alive[raw:]]), len(kept)
+        size, notes = _affordable(len(alive), raw, whole.dof)
+        while True:
+            index = alive[:size]
+            try:
+                curve = fisher_curve(whole.select(index), ridges[index])
+            except SingularCovarianceError as error:
+                if error.feature <= raw:
+                    raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
+                size = error.feature - 1
+                notes.append(f"features limited to {size}: the next is linear in these")
+            else:
+                return Fit(whole, index, raw, ridges[index], curve, lost, tuple(notes))
+
+    def _unfit(self, contrast: torch.Tensor) -> bool:
+        """Whether the samples are too few, or no activation varies: there is no curve then."""
+        moments = self.moments
+        if int(moments.counts.min()) < 2:
+            return True
+        raw = int((moments.variances() > self.rounding_variance())[: self.dictionary.raw].sum())
+        return raw == 0 or moments.statistics(contrast).dof < raw + SPARE_DOF
+
+    def _rounds_lift(self) -> bool:
+        """Whether the products of the lift are of float32."""
+        lift = self.dictionary.lift
+        return len(lift) > 0 and lift.weight.dtype == torch.float32
+
+    def readout(self, W: torch.Tensor, index: torch.Tensor) -> Readout:
+        """How raw features are read.
+
+        Args:
+            W: [k, P].
+            index: int64 [k] numbers of the features that it reads.
+        """
+        full = W.new_zeros(self.moments.size, W.shape[1])
+        full[index] = W
+        raw, lift = self.dictionary.raw, self._lift()
+        lifted = bool(full[raw:].any())
+
+        def read(
+            z: torch.Tensor, tangents: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            u = z.double() @ full[:raw]
+            moved = None if tangents is None else tangents.double() @ full[:raw]
+            if not lifted:
+                return u, moved
+            narrow = z.to(lift.weight.dtype)
+            u += lift(narrow).double() @ full[raw:]
+            if tangents is not None and moved is not None:
+                slopes = lift.slopes(narrow)[:, None] * (tangents.to(narrow) @ lift.weight.T)
+                moved += slopes.double() @ full[raw:]
+            return u, moved
+
+        return read
+
+    def replicates(self, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
+        """J of the features in index [k] without each fold [F, P, P]; empty where no samples were
+        kept."""
+        J, k = curve.J[-1], len(index)
+        if self._held is None:
+            return J.new_empty(0, *J.shape)
+        read = self.readout(curve.readout_of(k), index)
+        return self._held.replicates(curve, k, read, min(self.moments.seen))
+
+    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
+        """V of the score without each fold [F, P, P]."""
+        if self._held is None:
+            return V.new_empty(0, *V.shape)
+        return self._held.replicates_of_score(V, min(self.moments.seen))
+
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         """J, its errors and bounds, after the last pass."""
         return estimate_layer(self, data, contrast, ridge)
+
+    def ridges(self, ridge: RidgeSetting) -> torch.Tensor:
+        """The ridge of each present feature [k], relative to its variance."""
+        return self.dictionary.ridge(ridge, self.moments.variances())
 
     def rounding_variance(self) -> torch.Tensor:
         """Variance of each present feature below which it is rounding."""
@@ -204,8 +399,7 @@ class LayerMeter:
         streams: dict[str, Any],
     ) -> None:
         if is_mapped(settings["maps"], self.site.names) and has_map(self.site.shape):
-            pilot = standardisation.mean.reshape(self.site.shape).to(self._dtype)
-            self.map = MapMoments(pilot, conditions, **streams)
+            self.map = MapMoments(standardisation, self.site.shape, conditions, **streams)
 
     def _lift(self) -> Lift:
         return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
@@ -217,6 +411,25 @@ class LayerMeter:
         for start in range(0, len(held[0]), PRODUCT_ROWS):
             tiles = [raw[start : start + PRODUCT_ROWS] for raw in held]
             self.moments.update_products([torch.cat([raw, lift(raw)], 1) for raw in tiles])
+
+
+def worst_dof(data: Data) -> float | None:
+    """Fewest degrees of freedom of a covariance of these samples; None where their number is not
+    known."""
+    counts = [data.samples(c) for c in range(data.conditions)]
+    if None in counts:
+        return None
+    dof = float(sum(n for n in counts if n is not None))
+    return dof / data.conditions if data.paired else dof  # the same noise in all conditions
+
+
+def _groups(dim: int, data: Data, max_features: int) -> int | None:
+    """Groups that a layer of dim activations is sketched in, where it cannot be measured as a whole
+    nor compressed; None otherwise."""
+    dof = None if data.sharded else worst_dof(data)
+    if dof is None or dof >= dim + SPARE_DOF:
+        return max_features if dim > MAX_WIDTH else None
+    return max(min(max_features, int(dof / 2) - SPARE_DOF), 1)
 
 
 def carried_by(data: Data) -> dict[str, int]:
@@ -235,7 +448,7 @@ def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
 
 
 def estimate_layer(
-    meter: LayerMeter, data: Data, contrast: torch.Tensor, ridge: float
+    meter: LayerMeter, data: Data, contrast: torch.Tensor, ridge: RidgeSetting
 ) -> LayerFisher:
     """J, its errors and bounds from the fold moments of one layer."""
     site, dictionary, moments = meter.site, meter.dictionary, meter.moments
@@ -246,9 +459,10 @@ def estimate_layer(
     base = no_information(site, data, samples=sum(moments.seen), dropped=dropped)
     if raw == 0:
         return replace(base, notes=(f"all {site.dim} activations are constant: J = 0",))
-    whole = moments.statistics(contrast)
-    _check_freedom(site.name, raw, whole, moments)
-    size, notes = _affordable(len(alive), raw, whole.dof)
+    _check_freedom(site.name, raw, moments.statistics(contrast), moments)
+    fit = meter.fit(contrast, ridge)
+    curve, whole, raw, size = fit.curve, fit.whole, fit.raw, len(fit.alive)
+    notes = list(fit.notes)
     if dropped:
         notes.append(f"{dropped} constant features dropped")
     if dictionary.kind == "sketch":
@@ -256,24 +470,21 @@ def estimate_layer(
             f"sums of {site.dim} activations in random groups, a loose bound: data that can be read"
             " again are compressed instead"
         )
-    try:
-        curve = fisher_curve(whole.select(alive[:size]), ridge)
-    except SingularCovarianceError as error:
-        size = error.feature - 1
-        if size < raw:
-            raise ValueError(f"layer {site.name!r}: {error}") from None
-        notes.append(f"features limited to {size}: the next is linear in these (ridge {ridge:g})")
-        curve = fisher_curve(whole.select(alive[:size]), ridge)
-    index = alive[:size]
-    chosen, converged = choose_features(curve, raw)
-    halves = [moments.statistics(contrast, half).select(index[:chosen]) for half in (0, 1)]
-    lower, lower_stderr = cross_fitted_bound(halves[0], halves[1])
+    chosen, plateau = choose_features(curve, raw)
+    if meter._rounds_lift() and chosen > (most := fit.exact_features()):
+        chosen, plateau = most, False
+        notes.append(f"features limited to {most}: float32 products do not carry more")
+    index = fit.alive[:chosen]
+    halves = [moments.statistics(contrast, half).select(index) for half in (0, 1)]
+    lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
+    errors = curve.error_covariance(chosen)
+    J = curve.J[chosen - 1]
     layer = replace(
         base,
-        J=curve.J[chosen - 1].cpu(),
-        stderr=curve.stderr[chosen - 1].cpu(),
+        J=J.cpu(),
+        stderr=torch.einsum("pqpq->pq", errors).sqrt().cpu(),
         lower=lower.cpu(),
         lower_stderr=lower_stderr.cpu(),
         linear=curve.J[raw - 1].cpu(),
@@ -285,15 +496,36 @@ def estimate_layer(
         features=chosen,
         feature_kind=kind,
         effective_dim=float(curve.effective_dim[chosen - 1]),
-        converged=converged,
-        error_covariance=pack_covariance(curve.error_covariance(chosen)).cpu(),
+        plateau=plateau,
+        compressed=dictionary.kind == "sketch",
+        carried=fit.carried(chosen),
+        rounding=max(SINGULAR, curve.rounding(chosen, torch.finfo(meter._dtype).eps)),
+        replicates=meter.replicates(curve, index).cpu(),
+        error_covariance=pack_covariance(errors).cpu(),
     )
+    if not layer.carried:
+        notes.append(NOT_CARRIED)
+    if ridge != AUTO:
+        notes += _loss_by_ridge(meter, fit)
     if site.dim <= min(RESPONSE_WIDTH, dictionary.raw):
         layer = replace(layer, response=dictionary.response(whole.derivative).cpu())
     if isinstance(moments.carried, TangentMoments) and not bool(moments.carried.sums.any()):
         notes.append(NO_TANGENTS)
     warning = finite_step_note(layer)
     return replace(layer, notes=(*notes, *([warning] if warning else [])))
+
+
+def _loss_by_ridge(meter: LayerMeter, fit: Fit) -> list[str]:
+    """A note where the ridge that was asked for takes much of the linear information."""
+    index = fit.alive[: fit.raw]
+    linear, least = fit.whole.select(index), meter.ridges(AUTO)[index]
+    kept, _ = independent_features(linear, least)
+    J = fisher_curve(linear.select(kept), least[kept]).J[-1].diagonal()
+    loss = 1 - fit.curve.J[fit.raw - 1].diagonal() / J
+    worst = float(torch.where(J > 0, loss, 0.0).max())
+    if worst <= RIDGE_LOSS:
+        return []
+    return [f'the ridge takes {worst:.0%} of the linear information: ridge="auto" takes none']
 
 
 def score_note(meter: LayerMeter) -> str | None:
@@ -339,11 +571,58 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
         effective_dim=0.0,
         samples=samples,
         dropped=dropped,
-        converged=True,
+        plateau=True,
         dtheta=data.dtheta,
         error_covariance=pack_covariance(torch.zeros(P, P, P, P, dtype=torch.float64)),
+        replicates=empty,
         aliases=tuple(site.aliases),
         descendants=tuple(sorted(site.descendants)),
+    )
+
+
+def not_measured(site: Site, data: Data, *, samples: int, reason: str) -> LayerFisher:
+    """NaN: what a layer shows that cannot be measured, so that the others need not fail."""
+    layer = no_information(site, data, samples=samples, dropped=0)
+    nan, entries = torch.full_like(layer.J, math.nan), layer.error_covariance
+    return replace(
+        layer,
+        J=nan,
+        stderr=nan,
+        lower=nan,
+        lower_stderr=nan,
+        linear=nan,
+        linear_stderr=nan,
+        naive=nan,
+        error_covariance=None if entries is None else torch.full_like(entries, math.nan),
+        plateau=False,
+        notes=(f"not measured: {reason}",),
+    )
+
+
+def score_information(layer: LayerFisher, meter: LayerMeter) -> LayerFisher:
+    """The input of a score source: V = Cov(score), the Fisher information itself, in place of what
+    its features show."""
+    scores = [
+        moments.carried.score(slice(None), moments.counts[0].to(moments.sums))
+        for moments in meter.parts
+        if moments.carried is not None
+    ]
+    folds = torch.cat([score.folds for score in scores if score is not None])
+    V = folds.mean(0)
+    errors = jackknife_covariance(V - (folds - V) / (len(folds) - 1)).cpu()
+    stderr = torch.einsum("pqpq->pq", errors).sqrt()
+    V = V.cpu()
+    return replace(
+        layer,
+        J=V,
+        stderr=stderr,
+        lower=V,
+        lower_stderr=stderr,
+        naive=V,
+        plateau=True,
+        carried=True,
+        replicates=meter.replicates_of_score(V),
+        error_covariance=pack_covariance(errors),
     )
 
 
@@ -354,7 +633,7 @@ def _check_samples(name: str, raw: int, moments: FoldMoments) -> None:
     least = 2 * moments.folds
     needed = max(least, _needed(raw, 1.0, moments))
     reason = "(two per fold)" if needed == least else f"for its {raw} activations"
-    raise ValueError(
+    raise UnmeasuredError(
         f"layer {name!r} must see at least {needed} samples per condition {reason},"
         f" got {min(moments.seen)}"
     )
@@ -364,7 +643,7 @@ def _check_freedom(name: str, raw: int, whole: FoldStatistics, moments: FoldMome
     if whole.dof >= raw + SPARE_DOF:
         return
     inflation = (sum(moments.seen) - moments.counts.numel()) / whole.dof
-    raise ValueError(
+    raise UnmeasuredError(
         f"layer {name!r} must see at least {_needed(raw, inflation, moments)} samples per condition"
         f" for its {raw} activations, got {min(moments.seen)}"
     )

@@ -85,6 +85,7 @@ class FoldMoments:
 
     Features arrive with a pilot subtracted (`FeatureDictionary` does it); the pilot cancels from
     all results. Lifted ones are made on the way, tile by tile: the features of a batch never exist.
+    Products of raw features are taken in their dtype, those with a lifted one in the lift's.
 
     Attributes:
         known: leading features whose moments are complete, see `grown`.
@@ -153,7 +154,20 @@ class FoldMoments:
         Cost: n k (k + 1) / 2 + n d (k - d) multiply-adds, those of known features left out.
         """
         lift = Lift.none(raw) if lift is None else lift
-        first, n = self.seen[condition], len(raw)
+        first, (n, dim) = self.seen[condition], raw.shape
+        known = self.known
+        if lift.weight.dtype != raw.dtype:
+            if known < dim:
+                self._add(condition, raw, Lift.none(raw), first, known)
+            raw, known = raw.to(lift.weight.dtype), max(known, dim)
+        if known < self.size:
+            self._add(condition, raw, lift, first, known)
+        if self.carried is not None:
+            self.carried.update(raw, carried, lift, first=first, known=self.known)
+        self.skip(condition, n)
+
+    def _add(self, condition: int, raw: torch.Tensor, lift: Lift, first: int, known: int) -> None:
+        """Add sums and products of the features after the first known ones."""
         ops.lift_moments_(
             self.sums[condition],
             self.cross,
@@ -163,11 +177,8 @@ class FoldMoments:
             lift.pilot,
             slope=lift.slope,
             first=first,
-            start=self.known,
+            start=known,
         )
-        if self.carried is not None:
-            self.carried.update(raw, carried, lift, first=first, known=self.known)
-        self.skip(condition, n)
 
     def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
         """Count samples of a condition whose sums come from elsewhere, see `shared_sums`.
@@ -190,20 +201,25 @@ class FoldMoments:
         parts += [self.products] if self.paired else []
         return parts + ([] if self.carried is None else self.carried.shared_sums(self.known))
 
-    def grown(self, size: int) -> FoldMoments:
+    def grown(self, size: int, known: int | None = None) -> FoldMoments:
         """Moments of more features, whose first ones are these.
 
         What is known stays; the same samples, in the same order, must be added again for the new
         features, and only these are computed then.
+
+        Args:
+            size: number of features.
+            known: how many of these stay; None for all.
         """
+        known = self.size if known is None else known
         moments = FoldMoments(
             size, len(self.seen), folds=self.folds, paired=self.paired, device=self.sums.device
         )
-        moments.known = self.size
+        moments.known = known
         moments._seen_before = list(self.seen)
-        moments.sums[..., : self.size] = self.sums
-        moments.cross[:, : self.size, : self.size] = self.cross
-        moments.carried = None if self.carried is None else self.carried.grown(size)
+        moments.sums[..., :known] = self.sums[..., :known]
+        moments.cross[:, :known, :known] = self.cross[:, :known, :known]
+        moments.carried = None if self.carried is None else self.carried.grown(size, known)
         return moments
 
     def update_products(self, features: list[torch.Tensor]) -> None:

@@ -8,8 +8,10 @@ imported when the first figure is drawn; its settings and its pyplot figures are
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from fisherfast.comparison import ratio
 from fisherfast.results import FisherFlow, LayerFisher
 
 if TYPE_CHECKING:
@@ -357,8 +359,7 @@ def _lines(flow: FisherFlow, fraction: bool) -> Iterator[_Line]:
 
 def _lower_fractions(flow: FisherFlow) -> list[float]:
     """tr(J_input^-1 lower) / P of each layer."""
-    inverse = flow.layers[0].J.pinverse()
-    return [float((inverse @ layer.lower).trace()) / flow.parameters for layer in flow]
+    return [ratio(replace(layer, J=layer.lower), flow.layers[0])[0] for layer in flow]
 
 
 def _label_layers(ax: Axes, flow: FisherFlow, fraction: bool, unit: str) -> None:

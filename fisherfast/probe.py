@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from fisherfast import ops
 from fisherfast.features import FeatureDictionary, Lift
+from fisherfast.ridge import AUTO, LIFT_RIDGE, RidgeSetting
 
 __all__ = ["Probe", "ProbedDictionary", "Regression", "Trained", "train_probe"]
 
@@ -188,14 +189,23 @@ class ProbedDictionary(FeatureDictionary):
     def raw_features(self, activations: torch.Tensor) -> torch.Tensor:
         """The features [n, raw] that are not lifted: linear ones, and the outputs of the probe."""
         z = self.base.raw_features(activations)
-        return torch.cat([z, self.probe(z)], 1)
+        return torch.cat([z, self.probe(z.to(self.dtype)).to(z)], 1)
+
+    def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
+        """The ridge [k], as of the base; outputs of the probe have that of lifted features."""
+        if setting != AUTO:
+            return torch.full_like(variances, setting)
+        ridge = torch.full_like(variances, LIFT_RIDGE)
+        ridge[: self.linear] = self.base.ridge(setting, variances[: self.linear])
+        return ridge
 
     def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
         """Their tangents [P, n, raw]; `raw` is what `raw_features` returned."""
         if raw is None:
             raise ValueError("raw must be given: the tangents of a network depend on its input")
         dz = self.base.raw_tangents(tangents)
-        return torch.cat([dz, self.probe.tangents(raw[:, : self.linear], dz)], 2)
+        z = raw[:, : self.linear].to(self.dtype)
+        return torch.cat([dz, self.probe.tangents(z, dz)], 2)
 
 
 @dataclass(frozen=True)

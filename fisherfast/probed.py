@@ -35,6 +35,7 @@ from fisherfast.probe import (
 )
 from fisherfast.reservoir import KeptSamples
 from fisherfast.results import LayerFisher, finite_step_note
+from fisherfast.ridge import RidgeSetting
 from fisherfast.taps import Site
 
 __all__ = ["PROBE_BYTES", "ProbedMeter", "unprobed"]
@@ -148,7 +149,7 @@ class ProbedMeter(LayerMeter):
         probes = [trained.probe for trained in self._trained if trained.probe is not None]
         return [weight for probe in probes for weight in probe.parameters()]
 
-    def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
+    def grow(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
         """End a pass. Returns whether another one over the same samples must follow."""
         if self.halves:
             if self.seen != self.moments.seen:
@@ -166,7 +167,7 @@ class ProbedMeter(LayerMeter):
             self._train(contrast, ridge)
         return bool(self.halves)
 
-    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         """J, its errors and bounds: means over the two halves, or as without a probe."""
         plain = super().estimate(data, contrast, ridge)
         if not self.halves:
@@ -217,7 +218,7 @@ class ProbedMeter(LayerMeter):
                 return ""
         return f"half of {min(self.moments.seen)} samples per condition are too few to train on"
 
-    def _train(self, contrast: torch.Tensor, ridge: float) -> None:
+    def _train(self, contrast: torch.Tensor, ridge: RidgeSetting) -> None:
         """A network for each half; halves stay empty where one of them learned nothing."""
         probes = []
         for half, kept in enumerate(self._kept):
@@ -246,12 +247,12 @@ class ProbedMeter(LayerMeter):
         return _HalfMeter(self.site, dictionary, moments)
 
     def _train_on(
-        self, half: int, kept: tuple[torch.Tensor, ...], contrast: torch.Tensor, ridge: float
+        self, half: int, kept: tuple[torch.Tensor, ...], contrast: torch.Tensor, ridge: RidgeSetting
     ) -> Trained | None:
         """Train on the samples of a half; None where they show no information to start from."""
         whole, raw = self.moments.statistics(contrast, half), self.dictionary.raw
         alive = whole.covariance.diagonal() > self.rounding_variance()
-        start = self._start(whole, alive.nonzero()[:, 0], ridge)
+        start = self._start(whole, alive.nonzero()[:, 0], self.ridges(ridge))
         if start is None:
             return None
         scale, readout = start
@@ -269,7 +270,7 @@ class ProbedMeter(LayerMeter):
         )
 
     def _start(
-        self, whole: FoldStatistics, alive: torch.Tensor, ridge: float
+        self, whole: FoldStatistics, alive: torch.Tensor, ridge: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Scale [P] of the score, and its linear prediction [raw, P] from which training starts."""
         raw = int((alive < self.dictionary.raw).sum())
@@ -286,7 +287,7 @@ class ProbedMeter(LayerMeter):
         linear = whole.select(index[:raw])
         size = linear.covariance.diagonal().sqrt()
         correlation = linear.covariance / (size[:, None] * size)
-        correlation.diagonal().add_(max(ridge, raw / whole.dof))
+        correlation.diagonal().add_(ridge[index[:raw]].clamp_min(raw / whole.dof))
         solved = torch.linalg.solve(correlation, linear.derivative / size[:, None])
         naive = curve.naive[raw - 1].diagonal()
         shrink = (curve.J[raw - 1].diagonal() / naive).nan_to_num(0.0).clamp(0, 1)
@@ -295,7 +296,7 @@ class ProbedMeter(LayerMeter):
         return scale, readout
 
     def _joined(
-        self, plain: LayerFisher, contrast: torch.Tensor, ridge: float
+        self, plain: LayerFisher, contrast: torch.Tensor, ridge: RidgeSetting
     ) -> LayerFisher | None:
         """The means over the two halves; None where a covariance is singular."""
         halves = self._fits(contrast, ridge)
@@ -316,7 +317,7 @@ class ProbedMeter(LayerMeter):
         notes += [warning] if (warning := finite_step_note(layer)) else []
         return replace(layer, notes=tuple(notes))
 
-    def _fits(self, contrast: torch.Tensor, ridge: float) -> list[HalfFit] | None:
+    def _fits(self, contrast: torch.Tensor, ridge: RidgeSetting) -> list[HalfFit] | None:
         """The curves of the halves over the same features, each read at the size that the other
         has chosen."""
         wholes = [meter.moments.statistics(contrast) for meter in self.halves]
@@ -326,17 +327,20 @@ class ProbedMeter(LayerMeter):
         needed = int((alive < raw).sum())
         alive = alive[: max(needed, int(min(whole.dof for whole in wholes) / 2))]
         curves = []
+        ridges = self.halves[0].ridges(ridge)
         for whole in wholes:
-            curve, alive = _leading_curve(whole, alive, ridge)
+            curve, alive = _leading_curve(whole, alive, ridges)
             curves.append(curve)
         if len(alive) < needed or needed == 0:
             return None
         if len(curves[0]) > len(alive):
-            curves[0], _ = _leading_curve(wholes[0], alive, ridge)
+            curves[0], _ = _leading_curve(wholes[0], alive, ridges)
         sizes = [choose_features(curve, needed) for curve in curves]
         return [
-            HalfFit(curve, alive, chosen, converged)
-            for curve, (chosen, converged) in zip(curves, reversed(sizes), strict=True)
+            HalfFit(curve, alive, chosen, plateau, ridges[alive], half)
+            for half, (curve, (chosen, plateau)) in enumerate(
+                zip(curves, reversed(sizes), strict=True)
+            )
         ]
 
     def _note(self) -> str:
@@ -349,14 +353,14 @@ class ProbedMeter(LayerMeter):
 
 
 def _leading_curve(
-    whole: FoldStatistics, index: torch.Tensor, ridge: float
+    whole: FoldStatistics, index: torch.Tensor, ridge: torch.Tensor
 ) -> tuple[FisherCurve, torch.Tensor]:
     """The curve of the features in index, up to the first that is linear in those before it."""
     try:
-        return fisher_curve(whole.select(index), ridge), index
+        return fisher_curve(whole.select(index), ridge[index]), index
     except SingularCovarianceError as error:
         index = index[: error.feature - 1]
-        return fisher_curve(whole.select(index), ridge), index
+        return fisher_curve(whole.select(index), ridge[index]), index
 
 
 def _why_not(trained: Trained | None) -> str:

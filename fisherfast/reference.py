@@ -277,7 +277,8 @@ def lift_moments_(
     lifted = torch.nn.functional.leaky_relu(projected + bias, slope) - pilot
     features = torch.cat([z, lifted], 1).double()
     fold = (first + torch.arange(len(z), device=z.device)) % folds
-    sums[:, start:].index_add_(0, fold, features[:, start:])
+    size = features.shape[1]
+    sums[:, start:size].index_add_(0, fold, features[:, start:])
     for half in range(halves):
         rows = features[(half - first) % halves :: halves]
-        cross[half, start:] += (rows.mT @ rows).tril()[start:]
+        cross[half, start:size, :size] += (rows.mT @ rows).tril()[start:]

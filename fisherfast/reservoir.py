@@ -1,4 +1,4 @@
-"""`KeptSamples`: a bounded number of the samples of a stream, to train on once it is over."""
+"""`KeptSamples`: a bounded number of the samples of a stream, for when it is over."""
 
 from __future__ import annotations
 
@@ -18,10 +18,22 @@ class KeptSamples:
     Args:
         conditions: C.
         capacity: samples of a condition at most.
+        block: neighbours that are kept or dropped together: the number of folds, where all folds
+            are to be among what is kept.
+        dtype: of what is kept.
     """
 
-    def __init__(self, conditions: int, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(
+        self,
+        conditions: int,
+        capacity: int,
+        *,
+        block: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._dtype = dtype
+        self._capacity = max(capacity, block)
+        self._block = block
         self._stride = 1
         self._seen = [0] * conditions
         # chunks of sample numbers, and of each column
@@ -31,10 +43,11 @@ class KeptSamples:
         """Add samples of a condition: tensors [n, ...] of what is known of each, or None."""
         given = [column for column in columns if column is not None]
         first, n = self._seen[condition], len(given[0])
-        rows = slice(-first % self._stride, None, self._stride)
-        numbers = torch.arange(first, first + n)[rows]
-        chosen = tuple(column[rows].float().clone() for column in given)
-        self._kept[condition].append((numbers, *chosen))
+        numbers = torch.arange(first, first + n)
+        rows = self._is_kept(numbers).nonzero()[:, 0]
+        if len(rows):
+            chosen = (column[rows.to(column.device)].to(self._dtype) for column in given)
+            self._kept[condition].append((numbers[rows], *chosen))
         self.skip(condition, n)
 
     def skip(self, condition: int, samples: int) -> None:
@@ -44,11 +57,11 @@ class KeptSamples:
             self._thin()
 
     def dense(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What all processes together keep, in float32: a tensor for each condition and column,
+        """What all processes together keep: a tensor for each condition and column,
         zero where a sample was added elsewhere. From here on these are what is kept.
 
         Args:
-            like: a tensor [0, ...] for each column.
+            like: a tensor [0, ...] for each column, in the dtype of what is kept.
         """
         tensors: list[torch.Tensor] = []
         for condition, chunks in enumerate(self._kept):
@@ -56,23 +69,37 @@ class KeptSamples:
             wholes = [empty.new_zeros(count, *empty.shape[1:]) for empty in like]
             for numbers, *columns in chunks:
                 for whole, column in zip(wholes, columns, strict=True):
-                    whole[(numbers // self._stride).to(whole.device)] = column
-            self._kept[condition] = [(torch.arange(count) * self._stride, *wholes)]
+                    place = numbers // self._block // self._stride * self._block
+                    whole[(place + numbers % self._block).to(whole.device)] = column
+            numbers = torch.arange(self._seen[condition])
+            self._kept[condition] = [(numbers[self._is_kept(numbers)], *wholes)]
             tensors += wholes
         return tensors
 
     def _count(self, condition: int) -> int:
         """Samples of a condition that are kept, here and elsewhere."""
-        return -(-self._seen[condition] // self._stride)
+        blocks, rest = divmod(self._seen[condition], self._block)
+        whole = -(-blocks // self._stride) * self._block
+        return whole + (rest if blocks % self._stride == 0 else 0)
+
+    def _is_kept(self, numbers: torch.Tensor) -> torch.Tensor:
+        return numbers // self._block % self._stride == 0
 
     def _thin(self) -> None:
         self._stride *= 2
         for condition, chunks in enumerate(self._kept):
             if chunks:
                 columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
-                rows = columns[0] % self._stride == 0
+                rows = self._is_kept(columns[0])
                 thinned = (column[rows.to(column.device)] for column in columns)
                 self._kept[condition] = [tuple(thinned)]
+
+    def kept(self) -> list[tuple[torch.Tensor, ...]]:
+        """Of each condition the numbers [m] of the samples that are kept, and the columns."""
+        return [
+            tuple(torch.cat(column) for column in zip(*chunks, strict=True))
+            for chunks in self._kept
+        ]
 
     def take(self) -> tuple[torch.Tensor, ...]:
         """What was kept, [n, C, ...] each, as many samples of each condition; nothing stays."""

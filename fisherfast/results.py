@@ -17,8 +17,15 @@ import numpy as np
 import torch
 
 from fisherfast._version import __version__
+from fisherfast.comparison import (
+    LayerComparison,
+    compare,
+    divides,
+    ratio,
+    unresolved_note,
+)
 from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
-from fisherfast.marginal import MarginalFisher, cramer_rao, marginal_fisher
+from fisherfast.marginal import SINGULAR, MarginalFisher, cramer_rao, marginal_fisher
 
 __all__ = ["FisherFlow", "FisherWarning", "LayerFisher", "finite_step_note", "warn_of"]
 
@@ -66,16 +73,25 @@ class LayerFisher:
         effective_dim: k_eff, features that count after the ridge.
         samples: all samples used, over conditions.
         dropped: activations and features that never varied and were left out.
-        converged: a plateau of the curve was reached before the last feature.
+        plateau: a plateau of the curve was reached before the last feature.
         dtheta: [P] full separation of the conditions; empty where there was no finite step.
         aliases: other names of the same activations.
         descendants: names of layers that are a function of this one alone.
         notes: what a reader should know.
         error_covariance: [m, m] covariance of the errors of the lower triangle of J, row by row, m
-            = P (P + 1) / 2; None in old files. `marginal` takes its error from it.
+            = P (P + 1) / 2; None where unknown. `marginal` takes its error from it.
         response: [d, P] derivative of the mean activations, in their unit per unit of theta, of
             layers with at most 16 of them; None for others. The output of an unbiased estimator
             has the unit matrix.
+        status: how far J is to be believed: "unresolved", "noisy", "rising" or "resolved".
+        compressed: the activations were compressed before they were measured.
+        carried: the arithmetic carries the condition of the covariance; where not, information may
+            lie below the rounding of the activations.
+        rounding: share of its information about a parameter, when others are unknown, below which
+            J is rounding: `crlb` is infinite there.
+        replicates: [F, P, P] J without each fold of the samples, scaled so that their jackknife is
+            the covariance of the error of J. All layers of a flow leave out the same samples, so
+            the error of any function of several layers follows. Empty where there are none.
     """
 
     name: str
@@ -96,13 +112,25 @@ class LayerFisher:
     effective_dim: float
     samples: int
     dropped: int
-    converged: bool
+    plateau: bool
     dtheta: tuple[float, ...]
     aliases: tuple[str, ...] = ()
     descendants: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     error_covariance: torch.Tensor | None = None
     response: torch.Tensor | None = None
+    status: str = "unresolved"
+    compressed: bool = False
+    carried: bool = True
+    rounding: float = SINGULAR
+    replicates: torch.Tensor = field(
+        default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")
+    )
+
+    @property
+    def converged(self) -> bool:
+        """Whether J may be taken as it is: status == "resolved"."""
+        return self.status == "resolved"
 
     @property
     def dim(self) -> int:
@@ -139,7 +167,7 @@ class LayerFisher:
         The smallest standard deviation that an unbiased estimate from these features can have, all
         parameters unknown. Infinite where J is not positive definite, but for rounding.
         """
-        return cramer_rao(self.J)
+        return cramer_rao(self.J, self.rounding)
 
     def marginal(self, keep: int | Sequence[int]) -> MarginalFisher:
         """Information about some parameters, the others being unknown nuisances: the Schur
@@ -164,7 +192,7 @@ class LayerFisher:
             >>> abs(input.marginal(0).value - 0.64) < 0.2       # 1 - 0.6^2 / 1
             True
         """
-        return marginal_fisher(self.J, self.error_covariance, keep)
+        return marginal_fisher(self.J, self.error_covariance, keep, self.rounding)
 
     @property
     def finite_step(self) -> torch.Tensor:
@@ -187,7 +215,7 @@ class LayerFisher:
         Raises:
             KeyError, TypeError, ValueError: an entry is missing or of a wrong kind.
         """
-        added = {"error_covariance", "response"} - set(entry)  # where there is none, and old files
+        added = {"error_covariance", "response"} - set(entry)  # where there is none
         values = {f.name: entry[f.name] for f in fields(cls) if f.name not in added}
         parameters = len(values["J"])
         if "error_covariance" in values:
@@ -203,7 +231,8 @@ class LayerFisher:
             )
         for name in _MATRICES:
             numbers = np.array(values[name], dtype=np.float64)
-            shape = (-1, parameters, parameters) if name.startswith("curve") else (parameters,) * 2
+            stacked = name.startswith("curve") or name == "replicates"
+            shape = (-1, parameters, parameters) if stacked else (parameters,) * 2
             values[name] = torch.from_numpy(numbers.reshape(shape))
         values["effective_dim"] = float(values["effective_dim"])
         values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64, device="cpu")
@@ -225,6 +254,7 @@ _MATRICES = (
     "naive",
     "curve_J",
     "curve_stderr",
+    "replicates",
 )
 
 
@@ -276,25 +306,43 @@ class FisherFlow:
         return self.layers[0].parameters
 
     def fractions(self) -> dict[str, float]:
-        """J / J_input of each layer; tr(J_input^-1 J) / P for P parameters. Dimensionless."""
-        inverse = self._inverse_input()
-        return {layer.name: float((inverse @ layer.J).trace()) / self.parameters for layer in self}
+        """J / J_input of each layer; tr(J_input^-1 J) / P for P parameters. Dimensionless.
+
+        NaN where J_input is within three errors of zero in some direction. Errors in
+        `fraction_errors`; for the ratio of two other layers see `compare`.
+        """
+        return {name: value for name, (value, _) in self._ratios().items()}
 
     def fraction_errors(self) -> dict[str, float]:
-        """Standard errors of `fractions`, those of layer and input added in square.
+        """Standard errors of `fractions`: jackknife of the ratio over the folds of the samples that
+        layer and input share."""
+        return {name: error for name, (_, error) in self._ratios().items()}
 
-        Both come from the same samples and are positively correlated, so this errs on the wide
-        side.
+    def compare(self, a: str, b: str) -> LayerComparison:
+        """Ratio J_a / J_b and difference J_a - J_b of two layers, with their standard errors.
+
+        Both layers have seen the same samples, so their errors are correlated and those of ratio
+        and difference are smaller than the two added in square.
+
+        Args:
+            a, b: names of layers.
+
+        Returns:
+            `LayerComparison`; for P parameters also the ratio by direction. The ratios are NaN
+            where J_b is within three errors of zero.
+
+        Raises:
+            KeyError: there is no such layer.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x = torch.randn(2, 2000, 4)
+            >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
+            >>> flow = ff.fisher_flow(torch.nn.Linear(4, 2), data)
+            >>> flow.compare("output", "input").ratio < 1
+            True
         """
-        inverse = self._inverse_input()
-        source = self.layers[0]
-        errors = {}
-        for layer in self:
-            own = (inverse * layer.stderr).square().sum()
-            both = inverse @ layer.J @ inverse
-            from_input = (both * source.stderr).square().sum() if layer is not source else 0.0
-            errors[layer.name] = math.sqrt(float(own + from_input)) / self.parameters
-        return errors
+        return compare(self[a], self[b])
 
     def tightened(self) -> FisherFlow:
         """Use the network itself: information that a later layer shows was there before it.
@@ -318,6 +366,9 @@ class FisherFlow:
                     J=best.J,
                     stderr=best.stderr,
                     error_covariance=best.error_covariance,
+                    replicates=best.replicates,
+                    status=best.status,
+                    carried=best.carried,
                     notes=(*layer.notes, f"tightened by {best.name}"),
                 )
             tight.append(layer)
@@ -434,12 +485,10 @@ class FisherFlow:
             "lower",
             "J / J_input",
             "features",
-            "converged",
+            "status",
         ]
-        fractions, errors = self.fractions(), self.fraction_errors()
         rows = [header]
-        for layer in self:
-            fraction = fractions[layer.name]
+        for layer, (fraction, error) in zip(self, self._ratios().values(), strict=True):
             rows.append(
                 [
                     " = ".join(_main_names(layer)),
@@ -448,9 +497,9 @@ class FisherFlow:
                     _numbers(layer.J),
                     _numbers(layer.stderr),
                     _numbers(layer.lower),
-                    f"{fraction:.3f} +- {errors[layer.name]:.3f}",
+                    "-" if math.isnan(fraction) else f"{fraction:.3f} +- {error:.3f}",
                     f"{layer.feature_kind} {layer.features}",
-                    "yes" if layer.converged else "no",
+                    layer.status,
                 ]
             )
         return rows
@@ -471,6 +520,8 @@ class FisherFlow:
         ]
         lines.insert(1, "-" * max(map(len, lines)))
         lines.append(self._footer())
+        if not divides(self.layers[0]):
+            lines.append(f"note: {unresolved_note(self.layers[0])}")
         lines += [f"note: {layer.name}: {note}" for layer in self for note in layer.notes]
         return "\n".join(lines)
 
@@ -492,12 +543,12 @@ class FisherFlow:
             f"<p>{html.escape(self._footer())}</p>"
         )
 
-    def _inverse_input(self) -> torch.Tensor:
-        if self.layers[0].name != "input":
-            raise ValueError(f"the first layer must be the input, got {self.layers[0].name!r}")
-        J = self.layers[0].J
-        inverse, failed = torch.linalg.inv_ex(J)
-        return torch.full_like(J, math.nan) if int(failed) else inverse
+    def _ratios(self) -> dict[str, tuple[float, float]]:
+        """J / J_input of each layer and its standard error."""
+        source = self.layers[0]
+        if source.name != "input":
+            raise ValueError(f"the first layer must be the input, got {source.name!r}")
+        return {layer.name: ratio(layer, source) for layer in self}
 
 
 def finite_step_note(layer: LayerFisher) -> str | None:

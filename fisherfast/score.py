@@ -83,12 +83,15 @@ def score_estimate(
     return ScoreEstimate(J, (theory + jackknife).maximum(least), replicates, share)
 
 
-def score_theory(J: torch.Tensor, V: torch.Tensor, effective: float, dof: float) -> torch.Tensor:
+def score_theory(
+    J: torch.Tensor, V: torch.Tensor, effective: float, dof: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the covariance [P, P, P, P] of the entries of one J [P, P] is beyond the jackknife of
-    its replicates."""
+    its replicates, and the least that it is with it."""
     share = float(_explained(J[None], V))
     J, E = _not_negative(J), _not_negative(V - J)
-    return _theory(J, E, share, effective, dof, pair_product)
+    theory = _theory(J, E, share, effective, dof, pair_product)
+    return theory, _of_useless(E, effective, dof, pair_product)
 
 
 def _explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from fisherfast.data import Data
-from fisherfast.estimators import check_ridge
+from fisherfast.ridge import RidgeSetting, check_ridge
 
-__all__ = ["BATCH_SIZE", "FOLDS", "MAX_FEATURES", "check_passes", "check_settings"]
+__all__ = [
+    "BATCH_SIZE",
+    "FOLDS",
+    "MAX_FEATURES",
+    "check_output",
+    "check_passes",
+    "check_settings",
+]
 
 FOLDS = 16
 """Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
@@ -49,6 +56,17 @@ def check_passes(data: Data, grow: bool, maps: bool | Sequence[str]) -> dict[str
     return {"grow": grow, "maps": maps}
 
 
+def check_output(output: str | None) -> dict[str, str | None]:
+    """The setting output, the name of a head; whether the model has it shows when it has run.
+
+    Raises:
+        TypeError: neither a name nor None.
+    """
+    if output is not None and not isinstance(output, str):
+        raise TypeError(f'output must be a name like "output[0]" or None, got {output!r}')
+    return {"output": output}
+
+
 def _check_repeats(data: Data, purpose: str) -> None:
     if not all(data.repeats(c) for c in range(data.conditions)):
         raise ValueError(
@@ -63,7 +81,7 @@ def check_settings(
     probe: str | None,
     batch_size: int,
     seed: int,
-    ridge: float,
+    ridge: RidgeSetting,
     folds: int,
 ) -> dict[str, Any]:
     """Settings of a measurement as plain numbers, with what they depend on of the data.

@@ -3,10 +3,11 @@ cannot see.
 
 A *site* is one place in the forward pass: the output of a module ("fc1", "fc1#2" on its second
 call, "lstm[0]" inside a tuple), of a functional activation ("fc1/relu": `F.relu` after fc1), or
-"input" and "output". `survey` runs the model once on a few samples and lists the sites; `Forward`
-runs it for good and hands each activation over the moment it exists, before an in-place operation
-can overwrite it. Mode, hooks, random state and the attention fast path are put back afterwards,
-also after an error.
+"input" and "output". A model that returns a tuple, a list or a dict has *heads*, "output[0]" or
+"output[mean]", and "output" holds them side by side. `survey` runs the model once on a few samples
+and lists the sites; `Forward` runs it for good and hands each activation over the moment it exists,
+before an in-place operation can overwrite it. Mode, hooks, random state and the attention fast path
+are put back afterwards, also after an error.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module | None
 
 INPUT = "input"
 OUTPUT = "output"
+HEAD = f"{OUTPUT}["
+"""How the names of heads begin: "output[0]", "output[mean]"."""
+
+JOINT = "outputs"
+"""Kind of the site that holds several heads side by side."""
 
 PASSIVE = (
     nn.Identity,
@@ -108,6 +114,7 @@ class Site:
         descendants: names of the sites that are a function of this one alone (see `chains`).
         module: the module itself; None for "input" and functions.
         event: the first of its names that a forward pass reports.
+        heads: names of the outputs that it holds side by side; empty for all but a joint "output".
     """
 
     name: str
@@ -118,6 +125,7 @@ class Site:
     descendants: set[str] = field(default_factory=set)
     module: nn.Module | None = field(default=None, repr=False)
     event: str = ""
+    heads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.event = self.event or self.name
@@ -131,6 +139,15 @@ class Site:
     def dim(self) -> int:
         """d, the number of activations of one sample."""
         return int(np.prod(self.shape, dtype=np.int64))
+
+    def also(self, name: str) -> None:
+        """Add a name; "output" becomes the main one, except at the input."""
+        if name == OUTPUT and self.name != INPUT:
+            self.aliases.insert(0, self.name)
+            self.name = OUTPUT
+            self.passive = False
+        else:
+            self.aliases.append(name)
 
 
 Consumer = Callable[[str, str, nn.Module | None, torch.Tensor], torch.Tensor | None]
@@ -146,12 +163,14 @@ class Forward(TorchFunctionMode):
     Args:
         model: any module.
         consume: gets each event as it happens.
+        sites: from `survey`. The heads of a joint "output" are reported side by side, last of all.
     """
 
-    def __init__(self, model: nn.Module, consume: Consumer) -> None:
+    def __init__(self, model: nn.Module, consume: Consumer, sites: Sequence[Site] = ()) -> None:
         super().__init__()
         self._model = model
         self._consume = consume
+        self._heads = [head for site in sites for head in site.heads]
         self._names = {
             id(module): _event_name(name_inside(name)) for name, module in model.named_modules()
         }
@@ -188,9 +207,21 @@ class Forward(TorchFunctionMode):
         super().__enter__()
         try:
             with outside():
-                return self._model(batch)
+                output = self._model(batch)
+                self._join(output)
+                return output
         finally:
             super().__exit__(None, None, None)
+
+    def _join(self, output: Any) -> None:
+        """Report the heads as one "output" [n, sum of d] in the widest of their dtypes."""
+        found: dict[str, torch.Tensor] = {}
+        if self._heads:
+            map_tensors(output, lambda place, head: found.setdefault(OUTPUT + place, head))
+        heads = [found[name] for name in self._heads if self._readable(found.get(name))]
+        rows = [head.flatten(1) if head.ndim > 1 else head[:, None] for head in heads]
+        if rows:  # a head that is missing shows as another width, all of them as a skipped layer
+            self._report(OUTPUT, JOINT, None, torch.cat(rows, 1))
 
     def __torch_function__(
         self,
@@ -240,8 +271,7 @@ class Forward(TorchFunctionMode):
         output: torch.Tensor,
     ) -> torch.Tensor:
         """Hand an activation [n, ...] of floating dtype to the consumer."""
-        readable = output.ndim > 0 and len(output) == self._samples and output.is_floating_point()
-        if self._busy or not readable:
+        if self._busy or not self._readable(output):
             return output
         self._busy = True
         try:
@@ -249,6 +279,12 @@ class Forward(TorchFunctionMode):
         finally:
             self._busy = False
         return output if replacement is None else replacement
+
+    def _readable(self, output: torch.Tensor | None) -> bool:
+        """Whether there is a floating tensor with one row per sample."""
+        if output is None or output.ndim == 0 or len(output) != self._samples:
+            return False
+        return output.is_floating_point()
 
     def _count(self, name: str) -> str:
         self._calls[name] = calls = self._calls.get(name, 0) + 1
@@ -366,32 +402,40 @@ def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
 
     Two events with the very same activations (a container returns its last child's output) are one
     site. What has one row per sample is told from a table that happens to have as many rows by a
-    run on one sample less. Cost: two forward passes.
+    run on one sample less. Several heads make one more site, the joint "output", of each tensor
+    once; a single head is the "output" itself. Cost: two forward passes.
     """
     per_sample = _events(model, batch[:-1]) if len(batch) > 1 else None
     sites: list[Site] = []
     seen: list[tuple[weakref.ref[torch.Tensor], int, Site]] = []
+
+    heads: dict[int, tuple[str, Site]] = {}  # by the site: a tensor returned twice is one head
 
     def consume(name: str, kind: str, module: nn.Module | None, output: torch.Tensor) -> None:
         if per_sample is not None and name not in per_sample:
             return
         for reference, version, site in seen:
             if reference() is _original(output) and version == _version(output):
-                if name == OUTPUT and site.name != INPUT:
-                    site.aliases.append(site.name)
-                    site.name = OUTPUT
-                    site.passive = False
-                else:
-                    site.aliases.append(name)
-                return
-        passive = isinstance(module, PASSIVE) and name != OUTPUT
-        site = Site(name, kind, tuple(output.shape[1:]), passive=passive, module=module)
-        sites.append(site)
-        seen.append((weakref.ref(output), _version(output), site))
+                site.also(name)
+                break
+        else:
+            passive = isinstance(module, PASSIVE) and name != OUTPUT
+            site = Site(name, kind, tuple(output.shape[1:]), passive=passive, module=module)
+            sites.append(site)
+            seen.append((weakref.ref(output), _version(output), site))
+        if name.startswith(HEAD):
+            heads.setdefault(id(site), (name, site))
+            site.passive = False
 
     with Forward(model, consume) as forward:
         output = forward.run(batch.clone())
         del output
+    names = tuple(name for name, _ in heads.values())
+    if len(names) == 1:
+        heads.popitem()[1][1].also(OUTPUT)
+    elif names:
+        width = sum(site.dim for _, site in heads.values())
+        sites.append(Site(OUTPUT, JOINT, (width,), heads=names))
     return sites
 
 
@@ -420,11 +464,10 @@ def chains(model: nn.Module, batch: torch.Tensor, sites: list[Site]) -> None:
     if len(batch) < 2:
         return
     other = batch.roll(1, 0)
-    by_event = {event: site for site in sites for event in site.names}
-    original = _record(model, batch, by_event)
+    original = _record(model, batch, sites)
     for site in sites:
         try:
-            replay = _record(model, other, by_event, replace=(site.name, original))
+            replay = _record(model, other, sites, replace=(site.name, original))
         except Exception:  # a network may refuse exchanged values: no chain is known
             continue
         past = False
@@ -434,19 +477,26 @@ def chains(model: nn.Module, batch: torch.Tensor, sites: list[Site]) -> None:
             past = past or later is site
 
 
-def select(sites: list[Site], layers: Layers, model: nn.Module) -> list[Site]:
+def select(
+    sites: list[Site], layers: Layers, model: nn.Module, output: str | None = None
+) -> list[Site]:
     """The sites that `layers` asks for, in execution order, always with "input" and "output".
 
     Args:
         layers: "auto" (all but passive ones), a name or a list of names, a regular expression
             (searched for in every name), or a function (name, module or None) -> bool.
+        output: a head that is always there too.
 
     Raises:
-        ValueError: a name that does not exist (with the nearest ones) or a layer that never ran.
+        ValueError: a name that does not exist (with the nearest ones) or a layer that never ran; an
+            output that does not exist (with those that do).
     """
+    known = {name: site for site in sites for name in site.names}
+    if output is not None and not (output in known and _is_output(output)):
+        outputs = [name for name in known if _is_output(name)]
+        raise ValueError(f"output must be one of {outputs}, got {output!r}")
     if isinstance(layers, str) and layers == "auto":
         return [site for site in sites if not site.passive]
-    known = {name: site for site in sites for name in site.names}
     _check_layers(layers)
     if callable(layers) and not isinstance(layers, re.Pattern):
         wanted = {id(s) for s in sites if any(layers(name, s.module) for name in s.names)}
@@ -458,8 +508,12 @@ def select(sites: list[Site], layers: Layers, model: nn.Module) -> list[Site]:
             if name not in known:
                 raise ValueError(_unknown(name, known, model))
         wanted = {id(known[name]) for name in names}
-    ends = {id(s) for s in sites if s.name in (INPUT, OUTPUT) or s.name.startswith(f"{OUTPUT}[")}
-    return [site for site in sites if id(site) in wanted | ends]
+    wanted |= {id(known[name]) for name in (INPUT, OUTPUT, output) if name in known}
+    return [site for site in sites if id(site) in wanted]
+
+
+def _is_output(name: str) -> bool:
+    return name == OUTPUT or name.startswith(HEAD)
 
 
 def _check_layers(layers: Any) -> None:
@@ -501,10 +555,11 @@ def _unknown(name: str, known: Mapping[str, Site], model: nn.Module) -> str:
 def _record(
     model: nn.Module,
     x: torch.Tensor,
-    by_event: Mapping[str, Site],
+    sites: Sequence[Site],
     replace: tuple[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Outputs of all sites; one of them replaced by what it was in an earlier record."""
+    by_event = {event: site for site in sites for event in site.names}
     outputs: dict[str, torch.Tensor] = {}
 
     def consume(
@@ -520,7 +575,7 @@ def _record(
         return None
 
     start = x if replace is None or replace[0] != INPUT else replace[1][INPUT]
-    with Forward(model, consume) as forward:
+    with Forward(model, consume, sites) as forward:
         forward.run(start.clone())
     return outputs
 

@@ -23,26 +23,33 @@ from fisherfast.estimators import (
     SingularCovarianceError,
     choose_features,
     fisher_curve,
+    independent_features,
 )
 from fisherfast.features import MAX_WIDTH
-from fisherfast.halves import HalfFit, dealt_to_halves, joined
+from fisherfast.halves import HalfFit, dealt_to_halves, joined, replicates_of_mean
 from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace, projected
 from fisherfast.meters import (
     NO_TANGENTS,
+    NOT_CARRIED,
     LayerMeter,
+    UnmeasuredError,
     carried_by,
     curve_points,
     no_information,
     rows_of,
+    worst_dof,
 )
 from fisherfast.moments import FoldMoments, FoldStatistics
+from fisherfast.replicates import HeldSamples
 from fisherfast.results import LayerFisher, finite_step_note
+from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge
 from fisherfast.taps import Site
 
 __all__ = ["WideMeter", "too_wide"]
 
 LEAST_DOF = 1.1
-"""Degrees of freedom per activation below which a layer wider than max_features is compressed."""
+"""Degrees of freedom per activation below which a layer is compressed: above, its whole covariance
+says more."""
 
 
 def too_wide(dim: int, data: Data, max_features: int) -> bool:
@@ -52,13 +59,24 @@ def too_wide(dim: int, data: Data, max_features: int) -> bool:
         return False
     if dim > MAX_WIDTH:
         return True
-    counts = [data.samples(c) for c in range(data.conditions)]
-    if dim <= max_features or None in counts:
+    if data.sharded and dim <= max_features:  # other ranks have samples too
         return False
-    dof = float(sum(n for n in counts if n is not None))
-    if data.paired:  # at worst: the same noise in all conditions is one measurement of it
-        dof /= data.conditions
-    return dof < LEAST_DOF * dim
+    dof = worst_dof(data)
+    return dof is not None and dof < max(LEAST_DOF * dim, dim + SPARE_DOF)
+
+
+def fewest_samples(data: Data, folds: int) -> int:
+    """Samples per condition that a layer needs to be compressed: two in every fold of each half,
+    and a quarter that carries the readouts of the bound."""
+    own = folds_of_half(folds)
+    inflation = data.conditions if data.paired else 1
+    in_quarter = own / 2 + (data.parameters + SPARE_DOF) * inflation / data.conditions
+    return max(4 * own, 4 * math.ceil(in_quarter))
+
+
+def folds_of_half(folds: int) -> int:
+    """Folds of each half of the samples, an even number."""
+    return max(4, folds // 4 * 2)
 
 
 class WideMeter(LayerMeter):
@@ -100,16 +118,19 @@ class WideMeter(LayerMeter):
 
     @property
     def parts(self) -> list[FoldMoments]:
-        """Moments of different samples, together of all."""
-        return self.measured
+        """Moments of different samples, together of all: even ones first."""
+        return self.measured[::-1]
 
     def prepare(self, data: Data, settings: dict[str, Any]) -> None:
         """Fix the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self._mean, self._rounding = standardisation.mean, standardisation.rounding
-        self._paired, self._carried = data.paired, carried_by(data)
+        self._noise_variance = standardisation.noise**2 * (
+            standardisation.mean.square() + standardisation.scale.square().reciprocal()
+        )
+        self._data, self._paired, self._carried = data, data.paired, carried_by(data)
         self._conditions, self._parameters = data.conditions, data.parameters
-        self._folds = max(4, settings["folds"] // 4 * 2)  # of a half; an even number
+        self._folds = folds_of_half(settings["folds"])
         steps = max(min(KRYLOV_VECTORS, settings["max_features"] // data.parameters), 1)
         self.spaces = [
             KrylovSpace(
@@ -167,16 +188,19 @@ class WideMeter(LayerMeter):
                 continue
             before = None if first is None else len(range(half, first, 2))
             self.measured[1 - half].skip(condition, count, first=before)
+            self._halves_held[1 - half].skip(condition, count)
         self._seen[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Views of all that this pass adds up over processes."""
         sources = self.measured or self.spaces
         sums = [part for source in sources for part in source.shared_sums()]
+        if self.measured:
+            sums += [part for h in self._halves_held for part in h.dense(self._mean.device)]
         first_pass = self._seen_before is None
         return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
 
-    def grow(self, contrast: torch.Tensor, ridge: float) -> bool:
+    def grow(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
         """End a pass. Returns whether another one over the same samples must follow."""
         if self._seen_before not in (None, self.seen):
             raise ValueError(
@@ -191,7 +215,7 @@ class WideMeter(LayerMeter):
             self._prepare_measurement()
         return True
 
-    def estimate(self, data: Data, contrast: torch.Tensor, ridge: float) -> LayerFisher:
+    def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         """J, its errors and bounds: means over the two halves."""
         dead = int((~(self.spaces[0].alive | self.spaces[1].alive)).sum())
         base = no_information(self.site, data, samples=sum(self.seen), dropped=dead)
@@ -207,8 +231,15 @@ class WideMeter(LayerMeter):
         size = max(len(half.curve) for half in halves)
         points = curve_points(min(self._parameters, size), size)
         layer = joined(base, halves, self.measured, contrast, points)
-        layer = replace(layer, linear=layer.J, linear_stderr=layer.stderr, feature_kind="krylov")
+        layer = replace(
+            layer,
+            linear=layer.J,
+            linear_stderr=layer.stderr,
+            feature_kind="krylov",
+            compressed=True,
+        )
         notes = [f"{dead} constant activations left out"] if dead else []
+        notes += [] if layer.carried else [NOT_CARRIED]
         notes += [warning] if (warning := finite_step_note(layer)) else []
         return replace(layer, notes=tuple(notes))
 
@@ -226,6 +257,10 @@ class WideMeter(LayerMeter):
             )
             for projection in self._projections
         ]
+        self._halves_held = [
+            HeldSamples(self._data, self._folds, len(projection), torch.float64, share=0.5)
+            for projection in self._projections
+        ]
 
     def _measure(
         self,
@@ -238,10 +273,11 @@ class WideMeter(LayerMeter):
         """Add samples to what is measured in the space of a half. Returns whether all was finite,
         as a 0-d tensor."""
         moments, projection = self.measured[half], self._projections[half]
-        features = projected(rows, projection, self._mean)
+        features = projected(rows, projection, self._mean).double()
         carried = score
         if tangents is not None:
             carried = torch.stack([projected(tangent, projection) for tangent in tangents])
+        self._halves_held[half].add(condition, features, carried)
         moments.update(condition, features, carried=carried)
         if self._paired:
             waiting = self._waiting[half]
@@ -268,12 +304,12 @@ class WideMeter(LayerMeter):
             inflation = max((samples - self._conditions * self._folds / 2) / least, 1.0)
         in_quarter = self._folds / 2 + freedom * inflation / self._conditions
         needed = max(4 * self._folds, 4 * math.ceil(in_quarter))
-        raise ValueError(
+        raise UnmeasuredError(
             f"layer {self.site.name!r} must see at least {needed} samples per condition to be"
             f" compressed on one half and measured on the other, got {min(self.seen)}"
         )
 
-    def halves(self, contrast: torch.Tensor, ridge: float) -> list[HalfFit]:
+    def halves(self, contrast: torch.Tensor, ridge: RidgeSetting) -> list[HalfFit]:
         """What was measured in the space of each half, and the size at which it is to be read.
         Empty where a space has no feature that varies in the other half.
 
@@ -284,12 +320,54 @@ class WideMeter(LayerMeter):
         indices = [self._affordable(half, whole.dof) for half, whole in enumerate(wholes)]
         if not all(map(len, indices)):
             return []
-        fits = [_fit(*pair, ridge) for pair in zip(wholes, indices, strict=True)]
+        ridges = [self._ridge(half, ridge) for half in range(2)]
+        if ridge == AUTO:
+            for half, (whole, index) in enumerate(zip(wholes, indices, strict=True)):
+                kept, _ = independent_features(whole.select(index), ridges[half][index])
+                indices[half] = index[kept]
+        fits = [_fit(*one) for one in zip(wholes, indices, ridges, strict=True)]
         sizes = [choose_features(c, min(self._parameters, len(c))) for c, _ in fits]
-        return [
-            HalfFit(curve, index, min(chosen, len(index)), converged)
-            for (curve, index), (chosen, converged) in zip(fits, reversed(sizes), strict=True)
+        halves = []
+        for half, ((curve, index), (chosen, plateau)) in enumerate(
+            zip(fits, reversed(sizes), strict=True)
+        ):
+            chosen = min(chosen, len(index))
+            replicates = self._replicates(half, curve, index[:chosen])
+            own = ridges[half][index]
+            halves.append(HalfFit(curve, index, chosen, plateau, own, 1 - half, replicates))
+        return halves
+
+    def _replicates(self, half: int, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
+        """J of the features in index without each fold of a half."""
+        W = curve.readout_of(len(index))
+
+        def read(
+            features: torch.Tensor, tangents: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return features[:, index] @ W, None if tangents is None else tangents[..., index] @ W
+
+        samples = min(self.measured[half].seen)
+        return self._halves_held[half].replicates(curve, len(index), read, samples)
+
+    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
+        """V of the score without each fold [F, P, P]."""
+        parts = [
+            held.replicates_of_score(V.to(self._mean), min(moments.seen)).cpu()
+            for held, moments in zip(self._halves_held, self.measured, strict=True)
         ]
+        return replicates_of_mean(parts[::-1])
+
+    def _ridge(self, half: int, setting: RidgeSetting) -> torch.Tensor:
+        """The ridge [k] of the features in the space of a half, relative to their variances: the
+        rounding of the activations, and of the products that make features of them."""
+        moments = self.measured[half]
+        variance = moments.variances()
+        if setting != AUTO:
+            return torch.full_like(variance, setting)
+        size = self._noise_variance.sqrt() / 4  # products are off by a few units in the last place
+        weights = self._projections[half]
+        products = torch.stack([weight.abs().double() @ size for weight in weights]).square()
+        return raw_ridge(variance, self._of_activations(half, self._noise_variance) + products)
 
     def _affordable(self, half: int, dof: float) -> torch.Tensor:
         """Numbers of the features in the space of a half that vary; not more than samples carry."""
@@ -301,18 +379,21 @@ class WideMeter(LayerMeter):
         squares of a feature that the other half keeps far from zero."""
         moments = self.measured[half]
         mean = moments.sums.sum((0, 1)) / sum(moments.seen)
-        of_activations = (self._rounding * self._mean).square()
+        own = self._of_activations(half, (self._rounding * self._mean).square())
+        return own + self._rounding * mean.square()
+
+    def _of_activations(self, half: int, variance: torch.Tensor) -> torch.Tensor:
+        """Variance [k] of the features in the space of a half, from that of activations [d]."""
         weights = self._projections[half]  # one vector at a time in float64: they are long
-        own = [weight.double().square() @ of_activations for weight in weights]
-        return torch.stack(own) + self._rounding * mean.square()
+        return torch.stack([weight.double().square() @ variance for weight in weights])
 
 
 def _fit(
-    whole: FoldStatistics, index: torch.Tensor, ridge: float
+    whole: FoldStatistics, index: torch.Tensor, ridge: torch.Tensor
 ) -> tuple[FisherCurve, torch.Tensor]:
     """The curve of the features in index, and those of them that it holds."""
-    try:
-        return fisher_curve(whole.select(index), ridge), index
-    except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
-        index = index[: error.feature - 1]
-        return fisher_curve(whole.select(index), ridge), index
+    while True:
+        try:
+            return fisher_curve(whole.select(index), ridge[index]), index
+        except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
+            index = index[: error.feature - 1]

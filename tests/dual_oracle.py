@@ -116,7 +116,18 @@ def run(model: nn.Module, x: Tensor, read: Callable[[Tensor], Any]) -> tuple[Any
 
     with Forward(model, consume) as forward:
         output = forward.run(x.clone())
+    heads = heads_of(output, len(x))
+    if "output" not in layers and heads:
+        flat = [head.reshape(len(x), -1) for head in heads]
+        layers["output"] = read(heads[0] if len(heads) == 1 else torch.cat(flat, 1))
     return output, layers
+
+
+def heads_of(output: Any, samples: int) -> list[Tensor]:
+    """The floating tensors of a nested output with one row per sample, in order."""
+    heads: list[Tensor] = []
+    map_tensors(heads.append, output)
+    return [h for h in heads if h.is_floating_point() and h.shape[:1] == (samples,)]
 
 
 def forward_mode(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Activations, Any, list[Any]]:

@@ -81,6 +81,18 @@ def conv_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 2))
 
 
+class Heads(nn.Module):
+    """Two outputs of a body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        mean, spread = self.body(x).split([1, 2], 1)
+        return {"mean": mean, "spread": spread.square(), "n": len(x)}
+
+
 def dealt_cases() -> Cases:
     """Model, data and settings of measurements of data that all ranks have."""
     one, two, wide = gaussian(1), gaussian(2), gaussian(1, WIDE)
@@ -96,6 +108,7 @@ def dealt_cases() -> Cases:
         "score": (net(), two.scored([0.0, 0.0], N), {}),
         "simulator": (net(), ff.Simulator(two.sample, [0.0, 0.0], samples=N), {}),
         "two parameters": (net(), conditions(2), {}),
+        "several outputs": (Heads(), one.pathwise([0.0], N), {"output": "output[mean]"}),
         "memory budget": (net(), conditions(1), {"memory_budget": "34 MB", "batch_size": N}),
         "loader": (net(), ff.Score(loader), {}),
         "float64": (net(dtype=torch.float64), conditions(1), {}),

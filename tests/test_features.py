@@ -119,6 +119,8 @@ def test_raw_features_and_lift_are_the_features(x):
     """Catches a lift of activations that are not standardised, and a leading part that is not."""
     dictionary = dictionary_of(x, 80)
     raw, features = dictionary.raw_features(x), dictionary(x)
+    assert raw.dtype == torch.float64
+    raw = raw.float()
     assert torch.equal(features[:, :5], raw)
     assert torch.equal(features[:, 5:], dictionary.lift(raw))
     assert len(dictionary.lift.leading(7)) == 7

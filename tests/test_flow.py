@@ -203,7 +203,7 @@ def test_offset_of_the_data_does_not_matter(offset):
 @pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
 def test_unit_of_theta(paired):
     """theta in mm, not m: J, stderr, lower, all by 1e-6. Catches a step left out somewhere."""
-    minus, plus = (x.double() for x in samples())
+    minus, plus = (x.double() for x in samples(4000))  # J of the input is 3 errors above 0
     model = seeded(mlp).double()
     metres, millimetres = (
         measure(model, ff.FiniteDifference(minus, plus, step, paired=paired))
@@ -225,8 +225,8 @@ def test_units_of_several_parameters():
     """Each theta in its own unit: J_ij by both units, fractions not at all."""
     units = torch.tensor([1.0, 1000.0, 0.01], dtype=torch.float64)
     model = seeded(mlp).double()
-    plain = measure(model, three_parameters())
-    scaled = measure(model, three_parameters(units=units.tolist()))
+    plain = measure(model, three_parameters(8000))
+    scaled = measure(model, three_parameters(8000, units=units.tolist()))
     for layer in plain:
         for name in MATRICES:
             matrix = getattr(scaled[layer.name], name) * torch.outer(units, units)
@@ -517,7 +517,7 @@ def test_all_dead_is_no_information():
     """Catches NaN, an error, or a layer that is missing from the results."""
     model = seeded(lambda: Dead(all_dead=True))
     with untouched(model):
-        flow = measure(model)
+        flow = measure(model, two_conditions(4000))
     for name, dim in (("fc/relu", 4), ("output", 1)):
         layer = flow[name]
         assert layer.dropped == dim

@@ -66,7 +66,7 @@ def test_growth_stops_at_the_plateau(generator):
     """Catches a width that is not chosen from the curve: the shift needs no second pass."""
     counting = Counting()
     flow = ff.fisher_flow(counting, shifted(generator), max_features=512, grow=True)
-    assert flow["output"].converged
+    assert flow["output"].plateau
     assert int(flow["output"].curve_k[-1]) == DIM + BLOCK_ROWS
     once = Counting()
     ff.fisher_flow(once, shifted(generator), max_features=512)

@@ -29,7 +29,7 @@ MEASURE = {
     "batch_moments",
     "maps",
 }
-NUMBERS = {"results", "information_map", "marginal"}
+NUMBERS = {"comparison", "results", "status", "information_map", "marginal"}
 WIDE_LAYERS = {"krylov"}
 PROBES = {"probe", "reservoir"}
 TOP = {
@@ -136,7 +136,7 @@ def test_plots_are_imported_lazily_by_results():
 def test_results_stand_alone():
     """Results are plain numbers: catches an import of anything that measures."""
     used = {target for part, target, _ in imports() if part == "results"}
-    assert used <= {"_version", "plots", "information_map", "marginal"}
+    assert used <= {"_version", "plots", "comparison", "information_map", "marginal"}
 
 
 def test_problems_use_data_alone():

@@ -381,9 +381,9 @@ def test_leading_dimensions_are_systems_of_their_own(source, corrected):
 def test_float32_is_summed_in_float64():
     """Outputs far from zero. Catches sums in float32, which lose 6 of 7 digits here."""
     minus, plus = (100 * z.float() + 30_000 for z in mixed(2, n=500))
-    J = ff.linear_fisher(minus, plus, DTHETA[:2])
+    J = ff.linear_fisher(minus, plus, DTHETA[:2], ridge=0)
     assert J.dtype == torch.float64
-    assert torch.equal(J, ff.linear_fisher(minus.double(), plus.double(), DTHETA[:2]))
+    assert torch.equal(J, ff.linear_fisher(minus.double(), plus.double(), DTHETA[:2], ridge=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -511,6 +511,12 @@ TWINS = A[:, [0, 1, 0]]
             ValueError,
             "degrees of freedom must exceed the 1 outputs by at least 2, got 2:"
             " use more samples or fewer outputs",
+        ),
+        (
+            lambda f: f((A, A), (B, B), 0.1),
+            TypeError,
+            "z_minus must be a tensor or a list of P of them, got a tuple: join several outputs of"
+            " a model with torch.cat(z, 1), or give one of them",
         ),
         (
             lambda f: f(CONSTANT, CONSTANT, 0.1),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from training_histories import flow as flow_of
+from training_histories import number
 
 import fisherfast as ff
 from fisherfast import plots
@@ -83,6 +85,17 @@ def test_flow_as_fractions(flow):
     ax = plots.plot_flow(flow, fraction=True)
     assert heights(ax, 0) == list(flow.fractions().values())
     assert "input" in ax.get_ylabel()
+
+
+def test_fractions_of_an_input_that_cannot_be_told_from_zero(tmp_path):
+    """Catches a figure of shares of noise, and limits of an axis that are NaN."""
+    unresolved = flow_of(number(0.02), number(6.35), stderr=0.04)
+    for ax in (
+        plots.plot_flow(unresolved, fraction=True),
+        plots.plot_flows({0: unresolved}, fraction=True),
+    ):
+        assert all(math.isnan(height) for height in heights(ax, 0))
+        ax.figure.savefig(tmp_path / "flow.png")
 
 
 def test_flow_of_several_parameters_has_a_line_for_each(flow_of_two):

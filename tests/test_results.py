@@ -25,25 +25,28 @@ from networks_zoo import (
     two_conditions,
 )
 from torch import nn
+from training_histories import layer as layer_of
 
 import fisherfast as ff
 
 FORMATS = (".json", ".npz")
+SAMPLES = 4000  # J of the input is far enough from 0 to divide by
+PAIR_SAMPLES = 8000
 
 
 @pytest.fixture(scope="module")
 def flow() -> ff.FisherFlow:
     """One parameter."""
-    return measure(seeded(mlp))
+    return measure(seeded(mlp), two_conditions(SAMPLES))
 
 
 @pytest.fixture(scope="module")
 def pair() -> ff.FisherFlow:
     """Two parameters, independent of each other."""
-    minus, plus = samples(1600)
+    minus, plus = samples(2 * PAIR_SAMPLES)
     conditions = []
     for condition, sign in ((minus, -1), (plus, 1)):
-        one, two = condition.split(800)
+        one, two = condition.split(PAIR_SAMPLES)
         one, two = one.clone(), two.clone()
         one[:, 3:] -= sign * 0.1  # theta_1 moves the first three, theta_2 the others
         two[:, :3] -= sign * 0.1
@@ -68,6 +71,11 @@ def matrix(*rows: float) -> torch.Tensor:
     """A square float64 matrix from its entries."""
     size = math.isqrt(len(rows))
     return torch.tensor(rows, dtype=torch.float64).view(size, size)
+
+
+def of(name: str, J: float, stderr: float) -> ff.LayerFisher:
+    """A layer of one parameter."""
+    return layer_of(name, matrix(J), stderr=stderr, lifted=0.0)
 
 
 def with_layers(flow: ff.FisherFlow, **matrices: torch.Tensor) -> ff.FisherFlow:
@@ -101,8 +109,8 @@ def test_indexing(flow):
 def test_missing_layers_show_the_aliases_too():
     """Catches names that work in an index but not in the message: "output[mean]" of a dict."""
     flow = measure(seeded(Nested))
-    with pytest.raises(KeyError, match=r"got 'output'") as caught:
-        flow["output"]
+    with pytest.raises(KeyError, match=r"got 'mean'") as caught:
+        flow["mean"]
     assert "output[mean]" in str(caught.value)
 
 
@@ -171,7 +179,7 @@ def test_table(flow, pair):
             "lower",
             "J / J_input",
             "features",
-            "converged",
+            "status",
         ]
         assert len(rows) == len(result)
         assert all(isinstance(cell, str) for row in rows for cell in row)
@@ -188,10 +196,10 @@ def test_printed_table(flow, pair):
     """Catches columns that do not line up, and units that are not said."""
     lines = str(flow).splitlines()
     assert lines[0].split() == " ".join(flow.table()[0]).split()
-    for column in ("shape", "features", "converged"):  # columns of text start below their header
+    for column in ("shape", "features", "status"):  # columns of text start below their header
         start = lines[0].index(column)
         assert all(line[start - 1] == " " and line[start] != " " for line in lines[2:6])
-    assert "J per unit of theta squared; dtheta 0.2; 800 samples" in lines
+    assert "J per unit of theta squared; dtheta 0.2; 8000 samples" in lines
     assert "diagonal of J shown" in str(pair)
     assert all(len(line) <= 120 for line in lines)
 
@@ -243,24 +251,35 @@ def test_fractions_of_several_parameters(pair):
         assert isinstance(fractions[layer.name], float)
 
 
-def test_fraction_errors(flow):
-    """Those of layer and input added in square: catches the input's error left out."""
-    errors = flow.fraction_errors()
-    assert list(errors) == flow.names
-    base = flow["input"].stderr.item() / flow["input"].value
-    for layer in flow:
-        if layer.name != "input":
-            fraction = layer.value / flow["input"].value
-            own = layer.stderr.item() / flow["input"].value
-            assert errors[layer.name] == pytest.approx(math.hypot(own, fraction * base), rel=1e-9)
+def test_fractions_to_a_layer_itself_are_exact(flow, pair):
+    """Catches the error of J_input printed beside a ratio that is 1 whatever J_input."""
+    for result in (flow, pair):
+        assert list(result.fraction_errors()) == result.names
+        assert result.fraction_errors()["input"] == pytest.approx(0, abs=1e-12)
+
+
+def test_no_fraction_of_an_input_that_cannot_be_told_from_zero():
+    """J_input = 0.02 +- 0.04 and J_output = 6.35 were printed as -545 +- 4164."""
+    flow = ff.FisherFlow((of("input", 0.02, 0.04), of("output", 6.35, 0.3)), {})
+    for numbers in (flow.fractions(), flow.fraction_errors()):
+        assert all(math.isnan(number) for number in numbers.values())
+    assert [row[6] for row in flow.table()[1:]] == ["-", "-"]
+    note = "note: J of input is within 3 errors of zero: no ratio to it"
+    assert str(flow).count(note) == 1
+    assert "nan" not in str(flow)
+
+
+def test_fractions_of_a_noisy_input_are_numbers():
+    """3.1 errors are enough: catches a bound that is ten errors, and one in the wrong unit."""
+    flow = ff.FisherFlow((of("input", 0.31, 0.1), of("output", 0.155, 0.1)), {})
+    assert flow.fractions()["output"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("J", [0.0, -1.0, 1e-300])
 def test_fractions_of_an_input_without_information(flow, J):
     """Catches a division by zero, and a warning of numpy or torch."""
     odd = with_layers(flow, input=matrix(J))
-    for fraction in odd.fractions().values():
-        assert isinstance(fraction, float)
+    assert all(math.isnan(fraction) for fraction in odd.fractions().values())
     assert len(odd.fraction_errors()) == 4
     str(odd)
     odd._repr_html_()
@@ -347,6 +366,8 @@ def test_tightened_says_so_and_keeps_errors_with_values(flow):
     layer = tight["input"]
     assert layer.value == raised[source].value
     assert torch.equal(layer.stderr, raised[source].stderr)
+    assert torch.equal(layer.replicates, raised[source].replicates)
+    assert layer.status == raised[source].status
     assert any(source in note for note in layer.notes)
     assert torch.equal(raised["input"].J, matrix(0.1))
 

@@ -77,6 +77,19 @@ def test_pathwise_pairs_have_the_sample_first(form):
     assert torch.equal(got.tangents, dx)
 
 
+@pytest.mark.parametrize("cls", [ff.Pathwise, ff.Score])
+def test_a_list_of_batches_has_no_known_length(cls):
+    """Catches the number of batches that passes for that of samples: too few, and refused."""
+    x = numbers(2000, 4)
+    companion = torch.ones(2000, 1, 4) if cls is ff.Pathwise else x.sum(1)
+    whole = cls(TensorDataset(x, companion))
+    batches = cls(list(zip(x.split(400), companion.split(400), strict=True)))
+    assert (whole.samples(0), batches.samples(0)) == (2000, None)
+    one, other = (ff.fisher_information(data, batch_size=400) for data in (whole, batches))
+    assert other.samples == 2000
+    torch.testing.assert_close(one.linear, other.linear, rtol=1e-6, atol=0)
+
+
 def test_numpy_is_read_without_a_change():
     """Catches a cast on the way."""
     x, dx = numbers(N, 4).double().numpy(), numbers(P, N, 4).double().numpy()
@@ -116,6 +129,14 @@ def test_what_repeats(cls):
 
 X = numbers(N, *SHAPE)
 NAN = torch.full((1, N, *SHAPE), float("nan"))
+
+KINDS = (
+    "a tensor, an array, a Dataset, a DataLoader, an iterable of batches or a function that "
+    "returns one"
+)
+SEVERAL = (
+    "samples of several inputs are not supported yet, join them in one tensor that the model splits"
+)
 
 REFUSED = {
     "dx without P": (
@@ -184,6 +205,33 @@ REFUSED = {
     "score not finite": (
         lambda: ff.Score(X, NAN[0, :, 0, 0]),
         "score must be finite, got NaN or infinity",
+    ),
+    "x of several inputs": (
+        lambda: ff.Pathwise((X, X), X[None]),
+        f"x must be {KINDS}, got tuple: {SEVERAL}; several parameters or batches are a list",
+    ),
+    "x of several inputs by name": (
+        lambda: ff.Score({"image": X}, X[:, 0, 0]),
+        f"x must be {KINDS}, got dict: {SEVERAL}",
+    ),
+    "dx of several inputs": (
+        lambda: ff.Pathwise(X, (X[None], X[None])),
+        "dx must be a tensor or array [P, n, ...] as x is, got tuple",
+    ),
+    "more than a score": (
+        lambda: read(ff.Score([(X, X[:, 0, 0], X)])),
+        "x must yield pairs (x, score) where score is not given, got 3 entries in batch 0: leave"
+        f" labels out; {SEVERAL}",
+    ),
+    "more than dx": (
+        lambda: read(ff.Pathwise(TensorDataset(X, X[:, None], X))),
+        "x must yield pairs (x, dx) where dx is not given, got 3 entries in batch 0: leave"
+        f" labels out; {SEVERAL}",
+    ),
+    "pairs of several inputs": (
+        lambda: read(ff.Score([((X, X), X[:, 0, 0])])),
+        f"x must yield samples [n, ...] alone, got 2 entries (Tensor, Tensor): leave labels out;"
+        f" {SEVERAL}",
     ),
     "batches without score": (
         lambda: read(ff.Score([X])),

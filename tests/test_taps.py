@@ -287,7 +287,7 @@ def test_nested_outputs():
     """Catches tensors in dicts, lists and tuples that are lost, and entries that are none."""
     model = seeded(Nested)
     flow = measure(model)
-    assert flow.names == ["input", "a", "b", "b#2", "b#2/tanh"]
+    assert flow.names == ["input", "a", "b", "b#2", "b#2/tanh", "output"]
     assert flow["output[mean]"].name == "a"
     assert flow["output[rest][0]"].name == "b"
     assert flow["output[rest][2][0]"].name == "b#2/tanh"

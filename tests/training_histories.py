@@ -33,7 +33,7 @@ def layer(name: str, J: torch.Tensor, *, stderr: float, lifted: float) -> ff.Lay
         effective_dim=1.0,
         samples=100,
         dropped=0,
-        converged=True,
+        plateau=True,
         dtheta=(),
     )
 

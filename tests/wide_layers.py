@@ -11,7 +11,7 @@ from fisherfast.results import LayerFisher
 from fisherfast.taps import Site
 from fisherfast.wide import WideMeter
 
-RIDGE = 1e-4
+RIDGE = "auto"
 SETTINGS = {"max_features": 512, "seed": 0, "grow": False, "folds": 16, "maps": False}
 
 

@@ -37,11 +37,12 @@ FF_INLINE void multiply_tile(Vec<T> (&tile)[kProductRows][2], const T* left, ind
 }
 
 // The part of a symmetric matrix [size, size] that a product of panels is added to: rows from
-// `start` on, the lower triangle.
+// `start` on, the lower triangle. A row is `stride` numbers after the one before.
 struct Triangle {
   double* matrix;
   index_t size;
   index_t start;
+  index_t stride;
 };
 
 // matrix (rows of panel `row_panel`, columns of `column_panel`) += left^T right.
@@ -65,7 +66,7 @@ FF_INLINE void add_panel_product(const Triangle& triangle, index_t row_panel, in
       if (row < triangle.start || row >= triangle.size) continue;
       store(numbers, tile[r][0]);
       store(numbers + kLanes<T>, tile[r][1]);
-      double* const to = triangle.matrix + row * triangle.size + first_column;
+      double* const to = triangle.matrix + row * triangle.stride + first_column;
       const index_t last = row + 1 - first_column < kPanel<T> ? row + 1 - first_column : kPanel<T>;
       for (index_t c = 0; c < last; ++c) to[c] += static_cast<double>(numbers[c]);
     }

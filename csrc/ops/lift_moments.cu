@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
     if (threadIdx.y == 0 && j < K) {
       double total = 0.0;
       for (unsigned r = 0; r < kSumRows; ++r) total += parts[r][threadIdx.x];
-      args.sums[g * K + j] += total;
+      args.sums[g * args.size + j] += total;
     }
     __syncthreads();  // the parts have been read before the next fold overwrites them
   }
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
     for (index_t split = 0; split < splits; ++split) {
       sum += partial[((split * args.halves + half) * K + i) * K + j];
     }
-    args.cross[(half * K + i) * K + j] += sum;
+    args.cross[(half * args.size + i) * args.size + j] += sum;
   }
 }
 

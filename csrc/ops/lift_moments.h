@@ -7,6 +7,7 @@
 //
 // Features before `start` are known already: only the sums of the others, and the rows of the cross
 // products from `start` on, are added to. Growing a dictionary costs its new columns alone.
+// Accumulators may have room for more features: what is after the first d + k is left alone.
 #pragma once
 
 #include "core/dispatch.h"
@@ -22,8 +23,8 @@ struct LiftMomentsArgs {
   const T* weight;     // [k, d], contiguous
   const T* bias;       // [k]
   const T* pilot;      // [k]
-  double* sums;        // in and out [F, d + k], contiguous
-  double* cross;       // in and out [H, d + k, d + k], contiguous
+  double* sums;        // in and out [F, size], contiguous
+  double* cross;       // in and out [H, size, size], contiguous
   void* workspace;     // device only: lift_moments_workspace() bytes, aligned to 16
   index_t rows;        // n
   index_t dim;         // d raw features
@@ -32,6 +33,7 @@ struct LiftMomentsArgs {
   index_t halves;      // H
   index_t first;       // rows dealt before this call
   index_t start;       // features known already
+  index_t size;        // features that sums and cross have room for, at least d + k
   T slope;
 };  // outputs and workspace alias nothing
 

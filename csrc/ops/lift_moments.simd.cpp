@@ -76,7 +76,7 @@ void lift_features(const LiftMomentsArgs<T>& args, index_t panel, const T* packe
     for (index_t c = 0; c < raw; ++c) row[c] = z[c];
     for (index_t c = used; c < kPanel<T>; ++c) row[c] = 0;
     const index_t fold = (args.first + begin + n * step) % args.folds;
-    add_sums(row, args.sums + fold * (args.dim + args.lifted) + first_column, from, used);
+    add_sums(row, args.sums + fold * args.size + first_column, from, used);
   };
   if (raw == kPanel<T>) {  // nothing is lifted here
     for (index_t n = 0; n < count; ++n) finish(n, Vec<T>{}, Vec<T>{});
@@ -114,7 +114,7 @@ template <typename T>
 void lift_products(const LiftMomentsArgs<T>& args, index_t half, index_t row_panel,
                    index_t column_panel, const T* left, const T* right, index_t count) {
   const index_t size = args.dim + args.lifted;
-  const Triangle triangle{args.cross + half * size * size, size, args.start};
+  const Triangle triangle{args.cross + half * args.size * args.size, size, args.start, args.size};
   add_panel_product<T>(triangle, row_panel, column_panel, left, right, count);
 }
 

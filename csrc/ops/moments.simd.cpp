@@ -50,7 +50,7 @@ void moments_centre(const MomentsArgs<T>& args, const RowList& rows, index_t pan
 template <typename T>
 void moments_products(index_t dim, index_t row_panel, index_t column_panel, const T* left,
                       const T* right, index_t count, double* cross) {
-  add_panel_product<T>(Triangle{cross, dim, 0}, row_panel, column_panel, left, right, count);
+  add_panel_product<T>(Triangle{cross, dim, 0, dim}, row_panel, column_panel, left, right, count);
 }
 
 #define FF_INSTANTIATE(T)                                                                    \

@@ -29,7 +29,9 @@ class FiniteDifference(Data):
         minus: samples at theta - dtheta/2: a tensor or array [n, ...] of floating dtype, a
             ``Dataset``, a ``DataLoader``, an iterable of batches [n_batch, ...], or a function
             without arguments that returns such an iterable (for streams that can be replayed).
-            Batches may be tuples: the first entry is used. For P parameters a list of P of these.
+            For P parameters a **list** of P of these. A tuple is one sample of several inputs, and
+            refused: they are not supported yet. So is a batch of more than one entry: a label next
+            to the samples must be left out.
         plus: samples at theta + dtheta/2, in the same form.
         dtheta: full separation in the unit of theta, positive; a sequence of P numbers for P
             parameters.
@@ -39,7 +41,7 @@ class FiniteDifference(Data):
     Raises:
         ValueError: dtheta is not positive and finite; the lists differ in length; tensors differ in
             sample shape; paired tensors differ in their number of samples.
-        TypeError: integer, boolean or complex samples, or a source that cannot be read.
+        TypeError: integer, boolean or complex samples, or a source that cannot be read; a tuple.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -51,8 +53,8 @@ class FiniteDifference(Data):
 
     def __init__(
         self,
-        minus: Source | Sequence[Source],
-        plus: Source | Sequence[Source],
+        minus: Source | list[Source],
+        plus: Source | list[Source],
         dtheta: float | Sequence[float],
         *,
         paired: bool = False,
@@ -91,7 +93,7 @@ class FiniteDifference(Data):
         their own.
 
         Raises:
-            TypeError: a batch is not a tensor or array of floating dtype.
+            TypeError: a batch is not a tensor or array of floating dtype, or not alone.
             ValueError: the source yields no sample.
         """
         name = self.condition_name(condition)
@@ -135,8 +137,8 @@ class FiniteDifference(Data):
         return f"FiniteDifference({self.source}, dtheta={list(self.dtheta)}, samples={counts})"
 
 
-def _as_list(source: Source | Sequence[Source]) -> list[Source]:
-    return list(source) if isinstance(source, list | tuple) else [source]
+def _as_list(source: Source | list[Source]) -> list[Source]:
+    return source if isinstance(source, list) else [source]
 
 
 def check_dtheta(dtheta: float | Sequence[float], parameters: int) -> tuple[float, ...]:

@@ -74,7 +74,8 @@ class PerSample(Data):
         """Yield batches of samples with their companion, in order.
 
         Raises:
-            TypeError: a batch is not a pair of tensors or arrays of floating dtype.
+            TypeError: a batch is not a pair of tensors or arrays of floating dtype, or has more
+                entries.
             ValueError: the source yields no sample, or a companion of a wrong shape.
         """
         empty, start = True, 0
@@ -103,18 +104,19 @@ class PerSample(Data):
     def _batch(self, item: Any, number: int, start: int) -> Batch:
         """The checked batch of a number, the first of its samples number start."""
         where = f"in batch {number}"
-        x = sources.as_batch(item, "x")
         if isinstance(self._x, torch.Tensor | np.ndarray):
-            return self._slice(x, start)
-        return self._join(x, self._second(item, where), where)
-
-    def _second(self, item: Any, where: str) -> torch.Tensor:
-        if not isinstance(item, list | tuple) or len(item) < 2:
+            return self._slice(sources.as_batch(item, "x"), start)
+        paired = isinstance(item, list | tuple)
+        if not paired or len(item) != 2:
+            more = paired and len(item) > 2
+            got = f"{len(item)} entries" if more else type(item).__name__
+            hint = f": leave labels out; {sources.SEVERAL}" if more else ""
             raise TypeError(
                 f"x must yield pairs (x, {self.companion}) where {self.companion} is not given,"
-                f" got {type(item).__name__} {where}"
+                f" got {got} {where}{hint}"
             )
-        return sources.as_batch([item[1]], self.companion)
+        x, companion = sources.as_batch(item[0], "x"), sources.as_batch(item[1], self.companion)
+        return self._join(x, companion, where)
 
     def __repr__(self) -> str:
         name = type(self).__name__
@@ -139,7 +141,8 @@ class Pathwise(PerSample):
     Raises:
         ValueError: dx has another shape or is not finite.
         TypeError: integer, boolean or complex samples (an input that cannot move has no derivative:
-            use `Score` or `FiniteDifference`), or dx of another dtype than x.
+            use `Score` or `FiniteDifference`), dx of another dtype than x, or samples of several
+            inputs (a tuple or dict), which are not supported yet.
 
     Cost: tensors are not copied; a measurement takes 1 + P forward passes over the samples.
 
@@ -201,7 +204,8 @@ class Score(PerSample):
 
     Raises:
         ValueError: score has another shape or is not finite.
-        TypeError: integer, boolean or complex samples or score.
+        TypeError: integer, boolean or complex samples or score, or samples of several inputs (a
+            tuple or dict), which are not supported yet.
 
     Warns:
         FisherWarning: by the measurement, when the mean of the score is more than 5 standard errors

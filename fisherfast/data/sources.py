@@ -25,12 +25,18 @@ Source = Any
 """A tensor or array [n, ...], a Dataset, a DataLoader, an iterable of batches, or a function that
 returns one."""
 
+SEVERAL = (
+    "samples of several inputs are not supported yet, join them in one tensor that the model splits"
+)
+"""Ends the refusal of tuples and dicts."""
+
 
 def check_source(source: Source, name: str) -> Source:
     """A source that can be read, as it is.
 
     Raises:
-        TypeError: it is none, or a tensor or array of integers, complex numbers or sparse.
+        TypeError: it is none, or a tensor or array of integers, complex numbers or sparse; a tuple
+            or dict: a sample of several inputs.
         ValueError: a tensor without dimensions.
     """
     if isinstance(source, torch.Tensor | np.ndarray):
@@ -39,10 +45,11 @@ def check_source(source: Source, name: str) -> Source:
             raise ValueError(f"{name} must have shape [n, ...], got a single number")
         return source
     readable = isinstance(source, Iterable | Callable) or hasattr(source, "__getitem__")
-    if not readable or isinstance(source, str | bytes | dict | np.generic):
+    if not readable or isinstance(source, str | bytes | tuple | dict | np.generic):
+        hint = "; several parameters or batches are a list" if isinstance(source, tuple) else ""
         raise TypeError(
             f"{name} must be a tensor, an array, a Dataset, a DataLoader, an iterable of batches"
-            f" or a function that returns one, got {type(source).__name__}"
+            f" or a function that returns one, got {_kind(source)}{hint}"
         )
     return source
 
@@ -76,7 +83,9 @@ def iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:
     elif isinstance(source, Iterable):
         yield from source
     elif callable(source):
-        yield from iterate(check_source(source(), name), batch_size, name)
+        batches = source()  # a tuple of batches, as `Tensor.split` makes it, will do
+        batches = list(batches) if isinstance(batches, tuple) else check_source(batches, name)
+        yield from iterate(batches, batch_size, name)
     else:
         yield from torch.utils.data.DataLoader(source, batch_size=batch_size)
 
@@ -116,26 +125,36 @@ def _from_array(array: np.ndarray) -> torch.Tensor:
 
 
 def as_batch(item: Any, name: str) -> torch.Tensor:
-    """What a source has yielded as a tensor [n, ...] without gradient; of a tuple the first entry.
+    """What a source has yielded as a tensor [n, ...] without gradient, alone or as the only entry
+    of a tuple or list.
 
     Raises:
-        TypeError: no tensor or array of floating dtype.
+        TypeError: no tensor or array of floating dtype, or beside others.
         ValueError: a tensor without dimensions.
     """
+    if isinstance(item, list | tuple) and len(item) > 1:
+        kinds = ", ".join(type(entry).__name__ for entry in item)
+        raise TypeError(
+            f"{name} must yield samples [n, ...] alone, got {len(item)} entries ({kinds}): leave"
+            f" labels out; {SEVERAL}"
+        )
     if isinstance(item, list | tuple) and item:
         item = item[0]
     if isinstance(item, np.ndarray):
         check_floating(item, name)
         item = _from_array(item)
     if not isinstance(item, torch.Tensor):
-        raise TypeError(
-            f"{name} must yield tensors or arrays [n, ...] (or tuples that start with one),"
-            f" got {type(item).__name__}"
-        )
+        raise TypeError(f"{name} must yield tensors or arrays [n, ...], got {_kind(item)}")
     check_floating(item, name)
     if item.ndim < 1:
         raise ValueError(f"{name} must yield batches of shape [n, ...], got a single number")
     return item.detach()
+
+
+def _kind(value: Any) -> str:
+    """Its class for a message; of tuples and dicts also what they stand for."""
+    name = type(value).__name__
+    return f"{name}: {SEVERAL}" if isinstance(value, tuple | dict) and value else name
 
 
 def count(source: Source) -> int | None:
@@ -145,6 +164,8 @@ def count(source: Source) -> int | None:
     if isinstance(source, torch.utils.data.DataLoader):
         return _count_of_loader(source)
     sized: Any = getattr(source, "dataset", source)
+    if isinstance(sized, Iterable) and not isinstance(sized, torch.utils.data.Dataset):
+        return None  # the length of a list of batches is their number
     try:
         return len(sized)
     except TypeError:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from string import Template
 from typing import Any
 
+from fisherfast.comparison import unresolved_note
 from fisherfast.demos.figures import published_label
 from fisherfast.demos.table import epoch_cells, epoch_header
 from fisherfast.demos.task import Task
@@ -165,8 +167,11 @@ def _key(task: Task, facts: Mapping[str, Any], history: Sequence[DemoEpoch]) -> 
     start = history[0].flow.fractions()["output"]
     source = history[0].flow["input"]
     stop = facts["stop_epoch"]
+    held = f"The input holds {source.value:.4g} ± {float(source.stderr):.2g} {task.unit}."
+    if math.isnan(start):
+        return f"{held} {unresolved_note(source)}: use more samples."
     sentences = [
-        f"The input holds {source.value:.4g} ± {float(source.stderr):.2g} {task.unit}.",
+        held,
         f"The output transmits {round(100 * start, 1) + 0.0:.1f} % of it before training and"
         f" {100 * facts['best_output_fraction']:.0f} ±"
         f" {100 * facts['best_output_fraction_error']:.0f} % at its best, in epoch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def write_report(out: Path, task: Task, history: Sequence[DemoEpoch], *, complet
         images[name] = buffer.getvalue()
         (out / name).write_bytes(images[name])
     numbers = _numbers(task, history, complete)
-    text = json.dumps(numbers, indent=1, allow_nan=False)
+    text = json.dumps(_known(numbers), indent=1, allow_nan=False)
     (out / NUMBERS).write_text(text + "\n", encoding="utf-8")
     page = render_page(task, history, images, numbers)
     (out / PAGE).write_text(page, encoding="utf-8")
@@ -53,14 +54,14 @@ def write_report(out: Path, task: Task, history: Sequence[DemoEpoch], *, complet
 
 def summary(history: Sequence[DemoEpoch]) -> dict[str, Any]:
     """The epochs that matter, and what the output transmits at its best."""
-    best = max(history, key=lambda record: record.flow.fractions()["output"])
+    best = max(history, key=_transmitted)
     return {
         "stop_epoch": crossing_epoch(history),
         "least_validation_epoch": min(history, key=lambda record: record.val_mse).epoch,
         "best_output_epoch": best.epoch,
-        "best_output_fraction": best.flow.fractions()["output"],
-        "best_output_fraction_error": best.flow.fraction_errors()["output"],
-        "last_output_fraction": history[-1].flow.fractions()["output"],
+        "best_output_fraction": best.transmission,
+        "best_output_fraction_error": best.transmission_error,
+        "last_output_fraction": history[-1].transmission,
     }
 
 
@@ -79,6 +80,20 @@ def _numbers(task: Task, history: Sequence[DemoEpoch], complete: bool) -> dict[s
         "summary": summary(history),
         "epochs": [{**epoch_numbers(record), "flow": record.flow.to_dict()} for record in history],
     }
+
+
+def _transmitted(record: DemoEpoch) -> float:
+    """J_output / J_input, below all others where it is not known."""
+    return -math.inf if math.isnan(record.transmission) else record.transmission
+
+
+def _known(value: Any) -> Any:
+    """With None, JSON's null, for numbers that are not known."""
+    if isinstance(value, dict):
+        return {name: _known(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_known(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def epoch_numbers(record: DemoEpoch) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -16,14 +17,15 @@ def epoch_header(layers: Sequence[str]) -> list[str]:
 
 
 def epoch_cells(record: DemoEpoch, layers: Sequence[str]) -> list[str]:
-    """One row of text: errors in units of 1 / J_input, then J / J_input of each layer."""
+    """One row of text: errors in units of 1 / J_input, then J / J_input of each layer; "-" where
+    J_input cannot be told from zero."""
     fractions, errors = record.flow.fractions(), record.flow.fraction_errors()
+    output = f"{fractions['output']:.3f} +- {errors['output']:.3f}"
+    levels = record.train_level, record.val_level, *(fractions[name] for name in layers)
     return [
         str(record.epoch),
-        f"{record.train_level:.3f}",
-        f"{record.val_level:.3f}",
-        *(f"{fractions[name]:.3f}" for name in layers),
-        f"{fractions['output']:.3f} +- {errors['output']:.3f}",
+        *("-" if math.isnan(level) else f"{level:.3f}" for level in levels),
+        "-" if math.isnan(fractions["output"]) else output,
         f"{record.seconds:.1f}",
     ]
 

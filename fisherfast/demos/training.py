@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fisherfast._progress import progress_bar
+from fisherfast.comparison import divides
 from fisherfast.demos.task import Task
 from fisherfast.flow import fisher_flow
 from fisherfast.results import FisherFlow, FisherWarning
@@ -45,23 +47,29 @@ class DemoEpoch:
 
     @property
     def train_level(self) -> float:
-        """Training error in units of the Cramer-Rao bound: train_mse * J_input."""
-        return self.train_mse * self.flow["input"].value
+        """Training error in units of the Cramer-Rao bound: train_mse * J_input; NaN where J_input
+        is within three errors of zero."""
+        return self.train_mse * self._input_J
 
     @property
     def val_level(self) -> float:
-        """Validation error in units of the Cramer-Rao bound: val_mse * J_input."""
-        return self.val_mse * self.flow["input"].value
+        """Validation error in units of the Cramer-Rao bound: val_mse * J_input; or NaN."""
+        return self.val_mse * self._input_J
 
     @property
     def transmission(self) -> float:
-        """J_output / J_input."""
+        """J_output / J_input; or NaN."""
         return self.flow.fractions()["output"]
 
     @property
     def transmission_error(self) -> float:
         """Standard error of `transmission`."""
         return self.flow.fraction_errors()["output"]
+
+    @property
+    def _input_J(self) -> float:
+        source = self.flow["input"]
+        return source.value if divides(source) else math.nan
 
 
 def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[DemoEpoch]:

@@ -190,7 +190,7 @@ def propagate(
             if event in names:
                 kept[names[event]] = output.clone()
 
-        with taps.Forward(model, keep) as forward, propagation(model, directions):
+        with taps.Forward(model, keep, sites) as forward, propagation(model, directions):
             forward.run(batch)
     return {
         site.name: (_primal(kept[site.name]), _tangents(kept[site.name], directions))

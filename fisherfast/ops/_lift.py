@@ -137,8 +137,9 @@ def lift_moments_(
     same bits as having all features from the beginning.
 
     Args:
-        sums: [F, K] float64, contiguous; changed in place.
-        cross: [H, K, K] float64, contiguous, H = 1 or 2 (all rows, or every other row); its lower
+        sums: [F, K'] float64, contiguous; changed in place. K' may be larger than K: features after
+            the first K are not touched, here and in ``cross``.
+        cross: [H, K', K'] float64, contiguous, H = 1 or 2 (all rows, or every other row); its lower
             triangle is changed in place, the upper one is not touched.
         z: [n, d] float32 or float64 raw features; rows may be strided.
         weight: [k, d], dtype and device of ``z``, as bias and pilot.
@@ -208,6 +209,7 @@ def _lift_moments_(
         halves,
         first,
         start,
+        sums.shape[1],
         slope,
     )
 
@@ -233,8 +235,13 @@ def _lift_moments_fake(
         )
     _check_vectors(bias, pilot, "z", z, weight.shape[0])
     size = z.shape[1] + weight.shape[0]
-    _check_accumulator("sums", sums, z, "[F, K]", [size])
-    _check_accumulator("cross", cross, z, "[H, K, K]", [size, size])
+    room = sums.shape[-1] if sums.dim() == 2 else size
+    if room < size:
+        raise ValueError(
+            f"sums must have shape [F, K] with K at least {size}, got {list(sums.shape)}"
+        )
+    _check_accumulator("sums", sums, z, "[F, K]", [room])
+    _check_accumulator("cross", cross, z, "[H, K, K]", [room, room])
     if sums.shape[0] < 1:
         raise ValueError(f"sums must have shape [F, K] with F at least 1, got {list(sums.shape)}")
     if cross.shape[0] not in (1, 2):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from fisherfast.default_device import on_host
-from fisherfast.estimators import RIDGE
+from fisherfast.ridge import raw_ridge, relative_rounding
 
 __all__ = ["Prior", "attainable_error", "attainable_error_of_samples", "check_prior"]
 
@@ -133,7 +133,8 @@ def attainable_error_of_samples(
     coefficients = inverse @ (basis.T @ X)
     residuals = X - basis @ coefficients
     covariance = residuals.T @ residuals / freedom
-    covariance.diagonal().mul_(1 + RIDGE)
+    rounding = relative_rounding(x.dtype) ** 2 * X.square().mean(0)
+    covariance.diagonal().mul_(1 + raw_ridge(covariance.diagonal(), rounding))
     whitened = torch.linalg.solve_triangular(
         torch.linalg.cholesky(covariance), coefficients.T, upper=False
     ).T

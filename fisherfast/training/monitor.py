@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ from torch import nn
 
 from fisherfast import taps
 from fisherfast._version import __version__
+from fisherfast.comparison import (
+    DIVIDES,
+    divides,
+    uncorrelated,
+    weakest_direction,
+)
 from fisherfast.data import Data, KeptData
 from fisherfast.distributed import TIMEOUT, OtherRankError, Ranks, ranks_of
-from fisherfast.estimators import RIDGE
 from fisherfast.measurement import Measurement, NotFiniteError
 from fisherfast.memory_budget import check_budget
 from fisherfast.recall import Recall
 from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
-from fisherfast.settings import BATCH_SIZE, FOLDS, check_passes, check_settings
+from fisherfast.ridge import AUTO, RidgeSetting
+from fisherfast.settings import BATCH_SIZE, FOLDS, check_output, check_passes, check_settings
 from fisherfast.training.checks import (
     check_errors,
     check_same_network,
@@ -66,6 +73,8 @@ class FisherMonitor:
         every: calls of `step` from one measurement to the next; the first call measures.
         layers: as for `fisher_flow`.
         max_features: features per layer aimed at.
+        output: name of a head that records and rules read instead of the joint "output", as for
+            `fisher_flow`.
         training_data: *training* samples at theta, in the same form: J of the output is measured on
             them too, and `EpochRecord.overfitting` is the difference.
         target_scale: theta per unit of the network's targets; errors given to `step` are multiplied
@@ -111,6 +120,7 @@ class FisherMonitor:
         *,
         layers: taps.Layers = "auto",
         max_features: int = MONITOR_FEATURES,
+        output: str | None = None,
         training_data: Data | None = None,
         target_scale: float = 1.0,
         observe_every: int = OBSERVE_EVERY,
@@ -118,7 +128,7 @@ class FisherMonitor:
         keep: int = KEPT_BYTES,
         batch_size: int = BATCH_SIZE,
         seed: int = 0,
-        ridge: float = RIDGE,
+        ridge: RidgeSetting = AUTO,
         folds: int = FOLDS,
         maps: bool | Sequence[str] = False,
         memory_budget: int | str | None = None,
@@ -135,6 +145,7 @@ class FisherMonitor:
         common = (batch_size, seed, ridge, folds)
         self._settings = check_settings(data, max_features, None, *common)
         self._settings |= check_passes(data, False, maps) | check_budget(memory_budget)
+        self._settings |= check_output(output)
         self._layers = layers
         self.data = self._kept(data)
         self._training_data: Data | None = None
@@ -181,6 +192,8 @@ class FisherMonitor:
 
         Raises:
             TypeError, ValueError: an error is no number, negative, or not one per parameter.
+            ValueError: the model returns no floating tensor with one row per sample, or not the
+                head that `output` names.
 
         Warns:
             FisherWarning: activations or the training error are NaN or infinite (the record has no
@@ -211,7 +224,7 @@ class FisherMonitor:
             flow = training_flow = None
         self._calls += 1
         notes += self._notes_on(flow, errors)
-        input_J = self._known_input() if flow is None else flow.layers[0].J
+        input_J = self._input_J(flow)
         record = EpochRecord(
             epoch=number,
             flow=flow,
@@ -364,6 +377,11 @@ class FisherMonitor:
                 quiet=True,
                 ranks=ranks,
             ).run()
+            if output_of(flow) not in flow:
+                raise ValueError(
+                    "model must return a floating tensor with one row per sample, got none: its"
+                    " layers alone are measured by fisher_flow"
+                )
             if self._training_data is None:
                 return flow, None
             settings = self._settings | {"maps": False}
@@ -381,15 +399,19 @@ class FisherMonitor:
     def _beside(self, flow: FisherFlow, training: FisherFlow) -> FisherFlow:
         """The output on training samples, as a share of the held-out input's J."""
         output = [layer for layer in training if layer.name != taps.INPUT]
-        return FisherFlow((flow.layers[0], *output), training.settings)
+        own = [replace(layer, replicates=layer.replicates[:0]) for layer in output]  # other samples
+        return FisherFlow((flow.layers[0], *own), training.settings)
 
     def _kept(self, data: Data) -> Data:
         return data if data.resident() or self._keep == 0 else KeptData(data, self._keep)
 
-    def _known_input(self) -> torch.Tensor:
-        """J of the input as the last record has it; NaN before the first measurement."""
-        if self.history:
+    def _input_J(self, flow: FisherFlow | None) -> torch.Tensor:
+        """J of the input, or as the last record has it; NaN before the first measurement, and where
+        it cannot be told from zero."""
+        if flow is None and self.history:
             return self.history[-1].input_J
+        if flow is not None and divides(flow.layers[0]):
+            return flow.layers[0].J
         return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64, device="cpu")
 
     def _live_fractions(self, input_J: torch.Tensor) -> dict[str, float]:
@@ -397,11 +419,11 @@ class FisherMonitor:
         estimates = self.live()
         source = estimates.get(taps.INPUT)
         J = input_J if source is None else source.J
-        inverse, failed = torch.linalg.inv_ex(J)
-        if int(failed):
+        errors = torch.zeros_like(J) if source is None else source.stderr
+        if not weakest_direction(J, uncorrelated(errors))[1] >= DIVIDES:
             return {}
         return {
-            name: float((inverse @ estimate.J).trace()) / len(J)
+            name: float(torch.linalg.solve(J, estimate.J).trace()) / len(J)
             for name, estimate in estimates.items()
             if name != taps.INPUT
         }

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fisherfast.comparison import ratio
 from fisherfast.results import FisherFlow
 from fisherfast.taps import INPUT, OUTPUT
 
@@ -34,7 +35,7 @@ class EpochRecord:
             where not given.
         val_mse: the same on samples that are not trained on.
         input_J: [P, P] Fisher information of the input in 1/theta^2, from the first measurement on;
-            NaN before.
+            NaN before, and where it is within three errors of zero: no rule reads it then.
         training_flow: information in the output on *training* samples, where asked for.
         live: J / J_input of layers as the training batches show it, see `FisherMonitor.observe`.
         seconds: of wall time that the record took.
@@ -65,20 +66,20 @@ class EpochRecord:
 
     @property
     def transmission(self) -> float:
-        """J_output / J_input on held-out samples; NaN where not measured."""
-        return _fraction(self.flow)
+        """J_output / J_input on held-out samples; NaN where not measured, or where J_input is
+        within three errors of zero."""
+        return _share(self.flow)[0]
 
     @property
     def transmission_error(self) -> float:
         """Standard error of `transmission`."""
-        flow = self.flow
-        return math.nan if flow is None else flow.fraction_errors()[output_of(flow)]
+        return _share(self.flow)[1]
 
     @property
     def overfitting(self) -> float:
         """J_output / J_input on training samples minus that on held-out ones: zero but for noise
         while the network generalises. NaN where one of them was not measured."""
-        return _fraction(self.training_flow) - self.transmission
+        return _share(self.training_flow)[0] - self.transmission
 
     def row(self) -> dict[str, Any]:
         """Plain numbers by column; NaN where unknown. J and fractions of several parameters are
@@ -149,10 +150,9 @@ class EpochRecord:
 
 
 def output_of(flow: FisherFlow) -> str:
-    """Name of the output; of several the first."""
-    if OUTPUT in flow:
-        return OUTPUT
-    return next((name for name in flow.names if name.startswith(f"{OUTPUT}[")), flow.names[-1])
+    """Name of the output that monitor and rules read: the whole output, or the head that was
+    named."""
+    return flow.settings.get("output") or OUTPUT
 
 
 def level_of(errors: Errors, input_J: torch.Tensor) -> float:
@@ -167,10 +167,11 @@ def level_of(errors: Errors, input_J: torch.Tensor) -> float:
     return float(levels.mean())
 
 
-def _fraction(flow: FisherFlow | None) -> float:
-    if flow is None or INPUT not in flow:
-        return math.nan
-    return flow.fractions()[output_of(flow)]
+def _share(flow: FisherFlow | None) -> tuple[float, float]:
+    """J_output / J_input and its standard error."""
+    if flow is None:
+        return math.nan, math.nan
+    return ratio(flow[output_of(flow)], flow[INPUT])
 
 
 def _by_parameter(name: str, values: Any, parameters: int | None = None) -> dict[str, float]:

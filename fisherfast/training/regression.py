@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from fisherfast import ops
-from fisherfast.estimators import RIDGE, SPARE_DOF
+from fisherfast.estimators import SPARE_DOF, whitened
+from fisherfast.ridge import MOSTLY_RIDGE, raw_ridge, relative_rounding
 from fisherfast.uncertainty import independent_variance
 
 __all__ = ["LiveEstimate", "RegressionMoments", "ThetaBatch"]
@@ -65,8 +65,8 @@ class ThetaBatch:
         theta: [n, P] float64 on the CPU, n at least 2.
 
     Attributes:
-        basis: [n, q] values of the monomials of the standardised thetas, float32.
-        solver: [q, n], gives the coefficients of activations [n, d]; float32.
+        basis: [n, q] float64 values of the monomials of the standardised thetas.
+        solver: [q, n] float64, gives the coefficients of activations [n, d].
         slopes: [P, q] float64, means over the samples of the derivatives of the monomials by theta.
         noise: [P, P] float64, covariance of a mean derivative in units of that of an activation.
         weight: of the batch; n for batches of like thetas.
@@ -83,8 +83,8 @@ class ThetaBatch:
         largest = float(inverse.diagonal().amax())
         enough = len(theta) > len(exponents) + 1
         self.usable = enough and int(failed) == 0 and largest * len(theta) < DEGENERATE
-        self.basis = basis.float()
-        self.solver = (inverse @ basis.T).float()
+        self.basis = basis
+        self.solver = inverse @ basis.T
         self.slopes = slopes_of(t, exponents).mean(0) / spread[:, None]
         self.noise = self.slopes @ inverse @ self.slopes.T
         # thetas close together tell little of a slope; a power that a change of units only scales
@@ -106,7 +106,7 @@ class RegressionMoments:
         parameters: P.
         device: of the sums over activations.
 
-    Memory: d (P + d) numbers of float64. Cost of a batch: n d^2.
+    Sums and products are of float64. Memory: d (P + d) numbers of float64. Cost of a batch: n d^2.
     """
 
     def __init__(self, dim: int, parameters: int, device: torch.device | str = "cpu") -> None:
@@ -116,6 +116,7 @@ class RegressionMoments:
         self._sums = {
             "derivative": torch.zeros(parameters, dim, dtype=f64, device=device),  # w D
             "square": torch.zeros(dim, dim, dtype=f64, device=device),  # w / n residuals
+            "rounding": torch.zeros(dim, dtype=f64, device=device),  # w / n variance of it
             # w^2 Cov(D) in units of S
             "noise": torch.zeros(parameters, parameters, dtype=f64, device="cpu"),
         }
@@ -126,27 +127,30 @@ class RegressionMoments:
     def update(self, batch: ThetaBatch, activations: torch.Tensor) -> None:
         """Add activations [n, d] of any floating dtype, of a usable batch of thetas."""
         sums, (n, q), weight = self._sums, batch.basis.shape, batch.weight
-        a = activations.float()
+        a = activations.double()
         if a.device != sums["square"].device:  # the model has moved, or a state has
-            for name in ("derivative", "square"):
+            for name in ("derivative", "square", "rounding"):
                 sums[name] = sums[name].to(a.device)
         coefficients = batch.solver @ a
-        # float32 products of residuals, float64 sums: a trend needs three digits
         residual = torch.addmm(a, batch.basis, coefficients, alpha=-1)
         square = residual.T @ residual
         if not bool(torch.isfinite(square).all()):
             return  # one NaN would stay for ever
         keep = math.exp(-n / self._window)
-        derivative = batch.slopes.to(a.device) @ coefficients.double()
+        derivative = batch.slopes.to(a.device) @ coefficients
+        rounding = a.square().sum(0) * relative_rounding(activations.dtype) ** 2
         sums["derivative"].mul_(keep).add_(derivative, alpha=weight)
         sums["square"].mul_(keep).add_(square, alpha=weight / n)
+        sums["rounding"].mul_(keep).add_(rounding, alpha=weight / n)
         sums["noise"].mul_(keep**2).add_(batch.noise, alpha=weight**2)
         self._weight = self._weight * keep + weight
         self._freedom = self._freedom * keep + (n - q) * (weight / n)
         self._freedom_squared = self._freedom_squared * keep**2 + (n - q) * (weight / n) ** 2
 
-    def estimate(self, ridge: float = RIDGE) -> LiveEstimate | None:
+    def estimate(self) -> LiveEstimate | None:
         """J of what was added; None while there are too few samples.
+
+        The ridge is the least that the rounding of the activations allows, see `ridge`.
 
         Cost: d^3 / 3 operations.
         """
@@ -163,16 +167,13 @@ class RegressionMoments:
             zero = torch.zeros_like(sums["noise"])
             return LiveEstimate(zero, zero, dof)
         noise = (sums["noise"] / self._weight**2).to(covariance)
-        solved = ops.fisher_solve_details(
-            covariance[live][:, live].contiguous(),
-            (sums["derivative"][:, live] / self._weight).T.contiguous(),
-            ridge=ridge,
-            inverse_rows=True,
-        )
-        if int(solved.info):
-            return None
-        effective = k - ridge * float(solved.inverse_rows.sum())
-        J = (dof - effective - 1) / dof * solved.fisher - effective * noise
+        ridge = raw_ridge(covariance.diagonal(), sums["rounding"] / self._freedom)
+        derivative = (sums["derivative"][:, live] / self._weight).T
+        solved = whitened(covariance[live][:, live], derivative, ridge[live])
+        known = solved.ridge_share <= MOSTLY_RIDGE
+        half = solved.columns[known]
+        effective = float((1 - solved.ridge_share[known]).sum())
+        J = (dof - effective - 1) / dof * half.T @ half - effective * noise
         variance = independent_variance(J[None], dof, noise, J.new_tensor([effective]))[0]
         return LiveEstimate(J.cpu(), variance.clamp_min(0).sqrt().cpu(), dof)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fisherfast.comparison import DIVIDES, divides
 from fisherfast.results import FisherFlow, LayerFisher
 from fisherfast.taps import INPUT
 from fisherfast.training.attainable import Prior, attainable_error, check_prior
@@ -87,6 +88,7 @@ class CramerRaoRule(StoppingRule):
         self.input_J = None if input_J is None else _matrices(input_J)
         if self.input_J is not None and not self.input_J:
             raise ValueError("input_J must hold the information at one theta at least, got none")
+        self.reads_input = self.input_J is None and self.least_error is None
         self.target_scale = _numbers("target_scale", target_scale)
         self._known: dict[tuple[float, ...], list[float]] = {}
 
@@ -108,7 +110,8 @@ class CramerRaoRule(StoppingRule):
         return Verdict(best, self._reason(history[best], levels[best]))
 
     def levels(self, history: History) -> list[float]:
-        """Training error in units of the least error; NaN before the first measurement."""
+        """Training error in units of the least error; NaN before the first measurement, and while
+        J_input cannot be told from zero."""
         raw = self._each(history, self._level)
         return raw if self.smoothing == 1 else _line_ends(raw, self.smoothing)
 
@@ -167,8 +170,7 @@ class CramerRaoRule(StoppingRule):
                 f" {min(errors)} in epoch {record.epoch}: another loss has no Cramer-Rao bound; use"
                 ' rule="transmission"'
             )
-        unknown = self.input_J is None and self.least_error is None
-        if unknown and bool(torch.isnan(record.input_J).any()):
+        if self.reads_input and bool(torch.isnan(record.input_J).any()):
             return math.nan
         least = self.least_errors(record.input_J)
         if len(errors) != len(least):
@@ -263,7 +265,8 @@ class TransmissionRule(StoppingRule):
         return Verdict(best, reason)
 
     def shares(self, history: History) -> list[float]:
-        """tr(J_input^-1 J_output) / P of each record; NaN where it was not measured."""
+        """tr(J_input^-1 J_output) / P of each record; NaN where it was not measured, or where
+        J_input is within three errors of zero."""
         return self._each(history, self._share)
 
     def noise(self, shares: Sequence[float]) -> float:
@@ -297,11 +300,10 @@ class TransmissionRule(StoppingRule):
         return layer.J, layer.stderr
 
     def _share(self, record: EpochRecord) -> float:
-        if record.flow is None or INPUT not in record.flow:
+        if record.flow is None or not divides(record.flow[INPUT]):
             return math.nan
         J, _ = self._output(record.flow)
-        inverse = torch.linalg.pinv(record.flow[INPUT].J, hermitian=True)
-        return float((inverse @ J).trace()) / len(J)
+        return float(torch.linalg.solve(record.flow[INPUT].J, J).trace()) / len(J)
 
 
 RULES: Mapping[str, type[StoppingRule]] = {
@@ -361,6 +363,8 @@ def _matrices(input_J: Any) -> list[torch.Tensor]:
 
 def _as_matrix(J: Any) -> torch.Tensor:
     """A number, [P, P] or `LayerFisher` as float64 [P, P]."""
+    if isinstance(J, LayerFisher) and not divides(J):
+        raise ValueError(f"input_J must be {DIVIDES:g} errors above zero, got {J!r}")
     known = J.J if isinstance(J, LayerFisher) else J
     matrix = torch.as_tensor(known, dtype=torch.float64, device="cpu")
     matrix = matrix.reshape(1, 1) if matrix.numel() == 1 else matrix

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fisherfast.comparison import divides, unresolved_note
 from fisherfast.results import FisherWarning
 from fisherfast.training.record import NOT_MEASURED, EpochRecord
 from fisherfast.training.rules import RULES
@@ -104,6 +105,7 @@ class FisherEarlyStopping:
         self.best_epoch: int | None = None
         self.reason = ""
         self._weights: dict[str, Any] | None = None
+        self._warned = False
         self._best_record: int | None = None  # in the history: an epoch may have several records
 
     def step(self, monitor: Monitored) -> bool:
@@ -118,7 +120,8 @@ class FisherEarlyStopping:
                 epoch yet.
 
         Warns:
-            FisherWarning: the best epoch was before the first step, so its weights are not known.
+            FisherWarning: the best epoch was before the first step, so its weights are not known;
+                J_input is within three errors of zero, so the rule waits; once each.
 
         Cost: a copy of the weights in an epoch that is the best so far; nothing is measured.
         """
@@ -127,6 +130,7 @@ class FisherEarlyStopping:
         history = monitor.history
         if not history:
             raise ValueError("monitor must have made a step before stopping.step, got none")
+        self._warn_of_input(history[-1])
         verdict = self._judge(history)
         if verdict.best is not None:
             best_epoch = history[verdict.best].epoch
@@ -193,6 +197,20 @@ class FisherEarlyStopping:
             return
         model.load_state_dict(self._weights)
         self._weights = None
+
+    def _warn_of_input(self, record: EpochRecord) -> None:
+        """Say once that the rule waits for a J_input that can be told from zero."""
+        if self._warned or record.flow is None or not self.rule.reads_input:
+            return
+        source = record.flow.layers[0]
+        if not divides(source):
+            self._warned = True
+            warnings.warn(
+                f"epoch {record.epoch}: {unresolved_note(source)}, and rule {self.rule.name!r} does"
+                " not act on it: measure with more samples",
+                FisherWarning,
+                stacklevel=3,
+            )
 
     def _judge(self, history: Sequence[EpochRecord]) -> Verdict:
         """The rule's verdict, unless the errors are not finite: then the best of the others."""

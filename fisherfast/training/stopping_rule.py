@@ -44,6 +44,7 @@ class StoppingRule(ABC):
 
     name: ClassVar[str]
     default_patience: ClassVar[int]
+    reads_input = True  # the information in the input, as measured
 
     def __init__(
         self, *, patience: int | None = None, min_delta: float = 0.0, min_epochs: int = 0

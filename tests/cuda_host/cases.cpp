@@ -114,6 +114,7 @@ void lift_moments(Case& call) {
   args.halves = call.number("halves");
   args.first = call.number("first");
   args.start = call.number("start");
+  args.size = call.number("size");
   args.slope = static_cast<T>(call.numbers.at("slope"));
   const index_t bytes =
       lift_moments_workspace<T>(args.rows, args.dim, args.lifted, args.folds, args.halves);

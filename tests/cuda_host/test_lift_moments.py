@@ -21,6 +21,7 @@ def lift_moments(kernels, inputs, first=0, start=0, **settings):
     z, sums, cross = inputs["z"], inputs["sums"], inputs["cross"]
     numbers = {"rows": len(z), "dim": z.shape[1], "lifted": len(inputs["bias"]), "slope": SLOPE}
     numbers |= {"folds": len(sums), "halves": len(cross), "first": first, "start": start}
+    numbers["size"] = sums.shape[1]
     outputs = {"sums": torch.float64, "cross": torch.float64}
     stride = z.stride(0)
     got = kernels.run(
@@ -36,11 +37,12 @@ def truth_of(inputs, first=0, start=0):
     features = torch.cat([z, lifted], 1)
     row = first + torch.arange(len(z))
     sums, cross = torch.zeros_like(inputs["sums"]), torch.zeros_like(inputs["cross"])
+    size = features.shape[1]  # the accumulators may have room for more
     for g in range(len(sums)):
-        sums[g] = features[row % len(sums) == g].sum(0)
+        sums[g, :size] = features[row % len(sums) == g].sum(0)
     for h in range(len(cross)):
         half = features[row % len(cross) == h]
-        cross[h] = (half.mT @ half).tril()
+        cross[h, :size, :size] = (half.mT @ half).tril()
     sums[:, :start] = 0
     cross[:, :start] = 0
     return sums, cross
@@ -71,6 +73,12 @@ def test_matches_the_definition(kernels, normal, dtype, rows, dim, lifted, folds
 def test_only_new_features_are_added(kernels, normal, dtype, start):
     inputs = draw(normal, dtype, 50, 6, 94, 4, 2)
     assert_matches(lift_moments(kernels, inputs, 5, start), inputs, 5, start)
+
+
+def test_room_for_more_features_is_left_alone(kernels, normal, dtype):
+    inputs = draw(normal, dtype, 50, 6, 30, 4, 2)
+    inputs |= {"sums": normal(4, 41), "cross": normal(2, 41, 41)}
+    assert_matches(lift_moments(kernels, inputs, 5, 3), inputs, 5, 3)
 
 
 def test_several_chunks_of_rows(kernels, normal, dtype):

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from recorded_camera import recording
+from training_histories import layer, number
 
 import fisherfast as ff
 from fisherfast.__main__ import main
 from fisherfast.demos import imaging_task, lognormal_task, training
+from fisherfast.demos.report import write_report
+from fisherfast.demos.table import epoch_cells
 
 Image = pytest.importorskip("PIL.Image")
 matplotlib = pytest.importorskip("matplotlib")
@@ -122,11 +125,29 @@ def test_gaussian_demo_and_its_published_points(tmp_path):
 
 def test_photograph_as_scene(tmp_path):
     picture = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    arguments = ["--samples", "250", "--epochs", "1", "--scene", str(picture)]
+    arguments = ["--samples", "600", "--epochs", "1", "--scene", str(picture)]
     assert main(["demo", "imaging", *arguments, "--out", str(tmp_path)]) == 0
     numbers = check_report(tmp_path, FIGURES | {"samples.png"}, epochs=1)
     assert numbers["settings"]["scene"] == "grace_hopper.jpg"
     assert numbers["settings"]["FI of one image, per um^2"] == pytest.approx(1.6)
+
+
+def test_input_that_cannot_be_told_from_zero(tmp_path):
+    """Catches shares of a J_input that is noise, NaN in JSON, and a report that is not written."""
+    task = lognormal_task(samples=100)
+    names = ["input", *task.layers, "output"]
+    layers = [layer(name, number(0.02), stderr=0.04, lifted=0.0) for name in names]
+    flow = ff.FisherFlow(tuple(layers), {})
+    history = [training.DemoEpoch(epoch, flow, 0.5, 0.5, 1.0) for epoch in range(2)]
+    assert "nan" not in " ".join(epoch_cells(history[0], task.layers))
+    write_report(tmp_path, task, history, complete=True)
+    numbers = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    for entry in numbers["epochs"]:
+        assert set(entry["fractions"].values()) == {None}
+        assert entry["train_mse_times_J_input"] is None
+    assert numbers["summary"]["stop_epoch"] is None
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "within 3 errors of zero: no ratio to it: use more samples" in page
 
 
 def test_recorded_measurements(tmp_path, capsys):

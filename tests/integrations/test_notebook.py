@@ -46,7 +46,7 @@ def ipython(monkeypatch: pytest.MonkeyPatch, shell: Any) -> Display:
 
 
 def new_monitor(every: int = 1) -> ff.FisherMonitor:
-    x = torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5000, 4, generator=torch.Generator().manual_seed(0))
     data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
     model = torch.nn.Linear(4, 1)
     with torch.no_grad():

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from fisherfast.estimators import RIDGE, fisher_curve, fold_statistic_curve
+from fisherfast.estimators import fisher_curve, fold_statistic_curve
 from fisherfast.features import FeatureDictionary, PilotMoments
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.problems import Problem
+from fisherfast.ridge import LIFT_RIDGE
 
 PUBLISHED_SLOPE = 0.7  # the published lift: here k - k_eff is largest
 
@@ -83,13 +84,13 @@ def estimates(
     """J at all features by each formula, for one replication of independent conditions."""
     moments, contrast = moments_of(problem, theta, dtheta, n, features, seed, paired=False)
     within = moments.statistics(contrast)
-    curve = fisher_curve(within, RIDGE)
+    curve = fisher_curve(within, LIFT_RIDGE)
     naive = float(curve.naive[-1])
     ordinary = ordinary_covariance(moments, within)
     return {
         "k_eff": float(curve.J[-1]),
-        "folds": float(fold_statistic_curve(within, RIDGE)[-1]),
+        "folds": float(fold_statistic_curve(within, LIFT_RIDGE)[-1]),
         "naive": naive,
         "classical": classical(within, naive),
-        "ordinary": float(fold_statistic_curve(ordinary, RIDGE)[-1]),
+        "ordinary": float(fold_statistic_curve(ordinary, LIFT_RIDGE)[-1]),
     }

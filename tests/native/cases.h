@@ -284,6 +284,7 @@ Case lift_moments_case(const std::string& name, index_t rows, index_t d, index_t
                                           halves,
                                           3,
                                           start,
+                                          K,
                                           static_cast<T>(0.7)};
             lift_moments_cpu(args, threads);
             return out;

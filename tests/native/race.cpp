@@ -30,6 +30,7 @@ void add(const std::vector<float>& z, const std::vector<float>& weight, Sums& to
   args.cross = to.cross.data();
   args.rows = kRows;
   args.lifted = kLifted;
+  args.size = kSize;
   args.folds = args.halves = 1;
   lift_moments_cpu(args, 1);
 }

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from training_histories import flow, number
 
 import fisherfast as ff
 from fisherfast.__main__ import main
@@ -97,19 +98,11 @@ def test_points_of_the_flow_are_those_of_their_epoch(folder, name, values):
 def fake_run(outputs, levels, *, val=None, published=None) -> TrainedRun:
     """A run whose output transmits `outputs`, with training errors `levels` / J_input."""
     J_input = 2.0
-
-    class Flow(SimpleNamespace):
-        def __getitem__(self, name):
-            return SimpleNamespace(value=J_input)
-
     history = []
     for epoch, (share, level) in enumerate(zip(outputs, levels, strict=True)):
-        flow = Flow(
-            fractions=lambda share=share: {"input": 1.0, "output": share},
-            fraction_errors=lambda: {"input": 0.1, "output": 0.1},
-        )
+        measured = flow(number(J_input), number(J_input * share))
         val_mse = val[epoch] if val else 1.0
-        history.append(DemoEpoch(epoch, flow, level / J_input, val_mse, 0.0))
+        history.append(DemoEpoch(epoch, measured, level / J_input, val_mse, 0.0))
     return TrainedRun("fake", (), "", {}, history, 0, published or {})
 
 

@@ -18,8 +18,8 @@ DIM = 6
 STEPS = 26
 MEASURE = 5
 PROBLEM = GaussianShift(torch.ones(DIM))
-DATA = PROBLEM.finite_difference(0.0, 0.2, 300, seed=1)
-TRAINING = PROBLEM.finite_difference(0.0, 0.2, 300, seed=2)
+DATA = PROBLEM.finite_difference(0.0, 0.2, 300, seed=1, paired=True)
+TRAINING = PROBLEM.finite_difference(0.0, 0.2, 300, seed=2, paired=True)
 
 
 class Run:

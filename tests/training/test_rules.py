@@ -110,6 +110,14 @@ class TestCramerRao:
         assert (rule.patience, rule.min_epochs) == (2, 3)
         assert type(rule.patience) is int
 
+    def test_information_that_cannot_be_told_from_zero(self):
+        """Catches a level from a J of 0.02 +- 0.04, which every error is below."""
+        noisy = flow(number(0.02), number(1.0), stderr=0.04).layers[0]
+        with pytest.raises(
+            ValueError, match="input_J must be 3 errors above zero, got LayerFisher"
+        ):
+            CramerRaoRule(input_J=[noisy])
+
     @pytest.mark.parametrize("J", [5.0, torch.tensor(5.0), ["5"]])
     def test_information_that_is_no_list_of_it(self, J):
         """Catches Python's own words about iteration."""
@@ -338,6 +346,28 @@ class TestTransmission:
                 input_J=scale @ J_in @ scale,
             )
             assert TransmissionRule().shares([record]) == [pytest.approx(wanted, rel=1e-9)]
+
+    def test_an_input_that_cannot_be_told_from_zero_has_no_share(self):
+        """J_input = 0.02 +- 0.04: shares of 317 that fall made the rule stop. Catches a division by
+        it, in epochs before and after one with a resolved input."""
+        history = by_shares([300.0, 200.0, 100.0], J=0.02, stderr=0.04)
+        rule = TransmissionRule(patience=1)
+        assert all(math.isnan(share) for share in rule.shares(history))
+        assert decide(rule, history) == (None, None)
+        assert math.isnan(history[0].transmission)
+        assert math.isnan(history[0].transmission_error)
+        resolved = by_shares([0.5, 0.6], J=4.0)
+        assert decide(rule, [*history, *resolved]) == (None, 4)
+
+    def test_a_head_that_was_named(self):
+        """`output=` of the measurement. Catches a rule that reads the whole output all the same."""
+        joint = flow(number(4.0), number(3.0))
+        head = replace(joint.layers[1], name="output[mean]", J=number(1.0), linear=number(1.0))
+        for output, share in ((None, 0.75), ("output[mean]", 0.25)):
+            measured = ff.FisherFlow((*joint.layers, head), {"output": output})
+            record = EpochRecord(0, measured, None, None, number(4.0))
+            assert TransmissionRule().shares([record]) == [pytest.approx(share)]
+            assert record.transmission == pytest.approx(share)
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -308,7 +308,7 @@ def test_weights_that_are_not_finite_stop_without_any_error(check_finite):
     """A monitor that is given no error meets NaN weights. Catches a training that goes on for ever
     because nothing is measured any more, and one that ends with NaN weights."""
     model = nn.Linear(4, 1)
-    x = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 4000, 4, generator=torch.Generator().manual_seed(0))
     monitor = ff.FisherMonitor(model, ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2))
     stopping = ff.FisherEarlyStopping("transmission", patience=3, check_finite=check_finite)
     monitor.step()
@@ -356,3 +356,33 @@ def test_weights_keep_the_versions_of_their_modules(resumed):
         stopped = stopping.step(monitor)
     assert stopped
     assert same(model.state_dict(), best)
+
+
+@pytest.mark.parametrize("rule", ["crlb", "transmission"])
+def test_an_input_that_cannot_be_told_from_zero_stops_nothing(rule):
+    """40 samples of each condition: J_input is noise, and any error times it below 1. Catches a
+    stop at epoch 0, an error that ends the training, and a warning per epoch."""
+    x = torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(0))
+    data = ff.FiniteDifference(x[0] - 0.01, x[1] + 0.01, dtheta=0.02)
+    monitor = ff.FisherMonitor(nn.Linear(4, 1), data, max_features=4)
+    stopping = ff.FisherEarlyStopping(rule, patience=0)
+    record = monitor.step(train_mse=1e-9, val_mse=1e-9)
+    with pytest.warns(ff.FisherWarning, match=f"J of input is within 3 errors of zero.*{rule!r}"):
+        assert not stopping.step(monitor)
+    for _ in range(3):  # a second warning is an error here
+        monitor.step(train_mse=1e-9, val_mse=1e-9)
+        assert not stopping.step(monitor)
+    assert math.isnan(record.train_level)
+    assert math.isnan(record.val_level)
+    assert math.isnan(record.transmission)
+    assert stopping.best_epoch is None
+
+
+def test_a_rule_that_does_not_read_the_input_acts_without_it():
+    """Catches a rule that waits for a J that it was given another for, and a warning of it."""
+    x = torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(0))
+    data = ff.FiniteDifference(x[0] - 0.01, x[1] + 0.01, dtheta=0.02)
+    monitor = ff.FisherMonitor(nn.Linear(4, 1), data, max_features=4)
+    stopping = ff.FisherEarlyStopping("crlb", least_error=0.25)
+    monitor.step(train_mse=0.2)
+    assert stopping.step(monitor)

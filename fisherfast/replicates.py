@@ -1,0 +1,159 @@
+r"""J without each fold of the samples: what the errors of two layers have in common.
+
+.. math:: \delta J = W^T \delta D + \delta D^T W - W^T \delta S\, W, \qquad W = R^{-1} D
+
+Moments tell J and its error, but not how each sample moves J: that takes the numbers u = W^T f of
+the samples, and W is known when they have gone by. So a thousand samples are kept, and stand for
+the others. All layers keep the same ones, so their replicates are those of one jackknife, and the
+error of any function of several layers follows (docs/theory.md, 18).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from fisherfast.data import Data
+from fisherfast.estimators import FisherCurve
+from fisherfast.reservoir import KeptSamples
+
+__all__ = ["HeldSamples", "Readout"]
+
+KEPT_SAMPLES = 1024
+"""Samples over all conditions that are kept: a variance is known to 5 % from them."""
+
+SPARE_DOF = 3
+"""nu - k_eff - 3 degrees of freedom remain of nu in the variance of an inverse covariance."""
+
+Readout = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+"""From raw features [m, d] and their tangents [m, P, d] (or None): the numbers W^T f [m, P], and
+their tangents [m, P, P], the parameter first."""
+
+
+class HeldSamples:
+    """Some of the samples of one layer, the same of all layers, with what they carry.
+
+    Args:
+        data: where they come from.
+        folds: F; sample i is of fold i mod F.
+        width: raw features of a sample.
+        dtype: of what is kept.
+        share: part of all samples that come here.
+
+    Memory: about 1024 (1 + P) d numbers with tangents, 1024 d without.
+    """
+
+    def __init__(
+        self, data: Data, folds: int, width: int, dtype: torch.dtype, *, share: float = 1.0
+    ) -> None:
+        self._source, self._paired, self._folds = data.source, data.paired, folds
+        self._parameters, self._contrast = data.parameters, data.contrast()
+        self._width, self._dtype = width, dtype
+        capacity = int(KEPT_SAMPLES * share) // data.conditions
+        self._kept = KeptSamples(data.conditions, capacity, block=folds, dtype=dtype)
+
+    def add(self, condition: int, raw: torch.Tensor, carried: torch.Tensor | None) -> None:
+        """Add raw features [n, d] of a condition with their tangents [P, n, d] (None for zero) or
+        score [n, P]."""
+        if self._source == "pathwise":
+            if carried is None:
+                carried = raw.new_zeros(1, 1, 1).expand(self._parameters, *raw.shape)
+            self._kept.add(condition, raw, carried.transpose(0, 1))
+        else:
+            self._kept.add(condition, raw, carried)
+
+    def skip(self, condition: int, samples: int) -> None:
+        """Count samples of a condition that another process adds."""
+        self._kept.skip(condition, samples)
+
+    def dense(self, device: torch.device) -> list[torch.Tensor]:
+        """What all processes together keep, zero where it was added elsewhere."""
+        shapes: list[tuple[int, ...]] = [(0, self._width)]
+        if self._source == "pathwise":
+            shapes.append((0, self._parameters, self._width))
+        elif self._source == "score":
+            shapes.append((0, self._parameters))
+        like = [torch.empty(shape, dtype=self._dtype, device=device) for shape in shapes]
+        return self._kept.dense(like)
+
+    def replicates(self, curve: FisherCurve, k: int, read: Readout, samples: int) -> torch.Tensor:
+        """J [F, P, P] of the first k features without each fold.
+
+        Args:
+            curve: of at least k features.
+            k: how many are used.
+            read: applies the readout `FisherCurve.readout_of(k)`.
+            samples: of each condition, those that are not kept included.
+        """
+        statistics, J = curve.statistics, curve.J[k - 1]
+        dof, effective = statistics.dof, float(curve.effective_dim[k - 1])
+        if self._source == "score":
+            gain = dof / (dof - effective)
+            squares, crossed, scores = self._sums(read, samples)
+            return J - self._left_out(gain * (crossed - squares) + (1 - gain) * scores)
+        naive = curve.naive[k - 1].diagonal()
+        size = (J.diagonal() / naive).nan_to_num(0.0).clamp(0, 1).sqrt()  # of W, free of its noise
+        squares, crossed, _ = self._sums(read, samples)
+        squares = squares * size[:, None] * size * math.sqrt(dof / (dof - effective - SPARE_DOF))
+        if statistics.paired:
+            return J - self._left_out(crossed * (size[:, None] + size) / 2 - squares)
+        return (
+            J + curve.replicates[k - 1] - curve.replicates[k - 1].mean(0) + self._left_out(squares)
+        )
+
+    def replicates_of_score(self, V: torch.Tensor, samples: int) -> torch.Tensor:
+        """V [F, P, P] of the score without each fold."""
+        _, score, fold = self._condition(0)
+        s = _about_fold_means(score, fold, self._folds)
+        return V - self._left_out(self._by_fold(_outer(s, s), fold, samples))
+
+    def _sums(self, read: Readout, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of u u^T, of what changes W^T D + D^T W, and of s s^T: by fold, see `_by_fold`."""
+        P = self._parameters
+        squares = crossed = scores = self._contrast.new_zeros(self._folds, P, P)
+        for condition in range(len(self._contrast)):
+            raw, carried, fold = self._condition(condition)
+            tangents = carried if self._source == "pathwise" else None
+            u, moved = read(raw, tangents)
+            own = _about_fold_means(u, fold, self._folds)
+            squares = squares.to(u) + self._by_fold(_outer(own, own), fold, samples)
+            if self._source == "score":
+                s = _about_fold_means(carried, fold, self._folds)
+                change = _outer(s, own)
+                scores = self._by_fold(_outer(s, s), fold, samples)
+            elif moved is not None:
+                change = moved.mT
+            else:
+                change = (u - u.mean(0))[:, :, None] * self._contrast[condition].to(u)
+            crossed = crossed.to(u) + self._by_fold(change + change.mT, fold, samples)
+        return squares / len(self._contrast), crossed, scores
+
+    def _condition(self, condition: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Raw features, what they carry (themselves where there is nothing), and folds."""
+        numbers, raw, *carried = self._kept.kept()[condition]
+        fold = (numbers % self._folds).to(raw.device)
+        return raw, (carried[0] if carried else raw).double(), fold
+
+    def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, samples: int) -> torch.Tensor:
+        """Sums [F, P, P] of values [m, P, P] in each fold, less their mean, scaled so that their
+        squares add up to the variance of the mean of so many samples."""
+        sums = values.new_zeros(self._folds, *values.shape[1:]).index_add_(0, fold, values)
+        return (sums - sums.mean(0)) / math.sqrt(max(len(values), 1) * samples)
+
+    def _left_out(self, sums: torch.Tensor) -> torch.Tensor:
+        """In the scale of a jackknife."""
+        return sums * math.sqrt(self._folds / (self._folds - 1))
+
+
+def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return left[:, :, None] * right[:, None, :]
+
+
+def _about_fold_means(rows: torch.Tensor, folds: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows [m, P] less the mean of their fold, scaled so that their square is unbiased."""
+    sizes = torch.bincount(folds, minlength=count).to(rows)[:, None]
+    means = rows.new_zeros(count, rows.shape[1]).index_add_(0, folds, rows) / sizes.clamp_min(1)
+    scale = (sizes / (sizes - 1).clamp_min(1)).sqrt()
+    return (rows - means[folds]) * scale[folds]

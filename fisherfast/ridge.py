@@ -1,0 +1,97 @@
+r"""The ridge: noise added to each feature before its covariance is inverted (docs/theory.md, 4).
+
+.. math:: R = S + \Lambda, \qquad q_i = \sum_j \Lambda_{jj} (L^{-1})_{ij}^2, \qquad L L^T = R
+
+S has unit diagonal, so Lambda is relative to the variance of each feature. q_i is the part of the
+whitened feature i that is added noise: 0 where the ridge costs nothing, 1 where it is all there is.
+
+A ridge takes all information from directions whose variance is below it, so "auto" asks for as
+little as the arithmetic carries: the squared rounding of the activations and of the factorisation
+for raw activations, `LIFT_RIDGE` for the random lift, whose features are nearly collinear by
+construction. Whitened raw features that are mostly ridge are rounding, and are left out.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Literal
+
+import torch
+
+__all__ = [
+    "AUTO",
+    "HIDDEN_SHARE",
+    "LIFT_RIDGE",
+    "MOSTLY_RIDGE",
+    "ROUNDING",
+    "RidgeSetting",
+    "check_ridge",
+    "raw_ridge",
+    "relative_rounding",
+    "with_ridge",
+]
+
+RidgeSetting = float | Literal["auto"]
+"""A number for all features, relative to the variance of each, or "auto"."""
+
+AUTO: Literal["auto"] = "auto"
+
+LIFT_RIDGE = 1e-4
+"""Of lifted features: as if noise of 1 % of its spread were added to each."""
+
+ROUNDING = 16
+"""Units in the last place of a number below which a difference is rounding: a dot product of a
+thousand numbers is off by a few."""
+
+FACTOR_ROUNDING = 4 * torch.finfo(torch.float64).eps
+"""Per feature: least ridge with which a factorisation in float64 is positive definite."""
+
+MOSTLY_RIDGE = 0.5
+"""q_i above which a whitened raw feature counts as rounding: with this ridge, 32 roundings wide,
+what is left of linear copies in float32 is at q = 0.99."""
+
+HIDDEN_SHARE = 0.02
+"""Part of J that may lie below the ridge before it is said that the arithmetic does not carry the
+covariance."""
+
+
+def check_ridge(ridge: object) -> RidgeSetting:
+    """The setting ridge as "auto" or a float.
+
+    Raises:
+        TypeError: it is neither "auto" nor a number.
+        ValueError: it is not in [0, 1).
+    """
+    if isinstance(ridge, str) and ridge == AUTO:
+        return AUTO
+    if not isinstance(ridge, numbers.Real) or isinstance(ridge, bool):
+        raise TypeError(f'ridge must be "auto" or a number, got {ridge!r}')
+    value = float(ridge)
+    if not 0 <= value < 1:
+        raise ValueError(f'ridge must be "auto" or in [0, 1), got {value}')
+    return value
+
+
+def relative_rounding(dtype: torch.dtype) -> float:
+    """Spread relative to its size that rounding may add to an activation of a dtype: of half types
+    one unit in the last place, their products are summed in float32."""
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    return max(ROUNDING * torch.finfo(precision).eps, torch.finfo(dtype).eps)
+
+
+def raw_ridge(variance: torch.Tensor, rounding_variance: torch.Tensor) -> torch.Tensor:
+    """Smallest ridge [..., k] that the arithmetic carries.
+
+    Args:
+        variance: [..., k] of the features.
+        rounding_variance: [..., k] that the rounding of the activations makes of it.
+    """
+    factor = FACTOR_ROUNDING * variance.shape[-1]
+    return rounding_variance / torch.where(variance > 0, variance, 1.0) + factor
+
+
+def with_ridge(correlation: torch.Tensor, ridge: float | torch.Tensor) -> torch.Tensor:
+    """R = S + Lambda [k, k] of a covariance with unit diagonal."""
+    R = correlation.clone()
+    R.diagonal().add_(ridge)
+    return R

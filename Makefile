@@ -57,7 +57,7 @@ bench: $(READY) ## speed and memory against torch, about fifteen minutes; needs 
 	$(BIN)/python benchmarks/bench_curve.py $(ARGS)
 	$(BIN)/python benchmarks/bench_dual.py $(ARGS)
 
-hostile: $(READY) ## 10 000 generated problems with closed forms, about half an hour: ARGS="--examples 500"
+hostile: $(READY) ## 10 000 generated problems with closed forms, about 40 minutes: ARGS="--examples 500"
 	$(BIN)/python benchmarks/run_hostile.py $(ARGS)
 
 # With the Python that is given and what is installed there: no environment, no network.

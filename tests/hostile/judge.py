@@ -117,7 +117,7 @@ def verdict(problem: Problem) -> Verdict:
     first = judge(problem)
     if not first.failures:
         return Verdict(first, [])
-    failed = {(check.name, check.where) for check in first.failures}
+    failed = {(check.name, check.where) for check in first.failures if check.name not in NEVER}
     second = judge(problem, attempt=1, more=MORE)
     again = [check for check in second.failures if (check.name, check.where) in failed]
     lost = [check for check in first.failures if check.name in NEVER]

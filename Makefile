@@ -12,7 +12,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.c
 export CUDAARCHS ?= 90
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test fast sanitize lint format wheel check bench check-gpu clean
+.PHONY: help demo test fast sanitize lint format wheel check bench hostile check-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -56,6 +56,9 @@ bench: $(READY) ## speed and memory against torch, about fifteen minutes; needs 
 	$(BIN)/python benchmarks/bench_gradients.py $(ARGS)
 	$(BIN)/python benchmarks/bench_curve.py $(ARGS)
 	$(BIN)/python benchmarks/bench_dual.py $(ARGS)
+
+hostile: $(READY) ## 10 000 generated problems with closed forms, about 40 minutes: ARGS="--examples 500"
+	$(BIN)/python benchmarks/run_hostile.py $(ARGS)
 
 # With the Python that is given and what is installed there: no environment, no network.
 check-gpu: ## all tests, benchmarks and sanitizers on this machine's GPU: PYTHON=python3 ARGS="--output FILE"

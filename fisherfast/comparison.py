@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from fisherfast.marginal import pack_covariance, unpack_covariance
+from fisherfast.marginal import SINGULAR, pack_covariance, unpack_covariance
 from fisherfast.uncertainty import jackknife_covariance
 
 __all__ = [
@@ -171,6 +171,7 @@ def weakest_direction(J: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.
     if not bool(torch.isfinite(unit).all() and torch.isfinite(covariance).all()):
         return torch.full_like(scale, math.nan), math.nan
     values, vectors = torch.linalg.eigh((unit + unit.T) / 2)
+    values = torch.where(values.abs() > SINGULAR, values, 0.0)  # rounding has a small error, too
     directions = vectors / scale[:, None]
     errors = variance_along(directions, covariance).sqrt()
     known = (values / errors).nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)

@@ -168,7 +168,7 @@ class TangentMoments(DerivativeMoments):
         for start in range(0, len(raw), rows):
             tile = slice(start, start + rows)
             above = (torch.addmm(rest.bias, raw[tile], rest.weight.T) > 0).to(raw.dtype)
-            moved = (carried[:, tile] @ rest.weight.T).mul_(
+            moved = (carried[:, tile].to(raw.dtype) @ rest.weight.T).mul_(
                 above.mul_(1 - lift.slope).add_(lift.slope)
             )
             self.sums[..., begin:] += fold_sums(moved, first + start, self.folds)

@@ -76,9 +76,14 @@ class Standardisation:
 
 class PilotMoments:
     """Mean and variance of the first samples of a layer, in float64, a batch at a time (Chan's
-    update)."""
+    update).
 
-    def __init__(self) -> None:
+    Args:
+        units: in the last place, that the rounding of an activation may be.
+    """
+
+    def __init__(self, units: int = ROUNDING) -> None:
+        self._units = units
         self._count = 0
         self._mean: torch.Tensor | None = None
         self._square = torch.zeros(())
@@ -90,7 +95,7 @@ class PilotMoments:
         pilot = activations.double()
         precision = torch.float64 if activations.dtype == torch.float64 else torch.float32
         self._rounding = max(self._rounding, ROUNDING * torch.finfo(precision).eps)
-        self._noise = max(self._noise, relative_rounding(activations.dtype))
+        self._noise = max(self._noise, relative_rounding(activations.dtype, self._units))
         mean = pilot.mean(0)
         self._add(len(pilot), mean, (pilot - mean).square().sum(0))
 

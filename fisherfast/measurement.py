@@ -317,18 +317,18 @@ class Measurement:
         if too_wide(site.dim, self._data, self._settings["max_features"]):
             self._check_samples(site, fewest_samples(self._data, self._settings["folds"]))
             return WideMeter(site, self._recall.spaces.pop(site.name, None))
-        self._check_samples(site, 2 * self._settings["folds"])
+        self._check_samples(site, 2 * self._settings["folds"], " (two per fold)")
         return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
 
-    def _check_samples(self, site: taps.Site, needed: int) -> None:
+    def _check_samples(self, site: taps.Site, needed: int, reason: str = "") -> None:
         """Refuse what cannot be measured before all samples are read, where their number is
         known."""
         counts = [self._data.samples(c) for c in range(self._data.conditions)]
         known = [n for n in counts if n is not None]
         if known and min(known) < needed and not self._data.sharded:
             raise ValueError(
-                f"layer {site.name!r} must see at least {needed} samples per condition,"
-                f" got {min(known)}"
+                f"layer {site.name!r} must see at least {needed} samples per"
+                f" condition{reason}, got {min(known)}"
             )
 
     def _find_sites(self, batch: torch.Tensor) -> list[taps.Site]:

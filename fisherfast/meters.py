@@ -33,8 +33,8 @@ from fisherfast.marginal import SINGULAR, pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.replicates import HeldSamples, Readout
 from fisherfast.results import LayerFisher, finite_step_note
-from fisherfast.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, RidgeSetting
-from fisherfast.taps import Site
+from fisherfast.ridge import AUTO, HIDDEN_SHARE, INPUT_ROUNDING, LIFT_RIDGE, ROUNDING, RidgeSetting
+from fisherfast.taps import INPUT, Site
 from fisherfast.uncertainty import jackknife_covariance
 
 __all__ = [
@@ -145,7 +145,7 @@ class LayerMeter:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.pilot = PilotMoments()
+        self.pilot = PilotMoments(INPUT_ROUNDING if site.name == INPUT else ROUNDING)
         self._pending: list[torch.Tensor] = []
         self._dtype = torch.float32
         self._fit: Fit | None = None

@@ -21,6 +21,7 @@ import torch
 __all__ = [
     "AUTO",
     "HIDDEN_SHARE",
+    "INPUT_ROUNDING",
     "LIFT_RIDGE",
     "MOSTLY_RIDGE",
     "ROUNDING",
@@ -42,6 +43,9 @@ LIFT_RIDGE = 1e-4
 ROUNDING = 16
 """Units in the last place of a number below which a difference is rounding: a dot product of a
 thousand numbers is off by a few."""
+
+INPUT_ROUNDING = 2
+"""The same for numbers that are given and not computed: half a unit, and as much in a lookup."""
 
 FACTOR_ROUNDING = 4 * torch.finfo(torch.float64).eps
 """Per feature: least ridge with which a factorisation in float64 is positive definite."""
@@ -72,11 +76,15 @@ def check_ridge(ridge: object) -> RidgeSetting:
     return value
 
 
-def relative_rounding(dtype: torch.dtype) -> float:
-    """Spread relative to its size that rounding may add to an activation of a dtype: of half types
-    one unit in the last place, their products are summed in float32."""
+def relative_rounding(dtype: torch.dtype, units: int = ROUNDING) -> float:
+    """Spread relative to its size that rounding may add to an activation of a dtype.
+
+    Args:
+        dtype: of half types one unit in the last place, as their products are summed in float32.
+        units: in the last place.
+    """
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    return max(ROUNDING * torch.finfo(precision).eps, torch.finfo(dtype).eps)
+    return max(units * torch.finfo(precision).eps, torch.finfo(dtype).eps)
 
 
 def raw_ridge(variance: torch.Tensor, rounding_variance: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ def independent_covariance(
         + E[M_{ps} M_{qr}])}{a (a - 3)} + \mathrm{Cov}(M_{pq}, M_{rs})
     """
     a = dof - effective
-    J = torch.diagonal_scatter(J, J.diagonal().clamp_min(0))
+    J = _positive_part(J[None], noise)[0]
     mean = J + effective * noise
     of_mean = 2 * pair_product(noise, J) + effective * pair_product(noise, noise)
     second = torch.einsum("pq,rs->pqrs", mean, mean) + of_mean
@@ -95,7 +95,7 @@ def independent_variance(
     k = effective[:, None, None]
     a = dof - k
     noise = noise.expand_as(J)
-    J = _with_diagonal(J, torch.diagonal(J, dim1=1, dim2=2).clamp_min(0))
+    J = _positive_part(J, noise)
     mean = J + k * noise
     J_p, J_q = _outer_diagonals(J)
     c_p, c_q = _outer_diagonals(noise)
@@ -112,5 +112,12 @@ def _outer_diagonals(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return diagonal[..., :, None], diagonal[..., None, :]
 
 
-def _with_diagonal(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-    return torch.diagonal_scatter(matrix, diagonal, dim1=1, dim2=2)
+def _positive_part(J: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """J [K, P, P] without what is negative of it, in units of its noise c [K, P, P]: a variance
+    from an indefinite J would be negative in some direction."""
+    noise = noise.expand_as(J)
+    scale = torch.diagonal(noise, dim1=1, dim2=2).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    units = scale[:, :, None] * scale[:, None, :]
+    values, vectors = torch.linalg.eigh((J + J.mT) / 2 / units)
+    return (vectors * values.clamp_min(0)[:, None, :]) @ vectors.mT * units

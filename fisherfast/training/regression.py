@@ -134,8 +134,8 @@ class RegressionMoments:
         coefficients = batch.solver @ a
         residual = torch.addmm(a, batch.basis, coefficients, alpha=-1)
         square = residual.T @ residual
-        if not bool(torch.isfinite(square).all()):
-            return  # one NaN would stay for ever
+        if not bool(torch.isfinite(square.float()).all()):
+            return  # one NaN, or one number that drowns all others, would stay for ever
         keep = math.exp(-n / self._window)
         derivative = batch.slopes.to(a.device) @ coefficients
         rounding = a.square().sum(0) * relative_rounding(activations.dtype) ** 2

@@ -1,0 +1,86 @@
+"""The long run counts what was found, goes on where it stopped, and is what the theory quotes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hostile.judge import Check, Judgement, Verdict
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STORED = ROOT / "benchmarks" / "results" / "hostile.json"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The runner, imported as the benchmarks import each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("run_hostile")
+
+
+def found(*failed: str, again: tuple[str, ...] = ()) -> Verdict:
+    """A verdict of two checks of which some fail."""
+    checks = [Check(name, "input", name not in failed, 0.5) for name in ("J above", "J below")]
+    first = Judgement(checks, should_resolve=2, resolved=1)
+    return Verdict(first, [Check(name, "input", False, detail="why") for name in again])
+
+
+def test_verdicts_are_counted(script):
+    """Catches a failure that is not in the result, and one that is there without its seed."""
+    result = script.empty()
+    script.add(result, 0, found())
+    script.add(result, 1, found("J below"))
+    script.add(result, 2, found("J above", "J below", again=("J above",)))
+    assert result["examples"] == 3
+    assert result["checks"] == {"J above": 3, "J below": 3}
+    assert result["expected first failures"] == {"J above": 1.5, "J below": 1.5}
+    assert result["first failures"] == {"J above": 1, "J below": 2}
+    assert result["violations"] == {"J above": 1}
+    assert result["violating seeds"] == {"2": ["J above: input: why"]}
+    assert (result["layers that should be resolved"], result["of these resolved"]) == (6, 3)
+    assert "| J above | 3 | 1 | 1.5 | 1 |" in script.summary(result)
+
+
+@pytest.mark.parametrize(("commit", "examples"), [("abc", 3), ("abc+", 2), (None, 2)])
+def test_a_run_goes_on_with_the_same_code_alone(script, monkeypatch, tmp_path, commit, examples):
+    """Catches examples of another version in one result, and a run that begins again."""
+    monkeypatch.setattr(script, "machine", lambda: {"commit": commit})
+
+    class Pool:
+        def __init__(self, *_, **__) -> None: ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None: ...
+        def imap(self, call, seeds, chunksize):
+            asked.extend(seeds)
+            return [(seed, found()) for seed in seeds]
+
+    context = type("Context", (), {"Pool": Pool})
+    monkeypatch.setattr(script.multiprocessing, "get_context", lambda _: context)
+    asked: list[int] = []
+    out = tmp_path / "found.json"
+    script.run(1, 1, out)
+    script.run(2 if examples == 2 else 3, 1, out)
+    assert json.loads(out.read_text())["examples"] == examples
+    assert asked == ([0, 1, 2] if commit == "abc" else [0, 0, 1])
+
+
+def test_one_seed_can_be_shown(script):
+    """Catches a failing seed that cannot be looked at."""
+    lines = list(script.show(25))
+    assert lines[0].startswith("Problem(seed=")
+    assert any(line.startswith("LayerFisher('input'") for line in lines)
+
+
+def test_the_theory_quotes_the_stored_run(script):
+    """Catches a number typed by hand, and a stored run that is shorter than is said."""
+    theory = (ROOT / "docs" / "theory.md").read_text()
+    result = json.loads(STORED.read_text())
+    assert script.summary(result) in theory
+    assert set(result["machine"]) >= {"commit", "torch", "processor", "platform"}
+    section = theory[theory.index("Generated problems") :]
+    assert int(re.search(r"(\d+) problems", section)[1]) == result["examples"]

@@ -62,14 +62,17 @@ def in_square(flow: ff.FisherFlow, name: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(
-    ("activation", "max_features"), [(None, 32), (nn.ReLU, RAW_ONLY)], ids=["linear", "relu"]
+    ("activation", "max_features"),
+    [(None, 32), (nn.ReLU, RAW_ONLY), (nn.ReLU, 32)],
+    ids=["linear", "relu", "relu lifted"],
 )
 def test_stated_errors_of_fractions_are_those_seen(source, activation, max_features):
     """Root mean square of the stated errors over the standard deviation of 100 repeats, each layer
     that loses information: 0.85 to 1.15 beyond 3 standard errors of a standard deviation (7 %;
     false alarm 0.3 % a layer; the layers of a chain rise and fall together). Errors added in square
     were 1.2 to 1.8 times too large and must fail in the linear chain. Behind a ReLU the features
-    are the activations alone, so that all repeats measure the same ones."""
+    are the activations alone, so that all repeats measure the same ones, or chosen anew each time:
+    an error that leaves out the choice was 0.34 to 0.80 of the spread."""
     model = chain(activation)
     whitened = torch.linspace(-1, 1, WIDTHS[0], dtype=torch.float64)
     whitened *= math.sqrt(INFORMATION) / whitened.norm()

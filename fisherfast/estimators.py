@@ -29,6 +29,7 @@ __all__ = [
     "FisherCurve",
     "choose_features",
     "cross_fitted_bound",
+    "doubt_of_choice",
     "fisher_curve",
     "independent_features",
     "whitened",
@@ -442,6 +443,57 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     Returns:
         k, and whether a plateau was reached before the last lifted features.
     """
+    grid, gain, error = _gains(curve, first)
+    beaten = gain > GAIN_ERRORS * error
+    beaten[0] &= bool((gain[0] > ENTRY_ERRORS * error[0]).any())
+    chosen = _smallest(grid, beaten)
+    lifted = len(curve) - first
+    return chosen, lifted > 0 and chosen - first <= PLATEAU * lifted
+
+
+def doubt_of_choice(curve: FisherCurve, first: int, chosen: int) -> torch.Tensor:
+    """What the choice of k adds to the error of J: deviations [F, P, P], as those of a jackknife.
+
+    Where the clearest gain is z errors and counts from t errors on, other samples would have used
+    the larger size with the probability p = Phi(z - t), and J varies by sqrt(p (1 - p)) of the gain
+    more than at a fixed size, together with the gain. Nothing where the choice is clear. Counted
+    are the choice between no lift and one, and that between k and the next size.
+
+    Args:
+        curve: of K features.
+        first: smallest size allowed.
+        chosen: k, from `choose_features`.
+    """
+    grid, gain, error = _gains(curve, first)
+    clear = (gain / error).nan_to_num(0.0)
+    lift = _smallest(grid, gain > GAIN_ERRORS * error)
+    doubt = _doubt(curve, first, lift, clear[0].amax(0), ENTRY_ERRORS)
+    own = int((grid == chosen - 1).nonzero()[0])
+    if chosen > first and own + 1 < len(grid):
+        following = clear[own, own + 1 :].amax(1)  # [m]
+        larger = int(grid[own + 1 + int(following.argmax())]) + 1
+        clearest = clear[own, own + 1 + int(following.argmax())]
+        doubt = doubt + _doubt(curve, chosen, larger, clearest, GAIN_ERRORS)
+    return doubt
+
+
+def _doubt(
+    curve: FisherCurve, smaller: int, larger: int, clearest: torch.Tensor, least: float
+) -> torch.Tensor:
+    """Deviations [F, P, P] from one choice; clearest [P] is z, least is t."""
+    change = curve.replicates[larger - 1] - curve.replicates[smaller - 1]
+    change = change - change.mean(0)
+    p = torch.special.ndtr(clearest.max() - least)
+    worst = int(clearest.argmax())
+    own = change[:, worst, worst].square().sum() * (len(change) - 1) / len(change)
+    gain = (curve.J[larger - 1] - curve.J[smaller - 1])[worst, worst].abs()
+    scale = (p * (1 - p)).sqrt() * gain / own.sqrt()
+    return change * scale.nan_to_num(0.0, posinf=0.0)
+
+
+def _gains(curve: FisherCurve, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers [m] of the sizes that are compared, counted from 0, and for each two of them the gain
+    J(k') - J(k) [m, m, P] and its standard error."""
     steps = torch.linspace(first, len(curve), GAIN_POINTS, dtype=torch.float64)
     grid = steps.round().long().unique().to(curve.J.device) - 1
     J = torch.diagonal(curve.J, dim1=1, dim2=2)[grid]
@@ -454,14 +506,14 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     added = (curve.effective_dim[grid][None] - curve.effective_dim[grid][:, None]).clamp_min(0)
     covariance = 2 * size[None].square() * added[..., None] / curve.statistics.dof**2
     own = torch.diagonal(curve.stderr, dim1=1, dim2=2)[grid]
-    error = (jackknife + covariance).sqrt().maximum(LEAST_GAIN * own[:, None])
-    beaten = gain > GAIN_ERRORS * error
-    beaten[0] &= bool((gain[0] > ENTRY_ERRORS * error[0]).any())
-    later = torch.ones_like(gain[..., 0], dtype=torch.bool).triu(1)
+    return grid, gain, (jackknife + covariance).sqrt().maximum(LEAST_GAIN * own[:, None])
+
+
+def _smallest(grid: torch.Tensor, beaten: torch.Tensor) -> int:
+    """The smallest size that no larger one beats, of beaten [m, m, P]."""
+    later = torch.ones_like(beaten[..., 0]).triu(1)
     enough = ~(beaten.any(-1) & later).any(1)
-    chosen = int(grid[enough][0]) + 1
-    lifted = len(curve) - first
-    return chosen, lifted > 0 and chosen - first <= PLATEAU * lifted
+    return int(grid[enough][0]) + 1
 
 
 def _running_products(half: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from fisherfast.estimators import SPARE_DOF
 from fisherfast.features import Lift, Standardisation
 from fisherfast.information_map import InformationMap
 from fisherfast.moments import add_pair_products_, lower_triangles, pair_inflation
-from fisherfast.ridge import AUTO, RidgeSetting, raw_ridge
+from fisherfast.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
 from fisherfast.score import score_estimate
 from fisherfast.uncertainty import covariance_variance, independent_variance
 
@@ -218,7 +218,8 @@ def estimate_map(
         )
     derivative, fold_derivatives = moments.derivatives(contrast)
     ridges = moments.ridge(ridge, covariance.diagonal(dim1=-2, dim2=-1))
-    solved, effective = _solve(covariance, alive, derivative, fold_derivatives, ridges)
+    columns = torch.cat([derivative, fold_derivatives.flatten(-2)], -1)
+    solved, effective = _solve(covariance, alive, columns, ridges, rounding=ridge == AUTO)
     parameters, folds = derivative.shape[-1], moments.folds
     shrink = ((nu - effective - 1) / nu)[:, None, None]
     half = solved[..., :parameters]
@@ -248,29 +249,32 @@ def estimate_map(
 def _solve(
     covariance: torch.Tensor,
     alive: torch.Tensor,
-    derivative: torch.Tensor,
-    fold_derivatives: torch.Tensor,
+    columns: torch.Tensor,
     ridge: torch.Tensor,
+    *,
+    rounding: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """L^-1 of all derivatives [H W, C, (1 + F) P], and k_eff [H W].
+    """L^-1 of all columns [H W, C, (1 + F) P], and k_eff [H W].
 
     Channels that do not vary become features of unit variance without derivative or covariance:
     they add nothing to J, and are not counted. The part of a feature that is ridge is counted with
-    the largest ridge of its position: it is 0 but for channels that are linear in others.
+    the largest ridge of its position: it is 0 but for channels that are linear in others, which are
+    left out where the ridge is their rounding.
     """
     both = alive[..., None] & alive[..., None, :]
     covariance = torch.where(both, covariance, 0.0)
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     variance.copy_(torch.where(alive, variance * (1 + ridge), 1.0))
     largest = torch.where(alive, ridge, 0.0).amax(-1).flatten()
-    columns = torch.cat([derivative, fold_derivatives.flatten(-2)], -1)
     columns = torch.where(alive[..., None], columns, 0.0)
     solved = ops.fisher_solve_details(
         covariance.flatten(0, 1), columns.flatten(0, 1), inverse_rows=True
     )
     counted = alive.flatten(0, 1)
     ridge_share = (largest[:, None] * solved.inverse_rows).clamp(0, 1)
-    return solved.half, counted.sum(-1) - torch.where(counted, ridge_share, 0.0).sum(-1)
+    known = counted & (ridge_share <= MOSTLY_RIDGE) if rounding else counted
+    half = torch.where(known[..., None], solved.half, 0.0)
+    return half, torch.where(known, 1 - ridge_share, 0.0).sum(-1)
 
 
 def _fold_statistic(

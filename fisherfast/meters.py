@@ -16,6 +16,7 @@ from fisherfast.estimators import (
     SingularCovarianceError,
     choose_features,
     cross_fitted_bound,
+    doubt_of_choice,
     fisher_curve,
     independent_features,
 )
@@ -479,7 +480,9 @@ def estimate_layer(
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
-    errors = curve.error_covariance(chosen)
+    doubt = doubt_of_choice(curve, raw, chosen)
+    errors = curve.error_covariance(chosen) + jackknife_covariance(doubt)
+    replicates = meter.replicates(curve, index)
     J = curve.J[chosen - 1]
     layer = replace(
         base,
@@ -500,7 +503,7 @@ def estimate_layer(
         compressed=dictionary.kind == "sketch",
         carried=fit.carried(chosen),
         rounding=max(SINGULAR, curve.rounding(chosen, torch.finfo(meter._dtype).eps)),
-        replicates=meter.replicates(curve, index).cpu(),
+        replicates=(replicates + doubt if len(replicates) else replicates).cpu(),
         error_covariance=pack_covariance(errors).cpu(),
     )
     if not layer.carried:

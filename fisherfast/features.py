@@ -50,6 +50,17 @@ BLOCK_ROWS = 64
 number."""
 
 
+PILOT_ROWS = 2
+"""Samples per activation that tell the condition of a covariance: twice too large from so few."""
+
+PILOT_WIDTH = 256
+"""Widest layer whose condition the pilot tells; wider ones are summed in float64."""
+
+FLOAT32_INVERSE = 1e4
+"""Largest trace of the inverse correlation matrix whose products may be float32: these are off by
+3e-8 of it, which then changes J by less than 1e-3 in its worst direction."""
+
+
 @dataclass(frozen=True)
 class Standardisation:
     """Pilot mean and scale of the activations of one layer: z = (a - mean) * scale.
@@ -65,6 +76,7 @@ class Standardisation:
         rounding: relative spread that the precision of the activations does not resolve.
         noise: spread relative to its size that rounding may add to an activation: `rounding`, or
             one unit in the last place of a half type.
+        exact: products of the activations must be of float64.
     """
 
     mean: torch.Tensor
@@ -72,6 +84,7 @@ class Standardisation:
     alive: torch.Tensor
     rounding: float
     noise: float
+    exact: bool = True
 
 
 class PilotMoments:
@@ -89,6 +102,7 @@ class PilotMoments:
         self._square = torch.zeros(())
         self._rounding = 0.0
         self._noise = 0.0
+        self._rows: list[torch.Tensor] = []
 
     def update(self, activations: torch.Tensor) -> None:
         """Add activations [n, d]."""
@@ -98,6 +112,9 @@ class PilotMoments:
         self._noise = max(self._noise, relative_rounding(activations.dtype, self._units))
         mean = pilot.mean(0)
         self._add(len(pilot), mean, (pilot - mean).square().sum(0))
+        missing = PILOT_ROWS * pilot.shape[1] - sum(map(len, self._rows))
+        if pilot.shape[1] <= PILOT_WIDTH and missing > 0 and precision == torch.float32:
+            self._rows.append(activations[:missing].clone())
 
     def _add(self, n: int, mean: torch.Tensor, square: torch.Tensor) -> None:
         if self._mean is None:
@@ -144,7 +161,18 @@ class PilotMoments:
         alive = std > self._rounding * self._mean.abs()
         typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
         scale = torch.where(alive, std, typical).reciprocal()
-        return Standardisation(self._mean, scale, alive, self._rounding, self._noise)
+        exact = self._ill_conditioned(scale, alive)
+        return Standardisation(self._mean, scale, alive, self._rounding, self._noise, exact)
+
+    def _ill_conditioned(self, scale: torch.Tensor, alive: torch.Tensor) -> bool:
+        """Whether float32 products do not carry the covariance, or the pilot does not tell."""
+        if self._mean is None or sum(map(len, self._rows)) < PILOT_ROWS * len(scale):
+            return True
+        z = (torch.cat(self._rows).double() - self._mean)[:, alive] * scale[alive]
+        correlation = z.T @ z / len(z)
+        correlation.diagonal().add_(1 / FLOAT32_INVERSE)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
+        return float(inverse.diagonal().sum()) > FLOAT32_INVERSE
 
 
 @dataclass(frozen=True)
@@ -204,8 +232,8 @@ class FeatureDictionary:
         standardisation: pilot statistics of the layer.
         max_features: number of features k aimed at. All d activations are always among them (up to
             `MAX_WIDTH`), and at least max_features / 8 lifted ones are added.
-        dtype: float32 or float64, of the lifted features. Raw ones are float64: float32 does not
-            carry every condition of their covariance.
+        dtype: float32 or float64, of the lifted features. Raw ones are float64 where the
+            standardisation says so.
         seed: fixes the lift, on every device.
         slope: of the leaky ReLU.
         groups: random groups whose signed sums take the place of the activations; None for none.
@@ -237,6 +265,7 @@ class FeatureDictionary:
         self.dtype = dtype
         self._mean, self._scale = standardisation.mean, standardisation.scale
         self._noise = standardisation.noise
+        self.raw_dtype = torch.float64 if standardisation.exact else dtype
         self.kind = "raw + lift" if groups is None else "sketch"
         if groups is not None:
             self.raw = groups
@@ -264,9 +293,11 @@ class FeatureDictionary:
         )
 
     def raw_features(self, activations: torch.Tensor) -> torch.Tensor:
-        """The leading features [n, raw] float64 of activations [n, d] of any floating dtype."""
-        z = (activations.double() - self._mean) * self._scale
-        return self._group(z * self._sign) if self.kind == "sketch" else z
+        """The leading features [n, raw] of activations [n, d] of any floating dtype, in
+        `raw_dtype`."""
+        mean, scale = self._mean.to(self.raw_dtype), self._scale.to(self.raw_dtype)
+        z = torch.sub(activations, mean).to(self.raw_dtype).mul_(scale)
+        return self._group(z * self._sign.to(z)) if self.kind == "sketch" else z
 
     def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
         """The ridge [k] of the first k features, relative to their variances [k]."""

@@ -22,6 +22,7 @@ from fisherfast.estimators import (
 )
 from fisherfast.features import (
     BLOCK_ROWS,
+    FLOAT32_INVERSE,
     MAX_WIDTH,
     FeatureDictionary,
     Lift,
@@ -115,6 +116,11 @@ class Fit:
         hidden = self.lost + self.curve.hidden[self.raw - 1]
         return not bool((hidden > HIDDEN_SHARE * self.curve.J[chosen - 1].diagonal()).any())
 
+    def inverse(self) -> float:
+        """Trace of R^-1 of the raw activations."""
+        spread = self.whole.covariance.diagonal()[self.alive[: self.raw]].sqrt()
+        return float((self.curve.readout[: self.raw, : self.raw] * spread).square().sum())
+
     def exact_features(self) -> int:
         """Features up to which float32 products of raw and lifted features are good enough.
 
@@ -122,10 +128,9 @@ class Fit:
         less what they explain, by e W, and J by (e W)^2 times the squared row of L^-1; and its
         variance by e^2 tr R^-1, R that of the raw ones, which must be far below its ridge.
         """
-        spread = self.whole.covariance.diagonal()[self.alive[: self.raw]].sqrt()
-        inverse = self.curve.readout[: self.raw, : self.raw] * spread
-        if float(inverse.square().sum()) * LIFT_ROUNDING**2 > LIFT_ERROR * LIFT_RIDGE:
+        if self.inverse() * LIFT_ROUNDING**2 > LIFT_ERROR * LIFT_RIDGE:
             return self.raw
+        spread = self.whole.covariance.diagonal()[self.alive[: self.raw]].sqrt()
         W = self.curve.readout_of(self.raw) * spread[:, None]
         share = self.curve.ridge_share.clone()
         share[: self.raw] = 0.0
@@ -275,9 +280,14 @@ class LayerMeter:
         """
         moments, dictionary = self.moments, self.dictionary
         grows = self._grows and moments.size < dictionary.size
-        if not self._repeats or self._unfit(contrast) or not (grows or self._rounds_lift()):
+        rounds = self._rounds_lift() or dictionary.raw_dtype == torch.float32
+        if not self._repeats or self._unfit() or not (grows or rounds):
             return False
         fit = self.fit(contrast, ridge)
+        if dictionary.raw_dtype == torch.float32 and fit.inverse() > 3 * FLOAT32_INVERSE:
+            dictionary.raw_dtype = torch.float64  # the pilot has not shown it
+            self.moments = moments.grown(moments.size, known=0)
+            return True
         if self._rounds_lift() and fit.exact_features() < len(fit.alive):
             dictionary.lift = dictionary.lift.to(torch.float64)
             self.moments = moments.grown(moments.size, known=dictionary.raw)
@@ -324,13 +334,13 @@ class LayerMeter:
             else:
                 return Fit(whole, index, raw, ridges[index], curve, lost, tuple(notes))
 
-    def _unfit(self, contrast: torch.Tensor) -> bool:
+    def _unfit(self) -> bool:
         """Whether the samples are too few, or no activation varies: there is no curve then."""
         moments = self.moments
         if int(moments.counts.min()) < 2:
             return True
         raw = int((moments.variances() > self.rounding_variance())[: self.dictionary.raw].sum())
-        return raw == 0 or moments.statistics(contrast).dof < raw + SPARE_DOF
+        return raw == 0 or moments.degrees_of_freedom < raw + SPARE_DOF
 
     def _rounds_lift(self) -> bool:
         """Whether the products of the lift are of float32."""
@@ -460,7 +470,7 @@ def estimate_layer(
     base = no_information(site, data, samples=sum(moments.seen), dropped=dropped)
     if raw == 0:
         return replace(base, notes=(f"all {site.dim} activations are constant: J = 0",))
-    _check_freedom(site.name, raw, moments.statistics(contrast), moments)
+    _check_freedom(site.name, raw, moments)
     fit = meter.fit(contrast, ridge)
     curve, whole, raw, size = fit.curve, fit.whole, fit.raw, len(fit.alive)
     notes = list(fit.notes)
@@ -476,7 +486,7 @@ def estimate_layer(
         chosen, plateau = most, False
         notes.append(f"features limited to {most}: float32 products do not carry more")
     index = fit.alive[:chosen]
-    halves = [moments.statistics(contrast, half).select(index) for half in (0, 1)]
+    halves = [moments.statistics(contrast, half, index) for half in (0, 1)]
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
@@ -642,10 +652,11 @@ def _check_samples(name: str, raw: int, moments: FoldMoments) -> None:
     )
 
 
-def _check_freedom(name: str, raw: int, whole: FoldStatistics, moments: FoldMoments) -> None:
-    if whole.dof >= raw + SPARE_DOF:
+def _check_freedom(name: str, raw: int, moments: FoldMoments) -> None:
+    dof = moments.degrees_of_freedom
+    if dof >= raw + SPARE_DOF:
         return
-    inflation = (sum(moments.seen) - moments.counts.numel()) / whole.dof
+    inflation = (sum(moments.seen) - moments.counts.numel()) / dof
     raise UnmeasuredError(
         f"layer {name!r} must see at least {_needed(raw, inflation, moments)} samples per condition"
         f" for its {raw} activations, got {min(moments.seen)}"

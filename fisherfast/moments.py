@@ -288,11 +288,23 @@ class FoldMoments:
             moments.carried = DerivativeMoments.from_state_dict(state["carried"])
         return moments
 
-    def statistics(self, contrast: torch.Tensor, half: int | None = None) -> FoldStatistics:
+    @property
+    def degrees_of_freedom(self) -> float:
+        """nu of the covariance of all samples."""
+        return (int(self._counts.sum()) - self._counts.numel()) / self._pair_inflation()
+
+    def statistics(
+        self,
+        contrast: torch.Tensor,
+        half: int | None = None,
+        index: torch.Tensor | None = None,
+    ) -> FoldStatistics:
         """Covariance and derivatives of all samples, or of half A (0) or B (1).
 
         Args:
             contrast: [C, P] float64 weights of the conditions, see `FiniteDifference.contrast`.
+            half: which one; None for all samples.
+            index: int64 [m] of the features; None for all.
 
         Raises:
             ValueError: a fold is empty, or no degree of freedom is left.
@@ -313,8 +325,11 @@ class FoldMoments:
         contrast = contrast.to(device)
         weight = counts.to(device, torch.float64)[..., None]
         sums = self.sums[:, columns]
-        means = sums / weight
         cross = self.cross.sum(0) if half is None else self.cross[half]
+        if index is not None:
+            sums = sums[..., index]
+            cross = cross[index][:, index]
+        means = sums / weight
         cross = cross.tril() + cross.tril(-1).T
         between = torch.einsum("cfi,cfj->ij", means * weight.sqrt(), means * weight.sqrt())
         cells = counts.numel()
@@ -335,7 +350,10 @@ class FoldMoments:
         if self.carried is None:
             return statistics
         of_condition = weight[0, :, 0]
-        derivative, fold_derivatives = self.carried.derivatives(columns, of_condition, sums[0])
+        all_sums = self.sums[0, columns]
+        derivative, fold_derivatives = self.carried.derivatives(columns, of_condition, all_sums)
+        if index is not None:
+            derivative, fold_derivatives = derivative[index], fold_derivatives[:, index]
         return replace(
             statistics,
             derivative=derivative,

@@ -52,7 +52,12 @@ class HeldSamples:
         self._parameters, self._contrast = data.parameters, data.contrast()
         self._width, self._dtype = width, dtype
         capacity = int(KEPT_SAMPLES * share) // data.conditions
-        self._kept = KeptSamples(data.conditions, capacity, block=folds, dtype=dtype)
+        counts = [data.samples(c) for c in range(data.conditions)]
+        known = None if None in counts or data.sharded else max(n for n in counts if n is not None)
+        expected = None if known is None else int(known * share)
+        self._kept = KeptSamples(
+            data.conditions, capacity, block=folds, dtype=dtype, expected=expected
+        )
 
     def add(self, condition: int, raw: torch.Tensor, carried: torch.Tensor | None) -> None:
         """Add raw features [n, d] of a condition with their tangents [P, n, d] (None for zero) or

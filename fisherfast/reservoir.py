@@ -21,6 +21,7 @@ class KeptSamples:
         block: neighbours that are kept or dropped together: the number of folds, where all folds
             are to be among what is kept.
         dtype: of what is kept.
+        expected: samples of a condition where their number is known; None where it is not.
     """
 
     def __init__(
@@ -30,11 +31,14 @@ class KeptSamples:
         *,
         block: int = 1,
         dtype: torch.dtype = torch.float32,
+        expected: int | None = None,
     ) -> None:
         self._dtype = dtype
         self._capacity = max(capacity, block)
         self._block = block
         self._stride = 1
+        while expected is not None and self._count_of(expected) > self._capacity:
+            self._stride *= 2
         self._seen = [0] * conditions
         # chunks of sample numbers, and of each column
         self._kept: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(conditions)]
@@ -43,11 +47,11 @@ class KeptSamples:
         """Add samples of a condition: tensors [n, ...] of what is known of each, or None."""
         given = [column for column in columns if column is not None]
         first, n = self._seen[condition], len(given[0])
-        numbers = torch.arange(first, first + n)
-        rows = self._is_kept(numbers).nonzero()[:, 0]
+        rows = self._kept_rows(first, n)
+        numbers = first + rows
         if len(rows):
             chosen = (column[rows.to(column.device)].to(self._dtype) for column in given)
-            self._kept[condition].append((numbers[rows], *chosen))
+            self._kept[condition].append((numbers, *chosen))
         self.skip(condition, n)
 
     def skip(self, condition: int, samples: int) -> None:
@@ -78,9 +82,20 @@ class KeptSamples:
 
     def _count(self, condition: int) -> int:
         """Samples of a condition that are kept, here and elsewhere."""
-        blocks, rest = divmod(self._seen[condition], self._block)
+        return self._count_of(self._seen[condition])
+
+    def _count_of(self, samples: int) -> int:
+        """How many of the first samples are kept."""
+        blocks, rest = divmod(samples, self._block)
         whole = -(-blocks // self._stride) * self._block
         return whole + (rest if blocks % self._stride == 0 else 0)
+
+    def _kept_rows(self, first: int, count: int) -> torch.Tensor:
+        """Rows of a batch, the first of which has this number, that are kept."""
+        period, length = self._block * self._stride, self._block
+        starts = torch.arange(-(first % period), count, period)
+        rows = (starts[:, None] + torch.arange(length)).flatten()
+        return rows[(rows >= 0) & (rows < count)]
 
     def _is_kept(self, numbers: torch.Tensor) -> torch.Tensor:
         return numbers // self._block % self._stride == 0

@@ -17,7 +17,10 @@ import torch
 
 import fisherfast as ff
 
-AGREEMENT = 1e-10  # relative to the largest number of its kind; 4e-14 was seen
+AGREEMENT = (
+    1e-8  # relative to the largest number of its kind; 4e-9 was seen behind a convolution with more
+)
+# outputs than inputs, whose covariance has a condition of 1e8, else 4e-14
 SHARES_OF_FLOAT32 = 1e-4  # batches that are cut elsewhere: other float32 products; 4e-6 was seen
 
 

@@ -170,7 +170,7 @@ class PilotMoments:
             return True
         z = (torch.cat(self._rows).double() - self._mean)[:, alive] * scale[alive]
         correlation = z.T @ z / len(z)
-        correlation.diagonal().add_(1 / FLOAT32_INVERSE)
+        correlation.diagonal().add_(0.01 / FLOAT32_INVERSE)  # positive definite, and far above
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
         return float(inverse.diagonal().sum()) > FLOAT32_INVERSE
 

@@ -30,6 +30,17 @@ def x() -> torch.Tensor:
     return torch.randn(500, 5, generator=torch.Generator().manual_seed(0)) * 3 + 7
 
 
+def test_ill_conditioned_activations_are_summed_in_float64(x):
+    """Catches float32 products of a covariance that they do not carry, and float64 ones, at twice
+    the cost, of one that they do."""
+    assert dictionary_of(x, 80).raw_features(x).dtype == torch.float32
+    alike = x.clone()
+    alike[:, 1] = alike[:, 0] + 0.01 * alike[:, 1]  # correlation 1 - 5e-5: an inverse of 2e4
+    assert dictionary_of(alike, 80).raw_features(alike).dtype == torch.float64
+    few = x[:9]  # two samples for each activation tell its condition
+    assert dictionary_of(few, 80).raw_features(few).dtype == torch.float64
+
+
 def test_features_are_nested(x):
     """Catches a lift whose first rows depend on how many are asked for."""
     small, large = features_of(x, 90), features_of(x, 200)
@@ -119,8 +130,6 @@ def test_raw_features_and_lift_are_the_features(x):
     """Catches a lift of activations that are not standardised, and a leading part that is not."""
     dictionary = dictionary_of(x, 80)
     raw, features = dictionary.raw_features(x), dictionary(x)
-    assert raw.dtype == torch.float64
-    raw = raw.float()
     assert torch.equal(features[:, :5], raw)
     assert torch.equal(features[:, 5:], dictionary.lift(raw))
     assert len(dictionary.lift.leading(7)) == 7

@@ -6,8 +6,10 @@ the rules that carry derivatives through a network.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import networks
@@ -32,6 +34,10 @@ from fisherfast.problems import (
     glyph_scene,
     mlp,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from montecarlo.replications import of_features
 
 # --- tangents against two conditions ---
 
@@ -98,9 +104,7 @@ def error_bars() -> dict[str, Any]:
     for kind, cases in ERROR_BARS.items():
         for name, (problem, theta, features) in cases.items():
             infos = [
-                ff.fisher_information(
-                    getattr(problem, kind)(theta, 2000, seed=seed), max_features=features
-                )
+                of_features(getattr(problem, kind)(theta, 2000, seed=seed), max_features=features)
                 for seed in range(REPLICATIONS)
             ]
             J, stderr = values(infos), torch.stack([i.stderr[0, 0] for i in infos])
@@ -136,11 +140,11 @@ def score() -> dict[str, Any]:
     and 200 seeds; the large-sample value from 200 000 samples."""
     problem = LogNormal.random(dim=10, variance=0.01, seed=0)
     many = problem.scored(0.0, LARGE_SAMPLE, seed=LARGE_SEED)
-    large = ff.fisher_information(many, max_features=SCORE_FEATURES)
+    large = of_features(many, max_features=SCORE_FEATURES)
     infos, variances = [], []
     for seed in range(MORE_SCORE_SEEDS):
         data = problem.scored(0.0, SCORE_SAMPLES, seed=seed)
-        infos.append(ff.fisher_information(data, max_features=SCORE_FEATURES))
+        infos.append(of_features(data, max_features=SCORE_FEATURES))
         variances.append(variance_of_score(data, SCORE_SAMPLES))
     J, V = values(infos), torch.stack(variances)
     results: dict[str, Any] = {
@@ -181,7 +185,7 @@ def camera() -> dict[str, Any]:
     photons = Camera(
         glyph_scene(), white_std=0.0, row_std=0.0, correlated_std=0.0, gain=0.3, psf_sigma=0.5
     )
-    info = ff.fisher_information(photons.scored(0.1, CAMERA_SAMPLES), max_features=64)
+    info = of_features(photons.scored(0.1, CAMERA_SAMPLES), max_features=64)
     truth = float(photons.fisher(0.1))
     results: dict[str, Any] = {
         "photon counts": {
@@ -238,7 +242,7 @@ def shares_of_image(image: CorrelatedImage, source: Callable[[int], Data], seeds
     truth = image.fisher(IMAGE_THETA).diagonal()
     rows = []
     for seed in range(seeds):
-        info = ff.fisher_information(source(seed), batch_size=IMAGE_BATCH)
+        info = of_features(source(seed), batch_size=IMAGE_BATCH)
         found = (info.curve_J[0], info.J, info.stderr, info.lower)
         rows.append(torch.stack([each.diagonal() for each in found]) / truth)
     return torch.stack(rows)

@@ -6,7 +6,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+import fisherfast as ff
+from fisherfast.data import Data
 from fisherfast.estimators import fisher_curve, fold_statistic_curve
 from fisherfast.features import FeatureDictionary, PilotMoments
 from fisherfast.moments import FoldMoments, FoldStatistics
@@ -18,6 +21,18 @@ PUBLISHED_SLOPE = 0.7  # the published lift: here k - k_eff is largest
 
 NO_STEP = torch.zeros(1, 1, dtype=torch.float64)
 """The contrast of one condition, whose samples carry the derivative of one parameter."""
+
+
+class Same(nn.Module):
+    """Passes its input on, as new numbers: a layer after the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1 * x
+
+
+def of_features(data: Data, **options: int) -> ff.LayerFisher:
+    """What the features of the samples show, also of scores, where the input itself is V."""
+    return ff.fisher_flow(Same(), data, **options)["output"]
 
 
 def carried_statistics(

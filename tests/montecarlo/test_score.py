@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from montecarlo.replications import NO_STEP, carried_statistics
+from montecarlo.replications import NO_STEP, carried_statistics, of_features
 
-import fisherfast as ff
 from fisherfast.estimators import fisher_curve
 from fisherfast.moments import FoldMoments
 from fisherfast.problems import (
@@ -94,7 +93,7 @@ def test_coverage(name):
     """
     problem, theta, n, features = CASES[name]
     layers = [
-        ff.fisher_information(problem.scored(theta, n, seed=seed), max_features=features)
+        of_features(problem.scored(theta, n, seed=seed), max_features=features)
         for seed in range(REPLICATIONS)
     ]
     J = torch.stack([layer.J[0, 0] for layer in layers])
@@ -123,11 +122,10 @@ def test_published_lognormal_task():
     """
     problem = LogNormal.random(dim=10, variance=0.01, seed=0)
     layers = [
-        ff.fisher_information(problem.scored(0.0, 4000, seed=seed), max_features=300)
-        for seed in range(24)
+        of_features(problem.scored(0.0, 4000, seed=seed), max_features=300) for seed in range(24)
     ]
     J = torch.tensor([layer.value for layer in layers])
-    large = ff.fisher_information(problem.scored(0.0, 200_000, seed=1000), max_features=300)
+    large = of_features(problem.scored(0.0, 200_000, seed=1000), max_features=300)
     assert float(J.std()) <= 0.2
     assert abs(float(J.mean()) / large.value - 1) < 0.03
     assert all(float(layer.lower) < layer.value + 3 * float(layer.stderr) for layer in layers)
@@ -142,7 +140,7 @@ def test_camera_with_photon_noise():
     camera = Camera(
         glyph_scene(), white_std=0.0, row_std=0.0, correlated_std=0.0, gain=0.3, psf_sigma=0.5
     )
-    info = ff.fisher_information(camera.scored(0.1, 4000), max_features=64)
+    info = of_features(camera.scored(0.1, 4000), max_features=64)
     truth = float(camera.fisher(0.1))
     assert abs(info.value - truth) < 3 * float(info.stderr)
     assert float(info.stderr) < 0.05 * truth

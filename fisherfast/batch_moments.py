@@ -85,19 +85,6 @@ def batch_moments(
     corrected: bool,
 ) -> BatchMoments:
     """The moments of the source that the arguments tell."""
-    moments = _moments_of_source(z, z_plus, dtheta, tangents, score, paired, corrected)
-    return replace(moments, rounding=_rounding(z))
-
-
-def _moments_of_source(
-    z: Outputs,
-    z_plus: Outputs | None,
-    dtheta: float | Sequence[float] | None,
-    tangents: Tensor | None,
-    score: Tensor | None,
-    paired: bool,
-    corrected: bool,
-) -> BatchMoments:
     given = {"z_plus": z_plus, "tangents": tangents, "score": score}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
@@ -107,18 +94,20 @@ def _moments_of_source(
     if z_plus is not None:
         if dtheta is None:
             raise TypeError("dtheta must be given beside z_plus, got None")
-        return _of_conditions(
+        moments = _of_conditions(
             _conditions(z, "z_minus"),
             _conditions(z_plus, "z_plus"),
             dtheta,
             folds=paired and corrected,
             paired=paired,
         )
-    if dtheta is not None:
+    elif dtheta is not None:
         raise TypeError(f"dtheta must be left out beside {names[0]}, got {dtheta}")
-    if score is not None:
-        return _of_score(_samples(z, "z"), score)
-    return _of_tangents(_samples(z, "z"), tangents, folds=corrected)
+    elif score is not None:
+        moments = _of_score(_samples(z, "z"), score)
+    else:
+        moments = _of_tangents(_samples(z, "z"), tangents, folds=corrected)
+    return replace(moments, rounding=_rounding(z))
 
 
 def _of_conditions(

@@ -19,7 +19,7 @@ from fisherfast.data import Data
 from fisherfast.estimators import FisherCurve
 from fisherfast.reservoir import KeptSamples
 
-__all__ = ["HeldSamples", "Readout"]
+__all__ = ["KEPT_SAMPLES", "HeldSamples", "Readout"]
 
 KEPT_SAMPLES = 1024
 """Samples over all conditions that are kept: a variance is known to 5 % from them."""

@@ -115,6 +115,8 @@ def _outer_diagonals(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _positive_part(J: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """J [K, P, P] without what is negative of it, in units of its noise c [K, P, P]: a variance
     from an indefinite J would be negative in some direction."""
+    if J.shape[-1] == 1:
+        return J.clamp_min(0)
     noise = noise.expand_as(J)
     scale = torch.diagonal(noise, dim1=1, dim2=2).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fisherfast.moments import FoldStatistics
-from fisherfast.ridge import LIFT_RIDGE, MOSTLY_RIDGE, with_ridge
+from fisherfast.ridge import FACTOR_ROUNDING, LIFT_RIDGE, MOSTLY_RIDGE, with_ridge
 from fisherfast.score import score_estimate, score_theory
 from fisherfast.uncertainty import (
     covariance_covariance,
@@ -421,7 +421,7 @@ def linear_readout(
     scaled = (scale[:, None] * statistics.covariance * scale).clamp(-1, 1)
     factor, failed = torch.linalg.cholesky_ex(with_ridge(scaled, ridge))
     while int(failed):
-        ridge = ridge * 10
+        ridge = (10 * ridge).clamp_min(FACTOR_ROUNDING * len(variance))
         factor, failed = torch.linalg.cholesky_ex(with_ridge(scaled, ridge))
     return scale[:, None] * torch.cholesky_solve(scale[:, None] * statistics.derivative, factor)
 

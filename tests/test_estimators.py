@@ -179,3 +179,11 @@ def test_a_rare_feature_does_not_spoil_the_bound():
 
     lower, _ = cross_fitted_bound(half(1e-6, 1e-3), half(1e-4, 1e-3))
     assert float(lower) > 0.9 * 9
+
+
+def test_a_readout_without_ridge_of_copies_ends():
+    """Catches a ridge of zero that is multiplied for ever: readouts are learned with the setting."""
+    s = statistics()
+    copies = torch.cat([torch.arange(K), torch.arange(K)])
+    W = linear_readout(s.select(copies), ridge=0.0)
+    assert torch.isfinite(W).all()

@@ -182,7 +182,7 @@ def test_a_rare_feature_does_not_spoil_the_bound():
 
 
 def test_a_readout_without_ridge_of_copies_ends():
-    """Catches a ridge of zero that is multiplied for ever: readouts are learned with the setting."""
+    """Catches a ridge of zero that is multiplied for ever."""
     s = statistics()
     copies = torch.cat([torch.arange(K), torch.arange(K)])
     W = linear_readout(s.select(copies), ridge=0.0)

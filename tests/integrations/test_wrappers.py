@@ -325,10 +325,12 @@ def test_autocast_is_the_callers_and_statistics_are_not():
     expected = ff.fisher_flow(by_hand, data, **OPTIONS)
     assert torch.equal(inside["input"].J, outside["input"].J)
     assert not torch.equal(inside["fc1"].J, outside["fc1"].J)
-    # Weights and samples are rounded alike: 3e-3 seen between them, 3e-3 from float32.
+    # Weights and samples are rounded alike; float32 is 5e-3 of the standard error away: J itself is
+    # within a quarter of its error of zero here.
     for name in ("fc1", "output"):
-        torch.testing.assert_close(inside[name].naive, expected[name].naive, rtol=2e-2, atol=0)
-        torch.testing.assert_close(inside[name].naive, outside[name].naive, rtol=2e-2, atol=0)
+        error = 1e-2 * float(outside[name].stderr)
+        torch.testing.assert_close(inside[name].J, expected[name].J, rtol=0, atol=error)
+        torch.testing.assert_close(inside[name].J, outside[name].J, rtol=0, atol=error)
         assert inside[name].J.dtype == torch.float64
     assert all(p.dtype == torch.float32 for p in model.parameters())
 

@@ -167,7 +167,12 @@ class Agreement:
             return
         doing = "joining the first samples"
         own = [
-            [meter.pilot.count * counts, meter.pilot.rounding, meter.pilot.noise]
+            [
+                meter.pilot.count * counts,
+                meter.pilot.rounding,
+                meter.pilot.noise,
+                meter.pilot.ill_conditioned(),
+            ]
             for meter in meters
         ]
         merged = [PilotMoments() for _ in meters]

@@ -103,6 +103,7 @@ class PilotMoments:
         self._rounding = 0.0
         self._noise = 0.0
         self._rows: list[torch.Tensor] = []
+        self._told: list[bool | None] = []
 
     def update(self, activations: torch.Tensor) -> None:
         """Add activations [n, d]."""
@@ -147,8 +148,16 @@ class PilotMoments:
         """Spread relative to its size that rounding may add to an activation."""
         return self._noise
 
-    def merge(self, count: int, parts: torch.Tensor, rounding: float, noise: float) -> None:
-        """Add other samples, of which only number and `parts` are known."""
+    def merge(
+        self,
+        count: int,
+        parts: torch.Tensor,
+        rounding: float,
+        noise: float,
+        ill_conditioned: bool | None,
+    ) -> None:
+        """Add other samples, of which only number, `parts` and the rest are known."""
+        self._told.append(ill_conditioned)
         self._rounding = max(self._rounding, rounding)
         self._noise = max(self._noise, noise)
         self._add(count, parts[0], parts[1])
@@ -161,14 +170,20 @@ class PilotMoments:
         alive = std > self._rounding * self._mean.abs()
         typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
         scale = torch.where(alive, std, typical).reciprocal()
-        exact = self._ill_conditioned(scale, alive)
+        told = self._told or [self.ill_conditioned()]
+        exact = any(told) or all(one is None for one in told)
         return Standardisation(self._mean, scale, alive, self._rounding, self._noise, exact)
 
-    def _ill_conditioned(self, scale: torch.Tensor, alive: torch.Tensor) -> bool:
-        """Whether float32 products do not carry the covariance, or the pilot does not tell."""
-        if self._mean is None or sum(map(len, self._rows)) < PILOT_ROWS * len(scale):
-            return True
-        z = (torch.cat(self._rows).double() - self._mean)[:, alive] * scale[alive]
+    def ill_conditioned(self) -> bool | None:
+        """Whether float32 products do not carry the covariance; None for too few samples."""
+        rows = sum(map(len, self._rows))
+        if self._mean is None or not 0 < rows >= PILOT_ROWS * len(self._mean):
+            return None
+        z = torch.cat(self._rows).double()
+        z = z - z.mean(0)
+        size = z.square().mean(0).sqrt()
+        alive = size > self._rounding * self._mean.abs()
+        z = z[:, alive] / size[alive]
         correlation = z.T @ z / len(z)
         correlation.diagonal().add_(0.01 / FLOAT32_INVERSE)  # positive definite, and far above
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))

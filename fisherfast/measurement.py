@@ -314,10 +314,11 @@ class Measurement:
         return PROBE_BYTES if budget is None else min(PROBE_BYTES, budget // PROBE_SHARE)
 
     def _meter(self, site: taps.Site, budget: int) -> LayerMeter:
-        if too_wide(site.dim, self._data, self._settings["max_features"]):
-            self._check_samples(site, fewest_samples(self._data, self._settings["folds"]))
+        folds = self._settings["folds"]
+        if too_wide(site.dim, self._data, self._settings["max_features"], folds):
+            self._check_samples(site, fewest_samples(site.dim, self._data, folds))
             return WideMeter(site, self._recall.spaces.pop(site.name, None))
-        self._check_samples(site, 2 * self._settings["folds"], " (two per fold)")
+        self._check_samples(site, 2 * folds, " (two per fold)")
         return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
 
     def _check_samples(self, site: taps.Site, needed: int, reason: str = "") -> None:

@@ -185,7 +185,7 @@ class LayerMeter:
             settings["max_features"],
             dtype=self._dtype,
             seed=settings["seed"],
-            groups=_groups(self.site.dim, data, settings["max_features"]),
+            groups=_groups(self.site.dim, data, settings["max_features"], settings["folds"]),
         )
         size = self.dictionary.size
         self._grows = bool(settings["grow"])
@@ -424,20 +424,20 @@ class LayerMeter:
             self.moments.update_products([torch.cat([raw, lift(raw)], 1) for raw in tiles])
 
 
-def worst_dof(data: Data) -> float | None:
-    """Fewest degrees of freedom of a covariance of these samples; None where their number is not
-    known."""
+def worst_dof(data: Data, folds: int) -> float | None:
+    """Fewest degrees of freedom of a covariance of these samples within folds; None where their
+    number is not known."""
     counts = [data.samples(c) for c in range(data.conditions)]
     if None in counts:
         return None
-    dof = float(sum(n for n in counts if n is not None))
+    dof = float(sum(n for n in counts if n is not None) - folds * data.conditions)
     return dof / data.conditions if data.paired else dof  # the same noise in all conditions
 
 
-def _groups(dim: int, data: Data, max_features: int) -> int | None:
+def _groups(dim: int, data: Data, max_features: int, folds: int) -> int | None:
     """Groups that a layer of dim activations is sketched in, where it cannot be measured as a whole
     nor compressed; None otherwise."""
-    dof = None if data.sharded else worst_dof(data)
+    dof = None if data.sharded else worst_dof(data, folds)
     if dof is None or dof >= dim + SPARE_DOF:
         return max_features if dim > MAX_WIDTH else None
     return max(min(max_features, int(dof / 2) - SPARE_DOF), 1)

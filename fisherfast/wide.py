@@ -52,7 +52,7 @@ LEAST_DOF = 1.1
 says more."""
 
 
-def too_wide(dim: int, data: Data, max_features: int) -> bool:
+def too_wide(dim: int, data: Data, max_features: int, folds: int) -> bool:
     """Whether a layer of dim activations is to be compressed: it has too many for a covariance, or
     too few samples to invert one. Only for data that can be read again and again."""
     if not all(data.repeats(c) for c in range(data.conditions)):
@@ -61,17 +61,22 @@ def too_wide(dim: int, data: Data, max_features: int) -> bool:
         return True
     if data.sharded and dim <= max_features:  # other ranks have samples too
         return False
-    dof = worst_dof(data)
+    dof = worst_dof(data, folds)
     return dof is not None and dof < max(LEAST_DOF * dim, dim + SPARE_DOF)
 
 
-def fewest_samples(data: Data, folds: int) -> int:
-    """Samples per condition that a layer needs to be compressed: two in every fold of each half,
-    and a quarter that carries the readouts of the bound."""
-    own = folds_of_half(folds)
-    inflation = data.conditions if data.paired else 1
-    in_quarter = own / 2 + (data.parameters + SPARE_DOF) * inflation / data.conditions
-    return max(4 * own, 4 * math.ceil(in_quarter))
+def fewest_samples(dim: int, data: Data, folds: int) -> int:
+    """Samples per condition that a layer of dim activations needs: to be compressed, two in every
+    fold of each half and a quarter that carries the readouts of the bound; or so many that it is
+    not too wide."""
+    own, conditions = folds_of_half(folds), data.conditions
+    inflation = conditions if data.paired else 1
+    in_quarter = own / 2 + (data.parameters + SPARE_DOF) * inflation / conditions
+    compressed = max(4 * own, 4 * math.ceil(in_quarter))
+    if dim > MAX_WIDTH:
+        return compressed
+    freedom = max(LEAST_DOF * dim, dim + SPARE_DOF) * inflation
+    return min(compressed, max(2 * folds, math.ceil(freedom / conditions + folds)))
 
 
 def folds_of_half(folds: int) -> int:

@@ -306,20 +306,20 @@ def test_passes_must_bring_the_same_samples():
     [
         (MAX_WIDTH + 1, 10**6, False, True),  # no covariance of this size
         (MAX_WIDTH, 10**6, False, False),
-        (1000, int(LEAST_DOF * 500) + 1, False, False),  # both conditions together
-        (1000, int(LEAST_DOF * 500) - 1, False, True),
-        (1000, int(LEAST_DOF * 500) + 1, True, True),  # the same noise counts once
+        (1000, int(LEAST_DOF * 500) + 17, False, False),  # both conditions together, less 16 folds
+        (1000, int(LEAST_DOF * 500) + 15, False, True),
+        (1000, int(LEAST_DOF * 500) + 17, True, True),  # the same noise counts once
         (512, 100, False, True),  # narrow, but wide for its samples
-        (30, 17, False, False),
-        (30, 16, False, True),
-        (30, 17, True, True),
+        (30, 33, False, False),
+        (30, 32, False, True),
+        (30, 33, True, True),
     ],
 )
 def test_when_a_layer_is_compressed(dim, samples, paired, expected):
     """Catches a threshold on the samples of one condition, pairs counted as independent."""
     x = torch.zeros(1, 1).expand(samples, 1)
     data = FiniteDifference(x, x, dtheta=1.0, paired=paired)
-    assert too_wide(dim, data, 512) is expected
+    assert too_wide(dim, data, 512, 16) is expected
 
 
 def test_samples_that_come_once_are_sketched():

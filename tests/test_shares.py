@@ -285,9 +285,9 @@ def test_a_pilot_of_one_process_keeps_its_bits():
         whole.update(rows)
     first.update(x[:20])
     second.update(x[20:])
-    merged.merge(20, first.parts(), first.rounding, first.noise)
+    merged.merge(20, first.parts(), first.rounding, first.noise, None)
     assert torch.equal(merged.standardisation().scale, first.standardisation().scale)
-    merged.merge(30, second.parts(), second.rounding, second.noise)
+    merged.merge(30, second.parts(), second.rounding, second.noise, None)
     torch.testing.assert_close(merged.standardisation().mean, x.mean(0))
     torch.testing.assert_close(merged.standardisation().scale, whole.standardisation().scale)
     assert merged.count == 50

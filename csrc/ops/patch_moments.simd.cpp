@@ -110,7 +110,8 @@ void patch_moments_pack(const PatchMomentsArgs<T>& args, index_t group, index_t 
 template <typename T>
 void patch_moments_products(index_t width, index_t row_panel, index_t column_panel, const T* left,
                             const T* right, index_t count, double* cross) {
-  add_panel_product<T>(Triangle{cross, width, 0, width}, row_panel, column_panel, left, right, count);
+  add_panel_product<T>(Triangle{cross, width, 0, width}, row_panel, column_panel, left, right,
+                       count);
 }
 
 #define FF_INSTANTIATE(T)                                                                          \

@@ -119,7 +119,7 @@ def test_a_training_is_watched_and_stopped(rule):
 
     def train(device: str) -> tuple[str, int | None]:
         torch.manual_seed(0)
-        model, data = Network(), DATA["conditions"]()
+        model, data = Network(), DATA["tangents"]()  # an input that rules act on
         with default_device(device):
             monitor = ff.FisherMonitor(model, data, observe_every=1)
             stopping = ff.FisherEarlyStopping(rule, **options)

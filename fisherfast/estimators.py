@@ -15,7 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from fisherfast.moments import FoldStatistics
-from fisherfast.ridge import FACTOR_ROUNDING, LIFT_RIDGE, MOSTLY_RIDGE, with_ridge
+from fisherfast.ridge import (
+    FACTOR_ROUNDING,
+    LIFT_RIDGE,
+    MOSTLY_RIDGE,
+    as_vector,
+    with_ridge,
+)
 from fisherfast.score import score_estimate, score_theory
 from fisherfast.uncertainty import (
     covariance_covariance,
@@ -250,6 +256,7 @@ def whitened(
 
     Cost: k^3 multiply-adds.
     """
+    ridge = as_vector(ridge, covariance.diagonal())
     scale = covariance.diagonal().rsqrt()
     R = with_ridge(scale[:, None] * covariance * scale, ridge)
     factor, failed = torch.linalg.cholesky_ex(R)
@@ -260,11 +267,9 @@ def whitened(
     if int(failed) or not bool(sound.all()):
         first = int(failed) or size + 1
         bad = (~sound).nonzero()[:1, 0].tolist()
-        raise SingularCovarianceError(
-            min([first, *(i + 1 for i in bad)]), size, float(torch.as_tensor(ridge).max())
-        )
+        raise SingularCovarianceError(min([first, *(i + 1 for i in bad)]), size, float(ridge.max()))
     inverse = inverse_of_lower(factor)
-    share = inverse.square() @ torch.as_tensor(ridge).to(inverse).expand(size)
+    share = inverse.square() @ ridge
     inverse = inverse * scale
     condition = float(pivots.max() / pivots.min()) if size else 1.0
     return Whitened(inverse @ columns, inverse, share, condition)
@@ -415,7 +420,7 @@ def linear_readout(
     variance = statistics.covariance.diagonal()
     live = variance > 0
     floor = VARIANCE_FLOOR * (variance[live].median() if bool(live.any()) else 1.0)
-    ridge = torch.as_tensor(ridge).to(variance).expand(len(variance))
+    ridge = as_vector(ridge, variance)
     ridge = torch.where(variance < floor, ridge.clamp_min(LIFT_RIDGE), ridge)
     scale = torch.where(live, variance.clamp_min(floor), torch.inf).rsqrt()
     scaled = (scale[:, None] * statistics.covariance * scale).clamp(-1, 1)

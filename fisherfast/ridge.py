@@ -26,6 +26,7 @@ __all__ = [
     "MOSTLY_RIDGE",
     "ROUNDING",
     "RidgeSetting",
+    "as_vector",
     "check_ridge",
     "raw_ridge",
     "relative_rounding",
@@ -96,6 +97,11 @@ def raw_ridge(variance: torch.Tensor, rounding_variance: torch.Tensor) -> torch.
     """
     factor = FACTOR_ROUNDING * variance.shape[-1]
     return rounding_variance / torch.where(variance > 0, variance, 1.0) + factor
+
+
+def as_vector(ridge: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A ridge of one number or [k] as [k], where `like` is: the default device is the user's."""
+    return ridge.to(like) if isinstance(ridge, torch.Tensor) else torch.full_like(like, ridge)
 
 
 def with_ridge(correlation: torch.Tensor, ridge: float | torch.Tensor) -> torch.Tensor:

@@ -197,7 +197,7 @@ def covariance_of(layer: Measured) -> torch.Tensor:
 
 def uncorrelated(stderr: torch.Tensor) -> torch.Tensor:
     """Covariance [P, P, P, P] of entries whose errors [P, P] are independent."""
-    row, column = torch.tril_indices(*stderr.shape)
+    row, column = torch.tril_indices(*stderr.shape, device="cpu")
     return unpack_covariance(stderr[row, column].square().diag(), len(stderr))
 
 
@@ -228,7 +228,7 @@ def _deviations(layer: Measured) -> torch.Tensor:
     correlation = covariance / scale[:, None] / scale
     correlation.diagonal().add_(ROUNDING)
     roots = (scale[:, None] * torch.linalg.cholesky_ex(correlation).L).T / math.sqrt(2)
-    row, column = torch.tril_indices(*layer.J.shape)
+    row, column = torch.tril_indices(*layer.J.shape, device="cpu")
     deviations = layer.J.new_zeros(len(roots), *layer.J.shape)
     deviations[:, row, column] = deviations[:, column, row] = roots
     return torch.cat([deviations, -deviations])

@@ -140,7 +140,7 @@ def pack_covariance(full: torch.Tensor) -> torch.Tensor:
 
 def unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
     """[m, m] of the lower triangle of a symmetric matrix as [P, P, P, P] of all its entries."""
-    row, column = torch.tril_indices(parameters, parameters)
+    row, column = torch.tril_indices(parameters, parameters, device="cpu")
     place = torch.zeros(parameters, parameters, dtype=torch.int64, device="cpu")
     place[row, column] = place[column, row] = torch.arange(len(row), device="cpu")
     return packed[place.flatten()][:, place.flatten()].reshape((parameters,) * 4)

@@ -9,6 +9,10 @@ import torch
 __all__ = ["KeptSamples"]
 
 
+MOST_CHUNKS = 2
+"""Pieces that are kept of a condition before they are joined."""
+
+
 class KeptSamples:
     """Evenly spaced samples of a stream, never more than a stated number per condition.
 
@@ -51,7 +55,10 @@ class KeptSamples:
         numbers = first + rows
         if len(rows):
             chosen = (column[rows.to(column.device)].to(self._dtype) for column in given)
-            self._kept[condition].append((numbers, *chosen))
+            chunks = [*self._kept[condition], (numbers, *chosen)]
+            if len(chunks) > MOST_CHUNKS:  # small tensors between large ones keep memory in pieces
+                chunks = [tuple(torch.cat(column) for column in zip(*chunks, strict=True))]
+            self._kept[condition] = chunks
         self.skip(condition, n)
 
     def skip(self, condition: int, samples: int) -> None:

@@ -47,19 +47,7 @@ def peak_kilobytes(samples: int, source: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "source",
-    [
-        pytest.param(
-            "two conditions",
-            marks=pytest.mark.xfail(
-                strict=False, reason="streams of two conditions peak at 1.0 to 1.4 times: open"
-            ),
-        ),
-        "pathwise",
-        "score",
-    ],
-)
+@pytest.mark.parametrize("source", ["two conditions", "pathwise", "score"])
 def test_memory_is_flat_from_1e4_to_1e6_samples(source):
     """Catches inputs, activations or features that are kept: 10^6 x 64 floats alone are 256 MB.
 

@@ -187,7 +187,7 @@ def _of_score(z: Tensor, score: Tensor) -> BatchMoments:
 
 
 def _rounding(z: Outputs) -> float:
-    """Of the first tensor: all are of one network."""
+    """Relative rounding of the first tensor; the others come from the same network."""
     first = z if isinstance(z, Tensor) else z[0]
     return relative_rounding(first.dtype)
 

@@ -39,7 +39,7 @@ ROUNDING = 1e-12
 
 
 class Measured(Protocol):
-    """What a comparison reads of a `LayerFisher`, which describes these."""
+    """The fields of a `LayerFisher` that a comparison reads."""
 
     @property
     def name(self) -> str: ...
@@ -55,7 +55,7 @@ class Measured(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerComparison:
-    """Information in layer a beside that in layer b of the same flow.
+    """Compare the information in layers a and b of the same flow.
 
     Float64 on the CPU. The ratios are NaN where J_b is within three errors of zero in some
     direction, and `notes` says so.
@@ -146,12 +146,13 @@ def relative(J_a: torch.Tensor, J_b: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def divides(layer: Measured) -> bool:
-    """Whether J is at least `DIVIDES` errors above zero in every direction: no ratio to less."""
+    """Whether J is at least `DIVIDES` errors above zero in every direction, so that a ratio to it
+    makes sense."""
     return weakest_direction(layer.J, covariance_of(layer))[1] >= DIVIDES
 
 
 def unresolved_note(layer: Measured) -> str:
-    """Why there is no ratio to this layer."""
+    """Explain why there is no ratio to this layer."""
     return f"J of {layer.name} is within {DIVIDES:g} errors of zero: no ratio to it"
 
 

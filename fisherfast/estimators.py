@@ -57,7 +57,7 @@ GAIN_ERRORS = 2.0
 behind."""
 
 LEAST_GAIN = 0.01
-"""Of the standard error of J: a smaller gain changes nothing that anybody could see."""
+"""Gains below this fraction of the standard error of J are treated as zero."""
 
 ENTRY_ERRORS = 4.5
 """The same for a lift to be used at all: the best of `GAIN_POINTS` sizes, with an error from 16
@@ -183,8 +183,7 @@ def fisher_curve(
     """
     size, parameters = statistics.derivative.shape
     folds = len(statistics.fold_derivatives)
-    columns = statistics.fold_derivatives.permute(1, 0, 2).reshape(size, folds * parameters)
-    solved = whitened(statistics.covariance, torch.cat([statistics.derivative, columns], 1), ridge)
+    solved = whitened(statistics.covariance, statistics.columns, ridge)
     half = solved.columns[:, :parameters]
     fold_half = solved.columns[:, parameters:].reshape(size, folds, parameters)
     naive = _running_products(half)
@@ -311,9 +310,7 @@ def independent_features(
     lost = statistics.derivative.new_zeros(parameters)
     while True:
         left = statistics.select(index)
-        columns = left.fold_derivatives.permute(1, 0, 2).flatten(1)
-        columns = torch.cat([left.derivative, columns], 1)
-        solved = whitened(left.covariance, columns, ridge[index])
+        solved = whitened(left.covariance, left.columns, ridge[index])
         rounding = solved.ridge_share > MOSTLY_RIDGE
         if not bool(rounding.any()):
             return index, lost
@@ -394,9 +391,7 @@ def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tenso
     while True:
         try:
             curve = fisher_curve(statistics, ridge)
-        except (
-            SingularCovarianceError
-        ):  # readouts of an ill-conditioned layer, alike but for rounding
+        except SingularCovarianceError:  # readouts that are the same except for rounding
             ridge *= 10
         else:
             return curve.J[-1], curve.stderr[-1].square()

@@ -48,6 +48,12 @@ class FoldStatistics:
     paired: bool
     score: FoldScore | None = None
 
+    @property
+    def columns(self) -> torch.Tensor:
+        """D and the derivatives of each fold next to each other [k, (1 + F) P]."""
+        folds = self.fold_derivatives.permute(1, 0, 2).flatten(1)
+        return torch.cat([self.derivative, folds], 1)
+
     def project(self, readout: torch.Tensor) -> FoldStatistics:
         """Statistics of the numbers readout^T f, readout [k, m]."""
         return replace(

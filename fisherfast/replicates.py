@@ -48,7 +48,7 @@ class HeldSamples:
     def __init__(
         self, data: Data, folds: int, width: int, dtype: torch.dtype, *, share: float = 1.0
     ) -> None:
-        self._source, self._paired, self._folds = data.source, data.paired, folds
+        self._source, self._folds = data.source, folds
         self._parameters, self._contrast = data.parameters, data.contrast()
         self._width, self._dtype = width, dtype
         capacity = int(KEPT_SAMPLES * share) // data.conditions

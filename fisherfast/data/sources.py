@@ -125,11 +125,11 @@ def _from_array(array: np.ndarray) -> torch.Tensor:
 
 
 def as_batch(item: Any, name: str) -> torch.Tensor:
-    """What a source has yielded as a tensor [n, ...] without gradient, alone or as the only entry
-    of a tuple or list.
+    """Convert what a source yields, alone or as the only entry of a tuple or list, to a tensor
+    [n, ...] without gradient.
 
     Raises:
-        TypeError: no tensor or array of floating dtype, or beside others.
+        TypeError: not a tensor or array of floating dtype, or more than one entry.
         ValueError: a tensor without dimensions.
     """
     if isinstance(item, list | tuple) and len(item) > 1:

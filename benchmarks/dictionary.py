@@ -14,7 +14,7 @@ import torch
 
 import fisherfast as ff
 from fisherfast import features, meters
-from fisherfast.estimators import FisherCurve
+from fisherfast.estimators import Choice, FisherCurve
 from fisherfast.problems import GaussianScale, Laplace, LogNormal
 
 PROBLEMS = {
@@ -52,11 +52,12 @@ def measure(slope: float, bias_scale: float) -> dict[str, tuple[float, float]]:
     return results
 
 
-def one_error_of_J(curve: FisherCurve, first: int) -> tuple[int, bool]:
+def one_error_of_J(curve: FisherCurve, first: int) -> Choice:
     """The other rule: the smallest k whose J lies within one standard error of all later J."""
     J, error = curve.J[first - 1 :, 0, 0], curve.stderr[first - 1 :, 0, 0]
     floor = (J - error).flip(0).cummax(0).values.flip(0)
-    return first + int((floor <= J).nonzero()[0]), True
+    chosen = first + int((floor <= J).nonzero()[0])
+    return Choice(chosen, True, torch.zeros_like(curve.replicates[0]))
 
 
 def compare_rules() -> None:

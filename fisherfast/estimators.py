@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -32,10 +33,10 @@ from fisherfast.uncertainty import (
 )
 
 __all__ = [
+    "Choice",
     "FisherCurve",
     "choose_features",
     "cross_fitted_bound",
-    "doubt_of_choice",
     "fisher_curve",
     "independent_features",
     "whitened",
@@ -140,7 +141,9 @@ class FisherCurve:
             theory, least = score_theory(J, self.statistics.score.covariance, effective, dof)
             return _at_least(empirical + theory, least)
         if self.statistics.paired:
-            return empirical + covariance_covariance(J, dof, effective)
+            # J may be slightly negative in one direction, and so would be the variance there
+            errors = empirical + covariance_covariance(J, dof, effective)
+            return _at_least(errors, torch.zeros_like(errors))
         return independent_covariance(J, dof, noise, effective)
 
 
@@ -426,7 +429,21 @@ def linear_readout(
     return scale[:, None] * torch.cholesky_solve(scale[:, None] * statistics.derivative, factor)
 
 
-def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
+class Choice(NamedTuple):
+    """Of the number of features.
+
+    Attributes:
+        features: k.
+        plateau: whether J(k) rises no more well before the last lifted feature.
+        doubt: [F, P, P] what the choice adds to the error of J, as deviations of a jackknife.
+    """
+
+    features: int
+    plateau: bool
+    doubt: torch.Tensor
+
+
+def choose_features(curve: FisherCurve, first: int) -> Choice:
     r"""The smallest k >= first that no larger k' beats significantly, for any parameter; the first
     one where none beats it clearly.
 
@@ -436,45 +453,30 @@ def choose_features(curve: FisherCurve, first: int) -> tuple[int, bool]:
     more features in the covariance, 2 M^2 dk / nu^2 with M = h J_naive (with a score the folds see
     that too).
 
+    Where the clearest gain is z errors and counts from t errors on, other samples would have used
+    the larger size with the probability p = Phi(z - t), and J varies by sqrt(p (1 - p)) of the gain
+    more than at a fixed size, together with the gain: the doubt. Counted are the choice between no
+    lift and one, and that between k and the next size.
+
     Args:
         curve: of K features.
         first: smallest k allowed, 1 <= first <= K (all raw activations are always used).
-
-    Returns:
-        k, and whether a plateau was reached before the last lifted features.
     """
     grid, gain, error = _gains(curve, first)
     beaten = gain > GAIN_ERRORS * error
+    lift = _smallest(grid, beaten)
+    clear = (gain / error).nan_to_num(0.0)
+    doubt = _doubt(curve, first, lift, clear[0].amax(0), ENTRY_ERRORS)
     beaten[0] &= bool((gain[0] > ENTRY_ERRORS * error[0]).any())
     chosen = _smallest(grid, beaten)
-    lifted = len(curve) - first
-    return chosen, lifted > 0 and chosen - first <= PLATEAU * lifted
-
-
-def doubt_of_choice(curve: FisherCurve, first: int, chosen: int) -> torch.Tensor:
-    """What the choice of k adds to the error of J: deviations [F, P, P], as those of a jackknife.
-
-    Where the clearest gain is z errors and counts from t errors on, other samples would have used
-    the larger size with the probability p = Phi(z - t), and J varies by sqrt(p (1 - p)) of the gain
-    more than at a fixed size, together with the gain. Nothing where the choice is clear. Counted
-    are the choice between no lift and one, and that between k and the next size.
-
-    Args:
-        curve: of K features.
-        first: smallest size allowed.
-        chosen: k, from `choose_features`.
-    """
-    grid, gain, error = _gains(curve, first)
-    clear = (gain / error).nan_to_num(0.0)
-    lift = _smallest(grid, gain > GAIN_ERRORS * error)
-    doubt = _doubt(curve, first, lift, clear[0].amax(0), ENTRY_ERRORS)
     own = int((grid == chosen - 1).nonzero()[0])
     if chosen > first and own + 1 < len(grid):
         following = clear[own, own + 1 :].amax(1)  # [m]
         larger = int(grid[own + 1 + int(following.argmax())]) + 1
         clearest = clear[own, own + 1 + int(following.argmax())]
         doubt = doubt + _doubt(curve, chosen, larger, clearest, GAIN_ERRORS)
-    return doubt
+    lifted = len(curve) - first
+    return Choice(chosen, lifted > 0 and chosen - first <= PLATEAU * lifted, doubt)
 
 
 def _doubt(

@@ -359,9 +359,9 @@ class Measurement:
         meter = self._meters.get(name)
         if meter is None or name != meter.site.event or not (self._pilot or meter in self._active):
             return
-        # what the statistics make has no tangents, and they never run under autocast or with
-        # gradients, as the network may
-        with _disable_current_modes(), torch.no_grad(), on_host():
+        # what the statistics make has no tangents and is no activation, and they never run under
+        # autocast or with gradients, as the network may
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad(), on_host():
             activations, tangents = _parts(output)
             if tuple(activations.shape[1:]) != meter.site.shape:
                 raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from fisherfast.data import Data
 from fisherfast.derivatives import ScoreMoments, TangentMoments
 from fisherfast.estimators import (
     SPARE_DOF,
+    Choice,
     FisherCurve,
     SingularCovarianceError,
     choose_features,
     cross_fitted_bound,
-    doubt_of_choice,
     fisher_curve,
     independent_features,
 )
@@ -35,7 +36,15 @@ from fisherfast.marginal import SINGULAR, pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.replicates import HeldSamples, Readout
 from fisherfast.results import LayerFisher, finite_step_note
-from fisherfast.ridge import AUTO, HIDDEN_SHARE, INPUT_ROUNDING, LIFT_RIDGE, ROUNDING, RidgeSetting
+from fisherfast.ridge import (
+    AUTO,
+    HIDDEN_SHARE,
+    INPUT_ROUNDING,
+    LIFT_RIDGE,
+    MOSTLY_RIDGE,
+    ROUNDING,
+    RidgeSetting,
+)
 from fisherfast.taps import INPUT, Site
 from fisherfast.uncertainty import jackknife_covariance
 
@@ -110,6 +119,11 @@ class Fit:
     curve: FisherCurve
     lost: torch.Tensor
     notes: tuple[str, ...]
+
+    @cached_property
+    def choice(self) -> Choice:
+        """Of the number of features."""
+        return choose_features(self.curve, self.raw)
 
     def carried(self, chosen: int) -> bool:
         """Whether the arithmetic carries the covariance: what its rounding may hide is little."""
@@ -296,7 +310,7 @@ class LayerMeter:
             return False
         if len(fit.alive) < int((moments.variances() > self.rounding_variance()).sum()):
             return False  # the next feature is linear in these
-        if choose_features(fit.curve, fit.raw)[1]:
+        if fit.choice.plateau:
             return False
         size = min(2 * moments.size - dictionary.raw, dictionary.size)
         self.moments = moments.grown(size)
@@ -316,11 +330,25 @@ class LayerMeter:
         alive = (self.moments.variances() > self.rounding_variance()).nonzero()[:, 0]
         raw = int((alive < self.dictionary.raw).sum())
         whole, ridges = self.moments.statistics(contrast), self.ridges(ridge)
+        try:
+            fit = self._curve(whole, alive, raw, ridges)
+            copies = ridge == AUTO and bool((fit.curve.ridge_share[:raw] > MOSTLY_RIDGE).any())
+        except UnmeasuredError:
+            if ridge != AUTO:
+                raise
+            copies = True
+        if not copies:
+            return fit
+        linear = alive[:raw]
+        kept, lost = independent_features(whole.select(linear), ridges[linear])
+        alive = torch.cat([linear[kept], alive[raw:]])
+        return replace(self._curve(whole, alive, len(kept), ridges), lost=lost)
+
+    def _curve(
+        self, whole: FoldStatistics, alive: torch.Tensor, raw: int, ridges: torch.Tensor
+    ) -> Fit:
+        """The curve of as many of these features as can be used, raw ones first."""
         lost = whole.derivative.new_zeros(whole.derivative.shape[1])
-        if ridge == AUTO:
-            linear = alive[:raw]
-            kept, lost = independent_features(whole.select(linear), ridges[linear])
-            alive, raw = torch.cat([linear[kept], alive[raw:]]), len(kept)
         size, notes = _affordable(len(alive), raw, whole.dof)
         while True:
             index = alive[:size]
@@ -481,7 +509,7 @@ def estimate_layer(
             f"sums of {site.dim} activations in random groups, a loose bound: data that can be read"
             " again are compressed instead"
         )
-    chosen, plateau = choose_features(curve, raw)
+    chosen, plateau, doubt = fit.choice
     if meter._rounds_lift() and chosen > (most := fit.exact_features()):
         chosen, plateau = most, False
         notes.append(f"features limited to {most}: float32 products do not carry more")
@@ -490,7 +518,6 @@ def estimate_layer(
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
-    doubt = doubt_of_choice(curve, raw, chosen)
     errors = curve.error_covariance(chosen) + jackknife_covariance(doubt)
     replicates = meter.replicates(curve, index)
     J = curve.J[chosen - 1]

@@ -195,8 +195,9 @@ class FoldMoments:
             first: number of the first of them; None for the one after the last.
         """
         first = self.seen[condition] if first is None else first
-        fold = (first + torch.arange(samples)) % self.folds
-        self._counts[condition] += torch.bincount(fold, minlength=self.folds)
+        rounds, rest = divmod(samples, self.folds)
+        self._counts[condition] += rounds
+        self._counts[condition, (first + torch.arange(rest)) % self.folds] += 1
         self.seen[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:

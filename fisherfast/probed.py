@@ -279,7 +279,7 @@ class ProbedMeter(LayerMeter):
         curve, index = _leading_curve(whole, alive[: max(raw, int(whole.dof / 2))], ridge)
         if len(curve) < raw:
             return None
-        chosen, _ = choose_features(curve, raw)
+        chosen = choose_features(curve, raw).features
         J, error = curve.J[chosen - 1].diagonal(), curve.stderr[chosen - 1].diagonal()
         scale = torch.maximum(J, error).sqrt()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
@@ -338,7 +338,7 @@ class ProbedMeter(LayerMeter):
         sizes = [choose_features(curve, needed) for curve in curves]
         return [
             HalfFit(curve, alive, chosen, plateau, ridges[alive], half)
-            for half, (curve, (chosen, plateau)) in enumerate(
+            for half, (curve, (chosen, plateau, _)) in enumerate(
                 zip(curves, reversed(sizes), strict=True)
             )
         ]

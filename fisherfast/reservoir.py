@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -51,7 +52,7 @@ class KeptSamples:
         """Add samples of a condition: tensors [n, ...] of what is known of each, or None."""
         given = [column for column in columns if column is not None]
         first, n = self._seen[condition], len(given[0])
-        rows = self._kept_rows(first, n)
+        rows = _kept_rows(first % (self._block * self._stride), n, self._block, self._stride)
         numbers = first + rows
         if len(rows):
             chosen = (column[rows.to(column.device)].to(self._dtype) for column in given)
@@ -97,13 +98,6 @@ class KeptSamples:
         whole = -(-blocks // self._stride) * self._block
         return whole + (rest if blocks % self._stride == 0 else 0)
 
-    def _kept_rows(self, first: int, count: int) -> torch.Tensor:
-        """Rows of a batch, the first of which has this number, that are kept."""
-        period, length = self._block * self._stride, self._block
-        starts = torch.arange(-(first % period), count, period)
-        rows = (starts[:, None] + torch.arange(length)).flatten()
-        return rows[(rows >= 0) & (rows < count)]
-
     def _is_kept(self, numbers: torch.Tensor) -> torch.Tensor:
         return numbers // self._block % self._stride == 0
 
@@ -133,3 +127,12 @@ class KeptSamples:
             for chunks in kept
         ]
         return tuple(torch.stack(columns, 1) for columns in zip(*whole, strict=True))
+
+
+@lru_cache(maxsize=64)
+def _kept_rows(offset: int, count: int, block: int, stride: int) -> torch.Tensor:
+    """Rows of a batch, the first of which is so far behind the start of a kept block, that are
+    kept: the same for all layers."""
+    starts = torch.arange(-offset, count, block * stride)
+    rows = (starts[:, None] + torch.arange(block)).flatten()
+    return rows[(rows >= 0) & (rows < count)]

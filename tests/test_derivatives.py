@@ -307,7 +307,7 @@ def test_bound_and_choice_work_on_both(lift):
     for kind in ("tangents", "score"):
         moments = accumulate(kind, lift, folds=8)
         curve = fisher_curve(moments.statistics(NO_STEP))
-        chosen, _ = choose_features(curve, D)
+        chosen = choose_features(curve, D).features
         assert D <= chosen <= K
         halves = [moments.statistics(NO_STEP, half) for half in (0, 1)]
         lower, error = cross_fitted_bound(*halves)

@@ -6,9 +6,9 @@ What must hold is in judge.py; `make hostile` examines thousands more.
 from __future__ import annotations
 
 import pytest
-from hostile.generator import SAMPLES, Problem, problems
+from hostile.generator import SAMPLES, Layer, Problem, problems
 from hostile.judge import verdict
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 FEW_SAMPLES = (SAMPLES[0], 1000.0)
 
@@ -23,6 +23,33 @@ same_every_time = {
 }
 
 
+# Three parameters and two activations, J slightly negative in one direction: the variance of the
+# errors there was negative too.
+MORE_PARAMETERS_THAN_ACTIVATIONS = Problem(
+    seed=1,
+    source="paired",
+    dtype="float32",
+    dim=2,
+    parameters=3,
+    samples=100,
+    condition=1.0,
+    spectrum="spread",
+    rotated=False,
+    direction="any",
+    correlation=0.0,
+    units=0.0,
+    offset=1.0,
+    step=0.125,
+    layers=(
+        Layer(kind="random", condition=100000.0, units=0.0, standardised=True),
+        Layer(kind="random", condition=1.0, units=0.0, standardised=True),
+    ),
+    features=128,
+    twin="unit",
+)
+
+
+@example(MORE_PARAMETERS_THAN_ACTIVATIONS)
 @settings(max_examples=30, **same_every_time)
 @given(problems(samples=FEW_SAMPLES))
 def test_small_problems(problem: Problem):

@@ -23,6 +23,7 @@ __all__ = [
     "compare",
     "covariance_of",
     "divides",
+    "exceeds",
     "ratio",
     "relative",
     "uncorrelated",
@@ -33,6 +34,9 @@ __all__ = [
 
 DIVIDES = 3.0
 """Standard errors that J must lie above zero, in every direction, for a ratio to it to be given."""
+
+BY_CHANCE = 0.02
+"""How often the largest of later layers takes the place of a layer that has as much."""
 
 ROUNDING = 1e-12
 """Added to a correlation matrix of errors, which may be singular."""
@@ -116,6 +120,25 @@ def compare(a: Measured, b: Measured) -> LayerComparison:
         directions=directions,
         notes=() if divides(b) else (unresolved_note(b),),
     )
+
+
+def exceeds(a: Measured, b: Measured, of: int = 1) -> bool:
+    """Whether J_a is larger than J_b in every direction, and clearly so about some parameter.
+
+    Args:
+        a, b: two layers.
+        of: how many layers a is the largest of: the more, the clearer it must be, for the largest
+            of several noisy numbers is too large.
+    """
+    difference = a.J - b.J
+    if not bool(torch.isfinite(difference).all()):
+        return False
+    if float(torch.linalg.eigvalsh((difference + difference.T) / 2).min()) <= 0:
+        return False
+    chance = torch.tensor(BY_CHANCE / of, dtype=torch.float64)
+    of_a, of_b = _joint_replicates(a, b)
+    errors = -torch.special.ndtri(chance) * _jackknife(of_a - of_b).diagonal()
+    return bool((difference.diagonal() > errors).any())
 
 
 def ratio(a: Measured, b: Measured) -> tuple[float, float]:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fisherfast import ops
+from fisherfast.dither import HALF_TYPES, StepMeter, dither
 from fisherfast.ridge import (
     AUTO,
     LIFT_RIDGE,
@@ -77,6 +79,7 @@ class Standardisation:
         noise: spread relative to its size that rounding may add to an activation: `rounding`, or
             one unit in the last place of a half type.
         exact: products of the activations must be of float64.
+        steps: [d] float64 between values that are tied, 0 where none are; None for none.
     """
 
     mean: torch.Tensor
@@ -85,6 +88,7 @@ class Standardisation:
     rounding: float
     noise: float
     exact: bool = True
+    steps: torch.Tensor | None = None
 
 
 class PilotMoments:
@@ -93,10 +97,13 @@ class PilotMoments:
 
     Args:
         units: in the last place, that the rounding of an activation may be.
+        ties: finds steps, where the samples carry tangents.
     """
 
-    def __init__(self, units: int = ROUNDING) -> None:
+    def __init__(self, units: int = ROUNDING, ties: StepMeter | None = None) -> None:
         self._units = units
+        self._ties = ties
+        self._steps: torch.Tensor | None = None
         self._count = 0
         self._mean: torch.Tensor | None = None
         self._square = torch.zeros(())
@@ -105,8 +112,10 @@ class PilotMoments:
         self._rows: list[torch.Tensor] = []
         self._told: list[bool | None] = []
 
-    def update(self, activations: torch.Tensor) -> None:
-        """Add activations [n, d]."""
+    def update(self, activations: torch.Tensor, moving: torch.Tensor | None = None) -> None:
+        """Add activations [n, d]; moving bool [n, d]: those with a derivative, if that is known."""
+        if self._ties is not None:
+            self._ties.update(activations, moving)
         pilot = activations.double()
         precision = torch.float64 if activations.dtype == torch.float64 else torch.float32
         self._rounding = max(self._rounding, ROUNDING * torch.finfo(precision).eps)
@@ -138,10 +147,17 @@ class PilotMoments:
         return self._rounding
 
     def parts(self) -> torch.Tensor:
-        """Mean and sum of squared deviations [2, d] of what was added."""
+        """Mean, sum of squared deviations and steps [3, d] of what was added."""
         if self._mean is None:
             raise ValueError("pilot must hold at least one batch, got none")
-        return torch.stack([self._mean, self._square])
+        return torch.stack([self._mean, self._square, self.steps()])
+
+    def steps(self) -> torch.Tensor:
+        """[d] float64 between values that are tied, 0 where none are."""
+        if self._mean is None:
+            raise ValueError("pilot must hold at least one batch, got none")
+        steps = self._steps if self._ties is None else self._ties.steps()
+        return torch.zeros_like(self._mean) if steps is None else steps
 
     @property
     def noise(self) -> float:
@@ -161,6 +177,7 @@ class PilotMoments:
         self._rounding = max(self._rounding, rounding)
         self._noise = max(self._noise, noise)
         self._add(count, parts[0], parts[1])
+        self._steps = parts[2] if self._steps is None else self._steps.maximum(parts[2])
 
     def standardisation(self) -> Standardisation:
         """Mean and scale of what was added."""
@@ -172,7 +189,9 @@ class PilotMoments:
         scale = torch.where(alive, std, typical).reciprocal()
         told = self._told or [self.ill_conditioned()]
         exact = any(told) or all(one is None for one in told)
-        return Standardisation(self._mean, scale, alive, self._rounding, self._noise, exact)
+        return Standardisation(
+            self._mean, scale, alive, self._rounding, self._noise, exact, self.steps()
+        )
 
     def ill_conditioned(self) -> bool | None:
         """Whether float32 products do not carry the covariance; None for too few samples."""
@@ -279,6 +298,10 @@ class FeatureDictionary:
         d = len(standardisation.mean)
         self.dtype = dtype
         self._mean, self._scale = standardisation.mean, standardisation.scale
+        #: Half a step of each activation [d], in its standard deviations; None where none is tied.
+        self.half_steps: torch.Tensor | None = None
+        if standardisation.steps is not None and bool(standardisation.steps.any()):
+            self.half_steps = standardisation.steps * standardisation.scale / 2
         self._noise = standardisation.noise
         self.raw_dtype = torch.float64 if standardisation.exact else dtype
         self.kind = "raw + lift" if groups is None else "sketch"
@@ -313,6 +336,35 @@ class FeatureDictionary:
         mean, scale = self._mean.to(self.raw_dtype), self._scale.to(self.raw_dtype)
         z = torch.sub(activations, mean).to(self.raw_dtype).mul_(scale)
         return self._group(z * self._sign.to(z)) if self.kind == "sketch" else z
+
+    def dithered(
+        self,
+        raw: torch.Tensor,
+        activations: torch.Tensor,
+        tangents: torch.Tensor,
+        first: int,
+        *key: Any,
+    ) -> torch.Tensor:
+        """Raw features [n, d] of rounded activations [n, d], with noise of half a step where they
+        move; those of a sketch mix many, and stay.
+
+        Args:
+            raw: from `raw_features`.
+            activations: of any floating dtype; those of a half type are dithered by its rounding.
+            tangents: [P, n, d] theirs.
+            first: number of the first sample.
+            key: tells streams of noise apart.
+        """
+        if self.kind == "sketch":
+            return raw
+        size = None if self.half_steps is None else self.half_steps.to(raw)
+        if activations.dtype in HALF_TYPES:
+            unit = torch.finfo(activations.dtype).eps / 2
+            own = unit * activations.abs().to(raw) * self._scale.to(raw)
+            size = own if size is None else own.maximum(size)
+        if size is None:
+            return raw
+        return raw + size * dither(raw, first, *key) * (tangents != 0).any(0)
 
     def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
         """The ridge [k] of the first k features, relative to their variances [k]."""

@@ -22,12 +22,14 @@ from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Gap
 from fisherfast.default_device import on_host, outside
 from fisherfast.distributed import Ranks
+from fisherfast.dither import StepMeter, dither
 from fisherfast.maps import estimate_map
 from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
 from fisherfast.meters import (
     LayerMeter,
     UnmeasuredError,
     not_measured,
+    rows_of,
     score_information,
     score_note,
 )
@@ -92,6 +94,9 @@ class Measurement:
         self._condition = 0
         self._batch = 0
         self._score: torch.Tensor | None = None
+        self._moving: torch.Tensor | None = None
+        self._ties = StepMeter()
+        self._half_steps: torch.Tensor | None = None
         self._pilot = True
         self._plan: Plan | None = None
 
@@ -118,7 +123,7 @@ class Measurement:
         failures: list[UnmeasuredError] = []
         while True:
             growing = []
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self._exact():
                 for meter in self._active:
                     try:
                         if meter.grow(contrast, ridge):
@@ -138,7 +143,7 @@ class Measurement:
                 self._stream_again(progress)
         if failures and len(failures) == len(self._layer_meters):
             raise failures[0]
-        with torch.no_grad():
+        with torch.no_grad(), self._exact():
             layers = [self._known(m, estimates[m]) for m in self._layer_meters]
             maps = {
                 m.site.name: estimate_map(m.site.name, m.map, contrast, ridge)
@@ -180,11 +185,22 @@ class Measurement:
 
     def _evaluation(self) -> AbstractContextManager[Any]:
         """The model in eval mode, without gradients, with random numbers of its own."""
-        if self._model is not None:
-            return taps.evaluation(self._model, self._settings["seed"])
         stack = ExitStack()
+        if self._model is not None:
+            stack.enter_context(taps.evaluation(self._model, self._settings["seed"]))
+            if self._data.source == "pathwise":  # rounded values have no derivative
+                stack.enter_context(self._exact())
+            return stack
         stack.enter_context(taps.own_random_state(None, self._settings["seed"]))
         stack.enter_context(torch.no_grad())
+        return stack
+
+    def _exact(self) -> AbstractContextManager[Any]:
+        """No autocast, on the host and where the model lies."""
+        device, _ = _place_of(self._model)
+        stack = ExitStack()
+        for place in {"cpu", "cpu" if device is None else device.type}:
+            stack.enter_context(torch.autocast(place, enabled=False))
         return stack
 
     def _streams(self) -> Streams:
@@ -207,13 +223,14 @@ class Measurement:
         with self._forward() as forward:
             seen = 0
             for self._condition, self._batch, batch in streams.pilot():
-                forward.run(batch.x)
+                forward.run(self._pilot_input(batch))
                 seen += len(batch)
             if not seen:  # the first samples are on other ranks: these only show a device
                 forward.run(streams.first(2)[0].x)
             self._agreement.share_pilot(self._layer_meters, counts=seen > 0)
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
+            self._dither_input()
             self._pilot = False
             self._run_all(streams, forward, progress)
 
@@ -249,13 +266,41 @@ class Measurement:
 
     def _run(self, forward: Any, batch: Batch) -> None:
         """One forward pass, with tangents where the samples have them and a layer reads them."""
-        if batch.tangents is None or not any(meter.reads_carried for meter in self._active):
-            forward.run(batch.x)
-        elif self._model is None:
+        if self._model is None and batch.tangents is not None:
             forward.run(batch)
+            return
+        x = self._dithered(batch, self._active[0].seen[self._condition])
+        if batch.tangents is None or not any(meter.reads_carried for meter in self._active):
+            forward.run(x)
         else:
             with dual.propagation(self._model, len(batch.tangents)):
-                forward.run(dual.DualTensor.pack(batch.x, batch.tangents))
+                forward.run(dual.DualTensor.pack(x, batch.tangents))
+
+    def _pilot_input(self, batch: Batch) -> torch.Tensor:
+        """What the model sees of the first samples; of those with tangents, the steps are found."""
+        if batch.tangents is None:
+            return batch.x
+        self._moving = (batch.tangents != 0).any(0)
+        if self._model is None:
+            return batch.x
+        self._ties.update(rows_of(batch.x), rows_of(self._moving))
+        self._half_steps = self._ties.half_steps()
+        return self._dithered(batch, 0)
+
+    def _dither_input(self) -> None:
+        """From here on the model sees rounded samples with noise of half a step, and its input is
+        measured so."""
+        meter = self._meters.get(taps.INPUT)
+        if self._half_steps is not None and meter is not None:
+            meter.dithered_before(self._half_steps > 0)
+
+    def _dithered(self, batch: Batch, first: int) -> torch.Tensor:
+        """The samples [n, ...] of a batch with noise of half a step where their tangents move."""
+        if self._half_steps is None or batch.tangents is None:
+            return batch.x
+        size = self._half_steps.to(batch.x).reshape(batch.x.shape[1:])
+        noise = dither(batch.x, first, self._settings["seed"], self._condition)
+        return batch.x + size * noise * (batch.tangents != 0).any(0)
 
     def _survey(self, streams: Streams) -> None:
         """List the layers on the first samples; with a budget, on as few as tell what they take."""
@@ -268,6 +313,8 @@ class Measurement:
         unknown = self._recall.unknown(self._sites)
         for site in unknown:
             meter = self._meter(site, self._probe_bytes() // len(unknown))
+            if self._data.source == "pathwise" and not isinstance(meter, WideMeter):
+                meter.find_steps(StepMeter())
             self._meters.update(dict.fromkeys(site.names, meter))
         self._check_maps()
         if bounded:
@@ -370,7 +417,8 @@ class Measurement:
                 )
             with torch.autocast(activations.device.type, enabled=False):
                 if self._pilot:
-                    meter.observe_pilot(activations.detach())
+                    moving = self._moving if meter.site.name == taps.INPUT else None
+                    meter.observe_pilot(activations.detach(), moving)
                     finite = torch.isfinite(activations).all()
                 else:
                     finite = meter.observe(

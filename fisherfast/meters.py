@@ -11,6 +11,7 @@ import torch
 
 from fisherfast.data import Data
 from fisherfast.derivatives import ScoreMoments, TangentMoments
+from fisherfast.dither import StepMeter
 from fisherfast.estimators import (
     SPARE_DOF,
     Choice,
@@ -78,6 +79,11 @@ NO_TANGENTS = (
 NOT_CARRIED = (
     "information may lie below the rounding of the activations: directions that vary less are left"
     " out"
+)
+
+ROUNDED = (
+    "values are rounded, in steps of up to {:.1g} standard deviations: measured with noise of half"
+    " a step, as tangents of a lattice are no derivative"
 )
 
 RIDGE_LOSS = 0.02
@@ -162,10 +168,13 @@ class LayerMeter:
     moments: FoldMoments
     map: MapMoments | None = None
     _held: HeldSamples | None = None
+    _dither_key: tuple[int, str] | None = None
+    largest_step = 0.0
+    """Between rounded activations, in standard deviations."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.pilot = PilotMoments(INPUT_ROUNDING if site.name == INPUT else ROUNDING)
+        self.find_steps(None)
         self._pending: list[torch.Tensor] = []
         self._dtype = torch.float32
         self._fit: Fit | None = None
@@ -185,11 +194,17 @@ class LayerMeter:
         """Moments of different samples, together of all."""
         return [self.moments]
 
-    def observe_pilot(self, activations: torch.Tensor) -> None:
-        """Add [n, ...] to the pilot statistics."""
+    def find_steps(self, ties: StepMeter | None) -> None:
+        """Begin the pilot statistics; ties finds the steps of rounded activations."""
+        units = INPUT_ROUNDING if self.site.name == INPUT else ROUNDING
+        self.pilot = PilotMoments(units, ties)
+
+    def observe_pilot(self, activations: torch.Tensor, moving: torch.Tensor | None = None) -> None:
+        """Add [n, ...] to the pilot statistics; moving bool [n, ...]: what has a derivative, if
+        that is known."""
         if activations.dtype == torch.float64:
             self._dtype = torch.float64
-        self.pilot.update(rows_of(activations))
+        self.pilot.update(rows_of(activations), None if moving is None else rows_of(moving))
 
     def prepare(self, data: Data, settings: dict[str, Any]) -> None:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
@@ -202,6 +217,9 @@ class LayerMeter:
             groups=_groups(self.site.dim, data, settings["max_features"], settings["folds"]),
         )
         size = self.dictionary.size
+        self._dither_key = (settings["seed"], self.site.name)
+        if self.dictionary.half_steps is not None:
+            self.largest_step = 2 * float(self.dictionary.half_steps.max())
         self._grows = bool(settings["grow"])
         self._repeats = all(data.repeats(c) for c in range(data.conditions))
         if settings["grow"]:
@@ -212,6 +230,11 @@ class LayerMeter:
         )
         self._held = HeldSamples(data, settings["folds"], self.dictionary.raw, self._dtype)
         self._prepare_map(standardisation, data.conditions, settings, streams)
+
+    def dithered_before(self, done: torch.Tensor) -> None:
+        """Leave activations bool [d] as they are: they have their noise already."""
+        if self._dither_key is not None and self.dictionary.half_steps is not None:
+            self.dictionary.half_steps = self.dictionary.half_steps.masked_fill(done, 0.0)
 
     def observe(
         self,
@@ -231,10 +254,15 @@ class LayerMeter:
             Whether all of that condition were finite so far, as a 0-d tensor.
         """
         moments = self.moments
-        raw = self.dictionary.raw_features(rows_of(activations))
+        rows = rows_of(activations)
+        raw = self.dictionary.raw_features(rows)
         carried = score
         if tangents is not None:
-            carried = self.dictionary.raw_tangents(rows_of(tangents, 1), raw)
+            moved = rows_of(tangents, 1)
+            if self._dither_key is not None:
+                first, key = moments.seen[condition], self._dither_key
+                raw = self.dictionary.dithered(raw, rows, moved, first, *key)
+            carried = self.dictionary.raw_tangents(moved, raw)
         if self._held is not None and not moments.known:
             self._held.add(condition, raw, carried)
         moments.update(condition, raw, self._lift(), carried)
@@ -504,6 +532,8 @@ def estimate_layer(
     notes = list(fit.notes)
     if dropped:
         notes.append(f"{dropped} constant features dropped")
+    if meter.largest_step > 0:
+        notes.append(ROUNDED.format(meter.largest_step))
     if dictionary.kind == "sketch":
         notes.append(
             f"sums of {site.dim} activations in random groups, a loose bound: data that can be read"

@@ -21,6 +21,7 @@ from fisherfast.comparison import (
     LayerComparison,
     compare,
     divides,
+    exceeds,
     ratio,
     unresolved_note,
 )
@@ -349,17 +350,16 @@ class FisherFlow:
 
         Any function of a later layer is a function of an earlier one, so I_l >= J_m for m after l
         along a chain. Chains are found by the measurement (`LayerFisher.descendants`); a layer
-        inside a residual branch gets nothing from layers after the sum. For several parameters a
-        later J is taken where it is larger in every direction.
+        inside a residual branch gets nothing from layers after the sum. A later J is taken where it
+        is larger in every direction, by more than the largest of so many layers is by chance.
         """
         by_name = {layer.name: layer for layer in self}
         tight = []
         for layer in self:
             best = layer
-            for name in layer.descendants:
-                later = by_name.get(name)
-                if later is not None and _larger(later.J, best.J):
-                    best = later
+            later = [by_name[name] for name in layer.descendants if name in by_name]
+            while found := [other for other in later if exceeds(other, best, len(later))]:
+                best = max(found, key=lambda other: _trace_of_ratio(other.J, found[0].J))
             if best is not layer:
                 layer = replace(
                     layer,
@@ -575,9 +575,9 @@ def _main_names(layer: LayerFisher) -> list[str]:
     return [layer.name, *layer.aliases[:1]] if layer.name == "output" else [layer.name]
 
 
-def _larger(later: torch.Tensor, earlier: torch.Tensor) -> bool:
-    difference = later - earlier
-    return float(torch.linalg.eigvalsh((difference + difference.T) / 2).min()) > 0
+def _trace_of_ratio(J: torch.Tensor, unit: torch.Tensor) -> float:
+    """Sum over the parameters of J in units of another, so that those of theta do not count."""
+    return float((J.diagonal() / unit.diagonal().abs()).nan_to_num().sum())
 
 
 def _numbers(matrix: torch.Tensor) -> str:

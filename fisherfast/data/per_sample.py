@@ -144,6 +144,9 @@ class Pathwise(PerSample):
             use `Score` or `FiniteDifference`), dx of another dtype than x, or samples of several
             inputs (a tuple or dict), which are not supported yet.
 
+    Values that are rounded (camera counts, half precision) have no derivative: they are measured
+    with noise of half a step, which a note says (docs/theory.md, section 21).
+
     Cost: tensors are not copied; a measurement takes 1 + P forward passes over the samples.
 
     Example:

@@ -178,7 +178,8 @@ class FisherMonitor:
         """Record an epoch, and measure if it is its turn. Call it when an epoch ends, or after
         every so many training steps.
 
-        Call it inside your autocast context to measure the network as it runs there.
+        Call it inside your autocast context to measure the network as it runs there. Samples with
+        tangents are measured in float32: rounded values have no derivative.
 
         Args:
             epoch: its number; None counts on from the last record.

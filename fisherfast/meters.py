@@ -325,11 +325,11 @@ class LayerMeter:
         rounds = self._rounds_lift() or dictionary.raw_dtype == torch.float32
         if not self._repeats or self._unfit() or not (grows or rounds):
             return False
-        fit = self.fit(contrast, ridge)
-        if dictionary.raw_dtype == torch.float32 and fit.inverse() > 3 * FLOAT32_INVERSE:
+        if dictionary.raw_dtype == torch.float32 and not self._float32_carries(contrast, ridge):
             dictionary.raw_dtype = torch.float64  # the pilot has not shown it
             self.moments = moments.grown(moments.size, known=0)
             return True
+        fit = self.fit(contrast, ridge)
         if self._rounds_lift() and fit.exact_features() < len(fit.alive):
             dictionary.lift = dictionary.lift.to(torch.float64)
             self.moments = moments.grown(moments.size, known=dictionary.raw)
@@ -343,6 +343,14 @@ class LayerMeter:
         size = min(2 * moments.size - dictionary.raw, dictionary.size)
         self.moments = moments.grown(size)
         return True
+
+    def _float32_carries(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
+        """Whether the covariance of the raw activations can be inverted in spite of its rounding;
+        behind an outlier it may not even be positive."""
+        try:
+            return self.fit(contrast, ridge).inverse() <= 3 * FLOAT32_INVERSE
+        except UnmeasuredError:
+            return False
 
     def fit(self, contrast: torch.Tensor, ridge: RidgeSetting) -> Fit:
         """The curve of the features that vary, as far as the samples carry it.
@@ -368,7 +376,10 @@ class LayerMeter:
         if not copies:
             return fit
         linear = alive[:raw]
-        kept, lost = independent_features(whole.select(linear), ridges[linear])
+        try:
+            kept, lost = independent_features(whole.select(linear), ridges[linear])
+        except SingularCovarianceError as error:
+            raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
         alive = torch.cat([linear[kept], alive[raw:]])
         return replace(self._curve(whole, alive, len(kept), ridges), lost=lost)
 

@@ -173,3 +173,27 @@ def test_integers_and_none_beside_floating_outputs(source, others):
     flow = ff.fisher_flow(model, data(source), max_features=RAW_ONLY)
     plain = ff.fisher_flow(model.layer, data(source), max_features=RAW_ONLY)
     assert flow["output"].value == pytest.approx(plain["output"].value, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e8, 1e22])
+@pytest.mark.parametrize("source", ["tangents", "scores", "conditions"])
+def test_an_outlier_takes_no_layer_with_it(source, size):
+    """One float32 value far beyond the others: behind a linear layer all activations are copies of
+    it, and float32 products of them have no positive covariance. Every layer gets its row."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2000, 5, generator=generator)
+    score = x.sum(1).double()
+    x[7, 1] = size
+    if source == "tangents":
+        data = ff.Pathwise(x, torch.ones(1, 2000, 5))
+    elif source == "scores":
+        data = ff.Score(x, score)
+    else:
+        other = torch.randn(2000, 5, generator=generator)
+        data = ff.FiniteDifference(x - 0.1, other + 0.1, 0.2)
+    torch.manual_seed(0)
+    flow = ff.fisher_flow(nn.Linear(5, 3), data)
+    assert flow["input"].value == pytest.approx(4.5, abs=4 * float(flow["input"].stderr) + 0.6)
+    output = flow["output"]
+    assert output.value <= 5 + 4 * float(output.stderr)
+    assert output.status != "resolved"

@@ -18,6 +18,7 @@ MEASURE = {
     "data",
     "distributed",
     "dual",
+    "dither",
     "shares",
     "taps",
     "features",

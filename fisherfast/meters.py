@@ -36,7 +36,7 @@ from fisherfast.maps import MapMoments
 from fisherfast.marginal import SINGULAR, pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.replicates import HeldSamples, Readout
-from fisherfast.results import LayerFisher, finite_step_note
+from fisherfast.results import NOT_INDEPENDENT, LayerFisher, finite_step_note
 from fisherfast.ridge import (
     AUTO,
     HIDDEN_SHARE,
@@ -85,6 +85,9 @@ ROUNDED = (
     "values are rounded, in steps of up to {:.1g} standard deviations: measured with noise of half"
     " a step, as tangents of a lattice are no derivative"
 )
+
+DEPENDENT = 5.0
+"""Standard errors from zero at which neighbouring samples count as dependent: 6e-7 by chance."""
 
 RIDGE_LOSS = 0.02
 """Part of J that a ridge given as a number may take before a note says so."""
@@ -451,6 +454,10 @@ class LayerMeter:
         read = self.readout(curve.readout_of(k), index)
         return self._held.replicates(curve, k, read, min(self.moments.seen))
 
+    def independent(self) -> bool:
+        """Whether neighbouring samples look independent to what `replicates` has read."""
+        return self._held is None or self._held.dependence <= DEPENDENT
+
     def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
         """V of the score without each fold [F, P, P]."""
         if self._held is None:
@@ -580,12 +587,15 @@ def estimate_layer(
         plateau=plateau,
         compressed=dictionary.kind == "sketch",
         carried=fit.carried(chosen),
+        independent=meter.independent(),
         rounding=max(SINGULAR, curve.rounding(chosen, torch.finfo(meter._dtype).eps)),
         replicates=(replicates + doubt if len(replicates) else replicates).cpu(),
         error_covariance=pack_covariance(errors).cpu(),
     )
     if not layer.carried:
         notes.append(NOT_CARRIED)
+    if not layer.independent:
+        notes.append(NOT_INDEPENDENT)
     if ridge != AUTO:
         notes += _loss_by_ridge(meter, fit)
     if site.dim <= min(RESPONSE_WIDTH, dictionary.raw):

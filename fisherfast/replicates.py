@@ -59,6 +59,10 @@ class HeldSamples:
             data.conditions, capacity, block=folds, dtype=dtype, expected=expected
         )
 
+        #: Largest correlation of a sample with its neighbour, in standard errors of independent
+        # ones, that `replicates` has seen.
+        self.dependence = 0.0
+
     def add(self, condition: int, raw: torch.Tensor, carried: torch.Tensor | None) -> None:
         """Add raw features [n, d] of a condition with their tangents [P, n, d] (None for zero) or
         score [n, P]."""
@@ -110,7 +114,7 @@ class HeldSamples:
 
     def replicates_of_score(self, V: torch.Tensor, samples: int) -> torch.Tensor:
         """V [F, P, P] of the score without each fold."""
-        _, score, fold = self._condition(0)
+        _, score, fold, _ = self._condition(0)
         s = _about_fold_means(score, fold, self._folds)
         return V - self._left_out(self._by_fold(_outer(s, s), fold, samples))
 
@@ -119,9 +123,10 @@ class HeldSamples:
         P = self._parameters
         squares = crossed = scores = self._contrast.new_zeros(self._folds, P, P)
         for condition in range(len(self._contrast)):
-            raw, carried, fold = self._condition(condition)
+            raw, carried, fold, numbers = self._condition(condition)
             tangents = carried if self._source == "pathwise" else None
             u, moved = read(raw, tangents)
+            self.dependence = max(self.dependence, _dependence(u, numbers))
             own = _about_fold_means(u, fold, self._folds)
             squares = squares.to(u) + self._by_fold(_outer(own, own), fold, samples)
             if self._source == "score":
@@ -135,11 +140,12 @@ class HeldSamples:
             crossed = crossed.to(u) + self._by_fold(change + change.mT, fold, samples)
         return squares / len(self._contrast), crossed, scores
 
-    def _condition(self, condition: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Raw features, what they carry (themselves where there is nothing), and folds."""
+    def _condition(self, condition: int) -> tuple[torch.Tensor, ...]:
+        """Raw features, what they carry (themselves where there is nothing), folds and numbers of
+        the samples."""
         numbers, raw, *carried = self._kept.kept()[condition]
         fold = (numbers % self._folds).to(raw.device)
-        return raw, (carried[0] if carried else raw).double(), fold
+        return raw, (carried[0] if carried else raw).double(), fold, numbers
 
     def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, samples: int) -> torch.Tensor:
         """Sums [F, P, P] of values [m, P, P] in each fold, less their mean, scaled so that their
@@ -150,6 +156,24 @@ class HeldSamples:
     def _left_out(self, sums: torch.Tensor) -> torch.Tensor:
         """In the scale of a jackknife."""
         return sums * math.sqrt(self._folds / (self._folds - 1))
+
+
+def _dependence(u: torch.Tensor, numbers: torch.Tensor) -> float:
+    """Rank correlation of numbers u [m, P], or of their sizes, with those of the next sample, times
+    the root of the number of pairs: 0 +- 1 for independent samples of any distribution."""
+    neighbours = (numbers.diff() == 1).to(u.device)
+    sizes = (u - u.median(0).values).abs()
+    z = torch.stack([_ranks(column) for column in torch.cat([u, sizes], 1).T])
+    a, b = z[:, :-1][:, neighbours], z[:, 1:][:, neighbours]
+    r = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
+    return float(r.nan_to_num().abs().max()) * math.sqrt(a.shape[1])
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks [m] about their mean, the same for equal values."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+    return ranks - ranks.mean()
 
 
 def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

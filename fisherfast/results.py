@@ -28,10 +28,23 @@ from fisherfast.comparison import (
 from fisherfast.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
 from fisherfast.marginal import SINGULAR, MarginalFisher, cramer_rao, marginal_fisher
 
-__all__ = ["FisherFlow", "FisherWarning", "LayerFisher", "finite_step_note", "warn_of"]
+__all__ = [
+    "NOT_INDEPENDENT",
+    "FisherFlow",
+    "FisherWarning",
+    "LayerFisher",
+    "finite_step_note",
+    "warn_of",
+]
 
 FORMAT = "fisherfast.flow"
 FORMAT_VERSION = 1
+
+NOT_INDEPENDENT = (
+    "neighbouring samples depend on each other (a sorted file, pairs, a time series), but errors"
+    " and bounds are those of independent ones: shuffle them, or keep one of those that belong"
+    " together"
+)
 
 FINITE_STEP_LIMIT = 0.3
 """dtheta sqrt(J) / 2 above which the finite step overshoots by more than 0.4 % (Gaussian shift)."""
@@ -39,7 +52,7 @@ FINITE_STEP_LIMIT = 0.3
 
 class FisherWarning(UserWarning):
     """A result needs care: a finite step too wide, a mean score far from zero, samples that do not
-    depend on theta, random numbers in eval mode."""
+    depend on theta or that depend on each other, random numbers in eval mode."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,6 +101,7 @@ class LayerFisher:
         compressed: the activations were compressed before they were measured.
         carried: the arithmetic carries the condition of the covariance; where not, information may
             lie below the rounding of the activations.
+        independent: neighbouring samples look independent, as errors and bounds assume.
         rounding: share of its information about a parameter, when others are unknown, below which
             J is rounding: `crlb` is infinite there.
         replicates: [F, P, P] J without each fold of the samples, scaled so that their jackknife is
@@ -123,6 +137,7 @@ class LayerFisher:
     status: str = "unresolved"
     compressed: bool = False
     carried: bool = True
+    independent: bool = True
     rounding: float = SINGULAR
     replicates: torch.Tensor = field(
         default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")
@@ -369,6 +384,7 @@ class FisherFlow:
                     replicates=best.replicates,
                     status=best.status,
                     carried=best.carried,
+                    independent=best.independent,
                     notes=(*layer.notes, f"tightened by {best.name}"),
                 )
             tight.append(layer)
@@ -564,6 +580,10 @@ def finite_step_note(layer: LayerFisher) -> str | None:
 
 def warn_of(layers: tuple[LayerFisher, ...], *, stacklevel: int = 4) -> None:
     """Say aloud, once, what the layers note about their finite step."""
+    dependent = [layer.name for layer in layers if not layer.independent]
+    if dependent:
+        names = ", ".join(dependent)
+        warnings.warn(f"{NOT_INDEPENDENT} (layers: {names})", FisherWarning, stacklevel=stacklevel)
     noted = [(layer.name, note) for layer in layers if (note := finite_step_note(layer))]
     if noted:
         names = ", ".join(name for name, _ in noted)

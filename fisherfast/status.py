@@ -43,8 +43,8 @@ def with_status(layers: Sequence[LayerFisher], *, score: bool) -> tuple[LayerFis
 
     - "unresolved": J is within two errors of zero (or not finite), and a later layer, which is a
       function of this one alone, is clearly above;
-    - "noisy": the error is above a tenth of J, the arithmetic does not carry the covariance, or the
-      honest bound is clearly above J;
+    - "noisy": the error is above a tenth of J, the arithmetic does not carry the covariance,
+      neighbouring samples depend on each other, or the honest bound is clearly above J;
     - "rising": a later layer shows clearly more, or no plateau of the curve was reached, unless J
       is at a known upper bound: V of a score, the J of a resolved input;
     - "resolved".
@@ -81,7 +81,7 @@ def _status(
                 f"J cannot be told from zero, but {shown[0]}, a function of this layer, has more:"
                 " use more samples, or flow.tightened()"
             ]
-    if known < PRECISE or not layer.carried:
+    if known < PRECISE or not (layer.carried and layer.independent):
         return "noisy", []
     if _bound_is_above(layer):
         return "noisy", ["lower is above J by more than three errors: J is too low"]

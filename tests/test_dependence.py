@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 import fisherfast as ff
 
 N = 2000
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def normal(n: int = N, d: int = 4, seed: int = 0) -> torch.Tensor:
@@ -74,3 +77,16 @@ def test_independent_samples_are_not_accused(tails):
         score = torch.randn(300, generator=generator).double()
         assert ff.fisher_information(ff.Pathwise(x, torch.ones(1, 300, 2)), seed=seed).independent
         assert ff.fisher_flow(torch.nn.Linear(2, 1), ff.Score(x, score))["output"].independent
+
+
+def test_the_table_of_assumptions_is_that_of_the_benchmark(monkeypatch):
+    """Every case has its row in the page, and a row is measured. Catches a case that was dropped."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assumptions = importlib.import_module("assumptions")
+    page = (ROOT / "docs" / "assumptions.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    names = [row.split(" | ")[0].removeprefix("| ") for row in table]
+    assert names == ["case", *(case.name for case in assumptions.CASES)]
+    row = assumptions.measured(assumptions.CASES[0], 2)
+    assert row.startswith("| Gaussian | 1 |")
+    assert row.count("|") == table[0].count("|")

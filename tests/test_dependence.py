@@ -80,7 +80,7 @@ def test_independent_samples_are_not_accused(tails):
 
 
 def test_the_table_of_assumptions_is_that_of_the_benchmark(monkeypatch):
-    """Every case has its row in the page, and a row is measured. Catches a case that was dropped."""
+    """Every case has its row in the page, and a row is measured. Catches a dropped case."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assumptions = importlib.import_module("assumptions")
     page = (ROOT / "docs" / "assumptions.md").read_text()

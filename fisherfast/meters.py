@@ -292,7 +292,7 @@ class LayerMeter:
         if self.map is not None and not self.moments.known:
             self.map.skip(condition, samples, first=first)
         if self._held is not None and not self.moments.known:
-            self._held.skip(condition, samples)
+            self._held.skip(condition, samples, first=first)
         self.moments.skip(condition, samples, first=first)
         self._fit = None
 

@@ -59,6 +59,7 @@ class HeldSamples:
             data.conditions, capacity, block=folds, dtype=dtype, expected=expected
         )
 
+        self._forgotten = False
         #: Largest correlation of a sample with its neighbour, in standard errors of independent
         # ones, that `replicates` has seen.
         self.dependence = 0.0
@@ -73,12 +74,22 @@ class HeldSamples:
         else:
             self._kept.add(condition, raw, carried)
 
-    def skip(self, condition: int, samples: int) -> None:
-        """Count samples of a condition that another process adds."""
+    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+        """Count samples of a condition that another process adds.
+
+        Args:
+            condition: theirs.
+            samples: how many.
+            first: number of the first of them, where each process counts its own from there on:
+                samples of different processes then have the same numbers, and none are kept.
+        """
         self._kept.skip(condition, samples)
+        self._forgotten |= first is not None
 
     def dense(self, device: torch.device) -> list[torch.Tensor]:
         """What all processes together keep, zero where it was added elsewhere."""
+        if self._forgotten:
+            return []
         shapes: list[tuple[int, ...]] = [(0, self._width)]
         if self._source == "pathwise":
             shapes.append((0, self._parameters, self._width))
@@ -88,7 +99,7 @@ class HeldSamples:
         return self._kept.dense(like)
 
     def replicates(self, curve: FisherCurve, k: int, read: Readout, samples: int) -> torch.Tensor:
-        """J [F, P, P] of the first k features without each fold.
+        """J [F, P, P] of the first k features without each fold; empty where none are kept.
 
         Args:
             curve: of at least k features.
@@ -97,6 +108,8 @@ class HeldSamples:
             samples: of each condition, those that are not kept included.
         """
         statistics, J = curve.statistics, curve.J[k - 1]
+        if self._forgotten:
+            return J.new_empty(0, *J.shape)
         dof, effective = statistics.dof, float(curve.effective_dim[k - 1])
         if self._source == "score":
             gain = dof / (dof - effective)
@@ -114,6 +127,8 @@ class HeldSamples:
 
     def replicates_of_score(self, V: torch.Tensor, samples: int) -> torch.Tensor:
         """V [F, P, P] of the score without each fold."""
+        if self._forgotten:
+            return V.new_empty(0, *V.shape)
         _, score, fold, _ = self._condition(0)
         s = _about_fold_means(score, fold, self._folds)
         return V - self._left_out(self._by_fold(_outer(s, s), fold, samples))

@@ -193,7 +193,7 @@ class WideMeter(LayerMeter):
                 continue
             before = None if first is None else len(range(half, first, 2))
             self.measured[1 - half].skip(condition, count, first=before)
-            self._halves_held[1 - half].skip(condition, count)
+            self._halves_held[1 - half].skip(condition, count, first=first)
         self._seen[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:

@@ -143,7 +143,9 @@ def _replicates(halves: Sequence[HalfFit]) -> torch.Tensor:
 
 def replicates_of_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean of both halves without each fold [F, P, P], of replicates [F / 2, P, P] of even and
-    of odd samples: even folds are those of even samples."""
+    of odd samples: even folds are those of even samples; empty where one is."""
+    if not all(map(len, parts)):
+        return parts[0].new_empty(0, *parts[0].shape[1:]).cpu()
     means = torch.stack([part.mean(0) for part in parts])
     changes = (torch.stack(list(parts), 1) - means) / 2
     folds = 2 * len(changes)  # a jackknife over these, where each half had one over its own

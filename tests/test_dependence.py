@@ -47,6 +47,7 @@ SOURCES = {
 @pytest.mark.parametrize("case", DEPENDENT)
 def test_dependent_samples_are_found(case, source):
     """A warning with the remedy, and no layer that is called resolved."""
+    torch.manual_seed(0)
     data = SOURCES[source](DEPENDENT[case]())
     with pytest.warns(ff.FisherWarning, match="depend on each other.*shuffle"):
         flow = ff.fisher_flow(torch.nn.Linear(next(data.read(0, 2)).x.shape[1], 2), data)

@@ -1,4 +1,4 @@
-"""What the numbers assume: distributions that break an assumption, and what is measured then.
+"""What the numbers assume, and what a measurement gives where an assumption does not hold.
 
     python benchmarks/assumptions.py [--repeats 40] [--case NAME ...]
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fisherfast as ff
-from fisherfast.problems import RectifiedGaussian
+from fisherfast.problems import Laplace, RectifiedGaussian
 
 STUDENT = 2.131  # 95 %, 15 degrees of freedom
 REPEATS = 40
@@ -31,7 +31,7 @@ MANY = 512
 
 @dataclass(frozen=True)
 class Case:
-    """Samples that a generator draws, and what they know: the linear information where only the
+    """Samples drawn by a generator, and the information in them: the linear one where only the
     activations themselves are features."""
 
     name: str
@@ -51,19 +51,19 @@ def normal(generator: torch.Generator, n: int = 4000, d: int = 1) -> Tensor:
     return torch.randn(n, d, generator=generator)
 
 
-def laplace(generator: torch.Generator, n: int = 4000) -> Tensor:
-    """Of scale 1 [n, 1]: I = 1, linear 1/2."""
-    u = torch.rand(n, 1, generator=generator, dtype=torch.float64) - 0.5
-    return (-u.sign() * torch.log1p(-2 * u.abs())).float()
+def laplace(generator: torch.Generator) -> Tensor:
+    """Laplace numbers [n, 1] of scale 1: I = 1, half of it linear."""
+    return Laplace(1).sample(0.0, 4000, generator)
 
 
 def student(generator: torch.Generator) -> Tensor:
-    """Three degrees of freedom [n, 1], variance 3."""
+    """Student's t numbers [n, 1] with three degrees of freedom; their variance is 3."""
     return normal(generator) / (normal(generator, d=3).square().mean(1, keepdim=True)).sqrt()
 
 
 def sorted_scores(generator: torch.Generator) -> ff.Score:
-    """Five of ten numbers carry the score, the file is sorted by it: J = 1/2 of V = 1."""
+    """The score is the sum of ten numbers, of which five are seen, so J is half of V = 1. The file
+    is sorted by the score."""
     x = normal(generator, d=10)
     score = (x.sum(1) / math.sqrt(10)).double()
     order = score.argsort()
@@ -71,20 +71,21 @@ def sorted_scores(generator: torch.Generator) -> ff.Score:
 
 
 def common_brightness(generator: torch.Generator) -> ff.Score:
-    """x = R u and s = R v with one R a sample, log R ~ N(0, 1/4): nothing is known of s."""
+    """x = R u and s = R v, with one brightness R for each sample, log R ~ N(0, 1/4): x says nothing
+    about s, so J = 0."""
     size = torch.exp(normal(generator, 2000) / 2)
     score = (size * normal(generator, 2000)).double()
     return ff.Score(size * normal(generator, 2000, 200), score)
 
 
 def rare_units(generator: torch.Generator) -> ff.Pathwise:
-    """64 rectified units of which each fires in about five of 4000 samples."""
-    u = normal(generator, d=64) + RARE
-    return ff.Pathwise(u.relu(), (u > 0).float()[None])
+    """64 rectified units, each of which fires in about five of 4000 samples."""
+    return ff.Pathwise(*RARE_UNITS.sample_with_tangent(RARE, 4000, generator))
 
 
 def series(generator: torch.Generator) -> ff.Score:
-    """An autoregressive series of 0.9 beside another: nothing is known of the score."""
+    """Six independent autoregressive series with coefficient 0.9. One of them is the score, and the
+    others say nothing about it: J = 0."""
     noise = torch.randn(4000, 6, generator=generator, dtype=torch.float64)
     values = [noise[0]]
     for step in noise[1:]:
@@ -94,12 +95,13 @@ def series(generator: torch.Generator) -> ff.Score:
 
 
 def antithetic(generator: torch.Generator) -> ff.Pathwise:
-    """Noise e and -e next to each other, eight numbers."""
+    """Samples of eight numbers in pairs e, -e that follow each other."""
     noise = normal(generator, 2000, 8)
     return moved(torch.stack([noise, -noise], 1).flatten(0, 1))
 
 
-RARE = -3.0  # mean of the units, in their standard deviations
+RARE_UNITS = RectifiedGaussian(64)
+RARE = -3.0  # mean of the units before they are rectified, in standard deviations
 CASES = (
     Case("Gaussian", lambda g: moved(normal(g)), 1.0),
     Case("steps of 0.1 sigma", lambda g: moved((normal(g) * 10).round() / 10), 1.0),
@@ -118,7 +120,7 @@ CASES = (
     Case(
         "units that fire rarely",
         rare_units,
-        float(RectifiedGaussian(64).linear_fisher(RARE)),
+        float(RARE_UNITS.linear_fisher(RARE)),
         RAW_ONLY,
     ),
     Case("antithetic pairs", antithetic, 1.0),
@@ -132,7 +134,7 @@ def measured(case: Case, repeats: int) -> str:
     J, lower, held, above, dependent, resolved = [], [], 0, 0, 0, 0
     for seed in range(repeats):
         data = case.draw(torch.Generator().manual_seed(seed))
-        # behind a map, so that a score does not know its input
+        # Read at the output: the row "input" of a score source is V itself.
         flow = ff.fisher_flow(
             torch.nn.Hardtanh(-1e9, 1e9), data, max_features=case.max_features, seed=seed
         )

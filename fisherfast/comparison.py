@@ -36,7 +36,7 @@ DIVIDES = 3.0
 """Standard errors that J must lie above zero, in every direction, for a ratio to it to be given."""
 
 BY_CHANCE = 0.02
-"""How often the largest of later layers takes the place of a layer that has as much."""
+"""Probability that a layer is replaced although the later layers have no more information."""
 
 ROUNDING = 1e-12
 """Added to a correlation matrix of errors, which may be singular."""
@@ -123,12 +123,13 @@ def compare(a: Measured, b: Measured) -> LayerComparison:
 
 
 def exceeds(a: Measured, b: Measured, of: int = 1) -> bool:
-    """Whether J_a is larger than J_b in every direction, and clearly so about some parameter.
+    """Whether J_a is larger than J_b in every direction, and significantly so for at least one
+    parameter.
 
     Args:
         a, b: two layers.
-        of: how many layers a is the largest of: the more, the clearer it must be, for the largest
-            of several noisy numbers is too large.
+        of: number of layers that a is the largest of. The largest of many noisy numbers is too
+            large, so the significance that is asked for grows with it.
     """
     difference = a.J - b.J
     if not bool(torch.isfinite(difference).all()):

@@ -1,9 +1,9 @@
 """Dither: noise that gives rounded values a density again (docs/theory.md, section 21).
 
-Tangents tell how values move, and a lifted feature averages its slope over them. On a lattice
-(camera counts, files of few digits, half precision) its kink lies between two steps, and the mean
-slope is no derivative of the mean. Gaussian noise of half a step restores it to 0.7 %, and can only
-lose information.
+The derivative of a lifted feature's mean is estimated by its mean slope times the tangents. That
+fails on a lattice (camera counts, files with few digits, half precision): the kink of the feature
+lies between two steps, where no sample sees it. Gaussian noise with a standard deviation of half a
+step brings the derivative back to within 0.7 %, and can only lose information.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from typing import Any
 
 import torch
 
-__all__ = ["HALF_TYPES", "StepMeter", "dither"]
+__all__ = ["HALF_TYPES", "StepMeter", "dither", "dithered"]
 
 ROWS = 256
-"""Samples among which ties are sought: on steps of a thousandth of the spread nine are expected."""
+"""Samples that are searched for ties: steps of a thousandth of the spread give about nine."""
 
 TIED_VALUES = 3
-"""Values that occur more than once on a lattice, at least; an atom, as a ReLU's zero, is one."""
+"""Distinct values that must repeat before they count as a lattice; a ReLU's zero is only one."""
 
 GAP_QUANTILE = 0.75
-"""Of the gaps between neighbouring values: steps of floating numbers differ by powers of two."""
+"""Quantile of the gaps between neighbouring values that is taken as the step: the spacing of
+floating-point numbers is not uniform, and the median would be too small for the larger ones."""
 
 ROOM = 16
-"""Units in the last place that a step must have for noise to be added to the numbers themselves."""
+"""Units in the last place that a step must span before noise is added to the numbers themselves;
+otherwise it would be rounded away."""
 
 LARGEST = 2**22
-"""Values among which ties are sought, at most: 16 MB."""
+"""Values that are searched for ties, at most: 16 MB."""
 
 CHUNK = 256
-"""Samples whose noise comes from one seed, so that it does not depend on the batches."""
+"""Samples whose noise is drawn from one seed."""
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -74,7 +76,7 @@ class StepMeter:
         return self._steps
 
     def _found(self) -> torch.Tensor:
-        values = torch.cat(self._rows).T.sort().values  # [d, n], NaN behind the others
+        values = torch.cat(self._rows).T.sort().values  # [d, n]; NaN sorts last
         gaps = values.diff()
         tied = gaps == 0
         several = tied.clone()  # the first of each run of equal values
@@ -87,8 +89,23 @@ class StepMeter:
         return steps
 
 
+def dithered(
+    values: torch.Tensor, size: torch.Tensor, tangents: torch.Tensor, first: int, *key: Any
+) -> torch.Tensor:
+    """Values [n, ...] with Gaussian noise where they move; see `dither`.
+
+    Args:
+        values: rounded ones.
+        size: standard deviation of the noise, of any shape that broadcasts to theirs.
+        tangents: [P, n, ...] of the values.
+        first, key: as in `dither`.
+    """
+    return values + size * dither(values, first, *key) * (tangents != 0).any(0)
+
+
 def dither(like: torch.Tensor, first: int, *key: Any) -> torch.Tensor:
-    """Standard normal noise [n, ...] for samples from a number on, the same in any batches.
+    """Standard normal noise [n, ...] that belongs to the samples: however they are batched, each
+    gets the same.
 
     Args:
         like: [n, ...], shape, dtype and device.

@@ -430,11 +430,11 @@ def linear_readout(
 
 
 class Choice(NamedTuple):
-    """Of the number of features.
+    """How many features are used, from `choose_features`.
 
     Attributes:
         features: k.
-        plateau: whether J(k) rises no more well before the last lifted feature.
+        plateau: whether J(k) is flat from well before the last lifted feature on.
         doubt: [F, P, P] what the choice adds to the error of J, as deviations of a jackknife.
     """
 

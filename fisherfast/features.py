@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fisherfast import ops
-from fisherfast.dither import HALF_TYPES, StepMeter, dither
+from fisherfast.dither import HALF_TYPES, StepMeter, dithered
 from fisherfast.ridge import (
     AUTO,
     LIFT_RIDGE,
@@ -150,14 +150,14 @@ class PilotMoments:
         """Mean, sum of squared deviations and steps [3, d] of what was added."""
         if self._mean is None:
             raise ValueError("pilot must hold at least one batch, got none")
-        return torch.stack([self._mean, self._square, self.steps()])
+        steps = self._found_steps()
+        steps = torch.zeros_like(self._mean) if steps is None else steps
+        return torch.stack([self._mean, self._square, steps])
 
-    def steps(self) -> torch.Tensor:
-        """[d] float64 between values that are tied, 0 where none are."""
-        if self._mean is None:
-            raise ValueError("pilot must hold at least one batch, got none")
-        steps = self._steps if self._ties is None else self._ties.steps()
-        return torch.zeros_like(self._mean) if steps is None else steps
+    def _found_steps(self) -> torch.Tensor | None:
+        """[d] float64 between values that are tied, 0 where none are; None where none were
+        sought."""
+        return self._steps if self._ties is None else self._ties.steps()
 
     @property
     def noise(self) -> float:
@@ -190,7 +190,7 @@ class PilotMoments:
         told = self._told or [self.ill_conditioned()]
         exact = any(told) or all(one is None for one in told)
         return Standardisation(
-            self._mean, scale, alive, self._rounding, self._noise, exact, self.steps()
+            self._mean, scale, alive, self._rounding, self._noise, exact, self._found_steps()
         )
 
     def ill_conditioned(self) -> bool | None:
@@ -362,9 +362,7 @@ class FeatureDictionary:
             unit = torch.finfo(activations.dtype).eps / 2
             own = unit * activations.abs().to(raw) * self._scale.to(raw)
             size = own if size is None else own.maximum(size)
-        if size is None:
-            return raw
-        return raw + size * dither(raw, first, *key) * (tangents != 0).any(0)
+        return raw if size is None else dithered(raw, size, tangents, first, *key)
 
     def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
         """The ridge [k] of the first k features, relative to their variances [k]."""

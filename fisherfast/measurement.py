@@ -22,10 +22,11 @@ from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Gap
 from fisherfast.default_device import on_host, outside
 from fisherfast.distributed import Ranks
-from fisherfast.dither import StepMeter, dither
+from fisherfast.dither import StepMeter, dithered
 from fisherfast.maps import estimate_map
 from fisherfast.memory_budget import FEW_SAMPLES, LivePeak, Plan, plan, shares
 from fisherfast.meters import (
+    ROUNDED,
     LayerMeter,
     UnmeasuredError,
     not_measured,
@@ -35,7 +36,13 @@ from fisherfast.meters import (
 )
 from fisherfast.probed import PROBE_BYTES, ProbedMeter, unprobed
 from fisherfast.recall import Recall
-from fisherfast.results import FisherFlow, FisherWarning, LayerFisher, warn_of
+from fisherfast.results import (
+    NOT_INDEPENDENT,
+    FisherFlow,
+    FisherWarning,
+    LayerFisher,
+    warn_of,
+)
 from fisherfast.ridge import RidgeSetting
 from fisherfast.status import with_status
 from fisherfast.streams import Streams
@@ -173,8 +180,14 @@ class Measurement:
         self, meter: LayerMeter, contrast: torch.Tensor, ridge: RidgeSetting
     ) -> LayerFisher:
         layer = meter.estimate(self._data, contrast, ridge)
-        compressed = isinstance(meter, WideMeter) and self._settings["probe"] is not None
-        return unprobed(layer) if compressed else layer
+        if isinstance(meter, WideMeter) and self._settings["probe"] is not None:
+            layer = unprobed(layer)
+        notes, independent = list(layer.notes), meter.independent()
+        if meter.largest_step > 0:
+            notes.append(ROUNDED.format(meter.largest_step))
+        if not independent:
+            notes.append(NOT_INDEPENDENT)
+        return replace(layer, independent=independent, notes=tuple(notes))
 
     def _warn(self, layers: tuple[LayerFisher, ...], warning: str | None) -> None:
         if self._quiet:
@@ -230,7 +243,8 @@ class Measurement:
             self._agreement.share_pilot(self._layer_meters, counts=seen > 0)
             for meter in self._layer_meters:
                 meter.prepare(self._data, self._settings)
-            self._dither_input()
+            if self._half_steps is not None and taps.INPUT in self._meters:
+                self._meters[taps.INPUT].note_steps(2 * self._half_steps)
             self._pilot = False
             self._run_all(streams, forward, progress)
 
@@ -277,7 +291,7 @@ class Measurement:
                 forward.run(dual.DualTensor.pack(x, batch.tangents))
 
     def _pilot_input(self, batch: Batch) -> torch.Tensor:
-        """What the model sees of the first samples; of those with tangents, the steps are found."""
+        """The first samples as the model sees them. Steps are sought in those with tangents."""
         if batch.tangents is None:
             return batch.x
         self._moving = (batch.tangents != 0).any(0)
@@ -287,20 +301,13 @@ class Measurement:
         self._half_steps = self._ties.half_steps()
         return self._dithered(batch, 0)
 
-    def _dither_input(self) -> None:
-        """From here on the model sees rounded samples with noise of half a step, and its input is
-        measured so."""
-        meter = self._meters.get(taps.INPUT)
-        if self._half_steps is not None and meter is not None:
-            meter.dithered_before(self._half_steps > 0)
-
     def _dithered(self, batch: Batch, first: int) -> torch.Tensor:
         """The samples [n, ...] of a batch with noise of half a step where their tangents move."""
         if self._half_steps is None or batch.tangents is None:
             return batch.x
         size = self._half_steps.to(batch.x).reshape(batch.x.shape[1:])
-        noise = dither(batch.x, first, self._settings["seed"], self._condition)
-        return batch.x + size * noise * (batch.tangents != 0).any(0)
+        key = self._settings["seed"], self._condition
+        return dithered(batch.x, size, batch.tangents, first, *key)
 
     def _survey(self, streams: Streams) -> None:
         """List the layers on the first samples; with a budget, on as few as tell what they take."""
@@ -406,8 +413,8 @@ class Measurement:
         meter = self._meters.get(name)
         if meter is None or name != meter.site.event or not (self._pilot or meter in self._active):
             return
-        # what the statistics make has no tangents and is no activation, and they never run under
-        # autocast or with gradients, as the network may
+        # the tensors of the statistics are neither dual tensors nor activations to report, and are
+        # computed without the autocast and the gradients that the network may run with
         with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad(), on_host():
             activations, tangents = _parts(output)
             if tuple(activations.shape[1:]) != meter.site.shape:

@@ -36,7 +36,7 @@ from fisherfast.maps import MapMoments
 from fisherfast.marginal import SINGULAR, pack_covariance
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.replicates import HeldSamples, Readout
-from fisherfast.results import NOT_INDEPENDENT, LayerFisher, finite_step_note
+from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.ridge import (
     AUTO,
     HIDDEN_SHARE,
@@ -51,6 +51,7 @@ from fisherfast.uncertainty import jackknife_covariance
 
 __all__ = [
     "NO_TANGENTS",
+    "ROUNDED",
     "LayerMeter",
     "UnmeasuredError",
     "carried_by",
@@ -82,12 +83,13 @@ NOT_CARRIED = (
 )
 
 ROUNDED = (
-    "values are rounded, in steps of up to {:.1g} standard deviations: measured with noise of half"
-    " a step, as tangents of a lattice are no derivative"
+    "values are rounded, in steps of up to {:.1g} standard deviations: noise of half a step was"
+    " added, because tangents do not give the derivative on a lattice"
 )
 
 DEPENDENT = 5.0
-"""Standard errors from zero at which neighbouring samples count as dependent: 6e-7 by chance."""
+"""Standard errors from zero beyond which neighbouring samples count as dependent: 6e-7 by
+chance."""
 
 RIDGE_LOSS = 0.02
 """Part of J that a ridge given as a number may take before a note says so."""
@@ -131,7 +133,7 @@ class Fit:
 
     @cached_property
     def choice(self) -> Choice:
-        """Of the number of features."""
+        """How many features are used, and what that choice adds to the error."""
         return choose_features(self.curve, self.raw)
 
     def carried(self, chosen: int) -> bool:
@@ -173,7 +175,7 @@ class LayerMeter:
     _held: HeldSamples | None = None
     _dither_key: tuple[int, str] | None = None
     largest_step = 0.0
-    """Between rounded activations, in standard deviations."""
+    """The largest step between rounded activations, in their standard deviations."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -221,8 +223,8 @@ class LayerMeter:
         )
         size = self.dictionary.size
         self._dither_key = (settings["seed"], self.site.name)
-        if self.dictionary.half_steps is not None:
-            self.largest_step = 2 * float(self.dictionary.half_steps.max())
+        if standardisation.steps is not None:
+            self.note_steps(standardisation.steps)
         self._grows = bool(settings["grow"])
         self._repeats = all(data.repeats(c) for c in range(data.conditions))
         if settings["grow"]:
@@ -234,10 +236,10 @@ class LayerMeter:
         self._held = HeldSamples(data, settings["folds"], self.dictionary.raw, self._dtype)
         self._prepare_map(standardisation, data.conditions, settings, streams)
 
-    def dithered_before(self, done: torch.Tensor) -> None:
-        """Leave activations bool [d] as they are: they have their noise already."""
-        if self._dither_key is not None and self.dictionary.half_steps is not None:
-            self.dictionary.half_steps = self.dictionary.half_steps.masked_fill(done, 0.0)
+    def note_steps(self, steps: torch.Tensor) -> None:
+        """Remember that activations are rounded to steps [d], which noise was added against."""
+        scale = self.pilot.standardisation().scale
+        self.largest_step = max(self.largest_step, float((steps * scale).max()))
 
     def observe(
         self,
@@ -348,8 +350,8 @@ class LayerMeter:
         return True
 
     def _float32_carries(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
-        """Whether the covariance of the raw activations can be inverted in spite of its rounding;
-        behind an outlier it may not even be positive."""
+        """Whether float32 products of the raw activations give a covariance that can be inverted.
+        An outlier can leave one that is not even positive definite."""
         try:
             return self.fit(contrast, ridge).inverse() <= 3 * FLOAT32_INVERSE
         except UnmeasuredError:
@@ -455,8 +457,11 @@ class LayerMeter:
         return self._held.replicates(curve, k, read, min(self.moments.seen))
 
     def independent(self) -> bool:
-        """Whether neighbouring samples look independent to what `replicates` has read."""
-        return self._held is None or self._held.dependence <= DEPENDENT
+        """Whether neighbouring samples look independent in what `replicates` has read."""
+        return all(held.dependence <= DEPENDENT for held in self._all_held())
+
+    def _all_held(self) -> list[HeldSamples]:
+        return [] if self._held is None else [self._held]
 
     def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
         """V of the score without each fold [F, P, P]."""
@@ -550,8 +555,6 @@ def estimate_layer(
     notes = list(fit.notes)
     if dropped:
         notes.append(f"{dropped} constant features dropped")
-    if meter.largest_step > 0:
-        notes.append(ROUNDED.format(meter.largest_step))
     if dictionary.kind == "sketch":
         notes.append(
             f"sums of {site.dim} activations in random groups, a loose bound: data that can be read"
@@ -587,15 +590,12 @@ def estimate_layer(
         plateau=plateau,
         compressed=dictionary.kind == "sketch",
         carried=fit.carried(chosen),
-        independent=meter.independent(),
         rounding=max(SINGULAR, curve.rounding(chosen, torch.finfo(meter._dtype).eps)),
         replicates=(replicates + doubt if len(replicates) else replicates).cpu(),
         error_covariance=pack_covariance(errors).cpu(),
     )
     if not layer.carried:
         notes.append(NOT_CARRIED)
-    if not layer.independent:
-        notes.append(NOT_INDEPENDENT)
     if ridge != AUTO:
         notes += _loss_by_ridge(meter, fit)
     if site.dim <= min(RESPONSE_WIDTH, dictionary.raw):

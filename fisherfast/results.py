@@ -101,7 +101,8 @@ class LayerFisher:
         compressed: the activations were compressed before they were measured.
         carried: the arithmetic carries the condition of the covariance; where not, information may
             lie below the rounding of the activations.
-        independent: neighbouring samples look independent, as errors and bounds assume.
+        independent: no dependence between neighbouring samples was found; errors and bounds assume
+            that there is none.
         rounding: share of its information about a parameter, when others are unknown, below which
             J is rounding: `crlb` is infinite there.
         replicates: [F, P, P] J without each fold of the samples, scaled so that their jackknife is
@@ -365,8 +366,8 @@ class FisherFlow:
 
         Any function of a later layer is a function of an earlier one, so I_l >= J_m for m after l
         along a chain. Chains are found by the measurement (`LayerFisher.descendants`); a layer
-        inside a residual branch gets nothing from layers after the sum. A later J is taken where it
-        is larger in every direction, by more than the largest of so many layers is by chance.
+        inside a residual branch gets nothing from layers after the sum. A later J must be larger in
+        every direction, and by more than chance makes the largest of that many layers.
         """
         by_name = {layer.name: layer for layer in self}
         tight = []
@@ -579,7 +580,7 @@ def finite_step_note(layer: LayerFisher) -> str | None:
 
 
 def warn_of(layers: tuple[LayerFisher, ...], *, stacklevel: int = 4) -> None:
-    """Say aloud, once, what the layers note about their finite step."""
+    """Warn, once each, of samples that depend on each other and of finite steps too wide."""
     dependent = [layer.name for layer in layers if not layer.independent]
     if dependent:
         names = ", ".join(dependent)
@@ -596,7 +597,7 @@ def _main_names(layer: LayerFisher) -> list[str]:
 
 
 def _trace_of_ratio(J: torch.Tensor, unit: torch.Tensor) -> float:
-    """Sum over the parameters of J in units of another, so that those of theta do not count."""
+    """Sum over the parameters of J relative to another, so that the units of theta cancel."""
     return float((J.diagonal() / unit.diagonal().abs()).nan_to_num().sum())
 
 

@@ -151,6 +151,7 @@ class WideMeter(LayerMeter):
         ]
         self._start = None
         self.measured = []
+        self._halves_held: list[HeldSamples] = []
         self._seen = [0] * data.conditions
         self._seen_before: list[int] | None = None
         self._waiting: list[list[torch.Tensor]] = [[], []]
@@ -353,6 +354,9 @@ class WideMeter(LayerMeter):
 
         samples = min(self.measured[half].seen)
         return self._halves_held[half].replicates(curve, len(index), read, samples)
+
+    def _all_held(self) -> list[HeldSamples]:
+        return self._halves_held
 
     def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
         """V of the score without each fold [F, P, P]."""

@@ -57,6 +57,18 @@ def test_dependent_samples_are_found(case, source):
         assert any("depend on each other" in note for note in layer.notes)
 
 
+def test_wide_layers_are_looked_at():
+    """More activations than samples: the layer is compressed, and each half tells."""
+    trend = torch.linspace(-1, 1, 600)[:, None]
+    x = torch.randn(600, 800, generator=torch.Generator().manual_seed(0)) + trend
+    with pytest.warns(ff.FisherWarning, match="depend on each other"):
+        info = ff.fisher_information(ff.Pathwise(x, torch.ones(1, 600, 800)))
+    assert info.compressed
+    assert not info.independent
+    shuffled = x[torch.randperm(600, generator=torch.Generator().manual_seed(1))]
+    assert ff.fisher_information(ff.Pathwise(shuffled, torch.ones(1, 600, 800))).independent
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_shuffled_they_are_not(source):
     """The same samples in a random order, but for those that are there twice."""

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import fisherfast as ff
-from fisherfast import features
 from fisherfast.dither import CHUNK, StepMeter, dither
 
 N = 8000
@@ -56,7 +55,7 @@ def test_a_lattice_is_no_information(step, kept):
 
 def test_without_noise_the_lattice_is_read(monkeypatch):
     """The power of the test above: the kinks of the lift resolve the steps."""
-    monkeypatch.setattr(features, "dither", lambda like, *_: torch.zeros_like(like))
+    monkeypatch.setattr("fisherfast.dither.dither", lambda like, *_: torch.zeros_like(like))
     assert ff.fisher_information(shifted(0.1)).value > 10
 
 
@@ -70,6 +69,7 @@ def test_counts_of_a_camera_behind_a_network():
     model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 1))
     flow = ff.fisher_flow(model, data)
     assert all(not_above(layer, 16.0) for layer in flow)
+    assert any("rounded" in note for note in flow["input"].notes)
     assert flow["input"].value > 0.88 * 16
 
 

@@ -10,11 +10,12 @@ y_i^T are the linear Fisher information of the first k features, for every k at 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 
+from fisherfast.leverage import inverse_excess, left_out_score, seen_along_curve
 from fisherfast.moments import FoldStatistics
 from fisherfast.ridge import (
     FACTOR_ROUNDING,
@@ -35,6 +36,7 @@ from fisherfast.uncertainty import (
 __all__ = [
     "Choice",
     "FisherCurve",
+    "at_least",
     "choose_features",
     "cross_fitted_bound",
     "fisher_curve",
@@ -60,12 +62,19 @@ behind."""
 LEAST_GAIN = 0.01
 """Gains below this fraction of the standard error of J are treated as zero."""
 
-ENTRY_ERRORS = 4.5
+ENTRY_ERRORS = 3.5
 """The same for a lift to be used at all: the best of `GAIN_POINTS` sizes, with an error from 16
-folds, exceeds it by chance in one of a thousand layers."""
+folds, exceeds it by chance in 3 of a thousand layers (tests/montecarlo/test_choice.py)."""
 
-GAIN_POINTS = 64
-"""Sizes k that are compared with each other."""
+GAIN_POINTS = 32
+"""Sizes k that are compared with each other, in equal ratios of the lifted features: where the
+first few of them carry the information, the noise of the others would hide it."""
+
+WORTH = 0.1
+"""Part of J that more features must not be able to add unnoticed ..."""
+
+MORE_FEATURES = 8
+"""... when there are twice as many lifted ones, or so many more."""
 
 SMALL_TRIANGLE = 128
 """Rows of a triangle that is inverted by a plain solve."""
@@ -93,6 +102,7 @@ class FisherCurve:
         useless: [K, P] the size M of 2 M^2 dk / nu^2, which dk features that add nothing add to the
             variance of J; zero where the jackknife sees it already.
         replicates: [K, F, P, P] the estimate without each fold; their jackknife is in stderr.
+        doubt: [K, P, P] half of what the kept samples changed in J, which is part of its error.
         statistics: what it follows from.
         condition: lower bound on the condition number of the scaled covariance plus ridge.
     """
@@ -108,11 +118,22 @@ class FisherCurve:
     left_out: torch.Tensor
     useless: torch.Tensor
     replicates: torch.Tensor
+    doubt: torch.Tensor
     statistics: FoldStatistics
     condition: float
 
     def __len__(self) -> int:
         return len(self.J)
+
+    def leading(self, k: int) -> FisherCurve:
+        """The curve of the first k features."""
+        statistics = self.statistics.leading(k)
+        values = {
+            field.name: getattr(self, field.name)[:k]
+            for field in fields(self)
+            if field.name not in ("readout", "statistics", "condition")
+        }
+        return replace(self, **values, readout=self.readout[:k, :k], statistics=statistics)
 
     def readout_of(self, k: int) -> torch.Tensor:
         """W = R^-1 D [k, P] of the first k features, in their scale."""
@@ -139,12 +160,15 @@ class FisherCurve:
         empirical = jackknife_covariance(self.replicates[k - 1])
         if self.statistics.score is not None:
             theory, least = score_theory(J, self.statistics.score.covariance, effective, dof)
-            return _at_least(empirical + theory, least)
+            return at_least(empirical + theory, least)
+        empirical = torch.einsum("pq,rs->pqrs", self.doubt[k - 1], self.doubt[k - 1]) + (
+            empirical if self.statistics.paired else 0.0
+        )
         if self.statistics.paired:
             # J may be slightly negative in one direction, and so would be the variance there
             errors = empirical + covariance_covariance(J, dof, effective)
-            return _at_least(errors, torch.zeros_like(errors))
-        return independent_covariance(J, dof, noise, effective)
+            return at_least(errors, torch.zeros_like(errors))
+        return empirical + independent_covariance(J, dof, noise, effective)
 
 
 class SingularCovarianceError(ValueError):
@@ -197,23 +221,39 @@ def fisher_curve(
             f" got {statistics.dof:.0f}: use more samples or fewer features"
         )
     shrink = (statistics.dof - effective - 1) / statistics.dof
+    seen = None
+    if statistics.samples is not None:
+        seen = seen_along_curve(statistics.samples, solved.inverse, half, statistics.dof)
     if statistics.score is not None:
         products = _fold_products(half[:, None], fold_half)
         estimate = score_estimate(naive, effective, products, statistics.score, statistics.dof)
         J, variance, replicates = estimate.J, estimate.variance, estimate.replicates
         left_out = _gains_of_score(products, estimate.share[-1])
         useless = torch.zeros_like(left_out[:, 0])
+        doubt = torch.zeros_like(J)
+        if seen is not None:
+            V = statistics.score.covariance
+            J = left_out_score(seen, naive, effective, V, statistics.dof)
     else:
         across_folds, replicates = _fold_statistic(fold_half, shrink)
-        left_out = torch.diagonal(replicates, dim1=2, dim2=3)
         useless = shrink[:, None] * torch.diagonal(naive, dim1=1, dim2=2)
+        J = across_folds
+        if not statistics.paired:
+            J = shrink[:, None, None] * naive - effective[:, None, None] * statistics.noise
+        doubt = torch.zeros_like(J)
+        if seen is not None:
+            more = inverse_excess(seen, effective, statistics.dof)
+            before, J = J, more @ J @ more.mT
+            doubt = (J - before) / 2
+            replicates = more[:, None] @ replicates @ more.mT[:, None]
+            useless = useless * torch.diagonal(more, dim1=1, dim2=2).square()
+        left_out = torch.diagonal(replicates, dim1=2, dim2=3)
         if statistics.paired:
-            J = across_folds
             jackknife = replicates.var(1, correction=0) * (folds - 1)
             variance = jackknife + covariance_variance(J, statistics.dof, effective)
         else:
-            J = shrink[:, None, None] * naive - effective[:, None, None] * statistics.noise
             variance = independent_variance(J, statistics.dof, statistics.noise, effective)
+        variance = variance + doubt.square()
     return FisherCurve(
         J=J,
         stderr=variance.sqrt(),
@@ -226,6 +266,7 @@ def fisher_curve(
         left_out=left_out,
         useless=useless,
         replicates=replicates,
+        doubt=doubt,
         statistics=statistics,
         condition=solved.condition,
     )
@@ -436,11 +477,13 @@ class Choice(NamedTuple):
         features: k.
         plateau: whether J(k) is flat from well before the last lifted feature on.
         doubt: [F, P, P] what the choice adds to the error of J, as deviations of a jackknife.
+        sensitive: a gain of a tenth of J by twice as many lifted features would have been noticed.
     """
 
     features: int
     plateau: bool
     doubt: torch.Tensor
+    sensitive: bool
 
 
 def choose_features(curve: FisherCurve, first: int) -> Choice:
@@ -476,7 +519,20 @@ def choose_features(curve: FisherCurve, first: int) -> Choice:
         clearest = clear[own, own + 1 + int(following.argmax())]
         doubt = doubt + _doubt(curve, chosen, larger, clearest, GAIN_ERRORS)
     lifted = len(curve) - first
-    return Choice(chosen, lifted > 0 and chosen - first <= PLATEAU * lifted, doubt)
+    plateau = lifted > 0 and chosen - first <= PLATEAU * lifted
+    return Choice(chosen, plateau, doubt, _sensitive(curve, grid, error[own], chosen, first))
+
+
+def _sensitive(
+    curve: FisherCurve, grid: torch.Tensor, error: torch.Tensor, chosen: int, first: int
+) -> bool:
+    """Whether more features that add a tenth of J would have been noticed; error [m, P] is that of
+    the gains from the chosen size on."""
+    more = max(MORE_FEATURES, chosen - first)
+    following = (grid >= min(chosen + more, len(curve)) - 1).nonzero()[0, 0]
+    J = curve.J[chosen - 1].diagonal().clamp_min(0)
+    least = ENTRY_ERRORS if chosen == first else GAIN_ERRORS
+    return chosen == len(curve) or not bool((least * error[following] > WORTH * J).any())
 
 
 def _doubt(
@@ -496,8 +552,10 @@ def _doubt(
 def _gains(curve: FisherCurve, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Numbers [m] of the sizes that are compared, counted from 0, and for each two of them the gain
     J(k') - J(k) [m, m, P] and its standard error."""
-    steps = torch.linspace(first, len(curve), GAIN_POINTS, dtype=torch.float64)
-    grid = steps.round().long().unique().to(curve.J.device) - 1
+    lifted = math.log(max(len(curve) - first, 1))
+    steps = torch.linspace(0.0, lifted, GAIN_POINTS, dtype=torch.float64).exp().round().long()
+    grid = torch.cat([steps.new_tensor([first]), (first + steps).clamp_max(len(curve))]).unique()
+    grid = grid.to(curve.J.device) - 1
     J = torch.diagonal(curve.J, dim1=1, dim2=2)[grid]
     size = curve.useless[grid]
     left_out = curve.left_out[grid]
@@ -539,7 +597,7 @@ def _fold_statistic(
     return value, left_out
 
 
-def _at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """The covariance [P, P, P, P], raised to the least one in every direction."""
     entries = len(covariance) ** 2
     least, covariance = (full.reshape(entries, entries) for full in (least, covariance))

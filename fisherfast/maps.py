@@ -15,12 +15,22 @@ from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, T
 from fisherfast.estimators import SPARE_DOF
 from fisherfast.features import Lift, Standardisation
 from fisherfast.information_map import InformationMap
-from fisherfast.moments import add_pair_products_, lower_triangles, pair_inflation
+from fisherfast.leverage import Seen, inverse_excess, left_out_score, leverage
+from fisherfast.moments import (
+    SampleFeatures,
+    add_pair_products_,
+    lower_triangles,
+    pair_inflation,
+)
+from fisherfast.reservoir import KeptSamples
 from fisherfast.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
 from fisherfast.score import score_estimate
 from fisherfast.uncertainty import covariance_variance, independent_variance
 
 __all__ = ["MapMoments", "estimate_map"]
+
+KEPT_SAMPLES = 256
+"""Samples over all conditions that are kept for their leverages."""
 
 
 class MapMoments:
@@ -58,6 +68,8 @@ class MapMoments:
         self._pilot = pilot
         self._rounding, self._noise = standardisation.rounding, standardisation.noise
         self._held: list[torch.Tensor] = []
+        self._kept = KeptSamples(conditions, KEPT_SAMPLES // conditions, block=folds)
+        self._forgotten = False
         self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
         channels, height, width = pilot.shape
         self._sums = _zeros(pilot, conditions, folds, channels, height, width)
@@ -86,11 +98,13 @@ class MapMoments:
             if carried is not None and carried.ndim > 2:
                 carried = carried.flatten(2)
             self._carried.update(raw, carried, Lift.none(raw), first=first)
+        score = None if carried is None or carried.ndim > 2 else carried
+        self._kept.add(condition, (x - self._pilot).flatten(1), score)
         self._cross += ops.spatial_moments(x, pilot=self._pilot)[1]
         for fold in range(self.folds):
             rows = x[(fold - first) % self.folds :: self.folds]
             self._sums[condition, fold] += (rows - self._pilot).sum(0, dtype=torch.float64)
-        self.skip(condition, len(x))
+        self._count(condition, len(x))
         if self.paired:
             self._held.append(x - self._pilot)
             if len(self._held) == len(self.seen):
@@ -99,6 +113,11 @@ class MapMoments:
 
     def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
         """Count samples whose sums come from elsewhere, see `FoldMoments.skip`."""
+        self._kept.skip(condition, samples)
+        self._forgotten |= first is not None  # of different processes they have the same numbers
+        self._count(condition, samples, first=first)
+
+    def _count(self, condition: int, samples: int, *, first: int | None = None) -> None:
         first = self.seen[condition] if first is None else first
         fold = (first + torch.arange(samples)) % self.folds
         self._counts[condition] += torch.bincount(fold, minlength=self.folds)
@@ -109,6 +128,11 @@ class MapMoments:
         follows."""
         parts = [self._sums, *lower_triangles(self._cross)]
         parts += [self._products] if self.paired else []
+        if not self._forgotten:
+            like = [self._sums.new_empty(0, self._pilot.numel(), dtype=torch.float32)]
+            if isinstance(self._carried, ScoreMoments):
+                like.append(like[0].new_empty(0, self._carried.score_sums.shape[1]))
+            parts += self._kept.dense(like)
         return parts + ([] if self._carried is None else self._carried.shared_sums())
 
     def mirror_(self) -> None:
@@ -142,6 +166,23 @@ class MapMoments:
             torch.einsum("achw,ap->hwcp", means, contrast),
             torch.einsum("afchw,ap->hwcfp", fold_means, contrast),
         )
+
+    def samples(self) -> SampleFeatures | None:
+        """Some of the samples [m, C H W] about the means of their folds; None where none are
+        kept."""
+        if self._forgotten:
+            return None
+        parts, scores = [], []
+        for condition, (numbers, x, *score) in enumerate(self._kept.kept()):
+            fold = (numbers % self.folds).to(x.device)
+            counts = self._counts[condition].to(x.device, torch.float64)[fold, None]
+            scale = (counts / (counts - 1).clamp_min(1)).sqrt()
+            means = self._sums[condition].flatten(1)[fold] / counts
+            parts.append((x.double() - means) * scale)
+            if score and isinstance(self._carried, ScoreMoments):
+                means = self._carried.score_sums[fold] / counts
+                scores.append((score[0].double() - means) * scale)
+        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
 
     def score(self) -> FoldScore | None:
         """Covariance of the score; None for the other sources."""
@@ -219,24 +260,37 @@ def estimate_map(
     derivative, fold_derivatives = moments.derivatives(contrast)
     ridges = moments.ridge(ridge, covariance.diagonal(dim1=-2, dim2=-1))
     columns = torch.cat([derivative, fold_derivatives.flatten(-2)], -1)
-    solved, effective = _solve(covariance, alive, columns, ridges, rounding=ridge == AUTO)
+    solved, effective, known = _solve(covariance, alive, columns, ridges, rounding=ridge == AUTO)
     parameters, folds = derivative.shape[-1], moments.folds
     shrink = ((nu - effective - 1) / nu)[:, None, None]
     half = solved[..., :parameters]
     noise = moments.noise(contrast)
     fold_half = solved[..., parameters:].unflatten(-1, (folds, parameters))
-    score = moments.score()
+    score, samples = moments.score(), moments.samples()
+    seen = None
+    if samples is not None:
+        seen = _seen(samples, covariance, ridges, known, half, nu)
     if score is not None:
         products = torch.einsum("bcp,bcfq->bfpq", half, fold_half)
         estimate = score_estimate(half.mT @ half, effective, products, score, nu)
         J, variance = estimate.J, estimate.variance
-    elif moments.paired or moments.carries:
-        J, left_out = _fold_statistic(fold_half, shrink)
-        jackknife = left_out.var(1, correction=0) * (folds - 1)
-        variance = jackknife + covariance_variance(J, nu, effective)
+        if seen is not None:
+            J = left_out_score(seen, half.mT @ half, effective, score.covariance, nu)
     else:
-        J = shrink * (half.mT @ half) - effective[:, None, None] * noise
-        variance = independent_variance(J, nu, noise, effective)
+        J, left_out = _fold_statistic(fold_half, shrink)
+        paired = moments.paired or moments.carries
+        if not paired:
+            J = shrink * (half.mT @ half) - effective[:, None, None] * noise
+        before = J
+        if seen is not None:
+            more = inverse_excess(seen, effective, nu)
+            J, left_out = more @ J @ more.mT, more[:, None] @ left_out @ more.mT[:, None]
+        if paired:
+            jackknife = left_out.var(1, correction=0) * (folds - 1)
+            variance = jackknife + covariance_variance(J, nu, effective)
+        else:
+            variance = independent_variance(J, nu, noise, effective)
+        variance = variance + ((J - before) / 2).square()
     nothing = (alive.sum(-1) == 0).flatten()[:, None, None]
     J = torch.where(nothing, 0.0, (J + J.mT) / 2)
     stderr = torch.where(nothing, 0.0, (variance + variance.mT).div(2).sqrt())
@@ -253,8 +307,8 @@ def _solve(
     ridge: torch.Tensor,
     *,
     rounding: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """L^-1 of all columns [H W, C, (1 + F) P], and k_eff [H W].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """L^-1 of all columns [H W, C, (1 + F) P], k_eff [H W], and which channels count [H W, C].
 
     Channels that do not vary become features of unit variance without derivative or covariance:
     they add nothing to J, and are not counted. The part of a feature that is ridge is counted with
@@ -274,7 +328,30 @@ def _solve(
     ridge_share = (largest[:, None] * solved.inverse_rows).clamp(0, 1)
     known = counted & (ridge_share <= MOSTLY_RIDGE) if rounding else counted
     half = torch.where(known[..., None], solved.half, 0.0)
-    return half, torch.where(known, 1 - ridge_share, 0.0).sum(-1)
+    return half, torch.where(known, 1 - ridge_share, 0.0).sum(-1), known
+
+
+def _seen(
+    samples: SampleFeatures,
+    covariance: torch.Tensor,
+    ridge: torch.Tensor,
+    known: torch.Tensor,
+    half: torch.Tensor,
+    dof: float,
+) -> Seen:
+    """Some samples as the positions see them; those whose covariance is singular see nothing."""
+    height, width, channels, _ = covariance.shape
+    both = (known[:, :, None] & known[:, None, :]).reshape(covariance.shape)
+    R = torch.where(both, covariance, 0.0)
+    variance = R.diagonal(dim1=-2, dim2=-1)
+    live = known.reshape(variance.shape)
+    variance.copy_(torch.where(live, variance * (1 + ridge), 1.0))
+    factor, failed = torch.linalg.cholesky_ex(R.flatten(0, 1))
+    x = samples.features.reshape(-1, channels, height * width).permute(2, 1, 0)
+    x = torch.where(known[..., None] & (failed == 0)[:, None, None], x, 0.0)
+    whitened = torch.linalg.solve_triangular(factor, x, upper=False).nan_to_num()
+    prediction = torch.einsum("bcm,bcp->mbp", whitened, half)
+    return Seen(leverage(whitened.square().sum(1).T, dof), prediction, samples.score)
 
 
 def _fold_statistic(

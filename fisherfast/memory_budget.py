@@ -28,7 +28,7 @@ from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
 from fisherfast.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE
 from fisherfast.information_map import has_map, is_mapped
 from fisherfast.krylov import KRYLOV_VECTORS, TILE_NUMBERS, TILE_ROWS
-from fisherfast.replicates import KEPT_SAMPLES
+from fisherfast.replicates import KEPT_SAMPLES, kept_samples
 from fisherfast.taps import Site
 
 __all__ = ["LivePeak", "Plan", "Shares", "check_budget", "layer_bytes", "plan", "shares"]
@@ -239,7 +239,7 @@ def layer_bytes(
         k = raw + max(lifted, 0)
         lift = (k - raw) * d * number
         carried = P if data.source == "pathwise" else 0
-        held = number * KEPT_SAMPLES * raw * (1 + carried)
+        held = number * (KEPT_SAMPLES + kept_samples(raw, data.source)) * raw * (1 + carried)
         kept = pilot + lift + held + 3 * number * d
         extra = max(lift // number + BLOCK_ROWS * d, 0) * DOUBLE  # drawn in float64
     moments = 2 * DOUBLE * k * k + DOUBLE * streams * k

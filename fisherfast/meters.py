@@ -34,8 +34,8 @@ from fisherfast.features import (
 from fisherfast.information_map import has_map, is_mapped
 from fisherfast.maps import MapMoments
 from fisherfast.marginal import SINGULAR, pack_covariance
-from fisherfast.moments import FoldMoments, FoldStatistics
-from fisherfast.replicates import HeldSamples, Readout
+from fisherfast.moments import FoldMoments, FoldStatistics, SampleFeatures
+from fisherfast.replicates import LEAST_ERROR, HeldSamples, Readout
 from fisherfast.results import LayerFisher, finite_step_note
 from fisherfast.ridge import (
     AUTO,
@@ -47,7 +47,7 @@ from fisherfast.ridge import (
     RidgeSetting,
 )
 from fisherfast.taps import INPUT, Site
-from fisherfast.uncertainty import jackknife_covariance
+from fisherfast.uncertainty import jackknife_covariance, standard_errors
 
 __all__ = [
     "NO_TANGENTS",
@@ -86,6 +86,19 @@ ROUNDED = (
     "values are rounded, in steps of up to {:.1g} standard deviations: noise of half a step was"
     " added, because tangents do not give the derivative on a lattice"
 )
+
+LEVERAGE_NUMBERS = 2**18
+"""Features of samples whose leverage is computed at all sizes: 512 samples of 512 features, whose
+mean is known to 1 % from them. Twice as many of a score, whose residuals may follow it."""
+
+MIN_LEVERAGE_SAMPLES = 256
+"""However many features there are."""
+
+ERROR_NUMBERS = 2**19
+"""Features of samples that tell the error of J: 1024 samples of 512 features."""
+
+NARROW = 128
+"""Features whose whitening costs little in float64."""
 
 DEPENDENT = 5.0
 """Standard errors from zero beyond which neighbouring samples count as dependent: 6e-7 by
@@ -396,8 +409,11 @@ class LayerMeter:
         size, notes = _affordable(len(alive), raw, whole.dof)
         while True:
             index = alive[:size]
+            seen = replace(
+                whole.select(index), samples=self._samples(index, self._leverage_samples())
+            )
             try:
-                curve = fisher_curve(whole.select(index), ridges[index])
+                curve = fisher_curve(seen, ridges[index])
             except SingularCovarianceError as error:
                 if error.feature <= raw:
                     raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
@@ -405,6 +421,25 @@ class LayerMeter:
                 notes.append(f"features limited to {size}: the next is linear in these")
             else:
                 return Fit(whole, index, raw, ridges[index], curve, lost, tuple(notes))
+
+    def _leverage_samples(self) -> int:
+        """The same number while the dictionary grows."""
+        numbers = LEVERAGE_NUMBERS * (2 if isinstance(self.moments.carried, ScoreMoments) else 1)
+        return max(numbers // self.dictionary.size, MIN_LEVERAGE_SAMPLES)
+
+    def _samples(self, index: torch.Tensor, most: int) -> SampleFeatures | None:
+        """Features in index [k] of so many of the samples that are kept."""
+        if self._held is None:
+            return None
+        lift = self._lift()
+        lift = lift.leading(int((index >= self.dictionary.raw).any()) * len(lift))
+
+        def features(raw: torch.Tensor) -> torch.Tensor:
+            return torch.cat([raw.double(), lift(raw.to(lift.weight.dtype)).double()], 1)
+
+        samples = self._held.samples(features, self.moments, index, most)
+        exact = len(index) <= NARROW or self.dictionary.raw_dtype == torch.float64
+        return samples if exact or samples is None else samples.to(torch.float32)
 
     def _unfit(self) -> bool:
         """Whether the samples are too few, or no activation varies: there is no curve then."""
@@ -455,6 +490,17 @@ class LayerMeter:
             return J.new_empty(0, *J.shape)
         read = self.readout(curve.readout_of(k), index)
         return self._held.replicates(curve, k, read, min(self.moments.seen))
+
+    def error_covariance(self, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
+        """Covariance [P, P, P, P] of the errors of J of the features in index [k], the first of a
+        curve."""
+        k = len(index)
+        if self._held is None:
+            return curve.error_covariance(k)
+        read = self.readout(curve.readout_of(k), index)
+        most = max(ERROR_NUMBERS // k, 1)
+        samples = self._samples(index, most)
+        return self._held.error_covariance(curve.leading(k), samples, read, most)
 
     def independent(self) -> bool:
         """Whether neighbouring samples look independent in what `replicates` has read."""
@@ -560,7 +606,7 @@ def estimate_layer(
             f"sums of {site.dim} activations in random groups, a loose bound: data that can be read"
             " again are compressed instead"
         )
-    chosen, plateau, doubt = fit.choice
+    chosen, plateau, doubt, sensitive = fit.choice
     if meter._rounds_lift() and chosen > (most := fit.exact_features()):
         chosen, plateau = most, False
         notes.append(f"features limited to {most}: float32 products do not carry more")
@@ -569,17 +615,21 @@ def estimate_layer(
     lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
-    errors = curve.error_covariance(chosen) + jackknife_covariance(doubt)
+    errors = meter.error_covariance(curve, index)
+    if moments.carried is None or moments.carried.kind != "score":
+        lower_stderr = _with_tails(lower_stderr, lower, curve, chosen, errors)
+    linear = errors if chosen == raw else meter.error_covariance(curve, fit.alive[:raw])
+    errors = errors + jackknife_covariance(doubt)
     replicates = meter.replicates(curve, index)
     J = curve.J[chosen - 1]
     layer = replace(
         base,
         J=J.cpu(),
-        stderr=torch.einsum("pqpq->pq", errors).sqrt().cpu(),
+        stderr=standard_errors(errors).cpu(),
         lower=lower.cpu(),
         lower_stderr=lower_stderr.cpu(),
         linear=curve.J[raw - 1].cpu(),
-        linear_stderr=curve.stderr[raw - 1].cpu(),
+        linear_stderr=standard_errors(linear).cpu(),
         naive=curve.naive[chosen - 1].cpu(),
         curve_k=points,
         curve_J=curve.J[points - 1].cpu(),
@@ -588,6 +638,7 @@ def estimate_layer(
         feature_kind=kind,
         effective_dim=float(curve.effective_dim[chosen - 1]),
         plateau=plateau,
+        sensitive=sensitive,
         compressed=dictionary.kind == "sketch",
         carried=fit.carried(chosen),
         rounding=max(SINGULAR, curve.rounding(chosen, torch.finfo(meter._dtype).eps)),
@@ -604,6 +655,17 @@ def estimate_layer(
         notes.append(NO_TANGENTS)
     warning = finite_step_note(layer)
     return replace(layer, notes=(*notes, *([warning] if warning else [])))
+
+
+def _with_tails(
+    stderr: torch.Tensor, bound: torch.Tensor, curve: FisherCurve, k: int, errors: torch.Tensor
+) -> torch.Tensor:
+    """Errors [P, P] of the honest bound, which has the tails of the same readout as J(k)."""
+    more = standard_errors(errors).square() - standard_errors(curve.error_covariance(k)).square()
+    J = curve.J[k - 1].diagonal()
+    size = torch.where(J > 0, bound.diagonal() / J, 0.0).clamp(0, 1)
+    variance = stderr.square()
+    return (variance + more * size[:, None] * size).maximum(LEAST_ERROR * variance).sqrt()
 
 
 def _loss_by_ridge(meter: LayerMeter, fit: Fit) -> list[str]:
@@ -701,7 +763,7 @@ def score_information(layer: LayerFisher, meter: LayerMeter) -> LayerFisher:
     folds = torch.cat([score.folds for score in scores if score is not None])
     V = folds.mean(0)
     errors = jackknife_covariance(V - (folds - V) / (len(folds) - 1)).cpu()
-    stderr = torch.einsum("pqpq->pq", errors).sqrt()
+    stderr = standard_errors(errors)
     V = V.cpu()
     return replace(
         layer,

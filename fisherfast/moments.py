@@ -24,6 +24,32 @@ SMALL_TRIANGLE = 8
 
 
 @dataclass(frozen=True)
+class SampleFeatures:
+    """Features of some of the samples about the means of their folds, scaled so that their squares
+    are unbiased.
+
+    Attributes:
+        features: [m, k].
+        score: [m, P] of the same samples, likewise; None for the other sources.
+    """
+
+    features: torch.Tensor
+    score: torch.Tensor | None = None
+
+    def whitened(self, readout: torch.Tensor) -> torch.Tensor:
+        """t [m, k] = L^-1 f, of a readout L^-1 [k, k], in the dtype of the features."""
+        return self.features @ readout.T.to(self.features)
+
+    def to(self, dtype: torch.dtype) -> SampleFeatures:
+        """The features in another dtype."""
+        return SampleFeatures(self.features.to(dtype), self.score)
+
+    def select(self, index: torch.Tensor) -> SampleFeatures:
+        """The features in index (int64 [m])."""
+        return SampleFeatures(self.features[:, index], self.score)
+
+
+@dataclass(frozen=True)
 class FoldStatistics:
     """What the estimators see: one covariance and the derivative of the mean, whole and fold by
     fold.
@@ -38,6 +64,7 @@ class FoldStatistics:
         paired: the conditions share their noise, or the samples carry tangents: Cov(D) is not c S,
             and only the folds tell it.
         score: the covariance of the score, for D = Cov(f, s); None for the other sources.
+        samples: some of the samples, to see where they are not Gaussian; None for none.
     """
 
     covariance: torch.Tensor
@@ -47,6 +74,7 @@ class FoldStatistics:
     noise: torch.Tensor
     paired: bool
     score: FoldScore | None = None
+    samples: SampleFeatures | None = None
 
     @property
     def columns(self) -> torch.Tensor:
@@ -61,6 +89,7 @@ class FoldStatistics:
             covariance=readout.T @ self.covariance @ readout,
             derivative=readout.T @ self.derivative,
             fold_derivatives=readout.T @ self.fold_derivatives,
+            samples=None,
         )
 
     def leading(self, k: int) -> FoldStatistics:
@@ -74,6 +103,7 @@ class FoldStatistics:
             covariance=self.covariance[index][:, index],
             derivative=self.derivative[index],
             fold_derivatives=self.fold_derivatives[:, index],
+            samples=None if self.samples is None else self.samples.select(index),
         )
 
 

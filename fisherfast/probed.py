@@ -338,7 +338,7 @@ class ProbedMeter(LayerMeter):
         sizes = [choose_features(curve, needed) for curve in curves]
         return [
             HalfFit(curve, alive, chosen, plateau, ridges[alive], half)
-            for half, (curve, (chosen, plateau, _)) in enumerate(
+            for half, (curve, (chosen, plateau, *_)) in enumerate(
                 zip(curves, reversed(sizes), strict=True)
             )
         ]

@@ -16,20 +16,44 @@ from collections.abc import Callable
 import torch
 
 from fisherfast.data import Data
-from fisherfast.estimators import FisherCurve
+from fisherfast.derivatives import ScoreMoments
+from fisherfast.estimators import FisherCurve, at_least
+from fisherfast.leverage import excess_covariance, leverage, score_corrections, score_covariance
+from fisherfast.moments import FoldMoments, SampleFeatures
 from fisherfast.reservoir import KeptSamples
+from fisherfast.uncertainty import covariance_of_entries
 
-__all__ = ["KEPT_SAMPLES", "HeldSamples", "Readout"]
+__all__ = ["KEPT_SAMPLES", "HeldSamples", "Readout", "kept_samples"]
 
 KEPT_SAMPLES = 1024
 """Samples over all conditions that are kept: a variance is known to 5 % from them."""
 
+KEPT_NUMBERS = 2**18
+"""Activations of a narrow layer that are kept of more samples, 1 MB of float32 ..."""
+
+MOST_SAMPLES = 8192
+"""... and how many samples at most."""
+
 SPARE_DOF = 3
 """nu - k_eff - 3 degrees of freedom remain of nu in the variance of an inverse covariance."""
+
+LEAST_ERROR = 0.01
+"""Part of a Gaussian variance that light tails leave at least."""
 
 Readout = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
 """From raw features [m, d] and their tangents [m, P, d] (or None): the numbers W^T f [m, P], and
 their tangents [m, P, P], the parameter first."""
+
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+"""Features [m, k] of raw ones [m, d]."""
+
+
+def kept_samples(width: int, source: str) -> int:
+    """Samples over all conditions that are kept of a layer of so many raw features: more where the
+    layer is narrow, and twice as many of a score, whose residuals may follow the leverage."""
+    least = KEPT_SAMPLES * (2 if source == "score" else 1)
+    return max(least, min(KEPT_NUMBERS // width, MOST_SAMPLES))
 
 
 class HeldSamples:
@@ -42,7 +66,7 @@ class HeldSamples:
         dtype: of what is kept.
         share: part of all samples that come here.
 
-    Memory: about 1024 (1 + P) d numbers with tangents, 1024 d without.
+    Memory: of the larger of 1024 d and 2^18 numbers, times 1 + P with tangents.
     """
 
     def __init__(
@@ -51,14 +75,21 @@ class HeldSamples:
         self._source, self._folds = data.source, folds
         self._parameters, self._contrast = data.parameters, data.contrast()
         self._width, self._dtype = width, dtype
-        capacity = int(KEPT_SAMPLES * share) // data.conditions
         counts = [data.samples(c) for c in range(data.conditions)]
         known = None if None in counts or data.sharded else max(n for n in counts if n is not None)
         expected = None if known is None else int(known * share)
-        self._kept = KeptSamples(
-            data.conditions, capacity, block=folds, dtype=dtype, expected=expected
-        )
-
+        self._kept, *more = [
+            KeptSamples(
+                data.conditions,
+                int(samples * share) // data.conditions,
+                block=folds,
+                dtype=dtype,
+                expected=expected,
+            )
+            for samples in sorted({KEPT_SAMPLES, kept_samples(width, data.source)})
+        ]
+        #: More samples of narrow layers, for the tails of their distribution.
+        self._many = more[0] if more else self._kept
         self._forgotten = False
         #: Largest correlation of a sample with its neighbour, in standard errors of independent
         # ones, that `replicates` has seen.
@@ -70,9 +101,9 @@ class HeldSamples:
         if self._source == "pathwise":
             if carried is None:
                 carried = raw.new_zeros(1, 1, 1).expand(self._parameters, *raw.shape)
-            self._kept.add(condition, raw, carried.transpose(0, 1))
-        else:
-            self._kept.add(condition, raw, carried)
+            carried = carried.transpose(0, 1)
+        for kept in self._stores():
+            kept.add(condition, raw, carried)
 
     def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
         """Count samples of a condition that another process adds.
@@ -83,8 +114,12 @@ class HeldSamples:
             first: number of the first of them, where each process counts its own from there on:
                 samples of different processes then have the same numbers, and none are kept.
         """
-        self._kept.skip(condition, samples)
+        for kept in self._stores():
+            kept.skip(condition, samples)
         self._forgotten |= first is not None
+
+    def _stores(self) -> list[KeptSamples]:
+        return [self._kept] if self._many is self._kept else [self._kept, self._many]
 
     def dense(self, device: torch.device) -> list[torch.Tensor]:
         """What all processes together keep, zero where it was added elsewhere."""
@@ -96,7 +131,74 @@ class HeldSamples:
         elif self._source == "score":
             shapes.append((0, self._parameters))
         like = [torch.empty(shape, dtype=self._dtype, device=device) for shape in shapes]
-        return self._kept.dense(like)
+        return [tensor for kept in self._stores() for tensor in kept.dense(like)]
+
+    def samples(
+        self, features: Features, moments: FoldMoments, index: torch.Tensor, most: int
+    ) -> SampleFeatures | None:
+        """Features in index [k] of some of the samples that are kept; None where there are none.
+
+        Args:
+            features: of raw ones [m, d].
+            moments: of these features, for the means of folds.
+            index: int64 [k].
+            most: samples, of all conditions together.
+        """
+        if self._forgotten:
+            return None
+        parts, scores = [], []
+        for condition in range(len(self._contrast)):
+            raw, carried, fold, _ = self._thinned(condition, most)
+            counts = moments.counts[condition].to(raw.device, torch.float64)[fold, None]
+            scale = (counts / (counts - 1)).sqrt()
+            means = moments.sums[condition][:, index][fold] / counts
+            parts.append((features(raw)[:, index] - means) * scale)
+            if isinstance(moments.carried, ScoreMoments):
+                means = moments.carried.score_sums[fold] / counts
+                scores.append((carried - means) * scale)
+        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
+
+    def error_covariance(
+        self, curve: FisherCurve, samples: SampleFeatures | None, read: Readout, most: int
+    ) -> torch.Tensor:
+        """Covariance [P, P, P, P] of the errors of the entries of J of all features of a curve.
+        The samples show what Gaussian theory does not know of it, of a score all of it.
+
+        Args:
+            curve: of k features.
+            samples: theirs, from `samples`.
+            read: applies the readout of the curve.
+            most: as for `samples`.
+        """
+        errors = curve.error_covariance(len(curve))
+        if samples is None:
+            return errors
+        J, dof = curve.J[-1], curve.statistics.dof
+        spare = dof - float(curve.effective_dim[-1]) - SPARE_DOF
+        whitened = samples.whitened(curve.readout).double()
+        u = whitened @ curve.half
+        if samples.score is not None:
+            errors = score_covariance(whitened, u, samples.score, J, curve.naive[-1], dof)
+            looked_at = curve.statistics.samples
+            if looked_at is None:
+                return errors
+            missing = 1 / len(looked_at.features) - 1 / dof
+            changes = score_corrections(whitened, u, samples.score, dof)
+            return errors + covariance_of_entries(changes) * max(missing, 0.0)
+        g = 1 / (1 - leverage(whitened.square().sum(1, keepdim=True), dof))
+        moved = None
+        if self._source == "pathwise":
+            raw, tangents, *_ = self._thinned(0, most)
+            moved = read(raw, tangents)[1]
+        excess = excess_covariance(u * g.sqrt(), moved, J, spare)
+        return at_least(errors + excess, LEAST_ERROR * errors)
+
+    def _thinned(self, condition: int, most: int) -> tuple[torch.Tensor, ...]:
+        """As `_condition`, so few that those of all conditions are at most so many."""
+        store = self._many if most > KEPT_SAMPLES else self._kept
+        parts = self._condition(condition, store)
+        step = -(-len(parts[0]) * len(self._contrast) // most)
+        return tuple(part[::step] for part in parts)
 
     def replicates(self, curve: FisherCurve, k: int, read: Readout, samples: int) -> torch.Tensor:
         """J [F, P, P] of the first k features without each fold; empty where none are kept.
@@ -155,10 +257,12 @@ class HeldSamples:
             crossed = crossed.to(u) + self._by_fold(change + change.mT, fold, samples)
         return squares / len(self._contrast), crossed, scores
 
-    def _condition(self, condition: int) -> tuple[torch.Tensor, ...]:
+    def _condition(
+        self, condition: int, kept: KeptSamples | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """Raw features, what they carry (themselves where there is nothing), folds and numbers of
         the samples."""
-        numbers, raw, *carried = self._kept.kept()[condition]
+        numbers, raw, *carried = (kept or self._kept).kept()[condition]
         fold = (numbers % self._folds).to(raw.device)
         return raw, (carried[0] if carried else raw).double(), fold, numbers
 

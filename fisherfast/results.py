@@ -103,6 +103,7 @@ class LayerFisher:
             lie below the rounding of the activations.
         independent: no dependence between neighbouring samples was found; errors and bounds assume
             that there is none.
+        sensitive: more features that add a tenth of J would have been noticed.
         rounding: share of its information about a parameter, when others are unknown, below which
             J is rounding: `crlb` is infinite there.
         replicates: [F, P, P] J without each fold of the samples, scaled so that their jackknife is
@@ -139,6 +140,7 @@ class LayerFisher:
     compressed: bool = False
     carried: bool = True
     independent: bool = True
+    sensitive: bool = True
     rounding: float = SINGULAR
     replicates: torch.Tensor = field(
         default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")

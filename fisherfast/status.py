@@ -32,6 +32,8 @@ RISE = 1.1
 """Times J that a later layer must show before more features are called for: linear information
 rises by a few per cent through non-linear layers whose J are both right."""
 
+BLIND = "more features that add a tenth of J would not have been noticed: use more samples"
+
 ATTAINED = 0.97
 """Share of a known upper bound beyond which more features cannot add anything worth the name."""
 
@@ -44,7 +46,9 @@ def with_status(layers: Sequence[LayerFisher], *, score: bool) -> tuple[LayerFis
     - "unresolved": J is within two errors of zero (or not finite), and a later layer, which is a
       function of this one alone, is clearly above;
     - "noisy": the error is above a tenth of J, the arithmetic does not carry the covariance,
-      neighbouring samples depend on each other, or the honest bound is clearly above J;
+      neighbouring samples depend on each other, the honest bound is clearly above J, or more
+      features that add a tenth of J would not have been noticed and J is not at a known upper
+      bound;
     - "rising": a later layer shows clearly more, or no plateau of the curve was reached, unless J
       is at a known upper bound: V of a score, the J of a resolved input;
     - "resolved".
@@ -85,12 +89,15 @@ def _status(
         return "noisy", []
     if _bound_is_above(layer):
         return "noisy", ["lower is above J by more than three errors: J is too low"]
+    attained = bound is not None and _attains(layer, bound)
+    if not layer.sensitive and not attained:
+        return "noisy", [BLIND]
     risen = next(_risen(later, layer), None)
     if risen is not None:
         return "rising", [
             f"{risen.name}, a function of this layer, shows more: flow.tightened() carries it back"
         ]
-    if layer.plateau or (bound is not None and _attains(layer, bound)):
+    if layer.plateau or attained:
         return "resolved", []
     return "rising", []
 

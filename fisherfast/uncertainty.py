@@ -11,12 +11,14 @@ import torch
 
 __all__ = [
     "covariance_covariance",
+    "covariance_of_entries",
     "covariance_variance",
     "entry_product",
     "independent_covariance",
     "independent_variance",
     "jackknife_covariance",
     "pair_product",
+    "standard_errors",
 ]
 
 
@@ -41,9 +43,18 @@ def pair_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 def jackknife_covariance(replicates: torch.Tensor) -> torch.Tensor:
     """Covariance [P, P, P, P] of an estimate from its values without each fold [F, P, P]."""
-    folds = len(replicates)
-    centred = replicates - replicates.mean(0)
-    return torch.einsum("fpq,frs->pqrs", centred, centred) * ((folds - 1) / folds)
+    return covariance_of_entries(replicates) * (len(replicates) - 1)
+
+
+def covariance_of_entries(matrices: torch.Tensor) -> torch.Tensor:
+    """Covariance [P, P, P, P] of the entries of matrices [m, P, P]."""
+    centred = matrices - matrices.mean(0)
+    return torch.einsum("mpq,mrs->pqrs", centred, centred) / len(centred)
+
+
+def standard_errors(covariance: torch.Tensor) -> torch.Tensor:
+    """Standard errors [P, P] of the entries of a matrix from their covariance [P, P, P, P]."""
+    return torch.einsum("pqpq->pq", covariance).sqrt()
 
 
 def covariance_covariance(J: torch.Tensor, dof: float, effective: float) -> torch.Tensor:

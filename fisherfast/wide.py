@@ -334,7 +334,7 @@ class WideMeter(LayerMeter):
         fits = [_fit(*one) for one in zip(wholes, indices, ridges, strict=True)]
         sizes = [choose_features(c, min(self._parameters, len(c))) for c, _ in fits]
         halves = []
-        for half, ((curve, index), (chosen, plateau, _)) in enumerate(
+        for half, ((curve, index), (chosen, plateau, *_)) in enumerate(
             zip(fits, reversed(sizes), strict=True)
         ):
             chosen = min(chosen, len(index))

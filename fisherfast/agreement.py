@@ -7,7 +7,6 @@ there on every rank has, and computes, the same. With one process all of this do
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fisherfast.data import Batch, Data
+from fisherfast.dealing import Dealing
 from fisherfast.distributed import Ranks
 from fisherfast.features import PilotMoments
 from fisherfast.memory_budget import Plan
@@ -187,13 +187,13 @@ class Agreement:
         for meter, pilot in zip(meters, merged, strict=True):
             meter.pilot = pilot
 
-    def end_pass(self, meters: Sequence[LayerMeter]) -> None:
-        """Add up what all ranks have seen in a pass."""
+    def end_pass(self, meters: Sequence[LayerMeter], folds: int) -> None:
+        """Add up what all ranks have seen in a pass, dealt to so many folds."""
         if self._ranks is None or self.share is None:
             return
         doing = "adding up the sums of a pass"
         if not self._counted:
-            _count_others(meters, self._ranks)
+            _count_others(meters, self._ranks, folds)
         seen = meters[0].seen if meters else []
         self._ranks.agree(doing, {"samples of a pass": seen})
         self._ranks.add_up(doing, [part for meter in meters for part in meter.shared_sums()])
@@ -225,13 +225,17 @@ class Agreement:
             self._buffers[name] = value.to(torch.uint8).view(like.dtype).view(like.shape)
 
 
-def _count_others(meters: Sequence[LayerMeter], ranks: Ranks) -> None:
+def _count_others(meters: Sequence[LayerMeter], ranks: Ranks, folds: int) -> None:
     """Streams of unknown length: each rank has dealt its samples from the first on."""
     everywhere = ranks.exchange("counting samples", meters[0].seen if meters else [])
     for rank, seen in enumerate(everywhere):
-        for meter, (condition, n) in itertools.product(meters, enumerate(seen)):
-            if rank != ranks.rank:
-                meter.skip(condition, n, first=0)
+        if rank == ranks.rank:
+            continue
+        dealing = Dealing.of(None, folds, rank=rank)
+        for condition, n in enumerate(seen):
+            tally = dealing.tally(0, n)
+            for meter in meters:
+                meter.skip(condition, tally, numbered=False)
 
 
 def checksum(tensor: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from fisherfast import ops
+from fisherfast.dealing import Place
 from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, TangentMoments
 from fisherfast.estimators import SPARE_DOF
 from fisherfast.features import Lift, Standardisation
@@ -72,36 +73,43 @@ class MapMoments:
             self._carried = ScoreMoments(score, pilot.numel(), folds=folds, device=pilot.device)
 
     def update(
-        self, condition: int, activations: torch.Tensor, carried: torch.Tensor | None = None
+        self,
+        condition: int,
+        activations: torch.Tensor,
+        carried: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> None:
-        """Add activations [n, C, H, W] of a condition; sample i is of fold (seen + i) % F.
+        """Add activations [n, C, H, W] of a condition.
 
         Args:
             carried: their tangents [P, n, C, H, W] (None for zero), or the score [n, P].
+            place: folds of the rows, as in `FoldMoments.update`.
         """
         x = activations.double()
-        first = self.seen[condition]
+        if carried is not None and carried.ndim > 2:
+            carried = carried.flatten(2)
+        if place is None:
+            place, order = Place.in_turn(self.seen[condition], len(x), self.folds)
+            x = x[order]
+            carried = None if carried is None else carried[..., order, :]
         if self._carried is not None:
             raw = (x - self._pilot).flatten(1)
-            if carried is not None and carried.ndim > 2:
-                carried = carried.flatten(2)
-            self._carried.update(raw, carried, Lift.none(raw), first=first)
+            self._carried.update(raw, carried, Lift.none(raw), place)
         self._cross += ops.spatial_moments(x, pilot=self._pilot)[1]
-        for fold in range(self.folds):
-            rows = x[(fold - first) % self.folds :: self.folds]
-            self._sums[condition, fold] += (rows - self._pilot).sum(0, dtype=torch.float64)
-        self.skip(condition, len(x))
+        for fold, rows in place.within(0, len(x)):
+            self._sums[condition, fold] += (x[rows] - self._pilot).sum(0, dtype=torch.float64)
+        self.skip(condition, len(x), place.counts)
         if self.paired:
             self._held.append(x - self._pilot)
             if len(self._held) == len(self.seen):
                 add_pair_products_(self._products, self._held)
                 self._held = []
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, samples: int, counts: torch.Tensor | None = None) -> None:
         """Count samples whose sums come from elsewhere, see `FoldMoments.skip`."""
-        first = self.seen[condition] if first is None else first
-        fold = (first + torch.arange(samples)) % self.folds
-        self._counts[condition] += torch.bincount(fold, minlength=self.folds)
+        if counts is None:
+            counts = Place.in_turn(self.seen[condition], samples, self.folds)[0].counts
+        self._counts[condition] += counts
         self.seen[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
+from fisherfast.dealing import Place, Tally
 from fisherfast.derivatives import ScoreMoments, TangentMoments
 from fisherfast.dither import StepMeter
 from fisherfast.estimators import (
@@ -57,6 +58,7 @@ __all__ = [
     "carried_by",
     "curve_points",
     "estimate_layer",
+    "in_turn",
     "no_information",
     "rows_of",
     "score_note",
@@ -248,54 +250,61 @@ class LayerMeter:
         *,
         tangents: torch.Tensor | None = None,
         score: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> torch.Tensor:
         """Add activations [n, ...] of a condition, with what they carry.
 
         Args:
             tangents: [P, n, ...] of the activations; None for none, or for zero.
             score: [n, P] of the samples.
+            place: of the samples, which are sorted by it; None for samples that are dealt in turn.
 
         Returns:
             Whether all of that condition were finite so far, as a 0-d tensor.
         """
         moments = self.moments
+        if place is None:
+            place, activations, tangents, score = in_turn(
+                moments.seen[condition], moments.folds, activations, tangents, score
+            )
         rows = rows_of(activations)
         raw = self.dictionary.raw_features(rows)
         carried = score
         if tangents is not None:
             moved = rows_of(tangents, 1)
             if self._dither_key is not None:
-                first, key = moments.seen[condition], self._dither_key
-                raw = self.dictionary.dithered(raw, rows, moved, first, *key)
+                raw = self.dictionary.dithered(raw, rows, moved, place.numbers, *self._dither_key)
             carried = self.dictionary.raw_tangents(moved, raw)
         if self._held is not None and not moments.known:
-            self._held.add(condition, raw, carried)
-        moments.update(condition, raw, self._lift(), carried)
+            self._held.add(condition, raw, carried, place)
+        moments.update(condition, raw, self._lift(), carried, place)
         self._fit = None
         if moments.paired:
             self._pending.append(raw.to(self.dictionary.lift.weight.dtype))
             if len(self._pending) == len(moments.seen):
                 self._add_products()
         if self.map is not None and not moments.known:
-            self.map.update(condition, activations, score if tangents is None else tangents)
+            carried = score if tangents is None else tangents
+            self.map.update(condition, activations, carried, place)
         finite = torch.isfinite(moments.sums[condition]).all()
         if moments.carried is not None:
             finite = finite & torch.isfinite(moments.carried.sums).all()
         return finite
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
         """Count samples of a condition that another process observes.
 
         Args:
             condition: theirs.
-            samples: how many.
-            first: number of the first of them; None for the one after the last.
+            tally: how many of each cell.
+            numbered: over all processes, see `HeldSamples.skip`.
         """
+        samples, counts = tally.samples, tally.by_fold(self.moments.folds)
         if self.map is not None and not self.moments.known:
-            self.map.skip(condition, samples, first=first)
+            self.map.skip(condition, samples, counts)
         if self._held is not None and not self.moments.known:
-            self._held.skip(condition, samples, first=first)
-        self.moments.skip(condition, samples, first=first)
+            self._held.skip(condition, samples, numbered=numbered)
+        self.moments.skip(condition, samples, counts)
         self._fit = None
 
     def shared_sums(self) -> list[torch.Tensor]:
@@ -528,6 +537,24 @@ def carried_by(data: Data) -> dict[str, int]:
         "tangents": data.parameters if data.source == "pathwise" else 0,
         "score": data.parameters if data.source == "score" else 0,
     }
+
+
+def in_turn(
+    first: int,
+    folds: int,
+    activations: torch.Tensor,
+    tangents: torch.Tensor | None,
+    score: torch.Tensor | None,
+) -> tuple[Place, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The place of a batch that is dealt to folds in turn from sample `first` on, and the batch
+    sorted by it."""
+    place, order = Place.in_turn(first, len(activations), folds)
+    return (
+        place,
+        activations[order],
+        None if tangents is None else tangents[:, order],
+        None if score is None else score[order],
+    )
 
 
 def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Fold moments: all that the estimator needs to know of a layer, streamed, mergeable.
 
-Samples are dealt to F folds in turn; even folds form half A, odd folds half B, so that a half is
-every other row of a batch and no row is ever gathered. Kept are counts and sums per condition and
-fold (vectors) and one matrix of cross products per half, all about a pilot mean and in float64:
-memory is O(k^2), whatever the number of samples. Derived in docs/theory.md, section 3.
+Samples are dealt to F folds (`fisherfast.dealing`); even folds form half A, odd folds half B.
+Batches come sorted by half and fold, so that each is a run of rows. Kept are counts and sums per
+condition and fold (vectors) and one matrix of cross products per half, all about a pilot mean and
+in float64: memory is O(k^2), whatever the number of samples. Derived in docs/theory.md, section 3.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fisherfast import ops
+from fisherfast.dealing import Place
 from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, TangentMoments
 from fisherfast.features import Lift
 
@@ -146,33 +147,38 @@ class FoldMoments:
         raw: torch.Tensor,
         lift: Lift | None = None,
         carried: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> None:
         """Add a batch of one condition.
 
         Args:
             condition: which one.
-            raw: [n, d] raw features about the pilot; row i is of fold (seen + i) % F and half
-                (seen + i) % 2.
+            raw: [n, d] raw features about the pilot.
             lift: makes the other k - d features; None for none.
             carried: tangents [P, n, d] of the raw features (None for zero) or score [n, P], where
                 the samples carry these.
+            place: folds of the rows, which are sorted by them; None for samples that are dealt in
+                turn, row i to fold (seen + i) % F, in the order in which they come.
 
         Cost: n k (k + 1) / 2 + n d (k - d) multiply-adds, those of known features left out.
         """
         lift = Lift.none(raw) if lift is None else lift
-        first, (n, dim) = self.seen[condition], raw.shape
-        known = self.known
+        if place is None:
+            place, order = Place.in_turn(self.seen[condition], len(raw), self.folds)
+            raw = raw[order]
+            carried = None if carried is None else carried[..., order, :]
+        dim, known = raw.shape[1], self.known
         if lift.weight.dtype != raw.dtype:
             if known < dim:
-                self._add(condition, raw, Lift.none(raw), first, known)
+                self._add(condition, raw, Lift.none(raw), place, known)
             raw, known = raw.to(lift.weight.dtype), max(known, dim)
         if known < self.size:
-            self._add(condition, raw, lift, first, known)
+            self._add(condition, raw, lift, place, known)
         if self.carried is not None:
-            self.carried.update(raw, carried, lift, first=first, known=self.known)
-        self.skip(condition, n)
+            self.carried.update(raw, carried, lift, place, known=self.known)
+        self._count(condition, place.counts)
 
-    def _add(self, condition: int, raw: torch.Tensor, lift: Lift, first: int, known: int) -> None:
+    def _add(self, condition: int, raw: torch.Tensor, lift: Lift, place: Place, known: int) -> None:
         """Add sums and products of the features after the first known ones."""
         ops.lift_moments_(
             self.sums[condition],
@@ -181,24 +187,26 @@ class FoldMoments:
             lift.weight,
             lift.bias,
             lift.pilot,
+            offsets=place.offsets_on(raw.device),
             slope=lift.slope,
-            first=first,
             start=known,
         )
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, samples: int, counts: torch.Tensor | None = None) -> None:
         """Count samples of a condition whose sums come from elsewhere, see `shared_sums`.
 
         Args:
             condition: theirs.
             samples: how many.
-            first: number of the first of them; None for the one after the last.
+            counts: int64 [F] of them in each fold; None where they are dealt in turn.
         """
-        first = self.seen[condition] if first is None else first
-        rounds, rest = divmod(samples, self.folds)
-        self._counts[condition] += rounds
-        self._counts[condition, (first + torch.arange(rest)) % self.folds] += 1
-        self.seen[condition] += samples
+        if counts is None:
+            counts = Place.in_turn(self.seen[condition], samples, self.folds)[0].counts
+        self._count(condition, counts)
+
+    def _count(self, condition: int, counts: torch.Tensor) -> None:
+        self._counts[condition] += counts
+        self.seen[condition] += int(counts.sum())
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Views of all that adds up over processes which have each seen other samples, and counted

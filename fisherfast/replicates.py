@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from fisherfast.data import Data
+from fisherfast.dealing import Place
 from fisherfast.estimators import FisherCurve
 from fisherfast.reservoir import KeptSamples
 
@@ -23,6 +24,9 @@ __all__ = ["KEPT_SAMPLES", "HeldSamples", "Readout"]
 
 KEPT_SAMPLES = 1024
 """Samples over all conditions that are kept: a variance is known to 5 % from them."""
+
+NEIGHBOURS = 16
+"""Samples of a block that is kept: 15 pairs of neighbours."""
 
 SPARE_DOF = 3
 """nu - k_eff - 3 degrees of freedom remain of nu in the variance of an inverse covariance."""
@@ -37,26 +41,24 @@ class HeldSamples:
 
     Args:
         data: where they come from.
-        folds: F; sample i is of fold i mod F.
+        folds: F.
         width: raw features of a sample.
         dtype: of what is kept.
-        share: part of all samples that come here.
+
+    Kept are blocks of neighbours, because neighbours show whether samples depend on each other.
 
     Memory: about 1024 (1 + P) d numbers with tangents, 1024 d without.
     """
 
-    def __init__(
-        self, data: Data, folds: int, width: int, dtype: torch.dtype, *, share: float = 1.0
-    ) -> None:
+    def __init__(self, data: Data, folds: int, width: int, dtype: torch.dtype) -> None:
         self._source, self._folds = data.source, folds
         self._parameters, self._contrast = data.parameters, data.contrast()
         self._width, self._dtype = width, dtype
-        capacity = int(KEPT_SAMPLES * share) // data.conditions
+        capacity = KEPT_SAMPLES // data.conditions
         counts = [data.samples(c) for c in range(data.conditions)]
         known = None if None in counts or data.sharded else max(n for n in counts if n is not None)
-        expected = None if known is None else int(known * share)
         self._kept = KeptSamples(
-            data.conditions, capacity, block=folds, dtype=dtype, expected=expected
+            data.conditions, capacity, block=NEIGHBOURS, dtype=dtype, expected=known
         )
 
         self._forgotten = False
@@ -64,27 +66,39 @@ class HeldSamples:
         # ones, that `replicates` has seen.
         self.dependence = 0.0
 
-    def add(self, condition: int, raw: torch.Tensor, carried: torch.Tensor | None) -> None:
+    def add(
+        self,
+        condition: int,
+        raw: torch.Tensor,
+        carried: torch.Tensor | None,
+        place: Place,
+        *,
+        samples: int | None = None,
+    ) -> None:
         """Add raw features [n, d] of a condition with their tangents [P, n, d] (None for zero) or
-        score [n, P]."""
+        score [n, P].
+
+        Args:
+            place: of these samples.
+            samples: of the batch, where these are a half of it; None for all.
+        """
         if self._source == "pathwise":
             if carried is None:
                 carried = raw.new_zeros(1, 1, 1).expand(self._parameters, *raw.shape)
-            self._kept.add(condition, raw, carried.transpose(0, 1))
-        else:
-            self._kept.add(condition, raw, carried)
+            carried = carried.transpose(0, 1)
+        self._kept.add(condition, place, raw, carried, samples=samples)
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, samples: int, *, numbered: bool = True) -> None:
         """Count samples of a condition that another process adds.
 
         Args:
             condition: theirs.
             samples: how many.
-            first: number of the first of them, where each process counts its own from there on:
-                samples of different processes then have the same numbers, and none are kept.
+            numbered: over all processes. Where each counts its own from 0 on, samples of different
+                processes have the same numbers, and none are kept.
         """
         self._kept.skip(condition, samples)
-        self._forgotten |= first is not None
+        self._forgotten |= not numbered
 
     def dense(self, device: torch.device) -> list[torch.Tensor]:
         """What all processes together keep, zero where it was added elsewhere."""
@@ -158,15 +172,15 @@ class HeldSamples:
     def _condition(self, condition: int) -> tuple[torch.Tensor, ...]:
         """Raw features, what they carry (themselves where there is nothing), folds and numbers of
         the samples."""
-        numbers, raw, *carried = self._kept.kept()[condition]
-        fold = (numbers % self._folds).to(raw.device)
-        return raw, (carried[0] if carried else raw).double(), fold, numbers
+        numbers, fold, raw, *carried = self._kept.kept()[condition]
+        return raw, (carried[0] if carried else raw).double(), fold.to(raw.device), numbers
 
     def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, samples: int) -> torch.Tensor:
-        """Sums [F, P, P] of values [m, P, P] in each fold, less their mean, scaled so that their
+        """Sums [F, P, P] in each fold of values [m, P, P] less their mean, scaled so that their
         squares add up to the variance of the mean of so many samples."""
-        sums = values.new_zeros(self._folds, *values.shape[1:]).index_add_(0, fold, values)
-        return (sums - sums.mean(0)) / math.sqrt(max(len(values), 1) * samples)
+        sums = values.new_zeros(self._folds, *values.shape[1:])
+        sums.index_add_(0, fold, values - values.mean(0))
+        return sums / math.sqrt(max(len(values), 1) * samples)
 
     def _left_out(self, sums: torch.Tensor) -> torch.Tensor:
         """In the scale of a jackknife."""

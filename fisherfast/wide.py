@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
+from fisherfast.dealing import Place, Tally, folds_of_half
 from fisherfast.estimators import (
     SPARE_DOF,
     FisherCurve,
@@ -35,6 +36,7 @@ from fisherfast.meters import (
     UnmeasuredError,
     carried_by,
     curve_points,
+    in_turn,
     no_information,
     rows_of,
     worst_dof,
@@ -79,11 +81,6 @@ def fewest_samples(dim: int, data: Data, folds: int) -> int:
     return min(compressed, max(2 * folds, math.ceil(freedom / conditions + folds)))
 
 
-def folds_of_half(folds: int) -> int:
-    """Folds of each half of the samples, an even number."""
-    return max(4, folds // 4 * 2)
-
-
 class WideMeter(LayerMeter):
     """Everything kept of one layer that is compressed, while samples stream by again and again.
 
@@ -92,7 +89,7 @@ class WideMeter(LayerMeter):
         start: `projections` of an earlier measurement of it with the same samples; None for none.
 
     Attributes:
-        spaces: what even and odd samples of each condition teach.
+        spaces: what the samples of even and of odd folds of each condition teach.
         measured: moments of the features in these spaces, each of the other samples; empty while
             the spaces are learned.
     """
@@ -123,7 +120,7 @@ class WideMeter(LayerMeter):
 
     @property
     def parts(self) -> list[FoldMoments]:
-        """Moments of different samples, together of all: even ones first."""
+        """Moments of different samples, together of all: those of even folds first."""
         return self.measured[::-1]
 
     def prepare(self, data: Data, settings: dict[str, Any]) -> None:
@@ -135,7 +132,7 @@ class WideMeter(LayerMeter):
         )
         self._data, self._paired, self._carried = data, data.paired, carried_by(data)
         self._conditions, self._parameters = data.conditions, data.parameters
-        self._folds = folds_of_half(settings["folds"])
+        self._all_folds, self._folds = settings["folds"], folds_of_half(settings["folds"])
         steps = max(min(KRYLOV_VECTORS, settings["max_features"] // data.parameters), 1)
         self.spaces = [
             KrylovSpace(
@@ -165,37 +162,40 @@ class WideMeter(LayerMeter):
         *,
         tangents: torch.Tensor | None = None,
         score: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> torch.Tensor:
         """Add activations [n, ...] of a condition, with what they carry; see `LayerMeter`."""
+        if place is None:
+            place, activations, tangents, score = in_turn(
+                self.seen[condition], self._all_folds, activations, tangents, score
+            )
         if self.map is not None and self._seen_before is None:
-            self.map.update(condition, activations, score if tangents is None else tangents)
+            carried = score if tangents is None else tangents
+            self.map.update(condition, activations, carried, place)
         rows = rows_of(activations)
         moved = None if tangents is None else rows_of(tangents, 1)
-        first = self.seen[condition]
-        self._seen[condition] = first + len(rows)
+        self._seen[condition] += len(rows)
         finite = []
-        for half, own in enumerate(dealt_to_halves(first, rows, moved, score)):
+        for half, own in enumerate(dealt_to_halves(place, rows, moved, score)):
             if self.measured:
-                finite.append(self._measure(1 - half, condition, *own))
+                finite.append(self._measure(half, condition, place, *own))
             else:
                 self.spaces[half].observe(condition, *own)
                 finite.append(self.spaces[half].finite(condition))
         return torch.stack(finite).all()
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
         """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
         if self.map is not None and self._seen_before is None:
-            self.map.skip(condition, samples, first=first)
-        start = self.seen[condition] if first is None else first
+            self.map.skip(condition, tally.samples, tally.by_fold(self._all_folds))
         for half in range(2):
-            count = len(range((half - start) % 2, samples, 2))
+            counts = tally.of_half(half, self._folds)
             if not self.measured:
-                self.spaces[half].skip(condition, count)
+                self.spaces[half].skip(condition, int(counts.sum()))
                 continue
-            before = None if first is None else len(range(half, first, 2))
-            self.measured[1 - half].skip(condition, count, first=before)
-            self._halves_held[1 - half].skip(condition, count, first=first)
-        self._seen[condition] += samples
+            self.measured[1 - half].skip(condition, int(counts.sum()), counts)
+            self._halves_held[1 - half].skip(condition, tally.samples, numbered=numbered)
+        self._seen[condition] += tally.samples
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Views of all that this pass adds up over processes."""
@@ -264,7 +264,7 @@ class WideMeter(LayerMeter):
             for projection in self._projections
         ]
         self._halves_held = [
-            HeldSamples(self._data, self._folds, len(projection), torch.float64, share=0.5)
+            HeldSamples(self._data, self._folds, len(projection), torch.float64)
             for projection in self._projections
         ]
 
@@ -272,21 +272,25 @@ class WideMeter(LayerMeter):
         self,
         half: int,
         condition: int,
+        whole: Place,
         rows: torch.Tensor,
         tangents: torch.Tensor | None,
         score: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Add samples to what is measured in the space of a half. Returns whether all was finite,
-        as a 0-d tensor."""
-        moments, projection = self.measured[half], self._projections[half]
-        features = projected(rows, projection, self._mean).double()
-        carried = score
+        """Measure samples of a half, of a batch in this place, in the space of the other half.
+        Returns whether all was finite, as a 0-d tensor."""
+        other = 1 - half
+        moments, projection = self.measured[other], self._projections[other]
+        place, order = whole.half(half, self._folds)
+        features = projected(rows, projection, self._mean).double()[order]
+        carried = None if score is None else score[order]
         if tangents is not None:
-            carried = torch.stack([projected(tangent, projection) for tangent in tangents])
-        self._halves_held[half].add(condition, features, carried)
-        moments.update(condition, features, carried=carried)
+            moved = [projected(tangent, projection)[order] for tangent in tangents]
+            carried = torch.stack(moved)
+        self._halves_held[other].add(condition, features, carried, place, samples=len(whole))
+        moments.update(condition, features, carried=carried, place=place)
         if self._paired:
-            waiting = self._waiting[half]
+            waiting = self._waiting[other]
             waiting.append(features)
             if len(waiting) == self._conditions:
                 moments.update_products(waiting)

@@ -123,6 +123,14 @@ class FiniteDifference(Data):
         for n, item in sources.deal(source, batch_size, mine):
             yield Gap(n) if item is None else Batch(sources.as_batch(item, name))
 
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """Some samples of a tensor, an array or a Dataset."""
+        source = self._sources[condition]
+        if not sources.divisible(source):
+            return None
+        item = sources.pick(source, numbers)
+        return Batch(sources.as_batch(item, self.condition_name(condition)))
+
     def repeats(self, condition: int) -> bool:
         """Whether each pass over a condition surely gives the same samples in the same order:
         tensors, arrays, Datasets, and DataLoaders that do not shuffle."""

@@ -51,8 +51,8 @@ class PerSample(Data):
         """The checked companion of all samples, for x a tensor; sets `parameters`."""
 
     @abstractmethod
-    def _slice(self, x: torch.Tensor, start: int) -> Batch:
-        """The batch of samples x, the first of them number start, for x a tensor."""
+    def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
+        """The batch of samples x, which are these rows, for x a tensor."""
 
     @abstractmethod
     def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
@@ -101,11 +101,24 @@ class PerSample(Data):
             yield Gap(n) if item is None else self._batch(item, number, start)
             start += n
 
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """Some samples of tensors, arrays or a Dataset."""
+        if not sources.divisible(self._x):
+            return None
+        item = sources.pick(self._x, numbers)
+        if sources.resident(self._x):
+            return self._with(sources.as_batch(item, "x"), numbers)
+        return self._checked(item, "among the first samples")
+
     def _batch(self, item: Any, number: int, start: int) -> Batch:
         """The checked batch of a number, the first of its samples number start."""
-        where = f"in batch {number}"
         if isinstance(self._x, torch.Tensor | np.ndarray):
-            return self._slice(sources.as_batch(item, "x"), start)
+            x = sources.as_batch(item, "x")
+            return self._with(x, slice(start, start + len(x)))
+        return self._checked(item, f"in batch {number}")
+
+    def _checked(self, item: Any, where: str) -> Batch:
+        """The checked batch of what a source that holds pairs has yielded."""
         paired = isinstance(item, list | tuple)
         if not paired or len(item) != 2:
             more = paired and len(item) > 2
@@ -175,8 +188,8 @@ class Pathwise(PerSample):
         self.parameters = len(dx)
         return dx
 
-    def _slice(self, x: torch.Tensor, start: int) -> Batch:
-        return Batch(x, tangents=self._companion[:, start : start + len(x)])
+    def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
+        return Batch(x, tangents=self._companion[:, rows])
 
     def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
         expected = (len(x), self.parameters, *x.shape[1:])
@@ -241,8 +254,8 @@ class Score(PerSample):
         self.parameters = columns.shape[1]
         return columns
 
-    def _slice(self, x: torch.Tensor, start: int) -> Batch:
-        return Batch(x, score=self._companion[start : start + len(x)])
+    def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
+        return Batch(x, score=self._companion[rows])
 
     def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
         columns = companion[:, None] if companion.ndim == 1 else companion

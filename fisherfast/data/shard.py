@@ -65,6 +65,14 @@ class Shard(Data):
         """Number of samples in this share, or None for a stream of unknown length."""
         return self._data.samples(condition)
 
+    def length(self, condition: int) -> int | None:
+        """As the data know it."""
+        return self._data.length(condition)
+
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """Samples of this share."""
+        return self._data.pick(condition, numbers)
+
     def repeats(self, condition: int) -> bool:
         """Whether each pass surely gives the same samples in the same order."""
         return self._data.repeats(condition)

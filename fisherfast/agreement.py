@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fisherfast.data import Batch, Data
+from fisherfast.data.groups import Groups, joined_groups
 from fisherfast.dealing import Dealing
 from fisherfast.distributed import Ranks
 from fisherfast.features import PilotMoments
@@ -78,9 +79,12 @@ class Agreement:
             "conditions of the data": data.conditions,
             "repetition of the data": [data.repeats(c) for c in conditions],
             "layers": repr(layers) if not callable(layers) else "a function",
+            "groups": "none" if data.groups is None else "some",
         }
         if not data.sharded:
             asked["samples per condition"] = counts
+            own = () if data.groups is None else data.groups.numbers
+            asked["groups of the samples"] = [f"checksum {checksum(each):x}" for each in own]
         self._ranks.agree("agreeing on data and settings", asked)
         if model is not None:
             self._agree_on(model, self._ranks)
@@ -88,7 +92,7 @@ class Agreement:
             everywhere = self._ranks.exchange("counting samples", counts)
             self.share, total = shares_of(everywhere, self._ranks.rank)
             self._counted = total is not None
-            data = WholeData(data, total)
+            data = WholeData(data, total, self._groups_of_all(data.groups, self._ranks))
             if total is None and settings["probe"] is not None:
                 raise ValueError(
                     "data must tell how many samples each rank has, for a probe in a group, got"
@@ -99,6 +103,17 @@ class Agreement:
             _check_repeats(data)
         self._ranks.doing = "reading the first samples"
         return data
+
+    def _groups_of_all(self, own: Groups | None, ranks: Ranks) -> Groups | None:
+        """The groups of the samples of all ranks, one share after the other."""
+        if own is None:
+            return None
+        mine = [own.labels, [numbers.tolist() for numbers in own.numbers]]
+        shares = [
+            Groups(tuple(labels), tuple(torch.tensor(n, dtype=torch.int64) for n in numbers))
+            for labels, numbers in ranks.exchange("joining groups", mine)
+        ]
+        return joined_groups(shares)
 
     def copy_buffers(self, model: nn.Module | None) -> None:
         """Give a model the buffers of rank 0 where the ranks had others; inside `evaluation`, which

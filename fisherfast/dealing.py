@@ -99,6 +99,12 @@ class Tally:
     cells: torch.Tensor
 
     @staticmethod
+    def of_groups(count: int, folds: int) -> Tally:
+        """Of so many groups, which are dealt as samples are."""
+        cells = cells_of(folds)
+        return Tally(torch.bincount(_dealt(count, cells).long(), minlength=cells))
+
+    @staticmethod
     def none() -> Tally:
         """Of no sample."""
         return Tally(torch.zeros(0, dtype=torch.int64))

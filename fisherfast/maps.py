@@ -35,6 +35,7 @@ class MapMoments:
         paired: the conditions share their noise.
         tangents: P, where each sample comes with its tangents; 0 for none.
         score: P, where each sample comes with its score; 0 for none.
+        groups: int64 [F] in each fold, as in `FoldMoments`; None for independent samples.
 
     Products are of float64, see `FeatureDictionary`.
 
@@ -51,9 +52,11 @@ class MapMoments:
         paired: bool,
         tangents: int = 0,
         score: int = 0,
+        groups: torch.Tensor | None = None,
     ) -> None:
         self.folds = folds
         self.paired = paired
+        self.groups = groups
         self.seen = [0] * conditions
         pilot = standardisation.mean.reshape(shape)
         self._pilot = pilot
@@ -130,8 +133,15 @@ class MapMoments:
         """Within-fold covariance S [H, W, C, C] and its degrees of freedom."""
         weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
         means = (self._sums / weight.sqrt()).flatten(0, 1).permute(2, 3, 1, 0)
-        dof = int(self._counts.sum()) - self._counts.numel()
-        return (self._cross - means @ means.mT) / dof, dof
+        samples, dof = int(self._counts.sum()), int(self._counts.sum()) - self._counts.numel()
+        scatter = self._cross - means @ means.mT
+        if self.groups is None:
+            return scatter / dof, dof
+        groups = int(self.groups.sum())
+        own = groups - self.folds
+        if not isinstance(self._carried, ScoreMoments):
+            return scatter / (samples * own / groups), own
+        return scatter / dof, own
 
     def derivatives(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """D [H, W, C, P] of all samples, and of each fold alone [H, W, C, F, P]."""
@@ -184,7 +194,7 @@ class MapMoments:
     def pair_inflation(self, covariance: torch.Tensor, alive: torch.Tensor) -> float:
         """1 + sum over pairs of rho^2, as for a whole layer: how much correlated conditions
         over-count their samples."""
-        if not self.paired or not bool(alive.any()):
+        if not self.paired or self.groups is not None or not bool(alive.any()):
             return 1.0
         weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
         means = self._sums / weight
@@ -238,7 +248,7 @@ def estimate_map(
         products = torch.einsum("bcp,bcfq->bfpq", half, fold_half)
         estimate = score_estimate(half.mT @ half, effective, products, score, nu)
         J, variance = estimate.J, estimate.variance
-    elif moments.paired or moments.carries:
+    elif moments.paired or moments.carries or moments.groups is not None:
         J, left_out = _fold_statistic(fold_half, shrink)
         jackknife = left_out.var(1, correction=0) * (folds - 1)
         variance = jackknife + covariance_variance(J, nu, effective)

@@ -384,11 +384,12 @@ class Measurement:
     def _check_samples(self, site: taps.Site, needed: int, reason: str = "") -> None:
         """Refuse what cannot be measured before all samples are read, where their number is
         known."""
-        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        counts = [self._data.units(c) for c in range(self._data.conditions)]
         known = [n for n in counts if n is not None]
         if known and min(known) < needed and not self._data.sharded:
+            units = "samples" if self._data.groups is None else "groups of samples"
             raise ValueError(
-                f"layer {site.name!r} must see at least {needed} samples per"
+                f"layer {site.name!r} must see at least {needed} {units} per"
                 f" condition{reason}, got {min(known)}"
             )
 

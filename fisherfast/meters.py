@@ -62,6 +62,7 @@ __all__ = [
     "no_information",
     "rows_of",
     "score_note",
+    "streams_of",
 ]
 
 CURVE_POINTS = 64
@@ -231,7 +232,7 @@ class LayerMeter:
         self._repeats = all(data.repeats(c) for c in range(data.conditions))
         if settings["grow"]:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
-        streams = {"folds": settings["folds"], "paired": data.paired, **carried_by(data)}
+        streams = streams_of(data, settings["folds"])
         self.moments = FoldMoments(
             size, data.conditions, device=standardisation.mean.device, **streams
         )
@@ -418,7 +419,7 @@ class LayerMeter:
     def _unfit(self) -> bool:
         """Whether the samples are too few, or no activation varies: there is no curve then."""
         moments = self.moments
-        if int(moments.counts.min()) < 2:
+        if moments.fewest < 2:
             return True
         raw = int((moments.variances() > self.rounding_variance())[: self.dictionary.raw].sum())
         return raw == 0 or moments.degrees_of_freedom < raw + SPARE_DOF
@@ -463,7 +464,7 @@ class LayerMeter:
         if self._held is None:
             return J.new_empty(0, *J.shape)
         read = self.readout(curve.readout_of(k), index)
-        return self._held.replicates(curve, k, read, min(self.moments.seen))
+        return self._held.replicates(curve, k, read, self.moments.units)
 
     def independent(self) -> bool:
         """Whether neighbouring samples look independent in what `replicates` has read."""
@@ -476,7 +477,7 @@ class LayerMeter:
         """V of the score without each fold [F, P, P]."""
         if self._held is None:
             return V.new_empty(0, *V.shape)
-        return self._held.replicates_of_score(V, min(self.moments.seen))
+        return self._held.replicates_of_score(V, self.moments.units)
 
     def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         """J, its errors and bounds, after the last pass."""
@@ -515,9 +516,11 @@ class LayerMeter:
 def worst_dof(data: Data, folds: int) -> float | None:
     """Fewest degrees of freedom of a covariance of these samples within folds; None where their
     number is not known."""
-    counts = [data.samples(c) for c in range(data.conditions)]
+    counts = [data.units(c) for c in range(data.conditions)]
     if None in counts:
         return None
+    if data.groups is not None:
+        return float(len(data.groups) - folds)
     dof = float(sum(n for n in counts if n is not None) - folds * data.conditions)
     return dof / data.conditions if data.paired else dof  # the same noise in all conditions
 
@@ -529,6 +532,17 @@ def _groups(dim: int, data: Data, max_features: int, folds: int) -> int | None:
     if dof is None or dof >= dim + SPARE_DOF:
         return max_features if dim > MAX_WIDTH else None
     return max(min(max_features, int(dof / 2) - SPARE_DOF), 1)
+
+
+def streams_of(data: Data, folds: int) -> dict[str, Any]:
+    """What moments must know of the samples of a source, as their arguments."""
+    groups = None if data.groups is None else Tally.of_groups(len(data.groups), folds)
+    return {
+        "folds": folds,
+        "paired": data.paired,
+        "groups": None if groups is None else groups.by_fold(folds),
+        **carried_by(data),
+    }
 
 
 def carried_by(data: Data) -> dict[str, int]:
@@ -650,6 +664,7 @@ def score_note(meter: LayerMeter) -> str | None:
     """A warning where the mean of what was given as score is not zero."""
     errors = [
         moments.carried.mean_error(moments.counts[0].to(moments.sums.device, torch.float64))
+        * math.sqrt(moments.units / min(moments.seen))
         for moments in meter.parts
         if isinstance(moments.carried, ScoreMoments)
     ]
@@ -746,15 +761,19 @@ def score_information(layer: LayerFisher, meter: LayerMeter) -> LayerFisher:
 
 def _check_samples(name: str, raw: int, moments: FoldMoments) -> None:
     """Two samples in every fold, and asked for together with what `_check_freedom` will need."""
-    if int(moments.counts.min()) >= 2:
+    if moments.fewest >= 2:
         return
     least = 2 * moments.folds
     needed = max(least, _needed(raw, 1.0, moments))
     reason = "(two per fold)" if needed == least else f"for its {raw} activations"
     raise UnmeasuredError(
-        f"layer {name!r} must see at least {needed} samples per condition {reason},"
-        f" got {min(moments.seen)}"
+        f"layer {name!r} must see at least {needed} {_units(moments)} per condition {reason},"
+        f" got {moments.units}"
     )
+
+
+def _units(moments: FoldMoments) -> str:
+    return "samples" if moments.groups is None else "groups of samples"
 
 
 def _check_freedom(name: str, raw: int, moments: FoldMoments) -> None:
@@ -763,13 +782,15 @@ def _check_freedom(name: str, raw: int, moments: FoldMoments) -> None:
         return
     inflation = (sum(moments.seen) - moments.counts.numel()) / dof
     raise UnmeasuredError(
-        f"layer {name!r} must see at least {_needed(raw, inflation, moments)} samples per condition"
-        f" for its {raw} activations, got {min(moments.seen)}"
+        f"layer {name!r} must see at least {_needed(raw, inflation, moments)} {_units(moments)} per"
+        f" condition for its {raw} activations, got {moments.units}"
     )
 
 
 def _needed(raw: int, inflation: float, moments: FoldMoments) -> int:
     """Samples per condition whose degrees of freedom carry the raw activations."""
+    if moments.groups is not None:
+        return raw + SPARE_DOF + moments.folds
     cells = moments.counts.numel()
     return math.ceil(((raw + SPARE_DOF) * inflation + cells) / len(moments.seen))
 

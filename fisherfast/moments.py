@@ -36,8 +36,8 @@ class FoldStatistics:
         derivative: D [k, P] float64, derivative of the mean, per unit of theta.
         fold_derivatives: [F, k, P] float64, the same from each fold alone.
         noise: c [P, P] float64; Cov(D) = c S for independent conditions, in 1/theta^2.
-        paired: the conditions share their noise, or the samples carry tangents: Cov(D) is not c S,
-            and only the folds tell it.
+        paired: the conditions share their noise, samples carry tangents or depend on each other in
+            groups: Cov(D) is not c S, and only the folds tell it.
         score: the covariance of the score, for D = Cov(f, s); None for the other sources.
     """
 
@@ -88,6 +88,8 @@ class FoldMoments:
         paired: the conditions share their noise.
         tangents: P, where each sample comes with its tangents; 0 for none.
         score: P, where each sample comes with its score; 0 for none.
+        groups: int64 [F], number of groups in each fold, the same in all conditions, where samples
+            depend on each other; None for independent samples. A group counts as one sample.
         device: of the accumulators.
 
     Features arrive with a pilot subtracted (`FeatureDictionary` does it); the pilot cancels from
@@ -108,12 +110,14 @@ class FoldMoments:
         paired: bool = False,
         tangents: int = 0,
         score: int = 0,
+        groups: torch.Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if folds < 4 or folds % 2:
             raise ValueError(f"folds must be even and at least 4, got {folds}")
         self.folds = folds
         self.paired = paired
+        self.groups = groups
         self.seen = [0] * conditions
         self.known = 0
         self._seen_before: list[int] | None = None
@@ -228,7 +232,12 @@ class FoldMoments:
         """
         known = self.size if known is None else known
         moments = FoldMoments(
-            size, len(self.seen), folds=self.folds, paired=self.paired, device=self.sums.device
+            size,
+            len(self.seen),
+            folds=self.folds,
+            paired=self.paired,
+            groups=self.groups,
+            device=self.sums.device,
         )
         moments.known = known
         moments._seen_before = list(self.seen)
@@ -271,6 +280,7 @@ class FoldMoments:
         return {
             "folds": self.folds,
             "paired": self.paired,
+            "groups": self.groups,
             "known": self.known,
             "seen_before": self._seen_before,
             "seen": list(self.seen),
@@ -290,6 +300,7 @@ class FoldMoments:
             conditions,
             folds=state["folds"],
             paired=state["paired"],
+            groups=state.get("groups"),
             device=state["sums"].device,
         )
         moments.known = state["known"]
@@ -306,7 +317,37 @@ class FoldMoments:
     @property
     def degrees_of_freedom(self) -> float:
         """nu of the covariance of all samples."""
-        return (int(self._counts.sum()) - self._counts.numel()) / self._pair_inflation()
+        return self._freedom(slice(None))
+
+    @property
+    def units(self) -> int:
+        """Independent samples of the condition with the fewest: groups, where there are any."""
+        return min(self.seen) if self.groups is None else int(self.groups.sum())
+
+    @property
+    def fewest(self) -> int:
+        """Independent samples in the fold of a condition with the fewest."""
+        fewest = int(self._counts.min())
+        return fewest if self.groups is None else min(fewest, int(self.groups.min()))
+
+    def _freedom(self, columns: slice) -> float:
+        """nu of the folds in columns: of groups that all conditions have in common, once."""
+        if self.groups is None:
+            counts = self._counts[:, columns]
+            return (int(counts.sum()) - counts.numel()) / self._pair_inflation()
+        groups = self.groups[columns]
+        return float(groups.sum() - len(groups))
+
+    def _scatter_freedom(self, columns: slice) -> float:
+        """What the scatter within the folds in columns is divided by: samples less cells. Where
+        they depend on each other within groups, as if those of a group were the same: the mean of
+        a fold takes the more from its scatter. The scatter of a score has lost as much as that of
+        the features, and is divided by the same."""
+        counts = self._counts[:, columns]
+        if self.groups is None or isinstance(self.carried, ScoreMoments):
+            return float(counts.sum() - counts.numel())
+        groups = self.groups[columns]
+        return float(counts.sum()) * (1 - len(groups) / float(groups.sum()))
 
     def statistics(
         self,
@@ -347,20 +388,21 @@ class FoldMoments:
         means = sums / weight
         cross = cross.tril() + cross.tril(-1).T
         between = torch.einsum("cfi,cfj->ij", means * weight.sqrt(), means * weight.sqrt())
-        cells = counts.numel()
-        total = int(counts.sum())
+        cells, total = counts.numel(), int(counts.sum())
         if total <= cells:
             raise ValueError(
                 f"samples must outnumber the {cells} cells of conditions x folds, got {total}"
             )
+        if self.groups is not None and int(self.groups.min()) < 2:
+            raise ValueError(f"groups must be two per fold at least, got {self.groups.tolist()}")
         per_condition = counts.sum(1).to(device, torch.float64)
         statistics = FoldStatistics(
-            covariance=(cross - between) / (total - cells),
-            dof=(total - cells) / self._pair_inflation(),
+            covariance=(cross - between) / self._scatter_freedom(columns),
+            dof=self._freedom(columns),
             derivative=(sums.sum(1) / per_condition[:, None]).T @ contrast,
             fold_derivatives=means.permute(1, 2, 0) @ contrast,
             noise=contrast.T @ (contrast / per_condition[:, None]),
-            paired=self.paired or self.carried is not None,
+            paired=self.paired or self.carried is not None or self.groups is not None,
         )
         if self.carried is None:
             return statistics

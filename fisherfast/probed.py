@@ -87,6 +87,8 @@ class ProbedMeter(LayerMeter):
         super().prepare(data, settings)
         carried = carried_by(data)
         self._paired, self._carried, self._seed = data.paired, carried, settings["seed"]
+        groups, folds = data.groups, settings["folds"]
+        self._groups = None if groups is None else Tally.of_groups(len(groups), folds)
         columns = self.dictionary.raw * (1 + carried["tangents"]) + carried["score"]
         sample_bytes = torch.float32.itemsize * columns
         capacity = max(self._budget // (data.conditions * sample_bytes), 1)  # of both halves
@@ -222,7 +224,7 @@ class ProbedMeter(LayerMeter):
         """Why the samples of a half are too few to be trained on and measured; "" if they are
         not."""
         features = self.dictionary.raw + contrast.shape[1] + SPARE_DOF
-        in_fold = int(self.moments.counts.min()) // 2  # a half is dealt to as many folds as all
+        in_fold = self.moments.fewest // 2  # a half is dealt to as many folds as all
         if min(self.moments.seen) // 2 >= FEWEST_ROWS and in_fold >= 2:
             halves = [self.moments.statistics(contrast, half) for half in (0, 1)]
             cells = self.moments.counts.numel() // 2
@@ -243,10 +245,10 @@ class ProbedMeter(LayerMeter):
             self._trained.append(trained)
         self._kept = []
         if len(probes) == 2:
-            self.halves = [self._half_meter(probe) for probe in reversed(probes)]
+            self.halves = [self._half_meter(half, probes[1 - half]) for half in range(2)]
 
-    def _half_meter(self, probe: Probe) -> _HalfMeter:
-        """Measures samples that a probe has not seen."""
+    def _half_meter(self, half: int, probe: Probe) -> _HalfMeter:
+        """Measures samples of a half, which a probe has not seen."""
         lifted = self.moments.size - self.dictionary.raw
         dictionary = ProbedDictionary(self.dictionary, probe, lifted)
         moments = FoldMoments(
@@ -254,6 +256,7 @@ class ProbedMeter(LayerMeter):
             len(self.moments.seen),
             folds=self.moments.folds,
             paired=self._paired,
+            groups=None if self._groups is None else self._groups.of_half(half, self.moments.folds),
             device=self.moments.sums.device,
             **self._carried,
         )

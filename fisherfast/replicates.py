@@ -53,6 +53,7 @@ class HeldSamples:
     def __init__(self, data: Data, folds: int, width: int, dtype: torch.dtype) -> None:
         self._source, self._folds = data.source, folds
         self._parameters, self._contrast = data.parameters, data.contrast()
+        self._groups = None if data.groups is None else data.groups.numbers
         self._width, self._dtype = width, dtype
         capacity = KEPT_SAMPLES // data.conditions
         counts = [data.samples(c) for c in range(data.conditions)]
@@ -119,7 +120,7 @@ class HeldSamples:
             curve: of at least k features.
             k: how many are used.
             read: applies the readout `FisherCurve.readout_of(k)`.
-            samples: of each condition, those that are not kept included.
+            samples: independent ones of each condition, those that are not kept included.
         """
         statistics, J = curve.statistics, curve.J[k - 1]
         if self._forgotten:
@@ -143,9 +144,10 @@ class HeldSamples:
         """V [F, P, P] of the score without each fold."""
         if self._forgotten:
             return V.new_empty(0, *V.shape)
-        _, score, fold, _ = self._condition(0)
+        _, score, fold, numbers = self._condition(0)
         s = _about_fold_means(score, fold, self._folds)
-        return V - self._left_out(self._by_fold(_outer(s, s), fold, samples))
+        share = self._units(0, numbers) / samples
+        return V - self._left_out(self._by_fold(_outer(s, s), fold, share))
 
     def _sums(self, read: Readout, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of u u^T, of what changes W^T D + D^T W, and of s s^T: by fold, see `_by_fold`."""
@@ -155,18 +157,20 @@ class HeldSamples:
             raw, carried, fold, numbers = self._condition(condition)
             tangents = carried if self._source == "pathwise" else None
             u, moved = read(raw, tangents)
-            self.dependence = max(self.dependence, _dependence(u, numbers))
+            share = self._units(condition, numbers) / samples
+            groups = None if self._groups is None else self._groups[condition][numbers]
+            self.dependence = max(self.dependence, _dependence(u, numbers, groups))
             own = _about_fold_means(u, fold, self._folds)
-            squares = squares.to(u) + self._by_fold(_outer(own, own), fold, samples)
+            squares = squares.to(u) + self._by_fold(_outer(own, own), fold, share)
             if self._source == "score":
                 s = _about_fold_means(carried, fold, self._folds)
                 change = _outer(s, own)
-                scores = self._by_fold(_outer(s, s), fold, samples)
+                scores = self._by_fold(_outer(s, s), fold, share)
             elif moved is not None:
                 change = moved.mT
             else:
                 change = (u - u.mean(0))[:, :, None] * self._contrast[condition].to(u)
-            crossed = crossed.to(u) + self._by_fold(change + change.mT, fold, samples)
+            crossed = crossed.to(u) + self._by_fold(change + change.mT, fold, share)
         return squares / len(self._contrast), crossed, scores
 
     def _condition(self, condition: int) -> tuple[torch.Tensor, ...]:
@@ -175,22 +179,34 @@ class HeldSamples:
         numbers, fold, raw, *carried = self._kept.kept()[condition]
         return raw, (carried[0] if carried else raw).double(), fold.to(raw.device), numbers
 
-    def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, samples: int) -> torch.Tensor:
+    def _units(self, condition: int, numbers: torch.Tensor) -> int:
+        """How many independent ones are among kept samples of these numbers: groups, where there
+        are any."""
+        if self._groups is None:
+            return len(numbers)
+        return len(self._groups[condition][numbers].unique())
+
+    def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, share: float) -> torch.Tensor:
         """Sums [F, P, P] in each fold of values [m, P, P] less their mean, scaled so that their
-        squares add up to the variance of the mean of so many samples."""
+        squares add up to the variance of the mean of all samples, of which these are a share."""
         sums = values.new_zeros(self._folds, *values.shape[1:])
         sums.index_add_(0, fold, values - values.mean(0))
-        return sums / math.sqrt(max(len(values), 1) * samples)
+        return sums * (math.sqrt(share) / max(len(values), 1))
 
     def _left_out(self, sums: torch.Tensor) -> torch.Tensor:
         """In the scale of a jackknife."""
         return sums * math.sqrt(self._folds / (self._folds - 1))
 
 
-def _dependence(u: torch.Tensor, numbers: torch.Tensor) -> float:
-    """Rank correlation of numbers u [m, P], or of their sizes, with those of the next sample, times
-    the root of the number of pairs: 0 +- 1 for independent samples of any distribution."""
+def _dependence(
+    u: torch.Tensor, numbers: torch.Tensor, groups: torch.Tensor | None = None
+) -> float:
+    """Rank correlation of numbers u [m, P], or of their sizes, with those of the next sample, of
+    another group where there are any, times the root of the number of pairs: 0 +- 1 for independent
+    samples of any distribution."""
     neighbours = (numbers.diff() == 1).to(u.device)
+    if groups is not None:
+        neighbours &= (groups.diff() != 0).to(u.device)
     sizes = (u - u.median(0).values).abs()
     z = torch.stack([_ranks(column) for column in torch.cat([u, sizes], 1).T])
     a, b = z[:, :-1][:, neighbours], z[:, 1:][:, neighbours]

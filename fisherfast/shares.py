@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fisherfast.data import Data, Shard
+from fisherfast.data.groups import Groups
 
 __all__ = ["Share", "WholeData", "shares_of"]
 
@@ -84,11 +85,15 @@ class WholeData(Shard):
     Args:
         data: the share.
         counts: samples of each condition on all ranks; None where that is not known.
+        groups: of all of them; None where they are independent.
     """
 
-    def __init__(self, data: Data, counts: Sequence[int] | None) -> None:
+    def __init__(
+        self, data: Data, counts: Sequence[int] | None, groups: Groups | None = None
+    ) -> None:
         super().__init__(data)
         self._counts = counts
+        self.groups = groups
 
     def samples(self, condition: int) -> int | None:
         """Number of samples on all ranks, or None for streams of unknown length."""

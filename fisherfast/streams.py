@@ -274,6 +274,9 @@ def scattered(samples: int, rows: int) -> torch.Tensor:
 
 def dealings_of(data: Data, folds: int, rank: int) -> list[Dealing]:
     """How the samples of each condition are dealt."""
+    if data.groups is not None:
+        same = {id(own): Dealing.of_groups(own, folds) for own in data.groups.numbers}
+        return [same[id(own)] for own in data.groups.numbers]
     lengths = map(data.length, range(data.conditions))
     return [Dealing.of(length, folds, rank=rank) for length in lengths]
 

@@ -39,6 +39,7 @@ from fisherfast.meters import (
     in_turn,
     no_information,
     rows_of,
+    streams_of,
     worst_dof,
 )
 from fisherfast.moments import FoldMoments, FoldStatistics
@@ -152,7 +153,7 @@ class WideMeter(LayerMeter):
         self._seen = [0] * data.conditions
         self._seen_before: list[int] | None = None
         self._waiting: list[list[torch.Tensor]] = [[], []]
-        streams = {"folds": settings["folds"], "paired": data.paired, **self._carried}
+        streams = streams_of(data, settings["folds"])
         self._prepare_map(standardisation, data.conditions, settings, streams)
 
     def observe(
@@ -252,16 +253,19 @@ class WideMeter(LayerMeter):
     def _prepare_measurement(self) -> None:
         """From here on each half is read in the space that the other has taught."""
         self._projections = [space.projection() for space in self.spaces]
+        groups = self._data.groups
+        tally = None if groups is None else Tally.of_groups(len(groups), self._all_folds)
         self.measured = [
             FoldMoments(
                 len(projection),
                 self._conditions,
                 folds=self._folds,
                 paired=self._paired,
+                groups=None if tally is None else tally.of_half(1 - half, self._folds),
                 **self._carried,
                 device=self._mean.device,
             )
-            for projection in self._projections
+            for half, projection in enumerate(self._projections)
         ]
         self._halves_held = [
             HeldSamples(self._data, self._folds, len(projection), torch.float64)
@@ -304,7 +308,7 @@ class WideMeter(LayerMeter):
         """Two samples in every fold, and a quarter of all must carry the readouts of the bound."""
         freedom = self._parameters + SPARE_DOF
         inflation = float(self._conditions) if self._paired else 1.0  # at worst
-        fewest = min(int(moments.counts.min()) for moments in self.measured)
+        fewest = min(moments.fewest for moments in self.measured)
         if fewest >= 2:
             quarters = [m.statistics(contrast, half) for m in self.measured for half in (0, 1)]
             least = min(quarter.dof for quarter in quarters)
@@ -356,7 +360,7 @@ class WideMeter(LayerMeter):
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             return features[:, index] @ W, None if tangents is None else tangents[..., index] @ W
 
-        samples = min(self.measured[half].seen)
+        samples = self.measured[half].units
         return self._halves_held[half].replicates(curve, len(index), read, samples)
 
     def _all_held(self) -> list[HeldSamples]:
@@ -365,7 +369,7 @@ class WideMeter(LayerMeter):
     def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
         """V of the score without each fold [F, P, P]."""
         parts = [
-            held.replicates_of_score(V.to(self._mean), min(moments.seen)).cpu()
+            held.replicates_of_score(V.to(self._mean), moments.units).cpu()
             for held, moments in zip(self._halves_held, self.measured, strict=True)
         ]
         return replicates_of_mean(parts[::-1])

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from fisherfast.data.groups import Groups
 from fisherfast.dealing import Place, Tally
 
 __all__ = ["Batch", "Data", "Gap", "Round", "abreast", "dealt"]
@@ -127,6 +128,7 @@ class Data(ABC):
         dtheta: [P] full separation of the conditions; empty where there is no finite step.
         paired: the i-th samples of all conditions share their noise.
         sharded: these are the samples of this process alone, see `Shard`.
+        groups: which samples depend on each other; None where all are independent.
     """
 
     source: str
@@ -135,6 +137,7 @@ class Data(ABC):
     dtheta: tuple[float, ...] = ()
     paired: bool = False
     sharded: bool = False
+    groups: Groups | None = None
 
     @abstractmethod
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
@@ -148,6 +151,10 @@ class Data(ABC):
         """Number of samples of a condition where it is known before any is read: the samples are
         dealt to folds by it, the same at every measurement."""
         return self.samples(condition)
+
+    def units(self, condition: int) -> int | None:
+        """Number of independent samples of a condition: of groups, where there are any."""
+        return self.samples(condition) if self.groups is None else len(self.groups)
 
     @abstractmethod
     def repeats(self, condition: int) -> bool:

@@ -34,6 +34,7 @@ class KeptData(Data):
         self.conditions = source.conditions
         self.dtheta = source.dtheta
         self.paired = source.paired
+        self.groups = source.groups
         self.sharded = source.sharded
 
     @property

@@ -11,6 +11,7 @@ import torch
 
 from fisherfast.data import sources
 from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
+from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
 __all__ = ["Pathwise", "Score"]
@@ -24,7 +25,7 @@ class PerSample(Data):
 
     conditions = 1
 
-    def __init__(self, x: Source, companion: Any, parameters: int | None) -> None:
+    def __init__(self, x: Source, companion: Any, parameters: int | None, groups: Any) -> None:
         self._x = sources.check_source(x, "x")
         self._companion = companion
         if isinstance(x, torch.Tensor | np.ndarray):
@@ -45,6 +46,7 @@ class PerSample(Data):
             raise TypeError(f"parameters must be a whole number, got {parameters!r}")
         if self.parameters < 1:
             raise ValueError(f"parameters must be positive, got {self.parameters}")
+        self.groups = check_groups(groups, [x], ["x"])
 
     @abstractmethod
     def _whole_companion(self) -> torch.Tensor:
@@ -150,6 +152,7 @@ class Pathwise(PerSample):
             that yield pairs give it **sample first**, as a loader collates it: batches x [n, ...]
             and dx [n, P, ...], Datasets items x [...] and dx [P, ...].
         parameters: P, for sources that yield pairs; 1 if None.
+        groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
 
     Raises:
         ValueError: dx has another shape or is not finite.
@@ -173,8 +176,10 @@ class Pathwise(PerSample):
     source = "pathwise"
     companion = "dx"
 
-    def __init__(self, x: Source, dx: Any = None, *, parameters: int | None = None) -> None:
-        super().__init__(x, dx, parameters)
+    def __init__(
+        self, x: Source, dx: Any = None, *, parameters: int | None = None, groups: Any = None
+    ) -> None:
+        super().__init__(x, dx, parameters, groups)
 
     def _whole_companion(self) -> torch.Tensor:
         x, dx = self._x, _as_tensor(self._companion, "dx", "[P, n, ...]")
@@ -217,6 +222,7 @@ class Score(PerSample):
             ``Dataset``, ``DataLoader``, iterable or function that yields pairs (x, score).
         score: [n, P] or [n] for one parameter, floating; Datasets give [P] or one number a sample.
         parameters: P, for sources that yield pairs; 1 if None.
+        groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
 
     Raises:
         ValueError: score has another shape or is not finite.
@@ -239,8 +245,10 @@ class Score(PerSample):
     source = "score"
     companion = "score"
 
-    def __init__(self, x: Source, score: Any = None, *, parameters: int | None = None) -> None:
-        super().__init__(x, score, parameters)
+    def __init__(
+        self, x: Source, score: Any = None, *, parameters: int | None = None, groups: Any = None
+    ) -> None:
+        super().__init__(x, score, parameters, groups)
 
     def _whole_companion(self) -> torch.Tensor:
         score = _as_tensor(self._companion, "score", "[n, P]")

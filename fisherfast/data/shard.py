@@ -52,6 +52,7 @@ class Shard(Data):
         self.conditions = data.conditions
         self.dtheta = data.dtheta
         self.paired = data.paired
+        self.groups = data.groups
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Yield the samples of one condition, in order."""

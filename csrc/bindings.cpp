@@ -128,15 +128,16 @@ SpatialMomentsArgs<T> spatial_moments_args(Address x, std::array<index_t, 4> str
 
 template <typename T>
 LiftMomentsArgs<T> lift_moments_args(Address z, index_t row_stride, Address weight, Address bias,
-                                     Address pilot, Address sums, Address cross, Address workspace,
-                                     index_t rows, index_t dim, index_t lifted, index_t folds,
-                                     index_t halves, index_t first, index_t start, index_t size,
+                                     Address pilot, Address offsets, Address sums, Address cross,
+                                     Address workspace, index_t rows, index_t dim, index_t lifted,
+                                     index_t folds, index_t halves, index_t start, index_t size,
                                      double slope) {
   return {pointer<const T>(z),
           row_stride,
           pointer<const T>(weight),
           pointer<const T>(bias),
           pointer<const T>(pilot),
+          pointer<const index_t>(offsets),
           pointer<double>(sums),
           pointer<double>(cross),
           pointer<void>(workspace),
@@ -145,7 +146,6 @@ LiftMomentsArgs<T> lift_moments_args(Address z, index_t row_stride, Address weig
           lifted,
           folds,
           halves,
-          first,
           start,
           size,
           static_cast<T>(slope)};

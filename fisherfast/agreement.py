@@ -7,7 +7,6 @@ there on every rank has, and computes, the same. With one process all of this do
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fisherfast.data import Batch, Data
+from fisherfast.data.groups import Groups, joined_groups
+from fisherfast.dealing import Dealing
 from fisherfast.distributed import Ranks
 from fisherfast.features import PilotMoments
 from fisherfast.memory_budget import Plan
@@ -78,9 +79,12 @@ class Agreement:
             "conditions of the data": data.conditions,
             "repetition of the data": [data.repeats(c) for c in conditions],
             "layers": repr(layers) if not callable(layers) else "a function",
+            "groups": "none" if data.groups is None else "some",
         }
         if not data.sharded:
             asked["samples per condition"] = counts
+            own = () if data.groups is None else data.groups.numbers
+            asked["groups of the samples"] = [f"checksum {checksum(each):x}" for each in own]
         self._ranks.agree("agreeing on data and settings", asked)
         if model is not None:
             self._agree_on(model, self._ranks)
@@ -88,7 +92,7 @@ class Agreement:
             everywhere = self._ranks.exchange("counting samples", counts)
             self.share, total = shares_of(everywhere, self._ranks.rank)
             self._counted = total is not None
-            data = WholeData(data, total)
+            data = WholeData(data, total, self._groups_of_all(data.groups, self._ranks))
             if total is None and settings["probe"] is not None:
                 raise ValueError(
                     "data must tell how many samples each rank has, for a probe in a group, got"
@@ -99,6 +103,17 @@ class Agreement:
             _check_repeats(data)
         self._ranks.doing = "reading the first samples"
         return data
+
+    def _groups_of_all(self, own: Groups | None, ranks: Ranks) -> Groups | None:
+        """The groups of the samples of all ranks, one share after the other."""
+        if own is None:
+            return None
+        mine = [own.labels, [numbers.tolist() for numbers in own.numbers]]
+        shares = [
+            Groups(tuple(labels), tuple(torch.tensor(n, dtype=torch.int64) for n in numbers))
+            for labels, numbers in ranks.exchange("joining groups", mine)
+        ]
+        return joined_groups(shares)
 
     def copy_buffers(self, model: nn.Module | None) -> None:
         """Give a model the buffers of rank 0 where the ranks had others; inside `evaluation`, which
@@ -187,13 +202,13 @@ class Agreement:
         for meter, pilot in zip(meters, merged, strict=True):
             meter.pilot = pilot
 
-    def end_pass(self, meters: Sequence[LayerMeter]) -> None:
-        """Add up what all ranks have seen in a pass."""
+    def end_pass(self, meters: Sequence[LayerMeter], folds: int) -> None:
+        """Add up what all ranks have seen in a pass, dealt to so many folds."""
         if self._ranks is None or self.share is None:
             return
         doing = "adding up the sums of a pass"
         if not self._counted:
-            _count_others(meters, self._ranks)
+            _count_others(meters, self._ranks, folds)
         seen = meters[0].seen if meters else []
         self._ranks.agree(doing, {"samples of a pass": seen})
         self._ranks.add_up(doing, [part for meter in meters for part in meter.shared_sums()])
@@ -225,13 +240,17 @@ class Agreement:
             self._buffers[name] = value.to(torch.uint8).view(like.dtype).view(like.shape)
 
 
-def _count_others(meters: Sequence[LayerMeter], ranks: Ranks) -> None:
+def _count_others(meters: Sequence[LayerMeter], ranks: Ranks, folds: int) -> None:
     """Streams of unknown length: each rank has dealt its samples from the first on."""
     everywhere = ranks.exchange("counting samples", meters[0].seen if meters else [])
     for rank, seen in enumerate(everywhere):
-        for meter, (condition, n) in itertools.product(meters, enumerate(seen)):
-            if rank != ranks.rank:
-                meter.skip(condition, n, first=0)
+        if rank == ranks.rank:
+            continue
+        dealing = Dealing.of(None, folds, rank=rank)
+        for condition, n in enumerate(seen):
+            tally = dealing.tally(0, n)
+            for meter in meters:
+                meter.skip(condition, tally, numbered=False)
 
 
 def checksum(tensor: torch.Tensor) -> int:

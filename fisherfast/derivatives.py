@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fisherfast.dealing import Place
 from fisherfast.features import Lift
 
 __all__ = ["DerivativeMoments", "FoldScore", "ScoreMoments", "TangentMoments"]
@@ -62,8 +63,8 @@ class DerivativeMoments(ABC):
         raw: torch.Tensor,
         carried: torch.Tensor | None,
         lift: Lift,
+        place: Place,
         *,
-        first: int = 0,
         known: int = 0,
     ) -> None:
         """Add a batch.
@@ -73,7 +74,7 @@ class DerivativeMoments(ABC):
             carried: what comes with each sample: tangents [P, n, d] of the raw features (None for
                 zero), or the score [n, P].
             lift: makes the other k - d features.
-            first: number of samples added before; row i is of fold (first + i) mod F.
+            place: folds of the rows, which are sorted by them.
             known: leading features whose sums are complete: only the others are computed.
         """
 
@@ -150,8 +151,8 @@ class TangentMoments(DerivativeMoments):
         raw: torch.Tensor,
         carried: torch.Tensor | None,
         lift: Lift,
+        place: Place,
         *,
-        first: int = 0,
         known: int = 0,
     ) -> None:
         """Add a batch. Cost: n (1 + P) d (k - d) multiply-adds for the lifted features."""
@@ -159,7 +160,7 @@ class TangentMoments(DerivativeMoments):
             return
         dim = raw.shape[1]
         if known < dim:
-            self.sums[..., :dim] += fold_sums(carried, first, self.folds)
+            self.sums[..., :dim] += fold_sums(carried, place)
         begin = max(known, dim)
         rest = lift.following(begin - dim)
         if len(rest) == 0:
@@ -171,7 +172,7 @@ class TangentMoments(DerivativeMoments):
             moved = (carried[:, tile].to(raw.dtype) @ rest.weight.T).mul_(
                 above.mul_(1 - lift.slope).add_(lift.slope)
             )
-            self.sums[..., begin:] += fold_sums(moved, first + start, self.folds)
+            self.sums[..., begin:] += fold_sums(moved, place, start)
 
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
@@ -205,8 +206,8 @@ class ScoreMoments(DerivativeMoments):
         raw: torch.Tensor,
         carried: torch.Tensor | None,
         lift: Lift,
+        place: Place,
         *,
-        first: int = 0,
         known: int = 0,
     ) -> None:
         """Add a batch. Cost: n k (d + P) multiply-adds."""
@@ -218,13 +219,13 @@ class ScoreMoments(DerivativeMoments):
         for start in range(0, len(raw), TILE_ROWS):
             tile = slice(start, start + TILE_ROWS)
             if known < dim:
-                products = fold_products(carried[tile], raw[tile], first + start, self.folds)
-                self.sums[..., :dim] += products
+                self.sums[..., :dim] += fold_products(carried[tile], raw[tile], place, start)
             if len(rest):
-                products = fold_products(carried[tile], rest(raw[tile]), first + start, self.folds)
-                self.sums[..., begin:] += products
-        self.score_sums += fold_sums(carried[None], first, self.folds)[:, 0]
-        self.score_cross += fold_products(carried, carried, first, self.folds)
+                self.sums[..., begin:] += fold_products(
+                    carried[tile], rest(raw[tile]), place, start
+                )
+        self.score_sums += fold_sums(carried[None], place)[:, 0]
+        self.score_cross += fold_products(carried, carried, place)
 
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
@@ -257,25 +258,23 @@ class ScoreMoments(DerivativeMoments):
         }
 
 
-def fold_sums(values: torch.Tensor, first: int, folds: int) -> torch.Tensor:
-    """Sums [F, P, k] float64 of values [P, n, k] over the rows of each fold, row i of fold
-    (first + i) mod F."""
-    whole = values.shape[1] - values.shape[1] % folds
-    sums = values[:, :whole].unflatten(1, (-1, folds)).sum(1, dtype=torch.float64).transpose(0, 1)
-    rest = values[:, whole:].transpose(0, 1)
-    sums[: len(rest)] += rest
-    return sums.roll(first % folds, 0)
+def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tensor:
+    """Sums [F, P, k] float64 over the rows of each fold of values [P, n, k]: the rows of the place
+    from `start` on."""
+    shape = place.folds, values.shape[0], values.shape[2]
+    sums = torch.zeros(shape, dtype=torch.float64, device=values.device)
+    for fold, rows in place.within(start, start + values.shape[1]):
+        torch.sum(values[:, rows], 1, dtype=torch.float64, out=sums[fold])
+    return sums
 
 
 def fold_products(
-    weights: torch.Tensor, features: torch.Tensor, first: int, folds: int
+    weights: torch.Tensor, features: torch.Tensor, place: Place, start: int = 0
 ) -> torch.Tensor:
-    """Sums [F, P, k] of weights [n, P] times features [n, k] over the rows of each fold, in
-    float64: neither TF32 nor cancellation touches them."""
-    features = features.double()
-    whole = len(features) - len(features) % folds
-    by_fold = weights[:whole].unflatten(0, (-1, folds)).permute(1, 2, 0)
-    products = by_fold @ features[:whole].unflatten(0, (-1, folds)).transpose(0, 1)
-    rest = slice(whole, None)
-    products[: len(features) - whole] += weights[rest][:, :, None] * features[rest][:, None, :]
-    return products.roll(first % folds, 0)
+    """Sums [F, P, k] of weights [n, P] times features [n, k] over the rows of each fold: the rows
+    of the place from `start` on. In float64: neither TF32 nor cancellation touches them."""
+    features, weights = features.double(), weights.double()
+    products = features.new_zeros(place.folds, weights.shape[1], features.shape[1])
+    for fold, rows in place.within(start, start + len(features)):
+        torch.mm(weights[rows].T, features[rows], out=products[fold])
+    return products

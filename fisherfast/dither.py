@@ -90,7 +90,11 @@ class StepMeter:
 
 
 def dithered(
-    values: torch.Tensor, size: torch.Tensor, tangents: torch.Tensor, first: int, *key: Any
+    values: torch.Tensor,
+    size: torch.Tensor,
+    tangents: torch.Tensor,
+    numbers: torch.Tensor,
+    *key: Any,
 ) -> torch.Tensor:
     """Values [n, ...] with Gaussian noise where they move; see `dither`.
 
@@ -98,27 +102,30 @@ def dithered(
         values: rounded ones.
         size: standard deviation of the noise, of any shape that broadcasts to theirs.
         tangents: [P, n, ...] of the values.
-        first, key: as in `dither`.
+        numbers, key: as in `dither`.
     """
-    return values + size * dither(values, first, *key) * (tangents != 0).any(0)
+    return values + size * dither(values, numbers, *key) * (tangents != 0).any(0)
 
 
-def dither(like: torch.Tensor, first: int, *key: Any) -> torch.Tensor:
+def dither(like: torch.Tensor, numbers: torch.Tensor, *key: Any) -> torch.Tensor:
     """Standard normal noise [n, ...] that belongs to the samples: however they are batched, each
     gets the same.
 
     Args:
         like: [n, ...], shape, dtype and device.
-        first: number of the first sample.
+        numbers: int64 [n] of the samples.
         key: tells streams of noise apart.
     """
-    stop, chunks = first + len(like), []
-    for chunk in range(first // CHUNK, -(-stop // CHUNK)):
+    if len(numbers) == 0:
+        return torch.zeros_like(like)
+    first, last = int(numbers.min()), int(numbers.max())
+    begin, chunks = first // CHUNK, []
+    for chunk in range(begin, last // CHUNK + 1):
         digest = hashlib.blake2b(repr((*key, chunk)).encode(), digest_size=7).digest()
         generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest, "big"))
         noise = torch.randn(
             CHUNK, *like.shape[1:], generator=generator, dtype=like.dtype, device=like.device
         )
         start = chunk * CHUNK
-        chunks.append(noise[max(first - start, 0) : max(stop - start, 0)])
-    return torch.cat(chunks) if chunks else torch.zeros_like(like)
+        chunks.append(noise[max(first - start, 0) : last + 1 - start])
+    return torch.cat(chunks)[(numbers - first).to(like.device)]

@@ -342,7 +342,7 @@ class FeatureDictionary:
         raw: torch.Tensor,
         activations: torch.Tensor,
         tangents: torch.Tensor,
-        first: int,
+        numbers: torch.Tensor,
         *key: Any,
     ) -> torch.Tensor:
         """Raw features [n, d] of rounded activations [n, d], with noise of half a step where they
@@ -352,7 +352,7 @@ class FeatureDictionary:
             raw: from `raw_features`.
             activations: of any floating dtype; those of a half type are dithered by its rounding.
             tangents: [P, n, d] theirs.
-            first: number of the first sample.
+            numbers: int64 [n] of the samples.
             key: tells streams of noise apart.
         """
         if self.kind == "sketch":
@@ -362,7 +362,7 @@ class FeatureDictionary:
             unit = torch.finfo(activations.dtype).eps / 2
             own = unit * activations.abs().to(raw) * self._scale.to(raw)
             size = own if size is None else own.maximum(size)
-        return raw if size is None else dithered(raw, size, tangents, first, *key)
+        return raw if size is None else dithered(raw, size, tangents, numbers, *key)
 
     def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
         """The ridge [k] of the first k features, relative to their variances [k]."""

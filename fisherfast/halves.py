@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fisherfast.dealing import Place
 from fisherfast.estimators import FisherCurve, cross_fitted_bound
 from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments
@@ -32,7 +33,7 @@ class HalfFit:
         chosen: how many of them are used.
         plateau: that number is on a plateau of the curve.
         ridge: [k] of these features.
-        half: whose samples were measured, 0 for even ones.
+        half: whose samples were measured, 0 for those of even folds.
         replicates: [F, P, P] J without each fold of this half; None where it is not known.
     """
 
@@ -62,25 +63,24 @@ class HalfFit:
 
 
 def dealt_to_halves(
-    first: int,
+    place: Place,
     rows: torch.Tensor,
     tangents: torch.Tensor | None,
     score: torch.Tensor | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-    """Yield what each half has of a batch: every other sample, by its number in the condition.
+    """Yield what each half has of a batch, as views.
 
     Args:
-        first: number of the first sample.
+        place: of the batch.
         rows: [n, d] activations.
         tangents: [P, n, d], or None.
         score: [n, P], or None.
     """
-    for half in range(2):
-        chosen = slice((half - first) % 2, None, 2)
+    for own in place.halves:
         yield (
-            rows[chosen],
-            None if tangents is None else tangents[:, chosen],
-            None if score is None else score[chosen],
+            rows[own],
+            None if tangents is None else tangents[:, own],
+            None if score is None else score[own],
         )
 
 
@@ -142,8 +142,8 @@ def _replicates(halves: Sequence[HalfFit]) -> torch.Tensor:
 
 
 def replicates_of_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The mean of both halves without each fold [F, P, P], of replicates [F / 2, P, P] of even and
-    of odd samples: even folds are those of even samples; empty where one is."""
+    """The mean of both halves without each fold [F, P, P], of replicates [F / 2, P, P] of each,
+    whose folds are the even and the odd ones; empty where one is."""
     if not all(map(len, parts)):
         return parts[0].new_empty(0, *parts[0].shape[1:]).cpu()
     means = torch.stack([part.mean(0) for part in parts])

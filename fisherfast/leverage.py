@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 MOST_LEVERAGE = 1 - 1e-6
-"""A sample that determines a feature alone has leverage 1: without it the covariance is singular."""
+"""A sample that determines a feature alone has leverage 1: without it the covariance is
+singular."""
 
 NOTHING = 1e-9
 """Share of a variance that is rounding."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from fisherfast import ops
+from fisherfast.dealing import Place
 from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, TangentMoments
 from fisherfast.estimators import SPARE_DOF
 from fisherfast.features import Lift, Standardisation
@@ -44,6 +45,7 @@ class MapMoments:
         paired: the conditions share their noise.
         tangents: P, where each sample comes with its tangents; 0 for none.
         score: P, where each sample comes with its score; 0 for none.
+        groups: int64 [F] in each fold, as in `FoldMoments`; None for independent samples.
 
     Products are of float64, see `FeatureDictionary`.
 
@@ -60,9 +62,11 @@ class MapMoments:
         paired: bool,
         tangents: int = 0,
         score: int = 0,
+        groups: torch.Tensor | None = None,
     ) -> None:
         self.folds = folds
         self.paired = paired
+        self.groups = groups
         self.seen = [0] * conditions
         pilot = standardisation.mean.reshape(shape)
         self._pilot = pilot
@@ -84,43 +88,58 @@ class MapMoments:
             self._carried = ScoreMoments(score, pilot.numel(), folds=folds, device=pilot.device)
 
     def update(
-        self, condition: int, activations: torch.Tensor, carried: torch.Tensor | None = None
+        self,
+        condition: int,
+        activations: torch.Tensor,
+        carried: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> None:
-        """Add activations [n, C, H, W] of a condition; sample i is of fold (seen + i) % F.
+        """Add activations [n, C, H, W] of a condition.
 
         Args:
             carried: their tangents [P, n, C, H, W] (None for zero), or the score [n, P].
+            place: folds of the rows, as in `FoldMoments.update`.
         """
         x = activations.double()
-        first = self.seen[condition]
+        if carried is not None and carried.ndim > 2:
+            carried = carried.flatten(2)
+        if place is None:
+            place, order = Place.in_turn(self.seen[condition], len(x), self.folds)
+            x = x[order]
+            carried = None if carried is None else carried[..., order, :]
         if self._carried is not None:
             raw = (x - self._pilot).flatten(1)
-            if carried is not None and carried.ndim > 2:
-                carried = carried.flatten(2)
-            self._carried.update(raw, carried, Lift.none(raw), first=first)
+            self._carried.update(raw, carried, Lift.none(raw), place)
         score = None if carried is None or carried.ndim > 2 else carried
-        self._kept.add(condition, (x - self._pilot).flatten(1), score)
+        self._kept.add(condition, place, (x - self._pilot).flatten(1), score)
         self._cross += ops.spatial_moments(x, pilot=self._pilot)[1]
-        for fold in range(self.folds):
-            rows = x[(fold - first) % self.folds :: self.folds]
-            self._sums[condition, fold] += (rows - self._pilot).sum(0, dtype=torch.float64)
-        self._count(condition, len(x))
+        for fold, rows in place.within(0, len(x)):
+            self._sums[condition, fold] += (x[rows] - self._pilot).sum(0, dtype=torch.float64)
+        self._count(condition, len(x), place.counts)
         if self.paired:
             self._held.append(x - self._pilot)
             if len(self._held) == len(self.seen):
                 add_pair_products_(self._products, self._held)
                 self._held = []
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
-        """Count samples whose sums come from elsewhere, see `FoldMoments.skip`."""
+    def skip(
+        self,
+        condition: int,
+        samples: int,
+        counts: torch.Tensor | None = None,
+        *,
+        numbered: bool = True,
+    ) -> None:
+        """Count samples whose sums come from elsewhere, see `FoldMoments.skip` and
+        `HeldSamples.skip`."""
         self._kept.skip(condition, samples)
-        self._forgotten |= first is not None  # of different processes they have the same numbers
-        self._count(condition, samples, first=first)
+        self._forgotten |= not numbered
+        self._count(condition, samples, counts)
 
-    def _count(self, condition: int, samples: int, *, first: int | None = None) -> None:
-        first = self.seen[condition] if first is None else first
-        fold = (first + torch.arange(samples)) % self.folds
-        self._counts[condition] += torch.bincount(fold, minlength=self.folds)
+    def _count(self, condition: int, samples: int, counts: torch.Tensor | None = None) -> None:
+        if counts is None:
+            counts = Place.in_turn(self.seen[condition], samples, self.folds)[0].counts
+        self._counts[condition] += counts
         self.seen[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:
@@ -146,8 +165,15 @@ class MapMoments:
         """Within-fold covariance S [H, W, C, C] and its degrees of freedom."""
         weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
         means = (self._sums / weight.sqrt()).flatten(0, 1).permute(2, 3, 1, 0)
-        dof = int(self._counts.sum()) - self._counts.numel()
-        return (self._cross - means @ means.mT) / dof, dof
+        samples, dof = int(self._counts.sum()), int(self._counts.sum()) - self._counts.numel()
+        scatter = self._cross - means @ means.mT
+        if self.groups is None:
+            return scatter / dof, dof
+        groups = int(self.groups.sum())
+        own = groups - self.folds
+        if not isinstance(self._carried, ScoreMoments):
+            return scatter / (samples * own / groups), own
+        return scatter / dof, own
 
     def derivatives(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """D [H, W, C, P] of all samples, and of each fold alone [H, W, C, F, P]."""
@@ -173,8 +199,8 @@ class MapMoments:
         if self._forgotten:
             return None
         parts, scores = [], []
-        for condition, (numbers, x, *score) in enumerate(self._kept.kept()):
-            fold = (numbers % self.folds).to(x.device)
+        for condition, (_, fold, x, *score) in enumerate(self._kept.kept()):
+            fold = fold.to(x.device)
             counts = self._counts[condition].to(x.device, torch.float64)[fold, None]
             scale = (counts / (counts - 1).clamp_min(1)).sqrt()
             means = self._sums[condition].flatten(1)[fold] / counts
@@ -217,7 +243,7 @@ class MapMoments:
     def pair_inflation(self, covariance: torch.Tensor, alive: torch.Tensor) -> float:
         """1 + sum over pairs of rho^2, as for a whole layer: how much correlated conditions
         over-count their samples."""
-        if not self.paired or not bool(alive.any()):
+        if not self.paired or self.groups is not None or not bool(alive.any()):
             return 1.0
         weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
         means = self._sums / weight
@@ -278,7 +304,7 @@ def estimate_map(
             J = left_out_score(seen, half.mT @ half, effective, score.covariance, nu)
     else:
         J, left_out = _fold_statistic(fold_half, shrink)
-        paired = moments.paired or moments.carries
+        paired = moments.paired or moments.carries or moments.groups is not None
         if not paired:
             J = shrink * (half.mT @ half) - effective[:, None, None] * noise
         before = J

@@ -20,6 +20,7 @@ from fisherfast._progress import progress_bar
 from fisherfast.agreement import Agreement
 from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Gap
+from fisherfast.dealing import Dealing, Place
 from fisherfast.default_device import on_host, outside
 from fisherfast.distributed import Ranks
 from fisherfast.dither import StepMeter, dithered
@@ -97,15 +98,17 @@ class Measurement:
         self._sites: list[taps.Site] = []
         self._meters: dict[str, LayerMeter] = {}
         self._active: list[LayerMeter] = []
-        self._finite: list[tuple[str, int, int, torch.Tensor]] = []
+        self._finite: list[tuple[str, int, int | torch.Tensor, torch.Tensor]] = []
         self._condition = 0
-        self._batch = 0
+        self._batch: int | torch.Tensor = 0
         self._score: torch.Tensor | None = None
+        self._place: Place | None = None
         self._moving: torch.Tensor | None = None
         self._ties = StepMeter()
         self._half_steps: torch.Tensor | None = None
         self._pilot = True
         self._plan: Plan | None = None
+        self._dealings: list[Dealing] | None = None
 
     @property
     def _layer_meters(self) -> list[LayerMeter]:
@@ -221,6 +224,8 @@ class Measurement:
         return Streams(
             self._data,
             self._settings["batch_size"],
+            folds=self._settings["folds"],
+            dealings=self._dealings,
             share=self._agreement.share,
             device=device,
             dtype=dtype,
@@ -245,7 +250,7 @@ class Measurement:
                 meter.prepare(self._data, self._settings)
             if self._half_steps is not None and taps.INPUT in self._meters:
                 self._meters[taps.INPUT].note_steps(2 * self._half_steps)
-            self._pilot = False
+            self._pilot, self._dealings = False, streams.dealings
             self._run_all(streams, forward, progress)
 
     def _stream_again(self, progress: bool) -> None:
@@ -266,9 +271,9 @@ class Measurement:
             for self._condition, self._batch, batch in streams:
                 if isinstance(batch, Gap):
                     for meter in self._active:
-                        meter.skip(self._condition, len(batch))
+                        meter.skip(self._condition, batch.tally)
                 else:
-                    self._score = batch.score
+                    self._score, self._place = batch.score, batch.place
                     self._run(forward, batch)
                     if batch.x.device.type == "cpu":
                         self._raise_if_not_finite()
@@ -276,14 +281,14 @@ class Measurement:
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
-        self._agreement.end_pass(self._active)
+        self._agreement.end_pass(self._active, self._settings["folds"])
 
     def _run(self, forward: Any, batch: Batch) -> None:
         """One forward pass, with tangents where the samples have them and a layer reads them."""
         if self._model is None and batch.tangents is not None:
             forward.run(batch)
             return
-        x = self._dithered(batch, self._active[0].seen[self._condition])
+        x = self._dithered(batch)
         if batch.tangents is None or not any(meter.reads_carried for meter in self._active):
             forward.run(x)
         else:
@@ -299,15 +304,16 @@ class Measurement:
             return batch.x
         self._ties.update(rows_of(batch.x), rows_of(self._moving))
         self._half_steps = self._ties.half_steps()
-        return self._dithered(batch, 0)
+        return self._dithered(batch)
 
-    def _dithered(self, batch: Batch, first: int) -> torch.Tensor:
+    def _dithered(self, batch: Batch) -> torch.Tensor:
         """The samples [n, ...] of a batch with noise of half a step where their tangents move."""
         if self._half_steps is None or batch.tangents is None:
             return batch.x
         size = self._half_steps.to(batch.x).reshape(batch.x.shape[1:])
         key = self._settings["seed"], self._condition
-        return dithered(batch.x, size, batch.tangents, first, *key)
+        numbers = torch.arange(len(batch)) if batch.place is None else batch.place.numbers
+        return dithered(batch.x, size, batch.tangents, numbers, *key)
 
     def _survey(self, streams: Streams) -> None:
         """List the layers on the first samples; with a budget, on as few as tell what they take."""
@@ -378,11 +384,12 @@ class Measurement:
     def _check_samples(self, site: taps.Site, needed: int, reason: str = "") -> None:
         """Refuse what cannot be measured before all samples are read, where their number is
         known."""
-        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        counts = [self._data.units(c) for c in range(self._data.conditions)]
         known = [n for n in counts if n is not None]
         if known and min(known) < needed and not self._data.sharded:
+            units = "samples" if self._data.groups is None else "groups of samples"
             raise ValueError(
-                f"layer {site.name!r} must see at least {needed} samples per"
+                f"layer {site.name!r} must see at least {needed} {units} per"
                 f" condition{reason}, got {min(known)}"
             )
 
@@ -426,13 +433,14 @@ class Measurement:
                 if self._pilot:
                     moving = self._moving if meter.site.name == taps.INPUT else None
                     meter.observe_pilot(activations.detach(), moving)
-                    finite = torch.isfinite(activations).all()
+                    finite = torch.isfinite(rows_of(activations)).all(1)
                 else:
                     finite = meter.observe(
                         self._condition,
                         activations.detach(),
                         tangents=tangents,
                         score=self._score,
+                        place=self._place,
                     )
         self._finite.append((meter.site.name, self._condition, self._batch, finite))
         if self._pilot and activations.device.type == "cpu":
@@ -440,9 +448,11 @@ class Measurement:
 
     def _raise_if_not_finite(self) -> None:
         flags, self._finite = self._finite, []
-        if not flags or bool(torch.stack([flag for *_, flag in flags]).all()):
+        if not flags or bool(torch.stack([flag.all() for *_, flag in flags]).all()):
             return
-        name, condition, batch, _ = next(entry for entry in flags if not bool(entry[-1]))
+        name, condition, batch, flag = next(entry for entry in flags if not bool(entry[-1].all()))
+        if isinstance(batch, torch.Tensor):
+            batch = int(batch[~flag.cpu()].min())
         pathwise = self._data.source == "pathwise"
         what = "activations and their tangents" if pathwise else "activations"
         raise NotFiniteError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
+from fisherfast.dealing import Place, Tally
 from fisherfast.derivatives import ScoreMoments, TangentMoments
 from fisherfast.dither import StepMeter
 from fisherfast.estimators import (
@@ -57,9 +58,11 @@ __all__ = [
     "carried_by",
     "curve_points",
     "estimate_layer",
+    "in_turn",
     "no_information",
     "rows_of",
     "score_note",
+    "streams_of",
 ]
 
 CURVE_POINTS = 64
@@ -242,7 +245,7 @@ class LayerMeter:
         self._repeats = all(data.repeats(c) for c in range(data.conditions))
         if settings["grow"]:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
-        streams = {"folds": settings["folds"], "paired": data.paired, **carried_by(data)}
+        streams = streams_of(data, settings["folds"])
         self.moments = FoldMoments(
             size, data.conditions, device=standardisation.mean.device, **streams
         )
@@ -261,54 +264,61 @@ class LayerMeter:
         *,
         tangents: torch.Tensor | None = None,
         score: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> torch.Tensor:
         """Add activations [n, ...] of a condition, with what they carry.
 
         Args:
             tangents: [P, n, ...] of the activations; None for none, or for zero.
             score: [n, P] of the samples.
+            place: of the samples, which are sorted by it; None for samples that are dealt in turn.
 
         Returns:
             Whether all of that condition were finite so far, as a 0-d tensor.
         """
         moments = self.moments
+        if place is None:
+            place, activations, tangents, score = in_turn(
+                moments.seen[condition], moments.folds, activations, tangents, score
+            )
         rows = rows_of(activations)
         raw = self.dictionary.raw_features(rows)
         carried = score
         if tangents is not None:
             moved = rows_of(tangents, 1)
             if self._dither_key is not None:
-                first, key = moments.seen[condition], self._dither_key
-                raw = self.dictionary.dithered(raw, rows, moved, first, *key)
+                raw = self.dictionary.dithered(raw, rows, moved, place.numbers, *self._dither_key)
             carried = self.dictionary.raw_tangents(moved, raw)
         if self._held is not None and not moments.known:
-            self._held.add(condition, raw, carried)
-        moments.update(condition, raw, self._lift(), carried)
+            self._held.add(condition, raw, carried, place)
+        moments.update(condition, raw, self._lift(), carried, place)
         self._fit = None
         if moments.paired:
             self._pending.append(raw.to(self.dictionary.lift.weight.dtype))
             if len(self._pending) == len(moments.seen):
                 self._add_products()
         if self.map is not None and not moments.known:
-            self.map.update(condition, activations, score if tangents is None else tangents)
+            carried = score if tangents is None else tangents
+            self.map.update(condition, activations, carried, place)
         finite = torch.isfinite(moments.sums[condition]).all()
         if moments.carried is not None:
             finite = finite & torch.isfinite(moments.carried.sums).all()
         return finite
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
         """Count samples of a condition that another process observes.
 
         Args:
             condition: theirs.
-            samples: how many.
-            first: number of the first of them; None for the one after the last.
+            tally: how many of each cell.
+            numbered: over all processes, see `HeldSamples.skip`.
         """
+        samples, counts = tally.samples, tally.by_fold(self.moments.folds)
         if self.map is not None and not self.moments.known:
-            self.map.skip(condition, samples, first=first)
+            self.map.skip(condition, samples, counts, numbered=numbered)
         if self._held is not None and not self.moments.known:
-            self._held.skip(condition, samples, first=first)
-        self.moments.skip(condition, samples, first=first)
+            self._held.skip(condition, samples, numbered=numbered)
+        self.moments.skip(condition, samples, counts)
         self._fit = None
 
     def shared_sums(self) -> list[torch.Tensor]:
@@ -444,7 +454,7 @@ class LayerMeter:
     def _unfit(self) -> bool:
         """Whether the samples are too few, or no activation varies: there is no curve then."""
         moments = self.moments
-        if int(moments.counts.min()) < 2:
+        if moments.fewest < 2:
             return True
         raw = int((moments.variances() > self.rounding_variance())[: self.dictionary.raw].sum())
         return raw == 0 or moments.degrees_of_freedom < raw + SPARE_DOF
@@ -489,7 +499,7 @@ class LayerMeter:
         if self._held is None:
             return J.new_empty(0, *J.shape)
         read = self.readout(curve.readout_of(k), index)
-        return self._held.replicates(curve, k, read, min(self.moments.seen))
+        return self._held.replicates(curve, k, read, self.moments.units)
 
     def error_covariance(self, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
         """Covariance [P, P, P, P] of the errors of J of the features in index [k], the first of a
@@ -513,7 +523,7 @@ class LayerMeter:
         """V of the score without each fold [F, P, P]."""
         if self._held is None:
             return V.new_empty(0, *V.shape)
-        return self._held.replicates_of_score(V, min(self.moments.seen))
+        return self._held.replicates_of_score(V, self.moments.units)
 
     def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         """J, its errors and bounds, after the last pass."""
@@ -552,9 +562,11 @@ class LayerMeter:
 def worst_dof(data: Data, folds: int) -> float | None:
     """Fewest degrees of freedom of a covariance of these samples within folds; None where their
     number is not known."""
-    counts = [data.samples(c) for c in range(data.conditions)]
+    counts = [data.units(c) for c in range(data.conditions)]
     if None in counts:
         return None
+    if data.groups is not None:
+        return float(len(data.groups) - folds)
     dof = float(sum(n for n in counts if n is not None) - folds * data.conditions)
     return dof / data.conditions if data.paired else dof  # the same noise in all conditions
 
@@ -568,12 +580,41 @@ def _groups(dim: int, data: Data, max_features: int, folds: int) -> int | None:
     return max(min(max_features, int(dof / 2) - SPARE_DOF), 1)
 
 
+def streams_of(data: Data, folds: int) -> dict[str, Any]:
+    """What moments must know of the samples of a source, as their arguments."""
+    groups = None if data.groups is None else Tally.of_groups(len(data.groups), folds)
+    return {
+        "folds": folds,
+        "paired": data.paired,
+        "groups": None if groups is None else groups.by_fold(folds),
+        **carried_by(data),
+    }
+
+
 def carried_by(data: Data) -> dict[str, int]:
     """What the samples of a source carry, as arguments of their moments."""
     return {
         "tangents": data.parameters if data.source == "pathwise" else 0,
         "score": data.parameters if data.source == "score" else 0,
     }
+
+
+def in_turn(
+    first: int,
+    folds: int,
+    activations: torch.Tensor,
+    tangents: torch.Tensor | None,
+    score: torch.Tensor | None,
+) -> tuple[Place, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The place of a batch that is dealt to folds in turn from sample `first` on, and the batch
+    sorted by it."""
+    place, order = Place.in_turn(first, len(activations), folds)
+    return (
+        place,
+        activations[order],
+        None if tangents is None else tangents[:, order],
+        None if score is None else score[order],
+    )
 
 
 def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
@@ -685,6 +726,7 @@ def score_note(meter: LayerMeter) -> str | None:
     """A warning where the mean of what was given as score is not zero."""
     errors = [
         moments.carried.mean_error(moments.counts[0].to(moments.sums.device, torch.float64))
+        * math.sqrt(moments.units / min(moments.seen))
         for moments in meter.parts
         if isinstance(moments.carried, ScoreMoments)
     ]
@@ -781,15 +823,19 @@ def score_information(layer: LayerFisher, meter: LayerMeter) -> LayerFisher:
 
 def _check_samples(name: str, raw: int, moments: FoldMoments) -> None:
     """Two samples in every fold, and asked for together with what `_check_freedom` will need."""
-    if int(moments.counts.min()) >= 2:
+    if moments.fewest >= 2:
         return
     least = 2 * moments.folds
     needed = max(least, _needed(raw, 1.0, moments))
     reason = "(two per fold)" if needed == least else f"for its {raw} activations"
     raise UnmeasuredError(
-        f"layer {name!r} must see at least {needed} samples per condition {reason},"
-        f" got {min(moments.seen)}"
+        f"layer {name!r} must see at least {needed} {_units(moments)} per condition {reason},"
+        f" got {moments.units}"
     )
+
+
+def _units(moments: FoldMoments) -> str:
+    return "samples" if moments.groups is None else "groups of samples"
 
 
 def _check_freedom(name: str, raw: int, moments: FoldMoments) -> None:
@@ -798,13 +844,15 @@ def _check_freedom(name: str, raw: int, moments: FoldMoments) -> None:
         return
     inflation = (sum(moments.seen) - moments.counts.numel()) / dof
     raise UnmeasuredError(
-        f"layer {name!r} must see at least {_needed(raw, inflation, moments)} samples per condition"
-        f" for its {raw} activations, got {min(moments.seen)}"
+        f"layer {name!r} must see at least {_needed(raw, inflation, moments)} {_units(moments)} per"
+        f" condition for its {raw} activations, got {moments.units}"
     )
 
 
 def _needed(raw: int, inflation: float, moments: FoldMoments) -> int:
     """Samples per condition whose degrees of freedom carry the raw activations."""
+    if moments.groups is not None:
+        return raw + SPARE_DOF + moments.folds
     cells = moments.counts.numel()
     return math.ceil(((raw + SPARE_DOF) * inflation + cells) / len(moments.seen))
 

@@ -1,9 +1,9 @@
 """Fold moments: all that the estimator needs to know of a layer, streamed, mergeable.
 
-Samples are dealt to F folds in turn; even folds form half A, odd folds half B, so that a half is
-every other row of a batch and no row is ever gathered. Kept are counts and sums per condition and
-fold (vectors) and one matrix of cross products per half, all about a pilot mean and in float64:
-memory is O(k^2), whatever the number of samples. Derived in docs/theory.md, section 3.
+Samples are dealt to F folds (`fisherfast.dealing`); even folds form half A, odd folds half B.
+Batches come sorted by half and fold, so that each is a run of rows. Kept are counts and sums per
+condition and fold (vectors) and one matrix of cross products per half, all about a pilot mean and
+in float64: memory is O(k^2), whatever the number of samples. Derived in docs/theory.md, section 3.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fisherfast import ops
+from fisherfast.dealing import Place
 from fisherfast.derivatives import DerivativeMoments, FoldScore, ScoreMoments, TangentMoments
 from fisherfast.features import Lift
 
@@ -61,8 +62,8 @@ class FoldStatistics:
         derivative: D [k, P] float64, derivative of the mean, per unit of theta.
         fold_derivatives: [F, k, P] float64, the same from each fold alone.
         noise: c [P, P] float64; Cov(D) = c S for independent conditions, in 1/theta^2.
-        paired: the conditions share their noise, or the samples carry tangents: Cov(D) is not c S,
-            and only the folds tell it.
+        paired: the conditions share their noise, samples carry tangents or depend on each other in
+            groups: Cov(D) is not c S, and only the folds tell it.
         score: the covariance of the score, for D = Cov(f, s); None for the other sources.
         samples: some of the samples, to see where they are not Gaussian; None for none.
     """
@@ -117,6 +118,8 @@ class FoldMoments:
         paired: the conditions share their noise.
         tangents: P, where each sample comes with its tangents; 0 for none.
         score: P, where each sample comes with its score; 0 for none.
+        groups: int64 [F], number of groups in each fold, the same in all conditions, where samples
+            depend on each other; None for independent samples. A group counts as one sample.
         device: of the accumulators.
 
     Features arrive with a pilot subtracted (`FeatureDictionary` does it); the pilot cancels from
@@ -137,12 +140,14 @@ class FoldMoments:
         paired: bool = False,
         tangents: int = 0,
         score: int = 0,
+        groups: torch.Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if folds < 4 or folds % 2:
             raise ValueError(f"folds must be even and at least 4, got {folds}")
         self.folds = folds
         self.paired = paired
+        self.groups = groups
         self.seen = [0] * conditions
         self.known = 0
         self._seen_before: list[int] | None = None
@@ -176,33 +181,38 @@ class FoldMoments:
         raw: torch.Tensor,
         lift: Lift | None = None,
         carried: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> None:
         """Add a batch of one condition.
 
         Args:
             condition: which one.
-            raw: [n, d] raw features about the pilot; row i is of fold (seen + i) % F and half
-                (seen + i) % 2.
+            raw: [n, d] raw features about the pilot.
             lift: makes the other k - d features; None for none.
             carried: tangents [P, n, d] of the raw features (None for zero) or score [n, P], where
                 the samples carry these.
+            place: folds of the rows, which are sorted by them; None for samples that are dealt in
+                turn, row i to fold (seen + i) % F, in the order in which they come.
 
         Cost: n k (k + 1) / 2 + n d (k - d) multiply-adds, those of known features left out.
         """
         lift = Lift.none(raw) if lift is None else lift
-        first, (n, dim) = self.seen[condition], raw.shape
-        known = self.known
+        if place is None:
+            place, order = Place.in_turn(self.seen[condition], len(raw), self.folds)
+            raw = raw[order]
+            carried = None if carried is None else carried[..., order, :]
+        dim, known = raw.shape[1], self.known
         if lift.weight.dtype != raw.dtype:
             if known < dim:
-                self._add(condition, raw, Lift.none(raw), first, known)
+                self._add(condition, raw, Lift.none(raw), place, known)
             raw, known = raw.to(lift.weight.dtype), max(known, dim)
         if known < self.size:
-            self._add(condition, raw, lift, first, known)
+            self._add(condition, raw, lift, place, known)
         if self.carried is not None:
-            self.carried.update(raw, carried, lift, first=first, known=self.known)
-        self.skip(condition, n)
+            self.carried.update(raw, carried, lift, place, known=self.known)
+        self._count(condition, place.counts)
 
-    def _add(self, condition: int, raw: torch.Tensor, lift: Lift, first: int, known: int) -> None:
+    def _add(self, condition: int, raw: torch.Tensor, lift: Lift, place: Place, known: int) -> None:
         """Add sums and products of the features after the first known ones."""
         ops.lift_moments_(
             self.sums[condition],
@@ -211,24 +221,26 @@ class FoldMoments:
             lift.weight,
             lift.bias,
             lift.pilot,
+            offsets=place.offsets_on(raw.device),
             slope=lift.slope,
-            first=first,
             start=known,
         )
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, samples: int, counts: torch.Tensor | None = None) -> None:
         """Count samples of a condition whose sums come from elsewhere, see `shared_sums`.
 
         Args:
             condition: theirs.
             samples: how many.
-            first: number of the first of them; None for the one after the last.
+            counts: int64 [F] of them in each fold; None where they are dealt in turn.
         """
-        first = self.seen[condition] if first is None else first
-        rounds, rest = divmod(samples, self.folds)
-        self._counts[condition] += rounds
-        self._counts[condition, (first + torch.arange(rest)) % self.folds] += 1
-        self.seen[condition] += samples
+        if counts is None:
+            counts = Place.in_turn(self.seen[condition], samples, self.folds)[0].counts
+        self._count(condition, counts)
+
+    def _count(self, condition: int, counts: torch.Tensor) -> None:
+        self._counts[condition] += counts
+        self.seen[condition] += int(counts.sum())
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Views of all that adds up over processes which have each seen other samples, and counted
@@ -250,7 +262,12 @@ class FoldMoments:
         """
         known = self.size if known is None else known
         moments = FoldMoments(
-            size, len(self.seen), folds=self.folds, paired=self.paired, device=self.sums.device
+            size,
+            len(self.seen),
+            folds=self.folds,
+            paired=self.paired,
+            groups=self.groups,
+            device=self.sums.device,
         )
         moments.known = known
         moments._seen_before = list(self.seen)
@@ -293,6 +310,7 @@ class FoldMoments:
         return {
             "folds": self.folds,
             "paired": self.paired,
+            "groups": self.groups,
             "known": self.known,
             "seen_before": self._seen_before,
             "seen": list(self.seen),
@@ -312,6 +330,7 @@ class FoldMoments:
             conditions,
             folds=state["folds"],
             paired=state["paired"],
+            groups=state.get("groups"),
             device=state["sums"].device,
         )
         moments.known = state["known"]
@@ -328,7 +347,37 @@ class FoldMoments:
     @property
     def degrees_of_freedom(self) -> float:
         """nu of the covariance of all samples."""
-        return (int(self._counts.sum()) - self._counts.numel()) / self._pair_inflation()
+        return self._freedom(slice(None))
+
+    @property
+    def units(self) -> int:
+        """Independent samples of the condition with the fewest: groups, where there are any."""
+        return min(self.seen) if self.groups is None else int(self.groups.sum())
+
+    @property
+    def fewest(self) -> int:
+        """Independent samples in the fold of a condition with the fewest."""
+        fewest = int(self._counts.min())
+        return fewest if self.groups is None else min(fewest, int(self.groups.min()))
+
+    def _freedom(self, columns: slice) -> float:
+        """nu of the folds in columns: of groups that all conditions have in common, once."""
+        if self.groups is None:
+            counts = self._counts[:, columns]
+            return (int(counts.sum()) - counts.numel()) / self._pair_inflation()
+        groups = self.groups[columns]
+        return float(groups.sum() - len(groups))
+
+    def _scatter_freedom(self, columns: slice) -> float:
+        """What the scatter within the folds in columns is divided by: samples less cells. Where
+        they depend on each other within groups, as if those of a group were the same: the mean of
+        a fold takes the more from its scatter. The scatter of a score has lost as much as that of
+        the features, and is divided by the same."""
+        counts = self._counts[:, columns]
+        if self.groups is None or isinstance(self.carried, ScoreMoments):
+            return float(counts.sum() - counts.numel())
+        groups = self.groups[columns]
+        return float(counts.sum()) * (1 - len(groups) / float(groups.sum()))
 
     def statistics(
         self,
@@ -369,20 +418,21 @@ class FoldMoments:
         means = sums / weight
         cross = cross.tril() + cross.tril(-1).T
         between = torch.einsum("cfi,cfj->ij", means * weight.sqrt(), means * weight.sqrt())
-        cells = counts.numel()
-        total = int(counts.sum())
+        cells, total = counts.numel(), int(counts.sum())
         if total <= cells:
             raise ValueError(
                 f"samples must outnumber the {cells} cells of conditions x folds, got {total}"
             )
+        if self.groups is not None and int(self.groups.min()) < 2:
+            raise ValueError(f"groups must be two per fold at least, got {self.groups.tolist()}")
         per_condition = counts.sum(1).to(device, torch.float64)
         statistics = FoldStatistics(
-            covariance=(cross - between) / (total - cells),
-            dof=(total - cells) / self._pair_inflation(),
+            covariance=(cross - between) / self._scatter_freedom(columns),
+            dof=self._freedom(columns),
             derivative=(sums.sum(1) / per_condition[:, None]).T @ contrast,
             fold_derivatives=means.permute(1, 2, 0) @ contrast,
             noise=contrast.T @ (contrast / per_condition[:, None]),
-            paired=self.paired or self.carried is not None,
+            paired=self.paired or self.carried is not None or self.groups is not None,
         )
         if self.carried is None:
             return statistics

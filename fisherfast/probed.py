@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
+from fisherfast.dealing import Place, Tally
 from fisherfast.estimators import (
     GAIN_ERRORS,
     SPARE_DOF,
@@ -24,7 +25,7 @@ from fisherfast.estimators import (
     fisher_curve,
 )
 from fisherfast.halves import HalfFit, dealt_to_halves, error_of_mean, joined, mean_of
-from fisherfast.meters import LayerMeter, carried_by, curve_points, rows_of
+from fisherfast.meters import LayerMeter, carried_by, curve_points, in_turn, rows_of
 from fisherfast.moments import FoldMoments, FoldStatistics
 from fisherfast.probe import (
     Probe,
@@ -86,9 +87,11 @@ class ProbedMeter(LayerMeter):
         super().prepare(data, settings)
         carried = carried_by(data)
         self._paired, self._carried, self._seed = data.paired, carried, settings["seed"]
+        groups, folds = data.groups, settings["folds"]
+        self._groups = None if groups is None else Tally.of_groups(len(groups), folds)
         columns = self.dictionary.raw * (1 + carried["tangents"]) + carried["score"]
         sample_bytes = torch.float32.itemsize * columns
-        capacity = max(self._budget // (2 * data.conditions * sample_bytes), 1)
+        capacity = max(self._budget // (data.conditions * sample_bytes), 1)  # of both halves
         self._kept = [KeptSamples(data.conditions, capacity) for _ in range(2)]
 
     def observe(
@@ -98,35 +101,46 @@ class ProbedMeter(LayerMeter):
         *,
         tangents: torch.Tensor | None = None,
         score: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> torch.Tensor:
         """Add activations [n, ...] of a condition, with what they carry; see `LayerMeter`."""
-        first, known = self.seen[condition], self.moments.known
+        known, folds = self.moments.known, self.moments.folds
+        if place is None:
+            place, activations, tangents, score = in_turn(
+                self.seen[condition], folds, activations, tangents, score
+            )
         rows = rows_of(activations)
         moved = None if tangents is None else rows_of(tangents, 1)
         finite = []
         for half, (own, own_tangents, own_score) in enumerate(
-            dealt_to_halves(first, rows, moved, score)
+            dealt_to_halves(place, rows, moved, score)
         ):
+            own_place, order = place.half(half, folds)
             if self.halves:
-                measure = self.halves[half].observe
-                finite.append(measure(condition, own, tangents=own_tangents, score=own_score))
+                measured = self.halves[half].observe(
+                    condition,
+                    own[order],
+                    tangents=None if own_tangents is None else own_tangents[:, order],
+                    score=None if own_score is None else own_score[order],
+                    place=own_place,
+                )
+                finite.append(measured)
             elif not known:
-                self._keep(half, condition, own, own_tangents, own_score)
+                self._keep(half, condition, place, own, own_tangents, own_score)
         if self.halves:
             return torch.stack(finite).all()
-        return super().observe(condition, activations, tangents=tangents, score=score)
+        return super().observe(condition, activations, tangents=tangents, score=score, place=place)
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
         """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
-        start = self.seen[condition]
         for half in range(2):
-            count = len(range((half - start) % 2, samples, 2))
             if self.halves:
-                self.halves[half].skip(condition, count)
+                counts = tally.of_half(half, self.moments.folds)
+                self.halves[half].moments.skip(condition, int(counts.sum()), counts)
             elif not self.moments.known:
-                self._kept[half].skip(condition, count)
+                self._kept[half].skip(condition, tally.samples)
         if not self.halves:
-            super().skip(condition, samples, first=first)
+            super().skip(condition, tally, numbered=numbered)
 
     def shared_sums(self) -> list[torch.Tensor]:
         """What this pass adds up over processes; samples to train on are among it, zero where they
@@ -190,26 +204,27 @@ class ProbedMeter(LayerMeter):
         self,
         half: int,
         condition: int,
+        whole: Place,
         rows: torch.Tensor,
         tangents: torch.Tensor | None,
         score: torch.Tensor | None,
     ) -> None:
-        """Keep some samples of a half to train on, standardised."""
+        """Keep some samples of a half to train on, standardised, of a batch in this place."""
         raw = self.dictionary.raw_features(rows)
+        place = whole.sides[half]
         if self._carried["tangents"]:
             if tangents is None:
                 carried = raw.new_zeros(len(raw), self._carried["tangents"], raw.shape[1])
             else:
                 carried = self.dictionary.raw_tangents(tangents, raw).transpose(0, 1)
-            self._kept[half].add(condition, raw, carried)
-        else:
-            self._kept[half].add(condition, raw, score)
+            score = carried
+        self._kept[half].add(condition, place, raw, score, samples=len(whole))
 
     def _too_few(self, contrast: torch.Tensor) -> str:
         """Why the samples of a half are too few to be trained on and measured; "" if they are
         not."""
         features = self.dictionary.raw + contrast.shape[1] + SPARE_DOF
-        in_fold = int(self.moments.counts.min()) // 2  # a half is dealt to as many folds as all
+        in_fold = self.moments.fewest // 2  # a half is dealt to as many folds as all
         if min(self.moments.seen) // 2 >= FEWEST_ROWS and in_fold >= 2:
             halves = [self.moments.statistics(contrast, half) for half in (0, 1)]
             cells = self.moments.counts.numel() // 2
@@ -230,10 +245,10 @@ class ProbedMeter(LayerMeter):
             self._trained.append(trained)
         self._kept = []
         if len(probes) == 2:
-            self.halves = [self._half_meter(probe) for probe in reversed(probes)]
+            self.halves = [self._half_meter(half, probes[1 - half]) for half in range(2)]
 
-    def _half_meter(self, probe: Probe) -> _HalfMeter:
-        """Measures samples that a probe has not seen."""
+    def _half_meter(self, half: int, probe: Probe) -> _HalfMeter:
+        """Measures samples of a half, which a probe has not seen."""
         lifted = self.moments.size - self.dictionary.raw
         dictionary = ProbedDictionary(self.dictionary, probe, lifted)
         moments = FoldMoments(
@@ -241,6 +256,7 @@ class ProbedMeter(LayerMeter):
             len(self.moments.seen),
             folds=self.moments.folds,
             paired=self._paired,
+            groups=None if self._groups is None else self._groups.of_half(half, self.moments.folds),
             device=self.moments.sums.device,
             **self._carried,
         )

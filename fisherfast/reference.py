@@ -259,15 +259,14 @@ def lift_moments_(
     weight: Tensor,
     bias: Tensor,
     pilot: Tensor,
+    offsets: Tensor,
     slope: float = 0.7,
-    first: int = 0,
     start: int = 0,
 ) -> None:
     """Adds the moments of the features f = [z | leaky_relu(weight z + bias) - pilot] of a batch.
 
-        sums_g += sum of f over rows i with (first + i) mod F = g,     features from start on
-        cross_h += sum of f f^T over rows i with (first + i) mod H = h, rows from start on,
-            lower triangle
+        sums_g += sum of f over the rows of fold g,          features from start on
+        cross_h += sum of f f^T over the rows of half h,     rows from start on, lower triangle
 
     See `fisherfast.ops.lift_moments_` for arguments. Here every sum is float64, and the projection
     is a sum of products, which reduced precision does not touch.
@@ -276,9 +275,10 @@ def lift_moments_(
     projected = (z.double() @ weight.double().T).to(z.dtype)
     lifted = torch.nn.functional.leaky_relu(projected + bias, slope) - pilot
     features = torch.cat([z, lifted], 1).double()
-    fold = (first + torch.arange(len(z), device=z.device)) % folds
+    in_order = [*range(0, folds, 2), *range(1, folds, 2)]
+    fold = torch.tensor(in_order, device=z.device).repeat_interleave(offsets.diff())
     size = features.shape[1]
     sums[:, start:size].index_add_(0, fold, features[:, start:])
     for half in range(halves):
-        rows = features[(half - first) % halves :: halves]
+        rows = features[fold % halves == half]
         cross[half, start:size, :size] += (rows.mT @ rows).tril()[start:]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from fisherfast.data import Data
+from fisherfast.dealing import Place
 from fisherfast.derivatives import ScoreMoments
 from fisherfast.estimators import FisherCurve, at_least
 from fisherfast.leverage import excess_covariance, leverage, score_corrections, score_covariance
@@ -33,6 +34,9 @@ KEPT_NUMBERS = 2**18
 
 MOST_SAMPLES = 8192
 """... and how many samples at most."""
+
+NEIGHBOURS = 16
+"""Samples of a block that is kept: 15 pairs of neighbours."""
 
 SPARE_DOF = 3
 """nu - k_eff - 3 degrees of freedom remain of nu in the variance of an inverse covariance."""
@@ -61,30 +65,29 @@ class HeldSamples:
 
     Args:
         data: where they come from.
-        folds: F; sample i is of fold i mod F.
+        folds: F.
         width: raw features of a sample.
         dtype: of what is kept.
-        share: part of all samples that come here.
+
+    Kept are blocks of neighbours, because neighbours show whether samples depend on each other.
 
     Memory: of the larger of 1024 d and 2^18 numbers, times 1 + P with tangents.
     """
 
-    def __init__(
-        self, data: Data, folds: int, width: int, dtype: torch.dtype, *, share: float = 1.0
-    ) -> None:
+    def __init__(self, data: Data, folds: int, width: int, dtype: torch.dtype) -> None:
         self._source, self._folds = data.source, folds
         self._parameters, self._contrast = data.parameters, data.contrast()
+        self._groups = None if data.groups is None else data.groups.numbers
         self._width, self._dtype = width, dtype
         counts = [data.samples(c) for c in range(data.conditions)]
         known = None if None in counts or data.sharded else max(n for n in counts if n is not None)
-        expected = None if known is None else int(known * share)
         self._kept, *more = [
             KeptSamples(
                 data.conditions,
-                int(samples * share) // data.conditions,
-                block=folds,
+                samples // data.conditions,
+                block=NEIGHBOURS,
                 dtype=dtype,
-                expected=expected,
+                expected=known,
             )
             for samples in sorted({KEPT_SAMPLES, kept_samples(width, data.source)})
         ]
@@ -95,28 +98,41 @@ class HeldSamples:
         # ones, that `replicates` has seen.
         self.dependence = 0.0
 
-    def add(self, condition: int, raw: torch.Tensor, carried: torch.Tensor | None) -> None:
+    def add(
+        self,
+        condition: int,
+        raw: torch.Tensor,
+        carried: torch.Tensor | None,
+        place: Place,
+        *,
+        samples: int | None = None,
+    ) -> None:
         """Add raw features [n, d] of a condition with their tangents [P, n, d] (None for zero) or
-        score [n, P]."""
+        score [n, P].
+
+        Args:
+            place: of these samples.
+            samples: of the batch, where these are a half of it; None for all.
+        """
         if self._source == "pathwise":
             if carried is None:
                 carried = raw.new_zeros(1, 1, 1).expand(self._parameters, *raw.shape)
             carried = carried.transpose(0, 1)
         for kept in self._stores():
-            kept.add(condition, raw, carried)
+            kept.add(condition, place, raw, carried, samples=samples)
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, samples: int, *, numbered: bool = True) -> None:
         """Count samples of a condition that another process adds.
 
         Args:
             condition: theirs.
             samples: how many.
-            first: number of the first of them, where each process counts its own from there on:
-                samples of different processes then have the same numbers, and none are kept.
+            numbered: over all processes. Where each counts its own from 0 on, samples of different
+                processes have the same numbers, and none are kept.
         """
         for kept in self._stores():
             kept.skip(condition, samples)
-        self._forgotten |= first is not None
+        self._forgotten |= not numbered
 
     def _stores(self) -> list[KeptSamples]:
         return [self._kept] if self._many is self._kept else [self._kept, self._many]
@@ -207,7 +223,7 @@ class HeldSamples:
             curve: of at least k features.
             k: how many are used.
             read: applies the readout `FisherCurve.readout_of(k)`.
-            samples: of each condition, those that are not kept included.
+            samples: independent ones of each condition, those that are not kept included.
         """
         statistics, J = curve.statistics, curve.J[k - 1]
         if self._forgotten:
@@ -231,9 +247,10 @@ class HeldSamples:
         """V [F, P, P] of the score without each fold."""
         if self._forgotten:
             return V.new_empty(0, *V.shape)
-        _, score, fold, _ = self._condition(0)
+        _, score, fold, numbers = self._condition(0)
         s = _about_fold_means(score, fold, self._folds)
-        return V - self._left_out(self._by_fold(_outer(s, s), fold, samples))
+        share = self._units(0, numbers) / samples
+        return V - self._left_out(self._by_fold(_outer(s, s), fold, share))
 
     def _sums(self, read: Readout, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of u u^T, of what changes W^T D + D^T W, and of s s^T: by fold, see `_by_fold`."""
@@ -243,18 +260,20 @@ class HeldSamples:
             raw, carried, fold, numbers = self._condition(condition)
             tangents = carried if self._source == "pathwise" else None
             u, moved = read(raw, tangents)
-            self.dependence = max(self.dependence, _dependence(u, numbers))
+            share = self._units(condition, numbers) / samples
+            groups = None if self._groups is None else self._groups[condition][numbers]
+            self.dependence = max(self.dependence, _dependence(u, numbers, groups))
             own = _about_fold_means(u, fold, self._folds)
-            squares = squares.to(u) + self._by_fold(_outer(own, own), fold, samples)
+            squares = squares.to(u) + self._by_fold(_outer(own, own), fold, share)
             if self._source == "score":
                 s = _about_fold_means(carried, fold, self._folds)
                 change = _outer(s, own)
-                scores = self._by_fold(_outer(s, s), fold, samples)
+                scores = self._by_fold(_outer(s, s), fold, share)
             elif moved is not None:
                 change = moved.mT
             else:
                 change = (u - u.mean(0))[:, :, None] * self._contrast[condition].to(u)
-            crossed = crossed.to(u) + self._by_fold(change + change.mT, fold, samples)
+            crossed = crossed.to(u) + self._by_fold(change + change.mT, fold, share)
         return squares / len(self._contrast), crossed, scores
 
     def _condition(
@@ -262,25 +281,37 @@ class HeldSamples:
     ) -> tuple[torch.Tensor, ...]:
         """Raw features, what they carry (themselves where there is nothing), folds and numbers of
         the samples."""
-        numbers, raw, *carried = (kept or self._kept).kept()[condition]
-        fold = (numbers % self._folds).to(raw.device)
-        return raw, (carried[0] if carried else raw).double(), fold, numbers
+        numbers, fold, raw, *carried = (kept or self._kept).kept()[condition]
+        return raw, (carried[0] if carried else raw).double(), fold.to(raw.device), numbers
 
-    def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, samples: int) -> torch.Tensor:
-        """Sums [F, P, P] of values [m, P, P] in each fold, less their mean, scaled so that their
-        squares add up to the variance of the mean of so many samples."""
-        sums = values.new_zeros(self._folds, *values.shape[1:]).index_add_(0, fold, values)
-        return (sums - sums.mean(0)) / math.sqrt(max(len(values), 1) * samples)
+    def _units(self, condition: int, numbers: torch.Tensor) -> int:
+        """How many independent ones are among kept samples of these numbers: groups, where there
+        are any."""
+        if self._groups is None:
+            return len(numbers)
+        return len(self._groups[condition][numbers].unique())
+
+    def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, share: float) -> torch.Tensor:
+        """Sums [F, P, P] in each fold of values [m, P, P] less their mean, scaled so that their
+        squares add up to the variance of the mean of all samples, of which these are a share."""
+        sums = values.new_zeros(self._folds, *values.shape[1:])
+        sums.index_add_(0, fold, values - values.mean(0))
+        return sums * (math.sqrt(share) / max(len(values), 1))
 
     def _left_out(self, sums: torch.Tensor) -> torch.Tensor:
         """In the scale of a jackknife."""
         return sums * math.sqrt(self._folds / (self._folds - 1))
 
 
-def _dependence(u: torch.Tensor, numbers: torch.Tensor) -> float:
-    """Rank correlation of numbers u [m, P], or of their sizes, with those of the next sample, times
-    the root of the number of pairs: 0 +- 1 for independent samples of any distribution."""
+def _dependence(
+    u: torch.Tensor, numbers: torch.Tensor, groups: torch.Tensor | None = None
+) -> float:
+    """Rank correlation of numbers u [m, P], or of their sizes, with those of the next sample, of
+    another group where there are any, times the root of the number of pairs: 0 +- 1 for independent
+    samples of any distribution."""
     neighbours = (numbers.diff() == 1).to(u.device)
+    if groups is not None:
+        neighbours &= (groups.diff() != 0).to(u.device)
     sizes = (u - u.median(0).values).abs()
     z = torch.stack([_ranks(column) for column in torch.cat([u, sizes], 1).T])
     a, b = z[:, :-1][:, neighbours], z[:, 1:][:, neighbours]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
+
+from fisherfast.dealing import Place
 
 __all__ = ["KeptSamples"]
 
@@ -22,9 +23,8 @@ class KeptSamples:
 
     Args:
         conditions: C.
-        capacity: samples of a condition at most.
-        block: neighbours that are kept or dropped together: the number of folds, where all folds
-            are to be among what is kept.
+        capacity: samples of a condition at most, those included that another half keeps.
+        block: neighbours that are kept or dropped together.
         dtype: of what is kept.
         expected: samples of a condition where their number is known; None where it is not.
     """
@@ -45,22 +45,34 @@ class KeptSamples:
         while expected is not None and self._count_of(expected) > self._capacity:
             self._stride *= 2
         self._seen = [0] * conditions
-        # chunks of sample numbers, and of each column
+        # chunks of sample numbers, of folds from 1 on, and of each column
         self._kept: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(conditions)]
 
-    def add(self, condition: int, *columns: torch.Tensor | None) -> None:
-        """Add samples of a condition: tensors [n, ...] of what is known of each, or None."""
-        given = [column for column in columns if column is not None]
-        first, n = self._seen[condition], len(given[0])
-        rows = _kept_rows(first % (self._block * self._stride), n, self._block, self._stride)
-        numbers = first + rows
+    def add(
+        self,
+        condition: int,
+        place: Place,
+        *columns: torch.Tensor | None,
+        samples: int | None = None,
+    ) -> None:
+        """Add samples of a condition.
+
+        Args:
+            condition: theirs.
+            place: of these samples.
+            columns: tensors [n, ...] of what is known of each, or None.
+            samples: of the batch, where these are a half of it; None for all.
+        """
+        rows = place.kept_rows(self._block, self._stride)
         if len(rows):
+            given = [column for column in columns if column is not None]
             chosen = (column[rows.to(column.device)].to(self._dtype) for column in given)
-            chunks = [*self._kept[condition], (numbers, *chosen)]
+            mark = (place.fold[rows] + 1).to(self._dtype)
+            chunks = [*self._kept[condition], (place.numbers[rows], mark, *chosen)]
             if len(chunks) > MOST_CHUNKS:  # small tensors between large ones keep memory in pieces
                 chunks = [tuple(torch.cat(column) for column in zip(*chunks, strict=True))]
             self._kept[condition] = chunks
-        self.skip(condition, n)
+        self.skip(condition, len(place) if samples is None else samples)
 
     def skip(self, condition: int, samples: int) -> None:
         """Count samples of a condition that another process adds."""
@@ -69,20 +81,21 @@ class KeptSamples:
             self._thin()
 
     def dense(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What all processes together keep: a tensor for each condition and column,
-        zero where a sample was added elsewhere. From here on these are what is kept.
+        """What all processes together keep: for each condition tensors of folds and of the columns,
+        zero where a sample was added elsewhere or nowhere. From here on these are what is kept.
 
         Args:
             like: a tensor [0, ...] for each column, in the dtype of what is kept.
         """
         tensors: list[torch.Tensor] = []
+        like = [like[0].new_empty(0), *like]
         for condition, chunks in enumerate(self._kept):
             count = self._count(condition)
             wholes = [empty.new_zeros(count, *empty.shape[1:]) for empty in like]
             for numbers, *columns in chunks:
+                row = numbers // self._block // self._stride * self._block + numbers % self._block
                 for whole, column in zip(wholes, columns, strict=True):
-                    place = numbers // self._block // self._stride * self._block
-                    whole[(place + numbers % self._block).to(whole.device)] = column
+                    whole[row.to(whole.device)] = column.to(whole.device)
             numbers = torch.arange(self._seen[condition])
             self._kept[condition] = [(numbers[self._is_kept(numbers)], *wholes)]
             tensors += wholes
@@ -111,28 +124,23 @@ class KeptSamples:
                 self._kept[condition] = [tuple(thinned)]
 
     def kept(self) -> list[tuple[torch.Tensor, ...]]:
-        """Of each condition the numbers [m] of the samples that are kept, and the columns."""
-        return [
-            tuple(torch.cat(column) for column in zip(*chunks, strict=True))
-            for chunks in self._kept
-        ]
+        """Of each condition the numbers [m] of the samples that are kept, in order, their folds,
+        and the columns."""
+        return [self._in_order(chunks) for chunks in self._kept if chunks]
 
     def take(self) -> tuple[torch.Tensor, ...]:
         """What was kept, [n, C, ...] each, as many samples of each condition; nothing stays."""
-        kept = self._kept
-        count = min(self._count(condition) for condition in range(len(kept)))
-        self._kept = [[] for _ in kept]
-        whole = [
-            [torch.cat(column)[:count] for column in list(zip(*chunks, strict=True))[1:]]
-            for chunks in kept
-        ]
-        return tuple(torch.stack(columns, 1) for columns in zip(*whole, strict=True))
+        whole = [columns for _, _, *columns in self.kept()]
+        self._kept = [[] for _ in self._kept]
+        count = min(len(columns[0]) for columns in whole)
+        return tuple(
+            torch.stack([column[:count] for column in columns], 1)
+            for columns in zip(*whole, strict=True)
+        )
 
-
-@lru_cache(maxsize=64)
-def _kept_rows(offset: int, count: int, block: int, stride: int) -> torch.Tensor:
-    """Rows of a batch, the first of which is so far behind the start of a kept block, that are
-    kept: the same for all layers."""
-    starts = torch.arange(-offset, count, block * stride)
-    rows = (starts[:, None] + torch.arange(block)).flatten()
-    return rows[(rows >= 0) & (rows < count)]
+    def _in_order(self, chunks: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        numbers, mark, *columns = (torch.cat(column) for column in zip(*chunks, strict=True))
+        fold = mark.cpu().long() - 1
+        here = (fold >= 0).nonzero()[:, 0]
+        order = here[numbers[here].argsort()]
+        return numbers[order], fold[order], *(column[order.to(column.device)] for column in columns)

@@ -41,9 +41,9 @@ FORMAT = "fisherfast.flow"
 FORMAT_VERSION = 1
 
 NOT_INDEPENDENT = (
-    "neighbouring samples depend on each other (a sorted file, pairs, a time series), but errors"
-    " and bounds are those of independent ones: shuffle them, or keep one of those that belong"
-    " together"
+    "neighbouring samples depend on each other (pairs, repeated measurements, a time series, or a"
+    " sorted file), but errors and bounds are those of independent ones: say with groups= which"
+    " samples belong together, or shuffle a file that is only sorted"
 )
 
 FINITE_STEP_LIMIT = 0.3

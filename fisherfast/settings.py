@@ -113,6 +113,11 @@ def check_settings(
     least = LEAST_FOLDS[data.source]
     if folds < least or folds % 2:
         raise ValueError(f"folds must be even and at least {least}, got {folds}")
+    if data.groups is not None and len(data.groups) < folds and not data.sharded:
+        raise ValueError(
+            f"groups must be at least {folds}, one per fold, got {len(data.groups)}: use fewer"
+            " folds or smaller groups"
+        )
     return {
         "max_features": int(max_features),
         "probe": probe,

@@ -1,8 +1,9 @@
 """Which samples of a measurement are this process's, and where they stand among those of all.
 
-Folds and halves go by the number of a sample, so that a process must know what lies before its own:
-every sample of another process is a gap in its stream. Data that all ranks have are dealt in whole
-batches, which makes every batch the same product of matrices as in one process.
+Folds and halves go by the number of a sample (`fisherfast.dealing`), so that a process must know
+what lies before its own: every sample of another process is a gap in its stream. Data that all
+ranks have are dealt in whole batches, which makes every batch the same product of matrices as in
+one process.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fisherfast.data import Data, Shard
+from fisherfast.data.groups import Groups
 
 __all__ = ["Share", "WholeData", "shares_of"]
 
@@ -44,6 +48,13 @@ class Share:
             return rows
         return max(min(rows - self.before[condition], self.own[condition]), 0)
 
+    def own_numbers(self, condition: int, numbers: torch.Tensor) -> torch.Tensor:
+        """Those of some numbers over all ranks that are on this one, counted from its first on."""
+        if not self.own:
+            return numbers
+        local = numbers - self.before[condition]
+        return local[(local >= 0) & (local < self.own[condition])]
+
 
 def shares_of(
     counts: Sequence[Sequence[int | None]], rank: int
@@ -74,12 +85,20 @@ class WholeData(Shard):
     Args:
         data: the share.
         counts: samples of each condition on all ranks; None where that is not known.
+        groups: of all of them; None where they are independent.
     """
 
-    def __init__(self, data: Data, counts: Sequence[int] | None) -> None:
+    def __init__(
+        self, data: Data, counts: Sequence[int] | None, groups: Groups | None = None
+    ) -> None:
         super().__init__(data)
         self._counts = counts
+        self.groups = groups
 
     def samples(self, condition: int) -> int | None:
         """Number of samples on all ranks, or None for streams of unknown length."""
         return None if self._counts is None else self._counts[condition]
+
+    def length(self, condition: int) -> int | None:
+        """As `samples`."""
+        return self.samples(condition)

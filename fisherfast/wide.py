@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
+from fisherfast.dealing import Place, Tally, folds_of_half
 from fisherfast.estimators import (
     SPARE_DOF,
     FisherCurve,
@@ -35,8 +36,10 @@ from fisherfast.meters import (
     UnmeasuredError,
     carried_by,
     curve_points,
+    in_turn,
     no_information,
     rows_of,
+    streams_of,
     worst_dof,
 )
 from fisherfast.moments import FoldMoments, FoldStatistics
@@ -79,11 +82,6 @@ def fewest_samples(dim: int, data: Data, folds: int) -> int:
     return min(compressed, max(2 * folds, math.ceil(freedom / conditions + folds)))
 
 
-def folds_of_half(folds: int) -> int:
-    """Folds of each half of the samples, an even number."""
-    return max(4, folds // 4 * 2)
-
-
 class WideMeter(LayerMeter):
     """Everything kept of one layer that is compressed, while samples stream by again and again.
 
@@ -92,7 +90,7 @@ class WideMeter(LayerMeter):
         start: `projections` of an earlier measurement of it with the same samples; None for none.
 
     Attributes:
-        spaces: what even and odd samples of each condition teach.
+        spaces: what the samples of even and of odd folds of each condition teach.
         measured: moments of the features in these spaces, each of the other samples; empty while
             the spaces are learned.
     """
@@ -123,7 +121,7 @@ class WideMeter(LayerMeter):
 
     @property
     def parts(self) -> list[FoldMoments]:
-        """Moments of different samples, together of all: even ones first."""
+        """Moments of different samples, together of all: those of even folds first."""
         return self.measured[::-1]
 
     def prepare(self, data: Data, settings: dict[str, Any]) -> None:
@@ -135,7 +133,7 @@ class WideMeter(LayerMeter):
         )
         self._data, self._paired, self._carried = data, data.paired, carried_by(data)
         self._conditions, self._parameters = data.conditions, data.parameters
-        self._folds = folds_of_half(settings["folds"])
+        self._all_folds, self._folds = settings["folds"], folds_of_half(settings["folds"])
         steps = max(min(KRYLOV_VECTORS, settings["max_features"] // data.parameters), 1)
         self.spaces = [
             KrylovSpace(
@@ -155,7 +153,7 @@ class WideMeter(LayerMeter):
         self._seen = [0] * data.conditions
         self._seen_before: list[int] | None = None
         self._waiting: list[list[torch.Tensor]] = [[], []]
-        streams = {"folds": settings["folds"], "paired": data.paired, **self._carried}
+        streams = streams_of(data, settings["folds"])
         self._prepare_map(standardisation, data.conditions, settings, streams)
 
     def observe(
@@ -165,37 +163,41 @@ class WideMeter(LayerMeter):
         *,
         tangents: torch.Tensor | None = None,
         score: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> torch.Tensor:
         """Add activations [n, ...] of a condition, with what they carry; see `LayerMeter`."""
+        if place is None:
+            place, activations, tangents, score = in_turn(
+                self.seen[condition], self._all_folds, activations, tangents, score
+            )
         if self.map is not None and self._seen_before is None:
-            self.map.update(condition, activations, score if tangents is None else tangents)
+            carried = score if tangents is None else tangents
+            self.map.update(condition, activations, carried, place)
         rows = rows_of(activations)
         moved = None if tangents is None else rows_of(tangents, 1)
-        first = self.seen[condition]
-        self._seen[condition] = first + len(rows)
+        self._seen[condition] += len(rows)
         finite = []
-        for half, own in enumerate(dealt_to_halves(first, rows, moved, score)):
+        for half, own in enumerate(dealt_to_halves(place, rows, moved, score)):
             if self.measured:
-                finite.append(self._measure(1 - half, condition, *own))
+                finite.append(self._measure(half, condition, place, *own))
             else:
                 self.spaces[half].observe(condition, *own)
                 finite.append(self.spaces[half].finite(condition))
         return torch.stack(finite).all()
 
-    def skip(self, condition: int, samples: int, *, first: int | None = None) -> None:
+    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
         """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
         if self.map is not None and self._seen_before is None:
-            self.map.skip(condition, samples, first=first)
-        start = self.seen[condition] if first is None else first
+            counts = tally.by_fold(self._all_folds)
+            self.map.skip(condition, tally.samples, counts, numbered=numbered)
         for half in range(2):
-            count = len(range((half - start) % 2, samples, 2))
+            counts = tally.of_half(half, self._folds)
             if not self.measured:
-                self.spaces[half].skip(condition, count)
+                self.spaces[half].skip(condition, int(counts.sum()))
                 continue
-            before = None if first is None else len(range(half, first, 2))
-            self.measured[1 - half].skip(condition, count, first=before)
-            self._halves_held[1 - half].skip(condition, count, first=first)
-        self._seen[condition] += samples
+            self.measured[1 - half].skip(condition, int(counts.sum()), counts)
+            self._halves_held[1 - half].skip(condition, tally.samples, numbered=numbered)
+        self._seen[condition] += tally.samples
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Views of all that this pass adds up over processes."""
@@ -252,19 +254,22 @@ class WideMeter(LayerMeter):
     def _prepare_measurement(self) -> None:
         """From here on each half is read in the space that the other has taught."""
         self._projections = [space.projection() for space in self.spaces]
+        groups = self._data.groups
+        tally = None if groups is None else Tally.of_groups(len(groups), self._all_folds)
         self.measured = [
             FoldMoments(
                 len(projection),
                 self._conditions,
                 folds=self._folds,
                 paired=self._paired,
+                groups=None if tally is None else tally.of_half(1 - half, self._folds),
                 **self._carried,
                 device=self._mean.device,
             )
-            for projection in self._projections
+            for half, projection in enumerate(self._projections)
         ]
         self._halves_held = [
-            HeldSamples(self._data, self._folds, len(projection), torch.float64, share=0.5)
+            HeldSamples(self._data, self._folds, len(projection), torch.float64)
             for projection in self._projections
         ]
 
@@ -272,21 +277,25 @@ class WideMeter(LayerMeter):
         self,
         half: int,
         condition: int,
+        whole: Place,
         rows: torch.Tensor,
         tangents: torch.Tensor | None,
         score: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Add samples to what is measured in the space of a half. Returns whether all was finite,
-        as a 0-d tensor."""
-        moments, projection = self.measured[half], self._projections[half]
-        features = projected(rows, projection, self._mean).double()
-        carried = score
+        """Measure samples of a half, of a batch in this place, in the space of the other half.
+        Returns whether all was finite, as a 0-d tensor."""
+        other = 1 - half
+        moments, projection = self.measured[other], self._projections[other]
+        place, order = whole.half(half, self._folds)
+        features = projected(rows, projection, self._mean).double()[order]
+        carried = None if score is None else score[order]
         if tangents is not None:
-            carried = torch.stack([projected(tangent, projection) for tangent in tangents])
-        self._halves_held[half].add(condition, features, carried)
-        moments.update(condition, features, carried=carried)
+            moved = [projected(tangent, projection)[order] for tangent in tangents]
+            carried = torch.stack(moved)
+        self._halves_held[other].add(condition, features, carried, place, samples=len(whole))
+        moments.update(condition, features, carried=carried, place=place)
         if self._paired:
-            waiting = self._waiting[half]
+            waiting = self._waiting[other]
             waiting.append(features)
             if len(waiting) == self._conditions:
                 moments.update_products(waiting)
@@ -300,7 +309,7 @@ class WideMeter(LayerMeter):
         """Two samples in every fold, and a quarter of all must carry the readouts of the bound."""
         freedom = self._parameters + SPARE_DOF
         inflation = float(self._conditions) if self._paired else 1.0  # at worst
-        fewest = min(int(moments.counts.min()) for moments in self.measured)
+        fewest = min(moments.fewest for moments in self.measured)
         if fewest >= 2:
             quarters = [m.statistics(contrast, half) for m in self.measured for half in (0, 1)]
             least = min(quarter.dof for quarter in quarters)
@@ -352,7 +361,7 @@ class WideMeter(LayerMeter):
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             return features[:, index] @ W, None if tangents is None else tangents[..., index] @ W
 
-        samples = min(self.measured[half].seen)
+        samples = self.measured[half].units
         return self._halves_held[half].replicates(curve, len(index), read, samples)
 
     def _all_held(self) -> list[HeldSamples]:
@@ -361,7 +370,7 @@ class WideMeter(LayerMeter):
     def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
         """V of the score without each fold [F, P, P]."""
         parts = [
-            held.replicates_of_score(V.to(self._mean), min(moments.seen)).cpu()
+            held.replicates_of_score(V.to(self._mean), moments.units).cpu()
             for held, moments in zip(self._halves_held, self.measured, strict=True)
         ]
         return replicates_of_mean(parts[::-1])

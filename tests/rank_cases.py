@@ -157,6 +157,10 @@ class Batches(Data):
     def repeats(self, condition: int) -> bool:
         return True
 
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """As the shares do: those of scores are loaders."""
+        return None if self.source == "score" else self._like.pick(condition, numbers)
+
 
 def sharded_cases() -> Cases:
     """Measurements of data that are to be cut into shares."""

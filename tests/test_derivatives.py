@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fisherfast.dealing import Place
 from fisherfast.derivatives import ScoreMoments, fold_products, fold_sums
 from fisherfast.estimators import choose_features, cross_fitted_bound, fisher_curve
 from fisherfast.features import FeatureDictionary, Lift, PilotMoments
@@ -55,22 +56,22 @@ def lifted(lift: Lift) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_fold_sums_equal_a_loop():
-    """Catches rows of the wrong fold, at any start and any remainder."""
-    x, w = numbers(P, 11, 5), numbers(11, P, seed=1)
-    for n in range(12):
-        for first in range(5):
-            fold = (first + torch.arange(n)) % FOLDS
+    """Catches rows of the wrong fold, of another tile, and folds without rows."""
+    x, w = numbers(P, 40, 5), numbers(40, P, seed=1)
+    cells = (torch.arange(40) * 7 % 13) % 5  # fold 1 of 4 has cell 1 alone, fold 0 has cells 0, 4
+    for n in (0, 1, 3, 11, 40):
+        place, order = Place.sort(torch.arange(n), cells[:n], FOLDS)
+        sorted_x, sorted_w = x[:, order], w[order]
+        for start, stop in ((0, n), (n // 3, n), (n // 3, n // 2)):
+            rows = slice(start, stop)
+            sums = fold_sums(sorted_x[:, rows], place, start)
+            products = fold_products(sorted_w[rows], sorted_x[0, rows], place, start)
             for f in range(FOLDS):
-                mine = x[:, :n][:, fold == f]
-                torch.testing.assert_close(
-                    fold_sums(x[:, :n], first, FOLDS)[f], mine.sum(1), rtol=0, atol=1e-12
-                )
-                torch.testing.assert_close(
-                    fold_products(w[:n], x[0, :n], first, FOLDS)[f],
-                    w[:n][fold == f].T @ x[0, :n][fold == f],
-                    rtol=0,
-                    atol=1e-12,
-                )
+                mine = cells[order][rows] % FOLDS == f
+                loop = sorted_x[:, rows][:, mine].sum(1)
+                torch.testing.assert_close(sums[f], loop, rtol=0, atol=1e-12)
+                loop = sorted_w[rows][mine].T @ sorted_x[0, rows][mine]
+                torch.testing.assert_close(products[f], loop, rtol=0, atol=1e-12)
 
 
 def test_tangents_of_lifted_features_are_those_of_autograd(lift):
@@ -194,8 +195,9 @@ def test_no_tangents_are_zero_tangents(lift):
 
 def test_score_is_needed(lift):
     """Catches a score of zero in the place of none."""
+    place, _ = Place.in_turn(0, N, FOLDS)
     with pytest.raises(ValueError, match="carried must be the score of each sample, got None"):
-        ScoreMoments(P, K, folds=FOLDS).update(numbers(N, D), None, lift)
+        ScoreMoments(P, K, folds=FOLDS).update(numbers(N, D), None, lift, place)
 
 
 def test_sketch_groups_tangents_as_activations():

@@ -29,6 +29,7 @@ from networks_zoo import (
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.dealing import Dealing
 
 FOLDS = 16
 MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
@@ -54,10 +55,15 @@ def double_conditions(n: int = 400, **options) -> ff.FiniteDifference:
 # --- the numbers ---
 
 
+def folds_of(samples):
+    """The fold [n] of each of so many samples."""
+    return (Dealing.of(samples, FOLDS).cells_from(0, samples) % FOLDS).numpy()
+
+
 def brute_force(minus: np.ndarray, plus: np.ndarray, ridge: float) -> tuple[float, float]:
     """Debiased and naive linear information by the formulas of design 4.1 to 4.3, one parameter."""
     d = minus.shape[1]
-    cells = [x[fold::FOLDS] for x in (minus, plus) for fold in range(FOLDS)]
+    cells = [x[folds_of(len(x)) == fold] for x in (minus, plus) for fold in range(FOLDS)]
     nu = len(minus) + len(plus) - len(cells)
     within = sum((cell - cell.mean(0)).T @ (cell - cell.mean(0)) for cell in cells) / nu
     scale = np.sqrt(np.diag(within))

@@ -178,12 +178,14 @@ def test_step_meter():
 
 
 def test_noise_belongs_to_the_sample():
-    """Catches noise that starts anew with each batch, or is the same in two streams."""
-    whole = dither(torch.empty(3 * CHUNK, 2), 0, 7, "a")
+    """Catches noise that starts anew with each batch, goes by the order of the rows, or is the same
+    in two streams."""
+    whole = dither(torch.empty(3 * CHUNK, 2), torch.arange(3 * CHUNK), 7, "a")
     start = CHUNK - 5
-    part = dither(torch.empty(CHUNK, 2), start, 7, "a")
-    assert torch.equal(part, whole[start : start + CHUNK])
-    other = dither(torch.empty(CHUNK, 2), 0, 7, "b")
+    numbers = torch.arange(start, start + CHUNK).flip(0)[::3]
+    part = dither(torch.empty(len(numbers), 2), numbers, 7, "a")
+    assert torch.equal(part, whole[numbers])
+    other = dither(torch.empty(CHUNK, 2), torch.arange(CHUNK), 7, "b")
     assert float((other * whole[:CHUNK]).mean().abs()) < 4 / (2 * CHUNK) ** 0.5
     assert float(whole.var()) == pytest.approx(1, abs=5 * (2 / whole.numel()) ** 0.5)
-    assert dither(torch.empty(0, 2), 5, 0).shape == (0, 2)
+    assert dither(torch.empty(0, 2), numbers[:0], 0).shape == (0, 2)

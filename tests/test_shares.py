@@ -13,6 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 import fisherfast as ff
 from fisherfast.data import Batch, Data, KeptData, sources
 from fisherfast.data.batch import Gap
+from fisherfast.dealing import Place
 from fisherfast.distributed import buffers, ranks_of
 from fisherfast.features import Lift, PilotMoments, Standardisation
 from fisherfast.krylov import KrylovSpace
@@ -20,7 +21,7 @@ from fisherfast.maps import MapMoments
 from fisherfast.moments import FoldMoments, lower_triangles
 from fisherfast.reservoir import KeptSamples
 from fisherfast.shares import Share, WholeData, shares_of
-from fisherfast.streams import PILOT_SAMPLES, Streams
+from fisherfast.streams import PILOT_SAMPLES, Streams, scattered
 
 FOLDS, RAW = 4, 5
 
@@ -254,8 +255,9 @@ def test_processes_train_on_the_samples_of_one(capacity):
     x, score = normal(2, SAMPLES, 4).float(), normal(2, SAMPLES, 2, seed=1).float()
 
     def add(kept: KeptSamples, rows: slice) -> None:
+        place, order = Place.in_turn(rows.start, rows.stop - rows.start, FOLDS)
         for condition in range(2):
-            kept.add(condition, x[condition, rows], score[condition, rows])
+            kept.add(condition, place, x[condition, rows][order], score[condition, rows][order])
 
     whole, *parts = (KeptSamples(2, capacity) for _ in range(7))  # one of them has no batch
     for number, batch in enumerate(BATCHES):
@@ -391,15 +393,19 @@ def test_streams_of_all_ranks_hold_each_sample_once(paired, size):
 
 
 def test_streams_of_shares_stand_between_those_of_others():
-    """Catches offsets of another condition, a pilot of samples that are not the first, and a share
-    that has another length than it announces."""
+    """Catches offsets of another condition, a pilot of samples that are not this share's part of
+    those of all, and a share that has another length than it announces."""
     x = normal(900, 2)
     data = ff.FiniteDifference(x[:300], x[300:], dtheta=0.1)
     share = Share(1, before=(1000, 20), own=(300, 600), after=(5, 0))
     streams = Streams(WholeData(data, [1305, 620]), 200, share=share)
     assert [len(batch) for batch in streams.first(64)] == [64, 64]
     pilot = list(streams.pilot())
-    assert [sum(len(batch) for c, _, batch in pilot if c == side) for side in (0, 1)] == [24, 600]
+    all_numbers = scattered(1305, 1024)
+    numbers = all_numbers[(all_numbers >= 1000) & (all_numbers < 1300)] - 1000
+    assert len(numbers) == pytest.approx(1024 * 300 / 1305, abs=2)
+    assert torch.equal(torch.cat([batch.x for c, _, batch in pilot if c == 0]), x[numbers])
+    assert sum(len(batch) for c, _, batch in pilot if c == 1) == 600
     sizes = [(c, type(part), len(part)) for c, _, part in streams]
     assert sizes == [
         (0, Gap, 1000),

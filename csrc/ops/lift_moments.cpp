@@ -46,9 +46,8 @@ void lift_moments_cpu(const LiftMomentsArgs<T>& args, int threads) {
   const SimdLevel level = simd_level();
   const index_t panel = 2 * simd_lanes<T>(level), panels = ceil_div(size, panel);
   const index_t lifted_from = args.dim / panel;  // panels before hold raw activations alone
-  const index_t most = ceil_div(args.rows, args.halves);
   const index_t affordable = kTileNumbers / (panels * panel) / kLiftTileRows * kLiftTileRows;
-  const index_t tile = std::min(most, std::clamp(affordable, kLiftTileRows, kMaxTileRows));
+  const index_t tile = std::min(args.rows, std::clamp(affordable, kLiftTileRows, kMaxTileRows));
   const std::vector<PanelPair> pairs = panel_pairs(panels, args.start / panel);
   const AlignedArray<T> features = aligned_array<T>(panels * tile * panel);
   const AlignedArray<T> weights = aligned_array<T>((panels - lifted_from) * args.dim * panel + 1);
@@ -62,12 +61,12 @@ void lift_moments_cpu(const LiftMomentsArgs<T>& args, int threads) {
     }
     team.wait();
     for (index_t half = 0; half < args.halves; ++half) {
-      const index_t start = (half - args.first % args.halves + args.halves) % args.halves;
-      for (index_t row = start; row < args.rows; row += tile * args.halves) {
-        const index_t count = std::min(tile, ceil_div(args.rows - row, args.halves));
+      const RowRange own = rows_of_half(args.offsets, args.folds, half, args.halves, args.rows);
+      for (index_t row = own.begin; row < own.end; row += tile) {
+        const index_t count = std::min(tile, own.end - row);
         for (index_t p = rank; p < panels; p += team.size()) {
           T* const to = features.get() + p * tile * panel;
-          FF_CALL_SIMD(level, lift_features<T>, args, p, packed(p), row, args.halves, count, to);
+          FF_CALL_SIMD(level, lift_features<T>, args, p, packed(p), row, count, to);
         }
         team.wait();
         const index_t total = static_cast<index_t>(pairs.size());

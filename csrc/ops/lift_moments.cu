@@ -42,13 +42,16 @@ struct Chunk {
   const T* z;       // first row of the chunk
   const T* lifted;  // [rows, k] random features
   index_t rows;
-  index_t first;  // number of rows dealt before this chunk
-  bool is_first;
+  index_t begin;  // number of its first row in the batch
 };
 
-// The first row i >= 0 with (first + i) mod count = which.
-__device__ inline index_t first_row_of(index_t which, index_t first, index_t count) {
-  return (which - first % count + count) % count;
+// Those of some rows of the batch that are in the chunk, counted from its first row on. Offsets are
+// not known on the host: whatever they are, no row is read outside the chunk.
+template <typename T>
+__device__ inline RowRange rows_in_chunk(const Chunk<T>& chunk, RowRange rows) {
+  const index_t begin = rows.begin < chunk.begin ? 0 : rows.begin - chunk.begin;
+  const index_t end = rows.end - chunk.begin < chunk.rows ? rows.end - chunk.begin : chunk.rows;
+  return {begin, end < begin ? begin : end};
 }
 
 // Columns [column, column + kEdge) of row `index` of [z | lifted], zero outside.
@@ -110,19 +113,21 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// Block (x, y): 32 features of one fold, folds in turn. Thread: every 8th row of the fold for one
-// feature; the eight parts are added in order. Reads are coalesced; n (K - start) numbers.
+// Block (x, y): 32 features of one segment of rows, segments in turn. Thread: every 8th row of the
+// fold for one feature; the eight parts are added in order. Reads are coalesced; n (K - start)
+// numbers.
 template <typename T>
 __global__ void __launch_bounds__(kSumColumns* kSumRows)
     lift_fold_sums_kernel(LiftMomentsArgs<T> args, Chunk<T> chunk) {
   __shared__ double parts[kSumRows][kSumColumns];
   const index_t d = args.dim, k = args.lifted, K = d + k;
   const index_t j = args.start + static_cast<index_t>(blockIdx.x) * kSumColumns + threadIdx.x;
-  for (index_t g = blockIdx.y; g < args.folds; g += gridDim.y) {
+  for (index_t segment = blockIdx.y; segment < args.folds; segment += gridDim.y) {
     double sum = 0.0;
-    const index_t begin = first_row_of(g, chunk.first, args.folds);
-    for (index_t i = begin + threadIdx.y * args.folds; j < K && i < chunk.rows;
-         i += kSumRows * args.folds) {
+    const index_t g = fold_of_segment(segment, args.folds);
+    const RowRange own =
+        rows_in_chunk(chunk, RowRange{args.offsets[segment], args.offsets[segment + 1]});
+    for (index_t i = own.begin + threadIdx.y; j < K && i < own.end; i += kSumRows) {
       sum += static_cast<double>(j < d ? chunk.z[i * args.row_stride + j]
                                        : chunk.lifted[i * k + (j - d)]);
     }
@@ -143,23 +148,23 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
 // multiply-adds.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads)
-    lift_cross_kernel(LiftMomentsArgs<T> args, Chunk<T> chunk, index_t first_pair,
-                      index_t rows_per_split) {
+    lift_cross_kernel(LiftMomentsArgs<T> args, Chunk<T> chunk, index_t first_pair) {
   __shared__ Tile<T, kEdge> left, right;
   const TilePair pair = tile_pair(first_pair + blockIdx.x);
   const bool diagonal = pair.row == pair.column;
   const index_t K = args.dim + args.lifted, half = blockIdx.z;
-  const index_t offset = first_row_of(half, chunk.first, args.halves);
+  const RowRange own =
+      rows_in_chunk(chunk, rows_of_half(args.offsets, args.folds, half, args.halves, args.rows));
+  const index_t per_split = ceil_div(own.end - own.begin, static_cast<index_t>(gridDim.y));
   const index_t place = threadIdx.x * kEdge;
   TileProduct<T, kEdge> product;
   product.clear();
-  // Row q of the half is row offset + q H of the chunk.
-  const index_t end = (blockIdx.y + index_t{1}) * rows_per_split;
-  for (index_t q = blockIdx.y * rows_per_split; q < end && offset + q * args.halves < chunk.rows;
-       q += kTileDepth) {
-    const index_t own = q + threadIdx.y, index = offset + own * args.halves;
+  const index_t begin = own.begin + blockIdx.y * per_split;
+  const index_t end = begin + per_split < own.end ? begin + per_split : own.end;
+  for (index_t row = begin; row < end; row += kTileDepth) {
+    const index_t index = row + threadIdx.y;
     Vector<T, kEdge> l{}, r{};
-    if (own < end && index < chunk.rows) {
+    if (index < end) {
       l = load_features(args, chunk, index, pair.row * kWidth + place);
       if (!diagonal) r = load_features(args, chunk, index, pair.column * kWidth + place);
     }
@@ -174,7 +179,7 @@ __global__ void __launch_bounds__(kTileThreads)
   product.for_each([&](index_t a, index_t b, double sum) {
     const index_t i = pair.row * kWidth + a, j = pair.column * kWidth + b;
     if (i < args.start || i >= K || j > i) return;
-    partial[i * K + j] = chunk.is_first ? sum : partial[i * K + j] + sum;
+    partial[i * K + j] = chunk.begin == 0 ? sum : partial[i * K + j] + sum;
   });
 }
 
@@ -212,8 +217,7 @@ void launch_chunk(const LiftMomentsArgs<T>& args, const Chunk<T>& chunk, T* lift
   const index_t first_pair = tile_pairs(args.start / kWidth);
   const index_t pairs = tile_pairs(ceil_div(K, kWidth)) - first_pair;
   const dim3 grid(grid_x(pairs), grid_yz(splits), grid_yz(args.halves));
-  const index_t rows_per_split = ceil_div(ceil_div(chunk.rows, args.halves), splits);
-  FF_LAUNCH(lift_cross_kernel<T>, grid, tile, 0, stream, args, chunk, first_pair, rows_per_split);
+  FF_LAUNCH(lift_cross_kernel<T>, grid, tile, 0, stream, args, chunk, first_pair);
 }
 
 }  // namespace
@@ -235,8 +239,7 @@ void lift_moments_cuda(const LiftMomentsArgs<T>& args, int device, void* stream)
                                    partial_bytes(args.rows, K, args.halves));
   for (index_t begin = 0; begin < args.rows; begin += kChunkRows) {
     const index_t rows = std::min(kChunkRows, args.rows - begin);
-    const Chunk<T> chunk{args.z + begin * args.row_stride, lifted, rows, args.first + begin,
-                         begin == 0};
+    const Chunk<T> chunk{args.z + begin * args.row_stride, lifted, rows, begin};
     launch_chunk(args, chunk, lifted, splits, stream);
   }
   const index_t entries = args.halves * (K - args.start) * K;

@@ -56,7 +56,7 @@ void lift_pack_weights(const LiftMomentsArgs<T>& args, index_t panel, T* packed)
 
 template <typename T>
 void lift_features(const LiftMomentsArgs<T>& args, index_t panel, const T* packed, index_t begin,
-                   index_t step, index_t count, T* features) {
+                   index_t count, T* features) {
   constexpr int W = kLanes<T>;
   const index_t raw = raw_columns(args, panel), used = used_columns(args, panel);
   const index_t first_column = panel * kPanel<T>;
@@ -67,7 +67,8 @@ void lift_features(const LiftMomentsArgs<T>& args, index_t panel, const T* packe
   panel_values(args, panel, args.pilot, pilot);
   const Vec<T> bias_low = load(bias), bias_high = load(bias + W);
   const Vec<T> pilot_low = load(pilot), pilot_high = load(pilot + W);
-  const auto row_of = [&](index_t n) { return args.z + (begin + n * step) * args.row_stride; };
+  const auto row_of = [&](index_t n) { return args.z + (begin + n) * args.row_stride; };
+  index_t segment = 0;  // of the row that is finished next
   const auto finish = [&](index_t n, Vec<T> low, Vec<T> high) {
     T* const row = features + n * kPanel<T>;
     store(row, activate<T>(low, bias_low, pilot_low, args.slope));
@@ -75,7 +76,8 @@ void lift_features(const LiftMomentsArgs<T>& args, index_t panel, const T* packe
     const T* z = row_of(n) + first_column;
     for (index_t c = 0; c < raw; ++c) row[c] = z[c];
     for (index_t c = used; c < kPanel<T>; ++c) row[c] = 0;
-    const index_t fold = (args.first + begin + n * step) % args.folds;
+    while (segment + 1 < args.folds && begin + n >= args.offsets[segment + 1]) ++segment;
+    const index_t fold = fold_of_segment(segment, args.folds);
     add_sums(row, args.sums + fold * args.size + first_column, from, used);
   };
   if (raw == kPanel<T>) {  // nothing is lifted here
@@ -118,11 +120,10 @@ void lift_products(const LiftMomentsArgs<T>& args, index_t half, index_t row_pan
   add_panel_product<T>(triangle, row_panel, column_panel, left, right, count);
 }
 
-#define FF_INSTANTIATE(T)                                                                     \
-  template void lift_pack_weights(const LiftMomentsArgs<T>&, index_t, T*);                    \
-  template void lift_features(const LiftMomentsArgs<T>&, index_t, const T*, index_t, index_t, \
-                              index_t, T*);                                                   \
-  template void lift_products(const LiftMomentsArgs<T>&, index_t, index_t, index_t, const T*, \
+#define FF_INSTANTIATE(T)                                                                          \
+  template void lift_pack_weights(const LiftMomentsArgs<T>&, index_t, T*);                         \
+  template void lift_features(const LiftMomentsArgs<T>&, index_t, const T*, index_t, index_t, T*); \
+  template void lift_products(const LiftMomentsArgs<T>&, index_t, index_t, index_t, const T*,      \
                               const T*, index_t);
 FF_INSTANTIATE(float)
 FF_INSTANTIATE(double)

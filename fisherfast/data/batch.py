@@ -9,10 +9,13 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+
+from fisherfast.data.groups import Groups
+from fisherfast.dealing import Place, Tally
 
 __all__ = ["Batch", "Data", "Gap", "Round", "abreast", "dealt"]
 
@@ -25,11 +28,13 @@ class Batch:
         x: [n, ...].
         tangents: [P, n, ...] dx/dtheta of each sample, or None.
         score: [n, P] float64 d log p(x | theta) / d theta of each sample, or None.
+        place: of the samples, which are sorted by it; None before they are.
     """
 
     x: torch.Tensor
     tangents: torch.Tensor | None = None
     score: torch.Tensor | None = None
+    place: Place | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -50,6 +55,16 @@ class Batch:
             self.x[start:stop],
             None if self.tangents is None else self.tangents[:, start:stop],
             None if self.score is None else self.score[start:stop],
+        )
+
+    def sorted(self, place: Place, order: torch.Tensor) -> Batch:
+        """A copy with its rows in an order int64 [n], which gives them a place."""
+        order = order.to(self.x.device)
+        return Batch(
+            self.x[order],
+            None if self.tangents is None else self.tangents[:, order],
+            None if self.score is None else self.score[order.to(self.score.device)],
+            place,
         )
 
     def clone(self) -> Batch:
@@ -73,6 +88,7 @@ class Batch:
             self.x.to(device=device, dtype=dtype, copy=copy),
             None if self.tangents is None else self.tangents.to(device=device, dtype=dtype),
             None if self.score is None else self.score.to(device),
+            self.place,
         )
 
 
@@ -82,9 +98,11 @@ class Gap:
 
     Attributes:
         samples: how many.
+        tally: of them by cell; empty before they are dealt.
     """
 
     samples: int
+    tally: Tally = field(default_factory=Tally.none)
 
     def __len__(self) -> int:
         return self.samples
@@ -110,6 +128,7 @@ class Data(ABC):
         dtheta: [P] full separation of the conditions; empty where there is no finite step.
         paired: the i-th samples of all conditions share their noise.
         sharded: these are the samples of this process alone, see `Shard`.
+        groups: which samples depend on each other; None where all are independent.
     """
 
     source: str
@@ -118,6 +137,7 @@ class Data(ABC):
     dtheta: tuple[float, ...] = ()
     paired: bool = False
     sharded: bool = False
+    groups: Groups | None = None
 
     @abstractmethod
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
@@ -126,6 +146,15 @@ class Data(ABC):
     @abstractmethod
     def samples(self, condition: int) -> int | None:
         """Number of samples of a condition, or None for a stream of unknown length."""
+
+    def length(self, condition: int) -> int | None:
+        """Number of samples of a condition where it is known before any is read: the samples are
+        dealt to folds by it, the same at every measurement."""
+        return self.samples(condition)
+
+    def units(self, condition: int) -> int | None:
+        """Number of independent samples of a condition: of groups, where there are any."""
+        return self.samples(condition) if self.groups is None else len(self.groups)
 
     @abstractmethod
     def repeats(self, condition: int) -> bool:
@@ -141,6 +170,11 @@ class Data(ABC):
             mine: whether the batch of a number is to be read.
         """
         yield from dealt(self.read(condition, batch_size), mine)
+
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """The samples of these numbers int64 [n] in memory of their own; None where samples cannot
+        be read one by one."""
+        return None
 
     def resident(self) -> bool:
         """Whether all samples are in memory already, as tensors or arrays."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from fisherfast.data import sources
 from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
+from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
 __all__ = ["FiniteDifference", "check_dtheta"]
@@ -37,10 +39,17 @@ class FiniteDifference(Data):
             parameters.
         paired: the i-th sample of both conditions was drawn with the same noise (a simulator with a
             common seed). The derivative is then far less noisy; measured data are never paired.
+        groups: labels [n] of samples that depend on each other, as a tensor, array or sequence of
+            whole numbers or strings: pictures of one object, repeated measurements, pieces of a
+            time series. Samples of one label are one group, which counts as one independent
+            sample. One array for all conditions, or a **list** of one for each of them (minus and
+            plus of the first parameter, then of the second); a label is the same group in all
+            conditions.
 
     Raises:
         ValueError: dtheta is not positive and finite; the lists differ in length; tensors differ in
-            sample shape; paired tensors differ in their number of samples.
+            sample shape; paired tensors differ in their number of samples; groups of
+            another number of samples, or of samples without a fixed order.
         TypeError: integer, boolean or complex samples, or a source that cannot be read; a tuple.
 
     Example:
@@ -49,6 +58,8 @@ class FiniteDifference(Data):
         >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
         >>> data.parameters
         1
+        >>> objects = torch.arange(100) // 4                       # four pictures of each object
+        >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2, groups=objects)
     """
 
     def __init__(
@@ -58,6 +69,7 @@ class FiniteDifference(Data):
         dtheta: float | Sequence[float],
         *,
         paired: bool = False,
+        groups: Any = None,
     ) -> None:
         minus_list = _as_list(minus)
         plus_list = _as_list(plus)
@@ -74,13 +86,16 @@ class FiniteDifference(Data):
         self.paired = bool(paired)
         self.source = "paired" if self.paired else "independent"
         self._sources: list[Source] = []
+        labels = []
         for p, pair in enumerate(zip(minus_list, plus_list, strict=True)):
             for name, source in zip(("minus", "plus"), pair, strict=True):
                 label = name if len(minus_list) == 1 else f"{name}[{p}]"
                 self._sources.append(sources.check_source(source, label))
+                labels.append(label)
                 if self.paired:
                     _check_order(source, label)
         _check_shapes(self._sources, self.paired)
+        self.groups = check_groups(groups, self._sources, labels, paired=self.paired)
 
     def samples(self, condition: int) -> int | None:
         """Number of samples of a condition, or None for a stream of unknown length."""
@@ -122,6 +137,14 @@ class FiniteDifference(Data):
             return
         for n, item in sources.deal(source, batch_size, mine):
             yield Gap(n) if item is None else Batch(sources.as_batch(item, name))
+
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """Some samples of a tensor, an array or a Dataset."""
+        source = self._sources[condition]
+        if not sources.divisible(source):
+            return None
+        item = sources.pick(source, numbers)
+        return Batch(sources.as_batch(item, self.condition_name(condition)))
 
     def repeats(self, condition: int) -> bool:
         """Whether each pass over a condition surely gives the same samples in the same order:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from fisherfast.data.batch import Batch, Data
 
 __all__ = ["KeptData"]
@@ -32,6 +34,7 @@ class KeptData(Data):
         self.conditions = source.conditions
         self.dtheta = source.dtheta
         self.paired = source.paired
+        self.groups = source.groups
         self.sharded = source.sharded
 
     @property
@@ -68,6 +71,14 @@ class KeptData(Data):
         if condition in self._kept:
             return sum(map(len, self._kept[condition]))
         return self._source.samples(condition)
+
+    def length(self, condition: int) -> int | None:
+        """As the source knows it."""
+        return self._source.length(condition)
+
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """As the source gives them, at every measurement."""
+        return self._source.pick(condition, numbers)
 
     def repeats(self, condition: int) -> bool:
         """Whether the next pass surely gives the same samples in the same order."""

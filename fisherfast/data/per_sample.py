@@ -11,6 +11,7 @@ import torch
 
 from fisherfast.data import sources
 from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
+from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
 __all__ = ["Pathwise", "Score"]
@@ -24,7 +25,7 @@ class PerSample(Data):
 
     conditions = 1
 
-    def __init__(self, x: Source, companion: Any, parameters: int | None) -> None:
+    def __init__(self, x: Source, companion: Any, parameters: int | None, groups: Any) -> None:
         self._x = sources.check_source(x, "x")
         self._companion = companion
         if isinstance(x, torch.Tensor | np.ndarray):
@@ -45,14 +46,15 @@ class PerSample(Data):
             raise TypeError(f"parameters must be a whole number, got {parameters!r}")
         if self.parameters < 1:
             raise ValueError(f"parameters must be positive, got {self.parameters}")
+        self.groups = check_groups(groups, [x], ["x"])
 
     @abstractmethod
     def _whole_companion(self) -> torch.Tensor:
         """The checked companion of all samples, for x a tensor; sets `parameters`."""
 
     @abstractmethod
-    def _slice(self, x: torch.Tensor, start: int) -> Batch:
-        """The batch of samples x, the first of them number start, for x a tensor."""
+    def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
+        """The batch of samples x, which are these rows, for x a tensor."""
 
     @abstractmethod
     def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
@@ -101,11 +103,24 @@ class PerSample(Data):
             yield Gap(n) if item is None else self._batch(item, number, start)
             start += n
 
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """Some samples of tensors, arrays or a Dataset."""
+        if not sources.divisible(self._x):
+            return None
+        item = sources.pick(self._x, numbers)
+        if sources.resident(self._x):
+            return self._with(sources.as_batch(item, "x"), numbers)
+        return self._checked(item, "among the first samples")
+
     def _batch(self, item: Any, number: int, start: int) -> Batch:
         """The checked batch of a number, the first of its samples number start."""
-        where = f"in batch {number}"
         if isinstance(self._x, torch.Tensor | np.ndarray):
-            return self._slice(sources.as_batch(item, "x"), start)
+            x = sources.as_batch(item, "x")
+            return self._with(x, slice(start, start + len(x)))
+        return self._checked(item, f"in batch {number}")
+
+    def _checked(self, item: Any, where: str) -> Batch:
+        """The checked batch of what a source that holds pairs has yielded."""
         paired = isinstance(item, list | tuple)
         if not paired or len(item) != 2:
             more = paired and len(item) > 2
@@ -137,6 +152,7 @@ class Pathwise(PerSample):
             that yield pairs give it **sample first**, as a loader collates it: batches x [n, ...]
             and dx [n, P, ...], Datasets items x [...] and dx [P, ...].
         parameters: P, for sources that yield pairs; 1 if None.
+        groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
 
     Raises:
         ValueError: dx has another shape or is not finite.
@@ -160,8 +176,10 @@ class Pathwise(PerSample):
     source = "pathwise"
     companion = "dx"
 
-    def __init__(self, x: Source, dx: Any = None, *, parameters: int | None = None) -> None:
-        super().__init__(x, dx, parameters)
+    def __init__(
+        self, x: Source, dx: Any = None, *, parameters: int | None = None, groups: Any = None
+    ) -> None:
+        super().__init__(x, dx, parameters, groups)
 
     def _whole_companion(self) -> torch.Tensor:
         x, dx = self._x, _as_tensor(self._companion, "dx", "[P, n, ...]")
@@ -175,8 +193,8 @@ class Pathwise(PerSample):
         self.parameters = len(dx)
         return dx
 
-    def _slice(self, x: torch.Tensor, start: int) -> Batch:
-        return Batch(x, tangents=self._companion[:, start : start + len(x)])
+    def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
+        return Batch(x, tangents=self._companion[:, rows])
 
     def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
         expected = (len(x), self.parameters, *x.shape[1:])
@@ -204,6 +222,7 @@ class Score(PerSample):
             ``Dataset``, ``DataLoader``, iterable or function that yields pairs (x, score).
         score: [n, P] or [n] for one parameter, floating; Datasets give [P] or one number a sample.
         parameters: P, for sources that yield pairs; 1 if None.
+        groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
 
     Raises:
         ValueError: score has another shape or is not finite.
@@ -226,8 +245,10 @@ class Score(PerSample):
     source = "score"
     companion = "score"
 
-    def __init__(self, x: Source, score: Any = None, *, parameters: int | None = None) -> None:
-        super().__init__(x, score, parameters)
+    def __init__(
+        self, x: Source, score: Any = None, *, parameters: int | None = None, groups: Any = None
+    ) -> None:
+        super().__init__(x, score, parameters, groups)
 
     def _whole_companion(self) -> torch.Tensor:
         score = _as_tensor(self._companion, "score", "[n, P]")
@@ -241,8 +262,8 @@ class Score(PerSample):
         self.parameters = columns.shape[1]
         return columns
 
-    def _slice(self, x: torch.Tensor, start: int) -> Batch:
-        return Batch(x, score=self._companion[start : start + len(x)])
+    def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
+        return Batch(x, score=self._companion[rows])
 
     def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
         columns = companion[:, None] if companion.ndim == 1 else companion

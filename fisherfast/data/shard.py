@@ -52,6 +52,7 @@ class Shard(Data):
         self.conditions = data.conditions
         self.dtheta = data.dtheta
         self.paired = data.paired
+        self.groups = data.groups
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Yield the samples of one condition, in order."""
@@ -64,6 +65,14 @@ class Shard(Data):
     def samples(self, condition: int) -> int | None:
         """Number of samples in this share, or None for a stream of unknown length."""
         return self._data.samples(condition)
+
+    def length(self, condition: int) -> int | None:
+        """As the data know it."""
+        return self._data.length(condition)
+
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """Samples of this share."""
+        return self._data.pick(condition, numbers)
 
     def repeats(self, condition: int) -> bool:
         """Whether each pass surely gives the same samples in the same order."""

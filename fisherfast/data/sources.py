@@ -17,6 +17,7 @@ __all__ = [
     "deal",
     "divisible",
     "iterate",
+    "pick",
     "repeats",
     "resident",
 ]
@@ -96,6 +97,16 @@ def divisible(source: Source) -> bool:
     if isinstance(source, torch.utils.data.DataLoader) or not repeats(source):
         return False
     return bool(count(source))
+
+
+def pick(source: Source, numbers: torch.Tensor) -> Any:
+    """The samples of these numbers int64 [n] of a divisible source, as a batch of its own."""
+    if isinstance(source, torch.Tensor):
+        return source[numbers.to(source.device)]
+    if isinstance(source, np.ndarray):
+        return source[numbers.numpy()]
+    loader = torch.utils.data.DataLoader(source, batch_sampler=[numbers.tolist()])
+    return next(iter(loader))
 
 
 def deal(source: Source, batch_size: int, mine: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:

@@ -121,15 +121,18 @@ def lift_moments_(
     bias: Tensor,
     pilot: Tensor,
     *,
+    offsets: Tensor | None = None,
     slope: float = 0.7,
-    first: int = 0,
     start: int = 0,
 ) -> None:
     """Adds the moments of raw and lifted features of a batch, without ever having the features.
 
         f_i = [z_i | leaky_relu(weight z_i + bias) - pilot],      K = d + k features
-        sums_g += sum of f_i over rows i with (first + i) mod F = g
-        cross_h += sum of f_i f_i^T over rows i with (first + i) mod H = h, lower triangle
+        sums_g += sum of f_i over the rows i of fold g
+        cross_h += sum of f_i f_i^T over the rows i of half h (folds g = h mod H), lower triangle
+
+    The rows are sorted by fold, even folds first: 0, 2, 4, ..., 1, 3, ..., so that a half is one
+    run of rows.
 
     Projection, bias, activation, centring, sums and products run over tiles that stay in the
     caches. The dictionary grows at the cost of its new columns: with ``start`` the first features
@@ -139,19 +142,21 @@ def lift_moments_(
     Args:
         sums: [F, K'] float64, contiguous; changed in place. K' may be larger than K: features after
             the first K are not touched, here and in ``cross``.
-        cross: [H, K', K'] float64, contiguous, H = 1 or 2 (all rows, or every other row); its lower
-            triangle is changed in place, the upper one is not touched.
+        cross: [H, K', K'] float64, contiguous, H = 1 or 2 (all rows, or even and odd folds); its
+            lower triangle is changed in place, the upper one is not touched.
         z: [n, d] float32 or float64 raw features; rows may be strided.
         weight: [k, d], dtype and device of ``z``, as bias and pilot.
         bias: [k].
         pilot: [k], roughly the mean of the lifted features.
+        offsets: [F + 1] int64 on the device of ``z``: the row at which each fold's segment begins,
+            in this order of folds, and n at the end; None for all rows in fold 0.
         slope: factor of the leaky ReLU below zero.
-        first: samples dealt to folds and halves before these, >= 0.
         start: number of leading features that are known, 0 to K.
 
     Raises:
         TypeError: wrong dtype.
-        ValueError: wrong shape, device, strides, slope, first or start. Nothing is changed then.
+        ValueError: wrong shape, device, strides, offsets (their numbers are checked on the CPU
+            alone), slope or start. Nothing is changed then.
         RuntimeError: an input requires grad.
 
     Cost: n ((K - start)(K + start) / 2 + k d) multiply-adds and about 1 MB of scratch. Float32
@@ -168,8 +173,11 @@ def lift_moments_(
     check_no_grad(
         "lift_moments_", sums=sums, cross=cross, z=z, weight=weight, bias=bias, pilot=pilot
     )
+    if offsets is None:
+        offsets = torch.full((len(sums) + 1,), len(z), dtype=torch.int64, device=z.device)
+        offsets[0] = 0
     op = torch.ops.fisherfast.lift_moments_.default
-    op(sums, cross, z, weight, bias, pilot, slope, first, start)
+    op(sums, cross, z, weight, bias, pilot, offsets, slope, start)
 
 
 def _lift_moments_(
@@ -179,16 +187,19 @@ def _lift_moments_(
     weight: Tensor,
     bias: Tensor,
     pilot: Tensor,
+    offsets: Tensor,
     slope: float,
-    first: int,
     start: int,
 ) -> None:
-    _lift_moments_fake(sums, cross, z, weight, bias, pilot, slope, first, start)
+    _lift_moments_fake(sums, cross, z, weight, bias, pilot, offsets, slope, start)
+    if offsets.device.type == "cpu":
+        _check_segments(offsets.tolist(), len(z))
     if not _native.serves(z):
-        reference.lift_moments_(sums, cross, z, weight, bias, pilot, slope, first, start)
+        reference.lift_moments_(sums, cross, z, weight, bias, pilot, offsets, slope, start)
         return
     z = with_unit_column_stride(z)
     weight, bias, pilot = weight.contiguous(), bias.contiguous(), pilot.contiguous()
+    offsets = offsets.contiguous()
     folds, halves, (lifted, dim) = len(sums), len(cross), weight.shape
     workspace = _native.workspace("lift_moments", z, len(z), dim, lifted, folds, halves)
     _native.call(
@@ -199,6 +210,7 @@ def _lift_moments_(
         weight.data_ptr(),
         bias.data_ptr(),
         pilot.data_ptr(),
+        offsets.data_ptr(),
         sums.data_ptr(),
         cross.data_ptr(),
         address(workspace),
@@ -207,7 +219,6 @@ def _lift_moments_(
         lifted,
         folds,
         halves,
-        first,
         start,
         sums.shape[1],
         slope,
@@ -221,8 +232,8 @@ def _lift_moments_fake(
     weight: Tensor,
     bias: Tensor,
     pilot: Tensor,
+    offsets: Tensor,
     slope: float,
-    first: int,
     start: int,
 ) -> None:
     check_real("z", z)
@@ -248,10 +259,18 @@ def _lift_moments_fake(
         raise ValueError(
             f"cross must have shape [H, K, K] with H = 1 or 2, got {list(cross.shape)}"
         )
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"offsets must be int64, got {dtype_name(offsets.dtype)}")
+    check_device("offsets", offsets, "z", z)
+    check_shape("offsets", offsets, "[F + 1]", [sums.shape[0] + 1])
     _check_slope(slope)
-    check_at_least("first", first, 0)
     if not 0 <= start <= size:
         raise ValueError(f"start must lie in [0, K] = [0, {size}], got {start}")
+
+
+def _check_segments(offsets: list[int], rows: int) -> None:
+    if offsets != sorted(offsets) or offsets[0] != 0 or offsets[-1] != rows:
+        raise ValueError(f"offsets must rise from 0 to n = {rows}, got {offsets}")
 
 
 def _check_vectors(
@@ -287,7 +306,7 @@ register(
 )
 register(
     "lift_moments_(Tensor(a!) sums, Tensor(b!) cross, Tensor z, Tensor weight, Tensor bias,"
-    " Tensor pilot, float slope, SymInt first, SymInt start) -> ()",
+    " Tensor pilot, Tensor offsets, float slope, SymInt start) -> ()",
     _lift_moments_,
     _lift_moments_fake,
 )

@@ -105,6 +105,7 @@ void lift_moments(Case& call) {
   args.weight = call.input<T>("weight");
   args.bias = call.input<T>("bias");
   args.pilot = call.input<T>("pilot");
+  args.offsets = call.input<index_t>("offsets");
   args.sums = call.updated<double>("sums");
   args.cross = call.updated<double>("cross");
   args.rows = call.number("rows");
@@ -112,7 +113,6 @@ void lift_moments(Case& call) {
   args.lifted = call.number("lifted");
   args.folds = call.number("folds");
   args.halves = call.number("halves");
-  args.first = call.number("first");
   args.start = call.number("start");
   args.size = call.number("size");
   args.slope = static_cast<T>(call.numbers.at("slope"));

@@ -266,6 +266,8 @@ Case lift_moments_case(const std::string& name, index_t rows, index_t d, index_t
   const auto z = std::make_shared<std::vector<T>>(numbers<T>(rows * d));
   const auto weight = std::make_shared<std::vector<T>>(numbers<T>(k * d));
   const auto bias = std::make_shared<std::vector<T>>(numbers<T>(k));
+  const auto offsets = std::make_shared<std::vector<index_t>>();
+  for (index_t s = 0; s <= folds; ++s) offsets->push_back(s * rows / folds);
   const index_t K = d + k;
   return {name, [=](int threads) {
             Results out;
@@ -274,6 +276,7 @@ Case lift_moments_case(const std::string& name, index_t rows, index_t d, index_t
                                           weight->data(),
                                           bias->data(),
                                           bias->data(),
+                                          offsets->data(),
                                           out.array<double>(folds * K),
                                           out.array<double>(halves * K * K),
                                           nullptr,
@@ -282,7 +285,6 @@ Case lift_moments_case(const std::string& name, index_t rows, index_t d, index_t
                                           k,
                                           folds,
                                           halves,
-                                          3,
                                           start,
                                           K,
                                           static_cast<T>(0.7)};

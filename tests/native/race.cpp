@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kNotHere = 77;  // the machine lacks the instruction set
 constexpr index_t kRows = 600, kRaw = 5, kLifted = 30, kSize = kRaw + kLifted;
+constexpr index_t kOffsets[] = {0, kRows};
 
 struct Sums {
   std::vector<double> sums = std::vector<double>(kSize);
@@ -26,6 +27,7 @@ void add(const std::vector<float>& z, const std::vector<float>& weight, Sums& to
   args.row_stride = args.dim = kRaw;
   args.weight = weight.data();
   args.bias = args.pilot = z.data();
+  args.offsets = kOffsets;
   args.sums = to.sums.data();
   args.cross = to.cross.data();
   args.rows = kRows;

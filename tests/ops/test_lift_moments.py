@@ -1,7 +1,7 @@
 """lift_moments_ against its definition in float64, bit for bit while it grows, on every bad input.
 
-Features of row i: f = [z_i | leaky_relu(weight z_i + bias) - pilot]. Row i belongs to fold
-(first + i) % F and half (first + i) % H.
+Features of row i: f = [z_i | leaky_relu(weight z_i + bias) - pilot]. Rows are sorted by fold in the
+order 0, 2, ..., 1, 3, ...; fold g belongs to half g % H.
 """
 
 import math
@@ -23,15 +23,30 @@ def features(z, weight, bias, pilot, slope):
     return torch.cat([z, torch.where(before > 0, before, slope * before) - pilot], 1)
 
 
-def definition(sums, cross, z, weight, bias, pilot, *, slope=0.7, first=0, start=0):
+def folds_of(offsets):
+    """The fold [n] of each row."""
+    folds = len(offsets) - 1
+    order = torch.tensor([*range(0, folds, 2), *range(1, folds, 2)], device=offsets.device)
+    return order.repeat_interleave(offsets.diff())
+
+
+def uneven(rows, folds, device="cpu"):
+    """Offsets [F + 1] of segments of many lengths, some of them empty."""
+    weight = torch.tensor([0.0 if g % 5 == 3 and folds > 4 else 1.0 + g % 3 for g in range(folds)])
+    ends = (weight.cumsum(0) / weight.sum() * rows).round().long()
+    return torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device)
+
+
+def definition(sums, cross, z, weight, bias, pilot, *, offsets=None, slope=0.7, start=0):
     """What sums and cross must be afterwards, in float64 and row by row of folds and halves."""
     f = features(z, weight, bias, pilot, slope)
     sums, cross = sums.clone(), cross.clone()
-    number = first + torch.arange(len(z), device=z.device)
+    none = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    row_fold = none if offsets is None else folds_of(offsets)
     for fold in range(len(sums)):
-        sums[fold, start:] += f[number % len(sums) == fold].sum(0)[start:]
+        sums[fold, start:] += f[row_fold == fold].sum(0)[start:]
     for half in range(len(cross)):
-        rows = f[number % len(cross) == half]
+        rows = f[row_fold % len(cross) == half]
         cross[half, start:] += (rows.T @ rows).tril()[start:]
     return sums, cross
 
@@ -82,13 +97,14 @@ def lower(cross):
 def test_by_hand(device, dtype):
     """Catches halves for folds, a sum that overwrites, slope on the wrong side, pilot on z."""
     kind = {"dtype": dtype, "device": device}
-    z = torch.tensor([[1.0], [-2.0], [3.0]], **kind)
+    z = torch.tensor([[-2.0], [1.0], [3.0]], **kind)
+    offsets = torch.tensor([0, 1, 3], device=device)
     weight = torch.tensor([[2.0]], **kind)
     bias, pilot = torch.tensor([1.0], **kind), torch.tensor([0.5], **kind)
     sums = torch.tensor([[10.0, 20.0], [30.0, 40.0]], dtype=torch.float64, device=device)
     cross = torch.full((2, 2, 2), 100.0, dtype=torch.float64, device=device)
-    result = ops.lift_moments_(sums, cross, z, weight, bias, pilot, slope=0.5, first=1)
-    # lifted: 3 - 0.5, -1.5 - 0.5, 7 - 0.5; rows 0 and 2 are numbers 1 and 3, fold and half 1
+    result = ops.lift_moments_(sums, cross, z, weight, bias, pilot, slope=0.5, offsets=offsets)
+    # lifted: -1.5 - 0.5, 3 - 0.5, 7 - 0.5; rows 1 and 2 are of fold and half 1
     assert result is None
     assert sums.tolist() == [[8.0, 18.0], [34.0, 49.0]]
     assert cross.tolist() == [[[104.0, 100.0], [104.0, 104.0]], [[110.0, 100.0], [122.0, 148.5]]]
@@ -96,35 +112,57 @@ def test_by_hand(device, dtype):
 
 @pytest.mark.parametrize(("folds", "halves"), [(1, 1), (2, 2), (16, 2), (16, 1), (3, 2), (1, 2)])
 @pytest.mark.parametrize("rows", [1, 2, 1000, 3001])
-def test_folds_and_halves(inputs, accumulators, dtype, rows, folds, halves):
-    """Catches halves that alternate by fold rather than by row, and a lost tail of rows."""
+def test_folds_and_halves(inputs, accumulators, device, dtype, rows, folds, halves):
+    """Catches segments in the order of the folds, empty ones that shift the others, rows of the
+    other half in a tile, and a lost tail of rows."""
     arguments = inputs(rows, 10, 21)
     before = accumulators(folds, halves, 31)
     got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, *arguments)
-    assert_matches(got, definition(*before, *arguments), dtype)
+    offsets = uneven(rows, folds, device)
+    ops.lift_moments_(*got, *arguments, offsets=offsets)
+    assert_matches(got, definition(*before, *arguments, offsets=offsets), dtype)
+
+
+@pytest.mark.parametrize("fold", [0, 1, 2, 3])
+def test_all_rows_in_one_fold(inputs, accumulators, device, dtype, fold):
+    """Catches a half that is assumed to have rows; without offsets all rows are of fold 0."""
+    arguments = inputs(700, 3, 9)
+    before = accumulators(4, 2, 12)
+    got = tuple(t.clone() for t in before)
+    end = 1 + [0, 2, 1, 3].index(fold)
+    offsets = torch.tensor([0] * end + [700] * (5 - end), device=device)
+    ops.lift_moments_(*got, *arguments, offsets=offsets)
+    truth = definition(*before, *arguments, offsets=offsets)
+    assert_matches(got, truth, dtype)
+    if fold == 0:
+        plain = tuple(t.clone() for t in before)
+        ops.lift_moments_(*plain, *arguments)
+        assert torch.equal(plain[0], got[0])
+        assert torch.equal(plain[1], got[1])
 
 
 @pytest.mark.parametrize("lifted", [0, 1, 63, 200])
 @pytest.mark.parametrize("dim", [1, 10, 33, 130])
-def test_sizes(inputs, accumulators, dtype, dim, lifted):
+def test_sizes(inputs, accumulators, device, dtype, dim, lifted):
     """Catches the edges of tiles, in the product, in the triangle and between raw and lifted."""
     arguments = inputs(517, dim, lifted)
     before = accumulators(16, 2, dim + lifted)
     got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, *arguments, first=5)
-    assert_matches(got, definition(*before, *arguments, first=5), dtype)
+    offsets = uneven(517, 16, device)
+    ops.lift_moments_(*got, *arguments, offsets=offsets)
+    assert_matches(got, definition(*before, *arguments, offsets=offsets), dtype)
 
 
 @pytest.mark.parametrize("size", [*range(1, 35), 47, 48, 49, 64, 65])
-def test_every_small_size(inputs, accumulators, dtype, size):
+def test_every_small_size(inputs, accumulators, device, dtype, size):
     """All K from 1 on, split into raw and lifted features in turn."""
     dim = 1 + size * 7 % size if size > 1 else 1
     arguments = inputs(37, dim, size - dim)
     before = accumulators(4, 2, size)
     got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, *arguments, first=3)
-    assert_matches(got, definition(*before, *arguments, first=3), dtype)
+    offsets = uneven(37, 4, device)
+    ops.lift_moments_(*got, *arguments, offsets=offsets)
+    assert_matches(got, definition(*before, *arguments, offsets=offsets), dtype)
 
 
 @pytest.mark.parametrize("slope", [0.7, -1.0, 1.0, 0.0, 3.0])
@@ -137,24 +175,17 @@ def test_slopes(inputs, accumulators, dtype, slope):
     assert_matches(got, definition(*before, *arguments, slope=slope), dtype)
 
 
-@pytest.mark.parametrize("first", [0, 1, 15, 16, 1_000_003, 2**40 + 5])
-def test_first(inputs, accumulators, dtype, first):
-    """Catches a first that counts for folds but not for halves, and one of 32 bits."""
-    arguments = inputs(50, 4, 6)
-    before = accumulators(16, 2, 10)
-    got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, *arguments, first=first)
-    assert_matches(got, definition(*before, *arguments, first=first), dtype)
-
-
 def test_it_is_lift_and_moments(inputs, device, dtype):
     """The two ops that it joins, on the features that they hold in memory."""
     z, weight, bias, pilot = inputs(300, 9, 14)
     sums, cross = zeros(4, 2, 23, device)
-    ops.lift_moments_(sums, cross, z, weight, bias, pilot, first=1)
-    lifted, lifted_sums = ops.lift(z @ weight.T, bias, pilot, num_groups=4, first=1)
+    offsets = torch.tensor([0, 75, 150, 225, 300], device=device)
+    ops.lift_moments_(sums, cross, z, weight, bias, pilot, offsets=offsets)
+    in_turn = torch.cat([torch.arange(g, 300, 4) for g in (0, 2, 1, 3)]).argsort().to(device)
+    z = z[in_turn]  # row i of fold i mod 4
+    lifted, lifted_sums = ops.lift(z @ weight.T, bias, pilot, num_groups=4)
     whole = torch.cat([z, lifted], 1)
-    group = (1 + torch.arange(300, device=device)) % 2
+    group = torch.arange(300, device=device) % 2
     _, _, products = ops.moments(whole, group, 2)
     assert_matches((lower(cross),), (lower(products),), dtype)
     assert_matches((sums[:, 9:],), (lifted_sums,), dtype)
@@ -167,8 +198,9 @@ def test_small_integers_are_exact(device, dtype):
     weight = (torch.arange(40, device=device).reshape(8, 5) % 3 - 1).to(dtype)
     bias, pilot = torch.ones(8, **kind), torch.full((8,), 2.0, **kind)
     sums, cross = zeros(16, 2, 13, device)
-    expected = definition(sums, cross, z, weight, bias, pilot, slope=-1.0)
-    ops.lift_moments_(sums, cross, z, weight, bias, pilot, slope=-1.0)
+    options = {"offsets": uneven(2003, 16, device), "slope": -1.0}
+    expected = definition(sums, cross, z, weight, bias, pilot, **options)
+    ops.lift_moments_(sums, cross, z, weight, bias, pilot, **options)
     assert torch.equal(sums, expected[0])
     assert torch.equal(cross, expected[1])
 
@@ -176,12 +208,19 @@ def test_small_integers_are_exact(device, dtype):
 # --- batches and growing -------------------------------------------------------------------------
 
 
-def test_batches_equal_one_call_with_first_continued(inputs, device, dtype):
+def test_batches_equal_one_call(inputs, device, dtype):
+    """Batches that hold each a part of the rows of every fold."""
     z, *dictionary = inputs(1000, 10, 30)
     whole, parts = zeros(16, 2, 40, device), zeros(16, 2, 40, device)
-    ops.lift_moments_(*whole, z, *dictionary, first=7)
-    for begin in range(0, 1000, 301):
-        ops.lift_moments_(*parts, z[begin : begin + 301], *dictionary, first=7 + begin)
+    offsets = uneven(1000, 16, device)
+    ops.lift_moments_(*whole, z, *dictionary, offsets=offsets)
+    fold, batch = folds_of(offsets), torch.arange(1000, device=device) % 3
+    order = [*range(0, 16, 2), *range(1, 16, 2)]
+    for number in range(3):
+        rows = (batch == number).nonzero()[:, 0]
+        counts = torch.bincount(fold[rows], minlength=16)[order]
+        begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        ops.lift_moments_(*parts, z[rows], *dictionary, offsets=begins)
     assert_matches(parts, whole, dtype)
 
 
@@ -196,12 +235,11 @@ def test_growing_gives_the_same_bits(inputs, device, rows, dim, lifted, steps):
     depends on which others are computed beside it.
     """
     z, weight, bias, pilot = inputs(rows, dim, lifted)
-    batches = list(enumerate(z.split(max(1, rows // 2 - 7))))
-    length = len(batches[0][1])
+    batches = z.split(max(1, rows // 2 - 7))
 
     def run(sums, cross, k, start):
-        for number, batch in batches:
-            options = {"first": 3 + number * length, "start": start}
+        for batch in batches:
+            options = {"offsets": uneven(len(batch), 16, device), "start": start}
             ops.lift_moments_(sums, cross, batch, weight[:k], bias[:k], pilot[:k], **options)
 
     whole_sums, whole_cross = zeros(16, 2, dim + lifted, device)
@@ -219,14 +257,15 @@ def test_growing_gives_the_same_bits(inputs, device, rows, dim, lifted, steps):
 
 
 @pytest.mark.parametrize("start", [0, 5, 10, 13, 26, 39, 40])
-def test_only_rows_from_start_on_are_touched(inputs, accumulators, dtype, start):
+def test_only_rows_from_start_on_are_touched(inputs, accumulators, device, dtype, start):
     """Catches old features that are counted twice, and writes above the diagonal."""
     arguments = inputs(100, 10, 30)
     before = accumulators(4, 2, 40)
     before[1].masked_fill_(torch.ones_like(before[1], dtype=torch.bool).triu(1), math.nan)
     got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, *arguments, start=start)
-    truth = definition(*before, *arguments, start=start)
+    options = {"offsets": uneven(100, 4, device), "start": start}
+    ops.lift_moments_(*got, *arguments, **options)
+    truth = definition(*before, *arguments, **options)
     assert_matches((got[0], lower(got[1])), (truth[0], lower(truth[1])), dtype)
     assert torch.equal(got[0][:, :start], before[0][:, :start])
     assert torch.equal(lower(got[1])[:, :start], lower(before[1])[:, :start])
@@ -239,8 +278,9 @@ def test_one_new_column_after_the_others(inputs, device, dtype):
     """start = K - 1 gives the last row alone, as the whole pass does."""
     arguments = inputs(333, 6, 11)
     whole, last = zeros(4, 2, 17, device), zeros(4, 2, 17, device)
-    ops.lift_moments_(*whole, *arguments)
-    ops.lift_moments_(*last, *arguments, start=16)
+    offsets = uneven(333, 4, device)
+    ops.lift_moments_(*whole, *arguments, offsets=offsets)
+    ops.lift_moments_(*last, *arguments, offsets=offsets, start=16)
     assert torch.equal(last[0][:, 16], whole[0][:, 16])
     assert torch.equal(last[1][:, 16], whole[1][:, 16])
     assert last[0][:, :16].eq(0).all()
@@ -302,12 +342,13 @@ def test_inputs_are_not_changed(inputs, accumulators):
 
 @pytest.mark.parametrize("rows", [100, 2000])
 def test_a_nan_reaches_its_fold_and_its_half_only(inputs, device, rows):
-    """Row 6 is number 7 here: fold 3 of 4, half 1. Catches 0 * NaN from masked rows."""
+    """The last row is of fold 3 of 4, half 1. Catches 0 * NaN from masked rows."""
     z, *dictionary = inputs(rows, 5, 8)
     clean, got = zeros(4, 2, 13, device), zeros(4, 2, 13, device)
-    ops.lift_moments_(*clean, z, *dictionary, first=1)
-    z[6, 2] = math.nan
-    ops.lift_moments_(*got, z, *dictionary, first=1)
+    offsets = uneven(rows, 4, device)
+    ops.lift_moments_(*clean, z, *dictionary, offsets=offsets)
+    z[-1, 2] = math.nan
+    ops.lift_moments_(*got, z, *dictionary, offsets=offsets)
     sums, cross = got
     assert torch.equal(sums[[0, 1, 2]], clean[0][[0, 1, 2]])
     assert torch.equal(lower(cross[0]), lower(clean[1][0]))
@@ -325,8 +366,9 @@ def test_threads_change_no_bit(normal, dtype, with_threads):
 
     def run():
         sums, cross = zeros(16, 2, 81, "cpu")
-        ops.lift_moments_(sums, cross, z, weight, bias, pilot)
-        ops.lift_moments_(sums, cross, z[:40], weight, bias, pilot, first=5001, start=30)
+        ops.lift_moments_(sums, cross, z, weight, bias, pilot, offsets=uneven(5001, 16))
+        options = {"offsets": uneven(40, 16), "start": 30}
+        ops.lift_moments_(sums, cross, z[:40], weight, bias, pilot, **options)
         return sums, cross
 
     one = with_threads(1, run)
@@ -360,6 +402,7 @@ GOOD = {
     "weight": torch.ones(4, 3),
     "bias": torch.ones(4),
     "pilot": torch.ones(4),
+    "offsets": torch.tensor([0, 2, 2, 4, 5]),
 }
 GRAD = (
     "{} must not require grad, got requires_grad=True: lift_moments_ has no backward; "
@@ -421,7 +464,25 @@ WRONG = {
     ),
     "no half": ({"cross": GOOD["cross"][:0]}, ValueError, r"cross must .*, got .*0.*"),
     "slope": ({"slope": math.inf}, ValueError, "slope must be finite, got inf"),
-    "first": ({"first": -1}, ValueError, "first must be at least 0, got -1"),
+    "offsets dtype": (
+        {"offsets": GOOD["offsets"].int()}, TypeError, "offsets must be int64, got int32",
+    ),
+    "offsets shape": (
+        {"offsets": torch.tensor([0, 5])}, ValueError,
+        r"offsets must have shape \[F \+ 1\] = \[5\], got \[2\]",
+    ),
+    "offsets begin": (
+        {"offsets": torch.tensor([1, 2, 2, 4, 5])}, ValueError,
+        r"offsets must rise from 0 to n = 5, got \[1, 2, 2, 4, 5\]",
+    ),
+    "offsets end": (
+        {"offsets": torch.tensor([0, 2, 2, 4, 6])}, ValueError,
+        r"offsets must rise from 0 to n = 5, got \[0, 2, 2, 4, 6\]",
+    ),
+    "offsets fall": (
+        {"offsets": torch.tensor([0, 2, 1, 4, 5])}, ValueError,
+        r"offsets must rise from 0 to n = 5, got \[0, 2, 1, 4, 5\]",
+    ),
     "start below": ({"start": -1}, ValueError, r"start must .*, got -1"),
     "start above": ({"start": 8}, ValueError, r"start must .*, got 8"),
 } | {
@@ -430,6 +491,7 @@ WRONG = {
         re.escape(GRAD.format(name, name)),
     )
     for name in GOOD
+    if name != "offsets"
 }  # fmt: skip
 
 
@@ -471,8 +533,8 @@ def test_no_grad_is_enough():
 def test_opcheck(inputs, accumulators, rows, dim, lifted, start):
     op = torch.ops.fisherfast.lift_moments_.default
     arguments = (*accumulators(4, 2, dim + lifted), *inputs(rows, dim, lifted))
-    options = {"slope": 0.7, "first": 3, "start": start}
-    torch.library.opcheck(op, arguments, options)
+    offsets = uneven(rows, 4, arguments[0].device)
+    torch.library.opcheck(op, (*arguments, offsets), {"slope": 0.7, "start": start})
 
 
 def test_compiles(normal):
@@ -480,7 +542,8 @@ def test_compiles(normal):
 
     def run(z, weight, bias, pilot):
         sums, cross = zeros(4, 2, 8, "cpu")
-        ops.lift_moments_(sums, cross, z, weight, bias, pilot, first=1)
+        offsets = torch.tensor([0, 4, 9, 15, 20])
+        ops.lift_moments_(sums, cross, z, weight, bias, pilot, offsets=offsets)
         return sums, cross
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)

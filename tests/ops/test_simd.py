@@ -272,15 +272,17 @@ def check_lift_moments(dtype):
         before = z.double() @ weight.double().T + bias.double()
         lift = torch.nn.functional.leaky_relu(before, 0.75) - pilot.double()
         whole = torch.cat([z.double(), lift], 1)
-        halves = [whole[half::2] for half in (0, 1)]
-        truth = torch.stack([half.T @ half for half in halves]).tril()
-        sums = torch.stack([whole[fold::4].sum(0) for fold in range(4)])
+        offsets = torch.tensor([0, rows // 5, rows // 2, rows // 2, rows])
+        even, odd = whole.tensor_split([rows // 2])
+        truth = torch.stack([half.T @ half for half in (even, odd)]).tril()
+        folds = whole.tensor_split(offsets[1:-1])
+        sums = torch.stack([folds[segment].sum(0) for segment in (0, 2, 1, 3)])
         size = dim + lifted
 
-        def run_lift_moments(size=size, arguments=(z, weight, bias, pilot)):
+        def run_lift_moments(size=size, arguments=(z, weight, bias, pilot), offsets=offsets):
             sums = torch.zeros(4, size, dtype=torch.float64)
             cross = torch.zeros(2, size, size, dtype=torch.float64)
-            ops.lift_moments_(sums, cross, *arguments, slope=0.75)
+            ops.lift_moments_(sums, cross, *arguments, offsets=offsets, slope=0.75)
             return sums, cross
 
         got = same_bits_for_threads(run_lift_moments)

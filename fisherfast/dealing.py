@@ -1,0 +1,261 @@
+"""Which fold and which half of the samples each sample belongs to.
+
+Samples are dealt in the order of a hash of their number, so that neither the order of a file nor a
+period in it decides who shares a fold: round-robin where the number of samples is known, by the
+hash itself in streams of unknown length. A sample's number is its position within its condition,
+that of all ranks together; the samples of a pair have the same number and share a fold.
+
+The *deal* r of a sample gives its fold r mod F, its half r mod 2, and its fold among G in a
+measurement of that half alone, (r // 2) mod G. Kept is the *cell*: r modulo a multiple of all
+these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import torch
+
+__all__ = ["Dealing", "Place", "Tally", "cells_of", "folds_of_half", "hashed"]
+
+RANK_STRIDE = 2**44
+"""Between the numbers that are hashed for samples of two ranks with streams of unknown length."""
+
+CACHED_PLACES = 4
+"""Batches whose places are remembered: the conditions of a pair follow each other."""
+
+
+def folds_of_half(folds: int) -> int:
+    """Folds of a half of the samples that is measured alone, compressed: an even number."""
+    return max(4, folds // 4 * 2)
+
+
+def cells_of(folds: int) -> int:
+    """Number of cells M: a multiple of the folds, and of twice the folds of each half, which are as
+    many as those of all samples (probes) or `folds_of_half`."""
+    return math.lcm(2 * folds, 2 * folds_of_half(folds))
+
+
+@dataclass(frozen=True, eq=False)
+class Dealing:
+    """The cells of all samples of a condition.
+
+    Args:
+        cells: number of cells M.
+        known: [N] integers, the cells of the samples whose number is known; empty for a stream.
+        rank: of the process, where each deals its own samples by the hash of their numbers.
+    """
+
+    cells: int
+    known: torch.Tensor
+    rank: int = 0
+
+    @staticmethod
+    def of(length: int | None, folds: int, *, rank: int = 0) -> Dealing:
+        """The dealing of a condition of known or unknown length: the same for all of that length,
+        on any number of ranks."""
+        return _dealing(length, cells_of(folds), 0 if length is not None else rank)
+
+    @staticmethod
+    def of_groups(groups: torch.Tensor, folds: int) -> Dealing:
+        """The dealing of samples of which those of one group share a cell.
+
+        Args:
+            groups: int64 [N], numbers of the groups from 0 on.
+            folds: F.
+        """
+        cells = cells_of(folds)
+        of_group = _dealt(int(groups.max()) + 1 if len(groups) else 0, cells)
+        return Dealing(cells, of_group[groups])
+
+    def cells_from(self, first: int, count: int) -> torch.Tensor:
+        """Cells of `count` samples from number `first` on, int64 [count]."""
+        known = self.known[first : first + count].long()
+        if len(known) == count:
+            return known
+        numbers = torch.arange(first + len(known), first + count)
+        return torch.cat([known, hashed(numbers + self.rank * RANK_STRIDE) % self.cells])
+
+    def tally(self, first: int, count: int) -> Tally:
+        """How many of `count` samples from number `first` on are in each cell."""
+        return Tally(torch.bincount(self.cells_from(first, count), minlength=self.cells))
+
+    def place(self, first: int, count: int, folds: int) -> tuple[Place, torch.Tensor]:
+        """The place of such a batch in F folds, and the order int64 [n] to bring its rows into."""
+        return _place(self, first, count, folds)
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """Samples by cell.
+
+    Attributes:
+        cells: int64 [M].
+    """
+
+    cells: torch.Tensor
+
+    @staticmethod
+    def of_groups(count: int, folds: int) -> Tally:
+        """Of so many groups, which are dealt as samples are."""
+        cells = cells_of(folds)
+        return Tally(torch.bincount(_dealt(count, cells).long(), minlength=cells))
+
+    @staticmethod
+    def none() -> Tally:
+        """Of no sample."""
+        return Tally(torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def samples(self) -> int:
+        """How many they are."""
+        return int(self.cells.sum())
+
+    def by_fold(self, folds: int) -> torch.Tensor:
+        """Samples in each fold, int64 [F]."""
+        return self.cells.view(-1, folds).sum(0)
+
+    def of_half(self, half: int, folds: int) -> torch.Tensor:
+        """Samples of a half in each of its own folds, int64 [F]."""
+        return self.by_fold(2 * folds)[half::2]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the rows of a batch stand among the samples: sorted by half and fold, even folds first,
+    so that halves and folds are segments of rows.
+
+    Attributes:
+        numbers: int64 [n] of the samples, on the CPU.
+        folds: F.
+        fold: int64 [n] of each row, ascending in the order 0, 2, 4, ..., 1, 3, ...
+        cells: int64 [n] of each row.
+    """
+
+    numbers: torch.Tensor
+    folds: int
+    fold: torch.Tensor
+    cells: torch.Tensor
+    _moved: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    _kept: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    _halves: dict[tuple[int, int], tuple[Place, torch.Tensor]] = field(default_factory=dict)
+
+    @staticmethod
+    def sort(numbers: torch.Tensor, cells: torch.Tensor, folds: int) -> tuple[Place, torch.Tensor]:
+        """The place of samples of given cells, and the order int64 [n] to bring their rows into."""
+        fold = cells % folds
+        order = (fold % 2 * folds + fold).argsort(stable=True)
+        return Place(numbers[order], folds, fold[order], cells[order]), order
+
+    @staticmethod
+    def in_turn(first: int, count: int, folds: int) -> tuple[Place, torch.Tensor]:
+        """As `sort`, of samples that are dealt in turn: number i is of fold i mod F."""
+        numbers = torch.arange(first, first + count)
+        return Place.sort(numbers, numbers, folds)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """Rows of each fold, int64 [F]."""
+        return torch.bincount(self.fold, minlength=self.folds)
+
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """Rows at which the segments begin and the last one ends, int64 [F + 1]."""
+        counts = torch.cat([self.counts[::2], self.counts[1::2]])
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    def offsets_on(self, device: torch.device) -> torch.Tensor:
+        """`offsets` on a device."""
+        if device not in self._moved:
+            self._moved[device] = self.offsets.to(device)
+        return self._moved[device]
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """Fold, first row and end of each segment that has rows."""
+        offsets, folds = self.offsets.tolist(), [*range(0, self.folds, 2), *range(1, self.folds, 2)]
+        spans = zip(folds, offsets[:-1], offsets[1:], strict=True)
+        return tuple((fold, begin, end) for fold, begin, end in spans if end > begin)
+
+    def within(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """Segments of the rows from start to stop: fold, and rows counted from start on."""
+        for fold, begin, end in self.segments:
+            begin, end = max(begin, start), min(end, stop)
+            if begin < end:
+                yield fold, slice(begin - start, end - start)
+
+    def kept_rows(self, block: int, stride: int) -> torch.Tensor:
+        """Rows whose numbers lie in every stride-th block of so many numbers, int64."""
+        key = block, stride
+        if key not in self._kept:
+            kept = self.numbers // block % stride == 0
+            self._kept[key] = kept.nonzero()[:, 0]
+        return self._kept[key]
+
+    @cached_property
+    def halves(self) -> tuple[slice, slice]:
+        """Rows of even folds, and of odd ones."""
+        split = int(self.offsets[(self.folds + 1) // 2])
+        return slice(0, split), slice(split, len(self))
+
+    @cached_property
+    def sides(self) -> tuple[Place, ...]:
+        """The places of these rows, in the folds of all samples."""
+        return tuple(
+            Place(self.numbers[rows], self.folds, self.fold[rows], self.cells[rows])
+            for rows in self.halves
+        )
+
+    def half(self, half: int, folds: int) -> tuple[Place, torch.Tensor]:
+        """The place of the rows of a half in folds of its own, and the order int64 [m] to bring
+        them into."""
+        key = half, folds
+        if key not in self._halves:
+            rows = self.halves[half]
+            self._halves[key] = Place.sort(self.numbers[rows], self.cells[rows] // 2, folds)
+        return self._halves[key]
+
+
+@lru_cache(maxsize=8)
+def _dealing(length: int | None, cells: int, rank: int) -> Dealing:
+    known = torch.zeros(0, dtype=torch.uint8) if length is None else _dealt(length, cells)
+    return Dealing(cells, known, rank)
+
+
+@lru_cache(maxsize=CACHED_PLACES)
+def _place(dealing: Dealing, first: int, count: int, folds: int) -> tuple[Place, torch.Tensor]:
+    numbers = torch.arange(first, first + count)
+    return Place.sort(numbers, dealing.cells_from(first, count), folds)
+
+
+def _dealt(length: int, cells: int) -> torch.Tensor:
+    """Cells [N] of as many samples, dealt round-robin in the order of their hashes."""
+    order = hashed(torch.arange(length)).argsort()
+    small = next(d for d in (torch.uint8, torch.int16, torch.int64) if cells <= torch.iinfo(d).max)
+    dealt = torch.empty(length, dtype=small)
+    dealt[order] = (torch.arange(length) % cells).to(small)
+    return dealt
+
+
+def hashed(numbers: torch.Tensor) -> torch.Tensor:
+    """Hashes of whole numbers, int64 from 0 on: splitmix64 (Steele, Lea and Flood 2014)."""
+    z = numbers * _signed(0x9E3779B97F4A7C15) + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return (z ^ _shifted(z, 31)) & (2**63 - 1)
+
+
+def _signed(number: int) -> int:
+    """The 64 bits of a number read as a signed one: products of int64 wrap alike."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """z shifted right, with zeros from the left."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)

@@ -57,7 +57,7 @@ def kept_samples(width: int, source: str) -> int:
     """Samples over all conditions that are kept of a layer of so many raw features: more where the
     layer is narrow, and twice as many of a score, whose residuals may follow the leverage."""
     least = KEPT_SAMPLES * (2 if source == "score" else 1)
-    return max(least, min(KEPT_NUMBERS // width, MOST_SAMPLES))
+    return max(least, min(KEPT_NUMBERS // max(width, 1), MOST_SAMPLES))
 
 
 class HeldSamples:

@@ -61,7 +61,8 @@ def folds_of(samples):
 
 
 def brute_force(minus: np.ndarray, plus: np.ndarray, ridge: float) -> tuple[float, float]:
-    """Debiased and naive linear information by the formulas of design 4.1 to 4.3, one parameter."""
+    """Debiased and naive linear information by the formulas of docs/theory.md, 4, 5 and 22, one
+    parameter."""
     d = minus.shape[1]
     cells = [x[folds_of(len(x)) == fold] for x in (minus, plus) for fold in range(FOLDS)]
     nu = len(minus) + len(plus) - len(cells)
@@ -73,7 +74,12 @@ def brute_force(minus: np.ndarray, plus: np.ndarray, ridge: float) -> tuple[floa
     naive = derivative @ inverse @ derivative
     k_eff = d - ridge * np.trace(inverse)
     noise = (1 / len(minus) + 1 / len(plus)) / DTHETA**2
-    return (nu - k_eff - 1) / nu * naive - noise * k_eff, naive
+    alone = [(cell - cell.mean(0)) * np.sqrt(len(cell) / (len(cell) - 1)) for cell in cells]
+    samples = np.concatenate(alone) / scale
+    g = 1 / (1 - np.einsum("ni,ij,nj->n", samples, inverse, samples) / nu)
+    u = samples @ inverse @ derivative
+    leverages = (g * u**2).sum() / (g**2 * u**2).sum() * (nu - 2) / (nu - k_eff - 4)
+    return leverages * ((nu - k_eff - 1) / nu * naive - noise * k_eff), naive
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-4, 0.1])

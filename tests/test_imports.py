@@ -23,6 +23,7 @@ MEASURE = {
     "taps",
     "features",
     "derivatives",
+    "leverage",
     "moments",
     "score",
     "uncertainty",

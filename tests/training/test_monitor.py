@@ -391,7 +391,7 @@ def memorised(x: torch.Tensor, target: torch.Tensor) -> nn.Module:
 
 
 def test_overfitting_shows_memory_and_nothing_else():
-    """By the standard errors of both measurements: a memoriser is more than ten above zero, its
+    """By the standard errors of both measurements: a memoriser is more than eight above zero, its
     untrained twin within four (false alarm 6e-5). Catches a meter that sees no training samples, or
     compares other layers."""
     problem = GaussianShift(0.2 * torch.ones(60))
@@ -412,7 +412,7 @@ def test_overfitting_shows_memory_and_nothing_else():
             record.transmission_error, record.training_flow.fraction_errors()["output"]
         )
         found[name] = record.overfitting / error
-    assert found["memory"] > 10
+    assert found["memory"] > 8
     assert abs(found["none"]) < 4
 
 

@@ -26,10 +26,10 @@ WARM_PASSES = 2
 """Passes that renew a space that the same layer had a few training steps before: D and S D of the
 network as it is now, the old vectors behind them. J is that of 16 passes within its noise."""
 
-RARE = 0.1
-"""Variance, relative to the median activation's, below which an activation is not scaled up to unit
-variance. One that fires in a few samples of this half has a derivative from these few alone: behind
-a ReLU the vectors would be made of such noise."""
+OFTEN = 16
+"""Samples that make the variance of an activation, (sum z^2)^2 / sum z^4, below which it is scaled
+to less than unit variance. The derivative of one that fires in a few samples of this half is known
+from these few alone: after a ReLU the vectors would be made of such noise."""
 
 TILE_NUMBERS = 2**20
 """Activations that are standardised at a time, 4 MB of float32."""
@@ -58,6 +58,7 @@ class FirstPass:
         d = len(standardisation.mean)
         self._sums = standardisation.mean.new_zeros(conditions, d)
         self._squares = standardisation.mean.new_zeros(d)
+        self._fourths = standardisation.mean.new_zeros(d)
         self._derivative_sums = standardisation.mean.new_zeros(parameters, d)
         self._score_sums = standardisation.mean.new_zeros(parameters) if scored else None
 
@@ -72,6 +73,7 @@ class FirstPass:
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
             self._sums[condition] += z.sum(0)
             self._squares += z.square_().sum(0)
+            self._fourths += z.square_().sum(0)
         self.skip(condition, len(activations))
 
     def skip(self, condition: int, samples: int) -> None:
@@ -80,7 +82,7 @@ class FirstPass:
 
     def shared_sums(self) -> list[torch.Tensor]:
         """What adds up over processes."""
-        sums = [self._sums, self._squares, self._derivative_sums]
+        sums = [self._sums, self._squares, self._fourths, self._derivative_sums]
         return sums if self._score_sums is None else [*sums, self._score_sums]
 
     def add_tangents(self, tangents: torch.Tensor) -> None:
@@ -116,8 +118,9 @@ class FirstPass:
         variance /= self.degrees_of_freedom
         alive = variance > (self._pilot.rounding * self._pilot.mean * self._pilot.scale).square()
         own = variance / self._pilot.scale.square()  # in units of the activations
-        floor = RARE * own[alive].median() if bool(alive.any()) else 1.0
-        scale = torch.where(alive, own.clamp_min(floor), torch.inf).rsqrt()
+        squares = variance * self.degrees_of_freedom
+        often = squares.square() / torch.where(alive, OFTEN * self._fourths, 1.0)
+        scale = torch.where(alive, own, torch.inf).rsqrt() * often.clamp_max(1.0).square()
         if self._score_sums is not None:
             derivative = self._derivative_sums - self._score_sums[:, None] * means
             derivative /= self.degrees_of_freedom

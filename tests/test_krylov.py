@@ -167,6 +167,22 @@ def test_rare_activations_do_not_drown_the_others():
     assert layer.value > 0.7 * truth
 
 
+@pytest.mark.parametrize("unit", [1e-3, 0.1, 1e3])
+def test_units_of_the_activations_do_not_matter(unit):
+    """Common-mode noise, and a tenth of the pixels in another unit. Catches a floor in the units of
+    the activations, which loses 9 % of J here."""
+    derivative = directions(1)
+    common = torch.randn(N, 1, generator=generator(3))
+    x = torch.randn(N, D, generator=generator(4)) + 3 * common
+    units = torch.ones(D)
+    units[::10] = unit
+    one, other = (
+        estimated(pathwise(x * size, derivative * size)) for size in (torch.ones(D), units)
+    )
+    torch.testing.assert_close(other.J, one.J, rtol=1e-3, atol=0)
+    torch.testing.assert_close(other.lower, one.lower, rtol=1e-3, atol=0)
+
+
 def test_halves_are_measured_on_each_other():
     """In the whole space, any basis gives the raw information of the half that is measured. Catches
     a measurement on the half that taught the space, or on all samples."""

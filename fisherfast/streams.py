@@ -19,7 +19,6 @@ from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Gap, Part, Round
 from fisherfast.dealing import Dealing, hashed
 from fisherfast.default_device import each_as_outside
-from fisherfast.settings import FOLDS
 from fisherfast.shares import Share
 
 __all__ = ["Streams", "dealings_of"]
@@ -61,7 +60,7 @@ class Streams:
         data: Data,
         batch_size: int,
         *,
-        folds: int = FOLDS,
+        folds: int,
         dealings: list[Dealing] | None = None,
         share: Share | None = None,
         device: torch.device | None = None,

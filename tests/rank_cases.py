@@ -140,6 +140,7 @@ class Batches(Data):
     def __init__(self, like: Data, size: int, batch: int = BATCH) -> None:
         self.source, self.dtheta, self.paired = like.source, like.dtheta, like.paired
         self.parameters, self.conditions = like.parameters, like.conditions
+        self.groups = like.groups
         self._like, self._size, self._batch = like, size, batch
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
@@ -162,6 +163,12 @@ class Batches(Data):
         return None if self.source == "score" else self._like.pick(condition, numbers)
 
 
+def grouped(minus: torch.Tensor, plus: torch.Tensor) -> ff.FiniteDifference:
+    """Groups of three neighbours, of which some lie on two ranks."""
+    groups = torch.arange(len(minus)) // 3
+    return ff.FiniteDifference(minus, plus, dtheta=0.1, groups=groups)
+
+
 def sharded_cases() -> Cases:
     """Measurements of data that are to be cut into shares."""
     minus, plus = conditions(1)._sources
@@ -172,6 +179,7 @@ def sharded_cases() -> Cases:
         "independent": (double, ff.FiniteDifference(minus, longer, dtheta=0.1), {}),
         "float32": (net(), ff.FiniteDifference(minus, longer, dtheta=0.1), {}),
         "paired": (double, conditions(1, paired=True), {}),
+        "groups": (double, grouped(minus, plus), {}),
         "score": (net(), gaussian(1).scored([0.0], N), {}),
         "grow": (
             net(SCALED, torch.float64),
@@ -192,8 +200,13 @@ def share_of(data: Any, rank: int, size: int) -> ff.Shard:
         x, score = (t[share(rank, size, len(t))] for t in (data._x, data._companion))
         return ff.Shard(ff.Score(DataLoader(TensorDataset(x, score), batch_size=BATCH)))
     parts = [t[share(rank, size, len(t))] for t in data._sources]
+    groups = None
+    if data.groups is not None:
+        groups = [t[share(rank, size, len(t))] for t in data.groups.numbers]
     return ff.Shard(
-        ff.FiniteDifference(parts[::2], parts[1::2], dtheta=data.dtheta, paired=data.paired)
+        ff.FiniteDifference(
+            parts[::2], parts[1::2], dtheta=data.dtheta, paired=data.paired, groups=groups
+        )
     )
 
 

@@ -16,6 +16,7 @@ ANYONE = {"_version", "_progress", "unwrap", "default_device"}
 PARTS_OF_FLOW = {"meters", "recall", "settings", "streams", "memory_budget"}
 MEASURE = {
     "data",
+    "dealing",
     "distributed",
     "dual",
     "dither",

@@ -381,7 +381,7 @@ def test_streams_of_all_ranks_hold_each_sample_once(paired, size):
     data = ff.FiniteDifference(x[0], x[1], dtheta=0.1, paired=paired)
     orders, seen = [], []
     for rank in range(size):
-        streams = Streams(data, 128, share=Share(rank, size))
+        streams = Streams(data, 128, folds=FOLDS, share=Share(rank, size))
         streams.first(64)
         pilot = list(streams.pilot())
         assert sum(len(batch) for c, _, batch in pilot if c == 0) == PILOT_SAMPLES // 2
@@ -398,7 +398,7 @@ def test_streams_of_shares_stand_between_those_of_others():
     x = normal(900, 2)
     data = ff.FiniteDifference(x[:300], x[300:], dtheta=0.1)
     share = Share(1, before=(1000, 20), own=(300, 600), after=(5, 0))
-    streams = Streams(WholeData(data, [1305, 620]), 200, share=share)
+    streams = Streams(WholeData(data, [1305, 620]), 200, folds=FOLDS, share=share)
     assert [len(batch) for batch in streams.first(64)] == [64, 64]
     pilot = list(streams.pilot())
     all_numbers = scattered(1305, 1024)
@@ -415,7 +415,8 @@ def test_streams_of_shares_stand_between_those_of_others():
         (1, Gap, 20),
         *[(1, Batch, 200)] * 3,
     ]
-    wrong = Streams(data, 200, share=Share(1, before=(0, 0), own=(300, 500), after=(0, 0)))
+    other = Share(1, before=(0, 0), own=(300, 500), after=(0, 0))
+    wrong = Streams(data, 200, folds=FOLDS, share=other)
     with pytest.raises(
         ValueError, match="plus must have the 500 samples that it announces, got 60"
     ):

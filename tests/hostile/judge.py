@@ -16,6 +16,7 @@ from hostile.generator import Problem
 from scipy import stats
 
 import fisherfast as ff
+from fisherfast.dealing import Dealing
 
 SIGMAS = 4.0
 RESOLVED_SIGMAS = 5.0  # a layer that is called resolved must not be farther from the truth
@@ -176,7 +177,7 @@ def measure(problem: Problem, data: ff.FiniteDifference) -> list[ff.LayerFisher]
 def within_folds(n: int) -> np.ndarray:
     """A permutation of n samples that leaves each in its fold: the only place that knows how the
     library deals samples to folds."""
-    fold = np.arange(n) % FOLDS
+    fold = (Dealing.of(n, FOLDS).cells_from(0, n) % FOLDS).numpy()
     rng = np.random.default_rng(n)
     order = np.empty(n, dtype=np.int64)
     for number in range(FOLDS):

@@ -40,10 +40,10 @@ class Case:
     max_features: int = MANY
 
 
-def moved(x: Tensor) -> ff.Pathwise:
+def moved(x: Tensor, groups: Tensor | None = None) -> ff.Pathwise:
     """Samples [n, d] whose mean moves along (1, .., 1) / sqrt(d)."""
     n, d = x.shape
-    return ff.Pathwise(x, torch.full((1, n, d), d**-0.5))
+    return ff.Pathwise(x, torch.full((1, n, d), d**-0.5), groups=groups)
 
 
 def normal(generator: torch.Generator, n: int = 4000, d: int = 1) -> Tensor:
@@ -83,7 +83,18 @@ def rare_units(generator: torch.Generator) -> ff.Pathwise:
     return ff.Pathwise(*RARE_UNITS.sample_with_tangent(RARE, 4000, generator))
 
 
-def series(generator: torch.Generator) -> ff.Score:
+def two_humps(generator: torch.Generator) -> Tensor:
+    """Numbers [n, 1] about -1 and 1 with a spread of 0.5: their variance is 1.25."""
+    return normal(generator).sign() + normal(generator) / 2
+
+
+def bright_shift(generator: torch.Generator) -> ff.Pathwise:
+    """Tangents of 200 numbers with a common brightness R, log R ~ N(0, 1/4): E[R^2] = exp(1/2)."""
+    size = torch.exp(normal(generator, 1000) / 2)
+    return moved(size * normal(generator, 1000, 200))
+
+
+def series(generator: torch.Generator, groups: Tensor | None = None) -> ff.Score:
     """Six independent autoregressive series with coefficient 0.9. One of them is the score, and the
     others say nothing about it: J = 0."""
     noise = torch.randn(4000, 6, generator=generator, dtype=torch.float64)
@@ -91,16 +102,22 @@ def series(generator: torch.Generator) -> ff.Score:
     for step in noise[1:]:
         values.append(0.9 * values[-1] + math.sqrt(1 - 0.81) * step)
     x = torch.stack(values)
-    return ff.Score(x[:, 1:].float(), x[:, 0])
+    return ff.Score(x[:, 1:].float(), x[:, 0], groups=groups)
 
 
-def antithetic(generator: torch.Generator) -> ff.Pathwise:
+def antithetic(generator: torch.Generator, groups: Tensor | None = None) -> ff.Pathwise:
     """Samples of eight numbers in pairs e, -e that follow each other."""
     noise = normal(generator, 2000, 8)
-    return moved(torch.stack([noise, -noise], 1).flatten(0, 1))
+    return moved(torch.stack([noise, -noise], 1).flatten(0, 1), groups)
+
+
+def twice(generator: torch.Generator, groups: Tensor | None = None) -> ff.Pathwise:
+    """2000 samples of eight numbers, each stored two times."""
+    return moved(normal(generator, 2000, 8).repeat_interleave(2, 0), groups)
 
 
 RARE_UNITS = RectifiedGaussian(64)
+PAIRS, HUNDREDS = torch.arange(4000) // 2, torch.arange(4000) // 100
 RARE = -3.0  # mean of the units before they are rectified, in standard deviations
 CASES = (
     Case("Gaussian", lambda g: moved(normal(g)), 1.0),
@@ -114,9 +131,11 @@ CASES = (
         1.0,
         RAW_ONLY,
     ),
+    Case("two humps, linear", lambda g: moved(two_humps(g)), 0.8, RAW_ONLY),
     Case("Laplace, sorted", lambda g: moved(laplace(g).sort(0).values), 1.0),
     Case("sorted by the score", sorted_scores, 0.5),
     Case("common brightness", common_brightness, 0.0, RAW_ONLY),
+    Case("common brightness, tangents", bright_shift, math.exp(-0.5), RAW_ONLY),
     Case(
         "units that fire rarely",
         rare_units,
@@ -124,8 +143,11 @@ CASES = (
         RAW_ONLY,
     ),
     Case("antithetic pairs", antithetic, 1.0),
-    Case("every sample twice", lambda g: moved(normal(g, 2000, 8).repeat_interleave(2, 0)), 1.0),
+    Case("antithetic pairs, groups", lambda g: antithetic(g, PAIRS), 1.0),
+    Case("every sample twice", twice, 1.0),
+    Case("every sample twice, groups", lambda g: twice(g, PAIRS), 1.0),
     Case("time series", series, 0.0),
+    Case("time series, groups of 100", lambda g: series(g, HUNDREDS), 0.0),
 )
 
 

@@ -43,7 +43,9 @@ def moved(x: Tensor) -> ff.Pathwise:
 def bright_score(generator: torch.Generator) -> ff.Score:
     """x = R u says nothing about s = R v."""
     size = brightness(generator, 2000)
-    return ff.Score(size * normal(generator, 2000, 200), (size * normal(generator, 2000, 1)).double())
+    return ff.Score(
+        size * normal(generator, 2000, 200), (size * normal(generator, 2000, 1)).double()
+    )
 
 
 def half_seen(generator: torch.Generator) -> ff.Score:

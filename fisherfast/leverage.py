@@ -48,7 +48,7 @@ class Seen:
 
     Attributes:
         leverage: h [m, B].
-        prediction: u [m, B, P], numbers W^T f of each system.
+        prediction: u [P, m, B], numbers W^T f of each system.
         score: [m, P], or None.
     """
 
@@ -71,7 +71,7 @@ def seen_along_curve(
     Cost: m K (K + P) operations.
     """
     whitened = samples.whitened(readout)
-    prediction = (whitened[:, :, None] * half.to(whitened)).cumsum(1)
+    prediction = torch.stack([(whitened * y).cumsum(1) for y in half.T.to(whitened)])
     return Seen(leverage(whitened.square().cumsum(1), dof), prediction, samples.score)
 
 
@@ -100,10 +100,15 @@ def inverse_excess(seen: Seen, effective: torch.Tensor, dof: float) -> torch.Ten
         G [B, P, P]: J is G J G^T.
     """
     g, u = 1 / (1 - seen.leverage), seen.prediction
-    once = torch.einsum("mk,mkp,mkq->kpq", g, u, u).double()
-    twice = torch.einsum("mk,mkp,mkq->kpq", g.square(), u, u).double()
+    once, twice = _weighted_products(g * u, u), _weighted_products(g * u, g * u)
     expected = (dof - 2) / (dof - effective - GAUSSIAN_SPARE).clamp_min(1)
     return _root_of_ratio(once, twice) * expected.sqrt()[:, None, None]
+
+
+def _weighted_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Sums over samples of l r^T [B, P, P] float64, of l and r [P, m, B]."""
+    rows = [torch.stack([(a * b).sum(0, dtype=torch.float64) for b in right]) for a in left]
+    return torch.stack(rows).permute(2, 0, 1)
 
 
 def _root_of_ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
@@ -148,9 +153,9 @@ def left_out_score(
     """
     assert seen.score is not None
     h, u = seen.leverage, seen.prediction
-    s, mean = seen.score.to(u), effective / (dof - effective)
+    s, mean = seen.score.T.to(u)[..., None], effective / (dof - effective)
     more = h / (1 - h) - mean.to(h)
-    found = torch.einsum("mk,mp,mkq->kpq", more, s, s[:, None] - u).to(naive) / len(s)
+    found = _weighted_products(more * s, s - u) / len(h)
     return naive - (V - naive) * mean[:, None, None] - (found + found.mT) / 2
 
 

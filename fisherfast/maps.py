@@ -376,7 +376,7 @@ def _seen(
     x = samples.features.reshape(-1, channels, height * width).permute(2, 1, 0)
     x = torch.where(known[..., None] & (failed == 0)[:, None, None], x, 0.0)
     whitened = torch.linalg.solve_triangular(factor, x, upper=False).nan_to_num()
-    prediction = torch.einsum("bcm,bcp->mbp", whitened, half)
+    prediction = torch.einsum("bcm,bcp->pmb", whitened, half)
     return Seen(leverage(whitened.square().sum(1).T, dof), prediction, samples.score)
 
 

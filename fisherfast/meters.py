@@ -444,12 +444,13 @@ class LayerMeter:
         lift = self._lift()
         lift = lift.leading(int((index >= self.dictionary.raw).any()) * len(lift))
 
-        def features(raw: torch.Tensor) -> torch.Tensor:
-            return torch.cat([raw.double(), lift(raw.to(lift.weight.dtype)).double()], 1)
-
-        samples = self._held.samples(features, self.moments, index, most)
         exact = len(index) <= NARROW or self.dictionary.raw_dtype == torch.float64
-        return samples if exact or samples is None else samples.to(torch.float32)
+        dtype = torch.float64 if exact else torch.float32
+
+        def features(raw: torch.Tensor) -> torch.Tensor:
+            return torch.cat([raw.to(dtype), lift(raw.to(lift.weight.dtype)).to(dtype)], 1)
+
+        return self._held.samples(features, self.moments, index, most)
 
     def _unfit(self) -> bool:
         """Whether the samples are too few, or no activation varies: there is no curve then."""
@@ -508,9 +509,12 @@ class LayerMeter:
         if self._held is None:
             return curve.error_covariance(k)
         read = self.readout(curve.readout_of(k), index)
-        most = max(ERROR_NUMBERS // k, 1)
-        samples = self._samples(index, most)
-        return self._held.error_covariance(curve.leading(k), samples, read, most)
+        curve, most = curve.leading(k), self._leverage_samples()
+        samples = curve.statistics.samples
+        if ERROR_NUMBERS // k > most:
+            most = ERROR_NUMBERS // k
+            samples = self._samples(index, most)
+        return self._held.error_covariance(curve, samples, read, most)
 
     def independent(self) -> bool:
         """Whether neighbouring samples look independent in what `replicates` has read."""

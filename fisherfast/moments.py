@@ -41,10 +41,6 @@ class SampleFeatures:
         """t [m, k] = L^-1 f, of a readout L^-1 [k, k], in the dtype of the features."""
         return self.features @ readout.T.to(self.features)
 
-    def to(self, dtype: torch.dtype) -> SampleFeatures:
-        """The features in another dtype."""
-        return SampleFeatures(self.features.to(dtype), self.score)
-
     def select(self, index: torch.Tensor) -> SampleFeatures:
         """The features in index (int64 [m])."""
         return SampleFeatures(self.features[:, index], self.score)

@@ -165,13 +165,14 @@ class HeldSamples:
         parts, scores = [], []
         for condition in range(len(self._contrast)):
             raw, carried, fold, _ = self._thinned(condition, most)
-            counts = moments.counts[condition].to(raw.device, torch.float64)[fold, None]
-            scale = (counts / (counts - 1)).sqrt()
-            means = moments.sums[condition][:, index][fold] / counts
-            parts.append((features(raw)[:, index] - means) * scale)
+            counts = moments.counts[condition].to(raw.device, torch.float64)[:, None]
+            scale = (counts / (counts - 1)).sqrt()[fold]
+            values = features(raw)[:, index]
+            means = (moments.sums[condition][:, index] / counts).to(values)
+            parts.append(values.sub_(means[fold]).mul_(scale.to(values)))
             if isinstance(moments.carried, ScoreMoments):
-                means = moments.carried.score_sums[fold] / counts
-                scores.append((carried - means) * scale)
+                means = moments.carried.score_sums / counts
+                scores.append((carried - means[fold]) * scale)
         return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
 
     def error_covariance(

@@ -114,7 +114,7 @@ def test_a_sample_that_alone_has_a_feature_shows_nothing():
     """Leverage 1: J of that feature is nothing, and all is finite."""
     f = torch.zeros(N, 1, dtype=torch.float64)
     f[0] = 1.0
-    seen = Seen(torch.where(f > 0, 1 - 1e-6, 0.0), f[..., None])
+    seen = Seen(torch.where(f > 0, 1 - 1e-6, 0.0), f[None])
     assert 0 <= float(inverse_excess(seen, torch.ones(1), N)) < 1e-2
 
 

@@ -564,7 +564,11 @@ def _gains(curve: FisherCurve, first: int) -> tuple[torch.Tensor, torch.Tensor, 
     spread = left_out[None] - left_out[:, None]
     jackknife = spread.var(2, correction=0) * (folds - 1)
     added = (curve.effective_dim[grid][None] - curve.effective_dim[grid][:, None]).clamp_min(0)
-    covariance = 2 * size[None].square() * added[..., None] / curve.statistics.dof**2
+    statistics = curve.statistics
+    if not statistics.paired and statistics.score is None:  # at least the noise of useless features
+        noise = statistics.noise.diagonal().square()
+        jackknife = jackknife.maximum(2 * noise * added[..., None])
+    covariance = 2 * size[None].square() * added[..., None] / statistics.dof**2
     own = torch.diagonal(curve.stderr, dim1=1, dim2=2)[grid]
     return grid, gain, (jackknife + covariance).sqrt().maximum(LEAST_GAIN * own[:, None])
 

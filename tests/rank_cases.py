@@ -109,7 +109,7 @@ def dealt_cases() -> Cases:
         "simulator": (net(), ff.Simulator(two.sample, [0.0, 0.0], samples=N), {}),
         "two parameters": (net(), conditions(2), {}),
         "several outputs": (Heads(), one.pathwise([0.0], N), {"output": "output[mean]"}),
-        "memory budget": (net(), conditions(1), {"memory_budget": "34 MB", "batch_size": N}),
+        "memory budget": (net(), conditions(1), {"memory_budget": "36 MB", "batch_size": N}),
         "loader": (net(), ff.Score(loader), {}),
         "float64": (net(dtype=torch.float64), conditions(1), {}),
         "grow": (net(SCALED), ff.FiniteDifference(*scales(), dtheta=0.1), growing),

@@ -42,13 +42,12 @@ class Network(nn.Module):
         return self.last(torch.relu(self.first(x)))
 
 
-def noise() -> torch.Tensor:
-    return torch.randn(2, ROWS, DIM, generator=torch.Generator().manual_seed(1))
+def noise(seed: int = 1) -> torch.Tensor:
+    return torch.randn(2, ROWS, DIM, generator=torch.Generator().manual_seed(seed))
 
 
 def shifted(step: float):
-    z = noise()
-    return [z + step * torch.eye(DIM)[p] for p in range(2)]
+    return [noise(p) + step * torch.eye(DIM)[p] for p in range(2)]
 
 
 DATA = {

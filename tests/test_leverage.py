@@ -235,6 +235,7 @@ def test_rarely_firing_units_show_not_too_much(units, mean, n, features):
     assert above(results, truth) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "truth"),
     [
@@ -259,6 +260,7 @@ def test_errors_see_the_fourth_moment(draw, truth):
     assert float(results[:, 3].mean() / results[:, 2].std()) == pytest.approx(1, abs=0.12)
 
 
+@pytest.mark.slow
 def test_heavy_tails():
     """Student's t with three degrees of freedom has no fourth moment: no error bar is right. These
     cover 84 %; those of a Gaussian 25 %."""

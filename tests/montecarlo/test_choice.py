@@ -10,6 +10,7 @@ import torch
 import fisherfast as ff
 from fisherfast.problems import GaussianScale, Laplace
 
+pytestmark = pytest.mark.slow
 REPEATS = 100
 
 

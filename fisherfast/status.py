@@ -76,7 +76,7 @@ def _status(
     direction, known = weakest_direction(layer.J, covariance_of(layer))
     if known != known:
         return "unresolved", []
-    if not bool(layer.J.any() or layer.stderr.any()):
+    if not bool(layer.J.any() or layer.stderr.any() or layer.naive.any()):
         return "resolved", []
     if known < UNRESOLVED:
         shown = [other.name for other in later if _shows(other, layer, direction)]

@@ -243,3 +243,13 @@ def test_all_layers_fail(make):
     """No layer could be measured: an error, not a table of NaN."""
     with pytest.raises(ValueError, match="samples"):
         ff.fisher_flow(nn.Linear(20, 20), make(10, 20))
+
+
+def test_one_tangent_is_not_known():
+    """All tangents but one are zero: other folds know nothing of it, so J = 0 with an error of 0 is no
+    result."""
+    dx = torch.zeros(1, 400, 3)
+    dx[0, 7] = 1.0
+    layer = ff.fisher_information(ff.Pathwise(torch.randn(400, 3), dx))
+    assert layer.status == "noisy"
+    assert float(layer.naive) > 0

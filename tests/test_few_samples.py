@@ -246,8 +246,7 @@ def test_all_layers_fail(make):
 
 
 def test_one_tangent_is_not_known():
-    """All tangents but one are zero: other folds know nothing of it, so J = 0 with an error of 0 is no
-    result."""
+    """All tangents but one are zero. Other folds know nothing of it: J = 0 +- 0 is no result."""
     dx = torch.zeros(1, 400, 3)
     dx[0, 7] = 1.0
     layer = ff.fisher_information(ff.Pathwise(torch.randn(400, 3), dx))

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 import time
+import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,12 @@ from harness import ROOT, machine
 
 sys.path.insert(0, str(ROOT / "tests"))
 
+from hostile.carried import carried_layers
 from hostile.generator import from_seed
-from hostile.judge import Verdict, carried_layers, measure, verdict
+from hostile.judge import Verdict, measure, verdict
+from hostile.tally import MEANS, Tally
+
+import fisherfast as ff
 
 RESULTS = ROOT / "benchmarks" / "results" / "hostile.json"
 EXAMPLES = 10_000
@@ -52,6 +59,7 @@ def empty() -> dict[str, Any]:
         "first failures": {},
         "violations": {},
         "violating seeds": {},
+        "kinds": {},
     }
 
 
@@ -71,6 +79,11 @@ def add(result: dict[str, Any], seed: int, found: Verdict) -> None:
         _count(result["violations"], check.name)
         lines = result["violating seeds"].setdefault(str(seed), [])
         lines.append(f"{check.name}: {check.where}: {check.detail}")
+    if first.reading is not None:
+        kind = first.reading.kind
+        tally = Tally(**result["kinds"].get(kind, {"kind": kind}))
+        tally.add(first.reading)
+        result["kinds"][kind] = asdict(tally)
 
 
 def run(examples: int, processes: int, out: Path) -> dict[str, Any]:
@@ -95,6 +108,12 @@ def violating(result: dict[str, Any]) -> int:
     return len(result["violating seeds"])
 
 
+def wrong_kinds(result: dict[str, Any]) -> list[str]:
+    """What is wrong with all problems of a kind together."""
+    tallies = [Tally(**sums) for sums in result.get("kinds", {}).values()]
+    return [f"{tally.kind}: {failure}" for tally in tallies for failure in tally.failures()]
+
+
 def summary(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     should, resolved = result["layers that should be resolved"], result["of these resolved"]
@@ -113,7 +132,24 @@ def summary(result: dict[str, Any]) -> str:
         expected = f"{result['expected first failures'][name]:.1f}"
         first, again = (result[part].get(name, 0) for part in ("first failures", "violations"))
         lines.append(f"| {name} | {checks} | {first} | {expected} | {again} |")
+    if result.get("kinds"):
+        lines += ["", *_kinds(result)]
     return "\n".join(lines)
+
+
+def _kinds(result: dict[str, Any]) -> Iterator[str]:
+    """A row for each kind of problem, and what is wrong with it."""
+    yield "| kind | problems | linear | J | lower | J above | lower above | resolved |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for _, sums in sorted(result["kinds"].items()):
+        tally = Tally(**sums)
+        means = (tally.mean(name) for name in MEANS)
+        cells = ["-" if math.isnan(mean) else f"{mean:.3f} +- {error:.3f}" for mean, error in means]
+        counts = *tally.above.values(), tally.resolved
+        cells += [f"{100 * count / tally.count:.1f} %" for count in counts]
+        yield f"| {tally.kind} | {tally.count} | {' | '.join(cells)} |"
+    yield ""
+    yield from wrong_kinds(result) or ["No kind is wrong in the mean."]
 
 
 def show(seed: int) -> Iterator[str]:
@@ -122,7 +158,9 @@ def show(seed: int) -> Iterator[str]:
     yield repr(problem)
     yield f"I = {problem.information.tolist()}"
     try:
-        layers = measure(problem, problem.data(problem.noise()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ff.FisherWarning)
+            layers = measure(problem, problem.data(problem.noise()))
     except ValueError as error:
         yield f"ValueError: {error}"
     else:
@@ -165,7 +203,7 @@ def main() -> None:
     else:
         result = run(options.examples, options.processes, options.out)
         print(summary(result))
-        sys.exit(violating(result) > 0)
+        sys.exit(violating(result) > 0 or bool(wrong_kinds(result)))
 
 
 if __name__ == "__main__":

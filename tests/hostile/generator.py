@@ -1,10 +1,11 @@
-"""Random problems with a closed form: Gaussian noise, a mean linear in theta, affine layers.
+"""Random problems with a closed form: noise moved by theta, affine layers.
 
     x = m + B (z + V theta),  z ~ N(0, 1_d),  I = V^T V at the input and after each layer
 
 B B^T is the covariance of x and B V the derivative of its mean. An invertible affine layer W
-replaces B by W B and leaves V, and so the Fisher information, as they are. The noise is Gaussian,
-so the linear Fisher information is all there is.
+replaces B by W B and leaves V, and so the Fisher information, as they are. Gaussian noise has
+linear Fisher information alone; that of other noise (distributions.py) lies in known bounds.
+Samples may also be rounded, sorted, or depend on each other.
 
 One description of the ranges (`draw`) serves both hypothesis, which shrinks what fails, and plain
 seeds (`from_seed`), which a long run counts through.
@@ -20,6 +21,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from hostile import distributions
+from hostile.distributions import SOURCES_OF, Distribution, Noise
+from hostile.structure import Structure
 from hypothesis import strategies as st
 
 import fisherfast as ff
@@ -36,7 +40,6 @@ LAYER_CONDITIONS = (1.0, 1e6)  # of a weight that is not of the whitening kind
 UNIT_DECADES = (0.0, 3.0)  # units of activations lie within 10^-u to 10^u
 OFFSETS = (0.1, 100.0)  # means of activations in their standard deviations
 CORRELATIONS = (0.0, 0.95)  # of the parameters: how much they share of the direction that moves
-MAGNITUDES = (-2.0, 2.0)  # decades of the information about one parameter
 STEPS = {
     # dtheta sqrt(I): half of it is at most 0.25 (the step then adds less than 0.4 % to J) for
     # independent conditions, where a smaller one drowns in noise, and 0.1 for pairs.
@@ -49,6 +52,16 @@ DIRECTIONS = ("any", "smallest", "largest", "raw")
 KINDS = ("random", "squeezing", "whitening")
 TWINS = ("unit", "permutation")
 FEATURES = (128, 256, 512)
+RAW_ONLY = 1  # features: the activations alone ...
+NARROW = 7  # ... of so many, at most
+DISTRIBUTIONS = ("Gaussian",) * 9 + distributions.KINDS[1:] + tuple(SOURCES_OF)[2:] * 2
+LATTICE = (0.01, 1.0)  # steps of rounded activations in their standard deviations
+ORDERS = ("any",) * 9 + ("value", "blocks", "score")  # what a file is sorted by
+BLOCKS = 8
+COPIES = ("none",) * 4 + ("twice", "antithetic")  # of samples, Gaussian and in any order
+GROUPED = ("neighbours", "far", "unsaid")  # how far copies lie, with groups= or without
+TESTED = 1000  # samples among which a dependence that is not said is found
+FOLDS = 16  # of the library, by default
 LARGE = 16_000  # samples, over conditions and tangents, from which the least features are used
 
 
@@ -134,6 +147,11 @@ class Problem:
     layers: tuple[Layer, ...]
     features: int
     twin: str
+    distribution: str = "Gaussian"
+    lattice: float = 0.0
+    order: str = "any"
+    copies: str = "none"
+    grouped: str = "neighbours"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -148,16 +166,75 @@ class Problem:
     def structure(self) -> Structure:
         return Structure(self)
 
+    @cached_property
+    def noises(self) -> Distribution:
+        """Of the components before they are mixed."""
+        rng = np.random.default_rng([self.seed, 0, 1])
+        kind = "Gaussian" if self.distribution == "lattice" else self.distribution
+        return distributions.of(kind, rng, self.dim, self.samples, self.source)
+
+    @property
+    def linear(self) -> np.ndarray:
+        """Linear Fisher information [P, P] float64 in 1/theta^2, the same for every layer."""
+        return self._weighed(self.noises.linear)
+
+    @property
+    def least(self) -> np.ndarray:
+        """Of the linear information what must be found [P, P]: rounding and its dither add a third
+        of the square of a step, and the covariance of antithetic groups is taken too large."""
+        if self.lattice:
+            B = self.structure.factors[0] / self.deviations[:, None]
+            A = B @ self.structure.signal
+            return A.T @ np.linalg.solve(B @ B.T + self.lattice**2 / 3 * np.eye(self.dim), A)
+        if self.copies == "antithetic":
+            return self.linear * max(1 - FOLDS / (self.samples // 2), 0)
+        return self.linear
+
     @property
     def information(self) -> np.ndarray:
-        """I [P, P] float64 in 1/theta^2, the same for every layer."""
-        V = self.structure.signal
-        return V.T @ V
+        """What J must not exceed [P, P]: I, or a bound; the linear information, where the
+        activations are all features."""
+        if self.features == RAW_ONLY or self.distribution == "Gaussian":
+            return self.linear
+        # (p+ - p-)^2 / (p+ + p-) is below I, but the covariance within the conditions is smaller
+        finite = 1 - self.step**2 / 4 if self.source in STEPS else 1.0
+        return self._weighed(self.noises.full) / finite
+
+    @property
+    def score_covariance(self) -> np.ndarray:
+        """What stands for J of the input of a score source [P, P]."""
+        return self.noises.score_covariance(self.structure.signal)
 
     @property
     def dtheta(self) -> np.ndarray:
         """Full separation of the conditions [P]: `step` in units of the information."""
-        return self.step / np.sqrt(np.diag(self.information))
+        full = self._weighed(self.noises.full)
+        return self.step / np.sqrt(np.diag(full if np.isfinite(full).all() else self.linear))
+
+    @property
+    def deviations(self) -> np.ndarray:
+        """Of the input [d]."""
+        return np.linalg.norm(self.structure.factors[0], axis=1)
+
+    @property
+    def usual(self) -> bool:
+        """Gaussian, independent, in no order."""
+        return (self.distribution, self.order, self.copies) == ("Gaussian", "any", "none")
+
+    @property
+    def unsaid(self) -> bool:
+        """Samples depend on each other, and the library is not told."""
+        return self.copies != "none" and self.grouped == "unsaid"
+
+    def independent_samples(self, more: int = 1) -> int:
+        """Samples, or groups of them."""
+        return self.samples * more // (1 if self.copies == "none" else 2)
+
+    def _weighed(self, ratios: np.ndarray) -> np.ndarray:
+        V = self.structure.signal
+        if np.isinf(ratios).any():
+            return np.full((self.parameters, self.parameters), np.inf)
+        return V.T @ (ratios[:, None] * V)
 
     def model(self) -> torch.nn.Module:
         """The affine layers, in the dtype of the problem."""
@@ -170,110 +247,91 @@ class Problem:
             modules.append(module)
         return torch.nn.Sequential(*modules)
 
-    def noise(self, attempt: int = 0, *, more: int = 1, order: Order | None = None) -> list[Any]:
-        """Whitened noise z [n, d] of each condition, minus and plus in turn; of one where there are
-        no conditions.
+    def noise(self, attempt: int = 0, *, more: int = 1, order: Order | None = None) -> list[Noise]:
+        """Noise of each condition, minus and plus in turn; of one where there are no conditions.
 
         Args:
             attempt: another number gives other noise, and nothing else.
             more: times as many samples.
             order: maps n to a permutation of the samples; None leaves them as they are.
         """
-        n = self.samples * more
-        kept = slice(None) if order is None else order(n)
+        n = self.independent_samples(more)
         rng = np.random.default_rng([self.seed, 1 + attempt])
         conditions = 2 * self.parameters if self.source in STEPS else 1
-        drawn: list[Any] = []
+        drawn: list[Noise] = []
         for condition in range(conditions):
-            pair = self.source == "paired" and condition % 2
-            drawn.append(drawn[-1] if pair else rng.standard_normal((n, self.dim))[kept])
+            if self.source == "paired" and condition % 2:
+                drawn.append(drawn[-1])
+                continue
+            noise = Noise.draw(rng, n, self.noises, self.parameters)
+            noise = self._sorted(self._copied(noise))
+            drawn.append(noise if order is None else noise[order(len(noise.u))])
         return drawn
 
-    def samples_of(self, noise: list[Any]) -> list[torch.Tensor]:
+    def _copied(self, noise: Noise) -> Noise:
+        if self.copies == "none":
+            return noise
+        n = len(noise.u)
+        rows = np.tile(np.arange(n), 2)
+        signs = np.repeat([1.0, -1.0 if self.copies == "antithetic" else 1.0], n)
+        if self.grouped != "far":
+            rows, signs = np.arange(n).repeat(2), signs.reshape(2, n).T.ravel()
+        noise = noise[rows]
+        return Noise(noise.u * signs[:, None], noise.size, noise.hidden)
+
+    def _sorted(self, noise: Noise) -> Noise:
+        if self.order == "any":
+            return noise
+        if self.order == "score":
+            values = self.noises.scores(noise, self.structure.signal)[:, 0]
+        else:
+            values = self.noises.values(noise, np.zeros(self.dim)) @ self.structure.factors[0][0]
+        if self.order == "blocks":
+            values = values.argsort().argsort() * BLOCKS // len(values)
+        return noise[np.argsort(values, kind="stable")]
+
+    def groups(self, n: int) -> np.ndarray | None:
+        """Labels of n samples for the library."""
+        if self.copies == "none" or self.unsaid:
+            return None
+        labels = np.arange(n // 2)
+        return np.tile(labels, 2) if self.grouped == "far" else labels.repeat(2)
+
+    def samples_of(self, noise: list[Noise]) -> list[torch.Tensor]:
         """x [n, d] of each condition at its own theta, in the dtype of the problem."""
         shifts = [np.zeros(self.dim)]
         if self.source in STEPS:
             halves = (self.structure.signal * self.dtheta / 2).T
             shifts = [shift for half in halves for shift in (-half, half)]
-        return [
-            self._tensor(self.structure.samples(z + shift))
-            for z, shift in zip(noise, shifts, strict=True)
-        ]
+        drawn = []
+        for part, shift in zip(noise, shifts, strict=True):
+            x = self.structure.samples(self.noises.values(part, shift))
+            if self.lattice:
+                steps = self.lattice * self.deviations
+                x = np.round(x / steps) * steps
+            drawn.append(self._tensor(x))
+        return drawn
 
-    def data(self, noise: list[Any], units: Any = 1.0) -> Any:
+    def data(self, noise: list[Noise], units: Any = 1.0) -> Any:
         """What the library is given; `units` [P]: theta is counted in 1 / units of its unit."""
         xs = self.samples_of(noise)
+        groups = self.groups(len(xs[0]))
         if self.source == "score":
-            return ff.Score(xs[0], self._tensor(noise[0] @ self.structure.signal / units))
+            scores = self.noises.scores(noise[0], self.structure.signal)
+            return ff.Score(xs[0], self._tensor(scores / units), groups=groups)
         if self.source == "pathwise":
-            tangents = self._tensor((self.structure.derivative / units).T)
-            return ff.Pathwise(xs[0], tangents[:, None].expand(-1, len(xs[0]), -1))
+            slopes = self.noises.slopes(noise[0])
+            moved = (self.structure.signal / units).T[:, None] * slopes  # [P, n, d]
+            return ff.Pathwise(
+                xs[0], self._tensor(moved @ self.structure.factors[0].T), groups=groups
+            )
         dtheta = (self.dtheta * units).tolist()
-        return ff.FiniteDifference(xs[::2], xs[1::2], dtheta, paired=self.source == "paired")
+        return ff.FiniteDifference(
+            xs[::2], xs[1::2], dtheta, paired=self.source == "paired", groups=groups
+        )
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.torch_dtype)
-
-
-class Structure:
-    """Matrices of a problem, float64.
-
-    Attributes:
-        signal: V [d, P], the derivative of the mean in whitened coordinates.
-        factors: B [d, d] of the input and after each layer; the covariance is B B^T.
-        means: [d] of the input and after each layer.
-        weights, biases: of the layers.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        rng = np.random.default_rng([problem.seed, 0])
-        d = problem.dim
-        roots = _roots(problem.spectrum, problem.condition, d)
-        rotation = _rotation(rng, d) if problem.rotated else np.eye(d)
-        units = _units(rng, problem.units, d)
-        self.factors = [units[:, None] * (rotation * roots)]
-        self.signal = _signal(rng, problem, rotation, roots)
-        self.means = [self._mean(rng, problem)]
-        self.weights: list[np.ndarray] = []
-        self.biases: list[np.ndarray] = []
-        for layer in problem.layers:
-            W = self._weight(rng, layer)
-            # rounded as the model holds it, so that the closed form is that of the model
-            W = W.astype(problem.dtype).astype(np.float64)
-            self.weights.append(W)
-            self.factors.append(W @ self.factors[-1])
-            mean = self._mean(rng, problem)
-            bias = (mean - W @ self.means[-1]).astype(problem.dtype).astype(np.float64)
-            self.biases.append(bias)
-            self.means.append(mean)
-
-    @property
-    def derivative(self) -> np.ndarray:
-        """Of the mean of the input [d, P]."""
-        return self.factors[0] @ self.signal
-
-    def samples(self, z: np.ndarray) -> np.ndarray:
-        """x of whitened noise z [n, d]."""
-        return self.means[0] + z @ self.factors[0].T
-
-    def _mean(self, rng: np.random.Generator, problem: Problem) -> np.ndarray:
-        deviations = np.linalg.norm(self.factors[-1], axis=1)
-        return problem.offset * deviations * rng.uniform(-1, 1, problem.dim)
-
-    def _weight(self, rng: np.random.Generator, layer: Layer) -> np.ndarray:
-        B = self.factors[-1]
-        d = len(B)
-        rows = _units(rng, layer.units, d)[:, None] * _rotation(rng, d)
-        if layer.kind == "whitening":
-            U, s, _ = np.linalg.svd(B)
-            return rows @ (U / s).T
-        deviations = np.linalg.norm(B, axis=1) if layer.standardised else np.ones(d)
-        moved = (B / deviations[:, None]) @ self.signal
-        basis = np.concatenate([moved, rng.standard_normal((d, d))], axis=1)
-        columns = np.linalg.qr(basis)[0] if layer.kind == "squeezing" else _rotation(rng, d)
-        # the small singular values first, where a squeezing layer has the information
-        singular = layer.condition ** -np.linspace(1, 0, d) if d > 1 else np.ones(1)
-        return (rows * singular) @ (columns / deviations[:, None]).T
 
 
 def draw(choose: Chooser, *, samples: tuple[float, float] = SAMPLES) -> Problem:
@@ -294,25 +352,42 @@ def draw(choose: Chooser, *, samples: tuple[float, float] = SAMPLES) -> Problem:
         )
         for _ in range(choose.integer(*LAYERS))
     ]
+    distribution = choose.one_of([k for k in DISTRIBUTIONS if source in SOURCES_OF.get(k, SOURCES)])
+    order = choose.one_of([o for o in ORDERS if o != "score" or source == "score"])
+    gaussian = distribution == "Gaussian"
+    copies = choose.one_of(COPIES) if gaussian and order == "any" else "none"
+    grouped = choose.one_of(GROUPED) if copies != "none" else GROUPED[0]
+    if copies != "none":
+        n = max(n, TESTED if grouped == "unsaid" else 4 * FOLDS) // 2 * 2
+    raw = not gaussian and choose.one_of((False, True))
+    dim = choose.integer(1, NARROW if raw else DIMENSIONS[1])
+    if source == "score" and distribution in ("brightness", "rare") and not layers:
+        layers = [Layer("random", 1.0, 0.0, True)]  # the input's J is that of the score
     large = n * (1 + parameters if source == "pathwise" else 2 * parameters) > LARGE
     return Problem(
         seed=choose.integer(0, 2**31 - 1),
         source=source,
         dtype=choose.one_of(("float64", "float32")),
-        dim=choose.integer(*DIMENSIONS),
+        dim=dim,
         parameters=parameters,
         samples=n,
         condition=log(*CONDITIONS),
         spectrum=choose.one_of(SPECTRA),
-        rotated=choose.one_of((False, True, True, True)),
+        rotated=distribution != "rare" and choose.one_of((False, True, True, True)),
         direction=choose.one_of(DIRECTIONS),
         correlation=choose.real(*CORRELATIONS),
         units=choose.real(*UNIT_DECADES),
         offset=log(*OFFSETS),
         step=choose.real(*STEPS.get(source, (1.0, 1.0))),
         layers=tuple(layers),
-        features=FEATURES[0] if large else choose.one_of(FEATURES),
-        twin=choose.one_of(TWINS),
+        features=RAW_ONLY if raw else FEATURES[0] if large else choose.one_of(FEATURES),
+        # another order changes the folds of groups, and the noise added to a lattice
+        twin="unit" if copies != "none" or distribution == "lattice" else choose.one_of(TWINS),
+        distribution=distribution,
+        lattice=log(*LATTICE) if distribution == "lattice" else 0.0,
+        order=order,
+        copies=copies,
+        grouped=grouped,
     )
 
 
@@ -325,46 +400,3 @@ def from_seed(seed: int) -> Problem:
 def problems(draw_value: Any, *, samples: tuple[float, float] = SAMPLES) -> Problem:
     """Strategy of hypothesis."""
     return draw(_Hypothesis(draw_value), samples=samples)
-
-
-def _roots(spectrum: str, condition: float, d: int) -> np.ndarray:
-    """Standard deviations along the axes of the noise, the largest first."""
-    if d == 1:
-        return np.ones(1)
-    roots = np.ones(d)
-    if spectrum == "spread":
-        roots = condition ** (-np.linspace(0, 1, d) / 2)
-    elif spectrum == "one small":
-        roots[-1] = condition**-0.5
-    else:
-        roots[1:] = condition**-0.5
-    return roots
-
-
-def _signal(
-    rng: np.random.Generator, problem: Problem, rotation: np.ndarray, roots: np.ndarray
-) -> np.ndarray:
-    """V [d, P], in the directions that the problem says and of the magnitudes of `MAGNITUDES`."""
-    d, P = problem.dim, problem.parameters
-    V = rng.standard_normal((d, P + 1))
-    count = min(d, P + d // 8)  # axes that move when it is not all of them
-    if problem.direction == "smallest":
-        V[: d - count] = 0
-    elif problem.direction == "largest":
-        V[count:] = 0
-    elif problem.direction == "raw":
-        V = (rotation.T @ V) / roots[:, None]
-    V /= np.linalg.norm(V, axis=0)
-    own, common = V[:, :P], V[:, P:]
-    own = own * np.where(common.T @ own < 0, -1, 1)  # so that the two never cancel
-    V = math.sqrt(1 - problem.correlation) * own + math.sqrt(problem.correlation) * common
-    V /= np.linalg.norm(V, axis=0)
-    return V * 10 ** (rng.uniform(*MAGNITUDES, P) / 2)
-
-
-def _rotation(rng: np.random.Generator, d: int) -> np.ndarray:
-    return np.linalg.qr(rng.standard_normal((d, d)))[0]
-
-
-def _units(rng: np.random.Generator, decades: float, d: int) -> np.ndarray:
-    return 10 ** rng.uniform(-decades, decades, d)

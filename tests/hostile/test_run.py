@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hostile.judge import Check, Judgement, Verdict
+from hostile.tally import Reading
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STORED = ROOT / "benchmarks" / "results" / "hostile.json"
@@ -42,6 +43,19 @@ def test_verdicts_are_counted(script):
     assert result["violating seeds"] == {"2": ["J above: input: why"]}
     assert (result["layers that should be resolved"], result["of these resolved"]) == (6, 3)
     assert "| J above | 3 | 1 | 1.5 | 1 |" in script.summary(result)
+
+
+def test_kinds_are_counted(script):
+    """Catches readings that are lost, or counted with another kind."""
+    result = script.empty()
+    for seed, (kind, J) in enumerate((("Laplace", 0.9), ("Laplace", 1.1), ("rare", 1.0))):
+        one = found()
+        shares = {"linear": 1.0, "J": J, "lower": 0.5}
+        one.first.reading = Reading(kind, shares, {"J": 4.0, "lower": 0.0}, True, False)
+        script.add(result, seed, one)
+    row = ("Laplace", "2", "1.000 +- 0.000", "1.000 +- 0.100", "0.500 +- 0.000", "100.0 %")
+    assert f"| {' | '.join(row)} | 0.0 % | 0.0 % |" in script.summary(result)
+    assert script.wrong_kinds(result)[0] == "Laplace: J above the information in 2 of 2"
 
 
 @pytest.mark.parametrize(("commit", "examples"), [("abc", 3), ("abc+", 2), (None, 2)])

@@ -25,6 +25,12 @@ GAP_QUANTILE = 0.75
 """Quantile of the gaps between neighbouring values that is taken as the step: the spacing of
 floating-point numbers is not uniform, and the median would be too small for the larger ones."""
 
+PARTS = 4
+"""Parts of the smallest gap that are tried as the step of an even lattice."""
+
+UNEVEN = 0.05
+"""Steps that a gap of an even lattice may be off: of 100 gaps by chance, one lattice in 10^100."""
+
 ROOM = 16
 """Units in the last place that a step must span before noise is added to the numbers themselves;
 otherwise it would be rounded away."""
@@ -76,17 +82,48 @@ class StepMeter:
         return self._steps
 
     def _found(self) -> torch.Tensor:
-        values = torch.cat(self._rows).T.sort().values  # [d, n]; NaN sorts last
+        rows = torch.cat(self._rows)
+        if rows.shape[1] > 1:  # copies of a sample are not steps
+            rows = rows.nan_to_num(torch.inf).unique(dim=0)
+            rows[rows == torch.inf] = torch.nan
+        values = rows.T.sort().values  # [d, n]; NaN sorts last
         gaps = values.diff()
         tied = gaps == 0
         several = tied.clone()  # the first of each run of equal values
         several[:, 1:] &= ~tied[:, :-1]
-        lattice = several.sum(1) >= TIED_VALUES
+        thrice = (tied[:, 1:] & tied[:, :-1]).any(1)
+        candidates = (several.sum(1) >= TIED_VALUES).nonzero()[:, 0]
         steps = values.new_zeros(len(values), dtype=torch.float64)
-        if bool(lattice.any()):
-            gaps = torch.where(gaps[lattice] > 0, gaps[lattice], torch.nan)
-            steps[lattice] = gaps.double().nanquantile(GAP_QUANTILE, dim=1).nan_to_num(0.0)
+        if len(candidates):
+            gaps = torch.where(gaps > 0, gaps, torch.nan)[candidates].double()
+            size = values[candidates].abs().nan_to_num(0.0).amax(1, keepdim=True).double()
+            exact = _even_steps(gaps, torch.zeros_like(size))  # numbers of floating point
+            decimal = _even_steps(gaps, torch.finfo(rows.dtype).eps * size)
+            even = torch.where(exact > 0, exact, decimal)
+            uneven = gaps.nanquantile(GAP_QUANTILE, dim=1).nan_to_num(0.0)
+            # pairs of copies of one activation are as uneven as its density
+            uneven = torch.where(thrice[candidates], uneven, 0.0)
+            steps[candidates] = torch.where(even > 0, even, uneven)
         return steps
+
+
+def _even_steps(gaps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The step [d] that gaps [d, n] (NaN for none) between values are multiples of, 0 where they
+    are of none.
+
+    No two of the values may be neighbours, so parts of the smallest gap are tried. Values are off
+    by their noise [d, 1].
+    """
+    gaps = torch.where(gaps > ROOM * noise, gaps, torch.nan)
+    smallest = gaps.nan_to_num(torch.inf).amin(1, keepdim=True)
+    found = torch.zeros_like(smallest[:, 0])
+    for parts in range(PARTS, 0, -1):
+        step = smallest / parts
+        off = gaps / step
+        off = (off - off.round()).abs()
+        even = ((off <= UNEVEN + 2 * noise / step) | off.isnan()).all(1) & step[:, 0].isfinite()
+        found = torch.where(even, step[:, 0], found)
+    return found
 
 
 def dithered(

@@ -19,6 +19,7 @@ from fisherfast.marginal import pack_covariance
 from fisherfast.moments import FoldMoments
 from fisherfast.results import LayerFisher
 from fisherfast.ridge import HIDDEN_SHARE
+from fisherfast.uncertainty import standard_errors
 
 __all__ = ["HalfFit", "dealt_to_halves", "error_of_mean", "joined", "mean_of"]
 
@@ -111,11 +112,11 @@ def joined(
         bound, error = cross_fitted_bound(quarters[0], quarters[1], ridge)
         bounds.append(bound)
         bound_errors.append(error)
-    errors = [half.curve.error_covariance(half.chosen) for half in halves]
+    errors = mean_of([half.curve.error_covariance(half.chosen) for half in halves]) / 2
     return replace(
         base,
         J=mean_of([half.at_chosen("J") for half in halves]),
-        stderr=error_of_mean([half.at_chosen("stderr") for half in halves]),
+        stderr=standard_errors(errors),
         lower=mean_of(bounds),
         lower_stderr=error_of_mean(bound_errors),
         naive=mean_of([half.at_chosen("naive") for half in halves]),
@@ -125,7 +126,7 @@ def joined(
         features=max(half.chosen for half in halves),
         effective_dim=float(mean_of([half.at_chosen("effective_dim") for half in halves])),
         plateau=all(half.plateau for half in halves),
-        error_covariance=pack_covariance(mean_of(errors) / 2),
+        error_covariance=pack_covariance(errors),
         replicates=_replicates(halves),
         carried=all(half.carried for half in halves),
     )

@@ -32,6 +32,9 @@ MOST_LEVERAGE = 1 - 1e-6
 """A sample that determines a feature alone has leverage 1: without it the covariance is
 singular."""
 
+OWN_FEATURE = 0.5
+"""Leverage of a sample that makes half of a feature: without it others would be scaled up to it."""
+
 NOTHING = 1e-9
 """Share of a variance that is rounding."""
 
@@ -142,7 +145,8 @@ def left_out_score(
     .. math:: J = J_\text{naive} - \frac{1}{n} \sum_i h_i g_i\, s_i r_i^T
 
     The adjusted R^2 puts the mean k / (nu - k) in the place of h_i g_i, which holds for residuals
-    of equal size only. The kept samples correct it by what they see more than that.
+    of equal size only. The kept samples correct it by what they see more than that. A sample that
+    makes more than half of a feature alone cannot be predicted without it: zero is predicted.
 
     Args:
         seen: by B systems, with the score.
@@ -154,8 +158,9 @@ def left_out_score(
     assert seen.score is not None
     h, u = seen.leverage, seen.prediction
     s, mean = seen.score.T.to(u)[..., None], effective / (dof - effective)
-    more = h / (1 - h) - mean.to(h)
-    found = _weighted_products(more * s, s - u) / len(h)
+    removed = torch.where(h <= OWN_FEATURE, h / (1 - h) * (s - u), u)
+    ones = torch.ones_like(h)
+    found = _weighted_products(ones * s, removed - mean.to(h) * (s - u)) / len(h)
     return naive - (V - naive) * mean[:, None, None] - (found + found.mT) / 2
 
 

@@ -189,3 +189,35 @@ def test_noise_belongs_to_the_sample():
     assert float((other * whole[:CHUNK]).mean().abs()) < 4 / (2 * CHUNK) ** 0.5
     assert float(whole.var()) == pytest.approx(1, abs=5 * (2 / whole.numel()) ** 0.5)
     assert dither(torch.empty(0, 2), numbers[:0], 0).shape == (0, 2)
+
+
+@pytest.mark.parametrize("step", [0.01, 0.02, 0.1, 0.5])
+def test_the_step_is_that_of_the_lattice(step):
+    """Catches a quantile of the gaps: of few samples on a fine lattice they span several steps."""
+    generator = torch.Generator().manual_seed(0)
+    meter = StepMeter()
+    meter.update((torch.randn(256, 2, generator=generator) / step).round() * step)
+    torch.testing.assert_close(meter.steps(), torch.full((2,), step).double(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize("d", [1, 2])
+def test_copies_of_samples_are_no_lattice(copies, d):
+    """Catches noise that takes the information of samples that are stored several times; three
+    copies of a single number look like an uneven lattice."""
+    meter = StepMeter()
+    rows = torch.randn(100, d, generator=torch.Generator().manual_seed(0))
+    meter.update(rows.repeat(copies, 1))
+    assert bool(meter.steps().any()) is (copies == 3 and d == 1)
+
+
+def test_groups_of_copies_keep_their_information():
+    """A direction that varies by a thousandth of the activations: noise of half a step of anything
+    would leave 1 % of it."""
+    z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+    mix = torch.tensor([[1.0, 0.0], [1.0, 1e-3]])
+    x = (z @ mix.T).repeat(2, 1)
+    dx = (mix @ torch.tensor([0.0, 1.0])).expand(1, 4000, 2)
+    info = ff.fisher_information(ff.Pathwise(x, dx, groups=torch.arange(2000).repeat(2)))
+    assert info.value == pytest.approx(1, abs=4 * float(info.stderr))
+    assert float(info.stderr) < 0.1

@@ -49,6 +49,7 @@ class StepMeter:
 
     def __init__(self) -> None:
         self._rows: list[torch.Tensor] = []
+        self._still: list[torch.Tensor] = []
         self._count = 0
         self._steps: torch.Tensor | None = None
 
@@ -59,9 +60,9 @@ class StepMeter:
         if missing <= 0 or values.dtype in HALF_TYPES:
             return
         rows = values[:missing].clone()
-        if moving is not None:
-            rows[~moving[:missing]] = torch.nan
+        still = torch.zeros_like(rows, dtype=torch.bool) if moving is None else ~moving[:missing]
         self._rows.append(rows)
+        self._still.append(still)
         self._count += len(rows)
         self._steps = None
 
@@ -72,7 +73,7 @@ class StepMeter:
         if steps is None or not bool(steps.any()):
             return None
         values = torch.cat(self._rows)
-        room = ROOM * torch.finfo(values.dtype).eps * values.abs().nan_to_num(0.0).amax(0).double()
+        room = ROOM * torch.finfo(values.dtype).eps * values.abs().amax(0).double()
         return torch.where(steps >= room, steps / 2, 0.0)
 
     def steps(self) -> torch.Tensor | None:
@@ -82,11 +83,13 @@ class StepMeter:
         return self._steps
 
     def _found(self) -> torch.Tensor:
-        rows = torch.cat(self._rows)
+        rows, still = torch.cat(self._rows), torch.cat(self._still)
         if rows.shape[1] > 1:  # copies of a sample are not steps
-            rows = rows.nan_to_num(torch.inf).unique(dim=0)
-            rows[rows == torch.inf] = torch.nan
-        values = rows.T.sort().values  # [d, n]; NaN sorts last
+            _, number = rows.unique(dim=0, return_inverse=True)
+            order = number.argsort(stable=True)
+            copy = order[1:][number[order].diff() == 0]
+            still[copy] = True
+        values = rows.masked_fill(still, torch.nan).T.sort().values  # [d, n]; NaN sorts last
         gaps = values.diff()
         tied = gaps == 0
         several = tied.clone()  # the first of each run of equal values

@@ -103,6 +103,11 @@ ERROR_NUMBERS = 2**19
 NARROW = 128
 """Features whose whitening costs little in float64."""
 
+TAKEN = 0.1
+"""Part of J that noise against rounding may take before a note says so, and the layer is noisy."""
+
+TAKEN_NOTE = "noise against rounding takes at least {:.0%} of J: give the values with more digits, or a score"
+
 DEPENDENT = 5.0
 """Standard errors from zero beyond which neighbouring samples count as dependent: 6e-7 by
 chance."""
@@ -190,6 +195,7 @@ class LayerMeter:
     map: MapMoments | None = None
     _held: HeldSamples | None = None
     _dither_key: tuple[int, str] | None = None
+    _half_steps: torch.Tensor | None = None
     largest_step = 0.0
     """The largest step between rounded activations, in their standard deviations."""
 
@@ -254,8 +260,20 @@ class LayerMeter:
 
     def note_steps(self, steps: torch.Tensor) -> None:
         """Remember that activations are rounded to steps [d], which noise was added against."""
-        scale = self.pilot.standardisation().scale
-        self.largest_step = max(self.largest_step, float((steps * scale).max()))
+        relative = steps * self.pilot.standardisation().scale
+        self._half_steps = relative / 2
+        self.largest_step = max(self.largest_step, float(relative.max()))
+
+    def taken_by_noise(self, curve: FisherCurve, index: torch.Tensor) -> float:
+        """Share of J of the features in index [k] that noise against rounding has taken: without
+        the noise N their readout W alone would have J^2 / (J - W^T N W)."""
+        if self._half_steps is None or self.dictionary.kind == "sketch":
+            return 0.0
+        raw = index[index < self.dictionary.raw]
+        W = curve.readout_of(len(index))[: len(raw)]
+        J = curve.J[len(index) - 1].diagonal()
+        noise = (W * self._half_steps[raw, None]).square().sum(0)
+        return float(torch.where(J > 0, noise / J, 0.0).max())
 
     def observe(
         self,
@@ -692,6 +710,10 @@ def estimate_layer(
     )
     if not layer.carried:
         notes.append(NOT_CARRIED)
+    taken = meter.taken_by_noise(curve, index)
+    if taken > TAKEN:
+        notes.append(TAKEN_NOTE.format(taken))
+        layer = replace(layer, carried=False)
     if ridge != AUTO:
         notes += _loss_by_ridge(meter, fit)
     if site.dim <= min(RESPONSE_WIDTH, dictionary.raw):

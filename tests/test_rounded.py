@@ -221,3 +221,16 @@ def test_groups_of_copies_keep_their_information():
     info = ff.fisher_information(ff.Pathwise(x, dx, groups=torch.arange(2000).repeat(2)))
     assert info.value == pytest.approx(1, abs=4 * float(info.stderr))
     assert float(info.stderr) < 0.1
+
+
+@pytest.mark.parametrize(("second", "noisy"), [(0.05, True), (1.0, False)])
+def test_information_in_small_differences_is_not_resolved(second, noisy):
+    """x = (z1, z1 + c z2) rounded to 0.1, of which the second moves. With c = 0.05 rounding and noise
+    hide most of J."""
+    z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
+    x = torch.stack([z[:, 0], z[:, 0] + second * z[:, 1]], 1)
+    x = (x * 10).round() / 10
+    dx = torch.tensor([0.0, second]).expand(1, len(x), 2)
+    info = ff.fisher_information(ff.Pathwise(x, dx))
+    assert (info.status == "noisy") is noisy
+    assert any("noise against rounding takes" in note for note in info.notes) is noisy

@@ -104,9 +104,11 @@ NARROW = 128
 """Features whose whitening costs little in float64."""
 
 TAKEN = 0.1
-"""Part of J that noise against rounding may take before a note says so, and the layer is noisy."""
+"""Part of J that noise against rounding may take before the layer is noisy."""
 
-TAKEN_NOTE = "noise against rounding takes at least {:.0%} of J: give the values with more digits, or a score"
+TAKEN_NOTE = (
+    "noise against rounding takes at least {:.0%} of J: use values with more digits, or a score"
+)
 
 DEPENDENT = 5.0
 """Standard errors from zero beyond which neighbouring samples count as dependent: 6e-7 by

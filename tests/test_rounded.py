@@ -225,8 +225,8 @@ def test_groups_of_copies_keep_their_information():
 
 @pytest.mark.parametrize(("second", "noisy"), [(0.05, True), (1.0, False)])
 def test_information_in_small_differences_is_not_resolved(second, noisy):
-    """x = (z1, z1 + c z2) rounded to 0.1, of which the second moves. With c = 0.05 rounding and noise
-    hide most of J."""
+    """x = (z1, z1 + c z2) rounded to 0.1, of which the second moves. With c = 0.05 rounding and the
+    noise hide most of J."""
     z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     x = torch.stack([z[:, 0], z[:, 0] + second * z[:, 1]], 1)
     x = (x * 10).round() / 10

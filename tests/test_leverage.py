@@ -251,19 +251,19 @@ def test_rarely_firing_units_show_not_too_much(units, mean, n, features):
     ids=["Laplace", "uniform", "two humps"],
 )
 def test_errors_see_the_fourth_moment(draw, truth):
-    """Mean stated error within 8 % of the spread (2.5 errors of the latter); a kurtosis of 3 gives
-    0.63, 1.6 and 1.9 times the spread."""
+    """Mean stated error over the spread, which is known to 3.5 %: a little above one, as the fourth
+    moment is taken one error too large. A kurtosis of 3 gives 0.63, 1.6 and 1.9."""
     results = flows(draw, 400, max_features=RAW)
     spread = results[:, 0].std()
-    assert float(results[:, 1].mean() / spread) == pytest.approx(1, abs=0.09)
-    assert 372 <= covered(results, truth) <= 398
-    assert float(results[:, 3].mean() / results[:, 2].std()) == pytest.approx(1, abs=0.12)
+    assert 0.92 < float(results[:, 1].mean() / spread) < 1.17
+    assert 372 <= covered(results, truth)
+    assert 0.9 < float(results[:, 3].mean() / results[:, 2].std()) < 1.2
 
 
 @pytest.mark.slow
 def test_heavy_tails():
     """Student's t with three degrees of freedom has no fourth moment: no error bar is right. These
-    cover 84 %; those of a Gaussian 25 %."""
+    cover about nine in ten; those of a Gaussian 25 %."""
     results = flows(student, 200, max_features=RAW)
-    assert covered(results, results[:, 0].mean()) >= 160
+    assert covered(results, results[:, 0].mean()) >= 172
     assert above(results, 1 / 3) <= 12

@@ -66,8 +66,8 @@ ENTRY_ERRORS = 3.5
 """The same for a lift to be used at all: the best of `GAIN_POINTS` sizes, with an error from 16
 folds, exceeds it by chance in 3 of a thousand layers (tests/montecarlo/test_choice.py)."""
 
-SELECTED = 1.5
-"""Errors by which the clearest of many gains looks clearer than it is, at most in nine of ten."""
+SELECTED = 1.0
+"""Errors by which the clearest of many gains looks clearer than it is."""
 
 GAIN_POINTS = 32
 """Sizes k that are compared with each other, in equal ratios of the lifted features: where the
@@ -520,7 +520,7 @@ def choose_features(curve: FisherCurve, first: int) -> Choice:
         following = clear[own, own + 1 :].amax(1)  # [m]
         larger = int(grid[own + 1 + int(following.argmax())]) + 1
         clearest = clear[own, own + 1 + int(following.argmax())]
-        doubt = doubt + _doubt(curve, chosen, larger, clearest - SELECTED, GAIN_ERRORS)
+        doubt = doubt + _doubt(curve, chosen, larger, clearest, GAIN_ERRORS)
     lifted = len(curve) - first
     plateau = lifted > 0 and chosen - first <= PLATEAU * lifted
     return Choice(chosen, plateau, doubt, _sensitive(curve, grid, error[own], chosen, first))
@@ -544,7 +544,7 @@ def _doubt(
     """Deviations [F, P, P] from one choice; clearest [P] is z, least is t."""
     change = curve.replicates[larger - 1] - curve.replicates[smaller - 1]
     change = change - change.mean(0)
-    p = torch.special.ndtr(clearest.max() - least)
+    p = torch.special.ndtr(clearest.max() - SELECTED - least)
     worst = int(clearest.argmax())
     own = change[:, worst, worst].square().sum() * (len(change) - 1) / len(change)
     gain = (curve.J[larger - 1] - curve.J[smaller - 1])[worst, worst].abs()

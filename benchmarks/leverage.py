@@ -1,4 +1,4 @@
-"""What the leverages of kept samples change where samples are not Gaussian (docs/theory.md, 22).
+"""Effect of the leverages of kept samples on samples that are not Gaussian (docs/theory.md, 22).
 
     python benchmarks/leverage.py [--repeats 60]
 
@@ -56,7 +56,7 @@ def half_seen(generator: torch.Generator) -> ff.Score:
 
 
 def laplace_score(generator: torch.Generator) -> ff.Score:
-    """A Laplace number of scale 1, whose score is its sign, beside 199 others."""
+    """A Laplace number of scale 1, whose score is its sign, next to 199 others."""
     x = Laplace(1).sample(0.0, 800, generator)
     return ff.Score(torch.cat([x, normal(generator, 800, 199)], 1), x[:, 0].sign().double())
 

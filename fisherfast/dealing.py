@@ -100,13 +100,13 @@ class Tally:
 
     @staticmethod
     def of_groups(count: int, folds: int) -> Tally:
-        """Of so many groups, which are dealt as samples are."""
+        """Tally of a number of groups, which are dealt as samples are."""
         cells = cells_of(folds)
         return Tally(torch.bincount(_dealt(count, cells).long(), minlength=cells))
 
     @staticmethod
     def none() -> Tally:
-        """Of no sample."""
+        """An empty tally."""
         return Tally(torch.zeros(0, dtype=torch.int64))
 
     @property

@@ -529,8 +529,9 @@ def choose_features(curve: FisherCurve, first: int) -> Choice:
 def _sensitive(
     curve: FisherCurve, grid: torch.Tensor, error: torch.Tensor, chosen: int, first: int
 ) -> bool:
-    """Whether more features that add a tenth of J would have been noticed; error [m, P] is that of
-    the gains from the chosen size on."""
+    """Return whether more features that add a tenth of J would have been noticed.
+
+    error [m, P] is that of the gains over the chosen size."""
     more = max(MORE_FEATURES, chosen - first)
     following = (grid >= min(chosen + more, len(curve)) - 1).nonzero()[0, 0]
     J = curve.J[chosen - 1].diagonal().clamp_min(0)

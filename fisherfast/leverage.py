@@ -84,7 +84,7 @@ def leverage(squares: torch.Tensor, dof: float) -> torch.Tensor:
 
 
 def inverse_excess(seen: Seen, effective: torch.Tensor, dof: float) -> torch.Tensor:
-    r"""What J has to be multiplied with from both sides, beyond the Gaussian correction.
+    r"""Factor that J is multiplied by from both sides, beyond the Gaussian correction.
 
     The inverse of an estimated covariance is too large by c, and 1 = E[f f^T S^-1] = c E[1 - h]
     with the samples weighted by the square of their readout when they are left out:
@@ -109,7 +109,7 @@ def inverse_excess(seen: Seen, effective: torch.Tensor, dof: float) -> torch.Ten
 
 
 def _weighted_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Sums over samples of l r^T [B, P, P] float64, of l and r [P, m, B]."""
+    """Sums over samples of l r^T [B, P, P] float64, of l [P, m, B] or [P, m, 1] and r [P, m, B]."""
     rows = [torch.stack([(a * b).sum(0, dtype=torch.float64) for b in right]) for a in left]
     return torch.stack(rows).permute(2, 0, 1)
 
@@ -159,8 +159,7 @@ def left_out_score(
     h, u = seen.leverage, seen.prediction
     s, mean = seen.score.T.to(u)[..., None], effective / (dof - effective)
     removed = torch.where(h <= OWN_FEATURE, h / (1 - h) * (s - u), u)
-    ones = torch.ones_like(h)
-    found = _weighted_products(ones * s, removed - mean.to(h) * (s - u)) / len(h)
+    found = _weighted_products(s, removed - mean.to(h) * (s - u)) / len(h)
     return naive - (V - naive) * mean[:, None, None] - (found + found.mT) / 2
 
 
@@ -194,7 +193,7 @@ def score_covariance(
 def score_corrections(
     whitened: torch.Tensor, prediction: torch.Tensor, score: torch.Tensor, dof: float
 ) -> torch.Tensor:
-    """What each sample [m, P, P] adds to the correction of `left_out_score` for all features."""
+    """Contribution [m, P, P] of each sample to the correction of `left_out_score`, all features."""
     h = leverage(whitened.square().sum(1), dof)
     more = h / (1 - h) - (h / (1 - h)).mean()
     change = more[:, None, None] * score[:, :, None] * (score - prediction)[:, None, :]
@@ -228,9 +227,9 @@ def noise_covariance(whitened: torch.Tensor, rest: torch.Tensor, dof: float) -> 
 def excess_covariance(
     u: torch.Tensor, moved: torch.Tensor | None, J: torch.Tensor, spare: float
 ) -> torch.Tensor:
-    r"""What the fourth moment of the features adds to the covariance [P, P, P, P] of the entries of
-    J, beyond that of Gaussian ones: negative for light tails. It is taken one of its own errors too
-    large: of heavy tails most data sets hold less than their share.
+    r"""Contribution of the features' fourth moment to the covariance [P, P, P, P] of the entries of
+    J, beyond that of Gaussian features: negative for light tails. One standard error of its own is
+    added, because most data sets hold less of heavy tails than their share.
 
     Args:
         u: [m, P] numbers W^T f of samples, weighted by the root of g.

@@ -605,7 +605,7 @@ def _groups(dim: int, data: Data, max_features: int, folds: int) -> int | None:
 
 
 def streams_of(data: Data, folds: int) -> dict[str, Any]:
-    """What moments must know of the samples of a source, as their arguments."""
+    """Arguments of the moments of a source's samples."""
     groups = None if data.groups is None else Tally.of_groups(len(data.groups), folds)
     return {
         "folds": folds,

@@ -246,7 +246,7 @@ def excess_covariance(
     change = u[:, :, None] * u[:, None, :]
     mean = change.mean(0)
     fourth = covariance_of_entries(change)
-    excess = (1 + _own_error(change - mean)) * fourth - pair_product(mean, mean)
+    excess = (1 + _own_error(change - mean, mean)) * fourth - pair_product(mean, mean)
     if moved is not None:
         both = moved * size
         both = both + both.mT
@@ -255,8 +255,14 @@ def excess_covariance(
     return excess / spare
 
 
-def _own_error(changes: torch.Tensor) -> float:
-    """Relative error of the mean square of changes [m, P, P]: large where one sample makes it."""
-    squares = changes.square().sum((1, 2))
+def _own_error(changes: torch.Tensor, mean: torch.Tensor) -> float:
+    """Relative error of the mean square of changes [m, P, P]: large where one sample makes it.
+
+    Args:
+        changes: about their mean.
+        mean: [P, P], whose diagonal says in which unit each parameter is."""
+    size = mean.diagonal()
+    unit = torch.where(size > 0, size, torch.inf).rsqrt()
+    squares = (changes * torch.outer(unit, unit)).square().sum((1, 2))
     total = squares.sum()
     return float(((squares - squares.mean()).square().sum().sqrt() / total).nan_to_num(0.0))

@@ -457,13 +457,16 @@ class LayerMeter:
         numbers = LEVERAGE_NUMBERS * (2 if isinstance(self.moments.carried, ScoreMoments) else 1)
         return max(numbers // self.dictionary.size, MIN_LEVERAGE_SAMPLES)
 
+    def _leading_lift(self, index: torch.Tensor) -> Lift:
+        """The lift up to the last of the features in index [k]."""
+        last = int(index.max()) + 1 if len(index) else 0
+        return self._lift().leading(max(last - self.dictionary.raw, 0))
+
     def _samples(self, index: torch.Tensor, most: int) -> SampleFeatures | None:
         """Features in index [k] of so many of the samples that are kept."""
         if self._held is None:
             return None
-        lift = self._lift()
-        lift = lift.leading(int((index >= self.dictionary.raw).any()) * len(lift))
-
+        lift = self._leading_lift(index)
         exact = len(index) <= NARROW or self.dictionary.raw_dtype == torch.float64
         dtype = torch.float64 if exact else torch.float32
 
@@ -492,9 +495,9 @@ class LayerMeter:
             W: [k, P].
             index: int64 [k] numbers of the features that it reads.
         """
-        full = W.new_zeros(self.moments.size, W.shape[1])
+        raw, lift = self.dictionary.raw, self._leading_lift(index)
+        full = W.new_zeros(raw + len(lift), W.shape[1])
         full[index] = W
-        raw, lift = self.dictionary.raw, self._lift()
         lifted = bool(full[raw:].any())
 
         def read(

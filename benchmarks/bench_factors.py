@@ -19,7 +19,8 @@ from limits import GEMM_SIZES, copy_contenders, gemm_speed, shares
 from torch import Tensor
 from torch.nn.functional import unfold
 
-from fisherfast import ops, reference
+from fisherfast import ops
+from fisherfast.ops import reference
 
 # n, C, size of the image, groups: first, early, later layers and a depthwise one.
 PATCHES = ((64, 3, 32, 1), (64, 32, 32, 1), (64, 128, 8, 1), (64, 64, 16, 64))

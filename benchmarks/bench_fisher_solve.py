@@ -19,7 +19,8 @@ from harness import OURS, TINY, Clock, Contender, Effort
 from limits import CACHE_LINE, GEMM_SIZES, copy_contenders, gemm_speed, shares
 from torch import Tensor
 
-from fisherfast import ops, reference
+from fisherfast import ops
+from fisherfast.ops import reference
 
 PARAMETERS = 2
 DTYPES = (torch.float32, torch.float64)

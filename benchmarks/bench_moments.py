@@ -21,7 +21,8 @@ from peak_memory import extra_bytes
 from spatial_ways import WAYS, draw_maps, truth_of
 from torch import Tensor
 
-from fisherfast import ops, reference
+from fisherfast import ops
+from fisherfast.ops import reference
 
 ROWS = 100_000
 CASES = tuple((dim, groups) for groups in (1, 16) for dim in (10, 64, 256, 512))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.parameters.gram import GramFisher
+from fisherfast.parameters.structures.gram import GramFisher
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "parameters.json"
 CLASSES, SAMPLES = 10, 500

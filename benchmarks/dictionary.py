@@ -13,8 +13,10 @@ import warnings
 import torch
 
 import fisherfast as ff
-from fisherfast import features, meters
-from fisherfast.estimators import Choice, FisherCurve
+from fisherfast.estimation import features
+from fisherfast.estimation.choice import Choice
+from fisherfast.estimation.curve import FisherCurve
+from fisherfast.measurement.run import layer as meters
 from fisherfast.problems import GaussianScale, Laplace, LogNormal
 
 PROBLEMS = {

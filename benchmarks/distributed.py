@@ -19,8 +19,8 @@ import torch.distributed as dist
 from harness import ROOT, main
 
 import fisherfast as ff
-from fisherfast.distributed import Ranks, ranks_of
-from fisherfast.moments import FoldMoments
+from fisherfast.estimation.fold_moments import FoldMoments
+from fisherfast.parallel.ranks import Ranks, ranks_of
 from fisherfast.problems import GaussianShift, gaussian_network
 
 RESULTS = Path(ROOT) / "benchmarks" / "results" / "training.json"

@@ -18,7 +18,7 @@ from peak_memory import peak_beyond, printed_by
 from torch import Tensor, nn
 
 import fisherfast as ff
-from fisherfast.taps import Forward
+from fisherfast.model.hooks import Forward
 
 NETWORK = "ResNet-18"
 CHANNELS = 3

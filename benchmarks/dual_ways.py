@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherfast import ops, reference_dual
+from fisherfast import ops
+from fisherfast.ops import reference_dual
 
 aten = torch.ops.aten
 

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fisherfast.measurement import Measurement
-from fisherfast.recall import Recall
-from fisherfast.settings import check_passes, check_settings
+from fisherfast.measurement.cache import Recall
+from fisherfast.measurement.run import Measurement
+from fisherfast.measurement.settings import check_passes, check_settings
 from fisherfast.training import EpochRecord, FisherEarlyStopping
 from fisherfast.training.record import Errors
 from fisherfast.training.rules import TransmissionRule
@@ -249,7 +249,7 @@ def table(results: dict[str, Any]) -> str:
 
 def figure(results: dict[str, Any], target: Path) -> None:
     """One panel per task: loss and transmission of a run with its stops, and all excesses."""
-    from fisherfast.plots import BLUE, DPI, GREEN, GREY, VERMILION, new_figure
+    from fisherfast.results.plots import BLUE, DPI, GREEN, GREY, VERMILION, new_figure
 
     names = list(dict.fromkeys(run["task"] for run in results["runs"]))
     canvas = new_figure(2.9 * math.ceil((len(names) + 1) / 2), 5.6)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fisherfast as ff
-from fisherfast.meters import LayerMeter
+from fisherfast.measurement.layer import LayerMeter
 from fisherfast.problems import Laplace, RectifiedGaussian
 
 REPEATS = 60

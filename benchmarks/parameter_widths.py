@@ -101,7 +101,7 @@ def measure(tiny: bool, out: Path) -> None:
 
 def figure(source: Path, target: Path) -> None:
     """The statistics against the number of parameters, and the errors below."""
-    from fisherfast.plots import BLUE, GREEN, GREY, VERMILION, new_figure, tidy
+    from fisherfast.results.plots import BLUE, GREEN, GREY, VERMILION, new_figure, tidy
 
     networks: list[dict[str, Any]] = json.loads(source.read_text())[PART]["figures"]["networks"]
     sizes = sorted({row["parameters"] for row in networks})

@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 import fisherfast as ff
-from fisherfast import probe as probes
+from fisherfast.estimation import probe as probes
 from fisherfast.problems import GaussianShift, invertible_chain
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "training.json"
@@ -121,14 +121,14 @@ CHOICES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "independent": ("independent", SAMPLES, {}),
     "independent, classified": ("independent", SAMPLES, {"_Training._loss": classified}),
 }
-"""Name -> source, samples per condition, and what is changed in `fisherfast.probe`."""
+"""Name -> source, samples per condition, and what is changed in `fisherfast.estimation.probe`."""
 
 TINY_CHOICES = ("as it is", "no residual sums", "independent, classified")
 
 
 @contextmanager
 def changed(changes: dict[str, Any]) -> Iterator[None]:
-    """Another value of some names in `fisherfast.probe`."""
+    """Another value of some names in `fisherfast.estimation.probe`."""
     former = []
     for path, value in changes.items():
         *holder, name = path.split(".")

@@ -179,7 +179,7 @@ def footnote(results: dict[str, Any]) -> str:
 
 def figure(results: dict[str, Any], target: Path) -> None:
     """Left: ratio to torch against d. Right: share of the nearer limit."""
-    from fisherfast.plots import DPI, new_figure
+    from fisherfast.results.plots import DPI, new_figure
 
     canvas = new_figure(9.5, 4.0)
     ratio_axes, share_axes = canvas.subplots(1, 2)
@@ -201,7 +201,7 @@ def draw_ratios(axes: Any, rows: list[Row]) -> None:
     """Times faster than torch, and than torch operations by hand, for the batches."""
     from matplotlib.ticker import NullLocator
 
-    from fisherfast.plots import GREY
+    from fisherfast.results.plots import GREY
 
     for dtype, color in colours().items():
         for family, style, label in (
@@ -265,7 +265,7 @@ def batches(rows: list[Row], dtype: str) -> list[Row]:
 
 def colours() -> dict[str, str]:
     """One per dtype."""
-    from fisherfast.plots import BLUE, VERMILION
+    from fisherfast.results.plots import BLUE, VERMILION
 
     return dict(zip(DTYPES, (BLUE, VERMILION), strict=True))
 

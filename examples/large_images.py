@@ -387,7 +387,7 @@ def table(flow: ff.FisherFlow, exact: Tensor) -> str:
 
 def draw(out: Path, scene: Scene, pictures: Pictures, flow: ff.FisherFlow, rms: Tensor) -> None:
     """The figures: what a sample looks like, where the information sits, and what becomes of it."""
-    from fisherfast.plots import new_figure
+    from fisherfast.results.plots import new_figure
 
     exact = torch.linalg.inv(pictures.information()[0]).diagonal().sqrt()
     figure = new_figure(11.0, 3.1)

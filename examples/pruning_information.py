@@ -530,7 +530,7 @@ def bits_table(figures: dict[str, Any]) -> str:
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     """A row for each network: weights, units, bits, and the layers of one size."""
-    from fisherfast.plots import DPI, new_figure
+    from fisherfast.results.plots import DPI, new_figure
 
     canvas = new_figure(13.0, 3.2 * len(figures))
     grid = canvas.subplots(len(figures), 4, squeeze=False)
@@ -549,7 +549,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
 def styles() -> dict[str, tuple[str, str]]:
     """Colour and line of each way."""
-    from fisherfast.plots import BLUE, GREEN, GREY, VERMILION
+    from fisherfast.results.plots import BLUE, GREEN, GREY, VERMILION
 
     lines = {IMPORTANCE: (BLUE, "-"), MAGNITUDE: (VERMILION, "-")}
     lines |= {way + EACH_LAYER: (colour, ":") for way, (colour, _) in lines.items()}

@@ -4,16 +4,18 @@ flow = ff.fisher_flow(model, ff.FiniteDifference(x_minus, x_plus, dtheta=0.06))
 """
 
 from fisherfast import dual, ops, parameters, problems
+from fisherfast._errors import FisherWarning
 from fisherfast._version import __version__
-from fisherfast.comparison import LayerComparison
 from fisherfast.data import FiniteDifference, Pathwise, Score, Shard, Simulator
 from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
-from fisherfast.information_map import InformationMap
-from fisherfast.loss import InformationLoss, linear_fisher
-from fisherfast.marginal import MarginalFisher
-from fisherfast.results import FisherFlow, FisherWarning, LayerFisher
+from fisherfast.results.comparison import LayerComparison
+from fisherfast.results.flow import FisherFlow
+from fisherfast.results.information_map import InformationMap
+from fisherfast.results.layer import LayerFisher
+from fisherfast.results.marginal import MarginalFisher
 from fisherfast.training import EpochRecord, FisherEarlyStopping, FisherMonitor
+from fisherfast.training.loss import InformationLoss, linear_fisher
 
 __all__ = [
     "EpochRecord",

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check() -> int:
-    from fisherfast.selfcheck import run_selfcheck
+    from fisherfast.ops.selfcheck import run_selfcheck
 
     return 0 if run_selfcheck(sys.stdout).passed else 1
 

@@ -9,14 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from fisherfast import taps
 from fisherfast.data import Data
-from fisherfast.distributed import TIMEOUT, ranks_of
-from fisherfast.measurement import Measurement
-from fisherfast.memory_budget import check_budget
-from fisherfast.results import FisherFlow, LayerFisher
-from fisherfast.ridge import AUTO, RidgeSetting
-from fisherfast.settings import (
+from fisherfast.estimation.ridge import AUTO, RidgeSetting
+from fisherfast.measurement.memory import check_budget
+from fisherfast.measurement.run import Measurement
+from fisherfast.measurement.settings import (
     BATCH_SIZE,
     FOLDS,
     MAX_FEATURES,
@@ -24,7 +21,11 @@ from fisherfast.settings import (
     check_passes,
     check_settings,
 )
-from fisherfast.unwrap import unwrapped
+from fisherfast.model.sites import Layers
+from fisherfast.model.unwrap import unwrapped
+from fisherfast.parallel.ranks import TIMEOUT, ranks_of
+from fisherfast.results.flow import FisherFlow
+from fisherfast.results.layer import LayerFisher
 
 __all__ = ["fisher_flow", "fisher_information"]
 
@@ -33,7 +34,7 @@ def fisher_flow(
     model: nn.Module,
     data: Data,
     *,
-    layers: taps.Layers = "auto",
+    layers: Layers = "auto",
     max_features: int = MAX_FEATURES,
     probe: str | None = None,
     output: str | None = None,

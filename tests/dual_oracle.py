@@ -19,7 +19,7 @@ from networks_zoo import seeded
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fisherfast.taps import Forward
+from fisherfast.model.hooks import Forward
 
 Oracle = Literal["forward", "differences"]
 Activations = dict[str, tuple[Tensor, Tensor]]

@@ -11,9 +11,9 @@ import torch
 from training_histories import layer
 
 import fisherfast as ff
-from fisherfast.comparison import compare, covariance_of, divides, ratio, weakest_direction
-from fisherfast.marginal import pack_covariance
-from fisherfast.uncertainty import jackknife_covariance
+from fisherfast.estimation.variance import jackknife_covariance
+from fisherfast.results.comparison import compare, covariance_of, divides, ratio, weakest_direction
+from fisherfast.results.marginal import pack_covariance
 
 FOLDS = 16
 

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
 from fisherfast.data.batch import Batch, Gap
-from fisherfast.dealing import Dealing, Place, Tally, cells_of, folds_of_half, hashed
+from fisherfast.data.dealing import Dealing, Place, Tally, cells_of, folds_of_half, hashed
+from fisherfast.measurement.batches import Streams, scattered
+from fisherfast.parallel.share import Share
 from fisherfast.problems import Laplace
-from fisherfast.shares import Share
-from fisherfast.streams import Streams, scattered
 
 FOLDS = 16
 SAME = nn.Hardtanh(-1e9, 1e9)  # J of a score source is read behind a layer

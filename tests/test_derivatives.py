@@ -6,12 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisherfast.dealing import Place
-from fisherfast.derivatives import ScoreMoments, fold_products, fold_sums
-from fisherfast.estimators import choose_features, cross_fitted_bound, fisher_curve
-from fisherfast.features import FeatureDictionary, Lift, PilotMoments
-from fisherfast.moments import FoldMoments, FoldStatistics
-from fisherfast.uncertainty import independent_covariance, independent_variance
+from fisherfast.data.dealing import Place
+from fisherfast.estimation.bound import cross_fitted_bound
+from fisherfast.estimation.choice import choose_features
+from fisherfast.estimation.curve import fisher_curve
+from fisherfast.estimation.derivatives import ScoreMoments, fold_products, fold_sums
+from fisherfast.estimation.features import FeatureDictionary, Lift
+from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
+from fisherfast.estimation.pilot import PilotMoments
+from fisherfast.estimation.variance import independent_covariance, independent_variance
 
 N, D, K, P, FOLDS = 203, 3, 24, 2, 4
 NO_STEP = torch.zeros(1, P, dtype=torch.float64)

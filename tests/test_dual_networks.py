@@ -23,7 +23,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fisherfast as ff
-from fisherfast import taps
+from fisherfast.model.graph import survey
+from fisherfast.model.isolation import evaluation
+from fisherfast.model.sites import select
 
 ALL: dict[str, Network] = {**NETWORKS, **ATTENTION, **LAYERS, **OPERATIONS}
 
@@ -53,8 +55,8 @@ def bound_of(name: str) -> float:
 def names_of(model: nn.Module, x: Tensor) -> list[str]:
     """The layers that `fisher_flow` measures."""
     model = copy.deepcopy(model)
-    with taps.evaluation(model, 0):
-        return [site.name for site in taps.select(taps.survey(model, x), "auto", model)]
+    with evaluation(model, 0):
+        return [site.name for site in select(survey(model, x), "auto", model)]
 
 
 def assert_layers(seen: dict[str, tuple[Tensor, Tensor]], truth: Any, bound: float) -> None:

@@ -7,13 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fisherfast.estimators import (
-    cross_fitted_bound,
-    fisher_curve,
-    fold_statistic_curve,
-    linear_readout,
-)
-from fisherfast.moments import FoldStatistics
+from fisherfast.estimation.bound import cross_fitted_bound, linear_readout
+from fisherfast.estimation.curve import fisher_curve, fold_statistic_curve
+from fisherfast.estimation.fold_moments import FoldStatistics
 
 K, P, F = 12, 2, 8
 

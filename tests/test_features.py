@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisherfast.features import (
+from fisherfast.estimation.features import (
     MAX_WIDTH,
     MIN_LIFT_SHARE,
     FeatureDictionary,
-    PilotMoments,
     draw_lift,
     mean_of_leaky_relu,
 )
+from fisherfast.estimation.pilot import PilotMoments
 
 
 def dictionary_of(x: torch.Tensor, size: int, **options) -> FeatureDictionary:

@@ -29,7 +29,7 @@ from networks_zoo import (
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.dealing import Dealing
+from fisherfast.data.dealing import Dealing
 
 FOLDS = 16
 MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
+from fisherfast.data.dealing import Dealing
 from fisherfast.data.groups import Groups, joined_groups
-from fisherfast.dealing import Dealing
-from fisherfast.streams import Streams
+from fisherfast.measurement.batches import Streams
 
 FOLDS = 16
 SAME = nn.Hardtanh(-1e9, 1e9)  # J of a score source is read behind a layer

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
-from fisherfast.features import BLOCK_ROWS, Lift
-from fisherfast.moments import FoldMoments
+from fisherfast.estimation.features import BLOCK_ROWS, Lift
+from fisherfast.estimation.fold_moments import FoldMoments
 
 # Many dimensions far apart know much about the step; nothing here depends on it.
 pytestmark = pytest.mark.filterwarnings("ignore:dtheta sqrt:fisherfast.FisherWarning")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fisherfast as ff
 from fisherfast.data import KeptData
-from fisherfast.unwrap import unwrapped
+from fisherfast.model.unwrap import unwrapped
 
 ROWS, DIM = 50, 3
 SIDE_BYTES = ROWS * DIM * 4  # of one condition

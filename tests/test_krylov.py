@@ -11,15 +11,16 @@ from torch import nn
 from wide_layers import dense_krylov, estimated, measured
 
 import fisherfast as ff
-from fisherfast import krylov
 from fisherfast.data import FiniteDifference, Pathwise, Score
-from fisherfast.estimators import fisher_curve
-from fisherfast.features import MAX_WIDTH, PilotMoments
-from fisherfast.krylov import KRYLOV_VECTORS, KrylovSpace
-from fisherfast.meters import NO_TANGENTS
-from fisherfast.moments import FoldMoments
+from fisherfast.estimation import krylov
+from fisherfast.estimation.curve import fisher_curve
+from fisherfast.estimation.features import MAX_WIDTH
+from fisherfast.estimation.fold_moments import FoldMoments
+from fisherfast.estimation.krylov import KRYLOV_VECTORS, KrylovSpace
+from fisherfast.estimation.pilot import PilotMoments
+from fisherfast.measurement.compressed_layer import LEAST_DOF, too_wide
+from fisherfast.measurement.layer import NO_TANGENTS
 from fisherfast.problems import CorrelatedImage, GaussianShift, RectifiedGaussian
-from fisherfast.wide import LEAST_DOF, too_wide
 
 D, N = 40, 600
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fisherfast as ff
-from fisherfast.leverage import (
+from fisherfast.estimation.fold_moments import SampleFeatures
+from fisherfast.estimation.leverage import (
     Seen,
     excess_covariance,
     inverse_excess,
@@ -15,7 +16,6 @@ from fisherfast.leverage import (
     noise_covariance,
     seen_along_curve,
 )
-from fisherfast.moments import SampleFeatures
 from fisherfast.problems import Laplace, RectifiedGaussian
 
 N, K = 40, 7

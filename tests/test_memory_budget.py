@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fisherfast as ff
-from fisherfast.memory_budget import LivePeak, check_budget
+from fisherfast.measurement.memory import LivePeak, check_budget
 
 RESULTS_AGREE = 1e-4
 """Relative to the largest J: 2e-5 measured, float32 products added in another order."""

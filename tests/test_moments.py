@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisherfast.moments import FoldMoments
+from fisherfast.estimation.fold_moments import FoldMoments
 
 FOLDS = 4
 

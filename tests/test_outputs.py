@@ -23,7 +23,9 @@ from networks_zoo import (
 from torch import nn
 
 import fisherfast as ff
-from fisherfast import taps
+from fisherfast.model.graph import survey
+from fisherfast.model.hooks import Forward
+from fisherfast.model.isolation import evaluation
 
 Outputs = Callable[[torch.Tensor], Any]
 
@@ -175,10 +177,10 @@ def test_mixed_precision_of_heads(source):
     data = sources()[source]
     model = Returns(lambda x: (x[:, :HALF].half(), x[:, HALF:].double()))
     x = torch.randn(3, WIDTH)
-    with taps.evaluation(model, 0):
-        sites = taps.survey(model, x)
+    with evaluation(model, 0):
+        sites = survey(model, x)
         seen = {}
-        with taps.Forward(model, lambda name, k, m, y: seen.update({name: y}), sites) as forward:
+        with Forward(model, lambda name, k, m, y: seen.update({name: y}), sites) as forward:
             forward.run(x)
     assert seen["output"].dtype == torch.float64
     assert torch.equal(seen["output"][:, HALF:], x[:, HALF:].double())
@@ -456,7 +458,7 @@ def test_the_model_and_its_output_stay_as_they_are():
         return made[-1]
 
     model, x = Returns(outputs), samples(8)[0]
-    with taps.evaluation(model, 0):
-        sites = taps.survey(model, x)
-        with taps.Forward(model, lambda *event: None, sites) as forward:
+    with evaluation(model, 0):
+        sites = survey(model, x)
+        with Forward(model, lambda *event: None, sites) as forward:
             assert forward.run(x) is made[-1]

@@ -12,8 +12,8 @@ from training_histories import flow as flow_of
 from training_histories import number
 
 import fisherfast as ff
-from fisherfast import plots
 from fisherfast.problems import GaussianShift, mlp
+from fisherfast.results import plots
 
 matplotlib = pytest.importorskip("matplotlib")
 

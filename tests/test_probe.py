@@ -19,13 +19,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
-from fisherfast import probe as probes
-from fisherfast import probed
-from fisherfast.dealing import Place
-from fisherfast.features import FeatureDictionary, PilotMoments
-from fisherfast.probe import Probe, ProbedDictionary, Regression
+from fisherfast.data.dealing import Place
+from fisherfast.data.reservoir import KeptSamples
+from fisherfast.estimation import probe as probes
+from fisherfast.estimation.features import FeatureDictionary
+from fisherfast.estimation.pilot import PilotMoments
+from fisherfast.estimation.probe import Probe, ProbedDictionary, Regression
+from fisherfast.measurement import probe_layer as probed
 from fisherfast.problems import GaussianScale, GaussianShift, invertible_chain
-from fisherfast.reservoir import KeptSamples
 
 SIGMAS = 4.0
 DIM, DTHETA = 4, 0.25
@@ -226,7 +227,7 @@ def test_what_a_network_has_memorised_does_not_count(monkeypatch):
     data = problem.finite_difference(1.0, 0.1, 600, seed=0)
     truth = float(problem.fisher(1.0))
     right = ff.fisher_information(data, max_features=10, probe="network")
-    monkeypatch.setattr("fisherfast.measurement.ProbedMeter", _OwnHalf)
+    monkeypatch.setattr("fisherfast.measurement.run.ProbedMeter", _OwnHalf)
     with pytest.warns(ff.FisherWarning, match="finite step"):
         wrong = ff.fisher_information(data, max_features=10, probe="network")
     assert right.feature_kind == wrong.feature_kind == "probe"
@@ -310,7 +311,7 @@ def test_batches_change_nothing(small):
 def test_a_budget_holds_whatever_the_samples(small, monkeypatch):
     """Catches a reservoir that keeps all samples: a tenth of the memory, a fraction of the rows,
     and all samples measured."""
-    monkeypatch.setattr("fisherfast.measurement.PROBE_BYTES", 2 * 4 * 2 * 2 * DIM * 500)
+    monkeypatch.setattr("fisherfast.measurement.run.PROBE_BYTES", 2 * 4 * 2 * 2 * DIM * 500)
     layer = measure(data_of("paired", 6000))["output"]
     assert layer.samples == 12_000
     assert layer.feature_kind == "probe"

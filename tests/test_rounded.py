@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.dither import CHUNK, StepMeter, dither
+from fisherfast.estimation.dither import CHUNK, StepMeter, dither
 
 N = 8000
 
@@ -55,7 +55,9 @@ def test_a_lattice_is_no_information(step, kept):
 
 def test_without_noise_the_lattice_is_read(monkeypatch):
     """The power of the test above: the kinks of the lift resolve the steps."""
-    monkeypatch.setattr("fisherfast.dither.dither", lambda like, *_: torch.zeros_like(like))
+    monkeypatch.setattr(
+        "fisherfast.estimation.dither.dither", lambda like, *_: torch.zeros_like(like)
+    )
     assert ff.fisher_information(shifted(0.1)).value > 10
 
 

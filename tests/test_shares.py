@@ -13,15 +13,16 @@ from torch.utils.data.distributed import DistributedSampler
 import fisherfast as ff
 from fisherfast.data import Batch, Data, KeptData, sources
 from fisherfast.data.batch import Gap
-from fisherfast.dealing import Place
-from fisherfast.distributed import buffers, ranks_of
-from fisherfast.features import Lift, PilotMoments, Standardisation
-from fisherfast.krylov import KrylovSpace
-from fisherfast.maps import MapMoments
-from fisherfast.moments import FoldMoments, lower_triangles
-from fisherfast.reservoir import KeptSamples
-from fisherfast.shares import Share, WholeData, shares_of
-from fisherfast.streams import PILOT_SAMPLES, Streams, scattered
+from fisherfast.data.dealing import Place
+from fisherfast.data.reservoir import KeptSamples
+from fisherfast.estimation.features import Lift
+from fisherfast.estimation.fold_moments import FoldMoments, lower_triangles
+from fisherfast.estimation.krylov import KrylovSpace
+from fisherfast.estimation.maps import MapMoments
+from fisherfast.estimation.pilot import PilotMoments, Standardisation
+from fisherfast.measurement.batches import PILOT_SAMPLES, Streams, scattered
+from fisherfast.parallel.ranks import buffers, ranks_of
+from fisherfast.parallel.share import Share, WholeData, shares_of
 
 FOLDS, RAW = 4, 5
 

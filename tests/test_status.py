@@ -13,7 +13,7 @@ from torch import nn
 from training_histories import layer as layer_of
 
 import fisherfast as ff
-from fisherfast.status import with_status
+from fisherfast.results.status import with_status
 
 ONE_OR_THREE = pytest.mark.parametrize("P", [1, 3])
 

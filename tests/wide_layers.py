@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
-from fisherfast.results import LayerFisher
-from fisherfast.taps import Site
-from fisherfast.wide import WideMeter
+from fisherfast.measurement.compressed_layer import WideMeter
+from fisherfast.model.sites import Site
+from fisherfast.results.layer import LayerFisher
 
 RIDGE = "auto"
 SETTINGS = {"max_features": 512, "seed": 0, "grow": False, "folds": 16, "maps": False}

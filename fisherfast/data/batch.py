@@ -14,8 +14,8 @@ from functools import partial
 
 import torch
 
+from fisherfast.data.dealing import Place, Tally
 from fisherfast.data.groups import Groups
-from fisherfast.dealing import Place, Tally
 
 __all__ = ["Batch", "Data", "Gap", "Round", "abreast", "dealt"]
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from fisherfast._errors import FisherWarning
 from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
 from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.data.sources import as_batch
-from fisherfast.results import FisherWarning
 
 __all__ = ["Simulator"]
 

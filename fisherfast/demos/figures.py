@@ -7,8 +7,8 @@ from typing import Any
 
 from fisherfast.demos.task import Pictures, Task
 from fisherfast.demos.training import DemoEpoch
-from fisherfast.plots import GREY, legend_beside, new_figure, plot_flows, plot_training
 from fisherfast.problems.published import FIRST, LAST
+from fisherfast.results.plots import GREY, legend_beside, new_figure, plot_flows, plot_training
 
 __all__ = ["draw_figures", "published_label"]
 

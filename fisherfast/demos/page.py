@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from string import Template
 from typing import Any
 
-from fisherfast.comparison import unresolved_note
 from fisherfast.demos.figures import published_label
 from fisherfast.demos.table import epoch_cells, epoch_header
 from fisherfast.demos.task import Task
 from fisherfast.demos.training import DemoEpoch, nearest_epoch
+from fisherfast.results.comparison import unresolved_note
 
 __all__ = ["render_page"]
 

@@ -18,7 +18,7 @@ from fisherfast.demos.figures import draw_figures
 from fisherfast.demos.page import render_page
 from fisherfast.demos.task import Task
 from fisherfast.demos.training import DemoEpoch
-from fisherfast.plots import crossing_epoch
+from fisherfast.results.plots import crossing_epoch
 
 __all__ = ["epoch_numbers", "summary", "versions", "write_report"]
 

@@ -10,7 +10,7 @@ from fisherfast.demos.report import summary, write_report
 from fisherfast.demos.table import LiveTable
 from fisherfast.demos.task import Task
 from fisherfast.demos.training import DemoEpoch, DivergenceError, train
-from fisherfast.plots import new_figure
+from fisherfast.results.plots import new_figure
 
 __all__ = ["DONE", "FAILED", "INTERRUPTED", "collect", "run_demo", "verdict"]
 

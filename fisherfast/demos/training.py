@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fisherfast._errors import FisherWarning
 from fisherfast._progress import progress_bar
-from fisherfast.comparison import divides
 from fisherfast.demos.task import Task
 from fisherfast.flow import fisher_flow
-from fisherfast.results import FisherFlow, FisherWarning
+from fisherfast.results.comparison import divides
+from fisherfast.results.flow import FisherFlow
 
 __all__ = ["DemoEpoch", "DivergenceError", "nearest_epoch", "train"]
 

@@ -5,23 +5,10 @@
     print(ff.dual.coverage(model, x))                   # which operations have a rule
 
 A `DualTensor` goes through the model in place of the batch. `dispatch` finds the rule of each
-operation; the rules stand in `view_rules`, `linear_rules`, `product_rules`, `activation_rules`,
-`pointwise_rules`, `reduction_rules`, `attention`, `recurrent`, `writing_rules` and
-`constant_rules`; `fallback` serves the rest.
+operation in `rules/`; `fallback` serves operations without one.
 """
 
-from fisherfast.dual import (  # noqa: F401  importing them fills the table of rules
-    activation_rules,
-    attention,
-    constant_rules,
-    linear_rules,
-    pointwise_rules,
-    product_rules,
-    recurrent,
-    reduction_rules,
-    view_rules,
-    writing_rules,
-)
+from fisherfast.dual import rules
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.errors import DerivativeError
 from fisherfast.dual.memory import release_memory
@@ -37,4 +24,5 @@ __all__ = [
     "propagate",
     "propagation",
     "release_memory",
+    "rules",
 ]

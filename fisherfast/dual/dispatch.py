@@ -284,3 +284,6 @@ def plain_rule(operators: Iterable[Operator]) -> None:
 
 BOOKKEEPING = frozenset(overloads("detach", "alias", "is_same_size"))
 """Operations that compute nothing: `coverage` does not count them."""
+
+
+DualTensor.apply_rule = staticmethod(dispatch)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherfast.results import FisherWarning
+from fisherfast._errors import FisherWarning
 
 __all__ = [
     "DerivativeError",

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fisherfast import taps
+from fisherfast._errors import FisherWarning
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.dispatch import overloads, recording
 from fisherfast.dual.errors import running, warn_of_randomness
+from fisherfast.dual.rules.writing import LIKE_FACTORIES
 from fisherfast.dual.tensor import DualTensor, check_tangents
-from fisherfast.dual.writing_rules import LIKE_FACTORIES
-from fisherfast.results import FisherWarning
+from fisherfast.model.graph import survey
+from fisherfast.model.hooks import Forward, map_tensors
+from fisherfast.model.isolation import evaluation, forgetting, holds
+from fisherfast.model.sites import Layers, select
 
 __all__ = ["coverage", "jvp", "propagate", "propagation"]
 
@@ -100,7 +103,7 @@ def propagation(
         recording(record),
         memory.reusing(),
         _Factories(directions),
-        contextlib.nullcontext() if model is None else taps.forgetting(model, DualTensor),
+        contextlib.nullcontext() if model is None else forgetting(model, DualTensor),
     ):
         yield
 
@@ -143,14 +146,14 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     """
     _check_model(model)
     batch, directions = _packed(x, dx)
-    with taps.evaluation(model, SEED), propagation(model, directions):
+    with evaluation(model, SEED), propagation(model, directions):
         output = model(batch)
-        output = taps.map_tensors(output, lambda place, tensor: _compact(tensor))
+        output = map_tensors(output, lambda place, tensor: _compact(tensor))
     return _structure(output, _primal), _structure(output, lambda t: _tangents(t, directions))
 
 
 def propagate(
-    model: nn.Module, x: Tensor, dx: Tensor, layers: taps.Layers = "auto"
+    model: nn.Module, x: Tensor, dx: Tensor, layers: Layers = "auto"
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Activations of every layer and their exact derivatives along P directions.
 
@@ -180,17 +183,17 @@ def propagate(
     _check_model(model)
     batch, directions = _packed(x, dx)
     kept: dict[str, Tensor] = {}
-    with taps.evaluation(model, SEED):
-        survey = x[:SURVEY_SAMPLES]
+    with evaluation(model, SEED):
+        first = x[:SURVEY_SAMPLES]
         with _explained(model, batch, directions):
-            sites = taps.select(taps.survey(model, survey), layers, model)
+            sites = select(survey(model, first), layers, model)
         names = {site.event: site.name for site in sites}
 
         def keep(event: str, kind: str, module: nn.Module | None, output: Tensor) -> None:
             if event in names:
                 kept[names[event]] = output.clone()
 
-        with taps.Forward(model, keep, sites) as forward, propagation(model, directions):
+        with Forward(model, keep, sites) as forward, propagation(model, directions):
             forward.run(batch)
     return {
         site.name: (_primal(kept[site.name]), _tangents(kept[site.name], directions))
@@ -238,7 +241,7 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
         dx = dx.to(x.dtype) if x.is_floating_point() else dx
     record = Coverage()
     batch, directions = _packed(x, dx)
-    with taps.evaluation(model, SEED), propagation(model, directions, record):
+    with evaluation(model, SEED), propagation(model, directions, record):
         model(batch)
     return record
 
@@ -272,7 +275,7 @@ def _check_model(model: Any) -> None:
 
 def _structure(output: Any, change: Any) -> Any:
     """The tensors of a nested output changed; the structure stays."""
-    changed = taps.map_tensors(output, lambda place, tensor: change(tensor))
+    changed = map_tensors(output, lambda place, tensor: change(tensor))
     _check_structure(changed)
     return changed
 
@@ -284,7 +287,7 @@ def _check_structure(output: Any) -> None:
     if isinstance(output, list | tuple):
         for item in output:
             _check_structure(item)
-    elif taps.holds(getattr(output, "__dict__", None), DualTensor):
+    elif holds(getattr(output, "__dict__", None), DualTensor):
         raise TypeError(
             "model must return tensors, or tuples, lists or dicts of them, got"
             f" {type(output).__name__}"

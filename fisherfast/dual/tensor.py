@@ -8,16 +8,18 @@ them by, and `fisherfast.dual.dispatch` applies the derivative rule of each. Not
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fisherfast import ops, reference_dual
+from fisherfast import ops
 from fisherfast.dual import memory
 from fisherfast.dual.errors import no_derivative
+from fisherfast.ops import reference_dual
 from fisherfast.ops._dual_common import is_dense
 
 __all__ = [
@@ -75,6 +77,8 @@ class DualTensor(torch.Tensor):
     _pending: Affine | None
     _is_whole: bool
     memory: Memory
+    apply_rule: ClassVar[Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]]
+    """Apply the rule of an operation; set by `fisherfast.dual.dispatch`."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -192,9 +196,7 @@ class DualTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        from fisherfast.dual.dispatch import dispatch
-
-        return dispatch(func, args, kwargs or {})
+        return cls.apply_rule(func, args, kwargs or {})
 
 
 def _channels_last(stack: Tensor) -> bool:

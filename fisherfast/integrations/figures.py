@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fisherfast.results import FisherFlow
+from fisherfast.results.flow import FisherFlow
 from fisherfast.training import EpochRecord
 
 __all__ = ["measured_flows"]

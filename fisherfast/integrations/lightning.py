@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fisherfast._errors import FisherWarning
 from fisherfast.data import Data
 from fisherfast.integrations.scalars import scalars
-from fisherfast.results import FisherWarning
+from fisherfast.model.unwrap import unwrapped
 from fisherfast.training import EpochRecord, FisherMonitor
-from fisherfast.unwrap import unwrapped
 
 __all__ = ["FisherCallback", "Stopping"]
 

@@ -76,7 +76,7 @@ class LivePlot:
 
     def _png(self) -> bytes:
         """A picture rather than the figure: how those are shown is the user's setting."""
-        from fisherfast import plots
+        from fisherfast.results import plots
 
         flows = measured_flows(self._monitor.history)
         figure = plots.new_figure(*SIZE)

@@ -95,7 +95,7 @@ def _last(source: Any) -> EpochRecord:
 
 def _figures(monitor: FisherMonitor) -> dict[str, Any]:
     """Errors and transmission over epochs; the flow of each epoch over layers."""
-    from fisherfast import plots
+    from fisherfast.results import plots
 
     figures = {"training": plots.plot_training(monitor.history).figure}
     flows = measured_flows(monitor.history)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisherfast import _native, reference_dual
+from fisherfast import _native
+from fisherfast.ops import reference_dual
 from fisherfast.ops._common import (
     address,
     check_like,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisherfast import _native, reference_dual
+from fisherfast import _native
+from fisherfast.ops import reference_dual
 from fisherfast.ops._common import check_no_grad, register
 from fisherfast.ops._dual_common import check_buffer, with_contiguous_slices
 

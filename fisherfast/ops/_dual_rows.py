@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherfast import _native, reference_dual
+from fisherfast import _native
+from fisherfast.ops import reference_dual
 from fisherfast.ops._common import address, check_at_least, check_no_grad, register
 from fisherfast.ops._dual_common import check_buffer, check_vector, with_contiguous_slices
 

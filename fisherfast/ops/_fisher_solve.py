@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisherfast import _native, reference
+from fisherfast import _native
+from fisherfast.ops import reference
 from fisherfast.ops._common import (
     LIBRARY,
     check_like,

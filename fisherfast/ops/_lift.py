@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fisherfast import _native, reference
+from fisherfast import _native
+from fisherfast.ops import reference
 from fisherfast.ops._common import (
     address,
     check_at_least,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherfast import _native, reference
+from fisherfast import _native
+from fisherfast.ops import reference
 from fisherfast.ops._common import (
     address,
     check_at_least,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.default_device import on_host
+from fisherfast.model.default_device import on_host
+from fisherfast.model.isolation import forgetting, own_random_state
 from fisherfast.parameters.likelihood import Likelihood
-from fisherfast.taps import forgetting, own_random_state
 
 __all__ = [
     "check_choice",

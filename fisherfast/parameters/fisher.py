@@ -8,9 +8,11 @@ from typing import Any, Literal, Protocol, TypeVar
 from torch import nn
 
 from fisherfast._progress import progress_bar
-from fisherfast.default_device import on_host
-from fisherfast.parameters.batches import Data, count
-from fisherfast.parameters.block import BlockAccumulator, BlockFisher
+from fisherfast.model.default_device import on_host
+from fisherfast.model.isolation import own_random_state
+from fisherfast.model.unwrap import unwrapped
+from fisherfast.parameters.backward.batches import Data, count
+from fisherfast.parameters.backward.columns import FisherType, Sweep, sweeps
 from fisherfast.parameters.checks import (
     check_choice,
     check_count,
@@ -18,17 +20,15 @@ from fisherfast.parameters.checks import (
     check_options,
     check_seed,
 )
-from fisherfast.parameters.diagonal import DiagonalAccumulator, DiagonalFisher
-from fisherfast.parameters.full import FullAccumulator, FullFisher
-from fisherfast.parameters.gram import GramAccumulator, GramFisher
-from fisherfast.parameters.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood
-from fisherfast.parameters.lowrank import LowRankAccumulator, LowRankFisher
-from fisherfast.parameters.matrix import Accumulator, ParameterFisher
-from fisherfast.parameters.sweeps import FisherType, Sweep, sweeps
-from fisherfast.taps import own_random_state
-from fisherfast.unwrap import unwrapped
+from fisherfast.parameters.structures.base import Accumulator, ParameterFisher
+from fisherfast.parameters.structures.block import BlockAccumulator, BlockFisher
+from fisherfast.parameters.structures.diagonal import DiagonalAccumulator, DiagonalFisher
+from fisherfast.parameters.structures.full import FullAccumulator, FullFisher
+from fisherfast.parameters.structures.gram import GramAccumulator, GramFisher
+from fisherfast.parameters.structures.kfac import KroneckerAccumulator, KroneckerFisher
+from fisherfast.parameters.structures.lowrank import LowRankAccumulator, LowRankFisher
 
 __all__ = ["Structure", "fisher", "from_state_dict"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fisherfast.default_device import outside
+from fisherfast.model.default_device import outside
 
 __all__ = ["Likelihood", "check_finite", "check_shape", "one_output_each", "uniform"]
 

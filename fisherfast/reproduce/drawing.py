@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from fisherfast.demos.figures import published_label
 from fisherfast.demos.training import DemoEpoch
-from fisherfast.plots import (
+from fisherfast.problems.published import LIFT_FISHER, STOPPING_EXCESS, STOPPING_RISE
+from fisherfast.reproduce.trained import TrainedRun
+from fisherfast.results.plots import (
     BLUE,
     GREEN,
     GREY,
@@ -18,8 +20,6 @@ from fisherfast.plots import (
     sequence_colours,
     tidy,
 )
-from fisherfast.problems.published import LIFT_FISHER, STOPPING_EXCESS, STOPPING_RISE
-from fisherfast.reproduce.trained import TrainedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

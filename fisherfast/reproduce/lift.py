@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast._errors import FisherWarning
 from fisherfast.data import FiniteDifference
 from fisherfast.demos.runner import DONE, INTERRUPTED
 from fisherfast.flow import fisher_information
@@ -30,7 +31,7 @@ from fisherfast.problems.published import (
 )
 from fisherfast.reproduce.drawing import draw_lift
 from fisherfast.reproduce.figure import Context, Outcome
-from fisherfast.results import FisherWarning, LayerFisher
+from fisherfast.results.layer import LayerFisher
 
 __all__ = ["LEAST_SAMPLES", "LiftPoint", "measure_lift"]
 

@@ -14,10 +14,10 @@ from fisherfast.demos.imaging import LEAST_SAMPLES as LEAST_IMAGES
 from fisherfast.demos.published import LEAST_SAMPLES
 from fisherfast.demos.report import versions
 from fisherfast.demos.runner import DONE, FAILED, INTERRUPTED
-from fisherfast.plots import new_figure
 from fisherfast.problems.published import CITATION
 from fisherfast.reproduce import flows, lift, stopping
 from fisherfast.reproduce.figure import Context, Figure, Outcome
+from fisherfast.results.plots import new_figure
 
 __all__ = ["FIGURES", "run_figures"]
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherfast._errors import FisherWarning
 from fisherfast.data import FiniteDifference
 from fisherfast.demos import imaging_task
 from fisherfast.demos.published import (
@@ -28,13 +29,12 @@ from fisherfast.demos.runner import DONE, FAILED, INTERRUPTED
 from fisherfast.demos.task import Task
 from fisherfast.demos.training import DemoEpoch, DivergenceError
 from fisherfast.flow import fisher_information
-from fisherfast.plots import crossing_epoch
 from fisherfast.problems import GaussianShift, mlp
 from fisherfast.problems.published import STOPPING_EXCESS, STOPPING_RISE, STOPPING_WIDTHS
 from fisherfast.reproduce.drawing import draw_stopping, draw_transmission
 from fisherfast.reproduce.figure import Context, Options, Outcome
 from fisherfast.reproduce.trained import Meter, TrainedRun, train_and_measure, with_epochs
-from fisherfast.results import FisherWarning
+from fisherfast.results.plots import crossing_epoch
 
 __all__ = [
     "measure_gaussian_stopping",

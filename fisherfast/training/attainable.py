@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fisherfast.default_device import on_host
-from fisherfast.ridge import raw_ridge, relative_rounding
+from fisherfast.estimation.ridge import raw_ridge, relative_rounding
+from fisherfast.model.default_device import on_host
 
 __all__ = ["Prior", "attainable_error", "attainable_error_of_samples", "check_prior"]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fisherfast.results import FisherWarning
+from fisherfast._errors import FisherWarning
 
 __all__ = ["HistoryFile", "as_csv", "columns_of"]
 

@@ -14,22 +14,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherfast import taps
+from fisherfast._errors import FisherWarning
 from fisherfast._version import __version__
-from fisherfast.comparison import (
+from fisherfast.data import Data, KeptData
+from fisherfast.estimation.ridge import AUTO, RidgeSetting
+from fisherfast.measurement.cache import Recall
+from fisherfast.measurement.memory import check_budget
+from fisherfast.measurement.run import Measurement, NotFiniteError
+from fisherfast.measurement.settings import (
+    BATCH_SIZE,
+    FOLDS,
+    check_output,
+    check_passes,
+    check_settings,
+)
+from fisherfast.model.sites import INPUT, Layers
+from fisherfast.model.unwrap import unwrapped
+from fisherfast.parallel.ranks import TIMEOUT, OtherRankError, Ranks, ranks_of
+from fisherfast.results.comparison import (
     DIVIDES,
     divides,
     uncorrelated,
     weakest_direction,
 )
-from fisherfast.data import Data, KeptData
-from fisherfast.distributed import TIMEOUT, OtherRankError, Ranks, ranks_of
-from fisherfast.measurement import Measurement, NotFiniteError
-from fisherfast.memory_budget import check_budget
-from fisherfast.recall import Recall
-from fisherfast.results import FisherFlow, FisherWarning, finite_step_note
-from fisherfast.ridge import AUTO, RidgeSetting
-from fisherfast.settings import BATCH_SIZE, FOLDS, check_output, check_passes, check_settings
+from fisherfast.results.flow import FisherFlow
+from fisherfast.results.layer import finite_step_note
 from fisherfast.training.checks import (
     check_errors,
     check_same_network,
@@ -41,7 +50,6 @@ from fisherfast.training.observe import Observer, leaves
 from fisherfast.training.record import NOT_MEASURED, EpochRecord, Errors, output_of
 from fisherfast.training.regression import LiveEstimate
 from fisherfast.training.units import unit_note
-from fisherfast.unwrap import unwrapped
 
 __all__ = ["FisherMonitor"]
 
@@ -118,7 +126,7 @@ class FisherMonitor:
         data: Data,
         every: int = 1,
         *,
-        layers: taps.Layers = "auto",
+        layers: Layers = "auto",
         max_features: int = MONITOR_FEATURES,
         output: str | None = None,
         training_data: Data | None = None,
@@ -291,7 +299,7 @@ class FisherMonitor:
     def plot(self, ax: Any = None) -> Any:
         """What reaches the output and the errors in units of the bound, over epochs; returns the
         matplotlib axes."""
-        from fisherfast import plots
+        from fisherfast.results import plots
 
         return plots.plot_training(self.history, ax)
 
@@ -399,7 +407,7 @@ class FisherMonitor:
 
     def _beside(self, flow: FisherFlow, training: FisherFlow) -> FisherFlow:
         """The output on training samples, as a share of the held-out input's J."""
-        output = [layer for layer in training if layer.name != taps.INPUT]
+        output = [layer for layer in training if layer.name != INPUT]
         own = [replace(layer, replicates=layer.replicates[:0]) for layer in output]  # other samples
         return FisherFlow((flow.layers[0], *own), training.settings)
 
@@ -418,7 +426,7 @@ class FisherMonitor:
     def _live_fractions(self, input_J: torch.Tensor) -> dict[str, float]:
         """tr(J_input^-1 J) / P of the layers read by `observe`."""
         estimates = self.live()
-        source = estimates.get(taps.INPUT)
+        source = estimates.get(INPUT)
         J = input_J if source is None else source.J
         errors = torch.zeros_like(J) if source is None else source.stderr
         if not weakest_direction(J, uncorrelated(errors))[1] >= DIVIDES:
@@ -426,7 +434,7 @@ class FisherMonitor:
         return {
             name: float(torch.linalg.solve(J, estimate.J).trace()) / len(J)
             for name, estimate in estimates.items()
-            if name != taps.INPUT
+            if name != INPUT
         }
 
     def _new_observer(self) -> Observer:

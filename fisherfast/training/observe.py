@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherfast import taps
-from fisherfast.taps import INPUT, OUTPUT
+from fisherfast.model.graph import PASSIVE
+from fisherfast.model.sites import INPUT, OUTPUT
 from fisherfast.training.regression import LiveEstimate, RegressionMoments, ThetaBatch
 
 __all__ = ["Observer", "leaves"]
@@ -286,8 +286,8 @@ def leaves(model: nn.Module) -> dict[str, nn.Module]:
         inside = {"_orig_mod", PARAMETRIZED} & set(name.split("."))
         inside |= {prefix for prefix in compiled if f"{name}.".startswith(prefix)}
         branches = any(child != PARAMETRIZED for child, _ in module.named_children())
-        if name and not (inside or branches or isinstance(module, taps.PASSIVE)):
-            found[f"self.{name}" if name in (taps.INPUT, taps.OUTPUT) else name] = module
+        if name and not (inside or branches or isinstance(module, PASSIVE)):
+            found[f"self.{name}" if name in (INPUT, OUTPUT) else name] = module
     return found
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fisherfast.comparison import ratio
-from fisherfast.results import FisherFlow
-from fisherfast.taps import INPUT, OUTPUT
+from fisherfast.model.sites import INPUT, OUTPUT
+from fisherfast.results.comparison import ratio
+from fisherfast.results.flow import FisherFlow
 
 __all__ = ["NOT_MEASURED", "EpochRecord", "Errors", "level_of", "output_of"]
 

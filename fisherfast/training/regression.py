@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from fisherfast.estimators import SPARE_DOF, whitened
-from fisherfast.ridge import MOSTLY_RIDGE, raw_ridge, relative_rounding
-from fisherfast.uncertainty import independent_variance
+from fisherfast.estimation.curve import SPARE_DOF, whitened
+from fisherfast.estimation.ridge import MOSTLY_RIDGE, raw_ridge, relative_rounding
+from fisherfast.estimation.variance import independent_variance
 
 __all__ = ["LiveEstimate", "RegressionMoments", "ThetaBatch"]
 

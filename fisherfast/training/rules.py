@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fisherfast.comparison import DIVIDES, divides
-from fisherfast.results import FisherFlow, LayerFisher
-from fisherfast.taps import INPUT
+from fisherfast.model.sites import INPUT
+from fisherfast.results.comparison import DIVIDES, divides
+from fisherfast.results.flow import FisherFlow
+from fisherfast.results.layer import LayerFisher
 from fisherfast.training.attainable import Prior, attainable_error, check_prior
 from fisherfast.training.checks import check_whole
 from fisherfast.training.record import EpochRecord, output_of

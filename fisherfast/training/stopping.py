@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fisherfast.comparison import divides, unresolved_note
-from fisherfast.results import FisherWarning
+from fisherfast._errors import FisherWarning
+from fisherfast.results.comparison import divides, unresolved_note
 from fisherfast.training.record import NOT_MEASURED, EpochRecord
 from fisherfast.training.rules import RULES
 from fisherfast.training.stopping_rule import StoppingRule, Verdict

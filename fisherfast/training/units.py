@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fisherfast.results import FisherFlow
+from fisherfast.results.flow import FisherFlow
 from fisherfast.training.record import Errors, output_of
 
 __all__ = ["unit_note"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuda_host.dual_buffers import assert_matches, buffer
 
-from fisherfast import reference_dual
+from fisherfast.ops import reference_dual
 from fisherfast.ops._dual_activation import KINDS
 
 # Measured: 2.4e-7 and 4e-15, where the reference takes a difference of numbers near one.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cuda_host.dual_buffers import buffer
 
-from fisherfast import reference_dual
+from fisherfast.ops import reference_dual
 from fisherfast.ops._dual_pool import MAX_SPATIAL, _pooled_size
 
 # size, kernel, stride, padding, dilation

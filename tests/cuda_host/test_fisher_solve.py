@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fisherfast import reference
+from fisherfast.ops import reference
 
 # Errors relative to the largest result of a system: those of tests/ops/test_fisher_solve.py.
 # Measured: 1e-6 and 1.6e-15.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fisherfast import reference
+from fisherfast.ops import reference
 
 # Errors relative to the largest result. Measured: 1.2e-7 and 2.7e-16.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}

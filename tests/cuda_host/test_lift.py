@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fisherfast import reference
+from fisherfast.ops import reference
 
 # Errors relative to the largest result: those of tests/ops/test_lift.py.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 2e-14}

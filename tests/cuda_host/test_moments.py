@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fisherfast import reference
+from fisherfast.ops import reference
 
 # Errors relative to the largest result: those of tests/ops/test_moments.py.
 # Measured: 2e-7 and 2.4e-15.

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fisherfast import __version__, selfcheck
+from fisherfast import __version__
 from fisherfast.__main__ import main
+from fisherfast.ops import selfcheck
 
 
 def fails_with(capsys, *arguments: str) -> str:

@@ -23,7 +23,7 @@ from hostile.tally import BEYOND, SHORT, Reading
 from scipy import stats
 
 import fisherfast as ff
-from fisherfast.dealing import Dealing
+from fisherfast.data.dealing import Dealing
 
 SIGMAS = 4.0
 RESOLVED_SIGMAS = 5.0  # a layer that is called resolved must not be farther from the truth

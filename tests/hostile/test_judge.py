@@ -11,7 +11,7 @@ from hostile import judge
 from hostile.generator import Layer, Problem, from_seed
 
 import fisherfast as ff
-from fisherfast.dealing import Dealing
+from fisherfast.data.dealing import Dealing
 
 EASY = Problem(
     seed=3,

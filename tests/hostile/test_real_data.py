@@ -12,7 +12,8 @@ from hostile.distributions import KINDS, SOURCES_OF
 from hostile.generator import SOURCES, Layer, Problem
 from hostile.tally import FEWEST, Reading, Tally
 
-from fisherfast import dealing, dither
+from fisherfast.data import dealing
+from fisherfast.estimation import dither
 
 EASY = Problem(
     seed=3,
@@ -101,7 +102,7 @@ def test_groups_that_are_ignored_are_found(monkeypatch):
 @pytest.mark.parametrize("copies", ["twice", "antithetic"])
 def test_a_dependence_that_is_not_seen_is_found(monkeypatch, copies):
     """Plants a measurement that never tests neighbours."""
-    from fisherfast.meters import LayerMeter
+    from fisherfast.measurement.layer import LayerMeter
 
     monkeypatch.setattr(LayerMeter, "independent", lambda self: True)
     assert violations(easy(copies=copies, grouped="unsaid")) == {"dependence"}

@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import fisherfast as ff
-from fisherfast import unwrap
+from fisherfast.model import unwrap
 
 DIM, DTHETA, FEATURES = 6, 0.1, 16
 OPTIONS: dict[str, Any] = {"max_features": FEATURES}

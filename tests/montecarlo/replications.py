@@ -10,11 +10,12 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.data import Data
-from fisherfast.estimators import fisher_curve, fold_statistic_curve
-from fisherfast.features import FeatureDictionary, PilotMoments
-from fisherfast.moments import FoldMoments, FoldStatistics
+from fisherfast.estimation.curve import fisher_curve, fold_statistic_curve
+from fisherfast.estimation.features import FeatureDictionary
+from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
+from fisherfast.estimation.pilot import PilotMoments
+from fisherfast.estimation.ridge import LIFT_RIDGE
 from fisherfast.problems import Problem
-from fisherfast.ridge import LIFT_RIDGE
 
 PUBLISHED_SLOPE = 0.7  # the published lift: here k - k_eff is largest
 

@@ -15,9 +15,9 @@ import torch
 from wide_layers import RIDGE, information_in, measured
 
 from fisherfast.data import Data
-from fisherfast.estimators import fisher_curve
-from fisherfast.krylov import KrylovSpace, projected
-from fisherfast.moments import FoldMoments
+from fisherfast.estimation.curve import fisher_curve
+from fisherfast.estimation.fold_moments import FoldMoments
+from fisherfast.estimation.krylov import KrylovSpace, projected
 from fisherfast.problems import GaussianShift
 
 SIGMAS = 4.0

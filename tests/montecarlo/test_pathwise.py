@@ -11,7 +11,7 @@ from montecarlo.replications import carried_statistics
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.estimators import fisher_curve
+from fisherfast.estimation.curve import fisher_curve
 from fisherfast.problems import (
     Camera,
     CameraPose,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from montecarlo.replications import NO_STEP, carried_statistics, of_features
 
-from fisherfast.estimators import fisher_curve
-from fisherfast.moments import FoldMoments
+from fisherfast.estimation.curve import fisher_curve
+from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.problems import (
     Camera,
     GaussianScale,

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fisherfast import _native, ops, reference_dual
+from fisherfast import _native, ops
+from fisherfast.ops import reference_dual
 from fisherfast.ops._dual_activation import KINDS
 
 # PyTorch's forward mode loads decompositions, once, through a function that it deprecates itself.

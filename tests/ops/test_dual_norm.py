@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error, skip_without_kernel
 
-from fisherfast import _native, ops, reference_dual
+from fisherfast import _native, ops
+from fisherfast.ops import reference_dual
 
 # Largest error of a slice relative to its largest number. Measured: 1.5e-7 and 7.3e-16.
 TOLERANCE = {torch.float32: 5e-7, torch.float64: 3e-15}

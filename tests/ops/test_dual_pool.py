@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from ops.dual_buffers import LAYOUTS, expanded, jvp_of
 
-from fisherfast import ops, reference_dual
+from fisherfast import ops
+from fisherfast.ops import reference_dual
 
 POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 LAST = {2: torch.channels_last, 3: torch.channels_last_3d}

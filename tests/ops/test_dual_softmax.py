@@ -4,7 +4,8 @@ import pytest
 import torch
 from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error, skip_without_kernel
 
-from fisherfast import _native, ops, reference_dual
+from fisherfast import _native, ops
+from fisherfast.ops import reference_dual
 
 # Largest error of a slice relative to its largest number. Measured: 2.3e-7, and
 # 2.6e-15, part of it the reference's own.

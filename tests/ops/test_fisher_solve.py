@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fisherfast import ops, reference
+from fisherfast import ops
+from fisherfast.ops import reference
 
 # Errors relative to the largest result of a system. Measured: 1.1e-6 and 1.5e-15.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}

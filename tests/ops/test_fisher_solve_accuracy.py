@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from fisherfast import ops, reference
+from fisherfast import ops
+from fisherfast.ops import reference
 
 # Errors relative to the largest result of a system, of systems with condition numbers below 100.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}

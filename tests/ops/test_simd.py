@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fisherfast import _native, ops, reference, reference_dual, selfcheck
+from fisherfast import _native, ops
+from fisherfast.ops import reference, reference_dual, selfcheck
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = "FISHERFAST_SIMD"

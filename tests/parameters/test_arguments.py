@@ -25,8 +25,8 @@ from fisherfast.parameters import (
     Poisson,
     fisher,
     from_state_dict,
-    score,
 )
+from fisherfast.parameters.analysis import score
 from fisherfast.parameters.fisher import ACCUMULATORS, FISHER_TYPES, RESULTS
 
 N = 20

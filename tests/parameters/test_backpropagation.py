@@ -11,10 +11,10 @@ import torch
 from parameters_zoo import NETWORKS, Network, linear
 from torch import Tensor, nn
 
-from fisherfast.parameters.backpropagation import Backpropagation
-from fisherfast.parameters.examination import samples_apart
+from fisherfast.parameters.backward.backpropagation import Backpropagation
+from fisherfast.parameters.backward.layer_check import samples_apart
+from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.rules import Rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # of torch, on copies
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Poisson, fisher
-from fisherfast.parameters.batches import batches, count
+from fisherfast.parameters.backward.batches import batches, count
 
 N = 60
 LIKELIHOODS = {

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fisherfast.parameters import column_gram as ways
-from fisherfast.parameters.column_gram import column_gram
-from fisherfast.parameters.layer_rules import rule_for
+from fisherfast.parameters.layers import column_gram as ways
+from fisherfast.parameters.layers.column_gram import column_gram
+from fisherfast.parameters.layers.registry import rule_for
 
 # Relative to the largest entry. Measured: 7e-16 in float64, 1e-7 in float32.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -95,7 +95,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_rules_of_layers(monkeypatch, name, portion):
     """Catches samples of another portion, and g of one column beside x of another sample."""
-    monkeypatch.setattr("fisherfast.parameters.matrix_rule.PORTION_BYTES", portion)
+    monkeypatch.setattr("fisherfast.parameters.layers.linear.PORTION_BYTES", portion)
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = make().double()

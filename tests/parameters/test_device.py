@@ -6,7 +6,8 @@ import pytest
 import torch
 from parameters_zoo import NETWORKS
 
-from fisherfast.parameters import Categorical, ElasticWeightConsolidation, fisher, importance
+from fisherfast.parameters import Categorical, ElasticWeightConsolidation, fisher
+from fisherfast.parameters.analysis import importance
 
 pytestmark = [
     pytest.mark.cuda,

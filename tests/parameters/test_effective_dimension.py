@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fisherfast import parameters as fp
 
-module = importlib.import_module("fisherfast.parameters.effective_dimension")  # not the function
+module = importlib.import_module(
+    "fisherfast.parameters.analysis.effective_dimension"
+)  # not the function
 NAMES = ["linear", "conv2d strided", "batch norm 2d", "embedding", "called twice"]
 
 

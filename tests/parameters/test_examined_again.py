@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import fisherfast as ff
-from fisherfast.parameters import examination
+from fisherfast.parameters.backward import layer_check as examination
 
 CATEGORICAL = ff.parameters.Categorical()
 

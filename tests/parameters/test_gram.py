@@ -12,9 +12,9 @@ from parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp
-from fisherfast.parameters import jacobian, layer_rows
-from fisherfast.parameters.gram import GramFisher
-from fisherfast.parameters.layer_rows import FactorRows, MatrixRows
+from fisherfast.parameters.structures import jacobian, layer_rows
+from fisherfast.parameters.structures.gram import GramFisher
+from fisherfast.parameters.structures.layer_rows import FactorRows, MatrixRows
 
 ROUNDING = 1e-10
 """Relative to the largest number of the truth; 3e-15 was measured."""

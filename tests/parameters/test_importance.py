@@ -13,7 +13,8 @@ from parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
 import fisherfast as ff
-from fisherfast.parameters import Categorical, Gaussian, importance
+from fisherfast.parameters import Categorical, Gaussian
+from fisherfast.parameters.analysis import importance
 
 ROUNDING = 1e-10  # relative to the largest; 2e-15 measured
 

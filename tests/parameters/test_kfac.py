@@ -237,7 +237,7 @@ def test_portions_of_a_batch_add_up(monkeypatch):
     """Catches patches of only the first portion, where they do not fit into memory at once."""
     model, x = network("strided")
     whole = P.fisher(model, P.Categorical(), x, "kfac").to_dense()
-    monkeypatch.setattr("fisherfast.parameters.matrix_rule.PORTION_BYTES", 1)
+    monkeypatch.setattr("fisherfast.parameters.layers.linear.PORTION_BYTES", 1)
     assert_near(P.fisher(model, P.Categorical(), x, "kfac").to_dense(), whole)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fisherfast.parameters.convolution_rules import TransposedConvolution
-from fisherfast.parameters.layer_rules import rule_for
+from fisherfast.parameters.layers.convolution import TransposedConvolution
+from fisherfast.parameters.layers.registry import rule_for
 
 # PyTorch says that it copies the input.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")

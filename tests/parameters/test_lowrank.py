@@ -12,8 +12,8 @@ from parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp
-from fisherfast.parameters import lowrank
-from fisherfast.parameters.lowrank import LowRankFisher
+from fisherfast.parameters.structures import lowrank
+from fisherfast.parameters.structures.lowrank import LowRankFisher
 
 ROUNDING = 1e-9
 """Relative to the largest number of the truth; 2e-14 was measured."""

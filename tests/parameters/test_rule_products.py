@@ -9,9 +9,9 @@ import torch
 from parameters_zoo import NETWORKS
 from torch import Tensor
 
-from fisherfast.parameters.backpropagation import Backpropagation
+from fisherfast.parameters.backward.backpropagation import Backpropagation
+from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.rules import Rule
 
 ROUNDING = 1e-12
 """Relative to the largest number of the truth or of g: behind an instance norm, the gradients of a

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
-from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Likelihood, Poisson, score
-from fisherfast.parameters.hotelling import Moments, f_tail, t_squared
+from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from fisherfast.parameters.analysis import score
+from fisherfast.parameters.analysis.hotelling import Moments, f_tail, t_squared
 
 N = 11
 KOLMOGOROV = 2.28
@@ -160,7 +161,7 @@ def test_a_matrix_too_large_is_refused(monkeypatch):
     """Catches memory that runs out without a word."""
     model = network()
     x, y = data(model, Gaussian())
-    where = sys.modules["fisherfast.parameters.score"]
+    where = sys.modules["fisherfast.parameters.analysis.score"]
     monkeypatch.setattr(where, "DENSE_BYTES", 8 * 43 * 6)
     with pytest.raises(MemoryError, match="got 8 samples and more of P = 43 numbers"):
         score(model, Gaussian(), x, y, batch_size=4).matrix()

@@ -11,9 +11,9 @@ from parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp
-from fisherfast.parameters.lanczos import lanczos
+from fisherfast.parameters.analysis.lanczos import lanczos
+from fisherfast.parameters.analysis.spectrum import Spectrum
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.spectrum import Spectrum
 
 ROUNDING = 1e-9
 """Relative to the truth; 1e-13 was measured."""

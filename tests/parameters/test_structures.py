@@ -337,7 +337,7 @@ def test_few_rows_at_a_time(structure: str, monkeypatch: pytest.MonkeyPatch) -> 
     network = NETWORKS["batch norm 2d"]
     model, x = network.make(), network.inputs(7)
     whole = fisher(model, CATEGORICAL, x, structure).to_dense()
-    monkeypatch.setattr("fisherfast.parameters.block.ROWS_BYTES", 2 * 8 * 99)
+    monkeypatch.setattr("fisherfast.parameters.structures.block.ROWS_BYTES", 2 * 8 * 99)
     parts = fisher(model, CATEGORICAL, x, structure).to_dense()
     assert difference(parts, whole) < ROUNDING
 

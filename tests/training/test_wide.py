@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.features import PilotMoments
-from fisherfast.krylov import KRYLOV_VECTORS, WARM_PASSES, KrylovSpace
+from fisherfast.estimation.krylov import KRYLOV_VECTORS, WARM_PASSES, KrylovSpace
+from fisherfast.estimation.pilot import PilotMoments
 from fisherfast.problems import CorrelatedImage
 
 SAMPLES = 300

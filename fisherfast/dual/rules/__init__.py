@@ -1,0 +1,27 @@
+"""One rule per family of operations: how tangents go through it. Importing them registers them."""
+
+from fisherfast.dual.rules import (
+    activation,
+    attention,
+    constant,
+    linear,
+    pointwise,
+    product,
+    recurrent,
+    reduction,
+    view,
+    writing,
+)
+
+__all__ = [
+    "activation",
+    "attention",
+    "constant",
+    "linear",
+    "pointwise",
+    "product",
+    "recurrent",
+    "reduction",
+    "view",
+    "writing",
+]

@@ -1,0 +1,1 @@
+"""From moments to Fisher information: no network, no processes."""

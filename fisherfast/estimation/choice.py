@@ -1,0 +1,151 @@
+"""How many features are used: the choice of k on the corrected curve."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from fisherfast.estimation.curve import FisherCurve
+
+__all__ = ["Choice", "choose_features"]
+
+PLATEAU = 0.75
+"""A plateau counts as reached when the chosen k leaves the last quarter of the lifted features
+unused."""
+
+GAIN_ERRORS = 2.0
+"""Standard errors by which more features must raise J to be used: 1 would chase noise, 3 leave 1 %
+behind."""
+
+LEAST_GAIN = 0.01
+"""Gains below this fraction of the standard error of J are treated as zero."""
+
+ENTRY_ERRORS = 3.5
+"""The same for a lift to be used at all: the best of `GAIN_POINTS` sizes, with an error from 16
+folds, exceeds it by chance in 3 of a thousand layers (tests/montecarlo/test_choice.py)."""
+
+SELECTED = 1.0
+"""Errors by which the clearest of many gains looks clearer than it is."""
+
+GAIN_POINTS = 32
+"""Sizes k that are compared with each other, in equal ratios of the lifted features: where the
+first few of them carry the information, the noise of the others would hide it."""
+
+WORTH = 0.1
+"""Part of J that more features must not be able to add unnoticed ..."""
+
+MORE_FEATURES = 8
+"""... when there are twice as many lifted ones, or so many more."""
+
+
+class Choice(NamedTuple):
+    """How many features are used, from `choose_features`.
+
+    Attributes:
+        features: k.
+        plateau: whether J(k) is flat from well before the last lifted feature on.
+        doubt: [F, P, P] what the choice adds to the error of J, as deviations of a jackknife.
+        sensitive: a gain of a tenth of J by twice as many lifted features would have been noticed.
+    """
+
+    features: int
+    plateau: bool
+    doubt: torch.Tensor
+    sensitive: bool
+
+
+def choose_features(curve: FisherCurve, first: int) -> Choice:
+    r"""The smallest k >= first that no larger k' beats significantly, for any parameter; the first
+    one where none beats it clearly.
+
+    Significantly means by more than `GAIN_ERRORS` standard errors *of the gain* J(k') - J(k), not
+    of J: both share the noise of their common features, and a gain of 1 % can be certain where J
+    itself is known to 3 %. The variance of a gain is that over folds (jackknife), and that of dk
+    more features in the covariance, 2 M^2 dk / nu^2 with M = h J_naive (with a score the folds see
+    that too).
+
+    Where the clearest gain is z errors and counts from t errors on, other samples would have used
+    the larger size with the probability p = Phi(z - t), and J varies by sqrt(p (1 - p)) of the gain
+    more than at a fixed size, together with the gain: the doubt. Counted are the choice between no
+    lift and one, and that between k and the next size.
+
+    Args:
+        curve: of K features.
+        first: smallest k allowed, 1 <= first <= K (all raw activations are always used).
+    """
+    grid, gain, error = _gains(curve, first)
+    beaten = gain > GAIN_ERRORS * error
+    lift = _smallest(grid, beaten)
+    clear = (gain / error).nan_to_num(0.0)
+    doubt = _doubt(curve, first, lift, clear[0].amax(0), ENTRY_ERRORS)
+    beaten[0] &= bool((gain[0] > ENTRY_ERRORS * error[0]).any())
+    chosen = _smallest(grid, beaten)
+    own = int((grid == chosen - 1).nonzero()[0])
+    if chosen > first and own + 1 < len(grid):
+        following = clear[own, own + 1 :].amax(1)  # [m]
+        larger = int(grid[own + 1 + int(following.argmax())]) + 1
+        clearest = clear[own, own + 1 + int(following.argmax())]
+        doubt = doubt + _doubt(curve, chosen, larger, clearest, GAIN_ERRORS)
+    lifted = len(curve) - first
+    plateau = lifted > 0 and chosen - first <= PLATEAU * lifted
+    return Choice(chosen, plateau, doubt, _sensitive(curve, grid, error[own], chosen, first))
+
+
+def _sensitive(
+    curve: FisherCurve, grid: torch.Tensor, error: torch.Tensor, chosen: int, first: int
+) -> bool:
+    """Return whether more features that add a tenth of J would have been noticed.
+
+    error [m, P] is that of the gains over the chosen size."""
+    more = max(MORE_FEATURES, chosen - first)
+    following = (grid >= min(chosen + more, len(curve)) - 1).nonzero()[0, 0]
+    J = curve.J[chosen - 1].diagonal().clamp_min(0)
+    least = ENTRY_ERRORS if chosen == first else GAIN_ERRORS
+    return chosen == len(curve) or not bool((least * error[following] > WORTH * J).any())
+
+
+def _doubt(
+    curve: FisherCurve, smaller: int, larger: int, clearest: torch.Tensor, least: float
+) -> torch.Tensor:
+    """Deviations [F, P, P] from one choice; clearest [P] is z, least is t."""
+    change = curve.replicates[larger - 1] - curve.replicates[smaller - 1]
+    change = change - change.mean(0)
+    p = torch.special.ndtr(clearest.max() - SELECTED - least)
+    worst = int(clearest.argmax())
+    own = change[:, worst, worst].square().sum() * (len(change) - 1) / len(change)
+    gain = (curve.J[larger - 1] - curve.J[smaller - 1])[worst, worst].abs()
+    scale = (p * (1 - p)).sqrt() * gain / own.sqrt()
+    return change * scale.nan_to_num(0.0, posinf=0.0)
+
+
+def _gains(curve: FisherCurve, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers [m] of the sizes that are compared, counted from 0, and for each two of them the gain
+    J(k') - J(k) [m, m, P] and its standard error."""
+    lifted = math.log(max(len(curve) - first, 1))
+    steps = torch.linspace(0.0, lifted, GAIN_POINTS, dtype=torch.float64).exp().round().long()
+    grid = torch.cat([steps.new_tensor([first]), (first + steps).clamp_max(len(curve))]).unique()
+    grid = grid.to(curve.J.device) - 1
+    J = torch.diagonal(curve.J, dim1=1, dim2=2)[grid]
+    size = curve.useless[grid]
+    left_out = curve.left_out[grid]
+    folds = left_out.shape[1]
+    gain = J[None] - J[:, None]
+    spread = left_out[None] - left_out[:, None]
+    jackknife = spread.var(2, correction=0) * (folds - 1)
+    added = (curve.effective_dim[grid][None] - curve.effective_dim[grid][:, None]).clamp_min(0)
+    statistics = curve.statistics
+    if not statistics.paired and statistics.score is None:  # at least the noise of useless features
+        noise = statistics.noise.diagonal().square()
+        jackknife = jackknife.maximum(2 * noise * added[..., None])
+    covariance = 2 * size[None].square() * added[..., None] / statistics.dof**2
+    own = torch.diagonal(curve.stderr, dim1=1, dim2=2)[grid]
+    return grid, gain, (jackknife + covariance).sqrt().maximum(LEAST_GAIN * own[:, None])
+
+
+def _smallest(grid: torch.Tensor, beaten: torch.Tensor) -> int:
+    """The smallest size that no larger one beats, of beaten [m, m, P]."""
+    later = torch.ones_like(beaten[..., 0]).triu(1)
+    enough = ~(beaten.any(-1) & later).any(1)
+    return int(grid[enough][0]) + 1

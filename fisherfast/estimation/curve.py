@@ -1,0 +1,394 @@
+r"""From fold moments to Fisher information: the curve, its error bars, the honest bound, the choice
+of k.
+
+Every formula is derived in docs/theory.md. Notation: S [k, k] the covariance of
+the features scaled to unit diagonal, R = S + ridge, L L^T = R, D [k, P] the derivative of the mean,
+Y = L^-1 D. Because the leading block of L factors the leading block of R, the running sums of y_i
+y_i^T are the linear Fisher information of the first k features, for every k at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from fisherfast.estimation.fold_moments import FoldStatistics
+from fisherfast.estimation.leverage import inverse_excess, left_out_score, seen_along_curve
+from fisherfast.estimation.ridge import (
+    LIFT_RIDGE,
+    MOSTLY_RIDGE,
+    as_vector,
+    with_ridge,
+)
+from fisherfast.estimation.score import score_estimate, score_theory
+from fisherfast.estimation.variance import (
+    covariance_covariance,
+    covariance_variance,
+    independent_covariance,
+    independent_variance,
+    jackknife_covariance,
+)
+
+__all__ = ["FisherCurve", "at_least", "fisher_curve", "independent_features", "whitened"]
+
+SMALL_TRIANGLE = 128
+"""Rows of a triangle that is inverted by a plain solve."""
+
+SPARE_DOF = 4
+"""Degrees of freedom beyond k_eff that the variance of an inverse covariance needs to exist (nu - k
+- 3 > 0)."""
+
+
+@dataclass(frozen=True)
+class FisherCurve:
+    """Linear Fisher information J of the first k features, k = 1..K. Float64, in 1/theta^2.
+
+    Attributes:
+        J: [K, P, P] without bias; may be negative, is never clipped.
+        stderr: [K, P, P] its standard errors.
+        naive: [K, P, P] Y^T Y, uncorrected.
+        effective_dim: [K] k_eff, the features that count after the ridge.
+        ridge_share: [K] q_i, the part of whitened feature i that is ridge.
+        hidden: [K, P] information that may lie below the ridge, first order in q.
+        readout: [K, K] L^-1 in the scale of the features: whitened features are readout @ f.
+        half: [K, P] Y, the derivative of the whitened features.
+        left_out: [K, F, P] diagonal of the fold statistic without each fold: the jackknife of a
+            gain.
+        useless: [K, P] the size M of 2 M^2 dk / nu^2, which dk features that add nothing add to the
+            variance of J; zero where the jackknife sees it already.
+        replicates: [K, F, P, P] the estimate without each fold; their jackknife is in stderr.
+        doubt: [K, P, P] half of what the kept samples changed in J, which is part of its error.
+        statistics: what it follows from.
+        condition: lower bound on the condition number of the scaled covariance plus ridge.
+    """
+
+    J: torch.Tensor
+    stderr: torch.Tensor
+    naive: torch.Tensor
+    effective_dim: torch.Tensor
+    ridge_share: torch.Tensor
+    hidden: torch.Tensor
+    readout: torch.Tensor
+    half: torch.Tensor
+    left_out: torch.Tensor
+    useless: torch.Tensor
+    replicates: torch.Tensor
+    doubt: torch.Tensor
+    statistics: FoldStatistics
+    condition: float
+
+    def __len__(self) -> int:
+        return len(self.J)
+
+    def leading(self, k: int) -> FisherCurve:
+        """The curve of the first k features."""
+        statistics = self.statistics.leading(k)
+        values = {
+            field.name: getattr(self, field.name)[:k]
+            for field in fields(self)
+            if field.name not in ("readout", "statistics", "condition")
+        }
+        return replace(self, **values, readout=self.readout[:k, :k], statistics=statistics)
+
+    def readout_of(self, k: int) -> torch.Tensor:
+        """W = R^-1 D [k, P] of the first k features, in their scale."""
+        leading = self.readout[:k, :k]
+        return leading.T @ self.half[:k]
+
+    def rounding(self, k: int, relative: float) -> float:
+        """Share of the information about a parameter that rounding of the derivative may make.
+
+        Args:
+            k: number of features.
+            relative: rounding of an entry of the derivative.
+        """
+        columns = self.readout[:k, :k].square().sum(0)
+        error = relative**2 * (columns @ self.statistics.derivative[:k].square())
+        J = self.naive[k - 1].diagonal()
+        return float(torch.where(J > 0, error / J, 0.0).max())
+
+    def error_covariance(self, k: int) -> torch.Tensor:
+        """Covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal entries are
+        those of stderr squared."""
+        J, effective = self.J[k - 1], float(self.effective_dim[k - 1])
+        dof, noise = self.statistics.dof, self.statistics.noise
+        empirical = jackknife_covariance(self.replicates[k - 1])
+        if self.statistics.score is not None:
+            theory, least = score_theory(J, self.statistics.score.covariance, effective, dof)
+            return at_least(empirical + theory, least)
+        empirical = torch.einsum("pq,rs->pqrs", self.doubt[k - 1], self.doubt[k - 1]) + (
+            empirical if self.statistics.paired else 0.0
+        )
+        if self.statistics.paired:
+            # J may be slightly negative in one direction, and so would be the variance there
+            errors = empirical + covariance_covariance(J, dof, effective)
+            return at_least(errors, torch.zeros_like(errors))
+        return empirical + independent_covariance(J, dof, noise, effective)
+
+
+class SingularCovarianceError(ValueError):
+    """A feature is linear in the features before it, and there is no ridge to part them.
+
+    Attributes:
+        feature: its number, counted from 1.
+    """
+
+    def __init__(self, feature: int, size: int, ridge: float) -> None:
+        super().__init__(
+            f"covariance must be positive definite, got a singular one at feature {feature} of"
+            f" {size}: add a ridge (now {ridge}), or drop features that are linear in others"
+        )
+        self.feature = feature
+
+
+def fisher_curve(
+    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
+) -> FisherCurve:
+    r"""The whole curve J(k) from one Cholesky factorisation.
+
+    .. math::
+        k_\text{eff}(k) = k - \sum_{i \le k} q_i, \qquad h = (\nu - k_\text{eff} - 1) / \nu
+
+        \text{independent:}\quad J = h \, J_\text{naive} - k_\text{eff} \, c \qquad
+        \text{paired, pathwise:}\quad J = h \, \frac{\sum_{f \ne g} y_f y_g^T}{F (F - 1)} \qquad
+        \text{score:}\quad J = V - (V - J_\text{naive}) \, \nu / (\nu - k_\text{eff})
+
+    Args:
+        statistics: of K features, each with positive variance.
+        ridge: Lambda, relative to the variance of each feature; one number or [K].
+
+    Raises:
+        SingularCovarianceError: a feature is linear in those before it.
+        ValueError: too few samples were seen for K features.
+
+    Cost: K^3 operations. Derived in docs/theory.md, sections 4 to 6, 12 and 13.
+    """
+    size, parameters = statistics.derivative.shape
+    folds = len(statistics.fold_derivatives)
+    solved = whitened(statistics.covariance, statistics.columns, ridge)
+    half = solved.columns[:, :parameters]
+    fold_half = solved.columns[:, parameters:].reshape(size, folds, parameters)
+    naive = _running_products(half)
+    effective = (1 - solved.ridge_share).cumsum(0)
+    if float(statistics.dof - effective[-1]) < SPARE_DOF:
+        raise ValueError(
+            f"degrees of freedom must exceed the {size} features by {SPARE_DOF},"
+            f" got {statistics.dof:.0f}: use more samples or fewer features"
+        )
+    shrink = (statistics.dof - effective - 1) / statistics.dof
+    seen = None
+    if statistics.samples is not None:
+        seen = seen_along_curve(statistics.samples, solved.inverse, half, statistics.dof)
+    if statistics.score is not None:
+        products = _fold_products(half[:, None], fold_half)
+        estimate = score_estimate(naive, effective, products, statistics.score, statistics.dof)
+        J, variance, replicates = estimate.J, estimate.variance, estimate.replicates
+        left_out = _gains_of_score(products, estimate.share[-1])
+        useless = torch.zeros_like(left_out[:, 0])
+        doubt = torch.zeros_like(J)
+        if seen is not None:
+            V = statistics.score.covariance
+            J = left_out_score(seen, naive, effective, V, statistics.dof)
+    else:
+        across_folds, replicates = _fold_statistic(fold_half, shrink)
+        useless = shrink[:, None] * torch.diagonal(naive, dim1=1, dim2=2)
+        J = across_folds
+        if not statistics.paired:
+            J = shrink[:, None, None] * naive - effective[:, None, None] * statistics.noise
+        doubt = torch.zeros_like(J)
+        if seen is not None:
+            more = inverse_excess(seen, effective, statistics.dof)
+            before, J = J, more @ J @ more.mT
+            doubt = (J - before) / 2
+            replicates = more[:, None] @ replicates @ more.mT[:, None]
+            useless = useless * torch.diagonal(more, dim1=1, dim2=2).square()
+        left_out = torch.diagonal(replicates, dim1=2, dim2=3)
+        if statistics.paired:
+            jackknife = replicates.var(1, correction=0) * (folds - 1)
+            variance = jackknife + covariance_variance(J, statistics.dof, effective)
+        else:
+            variance = independent_variance(J, statistics.dof, statistics.noise, effective)
+        variance = variance + doubt.square()
+    return FisherCurve(
+        J=J,
+        stderr=variance.sqrt(),
+        naive=naive,
+        effective_dim=effective,
+        ridge_share=solved.ridge_share,
+        hidden=_hidden(statistics, solved).cumsum(0),
+        readout=solved.inverse,
+        half=half,
+        left_out=left_out,
+        useless=useless,
+        replicates=replicates,
+        doubt=doubt,
+        statistics=statistics,
+        condition=solved.condition,
+    )
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """A covariance factored, R = s S s + Lambda = L L^T with s the inverse spreads.
+
+    Attributes:
+        columns: [k, m] L^-1 s times the given columns.
+        inverse: [k, k] L^-1 s.
+        ridge_share: [k] q.
+        condition: (max L_ii / min L_ii)^2, a lower bound on the condition number of R.
+    """
+
+    columns: torch.Tensor
+    inverse: torch.Tensor
+    ridge_share: torch.Tensor
+    condition: float
+
+
+def whitened(
+    covariance: torch.Tensor, columns: torch.Tensor, ridge: float | torch.Tensor
+) -> Whitened:
+    """Whiten columns [k, m] by a covariance [k, k] with a ridge relative to its diagonal.
+
+    Raises:
+        SingularCovarianceError: a pivot cannot be told from zero.
+
+    Cost: k^3 multiply-adds.
+    """
+    ridge = as_vector(ridge, covariance.diagonal())
+    scale = covariance.diagonal().rsqrt()
+    R = with_ridge(scale[:, None] * covariance * scale, ridge)
+    factor, failed = torch.linalg.cholesky_ex(R)
+    pivots = factor.diagonal().square()
+    size = len(pivots)
+    # a comparison with NaN is false: what follows a failure counts as failed
+    sound = pivots > size * torch.finfo(torch.float64).eps
+    if int(failed) or not bool(sound.all()):
+        first = int(failed) or size + 1
+        bad = (~sound).nonzero()[:1, 0].tolist()
+        raise SingularCovarianceError(min([first, *(i + 1 for i in bad)]), size, float(ridge.max()))
+    inverse = inverse_of_lower(factor)
+    share = inverse.square() @ ridge
+    inverse = inverse * scale
+    condition = float(pivots.max() / pivots.min()) if size else 1.0
+    return Whitened(inverse @ columns, inverse, share, condition)
+
+
+def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
+    """L^-1 [k, k] of a lower triangle, by halves: a third of the operations of a solve with the
+    unit matrix."""
+    size = len(factor)
+    if size <= SMALL_TRIANGLE:
+        unit = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, unit, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(factor)
+    inverse[:half, :half] = inverse_of_lower(factor[:half, :half])
+    inverse[half:, half:] = inverse_of_lower(factor[half:, half:])
+    below = inverse[half:, half:] @ factor[half:, :half]
+    inverse[half:, :half] = -below @ inverse[:half, :half]
+    return inverse
+
+
+def independent_features(
+    statistics: FoldStatistics, ridge: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which features are not linear in those before them, but for their ridge.
+
+    Args:
+        statistics: of k features.
+        ridge: [k], their rounding.
+
+    Returns:
+        numbers of these features int64 [m], and the information [P] that the others may have: none
+        where they are copies.
+
+    Cost: k^3 multiply-adds.
+    """
+    size, parameters = statistics.derivative.shape
+    index = torch.arange(size, device=statistics.covariance.device)
+    lost = statistics.derivative.new_zeros(parameters)
+    while True:
+        left = statistics.select(index)
+        solved = whitened(left.covariance, left.columns, ridge[index])
+        rounding = solved.ridge_share > MOSTLY_RIDGE
+        if not bool(rounding.any()):
+            return index, lost
+        lost = lost + _hidden(left, solved)[rounding].sum(0)
+        index = index[~rounding]
+
+
+def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
+    """Information [k, P] that the ridge of each whitened feature may hide.
+
+    A whitened feature alone has J = y^2 / (1 - q) without the ridge: y^2 q / (1 - q) is missing.
+    The folds tell y^2 without bias; where the feature is mostly ridge, y^2 itself is missing.
+    """
+    parameters = statistics.derivative.shape[1]
+    folds = len(statistics.fold_derivatives)
+    fold_half = solved.columns[:, parameters:].unflatten(1, (folds, parameters))
+    if statistics.score is None:
+        total = fold_half.sum(1)
+        square = (total.square() - fold_half.square().sum(1)) / (folds * (folds - 1))
+    else:
+        square = solved.columns[:, :parameters].square()
+    q = solved.ridge_share
+    return square * torch.where(q <= MOSTLY_RIDGE, q / (1 - q), 1.0)[:, None]
+
+
+def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
+
+    A gain is the mean of 2 e d with d what the new features add to the prediction, e the residual
+    before; the folds see 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the largest k
+    is taken for all.
+    """
+    folds = products.shape[1]
+    scale = -2 * (1 - share).sqrt() / (folds - 1)
+    return scale * torch.diagonal(products, dim1=2, dim2=3)
+
+
+def fold_statistic_curve(statistics: FoldStatistics, ridge: float = LIFT_RIDGE) -> torch.Tensor:
+    """J(k) [K, P, P] by the fold U-statistic: agrees with `fisher_curve` in the mean, for all
+    sources but the score, whose derivative is not independent of the covariance."""
+    return fisher_curve(replace(statistics, paired=True, score=None), ridge).J
+
+
+def _running_products(half: torch.Tensor) -> torch.Tensor:
+    """Running sums over i of y_i y_i^T: [k, P] -> [k, P, P]."""
+    return (half[:, :, None] * half[:, None, :]).cumsum(0)
+
+
+def _fold_statistic(
+    fold_half: torch.Tensor, shrink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """U-statistic over pairs of different folds [k, P, P], and the same without each fold [k, F, P,
+    P]."""
+    folds = fold_half.shape[1]
+    total = fold_half.sum(1)
+    own = _fold_products(fold_half, fold_half)
+    cross = _running_products(total) - own.sum(1)
+    value = shrink[:, None, None] * cross / (folds * (folds - 1))
+    rest = total[:, None, :] - fold_half
+    without = _fold_products(rest, rest) - (own.sum(1, keepdim=True) - own)
+    left_out = shrink[:, None, None, None] * without / ((folds - 1) * (folds - 2))
+    return value, left_out
+
+
+def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """The covariance [P, P, P, P], raised to the least one in every direction."""
+    entries = len(covariance) ** 2
+    least, covariance = (full.reshape(entries, entries) for full in (least, covariance))
+    size = covariance.diagonal().abs().maximum(least.diagonal()).sqrt()
+    unit = torch.where(size > 0, size, 1.0)
+    unit = unit[:, None] * unit  # eigenvectors depend on units: those of theta must not count
+    excess = (covariance - least) / unit
+    values, vectors = torch.linalg.eigh((excess + excess.T) / 2)
+    raised = least + (vectors * values.clamp_min(0)) @ vectors.T * unit
+    parameters = math.isqrt(entries)
+    return raised.reshape((parameters,) * 4)
+
+
+def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left[..., :, None] * right[..., None, :]).cumsum(0)

@@ -1,0 +1,280 @@
+"""Fold-wise derivatives of mean features that the samples carry themselves: tangents or a score.
+
+Two conditions tell the derivative by a difference of their means. Samples of one condition tell it
+by the mean of the tangents of their features, or by the covariance of features and score
+(docs/theory.md, 12 and 13). Kept is one number per fold, parameter and feature, in float64; lifted
+features exist for a few hundred samples at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fisherfast.data.dealing import Place
+from fisherfast.estimation.features import Lift
+
+__all__ = ["DerivativeMoments", "FoldScore", "ScoreMoments", "TangentMoments"]
+
+TILE_ROWS = 1024
+"""Rows of features or tangents that exist at the same time: 4 MB of float64 for 512 features."""
+
+
+@dataclass(frozen=True)
+class FoldScore:
+    """Within-fold covariance of the score.
+
+    Attributes:
+        covariance: V [P, P] float64, an estimate of the information of the input.
+        folds: [F, P, P], each fold's share, so that their mean is V.
+    """
+
+    covariance: torch.Tensor
+    folds: torch.Tensor
+
+
+class DerivativeMoments(ABC):
+    """Sums over the samples of each fold, from which the derivative of the mean features follows.
+
+    Args:
+        parameters: P.
+        size: number of features k.
+        folds: F.
+
+    Attributes:
+        sums: [F, P, k] float64 of tangents, or of features times score.
+    """
+
+    kind: str
+
+    def __init__(
+        self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.folds = folds
+        self.parameters = parameters
+        self.sums = torch.zeros(folds, parameters, size, dtype=torch.float64, device=device)
+
+    @abstractmethod
+    def update(
+        self,
+        raw: torch.Tensor,
+        carried: torch.Tensor | None,
+        lift: Lift,
+        place: Place,
+        *,
+        known: int = 0,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            raw: [n, d] raw features.
+            carried: what comes with each sample: tangents [P, n, d] of the raw features (None for
+                zero), or the score [n, P].
+            lift: makes the other k - d features.
+            place: folds of the rows, which are sorted by them.
+            known: leading features whose sums are complete: only the others are computed.
+        """
+
+    @abstractmethod
+    def derivatives(
+        self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """D [k, P] of the folds in columns, and of each of them alone [F, k, P].
+
+        Args:
+            columns: folds to use.
+            counts: [F] samples of these folds.
+            feature_sums: [F, k] sums of the features in these folds.
+        """
+
+    def score(self, columns: slice, counts: torch.Tensor) -> FoldScore | None:
+        """Covariance of the score in the folds in columns; None for tangents."""
+        return None
+
+    def grown(self, size: int, known: int) -> DerivativeMoments:
+        """For more features, of which the first stay known. The same samples are then added again
+        with ``known``; sums of the score itself are taken anew."""
+        more = type(self)(self.parameters, size, folds=self.folds, device=self.sums.device)
+        more.sums[..., :known] = self.sums[..., :known]
+        return more
+
+    def merge(self, other: DerivativeMoments) -> None:
+        """Add the moments of other samples of the same features."""
+        if type(other) is not type(self) or other.sums.shape != self.sums.shape:
+            raise ValueError(
+                "other must hold the same kind of derivatives, got"
+                f" {other.kind} {list(other.sums.shape)} for {self.kind} {list(self.sums.shape)}"
+            )
+        mine, theirs = self._tensors(), other._tensors()
+        for name, tensor in mine.items():
+            tensor += theirs[name].to(tensor.device)
+
+    def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
+        """Views of all that adds up over processes; features before `known` are left out."""
+        tensors = self._tensors()
+        return [tensors.pop("sums")[..., known:], *tensors.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and plain numbers."""
+        return {"kind": self.kind} | {name: t.clone() for name, t in self._tensors().items()}
+
+    @staticmethod
+    def from_state_dict(state: dict[str, Any]) -> DerivativeMoments:
+        """Rebuild what `state_dict` returned."""
+        kinds: dict[str, type[DerivativeMoments]] = {
+            kind.kind: kind for kind in (TangentMoments, ScoreMoments)
+        }
+        folds, parameters, size = state["sums"].shape
+        moments = kinds[state["kind"]](parameters, size, folds=folds, device=state["sums"].device)
+        for name, tensor in moments._tensors().items():
+            tensor.copy_(state[name])
+        return moments
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {"sums": self.sums}
+
+
+class TangentMoments(DerivativeMoments):
+    r"""Sums of the features' tangents: :math:`\partial E[f] = E[df]`.
+
+    A lifted feature leaky_relu(u), u = w z + b, has the tangent g(u) w dz with g = 1 for u > 0 and
+    the slope elsewhere: PyTorch's derivative at the kink.
+    """
+
+    kind = "tangents"
+
+    def update(
+        self,
+        raw: torch.Tensor,
+        carried: torch.Tensor | None,
+        lift: Lift,
+        place: Place,
+        *,
+        known: int = 0,
+    ) -> None:
+        """Add a batch. Cost: n (1 + P) d (k - d) multiply-adds for the lifted features."""
+        if carried is None:
+            return
+        dim = raw.shape[1]
+        if known < dim:
+            self.sums[..., :dim] += fold_sums(carried, place)
+        begin = max(known, dim)
+        rest = lift.following(begin - dim)
+        if len(rest) == 0:
+            return
+        rows = max(TILE_ROWS // self.parameters, self.folds)
+        for start in range(0, len(raw), rows):
+            tile = slice(start, start + rows)
+            above = (torch.addmm(rest.bias, raw[tile], rest.weight.T) > 0).to(raw.dtype)
+            moved = (carried[:, tile].to(raw.dtype) @ rest.weight.T).mul_(
+                above.mul_(1 - lift.slope).add_(lift.slope)
+            )
+            self.sums[..., begin:] += fold_sums(moved, place, start)
+
+    def derivatives(
+        self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of the tangents."""
+        sums = self.sums[columns].mT
+        return sums.sum(0) / counts.sum(), sums / counts[:, None, None]
+
+
+class ScoreMoments(DerivativeMoments):
+    r"""Sums of features times score: :math:`\partial E[f] = \mathrm{Cov}(f, s)` within folds.
+
+    Attributes:
+        score_sums: [F, P] float64.
+        score_cross: [F, P, P] float64 sums of s s^T.
+    """
+
+    kind = "score"
+
+    def __init__(
+        self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(parameters, size, folds=folds, device=device)
+        self.score_sums = torch.zeros(folds, parameters, dtype=torch.float64, device=device)
+        self.score_cross = torch.zeros(
+            folds, parameters, parameters, dtype=torch.float64, device=device
+        )
+
+    def update(
+        self,
+        raw: torch.Tensor,
+        carried: torch.Tensor | None,
+        lift: Lift,
+        place: Place,
+        *,
+        known: int = 0,
+    ) -> None:
+        """Add a batch. Cost: n k (d + P) multiply-adds."""
+        if carried is None:
+            raise ValueError("carried must be the score of each sample, got None")
+        dim = raw.shape[1]
+        begin = max(known, dim)
+        rest = lift.following(begin - dim)
+        for start in range(0, len(raw), TILE_ROWS):
+            tile = slice(start, start + TILE_ROWS)
+            if known < dim:
+                self.sums[..., :dim] += fold_products(carried[tile], raw[tile], place, start)
+            if len(rest):
+                self.sums[..., begin:] += fold_products(
+                    carried[tile], rest(raw[tile]), place, start
+                )
+        self.score_sums += fold_sums(carried[None], place)[:, 0]
+        self.score_cross += fold_products(carried, carried, place)
+
+    def derivatives(
+        self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Covariance with the score within folds; each fold's share of it, so that their mean is
+        the whole."""
+        mean = self.score_sums[columns] / counts[:, None]
+        scatter = (self.sums[columns] - mean[..., None] * feature_sums[:, None]).mT
+        dof = counts.sum() - len(counts)
+        return scatter.sum(0) / dof, scatter * (len(counts) / dof)
+
+    def score(self, columns: slice, counts: torch.Tensor) -> FoldScore:
+        """V and each fold's share of it."""
+        sums = self.score_sums[columns]
+        between = sums[:, :, None] * sums[:, None, :] / counts[:, None, None]
+        scatter = self.score_cross[columns] - between
+        dof = counts.sum() - len(counts)
+        return FoldScore(scatter.sum(0) / dof, scatter * (len(counts) / dof))
+
+    def mean_error(self, counts: torch.Tensor) -> torch.Tensor:
+        """Mean of the score in units of its standard error [P]: zero but for chance."""
+        samples = counts.sum()
+        variance = self.score(slice(None), counts).covariance.diagonal()
+        return self.score_sums.sum(0) / samples / (variance / samples).sqrt()
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return super()._tensors() | {
+            "score_sums": self.score_sums,
+            "score_cross": self.score_cross,
+        }
+
+
+def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tensor:
+    """Sums [F, P, k] float64 over the rows of each fold of values [P, n, k]: the rows of the place
+    from `start` on."""
+    shape = place.folds, values.shape[0], values.shape[2]
+    sums = torch.zeros(shape, dtype=torch.float64, device=values.device)
+    for fold, rows in place.within(start, start + values.shape[1]):
+        torch.sum(values[:, rows], 1, dtype=torch.float64, out=sums[fold])
+    return sums
+
+
+def fold_products(
+    weights: torch.Tensor, features: torch.Tensor, place: Place, start: int = 0
+) -> torch.Tensor:
+    """Sums [F, P, k] of weights [n, P] times features [n, k] over the rows of each fold: the rows
+    of the place from `start` on. In float64: neither TF32 nor cancellation touches them."""
+    features, weights = features.double(), weights.double()
+    products = features.new_zeros(place.folds, weights.shape[1], features.shape[1])
+    for fold, rows in place.within(start, start + len(features)):
+        torch.mm(weights[rows].T, features[rows], out=products[fold])
+    return products

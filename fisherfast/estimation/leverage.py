@@ -1,0 +1,268 @@
+r"""Corrections that look at samples, where Gaussian theory assumes what they are.
+
+.. math::
+    h_i = t_i^T t_i / \nu, \qquad t_i = L^{-1} f_i, \qquad g_i = 1 / (1 - h_i)
+
+The leverage h_i says how much sample i itself has shaped the covariance that it is read with.
+Leaving it out turns its number u_i = W^T f_i into g_i u_i, without another factorisation. A few
+hundred kept samples are enough: leverages are averaged, not counted (docs/theory.md, 22).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fisherfast.estimation.fold_moments import SampleFeatures
+from fisherfast.estimation.variance import covariance_of_entries, pair_product
+
+__all__ = [
+    "Seen",
+    "excess_covariance",
+    "inverse_excess",
+    "left_out_score",
+    "leverage",
+    "score_corrections",
+    "score_covariance",
+    "seen_along_curve",
+]
+
+MOST_LEVERAGE = 1 - 1e-6
+"""A sample that determines a feature alone has leverage 1: without it the covariance is
+singular."""
+
+OWN_FEATURE = 0.5
+"""Leverage of a sample that makes half of a feature: without it others would be scaled up to it."""
+
+NOTHING = 1e-9
+"""Share of a variance that is rounding."""
+
+MOST_PAIRED = 512
+"""Samples of which all pairs are looked at."""
+
+GAUSSIAN_SPARE = 4
+"""nu - k - 4: the mean of g over that of g^2 for Gaussian features, times nu - 2."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Some samples as B systems see them: the first k features of a curve, or positions of a map.
+
+    Attributes:
+        leverage: h [m, B].
+        prediction: u [P, m, B], numbers W^T f of each system.
+        score: [m, P], or None.
+    """
+
+    leverage: torch.Tensor
+    prediction: torch.Tensor
+    score: torch.Tensor | None = None
+
+
+def seen_along_curve(
+    samples: SampleFeatures, readout: torch.Tensor, half: torch.Tensor, dof: float
+) -> Seen:
+    """By the first k of K features, for every k.
+
+    Args:
+        samples: m of them, with K features.
+        readout: L^-1 [K, K].
+        half: Y [K, P].
+        dof: nu.
+
+    Cost: m K (K + P) operations.
+    """
+    whitened = samples.whitened(readout)
+    prediction = torch.stack([(whitened * y).cumsum(1) for y in half.T.to(whitened)])
+    return Seen(leverage(whitened.square().cumsum(1), dof), prediction, samples.score)
+
+
+def leverage(squares: torch.Tensor, dof: float) -> torch.Tensor:
+    """h of samples, from t^T t."""
+    return (squares / dof).clamp_max(MOST_LEVERAGE)
+
+
+def inverse_excess(seen: Seen, effective: torch.Tensor, dof: float) -> torch.Tensor:
+    r"""Factor that J is multiplied by from both sides, beyond the Gaussian correction.
+
+    The inverse of an estimated covariance is too large by c, and 1 = E[f f^T S^-1] = c E[1 - h]
+    with the samples weighted by the square of their readout when they are left out:
+
+    .. math:: 1 / c = \frac{\sum_i g_i u_i^2}{\sum_i g_i^2 u_i^2}
+
+    which is (nu - k - 4) / (nu - 2) for Gaussian features, and smaller where few samples shape the
+    covariance: units that fire rarely, a common brightness, heavy tails.
+
+    Args:
+        seen: by B systems.
+        effective: k_eff [B].
+        dof: nu.
+
+    Returns:
+        G [B, P, P]: J is G J G^T.
+    """
+    g, u = 1 / (1 - seen.leverage), seen.prediction
+    once, twice = _weighted_products(g * u, u), _weighted_products(g * u, g * u)
+    expected = (dof - 2) / (dof - effective - GAUSSIAN_SPARE).clamp_min(1)
+    return _root_of_ratio(once, twice) * expected.sqrt()[:, None, None]
+
+
+def _weighted_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Sums over samples of l r^T [B, P, P] float64, of l [P, m, B] or [P, m, 1] and r [P, m, B]."""
+    rows = [torch.stack([(a * b).sum(0, dtype=torch.float64) for b in right]) for a in left]
+    return torch.stack(rows).permute(2, 0, 1)
+
+
+def _root_of_ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """(A B^-1)^(1/2) [K, P, P] of positive matrices: G A G^T and G B G^T have G (A B^-1)^(1/2)
+    G^-1. One where there is nothing."""
+    if above.shape[-1] == 1:
+        return torch.where(below > 0, above / below, 1.0).sqrt()
+    scale = below.diagonal(dim1=1, dim2=2)
+    scale = torch.where(scale > 0, scale, 1.0).rsqrt()
+    units = scale[:, :, None] * scale[:, None, :]
+    above, below = above * units, below * units
+    values, vectors = torch.linalg.eigh(below)
+    # directions in which there is nothing stay as they are: parameters may be copies of each other
+    whitening = vectors * torch.where(values > NOTHING, values, torch.inf).rsqrt()[:, None, :]
+    ratios, turned = torch.linalg.eigh(whitening.mT @ above @ whitening)
+    turned = whitening @ turned
+    change = torch.where(ratios > 0, ratios, 1.0).sqrt() - 1
+    G = (below @ turned * change[:, None, :]) @ turned.mT
+    G = G + torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    return G * (scale[:, None, :] / scale[:, :, None])
+
+
+def left_out_score(
+    seen: Seen, naive: torch.Tensor, effective: torch.Tensor, V: torch.Tensor, dof: float
+) -> torch.Tensor:
+    r"""J [B, P, P] of a score whose residual may follow the leverage.
+
+    The prediction of sample i by a readout learned without it is s_hat_i - h_i g_i r_i, r = s -
+    s_hat, so
+
+    .. math:: J = J_\text{naive} - \frac{1}{n} \sum_i h_i g_i\, s_i r_i^T
+
+    The adjusted R^2 puts the mean k / (nu - k) in the place of h_i g_i, which holds for residuals
+    of equal size only. The kept samples correct it by what they see more than that. A sample that
+    makes more than half of a feature alone cannot be predicted without it: zero is predicted.
+
+    Args:
+        seen: by B systems, with the score.
+        naive: [B, P, P].
+        effective: k_eff [B].
+        V: [P, P] covariance of the score.
+        dof: nu.
+    """
+    assert seen.score is not None
+    h, u = seen.leverage, seen.prediction
+    s, mean = seen.score.T.to(u)[..., None], effective / (dof - effective)
+    removed = torch.where(h <= OWN_FEATURE, h / (1 - h) * (s - u), u)
+    found = _weighted_products(s, removed - mean.to(h) * (s - u)) / len(h)
+    return naive - (V - naive) * mean[:, None, None] - (found + found.mT) / 2
+
+
+def score_covariance(
+    whitened: torch.Tensor,
+    prediction: torch.Tensor,
+    score: torch.Tensor,
+    J: torch.Tensor,
+    naive: torch.Tensor,
+    dof: float,
+) -> torch.Tensor:
+    r"""Covariance [P, P, P, P] of the entries of J from a score.
+
+    To first order J is the mean of s s_hat^T + s_hat s^T - s_hat s_hat^T; what the noise of the
+    readout adds is that of `noise_covariance`.
+
+    Args:
+        whitened: t [m, k] of some samples.
+        prediction: s_hat [m, P] of these, in the sample.
+        score: s [m, P].
+        J, naive: [P, P] with and without correction.
+        dof: nu.
+    """
+    size = (J.diagonal() / naive.diagonal()).nan_to_num(0.0).clamp(0, 1).sqrt()
+    free = prediction * size  # of the readout's noise
+    change = score[:, :, None] * free[:, None, :]
+    change = change + change.mT - free[:, :, None] * free[:, None, :]
+    return covariance_of_entries(change) / dof + noise_covariance(whitened, score - prediction, dof)
+
+
+def score_corrections(
+    whitened: torch.Tensor, prediction: torch.Tensor, score: torch.Tensor, dof: float
+) -> torch.Tensor:
+    """Contribution [m, P, P] of each sample to the correction of `left_out_score`, all features."""
+    h = leverage(whitened.square().sum(1), dof)
+    more = h / (1 - h) - (h / (1 - h)).mean()
+    change = more[:, None, None] * score[:, :, None] * (score - prediction)[:, None, :]
+    return (change + change.mT) / 2
+
+
+def noise_covariance(whitened: torch.Tensor, rest: torch.Tensor, dof: float) -> torch.Tensor:
+    r"""Covariance [P, P, P, P] of J from features that are fitted to noise, of a score.
+
+    .. math:: J = \frac{1}{\nu^2} \sum_{i \ne j} t_i^T t_j \frac{g_i + g_j}{2}\, e_i e_j^T
+
+    Args:
+        whitened: t [m, k] of some samples.
+        rest: r [m, P] of the same samples, s - s_hat.
+        dof: nu.
+
+    Cost: m^2 (k + P^2) operations.
+    """
+    step = -(-len(rest) // MOST_PAIRED)
+    whitened, rest = whitened[::step], rest[::step]
+    g = 1 / (1 - leverage(whitened.square().sum(1), dof))
+    m, P = rest.shape
+    kernel = (whitened @ whitened.T) * (g[:, None] + g) / (2 * dof)
+    kernel = kernel.square()
+    kernel.fill_diagonal_(0.0)
+    squares = (rest[:, :, None] * rest[:, None, :] * g[:, None, None]).flatten(1)
+    crossed = (squares.T @ kernel @ squares).reshape(P, P, P, P) / (m * (m - 1))
+    return (crossed.permute(0, 2, 1, 3) + crossed.permute(0, 2, 3, 1)).double()
+
+
+def excess_covariance(
+    u: torch.Tensor, moved: torch.Tensor | None, J: torch.Tensor, spare: float
+) -> torch.Tensor:
+    r"""Contribution of the features' fourth moment to the covariance [P, P, P, P] of the entries of
+    J, beyond that of Gaussian features: negative for light tails. One standard error of its own is
+    added, because most data sets hold less of heavy tails than their share.
+
+    Args:
+        u: [m, P] numbers W^T f of samples, weighted by the root of g.
+        moved: [m, P, P] their tangents, the parameter first, whose noise is not independent of
+            that of the covariance; None for none.
+        J: [P, P].
+        spare: degrees of freedom that remain, nu - k_eff - 3.
+    """
+    seen = u.square().mean(0)
+    size = torch.where(
+        seen > 0, J.diagonal().clamp_min(0) / seen, 0.0
+    ).sqrt()  # of W, without noise
+    u = u * size
+    change = u[:, :, None] * u[:, None, :]
+    mean = change.mean(0)
+    fourth = covariance_of_entries(change)
+    excess = (1 + _own_error(change - mean, mean)) * fourth - pair_product(mean, mean)
+    if moved is not None:
+        both = moved * size
+        both = both + both.mT
+        crossed = torch.einsum("mpq,mrs->pqrs", both - both.mean(0), change - mean) / len(u)
+        excess = excess - crossed - crossed.permute(2, 3, 0, 1)
+    return excess / spare
+
+
+def _own_error(changes: torch.Tensor, mean: torch.Tensor) -> float:
+    """Relative error of the mean square of changes [m, P, P]: large where one sample makes it.
+
+    Args:
+        changes: about their mean.
+        mean: [P, P], whose diagonal says in which unit each parameter is."""
+    size = mean.diagonal()
+    unit = torch.where(size > 0, size, torch.inf).rsqrt()
+    squares = (changes * torch.outer(unit, unit)).square().sum((1, 2))
+    total = squares.sum()
+    return float(((squares - squares.mean()).square().sum().sqrt() / total).nan_to_num(0.0))

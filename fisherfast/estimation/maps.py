@@ -1,0 +1,398 @@
+r"""Where on a feature map the information sits: the linear Fisher information of the C channels at
+each position.
+
+Each position (h, w) of a layer [C, H, W] is a small measurement of its own: within-fold covariance
+S_hw [C, C], derivative D_hw [C, P], and the same corrections as for a whole layer (docs/theory.md,
+4 to 6). All H W systems are solved in one batched call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fisherfast import ops
+from fisherfast.data.dealing import Place
+from fisherfast.data.reservoir import KeptSamples
+from fisherfast.estimation.curve import SPARE_DOF
+from fisherfast.estimation.derivatives import (
+    DerivativeMoments,
+    FoldScore,
+    ScoreMoments,
+    TangentMoments,
+)
+from fisherfast.estimation.features import Lift
+from fisherfast.estimation.fold_moments import (
+    SampleFeatures,
+    add_pair_products_,
+    lower_triangles,
+    pair_inflation,
+)
+from fisherfast.estimation.leverage import Seen, inverse_excess, left_out_score, leverage
+from fisherfast.estimation.pilot import Standardisation
+from fisherfast.estimation.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
+from fisherfast.estimation.score import score_estimate
+from fisherfast.estimation.variance import covariance_variance, independent_variance
+
+__all__ = ["MapMoments", "estimate_map"]
+
+KEPT_SAMPLES = 256
+"""Samples over all conditions that are kept for their leverages."""
+
+
+class MapMoments:
+    """Streaming moments of the C channels at each position, by condition and fold.
+
+    Args:
+        standardisation: of the C H W activations; its mean is subtracted from them.
+        shape: (C, H, W).
+        conditions: number of conditions.
+        folds: F.
+        paired: the conditions share their noise.
+        tangents: P, where each sample comes with its tangents; 0 for none.
+        score: P, where each sample comes with its score; 0 for none.
+        groups: int64 [F] in each fold, as in `FoldMoments`; None for independent samples.
+
+    Products are of float64, see `FeatureDictionary`.
+
+    Memory: 8 H W C (C + conditions F) bytes, and 8 H W C P F for tangents or score.
+    """
+
+    def __init__(
+        self,
+        standardisation: Standardisation,
+        shape: tuple[int, ...],
+        conditions: int,
+        *,
+        folds: int,
+        paired: bool,
+        tangents: int = 0,
+        score: int = 0,
+        groups: torch.Tensor | None = None,
+    ) -> None:
+        self.folds = folds
+        self.paired = paired
+        self.groups = groups
+        self.seen = [0] * conditions
+        pilot = standardisation.mean.reshape(shape)
+        self._pilot = pilot
+        self._rounding, self._noise = standardisation.rounding, standardisation.noise
+        self._held: list[torch.Tensor] = []
+        self._kept = KeptSamples(conditions, KEPT_SAMPLES // conditions, block=folds)
+        self._forgotten = False
+        self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
+        channels, height, width = pilot.shape
+        self._sums = _zeros(pilot, conditions, folds, channels, height, width)
+        self._cross = _zeros(pilot, height, width, channels, channels)
+        self._products = _zeros(pilot, conditions, conditions, channels, height, width)
+        self._carried: DerivativeMoments | None = None
+        if tangents:
+            self._carried = TangentMoments(
+                tangents, pilot.numel(), folds=folds, device=pilot.device
+            )
+        elif score:
+            self._carried = ScoreMoments(score, pilot.numel(), folds=folds, device=pilot.device)
+
+    def update(
+        self,
+        condition: int,
+        activations: torch.Tensor,
+        carried: torch.Tensor | None = None,
+        place: Place | None = None,
+    ) -> None:
+        """Add activations [n, C, H, W] of a condition.
+
+        Args:
+            carried: their tangents [P, n, C, H, W] (None for zero), or the score [n, P].
+            place: folds of the rows, as in `FoldMoments.update`.
+        """
+        x = activations.double()
+        if carried is not None and carried.ndim > 2:
+            carried = carried.flatten(2)
+        if place is None:
+            place, order = Place.in_turn(self.seen[condition], len(x), self.folds)
+            x = x[order]
+            carried = None if carried is None else carried[..., order, :]
+        if self._carried is not None:
+            raw = (x - self._pilot).flatten(1)
+            self._carried.update(raw, carried, Lift.none(raw), place)
+        score = None if carried is None or carried.ndim > 2 else carried
+        self._kept.add(condition, place, (x - self._pilot).flatten(1), score)
+        self._cross += ops.spatial_moments(x, pilot=self._pilot)[1]
+        for fold, rows in place.within(0, len(x)):
+            self._sums[condition, fold] += (x[rows] - self._pilot).sum(0, dtype=torch.float64)
+        self._count(condition, len(x), place.counts)
+        if self.paired:
+            self._held.append(x - self._pilot)
+            if len(self._held) == len(self.seen):
+                add_pair_products_(self._products, self._held)
+                self._held = []
+
+    def skip(
+        self,
+        condition: int,
+        samples: int,
+        counts: torch.Tensor | None = None,
+        *,
+        numbered: bool = True,
+    ) -> None:
+        """Count samples whose sums come from elsewhere, see `FoldMoments.skip` and
+        `HeldSamples.skip`."""
+        self._kept.skip(condition, samples)
+        self._forgotten |= not numbered
+        self._count(condition, samples, counts)
+
+    def _count(self, condition: int, samples: int, counts: torch.Tensor | None = None) -> None:
+        if counts is None:
+            counts = Place.in_turn(self.seen[condition], samples, self.folds)[0].counts
+        self._counts[condition] += counts
+        self.seen[condition] += samples
+
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Views of all that adds up over processes, see `FoldMoments.shared_sums`; `mirror_`
+        follows."""
+        parts = [self._sums, *lower_triangles(self._cross)]
+        parts += [self._products] if self.paired else []
+        if not self._forgotten:
+            like = [self._sums.new_empty(0, self._pilot.numel(), dtype=torch.float32)]
+            if isinstance(self._carried, ScoreMoments):
+                like.append(like[0].new_empty(0, self._carried.score_sums.shape[1]))
+            parts += self._kept.dense(like)
+        return parts + ([] if self._carried is None else self._carried.shared_sums())
+
+    def mirror_(self) -> None:
+        """Make the upper triangles of the cross products those of the lower ones."""
+        channels = self._cross.shape[-1]
+        upper = torch.ones(channels, channels, dtype=torch.bool, device=self._cross.device).triu(1)
+        for row in self._cross:
+            row.copy_(torch.where(upper, row.mT, row))
+
+    def covariance(self) -> tuple[torch.Tensor, int]:
+        """Within-fold covariance S [H, W, C, C] and its degrees of freedom."""
+        weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
+        means = (self._sums / weight.sqrt()).flatten(0, 1).permute(2, 3, 1, 0)
+        samples, dof = int(self._counts.sum()), int(self._counts.sum()) - self._counts.numel()
+        scatter = self._cross - means @ means.mT
+        if self.groups is None:
+            return scatter / dof, dof
+        groups = int(self.groups.sum())
+        own = groups - self.folds
+        if not isinstance(self._carried, ScoreMoments):
+            return scatter / (samples * own / groups), own
+        return scatter / dof, own
+
+    def derivatives(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """D [H, W, C, P] of all samples, and of each fold alone [H, W, C, F, P]."""
+        if self._carried is not None:
+            counts = self._counts[0].to(self._sums.device, torch.float64)
+            whole, folds = self._carried.derivatives(slice(None), counts, self._sums[0].flatten(1))
+            shape = self._pilot.shape
+            return (
+                whole.unflatten(0, shape).permute(1, 2, 0, 3),
+                folds.unflatten(1, shape).permute(2, 3, 1, 0, 4),
+            )
+        weight = self._counts.to(self._sums.device, torch.float64)
+        fold_means = self._sums / weight[..., None, None, None]
+        means = self._sums.sum(1) / weight.sum(1)[..., None, None, None]
+        return (
+            torch.einsum("achw,ap->hwcp", means, contrast),
+            torch.einsum("afchw,ap->hwcfp", fold_means, contrast),
+        )
+
+    def samples(self) -> SampleFeatures | None:
+        """Some of the samples [m, C H W] about the means of their folds; None where none are
+        kept."""
+        if self._forgotten:
+            return None
+        parts, scores = [], []
+        for condition, (_, fold, x, *score) in enumerate(self._kept.kept()):
+            fold = fold.to(x.device)
+            counts = self._counts[condition].to(x.device, torch.float64)[fold, None]
+            scale = (counts / (counts - 1).clamp_min(1)).sqrt()
+            means = self._sums[condition].flatten(1)[fold] / counts
+            parts.append((x.double() - means) * scale)
+            if score and isinstance(self._carried, ScoreMoments):
+                means = self._carried.score_sums[fold] / counts
+                scores.append((score[0].double() - means) * scale)
+        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
+
+    def score(self) -> FoldScore | None:
+        """Covariance of the score; None for the other sources."""
+        counts = self._counts[0].to(self._sums.device, torch.float64)
+        return None if self._carried is None else self._carried.score(slice(None), counts)
+
+    @property
+    def carries(self) -> bool:
+        """Whether the derivative comes from what the samples carry."""
+        return self._carried is not None
+
+    def noise(self, contrast: torch.Tensor) -> torch.Tensor:
+        """c [P, P]: Cov(D) = c S for independent conditions."""
+        per_condition = self._counts.sum(1).to(contrast)
+        return contrast.T @ (contrast / per_condition[:, None])
+
+    def alive(self, covariance: torch.Tensor) -> torch.Tensor:
+        """Channels [H, W, C] that vary by more than the rounding of their mean."""
+        rounding = self._rounding * self._mean()
+        return covariance.diagonal(dim1=-2, dim2=-1) > rounding.square()
+
+    def ridge(self, setting: RidgeSetting, variance: torch.Tensor) -> torch.Tensor:
+        """The ridge [H, W, C], relative to the variances [H, W, C]."""
+        if setting != AUTO:
+            return torch.full_like(variance, setting)
+        return raw_ridge(variance, self._noise**2 * (self._mean().square() + variance))
+
+    def _mean(self) -> torch.Tensor:
+        """Mean activations [H, W, C]."""
+        return (self._sums.sum((0, 1)) / self._counts.sum() + self._pilot).permute(1, 2, 0)
+
+    def pair_inflation(self, covariance: torch.Tensor, alive: torch.Tensor) -> float:
+        """1 + sum over pairs of rho^2, as for a whole layer: how much correlated conditions
+        over-count their samples."""
+        if not self.paired or self.groups is not None or not bool(alive.any()):
+            return 1.0
+        weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
+        means = self._sums / weight
+        n = weight[0].sum()
+        between = torch.einsum("afchw,bfchw->abchw", means * weight, means)
+        shared = ((self._products - between) / n).permute(0, 1, 3, 4, 2)
+        variance = covariance.diagonal(dim1=-2, dim2=-1) * (1 - self.folds / n)
+        return pair_inflation(shared[..., alive] / variance[alive])
+
+
+def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=like.device)
+
+
+def estimate_map(
+    name: str, moments: MapMoments, contrast: torch.Tensor, ridge: RidgeSetting
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""J [H, W, P, P] and its standard errors at each position, in 1/theta^2.
+
+    .. math::
+        \text{independent:}\quad J = h \, J_\text{naive} - k_\text{eff} \, c \qquad
+        \text{paired, pathwise:}\quad J = h \, \frac{\sum_{f \ne g} y_f y_g^T}{F (F - 1)} \qquad
+        \text{score:}\quad J = V - (V - J_\text{naive}) \, \nu / (\nu - k_\text{eff})
+
+    with k_eff of the C channels that vary at the position.
+
+    Raises:
+        ValueError: too few samples were seen for C channels.
+    """
+    covariance, dof = moments.covariance()
+    contrast = contrast.to(covariance.device)
+    alive = moments.alive(covariance)
+    nu = dof / moments.pair_inflation(covariance, alive)
+    channels = int(alive.sum(-1).max())
+    if nu < channels + SPARE_DOF:
+        raise ValueError(
+            f"layer {name!r} must have more degrees of freedom than {channels + SPARE_DOF} for the"
+            f" map of its {channels} channels, got {nu:.0f}: use more samples or maps=False"
+        )
+    derivative, fold_derivatives = moments.derivatives(contrast)
+    ridges = moments.ridge(ridge, covariance.diagonal(dim1=-2, dim2=-1))
+    columns = torch.cat([derivative, fold_derivatives.flatten(-2)], -1)
+    solved, effective, known = _solve(covariance, alive, columns, ridges, rounding=ridge == AUTO)
+    parameters, folds = derivative.shape[-1], moments.folds
+    shrink = ((nu - effective - 1) / nu)[:, None, None]
+    half = solved[..., :parameters]
+    noise = moments.noise(contrast)
+    fold_half = solved[..., parameters:].unflatten(-1, (folds, parameters))
+    score, samples = moments.score(), moments.samples()
+    seen = None
+    if samples is not None:
+        seen = _seen(samples, covariance, ridges, known, half, nu)
+    if score is not None:
+        products = torch.einsum("bcp,bcfq->bfpq", half, fold_half)
+        estimate = score_estimate(half.mT @ half, effective, products, score, nu)
+        J, variance = estimate.J, estimate.variance
+        if seen is not None:
+            J = left_out_score(seen, half.mT @ half, effective, score.covariance, nu)
+    else:
+        J, left_out = _fold_statistic(fold_half, shrink)
+        paired = moments.paired or moments.carries or moments.groups is not None
+        if not paired:
+            J = shrink * (half.mT @ half) - effective[:, None, None] * noise
+        before = J
+        if seen is not None:
+            more = inverse_excess(seen, effective, nu)
+            J, left_out = more @ J @ more.mT, more[:, None] @ left_out @ more.mT[:, None]
+        if paired:
+            jackknife = left_out.var(1, correction=0) * (folds - 1)
+            variance = jackknife + covariance_variance(J, nu, effective)
+        else:
+            variance = independent_variance(J, nu, noise, effective)
+        variance = variance + ((J - before) / 2).square()
+    nothing = (alive.sum(-1) == 0).flatten()[:, None, None]
+    J = torch.where(nothing, 0.0, (J + J.mT) / 2)
+    stderr = torch.where(nothing, 0.0, (variance + variance.mT).div(2).sqrt())
+    height, width = alive.shape[:2]
+    J, stderr = (t.unflatten(0, (height, width)).detach().cpu() for t in (J, stderr))
+    return J, stderr
+
+
+def _solve(
+    covariance: torch.Tensor,
+    alive: torch.Tensor,
+    columns: torch.Tensor,
+    ridge: torch.Tensor,
+    *,
+    rounding: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """L^-1 of all columns [H W, C, (1 + F) P], k_eff [H W], and which channels count [H W, C].
+
+    Channels that do not vary become features of unit variance without derivative or covariance:
+    they add nothing to J, and are not counted. The part of a feature that is ridge is counted with
+    the largest ridge of its position: it is 0 but for channels that are linear in others, which are
+    left out where the ridge is their rounding.
+    """
+    both = alive[..., None] & alive[..., None, :]
+    covariance = torch.where(both, covariance, 0.0)
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    variance.copy_(torch.where(alive, variance * (1 + ridge), 1.0))
+    largest = torch.where(alive, ridge, 0.0).amax(-1).flatten()
+    columns = torch.where(alive[..., None], columns, 0.0)
+    solved = ops.fisher_solve_details(
+        covariance.flatten(0, 1), columns.flatten(0, 1), inverse_rows=True
+    )
+    counted = alive.flatten(0, 1)
+    ridge_share = (largest[:, None] * solved.inverse_rows).clamp(0, 1)
+    known = counted & (ridge_share <= MOSTLY_RIDGE) if rounding else counted
+    half = torch.where(known[..., None], solved.half, 0.0)
+    return half, torch.where(known, 1 - ridge_share, 0.0).sum(-1), known
+
+
+def _seen(
+    samples: SampleFeatures,
+    covariance: torch.Tensor,
+    ridge: torch.Tensor,
+    known: torch.Tensor,
+    half: torch.Tensor,
+    dof: float,
+) -> Seen:
+    """Some samples as the positions see them; those whose covariance is singular see nothing."""
+    height, width, channels, _ = covariance.shape
+    both = (known[:, :, None] & known[:, None, :]).reshape(covariance.shape)
+    R = torch.where(both, covariance, 0.0)
+    variance = R.diagonal(dim1=-2, dim2=-1)
+    live = known.reshape(variance.shape)
+    variance.copy_(torch.where(live, variance * (1 + ridge), 1.0))
+    factor, failed = torch.linalg.cholesky_ex(R.flatten(0, 1))
+    x = samples.features.reshape(-1, channels, height * width).permute(2, 1, 0)
+    x = torch.where(known[..., None] & (failed == 0)[:, None, None], x, 0.0)
+    whitened = torch.linalg.solve_triangular(factor, x, upper=False).nan_to_num()
+    prediction = torch.einsum("bcm,bcp->pmb", whitened, half)
+    return Seen(leverage(whitened.square().sum(1).T, dof), prediction, samples.score)
+
+
+def _fold_statistic(
+    fold_half: torch.Tensor, shrink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """U-statistic over pairs of different folds [H W, P, P], and the same without each fold
+    [H W, F, P, P], of y_f [H W, C, F, P]."""
+    folds = fold_half.shape[2]
+    total = fold_half.sum(2)
+    own = torch.einsum("bcfp,bcfq->bfpq", fold_half, fold_half)
+    value = shrink * (total.mT @ total - own.sum(1)) / (folds * (folds - 1))
+    rest = total[:, :, None, :] - fold_half
+    pairs = torch.einsum("bcfp,bcfq->bfpq", rest, rest) - (own.sum(1, keepdim=True) - own)
+    return value, shrink[:, None] * pairs / ((folds - 1) * (folds - 2))

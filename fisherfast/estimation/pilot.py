@@ -1,0 +1,171 @@
+"""First look at a layer: scale, offset and rounding of its activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fisherfast.estimation.dither import StepMeter
+from fisherfast.estimation.ridge import (
+    ROUNDING,
+    relative_rounding,
+)
+
+__all__ = ["PilotMoments", "Standardisation"]
+
+PILOT_ROWS = 2
+"""Samples per activation that tell the condition of a covariance: twice too large from so few."""
+
+PILOT_WIDTH = 256
+"""Widest layer whose condition the pilot tells; wider ones are summed in float64."""
+
+FLOAT32_INVERSE = 1e4
+"""Largest trace of the inverse correlation matrix whose products may be float32: these are off by
+3e-8 of it, which then changes J by less than 1e-3 in its worst direction."""
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """Pilot mean and scale of the activations of one layer: z = (a - mean) * scale.
+
+    Only conditioning depends on the pilot, not the result: features are rescaled by their final
+    variance, and an activation that was silent in the pilot but fires later still counts.
+
+    Attributes:
+        mean: [d] float64.
+        scale: [d] float64, 1 / standard deviation; the layer's median scale where the pilot saw no
+            variation.
+        alive: [d] bool, activations that varied in the pilot; only these enter the lift.
+        rounding: relative spread that the precision of the activations does not resolve.
+        noise: spread relative to its size that rounding may add to an activation: `rounding`, or
+            one unit in the last place of a half type.
+        exact: products of the activations must be of float64.
+        steps: [d] float64 between values that are tied, 0 where none are; None for none.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+    alive: torch.Tensor
+    rounding: float
+    noise: float
+    exact: bool = True
+    steps: torch.Tensor | None = None
+
+
+class PilotMoments:
+    """Mean and variance of the first samples of a layer, in float64, a batch at a time (Chan's
+    update).
+
+    Args:
+        units: in the last place, that the rounding of an activation may be.
+        ties: finds steps, where the samples carry tangents.
+    """
+
+    def __init__(self, units: int = ROUNDING, ties: StepMeter | None = None) -> None:
+        self._units = units
+        self._ties = ties
+        self._steps: torch.Tensor | None = None
+        self._count = 0
+        self._mean: torch.Tensor | None = None
+        self._square = torch.zeros(())
+        self._rounding = 0.0
+        self._noise = 0.0
+        self._rows: list[torch.Tensor] = []
+        self._told: list[bool | None] = []
+
+    def update(self, activations: torch.Tensor, moving: torch.Tensor | None = None) -> None:
+        """Add activations [n, d]; moving bool [n, d]: those with a derivative, if that is known."""
+        if self._ties is not None:
+            self._ties.update(activations, moving)
+        pilot = activations.double()
+        precision = torch.float64 if activations.dtype == torch.float64 else torch.float32
+        self._rounding = max(self._rounding, ROUNDING * torch.finfo(precision).eps)
+        self._noise = max(self._noise, relative_rounding(activations.dtype, self._units))
+        mean = pilot.mean(0)
+        self._add(len(pilot), mean, (pilot - mean).square().sum(0))
+        missing = PILOT_ROWS * pilot.shape[1] - sum(map(len, self._rows))
+        if pilot.shape[1] <= PILOT_WIDTH and missing > 0 and precision == torch.float32:
+            self._rows.append(activations[:missing].clone())
+
+    def _add(self, n: int, mean: torch.Tensor, square: torch.Tensor) -> None:
+        if self._mean is None:
+            self._count, self._mean, self._square = n, mean, square
+            return
+        total = self._count + n
+        delta = mean - self._mean
+        self._square = self._square + square + delta.square() * (self._count * n / total)
+        self._mean = self._mean + delta * (n / total)
+        self._count = total
+
+    @property
+    def count(self) -> int:
+        """Samples that were added."""
+        return self._count
+
+    @property
+    def rounding(self) -> float:
+        """Relative spread that the precision of what was added does not resolve."""
+        return self._rounding
+
+    def parts(self) -> torch.Tensor:
+        """Mean, sum of squared deviations and steps [3, d] of what was added."""
+        if self._mean is None:
+            raise ValueError("pilot must hold at least one batch, got none")
+        steps = self._found_steps()
+        steps = torch.zeros_like(self._mean) if steps is None else steps
+        return torch.stack([self._mean, self._square, steps])
+
+    def _found_steps(self) -> torch.Tensor | None:
+        """[d] float64 between values that are tied, 0 where none are; None where none were
+        sought."""
+        return self._steps if self._ties is None else self._ties.steps()
+
+    @property
+    def noise(self) -> float:
+        """Spread relative to its size that rounding may add to an activation."""
+        return self._noise
+
+    def merge(
+        self,
+        count: int,
+        parts: torch.Tensor,
+        rounding: float,
+        noise: float,
+        ill_conditioned: bool | None,
+    ) -> None:
+        """Add other samples, of which only number, `parts` and the rest are known."""
+        self._told.append(ill_conditioned)
+        self._rounding = max(self._rounding, rounding)
+        self._noise = max(self._noise, noise)
+        self._add(count, parts[0], parts[1])
+        self._steps = parts[2] if self._steps is None else self._steps.maximum(parts[2])
+
+    def standardisation(self) -> Standardisation:
+        """Mean and scale of what was added."""
+        if self._mean is None:
+            raise ValueError("pilot must hold at least one batch, got none")
+        std = (self._square / self._count).sqrt()
+        alive = std > self._rounding * self._mean.abs()
+        typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
+        scale = torch.where(alive, std, typical).reciprocal()
+        told = self._told or [self.ill_conditioned()]
+        exact = any(told) or all(one is None for one in told)
+        return Standardisation(
+            self._mean, scale, alive, self._rounding, self._noise, exact, self._found_steps()
+        )
+
+    def ill_conditioned(self) -> bool | None:
+        """Whether float32 products do not carry the covariance; None for too few samples."""
+        rows = sum(map(len, self._rows))
+        if self._mean is None or not 0 < rows >= PILOT_ROWS * len(self._mean):
+            return None
+        z = torch.cat(self._rows).double()
+        z = z - z.mean(0)
+        size = z.square().mean(0).sqrt()
+        alive = size > self._rounding * self._mean.abs()
+        z = z[:, alive] / size[alive]
+        correlation = z.T @ z / len(z)
+        correlation.diagonal().add_(0.01 / FLOAT32_INVERSE)  # positive definite, and far above
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
+        return float(inverse.diagonal().sum()) > FLOAT32_INVERSE

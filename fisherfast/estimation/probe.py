@@ -1,0 +1,431 @@
+r"""A small network that predicts the score from the activations of a layer, where a random lift is
+too weak: its outputs are features that other samples are measured in.
+
+Among all functions f of the activations the score s has the largest linear Fisher information, and
+
+.. math:: E|f|^2 - 2\, \mathrm{tr}\, \partial_\theta E[f] = E|f - s|^2 - \mathrm{tr}\, I
+
+is smallest for f = s. The derivative of a mean is known from every source, the score is not: so
+the left side is minimised. For samples with a score it is a regression on it; for C conditions of
+contrast w it is one on the targets C w, whose mean at equal activations is the score; for tangents
+each sample stands for a pair of conditions, half a step to either side of it. See
+docs/training.md, "A network as probe", for what each choice below gains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from fisherfast import ops
+from fisherfast.estimation.features import FeatureDictionary, Lift
+from fisherfast.estimation.ridge import AUTO, LIFT_RIDGE, RidgeSetting
+
+__all__ = ["Probe", "ProbedDictionary", "Regression", "Trained", "train_probe"]
+
+WIDTH = 128
+"""Units of each hidden layer."""
+
+BLOCKS = 3
+"""Hidden layers behind the first, each added to what it reads."""
+
+STEPS = 4000
+"""Most optimisation steps: what a probe costs, whatever the number of samples."""
+
+LEAST_STEPS = 300
+"""Steps for the fewest samples."""
+
+EPOCHS = 20
+"""Passes over the kept samples between these two."""
+
+BATCH_ROWS = 512
+"""Samples of a step; fewer where each stands for more than two points."""
+
+BATCH_POINTS = 1024
+"""Activations that a step evaluates, over all conditions."""
+
+LEARNING_RATE = 6e-3
+"""For a regression on a known score, at its peak after a warm-up; it then falls to zero as a
+cosine."""
+
+CAREFUL_RATE = 3e-3
+"""The same, where the score is not known."""
+
+WARM_UP = 0.05
+"""Part of the steps in which the learning rate rises."""
+
+LARGEST_GRADIENT = 1.0
+"""Norm beyond which a gradient is shortened."""
+
+NOISE = 0.05
+"""Standard deviation of the noise added to whitened activations, the same for a pair, where the
+score is not known: differences reward a network that is steep at the samples, flat between them."""
+
+DECAY = 1.0
+"""Weight decay, for the same reason."""
+
+DECAY_SAMPLES = 50_000
+"""Beyond so many samples it falls as one over their number."""
+
+VALIDATION = 8
+"""Every eighth kept sample is not trained on: these tell the best step."""
+
+EVALUATIONS = 20
+"""How often they are asked."""
+
+PATIENCE = 9
+"""Evaluations without improvement after which training ends."""
+
+LEAST_GAIN = 1e-3
+"""What counts as an improvement, relative to the loss."""
+
+PAIR_STEP = 0.4
+"""Separation of the pair that a sample with tangents stands for, in units of 1 / sqrt(J)."""
+
+WHITENING_RIDGE = 1e-3
+"""Least ridge of the whitened activations; more where samples are few."""
+
+LIMIT = 10.0
+"""Standard deviations at which activations are cut for a probe: one far outlier would rule the
+gradients. What lies beyond is still among the other features."""
+
+TILE_ROWS = 4096
+"""Samples that exist as hidden activations at the same time when nothing is learned: 2 MB a
+layer."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A network of `BLOCKS` residual layers with GELU, beside a linear readout.
+
+    Attributes:
+        enter: weight [w, d] and bias [w] of the first layer.
+        blocks: weights [w, w] and biases [w] of the residual ones.
+        leave: weight [P, w] and bias [P] of the last.
+        skip: [P, d] readout of the raw features themselves.
+    """
+
+    enter: tuple[torch.Tensor, torch.Tensor]
+    blocks: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    leave: tuple[torch.Tensor, torch.Tensor]
+    skip: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.skip)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """All tensors, the weights of layers first."""
+        layers = (self.enter, *self.blocks, self.leave)
+        return [w for w, _ in layers] + [b for _, b in layers] + [self.skip]
+
+    def to(self, dtype: torch.dtype) -> Probe:
+        """The same network in another precision."""
+        return self.like([parameter.to(dtype) for parameter in self.parameters()])
+
+    def like(self, parameters: list[torch.Tensor]) -> Probe:
+        """The same network with other `parameters`."""
+        layers = list(zip(parameters, parameters[BLOCKS + 2 : -1], strict=False))
+        return Probe(layers[0], tuple(layers[1:-1]), layers[-1], parameters[-1])
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        """Outputs [n, P] of raw features [n, d], about as large as the score over its spread."""
+        return torch.cat([self.read(part.clamp(-LIMIT, LIMIT)) for part in z.split(TILE_ROWS)])
+
+    def read(self, z: torch.Tensor) -> torch.Tensor:
+        """Outputs [..., P] of features [..., d] that are in range."""
+        hidden = functional.gelu(functional.linear(z, *self.enter))
+        for block in self.blocks:
+            hidden = hidden + functional.gelu(functional.linear(hidden, *block))
+        return functional.linear(hidden, *self.leave) + z @ self.skip.T
+
+    def tangents(self, z: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+        """Tangents [Q, n, P] of the outputs, of tangents [Q, n, d] of raw features z [n, d]."""
+        rows = max(TILE_ROWS // (1 + len(tangents)), 1)
+        parts = zip(z.split(rows), tangents.split(rows, 1), strict=True)
+        return torch.cat([self._moved(part, moved) for part, moved in parts], 1)
+
+    def _moved(self, z: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+        moved = tangents * (z.abs() <= LIMIT)
+        read = torch.cat([z.clamp(-LIMIT, LIMIT)[None], moved])
+        hidden = _dual_layer(read, *self.enter)
+        for block in self.blocks:
+            hidden = hidden + _dual_layer(hidden, *block)
+        return hidden[1:] @ self.leave[0].T + moved @ self.skip.T
+
+
+def _dual_layer(stack: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """GELU of a linear layer, of a primal and its tangents [1 + Q, n, w]."""
+    stack = stack @ weight.T
+    stack[0] += bias
+    return ops.dual_activation(stack, "gelu")
+
+
+class ProbedDictionary(FeatureDictionary):
+    """The features of another dictionary with those of a probe between raw and lifted ones.
+
+    Args:
+        base: raw and lifted features.
+        probe: reads the raw ones.
+        lifted: number of lifted features.
+    """
+
+    def __init__(self, base: FeatureDictionary, probe: Probe, lifted: int) -> None:
+        lift, outputs = base.lift.leading(lifted), len(probe)
+        self.base, self.probe = base, probe.to(base.dtype)
+        self.dtype, self.kind = base.dtype, "probe"
+        self.linear, self.raw = base.raw, base.raw + outputs
+        self.size = self.raw + len(lift)
+        padded = functional.pad(lift.weight, (0, outputs))
+        self.lift = Lift(padded, lift.bias, lift.pilot, lift.slope)
+        rounding = base.rounding_variance
+        self.rounding_variance = torch.cat(
+            [rounding[: base.raw], rounding.new_zeros(self.size - base.raw)]
+        )
+
+    def raw_features(self, activations: torch.Tensor) -> torch.Tensor:
+        """The features [n, raw] that are not lifted: linear ones, and the outputs of the probe."""
+        z = self.base.raw_features(activations)
+        return torch.cat([z, self.probe(z.to(self.dtype)).to(z)], 1)
+
+    def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
+        """The ridge [k], as of the base; outputs of the probe have that of lifted features."""
+        if setting != AUTO:
+            return torch.full_like(variances, setting)
+        ridge = torch.full_like(variances, LIFT_RIDGE)
+        ridge[: self.linear] = self.base.ridge(setting, variances[: self.linear])
+        return ridge
+
+    def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
+        """Their tangents [P, n, raw]; `raw` is what `raw_features` returned."""
+        if raw is None:
+            raise ValueError("raw must be given: the tangents of a network depend on its input")
+        dz = self.base.raw_tangents(tangents)
+        z = raw[:, : self.linear].to(self.dtype)
+        return torch.cat([dz, self.probe.tangents(z, dz)], 2)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """What a probe learns from: samples, each of them some points with a target.
+
+    Attributes:
+        z: [n, C, d] raw features under each condition.
+        targets: [n or 1, C, P] what the outputs are fitted to, per unit of theta.
+        tangents: [n, P, d] of the raw features (C = 1); then `targets` are not used.
+    """
+
+    z: torch.Tensor
+    targets: torch.Tensor
+    tangents: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    @property
+    def exact(self) -> bool:
+        """The targets are the score: no derivative of the network is rewarded."""
+        return len(self.targets) > 1
+
+    def points(self) -> int:
+        """Activations that one sample stands for."""
+        return self.z.shape[1] if self.tangents is None else 2 * self.tangents.shape[1]
+
+    def batch(
+        self, rows: torch.Tensor | slice, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Points [m, C, d] and targets [m or 1, C, P] of some samples.
+
+        Args:
+            rows: which of them.
+            scale: [P] what the outputs are in units of, about sqrt(J).
+        """
+        if self.tangents is None:
+            targets = self.targets[rows] if self.exact else self.targets
+            return self.z[rows], targets / scale
+        half = self.tangents[rows] * (PAIR_STEP / 2 / scale)[:, None]
+        points = torch.cat([self.z[rows] - half, self.z[rows] + half], 1)
+        weight = torch.eye(len(scale)).to(scale) * (2 * len(scale) / PAIR_STEP)
+        return points, torch.cat([-weight, weight])[None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of the training.
+
+    Attributes:
+        probe: None where nothing was learned that helps samples which were not trained on.
+        steps: taken.
+        rows: samples per condition trained on.
+        diverged: the loss was not finite.
+    """
+
+    probe: Probe | None
+    steps: int
+    rows: int
+    diverged: bool = False
+
+
+def train_probe(
+    regression: Regression,
+    covariance: torch.Tensor,
+    readout: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    dof: float,
+    seed: int,
+) -> Trained:
+    """Train a probe on some samples; every eighth of them tells which step was best.
+
+    Args:
+        regression: the samples.
+        covariance: [d, d] of the raw features; zero for those that are not to be read.
+        readout: [d, P] linear prediction of the score that training starts from.
+        scale: [P] standard deviation of the score, roughly.
+        dof: degrees of freedom of the covariance.
+        seed: of weights, order and noise. The global random state is left alone.
+
+    Cost: up to `STEPS` steps of `BATCH_POINTS` points, 6 w (d + 3 w) operations a point.
+    """
+    with torch.enable_grad(), _no_autocast(regression.z.device):
+        whitening = _whitening(covariance, max(WHITENING_RIDGE, len(covariance) / dof))
+        mean = regression.z.clamp(-LIMIT, LIMIT).mean((0, 1)).double()
+        return _Training(regression, whitening, mean, readout, scale, seed).run()
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
+
+
+def _whitening(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
+    """M [d, m] with Cov(M^T z) = 1, but for the ridge; m features have a variance."""
+    variance = covariance.diagonal()
+    alive = (variance > 0).nonzero()[:, 0]
+    scale = variance[alive].rsqrt()
+    correlation = scale[:, None] * covariance[alive][:, alive] * scale
+    eye = torch.eye(len(alive), dtype=covariance.dtype, device=covariance.device)
+    factor = torch.linalg.cholesky((correlation + ridge * eye) / (1 + ridge))
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    whitening = covariance.new_zeros(len(covariance), len(alive))
+    whitening[alive] = scale[:, None] * inverse.T
+    return whitening
+
+
+class _Training:
+    """One training: the network in whitened coordinates, its samples, its random numbers."""
+
+    def __init__(
+        self,
+        regression: Regression,
+        whitening: torch.Tensor,
+        mean: torch.Tensor,
+        readout: torch.Tensor,
+        scale: torch.Tensor,
+        seed: int,
+    ) -> None:
+        self._regression, self._scale = regression, scale.float()
+        self._whitening, self._mean = whitening, mean
+        self._device = regression.z.device
+        self._random = torch.Generator(self._device).manual_seed(seed)
+        held_out = torch.arange(len(regression), device=self._device) % VALIDATION == 0
+        self._train_rows = (~held_out).nonzero()[:, 0]
+        self._test_rows = held_out.nonzero()[:, 0]
+        start = torch.linalg.lstsq(whitening, readout / scale).solution
+        self._probe = self._initial(start.T.float())
+
+    def run(self) -> Trained:
+        """Train; the parameters that were best on what was held out are kept."""
+        points = self._regression.points()
+        rows = min(BATCH_ROWS, max(BATCH_POINTS // points, 1), len(self._train_rows))
+        total = round(EPOCHS * len(self._train_rows) / rows)
+        total = min(max(total, LEAST_STEPS), STEPS)
+        parameters = [p.requires_grad_() for p in self._probe.parameters()]
+        probe = self._probe.like(parameters)
+        exact = self._regression.exact
+        decay = DECAY * min(DECAY_SAMPLES / len(self._train_rows), 1.0)
+        rate, decay = (LEARNING_RATE, 0.0) if exact else (CAREFUL_RATE, decay)
+        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        best, kept, since, step = self._held_out(probe), None, 0, 0
+        for step, batch in enumerate(self._batches(rows, total), start=1):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * schedule(step / total)
+            optimiser.zero_grad()
+            self._loss(probe, batch, noisy=True).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+            optimiser.step()
+            if step % max(total // EVALUATIONS, 1) and step < total:
+                continue
+            value, since = self._held_out(probe), since + 1
+            if not math.isfinite(value):
+                return Trained(None, step, len(self._train_rows), diverged=True)
+            if value < best - LEAST_GAIN * abs(best):
+                best, kept, since = value, [p.detach().clone() for p in parameters], 0
+            if since >= PATIENCE:
+                break
+        found = None if kept is None else self._unwhitened(self._probe.like(kept))
+        return Trained(found, step, len(self._train_rows))
+
+    def _initial(self, skip: torch.Tensor) -> Probe:
+        """Random weights of variance 2 / inputs, and a last layer that says nothing yet."""
+
+        def layer(outputs: int, inputs: int, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
+            weight = torch.randn(outputs, inputs, generator=self._random, device=self._device)
+            return weight * (gain / inputs) ** 0.5, weight.new_zeros(outputs)
+
+        blocks = tuple(layer(WIDTH, WIDTH, 1 / BLOCKS) for _ in range(BLOCKS))
+        outputs, inputs = skip.shape
+        return Probe(layer(WIDTH, inputs, 2.0), blocks, layer(outputs, WIDTH, 0.0), skip.clone())
+
+    def _batches(self, rows: int, total: int) -> Iterator[torch.Tensor]:
+        """Rows of one step after the other, all of them once before any comes again."""
+        order, start = self._train_rows[:0], 0
+        for _ in range(total):
+            if start + rows > len(order):
+                shuffled = torch.randperm(
+                    len(self._train_rows), generator=self._random, device=self._device
+                )
+                order, start = self._train_rows[shuffled], 0
+            yield order[start : start + rows]
+            start += rows
+
+    def _loss(self, probe: Probe, rows: torch.Tensor, *, noisy: bool) -> torch.Tensor:
+        """The mean of f^2 - 2 f t."""
+        points, targets = self._regression.batch(rows, self._scale)
+        white = self._whitened(points)
+        if noisy and not self._regression.exact:
+            shape = (len(white), 1, white.shape[2])
+            draw = torch.randn(shape, generator=self._random, device=self._device)
+            white = white + NOISE * draw
+        out = probe.read(white)
+        return (out.square() - 2 * out * targets).sum(-1).mean()
+
+    def _held_out(self, probe: Probe) -> float:
+        """The loss on what is not trained on."""
+        with torch.no_grad():
+            parts = self._test_rows.split(max(TILE_ROWS // self._regression.points(), 1))
+            losses = [self._loss(probe, rows, noisy=False) * len(rows) for rows in parts]
+            return float(torch.stack(losses).sum()) / len(self._test_rows)
+
+    def _whitened(self, points: torch.Tensor) -> torch.Tensor:
+        cut = points.clamp(-LIMIT, LIMIT) - self._mean.float()
+        return cut @ self._whitening.float()
+
+    def _unwhitened(self, probe: Probe) -> Probe:
+        """The network for raw features: whitening and mean go into the layers that read them."""
+        weight, bias = (tensor.double() for tensor in probe.enter)
+        weight, skip = weight @ self._whitening.T, probe.skip.double() @ self._whitening.T
+        last, constant = probe.leave
+        return Probe(
+            (weight.float(), (bias - weight @ self._mean).float()),
+            probe.blocks,
+            (last, (constant.double() - skip @ self._mean).float()),
+            skip.float(),
+        )
+
+
+def schedule(progress: float) -> float:
+    """Learning rate in units of its peak, at a progress between 0 and 1."""
+    return min(progress / WARM_UP, 1.0) * (1 + math.cos(math.pi * progress)) / 2

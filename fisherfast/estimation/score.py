@@ -1,0 +1,135 @@
+r"""J from the score: how much of its variance the features explain, and how well that is known.
+
+With s the score and s_hat = D^T R^-1 f its best linear prediction from the features, J = Cov(s_hat)
+= V - E[e e^T], e = s - s_hat. The residual of a fit is too small by nu / (nu - k_eff): the adjusted
+R^2. Derived in docs/theory.md, section 13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fisherfast.estimation.derivatives import FoldScore
+from fisherfast.estimation.variance import entry_product, pair_product
+
+__all__ = ["ScoreEstimate", "score_estimate", "score_theory"]
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ScoreEstimate:
+    """J of B sets of features, from the score.
+
+    Attributes:
+        J: [B, P, P].
+        variance: [B, P, P] of its entries.
+        replicates: [B, F, P, P] the part of the estimate that the folds see, without each fold (up
+            to a constant): their jackknife is in the variance.
+        share: [B] R, the explained part of the score's variance, between 0 and 1.
+    """
+
+    J: torch.Tensor
+    variance: torch.Tensor
+    replicates: torch.Tensor
+    share: torch.Tensor
+
+
+def score_estimate(
+    naive: torch.Tensor,
+    effective: torch.Tensor,
+    fold_products: torch.Tensor,
+    score: FoldScore,
+    dof: float,
+) -> ScoreEstimate:
+    r"""J and its variance.
+
+    .. math::
+        J = V - (V - J_\text{naive}) \frac{\nu}{\nu - k_\text{eff}}
+
+    The error of J is that of the mean of u = s s_hat^T + s_hat s^T - s_hat s_hat^T: a readout that
+    is a little off changes the residual in second order only. The folds know the means of s s_hat^T
+    and s s^T, but not that of s_hat s_hat^T, which would take one matrix each. What of it follows
+    from the other two for Gaussian s_hat and e,
+
+    .. math:: \hat s \hat s^T \approx 2 R\, s \hat s^T - R^2 s s^T, \qquad R = J / V,
+
+    is taken from the folds, the rest from Gaussian theory: nothing of it where R is 0 or 1, at most
+    9 % of the variance between.
+
+    Args:
+        naive: [B, P, P] D^T R^-1 D.
+        effective: [B] k_eff.
+        fold_products: [B, F, P, P] y^T y_f, y_f = L^-1 D_f of each fold, whose mean is naive.
+        score: V, whole and by fold.
+        dof: nu.
+    """
+    V = score.covariance
+    residual = (V - naive) * (dof / (dof - effective))[:, None, None]
+    J = V - residual
+    share = _explained(J, V)
+    seen = (1 - share)[:, None, None, None] * (fold_products + fold_products.mT)
+    seen = seen + share.square()[:, None, None, None] * score.folds
+    folds = seen.shape[1]
+    replicates = -seen / (folds - 1)
+    jackknife = replicates.var(1, correction=0) * (folds - 1)
+    k, R = effective[:, None, None], share[:, None, None]
+    E = _not_negative(residual)
+    theory = _theory(_not_negative(J), E, R, k, dof, entry_product)
+    least = _of_useless(E, k, dof, entry_product)
+    return ScoreEstimate(J, (theory + jackknife).maximum(least), replicates, share)
+
+
+def score_theory(
+    J: torch.Tensor, V: torch.Tensor, effective: float, dof: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the covariance [P, P, P, P] of the entries of one J [P, P] is beyond the jackknife of
+    its replicates, and the least that it is with it."""
+    share = float(_explained(J[None], V))
+    J, E = _not_negative(J), _not_negative(V - J)
+    theory = _theory(J, E, share, effective, dof, pair_product)
+    return theory, _of_useless(E, effective, dof, pair_product)
+
+
+def _explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """tr(V^-1 J) / P [B], between 0 and 1; 0 for a score without variance."""
+    scale = V.diagonal().clamp_min(0).sqrt()
+    units = torch.where(scale > 0, scale, 1).reciprocal()
+    units = units[:, None] * units  # pinv cuts small eigenvalues: the units must not make them
+    ratio = torch.linalg.pinv(V * units, hermitian=True) @ (J * units)
+    return ratio.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(0, 1)
+
+
+def _theory(
+    J: torch.Tensor,
+    E: torch.Tensor,
+    share: torch.Tensor | float,
+    k: torch.Tensor | float,
+    nu: float,
+    product: Product,
+) -> torch.Tensor:
+    """Gaussian variance of J, less that of the part which the folds see.
+
+    With s = s_hat + e, u is s_hat s_hat^T and the cross terms s_hat e^T + e s_hat^T; the folds see
+    a s_hat s_hat^T + b cross terms + c e e^T with a = 1 + (1 - R)^2, b = 1 - R + R^2, c = R^2, and
+    the noise of the readout in it.
+    """
+    a, b, c = 1 + (1 - share) ** 2, 1 - share + share**2, share**2
+    first = (1 - a**2) * product(J, J) + 2 * (1 - b**2) * product(J, E) - c**2 * product(E, E)
+    readout = 2 * (1 - share) ** 2 * product(E, J + E) * (k / nu)
+    return (first - readout) / nu + _of_useless(E, k, nu, product)
+
+
+def _of_useless(
+    E: torch.Tensor, k: torch.Tensor | float, nu: float, product: Product
+) -> torch.Tensor:
+    """Variance from k features that are fitted to noise."""
+    return product(E, E) * (k / (nu * (nu - k)))
+
+
+def _not_negative(matrix: torch.Tensor) -> torch.Tensor:
+    diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1).clamp_min(0)
+    return torch.diagonal_scatter(matrix, diagonal, dim1=-2, dim2=-1)

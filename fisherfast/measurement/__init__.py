@@ -1,0 +1,1 @@
+"""The passes over the samples that measure every layer."""

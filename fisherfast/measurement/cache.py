@@ -1,0 +1,52 @@
+"""What one measurement finds out that the next one of the same model on the same data need not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fisherfast.data import Data
+from fisherfast.model.sites import INPUT, Site
+from fisherfast.results.flow import FisherFlow
+from fisherfast.results.information_map import InformationMap
+from fisherfast.results.layer import LayerFisher
+
+__all__ = ["Recall"]
+
+
+@dataclass
+class Recall:
+    """Layers, their chains, and the information in the input, which training does not change.
+
+    Attributes:
+        sites: the layers measured, with their chains; None before two measurements agree on them: a
+            weight that begins at zero hides a path.
+        input: what was measured in the input; None where the samples may be others each time.
+        input_map: its map, where there is one.
+        spaces: of layers that are compressed, the weights that each half has taught.
+    """
+
+    sites: list[Site] | None = None
+    input: LayerFisher | None = None
+    input_map: InformationMap | None = None
+    spaces: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    _chains: dict[str, set[str]] | None = field(default=None, init=False, repr=False)
+
+    def unknown(self, sites: list[Site]) -> list[Site]:
+        """The sites that must be measured."""
+        return [site for site in sites if site.name != INPUT or self.input is None]
+
+    def complete(self, flow: FisherFlow, sites: list[Site], data: Data) -> FisherFlow:
+        """A flow with the layers that were not measured again; keeps those of this one that need
+        not be."""
+        if self.sites is None:
+            chains = {site.name: set(site.descendants) for site in sites}
+            self.sites = sites if chains == self._chains else None
+            self._chains = chains
+        if self.input is not None:
+            maps = {} if self.input_map is None else {INPUT: self.input_map}
+            return replace(flow, layers=(self.input, *flow.layers), maps=maps | flow.maps)
+        if flow.names[0] == INPUT and all(data.repeats(c) for c in range(data.conditions)):
+            self.input, self.input_map = flow.layers[0], flow.maps.get(INPUT)
+        return flow

@@ -1,0 +1,344 @@
+r"""J without each fold of the samples: what the errors of two layers have in common.
+
+.. math:: \delta J = W^T \delta D + \delta D^T W - W^T \delta S\, W, \qquad W = R^{-1} D
+
+Moments tell J and its error, but not how each sample moves J: that takes the numbers u = W^T f of
+the samples, and W is known when they have gone by. So a thousand samples are kept, and stand for
+the others. All layers keep the same ones, so their replicates are those of one jackknife, and the
+error of any function of several layers follows (docs/theory.md, 18).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from fisherfast.data import Data
+from fisherfast.data.dealing import Place
+from fisherfast.data.reservoir import KeptSamples
+from fisherfast.estimation.curve import FisherCurve, at_least
+from fisherfast.estimation.derivatives import ScoreMoments
+from fisherfast.estimation.fold_moments import FoldMoments, SampleFeatures
+from fisherfast.estimation.leverage import (
+    excess_covariance,
+    leverage,
+    score_corrections,
+    score_covariance,
+)
+from fisherfast.estimation.variance import covariance_of_entries
+
+__all__ = ["KEPT_SAMPLES", "HeldSamples", "Readout", "kept_samples"]
+
+KEPT_SAMPLES = 1024
+"""Samples over all conditions that are kept: a variance is known to 5 % from them."""
+
+KEPT_NUMBERS = 2**18
+"""Activations of a narrow layer that are kept of more samples, 1 MB of float32 ..."""
+
+MOST_SAMPLES = 8192
+"""... and how many samples at most."""
+
+NEIGHBOURS = 16
+"""Samples of a block that is kept: 15 pairs of neighbours."""
+
+SPARE_DOF = 3
+"""nu - k_eff - 3 degrees of freedom remain of nu in the variance of an inverse covariance."""
+
+LEAST_ERROR = 0.01
+"""Part of a Gaussian variance that light tails leave at least."""
+
+Readout = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+"""From raw features [m, d] and their tangents [m, P, d] (or None): the numbers W^T f [m, P], and
+their tangents [m, P, P], the parameter first."""
+
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+"""Features [m, k] of raw ones [m, d]."""
+
+
+def kept_samples(width: int, source: str) -> int:
+    """Samples over all conditions that are kept of a layer of so many raw features: more where the
+    layer is narrow, and twice as many of a score, whose residuals may follow the leverage."""
+    least = KEPT_SAMPLES * (2 if source == "score" else 1)
+    return max(least, min(KEPT_NUMBERS // max(width, 1), MOST_SAMPLES))
+
+
+class HeldSamples:
+    """Some of the samples of one layer, the same of all layers, with what they carry.
+
+    Args:
+        data: where they come from.
+        folds: F.
+        width: raw features of a sample.
+        dtype: of what is kept.
+
+    Kept are blocks of neighbours, because neighbours show whether samples depend on each other.
+
+    Memory: of the larger of 1024 d and 2^18 numbers, times 1 + P with tangents.
+    """
+
+    def __init__(self, data: Data, folds: int, width: int, dtype: torch.dtype) -> None:
+        self._source, self._folds = data.source, folds
+        self._parameters, self._contrast = data.parameters, data.contrast()
+        self._groups = None if data.groups is None else data.groups.numbers
+        self._width, self._dtype = width, dtype
+        counts = [data.samples(c) for c in range(data.conditions)]
+        known = None if None in counts or data.sharded else max(n for n in counts if n is not None)
+        self._kept, *more = [
+            KeptSamples(
+                data.conditions,
+                samples // data.conditions,
+                block=NEIGHBOURS,
+                dtype=dtype,
+                expected=known,
+            )
+            for samples in sorted({KEPT_SAMPLES, kept_samples(width, data.source)})
+        ]
+        #: More samples of narrow layers, for the tails of their distribution.
+        self._many = more[0] if more else self._kept
+        self._forgotten = False
+        #: Largest correlation of a sample with its neighbour, in standard errors of independent
+        # ones, that `replicates` has seen.
+        self.dependence = 0.0
+
+    def add(
+        self,
+        condition: int,
+        raw: torch.Tensor,
+        carried: torch.Tensor | None,
+        place: Place,
+        *,
+        samples: int | None = None,
+    ) -> None:
+        """Add raw features [n, d] of a condition with their tangents [P, n, d] (None for zero) or
+        score [n, P].
+
+        Args:
+            place: of these samples.
+            samples: of the batch, where these are a half of it; None for all.
+        """
+        if self._source == "pathwise":
+            if carried is None:
+                carried = raw.new_zeros(1, 1, 1).expand(self._parameters, *raw.shape)
+            carried = carried.transpose(0, 1)
+        for kept in self._stores():
+            kept.add(condition, place, raw, carried, samples=samples)
+
+    def skip(self, condition: int, samples: int, *, numbered: bool = True) -> None:
+        """Count samples of a condition that another process adds.
+
+        Args:
+            condition: theirs.
+            samples: how many.
+            numbered: over all processes. Where each counts its own from 0 on, samples of different
+                processes have the same numbers, and none are kept.
+        """
+        for kept in self._stores():
+            kept.skip(condition, samples)
+        self._forgotten |= not numbered
+
+    def _stores(self) -> list[KeptSamples]:
+        return [self._kept] if self._many is self._kept else [self._kept, self._many]
+
+    def dense(self, device: torch.device) -> list[torch.Tensor]:
+        """What all processes together keep, zero where it was added elsewhere."""
+        if self._forgotten:
+            return []
+        shapes: list[tuple[int, ...]] = [(0, self._width)]
+        if self._source == "pathwise":
+            shapes.append((0, self._parameters, self._width))
+        elif self._source == "score":
+            shapes.append((0, self._parameters))
+        like = [torch.empty(shape, dtype=self._dtype, device=device) for shape in shapes]
+        return [tensor for kept in self._stores() for tensor in kept.dense(like)]
+
+    def samples(
+        self, features: Features, moments: FoldMoments, index: torch.Tensor, most: int
+    ) -> SampleFeatures | None:
+        """Features in index [k] of some of the samples that are kept; None where there are none.
+
+        Args:
+            features: of raw ones [m, d].
+            moments: of these features, for the means of folds.
+            index: int64 [k].
+            most: samples, of all conditions together.
+        """
+        if self._forgotten:
+            return None
+        parts, scores = [], []
+        for condition in range(len(self._contrast)):
+            raw, carried, fold, _ = self._thinned(condition, most)
+            counts = moments.counts[condition].to(raw.device, torch.float64)[:, None]
+            scale = (counts / (counts - 1)).sqrt()[fold]
+            values = features(raw)[:, index]
+            means = (moments.sums[condition][:, index] / counts).to(values)
+            parts.append(values.sub_(means[fold]).mul_(scale.to(values)))
+            if isinstance(moments.carried, ScoreMoments):
+                means = moments.carried.score_sums / counts
+                scores.append((carried - means[fold]) * scale)
+        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
+
+    def error_covariance(
+        self, curve: FisherCurve, samples: SampleFeatures | None, read: Readout, most: int
+    ) -> torch.Tensor:
+        """Covariance [P, P, P, P] of the errors of the entries of J of all features of a curve.
+        The samples show what Gaussian theory does not know of it, of a score all of it.
+
+        Args:
+            curve: of k features.
+            samples: theirs, from `samples`.
+            read: applies the readout of the curve.
+            most: as for `samples`.
+        """
+        errors = curve.error_covariance(len(curve))
+        if samples is None:
+            return errors
+        J, dof = curve.J[-1], curve.statistics.dof
+        spare = dof - float(curve.effective_dim[-1]) - SPARE_DOF
+        whitened = samples.whitened(curve.readout).double()
+        u = whitened @ curve.half
+        if samples.score is not None:
+            errors = score_covariance(whitened, u, samples.score, J, curve.naive[-1], dof)
+            looked_at = curve.statistics.samples
+            if looked_at is None:
+                return errors
+            missing = 1 / len(looked_at.features) - 1 / dof
+            changes = score_corrections(whitened, u, samples.score, dof)
+            return errors + covariance_of_entries(changes) * max(missing, 0.0)
+        g = 1 / (1 - leverage(whitened.square().sum(1, keepdim=True), dof))
+        moved = None
+        if self._source == "pathwise":
+            raw, tangents, *_ = self._thinned(0, most)
+            moved = read(raw, tangents)[1]
+        excess = excess_covariance(u * g.sqrt(), moved, J, spare)
+        return at_least(errors + excess, LEAST_ERROR * errors)
+
+    def _thinned(self, condition: int, most: int) -> tuple[torch.Tensor, ...]:
+        """As `_condition`, so few that those of all conditions are at most so many."""
+        store = self._many if most > KEPT_SAMPLES else self._kept
+        parts = self._condition(condition, store)
+        step = -(-len(parts[0]) * len(self._contrast) // most)
+        return tuple(part[::step] for part in parts)
+
+    def replicates(self, curve: FisherCurve, k: int, read: Readout, samples: int) -> torch.Tensor:
+        """J [F, P, P] of the first k features without each fold; empty where none are kept.
+
+        Args:
+            curve: of at least k features.
+            k: how many are used.
+            read: applies the readout `FisherCurve.readout_of(k)`.
+            samples: independent ones of each condition, those that are not kept included.
+        """
+        statistics, J = curve.statistics, curve.J[k - 1]
+        if self._forgotten:
+            return J.new_empty(0, *J.shape)
+        dof, effective = statistics.dof, float(curve.effective_dim[k - 1])
+        if self._source == "score":
+            gain = dof / (dof - effective)
+            squares, crossed, scores = self._sums(read, samples)
+            return J - self._left_out(gain * (crossed - squares) + (1 - gain) * scores)
+        naive = curve.naive[k - 1].diagonal()
+        size = (J.diagonal() / naive).nan_to_num(0.0).clamp(0, 1).sqrt()  # of W, free of its noise
+        squares, crossed, _ = self._sums(read, samples)
+        squares = squares * size[:, None] * size * math.sqrt(dof / (dof - effective - SPARE_DOF))
+        if statistics.paired:
+            return J - self._left_out(crossed * (size[:, None] + size) / 2 - squares)
+        return (
+            J + curve.replicates[k - 1] - curve.replicates[k - 1].mean(0) + self._left_out(squares)
+        )
+
+    def replicates_of_score(self, V: torch.Tensor, samples: int) -> torch.Tensor:
+        """V [F, P, P] of the score without each fold."""
+        if self._forgotten:
+            return V.new_empty(0, *V.shape)
+        _, score, fold, numbers = self._condition(0)
+        s = _about_fold_means(score, fold, self._folds)
+        share = self._units(0, numbers) / samples
+        return V - self._left_out(self._by_fold(_outer(s, s), fold, share))
+
+    def _sums(self, read: Readout, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of u u^T, of what changes W^T D + D^T W, and of s s^T: by fold, see `_by_fold`."""
+        P = self._parameters
+        squares = crossed = scores = self._contrast.new_zeros(self._folds, P, P)
+        for condition in range(len(self._contrast)):
+            raw, carried, fold, numbers = self._condition(condition)
+            tangents = carried if self._source == "pathwise" else None
+            u, moved = read(raw, tangents)
+            share = self._units(condition, numbers) / samples
+            groups = None if self._groups is None else self._groups[condition][numbers]
+            self.dependence = max(self.dependence, _dependence(u, numbers, groups))
+            own = _about_fold_means(u, fold, self._folds)
+            squares = squares.to(u) + self._by_fold(_outer(own, own), fold, share)
+            if self._source == "score":
+                s = _about_fold_means(carried, fold, self._folds)
+                change = _outer(s, own)
+                scores = self._by_fold(_outer(s, s), fold, share)
+            elif moved is not None:
+                change = moved.mT
+            else:
+                change = (u - u.mean(0))[:, :, None] * self._contrast[condition].to(u)
+            crossed = crossed.to(u) + self._by_fold(change + change.mT, fold, share)
+        return squares / len(self._contrast), crossed, scores
+
+    def _condition(
+        self, condition: int, kept: KeptSamples | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Raw features, what they carry (themselves where there is nothing), folds and numbers of
+        the samples."""
+        numbers, fold, raw, *carried = (kept or self._kept).kept()[condition]
+        return raw, (carried[0] if carried else raw).double(), fold.to(raw.device), numbers
+
+    def _units(self, condition: int, numbers: torch.Tensor) -> int:
+        """How many independent ones are among kept samples of these numbers: groups, where there
+        are any."""
+        if self._groups is None:
+            return len(numbers)
+        return len(self._groups[condition][numbers].unique())
+
+    def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, share: float) -> torch.Tensor:
+        """Sums [F, P, P] in each fold of values [m, P, P] less their mean, scaled so that their
+        squares add up to the variance of the mean of all samples, of which these are a share."""
+        sums = values.new_zeros(self._folds, *values.shape[1:])
+        sums.index_add_(0, fold, values - values.mean(0))
+        return sums * (math.sqrt(share) / max(len(values), 1))
+
+    def _left_out(self, sums: torch.Tensor) -> torch.Tensor:
+        """In the scale of a jackknife."""
+        return sums * math.sqrt(self._folds / (self._folds - 1))
+
+
+def _dependence(
+    u: torch.Tensor, numbers: torch.Tensor, groups: torch.Tensor | None = None
+) -> float:
+    """Rank correlation of numbers u [m, P], or of their sizes, with those of the next sample, of
+    another group where there are any, times the root of the number of pairs: 0 +- 1 for independent
+    samples of any distribution."""
+    neighbours = (numbers.diff() == 1).to(u.device)
+    if groups is not None:
+        neighbours &= (groups.diff() != 0).to(u.device)
+    sizes = (u - u.median(0).values).abs()
+    z = torch.stack([_ranks(column) for column in torch.cat([u, sizes], 1).T])
+    a, b = z[:, :-1][:, neighbours], z[:, 1:][:, neighbours]
+    r = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
+    return float(r.nan_to_num().abs().max()) * math.sqrt(a.shape[1])
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks [m] about their mean, the same for equal values."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+    return ranks - ranks.mean()
+
+
+def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return left[:, :, None] * right[:, None, :]
+
+
+def _about_fold_means(rows: torch.Tensor, folds: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows [m, P] less the mean of their fold, scaled so that their square is unbiased."""
+    sizes = torch.bincount(folds, minlength=count).to(rows)[:, None]
+    means = rows.new_zeros(count, rows.shape[1]).index_add_(0, folds, rows) / sizes.clamp_min(1)
+    scale = (sizes / (sizes - 1).clamp_min(1)).sqrt()
+    return (rows - means[folds]) * scale[folds]

@@ -1,0 +1,509 @@
+"""One measurement: data are streamed through the model, `taps` hands over activations, `features`
+turns them into features, `moments` keeps their fold moments, `estimators` reads J from those.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fisherfast import dual
+from fisherfast._errors import FisherWarning
+from fisherfast._progress import progress_bar
+from fisherfast.data import Batch, Data
+from fisherfast.data.batch import Gap
+from fisherfast.data.dealing import Dealing, Place
+from fisherfast.estimation.dither import StepMeter, dithered
+from fisherfast.estimation.maps import estimate_map
+from fisherfast.estimation.ridge import RidgeSetting
+from fisherfast.measurement.agreement import Agreement
+from fisherfast.measurement.batches import Streams
+from fisherfast.measurement.cache import Recall
+from fisherfast.measurement.compressed_layer import WideMeter, fewest_samples, too_wide
+from fisherfast.measurement.fit import UnmeasuredError
+from fisherfast.measurement.layer import ROUNDED, LayerMeter, rows_of
+from fisherfast.measurement.memory import FEW_SAMPLES, LivePeak, Plan, plan, shares
+from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbedMeter, unprobed
+from fisherfast.measurement.score_row import score_information, score_note
+from fisherfast.measurement.without_estimate import not_measured
+from fisherfast.model.default_device import on_host, outside
+from fisherfast.model.graph import CHAIN_SAMPLES, chains, survey
+from fisherfast.model.hooks import Forward
+from fisherfast.model.isolation import evaluation, own_random_state
+from fisherfast.model.sites import INPUT, Layers, Site, select
+from fisherfast.parallel.ranks import Ranks
+from fisherfast.results.flow import FisherFlow
+from fisherfast.results.information_map import InformationMap
+from fisherfast.results.layer import NOT_INDEPENDENT, LayerFisher, warn_of
+from fisherfast.results.status import with_status
+
+__all__ = ["Measurement", "NotFiniteError"]
+
+SURVEY_SAMPLES = 64
+"""Samples of each condition in the forward pass that lists the layers."""
+
+PROBE_SHARE = 8
+"""Samples to train probes on are an eighth of a memory budget at most."""
+
+
+class NotFiniteError(ValueError):
+    """Activations are NaN or infinite."""
+
+
+class Measurement:
+    """One measurement of a model (or of the data alone) on given data.
+
+    Args:
+        model: what is measured; None for the data alone.
+        data: the samples.
+        layers: which layers.
+        settings: from `check_settings` and `check_passes`.
+        recall: what an earlier measurement of this model on these data has found out, and takes
+            what this one does.
+        quiet: leave warnings to the notes of the layers.
+        ranks: the processes that make this measurement together; None for this one alone. Warnings
+            and the progress bar are left to the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        data: Data,
+        layers: Layers,
+        settings: dict[str, Any],
+        *,
+        recall: Recall | None = None,
+        quiet: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._recall = Recall() if recall is None else recall
+        self._agreement = Agreement(ranks)
+        self._quiet = quiet or not self._agreement.leads
+        self._model = model
+        self._data = data
+        self._layers = layers
+        self._settings = settings
+        self._sites: list[Site] = []
+        self._meters: dict[str, LayerMeter] = {}
+        self._active: list[LayerMeter] = []
+        self._finite: list[tuple[str, int, int | torch.Tensor, torch.Tensor]] = []
+        self._condition = 0
+        self._batch: int | torch.Tensor = 0
+        self._score: torch.Tensor | None = None
+        self._place: Place | None = None
+        self._moving: torch.Tensor | None = None
+        self._ties = StepMeter()
+        self._half_steps: torch.Tensor | None = None
+        self._pilot = True
+        self._plan: Plan | None = None
+        self._dealings: list[Dealing] | None = None
+
+    @property
+    def _layer_meters(self) -> list[LayerMeter]:
+        """One meter per layer in execution order; `_meters` has it under every alias."""
+        return list(dict.fromkeys(self._meters.values()))
+
+    def run(self, progress: bool = False) -> FisherFlow:
+        """Stream all samples, again for layers that grow, and estimate."""
+        with on_host():
+            flow, warning = self._run_on_host(progress)
+        self._warn(flow.layers, warning)
+        return flow
+
+    def _run_on_host(self, progress: bool) -> tuple[FisherFlow, str | None]:
+        """The flow, and what is to be said of the score."""
+        progress = progress and self._agreement.leads
+        self._data = self._agreement.begin(self._model, self._data, self._layers, self._settings)
+        contrast, ridge = self._data.contrast(), self._settings["ridge"]
+        with self._evaluation():
+            self._stream(progress)
+        estimates: dict[LayerMeter, LayerFisher] = {}
+        failures: list[UnmeasuredError] = []
+        while True:
+            growing = []
+            with torch.inference_mode(False), torch.no_grad(), self._exact():
+                for meter in self._active:
+                    try:
+                        if meter.grow(contrast, ridge):
+                            growing.append(meter)
+                        else:
+                            estimates[meter] = self._estimate(meter, contrast, ridge)
+                    except UnmeasuredError as error:
+                        failures.append(error)
+                        seen, reason = sum(meter.seen), str(error)
+                        estimates[meter] = not_measured(
+                            meter.site, self._data, samples=seen, reason=reason
+                        )
+            if not growing:
+                break
+            self._active = growing
+            with self._evaluation():
+                self._stream_again(progress)
+        if failures and len(failures) == len(self._layer_meters):
+            raise failures[0]
+        with torch.no_grad(), self._exact():
+            layers = [self._known(m, estimates[m]) for m in self._layer_meters]
+            maps = {
+                m.site.name: InformationMap(*estimate_map(m.site.name, m.map, contrast, ridge))
+                for m in self._layer_meters
+                if m.map is not None
+            }
+            warning = score_note(self._layer_meters[0]) if self._layer_meters else None
+        self._recall.spaces |= {
+            m.site.name: m.projections
+            for m in self._layer_meters
+            if isinstance(m, WideMeter) and m.site.name != INPUT
+        }
+        if warning is not None:
+            layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
+        flow = self._recall.complete(
+            FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
+        )
+        judged = with_status(flow.layers, score=self._data.source == "score")
+        return replace(flow, layers=judged), warning
+
+    def _known(self, meter: LayerMeter, layer: LayerFisher) -> LayerFisher:
+        """A layer as it was measured, but for the input of a score source."""
+        scored = meter.site.name == INPUT and self._data.source == "score"
+        return score_information(layer, meter) if scored else layer
+
+    def _estimate(
+        self, meter: LayerMeter, contrast: torch.Tensor, ridge: RidgeSetting
+    ) -> LayerFisher:
+        layer = meter.estimate(self._data, contrast, ridge)
+        if isinstance(meter, WideMeter) and self._settings["probe"] is not None:
+            layer = unprobed(layer)
+        notes, independent = list(layer.notes), meter.independent()
+        if meter.largest_step > 0:
+            notes.append(ROUNDED.format(meter.largest_step))
+        if not independent:
+            notes.append(NOT_INDEPENDENT)
+        return replace(layer, independent=independent, notes=tuple(notes))
+
+    def _warn(self, layers: tuple[LayerFisher, ...], warning: str | None) -> None:
+        if self._quiet:
+            return
+        if warning is not None:
+            warnings.warn(warning, FisherWarning, stacklevel=4)
+        warn_of(layers, stacklevel=5)
+
+    def _evaluation(self) -> AbstractContextManager[Any]:
+        """The model in eval mode, without gradients, with random numbers of its own."""
+        stack = ExitStack()
+        if self._model is not None:
+            stack.enter_context(evaluation(self._model, self._settings["seed"]))
+            if self._data.source == "pathwise":  # rounded values have no derivative
+                stack.enter_context(self._exact())
+            return stack
+        stack.enter_context(own_random_state(None, self._settings["seed"]))
+        stack.enter_context(torch.no_grad())
+        return stack
+
+    def _exact(self) -> AbstractContextManager[Any]:
+        """No autocast, on the host and where the model lies."""
+        device, _ = _place_of(self._model)
+        stack = ExitStack()
+        for place in {"cpu", "cpu" if device is None else device.type}:
+            stack.enter_context(torch.autocast(place, enabled=False))
+        return stack
+
+    def _streams(self) -> Streams:
+        device, dtype = _place_of(self._model)
+        return Streams(
+            self._data,
+            self._settings["batch_size"],
+            folds=self._settings["folds"],
+            dealings=self._dealings,
+            share=self._agreement.share,
+            device=device,
+            dtype=dtype,
+            copy=self._model is not None,
+            bounded=self._settings.get("memory_budget") is not None,
+        )
+
+    def _stream(self, progress: bool) -> None:
+        self._agreement.copy_buffers(self._model)
+        streams = self._streams()
+        self._survey(streams)
+        self._active = self._layer_meters
+        with self._forward() as forward:
+            seen = 0
+            for self._condition, self._batch, batch in streams.pilot():
+                forward.run(self._pilot_input(batch))
+                seen += len(batch)
+            if not seen:  # the first samples are on other ranks: these only show a device
+                forward.run(streams.first(2)[0].x)
+            self._agreement.share_pilot(self._layer_meters, counts=seen > 0)
+            for meter in self._layer_meters:
+                meter.prepare(self._data, self._settings)
+            if self._half_steps is not None and INPUT in self._meters:
+                self._meters[INPUT].note_steps(2 * self._half_steps)
+            self._pilot, self._dealings = False, streams.dealings
+            self._run_all(streams, forward, progress)
+
+    def _stream_again(self, progress: bool) -> None:
+        """Another pass over the same samples, for the meters that are active."""
+        self._agreement.copy_buffers(self._model)
+        streams = self._streams()
+        if self._plan is not None:
+            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
+        only_input = all(meter.site.name == INPUT for meter in self._active)
+        with _NoModel(self._consume) if only_input else self._forward() as forward:
+            self._run_all(streams, forward, progress)
+
+    def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
+        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        total = None if None in counts else sum(n for n in counts if n is not None)
+        self._agreement.begin_pass(self._active, self._settings["seed"])
+        with progress_bar(progress, total=total, title="Fisher flow") as bar:
+            for self._condition, self._batch, batch in streams:
+                if isinstance(batch, Gap):
+                    for meter in self._active:
+                        meter.skip(self._condition, batch.tally)
+                else:
+                    self._score, self._place = batch.score, batch.place
+                    self._run(forward, batch)
+                    if batch.x.device.type == "cpu":
+                        self._raise_if_not_finite()
+                    self._agreement.glance()
+                bar.update(len(batch))
+        self._raise_if_not_finite()
+        self._raise_if_skipped()
+        self._agreement.end_pass(self._active, self._settings["folds"])
+
+    def _run(self, forward: Any, batch: Batch) -> None:
+        """One forward pass, with tangents where the samples have them and a layer reads them."""
+        if self._model is None and batch.tangents is not None:
+            forward.run(batch)
+            return
+        x = self._dithered(batch)
+        if batch.tangents is None or not any(meter.reads_carried for meter in self._active):
+            forward.run(x)
+        else:
+            with dual.propagation(self._model, len(batch.tangents)):
+                forward.run(dual.DualTensor.pack(x, batch.tangents))
+
+    def _pilot_input(self, batch: Batch) -> torch.Tensor:
+        """The first samples as the model sees them. Steps are sought in those with tangents."""
+        if batch.tangents is None:
+            return batch.x
+        self._moving = (batch.tangents != 0).any(0)
+        if self._model is None:
+            return batch.x
+        self._ties.update(rows_of(batch.x), rows_of(self._moving))
+        self._half_steps = self._ties.half_steps()
+        return self._dithered(batch)
+
+    def _dithered(self, batch: Batch) -> torch.Tensor:
+        """The samples [n, ...] of a batch with noise of half a step where their tangents move."""
+        if self._half_steps is None or batch.tangents is None:
+            return batch.x
+        size = self._half_steps.to(batch.x).reshape(batch.x.shape[1:])
+        key = self._settings["seed"], self._condition
+        numbers = torch.arange(len(batch)) if batch.place is None else batch.place.numbers
+        return dithered(batch.x, size, batch.tangents, numbers, *key)
+
+    def _survey(self, streams: Streams) -> None:
+        """List the layers on the first samples; with a budget, on as few as tell what they take."""
+        bounded = self._settings.get("memory_budget") is not None
+        first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
+        self._agreement.agree_on_samples(self._data, first)
+        batch = torch.cat([samples.x for samples in first])
+        known = self._recall.sites is not None
+        self._sites = self._recall.sites or self._find_sites(batch)
+        unknown = self._recall.unknown(self._sites)
+        for site in unknown:
+            meter = self._meter(site, self._probe_bytes() // len(unknown))
+            if self._data.source == "pathwise" and not isinstance(meter, WideMeter):
+                meter.find_steps(StepMeter())
+            self._meters.update(dict.fromkeys(site.names, meter))
+        self._check_maps()
+        if bounded:
+            self._plan = self._agreement.smallest(self._planned(streams, first[0], batch))
+            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
+            more = streams.first(min(self._plan.survey_samples, SURVEY_SAMPLES))
+            batch = torch.cat([samples.x for samples in more])
+        if not known:
+            self._find_chains(self._sites, batch)
+        self._agreement.agree_on_layers(self._sites, self._layer_meters)
+
+    def _check_maps(self) -> None:
+        maps = self._settings["maps"]
+        known = [name for site in self._sites for name in site.names]
+        unknown = [] if isinstance(maps, bool) else [name for name in maps if name not in known]
+        if unknown:
+            raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")
+
+    def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
+        """How many samples of the model's own size fit into the budget."""
+        with LivePeak() as live, outside():
+            if self._model is not None:
+                with Forward(self._model, lambda *event: None, self._sites) as forward:
+                    forward.run(batch.clone())
+        layers = [(meter.site, isinstance(meter, WideMeter)) for meter in self._layer_meters]
+        alive = -(-live.nbytes // len(batch))
+        sites = [site for site, _ in layers]
+        per_sample = shares(first, alive, sites, self._data, owned=streams.owned)
+        return plan(
+            self._settings["memory_budget"],
+            layers,
+            per_sample,
+            streams.kept_bytes + 2 * self._probe_bytes(),  # once more while a probe is trained
+            self._data,
+            self._settings,
+            max(batch.element_size(), torch.float32.itemsize),
+        )
+
+    def _probe_bytes(self) -> int:
+        """What may be kept to train probes on."""
+        if self._settings["probe"] is None:
+            return 0
+        budget = self._settings.get("memory_budget")
+        return PROBE_BYTES if budget is None else min(PROBE_BYTES, budget // PROBE_SHARE)
+
+    def _meter(self, site: Site, budget: int) -> LayerMeter:
+        folds = self._settings["folds"]
+        if too_wide(site.dim, self._data, self._settings["max_features"], folds):
+            self._check_samples(site, fewest_samples(site.dim, self._data, folds))
+            return WideMeter(site, self._recall.spaces.pop(site.name, None))
+        self._check_samples(site, 2 * folds, " (two per fold)")
+        return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
+
+    def _check_samples(self, site: Site, needed: int, reason: str = "") -> None:
+        """Refuse what cannot be measured before all samples are read, where their number is
+        known."""
+        counts = [self._data.units(c) for c in range(self._data.conditions)]
+        known = [n for n in counts if n is not None]
+        if known and min(known) < needed and not self._data.sharded:
+            units = "samples" if self._data.groups is None else "groups of samples"
+            raise ValueError(
+                f"layer {site.name!r} must see at least {needed} {units} per"
+                f" condition{reason}, got {min(known)}"
+            )
+
+    def _find_sites(self, batch: torch.Tensor) -> list[Site]:
+        if self._model is None:
+            return [Site(INPUT, "data", tuple(batch.shape[1:]))]
+        sites = survey(self._model, batch)
+        return select(sites, self._layers, self._model, self._settings.get("output"))
+
+    def _find_chains(self, sites: list[Site], batch: torch.Tensor) -> None:
+        """Replay the model once per layer, on so few samples that it costs half a pass at most."""
+        if self._model is None:
+            return
+        counts = [self._data.samples(c) for c in range(self._data.conditions)]
+        affordable = len(batch)
+        if None not in counts:
+            affordable = sum(n for n in counts if n is not None) // (2 * len(sites))
+        chains(self._model, batch[: max(CHAIN_SAMPLES, affordable)], sites)
+
+    def _forward(self) -> Any:
+        if self._model is None:
+            return _NoModel(self._consume)
+        return Forward(self._model, self._consume, self._sites)
+
+    def _consume(
+        self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor | Batch
+    ) -> None:
+        meter = self._meters.get(name)
+        if meter is None or name != meter.site.event or not (self._pilot or meter in self._active):
+            return
+        # the tensors of the statistics are neither dual tensors nor activations to report, and are
+        # computed without the autocast and the gradients that the network may run with
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad(), on_host():
+            activations, tangents = _parts(output)
+            if tuple(activations.shape[1:]) != meter.site.shape:
+                raise ValueError(
+                    f"layer {name!r} must have the same shape for all samples,"
+                    f" got {tuple(activations.shape[1:])} after {meter.site.shape}"
+                )
+            with torch.autocast(activations.device.type, enabled=False):
+                if self._pilot:
+                    moving = self._moving if meter.site.name == INPUT else None
+                    meter.observe_pilot(activations.detach(), moving)
+                    finite = torch.isfinite(rows_of(activations)).all(1)
+                else:
+                    finite = meter.observe(
+                        self._condition,
+                        activations.detach(),
+                        tangents=tangents,
+                        score=self._score,
+                        place=self._place,
+                    )
+        self._finite.append((meter.site.name, self._condition, self._batch, finite))
+        if self._pilot and activations.device.type == "cpu":
+            self._raise_if_not_finite()
+
+    def _raise_if_not_finite(self) -> None:
+        flags, self._finite = self._finite, []
+        if not flags or bool(torch.stack([flag.all() for *_, flag in flags]).all()):
+            return
+        name, condition, batch, flag = next(entry for entry in flags if not bool(entry[-1].all()))
+        if isinstance(batch, torch.Tensor):
+            batch = int(batch[~flag.cpu()].min())
+        pathwise = self._data.source == "pathwise"
+        what = "activations and their tangents" if pathwise else "activations"
+        raise NotFiniteError(
+            f"{what} of layer {name!r} must be finite, got NaN or infinity in batch {batch} of"
+            f" condition {self._data.condition_name(condition)!r}"
+        )
+
+    def _raise_if_skipped(self) -> None:
+        """A layer that runs for some batches only has no moments that can be compared."""
+        meters = self._active
+        for meter in meters:
+            if meter.seen != meters[0].seen:
+                raise ValueError(
+                    f"layer {meter.site.event!r} must run for every batch, got"
+                    f" {sum(meter.seen)} of {sum(meters[0].seen)} samples"
+                )
+
+
+class _NoModel:
+    """Stands in for a forward pass when only the data are measured."""
+
+    def __init__(self, consume: Callable[[str, str, None, torch.Tensor | Batch], None]) -> None:
+        self._consume = consume
+
+    def __enter__(self) -> _NoModel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def run(self, batch: torch.Tensor | Batch) -> None:
+        self._consume(INPUT, INPUT, None, batch)
+
+
+def _parts(
+    output: torch.Tensor | Batch | dual.DualTensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activations and their tangents; None for those of a plain tensor, which are zero."""
+    if isinstance(output, Batch):
+        return output.x, output.tangents
+    if isinstance(output, dual.DualTensor):
+        return output.primal, output.tangents
+    return output, None
+
+
+def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype of the model's first parameter or buffer of floating dtype."""
+    if model is None:
+        return None, None
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model must hold numbers, got {name!r} on the meta device: give it memory with"
+                " model.to_empty(device=...) and load its weights first"
+            )
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return None, None

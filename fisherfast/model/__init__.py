@@ -1,0 +1,1 @@
+"""Reads a user's network and leaves it as it was."""

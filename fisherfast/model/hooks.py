@@ -1,0 +1,224 @@
+"""Report every activation of a forward pass: outputs of modules, and of functional activations,
+which hooks cannot see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fisherfast.model.default_device import outside
+from fisherfast.model.sites import INPUT, JOINT, OUTPUT, Site
+from fisherfast.model.unwrap import is_shell, name_inside
+
+__all__ = ["Forward"]
+
+ACTIVATIONS = frozenset(
+    {
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "prelu",
+        "rrelu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "softplus",
+        "softsign",
+        "sigmoid",
+        "logsigmoid",
+        "tanh",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "hardshrink",
+        "softshrink",
+        "tanhshrink",
+        "threshold",
+        "softmax",
+        "log_softmax",
+        "softmin",
+        "glu",
+    }
+)
+"""Names of functions and methods that are tapped when a forward method calls them itself."""
+
+Consumer = Callable[[str, str, nn.Module | None, torch.Tensor], torch.Tensor | None]
+"""Called with event name, kind, module and output; a returned tensor takes the place of the
+output."""
+
+
+class Forward(TorchFunctionMode):
+    """Runs a model and reports every activation.
+
+    Use as a context manager (hooks are there inside only) and call `run` for each batch.
+
+    Args:
+        model: any module.
+        consume: gets each event as it happens.
+        sites: from `survey`. The heads of a joint "output" are reported side by side, last of all.
+    """
+
+    def __init__(self, model: nn.Module, consume: Consumer, sites: Sequence[Site] = ()) -> None:
+        super().__init__()
+        self._model = model
+        self._consume = consume
+        self._heads = [head for site in sites for head in site.heads]
+        self._names = {
+            id(module): _event_name(name_inside(name)) for name, module in model.named_modules()
+        }
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._calls: dict[str, int] = {}
+        self._stack: list[nn.Module] = []
+        self._last = INPUT
+        self._samples = 0
+        self._busy = False
+
+    def __enter__(self) -> Forward:
+        try:
+            for module in self._model.modules():
+                if is_shell(module):
+                    continue
+                self._handles.append(module.register_forward_pre_hook(self._enter_module))
+                self._handles.append(module.register_forward_hook(self._leave_module))
+        except BaseException:
+            self._remove_hooks()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._remove_hooks()
+
+    def run(self, batch: torch.Tensor) -> Any:
+        """Run the model on a batch [n, ...]; events are reported on the way. Returns the model's
+        output."""
+        self._calls = {}
+        self._stack = []
+        self._last = INPUT
+        self._samples = len(batch)
+        self._report(INPUT, INPUT, None, batch)
+        super().__enter__()
+        try:
+            with outside():
+                output = self._model(batch)
+                self._join(output)
+                return output
+        finally:
+            super().__exit__(None, None, None)
+
+    def _join(self, output: Any) -> None:
+        """Report the heads as one "output" [n, sum of d] in the widest of their dtypes."""
+        found: dict[str, torch.Tensor] = {}
+        if self._heads:
+            map_tensors(output, lambda place, head: found.setdefault(OUTPUT + place, head))
+        heads = [found[name] for name in self._heads if self._readable(found.get(name))]
+        rows = [head.flatten(1) if head.ndim > 1 else head[:, None] for head in heads]
+        if rows:  # a head that is missing shows as another width, all of them as a skipped layer
+            self._report(OUTPUT, JOINT, None, torch.cat(rows, 1))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._busy or not isinstance(result, torch.Tensor):
+            return result
+        kind = getattr(func, "__name__", "").rstrip("_")
+        if kind not in ACTIVATIONS or self._inside_layer():
+            return result
+        return self._report(self._count(f"{self._last}/{kind}"), kind, None, result)
+
+    def _inside_layer(self) -> bool:
+        """Is the innermost running module a ready-made layer, whose own hook reports its output?"""
+        if not self._stack:
+            return False
+        module = self._stack[-1]
+        ready_made = type(module).__module__.startswith("torch.nn")
+        is_container = any(True for _ in module.children()) and not isinstance(
+            module, nn.MultiheadAttention
+        )
+        return ready_made and not is_container
+
+    def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._stack.append(module)
+
+    def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._stack:
+            self._stack.pop()
+        name = self._count(self._names.get(id(module), type(module).__name__))
+        kind = type(module).__name__
+        output = map_tensors(
+            output, lambda suffix, tensor: self._report(name + suffix, kind, module, tensor)
+        )
+        self._last = name
+        return output
+
+    def _report(
+        self,
+        name: str,
+        kind: str,
+        module: nn.Module | None,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Hand an activation [n, ...] of floating dtype to the consumer."""
+        if self._busy or not self._readable(output):
+            return output
+        self._busy = True
+        try:
+            replacement = self._consume(name, kind, module, output)
+        finally:
+            self._busy = False
+        return output if replacement is None else replacement
+
+    def _readable(self, output: torch.Tensor | None) -> bool:
+        """Whether there is a floating tensor with one row per sample."""
+        if output is None or output.ndim == 0 or len(output) != self._samples:
+            return False
+        return output.is_floating_point()
+
+    def _count(self, name: str) -> str:
+        self._calls[name] = calls = self._calls.get(name, 0) + 1
+        return name if calls == 1 else f"{name}#{calls}"
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def _event_name(module_name: str) -> str:
+    """The root is "output"; a submodule that is called so itself becomes "self.output"."""
+    if not module_name:
+        return OUTPUT
+    return f"self.{module_name}" if module_name in (INPUT, OUTPUT) else module_name
+
+
+def map_tensors(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+    """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]".
+
+    What is not changed is returned as it is, containers of the user's own classes included.
+    """
+
+    def visit(item: Any, place: str) -> Any:
+        if isinstance(item, torch.Tensor):
+            return change(place, item)
+        if isinstance(item, Mapping):
+            changed = {key: visit(value, f"{place}[{key}]") for key, value in item.items()}
+            same = all(changed[key] is value for key, value in item.items())
+            return item if same else type(item)(changed)  # type: ignore[call-arg]
+        if isinstance(item, list | tuple):
+            entries = [visit(value, f"{place}[{index}]") for index, value in enumerate(item)]
+            if all(new is old for new, old in zip(entries, item, strict=True)):
+                return item
+            return type(item)(*entries) if hasattr(item, "_fields") else type(item)(entries)
+        return item
+
+    return visit(output, "")

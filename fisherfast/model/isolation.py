@@ -1,0 +1,118 @@
+"""Leave a network as it was: mode, buffers, caches and random states return."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fisherfast.model.unwrap import as_written
+
+__all__ = ["evaluation", "forgetting", "holds", "own_random_state"]
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Modes, buffers and global random states are borrowed: by one thread, or they would not return."""
+
+
+@contextlib.contextmanager
+def own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
+    """Random numbers from a stream of our own: the states of torch, numpy and Python return.
+
+    One thread at a time; another waits.
+    """
+    with _ONE_AT_A_TIME, _own_random_state(model, seed):
+        yield
+
+
+@contextlib.contextmanager
+def _own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
+    devices = {torch.cuda.current_device()} if torch.cuda.is_initialized() else set()
+    if model is not None:
+        devices |= {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            torch.manual_seed(seed)
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def _own_state(model: nn.Module) -> Iterator[None]:
+    """Buffers that a forward pass writes return, and so does what it leaves in a module."""
+    values = [
+        (buffer, buffer._version, buffer.clone())
+        for buffer in model.buffers()
+        if not is_lazy(buffer) and not buffer.is_inference()
+    ]
+    try:
+        with forgetting(model):
+            yield
+    finally:
+        for buffer, version, value in values:
+            if buffer._version != version:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def forgetting(model: nn.Module, kind: type = torch.Tensor) -> Iterator[None]:
+    """What a module keeps of a forward pass (a state, a cache) is put back, where it holds tensors
+    of a kind."""
+    places = [place for module in model.modules() for place in (vars(module), module._buffers)]
+    kept = [(place, dict(place)) for place in places]
+    try:
+        yield
+    finally:
+        for place, before in kept:
+            for name, value in list(place.items()):
+                if value is not before.get(name) and holds(value, kind):
+                    if name in before:
+                        place[name] = before[name]
+                    else:
+                        del place[name]
+
+
+def holds(value: Any, kind: type) -> bool:
+    """Whether there is an object of a kind in nested containers."""
+    if isinstance(value, dict):
+        return any(holds(item, kind) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(holds(item, kind) for item in value)
+    return isinstance(value, kind)
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module, seed: int) -> Iterator[None]:
+    """Eval mode and no gradients; the mode of every module, its buffers and all random states
+    return. What is compiled runs as it is written.
+
+    A model that draws random numbers in eval mode draws the same ones for the same seed.
+    """
+    with (
+        own_random_state(model, seed),
+        as_written(),
+        torch.inference_mode(False),  # its tensors do not tell when they were overwritten
+        torch.no_grad(),
+        _own_state(model),
+    ):
+        modes = [(module, module.training) for module in model.modules()]
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside from hooks
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,0 +1,152 @@
+"""Sites: where activations are read, their names, and which of them are asked for."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+__all__ = ["Site", "select"]
+
+Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module | None], bool]
+
+INPUT = "input"
+
+OUTPUT = "output"
+
+HEAD = f"{OUTPUT}["
+"""How the names of heads begin: "output[0]", "output[mean]"."""
+
+JOINT = "outputs"
+"""Kind of the site that holds several heads side by side."""
+
+
+@dataclass
+class Site:
+    """One place where activations are read.
+
+    Attributes:
+        name: as `model.named_modules()` has it, with "#2" for the second call and "/relu" for a
+            function.
+        kind: class of the module, or name of the function.
+        shape: of one sample's activations, without the batch.
+        aliases: other names of the same activations (a Sequential and its last layer, "output" and
+            "fc5").
+        passive: a reshape, dropout or identity: not measured unless asked for by name.
+        descendants: names of the sites that are a function of this one alone (see `chains`).
+        module: the module itself; None for "input" and functions.
+        event: the first of its names that a forward pass reports.
+        heads: names of the outputs that it holds side by side; empty for all but a joint "output".
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    aliases: list[str] = field(default_factory=list)
+    passive: bool = False
+    descendants: set[str] = field(default_factory=set)
+    module: nn.Module | None = field(default=None, repr=False)
+    event: str = ""
+    heads: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.event = self.event or self.name
+
+    @property
+    def names(self) -> list[str]:
+        """Its name and all aliases."""
+        return [self.name, *self.aliases]
+
+    @property
+    def dim(self) -> int:
+        """d, the number of activations of one sample."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def also(self, name: str) -> None:
+        """Add a name; "output" becomes the main one, except at the input."""
+        if name == OUTPUT and self.name != INPUT:
+            self.aliases.insert(0, self.name)
+            self.name = OUTPUT
+            self.passive = False
+        else:
+            self.aliases.append(name)
+
+
+def select(
+    sites: list[Site], layers: Layers, model: nn.Module, output: str | None = None
+) -> list[Site]:
+    """The sites that `layers` asks for, in execution order, always with "input" and "output".
+
+    Args:
+        layers: "auto" (all but passive ones), a name or a list of names, a regular expression
+            (searched for in every name), or a function (name, module or None) -> bool.
+        output: a head that is always there too.
+
+    Raises:
+        ValueError: a name that does not exist (with the nearest ones) or a layer that never ran; an
+            output that does not exist (with those that do).
+    """
+    known = {name: site for site in sites for name in site.names}
+    if output is not None and not (output in known and _is_output(output)):
+        outputs = [name for name in known if _is_output(name)]
+        raise ValueError(f"output must be one of {outputs}, got {output!r}")
+    if isinstance(layers, str) and layers == "auto":
+        return [site for site in sites if not site.passive]
+    _check_layers(layers)
+    if callable(layers) and not isinstance(layers, re.Pattern):
+        wanted = {id(s) for s in sites if any(layers(name, s.module) for name in s.names)}
+    elif isinstance(layers, re.Pattern) or (isinstance(layers, str) and layers not in known):
+        wanted = _match(layers, known, model)
+    else:
+        names = [layers] if isinstance(layers, str) else list(layers)
+        for name in names:
+            if name not in known:
+                raise ValueError(_unknown(name, known, model))
+        wanted = {id(known[name]) for name in names}
+    wanted |= {id(known[name]) for name in (INPUT, OUTPUT, output) if name in known}
+    return [site for site in sites if id(site) in wanted]
+
+
+def _is_output(name: str) -> bool:
+    return name == OUTPUT or name.startswith(HEAD)
+
+
+def _check_layers(layers: Any) -> None:
+    if isinstance(layers, str | re.Pattern):
+        return
+    names = isinstance(layers, Sequence) and not isinstance(layers, bytes)
+    if names and all(isinstance(name, str) for name in layers):
+        return
+    if names or not callable(layers) or isinstance(layers, nn.Module):
+        raise TypeError(
+            'layers must be "auto", a name, a list of names, a regular expression or a function,'
+            f" got {layers!r}"
+        )
+
+
+def _match(layers: str | re.Pattern[str], known: dict[str, Site], model: nn.Module) -> set[int]:
+    try:
+        pattern = re.compile(layers)
+    except re.error as error:
+        raise ValueError(
+            f"layers must be names or a regular expression, got {layers!r}: {error}"
+        ) from None
+    wanted = {id(site) for name, site in known.items() if pattern.search(name)}
+    if not wanted:
+        raise ValueError(_unknown(pattern.pattern, known, model))
+    return wanted
+
+
+def _unknown(name: str, known: Mapping[str, Site], model: nn.Module) -> str:
+    if name in dict(model.named_modules(remove_duplicate=False)):
+        return (
+            f"layer {name!r} must run in the forward pass, got none: it never ran, or returned no"
+            " floating tensor with one row per sample"
+        )
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:5]
+    return f"layers must name layers of the model, got {name!r}; nearest: {', '.join(near)}"

@@ -1,0 +1,1 @@
+"""What a Fisher matrix says: spectrum, importance, effective dimension."""

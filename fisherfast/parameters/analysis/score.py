@@ -1,0 +1,324 @@
+"""The score of a network's own parameters, sample by sample: d log p(y | x, w) / dw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fisherfast.model.default_device import outside
+from fisherfast.model.unwrap import unwrapped
+from fisherfast.parameters.analysis.hotelling import Moments, TSquared, t_squared
+from fisherfast.parameters.backward.batches import Data
+from fisherfast.parameters.backward.columns import Forward, forwards
+from fisherfast.parameters.checks import check_count, check_likelihood, check_seed, untouched
+from fisherfast.parameters.layers.base import Rows, Rule
+from fisherfast.parameters.layout import ParameterLayout, Selection
+from fisherfast.parameters.likelihoods import Likelihood
+from fisherfast.parameters.structures.base import DENSE_BYTES
+
+__all__ = ["MeanZeroTest", "Scores", "score"]
+
+DIRECTIONS = 4
+"""Directions in which the scores of a layer are looked at: the parameters themselves, and three at
+random."""
+
+LEAST_PER_DIRECTION = 10
+"""Samples that a direction needs for its mean to be normal."""
+
+
+def score(
+    model: nn.Module,
+    likelihood: Likelihood,
+    x: Data,
+    y: Tensor | np.ndarray | None = None,
+    *,
+    parameters: Selection = None,
+    batch_size: int = 256,
+) -> Scores:
+    r"""The score of every sample: gradients of log p(y | x, w) with respect to the parameters w.
+
+    .. math:: s_i = \frac{\partial \log p(y_i | x_i, w)}{\partial w}
+
+    Args:
+        model: f(x, w), in evaluation mode, every sample by itself: [n, ...] to outputs [n, ...].
+        likelihood: p(y | f): `Gaussian`, `Categorical`, `Bernoulli`, `Poisson` or your own.
+        x: inputs [n, ...]; or, without y, a pair (x, y), a Dataset or DataLoader of (x, y), or an
+            iterable of such batches.
+        y: labels [n, ...], as the likelihood reads them.
+        parameters: which are measured: None for all that require grad, a regular expression, names,
+            or a function of the name.
+        batch_size: samples per batch, of tensors and Datasets.
+
+    Returns:
+        The scores, computed as they are read: batches in a loop, their matrix, their mean, and a
+        test whether that is zero. In nats and the unit 1 / w.
+
+    Raises:
+        TypeError: an argument of a wrong kind.
+        ValueError: labels missing; nothing to measure. What is wrong with the data or the mode of
+            the model shows when the scores are read.
+
+    Cost: nothing yet; each reading takes one forward and one backward pass. Nothing of a batch is
+    kept when the next one comes.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Linear(2, 1)
+        >>> x, y = torch.randn(100, 2), torch.randn(100, 1)
+        >>> scores = ff.parameters.score(model, ff.parameters.Gaussian(), x, y, batch_size=60)
+        >>> [batch["weight"].shape for batch in scores]
+        [torch.Size([60, 1, 2]), torch.Size([40, 1, 2])]
+        >>> scores.matrix().shape
+        torch.Size([100, 3])
+    """
+    check_likelihood(likelihood)
+    check_count("batch_size", batch_size)
+    given = isinstance(x, Tensor | np.ndarray)
+    if given and y is None:
+        raise ValueError("y must be given where x is a tensor of inputs, got none")
+    if not given and y is not None:
+        raise TypeError(
+            "y must be left out where x holds the labels too, got labels and a"
+            f" {type(x).__name__} of data"
+        )
+    model = unwrapped(model)
+    layout = ParameterLayout.of(model, parameters)
+    return Scores(model, likelihood, (x, y) if given else x, layout, batch_size)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores:
+    """Per-sample gradients of log p(y | x, w), computed when they are read.
+
+    Attributes:
+        model, likelihood, data: whose scores these are; data that can be read once give their
+            scores once.
+        layout: the parameters and their order.
+        batch_size: samples per batch, of tensors and Datasets.
+    """
+
+    model: nn.Module
+    likelihood: Likelihood
+    data: Data
+    layout: ParameterLayout
+    batch_size: int
+
+    def __repr__(self) -> str:
+        return f"<Scores of {self.layout.size} parameters, {self.likelihood!r}>"
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Batch by batch, the scores of b samples by parameter: {name: [b, *shape]}."""
+        for forward in self._forwards():
+            found: dict[str, Tensor] = {}
+
+            def keep(rule: Rule, x: Tensor, g: Tensor, found: dict[str, Tensor] = found) -> None:
+                found.update(zip(rule.names, rule.gradients(x, g), strict=True))
+
+            with untouched(self.model):
+                forward.batch.visit(self._vector(forward), keep, last=True)
+            yield {name: found[name] for name in self.layout.names}
+
+    def _forwards(self) -> Iterator[Forward]:
+        return forwards(
+            self.model,
+            self.likelihood,
+            self.data,
+            self.layout,
+            batch_size=self.batch_size,
+            labels=True,
+        )
+
+    def _vector(self, forward: Forward) -> Tensor:
+        assert forward.y is not None
+        with outside():
+            return self.likelihood.score(forward.f, forward.y)
+
+    def matrix(self) -> Tensor:
+        """All scores [n, P] float64, parameters side by side as in `layout`.
+
+        Raises:
+            MemoryError: they would take more than 8 GiB.
+        """
+        rows: list[Tensor] = []
+        samples = 0
+        with untouched(self.model):
+            for batch in self:
+                samples += len(next(iter(batch.values())))
+                if 8 * samples * self.layout.size > DENSE_BYTES:
+                    raise MemoryError(
+                        f"matrix must fit into 8 GiB, got {samples} samples and more of"
+                        f" P = {self.layout.size} numbers: read the scores batch by batch"
+                    )
+                rows.append(torch.cat([part.flatten(1).double() for part in batch.values()], 1))
+        return torch.cat(rows)
+
+    def mean(self) -> Tensor:
+        """The mean score [P] float64: the gradient of the mean log-likelihood. The scores of single
+        samples are not built."""
+        sums: dict[str, Tensor] = {}
+        samples = 0
+
+        def add(rule: Rule, x: Tensor, g: Tensor) -> None:
+            parts = rule.weighted_sum(x, g, torch.ones(len(g), dtype=g.dtype, device=g.device))
+            for name, part in zip(rule.names, parts, strict=True):
+                sums[name] = sums[name] + part if name in sums else part.double()
+
+        with untouched(self.model):
+            for forward in self._forwards():
+                forward.batch.visit(self._vector(forward), add, last=True)
+                samples += forward.batch.samples
+        return self.layout.flatten(sums) / samples
+
+    def mean_zero_test(self, *, directions: int = DIRECTIONS, seed: int = 0) -> MeanZeroTest:
+        r"""Is the mean score zero, as it is where the labels come from p(y | x, w)?
+
+        The scores of each layer are projected on its parameters w themselves (is the network too
+        sure, or not enough?) and on directions at random; Hotelling's T^2 says how far the mean of
+        the projections is from zero. For all layers together, the directions of the layers are
+        added up, each in the unit of its root mean square.
+
+        A small p-value: the network is not calibrated to these labels. A large one proves little:
+
+        - every expectation of the score is zero at the data that the network was trained on to the
+          end, so that held-out data are needed;
+        - a Gaussian of a wrong variance has scores of mean zero all the same (their covariance is
+          wrong: the empirical trace is not the exact one);
+        - what is wrong may lie across the directions looked at: take more, or another seed.
+
+        Args:
+            directions: of each layer, at most a tenth of the samples.
+            seed: of the random directions; the global random state is not touched.
+
+        Raises:
+            TypeError: no whole number.
+            ValueError: too few samples for the directions.
+
+        The p-value is uniform to the extent that the projections' means are normal: in the limit of
+        many samples. Cost: one forward and one backward pass, and [n, directions] numbers of each
+        layer's batch.
+        """
+        check_count("directions", directions)
+        check_seed(seed)
+        layers = _by_layer(self.layout)
+        aim = self._directions(directions, seed)
+        moments: Moments | None = None
+        with untouched(self.model):
+            for forward in self._forwards():
+                rows = torch.zeros(
+                    forward.batch.samples,
+                    len(layers),
+                    directions,
+                    dtype=torch.float64,
+                    device=forward.f.device,
+                )
+                project = _Projection(rows, {name: i for i, name in enumerate(layers)}, aim)
+                forward.batch.visit(self._vector(forward), project, last=True)
+                flat = rows.flatten(1)
+                moments = moments or Moments(flat.shape[1], flat.device)
+                moments.add(flat)
+        assert moments is not None
+        if moments.samples < LEAST_PER_DIRECTION * directions:
+            raise ValueError(
+                f"data must hold at least {LEAST_PER_DIRECTION} samples per direction"
+                f" ({LEAST_PER_DIRECTION * directions}), got {moments.samples}"
+            )
+        return _tested(moments, layers, directions)
+
+    def _directions(self, directions: int, seed: int) -> dict[str, Tensor]:
+        """[directions, *shape] of each parameter, each of length 1, but for a zero parameter."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        parameters = dict(self.model.named_parameters())
+        found = {}
+        for name, shape in zip(self.layout.names, self.layout.shapes, strict=True):
+            value = parameters[name].detach()
+            aim = torch.randn(
+                directions, shape.numel(), generator=generator, dtype=torch.float64, device="cpu"
+            )
+            aim[0] = value.flatten().cpu()
+            aim = torch.nn.functional.normalize(aim, dim=1)
+            found[name] = aim.reshape(directions, *shape).to(value)
+        return found
+
+
+class _Projection:
+    """A visitor that adds <score, direction> of each sample to rows [n, layers, directions]."""
+
+    def __init__(
+        self, rows: Tensor, place: Mapping[str, int], directions: Mapping[str, Tensor]
+    ) -> None:
+        self._rows, self._place, self._directions = rows, place, directions
+
+    def __call__(self, rule: Rule, x: Tensor, g: Tensor) -> None:
+        if isinstance(rule, Rows):  # parameters of several layers
+            for name, part in zip(rule.names, rule.gradients(x, g), strict=True):
+                aim = self._directions[name].flatten(1).to(part.dtype)
+                self._rows[:, self._place[_layer(name)]] += part.flatten(1) @ aim.T
+            return
+        here = self._rows[:, self._place[_layer(rule.names[0])]]
+        for k in range(here.shape[1]):
+            here[:, k] += rule.products(x, g, [self._directions[name][k] for name in rule.names])
+
+
+def _layer(name: str) -> str:
+    """The module that a parameter belongs to."""
+    return name.rpartition(".")[0]
+
+
+def _by_layer(layout: ParameterLayout) -> list[str]:
+    return list(dict.fromkeys(_layer(name) for name in layout.names))
+
+
+def _tested(moments: Moments, layers: list[str], directions: int) -> MeanZeroTest:
+    n, mean, covariance = moments.samples, moments.mean, moments.covariance
+    single = []
+    for number in range(len(layers)):
+        own = slice(number * directions, (number + 1) * directions)
+        single.append(t_squared(mean[own], covariance[own, own], n))
+    size = (covariance.diagonal() + mean.square()).sqrt()
+    weights = torch.where(size > 0, size.reciprocal(), 0)
+    each = torch.eye(directions, dtype=mean.dtype, device=mean.device).repeat(len(layers), 1)
+    each *= weights[:, None]
+    whole = t_squared(each.T @ mean, each.T @ covariance @ each, n)
+    return MeanZeroTest(
+        whole.statistic,
+        whole.degrees,
+        whole.p_value,
+        n,
+        dict(zip(layers, single, strict=True)),
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class MeanZeroTest(TSquared):
+    """Whether the mean score is zero, over all layers and for each.
+
+    Attributes:
+        statistic: Hotelling's T^2 of all layers together.
+        degrees: (q, n - q) of the F distribution that it is held against.
+        p_value: chance of a statistic at least as large if the mean score is zero.
+        samples: n.
+        layers: the same of each layer, by its name; their p-values depend on each other.
+    """
+
+    samples: int
+    layers: dict[str, TSquared]
+
+    def __repr__(self) -> str:
+        rows = [("layer", "T^2", "degrees", "p"), _row("all", self)]
+        rows += [_row(name or "(model)", layer) for name, layer in self.layers.items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [f"MeanZeroTest: p = {self.p_value:.3g}, {self.samples} samples"]
+        for row in rows:
+            cells = [f"{row[0]:<{widths[0]}}"]
+            cells += [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+            lines.append("  ".join(cells))
+        return "\n".join(lines)
+
+
+def _row(name: str, test: TSquared) -> tuple[str, str, str, str]:
+    first, second = test.degrees
+    return name, f"{test.statistic:.4g}", f"{first}, {second}", f"{test.p_value:.3g}"

@@ -1,0 +1,1 @@
+"""Backward passes that give per-sample gradients and sensitivities."""

@@ -1,0 +1,252 @@
+"""A few samples alone: which layers keep samples apart, seen before their rules are trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fisherfast.parameters.backward.backpropagation import Apart, Backpropagation
+from fisherfast.parameters.backward.fingerprint import settings
+from fisherfast.parameters.backward.per_sample import (
+    NOT_VECTORISED,
+    alone,
+    one_by_one,
+    swapping,
+    vectorised,
+)
+from fisherfast.parameters.backward.taps import Call, undisturbed
+from fisherfast.parameters.checks import forward_alone, untouched
+from fisherfast.parameters.layers.base import Rule
+from fisherfast.parameters.layout import ParameterLayout
+
+__all__ = ["check_one_alone", "samples_apart"]
+
+EXAMINED = 3
+"""Samples that `examined` looks at: one, one that may be alike, and one that is neither first
+nor last."""
+
+OUTPUTS_ALIKE = 100
+"""Outputs of a sample alone and in a batch agree to so many square roots of their dtype's rounding,
+1.5e-6 in float64 and 0.03 in float32: sums in another order, amplified by the layers."""
+
+GRADIENTS_ALIKE = 10
+"""The same for gradients, which are only measured in another way where they do not agree."""
+
+LARGEST_DIFFERENCE = 0.3
+"""The same for half precision: those of another sample differ by about their size."""
+
+
+ABOVE_NOISE = 10
+"""A change of the outputs is one when it is so many times what they change by themselves."""
+
+
+_EXAMINED: WeakKeyDictionary[nn.Module, tuple[Hashable, Apart]] = WeakKeyDictionary()
+"""What the last examination of a network has found, with what the network was like."""
+
+
+def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
+    """`examined`, once for a network: again when its modules, their settings, classes or hooks, its
+    switches or the shape of a sample have changed, or when it had shown nothing."""
+    alike = (layout, inputs.shape[1:], inputs.dtype, inputs.device, settings(model))
+    before, apart = _EXAMINED.get(model, (None, None))
+    if apart is not None and before == alike:
+        return apart
+    with forward_alone(model):
+        apart = examined(model, layout, inputs)
+    if apart.shown:
+        _EXAMINED[model] = alike, apart
+    return apart
+
+
+def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    """Raise ValueError if the outputs of a sample are others alone than in its batch: no key of a
+    kept examination sees what a forward pass reads outside of its network. A pass of one sample."""
+    flat = inputs.reshape(len(inputs), inputs[:1].numel())
+    others = (flat != flat[:1]).any(1).nonzero().flatten()
+    one = int(others[-1]) if len(others) else 0
+    with untouched(model), undisturbed(model), torch.no_grad():
+        _check_apart(outputs[one : one + 1], model(inputs[one : one + 1]))
+
+
+def _different(inputs: Tensor) -> tuple[Tensor, bool]:
+    """A few samples, not all alike if there are such; whether there are."""
+    flat = inputs.reshape(len(inputs), inputs[:1].numel())
+    others = (flat != flat[:1]).any(1).nonzero().flatten().tolist()
+    if not others:
+        return inputs[[i % len(inputs) for i in range(EXAMINED)]], len(inputs) == 1
+    second = others[0]
+    third = next((i for i in (*others[1:], *range(1, len(inputs))) if i != second), 0)
+    return inputs[[0, second, third]], True
+
+
+def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
+    """Which layers' rules give the gradients of single samples, by trying a few samples alone.
+
+    A layer may see [time, n, d], or windows of all samples mixed: its rows are then nobody's. It
+    may be changed by a hook, or by a forward method of its own. Where a rule's gradients are not
+    those that autograd gives for a sample alone, the parameters are measured one by one.
+
+    Raises:
+        ValueError: the output of a sample depends on the others, or on chance, or on parameters
+            that autograd does not see.
+
+    Cost: three or four passes forward and back of three samples, and the memory of a gradient.
+    """
+    few, shown = _different(inputs)
+    trial = Backpropagation(model, layout, few)
+    f = trial.outputs
+    spread = torch.linspace(0.5, 1.5, f.numel(), dtype=f.dtype, device=f.device)
+    vector = (spread * (1 - 2 * (torch.arange(f.numel(), device=f.device) % 2))).reshape(f.shape)
+    _check_seen(model, trial)
+    wrong, silent = _misled(model, layout, trial, vector)
+    folds = {
+        name: call.rows // EXAMINED
+        for call in trial.calls
+        for name in call.rule.names
+        if not wrong.intersection(call.rule.names)
+    }
+    rest = [name for name in layout.names if trial.layers[name] != "unused" and name not in folds]
+    vectorised = not rest or _can_vectorise(model, trial, rest, vector)
+    return Apart(folds, vectorised, shown and not silent)
+
+
+def _misled(
+    model: nn.Module, layout: ParameterLayout, trial: Backpropagation, vector: Tensor
+) -> tuple[set[str], set[str]]:
+    """Parameters whose rule does not give the gradients of the samples alone, and those whose rule
+    has shown nothing, because all these are zero."""
+    found: list[tuple[Rule, Tensor, Tensor]] = []
+
+    def keep(call: Call, x: Tensor, g: Tensor) -> None:
+        found.append((call.rule, trial.by_sample(x), trial.by_sample(g)))
+
+    trial.send(vector, keep, last=False)
+    wrong = {name for call in trial.calls for name in call.rule.names}
+    wrong -= {name for rule, _, _ in found for name in rule.names}  # no gradient, or x is gone
+    wrong |= _reordered(model, layout, trial, vector, found)
+    names = [name for rule, _, _ in found for name in rule.names]
+    silent = set(names)
+    for sample in range(EXAMINED):
+        part = slice(sample, sample + 1)
+        with undisturbed(model):
+            output, gradients = alone(model, names, trial.inputs[part], vector[part])
+        _check_apart(trial.outputs[part], output)
+        truth = dict(zip(names, gradients, strict=True))
+        for rule, x, g in found:
+            expected = [truth[name] for name in rule.names]
+            if any(bool(each.any()) for each in expected):
+                silent.difference_update(rule.names)
+            try:
+                rows = [row[0] for row in rule.gradients(x[part], g[part])]
+            except NOT_VECTORISED:  # it is not the input that the rule knows
+                wrong.update(rule.names)
+                continue
+            if not _alike(rows, expected, GRADIENTS_ALIKE):
+                wrong.update(rule.names)
+    return wrong, silent
+
+
+def _reordered(
+    model: nn.Module,
+    layout: ParameterLayout,
+    trial: Backpropagation,
+    vector: Tensor,
+    found: Sequence[tuple[Rule, Tensor, Tensor]],
+) -> set[str]:
+    """Parameters of layers that see the samples in an order of the network's own, sorted by their
+    length for one: with the samples the other way round, it does not turn round with them."""
+    back = Backpropagation(model, layout, trial.inputs.flip(0))
+    seen: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    def keep(call: Call, x: Tensor, g: Tensor) -> None:
+        seen[call.rule.names] = back.by_sample(x), back.by_sample(g)
+
+    back.send(vector.flip(0), keep, last=True)
+    turned: set[str] = set()
+    for rule, x, g in found:
+        other = seen.get(rule.names)
+        if other is None or not all(
+            _same_rows(here, there.flip(0)) for here, there in zip((x, g), other, strict=True)
+        ):
+            turned.update(rule.names)
+    return turned
+
+
+def _same_rows(here: Tensor, there: Tensor) -> bool:
+    if not here.is_floating_point():
+        return torch.equal(here, there)
+    return _alike([there], [here], GRADIENTS_ALIKE)
+
+
+def _can_vectorise(
+    model: nn.Module, trial: Backpropagation, names: Sequence[str], vector: Tensor
+) -> bool:
+    """Whether torch.func gives the gradients of the samples alone."""
+    with undisturbed(model):
+        try:
+            rows = vectorised(model, names, trial.inputs, vector)
+        except NOT_VECTORISED:
+            return False
+        return all(
+            _alike([row], [expected], GRADIENTS_ALIKE)
+            for row, expected in zip(
+                rows, one_by_one(model, names, trial.inputs, vector), strict=True
+            )
+        )
+
+
+def _alike(rows: Sequence[Tensor], expected: Sequence[Tensor], roots: int) -> bool:
+    """Whether all are the same but for rounding, relative to the largest number among them."""
+    pairs = [pair for pair in zip(rows, expected, strict=True) if pair[1].numel()]
+    if any(row.shape != truth.shape for row, truth in pairs):
+        return False
+    if not pairs:
+        return True
+    largest = max(float((row - truth).abs().max()) for row, truth in pairs)
+    scale = max(float(truth.abs().max()) for _, truth in pairs)
+    rounding = roots * torch.finfo(expected[0].dtype).eps ** 0.5
+    return largest <= min(rounding, LARGEST_DIFFERENCE) * scale
+
+
+def _check_apart(among_others: Tensor, alone: Tensor) -> None:
+    """Raise ValueError unless a sample's outputs are the same alone as in a batch."""
+    if not bool(among_others.isfinite().all()):
+        return  # the likelihood says so
+    if not _alike([among_others], [alone], OUTPUTS_ALIKE):
+        raise ValueError(
+            "model must treat every sample by itself and always alike: the output of a sample"
+            " changed when it was alone in its batch; is it in training mode (batch norm, dropout)?"
+            " Call model.eval()"
+        )
+
+
+def _check_seen(model: nn.Module, trial: Backpropagation) -> None:
+    """Raise ValueError where parameters change the outputs and autograd does not know."""
+    if not trial.unused:
+        return
+    generator = torch.Generator("cpu").manual_seed(0)
+    parameters = dict(model.named_parameters())
+
+    def moved(name: str) -> Tensor:
+        value = parameters[name].detach()
+        noise = torch.rand(value.shape, generator=generator, device="cpu").to(value)
+        return value + (0.5 + noise) * (value.abs().mean() if value.numel() else 1.0)
+
+    def change(names: Sequence[str]) -> float:
+        values = {name: moved(name) for name in names}
+        with undisturbed(model), swapping(model):
+            output = torch.func.functional_call(model, values, (trial.inputs,)).detach()
+        return float((output - trial.outputs).abs().max())
+
+    noise = change(())  # 0, but for sums whose order is left to the device
+    if not change(trial.unused) > ABOVE_NOISE * noise:
+        return
+    hidden = [name for name in trial.unused if change((name,)) > ABOVE_NOISE * noise]
+    raise ValueError(
+        f"parameters must reach the outputs through autograd, got {(hidden or trial.unused)[0]!r}"
+        " that changes them unseen (no_grad, detach, .data, a checkpoint with use_reentrant=True);"
+        " leave it out by parameters="
+    )

@@ -1,0 +1,1 @@
+"""One rule per kind of layer: its block of the Fisher matrix."""

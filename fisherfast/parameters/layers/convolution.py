@@ -1,0 +1,181 @@
+"""The rules of convolutions and transposed convolutions, by the patches that their kernels meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fisherfast import ops
+from fisherfast.parameters.layers.base import Rule
+from fisherfast.parameters.layers.linear import MatrixRule, Sharing, bordered
+from fisherfast.parameters.layers.linear_map import (
+    Layer,
+    as_kernels_read,
+    kernel_squares,
+    sum_of_squares,
+)
+
+__all__ = ["CONVOLUTIONS", "TRANSPOSED", "Convolution", "TransposedConvolution"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+class Convolution(MatrixRule):
+    """nn.Conv1d, Conv2d, Conv3d, any stride, padding, dilation and groups."""
+
+    def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        groups = int(self.module.groups)  # type: ignore[arg-type]
+        patches = unfolded(self.module, x)  # [n, C, *kernel, *positions]
+        taps = patches[0, 0].numel() // g[0, 0].numel() if g.numel() else 1
+        a = patches.reshape(len(x), groups, x.shape[1] // groups * taps, -1).transpose(-1, -2)
+        return a, self.output_rows(g)
+
+    def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
+        module = self.module
+        if sharing == "reduce" or "weight" not in self.attributes:
+            return super().input_factor(x, g, sharing)
+        if not isinstance(module, nn.Conv1d | nn.Conv2d):
+            return super().input_factor(x, g, sharing)
+        image, window = _as_image(module, x)
+        sums, cross = ops.patch_moments(as_kernels_read(image), **window)
+        positions = g[0, 0].numel()
+        if "bias" in self.attributes:
+            cross = bordered(sums, cross, len(x) * positions)
+        return cross / positions
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        groups = int(self.module.groups)  # type: ignore[arg-type]
+        return g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
+
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        module = self.module
+        assert isinstance(module, CONVOLUTIONS)
+        parts = dict(zip(self.attributes, v, strict=True))
+        weight = parts.get("weight")
+        if weight is None:
+            weight = x.new_zeros(module.weight.shape)
+        return module._conv_forward(x, weight, parts.get("bias"))  # as its padding mode has it
+
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """See `Rule.squares`; a few samples at a time for three dimensions."""
+        module = self.module
+        if not isinstance(module, nn.Conv1d | nn.Conv2d):  # the kernel knows images
+            return super().squares(x, g)
+        parts = {}
+        if "weight" in self.attributes:
+            image, window = _as_image(module, x)
+            parts["weight"] = kernel_squares(image, g if g.dim() == 4 else g.unsqueeze(2), **window)
+        if "bias" in self.attributes:
+            parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
+        return self._shaped(**parts)
+
+
+class TransposedConvolution(Layer):
+    """nn.ConvTranspose1d, ConvTranspose2d: the convolution that takes g to the shape of x has the
+    same gradients, with x and g in exchanged roles."""
+
+    products = Rule.products
+    weighted_sum = Rule.weighted_sum
+
+    def _settings(self) -> Iterator[tuple[int, int, int, int]]:
+        """(stride, dilation, kernel, padding) of each axis."""
+        module = self.module
+        assert isinstance(module, TRANSPOSED)
+        padding = module.padding
+        assert not isinstance(padding, str)
+        return zip(module.stride, module.dilation, module.kernel_size, padding, strict=True)
+
+    def _margins(self, x: Tensor, g: Tensor) -> list[int]:
+        """What the windows over g reach beyond it, as F.pad takes it; `output_padding` widens g on
+        one side, to where no window may reach (then it is negative)."""
+        margins = []
+        for axis, (stride, dilation, kernel, padding) in enumerate(self._settings(), start=2):
+            last = (x.shape[axis] - 1) * stride - padding + dilation * (kernel - 1)
+            margins.append([padding, last + 1 - g.shape[axis]])
+        return [margin for pair in reversed(margins) for margin in pair]
+
+    def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        parts = {}
+        if "weight" in self.attributes:
+            groups = int(self.module.groups)  # type: ignore[arg-type]
+            settings = list(self._settings())
+            patches = F.pad(g, self._margins(x, g))
+            for axis, (stride, dilation, kernel, _) in enumerate(settings):
+                reach = dilation * (kernel - 1) + 1
+                patches = patches.unfold(2 + axis, reach, stride)[..., ::dilation]
+            # [n, M, *positions, *kernel]
+            spatial = len(settings)
+            patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial)
+            a = patches.movedim(3, -1).flatten(2, -2)  # [n, G, M / G taps, T]
+            b = x.reshape(len(x), groups, x.shape[1] // groups, -1)
+            parts["weight"] = b @ a.mT
+        if "bias" in self.attributes:
+            parts["bias"] = g.flatten(2).sum(2)
+        return self._ordered(**parts)
+
+    def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        parts = {}
+        if "weight" in self.attributes:
+            stride, dilation, kernel, padding = zip(*self._settings(), strict=True)
+            margins, image = self._margins(x, g), g
+            wider = [
+                before - after for before, after in zip(margins[::2], margins[1::2], strict=True)
+            ]
+            if any(wide >= jump for wide, jump in zip(reversed(wider), stride, strict=True)):
+                image, padding = F.pad(g, margins), (0,) * len(kernel)  # else a window more
+            parts["weight"] = kernel_squares(
+                image,
+                x,
+                kernel,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=int(self.module.groups),  # type: ignore[arg-type]
+            )
+        if "bias" in self.attributes:
+            parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
+        return self._shaped(**parts)
+
+
+def padded(module: nn.Module, x: Tensor) -> Tensor:
+    """x with the margins of a convolution, whatever they hold."""
+    assert isinstance(module, CONVOLUTIONS)
+    around = list(module._reversed_padding_repeated_twice)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, around, mode=mode) if any(around) else x
+
+
+def _as_image(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """x as [n, C, H, W], and what the ops take of its windows; a line is an image of one row.
+
+    What the padding adds is in the image already, unless it is the same zeros on both sides.
+    """
+    around = list(module._reversed_padding_repeated_twice)
+    padding = around[::2][::-1]  # before each axis, the first one first
+    if module.padding_mode != "zeros" or around[::2] != around[1::2]:
+        x, padding = padded(module, x), [0] * len(padding)
+    missing = 4 - x.dim()
+    ones = [1] * missing
+    window = {
+        "kernel": [*ones, *module.kernel_size],
+        "stride": [*ones, *module.stride],
+        "padding": [*[0] * missing, *padding],
+        "dilation": [*ones, *module.dilation],
+        "groups": module.groups,
+    }
+    return (x.unsqueeze(2) if missing else x), window
+
+
+def unfolded(module: nn.Module, x: Tensor) -> Tensor:
+    """Every patch that a convolution's kernel meets: [n, C, *kernel, *positions], a view of x."""
+    assert isinstance(module, CONVOLUTIONS)
+    x = padded(module, x)
+    spatial = len(module.kernel_size)
+    for axis in range(spatial):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        x = x.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
+    return x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))

@@ -1,0 +1,1 @@
+"""Fisher matrices, one structure per file."""

@@ -1,0 +1,106 @@
+"""The diagonal of the Fisher matrix: one number per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.layers.base import Rule
+from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
+
+__all__ = ["DiagonalAccumulator", "DiagonalFisher"]
+
+
+class DiagonalFisher(ParameterFisher):
+    """diag(F): the expected square of every parameter's score, sample by sample.
+
+    Correlations between parameters are left out: `solve` divides each entry by its own number.
+
+    Cost: 8 P bytes; for a layer with D inputs of a weight, M outputs and T positions T D M
+    operations per sample and column, and no per-sample gradient in memory where the layer has a
+    rule.
+
+    Reference: LeCun, Denker, Solla (1990), NIPS 2, 598 (the diagonal of the curvature).
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+        >>> F = ff.parameters.fisher(model, ff.parameters.Gaussian(), x, structure="diag")
+        >>> F.diag()
+        tensor([5.0000, 0.5000], dtype=torch.float64)
+        >>> F.solve(torch.ones(2))
+        tensor([0.2000, 2.0000], dtype=torch.float64)
+    """
+
+    structure = "diag"
+
+    def __init__(
+        self, layout: ParameterLayout, samples: int, fisher_type: FisherType, values: Tensor
+    ) -> None:
+        """values: [P]."""
+        super().__init__(layout, samples, fisher_type)
+        self._values = values.double()
+
+    def diag(self) -> Tensor:
+        return self._values.clone()
+
+    def _matmul(self, columns: Tensor) -> Tensor:
+        return self._values[:, None] * columns
+
+    def _solve(self, columns: Tensor, damping: float) -> Tensor:
+        if damping == 0 and bool((self._values == 0).any()):
+            raise singular("some parameters have no Fisher information")
+        return columns / (self._values + damping)[:, None]
+
+    def eigenvalues(self) -> Tensor:
+        """All P, ascending."""
+        return self._values.sort().values
+
+    def logdet(self, *, damping: float = 0.0) -> float:
+        check_damping(damping)
+        return float((self._values + damping).log().sum())
+
+    def _device(self) -> torch.device:
+        return self._values.device
+
+    def _state(self) -> dict[str, Any]:
+        return {"values": self._values}
+
+    @classmethod
+    def _from_state(
+        cls,
+        layout: ParameterLayout,
+        samples: int,
+        fisher_type: FisherType,
+        state: Mapping[str, Any],
+    ) -> DiagonalFisher:
+        return cls(layout, samples, fisher_type, state["values"])
+
+
+class DiagonalAccumulator:
+    """Sums of squares, layer by layer, while the gradients pass."""
+
+    def __init__(self, layout: ParameterLayout, fisher_type: FisherType) -> None:
+        self._layout, self._fisher_type = layout, fisher_type
+        self._where = layout.slices()
+        self._sums: Tensor | None = None  # [P]
+
+    def add(self, sweep: Sweep) -> None:
+        sweep.visit(self._take)
+
+    def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
+        for name, squares in zip(rule.names, rule.squares(x, g), strict=True):
+            if self._sums is None:
+                self._sums = squares.new_zeros(self._layout.size, dtype=torch.float64)
+            self._sums[self._where[name]] += squares.flatten()
+
+    def result(self, samples: int) -> DiagonalFisher:
+        assert self._sums is not None  # every parameter is shown in every sweep
+        values = self._sums.div_(samples)
+        return DiagonalFisher(self._layout, samples, self._fisher_type, values)

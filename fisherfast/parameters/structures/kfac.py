@@ -1,0 +1,229 @@
+"""Kronecker factors: a product of two small matrices for each linear or convolution layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.layers.base import Rule
+from fisherfast.parameters.layers.linear import MatrixRule, Sharing
+from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
+from fisherfast.parameters.structures.kronecker import KroneckerBlock
+
+__all__ = ["KroneckerAccumulator", "KroneckerFisher"]
+
+
+class KroneckerFisher(ParameterFisher):
+    """K-FAC: for each linear and convolution layer the block B (x) A, and no terms between layers.
+
+    With rows a_it that multiply the weights at position t of sample i (the input, or the patch of
+    it that a kernel meets, and a 1 for the bias) and gradients b_itr = the part of column r of the
+    root of the output Fisher that comes back to the layer's output there (the columns are those of
+    every structure), n samples and T positions:
+
+        sharing="expand"    A = 1/(n T) sum_it a_it a_it^T,     B = 1/n sum_itr b_itr b_itr^T
+        sharing="reduce"    A = 1/n sum_i abar_i abar_i^T,      B = 1/n sum_ir bsum_ir bsum_ir^T
+                            abar_i = 1/T sum_t a_it,            bsum_ir = sum_t b_itr
+
+    Both equal the exact block of one sample without shared positions (T = 1), and that of any
+    number of samples in a deep linear network under Gaussian noise: "expand" where each position
+    has outputs of its own, "reduce" where the outputs are means over the positions. A network that
+    pools its positions is nearer to "reduce", one that answers at each of them to "expand".
+    Otherwise it is an approximation: A and B are averaged apart from each other.
+
+    A convolution in groups has one pair of factors for each. Weight and bias of a layer have a
+    joint block. Parameters without a Kronecker form (norms, embeddings, transposed convolutions,
+    attention's and recurrent layers' own matrices, parameters used in expressions) have their exact
+    diagonal; `diagonal_names` lists them, and so does the repr.
+
+    ``fisher(..., structure="kfac", sharing="expand")``: what becomes of shared positions.
+
+    Cost: 8 (D^2 + M^2) bytes for a layer with D inputs of a weight and M outputs; T (D^2 + R M^2)
+    operations per sample with R columns and T positions; `solve`, `eigenvalues` and `logdet` about
+    10 (D^3 + M^3).
+
+    Reference: Martens and Grosse 2015 (arXiv 1503.05671), Grosse and Martens 2016 (arXiv
+    1602.01407); shared positions and the scales above: Eschenhagen et al. 2023 (arXiv 2311.00636),
+    sections 3.2 and 3.3, for a loss that is a mean over samples.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+        >>> F = ff.parameters.fisher(model, ff.parameters.Gaussian(), x, structure="kfac")
+        >>> F.to_dense()  # exact for one layer under Gaussian noise
+        tensor([[5.0000, 1.5000],
+                [1.5000, 0.5000]], dtype=torch.float64)
+    """
+
+    structure = "kfac"
+
+    def __init__(
+        self,
+        layout: ParameterLayout,
+        samples: int,
+        fisher_type: FisherType,
+        blocks: Sequence[KroneckerBlock],
+        diagonal: Mapping[str, Tensor],
+        sharing: Sharing,
+    ) -> None:
+        """blocks: of the layers; diagonal: values of the parameters that have none, by name."""
+        super().__init__(layout, samples, fisher_type)
+        self.blocks, self.sharing = list(blocks), sharing
+        self._diagonal = {
+            name: diagonal[name].double() for name in layout.names if name in diagonal
+        }
+        self._places = {name: layout.slices()[name] for name in diagonal}
+
+    @property
+    def diagonal_names(self) -> tuple[str, ...]:
+        """The parameters that have no Kronecker form: only their exact diagonal is kept."""
+        return tuple(self._diagonal)
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if self._diagonal:
+            text = f"{text[:-1]}; diagonal alone: {', '.join(self._diagonal)}>"
+        return text
+
+    def _values(self) -> list[tuple[slice, Tensor]]:
+        return [(self._places[name], values.flatten()) for name, values in self._diagonal.items()]
+
+    def _matmul(self, columns: Tensor) -> Tensor:
+        result = torch.empty_like(columns)
+        for block in self.blocks:
+            block.put(block.product(block.take(columns)), result)
+        for place, values in self._values():
+            result[place] = values[:, None] * columns[place]
+        return result
+
+    def _solve(self, columns: Tensor, damping: float) -> Tensor:
+        if damping == 0 and bool((self.eigenvalues() == 0).any()):
+            raise singular("some directions have no Fisher information")
+        result = torch.empty_like(columns)
+        for block in self.blocks:
+            block.put(block.solution(block.take(columns), damping), result)
+        for place, values in self._values():
+            result[place] = columns[place] / (values + damping)[:, None]
+        return result
+
+    def diag(self) -> Tensor:
+        column = torch.empty(self.layout.size, 1, dtype=torch.float64, device=self._device())
+        for block in self.blocks:
+            block.put(block.diag().unsqueeze(-1), column)
+        for place, values in self._values():
+            column[place, 0] = values
+        return column[:, 0]
+
+    def eigenvalues(self) -> Tensor:
+        """All P, ascending; those within rounding of zero are zero."""
+        parts = [block.spectrum.flatten() for block in self.blocks]
+        return torch.cat([*parts, *(values for _, values in self._values())]).sort().values
+
+    def logdet(self, *, damping: float = 0.0) -> float:
+        check_damping(damping)
+        return float((self.eigenvalues() + damping).log().sum())
+
+    def _device(self) -> torch.device:
+        every = [*(block.inputs for block in self.blocks), *self._diagonal.values()]
+        return every[0].device
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "sharing": self.sharing,
+            "blocks": [block.state() for block in self.blocks],
+            "diagonal": dict(self._diagonal),
+        }
+
+    @classmethod
+    def _from_state(
+        cls,
+        layout: ParameterLayout,
+        samples: int,
+        fisher_type: FisherType,
+        state: Mapping[str, Any],
+    ) -> KroneckerFisher:
+        blocks = [KroneckerBlock.from_state(block) for block in state["blocks"]]
+        return cls(layout, samples, fisher_type, blocks, state["diagonal"], state["sharing"])
+
+
+class KroneckerAccumulator:
+    """Sums of both factors of each layer while the gradients pass; A once a batch, from the first
+    column."""
+
+    def __init__(
+        self,
+        layout: ParameterLayout,
+        fisher_type: FisherType,
+        *,
+        sharing: Sharing = "expand",
+    ) -> None:
+        """sharing: what becomes of shared positions, see `KroneckerFisher`.
+
+        Raises:
+            ValueError: sharing is neither "expand" nor "reduce".
+        """
+        if sharing not in ("expand", "reduce"):
+            raise ValueError(f'sharing must be "expand" or "reduce", got {sharing!r}')
+        self._layout, self._fisher_type, self._sharing = layout, fisher_type, sharing
+        self._factors: dict[tuple[str, ...], list[Tensor]] = {}  # [A, B], by the layer's parameters
+        self._attributes: dict[tuple[str, ...], dict[str, str]] = {}
+        self._diagonal: dict[str, Tensor] = {}
+
+    def add(self, sweep: Sweep) -> None:
+        refuse_shared_matrices(sweep)
+        seen: set[tuple[str, ...]] = set()
+
+        def take(column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
+            if isinstance(rule, MatrixRule):
+                inputs = None if rule.names in seen else rule.input_factor(x, g, self._sharing)
+                seen.add(rule.names)
+                self._add(rule, inputs, rule.gradient_factor(x, g, self._sharing))
+            else:
+                for name, squares in zip(rule.names, rule.squares(x, g), strict=True):
+                    former = self._diagonal.get(name)
+                    self._diagonal[name] = squares.double() if former is None else former + squares
+
+        sweep.visit(take)
+
+    def _add(self, rule: MatrixRule, inputs: Tensor | None, gradients: Tensor) -> None:
+        if rule.names not in self._factors:
+            assert inputs is not None
+            self._factors[rule.names] = [torch.zeros_like(inputs), torch.zeros_like(gradients)]
+            self._attributes[rule.names] = dict(zip(rule.attributes, rule.names, strict=True))
+        total = self._factors[rule.names]
+        if inputs is not None:
+            total[0] += inputs
+        total[1] += gradients
+
+    def result(self, samples: int) -> KroneckerFisher:
+        places = self._layout.slices()
+        blocks = []
+        for names, (inputs, gradients) in self._factors.items():
+            own = {kind: places[name] for kind, name in self._attributes[names].items()}
+            blocks.append(
+                KroneckerBlock(
+                    inputs / samples, gradients / samples, own.get("weight"), own.get("bias")
+                )
+            )
+        diagonal = {name: values / samples for name, values in self._diagonal.items()}
+        return KroneckerFisher(
+            self._layout, samples, self._fisher_type, blocks, diagonal, self._sharing
+        )
+
+
+def refuse_shared_matrices(sweep: Sweep) -> None:
+    """Raise ValueError where the weights of a linear or convolution layer are used in more than one
+    place: the sum of two Kronecker products is none."""
+    shared = sweep.matrices_without_tap
+    if shared:
+        raise ValueError(
+            f'parameters must be used by one call of one layer for "kfac", got {shared[0]!r}, which'
+            " is shared (tied), called more than once, or in a layer that mixes the samples; leave"
+            ' it out by parameters=, or use structure="diag" or "block"'
+        )

@@ -1,0 +1,211 @@
+"""The rows of the Jacobian that belong to one layer and one batch, in the smallest form they have.
+
+Row (r, i) is the gradient of column r's number of sample i with respect to the layer's parameters
+(`sweeps.py`), as G_i = sum_t g_it a_it^T has it (`rules.py`). Either the rows themselves are kept,
+[R n, p], or what they are products of: the layer's inputs x [n, ...], shared by all R columns, and
+the gradients g [R, n, ...] at its output. A row of a fully connected layer [M, D] then takes M
+numbers instead of M D.
+
+All contractions are sums of float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fisherfast.parameters.layers.embedding import Embedding
+from fisherfast.parameters.layers.frozen import DetachedRule, rule_from_settings, settings_of
+from fisherfast.parameters.layers.linear import Linear
+
+__all__ = ["FactorRows", "LayerRows", "MatrixRows", "layer_rows_from_state"]
+
+TILE_NUMBERS = 2**23
+"""Numbers of a temporary block, 64 MB of float64."""
+
+
+class LayerRows(Protocol):
+    """N = R n rows over the p parameters of one layer.
+
+    Attributes:
+        names: of its parameters, which lie side by side in a row.
+        rows: N.
+        dtype: of the numbers kept.
+        device: where they are.
+    """
+
+    names: tuple[str, ...]
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def times(self, v: Tensor) -> Tensor:
+        """J v [N, m] of v [p, m]."""
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """J^T u [p, m] of u [N, m]."""
+
+    def squares(self) -> Tensor:
+        """Sums of squares [p] over the rows."""
+
+    def dense(self) -> Tensor:
+        """J [N, p]."""
+
+    def gram(self, other: LayerRows) -> Tensor:
+        """J J'^T [N, N'] with rows of the same layer in the same form."""
+
+    def bytes(self) -> int:
+        """Of the memory that they take."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain numbers."""
+
+
+class MatrixRows:
+    """The rows as they are, [N, p]."""
+
+    def __init__(self, names: tuple[str, ...], values: Tensor) -> None:
+        self.names, self.rows, self.values = names, len(values), values
+        self.dtype, self.device = values.dtype, values.device
+
+    def times(self, v: Tensor) -> Tensor:
+        return self.values.double() @ v
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return self.values.double().T @ u
+
+    def squares(self) -> Tensor:
+        return self.values.double().square().sum(0)
+
+    def dense(self) -> Tensor:
+        return self.values.double()
+
+    def gram(self, other: LayerRows) -> Tensor:
+        assert isinstance(other, MatrixRows)
+        found = self.values.new_zeros(self.rows, other.rows, dtype=torch.float64)
+        width = max(1, TILE_NUMBERS // max(self.rows, other.rows, 1))
+        for start in range(0, self.values.shape[1], width):
+            part = slice(start, start + width)
+            left = self.values[:, part].double()
+            right = left if other is self else other.values[:, part].double()
+            found.addmm_(left, right.T)
+        return found
+
+    def bytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+    def state(self) -> dict[str, Any]:
+        return {"names": list(self.names), "values": self.values}
+
+
+class FactorRows:
+    """x [n, ...] and g [R, n, ...] of a layer whose rule needs no more than its sizes."""
+
+    def __init__(self, rule: DetachedRule, x: Tensor, g: Tensor) -> None:
+        self.rule, self.x, self.g = rule, x, g
+        self.names, self.dtype, self.device = rule.names, g.dtype, g.device
+        self.columns, self.samples = g.shape[:2]
+        self.rows = self.columns * self.samples
+
+    def times(self, v: Tensor) -> Tensor:
+        x, g = self._inputs(self.x), self.g.double().flatten(2)
+        sizes = [shape.numel() for shape in self.rule.shapes]
+        found = g.new_empty(self.columns, self.samples, v.shape[1])
+        for number, one in enumerate(v.T):
+            parts = [
+                part.reshape(shape)
+                for part, shape in zip(one.split(sizes), self.rule.shapes, strict=True)
+            ]
+            output = self.rule.applied(x, parts).reshape(self.samples, -1)
+            found[:, :, number] = torch.einsum("rnk,nk->rn", g, output)
+        return found.flatten(0, 1)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        x, g = self._inputs(self.x), self.g.double()
+        weights = u.reshape(self.columns, self.samples, -1)
+        ones = torch.ones(self.samples, dtype=torch.float64, device=g.device)
+        found = []
+        for number in range(weights.shape[2]):
+            joint = torch.einsum("rn,rnk->nk", weights[:, :, number], g.flatten(2))
+            parts = self.rule.weighted_sum(x, joint.reshape(g.shape[1:]), ones)
+            found.append(torch.cat([part.flatten() for part in parts]))
+        if not found:  # of a matrix of rank 0
+            return g.new_zeros(sum(shape.numel() for shape in self.rule.shapes), 0)
+        return torch.stack(found, dim=1)
+
+    def squares(self) -> Tensor:
+        x, g = self._inputs(self.x), self.g.double()
+        if isinstance(self.rule, Linear) and x.dim() == 2:  # sum_r (g_r x)^2 = (sum_r g_r^2) x^2
+            g = g.square().sum(0, keepdim=True).sqrt()
+        numbers = sum(shape.numel() for shape in self.rule.shapes)
+        found = torch.zeros(numbers, dtype=g.dtype, device=g.device)
+        for column in g:
+            parts = self.rule.squares(x, column)
+            found += torch.cat([part.flatten().double() for part in parts])
+        return found
+
+    def dense(self) -> Tensor:
+        x = self._inputs(self.x)
+        parts = [
+            torch.cat([part.flatten(1) for part in self.rule.gradients(x, column)], dim=1)
+            for column in self.g.double()
+        ]
+        return torch.cat(parts)
+
+    def bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in (self.x, self.g))
+
+    def state(self) -> dict[str, Any]:
+        return {"rule": settings_of(self.rule), "x": self.x, "g": self.g}
+
+    def gram(self, other: LayerRows) -> Tensor:
+        """Of x and g in float64, whatever they came in: zero eigenvalues stay far below those that
+        a float32 network has."""
+        assert isinstance(other, FactorRows)
+        left = self._inputs(self.x), self.g.double()
+        right = left if other is self else (self._inputs(other.x), other.g.double())
+        if isinstance(self.rule, Embedding):
+            found = _table_gram(self.rule, *left, *right)
+        else:
+            found = self.rule.columns_gram(*left, *right)
+        return found.reshape(self.rows, other.rows)
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        return x.double() if x.is_floating_point() else x
+
+
+def _table_gram(rule: Embedding, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
+    """[R, n, R', n'] of an embedding: the sum of <g_t, g'_s> over positions with the same token."""
+    module = rule.module
+    assert isinstance(module, nn.Embedding)
+    tokens, others = (part.reshape(len(part), -1) for part in (x, other_x))
+    if module.padding_idx is not None:
+        others = others.masked_fill(others == module.padding_idx, -1)
+    b, other_b = (
+        part.reshape(*part.shape[:2], t.shape[1], -1)
+        for part, t in ((g, tokens), (other_g, others))
+    )
+    found = g.new_zeros(*b.shape[:2], *other_b.shape[:2])
+    pair = b[:, 0, :, 0].numel() * other_b[:, 0, :, 0].numel()
+    count = max(1, math.isqrt(TILE_NUMBERS // max(1, pair)))  # a tile has count^2 pairs of samples
+    for start in range(0, len(tokens), count):
+        here = slice(start, start + count)
+        for other_start in range(0, len(others), count):
+            there = slice(other_start, other_start + count)
+            left, right = b[:, here], other_b[:, there]
+            same = tokens[here, :, None, None] == others[None, None, there]
+            tile = left.flatten(0, 2) @ right.flatten(0, 2).T
+            tile = tile.reshape(*left.shape[:3], *right.shape[:3]) * same[None, :, :, None]
+            found[:, here, :, there] = tile.sum((2, 5))
+    return found
+
+
+def layer_rows_from_state(state: Mapping[str, Any]) -> LayerRows:
+    """The rows whose `state` this is."""
+    if "values" in state:
+        return MatrixRows(tuple(state["names"]), state["values"])
+    return FactorRows(rule_from_settings(state["rule"]), state["x"], state["g"])

@@ -1,0 +1,264 @@
+"""Ratio and difference of the information in two layers, with the errors of the ratio and of the
+difference themselves (docs/theory.md, 18).
+
+Layers see the same samples, so their errors are correlated. The error of any function of two layers
+is its jackknife: the function of both layers with the same fold of the samples left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fisherfast.estimation.variance import jackknife_covariance
+from fisherfast.results.marginal import SINGULAR, pack_covariance, unpack_covariance
+
+__all__ = [
+    "DIVIDES",
+    "LayerComparison",
+    "Measured",
+    "compare",
+    "covariance_of",
+    "divides",
+    "exceeds",
+    "ratio",
+    "relative",
+    "uncorrelated",
+    "unresolved_note",
+    "variance_along",
+    "weakest_direction",
+]
+
+DIVIDES = 3.0
+"""Standard errors that J must lie above zero, in every direction, for a ratio to it to be given."""
+
+BY_CHANCE = 0.02
+"""Probability that a layer is replaced although the later layers have no more information."""
+
+ROUNDING = 1e-12
+"""Added to a correlation matrix of errors, which may be singular."""
+
+
+class Measured(Protocol):
+    """The fields of a `LayerFisher` that a comparison reads."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def J(self) -> torch.Tensor: ...
+    @property
+    def stderr(self) -> torch.Tensor: ...
+    @property
+    def error_covariance(self) -> torch.Tensor | None: ...
+    @property
+    def replicates(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerComparison:
+    """Compare the information in layers a and b of the same flow.
+
+    Float64 on the CPU. The ratios are NaN where J_b is within three errors of zero in some
+    direction, and `notes` says so.
+
+    Attributes:
+        names: of a and b.
+        ratio: J_a / J_b; for P parameters tr(J_b^-1 J_a) / P, the mean of `ratios`. Dimensionless.
+        ratio_stderr: its standard error.
+        difference: [P, P] J_a - J_b, in 1/theta^2.
+        difference_stderr: [P, P] standard errors.
+        ratios: [P] J_a / J_b by direction, ascending: the eigenvalues of J_b^-1/2 J_a J_b^-1/2.
+        ratios_stderr: [P] standard errors, of the ratios along these directions.
+        directions: [P, P], in the unit of theta; the columns w are the directions of `ratios`,
+            w^T J_b w = 1.
+        notes: what a reader should know.
+    """
+
+    names: tuple[str, str]
+    ratio: float
+    ratio_stderr: float
+    difference: torch.Tensor
+    difference_stderr: torch.Tensor
+    ratios: torch.Tensor
+    ratios_stderr: torch.Tensor
+    directions: torch.Tensor
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        by = zip(self.difference.diagonal(), self.difference_stderr.diagonal(), strict=True)
+        differences = ", ".join(f"{float(value):.4g} +- {float(error):.2g}" for value, error in by)
+        a, b = self.names
+        return (
+            f"LayerComparison({a!r} / {b!r} = {self.ratio:.4g} +- {self.ratio_stderr:.2g},"
+            f" {a!r} - {b!r} = {differences})"
+        )
+
+
+def compare(a: Measured, b: Measured) -> LayerComparison:
+    """Ratio J_a / J_b and difference J_a - J_b of two layers that have seen the same samples."""
+    of_a, of_b = _joint_replicates(a, b)
+    difference_stderr = _jackknife(of_a - of_b)
+    value, error = ratio(a, b)
+    if math.isnan(value):
+        directions = torch.full_like(a.J, math.nan)
+        ratios, errors = directions[0], directions[0]
+    else:
+        ratios, directions = relative(a.J, b.J)
+        along = [torch.einsum("pi,fpq,qi->fi", directions, J, directions) for J in (of_a, of_b)]
+        errors = _jackknife(along[0] / along[1])
+    return LayerComparison(
+        names=(a.name, b.name),
+        ratio=value,
+        ratio_stderr=error,
+        difference=a.J - b.J,
+        difference_stderr=difference_stderr,
+        ratios=ratios,
+        ratios_stderr=errors,
+        directions=directions,
+        notes=() if divides(b) else (unresolved_note(b),),
+    )
+
+
+def exceeds(a: Measured, b: Measured, of: int = 1) -> bool:
+    """Whether J_a is larger than J_b in every direction, and significantly so for at least one
+    parameter.
+
+    Args:
+        a, b: two layers.
+        of: number of layers that a is the largest of. The largest of many noisy numbers is too
+            large, so the significance that is asked for grows with it.
+    """
+    difference = a.J - b.J
+    if not bool(torch.isfinite(difference).all()):
+        return False
+    if float(torch.linalg.eigvalsh((difference + difference.T) / 2).min()) <= 0:
+        return False
+    chance = torch.tensor(BY_CHANCE / of, dtype=torch.float64)
+    of_a, of_b = _joint_replicates(a, b)
+    errors = -torch.special.ndtri(chance) * _jackknife(of_a - of_b).diagonal()
+    return bool((difference.diagonal() > errors).any())
+
+
+def ratio(a: Measured, b: Measured) -> tuple[float, float]:
+    """tr(J_b^-1 J_a) / P and its standard error; NaN where J_b does not divide."""
+    if not divides(b):
+        return math.nan, math.nan
+    scale = b.J.diagonal().sqrt()
+    unit = scale[:, None] * scale
+
+    def mean_ratio(J_a: torch.Tensor, J_b: torch.Tensor) -> torch.Tensor:
+        whitened = torch.linalg.solve(J_b / unit, J_a / unit)
+        return whitened.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+    return float(mean_ratio(a.J, b.J)), float(_jackknife(mean_ratio(*_joint_replicates(a, b))))
+
+
+def relative(J_a: torch.Tensor, J_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues of J_b^-1/2 J_a J_b^-1/2 ascending [..., P], and the directions w in theta [...,
+    P, P] that they belong to, w^T J_b w = 1. J_a [..., P, P], J_b [P, P] positive definite."""
+    scale = J_b.diagonal().sqrt()
+    unit = scale[:, None] * scale
+    factor = torch.linalg.cholesky(J_b / unit)
+    half = torch.linalg.solve_triangular(factor, J_a / unit, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    values, vectors = torch.linalg.eigh((whitened + whitened.mT) / 2)
+    directions = torch.linalg.solve_triangular(factor.mT, vectors, upper=True)
+    return values, directions / scale[:, None]
+
+
+def divides(layer: Measured) -> bool:
+    """Whether J is at least `DIVIDES` errors above zero in every direction, so that a ratio to it
+    makes sense."""
+    return weakest_direction(layer.J, covariance_of(layer))[1] >= DIVIDES
+
+
+def unresolved_note(layer: Measured) -> str:
+    """Explain why there is no ratio to this layer."""
+    return f"J of {layer.name} is within {DIVIDES:g} errors of zero: no ratio to it"
+
+
+def weakest_direction(J: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The direction in theta [P] in which J is worst known, and J there in units of its error.
+
+    Of the eigenvectors of J scaled to unit diagonal. 0 errors for J = 0 without an error, NaN for
+    numbers that are not finite.
+
+    Args:
+        J: [P, P].
+        covariance: [P, P, P, P] of the errors of its entries.
+    """
+    scale = J.diagonal().abs().sqrt()
+    scale = torch.where(scale > 0, scale, 1)
+    unit = J / scale[:, None] / scale
+    if not bool(torch.isfinite(unit).all() and torch.isfinite(covariance).all()):
+        return torch.full_like(scale, math.nan), math.nan
+    values, vectors = torch.linalg.eigh((unit + unit.T) / 2)
+    values = torch.where(values.abs() > SINGULAR, values, 0.0)  # rounding has a small error, too
+    directions = vectors / scale[:, None]
+    errors = variance_along(directions, covariance).sqrt()
+    known = (values / errors).nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
+    worst = int(known.argmin())
+    return directions[:, worst], float(known[worst])
+
+
+def variance_along(directions: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Variance [n] of w^T J w for the columns w of [P, n], from the covariance [P, P, P, P]."""
+    squares = directions[:, None] * directions
+    return torch.einsum("pqi,pqrs,rsi->i", squares, covariance, squares).clamp_min(0)
+
+
+def covariance_of(layer: Measured) -> torch.Tensor:
+    """Covariance [P, P, P, P] of the errors of the entries of J; uncorrelated entries where no more
+    than their errors is known."""
+    if layer.error_covariance is not None:
+        return unpack_covariance(layer.error_covariance, len(layer.J))
+    if len(layer.replicates):  # of fewer folds than there are entries for many parameters
+        return jackknife_covariance(layer.replicates)
+    return uncorrelated(layer.stderr)
+
+
+def uncorrelated(stderr: torch.Tensor) -> torch.Tensor:
+    """Covariance [P, P, P, P] of entries whose errors [P, P] are independent."""
+    row, column = torch.tril_indices(*stderr.shape, device="cpu")
+    return unpack_covariance(stderr[row, column].square().diag(), len(stderr))
+
+
+def _joint_replicates(a: Measured, b: Measured) -> tuple[torch.Tensor, torch.Tensor]:
+    """J of both layers [R, P, P] without each fold of the samples, the same for both; where a layer
+    has no replicates the errors are independent, and add in square."""
+    of_a, of_b = _deviations(a), _deviations(b)
+    if a is not b and not len(a.replicates) == len(b.replicates) > 0:
+        of_a, of_b = (
+            torch.cat([of_a, torch.zeros_like(of_b)]),
+            torch.cat([torch.zeros_like(of_a), of_b]),
+        )
+    widen = math.sqrt(len(of_a) / (len(of_a) - 1))
+    return a.J + widen * of_a, b.J + widen * of_b
+
+
+def _deviations(layer: Measured) -> torch.Tensor:
+    """Deviations [n, P, P] of J, of mean zero, whose products sum up to the covariance of its
+    error."""
+    folds = len(layer.replicates)
+    if folds:
+        return (layer.replicates - layer.replicates.mean(0)) * math.sqrt((folds - 1) / folds)
+    covariance = pack_covariance(covariance_of(layer))
+    if not bool(torch.isfinite(covariance).all()):
+        return torch.full((2, *layer.J.shape), math.nan, dtype=torch.float64, device="cpu")
+    scale = covariance.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1)
+    correlation = covariance / scale[:, None] / scale
+    correlation.diagonal().add_(ROUNDING)
+    roots = (scale[:, None] * torch.linalg.cholesky_ex(correlation).L).T / math.sqrt(2)
+    row, column = torch.tril_indices(*layer.J.shape, device="cpu")
+    deviations = layer.J.new_zeros(len(roots), *layer.J.shape)
+    deviations[:, row, column] = deviations[:, column, row] = roots
+    return torch.cat([deviations, -deviations])
+
+
+def _jackknife(values: torch.Tensor) -> torch.Tensor:
+    """Standard error of a function from its values without each fold [F, ...]."""
+    return (values.var(0, correction=0) * (len(values) - 1)).sqrt()

@@ -1,0 +1,256 @@
+"""`FisherFlow`: the Fisher information of every layer of a network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fisherfast._version import __version__
+from fisherfast.results import io, plots, table
+from fisherfast.results.comparison import (
+    LayerComparison,
+    compare,
+    exceeds,
+    ratio,
+)
+from fisherfast.results.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
+from fisherfast.results.layer import LayerFisher
+
+__all__ = ["FisherFlow"]
+
+FORMAT = "fisherfast.flow"
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FisherFlow:
+    """Fisher information of every layer, in execution order from "input" to "output".
+
+    Index by name or alias (``flow["fc2"].J``), iterate over `LayerFisher`, print for a table. The
+    *linear* information of a layer may exceed that of the layer before it: it is a bound, and a
+    non-linear layer can make information linearly readable. The true information never rises along
+    a chain: see `tightened`.
+
+    Attributes:
+        layers: in execution order.
+        settings: arguments of the measurement.
+        version: of the library that measured.
+        maps: by name of the layer, see `map`.
+    """
+
+    layers: tuple[LayerFisher, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    version: str = __version__
+    maps: dict[str, InformationMap] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> LayerFisher:
+        for layer in self.layers:
+            if name == layer.name or name in layer.aliases:
+                return layer
+        known = [*self.names, *(alias for layer in self.layers for alias in layer.aliases)]
+        raise KeyError(f"layer must be one of {known}, got {name!r}")
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == layer.name or name in layer.aliases for layer in self.layers)
+
+    def __iter__(self) -> Iterator[LayerFisher]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers in execution order."""
+        return [layer.name for layer in self.layers]
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return self.layers[0].parameters
+
+    def fractions(self) -> dict[str, float]:
+        """J / J_input of each layer; tr(J_input^-1 J) / P for P parameters. Dimensionless.
+
+        NaN where J_input is within three errors of zero in some direction. Errors in
+        `fraction_errors`; for the ratio of two other layers see `compare`.
+        """
+        return {name: value for name, (value, _) in self._ratios().items()}
+
+    def fraction_errors(self) -> dict[str, float]:
+        """Standard errors of `fractions`: jackknife of the ratio over the folds of the samples that
+        layer and input share."""
+        return {name: error for name, (_, error) in self._ratios().items()}
+
+    def compare(self, a: str, b: str) -> LayerComparison:
+        """Ratio J_a / J_b and difference J_a - J_b of two layers, with their standard errors.
+
+        Both layers have seen the same samples, so their errors are correlated and those of ratio
+        and difference are smaller than the two added in square.
+
+        Args:
+            a, b: names of layers.
+
+        Returns:
+            `LayerComparison`; for P parameters also the ratio by direction. The ratios are NaN
+            where J_b is within three errors of zero.
+
+        Raises:
+            KeyError: there is no such layer.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x = torch.randn(2, 2000, 4)
+            >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
+            >>> flow = ff.fisher_flow(torch.nn.Linear(4, 2), data)
+            >>> flow.compare("output", "input").ratio < 1
+            True
+        """
+        return compare(self[a], self[b])
+
+    def tightened(self) -> FisherFlow:
+        """Use the network itself: information that a later layer shows was there before it.
+
+        Any function of a later layer is a function of an earlier one, so I_l >= J_m for m after l
+        along a chain. Chains are found by the measurement (`LayerFisher.descendants`); a layer
+        inside a residual branch gets nothing from layers after the sum. A later J must be larger in
+        every direction, and by more than chance makes the largest of that many layers.
+        """
+        by_name = {layer.name: layer for layer in self}
+        tight = []
+        for layer in self:
+            best = layer
+            later = [by_name[name] for name in layer.descendants if name in by_name]
+            while found := [other for other in later if exceeds(other, best, len(later))]:
+                best = max(found, key=lambda other: _trace_of_ratio(other.J, found[0].J))
+            if best is not layer:
+                layer = replace(
+                    layer,
+                    J=best.J,
+                    stderr=best.stderr,
+                    error_covariance=best.error_covariance,
+                    replicates=best.replicates,
+                    status=best.status,
+                    carried=best.carried,
+                    independent=best.independent,
+                    notes=(*layer.notes, f"tightened by {best.name}"),
+                )
+            tight.append(layer)
+        return replace(self, layers=tuple(tight))
+
+    def map(self, name: str) -> InformationMap:
+        """Linear Fisher information of the channels at each position of a layer [C, H, W], measured
+        with ``maps=True``: where on the picture the information sits. J [H, W, P, P] in 1/theta^2.
+
+        Raises:
+            KeyError: there is no such layer.
+            ValueError: the flow was measured without maps, or the layer has no positions.
+        """
+        layer = self[name]
+        if not self.settings.get("maps", False):
+            raise ValueError("flow must have been measured with maps=True, got a flow without maps")
+        if layer.name in self.maps:
+            return self.maps[layer.name]
+        maps = self.settings["maps"]
+        if not is_mapped(maps, (layer.name, *layer.aliases)):
+            raise ValueError(f"layer must be one of maps={maps}, got {name!r}")
+        shape = list(layer.shape)
+        if len(shape) == 3 and not has_map(layer.shape):
+            raise ValueError(
+                f"layer {name!r} must have H W C^2 <= {MAX_MAP_NUMBERS} for a map, got {shape}"
+            )
+        raise ValueError(f"layer {name!r} must have a shape [C, H, W] for a map, got {shape}")
+
+    def plot(self, ax: Any = None, **style: Any) -> Any:
+        """J with error bars and the honest bound against the layers; returns the matplotlib
+        axes."""
+        return plots.plot_flow(self, ax, **style)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists: what `save` writes as JSON."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "version": self.version,
+            "settings": copy.deepcopy(self.settings),
+            "layers": [layer.to_dict() for layer in self],
+            "maps": {name: entry.to_dict() for name, entry in self.maps.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> FisherFlow:
+        """Rebuild what `to_dict` returned. Raises ValueError for anything else."""
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(
+                f"content must be a saved flow (format {FORMAT!r}), got another format"
+            )
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version must be {FORMAT_VERSION}, got {content.get('format_version')}:"
+                " use the version of fisherfast that wrote the file"
+            )
+        try:
+            layers = tuple(LayerFisher.from_dict(entry) for entry in content["layers"])
+            maps = {
+                str(name): InformationMap.from_dict(entry)
+                for name, entry in content.get("maps", {}).items()
+            }
+            return cls(layers, dict(content["settings"]), str(content["version"]), maps)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"content must be a complete flow, got a damaged one: {error!r}"
+            ) from None
+
+    def save(self, path: str | Path) -> None:
+        """Write to a .json or .npz file (by its ending). Numbers survive exactly; nothing is
+        pickled."""
+        io.write(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> FisherFlow:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged or something else.
+            FileNotFoundError: there is none.
+        """
+        content = io.read(Path(path))
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def table(self) -> list[list[str]]:
+        """Header and one row of text per layer, as `print` shows them."""
+        return table.rows(self.layers, self._ratios())
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return table.as_text(self.table(), self._footnotes())
+
+    def _repr_html_(self) -> str:
+        return table.as_html(self.table(), self._footnotes()[0])
+
+    def _footnotes(self) -> list[str]:
+        source = self.settings.get("source", "no finite step")
+        return table.footnotes(self.layers, source)
+
+    def _ratios(self) -> dict[str, tuple[float, float]]:
+        """J / J_input of each layer and its standard error."""
+        source = self.layers[0]
+        if source.name != "input":
+            raise ValueError(f"the first layer must be the input, got {source.name!r}")
+        return {layer.name: ratio(layer, source) for layer in self}
+
+
+def _trace_of_ratio(J: torch.Tensor, unit: torch.Tensor) -> float:
+    """Sum over the parameters of J relative to another, so that the units of theta cancel."""
+    return float((J.diagonal() / unit.diagonal().abs()).nan_to_num().sum())

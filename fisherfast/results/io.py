@@ -1,0 +1,48 @@
+"""Files of a flow: JSON, alone or inside a compressed .npz."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["read", "write"]
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write plain numbers, strings and lists. Raises ValueError unless path ends in .json or
+    .npz."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    if path.suffix == ".json":
+        path.write_text(text + "\n", encoding="utf-8")
+    elif path.suffix == ".npz":
+        np.savez_compressed(path, flow=np.frombuffer(text.encode(), dtype=np.uint8))
+    else:
+        raise ValueError(f"path must end in .json or .npz, got {path.name!r}")
+
+
+def read(path: Path) -> Any:
+    """Read what `write` wrote. Raises ValueError for a damaged file, FileNotFoundError for none."""
+    if path.suffix not in (".json", ".npz"):
+        raise ValueError(f"path must end in .json or .npz, got {path.name!r}")
+    raw = path.read_bytes() if path.suffix == ".json" else _read_npz(path)
+    try:
+        return json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(_damaged(path, error)) from None
+
+
+def _read_npz(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return bytes(archive["flow"].tobytes())
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(_damaged(path, error)) from None
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path} must hold a saved flow, got a damaged or foreign file: {error}"

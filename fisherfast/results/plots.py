@@ -1,0 +1,415 @@
+"""Figures of the Fisher information: against layers, against features, over epochs.
+
+Every function draws into the axes it is given, or into a new figure without any window or backend
+state, and returns the axes; ``ax.figure.savefig("flow.png")`` writes the file. matplotlib is
+imported when the first figure is drawn; its settings and its pyplot figures are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from fisherfast.results.comparison import ratio
+from fisherfast.results.layer import LayerFisher
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "VERMILION",
+    "EpochLike",
+    "crossing_epoch",
+    "legend_beside",
+    "new_figure",
+    "plot_curve",
+    "plot_flow",
+    "plot_flows",
+    "plot_training",
+    "sequence_colours",
+    "tidy",
+]
+
+# Okabe and Ito (2008): told apart with every common colour vision.
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
+
+SIZE = (6.0, 4.0)  # inches
+DPI = 160
+MAP_RANGE = (0.05, 0.85)  # of viridis: its yellow end is too pale on white
+LEGEND_ENTRIES = 12  # one line each; more are thinned out
+CEILING = 2.5  # of the axis of errors: untrained networks are far above what matters, near 1
+
+
+class FlowLike(Protocol):
+    """What a figure reads of a `FisherFlow`."""
+
+    @property
+    def layers(self) -> tuple[LayerFisher, ...]: ...
+    @property
+    def names(self) -> list[str]: ...
+    @property
+    def parameters(self) -> int: ...
+    def fractions(self) -> dict[str, float]: ...
+    def fraction_errors(self) -> dict[str, float]: ...
+
+
+class EpochLike(Protocol):
+    """What `plot_training` reads of an epoch; NaN where unknown. Levels are mean square errors in
+    units of the Cramer-Rao bound of the input, transmission is J_output / J_input."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def train_level(self) -> float: ...
+    @property
+    def val_level(self) -> float: ...
+    @property
+    def transmission(self) -> float: ...
+    @property
+    def transmission_error(self) -> float: ...
+
+
+class _Line(NamedTuple):
+    """One value per layer with standard error and honest lower bound; `suffix` names it."""
+
+    suffix: str
+    values: list[float]
+    errors: list[float]
+    lower: list[float]
+
+
+def new_figure(width: float = SIZE[0], height: float = SIZE[1]) -> Any:
+    """A matplotlib figure in inches, outside of pyplot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plots need matplotlib: pip install 'fisherfast[plots]'") from None
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_flow(
+    flow: FlowLike,
+    ax: Axes | None = None,
+    *,
+    label: str | None = None,
+    fraction: bool = False,
+    unit: str = "1/theta²",
+    color: Any = BLUE,
+) -> Axes:
+    """J against the layers, with error bars of one standard error and the honest lower bound.
+
+    Args:
+        flow: a measurement. For several parameters there is one line per diagonal entry of J.
+        ax: axes to draw into; None makes a new figure.
+        label: for the legend.
+        fraction: draw J / J_input, for several parameters the mean over them.
+        unit: of J, for the axis.
+        color: any matplotlib colour.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> from fisherfast import plots
+        >>> x = torch.randn(2, 2000, 4)
+        >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
+        >>> flow = ff.fisher_flow(torch.nn.Linear(4, 2), data)
+        >>> plots.plot_flow(flow).get_ylabel()  # doctest: +SKIP
+        'Fisher information J (1/theta²)'
+    """
+    ax = _axes_or_new(ax)
+    places = range(len(flow.layers))
+    for order, line in enumerate(_lines(flow, fraction)):
+        shade = color if order == 0 else f"C{order}"
+        name = f"{label or 'J'}{line.suffix}"
+        ax.errorbar(
+            places, line.values, line.errors, label=name, color=shade, marker="o", ms=4, capsize=3
+        )
+        bound = "honest lower bound" if order == 0 else None
+        ax.plot(places, line.lower, "_", label=bound, color=shade, alpha=0.6, ms=12, mew=1.5)
+    _label_layers(ax, flow, fraction, unit)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_flows(
+    flows: Mapping[Any, FlowLike],
+    ax: Axes | None = None,
+    *,
+    fraction: bool = False,
+    unit: str = "1/theta²",
+    title: str = "",
+) -> Axes:
+    """J against the layers, one line per flow in the order given, dark to bright.
+
+    Args:
+        flows: measurements of the same layers by their label, for instance the epoch.
+        ax: axes to draw into; None makes a new figure.
+        fraction: draw J / J_input.
+        unit: of J, for the axis.
+        title: of the legend.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: there is no flow, or two of them have different layers.
+        ImportError: matplotlib is not installed.
+    """
+    if not flows:
+        raise ValueError("flows must hold at least one flow, got none")
+    first = next(iter(flows.values()))
+    for flow in flows.values():
+        if flow.names != first.names:
+            raise ValueError(f"flows must have the same layers, got {first.names} and {flow.names}")
+    ax = _axes_or_new(ax)
+    named = _thinned(list(flows))
+    for color, (label, flow) in zip(sequence_colours(len(flows)), flows.items(), strict=True):
+        for line in _lines(flow, fraction):
+            name = f"{label}{line.suffix}" if label in named else None
+            ax.errorbar(
+                range(len(flow.layers)),
+                line.values,
+                line.errors,
+                label=name,
+                color=color,
+                marker="o",
+                ms=3.5,
+                lw=1.3,
+                capsize=2,
+            )
+    _label_layers(ax, first, fraction, unit)
+    legend_beside(ax, title)
+    return ax
+
+
+def legend_beside(ax: Axes, title: str = "") -> None:
+    """The legend to the right of the axes, where nothing is drawn: error bars, then the rest."""
+    entries = sorted(
+        zip(*ax.get_legend_handles_labels(), strict=True),
+        key=lambda entry: not hasattr(entry[0], "has_yerr"),
+    )
+    ax.legend(
+        [handle for handle, _ in entries],
+        [label for _, label in entries],
+        title=title or None,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+        fontsize="small",
+    )
+
+
+def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/theta²") -> Axes:
+    """J of the first k features against k, with a band of one standard error.
+
+    The ring marks the k that `J` was taken at, the dashed line the honest lower bound there. For
+    several parameters there is one curve per diagonal entry of J.
+
+    Args:
+        layer: of a flow, or what `fisher_information` returned.
+        ax: axes to draw into; None makes a new figure.
+        unit: of J, for the axis.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    ax = _axes_or_new(ax)
+    widths = layer.curve_k.tolist()
+    for p in range(layer.parameters):
+        color = (BLUE, VERMILION, GREEN, GREY)[p % 4]
+        suffix = f"[{p}]" if layer.parameters > 1 else ""
+        J, error = layer.curve_J[:, p, p], layer.curve_stderr[:, p, p]
+        ax.fill_between(widths, (J - error).tolist(), (J + error).tolist(), color=color, alpha=0.25)
+        ax.plot(widths, J.tolist(), color=color, label=f"J{suffix}")
+        chosen = float(layer.J[p, p])
+        ax.plot([layer.features], [chosen], "o", color=color, mfc="none", ms=9, label="chosen")
+        bound = float(layer.lower[p, p])
+        ax.axhline(bound, color=color, ls="--", lw=1, alpha=0.7, label="honest lower bound")
+    ax.set_xlabel("features k")
+    ax.set_ylabel(f"Fisher information J ({unit})")
+    ax.set_title(layer.name, fontsize="medium")
+    tidy(ax)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_training(history: Sequence[EpochLike], ax: Axes | None = None) -> Axes:
+    """What reaches the output, and the errors in units of the Cramer-Rao bound, over epochs.
+
+    Drawn are J_output / J_input with error bars, and training and validation error (mean square
+    error times J_input). Below the line at 1 no unbiased estimate can be: a training error there
+    is memory, which is where the published rule stops (star). The ring marks the least validation
+    error. The axis ends at 2.5; an arrow with the number stands for an error above it.
+
+    Args:
+        history: the epochs in their order, as `FisherMonitor.history`.
+        ax: axes to draw into; None makes a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: the history is empty.
+        ImportError: matplotlib is not installed.
+    """
+    if not history:
+        raise ValueError("history must hold at least one epoch, got none")
+    ax = _axes_or_new(ax)
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [entry.epoch for entry in history]
+    measured = [entry for entry in history if entry.transmission == entry.transmission]
+    train = [entry.train_level for entry in history]
+    validation = [entry.val_level for entry in history]
+    ax.axhline(1, color=GREY, ls="--", lw=1, label="Cramér-Rao bound")
+    share = [entry.transmission for entry in measured]
+    ax.errorbar(
+        [entry.epoch for entry in measured],
+        share,
+        [entry.transmission_error for entry in measured],
+        color=BLUE,
+        marker="o",
+        ms=4,
+        capsize=3,
+        label=_SHARE,
+    )
+    ax.plot(
+        epochs, train, color=VERMILION, marker="s", ms=4, label=r"training MSE $\times$ J$_{input}$"
+    )
+    ax.plot(
+        epochs,
+        validation,
+        color=GREEN,
+        marker="^",
+        ms=4,
+        label=r"validation MSE $\times$ J$_{input}$",
+    )
+    _mark_stops(ax, history, train, validation)
+    _limit_errors(ax, epochs, validation, lowest=min([0.0, *share]))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("in units of J$_{input}$")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    tidy(ax)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def crossing_epoch(history: Sequence[EpochLike]) -> int | None:
+    """The first epoch with training MSE * J_input <= 1, where the published rule stops; or None.
+
+    Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025).
+    """
+    for entry in history:
+        if entry.train_level <= 1:
+            return entry.epoch
+    return None
+
+
+_SHARE = r"J$_{output}$ / J$_{input}$"
+
+
+def _mark_stops(
+    ax: Axes, history: Sequence[EpochLike], train: list[float], validation: list[float]
+) -> None:
+    """The published stopping point as a star, the least validation error as a ring."""
+    stop = crossing_epoch(history)
+    epochs = [entry.epoch for entry in history]
+    if stop is not None:
+        level = train[epochs.index(stop)]
+        ax.axvline(stop, color=VERMILION, lw=1, ls=":", alpha=0.8)
+        ax.plot([stop], [level], "*", color=VERMILION, ms=14, mec="white", label="published stop")
+    known = [
+        (level, epoch) for level, epoch in zip(validation, epochs, strict=True) if level == level
+    ]
+    if known:
+        level, epoch = min(known)
+        ax.plot([epoch], [level], "o", color=GREEN, mfc="none", ms=10, label="least validation MSE")
+
+
+def _limit_errors(ax: Axes, epochs: list[int], levels: list[float], *, lowest: float) -> None:
+    """Axis from `lowest`, at most to `CEILING`; an arrow names the first level above it."""
+    ax.set_ylim(bottom=lowest, top=min(CEILING, ax.get_ylim()[1]))
+    above = [(epoch, level) for epoch, level in zip(epochs, levels, strict=True) if level > CEILING]
+    if above:
+        epoch, level = above[0]
+        note = f"\N{UPWARDS ARROW} {level:.3g}"
+        ax.text(epoch, CEILING, note, ha="center", va="top", color=GREEN, fontsize="small")
+
+
+def _lines(flow: FlowLike, fraction: bool) -> Iterator[_Line]:
+    """One line, or for J of several parameters one for each."""
+    if fraction:
+        shares, errors, lower = flow.fractions(), flow.fraction_errors(), _lower_fractions(flow)
+        yield _Line("", [*shares.values()], [*errors.values()], lower)
+        return
+    for p in range(flow.parameters):
+        entries = [
+            tuple(float(matrix[p, p]) for matrix in (layer.J, layer.stderr, layer.lower))
+            for layer in flow.layers
+        ]
+        J, errors_J, lower_J = (list(column) for column in zip(*entries, strict=True))
+        yield _Line(f"[{p}]" if flow.parameters > 1 else "", J, errors_J, lower_J)
+
+
+def _lower_fractions(flow: FlowLike) -> list[float]:
+    """tr(J_input^-1 lower) / P of each layer."""
+    return [ratio(replace(layer, J=layer.lower), flow.layers[0])[0] for layer in flow.layers]
+
+
+def _label_layers(ax: Axes, flow: FlowLike, fraction: bool, unit: str) -> None:
+    ax.set_xticks(range(len(flow.layers)), flow.names)
+    if len(flow.layers) > 6 or max(map(len, flow.names)) > 8:
+        ax.tick_params(axis="x", rotation=45)
+        for tick in ax.get_xticklabels():
+            tick.set_horizontalalignment("right")
+    ax.set_xlabel("layer")
+    ax.set_ylabel("J / J$_{input}$" if fraction else f"Fisher information J ({unit})")
+    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    tidy(ax)
+
+
+def _thinned(labels: list[Any]) -> list[Any]:
+    """At most `LEGEND_ENTRIES` labels, evenly, with the first and the last."""
+    if len(labels) <= LEGEND_ENTRIES:
+        return labels
+    last = len(labels) - 1
+    return [labels[round(i * last / (LEGEND_ENTRIES - 1))] for i in range(LEGEND_ENTRIES)]
+
+
+def sequence_colours(count: int) -> list[Any]:
+    """Colours from dark to bright that keep their order in grey."""
+    import matplotlib
+
+    start, end = MAP_RANGE
+    colours = matplotlib.colormaps["viridis"]
+    return [colours(start + (end - start) * i / max(1, count - 1)) for i in range(count)]
+
+
+def tidy(ax: Axes) -> None:
+    """The look that all figures share: no box, faint lines across."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="0.9", lw=0.8)
+    ax.set_axisbelow(True)
+
+
+def _axes_or_new(ax: Axes | None) -> Axes:
+    return new_figure().add_subplot() if ax is None else ax

@@ -1,0 +1,139 @@
+"""How far the J of each layer is to be believed, from what all layers of a flow show together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from fisherfast.model.sites import INPUT
+from fisherfast.results.comparison import (
+    compare,
+    covariance_of,
+    relative,
+    variance_along,
+    weakest_direction,
+)
+from fisherfast.results.layer import LayerFisher
+
+__all__ = ["with_status"]
+
+UNRESOLVED = 2.0
+"""Standard errors of zero within which J may be nothing."""
+
+CLEAR = 3.0
+"""Standard errors beyond which a difference between two numbers is more than noise."""
+
+PRECISE = 10.0
+"""Errors that J must be above zero in its worst direction: an error of a tenth."""
+
+RISE = 1.1
+"""Times J that a later layer must show before more features are called for: linear information
+rises by a few per cent through non-linear layers whose J are both right."""
+
+BLIND = "more features that add a tenth of J would not have been noticed: use more samples"
+
+ATTAINED = 0.97
+"""Share of a known upper bound beyond which more features cannot add anything worth the name."""
+
+
+def with_status(layers: Sequence[LayerFisher], *, score: bool) -> tuple[LayerFisher, ...]:
+    """Set the status of each layer of a flow, and a note where the table does not show the reason.
+
+    The first that applies, in the worst direction of theta:
+
+    - "unresolved": J is within two errors of zero (or not finite), and a later layer, which is a
+      function of this one alone, is clearly above;
+    - "noisy": the error is above a tenth of J, the arithmetic does not carry the covariance,
+      neighbouring samples depend on each other, the honest bound is clearly above J, or more
+      features that add a tenth of J would not have been noticed and J is not at a known upper
+      bound;
+    - "rising": a later layer shows clearly more, or no plateau of the curve was reached, unless J
+      is at a known upper bound: V of a score, the J of a resolved input;
+    - "resolved".
+
+    Args:
+        layers: of one flow in execution order, as measured.
+        score: the input's J is V, the Fisher information itself.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    source = layers[0] if layers and layers[0].name == INPUT else None
+    bound = source if score else None
+    judged = []
+    for layer in layers:
+        later = [by_name[name] for name in layer.descendants if name in by_name]
+        status, notes = _status(layer, later, bound)
+        judged.append(replace(layer, status=status, notes=(*layer.notes, *notes)))
+        if layer is source and status == "resolved":
+            bound = source
+    return tuple(judged)
+
+
+def _status(
+    layer: LayerFisher, later: Sequence[LayerFisher], bound: LayerFisher | None
+) -> tuple[str, list[str]]:
+    direction, known = weakest_direction(layer.J, covariance_of(layer))
+    if known != known:
+        return "unresolved", []
+    if not bool(layer.J.any() or layer.stderr.any() or layer.naive.any()):
+        return "resolved", []
+    if known < UNRESOLVED:
+        shown = [other.name for other in later if _shows(other, layer, direction)]
+        if shown:
+            return "unresolved", [
+                f"J cannot be told from zero, but {shown[0]}, a function of this layer, has more:"
+                " use more samples, or flow.tightened()"
+            ]
+    if known < PRECISE or not (layer.carried and layer.independent):
+        return "noisy", []
+    if _bound_is_above(layer):
+        return "noisy", ["lower is above J by more than three errors: J is too low"]
+    attained = bound is not None and _attains(layer, bound)
+    if not layer.sensitive and not attained:
+        return "noisy", [BLIND]
+    risen = next(_risen(later, layer), None)
+    if risen is not None:
+        return "rising", [
+            f"{risen.name}, a function of this layer, shows more: flow.tightened() carries it back"
+        ]
+    if layer.plateau or attained:
+        return "resolved", []
+    return "rising", []
+
+
+def _shows(later: LayerFisher, layer: LayerFisher, direction: torch.Tensor) -> bool:
+    """Whether a later layer is clearly above zero in a direction, and above this one."""
+    J = direction @ later.J @ direction
+    error = variance_along(direction[:, None], covariance_of(later)).sqrt()
+    return bool(CLEAR * error < J) and bool(direction @ layer.J @ direction < J)
+
+
+def _bound_is_above(layer: LayerFisher) -> bool:
+    """Whether the honest bound is above J in some direction by more than three errors of both,
+    added in square: wider than that of the difference, for they share their samples."""
+    ratios, directions = relative(layer.lower, layer.J)
+    weight = directions.abs()
+    bound_error = torch.einsum("pi,pq,qi->i", weight, layer.lower_stderr, weight)
+    variance = variance_along(directions, covariance_of(layer)) + bound_error.square()
+    return bool((ratios - 1 > CLEAR * variance.sqrt()).any())
+
+
+def _risen(later: Sequence[LayerFisher], layer: LayerFisher) -> Iterator[LayerFisher]:
+    """Later layers with clearly more information in some direction: compared only where J itself
+    is, for there are many pairs of layers."""
+    if not later:
+        return
+    ratios, _ = relative(torch.stack([other.J for other in later]), layer.J)
+    for other, highest in zip(later, ratios.amax(1).tolist(), strict=True):
+        if highest > RISE:
+            found = compare(other, layer)
+            clear = found.ratios - 1 > CLEAR * found.ratios_stderr
+            if bool((clear & (found.ratios > RISE)).any()):
+                yield other
+
+
+def _attains(layer: LayerFisher, bound: LayerFisher) -> bool:
+    """Whether J is at least `ATTAINED` of an upper bound in every direction."""
+    positive = weakest_direction(bound.J, covariance_of(bound))[1] > 0
+    return positive and bool(relative(layer.J, bound.J)[0].min() >= ATTAINED)

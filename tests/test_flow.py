@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from networks_zoo import (
+from support.networks_zoo import (
     DTHETA,
     SHIFT,
     WIDTH,

@@ -1,12 +1,12 @@
 """Problems whose Fisher information is known: ground truths for tests, examples and benchmarks."""
 
-from .camera import Camera, default_camera, published_positions
-from .camera_pose import CameraPose
-from .correlated_image import CorrelatedImage
-from .distributions import Laplace, LogNormal, Poisson, RectifiedGaussian
-from .experiment import CameraRecording, load_camera_npz
-from .gaussian import GaussianFamily, GaussianScale, GaussianShift, NoisyLinear
-from .networks import (
+from fisherfast.problems.camera import Camera, default_camera, published_positions
+from fisherfast.problems.camera_pose import CameraPose
+from fisherfast.problems.correlated_image import CorrelatedImage
+from fisherfast.problems.distributions import Laplace, LogNormal, Poisson, RectifiedGaussian
+from fisherfast.problems.experiment import CameraRecording, load_camera_npz
+from fisherfast.problems.gaussian import GaussianFamily, GaussianScale, GaussianShift, NoisyLinear
+from fisherfast.problems.networks import (
     MLP,
     gaussian_network,
     imaging_network,
@@ -14,9 +14,9 @@ from .networks import (
     lognormal_network,
     mlp,
 )
-from .optics import shift_image
-from .problem import Problem
-from .scenes import glyph_scene, scene_from_file
+from fisherfast.problems.optics import shift_image
+from fisherfast.problems.problem import Problem
+from fisherfast.problems.scenes import glyph_scene, scene_from_file
 
 __all__ = [
     "MLP",

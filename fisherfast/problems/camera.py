@@ -10,10 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distributions import poisson_sample
-from .gaussian import standard_normal
-from .optics import angular_frequencies, blurred_spectrum, centred_canvas, crop_and_bin
-from .problem import (
+from fisherfast.problems.distributions import poisson_sample
+from fisherfast.problems.gaussian import standard_normal
+from fisherfast.problems.optics import (
+    angular_frequencies,
+    blurred_spectrum,
+    centred_canvas,
+    crop_and_bin,
+)
+from fisherfast.problems.problem import (
     STREAM_TRAINING,
     Problem,
     Theta,
@@ -22,8 +27,8 @@ from .problem import (
     cholesky_factor,
     seeded_generator,
 )
-from .published import IMAGING_INPUT_FISHER
-from .scenes import glyph_scene
+from fisherfast.problems.published import IMAGING_INPUT_FISHER
+from fisherfast.problems.scenes import glyph_scene
 
 READOUT_STD = 15.0  # DN, published
 DEFAULT_PSF_SIGMA = 0.5  # um

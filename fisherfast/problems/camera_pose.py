@@ -10,11 +10,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .camera import PSF_TAIL, Camera
-from .distributions import poisson_sample
-from .gaussian import standard_normal
-from .optics import angular_frequencies, blurred_spectrum, centred_canvas, crop_and_bin
-from .problem import Problem, Theta, check_count, cholesky_factor
+from fisherfast.problems.camera import PSF_TAIL, Camera
+from fisherfast.problems.distributions import poisson_sample
+from fisherfast.problems.gaussian import standard_normal
+from fisherfast.problems.optics import (
+    angular_frequencies,
+    blurred_spectrum,
+    centred_canvas,
+    crop_and_bin,
+)
+from fisherfast.problems.problem import Problem, Theta, check_count, cholesky_factor
 
 
 @dataclass(frozen=True, eq=False)

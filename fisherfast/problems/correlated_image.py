@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .gaussian import standard_normal
-from .optics import angular_frequencies
-from .problem import Problem, Theta, check_count, check_positive
+from fisherfast.problems.gaussian import standard_normal
+from fisherfast.problems.optics import angular_frequencies
+from fisherfast.problems.problem import Problem, Theta, check_count, check_positive
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .gaussian import as_shape, standard_normal
-from .problem import (
+from fisherfast.problems.gaussian import as_shape, standard_normal
+from fisherfast.problems.problem import (
     STREAM_PARAMETERS,
     Problem,
     Theta,

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .camera import published_positions
-from .problem import check_count
+from fisherfast.problems.camera import published_positions
+from fisherfast.problems.problem import check_count
 
 if TYPE_CHECKING:
     from fisherfast.data import FiniteDifference

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .problem import (
+from fisherfast.problems.problem import (
     Problem,
     Theta,
     as_matrix,

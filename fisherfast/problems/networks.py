@@ -9,7 +9,12 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .problem import STREAM_PARAMETERS, check_count, check_positive, seeded_generator
+from fisherfast.problems.problem import (
+    STREAM_PARAMETERS,
+    check_count,
+    check_positive,
+    seeded_generator,
+)
 
 
 class MLP(nn.Sequential):

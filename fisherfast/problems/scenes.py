@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from .problem import check_count
+from fisherfast.problems.problem import check_count
 
 # 9.6 um x 7.2 um with a line of 2.1 um at the 0.15 um spacing of `default_camera`.
 GLYPH_SHAPE = (64, 48)

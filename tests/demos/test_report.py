@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recorded_camera import recording
-from training_histories import layer, number
+from support.recorded_camera import recording
+from support.training_histories import layer, number
 
 import fisherfast as ff
 from fisherfast.__main__ import main

@@ -12,7 +12,7 @@ import functools
 
 import pytest
 import torch
-from wide_layers import RIDGE, information_in, measured
+from support.wide_layers import RIDGE, information_in, measured
 
 from fisherfast.data import Data
 from fisherfast.estimation.curve import fisher_curve

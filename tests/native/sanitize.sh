@@ -35,4 +35,4 @@ for level in $levels; do
   FISHERFAST_SIMD=$level op_tests tests/ops --ignore tests/ops/test_simd.py
 done
 
-python -m pytest -q -p no:cacheprovider tests/test_native.py
+python -m pytest -q -p no:cacheprovider tests/native/test_native.py

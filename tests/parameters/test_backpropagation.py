@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from parameters_zoo import NETWORKS, Network, linear
+from support.parameters_zoo import NETWORKS, Network, linear
 from torch import Tensor, nn
 
 from fisherfast.parameters.backward.backpropagation import Backpropagation

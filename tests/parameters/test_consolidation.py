@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from parameters_oracle import brute_force
+from support.parameters_oracle import brute_force
 from torch import Tensor, nn
 
 import fisherfast as ff

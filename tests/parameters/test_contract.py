@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from parameters_oracle import brute_force
-from parameters_small import (
+from support.parameters_oracle import brute_force
+from support.parameters_small import (
     ALL_OF_F,
     CATEGORICAL,
     LINEAR_IN_F,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parameters_zoo import NETWORKS
+from support.parameters_zoo import NETWORKS
 
 from fisherfast.parameters import Categorical, ElasticWeightConsolidation, fisher
 from fisherfast.parameters.analysis import importance

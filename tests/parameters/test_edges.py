@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from parameters_oracle import brute_force
-from parameters_zoo import Network, convolution2d, linear
+from support.parameters_oracle import brute_force
+from support.parameters_zoo import Network, convolution2d, linear
 from torch import Tensor, nn
 
 from fisherfast.parameters import Categorical, ElasticWeightConsolidation, Gaussian, fisher

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parameters_oracle import brute_force
-from parameters_zoo import NETWORKS, Network
+from support.parameters_oracle import brute_force
+from support.parameters_zoo import NETWORKS, Network
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from networks_zoo import seeded
-from parameters_oracle import brute_force
-from parameters_small import CATEGORICAL, OUTPUTS, dense_network, inputs
+from support.networks_zoo import seeded
+from support.parameters_oracle import brute_force
+from support.parameters_small import CATEGORICAL, OUTPUTS, dense_network, inputs
 from torch import Tensor, nn
 
 import fisherfast as ff

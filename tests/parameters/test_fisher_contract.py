@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks_zoo import seeded
-from parameters_small import (
+from support.networks_zoo import seeded
+from support.parameters_small import (
     CATEGORICAL,
     OUTPUTS,
     ROUNDING,

@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from parameters_oracle import brute_force, moments_of_trace
-from parameters_zoo import NETWORKS
+from support.parameters_oracle import brute_force, moments_of_trace
+from support.parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
 import fisherfast as ff

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from networks_zoo import seeded
-from parameters_oracle import brute_force
-from parameters_small import (
+from support.networks_zoo import seeded
+from support.parameters_oracle import brute_force
+from support.parameters_small import (
     CATEGORICAL,
     OUTPUTS,
     ROUNDING,

@@ -9,9 +9,9 @@ import math
 
 import pytest
 import torch
-from networks_zoo import seeded
-from parameters_oracle import brute_force
-from parameters_small import (
+from support.networks_zoo import seeded
+from support.parameters_oracle import brute_force
+from support.parameters_small import (
     ALL_OF_F,
     CATEGORICAL,
     LINEAR_IN_F,

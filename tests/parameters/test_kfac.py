@@ -3,10 +3,10 @@ matrix where theory says that they are it."""
 
 import itertools
 
-import parameters_zoo
 import pytest
 import torch
 import torch.nn.functional as F
+from support import parameters_zoo
 from torch import nn
 
 from fisherfast import parameters as P

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from networks_zoo import seeded
-from parameters_oracle import brute_force
+from support.networks_zoo import seeded
+from support.parameters_oracle import brute_force
 from torch import Tensor, nn
 from torch.distributions import (
     Bernoulli,

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from networks_zoo import seeded
-from parameters_oracle import brute_force
-from parameters_zoo import NETWORKS
+from support.networks_zoo import seeded
+from support.parameters_oracle import brute_force
+from support.parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parameters_zoo import Network, linear
+from support.parameters_zoo import Network, linear
 from torch import Tensor, nn
 from torch.nn.utils import prune
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from parameters_zoo import NETWORKS
+from support.parameters_zoo import NETWORKS
 from torch import Tensor
 
 from fisherfast.parameters.backward.backpropagation import Backpropagation

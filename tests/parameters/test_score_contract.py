@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks_zoo import seeded
-from parameters_oracle import distribution, gradients
-from parameters_small import CATEGORICAL, ROUNDING, dense_network, difference, inputs, network
 from scipy import stats
+from support.networks_zoo import seeded
+from support.parameters_oracle import distribution, gradients
+from support.parameters_small import (
+    CATEGORICAL,
+    ROUNDING,
+    dense_network,
+    difference,
+    inputs,
+    network,
+)
 from torch import Tensor, nn
 
 import fisherfast as ff

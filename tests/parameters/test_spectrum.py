@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from parameters_oracle import brute_force
-from parameters_zoo import NETWORKS
+from support.parameters_oracle import brute_force
+from support.parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp

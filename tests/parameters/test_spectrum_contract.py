@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from parameters_oracle import brute_force
-from parameters_small import CATEGORICAL, OUTPUTS, difference, inputs, network
+from support.parameters_oracle import brute_force
+from support.parameters_small import CATEGORICAL, OUTPUTS, difference, inputs, network
 from torch import Tensor, nn
 
 import fisherfast as ff

@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 import torch
-from parameters_oracle import brute_force, moments_of_trace
-from parameters_zoo import NETWORKS, OUTPUTS, Network, linear
+from support.parameters_oracle import brute_force, moments_of_trace
+from support.parameters_zoo import NETWORKS, OUTPUTS, Network, linear
 from torch import Tensor, nn
 
 import fisherfast as ff

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parameters_oracle import brute_force
-from parameters_zoo import NETWORKS, OUTPUTS, Lambda, Network, linear, randomised
+from support.parameters_oracle import brute_force
+from support.parameters_zoo import NETWORKS, OUTPUTS, Lambda, Network, linear, randomised
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint

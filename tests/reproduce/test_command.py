@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recorded_camera import recording
+from support.recorded_camera import recording
 
 from fisherfast.__main__ import main
 from fisherfast.demos import imaging_task, training

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_histories import flow, number
+from support.training_histories import flow, number
 
 import fisherfast as ff
 from fisherfast.__main__ import main

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from training_histories import by_errors, by_shares, flow, number
+from support.training_histories import by_errors, by_shares, flow, number
 
 import fisherfast as ff
 from fisherfast.training.attainable import attainable_error

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from support.training_histories import by_errors, by_shares
 from torch import nn
-from training_histories import by_errors, by_shares
 
 import fisherfast as ff
 from fisherfast.training.record import EpochRecord

@@ -51,7 +51,7 @@ def test_stored_results_keep_what_is_promised(results):
 def test_the_rules_still_stop_there(results, load):
     """The stored curves, judged by the rules of today with their defaults. Catches a default or a
     formula that was changed after the study."""
-    from training_histories import by_errors, by_shares
+    from support.training_histories import by_errors, by_shares
 
     import fisherfast as ff
 

@@ -1,0 +1,592 @@
+"""Sources of samples: every kind gives the same J; every bad one says what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import re
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from support.networks_zoo import (
+    DTHETA,
+    WIDTH,
+    measure,
+    mlp,
+    one_thread,  # noqa: F401
+    samples,
+    seeded,
+    untouched,
+)
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import fisherfast as ff
+
+BATCH = 70  # does not divide the 400 samples: the last batch is smaller
+KINDS = (
+    "a tensor, an array, a Dataset, a DataLoader, an iterable of batches or a function that "
+    "returns one"
+)
+EMPTY = (
+    "must yield at least one sample, got an empty source (an iterator can be read once only: "
+    "pass a function that returns a new one)"
+)
+FLOATING = "; convert with .float(), or split complex numbers into real and imaginary part"
+
+
+SEVERAL = (
+    "samples of several inputs are not supported yet, join them in one tensor that the model splits"
+)
+
+
+class Items(Dataset):
+    """Samples by index."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.x[index]
+
+
+class Labelled(Items):
+    """(sample, label) by index, as a data set of images gives them."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.x[index], 7
+
+
+SOURCES = {
+    "tensor": lambda x: x,
+    "array": lambda x: x.numpy(),
+    "strided tensor": lambda x: x.T.contiguous().T,
+    "tensor with gradients": lambda x: x.clone().requires_grad_(),
+    "TensorDataset": TensorDataset,
+    "Dataset": Items,
+    "DataLoader": lambda x: DataLoader(TensorDataset(x), batch_size=BATCH),
+    "DataLoader of tensors": lambda x: DataLoader(Items(x), batch_size=BATCH),
+    "function returning a list": lambda x: lambda: list(x.split(BATCH)),
+    "generator function": lambda x: lambda: (part for part in x.split(BATCH)),
+    "arrays from a generator": lambda x: lambda: (part.numpy() for part in x.split(BATCH)),
+    "tuples from a generator": lambda x: lambda: ((part,) for part in x.split(BATCH)),
+    "function returning a tuple": lambda x: lambda: x.split(BATCH),
+    "list of a list": lambda x: [list(x.split(BATCH))],
+    "one-shot iterator": lambda x: iter(x.split(BATCH)),
+    "one-shot generator": lambda x: (part for part in x.split(BATCH)),
+}
+
+
+def with_one(source: object, name: str, other: object) -> ff.FiniteDifference:
+    """Data whose condition `name` is the source, and whose other condition is fine."""
+    return ff.FiniteDifference(*((source, other) if name == "minus" else (other, source)), DTHETA)
+
+
+def message(text: str) -> str:
+    """A pattern that matches exactly this text."""
+    return f"^{re.escape(text)}$"
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_kind_of_source_gives_the_same_information(kind, paired):
+    """Catches a lost last batch, and a sample that is dealt differently.
+
+    Raw J of float64 samples; the batches differ, the sums are the same to 1e-12 (seen: 1e-14). The
+    correlation of pairs is a mean over lifted features too, which follow the pilot (seen: 1e-7).
+    """
+    tolerance = 1e-5 if paired else 1e-12
+    minus, plus = (x.double() for x in samples())
+    model = seeded(mlp).double()
+    reference = measure(model, ff.FiniteDifference(minus, plus, DTHETA, paired=paired))
+    make = SOURCES[kind]
+    data = ff.FiniteDifference(make(minus), make(plus), DTHETA, paired=paired)
+    with untouched(model):
+        flow = measure(model, data, batch_size=BATCH)
+    for layer, expected in zip(flow, reference, strict=True):
+        assert layer.samples == expected.samples == 800
+        torch.testing.assert_close(layer.linear, expected.linear, rtol=tolerance, atol=tolerance)
+        assert layer.linear > 0
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
+def test_lifted_features_do_not_depend_on_the_kind_of_source(paired):
+    """Catches a lift that is fixed by the batches of a source instead of by its samples."""
+    minus, plus = (x.double() for x in samples())
+    reference, streamed = (
+        ff.fisher_information(
+            ff.FiniteDifference(make(minus), make(plus), DTHETA, paired=paired), max_features=16
+        )
+        for make in (SOURCES["tensor"], SOURCES["generator function"])
+    )
+    torch.testing.assert_close(streamed.curve_J, reference.curve_J, rtol=1e-9, atol=1e-9)
+
+
+def test_conditions_may_be_of_different_kinds_and_lengths():
+    """Catches a length of one condition that is used for the other."""
+    minus, plus = samples()
+    info = ff.fisher_information(
+        ff.FiniteDifference(minus[:300], lambda: plus.split(BATCH), DTHETA), max_features=16
+    )
+    assert info.samples == 700
+    assert info.value == pytest.approx(WIDTH, abs=4 * info.stderr.item())
+
+
+def test_several_parameters_from_lists():
+    """Catches parameters or steps in a wrong order. Within 4 sigma of J = shift^2 / step^2."""
+    steps = [0.2, 0.05]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2000, 3, generator=generator)
+    x[0, :, 0] -= 0.1
+    x[1, :, 0] += 0.1
+    x[2, :, 1] -= 0.1
+    x[3, :, 1] += 0.1
+    data = ff.FiniteDifference([x[0], x[2].numpy()], [x[1], lambda: [x[3]]], steps)
+    assert (data.parameters, data.conditions) == (2, 4)
+    names = [data.condition_name(condition) for condition in range(4)]
+    assert names == ["minus[0]", "plus[0]", "minus[1]", "plus[1]"]
+    assert [data.samples(c) for c in range(4)] == [2000, 2000, 2000, None]
+    info = ff.fisher_information(data, max_features=16)
+    assert info.dtheta == tuple(steps)
+    truth = torch.tensor([[1.0, 0.0], [0.0, 16.0]], dtype=torch.float64)
+    assert info.J.shape == info.stderr.shape == info.lower.shape == (2, 2)
+    assert ((info.linear - truth).abs() < 4 * info.linear_stderr).all()
+
+
+def test_contrast_is_the_full_step():
+    """Catches a half step: weights are 1 / dtheta, not 2 / dtheta or 1 / (2 dtheta)."""
+    x = torch.zeros(4, 2)
+    weights = ff.FiniteDifference([x, x], [x, x], [0.1, 0.5]).contrast()
+    expected = torch.tensor([[-10, 0], [10, 0], [0, -2], [0, 2]], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_batches_cut_tensors_and_keep_those_of_loaders():
+    """Catches a lost remainder, reordered samples and rebatched loaders."""
+    minus, plus = samples(20)
+    data = ff.FiniteDifference(minus, lambda: ((part,) for part in plus.split(6)), DTHETA)
+    assert [len(batch) for batch in data.batches(0, 8)] == [8, 8, 4]
+    assert [len(batch) for batch in data.batches(1, 8)] == [6, 6, 6, 2]
+    assert torch.equal(torch.cat(list(data.batches(0, 8))), minus)
+    assert torch.equal(torch.cat(list(data.batches(1, 8))), plus)
+
+
+def test_arrays_are_neither_copied_whole_nor_changed():
+    """Catches samples that the measurement writes to. (Read-only arrays must do, too.)"""
+    minus, plus = (x.numpy() for x in samples())
+    before = minus.copy(), plus.copy()
+    measure(seeded(mlp), ff.FiniteDifference(minus, plus, DTHETA))
+    assert (minus == before[0]).all()
+    assert (plus == before[1]).all()
+
+
+def test_read_only_arrays_give_no_warning():
+    """Memory-mapped data: catches torch's warning about arrays that are not writable."""
+    minus, plus = (x.numpy() for x in samples())
+    minus.flags.writeable = plus.flags.writeable = False
+    assert ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA)).samples == 800
+
+
+def test_reversed_arrays():
+    """Negative strides: catches an array handed to torch as it is."""
+    minus, plus = (x.numpy() for x in samples())
+    backwards = ff.FiniteDifference(minus[:, ::-1], plus[:, ::-1], DTHETA)
+    expected = ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA), max_features=16)
+    info = ff.fisher_information(backwards, max_features=16)
+    torch.testing.assert_close(info.linear, expected.linear, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float64", ">f4", "float16"])
+def test_other_floating_arrays(dtype):
+    """Catches arrays of half precision or foreign byte order that end in an error of torch."""
+    minus, plus = samples()
+    data = ff.FiniteDifference(minus.numpy().astype(dtype), plus.numpy().astype(dtype), DTHETA)
+    expected = ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA), max_features=16)
+    info = ff.fisher_information(data, max_features=16)
+    torch.testing.assert_close(info.linear, expected.linear, rtol=1e-2, atol=0)
+
+
+def test_step_from_tensors_and_arrays():
+    """Catches a step that must be a Python float."""
+    minus, plus = samples(32)
+    for step in (torch.tensor(0.25), np.float32(0.25), np.array([0.25]), [0.25], (0.25,)):
+        assert ff.FiniteDifference(minus, plus, step).contrast()[1, 0] == 4
+
+
+@pytest.mark.parametrize("step", [0, -1, -0.0, math.nan, math.inf, -math.inf])
+def test_step_must_be_positive_and_finite(step):
+    """Catches an infinite or negative J from a step of 0 or of the wrong sign."""
+    minus, plus = samples(32)
+    text = f"dtheta must be positive and finite, got {step}"
+    with pytest.raises(ValueError, match=message(text)):
+        ff.FiniteDifference(minus, plus, step)
+
+
+def test_every_step_is_checked():
+    """Catches a check of the first step only."""
+    x, y = samples(32)
+    with pytest.raises(ValueError, match=r"^dtheta must be positive and finite, got "):
+        ff.FiniteDifference([x, x], [y, y], [0.1, -0.1])
+
+
+@pytest.mark.parametrize("steps", [[0.1, 0.2], [], [0.1] * 3])
+def test_number_of_steps(steps):
+    """Catches steps that are silently cut or repeated."""
+    minus, plus = samples(32)
+    text = f"dtheta must hold one step or one per parameter (1), got {len(steps)}"
+    with pytest.raises(ValueError, match=message(text)):
+        ff.FiniteDifference(minus, plus, steps)
+
+
+def test_lists_of_different_length():
+    """Catches conditions that are silently left out by zip."""
+    x, y = samples(32)
+    with pytest.raises(
+        ValueError, match=message("plus must hold as many conditions as minus, got 1 and 2")
+    ):
+        ff.FiniteDifference([x, x], [y], [0.1, 0.1])
+    with pytest.raises(
+        ValueError, match=message("minus must hold at least one condition, got an empty list")
+    ):
+        ff.FiniteDifference([], [], [])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_sample_shapes_must_agree(place):
+    """Catches a mismatch that is seen only deep in the measurement, or in the first pair only."""
+    x, y = samples(32)
+    plus = [y, y]
+    plus[place] = y[:, :5]
+    text = r"^all conditions must have samples of the same shape, got \[.*\(5,\).*\]$"
+    with pytest.raises(ValueError, match=text):
+        ff.FiniteDifference([x, x], plus, DTHETA)
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["one batch", "batches"])
+def test_sample_shapes_of_streams_must_agree(batched):
+    """Catches torch's own words about sizes when two streams differ in their samples' shape."""
+    x, y = samples()
+    size = BATCH if batched else len(x)
+    data = ff.FiniteDifference(lambda: x[:, :5].split(size), lambda: y.split(size), DTHETA)
+    model = nn.Identity()
+    with untouched(model), pytest.raises(ValueError, match=r"must have .*shape.*\(5,\).*\(6,\)"):
+        measure(model, data)
+
+
+def test_sample_shape_within_a_stream_must_not_change():
+    """Catches moments that mix samples of different shapes."""
+    x, y = samples()
+    model = nn.Identity()
+    data = ff.FiniteDifference(lambda: [x, x[:, :5]], y, DTHETA)
+    text = "layer 'input' must have the same shape for all samples, got (5,) after (6,)"
+    with untouched(model), pytest.raises(ValueError, match=message(text)):
+        measure(model, data)
+
+
+def test_paired_tensors_must_be_equally_many():
+    """Catches pairs that are cut to the shorter condition."""
+    x, y = samples(32)
+    text = r"^paired conditions must have the same number of samples, got \[(31, 32|32, 31)\]$"
+    with pytest.raises(ValueError, match=text):
+        ff.FiniteDifference(x, y[:-1], DTHETA, paired=True)
+
+
+@pytest.mark.parametrize("cut", [BATCH, 1], ids=["one batch less", "one sample less"])
+def test_paired_streams_must_be_equally_long(cut):
+    """Catches pairs of streams that end when the first one does."""
+    x, y = samples()
+    data = ff.FiniteDifference(
+        lambda: x.split(BATCH), lambda: y[:-cut].split(BATCH), DTHETA, paired=True
+    )
+    model = seeded(mlp)
+    with untouched(model), pytest.raises(ValueError, match=r"^paired conditions must yield .*got "):
+        measure(model, data)
+
+
+@pytest.mark.parametrize("name", ["minus", "plus"])
+@pytest.mark.parametrize("convert", ["int", "bool", "complex"])
+@pytest.mark.parametrize("kind", ["tensor", "array", "DataLoader", "generator function"])
+def test_dtype_must_be_floating(kind, convert, name):
+    """Catches integers that overflow, masks, and complex numbers whose imaginary part is lost."""
+    x, y = samples(64)
+    bad = {"int": x.int(), "bool": x > 0, "complex": torch.complex(x, x)}[convert]
+    dtype = str(bad.dtype).removeprefix("torch." if kind == "array" else "")
+    source = SOURCES[kind](bad)
+    model = nn.Identity()
+    text = f"{name} must have a floating dtype, got {dtype}{FLOATING}"
+    with untouched(model), pytest.raises(TypeError, match=message(text)):
+        measure(model, with_one(source, name, y))
+
+
+@pytest.mark.parametrize("name", ["minus", "plus"])
+@pytest.mark.parametrize(
+    "empty",
+    [
+        lambda: torch.zeros(0, WIDTH),
+        lambda: np.zeros((0, WIDTH)),
+        lambda: DataLoader(TensorDataset(torch.zeros(0, WIDTH))),
+        lambda: iter([]),
+        lambda: lambda: [],
+        lambda: lambda: [torch.zeros(0, WIDTH)],
+        lambda: (part for part in ()),
+    ],
+    ids=["tensor", "array", "DataLoader", "iterator", "function", "empty batch", "generator"],
+)
+def test_empty_sources(empty, name):
+    """Catches a division by zero, or a J of 0, from a source without samples."""
+    _, y = samples(64)
+    source, model = empty(), seeded(mlp)
+    with untouched(model), pytest.raises(ValueError, match=message(f"{name} {EMPTY}")):
+        measure(model, with_one(source, name, y))
+
+
+def test_exhausted_iterators():
+    """Catches a second measurement of one-shot data that finds nothing and says nothing."""
+    x, y = samples()
+    data = ff.FiniteDifference(iter([x]), iter([y]), DTHETA)
+    model = seeded(mlp)
+    measure(model, data)
+    with untouched(model), pytest.raises(ValueError, match=message(f"minus {EMPTY}")):
+        measure(model, data)
+
+
+def test_functions_serve_every_measurement():
+    """Catches a function whose first iterator is kept."""
+    x, y = samples()
+    data = ff.FiniteDifference(lambda: iter([x]), lambda: iter([y]), DTHETA)
+    first, second = (ff.fisher_information(data, max_features=16) for _ in range(2))
+    assert torch.equal(first.curve_J, second.curve_J)
+
+
+def test_batches_without_samples_are_skipped():
+    """Catches an empty last batch that ends in an error or in NaN."""
+    x, y = samples()
+    none = torch.zeros(0, WIDTH)
+    data = ff.FiniteDifference(lambda: [x[:200], none, x[200:], none], lambda: [none, y], DTHETA)
+    info = ff.fisher_information(data, max_features=16)
+    expected = ff.fisher_information(ff.FiniteDifference(x, y, DTHETA), max_features=16)
+    assert info.samples == 800
+    torch.testing.assert_close(info.linear, expected.linear, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["minus", "plus"])
+@pytest.mark.parametrize(
+    "source", ["data.npz", b"data", {"x": torch.zeros(64, WIDTH)}, 3, 2.5, None, np.float64(3)]
+)
+def test_things_that_are_no_source(source, name):
+    """Catches the letters of a file name, or the keys of a dict, that are taken for batches."""
+    _, y = samples(64)
+    several = f": {SEVERAL}" if isinstance(source, dict) else ""
+    text = f"{name} must be {KINDS}, got {type(source).__name__}{several}"
+    with pytest.raises(TypeError, match=message(text)):
+        with_one(source, name, y)
+
+
+def test_a_single_number_is_no_source():
+    """Catches a scalar tensor that ends in an index error."""
+    with pytest.raises(
+        ValueError, match=message("minus must have shape [n, ...], got a single number")
+    ):
+        ff.FiniteDifference(torch.tensor(1.0), samples(64)[1], DTHETA)
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        ("abc", "str"),
+        ({"x": torch.zeros(64, WIDTH)}, f"dict: {SEVERAL}"),
+        (3.0, "float"),
+        (None, "NoneType"),
+        ((), "tuple"),
+        (("abc",), "str"),
+        (((torch.zeros(64, WIDTH),) * 2,), f"tuple: {SEVERAL}"),
+    ],
+)
+def test_batches_that_are_no_samples(batch, got):
+    """Catches a dict of tensors whose first key is iterated, and words about missing attributes."""
+    model = seeded(mlp)
+    data = ff.FiniteDifference(lambda: [batch], samples(64)[1], DTHETA)
+    text = f"minus must yield tensors or arrays [n, ...], got {got}"
+    with untouched(model), pytest.raises(TypeError, match=message(text)):
+        measure(model, data)
+
+
+LABELLED = {
+    "Dataset": lambda x: Labelled(x),
+    "TensorDataset": lambda x: TensorDataset(x, torch.zeros(len(x))),
+    "DataLoader": lambda x: DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=BATCH),
+    "generator": lambda x: ((part, part) for part in x.split(BATCH)),
+    "function": lambda x: lambda: ([part, part] for part in x.split(BATCH)),
+}
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+@pytest.mark.parametrize("name", ["minus", "plus"])
+def test_batches_of_more_than_the_samples(name, kind):
+    """Catches a second input of the model that is dropped without a word."""
+    model, (x, y) = seeded(mlp), samples()
+    text = (
+        f"{name} must yield samples [n, ...] alone, got 2 entries (Tensor, Tensor): leave labels"
+        f" out; {SEVERAL}"
+    )
+    with untouched(model), pytest.raises(TypeError, match=message(text)):
+        measure(model, with_one(LABELLED[kind](x), name, y))
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
+def test_a_tuple_is_no_list_of_parameters(paired):
+    """Catches (image, exposure) of equal shapes that are read as two parameters."""
+    x, y = samples()
+    text = f"must be {KINDS}, got tuple: {SEVERAL}; several parameters or batches are a list"
+    with pytest.raises(TypeError, match=message(f"minus {text}")):
+        ff.FiniteDifference((x, x), (y, y), DTHETA, paired=paired)
+    with pytest.raises(TypeError, match=message(f"plus {text}")):
+        ff.FiniteDifference(x, (y,), DTHETA, paired=paired)
+    with pytest.raises(TypeError, match=message(f"plus[1] {text}")):
+        ff.FiniteDifference([x, x], [y, (y, y)], DTHETA, paired=paired)
+
+
+@pytest.mark.parametrize("result", [None, 3, 2.5], ids=["nothing", "an integer", "a number"])
+def test_functions_that_return_no_batches(result):
+    """A forgotten return: catches "'NoneType' object is not iterable", which names no source."""
+    model = seeded(mlp)
+    data = ff.FiniteDifference(lambda: result, samples(64)[1], DTHETA)
+    with untouched(model), pytest.raises(TypeError, match=r"^minus must .*(iterable|yield|return)"):
+        measure(model, data)
+
+
+def test_functions_that_return_all_samples_at_once():
+    """Catches the rows of a tensor taken for batches: it is read as a whole, or refused."""
+    x, y = samples(64)
+    data = ff.FiniteDifference(lambda: x, lambda: y, DTHETA)
+    expected = ff.fisher_information(ff.FiniteDifference(x, y, DTHETA), max_features=16)
+    try:
+        info = ff.fisher_information(data, max_features=16)
+    except (TypeError, ValueError) as error:
+        assert re.match(r"minus must ", str(error))  # noqa: PT017
+    else:
+        assert info.samples == 128
+        torch.testing.assert_close(info.linear, expected.linear, rtol=1e-5, atol=0)
+
+
+def test_scalars_in_a_batch():
+    """Catches "len() of a 0-d tensor" for a loader that yields single numbers."""
+    data = ff.FiniteDifference(lambda: [torch.tensor(1.0)], samples(64)[1], DTHETA)
+    with pytest.raises((TypeError, ValueError), match=r"^minus must "):
+        measure(nn.Identity(), data)
+
+
+def test_sparse_samples():
+    """Catches torch's page-long list of backends."""
+    x, y = samples(64)
+    with pytest.raises((TypeError, ValueError), match=r"^minus must "):
+        measure(nn.Identity(), ff.FiniteDifference(x.to_sparse(), y, DTHETA))
+
+
+def test_errors_of_the_source_pass_through():
+    """Catches a user's own error that is swallowed or renamed, in the pilot and later."""
+    x, y = samples()
+
+    def broken(batches: int):
+        yield from x.split(BATCH)[:batches]
+        raise OSError("disk is gone")
+
+    model = seeded(mlp)
+    for batches in range(5):
+        data = ff.FiniteDifference(lambda batches=batches: broken(batches), y, DTHETA)
+        with untouched(model), pytest.raises(OSError, match=message("disk is gone")):
+            measure(model, data, batch_size=BATCH)
+
+
+@pytest.mark.parametrize("kind", [*SOURCES, "shuffled DataLoader"])
+def test_random_state_without_a_model(kind):
+    """Catches the seed that every pass over a DataLoader draws from the user's random stream."""
+    model = nn.Identity()
+    shuffled = lambda x: DataLoader(TensorDataset(x), batch_size=BATCH, shuffle=True)  # noqa: E731
+    make = SOURCES.get(kind, shuffled)
+    minus, plus = samples()
+    for measurement in (
+        lambda data: ff.fisher_information(data, max_features=16),
+        lambda data: measure(model, data),
+    ):
+        data = ff.FiniteDifference(make(minus), make(plus), DTHETA)
+        with untouched(model):
+            measurement(data)
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
+def test_streams_are_read_once(paired):
+    """Catches a second pass: the function is called once, every batch is asked for once."""
+    x, y = samples()
+    calls, batches = [], []
+
+    def reader(name: str, source: torch.Tensor):
+        def read():
+            calls.append(name)
+            for number, part in enumerate(source.split(BATCH)):
+                batches.append((name, number))
+                yield part
+
+        return read
+
+    data = ff.FiniteDifference(reader("minus", x), reader("plus", y), DTHETA, paired=paired)
+    measure(seeded(mlp), data)
+    assert sorted(calls) == ["minus", "plus"]
+    assert len(batches) == len(set(batches)) == 2 * len(x.split(BATCH))
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
+def test_batches_are_let_go(paired):
+    """Catches anything of size [samples, features] that is kept: batches and activations both.
+
+    An array lives as long as a tensor made of it: of 160 batches at most the pilot's (2048 samples
+    in 64 batches) and a handful more may be alive at once.
+    """
+    batches, size, allowed = 80, 32, 64 + 12
+    alive: set[int] = set()
+    most = 0
+
+    def watched(values: np.ndarray) -> np.ndarray:
+        nonlocal most
+        key = id(values)
+        alive.add(key)
+        weakref.finalize(values, alive.discard, key)
+        most = max(most, len(alive))
+        return values
+
+    def stream(shift: float):
+        generator = np.random.default_rng(0)
+        for _ in range(batches):
+            yield watched(generator.normal(shift, 1, (size, WIDTH)).astype(np.float32))
+
+    class Watched(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(watched(np.tanh(x.numpy())))
+
+    model = nn.Sequential(Watched(), Watched())
+    data = ff.FiniteDifference(lambda: stream(-0.1), lambda: stream(0.1), DTHETA, paired=paired)
+    flow = measure(model, data)
+    assert flow["input"].samples == 2 * batches * size
+    assert most <= allowed
+    assert len(alive) <= allowed
+
+
+@pytest.mark.parametrize("dtheta", [True, "0.1", None, [0.1, "x"], 1j])
+def test_steps_that_are_no_numbers(dtheta):
+    """Catches True read as 1, and text read as a number."""
+    x, y = samples(64)
+    with pytest.raises(TypeError, match=r"^dtheta must be a number or a sequence of numbers, got "):
+        ff.FiniteDifference(x, y, dtheta)
+
+
+def test_shuffled_pairs_are_refused():
+    """Catches pairs torn apart: independent noise would pass for paired, with a wrong error bar."""
+    x, y = samples(64)
+    loaders = [DataLoader(TensorDataset(z), batch_size=8, shuffle=True) for z in (x, y)]
+    text = "minus must keep its order when paired, got a shuffled DataLoader"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        ff.FiniteDifference(*loaders, DTHETA, paired=True)

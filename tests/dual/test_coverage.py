@@ -1,0 +1,93 @@
+"""How much of the networks runs by rule, and what the report of it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.dual_oracle import Function
+from support.dual_zoo import NETWORKS
+from support.networks_zoo import seeded, untouched
+from torch import Tensor, nn
+
+import fisherfast as ff
+from fisherfast.dual import dispatch
+
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+
+
+@pytest.fixture(scope="module")
+def coverages() -> dict[str, Any]:
+    """Of all networks, with random directions."""
+    return {
+        name: ff.dual.coverage(network.make(), network.inputs()[0])
+        for name, network in NETWORKS.items()
+    }
+
+
+def test_at_least_95_percent_of_the_operations_run_by_rule(coverages):
+    """Catches operations that slip from the rules to the fallback; the share is in the output."""
+    by_rule = sum(sum(each.rules.values()) for each in coverages.values())
+    by_fallback = sum(sum(each.fallbacks.values()) for each in coverages.values())
+    share = by_rule / (by_rule + by_fallback)
+    print(f"{share:.4f} of {by_rule + by_fallback} operations by rule")
+    print({name: dict(each.fallbacks) for name, each in coverages.items() if each.fallbacks})
+    assert not {name: each.failures for name, each in coverages.items() if each.failures}
+    assert share >= 0.95
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_share_is_that_of_the_counts(coverages, name):
+    """Catches counts and share that tell different stories, and an empty count."""
+    coverage = coverages[name]
+    counts = [
+        sum(each.values()) for each in (coverage.rules, coverage.fallbacks, coverage.failures)
+    ]
+    assert counts[0] > 0
+    assert coverage.share == pytest.approx(counts[0] / sum(counts), abs=1e-12)
+
+
+class Mixed(nn.Module):
+    """A layer by rule, one by the fallback, one that has no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.curious = Function(lambda x: torch.polygamma(1, x.abs() + 1))
+        self.impossible = Function(lambda x: torch.special.zeta(x.abs() + 2, x.abs() + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.impossible(self.curious(self.linear(x))) * 2
+
+
+def test_coverage_reports_and_does_not_raise():
+    """Catches a report that fails where it is needed, or that names no layer."""
+    model = seeded(Mixed)
+    x, dx = torch.rand(3, 5), torch.rand(2, 3, 5)
+    with untouched(model):
+        coverage = ff.dual.coverage(model, x, dx)
+    assert any("polygamma" in operation for operation in coverage.fallbacks)
+    assert any("zeta" in operation for operation in coverage.failures)
+    assert 0 < coverage.share < 1
+    lines = str(coverage).splitlines()
+    for operation, way, layer in (
+        ("polygamma", "fallback", "curious"),
+        ("zeta", "failed", "impossible"),
+        ("linear", "rule", "linear"),
+    ):
+        line = next(line for line in lines if operation in line)
+        assert way in line
+        assert layer in line
+
+
+def test_every_rule_is_for_an_operator_that_exists():
+    """Catches a misspelt operator: its rule would never run, and nobody would hear of it."""
+    pinned = re.search(r"^torch==(\S+)", CONSTRAINTS.read_text(encoding="utf-8"), flags=re.M)
+    assert pinned is not None
+    if torch.__version__.partition("+")[0] != pinned[1]:
+        pytest.skip(f"operators are those of torch {pinned[1]}, this is {torch.__version__}")
+    assert not dispatch.MISSING
+    assert all(isinstance(operator, torch._ops.OpOverload) for operator in dispatch.RULES)

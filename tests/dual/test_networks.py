@@ -1,0 +1,330 @@
+"""Exact derivatives through whole networks: every layer against forward mode in float64.
+
+Every entry of the zoo is run. Deviations are relative to the largest entry of the layer's truth.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from support import dual_oracle
+from support.dual_oracle import Function, Network, distance, map_tensors
+from support.dual_zoo import NETWORKS, ResNet18
+from support.dual_zoo_layers import LAYERS
+from support.dual_zoo_operations import OPERATIONS
+from support.dual_zoo_sequences import ATTENTION
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fisherfast as ff
+from fisherfast.model.graph import survey
+from fisherfast.model.isolation import evaluation
+from fisherfast.model.sites import select
+
+ALL: dict[str, Network] = {**NETWORKS, **ATTENTION, **LAYERS, **OPERATIONS}
+
+EXACT = 1e-8
+"""Against forward mode in float64: the same derivative, another order of sums."""
+
+DIFFERENCES = 1e-6
+"""Against central differences of step 1e-5: rounding of 1e-16 / 1e-5, and the step squared."""
+
+SINGLE = 1e-4
+"""float32 against the truth in float64."""
+
+HALF = {torch.bfloat16: 0.05, torch.float16: 0.006}
+"""Against the truth: forward mode in the same dtype is off by 0.013 and 0.0016."""
+
+ROUNDED = 1e-7
+"""PyTorch's own derivatives of hardsigmoid and CELU hold a constant in float32, also in float64."""
+
+
+def bound_of(name: str) -> float:
+    """How far from its oracle an entry may be in float64."""
+    if ALL[name].oracle == "differences":
+        return DIFFERENCES
+    return ROUNDED if name in ("mobilenet", "hardsigmoid", "celu") else EXACT
+
+
+def names_of(model: nn.Module, x: Tensor) -> list[str]:
+    """The layers that `fisher_flow` measures."""
+    model = copy.deepcopy(model)
+    with evaluation(model, 0):
+        return [site.name for site in select(survey(model, x), "auto", model)]
+
+
+def assert_layers(seen: dict[str, tuple[Tensor, Tensor]], truth: Any, bound: float) -> None:
+    """Every layer's primal and tangents are the oracle's."""
+    assert {"input"} < set(seen) <= set(truth)
+    deviations = {
+        name: max(distance(primal, truth[name][0]), distance(tangents, truth[name][1]))
+        for name, (primal, tangents) in seen.items()
+    }
+    wrong = {name: value for name, value in deviations.items() if not value <= bound}
+    assert not wrong, wrong
+
+
+def assert_outputs(y: Any, dy: Any, truth: Any, tangents: list[Any], bound: float) -> None:
+    """The same structure, the same primal, the same tangent in each direction."""
+    map_tensors(lambda expected, seen: _same(seen, expected, bound), truth, y)
+    for index, expected in enumerate(tangents):
+        map_tensors(
+            lambda one, all_of_them, index=index: _same_slope(all_of_them[index], one, bound),
+            expected,
+            dy,
+        )
+
+
+def _same(seen: Tensor, truth: Tensor, bound: float) -> None:
+    assert type(seen) is torch.Tensor
+    if truth.is_floating_point():
+        assert distance(seen, truth) <= bound
+    else:
+        assert torch.equal(seen, truth)
+
+
+def _same_slope(seen: Tensor, truth: Tensor, bound: float) -> None:
+    assert type(seen) is torch.Tensor
+    if truth.is_floating_point():
+        assert distance(seen, truth) <= bound
+    else:  # integers do not move
+        assert seen.shape == truth.shape
+        assert not seen.any()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_layer_has_the_exact_derivative(name):
+    """Catches a wrong rule anywhere: P = 3, float64, batch normalisation with statistics that are
+    not 0 and 1, axes that all differ; and a layer that goes missing."""
+    network = ALL[name]
+    model = network.make()
+    x, dx = network.inputs()
+    truth, output, tangents = dual_oracle.oracle(network, x, dx)
+    bound = bound_of(name)
+
+    seen = ff.propagate(model, x, dx)
+    assert_layers(seen, truth, bound)
+    assert list(seen) == names_of(model, x)
+
+    y, dy = ff.jvp(model, x, dx)
+    assert_outputs(y, dy, output, tangents, bound)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_single_precision(name):
+    """Catches float32 kernels that lose digits, and results of another dtype than the layer's."""
+    network = ALL[name]
+    x, dx = network.inputs()
+    truth, _, _ = dual_oracle.oracle(network, x, dx)
+    seen = ff.propagate(network.make(torch.float32), x.float(), dx.float())
+    assert_layers(seen, truth, SINGLE)
+    if name not in EXPLICITLY_DOUBLE:
+        assert {t.dtype for pair in seen.values() for t in pair} == {torch.float32}
+
+
+EXPLICITLY_DOUBLE = {"to_float"}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["mlp", "lenet", "vit"])
+def test_half_precision(name, dtype):
+    """Catches half types that are refused or summed badly."""
+    network = NETWORKS[name]
+    x, dx = network.inputs()
+    truth, _, _ = dual_oracle.oracle(network, x, dx)
+    seen = ff.propagate(network.make(dtype), x.to(dtype), dx.to(dtype))
+    assert_layers(seen, truth, HALF[dtype])
+    assert {t.dtype for pair in seen.values() for t in pair} == {dtype}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("parameters", "samples"), [(1, None), (1, 1), (4, 1)])
+def test_one_direction_and_one_sample(name, parameters, samples):
+    """Catches axes that are squeezed away or taken for each other when they are 1 long."""
+    network = NETWORKS[name]
+    x, dx = network.inputs(parameters, samples)
+    truth, output, tangents = dual_oracle.oracle(network, x, dx)
+    assert_layers(ff.propagate(network.make(), x, dx), truth, bound_of(name))
+    y, dy = ff.jvp(network.make(), x, dx)
+    assert_outputs(y, dy, output, tangents, bound_of(name))
+
+
+def test_width_is_no_limit():
+    """A ResNet-18 of other widths; catches kernels that are right for narrow layers only."""
+    network = Network(lambda: ResNet18(20, channels=1), (1, 33, 47), samples=2)
+    x, dx = network.inputs(2)
+    truth, _, _ = dual_oracle.oracle(network, x, dx)
+    assert_layers(ff.propagate(network.make(), x, dx), truth, EXACT)
+    seen = ff.propagate(network.make(torch.float32), x.float(), dx.float())
+    assert_layers(seen, truth, SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("function", "slope"),
+    [
+        (F.hardsigmoid, lambda x: (x.abs() < 3).double() / 6),
+        (lambda x: F.celu(x, 1.3), lambda x: (x / 1.3).clamp(max=0).exp()),
+    ],
+)
+def test_slopes_that_forward_mode_rounds(function, slope):
+    """Catches slopes that are right to float32 only; here the closed form is the oracle."""
+    x, dx = Network(nn.Identity, (5, 7)).inputs()
+    _, dy = ff.jvp(Function(function), 3 * x, dx)
+    assert distance(dy, slope(3 * x) * dx) <= 1e-14
+
+
+@pytest.mark.parametrize("name", ["resnet18", "unet", "mobilenet"])
+def test_channels_last(name):
+    """Catches kernels that take the memory format of the input for the contiguous one."""
+    network = NETWORKS[name]
+    x, dx = network.inputs()
+    truth, _, _ = dual_oracle.oracle(network, x, dx)
+    model = network.make().to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    dx = dx.flatten(0, 1).to(memory_format=torch.channels_last).view(dx.shape)
+    assert_layers(ff.propagate(model, x, dx), truth, bound_of(name))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.fx.symbolic_trace,
+        nn.DataParallel,
+        lambda model: Function(lambda x: functional_call(model, dict(model.named_parameters()), x)),
+    ],
+    ids=["fx", "parallel", "functional_call"],
+)
+def test_model_inside_of_something(wrap):
+    """Catches derivatives that depend on how the layers are called."""
+    network = NETWORKS["lenet"]
+    x, dx = network.inputs()
+    _, output, tangents = dual_oracle.oracle(network, x, dx)
+    assert_outputs(*ff.jvp(wrap(network.make()), x, dx), output, tangents, EXACT)
+
+
+def test_autocast_of_the_user():
+    """Catches a lower precision that is asked for and lost, or that breaks the derivative."""
+    network = NETWORKS["lenet"]
+    x, dx = network.inputs()
+    _, output, tangents = dual_oracle.oracle(network, x, dx)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, dy = ff.jvp(network.make(torch.float32), x.float(), dx.float())
+    assert y.dtype == dy.dtype == torch.bfloat16
+    assert_outputs(y, dy, output, tangents, HALF[torch.bfloat16])
+
+
+@pytest.mark.parametrize(("parameters", "samples"), [(0, 3), (2, 0)])
+def test_nothing_to_do(parameters, samples):
+    """Catches reductions over nothing: no direction, or no sample."""
+    model = NETWORKS["lenet"].make()
+    x = torch.zeros(samples, 1, 16, 16, dtype=torch.float64)
+    y, dy = ff.jvp(model, x, x.new_zeros(parameters, *x.shape))
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(x))
+    assert dy.shape == (parameters, samples, 5)
+
+
+def test_directions_that_are_views():
+    """Catches a buffer that is built from strides: expanded, transposed and sliced arguments."""
+    network = NETWORKS["lenet"]
+    x, dx = network.inputs()
+    views = (
+        (x.mT.contiguous().mT, dx[:1].expand(3, *x.shape)),
+        (
+            torch.cat([x, x], -1)[..., :16],
+            dx.permute(2, 0, 1, 4, 3).contiguous().permute(1, 2, 0, 4, 3),
+        ),
+    )
+    for start, directions in views:
+        truth, _, _ = dual_oracle.oracle(network, start, directions)
+        assert_layers(ff.propagate(network.make(), start, directions), truth, EXACT)
+
+
+# --- which layers ---
+
+
+def test_layers_are_chosen_as_in_fisher_flow():
+    """Catches other names, another order, or ends that are left out."""
+    model = NETWORKS["lenet"].make()
+    x, dx = NETWORKS["lenet"].inputs()
+    everything = ff.propagate(model, x, dx)
+    assert list(everything) == ["input", *"01234578", "output"]
+    for layers in (["3"], "3", lambda name, module: isinstance(module, nn.Conv2d) and name == "3"):
+        chosen = ff.propagate(model, x, dx, layers=layers)
+        assert list(chosen) == ["input", "3", "output"]
+        for name, pair in chosen.items():
+            for seen, truth in zip(pair, everything[name], strict=True):
+                assert torch.equal(seen, truth)
+    assert list(ff.propagate(model, x, dx, layers="^[01]$")) == ["input", "0", "1", "output"]
+    with pytest.raises(ValueError, match="layers must name layers of the model, got 'nine'"):
+        ff.propagate(model, x, dx, layers=["nine"])
+
+
+def test_layers_hold_what_they_were_before_the_next_one_wrote_over_them():
+    """Catches a layer that is handed out without a copy before an in-place activation."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Tanh()).double()
+    x, dx = Network(lambda: model, (5,)).inputs()
+    seen = ff.propagate(model, x, dx)
+    with torch.no_grad():
+        assert distance(seen["0"][0], model[0](x)) <= EXACT
+        assert distance(seen["0"][1], dx @ model[0].weight.T) <= EXACT
+    assert (seen["0"][0] < 0).any()
+
+
+# --- attention ---
+
+
+def test_fused_attention_that_forward_mode_refuses():
+    """PyTorch has no forward derivative of its fused attention: there it raises, ours does not."""
+    network = Network(
+        lambda: Function(lambda x: F.scaled_dot_product_attention(x, 2 * x, x)), (2, 6, 4)
+    )
+    x, dx = network.inputs()
+    truth, _, _ = dual_oracle.oracle(network, x, dx)
+    model = network.make()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, dx[0])
+            with pytest.raises(NotImplementedError, match=r"forward AD.*flash_attention"):
+                model(dual)
+        assert_layers(ff.propagate(model, x, dx), truth, EXACT)
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "kept"])
+def test_long_attention(name):
+    """Catches blocks of queries that are put together wrongly: 150 queries to 700 keys."""
+    options: dict[str, Any] = {"causal": {"is_causal": True}, "kept": {"attn_mask": _bands()}}
+
+    def forward(x: Tensor) -> Tensor:
+        chosen = dict(options.get(name, {}))
+        if "attn_mask" in chosen:
+            chosen["attn_mask"] = chosen["attn_mask"][: len(x)]
+        return F.scaled_dot_product_attention(x[:, :, :150], x, x[..., :3], **chosen)
+
+    network = Network(lambda: Function(forward), (2, 700, 4), samples=2)
+    x, dx = network.inputs(2)
+    truth, _, _ = dual_oracle.oracle(network, x, dx)
+    assert_layers(ff.propagate(network.make(), x, dx), truth, EXACT)
+    assert_layers(ff.propagate(network.make(), x.float(), dx.float()), truth, SINGLE)
+
+
+def _bands() -> Tensor:
+    """[2, 1, 150, 700]: each sample keeps the keys near its queries, another width for each."""
+    gap = (torch.arange(700) - 4 * torch.arange(150)[:, None]).abs()
+    return torch.stack([gap < 90, gap < 300])[:, None]
+
+
+def test_large_logits():
+    """Catches a softmax without its maximum taken out: logits of some 1000 overflow."""
+    network = Network(
+        lambda: Function(lambda x: F.scaled_dot_product_attention(20 * x, 20 * x, x)), (6, 4)
+    )
+    x, dx = network.inputs()
+    truth, _, _ = dual_oracle.oracle(network, x, dx)
+    assert_layers(ff.propagate(network.make(), x, dx), truth, EXACT)

@@ -1,0 +1,364 @@
+"""`flow.map`: the linear Fisher information of the channels at each position, against its truth.
+
+Images x = theta * pattern + noise, noise of known covariance over the channels at each position,
+and a 1x1 convolution W: J(h, w) = a^T S^-1 a with a = W pattern(h, w), S = W Sigma(h, w) W^T.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from support.networks_zoo import one_thread  # noqa: F401
+from torch import nn
+
+import fisherfast as ff
+
+# The conditions lie far apart compared with the information of a whole image, which these tests do
+# not look at; for a Gaussian shift no step is too wide.
+pytestmark = pytest.mark.filterwarnings("ignore:dtheta sqrt:fisherfast.FisherWarning")
+
+HEIGHT, WIDTH = 5, 7
+INPUTS, CHANNELS = 9, 8
+DTHETA = 0.5
+
+
+class World:
+    """Patterns, noise and a convolution, drawn once; samples of it, and the truth."""
+
+    def __init__(self, height: int, width: int, parameters: int = 1, seed: int = 1) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.shape = (INPUTS, height, width)
+        # a gradient over the map: an exchanged H and W, or a mean over positions, fails
+        rise = torch.linspace(0.3, 1.5, height * width, dtype=torch.float64).view(height, width)
+        directions = nn.functional.normalize(self.normal(parameters, INPUTS, height, width), dim=1)
+        self.patterns = 1.5 * rise * directions
+        # well conditioned: the ridge, 1e-4 of each variance, changes no J by more than 1e-3
+        self.mix = torch.eye(INPUTS, dtype=torch.float64) + 0.1 * self.normal(
+            height, width, INPUTS, INPUTS
+        )
+        rotation = torch.linalg.qr(self.normal(INPUTS, INPUTS))[0]
+        self.weight = rotation[:CHANNELS] + 0.1 * self.normal(CHANNELS, INPUTS)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def noise(self, n: int) -> torch.Tensor:
+        """[n, INPUTS, H, W] with covariance mix mix^T at each position."""
+        return torch.einsum("hwab,nbhw->nahw", self.mix, self.normal(n, *self.shape))
+
+    def data(self, n: int, paired: bool = False, dtheta: float = DTHETA) -> ff.FiniteDifference:
+        minus, plus = [], []
+        for pattern in self.patterns:
+            noise = self.noise(n)
+            other = noise if paired else self.noise(n)
+            minus.append(3.0 + noise - dtheta / 2 * pattern)
+            plus.append(3.0 + other + dtheta / 2 * pattern)
+        steps = [dtheta] * len(minus)
+        return ff.FiniteDifference(minus, plus, steps, paired=paired)
+
+    def model(self) -> nn.Sequential:
+        conv = nn.Conv2d(INPUTS, CHANNELS, 1).double()
+        with torch.no_grad():
+            conv.weight.copy_(self.weight[:, :, None, None])
+            conv.bias.fill_(0.5)
+        height, width = self.shape[1:]
+        fc = nn.Linear(CHANNELS * height * width, 1).double()
+        with torch.no_grad():
+            fc.weight.fill_(0.1)
+        return nn.Sequential(OrderedDict(conv=conv, flat=nn.Flatten(), fc=fc))
+
+    def truth(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """J [H, W, P, P]."""
+        weight = self.weight if weight is None else weight
+        slopes = torch.einsum("ca,pahw->hwcp", weight, self.patterns)
+        covariance = weight @ self.mix @ self.mix.mT @ weight.T
+        return slopes.mT @ torch.linalg.solve(covariance, slopes)
+
+
+def measure(
+    world: World, n: int, *, paired: bool = False, dtheta: float = DTHETA, **options: Any
+) -> ff.FisherFlow:
+    """`fisher_flow` with maps, without random features."""
+    data = world.data(n, paired=paired, dtheta=dtheta)
+    options = {"layers": ["conv"], "maps": True, "max_features": 1} | options
+    return ff.fisher_flow(world.model(), data, **options)
+
+
+def z_scores(result: Any, truth: torch.Tensor) -> torch.Tensor:
+    return (result.J - truth) / result.stderr
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(HEIGHT, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def flow(world: World) -> ff.FisherFlow:
+    return measure(world, 400)
+
+
+# --- the truth -----------------------------------------------------------------------------------
+
+
+def test_each_position(world, flow):
+    """5 sigma at each of 35 positions (false alarm 2e-5 in all, for Gaussian errors).
+
+    Catches H and W exchanged, J of another position, the diagonal of S alone, a half step.
+    """
+    result = flow.map("conv")
+    truth = world.truth()
+    assert result.J.shape == result.stderr.shape == (HEIGHT, WIDTH, 1, 1)
+    assert result.J.dtype == result.stderr.dtype == torch.float64
+    assert (result.stderr > 0).all()
+    assert z_scores(result, truth).abs().max() < 5
+    # power: J of the transposed layout, and 4 J of a half step
+    exchanged = truth.flatten().view(WIDTH, HEIGHT).T[..., None, None]
+    assert z_scores(result, exchanged).abs().max() > 10
+    assert z_scores(result, 4 * truth).abs().max() > 10
+
+
+def test_the_input_has_a_map_too(world, flow):
+    """Nine channels before the convolution, eight after it: the map falls nearly everywhere."""
+    before = world.truth(torch.eye(INPUTS, dtype=torch.float64))
+    assert z_scores(flow.map("input"), before).abs().max() < 5
+    assert (before >= world.truth() - 1e-12).all()
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
+def test_the_mean_has_no_bias(paired):
+    """Mean over positions and 60 measurements of 60 (100) samples per condition: 4 sigma (false
+    alarm 6e-5). Catches J without the finite-sample correction, and with one half of it alone:
+    without h, or without the noise of the derivative. Each is far off here: the test shows it.
+    """
+    world = World(2, 3, seed=4)
+    truth = world.truth()
+    samples, repeats, dtheta = 100 if paired else 60, 60, 1.0
+    world.generator.manual_seed(11)
+    maps = [
+        measure(world, samples, paired=paired, dtheta=dtheta).map("conv") for _ in range(repeats)
+    ]
+    J = torch.stack([result.J for result in maps])
+    stderr = torch.stack([result.stderr for result in maps])
+    means = J.mean((1, 2, 3, 4)) / truth.mean()
+    error = means.std() / repeats**0.5
+    assert (means.mean() - 1).abs() < 4 * error
+    assert error < 0.02
+    # in the error bars: the mean of z^2 is 1 (sqrt(2) too much in stderr gives 1/2, too little 2)
+    spread = ((J - truth) / stderr).square().mean()
+    assert 0.75 < spread < 1.35
+
+    # power: what the expectation is without correction, and with half of it
+    dof = samples - 1 if paired else 2 * samples - 2
+    shrink = (dof - CHANNELS - 1) / dof
+    noise = 0.0 if paired else CHANNELS * 2 / samples / dtheta**2 / truth.mean()
+    assert (1 + noise) / shrink - 1 > 4 * error  # naive
+    assert (1 + noise) / shrink - noise - 1 > 4 * error  # without h
+    if not paired:
+        assert noise > 4 * error  # without the noise of the derivative
+
+
+def test_paired_conditions_are_less_noisy(world):
+    """The same noise in both: the derivative is nearly exact, and the error bars say so."""
+    result = measure(world, 400, paired=True).map("conv")
+    assert z_scores(result, world.truth()).abs().max() < 5
+    assert result.stderr.mean() < 0.6 * measure(world, 400).map("conv").stderr.mean()
+
+
+def test_no_information_is_not_clipped():
+    """A pattern of zero: about every second J is negative. Catches J clipped at 0, which is
+    biased, and naive J, which is never negative."""
+    world = World(HEIGHT, WIDTH, seed=3)
+    world.patterns.zero_()
+    result = measure(world, 300).map("conv")
+    assert (result.J < 0).sum() >= 5  # of 35
+    assert (result.J / result.stderr).abs().max() < 5
+
+
+def test_two_parameters():
+    """Off-diagonal entries have their sign. Catches the P maps of one parameter each."""
+    world = World(3, 4, parameters=2)
+    result = measure(world, 400).map("conv")
+    truth = world.truth()
+    assert result.J.shape == result.stderr.shape == (3, 4, 2, 2)
+    assert torch.equal(result.J, result.J.mT)
+    assert z_scores(result, truth).abs().max() < 5
+    assert z_scores(result, truth * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).abs().max() > 5
+    text = "value must be asked for one parameter, got 2: use .J"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        _ = result.value
+
+
+# --- what it is ----------------------------------------------------------------------------------
+
+
+def test_the_object(flow):
+    result = flow.map("conv")
+    assert isinstance(result, ff.InformationMap)
+    assert result.value.shape == (HEIGHT, WIDTH)
+    assert torch.equal(torch.as_tensor(result.value), result.J[..., 0, 0])
+    assert not result.J.requires_grad
+    assert result.J.device.type == "cpu"
+
+
+def test_an_alias_has_the_same_map(world):
+    model = world.model()[:1]
+    flow = ff.fisher_flow(model, world.data(400), maps=True, max_features=1)
+    assert torch.equal(flow.map("output").J, flow.map("conv").J)
+
+
+def test_maps_change_nothing_else(world, flow):
+    """Catches statistics that are shared, or a random state that moves on."""
+    world.generator.manual_seed(21)
+    with_maps = measure(world, 400)
+    world.generator.manual_seed(21)
+    without = measure(world, 400, maps=False)
+    assert with_maps.names == without.names
+    for left, right in zip(with_maps, without, strict=True):
+        assert torch.equal(left.J, right.J)
+        assert torch.equal(left.stderr, right.stderr)
+        assert torch.equal(left.lower, right.lower)
+
+
+def test_batches_do_not_matter(world):
+    """Catches a last batch that counts as much as a full one, and folds that start anew."""
+    maps = []
+    for batch_size in (4096, 37):
+        world.generator.manual_seed(22)
+        maps.append(measure(world, 400, batch_size=batch_size).map("conv"))
+    torch.testing.assert_close(maps[1].J, maps[0].J, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(maps[1].stderr, maps[0].stderr, rtol=1e-9, atol=1e-11)
+
+
+def test_unit_of_theta(world):
+    """theta in mm, not m: J and stderr by 1e-6."""
+    maps = []
+    for scale in (1.0, 1000.0):
+        world.generator.manual_seed(23)
+        data = world.data(400)
+        data = ff.FiniteDifference(
+            *(next(data.batches(c, 400)) for c in (0, 1)), dtheta=DTHETA * scale
+        )
+        maps.append(ff.fisher_flow(world.model(), data, max_features=1, maps=True).map("conv"))
+    torch.testing.assert_close(maps[1].J, maps[0].J / 1e6, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(maps[1].stderr, maps[0].stderr / 1e6, rtol=1e-9, atol=1e-15)
+
+
+def test_float32_and_channels_last(world):
+    """The layouts that cameras and convolutions use; an offset of 1000 does not matter."""
+    world.generator.manual_seed(24)
+    data = world.data(400)
+    minus, plus = (next(data.batches(c, 400)) for c in (0, 1))
+    options = {"layers": ["conv"], "maps": True, "max_features": 1}
+    expected = ff.fisher_flow(world.model(), data, **options).map("conv")
+    single = [
+        (x + 1000).float().contiguous(memory_format=torch.channels_last) for x in (minus, plus)
+    ]
+    model = world.model().float().to(memory_format=torch.channels_last)
+    result = ff.fisher_flow(model, ff.FiniteDifference(*single, DTHETA), **options).map("conv")
+    assert result.J.dtype == torch.float64
+    # float32 resolves 1000 to 6e-5, against noise of 1
+    torch.testing.assert_close(result.J, expected.J, rtol=2e-3, atol=2e-3)
+
+
+def test_dead_channels_are_left_out(world):
+    """A channel that never varies, as after a ReLU: the J of the others, not NaN; none: J = 0."""
+    model = world.model()
+    with torch.no_grad():
+        model.conv.weight[3] = 0
+    data = world.data(400)
+    options = {"layers": ["conv"], "maps": True, "max_features": 1}
+    result = ff.fisher_flow(model, data, **options).map("conv")
+    alive = [c for c in range(CHANNELS) if c != 3]
+    assert z_scores(result, world.truth(world.weight[alive])).abs().max() < 5
+    with torch.no_grad():
+        model.conv.weight.zero_()
+    silent = ff.fisher_flow(model, data, **options).map("conv")
+    assert silent.J.eq(0).all()
+    assert silent.stderr.eq(0).all()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz"])
+@pytest.mark.parametrize("parameters", [1, 2])
+def test_files_keep_the_maps(tmp_path, suffix, parameters):
+    """To the last bit, and in the same shape."""
+    flow = measure(World(2, 3, parameters=parameters), 300)
+    path = tmp_path / f"flow{suffix}"
+    flow.save(path)
+    back = ff.FisherFlow.load(path)
+    for name in ("conv", "input"):
+        for left, right in ((back.map(name).J, flow.map(name).J),
+                            (back.map(name).stderr, flow.map(name).stderr)):  # fmt: skip
+            assert left.shape == right.shape
+            assert left.dtype == torch.float64
+            assert torch.equal(left, right)
+
+
+def test_files_without_maps_say_so(world, tmp_path):
+    path = tmp_path / "flow.json"
+    measure(world, 400, maps=False).save(path)
+    with pytest.raises(ValueError, match=r"^flow must have been measured with maps=True"):
+        ff.FisherFlow.load(path).map("conv")
+
+
+def test_tightened_keeps_the_maps(flow):
+    assert torch.equal(flow.tightened().map("conv").J, flow.map("conv").J)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_without_maps(world):
+    flow = measure(world, 400, maps=False)
+    with pytest.raises(ValueError, match=r"^flow must have been measured with maps=True"):
+        flow.map("conv")
+
+
+def test_maps_are_off_by_default(world):
+    flow = ff.fisher_flow(world.model(), world.data(400), layers=["conv"], max_features=1)
+    with pytest.raises(ValueError, match=r"^flow must have been measured with maps=True"):
+        flow.map("conv")
+
+
+@pytest.mark.parametrize("name", ["fc", "output"])
+def test_layers_without_channels(world, name):
+    """A layer of [d] has no positions; asking for maps of all layers is no error by itself."""
+    flow = measure(world, 400, layers=["conv", "fc"])
+    with pytest.raises(ValueError, match=rf"^layer '{name}' must have .*\[C, H, W\].*, got .*1"):
+        flow.map(name)
+    flow.map("conv")
+
+
+@pytest.mark.parametrize("name", ["conv9", "", 0, None])
+def test_unknown_layers(flow, name):
+    """As for flow[name]: the names that there are."""
+    with pytest.raises(KeyError, match="layer must be one of") as caught:
+        flow.map(name)
+    assert "conv" in str(caught.value)
+    assert repr(name) in str(caught.value).replace("\\'", "'")
+
+
+def test_maps_of_single_layers(world):
+    """Catches maps of all layers, which large pictures have no memory for, and a name that is
+    silently without a map."""
+    model, data = world.model(), world.data(400)
+    some, every = (
+        ff.fisher_flow(model, data, layers=["conv", "fc"], max_features=1, maps=maps)
+        for maps in (["conv"], True)
+    )
+    assert list(some.maps) == ["conv"]
+    assert torch.equal(some.map("conv").J, every.map("conv").J)
+    with pytest.raises(ValueError, match=r"^layer must be one of maps=\['conv'\], got 'input'"):
+        some.map("input")
+    assert ff.FisherFlow.from_dict(some.to_dict()).settings["maps"] == ["conv"]
+    with pytest.raises(ValueError, match=r"^maps must name layers that are measured, .*\['cnv'\]"):
+        measure(world, 400, maps=["conv", "cnv"])
+    with pytest.raises(TypeError, match=r"^maps must be True or False or a list of layers, got"):
+        measure(world, 400, maps="conv")

@@ -1,0 +1,137 @@
+"""The build: version stamp, missing and stale modules, build facts, layering of the sources."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import fisherfast
+from fisherfast import _native
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^">]+)[">]', re.MULTILINE)
+
+needs_native = pytest.mark.skipif(
+    _native.load() is None,
+    reason="FISHERFAST_DISABLE_NATIVE=1 is set: there is no module to look at",
+)
+
+
+def includes(path: Path) -> list[str]:
+    return INCLUDE.findall(path.read_text())
+
+
+@needs_native
+def test_version_stamp():
+    assert _native.load().__version__ == fisherfast.__version__
+
+
+@needs_native
+def test_build_info():
+    info = _native.build_info()
+    facts = {"version", "compiler", "simd", "simd_available", "threads"}
+    facts |= {"cuda", "nvcc", "cuda_architectures"}
+    assert set(info) == facts
+    assert info["version"] == fisherfast.__version__
+    assert info["compiler"]
+    assert info["simd"]
+    assert info["cuda"] == bool(info["nvcc"]) == bool(info["cuda_architectures"])
+    assert info["cuda"] == _native.CUDA_COMPILED
+
+
+def test_missing_build(monkeypatch):
+    monkeypatch.delenv(_native.DISABLE_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "fisherfast._C", None)  # import then raises ImportError
+    with pytest.raises(RuntimeError, match=r"fisherfast\._C must be built before use") as caught:
+        _native.load()
+    assert "Run `pip install .`" in str(caught.value)
+    assert f"{_native.DISABLE_VARIABLE}=1" in str(caught.value)
+
+
+def test_stale_build(monkeypatch):
+    monkeypatch.delenv(_native.DISABLE_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "fisherfast._C", SimpleNamespace(__version__="0.0.1"))
+    expected = f"fisherfast._C must be of version {fisherfast.__version__}, got 0.0.1"
+    with pytest.raises(RuntimeError, match=re.escape(expected)) as caught:
+        _native.load()
+    assert "stale build" in str(caught.value)
+    assert "Run `pip install .`" in str(caught.value)
+
+
+def test_plain_pytorch_when_native_is_disabled():
+    script = (
+        "from fisherfast import _native, selfcheck; assert _native.load() is None;"
+        "assert not _native.CUDA_COMPILED; assert selfcheck.run_selfcheck().passed"
+    )
+    environment = os.environ | {_native.DISABLE_VARIABLE: "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=ROOT)
+
+
+def test_there_are_sources():
+    assert {path.stem for path in SOURCES} >= {"bindings", "fisher_solve", "moments", "lift"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_layering(path):
+    """bindings.cpp -> ops/*.h -> core/*; no op includes another; Python in bindings.cpp alone."""
+    for name in includes(path):
+        assert not re.match(r"(torch|ATen|c10)/", name), name
+        if path.name == "bindings.cpp":
+            assert name.startswith(("pybind11/", "ops/", "core/")) or "/" not in name, name
+            continue
+        assert name != "Python.h"
+        assert not name.startswith("pybind11"), name
+        if path.parent.name == "ops":
+            op = path.name.removesuffix("".join(path.suffixes))
+            own = {f"ops/{op}.h"}
+            if not (CSRC / "ops" / f"{op}.h").exists():  # op_way.simd.cpp, op_way.cuh
+                own = {f"ops/{op.rpartition('_')[0]}.h"}
+            own |= {f"ops/{part.name}" for part in path.parent.glob(f"{op}*.cuh")}
+            assert name in own or name.startswith("core/") or "/" not in name
+        if path.parent.name == "core":
+            assert name.startswith("core/") or "/" not in name, name
+
+
+@pytest.mark.parametrize("path", sorted((CSRC / "ops").glob("*.h")), ids=lambda path: path.name)
+def test_every_op_is_a_triple(path):
+    assert path.with_suffix(".cpp").exists()
+    assert path.with_suffix(".cu").exists()
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.cu")), ids=lambda path: path.name)
+def test_kernels_are_launched_through_the_macro(path):
+    assert "<<<" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_a_library_neither_prints_nor_exits(path):
+    assert not re.search(r"\b(printf|std::cout|std::cerr|abort|exit)\b", path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which("g++") or not shutil.which("nm") or platform.machine() != "x86_64",
+    reason="needs g++ and nm, and the wider instruction sets of x86-64",
+)
+@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.simd.cpp")), ids=lambda path: path.name)
+def test_wide_instructions_stay_in_their_namespace(path, tmp_path):
+    """Catches an inline function of a shared header in a source that is compiled for AVX2: the
+    linker keeps one copy of it for all callers, and an older processor would meet it."""
+    flags = re.search(r"set\(simd_avx2_flags ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    target = tmp_path / "kernel.o"
+    command = ["g++", "-std=c++17", "-O2", "-Wno-psabi", *flags[1].split(), f"-I{CSRC}"]
+    subprocess.run([*command, "-c", str(path), "-o", str(target)], check=True)
+    symbols = subprocess.run(
+        ["nm", "--defined-only", "-C", str(target)], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    shared = [line.split(maxsplit=2)[2] for line in symbols if line.split()[1] in "TWi"]
+    assert shared
+    assert [name for name in shared if "fisherfast::avx2::" not in name] == []

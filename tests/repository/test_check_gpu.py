@@ -1,0 +1,116 @@
+"""`make check-gpu`: what it says without a GPU, that it goes on after failures, what it reports."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def check(monkeypatch) -> ModuleType:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("check_gpu")
+
+
+def test_says_that_there_is_none(tmp_path):
+    """Catches a check that passes, or writes a report, where nothing was checked."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the check would run for long")
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "check_gpu.py", "--output", tmp_path / "gpu.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "needs torch with a CUDA device" in done.stderr
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_goes_on_after_failures(check, monkeypatch, tmp_path, capsys):
+    """Catches a failure that hides later steps, and a report that is written at the end only."""
+    output = tmp_path / "gpu.json"
+
+    def last(limit: float) -> dict:
+        assert json.loads(output.read_text())["steps"].keys() == {"raises", "hangs"}
+        return check.run_command([sys.executable, "-c", "print('fine')"], limit)
+
+    steps = {
+        "raises": (60, lambda limit: check.run_command([sys.executable, "-c", "1 / 0"], limit)),
+        "hangs": (
+            0.5,
+            lambda limit: check.run_command(
+                [sys.executable, "-c", "import time; time.sleep(60)"], limit
+            ),
+        ),
+        "last": (60, last),
+    }
+    monkeypatch.setattr(check, "STEPS", steps)
+    monkeypatch.setattr(check, "card", lambda: {"card": "Made Up 1"})
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--output", str(output), "--commit", "abc"])
+    assert check.main() == 1
+    report = json.loads(output.read_text())
+    statuses = {name: step["status"] for name, step in report["steps"].items()}
+    assert statuses == {"raises": "failed", "hangs": "timed out", "last": "passed"}
+    assert "ZeroDivisionError" in report["steps"]["raises"]["output"]
+    assert report["steps"]["hangs"]["seconds"] < 30
+    assert report["machine"]["commit"] == "abc"
+    assert "hangs: timed out" in capsys.readouterr().out
+
+    monkeypatch.setattr(check, "STEPS", {"later": steps["raises"]})
+    check.main()  # the same sources and card: earlier steps stay
+    assert set(json.loads(output.read_text())["steps"]) == {"raises", "hangs", "last", "later"}
+    monkeypatch.setattr(check, "sources", lambda commit: {"sources sha256": "other"})
+    check.main()
+    assert set(json.loads(output.read_text())["steps"]) == {"later"}
+
+
+def test_keeps_every_part_of_the_benchmarks(check, monkeypatch, tmp_path):
+    """Catches a failed part that hides the others, and a failed row in a part that ended well."""
+    script = tmp_path / "benchmarks" / "bench_gpu.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import json, pathlib, sys\n"
+        "part, out = sys.argv[1], pathlib.Path(sys.argv[3])\n"
+        "if part == 'moments': sys.exit('broken')\n"
+        "rows = [{'failed': 'oh'}] if part == 'curve' else [{}]\n"
+        "old = json.loads(out.read_text()) if out.exists() else {}\n"
+        "out.write_text(json.dumps(old | {part: {'figures': rows}}))\n"
+    )
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    outcome = check.benchmarks(60)
+    statuses = {part: run["status"] for part, run in outcome["runs"].items()}
+    ended_well = dict.fromkeys(("fisher_solve", "spatial_moments", "dual_ops"), "passed")
+    assert statuses == ended_well | {"moments": "failed", "curve": "failed"}
+    assert set(outcome["parts"]) == {"fisher_solve", "spatial_moments", "dual_ops", "curve"}
+    assert outcome["status"] == "failed"
+
+
+def test_every_part_of_the_gpu_benchmarks_runs(check):
+    """Catches a part that is written and never run, or asked for by a name that does not exist."""
+    assert set(check.BENCHMARK_PARTS) == set(importlib.import_module("bench_gpu").PARTS)
+
+
+def test_counts_tests(check):
+    """Catches failures that are not reported, and errors or skips counted as passed."""
+    found = check.junit(
+        "<testsuites><testsuite><testcase classname='a' name='right'/>"
+        "<testcase classname='a' name='wrong'><failure message='no'>at line 3</failure></testcase>"
+        "<testcase classname='a' name='broken'><error message='oh'/></testcase>"
+        "<testcase classname='a' name='left'><skipped message='why'/></testcase>"
+        "</testsuite></testsuites>"
+    )
+    assert (found["tests"], found["passed"], found["failed"]) == (4, 1, 2)
+    assert found["skipped"] == {"why": 1}
+    assert [failure["test"] for failure in found["failures"]] == ["a::wrong", "a::broken"]
+    assert "at line 3" in found["failures"][0]["message"]

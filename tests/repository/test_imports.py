@@ -1,0 +1,184 @@
+"""Who may import whom (CONTRIBUTING.md), and what `import fisherfast` must not do."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+import fisherfast
+
+PACKAGE = Path(fisherfast.__file__).parent
+
+# Floors of the house, from the top: a folder or root module imports from lower floors, and on its
+# own floor without a circle.
+FLOORS = [
+    {"__main__", "demos", "reproduce", "integrations"},
+    {"training", "parameters"},
+    {"flow"},
+    {"measurement"},
+    {"estimation", "model", "dual", "parallel", "data", "results", "problems"},
+    {"ops"},
+    {"_native", "_errors", "_progress", "_version"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+MOST_MODULES = {"": 12, "ops": 15}  # of a folder; 14 elsewhere
+ORACLES = ("ops.reference", "ops.reference_dual")
+
+
+def modules() -> dict[str, Path]:
+    """Path of every module, by its name without "fisherfast."; packages by that of their
+    folder."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules of fisherfast that a file imports: inside functions and for types alone, too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} must import by full names"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            first, _, rest = name.partition(".")
+            if first == "fisherfast":
+                yield rest if rest in MODULES else rest.rpartition(".")[0]
+
+
+IMPORTS = {name: set(imported(path)) - {name} for name, path in MODULES.items()}
+
+
+def room(module: str) -> str:
+    """The folder or root module that a module belongs to."""
+    return module.partition(".")[0]
+
+
+def a_circle(arrows: Mapping[str, set[str]]) -> list[str]:
+    """Names that lead back to the first one, or none."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(arrows.get(name, ())):
+            if circle := search(target, [*path, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(arrows) if (found := search(name, []))), [])
+
+
+def test_a_circle_is_found():
+    """Catches a search that finds none at all."""
+    assert a_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert a_circle({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
+def test_no_circle_of_modules():
+    """Catches two modules that need each other, even lazily or for types alone."""
+    assert a_circle(IMPORTS) == []
+
+
+def test_no_circle_of_folders():
+    """Catches a folder that has to be read together with one that it serves."""
+    arrows: dict[str, set[str]] = {}
+    for name, targets in IMPORTS.items():
+        if name:  # __init__ lists public names of all folders
+            arrows.setdefault(room(name), set()).update(set(map(room, targets)) - {room(name), ""})
+    assert a_circle(arrows) == []
+
+
+def test_imports_go_down():
+    """Catches an import from a higher floor, and a folder that has no floor."""
+    assert {room(name) for name in MODULES if name} == set(FLOOR)
+    wrong = [
+        f"{name} imports {target}"
+        for name, targets in IMPORTS.items()
+        for target in targets
+        if name and target and FLOOR[room(target)] < FLOOR[room(name)]
+    ]
+    assert not wrong
+
+
+def test_folders_are_small():
+    """Catches the next drawer for everything."""
+    sizes: dict[str, int] = {}
+    for path in MODULES.values():
+        if path.name != "__init__.py":
+            folder = ".".join(path.relative_to(PACKAGE).parent.parts)
+            sizes[folder] = sizes.get(folder, 0) + 1
+    assert {f: n for f, n in sizes.items() if n > MOST_MODULES.get(f, 15)} == {}
+
+
+def test_results_know_no_measurement():
+    """Results are plain numbers: catches an import of anything that measures."""
+    used = {
+        room(t) for name, targets in IMPORTS.items() if room(name) == "results" for t in targets
+    }
+    assert used <= {"results", "_version", "_errors", "estimation", "model"}
+
+
+def test_ground_truths_are_their_own():
+    """Catches ground truths computed with what they check, and library code that looks them up."""
+    used = {
+        room(t) for name, targets in IMPORTS.items() if room(name) == "problems" for t in targets
+    }
+    assert used <= {"problems", "data", "model", *FLOORS[-1]}
+    users = {
+        room(name) for name, targets in IMPORTS.items() for t in targets if room(t) == "problems"
+    }
+    assert users <= {"", "problems", *FLOORS[0]}
+
+
+@pytest.mark.parametrize("module", [*ORACLES, *FLOORS[-1]])
+def test_references_import_nothing_above(module):
+    """Catches a reference that calls the op it is the oracle of."""
+    assert IMPORTS[module] <= {*ORACLES, *FLOORS[-1]}
+
+
+SILENT_IMPORT = """
+import random, sys, warnings
+warnings.simplefilter("error")
+import numpy, torch
+def state():
+    return [
+        torch.get_default_dtype(), torch.get_num_threads(), torch.get_num_interop_threads(),
+        torch.is_grad_enabled(), torch.get_rng_state().numpy().tobytes(), random.getstate(),
+        repr(numpy.random.get_state(legacy=False)), torch.backends.mha.get_fastpath_enabled(),
+        torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+        (torch.tensor([1e-310], dtype=torch.float64) * 1).item(), 5e-324 * 1.0,
+        (torch.full((64,), 1e-40) * 1).tolist(), torch.overrides.resolve_name(torch.relu),
+    ]
+before, known = state(), set(sys.modules)
+import fisherfast
+assert state() == before, "import fisherfast changes a global setting"
+heavy = {"matplotlib", "tqdm", "PIL", "scipy", "pandas", "torchvision"}
+heavy |= {"lightning", "pytorch_lightning", "tensorboard", "IPython"}
+print(sorted(heavy & {name.split(".")[0] for name in set(sys.modules) - known}))
+"""
+
+
+def test_import_is_light_and_changes_nothing():
+    """Catches matplotlib, tqdm, PIL or scipy at import, flushed denormals, and changed defaults."""
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT_IMPORT], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""

@@ -1,0 +1,251 @@
+"""Figures: what is drawn, its labels, and that nothing global is touched."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support.training_histories import flow as flow_of
+from support.training_histories import number
+
+import fisherfast as ff
+from fisherfast.problems import GaussianShift, mlp
+from fisherfast.results import plots
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The least that `plot_training` needs; levels are errors in units of the bound."""
+
+    epoch: int
+    train_level: float = math.nan
+    val_level: float = math.nan
+    transmission: float = math.nan
+    transmission_error: float = math.nan
+
+
+def epoch_of(flow: ff.FisherFlow, epoch: int, train: float, val: float) -> Epoch:
+    """An epoch that was measured."""
+    share, error = flow.fractions()["output"], flow.fraction_errors()["output"]
+    return Epoch(epoch, train, val, share, error)
+
+
+@pytest.fixture(scope="module")
+def flow() -> ff.FisherFlow:
+    data = GaussianShift(torch.ones(6)).finite_difference(0.0, 0.2, 2000, seed=1)
+    return ff.fisher_flow(mlp([6, 8, 1], seed=0), data, max_features=40)
+
+
+@pytest.fixture(scope="module")
+def flow_of_two() -> ff.FisherFlow:
+    data = GaussianShift(torch.eye(6)[:, :2]).finite_difference([0.0, 0.0], 0.2, 2000, seed=1)
+    return ff.fisher_flow(mlp([6, 8, 2], seed=0), data, max_features=40)
+
+
+@pytest.fixture
+def history(flow: ff.FisherFlow) -> list[Epoch]:
+    """Training error x J of 2, 1.1, 0.9, 0.8, and the least validation error in epoch 1."""
+    levels = [(2.0, 2.1), (1.1, 1.2), (0.9, 1.3), (0.8, 1.4)]
+    return [epoch_of(flow, e, train, val) for e, (train, val) in enumerate(levels)]
+
+
+def legend(ax) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def bars(ax) -> list:
+    """The error-bar containers of an axes."""
+    return [c for c in ax.containers if isinstance(c, matplotlib.container.ErrorbarContainer)]
+
+
+def heights(ax, number: int) -> list[float]:
+    return list(bars(ax)[number].lines[0].get_ydata())
+
+
+def test_flow_has_points_errors_and_bound(flow):
+    """Catches values of another quantity, errors that are not J's, a missing lower bound."""
+    ax = plots.plot_flow(flow, label="now", unit="1/µm²")
+    assert heights(ax, 0) == [layer.value for layer in flow]
+    (segments,) = bars(ax)[0].lines[2]
+    lengths = [s[1, 1] - s[0, 1] for s in segments.get_segments()]
+    assert lengths == pytest.approx([2 * float(layer.stderr) for layer in flow])
+    assert list(ax.get_lines()[-1].get_ydata()) == [float(layer.lower) for layer in flow]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == flow.names
+    assert ax.get_ylabel() == "Fisher information J (1/µm²)"
+    assert ax.get_xlabel() == "layer"
+    assert sorted(legend(ax)) == ["honest lower bound", "now"]
+
+
+def test_flow_as_fractions(flow):
+    ax = plots.plot_flow(flow, fraction=True)
+    assert heights(ax, 0) == list(flow.fractions().values())
+    assert "input" in ax.get_ylabel()
+
+
+def test_fractions_of_an_input_that_cannot_be_told_from_zero(tmp_path):
+    """Catches a figure of shares of noise, and limits of an axis that are NaN."""
+    unresolved = flow_of(number(0.02), number(6.35), stderr=0.04)
+    for ax in (
+        plots.plot_flow(unresolved, fraction=True),
+        plots.plot_flows({0: unresolved}, fraction=True),
+    ):
+        assert all(math.isnan(height) for height in heights(ax, 0))
+        ax.figure.savefig(tmp_path / "flow.png")
+
+
+def test_flow_of_several_parameters_has_a_line_for_each(flow_of_two):
+    """Catches the off-diagonal or only the first parameter drawn."""
+    ax = plots.plot_flow(flow_of_two)
+    assert len(bars(ax)) == 2
+    assert heights(ax, 1) == [float(layer.J[1, 1]) for layer in flow_of_two]
+    assert {"J[0]", "J[1]"} <= set(legend(ax))
+    assert len(bars(plots.plot_flow(flow_of_two, fraction=True))) == 1
+
+
+def test_method_of_the_flow_draws_the_same(flow):
+    assert heights(flow.plot(), 0) == heights(plots.plot_flow(flow), 0)
+
+
+def test_flows_have_one_line_each_in_distinct_colours(flow):
+    ax = plots.plot_flows({"first": flow, "second": flow, "third": flow}, title="epoch")
+    assert legend(ax) == ["first", "second", "third"]
+    assert len({c.lines[0].get_color() for c in bars(ax)}) == 3
+
+
+def test_many_flows_keep_a_short_legend(flow):
+    ax = plots.plot_flows(dict.fromkeys(range(40), flow))
+    assert len(bars(ax)) == 40
+    assert len(legend(ax)) <= plots.LEGEND_ENTRIES
+    assert {"0", "39"} <= set(legend(ax))
+
+
+def test_flows_must_be_of_the_same_layers(flow):
+    other = ff.FisherFlow(flow.layers[:2])
+    with pytest.raises(ValueError, match="flows must have the same layers, got"):
+        plots.plot_flows({0: flow, 1: other})
+    with pytest.raises(ValueError, match="flows must hold at least one flow, got none"):
+        plots.plot_flows({})
+
+
+def test_curve_has_its_band(flow):
+    layer = flow.layers[1]
+    ax = plots.plot_curve(layer)
+    (band,) = ax.collections
+    J, error = layer.curve_J[:, 0, 0], layer.curve_stderr[:, 0, 0]
+    ys = band.get_paths()[0].vertices[:, 1]
+    assert ys.max() == pytest.approx(float((J + error).max()))
+    assert list(ax.get_lines()[0].get_ydata()) == J.tolist()
+    assert ax.get_title() == layer.name
+    assert ax.get_xlabel() == "features k"
+
+
+def test_training_marks_the_published_stop(history):
+    """Catches a stop at the least validation error, one epoch early, or errors without J."""
+    ax = plots.plot_training(history)
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    star, ring = lines["published stop"], lines["least validation MSE"]
+    assert list(star.get_xdata()) == [2]
+    assert list(star.get_ydata()) == pytest.approx([0.9])
+    assert list(ring.get_xdata()) == [1]
+    assert list(lines["Cramér-Rao bound"].get_ydata()) == [1, 1]
+    assert heights(ax, 0) == [history[0].transmission] * 4
+    (segments,) = bars(ax)[0].lines[2]
+    lengths = [s[1, 1] - s[0, 1] for s in segments.get_segments()]
+    assert lengths == pytest.approx([2 * history[0].transmission_error] * 4)
+    assert not ax.texts
+    assert plots.crossing_epoch(history) == 2
+
+
+def test_training_without_crossing_or_errors(flow, history):
+    """Catches a mark that nothing justifies, and unknown errors that break the figure."""
+    assert plots.crossing_epoch(history[:2]) is None
+    ax = plots.plot_training([epoch_of(flow, 0, math.nan, math.nan)])
+    assert not {"published stop", "least validation MSE"} & set(legend(ax))
+    with pytest.raises(ValueError, match="history must hold at least one epoch, got none"):
+        plots.plot_training([])
+
+
+def test_large_errors_do_not_squeeze_what_matters(flow):
+    """The axis ends at 2.5, and the error above it is written down."""
+    history = [epoch_of(flow, 0, 100, 120), epoch_of(flow, 1, 1.2, math.nan)]
+    ax = plots.plot_training(history)
+    assert ax.get_ylim()[1] == plots.CEILING
+    assert [text.get_text() for text in ax.texts] == ["↑ 120"]
+
+
+def test_epochs_that_were_not_measured_have_no_point(flow, history):
+    """Catches a NaN among the points, which breaks the line, and points at the wrong epoch."""
+    mixed = [history[0], Epoch(1, 1.1, 1.2), Epoch(2, 0.9, 1.3), history[3]]
+    ax = plots.plot_training(mixed)
+    assert list(bars(ax)[0].lines[0].get_xdata()) == [0, 3]
+    assert heights(ax, 0) == [history[0].transmission, history[3].transmission]
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert list(lines["published stop"].get_xdata()) == [2]
+    assert list(lines["least validation MSE"].get_xdata()) == [1]
+    errors = [line for label, line in lines.items() if label.startswith("training MSE")]
+    assert list(errors[0].get_xdata()) == [0, 1, 2, 3]
+
+
+def test_a_history_without_any_measurement(tmp_path):
+    """Catches a figure that needs one: the first measurement may have failed."""
+    ax = plots.plot_training([Epoch(0, 2.0, 2.1), Epoch(1, 0.9, math.nan)])
+    assert heights(ax, 0) == []
+    assert ax.get_ylim()[0] == 0
+    assert "published stop" in legend(ax)
+    ax.figure.savefig(tmp_path / "figure.png")
+    plots.plot_training([Epoch(0)]).figure.savefig(tmp_path / "figure.png")
+
+
+def test_epochs_whose_error_is_unknown_break_the_line(flow):
+    """Catches an unknown error that is drawn as zero, or taken for a crossing or the least."""
+    nan = math.nan
+    history = [epoch_of(flow, 0, 2.0, nan), epoch_of(flow, 1, nan, 1.5), Epoch(2, 1.2, nan)]
+    ax = plots.plot_training(history)
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert "published stop" not in lines
+    assert list(lines["least validation MSE"].get_xdata()) == [1]
+    drawn = next(line for label, line in lines.items() if label.startswith("training MSE"))
+    assert [y == y for y in drawn.get_ydata()] == [True, False, True]
+
+
+def test_axes_of_the_user_are_used(flow, history):
+    ax = plots.new_figure().add_subplot()
+    assert plots.plot_flow(flow, ax) is ax
+    assert plots.plot_flows({0: flow}, ax) is ax
+    assert plots.plot_curve(flow.layers[0], ax) is ax
+    assert plots.plot_training(history, ax) is ax
+
+
+def test_nothing_global_is_touched(flow, history, tmp_path):
+    """Catches pyplot figures and changed settings."""
+    import matplotlib.pyplot as plt
+
+    before, open_figures = dict(matplotlib.rcParams), plt.get_fignums()
+    for ax in (
+        plots.plot_flow(flow),
+        plots.plot_flows({0: flow}),
+        plots.plot_curve(flow.layers[0]),
+        plots.plot_training(history),
+    ):
+        ax.figure.savefig(tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert dict(matplotlib.rcParams) == before
+    assert plt.get_fignums() == open_figures
+
+
+def test_missing_matplotlib_says_how_to_get_it(flow, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest, **more):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'fisherfast\[plots\]'"):
+        plots.plot_flow(flow)

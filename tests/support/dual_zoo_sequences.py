@@ -1,0 +1,263 @@
+"""Networks of tokens and time steps: attention in every dress, recurrence in every dress."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from support.dual_oracle import Function, Network
+from torch import Tensor, nn
+
+# --- attention ---
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values from one product, then the fused function."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        qkv = self.qkv(x).reshape(n, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(n, length, width))
+
+
+class PackedAttention(nn.Module):
+    """The same through `nn.MultiheadAttention`, with or without its weights."""
+
+    def __init__(self, width: int, heads: int, need_weights: bool) -> None:
+        super().__init__()
+        self.heads = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(x, x, x, need_weights=self.need_weights)[0]
+
+
+class ViT(nn.Module):
+    """Patches, class token, positions, blocks with the norm first (Dosovitskiy et al. 2021)."""
+
+    def __init__(
+        self,
+        attention: Callable[[int, int], nn.Module] = SelfAttention,
+        *,
+        width: int = 8,
+        heads: int = 2,
+        depth: int = 2,
+        image: int = 8,
+        patch: int = 4,
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.token = nn.Parameter(0.5 * torch.randn(1, 1, width))
+        self.positions = nn.Parameter(0.5 * torch.randn(1, (image // patch) ** 2 + 1, width))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(width),
+                    "attention": attention(width, heads),
+                    "norm2": nn.LayerNorm(width),
+                    "mlp": nn.Sequential(
+                        nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                    ),
+                }
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
+        for block in self.blocks:
+            x = x + block["attention"](block["norm1"](x))
+            x = x + block["mlp"](block["norm2"](x))
+        return self.head(self.norm(x)[:, 0])
+
+
+class Encoder(nn.Module):
+    """`nn.TransformerEncoder` with a causal mask and a mask of padded keys where asked for."""
+
+    def __init__(
+        self, norm_first: bool, *, causal: bool, padding: bool, gelu: bool = False
+    ) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            6,
+            2,
+            10,
+            activation="gelu" if gelu else "relu",
+            batch_first=True,
+            norm_first=norm_first,
+        )
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.causal, self.padding = causal, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length = x.shape[:2]
+        mask = padded = None
+        if self.causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype)
+        if self.padding:
+            padded = torch.arange(length).expand(n, -1) > length - 1 - torch.arange(n)[:, None] % 2
+            if mask is not None:
+                mask = mask < 0
+        return self.encoder(x, mask=mask, src_key_padding_mask=padded, is_causal=self.causal)
+
+
+class DecoderStep(nn.Module):
+    """Cross-attention: a decoder reads another sequence than its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.TransformerDecoderLayer(6, 2, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x[:, :2], x[:, 2:])
+
+
+class EveryOption(nn.Module):
+    """`nn.MultiheadAttention` with other widths of keys and values, extra keys, its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.MultiheadAttention(
+            6, 2, kdim=4, vdim=3, add_bias_kv=True, add_zero_attn=True
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.transpose(0, 1)
+        out, weights = self.heads(x[:2], x[2:, :, :4], x[2:, :, 3:], average_attn_weights=False)
+        return out.transpose(0, 1), weights
+
+
+def _attend(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Network:
+    """Fused attention of two queries to five keys, two heads: x holds all of them."""
+
+    def forward(x: Tensor) -> Tensor:
+        q, k, v = x.split([2, 5, 5], dim=2)
+        return attend(q, k * 2, v[..., :3])
+
+    return Network(lambda: Function(forward), (2, 12, 4))
+
+
+KEPT = torch.tensor([[True, False, True, True, False], [False, True, True, False, True]])
+BIAS = torch.linspace(-1, 1, 10, dtype=torch.float64).view(2, 5)
+fused = F.scaled_dot_product_attention
+
+ATTENTION: dict[str, Network] = {
+    "attention": _attend(fused),
+    "attention_one": Network(lambda: Function(lambda x: fused(x, x, x)), (5, 4)),
+    "attention_scaled": _attend(lambda q, k, v: fused(q, k, v, scale=0.3)),
+    "attention_causal": _attend(lambda q, k, v: fused(q, k, v, is_causal=True)),
+    "attention_kept": _attend(lambda q, k, v: fused(q, k, v, attn_mask=KEPT)),
+    "attention_kept_of_sample": _attend(
+        lambda q, k, v: fused(q, k, v, attn_mask=KEPT.expand(len(q), 1, 2, 5))
+    ),
+    "attention_bias": _attend(lambda q, k, v: fused(q, k, v, attn_mask=BIAS.to(q.dtype))),
+    "attention_bias_of_input": _attend(lambda q, k, v: fused(q, k, v, attn_mask=q.sin() @ k.mT)),
+    "attention_minus_infinity": _attend(
+        lambda q, k, v: fused(
+            q, k, v, attn_mask=torch.zeros(2, 5, dtype=q.dtype).masked_fill(~KEPT, -torch.inf)
+        )
+    ),
+    "attention_constant_query": _attend(lambda q, k, v: fused(torch.ones_like(q), k, v)),
+    "attention_constant_keys": _attend(lambda q, k, v: fused(q, k.detach(), v.detach())),
+    "attention_constant_values": _attend(lambda q, k, v: fused(q, k, v.detach())),
+    "attention_shared_keys": _attend(lambda q, k, v: fused(q, k[:, :1], v[:, :1])),
+    "attention_grouped": _attend(
+        lambda q, k, v: fused(torch.cat([q, q.sin()], 1), k, v, enable_gqa=True)
+    ),
+    "attention_one_key": _attend(
+        lambda q, k, v: fused(q, k[..., :1, :], v[..., :1, :]) + q[..., :3]
+    ),
+    "attention_strided": _attend(
+        lambda q, k, v: fused(
+            q.transpose(1, 2), k[:, :, :2].mT.mT.transpose(1, 2), v[:, :, 3:].mT.mT.transpose(1, 2)
+        )
+    ),
+    "attention_options": Network(EveryOption, (6, 6)),
+}
+
+
+# --- recurrent networks ---
+
+
+class Recurrent(nn.Module):
+    """A recurrent module, all its states, and a readout of the last step."""
+
+    def __init__(self, module: nn.RNNBase) -> None:
+        super().__init__()
+        self.module = module
+        self.fc = nn.Linear(module.hidden_size * (2 if module.bidirectional else 1), 2)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        if not self.module.batch_first:
+            x = x.transpose(0, 1)
+        steps, state = self.module(x)
+        steps = steps if self.module.batch_first else steps.transpose(0, 1)
+        hidden = state[0] if isinstance(state, tuple) else state
+        return {"steps": steps, "last": self.fc(steps[:, -1]), "hidden": hidden.transpose(0, 1)}
+
+
+class Cells(nn.Module):
+    """Recurrence written out with cells, from zeros of the batch's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTMCell(3, 4)
+        self.gru = nn.GRUCell(4, 3)
+        self.rnn = nn.RNNCell(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, c = x.new_zeros(len(x), 4), x.new_zeros(len(x), 4)
+        g, r = x.new_zeros(len(x), 3), x.new_zeros(len(x), 2)
+        for step in x.unbind(1):
+            h, c = self.lstm(step, (h, c))
+            g = self.gru(h, g)
+            r = self.rnn(g, r)
+        return r
+
+
+def _recurrent(kind: type[nn.RNNBase], *arguments: Any, **options: Any) -> Network:
+    return Network(lambda: Recurrent(kind(3, 4, *arguments, **options)), (4, 3))
+
+
+def _encoder(norm_first: bool, **options: Any) -> Network:
+    options = {"causal": False, "padding": False} | options
+    return Network(lambda: Encoder(norm_first, **options), (4, 6))
+
+
+SEQUENCES: dict[str, Network] = {
+    "vit": Network(ViT, (3, 8, 8)),
+    "vit_packed": Network(
+        lambda: ViT(functools.partial(PackedAttention, need_weights=False)), (3, 8, 8)
+    ),
+    "vit_weights": Network(
+        lambda: ViT(functools.partial(PackedAttention, need_weights=True)), (3, 8, 8)
+    ),
+    "encoder": _encoder(False),
+    "encoder_norm_first": _encoder(True, gelu=True),
+    "encoder_causal": _encoder(False, causal=True),
+    "encoder_causal_norm_first": _encoder(True, causal=True),
+    "encoder_padding": _encoder(False, padding=True),
+    "encoder_both_masks": _encoder(True, causal=True, padding=True),
+    "decoder": Network(DecoderStep, (5, 6)),
+    "lstm": _recurrent(nn.LSTM, batch_first=True),
+    "lstm_deep": _recurrent(nn.LSTM, 2, bidirectional=True),
+    "gru": _recurrent(nn.GRU),
+    "gru_deep": _recurrent(nn.GRU, 2, bidirectional=True, batch_first=True),
+    "rnn": _recurrent(nn.RNN, 2, batch_first=True),
+    "rnn_relu": _recurrent(nn.RNN, nonlinearity="relu", bidirectional=True),
+    "cells": Network(Cells, (3, 3)),
+}

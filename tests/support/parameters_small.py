@@ -1,0 +1,71 @@
+"""One small network whose parameters' Fisher matrix is asked for in many ways.
+
+For properties of the matrix itself; many networks are in `parameters_zoo`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from support.networks_zoo import seeded
+from torch import Tensor, nn
+
+import fisherfast as ff
+
+STRUCTURES = ("diag", "block", "kfac", "full", "gram", "lowrank")
+ALL_OF_F = ("full", "gram")
+LINEAR_IN_F = ("diag", "block", "full", "gram")
+"""Structures that are F, or entries of it: linear in the data."""
+
+OUTPUTS = 3
+CATEGORICAL = ff.parameters.Categorical()
+
+ROUNDING = 1e-11
+"""In float64, relative to the largest entry; measured: below 2e-14."""
+
+
+def network() -> nn.Module:
+    """A convolution, a norm and a head: 2 shared positions, correlations between layers."""
+
+    def build() -> nn.Module:
+        convolution = nn.Conv1d(2, 3, 3, stride=2), nn.Tanh(), nn.Flatten()
+        return nn.Sequential(*convolution, nn.LayerNorm(6), nn.Linear(6, OUTPUTS)).double()
+
+    return seeded(build).eval()
+
+
+def dense_network(hidden: int) -> nn.Module:
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(4, hidden), nn.Sigmoid(), nn.Linear(hidden, OUTPUTS)
+        ).double()
+    ).eval()
+
+
+def inputs(samples: int, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, 2, 5, generator=generator, dtype=torch.float64)
+
+
+def labels(samples: int) -> Tensor:
+    return torch.randint(OUTPUTS, (samples,), generator=torch.Generator().manual_seed(4))
+
+
+def measure(
+    structure: str, data: Any = None, fisher_type: str = "exact", **settings: Any
+) -> ff.parameters.ParameterFisher:
+    if structure == "lowrank":
+        settings = {"rank": 4} | settings
+    x = inputs(7) if data is None else data
+    return ff.parameters.fisher(network(), CATEGORICAL, x, structure, fisher_type, **settings)
+
+
+def difference(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).abs().max() / truth.abs().max())
+
+
+def least_eigenvalue(matrix: Tensor) -> float:
+    """Relative to the largest of all."""
+    values = torch.linalg.eigvalsh(matrix)
+    return float(values[0] / values.abs().max())

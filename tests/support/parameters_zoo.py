@@ -1,0 +1,391 @@
+"""Networks whose parameters' Fisher matrix must be right: small, seeded, in float64 and eval mode.
+
+`NETWORKS` have three outputs for each sample and few enough parameters for a dense matrix; each
+uses its parameters in another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from support.networks_zoo import seeded
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
+
+OUTPUTS = 3
+TOKENS = 6
+"""Words in the vocabulary of networks that read tokens."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """How to build a network and what to feed it.
+
+    Attributes:
+        build: makes the module; its biases, scales and running statistics are drawn again.
+        shape: of one sample.
+        tokens: samples are whole numbers below `TOKENS`.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    tokens: bool = False
+
+    def make(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """The network in eval mode, drawn in float64 so that every dtype has the same one."""
+        return seeded(lambda: randomised(self.build().double())).to(dtype).eval()
+
+    def inputs(self, samples: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
+        """x [n, ...]: white noise, or tokens of which some repeat."""
+        generator = torch.Generator().manual_seed(1)
+        if self.tokens:
+            return torch.randint(TOKENS, (samples, *self.shape), generator=generator)
+        return torch.randn(samples, *self.shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def labels(self, samples: int = 4) -> Tensor:
+        """y [n], classes."""
+        return torch.randint(OUTPUTS, (samples,), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def randomised(model: nn.Module) -> nn.Module:
+    """Draw biases, scales and running statistics: at 0 and 1 a wrong use of them does not show."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.5)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
+    return model
+
+
+class Lambda(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def mean_head(features: int, *, dims: int | tuple[int, ...] = 1) -> nn.Sequential:
+    """Mean over positions, and a linear layer."""
+    return nn.Sequential(Lambda(lambda h: h.mean(dims)), nn.Linear(features, OUTPUTS))
+
+
+# --- layers with a rule ---
+
+
+def linear(bias: bool = True) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5, bias), nn.Tanh(), nn.Linear(5, OUTPUTS, bias))
+
+
+def shared_linear() -> nn.Module:
+    """One matrix for all positions of a sequence."""
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), *mean_head(5))
+
+
+def convolution2d(**settings: object) -> nn.Module:
+    """Two channels, any setting, and a nonlinearity that sees every position."""
+    conv = nn.Conv2d(2, 4, **{"kernel_size": 3} | settings)  # type: ignore[arg-type]
+    return nn.Sequential(conv, nn.Tanh(), *mean_head(4, dims=(2, 3)))
+
+
+def convolution1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3, stride=2, padding=1, dilation=2), nn.Tanh(), *mean_head(4, dims=2)
+    )
+
+
+def convolution3d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(1, 2, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0)),
+        nn.Tanh(),
+        *mean_head(2, dims=(2, 3, 4)),
+    )
+
+
+def transposed(groups: int = 1) -> nn.Module:
+    return nn.Sequential(
+        nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=groups),
+        nn.Tanh(),
+        *mean_head(4, dims=(2, 3)),
+    )
+
+
+def batch_norm1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, OUTPUTS)
+    )
+
+
+def normed2d(norm: Callable[[], nn.Module]) -> nn.Module:
+    """A norm of four channels between a convolution and an in-place nonlinearity."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), norm(), nn.ReLU(inplace=True), *mean_head(4, dims=(2, 3))
+    )
+
+
+def normed_features(norm: Callable[[], nn.Module]) -> nn.Module:
+    """A norm of the five features at each position of a sequence."""
+    return nn.Sequential(nn.Linear(4, 5), norm(), nn.Tanh(), *mean_head(5))
+
+
+def embedding(padding_idx: int | None = None) -> nn.Module:
+    return nn.Sequential(nn.Embedding(TOKENS, 4, padding_idx), nn.Tanh(), *mean_head(4))
+
+
+# --- ways through the network ---
+
+
+class Residual(nn.Module):
+    """A block that adds to its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(2)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x
+        return self.relu(out)
+
+
+def residual() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 1), Residual(), *mean_head(2, dims=(2, 3)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a sequence with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, dropout=0.1, batch_first=True)
+    return nn.Sequential(layer, *mean_head(4))
+
+
+class TimeFirst(nn.Module):
+    """A transformer that sees [time, n, d]: its rows are not the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(2, 4)
+        self.layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=False)
+        self.head = nn.Linear(4, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embed(x.transpose(0, 1))).mean(0))
+
+
+class Recurrent(nn.Module):
+    """The last state of a recurrent network."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn = kind(2, 3, batch_first=True)
+        self.head = nn.Linear(3, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Windows(nn.Module):
+    """Windows of the signal become rows of the batch, and come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU())
+        self.head = nn.Linear(5, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.unfold(1, 4, 2).reshape(-1, 4)
+        return self.head(self.layers(rows).reshape(len(x), -1, 5).mean(1))
+
+
+class WindowsMixed(Windows):
+    """The same, the windows of all samples before the next: rows of one sample are apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.unfold(1, 4, 2).transpose(0, 1).reshape(-1, 4)
+        return self.head(self.layers(rows).reshape(-1, len(x), 5).mean(0))
+
+
+# --- parameters used in ways of their own ---
+
+
+class Twice(nn.Module):
+    """One linear layer, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.head = nn.Linear(4, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(torch.tanh(self.layer(x))))
+
+
+class TiedHead(nn.Module):
+    """A language model: the embedding is also the matrix of the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(OUTPUTS, 4)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, OUTPUTS)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.embedding(x % OUTPUTS))).mean(1))
+
+
+class Expression(nn.Module):
+    """Parameters of one's own, in an expression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+        self.layer = nn.Linear(4, OUTPUTS)
+        self.gate = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.scale.exp()) * torch.sigmoid(self.gate)
+
+
+class Penalised(nn.Module):
+    """A layer whose weights enter once more, beside the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.layer.weight.square().sum()
+
+
+class Unused(nn.Module):
+    """One layer that is never called, one that is frozen, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5).requires_grad_(False)
+        self.idle = nn.Linear(2, 2)
+        self.register_buffer("shift", torch.linspace(-1, 1, 5))
+        self.head = nn.Linear(5, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(x) + self.shift))
+
+
+def parametrized() -> nn.Module:
+    """Weight norm: the weight is computed of two other parameters."""
+    return nn.Sequential(weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, OUTPUTS))
+
+
+def partly_frozen() -> nn.Module:
+    """Weights of one layer and biases of the other."""
+    model = linear()
+    model[0].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    return model
+
+
+class Checkpointed(nn.Module):
+    """A block whose activations are computed again on the way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
+        self.head = nn.Linear(4, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(checkpoint(self.block, x, use_reentrant=False)))
+
+
+class Keywords(nn.Module):
+    """Layers that are called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.head = nn.Linear(5, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=torch.tanh(self.first(input=x)))
+
+
+IMAGE = (2, 5, 6)
+SEQUENCE = (3, 4)
+
+NETWORKS: dict[str, Network] = {
+    "linear": Network(linear, (4,)),
+    "linear without bias": Network(partial(linear, bias=False), (4,)),
+    "shared linear": Network(shared_linear, SEQUENCE),
+    "conv2d": Network(convolution2d, IMAGE),
+    "conv2d strided": Network(partial(convolution2d, stride=(2, 1), padding=1), IMAGE),
+    "conv2d grouped": Network(partial(convolution2d, groups=2), IMAGE),
+    "conv2d dilated": Network(partial(convolution2d, dilation=(1, 2), padding=(0, 2)), IMAGE),
+    "conv2d same": Network(partial(convolution2d, kernel_size=(2, 3), padding="same"), IMAGE),
+    "conv2d reflect": Network(
+        partial(convolution2d, padding=1, padding_mode="reflect", bias=False), IMAGE
+    ),
+    "conv2d replicate": Network(
+        partial(convolution2d, padding=1, padding_mode="replicate", stride=2, groups=2), IMAGE
+    ),
+    "conv2d circular": Network(partial(convolution2d, padding=1, padding_mode="circular"), IMAGE),
+    "conv1d": Network(convolution1d, (2, 9)),
+    "conv3d": Network(convolution3d, (1, 3, 5, 2)),
+    "conv transpose": Network(transposed, (2, 3, 3)),
+    "conv transpose grouped": Network(partial(transposed, groups=2), (2, 3, 3)),
+    "batch norm 1d": Network(batch_norm1d, (4,)),
+    "batch norm 2d": Network(partial(normed2d, lambda: nn.BatchNorm2d(4)), IMAGE),
+    "layer norm": Network(partial(normed_features, lambda: nn.LayerNorm(5)), SEQUENCE),
+    "layer norm of maps": Network(partial(normed2d, lambda: nn.LayerNorm([3, 4])), IMAGE),
+    "group norm": Network(partial(normed2d, lambda: nn.GroupNorm(2, 4)), IMAGE),
+    "instance norm": Network(partial(normed2d, lambda: nn.InstanceNorm2d(4, affine=True)), IMAGE),
+    "instance norm, running": Network(
+        partial(normed2d, lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+        IMAGE,
+    ),
+    "RMS norm": Network(partial(normed_features, lambda: nn.RMSNorm(5)), SEQUENCE),
+    "embedding": Network(embedding, (5,), tokens=True),
+    "embedding padded": Network(partial(embedding, padding_idx=2), (5,), tokens=True),
+    "residual": Network(residual, (1, 4, 4)),
+    "attention": Network(Attention, SEQUENCE),
+    "transformer": Network(transformer, SEQUENCE),
+    "transformer, time first": Network(TimeFirst, (4, 2)),
+    "LSTM": Network(partial(Recurrent, nn.LSTM), (3, 2)),
+    "GRU": Network(partial(Recurrent, nn.GRU), (3, 2)),
+    "windows": Network(Windows, (8,)),
+    "windows mixed": Network(WindowsMixed, (8,)),
+    "called twice": Network(Twice, (4,)),
+    "tied head": Network(TiedHead, (5,), tokens=True),
+    "expression": Network(Expression, (4,)),
+    "weights in an expression": Network(Penalised, (4,)),
+    "unused and frozen": Network(Unused, (4,)),
+    "weight norm": Network(parametrized, (4,)),
+    "partly frozen": Network(partly_frozen, (4,)),
+    "checkpoint": Network(Checkpointed, (4,)),
+    "keywords": Network(Keywords, (4,)),
+}

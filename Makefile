@@ -22,10 +22,10 @@ demo: $(READY) ## the main job: Fisher information of every layer of a network t
 	$(BIN)/python -m fisherfast demo imaging
 
 test: $(READY) ## everything: all tests, the slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 fast: $(READY) ## the fast tests only
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
 
 # The op tests that are not slow, on a sanitized module, at every instruction set; those of plain torch
 # stand-ins ("torch" in their name) are left out: nothing of theirs is sanitized. The environment

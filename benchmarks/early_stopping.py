@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fisherfast.measurement.cache import Recall
 from fisherfast.measurement.run import Measurement
-from fisherfast.measurement.settings import check_passes, check_settings
+from fisherfast.measurement.settings import Settings
 from fisherfast.training import EpochRecord, FisherEarlyStopping
 from fisherfast.training.record import Errors
 from fisherfast.training.rules import TransmissionRule
@@ -67,8 +67,9 @@ def train(name: str, seed: int, size: Size) -> dict[str, Any]:
     average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING))
     optimizer = torch.optim.Adam(task.model.parameters(), lr=size.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    settings = check_settings(task.data, FEATURES, None, EVALUATION_BATCH, 0, 1e-4, 16)
-    settings |= check_passes(task.data, grow=False, maps=False)
+    settings = Settings.of(
+        task.data, max_features=FEATURES, batch_size=EVALUATION_BATCH, ridge=1e-4
+    )
     recall, records, running = Recall(), [], []
     for epoch in range(size.epochs + 1):
         start = time.perf_counter()

@@ -11,15 +11,12 @@ from torch import nn
 
 from fisherfast.data import Data
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
-from fisherfast.measurement.memory import check_budget
 from fisherfast.measurement.run import Measurement
 from fisherfast.measurement.settings import (
     BATCH_SIZE,
     FOLDS,
     MAX_FEATURES,
-    check_output,
-    check_passes,
-    check_settings,
+    Settings,
 )
 from fisherfast.model.sites import Layers
 from fisherfast.model.unwrap import unwrapped
@@ -138,9 +135,19 @@ def fisher_flow(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     with ranks_of(group, timeout) as ranks:
-        settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
-        settings |= check_passes(data, grow, maps) | check_budget(memory_budget)
-        settings |= check_output(output)
+        settings = Settings.of(
+            data,
+            max_features=max_features,
+            probe=probe,
+            output=output,
+            batch_size=batch_size,
+            seed=seed,
+            ridge=ridge,
+            folds=folds,
+            grow=grow,
+            maps=maps,
+            memory_budget=memory_budget,
+        )
         measurement = Measurement(unwrapped(model), data, layers, settings, ranks=ranks)
         return measurement.run(progress)
 
@@ -175,6 +182,15 @@ def fisher_information(
         True
     """
     with ranks_of(group, timeout) as ranks:
-        settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
-        settings |= check_passes(data, grow, maps=False) | check_budget(memory_budget)
+        settings = Settings.of(
+            data,
+            max_features=max_features,
+            probe=probe,
+            batch_size=batch_size,
+            seed=seed,
+            ridge=ridge,
+            folds=folds,
+            grow=grow,
+            memory_budget=memory_budget,
+        )
         return Measurement(None, data, "auto", settings, ranks=ranks).run(progress).layers[0]

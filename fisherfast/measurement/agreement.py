@@ -7,7 +7,7 @@ there on every rank has, and computes, the same. With one process all of this do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Dealing
 from fisherfast.data.groups import Groups, joined_groups
 from fisherfast.estimation.pilot import PilotMoments
-from fisherfast.measurement.layer import LayerMeter
 from fisherfast.measurement.memory import Plan
+from fisherfast.measurement.meter import Meter
+from fisherfast.measurement.settings import Settings
 from fisherfast.model.sites import Site
 from fisherfast.parallel.ranks import Ranks
 from fisherfast.parallel.share import Share, WholeData, shares_of
@@ -56,9 +57,7 @@ class Agreement:
         """Whether this rank is the one that speaks to the user."""
         return self._ranks is None or self._ranks.rank == 0
 
-    def begin(
-        self, model: nn.Module | None, data: Data, layers: Any, settings: Mapping[str, Any]
-    ) -> Data:
+    def begin(self, model: nn.Module | None, data: Data, layers: Any, settings: Settings) -> Data:
         """Agree on what is measured; sets `share`.
 
         Returns:
@@ -72,7 +71,7 @@ class Agreement:
         conditions = range(data.conditions)
         counts = [data.samples(c) for c in conditions]
         asked: dict[str, Any] = {"model": "none" if model is None else type(model).__name__}
-        asked |= settings
+        asked |= settings.to_dict()
         asked |= {
             "data": "each rank's own share" if data.sharded else "the same data for all ranks",
             "parameters of the data": data.parameters,
@@ -93,7 +92,7 @@ class Agreement:
             self.share, total = shares_of(everywhere, self._ranks.rank)
             self._counted = total is not None
             data = WholeData(data, total, self._groups_of_all(data.groups, self._ranks))
-            if total is None and settings["probe"] is not None:
+            if total is None and settings.probe is not None:
                 raise ValueError(
                     "data must tell how many samples each rank has, for a probe in a group, got"
                     f" {everywhere} per rank and condition"
@@ -123,7 +122,7 @@ class Agreement:
                 if name in self._buffers:
                     buffer.copy_(self._buffers[name])
 
-    def begin_pass(self, meters: Sequence[LayerMeter], seed: int) -> None:
+    def begin_pass(self, meters: Sequence[Meter], seed: int) -> None:
         """The same layers on all ranks, read by what rank 0 has learned; and other random numbers
         on each, for a network that draws some."""
         if self._ranks is None:
@@ -150,7 +149,7 @@ class Agreement:
             "reading the first samples", dict(zip(names, sums, strict=True)), SAME_DATA
         )
 
-    def agree_on_layers(self, sites: Sequence[Site], measured: Sequence[LayerMeter]) -> None:
+    def agree_on_layers(self, sites: Sequence[Site], measured: Sequence[Meter]) -> None:
         """The same layers on all ranks, in chains as rank 0 has found them."""
         if self._ranks is None:
             return
@@ -171,7 +170,7 @@ class Agreement:
         everywhere = self._ranks.exchange("planning batches", mine)
         return Plan(*map(min, zip(*everywhere, strict=True)))
 
-    def share_pilot(self, meters: Sequence[LayerMeter], counts: bool) -> None:
+    def share_pilot(self, meters: Sequence[Meter], counts: bool) -> None:
         """Merge what each rank has seen of the first samples, where they have different ones.
 
         Args:
@@ -202,7 +201,7 @@ class Agreement:
         for meter, pilot in zip(meters, merged, strict=True):
             meter.pilot = pilot
 
-    def end_pass(self, meters: Sequence[LayerMeter], folds: int) -> None:
+    def end_pass(self, meters: Sequence[Meter], folds: int) -> None:
         """Add up what all ranks have seen in a pass, dealt to so many folds."""
         if self._ranks is None or self.share is None:
             return
@@ -240,7 +239,7 @@ class Agreement:
             self._buffers[name] = value.to(torch.uint8).view(like.dtype).view(like.shape)
 
 
-def _count_others(meters: Sequence[LayerMeter], ranks: Ranks, folds: int) -> None:
+def _count_others(meters: Sequence[Meter], ranks: Ranks, folds: int) -> None:
     """Streams of unknown length: each rank has dealt its samples from the first on."""
     everywhere = ranks.exchange("counting samples", meters[0].seen if meters else [])
     for rank, seen in enumerate(everywhere):

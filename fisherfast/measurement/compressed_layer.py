@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -28,7 +27,13 @@ from fisherfast.estimation.curve import (
 )
 from fisherfast.estimation.features import MAX_WIDTH
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
-from fisherfast.estimation.krylov import KRYLOV_VECTORS, KrylovSpace, projected
+from fisherfast.estimation.krylov import (
+    KRYLOV_VECTORS,
+    TILE_NUMBERS,
+    TILE_ROWS,
+    KrylovSpace,
+    projected,
+)
 from fisherfast.estimation.ridge import AUTO, RidgeSetting, raw_ridge
 from fisherfast.measurement.checks import carried_by, streams_of, worst_dof
 from fisherfast.measurement.cross_fit import HalfFit, dealt_to_halves, joined, replicates_of_mean
@@ -36,17 +41,20 @@ from fisherfast.measurement.fit import UnmeasuredError
 from fisherfast.measurement.layer import (
     NO_TANGENTS,
     NOT_CARRIED,
-    LayerMeter,
     curve_points,
     in_turn,
-    rows_of,
 )
+from fisherfast.measurement.memory import DOUBLE, moment_bytes, pilot_bytes
+from fisherfast.measurement.meter import Meter, rows_of
 from fisherfast.measurement.replicates import HeldSamples
+from fisherfast.measurement.settings import Settings
 from fisherfast.measurement.without_estimate import no_information
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
 
-__all__ = ["WideMeter", "too_wide"]
+__all__ = ["CompressedMeter", "too_wide"]
+
+NO_PROBE = "no probe: the layer is too wide for a covariance, and compressed"
 
 LEAST_DOF = 1.1
 """Degrees of freedom per activation below which a layer is compressed: above, its whole covariance
@@ -80,12 +88,12 @@ def fewest_samples(dim: int, data: Data, folds: int) -> int:
     return min(compressed, max(2 * folds, math.ceil(freedom / conditions + folds)))
 
 
-class WideMeter(LayerMeter):
-    """Everything kept of one layer that is compressed, while samples stream by again and again.
+class CompressedMeter(Meter):
+    """A layer that is compressed: Krylov spaces of both halves, then moments in them.
 
     Args:
         site: the layer.
-        start: `projections` of an earlier measurement of it with the same samples; None for none.
+        start: `for_next` of an earlier measurement of it with the same samples; None for none.
 
     Attributes:
         spaces: what the samples of even and of odd folds of each condition teach.
@@ -93,6 +101,8 @@ class WideMeter(LayerMeter):
             the spaces are learned.
     """
 
+    rounded = False
+    unit = "Krylov vectors"
     spaces: list[KrylovSpace]
     measured: list[FoldMoments]
 
@@ -101,10 +111,8 @@ class WideMeter(LayerMeter):
         self._start = start
         self._projections: list[torch.Tensor] = []
 
-    @property
-    def projections(self) -> list[torch.Tensor]:
-        """Weights [k, d] of the vectors that each half has taught: where the next measurement of
-        this layer may start."""
+    def for_next(self) -> list[torch.Tensor]:
+        """Weights [k, d] of the vectors that each half has taught."""
         return self._projections
 
     @property
@@ -122,17 +130,18 @@ class WideMeter(LayerMeter):
         """Moments of different samples, together of all: those of even folds first."""
         return self.measured[::-1]
 
-    def prepare(self, data: Data, settings: dict[str, Any]) -> None:
+    def prepare(self, data: Data, settings: Settings) -> None:
         """Fix the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self._mean, self._rounding = standardisation.mean, standardisation.rounding
         self._noise_variance = standardisation.noise**2 * (
             standardisation.mean.square() + standardisation.scale.square().reciprocal()
         )
+        self._probe = settings.probe
         self._data, self._paired, self._carried = data, data.paired, carried_by(data)
         self._conditions, self._parameters = data.conditions, data.parameters
-        self._all_folds, self._folds = settings["folds"], folds_of_half(settings["folds"])
-        steps = max(min(KRYLOV_VECTORS, settings["max_features"] // data.parameters), 1)
+        self._all_folds, self._folds = settings.folds, folds_of_half(settings.folds)
+        steps = max(min(KRYLOV_VECTORS, settings.max_features // data.parameters), 1)
         self.spaces = [
             KrylovSpace(
                 standardisation,
@@ -151,7 +160,7 @@ class WideMeter(LayerMeter):
         self._seen = [0] * data.conditions
         self._seen_before: list[int] | None = None
         self._waiting: list[list[torch.Tensor]] = [[], []]
-        streams = streams_of(data, settings["folds"])
+        streams = streams_of(data, settings.folds)
         self._prepare_map(standardisation, data.conditions, settings, streams)
 
     def observe(
@@ -184,7 +193,7 @@ class WideMeter(LayerMeter):
         return torch.stack(finite).all()
 
     def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
-        """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
+        """Count samples of a condition that another process observes, see `Meter.skip`."""
         if self.map is not None and self._seen_before is None:
             counts = tally.by_fold(self._all_folds)
             self.map.skip(condition, tally.samples, counts, numbered=numbered)
@@ -206,8 +215,8 @@ class WideMeter(LayerMeter):
         first_pass = self._seen_before is None
         return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
 
-    def grow(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
-        """End a pass. Returns whether another one over the same samples must follow."""
+    def end_pass(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
+        """Return whether another pass over the same samples must follow."""
         if self._seen_before not in (None, self.seen):
             raise ValueError(
                 f"samples must be the same at every pass, got {self.seen} after"
@@ -247,6 +256,7 @@ class WideMeter(LayerMeter):
         notes = [f"{dead} constant activations left out"] if dead else []
         notes += [] if layer.carried else [NOT_CARRIED]
         notes += [warning] if (warning := finite_step_note(layer)) else []
+        notes += [NO_PROBE] if self._probe is not None else []
         return replace(layer, notes=tuple(notes))
 
     def _prepare_measurement(self) -> None:
@@ -362,8 +372,23 @@ class WideMeter(LayerMeter):
         samples = self.measured[half].units
         return self._halves_held[half].replicates(curve, len(index), read, samples)
 
-    def _all_held(self) -> list[HeldSamples]:
+    @property
+    def held(self) -> list[HeldSamples]:
+        """Kept samples that errors are read from."""
         return self._halves_held
+
+    def nbytes(self, data: Data, settings: Settings, number: int) -> tuple[int, int]:
+        """Bytes kept of the layer, and bytes more while it is estimated."""
+        P, C, d = data.parameters, data.conditions, self.site.dim
+        k = max(min(KRYLOV_VECTORS, settings.max_features // P), 1) * P
+        vectors = 2 * 2 * k * d * number  # of both halves, and once more scaled
+        sums = 2 * DOUBLE * d * (C + 2 * P + 3)  # means, products with S, scales
+        tiles = 3 * number * max(TILE_NUMBERS, TILE_ROWS * d)
+        moments, estimate = moment_bytes(k, data, settings.folds)
+        map_kept, map_extra = self._map_bytes(data, settings)
+        orthogonal = DOUBLE * d * (3 * P + C + 4)  # new vectors before they are orthonormal
+        kept = pilot_bytes(d) + vectors + sums + tiles + moments + map_kept
+        return kept, max(orthogonal, estimate, map_extra)
 
     def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
         """V of the score without each fold [F, P, P]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -18,16 +17,18 @@ from fisherfast.estimation.curve import (
     independent_features,
 )
 from fisherfast.estimation.derivatives import ScoreMoments, TangentMoments
-from fisherfast.estimation.dither import StepMeter
-from fisherfast.estimation.features import BLOCK_ROWS, FeatureDictionary, Lift
+from fisherfast.estimation.features import (
+    BLOCK_ROWS,
+    MAX_WIDTH,
+    MIN_LIFT_SHARE,
+    FeatureDictionary,
+    Lift,
+)
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics, SampleFeatures
-from fisherfast.estimation.maps import MapMoments
-from fisherfast.estimation.pilot import FLOAT32_INVERSE, PilotMoments, Standardisation
+from fisherfast.estimation.pilot import FLOAT32_INVERSE
 from fisherfast.estimation.ridge import (
     AUTO,
-    INPUT_ROUNDING,
     MOSTLY_RIDGE,
-    ROUNDING,
     RidgeSetting,
 )
 from fisherfast.estimation.variance import jackknife_covariance, standard_errors
@@ -39,10 +40,18 @@ from fisherfast.measurement.checks import (
     streams_of,
 )
 from fisherfast.measurement.fit import Fit, UnmeasuredError
-from fisherfast.measurement.replicates import LEAST_ERROR, HeldSamples, Readout
+from fisherfast.measurement.memory import DOUBLE, moment_bytes, pilot_bytes
+from fisherfast.measurement.meter import Meter, rows_of
+from fisherfast.measurement.replicates import (
+    KEPT_SAMPLES,
+    LEAST_ERROR,
+    HeldSamples,
+    Readout,
+    kept_samples,
+)
+from fisherfast.measurement.settings import Settings
 from fisherfast.measurement.without_estimate import no_information
-from fisherfast.model.sites import INPUT, Site
-from fisherfast.results.information_map import has_map, is_mapped
+from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
 from fisherfast.results.marginal import SINGULAR, pack_covariance
 
@@ -53,7 +62,6 @@ __all__ = [
     "curve_points",
     "estimate_layer",
     "in_turn",
-    "rows_of",
 ]
 
 CURVE_POINTS = 64
@@ -100,31 +108,21 @@ TAKEN_NOTE = (
     "noise against rounding takes at least {:.0%} of J: use values with more digits, or a score"
 )
 
-DEPENDENT = 5.0
-"""Standard errors from zero beyond which neighbouring samples count as dependent: 6e-7 by
-chance."""
-
 RIDGE_LOSS = 0.02
 """Part of J that a ridge given as a number may take before a note says so."""
 
 
-class LayerMeter:
-    """Everything kept of one layer while samples stream by."""
+class LayerMeter(Meter):
+    """Fold moments of the activations of a layer and of a random lift of them."""
 
     dictionary: FeatureDictionary
     moments: FoldMoments
-    map: MapMoments | None = None
     _held: HeldSamples | None = None
     _dither_key: tuple[int, str] | None = None
-    _half_steps: torch.Tensor | None = None
-    largest_step = 0.0
-    """The largest step between rounded activations, in their standard deviations."""
 
     def __init__(self, site: Site) -> None:
-        self.site = site
-        self.find_steps(None)
+        super().__init__(site)
         self._pending: list[torch.Tensor] = []
-        self._dtype = torch.float32
         self._fit: Fit | None = None
 
     @property
@@ -133,57 +131,34 @@ class LayerMeter:
         return self.moments.seen
 
     @property
-    def reads_carried(self) -> bool:
-        """Whether this pass reads what the samples carry, tangents or a score."""
-        return True
-
-    @property
     def parts(self) -> list[FoldMoments]:
         """Moments of different samples, together of all."""
         return [self.moments]
 
-    def find_steps(self, ties: StepMeter | None) -> None:
-        """Begin the pilot statistics; ties finds the steps of rounded activations."""
-        units = INPUT_ROUNDING if self.site.name == INPUT else ROUNDING
-        self.pilot = PilotMoments(units, ties)
-
-    def observe_pilot(self, activations: torch.Tensor, moving: torch.Tensor | None = None) -> None:
-        """Add [n, ...] to the pilot statistics; moving bool [n, ...]: what has a derivative, if
-        that is known."""
-        if activations.dtype == torch.float64:
-            self._dtype = torch.float64
-        self.pilot.update(rows_of(activations), None if moving is None else rows_of(moving))
-
-    def prepare(self, data: Data, settings: dict[str, Any]) -> None:
+    def prepare(self, data: Data, settings: Settings) -> None:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self.dictionary = FeatureDictionary(
             standardisation,
-            settings["max_features"],
+            settings.max_features,
             dtype=self._dtype,
-            seed=settings["seed"],
-            groups=sketch_groups(self.site.dim, data, settings["max_features"], settings["folds"]),
+            seed=settings.seed,
+            groups=sketch_groups(self.site.dim, data, settings.max_features, settings.folds),
         )
         size = self.dictionary.size
-        self._dither_key = (settings["seed"], self.site.name)
+        self._dither_key = (settings.seed, self.site.name)
         if standardisation.steps is not None:
             self.note_steps(standardisation.steps)
-        self._grows = bool(settings["grow"])
+        self._grows = bool(settings.grow)
         self._repeats = all(data.repeats(c) for c in range(data.conditions))
-        if settings["grow"]:
+        if settings.grow:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
-        streams = streams_of(data, settings["folds"])
+        streams = streams_of(data, settings.folds)
         self.moments = FoldMoments(
             size, data.conditions, device=standardisation.mean.device, **streams
         )
-        self._held = HeldSamples(data, settings["folds"], self.dictionary.raw, self._dtype)
+        self._held = HeldSamples(data, settings.folds, self.dictionary.raw, self._dtype)
         self._prepare_map(standardisation, data.conditions, settings, streams)
-
-    def note_steps(self, steps: torch.Tensor) -> None:
-        """Remember that activations are rounded to steps [d], which noise was added against."""
-        relative = steps * self.pilot.standardisation().scale
-        self._half_steps = relative / 2
-        self.largest_step = max(self.largest_step, float(relative.max()))
 
     def taken_by_noise(self, curve: FisherCurve, index: torch.Tensor) -> float:
         """Share of J of the features in index [k] that noise against rounding has taken: without
@@ -271,22 +246,10 @@ class LayerMeter:
             sums += self._held.dense(self.moments.sums.device)
         return sums if self.map is None else sums + self.map.shared_sums()
 
-    def learned(self) -> list[torch.Tensor]:
-        """What was learned between passes in a way that processors may differ in: all processes
-        take that of the first."""
-        return []
-
-    def sums_were_shared(self) -> None:
-        """`shared_sums` hold now what all processes have seen."""
-        if self.map is not None:
-            self.map.mirror_()
-
-    def grow(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
-        """Make room for twice the lifted features where the curve still rises at its end, or
-        measure the lift in float64 where float32 products do not carry it.
-
-        Returns whether it did: the same samples are then to be observed again.
-        """
+    def end_pass(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
+        """Return whether another pass over the same samples must follow: with twice the lifted
+        features where the curve still rises at its end, or in float64 where float32 products do not
+        carry the covariance."""
         moments, dictionary = self.moments, self.dictionary
         grows = self._grows and moments.size < dictionary.size
         rounds = self._rounds_lift() or dictionary.raw_dtype == torch.float32
@@ -458,11 +421,9 @@ class LayerMeter:
             samples = self._samples(index, most)
         return self._held.error_covariance(curve, samples, read, most)
 
-    def independent(self) -> bool:
-        """Whether neighbouring samples look independent in what `replicates` has read."""
-        return all(held.dependence <= DEPENDENT for held in self._all_held())
-
-    def _all_held(self) -> list[HeldSamples]:
+    @property
+    def held(self) -> list[HeldSamples]:
+        """Kept samples that errors are read from."""
         return [] if self._held is None else [self._held]
 
     def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
@@ -475,6 +436,23 @@ class LayerMeter:
         """J, its errors and bounds, after the last pass."""
         return estimate_layer(self, data, contrast, ridge)
 
+    def nbytes(self, data: Data, settings: Settings, number: int) -> tuple[int, int]:
+        """Bytes kept of the layer, and bytes more while it is estimated."""
+        d, most = self.site.dim, settings.max_features
+        raw = d if d <= MAX_WIDTH else most
+        aimed = max(most - d, most // MIN_LIFT_SHARE) if d <= MAX_WIDTH else most - d
+        k = raw + max(aimed, 0)
+        lift = (k - raw) * d * number
+        carried = data.parameters if data.source == "pathwise" else 0
+        held = number * (KEPT_SAMPLES + kept_samples(raw, data.source)) * raw * (1 + carried)
+        moments, estimate = moment_bytes(k, data, settings.folds)
+        if settings.probe is not None:  # the same of each half, with another lift
+            held += 2 * (moments + lift)
+        drawn = DOUBLE * max(lift // number + BLOCK_ROWS * d, 0)  # in float64
+        map_kept, map_extra = self._map_bytes(data, settings)
+        kept = pilot_bytes(d) + lift + held + 3 * number * d + moments + map_kept
+        return kept, max(drawn, estimate, map_extra)
+
     def ridges(self, ridge: RidgeSetting) -> torch.Tensor:
         """The ridge of each present feature [k], relative to its variance."""
         return self.dictionary.ridge(ridge, self.moments.variances())
@@ -482,16 +460,6 @@ class LayerMeter:
     def rounding_variance(self) -> torch.Tensor:
         """Variance of each present feature below which it is rounding."""
         return self.dictionary.rounding_variance[: self.moments.size]
-
-    def _prepare_map(
-        self,
-        standardisation: Standardisation,
-        conditions: int,
-        settings: dict[str, Any],
-        streams: dict[str, Any],
-    ) -> None:
-        if is_mapped(settings["maps"], self.site.names) and has_map(self.site.shape):
-            self.map = MapMoments(standardisation, self.site.shape, conditions, **streams)
 
     def _lift(self) -> Lift:
         return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
@@ -521,13 +489,6 @@ def in_turn(
         None if tangents is None else tangents[:, order],
         None if score is None else score[order],
     )
-
-
-def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
-    """Activations [n, ...] of one layer as [n, d], one number per sample as d = 1; behind leading
-    dimensions."""
-    rows = leading + 1
-    return activations.flatten(rows) if activations.ndim > rows else activations[..., None]
 
 
 def estimate_layer(

@@ -12,9 +12,7 @@ so the result does not depend on n but for rounding.
 
 from __future__ import annotations
 
-import numbers
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,20 +23,24 @@ from torch.utils._pytree import tree_leaves
 
 from fisherfast.data import Batch, Data
 from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
-from fisherfast.estimation.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE
-from fisherfast.estimation.krylov import KRYLOV_VECTORS, TILE_NUMBERS, TILE_ROWS
-from fisherfast.measurement.replicates import KEPT_SAMPLES, kept_samples
+from fisherfast.estimation.features import MAX_WIDTH
+from fisherfast.measurement.settings import Settings
 from fisherfast.model.sites import Site
-from fisherfast.results.information_map import has_map, is_mapped
 
-__all__ = ["LivePeak", "Plan", "Shares", "check_budget", "layer_bytes", "plan", "shares"]
+__all__ = [
+    "DOUBLE",
+    "MAP_COPIES",
+    "LayerCost",
+    "LivePeak",
+    "Plan",
+    "Shares",
+    "moment_bytes",
+    "pilot_bytes",
+    "plan",
+    "shares",
+    "streamed_sums",
+]
 
-UNITS = {"": 1, "b": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
-"""Bytes of "kB", "MiB", ..., in lower case."""
 
 DOUBLE = 8
 """Bytes of a float64 number."""
@@ -65,38 +67,6 @@ FEW_SAMPLES = 4
 PILOT_SHARE = 8
 """The pilot of a source that is read once keeps an eighth of the budget at most, of what is
 left."""
-
-
-def check_budget(memory_budget: int | str | None) -> dict[str, int | None]:
-    """The setting memory_budget in bytes; None for no bound.
-
-    Raises:
-        TypeError: neither a whole number, nor a string, nor None.
-        ValueError: not positive, or a string that is no number with a unit of bytes.
-
-    Example:
-        >>> check_budget("1.5 GB"), check_budget("512 MiB")
-        ({'memory_budget': 1500000000}, {'memory_budget': 536870912})
-    """
-    if memory_budget is None:
-        return {"memory_budget": None}
-    if isinstance(memory_budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", memory_budget)
-        if match is None or match[2].lower() not in UNITS:
-            raise ValueError(
-                f'memory_budget must be like "2 GB" or "512 MiB", got {memory_budget!r}'
-            )
-        size = int(float(match[1]) * UNITS[match[2].lower()])
-    elif isinstance(memory_budget, numbers.Integral) and not isinstance(memory_budget, bool):
-        size = int(memory_budget)
-    else:
-        raise TypeError(
-            'memory_budget must be a whole number of bytes, a string like "2 GB", or None, got'
-            f" {memory_budget!r}"
-        )
-    if size < 1:
-        raise ValueError(f"memory_budget must be positive, got {memory_budget!r}")
-    return {"memory_budget": size}
 
 
 class LivePeak(TorchDispatchMode):
@@ -208,67 +178,59 @@ def shares(first: Batch, live: int, sites: Iterable[Site], data: Data, owned: bo
     return Shares(carried, source, live, number * statistics, 3 * DOUBLE * widest)
 
 
-def layer_bytes(
-    site: Site, wide: bool, data: Data, settings: dict[str, Any], number: int
-) -> tuple[int, int]:
-    """What is kept of one layer, and what else its estimate takes, in bytes.
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer takes, in bytes.
 
-    Args:
-        site: the layer.
-        wide: it is compressed.
-        data: where the samples come from.
-        settings: of the measurement.
-        number: bytes of a number of the statistics, 4 or 8.
+    Attributes:
+        name: of the layer.
+        dim: d, its activations.
+        what: takes most of it.
+        kept: while samples stream by.
+        extra: once more while it is estimated.
     """
-    P, C, F, d = data.parameters, data.conditions, settings["folds"], site.dim
-    streams = C * F + (F * P if data.source in ("pathwise", "score") else 0)
-    streams += C * C if data.paired else 0
-    pilot = (2 * DOUBLE + DOUBLE + 1) * d  # mean, variance, scale, whether it varies
-    if wide:
-        q = max(min(KRYLOV_VECTORS, settings["max_features"] // P), 1)
-        k = q * P
-        vectors = 2 * 2 * k * d * number  # of both halves, and once more scaled
-        sums = 2 * DOUBLE * d * (C + 2 * P + 3)  # means, products with S, scales
-        tiles = 3 * number * max(TILE_NUMBERS, TILE_ROWS * d)
-        kept = pilot + vectors + sums + tiles
-        extra = DOUBLE * d * (3 * P + C + 4)  # new vectors before they are orthonormal
-    else:
-        most = max(settings["max_features"] - d, settings["max_features"] // MIN_LIFT_SHARE)
-        lifted = most if d <= MAX_WIDTH else settings["max_features"] - d
-        raw = d if d <= MAX_WIDTH else settings["max_features"]
-        k = raw + max(lifted, 0)
-        lift = (k - raw) * d * number
-        carried = P if data.source == "pathwise" else 0
-        held = number * (KEPT_SAMPLES + kept_samples(raw, data.source)) * raw * (1 + carried)
-        kept = pilot + lift + held + 3 * number * d
-        extra = max(lift // number + BLOCK_ROWS * d, 0) * DOUBLE  # drawn in float64
-    moments = 2 * DOUBLE * k * k + DOUBLE * streams * k
-    kept += moments
-    if settings["probe"] is not None and not wide:  # the same of each half, with another lift
-        kept += 2 * (moments + lift)
-    extra = max(extra, DOUBLE * (ESTIMATE_MATRICES * k * k + 4 * k * (F + 1) * P * P))
-    if is_mapped(settings["maps"], site.names) and has_map(site.shape):
-        covariance = DOUBLE * d * site.shape[0]
-        kept += covariance + DOUBLE * d * streams
-        solved, folds = d * (F + 1) * P, d // site.shape[0] * F * P * P
-        extra = max(extra, MAP_COPIES * (covariance + DOUBLE * (solved + folds)))
-    return kept, extra
+
+    name: str
+    dim: int
+    what: str
+    kept: int
+    extra: int
+
+
+def pilot_bytes(d: int) -> int:
+    """Bytes of mean, variance and scale of d activations, and whether each varies."""
+    return (2 * DOUBLE + DOUBLE + 1) * d
+
+
+def moment_bytes(k: int, data: Data, folds: int) -> tuple[int, int]:
+    """Bytes of the moments of k features, and bytes more while J is estimated from them."""
+    P = data.parameters
+    kept = 2 * DOUBLE * k * k + DOUBLE * streamed_sums(data, folds) * k
+    return kept, DOUBLE * (ESTIMATE_MATRICES * k * k + 4 * k * (folds + 1) * P * P)
+
+
+def streamed_sums(data: Data, folds: int) -> int:
+    """Sums that are kept of each feature: by condition and fold, of what samples carry, of
+    pairs."""
+    P, C = data.parameters, data.conditions
+    carried = folds * P if data.source in ("pathwise", "score") else 0
+    return C * folds + carried + (C * C if data.paired else 0)
 
 
 def plan(
     budget: int,
-    layers: list[tuple[Site, bool]],
+    costs: Sequence[LayerCost],
     per_sample: Shares,
     kept: int,
     data: Data,
-    settings: dict[str, Any],
+    settings: Settings,
     number: int,
 ) -> Plan:
     """The largest batches that stay within a budget of so many bytes.
 
     Args:
         budget: bytes.
-        layers: those that are measured, and whether they are compressed.
+        costs: of the layers that are measured.
         per_sample: what a sample takes.
         kept: bytes of batches that are kept already.
         data: where the samples come from.
@@ -278,27 +240,25 @@ def plan(
     Raises:
         ValueError: not even one sample fits. Says how much is needed, and which layer takes most.
     """
-    costs = [layer_bytes(site, wide, data, settings, number) for site, wide in layers]
     lent = not all(data.repeats(c) for c in range(data.conditions))
-    fixed = kept + LIBRARIES + sum(own for own, _ in costs) + max(extra for _, extra in costs)
+    fixed = kept + LIBRARIES + sum(cost.kept for cost in costs) + max(cost.extra for cost in costs)
     needed = fixed + per_sample.of(1)
     if needed > budget:
-        largest = max(range(len(costs)), key=lambda i: sum(costs[i]))
-        site, wide = layers[largest]
-        what = "Krylov vectors" if wide else "moments"
+        largest = max(costs, key=lambda cost: cost.kept + cost.extra)
         raise ValueError(
             f"memory_budget must be at least {in_words(needed)} for these samples and layers, got"
             f" {in_words(budget)}: a sample takes {in_words(per_sample.of(1))} and layer"
-            f" {site.name!r} with {site.dim} activations {in_words(sum(costs[largest]))} for its"
-            f" {what}; a smaller max_features takes less"
+            f" {largest.name!r} with {largest.dim} activations"
+            f" {in_words(largest.kept + largest.extra)} for its {largest.what}; a smaller"
+            " max_features takes less"
         )
     pilot = min(budget // PILOT_SHARE, budget - needed) if lent else 0
     fixed += pilot
-    low, high = 1, settings["batch_size"]
+    low, high = 1, settings.batch_size
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fixed + per_sample.of(middle) <= budget else (low, middle - 1)
-    every = number * sum(site.dim for site, _ in layers)
+    every = number * sum(cost.dim for cost in costs)
     replay = 3 * every + WORKSPACE * per_sample.network + per_sample.source
     room = (budget - LIBRARIES - kept) // max(replay * data.conditions, 1)
     return Plan(low, max(room, 1), pilot)

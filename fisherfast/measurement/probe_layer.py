@@ -10,7 +10,6 @@ probe does not help, the result is that of the first pass.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -41,11 +40,13 @@ from fisherfast.measurement.cross_fit import (
     joined,
     mean_of,
 )
-from fisherfast.measurement.layer import LayerMeter, curve_points, in_turn, rows_of
+from fisherfast.measurement.layer import LayerMeter, curve_points, in_turn
+from fisherfast.measurement.meter import rows_of
+from fisherfast.measurement.settings import Settings
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
 
-__all__ = ["PROBE_BYTES", "ProbedMeter", "unprobed"]
+__all__ = ["PROBE_BYTES", "ProbeMeter"]
 
 PROBE_BYTES = 2**29
 """Samples kept to train on, of all layers together: 512 MB. A layer needs its share once more
@@ -63,7 +64,7 @@ class _HalfMeter(LayerMeter):
         self.dictionary, self.moments = dictionary, moments
 
 
-class ProbedMeter(LayerMeter):
+class ProbeMeter(LayerMeter):
     """Everything kept of one layer for which probes are trained between two passes.
 
     Args:
@@ -88,12 +89,12 @@ class ProbedMeter(LayerMeter):
             return self.moments.seen
         return [sum(n) for n in zip(*(half.moments.seen for half in self.halves), strict=True)]
 
-    def prepare(self, data: Data, settings: dict[str, Any]) -> None:
+    def prepare(self, data: Data, settings: Settings) -> None:
         """Fix the dictionary, and how many samples are kept."""
         super().prepare(data, settings)
         carried = carried_by(data)
-        self._paired, self._carried, self._seed = data.paired, carried, settings["seed"]
-        groups, folds = data.groups, settings["folds"]
+        self._paired, self._carried, self._seed = data.paired, carried, settings.seed
+        groups, folds = data.groups, settings.folds
         self._groups = None if groups is None else Tally.of_groups(len(groups), folds)
         columns = self.dictionary.raw * (1 + carried["tangents"]) + carried["score"]
         sample_bytes = torch.float32.itemsize * columns
@@ -138,7 +139,7 @@ class ProbedMeter(LayerMeter):
         return super().observe(condition, activations, tangents=tangents, score=score, place=place)
 
     def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
-        """Count samples of a condition that another process observes, see `LayerMeter.skip`."""
+        """Count samples of a condition that another process observes, see `Meter.skip`."""
         for half in range(2):
             if self.halves:
                 counts = tally.of_half(half, self.moments.folds)
@@ -169,8 +170,8 @@ class ProbedMeter(LayerMeter):
         probes = [trained.probe for trained in self._trained if trained.probe is not None]
         return [weight for probe in probes for weight in probe.parameters()]
 
-    def grow(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
-        """End a pass. Returns whether another one over the same samples must follow."""
+    def end_pass(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
+        """Return whether another pass over the same samples must follow."""
         if self.halves:
             if self.seen != self.moments.seen:
                 raise ValueError(
@@ -180,7 +181,7 @@ class ProbedMeter(LayerMeter):
             return False
         if self._reason:
             return False
-        if super().grow(contrast, ridge):
+        if super().end_pass(contrast, ridge):
             return True
         self._reason = self._too_few(contrast)
         if not self._reason:
@@ -391,9 +392,3 @@ def _why_not(trained: Trained | None) -> str:
     if trained.diverged:
         return "training diverged"
     return f"{trained.steps} steps found nothing beyond the raw activations"
-
-
-def unprobed(layer: LayerFisher) -> LayerFisher:
-    """A layer that is compressed, with a note that it has no probe."""
-    note = "no probe: the layer is too wide for a covariance, and compressed"
-    return replace(layer, notes=(*layer.notes, note))

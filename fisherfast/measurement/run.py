@@ -27,12 +27,14 @@ from fisherfast.estimation.ridge import RidgeSetting
 from fisherfast.measurement.agreement import Agreement
 from fisherfast.measurement.batches import Streams
 from fisherfast.measurement.cache import Recall
-from fisherfast.measurement.compressed_layer import WideMeter, fewest_samples, too_wide
+from fisherfast.measurement.compressed_layer import CompressedMeter, fewest_samples, too_wide
 from fisherfast.measurement.fit import UnmeasuredError
-from fisherfast.measurement.layer import ROUNDED, LayerMeter, rows_of
-from fisherfast.measurement.memory import FEW_SAMPLES, LivePeak, Plan, plan, shares
-from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbedMeter, unprobed
+from fisherfast.measurement.layer import ROUNDED, LayerMeter
+from fisherfast.measurement.memory import FEW_SAMPLES, LayerCost, LivePeak, Plan, plan, shares
+from fisherfast.measurement.meter import Meter, rows_of
+from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbeMeter
 from fisherfast.measurement.score_row import score_information, score_note
+from fisherfast.measurement.settings import Settings
 from fisherfast.measurement.without_estimate import not_measured
 from fisherfast.model.default_device import on_host, outside
 from fisherfast.model.graph import CHAIN_SAMPLES, chains, survey
@@ -65,7 +67,7 @@ class Measurement:
         model: what is measured; None for the data alone.
         data: the samples.
         layers: which layers.
-        settings: from `check_settings` and `check_passes`.
+        settings: checked for these data.
         recall: what an earlier measurement of this model on these data has found out, and takes
             what this one does.
         quiet: leave warnings to the notes of the layers.
@@ -78,7 +80,7 @@ class Measurement:
         model: nn.Module | None,
         data: Data,
         layers: Layers,
-        settings: dict[str, Any],
+        settings: Settings,
         *,
         recall: Recall | None = None,
         quiet: bool = False,
@@ -92,8 +94,8 @@ class Measurement:
         self._layers = layers
         self._settings = settings
         self._sites: list[Site] = []
-        self._meters: dict[str, LayerMeter] = {}
-        self._active: list[LayerMeter] = []
+        self._meters: dict[str, Meter] = {}
+        self._active: list[Meter] = []
         self._finite: list[tuple[str, int, int | torch.Tensor, torch.Tensor]] = []
         self._condition = 0
         self._batch: int | torch.Tensor = 0
@@ -107,7 +109,7 @@ class Measurement:
         self._dealings: list[Dealing] | None = None
 
     @property
-    def _layer_meters(self) -> list[LayerMeter]:
+    def _layer_meters(self) -> list[Meter]:
         """One meter per layer in execution order; `_meters` has it under every alias."""
         return list(dict.fromkeys(self._meters.values()))
 
@@ -122,17 +124,17 @@ class Measurement:
         """The flow, and what is to be said of the score."""
         progress = progress and self._agreement.leads
         self._data = self._agreement.begin(self._model, self._data, self._layers, self._settings)
-        contrast, ridge = self._data.contrast(), self._settings["ridge"]
+        contrast, ridge = self._data.contrast(), self._settings.ridge
         with self._evaluation():
             self._stream(progress)
-        estimates: dict[LayerMeter, LayerFisher] = {}
+        estimates: dict[Meter, LayerFisher] = {}
         failures: list[UnmeasuredError] = []
         while True:
             growing = []
             with torch.inference_mode(False), torch.no_grad(), self._exact():
                 for meter in self._active:
                     try:
-                        if meter.grow(contrast, ridge):
+                        if meter.end_pass(contrast, ridge):
                             growing.append(meter)
                         else:
                             estimates[meter] = self._estimate(meter, contrast, ridge)
@@ -158,29 +160,25 @@ class Measurement:
             }
             warning = score_note(self._layer_meters[0]) if self._layer_meters else None
         self._recall.spaces |= {
-            m.site.name: m.projections
+            m.site.name: projections
             for m in self._layer_meters
-            if isinstance(m, WideMeter) and m.site.name != INPUT
+            if m.site.name != INPUT and (projections := m.for_next())
         }
         if warning is not None:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
         flow = self._recall.complete(
-            FisherFlow(tuple(layers), self._settings, maps=maps), self._sites, self._data
+            FisherFlow(tuple(layers), self._settings.to_dict(), maps=maps), self._sites, self._data
         )
         judged = with_status(flow.layers, score=self._data.source == "score")
         return replace(flow, layers=judged), warning
 
-    def _known(self, meter: LayerMeter, layer: LayerFisher) -> LayerFisher:
+    def _known(self, meter: Meter, layer: LayerFisher) -> LayerFisher:
         """A layer as it was measured, but for the input of a score source."""
         scored = meter.site.name == INPUT and self._data.source == "score"
         return score_information(layer, meter) if scored else layer
 
-    def _estimate(
-        self, meter: LayerMeter, contrast: torch.Tensor, ridge: RidgeSetting
-    ) -> LayerFisher:
+    def _estimate(self, meter: Meter, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
         layer = meter.estimate(self._data, contrast, ridge)
-        if isinstance(meter, WideMeter) and self._settings["probe"] is not None:
-            layer = unprobed(layer)
         notes, independent = list(layer.notes), meter.independent()
         if meter.largest_step > 0:
             notes.append(ROUNDED.format(meter.largest_step))
@@ -199,11 +197,11 @@ class Measurement:
         """The model in eval mode, without gradients, with random numbers of its own."""
         stack = ExitStack()
         if self._model is not None:
-            stack.enter_context(evaluation(self._model, self._settings["seed"]))
+            stack.enter_context(evaluation(self._model, self._settings.seed))
             if self._data.source == "pathwise":  # rounded values have no derivative
                 stack.enter_context(self._exact())
             return stack
-        stack.enter_context(own_random_state(None, self._settings["seed"]))
+        stack.enter_context(own_random_state(None, self._settings.seed))
         stack.enter_context(torch.no_grad())
         return stack
 
@@ -219,14 +217,14 @@ class Measurement:
         device, dtype = _place_of(self._model)
         return Streams(
             self._data,
-            self._settings["batch_size"],
-            folds=self._settings["folds"],
+            self._settings.batch_size,
+            folds=self._settings.folds,
             dealings=self._dealings,
             share=self._agreement.share,
             device=device,
             dtype=dtype,
             copy=self._model is not None,
-            bounded=self._settings.get("memory_budget") is not None,
+            bounded=self._settings.memory_budget is not None,
         )
 
     def _stream(self, progress: bool) -> None:
@@ -262,7 +260,7 @@ class Measurement:
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
         counts = [self._data.samples(c) for c in range(self._data.conditions)]
         total = None if None in counts else sum(n for n in counts if n is not None)
-        self._agreement.begin_pass(self._active, self._settings["seed"])
+        self._agreement.begin_pass(self._active, self._settings.seed)
         with progress_bar(progress, total=total, title="Fisher flow") as bar:
             for self._condition, self._batch, batch in streams:
                 if isinstance(batch, Gap):
@@ -277,7 +275,7 @@ class Measurement:
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
-        self._agreement.end_pass(self._active, self._settings["folds"])
+        self._agreement.end_pass(self._active, self._settings.folds)
 
     def _run(self, forward: Any, batch: Batch) -> None:
         """One forward pass, with tangents where the samples have them and a layer reads them."""
@@ -307,13 +305,13 @@ class Measurement:
         if self._half_steps is None or batch.tangents is None:
             return batch.x
         size = self._half_steps.to(batch.x).reshape(batch.x.shape[1:])
-        key = self._settings["seed"], self._condition
+        key = self._settings.seed, self._condition
         numbers = torch.arange(len(batch)) if batch.place is None else batch.place.numbers
         return dithered(batch.x, size, batch.tangents, numbers, *key)
 
     def _survey(self, streams: Streams) -> None:
         """List the layers on the first samples; with a budget, on as few as tell what they take."""
-        bounded = self._settings.get("memory_budget") is not None
+        bounded = self._settings.memory_budget is not None
         first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
         self._agreement.agree_on_samples(self._data, first)
         batch = torch.cat([samples.x for samples in first])
@@ -322,7 +320,7 @@ class Measurement:
         unknown = self._recall.unknown(self._sites)
         for site in unknown:
             meter = self._meter(site, self._probe_bytes() // len(unknown))
-            if self._data.source == "pathwise" and not isinstance(meter, WideMeter):
+            if self._data.source == "pathwise" and meter.rounded:
                 meter.find_steps(StepMeter())
             self._meters.update(dict.fromkeys(site.names, meter))
         self._check_maps()
@@ -336,7 +334,7 @@ class Measurement:
         self._agreement.agree_on_layers(self._sites, self._layer_meters)
 
     def _check_maps(self) -> None:
-        maps = self._settings["maps"]
+        maps = self._settings.maps
         known = [name for site in self._sites for name in site.names]
         unknown = [] if isinstance(maps, bool) else [name for name in maps if name not in known]
         if unknown:
@@ -344,38 +342,45 @@ class Measurement:
 
     def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
         """How many samples of the model's own size fit into the budget."""
+        budget = self._settings.memory_budget
+        assert budget is not None
         with LivePeak() as live, outside():
             if self._model is not None:
                 with Forward(self._model, lambda *event: None, self._sites) as forward:
                     forward.run(batch.clone())
-        layers = [(meter.site, isinstance(meter, WideMeter)) for meter in self._layer_meters]
+        data, settings = self._data, self._settings
+        number = max(batch.element_size(), torch.float32.itemsize)
+        costs = [
+            LayerCost(m.site.name, m.site.dim, m.unit, *m.nbytes(data, settings, number))
+            for m in self._layer_meters
+        ]
         alive = -(-live.nbytes // len(batch))
-        sites = [site for site, _ in layers]
-        per_sample = shares(first, alive, sites, self._data, owned=streams.owned)
+        sites = [meter.site for meter in self._layer_meters]
+        per_sample = shares(first, alive, sites, data, owned=streams.owned)
         return plan(
-            self._settings["memory_budget"],
-            layers,
+            budget,
+            costs,
             per_sample,
             streams.kept_bytes + 2 * self._probe_bytes(),  # once more while a probe is trained
-            self._data,
-            self._settings,
-            max(batch.element_size(), torch.float32.itemsize),
+            data,
+            settings,
+            number,
         )
 
     def _probe_bytes(self) -> int:
         """What may be kept to train probes on."""
-        if self._settings["probe"] is None:
+        if self._settings.probe is None:
             return 0
-        budget = self._settings.get("memory_budget")
+        budget = self._settings.memory_budget
         return PROBE_BYTES if budget is None else min(PROBE_BYTES, budget // PROBE_SHARE)
 
-    def _meter(self, site: Site, budget: int) -> LayerMeter:
-        folds = self._settings["folds"]
-        if too_wide(site.dim, self._data, self._settings["max_features"], folds):
+    def _meter(self, site: Site, budget: int) -> Meter:
+        folds = self._settings.folds
+        if too_wide(site.dim, self._data, self._settings.max_features, folds):
             self._check_samples(site, fewest_samples(site.dim, self._data, folds))
-            return WideMeter(site, self._recall.spaces.pop(site.name, None))
+            return CompressedMeter(site, self._recall.spaces.pop(site.name, None))
         self._check_samples(site, 2 * folds, " (two per fold)")
-        return LayerMeter(site) if self._settings["probe"] is None else ProbedMeter(site, budget)
+        return LayerMeter(site) if self._settings.probe is None else ProbeMeter(site, budget)
 
     def _check_samples(self, site: Site, needed: int, reason: str = "") -> None:
         """Refuse what cannot be measured before all samples are read, where their number is
@@ -393,7 +398,7 @@ class Measurement:
         if self._model is None:
             return [Site(INPUT, "data", tuple(batch.shape[1:]))]
         sites = survey(self._model, batch)
-        return select(sites, self._layers, self._model, self._settings.get("output"))
+        return select(sites, self._layers, self._model, self._settings.output)
 
     def _find_chains(self, sites: list[Site], batch: torch.Tensor) -> None:
         """Replay the model once per layer, on so few samples that it costs half a pass at most."""

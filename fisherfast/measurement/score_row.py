@@ -9,7 +9,7 @@ import torch
 
 from fisherfast.estimation.derivatives import ScoreMoments
 from fisherfast.estimation.variance import jackknife_covariance, standard_errors
-from fisherfast.measurement.layer import LayerMeter
+from fisherfast.measurement.meter import Meter
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import pack_covariance
 
@@ -19,7 +19,7 @@ SCORE_ERRORS = 5.0
 """Standard errors from zero beyond which the mean of a score is no chance: 6e-7."""
 
 
-def score_note(meter: LayerMeter) -> str | None:
+def score_note(meter: Meter) -> str | None:
     """A warning where the mean of what was given as score is not zero."""
     errors = [
         moments.carried.mean_error(moments.counts[0].to(moments.sums.device, torch.float64))
@@ -39,7 +39,7 @@ def score_note(meter: LayerMeter) -> str | None:
     )
 
 
-def score_information(layer: LayerFisher, meter: LayerMeter) -> LayerFisher:
+def score_information(layer: LayerFisher, meter: Meter) -> LayerFisher:
     """The input of a score source: V = Cov(score), the Fisher information itself, in place of what
     its features show."""
     scores = [

@@ -1,28 +1,23 @@
-"""The arguments of a measurement: their defaults and their checks."""
+"""The settings of a measurement, checked once."""
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
-from collections.abc import Sequence
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from fisherfast.data import Data
-from fisherfast.estimation.ridge import RidgeSetting, check_ridge
+from fisherfast.estimation.ridge import AUTO, RidgeSetting, check_ridge
 
-__all__ = [
-    "BATCH_SIZE",
-    "FOLDS",
-    "MAX_FEATURES",
-    "check_output",
-    "check_passes",
-    "check_settings",
-]
+__all__ = ["BATCH_SIZE", "FOLDS", "MAX_FEATURES", "Settings", "bytes_of"]
 
 FOLDS = 16
 """Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
 
 LEAST_FOLDS = {"independent": 4, "score": 4, "paired": 6, "pathwise": 6}
-"""Folds that each half needs two of; three where its error is a jackknife of pairs of folds."""
+"""Each half needs two folds; three where its error is a jackknife of pairs of folds."""
 
 MAX_FEATURES = 512
 """Default number of features: raw activations and lift together."""
@@ -31,40 +26,109 @@ PROBES = (None, "network")
 """What may be trained to read a layer."""
 
 SEEDS = 2**63
-"""Beyond, PyTorch has no generator."""
+"""PyTorch has generators for smaller seeds."""
 
 BATCH_SIZE = 4096
 """Default number of samples in a batch; fewer for large samples or networks."""
 
+UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+"""Bytes of "kB", "MiB", ..., in lower case."""
 
-def check_passes(data: Data, grow: bool, maps: bool | Sequence[str]) -> dict[str, Any]:
-    """Settings of what may take more passes over the data.
 
-    Raises:
-        TypeError: one is neither True nor False, nor maps a list of names.
-        ValueError: data that do not repeat, for grow.
+@dataclass(frozen=True)
+class Settings:
+    """How a measurement is made; see `fisherfast.fisher_flow` for each argument.
+
+    Attributes:
+        memory_budget: in bytes; None for no bound.
+        source, paired, dtheta: of the data.
     """
-    if not isinstance(grow, bool):
-        raise TypeError(f"grow must be True or False, got {grow!r}")
-    if not isinstance(maps, bool):
-        named = isinstance(maps, list | tuple) and all(isinstance(name, str) for name in maps)
-        if not named:
-            raise TypeError(f"maps must be True or False or a list of layers, got {maps!r}")
-        maps = list(maps)
-    if grow:
-        _check_repeats(data, "grow=True")
-    return {"grow": grow, "maps": maps}
+
+    source: str
+    paired: bool
+    dtheta: tuple[float, ...]
+    max_features: int = MAX_FEATURES
+    probe: str | None = None
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+    ridge: RidgeSetting = AUTO
+    folds: int = FOLDS
+    grow: bool = False
+    maps: bool | tuple[str, ...] = False
+    memory_budget: int | None = None
+    output: str | None = None
+
+    @classmethod
+    def of(cls, data: Data, **asked: Any) -> Settings:
+        """Check settings for a measurement of these data.
+
+        Raises:
+            TypeError: data is not a source of samples, or a setting has the wrong type.
+            ValueError: a setting is out of range, or data that do not repeat with a probe or grow.
+        """
+        if not isinstance(data, Data):
+            raise TypeError(
+                "data must be a FiniteDifference, Pathwise, Score or Simulator,"
+                f" got {type(data).__name__}"
+            )
+        given = cls(data.source, data.paired, tuple(data.dtheta), **asked)
+        _check_numbers(given)
+        _check_choices(given)
+        _check_folds(given.folds, data)
+        if given.probe is not None:
+            _check_repeats(data, f"probe={given.probe!r}")
+        if given.grow:
+            _check_repeats(data, "grow=True")
+        return dataclasses.replace(
+            given,
+            ridge=check_ridge(given.ridge),
+            maps=given.maps if isinstance(given.maps, bool) else tuple(given.maps),
+            memory_budget=bytes_of(given.memory_budget),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values and lists, as `FisherFlow.settings` keeps them."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def check_output(output: str | None) -> dict[str, str | None]:
-    """The setting output, the name of a head; whether the model has it shows when it has run.
+def _check_numbers(given: Settings) -> None:
+    for name in ("max_features", "batch_size", "folds", "seed"):
+        value = getattr(given, name)
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if name in ("max_features", "batch_size") and value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if not -SEEDS <= given.seed < SEEDS:
+        raise ValueError(f"seed must be at least -2**63 and below 2**63, got {given.seed}")
 
-    Raises:
-        TypeError: neither a name nor None.
-    """
-    if output is not None and not isinstance(output, str):
-        raise TypeError(f'output must be a name like "output[0]" or None, got {output!r}')
-    return {"output": output}
+
+def _check_choices(given: Settings) -> None:
+    if given.probe not in PROBES:
+        choices = " or ".join(map(repr, PROBES))
+        raise ValueError(f"probe must be {choices}, got {given.probe!r}")
+    if not isinstance(given.grow, bool):
+        raise TypeError(f"grow must be True or False, got {given.grow!r}")
+    names = isinstance(given.maps, list | tuple) and all(isinstance(m, str) for m in given.maps)
+    if not (isinstance(given.maps, bool) or names):
+        raise TypeError(f"maps must be True or False or a list of layers, got {given.maps!r}")
+    if given.output is not None and not isinstance(given.output, str):
+        raise TypeError(f'output must be a name like "output[0]" or None, got {given.output!r}')
+
+
+def _check_folds(folds: int, data: Data) -> None:
+    least = LEAST_FOLDS[data.source]
+    if folds < least or folds % 2:
+        raise ValueError(f"folds must be even and at least {least}, got {folds}")
+    if data.groups is not None and len(data.groups) < folds and not data.sharded:
+        raise ValueError(
+            f"groups must be at least {folds}, one per fold, got {len(data.groups)}: use fewer"
+            " folds or smaller groups"
+        )
 
 
 def _check_repeats(data: Data, purpose: str) -> None:
@@ -75,57 +139,33 @@ def _check_repeats(data: Data, purpose: str) -> None:
         )
 
 
-def check_settings(
-    data: Data,
-    max_features: int,
-    probe: str | None,
-    batch_size: int,
-    seed: int,
-    ridge: RidgeSetting,
-    folds: int,
-) -> dict[str, Any]:
-    """Settings of a measurement as plain numbers, with what they depend on of the data.
+def bytes_of(memory_budget: int | str | None) -> int | None:
+    """Bytes of a budget like "2 GB" or a whole number; None for no bound.
 
     Raises:
-        TypeError: data are no source, a setting is no number.
-        ValueError: a setting is out of its range, or data that do not repeat, for a probe.
+        TypeError: neither a whole number, nor a string, nor None.
+        ValueError: not positive, or a string that is not a number with a unit of bytes.
+
+    Example:
+        >>> bytes_of("1.5 GB"), bytes_of("512 MiB")
+        (1500000000, 536870912)
     """
-    if not isinstance(data, Data):
+    if memory_budget is None:
+        return None
+    if isinstance(memory_budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", memory_budget)
+        if match is None or match[2].lower() not in UNITS:
+            raise ValueError(
+                f'memory_budget must be like "2 GB" or "512 MiB", got {memory_budget!r}'
+            )
+        size = int(float(match[1]) * UNITS[match[2].lower()])
+    elif isinstance(memory_budget, numbers.Integral) and not isinstance(memory_budget, bool):
+        size = int(memory_budget)
+    else:
         raise TypeError(
-            "data must be a FiniteDifference, Pathwise, Score or Simulator,"
-            f" got {type(data).__name__}"
+            'memory_budget must be a whole number of bytes, a string like "2 GB", or None, got'
+            f" {memory_budget!r}"
         )
-    if probe not in PROBES:
-        choices = " or ".join(map(repr, PROBES))
-        raise ValueError(f"probe must be {choices}, got {probe!r}")
-    if probe is not None:
-        _check_repeats(data, f"probe={probe!r}")
-    whole = {"max_features": max_features, "batch_size": batch_size, "folds": folds, "seed": seed}
-    for name, value in whole.items():
-        if not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-    for name in ("max_features", "batch_size"):
-        if whole[name] < 1:
-            raise ValueError(f"{name} must be positive, got {whole[name]}")
-    if not -SEEDS <= seed < SEEDS:
-        raise ValueError(f"seed must be at least -2**63 and below 2**63, got {seed}")
-    ridge = check_ridge(ridge)
-    least = LEAST_FOLDS[data.source]
-    if folds < least or folds % 2:
-        raise ValueError(f"folds must be even and at least {least}, got {folds}")
-    if data.groups is not None and len(data.groups) < folds and not data.sharded:
-        raise ValueError(
-            f"groups must be at least {folds}, one per fold, got {len(data.groups)}: use fewer"
-            " folds or smaller groups"
-        )
-    return {
-        "max_features": int(max_features),
-        "probe": probe,
-        "batch_size": int(batch_size),
-        "seed": int(seed),
-        "ridge": ridge,
-        "folds": int(folds),
-        "source": data.source,
-        "paired": data.paired,
-        "dtheta": list(data.dtheta),
-    }
+    if size < 1:
+        raise ValueError(f"memory_budget must be positive, got {memory_budget!r}")
+    return size

@@ -19,14 +19,11 @@ from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
 from fisherfast.measurement.cache import Recall
-from fisherfast.measurement.memory import check_budget
 from fisherfast.measurement.run import Measurement, NotFiniteError
 from fisherfast.measurement.settings import (
     BATCH_SIZE,
     FOLDS,
-    check_output,
-    check_passes,
-    check_settings,
+    Settings,
 )
 from fisherfast.model.sites import INPUT, Layers
 from fisherfast.model.unwrap import unwrapped
@@ -150,15 +147,22 @@ class FisherMonitor:
         self._observe_every = check_whole("observe_every", observe_every, least=1)
         self._keep = check_whole("keep", keep, least=0)
         self._target_scale = check_scale(target_scale)
-        common = (batch_size, seed, ridge, folds)
-        self._settings = check_settings(data, max_features, None, *common)
-        self._settings |= check_passes(data, False, maps) | check_budget(memory_budget)
-        self._settings |= check_output(output)
+        asked: dict[str, Any] = {
+            "max_features": max_features,
+            "batch_size": batch_size,
+            "seed": seed,
+            "ridge": ridge,
+            "folds": folds,
+            "maps": maps,
+            "memory_budget": memory_budget,
+            "output": output,
+        }
+        self._settings = Settings.of(data, **asked)
         self._layers = layers
         self.data = self._kept(data)
         self._training_data: Data | None = None
         if training_data is not None:
-            check_settings(training_data, max_features, None, *common)
+            Settings.of(training_data, **asked)
             if training_data.parameters != data.parameters:
                 raise ValueError(
                     f"training_data must have {data.parameters} parameters like data,"
@@ -393,12 +397,11 @@ class FisherMonitor:
                 )
             if self._training_data is None:
                 return flow, None
-            settings = self._settings | {"maps": False}
             training = Measurement(
                 self.model,
                 self._training_data,
                 [output_of(flow)],
-                settings,
+                replace(self._settings, maps=False),
                 recall=self._training_recall,
                 quiet=True,
                 ranks=ranks,
@@ -464,7 +467,7 @@ class FisherMonitor:
             "target_scale": self._target_scale,
             "layers": self._layers,
         }
-        return _plain(self._settings | own)
+        return _plain(self._settings.to_dict() | own)
 
     def _signature(self) -> dict[str, list[int]]:
         """Names and shapes of the parameters."""

@@ -20,6 +20,7 @@ from fisherfast.estimation.krylov import KRYLOV_VECTORS, KrylovSpace
 from fisherfast.estimation.pilot import PilotMoments
 from fisherfast.measurement.compressed_layer import LEAST_DOF, too_wide
 from fisherfast.measurement.layer import NO_TANGENTS
+from fisherfast.measurement.settings import Settings
 from fisherfast.problems import CorrelatedImage, GaussianShift, RectifiedGaussian
 
 D, N = 40, 600
@@ -309,13 +310,13 @@ def test_passes_must_bring_the_same_samples():
     """Catches a space that mixes the products of different samples."""
     data = pathwise(correlated(), directions(1))
     meter = measured(data)
-    meter.prepare(data, {"max_features": 512, "folds": 16, "maps": False})
+    meter.prepare(data, Settings.of(data))
     for rows in (N, N - 1):
         meter.observe(0, correlated()[:rows], tangents=directions(1)[:, None].expand(1, rows, D))
         if rows == N:
-            assert meter.grow(data.contrast(), 1e-4)
+            assert meter.end_pass(data.contrast(), 1e-4)
     with pytest.raises(ValueError, match="samples must be the same at every pass"):
-        meter.grow(data.contrast(), 1e-4)
+        meter.end_pass(data.contrast(), 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_a_probe_finds_what_is_not_linear(small, source, parameters):
     assert torch.equal(layer.curve_J[0], layer.linear)
 
 
-class _OwnHalf(probed.ProbedMeter):
+class _OwnHalf(probed.ProbeMeter):
     """The mistake: each half is measured with the network that was trained on it."""
 
     def _train(self, contrast, ridge):
@@ -227,7 +227,7 @@ def test_what_a_network_has_memorised_does_not_count(monkeypatch):
     data = problem.finite_difference(1.0, 0.1, 600, seed=0)
     truth = float(problem.fisher(1.0))
     right = ff.fisher_information(data, max_features=10, probe="network")
-    monkeypatch.setattr("fisherfast.measurement.run.ProbedMeter", _OwnHalf)
+    monkeypatch.setattr("fisherfast.measurement.run.ProbeMeter", _OwnHalf)
     with pytest.warns(ff.FisherWarning, match="finite step"):
         wrong = ff.fisher_information(data, max_features=10, probe="network")
     assert right.feature_kind == wrong.feature_kind == "probe"

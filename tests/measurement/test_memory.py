@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fisherfast as ff
-from fisherfast.measurement.memory import LivePeak, check_budget
+from fisherfast.measurement.memory import LivePeak
+from fisherfast.measurement.settings import bytes_of
 
 RESULTS_AGREE = 1e-4
 """Relative to the largest J: 2e-5 measured, float32 products added in another order."""
@@ -104,7 +105,7 @@ def source(kind: str, samples: int) -> ff.Pathwise | ff.FiniteDifference | ff.Sc
 )
 def test_budget_in_bytes(given, size):
     """Catches 1000 for 1024, and units in capitals alone."""
-    assert check_budget(given) == {"memory_budget": size}
+    assert bytes_of(given) == size
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_budget_in_bytes(given, size):
 def test_wrong_budgets(given, error, message):
     """Catches a budget of nothing, and a number that is taken for another."""
     with pytest.raises(error, match=message):
-        check_budget(given)
+        bytes_of(given)
 
 
 def test_live_peak_counts_what_exists_at_the_same_time():

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
-from fisherfast.measurement.compressed_layer import WideMeter
+from fisherfast.measurement.compressed_layer import CompressedMeter
+from fisherfast.measurement.settings import Settings
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher
 
 RIDGE = "auto"
-SETTINGS = {"max_features": 512, "seed": 0, "grow": False, "folds": 16, "maps": False}
 
 
-def measured(data: Data, *, batch_size: int = 1000, **options: Any) -> WideMeter:
+def measured(data: Data, *, batch_size: int = 1000, **options: Any) -> CompressedMeter:
     """A compressed measurement of the data themselves, after its last pass."""
     shape = tuple(next(data.read(0, 1)).x.shape[1:])
-    meter = WideMeter(Site("input", "data", shape))
+    meter = CompressedMeter(Site("input", "data", shape))
     for condition in range(data.conditions):
         meter.observe_pilot(next(data.read(condition, 64)).x)
-    meter.prepare(data, SETTINGS | options)
+    meter.prepare(data, Settings.of(data, **options))
     while True:
         for streams in data.rounds(batch_size):
             first = 0 if data.paired else meter.seen.index(0)
@@ -29,7 +29,7 @@ def measured(data: Data, *, batch_size: int = 1000, **options: Any) -> WideMeter
                 for offset, batch in enumerate(batches):
                     carried = {"tangents": batch.tangents, "score": batch.score}
                     meter.observe(first + offset, batch.x, **carried)
-        if not meter.grow(data.contrast(), RIDGE):
+        if not meter.end_pass(data.contrast(), RIDGE):
             return meter
 
 

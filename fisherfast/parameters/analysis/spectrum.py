@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.measurement.memory import check_budget
+from fisherfast.measurement.settings import bytes_of
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parameters.analysis.figures import plot_spectrum
 from fisherfast.parameters.analysis.lanczos import lanczos
@@ -352,7 +352,7 @@ def _by_products(
 ) -> Spectrum:
     size = product.layout.size
     steps = min(PRODUCTS_PER_VALUE * count + PRODUCTS_PER_VALUE, size)
-    budget = check_budget(memory_budget)["memory_budget"]
+    budget = bytes_of(memory_budget)
     assert budget is not None
     # the vectors, once more side by side, and the results of one search and of all
     needed = 8 * size * (2 * steps + 2 * count)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.measurement.memory import check_budget, in_words
+from fisherfast.measurement.memory import in_words
+from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.backward.columns import FisherType, Sweep
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
@@ -157,7 +158,7 @@ def check_memory(
         memory_budget: bytes, or like "8 GiB"; None for no bound.
         way: what to do instead.
     """
-    budget = check_budget(memory_budget)["memory_budget"]
+    budget = bytes_of(memory_budget)
     sizes = block_sizes(layout, blocks)
     needed = DOUBLE * sum(size * size for size in sizes.values())
     if budget is None or needed <= budget:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.measurement.memory import check_budget
+from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.backward.columns import FisherType, Sweep
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
@@ -235,7 +235,7 @@ class GramAccumulator:
         self._fisher_type = fisher_type
         self._jacobian = Jacobian(layout)
         self._bytes = 0
-        budget = check_budget(memory_budget)["memory_budget"]
+        budget = bytes_of(memory_budget)
         assert budget is not None
         self._budget = budget
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.measurement.memory import check_budget
+from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.backward.columns import FisherType, Sweep
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
@@ -159,7 +159,7 @@ class LowRankAccumulator:
     ) -> None:
         """rank: k, eigenpairs kept at most; memory_budget: bytes that it may take."""
         self._layout, self._fisher_type, self._rank = layout, fisher_type, _whole(rank)
-        budget = check_budget(memory_budget)["memory_budget"]
+        budget = bytes_of(memory_budget)
         assert budget is not None
         self._budget = budget
         carried = min(SPARE * self._rank, layout.size)

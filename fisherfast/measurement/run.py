@@ -33,9 +33,8 @@ from fisherfast.measurement.layer import ROUNDED, LayerMeter
 from fisherfast.measurement.memory import FEW_SAMPLES, LayerCost, LivePeak, Plan, plan, shares
 from fisherfast.measurement.meter import Meter, rows_of
 from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbeMeter
-from fisherfast.measurement.score_row import score_information, score_note
 from fisherfast.measurement.settings import Settings
-from fisherfast.measurement.without_estimate import not_measured
+from fisherfast.measurement.without_estimate import not_measured, score_information, score_note
 from fisherfast.model.default_device import on_host, outside
 from fisherfast.model.graph import CHAIN_SAMPLES, chains, survey
 from fisherfast.model.hooks import Forward

@@ -21,12 +21,10 @@ from fisherfast.estimation.choice import choose_features
 from fisherfast.estimation.curve import (
     SPARE_DOF,
     FisherCurve,
-    SingularCovarianceError,
-    fisher_curve,
     independent_features,
 )
 from fisherfast.estimation.features import MAX_WIDTH
-from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
+from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.krylov import (
     KRYLOV_VECTORS,
     TILE_NUMBERS,
@@ -36,7 +34,13 @@ from fisherfast.estimation.krylov import (
 )
 from fisherfast.estimation.ridge import AUTO, RidgeSetting, raw_ridge
 from fisherfast.measurement.checks import carried_by, streams_of, worst_dof
-from fisherfast.measurement.cross_fit import HalfFit, dealt_to_halves, joined, replicates_of_mean
+from fisherfast.measurement.cross_fit import (
+    HalfFit,
+    dealt_to_halves,
+    joined,
+    leading_curve,
+    replicates_of_mean,
+)
 from fisherfast.measurement.fit import UnmeasuredError
 from fisherfast.measurement.layer import (
     NO_TANGENTS,
@@ -348,7 +352,7 @@ class CompressedMeter(Meter):
             for half, (whole, index) in enumerate(zip(wholes, indices, strict=True)):
                 kept, _ = independent_features(whole.select(index), ridges[half][index])
                 indices[half] = index[kept]
-        fits = [_fit(*one) for one in zip(wholes, indices, ridges, strict=True)]
+        fits = [leading_curve(*one) for one in zip(wholes, indices, ridges, strict=True)]
         sizes = [choose_features(c, min(self._parameters, len(c))) for c, _ in fits]
         halves = []
         for half, ((curve, index), (chosen, plateau, *_)) in enumerate(
@@ -427,14 +431,3 @@ class CompressedMeter(Meter):
         """Variance [k] of the features in the space of a half, from that of activations [d]."""
         weights = self._projections[half]  # one vector at a time in float64: they are long
         return torch.stack([weight.double().square() @ variance for weight in weights])
-
-
-def _fit(
-    whole: FoldStatistics, index: torch.Tensor, ridge: torch.Tensor
-) -> tuple[FisherCurve, torch.Tensor]:
-    """The curve of the features in index, and those of them that it holds."""
-    while True:
-        try:
-            return fisher_curve(whole.select(index), ridge[index]), index
-        except SingularCovarianceError as error:  # without a ridge: a copy of earlier features
-            index = index[: error.feature - 1]

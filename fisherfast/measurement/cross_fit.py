@@ -15,14 +15,14 @@ import torch
 
 from fisherfast.data.dealing import Place
 from fisherfast.estimation.bound import cross_fitted_bound
-from fisherfast.estimation.curve import FisherCurve
-from fisherfast.estimation.fold_moments import FoldMoments
+from fisherfast.estimation.curve import FisherCurve, SingularCovarianceError, fisher_curve
+from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.ridge import HIDDEN_SHARE
 from fisherfast.estimation.variance import standard_errors
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import pack_covariance
 
-__all__ = ["HalfFit", "dealt_to_halves", "error_of_mean", "joined", "mean_of"]
+__all__ = ["HalfFit", "dealt_to_halves", "error_of_mean", "joined", "leading_curve", "mean_of"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,18 @@ def dealt_to_halves(
             None if tangents is None else tangents[:, own],
             None if score is None else score[own],
         )
+
+
+def leading_curve(
+    whole: FoldStatistics, index: torch.Tensor, ridge: torch.Tensor
+) -> tuple[FisherCurve, torch.Tensor]:
+    """The curve of the features in index [k] up to the first that is linear in those before it, and
+    the features that it holds."""
+    while True:
+        try:
+            return fisher_curve(whole.select(index), ridge[index]), index
+        except SingularCovarianceError as error:
+            index = index[: error.feature - 1]
 
 
 def joined(

@@ -19,9 +19,6 @@ from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.choice import GAIN_ERRORS, choose_features
 from fisherfast.estimation.curve import (
     SPARE_DOF,
-    FisherCurve,
-    SingularCovarianceError,
-    fisher_curve,
 )
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.probe import (
@@ -38,6 +35,7 @@ from fisherfast.measurement.cross_fit import (
     dealt_to_halves,
     error_of_mean,
     joined,
+    leading_curve,
     mean_of,
 )
 from fisherfast.measurement.layer import LayerMeter, curve_points, in_turn
@@ -299,7 +297,7 @@ class ProbeMeter(LayerMeter):
         raw = int((alive < self.dictionary.raw).sum())
         if raw == 0:
             return None
-        curve, index = _leading_curve(whole, alive[: max(raw, int(whole.dof / 2))], ridge)
+        curve, index = leading_curve(whole, alive[: max(raw, int(whole.dof / 2))], ridge)
         if len(curve) < raw:
             return None
         chosen = choose_features(curve, raw).features
@@ -352,12 +350,12 @@ class ProbeMeter(LayerMeter):
         curves = []
         ridges = self.halves[0].ridges(ridge)
         for whole in wholes:
-            curve, alive = _leading_curve(whole, alive, ridges)
+            curve, alive = leading_curve(whole, alive, ridges)
             curves.append(curve)
         if len(alive) < needed or needed == 0:
             return None
         if len(curves[0]) > len(alive):
-            curves[0], _ = _leading_curve(wholes[0], alive, ridges)
+            curves[0], _ = leading_curve(wholes[0], alive, ridges)
         sizes = [choose_features(curve, needed) for curve in curves]
         return [
             HalfFit(curve, alive, chosen, plateau, ridges[alive], half)
@@ -373,17 +371,6 @@ class ProbeMeter(LayerMeter):
             f"probes of {steps} steps on {rows} samples per condition of each half, measured on"
             " the other half in one more pass"
         )
-
-
-def _leading_curve(
-    whole: FoldStatistics, index: torch.Tensor, ridge: torch.Tensor
-) -> tuple[FisherCurve, torch.Tensor]:
-    """The curve of the features in index, up to the first that is linear in those before it."""
-    try:
-        return fisher_curve(whole.select(index), ridge[index]), index
-    except SingularCovarianceError as error:
-        index = index[: error.feature - 1]
-        return fisher_curve(whole.select(index), ridge[index]), index
 
 
 def _why_not(trained: Trained | None) -> str:

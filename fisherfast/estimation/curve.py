@@ -14,8 +14,13 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from fisherfast.estimation.fold_moments import FoldStatistics
-from fisherfast.estimation.leverage import inverse_excess, left_out_score, seen_along_curve
+from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures, pair_inflation
+from fisherfast.estimation.leverage import (
+    inverse_excess,
+    left_out_score,
+    pair_correlations,
+    seen_along_curve,
+)
 from fisherfast.estimation.ridge import (
     LIFT_RIDGE,
     MOSTLY_RIDGE,
@@ -172,6 +177,8 @@ def fisher_curve(
     fold_half = solved.columns[:, parameters:].reshape(size, folds, parameters)
     naive = _running_products(half)
     effective = (1 - solved.ridge_share).cumsum(0)
+    if statistics.samples is not None and statistics.samples.conditions > 1:
+        statistics = _with_pairs(statistics, statistics.samples, solved.inverse)
     if float(statistics.dof - effective[-1]) < SPARE_DOF:
         raise ValueError(
             f"degrees of freedom must exceed the {size} features by {SPARE_DOF},"
@@ -227,6 +234,16 @@ def fisher_curve(
         statistics=statistics,
         condition=solved.condition,
     )
+
+
+def _with_pairs(
+    statistics: FoldStatistics, samples: SampleFeatures, readout: torch.Tensor
+) -> FoldStatistics:
+    """The same with nu from the correlations of whitened features, readout L^-1 [k, k]."""
+    rho = pair_correlations(samples.whitened(readout), samples.conditions)
+    inflation = pair_inflation(rho)
+    dof = statistics.dof * statistics.pair_inflation / inflation
+    return replace(statistics, dof=dof, pair_inflation=inflation)
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,13 @@ class SampleFeatures:
     Attributes:
         features: [m, k].
         score: [m, P] of the same samples, likewise; None for the other sources.
+        conditions: how many conditions of the same m / conditions samples follow each other; 1 for
+            samples that are not paired.
     """
 
     features: torch.Tensor
     score: torch.Tensor | None = None
+    conditions: int = 1
 
     def whitened(self, readout: torch.Tensor) -> torch.Tensor:
         """t [m, k] = L^-1 f, of a readout L^-1 [k, k], in the dtype of the features."""
@@ -48,7 +51,7 @@ class SampleFeatures:
 
     def select(self, index: torch.Tensor) -> SampleFeatures:
         """The features in index (int64 [m])."""
-        return SampleFeatures(self.features[:, index], self.score)
+        return replace(self, features=self.features[:, index])
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class FoldStatistics:
             groups: Cov(D) is not c S, and only the folds tell it.
         score: the covariance of the score, for D = Cov(f, s); None for the other sources.
         samples: some of the samples, to see where they are not Gaussian; None for none.
+        pair_inflation: by how much nu is smaller because paired conditions share their noise.
     """
 
     covariance: torch.Tensor
@@ -77,6 +81,7 @@ class FoldStatistics:
     paired: bool
     score: FoldScore | None = None
     samples: SampleFeatures | None = None
+    pair_inflation: float = 1.0
 
     @property
     def columns(self) -> torch.Tensor:
@@ -434,6 +439,7 @@ class FoldMoments:
             fold_derivatives=means.permute(1, 2, 0) @ contrast,
             noise=contrast.T @ (contrast / per_condition[:, None]),
             paired=self.paired or self.carried is not None or self.groups is not None,
+            pair_inflation=self._pair_inflation() if self.groups is None else 1.0,
         )
         if self.carried is None:
             return statistics
@@ -475,7 +481,7 @@ class FoldMoments:
         live = variance > 0
         if not bool(live.any()):
             return 1.0
-        return pair_inflation(covariance[..., live] / variance[live])
+        return pair_inflation((covariance[..., live] / variance[live]).mean(-1))
 
 
 def lower_triangles(matrices: torch.Tensor, known: int = 0) -> list[torch.Tensor]:
@@ -508,9 +514,8 @@ def add_pair_products_(products: torch.Tensor, samples: list[torch.Tensor]) -> N
             products[b, a] += product
 
 
-def pair_inflation(correlations: torch.Tensor) -> float:
-    """1 + sum over pairs of conditions of rho^2 / C, rho [C, C] the mean over features of
-    correlations [C, C, k] of a feature with itself."""
-    rho = correlations.mean(-1)
-    rho.fill_diagonal_(0.0)
+def pair_inflation(rho: torch.Tensor) -> float:
+    """1 + sum over pairs of conditions of rho^2 / C, rho [C, C] the mean correlation of a feature
+    with itself."""
+    rho = rho.clone().fill_diagonal_(0.0)
     return float(1.0 + rho.square().sum() / len(rho))

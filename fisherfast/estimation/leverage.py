@@ -23,6 +23,7 @@ __all__ = [
     "inverse_excess",
     "left_out_score",
     "leverage",
+    "pair_correlations",
     "score_corrections",
     "score_covariance",
     "seen_along_curve",
@@ -76,6 +77,23 @@ def seen_along_curve(
     whitened = samples.whitened(readout)
     prediction = torch.stack([(whitened * y).cumsum(1) for y in half.T.to(whitened)])
     return Seen(leverage(whitened.square().cumsum(1), dof), prediction, samples.score)
+
+
+def pair_correlations(whitened: torch.Tensor, conditions: int) -> torch.Tensor:
+    r"""Mean correlation [C, C] of a whitened feature with itself between paired conditions.
+
+    .. math:: \rho_{ab} = \operatorname{tr}(S^{-1} C_{ab}) / k
+
+    does not depend on the basis of the features. The mean over the features themselves does where
+    conditions have more in common than their noise, as in sorted files.
+
+    Args:
+        whitened: [C m, k], of the same m samples under one condition after the other.
+        conditions: C.
+    """
+    rows = whitened.double().reshape(conditions, -1)
+    size = rows.norm(dim=1)
+    return (rows @ rows.T / (size[:, None] * size)).nan_to_num(0.0)
 
 
 def leverage(squares: torch.Tensor, dof: float) -> torch.Tensor:

@@ -256,7 +256,7 @@ class MapMoments:
         between = torch.einsum("afchw,bfchw->abchw", means * weight, means)
         shared = ((self._products - between) / n).permute(0, 1, 3, 4, 2)
         variance = covariance.diagonal(dim1=-2, dim2=-1) * (1 - self.folds / n)
-        return pair_inflation(shared[..., alive] / variance[alive])
+        return pair_inflation((shared[..., alive] / variance[alive]).mean(-1))
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -178,7 +178,8 @@ class HeldSamples:
             if isinstance(moments.carried, ScoreMoments):
                 means = moments.carried.score_sums / counts
                 scores.append((carried - means[fold]) * scale)
-        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
+        conditions = len(parts) if moments.paired and moments.groups is None else 1
+        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None, conditions)
 
     def error_covariance(
         self, curve: FisherCurve, samples: SampleFeatures | None, read: Readout, most: int

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast._version import __version__
 from fisherfast.reproduce.command import SEEDS, add_reproduce, run_reproduce
 
@@ -71,15 +72,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    if options.epochs is not None and options.epochs < 1:
-        raise ValueError(f"--epochs must be at least 1, got {options.epochs}")
-    if options.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    if options.epochs is not None:
+        check_whole("--epochs", options.epochs, least=1)
+    check_whole("--seed", options.seed, least=0)
     if options.seed >= SEEDS:
         raise ValueError(f"--seed must be below {SEEDS}, got {options.seed}")
-    rate = options.learning_rate
-    if rate is not None and not 0 < rate < float("inf"):
-        raise ValueError(f"--learning-rate must be positive and finite, got {rate}")
+    if options.learning_rate is not None:
+        check_positive("--learning-rate", options.learning_rate)
 
 
 def _make_task(options: argparse.Namespace) -> Task:

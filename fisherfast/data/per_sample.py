@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fisherfast._validation import check_whole
 from fisherfast.data import sources
 from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
 from fisherfast.data.groups import check_groups
@@ -42,10 +43,7 @@ class PerSample(Data):
                     f" (x, {self.companion}), got {type(companion).__name__}"
                 )
             self.parameters = 1 if parameters is None else parameters
-        if isinstance(self.parameters, bool) or not isinstance(self.parameters, int):
-            raise TypeError(f"parameters must be a whole number, got {parameters!r}")
-        if self.parameters < 1:
-            raise ValueError(f"parameters must be positive, got {self.parameters}")
+        self.parameters = check_whole("parameters", self.parameters, least=1)
         self.groups = check_groups(groups, [x], ["x"])
 
     @abstractmethod

@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fisherfast._errors import FisherWarning
+from fisherfast._validation import check_seed, check_whole
 from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
 from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.data.sources import as_batch
@@ -82,17 +83,10 @@ class Simulator(Data):
             raise TypeError(f"fn must be a function, got {type(fn).__name__}")
         if derivative not in DERIVATIVES:
             raise ValueError(f"derivative must be one of {DERIVATIVES}, got {derivative!r}")
-        for name, value in (("samples", samples), ("seed", seed)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if samples < 1:
-            raise ValueError(f"samples must be positive, got {samples}")
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
         self._fn = fn
         self._theta = _as_theta(theta).to(device)
-        self._samples = int(samples)
-        self._seed = int(seed)
+        self._samples = check_whole("samples", samples, least=1)
+        self._seed = check_seed(seed) % 2**64
         self.source = derivative
         self.parameters = len(self._theta)
         self.paired = derivative == "paired"

@@ -295,4 +295,4 @@ def _draw_sketch(d: int, groups: int, seed: int) -> tuple[torch.Tensor, torch.Te
 def _generator(seed: int, stream: int) -> torch.Generator:
     """An own random stream: the global one is the user's."""
     stride = 1_000_003  # a prime, so that (seed, stream) pairs met in practice do not collide
-    return torch.Generator().manual_seed(seed * stride + stream)
+    return torch.Generator().manual_seed((seed * stride + stream) % 2**64)

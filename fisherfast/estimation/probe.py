@@ -329,7 +329,7 @@ class _Training:
         self._regression, self._scale = regression, scale.float()
         self._whitening, self._mean = whitening, mean
         self._device = regression.z.device
-        self._random = torch.Generator(self._device).manual_seed(seed)
+        self._random = torch.Generator(self._device).manual_seed(seed % 2**64)
         held_out = torch.arange(len(regression), device=self._device) % VALIDATION == 0
         self._train_rows = (~held_out).nonzero()[:, 0]
         self._test_rows = held_out.nonzero()[:, 0]

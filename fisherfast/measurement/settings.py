@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
+from fisherfast._validation import check_seed, check_whole
 from fisherfast.data import Data
 from fisherfast.estimation.ridge import RidgeSetting, check_ridge
 
@@ -29,9 +29,6 @@ MAX_FEATURES = 512
 
 PROBES = (None, "network")
 """What may be trained to read a layer."""
-
-SEEDS = 2**63
-"""Beyond, PyTorch has no generator."""
 
 BATCH_SIZE = 4096
 """Default number of samples in a batch; fewer for large samples or networks."""
@@ -100,15 +97,9 @@ def check_settings(
         raise ValueError(f"probe must be {choices}, got {probe!r}")
     if probe is not None:
         _check_repeats(data, f"probe={probe!r}")
-    whole = {"max_features": max_features, "batch_size": batch_size, "folds": folds, "seed": seed}
-    for name, value in whole.items():
-        if not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-    for name in ("max_features", "batch_size"):
-        if whole[name] < 1:
-            raise ValueError(f"{name} must be positive, got {whole[name]}")
-    if not -SEEDS <= seed < SEEDS:
-        raise ValueError(f"seed must be at least -2**63 and below 2**63, got {seed}")
+    max_features = check_whole("max_features", max_features, least=1)
+    batch_size = check_whole("batch_size", batch_size, least=1)
+    folds, seed = check_whole("folds", folds), check_seed(seed)
     ridge = check_ridge(ridge)
     least = LEAST_FOLDS[data.source]
     if folds < least or folds % 2:
@@ -119,12 +110,12 @@ def check_settings(
             " folds or smaller groups"
         )
     return {
-        "max_features": int(max_features),
+        "max_features": max_features,
         "probe": probe,
-        "batch_size": int(batch_size),
-        "seed": int(seed),
+        "batch_size": batch_size,
+        "seed": seed,
         "ridge": ridge,
-        "folds": int(folds),
+        "folds": folds,
         "source": data.source,
         "paired": data.paired,
         "dtheta": list(data.dtheta),

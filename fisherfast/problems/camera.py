@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.distributions import poisson_sample
 from fisherfast.problems.gaussian import standard_normal
 from fisherfast.problems.optics import (
@@ -22,8 +23,6 @@ from fisherfast.problems.problem import (
     STREAM_TRAINING,
     Problem,
     Theta,
-    check_count,
-    check_positive,
     cholesky_factor,
     seeded_generator,
 )
@@ -115,8 +114,8 @@ class Camera(Problem):
         if not torch.isfinite(scene).all():
             raise ValueError("scene must be finite, got nan or inf")
         for size in self.shape:
-            check_count("shape", size)
-        check_count("oversampling", self.oversampling)
+            check_whole("shape", size, least=1)
+        check_whole("oversampling", self.oversampling, least=1)
         for name in ("amplitude", "pixel_size", "psf_sigma", "correlation_length", "travel"):
             check_positive(name, getattr(self, name))
         for name in ("white_std", "row_std", "correlated_std"):
@@ -191,7 +190,7 @@ class Camera(Problem):
         """n images, float32 [n, H, W], in DN."""
         mean = self.mean(theta).flatten()
         if self.gain is None:
-            images = mean.float().expand(check_count("n", n), -1).to(generator.device)
+            images = mean.float().expand(check_whole("n", n, least=1), -1).to(generator.device)
         else:
             images = (poisson_sample(mean * self.gain, n, generator) / self.gain).float()
         if self.has_readout_noise:

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_whole
 from fisherfast.problems.camera import PSF_TAIL, Camera
 from fisherfast.problems.distributions import poisson_sample
 from fisherfast.problems.gaussian import standard_normal
@@ -19,7 +20,7 @@ from fisherfast.problems.optics import (
     centred_canvas,
     crop_and_bin,
 )
-from fisherfast.problems.problem import Problem, Theta, check_count, cholesky_factor
+from fisherfast.problems.problem import Problem, Theta, cholesky_factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ class CameraPose(Problem):
         mean = self.mean(theta).flatten()
         gain = self.camera.gain
         if gain is None:
-            images = mean.float().expand(check_count("n", n), -1).to(generator.device)
+            images = mean.float().expand(check_whole("n", n, least=1), -1).to(generator.device)
         else:
             images = (poisson_sample(mean * gain, n, generator) / gain).float()
         if self.camera.has_readout_noise:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.gaussian import standard_normal
 from fisherfast.problems.optics import angular_frequencies
-from fisherfast.problems.problem import Problem, Theta, check_count, check_positive
+from fisherfast.problems.problem import Problem, Theta
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ class CorrelatedImage(Problem):
 
     def __post_init__(self) -> None:
         for size in self.shape:
-            check_count("shape", size)
+            check_whole("shape", size, least=1)
         for name in ("spot", "white_std", "correlation_length"):
             check_positive(name, getattr(self, name))
         if not 0 <= self.correlated_std < math.inf:

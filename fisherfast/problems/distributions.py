@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.gaussian import as_shape, standard_normal
 from fisherfast.problems.problem import (
     STREAM_PARAMETERS,
     Problem,
     Theta,
     as_matrix,
-    check_count,
-    check_positive,
     seeded_generator,
     whitened_norm,
 )
@@ -57,7 +56,7 @@ class LogNormal(Problem):
     def random(cls, *, dim: int = 10, variance: float = 0.01, seed: int = 0) -> LogNormal:
         """The published task: B_ij ~ N(0, variance), d = 10 (Weimar et al. 2025)."""
         generator = seeded_generator(seed, STREAM_PARAMETERS)
-        shape = (check_count("dim", dim), dim)
+        shape = (check_whole("dim", dim, least=1), dim)
         entries = torch.randn(shape, generator=generator, dtype=torch.float64)
         return cls(math.sqrt(check_positive("variance", variance)) * entries)
 
@@ -138,8 +137,8 @@ class Poisson(Problem):
         dim: int,
         parameters: int = 1,
     ) -> None:
-        self.dim = check_count("dim", dim)
-        self.parameters = check_count("parameters", parameters)
+        self.dim = check_whole("dim", dim, least=1)
+        self.parameters = check_whole("parameters", parameters, least=1)
         self._rates, self._derivative = rates, derivative
 
     def mean(self, theta: Theta) -> Tensor:
@@ -175,7 +174,7 @@ class Poisson(Problem):
 
 def poisson_sample(rates: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Counts of Poisson(rates [d]), float64 [n, d], non-decreasing in the rates at fixed noise."""
-    shape = (check_count("n", n), rates.numel())
+    shape = (check_whole("n", n, least=1), rates.numel())
     uniform = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     rows = max(1, QUANTILE_BLOCK // rates.numel())
     blocks = [poisson_quantile(block, rates.to(block)) for block in uniform.split(rows)]
@@ -234,7 +233,7 @@ class Laplace(Problem):
     """
 
     def __init__(self, dim: int, scale: float = 1.0) -> None:
-        self.dim = check_count("dim", dim)
+        self.dim = check_whole("dim", dim, least=1)
         self.scale = check_positive("scale", scale)
 
     def mean(self, theta: Theta) -> Tensor:
@@ -256,7 +255,7 @@ class Laplace(Problem):
     def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
         """theta + b (e1 - e2), the difference of two exponential numbers, float32 [n, d]."""
         uniform = torch.rand(
-            (2, check_count("n", n), self.dim),
+            (2, check_whole("n", n, least=1), self.dim),
             generator=generator,
             device=generator.device,
             dtype=torch.float64,
@@ -295,7 +294,7 @@ class RectifiedGaussian(Problem):
     """
 
     def __init__(self, dim: int = 1) -> None:
-        self.dim = check_count("dim", dim)
+        self.dim = check_whole("dim", dim, least=1)
 
     def mean(self, theta: Theta) -> Tensor:
         """t Phi + phi, float64 [d]."""

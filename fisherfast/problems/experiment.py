@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_seed, check_whole
 from fisherfast.problems.camera import published_positions
-from fisherfast.problems.problem import check_count
 
 if TYPE_CHECKING:
     from fisherfast.data import FiniteDifference
@@ -93,8 +93,7 @@ def load_camera_npz(
         >>> recording = load_camera_npz("Data1.npz")  # doctest: +SKIP
         >>> recording.finite_difference()  # doctest: +SKIP
     """
-    check_count("held_out", held_out)
-    check_count("seed", seed, least=0)
+    check_whole("held_out", held_out, least=1)
     try:
         with zipfile.ZipFile(path) as archive:
             central, edge = (_read_frames(archive, part, crop) for part in ("center", "edge"))
@@ -148,7 +147,7 @@ def _split(central: Frames, edge: Frames, held_out: int, seed: int) -> CameraRec
                 "the file has it in position_edge only"
             )
     training_frames = min(len(images) for images in edge.values()) if edge else 0
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed) % 2**64)
     training, conditions = [], {}
     for index in range(len(positions)):
         images = central[index] if index in central else edge[index]

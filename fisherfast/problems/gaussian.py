@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.problem import (
     Problem,
     Theta,
     as_matrix,
-    check_count,
-    check_positive,
     cholesky_factor,
     whitened_norm,
 )
@@ -21,9 +20,8 @@ from fisherfast.problems.problem import (
 
 def standard_normal(n: int, dim: int, generator: torch.Generator) -> Tensor:
     """N(0, 1) numbers, float32 [n, dim], on the generator's device."""
-    return torch.randn(
-        check_count("n", n), dim, generator=generator, device=generator.device, dtype=torch.float32
-    )
+    n = check_whole("n", n, least=1)
+    return torch.randn(n, dim, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 class GaussianShift(Problem):
@@ -172,7 +170,7 @@ class GaussianScale(Problem):
     """
 
     def __init__(self, dim: int) -> None:
-        self.dim = check_count("dim", dim)
+        self.dim = check_whole("dim", dim, least=1)
 
     def as_theta(self, theta: Theta) -> Tensor:
         """theta, the standard deviation, as a positive float64 tensor [1]."""
@@ -259,8 +257,8 @@ class GaussianFamily(Problem):
         dim: int,
         parameters: int = 1,
     ) -> None:
-        self.dim = check_count("dim", dim)
-        self.parameters = check_count("parameters", parameters)
+        self.dim = check_whole("dim", dim, least=1)
+        self.parameters = check_whole("parameters", parameters, least=1)
         self._mean, self._mean_derivative = mean, mean_derivative
         self._covariance, self._covariance_derivative = covariance, covariance_derivative
 

@@ -9,10 +9,9 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from fisherfast._validation import check_positive, check_seed, check_whole
 from fisherfast.problems.problem import (
     STREAM_PARAMETERS,
-    check_count,
-    check_positive,
     seeded_generator,
 )
 
@@ -44,7 +43,7 @@ class MLP(nn.Sequential):
     ) -> None:
         if len(widths) < 2:
             raise ValueError(f"widths must hold at least 2 numbers, got {list(widths)}")
-        sizes = [check_count("widths", width) for width in widths]
+        sizes = [check_whole("widths", width, least=1) for width in widths]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         if flatten:
             layers["flatten"] = nn.Flatten()
@@ -84,7 +83,7 @@ def mlp(
     if seed is None:
         return MLP(widths, activation, flatten=flatten)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(check_count("seed", seed, least=0))
+        torch.default_generator.manual_seed(check_seed(seed))
         return MLP(widths, activation, flatten=flatten)
 
 
@@ -129,11 +128,11 @@ def invertible_chain(
         >>> invertible_chain(16, depth=2)(torch.zeros(3, 16)).shape
         torch.Size([3, 16])
     """
-    check_count("dim", dim)
+    check_whole("dim", dim, least=1)
     check_positive("slope", slope)
     generator = seeded_generator(seed, STREAM_PARAMETERS)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for index in range(1, check_count("depth", depth) + 1):
+    for index in range(1, check_whole("depth", depth, least=1) + 1):
         linear = nn.utils.skip_init(nn.Linear, dim, dim)
         random = torch.randn(dim, dim + 1, generator=generator, dtype=torch.float64)
         with torch.no_grad():

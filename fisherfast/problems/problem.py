@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_seed
+
 if TYPE_CHECKING:
     from fisherfast.data import FiniteDifference, Pathwise, Score
 
@@ -32,22 +34,8 @@ STREAM_PARAMETERS = 3
 
 def seeded_generator(seed: int, stream: int) -> torch.Generator:
     """A CPU generator for one purpose: equal seeds in different streams are independent."""
-    state = np.random.SeedSequence((check_count("seed", seed, least=0), stream))
+    state = np.random.SeedSequence((check_seed(seed) % 2**64, stream))
     return torch.Generator().manual_seed(int(state.generate_state(1, np.uint64)[0]))
-
-
-def check_count(name: str, value: int, *, least: int = 1) -> int:
-    """`value` as an int, or a ValueError if it is not a whole number of at least `least`."""
-    if isinstance(value, bool) or int(value) != value or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
-    return int(value)
-
-
-def check_positive(name: str, value: float) -> float:
-    """`value` as a float, or a ValueError if it is not positive and finite."""
-    if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
 
 
 def as_matrix(name: str, value: np.ndarray | Tensor, shape: tuple[int, int]) -> Tensor:

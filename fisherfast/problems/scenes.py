@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from fisherfast.problems.problem import check_count
+from fisherfast._validation import check_whole
 
 # 9.6 um x 7.2 um with a line of 2.1 um at the 0.15 um spacing of `default_camera`.
 GLYPH_SHAPE = (64, 48)
@@ -31,7 +31,7 @@ def glyph_scene(shape: tuple[int, int] = GLYPH_SHAPE, *, stroke: int = GLYPH_STR
         >>> glyph_scene().shape
         (64, 48)
     """
-    height, width = (check_count("shape", size) for size in shape)
+    height, width = (check_whole("shape", size, least=1) for size in shape)
     if not 0 < 2 * stroke < min(height, width):
         raise ValueError(
             f"stroke must be positive and below half of {min(height, width)}, got {stroke}"
@@ -71,7 +71,7 @@ def scene_from_file(
         raise ImportError(
             'scene_from_file needs Pillow: pip install "fisherfast[plots]"'
         ) from error
-    height, width = (check_count("shape", size) for size in shape)
+    height, width = (check_whole("shape", size, least=1) for size in shape)
     try:
         with Image.open(path) as opened:
             upright = ImageOps.exif_transpose(opened)

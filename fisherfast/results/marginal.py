@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from fisherfast._validation import check_whole
 
 __all__ = [
     "MarginalFisher",
@@ -148,9 +149,7 @@ def unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
 
 def _check_keep(keep: int | Sequence[int], parameters: int) -> list[int]:
     entries = list(keep) if isinstance(keep, Iterable) else [keep]
-    if any(isinstance(p, bool) or not isinstance(p, numbers.Integral) for p in entries):
-        raise TypeError(f"keep must hold whole numbers, got {keep!r}")
-    kept = [int(p) + parameters if p < 0 else int(p) for p in entries]
+    kept = [p + parameters if p < 0 else p for p in (check_whole("keep", p) for p in entries)]
     valid = all(0 <= p < parameters for p in kept)
     if not kept or not valid or len(set(kept)) < len(kept):
         raise ValueError(

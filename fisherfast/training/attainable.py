@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fisherfast._validation import check_positive
 from fisherfast.estimation.ridge import raw_ridge, relative_rounding
 from fisherfast.model.default_device import on_host
 
@@ -66,8 +67,7 @@ def attainable_error(precision: float, prior: Prior) -> float:
         >>> round(attainable_error(256.0, (-1.0, 1.0)) * 256, 2)      # of 1 / J
         0.94
     """
-    if not (math.isfinite(precision) and precision > 0):
-        raise ValueError(f"precision must be positive and finite, got {precision}")
+    precision = check_positive("precision", precision)
     known = check_prior(prior)
     if isinstance(known, tuple):
         return _continuous(torch.ones(1), *known, precision)

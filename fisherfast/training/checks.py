@@ -15,7 +15,6 @@ __all__ = [
     "check_errors",
     "check_same_network",
     "check_scale",
-    "check_whole",
 ]
 
 
@@ -58,21 +57,6 @@ def check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]
                 f"state must be of the same network, got {name!r} {theirs or 'missing'} there and"
                 f" {ours or 'missing'} here"
             )
-
-
-def check_whole(name: str, value: Any, *, least: int | None = None) -> int:
-    """A whole number as an int.
-
-    Raises:
-        TypeError: it is none.
-        ValueError: it is below `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if least is not None and value < least:
-        wanted = "positive" if least == 1 else f"at least {least}"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-    return int(value)
 
 
 def check_scale(scale: Any) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
+from fisherfast._validation import check_whole
 from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
@@ -43,7 +44,6 @@ from fisherfast.training.checks import (
     check_errors,
     check_same_network,
     check_scale,
-    check_whole,
 )
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import Observer, leaves

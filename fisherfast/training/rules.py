@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fisherfast._validation import check_whole
 from fisherfast.model.sites import INPUT
 from fisherfast.results.comparison import DIVIDES, divides
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import LayerFisher
 from fisherfast.training.attainable import Prior, attainable_error, check_prior
-from fisherfast.training.checks import check_whole
 from fisherfast.training.record import EpochRecord, output_of
 from fisherfast.training.stopping_rule import History, StoppingRule, Verdict
 

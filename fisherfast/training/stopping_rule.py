@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fisherfast.training.checks import check_whole
+from fisherfast._validation import check_whole
 from fisherfast.training.record import EpochRecord
 
 __all__ = ["History", "StoppingRule", "Verdict"]

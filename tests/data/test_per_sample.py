@@ -188,7 +188,7 @@ REFUSED = {
     ),
     "no parameter": (
         lambda: ff.Score([X], parameters=0),
-        "parameters must be positive, got 0",
+        "parameters must be at least 1, got 0",
     ),
     "half a parameter": (
         lambda: ff.Score([X], parameters=0.5),
@@ -465,13 +465,12 @@ BAD = {
     ),
     "samples": (
         lambda: ff.Simulator(draw, THETA, samples=0),
-        "samples must be positive, got 0",
+        "samples must be at least 1, got 0",
     ),
     "half a sample": (
         lambda: ff.Simulator(draw, THETA, samples=1.5),
         "samples must be a whole number, got 1.5",
     ),
-    "seed": (lambda: ff.Simulator(draw, THETA, seed=-1), "seed must be at least 0, got -1"),
     "theta": (
         lambda: ff.Simulator(draw, [[0.0]]),
         "theta must have shape [P], got [1, 1]",

@@ -267,7 +267,7 @@ def test_compiled_module_is_not_compiled_again():
         ),
         ({"val_metric": "other"}, "val_metric must name a metric"),
         ({"network": "nets"}, "network must name a submodule, got 'nets'; there are: net, net.0"),
-        ({"every": 0}, "every must be positive, got 0"),
+        ({"every": 0}, "every must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments(options, message):

@@ -193,7 +193,7 @@ class TestCramerRao:
             ({"min_epochs": -2}, "min_epochs must be at least 0, got -2"),
             ({"min_delta": -0.1}, "min_delta must be at least 0 and finite, got -0.1"),
             ({"min_delta": 1.0}, "min_delta must be below 1, the level to stop at, got 1.0"),
-            ({"smoothing": 0}, "smoothing must be positive, got 0"),
+            ({"smoothing": 0}, "smoothing must be at least 1, got 0"),
             ({"target_scale": 0.0}, "target_scale must be positive and finite, got 0.0"),
             ({"least_error": NAN}, "least_error must be positive and finite, got nan"),
             ({"input_J": []}, "input_J must hold the information at one theta at least, got none"),

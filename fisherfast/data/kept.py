@@ -37,11 +37,6 @@ class KeptData(Data):
         self.groups = source.groups
         self.sharded = source.sharded
 
-    @property
-    def held_bytes(self) -> int:
-        """What is kept now."""
-        return self._held
-
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Yield the samples of one condition, in order; batches keep the sizes that they were first
         read with."""

@@ -10,12 +10,18 @@ y_i^T are the linear Fisher information of the first k features, for every k at 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from fisherfast.estimation.fold_moments import FoldStatistics
-from fisherfast.estimation.leverage import inverse_excess, left_out_score, seen_along_curve
+from fisherfast.estimation.leverage import (
+    Seen,
+    inverse_excess,
+    left_out_score,
+    seen_along_curve,
+)
 from fisherfast.estimation.ridge import (
     LIFT_RIDGE,
     MOSTLY_RIDGE,
@@ -31,7 +37,16 @@ from fisherfast.estimation.variance import (
     jackknife_covariance,
 )
 
-__all__ = ["FisherCurve", "at_least", "fisher_curve", "independent_features", "whitened"]
+__all__ = [
+    "FisherCurve",
+    "at_least",
+    "fisher_curve",
+    "fold_estimate",
+    "independent_features",
+    "whitened",
+]
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SMALL_TRIANGLE = 128
 """Rows of a triangle that is inverted by a plain solve."""
@@ -170,14 +185,13 @@ def fisher_curve(
     solved = whitened(statistics.covariance, statistics.columns, ridge)
     half = solved.columns[:, :parameters]
     fold_half = solved.columns[:, parameters:].reshape(size, folds, parameters)
-    naive = _running_products(half)
+    naive = _fold_products(half, half)
     effective = (1 - solved.ridge_share).cumsum(0)
     if float(statistics.dof - effective[-1]) < SPARE_DOF:
         raise ValueError(
             f"degrees of freedom must exceed the {size} features by {SPARE_DOF},"
             f" got {statistics.dof:.0f}: use more samples or fewer features"
         )
-    shrink = (statistics.dof - effective - 1) / statistics.dof
     seen = None
     if statistics.samples is not None:
         seen = seen_along_curve(statistics.samples, solved.inverse, half, statistics.dof)
@@ -192,25 +206,15 @@ def fisher_curve(
             V = statistics.score.covariance
             J = left_out_score(seen, naive, effective, V, statistics.dof)
     else:
-        across_folds, replicates = _fold_statistic(fold_half, shrink)
-        useless = shrink[:, None] * torch.diagonal(naive, dim1=1, dim2=2)
-        J = across_folds
-        if not statistics.paired:
-            J = shrink[:, None, None] * naive - effective[:, None, None] * statistics.noise
-        doubt = torch.zeros_like(J)
-        if seen is not None:
-            more = inverse_excess(seen, effective, statistics.dof)
-            before, J = J, more @ J @ more.mT
-            doubt = (J - before) / 2
-            replicates = more[:, None] @ replicates @ more.mT[:, None]
-            useless = useless * torch.diagonal(more, dim1=1, dim2=2).square()
+        noise = None if statistics.paired else statistics.noise
+        found = fold_estimate(
+            naive, effective, fold_half, _fold_products, noise, statistics.dof, seen
+        )
+        J, variance, replicates, doubt = found.J, found.variance, found.replicates, found.doubt
         left_out = torch.diagonal(replicates, dim1=2, dim2=3)
-        if statistics.paired:
-            jackknife = replicates.var(1, correction=0) * (folds - 1)
-            variance = jackknife + covariance_variance(J, statistics.dof, effective)
-        else:
-            variance = independent_variance(J, statistics.dof, statistics.noise, effective)
-        variance = variance + doubt.square()
+        shrink = (statistics.dof - effective - 1) / statistics.dof
+        useless = shrink[:, None] * torch.diagonal(naive, dim1=1, dim2=2)
+        useless = useless * torch.diagonal(found.excess, dim1=1, dim2=2).square()
     return FisherCurve(
         J=J,
         stderr=variance.sqrt(),
@@ -227,6 +231,72 @@ def fisher_curve(
         statistics=statistics,
         condition=solved.condition,
     )
+
+
+@dataclass(frozen=True)
+class FoldEstimate:
+    """J of B sets of features, from the derivatives of the folds.
+
+    Attributes:
+        J: [B, P, P].
+        variance: [B, P, P] of its entries.
+        replicates: [B, F, P, P] the U-statistic without each fold.
+        doubt: [B, P, P] half of what the kept samples changed in J.
+        excess: [B, P, P] the factor G of `inverse_excess`; the unit matrix without kept samples.
+    """
+
+    J: torch.Tensor
+    variance: torch.Tensor
+    replicates: torch.Tensor
+    doubt: torch.Tensor
+    excess: torch.Tensor
+
+
+def fold_estimate(
+    naive: torch.Tensor,
+    effective: torch.Tensor,
+    fold_half: torch.Tensor,
+    product: Product,
+    noise: torch.Tensor | None,
+    dof: float,
+    seen: Seen | None,
+) -> FoldEstimate:
+    """Estimate J and its variance for every source but the score, as in `fisher_curve`.
+
+    Args:
+        naive: [B, P, P] D^T R^-1 D.
+        effective: [B] k_eff.
+        fold_half: y_f [k, F, P] or [B, k, F, P], the whitened derivatives of each fold.
+        product: sums l r^T over features, [B, F, P, P].
+        noise: c [P, P] of independent conditions; None for paired ones and tangents.
+        dof: nu.
+        seen: kept samples as the B systems see them, or None.
+    """
+    shrink = ((dof - effective - 1) / dof)[:, None, None]
+    folds = fold_half.shape[-2]
+    total = fold_half.sum(-2, keepdim=True)
+    own = product(fold_half, fold_half)
+    rest = total - fold_half
+    without = product(rest, rest) - (own.sum(1, keepdim=True) - own)
+    replicates = shrink[:, None] * without / ((folds - 1) * (folds - 2))
+    if noise is None:
+        pairs = product(total, total)[:, 0] - own.sum(1)
+        J = shrink * pairs / (folds * (folds - 1))
+    else:
+        J = shrink * naive - effective[:, None, None] * noise
+    doubt = torch.zeros_like(J)
+    excess = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device).expand_as(J)
+    if seen is not None:
+        excess = inverse_excess(seen, effective, dof)
+        before, J = J, excess @ J @ excess.mT
+        doubt = (J - before) / 2
+        replicates = excess[:, None] @ replicates @ excess.mT[:, None]
+    if noise is None:
+        variance = replicates.var(1, correction=0) * (folds - 1)
+        variance = variance + covariance_variance(J, dof, effective)
+    else:
+        variance = independent_variance(J, dof, noise, effective)
+    return FoldEstimate(J, variance + doubt.square(), replicates, doubt, excess)
 
 
 @dataclass(frozen=True)
@@ -347,33 +417,6 @@ def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor
     folds = products.shape[1]
     scale = -2 * (1 - share).sqrt() / (folds - 1)
     return scale * torch.diagonal(products, dim1=2, dim2=3)
-
-
-def fold_statistic_curve(statistics: FoldStatistics, ridge: float = LIFT_RIDGE) -> torch.Tensor:
-    """J(k) [K, P, P] by the fold U-statistic: agrees with `fisher_curve` in the mean, for all
-    sources but the score, whose derivative is not independent of the covariance."""
-    return fisher_curve(replace(statistics, paired=True, score=None), ridge).J
-
-
-def _running_products(half: torch.Tensor) -> torch.Tensor:
-    """Running sums over i of y_i y_i^T: [k, P] -> [k, P, P]."""
-    return (half[:, :, None] * half[:, None, :]).cumsum(0)
-
-
-def _fold_statistic(
-    fold_half: torch.Tensor, shrink: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """U-statistic over pairs of different folds [k, P, P], and the same without each fold [k, F, P,
-    P]."""
-    folds = fold_half.shape[1]
-    total = fold_half.sum(1)
-    own = _fold_products(fold_half, fold_half)
-    cross = _running_products(total) - own.sum(1)
-    value = shrink[:, None, None] * cross / (folds * (folds - 1))
-    rest = total[:, None, :] - fold_half
-    without = _fold_products(rest, rest) - (own.sum(1, keepdim=True) - own)
-    left_out = shrink[:, None, None, None] * without / ((folds - 1) * (folds - 2))
-    return value, left_out
 
 
 def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -47,8 +46,6 @@ class DerivativeMoments(ABC):
     Attributes:
         sums: [F, P, k] float64 of tangents, or of features times score.
     """
-
-    kind: str
 
     def __init__(
         self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"
@@ -101,37 +98,10 @@ class DerivativeMoments(ABC):
         more.sums[..., :known] = self.sums[..., :known]
         return more
 
-    def merge(self, other: DerivativeMoments) -> None:
-        """Add the moments of other samples of the same features."""
-        if type(other) is not type(self) or other.sums.shape != self.sums.shape:
-            raise ValueError(
-                "other must hold the same kind of derivatives, got"
-                f" {other.kind} {list(other.sums.shape)} for {self.kind} {list(self.sums.shape)}"
-            )
-        mine, theirs = self._tensors(), other._tensors()
-        for name, tensor in mine.items():
-            tensor += theirs[name].to(tensor.device)
-
     def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
         """Views of all that adds up over processes; features before `known` are left out."""
         tensors = self._tensors()
         return [tensors.pop("sums")[..., known:], *tensors.values()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain numbers."""
-        return {"kind": self.kind} | {name: t.clone() for name, t in self._tensors().items()}
-
-    @staticmethod
-    def from_state_dict(state: dict[str, Any]) -> DerivativeMoments:
-        """Rebuild what `state_dict` returned."""
-        kinds: dict[str, type[DerivativeMoments]] = {
-            kind.kind: kind for kind in (TangentMoments, ScoreMoments)
-        }
-        folds, parameters, size = state["sums"].shape
-        moments = kinds[state["kind"]](parameters, size, folds=folds, device=state["sums"].device)
-        for name, tensor in moments._tensors().items():
-            tensor.copy_(state[name])
-        return moments
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"sums": self.sums}
@@ -143,8 +113,6 @@ class TangentMoments(DerivativeMoments):
     A lifted feature leaky_relu(u), u = w z + b, has the tangent g(u) w dz with g = 1 for u > 0 and
     the slope elsewhere: PyTorch's derivative at the kink.
     """
-
-    kind = "tangents"
 
     def update(
         self,
@@ -189,8 +157,6 @@ class ScoreMoments(DerivativeMoments):
         score_sums: [F, P] float64.
         score_cross: [F, P, P] float64 sums of s s^T.
     """
-
-    kind = "score"
 
     def __init__(
         self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"

@@ -13,7 +13,7 @@ import torch
 from fisherfast import ops
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
-from fisherfast.estimation.curve import SPARE_DOF
+from fisherfast.estimation.curve import SPARE_DOF, fold_estimate
 from fisherfast.estimation.derivatives import (
     DerivativeMoments,
     FoldScore,
@@ -23,15 +23,15 @@ from fisherfast.estimation.derivatives import (
 from fisherfast.estimation.features import Lift
 from fisherfast.estimation.fold_moments import (
     SampleFeatures,
+    about_fold_means,
     add_pair_products_,
     lower_triangles,
     pair_inflation,
 )
-from fisherfast.estimation.leverage import Seen, inverse_excess, left_out_score, leverage
+from fisherfast.estimation.leverage import Seen, left_out_score, leverage
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
 from fisherfast.estimation.score import score_estimate
-from fisherfast.estimation.variance import covariance_variance, independent_variance
 
 __all__ = ["MapMoments", "estimate_map"]
 
@@ -205,14 +205,12 @@ class MapMoments:
             return None
         parts, scores = [], []
         for condition, (_, fold, x, *score) in enumerate(self._kept.kept()):
-            fold = fold.to(x.device)
-            counts = self._counts[condition].to(x.device, torch.float64)[fold, None]
-            scale = (counts / (counts - 1).clamp_min(1)).sqrt()
-            means = self._sums[condition].flatten(1)[fold] / counts
-            parts.append((x.double() - means) * scale)
+            fold, counts = fold.to(x.device), self._counts[condition]
+            sums = self._sums[condition].flatten(1)
+            parts.append(about_fold_means(x.double(), fold, sums, counts))
             if score and isinstance(self._carried, ScoreMoments):
-                means = self._carried.score_sums[fold] / counts
-                scores.append((score[0].double() - means) * scale)
+                sums = self._carried.score_sums
+                scores.append(about_fold_means(score[0].double(), fold, sums, counts))
         return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
 
     def score(self) -> FoldScore | None:
@@ -293,9 +291,8 @@ def estimate_map(
     columns = torch.cat([derivative, fold_derivatives.flatten(-2)], -1)
     solved, effective, known = _solve(covariance, alive, columns, ridges, rounding=ridge == AUTO)
     parameters, folds = derivative.shape[-1], moments.folds
-    shrink = ((nu - effective - 1) / nu)[:, None, None]
     half = solved[..., :parameters]
-    noise = moments.noise(contrast)
+    naive = half.mT @ half
     fold_half = solved[..., parameters:].unflatten(-1, (folds, parameters))
     score, samples = moments.score(), moments.samples()
     seen = None
@@ -303,25 +300,15 @@ def estimate_map(
         seen = _seen(samples, covariance, ridges, known, half, nu)
     if score is not None:
         products = torch.einsum("bcp,bcfq->bfpq", half, fold_half)
-        estimate = score_estimate(half.mT @ half, effective, products, score, nu)
+        estimate = score_estimate(naive, effective, products, score, nu)
         J, variance = estimate.J, estimate.variance
         if seen is not None:
-            J = left_out_score(seen, half.mT @ half, effective, score.covariance, nu)
+            J = left_out_score(seen, naive, effective, score.covariance, nu)
     else:
-        J, left_out = _fold_statistic(fold_half, shrink)
         paired = moments.paired or moments.carries or moments.groups is not None
-        if not paired:
-            J = shrink * (half.mT @ half) - effective[:, None, None] * noise
-        before = J
-        if seen is not None:
-            more = inverse_excess(seen, effective, nu)
-            J, left_out = more @ J @ more.mT, more[:, None] @ left_out @ more.mT[:, None]
-        if paired:
-            jackknife = left_out.var(1, correction=0) * (folds - 1)
-            variance = jackknife + covariance_variance(J, nu, effective)
-        else:
-            variance = independent_variance(J, nu, noise, effective)
-        variance = variance + ((J - before) / 2).square()
+        noise = None if paired else moments.noise(contrast)
+        found = fold_estimate(naive, effective, fold_half, _fold_products, noise, nu, seen)
+        J, variance = found.J, found.variance
     nothing = (alive.sum(-1) == 0).flatten()[:, None, None]
     J = torch.where(nothing, 0.0, (J + J.mT) / 2)
     stderr = torch.where(nothing, 0.0, (variance + variance.mT).div(2).sqrt())
@@ -384,15 +371,6 @@ def _seen(
     return Seen(leverage(whitened.square().sum(1).T, dof), prediction, samples.score)
 
 
-def _fold_statistic(
-    fold_half: torch.Tensor, shrink: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """U-statistic over pairs of different folds [H W, P, P], and the same without each fold
-    [H W, F, P, P], of y_f [H W, C, F, P]."""
-    folds = fold_half.shape[2]
-    total = fold_half.sum(2)
-    own = torch.einsum("bcfp,bcfq->bfpq", fold_half, fold_half)
-    value = shrink * (total.mT @ total - own.sum(1)) / (folds * (folds - 1))
-    rest = total[:, :, None, :] - fold_half
-    pairs = torch.einsum("bcfp,bcfq->bfpq", rest, rest) - (own.sum(1, keepdim=True) - own)
-    return value, shrink[:, None] * pairs / ((folds - 1) * (folds - 2))
+def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Sums over channels of l r^T [B, F, P, P], of l and r [B, C, F, P]."""
+    return torch.einsum("bcfp,bcfq->bfpq", left, right)

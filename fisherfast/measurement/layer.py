@@ -563,7 +563,7 @@ def estimate_layer(
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
     errors = meter.error_covariance(curve, index)
-    if moments.carried is None or moments.carried.kind != "score":
+    if halves[0].score is None:
         lower_stderr = _with_tails(lower_stderr, lower, curve, chosen, errors)
     linear = errors if chosen == raw else meter.error_covariance(curve, fit.alive[:raw])
     errors = errors + jackknife_covariance(doubt)

@@ -158,7 +158,12 @@ class Data(ABC):
 
     @abstractmethod
     def repeats(self, condition: int) -> bool:
-        """Whether each pass over a condition surely gives the same samples in the same order."""
+        """Return whether each pass over a condition gives the same samples in the same order."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether each pass over every condition gives the same samples in the same order."""
+        return all(self.repeats(c) for c in range(self.conditions))
 
     def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
         """The batches of one condition in order; only those that are mine surely are read, a `Gap`

@@ -169,7 +169,7 @@ class LayerMeter:
         if standardisation.steps is not None:
             self.note_steps(standardisation.steps)
         self._grows = bool(settings["grow"])
-        self._repeats = all(data.repeats(c) for c in range(data.conditions))
+        self._repeats = data.repeatable
         if settings["grow"]:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
         streams = streams_of(data, settings["folds"])

@@ -279,7 +279,7 @@ def plan(
         ValueError: not even one sample fits. Says how much is needed, and which layer takes most.
     """
     costs = [layer_bytes(site, wide, data, settings, number) for site, wide in layers]
-    lent = not all(data.repeats(c) for c in range(data.conditions))
+    lent = not data.repeatable
     fixed = kept + LIBRARIES + sum(own for own, _ in costs) + max(extra for _, extra in costs)
     needed = fixed + per_sample.of(1)
     if needed > budget:

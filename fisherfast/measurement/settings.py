@@ -65,7 +65,7 @@ def check_output(output: str | None) -> dict[str, str | None]:
 
 
 def _check_repeats(data: Data, purpose: str) -> None:
-    if not all(data.repeats(c) for c in range(data.conditions)):
+    if not data.repeatable:
         raise ValueError(
             f"data must come in the same order at every pass for {purpose} (tensors, arrays,"
             f" Datasets, DataLoaders that do not shuffle), got {data!r}"

@@ -25,14 +25,14 @@ WRONG_OPTION = 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line."""
+    """A parser that reports a wrong option in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_OPTION, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = _build_parser()
     options = parser.parse_args(arguments)
     if options.verb is None:
@@ -56,7 +56,8 @@ def _check() -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    """Prepare the task, then run it: only a wrong option may end in a message."""
+    """Prepare the task, then run it. Only a wrong option is reported as a message; errors of the
+    run itself are raised."""
     from fisherfast.demos import run_demo
 
     try:
@@ -100,7 +101,7 @@ def _with_overrides(task: Task, options: argparse.Namespace) -> Task:
 
 
 def _show_progress() -> bool:
-    """Whether somebody is watching, and tqdm is there to show something."""
+    """Return whether to show progress: only on a TTY with tqdm installed."""
     if not sys.stderr.isatty():
         return False
     try:

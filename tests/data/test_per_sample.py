@@ -184,7 +184,7 @@ REFUSED = {
     ),
     "parameters beside tensors": (
         lambda: ff.Pathwise(X, X[None], parameters=1),
-        "parameters must be left out beside tensors, got 1: dx tells it",
+        "parameters must be left out for tensors, got 1: it follows from dx",
     ),
     "no parameter": (
         lambda: ff.Score([X], parameters=0),
@@ -460,7 +460,7 @@ BAD = {
     ),
     "rounded dtheta": (
         lambda: ff.Simulator(draw, [1e6, 0.0], derivative="paired", dtheta=0.01),
-        "dtheta must be resolved by theta of torch.float32, got 0.01 beside 1e+06:"
+        "dtheta must be resolved by theta of torch.float32, got 0.01 at 1e+06:"
         " pass theta as a float64 tensor",
     ),
     "samples": (

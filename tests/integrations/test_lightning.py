@@ -285,7 +285,7 @@ def test_strategies_that_shard_are_refused():
         pass
 
     trainer = SimpleNamespace(strategy=FSDPStrategy())
-    with pytest.raises(ValueError, match="strategy must leave every process with the whole model"):
+    with pytest.raises(ValueError, match="strategy must keep the whole model on every process"):
         callback().on_fit_start(trainer, module_of(PACKAGE))
 
 

@@ -1,10 +1,9 @@
-r"""From fold moments to Fisher information: the curve, its error bars, the honest bound, the choice
-of k.
+r"""The curve J(k) of the Fisher information of the first k features, with its error bars.
 
-Every formula is derived in docs/theory.md. Notation: S [k, k] the covariance of
-the features scaled to unit diagonal, R = S + ridge, L L^T = R, D [k, P] the derivative of the mean,
-Y = L^-1 D. Because the leading block of L factors the leading block of R, the running sums of y_i
-y_i^T are the linear Fisher information of the first k features, for every k at once.
+Every formula is derived in docs/theory.md. Notation: S [k, k] is the covariance of the features
+scaled to unit diagonal, R = S + ridge, L L^T = R, D [k, P] the derivative of the mean, Y = L^-1 D.
+Because the leading block of L factors the leading block of R, the running sums of y_i y_i^T are the
+linear Fisher information of the first k features, for every k at once.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ __all__ = [
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SMALL_TRIANGLE = 128
-"""Rows of a triangle that is inverted by a plain solve."""
+"""Size up to which a triangle is inverted by a plain solve."""
 
 SPARE_DOF = 4
-"""Degrees of freedom beyond k_eff that the variance of an inverse covariance needs to exist (nu - k
-- 3 > 0)."""
+"""Degrees of freedom required beyond k_eff, so that the variance of an inverse covariance exists
+(nu - k - 3 > 0)."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +60,21 @@ class FisherCurve:
     """Linear Fisher information J of the first k features, k = 1..K. Float64, in 1/theta^2.
 
     Attributes:
-        J: [K, P, P] without bias; may be negative, is never clipped.
+        J: [K, P, P] bias-corrected; may be negative, is never clipped.
         stderr: [K, P, P] its standard errors.
         naive: [K, P, P] Y^T Y, uncorrected.
-        effective_dim: [K] k_eff, the features that count after the ridge.
+        effective_dim: [K] k_eff, the effective number of features after the ridge.
         ridge_share: [K] q_i, the part of whitened feature i that is ridge.
-        hidden: [K, P] information that may lie below the ridge, first order in q.
+        hidden: [K, P] information that the ridge may hide, to first order in q.
         readout: [K, K] L^-1 in the scale of the features: whitened features are readout @ f.
         half: [K, P] Y, the derivative of the whitened features.
         left_out: [K, F, P] diagonal of the fold statistic without each fold: the jackknife of a
             gain.
-        useless: [K, P] the size M of 2 M^2 dk / nu^2, which dk features that add nothing add to the
-            variance of J; zero where the jackknife sees it already.
+        useless: [K, P] the size M in 2 M^2 dk / nu^2, the variance that dk features without
+            information add to J; zero where the jackknife includes it.
         replicates: [K, F, P, P] the estimate without each fold; their jackknife is in stderr.
-        doubt: [K, P, P] half of what the kept samples changed in J, which is part of its error.
-        statistics: what it follows from.
+        doubt: [K, P, P] half of the change of J by the kept samples, which is part of its error.
+        statistics: the statistics it was computed from.
         condition: lower bound on the condition number of the scaled covariance plus ridge.
     """
 
@@ -98,7 +97,7 @@ class FisherCurve:
         return len(self.J)
 
     def leading(self, k: int) -> FisherCurve:
-        """The curve of the first k features."""
+        """Return the curve of the first k features."""
         statistics = self.statistics.leading(k)
         values = {
             field.name: getattr(self, field.name)[:k]
@@ -108,12 +107,13 @@ class FisherCurve:
         return replace(self, **values, readout=self.readout[:k, :k], statistics=statistics)
 
     def readout_of(self, k: int) -> torch.Tensor:
-        """W = R^-1 D [k, P] of the first k features, in their scale."""
+        """Compute W = R^-1 D [k, P] of the first k features, in their scale."""
         leading = self.readout[:k, :k]
         return leading.T @ self.half[:k]
 
     def rounding(self, k: int, relative: float) -> float:
-        """Share of the information about a parameter that rounding of the derivative may make.
+        """Estimate the fraction of the information that may come from rounding of the derivative,
+        the largest over parameters.
 
         Args:
             k: number of features.
@@ -125,8 +125,8 @@ class FisherCurve:
         return float(torch.where(J > 0, error / J, 0.0).max())
 
     def error_covariance(self, k: int) -> torch.Tensor:
-        """Covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal entries are
-        those of stderr squared."""
+        """Compute the covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal is
+        the square of stderr."""
         J, effective = self.J[k - 1], float(self.effective_dim[k - 1])
         dof, noise = self.statistics.dof, self.statistics.noise
         empirical = jackknife_covariance(self.replicates[k - 1])
@@ -137,14 +137,14 @@ class FisherCurve:
             empirical if self.statistics.paired else 0.0
         )
         if self.statistics.paired:
-            # J may be slightly negative in one direction, and so would be the variance there
+            # J may be slightly negative in one direction, where the variance would be negative too
             errors = empirical + covariance_covariance(J, dof, effective)
             return at_least(errors, torch.zeros_like(errors))
         return empirical + independent_covariance(J, dof, noise, effective)
 
 
 class SingularCovarianceError(ValueError):
-    """A feature is linear in the features before it, and there is no ridge to part them.
+    """A feature is linear in the features before it, and no ridge separates them.
 
     Attributes:
         feature: its number, counted from 1.
@@ -161,7 +161,7 @@ class SingularCovarianceError(ValueError):
 def fisher_curve(
     statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
 ) -> FisherCurve:
-    r"""The whole curve J(k) from one Cholesky factorisation.
+    r"""Compute the whole curve J(k) from one Cholesky factorisation.
 
     .. math::
         k_\text{eff}(k) = k - \sum_{i \le k} q_i, \qquad h = (\nu - k_\text{eff} - 1) / \nu
@@ -235,13 +235,13 @@ def fisher_curve(
 
 @dataclass(frozen=True)
 class FoldEstimate:
-    """J of B sets of features, from the derivatives of the folds.
+    """J of B sets of features, estimated from the derivatives of the folds.
 
     Attributes:
         J: [B, P, P].
         variance: [B, P, P] of its entries.
         replicates: [B, F, P, P] the U-statistic without each fold.
-        doubt: [B, P, P] half of what the kept samples changed in J.
+        doubt: [B, P, P] half of the change of J by the kept samples.
         excess: [B, P, P] the factor G of `inverse_excess`; the unit matrix without kept samples.
     """
 
@@ -270,7 +270,7 @@ def fold_estimate(
         product: sums l r^T over features, [B, F, P, P].
         noise: c [P, P] of independent conditions; None for paired ones and tangents.
         dof: nu.
-        seen: kept samples as the B systems see them, or None.
+        seen: kept samples in the B systems, or None.
     """
     shrink = ((dof - effective - 1) / dof)[:, None, None]
     folds = fold_half.shape[-2]
@@ -301,7 +301,7 @@ def fold_estimate(
 
 @dataclass(frozen=True)
 class Whitened:
-    """A covariance factored, R = s S s + Lambda = L L^T with s the inverse spreads.
+    """A factored covariance, R = s S s + Lambda = L L^T with s the inverse standard deviations.
 
     Attributes:
         columns: [k, m] L^-1 s times the given columns.
@@ -322,7 +322,7 @@ def whitened(
     """Whiten columns [k, m] by a covariance [k, k] with a ridge relative to its diagonal.
 
     Raises:
-        SingularCovarianceError: a pivot cannot be told from zero.
+        SingularCovarianceError: a pivot is zero within rounding.
 
     Cost: k^3 multiply-adds.
     """
@@ -332,7 +332,7 @@ def whitened(
     factor, failed = torch.linalg.cholesky_ex(R)
     pivots = factor.diagonal().square()
     size = len(pivots)
-    # a comparison with NaN is false: what follows a failure counts as failed
+    # comparisons with NaN are false, so pivots after a failure count as failed
     sound = pivots > size * torch.finfo(torch.float64).eps
     if int(failed) or not bool(sound.all()):
         first = int(failed) or size + 1
@@ -346,7 +346,7 @@ def whitened(
 
 
 def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
-    """L^-1 [k, k] of a lower triangle, by halves: a third of the operations of a solve with the
+    """Invert a lower triangle L [k, k] by halves, in a third of the operations of a solve with the
     unit matrix."""
     size = len(factor)
     if size <= SMALL_TRIANGLE:
@@ -364,15 +364,15 @@ def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
 def independent_features(
     statistics: FoldStatistics, ridge: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which features are not linear in those before them, but for their ridge.
+    """Find the features that are not linear in those before them, apart from their ridge.
 
     Args:
         statistics: of k features.
         ridge: [k], their rounding.
 
     Returns:
-        numbers of these features int64 [m], and the information [P] that the others may have: none
-        where they are copies.
+        Their indices int64 [m], and the information [P] that the other features may have: zero if
+        they are copies.
 
     Cost: k^3 multiply-adds.
     """
@@ -390,10 +390,10 @@ def independent_features(
 
 
 def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
-    """Information [k, P] that the ridge of each whitened feature may hide.
+    """Estimate the information [k, P] that the ridge of each whitened feature may hide.
 
-    A whitened feature alone has J = y^2 / (1 - q) without the ridge: y^2 q / (1 - q) is missing.
-    The folds tell y^2 without bias; where the feature is mostly ridge, y^2 itself is missing.
+    Without the ridge a single whitened feature has J = y^2 / (1 - q): y^2 q / (1 - q) is missing.
+    The folds give y^2 without bias; if the feature is mostly ridge, y^2 itself is missing.
     """
     parameters = statistics.derivative.shape[1]
     folds = len(statistics.fold_derivatives)
@@ -408,11 +408,11 @@ def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
 
 
 def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
+    """Compute replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
 
-    A gain is the mean of 2 e d with d what the new features add to the prediction, e the residual
-    before; the folds see 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the largest k
-    is taken for all.
+    A gain is the mean of 2 e d, with d the change of the prediction by the new features and e the
+    residual before; the folds give 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the
+    largest k is used for all.
     """
     folds = products.shape[1]
     scale = -2 * (1 - share).sqrt() / (folds - 1)
@@ -420,12 +420,12 @@ def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor
 
 
 def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """The covariance [P, P, P, P], raised to the least one in every direction."""
+    """Raise a covariance [P, P, P, P] to at least another one in every direction."""
     entries = len(covariance) ** 2
     least, covariance = (full.reshape(entries, entries) for full in (least, covariance))
     size = covariance.diagonal().abs().maximum(least.diagonal()).sqrt()
     unit = torch.where(size > 0, size, 1.0)
-    unit = unit[:, None] * unit  # eigenvectors depend on units: those of theta must not count
+    unit = unit[:, None] * unit  # eigenvectors depend on units, the result must not
     excess = (covariance - least) / unit
     values, vectors = torch.linalg.eigh((excess + excess.T) / 2)
     raised = least + (vectors * values.clamp_min(0)) @ vectors.T * unit

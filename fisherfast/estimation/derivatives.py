@@ -1,9 +1,9 @@
-"""Fold-wise derivatives of mean features that the samples carry themselves: tangents or a score.
+"""Fold-wise derivatives of mean features, from the tangents or the score of the samples.
 
-Two conditions tell the derivative by a difference of their means. Samples of one condition tell it
-by the mean of the tangents of their features, or by the covariance of features and score
-(docs/theory.md, 12 and 13). Kept is one number per fold, parameter and feature, in float64; lifted
-features exist for a few hundred samples at a time.
+With two conditions the derivative is a difference of means. With one condition it is the mean of
+the tangents of the features, or the covariance of features and score (docs/theory.md, 12 and 13).
+One float64 number is stored per fold, parameter and feature; lifted features are computed for at
+most about a thousand samples at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fisherfast.estimation.features import Lift
 __all__ = ["DerivativeMoments", "FoldScore", "ScoreMoments", "TangentMoments"]
 
 TILE_ROWS = 1024
-"""Rows of features or tangents that exist at the same time: 4 MB of float64 for 512 features."""
+"""Rows of features or tangents in memory at a time: 4 MB of float64 for 512 features."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FoldScore:
 
     Attributes:
         covariance: V [P, P] float64, an estimate of the information of the input.
-        folds: [F, P, P], each fold's share, so that their mean is V.
+        folds: [F, P, P] contributions of the folds, whose mean is V.
     """
 
     covariance: torch.Tensor
@@ -68,9 +68,8 @@ class DerivativeMoments(ABC):
 
         Args:
             raw: [n, d] raw features.
-            carried: what comes with each sample: tangents [P, n, d] of the raw features (None for
-                zero), or the score [n, P].
-            lift: makes the other k - d features.
+            carried: tangents [P, n, d] of the raw features (None for zero), or the score [n, P].
+            lift: computes the other k - d features.
             place: folds of the rows, which are sorted by them.
             known: leading features whose sums are complete: only the others are computed.
         """
@@ -79,7 +78,7 @@ class DerivativeMoments(ABC):
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """D [k, P] of the folds in columns, and of each of them alone [F, k, P].
+        """Compute D [k, P] of the folds in columns, and that of each fold alone [F, k, P].
 
         Args:
             columns: folds to use.
@@ -88,18 +87,18 @@ class DerivativeMoments(ABC):
         """
 
     def score(self, columns: slice, counts: torch.Tensor) -> FoldScore | None:
-        """Covariance of the score in the folds in columns; None for tangents."""
+        """Compute the covariance of the score in the folds in columns; None for tangents."""
         return None
 
     def grown(self, size: int, known: int) -> DerivativeMoments:
-        """For more features, of which the first stay known. The same samples are then added again
-        with ``known``; sums of the score itself are taken anew."""
+        """Extend to more features, keeping the sums of the first. The same samples are then added
+        again with ``known``; sums of the score itself start from zero."""
         more = type(self)(self.parameters, size, folds=self.folds, device=self.sums.device)
         more.sums[..., :known] = self.sums[..., :known]
         return more
 
     def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
-        """Views of all that adds up over processes; features before `known` are left out."""
+        """Return views of the sums to add up over processes, without features before `known`."""
         tensors = self._tensors()
         return [tensors.pop("sums")[..., known:], *tensors.values()]
 
@@ -145,7 +144,7 @@ class TangentMoments(DerivativeMoments):
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means of the tangents."""
+        """Compute the means of the tangents."""
         sums = self.sums[columns].mT
         return sums.sum(0) / counts.sum(), sums / counts[:, None, None]
 
@@ -196,15 +195,15 @@ class ScoreMoments(DerivativeMoments):
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Covariance with the score within folds; each fold's share of it, so that their mean is
-        the whole."""
+        """Compute the covariance with the score within folds, and the contributions of the folds,
+        whose mean is the whole."""
         mean = self.score_sums[columns] / counts[:, None]
         scatter = (self.sums[columns] - mean[..., None] * feature_sums[:, None]).mT
         dof = counts.sum() - len(counts)
         return scatter.sum(0) / dof, scatter * (len(counts) / dof)
 
     def score(self, columns: slice, counts: torch.Tensor) -> FoldScore:
-        """V and each fold's share of it."""
+        """Compute V and the contributions of the folds."""
         sums = self.score_sums[columns]
         between = sums[:, :, None] * sums[:, None, :] / counts[:, None, None]
         scatter = self.score_cross[columns] - between
@@ -212,7 +211,8 @@ class ScoreMoments(DerivativeMoments):
         return FoldScore(scatter.sum(0) / dof, scatter * (len(counts) / dof))
 
     def mean_error(self, counts: torch.Tensor) -> torch.Tensor:
-        """Mean of the score in units of its standard error [P]: zero but for chance."""
+        """Compute the mean of the score in units of its standard error [P]; its expectation is
+        zero."""
         samples = counts.sum()
         variance = self.score(slice(None), counts).covariance.diagonal()
         return self.score_sums.sum(0) / samples / (variance / samples).sqrt()
@@ -225,8 +225,8 @@ class ScoreMoments(DerivativeMoments):
 
 
 def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tensor:
-    """Sums [F, P, k] float64 over the rows of each fold of values [P, n, k]: the rows of the place
-    from `start` on."""
+    """Sum values [P, n, k] over the rows of each fold, [F, P, k] float64. The values are the rows
+    of the place from `start` on."""
     shape = place.folds, values.shape[0], values.shape[2]
     sums = torch.zeros(shape, dtype=torch.float64, device=values.device)
     for fold, rows in place.within(start, start + values.shape[1]):
@@ -237,8 +237,9 @@ def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tenso
 def fold_products(
     weights: torch.Tensor, features: torch.Tensor, place: Place, start: int = 0
 ) -> torch.Tensor:
-    """Sums [F, P, k] of weights [n, P] times features [n, k] over the rows of each fold: the rows
-    of the place from `start` on. In float64: neither TF32 nor cancellation touches them."""
+    """Sum weights [n, P] times features [n, k] over the rows of each fold, [F, P, k]. They are the
+    rows of the place from `start` on. Products are in float64, which excludes TF32 and limits
+    cancellation."""
     features, weights = features.double(), weights.double()
     products = features.new_zeros(place.folds, weights.shape[1], features.shape[1])
     for fold, rows in place.within(start, start + len(features)):

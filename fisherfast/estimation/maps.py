@@ -1,9 +1,9 @@
-r"""Where on a feature map the information sits: the linear Fisher information of the C channels at
-each position.
+r"""Maps of the information: the linear Fisher information of the C channels at each position of a
+feature map.
 
-Each position (h, w) of a layer [C, H, W] is a small measurement of its own: within-fold covariance
-S_hw [C, C], derivative D_hw [C, P], and the same corrections as for a whole layer (docs/theory.md,
-4 to 6). All H W systems are solved in one batched call.
+Each position (h, w) of a layer [C, H, W] has its own within-fold covariance S_hw [C, C] and
+derivative D_hw [C, P], with the same corrections as a whole layer (docs/theory.md, 4 to 6). All H W
+systems are solved in one batched call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fisherfast.estimation.score import score_estimate
 __all__ = ["MapMoments", "estimate_map"]
 
 KEPT_SAMPLES = 256
-"""Samples over all conditions that are kept for their leverages."""
+"""Samples over all conditions that are kept to compute leverages."""
 
 
 class MapMoments:
@@ -48,11 +48,11 @@ class MapMoments:
         conditions: number of conditions.
         folds: F.
         paired: the conditions share their noise.
-        tangents: P, where each sample comes with its tangents; 0 for none.
-        score: P, where each sample comes with its score; 0 for none.
+        tangents: P if samples have tangents, else 0.
+        score: P if samples have a score, else 0.
         groups: int64 [F] in each fold, as in `FoldMoments`; None for independent samples.
 
-    Products are of float64, see `FeatureDictionary`.
+    Products are in float64, see `FeatureDictionary`.
 
     Memory: 8 H W C (C + conditions F) bytes, and 8 H W C P F for tangents or score.
     """
@@ -148,8 +148,8 @@ class MapMoments:
         self.seen[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that adds up over processes, see `FoldMoments.shared_sums`; `mirror_`
-        follows."""
+        """Return views of the sums to add up over processes, see `FoldMoments.shared_sums`; call
+        `mirror_` afterwards."""
         parts = [self._sums, *lower_triangles(self._cross)]
         parts += [self._products] if self.paired else []
         if not self._forgotten:
@@ -160,14 +160,14 @@ class MapMoments:
         return parts + ([] if self._carried is None else self._carried.shared_sums())
 
     def mirror_(self) -> None:
-        """Make the upper triangles of the cross products those of the lower ones."""
+        """Copy the lower triangles of the cross products to the upper ones."""
         channels = self._cross.shape[-1]
         upper = torch.ones(channels, channels, dtype=torch.bool, device=self._cross.device).triu(1)
         for row in self._cross:
             row.copy_(torch.where(upper, row.mT, row))
 
     def covariance(self) -> tuple[torch.Tensor, int]:
-        """Within-fold covariance S [H, W, C, C] and its degrees of freedom."""
+        """Compute the within-fold covariance S [H, W, C, C] and its degrees of freedom."""
         weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
         means = (self._sums / weight.sqrt()).flatten(0, 1).permute(2, 3, 1, 0)
         samples, dof = int(self._counts.sum()), int(self._counts.sum()) - self._counts.numel()
@@ -181,7 +181,7 @@ class MapMoments:
         return scatter / dof, own
 
     def derivatives(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """D [H, W, C, P] of all samples, and of each fold alone [H, W, C, F, P]."""
+        """Compute D [H, W, C, P] of all samples, and that of each fold alone [H, W, C, F, P]."""
         if self._carried is not None:
             counts = self._counts[0].to(self._sums.device, torch.float64)
             whole, folds = self._carried.derivatives(slice(None), counts, self._sums[0].flatten(1))
@@ -199,8 +199,7 @@ class MapMoments:
         )
 
     def samples(self) -> SampleFeatures | None:
-        """Some of the samples [m, C H W] about the means of their folds; None where none are
-        kept."""
+        """Return the kept samples [m, C H W] about the means of their folds; None without any."""
         if self._forgotten:
             return None
         parts, scores = [], []
@@ -214,27 +213,27 @@ class MapMoments:
         return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
 
     def score(self) -> FoldScore | None:
-        """Covariance of the score; None for the other sources."""
+        """Compute the covariance of the score; None for other sources."""
         counts = self._counts[0].to(self._sums.device, torch.float64)
         return None if self._carried is None else self._carried.score(slice(None), counts)
 
     @property
     def carries(self) -> bool:
-        """Whether the derivative comes from what the samples carry."""
+        """Whether the derivative comes from tangents or score."""
         return self._carried is not None
 
     def noise(self, contrast: torch.Tensor) -> torch.Tensor:
-        """c [P, P]: Cov(D) = c S for independent conditions."""
+        """Compute c [P, P]: Cov(D) = c S for independent conditions."""
         per_condition = self._counts.sum(1).to(contrast)
         return contrast.T @ (contrast / per_condition[:, None])
 
     def alive(self, covariance: torch.Tensor) -> torch.Tensor:
-        """Channels [H, W, C] that vary by more than the rounding of their mean."""
+        """Return which channels [H, W, C] vary by more than the rounding of their mean."""
         rounding = self._rounding * self._mean()
         return covariance.diagonal(dim1=-2, dim2=-1) > rounding.square()
 
     def ridge(self, setting: RidgeSetting, variance: torch.Tensor) -> torch.Tensor:
-        """The ridge [H, W, C], relative to the variances [H, W, C]."""
+        """Compute the ridge [H, W, C], relative to the variances [H, W, C]."""
         if setting != AUTO:
             return torch.full_like(variance, setting)
         return raw_ridge(variance, self._noise**2 * (self._mean().square() + variance))
@@ -244,8 +243,8 @@ class MapMoments:
         return (self._sums.sum((0, 1)) / self._counts.sum() + self._pilot).permute(1, 2, 0)
 
     def pair_inflation(self, covariance: torch.Tensor, alive: torch.Tensor) -> float:
-        """1 + sum over pairs of rho^2, as for a whole layer: how much correlated conditions
-        over-count their samples."""
+        """Compute the factor by which correlated conditions have fewer degrees of freedom, as for a
+        whole layer."""
         if not self.paired or self.groups is not None or not bool(alive.any()):
             return 1.0
         weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
@@ -264,7 +263,7 @@ def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
 def estimate_map(
     name: str, moments: MapMoments, contrast: torch.Tensor, ridge: RidgeSetting
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""J [H, W, P, P] and its standard errors at each position, in 1/theta^2.
+    r"""Estimate J [H, W, P, P] and its standard errors at each position, in 1/theta^2.
 
     .. math::
         \text{independent:}\quad J = h \, J_\text{naive} - k_\text{eff} \, c \qquad
@@ -325,12 +324,13 @@ def _solve(
     *,
     rounding: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """L^-1 of all columns [H W, C, (1 + F) P], k_eff [H W], and which channels count [H W, C].
+    """Compute L^-1 times all columns [H W, C, (1 + F) P], k_eff [H W], and which channels count
+    [H W, C].
 
     Channels that do not vary become features of unit variance without derivative or covariance:
-    they add nothing to J, and are not counted. The part of a feature that is ridge is counted with
-    the largest ridge of its position: it is 0 but for channels that are linear in others, which are
-    left out where the ridge is their rounding.
+    they add nothing to J and are not counted. The ridge share of a feature is computed with the
+    largest ridge of its position: it is near 0 except for channels that are linear in others, which
+    are left out if the ridge stands for rounding.
     """
     both = alive[..., None] & alive[..., None, :]
     covariance = torch.where(both, covariance, 0.0)
@@ -356,7 +356,8 @@ def _seen(
     half: torch.Tensor,
     dof: float,
 ) -> Seen:
-    """Some samples as the positions see them; those whose covariance is singular see nothing."""
+    """Compute leverage and prediction of kept samples at each position; zero where the covariance
+    is singular."""
     height, width, channels, _ = covariance.shape
     both = (known[:, :, None] & known[:, None, :]).reshape(covariance.shape)
     R = torch.where(both, covariance, 0.0)
@@ -372,5 +373,5 @@ def _seen(
 
 
 def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Sums over channels of l r^T [B, F, P, P], of l and r [B, C, F, P]."""
+    """Sum l r^T over channels, [B, F, P, P], with l and r [B, C, F, P]."""
     return torch.einsum("bcfp,bcfq->bfpq", left, right)

@@ -320,7 +320,7 @@ def test_marginal_of_no_numbers(flow, keep):
 
 def test_value_of_two_parameters(flow):
     """Catches one entry in the place of a matrix."""
-    with pytest.raises(ValueError, match=r"value must be asked for one parameter, got 2: use \.J"):
+    with pytest.raises(ValueError, match=r"value needs exactly one parameter, got 2: use \.J"):
         _ = flow["fc1"].marginal([0, 1]).value
 
 

@@ -1,4 +1,4 @@
-"""What a monitor and its rules are given, checked where it comes in."""
+"""Checks of the arguments of a monitor and its rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 
 
 def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors:
-    """Mean square errors in theta^2, one per parameter; None for None.
+    """Return mean square errors in theta^2, one per parameter; None for None.
 
     Args:
         name: of the argument.
@@ -28,8 +28,8 @@ def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors
         scale: theta per unit of the targets.
 
     Raises:
-        TypeError: no number, or not numbers.
-        ValueError: not P of them, or a negative one.
+        TypeError: the value is neither a number nor numbers.
+        ValueError: there are not P of them, or one is negative.
     """
     if value is None:
         return None
@@ -42,8 +42,8 @@ def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors
         raise ValueError(f"{name} must hold one number per parameter ({parameters}), got {value!r}")
     if bool((errors < 0).any()):
         raise ValueError(
-            f"{name} must be a mean square error, at least 0, got {value!r}: a log-likelihood"
-            ' is none; leave it out and stop with rule="transmission"'
+            f"{name} must be a mean square error, at least 0, got {value!r}: leave it out for other"
+            ' losses, such as a log-likelihood, and stop with rule="transmission"'
         )
     return tuple((errors * scale**2).tolist())
 
@@ -60,10 +60,10 @@ def check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]
 
 
 def check_scale(scale: Any) -> float:
-    """The setting target_scale as a float.
+    """Return the setting target_scale as a float.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is 0, NaN or infinite.
     """
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):

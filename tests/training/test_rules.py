@@ -196,7 +196,7 @@ class TestCramerRao:
             ({"smoothing": 0}, "smoothing must be at least 1, got 0"),
             ({"target_scale": 0.0}, "target_scale must be positive and finite, got 0.0"),
             ({"least_error": NAN}, "least_error must be positive and finite, got nan"),
-            ({"input_J": []}, "input_J must hold the information at one theta at least, got none"),
+            ({"input_J": []}, "input_J must hold the information at least at one theta, got none"),
             ({"min_delta": "a lot"}, "min_delta must be at least 0 and finite, got 'a lot'"),
             ({"prior": (1.0, -1.0)}, "prior must be (low, high) with low < high, or a tensor of"),
             ({"prior": 3.0}, "prior must be (low, high) with low < high, or a tensor of theta"),

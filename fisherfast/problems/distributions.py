@@ -54,7 +54,7 @@ class LogNormal(Problem):
 
     @classmethod
     def random(cls, *, dim: int = 10, variance: float = 0.01, seed: int = 0) -> LogNormal:
-        """The published task: B_ij ~ N(0, variance), d = 10 (Weimar et al. 2025)."""
+        """Make the published task: B_ij ~ N(0, variance), d = 10 (Weimar et al. 2025)."""
         generator = seeded_generator(seed, STREAM_PARAMETERS)
         shape = (check_whole("dim", dim, least=1), dim)
         entries = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -105,8 +105,8 @@ class Poisson(Problem):
 
         I_pq = J_pq = sum_i r_i,p r_i,q / r_i
 
-    A sample is the quantile of a uniform number, so equal noise at two theta gives the nearest
-    counts the two distributions allow.
+    A sample is the quantile of a uniform number, so equal noise at two theta gives the closest
+    possible counts.
 
     Args:
         rates: theta [P] -> r [d], expected counts, positive.
@@ -163,7 +163,7 @@ class Poisson(Problem):
         return (derivative / self.mean(theta)) @ derivative.mT
 
     def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
-        """Counts, float32 [n, d]."""
+        """Draw counts, float32 [n, d]."""
         return poisson_sample(self.mean(theta), n, generator).float()
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
@@ -173,7 +173,8 @@ class Poisson(Problem):
 
 
 def poisson_sample(rates: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Counts of Poisson(rates [d]), float64 [n, d], non-decreasing in the rates at fixed noise."""
+    """Draw counts of Poisson(rates [d]), float64 [n, d], non-decreasing in the rates at fixed
+    noise."""
     shape = (check_whole("n", n, least=1), rates.numel())
     uniform = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     rows = max(1, QUANTILE_BLOCK // rates.numel())
@@ -182,10 +183,10 @@ def poisson_sample(rates: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 
 def poisson_quantile(uniform: Tensor, rates: Tensor) -> Tensor:
-    """The least count k with P(X <= k) >= u for X ~ Poisson(rate).
+    """Find the least count k with P(X <= k) >= u for X ~ Poisson(rate).
 
     P(X <= k) = Q(k + 1, rate), the regularised incomplete gamma function. The search starts at the
-    Cornish-Fisher estimate, which is off by one or two counts.
+    Cornish-Fisher estimate, whose error is one or two counts.
 
     Args:
         uniform: u in [0, 1), float64 [n, d].
@@ -199,11 +200,11 @@ def poisson_quantile(uniform: Tensor, rates: Tensor) -> Tensor:
     count, u, rate = start.flatten(), uniform.flatten(), rates.expand_as(uniform).flatten()
 
     active = torch.arange(len(count), device=count.device)
-    while len(active):  # upwards, as long as the distribution function has not reached u
+    while len(active):  # upwards until the distribution function reaches u
         active = active[torch.special.gammaincc(count[active] + 1, rate[active]) < u[active]]
         count[active] += 1
     active = torch.nonzero(count > 0).flatten()
-    while len(active):  # downwards, as long as one count less would do
+    while len(active):  # downwards while one count less is enough
         active = active[torch.special.gammaincc(count[active], rate[active]) >= u[active]]
         count[active] -= 1
         active = active[count[active] > 0]
@@ -215,8 +216,8 @@ class Laplace(Problem):
 
         I = d / b^2,  J = d / (2 b^2)
 
-    The density has a kink, which a finite step smooths: whatever the features, two conditions
-    dtheta apart show at most about [1 - dtheta / (3 b)] I, 0.97 I at dtheta = 0.1 b.
+    The density has a kink, which a finite step smooths: with any features, two conditions dtheta
+    apart have at most about [1 - dtheta / (3 b)] I, 0.97 I at dtheta = 0.1 b.
 
     Args:
         dim: d.
@@ -277,7 +278,7 @@ class Laplace(Problem):
 
 
 class RectifiedGaussian(Problem):
-    """x_i = max(theta + z_i, 0), z ~ N(0, 1): what a ReLU leaves of a unit's information.
+    """x_i = max(theta + z_i, 0), z ~ N(0, 1): the information in a unit after a ReLU.
 
         I = d [Phi - t phi + phi^2 / Phi(-t)],  t = theta
         J = d Phi^2 / v,  v = (t^2 + 1) Phi + t phi - (t Phi + phi)^2

@@ -19,13 +19,13 @@ from fisherfast.problems.problem import (
 
 
 def standard_normal(n: int, dim: int, generator: torch.Generator) -> Tensor:
-    """N(0, 1) numbers, float32 [n, dim], on the generator's device."""
+    """Draw N(0, 1) numbers, float32 [n, dim], on the generator's device."""
     n = check_whole("n", n, least=1)
     return torch.randn(n, dim, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 class GaussianShift(Problem):
-    """x ~ N(A theta, S): a mean that moves in the presence of fixed noise.
+    """x ~ N(A theta, S): a mean that depends on theta, with fixed noise.
 
         I = J = A^T S^-1 A,  and W x has the FI A^T W^T (W S W^T)^-1 W A
 
@@ -79,7 +79,7 @@ class GaussianShift(Problem):
         return half.mT @ half
 
     def linear_fisher(self, theta: Theta) -> Tensor:
-        """The FI itself: a Gaussian of fixed covariance has only linear information."""
+        """The FI itself: a Gaussian with fixed covariance has only linear information."""
         return self.fisher(theta)
 
     def fisher_after(self, weight: np.ndarray | Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class GaussianShift(Problem):
 
 
 class NoisyLinear(GaussianShift):
-    """y = W x + s e, with x ~ N(A theta, S) and e ~ N(0, 1): a layer that adds noise of its own.
+    """y = W x + s e, with x ~ N(A theta, S) and e ~ N(0, 1): a layer that adds noise.
 
         I = A^T W^T (W S W^T + s^2 1)^-1 W A
 
@@ -156,7 +156,7 @@ class NoisyLinear(GaussianShift):
 
 
 class GaussianScale(Problem):
-    """x ~ N(0, theta^2 1): all information sits in the spread, none in the mean.
+    """x ~ N(0, theta^2 1): all information is in the spread, none in the mean.
 
         I = 2 d / theta^2,  J = 0
 
@@ -325,7 +325,8 @@ class GaussianFamily(Problem):
 
 
 def as_shape(name: str, value: Tensor, *shape: int) -> Tensor:
-    """What a user's function returned, as float64 of the promised shape, or a ValueError."""
+    """Return the result of a user's function as float64 of the given shape, or raise a
+    ValueError."""
     tensor = torch.as_tensor(value, dtype=torch.float64)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must return shape {shape}, got {tuple(tensor.shape)}")

@@ -22,7 +22,7 @@ class MLP(nn.Sequential):
     Args:
         widths: units of every layer, input and output included; at least two.
         activation: builds one activation module; its class name in lower case names the layers.
-        flatten: begin with a layer "flatten", for inputs such as images [n, H, W].
+        flatten: start with a layer "flatten", for inputs such as images [n, H, W].
 
     Raises:
         ValueError: if there are fewer than two widths, or one is not positive.
@@ -62,12 +62,12 @@ def mlp(
     flatten: bool = False,
     seed: int | None = None,
 ) -> MLP:
-    """An `MLP` with weights drawn from `seed`, the global random state left as it was.
+    """Make an `MLP` with weights drawn from `seed`, without changing the global random state.
 
     Args:
         widths: units of every layer, input and output included.
         activation: builds one activation module.
-        flatten: begin with a layer "flatten".
+        flatten: start with a layer "flatten".
         seed: of the weights; None draws them from the global random state, as PyTorch does.
 
     Returns:
@@ -88,33 +88,33 @@ def mlp(
 
 
 def imaging_network(*, seed: int | None = None) -> MLP:
-    """432-800-100-25-5-1 with ReLU, for images [n, 18, 24] (Weimar et al. 2025)."""
+    """Make 432-800-100-25-5-1 with ReLU, for images [n, 18, 24] (Weimar et al. 2025)."""
     return mlp([432, 800, 100, 25, 5, 1], flatten=True, seed=seed)
 
 
 def gaussian_network(*, seed: int | None = None) -> MLP:
-    """256-150-100-50-25-1 with ReLU, for samples [n, 256] (Weimar et al. 2025)."""
+    """Make 256-150-100-50-25-1 with ReLU, for samples [n, 256] (Weimar et al. 2025)."""
     return mlp([256, 150, 100, 50, 25, 1], seed=seed)
 
 
 def lognormal_network(*, seed: int | None = None) -> MLP:
-    """10-150-100-50-25-1 with ReLU, for samples [n, 10] (Weimar et al. 2025)."""
+    """Make 10-150-100-50-25-1 with ReLU, for samples [n, 10] (Weimar et al. 2025)."""
     return mlp([10, 150, 100, 50, 25, 1], seed=seed)
 
 
 def invertible_chain(
     dim: int, *, depth: int = 6, slope: float = 0.3, seed: int = 0
 ) -> nn.Sequential:
-    """Square orthogonal layers with random biases, each followed by a leaky ReLU.
+    """Make square orthogonal layers with random biases, each followed by a leaky ReLU.
 
-    Every layer is invertible, so the Fisher information of whatever enters is the same at every
-    depth; the *linear* Fisher information falls with depth.
+    Every layer is invertible, so the Fisher information of the input is the same at every depth;
+    the *linear* Fisher information falls with depth.
 
     Args:
         dim: d, units of every layer.
         depth: pairs of linear layer and activation, named fc1, leakyrelu1, fc2, ...
         slope: of the leaky ReLU below zero, positive.
-        seed: of weights and biases; the global random state is left as it was.
+        seed: of weights and biases; the global random state does not change.
 
     Returns:
         The chain, [n, d] -> [n, d].

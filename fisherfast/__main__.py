@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast._version import __version__
 from fisherfast.reproduce.command import SEEDS, add_reproduce, run_reproduce
 
@@ -24,14 +25,14 @@ WRONG_OPTION = 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line."""
+    """A parser that reports a wrong option in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_OPTION, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = _build_parser()
     options = parser.parse_args(arguments)
     if options.verb is None:
@@ -55,7 +56,8 @@ def _check() -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    """Prepare the task, then run it: only a wrong option may end in a message."""
+    """Prepare the task, then run it. Only a wrong option is reported as a message; errors of the
+    run itself are raised."""
     from fisherfast.demos import run_demo
 
     try:
@@ -71,15 +73,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    if options.epochs is not None and options.epochs < 1:
-        raise ValueError(f"--epochs must be at least 1, got {options.epochs}")
-    if options.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    if options.epochs is not None:
+        check_whole("--epochs", options.epochs, least=1)
+    check_whole("--seed", options.seed, least=0)
     if options.seed >= SEEDS:
         raise ValueError(f"--seed must be below {SEEDS}, got {options.seed}")
-    rate = options.learning_rate
-    if rate is not None and not 0 < rate < float("inf"):
-        raise ValueError(f"--learning-rate must be positive and finite, got {rate}")
+    if options.learning_rate is not None:
+        check_positive("--learning-rate", options.learning_rate)
 
 
 def _make_task(options: argparse.Namespace) -> Task:
@@ -101,7 +101,7 @@ def _with_overrides(task: Task, options: argparse.Namespace) -> Task:
 
 
 def _show_progress() -> bool:
-    """Whether somebody is watching, and tqdm is there to show something."""
+    """Return whether to show progress: only on a TTY with tqdm installed."""
     if not sys.stderr.isatty():
         return False
     try:

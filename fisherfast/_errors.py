@@ -4,6 +4,6 @@ __all__ = ["FisherWarning"]
 
 
 class FisherWarning(UserWarning):
-    """A result needs care: the finite step is too wide, the mean score is far from zero, samples do
-    not depend on theta or depend on each other, or the network draws random numbers in eval
-    mode."""
+    """Warn that a result may be wrong: the finite step is too wide, the mean score is far from
+    zero, samples do not depend on theta or depend on each other, or the network draws random
+    numbers in eval mode."""

@@ -1,4 +1,4 @@
-"""Loads the native module ``_C`` once and calls its kernels.
+"""Load the native module ``_C`` once and call its kernels.
 
 The kernels take integers: data pointers, sizes, strides. Each one exists per device and dtype,
 named ``<op>_<device>_<dtype>``. CPU kernels take the number of threads last, CUDA kernels the
@@ -34,14 +34,14 @@ _REBUILD = (
 
 
 def load() -> ModuleType | None:
-    """Imports ``fisherfast._C``.
+    """Import ``fisherfast._C``.
 
     Returns:
         The module, or None when ``FISHERFAST_DISABLE_NATIVE=1``.
 
     Raises:
         RuntimeError: the module is missing, cannot be loaded, or belongs to another version, or
-            ``FISHERFAST_SIMD`` names no instruction set of this processor.
+            ``FISHERFAST_SIMD`` is not an instruction set of this processor.
     """
     if os.environ.get(DISABLE_VARIABLE, "0") == "1":
         return None
@@ -59,7 +59,7 @@ def load() -> ModuleType | None:
             f"{_REBUILD}"
         )
     _choose_simd(module)
-    module.borrow_threads()  # torch has been imported: its pool is there
+    module.borrow_threads()  # torch is imported, so its thread pool exists
     return module
 
 
@@ -79,18 +79,19 @@ CUDA_COMPILED: bool = _C is not None and bool(_C.build_info()["cuda"])
 
 
 def serves(tensor: torch.Tensor) -> bool:
-    """Whether there are native kernels for the device of ``tensor``."""
+    """Return whether there are native kernels for the device of ``tensor``."""
     return CUDA_COMPILED if tensor.is_cuda else _C is not None
 
 
 def build_info() -> dict[str, Any]:
-    """Facts about the build: version, compiler, cuda, nvcc, cuda_architectures; and the instruction
-    set in use, simd, of simd_available (the widest last), and whose threads the kernels use."""
+    """Describe the build: version, compiler, cuda, nvcc, cuda_architectures; the instruction set in
+    use, simd, and those available, simd_available (the widest last); and which thread pool the
+    kernels use."""
     return {} if _C is None else dict(_C.build_info())
 
 
 def call(op: str, like: torch.Tensor, *numbers: Any) -> None:
-    """Runs the kernel of ``op`` for the device and dtype of ``like``.
+    """Run the kernel of ``op`` for the device and dtype of ``like``.
 
     Args:
         op: name of the op.
@@ -105,7 +106,7 @@ def call(op: str, like: torch.Tensor, *numbers: Any) -> None:
 
 
 def fisher_solve_fits(like: torch.Tensor, dim: int, params: int, inverse_rows: bool) -> bool:
-    """Whether one system fits into the shared memory of a block; always so on the CPU."""
+    """Return whether one system fits into the shared memory of a block; always true on the CPU."""
     if not like.is_cuda:
         return True
     shared_bytes = getattr(_C, f"fisher_solve_shared_bytes_{DTYPE_NAMES[like.dtype]}")
@@ -114,7 +115,7 @@ def fisher_solve_fits(like: torch.Tensor, dim: int, params: int, inverse_rows: b
 
 
 def workspace(op: str, like: torch.Tensor, *sizes: int) -> torch.Tensor | None:
-    """Scratch memory of the CUDA kernel of ``op``, which says how many bytes; None on the CPU."""
+    """Allocate the scratch memory that the CUDA kernel of ``op`` asks for; None on the CPU."""
     if not like.is_cuda:
         return None
     size: int = getattr(_C, f"{op}_workspace_{DTYPE_NAMES[like.dtype]}")(*sizes)

@@ -9,7 +9,7 @@ __all__ = ["Bar", "progress_bar"]
 
 
 class Bar(Protocol):
-    """What the library uses of a progress bar."""
+    """The methods of a progress bar that the library uses."""
 
     def update(self, n: int = 1) -> Any: ...
     def close(self) -> Any: ...
@@ -35,7 +35,7 @@ class _Silent:
 
 
 def progress_bar(show: bool, *, total: int | None, title: str, unit: str = "samples") -> Any:
-    """A tqdm bar (terminal or notebook), or one that shows nothing.
+    """Return a tqdm bar (terminal or notebook), or one that shows nothing.
 
     Raises:
         ImportError: show is true and tqdm is not installed.

@@ -1,3 +1,3 @@
-"""The one place where the version of fisherfast is written."""
+"""The version of fisherfast; all other places read it from here."""
 
 __version__ = "0.1.0"

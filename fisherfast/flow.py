@@ -1,5 +1,5 @@
-"""`fisher_flow`: the Fisher information of every layer in one streaming pass; `fisher_information`:
-that of the data alone.
+"""`fisher_flow` measures the Fisher information of every layer in one streaming pass,
+`fisher_information` that of the data alone.
 """
 
 from __future__ import annotations
@@ -46,73 +46,75 @@ def fisher_flow(
     group: Any = None,
     timeout: float = TIMEOUT,
 ) -> FisherFlow:
-    r"""Fisher information about theta in the activations of every layer.
+    r"""Measure the Fisher information about theta in the activations of every layer.
 
-    For each layer, :math:`J = D^T S^{-1} D` of its activations and a random lift of them, free of
-    finite-sample bias, with standard error and an honest lower bound. The model runs in eval mode
-    without gradients; parameters, mode, hooks and random state are afterwards as they were, also
-    after an error.
+    For each layer this is :math:`J = D^T S^{-1} D` of its activations and a random lift of them,
+    corrected for finite-sample bias, with a standard error and an honest lower bound. The model
+    runs in eval mode without gradients; its parameters, mode and hooks and the random state are
+    restored afterwards, also after an error.
 
     Args:
-        model: any module that maps a batch [n, ...] to anything; of a compiled or distributed one
-            the module inside is measured.
+        model: any module that takes a batch [n, ...]. For a compiled or distributed model the
+            wrapped module is measured.
         data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
-            copied to the device and dtype of the model. For `Pathwise` the tangents go through the
-            model beside the samples, at the cost of 1 + P forward passes.
+            copied to the device and dtype of the model. For `Pathwise` the tangents pass through
+            the model together with the samples, at the cost of 1 + P forward passes.
         layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
             names, a regular expression searched for in the names, or a function (name, module or
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
-            and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always there. Of a
-            model that returns a tuple, a list or a dict, also nested, "output" is the joint one:
-            all floating tensors with one row per sample, side by side. Each of them is a head,
-            "output[0]" or "output[mean]", in "auto" too. Integers, None and tensors without a row
-            per sample are left out; if nothing remains there is no "output".
-        max_features: features per layer aimed at. A layer wider than that uses all its activations;
-            with more than 4096 of them, or too few samples for so many, it is compressed in 16 more
-            passes over data that can be read again (docs/theory.md, 15).
+            and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always included. If
+            the model returns a tuple, a list or a dict, also nested, "output" is the joint output:
+            all floating tensors with one row per sample, side by side. Each of them is also a head,
+            "output[0]" or "output[mean]", and included in "auto". Integers, None and tensors
+            without a row per sample are left out; if nothing remains there is no "output".
+        max_features: number of features to use per layer. A layer with more activations than that
+            uses all of them; with more than 4096 activations, or too few samples for them, it is
+            compressed in 16 more passes over the data, if these can be read again (docs/theory.md,
+            15).
         probe: None, or "network": also train two small networks per layer, each on half of the
-            samples, and add their outputs to the features of the other half. Closes most of the gap
-            that the lift leaves behind many strong non-linearities where the score is known, about
-            half of it by pairs or tangents, hardly any by two independent conditions, for up to a
-            minute per layer on two cores. Reads the data twice, so they must repeat, and keeps up
-            to 512 MB of activations (docs/training.md). Not for layers that are compressed.
+            samples, and add their outputs to the features of the other half. After many strong
+            non-linearities this closes most of the gap that the lift leaves if the score is known,
+            about half of it with pairs or tangents, and hardly any with two independent conditions.
+            It takes up to a minute per layer on two cores, reads the data twice, so they must
+            repeat, and keeps up to 512 MB of activations (docs/training.md). Compressed layers get
+            no probe.
         output: name of a head, such as "output[mean]", that a monitor and its rules read instead of
-            the joint "output"; it is measured whatever the layers. Kept in ``flow.settings``.
+            the joint "output"; it is always measured. Kept in ``flow.settings``.
         batch_size: samples per batch, for data that are not batched already.
         seed: of the random lift. The global random state is neither used nor changed.
         progress: show a progress bar (needs tqdm).
-        ridge: noise variance added to each feature, relative to its own. It takes all information
-            from directions that vary less than that. "auto" adds the rounding of the activations to
-            them, which takes nothing that they carry, and 1e-4 to lifted features; a number is
-            added to all.
+        ridge: noise variance added to each feature, relative to its own variance. Directions that
+            vary less than that lose all their information. "auto" adds the rounding error of the
+            activations to them, which costs no information that they carry, and 1e-4 to lifted
+            features; a number is added to all features.
         folds: number of folds, even, at least 4 (6 for paired conditions and tangents).
-        grow: begin with 64 lifted features and double their number, in another pass over the data,
-            only for layers whose curve still rises at its end, up to max_features. Each pass
-            computes the new features alone. For data that repeat: tensors, arrays, Datasets,
-            loaders that do not shuffle.
-        maps: also measure the information of the channels at each position of layers [C, H, W], of
-            all or of those in a list of names, see `FisherFlow.map`.
-        memory_budget: what the measurement may allocate beside the model and the user's own data,
-            in bytes or as "2 GB"; None for no bound. Batches are made as small as it takes, those
-            of a loader are split. The result depends on it by rounding alone (but for a
-            `Simulator`, which draws other samples in batches of another size).
-        group: processes that share the work: None for this one alone, "world" for all ranks of
-            `torch.distributed` (this one alone where it is not initialised), or a ProcessGroup. All
-            of them make this call, with the same data or each with its own `Shard`, and all get the
-            same result (docs/training.md, many processes).
-        timeout: seconds without a sign of life after which a rank of the group counts as dead.
+        grow: start with 64 lifted features and double their number, up to max_features, for layers
+            whose curve still rises at its end. Each doubling is another pass over the data that
+            computes only the new features. The data must repeat: tensors, arrays, Datasets, loaders
+            that do not shuffle.
+        maps: also measure the information of the channels at each position of layers [C, H, W], for
+            all such layers or those in a list of names, see `FisherFlow.map`.
+        memory_budget: memory that the measurement may allocate in addition to the model and the
+            user's own data, in bytes or as "2 GB"; None for no bound. Batches are made as small as
+            necessary, and those of a loader are split. The result depends on the budget by rounding
+            only (except for a `Simulator`, which draws other samples in batches of another size).
+        group: processes that share the work: None for this process alone, "world" for all ranks of
+            `torch.distributed` (this process alone if it is not initialised), or a ProcessGroup.
+            All of them make this call, with the same data or each with its own `Shard`, and all get
+            the same result (docs/training.md, many processes).
+        timeout: seconds without a message after which a rank of the group counts as dead.
 
     Returns:
         `FisherFlow`: J, stderr, lower, ... of each layer, float64 [P, P] in 1/theta^2.
 
     Raises:
         ValueError: NaN or infinite activations (names the layer and the batch), too few samples
-            (says how many are needed), an empty source, an unknown layer (names the nearest) or one
-            that never runs; an output that the model does not have (lists those that it has); a
-            memory_budget too small for one sample (says what is needed); data that do not repeat,
-            for a probe or to grow.
+            (says how many are needed), an empty source, an unknown layer (lists the nearest names)
+            or one that never runs; an output that the model does not have (lists its outputs); a
+            memory_budget too small for one sample (says how much is needed); data that do not
+            repeat, with a probe or grow.
         TypeError: integer or complex data.
-        RuntimeError: another rank of the group has failed or died (names it, and what it raised).
+        RuntimeError: another rank of the group failed or died (says which, and what it raised).
 
     Warns:
         FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
@@ -167,9 +169,9 @@ def fisher_information(
     group: Any = None,
     timeout: float = TIMEOUT,
 ) -> LayerFisher:
-    """Fisher information about theta in the data themselves, without a model.
+    """Measure the Fisher information about theta in the data themselves, without a model.
 
-    Arguments, errors and cost as for `fisher_flow`.
+    Arguments, errors and cost are those of `fisher_flow`.
 
     Returns:
         `LayerFisher` named "input": J, stderr, lower, ... float64 [P, P] in 1/theta^2.

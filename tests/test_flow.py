@@ -591,10 +591,10 @@ def test_a_single_event():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"max_features": 0}, "max_features must be positive, got 0"),
-        ({"max_features": -1}, "max_features must be positive, got -1"),
-        ({"batch_size": 0}, "batch_size must be positive, got 0"),
-        ({"batch_size": -3}, "batch_size must be positive, got -3"),
+        ({"max_features": 0}, "max_features must be at least 1, got 0"),
+        ({"max_features": -1}, "max_features must be at least 1, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
         ({"folds": 3}, "folds must be even and at least 4, got 3"),
         ({"seed": 2**63}, f"seed must be at least -2**63 and below 2**63, got {2**63}"),
         ({"folds": 0}, "folds must be even and at least 4, got 0"),

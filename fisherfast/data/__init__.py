@@ -1,8 +1,8 @@
-"""How the samples at theta are given: four sources, one interface.
+"""Samples at theta: four sources with one interface.
 
 `FiniteDifference`: two conditions a finite step apart. `Pathwise`: samples with their derivative.
-`Score`: samples with the derivative of their log density. `Simulator`: a function that draws them.
-`Shard`: what one of many processes has of any of these.
+`Score`: samples with the derivative of their log density. `Simulator`: a function that draws
+samples. `Shard`: one process's part of any of these.
 """
 
 from fisherfast.data.batch import Batch, Data

@@ -1,7 +1,7 @@
-"""What all sources have in common: conditions, their batches, and how a mean is differentiated.
+"""The interface of all sources: conditions, their batches, and the derivative of a mean.
 
 A *condition* is one set of samples, all drawn at the same theta. The derivative of a mean is the
-`contrast` of the conditions' means, plus what the samples carry themselves: tangents or a score.
+`contrast` of the conditions' means, or follows from the tangents or score of each sample.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["Batch", "Data", "Gap", "Round", "abreast", "dealt"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one condition, and what is known of each.
+    """Samples of one condition, with their tangents or score.
 
     Attributes:
         x: [n, ...].
         tangents: [P, n, ...] dx/dtheta of each sample, or None.
         score: [n, P] float64 d log p(x | theta) / d theta of each sample, or None.
-        place: of the samples, which are sorted by it; None before they are.
+        place: folds of the samples, which are sorted by them; None before sorting.
     """
 
     x: torch.Tensor
@@ -41,16 +41,16 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the samples and of what is known of each."""
+        """Bytes of the samples with their tangents and score."""
         parts = (self.x, self.tangents, self.score)
         return sum(part.nbytes for part in parts if part is not None)
 
     def leading(self, rows: int) -> Batch:
-        """The first samples."""
+        """Return the first samples."""
         return self.part(0, rows)
 
     def part(self, start: int, stop: int) -> Batch:
-        """Samples start to stop."""
+        """Return samples start to stop."""
         return Batch(
             self.x[start:stop],
             None if self.tangents is None else self.tangents[:, start:stop],
@@ -58,7 +58,7 @@ class Batch:
         )
 
     def sorted(self, place: Place, order: torch.Tensor) -> Batch:
-        """A copy with its rows in an order int64 [n], which gives them a place."""
+        """Copy the batch with its rows in an order int64 [n], which have that place."""
         order = order.to(self.x.device)
         return Batch(
             self.x[order],
@@ -68,7 +68,7 @@ class Batch:
         )
 
     def clone(self) -> Batch:
-        """A copy of everything."""
+        """Copy all tensors."""
         return Batch(
             self.x.clone(),
             None if self.tangents is None else self.tangents.clone(),
@@ -78,10 +78,10 @@ class Batch:
     def to(
         self, device: torch.device | None, dtype: torch.dtype | None, *, copy: bool = False
     ) -> Batch:
-        """On another device, samples and tangents in another dtype; None keeps what is.
+        """Move to another device, samples and tangents also to another dtype; None keeps either.
 
         Args:
-            copy: of x, so that who overwrites it harms nobody.
+            copy: always copy x, so that in-place layers cannot modify the user's data.
         """
         device, dtype = device or self.x.device, dtype or self.x.dtype
         return Batch(
@@ -94,11 +94,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Gap:
-    """Samples in the order of a measurement that another process measures.
+    """Samples that another process measures, at their position in the order of a measurement.
 
     Attributes:
         samples: how many.
-        tally: of them by cell; empty before they are dealt.
+        tally: their number in each cell; empty before they are dealt.
     """
 
     samples: int
@@ -109,13 +109,13 @@ class Gap:
 
 
 Part = Batch | Gap
-"""What comes next of a condition."""
+"""The next part of a condition: a batch to measure, or a gap."""
 
 Round = tuple[Part, ...]
-"""One batch of each condition of a stream: of one when independent, of all when paired."""
+"""One batch of each condition of a stream: one condition if independent, all if paired."""
 
 Mine = Callable[[int], bool]
-"""Whether this process measures the batch of a number."""
+"""Tells whether this process measures the batch with a given number."""
 
 
 class Data(ABC):
@@ -125,10 +125,10 @@ class Data(ABC):
         source: "independent", "paired", "pathwise" or "score".
         parameters: P, entries of theta.
         conditions: number of conditions.
-        dtheta: [P] full separation of the conditions; empty where there is no finite step.
+        dtheta: [P] full separation of the conditions; empty without a finite step.
         paired: the i-th samples of all conditions share their noise.
         sharded: these are the samples of this process alone, see `Shard`.
-        groups: which samples depend on each other; None where all are independent.
+        groups: which samples depend on each other; None if all are independent.
     """
 
     source: str
@@ -145,44 +145,49 @@ class Data(ABC):
 
     @abstractmethod
     def samples(self, condition: int) -> int | None:
-        """Number of samples of a condition, or None for a stream of unknown length."""
+        """Return the number of samples of a condition, or None for a stream of unknown length."""
 
     def length(self, condition: int) -> int | None:
-        """Number of samples of a condition where it is known before any is read: the samples are
-        dealt to folds by it, the same at every measurement."""
+        """Return the number of samples of a condition if it is known before any is read, else None.
+        It decides how samples are dealt to folds, so it is the same at every measurement."""
         return self.samples(condition)
 
     def units(self, condition: int) -> int | None:
-        """Number of independent samples of a condition: of groups, where there are any."""
+        """Return the number of independent samples of a condition: that of groups, if any."""
         return self.samples(condition) if self.groups is None else len(self.groups)
 
     @abstractmethod
     def repeats(self, condition: int) -> bool:
-        """Whether each pass over a condition surely gives the same samples in the same order."""
+        """Return whether each pass over a condition gives the same samples in the same order."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether each pass over every condition gives the same samples in the same order."""
+        return all(self.repeats(c) for c in range(self.conditions))
 
     def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """The batches of one condition in order; only those that are mine surely are read, a `Gap`
-        stands for the others.
+        """Yield the batches of one condition in order, with a `Gap` in place of those that are not
+        mine. Sources that can skip samples do not read these.
 
         Args:
             condition: which one.
             batch_size: samples per batch, as for `read`.
-            mine: whether the batch of a number is to be read.
+            mine: whether to read the batch with a given number.
         """
         yield from dealt(self.read(condition, batch_size), mine)
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
-        """The samples of these numbers int64 [n] in memory of their own; None where samples cannot
-        be read one by one."""
+        """Copy the samples with these numbers, int64 [n]; None if samples cannot be read one by
+        one."""
         return None
 
     def resident(self) -> bool:
-        """Whether all samples are in memory already, as tensors or arrays."""
+        """Return whether all samples are in memory already, as tensors or arrays."""
         return False
 
     def contrast(self) -> torch.Tensor:
-        """Weights [conditions, P] float64: derivative of the mean = sum over conditions of weight *
-        mean. In 1/theta; zero where the samples carry the derivative themselves."""
+        """Return weights [conditions, P] float64, in 1/theta: the derivative of the mean is the sum
+        over conditions of weight * mean. Zero if the samples carry tangents or a score."""
         weights = torch.zeros(self.conditions, self.parameters, dtype=torch.float64)
         for p, step in enumerate(self.dtheta):
             weights[2 * p, p] = -1.0 / step
@@ -190,8 +195,8 @@ class Data(ABC):
         return weights
 
     def condition_name(self, condition: int) -> str:
-        """How messages call a condition: "minus", "plus", "plus[1]" for the second of several
-        parameters, or "x" where there is only one."""
+        """Return the name of a condition in messages: "minus", "plus", "plus[1]" for the second of
+        several parameters, or "x" if there is only one condition."""
         if self.conditions == 1:
             return "x"
         name = "plus" if condition % 2 else "minus"
@@ -200,11 +205,11 @@ class Data(ABC):
     def rounds(
         self, batch_size: int, mine: Callable[[int, int], bool] | None = None
     ) -> list[Iterator[Round]]:
-        """The streams of a measurement: one per condition, or one of all when they are paired.
+        """Return the streams of a measurement: one per condition, or one of all if paired.
 
         Args:
             batch_size: samples per batch, as for `read`.
-            mine: whether the round of a number is to be read, of stream and number; None for all.
+            mine: whether to read a round, given its stream and number; None for all.
 
         Raises:
             ValueError: paired conditions do not yield batches of the same sizes.
@@ -221,7 +226,7 @@ class Data(ABC):
 
 
 def dealt(batches: Iterator[Batch], mine: Mine) -> Iterator[Part]:
-    """Batches that are read and let go of where they are not mine."""
+    """Read all batches, and replace those that are not mine by gaps."""
     for number, batch in enumerate(batches):
         yield batch if mine(number) else Gap(len(batch))
 

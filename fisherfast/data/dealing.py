@@ -1,12 +1,12 @@
-"""Which fold and which half of the samples each sample belongs to.
+"""Deal samples to folds and halves.
 
 Samples are dealt in the order of a hash of their number, so that neither the order of a file nor a
-period in it decides who shares a fold: round-robin where the number of samples is known, by the
-hash itself in streams of unknown length. A sample's number is its position within its condition,
-that of all ranks together; the samples of a pair have the same number and share a fold.
+period in it decides which samples share a fold: round-robin if the number of samples is known, by
+the hash itself in streams of unknown length. A sample's number is its position within its
+condition, counted over all ranks; the samples of a pair have the same number and share a fold.
 
 The *deal* r of a sample gives its fold r mod F, its half r mod 2, and its fold among G in a
-measurement of that half alone, (r // 2) mod G. Kept is the *cell*: r modulo a multiple of all
+measurement of that half alone, (r // 2) mod G. Stored is the *cell*: r modulo a multiple of all
 these.
 """
 
@@ -22,20 +22,20 @@ import torch
 __all__ = ["Dealing", "Place", "Tally", "cells_of", "folds_of_half", "hashed"]
 
 RANK_STRIDE = 2**44
-"""Between the numbers that are hashed for samples of two ranks with streams of unknown length."""
+"""Distance between the numbers hashed by two ranks with streams of unknown length."""
 
 CACHED_PLACES = 4
-"""Batches whose places are remembered: the conditions of a pair follow each other."""
+"""Batches whose places are cached: the conditions of a pair are read in turn."""
 
 
 def folds_of_half(folds: int) -> int:
-    """Folds of a half of the samples that is measured alone, compressed: an even number."""
+    """Return the folds of a half that is measured alone in a compressed layer: an even number."""
     return max(4, folds // 4 * 2)
 
 
 def cells_of(folds: int) -> int:
-    """Number of cells M: a multiple of the folds, and of twice the folds of each half, which are as
-    many as those of all samples (probes) or `folds_of_half`."""
+    """Return the number of cells M: a multiple of the folds, and of twice the folds of each half,
+    which are F (probes) or `folds_of_half`."""
     return math.lcm(2 * folds, 2 * folds_of_half(folds))
 
 
@@ -45,8 +45,8 @@ class Dealing:
 
     Args:
         cells: number of cells M.
-        known: [N] integers, the cells of the samples whose number is known; empty for a stream.
-        rank: of the process, where each deals its own samples by the hash of their numbers.
+        known: [N] integers, the cells of N samples; empty for a stream of unknown length.
+        rank: of the process, if each deals its own samples by the hash of their numbers.
     """
 
     cells: int
@@ -55,13 +55,13 @@ class Dealing:
 
     @staticmethod
     def of(length: int | None, folds: int, *, rank: int = 0) -> Dealing:
-        """The dealing of a condition of known or unknown length: the same for all of that length,
-        on any number of ranks."""
+        """Deal a condition of known or unknown length: the same way for every condition of that
+        length, on any number of ranks."""
         return _dealing(length, cells_of(folds), 0 if length is not None else rank)
 
     @staticmethod
     def of_groups(groups: torch.Tensor, folds: int) -> Dealing:
-        """The dealing of samples of which those of one group share a cell.
+        """Deal samples so that those of one group share a cell.
 
         Args:
             groups: int64 [N], numbers of the groups from 0 on.
@@ -72,7 +72,7 @@ class Dealing:
         return Dealing(cells, of_group[groups])
 
     def cells_from(self, first: int, count: int) -> torch.Tensor:
-        """Cells of `count` samples from number `first` on, int64 [count]."""
+        """Return the cells of `count` samples from number `first` on, int64 [count]."""
         known = self.known[first : first + count].long()
         if len(known) == count:
             return known
@@ -80,17 +80,18 @@ class Dealing:
         return torch.cat([known, hashed(numbers + self.rank * RANK_STRIDE) % self.cells])
 
     def tally(self, first: int, count: int) -> Tally:
-        """How many of `count` samples from number `first` on are in each cell."""
+        """Count how many of `count` samples from number `first` on are in each cell."""
         return Tally(torch.bincount(self.cells_from(first, count), minlength=self.cells))
 
     def place(self, first: int, count: int, folds: int) -> tuple[Place, torch.Tensor]:
-        """The place of such a batch in F folds, and the order int64 [n] to bring its rows into."""
+        """Return the place of such a batch in F folds, and the order int64 [n] that sorts its
+        rows."""
         return _place(self, first, count, folds)
 
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """Samples by cell.
+    """The number of samples in each cell.
 
     Attributes:
         cells: int64 [M].
@@ -100,32 +101,32 @@ class Tally:
 
     @staticmethod
     def of_groups(count: int, folds: int) -> Tally:
-        """Tally of a number of groups, which are dealt as samples are."""
+        """Count a number of groups, which are dealt like samples."""
         cells = cells_of(folds)
         return Tally(torch.bincount(_dealt(count, cells).long(), minlength=cells))
 
     @staticmethod
     def none() -> Tally:
-        """An empty tally."""
+        """Make an empty tally."""
         return Tally(torch.zeros(0, dtype=torch.int64))
 
     @property
     def samples(self) -> int:
-        """How many they are."""
+        """The total number of samples."""
         return int(self.cells.sum())
 
     def by_fold(self, folds: int) -> torch.Tensor:
-        """Samples in each fold, int64 [F]."""
+        """Count the samples in each fold, int64 [F]."""
         return self.cells.view(-1, folds).sum(0)
 
     def of_half(self, half: int, folds: int) -> torch.Tensor:
-        """Samples of a half in each of its own folds, int64 [F]."""
+        """Count the samples of a half in each of its own folds, int64 [F]."""
         return self.by_fold(2 * folds)[half::2]
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where the rows of a batch stand among the samples: sorted by half and fold, even folds first,
+    """The numbers and folds of the rows of a batch, sorted by half and fold with even folds first,
     so that halves and folds are segments of rows.
 
     Attributes:
@@ -145,14 +146,15 @@ class Place:
 
     @staticmethod
     def sort(numbers: torch.Tensor, cells: torch.Tensor, folds: int) -> tuple[Place, torch.Tensor]:
-        """The place of samples of given cells, and the order int64 [n] to bring their rows into."""
+        """Return the place of samples of given cells, and the order int64 [n] that sorts their
+        rows."""
         fold = cells % folds
         order = (fold % 2 * folds + fold).argsort(stable=True)
         return Place(numbers[order], folds, fold[order], cells[order]), order
 
     @staticmethod
     def in_turn(first: int, count: int, folds: int) -> tuple[Place, torch.Tensor]:
-        """As `sort`, of samples that are dealt in turn: number i is of fold i mod F."""
+        """As `sort`, for samples that are dealt in turn: number i is in fold i mod F."""
         numbers = torch.arange(first, first + count)
         return Place.sort(numbers, numbers, folds)
 
@@ -166,12 +168,12 @@ class Place:
 
     @cached_property
     def offsets(self) -> torch.Tensor:
-        """Rows at which the segments begin and the last one ends, int64 [F + 1]."""
+        """Rows at which the segments start and the last one ends, int64 [F + 1]."""
         counts = torch.cat([self.counts[::2], self.counts[1::2]])
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
     def offsets_on(self, device: torch.device) -> torch.Tensor:
-        """`offsets` on a device."""
+        """Return `offsets` on a device."""
         if device not in self._moved:
             self._moved[device] = self.offsets.to(device)
         return self._moved[device]
@@ -184,14 +186,14 @@ class Place:
         return tuple((fold, begin, end) for fold, begin, end in spans if end > begin)
 
     def within(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """Segments of the rows from start to stop: fold, and rows counted from start on."""
+        """Yield the segments of the rows from start to stop: fold, and rows counted from start."""
         for fold, begin, end in self.segments:
             begin, end = max(begin, start), min(end, stop)
             if begin < end:
                 yield fold, slice(begin - start, end - start)
 
     def kept_rows(self, block: int, stride: int) -> torch.Tensor:
-        """Rows whose numbers lie in every stride-th block of so many numbers, int64."""
+        """Return the rows, int64, whose numbers lie in every stride-th block of `block` numbers."""
         key = block, stride
         if key not in self._kept:
             kept = self.numbers // block % stride == 0
@@ -200,21 +202,21 @@ class Place:
 
     @cached_property
     def halves(self) -> tuple[slice, slice]:
-        """Rows of even folds, and of odd ones."""
+        """The rows of even folds, and those of odd folds."""
         split = int(self.offsets[(self.folds + 1) // 2])
         return slice(0, split), slice(split, len(self))
 
     @cached_property
     def sides(self) -> tuple[Place, ...]:
-        """The places of these rows, in the folds of all samples."""
+        """The places of the two halves of the rows, in the folds of all samples."""
         return tuple(
             Place(self.numbers[rows], self.folds, self.fold[rows], self.cells[rows])
             for rows in self.halves
         )
 
     def half(self, half: int, folds: int) -> tuple[Place, torch.Tensor]:
-        """The place of the rows of a half in folds of its own, and the order int64 [m] to bring
-        them into."""
+        """Return the place of the rows of a half in its own folds, and the order int64 [m] that
+        sorts them."""
         key = half, folds
         if key not in self._halves:
             rows = self.halves[half]
@@ -235,7 +237,7 @@ def _place(dealing: Dealing, first: int, count: int, folds: int) -> tuple[Place,
 
 
 def _dealt(length: int, cells: int) -> torch.Tensor:
-    """Cells [N] of as many samples, dealt round-robin in the order of their hashes."""
+    """Deal N samples round-robin in the order of their hashes: their cells [N]."""
     order = hashed(torch.arange(length)).argsort()
     small = next(d for d in (torch.uint8, torch.int16, torch.int64) if cells <= torch.iinfo(d).max)
     dealt = torch.empty(length, dtype=small)
@@ -244,7 +246,7 @@ def _dealt(length: int, cells: int) -> torch.Tensor:
 
 
 def hashed(numbers: torch.Tensor) -> torch.Tensor:
-    """Hashes of whole numbers, int64 from 0 on: splitmix64 (Steele, Lea and Flood 2014)."""
+    """Hash whole numbers to int64 from 0 on: splitmix64 (Steele, Lea and Flood 2014)."""
     z = numbers * _signed(0x9E3779B97F4A7C15) + _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
@@ -252,10 +254,10 @@ def hashed(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _signed(number: int) -> int:
-    """The 64 bits of a number read as a signed one: products of int64 wrap alike."""
+    """Read the 64 bits of a number as a signed one; int64 products wrap the same way."""
     return number - 2**64 if number >= 2**63 else number
 
 
 def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """z shifted right, with zeros from the left."""
+    """Shift z right, filling with zeros."""
     return (z >> bits) & (2 ** (64 - bits) - 1)

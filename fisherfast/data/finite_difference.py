@@ -1,7 +1,7 @@
-"""Two conditions per parameter, a finite step apart.
+"""Samples of two conditions per parameter, a finite step apart.
 
 `FiniteDifference` holds 2 P conditions, one below and one above theta for each of the P parameters.
-Nothing is loaded or copied before it is asked for.
+Nothing is loaded or copied before it is read.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ class FiniteDifference(Data):
         minus: samples at theta - dtheta/2: a tensor or array [n, ...] of floating dtype, a
             ``Dataset``, a ``DataLoader``, an iterable of batches [n_batch, ...], or a function
             without arguments that returns such an iterable (for streams that can be replayed).
-            For P parameters a **list** of P of these. A tuple is one sample of several inputs, and
-            refused: they are not supported yet. So is a batch of more than one entry: a label next
-            to the samples must be left out.
+            For P parameters a **list** of P of these. A tuple means one sample of several inputs,
+            which is not supported yet. Batches of more than one entry are refused as well: leave
+            out labels.
         plus: samples at theta + dtheta/2, in the same form.
         dtheta: full separation in the unit of theta, positive; a sequence of P numbers for P
             parameters.
-        paired: the i-th sample of both conditions was drawn with the same noise (a simulator with a
-            common seed). The derivative is then far less noisy; measured data are never paired.
+        paired: the i-th samples of both conditions were drawn with the same noise (a simulator with
+            a common seed). The derivative is then far less noisy; measured data are never paired.
         groups: labels [n] of samples that depend on each other, as a tensor, array or sequence of
             whole numbers or strings: pictures of one object, repeated measurements, pieces of a
-            time series. Samples of one label are one group, which counts as one independent
-            sample. One array for all conditions, or a **list** of one for each of them (minus and
-            plus of the first parameter, then of the second); a label is the same group in all
+            time series. Samples with the same label are one group, which counts as one independent
+            sample. One array for all conditions, or a **list** with one for each of them (minus and
+            plus of the first parameter, then of the second); a label means the same group in all
             conditions.
 
     Raises:
         ValueError: dtheta is not positive and finite; the lists differ in length; tensors differ in
-            sample shape; paired tensors differ in their number of samples; groups of
-            another number of samples, or of samples without a fixed order.
-        TypeError: integer, boolean or complex samples, or a source that cannot be read; a tuple.
+            sample shape; paired tensors differ in their number of samples; groups differ in their
+            number of samples, or the samples have no fixed order.
+        TypeError: integer, boolean or complex samples, a source that cannot be read, or a tuple.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -125,12 +125,12 @@ class FiniteDifference(Data):
             )
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
-        """The same batches, each as a `Batch`."""
+        """Yield the samples of one condition, in order."""
         return map(Batch, self.batches(condition, batch_size))
 
     def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """The batches of one condition; only those that are mine are read of tensors, arrays and
-        Datasets."""
+        """Yield the batches of one condition; of tensors, arrays and Datasets only those that are
+        mine are read."""
         source, name = self._sources[condition], self.condition_name(condition)
         if not sources.divisible(source):
             yield from super().deal(condition, batch_size, mine)
@@ -139,7 +139,7 @@ class FiniteDifference(Data):
             yield Gap(n) if item is None else Batch(sources.as_batch(item, name))
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
-        """Some samples of a tensor, an array or a Dataset."""
+        """Read some samples of a tensor, an array or a Dataset."""
         source = self._sources[condition]
         if not sources.divisible(source):
             return None
@@ -147,12 +147,12 @@ class FiniteDifference(Data):
         return Batch(sources.as_batch(item, self.condition_name(condition)))
 
     def repeats(self, condition: int) -> bool:
-        """Whether each pass over a condition surely gives the same samples in the same order:
-        tensors, arrays, Datasets, and DataLoaders that do not shuffle."""
+        """Return whether each pass over a condition gives the same samples in the same order:
+        tensors, arrays, Datasets, and DataLoaders that do not shuffle do."""
         return sources.repeats(self._sources[condition])
 
     def resident(self) -> bool:
-        """Whether all samples are in memory already, as tensors or arrays."""
+        """Return whether all samples are in memory already, as tensors or arrays."""
         return all(map(sources.resident, self._sources))
 
     def __repr__(self) -> str:
@@ -165,7 +165,7 @@ def _as_list(source: Source | list[Source]) -> list[Source]:
 
 
 def check_dtheta(dtheta: float | Sequence[float], parameters: int) -> tuple[float, ...]:
-    """P positive full separations of one number or P of them."""
+    """Return P positive full separations, given one number or P of them."""
     values = np.atleast_1d(np.asarray(dtheta))
     if values.dtype.kind not in "iuf":
         raise TypeError(f"dtheta must be a number or a sequence of numbers, got {dtheta!r}")
@@ -196,7 +196,7 @@ def _check_shapes(conditions: list[Source], paired: bool) -> None:
 
 
 def _check_order(source: Source, name: str) -> None:
-    """A shuffled loader tears pairs apart, silently."""
+    """Raise for a shuffled loader, which would silently mix up pairs."""
     sampler = getattr(source, "sampler", None)
     if isinstance(sampler, torch.utils.data.RandomSampler):
         raise ValueError(f"{name} must keep its order when paired, got a shuffled DataLoader")

@@ -1,4 +1,4 @@
-"""Labels that say which samples depend on each other."""
+"""Groups of samples that depend on each other, from labels."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Groups", "check_groups", "joined_groups"]
 Label = int | float | str
 
 NAMED = 5
-"""Labels that a message names at most."""
+"""Most labels listed in a message."""
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Which samples belong together.
+    """The group of each sample.
 
     Attributes:
         labels: of the groups, in the order of their first samples.
-        numbers: int64 [n] of each condition, the number of each sample's group.
+        numbers: for each condition int64 [n], the number of each sample's group.
     """
 
     labels: tuple[Label, ...]
@@ -39,19 +39,19 @@ class Groups:
 def check_groups(
     given: Any, conditions: Sequence[Source], names: Sequence[str], *, paired: bool = False
 ) -> Groups | None:
-    """The groups of the samples of some conditions; None for none.
+    """Check the labels of some conditions and number their groups; None for none.
 
     Args:
         given: labels [n], a tensor, array or sequence of whole numbers or strings, for all
             conditions; or a list of such, one for each.
         conditions: sources of the samples.
-        names: how messages call them.
+        names: of the conditions, for messages.
         paired: the i-th samples of all conditions belong together.
 
     Raises:
         TypeError: labels are neither numbers nor strings.
-        ValueError: labels of another number than the samples, or of samples without a fixed order;
-            NaN; one group alone; other groups in another condition.
+        ValueError: the number of labels is not that of the samples, the samples have no fixed
+            order, a label is NaN, there is only one group, or conditions differ in their groups.
     """
     if given is None:
         return None
@@ -75,7 +75,7 @@ def check_groups(
 
 
 def joined_groups(shares: Sequence[Groups]) -> Groups:
-    """The groups of samples that follow each other: a label is the same group in all."""
+    """Join the groups of consecutive samples: a label means the same group in all of them."""
     table: dict[Label, int] = {}
     parts: list[list[torch.Tensor]] = [[] for _ in shares[0].numbers]
     for share in shares:
@@ -87,7 +87,7 @@ def joined_groups(shares: Sequence[Groups]) -> Groups:
 
 
 def _of_conditions(given: Any, conditions: int) -> list[list[Label]]:
-    """The labels of each condition; the same list where one is given for all."""
+    """Return the labels of each condition; the same list for all if only one is given."""
     several = isinstance(given, list) and len(given) > 0 and all(map(_is_array, given))
     if several:
         if len(given) != conditions:

@@ -1,4 +1,4 @@
-"""Data that are drawn or read once and then kept in memory, up to a limit."""
+"""Keep data in memory, up to a limit, after they are drawn or read once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["KeptData"]
 
 
 class KeptData(Data):
-    """The same samples at every pass: batches of a source, kept the first time that they are read.
+    """Batches of a source, kept when they are first read: the same samples at every pass.
 
     A simulator draws nothing twice, a folder of files is read once, and a loader that shuffles
-    gives the same samples at every measurement, so that differences between measurements are those
-    of the network. What does not fit into the limit is read again every time, like the source.
+    gives the same samples at every measurement, so that measurements differ because of the network
+    only. Conditions that exceed the limit are read from the source every time.
 
     Args:
         source: any data.
@@ -36,11 +36,6 @@ class KeptData(Data):
         self.paired = source.paired
         self.groups = source.groups
         self.sharded = source.sharded
-
-    @property
-    def held_bytes(self) -> int:
-        """What is kept now."""
-        return self._held
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Yield the samples of one condition, in order; batches keep the sizes that they were first
@@ -67,25 +62,25 @@ class KeptData(Data):
                 self._held -= size
 
     def samples(self, condition: int) -> int | None:
-        """Number of samples of a condition, or None for a stream of unknown length."""
+        """Return the number of samples of a condition, or None for a stream of unknown length."""
         if condition in self._kept:
             return sum(map(len, self._kept[condition]))
         return self._source.samples(condition)
 
     def length(self, condition: int) -> int | None:
-        """As the source knows it."""
+        """Return the length that the source knows."""
         return self._source.length(condition)
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
-        """As the source gives them, at every measurement."""
+        """Read samples from the source, at every measurement."""
         return self._source.pick(condition, numbers)
 
     def repeats(self, condition: int) -> bool:
-        """Whether the next pass surely gives the same samples in the same order."""
+        """Return whether the next pass gives the same samples in the same order."""
         return condition in self._kept or self._source.repeats(condition)
 
     def condition_name(self, condition: int) -> str:
-        """As the source calls it."""
+        """Return the source's name of a condition."""
         return self._source.condition_name(condition)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Samples of one condition that carry a derivative each: of themselves, or of their log density."""
+"""Samples of one condition, each with its derivative or the derivative of its log density."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fisherfast._validation import check_whole
 from fisherfast.data import sources
 from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
 from fisherfast.data.groups import check_groups
@@ -18,10 +19,10 @@ __all__ = ["Pathwise", "Score"]
 
 
 class PerSample(Data):
-    """One condition at theta; each sample comes with something of its own."""
+    """One condition at theta, each of whose samples has a companion: its tangents or score."""
 
     companion: str
-    """How messages call what comes with a sample."""
+    """Name of the companion in messages."""
 
     conditions = 1
 
@@ -31,8 +32,8 @@ class PerSample(Data):
         if isinstance(x, torch.Tensor | np.ndarray):
             if parameters is not None:
                 raise ValueError(
-                    f"parameters must be left out beside tensors, got {parameters}:"
-                    f" {self.companion} tells it"
+                    f"parameters must be left out for tensors, got {parameters}: it follows from"
+                    f" {self.companion}"
                 )
             self._companion = self._whole_companion()
         else:
@@ -42,34 +43,31 @@ class PerSample(Data):
                     f" (x, {self.companion}), got {type(companion).__name__}"
                 )
             self.parameters = 1 if parameters is None else parameters
-        if isinstance(self.parameters, bool) or not isinstance(self.parameters, int):
-            raise TypeError(f"parameters must be a whole number, got {parameters!r}")
-        if self.parameters < 1:
-            raise ValueError(f"parameters must be positive, got {self.parameters}")
+        self.parameters = check_whole("parameters", self.parameters, least=1)
         self.groups = check_groups(groups, [x], ["x"])
 
     @abstractmethod
     def _whole_companion(self) -> torch.Tensor:
-        """The checked companion of all samples, for x a tensor; sets `parameters`."""
+        """Check the companion of all samples, for x a tensor, and set `parameters`."""
 
     @abstractmethod
     def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
-        """The batch of samples x, which are these rows, for x a tensor."""
+        """Make the batch of samples x, which are these rows of the tensor of all samples."""
 
     @abstractmethod
     def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
-        """The checked batch of samples and companion that a source has yielded."""
+        """Check samples and companion that a source has yielded, and make a batch."""
 
     def samples(self, condition: int = 0) -> int | None:
-        """Number of samples, or None for a stream of unknown length."""
+        """Return the number of samples, or None for a stream of unknown length."""
         return sources.count(self._x)
 
     def repeats(self, condition: int = 0) -> bool:
-        """Whether each pass surely gives the same samples in the same order."""
+        """Return whether each pass gives the same samples in the same order."""
         return sources.repeats(self._x)
 
     def resident(self) -> bool:
-        """Whether all samples are in memory already, as tensors or arrays."""
+        """Return whether all samples are in memory already, as tensors or arrays."""
         return sources.resident(self._x)
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
@@ -78,7 +76,7 @@ class PerSample(Data):
         Raises:
             TypeError: a batch is not a pair of tensors or arrays of floating dtype, or has more
                 entries.
-            ValueError: the source yields no sample, or a companion of a wrong shape.
+            ValueError: the source yields no sample, or a companion has the wrong shape.
         """
         empty, start = True, 0
         for number, item in enumerate(sources.iterate(self._x, batch_size, "x")):
@@ -94,7 +92,7 @@ class PerSample(Data):
             )
 
     def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """The batches; only those that are mine are read of tensors, arrays and Datasets."""
+        """Yield the batches; of tensors, arrays and Datasets only those that are mine are read."""
         if not sources.divisible(self._x):
             yield from super().deal(condition, batch_size, mine)
             return
@@ -104,7 +102,7 @@ class PerSample(Data):
             start += n
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
-        """Some samples of tensors, arrays or a Dataset."""
+        """Read some samples of tensors, arrays or a Dataset."""
         if not sources.divisible(self._x):
             return None
         item = sources.pick(self._x, numbers)
@@ -113,14 +111,14 @@ class PerSample(Data):
         return self._checked(item, "among the first samples")
 
     def _batch(self, item: Any, number: int, start: int) -> Batch:
-        """The checked batch of a number, the first of its samples number start."""
+        """Check the batch with a given number, whose first sample has the number start."""
         if isinstance(self._x, torch.Tensor | np.ndarray):
             x = sources.as_batch(item, "x")
             return self._with(x, slice(start, start + len(x)))
         return self._checked(item, f"in batch {number}")
 
     def _checked(self, item: Any, where: str) -> Batch:
-        """The checked batch of what a source that holds pairs has yielded."""
+        """Check an item that a source of pairs has yielded, and make a batch."""
         paired = isinstance(item, list | tuple)
         if not paired or len(item) != 2:
             more = paired and len(item) > 2
@@ -139,7 +137,7 @@ class PerSample(Data):
 
 
 class Pathwise(PerSample):
-    r"""Samples at theta with their own derivative: a differentiable simulator, a known signal.
+    r"""Samples at theta with their derivatives: a differentiable simulator, a known signal.
 
     The derivative of a mean is the mean of the per-sample derivatives,
     :math:`\partial_\theta E[f(x)] = E[f'(x)\, dx/d\theta]`: no finite step, and far less noise than
@@ -149,19 +147,19 @@ class Pathwise(PerSample):
         x: samples [n, ...] of floating dtype; or, without dx, a ``Dataset``, ``DataLoader``,
             iterable or function that yields pairs (x, dx), see below.
         dx: dx/dtheta [P, n, ...], dtype of x, **parameter first** for tensors and arrays. Sources
-            that yield pairs give it **sample first**, as a loader collates it: batches x [n, ...]
-            and dx [n, P, ...], Datasets items x [...] and dx [P, ...].
+            that yield pairs give it **sample first**, as loaders collate it: batches x [n, ...] and
+            dx [n, P, ...], or Dataset items x [...] and dx [P, ...].
         parameters: P, for sources that yield pairs; 1 if None.
         groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
 
     Raises:
         ValueError: dx has another shape or is not finite.
-        TypeError: integer, boolean or complex samples (an input that cannot move has no derivative:
-            use `Score` or `FiniteDifference`), dx of another dtype than x, or samples of several
-            inputs (a tuple or dict), which are not supported yet.
+        TypeError: integer, boolean or complex samples (integers have no derivative: use `Score` or
+            `FiniteDifference`), dx of another dtype than x, or samples of several inputs (a tuple
+            or dict), which are not supported yet.
 
-    Values that are rounded (camera counts, half precision) have no derivative: they are measured
-    with noise of half a step, which a note says (docs/theory.md, section 21).
+    Rounded values (camera counts, half precision) have no derivative: they are measured with added
+    noise of half a step, and the result has a note (docs/theory.md, section 21).
 
     Cost: tensors are not copied; a measurement takes 1 + P forward passes over the samples.
 
@@ -213,14 +211,14 @@ class Score(PerSample):
     r"""Samples at theta with their score: a known noise model (Gaussian, Poisson, ...).
 
     With s = d log p(x | theta) / d theta the derivative of any mean is a covariance,
-    :math:`\partial_\theta E[f(x)] = \mathrm{Cov}(f, s)`. There is no finite step, nothing is
-    differentiated, and it serves photon counts, which no derivative passes through. J is then the
-    part of the score's variance that the features explain, free of the optimism of a fit.
+    :math:`\partial_\theta E[f(x)] = \mathrm{Cov}(f, s)`. This needs neither a finite step nor a
+    derivative of the network, so it also works for photon counts. J is the part of the score's
+    variance that the features explain, corrected for overfitting.
 
     Args:
         x: samples [n, ...] of floating dtype (counts converted to it); or, without score, a
             ``Dataset``, ``DataLoader``, iterable or function that yields pairs (x, score).
-        score: [n, P] or [n] for one parameter, floating; Datasets give [P] or one number a sample.
+        score: [n, P], or [n] for one parameter, floating; Dataset items hold [P] or one number.
         parameters: P, for sources that yield pairs; 1 if None.
         groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
 
@@ -230,8 +228,8 @@ class Score(PerSample):
             tuple or dict), which are not supported yet.
 
     Warns:
-        FisherWarning: by the measurement, when the mean of the score is more than 5 standard errors
-            from zero: it then is no score, or one at another theta.
+        FisherWarning: during a measurement, if the mean of the score is more than 5 standard errors
+            from zero: then it is not a score, or one at another theta.
 
     Cost: a float64 copy of the score; a measurement takes one forward pass over the samples.
 
@@ -291,7 +289,7 @@ def _check_like(dx: torch.Tensor, x: torch.Tensor, where: str) -> None:
 
 
 def _check_finite(value: torch.Tensor, name: str, where: str) -> None:
-    # one pass without copies: NaN and infinity survive any sum; one that overflows is looked into
+    # one pass without copies: a sum keeps NaN and infinity; if the sum overflows, look at values
     if bool(torch.isfinite(value.sum())):
         return
     if not bool(torch.isfinite(value).all()):

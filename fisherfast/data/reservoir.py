@@ -1,4 +1,4 @@
-"""`KeptSamples`: a bounded number of the samples of a stream, for when it is over."""
+"""`KeptSamples` keeps a bounded number of the samples of a stream for use after its end."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ __all__ = ["KeptSamples"]
 
 
 MOST_CHUNKS = 2
-"""Pieces that are kept of a condition before they are joined."""
+"""Chunks of a condition that are kept before they are joined."""
 
 
 class KeptSamples:
-    """Evenly spaced samples of a stream, never more than a stated number per condition.
+    """Evenly spaced samples of a stream, at most a given number per condition.
 
-    When there are more, every second one is dropped, and from then on every second one is kept:
-    nothing is drawn, and the samples of pairs stay together.
+    When there are more, every second one is dropped, and from then on only every second one is
+    kept: nothing is drawn at random, and the samples of pairs stay together.
 
     Args:
         conditions: C.
-        capacity: samples of a condition at most, those included that another half keeps.
-        block: neighbours that are kept or dropped together.
-        dtype: of what is kept.
-        expected: samples of a condition where their number is known; None where it is not.
+        capacity: most samples of a condition, including those that another half keeps.
+        block: consecutive samples that are kept or dropped together.
+        dtype: of the kept samples.
+        expected: number of samples of a condition if known, else None.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class KeptSamples:
         Args:
             condition: theirs.
             place: of these samples.
-            columns: tensors [n, ...] of what is known of each, or None.
-            samples: of the batch, where these are a half of it; None for all.
+            columns: tensors [n, ...] to keep of each sample, or None.
+            samples: number of samples of the batch if these are only a half of it; None otherwise.
         """
         rows = place.kept_rows(self._block, self._stride)
         if len(rows):
@@ -69,7 +69,7 @@ class KeptSamples:
             chosen = (column[rows.to(column.device)].to(self._dtype) for column in given)
             mark = (place.fold[rows] + 1).to(self._dtype)
             chunks = [*self._kept[condition], (place.numbers[rows], mark, *chosen)]
-            if len(chunks) > MOST_CHUNKS:  # small tensors between large ones keep memory in pieces
+            if len(chunks) > MOST_CHUNKS:  # small tensors between large ones fragment memory
                 chunks = [tuple(torch.cat(column) for column in zip(*chunks, strict=True))]
             self._kept[condition] = chunks
         self.skip(condition, len(place) if samples is None else samples)
@@ -81,11 +81,12 @@ class KeptSamples:
             self._thin()
 
     def dense(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What all processes together keep: for each condition tensors of folds and of the columns,
-        zero where a sample was added elsewhere or nowhere. From here on these are what is kept.
+        """Make room for the samples that all processes keep: for each condition tensors of folds
+        and of the columns, zero for samples that this process did not add. They replace the kept
+        samples, so that adding them up over processes in place completes these.
 
         Args:
-            like: a tensor [0, ...] for each column, in the dtype of what is kept.
+            like: a tensor [0, ...] for each column, in the dtype of the kept samples.
         """
         tensors: list[torch.Tensor] = []
         like = [like[0].new_empty(0), *like]
@@ -102,11 +103,11 @@ class KeptSamples:
         return tensors
 
     def _count(self, condition: int) -> int:
-        """Samples of a condition that are kept, here and elsewhere."""
+        """Return the number of kept samples of a condition, over all processes."""
         return self._count_of(self._seen[condition])
 
     def _count_of(self, samples: int) -> int:
-        """How many of the first samples are kept."""
+        """Return how many of the first `samples` are kept."""
         blocks, rest = divmod(samples, self._block)
         whole = -(-blocks // self._stride) * self._block
         return whole + (rest if blocks % self._stride == 0 else 0)
@@ -124,12 +125,13 @@ class KeptSamples:
                 self._kept[condition] = [tuple(thinned)]
 
     def kept(self) -> list[tuple[torch.Tensor, ...]]:
-        """Of each condition the numbers [m] of the samples that are kept, in order, their folds,
-        and the columns."""
+        """Return for each condition the numbers [m] of the kept samples, in order, their folds, and
+        the columns."""
         return [self._in_order(chunks) for chunks in self._kept if chunks]
 
     def take(self) -> tuple[torch.Tensor, ...]:
-        """What was kept, [n, C, ...] each, as many samples of each condition; nothing stays."""
+        """Return the kept columns, [n, C, ...] each, with equally many samples of each condition,
+        and forget them."""
         whole = [columns for _, _, *columns in self.kept()]
         self._kept = [[] for _ in self._kept]
         count = min(len(columns[0]) for columns in whole)

@@ -1,4 +1,5 @@
-"""A function that draws samples at any theta, differentiated forwards or by finite steps."""
+"""Samples from a function that draws them at any theta, differentiated in forward mode or by finite
+steps."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fisherfast._errors import FisherWarning
+from fisherfast._validation import check_seed, check_whole
 from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
 from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.data.sources import as_batch
@@ -21,10 +23,11 @@ Draw = Callable[[torch.Tensor, int, torch.Generator], torch.Tensor]
 DERIVATIVES = ("pathwise", "paired", "independent")
 
 STEP_ROUNDING = 1e-3
-"""Relative error of dtheta, by the rounding of theta -+ dtheta / 2, that is refused."""
+"""Largest relative error of dtheta by the rounding of theta -+ dtheta / 2."""
 
 PROBE_STEP = 1e-2
-"""Relative to 1 + |theta|: a change that any simulator which depends on theta shows in a batch."""
+"""Change of theta, relative to 1 + |theta|, that is visible in a batch of any simulator that
+depends on theta."""
 
 HINT = 'use derivative="paired" with a dtheta'
 
@@ -36,14 +39,14 @@ class Simulator(Data):
         fn: fn(theta [P], n, generator) -> x [n, ...] of floating dtype. All random numbers must
             come from the generator: the same generator state must give the same noise.
         theta: where to measure, P numbers. It reaches fn as a tensor [P] of torch's default dtype,
-            or of its own if it is a floating tensor; x keeps the dtype that fn gives it.
+            or of its own dtype if it is a floating tensor; x keeps the dtype that fn returns.
         samples: number of samples, of each condition for finite steps.
         derivative: "pathwise": dx/dtheta by PyTorch's forward mode through fn, one parameter at a
-            time (P calls of fn a batch). "paired": two conditions with the same noise, for a black
-            box. "independent": two conditions with noise of their own.
+            time (P calls of fn per batch). "paired": two conditions with the same noise, for a fn
+            that PyTorch cannot differentiate. "independent": two conditions with independent noise.
         dtheta: full separation of the two conditions, one number or P of them; only for "paired"
             and "independent".
-        seed: a batch is fixed by seed, condition and its number alone: a measurement with another
+        seed: a batch depends on seed, condition and its number only: a measurement with another
             batch size draws other samples.
         device: of theta and of the generator.
 
@@ -51,12 +54,12 @@ class Simulator(Data):
         ValueError: dtheta is missing, not positive or lost in the rounding of theta; during a
             measurement: fn gives other samples from the same generator state, the same from
             another one, or has no derivative.
-        TypeError: fn cannot be called, or returns no floating tensor.
+        TypeError: fn cannot be called, or does not return a floating tensor.
 
     Warns:
-        FisherWarning: during a measurement, when x does not depend on theta: J = 0.
+        FisherWarning: during a measurement, if x does not depend on theta: J = 0.
 
-    Cost: nothing is kept; every pass draws all samples anew, "pathwise" P times over.
+    Cost: nothing is kept; every pass draws all samples again, "pathwise" P times.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -82,17 +85,10 @@ class Simulator(Data):
             raise TypeError(f"fn must be a function, got {type(fn).__name__}")
         if derivative not in DERIVATIVES:
             raise ValueError(f"derivative must be one of {DERIVATIVES}, got {derivative!r}")
-        for name, value in (("samples", samples), ("seed", seed)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if samples < 1:
-            raise ValueError(f"samples must be positive, got {samples}")
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
         self._fn = fn
         self._theta = _as_theta(theta).to(device)
-        self._samples = int(samples)
-        self._seed = int(seed)
+        self._samples = check_whole("samples", samples, least=1)
+        self._seed = check_seed(seed) % 2**64
         self.source = derivative
         self.parameters = len(self._theta)
         self.paired = derivative == "paired"
@@ -109,11 +105,11 @@ class Simulator(Data):
         self._checked = False
 
     def samples(self, condition: int = 0) -> int:
-        """Number of samples of a condition."""
+        """Return the number of samples of a condition."""
         return self._samples
 
     def repeats(self, condition: int = 0) -> bool:
-        """Always: a batch is fixed by seed, condition and its number."""
+        """Return True: a batch depends on seed, condition and its number only."""
         return True
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
@@ -122,12 +118,12 @@ class Simulator(Data):
             yield self._batch(condition, number, n)
 
     def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """Draw those batches of one condition that are mine."""
+        """Draw the batches of one condition that are mine."""
         for number, n in self._numbered(batch_size):
             yield self._batch(condition, number, n) if mine(number) else Gap(n)
 
     def _numbered(self, batch_size: int) -> Iterator[tuple[int, int]]:
-        """Number and size of each batch, once the function was tried."""
+        """Yield number and size of each batch, after checking the function on the first."""
         if not self._checked:
             self._check_simulator(min(batch_size, self._samples))
             self._checked = True
@@ -140,7 +136,7 @@ class Simulator(Data):
         return Batch(self._draw(self._point(condition), condition, number, n))
 
     def _point(self, condition: int) -> torch.Tensor:
-        """theta of a condition, [P]."""
+        """Return theta of a condition, [P]."""
         point = self._theta.clone()
         if self.dtheta:
             side = 0.5 if condition % 2 else -0.5
@@ -148,18 +144,18 @@ class Simulator(Data):
         return point
 
     def _generator(self, condition: int, number: int) -> torch.Generator:
-        """Random numbers of one batch; both conditions of a pair share them."""
+        """Make the generator of one batch, the same for both conditions of a pair."""
         stream = condition // 2 if self.paired else condition
         state = np.random.SeedSequence((self._seed, stream, number)).generate_state(1, np.uint64)
         return torch.Generator(self._theta.device).manual_seed(int(state[0]))
 
     def _draw(self, theta: torch.Tensor, condition: int, number: int, n: int) -> torch.Tensor:
-        """One batch at any theta, from the random numbers of a condition's batch."""
+        """Draw one batch at any theta, from the random numbers of a condition's batch."""
         x = as_batch(self._call(theta, self._generator(condition, number), n), "fn")
-        return x.clone()  # it may draw the next batch into the same memory
+        return x.clone()  # fn may draw the next batch into the same memory
 
     def _call(self, theta: torch.Tensor, generator: torch.Generator, n: int) -> torch.Tensor:
-        x = self._fn(theta.clone(), n, generator)  # it may convert units in place
+        x = self._fn(theta.clone(), n, generator)  # fn may convert units in place
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"fn must return a tensor [n, ...], got {type(x).__name__}")
         if x.ndim < 1 or len(x) != n:
@@ -172,12 +168,12 @@ class Simulator(Data):
         return x
 
     def _differentiate(self, number: int, n: int) -> Batch:
-        """x and dx/dtheta by forward mode: each parameter in turn, with the same noise."""
+        """Compute x and dx/dtheta by forward mode: each parameter in turn, with the same noise."""
         x, first = self._jvp(0, number, n)
         tangents = x.new_zeros((self.parameters, *x.shape))
         if first is not None:
             tangents[0] = first
-        del first  # one tangent at a time beside the batch
+        del first  # keep one tangent at a time besides the batch
         for parameter in range(1, self.parameters):
             tangent = self._jvp(parameter, number, n)[1]
             if tangent is not None:
@@ -185,11 +181,12 @@ class Simulator(Data):
         return Batch(x, tangents=tangents)
 
     def _jvp(self, parameter: int, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x of one batch and its derivative to one parameter; None where nothing depends on it."""
+        """Compute x of one batch and its derivative to one parameter; None if x does not depend on
+        it."""
         direction = torch.zeros_like(self._theta)
         direction[parameter] = 1
         with warnings.catch_warnings():
-            # torch compiles its decompositions at the first use of forward mode, and warns of it
+            # torch compiles its decompositions at the first use of forward mode, with a warning
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
             with torch.inference_mode(False), forward_ad.dual_level():
                 theta = forward_ad.make_dual(self._theta.clone(), direction)
@@ -205,7 +202,8 @@ class Simulator(Data):
                 return x, None if tangent is None else tangent.detach().clone()
 
     def _check_simulator(self, n: int) -> None:
-        """On the first batch: the same noise from the same seed, and x that depends on theta."""
+        """Check on the first batch that fn draws all noise from the generator, and that x depends
+        on theta."""
         first = self._draw(self._theta, 0, 0, n)
         if not torch.equal(self._draw(self._theta, 0, 0, n), first):
             raise ValueError(
@@ -227,7 +225,11 @@ class Simulator(Data):
                 )
 
     def _depends_on(self, parameter: int, n: int, first: torch.Tensor) -> bool:
-        """Whether the first batch changes with a parameter, and as it should."""
+        """Return whether the first batch changes with a parameter.
+
+        Raises:
+            ValueError: it changes, but has no derivative.
+        """
         if self.source != "pathwise":
             minus, plus = (
                 self._draw(self._point(2 * parameter + side), 0, 0, n) for side in (0, 1)
@@ -251,7 +253,7 @@ class Simulator(Data):
             if abs(float(plus - minus) / step - 1) > STEP_ROUNDING:
                 raise ValueError(
                     f"dtheta must be resolved by theta of {self._theta.dtype}, got"
-                    f" {step:g} beside {float(self._theta[p]):g}: pass theta as a float64 tensor"
+                    f" {step:g} at {float(self._theta[p]):g}: pass theta as a float64 tensor"
                 )
 
     def __repr__(self) -> str:
@@ -262,7 +264,7 @@ class Simulator(Data):
 
 
 def _as_theta(theta: float | Sequence[float] | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """theta as a finite tensor [P]."""
+    """Return theta as a finite tensor [P]."""
     if isinstance(theta, torch.Tensor) and theta.is_floating_point():
         vector = theta.detach().clone()
     else:

@@ -1,4 +1,4 @@
-"""Reading samples from whatever holds them: tensors, arrays, Datasets, loaders, streams."""
+"""Read samples from tensors, arrays, Datasets, loaders and streams."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ returns one."""
 SEVERAL = (
     "samples of several inputs are not supported yet, join them in one tensor that the model splits"
 )
-"""Ends the refusal of tuples and dicts."""
+"""End of the error messages about tuples and dicts."""
 
 
 def check_source(source: Source, name: str) -> Source:
-    """A source that can be read, as it is.
+    """Check that a source can be read, and return it.
 
     Raises:
-        TypeError: it is none, or a tensor or array of integers, complex numbers or sparse; a tuple
-            or dict: a sample of several inputs.
-        ValueError: a tensor without dimensions.
+        TypeError: it is not a source, a tensor or array of integers or complex numbers, sparse, or
+            a tuple or dict, which means samples of several inputs.
+        ValueError: it is a tensor without dimensions.
     """
     if isinstance(source, torch.Tensor | np.ndarray):
         check_floating(source, name)
@@ -56,7 +56,7 @@ def check_source(source: Source, name: str) -> Source:
 
 
 def check_floating(batch: torch.Tensor | np.ndarray, name: str) -> None:
-    """Raises TypeError unless a tensor or array is dense and of floating dtype."""
+    """Raise TypeError unless a tensor or array is dense and of floating dtype."""
     floating = (
         batch.is_floating_point()
         if isinstance(batch, torch.Tensor)
@@ -72,8 +72,8 @@ def check_floating(batch: torch.Tensor | np.ndarray, name: str) -> None:
 
 
 def iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:
-    """Yield what a source holds, in batches: of batch_size samples, or those that it yields itself
-    (loaders, iterables)."""
+    """Yield the samples of a source in batches: of batch_size samples, or the batches that it
+    yields itself (loaders, iterables)."""
     if isinstance(source, torch.Tensor | np.ndarray):
         for start in range(0, len(source), batch_size):
             yield source[start : start + batch_size]
@@ -84,7 +84,7 @@ def iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:
     elif isinstance(source, Iterable):
         yield from source
     elif callable(source):
-        batches = source()  # a tuple of batches, as `Tensor.split` makes it, will do
+        batches = source()  # may be a tuple of batches, as from `Tensor.split`
         batches = list(batches) if isinstance(batches, tuple) else check_source(batches, name)
         yield from iterate(batches, batch_size, name)
     else:
@@ -92,15 +92,15 @@ def iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:
 
 
 def divisible(source: Source) -> bool:
-    """Whether any batch of a source can be read without the others: of tensors, arrays, Datasets
-    that are not empty."""
+    """Return whether any batch of a source can be read without the others: true for tensors, arrays
+    and Datasets that are not empty."""
     if isinstance(source, torch.utils.data.DataLoader) or not repeats(source):
         return False
     return bool(count(source))
 
 
 def pick(source: Source, numbers: torch.Tensor) -> Any:
-    """The samples of these numbers int64 [n] of a divisible source, as a batch of its own."""
+    """Return the samples with these numbers, int64 [n], of a divisible source, as a new batch."""
     if isinstance(source, torch.Tensor):
         return source[numbers.to(source.device)]
     if isinstance(source, np.ndarray):
@@ -110,10 +110,10 @@ def pick(source: Source, numbers: torch.Tensor) -> Any:
 
 
 def deal(source: Source, batch_size: int, mine: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
-    """Yield (samples, batch) of a divisible source; None for a batch whose number is not mine,
-    which is not read."""
+    """Yield (number of samples, batch) of a divisible source, with None for batches that are not
+    mine; these are not read."""
     in_memory = resident(source)
-    wanted: list[list[int]] = []  # rows of the next batch, for a loader that asks when it is asked
+    wanted: list[list[int]] = []  # rows of the next batch, which the loader requests on read
     loader: Iterator[Any] = iter(())
     if not in_memory:
         loader = iter(torch.utils.data.DataLoader(source, batch_sampler=iter(wanted.pop, None)))
@@ -130,18 +130,18 @@ def deal(source: Source, batch_size: int, mine: Callable[[int], bool]) -> Iterat
 
 
 def _from_array(array: np.ndarray) -> torch.Tensor:
-    """A tensor of an array, without a copy where torch can read it as it is."""
+    """Make a tensor of an array, without a copy if torch can use its memory."""
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     return torch.from_numpy(np.require(native, requirements=["C", "W"]))
 
 
 def as_batch(item: Any, name: str) -> torch.Tensor:
-    """Convert what a source yields, alone or as the only entry of a tuple or list, to a tensor
+    """Convert an item of a source, alone or as the only entry of a tuple or list, to a tensor
     [n, ...] without gradient.
 
     Raises:
-        TypeError: not a tensor or array of floating dtype, or more than one entry.
-        ValueError: a tensor without dimensions.
+        TypeError: it is not a tensor or array of floating dtype, or has more than one entry.
+        ValueError: it is a tensor without dimensions.
     """
     if isinstance(item, list | tuple) and len(item) > 1:
         kinds = ", ".join(type(entry).__name__ for entry in item)
@@ -163,20 +163,20 @@ def as_batch(item: Any, name: str) -> torch.Tensor:
 
 
 def _kind(value: Any) -> str:
-    """Its class for a message; of tuples and dicts also what they stand for."""
+    """Name the class of a value for a message, and for tuples and dicts what they mean."""
     name = type(value).__name__
     return f"{name}: {SEVERAL}" if isinstance(value, tuple | dict) and value else name
 
 
 def count(source: Source) -> int | None:
-    """Number of samples of a source, or None for a stream of unknown length."""
+    """Return the number of samples of a source, or None for a stream of unknown length."""
     if isinstance(source, torch.Tensor | np.ndarray):
         return len(source)
     if isinstance(source, torch.utils.data.DataLoader):
         return _count_of_loader(source)
     sized: Any = getattr(source, "dataset", source)
     if isinstance(sized, Iterable) and not isinstance(sized, torch.utils.data.Dataset):
-        return None  # the length of a list of batches is their number
+        return None  # the length of a list of batches is the number of batches
     try:
         return len(sized)
     except TypeError:
@@ -184,8 +184,8 @@ def count(source: Source) -> int | None:
 
 
 def _count_of_loader(loader: torch.utils.data.DataLoader[Any]) -> int | None:
-    """What its sampler draws (of a Dataset, or of one process's share of it), less what is dropped;
-    None where items are batches, or a sampler makes these."""
+    """Return how many samples a loader's sampler draws (of a Dataset, or of one process's share of
+    it), without those dropped; None if items are batches, or a batch sampler makes them."""
     if loader.batch_size is None:
         return None
     iterable = isinstance(loader.dataset, torch.utils.data.IterableDataset)
@@ -198,13 +198,13 @@ def _count_of_loader(loader: torch.utils.data.DataLoader[Any]) -> int | None:
 
 
 def resident(source: Source) -> bool:
-    """Whether all samples of a source are in memory already."""
+    """Return whether all samples of a source are in memory already."""
     return isinstance(source, torch.Tensor | np.ndarray)
 
 
 def repeats(source: Source) -> bool:
-    """Whether each pass over a source surely gives the same samples in the same order: tensors,
-    arrays, Datasets, and DataLoaders that do not shuffle."""
+    """Return whether each pass over a source gives the same samples in the same order: true for
+    tensors, arrays, Datasets, and DataLoaders that do not shuffle."""
     if isinstance(source, torch.utils.data.DataLoader):
         return isinstance(source.sampler, torch.utils.data.SequentialSampler)
     if isinstance(source, torch.utils.data.IterableDataset):

@@ -4,8 +4,8 @@
     acts = ff.propagate(model, x, dx)                   # {layer: (activations, tangents)}
     print(ff.dual.coverage(model, x))                   # which operations have a rule
 
-A `DualTensor` goes through the model in place of the batch. `dispatch` finds the rule of each
-operation in `rules/`; `fallback` serves operations without one.
+A `DualTensor` passes through the model in place of the batch. `dispatch` finds the rule of each
+operation in `rules/`; `fallback` handles operations without one.
 """
 
 from fisherfast.dual import rules

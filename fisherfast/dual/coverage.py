@@ -1,4 +1,4 @@
-"""Which operations of a model used a rule, the fallback, or failed."""
+"""A report of the operations of a model that used a rule, used the fallback, or failed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MAX_LAYERS_SHOWN = 3
 
 @dataclass
 class Coverage:
-    """Operations that a model executed on dual tensors, by how they were served.
+    """Operations that a model executed on dual tensors, by how they were differentiated.
 
     Attributes:
-        rules: name of the operation -> how often a rule served it.
+        rules: name of the operation -> how often a rule was used.
         fallbacks: the same for PyTorch's forward mode of that one operation.
         failures: the same for operations without a derivative.
         layers: name of the operation -> layers it was executed in.
@@ -41,7 +41,7 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of the executed operations that a rule served, 0 to 1."""
+        """Fraction of the executed operations that used a rule, 0 to 1."""
         return sum(self.rules.values()) / max(self.executed, 1)
 
     def __str__(self) -> str:

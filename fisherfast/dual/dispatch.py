@@ -1,7 +1,7 @@
-"""Which rule serves an operation: an own one, none needed, or PyTorch's forward mode.
+"""Choose how an operation is differentiated: by its rule, by none, or by PyTorch's forward mode.
 
 `RULES` maps an operator of ATen to a function (operator, *arguments) -> result. Rule modules fill
-it with `rule`. What has no rule goes to `fallback.forward_mode`, one operation at a time.
+it with `rule`. Operations without a rule go to `fallback.forward_mode`, one at a time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Rule = Callable[..., Any]
 RULES: dict[Operator, Rule] = {}
 
 MISSING: set[str] = set()
-"""Names that rules ask for and this version of PyTorch does not have."""
+"""Names of operators that rules exist for but this version of PyTorch does not have."""
 
 _record: ContextVar[Coverage | None] = ContextVar("fisherfast_dual_record", default=None)
 
@@ -73,12 +73,12 @@ def rule(*operators: Operator) -> Callable[[Rule], Rule]:
 
 
 def overload(name: str, variant: str = "default") -> Operator | None:
-    """aten.<name>.<variant>, or None where this version of PyTorch lacks it."""
+    """Return aten.<name>.<variant>, or None if this version of PyTorch does not have it."""
     return getattr(getattr(aten, name, None), variant, None)
 
 
 def overloads(*names: str) -> list[Operator]:
-    """Operators by name, "relu" or "sum.dim_IntList"; those in `MISSING` are left out."""
+    """Return operators by name, "relu" or "sum.dim_IntList", without those in `MISSING`."""
     found = {name: overload(*name.split(".")) for name in names}
     MISSING.update(name for name, operator in found.items() if operator is None)
     return [operator for operator in found.values() if operator is not None]
@@ -86,7 +86,7 @@ def overloads(*names: str) -> list[Operator]:
 
 @contextmanager
 def recording(record: Coverage | None) -> Iterator[None]:
-    """Count every operation; with a record, an operation that fails has zero tangents."""
+    """Count every operation in a record; with one, an operation that fails has zero tangents."""
     token = _record.set(record)
     try:
         yield
@@ -95,7 +95,7 @@ def recording(record: Coverage | None) -> Iterator[None]:
 
 
 def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of one operation on dual tensors (and others)."""
+    """Compute one operation on dual tensors (and others)."""
     memory.trim()
     served = RULES.get(func)
     mutable = func._schema.is_mutable
@@ -141,22 +141,22 @@ def _is_view(func: Operator) -> bool:
 
 
 def _check_target(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A plain tensor has no room for tangents."""
+    """Raise if a dual tensor would be written into a plain tensor, which cannot hold tangents."""
     target = kwargs.get("out", args[0] if args else None)
     if isinstance(target, Tensor) and not isinstance(target, DualTensor):
         raise no_derivative(
             str(func),
-            "a write of what depends on theta into a tensor that was made outside of the forward"
-            " pass: make it inside, or with x.new_zeros(...)",
+            "a write of values that depend on theta into a tensor created outside of the forward"
+            " pass: create it inside, or with x.new_zeros(...)",
         )
 
 
 RENAMED = {"transpose_": "int"}
-"""Overloads that are called otherwise where the operation is not in place."""
+"""In-place operations whose out-of-place overload has another name."""
 
 
 def _in_place(func: Operator) -> Rule | None:
-    """The rule of an operation that overwrites its first argument, from the one that does not."""
+    """Make the rule of an in-place operation from the rule of its out-of-place version."""
     name = func._schema.name.removeprefix("aten::")
     if func._schema.arguments[-1].is_out:
         return _into(name)
@@ -177,7 +177,8 @@ def _in_place(func: Operator) -> Rule | None:
 
 
 def _reshaped_in_place(functional: Operator) -> Rule | None:
-    """The rule of `squeeze_`, `transpose_` and the like: another view, and the wrapper follows."""
+    """Make the rule of `squeeze_`, `transpose_` and the like: take another view of the stack and
+    update the shape of the wrapper."""
     if functional not in RULES:
         return None
 
@@ -192,7 +193,7 @@ def _reshaped_in_place(functional: Operator) -> Rule | None:
 
 
 def _into(name: str) -> Rule | None:
-    """The rule of an operation that writes its result into `out`."""
+    """Make the rule of an operation that writes its result into `out`."""
     function = getattr(torch, name, None)
     if function is None:
         return None
@@ -217,7 +218,7 @@ def overwrite(target: DualTensor, result: Any) -> DualTensor:
 
 
 def duals_of(*containers: Any) -> Iterator[DualTensor]:
-    """All dual tensors in nested arguments."""
+    """Yield all dual tensors in nested arguments."""
     for item in containers:
         if isinstance(item, DualTensor):
             yield item
@@ -228,29 +229,29 @@ def duals_of(*containers: Any) -> Iterator[DualTensor]:
 
 
 def directions_of(*containers: Any) -> int:
-    """P of the first dual tensor in nested arguments."""
+    """Return P of the first dual tensor in nested arguments."""
     return next(duals_of(*containers)).directions
 
 
 def has_dual(*containers: Any) -> bool:
-    """Whether there is a dual tensor in nested arguments."""
+    """Return whether nested arguments contain a dual tensor."""
     return any(True for _ in duals_of(*containers))
 
 
 def primals(container: Any) -> Any:
-    """Nested arguments with every dual tensor replaced by its primal."""
+    """Replace every dual tensor in nested arguments by its primal."""
     return replaced(container, lambda dual: dual.primal)
 
 
 def without_constants(container: Any) -> Any:
-    """Nested arguments with the primals of those dual tensors whose tangents are known to be
-    zero."""
+    """Replace dual tensors whose tangents are known to be zero by their primals, in nested
+    arguments."""
     return replaced(container, lambda dual: dual.primal if dual.memory.constant else dual)
 
 
 @cache
 def _behind_first(func: Operator) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Names of the arguments of an operator but the first, and the defaults of some."""
+    """Names of the arguments of an operator after the first, and the defaults of some."""
     arguments = func._schema.arguments[1:]
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     return tuple(a.name for a in arguments), defaults
@@ -259,13 +260,13 @@ def _behind_first(func: Operator) -> tuple[tuple[str, ...], dict[str, Any]]:
 def named_arguments(
     func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments behind the first by name, with their defaults."""
+    """Return the arguments after the first by name, including defaults."""
     names, defaults = _behind_first(func)
     return defaults | dict(zip(names, args, strict=False)) | kwargs
 
 
 def with_zero_tangents(result: Any, *arguments: Any) -> Any:
-    """A plain result as dual tensors; what is not of floating dtype stays."""
+    """Turn the floating tensors of a plain result into dual tensors with zero tangents."""
     if isinstance(result, list | tuple):
         return type(result)(with_zero_tangents(item, *arguments) for item in result)
     if isinstance(result, Tensor) and result.is_floating_point():
@@ -274,7 +275,7 @@ def with_zero_tangents(result: Any, *arguments: Any) -> Any:
 
 
 def plain_rule(operators: Iterable[Operator]) -> None:
-    """Operators whose result has no tangent: they run on the primals alone."""
+    """Register operators whose result has no tangent: they run on the primals alone."""
 
     def on_primals(func: Operator, *args: Any, **kwargs: Any) -> Any:
         return func(*primals(args), **primals(kwargs))

@@ -1,4 +1,4 @@
-"""What goes wrong in a dual forward pass, said with the operation and the layer."""
+"""Errors and warnings of a dual forward pass, with the operation and the layer."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ REMEDY = "use FiniteDifference(..., paired=True), which needs no derivative"
 
 
 class DerivativeError(RuntimeError):
-    """An operation of the model has no derivative; names it and the layer."""
+    """An operation of the model has no derivative; the message names it and the layer."""
 
 
 @contextmanager
 def running(model: nn.Module | None) -> Iterator[None]:
-    """Names of layers are those of this model."""
+    """Take the names of layers from this model inside the block."""
     token = _running.set(model)
     try:
         yield
@@ -42,8 +42,8 @@ def running(model: nn.Module | None) -> Iterator[None]:
 
 
 def current_layer() -> str:
-    """Name of the innermost module whose forward runs, found on the call stack: costs nothing until
-    it is asked for."""
+    """Find the name of the innermost module whose forward runs, on the call stack: modules need no
+    hooks for it."""
     model = _running.get()
     names = {} if model is None else {id(m): name for name, m in model.named_modules()}
     frame = sys._getframe(1)
@@ -57,7 +57,7 @@ def current_layer() -> str:
 
 
 def no_derivative(operation: str, reason: str) -> DerivativeError:
-    """The error for an operation that cannot be pushed through."""
+    """Make the error for an operation without a derivative."""
     return DerivativeError(
         f"operation {operation} in layer {current_layer()!r} must have a derivative, got"
         f" {reason}; {REMEDY}"
@@ -69,7 +69,7 @@ SWITCHES = ("train", "training", "dropout", "dropout_p")
 
 
 def warn_of_randomness(operation: Any, args: Any = (), kwargs: Any = None) -> None:
-    """Warn of an operation that draws random numbers although the network is in eval mode."""
+    """Warn about an operation that draws random numbers although the network is in eval mode."""
     if torch.Tag.nondeterministic_seeded not in operation.tags:
         return
     names = [argument.name for argument in operation._schema.arguments]
@@ -77,8 +77,8 @@ def warn_of_randomness(operation: Any, args: Any = (), kwargs: Any = None) -> No
     if any(name in names and not named.get(name) for name in SWITCHES):
         return
     warnings.warn(
-        f"layer {current_layer()!r} draws random numbers ({operation}) in eval mode: its noise"
-        " counts as fixed, the same for the samples and their tangents",
+        f"layer {current_layer()!r} draws random numbers ({operation}) in eval mode: its noise is"
+        " treated as fixed, the same for the samples and their tangents",
         FisherWarning,
         stacklevel=2,
     )

@@ -1,7 +1,7 @@
-"""Operations without a rule: PyTorch's forward-mode derivative of that one operation.
+"""The fallback for operations without a rule: PyTorch's forward-mode derivative of one operation.
 
-The operation runs once per direction on PyTorch's own dual numbers, outside of any graph. In-place
-operations run on copies, whose result is then written back.
+The operation runs once per direction on PyTorch's own dual numbers, without a graph. In-place
+operations run on copies, and the result is written back.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["forward_mode", "replaced"]
 
 _INCLUDED = torch._C._dispatch_tls_local_include_set()
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
-"""State of PyTorch's dispatcher outside of everything: derivatives are found in it."""
+"""State of PyTorch's dispatcher outside of any dispatched operation, where derivatives are on."""
 
 
 def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation on dual tensors, by PyTorch's forward mode.
+    """Compute an operation on dual tensors by PyTorch's forward mode.
 
     Raises:
-        DerivativeError: PyTorch has no forward derivative of it either.
+        DerivativeError: PyTorch has no forward derivative of the operation either.
     """
     found: list[DualTensor] = []
     replaced((args, kwargs), found.append)
@@ -44,7 +44,7 @@ def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise no_derivative(str(func), f"none ({reason})") from error
     if results and _is_real(results[0]) and not any(_has_tangent(result) for result in results):
-        raise no_derivative(str(func), "none: PyTorch, or the library it is from, defines none")
+        raise no_derivative(str(func), "none: neither PyTorch nor the operation's library has one")
     if not results:  # P = 0: the primal alone
         plain_args, plain_kwargs = replaced((args, kwargs), lambda dual: dual.primal.clone())
         results = [_pairs(func(*plain_args, **plain_kwargs))]
@@ -75,25 +75,25 @@ def _along(func: Any, args: Any, kwargs: Any, direction: int, *, copy: bool) -> 
 
 @contextmanager
 def _autograd_alive() -> Iterator[None]:
-    """Derivatives inside of a dispatched operation, where PyTorch switches them off."""
+    """Enable derivatives inside a dispatched operation, where PyTorch disables them."""
     with (
         warnings.catch_warnings(),
         torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED),
     ):
-        # PyTorch compiles some derivatives with its old TorchScript at first use, and says so.
+        # PyTorch compiles some derivatives with its old TorchScript at first use, with a warning.
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 @contextmanager
 def _same_random_numbers() -> Iterator[Callable[[], None]]:
-    """Gives a function that winds the CPU's random numbers back to where they are now."""
+    """Yield a function that resets the CPU's random state to what it is now."""
     state = torch.get_rng_state()
     yield lambda: torch.set_rng_state(state)
 
 
 def _pairs(result: Any) -> Any:
-    """Results split into (primal, tangent or None); what is no dual stays."""
+    """Split results into (primal, tangent or None); values that are not dual stay."""
     if isinstance(result, list | tuple):
         return [_pairs(item) for item in result]
     if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
@@ -105,21 +105,21 @@ def _pairs(result: Any) -> Any:
 
 
 def _is_real(result: Any) -> bool:
-    """Whether there is a result that could have a tangent."""
+    """Return whether any result could have a tangent."""
     if isinstance(result, list):
         return any(_is_real(item) for item in result)
     return isinstance(result, tuple)
 
 
 def _has_tangent(result: Any) -> bool:
-    """Whether PyTorch gave a tangent: it gives none, in silence, where a derivative is missing."""
+    """Return whether PyTorch gave a tangent: without a derivative it gives none, and no error."""
     if isinstance(result, list):
         return any(_has_tangent(item) for item in result)
     return isinstance(result, tuple) and result[1] is not None
 
 
 def _join(results: list[Any], directions: int) -> Any:
-    """One dual tensor from its (primal, tangent) along each direction."""
+    """Join (primal, tangent) along each direction into one dual tensor."""
     first = results[0]
     if isinstance(first, list):
         return tuple(
@@ -137,7 +137,7 @@ def _join(results: list[Any], directions: int) -> Any:
 
 
 def replaced(container: Any, change: Callable[[DualTensor], Any]) -> Any:
-    """Nested arguments with every dual tensor changed."""
+    """Apply a change to every dual tensor in nested arguments."""
     if isinstance(container, DualTensor):
         return change(container)
     if isinstance(container, list | tuple):

@@ -1,9 +1,9 @@
-"""Buffers that are used again: fresh pages cost several times the arithmetic that fills them.
+"""A pool of buffers for reuse: fresh pages cost several times the arithmetic that fills them.
 
-An allocator hands large blocks back to the system at once, and the pages of the next one are
-cleared anew: filling 84 MB takes 57 ms in fresh memory and 7 ms in used. The stacks of a dual
-forward pass are (1 + P) times as large as the activations of a plain one, and cross that line
-first. On CUDA PyTorch keeps its memory itself.
+An allocator returns large blocks to the system at once, and the system clears the pages of the next
+block: filling 84 MB takes 57 ms in fresh memory and 7 ms in reused memory. The stacks of a dual
+forward pass are (1 + P) times as large as the activations of a plain pass, so they reach this size
+first. On CUDA PyTorch pools memory itself.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 __all__ = ["compact", "empty", "kept", "release_memory", "reusing", "trim"]
 
 LARGE_BYTES = 2**25
-"""From here on glibc asks the system for each block, 32 MB."""
+"""Size above which glibc asks the system for each block, 32 MB."""
 
 SMALL_BYTES = 2**20
-"""Below, a stack takes no block that is larger than it."""
+"""Smaller stacks do not use a block larger than themselves."""
 
 KEPT_BYTES = 3 * 2**25
-"""What is kept unused at most, within a forward pass and for the next one, 96 MB."""
+"""Most unused memory that is kept, within a forward pass and for the next one, 96 MB."""
 
 _lock = threading.Lock()
 _blocks: list[torch.UntypedStorage] = []
@@ -33,13 +33,14 @@ _active: ContextVar[bool] = ContextVar("fisherfast_dual_memory", default=False)
 
 
 def _is_free(block: torch.UntypedStorage) -> bool:
-    """Whether no tensor lives in it."""
+    """Return whether no tensor uses the block."""
     return int(torch._C._storage_Use_Count(block._cdata)) == 1
 
 
 @contextmanager
 def reusing() -> Iterator[None]:
-    """Large stacks made inside may lie in memory of former ones, of this pass or the last."""
+    """Let large stacks made inside the block reuse memory of earlier ones, of this pass or the
+    last."""
     token = _active.set(True)
     try:
         yield
@@ -49,7 +50,7 @@ def reusing() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Give back what is kept for the next forward pass, at most 96 MB.
+    """Release the memory that is kept for the next forward pass, at most 96 MB.
 
     Example:
         >>> import fisherfast as ff
@@ -59,7 +60,7 @@ def release_memory() -> None:
 
 
 def kept() -> int:
-    """Bytes that are kept for the next forward pass."""
+    """Return how many bytes are kept for the next forward pass."""
     with _lock:
         return sum(block.nbytes() for block in _blocks)
 
@@ -67,7 +68,7 @@ def kept() -> int:
 def empty(
     shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """An uninitialised tensor without holes, as `torch.empty_strided` gives it."""
+    """Allocate an uninitialised tensor without holes, like `torch.empty_strided`."""
     size = torch.Size(shape).numel() * dtype.itemsize
     if device.type != "cpu" or not _active.get():
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -80,26 +81,26 @@ def empty(
             return torch.empty_strided(shape, strides, dtype=dtype, device=device)
         else:
             _drop(free, 0)
-            free.clear()  # given back before more is asked for: the peak is that of what is in use
+            free.clear()  # released before the next request, so the peak is the memory in use
             block = torch.UntypedStorage(size)
             _blocks.append(block)
         return torch.empty(0, dtype=dtype).set_(block, 0, torch.Size(shape), tuple(strides))
 
 
 def trim() -> None:
-    """Give back what is kept unused beyond the limit."""
+    """Release unused memory beyond the limit."""
     if _blocks:
         with _lock:
             _drop([block for block in _blocks if _is_free(block)], KEPT_BYTES)
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one that keeps more than twice its memory alive."""
+    """Return the tensor, or a copy if its storage is more than twice as large as it."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > 2 * tensor.nbytes else tensor
 
 
 def _keep(limit: int) -> None:
-    """Keep the largest free blocks up to a limit; what is in use belongs to the user."""
+    """Keep the largest free blocks up to a limit, and forget blocks that tensors still use."""
     with _lock:
         free = [block for block in _blocks if _is_free(block)]
         _blocks[:] = free
@@ -107,7 +108,7 @@ def _keep(limit: int) -> None:
 
 
 def _drop(free: list[torch.UntypedStorage], limit: int) -> None:
-    """Of the free blocks keep the largest, up to a limit."""
+    """Drop free blocks, the smallest first, down to a limit."""
     total, dropped = 0, set()
     for block in sorted(free, key=lambda b: -b.nbytes()):
         if total + block.nbytes() <= limit:

@@ -1,4 +1,4 @@
-"""A model on dual tensors: `propagation` prepares the ground, `jvp` and `propagate` use it."""
+"""Run a model on dual tensors: `jvp`, `propagate` and `coverage`, inside `propagation`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from fisherfast.model.sites import Layers, select
 __all__ = ["coverage", "jvp", "propagate", "propagation"]
 
 SEED = 0
-"""Of the random numbers that a model may draw in eval mode."""
+"""Seed of the random numbers that a model may draw in eval mode."""
 
 SURVEY_SAMPLES = 4
-"""Samples that list the layers: few, for these passes are to take no memory that counts."""
+"""Samples of the passes that list the layers: few, so that these need little memory."""
 
 FACTORIES = frozenset(
     overloads(
@@ -51,7 +51,8 @@ FACTORIES = frozenset(
 
 
 class _Factories(TorchDispatchMode):
-    """What a model makes inside its forward pass has room for tangents: it may be written into."""
+    """Make the tensors that a model creates inside its forward pass dual, so that values with
+    tangents can be written into them."""
 
     def __init__(self, directions: int) -> None:
         super().__init__()
@@ -78,15 +79,15 @@ class _Factories(TorchDispatchMode):
 def propagation(
     model: nn.Module | None, directions: int, record: Coverage | None = None
 ) -> Iterator[None]:
-    """Dual tensors with P = directions tangents go through a model inside.
+    """Let dual tensors with P = directions tangents pass through a model inside the block.
 
-    Below autograd, so that the operations a model calls arrive whole (a linear layer, an attention)
-    and not in pieces; without a graph.
+    Operations are intercepted below autograd, where a linear layer or an attention is still one
+    operation. No graph is recorded.
 
     Args:
         model: names the layers in errors and warnings.
         directions: P.
-        record: counts the operations; with one, an operation that fails has zero tangents.
+        record: counts the operations. With a record, an operation that fails has zero tangents.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -109,12 +110,13 @@ def propagation(
 
 
 def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
-    r"""Output of a model and its exact derivatives along P directions, sample by sample.
+    r"""Compute the output of a model and its exact derivatives along P directions, per sample.
 
     .. math:: y_i = f(x_i), \qquad dy_{p i} = \frac{\partial f}{\partial x}(x_i) \, dx_{p i}
 
-    One forward pass of 1 + P width; no graph is recorded. The model runs in eval mode; parameters,
-    buffers, mode, hooks and random state are afterwards as they were, also after an error.
+    This takes one forward pass of a batch 1 + P times as large; no graph is recorded. The model
+    runs in eval mode; its parameters, buffers, mode and hooks and the random state are restored
+    afterwards, also after an error.
 
     Args:
         model: any module that maps a batch [n, ...] to tensors, tuples, lists or dicts of them.
@@ -127,10 +129,10 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
             for integers.
 
     Raises:
-        ValueError: dx of another shape or device.
-        TypeError: model is no module, x no tensor or complex, dx of another dtype, or an output of
-            another class.
-        DerivativeError: an operation without derivative, with its layer.
+        ValueError: dx has another shape or device.
+        TypeError: model is not a module, x is not a tensor or is complex, dx has another dtype, or
+            the model returns another type of object.
+        DerivativeError: an operation has no derivative (names its layer).
 
     Warns:
         FisherWarning: integer x, or a layer that draws random numbers in eval mode.
@@ -155,7 +157,7 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 def propagate(
     model: nn.Module, x: Tensor, dx: Tensor, layers: Layers = "auto"
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Activations of every layer and their exact derivatives along P directions.
+    """Compute the activations of every layer and their exact derivatives along P directions.
 
     Args:
         model: as for `jvp`.
@@ -168,9 +170,9 @@ def propagate(
         with "input" and "output".
 
     Raises:
-        As for `jvp`; ValueError for an unknown layer (names the nearest).
+        As for `jvp`; ValueError for an unknown layer (lists the nearest names).
 
-    Cost: as for `jvp`, and the activations that are kept. Two plain forward passes more, on at
+    Cost: as for `jvp`, and the memory of the activations. Two more plain forward passes, on at
         most 4 samples, list the layers.
 
     Example:
@@ -203,7 +205,8 @@ def propagate(
 
 @contextmanager
 def _explained(model: nn.Module, batch: Tensor, directions: int) -> Iterator[None]:
-    """A model that fails on plain samples fails on dual ones, with an error that says where."""
+    """Run a model that failed again under `propagation`, whose errors name the operation and the
+    layer."""
     try:
         yield
     except RuntimeError:
@@ -213,7 +216,7 @@ def _explained(model: nn.Module, batch: Tensor, directions: int) -> Iterator[Non
 
 
 def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
-    """Which operations of a model have a rule, which need PyTorch's forward mode, which fail.
+    """List the operations of a model that have a rule, need PyTorch's forward mode, or fail.
 
     Args:
         model: as for `jvp`.
@@ -221,12 +224,12 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
         dx: [P, n, ...], or None for one random direction.
 
     Returns:
-        `Coverage`: counts by operation and by how it was served; prints as a table.
+        `Coverage`: counts by operation and by how it was differentiated; prints as a table.
 
     Raises:
         ValueError, TypeError: as for `jvp`. An operation that fails is reported, not raised.
 
-    Cost: as for `jvp`, with P = 1 where dx is None: a few samples suffice.
+    Cost: as for `jvp`, with P = 1 if dx is None; a few samples are enough.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -247,15 +250,16 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
 
 
 def _packed(x: Tensor, dx: Tensor) -> tuple[Tensor, int]:
-    """What goes into the model, and P: a dual tensor, or counts alone, whose tangents are zero."""
+    """Return the input of the model and P: a dual tensor, or x itself if it holds integers, whose
+    tangents are zero."""
     counts = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
     if not counts:
         batch = DualTensor.pack(x, dx)
         return batch, batch.directions
     check_tangents(x.to(dx.dtype), dx)
     warnings.warn(
-        f"x has dtype {x.dtype}: numbers that only count have no derivative, all tangents are zero;"
-        " a Score tells what they know",
+        f"x has dtype {x.dtype}: integers have no derivative, so all tangents are zero; measure"
+        " their information with a Score",
         FisherWarning,
         stacklevel=3,
     )
@@ -274,14 +278,14 @@ def _check_model(model: Any) -> None:
 
 
 def _structure(output: Any, change: Any) -> Any:
-    """The tensors of a nested output changed; the structure stays."""
+    """Apply a change to the tensors of a nested output, keeping its structure."""
     changed = map_tensors(output, lambda place, tensor: change(tensor))
     _check_structure(changed)
     return changed
 
 
 def _check_structure(output: Any) -> None:
-    """Nothing dual is left, hidden in an object of another class."""
+    """Raise if a dual tensor could be left inside an object of another class."""
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, list | tuple):
@@ -295,7 +299,7 @@ def _check_structure(output: Any) -> None:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """A result that does not keep the memory of a larger stack alive."""
+    """Copy a result that would keep the memory of a larger stack alive."""
     if not isinstance(tensor, DualTensor):
         return tensor
     with _disable_current_modes():

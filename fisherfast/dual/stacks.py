@@ -1,4 +1,4 @@
-"""How a stack [1 + P, n, ...] stands for its primal [n, ...]."""
+"""Helpers that treat a stack [1 + P, n, ...] like its primal [n, ...]."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ __all__ = ["aligned", "in_one_dtype", "lifted", "merged", "shifted", "view_of"]
 
 
 def shifted(dim: int, ndim: int) -> int:
-    """A dimension of the primal as one of the stack."""
+    """Convert a dimension of the primal to that of the stack."""
     return dim % max(ndim, 1) + 1
 
 
 def aligned(dual: DualTensor, ndim: int, *, laid_out: bool = False) -> Tensor:
-    """The stack of a dual tensor with dimensions of size 1 behind its first, as if the primal had
-    ndim of them; laid_out where a view of it is made, see `DualTensor.laid_out`."""
+    """Return the stack of a dual tensor with dimensions of size 1 inserted after its first, so that
+    the primal has ndim dimensions. Set laid_out if a view of it is made, see
+    `DualTensor.laid_out`."""
     stack = dual.laid_out() if laid_out else dual.stack
     missing = ndim - dual.dim()
     if missing <= 0:
@@ -28,8 +29,8 @@ def aligned(dual: DualTensor, ndim: int, *, laid_out: bool = False) -> Tensor:
 
 
 def in_one_dtype(a: Any, b: Any) -> tuple[Any, Any]:
-    """Two operands in the dtype of their result. PyTorch lets a tensor without dimensions give way
-    to one that has some, and a stack has one more than its primal."""
+    """Convert two operands to the dtype of their result. PyTorch's promotion ignores the precision
+    of tensors without dimensions, and a stack has one dimension more than its primal."""
     tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
     if not tensors or a.dtype == b.dtype or not (a.is_floating_point() and b.is_floating_point()):
         return a, b
@@ -39,17 +40,17 @@ def in_one_dtype(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 def lifted(tensor: Any, directions: int) -> Tensor:
-    """The stack of a dual tensor, or of a plain one with tangents of zero."""
+    """Return the stack of a dual tensor, or a stack with zero tangents for a plain tensor."""
     if isinstance(tensor, DualTensor):
         return tensor.stack
     return DualTensor.constant(tensor, directions).stack
 
 
 def merged(stack: Tensor) -> Tensor:
-    """[1 + P, n, ...] as [(1 + P) n, ...]."""
+    """Reshape [1 + P, n, ...] to [(1 + P) n, ...]."""
     return stack.flatten(0, 1)
 
 
 def view_of(dual: DualTensor, stack: Tensor) -> DualTensor:
-    """A dual tensor that shares memory with another."""
+    """Make a dual tensor that shares memory with another."""
     return DualTensor(stack, dual.memory)

@@ -1,8 +1,9 @@
-"""`DualTensor`: a batch and its P tangents in one buffer, seen by a model as the batch alone.
+"""`DualTensor`: a batch and its P tangents in one buffer, which looks to a model like the batch.
 
-A dual tensor looks like its primal [n, ...]: shape, strides, dtype, device. Behind it lies a stack
-[1 + P, n, ...], the primal first. Operations reach `__torch_dispatch__` whatever the model calls
-them by, and `fisherfast.dual.dispatch` applies the derivative rule of each. Nothing is recorded.
+A dual tensor has the shape, strides, dtype and device of its primal [n, ...], and holds a stack
+[1 + P, n, ...] with the primal first. Every operation of the model, however it is called, reaches
+`__torch_dispatch__`, and `fisherfast.dual.dispatch` applies its derivative rule. No graph is
+recorded.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ Affine = tuple[Tensor, Tensor]
 """Scale and shift [C] of an eval-mode batch norm, over dimension 1 of the batch."""
 
 CHANNEL_DIM = 2
-"""Of a stack [1 + P, n, C, ...]."""
+"""Channel dimension of a stack [1 + P, n, C, ...]."""
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
-"""Those of the fused kernels; half precision goes through their references."""
+"""Dtypes of the fused kernels; half precision uses their references."""
 
 
 class Memory:
     """The storage that a dual tensor and its views share.
 
     Attributes:
-        constant: made by a factory inside the model, and no dual was written into it yet: its
+        constant: created by a factory inside the model and not yet written with a dual tensor: its
             tangents are known to be zero.
-        detached: a copy that stands for `x.detach()`: a write into it would not reach x.
-        waiting: dual tensors that will still read this storage (a batch norm that waits for the
-            activation behind it) and must do so before it is overwritten.
+        detached: a copy that represents `x.detach()`: a write into it would not change x.
+        waiting: dual tensors that have yet to read this storage (a batch norm deferred until the
+            activation after it) and must do so before it is overwritten.
     """
 
     __slots__ = ("constant", "detached", "waiting")
@@ -62,10 +63,10 @@ class Memory:
 
 
 class DualTensor(torch.Tensor):
-    """A primal [n, ...] and its P tangents, pushed through a model together.
+    """A primal [n, ...] and its P tangents, which pass through a model together.
 
-    Make one with `pack`. Inside `fisherfast.dual.propagation` it goes through a model like any
-    batch; outside, operations on it work too, but for a few that need the fused kernels.
+    Create one with `pack`. Inside `fisherfast.dual.propagation` it passes through a model like any
+    batch; outside, operations on it work too, except a few that need the fused kernels.
 
     Attributes:
         primal: [n, ...], a view of the stack.
@@ -116,14 +117,14 @@ class DualTensor(torch.Tensor):
 
     @classmethod
     def constant(cls, primal: Tensor, directions: int) -> DualTensor:
-        """A primal [n, ...] with P = directions tangents of zero."""
+        """Make a dual tensor of a primal [n, ...] with P = directions tangents of zero."""
         stack = primal.new_zeros((1 + directions, *primal.shape))
         stack[0] = primal
         return cls(stack, Memory(constant=True))
 
     @classmethod
     def awaiting(cls, source: DualTensor, scale: Tensor, shift: Tensor) -> DualTensor:
-        """scale_c x + shift_c, computed when it is looked at, or within the activation behind."""
+        """Make scale_c x + shift_c, computed when it is read or by the activation that follows."""
         dual = cls(source.stack)
         dual._pending = (scale, shift)
         source.memory.waiting.append(weakref.ref(dual))
@@ -133,16 +134,17 @@ class DualTensor(torch.Tensor):
     def stack(self) -> Tensor:
         """[1 + P, n, ...], the primal first."""
         if self._pending is not None:
-            with _disable_current_modes():  # a hook may ask, in the middle of a forward pass
+            with _disable_current_modes():  # a hook may read it during a forward pass
                 self.settle(apply_activation(self._stack, "identity", affine=self._pending))
         return self._stack
 
     def laid_out(self) -> Tensor:
-        """The stack in the order of its dimensions, for those who make views of it.
+        """Return the stack with its memory in the order of its dimensions, to make views of it.
 
-        A convolution leaves its channels last, as it is faster so; the model knows nothing of it.
-        A view made in that order would be a copy where the model expects to share memory, or share
-        where it expects a copy: what is written into one would be missed, or seen, by the other.
+        A convolution stores its result channels-last, because that is faster, while the model sees
+        an ordinary tensor.
+        A view of that memory would be a copy where the model expects shared memory, or share memory
+        where it expects a copy, and later in-place writes would go wrong.
         """
         stack = self.stack
         if self._is_whole and _channels_last(stack):
@@ -150,15 +152,15 @@ class DualTensor(torch.Tensor):
         return self._stack
 
     def pending(self) -> tuple[Tensor, Affine | None]:
-        """The stack, and the scale and shift that it still waits for."""
+        """The stack, and the scale and shift that are still to be applied to it."""
         return self._stack, self._pending
 
     def settle(self, stack: Tensor) -> None:
-        """Put the values that were waited for in place."""
+        """Set the stack once its deferred values are computed."""
         self._stack, self._pending = stack, None
 
     def before_writing(self) -> Tensor:
-        """The stack, after everything that waits for its present content has read it."""
+        """Return the stack after all deferred readers of its present content have read it."""
         if self.memory.detached:
             raise no_derivative("detach", "a write into a detached tensor (or into x.data)")
         stack = self.stack
@@ -200,14 +202,14 @@ class DualTensor(torch.Tensor):
 
 
 def _channels_last(stack: Tensor) -> bool:
-    """Whether a stack [1 + P, n, C, H, W] lies in memory with its channels last."""
+    """Return whether a stack [1 + P, n, C, H, W] is stored channels-last."""
     if stack.dim() != len("pnCHW") or stack.is_contiguous():
         return False
     return stack.movedim(2, 4).is_contiguous()
 
 
 def check_tangents(x: Tensor, dx: Tensor) -> None:
-    """x [n, ...] of real floating dtype and dx [P, n, ...] like it."""
+    """Raise unless x [n, ...] has a real floating dtype and dx [P, n, ...] matches it."""
     for name, tensor in (("x", x), ("dx", dx)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -218,8 +220,8 @@ def check_tangents(x: Tensor, dx: Tensor) -> None:
         )
     if not x.is_floating_point():
         raise TypeError(
-            f"x must have a floating dtype, got {x.dtype}: numbers that only count have no"
-            " derivative (a network may make integers inside; their tangents are zero)"
+            f"x must have a floating dtype, got {x.dtype}: integers have no derivative (a network"
+            " may create integers inside; their tangents are zero)"
         )
     if dx.dtype != x.dtype:
         raise TypeError(f"dx must have the dtype of x ({x.dtype}), got {dx.dtype}")
@@ -232,7 +234,7 @@ def check_tangents(x: Tensor, dx: Tensor) -> None:
 
 
 def _room_like(stack: Tensor) -> Tensor | None:
-    """Used memory of the layout of a stack, where it is worth while."""
+    """Return reused memory with the layout of a stack, or None where reuse does not pay."""
     if stack.nbytes < memory.SMALL_BYTES or not is_dense(stack):
         return None
     strides = (stack[0].numel(), *stack.stride()[1:])
@@ -246,7 +248,7 @@ def apply_activation(
     slope: Tensor | None = None,
     affine: Affine | None = None,
 ) -> Tensor:
-    """An activation of a stack of any floating dtype."""
+    """Apply an activation to a stack of any floating dtype."""
     scale, shift = affine or (None, None)
     if stack.dtype in KERNEL_DTYPES:
         return ops.dual_activation(
@@ -263,7 +265,7 @@ def apply_activation(
 
 
 def apply_softmax(stack: Tensor, dim: int, *, log: bool = False) -> Tensor:
-    """Softmax or log-softmax of a stack of any floating dtype, along dimension dim >= 1 of it."""
+    """Apply softmax or log-softmax to a stack of any floating dtype, along dimension dim >= 1."""
     if stack.dtype in KERNEL_DTYPES:
         return ops.dual_softmax(stack, dim, log=log)
     return reference_dual.dual_softmax(stack, dim, log)

@@ -1,1 +1,1 @@
-"""From moments to Fisher information: no network, no processes."""
+"""Estimate the Fisher information from moments, without a network or processes."""

@@ -1,4 +1,5 @@
-"""The honest lower bound: a readout learned on one half of the samples, measured on the other."""
+"""The honest lower bound, from a readout learned on one half of the samples and measured on the
+other."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ VARIANCE_FLOOR = 0.1
 """Variance below which a feature counts as rare, relative to the median feature of a half."""
 
 BOUND_RIDGE = 1e-8
-"""Ridge of the P readouts: only there for readouts that are copies of each other (one output, two
+"""Ridge of the P readouts, needed only if readouts are copies of each other (one output, two
 parameters)."""
 
 
@@ -28,12 +29,12 @@ def cross_fitted_bound(
     half_b: FoldStatistics,
     ridge: float | torch.Tensor = LIFT_RIDGE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The honest lower bound: learn the readout on one half, measure it on the other, swap,
-    average.
+    """Compute the honest lower bound: learn the readout on one half, measure it on the other, swap
+    the halves, and average.
 
-    Whatever the readout W = R_A^-1 D_A [k, P] is, the linear Fisher information of the P numbers
-    W^T f is a lower bound, and it is measured on samples that W has not seen, with only k = P to
-    correct for. It is measured without the ridge that it was learned with.
+    For any readout W = R_A^-1 D_A [k, P], the linear Fisher information of the P numbers W^T f is a
+    lower bound. It is measured on samples that W was not learned on, so only k = P features need a
+    correction, and without the ridge that W was learned with.
 
     Args:
         half_a, half_b: statistics of the same features.
@@ -52,7 +53,7 @@ def cross_fitted_bound(
 
 
 def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-    """J and its variance [P, P] of all features of a statistics; zero when there are none."""
+    """Return J and its variance [P, P] of all features of the statistics; zero without features."""
     if len(statistics.derivative) == 0:
         zero = torch.zeros_like(statistics.noise)
         return zero, zero
@@ -69,13 +70,13 @@ def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tenso
 def linear_readout(
     statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
 ) -> torch.Tensor:
-    """W = R^-1 D [k, P] in the scale of the features: the readout that attains the linear
+    """Compute W = R^-1 D [k, P] in the scale of the features: the readout that attains the linear
     information.
 
-    Any readout gives a valid bound, so it may be cautious. A feature that hardly varied in these
-    samples is not scaled up to unit variance, and has a ridge of its own: it may vary much in
-    others, and a large weight on it would drown the rest there. Where rounding leaves R indefinite
-    the ridge grows until it is not.
+    Any readout gives a valid bound, so this one is cautious. A feature that hardly varies in these
+    samples is not scaled up to unit variance, and gets a larger ridge: it may vary strongly in
+    other samples, where a large weight on it would add much noise. If rounding makes R indefinite,
+    the ridge grows until R is positive definite.
 
     Args:
         statistics: of k features.

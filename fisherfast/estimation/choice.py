@@ -1,4 +1,4 @@
-"""How many features are used: the choice of k on the corrected curve."""
+"""Choose the number k of features on the corrected curve."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from fisherfast.estimation.curve import FisherCurve
 __all__ = ["Choice", "choose_features"]
 
 PLATEAU = 0.75
-"""A plateau counts as reached when the chosen k leaves the last quarter of the lifted features
+"""A plateau counts as reached if the chosen k leaves the last quarter of the lifted features
 unused."""
 
 GAIN_ERRORS = 2.0
-"""Standard errors by which more features must raise J to be used: 1 would chase noise, 3 leave 1 %
-behind."""
+"""Standard errors by which more features must raise J to be used: 1 would fit noise, 3 would lose
+1 % of J."""
 
 LEAST_GAIN = 0.01
 """Gains below this fraction of the standard error of J are treated as zero."""
 
 ENTRY_ERRORS = 3.5
-"""The same for a lift to be used at all: the best of `GAIN_POINTS` sizes, with an error from 16
-folds, exceeds it by chance in 3 of a thousand layers (tests/montecarlo/test_choice.py)."""
+"""The same for using a lift at all: the best of `GAIN_POINTS` sizes, with an error from 16 folds,
+exceeds it by chance in 3 of 1000 layers (tests/montecarlo/test_choice.py)."""
 
 SELECTED = 1.0
-"""Errors by which the clearest of many gains looks clearer than it is."""
+"""Standard errors by which the clearest of many gains is overestimated."""
 
 GAIN_POINTS = 32
-"""Sizes k that are compared with each other, in equal ratios of the lifted features: where the
-first few of them carry the information, the noise of the others would hide it."""
+"""Sizes k that are compared, in equal ratios of the number of lifted features: if the first few
+carry the information, the noise of all others would hide it in a comparison of equal steps."""
 
 WORTH = 0.1
-"""Part of J that more features must not be able to add unnoticed ..."""
+"""Part of J that would have to be noticed if more features added it ..."""
 
 MORE_FEATURES = 8
-"""... when there are twice as many lifted ones, or so many more."""
+"""... where more means twice as many lifted features, or at least so many more."""
 
 
 class Choice(NamedTuple):
-    """How many features are used, from `choose_features`.
+    """The number of features to use, from `choose_features`.
 
     Attributes:
         features: k.
         plateau: whether J(k) is flat from well before the last lifted feature on.
-        doubt: [F, P, P] what the choice adds to the error of J, as deviations of a jackknife.
+        doubt: [F, P, P] error of J from the choice itself, as deviations of a jackknife.
         sensitive: a gain of a tenth of J by twice as many lifted features would have been noticed.
     """
 
@@ -57,19 +57,19 @@ class Choice(NamedTuple):
 
 
 def choose_features(curve: FisherCurve, first: int) -> Choice:
-    r"""The smallest k >= first that no larger k' beats significantly, for any parameter; the first
-    one where none beats it clearly.
+    r"""Choose the smallest k >= first that no larger k' exceeds significantly for any parameter;
+    no lift (k = first) unless a larger k' exceeds it clearly.
 
-    Significantly means by more than `GAIN_ERRORS` standard errors *of the gain* J(k') - J(k), not
-    of J: both share the noise of their common features, and a gain of 1 % can be certain where J
-    itself is known to 3 %. The variance of a gain is that over folds (jackknife), and that of dk
-    more features in the covariance, 2 M^2 dk / nu^2 with M = h J_naive (with a score the folds see
-    that too).
+    A gain is significant above `GAIN_ERRORS` standard errors *of the gain* J(k') - J(k), not of J:
+    both share the noise of their common features, and a gain of 1 % can be certain where J itself
+    is known to 3 %. The variance of a gain is its variance over folds (jackknife), plus that of dk
+    more features in the covariance, 2 M^2 dk / nu^2 with M = h J_naive (included in the folds for a
+    score).
 
-    Where the clearest gain is z errors and counts from t errors on, other samples would have used
-    the larger size with the probability p = Phi(z - t), and J varies by sqrt(p (1 - p)) of the gain
-    more than at a fixed size, together with the gain: the doubt. Counted are the choice between no
-    lift and one, and that between k and the next size.
+    If the clearest gain is z errors and the threshold is t errors, other samples would have led to
+    the larger size with probability p = Phi(z - t). The choice then adds an error of
+    sqrt(p (1 - p)) times the gain, in proportion to the gain of each fold: the doubt. It covers the
+    choice between no lift and a lift, and that between k and the next size.
 
     Args:
         curve: of K features.
@@ -109,7 +109,7 @@ def _sensitive(
 def _doubt(
     curve: FisherCurve, smaller: int, larger: int, clearest: torch.Tensor, least: float
 ) -> torch.Tensor:
-    """Deviations [F, P, P] from one choice; clearest [P] is z, least is t."""
+    """Compute the deviations [F, P, P] from one choice; clearest [P] is z, least is t."""
     change = curve.replicates[larger - 1] - curve.replicates[smaller - 1]
     change = change - change.mean(0)
     p = torch.special.ndtr(clearest.max() - SELECTED - least)
@@ -121,7 +121,7 @@ def _doubt(
 
 
 def _gains(curve: FisherCurve, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers [m] of the sizes that are compared, counted from 0, and for each two of them the gain
+    """Return the sizes that are compared, [m] counted from 0, and for each pair of them the gain
     J(k') - J(k) [m, m, P] and its standard error."""
     lifted = math.log(max(len(curve) - first, 1))
     steps = torch.linspace(0.0, lifted, GAIN_POINTS, dtype=torch.float64).exp().round().long()
@@ -145,7 +145,7 @@ def _gains(curve: FisherCurve, first: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def _smallest(grid: torch.Tensor, beaten: torch.Tensor) -> int:
-    """The smallest size that no larger one beats, of beaten [m, m, P]."""
+    """Return the smallest size that no larger one exceeds, given beaten [m, m, P]."""
     later = torch.ones_like(beaten[..., 0]).triu(1)
     enough = ~(beaten.any(-1) & later).any(1)
     return int(grid[enough][0]) + 1

@@ -1,21 +1,22 @@
-r"""From fold moments to Fisher information: the curve, its error bars, the honest bound, the choice
-of k.
+r"""The curve J(k) of the Fisher information of the first k features, with its error bars.
 
-Every formula is derived in docs/theory.md. Notation: S [k, k] the covariance of
-the features scaled to unit diagonal, R = S + ridge, L L^T = R, D [k, P] the derivative of the mean,
-Y = L^-1 D. Because the leading block of L factors the leading block of R, the running sums of y_i
-y_i^T are the linear Fisher information of the first k features, for every k at once.
+Every formula is derived in docs/theory.md. Notation: S [k, k] is the covariance of the features
+scaled to unit diagonal, R = S + ridge, L L^T = R, D [k, P] the derivative of the mean, Y = L^-1 D.
+Because the leading block of L factors the leading block of R, the running sums of y_i y_i^T are the
+linear Fisher information of the first k features, for every k at once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures, pair_inflation
 from fisherfast.estimation.leverage import (
+    Seen,
     inverse_excess,
     left_out_score,
     pair_correlations,
@@ -36,14 +37,23 @@ from fisherfast.estimation.variance import (
     jackknife_covariance,
 )
 
-__all__ = ["FisherCurve", "at_least", "fisher_curve", "independent_features", "whitened"]
+__all__ = [
+    "FisherCurve",
+    "at_least",
+    "fisher_curve",
+    "fold_estimate",
+    "independent_features",
+    "whitened",
+]
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SMALL_TRIANGLE = 128
-"""Rows of a triangle that is inverted by a plain solve."""
+"""Size up to which a triangle is inverted by a plain solve."""
 
 SPARE_DOF = 4
-"""Degrees of freedom beyond k_eff that the variance of an inverse covariance needs to exist (nu - k
-- 3 > 0)."""
+"""Degrees of freedom required beyond k_eff, so that the variance of an inverse covariance exists
+(nu - k - 3 > 0)."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +61,21 @@ class FisherCurve:
     """Linear Fisher information J of the first k features, k = 1..K. Float64, in 1/theta^2.
 
     Attributes:
-        J: [K, P, P] without bias; may be negative, is never clipped.
+        J: [K, P, P] bias-corrected; may be negative, is never clipped.
         stderr: [K, P, P] its standard errors.
         naive: [K, P, P] Y^T Y, uncorrected.
-        effective_dim: [K] k_eff, the features that count after the ridge.
+        effective_dim: [K] k_eff, the effective number of features after the ridge.
         ridge_share: [K] q_i, the part of whitened feature i that is ridge.
-        hidden: [K, P] information that may lie below the ridge, first order in q.
+        hidden: [K, P] information that the ridge may hide, to first order in q.
         readout: [K, K] L^-1 in the scale of the features: whitened features are readout @ f.
         half: [K, P] Y, the derivative of the whitened features.
         left_out: [K, F, P] diagonal of the fold statistic without each fold: the jackknife of a
             gain.
-        useless: [K, P] the size M of 2 M^2 dk / nu^2, which dk features that add nothing add to the
-            variance of J; zero where the jackknife sees it already.
+        useless: [K, P] the size M in 2 M^2 dk / nu^2, the variance that dk features without
+            information add to J; zero where the jackknife includes it.
         replicates: [K, F, P, P] the estimate without each fold; their jackknife is in stderr.
-        doubt: [K, P, P] half of what the kept samples changed in J, which is part of its error.
-        statistics: what it follows from.
+        doubt: [K, P, P] half of the change of J by the kept samples, which is part of its error.
+        statistics: the statistics it was computed from.
         condition: lower bound on the condition number of the scaled covariance plus ridge.
     """
 
@@ -88,7 +98,7 @@ class FisherCurve:
         return len(self.J)
 
     def leading(self, k: int) -> FisherCurve:
-        """The curve of the first k features."""
+        """Return the curve of the first k features."""
         statistics = self.statistics.leading(k)
         values = {
             field.name: getattr(self, field.name)[:k]
@@ -98,12 +108,13 @@ class FisherCurve:
         return replace(self, **values, readout=self.readout[:k, :k], statistics=statistics)
 
     def readout_of(self, k: int) -> torch.Tensor:
-        """W = R^-1 D [k, P] of the first k features, in their scale."""
+        """Compute W = R^-1 D [k, P] of the first k features, in their scale."""
         leading = self.readout[:k, :k]
         return leading.T @ self.half[:k]
 
     def rounding(self, k: int, relative: float) -> float:
-        """Share of the information about a parameter that rounding of the derivative may make.
+        """Estimate the fraction of the information that may come from rounding of the derivative,
+        the largest over parameters.
 
         Args:
             k: number of features.
@@ -115,8 +126,8 @@ class FisherCurve:
         return float(torch.where(J > 0, error / J, 0.0).max())
 
     def error_covariance(self, k: int) -> torch.Tensor:
-        """Covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal entries are
-        those of stderr squared."""
+        """Compute the covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal is
+        the square of stderr."""
         J, effective = self.J[k - 1], float(self.effective_dim[k - 1])
         dof, noise = self.statistics.dof, self.statistics.noise
         empirical = jackknife_covariance(self.replicates[k - 1])
@@ -127,14 +138,14 @@ class FisherCurve:
             empirical if self.statistics.paired else 0.0
         )
         if self.statistics.paired:
-            # J may be slightly negative in one direction, and so would be the variance there
+            # J may be slightly negative in one direction, where the variance would be negative too
             errors = empirical + covariance_covariance(J, dof, effective)
             return at_least(errors, torch.zeros_like(errors))
         return empirical + independent_covariance(J, dof, noise, effective)
 
 
 class SingularCovarianceError(ValueError):
-    """A feature is linear in the features before it, and there is no ridge to part them.
+    """A feature is linear in the features before it, and no ridge separates them.
 
     Attributes:
         feature: its number, counted from 1.
@@ -151,7 +162,7 @@ class SingularCovarianceError(ValueError):
 def fisher_curve(
     statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
 ) -> FisherCurve:
-    r"""The whole curve J(k) from one Cholesky factorisation.
+    r"""Compute the whole curve J(k) from one Cholesky factorisation.
 
     .. math::
         k_\text{eff}(k) = k - \sum_{i \le k} q_i, \qquad h = (\nu - k_\text{eff} - 1) / \nu
@@ -175,7 +186,7 @@ def fisher_curve(
     solved = whitened(statistics.covariance, statistics.columns, ridge)
     half = solved.columns[:, :parameters]
     fold_half = solved.columns[:, parameters:].reshape(size, folds, parameters)
-    naive = _running_products(half)
+    naive = _fold_products(half, half)
     effective = (1 - solved.ridge_share).cumsum(0)
     if statistics.samples is not None and statistics.samples.conditions > 1:
         statistics = _with_pairs(statistics, statistics.samples, solved.inverse)
@@ -184,7 +195,6 @@ def fisher_curve(
             f"degrees of freedom must exceed the {size} features by {SPARE_DOF},"
             f" got {statistics.dof:.0f}: use more samples or fewer features"
         )
-    shrink = (statistics.dof - effective - 1) / statistics.dof
     seen = None
     if statistics.samples is not None:
         seen = seen_along_curve(statistics.samples, solved.inverse, half, statistics.dof)
@@ -199,25 +209,15 @@ def fisher_curve(
             V = statistics.score.covariance
             J = left_out_score(seen, naive, effective, V, statistics.dof)
     else:
-        across_folds, replicates = _fold_statistic(fold_half, shrink)
-        useless = shrink[:, None] * torch.diagonal(naive, dim1=1, dim2=2)
-        J = across_folds
-        if not statistics.paired:
-            J = shrink[:, None, None] * naive - effective[:, None, None] * statistics.noise
-        doubt = torch.zeros_like(J)
-        if seen is not None:
-            more = inverse_excess(seen, effective, statistics.dof)
-            before, J = J, more @ J @ more.mT
-            doubt = (J - before) / 2
-            replicates = more[:, None] @ replicates @ more.mT[:, None]
-            useless = useless * torch.diagonal(more, dim1=1, dim2=2).square()
+        noise = None if statistics.paired else statistics.noise
+        found = fold_estimate(
+            naive, effective, fold_half, _fold_products, noise, statistics.dof, seen
+        )
+        J, variance, replicates, doubt = found.J, found.variance, found.replicates, found.doubt
         left_out = torch.diagonal(replicates, dim1=2, dim2=3)
-        if statistics.paired:
-            jackknife = replicates.var(1, correction=0) * (folds - 1)
-            variance = jackknife + covariance_variance(J, statistics.dof, effective)
-        else:
-            variance = independent_variance(J, statistics.dof, statistics.noise, effective)
-        variance = variance + doubt.square()
+        shrink = (statistics.dof - effective - 1) / statistics.dof
+        useless = shrink[:, None] * torch.diagonal(naive, dim1=1, dim2=2)
+        useless = useless * torch.diagonal(found.excess, dim1=1, dim2=2).square()
     return FisherCurve(
         J=J,
         stderr=variance.sqrt(),
@@ -247,8 +247,74 @@ def _with_pairs(
 
 
 @dataclass(frozen=True)
+class FoldEstimate:
+    """J of B sets of features, estimated from the derivatives of the folds.
+
+    Attributes:
+        J: [B, P, P].
+        variance: [B, P, P] of its entries.
+        replicates: [B, F, P, P] the U-statistic without each fold.
+        doubt: [B, P, P] half of the change of J by the kept samples.
+        excess: [B, P, P] the factor G of `inverse_excess`; the unit matrix without kept samples.
+    """
+
+    J: torch.Tensor
+    variance: torch.Tensor
+    replicates: torch.Tensor
+    doubt: torch.Tensor
+    excess: torch.Tensor
+
+
+def fold_estimate(
+    naive: torch.Tensor,
+    effective: torch.Tensor,
+    fold_half: torch.Tensor,
+    product: Product,
+    noise: torch.Tensor | None,
+    dof: float,
+    seen: Seen | None,
+) -> FoldEstimate:
+    """Estimate J and its variance for every source but the score, as in `fisher_curve`.
+
+    Args:
+        naive: [B, P, P] D^T R^-1 D.
+        effective: [B] k_eff.
+        fold_half: y_f [k, F, P] or [B, k, F, P], the whitened derivatives of each fold.
+        product: sums l r^T over features, [B, F, P, P].
+        noise: c [P, P] of independent conditions; None for paired ones and tangents.
+        dof: nu.
+        seen: kept samples in the B systems, or None.
+    """
+    shrink = ((dof - effective - 1) / dof)[:, None, None]
+    folds = fold_half.shape[-2]
+    total = fold_half.sum(-2, keepdim=True)
+    own = product(fold_half, fold_half)
+    rest = total - fold_half
+    without = product(rest, rest) - (own.sum(1, keepdim=True) - own)
+    replicates = shrink[:, None] * without / ((folds - 1) * (folds - 2))
+    if noise is None:
+        pairs = product(total, total)[:, 0] - own.sum(1)
+        J = shrink * pairs / (folds * (folds - 1))
+    else:
+        J = shrink * naive - effective[:, None, None] * noise
+    doubt = torch.zeros_like(J)
+    excess = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device).expand_as(J)
+    if seen is not None:
+        excess = inverse_excess(seen, effective, dof)
+        before, J = J, excess @ J @ excess.mT
+        doubt = (J - before) / 2
+        replicates = excess[:, None] @ replicates @ excess.mT[:, None]
+    if noise is None:
+        variance = replicates.var(1, correction=0) * (folds - 1)
+        variance = variance + covariance_variance(J, dof, effective)
+    else:
+        variance = independent_variance(J, dof, noise, effective)
+    return FoldEstimate(J, variance + doubt.square(), replicates, doubt, excess)
+
+
+@dataclass(frozen=True)
 class Whitened:
-    """A covariance factored, R = s S s + Lambda = L L^T with s the inverse spreads.
+    """A factored covariance, R = s S s + Lambda = L L^T with s the inverse standard deviations.
 
     Attributes:
         columns: [k, m] L^-1 s times the given columns.
@@ -269,7 +335,7 @@ def whitened(
     """Whiten columns [k, m] by a covariance [k, k] with a ridge relative to its diagonal.
 
     Raises:
-        SingularCovarianceError: a pivot cannot be told from zero.
+        SingularCovarianceError: a pivot is zero within rounding.
 
     Cost: k^3 multiply-adds.
     """
@@ -279,7 +345,7 @@ def whitened(
     factor, failed = torch.linalg.cholesky_ex(R)
     pivots = factor.diagonal().square()
     size = len(pivots)
-    # a comparison with NaN is false: what follows a failure counts as failed
+    # comparisons with NaN are false, so pivots after a failure count as failed
     sound = pivots > size * torch.finfo(torch.float64).eps
     if int(failed) or not bool(sound.all()):
         first = int(failed) or size + 1
@@ -293,7 +359,7 @@ def whitened(
 
 
 def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
-    """L^-1 [k, k] of a lower triangle, by halves: a third of the operations of a solve with the
+    """Invert a lower triangle L [k, k] by halves, in a third of the operations of a solve with the
     unit matrix."""
     size = len(factor)
     if size <= SMALL_TRIANGLE:
@@ -311,15 +377,15 @@ def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
 def independent_features(
     statistics: FoldStatistics, ridge: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which features are not linear in those before them, but for their ridge.
+    """Find the features that are not linear in those before them, apart from their ridge.
 
     Args:
         statistics: of k features.
         ridge: [k], their rounding.
 
     Returns:
-        numbers of these features int64 [m], and the information [P] that the others may have: none
-        where they are copies.
+        Their indices int64 [m], and the information [P] that the other features may have: zero if
+        they are copies.
 
     Cost: k^3 multiply-adds.
     """
@@ -337,10 +403,10 @@ def independent_features(
 
 
 def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
-    """Information [k, P] that the ridge of each whitened feature may hide.
+    """Estimate the information [k, P] that the ridge of each whitened feature may hide.
 
-    A whitened feature alone has J = y^2 / (1 - q) without the ridge: y^2 q / (1 - q) is missing.
-    The folds tell y^2 without bias; where the feature is mostly ridge, y^2 itself is missing.
+    Without the ridge a single whitened feature has J = y^2 / (1 - q): y^2 q / (1 - q) is missing.
+    The folds give y^2 without bias; if the feature is mostly ridge, y^2 itself is missing.
     """
     parameters = statistics.derivative.shape[1]
     folds = len(statistics.fold_derivatives)
@@ -355,51 +421,24 @@ def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
 
 
 def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
+    """Compute replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
 
-    A gain is the mean of 2 e d with d what the new features add to the prediction, e the residual
-    before; the folds see 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the largest k
-    is taken for all.
+    A gain is the mean of 2 e d, with d the change of the prediction by the new features and e the
+    residual before; the folds give 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the
+    largest k is used for all.
     """
     folds = products.shape[1]
     scale = -2 * (1 - share).sqrt() / (folds - 1)
     return scale * torch.diagonal(products, dim1=2, dim2=3)
 
 
-def fold_statistic_curve(statistics: FoldStatistics, ridge: float = LIFT_RIDGE) -> torch.Tensor:
-    """J(k) [K, P, P] by the fold U-statistic: agrees with `fisher_curve` in the mean, for all
-    sources but the score, whose derivative is not independent of the covariance."""
-    return fisher_curve(replace(statistics, paired=True, score=None), ridge).J
-
-
-def _running_products(half: torch.Tensor) -> torch.Tensor:
-    """Running sums over i of y_i y_i^T: [k, P] -> [k, P, P]."""
-    return (half[:, :, None] * half[:, None, :]).cumsum(0)
-
-
-def _fold_statistic(
-    fold_half: torch.Tensor, shrink: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """U-statistic over pairs of different folds [k, P, P], and the same without each fold [k, F, P,
-    P]."""
-    folds = fold_half.shape[1]
-    total = fold_half.sum(1)
-    own = _fold_products(fold_half, fold_half)
-    cross = _running_products(total) - own.sum(1)
-    value = shrink[:, None, None] * cross / (folds * (folds - 1))
-    rest = total[:, None, :] - fold_half
-    without = _fold_products(rest, rest) - (own.sum(1, keepdim=True) - own)
-    left_out = shrink[:, None, None, None] * without / ((folds - 1) * (folds - 2))
-    return value, left_out
-
-
 def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """The covariance [P, P, P, P], raised to the least one in every direction."""
+    """Raise a covariance [P, P, P, P] to at least another one in every direction."""
     entries = len(covariance) ** 2
     least, covariance = (full.reshape(entries, entries) for full in (least, covariance))
     size = covariance.diagonal().abs().maximum(least.diagonal()).sqrt()
     unit = torch.where(size > 0, size, 1.0)
-    unit = unit[:, None] * unit  # eigenvectors depend on units: those of theta must not count
+    unit = unit[:, None] * unit  # eigenvectors depend on units, the result must not
     excess = (covariance - least) / unit
     values, vectors = torch.linalg.eigh((excess + excess.T) / 2)
     raised = least + (vectors * values.clamp_min(0)) @ vectors.T * unit

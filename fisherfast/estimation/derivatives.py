@@ -1,16 +1,15 @@
-"""Fold-wise derivatives of mean features that the samples carry themselves: tangents or a score.
+"""Fold-wise derivatives of mean features, from the tangents or the score of the samples.
 
-Two conditions tell the derivative by a difference of their means. Samples of one condition tell it
-by the mean of the tangents of their features, or by the covariance of features and score
-(docs/theory.md, 12 and 13). Kept is one number per fold, parameter and feature, in float64; lifted
-features exist for a few hundred samples at a time.
+With two conditions the derivative is a difference of means. With one condition it is the mean of
+the tangents of the features, or the covariance of features and score (docs/theory.md, 12 and 13).
+One float64 number is stored per fold, parameter and feature; lifted features are computed for at
+most about a thousand samples at a time.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from fisherfast.estimation.features import Lift
 __all__ = ["DerivativeMoments", "FoldScore", "ScoreMoments", "TangentMoments"]
 
 TILE_ROWS = 1024
-"""Rows of features or tangents that exist at the same time: 4 MB of float64 for 512 features."""
+"""Rows of features or tangents in memory at a time: 4 MB of float64 for 512 features."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class FoldScore:
 
     Attributes:
         covariance: V [P, P] float64, an estimate of the information of the input.
-        folds: [F, P, P], each fold's share, so that their mean is V.
+        folds: [F, P, P] contributions of the folds, whose mean is V.
     """
 
     covariance: torch.Tensor
@@ -47,8 +46,6 @@ class DerivativeMoments(ABC):
     Attributes:
         sums: [F, P, k] float64 of tangents, or of features times score.
     """
-
-    kind: str
 
     def __init__(
         self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"
@@ -71,9 +68,8 @@ class DerivativeMoments(ABC):
 
         Args:
             raw: [n, d] raw features.
-            carried: what comes with each sample: tangents [P, n, d] of the raw features (None for
-                zero), or the score [n, P].
-            lift: makes the other k - d features.
+            carried: tangents [P, n, d] of the raw features (None for zero), or the score [n, P].
+            lift: computes the other k - d features.
             place: folds of the rows, which are sorted by them.
             known: leading features whose sums are complete: only the others are computed.
         """
@@ -82,7 +78,7 @@ class DerivativeMoments(ABC):
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """D [k, P] of the folds in columns, and of each of them alone [F, k, P].
+        """Compute D [k, P] of the folds in columns, and that of each fold alone [F, k, P].
 
         Args:
             columns: folds to use.
@@ -91,47 +87,20 @@ class DerivativeMoments(ABC):
         """
 
     def score(self, columns: slice, counts: torch.Tensor) -> FoldScore | None:
-        """Covariance of the score in the folds in columns; None for tangents."""
+        """Compute the covariance of the score in the folds in columns; None for tangents."""
         return None
 
     def grown(self, size: int, known: int) -> DerivativeMoments:
-        """For more features, of which the first stay known. The same samples are then added again
-        with ``known``; sums of the score itself are taken anew."""
+        """Extend to more features, keeping the sums of the first. The same samples are then added
+        again with ``known``; sums of the score itself start from zero."""
         more = type(self)(self.parameters, size, folds=self.folds, device=self.sums.device)
         more.sums[..., :known] = self.sums[..., :known]
         return more
 
-    def merge(self, other: DerivativeMoments) -> None:
-        """Add the moments of other samples of the same features."""
-        if type(other) is not type(self) or other.sums.shape != self.sums.shape:
-            raise ValueError(
-                "other must hold the same kind of derivatives, got"
-                f" {other.kind} {list(other.sums.shape)} for {self.kind} {list(self.sums.shape)}"
-            )
-        mine, theirs = self._tensors(), other._tensors()
-        for name, tensor in mine.items():
-            tensor += theirs[name].to(tensor.device)
-
     def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
-        """Views of all that adds up over processes; features before `known` are left out."""
+        """Return views of the sums to add up over processes, without features before `known`."""
         tensors = self._tensors()
         return [tensors.pop("sums")[..., known:], *tensors.values()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain numbers."""
-        return {"kind": self.kind} | {name: t.clone() for name, t in self._tensors().items()}
-
-    @staticmethod
-    def from_state_dict(state: dict[str, Any]) -> DerivativeMoments:
-        """Rebuild what `state_dict` returned."""
-        kinds: dict[str, type[DerivativeMoments]] = {
-            kind.kind: kind for kind in (TangentMoments, ScoreMoments)
-        }
-        folds, parameters, size = state["sums"].shape
-        moments = kinds[state["kind"]](parameters, size, folds=folds, device=state["sums"].device)
-        for name, tensor in moments._tensors().items():
-            tensor.copy_(state[name])
-        return moments
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"sums": self.sums}
@@ -143,8 +112,6 @@ class TangentMoments(DerivativeMoments):
     A lifted feature leaky_relu(u), u = w z + b, has the tangent g(u) w dz with g = 1 for u > 0 and
     the slope elsewhere: PyTorch's derivative at the kink.
     """
-
-    kind = "tangents"
 
     def update(
         self,
@@ -177,7 +144,7 @@ class TangentMoments(DerivativeMoments):
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means of the tangents."""
+        """Compute the means of the tangents."""
         sums = self.sums[columns].mT
         return sums.sum(0) / counts.sum(), sums / counts[:, None, None]
 
@@ -189,8 +156,6 @@ class ScoreMoments(DerivativeMoments):
         score_sums: [F, P] float64.
         score_cross: [F, P, P] float64 sums of s s^T.
     """
-
-    kind = "score"
 
     def __init__(
         self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"
@@ -230,15 +195,15 @@ class ScoreMoments(DerivativeMoments):
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Covariance with the score within folds; each fold's share of it, so that their mean is
-        the whole."""
+        """Compute the covariance with the score within folds, and the contributions of the folds,
+        whose mean is the whole."""
         mean = self.score_sums[columns] / counts[:, None]
         scatter = (self.sums[columns] - mean[..., None] * feature_sums[:, None]).mT
         dof = counts.sum() - len(counts)
         return scatter.sum(0) / dof, scatter * (len(counts) / dof)
 
     def score(self, columns: slice, counts: torch.Tensor) -> FoldScore:
-        """V and each fold's share of it."""
+        """Compute V and the contributions of the folds."""
         sums = self.score_sums[columns]
         between = sums[:, :, None] * sums[:, None, :] / counts[:, None, None]
         scatter = self.score_cross[columns] - between
@@ -246,7 +211,8 @@ class ScoreMoments(DerivativeMoments):
         return FoldScore(scatter.sum(0) / dof, scatter * (len(counts) / dof))
 
     def mean_error(self, counts: torch.Tensor) -> torch.Tensor:
-        """Mean of the score in units of its standard error [P]: zero but for chance."""
+        """Compute the mean of the score in units of its standard error [P]; its expectation is
+        zero."""
         samples = counts.sum()
         variance = self.score(slice(None), counts).covariance.diagonal()
         return self.score_sums.sum(0) / samples / (variance / samples).sqrt()
@@ -259,8 +225,8 @@ class ScoreMoments(DerivativeMoments):
 
 
 def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tensor:
-    """Sums [F, P, k] float64 over the rows of each fold of values [P, n, k]: the rows of the place
-    from `start` on."""
+    """Sum values [P, n, k] over the rows of each fold, [F, P, k] float64. The values are the rows
+    of the place from `start` on."""
     shape = place.folds, values.shape[0], values.shape[2]
     sums = torch.zeros(shape, dtype=torch.float64, device=values.device)
     for fold, rows in place.within(start, start + values.shape[1]):
@@ -271,8 +237,9 @@ def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tenso
 def fold_products(
     weights: torch.Tensor, features: torch.Tensor, place: Place, start: int = 0
 ) -> torch.Tensor:
-    """Sums [F, P, k] of weights [n, P] times features [n, k] over the rows of each fold: the rows
-    of the place from `start` on. In float64: neither TF32 nor cancellation touches them."""
+    """Sum weights [n, P] times features [n, k] over the rows of each fold, [F, P, k]. They are the
+    rows of the place from `start` on. Products are in float64, which excludes TF32 and limits
+    cancellation."""
     features, weights = features.double(), weights.double()
     products = features.new_zeros(place.folds, weights.shape[1], features.shape[1])
     for fold, rows in place.within(start, start + len(features)):

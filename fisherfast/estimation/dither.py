@@ -1,9 +1,9 @@
-"""Dither: noise that gives rounded values a density again (docs/theory.md, section 21).
+"""Dither: add noise to rounded values, so that they have a density (docs/theory.md, section 21).
 
-The derivative of a lifted feature's mean is estimated by its mean slope times the tangents. That
-fails on a lattice (camera counts, files with few digits, half precision): the kink of the feature
-lies between two steps, where no sample sees it. Gaussian noise with a standard deviation of half a
-step brings the derivative back to within 0.7 %, and can only lose information.
+The derivative of a lifted feature's mean is estimated as the mean of its slope times the tangents.
+That fails on a lattice (camera counts, files with few digits, half precision): the kink of the
+feature lies between two steps, where there are no samples. Gaussian noise with a standard deviation
+of half a step corrects the derivative to within 0.7 %, and can only lose information.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ import torch
 __all__ = ["HALF_TYPES", "StepMeter", "dither", "dithered"]
 
 ROWS = 256
-"""Samples that are searched for ties: steps of a thousandth of the spread give about nine."""
+"""Samples that are searched for ties: about nine are found for steps of 1/1000 of the spread."""
 
 TIED_VALUES = 3
-"""Distinct values that must repeat before they count as a lattice; a ReLU's zero is only one."""
+"""Distinct values that must repeat to count as a lattice; the zero of a ReLU is only one."""
 
 GAP_QUANTILE = 0.75
-"""Quantile of the gaps between neighbouring values that is taken as the step: the spacing of
-floating-point numbers is not uniform, and the median would be too small for the larger ones."""
+"""Quantile of the gaps between neighbouring values that is used as the step: the spacing of
+floating-point numbers is not uniform, and the median would be too small for large values."""
 
 PARTS = 4
-"""Parts of the smallest gap that are tried as the step of an even lattice."""
+"""Fractions 1, 1/2, ... of the smallest gap that are tried as the step of an even lattice."""
 
 UNEVEN = 0.05
-"""Steps that a gap of an even lattice may be off: of 100 gaps by chance, one lattice in 10^100."""
+"""Largest deviation of a gap from a multiple of the step, in steps: 100 random gaps pass it with a
+probability of 1e-100."""
 
 ROOM = 16
-"""Units in the last place that a step must span before noise is added to the numbers themselves;
+"""Units in the last place that a step must span for noise to be added to the values themselves;
 otherwise it would be rounded away."""
 
 LARGEST = 2**22
-"""Values that are searched for ties, at most: 16 MB."""
+"""Most values that are searched for ties: 16 MB."""
 
 CHUNK = 256
 """Samples whose noise is drawn from one seed."""
@@ -45,7 +46,7 @@ HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 class StepMeter:
-    """Finds the step between values that are tied, activation by activation."""
+    """Find the step between tied values, for each activation."""
 
     def __init__(self) -> None:
         self._rows: list[torch.Tensor] = []
@@ -54,8 +55,7 @@ class StepMeter:
         self._steps: torch.Tensor | None = None
 
     def update(self, values: torch.Tensor, moving: torch.Tensor | None = None) -> None:
-        """Add values [n, d]; moving bool [n, d]: those with a derivative, None where that is not
-        known."""
+        """Add values [n, d]; moving bool [n, d] marks those with a derivative, None if unknown."""
         missing = min(ROWS, max(LARGEST // max(values.shape[1], 1), 1)) - self._count
         if missing <= 0 or values.dtype in HALF_TYPES:
             return
@@ -67,8 +67,8 @@ class StepMeter:
         self._steps = None
 
     def half_steps(self) -> torch.Tensor | None:
-        """[d] float64 half of each step whose numbers have room for such noise, 0 for the others;
-        None where there is none."""
+        """Return half of each step, [d] float64, if noise of that size is not rounded away, else
+        0; None if all are 0."""
         steps = self.steps()
         if steps is None or not bool(steps.any()):
             return None
@@ -77,7 +77,8 @@ class StepMeter:
         return torch.where(steps >= room, steps / 2, 0.0)
 
     def steps(self) -> torch.Tensor | None:
-        """[d] float64 step of each activation, 0 where values are not tied; None without values."""
+        """Return the step of each activation, [d] float64, 0 where values are not tied; None
+        without values."""
         if self._steps is None and self._rows:
             self._steps = self._found()
         return self._steps
@@ -100,22 +101,22 @@ class StepMeter:
         if len(candidates):
             gaps = torch.where(gaps > 0, gaps, torch.nan)[candidates].double()
             size = values[candidates].abs().nan_to_num(0.0).amax(1, keepdim=True).double()
-            exact = _even_steps(gaps, torch.zeros_like(size))  # numbers of floating point
+            exact = _even_steps(gaps, torch.zeros_like(size))  # steps without rounding error
             decimal = _even_steps(gaps, torch.finfo(rows.dtype).eps * size)
             even = torch.where(exact > 0, exact, decimal)
             uneven = gaps.nanquantile(GAP_QUANTILE, dim=1).nan_to_num(0.0)
-            # pairs of copies of one activation are as uneven as its density
+            # gaps between copies of one activation are as uneven as its density
             uneven = torch.where(thrice[candidates], uneven, 0.0)
             steps[candidates] = torch.where(even > 0, even, uneven)
         return steps
 
 
 def _even_steps(gaps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The step [d] that gaps [d, n] (NaN for none) between values are multiples of, 0 where they
-    are of none.
+    """Find the step [d] of which the gaps [d, n] (NaN for none) between values are multiples, 0 if
+    there is none.
 
-    No two of the values may be neighbours, so parts of the smallest gap are tried. Values are off
-    by their noise [d, 1].
+    The values may contain no two neighbours, so fractions of the smallest gap are tried. Values
+    have an error of noise [d, 1].
     """
     gaps = torch.where(gaps > ROOM * noise, gaps, torch.nan)
     smallest = gaps.nan_to_num(torch.inf).amin(1, keepdim=True)
@@ -136,11 +137,11 @@ def dithered(
     numbers: torch.Tensor,
     *key: Any,
 ) -> torch.Tensor:
-    """Values [n, ...] with Gaussian noise where they move; see `dither`.
+    """Add Gaussian noise to values [n, ...] that have a non-zero tangent; see `dither`.
 
     Args:
-        values: rounded ones.
-        size: standard deviation of the noise, of any shape that broadcasts to theirs.
+        values: rounded values.
+        size: standard deviation of the noise, of any shape that broadcasts to that of the values.
         tangents: [P, n, ...] of the values.
         numbers, key: as in `dither`.
     """
@@ -148,13 +149,13 @@ def dithered(
 
 
 def dither(like: torch.Tensor, numbers: torch.Tensor, *key: Any) -> torch.Tensor:
-    """Standard normal noise [n, ...] that belongs to the samples: however they are batched, each
-    gets the same.
+    """Draw standard normal noise [n, ...] that depends on the numbers of the samples only, not on
+    how they are batched.
 
     Args:
-        like: [n, ...], shape, dtype and device.
+        like: [n, ...], gives shape, dtype and device.
         numbers: int64 [n] of the samples.
-        key: tells streams of noise apart.
+        key: different keys give independent noise.
     """
     if len(numbers) == 0:
         return torch.zeros_like(like)

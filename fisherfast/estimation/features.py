@@ -1,12 +1,12 @@
-"""The dictionary of features that a layer's activations are read out with (docs/theory.md, 9).
+"""The dictionary of features of a layer's activations (docs/theory.md, 9).
 
     features = [z | leaky_relu(W z + b) - pilot],      z the standardised activations
 
 The raw activations come first, so that the linear Fisher information is a point on the curve. Half
-of the lifted rows look at one activation each, half at a dense unit-norm mixture, all with a random
-bias: without it a lift cannot represent odd non-linear scores (a Laplace location stays at half its
-information). Rows are drawn in blocks with a seed of their own, so asking for more features only
-appends, on every device.
+of the lifted rows use one activation each, half a dense unit-norm mixture, all with a random bias:
+without it a lift cannot represent odd non-linear scores (a Laplace location keeps half its
+information). Rows are drawn in blocks, each with its own seed, so more features extend the same
+lift, on every device.
 """
 
 from __future__ import annotations
@@ -32,28 +32,27 @@ __all__ = ["FeatureDictionary", "Lift"]
 LIFT_SLOPE = -1.0
 """Slope of the leaky ReLU below zero; -1 is the absolute value |W z + b|.
 
-Beside the raw activations every slope spans the same functions, but the published 0.7 leaves most
-of a feature linear, and the ridge then eats the small non-linear rest (measured by
+Together with the raw activations every slope spans the same functions, but with the published 0.7
+most of a feature is linear, and the ridge suppresses the small non-linear rest (measured by
 `benchmarks/dictionary.py`)."""
 
 BIAS_SCALE = 1.0
 """Standard deviation of the biases in units of a standardised activation (same measurement)."""
 
 MIN_LIFT_SHARE = 8
-"""A layer wider than max_features gets an eighth as many lifted ones, to judge a plateau by."""
+"""A layer wider than max_features gets max_features / 8 lifted features, to detect a plateau."""
 
 MAX_WIDTH = 4096
-"""Widest layer whose activations all become features: its covariance takes 2 x 134 MB in
-float64. Wider ones are compressed where the data can be read again."""
+"""Widest layer whose activations all become features: its covariance takes 2 x 134 MB in float64.
+Wider layers are compressed if the data can be read again."""
 
 BLOCK_ROWS = 64
-"""Rows of the lift drawn from one seed; the first 64 features are the same whatever their final
-number."""
+"""Rows of the lift drawn from one seed; the first 64 features do not depend on the total number."""
 
 
 @dataclass(frozen=True)
 class Lift:
-    """Random features leaky_relu(weight z + bias) - pilot of raw ones z [n, d].
+    """Random features leaky_relu(weight z + bias) - pilot of raw features z [n, d].
 
     Attributes:
         weight: [k, d].
@@ -69,7 +68,7 @@ class Lift:
 
     @classmethod
     def none(cls, z: torch.Tensor) -> Lift:
-        """No lifted feature of raw ones like z [n, d]."""
+        """Make a lift without features, for raw features like z [n, d]."""
         empty = z.new_empty(0)
         return cls(z.new_empty(0, z.shape[1]), empty, empty)
 
@@ -77,24 +76,25 @@ class Lift:
         return len(self.bias)
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
-        """Lifted features [n, k] of raw ones [n, d]."""
+        """Compute lifted features [n, k] of raw features [n, d]."""
         return ops.lift(z @ self.weight.T, self.bias, self.pilot, slope=self.slope)[0]
 
     def slopes(self, z: torch.Tensor) -> torch.Tensor:
-        """Derivatives [n, k] of the leaky ReLU at raw features [n, d]: PyTorch's at the kink."""
+        """Compute the derivatives [n, k] of the leaky ReLU at raw features [n, d], at the kink as
+        in PyTorch."""
         above = torch.addmm(self.bias, z, self.weight.T) > 0
         return torch.where(above, 1.0, self.slope).to(z)
 
     def to(self, dtype: torch.dtype) -> Lift:
-        """The same features in another dtype."""
+        """Convert to another dtype."""
         return Lift(self.weight.to(dtype), self.bias.to(dtype), self.pilot.to(dtype), self.slope)
 
     def leading(self, count: int) -> Lift:
-        """The first `count` lifted features."""
+        """Return the first `count` lifted features."""
         return self._part(slice(count))
 
     def following(self, count: int) -> Lift:
-        """The lifted features behind the first `count`."""
+        """Return the lifted features after the first `count`."""
         return self._part(slice(count, None))
 
     def _part(self, rows: slice) -> Lift:
@@ -106,24 +106,23 @@ class FeatureDictionary:
 
     Args:
         standardisation: pilot statistics of the layer.
-        max_features: number of features k aimed at. All d activations are always among them (up to
-            `MAX_WIDTH`), and at least max_features / 8 lifted ones are added.
-        dtype: float32 or float64, of the lifted features. Raw ones are float64 where the
-            standardisation says so.
-        seed: fixes the lift, on every device.
+        max_features: desired number of features k. All d activations are always among them (up to
+            `MAX_WIDTH`), and at least max_features / 8 lifted features are added.
+        dtype: float32 or float64, of the lifted features. Raw features are float64 if
+            `standardisation.exact`.
+        seed: determines the lift, on every device.
         slope: of the leaky ReLU.
-        groups: random groups whose signed sums take the place of the activations; None for none.
+        groups: number of random groups whose signed sums replace the activations; None for none.
 
     Attributes:
         raw: number of leading features that are linear in the activations.
         size: number of features k.
-        kind: "raw + lift", or "sketch" with groups: signed sums of its
-            standardised activations in random groups. A sketch is a valid but loose lower bound.
-
+        kind: "raw + lift", or "sketch" with groups: signed sums of the standardised activations in
+            random groups. A sketch gives a valid but loose lower bound.
         lift: the lifted features that follow the raw ones.
 
-    Streaming statistics take `raw_features` and `lift`, and never have the features of many
-    samples; a call gives the features themselves, 2 n d (k - d) operations.
+    Streaming statistics use `raw_features` and `lift`, so that the features of many samples are
+    never in memory; a call computes the features themselves, in 2 n d (k - d) operations.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class FeatureDictionary:
         d = len(standardisation.mean)
         self.dtype = dtype
         self._mean, self._scale = standardisation.mean, standardisation.scale
-        #: Half a step of each activation [d], in its standard deviations; None where none is tied.
+        #: Half a step of each activation [d], in its standard deviations; None if none is tied.
         self.half_steps: torch.Tensor | None = None
         if standardisation.steps is not None and bool(standardisation.steps.any()):
             self.half_steps = standardisation.steps * standardisation.scale / 2
@@ -167,14 +166,14 @@ class FeatureDictionary:
         if self.kind == "sketch":
             offset = self._group(offset[None])[0]
         self._offset = offset
-        #: Variance of each feature [k] below which it is rounding of what was subtracted from it.
+        #: Variance of each feature [k] below which it is rounding error of the subtracted offset.
         self.rounding_variance = torch.cat(
             [(standardisation.rounding * offset).square(), offset.new_zeros(lifted)]
         )
 
     def raw_features(self, activations: torch.Tensor) -> torch.Tensor:
-        """The leading features [n, raw] of activations [n, d] of any floating dtype, in
-        `raw_dtype`."""
+        """Compute the leading features [n, raw], in `raw_dtype`, of activations [n, d] of any
+        floating dtype."""
         mean, scale = self._mean.to(self.raw_dtype), self._scale.to(self.raw_dtype)
         z = torch.sub(activations, mean).to(self.raw_dtype).mul_(scale)
         return self._group(z * self._sign.to(z)) if self.kind == "sketch" else z
@@ -187,15 +186,15 @@ class FeatureDictionary:
         numbers: torch.Tensor,
         *key: Any,
     ) -> torch.Tensor:
-        """Raw features [n, d] of rounded activations [n, d], with noise of half a step where they
-        move; those of a sketch mix many, and stay.
+        """Add noise of half a step to raw features [n, d] of rounded activations [n, d] that have a
+        non-zero tangent. Those of a sketch mix many activations and are returned unchanged.
 
         Args:
             raw: from `raw_features`.
-            activations: of any floating dtype; those of a half type are dithered by its rounding.
-            tangents: [P, n, d] theirs.
+            activations: of any floating dtype; the step of half types is that of their rounding.
+            tangents: [P, n, d] of the activations.
             numbers: int64 [n] of the samples.
-            key: tells streams of noise apart.
+            key: different keys give independent noise.
         """
         if self.kind == "sketch":
             return raw
@@ -207,7 +206,7 @@ class FeatureDictionary:
         return raw if size is None else dithered(raw, size, tangents, numbers, *key)
 
     def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
-        """The ridge [k] of the first k features, relative to their variances [k]."""
+        """Return the ridge [k] of the first k features, relative to their variances [k]."""
         if setting != AUTO:
             return torch.full_like(variances, setting)
         raw = min(self.raw, len(variances))
@@ -217,8 +216,8 @@ class FeatureDictionary:
         return ridge
 
     def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
-        """Tangents [P, n, raw] of the leading features, of tangents [P, n, d] of the activations.
-        `raw` is what `raw_features` returned: not needed where they are linear."""
+        """Compute the tangents [P, n, raw] of the leading features from those of the activations,
+        [P, n, d]. `raw` is the result of `raw_features`, not needed for linear features."""
         z = tangents.to(self.dtype) * self._scale.to(self.dtype)
         if self.kind != "sketch":
             return z
@@ -226,12 +225,13 @@ class FeatureDictionary:
         return grouped.unflatten(0, z.shape[:2])
 
     def response(self, derivative: torch.Tensor) -> torch.Tensor:
-        """Derivative [d, P] of the mean activations from that of the mean features [k, P]; not for
-        a sketch."""
+        """Convert the derivative of the mean features [k, P] to that of the mean activations
+        [d, P]; not for a sketch."""
         return derivative[: self.raw] / self._scale.to(derivative)[:, None]
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
-        """All features [n, k] of activations [n, d] of any floating dtype, about their pilot."""
+        """Compute all features [n, k] of activations [n, d] of any floating dtype, about their
+        pilot."""
         raw = self.raw_features(activations).to(self.dtype)
         return torch.cat([raw, self.lift(raw)], 1)
 
@@ -241,10 +241,10 @@ class FeatureDictionary:
 
 
 def draw_lift(alive: torch.Tensor, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [rows, d] and biases [rows] of the lift, float64 on the CPU.
+    """Draw weights [rows, d] and biases [rows] of the lift, float64 on the CPU.
 
-    Even rows read one activation (every live one in turn, in random order), odd rows a dense
-    mixture of unit norm.
+    Even rows use one activation (every live one in turn, in random order), odd rows a dense mixture
+    of unit norm.
 
     Args:
         alive: [d] bool; weights of the others are zero.
@@ -273,12 +273,12 @@ def draw_lift(alive: torch.Tensor, rows: int, seed: int) -> tuple[torch.Tensor, 
 
 
 def mean_of_leaky_relu(bias: torch.Tensor, slope: float) -> torch.Tensor:
-    r"""Mean of leaky_relu(b + z), z ~ N(0, 1): the pilot that lifted features are centred about.
+    r"""Compute the mean of leaky_relu(b + z), z ~ N(0, 1): the pilot of the lifted features.
 
     .. math:: a b + (1 - a) (b \Phi(b) + \varphi(b)), \quad a = \text{slope}
 
-    Exact for Gaussian activations and near enough for any: it only keeps float32 sums of products
-    small.
+    It is exact for Gaussian activations and close enough for others, since it only keeps float32
+    sums of products small.
     """
     normal_cdf = 0.5 * (1 + torch.erf(bias / math.sqrt(2)))
     normal_pdf = torch.exp(-0.5 * bias.square()) / math.sqrt(2 * math.pi)
@@ -293,6 +293,6 @@ def _draw_sketch(d: int, groups: int, seed: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
-    """An own random stream: the global one is the user's."""
+    """Make a generator, since the global random state is the user's."""
     stride = 1_000_003  # a prime, so that (seed, stream) pairs met in practice do not collide
-    return torch.Generator().manual_seed(seed * stride + stream)
+    return torch.Generator().manual_seed((seed * stride + stream) % 2**64)

@@ -1,15 +1,14 @@
-"""Fold moments: all that the estimator needs to know of a layer, streamed, mergeable.
+"""Fold moments: the streaming statistics of a layer that the estimator needs.
 
 Samples are dealt to F folds (`fisherfast.data.dealing`); even folds form half A, odd folds half B.
-Batches come sorted by half and fold, so that each is a run of rows. Kept are counts and sums per
-condition and fold (vectors) and one matrix of cross products per half, all about a pilot mean and
-in float64: memory is O(k^2), whatever the number of samples. Derived in docs/theory.md, section 3.
+Batches are sorted by half and fold, so that each fold is a run of rows. Stored are counts and sums
+per condition and fold (vectors) and one matrix of cross products per half, all about a pilot mean
+and in float64: memory is O(k^2) for any number of samples. Derived in docs/theory.md, section 3.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -23,20 +22,20 @@ from fisherfast.estimation.derivatives import (
 )
 from fisherfast.estimation.features import Lift
 
-__all__ = ["FoldMoments", "FoldStatistics", "lower_triangles"]
+__all__ = ["FoldMoments", "FoldStatistics", "about_fold_means", "lower_triangles"]
 
 SMALL_TRIANGLE = 8
-"""Rows of a triangle that is taken as a square: of 512 rows 1.4 % too much, in 128 views."""
+"""Size up to which a triangle is covered by a square: for 512 rows 1.4 % too much, in 128 views."""
 
 
 @dataclass(frozen=True)
 class SampleFeatures:
-    """Features of some of the samples about the means of their folds, scaled so that their squares
-    are unbiased.
+    """Features of some samples about the means of their folds, scaled so that their squares are
+    unbiased.
 
     Attributes:
         features: [m, k].
-        score: [m, P] of the same samples, likewise; None for the other sources.
+        score: [m, P] of the same samples, centred and scaled alike; None for other sources.
         conditions: how many conditions of the same m / conditions samples follow each other; 1 for
             samples that are not paired.
     """
@@ -46,18 +45,35 @@ class SampleFeatures:
     conditions: int = 1
 
     def whitened(self, readout: torch.Tensor) -> torch.Tensor:
-        """t [m, k] = L^-1 f, of a readout L^-1 [k, k], in the dtype of the features."""
+        """Compute t [m, k] = L^-1 f from a readout L^-1 [k, k], in the dtype of the features."""
         return self.features @ readout.T.to(self.features)
 
     def select(self, index: torch.Tensor) -> SampleFeatures:
-        """The features in index (int64 [m])."""
+        """Return the features in index (int64 [m])."""
         return replace(self, features=self.features[:, index])
+
+
+def about_fold_means(
+    rows: torch.Tensor, fold: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Subtract the mean of its fold from each row, and scale it so that its square is unbiased.
+
+    Args:
+        rows: [m, k].
+        fold: int64 [m] of the rows.
+        sums: [F, k] of all samples of each fold.
+        counts: [F] of these samples.
+    """
+    counts = counts.to(sums)[:, None]
+    means = (sums / counts.clamp_min(1)).to(rows)
+    scale = (counts / (counts - 1).clamp_min(1)).sqrt().to(rows)
+    return (rows - means[fold]).mul_(scale[fold])
 
 
 @dataclass(frozen=True)
 class FoldStatistics:
-    """What the estimators see: one covariance and the derivative of the mean, whole and fold by
-    fold.
+    """The input of the estimators: one covariance, and the derivative of the mean of all samples
+    and of each fold.
 
     Attributes:
         covariance: S [k, k] float64, within folds: independent of the derivatives for Gaussian
@@ -66,10 +82,10 @@ class FoldStatistics:
         derivative: D [k, P] float64, derivative of the mean, per unit of theta.
         fold_derivatives: [F, k, P] float64, the same from each fold alone.
         noise: c [P, P] float64; Cov(D) = c S for independent conditions, in 1/theta^2.
-        paired: the conditions share their noise, samples carry tangents or depend on each other in
-            groups: Cov(D) is not c S, and only the folds tell it.
-        score: the covariance of the score, for D = Cov(f, s); None for the other sources.
-        samples: some of the samples, to see where they are not Gaussian; None for none.
+        paired: the conditions share their noise, samples have tangents or depend on each other in
+            groups: Cov(D) is not c S, and must be estimated from the folds.
+        score: the covariance of the score, for D = Cov(f, s); None for other sources.
+        samples: some of the samples, for corrections where they are not Gaussian; None for none.
         pair_inflation: by how much nu is smaller because paired conditions share their noise.
     """
 
@@ -85,12 +101,12 @@ class FoldStatistics:
 
     @property
     def columns(self) -> torch.Tensor:
-        """D and the derivatives of each fold next to each other [k, (1 + F) P]."""
+        """D and the derivatives of each fold, side by side [k, (1 + F) P]."""
         folds = self.fold_derivatives.permute(1, 0, 2).flatten(1)
         return torch.cat([self.derivative, folds], 1)
 
     def project(self, readout: torch.Tensor) -> FoldStatistics:
-        """Statistics of the numbers readout^T f, readout [k, m]."""
+        """Return the statistics of the numbers readout^T f, readout [k, m]."""
         return replace(
             self,
             covariance=readout.T @ self.covariance @ readout,
@@ -100,11 +116,11 @@ class FoldStatistics:
         )
 
     def leading(self, k: int) -> FoldStatistics:
-        """Statistics of the first k features."""
+        """Return the statistics of the first k features."""
         return self.select(torch.arange(k, device=self.covariance.device))
 
     def select(self, index: torch.Tensor) -> FoldStatistics:
-        """Statistics of the features in index (int64 [m])."""
+        """Return the statistics of the features in index (int64 [m])."""
         return replace(
             self,
             covariance=self.covariance[index][:, index],
@@ -122,19 +138,20 @@ class FoldMoments:
         conditions: C.
         folds: F, even and at least 4.
         paired: the conditions share their noise.
-        tangents: P, where each sample comes with its tangents; 0 for none.
-        score: P, where each sample comes with its score; 0 for none.
-        groups: int64 [F], number of groups in each fold, the same in all conditions, where samples
+        tangents: P if samples have tangents, else 0.
+        score: P if samples have a score, else 0.
+        groups: int64 [F], number of groups in each fold, the same in all conditions, if samples
             depend on each other; None for independent samples. A group counts as one sample.
         device: of the accumulators.
 
-    Features arrive with a pilot subtracted (`FeatureDictionary` does it); the pilot cancels from
-    all results. Lifted ones are made on the way, tile by tile: the features of a batch never exist.
-    Products of raw features are taken in their dtype, those with a lifted one in the lift's.
+    A pilot is subtracted from the features beforehand (by `FeatureDictionary`); it cancels from all
+    results. Lifted features are computed tile by tile, so those of a whole batch are never in
+    memory. Products of raw features are computed in their dtype, products with a lifted feature in
+    the dtype of the lift.
 
     Attributes:
         known: leading features whose moments are complete, see `grown`.
-        carried: fold-wise derivatives from what the samples carry; None for none.
+        carried: fold-wise derivatives from tangents or score; None for other sources.
     """
 
     def __init__(
@@ -161,7 +178,7 @@ class FoldMoments:
         # lower triangles
         self.cross = torch.zeros(2, size, size, dtype=torch.float64, device=device)
         pairs = conditions if paired else 0
-        #: Sums over samples of f_a f_b, feature by feature, for each two conditions [C, C, k]
+        #: Sums over samples of f_a f_b, feature by feature, for each pair of conditions [C, C, k]
         # (paired only).
         self.products = torch.zeros(pairs, pairs, size, dtype=torch.float64, device=device)
         self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
@@ -194,13 +211,13 @@ class FoldMoments:
         Args:
             condition: which one.
             raw: [n, d] raw features about the pilot.
-            lift: makes the other k - d features; None for none.
-            carried: tangents [P, n, d] of the raw features (None for zero) or score [n, P], where
-                the samples carry these.
-            place: folds of the rows, which are sorted by them; None for samples that are dealt in
-                turn, row i to fold (seen + i) % F, in the order in which they come.
+            lift: computes the other k - d features; None for none.
+            carried: tangents [P, n, d] of the raw features (None for zero) or score [n, P], if the
+                samples have these.
+            place: folds of the rows, which are sorted by them; None to deal unsorted samples in
+                turn, row i to fold (seen + i) % F.
 
-        Cost: n k (k + 1) / 2 + n d (k - d) multiply-adds, those of known features left out.
+        Cost: n k (k + 1) / 2 + n d (k - d) multiply-adds, less for known features.
         """
         lift = Lift.none(raw) if lift is None else lift
         if place is None:
@@ -219,7 +236,7 @@ class FoldMoments:
         self._count(condition, place.counts)
 
     def _add(self, condition: int, raw: torch.Tensor, lift: Lift, place: Place, known: int) -> None:
-        """Add sums and products of the features after the first known ones."""
+        """Add sums and products of the features after the first `known`."""
         ops.lift_moments_(
             self.sums[condition],
             self.cross,
@@ -236,9 +253,9 @@ class FoldMoments:
         """Count samples of a condition whose sums come from elsewhere, see `shared_sums`.
 
         Args:
-            condition: theirs.
-            samples: how many.
-            counts: int64 [F] of them in each fold; None where they are dealt in turn.
+            condition: of the samples.
+            samples: their number.
+            counts: int64 [F], their number in each fold; None if they are dealt in turn.
         """
         if counts is None:
             counts = Place.in_turn(self.seen[condition], samples, self.folds)[0].counts
@@ -249,22 +266,22 @@ class FoldMoments:
         self.seen[condition] += int(counts.sum())
 
     def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that adds up over processes which have each seen other samples, and counted
-        those of the others with `skip`; of the cross products only what is used, the lower
-        triangles. Known features are left out: they have been added up before."""
+        """Return views of the sums to add up over processes that each add different samples and
+        count those of the others with `skip`. Of the cross products these are the lower triangles,
+        since no more is used. Known features are left out: they were added up before."""
         parts = [self.sums[..., self.known :], *lower_triangles(self.cross, self.known)]
         parts += [self.products] if self.paired else []
         return parts + ([] if self.carried is None else self.carried.shared_sums(self.known))
 
     def grown(self, size: int, known: int | None = None) -> FoldMoments:
-        """Moments of more features, whose first ones are these.
+        """Extend to more features, keeping the moments of the first.
 
-        What is known stays; the same samples, in the same order, must be added again for the new
-        features, and only these are computed then.
+        The same samples, in the same order, must then be added again; only the new features are
+        computed.
 
         Args:
             size: number of features.
-            known: how many of these stay; None for all.
+            known: number of leading features to keep; None for all.
         """
         known = self.size if known is None else known
         moments = FoldMoments(
@@ -287,69 +304,6 @@ class FoldMoments:
         only)."""
         add_pair_products_(self.products, features)
 
-    def merge(self, other: FoldMoments) -> None:
-        """Add the moments of other samples of the same features about the same pilot."""
-        if self.known or other.known:
-            raise ValueError("moments must not be merged while they grow, got known features")
-        if (other.size, other.folds, len(other.seen), other.paired) != (
-            self.size,
-            self.folds,
-            len(self.seen),
-            self.paired,
-        ):
-            raise ValueError(
-                "other must describe the same features, folds and conditions, got"
-                f" k={other.size}, F={other.folds}, C={len(other.seen)}, paired={other.paired}"
-            )
-        if (self.carried is None) != (other.carried is None):
-            raise ValueError("other must hold the same kind of derivatives, got one without")
-        if self.carried is not None and other.carried is not None:
-            self.carried.merge(other.carried)
-        self.sums += other.sums.to(self.sums.device)
-        self.cross += other.cross.to(self.cross.device)
-        self.products += other.products.to(self.products.device)
-        self._counts += other._counts
-        self.seen = [a + b for a, b in zip(self.seen, other.seen, strict=True)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain numbers."""
-        return {
-            "folds": self.folds,
-            "paired": self.paired,
-            "groups": self.groups,
-            "known": self.known,
-            "seen_before": self._seen_before,
-            "seen": list(self.seen),
-            "counts": self._counts.clone(),
-            "sums": self.sums.clone(),
-            "cross": self.cross.clone(),
-            "products": self.products.clone(),
-            "carried": None if self.carried is None else self.carried.state_dict(),
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> FoldMoments:
-        """Rebuild what `state_dict` returned."""
-        conditions, _, size = state["sums"].shape
-        moments = cls(
-            size,
-            conditions,
-            folds=state["folds"],
-            paired=state["paired"],
-            groups=state.get("groups"),
-            device=state["sums"].device,
-        )
-        moments.known = state["known"]
-        moments._seen_before = state["seen_before"]
-        moments.seen = list(state["seen"])
-        moments._counts = state["counts"].clone()
-        moments.sums = state["sums"].clone()
-        moments.cross = state["cross"].clone()
-        moments.products = state["products"].clone()
-        if state.get("carried") is not None:
-            moments.carried = DerivativeMoments.from_state_dict(state["carried"])
-        return moments
-
     @property
     def degrees_of_freedom(self) -> float:
         """nu of the covariance of all samples."""
@@ -357,17 +311,17 @@ class FoldMoments:
 
     @property
     def units(self) -> int:
-        """Independent samples of the condition with the fewest: groups, where there are any."""
+        """Fewest independent samples of a condition: groups, if any."""
         return min(self.seen) if self.groups is None else int(self.groups.sum())
 
     @property
     def fewest(self) -> int:
-        """Independent samples in the fold of a condition with the fewest."""
+        """Fewest independent samples in a fold of a condition."""
         fewest = int(self._counts.min())
         return fewest if self.groups is None else min(fewest, int(self.groups.min()))
 
     def _freedom(self, columns: slice) -> float:
-        """nu of the folds in columns: of groups that all conditions have in common, once."""
+        """Return nu of the folds in columns; groups that all conditions share count once."""
         if self.groups is None:
             counts = self._counts[:, columns]
             return (int(counts.sum()) - counts.numel()) / self._pair_inflation()
@@ -375,10 +329,11 @@ class FoldMoments:
         return float(groups.sum() - len(groups))
 
     def _scatter_freedom(self, columns: slice) -> float:
-        """What the scatter within the folds in columns is divided by: samples less cells. Where
-        they depend on each other within groups, as if those of a group were the same: the mean of
-        a fold takes the more from its scatter. The scatter of a score has lost as much as that of
-        the features, and is divided by the same."""
+        """Return the divisor of the scatter within the folds in columns: samples minus cells.
+
+        For groups it is computed as if the samples of a group were equal, because subtracting the
+        mean of a fold then removes more of its scatter. With a score the plain divisor is used: the
+        scatter of the score loses as much as that of the features, and the loss cancels."""
         counts = self._counts[:, columns]
         if self.groups is None or isinstance(self.carried, ScoreMoments):
             return float(counts.sum() - counts.numel())
@@ -391,11 +346,11 @@ class FoldMoments:
         half: int | None = None,
         index: torch.Tensor | None = None,
     ) -> FoldStatistics:
-        """Covariance and derivatives of all samples, or of half A (0) or B (1).
+        """Compute covariance and derivatives of all samples, or of half A (0) or B (1).
 
         Args:
             contrast: [C, P] float64 weights of the conditions, see `FiniteDifference.contrast`.
-            half: which one; None for all samples.
+            half: 0 or 1; None for all samples.
             index: int64 [m] of the features; None for all.
 
         Raises:
@@ -430,7 +385,7 @@ class FoldMoments:
                 f"samples must outnumber the {cells} cells of conditions x folds, got {total}"
             )
         if self.groups is not None and int(self.groups.min()) < 2:
-            raise ValueError(f"groups must be two per fold at least, got {self.groups.tolist()}")
+            raise ValueError(f"groups must be at least two per fold, got {self.groups.tolist()}")
         per_condition = counts.sum(1).to(device, torch.float64)
         statistics = FoldStatistics(
             covariance=(cross - between) / self._scatter_freedom(columns),
@@ -456,19 +411,20 @@ class FoldMoments:
         )
 
     def variances(self) -> torch.Tensor:
-        """Within-fold variance of each feature [k] float64, all conditions together."""
+        """Compute the within-fold variance of each feature [k] float64, over all conditions."""
         weight = self._counts.to(self.sums.device, torch.float64)[..., None]
         between = (self.sums.square() / weight.clamp_min(1)).sum((0, 1))
         total = int(self._counts.sum()) - self._counts.numel()
         return (self.cross.sum(0).diagonal() - between) / max(total, 1)
 
     def _pair_inflation(self) -> float:
-        r"""How much the pooled covariance of correlated conditions over-counts its samples.
+        r"""Compute the factor by which the pooled covariance of correlated conditions has fewer
+        degrees of freedom.
 
-        Two covariances of the same noise are no two independent ones. For C conditions with mean
+        Two covariances of the same noise are not independent. For C conditions with mean
         self-correlations rho_ab the variance of their average is that of
-        :math:`\nu / (1 + \sum_{a \ne b} \rho_{ab}^2 / C)` degrees of freedom; 1 + rho^2 for one
-        pair.
+        :math:`\nu / (1 + \sum_{a \ne b} \rho_{ab}^2 / C)` degrees of freedom; the factor is
+        1 + rho^2 for one pair.
         """
         if not self.paired:
             return 1.0
@@ -485,14 +441,14 @@ class FoldMoments:
 
 
 def lower_triangles(matrices: torch.Tensor, known: int = 0) -> list[torch.Tensor]:
-    """Rectangular views that together hold the lower triangles of matrices [..., k, k], from row
-    `known` on, and little else."""
+    """Cover the lower triangles of matrices [..., k, k], from row `known` on, with rectangular
+    views that hold little else."""
     below = [matrices[..., known:, :known]] if known else []
     return below + _triangles(matrices[..., known:, known:])
 
 
 def _triangles(matrices: torch.Tensor) -> list[torch.Tensor]:
-    """A triangle is two of half its size, and a square below the first."""
+    """Split triangles into two of half the size and a square below the first."""
     size = matrices.shape[-1]
     if size <= SMALL_TRIANGLE:
         return [matrices]
@@ -505,8 +461,8 @@ def _triangles(matrices: torch.Tensor) -> list[torch.Tensor]:
 
 
 def add_pair_products_(products: torch.Tensor, samples: list[torch.Tensor]) -> None:
-    """Adds to products [C, C, ...] the sums over n of x_a x_b of the same samples [n, ...] under
-    each two of C conditions."""
+    """Add to products [C, C, ...] the sums over n of x_a x_b, of the same samples [n, ...] under
+    each pair of C conditions."""
     for a, first in enumerate(samples):
         for b, second in enumerate(samples[:a]):
             product = (first * second).sum(0, dtype=torch.float64)
@@ -515,7 +471,7 @@ def add_pair_products_(products: torch.Tensor, samples: list[torch.Tensor]) -> N
 
 
 def pair_inflation(rho: torch.Tensor) -> float:
-    """1 + sum over pairs of conditions of rho^2 / C, rho [C, C] the mean correlation of a feature
-    with itself."""
+    """Compute 1 + sum over pairs of conditions of rho^2 / C, with rho [C, C] the mean correlation
+    of a feature with itself."""
     rho = rho.clone().fill_diagonal_(0.0)
     return float(1.0 + rho.square().sum() / len(rho))

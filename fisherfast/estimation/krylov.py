@@ -2,9 +2,9 @@
 
     span{D, S D, S^2 D, ..., S^(q-1) D},      D [d, P], S [d, d] of one half of the samples
 
-contains the readout S^-1 D as well as q products with S can tell it. S itself never exists: each
-pass over the samples multiplies the last vectors by it, two thin matrix products a batch. What is
-learned on one half is measured on the other, where it is a handful of linear features like any.
+contains the best approximation of the readout S^-1 D by q products with S. S itself is never
+stored: each pass over the samples multiplies the last vectors by it, in two thin matrix products
+per batch. The space learned on one half is measured on the other, as a few linear features.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from fisherfast.estimation.pilot import Standardisation
 __all__ = ["KRYLOV_VECTORS", "KrylovSpace", "projected"]
 
 KRYLOV_VECTORS = 16
-"""Vectors per parameter, q: on noise with long-range correlations J still gains 1 % from 12 to 16,
-and each more is a pass."""
+"""Vectors per parameter, q: for noise with long-range correlations J still gains 1 % from 12 to 16,
+and each more takes a pass."""
 
 BREAKDOWN = 1e-5
-"""Part of a product that must be new for another vector: float32 products leave 1e-6 of noise."""
+"""Part of a product that must be new to add a vector: float32 products have noise of 1e-6."""
 
 WARM_PASSES = 2
-"""Passes that renew a space that the same layer had a few training steps before: D and S D of the
-network as it is now, the old vectors behind them. J is that of 16 passes within its noise."""
+"""Passes that update the space that the same layer had a few training steps before: D and S D of
+the current network, followed by the old vectors. J agrees with that of 16 passes within its
+noise."""
 
 OFTEN = 16
-"""Samples that make the variance of an activation, (sum z^2)^2 / sum z^4, below which it is scaled
-to less than unit variance. The derivative of one that fires in a few samples of this half is known
-from these few alone: after a ReLU the vectors would be made of such noise."""
+"""Effective number of samples in the variance of an activation, (sum z^2)^2 / sum z^4, below which
+it is scaled to less than unit variance. The derivative of an activation that is non-zero in a few
+samples is known from these few alone: after a ReLU the vectors would consist of such noise."""
 
 TILE_NUMBERS = 2**20
-"""Activations that are standardised at a time, 4 MB of float32."""
+"""Activations standardised at a time, 4 MB of float32."""
 
 TILE_ROWS = 4
-"""Samples of a tile at least, however wide: the vectors are read once per tile."""
+"""Fewest samples of a tile, at any width: the vectors are read once per tile."""
 
 
 class FirstPass:
     """Means, variances and the derivative of the activations of one set of samples.
 
-    Sums are of z, the activations standardised by the pilot, which float32 holds to the last place.
+    The sums are those of z, the activations standardised by the pilot, which float32 represents
+    without loss.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class FirstPass:
 
     @property
     def degrees_of_freedom(self) -> int:
-        """Samples less conditions."""
+        """Samples minus conditions."""
         return max(sum(self._counts) - len(self._counts), 1)
 
     def add(self, condition: int, activations: torch.Tensor) -> None:
@@ -81,12 +83,12 @@ class FirstPass:
         self._counts[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:
-        """What adds up over processes."""
+        """Return the sums to add up over processes."""
         sums = [self._sums, self._squares, self._fourths, self._derivative_sums]
         return sums if self._score_sums is None else [*sums, self._score_sums]
 
     def add_tangents(self, tangents: torch.Tensor) -> None:
-        """Add the derivatives [P, n, d] of activations, sample by sample."""
+        """Add the tangents [P, n, d] of activations."""
         for p, tangent in enumerate(tangents):
             for tile in tiles(tangent):
                 self._derivative_sums[p] += tile.to(self._dtype).sum(0) * self._pilot.scale
@@ -101,13 +103,13 @@ class FirstPass:
         self._score_sums = sums if self._score_sums is None else self._score_sums.add_(sums)
 
     def finite(self, condition: int) -> torch.Tensor:
-        """Whether all that was added for a condition was finite, a 0-d tensor."""
+        """Return whether all values added for a condition are finite, a 0-d tensor."""
         carried = torch.isfinite(self._derivative_sums).all()
         return torch.isfinite(self._sums[condition]).all() & carried
 
     def results(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Means [C, d] and scales [d] of the activations, 0 where they never vary, and the
-        derivative [P, d] of the standardised ones; all float64.
+        """Return means [C, d] and scales [d] of the activations, 0 where they never vary, and the
+        derivative [P, d] of the standardised activations; all float64.
 
         Args:
             contrast: [C, P] float64 weights of the conditions; zero for tangents and score.
@@ -133,13 +135,13 @@ class FirstPass:
 class KrylovSpace:
     """The Krylov space of one set of samples, learned in q passes over them.
 
-    The first pass takes means, variances and the derivative D, each later one the product of S with
-    the newest vectors; `advance` ends a pass. Activations are standardised by these samples, those
-    that never vary are left out. Vectors are orthonormal (orthogonalised twice against all before
-    them) and ordered by pass, so that the leading ones span the smaller spaces.
+    The first pass computes means, variances and the derivative D, each later pass the product of S
+    with the newest vectors; `advance` ends a pass. Activations are standardised by these samples;
+    those that never vary are left out. Vectors are orthonormal (orthogonalised twice against all
+    before them) and ordered by pass, so that the leading ones span the smaller spaces.
 
-    S is taken about the means of the conditions. Folds would part its noise from D's, but nothing
-    is estimated here: any space gives a valid bound.
+    S is the covariance about the means of the conditions. Its noise is not independent of that of
+    D, as it would be within folds, but nothing is estimated here: any space gives a valid bound.
 
     Args:
         standardisation: pilot statistics; the result depends on them by rounding only.
@@ -147,12 +149,12 @@ class KrylovSpace:
         parameters: P.
         steps: q, vectors per parameter.
         dtype: float32 or float64, of products; sums over tiles are float64.
-        scored: samples come with their score.
+        scored: samples have a score.
         start: [k, d] weights of an earlier space of this layer, from `projection`; None for none.
-            `WARM_PASSES` passes are then enough.
+            With these, `WARM_PASSES` passes are enough.
 
     Attributes:
-        ready: no pass is asked for any more.
+        ready: no further pass is needed.
         alive: [d] bool, activations that varied, after the first pass.
 
     Memory: q P d numbers of dtype, (3 P + 2 C) d of float64. Cost of a pass: 4 n d P operations.
@@ -188,7 +190,7 @@ class KrylovSpace:
 
     @property
     def basis(self) -> torch.Tensor:
-        """Orthonormal vectors [k, d], in units of activations standardised by these samples."""
+        """Orthonormal vectors [k, d] for activations standardised by these samples."""
         return self._basis[: self._size]
 
     def observe(
@@ -201,10 +203,10 @@ class KrylovSpace:
         """Add samples to the pass.
 
         Args:
-            condition: theirs.
+            condition: of the samples.
             activations: [n, d], any floating dtype.
-            tangents: [P, n, d], their derivatives, where these are known.
-            score: [n, P], where it is known.
+            tangents: [P, n, d] of the activations, if known.
+            score: [n, P], if known.
         """
         if self._passes:
             if not self.ready:
@@ -222,17 +224,18 @@ class KrylovSpace:
             self._first.skip(condition, samples)
 
     def shared_sums(self) -> list[torch.Tensor]:
-        """What adds up over processes in this pass."""
+        """Return the sums of this pass to add up over processes."""
         return self._first.shared_sums() if self._passes == 0 else [self._products]
 
     def finite(self, condition: int) -> torch.Tensor:
-        """Whether all activations of a condition were finite in the first pass, a 0-d tensor."""
+        """Return whether all activations of a condition were finite in the first pass, a 0-d
+        tensor."""
         if self._passes:
             return torch.ones((), dtype=torch.bool, device=self._basis.device)
         return self._first.finite(condition)
 
     def advance(self, contrast: torch.Tensor) -> bool:
-        """End a pass. Returns whether the space asks for another, over the same samples.
+        """End a pass, and return whether another one over the same samples is needed.
 
         Args:
             contrast: [C, P] float64 weights of the conditions; zero for tangents and score.
@@ -255,7 +258,7 @@ class KrylovSpace:
         return not self.ready
 
     def projection(self) -> torch.Tensor:
-        """Weights [k, d] that turn activations into the features, up to a constant."""
+        """Return weights [k, d] that map activations to the features, up to a constant."""
         return self.basis * self._scale.to(self._dtype)
 
     def _add_products(self, condition: int, activations: torch.Tensor) -> None:
@@ -265,9 +268,10 @@ class KrylovSpace:
             self._products += (z @ newest.T).T @ z
 
     def _append(self, columns: torch.Tensor) -> int:
-        """Add what is new in columns [P, d], orthonormal. Returns how many vectors that is."""
+        """Add the part of columns [P, d] outside the space as orthonormal vectors, and return their
+        number."""
         before = columns.norm(dim=1)
-        for _ in range(2):  # the second time removes what rounding left after the first
+        for _ in range(2):  # the second time removes the rounding error of the first
             self._remove_known(columns)
         added: list[torch.Tensor] = []
         room = min(len(self._basis), int(self.alive.sum())) - self._size
@@ -283,8 +287,8 @@ class KrylovSpace:
         return len(added)
 
     def _append_known(self, start: torch.Tensor, together: int) -> None:
-        """Add what is new in the weights [k, d] of an earlier space, in its order, as far as there
-        is room."""
+        """Add the new part of the weights [k, d] of an earlier space, in its order, up to the
+        largest size."""
         self._start = None
         scale = torch.where(self.alive, self._scale, torch.inf)
         for rows in start.split(together):
@@ -308,7 +312,7 @@ class KrylovSpace:
 def standardised(
     activations: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(a - mean) scale of activations [n, d], a new tensor [n, d] of the dtype."""
+    """Compute (a - mean) scale of activations [n, d], a new tensor [n, d] of the dtype."""
     z = activations.to(dtype, copy=True)
     return z.sub_(mean.to(dtype)).mul_(scale.to(dtype))
 
@@ -316,8 +320,8 @@ def standardised(
 def projected(
     activations: torch.Tensor, projection: torch.Tensor, mean: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Features [n, k] of activations [n, d], about their mean [d] where it is given, for weights
-    [k, d]."""
+    """Compute features [n, k] of activations [n, d] with weights [k, d], about their mean [d] if it
+    is given."""
     pieces = []
     for tile in tiles(activations):
         rows = tile.to(projection.dtype)
@@ -328,6 +332,6 @@ def projected(
 
 
 def tiles(rows: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Rows [n, d] in tiles of about `TILE_NUMBERS`, or cut where those of `like` are."""
+    """Split rows [n, d] into tiles of about `TILE_NUMBERS`, or at the same rows as `like`."""
     width = max((rows if like is None else like).shape[1], 1)
     return rows.split(max(TILE_NUMBERS // width, TILE_ROWS))

@@ -1,11 +1,11 @@
-r"""Corrections that look at samples, where Gaussian theory assumes what they are.
+r"""Corrections from kept samples, where Gaussian theory would assume a distribution.
 
 .. math::
     h_i = t_i^T t_i / \nu, \qquad t_i = L^{-1} f_i, \qquad g_i = 1 / (1 - h_i)
 
-The leverage h_i says how much sample i itself has shaped the covariance that it is read with.
-Leaving it out turns its number u_i = W^T f_i into g_i u_i, without another factorisation. A few
-hundred kept samples are enough: leverages are averaged, not counted (docs/theory.md, 22).
+The leverage h_i is the influence of sample i on the covariance that whitens it. Leaving the sample
+out changes its number u_i = W^T f_i to g_i u_i, without another factorisation. A few hundred kept
+samples are enough, because only averages over leverages are used (docs/theory.md, 22).
 """
 
 from __future__ import annotations
@@ -30,25 +30,27 @@ __all__ = [
 ]
 
 MOST_LEVERAGE = 1 - 1e-6
-"""A sample that determines a feature alone has leverage 1: without it the covariance is
-singular."""
+"""Upper limit of leverages: a sample that alone determines a feature has leverage 1, and without it
+the covariance is singular."""
 
 OWN_FEATURE = 0.5
-"""Leverage of a sample that makes half of a feature: without it others would be scaled up to it."""
+"""Leverage of a sample that makes up half of a feature: without it the other samples would be
+scaled up."""
 
 NOTHING = 1e-9
-"""Share of a variance that is rounding."""
+"""Relative variance below which a direction is rounding."""
 
 MOST_PAIRED = 512
-"""Samples of which all pairs are looked at."""
+"""Most samples of which all pairs are used."""
 
 GAUSSIAN_SPARE = 4
-"""nu - k - 4: the mean of g over that of g^2 for Gaussian features, times nu - 2."""
+"""The 4 in nu - k - 4, which is (nu - 2) times mean(g) / mean(g^2) for Gaussian features."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Some samples as B systems see them: the first k features of a curve, or positions of a map.
+    """Some samples in B systems: the first k features of a curve for each k, or the positions of a
+    map.
 
     Attributes:
         leverage: h [m, B].
@@ -64,7 +66,7 @@ class Seen:
 def seen_along_curve(
     samples: SampleFeatures, readout: torch.Tensor, half: torch.Tensor, dof: float
 ) -> Seen:
-    """By the first k of K features, for every k.
+    """Compute leverage and prediction by the first k of K features, for every k.
 
     Args:
         samples: m of them, with K features.
@@ -97,23 +99,24 @@ def pair_correlations(whitened: torch.Tensor, conditions: int) -> torch.Tensor:
 
 
 def leverage(squares: torch.Tensor, dof: float) -> torch.Tensor:
-    """h of samples, from t^T t."""
+    """Compute h of samples from t^T t."""
     return (squares / dof).clamp_max(MOST_LEVERAGE)
 
 
 def inverse_excess(seen: Seen, effective: torch.Tensor, dof: float) -> torch.Tensor:
-    r"""Factor that J is multiplied by from both sides, beyond the Gaussian correction.
+    r"""Compute the factor that multiplies J from both sides, in addition to the Gaussian
+    correction.
 
-    The inverse of an estimated covariance is too large by c, and 1 = E[f f^T S^-1] = c E[1 - h]
-    with the samples weighted by the square of their readout when they are left out:
+    The inverse of an estimated covariance is too large by a factor c. From 1 = E[f f^T S^-1] =
+    c E[1 - h], with samples weighted by the square of their left-out readout,
 
     .. math:: 1 / c = \frac{\sum_i g_i u_i^2}{\sum_i g_i^2 u_i^2}
 
-    which is (nu - k - 4) / (nu - 2) for Gaussian features, and smaller where few samples shape the
+    which is (nu - k - 4) / (nu - 2) for Gaussian features, and smaller if few samples determine the
     covariance: units that fire rarely, a common brightness, heavy tails.
 
     Args:
-        seen: by B systems.
+        seen: samples in B systems.
         effective: k_eff [B].
         dof: nu.
 
@@ -127,14 +130,14 @@ def inverse_excess(seen: Seen, effective: torch.Tensor, dof: float) -> torch.Ten
 
 
 def _weighted_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Sums over samples of l r^T [B, P, P] float64, of l [P, m, B] or [P, m, 1] and r [P, m, B]."""
+    """Sum l r^T over samples, [B, P, P] float64, with l [P, m, B] or [P, m, 1] and r [P, m, B]."""
     rows = [torch.stack([(a * b).sum(0, dtype=torch.float64) for b in right]) for a in left]
     return torch.stack(rows).permute(2, 0, 1)
 
 
 def _root_of_ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
-    """(A B^-1)^(1/2) [K, P, P] of positive matrices: G A G^T and G B G^T have G (A B^-1)^(1/2)
-    G^-1. One where there is nothing."""
+    """Compute (A B^-1)^(1/2) [K, P, P] of positive matrices; for G A G^T and G B G^T the result is
+    G (A B^-1)^(1/2) G^-1. It is the identity in directions where B is zero."""
     if above.shape[-1] == 1:
         return torch.where(below > 0, above / below, 1.0).sqrt()
     scale = below.diagonal(dim1=1, dim2=2)
@@ -142,7 +145,7 @@ def _root_of_ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
     units = scale[:, :, None] * scale[:, None, :]
     above, below = above * units, below * units
     values, vectors = torch.linalg.eigh(below)
-    # directions in which there is nothing stay as they are: parameters may be copies of each other
+    # zero directions stay unchanged: parameters may be copies of each other
     whitening = vectors * torch.where(values > NOTHING, values, torch.inf).rsqrt()[:, None, :]
     ratios, turned = torch.linalg.eigh(whitening.mT @ above @ whitening)
     turned = whitening @ turned
@@ -155,19 +158,19 @@ def _root_of_ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
 def left_out_score(
     seen: Seen, naive: torch.Tensor, effective: torch.Tensor, V: torch.Tensor, dof: float
 ) -> torch.Tensor:
-    r"""J [B, P, P] of a score whose residual may follow the leverage.
+    r"""Estimate J [B, P, P] from a score whose residual may depend on the leverage.
 
-    The prediction of sample i by a readout learned without it is s_hat_i - h_i g_i r_i, r = s -
-    s_hat, so
+    The prediction of sample i by a readout learned without it is s_hat_i - h_i g_i r_i with
+    r = s - s_hat, so
 
     .. math:: J = J_\text{naive} - \frac{1}{n} \sum_i h_i g_i\, s_i r_i^T
 
-    The adjusted R^2 puts the mean k / (nu - k) in the place of h_i g_i, which holds for residuals
-    of equal size only. The kept samples correct it by what they see more than that. A sample that
-    makes more than half of a feature alone cannot be predicted without it: zero is predicted.
+    The adjusted R^2 replaces h_i g_i by its mean k / (nu - k), which is right only for residuals of
+    equal size. The kept samples correct for the difference. A sample that makes up more than half
+    of a feature cannot be predicted without it: its prediction is zero.
 
     Args:
-        seen: by B systems, with the score.
+        seen: samples in B systems, with the score.
         naive: [B, P, P].
         effective: k_eff [B].
         V: [P, P] covariance of the score.
@@ -189,20 +192,20 @@ def score_covariance(
     naive: torch.Tensor,
     dof: float,
 ) -> torch.Tensor:
-    r"""Covariance [P, P, P, P] of the entries of J from a score.
+    r"""Compute the covariance [P, P, P, P] of the entries of J from a score.
 
-    To first order J is the mean of s s_hat^T + s_hat s^T - s_hat s_hat^T; what the noise of the
-    readout adds is that of `noise_covariance`.
+    To first order J is the mean of s s_hat^T + s_hat s^T - s_hat s_hat^T; the noise of the readout
+    adds `noise_covariance`.
 
     Args:
         whitened: t [m, k] of some samples.
-        prediction: s_hat [m, P] of these, in the sample.
+        prediction: in-sample s_hat [m, P] of these.
         score: s [m, P].
         J, naive: [P, P] with and without correction.
         dof: nu.
     """
     size = (J.diagonal() / naive.diagonal()).nan_to_num(0.0).clamp(0, 1).sqrt()
-    free = prediction * size  # of the readout's noise
+    free = prediction * size  # corrected for the noise of the readout
     change = score[:, :, None] * free[:, None, :]
     change = change + change.mT - free[:, :, None] * free[:, None, :]
     return covariance_of_entries(change) / dof + noise_covariance(whitened, score - prediction, dof)
@@ -211,7 +214,8 @@ def score_covariance(
 def score_corrections(
     whitened: torch.Tensor, prediction: torch.Tensor, score: torch.Tensor, dof: float
 ) -> torch.Tensor:
-    """Contribution [m, P, P] of each sample to the correction of `left_out_score`, all features."""
+    """Compute the contribution [m, P, P] of each sample to the correction of `left_out_score`, with
+    all features."""
     h = leverage(whitened.square().sum(1), dof)
     more = h / (1 - h) - (h / (1 - h)).mean()
     change = more[:, None, None] * score[:, :, None] * (score - prediction)[:, None, :]
@@ -219,7 +223,7 @@ def score_corrections(
 
 
 def noise_covariance(whitened: torch.Tensor, rest: torch.Tensor, dof: float) -> torch.Tensor:
-    r"""Covariance [P, P, P, P] of J from features that are fitted to noise, of a score.
+    r"""Compute the covariance [P, P, P, P] of J that fitting features to a noisy score adds.
 
     .. math:: J = \frac{1}{\nu^2} \sum_{i \ne j} t_i^T t_j \frac{g_i + g_j}{2}\, e_i e_j^T
 
@@ -245,21 +249,21 @@ def noise_covariance(whitened: torch.Tensor, rest: torch.Tensor, dof: float) -> 
 def excess_covariance(
     u: torch.Tensor, moved: torch.Tensor | None, J: torch.Tensor, spare: float
 ) -> torch.Tensor:
-    r"""Contribution of the features' fourth moment to the covariance [P, P, P, P] of the entries of
-    J, beyond that of Gaussian features: negative for light tails. One standard error of its own is
-    added, because most data sets hold less of heavy tails than their share.
+    r"""Compute how much the features' fourth moment adds to the covariance [P, P, P, P] of the
+    entries of J, compared with Gaussian features: negative for light tails. One standard error of
+    the result is added, because most data sets contain fewer extreme samples than expected.
 
     Args:
         u: [m, P] numbers W^T f of samples, weighted by the root of g.
-        moved: [m, P, P] their tangents, the parameter first, whose noise is not independent of
-            that of the covariance; None for none.
+        moved: [m, P, P] their tangents, parameter first, whose noise is not independent of that of
+            the covariance; None for none.
         J: [P, P].
         spare: degrees of freedom that remain, nu - k_eff - 3.
     """
     seen = u.square().mean(0)
     size = torch.where(
         seen > 0, J.diagonal().clamp_min(0) / seen, 0.0
-    ).sqrt()  # of W, without noise
+    ).sqrt()  # of W, corrected for noise
     u = u * size
     change = u[:, :, None] * u[:, None, :]
     mean = change.mean(0)
@@ -274,11 +278,12 @@ def excess_covariance(
 
 
 def _own_error(changes: torch.Tensor, mean: torch.Tensor) -> float:
-    """Relative error of the mean square of changes [m, P, P]: large where one sample makes it.
+    """Estimate the relative error of the mean square of changes [m, P, P], which is large if one
+    sample dominates it.
 
     Args:
         changes: about their mean.
-        mean: [P, P], whose diagonal says in which unit each parameter is."""
+        mean: [P, P], whose diagonal sets the unit of each parameter."""
     size = mean.diagonal()
     unit = torch.where(size > 0, size, torch.inf).rsqrt()
     squares = (changes * torch.outer(unit, unit)).square().sum((1, 2))

@@ -1,9 +1,9 @@
-r"""Where on a feature map the information sits: the linear Fisher information of the C channels at
-each position.
+r"""Maps of the information: the linear Fisher information of the C channels at each position of a
+feature map.
 
-Each position (h, w) of a layer [C, H, W] is a small measurement of its own: within-fold covariance
-S_hw [C, C], derivative D_hw [C, P], and the same corrections as for a whole layer (docs/theory.md,
-4 to 6). All H W systems are solved in one batched call.
+Each position (h, w) of a layer [C, H, W] has its own within-fold covariance S_hw [C, C] and
+derivative D_hw [C, P], with the same corrections as a whole layer (docs/theory.md, 4 to 6). All H W
+systems are solved in one batched call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from fisherfast import ops
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
-from fisherfast.estimation.curve import SPARE_DOF
+from fisherfast.estimation.curve import SPARE_DOF, fold_estimate
 from fisherfast.estimation.derivatives import (
     DerivativeMoments,
     FoldScore,
@@ -23,20 +23,20 @@ from fisherfast.estimation.derivatives import (
 from fisherfast.estimation.features import Lift
 from fisherfast.estimation.fold_moments import (
     SampleFeatures,
+    about_fold_means,
     add_pair_products_,
     lower_triangles,
     pair_inflation,
 )
-from fisherfast.estimation.leverage import Seen, inverse_excess, left_out_score, leverage
+from fisherfast.estimation.leverage import Seen, left_out_score, leverage
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
 from fisherfast.estimation.score import score_estimate
-from fisherfast.estimation.variance import covariance_variance, independent_variance
 
 __all__ = ["MapMoments", "estimate_map"]
 
 KEPT_SAMPLES = 256
-"""Samples over all conditions that are kept for their leverages."""
+"""Samples over all conditions that are kept to compute leverages."""
 
 
 class MapMoments:
@@ -48,11 +48,11 @@ class MapMoments:
         conditions: number of conditions.
         folds: F.
         paired: the conditions share their noise.
-        tangents: P, where each sample comes with its tangents; 0 for none.
-        score: P, where each sample comes with its score; 0 for none.
+        tangents: P if samples have tangents, else 0.
+        score: P if samples have a score, else 0.
         groups: int64 [F] in each fold, as in `FoldMoments`; None for independent samples.
 
-    Products are of float64, see `FeatureDictionary`.
+    Products are in float64, see `FeatureDictionary`.
 
     Memory: 8 H W C (C + conditions F) bytes, and 8 H W C P F for tangents or score.
     """
@@ -148,8 +148,8 @@ class MapMoments:
         self.seen[condition] += samples
 
     def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that adds up over processes, see `FoldMoments.shared_sums`; `mirror_`
-        follows."""
+        """Return views of the sums to add up over processes, see `FoldMoments.shared_sums`; call
+        `mirror_` afterwards."""
         parts = [self._sums, *lower_triangles(self._cross)]
         parts += [self._products] if self.paired else []
         if not self._forgotten:
@@ -160,14 +160,14 @@ class MapMoments:
         return parts + ([] if self._carried is None else self._carried.shared_sums())
 
     def mirror_(self) -> None:
-        """Make the upper triangles of the cross products those of the lower ones."""
+        """Copy the lower triangles of the cross products to the upper ones."""
         channels = self._cross.shape[-1]
         upper = torch.ones(channels, channels, dtype=torch.bool, device=self._cross.device).triu(1)
         for row in self._cross:
             row.copy_(torch.where(upper, row.mT, row))
 
     def covariance(self) -> tuple[torch.Tensor, int]:
-        """Within-fold covariance S [H, W, C, C] and its degrees of freedom."""
+        """Compute the within-fold covariance S [H, W, C, C] and its degrees of freedom."""
         weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
         means = (self._sums / weight.sqrt()).flatten(0, 1).permute(2, 3, 1, 0)
         samples, dof = int(self._counts.sum()), int(self._counts.sum()) - self._counts.numel()
@@ -181,7 +181,7 @@ class MapMoments:
         return scatter / dof, own
 
     def derivatives(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """D [H, W, C, P] of all samples, and of each fold alone [H, W, C, F, P]."""
+        """Compute D [H, W, C, P] of all samples, and that of each fold alone [H, W, C, F, P]."""
         if self._carried is not None:
             counts = self._counts[0].to(self._sums.device, torch.float64)
             whole, folds = self._carried.derivatives(slice(None), counts, self._sums[0].flatten(1))
@@ -199,44 +199,41 @@ class MapMoments:
         )
 
     def samples(self) -> SampleFeatures | None:
-        """Some of the samples [m, C H W] about the means of their folds; None where none are
-        kept."""
+        """Return the kept samples [m, C H W] about the means of their folds; None without any."""
         if self._forgotten:
             return None
         parts, scores = [], []
         for condition, (_, fold, x, *score) in enumerate(self._kept.kept()):
-            fold = fold.to(x.device)
-            counts = self._counts[condition].to(x.device, torch.float64)[fold, None]
-            scale = (counts / (counts - 1).clamp_min(1)).sqrt()
-            means = self._sums[condition].flatten(1)[fold] / counts
-            parts.append((x.double() - means) * scale)
+            fold, counts = fold.to(x.device), self._counts[condition]
+            sums = self._sums[condition].flatten(1)
+            parts.append(about_fold_means(x.double(), fold, sums, counts))
             if score and isinstance(self._carried, ScoreMoments):
-                means = self._carried.score_sums[fold] / counts
-                scores.append((score[0].double() - means) * scale)
+                sums = self._carried.score_sums
+                scores.append(about_fold_means(score[0].double(), fold, sums, counts))
         return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
 
     def score(self) -> FoldScore | None:
-        """Covariance of the score; None for the other sources."""
+        """Compute the covariance of the score; None for other sources."""
         counts = self._counts[0].to(self._sums.device, torch.float64)
         return None if self._carried is None else self._carried.score(slice(None), counts)
 
     @property
     def carries(self) -> bool:
-        """Whether the derivative comes from what the samples carry."""
+        """Whether the derivative comes from tangents or score."""
         return self._carried is not None
 
     def noise(self, contrast: torch.Tensor) -> torch.Tensor:
-        """c [P, P]: Cov(D) = c S for independent conditions."""
+        """Compute c [P, P]: Cov(D) = c S for independent conditions."""
         per_condition = self._counts.sum(1).to(contrast)
         return contrast.T @ (contrast / per_condition[:, None])
 
     def alive(self, covariance: torch.Tensor) -> torch.Tensor:
-        """Channels [H, W, C] that vary by more than the rounding of their mean."""
+        """Return which channels [H, W, C] vary by more than the rounding of their mean."""
         rounding = self._rounding * self._mean()
         return covariance.diagonal(dim1=-2, dim2=-1) > rounding.square()
 
     def ridge(self, setting: RidgeSetting, variance: torch.Tensor) -> torch.Tensor:
-        """The ridge [H, W, C], relative to the variances [H, W, C]."""
+        """Compute the ridge [H, W, C], relative to the variances [H, W, C]."""
         if setting != AUTO:
             return torch.full_like(variance, setting)
         return raw_ridge(variance, self._noise**2 * (self._mean().square() + variance))
@@ -246,8 +243,8 @@ class MapMoments:
         return (self._sums.sum((0, 1)) / self._counts.sum() + self._pilot).permute(1, 2, 0)
 
     def pair_inflation(self, covariance: torch.Tensor, alive: torch.Tensor) -> float:
-        """1 + sum over pairs of rho^2, as for a whole layer: how much correlated conditions
-        over-count their samples."""
+        """Compute the factor by which correlated conditions have fewer degrees of freedom, as for a
+        whole layer."""
         if not self.paired or self.groups is not None or not bool(alive.any()):
             return 1.0
         weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
@@ -266,7 +263,7 @@ def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
 def estimate_map(
     name: str, moments: MapMoments, contrast: torch.Tensor, ridge: RidgeSetting
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""J [H, W, P, P] and its standard errors at each position, in 1/theta^2.
+    r"""Estimate J [H, W, P, P] and its standard errors at each position, in 1/theta^2.
 
     .. math::
         \text{independent:}\quad J = h \, J_\text{naive} - k_\text{eff} \, c \qquad
@@ -293,9 +290,8 @@ def estimate_map(
     columns = torch.cat([derivative, fold_derivatives.flatten(-2)], -1)
     solved, effective, known = _solve(covariance, alive, columns, ridges, rounding=ridge == AUTO)
     parameters, folds = derivative.shape[-1], moments.folds
-    shrink = ((nu - effective - 1) / nu)[:, None, None]
     half = solved[..., :parameters]
-    noise = moments.noise(contrast)
+    naive = half.mT @ half
     fold_half = solved[..., parameters:].unflatten(-1, (folds, parameters))
     score, samples = moments.score(), moments.samples()
     seen = None
@@ -303,25 +299,15 @@ def estimate_map(
         seen = _seen(samples, covariance, ridges, known, half, nu)
     if score is not None:
         products = torch.einsum("bcp,bcfq->bfpq", half, fold_half)
-        estimate = score_estimate(half.mT @ half, effective, products, score, nu)
+        estimate = score_estimate(naive, effective, products, score, nu)
         J, variance = estimate.J, estimate.variance
         if seen is not None:
-            J = left_out_score(seen, half.mT @ half, effective, score.covariance, nu)
+            J = left_out_score(seen, naive, effective, score.covariance, nu)
     else:
-        J, left_out = _fold_statistic(fold_half, shrink)
         paired = moments.paired or moments.carries or moments.groups is not None
-        if not paired:
-            J = shrink * (half.mT @ half) - effective[:, None, None] * noise
-        before = J
-        if seen is not None:
-            more = inverse_excess(seen, effective, nu)
-            J, left_out = more @ J @ more.mT, more[:, None] @ left_out @ more.mT[:, None]
-        if paired:
-            jackknife = left_out.var(1, correction=0) * (folds - 1)
-            variance = jackknife + covariance_variance(J, nu, effective)
-        else:
-            variance = independent_variance(J, nu, noise, effective)
-        variance = variance + ((J - before) / 2).square()
+        noise = None if paired else moments.noise(contrast)
+        found = fold_estimate(naive, effective, fold_half, _fold_products, noise, nu, seen)
+        J, variance = found.J, found.variance
     nothing = (alive.sum(-1) == 0).flatten()[:, None, None]
     J = torch.where(nothing, 0.0, (J + J.mT) / 2)
     stderr = torch.where(nothing, 0.0, (variance + variance.mT).div(2).sqrt())
@@ -338,12 +324,13 @@ def _solve(
     *,
     rounding: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """L^-1 of all columns [H W, C, (1 + F) P], k_eff [H W], and which channels count [H W, C].
+    """Compute L^-1 times all columns [H W, C, (1 + F) P], k_eff [H W], and which channels count
+    [H W, C].
 
     Channels that do not vary become features of unit variance without derivative or covariance:
-    they add nothing to J, and are not counted. The part of a feature that is ridge is counted with
-    the largest ridge of its position: it is 0 but for channels that are linear in others, which are
-    left out where the ridge is their rounding.
+    they add nothing to J and are not counted. The ridge share of a feature is computed with the
+    largest ridge of its position: it is near 0 except for channels that are linear in others, which
+    are left out if the ridge stands for rounding.
     """
     both = alive[..., None] & alive[..., None, :]
     covariance = torch.where(both, covariance, 0.0)
@@ -369,7 +356,8 @@ def _seen(
     half: torch.Tensor,
     dof: float,
 ) -> Seen:
-    """Some samples as the positions see them; those whose covariance is singular see nothing."""
+    """Compute leverage and prediction of kept samples at each position; zero where the covariance
+    is singular."""
     height, width, channels, _ = covariance.shape
     both = (known[:, :, None] & known[:, None, :]).reshape(covariance.shape)
     R = torch.where(both, covariance, 0.0)
@@ -384,15 +372,6 @@ def _seen(
     return Seen(leverage(whitened.square().sum(1).T, dof), prediction, samples.score)
 
 
-def _fold_statistic(
-    fold_half: torch.Tensor, shrink: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """U-statistic over pairs of different folds [H W, P, P], and the same without each fold
-    [H W, F, P, P], of y_f [H W, C, F, P]."""
-    folds = fold_half.shape[2]
-    total = fold_half.sum(2)
-    own = torch.einsum("bcfp,bcfq->bfpq", fold_half, fold_half)
-    value = shrink * (total.mT @ total - own.sum(1)) / (folds * (folds - 1))
-    rest = total[:, :, None, :] - fold_half
-    pairs = torch.einsum("bcfp,bcfq->bfpq", rest, rest) - (own.sum(1, keepdim=True) - own)
-    return value, shrink[:, None] * pairs / ((folds - 1) * (folds - 2))
+def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Sum l r^T over channels, [B, F, P, P], with l and r [B, C, F, P]."""
+    return torch.einsum("bcfp,bcfq->bfpq", left, right)

@@ -1,4 +1,4 @@
-"""First look at a layer: scale, offset and rounding of its activations."""
+"""Scale, offset and rounding of a layer's activations, from the first samples."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from fisherfast.estimation.ridge import (
 __all__ = ["PilotMoments", "Standardisation"]
 
 PILOT_ROWS = 2
-"""Samples per activation that tell the condition of a covariance: twice too large from so few."""
+"""Samples per activation needed to estimate the condition of a covariance, which is then twice too
+large."""
 
 PILOT_WIDTH = 256
-"""Widest layer whose condition the pilot tells; wider ones are summed in float64."""
+"""Widest layer whose condition the pilot estimates; wider ones are summed in float64."""
 
 FLOAT32_INVERSE = 1e4
-"""Largest trace of the inverse correlation matrix whose products may be float32: these are off by
-3e-8 of it, which then changes J by less than 1e-3 in its worst direction."""
+"""Largest trace of the inverse correlation matrix for which products may be float32: their relative
+error is 3e-8, which then changes J by less than 1e-3 in its worst direction."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Standardisation:
 
     Attributes:
         mean: [d] float64.
-        scale: [d] float64, 1 / standard deviation; the layer's median scale where the pilot saw no
-            variation.
+        scale: [d] float64, 1 / standard deviation; the layer's median scale for activations that
+            did not vary in the pilot.
         alive: [d] bool, activations that varied in the pilot; only these enter the lift.
         rounding: relative spread that the precision of the activations does not resolve.
         noise: spread relative to its size that rounding may add to an activation: `rounding`, or
             one unit in the last place of a half type.
-        exact: products of the activations must be of float64.
-        steps: [d] float64 between values that are tied, 0 where none are; None for none.
+        exact: products of the activations must be in float64.
+        steps: [d] float64 step between tied values, 0 without ties; None if not searched.
     """
 
     mean: torch.Tensor
@@ -54,12 +55,12 @@ class Standardisation:
 
 
 class PilotMoments:
-    """Mean and variance of the first samples of a layer, in float64, a batch at a time (Chan's
+    """Mean and variance of the first samples of a layer, in float64, updated batch by batch (Chan's
     update).
 
     Args:
-        units: in the last place, that the rounding of an activation may be.
-        ties: finds steps, where the samples carry tangents.
+        units: rounding of an activation in units in the last place.
+        ties: finds steps if the samples have tangents, else None.
     """
 
     def __init__(self, units: int = ROUNDING, ties: StepMeter | None = None) -> None:
@@ -75,7 +76,7 @@ class PilotMoments:
         self._told: list[bool | None] = []
 
     def update(self, activations: torch.Tensor, moving: torch.Tensor | None = None) -> None:
-        """Add activations [n, d]; moving bool [n, d]: those with a derivative, if that is known."""
+        """Add activations [n, d]; moving bool [n, d] marks those with a derivative, if known."""
         if self._ties is not None:
             self._ties.update(activations, moving)
         pilot = activations.double()
@@ -100,16 +101,16 @@ class PilotMoments:
 
     @property
     def count(self) -> int:
-        """Samples that were added."""
+        """Number of samples added."""
         return self._count
 
     @property
     def rounding(self) -> float:
-        """Relative spread that the precision of what was added does not resolve."""
+        """Relative spread that the precision of the added samples does not resolve."""
         return self._rounding
 
     def parts(self) -> torch.Tensor:
-        """Mean, sum of squared deviations and steps [3, d] of what was added."""
+        """Return mean, sum of squared deviations and steps [3, d] of the added samples."""
         if self._mean is None:
             raise ValueError("pilot must hold at least one batch, got none")
         steps = self._found_steps()
@@ -117,8 +118,7 @@ class PilotMoments:
         return torch.stack([self._mean, self._square, steps])
 
     def _found_steps(self) -> torch.Tensor | None:
-        """[d] float64 between values that are tied, 0 where none are; None where none were
-        sought."""
+        """Return the step [d] float64 between tied values, 0 without ties; None if not searched."""
         return self._steps if self._ties is None else self._ties.steps()
 
     @property
@@ -134,7 +134,7 @@ class PilotMoments:
         noise: float,
         ill_conditioned: bool | None,
     ) -> None:
-        """Add other samples, of which only number, `parts` and the rest are known."""
+        """Add samples of another process, given their number, `parts` and the other values."""
         self._told.append(ill_conditioned)
         self._rounding = max(self._rounding, rounding)
         self._noise = max(self._noise, noise)
@@ -142,7 +142,7 @@ class PilotMoments:
         self._steps = parts[2] if self._steps is None else self._steps.maximum(parts[2])
 
     def standardisation(self) -> Standardisation:
-        """Mean and scale of what was added."""
+        """Return mean and scale of the added samples."""
         if self._mean is None:
             raise ValueError("pilot must hold at least one batch, got none")
         std = (self._square / self._count).sqrt()
@@ -156,7 +156,7 @@ class PilotMoments:
         )
 
     def ill_conditioned(self) -> bool | None:
-        """Whether float32 products do not carry the covariance; None for too few samples."""
+        """Return whether the covariance needs float64 products; None for too few samples."""
         rows = sum(map(len, self._rows))
         if self._mean is None or not 0 < rows >= PILOT_ROWS * len(self._mean):
             return None
@@ -166,6 +166,6 @@ class PilotMoments:
         alive = size > self._rounding * self._mean.abs()
         z = z[:, alive] / size[alive]
         correlation = z.T @ z / len(z)
-        correlation.diagonal().add_(0.01 / FLOAT32_INVERSE)  # positive definite, and far above
+        correlation.diagonal().add_(0.01 / FLOAT32_INVERSE)  # a singular one inverts to far above
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
         return float(inverse.diagonal().sum()) > FLOAT32_INVERSE

@@ -1,15 +1,15 @@
-r"""A small network that predicts the score from the activations of a layer, where a random lift is
-too weak: its outputs are features that other samples are measured in.
+r"""A small network that predicts the score from the activations of a layer, for layers where a
+random lift is too weak. Its outputs are additional features for samples it was not trained on.
 
 Among all functions f of the activations the score s has the largest linear Fisher information, and
 
 .. math:: E|f|^2 - 2\, \mathrm{tr}\, \partial_\theta E[f] = E|f - s|^2 - \mathrm{tr}\, I
 
-is smallest for f = s. The derivative of a mean is known from every source, the score is not: so
-the left side is minimised. For samples with a score it is a regression on it; for C conditions of
-contrast w it is one on the targets C w, whose mean at equal activations is the score; for tangents
-each sample stands for a pair of conditions, half a step to either side of it. See
-docs/training.md, "A network as probe", for what each choice below gains.
+is smallest for f = s. The score is not always known, but every source gives the derivative of a
+mean: so the left side is minimised. For samples with a score this is a regression on it; for C
+conditions with contrast w it is a regression on the targets C w, whose mean at equal activations is
+the score; for tangents each sample becomes a pair of conditions, half a step to either side of it.
+See docs/training.md, "A network as probe", for the gain from each choice below.
 """
 
 from __future__ import annotations
@@ -31,82 +31,81 @@ WIDTH = 128
 """Units of each hidden layer."""
 
 BLOCKS = 3
-"""Hidden layers behind the first, each added to what it reads."""
+"""Hidden layers after the first, each added to its input."""
 
 STEPS = 4000
-"""Most optimisation steps: what a probe costs, whatever the number of samples."""
+"""Most optimisation steps, which bounds the cost of a probe for any number of samples."""
 
 LEAST_STEPS = 300
-"""Steps for the fewest samples."""
+"""Fewest optimisation steps."""
 
 EPOCHS = 20
-"""Passes over the kept samples between these two."""
+"""Passes over the kept samples, if the steps are between these two limits."""
 
 BATCH_ROWS = 512
-"""Samples of a step; fewer where each stands for more than two points."""
+"""Samples of a step; fewer if each gives more than two points."""
 
 BATCH_POINTS = 1024
 """Activations that a step evaluates, over all conditions."""
 
 LEARNING_RATE = 6e-3
-"""For a regression on a known score, at its peak after a warm-up; it then falls to zero as a
-cosine."""
+"""Peak learning rate for a known score; it rises in a warm-up and falls to zero as a cosine."""
 
 CAREFUL_RATE = 3e-3
-"""The same, where the score is not known."""
+"""The same for an unknown score."""
 
 WARM_UP = 0.05
-"""Part of the steps in which the learning rate rises."""
+"""Fraction of the steps in which the learning rate rises."""
 
 LARGEST_GRADIENT = 1.0
-"""Norm beyond which a gradient is shortened."""
+"""Norm above which gradients are clipped."""
 
 NOISE = 0.05
-"""Standard deviation of the noise added to whitened activations, the same for a pair, where the
-score is not known: differences reward a network that is steep at the samples, flat between them."""
+"""Standard deviation of the noise added to whitened activations, the same for a pair, if the score
+is not known: without it the loss favours a network that is steep at the samples and flat between
+them."""
 
 DECAY = 1.0
 """Weight decay, for the same reason."""
 
 DECAY_SAMPLES = 50_000
-"""Beyond so many samples it falls as one over their number."""
+"""Number of samples above which the weight decay falls as one over their number."""
 
 VALIDATION = 8
-"""Every eighth kept sample is not trained on: these tell the best step."""
+"""Every eighth kept sample is held out, to find the best step."""
 
 EVALUATIONS = 20
-"""How often they are asked."""
+"""Number of evaluations on the held-out samples."""
 
 PATIENCE = 9
 """Evaluations without improvement after which training ends."""
 
 LEAST_GAIN = 1e-3
-"""What counts as an improvement, relative to the loss."""
+"""Least improvement that counts, relative to the loss."""
 
 PAIR_STEP = 0.4
-"""Separation of the pair that a sample with tangents stands for, in units of 1 / sqrt(J)."""
+"""Separation of the pair made of a sample with tangents, in units of 1 / sqrt(J)."""
 
 WHITENING_RIDGE = 1e-3
-"""Least ridge of the whitened activations; more where samples are few."""
+"""Least ridge of the whitened activations; larger for few samples."""
 
 LIMIT = 10.0
-"""Standard deviations at which activations are cut for a probe: one far outlier would rule the
-gradients. What lies beyond is still among the other features."""
+"""Standard deviations at which activations are clipped for a probe: one far outlier would dominate
+the gradients. The other features are not clipped."""
 
 TILE_ROWS = 4096
-"""Samples that exist as hidden activations at the same time when nothing is learned: 2 MB a
-layer."""
+"""Samples with hidden activations in memory at a time, outside training: 2 MB per layer."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A network of `BLOCKS` residual layers with GELU, beside a linear readout.
+    """A network of `BLOCKS` residual layers with GELU, in parallel with a linear readout.
 
     Attributes:
         enter: weight [w, d] and bias [w] of the first layer.
-        blocks: weights [w, w] and biases [w] of the residual ones.
-        leave: weight [P, w] and bias [P] of the last.
-        skip: [P, d] readout of the raw features themselves.
+        blocks: weights [w, w] and biases [w] of the residual layers.
+        leave: weight [P, w] and bias [P] of the last layer.
+        skip: [P, d] linear readout of the raw features.
     """
 
     enter: tuple[torch.Tensor, torch.Tensor]
@@ -118,32 +117,34 @@ class Probe:
         return len(self.skip)
 
     def parameters(self) -> list[torch.Tensor]:
-        """All tensors, the weights of layers first."""
+        """Return all tensors, the weights of layers first."""
         layers = (self.enter, *self.blocks, self.leave)
         return [w for w, _ in layers] + [b for _, b in layers] + [self.skip]
 
     def to(self, dtype: torch.dtype) -> Probe:
-        """The same network in another precision."""
+        """Convert to another dtype."""
         return self.like([parameter.to(dtype) for parameter in self.parameters()])
 
     def like(self, parameters: list[torch.Tensor]) -> Probe:
-        """The same network with other `parameters`."""
+        """Make a network with other `parameters`."""
         layers = list(zip(parameters, parameters[BLOCKS + 2 : -1], strict=False))
         return Probe(layers[0], tuple(layers[1:-1]), layers[-1], parameters[-1])
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
-        """Outputs [n, P] of raw features [n, d], about as large as the score over its spread."""
+        """Compute the outputs [n, P] from raw features [n, d], roughly the score in units of its
+        standard deviation."""
         return torch.cat([self.read(part.clamp(-LIMIT, LIMIT)) for part in z.split(TILE_ROWS)])
 
     def read(self, z: torch.Tensor) -> torch.Tensor:
-        """Outputs [..., P] of features [..., d] that are in range."""
+        """Compute the outputs [..., P] from clipped features [..., d]."""
         hidden = functional.gelu(functional.linear(z, *self.enter))
         for block in self.blocks:
             hidden = hidden + functional.gelu(functional.linear(hidden, *block))
         return functional.linear(hidden, *self.leave) + z @ self.skip.T
 
     def tangents(self, z: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
-        """Tangents [Q, n, P] of the outputs, of tangents [Q, n, d] of raw features z [n, d]."""
+        """Compute the tangents [Q, n, P] of the outputs from raw features z [n, d] and their
+        tangents [Q, n, d]."""
         rows = max(TILE_ROWS // (1 + len(tangents)), 1)
         parts = zip(z.split(rows), tangents.split(rows, 1), strict=True)
         return torch.cat([self._moved(part, moved) for part, moved in parts], 1)
@@ -158,18 +159,18 @@ class Probe:
 
 
 def _dual_layer(stack: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """GELU of a linear layer, of a primal and its tangents [1 + Q, n, w]."""
+    """Apply a linear layer and GELU to a stack of primal and tangents [1 + Q, n, w]."""
     stack = stack @ weight.T
     stack[0] += bias
     return ops.dual_activation(stack, "gelu")
 
 
 class ProbedDictionary(FeatureDictionary):
-    """The features of another dictionary with those of a probe between raw and lifted ones.
+    """The features of another dictionary, with the outputs of a probe between raw and lifted ones.
 
     Args:
         base: raw and lifted features.
-        probe: reads the raw ones.
+        probe: takes the raw features.
         lifted: number of lifted features.
     """
 
@@ -187,12 +188,12 @@ class ProbedDictionary(FeatureDictionary):
         )
 
     def raw_features(self, activations: torch.Tensor) -> torch.Tensor:
-        """The features [n, raw] that are not lifted: linear ones, and the outputs of the probe."""
+        """Compute the features [n, raw] before the lift: linear ones and the probe's outputs."""
         z = self.base.raw_features(activations)
         return torch.cat([z, self.probe(z.to(self.dtype)).to(z)], 1)
 
     def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
-        """The ridge [k], as of the base; outputs of the probe have that of lifted features."""
+        """Return the ridge [k] of the base; outputs of the probe have that of lifted features."""
         if setting != AUTO:
             return torch.full_like(variances, setting)
         ridge = torch.full_like(variances, LIFT_RIDGE)
@@ -200,7 +201,7 @@ class ProbedDictionary(FeatureDictionary):
         return ridge
 
     def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
-        """Their tangents [P, n, raw]; `raw` is what `raw_features` returned."""
+        """Compute the tangents [P, n, raw] of `raw`, the result of `raw_features`."""
         if raw is None:
             raise ValueError("raw must be given: the tangents of a network depend on its input")
         dz = self.base.raw_tangents(tangents)
@@ -210,11 +211,11 @@ class ProbedDictionary(FeatureDictionary):
 
 @dataclass(frozen=True)
 class Regression:
-    """What a probe learns from: samples, each of them some points with a target.
+    """The training data of a probe: each sample gives some points with targets.
 
     Attributes:
         z: [n, C, d] raw features under each condition.
-        targets: [n or 1, C, P] what the outputs are fitted to, per unit of theta.
+        targets: [n or 1, C, P] regression targets of the outputs, per unit of theta.
         tangents: [n, P, d] of the raw features (C = 1); then `targets` are not used.
     """
 
@@ -227,21 +228,21 @@ class Regression:
 
     @property
     def exact(self) -> bool:
-        """The targets are the score: no derivative of the network is rewarded."""
+        """Whether the targets are the score, so that the loss favours no steep network."""
         return len(self.targets) > 1
 
     def points(self) -> int:
-        """Activations that one sample stands for."""
+        """Return the number of points of one sample."""
         return self.z.shape[1] if self.tangents is None else 2 * self.tangents.shape[1]
 
     def batch(
         self, rows: torch.Tensor | slice, scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Points [m, C, d] and targets [m or 1, C, P] of some samples.
+        """Return the points [m, C, d] and targets [m or 1, C, P] of some samples.
 
         Args:
-            rows: which of them.
-            scale: [P] what the outputs are in units of, about sqrt(J).
+            rows: of the samples.
+            scale: [P] unit of the outputs, about sqrt(J).
         """
         if self.tangents is None:
             targets = self.targets[rows] if self.exact else self.targets
@@ -254,12 +255,12 @@ class Regression:
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of the training.
+    """The result of a training.
 
     Attributes:
-        probe: None where nothing was learned that helps samples which were not trained on.
-        steps: taken.
-        rows: samples per condition trained on.
+        probe: None if the loss on held-out samples did not improve.
+        steps: number of steps taken.
+        rows: number of training samples per condition.
         diverged: the loss was not finite.
     """
 
@@ -278,17 +279,17 @@ def train_probe(
     dof: float,
     seed: int,
 ) -> Trained:
-    """Train a probe on some samples; every eighth of them tells which step was best.
+    """Train a probe on some samples, and keep the step that was best on every eighth of them.
 
     Args:
         regression: the samples.
-        covariance: [d, d] of the raw features; zero for those that are not to be read.
+        covariance: [d, d] of the raw features; zero for features to ignore.
         readout: [d, P] linear prediction of the score that training starts from.
-        scale: [P] standard deviation of the score, roughly.
+        scale: [P] approximate standard deviation of the score.
         dof: degrees of freedom of the covariance.
-        seed: of weights, order and noise. The global random state is left alone.
+        seed: of weights, order and noise. The global random state is not used.
 
-    Cost: up to `STEPS` steps of `BATCH_POINTS` points, 6 w (d + 3 w) operations a point.
+    Cost: up to `STEPS` steps of `BATCH_POINTS` points, 6 w (d + 3 w) operations per point.
     """
     with torch.enable_grad(), _no_autocast(regression.z.device):
         whitening = _whitening(covariance, max(WHITENING_RIDGE, len(covariance) / dof))
@@ -301,7 +302,7 @@ def _no_autocast(device: torch.device) -> torch.autocast:
 
 
 def _whitening(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
-    """M [d, m] with Cov(M^T z) = 1, but for the ridge; m features have a variance."""
+    """Compute M [d, m] with Cov(M^T z) = 1, apart from the ridge, for the m features that vary."""
     variance = covariance.diagonal()
     alive = (variance > 0).nonzero()[:, 0]
     scale = variance[alive].rsqrt()
@@ -315,7 +316,7 @@ def _whitening(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 class _Training:
-    """One training: the network in whitened coordinates, its samples, its random numbers."""
+    """The state of one training: the network in whitened coordinates, its samples and generator."""
 
     def __init__(
         self,
@@ -329,7 +330,7 @@ class _Training:
         self._regression, self._scale = regression, scale.float()
         self._whitening, self._mean = whitening, mean
         self._device = regression.z.device
-        self._random = torch.Generator(self._device).manual_seed(seed)
+        self._random = torch.Generator(self._device).manual_seed(seed % 2**64)
         held_out = torch.arange(len(regression), device=self._device) % VALIDATION == 0
         self._train_rows = (~held_out).nonzero()[:, 0]
         self._test_rows = held_out.nonzero()[:, 0]
@@ -337,7 +338,7 @@ class _Training:
         self._probe = self._initial(start.T.float())
 
     def run(self) -> Trained:
-        """Train; the parameters that were best on what was held out are kept."""
+        """Train, and return the network that was best on the held-out samples."""
         points = self._regression.points()
         rows = min(BATCH_ROWS, max(BATCH_POINTS // points, 1), len(self._train_rows))
         total = round(EPOCHS * len(self._train_rows) / rows)
@@ -369,7 +370,7 @@ class _Training:
         return Trained(found, step, len(self._train_rows))
 
     def _initial(self, skip: torch.Tensor) -> Probe:
-        """Random weights of variance 2 / inputs, and a last layer that says nothing yet."""
+        """Draw random weights of variance 2 / inputs, with a last layer of zeros."""
 
         def layer(outputs: int, inputs: int, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
             weight = torch.randn(outputs, inputs, generator=self._random, device=self._device)
@@ -380,7 +381,7 @@ class _Training:
         return Probe(layer(WIDTH, inputs, 2.0), blocks, layer(outputs, WIDTH, 0.0), skip.clone())
 
     def _batches(self, rows: int, total: int) -> Iterator[torch.Tensor]:
-        """Rows of one step after the other, all of them once before any comes again."""
+        """Yield the rows of each step, in a new random order for each pass over all rows."""
         order, start = self._train_rows[:0], 0
         for _ in range(total):
             if start + rows > len(order):
@@ -392,7 +393,7 @@ class _Training:
             start += rows
 
     def _loss(self, probe: Probe, rows: torch.Tensor, *, noisy: bool) -> torch.Tensor:
-        """The mean of f^2 - 2 f t."""
+        """Compute the mean of f^2 - 2 f t."""
         points, targets = self._regression.batch(rows, self._scale)
         white = self._whitened(points)
         if noisy and not self._regression.exact:
@@ -403,7 +404,7 @@ class _Training:
         return (out.square() - 2 * out * targets).sum(-1).mean()
 
     def _held_out(self, probe: Probe) -> float:
-        """The loss on what is not trained on."""
+        """Compute the loss on the held-out samples."""
         with torch.no_grad():
             parts = self._test_rows.split(max(TILE_ROWS // self._regression.points(), 1))
             losses = [self._loss(probe, rows, noisy=False) * len(rows) for rows in parts]
@@ -414,7 +415,7 @@ class _Training:
         return cut @ self._whitening.float()
 
     def _unwhitened(self, probe: Probe) -> Probe:
-        """The network for raw features: whitening and mean go into the layers that read them."""
+        """Convert to a network for raw features, with whitening and mean absorbed in its layers."""
         weight, bias = (tensor.double() for tensor in probe.enter)
         weight, skip = weight @ self._whitening.T, probe.skip.double() @ self._whitening.T
         last, constant = probe.leave
@@ -427,5 +428,5 @@ class _Training:
 
 
 def schedule(progress: float) -> float:
-    """Learning rate in units of its peak, at a progress between 0 and 1."""
+    """Return the learning rate in units of its peak, at a progress between 0 and 1."""
     return min(progress / WARM_UP, 1.0) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,4 +1,4 @@
-r"""J from the score: how much of its variance the features explain, and how well that is known.
+r"""J from the score: the part of its variance that the features explain, and the error of J.
 
 With s the score and s_hat = D^T R^-1 f its best linear prediction from the features, J = Cov(s_hat)
 = V - E[e e^T], e = s - s_hat. The residual of a fit is too small by nu / (nu - k_eff): the adjusted
@@ -27,8 +27,8 @@ class ScoreEstimate:
     Attributes:
         J: [B, P, P].
         variance: [B, P, P] of its entries.
-        replicates: [B, F, P, P] the part of the estimate that the folds see, without each fold (up
-            to a constant): their jackknife is in the variance.
+        replicates: [B, F, P, P] the part of the estimate known by fold, without each fold (up to a
+            constant); their jackknife is in the variance.
         share: [B] R, the explained part of the score's variance, between 0 and 1.
     """
 
@@ -45,26 +45,26 @@ def score_estimate(
     score: FoldScore,
     dof: float,
 ) -> ScoreEstimate:
-    r"""J and its variance.
+    r"""Estimate J and its variance.
 
     .. math::
         J = V - (V - J_\text{naive}) \frac{\nu}{\nu - k_\text{eff}}
 
-    The error of J is that of the mean of u = s s_hat^T + s_hat s^T - s_hat s_hat^T: a readout that
-    is a little off changes the residual in second order only. The folds know the means of s s_hat^T
-    and s s^T, but not that of s_hat s_hat^T, which would take one matrix each. What of it follows
-    from the other two for Gaussian s_hat and e,
+    The error of J is that of the mean of u = s s_hat^T + s_hat s^T - s_hat s_hat^T: a small error
+    of the readout changes the residual only to second order. The means of s s_hat^T and s s^T are
+    known by fold, but not that of s_hat s_hat^T, which would take one matrix per fold. Its part
+    that follows from the other two for Gaussian s_hat and e,
 
     .. math:: \hat s \hat s^T \approx 2 R\, s \hat s^T - R^2 s s^T, \qquad R = J / V,
 
-    is taken from the folds, the rest from Gaussian theory: nothing of it where R is 0 or 1, at most
-    9 % of the variance between.
+    is taken from the folds, and the rest from Gaussian theory: the rest is zero for R = 0 and 1,
+    and at most 9 % of the variance in between.
 
     Args:
         naive: [B, P, P] D^T R^-1 D.
         effective: [B] k_eff.
         fold_products: [B, F, P, P] y^T y_f, y_f = L^-1 D_f of each fold, whose mean is naive.
-        score: V, whole and by fold.
+        score: V, of all samples and by fold.
         dof: nu.
     """
     V = score.covariance
@@ -86,8 +86,8 @@ def score_estimate(
 def score_theory(
     J: torch.Tensor, V: torch.Tensor, effective: float, dof: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the covariance [P, P, P, P] of the entries of one J [P, P] is beyond the jackknife of
-    its replicates, and the least that it is with it."""
+    """Compute the part of the covariance [P, P, P, P] of the entries of one J [P, P] that is not in
+    the jackknife of its replicates, and a lower limit of their sum."""
     share = float(_explained(J[None], V))
     J, E = _not_negative(J), _not_negative(V - J)
     theory = _theory(J, E, share, effective, dof, pair_product)
@@ -95,10 +95,10 @@ def score_theory(
 
 
 def _explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """tr(V^-1 J) / P [B], between 0 and 1; 0 for a score without variance."""
+    """Compute tr(V^-1 J) / P [B], between 0 and 1; 0 for a score without variance."""
     scale = V.diagonal().clamp_min(0).sqrt()
     units = torch.where(scale > 0, scale, 1).reciprocal()
-    units = units[:, None] * units  # pinv cuts small eigenvalues: the units must not make them
+    units = units[:, None] * units  # pinv drops small eigenvalues, which must not depend on units
     ratio = torch.linalg.pinv(V * units, hermitian=True) @ (J * units)
     return ratio.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(0, 1)
 
@@ -111,11 +111,11 @@ def _theory(
     nu: float,
     product: Product,
 ) -> torch.Tensor:
-    """Gaussian variance of J, less that of the part which the folds see.
+    """Compute the Gaussian variance of J minus that of the part known by fold.
 
-    With s = s_hat + e, u is s_hat s_hat^T and the cross terms s_hat e^T + e s_hat^T; the folds see
-    a s_hat s_hat^T + b cross terms + c e e^T with a = 1 + (1 - R)^2, b = 1 - R + R^2, c = R^2, and
-    the noise of the readout in it.
+    With s = s_hat + e, u is s_hat s_hat^T plus the cross terms s_hat e^T + e s_hat^T; the folds
+    give a s_hat s_hat^T + b cross terms + c e e^T with a = 1 + (1 - R)^2, b = 1 - R + R^2, c = R^2,
+    including the noise of the readout.
     """
     a, b, c = 1 + (1 - share) ** 2, 1 - share + share**2, share**2
     first = (1 - a**2) * product(J, J) + 2 * (1 - b**2) * product(J, E) - c**2 * product(E, E)
@@ -126,7 +126,7 @@ def _theory(
 def _of_useless(
     E: torch.Tensor, k: torch.Tensor | float, nu: float, product: Product
 ) -> torch.Tensor:
-    """Variance from k features that are fitted to noise."""
+    """Compute the variance from fitting k features to noise."""
     return product(E, E) * (k / (nu * (nu - k)))
 
 

@@ -1,8 +1,8 @@
 r"""Variances of the estimates of J (docs/theory.md, sections 6, 12 and 13).
 
-Each formula comes twice: entry by entry [..., P, P] for a whole curve or map, and as the full
-covariance [P, P, P, P] of the entries at the k that was chosen, from which the error of any
-function of J follows (marginal information). Entry by entry, both are the same.
+Each formula has two forms: entry by entry [..., P, P] for a whole curve or map, and as the full
+covariance [P, P, P, P] of the entries at the chosen k, from which the error of any function of J
+follows (marginal information). The diagonal of the second is the first.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ __all__ = [
 
 
 def entry_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """(A_pp B_qq + B_pp A_qq) / 2 + A_pq B_pq for symmetric A, B [..., P, P]: the entries p = r
-    and q = s of `pair_product`."""
+    """Compute (A_pp B_qq + B_pp A_qq) / 2 + A_pq B_pq for symmetric A, B [..., P, P]: the entries
+    p = r and q = s of `pair_product`."""
     A_p, A_q = _outer_diagonals(A)
     B_p, B_q = _outer_diagonals(B)
     return (A_p * B_q + B_p * A_q) / 2 + A * B
 
 
 def pair_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """(A_pr B_qs + A_ps B_qr + B_pr A_qs + B_ps A_qr) / 2 [P, P, P, P].
+    """Compute (A_pr B_qs + A_ps B_qr + B_pr A_qs + B_ps A_qr) / 2 [P, P, P, P].
 
-    With A = B the covariance of a_p a_q and a_r a_s for Gaussian a of covariance A; with A != B
-    half that of a_p b_q + b_p a_q and a_r b_s + b_r a_s for independent a and b.
+    For A = B this is the covariance of a_p a_q and a_r a_s for Gaussian a of covariance A; for
+    A != B half that of a_p b_q + b_p a_q and a_r b_s + b_r a_s for independent a and b.
     """
     one = torch.einsum("pr,qs->pqrs", A, B)
     both = one + torch.einsum("pr,qs->pqrs", B, A)
@@ -42,30 +42,34 @@ def pair_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 
 def jackknife_covariance(replicates: torch.Tensor) -> torch.Tensor:
-    """Covariance [P, P, P, P] of an estimate from its values without each fold [F, P, P]."""
+    """Compute the covariance [P, P, P, P] of an estimate from its values without each fold
+    [F, P, P]."""
     return covariance_of_entries(replicates) * (len(replicates) - 1)
 
 
 def covariance_of_entries(matrices: torch.Tensor) -> torch.Tensor:
-    """Covariance [P, P, P, P] of the entries of matrices [m, P, P]."""
+    """Compute the covariance [P, P, P, P] of the entries of matrices [m, P, P]."""
     centred = matrices - matrices.mean(0)
     return torch.einsum("mpq,mrs->pqrs", centred, centred) / len(centred)
 
 
 def standard_errors(covariance: torch.Tensor) -> torch.Tensor:
-    """Standard errors [P, P] of the entries of a matrix from their covariance [P, P, P, P]."""
+    """Compute the standard errors [P, P] of the entries of a matrix from their covariance
+    [P, P, P, P]."""
     return torch.einsum("pqpq->pq", covariance).sqrt()
 
 
 def covariance_covariance(J: torch.Tensor, dof: float, effective: float) -> torch.Tensor:
-    """Covariance [P, P, P, P] of the entries of J [P, P] from the estimated covariance alone."""
+    """Compute the covariance [P, P, P, P] of the entries of J [P, P] from the error of the
+    estimated covariance alone."""
     return pair_product(J, J) / (dof - effective - 3)
 
 
 def independent_covariance(
     J: torch.Tensor, dof: float, noise: torch.Tensor, effective: float
 ) -> torch.Tensor:
-    r"""Covariance [P, P, P, P] of the entries of J [P, P]: `independent_variance` is its diagonal.
+    r"""Compute the covariance [P, P, P, P] of the entries of J [P, P], whose diagonal is
+    `independent_variance`.
 
     .. math::
         \mathrm{Cov}(J_{pq}, J_{rs}) = \frac{2 E[M_{pq} M_{rs}] + (a - 1) (E[M_{pr} M_{qs}]
@@ -81,8 +85,8 @@ def independent_covariance(
 
 
 def covariance_variance(J: torch.Tensor, dof: float, effective: torch.Tensor) -> torch.Tensor:
-    r"""Variance of J from the estimated covariance alone: (J_pp J_qq + J_pq^2) / (nu - k_eff -
-    3)."""
+    r"""Compute the variance of J from the error of the estimated covariance alone:
+    (J_pp J_qq + J_pq^2) / (nu - k_eff - 3)."""
     diagonal = torch.diagonal(J, dim1=1, dim2=2).clamp_min(0)
     spread = J.square() + diagonal[:, :, None] * diagonal[:, None, :]
     return spread / (dof - effective - 3)[:, None, None]
@@ -91,8 +95,9 @@ def covariance_variance(J: torch.Tensor, dof: float, effective: torch.Tensor) ->
 def independent_variance(
     J: torch.Tensor, dof: float, noise: torch.Tensor, effective: torch.Tensor
 ) -> torch.Tensor:
-    r"""Variance [K, P, P] of corrected J [K, P, P] for Gaussian features and independent
-    conditions, of nu = dof degrees of freedom, noise c [P, P] and k_eff = effective [K].
+    r"""Compute the variance [K, P, P] of corrected J [K, P, P] for Gaussian features and
+    independent conditions, with nu = dof degrees of freedom, noise c [P, P] and k_eff = effective
+    [K].
 
     With a = nu - k_eff, M = D^T S^-1 D a non-central Wishart matrix and D^T S_hat^-1 D inverse
     Wishart given M:
@@ -124,8 +129,8 @@ def _outer_diagonals(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _positive_part(J: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """J [K, P, P] without what is negative of it, in units of its noise c [K, P, P]: a variance
-    from an indefinite J would be negative in some direction."""
+    """Remove the negative part of J [K, P, P], in units of its noise c [K, P, P]: a variance from
+    an indefinite J would be negative in some direction."""
     if J.shape[-1] == 1:
         return J.clamp_min(0)
     noise = noise.expand_as(J)

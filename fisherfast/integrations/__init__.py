@@ -1,4 +1,4 @@
-"""The monitor inside other people's tools: Lightning, TensorBoard, notebooks.
+"""The monitor inside other tools: Lightning, TensorBoard, notebooks.
 
-Nothing here is imported by ``import fisherfast``, and none of these tools is needed by it.
+``import fisherfast`` imports nothing from here and needs none of these tools.
 """

@@ -1,4 +1,4 @@
-"""What figures of a run in training are made of, whatever shows them."""
+"""The data of figures of a training run, for all integrations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fisherfast.training import EpochRecord
 __all__ = ["measured_flows"]
 
 LINES = 12
-"""Flows in one figure: what a legend names, and what keeps a figure of a long run as quick."""
+"""Most flows in one figure: as many as a legend can name, and quick to draw in a long run."""
 
 
 def measured_flows(history: Sequence[EpochRecord]) -> dict[int, FisherFlow]:
-    """Flows by epoch, evenly thinned to twelve of them, with the first and the last.
+    """Return flows by epoch, at most twelve, evenly spaced, with the first and the last.
 
     Args:
         history: the epochs in their order.

@@ -1,4 +1,4 @@
-"""`FisherCallback`: a monitor, and if wanted a stopping rule, inside a Lightning trainer."""
+"""`FisherCallback`: a monitor, and optionally a stopping rule, inside a Lightning trainer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fisherfast.training import EpochRecord, FisherMonitor
 __all__ = ["FisherCallback", "Stopping"]
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-"""Names of the same library; a trainer takes only callbacks of its own name."""
+"""Names of the same library; a trainer accepts only callbacks of its own package."""
 
 SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
-"""Strategies that leave no process with the whole model."""
+"""Strategies under which no process has the whole model."""
 
 
 class Stopping(Protocol):
-    """What is used of a `FisherEarlyStopping`."""
+    """The methods of a `FisherEarlyStopping` that the callback uses."""
 
     def step(self, monitor: FisherMonitor) -> bool: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -37,7 +37,7 @@ class Stopping(Protocol):
 
 
 def _bases() -> tuple[type, ...]:
-    """`Callback` of each Lightning that is imported already, else of each that is installed."""
+    """Return `Callback` of each imported Lightning package, or else of each installed one."""
     names = [name for name in PACKAGES if name in sys.modules]
     if not names:
         names = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0])]
@@ -49,33 +49,34 @@ _Callback: Any = type("_Callback", _BASES, {})
 
 
 class FisherCallback(_Callback):  # type: ignore[misc]
-    """Measures the network after each training epoch, logs what it finds, and stops the training.
+    """Measure the network after each training epoch, log the results, and stop the training.
 
-    Made for ``lightning.pytorch`` and for ``pytorch_lightning``, whichever is imported first (both,
-    if both are imported before this module).
+    Works with ``lightning.pytorch`` and ``pytorch_lightning``, whichever is imported first (both if
+    both are imported before this module).
 
     With several processes (DDP) rank 0 measures while the others wait for its record, so that all
     of them have the same history, stop together and restore the same weights. With a ``group``
     among the options all of them measure together. Errors are averaged over processes.
 
-    A run that is resumed has the history of the unbroken one if its checkpoints are written at the
-    end of training epochs, ``ModelCheckpoint(save_on_train_epoch_end=True)``.
+    A resumed run has the history of an uninterrupted one if its checkpoints are written at the end
+    of training epochs, ``ModelCheckpoint(save_on_train_epoch_end=True)``.
 
     Args:
         data: held-out samples at theta, as for `FisherMonitor`.
         every: epochs from one measurement to the next.
         train_metric: name of a logged mean square error on training samples, in the square of the
             targets' unit (``self.log("train_mse", mse, on_step=False, on_epoch=True)`` in
-            `training_step`); None for none. For several parameters a list of P names.
+            `training_step`), or None. For several parameters a list of P names.
         val_metric: the same on validation samples; unknown in epochs without validation.
         network: name of the submodule to measure, as in ``named_modules()``; None for the
             LightningModule itself, whose `forward` must then take a batch of samples.
         stopping: a `FisherEarlyStopping`, or another object with its `step`, `state_dict` and
-            `load_state_dict`. A trainer with `min_epochs` of its own is refused: give them to it.
+            `load_state_dict`. A trainer with its own `min_epochs` is refused: pass them to the
+            stopping rule.
         theta: function that takes a batch of the loader and returns its parameters [n] or [n, P];
-            the live trend is then followed with `FisherMonitor.observe`.
-        prefix: what logged names begin with: "fisher/transmission", "fisher/train_level",
-            "fisher/J/fc1", ... (see `integrations.scalars`).
+            the live trend is then updated with `FisherMonitor.observe`.
+        prefix: of logged names: "fisher/transmission", "fisher/train_level", "fisher/J/fc1", ...
+            (see `integrations.scalars`).
         options: of `FisherMonitor`: layers, max_features, training_data, target_scale, path, ...
 
     Attributes:
@@ -84,7 +85,7 @@ class FisherCallback(_Callback):  # type: ignore[misc]
     Raises:
         ImportError: Lightning is not installed.
         ValueError: at the start of the fit: an unknown network, a strategy that shards the model,
-            an option out of range, a trainer that would train on after the stop. After an epoch: a
+            an option out of range, a trainer that would continue after the stop. After an epoch: a
             metric that is not logged.
 
     Warns:
@@ -132,11 +133,11 @@ class FisherCallback(_Callback):  # type: ignore[misc]
         self._resume: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the monitor, or go on with the one of the last fit or of a checkpoint."""
+        """Create the monitor, or continue with that of the last fit or of a checkpoint."""
         strategy = type(trainer.strategy).__name__
         if strategy in SHARDED:
             raise ValueError(
-                "strategy must leave every process with the whole model, got"
+                "strategy must keep the whole model on every process, got"
                 f" {strategy}: call a FisherMonitor in your own loop, on all processes"
             )
         if self.stopping is not None and ((trainer.min_epochs or 0) > 1 or trainer.min_steps):
@@ -157,25 +158,25 @@ class FisherCallback(_Callback):  # type: ignore[misc]
         self._trained = False
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the errors of the last epoch."""
+        """Discard the errors of the last epoch."""
         self._val_mse = None
         self._trained = False
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follow the live trend, where thetas are known."""
+        """Update the live trend, if theta is known."""
         self._trained = True
         if self._theta is not None and self.monitor is not None and self._measures(trainer):
             self.monitor.observe(self._theta(batch))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take the validation error while it is that of this epoch."""
+        """Read the validation error of this epoch, which is available only now."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._val_mse = _errors(trainer, "val_metric", self._val_metric)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure, log, and stop."""
+        """Measure, log, and stop the training if the rule says so."""
         monitor = self.monitor
         if monitor is None:
             return
@@ -198,12 +199,12 @@ class FisherCallback(_Callback):  # type: ignore[misc]
             trainer.should_stop = self.stopping.step(monitor) or trainer.should_stop
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave no hook behind, also after an error."""
+        """Remove all hooks, also after an error."""
         if self.monitor is not None:
             self.monitor.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """For Lightning's checkpoints: the states of monitor and stopping rule."""
+        """Return the states of monitor and stopping rule for Lightning's checkpoints."""
         if self.monitor is None:
             return self._resume or {}
         return {
@@ -213,7 +214,7 @@ class FisherCallback(_Callback):  # type: ignore[misc]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states for the start of the fit, when there is a network."""
+        """Store the states until the start of the fit, when the network exists."""
         self._resume = dict(state_dict) or None
 
     def _measured(self, pl_module: nn.Module) -> nn.Module:
@@ -228,13 +229,13 @@ class FisherCallback(_Callback):  # type: ignore[misc]
         return modules[self._network]
 
     def _measures(self, trainer: Any) -> bool:
-        """Whether this process takes part in measurements."""
+        """Return whether this process takes part in measurements."""
         return trainer.is_global_zero or self._options.get("group") is not None
 
     def _record(
         self, trainer: Any, monitor: FisherMonitor, train_mse: list[float] | None
     ) -> EpochRecord | None:
-        """The record that all processes go on with: where one measures alone, that of rank 0."""
+        """Return the record that all processes use: if only rank 0 measures, its record."""
 
         def step() -> EpochRecord | None:
             epoch = trainer.current_epoch
@@ -246,7 +247,7 @@ class FisherCallback(_Callback):  # type: ignore[misc]
         if trainer.is_global_zero:
             try:
                 record = step()
-            except Exception as error:  # the others wait: they must hear of it
+            except Exception as error:  # the other ranks wait for a message
                 trainer.strategy.broadcast(f"{type(error).__name__}: {error}")
                 raise
             trainer.strategy.broadcast(None if record is None else record.state_dict())
@@ -268,7 +269,7 @@ def _names(metric: str | list[str] | None) -> list[str]:
 
 
 def _errors(trainer: Any, argument: str, names: list[str]) -> list[float] | None:
-    """Logged metrics, averaged over processes, in which each may have its own."""
+    """Return logged metrics, averaged over the processes."""
     if not names:
         return None
     logged = trainer.callback_metrics
@@ -286,7 +287,7 @@ def _errors(trainer: Any, argument: str, names: list[str]) -> list[float] | None
 
 
 def _autocast(trainer: Any) -> contextlib.AbstractContextManager[Any]:
-    """As the network runs in training: under autocast for mixed precision."""
+    """Return the context the network trains in: autocast for mixed precision."""
     plugin = trainer.precision_plugin
     context = getattr(plugin, "autocast_context_manager", contextlib.nullcontext)
     return context()

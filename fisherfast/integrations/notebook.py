@@ -1,4 +1,4 @@
-"""`LivePlot`: figures of a run that are drawn again in place, in a notebook."""
+"""`LivePlot`: figures of a training run in a notebook, redrawn in place."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from fisherfast.training import FisherMonitor
 __all__ = ["LivePlot"]
 
 SIZE = (11.0, 4.0)
-"""Of both panels together, in inches: the width of a notebook's cell."""
+"""Size of both panels together in inches: the width of a notebook cell."""
 
 SHOWN = 80
-"""Pixels per inch on the page, half of those drawn: sharp on dense screens."""
+"""Pixels per inch on the page, half of those drawn, so that dense screens show it sharply."""
 
 
 class LivePlot:
-    """Two panels in a notebook's output, drawn again at each `update`: what reaches the output and
-    the errors over epochs, and J / J_input against the layers with a line per epoch (twelve at
-    most).
+    """Two panels in a notebook's output, redrawn at each `update`: transmission and errors over
+    epochs, and J / J_input against the layers with a line per epoch (twelve at most).
 
-    Outside of a notebook `update` does nothing and says so with False: a script that came out of a
-    notebook runs as it is. Neither IPython nor matplotlib is imported there.
+    Outside a notebook `update` does nothing and returns False, so that a script exported from a
+    notebook runs unchanged. It then imports neither IPython nor matplotlib.
 
     Args:
-        monitor: whose history is drawn.
+        monitor: its history is drawn.
 
     Attributes:
         drawn: how many times the panels were drawn.
 
     Raises:
-        TypeError: monitor is none.
+        TypeError: monitor is not a `FisherMonitor`.
 
-    Cost: of an update under a second, in a notebook.
+    Cost: under a second per update, in a notebook.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -57,7 +56,7 @@ class LivePlot:
         self.drawn = 0
 
     def update(self) -> bool:
-        """Draw the history as it is now; returns whether it was drawn.
+        """Draw the history up to now, and return whether it was drawn.
 
         Raises:
             ImportError: in a notebook, but matplotlib is not installed.
@@ -75,7 +74,7 @@ class LivePlot:
         return True
 
     def _png(self) -> bytes:
-        """A picture rather than the figure: how those are shown is the user's setting."""
+        """Render a picture, since how a notebook shows figures is the user's setting."""
         from fisherfast.results import plots
 
         flows = measured_flows(self._monitor.history)
@@ -92,7 +91,8 @@ class LivePlot:
 
 
 def in_notebook() -> bool:
-    """Whether a kernel runs this, which can show pictures; a terminal with IPython cannot."""
+    """Return whether this runs in a notebook kernel, which can show pictures; IPython in a terminal
+    cannot."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return getattr(shell, "kernel", None) is not None

@@ -1,4 +1,4 @@
-"""The numbers of a record that are worth a curve of their own."""
+"""The numbers of a record that are logged as curves."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fisherfast.training import EpochRecord
 __all__ = ["scalars"]
 
 CURVES = ("train_level", "val_level", "transmission", "overfitting", "J/", "fraction/", "live/")
-"""Beginnings of the columns of `EpochRecord.row` that are curves: errors in units of the bound,
-what reaches the output, and J and J / J_input of each layer."""
+"""Prefixes of the columns of `EpochRecord.row` that are curves: errors in units of the bound,
+transmission, and J and J / J_input of each layer."""
 
 
 def scalars(record: EpochRecord) -> dict[str, float]:
-    """Columns of `EpochRecord.row` without standard errors, and without what is not known.
+    """Return the known columns of `EpochRecord.row`, without standard errors.
 
     Args:
         record: one epoch.

@@ -1,4 +1,4 @@
-"""`log_to_tensorboard`: a record as scalars, the run so far as figures."""
+"""`log_to_tensorboard` writes a record as scalars and the run so far as figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Writer", "log_to_tensorboard"]
 
 
 class Writer(Protocol):
-    """What is used of a `SummaryWriter`."""
+    """The methods of a `SummaryWriter` that are used."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
     def add_figure(self, tag: str, figure: Any, global_step: int) -> Any: ...
@@ -25,11 +25,11 @@ def log_to_tensorboard(
     *,
     figures: bool = True,
 ) -> None:
-    """Write what a monitor knows after an epoch, with the epoch as step.
+    """Write the results of a monitor after an epoch, with the epoch as step.
 
     Scalars are J and J / J_input of each layer ("fisher/J/fc1", "fisher/fraction/fc1"), errors in
     units of the Cramer-Rao bound ("fisher/train_level", "fisher/val_level"), "fisher/transmission",
-    "fisher/overfitting" and the live trend ("fisher/live/fc1"); what is not known is left out.
+    "fisher/overfitting" and the live trend ("fisher/live/fc1"); unknown values are left out.
     Figures are "fisher/training" (`plots.plot_training`) and "fisher/flow", J / J_input against the
     layers with a line per epoch (twelve at most).
 
@@ -38,11 +38,11 @@ def log_to_tensorboard(
             their `add_scalar` and `add_figure`.
         source: a monitor, for the scalars of its last record and figures of all of them; or one
             record, for its scalars alone.
-        prefix: what tags begin with; "" for none.
+        prefix: of all tags; "" for none.
         figures: draw them (needs matplotlib).
 
     Raises:
-        TypeError: source is neither, or the writer lacks a method.
+        TypeError: source is neither a monitor nor a record, or the writer lacks a method.
         ValueError: the monitor has no record yet.
         ImportError: figures without matplotlib.
 
@@ -94,7 +94,7 @@ def _last(source: Any) -> EpochRecord:
 
 
 def _figures(monitor: FisherMonitor) -> dict[str, Any]:
-    """Errors and transmission over epochs; the flow of each epoch over layers."""
+    """Draw errors and transmission over epochs, and the flow of each epoch over layers."""
     from fisherfast.results import plots
 
     figures = {"training": plots.plot_training(monitor.history).figure}

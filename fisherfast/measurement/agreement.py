@@ -281,7 +281,7 @@ def _states(tensors: Any, kind: str) -> dict[str, Any]:
 
 
 def _check_repeats(data: Data) -> None:
-    if not all(data.repeats(c) for c in range(data.conditions)):
+    if not data.repeatable:
         raise ValueError(
             "data must come in the same order at every pass to be dealt to ranks (tensors, arrays,"
             " Datasets, DataLoaders that do not shuffle, Simulator), or be each rank's own share,"

@@ -72,7 +72,7 @@ class Streams:
         self._device, self._dtype, self._copy = device, dtype, copy
         self._width = data.conditions if data.paired else 1
         self._largest, self._pilot_bytes = sys.maxsize, PILOT_BYTES
-        self._lent = not all(data.repeats(c) for c in range(data.conditions))
+        self._lent = not data.repeatable
         self._again = bounded and not self._lent
         self._share = Share() if share is None else share
         self._folds = folds

@@ -47,6 +47,6 @@ class Recall:
         if self.input is not None:
             maps = {} if self.input_map is None else {INPUT: self.input_map}
             return replace(flow, layers=(self.input, *flow.layers), maps=maps | flow.maps)
-        if flow.names[0] == INPUT and all(data.repeats(c) for c in range(data.conditions)):
+        if flow.names[0] == INPUT and data.repeatable:
             self.input, self.input_map = flow.layers[0], flow.maps.get(INPUT)
         return flow

@@ -68,7 +68,7 @@ says more."""
 def too_wide(dim: int, data: Data, max_features: int, folds: int) -> bool:
     """Whether a layer of dim activations is to be compressed: it has too many for a covariance, or
     too few samples to invert one. Only for data that can be read again and again."""
-    if not all(data.repeats(c) for c in range(data.conditions)):
+    if not data.repeatable:
         return False
     if dim > MAX_WIDTH:
         return True

@@ -150,7 +150,7 @@ class LayerMeter(Meter):
         if standardisation.steps is not None:
             self.note_steps(standardisation.steps)
         self._grows = bool(settings.grow)
-        self._repeats = all(data.repeats(c) for c in range(data.conditions))
+        self._repeats = data.repeatable
         if settings.grow:
             size = min(size, self.dictionary.raw + BLOCK_ROWS)
         streams = streams_of(data, settings.folds)
@@ -524,7 +524,7 @@ def estimate_layer(
     points = curve_points(raw, size)
     kind = "sketch" if dictionary.kind == "sketch" else "raw" if chosen == raw else "lift"
     errors = meter.error_covariance(curve, index)
-    if moments.carried is None or moments.carried.kind != "score":
+    if halves[0].score is None:
         lower_stderr = _with_tails(lower_stderr, lower, curve, chosen, errors)
     linear = errors if chosen == raw else meter.error_covariance(curve, fit.alive[:raw])
     errors = errors + jackknife_covariance(doubt)

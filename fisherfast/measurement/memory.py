@@ -240,7 +240,7 @@ def plan(
     Raises:
         ValueError: not even one sample fits. Says how much is needed, and which layer takes most.
     """
-    lent = not all(data.repeats(c) for c in range(data.conditions))
+    lent = not data.repeatable
     fixed = kept + LIBRARIES + sum(cost.kept for cost in costs) + max(cost.extra for cost in costs)
     needed = fixed + per_sample.of(1)
     if needed > budget:

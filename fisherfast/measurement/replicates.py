@@ -20,7 +20,7 @@ from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.curve import FisherCurve, at_least
 from fisherfast.estimation.derivatives import ScoreMoments
-from fisherfast.estimation.fold_moments import FoldMoments, SampleFeatures
+from fisherfast.estimation.fold_moments import FoldMoments, SampleFeatures, about_fold_means
 from fisherfast.estimation.leverage import (
     excess_covariance,
     leverage,
@@ -170,14 +170,11 @@ class HeldSamples:
         parts, scores = [], []
         for condition in range(len(self._contrast)):
             raw, carried, fold, _ = self._thinned(condition, most)
-            counts = moments.counts[condition].to(raw.device, torch.float64)[:, None]
-            scale = (counts / (counts - 1)).sqrt()[fold]
-            values = features(raw)[:, index]
-            means = (moments.sums[condition][:, index] / counts).to(values)
-            parts.append(values.sub_(means[fold]).mul_(scale.to(values)))
+            counts, sums = moments.counts[condition], moments.sums[condition][:, index]
+            parts.append(about_fold_means(features(raw)[:, index], fold, sums, counts))
             if isinstance(moments.carried, ScoreMoments):
-                means = moments.carried.score_sums / counts
-                scores.append((carried - means[fold]) * scale)
+                sums = moments.carried.score_sums
+                scores.append(about_fold_means(carried, fold, sums, counts))
         conditions = len(parts) if moments.paired and moments.groups is None else 1
         return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None, conditions)
 
@@ -255,7 +252,7 @@ class HeldSamples:
         if self._forgotten:
             return V.new_empty(0, *V.shape)
         _, score, fold, numbers = self._condition(0)
-        s = _about_fold_means(score, fold, self._folds)
+        s = _about_own_means(score, fold, self._folds)
         share = self._units(0, numbers) / samples
         return V - self._left_out(self._by_fold(_outer(s, s), fold, share))
 
@@ -270,10 +267,10 @@ class HeldSamples:
             share = self._units(condition, numbers) / samples
             groups = None if self._groups is None else self._groups[condition][numbers]
             self.dependence = max(self.dependence, _dependence(u, numbers, groups))
-            own = _about_fold_means(u, fold, self._folds)
+            own = _about_own_means(u, fold, self._folds)
             squares = squares.to(u) + self._by_fold(_outer(own, own), fold, share)
             if self._source == "score":
-                s = _about_fold_means(carried, fold, self._folds)
+                s = _about_own_means(carried, fold, self._folds)
                 change = _outer(s, own)
                 scores = self._by_fold(_outer(s, s), fold, share)
             elif moved is not None:
@@ -337,9 +334,7 @@ def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left[:, :, None] * right[:, None, :]
 
 
-def _about_fold_means(rows: torch.Tensor, folds: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows [m, P] less the mean of their fold, scaled so that their square is unbiased."""
-    sizes = torch.bincount(folds, minlength=count).to(rows)[:, None]
-    means = rows.new_zeros(count, rows.shape[1]).index_add_(0, folds, rows) / sizes.clamp_min(1)
-    scale = (sizes / (sizes - 1).clamp_min(1)).sqrt()
-    return (rows - means[folds]) * scale[folds]
+def _about_own_means(rows: torch.Tensor, fold: torch.Tensor, folds: int) -> torch.Tensor:
+    """`about_fold_means` of rows [m, P] that are all samples of their folds."""
+    sums = rows.new_zeros(folds, rows.shape[1]).index_add_(0, fold, rows)
+    return about_fold_means(rows, fold, sums, torch.bincount(fold, minlength=folds))

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fisherfast._validation import check_seed, check_whole
 from fisherfast.data import Data
 from fisherfast.estimation.ridge import AUTO, RidgeSetting, check_ridge
 
@@ -24,9 +25,6 @@ MAX_FEATURES = 512
 
 PROBES = (None, "network")
 """What may be trained to read a layer."""
-
-SEEDS = 2**63
-"""PyTorch has generators for smaller seeds."""
 
 BATCH_SIZE = 4096
 """Default number of samples in a batch; fewer for large samples or networks."""
@@ -76,7 +74,13 @@ class Settings:
                 f" got {type(data).__name__}"
             )
         given = cls(data.source, data.paired, tuple(data.dtheta), **asked)
-        _check_numbers(given)
+        given = dataclasses.replace(
+            given,
+            max_features=check_whole("max_features", given.max_features, least=1),
+            batch_size=check_whole("batch_size", given.batch_size, least=1),
+            folds=check_whole("folds", given.folds),
+            seed=check_seed(given.seed),
+        )
         _check_choices(given)
         _check_folds(given.folds, data)
         if given.probe is not None:
@@ -94,17 +98,6 @@ class Settings:
         """Plain values and lists, as `FisherFlow.settings` keeps them."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def _check_numbers(given: Settings) -> None:
-    for name in ("max_features", "batch_size", "folds", "seed"):
-        value = getattr(given, name)
-        if not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if name in ("max_features", "batch_size") and value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
-    if not -SEEDS <= given.seed < SEEDS:
-        raise ValueError(f"seed must be at least -2**63 and below 2**63, got {given.seed}")
 
 
 def _check_choices(given: Settings) -> None:
@@ -132,7 +125,7 @@ def _check_folds(folds: int, data: Data) -> None:
 
 
 def _check_repeats(data: Data, purpose: str) -> None:
-    if not all(data.repeats(c) for c in range(data.conditions)):
+    if not data.repeatable:
         raise ValueError(
             f"data must come in the same order at every pass for {purpose} (tensors, arrays,"
             f" Datasets, DataLoaders that do not shuffle), got {data!r}"

@@ -1,1 +1,1 @@
-"""Reads a user's network and leaves it as it was."""
+"""Read a user's network without changing it."""

@@ -1,9 +1,9 @@
-"""The default device is the user's: statistics are made on devices of their own choice.
+"""Keep the user's default device out of the library's own computations.
 
-After ``torch.set_default_device("cuda")`` every tensor made without a device is one of that device,
-and every random number is asked of its generators. A measurement therefore runs with the CPU as the
-default, and goes back to the user's where it runs what the user wrote: the network and the source
-of the samples.
+After ``torch.set_default_device("cuda")`` every tensor created without a device is on that device,
+and random numbers come from its generators. A measurement therefore runs with the CPU as the
+default, and restores the user's default to run the user's code: the network and the source of the
+samples.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["each_as_outside", "on_host", "outside"]
 T = TypeVar("T")
 
 _OUTSIDE: ContextVar[torch.device | None] = ContextVar("outside", default=None)
-"""The user's default device inside `on_host`; None where that is the CPU too."""
+"""The user's default device inside `on_host`; None if that is the CPU too."""
 
 
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
-    """The CPU is the default device inside. Free where it is anyway."""
+    """Make the CPU the default device inside the block. Costs nothing if it already is."""
     theirs = torch.get_default_device()
     if theirs.type == "cpu":
         yield
@@ -40,7 +40,7 @@ def on_host() -> Iterator[None]:
 
 @contextlib.contextmanager
 def outside() -> Iterator[None]:
-    """The default device is the user's inside, within `on_host`."""
+    """Restore the user's default device inside the block, within `on_host`."""
     theirs = _OUTSIDE.get()
     if theirs is None:
         yield
@@ -50,7 +50,7 @@ def outside() -> Iterator[None]:
 
 
 def each_as_outside(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made with the user's default device."""
+    """Yield the items, each created with the user's default device."""
     while True:
         with outside():
             try:

@@ -1,4 +1,4 @@
-"""Which layers a network has, and which of them are functions of which others."""
+"""Find the layers of a network, and which of them are functions of which others alone."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ PASSIVE = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-"""Modules that change nothing in eval mode but the shape: "auto" leaves them out."""
+"""Modules that change only the shape in eval mode: "auto" leaves them out."""
 
 
 def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
     """List all sites of a model in execution order, with aliases and chains. Call inside
     `evaluation`.
 
-    Two events with the very same activations (a container returns its last child's output) are one
-    site. What has one row per sample is told from a table that happens to have as many rows by a
-    run on one sample less. Several heads make one more site, the joint "output", of each tensor
-    once; a single head is the "output" itself. Cost: two forward passes.
+    Two events with the same tensor (a container returns its last child's output) are one site. A
+    second run with one sample less shows which tensors have one row per sample, and which only
+    happened to have as many rows. Several heads add one more site, the joint "output", with each
+    tensor once; a single head is the "output" itself. Cost: two forward passes.
     """
     per_sample = _events(model, batch[:-1]) if len(batch) > 1 else None
     sites: list[Site] = []
@@ -79,18 +79,19 @@ def _events(model: nn.Module, batch: torch.Tensor) -> set[str]:
 
 
 CHAIN_SAMPLES = 8
-"""Fewest samples that tell two activations apart; more also see a path that few samples take."""
+"""Fewest samples that distinguish two activations; more also cover paths that few samples take."""
 
 CHAIN_TOLERANCE = 1e-3
-"""Relative difference below which two activations count as equal: rounding of another batch order
-is 1e-5."""
+"""Relative difference below which two activations count as equal; the rounding of another batch
+order is 1e-5."""
 
 
 def chains(model: nn.Module, batch: torch.Tensor, sites: list[Site]) -> None:
-    """Find which sites are a function of which other site alone; fills `Site.descendants`.
+    """Find which sites are a function of which other site alone, and fill `Site.descendants`.
 
-    The model runs on *other* samples while one site's output is replaced by what it was for these.
-    A later site that is as it was depends on nothing else; past a skip connection it differs.
+    The model runs on *other* samples while the output of one site is replaced by its output for
+    these samples. A later site whose output is unchanged depends on this site alone; after a skip
+    connection it differs.
     """
     if len(batch) < 2:
         return
@@ -99,7 +100,7 @@ def chains(model: nn.Module, batch: torch.Tensor, sites: list[Site]) -> None:
     for site in sites:
         try:
             replay = _record(model, other, sites, replace=(site.name, original))
-        except Exception:  # a network may refuse exchanged values: no chain is known
+        except Exception:  # the network rejects replaced values: no chain is known
             continue
         past = False
         for later in sites:
@@ -114,7 +115,7 @@ def _record(
     sites: Sequence[Site],
     replace: tuple[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Outputs of all sites; one of them replaced by what it was in an earlier record."""
+    """Record the outputs of all sites, with one of them replaced by that of an earlier record."""
     by_event = {event: site for site in sites for event in site.names}
     outputs: dict[str, torch.Tensor] = {}
 
@@ -144,11 +145,11 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _version(output: torch.Tensor) -> int:
-    """Counts in-place changes; inference tensors have no counter."""
+    """Return the count of in-place changes; inference tensors have none."""
     return -1 if output.is_inference() else output._version
 
 
 def _original(output: torch.Tensor) -> torch.Tensor:
-    """The tensor that a reshaping view shows whole, or the tensor itself."""
+    """Return the tensor that a view only reshapes, or the tensor itself."""
     base = output._base
     return base if base is not None and base.numel() == output.numel() else output

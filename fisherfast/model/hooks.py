@@ -1,5 +1,5 @@
-"""Report every activation of a forward pass: outputs of modules, and of functional activations,
-which hooks cannot see."""
+"""Report every activation of a forward pass: the outputs of modules and of functional activations,
+for which modules have no hooks."""
 
 from __future__ import annotations
 
@@ -47,22 +47,21 @@ ACTIVATIONS = frozenset(
         "glu",
     }
 )
-"""Names of functions and methods that are tapped when a forward method calls them itself."""
+"""Functions and methods that are reported when a forward method calls them itself."""
 
 Consumer = Callable[[str, str, nn.Module | None, torch.Tensor], torch.Tensor | None]
-"""Called with event name, kind, module and output; a returned tensor takes the place of the
-output."""
+"""Called with event name, kind, module and output; a returned tensor replaces the output."""
 
 
 class Forward(TorchFunctionMode):
-    """Runs a model and reports every activation.
+    """Run a model and report every activation.
 
-    Use as a context manager (hooks are there inside only) and call `run` for each batch.
+    Use it as a context manager, which adds and removes the hooks, and call `run` for each batch.
 
     Args:
         model: any module.
         consume: gets each event as it happens.
-        sites: from `survey`. The heads of a joint "output" are reported side by side, last of all.
+        sites: from `survey`. The heads of a joint "output" are reported side by side, at the end.
     """
 
     def __init__(self, model: nn.Module, consume: Consumer, sites: Sequence[Site] = ()) -> None:
@@ -96,8 +95,7 @@ class Forward(TorchFunctionMode):
         self._remove_hooks()
 
     def run(self, batch: torch.Tensor) -> Any:
-        """Run the model on a batch [n, ...]; events are reported on the way. Returns the model's
-        output."""
+        """Run the model on a batch [n, ...], report all events, and return the model's output."""
         self._calls = {}
         self._stack = []
         self._last = INPUT
@@ -119,7 +117,7 @@ class Forward(TorchFunctionMode):
             map_tensors(output, lambda place, head: found.setdefault(OUTPUT + place, head))
         heads = [found[name] for name in self._heads if self._readable(found.get(name))]
         rows = [head.flatten(1) if head.ndim > 1 else head[:, None] for head in heads]
-        if rows:  # a head that is missing shows as another width, all of them as a skipped layer
+        if rows:  # a missing head changes the width; with none left the layer counts as skipped
             self._report(OUTPUT, JOINT, None, torch.cat(rows, 1))
 
     def __torch_function__(
@@ -138,7 +136,8 @@ class Forward(TorchFunctionMode):
         return self._report(self._count(f"{self._last}/{kind}"), kind, None, result)
 
     def _inside_layer(self) -> bool:
-        """Is the innermost running module a ready-made layer, whose own hook reports its output?"""
+        """Return whether the innermost running module is a torch layer, whose hook reports its
+        output."""
         if not self._stack:
             return False
         module = self._stack[-1]
@@ -169,7 +168,7 @@ class Forward(TorchFunctionMode):
         module: nn.Module | None,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """Hand an activation [n, ...] of floating dtype to the consumer."""
+        """Pass an activation [n, ...] of floating dtype to the consumer."""
         if self._busy or not self._readable(output):
             return output
         self._busy = True
@@ -180,7 +179,7 @@ class Forward(TorchFunctionMode):
         return output if replacement is None else replacement
 
     def _readable(self, output: torch.Tensor | None) -> bool:
-        """Whether there is a floating tensor with one row per sample."""
+        """Return whether the output is a floating tensor with one row per sample."""
         if output is None or output.ndim == 0 or len(output) != self._samples:
             return False
         return output.is_floating_point()
@@ -195,7 +194,7 @@ class Forward(TorchFunctionMode):
 
 
 def _event_name(module_name: str) -> str:
-    """The root is "output"; a submodule that is called so itself becomes "self.output"."""
+    """Name an event: the root is "output", and a submodule named "output" is "self.output"."""
     if not module_name:
         return OUTPUT
     return f"self.{module_name}" if module_name in (INPUT, OUTPUT) else module_name
@@ -204,7 +203,7 @@ def _event_name(module_name: str) -> str:
 def map_tensors(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
     """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]".
 
-    What is not changed is returned as it is, containers of the user's own classes included.
+    Unchanged parts are returned as they are, including containers of the user's own classes.
     """
 
     def visit(item: Any, place: str) -> Any:

@@ -1,4 +1,4 @@
-"""Leave a network as it was: mode, buffers, caches and random states return."""
+"""Restore a network after use: its mode, buffers and caches, and the random states."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fisherfast.model.unwrap import as_written
 __all__ = ["evaluation", "forgetting", "holds", "own_random_state"]
 
 _ONE_AT_A_TIME = threading.RLock()
-"""Modes, buffers and global random states are borrowed: by one thread, or they would not return."""
+"""Modes, buffers and global random states are saved and restored, so by one thread at a time."""
 
 
 @contextlib.contextmanager
 def own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
-    """Random numbers from a stream of our own: the states of torch, numpy and Python return.
+    """Seed all random numbers inside the block, and restore the states of torch, numpy and Python.
 
-    One thread at a time; another waits.
+    One thread at a time may be inside; others wait.
     """
     with _ONE_AT_A_TIME, _own_random_state(model, seed):
         yield
@@ -49,7 +49,7 @@ def _own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_state(model: nn.Module) -> Iterator[None]:
-    """Buffers that a forward pass writes return, and so does what it leaves in a module."""
+    """Restore buffers and tensors that a forward pass leaves in a module."""
     values = [
         (buffer, buffer._version, buffer.clone())
         for buffer in model.buffers()
@@ -66,8 +66,8 @@ def _own_state(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forgetting(model: nn.Module, kind: type = torch.Tensor) -> Iterator[None]:
-    """What a module keeps of a forward pass (a state, a cache) is put back, where it holds tensors
-    of a kind."""
+    """Restore attributes of modules that a forward pass sets (a state, a cache), if they hold
+    tensors of a kind."""
     places = [place for module in model.modules() for place in (vars(module), module._buffers)]
     kept = [(place, dict(place)) for place in places]
     try:
@@ -83,7 +83,7 @@ def forgetting(model: nn.Module, kind: type = torch.Tensor) -> Iterator[None]:
 
 
 def holds(value: Any, kind: type) -> bool:
-    """Whether there is an object of a kind in nested containers."""
+    """Return whether nested containers hold an object of a kind."""
     if isinstance(value, dict):
         return any(holds(item, kind) for item in value.values())
     if isinstance(value, list | tuple):
@@ -93,15 +93,15 @@ def holds(value: Any, kind: type) -> bool:
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module, seed: int) -> Iterator[None]:
-    """Eval mode and no gradients; the mode of every module, its buffers and all random states
-    return. What is compiled runs as it is written.
+    """Set eval mode without gradients, and restore the mode and buffers of every module and all
+    random states. Compiled modules and functions run uncompiled.
 
     A model that draws random numbers in eval mode draws the same ones for the same seed.
     """
     with (
         own_random_state(model, seed),
         as_written(),
-        torch.inference_mode(False),  # its tensors do not tell when they were overwritten
+        torch.inference_mode(False),  # its tensors do not count in-place changes
         torch.no_grad(),
         _own_state(model),
     ):

@@ -1,4 +1,4 @@
-"""Sites: where activations are read, their names, and which of them are asked for."""
+"""Sites, the places where activations are read: their names, and how to select them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INPUT = "input"
 OUTPUT = "output"
 
 HEAD = f"{OUTPUT}["
-"""How the names of heads begin: "output[0]", "output[mean]"."""
+"""Prefix of the names of heads: "output[0]", "output[mean]"."""
 
 JOINT = "outputs"
 """Kind of the site that holds several heads side by side."""
@@ -28,20 +28,20 @@ JOINT = "outputs"
 
 @dataclass
 class Site:
-    """One place where activations are read.
+    """A place where activations are read.
 
     Attributes:
-        name: as `model.named_modules()` has it, with "#2" for the second call and "/relu" for a
+        name: as in `model.named_modules()`, with "#2" for the second call and "/relu" for a
             function.
         kind: class of the module, or name of the function.
         shape: of one sample's activations, without the batch.
         aliases: other names of the same activations (a Sequential and its last layer, "output" and
             "fc5").
-        passive: a reshape, dropout or identity: not measured unless asked for by name.
+        passive: a reshape, dropout or identity: measured only if selected by name.
         descendants: names of the sites that are a function of this one alone (see `chains`).
         module: the module itself; None for "input" and functions.
         event: the first of its names that a forward pass reports.
-        heads: names of the outputs that it holds side by side; empty for all but a joint "output".
+        heads: names of the outputs in a joint "output", side by side; empty for other sites.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Site:
         return int(np.prod(self.shape, dtype=np.int64))
 
     def also(self, name: str) -> None:
-        """Add a name; "output" becomes the main one, except at the input."""
+        """Add a name; "output" becomes the main name, except for the input."""
         if name == OUTPUT and self.name != INPUT:
             self.aliases.insert(0, self.name)
             self.name = OUTPUT
@@ -80,16 +80,16 @@ class Site:
 def select(
     sites: list[Site], layers: Layers, model: nn.Module, output: str | None = None
 ) -> list[Site]:
-    """The sites that `layers` asks for, in execution order, always with "input" and "output".
+    """Select the sites that `layers` describes, in execution order, with "input" and "output".
 
     Args:
         layers: "auto" (all but passive ones), a name or a list of names, a regular expression
             (searched for in every name), or a function (name, module or None) -> bool.
-        output: a head that is always there too.
+        output: a head that is always included.
 
     Raises:
-        ValueError: a name that does not exist (with the nearest ones) or a layer that never ran; an
-            output that does not exist (with those that do).
+        ValueError: a name that does not exist (lists the nearest names), a layer that never ran, or
+            an output that does not exist (lists those that do).
     """
     known = {name: site for site in sites for name in site.names}
     if output is not None and not (output in known and _is_output(output)):

@@ -1,4 +1,4 @@
-"""The module inside a wrapper: what compiles it, spreads it over processes, or averages it."""
+"""Find the module inside a wrapper that compiles it, distributes it, or averages it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ WRAPPED_AS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
 }
-"""Attribute of the module inside, by the name of the wrapper's class. An `AveragedModel` has
-weights of its own and is measured as it is; a `FullyShardedDataParallel` gathers its parameters in
-its own forward pass, in which all processes must take part."""
+"""Attribute that holds the module inside, by the name of the wrapper's class. An `AveragedModel`
+has its own weights and is measured as it is; a `FullyShardedDataParallel` gathers its parameters in
+its own forward pass, which all processes must run."""
 
 SHELLS = ("_orig_mod", "_fsdp_wrapped_module")
-"""What wrappers call the module inside, where they may be anywhere in a model."""
+"""Attribute that holds the module inside, for wrappers that may be anywhere in a model."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module whose forward pass runs as it is written.
+    """Return the module without its wrappers.
 
-    Parameters are shared with the wrapper, so what is measured is what is trained; names are those
-    without the wrapper's prefix; a compiled model is not compiled again for hooks that come and go,
-    and no process waits for another.
+    It shares its parameters with the wrapper, so the trained network is measured, and its names
+    have no wrapper prefix. A compiled model is not compiled again when hooks change, and no process
+    waits for another.
     """
     while True:
         inside = None
@@ -44,20 +44,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_shell(module: nn.Module) -> bool:
-    """Whether a module, anywhere in a model, only wraps another one."""
+    """Return whether a module, anywhere in a model, only wraps another one."""
     return any(name in module._modules for name in SHELLS)
 
 
 def name_inside(name: str) -> str:
-    """Name of a module without those of the wrappers around it and its parents."""
+    """Remove the names of wrappers from the name of a module."""
     return ".".join(part for part in name.split(".") if part not in SHELLS)
 
 
 @contextlib.contextmanager
 def as_written() -> Iterator[None]:
-    """Compiled modules and functions, also those inside of a model, run as they are written.
+    """Run compiled modules and functions uncompiled inside the block, also those inside a model.
 
-    Otherwise hooks and modes that come and go would be compiled into them, again at each change.
+    Otherwise they would be compiled again at each change of hooks and modes.
     """
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and its import takes seconds
         yield

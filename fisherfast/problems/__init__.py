@@ -1,4 +1,4 @@
-"""Problems whose Fisher information is known: ground truths for tests, examples and benchmarks."""
+"""Problems with known Fisher information: ground truths for tests, examples and benchmarks."""
 
 from fisherfast.problems.camera import Camera, default_camera, published_positions
 from fisherfast.problems.camera_pose import CameraPose

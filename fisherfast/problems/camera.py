@@ -1,4 +1,4 @@
-"""A simulated camera that looks at a moving object, with the Fisher information in its images."""
+"""A simulated camera with a moving object, and the Fisher information in its images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.distributions import poisson_sample
 from fisherfast.problems.gaussian import standard_normal
 from fisherfast.problems.optics import (
@@ -22,24 +23,22 @@ from fisherfast.problems.problem import (
     STREAM_TRAINING,
     Problem,
     Theta,
-    check_count,
-    check_positive,
     cholesky_factor,
     seeded_generator,
 )
 from fisherfast.problems.published import IMAGING_INPUT_FISHER
 from fisherfast.problems.scenes import glyph_scene
 
-READOUT_STD = 15.0  # DN, published
+READOUT_STD = 15.0  # DN, from the paper
 DEFAULT_PSF_SIGMA = 0.5  # um
 DEFAULT_WHITE_STD, DEFAULT_CORRELATED_STD = 7.0, 2.0  # DN; the rest of READOUT_STD is row noise
-PSF_TAIL = 6  # standard deviations; the Gaussian beyond holds 2e-9 of the light
-FISHER_TOLERANCE = 1e-12  # relative; the iteration halves its error at least, so 100 rounds do
+PSF_TAIL = 6  # standard deviations; 2e-9 of the light is outside
+FISHER_TOLERANCE = 1e-12  # relative; each round at least halves the error, so 100 are enough
 FISHER_ROUNDS = 100
 
 
 def published_positions() -> Tensor:
-    """The 13 positions of the experiment, -1.8 to 1.8 um in steps of 0.3, float64 [13]."""
+    """Return the 13 positions of the experiment, -1.8 to 1.8 um in steps of 0.3, float64 [13]."""
     return torch.linspace(-1.8, 1.8, 13, dtype=torch.float64)
 
 
@@ -51,7 +50,7 @@ class Camera(Problem):
 
         m(theta) = offset + amplitude * bin[ (scene shifted by theta) * psf ]   in DN
 
-    with an exact shift in Fourier space, so m and m' hold to rounding for any fraction of a pixel.
+    with an exact shift in Fourier space, so m and m' are exact for any fraction of a pixel.
     The noise has the covariance
 
         C(theta) = white^2 1 + row^2 [same row] + correlated^2 exp(-r_ij^2 / (2 l^2))
@@ -62,10 +61,10 @@ class Camera(Problem):
     Gaussian, which adds tr[(C^-1 C')^2] / 2.
 
     Args:
-        scene: what the camera looks at, [h, w], samples `spacing` = pixel_size / oversampling
-            apart, centred on the field of view at theta = 0.
+        scene: the object, [h, w], samples `spacing` = pixel_size / oversampling apart, centred on
+            the field of view at theta = 0.
         amplitude: signal of a scene value of 1, in DN.
-        offset: uniform light level, in DN; it carries shot noise like the signal.
+        offset: uniform light level, in DN; it has shot noise like the signal.
         pixel_size: side of a pixel in the object plane, in um.
         oversampling: scene samples per pixel side.
         psf_sigma: standard deviation of the Gaussian point-spread function, in um.
@@ -73,14 +72,14 @@ class Camera(Problem):
         row_std: read-out noise common to a row, in DN.
         correlated_std: read-out noise with Gaussian correlation, in DN.
         correlation_length: l of that correlation, in pixels.
-        gain: electrons per DN; None leaves shot noise out.
+        gain: electrons per DN; None for no shot noise.
         shape: (H, W), pixels.
         travel: largest |theta|, in um; the canvas is wide enough that nothing wraps around.
-        padding: what lies outside the scene: "zero", or its "edge" values continued.
+        padding: of the scene: "zero", or "edge" to repeat its edge values.
 
     Raises:
         ValueError: if a length or level is not positive, the point-spread function is narrower than
-            one scene sample, or the noise leaves a pixel without any of its own.
+            one scene sample, or pixels have no independent noise.
 
     Example:
         >>> import torch
@@ -115,8 +114,8 @@ class Camera(Problem):
         if not torch.isfinite(scene).all():
             raise ValueError("scene must be finite, got nan or inf")
         for size in self.shape:
-            check_count("shape", size)
-        check_count("oversampling", self.oversampling)
+            check_whole("shape", size, least=1)
+        check_whole("oversampling", self.oversampling, least=1)
         for name in ("amplitude", "pixel_size", "psf_sigma", "correlation_length", "travel"):
             check_positive(name, getattr(self, name))
         for name in ("white_std", "row_std", "correlated_std"):
@@ -158,7 +157,7 @@ class Camera(Problem):
         image = self.offset + self.amplitude * self._expose(theta, order=0)
         if self.gain is not None and not (image > 0).all():
             raise ValueError(
-                "offset must leave every pixel some light for shot noise, "
+                "offset must give every pixel some light for shot noise, "
                 f"got a pixel of {float(image.min()):g} DN"
             )
         return image
@@ -188,10 +187,10 @@ class Camera(Problem):
         return float(signal / self.covariance(theta).diagonal().mean().sqrt())
 
     def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
-        """n images, float32 [n, H, W], in DN."""
+        """Draw n images, float32 [n, H, W], in DN."""
         mean = self.mean(theta).flatten()
         if self.gain is None:
-            images = mean.float().expand(check_count("n", n), -1).to(generator.device)
+            images = mean.float().expand(check_whole("n", n, least=1), -1).to(generator.device)
         else:
             images = (poisson_sample(mean * self.gain, n, generator) / self.gain).float()
         if self.has_readout_noise:
@@ -202,7 +201,7 @@ class Camera(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Images [n, H, W] and their derivative m' [1, n, H, W], equal for all (a view).
+        """Draw images [n, H, W] and their derivative m' [1, n, H, W], equal for all (a view).
 
         Raises:
             NotImplementedError: with shot noise, whose counts have no derivative.
@@ -230,11 +229,11 @@ class Camera(Problem):
         return residual @ torch.cholesky_solve(self.mean_derivative(theta).reshape(-1, 1), factor)
 
     def with_input_fisher(self, target: float, theta: Theta = 0.0) -> Camera:
-        """A copy whose amplitude is scaled so that `fisher(theta)` equals `target`.
+        """Return a copy whose amplitude is scaled so that `fisher(theta)` equals `target`.
 
         Args:
-            target: the FI wanted, per um^2.
-            theta: where, in um.
+            target: the desired FI, per um^2.
+            theta: the position, in um.
 
         Returns:
             The camera; its FI at `theta` agrees to a relative 1e-12.
@@ -259,18 +258,18 @@ class Camera(Problem):
             # FI ~ amplitude^2 in read-out noise, ~ amplitude in shot noise of the signal itself.
             scale = math.sqrt(target / information)
             camera = replace(camera, amplitude=camera.amplitude * scale)
-        raise ValueError(f"target must be within reach of the amplitude, got {target}")
+        raise ValueError(f"target must be attainable by scaling the amplitude, got {target}")
 
     def positions(self) -> Tensor:
-        """The positions to train on, those of the published experiment, float64 [13], in um."""
+        """Return the positions to train on, those of the paper, float64 [13], in um."""
         return published_positions()
 
     def training_set(self, samples_per_position: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Images at all `positions()`, in their order, with independent noise.
+        """Draw images at all `positions()`, in their order, with independent noise.
 
         Args:
             samples_per_position: images at each position.
-            seed: starts a stream of its own: `finite_difference` of the same seed is independent.
+            seed: of the noise, which is independent of that of `finite_difference` for equal seeds.
 
         Returns:
             x, float32 [n, H, W], in DN, and theta, float32 [n], in um; n = 13 samples_per_position.
@@ -287,7 +286,7 @@ class Camera(Problem):
         return torch.cat(images), places.float().repeat_interleave(samples_per_position)
 
     def as_theta(self, theta: Theta) -> Tensor:
-        """theta as a float64 tensor [1], in um, within the travel."""
+        """Return theta as a float64 tensor [1], in um, within the travel."""
         place = super().as_theta(theta)
         if not (place.abs() <= self.travel).all():
             raise ValueError(f"theta must lie within +-{self.travel} um, got {place.item()}")
@@ -335,17 +334,17 @@ class Camera(Problem):
 
 
 def default_camera(scene: np.ndarray | Tensor | None = None) -> Camera:
-    """The published experiment, simulated: 18 x 24 pixels, 15 DN read-out noise, FI 1.6 per um^2.
+    """Simulate the published experiment: 18 x 24 pixels, 15 DN read-out noise, FI 1.6 per um^2.
 
     With the glyph of `glyph_scene` the largest signal is 2.03 DN, a signal-to-noise ratio of
     13.6 %, and the FI is 1.600 to 1.601 per um^2 over all positions. Conditions 0.6 um apart, as in
-    the experiment, really have 1.51 per um^2: see `finite_step_fisher`. The glyph has thick lines
-    and most of the read-out noise is common to a row, as in many cameras, so that images keep
-    changing over the whole range of positions: with thin lines, images 1 um apart differ as much as
-    images 3 um apart, and no estimate comes near a mean square error of 1 / FI.
+    the experiment, have 1.51 per um^2: see `finite_step_fisher`. The glyph has thick lines and most
+    of the read-out noise is common to a row, as in many cameras, so that images keep changing over
+    the whole range of positions: with thin lines, images 1 um apart would differ as much as images
+    3 um apart, and no estimate would come near a mean square error of 1 / FI.
 
     Args:
-        scene: [h, w]; the glyph if None. Any scene gets the amplitude that gives it this FI.
+        scene: [h, w]; the glyph if None. The amplitude of any scene is set to give this FI.
 
     Returns:
         A `Camera` with an FI of 1.6 per um^2 at theta = 0.

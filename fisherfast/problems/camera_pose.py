@@ -1,5 +1,5 @@
-"""The simulated camera with three unknowns: where the object is, in both directions, and how
-bright."""
+"""The simulated camera with three parameters: the position of the object in both directions, and
+its brightness."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_whole
 from fisherfast.problems.camera import PSF_TAIL, Camera
 from fisherfast.problems.distributions import poisson_sample
 from fisherfast.problems.gaussian import standard_normal
@@ -19,18 +20,19 @@ from fisherfast.problems.optics import (
     centred_canvas,
     crop_and_bin,
 )
-from fisherfast.problems.problem import Problem, Theta, check_count, cholesky_factor
+from fisherfast.problems.problem import Problem, Theta, cholesky_factor
 
 
 @dataclass(frozen=True, eq=False)
 class CameraPose(Problem):
-    """Images of a scene at theta = (x, y, a): x um along a row, y um down the columns, a DN bright.
+    """Images of a scene at theta = (x, y, a): x um along a row, y um down the columns, brightness
+    a DN.
 
         m(theta) = offset + a * bin[ (scene shifted by x and y) * psf ]   in DN
 
-    with the optics and the noise of a `Camera`, whose own amplitude is not used. Where the object
-    is and how bright it is are read from the same pixels: with both unknown each is known less
-    well, which is what a marginal Fisher information measures.
+    with the optics and the noise of a `Camera`, whose own amplitude is not used. Position and
+    brightness are estimated from the same pixels: with both unknown each is known less well, which
+    is what the marginal Fisher information measures.
 
         I_pq = m_p^T C^-1 m_q,  and with shot and read-out noise + tr(C^-1 C_p C^-1 C_q) / 2
 
@@ -59,7 +61,7 @@ class CameraPose(Problem):
         image = self.camera.offset + place[2] * self._expose(place, (0, 0))
         if self.camera.gain is not None and not (image > 0).all():
             raise ValueError(
-                "offset must leave every pixel some light for shot noise, "
+                "offset must give every pixel some light for shot noise, "
                 f"got a pixel of {float(image.min()):g} DN"
             )
         return image
@@ -87,11 +89,11 @@ class CameraPose(Problem):
         return information
 
     def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
-        """n images, float32 [n, H, W], in DN."""
+        """Draw n images, float32 [n, H, W], in DN."""
         mean = self.mean(theta).flatten()
         gain = self.camera.gain
         if gain is None:
-            images = mean.float().expand(check_count("n", n), -1).to(generator.device)
+            images = mean.float().expand(check_whole("n", n, least=1), -1).to(generator.device)
         else:
             images = (poisson_sample(mean * gain, n, generator) / gain).float()
         if self.camera.has_readout_noise:
@@ -102,7 +104,7 @@ class CameraPose(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Images [n, H, W] and their derivative [3, n, H, W], equal for all (a view).
+        """Draw images [n, H, W] and their derivative [3, n, H, W], equal for all (a view).
 
         Raises:
             NotImplementedError: with shot noise, whose counts have no derivative.
@@ -130,7 +132,7 @@ class CameraPose(Problem):
         return residual @ torch.cholesky_solve(self.mean_derivative(theta).flatten(1).mT, factor)
 
     def as_theta(self, theta: Theta) -> Tensor:
-        """theta as a float64 tensor [3], the place within the travel of the camera."""
+        """Return theta as a float64 tensor [3], the position within the travel of the camera."""
         place = super().as_theta(theta)
         if not (place[:2].abs() <= self.camera.travel).all():
             raise ValueError(
@@ -139,7 +141,8 @@ class CameraPose(Problem):
         return place
 
     def _expose(self, place: Tensor, orders: tuple[int, int]) -> Tensor:
-        """A derivative, of these orders to x and y, of the blurred, shifted, binned scene."""
+        """Compute a derivative, of given orders in x and y, of the blurred, shifted, binned
+        scene."""
         spectrum, rows, columns, (height, width) = self._optics
         along, down = orders
         phase = torch.exp(-1j * (columns * place[0] + rows * place[1]))
@@ -150,7 +153,7 @@ class CameraPose(Problem):
     @cached_property
     def _optics(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Spectrum of the blurred canvas, angular frequencies of rows and columns, canvas size: as
-        the camera's, with room to travel both ways."""
+        for the camera, with room to move in both directions."""
         camera = self.camera
         margin = PSF_TAIL * camera.psf_sigma + camera.travel
         height, width = (

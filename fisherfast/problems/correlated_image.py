@@ -1,4 +1,4 @@
-"""An image in stationary noise: too many pixels for a covariance matrix, not for a closed form."""
+"""An image in stationary noise, with a closed form even for too many pixels for a covariance."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.gaussian import standard_normal
 from fisherfast.problems.optics import angular_frequencies
-from fisherfast.problems.problem import Problem, Theta, check_count, check_positive
+from fisherfast.problems.problem import Problem, Theta
 
 
 @dataclass(frozen=True, eq=False)
 class CorrelatedImage(Problem):
-    """A Gaussian spot in Gaussian noise that neighbouring pixels share; theta = (position,
-    amplitude).
+    """A Gaussian spot in correlated Gaussian noise; theta = (position, amplitude).
 
-    The spot moves along the rows. The noise is the same everywhere, on a torus: its covariance is
-    diagonal in Fourier space, where it is the power spectrum
+    The spot moves along the rows. The noise is stationary on a torus: its covariance is diagonal in
+    Fourier space, where it is the power spectrum
 
         s(k) = white^2 + correlated^2 g(k),   g(k) = 1 / (1 + |k|^2 l^2) scaled to a mean of 1.
 
@@ -30,8 +30,8 @@ class CorrelatedImage(Problem):
     Args:
         shape: (H, W), pixels.
         spot: standard deviation of the spot, in pixels.
-        white_std: noise independent in each pixel.
-        correlated_std: noise with correlations, variance of a pixel.
+        white_std: standard deviation of the noise that is independent in each pixel.
+        correlated_std: standard deviation of the correlated noise in each pixel.
         correlation_length: l, in pixels.
 
     Raises:
@@ -54,7 +54,7 @@ class CorrelatedImage(Problem):
 
     def __post_init__(self) -> None:
         for size in self.shape:
-            check_count("shape", size)
+            check_whole("shape", size, least=1)
         for name in ("spot", "white_std", "correlation_length"):
             check_positive(name, getattr(self, name))
         if not 0 <= self.correlated_std < math.inf:
@@ -83,7 +83,7 @@ class CorrelatedImage(Problem):
         return torch.stack([amplitude * spot * right / self.spot**2, spot])
 
     def covariance(self, theta: Theta) -> Tensor:
-        """C, float64 [d, d], the same at every theta: for small images."""
+        """C, float64 [d, d], the same at every theta; for small images only."""
         first_row = torch.fft.ifft2(self.spectrum).real
         height, width = self.shape
         down = (torch.arange(height)[:, None] - torch.arange(height)) % height
@@ -97,7 +97,7 @@ class CorrelatedImage(Problem):
         return ((F.conj() / self.spectrum.flatten()) @ F.T).real / self.dim
 
     def linear_fisher(self, theta: Theta) -> Tensor:
-        """The FI itself: a Gaussian of fixed covariance has only linear information."""
+        """The FI itself: a Gaussian with fixed covariance has only linear information."""
         return self.fisher(theta)
 
     def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
@@ -121,6 +121,6 @@ class CorrelatedImage(Problem):
         return whitened.flatten(1) @ self.mean_derivative(theta).flatten(1).T
 
     def _distances(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels from the spot, down and to the right, float64 [H] and [W]."""
+        """Distances from the spot in pixels, down and to the right, float64 [H] and [W]."""
         down, right = (torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in self.shape)
         return down, right - position

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.gaussian import as_shape, standard_normal
 from fisherfast.problems.problem import (
     STREAM_PARAMETERS,
     Problem,
     Theta,
     as_matrix,
-    check_count,
-    check_positive,
     seeded_generator,
     whitened_norm,
 )
@@ -55,9 +54,9 @@ class LogNormal(Problem):
 
     @classmethod
     def random(cls, *, dim: int = 10, variance: float = 0.01, seed: int = 0) -> LogNormal:
-        """The published task: B_ij ~ N(0, variance), d = 10 (Weimar et al. 2025)."""
+        """Make the published task: B_ij ~ N(0, variance), d = 10 (Weimar et al. 2025)."""
         generator = seeded_generator(seed, STREAM_PARAMETERS)
-        shape = (check_count("dim", dim), dim)
+        shape = (check_whole("dim", dim, least=1), dim)
         entries = torch.randn(shape, generator=generator, dtype=torch.float64)
         return cls(math.sqrt(check_positive("variance", variance)) * entries)
 
@@ -106,8 +105,8 @@ class Poisson(Problem):
 
         I_pq = J_pq = sum_i r_i,p r_i,q / r_i
 
-    A sample is the quantile of a uniform number, so equal noise at two theta gives the nearest
-    counts the two distributions allow.
+    A sample is the quantile of a uniform number, so equal noise at two theta gives the closest
+    possible counts.
 
     Args:
         rates: theta [P] -> r [d], expected counts, positive.
@@ -138,8 +137,8 @@ class Poisson(Problem):
         dim: int,
         parameters: int = 1,
     ) -> None:
-        self.dim = check_count("dim", dim)
-        self.parameters = check_count("parameters", parameters)
+        self.dim = check_whole("dim", dim, least=1)
+        self.parameters = check_whole("parameters", parameters, least=1)
         self._rates, self._derivative = rates, derivative
 
     def mean(self, theta: Theta) -> Tensor:
@@ -164,7 +163,7 @@ class Poisson(Problem):
         return (derivative / self.mean(theta)) @ derivative.mT
 
     def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
-        """Counts, float32 [n, d]."""
+        """Draw counts, float32 [n, d]."""
         return poisson_sample(self.mean(theta), n, generator).float()
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
@@ -174,8 +173,9 @@ class Poisson(Problem):
 
 
 def poisson_sample(rates: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Counts of Poisson(rates [d]), float64 [n, d], non-decreasing in the rates at fixed noise."""
-    shape = (check_count("n", n), rates.numel())
+    """Draw counts of Poisson(rates [d]), float64 [n, d], non-decreasing in the rates at fixed
+    noise."""
+    shape = (check_whole("n", n, least=1), rates.numel())
     uniform = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     rows = max(1, QUANTILE_BLOCK // rates.numel())
     blocks = [poisson_quantile(block, rates.to(block)) for block in uniform.split(rows)]
@@ -183,10 +183,10 @@ def poisson_sample(rates: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 
 def poisson_quantile(uniform: Tensor, rates: Tensor) -> Tensor:
-    """The least count k with P(X <= k) >= u for X ~ Poisson(rate).
+    """Find the least count k with P(X <= k) >= u for X ~ Poisson(rate).
 
     P(X <= k) = Q(k + 1, rate), the regularised incomplete gamma function. The search starts at the
-    Cornish-Fisher estimate, which is off by one or two counts.
+    Cornish-Fisher estimate, whose error is one or two counts.
 
     Args:
         uniform: u in [0, 1), float64 [n, d].
@@ -200,11 +200,11 @@ def poisson_quantile(uniform: Tensor, rates: Tensor) -> Tensor:
     count, u, rate = start.flatten(), uniform.flatten(), rates.expand_as(uniform).flatten()
 
     active = torch.arange(len(count), device=count.device)
-    while len(active):  # upwards, as long as the distribution function has not reached u
+    while len(active):  # upwards until the distribution function reaches u
         active = active[torch.special.gammaincc(count[active] + 1, rate[active]) < u[active]]
         count[active] += 1
     active = torch.nonzero(count > 0).flatten()
-    while len(active):  # downwards, as long as one count less would do
+    while len(active):  # downwards while one count less is enough
         active = active[torch.special.gammaincc(count[active], rate[active]) >= u[active]]
         count[active] -= 1
         active = active[count[active] > 0]
@@ -216,8 +216,8 @@ class Laplace(Problem):
 
         I = d / b^2,  J = d / (2 b^2)
 
-    The density has a kink, which a finite step smooths: whatever the features, two conditions
-    dtheta apart show at most about [1 - dtheta / (3 b)] I, 0.97 I at dtheta = 0.1 b.
+    The density has a kink, which a finite step smooths: with any features, two conditions dtheta
+    apart have at most about [1 - dtheta / (3 b)] I, 0.97 I at dtheta = 0.1 b.
 
     Args:
         dim: d.
@@ -234,7 +234,7 @@ class Laplace(Problem):
     """
 
     def __init__(self, dim: int, scale: float = 1.0) -> None:
-        self.dim = check_count("dim", dim)
+        self.dim = check_whole("dim", dim, least=1)
         self.scale = check_positive("scale", scale)
 
     def mean(self, theta: Theta) -> Tensor:
@@ -256,7 +256,7 @@ class Laplace(Problem):
     def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
         """theta + b (e1 - e2), the difference of two exponential numbers, float32 [n, d]."""
         uniform = torch.rand(
-            (2, check_count("n", n), self.dim),
+            (2, check_whole("n", n, least=1), self.dim),
             generator=generator,
             device=generator.device,
             dtype=torch.float64,
@@ -278,7 +278,7 @@ class Laplace(Problem):
 
 
 class RectifiedGaussian(Problem):
-    """x_i = max(theta + z_i, 0), z ~ N(0, 1): what a ReLU leaves of a unit's information.
+    """x_i = max(theta + z_i, 0), z ~ N(0, 1): the information in a unit after a ReLU.
 
         I = d [Phi - t phi + phi^2 / Phi(-t)],  t = theta
         J = d Phi^2 / v,  v = (t^2 + 1) Phi + t phi - (t Phi + phi)^2
@@ -295,7 +295,7 @@ class RectifiedGaussian(Problem):
     """
 
     def __init__(self, dim: int = 1) -> None:
-        self.dim = check_count("dim", dim)
+        self.dim = check_whole("dim", dim, least=1)
 
     def mean(self, theta: Theta) -> Tensor:
         """t Phi + phi, float64 [d]."""

@@ -1,4 +1,4 @@
-"""Reading the recorded images of the published imaging experiment."""
+"""Read the recorded images of the published imaging experiment."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_seed, check_whole
 from fisherfast.problems.camera import published_positions
-from fisherfast.problems.problem import check_count
 
 if TYPE_CHECKING:
     from fisherfast.data import FiniteDifference
 
 Crop = tuple[tuple[int, int], tuple[int, int]]
-Frames = dict[int, np.ndarray]  # by the index of the published position
+Frames = dict[int, np.ndarray]  # by index of the published position
 
 CENTRAL_CROP = ((7, 25), (20, 44))  # 18 x 24 of 32 x 64 pixels, as published
 STEP = 0.6  # um, full separation of the two held-out conditions
@@ -32,7 +32,7 @@ BLOCK = 2**24  # bytes read at once
 
 @dataclass(frozen=True, eq=False)
 class CameraRecording:
-    """Recorded images, split into a training part and two conditions that no training has seen.
+    """Recorded images, split into a training part and two held-out conditions.
 
     Attributes:
         x: training images, float32 [n, H, W], in DN, ordered by position.
@@ -47,7 +47,8 @@ class CameraRecording:
     plus: Tensor
 
     def finite_difference(self) -> FiniteDifference:
-        """The held-out pair, dtheta = 0.6 um, independent noise, as data for `fisher_flow`."""
+        """Return the held-out pair, dtheta = 0.6 um, independent noise, as data for
+        `fisher_flow`."""
         from fisherfast.data import FiniteDifference
 
         return FiniteDifference(self.minus, self.plus, STEP, paired=False)
@@ -63,18 +64,19 @@ def load_camera_npz(
     """Read `Data1.npz` of the published imaging experiment (Zenodo 10.5281/zenodo.17021436).
 
     The file holds images at the central positions (`data_center`, many frames each) and further out
-    (`data_edge`, fewer), with `position_center` and `position_edge` in um. As published, the frames
-    of a central position are shuffled; as many as an edge position has go to training, the others
-    are held out. Training takes the 13 positions -1.8 to 1.8 um, the held-out pair those at -0.3
-    and +0.3 um. Frames are cropped while the file streams by: memory grows with the images kept
-    (1.7 kB each), not with the file. The network of the paper was trained on images normalised per
-    pixel by the mean and standard deviation of the training part, which leaves the FI as it is.
+    (`data_edge`, fewer), with `position_center` and `position_edge` in um. As in the paper, the
+    frames of a central position are shuffled; as many as an edge position has are used for
+    training, the others are held out. Training uses the 13 positions -1.8 to 1.8 um, the held-out
+    pair those at -0.3 and +0.3 um. Frames are cropped while the file is read: memory grows with the
+    kept images (1.7 kB each), not with the file. The network of the paper was trained on images
+    normalised per pixel by the mean and standard deviation of the training part, which does not
+    change the FI.
 
     Args:
         path: the file.
         crop: first and end row, first and end column to keep; the default is the published choice,
             the central 18 x 24 pixels.
-        held_out: at most so many images per held-out condition.
+        held_out: most images per held-out condition.
         seed: of the shuffle.
 
     Returns:
@@ -93,8 +95,7 @@ def load_camera_npz(
         >>> recording = load_camera_npz("Data1.npz")  # doctest: +SKIP
         >>> recording.finite_difference()  # doctest: +SKIP
     """
-    check_count("held_out", held_out)
-    check_count("seed", seed, least=0)
+    check_whole("held_out", held_out, least=1)
     try:
         with zipfile.ZipFile(path) as archive:
             central, edge = (_read_frames(archive, part, crop) for part in ("center", "edge"))
@@ -106,7 +107,7 @@ def load_camera_npz(
 
 
 def _read_frames(archive: zipfile.ZipFile, part: str, crop: Crop) -> Frames:
-    """Cropped frames [n, H, W] of `data_center` or `data_edge` at the published positions."""
+    """Read cropped frames [n, H, W] of `data_center` or `data_edge` at the published positions."""
     positions = _read_positions(archive, f"position_{part}")
     (top, bottom), (left, right) = crop
     frames: Frames = {}
@@ -131,7 +132,7 @@ def _read_frames(archive: zipfile.ZipFile, part: str, crop: Crop) -> Frames:
 
 
 def _split(central: Frames, edge: Frames, held_out: int, seed: int) -> CameraRecording:
-    """Deal the frames to training and to the held-out pair."""
+    """Split the frames into training images and the held-out pair."""
     positions = published_positions()
     missing = [
         round(positions[index].item(), 3)
@@ -148,7 +149,7 @@ def _split(central: Frames, edge: Frames, held_out: int, seed: int) -> CameraRec
                 "the file has it in position_edge only"
             )
     training_frames = min(len(images) for images in edge.values()) if edge else 0
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed) % 2**64)
     training, conditions = [], {}
     for index in range(len(positions)):
         images = central[index] if index in central else edge[index]
@@ -171,14 +172,14 @@ def _split(central: Frames, edge: Frames, held_out: int, seed: int) -> CameraRec
 
 
 def _published_index(position: float) -> int | None:
-    """Index of the published position within `TOLERANCE` of this one, or None."""
+    """Find the index of the published position within `TOLERANCE` of this one, or None."""
     distance = (published_positions() - position).abs()
     index = int(distance.argmin())
     return index if distance[index] < TOLERANCE else None
 
 
 def _read_positions(archive: zipfile.ZipFile, name: str) -> list[float]:
-    """A small array of positions, as floats."""
+    """Read a small array of positions, as floats."""
     with _open_array(archive, name) as (stream, shape, dtype):
         if len(shape) != 1 or dtype.kind not in "iuf":
             raise ValueError(f"{name} must be one row of numbers, got {dtype} of shape {shape}")
@@ -190,7 +191,7 @@ def _read_positions(archive: zipfile.ZipFile, name: str) -> list[float]:
 def _open_array(
     archive: zipfile.ZipFile, name: str
 ) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-    """The stream of one array of an .npz file, at its first number, with shape and dtype."""
+    """Open the stream of one array of an .npz file, at its first number, with shape and dtype."""
     if f"{name}.npy" not in archive.namelist():
         held = sorted(member.removesuffix(".npy") for member in archive.namelist())
         raise ValueError(f"path must hold the array {name}, got a file with {held}")
@@ -210,14 +211,14 @@ def _open_array(
                 f"got {dtype}{' in Fortran order' if fortran_order else ''}"
             )
         yield stream, shape, dtype
-        if stream.read(1):  # reaching the end also makes zipfile compare the checksum
+        if stream.read(1):  # at the end zipfile also compares the checksum
             raise ValueError(f"{name} must end after its {shape} numbers, got more bytes")
 
 
 def _blocks(
     stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, name: str
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The next array of `shape` in the stream, as consecutive blocks of rows with their start."""
+    """Read the next array of `shape` in the stream, in blocks of rows with their start."""
     row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
     rows = max(1, BLOCK // max(row_bytes, 1))
     for start in range(0, shape[0], rows):

@@ -8,26 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.problem import (
     Problem,
     Theta,
     as_matrix,
-    check_count,
-    check_positive,
     cholesky_factor,
     whitened_norm,
 )
 
 
 def standard_normal(n: int, dim: int, generator: torch.Generator) -> Tensor:
-    """N(0, 1) numbers, float32 [n, dim], on the generator's device."""
-    return torch.randn(
-        check_count("n", n), dim, generator=generator, device=generator.device, dtype=torch.float32
-    )
+    """Draw N(0, 1) numbers, float32 [n, dim], on the generator's device."""
+    n = check_whole("n", n, least=1)
+    return torch.randn(n, dim, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 class GaussianShift(Problem):
-    """x ~ N(A theta, S): a mean that moves in the presence of fixed noise.
+    """x ~ N(A theta, S): a mean that depends on theta, with fixed noise.
 
         I = J = A^T S^-1 A,  and W x has the FI A^T W^T (W S W^T)^-1 W A
 
@@ -81,7 +79,7 @@ class GaussianShift(Problem):
         return half.mT @ half
 
     def linear_fisher(self, theta: Theta) -> Tensor:
-        """The FI itself: a Gaussian of fixed covariance has only linear information."""
+        """The FI itself: a Gaussian with fixed covariance has only linear information."""
         return self.fisher(theta)
 
     def fisher_after(self, weight: np.ndarray | Tensor) -> Tensor:
@@ -119,7 +117,7 @@ class GaussianShift(Problem):
 
 
 class NoisyLinear(GaussianShift):
-    """y = W x + s e, with x ~ N(A theta, S) and e ~ N(0, 1): a layer that adds noise of its own.
+    """y = W x + s e, with x ~ N(A theta, S) and e ~ N(0, 1): a layer that adds noise.
 
         I = A^T W^T (W S W^T + s^2 1)^-1 W A
 
@@ -158,7 +156,7 @@ class NoisyLinear(GaussianShift):
 
 
 class GaussianScale(Problem):
-    """x ~ N(0, theta^2 1): all information sits in the spread, none in the mean.
+    """x ~ N(0, theta^2 1): all information is in the spread, none in the mean.
 
         I = 2 d / theta^2,  J = 0
 
@@ -172,7 +170,7 @@ class GaussianScale(Problem):
     """
 
     def __init__(self, dim: int) -> None:
-        self.dim = check_count("dim", dim)
+        self.dim = check_whole("dim", dim, least=1)
 
     def as_theta(self, theta: Theta) -> Tensor:
         """theta, the standard deviation, as a positive float64 tensor [1]."""
@@ -259,8 +257,8 @@ class GaussianFamily(Problem):
         dim: int,
         parameters: int = 1,
     ) -> None:
-        self.dim = check_count("dim", dim)
-        self.parameters = check_count("parameters", parameters)
+        self.dim = check_whole("dim", dim, least=1)
+        self.parameters = check_whole("parameters", parameters, least=1)
         self._mean, self._mean_derivative = mean, mean_derivative
         self._covariance, self._covariance_derivative = covariance, covariance_derivative
 
@@ -327,7 +325,8 @@ class GaussianFamily(Problem):
 
 
 def as_shape(name: str, value: Tensor, *shape: int) -> Tensor:
-    """What a user's function returned, as float64 of the promised shape, or a ValueError."""
+    """Return the result of a user's function as float64 of the given shape, or raise a
+    ValueError."""
     tensor = torch.as_tensor(value, dtype=torch.float64)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must return shape {shape}, got {tuple(tensor.shape)}")

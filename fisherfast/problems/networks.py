@@ -9,10 +9,9 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from fisherfast._validation import check_positive, check_seed, check_whole
 from fisherfast.problems.problem import (
     STREAM_PARAMETERS,
-    check_count,
-    check_positive,
     seeded_generator,
 )
 
@@ -23,7 +22,7 @@ class MLP(nn.Sequential):
     Args:
         widths: units of every layer, input and output included; at least two.
         activation: builds one activation module; its class name in lower case names the layers.
-        flatten: begin with a layer "flatten", for inputs such as images [n, H, W].
+        flatten: start with a layer "flatten", for inputs such as images [n, H, W].
 
     Raises:
         ValueError: if there are fewer than two widths, or one is not positive.
@@ -44,7 +43,7 @@ class MLP(nn.Sequential):
     ) -> None:
         if len(widths) < 2:
             raise ValueError(f"widths must hold at least 2 numbers, got {list(widths)}")
-        sizes = [check_count("widths", width) for width in widths]
+        sizes = [check_whole("widths", width, least=1) for width in widths]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         if flatten:
             layers["flatten"] = nn.Flatten()
@@ -63,12 +62,12 @@ def mlp(
     flatten: bool = False,
     seed: int | None = None,
 ) -> MLP:
-    """An `MLP` with weights drawn from `seed`, the global random state left as it was.
+    """Make an `MLP` with weights drawn from `seed`, without changing the global random state.
 
     Args:
         widths: units of every layer, input and output included.
         activation: builds one activation module.
-        flatten: begin with a layer "flatten".
+        flatten: start with a layer "flatten".
         seed: of the weights; None draws them from the global random state, as PyTorch does.
 
     Returns:
@@ -84,38 +83,38 @@ def mlp(
     if seed is None:
         return MLP(widths, activation, flatten=flatten)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(check_count("seed", seed, least=0))
+        torch.default_generator.manual_seed(check_seed(seed))
         return MLP(widths, activation, flatten=flatten)
 
 
 def imaging_network(*, seed: int | None = None) -> MLP:
-    """432-800-100-25-5-1 with ReLU, for images [n, 18, 24] (Weimar et al. 2025)."""
+    """Make 432-800-100-25-5-1 with ReLU, for images [n, 18, 24] (Weimar et al. 2025)."""
     return mlp([432, 800, 100, 25, 5, 1], flatten=True, seed=seed)
 
 
 def gaussian_network(*, seed: int | None = None) -> MLP:
-    """256-150-100-50-25-1 with ReLU, for samples [n, 256] (Weimar et al. 2025)."""
+    """Make 256-150-100-50-25-1 with ReLU, for samples [n, 256] (Weimar et al. 2025)."""
     return mlp([256, 150, 100, 50, 25, 1], seed=seed)
 
 
 def lognormal_network(*, seed: int | None = None) -> MLP:
-    """10-150-100-50-25-1 with ReLU, for samples [n, 10] (Weimar et al. 2025)."""
+    """Make 10-150-100-50-25-1 with ReLU, for samples [n, 10] (Weimar et al. 2025)."""
     return mlp([10, 150, 100, 50, 25, 1], seed=seed)
 
 
 def invertible_chain(
     dim: int, *, depth: int = 6, slope: float = 0.3, seed: int = 0
 ) -> nn.Sequential:
-    """Square orthogonal layers with random biases, each followed by a leaky ReLU.
+    """Make square orthogonal layers with random biases, each followed by a leaky ReLU.
 
-    Every layer is invertible, so the Fisher information of whatever enters is the same at every
-    depth; the *linear* Fisher information falls with depth.
+    Every layer is invertible, so the Fisher information of the input is the same at every depth;
+    the *linear* Fisher information falls with depth.
 
     Args:
         dim: d, units of every layer.
         depth: pairs of linear layer and activation, named fc1, leakyrelu1, fc2, ...
         slope: of the leaky ReLU below zero, positive.
-        seed: of weights and biases; the global random state is left as it was.
+        seed: of weights and biases; the global random state does not change.
 
     Returns:
         The chain, [n, d] -> [n, d].
@@ -129,11 +128,11 @@ def invertible_chain(
         >>> invertible_chain(16, depth=2)(torch.zeros(3, 16)).shape
         torch.Size([3, 16])
     """
-    check_count("dim", dim)
+    check_whole("dim", dim, least=1)
     check_positive("slope", slope)
     generator = seeded_generator(seed, STREAM_PARAMETERS)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for index in range(1, check_count("depth", depth) + 1):
+    for index in range(1, check_whole("depth", depth, least=1) + 1):
         linear = nn.utils.skip_init(nn.Linear, dim, dim)
         random = torch.randn(dim, dim + 1, generator=generator, dtype=torch.float64)
         with torch.no_grad():

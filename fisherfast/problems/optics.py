@@ -1,4 +1,4 @@
-"""Moving, blurring and binning a picture with sub-pixel accuracy, in Fourier space."""
+"""Shift, blur and bin a picture with sub-pixel accuracy, in Fourier space."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def angular_frequencies(size: int, spacing: float, *, half: bool = False) -> Tensor:
-    """k of a discrete Fourier transform, float64 [size] or half of it, per unit of length."""
+    """Return k of a discrete Fourier transform, float64 [size] or half of it, per unit length."""
     frequencies = torch.fft.rfftfreq if half else torch.fft.fftfreq
     return 2 * math.pi * frequencies(size, d=spacing, dtype=torch.float64)
 
@@ -40,7 +40,8 @@ def shift_image(image: np.ndarray | Tensor, shift: float) -> Tensor:
 
 
 def blurred_spectrum(canvas: Tensor, spacing: float, psf_sigma: float) -> Tensor:
-    """F(k) exp(-|k|^2 sigma^2 / 2): a canvas [h, w] seen through a Gaussian point-spread function.
+    """Compute F(k) exp(-|k|^2 sigma^2 / 2): a canvas [h, w] blurred by a Gaussian point-spread
+    function.
 
     Args:
         canvas: float64 [h, w].
@@ -56,7 +57,7 @@ def blurred_spectrum(canvas: Tensor, spacing: float, psf_sigma: float) -> Tensor
 
 
 def centred_canvas(scene: Tensor, height: int, width: int, padding: str) -> Tensor:
-    """The scene amid a canvas of at least [height, width], padded with zero or its edge."""
+    """Centre the scene on a canvas of at least [height, width], padded with zero or its edge."""
     margins = []
     for size, least in zip(scene.shape, (height, width), strict=True):
         free = max(least - size, 0)
@@ -66,7 +67,7 @@ def centred_canvas(scene: Tensor, height: int, width: int, padding: str) -> Tens
 
 
 def crop_and_bin(image: Tensor, height: int, width: int, factor: int) -> Tensor:
-    """The mean of factor x factor samples of the middle of `image`: pixels [height, width]."""
+    """Average factor x factor samples in the middle of `image` to pixels [height, width]."""
     top = (image.shape[0] - height * factor) // 2
     left = (image.shape[1] - width * factor) // 2
     view = image[top : top + height * factor, left : left + width * factor]

@@ -1,12 +1,12 @@
-"""The common face of the ground truths: distributions whose Fisher information is known.
+"""The base class of the ground truths: distributions with known Fisher information.
 
-A problem draws samples at any theta, and knows in closed form the Fisher information (FI) I(theta)
-of its samples, their mean m(theta) and their covariance C(theta), hence also the linear FI
+A problem draws samples at any theta, and has closed forms of the Fisher information (FI) I(theta)
+of its samples, their mean m(theta) and their covariance C(theta), hence also of the linear FI
 
     J(theta) = m'(theta)^T C(theta)^-1 m'(theta)  <=  I(theta).
 
-Every sampler turns one stream of theta-free noise into x, so that the same generator state at two
-values of theta gives the same noise at both (paired conditions).
+Every sampler transforms one stream of noise that does not depend on theta into x, so that the same
+generator state at two values of theta gives the same noise at both (paired conditions).
 """
 
 from __future__ import annotations
@@ -19,39 +19,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_positive, check_seed
+
 if TYPE_CHECKING:
     from fisherfast.data import FiniteDifference, Pathwise, Score
 
 Theta = float | Sequence[float] | np.ndarray | Tensor
 
-# Streams of random numbers that never meet, so that one user seed serves several purposes.
+# Independent streams of random numbers, so that one user seed serves several purposes.
 STREAM_CONDITIONS = 1
 STREAM_TRAINING = 2
 STREAM_PARAMETERS = 3
 
 
 def seeded_generator(seed: int, stream: int) -> torch.Generator:
-    """A CPU generator for one purpose: equal seeds in different streams are independent."""
-    state = np.random.SeedSequence((check_count("seed", seed, least=0), stream))
+    """Make a CPU generator for one stream: equal seeds in different streams are independent."""
+    state = np.random.SeedSequence((check_seed(seed) % 2**64, stream))
     return torch.Generator().manual_seed(int(state.generate_state(1, np.uint64)[0]))
 
 
-def check_count(name: str, value: int, *, least: int = 1) -> int:
-    """`value` as an int, or a ValueError if it is not a whole number of at least `least`."""
-    if isinstance(value, bool) or int(value) != value or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
-    return int(value)
-
-
-def check_positive(name: str, value: float) -> float:
-    """`value` as a float, or a ValueError if it is not positive and finite."""
-    if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
-
-
 def as_matrix(name: str, value: np.ndarray | Tensor, shape: tuple[int, int]) -> Tensor:
-    """`value` as a finite float64 tensor of the given shape, or a ValueError."""
+    """Return `value` as a finite float64 tensor of the given shape, or raise a ValueError."""
     matrix = torch.as_tensor(value, dtype=torch.float64)
     if tuple(matrix.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(matrix.shape)}")
@@ -61,7 +49,7 @@ def as_matrix(name: str, value: np.ndarray | Tensor, shape: tuple[int, int]) -> 
 
 
 def cholesky_factor(covariance: Tensor, name: str = "covariance") -> Tensor:
-    """Lower L with L L^T = covariance [d, d], or a ValueError if it is not positive definite."""
+    """Compute the lower L with L L^T = covariance [d, d]; ValueError unless positive definite."""
     if not torch.allclose(covariance, covariance.mT):
         raise ValueError(f"{name} must be symmetric, got a matrix that differs from its transpose")
     factor, failed_row = torch.linalg.cholesky_ex(covariance)
@@ -74,7 +62,7 @@ def cholesky_factor(covariance: Tensor, name: str = "covariance") -> Tensor:
 
 
 def whitened_norm(derivative: Tensor, covariance: Tensor) -> Tensor:
-    """D C^-1 D^T for D [P, d] and C [d, d]: the linear FI [P, P]."""
+    """Compute D C^-1 D^T for D [P, d] and C [d, d]: the linear FI [P, P]."""
     half = torch.linalg.solve_triangular(cholesky_factor(covariance), derivative.mT, upper=False)
     return half.mT @ half
 
@@ -108,7 +96,7 @@ class Problem(ABC):
 
     @abstractmethod
     def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
-        """n samples at theta, float32 [n, *sample], from the random numbers of `generator` only."""
+        """Draw samples at theta, float32 [n, *sample], from random numbers of `generator` only."""
 
     def linear_fisher(self, theta: Theta) -> Tensor:
         """The linear FI m'^T C^-1 m' of x itself, float64 [P, P], per unit of theta squared."""
@@ -116,12 +104,12 @@ class Problem(ABC):
         return whitened_norm(derivative, self.covariance(theta))
 
     def finite_step_fisher(self, theta: Theta, dtheta: float | Sequence[float]) -> Tensor:
-        """The linear FI that conditions a finite step apart really have.
+        """Compute the linear FI of conditions a finite step apart.
 
             J_pq = delta_p^T S^-1 delta_q,  delta_p = [m(theta + h_p) - m(theta - h_p)] / dtheta_p
 
-        with h_p = dtheta_p e_p / 2 and S the covariance averaged over all 2 P conditions. This, and
-        not `linear_fisher`, is what an unbiased estimate from `finite_difference` converges to.
+        with h_p = dtheta_p e_p / 2 and S the covariance averaged over all 2 P conditions. An
+        unbiased estimate from `finite_difference` converges to this, not to `linear_fisher`.
 
         Args:
             theta: the centre, [P].
@@ -150,7 +138,8 @@ class Problem(ABC):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Samples and their derivative at fixed noise: x [n, *sample], dx/dtheta [P, n, *sample].
+        """Draw samples and their derivative at fixed noise: x [n, *sample], dx/dtheta [P, n,
+        *sample].
 
         Raises:
             NotImplementedError: if x is not a differentiable function of theta and noise.
@@ -160,7 +149,7 @@ class Problem(ABC):
         )
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
-        """The score d log p(x | theta) / d theta of samples x [n, *sample], float64 [n, P].
+        """Compute the score d log p(x | theta) / d theta of samples x [n, *sample], float64 [n, P].
 
         Raises:
             NotImplementedError: if the density has no closed form.
@@ -178,14 +167,14 @@ class Problem(ABC):
         seed: int = 0,
         paired: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Samples at theta - dtheta/2 and theta + dtheta/2, for one parameter after the other.
+        """Draw samples at theta - dtheta/2 and theta + dtheta/2, for each parameter in turn.
 
         Args:
             theta: the centre, [P].
             dtheta: the FULL separation of the two conditions, one number or P of them.
             n: samples per condition.
-            seed: starts the stream of random numbers; other seeds give independent streams.
-            paired: the same noise at both conditions, instead of independent noise.
+            seed: of the random numbers; other seeds give independent samples.
+            paired: use the same noise in both conditions instead of independent noise.
 
         Returns:
             minus, plus: P tensors each, float32 [n, *sample].
@@ -219,7 +208,7 @@ class Problem(ABC):
         seed: int = 0,
         paired: bool = False,
     ) -> FiniteDifference:
-        """The samples of `conditions` as data for `fisher_information` and `fisher_flow`."""
+        """Return the samples of `conditions` as data for `fisher_information` and `fisher_flow`."""
         from fisherfast.data import FiniteDifference
 
         minus, plus = self.conditions(theta, dtheta, n, seed=seed, paired=paired)
@@ -229,7 +218,7 @@ class Problem(ABC):
         return FiniteDifference(minus, plus, steps, paired=paired)
 
     def pathwise(self, theta: Theta, n: int, *, seed: int = 0) -> Pathwise:
-        """n samples at theta with their derivative at fixed noise, as data for `fisher_flow`.
+        """Draw n samples at theta with their derivative at fixed noise, as data for `fisher_flow`.
 
         Raises:
             NotImplementedError: if x is not a differentiable function of theta and noise.
@@ -245,7 +234,7 @@ class Problem(ABC):
         return Pathwise(*self.sample_with_tangent(theta, n, generator))
 
     def scored(self, theta: Theta, n: int, *, seed: int = 0) -> Score:
-        """n samples at theta with their score, as data for `fisher_flow`.
+        """Draw n samples at theta with their score, as data for `fisher_flow`.
 
         Raises:
             NotImplementedError: if the density has no closed form.
@@ -261,7 +250,7 @@ class Problem(ABC):
         return Score(x, self.score(x, theta))
 
     def as_theta(self, theta: Theta) -> Tensor:
-        """theta as a finite float64 tensor [P], differentiable if theta is a tensor."""
+        """Return theta as a finite float64 tensor [P], differentiable if theta is a tensor."""
         vector = torch.as_tensor(theta, dtype=torch.float64)
         if vector.numel() != self.parameters or vector.ndim > 1:
             raise ValueError(
@@ -272,7 +261,7 @@ class Problem(ABC):
         return vector.reshape(self.parameters)
 
     def _as_steps(self, dtheta: float | Sequence[float]) -> Tensor:
-        """dtheta as P positive full separations, float64 [P]."""
+        """Return dtheta as P positive full separations, float64 [P]."""
         steps = torch.as_tensor(dtheta, dtype=torch.float64)
         if steps.ndim > 1 or steps.numel() not in (1, self.parameters):
             raise ValueError(
@@ -283,7 +272,7 @@ class Problem(ABC):
         return steps.reshape(-1).expand(self.parameters)
 
     def _as_samples(self, x: Tensor) -> Tensor:
-        """Samples [n, *sample] flattened to float64 [n, d]."""
+        """Flatten samples [n, *sample] to float64 [n, d]."""
         flat = torch.as_tensor(x, dtype=torch.float64).flatten(1)
         if flat.shape[1] != self.dim:
             raise ValueError(f"x must have {self.dim} numbers per sample, got {flat.shape[1]}")

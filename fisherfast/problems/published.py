@@ -1,4 +1,4 @@
-"""The published numbers that this library is compared with, and what they were measured on.
+"""The published numbers that this library is compared with, and the settings of their measurement.
 
 Source: M. Weimar, L. M. Rachbauer, I. Starshynov, D. Faccio, L. Adilova, D. Bouchet, S. Rotter,
 Fisher Information Flow in Artificial Neural Networks, Phys. Rev. X 15, 031072 (2025),
@@ -30,16 +30,16 @@ __all__ = [
 CITATION = "Weimar et al., Phys. Rev. X 15, 031072 (2025), arXiv:2509.02407"
 
 FIRST, LAST = -2, -1
-"""Keys of the first and the last epoch, where its number is not known."""
+"""Keys of the first and the last epoch, if their numbers are not known."""
 
 # J of N(0, theta^2 1) against the number of features of a lift without bias
 LIFT_DIM, LIFT_THETA, LIFT_STEP, LIFT_FISHER = 50, 1.0, 0.1, 100.0
 LIFT_SLOPE = 0.7
-"""Of the leaky ReLU below zero."""
+"""Slope of the leaky ReLU below zero."""
 LIFT_NOISE = 0.01
 """Standard deviation of the noise on each feature; keeps the covariance invertible."""
 LIFT_CURVE = {0: 4.4, 100: 63.4, 200: 77.2, 400: 90.3, 800: 95.6, 1300: 97.7}
-"""Features of the lift: J in 1/theta^2; 0 stands for the samples themselves."""
+"""Features of the lift: J in 1/theta^2; 0 means the samples themselves."""
 
 # J / J_input of the four hidden layers and the output, by epoch
 GAUSSIAN_FLOW = {
@@ -58,12 +58,12 @@ IMAGING_FLOW = {
     LAST: (0.981, 0.854, 0.835, 0.824, 0.822),
 }
 IMAGING_INPUT_FISHER = 1.6
-"""Of one image, per um^2."""
+"""FI of one image, per um^2."""
 
 # early stopping on the Gaussian task: training MSE x J_input crosses 1 where the validation error
 # is close to its minimum, and afterwards that error rises
 STOPPING_WIDTHS = (256, 1000, 500, 300, 50, 1)
 STOPPING_EXCESS = 0.03
-"""Validation error at the stop above its minimum, at most."""
+"""Largest relative excess of the validation error at the stop over its minimum."""
 STOPPING_RISE = 1 / 3
-"""Validation error at the end above its minimum."""
+"""Relative excess of the validation error at the end over its minimum."""

@@ -1,4 +1,4 @@
-"""Things to look at with the simulated camera: a glyph drawn here, or any picture file."""
+"""Scenes for the simulated camera: a generated glyph, or any picture file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from fisherfast.problems.problem import check_count
+from fisherfast._validation import check_whole
 
 # 9.6 um x 7.2 um with a line of 2.1 um at the 0.15 um spacing of `default_camera`.
 GLYPH_SHAPE = (64, 48)
@@ -14,7 +14,7 @@ GLYPH_STROKE = 14
 
 
 def glyph_scene(shape: tuple[int, int] = GLYPH_SHAPE, *, stroke: int = GLYPH_STROKE) -> np.ndarray:
-    """The letter theta: an elliptic ring with a bar, one on a ground of zero.
+    """Draw the letter theta: an elliptic ring with a bar, 1 on a background of 0.
 
     Args:
         shape: height and width of the letter, in samples.
@@ -31,7 +31,7 @@ def glyph_scene(shape: tuple[int, int] = GLYPH_SHAPE, *, stroke: int = GLYPH_STR
         >>> glyph_scene().shape
         (64, 48)
     """
-    height, width = (check_count("shape", size) for size in shape)
+    height, width = (check_whole("shape", size, least=1) for size in shape)
     if not 0 < 2 * stroke < min(height, width):
         raise ValueError(
             f"stroke must be positive and below half of {min(height, width)}, got {stroke}"
@@ -47,7 +47,7 @@ def glyph_scene(shape: tuple[int, int] = GLYPH_SHAPE, *, stroke: int = GLYPH_STR
 def scene_from_file(
     path: str | os.PathLike[str], *, shape: tuple[int, int] = GLYPH_SHAPE
 ) -> np.ndarray:
-    """A picture file as a scene: grey, fitted into `shape`, stretched to the range 0 to 1.
+    """Read a picture file as a scene: grey, fitted into `shape`, stretched to the range 0 to 1.
 
     Args:
         path: any picture that Pillow can read.
@@ -57,9 +57,9 @@ def scene_from_file(
         float64 [h, w].
 
     Raises:
-        ImportError: without Pillow, which `pip install "fisherfast[plots]"` brings.
+        ImportError: without Pillow, which `pip install "fisherfast[plots]"` installs.
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no picture, or of one uniform grey.
+        ValueError: if the file is not a picture, or has one uniform grey.
 
     Example:
         >>> from fisherfast.problems import default_camera, scene_from_file
@@ -71,11 +71,11 @@ def scene_from_file(
         raise ImportError(
             'scene_from_file needs Pillow: pip install "fisherfast[plots]"'
         ) from error
-    height, width = (check_count("shape", size) for size in shape)
+    height, width = (check_whole("shape", size, least=1) for size in shape)
     try:
         with Image.open(path) as opened:
             upright = ImageOps.exif_transpose(opened)
-            # "L" is luminance in 8 bits; pictures of more bits are grey already.
+            # "L" is luminance in 8 bits; pictures with more bits are grey already.
             deep = upright.mode.startswith(("I", "F"))
             grey = upright.convert("F" if deep else "L").convert("F")
     except FileNotFoundError:

@@ -1,8 +1,7 @@
-"""Ratio and difference of the information in two layers, with the errors of the ratio and of the
-difference themselves (docs/theory.md, 18).
+"""Ratio and difference of the information in two layers, with their errors (docs/theory.md, 18).
 
-Layers see the same samples, so their errors are correlated. The error of any function of two layers
-is its jackknife: the function of both layers with the same fold of the samples left out.
+Layers are measured on the same samples, so their errors are correlated. The error of any function
+of two layers is its jackknife: the function of both layers without the same fold of the samples.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = [
 ]
 
 DIVIDES = 3.0
-"""Standard errors that J must lie above zero, in every direction, for a ratio to it to be given."""
+"""Standard errors that J must be above zero, in every direction, to be the divisor of a ratio."""
 
 BY_CHANCE = 0.02
 """Probability that a layer is replaced although the later layers have no more information."""
@@ -61,8 +60,8 @@ class Measured(Protocol):
 class LayerComparison:
     """Compare the information in layers a and b of the same flow.
 
-    Float64 on the CPU. The ratios are NaN where J_b is within three errors of zero in some
-    direction, and `notes` says so.
+    Tensors are float64 on the CPU. The ratios are NaN if J_b is within three errors of zero in some
+    direction; there is a note then.
 
     Attributes:
         names: of a and b.
@@ -74,7 +73,7 @@ class LayerComparison:
         ratios_stderr: [P] standard errors, of the ratios along these directions.
         directions: [P, P], in the unit of theta; the columns w are the directions of `ratios`,
             w^T J_b w = 1.
-        notes: what a reader should know.
+        notes: remarks for the reader.
     """
 
     names: tuple[str, str]
@@ -98,7 +97,7 @@ class LayerComparison:
 
 
 def compare(a: Measured, b: Measured) -> LayerComparison:
-    """Ratio J_a / J_b and difference J_a - J_b of two layers that have seen the same samples."""
+    """Compute ratio J_a / J_b and difference J_a - J_b of two layers with the same samples."""
     of_a, of_b = _joint_replicates(a, b)
     difference_stderr = _jackknife(of_a - of_b)
     value, error = ratio(a, b)
@@ -123,13 +122,13 @@ def compare(a: Measured, b: Measured) -> LayerComparison:
 
 
 def exceeds(a: Measured, b: Measured, of: int = 1) -> bool:
-    """Whether J_a is larger than J_b in every direction, and significantly so for at least one
-    parameter.
+    """Return whether J_a is larger than J_b in every direction, and significantly so for at least
+    one parameter.
 
     Args:
         a, b: two layers.
-        of: number of layers that a is the largest of. The largest of many noisy numbers is too
-            large, so the significance that is asked for grows with it.
+        of: number of layers of which a is the largest. The largest of many noisy numbers is too
+            large, so the required significance grows with it.
     """
     difference = a.J - b.J
     if not bool(torch.isfinite(difference).all()):
@@ -143,7 +142,7 @@ def exceeds(a: Measured, b: Measured, of: int = 1) -> bool:
 
 
 def ratio(a: Measured, b: Measured) -> tuple[float, float]:
-    """tr(J_b^-1 J_a) / P and its standard error; NaN where J_b does not divide."""
+    """Compute tr(J_b^-1 J_a) / P and its standard error; NaN unless `divides(b)`."""
     if not divides(b):
         return math.nan, math.nan
     scale = b.J.diagonal().sqrt()
@@ -157,8 +156,8 @@ def ratio(a: Measured, b: Measured) -> tuple[float, float]:
 
 
 def relative(J_a: torch.Tensor, J_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues of J_b^-1/2 J_a J_b^-1/2 ascending [..., P], and the directions w in theta [...,
-    P, P] that they belong to, w^T J_b w = 1. J_a [..., P, P], J_b [P, P] positive definite."""
+    """Compute the eigenvalues of J_b^-1/2 J_a J_b^-1/2, ascending [..., P], and their directions w
+    in theta [..., P, P], w^T J_b w = 1. J_a [..., P, P], J_b [P, P] positive definite."""
     scale = J_b.diagonal().sqrt()
     unit = scale[:, None] * scale
     factor = torch.linalg.cholesky(J_b / unit)
@@ -170,8 +169,8 @@ def relative(J_a: torch.Tensor, J_b: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def divides(layer: Measured) -> bool:
-    """Whether J is at least `DIVIDES` errors above zero in every direction, so that a ratio to it
-    makes sense."""
+    """Return whether J is at least `DIVIDES` errors above zero in every direction, so that a ratio
+    to it makes sense."""
     return weakest_direction(layer.J, covariance_of(layer))[1] >= DIVIDES
 
 
@@ -181,10 +180,10 @@ def unresolved_note(layer: Measured) -> str:
 
 
 def weakest_direction(J: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The direction in theta [P] in which J is worst known, and J there in units of its error.
+    """Find the direction in theta [P] in which J is known worst, and J there in units of its error.
 
-    Of the eigenvectors of J scaled to unit diagonal. 0 errors for J = 0 without an error, NaN for
-    numbers that are not finite.
+    It is an eigenvector of J scaled to unit diagonal. The result is 0 errors for J = 0 without an
+    error, and NaN for numbers that are not finite.
 
     Args:
         J: [P, P].
@@ -196,7 +195,7 @@ def weakest_direction(J: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.
     if not bool(torch.isfinite(unit).all() and torch.isfinite(covariance).all()):
         return torch.full_like(scale, math.nan), math.nan
     values, vectors = torch.linalg.eigh((unit + unit.T) / 2)
-    values = torch.where(values.abs() > SINGULAR, values, 0.0)  # rounding has a small error, too
+    values = torch.where(values.abs() > SINGULAR, values, 0.0)  # rounding has a small error as well
     directions = vectors / scale[:, None]
     errors = variance_along(directions, covariance).sqrt()
     known = (values / errors).nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
@@ -205,30 +204,31 @@ def weakest_direction(J: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.
 
 
 def variance_along(directions: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """Variance [n] of w^T J w for the columns w of [P, n], from the covariance [P, P, P, P]."""
+    """Compute the variance [n] of w^T J w for the columns w of [P, n], from the covariance
+    [P, P, P, P]."""
     squares = directions[:, None] * directions
     return torch.einsum("pqi,pqrs,rsi->i", squares, covariance, squares).clamp_min(0)
 
 
 def covariance_of(layer: Measured) -> torch.Tensor:
-    """Covariance [P, P, P, P] of the errors of the entries of J; uncorrelated entries where no more
-    than their errors is known."""
+    """Compute the covariance [P, P, P, P] of the errors of the entries of J, uncorrelated if only
+    their standard errors are known."""
     if layer.error_covariance is not None:
         return unpack_covariance(layer.error_covariance, len(layer.J))
-    if len(layer.replicates):  # of fewer folds than there are entries for many parameters
+    if len(layer.replicates):  # for many parameters there are more entries than folds
         return jackknife_covariance(layer.replicates)
     return uncorrelated(layer.stderr)
 
 
 def uncorrelated(stderr: torch.Tensor) -> torch.Tensor:
-    """Covariance [P, P, P, P] of entries whose errors [P, P] are independent."""
+    """Make the covariance [P, P, P, P] of entries with independent errors [P, P]."""
     row, column = torch.tril_indices(*stderr.shape, device="cpu")
     return unpack_covariance(stderr[row, column].square().diag(), len(stderr))
 
 
 def _joint_replicates(a: Measured, b: Measured) -> tuple[torch.Tensor, torch.Tensor]:
-    """J of both layers [R, P, P] without each fold of the samples, the same for both; where a layer
-    has no replicates the errors are independent, and add in square."""
+    """Return J of both layers [R, P, P] without each fold, the same for both; if a layer has no
+    replicates, the errors are independent and add in quadrature."""
     of_a, of_b = _deviations(a), _deviations(b)
     if a is not b and not len(a.replicates) == len(b.replicates) > 0:
         of_a, of_b = (
@@ -240,7 +240,7 @@ def _joint_replicates(a: Measured, b: Measured) -> tuple[torch.Tensor, torch.Ten
 
 
 def _deviations(layer: Measured) -> torch.Tensor:
-    """Deviations [n, P, P] of J, of mean zero, whose products sum up to the covariance of its
+    """Compute deviations [n, P, P] of J with mean zero, whose products sum to the covariance of its
     error."""
     folds = len(layer.replicates)
     if folds:
@@ -260,5 +260,5 @@ def _deviations(layer: Measured) -> torch.Tensor:
 
 
 def _jackknife(values: torch.Tensor) -> torch.Tensor:
-    """Standard error of a function from its values without each fold [F, ...]."""
+    """Compute the standard error of a function from its values without each fold [F, ...]."""
     return (values.var(0, correction=0) * (len(values) - 1)).sqrt()

@@ -32,10 +32,10 @@ FORMAT_VERSION = 1
 class FisherFlow:
     """Fisher information of every layer, in execution order from "input" to "output".
 
-    Index by name or alias (``flow["fc2"].J``), iterate over `LayerFisher`, print for a table. The
-    *linear* information of a layer may exceed that of the layer before it: it is a bound, and a
-    non-linear layer can make information linearly readable. The true information never rises along
-    a chain: see `tightened`.
+    Index it by name or alias (``flow["fc2"].J``), iterate over its `LayerFisher`, or print it for a
+    table. The *linear* information of a layer may exceed that of the layer before it: it is a lower
+    bound, and a non-linear layer can make information linearly readable. The true information never
+    rises along a chain: see `tightened`.
 
     Attributes:
         layers: in execution order.
@@ -76,30 +76,30 @@ class FisherFlow:
         return self.layers[0].parameters
 
     def fractions(self) -> dict[str, float]:
-        """J / J_input of each layer; tr(J_input^-1 J) / P for P parameters. Dimensionless.
+        """Return J / J_input of each layer; tr(J_input^-1 J) / P for P parameters. Dimensionless.
 
-        NaN where J_input is within three errors of zero in some direction. Errors in
+        NaN if J_input is within three errors of zero in some direction. Errors are in
         `fraction_errors`; for the ratio of two other layers see `compare`.
         """
         return {name: value for name, (value, _) in self._ratios().items()}
 
     def fraction_errors(self) -> dict[str, float]:
-        """Standard errors of `fractions`: jackknife of the ratio over the folds of the samples that
-        layer and input share."""
+        """Return standard errors of `fractions`, from a jackknife of the ratio over the folds of
+        the samples that layer and input share."""
         return {name: error for name, (_, error) in self._ratios().items()}
 
     def compare(self, a: str, b: str) -> LayerComparison:
-        """Ratio J_a / J_b and difference J_a - J_b of two layers, with their standard errors.
+        """Compute ratio J_a / J_b and difference J_a - J_b of two layers, with standard errors.
 
-        Both layers have seen the same samples, so their errors are correlated and those of ratio
-        and difference are smaller than the two added in square.
+        Both layers are measured on the same samples, so their errors are correlated, and those of
+        ratio and difference are smaller than the two added in quadrature.
 
         Args:
             a, b: names of layers.
 
         Returns:
-            `LayerComparison`; for P parameters also the ratio by direction. The ratios are NaN
-            where J_b is within three errors of zero.
+            `LayerComparison`; for P parameters also the ratio by direction. The ratios are NaN if
+            J_b is within three errors of zero.
 
         Raises:
             KeyError: there is no such layer.
@@ -115,12 +115,12 @@ class FisherFlow:
         return compare(self[a], self[b])
 
     def tightened(self) -> FisherFlow:
-        """Use the network itself: information that a later layer shows was there before it.
+        """Raise the J of each layer to that of later layers which are functions of it alone.
 
         Any function of a later layer is a function of an earlier one, so I_l >= J_m for m after l
         along a chain. Chains are found by the measurement (`LayerFisher.descendants`); a layer
-        inside a residual branch gets nothing from layers after the sum. A later J must be larger in
-        every direction, and by more than chance makes the largest of that many layers.
+        inside a residual branch is not raised by layers after the sum. A later J must be larger in
+        every direction, and by more than the largest of that many layers would be by chance.
         """
         by_name = {layer.name: layer for layer in self}
         tight = []
@@ -145,8 +145,8 @@ class FisherFlow:
         return replace(self, layers=tuple(tight))
 
     def map(self, name: str) -> InformationMap:
-        """Linear Fisher information of the channels at each position of a layer [C, H, W], measured
-        with ``maps=True``: where on the picture the information sits. J [H, W, P, P] in 1/theta^2.
+        """Return the linear Fisher information of the channels at each position of a layer
+        [C, H, W], measured with ``maps=True``. J [H, W, P, P] is in 1/theta^2.
 
         Raises:
             KeyError: there is no such layer.
@@ -168,12 +168,12 @@ class FisherFlow:
         raise ValueError(f"layer {name!r} must have a shape [C, H, W] for a map, got {shape}")
 
     def plot(self, ax: Any = None, **style: Any) -> Any:
-        """J with error bars and the honest bound against the layers; returns the matplotlib
+        """Plot J with error bars and the honest bound against the layers, and return the matplotlib
         axes."""
         return plots.plot_flow(self, ax, **style)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists: what `save` writes as JSON."""
+        """Return plain numbers, strings and lists, which `save` writes as JSON."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -185,7 +185,7 @@ class FisherFlow:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> FisherFlow:
-        """Rebuild what `to_dict` returned. Raises ValueError for anything else."""
+        """Rebuild a flow from the result of `to_dict`. Raises ValueError for anything else."""
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(
                 f"content must be a saved flow (format {FORMAT!r}), got another format"
@@ -208,17 +208,17 @@ class FisherFlow:
             ) from None
 
     def save(self, path: str | Path) -> None:
-        """Write to a .json or .npz file (by its ending). Numbers survive exactly; nothing is
-        pickled."""
+        """Write to a .json or .npz file (by its ending). Numbers are stored exactly, without
+        pickle."""
         io.write(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> FisherFlow:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
-            ValueError: the file is damaged or something else.
-            FileNotFoundError: there is none.
+            ValueError: the file is damaged or of another kind.
+            FileNotFoundError: there is no such file.
         """
         content = io.read(Path(path))
         try:
@@ -227,7 +227,7 @@ class FisherFlow:
             raise ValueError(f"{path}: {error}") from None
 
     def table(self) -> list[list[str]]:
-        """Header and one row of text per layer, as `print` shows them."""
+        """Return the header and one row of text per layer, as printed."""
         return table.rows(self.layers, self._ratios())
 
     def __repr__(self) -> str:
@@ -244,7 +244,7 @@ class FisherFlow:
         return table.footnotes(self.layers, source)
 
     def _ratios(self) -> dict[str, tuple[float, float]]:
-        """J / J_input of each layer and its standard error."""
+        """Compute J / J_input of each layer and its standard error."""
         source = self.layers[0]
         if source.name != "input":
             raise ValueError(f"the first layer must be the input, got {source.name!r}")
@@ -252,5 +252,5 @@ class FisherFlow:
 
 
 def _trace_of_ratio(J: torch.Tensor, unit: torch.Tensor) -> float:
-    """Sum over the parameters of J relative to another, so that the units of theta cancel."""
+    """Compute the trace of J relative to another, in which the units of theta cancel."""
     return float((J.diagonal() / unit.diagonal().abs()).nan_to_num().sum())

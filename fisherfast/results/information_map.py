@@ -1,4 +1,4 @@
-"""What `FisherFlow.map` returns: plain numbers, one matrix a position."""
+"""`InformationMap`, the result of `FisherFlow.map`: one matrix per position."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ MAX_MAP_NUMBERS = 2**27
 class InformationMap:
     """Linear Fisher information of the channels at each position of a feature map.
 
-    It is a picture, not a budget: neighbours share information, so J of a layer is not the sum of
-    its map.
+    Neighbouring positions share information, so J of a layer is not the sum of its map.
 
     Attributes:
-        J: [H, W, P, P] float64 in 1/theta^2, without bias, not clipped; NaN where the covariance of
-            a position is singular (ridge 0 only).
+        J: [H, W, P, P] float64 in 1/theta^2, bias-corrected, not clipped; NaN where the covariance
+            of a position is singular (ridge 0 only).
         stderr: [H, W, P, P] its standard errors.
     """
 
@@ -36,11 +35,11 @@ class InformationMap:
         """J [H, W] for one parameter."""
         parameters = self.J.shape[-1]
         if parameters != 1:
-            raise ValueError(f"value must be asked for one parameter, got {parameters}: use .J")
+            raise ValueError(f"value needs exactly one parameter, got {parameters}: use .J")
         return self.J[..., 0, 0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and nested lists; NaN as "nan"."""
+        """Return plain numbers and nested lists; NaN as "nan"."""
         return {
             "shape": list(self.J.shape),
             "J": [str(v) if v != v else v for v in self.J.flatten().tolist()],
@@ -49,7 +48,7 @@ class InformationMap:
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> InformationMap:
-        """Rebuild what `to_dict` returned."""
+        """Rebuild a map from the result of `to_dict`."""
         J, stderr = (
             torch.from_numpy(np.array(entry[name], dtype=np.float64).reshape(entry["shape"]))
             for name in ("J", "stderr")
@@ -58,10 +57,10 @@ class InformationMap:
 
 
 def has_map(shape: tuple[int, ...]) -> bool:
-    """Whether a layer of this shape has positions, and few enough numbers."""
+    """Return whether a layer of this shape has positions, and a small enough map."""
     return len(shape) == 3 and shape[1] * shape[2] * shape[0] ** 2 <= MAX_MAP_NUMBERS
 
 
 def is_mapped(maps: bool | Sequence[str], names: Sequence[str]) -> bool:
-    """Whether the setting maps asks for a layer of these names."""
+    """Return whether the setting maps includes a layer with these names."""
     return maps if isinstance(maps, bool) else any(name in maps for name in names)

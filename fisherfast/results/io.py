@@ -1,4 +1,4 @@
-"""Files of a flow: JSON, alone or inside a compressed .npz."""
+"""Read and write the files of a flow: JSON, plain or inside a compressed .npz."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Any:
-    """Read what `write` wrote. Raises ValueError for a damaged file, FileNotFoundError for none."""
+    """Read a file of `write`. Raises ValueError for a damaged file, FileNotFoundError for none."""
     if path.suffix not in (".json", ".npz"):
         raise ValueError(f"path must end in .json or .npz, got {path.name!r}")
     raw = path.read_bytes() if path.suffix == ".json" else _read_npz(path)

@@ -18,8 +18,8 @@ __all__ = ["NOT_INDEPENDENT", "LayerFisher", "finite_step_note", "warn_of"]
 
 NOT_INDEPENDENT = (
     "neighbouring samples depend on each other (pairs, repeated measurements, a time series, or a"
-    " sorted file), but errors and bounds are those of independent ones: say with groups= which"
-    " samples belong together, or shuffle a file that is only sorted"
+    " sorted file), but errors and bounds assume independent samples: pass groups= for samples that"
+    " belong together, or shuffle a file that is only sorted"
 )
 
 FINITE_STEP_LIMIT = 0.3
@@ -37,49 +37,49 @@ class LayerFisher:
         name: of the layer; "input" for the data themselves.
         kind: class of the module, or the function.
         shape: of one sample's activations.
-        J: best estimate of the linear Fisher information of the features, free of bias; a lower
-            bound of the Fisher information. May be negative within its error when the truth is near
-            0: it is not clipped.
+        J: best estimate of the linear Fisher information of the features, bias-corrected; a lower
+            bound of the Fisher information. It is not clipped, and may be negative within its error
+            if the truth is near 0.
         stderr: standard error of J.
         lower: the honest bound: a readout learned on one half of the samples, measured on the
             other.
         lower_stderr: its standard error.
-        linear: linear Fisher information of the raw activations, without lift; same correction as
-            J (and the same as J for a wide layer).
+        linear: linear Fisher information of the raw activations, without lift, with the same
+            corrections as J (and equal to J for a wide layer).
         linear_stderr: its standard error.
         naive: J without any finite-sample correction (biased upwards).
-        curve_k: [K'] int64 numbers of features at which the curve is kept.
+        curve_k: [K'] int64 numbers of features at which the curve is stored.
         curve_J: [K', P, P] J of the first k features.
         curve_stderr: [K', P, P] standard errors.
-        features: number of features k that J was taken at; for "krylov" the larger of those of its
-            two halves.
+        features: number of features k used for J; for "krylov" the larger of those of its two
+            halves.
         feature_kind: "raw", "lift", "krylov" or "sketch" for a wide layer, or "none" for a layer
             without variation (J = 0).
-        effective_dim: k_eff, features that count after the ridge.
-        samples: all samples used, over conditions.
+        effective_dim: k_eff, the effective number of features after the ridge.
+        samples: number of samples used, over all conditions.
         dropped: activations and features that never varied and were left out.
         plateau: a plateau of the curve was reached before the last feature.
-        dtheta: [P] full separation of the conditions; empty where there was no finite step.
+        dtheta: [P] full separation of the conditions; empty without a finite step.
         aliases: other names of the same activations.
         descendants: names of layers that are a function of this one alone.
-        notes: what a reader should know.
+        notes: remarks for the reader.
         error_covariance: [m, m] covariance of the errors of the lower triangle of J, row by row, m
-            = P (P + 1) / 2; None where unknown. `marginal` takes its error from it.
+            = P (P + 1) / 2; None if unknown. `marginal` computes its error from it.
         response: [d, P] derivative of the mean activations, in their unit per unit of theta, of
-            layers with at most 16 of them; None for others. The output of an unbiased estimator
-            has the unit matrix.
-        status: how far J is to be believed: "unresolved", "noisy", "rising" or "resolved".
+            layers with at most 16 activations; None for others. The unit matrix for the output of
+            an unbiased estimator.
+        status: how reliable J is: "unresolved", "noisy", "rising" or "resolved".
         compressed: the activations were compressed before they were measured.
-        carried: the arithmetic carries the condition of the covariance; where not, information may
-            lie below the rounding of the activations.
+        carried: the precision is enough for the condition of the covariance; if not, information
+            may be lost in the rounding of the activations.
         independent: no dependence between neighbouring samples was found; errors and bounds assume
             that there is none.
         sensitive: more features that add a tenth of J would have been noticed.
-        rounding: share of its information about a parameter, when others are unknown, below which
-            J is rounding: `crlb` is infinite there.
+        rounding: J is rounding if less than this fraction of the information about a parameter
+            remains when the others are unknown: `crlb` is then infinite.
         replicates: [F, P, P] J without each fold of the samples, scaled so that their jackknife is
             the covariance of the error of J. All layers of a flow leave out the same samples, so
-            the error of any function of several layers follows. Empty where there are none.
+            they give the error of any function of several layers. Empty if there are none.
     """
 
     name: str
@@ -119,7 +119,7 @@ class LayerFisher:
 
     @property
     def converged(self) -> bool:
-        """Whether J may be taken as it is: status == "resolved"."""
+        """Whether J is reliable: status == "resolved"."""
         return self.status == "resolved"
 
     @property
@@ -136,9 +136,7 @@ class LayerFisher:
     def value(self) -> float:
         """J as a number in 1/theta^2; for one parameter only."""
         if self.parameters != 1:
-            raise ValueError(
-                f"value must be asked for one parameter, got {self.parameters}: use .J"
-            )
+            raise ValueError(f"value needs exactly one parameter, got {self.parameters}: use .J")
         return float(self.J)
 
     def __float__(self) -> float:
@@ -155,25 +153,25 @@ class LayerFisher:
     def crlb(self) -> torch.Tensor:
         """Cramer-Rao bound [P] float64 in the unit of theta: sqrt of the diagonal of J^-1.
 
-        The smallest standard deviation that an unbiased estimate from these features can have, all
-        parameters unknown. Infinite where J is not positive definite, but for rounding.
+        This is the smallest standard deviation of an unbiased estimate from these features with all
+        parameters unknown. Infinite if J is not positive definite within rounding.
         """
         return cramer_rao(self.J, self.rounding)
 
     def marginal(self, keep: int | Sequence[int]) -> MarginalFisher:
-        """Information about some parameters, the others being unknown nuisances: the Schur
-        complement J_aa - J_ab J_bb^-1 J_ba, in 1/theta^2.
+        """Compute the information about some parameters with the others as unknown nuisances: the
+        Schur complement J_aa - J_ab J_bb^-1 J_ba, in 1/theta^2.
 
-        Its standard error is the first-order one, from the covariance of the errors of all entries
-        of J. ``marginal([p]).J`` is ``crlb[p] ** -2``. Nuisances that stand for each other count
-        once, those not seen at all do not; NaN where their J is not positive semi-definite.
+        Its standard error is to first order, from the covariance of the errors of all entries of J.
+        ``marginal([p]).J`` is ``crlb[p] ** -2``. Equivalent nuisances count once, and nuisances
+        without information do not count; NaN if their J is not positive semi-definite.
 
         Args:
-            keep: the parameters kept, one number or several; negative ones count from the end.
+            keep: the parameters to keep, one index or several; negative ones count from the end.
 
         Raises:
-            ValueError: keep is empty, or names a parameter twice or one that does not exist.
-            TypeError: keep holds something else than whole numbers.
+            ValueError: keep is empty, or holds a parameter twice or one that does not exist.
+            TypeError: keep does not hold whole numbers.
 
         Example:
             >>> import torch, fisherfast as ff
@@ -187,26 +185,26 @@ class LayerFisher:
 
     @property
     def finite_step(self) -> torch.Tensor:
-        """dtheta sqrt(J) / 2 [P]: how far each condition is from theta in units of its
-        uncertainty. Zero where there was no finite step."""
+        """dtheta sqrt(J) / 2 [P]: the distance of each condition from theta in units of its
+        uncertainty. Zero without a finite step."""
         if not self.dtheta:
             return torch.zeros(self.parameters, dtype=torch.float64, device="cpu")
         step = torch.tensor(self.dtheta, dtype=torch.float64, device="cpu")
         return step * self.J.diagonal().clamp_min(0).sqrt() / 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and nested lists; NaN and infinity as "nan", "inf"."""
+        """Return plain numbers, strings and nested lists; NaN and infinity as "nan", "inf"."""
         entry = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         return {name: value for name, value in entry.items() if value is not None}
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> LayerFisher:
-        """Rebuild what `to_dict` returned.
+        """Rebuild a layer from the result of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: an entry is missing or of a wrong kind.
+            KeyError, TypeError, ValueError: an entry is missing or of the wrong kind.
         """
-        added = {"error_covariance", "response"} - set(entry)  # where there is none
+        added = {"error_covariance", "response"} - set(entry)  # None in the layer
         values = {f.name: entry[f.name] for f in fields(cls) if f.name not in added}
         parameters = len(values["J"])
         if "error_covariance" in values:
@@ -250,7 +248,7 @@ _MATRICES = (
 
 
 def finite_step_note(layer: LayerFisher) -> str | None:
-    """A warning where the two conditions are too far apart for a derivative."""
+    """Make a warning if the two conditions are too far apart for a derivative."""
     worst = float(layer.finite_step.max())
     if worst <= FINITE_STEP_LIMIT:
         return None
@@ -261,7 +259,7 @@ def finite_step_note(layer: LayerFisher) -> str | None:
 
 
 def warn_of(layers: tuple[LayerFisher, ...], *, stacklevel: int = 4) -> None:
-    """Warn, once each, of samples that depend on each other and of finite steps too wide."""
+    """Warn once of samples that depend on each other, and once of too wide finite steps."""
     dependent = [layer.name for layer in layers if not layer.independent]
     if dependent:
         names = ", ".join(dependent)
@@ -283,5 +281,5 @@ def _plain(value: Any) -> Any:
 
 
 def diagonal_text(matrix: torch.Tensor) -> str:
-    """The diagonal of a matrix [P, P] to four digits."""
+    """Format the diagonal of a matrix [P, P] with four digits."""
     return ", ".join(f"{float(value):.4g}" for value in matrix.diagonal())

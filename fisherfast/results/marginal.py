@@ -1,13 +1,14 @@
-"""Information about some parameters when the others are unknown too."""
+"""Information about some parameters if the others are unknown as well."""
 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from fisherfast._validation import check_whole
 
 __all__ = [
     "MarginalFisher",
@@ -18,19 +19,19 @@ __all__ = [
 ]
 
 SINGULAR = 1e-9
-"""Share of its information about a parameter that J must keep when the others are unknown: below it
-is rounding. A parameter that is the sum of two others keeps 3e-10 behind a float32 layer."""
+"""Fraction of the information about a parameter that must remain when the others are unknown; less
+is rounding. A parameter that is the sum of two others keeps 3e-10 after a float32 layer."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MarginalFisher:
-    """Fisher information about the parameters kept, the others being nuisances.
+    """Fisher information about the kept parameters, with the others as nuisances.
 
     Attributes:
-        parameters: [a] the parameters kept.
-        J: [a, a] float64, J_aa - J_ab J_bb^-1 J_ba, per unit of theta squared. NaN where the
+        parameters: [a] the kept parameters.
+        J: [a, a] float64, J_aa - J_ab J_bb^-1 J_ba, per unit of theta squared. NaN if the
             information about the nuisances is not positive semi-definite.
-        stderr: [a, a] standard errors; NaN where the errors of J were not kept.
+        stderr: [a, a] standard errors; NaN if the errors of J are unknown.
     """
 
     parameters: tuple[int, ...]
@@ -42,7 +43,7 @@ class MarginalFisher:
         """J as a number; for one parameter only."""
         if len(self.parameters) != 1:
             raise ValueError(
-                f"value must be asked for one parameter, got {len(self.parameters)}: use .J"
+                f"value needs exactly one parameter, got {len(self.parameters)}: use .J"
             )
         return float(self.J)
 
@@ -51,7 +52,7 @@ class MarginalFisher:
 
     @property
     def crlb(self) -> torch.Tensor:
-        """Cramer-Rao bound [a] in the unit of theta, as `LayerFisher.crlb` has it for these."""
+        """Cramer-Rao bound [a] in the unit of theta, the same as in `LayerFisher.crlb`."""
         return cramer_rao(self.J)
 
     def __repr__(self) -> str:
@@ -61,8 +62,8 @@ class MarginalFisher:
 
 
 def cramer_rao(J: torch.Tensor, rounding: float = SINGULAR) -> torch.Tensor:
-    """sqrt of the diagonal of J^-1 [P]; infinite where J is not positive definite, but for
-    rounding, a share of the information about a parameter."""
+    """Compute the square root of the diagonal of J^-1 [P]; infinite if J is not positive definite
+    within rounding, a fraction of the information about a parameter."""
     correlation, scale = _unit_diagonal(J)
     factor, failed = torch.linalg.cholesky_ex(correlation)
     left = factor.diagonal().square()
@@ -72,15 +73,16 @@ def cramer_rao(J: torch.Tensor, rounding: float = SINGULAR) -> torch.Tensor:
 
 
 def _unit_diagonal(J: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """J in units where each parameter has information 1 (or 0, or -1), and the scale [P]."""
+    """Scale J so that each parameter has information 1 (or 0, or -1); also returns the scale
+    [P]."""
     scale = J.diagonal().abs().sqrt()
     scale = torch.where(scale > 0, scale, 1)
     return (J + J.T) / 2 / scale[:, None] / scale, scale
 
 
 def _pseudo_inverse(J: torch.Tensor, rounding: float) -> torch.Tensor | None:
-    """Of a J that may be singular, when parameters stand for each other or none is seen; None if it
-    is not positive semi-definite."""
+    """Compute the pseudo-inverse of a J that may be singular, if parameters are equivalent or have
+    no information; None if it is not positive semi-definite."""
     correlation, scale = _unit_diagonal(J)
     if not bool(torch.isfinite(correlation).all()):
         return None
@@ -97,7 +99,7 @@ def marginal_fisher(
     keep: int | Sequence[int],
     rounding: float = SINGULAR,
 ) -> MarginalFisher:
-    r"""The Schur complement of J, and its standard error in first order.
+    r"""Compute the Schur complement of J, and its standard error to first order.
 
     .. math:: M = J_{aa} - J_{ab} J_{bb}^{-1} J_{ba}, \qquad dM = X^T\, dJ\, X, \quad
               X = \begin{pmatrix} 1 \\ -J_{bb}^{-1} J_{ba} \end{pmatrix}
@@ -105,12 +107,12 @@ def marginal_fisher(
     Args:
         J: [P, P].
         error_covariance: [m, m] of the lower triangle of J, m = P (P + 1) / 2, or None.
-        keep: parameters kept.
-        rounding: share of its information about a parameter below which J is rounding.
+        keep: parameters to keep.
+        rounding: fraction of the information about a parameter below which J is rounding.
 
     Raises:
-        ValueError: keep is empty, or names a parameter twice or one that does not exist.
-        TypeError: keep is no whole number or sequence of these.
+        ValueError: keep is empty, or holds a parameter twice or one that does not exist.
+        TypeError: keep is not a whole number or a sequence of these.
     """
     kept = _check_keep(keep, len(J))
     rest = [p for p in range(len(J)) if p not in kept]
@@ -133,13 +135,13 @@ def marginal_fisher(
 
 
 def pack_covariance(full: torch.Tensor) -> torch.Tensor:
-    """[P, P, P, P] of the entries of a symmetric matrix as [m, m] of its lower triangle."""
+    """Reduce [P, P, P, P] of the entries of a symmetric matrix to [m, m] of its lower triangle."""
     row, column = torch.tril_indices(len(full), len(full), device=full.device)
     return full[row, column][:, row, column]
 
 
 def unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
-    """[m, m] of the lower triangle of a symmetric matrix as [P, P, P, P] of all its entries."""
+    """Expand [m, m] of the lower triangle of a symmetric matrix to [P, P, P, P] of all entries."""
     row, column = torch.tril_indices(parameters, parameters, device="cpu")
     place = torch.zeros(parameters, parameters, dtype=torch.int64, device="cpu")
     place[row, column] = place[column, row] = torch.arange(len(row), device="cpu")
@@ -148,9 +150,7 @@ def unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
 
 def _check_keep(keep: int | Sequence[int], parameters: int) -> list[int]:
     entries = list(keep) if isinstance(keep, Iterable) else [keep]
-    if any(isinstance(p, bool) or not isinstance(p, numbers.Integral) for p in entries):
-        raise TypeError(f"keep must hold whole numbers, got {keep!r}")
-    kept = [int(p) + parameters if p < 0 else int(p) for p in entries]
+    kept = [p + parameters if p < 0 else p for p in (check_whole("keep", p) for p in entries)]
     valid = all(0 <= p < parameters for p in kept)
     if not kept or not valid or len(set(kept)) < len(kept):
         raise ValueError(

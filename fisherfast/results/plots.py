@@ -1,8 +1,8 @@
 """Figures of the Fisher information: against layers, against features, over epochs.
 
-Every function draws into the axes it is given, or into a new figure without any window or backend
-state, and returns the axes; ``ax.figure.savefig("flow.png")`` writes the file. matplotlib is
-imported when the first figure is drawn; its settings and its pyplot figures are never touched.
+Every function draws into the given axes, or into a new figure without a window or backend state,
+and returns the axes; ``ax.figure.savefig("flow.png")`` writes the file. matplotlib is imported when
+the first figure is drawn; its settings and its pyplot figures are never changed.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ __all__ = [
     "tidy",
 ]
 
-# Okabe and Ito (2008): told apart with every common colour vision.
+# Okabe and Ito (2008): distinguishable with every common colour vision.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 
 SIZE = (6.0, 4.0)  # inches
 DPI = 160
-MAP_RANGE = (0.05, 0.85)  # of viridis: its yellow end is too pale on white
-LEGEND_ENTRIES = 12  # one line each; more are thinned out
-CEILING = 2.5  # of the axis of errors: untrained networks are far above what matters, near 1
+MAP_RANGE = (0.05, 0.85)  # part of viridis; its yellow end is too pale on white
+LEGEND_ENTRIES = 12  # most lines of a legend; further ones are left out
+CEILING = 2.5  # upper end of the axis of errors: values near 1 matter, untrained ones are far above
 
 
 class FlowLike(Protocol):
-    """What a figure reads of a `FisherFlow`."""
+    """The attributes of a `FisherFlow` that figures use."""
 
     @property
     def layers(self) -> tuple[LayerFisher, ...]: ...
@@ -58,8 +58,8 @@ class FlowLike(Protocol):
 
 
 class EpochLike(Protocol):
-    """What `plot_training` reads of an epoch; NaN where unknown. Levels are mean square errors in
-    units of the Cramer-Rao bound of the input, transmission is J_output / J_input."""
+    """The attributes of an epoch that `plot_training` uses; NaN if unknown. Levels are mean square
+    errors in units of the Cramer-Rao bound of the input, transmission is J_output / J_input."""
 
     @property
     def epoch(self) -> int: ...
@@ -83,7 +83,7 @@ class _Line(NamedTuple):
 
 
 def new_figure(width: float = SIZE[0], height: float = SIZE[1]) -> Any:
-    """A matplotlib figure in inches, outside of pyplot.
+    """Make a matplotlib figure, with its size in inches, outside of pyplot.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -107,7 +107,7 @@ def plot_flow(
     unit: str = "1/theta²",
     color: Any = BLUE,
 ) -> Axes:
-    """J against the layers, with error bars of one standard error and the honest lower bound.
+    """Plot J against the layers, with error bars of one standard error and the honest lower bound.
 
     Args:
         flow: a measurement. For several parameters there is one line per diagonal entry of J.
@@ -155,7 +155,7 @@ def plot_flows(
     unit: str = "1/theta²",
     title: str = "",
 ) -> Axes:
-    """J against the layers, one line per flow in the order given, dark to bright.
+    """Plot J against the layers, one line per flow in the given order, from dark to bright.
 
     Args:
         flows: measurements of the same layers by their label, for instance the epoch.
@@ -199,7 +199,7 @@ def plot_flows(
 
 
 def legend_beside(ax: Axes, title: str = "") -> None:
-    """The legend to the right of the axes, where nothing is drawn: error bars, then the rest."""
+    """Draw the legend to the right of the axes: error bars first, then the rest."""
     entries = sorted(
         zip(*ax.get_legend_handles_labels(), strict=True),
         key=lambda entry: not hasattr(entry[0], "has_yerr"),
@@ -216,13 +216,13 @@ def legend_beside(ax: Axes, title: str = "") -> None:
 
 
 def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/theta²") -> Axes:
-    """J of the first k features against k, with a band of one standard error.
+    """Plot J of the first k features against k, with a band of one standard error.
 
-    The ring marks the k that `J` was taken at, the dashed line the honest lower bound there. For
-    several parameters there is one curve per diagonal entry of J.
+    The ring marks the k used for `J`, the dashed line the honest lower bound there. For several
+    parameters there is one curve per diagonal entry of J.
 
     Args:
-        layer: of a flow, or what `fisher_information` returned.
+        layer: of a flow, or the result of `fisher_information`.
         ax: axes to draw into; None makes a new figure.
         unit: of J, for the axis.
 
@@ -253,12 +253,12 @@ def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/the
 
 
 def plot_training(history: Sequence[EpochLike], ax: Axes | None = None) -> Axes:
-    """What reaches the output, and the errors in units of the Cramer-Rao bound, over epochs.
+    """Plot transmission, and the errors in units of the Cramer-Rao bound, over epochs.
 
-    Drawn are J_output / J_input with error bars, and training and validation error (mean square
-    error times J_input). Below the line at 1 no unbiased estimate can be: a training error there
-    is memory, which is where the published rule stops (star). The ring marks the least validation
-    error. The axis ends at 2.5; an arrow with the number stands for an error above it.
+    It shows J_output / J_input with error bars, and training and validation error (mean square
+    error times J_input). No unbiased estimate is below the line at 1: with a training error there
+    the network memorises, and the published rule stops (star). The ring marks the least validation
+    error. The axis ends at 2.5; an arrow with a number marks a larger error.
 
     Args:
         history: the epochs in their order, as `FisherMonitor.history`.
@@ -314,7 +314,8 @@ def plot_training(history: Sequence[EpochLike], ax: Axes | None = None) -> Axes:
 
 
 def crossing_epoch(history: Sequence[EpochLike]) -> int | None:
-    """The first epoch with training MSE * J_input <= 1, where the published rule stops; or None.
+    """Find the first epoch with training MSE * J_input <= 1, where the published rule stops, or
+    None.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025).
     """
@@ -330,7 +331,7 @@ _SHARE = r"J$_{output}$ / J$_{input}$"
 def _mark_stops(
     ax: Axes, history: Sequence[EpochLike], train: list[float], validation: list[float]
 ) -> None:
-    """The published stopping point as a star, the least validation error as a ring."""
+    """Mark the published stopping point with a star, the least validation error with a ring."""
     stop = crossing_epoch(history)
     epochs = [entry.epoch for entry in history]
     if stop is not None:
@@ -346,7 +347,7 @@ def _mark_stops(
 
 
 def _limit_errors(ax: Axes, epochs: list[int], levels: list[float], *, lowest: float) -> None:
-    """Axis from `lowest`, at most to `CEILING`; an arrow names the first level above it."""
+    """Limit the axis from `lowest` to at most `CEILING`; an arrow marks the first level above."""
     ax.set_ylim(bottom=lowest, top=min(CEILING, ax.get_ylim()[1]))
     above = [(epoch, level) for epoch, level in zip(epochs, levels, strict=True) if level > CEILING]
     if above:
@@ -356,7 +357,7 @@ def _limit_errors(ax: Axes, epochs: list[int], levels: list[float], *, lowest: f
 
 
 def _lines(flow: FlowLike, fraction: bool) -> Iterator[_Line]:
-    """One line, or for J of several parameters one for each."""
+    """Yield one line, or one per parameter for J of several parameters."""
     if fraction:
         shares, errors, lower = flow.fractions(), flow.fraction_errors(), _lower_fractions(flow)
         yield _Line("", [*shares.values()], [*errors.values()], lower)
@@ -371,7 +372,7 @@ def _lines(flow: FlowLike, fraction: bool) -> Iterator[_Line]:
 
 
 def _lower_fractions(flow: FlowLike) -> list[float]:
-    """tr(J_input^-1 lower) / P of each layer."""
+    """Compute tr(J_input^-1 lower) / P of each layer."""
     return [ratio(replace(layer, J=layer.lower), flow.layers[0])[0] for layer in flow.layers]
 
 
@@ -388,7 +389,7 @@ def _label_layers(ax: Axes, flow: FlowLike, fraction: bool, unit: str) -> None:
 
 
 def _thinned(labels: list[Any]) -> list[Any]:
-    """At most `LEGEND_ENTRIES` labels, evenly, with the first and the last."""
+    """Select at most `LEGEND_ENTRIES` labels, evenly spaced, with the first and the last."""
     if len(labels) <= LEGEND_ENTRIES:
         return labels
     last = len(labels) - 1
@@ -396,7 +397,7 @@ def _thinned(labels: list[Any]) -> list[Any]:
 
 
 def sequence_colours(count: int) -> list[Any]:
-    """Colours from dark to bright that keep their order in grey."""
+    """Return colours from dark to bright that keep their order in grey."""
     import matplotlib
 
     start, end = MAP_RANGE
@@ -405,7 +406,7 @@ def sequence_colours(count: int) -> list[Any]:
 
 
 def tidy(ax: Axes) -> None:
-    """The look that all figures share: no box, faint lines across."""
+    """Apply the common style of all figures: no box, faint horizontal lines."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9", lw=0.8)
     ax.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""How far the J of each layer is to be believed, from what all layers of a flow show together."""
+"""The status of each layer: how reliable its J is, judged from all layers of a flow."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from fisherfast.results.layer import LayerFisher
 __all__ = ["with_status"]
 
 UNRESOLVED = 2.0
-"""Standard errors of zero within which J may be nothing."""
+"""Standard errors from zero within which J may be zero."""
 
 CLEAR = 3.0
 """Standard errors beyond which a difference between two numbers is more than noise."""
 
 PRECISE = 10.0
-"""Errors that J must be above zero in its worst direction: an error of a tenth."""
+"""Standard errors that J must be above zero in its worst direction: an error of a tenth."""
 
 RISE = 1.1
-"""Times J that a later layer must show before more features are called for: linear information
-rises by a few per cent through non-linear layers whose J are both right."""
+"""Ratio of a later J to this one above which more features are needed: linear information rises by
+a few per cent through a non-linear layer even if both J are right."""
 
 BLIND = "more features that add a tenth of J would not have been noticed: use more samples"
 
 ATTAINED = 0.97
-"""Share of a known upper bound beyond which more features cannot add anything worth the name."""
+"""Fraction of a known upper bound from which more features can add only a negligible part."""
 
 
 def with_status(layers: Sequence[LayerFisher], *, score: bool) -> tuple[LayerFisher, ...]:
-    """Set the status of each layer of a flow, and a note where the table does not show the reason.
+    """Set the status of each layer of a flow, with a note if the table does not show the reason.
 
-    The first that applies, in the worst direction of theta:
+    The status is the first that applies, in the worst direction of theta:
 
     - "unresolved": J is within two errors of zero (or not finite), and a later layer, which is a
-      function of this one alone, is clearly above;
-    - "noisy": the error is above a tenth of J, the arithmetic does not carry the covariance,
+      function of this one alone, is clearly above zero;
+    - "noisy": the error is above a tenth of J, the precision is too low for the covariance,
       neighbouring samples depend on each other, the honest bound is clearly above J, or more
       features that add a tenth of J would not have been noticed and J is not at a known upper
       bound;
-    - "rising": a later layer shows clearly more, or no plateau of the curve was reached, unless J
-      is at a known upper bound: V of a score, the J of a resolved input;
+    - "rising": a later layer has clearly more information, or the curve has not reached a plateau,
+      unless J is at a known upper bound: V of a score, or the J of a resolved input;
     - "resolved".
 
     Args:
@@ -82,7 +82,7 @@ def _status(
         shown = [other.name for other in later if _shows(other, layer, direction)]
         if shown:
             return "unresolved", [
-                f"J cannot be told from zero, but {shown[0]}, a function of this layer, has more:"
+                f"J is zero within its error, but {shown[0]}, a function of this layer, has more:"
                 " use more samples, or flow.tightened()"
             ]
     if known < PRECISE or not (layer.carried and layer.independent):
@@ -95,7 +95,7 @@ def _status(
     risen = next(_risen(later, layer), None)
     if risen is not None:
         return "rising", [
-            f"{risen.name}, a function of this layer, shows more: flow.tightened() carries it back"
+            f"{risen.name}, a function of this layer, has more: flow.tightened() applies it here"
         ]
     if layer.plateau or attained:
         return "resolved", []
@@ -103,15 +103,16 @@ def _status(
 
 
 def _shows(later: LayerFisher, layer: LayerFisher, direction: torch.Tensor) -> bool:
-    """Whether a later layer is clearly above zero in a direction, and above this one."""
+    """Return whether a later layer is clearly above zero and above this one in a direction."""
     J = direction @ later.J @ direction
     error = variance_along(direction[:, None], covariance_of(later)).sqrt()
     return bool(CLEAR * error < J) and bool(direction @ layer.J @ direction < J)
 
 
 def _bound_is_above(layer: LayerFisher) -> bool:
-    """Whether the honest bound is above J in some direction by more than three errors of both,
-    added in square: wider than that of the difference, for they share their samples."""
+    """Return whether the honest bound is above J in some direction by more than three errors, those
+    of both added in quadrature. This is more than the error of the difference, because they share
+    their samples."""
     ratios, directions = relative(layer.lower, layer.J)
     weight = directions.abs()
     bound_error = torch.einsum("pi,pq,qi->i", weight, layer.lower_stderr, weight)
@@ -120,8 +121,8 @@ def _bound_is_above(layer: LayerFisher) -> bool:
 
 
 def _risen(later: Sequence[LayerFisher], layer: LayerFisher) -> Iterator[LayerFisher]:
-    """Later layers with clearly more information in some direction: compared only where J itself
-    is, for there are many pairs of layers."""
+    """Yield later layers with clearly more information in some direction; J itself is compared
+    first, because there are many pairs of layers."""
     if not later:
         return
     ratios, _ = relative(torch.stack([other.J for other in later]), layer.J)
@@ -134,6 +135,6 @@ def _risen(later: Sequence[LayerFisher], layer: LayerFisher) -> Iterator[LayerFi
 
 
 def _attains(layer: LayerFisher, bound: LayerFisher) -> bool:
-    """Whether J is at least `ATTAINED` of an upper bound in every direction."""
+    """Return whether J is at least `ATTAINED` of an upper bound in every direction."""
     positive = weakest_direction(bound.J, covariance_of(bound))[1] > 0
     return positive and bool(relative(layer.J, bound.J)[0].min() >= ATTAINED)

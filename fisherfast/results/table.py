@@ -19,7 +19,7 @@ LEFT_ALIGNED = ("layer", "shape", "features", "status")
 def rows(
     layers: Sequence[LayerFisher], ratios: Mapping[str, tuple[float, float]]
 ) -> list[list[str]]:
-    """Header and one row of text per layer.
+    """Return the header and one row of text per layer.
 
     Args:
         layers: in execution order.
@@ -45,7 +45,7 @@ def rows(
 
 
 def footnotes(layers: Sequence[LayerFisher], source: str) -> list[str]:
-    """The unit and the source of the numbers, then a line for each note."""
+    """Return a line with unit and source of the numbers, then a line for each note."""
     first = layers[0]
     step = ", ".join(f"{value:g}" for value in first.dtheta)
     per = "diagonal of J shown; " if first.parameters > 1 else ""
@@ -57,7 +57,7 @@ def footnotes(layers: Sequence[LayerFisher], source: str) -> list[str]:
 
 
 def as_text(table: list[list[str]], below: Sequence[str]) -> str:
-    """Aligned columns under a ruled header."""
+    """Format aligned columns under a ruled header."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:
@@ -71,7 +71,7 @@ def as_text(table: list[list[str]], below: Sequence[str]) -> str:
 
 
 def as_html(table: list[list[str]], below: str) -> str:
-    """The same as an HTML table, for notebooks."""
+    """Format an HTML table, for notebooks."""
     head, *body = (
         "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
         for row, tag in zip(table, ["th"] + ["td"] * len(table), strict=False)
@@ -84,5 +84,5 @@ def as_html(table: list[list[str]], below: str) -> str:
 
 
 def _main_names(layer: LayerFisher) -> list[str]:
-    """The name, and for the output the layer that it comes from."""
+    """Return the name, and for the output also the name of its layer."""
     return [layer.name, *layer.aliases[:1]] if layer.name == "output" else [layer.name]

@@ -1,4 +1,4 @@
-"""In training: what a monitor records, when to stop, and a live trend between measurements."""
+"""Measure during training: a monitor, stopping rules, and a live trend between measurements."""
 
 from fisherfast.training.attainable import attainable_error, attainable_error_of_samples
 from fisherfast.training.monitor import FisherMonitor

@@ -1,9 +1,10 @@
-r"""`attainable_error`: the mean square error that nobody can beat when theta is known to lie in a
-bounded range.
+r"""`attainable_error`: the least possible mean square error if theta is known to lie in a bounded
+range.
 
-1/J is the least error of an *unbiased* estimate at one theta. A network knows from its training
-samples where theta can be, and pulls what seems to lie outside back into the range: near the edges
-its error is below 1/J. The least mean square error under a prior is that of the posterior mean,
+1/J is the least error of an *unbiased* estimate at one theta. A network learns from its training
+samples which theta are possible, and moves estimates outside this range back into it: near the
+edges its error is below 1/J. The least mean square error under a prior is that of the posterior
+mean,
 
 .. math:: E_{min} = E_y [ Var(\theta | y) ], \qquad y \sim N(\theta, 1/J).
 """
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fisherfast._validation import check_positive
 from fisherfast.estimation.ridge import raw_ridge, relative_rounding
 from fisherfast.model.default_device import on_host
 
@@ -24,36 +26,36 @@ __all__ = ["Prior", "attainable_error", "attainable_error_of_samples", "check_pr
 Prior = torch.Tensor | Sequence[float]
 
 MOST_VALUES = 256
-"""Different values of theta up to which they count as a grid, of which the network may know."""
+"""Most different values of theta that count as a grid, which the network can learn."""
 CELLS = 64
-"""Of the histogram of more values than that: they are taken to be continuous, with this density."""
+"""Cells of the histogram of more values, which are treated as a continuous distribution."""
 STEPS = 8
-"""Points per standard deviation: integrals of Gaussians by points that dense are exact to 1e-15."""
+"""Points per standard deviation: such sums of Gaussians equal their integrals to 1e-15."""
 TAIL = 8.5
-"""Standard deviations: what is farther out has a weight of 1e-17."""
+"""Standard deviations at which integrals end: the weight outside is 1e-17."""
 DEGREE = 6
-"""Of the polynomial: for ranges of a few standard errors, in which a mean turns a few times."""
-LEAST_DOF = 2  # degrees of freedom per number of a sample: for a covariance to be inverted
+"""Degree of the polynomial, for ranges of a few standard errors with a few turns of the mean."""
+LEAST_DOF = 2  # degrees of freedom per number of a sample, to invert a covariance
 DRAWS = 40_000  # of the simulation: 1 % error
 WIDEST = 200.0
-"""Standard deviations in a continuous range up to which it is computed; beyond, what the edges take
-off falls as 1 / width."""
+"""Width of a continuous range, in standard deviations, up to which the error is computed; for wider
+ranges the effect of the edges falls as 1 / width."""
 
 
 @on_host()
 def attainable_error(precision: float, prior: Prior) -> float:
-    """Mean square error of the posterior mean of theta, given a Gaussian measurement of it.
+    """Compute the mean square error of the posterior mean of theta, given a Gaussian measurement.
 
-    The measurement stands for data of this Fisher information at every theta of the prior. Where
-    the information is the same everywhere and samples become the more different the farther their
-    theta are apart, this is what the best estimate reaches. It is too low where distant theta look
-    alike, as in images in which an object has moved by more than its own size.
+    The measurement represents data with this Fisher information at every theta of the prior. If the
+    information is the same everywhere, and samples differ more the farther apart their theta are,
+    this is the error of the best estimate. It is too low if distant theta give similar samples, as
+    in images in which an object has moved by more than its own size.
 
     Args:
         precision: J, in 1/theta^2.
-        prior: (low, high), theta uniform in this range; or a tensor [n] of theta of the training
-            samples: up to 256 different values are taken as a grid that the network can learn, more
-            as samples of a continuous distribution.
+        prior: (low, high) for theta uniform in this range; or a tensor [n] of theta of the training
+            samples: up to 256 different values are treated as a grid that the network can learn,
+            more as samples of a continuous distribution.
 
     Returns:
         The error in theta^2, at most 1/J.
@@ -66,8 +68,7 @@ def attainable_error(precision: float, prior: Prior) -> float:
         >>> round(attainable_error(256.0, (-1.0, 1.0)) * 256, 2)      # of 1 / J
         0.94
     """
-    if not (math.isfinite(precision) and precision > 0):
-        raise ValueError(f"precision must be positive and finite, got {precision}")
+    precision = check_positive("precision", precision)
     known = check_prior(prior)
     if isinstance(known, tuple):
         return _continuous(torch.ones(1), *known, precision)
@@ -83,26 +84,26 @@ def attainable_error(precision: float, prior: Prior) -> float:
 def attainable_error_of_samples(
     x: torch.Tensor, theta: torch.Tensor, *, degree: int = DEGREE, seed: int = 0
 ) -> float:
-    r"""The same from labelled samples: right too where distant theta look more alike than J says.
+    r"""Compute the same from labelled samples, also if distant theta give similar samples.
 
     The mean of x is fitted by a polynomial of theta, its covariance is that of the residuals, and
     theta has the distribution of the samples. The error of the posterior mean of
-    :math:`x \sim N(m(\theta), S)` follows by simulation, in the few directions in which m moves;
-    what the noise of the fit adds to distances is taken off.
+    :math:`x \sim N(m(\theta), S)` follows by simulation, in the few directions in which m varies;
+    the part of the distances that comes from the noise of the fit is subtracted.
 
     Args:
         x: samples [n, ...], of d numbers each, n well above d.
         theta: [n].
-        degree: of the polynomial: enough where the range of theta is some standard errors wide, and
-            not where it is dozens (`attainable_error` is right there).
+        degree: of the polynomial: the default is enough for a range of theta of some standard
+            errors, not for dozens (for these `attainable_error` is right).
         seed: of the simulation; the global random state is not used.
 
     Returns:
-        The error in theta^2, to about 1 %. Too high where information is not in the mean of x, or
+        The error in theta^2, to about 1 %. Too high if information is not in the mean of x, or if
         the noise is not Gaussian.
 
     Raises:
-        ValueError: theta has not one value per sample, or samples are too few.
+        ValueError: theta does not have one value per sample, or there are too few samples.
 
     Cost: n d^2 operations, 16 n d bytes.
 
@@ -139,7 +140,7 @@ def attainable_error_of_samples(
         torch.linalg.cholesky(covariance), coefficients.T, upper=False
     ).T
     gram = (freedom - d - 1) / freedom * (whitened @ whitened.T) - d * inverse
-    values, vectors = torch.linalg.eigh(gram[1:, 1:])  # a constant tells nothing
+    values, vectors = torch.linalg.eigh(gram[1:, 1:])  # without the constant
     path = vectors * values.clamp_min(0).sqrt()
     places, weights = _representatives(t)
     means = _powers((2 * places - low - high) / (high - low), degree)[:, 1:] @ path
@@ -147,12 +148,12 @@ def attainable_error_of_samples(
 
 
 def _powers(t: torch.Tensor, degree: int) -> torch.Tensor:
-    """Chebyshev polynomials of t in [-1, 1]: [n, degree + 1]."""
+    """Compute Chebyshev polynomials of t in [-1, 1]: [n, degree + 1]."""
     return torch.cos(torch.arange(degree + 1) * t.clamp(-1, 1).acos()[:, None])
 
 
 def _representatives(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of theta and their weights: all of a grid, or quantiles."""
+    """Return values of theta and their weights: all values of a grid, or quantiles."""
     distinct, counts = t.unique(return_counts=True)
     if len(distinct) <= MOST_VALUES:
         return distinct, counts / len(t)
@@ -163,7 +164,7 @@ def _representatives(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _simulated(
     places: torch.Tensor, weights: torch.Tensor, means: torch.Tensor, generator: torch.Generator
 ) -> float:
-    """Mean square error of the posterior mean of y ~ N(means[i], 1)."""
+    """Simulate the mean square error of the posterior mean of y ~ N(means[i], 1)."""
     per_place = math.ceil(DRAWS / len(places))
     error = torch.zeros((), dtype=torch.float64)
     for place, weight, mean in zip(places, weights, means, strict=True):
@@ -175,7 +176,7 @@ def _simulated(
 
 
 def check_prior(prior: Prior) -> tuple[float, float] | torch.Tensor:
-    """(low, high), or values of theta, float64 [n] on the CPU.
+    """Return a prior as (low, high), or as values of theta, float64 [n] on the CPU.
 
     Raises:
         ValueError: it is neither.
@@ -200,7 +201,7 @@ def check_prior(prior: Prior) -> tuple[float, float] | torch.Tensor:
 
 
 def _grid(values: torch.Tensor, weights: torch.Tensor) -> float:
-    """For values [m] in units of the standard deviation: a sum around each of them."""
+    """Compute the error for values [m] in units of the standard deviation, by a sum around each."""
     z = torch.arange(-TAIL, TAIL, 1 / STEPS, dtype=torch.float64)
     density = torch.exp(-(z**2) / 2) / (STEPS * math.sqrt(2 * math.pi))
     error = torch.zeros((), dtype=torch.float64)
@@ -214,7 +215,7 @@ def _grid(values: torch.Tensor, weights: torch.Tensor) -> float:
 
 
 def _continuous(histogram: torch.Tensor, low: float, high: float, precision: float) -> float:
-    """For a density that is constant in each cell: a sum over all y."""
+    """Compute the error for a density that is constant in each cell, by a sum over all y."""
     width = (high - low) * math.sqrt(precision)
     used = min(width, WIDEST)
     points = max(CELLS // len(histogram), math.ceil(used * STEPS / len(histogram)))

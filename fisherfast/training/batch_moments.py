@@ -1,6 +1,6 @@
-"""Moments of a batch of outputs, and J from them, all of it differentiable in the outputs.
+"""Moments of a batch of outputs, and J from them, differentiable in the outputs.
 
-A measurement streams (`moments.py`, `estimators.py`); a training step has one batch, and wants its
+A measurement streams over batches (`estimation/`); a training step has one batch and needs its
 gradient. The formulas are the same.
 """
 
@@ -27,30 +27,30 @@ __all__ = [
 ]
 
 FOLDS = 16
-"""Folds of the U-statistic, as in a measurement; fewer where one would hold less than 2 samples."""
+"""Folds of the U-statistic, as in a measurement; fewer if one would hold less than 2 samples."""
 
 SPARE_DOF = 2
-"""Degrees of freedom beyond k that the mean of an inverse covariance needs to exist."""
+"""Degrees of freedom required beyond k, so that the mean of an inverse covariance exists."""
 
 ROUNDING = 1e-13
-"""Spread relative to its mean below which an output is constant: the mean of equal numbers is off
-by up to 1e-15 of them, and what is left would pass for a spread."""
+"""Spread relative to its mean below which an output is constant: the mean of equal numbers has a
+relative error of up to 1e-15, which would look like a spread."""
 
 Outputs = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
 class BatchMoments:
-    """Of a batch of outputs, float64.
+    """Moments of a batch of outputs, float64.
 
     Attributes:
         mean: [..., k].
         covariance: [..., k, k] within conditions and folds.
-        folds: [..., F, k, P] derivative of the mean in each fold; one fold where none are needed.
+        folds: [..., F, k, P] derivative of the mean in each fold; one fold if none are needed.
         dof: nu [...], degrees of freedom of the covariance.
         noise: [P] c = (1/n_minus + 1/n_plus) / dtheta^2 of independent conditions, whose J without
-            correction is too large by c k; None for the other sources.
-        score: [..., P, P] covariance of the score; None for the other sources.
+            correction is too large by c k; None for other sources.
+        score: [..., P, P] covariance of the score; None for other sources.
         rounding: spread relative to its size that rounding may have added to an output.
     """
 
@@ -63,14 +63,14 @@ class BatchMoments:
     rounding: float = 0.0
 
     def ridge(self, setting: RidgeSetting) -> Tensor:
-        """The ridge of each output [..., k], relative to its variance; no gradient passes."""
+        """Compute the ridge of each output [..., k], relative to its variance, without gradient."""
         variance = self.covariance.diagonal(dim1=-2, dim2=-1).detach()
         if setting != AUTO:
             return torch.full_like(variance, setting)
         return raw_ridge(variance, self.rounding**2 * (self.mean.detach().square() + variance))
 
     def ridged(self, setting: RidgeSetting) -> Tensor:
-        """The covariance [..., k, k] with its ridge."""
+        """Return the covariance [..., k, k] with its ridge."""
         variance = self.covariance.diagonal(dim1=-2, dim2=-1)
         return self.covariance + (self.ridge(setting) * variance).diag_embed()
 
@@ -84,7 +84,7 @@ def batch_moments(
     paired: bool,
     corrected: bool,
 ) -> BatchMoments:
-    """The moments of the source that the arguments tell."""
+    """Compute the moments of the source that the arguments determine."""
     given = {"z_plus": z_plus, "tangents": tangents, "score": score}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
@@ -93,7 +93,7 @@ def batch_moments(
         )
     if z_plus is not None:
         if dtheta is None:
-            raise TypeError("dtheta must be given beside z_plus, got None")
+            raise TypeError("dtheta must be given with z_plus, got None")
         moments = _of_conditions(
             _conditions(z, "z_minus"),
             _conditions(z_plus, "z_plus"),
@@ -102,7 +102,7 @@ def batch_moments(
             paired=paired,
         )
     elif dtheta is not None:
-        raise TypeError(f"dtheta must be left out beside {names[0]}, got {dtheta}")
+        raise TypeError(f"dtheta must be left out with {names[0]}, got {dtheta}")
     elif score is not None:
         moments = _of_score(_samples(z, "z"), score)
     else:
@@ -118,7 +118,7 @@ def _of_conditions(
     folds: bool,
     paired: bool,
 ) -> BatchMoments:
-    """Of P pairs of conditions [..., n, k]."""
+    """Compute the moments of P pairs of conditions [..., n, k]."""
     if len(minus) != len(plus):
         raise ValueError(
             f"z_plus must hold as many conditions as z_minus, got {len(minus)} and {len(plus)}"
@@ -151,7 +151,7 @@ def _of_conditions(
 
 
 def _of_tangents(z: Tensor, tangents: Tensor | None, *, folds: bool) -> BatchMoments:
-    """Of samples [..., n, k] with tangents [..., P, n, k]."""
+    """Compute the moments of samples [..., n, k] with tangents [..., P, n, k]."""
     dz = _floating(tangents, "tangents")
     *systems, n, k = z.shape
     expected = [*systems, "P", n, k]
@@ -169,7 +169,7 @@ def _of_tangents(z: Tensor, tangents: Tensor | None, *, folds: bool) -> BatchMom
 
 
 def _of_score(z: Tensor, score: Tensor) -> BatchMoments:
-    """Of samples [..., n, k] with score [..., n, P]."""
+    """Compute the moments of samples [..., n, k] with score [..., n, P]."""
     s = _floating(score, "score").detach()
     *systems, n, _ = z.shape
     s = s[:, None] if s.ndim == 1 else s
@@ -187,7 +187,7 @@ def _of_score(z: Tensor, score: Tensor) -> BatchMoments:
 
 
 def _rounding(z: Outputs) -> float:
-    """Relative rounding of the first tensor; the others come from the same network."""
+    """Return the relative rounding of the first tensor; the others are of the same network."""
     first = z if isinstance(z, Tensor) else z[0]
     return relative_rounding(first.dtype)
 
@@ -197,14 +197,15 @@ def _fold_number(n: int) -> int:
 
 
 def _averaging(n: int, folds: int, like: Tensor) -> Tensor:
-    """[F, n] that averages samples dealt to folds in turn."""
+    """Make a matrix [F, n] that averages samples dealt to folds in turn."""
     fold = torch.arange(n, device=like.device) % folds
     member = (fold == torch.arange(folds, device=like.device)[:, None]).to(like.dtype)
     return member / member.sum(1, keepdim=True)
 
 
 def _fold_means(z: Tensor, folds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [..., k], means in folds [..., F, k], and scatter [..., k, k] about the latter."""
+    """Compute the mean [..., k], the means in folds [..., F, k], and the scatter [..., k, k] about
+    the latter."""
     mean = z.mean(-2)
     centred = z - mean[..., None, :]
     if folds == 1:
@@ -217,8 +218,9 @@ def _fold_means(z: Tensor, folds: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pair_inflation(conditions: list[Tensor]) -> Tensor:
-    """1 + sum over pairs of conditions of rho^2 / C [...]: what shared noise takes from the degrees
-    of freedom, rho the mean over outputs of the correlation of an output with itself."""
+    """Compute 1 + sum over pairs of conditions of rho^2 / C [...], the factor by which shared noise
+    reduces the degrees of freedom; rho is the mean over outputs of the correlation of an output
+    with itself."""
     units = []
     for z in conditions:
         centred = z - z.mean(-2, keepdim=True)
@@ -233,12 +235,12 @@ def _pair_inflation(conditions: list[Tensor]) -> Tensor:
 def batch_information(
     moments: BatchMoments, ridge: RidgeSetting, corrected: bool
 ) -> tuple[Tensor, Tensor]:
-    """J [..., P, P] without and with correction (without, twice, if none is asked for).
+    """Compute J [..., P, P] without and with correction (twice without if none is wanted).
 
-    The corrections are those of `estimators.fisher_curve`, for all k features.
+    The corrections are those of `estimation.curve.fisher_curve`, for all k features.
 
     Raises:
-        ValueError: too few samples for k; an output that is constant, not finite or linear in
+        ValueError: there are too few samples for k; an output is constant, not finite or linear in
             others.
     """
     *systems, folds, size, parameters = moments.folds.shape
@@ -259,7 +261,7 @@ def batch_information(
     if not corrected:
         return naive, naive
     effective = nu.new_tensor(size)
-    if wanted:  # counted with the largest share: where these differ, all of them are tiny
+    if wanted:  # with the largest ridge for all outputs: where these differ, all of them are tiny
         added = moments.ridge(ridge).amax(-1, keepdim=True)
         effective = size - (added / (1 + added) * solved.inverse_rows).clamp(0, 1).sum(-1)
     shrink = ((nu - effective - 1) / nu)[..., None, None]
@@ -273,13 +275,13 @@ def batch_information(
 
 
 def _constant(moments: BatchMoments) -> Tensor:
-    """Whether an output does not vary [..., k]."""
+    """Return which outputs do not vary [..., k]."""
     variance = moments.covariance.diagonal(dim1=-2, dim2=-1)
     return variance <= (ROUNDING * moments.mean).square()
 
 
 def _failure(moments: BatchMoments, info: Tensor, ridge: RidgeSetting) -> ValueError:
-    """What is wrong with the first system that failed."""
+    """Make the error that explains why the first system failed."""
     size = moments.covariance.shape[-1]
     if not bool(torch.isfinite(moments.covariance).all()):
         return ValueError("z must be finite, got NaN or infinity")
@@ -292,7 +294,7 @@ def _failure(moments: BatchMoments, info: Tensor, ridge: RidgeSetting) -> ValueE
 
 
 def _conditions(z: Outputs, name: str) -> list[Tensor]:
-    """P tensors [..., n, k] of a tensor [n, k] or [..., P, n, k], or a list."""
+    """Split a tensor [n, k] or [..., P, n, k], or a list, into P tensors [..., n, k]."""
     if isinstance(z, tuple):
         raise TypeError(
             f"{name} must be a tensor or a list of P of them, got a tuple: join several outputs of"
@@ -307,7 +309,7 @@ def _conditions(z: Outputs, name: str) -> list[Tensor]:
 
 
 def _samples(z: object, name: str) -> Tensor:
-    """z [..., n, k] in float64."""
+    """Check z and return it as [..., n, k] in float64."""
     samples = _floating(z, name)
     if samples.ndim < 2 or 0 in samples.shape:
         raise ValueError(
@@ -327,7 +329,7 @@ def _floating(z: object, name: str) -> Tensor:
 def check_steps(
     dtheta: float | Sequence[float], parameters: int | None = None
 ) -> tuple[float, ...]:
-    """dtheta as positive numbers, one a parameter if their number is known."""
+    """Return dtheta as positive numbers, one per parameter if their number is known."""
     if parameters is None:
         parameters = max(1, np.size(np.asarray(dtheta)))
     return check_dtheta(dtheta, parameters)

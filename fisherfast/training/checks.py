@@ -1,4 +1,4 @@
-"""What a monitor and its rules are given, checked where it comes in."""
+"""Checks of the arguments of a monitor and its rules."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ __all__ = [
     "check_errors",
     "check_same_network",
     "check_scale",
-    "check_whole",
 ]
 
 
 def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors:
-    """Mean square errors in theta^2, one per parameter; None for None.
+    """Return mean square errors in theta^2, one per parameter; None for None.
 
     Args:
         name: of the argument.
@@ -29,8 +28,8 @@ def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors
         scale: theta per unit of the targets.
 
     Raises:
-        TypeError: no number, or not numbers.
-        ValueError: not P of them, or a negative one.
+        TypeError: the value is neither a number nor numbers.
+        ValueError: there are not P of them, or one is negative.
     """
     if value is None:
         return None
@@ -43,8 +42,8 @@ def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors
         raise ValueError(f"{name} must hold one number per parameter ({parameters}), got {value!r}")
     if bool((errors < 0).any()):
         raise ValueError(
-            f"{name} must be a mean square error, at least 0, got {value!r}: a log-likelihood"
-            ' is none; leave it out and stop with rule="transmission"'
+            f"{name} must be a mean square error, at least 0, got {value!r}: leave it out for other"
+            ' losses, such as a log-likelihood, and stop with rule="transmission"'
         )
     return tuple((errors * scale**2).tolist())
 
@@ -60,26 +59,11 @@ def check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]
             )
 
 
-def check_whole(name: str, value: Any, *, least: int | None = None) -> int:
-    """A whole number as an int.
-
-    Raises:
-        TypeError: it is none.
-        ValueError: it is below `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if least is not None and value < least:
-        wanted = "positive" if least == 1 else f"at least {least}"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-    return int(value)
-
-
 def check_scale(scale: Any) -> float:
-    """The setting target_scale as a float.
+    """Return the setting target_scale as a float.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is 0, NaN or infinite.
     """
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):

@@ -1,7 +1,7 @@
-"""The history of a run as a CSV file that is never more than one epoch behind.
+"""The history of a run as a CSV file that is updated after every epoch.
 
-A file that cannot be written (a full disk, a folder that is gone) stops no training: the rows stay
-in memory, and the whole file is written again at the next record that goes through.
+A file that cannot be written (a full disk, a missing folder) does not stop the training: the rows
+stay in memory, and the whole file is written at the next record for which this works.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ class HistoryFile:
         if self._path.suffix != ".csv":
             raise ValueError(f"path must end in .csv, got {self._path.name!r}")
         if "\0" in str(path):
-            raise ValueError(f"path must hold no null character, got {str(path)!r}")
+            raise ValueError(f"path must not contain a null character, got {str(path)!r}")
         self._columns: list[str] | None = None
         self._written = 0
-        self._size = 0  # bytes, as it was left
+        self._size = 0  # bytes after the last write
         self._warned = False
 
     def restart(self) -> None:
-        """The next rows are of another history."""
+        """Start a new history: the next rows replace the file."""
         self._columns = None
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Bring the file up to date with all rows of the run.
+        """Update the file to hold all rows of the run.
 
-        A new row is appended; the file is rewritten as a whole where columns are new, after a
-        failure, and at first (a run that is continued, or another run's file of that name).
+        A new row is appended. The file is rewritten as a whole if there are new columns, after a
+        failure, and at first (a continued run, or a file of that name from another run).
 
         Warns:
-            FisherWarning: the file could not be written, once until it works again.
+            FisherWarning: the file could not be written; once until it works again.
         """
         columns = self._columns or []
         follows = self._written == len(rows) - 1 and set(rows[-1]) <= set(columns)
@@ -70,8 +70,8 @@ class HistoryFile:
             if not self._warned:
                 warnings.warn(
                     f"history could not be written to {self._path}: {error.strerror or error};"
-                    f" training goes on, all {len(rows)} records are kept in memory and written"
-                    " with the next record that goes through",
+                    f" training continues, all {len(rows)} records are kept in memory and written"
+                    " with the next record for which this works",
                     FisherWarning,
                     stacklevel=4,
                 )
@@ -80,11 +80,11 @@ class HistoryFile:
         self._columns, self._written, self._warned = columns, len(rows), False
 
     def _whole(self) -> bool:
-        """Whether the file is as it was left: nobody moved or cut it."""
+        """Return whether the file still has the size of the last write."""
         return self._path.exists() and self._path.stat().st_size == self._size
 
     def _rewrite(self, text: str) -> None:
-        """Write beside the file, then put it in its place: no reader sees half a file."""
+        """Write a temporary file and rename it, so that readers never see half a file."""
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
         try:
             with beside.open("w", encoding="utf-8", newline="") as file:
@@ -97,20 +97,20 @@ class HistoryFile:
 
     @staticmethod
     def _synchronise(file: io.TextIOBase) -> None:
-        """A full disk may only show when buffers are emptied."""
+        """Flush to the disk, because a full disk may raise an error only then."""
         file.flush()
         os.fsync(file.fileno())
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """All columns, in the order of their first appearance."""
+    """Collect all columns, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def as_csv(
     rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, header: bool = True
 ) -> str:
-    """Rows as CSV; what is missing or NaN is an empty cell, numbers keep every digit."""
+    """Format rows as CSV; missing values and NaN are empty cells, numbers keep every digit."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     if header:

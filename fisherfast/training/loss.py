@@ -1,4 +1,4 @@
-"""Fisher information that can be differentiated, and a loss that raises it."""
+"""Differentiable Fisher information, and a loss that maximises it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fisherfast.training.batch_moments import (
 __all__ = ["InformationLoss", "linear_fisher"]
 
 LEAST_SHARE = 0.1
-"""Share of the measured J above its noise, below which a logarithm is continued as a line."""
+"""Fraction of the uncorrected J below which the logarithm of J is continued as a line."""
 
 LEAST_EIGENVALUE = 1e-12
-"""Added to J in units of its own diagonal before its logarithm: the rounding of float64 leaves up
-to 1e-15, of either sign, where J is singular."""
+"""Added to J in units of its own diagonal before its logarithm: if J is singular, float64 rounding
+leaves an eigenvalue of up to 1e-15 of either sign."""
 
 REGULARIZATION = 1.0
-"""Default weight of the term that pins the outputs to unit covariance: with 0.1 the variance of an
-output was still 0.15 after 120 steps that had found most of the information."""
+"""Default weight of the term that draws the outputs to unit covariance: with 0.1 the variance of an
+output was still 0.15 after 120 steps, when most of the information was found."""
 
 
 def linear_fisher(
@@ -43,13 +43,13 @@ def linear_fisher(
     corrected: bool = False,
     ridge: RidgeSetting = AUTO,
 ) -> Tensor:
-    r"""Linear Fisher information of k numbers a sample, differentiable in them.
+    r"""Compute the linear Fisher information of k outputs, differentiable in them.
 
     .. math:: J = D^T S^{-1} D, \qquad D = \partial_\theta E[z], \quad S = \mathrm{Cov}(z)
 
-    For what is trained to carry information: ``-linear_fisher(...).logdet()`` is a loss. To measure
-    what a network carries, with an error bar, use `fisher_flow`. One function serves the sources of
-    a measurement, told apart by the arguments that hold what each has:
+    It is meant for training outputs that carry information: ``-linear_fisher(...).logdet()`` is a
+    loss. To measure the information in a network, with an error bar, use `fisher_flow`. The
+    arguments determine the source:
 
         linear_fisher(z_minus, z_plus, dtheta)        D = (mean z_plus - mean z_minus) / dtheta
         linear_fisher(z, tangents=dz)                 D = mean dz
@@ -59,19 +59,19 @@ def linear_fisher(
         z_minus: [n, k] at theta - dtheta/2, any floating dtype; with tangents or score, at theta.
             For P parameters and two conditions a list of P of these, or [P, n, k]. Leading
             dimensions [..., P, n, k], or [..., n, k] in a list and with tangents or score, are
-            systems of their own. A tuple, which a model with several outputs returns, is refused.
+            separate systems. A tuple, as a model with several outputs returns, is refused.
         z_plus: the same at theta + dtheta/2; n may differ unless paired.
         dtheta: FULL separation of the two conditions in the unit of theta, one number or P.
         tangents: dz/dtheta [..., P, n, k] per sample, per unit of theta.
         score: d log p(x given theta) / d theta [..., n, P] of each sample, per unit of theta; [n]
-            for one parameter. A target: no gradient passes.
-        paired: sample i has the same noise in z_minus and z_plus. Of use when corrected only.
-        corrected: remove the finite-sample bias, as a measurement does. J may then be negative,
-            and its logdet NaN: `InformationLoss` has one that is not. Without it J is positive
-            semi-definite and too large, by c k for independent conditions, c = (1/n_minus +
-            1/n_plus) / dtheta^2, and by a factor nu / (nu - k - 1), nu = degrees of freedom of S.
+            for one parameter. It gets no gradient.
+        paired: sample i has the same noise in z_minus and z_plus. Only used if corrected.
+        corrected: remove the finite-sample bias, as in a measurement. J may then be negative and
+            its logdet NaN, which `InformationLoss` avoids. Without it J is positive semi-definite
+            and too large, by c k for independent conditions, c = (1/n_minus + 1/n_plus) / dtheta^2,
+            and by a factor nu / (nu - k - 1), nu = degrees of freedom of S.
         ridge: added to the variance of each output, relative to it; "auto" for the rounding of its
-            dtype, which takes nothing that the outputs carry.
+            dtype, which costs no information in the outputs.
 
     Returns:
         J [..., P, P], float64, per unit of theta squared.
@@ -79,11 +79,12 @@ def linear_fisher(
     Raises:
         ValueError: a wrong shape; too few samples for k; an output that is constant, not finite or,
             with ridge=0, linear in others.
-        TypeError: an input that is no floating tensor, or arguments of two sources.
+        TypeError: an input that is not a floating tensor, or arguments of two sources.
 
-    Computed outside of autocast, in float64. Cost: n k^2 operations, and k^3; tells the CPU whether
-    S is singular, so a GPU is waited for. Behind a ReLU, tangents give J but not its gradient: they
-    do not see that weights move the kink, and training fails (docs/training.md). Two conditions do.
+    Computed outside of autocast, in float64. Cost: n k^2 and k^3 operations; the CPU checks whether
+    S is singular, so it waits for a GPU. After a ReLU, tangents give J but not its gradient: they
+    ignore that weights move the kink, and training fails (docs/training.md). Use two conditions
+    there.
 
     Reference: Charnock, Lavaux, Wandelt, Phys. Rev. D 97, 083004 (2018), for two conditions.
 
@@ -102,37 +103,38 @@ def linear_fisher(
 
 
 class InformationLoss(nn.Module):
-    r"""Negative log determinant of the information that P or more outputs carry, to be minimised.
+    r"""The negative log determinant of the information in P or more outputs, to be minimised.
 
     .. math::
         L = -\log \det J + w \, [\mathrm{tr}\, C + |m|^2 - k - \log \det C] / 2
 
-    J as `linear_fisher` has it, m and C the mean and covariance of the outputs. J <= I, and J = I
-    when the outputs are the score or a linear map of it: what minimises L is a sufficient statistic
-    near theta, as few numbers as there are parameters (information-maximising compression). J does
-    not change under affine maps of the outputs; the second term is the divergence of N(m, C) from
-    N(0, 1), which chooses one map among them: it costs no information whatever w is, and keeps the
+    J is that of `linear_fisher`, m and C are mean and covariance of the outputs. J <= I, and J = I
+    if the outputs are the score or a linear map of it: the minimum of L is a sufficient statistic
+    near theta, with as few numbers as parameters (information-maximising compression). J does not
+    change under affine maps of the outputs; the second term is the divergence of N(m, C) from
+    N(0, 1), which selects one of these maps: it costs no information for any w, and keeps the
     outputs from growing, vanishing or becoming copies of each other.
 
     J keeps its finite-sample bias unless corrected. J = I is the maximum of every increasing
     function of J, and the bias c k of independent conditions is the same for every network; but it
-    keeps batches whose J is mostly noise from ruling the gradient of the logarithm. Without it such
-    training fails (docs/training.md). To read the information off a batch, ask `linear_fisher` with
-    corrected=True.
+    prevents batches whose J is mostly noise from dominating the gradient of the logarithm. Without
+    the bias such training fails (docs/training.md). To measure the information in a batch, use
+    `linear_fisher` with corrected=True.
 
-    L is finite for every J. Corrected, J may be negative: with G = A^-1 J A^-T, A A^T = the
+    L is finite for every J. A corrected J may be negative: with G = A^-1 J A^-T, A A^T = the
     uncorrected J, the logarithm of an eigenvalue of G below 0.1 is continued as a line.
 
     Args:
         dtheta: FULL separation of two conditions in the unit of theta, one number or P; None for
             tangents or score.
-        paired: sample i has the same noise at both conditions; of use when corrected only.
-        corrected: take the finite-sample bias off before the logarithm.
+        paired: sample i has the same noise in both conditions; only used if corrected.
+        corrected: subtract the finite-sample bias before the logarithm.
         ridge: as in `linear_fisher`.
         regularization: w, at least 0.
 
-    Called with ``(z_minus, z_plus)``, ``(z, tangents=dz)`` or ``(z, score=s)``; arguments, errors
-    and cost as for `linear_fisher`. Returns a number, float64; leading dimensions are averaged.
+    Call it with ``(z_minus, z_plus)``, ``(z, tangents=dz)`` or ``(z, score=s)``; arguments, errors
+    and cost are those of `linear_fisher`. It returns a float64 number, averaged over leading
+    dimensions.
 
     Raises:
         ValueError: fewer outputs than parameters; a setting out of its range; see `linear_fisher`.
@@ -176,7 +178,7 @@ class InformationLoss(nn.Module):
         tangents: Tensor | None = None,
         score: Tensor | None = None,
     ) -> Tensor:
-        """The loss of one batch, a number."""
+        """Compute the loss of one batch, a number."""
         with _exact(z_minus):
             moments = batch_moments(
                 z_minus, z_plus, self.dtheta, tangents, score, self.paired, self.corrected
@@ -194,7 +196,7 @@ class InformationLoss(nn.Module):
             return value.mean()
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings for `repr`."""
         return (
             f"dtheta={self.dtheta}, paired={self.paired}, corrected={self.corrected},"
             f" ridge={self.ridge!r}, regularization={self.regularization}"
@@ -202,13 +204,14 @@ class InformationLoss(nn.Module):
 
 
 def _log_det(J: Tensor) -> Tensor:
-    """log det of a J that is positive semi-definite [...], finite if it is singular."""
+    """Compute log det [...] of a positive semi-definite J, finite if it is singular."""
     factor, scale = _factor(J)
     return 2 * (factor.diagonal(dim1=-2, dim2=-1).log() + scale.log()).sum(-1)
 
 
 def _log_det_above_noise(naive: Tensor, estimate: Tensor) -> Tensor:
-    """log det of the estimate [...] while it is well above its noise, finite everywhere."""
+    """Compute log det [...] of the estimate if it is well above its noise, and a finite
+    continuation elsewhere."""
     factor, scale = _factor(naive)
     scaled = estimate / (scale[..., :, None] * scale[..., None, :])
     half = torch.linalg.solve_triangular(factor, scaled, upper=False)
@@ -220,8 +223,8 @@ def _log_det_above_noise(naive: Tensor, estimate: Tensor) -> Tensor:
 
 
 def _factor(J: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of J in units of its diagonal, and these units [..., P], which are constants
-    to autograd: they cancel."""
+    """Compute the Cholesky factor of J in units of its diagonal, and these units [..., P]. They
+    have no gradient, because they cancel."""
     scale = J.detach().diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, 1)
     scaled = J / (scale[..., :, None] * scale[..., None, :])
@@ -230,7 +233,8 @@ def _factor(J: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divergence(moments: BatchMoments, ridge: RidgeSetting) -> Tensor:
-    """Of N(m, C + ridge) from N(0, 1) [...]; 0 where the outputs have mean 0 and covariance 1."""
+    """Compute the divergence [...] of N(m, C + ridge) from N(0, 1); 0 for mean 0 and covariance
+    1."""
     variance = moments.covariance.diagonal(dim1=-2, dim2=-1)
     factor = torch.linalg.cholesky(moments.ridged(ridge))
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -238,7 +242,7 @@ def _divergence(moments: BatchMoments, ridge: RidgeSetting) -> Tensor:
 
 
 def _exact(z: Outputs) -> torch.autocast:
-    """Turns autocast off where z lives."""
+    """Disable autocast on the device of z."""
     first = z[0] if isinstance(z, list) and z else z
     device = first.device.type if isinstance(first, Tensor) else "cpu"
     return torch.autocast(device, enabled=False)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
+from fisherfast._validation import check_whole
 from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
@@ -40,7 +41,6 @@ from fisherfast.training.checks import (
     check_errors,
     check_same_network,
     check_scale,
-    check_whole,
 )
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import Observer, leaves
@@ -51,59 +51,59 @@ from fisherfast.training.units import unit_note
 __all__ = ["FisherMonitor"]
 
 MONITOR_FEATURES = 128
-"""Default number of features: a trend over epochs, at an eighth of the cost of 512 features."""
+"""Default number of features: enough for a trend, at an eighth of the cost of 512 features."""
 
 OBSERVE_EVERY = 256
-"""Batches from one that `observe` reads to the next: under 2 % of the shortest training steps."""
+"""`observe` reads every so many batches: under 2 % of the shortest training steps."""
 
 KEPT_BYTES = 2**29
-"""Samples of simulators, files and loaders that are kept between measurements, 512 MB."""
+"""Bytes of samples of simulators, files and loaders kept between measurements, 512 MB."""
 
 FORMAT_VERSION = 1
 STATE = {"network", "settings", "calls", "history", "observer", "spaces", "told"}
 
 
 class FisherMonitor:
-    r"""Measures a network again and again while it trains, and keeps the history.
+    r"""Measure a network repeatedly while it trains, and keep the history.
 
-    What does not change between measurements is found out once: samples, the information in the
-    input, layers and their chains; layers too wide for a covariance start from their last Krylov
-    space (3 passes instead of 17). Measurements use the same samples and the same lift each time,
-    so differences between epochs are those of the network. The model comes back as it was:
-    parameters, mode, hooks and random state.
+    Results that do not change between measurements are computed once: samples, the information in
+    the input, layers and their chains; layers too wide for a covariance start from their last
+    Krylov space (3 passes instead of 17). All measurements use the same samples and the same lift,
+    so epochs differ because of the network only. The model's parameters, mode and hooks and the
+    random state are restored.
 
     Args:
         model: the network in training, also compiled or inside DistributedDataParallel.
         data: held-out samples at theta, as for `fisher_flow`.
-        every: calls of `step` from one measurement to the next; the first call measures.
+        every: measure at every so many calls of `step`, starting with the first.
         layers: as for `fisher_flow`.
-        max_features: features per layer aimed at.
+        max_features: number of features to use per layer.
         output: name of a head that records and rules read instead of the joint "output", as for
             `fisher_flow`.
-        training_data: *training* samples at theta, in the same form: J of the output is measured on
-            them too, and `EpochRecord.overfitting` is the difference.
+        training_data: *training* samples at theta, in the same form: J of the output is also
+            measured on them, and `EpochRecord.overfitting` is the difference.
         target_scale: theta per unit of the network's targets; errors given to `step` are multiplied
             by its square. 1 for targets in the unit of theta.
-        observe_every: batches from one that `observe` reads to the next.
-        path: CSV file that is brought up to date with every record.
-        keep: bytes of samples kept between measurements where the source is a simulator, a loader
-            or files; what does not fit is read again each time.
-        group, timeout: the processes that measure together, as for `fisher_flow`; each calls
-            `step`, errors are averaged over them, the first one warns and writes the file. `live`
-            is that of the process's own batches.
-        batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. What is kept
-            between measurements counts besides.
+        observe_every: `observe` reads every so many batches.
+        path: CSV file that is updated with every record.
+        keep: bytes of samples to keep between measurements if the source is a simulator, a loader
+            or files; samples that do not fit are read again each time.
+        group, timeout: the processes that measure together, as for `fisher_flow`. Each of them
+            calls `step`; errors are averaged over them, and the first one warns and writes the
+            file. `live` is that of each process's own batches.
+        batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. Memory kept
+            between measurements is not part of the budget.
 
     Attributes:
         history: records in the order of the calls.
-        model: the module inside of wrappers.
+        model: the module without its wrappers.
         data: the samples.
 
     Raises:
         TypeError, ValueError: an argument is out of its range (as `fisher_flow`).
 
-    Cost: a measurement is a `fisher_flow` without its input and survey; benchmarks/bench_monitor.py
-        measures its share of an epoch.
+    Cost: a measurement is a `fisher_flow` without input and survey; benchmarks/bench_monitor.py
+        compares it with the time of an epoch.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -187,31 +187,31 @@ class FisherMonitor:
         train_mse: float | Sequence[float] | torch.Tensor | None = None,
         val_mse: float | Sequence[float] | torch.Tensor | None = None,
     ) -> EpochRecord | None:
-        """Record an epoch, and measure if it is its turn. Call it when an epoch ends, or after
-        every so many training steps.
+        """Record an epoch, and measure in every `every`-th call. Call it when an epoch ends, or
+        after a fixed number of training steps.
 
         Call it inside your autocast context to measure the network as it runs there. Samples with
         tangents are measured in float32: rounded values have no derivative.
 
         Args:
-            epoch: its number; None counts on from the last record.
+            epoch: its number; None for the one after the last record.
             train_mse: mean square error on training samples, in the square of the targets' unit; P
                 of them for P parameters.
             val_mse: the same on samples that are not trained on.
 
         Returns:
-            The record, which is the last of `history`; None where there is nothing to record, no
-            measurement and no error.
+            The record, which is the last of `history`; None if there is nothing to record, neither
+            a measurement nor an error.
 
         Raises:
-            TypeError, ValueError: an error is no number, negative, or not one per parameter.
-            ValueError: the model returns no floating tensor with one row per sample, or not the
-                head that `output` names.
+            TypeError, ValueError: an error is not a number, negative, or not one per parameter.
+            ValueError: the model does not return a floating tensor with one row per sample, or not
+                the head that `output` names.
 
         Warns:
-            FisherWarning: activations or the training error are NaN or infinite (the record has no
-                flow then); the targets seem to be in another unit than theta; the history file
-                cannot be written; once each.
+            FisherWarning: activations or the training error are NaN or infinite (the record then
+                has no flow); the targets seem to be in another unit than theta; the history file
+                cannot be written; each at most once.
         """
         due = self._calls % self._every == 0
         if not due and train_mse is None and val_mse is None:
@@ -256,65 +256,66 @@ class FisherMonitor:
         return record
 
     def adopt(self, record: EpochRecord) -> None:
-        """Take a record that another process has measured of the same network, in place of `step`.
+        """Add a record of the same network that another process has measured, instead of calling
+        `step`.
 
         Args:
-            record: its `step` returned.
+            record: the result of `step` there.
         """
         self._calls += 1
         self.history.append(record)
 
     def observe(self, theta: torch.Tensor) -> None:
-        """Read the training batch that the model has just seen, at no forward pass of its own.
+        """Read the last training batch of the model, without another forward pass.
 
         Call it after every forward pass of the training. One batch in `observe_every` is read, by
         hooks that are on the model for that batch only. Passes in eval mode without gradients
-        (validation, measurements) are not read; of several passes in training the last is. See
+        (validation, measurements) are ignored; of several training passes the last is read. See
         `live`.
 
         Args:
             theta: [n] or [n, P], the parameters of the samples, in the unit of theta.
 
         Raises:
-            ValueError: theta has not one row per sample.
-            TypeError: theta are no real numbers.
+            ValueError: theta does not have one row per sample.
+            TypeError: theta does not hold real numbers.
 
-        Cost: under 2 % of a training step in the mean; layers of up to 256 activations are read,
-            input and output too (of a compiled model these two only).
+        Cost: under 2 % of a training step on average. Layers of up to 256 activations are read,
+            including input and output (only these two for a compiled model).
         """
         if self._observer is None:
             self._observer = self._new_observer()
         self._observer.observe(theta)
 
     def live(self) -> dict[str, LiveEstimate]:
-        """J of the layers that `observe` has read, over the last few thousand samples it has seen:
-        a trend between measurements, averaged over the thetas of the batches."""
+        """Return J of the layers that `observe` reads, over its last few thousand samples: a trend
+        between measurements, averaged over the values of theta in the batches."""
         return {} if self._observer is None else self._observer.estimates()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The history as plain numbers by column, for any logger or data frame."""
+        """Return the history as plain numbers by column, for any logger or data frame."""
         return [record.row() for record in self.history]
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the history, one line per record; empty cells where nothing is known."""
+        """Write the history, one line per record, with empty cells for unknown values."""
         rows = self.rows()
         Path(path).write_text(as_csv(rows, columns_of(rows)), encoding="utf-8")
 
     def plot(self, ax: Any = None) -> Any:
-        """What reaches the output and the errors in units of the bound, over epochs; returns the
+        """Plot transmission and the errors in units of the bound over epochs, and return the
         matplotlib axes."""
         from fisherfast.results import plots
 
         return plots.plot_training(self.history, ax)
 
     def close(self) -> None:
-        """Take the hooks of `observe` off the model, where the training ends before they are."""
+        """Remove the hooks of `observe` from the model at the end of the training."""
         if self._observer is not None:
             self._observer.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to continue bit for bit, as tensors, numbers, strings
-        and lists: ``torch.save`` it beside the model."""
+        """Return the state from which a resumed run continues bit for bit, as tensors, numbers,
+        strings and lists: ``torch.save`` it together with the model."""
         observer = None if self._observer is None else self._observer.state_dict()
         return {
             "format_version": FORMAT_VERSION,
@@ -333,7 +334,7 @@ class FisherMonitor:
 
         Raises:
             ValueError: the state is of another network (says what differs), of other settings or of
-                another version of the format; nothing is changed then.
+                another version of the format. Nothing is changed then.
         """
         if not isinstance(state, Mapping) or state.get("format_version") != FORMAT_VERSION:
             raise ValueError(
@@ -368,7 +369,7 @@ class FisherMonitor:
         }
 
     def _notes_on(self, flow: FisherFlow | None, errors: Mapping[str, Errors]) -> list[str]:
-        """What a reader of a record should know."""
+        """Make the notes of a record."""
         notes: list[str] = []
         if flow is not None:
             notes += [note for layer in flow if (note := finite_step_note(layer)) is not None][:1]
@@ -392,8 +393,8 @@ class FisherMonitor:
             ).run()
             if output_of(flow) not in flow:
                 raise ValueError(
-                    "model must return a floating tensor with one row per sample, got none: its"
-                    " layers alone are measured by fisher_flow"
+                    "model must return a floating tensor with one row per sample, got none: use"
+                    " fisher_flow to measure its layers alone"
                 )
             if self._training_data is None:
                 return flow, None
@@ -409,7 +410,7 @@ class FisherMonitor:
         return flow, self._beside(flow, training)
 
     def _beside(self, flow: FisherFlow, training: FisherFlow) -> FisherFlow:
-        """The output on training samples, as a share of the held-out input's J."""
+        """Make a flow of the held-out input and the output on training samples, for their ratio."""
         output = [layer for layer in training if layer.name != INPUT]
         own = [replace(layer, replicates=layer.replicates[:0]) for layer in output]  # other samples
         return FisherFlow((flow.layers[0], *own), training.settings)
@@ -418,8 +419,8 @@ class FisherMonitor:
         return data if data.resident() or self._keep == 0 else KeptData(data, self._keep)
 
     def _input_J(self, flow: FisherFlow | None) -> torch.Tensor:
-        """J of the input, or as the last record has it; NaN before the first measurement, and where
-        it cannot be told from zero."""
+        """Return J of the input, of the flow or else of the last record; NaN before the first
+        measurement, and if it is zero within its error."""
         if flow is None and self.history:
             return self.history[-1].input_J
         if flow is not None and divides(flow.layers[0]):
@@ -427,7 +428,7 @@ class FisherMonitor:
         return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64, device="cpu")
 
     def _live_fractions(self, input_J: torch.Tensor) -> dict[str, float]:
-        """tr(J_input^-1 J) / P of the layers read by `observe`."""
+        """Compute tr(J_input^-1 J) / P of the layers read by `observe`."""
         estimates = self.live()
         source = estimates.get(INPUT)
         J = input_J if source is None else source.J
@@ -452,7 +453,7 @@ class FisherMonitor:
         return self.history[-1].epoch + 1 if self.history else 0
 
     def _tell(self, record: EpochRecord) -> None:
-        """Warn of each kind of note once in a run, on one rank."""
+        """Warn of each kind of note once per run, on one rank."""
         for note in record.notes:
             kind = note.partition(":")[0].partition("=")[0]
             if kind not in self._told:
@@ -461,7 +462,7 @@ class FisherMonitor:
                     warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
 
     def _compared(self) -> dict[str, Any]:
-        """Settings that two runs must share for their records to be of one history."""
+        """Return the settings that two runs must share to continue one history."""
         own = {
             "parameters": self.data.parameters,
             "target_scale": self._target_scale,
@@ -470,14 +471,14 @@ class FisherMonitor:
         return _plain(self._settings.to_dict() | own)
 
     def _signature(self) -> dict[str, list[int]]:
-        """Names and shapes of the parameters."""
+        """Return names and shapes of the parameters."""
         return {name: list(p.shape) for name, p in self.model.named_parameters()}
 
 
 @contextlib.contextmanager
 def _own_stream(model: nn.Module) -> Iterator[None]:
-    """A CUDA stream of our own where the model is on a GPU: the caller's next kernels wait for it,
-    and it for the ones before."""
+    """Run on a separate CUDA stream if the model is on a GPU. It waits for the caller's earlier
+    kernels, and the caller's next kernels wait for it."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type != "cuda":
         yield
@@ -493,7 +494,7 @@ def _own_stream(model: nn.Module) -> Iterator[None]:
 
 
 def _mean_over(ranks: Ranks | None, name: str, own: Errors) -> Errors:
-    """Mean of what the ranks know; the same on all of them."""
+    """Average the known values over ranks; the result is the same on all of them."""
     if ranks is None:
         return own
     told = [values for values in ranks.exchange(f"averaging {name}", own) if values is not None]
@@ -503,6 +504,6 @@ def _mean_over(ranks: Ranks | None, name: str, own: Errors) -> Errors:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a state can hold."""
+    """Convert settings to values that a state can hold."""
     kinds = (bool, int, float, str, list, tuple, type(None))
     return {name: value for name, value in settings.items() if isinstance(value, kinds)}

@@ -1,5 +1,5 @@
-"""`Observer`: catches activations of training batches by hooks that live for one batch, and hands
-them to the regressions of `regression.py`.
+"""`Observer` records activations of training batches, with hooks that stay for one batch, and
+passes them to the regressions of `regression.py`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from fisherfast.training.regression import LiveEstimate, RegressionMoments, Thet
 __all__ = ["Observer", "leaves"]
 
 WIDEST = 256
-"""Activations of the widest layer that is observed: beyond, a batch costs more than it tells."""
+"""Width of the widest layer that is observed: for wider ones the cost exceeds the benefit."""
 
 PARAMETRIZED = "parametrizations"
-"""Name of the child that computes the weights of a module: `torch.nn.utils.parametrize`."""
+"""Name of the child that computes the weights of a module in `torch.nn.utils.parametrize`."""
 
 Caught = tuple[torch.Tensor, int]
-"""An activation and the number of its in-place changes when it was caught."""
+"""An activation, and its count of in-place changes when it was recorded."""
 
 
 class Hook:
-    """A hook whose copies do nothing: a network may be copied or pickled while it is listened to.
+    """A hook whose copies do nothing, because a network may be copied or pickled while observed.
 
-    A copy is a function of the standard library that takes anything and returns None, so that a
-    file of such a network loads without this library. It is no part of what is compiled.
+    A copy is a function of the standard library that accepts anything and returns None, so that a
+    file of such a network loads without this library. Hooks are excluded from compilation.
     """
 
     def __init__(self, react: Callable[..., None]) -> None:
@@ -48,13 +48,13 @@ class Hook:
 
 
 class Observer:
-    """Reads activations of one training batch in `every`, from hooks that live for that batch.
+    """Read activations of one training batch in `every`, with hooks that stay for that batch.
 
     Args:
-        model: in training; its hooks are put back after each batch that is read.
+        model: in training; hooks are removed after each batch that is read.
         parameters: P.
-        every: batches from one that is read to the next.
-        modules: names and modules to read, the output aside.
+        every: number of batches per batch that is read.
+        modules: names and modules to read, in addition to the output.
 
     Attributes:
         moments: by name of the layer.
@@ -70,7 +70,7 @@ class Observer:
         self._make_hooks()
         self._handles: list[torch.utils.hooks.RemovableHandle | _AroundCompiled] = []
         self._caught: dict[str, Caught] = {}
-        self._sizes: list[int] = []  # of the batch that was caught: of its input and its output
+        self._sizes: list[int] = []  # batch sizes of the recorded input and output
         self._calls = 0
         self.moments: dict[str, RegressionMoments] = {}
 
@@ -79,14 +79,14 @@ class Observer:
         self._layer_hooks = {name: Hook(partial(self._catch_layer, name)) for name in self._modules}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without what was caught, which is part of a graph, and without
-        hooks, whose copies do nothing."""
+        """Return the state for copies and pickles, without recorded activations, which are part of
+        a graph, and without hooks, whose copies do nothing."""
         hooks = {"_input_hook", "_output_hook", "_layer_hooks"}
         state = {name: value for name, value in vars(self).items() if name not in hooks}
         return state | {"_handles": [], "_caught": {}, "_sizes": [], "listening": self._listens()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy listens to its own network, if the original did."""
+        """Restore a copy, which observes its own network if the original did."""
         listening = state.pop("listening")
         vars(self).update(state)
         self._make_hooks()
@@ -97,13 +97,13 @@ class Observer:
         return bool(self._handles)
 
     def observe(self, theta: torch.Tensor) -> None:
-        """Take the batch that the model has just seen, if it is its turn.
+        """Add the last batch of the model if it is one of those to read.
 
         Args:
             theta: [n] or [n, P] of the samples.
 
         Raises:
-            TypeError: theta are no real numbers.
+            TypeError: theta does not hold real numbers.
         """
         self._calls += 1
         if self._handles:
@@ -116,18 +116,18 @@ class Observer:
             self._listen()
 
     def release(self) -> None:
-        """Remove the hooks and let go of what they caught."""
+        """Remove the hooks and drop the recorded activations."""
         while self._handles:
             self._handles.pop().remove()
         self._caught, self._sizes = {}, []
 
     def estimates(self) -> dict[str, LiveEstimate]:
-        """J of each layer that enough samples were seen of."""
+        """Return J of each layer with enough samples."""
         found = {name: moments.estimate() for name, moments in self.moments.items()}
         return {name: live for name, live in found.items() if live is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers; a batch that is being listened to is not among them."""
+        """Return tensors and plain numbers, without a batch that is being observed."""
         moments = {name: m.state_dict() for name, m in self.moments.items()}
         return {
             "calls": self._calls,
@@ -136,7 +136,7 @@ class Observer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` returned; listens again if that was so."""
+        """Load the result of `state_dict`, and observe the next batch if that was so."""
         self.release()
         self._calls = int(state["calls"])
         self.moments = {}
@@ -151,7 +151,7 @@ class Observer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """No hooks inside; afterwards it listens again if it did before."""
+        """Remove the hooks inside the block, and put them back if there were any."""
         listening = self._listens()
         self.release()
         try:
@@ -171,17 +171,17 @@ class Observer:
             self._handles.append(module.register_forward_hook(self._layer_hooks[name]))
 
     def _trains(self) -> bool:
-        """Whether this forward pass is of the training: neither a validation nor a measurement."""
+        """Return whether this forward pass is training: neither a validation nor a measurement."""
         return self._model.training or torch.is_grad_enabled()
 
     def _catch_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._trains():
-            self._caught, self._sizes = {}, []  # the last pass counts
+            self._caught, self._sizes = {}, []  # only the last pass is used
             if args:
                 self._keep(INPUT, args[0])
 
     def _catch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # the last layer's own: one of them is enough
+        # the same tensor as the last layer's: one of them is enough
         same = [name for name, (tensor, _) in self._caught.items() if tensor is output]
         for name in same:
             del self._caught[name]
@@ -193,7 +193,7 @@ class Observer:
         self._keep(name, output)
 
     def _keep(self, name: str, output: Any) -> None:
-        """Hold on to a reference: the activations are there anyway, for the backward pass."""
+        """Keep a reference; the backward pass keeps the activations in memory anyway."""
         if not (self._trains() and isinstance(output, torch.Tensor) and output.ndim):
             return
         if name in (INPUT, OUTPUT):
@@ -226,13 +226,13 @@ class Observer:
                     moments.update(batch.to(flat.device), flat)
 
     def _intact(self, caught: Caught) -> bool:
-        """Not overwritten since, by an in-place activation."""
+        """Return whether no in-place activation has overwritten the tensor since."""
         output, version = caught
         return version == -1 or version == output._version
 
     def _theta(self, theta: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        """theta [n, P] float64 on the CPU; n is one of the sizes, for the batch need not come
-        first."""
+        """Return theta as [n, P] float64 on the CPU; n must be one of the sizes, because the batch
+        need not be the first dimension."""
         try:
             rows = torch.as_tensor(theta, device=getattr(theta, "device", "cpu")).detach()
         except (TypeError, ValueError, RuntimeError):
@@ -249,9 +249,8 @@ class Observer:
 
 
 class _AroundCompiled:
-    """Hooks on the input and output of a module that compiles its own call, hooks included: these
-    are outside of it. Those of several observers lie around each other, and may come off in any
-    order."""
+    """Hooks around a module that compiles its own call together with its hooks. Those of several
+    observers are nested, and may be removed in any order."""
 
     def __init__(self, module: nn.Module, catch_input: Hook, catch_output: Hook) -> None:
         self._module = module
@@ -269,7 +268,7 @@ class _AroundCompiled:
         return output
 
     def remove(self) -> None:
-        """Put the compiled call back, once nobody else's hooks are around it."""
+        """Restore the compiled call once no other hooks are around it."""
         self._removed = True
         call: Any = self._module._compiled_call_impl
         while isinstance(call, _AroundCompiled) and call._removed:
@@ -278,8 +277,8 @@ class _AroundCompiled:
 
 
 def leaves(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules without children by name; left out are passive ones, those inside of what is
-    compiled, and what computes weights."""
+    """Return modules without children by name, except passive ones, those inside compiled modules,
+    and those that compute weights."""
     compiled = [f"{name}." for name, module in model.named_modules() if _compiled_in_place(module)]
     found = {}
     for name, module in model.named_modules():
@@ -292,5 +291,5 @@ def leaves(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _compiled_in_place(module: nn.Module) -> bool:
-    """By its method `compile`, which leaves no wrapper."""
+    """Return whether a module was compiled by its method `compile`, which adds no wrapper."""
     return getattr(module, "_compiled_call_impl", None) is not None

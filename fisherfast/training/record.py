@@ -1,4 +1,4 @@
-"""`EpochRecord`: what a monitor knows after one epoch."""
+"""`EpochRecord`: the results of a monitor after one epoch."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from fisherfast.results.flow import FisherFlow
 __all__ = ["NOT_MEASURED", "EpochRecord", "Errors", "level_of", "output_of"]
 
 NOT_MEASURED = "not measured: "
-"""Begins the note of a record whose measurement met activations that are not finite."""
+"""Start of the note of a record whose measurement found activations that are not finite."""
 
 Errors = tuple[float, ...] | None
-"""Mean square errors of the P parameters in theta^2; None where unknown."""
+"""Mean square errors of the P parameters in theta^2; None if unknown."""
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One call of `FisherMonitor.step`.
+    """The result of one call of `FisherMonitor.step`.
 
     Attributes:
-        epoch: its number, as the caller counts.
-        flow: information in every layer on held-out samples; None where this epoch was not
-            measured.
-        train_mse: mean square errors of the P parameters on training samples, in theta^2; None
-            where not given.
+        epoch: its number, given by the caller.
+        flow: information in every layer on held-out samples; None if this epoch was not measured.
+        train_mse: mean square errors of the P parameters on training samples, in theta^2; None if
+            not given.
         val_mse: the same on samples that are not trained on.
         input_J: [P, P] Fisher information of the input in 1/theta^2, from the first measurement on;
-            NaN before, and where it is within three errors of zero: no rule reads it then.
-        training_flow: information in the output on *training* samples, where asked for.
-        live: J / J_input of layers as the training batches show it, see `FisherMonitor.observe`.
-        seconds: of wall time that the record took.
-        notes: what a reader should know.
+            NaN before, and if it is within three errors of zero: rules then do not use it.
+        training_flow: information in the output on *training* samples, if the monitor has these.
+        live: J / J_input of layers from the training batches, see `FisherMonitor.observe`.
+        seconds: wall time of the record.
+        notes: remarks for the reader.
     """
 
     epoch: int
@@ -55,19 +54,18 @@ class EpochRecord:
     @property
     def train_level(self) -> float:
         """Training error in units of the Cramer-Rao bound of the input: mse * J for one parameter,
-        the mean of mse_p / (J^-1)_pp for several. NaN where unknown. Below 1 is memory, not
-        skill."""
+        the mean of mse_p / (J^-1)_pp for several. NaN if unknown. Below 1 the network memorises."""
         return level_of(self.train_mse, self.input_J)
 
     @property
     def val_level(self) -> float:
-        """Validation error in units of the Cramer-Rao bound of the input; NaN where unknown."""
+        """Validation error in units of the Cramer-Rao bound of the input; NaN if unknown."""
         return level_of(self.val_mse, self.input_J)
 
     @property
     def transmission(self) -> float:
-        """J_output / J_input on held-out samples; NaN where not measured, or where J_input is
-        within three errors of zero."""
+        """J_output / J_input on held-out samples; NaN if not measured, or if J_input is within
+        three errors of zero."""
         return _share(self.flow)[0]
 
     @property
@@ -77,18 +75,18 @@ class EpochRecord:
 
     @property
     def overfitting(self) -> float:
-        """J_output / J_input on training samples minus that on held-out ones: zero but for noise
-        while the network generalises. NaN where one of them was not measured."""
+        """J_output / J_input on training samples minus that on held-out ones: zero within noise
+        while the network generalises. NaN if one of them was not measured."""
         return _share(self.training_flow)[0] - self.transmission
 
     def row(self) -> dict[str, Any]:
-        """Plain numbers by column; NaN where unknown. J and fractions of several parameters are
-        those of `FisherFlow.fractions`, and the diagonal of J as "J/layer[p]"."""
+        """Return plain numbers by column; NaN if unknown. For several parameters the fractions are
+        those of `FisherFlow.fractions`, and the diagonal of J is in "J/layer[p]"."""
         return dict(self._row)
 
     @cached_property
     def _row(self) -> dict[str, Any]:
-        """Found out once: a history of n records is written n times."""
+        """Columns of `row`, computed once because a history of n records is written n times."""
         row: dict[str, Any] = {"epoch": self.epoch}
         parameters = len(self.input_J)
         row |= _by_parameter("train_mse", self.train_mse, parameters)
@@ -113,7 +111,7 @@ class EpochRecord:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and tensors."""
+        """Return plain numbers, strings, lists and tensors."""
         return {
             "epoch": self.epoch,
             "flow": None if self.flow is None else self.flow.to_dict(),
@@ -128,7 +126,7 @@ class EpochRecord:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> EpochRecord:
-        """Rebuild what `state_dict` returned."""
+        """Rebuild a record from the result of `state_dict`."""
         flow, training_flow = (
             None if state[name] is None else FisherFlow.from_dict(state[name])
             for name in ("flow", "training_flow")
@@ -150,14 +148,14 @@ class EpochRecord:
 
 
 def output_of(flow: FisherFlow) -> str:
-    """Name of the output that monitor and rules read: the whole output, or the head that was
-    named."""
+    """Return the name of the output that monitor and rules read: the whole output, or the head
+    chosen as `output`."""
     return flow.settings.get("output") or OUTPUT
 
 
 def level_of(errors: Errors, input_J: torch.Tensor) -> float:
-    """Mean over parameters of mse_p / (J^-1)_pp; NaN where unknown, or where J is too uncertain to
-    be positive."""
+    """Compute the mean over parameters of mse_p / (J^-1)_pp; NaN if unknown, or if J is not
+    positive definite."""
     if errors is None:
         return math.nan
     inverse, failed = torch.linalg.inv_ex(input_J)
@@ -168,14 +166,14 @@ def level_of(errors: Errors, input_J: torch.Tensor) -> float:
 
 
 def _share(flow: FisherFlow | None) -> tuple[float, float]:
-    """J_output / J_input and its standard error."""
+    """Return J_output / J_input and its standard error."""
     if flow is None:
         return math.nan, math.nan
     return ratio(flow[output_of(flow)], flow[INPUT])
 
 
 def _by_parameter(name: str, values: Any, parameters: int | None = None) -> dict[str, float]:
-    """One column, or for several parameters one each."""
+    """Make one column, or one per parameter if there are several."""
     if values is None:
         values = [math.nan] * (parameters or 1)
     if len(values) == 1:

@@ -1,17 +1,17 @@
-r"""A live estimate from the training batches themselves: no forward pass of its own.
+r"""A live estimate of J from the training batches, without another forward pass.
 
 A training batch holds samples at many theta. Regressing the activations a of a layer on a
-polynomial B(theta) *within each batch* gives the mean m(theta) = C^T B(theta) and, as residual, the
-covariance S: weights that move between batches do not count as noise. Averaged over a window of
-batches they give
+polynomial B(theta) *within each batch* gives the mean m(theta) = C^T B(theta) and, from the
+residuals, the covariance S: changes of the weights between batches do not count as noise. Averaged
+over a window of batches they give
 
     J = D^T S^-1 D,      D the mean of m'(theta), S the mean covariance over the training range
 
 corrected for the finite window as for independent conditions (docs/theory.md, 17). m'^T S^-1 m' is
 convex in m' and S together, so this is at most the mean over theta of the linear Fisher
-information, and what the polynomial cannot follow counts as noise: the trend is a lower bound, for
-these *training* samples and a network in training mode (dropout and batch statistics included).
-More than the input holds is memory.
+information, and deviations from the polynomial count as noise: the trend is a lower bound, for
+these *training* samples and a network in training mode (including dropout and batch statistics). A
+J above that of the input shows that the network memorises.
 """
 
 from __future__ import annotations
@@ -30,27 +30,29 @@ from fisherfast.estimation.variance import independent_variance
 __all__ = ["LiveEstimate", "RegressionMoments", "ThetaBatch"]
 
 WINDOW = 512
-"""Samples after which a batch counts 1/e: twice as many effective ones, J of an output to 6 %."""
+"""Samples after which the weight of a batch is 1/e: the effective number is twice as large, and J
+of an output is known to 6 %."""
 
 WINDOW_PER_ACTIVATION = 8
-"""The same per activation of a wide layer: its covariance needs them."""
+"""The same per activation of a wide layer, whose covariance needs more samples."""
 
 DEGENERATE = 1e6
-"""Largest entry of (B^T B)^-1 for a batch of n samples of order 1 each: thetas that are nearly all
-the same tell no polynomial."""
+"""Largest entry of (B^T B)^-1 for a batch of n samples of order 1 each: nearly equal values of
+theta do not determine a polynomial."""
 
 DEGREES = {1: 3}
-"""Degree of the polynomial by number of parameters, else 2: a saturating network is cubic."""
+"""Degree of the polynomial by number of parameters, 2 for others; cubic for networks that
+saturate."""
 
 
 @dataclass(frozen=True)
 class LiveEstimate:
-    """Linear Fisher information of one layer as the last batches show it, in 1/theta^2.
+    """Linear Fisher information of one layer from the last batches, in 1/theta^2.
 
     Attributes:
-        J: [P, P] float64, a lower bound of its mean over the thetas of the batches.
-        stderr: [P, P] its standard errors, of independent samples.
-        samples: effective number of samples behind it, degrees of freedom of its covariance.
+        J: [P, P] float64, a lower bound of its mean over the values of theta in the batches.
+        stderr: [P, P] its standard errors for independent samples.
+        samples: effective number of samples, the degrees of freedom of its covariance.
     """
 
     J: torch.Tensor
@@ -59,25 +61,25 @@ class LiveEstimate:
 
 
 class ThetaBatch:
-    """The polynomial of the thetas of one batch: what the regressions of all layers share.
+    """The polynomial of theta of one batch, which the regressions of all layers share.
 
     Args:
         theta: [n, P] float64 on the CPU, n at least 2.
 
     Attributes:
-        basis: [n, q] float64 values of the monomials of the standardised thetas.
-        solver: [q, n] float64, gives the coefficients of activations [n, d].
+        basis: [n, q] float64 values of the monomials of the standardised theta.
+        solver: [q, n] float64, maps activations [n, d] to coefficients.
         slopes: [P, q] float64, means over the samples of the derivatives of the monomials by theta.
         noise: [P, P] float64, covariance of a mean derivative in units of that of an activation.
-        weight: of the batch; n for batches of like thetas.
-        usable: there are enough different thetas for the polynomial.
+        weight: of the batch; n for batches with similar theta.
+        usable: there are enough different theta for the polynomial.
     """
 
     def __init__(self, theta: torch.Tensor) -> None:
         exponents = monomials(theta.shape[1])
         spread, center = torch.std_mean(theta, 0, correction=0)
         spread = torch.where(spread > 0, spread, 1.0)
-        t = (theta - center) / spread  # of order 1: a polynomial that is well conditioned
+        t = (theta - center) / spread  # of order 1, so that the polynomial is well conditioned
         basis = powers(t, exponents)
         inverse, failed = torch.linalg.inv_ex(basis.T @ basis)
         largest = float(inverse.diagonal().amax())
@@ -87,26 +89,27 @@ class ThetaBatch:
         self.solver = inverse @ basis.T
         self.slopes = slopes_of(t, exponents).mean(0) / spread[:, None]
         self.noise = self.slopes @ inverse @ self.slopes.T
-        # thetas close together tell little of a slope; a power that a change of units only scales
+        # close values of theta determine a slope poorly; a power, so units only scale the weight
         size = float(torch.linalg.det(self.noise))
         self.usable = self.usable and size > 0
         self.weight = size ** (-1 / theta.shape[1]) if self.usable else 0.0
 
     def to(self, device: torch.device) -> ThetaBatch:
-        """On another device."""
+        """Move to another device."""
         self.basis, self.solver = self.basis.to(device), self.solver.to(device)
         return self
 
 
 class RegressionMoments:
-    """Regressions of activations [n, d] on polynomials of theta [n, P], old batches fading.
+    """Regressions of activations [n, d] on polynomials of theta [n, P], with decaying weights of
+    old batches.
 
     Args:
         dim: d.
         parameters: P.
         device: of the sums over activations.
 
-    Sums and products are of float64. Memory: d (P + d) numbers of float64. Cost of a batch: n d^2.
+    Sums and products are in float64. Memory: d (P + d) float64 numbers. Cost of a batch: n d^2.
     """
 
     def __init__(self, dim: int, parameters: int, device: torch.device | str = "cpu") -> None:
@@ -116,7 +119,7 @@ class RegressionMoments:
         self._sums = {
             "derivative": torch.zeros(parameters, dim, dtype=f64, device=device),  # w D
             "square": torch.zeros(dim, dim, dtype=f64, device=device),  # w / n residuals
-            "rounding": torch.zeros(dim, dtype=f64, device=device),  # w / n variance of it
+            "rounding": torch.zeros(dim, dtype=f64, device=device),  # w / n rounding variance
             # w^2 Cov(D) in units of S
             "noise": torch.zeros(parameters, parameters, dtype=f64, device="cpu"),
         }
@@ -128,14 +131,14 @@ class RegressionMoments:
         """Add activations [n, d] of any floating dtype, of a usable batch of thetas."""
         sums, (n, q), weight = self._sums, batch.basis.shape, batch.weight
         a = activations.double()
-        if a.device != sums["square"].device:  # the model has moved, or a state has
+        if a.device != sums["square"].device:  # the model was moved, or a state loaded
             for name in ("derivative", "square", "rounding"):
                 sums[name] = sums[name].to(a.device)
         coefficients = batch.solver @ a
         residual = torch.addmm(a, batch.basis, coefficients, alpha=-1)
         square = residual.T @ residual
         if not bool(torch.isfinite(square.float()).all()):
-            return  # one NaN, or one number that drowns all others, would stay for ever
+            return  # a NaN, or a number that dwarfs all others, would stay in the sums
         keep = math.exp(-n / self._window)
         derivative = batch.slopes.to(a.device) @ coefficients
         rounding = a.square().sum(0) * relative_rounding(activations.dtype) ** 2
@@ -148,7 +151,7 @@ class RegressionMoments:
         self._freedom_squared = self._freedom_squared * keep**2 + (n - q) * (weight / n) ** 2
 
     def estimate(self) -> LiveEstimate | None:
-        """J of what was added; None while there are too few samples.
+        """Estimate J from the added batches; None while there are too few samples.
 
         The ridge is the least that the rounding of the activations allows, see `ridge`.
 
@@ -178,19 +181,19 @@ class RegressionMoments:
         return LiveEstimate(J.cpu(), variance.clamp_min(0).sqrt().cpu(), dof)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers."""
+        """Return tensors and plain numbers."""
         sums = {name: value.clone() for name, value in self._sums.items()}
         return sums | {"counts": [self._weight, self._freedom, self._freedom_squared]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` returned."""
+        """Load the result of `state_dict`."""
         for name, value in self._sums.items():
             self._sums[name] = state[name].to(value.device, copy=True)
         self._weight, self._freedom, self._freedom_squared = state["counts"]
 
 
 def monomials(parameters: int) -> list[tuple[int, ...]]:
-    """Exponents of all monomials of P variables up to the degree, the constant first."""
+    """List the exponents of all monomials of P variables up to the degree, the constant first."""
     degree = DEGREES.get(parameters, 2)
     found: list[tuple[int, ...]] = [(0,) * parameters]
     for _ in range(degree):
@@ -204,13 +207,13 @@ def monomials(parameters: int) -> list[tuple[int, ...]]:
 
 
 def powers(t: torch.Tensor, exponents: list[tuple[int, ...]]) -> torch.Tensor:
-    """Monomials [n, q] of t [n, P]."""
+    """Compute the monomials [n, q] of t [n, P]."""
     orders = torch.tensor(exponents, device=t.device)
     return torch.pow(t[:, None, :], orders).prod(-1)
 
 
 def slopes_of(t: torch.Tensor, exponents: list[tuple[int, ...]]) -> torch.Tensor:
-    """Derivatives [n, P, q] of the monomials."""
+    """Compute the derivatives [n, P, q] of the monomials."""
     columns = []
     for p in range(t.shape[1]):
         lowered = [tuple(max(e - (p == r), 0) for r, e in enumerate(es)) for es in exponents]

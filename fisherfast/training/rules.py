@@ -1,5 +1,5 @@
-"""When to stop training: the published rule and one that needs no error. A new rule is a class with
-`judge`, and a line in `RULES`.
+"""Stopping rules: the published rule and one that needs no error. A new rule is a class with
+`judge`, and an entry in `RULES`.
 """
 
 from __future__ import annotations
@@ -14,49 +14,49 @@ from typing import Any
 import numpy as np
 import torch
 
+from fisherfast._validation import check_whole
 from fisherfast.model.sites import INPUT
 from fisherfast.results.comparison import DIVIDES, divides
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import LayerFisher
 from fisherfast.training.attainable import Prior, attainable_error, check_prior
-from fisherfast.training.checks import check_whole
 from fisherfast.training.record import EpochRecord, output_of
 from fisherfast.training.stopping_rule import History, StoppingRule, Verdict
 
 __all__ = ["RULES", "CramerRaoRule", "TransmissionRule"]
 
 TOLERANCE = 0.02
-"""Of the largest share: less than what slope and offset still add to the error in the study of
-benchmarks/early_stopping.py, and about as much in validation loss at worst."""
+"""Tolerance relative to the largest share: less than slope and offset still add to the error in the
+study of benchmarks/early_stopping.py; it costs at most about as much in validation loss."""
 SIGNIFICANT = 3.0
-"""Standard errors above 0 of a share that is not noise: before that, nothing has been learned."""
+"""Standard errors above 0 from which a share is not noise: below it, nothing has been learned."""
 NOISE_WINDOW = 10
-"""Measurements that the noise is taken from: enough for a median, few enough to be recent."""
+"""Measurements from which the noise is estimated: enough for a median, few enough to be recent."""
 NORMAL_MEDIAN = 0.6745  # of |z|, z standard normal
 THIRD_DIFFERENCE = 20.0  # 1 + 9 + 9 + 1, variance of the third difference of independent numbers
 
 
 class CramerRaoRule(StoppingRule):
-    r"""Stop when the training error is what nobody can reach without having seen the samples.
+    r"""Stop when the training error falls below the least possible error on unseen samples.
 
     The level of an epoch is the mean over parameters of :math:`mse_p / E_p`, with :math:`E_p` the
-    least error of samples that are not known. The rule stops at the first epoch whose level is at
-    most 1 - min_delta. By default :math:`E_p = (J^{-1})_{pp}`, J that of the input.
+    least possible error on samples that the network was not trained on. The rule stops at the first
+    epoch whose level is at most 1 - min_delta. By default :math:`E_p = (J^{-1})_{pp}`, J that of
+    the input.
 
     Args:
-        prior: where theta lies, for an attainable error instead of 1/J: a pair (low, high), or a
+        prior: range of theta, to use an attainable error instead of 1/J: a pair (low, high), or a
             tensor or array [n] of the theta of the training samples; for P parameters P of these,
-            or [n, P].
-            See `attainable_error` for what this assumes.
-        least_error: E_p in theta^2 where it is known otherwise, one number or P: from a simulation,
-            say. Neither prior nor J is used then.
-        input_J: information in the input at several theta, where it varies: numbers, [P, P]
-            tensors or `LayerFisher`. The errors that they allow are averaged. None takes that of
-            the monitor.
-        target_scale: theta per unit of the network's targets, one number or P, for errors that were
-            given to the monitor in the unit of the targets (it has a `target_scale` of its own).
-        smoothing: epochs in which the logarithm of the level is fitted by a straight line, whose
-            end then counts, for errors of few samples. 1 takes the level as it is.
+            or [n, P]. See `attainable_error` for the assumptions.
+        least_error: E_p in theta^2 if known from elsewhere, such as a simulation, one number or P.
+            Prior and J are then not used.
+        input_J: information in the input at several theta, if it varies: numbers, [P, P] tensors or
+            `LayerFisher`. The corresponding least errors are averaged. None uses that of the
+            monitor.
+        target_scale: theta per unit of the network's targets, one number or P, for errors given to
+            the monitor in the unit of the targets (the monitor has its own `target_scale`).
+        smoothing: number of epochs over which the logarithm of the level is fitted by a straight
+            line, whose end is used, for errors of few samples. 1 uses the level itself.
         patience, min_delta, min_epochs: see `StoppingRule`; patience is 0 by default.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025), section on early stopping; E_p is 1/J
@@ -88,7 +88,7 @@ class CramerRaoRule(StoppingRule):
         self.least_error = None if least_error is None else _numbers("least_error", least_error)
         self.input_J = None if input_J is None else _matrices(input_J)
         if self.input_J is not None and not self.input_J:
-            raise ValueError("input_J must hold the information at one theta at least, got none")
+            raise ValueError("input_J must hold the information at least at one theta, got none")
         self.reads_input = self.input_J is None and self.least_error is None
         self.target_scale = _numbers("target_scale", target_scale)
         self._known: dict[tuple[float, ...], list[float]] = {}
@@ -99,7 +99,7 @@ class CramerRaoRule(StoppingRule):
         known = [index for index, level in enumerate(levels) if not math.isnan(level)]
         if not known:
             return Verdict(None)
-        below = 0  # epochs in succession, at the end
+        below = 0  # consecutive epochs at the end
         for index in reversed(known):
             late = history[index].epoch >= self.min_epochs
             if not late or levels[index] > 1 - self.min_delta:
@@ -111,16 +111,16 @@ class CramerRaoRule(StoppingRule):
         return Verdict(best, self._reason(history[best], levels[best]))
 
     def levels(self, history: History) -> list[float]:
-        """Training error in units of the least error; NaN before the first measurement, and while
-        J_input cannot be told from zero."""
+        """Return the training error in units of the least error; NaN before the first measurement,
+        and while J_input is zero within its error."""
         raw = self._each(history, self._level)
         return raw if self.smoothing == 1 else _line_ends(raw, self.smoothing)
 
     def least_errors(self, J: torch.Tensor) -> list[float]:
-        """E_p in theta^2, for P parameters.
+        """Compute E_p in theta^2, for P parameters.
 
         Args:
-            J: [P, P] information in the input, where `input_J` was not given.
+            J: [P, P] information in the input, used if `input_J` was not given.
 
         Raises:
             ValueError: J is not positive definite, or the prior has another number of parameters.
@@ -150,7 +150,7 @@ class CramerRaoRule(StoppingRule):
         return [attainable_error(1 / e, prior) for e, prior in zip(errors, priors, strict=True)]
 
     def _priors(self, parameters: int) -> list[Prior]:
-        """One for each parameter."""
+        """Return one prior per parameter."""
         parts = self._parts or []
         if len(parts) != parameters:
             raise ValueError(
@@ -191,30 +191,31 @@ class CramerRaoRule(StoppingRule):
         published = self._parts is None and self.least_error is None
         bound = "1 / J_input" if published else "the attainable error"
         return (
-            f"training error at {level:.3g} of {bound} in epoch {record.epoch}: below it is memory"
-            " of the training samples, not skill"
+            f"training error at {level:.3g} of {bound} in epoch {record.epoch}: below it the"
+            " network memorises the training samples"
         )
 
 
 class TransmissionRule(StoppingRule):
-    """Stop when the output no longer gains information on samples that are not trained on.
+    """Stop when the information in the output on held-out samples stops rising.
 
     The share of an epoch is tr(J_input^-1 J_output) / P on the held-out samples of the monitor. The
     rule stops when `patience` measurements have not risen above the largest share (which must be
-    three standard errors above 0); the best epoch is the last one within `tolerance` of it. No
-    error, no unit and no prior are needed: any loss will do.
+    three standard errors above 0); the best epoch is the last one within `tolerance` of it. It
+    needs no error, unit or prior, so it works with any loss.
 
     Args:
         information: "linear" for the linear information of the outputs themselves, which is that of
-            an estimate, corrected for slope and offset; "J" for that of a lift of them too, for
-            outputs that are no estimates.
-        tolerance: part of the largest share that may be given away. Information is measured at one
-            theta and does not see slope and offset, which settle later: where the share is level,
-            later weights are the better ones.
+            an estimate corrected for slope and offset; "J" to include a lift of the outputs, if
+            they are not estimates.
+        tolerance: fraction of the largest share that may be lost. Information is measured at one
+            theta and does not depend on slope and offset, which converge later: while the share is
+            constant, later weights are better.
         patience: measurements without a rise before the stop; 5 by default.
         min_delta: smallest rise that counts, in standard errors of the difference of two epochs.
-            These are far below the standard error of a share, for all epochs are measured on the
-            same samples: the scatter of the last measurements about a smooth curve shows them.
+            These are far below the standard error of a share, because all epochs are measured on
+            the same samples; they are estimated from the scatter of the last measurements about a
+            smooth curve.
         min_epochs: see `StoppingRule`.
     """
 
@@ -266,13 +267,13 @@ class TransmissionRule(StoppingRule):
         return Verdict(best, reason)
 
     def shares(self, history: History) -> list[float]:
-        """tr(J_input^-1 J_output) / P of each record; NaN where it was not measured, or where
+        """Return tr(J_input^-1 J_output) / P of each record; NaN if it was not measured, or if
         J_input is within three errors of zero."""
         return self._each(history, self._share)
 
     def noise(self, shares: Sequence[float]) -> float:
-        """Standard error of the difference of two of the last shares, from their third differences:
-        a curve without kinks has none. 0 for fewer than four."""
+        """Estimate the standard error of the difference of two of the last shares from their third
+        differences, which are zero for a smooth curve. 0 for fewer than four shares."""
         recent = torch.tensor(shares[-NOISE_WINDOW:], dtype=torch.float64, device="cpu")
         if len(recent) < 4:
             return 0.0
@@ -281,20 +282,20 @@ class TransmissionRule(StoppingRule):
         return math.sqrt(2) * spread
 
     def _least_rise(self, shares: Sequence[float], known: Sequence[int]) -> float:
-        """The rise that counts after the measurements with these numbers."""
+        """Return the smallest rise that counts after the measurements with these indices."""
         if self.min_delta == 0:
             return 0.0
         return self.min_delta * self.noise([shares[index] for index in known])
 
     def _has_begun(self, record: EpochRecord) -> bool:
-        """Whether the output has information about some parameter that is not noise."""
+        """Return whether the information in the output is above noise for some parameter."""
         if record.flow is None:
             return False
         J, stderr = self._output(record.flow)
         return bool((J.diagonal() > SIGNIFICANT * stderr.diagonal()).any())
 
     def _output(self, flow: FisherFlow) -> tuple[torch.Tensor, torch.Tensor]:
-        """J of the output and its standard error."""
+        """Return J of the output and its standard error."""
         layer = flow[output_of(flow)]
         if self.information == "linear":
             return layer.linear, layer.linear_stderr
@@ -313,8 +314,8 @@ RULES: Mapping[str, type[StoppingRule]] = {
 
 
 def _line_ends(levels: Sequence[float], window: int) -> list[float]:
-    """End of the straight line through the logarithms of the last levels, up to `window` of them
-    that are known. Unlike a mean it does not lag behind a falling error."""
+    """Fit a straight line to the logarithms of the last known levels, at most `window`, and return
+    its end for each record. Unlike a mean it does not lag behind a falling error."""
     ends = []
     recent: deque[float] = deque(maxlen=window)
     for level in levels:
@@ -331,7 +332,7 @@ def _line_ends(levels: Sequence[float], window: int) -> list[float]:
 
 
 def _parts_of(prior: Any) -> list[Prior]:
-    """A range or values of theta for each parameter.
+    """Split a prior into a range or values of theta for each parameter.
 
     Raises:
         ValueError: one is neither.
@@ -352,7 +353,7 @@ def _parts_of(prior: Any) -> list[Prior]:
 
 
 def _matrices(input_J: Any) -> list[torch.Tensor]:
-    """Information at several theta, each [P, P]."""
+    """Return the information at several theta, each [P, P]."""
     try:
         return [_as_matrix(J) for J in input_J]
     except TypeError:
@@ -363,7 +364,7 @@ def _matrices(input_J: Any) -> list[torch.Tensor]:
 
 
 def _as_matrix(J: Any) -> torch.Tensor:
-    """A number, [P, P] or `LayerFisher` as float64 [P, P]."""
+    """Convert a number, [P, P] or `LayerFisher` to float64 [P, P]."""
     if isinstance(J, LayerFisher) and not divides(J):
         raise ValueError(f"input_J must be {DIVIDES:g} errors above zero, got {J!r}")
     known = J.J if isinstance(J, LayerFisher) else J
@@ -375,7 +376,7 @@ def _as_matrix(J: Any) -> torch.Tensor:
 
 
 def _numbers(name: str, values: float | Sequence[float]) -> list[float]:
-    """One number or several, each positive."""
+    """Return one number or several as a list, each positive."""
     try:
         flat = torch.as_tensor(values, dtype=torch.float64, device=getattr(values, "device", "cpu"))
         listed: list[float] = flat.reshape(-1).tolist()

@@ -1,4 +1,4 @@
-"""`FisherEarlyStopping`: asks a rule after each epoch, keeps the best weights, puts them back."""
+"""`FisherEarlyStopping` applies a rule after each epoch and restores the best weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARED = ("patience", "min_delta", "min_epochs")  # settings that every rule has
 
 
 class Monitored(Protocol):
-    """What is looked at of a `FisherMonitor`."""
+    """The attributes of a `FisherMonitor` that are used."""
 
     @property
     def history(self) -> Sequence[EpochRecord]:
@@ -39,34 +39,35 @@ class Monitored(Protocol):
 
 
 class FisherEarlyStopping:
-    """Stops training by what the network knows, not by a patience with the validation loss.
+    """Stop training by the information in the network instead of the validation loss.
 
     Args:
-        rule: "crlb": the training error falls below 1 / J_input, the least error of an unbiased
-            estimate: from there on the network remembers its training samples. Needs ``train_mse``
-            at each step of the monitor. "transmission": J_output / J_input on the held-out samples
-            of the monitor stops rising. Needs no error; any loss will do.
-        patience: measured epochs that the sign to stop must last; None for 0 with "crlb" and 5 with
-            "transmission".
-        min_delta: how clear the sign must be. "crlb": the level to stop at is 1 - min_delta.
+        rule: "crlb" stops when the training error falls below 1 / J_input, the least error of an
+            unbiased estimate: from there on the network memorises its training samples. It needs
+            ``train_mse`` at each step of the monitor. "transmission" stops when J_output / J_input
+            on the held-out samples of the monitor stops rising. It needs no error and works with
+            any loss.
+        patience: measured epochs for which the stopping condition must last; None for 0 with "crlb"
+            and 5 with "transmission".
+        min_delta: margin of the condition. "crlb": the level to stop at is 1 - min_delta.
             "transmission": the smallest rise that counts, in standard errors of the difference.
         min_epochs: epoch number before which there is no stop.
         restore_best: at the stop, load the weights of `best_epoch` into the model. A copy of the
-            weights is kept for that.
-        check_finite: stop when a training or validation error is NaN or infinite, or an activation
-            on the held-out samples.
+            weights is kept for this.
+        check_finite: stop if a training or validation error, or an activation on the held-out
+            samples, is NaN or infinite.
         **options: of the rule. "crlb": ``prior``, ``least_error``, ``input_J``, ``target_scale``,
             ``smoothing``; "transmission": ``information``, ``tolerance``. See `CramerRaoRule` and
             `TransmissionRule`.
 
     Attributes:
         stopped_epoch: number of the epoch after which training was stopped; None before.
-        best_epoch: number of the best epoch so far; None while nothing can be said.
+        best_epoch: number of the best epoch so far; None while this is unknown.
         reason: why training was stopped, a sentence; empty before.
 
     Raises:
         ValueError: an unknown rule, or a setting out of its range.
-        TypeError: an option that the rule does not have, a count that is no whole number.
+        TypeError: an option that the rule does not have, or a count that is not a whole number.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025), for "crlb".
 
@@ -112,18 +113,18 @@ class FisherEarlyStopping:
         """Judge the last epoch of the monitor. Call it once after each ``monitor.step``.
 
         Returns:
-            Whether to stop training now. Once true it stays true; the weights are put back only at
-            the first time.
+            Whether to stop training now. Once true it stays true; the weights are restored only the
+            first time.
 
         Raises:
             ValueError: "crlb" without ``train_mse`` or with an error below 0, or the monitor has no
                 epoch yet.
 
         Warns:
-            FisherWarning: the best epoch was before the first step, so its weights are not known;
-                J_input is within three errors of zero, so the rule waits; once each.
+            FisherWarning: the best epoch was before the first step, so its weights are unknown;
+                J_input is within three errors of zero, so the rule waits; each at most once.
 
-        Cost: a copy of the weights in an epoch that is the best so far; nothing is measured.
+        Cost: a copy of the weights in each epoch that is the best so far; nothing is measured.
         """
         if self.stopped_epoch is not None:
             return True
@@ -147,8 +148,8 @@ class FisherEarlyStopping:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the history of the monitor: numbers, strings and
-        tensors, for ``torch.save`` and ``torch.load(weights_only=True)``."""
+        """Return the state that a resumed run needs in addition to that of the monitor: numbers,
+        strings and tensors, for ``torch.save`` and ``torch.load(weights_only=True)``."""
         return {
             "version": STATE_VERSION,
             "rule": self.rule.name,
@@ -160,10 +161,10 @@ class FisherEarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, with a monitor that does the same.
+        """Continue from `state_dict`, with a monitor that is resumed as well.
 
         Raises:
-            ValueError: the state is of another rule, or no state at all.
+            ValueError: the state is of another rule, or not a state.
         """
         if not isinstance(state, Mapping) or (missing := sorted(STATE - set(state))):
             got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
@@ -185,7 +186,7 @@ class FisherEarlyStopping:
         )
 
     def _restore(self, model: nn.Module) -> None:
-        """Put the weights of the best epoch back."""
+        """Restore the weights of the best epoch."""
         if self._weights is None:
             warnings.warn(
                 f"weights of the best epoch {self.best_epoch} were not seen by stopping.step, the"
@@ -199,7 +200,7 @@ class FisherEarlyStopping:
         self._weights = None
 
     def _warn_of_input(self, record: EpochRecord) -> None:
-        """Say once that the rule waits for a J_input that can be told from zero."""
+        """Warn once that the rule waits for a J_input that is significantly above zero."""
         if self._warned or record.flow is None or not self.rule.reads_input:
             return
         source = record.flow.layers[0]
@@ -213,14 +214,14 @@ class FisherEarlyStopping:
             )
 
     def _judge(self, history: Sequence[EpochRecord]) -> Verdict:
-        """The rule's verdict, unless the errors are not finite: then the best of the others."""
+        """Apply the rule; if errors are not finite, stop with the best of the other epochs."""
         if self.check_finite and (problem := _not_finite(history[-1])):
             return Verdict(self._best_record, problem)
         return self.rule.judge(history)
 
 
 def _not_finite(record: EpochRecord) -> str:
-    """What is wrong with the errors or activations of an epoch; empty if nothing."""
+    """Describe errors or activations of an epoch that are not finite; empty if all are finite."""
     for name, errors in (("training", record.train_mse), ("validation", record.val_mse)):
         for value in errors or ():
             if not math.isfinite(value):
@@ -232,8 +233,8 @@ def _not_finite(record: EpochRecord) -> str:
 
 
 def _copied(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A state that training does not change, with the versions of the modules beside it: a module
-    that finds none takes the state for an old one."""
+    """Copy a state, so that training does not change it, with the versions of its modules: a module
+    without a version treats the state as an old one."""
     copied = OrderedDict(
         (name, value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value))
         for name, value in weights.items()

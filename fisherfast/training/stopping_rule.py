@@ -1,6 +1,7 @@
-"""`StoppingRule`: what rules share, which look at the history of a monitor and at nothing else.
+"""`StoppingRule`: the base class of rules.
 
-A rule is a function of the history, so a resumed run decides as the unbroken one did.
+A rule is a function of the history of a monitor alone, so a resumed run decides like an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fisherfast.training.checks import check_whole
+from fisherfast._validation import check_whole
 from fisherfast.training.record import EpochRecord
 
 __all__ = ["History", "StoppingRule", "Verdict"]
@@ -22,11 +23,11 @@ History = Sequence[EpochRecord]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule says after the last record of a history.
+    """The decision of a rule after the last record of a history.
 
     Attributes:
-        best: index of the record whose weights are to be kept; None while nothing can be said.
-        reason: why to stop, a sentence; None to go on.
+        best: index of the record whose weights to keep; None while this is unknown.
+        reason: why to stop, a sentence; None to continue.
     """
 
     best: int | None
@@ -34,17 +35,17 @@ class Verdict:
 
 
 class StoppingRule(ABC):
-    """What the rules share.
+    """Base class of stopping rules.
 
     Args:
-        patience: measured epochs for which the sign to stop must last after it is first seen.
-        min_delta: how clear the sign must be, at least 0; its unit is the rule's.
+        patience: measured epochs for which the stopping condition must last after it is first met.
+        min_delta: margin of the condition, at least 0, in a unit that depends on the rule.
         min_epochs: epoch number before which there is no stop.
     """
 
     name: ClassVar[str]
     default_patience: ClassVar[int]
-    reads_input = True  # the information in the input, as measured
+    reads_input = True  # whether the rule uses the measured information in the input
 
     def __init__(
         self, *, patience: int | None = None, min_delta: float = 0.0, min_epochs: int = 0
@@ -59,10 +60,10 @@ class StoppingRule(ABC):
 
     @abstractmethod
     def judge(self, history: History) -> Verdict:
-        """Whether to stop after the last record, and which one was the best."""
+        """Decide whether to stop after the last record, and which one was the best."""
 
     def _each(self, history: History, value: Callable[[EpochRecord], float]) -> list[float]:
-        """Value of every record; those of a history that has grown are found out once."""
+        """Return the value of every record; for a growing history each is computed once."""
         known = self._values
         if known and (len(known) > len(history) or history[len(known) - 1] is not known[-1][0]):
             known.clear()

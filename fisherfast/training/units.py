@@ -1,4 +1,4 @@
-"""Are errors and outputs in the unit of theta? What the response of the output tells."""
+"""Detect outputs and errors in another unit than theta, from the response of the output."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from fisherfast.training.record import Errors, output_of
 __all__ = ["unit_note"]
 
 FACTOR = 3.0
-"""How far the response of an output may be from one per unit of theta before a unit is suspected:
-no estimator that has learned anything overshoots threefold."""
+"""Factor by which the response of an output may differ from one per unit of theta before another
+unit is suspected: no trained estimator overshoots threefold."""
 
 TRAINED = 3.0
-"""How far an error may be from the variance of the output for the network to count as trained: the
-error of one that is not is that of its bias, and that of one that remembers is near zero."""
+"""Factor by which the error may differ from the variance of the output for the network to count as
+trained: the error of an untrained network is its bias, that of one that memorises is near zero."""
 
 TRANSMITTED = 0.3
-"""J_output / J_input below which a network counts as untrained whatever its error: where the output
-is mostly noise, so is the error. Of 150 networks of random weights nine in ten were below 0.11, the
+"""J_output / J_input below which a network counts as untrained whatever its error: if the output is
+mostly noise, so is the error. Of 150 networks with random weights nine in ten were below 0.11, the
 best at 0.35."""
 
 
 def unit_note(flow: FisherFlow, mse: Errors, target_scale: float) -> list[str]:
-    """A note where the output moves by another amount than theta, with the factor between them.
+    """Make a note if the output changes by another amount than theta, with the factor.
 
-    An output that estimates theta moves by 1 / target_scale per unit of it. One that moves by
-    another amount may only be untrained; but then its error is large beside its own variance, or
-    it transmits little. So only a network that transmits and whose error *is* its variance is held
-    to its unit, and a unit that is less than threefold another passes for the caution of an
-    estimator.
+    An output that estimates theta changes by 1 / target_scale per unit of it. An output that
+    changes by another amount may belong to an untrained network; but then its error is large
+    compared with its variance, or it transmits little. So only a network that transmits, and whose
+    error *is* its variance, gets a note. A factor below three is normal for a cautious estimator.
 
     Args:
         flow: of the network on held-out samples.
-        mse: in theta^2, as the caller's scale gives it, of held-out samples if those are known;
-            None where unknown: there is no error then whose unit could be wrong.
+        mse: in theta^2 by the caller's scale, of held-out samples if known; None if unknown, when
+            there is no error whose unit could be wrong.
         target_scale: theta per unit of the targets.
     """
     layer = flow[output_of(flow)]

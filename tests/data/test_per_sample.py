@@ -184,11 +184,11 @@ REFUSED = {
     ),
     "parameters beside tensors": (
         lambda: ff.Pathwise(X, X[None], parameters=1),
-        "parameters must be left out beside tensors, got 1: dx tells it",
+        "parameters must be left out for tensors, got 1: it follows from dx",
     ),
     "no parameter": (
         lambda: ff.Score([X], parameters=0),
-        "parameters must be positive, got 0",
+        "parameters must be at least 1, got 0",
     ),
     "half a parameter": (
         lambda: ff.Score([X], parameters=0.5),
@@ -460,18 +460,17 @@ BAD = {
     ),
     "rounded dtheta": (
         lambda: ff.Simulator(draw, [1e6, 0.0], derivative="paired", dtheta=0.01),
-        "dtheta must be resolved by theta of torch.float32, got 0.01 beside 1e+06:"
+        "dtheta must be resolved by theta of torch.float32, got 0.01 at 1e+06:"
         " pass theta as a float64 tensor",
     ),
     "samples": (
         lambda: ff.Simulator(draw, THETA, samples=0),
-        "samples must be positive, got 0",
+        "samples must be at least 1, got 0",
     ),
     "half a sample": (
         lambda: ff.Simulator(draw, THETA, samples=1.5),
         "samples must be a whole number, got 1.5",
     ),
-    "seed": (lambda: ff.Simulator(draw, THETA, seed=-1), "seed must be at least 0, got -1"),
     "theta": (
         lambda: ff.Simulator(draw, [[0.0]]),
         "theta must have shape [P], got [1, 1]",

@@ -51,7 +51,7 @@ def test_each_pass_gives_the_samples_of_the_first():
     assert (minus.passes, plus.passes) == (1, 0)
     assert values(data, 1) == first
     assert (minus.passes, plus.passes) == (1, 1)
-    assert data.held_bytes == 2 * SIDE_BYTES
+    assert data._held == 2 * SIDE_BYTES
 
 
 def test_what_was_kept_repeats_and_can_be_counted():
@@ -99,7 +99,7 @@ def test_what_samples_carry_is_kept_with_them(carried):
             assert torch.equal(two.tangents[0], 2 * one.x)
         else:
             assert torch.equal(two.score, 2 * one.x[:, :1].double())
-    assert data.held_bytes == SIDE_BYTES + (SIDE_BYTES if carried == "tangents" else 8 * ROWS)
+    assert data._held == SIDE_BYTES + (SIDE_BYTES if carried == "tangents" else 8 * ROWS)
 
 
 # --- the limit ------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ def test_the_limit_holds_while_conditions_are_read(limit, held, abreast):
     reads = [data.read(condition, 10) for condition in range(2)]
     batches = zip(*reads, strict=True) if abreast else itertools.chain(*reads)
     for _ in batches:
-        assert data.held_bytes <= limit
-    assert data.held_bytes == held
+        assert data._held <= limit
+    assert data._held == held
     assert [data.repeats(0), data.repeats(1)].count(True) == held // SIDE_BYTES
 
 
@@ -146,9 +146,9 @@ def test_a_pass_that_is_broken_off_keeps_nothing():
     data = KeptData(source, 10**6)
     reading = data.read(0, 10)
     next(reading), next(reading)
-    assert data.held_bytes > 0
+    assert data._held > 0
     reading.close()
-    assert data.held_bytes == 0
+    assert data._held == 0
     assert not data.repeats(0)
     assert values(data) == [200, 201, 202, 203, 204]
 
@@ -166,7 +166,7 @@ def test_a_source_that_fails_keeps_nothing():
     for _ in range(2):
         with pytest.raises(RuntimeError, match="a file is gone"):
             values(data)
-        assert data.held_bytes == 0
+        assert data._held == 0
 
 
 def test_two_passes_at_once_are_both_whole():
@@ -176,7 +176,7 @@ def test_two_passes_at_once_are_both_whole():
     one, two = data.read(0, 10), data.read(0, 10)
     both = list(zip(one, two, strict=True))
     assert len(both) == ROWS // 10
-    assert data.held_bytes == SIDE_BYTES
+    assert data._held == SIDE_BYTES
     assert len(values(data)) == ROWS // 10
 
 

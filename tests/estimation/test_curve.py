@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fisherfast.estimation.bound import cross_fitted_bound, linear_readout
-from fisherfast.estimation.curve import fisher_curve, fold_statistic_curve
+from fisherfast.estimation.curve import fisher_curve
 from fisherfast.estimation.fold_moments import FoldStatistics
 
 K, P, F = 12, 2, 8
@@ -55,7 +55,7 @@ def test_effective_dimension_is_k_without_ridge():
 def test_fold_statistic_equals_the_double_loop():
     """Catches a U-statistic that keeps its diagonal, or divides by F^2."""
     s = statistics()
-    curve = fold_statistic_curve(s, ridge=0.0)
+    curve = fisher_curve(replace(s, paired=True), ridge=0.0).J
     inverse = torch.linalg.inv(s.covariance)
     total = torch.zeros(P, P, dtype=torch.float64)
     for f in range(F):

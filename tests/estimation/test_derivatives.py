@@ -159,35 +159,6 @@ def test_growing_gives_the_same(kind, lift):
         assert torch.equal(got.score.folds, expected.score.folds)
 
 
-@pytest.mark.parametrize("kind", ["tangents", "score"])
-def test_merge_and_state(kind, lift):
-    """Catches derivatives that are left out of a merge or of the state. 100 rows keep the folds."""
-    what = carried(kind)
-    parts = []
-    for rows in (slice(0, 100), slice(100, 200)):
-        moments = FoldMoments(K, 1, folds=FOLDS, **{kind: P})
-        piece = what[:, rows] if kind == "tangents" else what[rows]
-        moments.update(0, numbers(N, D)[rows], lift, piece)
-        parts.append(FoldMoments.from_state_dict(moments.state_dict()))
-    parts[0].merge(parts[1])
-    whole = FoldMoments(K, 1, folds=FOLDS, **{kind: P})
-    both = what[:, :200] if kind == "tangents" else what[:200]
-    whole.update(0, numbers(N, D)[:200], lift, both)
-    got, expected = parts[0].statistics(NO_STEP), whole.statistics(NO_STEP)
-    torch.testing.assert_close(got.fold_derivatives, expected.fold_derivatives)
-    if kind == "score":
-        torch.testing.assert_close(got.score.folds, expected.score.folds)
-
-
-def test_merge_refuses_another_kind(lift):
-    """Catches tangents added to products with the score."""
-    message = r"other must hold the same kind of derivatives, got score \[4, 2, 24\] for tangents"
-    with pytest.raises(ValueError, match=message):
-        accumulate("tangents", lift).merge(accumulate("score", lift))
-    with pytest.raises(ValueError, match="same kind of derivatives, got one without"):
-        accumulate("tangents", lift).merge(FoldMoments(K, 1, folds=FOLDS))
-
-
 def test_no_tangents_are_zero_tangents(lift):
     """Catches counts that leave out batches whose activations do not depend on theta."""
     moments = accumulate("tangents", lift)

@@ -81,38 +81,6 @@ def test_pilot_cancels(samples):
     torch.testing.assert_close(moved.derivative, whole.derivative)
 
 
-def test_merge_equals_one_stream(samples):
-    """Catches sums that merge but counts that do not. 40 samples a part keep folds aligned."""
-    generator = torch.Generator().manual_seed(1)
-    parts = [
-        [torch.randn(40, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
-        for _ in range(2)
-    ]
-    merged = accumulate(parts[0], 100)
-    merged.merge(accumulate(parts[1], 100))
-    whole = accumulate([torch.cat(pair) for pair in zip(*parts, strict=True)], 100)
-    torch.testing.assert_close(merged.cross, whole.cross)
-    torch.testing.assert_close(merged.sums, whole.sums)
-    assert torch.equal(merged.counts, whole.counts)
-    assert merged.seen == whole.seen
-
-
-def test_merge_refuses_other_features(samples):
-    """Catches sums of different features."""
-    with pytest.raises(ValueError, match=r"other must describe the same features.* got k=2"):
-        accumulate(samples, 100).merge(accumulate([x[:, :2] for x in samples], 100))
-
-
-def test_state_survives(samples):
-    """Catches a field left out of the state."""
-    first = accumulate([samples[0], samples[0] + 1], 100, paired=True)
-    again = FoldMoments.from_state_dict(first.state_dict())
-    a, b = first.statistics(CONTRAST), again.statistics(CONTRAST)
-    assert a.dof == b.dof
-    assert torch.equal(a.covariance, b.covariance)
-    assert torch.equal(a.fold_derivatives, b.fold_derivatives)
-
-
 def test_pairs_with_the_same_noise_count_once(samples):
     """Catches nu = 2 (T - F) for pairs: identical noise has rho = 1 and half the degrees of
     freedom."""

@@ -188,7 +188,7 @@ def test_two_parameters():
     assert torch.equal(result.J, result.J.mT)
     assert z_scores(result, truth).abs().max() < 5
     assert z_scores(result, truth * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).abs().max() > 5
-    text = "value must be asked for one parameter, got 2: use .J"
+    text = "value needs exactly one parameter, got 2: use .J"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         _ = result.value
 

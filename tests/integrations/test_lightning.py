@@ -267,7 +267,7 @@ def test_compiled_module_is_not_compiled_again():
         ),
         ({"val_metric": "other"}, "val_metric must name a metric"),
         ({"network": "nets"}, "network must name a submodule, got 'nets'; there are: net, net.0"),
-        ({"every": 0}, "every must be positive, got 0"),
+        ({"every": 0}, "every must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments(options, message):
@@ -285,7 +285,7 @@ def test_strategies_that_shard_are_refused():
         pass
 
     trainer = SimpleNamespace(strategy=FSDPStrategy())
-    with pytest.raises(ValueError, match="strategy must leave every process with the whole model"):
+    with pytest.raises(ValueError, match="strategy must keep the whole model on every process"):
         callback().on_fit_start(trainer, module_of(PACKAGE))
 
 

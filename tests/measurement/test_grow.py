@@ -125,5 +125,3 @@ def test_samples_that_went_missing_between_passes_are_an_error(generator):
     text = r"samples must be the same at every pass, got \[150\] after \[200\] per condition"
     with pytest.raises(ValueError, match=text):
         grown.statistics(torch.ones(1, 1, dtype=torch.float64))
-    with pytest.raises(ValueError, match="moments must not be merged while they grow"):
-        grown.merge(moments)

@@ -329,7 +329,7 @@ def test_models_without_a_floating_output(outputs):
     with pytest.raises(ValueError, match=re.escape("output must be one of [], got 'output'")):
         measure(seeded(Model), output="output")
     monitor = ff.FisherMonitor(seeded(Model), two_conditions(), max_features=16)
-    text = "model must return a floating tensor with one row per sample, got none: its layers"
+    text = "model must return a floating tensor with one row per sample, got none: use fisher_flow"
     with pytest.raises(ValueError, match=f"^{text}"):
         monitor.step()
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.data import Data
-from fisherfast.estimation.curve import fisher_curve, fold_statistic_curve
+from fisherfast.estimation.curve import fisher_curve
 from fisherfast.estimation.features import FeatureDictionary
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.pilot import PilotMoments
@@ -105,8 +105,8 @@ def estimates(
     ordinary = ordinary_covariance(moments, within)
     return {
         "k_eff": float(curve.J[-1]),
-        "folds": float(fold_statistic_curve(within, LIFT_RIDGE)[-1]),
+        "folds": float(fisher_curve(replace(within, paired=True), LIFT_RIDGE).J[-1]),
         "naive": naive,
         "classical": classical(within, naive),
-        "ordinary": float(fold_statistic_curve(ordinary, LIFT_RIDGE)[-1]),
+        "ordinary": float(fisher_curve(replace(ordinary, paired=True), LIFT_RIDGE).J[-1]),
     }

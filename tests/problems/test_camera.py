@@ -244,7 +244,7 @@ ERRORS = {
     ),
     "dark": (
         lambda: Camera(-glyph_scene(), gain=1.0, offset=1.0, amplitude=10.0).mean(0.0),
-        "offset must leave every pixel some light for shot noise, got a pixel of -",
+        "offset must give every pixel some light for shot noise, got a pixel of -",
     ),
     "target": (
         lambda: experiment().with_input_fisher(0.0),

@@ -151,5 +151,5 @@ def test_bad_places():
     with pytest.raises(ValueError, match=r"theta must have shape \(3,\), got \(1,\)"):
         pose.mean([0.0])
     dark = CameraPose(replace(CAMERAS["shot noise"], offset=1.0))
-    with pytest.raises(ValueError, match="offset must leave every pixel some light"):
+    with pytest.raises(ValueError, match="offset must give every pixel some light"):
         dark.mean([0.0, 0.0, -5.0])

@@ -75,7 +75,7 @@ def test_tangents_are_the_derivative_of_the_samples():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shape": (0, 4)}, "shape must be a whole number of at least 1, got 0"),
+        ({"shape": (0, 4)}, "shape must be at least 1, got 0"),
         ({"spot": 0.0}, "spot must be positive and finite, got 0.0"),
         ({"white_std": 0.0}, "white_std must be positive and finite, got 0.0"),
         ({"correlated_std": -1.0}, "correlated_std must be at least 0, got -1.0"),

@@ -209,13 +209,9 @@ ERRORS = {
     ),
     "n": (
         lambda: GaussianScale(3).conditions(1.0, 0.1, 0),
-        "n must be a whole number of at least 1, got 0",
+        "n must be at least 1, got 0",
     ),
-    "seed": (
-        lambda: GaussianScale(3).conditions(1.0, 0.1, 5, seed=-1),
-        "seed must be a whole number of at least 0, got -1",
-    ),
-    "dim": (lambda: GaussianScale(0), "dim must be a whole number of at least 1, got 0"),
+    "dim": (lambda: GaussianScale(0), "dim must be at least 1, got 0"),
     "direction": (
         lambda: GaussianShift(torch.ones(2, 2, 2)),
         r"direction must have shape \[d\] or \[d, P\], got \(2, 2, 2\)",

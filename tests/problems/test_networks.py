@@ -74,9 +74,9 @@ def test_chain_can_be_undone():
     ("call", "message"),
     [
         (lambda: MLP([4]), r"widths must hold at least 2 numbers, got \[4\]"),
-        (lambda: MLP([4, 0]), "widths must be a whole number of at least 1, got 0"),
+        (lambda: MLP([4, 0]), "widths must be at least 1, got 0"),
         (lambda: invertible_chain(4, slope=0.0), "slope must be positive and finite, got 0.0"),
-        (lambda: invertible_chain(4, depth=0), "depth must be a whole number of at least 1, got 0"),
+        (lambda: invertible_chain(4, depth=0), "depth must be at least 1, got 0"),
     ],
 )
 def test_wrong_input(call, message):

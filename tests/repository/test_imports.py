@@ -23,7 +23,7 @@ FLOORS = [
     {"measurement"},
     {"estimation", "model", "dual", "parallel", "data", "results", "problems"},
     {"ops"},
-    {"_native", "_errors", "_progress", "_version"},
+    {"_native", "_errors", "_progress", "_validation", "_version"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MOST_MODULES = {"": 12, "ops": 15}  # of a folder; 14 elsewhere
@@ -131,7 +131,7 @@ def test_results_know_no_measurement():
     used = {
         room(t) for name, targets in IMPORTS.items() if room(name) == "results" for t in targets
     }
-    assert used <= {"results", "_version", "_errors", "estimation", "model"}
+    assert used <= {"results", "estimation", "model", *FLOORS[-1]}
 
 
 def test_ground_truths_are_their_own():

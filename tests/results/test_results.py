@@ -120,7 +120,7 @@ def test_numbers_of_one_parameter(flow, pair):
     assert layer.value == float(layer) == layer.J.item()
     assert flow.parameters == layer.parameters == 1
     assert pair.parameters == pair["0"].parameters == 2
-    text = "value must be asked for one parameter, got 2: use .J"
+    text = "value needs exactly one parameter, got 2: use .J"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         _ = pair["0"].value
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):

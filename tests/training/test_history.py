@@ -243,7 +243,7 @@ def test_other_formats_are_refused(tmp_path, name):
 
 def test_a_path_that_no_file_can_have_is_refused(tmp_path):
     """Catches a training that ends with Python's own error when the first record is written."""
-    with pytest.raises(ValueError, match="path must hold no null character"):
+    with pytest.raises(ValueError, match="path must not contain a null character"):
         HistoryFile(tmp_path / "a\0b.csv")
 
 

@@ -437,11 +437,11 @@ TWINS = A[:, [0, 1, 0]]
             TypeError,
             "one of z_plus, tangents and score must be given, got z_plus and score",
         ),
-        (lambda f: f(A, B), TypeError, "dtheta must be given beside z_plus, got None"),
+        (lambda f: f(A, B), TypeError, "dtheta must be given with z_plus, got None"),
         (
             lambda f: f(A, None, 0.1, score=A[:, :1]),
             TypeError,
-            "dtheta must be left out beside score, got 0.1",
+            "dtheta must be left out with score, got 0.1",
         ),
         (lambda f: f([1.0], B, 0.1), TypeError, "z_minus[0] must be a torch.Tensor, got float"),
         (
@@ -573,7 +573,7 @@ def test_messages_of_the_loss():
     with pytest.raises(ValueError, match=r"^dtheta must be positive and finite, got -0.1$"):
         ff.InformationLoss(-0.1)
     assert ff.InformationLoss(torch.tensor([0.1, 0.2])).dtheta == pytest.approx((0.1, 0.2))
-    with pytest.raises(TypeError, match=r"^dtheta must be given beside z_plus, got None$"):
+    with pytest.raises(TypeError, match=r"^dtheta must be given with z_plus, got None$"):
         ff.InformationLoss()(A, B)
     text = "z must have at least as many outputs as parameters (2), got 1"
     with pytest.raises(ValueError, match=message(text)):

@@ -301,11 +301,11 @@ def test_errors_may_be_any_kind_of_number(value):
 
 
 BAD_ARGUMENTS = {
-    "every 0": ({"every": 0}, ValueError, "every must be positive, got 0"),
-    "every -1": ({"every": -1}, ValueError, "every must be positive, got -1"),
+    "every 0": ({"every": 0}, ValueError, "every must be at least 1, got 0"),
+    "every -1": ({"every": -1}, ValueError, "every must be at least 1, got -1"),
     "every 1.5": ({"every": 1.5}, TypeError, "every must be a whole number, got 1.5"),
     "every True": ({"every": True}, TypeError, "every must be a whole number, got True"),
-    "observe_every": ({"observe_every": 0}, ValueError, "observe_every must be positive, got 0"),
+    "observe_every": ({"observe_every": 0}, ValueError, "observe_every must be at least 1, got 0"),
     "keep": ({"keep": -1}, ValueError, "keep must be at least 0, got -1"),
     "scale 0": ({"target_scale": 0.0}, ValueError, "target_scale must be finite and not 0, got 0"),
     "scale nan": ({"target_scale": math.nan}, ValueError, "target_scale must be finite and not 0"),

@@ -1,4 +1,4 @@
-"""One rule per family of operations: how tangents go through it. Importing them registers them."""
+"""Derivative rules, one module per family of operations. Importing them registers them."""
 
 from fisherfast.dual.rules import (
     activation,

@@ -1,7 +1,7 @@
-"""Rules of activations, and of the batch norm in eval mode that may come before: one fused kernel,
-which reads and writes the stack once.
+"""Rules of activations, fused with the eval-mode batch norm that may precede them into one kernel
+that reads and writes the stack once.
 
-At a kink the derivative is the one of PyTorch's autograd.
+At a kink the derivative is that of PyTorch's autograd.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fisherfast.dual.tensor import KERNEL_DTYPES, Affine, DualTensor, apply_acti
 
 SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_SCALE = 1.0507009873554804934193349852946
-"""Of Klambauer et al. 2017: the fixed point with mean 0 and variance 1."""
+"""Constants of SELU, whose fixed point has mean 0 and variance 1 (Klambauer et al. 2017)."""
 
 RELU6_END = 6.0
 
@@ -48,7 +48,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], Kind]] = {
     "hardswish": lambda named: ("hardswish",),
     "hardsigmoid": lambda named: ("hardsigmoid",),
 }
-"""Name in ATen -> kind and parameters, from the arguments behind the first by name."""
+"""Name in ATen -> kind and parameters, from the arguments after the first by name."""
 
 
 def _activate(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> DualTensor:
@@ -62,7 +62,7 @@ def _activate(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> DualT
 
 def _activated_in_place(x: DualTensor, kind: Kind) -> DualTensor:
     stack, affine = x.pending()
-    if affine is not None:  # nobody else has seen these values
+    if affine is not None:  # no other tensor uses these values
         x.settle(apply_activation(stack, *kind, affine=affine))
         return x
     stack = x.before_writing()
@@ -78,13 +78,13 @@ def _numbers(kind: Kind) -> Kind:
 
 for _name in KINDS:
     rule(*overloads(_name))(_activate)
-    if _name != "softplus":  # which never works in place
+    if _name != "softplus":  # it has no in-place version
         rule(*overloads(f"{_name}_"))(_activate)
 
 
 @rule(*overloads("rrelu", "rrelu_with_noise"))
 def _random_relu(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    """In eval mode a leaky ReLU of the mean slope."""
+    """Apply a leaky ReLU with the mean slope, which is RReLU in eval mode."""
     named = named_arguments(func, args, kwargs)
     if named["training"]:
         return NotImplemented
@@ -108,7 +108,7 @@ def _prelu(func: Operator, x: DualTensor, weight: Tensor) -> Any:
 
 @rule(*overloads("batch_norm"))
 def _batch_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """In eval mode a scale and a shift, which waits for the activation behind it."""
+    """Return the scale and shift of eval mode, deferred until the activation that follows."""
     named = named_arguments(func, args, kwargs)
     weight, bias, mean, variance = (
         named[name] for name in ("weight", "bias", "running_mean", "running_var")
@@ -124,7 +124,7 @@ def _batch_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
 def eval_affine(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Affine:
-    """Scale and shift [C] of a batch norm with running statistics."""
+    """Compute scale and shift [C] of a batch norm with running statistics."""
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight

@@ -1,10 +1,10 @@
-"""Attention in dual form, block by block of the queries.
+"""The dual form of attention, computed for one block of queries at a time.
 
     A = softmax(s q k^T + mask),   o = A v
     dS = s (dq k^T + q dk^T),   dA = A (dS - sum(A dS)),   do = dA v + A dv
 
-The scores of all tangents exist for one block of queries at a time: a block is as large as
-`BLOCK_NUMBERS` allows, so memory beyond the results does not grow with L^2.
+Scores and their tangents exist for one block only, whose size `BLOCK_NUMBERS` limits: temporary
+memory does not grow with L^2.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Stack of the weights; a query that may look at nothing weighs nothing."""
+    """Stack of the weights; those of a query whose keys are all masked are zero."""
     weights = apply_softmax(scores, scores.dim() - 1)
     blind = (scores[0] == -torch.inf).all(-1, keepdim=True)
     return weights.masked_fill_(blind, 0.0)
 
 
 def _weighted_sum(weights: Tensor, v: Tensor, result: Tensor) -> None:
-    """Stack of A v [1 + P, B, l, e], written into result."""
+    """Write the stack of A v [1 + P, B, l, e] into result."""
     for slice_, out in enumerate(result):
         product = torch.bmm(weights[slice_], v[0])
         if slice_ > 0:
@@ -91,7 +91,7 @@ def _weighted_sum(weights: Tensor, v: Tensor, result: Tensor) -> None:
 def _mask(
     attn_mask: Any, is_causal: bool, q: Tensor, k: Tensor, shape: torch.Size
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the scores [B, L, L'], and its tangents when it depends on the direction."""
+    """Return the mask to add to the scores [B, L, L'], and its tangents if it has any."""
     lengths = (q.shape[2], k.shape[2])
     if is_causal:
         allowed = torch.ones(lengths, dtype=torch.bool, device=q.device).tril()
@@ -109,13 +109,13 @@ def _mask(
 
 
 def _as_batch(mask: Tensor, shape: torch.Size, lengths: tuple[int, int]) -> Tensor:
-    """A mask that broadcasts to [*shape, L, L'], as [B or 1, L, L']."""
+    """Reshape a mask that broadcasts to [*shape, L, L'] to [B or 1, L, L']."""
     if mask.dim() <= 2 or mask.shape[:-2].numel() == 1:
         return mask.expand(*mask.shape[:-2], *lengths).reshape(1, *lengths)
     return mask.expand(*shape, *lengths).reshape(-1, *lengths)
 
 
 def _forbidding(allowed: Tensor, like: Tensor) -> Tensor:
-    """0 where a query may look, -inf where not."""
+    """Convert a mask of allowed keys to 0 where allowed and -inf elsewhere."""
     zero = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
     return zero.masked_fill_(allowed.logical_not(), -torch.inf)

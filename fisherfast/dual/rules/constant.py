@@ -1,6 +1,6 @@
-"""Operations whose results do not vary with theta: counts, comparisons, places.
+"""Rules of operations whose results do not vary with theta: counts, comparisons, indices.
 
-They run on the primals, and give plain tensors.
+They run on the primals and return plain tensors.
 """
 
 from __future__ import annotations

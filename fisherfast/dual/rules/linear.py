@@ -1,7 +1,7 @@
-"""Rules of linear operations: primal and tangents go through together, as more samples.
+"""Rules of linear operations, which act on primal and tangents alike.
 
-Operations on [n, C, ...] see the stack as (1 + P) n samples; those with other dimensions run on the
-stack, or slice by slice. Constants that are added (a bias, a number) meet the primal alone.
+Operations on [n, C, ...] run on the stack as on (1 + P) n samples; others run on the stack as it
+is, or slice by slice. Added constants (a bias, a number) apply to the primal only.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _detach(func: Operator, x: DualTensor) -> DualTensor:
 
 
 def _result_stack(x: DualTensor, other: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """A fresh stack of x that is broadcast against a plain operand."""
+    """Make a new stack of x, broadcast against a plain operand."""
     shape = x.shape
     if isinstance(other, Tensor) and other.dim() > 0:
         shape = torch.broadcast_shapes(x.shape, other.shape)
@@ -147,7 +147,7 @@ def _add_in_place(func: Operator, x: DualTensor, other: Any, alpha: float = 1) -
 
 @rule(*overloads("bincount"))
 def _count_weights(func: Operator, index: Any, weights: Any = None, minlength: int = 0) -> Any:
-    """Sums of weights: linear, though PyTorch has no derivative."""
+    """Sum weights by index: linear, although PyTorch has no derivative."""
     if not isinstance(weights, DualTensor):
         return func(*primals([index, weights]), minlength)
     return DualTensor(torch.stack([func(index, part, minlength) for part in weights.stack]))
@@ -218,7 +218,7 @@ def _triangle(func: Operator, x: DualTensor, diagonal: int = 0) -> DualTensor:
 
 
 def slice_by_slice(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    """A linear operation on each slice of the stack."""
+    """Apply a linear operation to each slice of the stack."""
     if not isinstance(x, DualTensor) or has_dual(args, kwargs):
         return NotImplemented
     return DualTensor(torch.stack([func(part, *args, **kwargs) for part in x.stack.unbind(0)]))
@@ -228,7 +228,7 @@ def slice_by_slice(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
 
 
 def as_more_samples(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    """A linear operation on [n, C, ...] that treats samples alike."""
+    """Apply a linear operation on [n, C, ...] to the stack as (1 + P) n samples."""
     if not isinstance(x, DualTensor) or has_dual(args, kwargs):
         return NotImplemented
     stack = x.stack

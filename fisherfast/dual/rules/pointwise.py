@@ -1,7 +1,7 @@
-"""Rules of elementwise non-linear operations: y = f(x), dy = f'(x) dx, from a table of f', and of
-two operands.
+"""Rules of elementwise non-linear operations, of one operand (y = f(x), dy = f'(x) dx, from a table
+of f') and of two.
 
-At a kink the derivative is the one of PyTorch's autograd.
+At a kink the derivative is that of PyTorch's autograd.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fisherfast.dual.tensor import DualTensor
 # --- One operand ---------------------------------------------------------------------------------
 
 Derivative = Callable[..., Tensor]
-"""f'(x), from x, y = f(x) and the arguments of f."""
+"""Computes f'(x) from x, y = f(x) and the arguments of f."""
 
 
 def _pow_slope(x: Tensor, y: Tensor, exponent: float) -> Tensor:
@@ -128,8 +128,8 @@ for _name, _slope in SLOPES.items():
 
 
 def _parts(item: Any, ndim: int) -> tuple[Any, Any]:
-    """Primal and tangents of an operand as they broadcast in ndim dimensions; no tangents of a
-    plain one."""
+    """Return primal and tangents of an operand, shaped to broadcast in ndim dimensions; None as the
+    tangents of a plain one."""
     if not isinstance(item, DualTensor):
         return item, None
     stack = aligned(item, ndim)
@@ -202,8 +202,8 @@ IGNORE_NAN = overloads("fmax", "fmin")
 
 
 def _choice(a_wins: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., DualTensor]:
-    """The larger or smaller of two operands. Equal ones share the derivative; where a NaN loses
-    against a number, one of them has it, as in PyTorch."""
+    """Make the rule of the larger or smaller of two operands. Equal operands share the derivative;
+    if NaN is ignored in favour of a number, one operand gets all of it, as in PyTorch."""
 
     def choose(func: Operator, a: Any, b: Any) -> DualTensor:
         ndim = _dims(a, b)

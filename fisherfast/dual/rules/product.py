@@ -1,7 +1,7 @@
-"""Rules of matrix products and convolutions: linear in each operand.
+"""Rules of matrix products and convolutions, which are linear in each operand.
 
-With a constant weight the whole stack goes through in one call; where both operands depend on the
-direction, the product rule adds two products per tangent, in place of the result.
+With a constant weight one call computes the whole stack; where both operands have tangents, the
+product rule takes two products per tangent, accumulated into the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def bilinear(product: Product, a: Any, b: Any) -> DualTensor:
-    """a b of operands of which one or both are dual, slice by slice."""
+    """Compute a b slice by slice, where one or both operands are dual."""
     if not isinstance(b, DualTensor):
         return DualTensor(_slices(product, a.stack, [b] * len(a.stack)))
     if not isinstance(a, DualTensor):
@@ -52,12 +52,12 @@ def _matrix_product(func: Operator, a: Any, b: Any) -> Any:
 
 
 def _batches_match(a: Tensor, b: Tensor) -> bool:
-    """Whether bmm takes them; matmul repeats a batch of one."""
+    """Return whether bmm accepts the batches; matmul repeats a batch of one."""
     return a.dim() == b.dim() == len("Bij") and len(a) == len(b)
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:
-    """Stack of a b from the stacks of a [1 + P, B, i, j] and b [1 + P, B, j, k]."""
+    """Compute the stack of a b from the stacks of a [1 + P, B, i, j] and b [1 + P, B, j, k]."""
     result = a.new_empty((*a.shape[:-1], b.shape[-1]))
     torch.bmm(a[0], b[0], out=result[0])
     for out, da, db in zip(result[1:], a[1:], b[1:], strict=True):
@@ -156,8 +156,8 @@ def _convolve(
 
 
 def _slice_by_slice(convolve: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
-    """A convolution whose results are copied, one by one, into used memory: that is faster than
-    fresh pages for all of them."""
+    """Convolve slice by slice and copy the results into reused memory, which is faster than fresh
+    pages for all of them."""
     first = convolve(stack[0])
     strides = (first.numel(), *first.stride())
     result = memory.empty((len(stack), *first.shape), strides, first.dtype, first.device)
@@ -168,8 +168,8 @@ def _slice_by_slice(convolve: Callable[[Tensor], Tensor], stack: Tensor) -> Tens
 
 
 def channels_last_pays(samples: Tensor) -> bool:
-    """Whether PyTorch convolves [n, C, H, W] faster when the channels lie next to each other: 1.1
-    to 1.9 times on the CPU, whose library otherwise reorders input and output at every call."""
+    """Return whether PyTorch convolves [n, C, H, W] faster channels-last: 1.1 to 1.9 times on the
+    CPU, whose library otherwise reorders input and output at every call."""
     return (
         samples.dim() == len("nCHW")
         and samples.device.type == "cpu"
@@ -179,7 +179,8 @@ def channels_last_pays(samples: Tensor) -> bool:
 
 
 def as_channels_last(samples: Tensor) -> Tensor:
-    """Samples [n, C, H, W] in the order n, H, W, C, with strides that say so for C = 1 too."""
+    """Store samples [n, C, H, W] in the order n, H, W, C, with channels-last strides also for
+    C = 1."""
     _, channels, height, width = samples.shape
     laid = samples.contiguous(memory_format=torch.channels_last)
     strides = (height * width * channels, 1, width * channels, channels)
@@ -187,5 +188,5 @@ def as_channels_last(samples: Tensor) -> Tensor:
 
 
 def _by_channel(bias: Any, like: Tensor) -> Any:
-    """A bias [C] against [n, C, ...]."""
+    """Reshape a bias [C] to broadcast against [n, C, ...]."""
     return bias.reshape(-1, *[1] * (like.dim() - 2))

@@ -1,4 +1,4 @@
-"""Recurrent layers in dual form: the inputs of all steps at once, the states step by step."""
+"""Rules of recurrent layers: the inputs of all steps at once, the states step by step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fisherfast.dual.errors import no_derivative
 
 State = tuple[Any, ...]
 Step = Callable[[Any, State, Sequence[Any]], State]
-"""(what the input gives to the gates, states, recurrent weights) -> new states."""
+"""(input part of the gates, states, recurrent weights) -> new states."""
 
 
 def _lstm_step(gates: Any, state: State, weights: Sequence[Any]) -> State:
@@ -97,7 +97,7 @@ def _run(
     *,
     backwards: bool,
 ) -> tuple[Any, State]:
-    """All steps [L, n, d] of one cell; outputs in the order of the input."""
+    """Run all steps [L, n, d] of one cell; outputs are in the order of the input."""
     w_input, w_hidden = params[:2]
     b_input, b_hidden = params[2:4] if has_biases else (None, None)
     weights = [w_hidden, b_hidden, *params[4 if has_biases else 2 :]]

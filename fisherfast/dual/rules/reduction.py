@@ -1,7 +1,7 @@
 """Rules of non-linear operations along dimensions: norms, softmax, extremes, sorting, max pooling.
 
-Where an operation picks numbers (a maximum, a sort, a pooling) its tangents are picked at the same
-places; equal numbers share the derivative of a maximum over all, as in PyTorch.
+Where an operation picks values (a maximum, a sort, a pooling) its tangents are picked at the same
+indices; equal values share the derivative of a maximum over all dimensions, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _normalised(
     inner: int = 1,
     centre: bool = True,
 ) -> Tensor:
-    """Rows [rows, width] of each slice of a stack, normalised, in the shape of the stack."""
+    """Normalise rows [rows, width] of each slice of a stack; the result has the stack's shape."""
     flat = stack.reshape(len(stack), *rows)
     if weight is not None:
         weight = weight.detach().flatten().to(stack.dtype)
@@ -132,7 +132,7 @@ def _softmax(
 
 
 def _picked(x: DualTensor, values: Tensor, index: Tensor, dim: int, keepdim: bool) -> DualTensor:
-    """Values of the primal at places, with the tangents found there."""
+    """Combine picked values of the primal with the tangents at the same indices."""
     if x.dim() == 0:
         return DualTensor(x.stack.clone())
     places = index if keepdim else index.unsqueeze(dim)
@@ -174,7 +174,7 @@ def _extreme_of_all(
 
 
 def _all_or(dim: int | Sequence[int] | None, x: DualTensor) -> list[int]:
-    """Dimensions as a list; all of them where none is named."""
+    """Return dimensions as a list; all of them if none is given."""
     return [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
 
 
@@ -185,7 +185,8 @@ def _behind(dims: Sequence[int], x: DualTensor) -> list[int]:
 def _weighted(
     x: DualTensor, value: Tensor, weights: Tensor, dims: Sequence[int], keepdim: bool
 ) -> DualTensor:
-    """A value (its dimensions kept) whose tangents are weighted sums of those of x."""
+    """Make a dual tensor of a value (with dimensions kept) whose tangents are weighted sums of
+    those of x."""
     places = _behind(dims, x)
     stack = torch.cat([value[None], (weights * x.tangents).sum(places, keepdim=True)])
     return DualTensor(stack if keepdim else stack.squeeze(tuple(places)))
@@ -284,7 +285,7 @@ POOLS_WITH_INDICES = overloads(
 
 @rule(*POOLS_WITH_INDICES)
 def _pool_with_indices(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    """The places that PyTorch reports, in the flattened spatial dimensions."""
+    """Pool and return the indices as PyTorch does, in the flattened spatial dimensions."""
     values, index = func(x.primal, *args, **kwargs)
     spatial = int(func._schema.name.removesuffix("_with_indices").removesuffix("d")[-1])
     places = index.flatten(-spatial)

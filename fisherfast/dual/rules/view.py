@@ -1,4 +1,4 @@
-"""Rules of views and of what moves numbers: dimensions shift by one behind the stack's."""
+"""Rules of views and other rearrangements: dimensions shift by one because of the stack's own."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def _view(func: Operator, x: DualTensor, size: Sequence[int], *_: Any) -> DualTe
     except RuntimeError:
         if func is not aten.view.default:
             return view_of(x, stack.reshape(len(stack), *size))
-    x.settle(stack.contiguous())  # a convolution may have laid it out as channels-last
+    x.settle(stack.contiguous())  # a convolution may have stored it channels-last
     return view_of(x, x.laid_out().view(len(stack), *size))
 
 
 def _resolved(size: Sequence[int], numel: int) -> list[int]:
-    """A shape without -1, which is ambiguous for an empty stack."""
+    """Replace -1 in a shape, which is ambiguous for an empty stack."""
     known = 1
     for entry in size:
         known *= entry if entry != -1 else 1
@@ -120,11 +120,11 @@ ONE_DIM = overloads(
 DIM_NAMES = frozenset(
     ("dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis0", "axis1", "source", "destination")
 )
-"""What ATen calls an argument that is a dimension, or several."""
+"""ATen's names of arguments that are one or several dimensions."""
 
 
 def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    """Shift every dimension among the arguments behind the stack's first."""
+    """Shift every dimension argument by one, past the stack's first dimension."""
     named = named_arguments(func, args, kwargs)
     for name, value in named.items():
         if name not in DIM_NAMES:
@@ -137,7 +137,7 @@ def _along_one_dim(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
             else [shifted(v, x.dim()) for v in value]
         )
     if any(isinstance(value, Tensor) for value in named.values()):
-        return NotImplemented  # what is joined on has tangents of its own, or zero
+        return NotImplemented  # the appended values have tangents of their own, or zero
     result = func(x.laid_out(), **named)
     if isinstance(result, Tensor):
         return view_of(x, result)

@@ -1,4 +1,4 @@
-"""Rules of what is made, drawn at random or overwritten inside of the forward pass."""
+"""Rules of operations that create, draw at random or overwrite tensors in the forward pass."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _dropout(func: Operator, x: DualTensor, p: float, train: bool) -> DualTensor
 
 @rule(*overloads("native_dropout"))
 def _masked(func: Operator, x: DualTensor, p: float, train: bool | None = True) -> Any:
-    """One mask for the primal and its tangents."""
+    """Apply the same mask to the primal and its tangents."""
     warn_of_randomness(aten.bernoulli.default)
     values, mask = torch.native_dropout(x.primal, p, train)
     factor = mask.to(x.dtype) * (1.0 if train is False or p == 1 else 1 / (1 - p))

@@ -1,4 +1,4 @@
-"""The performance table and figure of the README, from the results that `make bench` stored.
+"""The speed table and figure of docs/benchmarks.md, from the results that `make bench` stored.
 
 python benchmarks/tables.py --table [--results benchmarks/results/cpu.json]
 python benchmarks/tables.py --figure [--to docs/figures/performance.png]
@@ -77,7 +77,7 @@ def gradient_size(row: Row) -> str:
 def cell(row: Row) -> str:
     """Ratios, then the share of the limit: 12.3 x (by hand 1.9 x), 45 % of loads."""
     against = row["against"]
-    text = f"{number(against[TORCH]['ratio'])} {TIMES}" if TORCH in against else "no right rival"
+    text = f"{number(against[TORCH]['ratio'])} {TIMES}" if TORCH in against else "no correct rival"
     if BY_HAND in against:
         text += f" (by hand {number(against[BY_HAND]['ratio'])} {TIMES})"
     share, limit = best_share(row)
@@ -130,7 +130,7 @@ def jvp_line(row: Row) -> str:
 def rival(row: Row) -> str:
     """Ratio to the fastest way of torch, with its name: 2.1 x (vmap of jvp)."""
     best = row["against"].get(TORCH)
-    return f"{number(best['ratio'])} {TIMES} ({best['best']})" if best else "no right rival"
+    return f"{number(best['ratio'])} {TIMES} ({best['best']})" if best else "no correct rival"
 
 
 def memory_line(row: Row) -> str:
@@ -163,14 +163,16 @@ def footnote(results: dict[str, Any]) -> str:
     m = next(iter(results.values()))["machine"]
     machine = f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, {m['compiler']}"
     copies = (
-        "*Dual* ops: shares of torch's own copy and of the fastest copy, above 100% where the op "
-        "writes past the caches and the copy does not. "
+        "*Dual* ops: share of the speed of torch's own copy and of the fastest copy; above 100% "
+        "where the op writes around the caches and the copy does not. "
     )
-    return (copies if "dual_ops" in results else "") + (
-        "Times faster than the fastest way in torch that gives right answers (*by hand*: than a "
-        "Cholesky factorisation written in torch operations over the whole batch), and the share "
-        "of the machine's own limit: of a copy's bandwidth (*loads*) or a matrix product's speed "
-        f"(*arithmetic*), whichever is nearer. {machine} ({m['simd']}), commit {m['commit']}."
+    return (
+        f"12 {TIMES}: 12 times faster than the fastest torch code with correct results (*by hand*: "
+        "than a Cholesky factorisation written in torch operations over the whole batch). "
+        "Percentages: share of the machine's own limit, which is the bandwidth of a copy (*loads*) "
+        "or the speed of a matrix product (*arithmetic*), whichever is closer. "
+        + (copies if "dual_ops" in results else "")
+        + f"{machine} ({m['simd']}), commit {m['commit']}."
     )
 
 

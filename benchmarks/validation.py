@@ -1,5 +1,5 @@
-"""Every figure that the README and the theory quote about accuracy, measured: the estimator against
-the truth.
+"""Measures the accuracy that docs/benchmarks.md and docs/theory.md quote: the estimator against the
+truth.
 
     python benchmarks/validation.py [--out benchmarks/results/validation.json] [part ...]
     python benchmarks/validation.py --table

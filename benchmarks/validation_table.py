@@ -1,4 +1,4 @@
-"""The stored figures of validation.py as the accuracy table of the README."""
+"""The stored figures of validation.py as the accuracy table of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WAYS = ("rule", "fallback", "failed")  # how an operation on tangents is served
 
 
 def table(results: dict[str, Any]) -> str:
-    """The stored figures as the Markdown table of the README."""
+    """The stored figures as a Markdown table."""
     rows = [("what", "truth", "measured")]
     for name, r in results["seeds"]["figures"].items():
         lower = sum(r["lower / J"]) / len(r["lower / J"])
@@ -33,7 +33,7 @@ def table(results: dict[str, Any]) -> str:
     rows.append((f"published figure 3, {last[0]} lifted features, T = 20 000", "100", text))
     chained = results["chain"]["figures"]["output"]
     text = f"{chained[0]:.2f} ± {chained[2]:.2f} (linear {chained[1]:.2f})"
-    rows.append(("J / I behind six invertible leaky-ReLU layers", "1", text))
+    rows.append(("J / I after six invertible leaky-ReLU layers", "1", text))
     rows += derivative_rows(results)
     ratios = []
     for small, large in (r.values() for r in results["memory"]["figures"].values()):
@@ -45,8 +45,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def coverage_rows(results: dict[str, Any]) -> list[Row]:
-    """Error bars of tangents and scores, to stand beside those of two conditions. What they must
-    cover is the mean of J, not I: 64 features do not hold all of I on most of these problems."""
+    """Coverage of the error bars with tangents and scores. They must cover the mean of J, not I:
+    64 features do not carry all of I on most of these problems."""
     names = {"pathwise": "tangents", "scored": "scores"}
     rows = []
     for kind, cases in results["error_bars"]["figures"].items():
@@ -57,7 +57,7 @@ def coverage_rows(results: dict[str, Any]) -> list[Row]:
 
 
 def derivative_rows(results: dict[str, Any]) -> list[Row]:
-    """All others."""
+    """The remaining rows."""
     return [
         *_tangent_rows(results["tangents"]["figures"]),
         *_score_rows(results["score"]["figures"]),
@@ -79,7 +79,7 @@ def _tangent_rows(figures: dict[str, Any]) -> list[Row]:
     text = f"{worst[0]:.2f} untrained, {worst[1]:.2f} trained (output keeps {kept:.0%})"
     return [
         (f"{what}: input", f"{input_theory:.2f}", f"{input_ratio:.2f}"),
-        ("the same, largest of the layers behind it", "< 1", text),
+        ("the same, largest over the later layers", "< 1", text),
     ]
 
 

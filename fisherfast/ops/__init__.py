@@ -5,7 +5,8 @@ implementation for CPU and CUDA and a fake one, so that ``torch.compile`` and fa
 The checks of an input are shared by all of them and run once a call. `fisher_solve` has a backward;
 for the others an input that requires grad is an error, never a wrong gradient.
 
-On the CPU the kernels serve every size: they were never slower than torch (README, performance).
+On the CPU the kernels serve every size: torch is faster for a single small system alone
+(docs/benchmarks.md).
 On CUDA `fisher_solve` goes to ``torch.linalg`` where a system does not fit into the memory of a
 block. Everything goes to plain torch when ``FISHERFAST_DISABLE_NATIVE=1`` is set, or for CUDA
 tensors when the build has no CUDA kernels.

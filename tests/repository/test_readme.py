@@ -1,4 +1,6 @@
-"""Every code block of the README and of the guides runs, and every file they show exists."""
+"""The README, the guides and CONTRIBUTING: every code block runs, every file that they name exists,
+and every number comes from a stored measurement.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,20 @@ from unittest.mock import MagicMock
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-PARAMETERS = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+PAGES = {
+    path.stem: path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+}
+README, CONTRIBUTING, TRAINING, PARAMETERS, BENCHMARKS = (
+    PAGES[name].read_text(encoding="utf-8")
+    for name in ("README", "CONTRIBUTING", "training", "parameters", "benchmarks")
+)
 LANGUAGES = {"python", "sh", "text"}
+LONGEST_README, LONGEST_ROW = 140, 200
 OPTIONAL = {"lightning", "tensorboard"}
 """Packages whose blocks are left out where they are not installed."""
 SERVICES = {"wandb", "mlflow"}
-"""Packages that want an account or a server: a stand-in takes what they are called with."""
+"""Packages that need an account or a server: a stand-in records what they are called with."""
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -29,17 +37,15 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 def all_blocks(text: str) -> list[tuple[str, str]]:
     """Language and code."""
-    return re.findall(r"```(\w+)\n(.*?)```", text, flags=re.S)
+    return re.findall(r"```(\w*)\n(.*?)```", text, flags=re.S)
 
 
-@pytest.mark.parametrize(
-    "text", [README, TRAINING, PARAMETERS], ids=["README", "training", "parameters"]
-)
-def test_every_block_has_a_known_language(text):
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_has_a_known_language(name):
     """Catches a block that none of the tests below would run."""
-    assert {name for name, _ in all_blocks(text)} <= LANGUAGES
-    assert blocks("python", text)
-    assert blocks("sh")
+    text = PAGES[name].read_text(encoding="utf-8")
+    assert {language for language, _ in all_blocks(text)} <= LANGUAGES
+    assert name in {"README", "training", "parameters"} or not blocks("python", text)
 
 
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
@@ -50,6 +56,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     """
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
+    assert blocks("python")
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), namespace)
     printed = table_rows(capsys.readouterr().out)
@@ -62,9 +69,9 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 def test_training_blocks_run_in_order(tmp_path, monkeypatch, capsys):
-    """Catches an example of the training guide that was never run, in an empty folder. A section
-    goes on from the first one, and its blocks share a namespace; those of a package that is not
-    there are left out, and only those."""
+    """Catches an example of the training guide that was never run, in an empty folder. Each section
+    continues from the first one, and its blocks share a namespace; blocks of a package that is not
+    installed are left out, and only those."""
     monkeypatch.chdir(tmp_path)
     services = {name: MagicMock(name=name) for name in SERVICES}
     for name, service in services.items():
@@ -105,7 +112,15 @@ def table_rows(text: str) -> dict[str, tuple[float, float]]:
     return {name: (float(J), float(error)) for name, J, error in rows}
 
 
-@pytest.mark.parametrize("line", [x for code in blocks("sh") for x in code.splitlines() if x])
+@pytest.mark.parametrize(
+    "line",
+    [
+        x
+        for text in (README, CONTRIBUTING)
+        for code in blocks("sh", text)
+        for x in code.splitlines()
+    ],
+)
 def test_shell_lines_exist(line, tmp_path):
     """Catches a verb that is not there: targets are resolved, commands asked for their help."""
     command = line.split("#")[0].split()
@@ -121,36 +136,101 @@ def test_shell_lines_exist(line, tmp_path):
             check=True,
             capture_output=True,
         )
+    elif command[0] == "python":
+        assert (ROOT / command[1]).is_file()
     else:
         assert command[:2] == ["pip", "install"]
 
 
-@pytest.mark.parametrize(
-    ("text", "folder"),
-    [(README, ROOT), (TRAINING, ROOT / "docs"), (PARAMETERS, ROOT / "docs")],
-    ids=["README", "training", "parameters"],
-)
-def test_pictures_and_links_exist(text, folder):
-    """Catches a figure that was renamed."""
-    targets = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert targets
-    for target in targets:
-        assert (folder / target).exists(), target
+@pytest.mark.parametrize("name", PAGES)
+def test_pictures_and_links_exist(name):
+    """Catches a figure, page or heading that was renamed."""
+    page = PAGES[name]
+    for target, anchor in re.findall(
+        r"\]\(([^)#:]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8")
+    ):
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), (target, anchor)
 
 
-def test_accuracy_table_is_what_was_measured():
-    """Catches a number typed by hand: the table comes from benchmarks/results/validation.json."""
-    script = ROOT / "benchmarks" / "validation.py"
-    done = subprocess.run(
-        [sys.executable, script, "--table"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() in README
+def anchors(page: Path) -> set[str]:
+    """Names of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_performance_table_is_what_was_measured():
-    """The same for speed: the table comes from benchmarks/results/cpu.json."""
-    script = ROOT / "benchmarks" / "tables.py"
-    done = subprocess.run(
-        [sys.executable, script, "--table"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() in README
+def test_the_readme_is_short():
+    """Catches a README that cannot be read in two minutes."""
+    assert len(README.splitlines()) <= LONGEST_README
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["validation.py", "tables.py"])
+def test_tables_are_what_was_measured(script):
+    """Catches a number typed by hand: the tables come from benchmarks/results."""
+    command = [sys.executable, ROOT / "benchmarks" / script, "--table"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in BENCHMARKS
+
+
+def test_the_readme_quotes_the_tables():
+    """Catches a number of the README that no longer is in the tables."""
+    section = README.partition("](docs/benchmarks.md)")[2].partition("\n## ")[0]
+    quoted = numbers(section) | numbers(README.partition("no finite step; ")[2].partition("|")[0])
+    assert len(quoted) > 10
+    assert quoted <= numbers(BENCHMARKS)
+
+
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"\d+(?:\.\d+)?", text))
+
+
+# --- paths ---------------------------------------------------------------------------------------
+
+
+def named_paths(text: str) -> set[str]:
+    """Paths in backticks, and those of a tree: each line names a folder, indented lines belong to
+    the folder above them, and the description names files of the folder."""
+    found = {word for word in re.findall(r"`([\w./*-]+)`", text) if "/" in word}
+    for tree in blocks("text", text):
+        folders: list[str] = []
+        for line in tree.splitlines():
+            if name := re.match(r"( *)([\w.]+/)  ", line):
+                folders[len(name[1]) // 2 :] = [name[2]]
+                found.add("".join(folders))
+            files = re.findall(r"(?<!\S)(?!x\.)[\w*]+\.(?:py|cpp|md)\b|(?<= )\w+/(?= )", line)
+            found |= {"".join(folders) + file for file in files if file not in folders}
+    return found
+
+
+def test_paths_are_found():
+    """Catches a search that finds none."""
+    text = "`a/b.py`, `FisherFlow`\n```text\nc/    for\n  d/  e.py, so\n      f.py (x) g/ h\n```"
+    assert named_paths(text) == {"a/b.py", "c/", "c/d/", "c/d/e.py", "c/d/f.py", "c/d/g/"}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_named_path_exists(name):
+    """Catches a file that was moved. A star stands for any name."""
+    paths = named_paths(PAGES[name].read_text(encoding="utf-8"))
+    assert [path for path in paths if not list(ROOT.glob(path.rstrip("/")))] == []
+    assert name != "CONTRIBUTING" or len(paths) > 40
+
+
+def test_every_folder_is_in_the_tree():
+    """Catches a folder of the package that the tree of CONTRIBUTING leaves out."""
+    folders = {
+        f"fisherfast/{path.name}/"
+        for path in (ROOT / "fisherfast").iterdir()
+        if (path / "__init__.py").exists()
+    }
+    assert folders <= named_paths(CONTRIBUTING)
+
+
+def test_rows_of_tables_are_short():
+    """Catches a table that has to be decoded."""
+    rows = [line for line in CONTRIBUTING.splitlines() if line.startswith("|")]
+    assert max(map(len, rows)) < LONGEST_ROW

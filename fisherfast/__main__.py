@@ -96,7 +96,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Train a network to read the position of an object from noisy camera images,"
         " measure the Fisher information in its layers, and write a report.",
     )
-    demo.add_argument("task", nargs="?", choices=["imaging"], help="may be left out")
+    demo.add_argument("task", nargs="?", choices=["imaging"], help="the only task, may be left out")
     demo.add_argument(
         "--epochs",
         type=int,

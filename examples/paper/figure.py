@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         status: exit status: 0 done, 1 the training diverged, 130 interrupted.
-        numbers: for the JSON file: settings, values with errors, published values beside them.
+        numbers: for the JSON file: settings, values with errors, published values.
         draw: makes the matplotlib figure.
     """
 

@@ -70,7 +70,7 @@ def _measure(task: Task, options: Options, published: Published) -> Outcome:
 
 
 def _points(published: Published, chosen: Mapping[int, DemoEpoch]) -> list[dict[str, Any]]:
-    """Every published value beside the measured one of the epoch it is compared with."""
+    """Every published value with the measured one of the epoch it is compared with."""
     points = []
     for epoch, values in published.items():
         shares, errors = chosen[epoch].flow.fractions(), chosen[epoch].flow.fraction_errors()

@@ -3,7 +3,7 @@
     make paper                                       # all of them, about six minutes on two cores
     python examples/paper/reproduce.py fig3 fig5     # some of them
 
-Each is written as a picture and as numbers in JSON, with the published values beside them.
+Each is written as a picture and as numbers in JSON, with the published values.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser = argparse.ArgumentParser(
         description=f"Measure figures of {CITATION}, again: each as a picture and as numbers in"
-        " JSON, with the published values beside them.",
+        " JSON, with the published values.",
         epilog="figures, and roughly how long they take on two cores (--full: estimated):\n"
         f"{times}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -29,7 +29,7 @@ LAYERS = ("relu1", "relu2", "relu3", "relu4")
 LEAST_SAMPLES = 100
 """Per value of theta: enough batches for an epoch to change something."""
 LEAST_HELD_OUT = 1000
-"""Per condition: the covariance of the 256 numbers of an input, and a lift beside them."""
+"""Per condition: enough for the covariance of the 256 numbers of an input and of a lift."""
 PUBLISHED_HELD_OUT = 150_000
 
 
@@ -59,8 +59,8 @@ IMAGING_RATE = 3e-5  # of Adam: small enough to see states between the first and
 def gaussian_task(options: Options) -> Task:
     """The mean of 256 numbers, N(theta 1, I_256): J = 256.
 
-    The reduced learning rate is the published one times what an epoch has fewer samples, so that
-    an epoch goes about as far as a published one.
+    The reduced learning rate is larger by as much as an epoch has fewer samples, so that an epoch
+    goes about as far as a published one.
     """
     size = sized(GAUSSIAN_FULL if options.full else GAUSSIAN_REDUCED, options.samples)
     if not options.full:

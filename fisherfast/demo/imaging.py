@@ -24,7 +24,7 @@ __all__ = ["EPOCHS", "LEARNING_RATE", "ImagingTask", "Pictures", "imaging_task"]
 
 SAMPLES = 10_000
 EPOCHS = 20
-"""The least validation error comes after 2; the rest shows how the output forgets again."""
+"""The least validation error comes after 2; later epochs show how the output loses information."""
 LEARNING_RATE = 3e-4
 STEP = 0.6  # um, full separation of the held-out conditions, as published
 HELD_OUT_FACTOR = 3
@@ -103,7 +103,7 @@ def _simulated(
     camera: Camera, scene: Path | None, samples: int, seed: int, held_out_factor: int
 ) -> ImagingTask:
     x, theta = camera.training_set(samples, seed=seed)
-    # Training sets of different seeds are independent; validation takes one that no user asks for.
+    # Training sets of different seeds are independent; no option gives this one.
     val_x, val_theta = camera.training_set(samples // VALIDATION_SHARE, seed=seed + 2**32)
     held_out = held_out_factor * samples
     minus, plus = camera.conditions(0.0, STEP, held_out, seed=seed)
@@ -137,7 +137,7 @@ def _recorded(path: Path, samples: int | None, seed: int, held_out_factor: int) 
     if not LEAST_SAMPLES <= samples <= available:
         raise ValueError(
             f"--data must hold at least {max(samples, LEAST_SAMPLES)} training images per position"
-            f" beside {validation} for validation, got {available}"
+            f" and {validation} for validation, got {available}"
         )
     pair = [part[: held_out_factor * samples] for part in (recording.minus, recording.plus)]
     if min(map(len, pair)) < HELD_OUT_FACTOR * LEAST_SAMPLES:
@@ -182,7 +182,7 @@ def _task(
     settings: dict[str, Any],
     seed: int,
 ) -> ImagingTask:
-    """All images normalised per pixel by the training images: the information stays the same."""
+    """Normalise all images per pixel by the training images; this keeps the information."""
     mean, std = x.mean(0), x.std(0)
     for images in (x, val_x, *pair):
         images.sub_(mean).div_(std)

@@ -123,7 +123,7 @@ def epoch_cells(record: DemoEpoch, layers: Sequence[str]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software behind the numbers, and the number of threads."""
+    """Versions of the software, and the number of threads."""
     import matplotlib
 
     return {

@@ -12,6 +12,8 @@ from fisherfast import __version__
 from fisherfast.__main__ import main
 from fisherfast.ops import selfcheck
 
+TINY = ("--samples", "250", "--epochs", "1")
+
 
 def fails_with(capsys, *arguments: str) -> str:
     """The one line that a wrong option gives."""
@@ -57,7 +59,7 @@ def test_check_passes_here(capsys):
 
 
 def test_failed_check_has_status_1(capsys, monkeypatch):
-    """Catches a check whose failure nobody sees in CI."""
+    """Catches a failed check that ends with status 0."""
     row = selfcheck.CheckRow("moments", "cpu", "float32", 1.0, 1e-5)
     report = selfcheck.SelfCheckReport({"fisherfast": __version__}, [row])
     monkeypatch.setattr(selfcheck, "run_selfcheck", lambda stream: report)
@@ -102,14 +104,14 @@ def test_report_folder_that_is_a_file(capsys, tmp_path):
     """Catches a run whose work is lost at its end."""
     taken = tmp_path / "taken"
     taken.write_text("")
-    assert "taken" in fails_with(capsys, "--samples", "250", "--out", str(taken))
+    assert "taken" in fails_with(capsys, *TINY, "--out", str(taken))
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
 def test_missing_packages(capsys, tmp_path, monkeypatch, package):
     """Catches a run that trains first and fails in its report, and an error without a remedy."""
     monkeypatch.setitem(sys.modules, package, None)
-    message = fails_with(capsys, "--out", str(tmp_path / "out"))
+    message = fails_with(capsys, *TINY, "--out", str(tmp_path / "out"))
     assert message == (
         f"fisherfast demo: the report needs {package}: pip install 'fisherfast[demo]'\n"
     )

@@ -62,7 +62,7 @@ def test_files_are_whole(folder, name):
 
 
 @pytest.mark.parametrize("name", list(POINTS))
-def test_every_published_value_has_its_own_beside_it(folder, name):
+def test_every_published_value_has_a_measured_one(folder, name):
     """Catches a published value without a measured one, and one without its error."""
     points = numbers_of(folder, name)["points"]
     assert len(points) == POINTS[name]
@@ -87,7 +87,7 @@ def test_every_published_value_has_its_own_beside_it(folder, name):
     ],
 )
 def test_points_of_the_flow_are_those_of_their_epoch(folder, name, values):
-    """Catches a layer or an epoch that stands beside another one's published value."""
+    """Catches a layer or an epoch that is compared with another one's published value."""
     numbers = numbers_of(folder, name)
     epochs = {entry["epoch"]: entry for entry in numbers["epochs"]}
     points = numbers["points"]
@@ -219,7 +219,7 @@ def test_same_seed_same_numbers():
 def test_figure_3_against_the_published_values(tmp_path):
     """J of both lifts against the published J at equal number of features, 20 000 samples each.
 
-    The published lift beside the samples must give the published J within 4 standard errors (seen:
+    The published lift with the samples must give the published J within 4 standard errors (seen:
     1.1 at most; the error of the published values is not known). Ours lies 8 and 6 standard errors
     above them for 100 and 200 features, 2.8, 1.4 and 0.5 from 400 on, where it may be 3 below;
     it may exceed I by 3. Chance to fail for another seed: 1e-3. Catches the lift without the

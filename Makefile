@@ -12,14 +12,17 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.c
 export CUDAARCHS ?= 90
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test fast sanitize lint format wheel check bench hostile check-gpu clean
+.PHONY: help demo paper test fast sanitize lint format wheel check bench hostile check-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## the main job: Fisher information of every layer of a network that reads camera images
-	$(BIN)/python -m fisherfast demo imaging
+	$(BIN)/python -m fisherfast demo
+
+paper: $(READY) ## the published figures, measured again, about six minutes: ARGS="fig3 fig5"
+	$(BIN)/python examples/paper/reproduce.py $(ARGS)
 
 test: $(READY) ## everything: all tests, the slow ones too
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal

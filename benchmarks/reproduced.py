@@ -1,6 +1,6 @@
 """The tables of docs/reproduce.md, from the numbers beside its figures.
 
-    python -m fisherfast reproduce all --out docs/figures/reproduce
+    make paper ARGS="--out docs/figures/reproduce"
     python benchmarks/reproduced.py            # prints the page as it should be
     python benchmarks/reproduced.py --write    # writes it
 

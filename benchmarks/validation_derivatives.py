@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 import fisherfast as ff
 from fisherfast.data import Data, Score
-from fisherfast.demos.published import gaussian_task
-from fisherfast.demos.training import train
+from fisherfast.demo.training import train
 from fisherfast.problems import (
     Camera,
     CameraPose,
@@ -36,8 +35,11 @@ from fisherfast.problems import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "paper"))
 
+from figure import Options
 from montecarlo.replications import of_features
+from tasks import gaussian_task
 
 # --- tangents against two conditions ---
 
@@ -48,7 +50,9 @@ TASK_EPOCHS, TASK_TRAINING = 3, 2000  # samples per value of theta: the output t
 
 def trained_network() -> nn.Module:
     """The network of the Gaussian task behind the first epochs of its training."""
-    task = replace(gaussian_task(samples=TASK_TRAINING), epochs=TASK_EPOCHS, layers=("relu4",))
+    task = replace(
+        gaussian_task(Options(samples=TASK_TRAINING)), epochs=TASK_EPOCHS, layers=("relu4",)
+    )
     for _ in train(task):
         pass
     return task.model

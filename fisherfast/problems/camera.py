@@ -26,10 +26,10 @@ from fisherfast.problems.problem import (
     cholesky_factor,
     seeded_generator,
 )
-from fisherfast.problems.published import IMAGING_INPUT_FISHER
 from fisherfast.problems.scenes import glyph_scene
 
-READOUT_STD = 15.0  # DN, from the paper
+READOUT_STD = 15.0  # DN, published
+INPUT_FISHER = 1.6  # of one image, per um^2, published
 DEFAULT_PSF_SIGMA = 0.5  # um
 DEFAULT_WHITE_STD, DEFAULT_CORRELATED_STD = 7.0, 2.0  # DN; the rest of READOUT_STD is row noise
 PSF_TAIL = 6  # standard deviations; 2e-9 of the light is outside
@@ -362,4 +362,4 @@ def default_camera(scene: np.ndarray | Tensor | None = None) -> Camera:
         row_std=math.sqrt(READOUT_STD**2 - DEFAULT_WHITE_STD**2 - DEFAULT_CORRELATED_STD**2),
         correlated_std=DEFAULT_CORRELATED_STD,
     )
-    return camera.with_input_fisher(IMAGING_INPUT_FISHER)
+    return camera.with_input_fisher(INPUT_FISHER)

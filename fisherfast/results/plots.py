@@ -24,7 +24,6 @@ __all__ = [
     "VERMILION",
     "EpochLike",
     "crossing_epoch",
-    "legend_beside",
     "new_figure",
     "plot_curve",
     "plot_flow",
@@ -194,25 +193,14 @@ def plot_flows(
                 capsize=2,
             )
     _label_layers(ax, first, fraction, unit)
-    legend_beside(ax, title)
-    return ax
-
-
-def legend_beside(ax: Axes, title: str = "") -> None:
-    """Draw the legend to the right of the axes: error bars first, then the rest."""
-    entries = sorted(
-        zip(*ax.get_legend_handles_labels(), strict=True),
-        key=lambda entry: not hasattr(entry[0], "has_yerr"),
-    )
     ax.legend(
-        [handle for handle, _ in entries],
-        [label for _, label in entries],
         title=title or None,
         loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
+        bbox_to_anchor=(1.0, 1.0),  # beside the axes, where nothing is drawn
         frameon=False,
         fontsize="small",
     )
+    return ax
 
 
 def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/theta²") -> Axes:

@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
+from published import GAUSSIAN_FLOW, LIFT_CURVE
 
 import fisherfast as ff
 from fisherfast.problems import GaussianScale, GaussianShift, gaussian_network
-from fisherfast.problems.published import GAUSSIAN_FLOW, LIFT_CURVE
 
 FIGURE_3 = {lifted: J for lifted, J in LIFT_CURVE.items() if 0 < lifted < 1300}
 UNTRAINED = GAUSSIAN_FLOW[0]

@@ -17,7 +17,7 @@ PACKAGE = Path(fisherfast.__file__).parent
 # Floors of the house, from the top: a folder or root module imports from lower floors, and on its
 # own floor without a circle.
 FLOORS = [
-    {"__main__", "demos", "reproduce", "integrations"},
+    {"__main__", "demo", "integrations"},
     {"training", "parameters"},
     {"flow"},
     {"measurement"},

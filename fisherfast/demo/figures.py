@@ -1,58 +1,38 @@
-"""The figures of a demonstration, as matplotlib figures by file name."""
+"""The figures of the demo, as matplotlib figures by file name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from fisherfast.demos.task import Pictures, Task
-from fisherfast.demos.training import DemoEpoch
-from fisherfast.problems.published import FIRST, LAST
-from fisherfast.results.plots import GREY, legend_beside, new_figure, plot_flows, plot_training
+from fisherfast.demo.imaging import ImagingTask, Pictures
+from fisherfast.demo.training import DemoEpoch
+from fisherfast.results.plots import new_figure, plot_flows, plot_training
 
-__all__ = ["draw_figures", "published_label"]
+__all__ = ["draw_figures"]
 
-PUBLISHED_MARKERS = "sD^v"
 PANEL = 5.6  # inches
 HEIGHT = 4.0
 TILE = 1.75  # inches, one sample image
 CLIP = 2.5  # standard deviations of a single image that its grey scale spans
 
 
-def draw_figures(task: Task, history: Sequence[DemoEpoch]) -> dict[str, Any]:
-    """Flow, training, both side by side, and sample images where the samples are images."""
+def draw_figures(task: ImagingTask, history: Sequence[DemoEpoch]) -> dict[str, Any]:
+    """Flow, training, both side by side, and sample images."""
     flow, training = new_figure(PANEL + 0.6, HEIGHT), new_figure(PANEL, HEIGHT)
-    _draw_flow(task, history, flow.add_subplot())
-    plot_training(history, training.add_subplot())
     both = new_figure(2 * PANEL, HEIGHT)
     left, right = both.subplots(1, 2)
-    _draw_flow(task, history, left)
-    plot_training(history, right)
-    figures = {"flow.png": flow, "training.png": training, "overview.png": both}
-    if task.pictures is not None:
-        figures["samples.png"] = _sample_images(task.pictures)
-    return figures
-
-
-def published_label(epoch: int) -> str:
-    """How the report names a published epoch."""
-    return {FIRST: "first epoch", LAST: "last epoch"}.get(epoch, f"epoch {epoch}")
-
-
-def _draw_flow(task: Task, history: Sequence[DemoEpoch], ax: Any) -> None:
-    """One line per epoch, and open grey markers at the published values."""
-    plot_flows({record.epoch: record.flow for record in history}, ax, fraction=True, title="epoch")
-    places = range(1, len(task.layers) + 2)
-    for marker, (epoch, values) in zip(PUBLISHED_MARKERS, task.published.items(), strict=False):
-        ax.plot(
-            places,
-            values,
-            marker,
-            color=GREY,
-            mfc="none",
-            label=f"published, {published_label(epoch)}",
-        )
-    legend_beside(ax, title="epoch")
+    flows = {record.epoch: record.flow for record in history}
+    for ax in (flow.add_subplot(), left):
+        plot_flows(flows, ax, fraction=True, title="epoch")
+    for ax in (training.add_subplot(), right):
+        plot_training(history, ax)
+    return {
+        "flow.png": flow,
+        "training.png": training,
+        "overview.png": both,
+        "samples.png": _sample_images(task.pictures),
+    }
 
 
 def _sample_images(pictures: Pictures) -> Any:

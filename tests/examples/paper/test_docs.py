@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from reproduce import FIGURES
 
-from fisherfast.reproduce import FIGURES
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
 FOLDER = ROOT / "docs" / "figures" / "reproduce"
 LARGEST = 150_000  # bytes of a picture

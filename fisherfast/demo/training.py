@@ -1,12 +1,13 @@
-"""Train the model of a task, and measure the information in its layers after every epoch."""
+"""Train a network, and measure the information in its layers after every epoch."""
 
 from __future__ import annotations
 
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +15,62 @@ from torch.nn import functional as F
 
 from fisherfast._errors import FisherWarning
 from fisherfast._progress import progress_bar
-from fisherfast.demos.task import Task
+from fisherfast.data import FiniteDifference
 from fisherfast.flow import fisher_flow
 from fisherfast.results.comparison import divides
 from fisherfast.results.flow import FisherFlow
 
-__all__ = ["DemoEpoch", "DivergenceError", "nearest_epoch", "train"]
+__all__ = ["VALIDATION_SHARE", "DemoEpoch", "DivergenceError", "Task", "train"]
 
 EVALUATION_BATCH = 4096
+VALIDATION_SHARE = 5
+"""Training samples for each validation sample."""
 
 
 class DivergenceError(ArithmeticError):
     """The training error became infinite or NaN."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A parameter to learn from samples, and held-out samples to measure the information with.
+
+    Attributes:
+        name: for messages and files.
+        model: from samples [n, ...] to estimates [n, 1].
+        x, theta: training samples [n, ...] and their parameters [n].
+        val_x, val_theta: the same, not used for training.
+        data: samples for the measurement, not used for training either.
+        layers: names of the hidden layers to measure.
+        unit: of J.
+        learning_rate: of Adam.
+        epochs: to train for.
+        settings: how the samples were made, for the record.
+        batch_size: of the training.
+        max_features: of the measurement.
+        checked_share: the training error is taken on every `checked_share`-th training sample.
+    """
+
+    name: str
+    model: nn.Module
+    x: Tensor
+    theta: Tensor
+    val_x: Tensor
+    val_theta: Tensor
+    data: FiniteDifference
+    layers: tuple[str, ...]
+    unit: str
+    learning_rate: float
+    epochs: int
+    settings: Mapping[str, Any]
+    batch_size: int = 128
+    max_features: int = 128
+    checked_share: int = VALIDATION_SHARE
+
+
 @dataclass(frozen=True)
 class DemoEpoch:
-    """What is known after an epoch; epoch 0 is before training.
+    """Errors and information after an epoch; epoch 0 is before training.
 
     Attributes:
         epoch: its number.
@@ -95,12 +135,6 @@ def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[Demo
             order = torch.randperm(len(task.x), generator=generator)
             _train_epoch(task, optimizer, order, f"epoch {epoch}/{task.epochs}", progress)
         yield _measure(task, epoch, start, progress)
-
-
-def nearest_epoch(history: Sequence[DemoEpoch], share: float) -> DemoEpoch:
-    """The epoch whose output transmits nearest to `share` of the input; runs of different length
-    compare at equal output."""
-    return min(history, key=lambda record: abs(record.transmission - share))
 
 
 def mean_square_error(model: nn.Module, x: Tensor, theta: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.data import FiniteDifference
-from fisherfast.demos.task import VALIDATION_SHARE, Pictures, Task
+from fisherfast.demo.training import VALIDATION_SHARE, Task
 from fisherfast.problems import (
     Camera,
     default_camera,
@@ -19,11 +20,11 @@ from fisherfast.problems import (
     scene_from_file,
 )
 
-__all__ = ["LEAST_SAMPLES", "imaging_task"]
+__all__ = ["EPOCHS", "LEARNING_RATE", "ImagingTask", "Pictures", "imaging_task"]
 
 SAMPLES = 10_000
 EPOCHS = 20
-"""The least validation error comes after 2; the rest shows how the output forgets again."""
+"""The least validation error comes after 2; later epochs show how the output loses information."""
 LEARNING_RATE = 3e-4
 STEP = 0.6  # um, full separation of the held-out conditions, as published
 HELD_OUT_FACTOR = 3
@@ -33,17 +34,31 @@ LEAST_SAMPLES = 250
 LAYERS = ("relu1", "relu2", "relu3", "relu4")
 SHOWN = (0, 3, 6, 9, 12)  # indices of the positions in the figure of sample images
 
-STORY = (
-    "A camera takes pictures of 18 x 24 pixels of an object that moves sideways. In one picture it"
-    " cannot be seen: the read-out noise is 15 DN per pixel and the signal a few DN. A network"
-    " 432-800-100-25-5-1 with ReLU learns to read the position theta, in micrometres, from pictures"
-    " at 13 positions from -1.8 to 1.8 um.",
-    "Before training and after each epoch, the Fisher information about theta is measured in the"
-    " input, in every hidden layer after its ReLU, and in the output: on pictures at -0.3 and +0.3"
-    " um that are not used for training. Two conditions that far apart are what a real experiment"
-    " has; the step is coarse, so the information they show is a little below that of an"
-    " infinitesimal one.",
-)
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images for the figure of samples.
+
+    Attributes:
+        scene: the object in front of the camera [h, w], or None where it is not known.
+        positions: of the images, in um.
+        means: noise-free or averaged images [m, H, W], in DN.
+        shots: single images [m, H, W], in DN.
+        averaged: number of images in each mean; 0 where the mean is exact.
+    """
+
+    scene: Tensor | None
+    positions: list[float]
+    means: Tensor
+    shots: Tensor
+    averaged: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagingTask(Task):
+    """The imaging task, with images to show."""
+
+    pictures: Pictures
 
 
 def imaging_task(
@@ -53,7 +68,7 @@ def imaging_task(
     scene: Path | None = None,
     data: Path | None = None,
     held_out_factor: int = HELD_OUT_FACTOR,
-) -> Task:
+) -> ImagingTask:
     """Camera images of a glyph, of a picture file, or the published measurements.
 
     Args:
@@ -86,9 +101,9 @@ def imaging_task(
 
 def _simulated(
     camera: Camera, scene: Path | None, samples: int, seed: int, held_out_factor: int
-) -> Task:
+) -> ImagingTask:
     x, theta = camera.training_set(samples, seed=seed)
-    # Training sets of different seeds are independent; validation takes one that no user asks for.
+    # Training sets of different seeds are independent; no option gives this one.
     val_x, val_theta = camera.training_set(samples // VALIDATION_SHARE, seed=seed + 2**32)
     held_out = held_out_factor * samples
     minus, plus = camera.conditions(0.0, STEP, held_out, seed=seed)
@@ -112,7 +127,7 @@ def _simulated(
     return _task(x, theta, val_x, val_theta, (minus[0], plus[0]), pictures, settings, seed)
 
 
-def _recorded(path: Path, samples: int | None, seed: int, held_out_factor: int) -> Task:
+def _recorded(path: Path, samples: int | None, seed: int, held_out_factor: int) -> ImagingTask:
     recording = load_camera_npz(path, seed=seed)
     positions = published_positions()
     images = recording.x.unflatten(0, (len(positions), -1))
@@ -122,7 +137,7 @@ def _recorded(path: Path, samples: int | None, seed: int, held_out_factor: int) 
     if not LEAST_SAMPLES <= samples <= available:
         raise ValueError(
             f"--data must hold at least {max(samples, LEAST_SAMPLES)} training images per position"
-            f" beside {validation} for validation, got {available}"
+            f" and {validation} for validation, got {available}"
         )
     pair = [part[: held_out_factor * samples] for part in (recording.minus, recording.plus)]
     if min(map(len, pair)) < HELD_OUT_FACTOR * LEAST_SAMPLES:
@@ -166,15 +181,13 @@ def _task(
     pictures: Pictures,
     settings: dict[str, Any],
     seed: int,
-) -> Task:
-    """All images normalised per pixel by the training images: the information stays the same."""
+) -> ImagingTask:
+    """Normalise all images per pixel by the training images; this keeps the information."""
     mean, std = x.mean(0), x.std(0)
     for images in (x, val_x, *pair):
         images.sub_(mean).div_(std)
-    return Task(
+    return ImagingTask(
         name="imaging",
-        title="Where is the position of the object lost?",
-        story=STORY,
         model=imaging_network(seed=seed),
         x=x,
         theta=theta,

@@ -1,4 +1,4 @@
-"""Run a task from its first measurement to the report, whatever happens on the way."""
+"""Run a task from its first measurement to the report, also after Ctrl-C or a divergence."""
 
 from __future__ import annotations
 
@@ -6,41 +6,34 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from fisherfast.demos.report import summary, write_report
-from fisherfast.demos.table import LiveTable
-from fisherfast.demos.task import Task
-from fisherfast.demos.training import DemoEpoch, DivergenceError, train
-from fisherfast.results.plots import new_figure
+from fisherfast.demo.imaging import ImagingTask
+from fisherfast.demo.report import epoch_cells, epoch_header, summary, write_report
+from fisherfast.demo.training import DemoEpoch, DivergenceError, Task, train
 
 __all__ = ["DONE", "FAILED", "INTERRUPTED", "collect", "run_demo", "verdict"]
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 """Exit statuses; 130 is what shells give a command that Ctrl-C ended."""
+LEAST_WIDTH = 7  # of a column of the table
 
 
 def run_demo(
-    task: Task, *, out: Path, stream: TextIO, seed: int = 0, progress: bool = False
+    task: ImagingTask, *, out: Path, stream: TextIO, seed: int = 0, progress: bool = False
 ) -> int:
     """Train, measure, show a table, and write the report into `out`.
 
-    After Ctrl-C, or when the training diverges, the report shows the epochs that were finished.
+    After Ctrl-C, or when the training diverges, the report shows the finished epochs.
 
     Args:
         task: what to learn.
-        out: folder of the report, made where it does not exist.
-        stream: where table and messages go.
+        out: an existing folder, for the report.
+        stream: for table and messages.
         seed: of the order of the samples.
         progress: show progress bars.
 
     Returns:
         The exit status of the command.
-
-    Raises:
-        OSError: the folder cannot be made.
-        ImportError: matplotlib is not installed.
     """
-    new_figure()  # fail now, not after the training
-    out.mkdir(parents=True, exist_ok=True)
     history: list[DemoEpoch] = []
     status = collect(train(task, seed=seed, progress=progress), history, task, stream)
     if not history:
@@ -54,17 +47,23 @@ def run_demo(
 def collect(
     epochs: Iterator[DemoEpoch], history: list[DemoEpoch], task: Task, stream: TextIO
 ) -> int:
-    """Fill the history, one line of the table at a time, as far as it goes.
+    """Fill the history and write a table, one line per epoch, until the end, Ctrl-C or divergence.
 
     Returns:
         `DONE`, `INTERRUPTED` after Ctrl-C, or `FAILED` when the training diverged.
     """
-    table = LiveTable(task.layers, stream)
-    table.begin()
+    header = epoch_header(task.layers)
+
+    def write(cells: Sequence[str]) -> None:
+        pairs = zip(cells, header, strict=True)
+        stream.write("  ".join(f"{c:>{max(len(name), LEAST_WIDTH)}}" for c, name in pairs) + "\n")
+        stream.flush()
+
+    write(header)
     try:
         for record in epochs:
             history.append(record)
-            table.add(record)
+            write(epoch_cells(record, task.layers))
     except KeyboardInterrupt:
         stream.write("\ninterrupted\n")
         return INTERRUPTED
@@ -75,7 +74,7 @@ def collect(
 
 
 def verdict(history: Sequence[DemoEpoch]) -> str:
-    """What a run found, in two lines."""
+    """The result of a run in two lines."""
     facts = summary(history)
     stop = facts["stop_epoch"]
     crossing = "not reached" if stop is None else f"in epoch {stop}"

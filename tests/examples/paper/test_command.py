@@ -1,0 +1,187 @@
+"""`examples/paper/reproduce.py`: options, exit statuses, failures, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import reproduce
+import stopping
+import torch
+from figure import Options, Outcome
+from reproduce import FIGURES, main
+from support.recorded_camera import recording
+
+from fisherfast.demo import imaging_task, training
+
+pytest.importorskip("matplotlib")
+
+TINY = ("--samples", "250", "--epochs", "1")
+
+
+@pytest.fixture(autouse=True)
+def no_finished_training():
+    """Trainings of another test are not shown again."""
+    stopping._run.cache_clear()
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def numbers_of(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fig3", "fig7"], "figure must be one of fig3, fig4"),
+        (["fig5", "--epochs", "many"], "invalid int value: 'many'"),
+        (["--data", "none.npz"], "--data must be a file, got none.npz"),
+    ],
+)
+def test_wrong_options(capsys, tmp_path, monkeypatch, arguments, message):
+    """Status 2 and no folder: catches a run that starts and fails in its last figure."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert files(tmp_path) == set()
+
+
+def test_help_says_how_long_each_takes(capsys):
+    """Catches a figure that the help leaves out, or shows without its times."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, figure in FIGURES.items():
+        assert f"{name} " in text
+        assert figure.title in text
+        assert f"{figure.reduced}; --full: {figure.full}" in text
+
+
+def test_order_and_repetition(tmp_path, monkeypatch):
+    """Catches figures that are run twice, and transmission before the trainings it can reuse."""
+    asked = []
+    monkeypatch.setattr(reproduce, "_write", lambda name, *_: asked.append(name) or 0)
+    out = ["--out", str(tmp_path)]
+    assert main(["transmission", "fig10", "fig3", "fig3", *out]) == 0
+    assert main(out) == 0
+    assert asked == ["fig3", "fig10", "transmission", *FIGURES]
+    assert list(FIGURES)[-1] == "transmission"
+
+
+def test_a_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """One figure has a fault, one asks for more samples: both are named at the end."""
+
+    def fault(options: Options) -> Outcome:
+        raise KeyError("lost")
+
+    monkeypatch.setitem(reproduce.FIGURES, "fig3", FIGURES["fig3"]._replace(measure=fault))
+    arguments = ["fig3", "fig5", "fig6", "--samples", "100", "--epochs", "1"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    output = capsys.readouterr()
+    assert output.out.endswith("failed: fig3, fig6\n")
+    assert "KeyError: 'lost'" in output.err
+    assert "--samples must be at least 250 per position" in output.err
+    assert files(tmp_path) == {"fig5.json", "fig5.png"}
+
+
+def test_divergence_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    """Catches a figure that is lost, or called complete, when its training diverges."""
+    measure = training._measure
+
+    def diverging(task, epoch, *rest):
+        if epoch == 1:
+            raise training.DivergenceError("the error became nan in epoch 1")
+        return measure(task, epoch, *rest)
+
+    monkeypatch.setattr(training, "_measure", diverging)
+    assert main(["fig5", *TINY, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.endswith("failed: fig5\n")
+    numbers = numbers_of(tmp_path, "fig5")
+    assert numbers["complete"] is False
+    assert [entry["epoch"] for entry in numbers["epochs"]] == [0]
+
+
+def test_divergence_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    """Catches a failure that is taken for Ctrl-C and keeps the others from being begun."""
+
+    def diverging(*_):
+        raise training.DivergenceError("the error became nan in epoch 0")
+
+    monkeypatch.setattr(training, "_measure", diverging)
+    assert main(["fig4", "fig5", *TINY, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.endswith("failed: fig4, fig5\n")
+    assert files(tmp_path) == set()
+
+
+def test_interrupt_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the second training: the first figure is whole, the second shows its first epoch,
+    no third is begun."""
+    measure = training._measure
+
+    def interrupted(task, epoch, *rest):
+        if task.name == "lognormal" and epoch == 1:
+            raise KeyboardInterrupt
+        return measure(task, epoch, *rest)
+
+    monkeypatch.setattr(training, "_measure", interrupted)
+    assert main(["fig4", "fig5", "fig6", *TINY, "--out", str(tmp_path)]) == 130
+    assert files(tmp_path) == {"fig4.json", "fig4.png", "fig5.json", "fig5.png"}
+    assert numbers_of(tmp_path, "fig4")["complete"] is True
+    numbers = numbers_of(tmp_path, "fig5")
+    assert numbers["complete"] is False
+    assert len(numbers["epochs"]) == 1
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_interrupt_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    """Catches files without a measurement, and a second figure that is begun after Ctrl-C."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_measure", interrupted)
+    assert main(["fig5", "transmission", *TINY, "--out", str(tmp_path)]) == 130
+    assert "transmission" not in capsys.readouterr().out
+    assert files(tmp_path) == set()
+
+
+def test_global_state_is_left_alone(tmp_path):
+    """Catches a figure that seeds or uses the global random numbers."""
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    arguments = ["fig10", "--samples", "100", "--epochs", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_published_measurements(tmp_path):
+    """Catches a file that only one of the figures reads, and one with fewer images than wanted."""
+    path = recording(tmp_path / "Data1.npz", edge_frames=300, center_frames=1050)
+    arguments = ["fig6", "fig11", "--data", str(path), "--epochs", "1"]
+    out = tmp_path / "out"
+    assert main([*arguments, "--samples", "250", "--out", str(out)]) == 0
+    for name in ("fig6", "fig11"):
+        assert numbers_of(out, name)["settings"]["source"] == "measurements in Data1.npz"
+    task = stopping._imaging(Options(data=path))
+    assert len(task.x) == len(task.theta) == 13 * 250
+    assert task.settings["training images per position"] == 250
+
+
+def test_few_images_of_a_file(tmp_path, monkeypatch):
+    """Catches images that are cut off across positions: each must go with its own theta."""
+    path = recording(tmp_path / "Data1.npz", edge_frames=400, center_frames=1200)
+    whole = imaging_task(data=path)
+    monkeypatch.setattr(stopping, "IMAGING_SAMPLES", {False: 260})
+    task = stopping._imaging(Options(data=path))
+    assert len(task.x) == len(task.theta) == 13 * 260
+    for position in whole.theta.unique():
+        expected = whole.x[whole.theta == position][:260]
+        assert torch.equal(task.x[task.theta == position], expected)

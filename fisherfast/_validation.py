@@ -7,7 +7,7 @@ import math
 import numbers
 from typing import Any
 
-__all__ = ["SEEDS", "check_positive", "check_seed", "check_whole"]
+__all__ = ["check_positive", "check_seed", "check_whole"]
 
 SEEDS = 2**63
 """Seeds lie in [-SEEDS, SEEDS), the range of int64."""

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["compact", "empty", "kept", "release_memory", "reusing", "trim"]
+__all__ = ["compact", "empty", "release_memory", "reusing", "trim"]
 
 LARGE_BYTES = 2**25
 """Size above which glibc asks the system for each block, 32 MB."""
@@ -57,12 +57,6 @@ def release_memory() -> None:
         >>> ff.dual.release_memory()
     """
     _keep(0)
-
-
-def kept() -> int:
-    """Return how many bytes are kept for the next forward pass."""
-    with _lock:
-        return sum(block.nbytes() for block in _blocks)
 
 
 def empty(

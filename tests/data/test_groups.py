@@ -251,7 +251,7 @@ def test_dependence_between_groups_is_still_found(width):
     x = normal(800, 8).repeat_interleave(4, 0)
     torch.manual_seed(0)
     model = SAME if width == 8 else nn.Linear(8, width)
-    with pytest.warns(ff.FisherWarning, match="say with groups= which samples belong together"):
+    with pytest.warns(ff.FisherWarning, match="pass groups= for samples that belong together"):
         layer = result(moved(x, groups=torch.arange(3200) // 2), model, max_features=64)
     assert not layer.independent
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
-from fisherfast.data.dealing import Place, Tally
+from fisherfast.data.dealing import Place
+from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.bound import cross_fitted_bound
 from fisherfast.estimation.curve import (
     SPARE_DOF,
@@ -244,42 +245,23 @@ class LayerMeter:
             finite = finite & torch.isfinite(moments.carried.sums).all()
         return finite
 
-    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
-        """Count samples of a condition that another process observes.
-
-        Args:
-            condition: theirs.
-            tally: how many of each cell.
-            numbered: over all processes, see `HeldSamples.skip`.
-        """
-        samples, counts = tally.samples, tally.by_fold(self.moments.folds)
-        if self.map is not None and not self.moments.known:
-            self.map.skip(condition, samples, counts, numbered=numbered)
-        if self._held is not None and not self.moments.known:
-            self._held.skip(condition, samples, numbered=numbered)
-        self.moments.skip(condition, samples, counts)
-        self._fit = None
-
     def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that this pass adds up over processes: sums of samples, and some of these,
-        zero where they were seen elsewhere."""
+        """Views of all that this pass adds up over processes: counts and sums of samples."""
         sums = self.moments.shared_sums()
         self._fit = None
+        return sums if self.map is None or self.moments.known else sums + self.map.shared_sums()
+
+    def shared_samples(self) -> list[KeptSamples]:
+        """Samples kept in this pass, to be joined with those of the other processes."""
         if self.moments.known:
-            return sums
-        if self._held is not None:
-            sums += self._held.dense(self.moments.sums.device)
-        return sums if self.map is None else sums + self.map.shared_sums()
+            return []
+        kept = [store for held in self._all_held() for store in held.stores]
+        return kept if self.map is None else [*kept, self.map.kept]
 
     def learned(self) -> list[torch.Tensor]:
         """What was learned between passes in a way that processors may differ in: all processes
         take that of the first."""
         return []
-
-    def sums_were_shared(self) -> None:
-        """`shared_sums` hold now what all processes have seen."""
-        if self.map is not None:
-            self.map.mirror_()
 
     def grow(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
         """Make room for twice the lifted features where the curve still rises at its end, or

@@ -23,7 +23,7 @@ from fisherfast.measurement.settings import (
 )
 from fisherfast.model.sites import Layers
 from fisherfast.model.unwrap import unwrapped
-from fisherfast.parallel.ranks import TIMEOUT, ranks_of
+from fisherfast.parallel.ranks import ranks_of
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import LayerFisher
 
@@ -46,8 +46,7 @@ def fisher_flow(
     grow: bool = False,
     maps: bool | Sequence[str] = False,
     memory_budget: int | str | None = None,
-    group: Any = None,
-    timeout: float = TIMEOUT,
+    process_group: Any = None,
 ) -> FisherFlow:
     r"""Fisher information about theta in the activations of every layer.
 
@@ -99,11 +98,10 @@ def fisher_flow(
             in bytes or as "2 GB"; None for no bound. Batches are made as small as it takes, those
             of a loader are split. The result depends on it by rounding alone (but for a
             `Simulator`, which draws other samples in batches of another size).
-        group: processes that share the work: None for this one alone, "world" for all ranks of
-            `torch.distributed` (this one alone where it is not initialised), or a ProcessGroup. All
-            of them make this call, with the same data or each with its own `Shard`, and all get the
-            same result (docs/training.md, many processes).
-        timeout: seconds without a sign of life after which a rank of the group counts as dead.
+        process_group: processes that share the work: None for this one alone, "world" for all ranks
+            of `torch.distributed` (this one alone where it is not initialised), or a ProcessGroup.
+            All of them make this call, with the same data or each with its own `Shard`, and all get
+            the same result (docs/training.md, many processes).
 
     Returns:
         `FisherFlow`: J, stderr, lower, ... of each layer, float64 [P, P] in 1/theta^2.
@@ -115,7 +113,8 @@ def fisher_flow(
             memory_budget too small for one sample (says what is needed); data that do not repeat,
             for a probe or to grow.
         TypeError: integer or complex data.
-        RuntimeError: another rank of the group has failed or died (names it, and what it raised).
+        RuntimeError: another rank of the group has failed (names it, and what it raised), or does
+            not come within the timeout of the process group.
 
     Warns:
         FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
@@ -135,9 +134,9 @@ def fisher_flow(
         >>> flow.names
         ['input', '0', '1', 'output']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    with ranks_of(group, timeout) as ranks:
+    with ranks_of(process_group) as ranks:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
         settings |= check_passes(data, grow, maps) | check_budget(memory_budget)
         settings |= check_output(output)
@@ -157,8 +156,7 @@ def fisher_information(
     folds: int = FOLDS,
     grow: bool = False,
     memory_budget: int | str | None = None,
-    group: Any = None,
-    timeout: float = TIMEOUT,
+    process_group: Any = None,
 ) -> LayerFisher:
     """Fisher information about theta in the data themselves, without a model.
 
@@ -174,7 +172,7 @@ def fisher_information(
         >>> abs(info.value - 4) < 0.8
         True
     """
-    with ranks_of(group, timeout) as ranks:
+    with ranks_of(process_group) as ranks:
         settings = check_settings(data, max_features, probe, batch_size, seed, ridge, folds)
         settings |= check_passes(data, grow, maps=False) | check_budget(memory_budget)
         return Measurement(None, data, "auto", settings, ranks=ranks).run(progress).layers[0]

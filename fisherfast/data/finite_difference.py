@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fisherfast.data import sources
-from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
+from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
@@ -128,15 +128,17 @@ class FiniteDifference(Data):
         """The same batches, each as a `Batch`."""
         return map(Batch, self.batches(condition, batch_size))
 
-    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """The batches of one condition; only those that are mine are read of tensors, arrays and
-        Datasets."""
+    def deal(
+        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
+    ) -> Iterator[Numbered]:
+        """Every step-th batch of one condition; the others of tensors, arrays and Datasets are not
+        read."""
         source, name = self._sources[condition], self.condition_name(condition)
-        if not sources.divisible(source):
-            yield from super().deal(condition, batch_size, mine)
+        if step == 1 or not sources.divisible(source):
+            yield from super().deal(condition, batch_size, begin, step)
             return
-        for n, item in sources.deal(source, batch_size, mine):
-            yield Gap(n) if item is None else Batch(sources.as_batch(item, name))
+        for first, item in sources.deal(source, batch_size, begin, step):
+            yield first, Batch(sources.as_batch(item, name))
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
         """Some samples of a tensor, an array or a Dataset."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fisherfast.data import sources
-from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
+from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
@@ -93,15 +93,15 @@ class PerSample(Data):
                 " (an iterator can be read once only: pass a function that returns a new one)"
             )
 
-    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """The batches; only those that are mine are read of tensors, arrays and Datasets."""
-        if not sources.divisible(self._x):
-            yield from super().deal(condition, batch_size, mine)
+    def deal(
+        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
+    ) -> Iterator[Numbered]:
+        """Every step-th batch; the others of tensors, arrays and Datasets are not read."""
+        if step == 1 or not sources.divisible(self._x):
+            yield from super().deal(condition, batch_size, begin, step)
             return
-        start = 0
-        for number, (n, item) in enumerate(sources.deal(self._x, batch_size, mine)):
-            yield Gap(n) if item is None else self._batch(item, number, start)
-            start += n
+        for first, item in sources.deal(self._x, batch_size, begin, step):
+            yield first, self._batch(item, first // batch_size, first)
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
         """Some samples of tensors, arrays or a Dataset."""

@@ -23,10 +23,7 @@ from fisherfast.estimation.derivatives import (
 )
 from fisherfast.estimation.features import Lift
 
-__all__ = ["FoldMoments", "FoldStatistics", "lower_triangles"]
-
-SMALL_TRIANGLE = 8
-"""Rows of a triangle that is taken as a square: of 512 rows 1.4 % too much, in 128 views."""
+__all__ = ["FoldMoments", "FoldStatistics"]
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,6 @@ class FoldMoments:
         self.folds = folds
         self.paired = paired
         self.groups = groups
-        self.seen = [0] * conditions
         self.known = 0
         self._seen_before: list[int] | None = None
         self.sums = torch.zeros(conditions, folds, size, dtype=torch.float64, device=device)
@@ -175,6 +171,11 @@ class FoldMoments:
     def counts(self) -> torch.Tensor:
         """Samples per condition and fold [C, F] int64, on the CPU."""
         return self._counts
+
+    @property
+    def seen(self) -> list[int]:
+        """Samples of each condition."""
+        return list(self._counts.sum(1).tolist())
 
     def update(
         self,
@@ -211,7 +212,7 @@ class FoldMoments:
             self._add(condition, raw, lift, place, known)
         if self.carried is not None:
             self.carried.update(raw, carried, lift, place, known=self.known)
-        self._count(condition, place.counts)
+        self._counts[condition] += place.counts
 
     def _add(self, condition: int, raw: torch.Tensor, lift: Lift, place: Place, known: int) -> None:
         """Add sums and products of the features after the first known ones."""
@@ -227,27 +228,10 @@ class FoldMoments:
             start=known,
         )
 
-    def skip(self, condition: int, samples: int, counts: torch.Tensor | None = None) -> None:
-        """Count samples of a condition whose sums come from elsewhere, see `shared_sums`.
-
-        Args:
-            condition: theirs.
-            samples: how many.
-            counts: int64 [F] of them in each fold; None where they are dealt in turn.
-        """
-        if counts is None:
-            counts = Place.in_turn(self.seen[condition], samples, self.folds)[0].counts
-        self._count(condition, counts)
-
-    def _count(self, condition: int, counts: torch.Tensor) -> None:
-        self._counts[condition] += counts
-        self.seen[condition] += int(counts.sum())
-
     def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that adds up over processes which have each seen other samples, and counted
-        those of the others with `skip`; of the cross products only what is used, the lower
-        triangles. Known features are left out: they have been added up before."""
-        parts = [self.sums[..., self.known :], *lower_triangles(self.cross, self.known)]
+        """Views of all that adds up over processes which have each seen other samples. Known
+        features are left out: they have been added up before."""
+        parts = [self._counts, self.sums[..., self.known :], self.cross[:, self.known :]]
         parts += [self.products] if self.paired else []
         return parts + ([] if self.carried is None else self.carried.shared_sums(self.known))
 
@@ -264,14 +248,14 @@ class FoldMoments:
         known = self.size if known is None else known
         moments = FoldMoments(
             size,
-            len(self.seen),
+            len(self._counts),
             folds=self.folds,
             paired=self.paired,
             groups=self.groups,
             device=self.sums.device,
         )
         moments.known = known
-        moments._seen_before = list(self.seen)
+        moments._seen_before = self.seen
         moments.sums[..., :known] = self.sums[..., :known]
         moments.cross[:, :known, :known] = self.cross[:, :known, :known]
         moments.carried = None if self.carried is None else self.carried.grown(size, known)
@@ -286,15 +270,15 @@ class FoldMoments:
         """Add the moments of other samples of the same features about the same pilot."""
         if self.known or other.known:
             raise ValueError("moments must not be merged while they grow, got known features")
-        if (other.size, other.folds, len(other.seen), other.paired) != (
+        if (other.size, other.folds, len(other.counts), other.paired) != (
             self.size,
             self.folds,
-            len(self.seen),
+            len(self.counts),
             self.paired,
         ):
             raise ValueError(
                 "other must describe the same features, folds and conditions, got"
-                f" k={other.size}, F={other.folds}, C={len(other.seen)}, paired={other.paired}"
+                f" k={other.size}, F={other.folds}, C={len(other.counts)}, paired={other.paired}"
             )
         if (self.carried is None) != (other.carried is None):
             raise ValueError("other must hold the same kind of derivatives, got one without")
@@ -304,7 +288,6 @@ class FoldMoments:
         self.cross += other.cross.to(self.cross.device)
         self.products += other.products.to(self.products.device)
         self._counts += other._counts
-        self.seen = [a + b for a, b in zip(self.seen, other.seen, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain numbers."""
@@ -314,7 +297,6 @@ class FoldMoments:
             "groups": self.groups,
             "known": self.known,
             "seen_before": self._seen_before,
-            "seen": list(self.seen),
             "counts": self._counts.clone(),
             "sums": self.sums.clone(),
             "cross": self.cross.clone(),
@@ -336,7 +318,6 @@ class FoldMoments:
         )
         moments.known = state["known"]
         moments._seen_before = state["seen_before"]
-        moments.seen = list(state["seen"])
         moments._counts = state["counts"].clone()
         moments.sums = state["sums"].clone()
         moments.cross = state["cross"].clone()
@@ -476,26 +457,6 @@ class FoldMoments:
         if not bool(live.any()):
             return 1.0
         return pair_inflation(covariance[..., live] / variance[live])
-
-
-def lower_triangles(matrices: torch.Tensor, known: int = 0) -> list[torch.Tensor]:
-    """Rectangular views that together hold the lower triangles of matrices [..., k, k], from row
-    `known` on, and little else."""
-    below = [matrices[..., known:, :known]] if known else []
-    return below + _triangles(matrices[..., known:, known:])
-
-
-def _triangles(matrices: torch.Tensor) -> list[torch.Tensor]:
-    """A triangle is two of half its size, and a square below the first."""
-    size = matrices.shape[-1]
-    if size <= SMALL_TRIANGLE:
-        return [matrices]
-    half = size // 2
-    return [
-        *_triangles(matrices[..., :half, :half]),
-        matrices[..., half:, :half],
-        *_triangles(matrices[..., half:, half:]),
-    ]
 
 
 def add_pair_products_(products: torch.Tensor, samples: list[torch.Tensor]) -> None:

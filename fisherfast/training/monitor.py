@@ -30,7 +30,7 @@ from fisherfast.measurement.settings import (
 )
 from fisherfast.model.sites import INPUT, Layers
 from fisherfast.model.unwrap import unwrapped
-from fisherfast.parallel.ranks import TIMEOUT, OtherRankError, Ranks, ranks_of
+from fisherfast.parallel.ranks import OtherRankError, Ranks, find_ranks, ranks_of
 from fisherfast.results.comparison import (
     DIVIDES,
     divides,
@@ -91,7 +91,7 @@ class FisherMonitor:
         path: CSV file that is brought up to date with every record.
         keep: bytes of samples kept between measurements where the source is a simulator, a loader
             or files; what does not fit is read again each time.
-        group, timeout: the processes that measure together, as for `fisher_flow`; each calls
+        process_group: the processes that measure together, as for `fisher_flow`; each calls
             `step`, errors are averaged over them, the first one warns and writes the file. `live`
             is that of the process's own batches.
         batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. What is kept
@@ -140,8 +140,7 @@ class FisherMonitor:
         folds: int = FOLDS,
         maps: bool | Sequence[str] = False,
         memory_budget: int | str | None = None,
-        group: Any = None,
-        timeout: float = TIMEOUT,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -165,9 +164,9 @@ class FisherMonitor:
                     f" got {training_data.parameters}"
                 )
             self._training_data = self._kept(training_data)
-        with ranks_of(group, timeout) as ranks:
-            self._leads = ranks is None or ranks.rank == 0
-        self._group, self._timeout = group, timeout
+        ranks = find_ranks(process_group)
+        self._leads = ranks is None or ranks.rank == 0
+        self._group = process_group
         self._file = None if path is None or not self._leads else HistoryFile(path)
         self._recall, self._training_recall = Recall(), Recall()
         self._observer: Observer | None = None
@@ -222,7 +221,7 @@ class FisherMonitor:
         flow = training_flow = None
         notes: list[str] = []
         try:
-            with ranks_of(self._group, self._timeout) as ranks:
+            with ranks_of(self._group) as ranks:
                 errors = {name: _mean_over(ranks, name, own) for name, own in errors.items()}
                 if due:
                     flow, training_flow = self._measure(ranks)

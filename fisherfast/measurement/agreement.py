@@ -157,11 +157,12 @@ class Agreement:
         told = self._ranks.exchange("joining the first samples", own)
         merged = [PilotMoments() for _ in meters]
         for rank, states in enumerate(told):
+            if not any(count for count, *_ in states):
+                continue
             theirs = [part.clone() for part in parts]
             self._ranks.broadcast(theirs, rank)
             for pilot, part, (count, *relative) in zip(merged, theirs, states, strict=True):
-                if count:
-                    pilot.merge(count, part, *relative)
+                pilot.merge(count, part, *relative)
         for meter, pilot in zip(meters, merged, strict=True):
             meter.pilot = pilot
 

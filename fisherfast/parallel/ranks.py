@@ -3,8 +3,9 @@
 Every rank passes the same meeting points in the same order (`Ranks.exchange`). A rank that raises
 an error goes to one more of them and leaves its text there; the others read it, raise it too, and
 all ranks go on from the next point. Tensors are sent after a point that all have reached without an
-error. So a collective waits only for a rank that is slow, has ended or was stopped, for as long as
-the timeout of the process group.
+error. Ranks at different points are an error that names them. A collective waits only for a rank
+that is slow, has ended, was stopped or does not take part, as long as the timeout of the process
+group; then it is an error too.
 """
 
 from __future__ import annotations

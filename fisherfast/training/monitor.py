@@ -213,16 +213,16 @@ class FisherMonitor:
             self._calls += 1
             return None
         start = time.perf_counter()
-        number = self._next_epoch() if epoch is None else check_whole("epoch", epoch)
-        errors = {
-            name: check_errors(name, value, self.data.parameters, self._target_scale)
-            for name, value in (("train_mse", train_mse), ("val_mse", val_mse))
-        }
         flow = training_flow = None
         notes: list[str] = []
         try:
             with ranks_of(self._group) as ranks:
-                errors = {name: _mean_over(ranks, name, own) for name, own in errors.items()}
+                number = self._next_epoch() if epoch is None else check_whole("epoch", epoch)
+                own = {
+                    name: check_errors(name, value, self.data.parameters, self._target_scale)
+                    for name, value in (("train_mse", train_mse), ("val_mse", val_mse))
+                }
+                errors = _mean_over(ranks, own)
                 if due:
                     flow, training_flow = self._measure(ranks)
         except (NotFiniteError, OtherRankError) as error:
@@ -488,14 +488,16 @@ def _own_stream(model: nn.Module) -> Iterator[None]:
         callers.wait_stream(own)
 
 
-def _mean_over(ranks: Ranks | None, name: str, own: Errors) -> Errors:
-    """Mean of what the ranks know; the same on all of them."""
+def _mean_over(ranks: Ranks | None, own: dict[str, Errors]) -> dict[str, Errors]:
+    """Means of the errors that the ranks know, by name; the same on all of them."""
     if ranks is None:
         return own
-    told = [values for values in ranks.exchange(f"averaging {name}", own) if values is not None]
-    if not told:
-        return None
-    return tuple(math.fsum(values) / len(told) for values in zip(*told, strict=True))
+    told = ranks.exchange("averaging errors", own)
+    return {name: _mean([each[name] for each in told if each[name] is not None]) for name in own}
+
+
+def _mean(told: list[tuple[float, ...]]) -> Errors:
+    return tuple(math.fsum(values) / len(told) for values in zip(*told, strict=True)) or None
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -181,6 +181,7 @@ ERRORS = {
         "ValueError: all ranks must take the same steps, got: rank 0 is at point 0; rank 1 is at",
         None,
     ),
+    "late": ("MemoryError: full", "rank 1 failed"),
     "fine": ("no error", None),
 }
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import fisherfast as ff
 from fisherfast.data import Batch, Data
+from fisherfast.measurement import run
 from fisherfast.parallel import ranks
 from fisherfast.problems import GaussianShift, mlp
 
@@ -336,9 +338,17 @@ def errors(rank: int, size: int) -> dict[str, str]:
         "few": lambda: measure(model, pair(minus[:9], plus[:9])),
         "group": lambda: measure(model, data, process_group="all"),
         "steps": lambda: meet(f"at point {rank}"),
+        "late": lambda: fail_late(model, data, last),
         "fine": lambda: measure(model, data),
     }
     return {name: said(call) for name, call in calls.items()}
+
+
+def fail_late(model: nn.Module, data: Any, fails: bool) -> None:
+    """A measurement that fails after its last pass, on one rank."""
+    given = {"side_effect": MemoryError("full")} if fails else {"wraps": run.with_status}
+    with mock.patch.object(run, "with_status", **given):
+        measure(model, data)
 
 
 def meet(point: str) -> None:

@@ -36,11 +36,11 @@ def main() -> None:
     minus, plus = noise[0] - STEP / 2, noise[1] + STEP / 2
 
     data = ff.FiniteDifference(minus, plus, dtheta=STEP)
-    flow = ff.fisher_flow(model, data, max_features=128, group="world")
+    flow = ff.fisher_flow(model, data, max_features=128, process_group="world")
 
     mine = [part.chunk(size)[rank] for part in (minus, plus)]  # or files that only this one has
     share = ff.Shard(ff.FiniteDifference(*mine, dtheta=STEP))
-    shared = ff.fisher_flow(model, share, max_features=128, group="world")
+    shared = ff.fisher_flow(model, share, max_features=128, process_group="world")
 
     if rank == 0:
         print(flow)

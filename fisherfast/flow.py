@@ -20,7 +20,7 @@ from fisherfast.measurement.settings import (
 )
 from fisherfast.model.sites import Layers
 from fisherfast.model.unwrap import unwrapped
-from fisherfast.parallel.ranks import TIMEOUT, ranks_of
+from fisherfast.parallel.ranks import ranks_of
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import LayerFisher
 
@@ -43,8 +43,7 @@ def fisher_flow(
     grow: bool = False,
     maps: bool | Sequence[str] = False,
     memory_budget: int | str | None = None,
-    group: Any = None,
-    timeout: float = TIMEOUT,
+    process_group: Any = None,
 ) -> FisherFlow:
     r"""Measure the Fisher information about theta in the activations of every layer.
 
@@ -98,11 +97,10 @@ def fisher_flow(
             user's own data, in bytes or as "2 GB"; None for no bound. Batches are made as small as
             necessary, and those of a loader are split. The result depends on the budget by rounding
             only (except for a `Simulator`, which draws other samples in batches of another size).
-        group: processes that share the work: None for this process alone, "world" for all ranks of
-            `torch.distributed` (this process alone if it is not initialised), or a ProcessGroup.
-            All of them make this call, with the same data or each with its own `Shard`, and all get
-            the same result (docs/training.md, many processes).
-        timeout: seconds without a message after which a rank of the group counts as dead.
+        process_group: processes that share the work: None for this process alone, "world" for all
+            ranks of `torch.distributed` (this process alone if it is not initialised), or a
+            ProcessGroup. All of them make this call, with the same data or each with its own
+            `Shard`, and all get the same result (docs/training.md, many processes).
 
     Returns:
         `FisherFlow`: J, stderr, lower, ... of each layer, float64 [P, P] in 1/theta^2.
@@ -114,7 +112,8 @@ def fisher_flow(
             memory_budget too small for one sample (says how much is needed); data that do not
             repeat, with a probe or grow.
         TypeError: integer or complex data.
-        RuntimeError: another rank of the group failed or died (says which, and what it raised).
+        RuntimeError: another rank of the group failed (says which, and what it raised), or did not
+            answer within the timeout of the process group.
 
     Warns:
         FisherWarning: the finite step is too wide for a derivative: dtheta sqrt(J) / 2 > 0.3; the
@@ -134,9 +133,9 @@ def fisher_flow(
         >>> flow.names
         ['input', '0', '1', 'output']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    with ranks_of(group, timeout) as ranks:
+    with ranks_of(process_group) as ranks:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         settings = Settings.of(
             data,
             max_features=max_features,
@@ -166,8 +165,7 @@ def fisher_information(
     folds: int = FOLDS,
     grow: bool = False,
     memory_budget: int | str | None = None,
-    group: Any = None,
-    timeout: float = TIMEOUT,
+    process_group: Any = None,
 ) -> LayerFisher:
     """Measure the Fisher information about theta in the data themselves, without a model.
 
@@ -183,7 +181,7 @@ def fisher_information(
         >>> abs(info.value - 4) < 0.8
         True
     """
-    with ranks_of(group, timeout) as ranks:
+    with ranks_of(process_group) as ranks:
         settings = Settings.of(
             data,
             max_features=max_features,

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from fisherfast.data.dealing import Place, Tally
+from fisherfast.data.dealing import Place
 from fisherfast.data.groups import Groups
 
-__all__ = ["Batch", "Data", "Gap", "Round", "abreast", "dealt"]
+__all__ = ["Batch", "Data", "Numbered", "Round", "abreast"]
 
 
 @dataclass(frozen=True)
@@ -92,30 +91,15 @@ class Batch:
         )
 
 
-@dataclass(frozen=True)
-class Gap:
-    """Samples that another process measures, at their position in the order of a measurement.
+Numbered = tuple[int, Batch]
+"""A batch, after the number of its first sample within the condition."""
 
-    Attributes:
-        samples: how many.
-        tally: their number in each cell; empty before they are dealt.
-    """
-
-    samples: int
-    tally: Tally = field(default_factory=Tally.none)
-
-    def __len__(self) -> int:
-        return self.samples
+Round = tuple[int, tuple[Batch, ...]]
+"""One batch of each condition of a stream, of one when independent, of all when paired; after the
+number of their first samples."""
 
 
-Part = Batch | Gap
-"""The next part of a condition: a batch to measure, or a gap."""
-
-Round = tuple[Part, ...]
-"""One batch of each condition of a stream: one condition if independent, all if paired."""
-
-Mine = Callable[[int], bool]
-"""Tells whether this process measures the batch with a given number."""
+Rounds = Iterator[Round]
 
 
 class Data(ABC):
@@ -165,16 +149,23 @@ class Data(ABC):
         """Whether each pass over every condition gives the same samples in the same order."""
         return all(self.repeats(c) for c in range(self.conditions))
 
-    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """Yield the batches of one condition in order, with a `Gap` in place of those that are not
-        mine. Sources that can skip samples do not read these.
+    def deal(
+        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
+    ) -> Iterator[Numbered]:
+        """Every step-th batch of one condition, in order. The others are not read where the source
+        allows it.
 
         Args:
             condition: which one.
             batch_size: samples per batch, as for `read`.
-            mine: whether to read the batch with a given number.
+            begin: number of the first batch.
+            step: from one batch to the next.
         """
-        yield from dealt(self.read(condition, batch_size), mine)
+        first = 0
+        for number, batch in enumerate(self.read(condition, batch_size)):
+            if number % step == begin:
+                yield first, batch
+            first += len(batch)
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
         """Copy the samples with these numbers, int64 [n]; None if samples cannot be read one by
@@ -202,43 +193,36 @@ class Data(ABC):
         name = "plus" if condition % 2 else "minus"
         return name if self.parameters == 1 else f"{name}[{condition // 2}]"
 
-    def rounds(
-        self, batch_size: int, mine: Callable[[int, int], bool] | None = None
-    ) -> list[Iterator[Round]]:
-        """Return the streams of a measurement: one per condition, or one of all if paired.
+    def rounds(self, batch_size: int, begins: Sequence[int] = (), step: int = 1) -> list[Rounds]:
+        """The streams of a measurement: one per condition, or one of all when they are paired.
 
         Args:
             batch_size: samples per batch, as for `read`.
-            mine: whether to read a round, given its stream and number; None for all.
+            begins: number of the first batch of each stream; empty for 0.
+            step: from one batch to the next.
 
         Raises:
             ValueError: paired conditions do not yield batches of the same sizes.
         """
-        streams: list[Iterator[Part]] = []
-        for c in range(self.conditions):
-            if mine is None:
-                streams.append(self.read(c, batch_size))
-            else:
-                streams.append(self.deal(c, batch_size, partial(mine, 0 if self.paired else c)))
+        begins = begins or [0] * self.conditions
+        streams = [
+            self.deal(c, batch_size, begins[0 if self.paired else c], step)
+            for c in range(self.conditions)
+        ]
         if self.paired:
             return [abreast(streams)]
-        return [((part,) for part in stream) for stream in streams]
+        return [((first, (batch,)) for first, batch in stream) for stream in streams]
 
 
-def dealt(batches: Iterator[Batch], mine: Mine) -> Iterator[Part]:
-    """Read all batches, and replace those that are not mine by gaps."""
-    for number, batch in enumerate(batches):
-        yield batch if mine(number) else Gap(len(batch))
-
-
-def abreast(streams: Sequence[Iterator[Part]]) -> Iterator[Round]:
+def abreast(streams: Sequence[Iterator[Numbered]]) -> Rounds:
     """Yield one batch of every stream at a time; row i of each belongs together.
 
     Raises:
         ValueError: the streams do not yield batches of the same sizes.
     """
-    for batches in itertools.zip_longest(*streams):
-        sizes = [0 if batch is None else len(batch) for batch in batches]
-        if len(set(sizes)) != 1:
+    for parts in itertools.zip_longest(*streams, fillvalue=(0, ())):
+        firsts, batches = zip(*parts, strict=True)
+        sizes = [len(batch) for batch in batches]
+        if len(set(sizes)) != 1 or len(set(firsts)) != 1:
             raise ValueError(f"paired conditions must yield batches of the same sizes, got {sizes}")
-        yield batches
+        yield firsts[0], batches

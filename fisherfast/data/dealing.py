@@ -79,10 +79,6 @@ class Dealing:
         numbers = torch.arange(first + len(known), first + count)
         return torch.cat([known, hashed(numbers + self.rank * RANK_STRIDE) % self.cells])
 
-    def tally(self, first: int, count: int) -> Tally:
-        """Count how many of `count` samples from number `first` on are in each cell."""
-        return Tally(torch.bincount(self.cells_from(first, count), minlength=self.cells))
-
     def place(self, first: int, count: int, folds: int) -> tuple[Place, torch.Tensor]:
         """Return the place of such a batch in F folds, and the order int64 [n] that sorts its
         rows."""
@@ -91,7 +87,7 @@ class Dealing:
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """The number of samples in each cell.
+    """The number of groups of samples in each cell.
 
     Attributes:
         cells: int64 [M].
@@ -105,22 +101,12 @@ class Tally:
         cells = cells_of(folds)
         return Tally(torch.bincount(_dealt(count, cells).long(), minlength=cells))
 
-    @staticmethod
-    def none() -> Tally:
-        """Make an empty tally."""
-        return Tally(torch.zeros(0, dtype=torch.int64))
-
-    @property
-    def samples(self) -> int:
-        """The total number of samples."""
-        return int(self.cells.sum())
-
     def by_fold(self, folds: int) -> torch.Tensor:
-        """Count the samples in each fold, int64 [F]."""
+        """Count the groups in each fold, int64 [F]."""
         return self.cells.view(-1, folds).sum(0)
 
     def of_half(self, half: int, folds: int) -> torch.Tensor:
-        """Count the samples of a half in each of its own folds, int64 [F]."""
+        """Count the groups of a half in each of its own folds, int64 [F]."""
         return self.by_fold(2 * folds)[half::2]
 
 
@@ -160,6 +146,11 @@ class Place:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @cached_property
+    def end(self) -> int:
+        """The number after the last of these rows."""
+        return int(self.numbers.max()) + 1 if len(self) else 0
 
     @cached_property
     def counts(self) -> torch.Tensor:

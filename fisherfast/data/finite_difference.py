@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fisherfast.data import sources
-from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
+from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
@@ -128,15 +128,17 @@ class FiniteDifference(Data):
         """Yield the samples of one condition, in order."""
         return map(Batch, self.batches(condition, batch_size))
 
-    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """Yield the batches of one condition; of tensors, arrays and Datasets only those that are
-        mine are read."""
+    def deal(
+        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
+    ) -> Iterator[Numbered]:
+        """Every step-th batch of one condition; the others of tensors, arrays and Datasets are not
+        read."""
         source, name = self._sources[condition], self.condition_name(condition)
-        if not sources.divisible(source):
-            yield from super().deal(condition, batch_size, mine)
+        if step == 1 or not sources.divisible(source):
+            yield from super().deal(condition, batch_size, begin, step)
             return
-        for n, item in sources.deal(source, batch_size, mine):
-            yield Gap(n) if item is None else Batch(sources.as_batch(item, name))
+        for first, item in sources.deal(source, batch_size, begin, step):
+            yield first, Batch(sources.as_batch(item, name))
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
         """Read some samples of a tensor, an array or a Dataset."""

@@ -11,7 +11,7 @@ import torch
 
 from fisherfast._validation import check_whole
 from fisherfast.data import sources
-from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
+from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
@@ -91,15 +91,15 @@ class PerSample(Data):
                 " (an iterator can be read once only: pass a function that returns a new one)"
             )
 
-    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """Yield the batches; of tensors, arrays and Datasets only those that are mine are read."""
-        if not sources.divisible(self._x):
-            yield from super().deal(condition, batch_size, mine)
+    def deal(
+        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
+    ) -> Iterator[Numbered]:
+        """Every step-th batch; the others of tensors, arrays and Datasets are not read."""
+        if step == 1 or not sources.divisible(self._x):
+            yield from super().deal(condition, batch_size, begin, step)
             return
-        start = 0
-        for number, (n, item) in enumerate(sources.deal(self._x, batch_size, mine)):
-            yield Gap(n) if item is None else self._batch(item, number, start)
-            start += n
+        for first, item in sources.deal(self._x, batch_size, begin, step):
+            yield first, self._batch(item, first // batch_size, first)
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
         """Read some samples of tensors, arrays or a Dataset."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -13,6 +13,10 @@ __all__ = ["KeptSamples"]
 
 MOST_CHUNKS = 2
 """Chunks of a condition that are kept before they are joined."""
+
+Chunks = list[tuple[torch.Tensor, ...]]
+
+State = tuple[list[int], list[Chunks]]
 
 
 class KeptSamples:
@@ -27,7 +31,12 @@ class KeptSamples:
         block: consecutive samples that are kept or dropped together.
         dtype: of the kept samples.
         expected: number of samples of a condition if known, else None.
+
+    Attributes:
+        forgotten: nothing is kept, because each process has numbered its samples from 0.
     """
+
+    forgotten = False
 
     def __init__(
         self,
@@ -44,16 +53,16 @@ class KeptSamples:
         self._stride = 1
         while expected is not None and self._count_of(expected) > self._capacity:
             self._stride *= 2
-        self._seen = [0] * conditions
-        # chunks of sample numbers, of folds from 1 on, and of each column
-        self._kept: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(conditions)]
+        self._seen = [0] * conditions  # over all processes, as far as sample numbers tell
+        # chunks of sample numbers, of folds, and of each column
+        self._kept: list[Chunks] = [[] for _ in range(conditions)]
 
     def add(
         self,
         condition: int,
         place: Place,
         *columns: torch.Tensor | None,
-        samples: int | None = None,
+        whole: Place | None = None,
     ) -> None:
         """Add samples of a condition.
 
@@ -61,50 +70,46 @@ class KeptSamples:
             condition: theirs.
             place: of these samples.
             columns: tensors [n, ...] to keep of each sample, or None.
-            samples: number of samples of the batch if these are only a half of it; None otherwise.
+            whole: place of the batch if these are only a half of it; None otherwise.
         """
         rows = place.kept_rows(self._block, self._stride)
         if len(rows):
             given = [column for column in columns if column is not None]
             chosen = (column[rows.to(column.device)].to(self._dtype) for column in given)
-            mark = (place.fold[rows] + 1).to(self._dtype)
-            chunks = [*self._kept[condition], (place.numbers[rows], mark, *chosen)]
+            chunks = [*self._kept[condition], (place.numbers[rows], place.fold[rows], *chosen)]
             if len(chunks) > MOST_CHUNKS:  # small tensors between large ones fragment memory
                 chunks = [tuple(torch.cat(column) for column in zip(*chunks, strict=True))]
             self._kept[condition] = chunks
-        self.skip(condition, len(place) if samples is None else samples)
+        seen = place.end if whole is None else whole.end
+        self._see(condition, max(self._seen[condition], seen))
 
-    def skip(self, condition: int, samples: int) -> None:
-        """Count samples of a condition that another process adds."""
-        self._seen[condition] += samples
-        while self._count(condition) > self._capacity:
+    def state(self) -> State:
+        """What is kept, on the CPU, for `join` on other processes."""
+        chunks = [[tuple(c.cpu() for c in chunk) for chunk in chunks] for chunks in self._kept]
+        return self._seen, chunks
+
+    def join(self, states: Iterable[State], device: torch.device) -> None:
+        """Keep on a device what one process would have kept of the samples of all, from the `state`
+        of each."""
+        kept: list[Chunks] = [[] for _ in self._kept]
+        seen = list(self._seen)
+        for counts, state in states:
+            seen = list(map(max, seen, counts))
+            for chunks, more in zip(kept, state, strict=True):
+                chunks += [(*chunk[:2], *(c.to(device) for c in chunk[2:])) for chunk in more]
+        self._kept, self._stride = kept, 1
+        for condition, count in enumerate(seen):
+            self._see(condition, count)
+
+    def forget(self) -> None:
+        """Let go of everything that is kept."""
+        self.forgotten, self._kept = True, [[] for _ in self._kept]
+
+    def _see(self, condition: int, samples: int) -> None:
+        """Note how many samples of a condition there are so far, and drop some if that is many."""
+        self._seen[condition] = samples
+        while self._count_of(samples) > self._capacity:
             self._thin()
-
-    def dense(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Make room for the samples that all processes keep: for each condition tensors of folds
-        and of the columns, zero for samples that this process did not add. They replace the kept
-        samples, so that adding them up over processes in place completes these.
-
-        Args:
-            like: a tensor [0, ...] for each column, in the dtype of the kept samples.
-        """
-        tensors: list[torch.Tensor] = []
-        like = [like[0].new_empty(0), *like]
-        for condition, chunks in enumerate(self._kept):
-            count = self._count(condition)
-            wholes = [empty.new_zeros(count, *empty.shape[1:]) for empty in like]
-            for numbers, *columns in chunks:
-                row = numbers // self._block // self._stride * self._block + numbers % self._block
-                for whole, column in zip(wholes, columns, strict=True):
-                    whole[row.to(whole.device)] = column.to(whole.device)
-            numbers = torch.arange(self._seen[condition])
-            self._kept[condition] = [(numbers[self._is_kept(numbers)], *wholes)]
-            tensors += wholes
-        return tensors
-
-    def _count(self, condition: int) -> int:
-        """Return the number of kept samples of a condition, over all processes."""
-        return self._count_of(self._seen[condition])
 
     def _count_of(self, samples: int) -> int:
         """Return how many of the first `samples` are kept."""
@@ -141,8 +146,6 @@ class KeptSamples:
         )
 
     def _in_order(self, chunks: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        numbers, mark, *columns = (torch.cat(column) for column in zip(*chunks, strict=True))
-        fold = mark.cpu().long() - 1
-        here = (fold >= 0).nonzero()[:, 0]
-        order = here[numbers[here].argsort()]
+        numbers, fold, *columns = (torch.cat(column) for column in zip(*chunks, strict=True))
+        order = numbers.argsort()
         return numbers[order], fold[order], *(column[order.to(column.device)] for column in columns)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fisherfast.data.batch import Batch, Data, Mine, Part
+from fisherfast.data.batch import Batch, Data, Numbered
 
 __all__ = ["Shard"]
 
@@ -34,7 +34,7 @@ class Shard(Data):
         >>> import torch, fisherfast as ff
         >>> x = torch.randn(2, 2000, 3)                     # what this process has measured
         >>> share = ff.Shard(ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2))
-        >>> abs(ff.fisher_information(share, group="world").value - 3) < 2
+        >>> abs(ff.fisher_information(share, process_group="world").value - 3) < 2
         True
     """
 
@@ -58,9 +58,11 @@ class Shard(Data):
         """Yield the samples of one condition, in order."""
         return self._data.read(condition, batch_size)
 
-    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """The batches of one condition, those that are mine."""
-        return self._data.deal(condition, batch_size, mine)
+    def deal(
+        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
+    ) -> Iterator[Numbered]:
+        """As the data do."""
+        return self._data.deal(condition, batch_size, begin, step)
 
     def samples(self, condition: int) -> int | None:
         """Number of samples in this share, or None for a stream of unknown length."""

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from fisherfast._errors import FisherWarning
 from fisherfast._validation import check_seed, check_whole
-from fisherfast.data.batch import Batch, Data, Gap, Mine, Part
+from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.data.sources import as_batch
 
@@ -114,21 +114,19 @@ class Simulator(Data):
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Draw the samples of one condition, in batches."""
-        for number, n in self._numbered(batch_size):
-            yield self._batch(condition, number, n)
+        for _, batch in self.deal(condition, batch_size):
+            yield batch
 
-    def deal(self, condition: int, batch_size: int, mine: Mine) -> Iterator[Part]:
-        """Draw the batches of one condition that are mine."""
-        for number, n in self._numbered(batch_size):
-            yield self._batch(condition, number, n) if mine(number) else Gap(n)
-
-    def _numbered(self, batch_size: int) -> Iterator[tuple[int, int]]:
-        """Yield number and size of each batch, after checking the function on the first."""
+    def deal(
+        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
+    ) -> Iterator[Numbered]:
+        """Draw every step-th batch of one condition, after checking the function on the first."""
         if not self._checked:
             self._check_simulator(min(batch_size, self._samples))
             self._checked = True
-        for number, start in enumerate(range(0, self._samples, batch_size)):
-            yield number, min(batch_size, self._samples - start)
+        for first in range(begin * batch_size, self._samples, step * batch_size):
+            n = min(batch_size, self._samples - first)
+            yield first, self._batch(condition, first // batch_size, n)
 
     def _batch(self, condition: int, number: int, n: int) -> Batch:
         if self.source == "pathwise":

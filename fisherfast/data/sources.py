@@ -109,24 +109,17 @@ def pick(source: Source, numbers: torch.Tensor) -> Any:
     return next(iter(loader))
 
 
-def deal(source: Source, batch_size: int, mine: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
-    """Yield (number of samples, batch) of a divisible source, with None for batches that are not
-    mine; these are not read."""
-    in_memory = resident(source)
-    wanted: list[list[int]] = []  # rows of the next batch, which the loader requests on read
-    loader: Iterator[Any] = iter(())
-    if not in_memory:
-        loader = iter(torch.utils.data.DataLoader(source, batch_sampler=iter(wanted.pop, None)))
-    for number, start in enumerate(range(0, len(source), batch_size)):
-        stop = min(start + batch_size, len(source))
-        item = None
-        if mine(number):
-            if in_memory:
-                item = source[start:stop]
-            else:
-                wanted.append(list(range(start, stop)))
-                item = next(loader)
-        yield stop - start, item
+def deal(source: Source, batch_size: int, begin: int, step: int) -> Iterator[tuple[int, Any]]:
+    """Yield (number of its first sample, batch) for every step-th batch of a divisible source, from
+    number `begin` on; the others are not read."""
+    starts = range(begin * batch_size, len(source), step * batch_size)
+    rows = [range(start, min(start + batch_size, len(source))) for start in starts]
+    if resident(source):
+        yield from ((own.start, source[own.start : own.stop]) for own in rows)
+        return
+    loader = torch.utils.data.DataLoader(source, batch_sampler=map(list, rows))
+    for own, item in zip(rows, loader, strict=True):
+        yield own.start, item
 
 
 def _from_array(array: np.ndarray) -> torch.Tensor:

@@ -22,10 +22,7 @@ from fisherfast.estimation.derivatives import (
 )
 from fisherfast.estimation.features import Lift
 
-__all__ = ["FoldMoments", "FoldStatistics", "about_fold_means", "lower_triangles"]
-
-SMALL_TRIANGLE = 8
-"""Size up to which a triangle is covered by a square: for 512 rows 1.4 % too much, in 128 views."""
+__all__ = ["FoldMoments", "FoldStatistics", "about_fold_means"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,6 @@ class FoldMoments:
         self.folds = folds
         self.paired = paired
         self.groups = groups
-        self.seen = [0] * conditions
         self.known = 0
         self._seen_before: list[int] | None = None
         self.sums = torch.zeros(conditions, folds, size, dtype=torch.float64, device=device)
@@ -197,6 +193,11 @@ class FoldMoments:
     def counts(self) -> torch.Tensor:
         """Samples per condition and fold [C, F] int64, on the CPU."""
         return self._counts
+
+    @property
+    def seen(self) -> list[int]:
+        """Samples of each condition."""
+        return list(self._counts.sum(1).tolist())
 
     def update(
         self,
@@ -233,7 +234,7 @@ class FoldMoments:
             self._add(condition, raw, lift, place, known)
         if self.carried is not None:
             self.carried.update(raw, carried, lift, place, known=self.known)
-        self._count(condition, place.counts)
+        self._counts[condition] += place.counts
 
     def _add(self, condition: int, raw: torch.Tensor, lift: Lift, place: Place, known: int) -> None:
         """Add sums and products of the features after the first `known`."""
@@ -249,27 +250,10 @@ class FoldMoments:
             start=known,
         )
 
-    def skip(self, condition: int, samples: int, counts: torch.Tensor | None = None) -> None:
-        """Count samples of a condition whose sums come from elsewhere, see `shared_sums`.
-
-        Args:
-            condition: of the samples.
-            samples: their number.
-            counts: int64 [F], their number in each fold; None if they are dealt in turn.
-        """
-        if counts is None:
-            counts = Place.in_turn(self.seen[condition], samples, self.folds)[0].counts
-        self._count(condition, counts)
-
-    def _count(self, condition: int, counts: torch.Tensor) -> None:
-        self._counts[condition] += counts
-        self.seen[condition] += int(counts.sum())
-
     def shared_sums(self) -> list[torch.Tensor]:
-        """Return views of the sums to add up over processes that each add different samples and
-        count those of the others with `skip`. Of the cross products these are the lower triangles,
-        since no more is used. Known features are left out: they were added up before."""
-        parts = [self.sums[..., self.known :], *lower_triangles(self.cross, self.known)]
+        """Views of all that adds up over processes which have each seen other samples. Known
+        features are left out: they have been added up before."""
+        parts = [self._counts, self.sums[..., self.known :], self.cross[:, self.known :]]
         parts += [self.products] if self.paired else []
         return parts + ([] if self.carried is None else self.carried.shared_sums(self.known))
 
@@ -286,14 +270,14 @@ class FoldMoments:
         known = self.size if known is None else known
         moments = FoldMoments(
             size,
-            len(self.seen),
+            len(self._counts),
             folds=self.folds,
             paired=self.paired,
             groups=self.groups,
             device=self.sums.device,
         )
         moments.known = known
-        moments._seen_before = list(self.seen)
+        moments._seen_before = self.seen
         moments.sums[..., :known] = self.sums[..., :known]
         moments.cross[:, :known, :known] = self.cross[:, :known, :known]
         moments.carried = None if self.carried is None else self.carried.grown(size, known)
@@ -438,26 +422,6 @@ class FoldMoments:
         if not bool(live.any()):
             return 1.0
         return pair_inflation((covariance[..., live] / variance[live]).mean(-1))
-
-
-def lower_triangles(matrices: torch.Tensor, known: int = 0) -> list[torch.Tensor]:
-    """Cover the lower triangles of matrices [..., k, k], from row `known` on, with rectangular
-    views that hold little else."""
-    below = [matrices[..., known:, :known]] if known else []
-    return below + _triangles(matrices[..., known:, known:])
-
-
-def _triangles(matrices: torch.Tensor) -> list[torch.Tensor]:
-    """Split triangles into two of half the size and a square below the first."""
-    size = matrices.shape[-1]
-    if size <= SMALL_TRIANGLE:
-        return [matrices]
-    half = size // 2
-    return [
-        *_triangles(matrices[..., :half, :half]),
-        matrices[..., half:, :half],
-        *_triangles(matrices[..., half:, half:]),
-    ]
 
 
 def add_pair_products_(products: torch.Tensor, samples: list[torch.Tensor]) -> None:

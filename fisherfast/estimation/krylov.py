@@ -56,7 +56,7 @@ class FirstPass:
     ) -> None:
         self._pilot = standardisation
         self._dtype = dtype
-        self._counts = [0] * conditions
+        self._counts = torch.zeros(conditions, dtype=torch.int64)
         d = len(standardisation.mean)
         self._sums = standardisation.mean.new_zeros(conditions, d)
         self._squares = standardisation.mean.new_zeros(d)
@@ -67,7 +67,7 @@ class FirstPass:
     @property
     def degrees_of_freedom(self) -> int:
         """Samples minus conditions."""
-        return max(sum(self._counts) - len(self._counts), 1)
+        return max(int(self._counts.sum()) - len(self._counts), 1)
 
     def add(self, condition: int, activations: torch.Tensor) -> None:
         """Add activations [n, d] of a condition."""
@@ -76,15 +76,11 @@ class FirstPass:
             self._sums[condition] += z.sum(0)
             self._squares += z.square_().sum(0)
             self._fourths += z.square_().sum(0)
-        self.skip(condition, len(activations))
-
-    def skip(self, condition: int, samples: int) -> None:
-        """Count samples whose sums come from elsewhere."""
-        self._counts[condition] += samples
+        self._counts[condition] += len(activations)
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Return the sums to add up over processes."""
-        sums = [self._sums, self._squares, self._fourths, self._derivative_sums]
+        sums = [self._counts, self._sums, self._squares, self._fourths, self._derivative_sums]
         return sums if self._score_sums is None else [*sums, self._score_sums]
 
     def add_tangents(self, tangents: torch.Tensor) -> None:
@@ -114,7 +110,7 @@ class FirstPass:
         Args:
             contrast: [C, P] float64 weights of the conditions; zero for tangents and score.
         """
-        counts = self._sums.new_tensor(self._counts)[:, None].clamp_min(1)
+        counts = self._counts.to(self._sums)[:, None].clamp_min(1)
         means = self._sums / counts
         variance = self._squares - (counts * means.square()).sum(0)
         variance /= self.degrees_of_freedom
@@ -217,11 +213,6 @@ class KrylovSpace:
             self._first.add_tangents(tangents)
         if score is not None:
             self._first.add_score(activations, score)
-
-    def skip(self, condition: int, samples: int) -> None:
-        """Count samples of this set whose sums come from elsewhere."""
-        if self._passes == 0:
-            self._first.skip(condition, samples)
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Return the sums of this pass to add up over processes."""

@@ -25,7 +25,6 @@ from fisherfast.estimation.fold_moments import (
     SampleFeatures,
     about_fold_means,
     add_pair_products_,
-    lower_triangles,
     pair_inflation,
 )
 from fisherfast.estimation.leverage import Seen, left_out_score, leverage
@@ -72,13 +71,11 @@ class MapMoments:
         self.folds = folds
         self.paired = paired
         self.groups = groups
-        self.seen = [0] * conditions
         pilot = standardisation.mean.reshape(shape)
         self._pilot = pilot
         self._rounding, self._noise = standardisation.rounding, standardisation.noise
         self._held: list[torch.Tensor] = []
-        self._kept = KeptSamples(conditions, KEPT_SAMPLES // conditions, block=folds)
-        self._forgotten = False
+        self.kept = KeptSamples(conditions, KEPT_SAMPLES // conditions, block=folds)
         self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
         channels, height, width = pilot.shape
         self._sums = _zeros(pilot, conditions, folds, channels, height, width)
@@ -109,62 +106,29 @@ class MapMoments:
         if carried is not None and carried.ndim > 2:
             carried = carried.flatten(2)
         if place is None:
-            place, order = Place.in_turn(self.seen[condition], len(x), self.folds)
+            place, order = Place.in_turn(int(self._counts[condition].sum()), len(x), self.folds)
             x = x[order]
             carried = None if carried is None else carried[..., order, :]
         if self._carried is not None:
             raw = (x - self._pilot).flatten(1)
             self._carried.update(raw, carried, Lift.none(raw), place)
         score = None if carried is None or carried.ndim > 2 else carried
-        self._kept.add(condition, place, (x - self._pilot).flatten(1), score)
+        self.kept.add(condition, place, (x - self._pilot).flatten(1), score)
         self._cross += ops.spatial_moments(x, pilot=self._pilot)[1]
         for fold, rows in place.within(0, len(x)):
             self._sums[condition, fold] += (x[rows] - self._pilot).sum(0, dtype=torch.float64)
-        self._count(condition, len(x), place.counts)
+        self._counts[condition] += place.counts
         if self.paired:
             self._held.append(x - self._pilot)
-            if len(self._held) == len(self.seen):
+            if len(self._held) == len(self._counts):
                 add_pair_products_(self._products, self._held)
                 self._held = []
 
-    def skip(
-        self,
-        condition: int,
-        samples: int,
-        counts: torch.Tensor | None = None,
-        *,
-        numbered: bool = True,
-    ) -> None:
-        """Count samples whose sums come from elsewhere, see `FoldMoments.skip` and
-        `HeldSamples.skip`."""
-        self._kept.skip(condition, samples)
-        self._forgotten |= not numbered
-        self._count(condition, samples, counts)
-
-    def _count(self, condition: int, samples: int, counts: torch.Tensor | None = None) -> None:
-        if counts is None:
-            counts = Place.in_turn(self.seen[condition], samples, self.folds)[0].counts
-        self._counts[condition] += counts
-        self.seen[condition] += samples
-
     def shared_sums(self) -> list[torch.Tensor]:
-        """Return views of the sums to add up over processes, see `FoldMoments.shared_sums`; call
-        `mirror_` afterwards."""
-        parts = [self._sums, *lower_triangles(self._cross)]
+        """Return views of the sums to add up over processes, see `FoldMoments.shared_sums`."""
+        parts = [self._counts, self._sums, self._cross]
         parts += [self._products] if self.paired else []
-        if not self._forgotten:
-            like = [self._sums.new_empty(0, self._pilot.numel(), dtype=torch.float32)]
-            if isinstance(self._carried, ScoreMoments):
-                like.append(like[0].new_empty(0, self._carried.score_sums.shape[1]))
-            parts += self._kept.dense(like)
         return parts + ([] if self._carried is None else self._carried.shared_sums())
-
-    def mirror_(self) -> None:
-        """Copy the lower triangles of the cross products to the upper ones."""
-        channels = self._cross.shape[-1]
-        upper = torch.ones(channels, channels, dtype=torch.bool, device=self._cross.device).triu(1)
-        for row in self._cross:
-            row.copy_(torch.where(upper, row.mT, row))
 
     def covariance(self) -> tuple[torch.Tensor, int]:
         """Compute the within-fold covariance S [H, W, C, C] and its degrees of freedom."""
@@ -200,10 +164,10 @@ class MapMoments:
 
     def samples(self) -> SampleFeatures | None:
         """Return the kept samples [m, C H W] about the means of their folds; None without any."""
-        if self._forgotten:
+        if self.kept.forgotten:
             return None
         parts, scores = [], []
-        for condition, (_, fold, x, *score) in enumerate(self._kept.kept()):
+        for condition, (_, fold, x, *score) in enumerate(self.kept.kept()):
             fold, counts = fold.to(x.device), self._counts[condition]
             sums = self._sums[condition].flatten(1)
             parts.append(about_fold_means(x.double(), fold, sums, counts))

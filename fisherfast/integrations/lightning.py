@@ -55,8 +55,9 @@ class FisherCallback(_Callback):  # type: ignore[misc]
     both are imported before this module).
 
     With several processes (DDP) rank 0 measures while the others wait for its record, so that all
-    of them have the same history, stop together and restore the same weights. With a ``group``
-    among the options all of them measure together. Errors are averaged over processes.
+    of them have the same history, stop together and restore the same weights. With a
+    ``process_group`` among the options all of them measure together. Errors are averaged over
+    processes.
 
     A resumed run has the history of an uninterrupted one if its checkpoints are written at the end
     of training epochs, ``ModelCheckpoint(save_on_train_epoch_end=True)``.
@@ -230,7 +231,7 @@ class FisherCallback(_Callback):  # type: ignore[misc]
 
     def _measures(self, trainer: Any) -> bool:
         """Return whether this process takes part in measurements."""
-        return trainer.is_global_zero or self._options.get("group") is not None
+        return trainer.is_global_zero or self._options.get("process_group") is not None
 
     def _record(
         self, trainer: Any, monitor: FisherMonitor, train_mse: list[float] | None
@@ -242,7 +243,7 @@ class FisherCallback(_Callback):  # type: ignore[misc]
             with _autocast(trainer):
                 return monitor.step(epoch=epoch, train_mse=train_mse, val_mse=self._val_mse)
 
-        if trainer.world_size == 1 or self._options.get("group") is not None:
+        if trainer.world_size == 1 or self._options.get("process_group") is not None:
             return step()
         if trainer.is_global_zero:
             try:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from fisherfast.data import Batch, Data
-from fisherfast.data.batch import Gap, Part, Round
+from fisherfast.data.batch import Round
 from fisherfast.data.dealing import Dealing, hashed
 from fisherfast.model.default_device import each_as_outside
 from fisherfast.parallel.share import Share
@@ -31,10 +31,6 @@ PILOT_BYTES = 2**28
 """What the pilot may keep of the input, 256 MB: fewer samples when they are large."""
 
 
-Head = tuple[Batch, ...]
-"""A round that is read on all ranks."""
-
-
 class Streams:
     """The samples of all conditions: `first`, then `pilot`, then iteration.
 
@@ -43,7 +39,7 @@ class Streams:
         batch_size: samples per batch where the source has no batches of its own.
         folds: F, that the samples are dealt to.
         dealings: of an earlier pass over the same samples; None for the first one.
-        share: what this process measures of the data; None for all. Other samples are gaps.
+        share: what this process measures of the data; None for all.
         device: where batches go; None leaves them where they are.
         dtype: what batches become; None leaves them as they are.
         copy: hand out copies of what is not sorted, so that a network that overwrites its input
@@ -73,19 +69,18 @@ class Streams:
         self._width = data.conditions if data.paired else 1
         self._largest, self._pilot_bytes = sys.maxsize, PILOT_BYTES
         self._lent = not data.repeatable
-        self._again = bounded and not self._lent
         self._share = Share() if share is None else share
+        self._again = not self._lent and (bounded or self._share.turns > 1)
         self._folds = folds
         self.dealings = dealings or dealings_of(data, folds, self._share.rank)
-        self._reads_all = False
-        self._streams = self._rounds()
-        self._kept: list[list[Head]] = [[] for _ in self._streams]
+        self._streams = self._rounds(batch_size, self._share)
+        self._kept: list[list[Round]] = [[] for _ in self._streams]
         self.owned = True
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of the batches that are kept of a source which is read once."""
-        kept = (batch for rounds in self._kept for batches in rounds for batch in batches)
+        kept = (batch for rounds in self._kept for _, batches in rounds for batch in batches)
         return sum(batch.nbytes for batch in kept) if self._lent else 0
 
     def limit(self, batch_size: int, pilot_bytes: int) -> None:
@@ -103,15 +98,13 @@ class Streams:
             ValueError: the conditions differ in the shape of a sample.
         """
         if self._again:
-            firsts = [self._keep(next(stream)) for stream in self._data.rounds(rows)]
+            firsts = [next(stream) for stream in self._rounds(rows, Share())]
         else:
-            self._reads_all = True
             for kept, stream in zip(self._kept, self._streams, strict=True):
                 if not kept:
                     kept.append(self._keep(next(stream)))
-            self._reads_all = False
             firsts = [kept[0] for kept in self._kept]
-        batches = [batch for first in firsts for batch in first]
+        batches = [batch for _, first in firsts for batch in first]
         _check_shapes(batches)
         self.owned = not all(map(_is_view, batches)) and not self._lent
         rows = min(rows, self._pilot_rows(batches[0]))
@@ -126,69 +119,54 @@ class Streams:
             picked = [self._data.pick(c, torch.zeros(1, dtype=torch.int64)) for c in places]
             heads = [head for head in picked if head is not None]
             if len(heads) < len(places):
-                rounds = stream if self._again else self._head(kept, stream)
+                if self._again:
+                    rounds = self._rounds(self._batch_size, Share())[number]
+                else:
+                    rounds = self._head(kept, stream)
                 yield from self._leading(places, rounds)
                 continue
             for c, head in zip(places, heads, strict=True):
                 yield from self._picked(c, head)
         self._restart()
 
-    def __iter__(self) -> Iterator[tuple[int, int, Part]]:
-        """Yield (condition, number of the batch, batch) for every sample, sorted by its place; a
-        gap for samples of other processes.
+    @property
+    def samples(self) -> int | None:
+        """About how many samples of all conditions are measured here; None where that is not
+        known."""
+        counts = self._share.own or [self._data.samples(c) for c in range(self._data.conditions)]
+        known = [n for n in counts if n is not None]
+        return None if len(known) < len(counts) else sum(known) // self._share.turns
+
+    def __iter__(self) -> Iterator[tuple[int, int, Batch]]:
+        """Yield (condition, number of the batch, batch) for every sample that is measured here,
+        sorted by its place.
 
         Raises:
             ValueError: a share has not as many samples as it announces.
         """
+        before = self._share.before or [0] * self._data.conditions
         for index, (kept, stream) in enumerate(zip(self._kept, self._streams, strict=True)):
             places = range(index * self._width, (index + 1) * self._width)
-            yield from self._gaps(places, 0, [0] * len(self._share.before), self._share.before)
-            begin = self._share.before or [0] * self._data.conditions
-            samples = 0
-            for number, batches in enumerate(itertools.chain(_release(kept), stream)):
-                own = [batch for batch in batches if isinstance(batch, Batch)]
-                firsts, size = [n + samples for n in begin], len(batches[0])
-                samples += size
-                if len(own) < len(batches) or not self._share.mine(index, number):
-                    yield from self._gaps(places, number, firsts, [size] * len(firsts))
-                    continue
-                for parts in zip(*map(self._cut, own), strict=True):
+            number, end = self._share.begin(index), 0
+            for first, batches in itertools.chain(_release(kept), stream):
+                end = first + len(batches[0])
+                for parts in zip(*map(self._cut, batches), strict=True):
                     for c, part in zip(places, parts, strict=True):
-                        yield c, number, self._dealt(c, firsts[c], part)
-                    firsts = [n + len(parts[0]) for n in firsts]
-            self._check_announced(places.start, samples)
-            ends = [n + samples for n in begin]
-            yield from self._gaps(places, 0, ends, self._share.after)
-
-    def _gaps(
-        self, places: range, number: int, firsts: Sequence[int], counts: Sequence[int]
-    ) -> Iterator[tuple[int, int, Gap]]:
-        """Samples of other ranks, for conditions side by side.
-
-        Args:
-            places: the conditions.
-            number: of the batch.
-            firsts: number of the first such sample of each condition.
-            counts: how many there are of each condition; empty for none.
-        """
-        for c in places:
-            if counts and counts[c]:
-                yield c, number, Gap(counts[c], self.dealings[c].tally(firsts[c], counts[c]))
+                        yield c, number, self._dealt(c, before[c] + first, part)
+                    first += len(parts[0])
+                number += self._share.turns
+            self._check_announced(places.start, end)
 
     def _dealt(self, condition: int, first: int, batch: Batch) -> Batch:
         """A batch whose first sample has this number, sorted by its place."""
         place, order = self.dealings[condition].place(first, len(batch), self._folds)
         return batch.sorted(place, order).to(self._device, self._dtype)
 
-    def _rounds(self) -> list[Iterator[Round]]:
-        """The streams from their beginning: what other processes measure is not read, but for what
-        the pilot needs."""
-        everything = self._share.turns == 1
-        rounds = self._data.rounds(self._batch_size, None if everything else self._wanted)
+    def _rounds(self, batch_size: int, share: Share) -> list[Iterator[Round]]:
+        """The streams from their beginning: the batches of a share."""
+        begins = [share.begin(c) for c in range(self._data.conditions)]
+        rounds = self._data.rounds(batch_size, begins, share.turns)
         return [each_as_outside(stream) for stream in rounds]
-
-    def _wanted(self, stream: int, number: int) -> bool:
-        return self._reads_all or self._share.mine(stream, number)
 
     def _check_announced(self, condition: int, samples: int) -> None:
         """What lies before the samples of another rank depends on the number announced here."""
@@ -202,7 +180,7 @@ class Streams:
     def _restart(self) -> None:
         """Begin anew with what can be read again."""
         if self._again:
-            self._streams = self._rounds()
+            self._streams = self._rounds(self._batch_size, self._share)
 
     def _picked(self, condition: int, head: Batch) -> Iterator[tuple[int, torch.Tensor, Batch]]:
         """Samples from all over a condition, of which one is given; those of them, over all
@@ -220,38 +198,31 @@ class Streams:
         """The first samples of conditions side by side; those of them, over all processes, that are
         here."""
         seen, rows, number = 0, 1, 0
-        while seen < rows and (head := self._next(rounds)) is not None:
-            rows = self._share.pilot_rows(places.start, self._pilot_rows(head[0]))
-            for c, batch in zip(places, head, strict=True):
+        while seen < rows and (head := next(rounds, None)) is not None:
+            rows = self._share.pilot_rows(places.start, self._pilot_rows(head[1][0]))
+            for c, batch in zip(places, head[1], strict=True):
                 for part in self._cut(batch.leading(max(rows - seen, 0))):
                     yield c, torch.full((len(part),), number), self._ready(part)
-            seen, number = seen + len(head[0]), number + 1
+            seen, number = seen + len(head[1][0]), number + 1
         if seen < rows and not self._data.sharded:  # all of it: now its length is known
             for c in places:
                 self.dealings[c] = Dealing.of(seen, self._folds)
-
-    def _next(self, rounds: Iterator[Round]) -> Head | None:
-        """The next round, whoever measures it."""
-        self._reads_all = True
-        parts = next(rounds, ())
-        self._reads_all = False
-        return tuple(part for part in parts if isinstance(part, Batch)) or None
 
     def _pilot_rows(self, batch: Batch) -> int:
         samples = min(PILOT_SAMPLES, self._pilot_bytes // max(batch.leading(1).nbytes, 1))
         return max(samples // self._data.conditions, 2)
 
-    def _head(self, kept: list[Head], stream: Iterator[Round]) -> Iterator[Round]:
+    def _head(self, kept: list[Round], stream: Iterator[Round]) -> Iterator[Round]:
         """What is kept of a stream, and on from there: all of it is kept."""
         yield from list(kept)
-        for batches in stream:
-            kept.append(self._keep(batches))
+        for part in stream:
+            kept.append(self._keep(part))
             yield kept[-1]
 
-    def _keep(self, batches: Round) -> Head:
+    def _keep(self, part: Round) -> Round:
         """Copies, where a source may read the next batch into the same memory."""
-        head = tuple(batch for batch in batches if isinstance(batch, Batch))
-        return tuple(batch.clone() for batch in head) if self._lent else head
+        first, batches = part
+        return first, tuple(batch.clone() for batch in batches) if self._lent else batches
 
     def _cut(self, batch: Batch) -> Iterator[Batch]:
         """A batch in parts that are not too large."""
@@ -291,7 +262,7 @@ def _is_view(batch: Batch) -> bool:
     return batch.x.untyped_storage().nbytes() > batch.x.nbytes
 
 
-def _release(kept: list[Head]) -> Iterator[Round]:
+def _release(kept: list[Round]) -> Iterator[Round]:
     """Yield what was kept and let go of it."""
     while kept:
         yield kept.pop(0)

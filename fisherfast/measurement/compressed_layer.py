@@ -17,6 +17,7 @@ import torch
 
 from fisherfast.data import Data
 from fisherfast.data.dealing import Place, Tally, folds_of_half
+from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.choice import choose_features
 from fisherfast.estimation.curve import (
     SPARE_DOF,
@@ -122,7 +123,7 @@ class CompressedMeter(Meter):
     @property
     def seen(self) -> list[int]:
         """Samples of each condition in this pass."""
-        return self._seen
+        return list(self._seen.tolist())
 
     @property
     def reads_carried(self) -> bool:
@@ -161,7 +162,7 @@ class CompressedMeter(Meter):
         self._start = None
         self.measured = []
         self._halves_held: list[HeldSamples] = []
-        self._seen = [0] * data.conditions
+        self._seen = torch.zeros(data.conditions, dtype=torch.int64)
         self._seen_before: list[int] | None = None
         self._waiting: list[list[torch.Tensor]] = [[], []]
         streams = streams_of(data, settings.folds)
@@ -196,28 +197,18 @@ class CompressedMeter(Meter):
                 finite.append(self.spaces[half].finite(condition))
         return torch.stack(finite).all()
 
-    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
-        """Count samples of a condition that another process observes, see `Meter.skip`."""
-        if self.map is not None and self._seen_before is None:
-            counts = tally.by_fold(self._all_folds)
-            self.map.skip(condition, tally.samples, counts, numbered=numbered)
-        for half in range(2):
-            counts = tally.of_half(half, self._folds)
-            if not self.measured:
-                self.spaces[half].skip(condition, int(counts.sum()))
-                continue
-            self.measured[1 - half].skip(condition, int(counts.sum()), counts)
-            self._halves_held[1 - half].skip(condition, tally.samples, numbered=numbered)
-        self._seen[condition] += tally.samples
-
     def shared_sums(self) -> list[torch.Tensor]:
         """Views of all that this pass adds up over processes."""
         sources = self.measured or self.spaces
-        sums = [part for source in sources for part in source.shared_sums()]
-        if self.measured:
-            sums += [part for h in self._halves_held for part in h.dense(self._mean.device)]
+        sums = [self._seen, *(part for source in sources for part in source.shared_sums())]
         first_pass = self._seen_before is None
         return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
+
+    def shared_samples(self) -> list[KeptSamples]:
+        """Samples kept in this pass, to be joined with those of the other processes."""
+        kept = [store for held in self._halves_held for store in held.stores]
+        first_pass = self._seen_before is None
+        return [*kept, self.map.kept] if self.map is not None and first_pass else kept
 
     def end_pass(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
         """Return whether another pass over the same samples must follow."""
@@ -228,7 +219,7 @@ class CompressedMeter(Meter):
             )
         if self.measured:
             return False
-        self._seen_before, self._seen = self._seen, [0] * self._conditions
+        self._seen_before, self._seen = self.seen, torch.zeros_like(self._seen)
         more = [space.advance(contrast) for space in self.spaces]  # both: no short cut
         if not any(more):
             self._prepare_measurement()
@@ -304,7 +295,7 @@ class CompressedMeter(Meter):
         if tangents is not None:
             moved = [projected(tangent, projection)[order] for tangent in tangents]
             carried = torch.stack(moved)
-        self._halves_held[other].add(condition, features, carried, place, samples=len(whole))
+        self._halves_held[other].add(condition, features, carried, place, whole=whole)
         moments.update(condition, features, carried=carried, place=place)
         if self._paired:
             waiting = self._waiting[other]

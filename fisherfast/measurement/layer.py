@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from fisherfast.data import Data
-from fisherfast.data.dealing import Place, Tally
+from fisherfast.data.dealing import Place
+from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.bound import cross_fitted_bound
 from fisherfast.estimation.curve import (
     SPARE_DOF,
@@ -219,32 +220,18 @@ class LayerMeter(Meter):
             finite = finite & torch.isfinite(moments.carried.sums).all()
         return finite
 
-    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
-        """Count samples of a condition that another process observes.
-
-        Args:
-            condition: theirs.
-            tally: how many of each cell.
-            numbered: over all processes, see `HeldSamples.skip`.
-        """
-        samples, counts = tally.samples, tally.by_fold(self.moments.folds)
-        if self.map is not None and not self.moments.known:
-            self.map.skip(condition, samples, counts, numbered=numbered)
-        if self._held is not None and not self.moments.known:
-            self._held.skip(condition, samples, numbered=numbered)
-        self.moments.skip(condition, samples, counts)
-        self._fit = None
-
     def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that this pass adds up over processes: sums of samples, and some of these,
-        zero where they were seen elsewhere."""
+        """Views of all that this pass adds up over processes: counts and sums of samples."""
         sums = self.moments.shared_sums()
         self._fit = None
+        return sums if self.map is None or self.moments.known else sums + self.map.shared_sums()
+
+    def shared_samples(self) -> list[KeptSamples]:
+        """Samples kept in this pass, to be joined with those of the other processes."""
         if self.moments.known:
-            return sums
-        if self._held is not None:
-            sums += self._held.dense(self.moments.sums.device)
-        return sums if self.map is None else sums + self.map.shared_sums()
+            return []
+        kept = [store for held in self.held for store in held.stores]
+        return kept if self.map is None else [*kept, self.map.kept]
 
     def end_pass(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
         """Return whether another pass over the same samples must follow: with twice the lifted

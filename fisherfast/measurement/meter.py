@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
-from fisherfast.data.dealing import Place, Tally
+from fisherfast.data.dealing import Place
+from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.dither import StepMeter
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.maps import MapMoments
@@ -145,29 +146,17 @@ class Meter(ABC):
         """
 
     @abstractmethod
-    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
-        """Count samples of a condition that another process observes.
-
-        Args:
-            condition: number of the condition.
-            tally: how many of each cell.
-            numbered: over all processes, see `HeldSamples.skip`.
-        """
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Views of all that this pass adds up over processes: counts and sums of samples."""
 
     @abstractmethod
-    def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that this pass adds up over processes: sums of samples, and some of these,
-        zero where they were seen elsewhere."""
+    def shared_samples(self) -> list[KeptSamples]:
+        """Samples kept in this pass, to be joined with those of the other processes."""
 
     def learned(self) -> list[torch.Tensor]:
         """What was learned between passes in a way that processors may differ in: all processes
         take that of the first."""
         return []
-
-    def sums_were_shared(self) -> None:
-        """`shared_sums` hold now what all processes have seen."""
-        if self.map is not None:
-            self.map.mirror_()
 
     def for_next(self) -> list[torch.Tensor]:
         """Projections from which the next measurement of this layer may start; empty for none."""

@@ -136,32 +136,17 @@ class ProbeMeter(LayerMeter):
             return torch.stack(finite).all()
         return super().observe(condition, activations, tangents=tangents, score=score, place=place)
 
-    def skip(self, condition: int, tally: Tally, *, numbered: bool = True) -> None:
-        """Count samples of a condition that another process observes, see `Meter.skip`."""
-        for half in range(2):
-            if self.halves:
-                counts = tally.of_half(half, self.moments.folds)
-                self.halves[half].moments.skip(condition, int(counts.sum()), counts)
-            elif not self.moments.known:
-                self._kept[half].skip(condition, tally.samples)
-        if not self.halves:
-            super().skip(condition, tally, numbered=numbered)
-
     def shared_sums(self) -> list[torch.Tensor]:
-        """What this pass adds up over processes; samples to train on are among it, zero where they
-        were seen elsewhere."""
+        """Views of all that this pass adds up over processes."""
         if self.halves:
             return [part for half in self.halves for part in half.shared_sums()]
-        sums = super().shared_sums()
-        if self.moments.known:
-            return sums
-        raw, P = self.dictionary.raw, self._carried["tangents"]
-        columns: list[tuple[int, ...]] = [(0, raw)]
-        columns += [(0, P, raw)] if P else []
-        columns += [(0, self._carried["score"])] if self._carried["score"] else []
-        device = self.moments.sums.device
-        like = [torch.empty(shape, dtype=torch.float32, device=device) for shape in columns]
-        return sums + [part for kept in self._kept for part in kept.dense(like)]
+        return super().shared_sums()
+
+    def shared_samples(self) -> list[KeptSamples]:
+        """Samples kept in this pass, those to train on among them."""
+        if self.halves or self.moments.known:
+            return []
+        return super().shared_samples() + self._kept
 
     def learned(self) -> list[torch.Tensor]:
         """The weights of both networks, before they are read."""
@@ -223,7 +208,7 @@ class ProbeMeter(LayerMeter):
             else:
                 carried = self.dictionary.raw_tangents(tangents, raw).transpose(0, 1)
             score = carried
-        self._kept[half].add(condition, place, raw, score, samples=len(whole))
+        self._kept[half].add(condition, place, raw, score, whole=whole)
 
     def _too_few(self, contrast: torch.Tensor) -> str:
         """Why the samples of a half are too few to be trained on and measured; "" if they are

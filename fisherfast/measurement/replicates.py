@@ -83,9 +83,8 @@ class HeldSamples:
         self._source, self._folds = data.source, folds
         self._parameters, self._contrast = data.parameters, data.contrast()
         self._groups = None if data.groups is None else data.groups.numbers
-        self._width, self._dtype = width, dtype
         counts = [data.samples(c) for c in range(data.conditions)]
-        known = None if None in counts or data.sharded else max(n for n in counts if n is not None)
+        known = None if None in counts else max(n for n in counts if n is not None)
         self._kept, *more = [
             KeptSamples(
                 data.conditions,
@@ -98,7 +97,6 @@ class HeldSamples:
         ]
         #: More samples of narrow layers, for the tails of their distribution.
         self._many = more[0] if more else self._kept
-        self._forgotten = False
         #: Largest correlation of a sample with its neighbour, in standard errors of independent
         # ones, that `replicates` has seen.
         self.dependence = 0.0
@@ -110,49 +108,26 @@ class HeldSamples:
         carried: torch.Tensor | None,
         place: Place,
         *,
-        samples: int | None = None,
+        whole: Place | None = None,
     ) -> None:
         """Add raw features [n, d] of a condition with their tangents [P, n, d] (None for zero) or
         score [n, P].
 
         Args:
             place: of these samples.
-            samples: of the batch, where these are a half of it; None for all.
+            whole: place of the batch, where these are a half of it; None for all.
         """
         if self._source == "pathwise":
             if carried is None:
                 carried = raw.new_zeros(1, 1, 1).expand(self._parameters, *raw.shape)
             carried = carried.transpose(0, 1)
-        for kept in self._stores():
-            kept.add(condition, place, raw, carried, samples=samples)
+        for kept in self.stores:
+            kept.add(condition, place, raw, carried, whole=whole)
 
-    def skip(self, condition: int, samples: int, *, numbered: bool = True) -> None:
-        """Count samples of a condition that another process adds.
-
-        Args:
-            condition: theirs.
-            samples: how many.
-            numbered: over all processes. Where each counts its own from 0 on, samples of different
-                processes have the same numbers, and none are kept.
-        """
-        for kept in self._stores():
-            kept.skip(condition, samples)
-        self._forgotten |= not numbered
-
-    def _stores(self) -> list[KeptSamples]:
+    @property
+    def stores(self) -> list[KeptSamples]:
+        """What is kept, and more of narrow layers."""
         return [self._kept] if self._many is self._kept else [self._kept, self._many]
-
-    def dense(self, device: torch.device) -> list[torch.Tensor]:
-        """What all processes together keep, zero where it was added elsewhere."""
-        if self._forgotten:
-            return []
-        shapes: list[tuple[int, ...]] = [(0, self._width)]
-        if self._source == "pathwise":
-            shapes.append((0, self._parameters, self._width))
-        elif self._source == "score":
-            shapes.append((0, self._parameters))
-        like = [torch.empty(shape, dtype=self._dtype, device=device) for shape in shapes]
-        return [tensor for kept in self._stores() for tensor in kept.dense(like)]
 
     def samples(
         self, features: Features, moments: FoldMoments, index: torch.Tensor, most: int
@@ -165,7 +140,7 @@ class HeldSamples:
             index: int64 [k].
             most: samples, of all conditions together.
         """
-        if self._forgotten:
+        if self._kept.forgotten:
             return None
         parts, scores = [], []
         for condition in range(len(self._contrast)):
@@ -230,7 +205,7 @@ class HeldSamples:
             samples: independent ones of each condition, those that are not kept included.
         """
         statistics, J = curve.statistics, curve.J[k - 1]
-        if self._forgotten:
+        if self._kept.forgotten:
             return J.new_empty(0, *J.shape)
         dof, effective = statistics.dof, float(curve.effective_dim[k - 1])
         if self._source == "score":
@@ -249,7 +224,7 @@ class HeldSamples:
 
     def replicates_of_score(self, V: torch.Tensor, samples: int) -> torch.Tensor:
         """V [F, P, P] of the score without each fold."""
-        if self._forgotten:
+        if self._kept.forgotten:
             return V.new_empty(0, *V.shape)
         _, score, fold, numbers = self._condition(0)
         s = _about_own_means(score, fold, self._folds)

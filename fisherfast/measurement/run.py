@@ -19,7 +19,6 @@ from fisherfast import dual
 from fisherfast._errors import FisherWarning
 from fisherfast._progress import progress_bar
 from fisherfast.data import Batch, Data
-from fisherfast.data.batch import Gap
 from fisherfast.data.dealing import Dealing, Place
 from fisherfast.estimation.dither import StepMeter, dithered
 from fisherfast.estimation.maps import estimate_map
@@ -257,24 +256,17 @@ class Measurement:
             self._run_all(streams, forward, progress)
 
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
-        counts = [self._data.samples(c) for c in range(self._data.conditions)]
-        total = None if None in counts else sum(n for n in counts if n is not None)
         self._agreement.begin_pass(self._active, self._settings.seed)
-        with progress_bar(progress, total=total, title="Fisher flow") as bar:
+        with progress_bar(progress, total=streams.samples, title="Fisher flow") as bar:
             for self._condition, self._batch, batch in streams:
-                if isinstance(batch, Gap):
-                    for meter in self._active:
-                        meter.skip(self._condition, batch.tally)
-                else:
-                    self._score, self._place = batch.score, batch.place
-                    self._run(forward, batch)
-                    if batch.x.device.type == "cpu":
-                        self._raise_if_not_finite()
-                    self._agreement.glance()
+                self._score, self._place = batch.score, batch.place
+                self._run(forward, batch)
+                if batch.x.device.type == "cpu":
+                    self._raise_if_not_finite()
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
-        self._agreement.end_pass(self._active, self._settings.folds)
+        self._agreement.end_pass(self._active)
 
     def _run(self, forward: Any, batch: Batch) -> None:
         """One forward pass, with tangents where the samples have them and a layer reads them."""

@@ -27,19 +27,17 @@ class Share:
         turns: processes that take batches in turn; 1 where each has its own samples.
         before: samples of each condition on the ranks before this one; empty for none.
         own: samples of each condition on this rank, where they were announced; empty otherwise.
-        after: samples of each condition on the ranks behind this one; empty for none.
     """
 
     rank: int = 0
     turns: int = 1
     before: tuple[int, ...] = ()
     own: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
 
-    def mine(self, stream: int, number: int) -> bool:
-        """Whether to measure the batch of a number in a stream. Streams begin with different ranks,
-        so that two conditions of one batch each keep two ranks busy."""
-        return (stream + number) % self.turns == self.rank % self.turns
+    def begin(self, stream: int) -> int:
+        """Number of the first batch to measure of a stream. Streams begin with different ranks, so
+        that two conditions of one batch each keep two ranks busy."""
+        return (self.rank - stream) % self.turns
 
     def pilot_rows(self, condition: int, rows: int) -> int:
         """How many of the first samples of a condition, over all ranks, are on this one."""
@@ -73,7 +71,6 @@ def shares_of(
         rank,
         before=tuple(sum(column[:rank]) for column in columns),
         own=tuple(column[rank] for column in columns),
-        after=tuple(sum(column[rank + 1 :]) for column in columns),
     )
     return share, tuple(map(sum, columns))
 

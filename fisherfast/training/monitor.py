@@ -28,7 +28,7 @@ from fisherfast.measurement.settings import (
 )
 from fisherfast.model.sites import INPUT, Layers
 from fisherfast.model.unwrap import unwrapped
-from fisherfast.parallel.ranks import TIMEOUT, OtherRankError, Ranks, ranks_of
+from fisherfast.parallel.ranks import OtherRankError, Ranks, find_ranks, ranks_of
 from fisherfast.results.comparison import (
     DIVIDES,
     divides,
@@ -88,9 +88,9 @@ class FisherMonitor:
         path: CSV file that is updated with every record.
         keep: bytes of samples to keep between measurements if the source is a simulator, a loader
             or files; samples that do not fit are read again each time.
-        group, timeout: the processes that measure together, as for `fisher_flow`. Each of them
-            calls `step`; errors are averaged over them, and the first one warns and writes the
-            file. `live` is that of each process's own batches.
+        process_group: the processes that measure together, as for `fisher_flow`. Each of them calls
+            `step`; errors are averaged over them, and the first one warns and writes the file.
+            `live` is that of each process's own batches.
         batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. Memory kept
             between measurements is not part of the budget.
 
@@ -137,8 +137,7 @@ class FisherMonitor:
         folds: int = FOLDS,
         maps: bool | Sequence[str] = False,
         memory_budget: int | str | None = None,
-        group: Any = None,
-        timeout: float = TIMEOUT,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -169,9 +168,9 @@ class FisherMonitor:
                     f" got {training_data.parameters}"
                 )
             self._training_data = self._kept(training_data)
-        with ranks_of(group, timeout) as ranks:
-            self._leads = ranks is None or ranks.rank == 0
-        self._group, self._timeout = group, timeout
+        ranks = find_ranks(process_group)
+        self._leads = ranks is None or ranks.rank == 0
+        self._group = process_group
         self._file = None if path is None or not self._leads else HistoryFile(path)
         self._recall, self._training_recall = Recall(), Recall()
         self._observer: Observer | None = None
@@ -218,16 +217,16 @@ class FisherMonitor:
             self._calls += 1
             return None
         start = time.perf_counter()
-        number = self._next_epoch() if epoch is None else check_whole("epoch", epoch)
-        errors = {
-            name: check_errors(name, value, self.data.parameters, self._target_scale)
-            for name, value in (("train_mse", train_mse), ("val_mse", val_mse))
-        }
         flow = training_flow = None
         notes: list[str] = []
         try:
-            with ranks_of(self._group, self._timeout) as ranks:
-                errors = {name: _mean_over(ranks, name, own) for name, own in errors.items()}
+            with ranks_of(self._group) as ranks:
+                number = self._next_epoch() if epoch is None else check_whole("epoch", epoch)
+                own = {
+                    name: check_errors(name, value, self.data.parameters, self._target_scale)
+                    for name, value in (("train_mse", train_mse), ("val_mse", val_mse))
+                }
+                errors = _mean_over(ranks, own)
                 if due:
                     flow, training_flow = self._measure(ranks)
         except (NotFiniteError, OtherRankError) as error:
@@ -493,14 +492,16 @@ def _own_stream(model: nn.Module) -> Iterator[None]:
         callers.wait_stream(own)
 
 
-def _mean_over(ranks: Ranks | None, name: str, own: Errors) -> Errors:
-    """Average the known values over ranks; the result is the same on all of them."""
+def _mean_over(ranks: Ranks | None, own: dict[str, Errors]) -> dict[str, Errors]:
+    """Average the known errors over ranks, by name; the result is the same on all of them."""
     if ranks is None:
         return own
-    told = [values for values in ranks.exchange(f"averaging {name}", own) if values is not None]
-    if not told:
-        return None
-    return tuple(math.fsum(values) / len(told) for values in zip(*told, strict=True))
+    told = ranks.exchange("averaging errors", own)
+    return {name: _mean([each[name] for each in told if each[name] is not None]) for name in own}
+
+
+def _mean(told: list[tuple[float, ...]]) -> Errors:
+    return tuple(math.fsum(values) / len(told) for values in zip(*told, strict=True)) or None
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
-from fisherfast.data.batch import Batch, Gap
 from fisherfast.data.dealing import Dealing, Place, Tally, cells_of, folds_of_half, hashed
 from fisherfast.measurement.batches import Streams, scattered
 from fisherfast.parallel.share import Share
@@ -122,7 +121,8 @@ def test_places_are_sorted_and_complete():
         assert torch.equal(own.fold, place.fold[rows][own_order] // 2)  # F / 2 folds: the same ones
         counts = Tally(torch.bincount(cells, minlength=cells_of(FOLDS))).of_half(half, 8)
         assert torch.equal(own.counts, counts)
-    assert torch.equal(dealing.tally(700, 999).by_fold(FOLDS), place.counts)
+    assert torch.equal(torch.bincount(cells % FOLDS, minlength=FOLDS), place.counts)
+    assert place.end == 1699
     assert Place.in_turn(3, 5, 4)[0].fold.tolist() == [0, 2, 1, 3, 3]
 
 
@@ -148,12 +148,11 @@ def read(data, batch_size, **options):
     streams = Streams(data, batch_size, folds=FOLDS, **options)
     list(streams.pilot())
     for condition, _, batch in streams:
-        if isinstance(batch, Batch):
-            place = batch.place
-            values = batch.x[:, 0].long()
-            found[condition] += zip(
-                place.numbers.tolist(), place.fold.tolist(), values.tolist(), strict=True
-            )
+        place = batch.place
+        values = batch.x[:, 0].long()
+        found[condition] += zip(
+            place.numbers.tolist(), place.fold.tolist(), values.tolist(), strict=True
+        )
     return [sorted(rows) for rows in found]
 
 
@@ -183,31 +182,22 @@ def test_folds_do_not_depend_on_batches(kind):
 
 
 def test_samples_of_all_ranks_are_dealt_as_those_of_one():
-    """Catches folds that begin anew on a rank, of batches in turn and of shares; and gaps that are
-    counted in other folds."""
+    """Catches folds that begin anew on a rank, of batches in turn and of shares."""
     x = torch.arange(1000.0)[:, None]
     (alone,) = read(ff.Score(x, x), 128)
     taken = [read(ff.Score(x, x), 128, share=Share(rank, 3))[0] for rank in range(3)]
     assert sorted(itertools.chain(*taken)) == alone
     lengths = (200, 700, 100)
     for rank, length in enumerate(lengths):
-        before, after = sum(lengths[:rank]), sum(lengths[rank + 1 :])
-        share = Share(rank, 1, (before,), (length,), (after,))
+        before = sum(lengths[:rank])
+        share = Share(rank, 1, (before,), (length,))
         own = x[before : before + length]
         dealings = [Dealing.of(1000, FOLDS)]
         streams = Streams(ff.Score(own, own), 64, folds=FOLDS, share=share, dealings=dealings)
-        counts = torch.zeros(FOLDS, dtype=torch.int64)
         for _, _, part in streams:
-            if isinstance(part, Gap):
-                counts += part.tally.by_fold(FOLDS)
-            else:
-                counts += part.place.counts
-                values = part.x[:, 0].long().tolist()
-                folds = part.place.fold.tolist()
-                assert [alone[value][:2] for value in values] == list(
-                    zip(values, folds, strict=True)
-                )
-        assert torch.equal(counts, torch.bincount(folds_of(dealings[0], 1000), minlength=FOLDS))
+            values = part.x[:, 0].long().tolist()
+            folds = part.place.fold.tolist()
+            assert [alone[value][:2] for value in values] == list(zip(values, folds, strict=True))
 
 
 # --- what a measurement makes of it --------------------------------------------------------------

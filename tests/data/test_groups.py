@@ -299,6 +299,6 @@ def test_maps_and_probes_of_groups():
 def test_a_share_passes_its_groups_on():
     """Catches a share alone that forgets them."""
     data = moved(twice(0), groups=TWICE)
-    expected, found = result(data), result(ff.Shard(data), group="world")
+    expected, found = result(data), result(ff.Shard(data), process_group="world")
     assert torch.equal(found.J, expected.J)
     assert torch.equal(found.stderr, expected.stderr)

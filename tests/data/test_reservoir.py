@@ -78,7 +78,7 @@ def test_it_is_the_source_in_everything_else():
     names = [data.condition_name(c) for c in range(4)]
     assert names == [source.condition_name(c) for c in range(4)]
     (rounds,) = data.rounds(20)
-    assert [len(batches) for batches in rounds] == [4, 4, 4]
+    assert [(first, len(batches)) for first, batches in rounds] == [(0, 4), (20, 4), (40, 4)]
 
 
 @pytest.mark.parametrize("carried", ["tangents", "score"])

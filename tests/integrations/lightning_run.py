@@ -128,7 +128,7 @@ def run_distributed(folder: Path) -> None:
         "best": torch.cat([w.flatten() for w in stopping.weights.values()]).tolist(),
     }
     together = FisherCallback(
-        held_out(), train_metric="train_mse", max_features=16, batch_size=500, group="world"
+        held_out(), train_metric="train_mse", max_features=16, batch_size=500, process_group="world"
     )
     module = module_of(package)
     options = {"strategy": "ddp", "devices": 2, "num_sanity_val_steps": 0}

@@ -11,17 +11,16 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import fisherfast as ff
-from fisherfast.data import Batch, Data, KeptData, sources
-from fisherfast.data.batch import Gap
+from fisherfast.data import Data, KeptData, sources
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.features import Lift
-from fisherfast.estimation.fold_moments import FoldMoments, lower_triangles
+from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.krylov import KrylovSpace
 from fisherfast.estimation.maps import MapMoments
 from fisherfast.estimation.pilot import PilotMoments, Standardisation
 from fisherfast.measurement.batches import PILOT_SAMPLES, Streams, scattered
-from fisherfast.parallel.ranks import buffers, ranks_of
+from fisherfast.parallel.ranks import check_same, ranks_of
 from fisherfast.parallel.share import Share, WholeData, shares_of
 
 FOLDS, RAW = 4, 5
@@ -46,46 +45,14 @@ class Counted(Dataset):
         return tuple(tensor[index] for tensor in self._tensors)
 
 
-@pytest.mark.parametrize(
-    ("size", "known"),
-    [(size, known) for size in (1, 8, 9, 21, 64) for known in (0, 3, 8, 20) if known <= size],
-)
-def test_lower_triangles_hold_each_number_once(size, known):
-    """Catches a row that is left out or taken twice, known features that are added up again, views
-    that are copies, and views of whole matrices."""
-    cross = torch.zeros(2, size, size)
-    for view in lower_triangles(cross, known):
-        view += 1
-    rows, columns = torch.tril_indices(size, size)
-    new = rows >= known
-    assert bool((cross[:, rows[new], columns[new]] == 1).all())
-    assert not bool(cross[:, :known].any())
-    assert float(cross.max()) <= 1
-    assert float(cross.triu(1).sum()) <= 2 * 3.5 * size  # squares of 8 rows have 28 numbers above
-
-
-def test_buffers_cut_and_join_but_never_copy():
-    """Catches numbers that no buffer holds, buffers above the limit, and one that holds a copy."""
-    tensors = [normal(3), normal(0, 5), normal(40, 7).T, normal(2, 2, 2), torch.ones(())]
-    kept = [tensor.clone() for tensor in tensors]
-    groups = list(buffers(tensors, 16))
-    assert all(sum(map(torch.Tensor.numel, group)) <= 16 for group in groups)
-    for group in groups:
-        for piece in group:
-            piece += 1
-    for tensor, before in zip(tensors, kept, strict=True):
-        torch.testing.assert_close(tensor, before + 1)
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_batches_are_dealt_to_one_rank_each(size):
     """Catches a batch that two ranks measure, or none, and ranks without work where there is some
     for all: one batch of each of two conditions."""
     for stream in range(2):
-        for number in range(7):
-            turns = [Share(rank, size).mine(stream, number) for rank in range(size)]
-            assert sum(turns) == 1
-    busy = [any(Share(rank, 2).mine(stream, 0) for stream in range(2)) for rank in range(2)]
+        begins = [Share(rank, size).begin(stream) for rank in range(size)]
+        assert sorted(begins) == list(range(size))
+    busy = [any(Share(rank, 2).begin(stream) == 0 for stream in range(2)) for rank in range(2)]
     assert all(busy)
 
 
@@ -95,7 +62,6 @@ def test_shares_lie_one_after_the_other():
     shares, totals = zip(*(shares_of(counts, rank) for rank in range(3)), strict=True)
     assert [share.before for share in shares] == [(0, 0), (5, 1), (5, 3)]
     assert [share.own for share in shares] == [(5, 1), (0, 2), (7, 3)]
-    assert [share.after for share in shares] == [(7, 5), (7, 3), (0, 0)]
     assert set(totals) == {(12, 6)}
     assert [share.pilot_rows(0, 8) for share in shares] == [5, 0, 3]
     assert [share.pilot_rows(1, 2) for share in shares] == [1, 1, 0]
@@ -105,7 +71,7 @@ def test_shares_of_unknown_length_begin_anew():
     """Catches an offset that is made up of some of the lengths."""
     share, total = shares_of([[5], [None]], 1)
     assert total is None
-    assert (share.before, share.own, share.after) == ((), (), ())
+    assert (share.before, share.own) == ((), ())
     assert share.pilot_rows(0, 8) == 8
 
 
@@ -119,20 +85,25 @@ KINDS = {
 }
 
 
-def deal(whole: Any, parts: list[Any], conditions: int, add: Callable[[Any, slice], None]) -> None:
-    """Add all batches to the whole, and in turn to its parts, of which each skips the others';
-    what is left in the first part is what many processes have after adding up."""
-    for number, batch in enumerate(BATCHES):
-        begin = sum(BATCHES[:number])
-        for target in (whole, *parts):
-            if target is whole or target is parts[number % len(parts)]:
-                add(target, slice(begin, begin + batch))
-            else:
-                for condition in range(conditions):
-                    target.skip(condition, batch)
+def deal(
+    whole: Any, parts: list[Any], conditions: int, add: Callable[[Any, slice, int], None]
+) -> None:
+    """Add all batches to the whole, and in turn to its parts; what is left in the first part is
+    what many processes have after adding up."""
+    for number in range(len(BATCHES)):
+        rows = slice(sum(BATCHES[:number]), sum(BATCHES[: number + 1]))
+        for condition in range(conditions):
+            add(whole, rows, condition)
+            add(parts[number % len(parts)], rows, condition)
     for mine, *others in zip(*(part.shared_sums() for part in parts), strict=True):
         for other in others:
             mine += other
+
+
+def placed(rows: slice, *columns: torch.Tensor | None) -> tuple[Place, list[torch.Tensor | None]]:
+    """The place of rows that are dealt in turn, and those of columns [..., n, k] in its order."""
+    place, order = Place.in_turn(rows.start, rows.stop - rows.start, FOLDS)
+    return place, [None if c is None else c[..., rows, :][..., order, :] for c in columns]
 
 
 def carried_by(kind: str, size: int) -> torch.Tensor | None:
@@ -144,25 +115,25 @@ def carried_by(kind: str, size: int) -> torch.Tensor | None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("known", [0, RAW + 2])
 def test_moments_of_processes_are_those_of_one(kind, known):
-    """Catches folds that go on as if other samples had not been, counts of own samples alone, a sum
-    that is not shared, and one of a known feature that is shared again."""
+    """Catches counts of own samples alone, a sum that is not shared, and one of a known feature
+    that is shared again."""
     conditions, settings = KINDS[kind]
     x, carried = normal(2, SAMPLES, RAW), carried_by(kind, RAW)
     lift = Lift(normal(7, RAW, seed=2), normal(7, seed=3), torch.zeros(7, dtype=torch.float64))
 
-    def add(moments: FoldMoments, rows: slice) -> None:
-        extra = None if carried is None else carried[..., rows, :]
+    def add(moments: FoldMoments, rows: slice, condition: int) -> None:
+        place, (raw, extra) = placed(rows, x[condition], carried)
         own = lift.leading(moments.size - RAW)
-        for condition in range(conditions):
-            moments.update(condition, x[condition, rows], own, extra)
-        if kind == "paired":
+        moments.update(condition, raw, own, extra, place)
+        if kind == "paired" and condition:
             held = [x[c, rows] for c in range(conditions)]
             moments.update_products([torch.cat([raw, own(raw)], 1) for raw in held])
 
     def begin() -> FoldMoments:
         moments = FoldMoments(known or RAW + 7, conditions, folds=FOLDS, **settings)
         if known:
-            add(moments, slice(None))
+            for condition in range(conditions):
+                add(moments, slice(0, SAMPLES), condition)
             moments = moments.grown(RAW + 7)
         return moments
 
@@ -182,23 +153,21 @@ def test_moments_of_processes_are_those_of_one(kind, known):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_maps_of_processes_are_those_of_one(kind):
-    """Catches the same at each position of a map, and an upper triangle that stays behind."""
+    """Catches the same at each position of a map."""
     conditions, settings = KINDS[kind]
     settings = {"paired": False} | settings
     x, carried = normal(2, SAMPLES, 11, 2, 3), carried_by(kind, 66)
 
-    def add(moments: MapMoments, rows: slice) -> None:
-        extra = None if carried is None else carried[..., rows, :]
+    def add(moments: MapMoments, rows: slice, condition: int) -> None:
+        place, (flat, extra) = placed(rows, x[condition].flatten(1), carried)
         if kind == "tangents":
             extra = extra.unflatten(-1, (11, 2, 3))
-        for condition in range(conditions):
-            moments.update(condition, x[condition, rows], extra)
+        moments.update(condition, flat.unflatten(1, (11, 2, 3)), extra, place)
 
     whole, *parts = (
         MapMoments(pilot_of(66), (11, 2, 3), conditions, folds=FOLDS, **settings) for _ in range(3)
     )
     deal(whole, parts, conditions, add)
-    parts[0].mirror_()
     contrast = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)[:conditions]
     pairs = [
         (whole.covariance()[0], parts[0].covariance()[0]),
@@ -216,11 +185,10 @@ def test_krylov_spaces_of_processes_are_that_of_one(kind):
     x, carried = normal(2, SAMPLES, 40) + 1, carried_by(kind, 40)
     pilot = pilot_of(40)
 
-    def add(space: KrylovSpace, rows: slice) -> None:
+    def add(space: KrylovSpace, rows: slice, condition: int) -> None:
         extra = None if carried is None else carried[..., rows, :]
         also = {"tangents": extra} if kind == "tangents" else {"score": extra}
-        for condition in range(conditions):
-            space.observe(condition, x[condition, rows], **also)
+        space.observe(condition, x[condition, rows], **also)
 
     whole, *parts = (
         KrylovSpace(
@@ -251,8 +219,8 @@ def test_krylov_spaces_of_processes_are_that_of_one(kind):
 
 @pytest.mark.parametrize("capacity", [3, 7, SAMPLES])
 def test_processes_train_on_the_samples_of_one(capacity):
-    """Catches a sample that is trained on in the place of another, one that all processes keep, and
-    a process without samples that keeps fewer columns."""
+    """Catches a sample that is trained on in the place of another, one that is kept twice, a
+    process that keeps more than the capacity, and one without samples that stops the others."""
     x, score = normal(2, SAMPLES, 4).float(), normal(2, SAMPLES, 2, seed=1).float()
 
     def add(kept: KeptSamples, rows: slice) -> None:
@@ -266,14 +234,13 @@ def test_processes_train_on_the_samples_of_one(capacity):
         for rank, kept in enumerate(parts):
             if rank == number:
                 add(kept, slice(begin, begin + batch))
-            else:
-                kept.skip(0, batch)
-                kept.skip(1, batch)
         add(whole, slice(begin, begin + batch))
-    like = [torch.empty(0, 4), torch.empty(0, 2)]
-    for tensors in zip(*(part.dense(like) for part in parts), strict=True):
-        tensors[0].copy_(torch.stack(tensors).sum(0))
-    found, expected = parts[0].take(), whole.take()
+    states = [part.state() for part in parts]
+    assert all(sum(len(c[0]) for c in chunks) <= capacity for _, kept in states for chunks in kept)
+    for part in parts:
+        part.join(states, torch.device("cpu"))
+    found, other, expected = parts[0].take(), parts[5].take(), whole.take()
+    assert all(map(torch.equal, found, other))
     assert len(expected[0]) == -(
         -SAMPLES // (1 if capacity == SAMPLES else 4 if capacity > 3 else 16)
     )
@@ -331,19 +298,16 @@ GIVEN = ["tensors", "arrays", "tangents", "simulator", "dataset", "pairs", "load
 
 
 @pytest.mark.parametrize("kind", GIVEN)
-def test_batches_that_are_not_mine_are_gaps(kind):
-    """Catches the batch of another number, a gap of another length, and a Dataset that is read for
-    batches which nobody here measures."""
+def test_every_third_batch_is_dealt(kind):
+    """Catches the batch of another number, a wrong number of its first sample, and a Dataset that
+    is read for the other batches."""
     data, counted = given(kind)
     everything = list(data.read(0, 4))
     if counted is not None:
         counted.read.clear()
-    parts = list(data.deal(0, 4, lambda number: number % 3 == 1))
-    assert [len(part) for part in parts] == [len(batch) for batch in everything]
-    for number, (part, batch) in enumerate(zip(parts, everything, strict=True)):
-        if number % 3 != 1:
-            assert isinstance(part, Gap)
-            continue
+    firsts, parts = zip(*data.deal(0, 4, 1, 3), strict=True)
+    assert firsts == (4, 16)
+    for part, batch in zip(parts, everything[1::3], strict=True):
         for name in ("x", "tangents", "score"):
             expected = getattr(batch, name)
             assert expected is None or torch.equal(getattr(part, name), expected)
@@ -357,7 +321,7 @@ def test_an_empty_source_says_so_when_dealt(kind):
     x = torch.zeros(0, 3)
     data = ff.FiniteDifference(x if kind == "tensors" else Counted(x), torch.ones(4, 3), dtheta=0.1)
     with pytest.raises(ValueError, match="minus must yield at least one sample"):
-        list(data.deal(0, 4, lambda _: True))
+        list(data.deal(0, 4, 0, 2))
 
 
 def test_loaders_tell_how_much_they_yield():
@@ -373,23 +337,25 @@ def test_loaders_tell_how_much_they_yield():
     assert sources.count(DataLoader(data, batch_sampler=batches)) is None
 
 
+@pytest.mark.parametrize("loader", [False, True])
 @pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_streams_of_all_ranks_hold_each_sample_once(paired, size):
-    """Catches a batch that the pilot has read and nobody measures, one that all measure, and pairs
-    that are torn apart; and an order that is not the same on all ranks."""
+@pytest.mark.parametrize("size", [1, 3])
+def test_streams_of_all_ranks_hold_each_sample_once(loader, paired, size):
+    """Catches a batch that the pilot has read and no rank measures, one that all measure, one with
+    the number of another, and pairs that are torn apart."""
     x = torch.arange(2 * 3000.0).reshape(2, 3000, 1)
-    data = ff.FiniteDifference(x[0], x[1], dtheta=0.1, paired=paired)
-    orders, seen = [], []
+    given = [DataLoader(TensorDataset(own), batch_size=128) for own in x] if loader else list(x)
+    data = ff.FiniteDifference(*given, dtheta=0.1, paired=paired)
+    seen = []
     for rank in range(size):
         streams = Streams(data, 128, folds=FOLDS, share=Share(rank, size))
         streams.first(64)
         pilot = list(streams.pilot())
         assert sum(len(batch) for c, _, batch in pilot if c == 0) == PILOT_SAMPLES // 2
-        parts = list(streams)
-        orders.append([(c, number, len(part)) for c, number, part in parts])
-        seen += [part.x for _, _, part in parts if isinstance(part, Batch)]
-    assert all(order == orders[0] for order in orders)
+        for c, number, part in streams:
+            assert torch.equal(part.x[:, 0], 3000.0 * c + part.place.numbers)
+            assert int(part.place.numbers.min()) == 128 * number
+            seen.append(part.x)
     assert torch.equal(torch.cat(seen).sort(0).values, x.reshape(-1, 1))
 
 
@@ -398,7 +364,7 @@ def test_streams_of_shares_stand_between_those_of_others():
     those of all, and a share that has another length than it announces."""
     x = normal(900, 2)
     data = ff.FiniteDifference(x[:300], x[300:], dtheta=0.1)
-    share = Share(1, before=(1000, 20), own=(300, 600), after=(5, 0))
+    share = Share(1, before=(1000, 20), own=(300, 600))
     streams = Streams(WholeData(data, [1305, 620]), 200, folds=FOLDS, share=share)
     assert [len(batch) for batch in streams.first(64)] == [64, 64]
     pilot = list(streams.pilot())
@@ -407,16 +373,10 @@ def test_streams_of_shares_stand_between_those_of_others():
     assert len(numbers) == pytest.approx(1024 * 300 / 1305, abs=2)
     assert torch.equal(torch.cat([batch.x for c, _, batch in pilot if c == 0]), x[numbers])
     assert sum(len(batch) for c, _, batch in pilot if c == 1) == 600
-    sizes = [(c, type(part), len(part)) for c, _, part in streams]
-    assert sizes == [
-        (0, Gap, 1000),
-        (0, Batch, 200),
-        (0, Batch, 100),
-        (0, Gap, 5),
-        (1, Gap, 20),
-        *[(1, Batch, 200)] * 3,
-    ]
-    other = Share(1, before=(0, 0), own=(300, 500), after=(0, 0))
+    spans = [(c, int(part.place.numbers.min()), part.place.end) for c, _, part in streams]
+    assert spans == [(0, 1000, 1200), (0, 1200, 1300), (1, 20, 220), (1, 220, 420), (1, 420, 620)]
+    assert streams.samples == 900
+    other = Share(1, before=(0, 0), own=(300, 500))
     wrong = Streams(data, 200, folds=FOLDS, share=other)
     with pytest.raises(
         ValueError, match="plus must have the 500 samples that it announces, got 60"
@@ -430,22 +390,29 @@ def test_a_share_alone_is_all_there_is():
     data = ff.FiniteDifference(normal(500, 3) - 0.1, normal(500, 3, seed=1) + 0.1, dtheta=0.2)
     expected = ff.fisher_information(data, max_features=16)
     for given in (data, ff.Shard(data)):
-        found = ff.fisher_information(given, max_features=16, group="world")
+        found = ff.fisher_information(given, max_features=16, process_group="world")
         assert torch.equal(found.J, expected.J)
     with pytest.raises(TypeError, match="data must be a FiniteDifference, Pathwise"):
         ff.Shard(normal(3, 3))
 
 
 @pytest.mark.parametrize(
-    ("group", "timeout", "error", "message"),
+    ("group", "error", "message"),
     [
-        ("wrld", 1.0, ValueError, "group must be None, \"world\" or a ProcessGroup, got 'wrld'"),
-        (3, 1.0, TypeError, 'group must be None, "world" or a ProcessGroup, got int'),
-        (None, 0.0, ValueError, "timeout must be positive and finite, got 0"),
-        (None, "long", TypeError, "timeout must be a number of seconds, got 'long'"),
+        ("wrld", ValueError, "process_group must be None, \"world\" or a ProcessGroup, got 'wrld'"),
+        (3, TypeError, 'process_group must be None, "world" or a ProcessGroup, got int'),
     ],
 )
-def test_wrong_groups_are_refused(group, timeout, error, message):
+def test_wrong_groups_are_refused(group, error, message):
     """Catches a name that is taken for this process alone."""
-    with pytest.raises(error, match=message), ranks_of(group, timeout):
+    with pytest.raises(error, match=message), ranks_of(group):
         pass
+
+
+def test_what_differs_is_named_with_its_ranks():
+    """Catches a difference that is not seen, or is blamed on another rank."""
+    check_same([{"a": 1, "b": [2]}] * 3)
+    with pytest.raises(ValueError, match="a must be the same on all ranks, got 1 on ranks 0, 2; 4"):
+        check_same([{"a": 1}, {"a": 4}, {"a": 1}])
+    with pytest.raises(ValueError, match="got none on rank 0; 2 on rank 1: see x"):
+        check_same([{}, {"b": 2}], ": see x")

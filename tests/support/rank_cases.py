@@ -6,15 +6,18 @@ The folder also holds the store that the processes meet in.
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,14 +27,16 @@ from torch.utils.data.distributed import DistributedSampler
 
 import fisherfast as ff
 from fisherfast.data import Batch, Data
+from fisherfast.measurement import run
+from fisherfast.parallel import ranks
 from fisherfast.problems import GaussianShift, mlp
 
 N, DIM, BATCH = 1500, 6, 128
 WIDE, WIDE_SAMPLES = 300, 150
 SCALED = 30  # a scale of so many dimensions needs more than the first 64 lifted features
 SETTINGS = {"max_features": 40, "batch_size": BATCH}
-PATIENCE = 60.0  # seconds; a test machine may be slow
-SILENCE = 3.0  # seconds after which a rank counts as dead: no process starves for so long
+PATIENCE = 120.0  # timeout of the process group in seconds; a test machine may be slow
+SHORT = 5.0  # the same where a rank ends or stops
 
 
 Cases = dict[str, tuple[nn.Module, Any, dict[str, Any]]]
@@ -239,8 +244,10 @@ def agree(rank: int, size: int) -> dict[str, Any]:
         name: (model, share_of(data, rank, size), settings)
         for name, (model, data, settings) in sharded_cases().items()
     }
-    together = {"group": "world", "timeout": PATIENCE}
-    return {"dealt": measured(dealt_cases(), **together), "shared": measured(shares, **together)}
+    return {
+        "dealt": measured(dealt_cases(), process_group="world"),
+        "shared": measured(shares, process_group="world"),
+    }
 
 
 def streams(data: Any, rank: int, size: int) -> ff.Shard:
@@ -266,9 +273,7 @@ def said(call: Callable[[], Any]) -> str:
 
 def measure(model: Any, data: Any, **also: Any) -> ff.FisherFlow:
     """A measurement on all ranks."""
-    return ff.fisher_flow(
-        model, data, **(SETTINGS | {"group": "world", "timeout": PATIENCE} | also)
-    )
+    return ff.fisher_flow(model, data, **(SETTINGS | {"process_group": "world"} | also))
 
 
 class Faulty(torch.utils.data.Dataset):
@@ -323,9 +328,7 @@ def errors(rank: int, size: int) -> dict[str, str]:
         "layers": lambda: measure(model, data, layers=["fc1"] if last else ["fc2"]),
         "function": lambda: measure(model, data, layers=lambda name, _: last or name == "fc1"),
         "no model": lambda: (
-            ff.fisher_information(data, group="world", timeout=PATIENCE)
-            if last
-            else measure(model, data)
+            ff.fisher_information(data, process_group="world") if last else measure(model, data)
         ),
         "empty": lambda: measure(model, shard(short, minus)),
         "announced": lambda: measure(model, shard(plus, lying)),
@@ -333,10 +336,25 @@ def errors(rank: int, size: int) -> dict[str, str]:
             model, ff.FiniteDifference(*(DataLoader(x, 32, True) for x in (minus, plus)), dtheta=1)
         ),
         "few": lambda: measure(model, pair(minus[:9], plus[:9])),
-        "group": lambda: measure(model, data, group="all"),
+        "group": lambda: measure(model, data, process_group="all"),
+        "steps": lambda: meet(f"at point {rank}"),
+        "late": lambda: fail_late(model, data, last),
         "fine": lambda: measure(model, data),
     }
     return {name: said(call) for name, call in calls.items()}
+
+
+def fail_late(model: nn.Module, data: Any, fails: bool) -> None:
+    """A measurement that fails after its last pass, on one rank."""
+    given = {"side_effect": MemoryError("full")} if fails else {"wraps": run.with_status}
+    with mock.patch.object(run, "with_status", **given):
+        measure(model, data)
+
+
+def meet(point: str) -> None:
+    """One meeting point, as a measurement has many."""
+    with ranks.ranks_of("world") as others:
+        others.exchange(point)
 
 
 class Claims(torch.utils.data.Sampler):
@@ -397,7 +415,7 @@ def monitored(rank: int, size: int, group: str | None = "world") -> dict[str, An
         max_features=40,
         batch_size=BATCH,
         training_data=ff.Shard(training) if group else ff.Shard(_repeated(training, size)),
-        group=group,
+        process_group=group,
         path=f"{folder}/{rank}.csv",
     )
     weights = next(model.parameters())
@@ -438,114 +456,107 @@ def probed(**also: Any) -> dict[str, torch.Tensor]:
     return {"J": info.J, "stderr": info.stderr, "kind": torch.tensor(info.feature_kind == "probe")}
 
 
-def groups(rank: int, size: int) -> dict[str, Any]:
-    """Some of the ranks, nobody else, all again after the group was destroyed, and slow ones."""
-    data, model = conditions(1), net()
+def some_ranks(rank: int, model: nn.Module, data: Data) -> dict[str, Any]:
+    """Two of three ranks, with a backend for the host and with one for devices alone."""
+    dist.Backend.register_backend("devices", _for_devices, devices=["cuda"])
     some = dist.new_group([0, 2])
-    found: dict[str, Any] = {}
-    if rank != 1:
-        found["some"] = numbers_of(measure(model, data, group=some))
-    else:
-        found["error"] = said(lambda: measure(model, data, group=some))
+    of_devices = dist.new_group([0, 2], timedelta(seconds=PATIENCE), backend="devices")
+    if rank == 1:
+        return {"error": said(lambda: measure(model, data, process_group=some))}
+    known = len(dist.distributed_c10d._world.pg_map)
+    found: dict[str, Any] = {"some": numbers_of(measure(model, data, process_group=some))}
+    found["groups made"] = len(dist.distributed_c10d._world.pg_map) - known
+    found["devices"] = numbers_of(measure(model, data, process_group=of_devices))
+    measure(model, data, process_group=of_devices)
+    found["groups made for devices"] = len(dist.distributed_c10d._world.pg_map) - known
+    host = ranks.find_ranks(of_devices)._group
+    found["timeout"] = host._get_backend(torch.device("cpu")).options._timeout.seconds
+    return found
+
+
+def groups(rank: int, size: int) -> dict[str, Any]:
+    """Some of the ranks, one alone, all, and all again after the group was destroyed."""
+    data, model = conditions(1), net()
+    found = some_ranks(rank, model, data)
     if rank == 1:  # this process alone, in a group that waits for it at the barrier
         found["alone"] = numbers_of(ff.fisher_flow(model, data, **SETTINGS))
         found["probed alone"] = probed()
     dist.barrier()
-    slow = [data._sources[0], Slow(data._sources[1], 2 * SILENCE if rank == 2 else 0.0)]
-    found["slow"] = numbers_of(
-        measure(model, ff.FiniteDifference(*slow, dtheta=0.1), timeout=SILENCE)
-    )
     loaders = [
         DataLoader(x, BATCH, sampler=DistributedSampler(TensorDataset(x), shuffle=False))
         for x in data._sources
     ]
     sampled = measure(model, ff.Shard(ff.FiniteDifference(*loaders, dtheta=0.1)))
     found["sampled"] = sampled["fc1"].samples
-    found["probed"] = probed(group="world", timeout=PATIENCE)
+    found["probed"] = probed(process_group="world")
     found["streams"] = numbers_of(measure(model, streams(data, rank, size)))
     dist.destroy_process_group()
+    gc.collect()
+    found["groups left"] = len(ranks._ON_HOST)
     found["without"] = numbers_of(measure(model, data))
     again = f"file://{Path(sys.argv[4]) / 'again'}"
     dist.init_process_group("gloo", init_method=again, rank=rank, world_size=size)
     found["again"] = numbers_of(measure(model, data))
-    found["threads"] = [thread.name for thread in threading.enumerate()]
     return found
 
 
-class Slow(torch.utils.data.Dataset):
-    """Samples that take their time, on one rank."""
-
-    def __init__(self, x: torch.Tensor, seconds: float) -> None:
-        self._x, self._seconds = x, seconds
-
-    def __len__(self) -> int:
-        return len(self._x)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        if index == BATCH * 5:
-            time.sleep(self._seconds)
-        return self._x[index]
+def _for_devices(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    """A backend that, like NCCL, is there for tensors of devices alone."""
+    return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
-class Dying(torch.utils.data.Dataset):
-    """Samples of which one ends the process at once, without a word."""
+class Signalled(torch.utils.data.Dataset):
+    """Samples of which the last one sends a signal to the process that reads it."""
 
-    def __init__(self, x: torch.Tensor, dies: bool) -> None:
-        self._x, self._dies = x, dies
+    def __init__(self, x: torch.Tensor, number: int) -> None:
+        self._x, self._number = x, number
 
     def __len__(self) -> int:
         return len(self._x)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self._dies and index == len(self._x) - 1:
-            os._exit(DEAD)
+        if self._number and index == len(self._x) - 1:
+            os.kill(os.getpid(), self._number)
         return self._x[index]
 
 
-DEAD = 17
-"""How a process ends that dies in a test."""
-
-
-def death_of(victim: int) -> Callable[[int, int], dict[str, Any]]:
-    """One rank dies while it measures; then the others try again."""
+def signalled(number: int, victim: int) -> Callable[[int, int], dict[str, Any]]:
+    """One rank ends or stops while it measures; then the others try again."""
 
     def case(rank: int, size: int) -> dict[str, Any]:
         minus, plus = conditions(1)._sources
-        data = ff.Shard(ff.FiniteDifference(minus, Dying(plus, rank == victim), dtheta=0.1))
+        data = Signalled(plus, number if rank == victim else 0)
+        shard = ff.Shard(ff.FiniteDifference(minus, data, dtheta=0.1))
         begin = time.monotonic()
-        first = said(lambda: measure(net(), data, timeout=SILENCE))
-        second = said(lambda: measure(net(), data, timeout=SILENCE))
+        first = said(lambda: measure(net(), shard))
+        second = said(lambda: measure(net(), shard))
         return {"said": [first, second], "seconds": time.monotonic() - begin}
 
     return case
 
 
 def absent(rank: int, size: int) -> dict[str, Any]:
-    """One rank does not take part; it comes too late, and then in time."""
-    data, model = conditions(1), net()
-    found = {}
-    if rank == 0:
-        found["late"] = said(lambda: measure(model, data, timeout=1.0))
-    dist.barrier()
+    """One rank does not take part, and comes too late."""
+    begin = time.monotonic()
     if rank:
-        found["late"] = said(lambda: measure(model, data))
-    found["then"] = said(lambda: measure(model, data))
-    return found
+        time.sleep(2 * SHORT)
+    said_late = said(lambda: measure(net(), conditions(1)))
+    return {"said": [said_late], "seconds": time.monotonic() - begin}
 
 
 def together(rank: int, size: int) -> dict[str, Any]:
     """One after the other in the same processes."""
-    return {case.__name__: case(rank, size) for case in (errors, absent, training, monitored)}
+    return {case.__name__: case(rank, size) for case in (errors, training, monitored)}
 
 
 def main(case: str, rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    join(rank, size, folder)
+    join(rank, size, folder, SHORT if case in SHORT_CASES else PATIENCE)
     torch.save(CASES[case](rank, size), folder / f"{rank}.pt")
 
 
-def join(rank: int, size: int, folder: Path) -> None:
-    """Meet at a server that rank 0 keeps, as in real use: it dies with rank 0."""
+def join(rank: int, size: int, folder: Path, timeout: float) -> None:
+    """Meet at a server that rank 0 keeps, as in real use: it ends with rank 0."""
     told = folder / "port"
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
@@ -555,16 +566,21 @@ def join(rank: int, size: int, folder: Path) -> None:
         while not told.exists():
             time.sleep(0.02)
         store = dist.TCPStore("127.0.0.1", int(told.read_text()), size, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    store.set(f"started {rank}", "")
+    store.wait([f"started {other}" for other in range(size)])
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
 
 
-CASES: dict[str, Callable[[int, int], Any]] = {
-    "agree": agree,
-    "together": together,
-    "groups": groups,
-    "death of 0": death_of(0),
-    "death of 1": death_of(1),
+SHORT_CASES: dict[str, Callable[[int, int], Any]] = {
+    "absent": absent,
+    "kill 0": signalled(signal.SIGKILL, 0),
+    "kill 1": signalled(signal.SIGKILL, 1),
+    "stop 1": signalled(signal.SIGSTOP, 1),
 }
+
+CASES = SHORT_CASES | {"agree": agree, "together": together, "groups": groups}
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -25,7 +25,7 @@ def measured(data: Data, *, batch_size: int = 1000, **options: Any) -> Compresse
     while True:
         for streams in data.rounds(batch_size):
             first = 0 if data.paired else meter.seen.index(0)
-            for batches in streams:
+            for _, batches in streams:
                 for offset, batch in enumerate(batches):
                     carried = {"tangents": batch.tangents, "score": batch.score}
                     meter.observe(first + offset, batch.x, **carried)

@@ -8,20 +8,20 @@
 #include <array>
 #include <string>
 
-#include "core/threads.h"
-#include "ops/dual_activation.h"
-#include "ops/dual_norm.h"
-#include "ops/dual_pool.h"
-#include "ops/dual_softmax.h"
-#include "ops/fisher_solve.h"
-#include "ops/fisher_solve_backward.h"
-#include "ops/gradient_gram.h"
-#include "ops/gradient_squares.h"
-#include "ops/lift.h"
-#include "ops/lift_moments.h"
-#include "ops/moments.h"
-#include "ops/patch_moments.h"
-#include "ops/spatial_moments.h"
+#include "core/cpu/threads.h"
+#include "ops/dual/dual_activation.h"
+#include "ops/dual/dual_norm.h"
+#include "ops/dual/dual_pool.h"
+#include "ops/dual/dual_softmax.h"
+#include "ops/gradients/gradient_gram.h"
+#include "ops/gradients/gradient_squares.h"
+#include "ops/moments/lift.h"
+#include "ops/moments/lift_moments.h"
+#include "ops/moments/moments.h"
+#include "ops/moments/patch_moments.h"
+#include "ops/moments/spatial_moments.h"
+#include "ops/solve/fisher_solve.h"
+#include "ops/solve/fisher_solve_backward.h"
 
 namespace py = pybind11;
 
@@ -226,12 +226,12 @@ PatchMomentsArgs<T> patch_moments_args(Address x, std::array<index_t, 4> strides
                                        index_t samples, index_t channels, index_t groups) {
   return {pointer<const T>(x),
           {strides[0], strides[1], strides[2], strides[3]},
-          {{size[0], size[1]},
-           {kernel[0], kernel[1]},
-           {stride[0], stride[1]},
-           {padding[0], padding[1]},
-           {dilation[0], dilation[1]},
-           {out[0], out[1]}},
+          {size[0], size[1]},
+          {kernel[0], kernel[1]},
+          {stride[0], stride[1]},
+          {padding[0], padding[1]},
+          {dilation[0], dilation[1]},
+          {out[0], out[1]},
           pointer<double>(sums),
           pointer<double>(cross),
           pointer<double>(workspace),

@@ -37,7 +37,7 @@ KINDS = {
     "hardswish": (),
     "hardsigmoid": (),
 }
-"""Activations and the names of their parameters, in the order of csrc/ops/dual_activation.h."""
+"""Activations and the names of their parameters, in the order of csrc/ops/dual/dual_activation.h."""
 
 
 def dual_activation(

@@ -1,18 +1,18 @@
 // The launchers of csrc/ops, called with the arrays of a case.
 #include "case.h"
-#include "ops/dual_activation.h"
-#include "ops/dual_norm.h"
-#include "ops/dual_pool.h"
-#include "ops/dual_softmax.h"
-#include "ops/fisher_solve.h"
-#include "ops/fisher_solve_backward.h"
-#include "ops/gradient_gram.h"
-#include "ops/gradient_squares.h"
-#include "ops/lift.h"
-#include "ops/lift_moments.h"
-#include "ops/moments.h"
-#include "ops/patch_moments.h"
-#include "ops/spatial_moments.h"
+#include "ops/dual/dual_activation.h"
+#include "ops/dual/dual_norm.h"
+#include "ops/dual/dual_pool.h"
+#include "ops/dual/dual_softmax.h"
+#include "ops/gradients/gradient_gram.h"
+#include "ops/gradients/gradient_squares.h"
+#include "ops/moments/lift.h"
+#include "ops/moments/lift_moments.h"
+#include "ops/moments/moments.h"
+#include "ops/moments/patch_moments.h"
+#include "ops/moments/spatial_moments.h"
+#include "ops/solve/fisher_solve.h"
+#include "ops/solve/fisher_solve_backward.h"
 
 namespace cuda_host {
 namespace {
@@ -284,20 +284,20 @@ void patch_moments(Case& call) {
   for (int i = 0; i < 4; ++i) args.strides[i] = call.number("stride" + std::to_string(i));
   for (int i = 0; i < 2; ++i) {
     const std::string dim = std::to_string(i);
-    args.geometry.size[i] = call.number("size" + dim);
-    args.geometry.kernel[i] = call.number("kernel" + dim);
-    args.geometry.stride[i] = call.number("step" + dim);
-    args.geometry.padding[i] = call.number("padding" + dim);
-    args.geometry.dilation[i] = call.number("dilation" + dim);
-    args.geometry.out[i] = call.number("out" + dim);
+    args.size[i] = call.number("size" + dim);
+    args.kernel[i] = call.number("kernel" + dim);
+    args.stride[i] = call.number("step" + dim);
+    args.padding[i] = call.number("padding" + dim);
+    args.dilation[i] = call.number("dilation" + dim);
+    args.out[i] = call.number("out" + dim);
   }
   args.samples = call.number("samples");
   args.channels = call.number("channels");
   args.groups = call.number("groups");
-  args.width = args.channels * args.geometry.kernel[0] * args.geometry.kernel[1];
+  args.width = args.channels * args.kernel[0] * args.kernel[1];
   args.sums = call.output<double>("sums", args.groups * args.width);
   args.cross = call.output<double>("cross", args.groups * args.width * args.width);
-  const index_t rows = args.samples * args.geometry.out[0] * args.geometry.out[1];
+  const index_t rows = args.samples * args.out[0] * args.out[1];
   const index_t doubles = patch_moments_workspace(rows, args.width, args.groups);
   const std::unique_ptr<double[]> workspace(new double[doubles]);
   std::memset(workspace.get(), 0xff, doubles * sizeof(double));

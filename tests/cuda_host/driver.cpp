@@ -10,7 +10,7 @@
 #include <sstream>
 
 #include "case.h"
-#include "core/cuda.cuh"
+#include "core/cuda/cuda.cuh"
 #include "scheduler.h"
 
 namespace {

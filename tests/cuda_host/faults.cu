@@ -1,7 +1,7 @@
 // Kernels with one planted fault each, and the same kernels without it: the harness must tell them
 // apart. Every kernel adds each number of x to the one before it in the block, y_i = x_(i-1) + x_i.
 #include "case.h"
-#include "core/cuda.cuh"
+#include "core/cuda/cuda.cuh"
 
 namespace cuda_host {
 namespace {

@@ -31,10 +31,10 @@ TIMEOUT = 300  # seconds; a kernel that does not end must not hold up the tests
 
 
 def build(folder: Path) -> Path:
-    """Compiles driver, scheduler, planted faults and all of csrc/ops/*.cu; returns the program."""
+    """Compiles driver, scheduler, planted faults and all of csrc/ops/*/*.cu; returns the program."""
     program = folder / "cuda_host"
     plain = sorted(HERE.glob("*.cpp"))
-    kernels = [HERE / "faults.cu", *sorted((CSRC / "ops").glob("*.cu"))]
+    kernels = [HERE / "faults.cu", *sorted((CSRC / "ops").glob("*/*.cu"))]
     command = ["g++", *FLAGS, "-o", program, *plain, "-x", "c++", *kernels]
     subprocess.run(command, check=True)
     return program

@@ -11,19 +11,19 @@
 #include <string>
 #include <vector>
 
-#include "ops/dual_activation.h"
-#include "ops/dual_norm.h"
-#include "ops/dual_pool.h"
-#include "ops/dual_softmax.h"
-#include "ops/fisher_solve.h"
-#include "ops/fisher_solve_backward.h"
-#include "ops/gradient_gram.h"
-#include "ops/gradient_squares.h"
-#include "ops/lift.h"
-#include "ops/lift_moments.h"
-#include "ops/moments.h"
-#include "ops/patch_moments.h"
-#include "ops/spatial_moments.h"
+#include "ops/dual/dual_activation.h"
+#include "ops/dual/dual_norm.h"
+#include "ops/dual/dual_pool.h"
+#include "ops/dual/dual_softmax.h"
+#include "ops/gradients/gradient_gram.h"
+#include "ops/gradients/gradient_squares.h"
+#include "ops/moments/lift.h"
+#include "ops/moments/lift_moments.h"
+#include "ops/moments/moments.h"
+#include "ops/moments/patch_moments.h"
+#include "ops/moments/spatial_moments.h"
+#include "ops/solve/fisher_solve.h"
+#include "ops/solve/fisher_solve_backward.h"
 
 namespace fisherfast {
 
@@ -225,7 +225,12 @@ Case patch_case(const std::string& name, index_t samples, index_t C, index_t H, 
             Results out;
             const PatchMomentsArgs<T> args{x->data(),
                                            {C * H * W, H * W, W, 1},
-                                           {{H, W}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {H, W}},
+                                           {H, W},
+                                           {3, 3},
+                                           {1, 1},
+                                           {1, 1},
+                                           {1, 1},
+                                           {H, W},
                                            out.array<double>(groups * K),
                                            out.array<double>(groups * K * K),
                                            nullptr,

@@ -6,8 +6,8 @@
 #include <limits>
 #include <string>
 
-#include "core/aligned.h"
-#include "core/parallel.h"
+#include "core/cpu/aligned.h"
+#include "core/cpu/parallel.h"
 
 using namespace fisherfast;
 

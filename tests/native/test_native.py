@@ -110,7 +110,7 @@ def test_a_planted_race_is_caught(thread_drivers, level):
     shared = run_driver(thread_drivers / "race", level, "shared")
     assert shared.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in shared.stderr
-    assert "csrc/ops/lift_moments.simd.cpp" in shared.stderr
+    assert "csrc/ops/moments/lift_moments.simd.cpp" in shared.stderr
 
 
 @pytest.mark.parametrize(

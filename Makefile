@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-TEST_SOURCES := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/*.cu tests/cuda_host/include/*.h \
+TEST_SOURCES := $(wildcard tests/support/*.h tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/*.cu tests/cuda_host/include/*.h \
                           tests/native/*.h tests/native/*.cpp)
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h $(foreach kind,h cuh cpp cu,csrc/*/*/*.$(kind))) CMakeLists.txt setup.py pyproject.toml
 

@@ -1,4 +1,4 @@
-"""What the ops share: checks of an input, and the registration with ``torch.library``."""
+"""Shared by the ops: checks of an input, and registration with ``torch.library``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ LIBRARY = torch.library.Library("fisherfast", "DEF")
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def with_unit_column_stride(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from fisherfast.ops._common import check_no_grad, register
 from fisherfast.ops._dual_common import check_buffer, with_contiguous_slices
 
 MAX_SPATIAL = 3
-"""Dimensions that a window may have."""
+"""The largest number of dimensions of a window."""
 
 
 def dual_pool(
@@ -35,7 +35,7 @@ def dual_pool(
             primal x[0] and its tangents; contiguous or channels-last slices are read in place.
         kernel: size of the window, one number per spatial dimension.
         stride: None for the kernel.
-        padding: -inf on both sides, at most half the kernel, and no window may lie in it alone;
+        padding: -inf on both sides, at most half the kernel; every window must reach beyond it;
             None for zero.
         dilation: None for one.
         ceil_mode: windows may begin inside and end outside.
@@ -90,18 +90,18 @@ def _dual_pool(
     _native.call(
         "dual_pool",
         x,
-        x.data_ptr(),
-        y.data_ptr(),
-        x.stride(0),
-        x.shape[0] - 1,
-        n if last else n * channels,
-        channels if last else 1,
-        [*ones, *x.shape[3:]],
-        [*ones, *y.shape[3:]],
-        [*ones, *kernel],
-        [*ones, *stride],
-        [*zeros, *padding],
-        [*ones, *dilation],
+        x=x,
+        y=y,
+        slice_stride=x.stride(0),
+        tangents=x.shape[0] - 1,
+        outer=n if last else n * channels,
+        inner=channels if last else 1,
+        **{"in": [*ones, *x.shape[3:]]},
+        out=[*ones, *y.shape[3:]],
+        kernel=[*ones, *kernel],
+        stride=[*ones, *stride],
+        padding=[*zeros, *padding],
+        dilation=[*ones, *dilation],
     )
     return y
 
@@ -163,8 +163,8 @@ def _pooled_size(
 def _check_no_empty_window(
     size: int, windows: int, stride: int, padding: int, dilation: int
 ) -> None:
-    """A window that begins in the padding may step over all of the input where its steps are
-    larger. PyTorch then returns -inf and the index of a number that is not there."""
+    """Refuse windows that begin in the padding and step over all of the input, for which PyTorch
+    returns -inf and an index outside the input."""
     for start in range(-padding, min(0, windows * stride - padding), stride):
         if start % dilation >= size:
             raise ValueError(
@@ -174,7 +174,7 @@ def _check_no_empty_window(
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether each slice [n, C, *spatial] lies as [n, *spatial, C], and not as [n, C, *spatial]."""
+    """Whether each slice [n, C, *spatial] is [n, *spatial, C] in memory, not [n, C, *spatial]."""
     one = x[0]
     order = (0, *range(2, one.dim()), 1)
     return not one.is_contiguous() and one.permute(order).is_contiguous()

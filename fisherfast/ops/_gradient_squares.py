@@ -10,7 +10,6 @@ from torch import Tensor
 from fisherfast import _native
 from fisherfast.ops import reference
 from fisherfast.ops._common import (
-    address,
     check_at_least,
     check_like,
     check_no_grad,
@@ -47,7 +46,7 @@ def gradient_squares(
         stride: of the windows.
         padding: zeros on both sides.
         dilation: between the numbers of a window.
-        groups: a divisor of C and M; channels of g meet those of x in their group.
+        groups: a divisor of C and M; channels of g are paired with those of x in their group.
 
     Returns:
         squares: [M, C / groups, kh, kw] float64, unit of x g squared.
@@ -85,28 +84,25 @@ def _gradient_squares(
     squares = _gradient_squares_fake(x, g, kernel, stride, padding, dilation, groups)
     if not _native.serves(x):
         return reference.gradient_squares(x, g, kernel, stride, padding, dilation, groups)
-    samples, inputs, outputs = x.shape[0], x.shape[1] // groups, g.shape[1] // groups
-    columns = inputs * kernel[0] * kernel[1]
-    workspace = _native.workspace("gradient_squares", x, samples, groups, outputs, columns)
     _native.call(
         "gradient_squares",
         x,
-        x.data_ptr(),
-        g.data_ptr(),
-        x.stride(),
-        g.stride(),
-        squares.data_ptr(),
-        address(workspace),
-        samples,
-        groups,
-        inputs,
-        outputs,
-        list(x.shape[2:]),
-        list(g.shape[2:]),
-        kernel,
-        stride,
-        padding,
-        dilation,
+        x=x,
+        g=g,
+        x_strides=x.stride(),
+        g_strides=g.stride(),
+        squares=squares,
+        workspace=None,
+        samples=x.shape[0],
+        groups=groups,
+        inputs=x.shape[1] // groups,
+        outputs=g.shape[1] // groups,
+        **{"in": x.shape[2:]},
+        out=g.shape[2:],
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
     )
     return squares
 

@@ -1,4 +1,4 @@
-"""Moments of the patches that a convolution meets, without these patches."""
+"""Moments of the patches of a convolution, without storing the patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference
-from fisherfast.ops._common import address, check_at_least, check_no_grad, check_real, register
+from fisherfast.ops._common import check_at_least, check_no_grad, check_real, register
 
 
 def patch_moments(
@@ -21,7 +21,7 @@ def patch_moments(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Sums and cross-products of the patches that the kernel of a convolution meets.
+    """Sums and cross-products of the patches of a convolution.
 
         sums_g = sum_{n, position} patch_g,   cross_g = sum_{n, position} patch_g patch_g^T
 
@@ -77,26 +77,24 @@ def _patch_moments(
         return sums.zero_(), cross.zero_()
     if not _native.serves(x):
         return reference.patch_moments(x, kernel, stride, padding, dilation, groups)
-    out = [_positions(*sizes) for sizes in _along(x, kernel, stride, padding, dilation)]
-    rows = x.shape[0] * out[0] * out[1]
-    workspace = _native.workspace("patch_moments", x, rows, sums.shape[1], groups)
     _native.call(
         "patch_moments",
         x,
-        x.data_ptr(),
-        x.stride(),
-        x.shape[2:],
-        kernel,
-        stride,
-        padding,
-        dilation,
-        out,
-        sums.data_ptr(),
-        cross.data_ptr(),
-        address(workspace),
-        x.shape[0],
-        x.shape[1] // groups,
-        groups,
+        x=x,
+        strides=x.stride(),
+        size=x.shape[2:],
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        out=[_positions(*sizes) for sizes in _along(x, kernel, stride, padding, dilation)],
+        sums=sums,
+        cross=cross,
+        workspace=None,
+        samples=x.shape[0],
+        channels=x.shape[1] // groups,
+        groups=groups,
+        width=sums.shape[1],
     )
     return results
 

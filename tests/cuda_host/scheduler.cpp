@@ -4,7 +4,7 @@
 // get their turn is chosen by FISHERFAST_CUDA_HOST_ORDER or set_order(): "forward", "reverse" (both
 // let a warp run as far as it can before the next one), or a number, the seed of a random choice of
 // warps and lanes at every turn. A kernel whose result depends on it lacks a barrier.
-#include "scheduler.h"
+#include "cuda_host/scheduler.h"
 
 #include <link.h>
 #include <sanitizer/common_interface_defs.h>

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cuda_host.dual_buffers import assert_matches, buffer
 
+from fisherfast import ops
 from fisherfast.ops import reference_dual
 from fisherfast.ops._dual_activation import KINDS
 
@@ -25,21 +26,19 @@ SMALL = {torch.float32: 1e-30, torch.float64: 1e-100}
 SHAPES = [(1, 1, 1), (7, 1, 301), (3, 5, 7), (2, 3, 64), (5, 16, 4), (400, 3, 1), (3, 129, 1)]
 
 
-def dual_activation(kernels, x, kind, output_gap=0, **settings):
-    """The launcher on x [1 + P, outer, C, inner] with contiguous slices: y of that shape, and what
-    lies between its slices."""
-    numbers = dict(zip(("outer", "channels", "inner"), x.shape[1:], strict=True))
+def dual_activation(kernels, x, kind, output_gap=0, in_place=False, **options):
+    """The result for x [1 + P, outer, C, inner], and what lies between its slices."""
+    settings = {"grid": options.pop("grid", None)}
+    how = (kind, *PARAMETERS.get(kind, ()))
     size = x[0].numel()
-    numbers |= {"slice_stride": x.stride(0), "output_stride": size + output_gap}
-    numbers |= {"tangents": len(x) - 1, "kind": list(KINDS).index(kind)}
-    parameters = (*PARAMETERS.get(kind, ()), 0.0, 0.0, 0.0)
-    numbers |= dict(zip("abc", parameters[:3], strict=True))
-    name = "x" if settings.get("in_place") else "y"
-    y = kernels.run("dual_activation", x.dtype, {name: x.dtype}, x=x, **numbers, **settings)[name]
-    if name == "x":
-        return y.as_strided(x.shape, x.stride()), None
-    lines = torch.cat([y, y.new_full((output_gap,), math.nan)]).view(len(x), size + output_gap)
-    return lines[:, :size].reshape(x.shape), lines[:, size:]
+    lines = torch.full((len(x), size + output_gap), math.nan, dtype=x.dtype)
+    out = lines[:, :size].unflatten(1, x.shape[1:])
+    with kernels.serving(**settings):
+        if in_place:
+            ops.dual_activation_(x, *how, **options)
+        else:
+            ops.dual_activation(x, *how, **options, out=out)
+    return (x if in_place else out), lines[:, size:]
 
 
 def truth_of(x, kind, scale=None, shift=None, slope=None):
@@ -126,10 +125,10 @@ def test_any_alignment_gives_the_same_bits(kernels, normal, dtype, size, gap, of
 @pytest.mark.parametrize("tangents", [0, 2, 6])
 def test_in_place(kernels, normal, dtype, tangents):
     """Catches a primal that is read after it was written."""
-    x = buffer(normal, dtype, (1 + tangents, 3, 4, 9), gap=2)  # y has the strides of x
+    x = buffer(normal, dtype, (1 + tangents, 3, 4, 9), gap=2)
     vectors = {"scale": normal(4, dtype=dtype), "shift": normal(4, dtype=dtype)}
     expected, _ = dual_activation(kernels, x, "mish", **vectors)
-    y, _ = dual_activation(kernels, x, "mish", output_gap=2, in_place=1, **vectors)
+    y, _ = dual_activation(kernels, x, "mish", in_place=True, **vectors)
     assert torch.equal(y, expected)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cuda_host.dual_buffers import assert_matches, buffer
 
+from fisherfast import ops
 from fisherfast.ops import reference_dual
 
 # Measured: 8.7e-7 and 1.8e-15.
@@ -16,14 +17,11 @@ EPS = 2.0**-10  # the same number in float32 and float64
 WIDTHS = [1, 3, 32, 127, 200, 512, 513, 1500, 2048, 2500, 4097]
 
 
-def dual_norm(kernels, x, weight=None, bias=None, groups=1, inner=1, **settings):
-    """The launcher on x [1 + P, rows, width] with contiguous slices."""
-    numbers = dict(zip(("rows", "width"), x.shape[1:], strict=True)) | {"eps": EPS, "centre": 1}
-    numbers |= {"slice_stride": x.stride(0), "tangents": len(x) - 1}
-    numbers |= {"groups": groups, "inner": inner} | settings
-    name = "x" if settings.get("in_place") else "y"
-    y = kernels.run("dual_norm", x.dtype, {name: x.dtype}, x=x, weight=weight, bias=bias, **numbers)
-    return y[name].view(x.shape)
+def dual_norm(kernels, x, *vectors, groups=1, inner=1, centre=1, in_place=False, **settings):
+    with kernels.serving(in_place=in_place, **settings):
+        options = {"eps": EPS, "groups": groups, "inner": inner, "centre": bool(centre)}
+        y = ops.dual_norm(x, *vectors, **options)
+    return x if in_place else y
 
 
 def truth_of(x, weight=None, bias=None, groups=1, inner=1, centre=1, eps=EPS):
@@ -55,7 +53,7 @@ def test_weights_of_groups(kernels, normal, dtype, given, groups, inner, width):
     vectors = {name: normal(size, dtype=dtype) for name in ("weight", "bias")}
     if given != "both":
         vectors = {given: vectors[given]}
-    y = dual_norm(kernels, x, groups=groups, inner=inner, **vectors)
+    y = dual_norm(kernels, x, *map(vectors.get, ("weight", "bias")), groups=groups, inner=inner)
     truth = truth_of(x, groups=groups, inner=inner, **vectors)
     assert_matches(y, truth, TOLERANCE[dtype])
 

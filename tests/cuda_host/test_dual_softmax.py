@@ -6,6 +6,7 @@ import pytest
 import torch
 from cuda_host.dual_buffers import assert_matches, buffer
 
+from fisherfast import ops
 from fisherfast.ops import reference_dual
 
 # Measured: 2.1e-7 and 1.7e-15.
@@ -18,13 +19,11 @@ COLUMNS = [(1, 1, 2), (3, 5, 7), (2, 100, 33), (4, 3, 300)]
 ONE_OF_EACH = [(3, 40, 1), (3, 600, 1), (3, 4500, 1), (2, 6, 5)]
 
 
-def dual_softmax(kernels, x, log, **settings):
-    """The launcher on x [1 + P, outer, width, inner] with contiguous slices."""
-    numbers = dict(zip(("outer", "width", "inner"), x.shape[1:], strict=True)) | {"log": log}
-    numbers |= {"slice_stride": x.stride(0), "tangents": len(x) - 1}
-    name = "x" if settings.get("in_place") else "y"
-    y = kernels.run("dual_softmax", x.dtype, {name: x.dtype}, x=x, **numbers, **settings)
-    return y[name].view(x.shape)
+def dual_softmax(kernels, x, log, in_place=False, **settings):
+    """Over dimension 2 of x [1 + P, outer, width, inner]."""
+    with kernels.serving(in_place=in_place, **settings):
+        y = ops.dual_softmax(x, 2, log=bool(log))
+    return x if in_place else y
 
 
 def truth_of(x, log):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from native.thread_cases import recorded
 
 from fisherfast import _native
 
@@ -90,10 +91,12 @@ def overrun(tmp_path_factory: pytest.TempPathFactory) -> Callable:
 
 
 @pytest.mark.slow
-def test_threads_do_not_race_and_change_no_bit(thread_drivers):
+def test_threads_do_not_race_and_change_no_bit(thread_drivers, tmp_path):
     """Catches a missing wait between two phases of a team, a result that two threads write, a sum
     in the order in which threads come, state that two callers share."""
-    done = run_driver(thread_drivers / "threads")
+    cases = tmp_path / "cases"
+    cases.write_bytes(recorded())
+    done = run_driver(thread_drivers / "threads", cases)
     assert "ThreadSanitizer" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(" cases, 0 differences\n")

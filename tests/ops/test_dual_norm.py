@@ -187,9 +187,9 @@ def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents):
     x = normal(1 + tangents, 9, 50, dtype=dtype, device=device)
     weight, bias = affine(normal, 50, dtype=dtype, device=device)
     expected = ops.dual_norm(x, weight, bias)
-    sizes = (9 * 50, tangents, 9, 50, 1, 1, 1e-5, True)
-    pointers = (t.data_ptr() for t in (x, x, weight, bias))
-    _native.call("dual_norm", x, *pointers, *sizes)
+    fields = {"slice_stride": 9 * 50, "tangents": tangents, "rows": 9, "width": 50}
+    fields |= {"groups": 1, "inner": 1, "eps": 1e-5, "centre": True}
+    _native.call("dual_norm", x, x=x, y=x, weight=weight, bias=bias, **fields)
     assert torch.equal(x, expected)
 
 

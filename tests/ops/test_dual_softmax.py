@@ -178,8 +178,8 @@ def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents, inn
     skip_without_kernel(device, "it writes new memory")
     x = normal(1 + tangents, 9, 50, inner, dtype=dtype, device=device)
     expected = ops.dual_softmax(x, 2, log=log)
-    sizes = (x.stride(0), tangents, 9, 50, inner, log)
-    _native.call("dual_softmax", x, x.data_ptr(), x.data_ptr(), *sizes)
+    sizes = {"tangents": tangents, "outer": 9, "width": 50, "inner": inner}
+    _native.call("dual_softmax", x, x=x, y=x, slice_stride=x.stride(0), log=log, **sizes)
     assert torch.equal(x, expected)
 
 

@@ -1,6 +1,6 @@
-// Checks that throw. Python sees std::invalid_argument as ValueError, std::runtime_error as
-// RuntimeError. Shapes and dtypes are checked in Python, once; what is left here is what only the
-// native side knows.
+// Checks that throw. In Python std::invalid_argument becomes ValueError, std::runtime_error as
+// RuntimeError. Shapes and dtypes are checked in Python, once; the native side checks the
+// rest.
 #pragma once
 
 #include <sstream>

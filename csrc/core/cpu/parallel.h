@@ -1,4 +1,4 @@
-// Work split over threads (core/cpu/threads.h says whose).
+// Work split over threads (core/cpu/threads.h chooses the pool).
 //
 // The number of threads comes with every call (torch.get_num_threads() on the Python side). A
 // kernel that reduces over rows splits them with `row_chunks`, which looks at the shape alone, and
@@ -89,7 +89,7 @@ class Team {
  private:
   static constexpr int kLooks = 20'000;  // about 10 us
 
-  // On threads started here: nobody begins before their number is known.
+  // On threads started here: none begins before their number is known.
   template <typename Body>
   static void run_own(Team& team, index_t threads, const Body& body) {
     std::vector<std::thread> workers;

@@ -1,10 +1,10 @@
-// Where the threads of a kernel come from: torch's own OpenMP pool where it is libgomp, threads
-// started for the call elsewhere.
+// The threads of a kernel: torch's own OpenMP pool where it is libgomp, elsewhere threads started
+// for the call.
 //
-// A second pool would fight the first one for the cores: the workers of libgomp spin for
+// A second pool would compete with the first one for the cores: the workers of libgomp spin for
 // milliseconds after each region of torch. Its functions are looked up in the library that torch
 // has loaded (nothing is linked), the number of threads comes with every call, and no setting is
-// changed. A forked child has no workers: there the pool is given up.
+// changed. A forked child has no workers: there the pool is not used.
 #pragma once
 
 #include <system_error>
@@ -87,7 +87,7 @@ void run_on_threads(index_t threads, const Body& body) {
   workers.reserve(threads - 1);
   try {
     for (index_t i = 1; i < threads; ++i) workers.emplace_back([&body]() noexcept { body(); });
-  } catch (const std::system_error&) {  // the system has no thread left: those there are do it
+  } catch (const std::system_error&) {  // no more threads: the ones started do the work
   }
   body();
   for (std::thread& worker : workers) worker.join();

@@ -69,7 +69,7 @@ class Row {
 
   __device__ T& operator[](int slot) { return vectors_[slot / kCount].entry[slot % kCount]; }
 
-  // Numbers behind the end of the row become zero.
+  // Numbers after the end of the row become zero.
   __device__ void load(const T* row, index_t width) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use: asked of the processor once, overridden by a name.
+// The instruction set of the CPU kernels: read from the processor once, overridden by a name.
 //
 // A kernel source x.simd.cpp is compiled once per level, each copy in the namespace of its level.
 // Its functions are declared with FF_DECLARE_SIMD and called with FF_CALL_SIMD, which picks the

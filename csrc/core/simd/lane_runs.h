@@ -1,9 +1,9 @@
 // Runs of neighbouring numbers, one run a system, to and from vectors with a system a lane. For the
 // sources that are compiled once per instruction set.
 //
-// G says which systems the lanes are: Number (of the runs), first, count (lanes from there on
-// repeat the last one), system(lane), batch() systems in all, and `ahead`, how many groups later
-// the numbers are that are asked for in advance (0: none).
+// G describes the systems of the lanes: Number (type of the runs), first, count (later lanes repeat
+// the last system), system(lane), batch() systems in all, and `ahead`, how many groups in advance
+// numbers are prefetched (0: none).
 #pragma once
 
 #include "core/simd/simd.h"
@@ -61,7 +61,7 @@ FF_INLINE void read_run(const G& group, const typename G::Number* base, index_t 
       for (int e = 0; e < count; ++e) put(e, vectors[e]);
     };
     if (stride == length && with_short_length<T>(length, unzip_all)) return;
-    // a whole vector from each system, where the systems behind it lie in the way of the overrun
+    // a whole vector from each system, where later systems cover the overrun
     const index_t last = (group.batch() - 1) * stride + length;
     if ((group.first + W - 1) * stride + W <= last) {
       return read_square(first, stride, 0, length, group.ahead, put);

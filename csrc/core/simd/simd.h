@@ -75,7 +75,7 @@ FF_INLINE void finish_streams() {
   _mm_sfence();
 #endif
 }
-// How many numbers lie before the next boundary of a vector.
+// The count of numbers before the next boundary of a vector.
 template <typename T>
 FF_INLINE index_t numbers_to_boundary(const T* from) {
   constexpr std::uintptr_t kSize = FF_SIMD_BYTES;

@@ -3,7 +3,7 @@
 // Errors are at most a few units in the last place, for every input that is finite (measured: see
 // tests/ops/test_dual_activation.py). NaN stays NaN, exp underflows through the denormal numbers to
 // 0 and overflows to infinity. The polynomials interpolate at Chebyshev nodes; their own error,
-// relative to the function, stands beside them.
+// relative to the function, is stated next to them.
 #pragma once
 
 #include "core/simd/simd.h"

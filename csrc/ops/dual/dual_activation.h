@@ -6,6 +6,7 @@
 // or stands alone with f the identity. The derivative at a kink is PyTorch's.
 #pragma once
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -45,6 +46,9 @@ struct DualActivationArgs {
   index_t inner;     // 1 for channels-last
   Activation kind;
   T a, b, c;
+
+  FF_FIELDS(x, y, scale, shift, slope, slice_stride, output_stride, tangents, outer, channels,
+            inner, kind, a, b, c)
 };
 
 // Cost: reads and writes (1 + P) outer C inner numbers once; f and f' once for each primal.

@@ -216,8 +216,8 @@ void spread(const DualActivationArgs<T>& args, const T* vector, T otherwise, ind
   }
 }
 
-// What is known of a block of primal numbers; whole vectors are computed, those behind the last
-// number from what was there.
+// Results for a block of primal numbers, computed by whole vectors: lanes after the last number
+// hold leftovers.
 template <typename T>
 struct Block {
   alignas(64) T value[kBlock<T>] = {};  // first z, then f(z)

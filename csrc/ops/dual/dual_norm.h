@@ -8,6 +8,7 @@
 // has one row per sample and group, `groups` of them, and inner = positions of a channel.
 #pragma once
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -27,6 +28,8 @@ struct DualNormArgs {
   index_t inner;
   T eps;
   bool centre;
+
+  FF_FIELDS(x, y, weight, bias, slice_stride, tangents, rows, width, groups, inner, eps, centre)
 };
 
 // Cost: reads and writes (1 + P) rows width numbers once from memory when a row and its tangents

@@ -6,6 +6,7 @@
 // One to three dimensions: missing ones have size, kernel, stride and dilation 1 and padding 0.
 #pragma once
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -25,8 +26,10 @@ struct DualPoolArgs {
   index_t out[kPoolDims];
   index_t kernel[kPoolDims];
   index_t stride[kPoolDims];
-  index_t padding[kPoolDims];  // no window lies in it alone
+  index_t padding[kPoolDims];  // every window reaches beyond it
   index_t dilation[kPoolDims];
+
+  FF_FIELDS(x, y, slice_stride, tangents, outer, inner, in, out, kernel, stride, padding, dilation)
 };
 
 // Cost: writes the results, and reads each number once from memory; on the CPU, from the caches, as

@@ -1,6 +1,6 @@
 // An output a lane: neighbours along the last dimension, or channels where these are last. The
 // numbers of a window are passed over in its order; where one is larger than the largest so far, it
-// and the tangents beside it replace what the lanes hold, so that no index is kept and nothing is
+// and its tangents replace what the lanes hold, so that no index is kept and nothing is
 // gathered. Tangents beyond kTangents take further passes over the primal. Windows at the ends of a
 // row, and those more than two numbers apart, are searched one by one for an index.
 #include "ops/dual/dual_pool.h"

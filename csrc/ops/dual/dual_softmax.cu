@@ -81,7 +81,7 @@ __device__ T largest_of(const Walk<T, kTeam, kCount>& walk, const T* u) {
   return largest[0];
 }
 
-// exp(u - largest); zero behind the end of the row.
+// exp(u - largest); zero after the end of the row.
 template <typename T, int kCount>
 __device__ Vector<T, kCount> exponentials(const T* u, index_t valid, T largest) {
   Vector<T, kCount> e = load_vector<kCount>(u, valid);

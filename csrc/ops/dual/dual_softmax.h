@@ -6,6 +6,7 @@
 // A row of -inf alone gives NaN, as in PyTorch.
 #pragma once
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -21,6 +22,8 @@ struct DualSoftmaxArgs {
   index_t width;  // numbers that are summed over
   index_t inner;
   bool log;
+
+  FF_FIELDS(x, y, slice_stride, tangents, outer, width, inner, log)
 };
 
 // Cost: reads and writes (1 + P) outer width inner numbers once from memory when a row and its

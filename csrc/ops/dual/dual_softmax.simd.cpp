@@ -125,7 +125,7 @@ struct Pass {
   T* y;
   index_t slice;  // of y
   Vec<T> largest;
-  Vec<T> total;  // sum of e; its logarithm where that is asked for
+  Vec<T> total;  // sum of e; its logarithm for log-softmax
 
   FF_INLINE const T* tangent(index_t p) const { return x + p * args.slice_stride; }
   template <typename Lanes>

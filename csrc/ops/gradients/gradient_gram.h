@@ -7,6 +7,7 @@
 // positions s, times 2 entries of M and kGramRows positions t, and then in double.
 #pragma once
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -32,6 +33,10 @@ struct GradientGramArgs {
   index_t inputs;     // D
   index_t outputs;    // M
   bool symmetric;     // left and right are the same: half of the pairs are computed
+
+  FF_FIELDS(left.a, left.a_strides, left.b, left.b_strides, left.rows, left.columns, left.positions,
+            right.a, right.a_strides, right.b, right.b_strides, right.rows, right.columns,
+            right.positions, gram, inputs, outputs, symmetric)
 };
 
 constexpr index_t kGramDepth = 256;      // entries of D whose products are summed in T
@@ -46,8 +51,9 @@ void gradient_gram_cpu(const GradientGramArgs<T>& args, int threads);
 template <typename T>
 void gradient_gram_cuda(const GradientGramArgs<T>& args, int device, void* stream);
 
-// Where a sample lies in panels of two vectors of columns (core/simd/panels.h): a as [D, T], then
-// each column of b as [T, M]. No member functions: several instruction sets compile this header.
+// The layout of a sample in panels of two vectors of columns (core/simd/panels.h): a as [D, T],
+// then each column of b as [T, M]. No member functions: several instruction sets compile this
+// header.
 struct GramPanels {
   index_t inputs, outputs, positions, columns;  // D, M, T, C
   index_t panel;                                // numbers in a row of a panel

@@ -7,7 +7,7 @@
 namespace fisherfast::FF_SIMD_NAMESPACE {
 namespace {
 
-// Columns of a matrix, copied into panels; `filled` >= rows, with zeros behind the last row and the
+// Columns of a matrix, copied into panels; `filled` >= rows, with zeros after the last row and the
 // last column.
 template <typename T>
 void pack_panels(const T* from, index_t rows, index_t filled, index_t columns, index_t row_stride,

@@ -12,7 +12,7 @@ namespace {
 constexpr index_t kGrainOperations = 1'000'000;
 
 // A tile's sums stay in the second level of the caches: 128 KiB in float32. Rows first: each column
-// of a patch that is read meets all of them.
+// of a patch is read once for all of them.
 constexpr index_t kTileRows = 128;
 constexpr index_t kTileColumns = 256;
 

@@ -2,14 +2,15 @@
 //
 //   out[m, c, a, b] = sum_i ( sum_t g[i, m, t] x[i, c, t stride - padding + (a, b) dilation] )^2
 //
-// t runs over the positions [Ho, Wo] of the output; x is zero outside. In a group, channels m meet
-// the channels c of that group alone. Neither patches nor gradients of a sample are ever stored.
+// t runs over the positions [Ho, Wo] of the output; x is zero outside. Channels m and c are of the
+// same group. Neither patches nor gradients of a sample are stored.
 //
 // CPU: products are summed in T, in blocks of kGradientPositions (in groups of few rows: by lanes,
 // each its share of all positions), squares in T over at most kGradientSamples samples and then in
 // double. Device: products in T over 64 positions, then all in double.
 #pragma once
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -22,7 +23,7 @@ struct GradientSquaresArgs {
   index_t x_strides[4];  // in elements, not negative
   index_t g_strides[4];
   double* squares;    // out [G M, C, kh, kw], contiguous
-  double* workspace;  // device only: gradient_squares_workspace() doubles
+  double* workspace;  // device only: workspace_bytes()
   index_t samples;    // n
   index_t groups;     // G
   index_t inputs;     // C, of a group
@@ -33,6 +34,9 @@ struct GradientSquaresArgs {
   index_t stride[2];
   index_t padding[2];
   index_t dilation[2];
+
+  FF_FIELDS(x, g, x_strides, g_strides, squares, workspace, samples, groups, inputs, outputs, in,
+            out, kernel, stride, padding, dilation)
 };  // outputs and workspace alias nothing
 
 // A float32 sum of 64 squares is off by at most 64 * 2^-24 = 4e-6 of it, 2e-7 typically; a sum of p
@@ -46,7 +50,8 @@ template <typename T>
 void gradient_squares_cpu(const GradientSquaresArgs<T>& args, int threads);
 
 // CPU, one instruction set: one group, rows [row, row + rows) of the M and columns
-// [column, column + columns) of the D numbers of a patch; c is the first channel that these meet.
+// [column, column + columns) of the D numbers of a patch; they use channels [channel, channel +
+// channels).
 struct GradientTile {
   index_t group;
   index_t row, rows;
@@ -59,11 +64,11 @@ template <typename T>
 struct GradientScratch {
   T* g;               // [rows of a panel rounded up, Ho Wo] of one sample
   T* sums;            // squares of some samples, rows and columns rounded up
-  index_t* position;  // [Ho Wo], where the positions lie in x
-  index_t* column;    // where the columns lie in x, rounded up
+  index_t* position;  // [Ho Wo], offsets of the positions in x
+  index_t* column;    // offsets of the columns in x, rounded up
   T* padded;          // x of one sample with its margins; null without margins
   // Groups of few rows (depthwise): lanes are positions, and `padded` is always there, each channel
-  // with kGradientRound zeros behind it.
+  // followed by kGradientRound zeros.
   bool positions_are_lanes;
 };
 
@@ -97,10 +102,13 @@ inline index_t gradient_squares_splits(index_t samples, index_t groups, index_t 
   return splits < 1 ? 1 : (splits < samples ? splits : samples);
 }
 
-// Doubles of workspace: the results of every split.
-inline index_t gradient_squares_workspace(index_t samples, index_t groups, index_t outputs,
-                                          index_t columns) {
-  return gradient_squares_splits(samples, groups, outputs, columns) * groups * outputs * columns;
+// The results of every split, in double.
+template <typename T>
+index_t workspace_bytes(const GradientSquaresArgs<T>& args) {
+  const index_t columns = args.inputs * args.kernel[0] * args.kernel[1];
+  const index_t doubles = args.groups * args.outputs * columns;
+  return gradient_squares_splits(args.samples, args.groups, args.outputs, columns) * doubles *
+         static_cast<index_t>(sizeof(double));
 }
 
 template <typename T>

@@ -1,12 +1,12 @@
 // One tile of results: for each sample the gradients g of the tile's rows are copied into panels
-// [position, row], rows being the lanes. Patches are not copied: the numbers that a column of the
-// patch meets, one position after another, are read where they lie in x (or in a copy of the
-// sample with its margins of zeros) and multiply the lanes. kColumns columns by one or two vectors
+// [position, row], rows being the lanes. Patches are not copied: the numbers of a column of the
+// patch, one position after another, are read in place from x (or from a copy of the sample with
+// its margins of zeros) and multiply the lanes. kColumns columns by one or two vectors
 // of rows are summed in registers over all positions, squared, and added to sums that stay in the
 // caches.
 //
 // A group of few rows (depthwise) would leave most lanes empty. There positions are the lanes: g is
-// spread over the area of x, so that any column of the patch meets it as one run of memory.
+// spread over the area of x, so that any column of the patch is one run of memory.
 #include "ops/gradients/gradient_squares.h"
 
 #include "core/simd/simd.h"
@@ -22,14 +22,14 @@ constexpr index_t kPanel = 2 * kLanes<T>;
 constexpr int kColumns = FF_SIMD_BYTES == 64 ? 8 : 4;
 static_assert(kGradientRound % kColumns == 0 && kGradientRound % kPanel<float> == 0);
 
-// Where one sample of x lies: strides of channels, rows and columns of the image.
+// The layout of one sample of x: strides of channels, rows and columns of the image.
 template <typename T>
 struct Image {
   const T* at;
   index_t channel, row, column;
 };
 
-// --- where things lie ----------------------------------------------------------------------------
+// --- layout --------------------------------------------------------------------------------------
 
 template <typename T>
 void find_positions(const GradientSquaresArgs<T>& args, const Image<T>& image, index_t* position) {
@@ -55,7 +55,7 @@ void find_columns(const GradientSquaresArgs<T>& args, const GradientTile& tile,
 
 // --- x with its margins --------------------------------------------------------------------------
 
-// The layout of the copy: channels last where they lie so in x and lanes are not positions.
+// The layout of the copy: channels last where they are last in x and lanes are not positions.
 template <typename T>
 Image<T> padded_image(const GradientSquaresArgs<T>& args, const GradientTile& tile, const T* copy,
                       bool lanes) {

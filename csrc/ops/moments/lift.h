@@ -6,6 +6,7 @@
 // The matrix product that gives `projected` stays with torch.
 #pragma once
 
+#include "core/fields.h"
 #include "core/lifted_feature.h"
 #include "core/types.h"
 
@@ -24,6 +25,8 @@ struct LiftArgs {
   index_t groups;      // G
   index_t first;       // number of rows dealt before this call
   T slope;
+
+  FF_FIELDS(projected, row_stride, bias, pilot, features, sums, rows, dim, groups, first, slope)
 };
 
 // Cost: reads and writes n k numbers. Same bits for any number of threads.

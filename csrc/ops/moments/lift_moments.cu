@@ -223,10 +223,9 @@ void launch_chunk(const LiftMomentsArgs<T>& args, const Chunk<T>& chunk, T* lift
 }  // namespace
 
 template <typename T>
-index_t lift_moments_workspace(index_t rows, index_t dim, index_t lifted, index_t /*folds*/,
-                               index_t halves) {
-  const index_t features = chunk_rows(rows) * lifted * static_cast<index_t>(sizeof(T));
-  return partial_bytes(rows, dim + lifted, halves) + features;
+index_t workspace_bytes(const LiftMomentsArgs<T>& args) {
+  const index_t features = chunk_rows(args.rows) * args.lifted * static_cast<index_t>(sizeof(T));
+  return partial_bytes(args.rows, args.dim + args.lifted, args.halves) + features;
 }
 
 template <typename T>
@@ -247,8 +246,8 @@ void lift_moments_cuda(const LiftMomentsArgs<T>& args, int device, void* stream)
             splits);
 }
 
-template index_t lift_moments_workspace<float>(index_t, index_t, index_t, index_t, index_t);
-template index_t lift_moments_workspace<double>(index_t, index_t, index_t, index_t, index_t);
+template index_t workspace_bytes(const LiftMomentsArgs<float>&);
+template index_t workspace_bytes(const LiftMomentsArgs<double>&);
 template void lift_moments_cuda(const LiftMomentsArgs<float>&, int, void*);
 template void lift_moments_cuda(const LiftMomentsArgs<double>&, int, void*);
 

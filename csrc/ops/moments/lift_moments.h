@@ -1,19 +1,19 @@
-// Moments of random features that never exist as a whole: projection, bias, activation, centring,
+// Moments of random features without storing the features: projection, bias, activation, centring,
 // sums by fold and products by half in one pass over the samples. For a sample z
 //
 //   f       = [z | leaky_relu(weight z + bias) - pilot]      slope below zero: `slope`
 //   sums_g += sum of f over the rows of fold g
 //   cross_h += sum of f f^T over the rows of half h: those of the folds g = h mod H, lower triangle
 //
-// Rows are sorted by fold, even folds first: those of segment s = 0, ..., F - 1 are of fold 0, 2,
-// 4,
-// ..., 1, 3, ..., so that a half is one run of rows.
+// Rows are sorted by fold, even folds first: segments s = 0, ..., F - 1 are folds 0, 2, 4, ..., 1,
+// 3, ..., so that a half is one run of rows.
 //
 // Features before `start` are known already: only the sums of the others, and the rows of the cross
 // products from `start` on, are added to. Growing a dictionary costs its new columns alone.
-// Accumulators may have room for more features: what is after the first d + k is left alone.
+// Accumulators may have room for more features: what is after the first d + k is not touched.
 #pragma once
 
+#include "core/fields.h"
 #include "core/lifted_feature.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
@@ -30,7 +30,7 @@ struct LiftMomentsArgs {
   const index_t* offsets;  // [F + 1], row at which each segment begins, and n
   double* sums;            // in and out [F, size], contiguous
   double* cross;           // in and out [H, size, size], contiguous
-  void* workspace;         // device only: lift_moments_workspace() bytes, aligned to 16
+  void* workspace;         // device only: workspace_bytes(), aligned to 16
   index_t rows;            // n
   index_t dim;             // d raw features
   index_t lifted;          // k lifted features
@@ -39,6 +39,9 @@ struct LiftMomentsArgs {
   index_t start;           // features known already
   index_t size;            // features that sums and cross have room for, at least d + k
   T slope;
+
+  FF_FIELDS(z, row_stride, weight, bias, pilot, offsets, sums, cross, workspace, rows, dim, lifted,
+            folds, halves, start, size, slope)
 };  // outputs and workspace alias nothing
 
 // The fold of a segment of rows.
@@ -72,10 +75,8 @@ constexpr index_t kLiftTileRows = 512;
 template <typename T>
 void lift_moments_cpu(const LiftMomentsArgs<T>& args, int threads);
 
-// Bytes of workspace on the device.
 template <typename T>
-index_t lift_moments_workspace(index_t rows, index_t dim, index_t lifted, index_t folds,
-                               index_t halves);
+index_t workspace_bytes(const LiftMomentsArgs<T>& args);  // compiled with the CUDA kernels
 
 template <typename T>
 void lift_moments_cuda(const LiftMomentsArgs<T>& args, int device, void* stream);

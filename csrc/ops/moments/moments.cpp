@@ -1,7 +1,7 @@
 // CPU: the rows of a group, tile by tile, are copied into panels and the panels multiplied.
 //
 // A few columns: chunks of rows, each with results of its own that are added in order. Many
-// columns, whose results are too large to have one a thread: all threads work on the same tile.
+// columns, with results too large for one copy per thread: all threads work on the same tile.
 #include "ops/moments/moments.h"
 
 #include <numeric>

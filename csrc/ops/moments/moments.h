@@ -8,6 +8,7 @@
 // kMomentsTileRows on the CPU, 64 on the device) and then in double.
 #pragma once
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -22,10 +23,12 @@ struct MomentsArgs {
   index_t* count;        // out [G]
   double* sums;          // out [G, d]
   double* cross;         // out [G, d, d], both triangles
-  double* workspace;     // device only: moments_workspace() doubles, aligned to 16 bytes
+  double* workspace;     // device only: workspace_bytes(), aligned to 16 bytes
   index_t rows;          // N
   index_t dim;           // d
   index_t groups;        // G
+
+  FF_FIELDS(x, row_stride, group, pilot, count, sums, cross, workspace, rows, dim, groups)
 };  // outputs and workspace alias nothing
 
 // Rows whose products are summed in T. The error of a float32 sum of 256 products is at most
@@ -45,9 +48,11 @@ inline index_t moments_splits(index_t rows) {
   return splits < 1 ? 1 : (splits < kMaxSplits ? splits : kMaxSplits);
 }
 
-// Doubles of workspace: one [d + 1, d + 1] matrix for every split and group.
-inline index_t moments_workspace(index_t rows, index_t dim, index_t groups) {
-  return moments_splits(rows) * groups * (dim + 1) * (dim + 1);
+// One [d + 1, d + 1] matrix of double for every split and group.
+template <typename T>
+index_t workspace_bytes(const MomentsArgs<T>& args) {
+  const index_t width = args.dim + 1, doubles = args.groups * width * width;
+  return moments_splits(args.rows) * doubles * static_cast<index_t>(sizeof(double));
 }
 
 // CPU, one instruction set: the rows of a list (or first, first + 1, ... without a list), in panels

@@ -27,8 +27,7 @@ void moments_centre(const MomentsArgs<T>& args, const RowList& rows, index_t pan
   for (index_t c = 0; args.pilot != nullptr && c < used; ++c) pilot[c] = args.pilot[first + c];
   const Vec<T> pilot_low = load(pilot), pilot_high = load(pilot + W);
   const Mask<T> low_used = used_lanes<T>(used), high_used = used_lanes<T>(used - W);
-  // behind the last number of a row there may be other rows to read, and behind the last one
-  // nothing
+  // reading past the end of a row is safe unless it is the last row
   const T* const last = args.x + (args.rows - 1) * args.row_stride + args.dim - kPanel<T>;
   for (index_t n = 0; n < rows.count; ++n) {
     const index_t row = rows.list == nullptr ? rows.first + n : rows.list[rows.first + n];

@@ -1,7 +1,7 @@
 // CPU: patches of a group, tile by tile, are copied into panels and the panels multiplied.
 //
 // Small patches: chunks of them, each with results of its own that are added in order. Large ones,
-// whose results are too large to have one a thread: all threads work on the same tile.
+// with results too large for one copy per thread: all threads work on the same tile.
 #include "ops/moments/patch_moments.h"
 
 #include "core/cpu/aligned.h"

@@ -10,6 +10,7 @@
 // kPatchTileRows patches (64 on the device) and then in double.
 #pragma once
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -27,11 +28,14 @@ struct PatchMomentsArgs {
   index_t out[2];     // positions
   double* sums;       // out [G, K], K = C / G kh kw
   double* cross;      // out [G, K, K], both triangles
-  double* workspace;  // device only: patch_moments_workspace() doubles
+  double* workspace;  // device only: workspace_bytes()
   index_t samples;    // n
   index_t channels;   // C / G
   index_t groups;     // G
   index_t width;      // K
+
+  FF_FIELDS(x, strides, size, kernel, stride, padding, dilation, out, sums, cross, workspace,
+            samples, channels, groups, width)
 };  // outputs and workspace alias nothing
 
 // Patches whose products are summed in T: the error of a float32 sum of 256 products is at most
@@ -51,9 +55,12 @@ inline index_t patch_splits(index_t rows) {
   return splits < 1 ? 1 : (splits < kMaxPatchSplits ? splits : kMaxPatchSplits);
 }
 
-// Doubles of workspace: one [K + 1, K] matrix for every split and group, the sums in its last row.
-inline index_t patch_moments_workspace(index_t rows, index_t width, index_t groups) {
-  return patch_splits(rows) * groups * (width + 1) * width;
+// One [K + 1, K] matrix of double for every split and group, the sums in its last row.
+template <typename T>
+index_t workspace_bytes(const PatchMomentsArgs<T>& args) {
+  const index_t doubles = args.groups * (args.width + 1) * args.width;
+  const index_t splits = patch_splits(args.samples * args.out[0] * args.out[1]);
+  return splits * doubles * static_cast<index_t>(sizeof(double));
 }
 
 template <typename T>

@@ -115,8 +115,8 @@ struct Products {
   }
 };
 
-// Writes the products of one thread at one position, both triangles, and with them the sums of its
-// rows if they are the first to know them.
+// Writes the products of one thread at one position, both triangles, and the sums of its
+// rows if it has the first columns.
 template <typename T>
 __device__ void write_products(const SpatialMomentsArgs<T>& args, const Products<T>& products,
                                index_t position, index_t row, index_t column) {

@@ -7,6 +7,7 @@
 // samples and then in double.
 #pragma once
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -23,6 +24,8 @@ struct SpatialMomentsArgs {
   index_t channels;    // C
   index_t height;      // H
   index_t width;       // W
+
+  FF_FIELDS(x, strides, pilot, sums, cross, rows, channels, height, width)
 };  // outputs alias nothing
 
 // Samples whose products are summed in T: the error of a float32 sum of 64 products is at most

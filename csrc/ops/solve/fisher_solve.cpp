@@ -37,7 +37,7 @@ void fisher_solve_cpu(const FisherSolveArgs<T>& args, int threads) {
   const index_t operations = 1 + d * (d * (d / 6 + P) + 16);
   const index_t grain = ceil_div(kGrainOperations, operations);
   if (one_system_a_lane(args, lanes)) {
-    // whole groups a thread, so that a system meets the same neighbours whatever the threads
+    // whole groups per thread: a system has the same neighbours for any number of threads
     const index_t groups = ceil_div(args.batch, lanes);
     const index_t size = fisher_solve_lanes_scratch(lanes, d, P);
     parallel_for(groups, ceil_div(grain, lanes), threads, [&](index_t begin, index_t end) {

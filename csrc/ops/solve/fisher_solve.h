@@ -11,7 +11,7 @@
 // written to `info` and every floating-point result of that system is NaN.
 //
 // Host and device run the same plan on the *augmented factor*. Append the rows of (diag(s) D)^T,
-// and the rows of I when inverse_rows is asked for, below R; the column operations that turn R
+// and the rows of I when inverse_rows is wanted, below R; the column operations that turn R
 // into L turn these rows into Y^T and L^-T. Column j then holds, contiguously,
 //
 //   L_jj ... L_(d-1)j | Y_j1 ... Y_jP | (L^-1)_j0 ... (L^-1)_jj
@@ -22,6 +22,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/fields.h"
 #include "core/simd/dispatch.h"
 #include "core/types.h"
 
@@ -43,10 +44,13 @@ struct FisherSolveArgs {
   index_t dim;               // d features
   index_t params;            // P parameters
   T ridge;                   // added to the unit diagonal
+
+  FF_FIELDS(cov, cov_strides, deriv, deriv_strides, fisher, half, info, condition, inverse_rows,
+            solution, batch, dim, params, ridge)
 };  // outputs alias neither each other nor an input
 
-// The smallest pivot that is told from zero. The rounding error of a pivot is at most about
-// d eps (L L^T)_ii, and (L L^T)_ii = 1 here (Higham 2002, Accuracy and Stability of Numerical
+// The smallest pivot that can be distinguished from zero. The rounding error of a pivot is at most
+// about d eps (L L^T)_ii, and (L L^T)_ii = 1 here (Higham 2002, Accuracy and Stability of Numerical
 // Algorithms, theorem 10.3).
 template <typename T>
 inline T pivot_tolerance(index_t dim) {
@@ -65,7 +69,7 @@ FF_HOST_DEVICE inline bool usable_pivot(T pivot, T scale, T tolerance) {
   return scale > 0 && pivot > tolerance;
 }
 
-// Where the columns of the augmented factor lie in one scratch array.
+// The layout of the columns of the augmented factor in one scratch array.
 struct AugmentedFactor {
   index_t dim;
   index_t params;

@@ -8,6 +8,7 @@
 // grad_cov is symmetric. A failed system has X = NaN, and with it NaN gradients.
 #pragma once
 
+#include "core/fields.h"
 #include "core/types.h"
 
 namespace fisherfast {
@@ -22,6 +23,8 @@ struct FisherSolveBackwardArgs {
   index_t dim;           // d features
   index_t params;        // P parameters
   T ridge;
+
+  FF_FIELDS(grad_fisher, solution, grad_cov, grad_deriv, batch, dim, params, ridge)
 };  // outputs alias neither each other nor an input
 
 // Cost a system: d^2 P + d P^2 multiply-adds, d^2 numbers written. Same bits for any number of

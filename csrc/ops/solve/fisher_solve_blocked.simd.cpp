@@ -8,7 +8,7 @@
 // Of several threads on one system each owns panels; only the diagonal panel waits for one of them.
 //
 // Every product is one loop over earlier columns: two vector loads and kColumns broadcasts for
-// 2 kColumns multiply-adds of vectors. What lies above the diagonal is never used.
+// 2 kColumns multiply-adds of vectors. Entries above the diagonal are never used.
 #include "core/simd/simd.h"
 #include "ops/solve/fisher_solve.h"
 

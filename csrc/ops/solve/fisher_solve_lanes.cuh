@@ -31,7 +31,7 @@ struct Lanes {
   static constexpr int kInWarp = kLanes < 32 ? kLanes : 32;
 
   int lane;           // the column that this thread holds
-  Message* messages;  // two in shared memory, in turn: who is late still reads the one before
+  Message* messages;  // two in shared memory, used in turn: a late thread still reads the other
 
   __device__ void wait() const {
     if constexpr (kLanes <= 32) {

@@ -35,7 +35,7 @@ struct Group {
   const FisherSolveArgs<T>& args;
   index_t first;  // first system
   int count;      // systems, 1..W; the other lanes repeat the last one
-  index_t ahead;  // groups to the one that is asked for in advance
+  index_t ahead;  // groups to the one that is prefetched
   index_t d, P;
   Vec<T>* scale;                   // [d]
   Vec<T>* reciprocal;              // [d] 1 / L_ii
@@ -69,9 +69,9 @@ struct Group {
 
 // --- In: from rows of numbers, one system after another, to vectors of lanes ---------------------
 
-// Groups between the one at work and the one whose numbers are asked for in advance: sixteen
-// systems far apart in memory are more streams than the processor foresees, and waiting for them
-// took most of the time at d = 16 to 64. At least two groups, and at least 32 KiB. Measured at d =
+// Groups between the current one and the one that is prefetched: sixteen systems far apart in
+// memory are more streams than the hardware prefetcher follows, and waiting for them took most of
+// the time at d = 16 to 64. At least two groups, and at least 32 KiB. Measured at d =
 // 16 and 32 (16 and 64 KiB a group): 107 and 470 ns a system for one group, 93 and 412 for two, 113
 // and 487 for three.
 template <typename T>

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cuda_host import harness
+from support.pairwise import DTYPES
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +17,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory):
     return harness.Kernels(harness.build(tmp_path_factory.mktemp("cuda_host")))
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 

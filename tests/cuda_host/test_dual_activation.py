@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cuda_host.dual_buffers import assert_matches, buffer
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 from fisherfast.ops import reference_dual
@@ -85,15 +86,11 @@ def test_numbers_that_are_not_finite_or_large(kernels, normal, dtype, kind):
     assert_matches(y, truth, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("tangents", [0, 1, 4, 9])
-@pytest.mark.parametrize(("outer", "channels", "inner"), SHAPES)
-@pytest.mark.parametrize("kind", ["prelu", "silu"])
-def test_scale_and_shift_of_each_channel(
-    kernels, normal, dtype, kind, outer, channels, inner, tangents
-):
+@pairwise(shape=SHAPES, tangents=[0, 1, 4, 9], kind=["prelu", "silu"], dtype=DTYPES)
+def test_scale_and_shift_of_each_channel(kernels, normal, dtype, kind, shape, tangents):
     """Catches the channel of a neighbour, a shift of the tangents, and a tangent that is left out
     (four are loaded together)."""
-    x = buffer(normal, dtype, (1 + tangents, outer, channels, inner), gap=3)
+    x, channels = buffer(normal, dtype, (1 + tangents, *shape), gap=3), shape[1]
     scale, shift = normal(channels, dtype=dtype), normal(channels, dtype=dtype)
     vectors = {"scale": scale, "shift": shift, "slope": slope_of(normal, kind, channels, dtype)}
     y, _ = dual_activation(kernels, x, kind, **vectors)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cuda_host.dual_buffers import buffer
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 from fisherfast.ops import _dual_pool, reference_dual
@@ -34,9 +35,7 @@ def assert_same(got, truth):
     assert torch.equal(got.nan_to_num(0.0), truth.nan_to_num(0.0))
 
 
-@pytest.mark.parametrize("ceil_mode", [False, True])
-@pytest.mark.parametrize("tangents", [0, 1, 5])
-@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+@pairwise(pool=list(POOLS.values()), tangents=[0, 1, 5], ceil_mode=[False, True], dtype=DTYPES)
 def test_matches_the_reference(kernels, normal, dtype, pool, tangents, ceil_mode):
     """Catches a window that begins or ends one tap early or late, and dimensions in wrong order."""
     x = buffer(normal, dtype, (1 + tangents, 2, 3, *pool[0]), gap=3, offset=1)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cuda_host.dual_buffers import assert_matches, buffer
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 from fisherfast.ops import reference_dual
@@ -35,8 +36,7 @@ def log(request):
     return request.param
 
 
-@pytest.mark.parametrize("tangents", [0, 1, 5])
-@pytest.mark.parametrize("shape", ROWS + LONG + COLUMNS)
+@pairwise(shape=ROWS + LONG + COLUMNS, tangents=[0, 1, 5], log=[0, 1], dtype=DTYPES)
 def test_matches_the_reference(kernels, normal, dtype, shape, tangents, log):
     """Catches a sum over part of a row or over a neighbour's, and a tangent that gets the sum of
     another."""
@@ -85,8 +85,7 @@ def test_any_alignment_gives_the_same_bits(kernels, normal, dtype, shape, offset
     assert torch.equal(dual_softmax(kernels, x, log), expected)
 
 
-@pytest.mark.parametrize("tangents", [0, 3, 9])
-@pytest.mark.parametrize("shape", ONE_OF_EACH)
+@pairwise(shape=ONE_OF_EACH, tangents=[0, 3, 9], log=[0, 1], dtype=DTYPES)
 def test_in_place(kernels, normal, dtype, shape, tangents, log):
     """Catches a primal that is overwritten while tangents still need it: a row that is walked along
     takes nine of them in three turns."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 from fisherfast.ops import reference
@@ -126,9 +127,7 @@ FAILURES = {
 }
 
 
-@both_plans
-@pytest.mark.parametrize("dim", [5, 36])
-@pytest.mark.parametrize("failure", FAILURES)
+@pairwise(failure=list(FAILURES), dim=[5, 36], inverse_rows=[False, True], dtype=DTYPES)
 def test_failures_stay_in_their_system(kernels, systems, dtype, failure, dim, inverse_rows):
     entries, pivot = FAILURES[failure]
     cov, deriv = systems(5, dim, 2, dtype)

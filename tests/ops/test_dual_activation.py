@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.closeness import assert_close
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import _native, ops
 from fisherfast.ops import reference_dual
@@ -354,16 +355,17 @@ def test_shapes(machine, dtype, normal, case):
         assert_matches(got, truth_of(x, kind, parameters), dtype)
 
 
-@pytest.mark.parametrize("given", ["scale", "shift", "both"])
-@pytest.mark.parametrize(
-    ("shape", "channel_dim"),
-    [((3, 5), 1), ((2, 4, 9), 1), ((2, 4, 9), 2), ((4, 2, 3, 49), 2), ((2, 3, 1, 700), 2),
-     ((2, 3, 5, 2, 100), 3), ((2, 30, 1100, 1), 2), ((2, 2, 3, 2, 2), 2), ((2, 3, 0, 4), 2)],
-    ids=str,
+@pairwise(
+    layout=[((3, 5), 1), ((2, 4, 9), 1), ((2, 4, 9), 2), ((4, 2, 3, 49), 2), ((2, 3, 1, 700), 2),
+            ((2, 3, 5, 2, 100), 3), ((2, 30, 1100, 1), 2), ((2, 2, 3, 2, 2), 2),
+            ((2, 3, 0, 4), 2)],
+    given=["scale", "shift", "both"],
+    kind=["identity", "relu", "gelu"],
+    dtype=DTYPES,
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["identity", "relu", "gelu"])
-def test_scale_and_shift(machine, dtype, normal, kind, shape, channel_dim, given):
+def test_scale_and_shift(machine, dtype, normal, kind, layout, given):
     """Catches a tangent without scale, a tangent with shift, and the channel of a neighbour."""
+    shape, channel_dim = layout
     x = normal(*shape, dtype=dtype, device=machine)
     names = ("scale", "shift") if given == "both" else (given,)
     channels = shape[channel_dim]
@@ -407,8 +409,11 @@ def test_in_place(machine, dtype, normal, size):
 
 
 @needs_kernel
-@pytest.mark.parametrize("offset", [0, 1, 5, 16])
-@pytest.mark.parametrize("size", [*range(1, 20), 63, 64, 65, 1023, 1030, BEYOND_THE_CACHES // 8])
+@pairwise(
+    size=[*range(1, 20), 63, 64, 65, 1023, 1030, BEYOND_THE_CACHES // 8],
+    offset=[0, 1, 5, 16],
+    dtype=DTYPES,
+)
 def test_nothing_is_written_beside_the_result(machine, dtype, normal, size, offset):
     """Catches the vector store that begins before y or ends behind a slice, and the streaming store
     to an address that is no boundary."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ops.dual_buffers import LAYOUTS, expanded, jvp_of
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 from fisherfast.ops import reference_dual
@@ -63,9 +64,13 @@ def test_by_hand(device, dtype):
     assert got.flatten(1).tolist() == [[5.0, 5.0], [2.0, 2.0]]
 
 
-@pytest.mark.parametrize("ceil_mode", [False, True])
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("channels", [1, 3, 16, 21])
+@pairwise(
+    window=WINDOWS,
+    channels=[1, 3, 16, 21],
+    last=[False, True],
+    ceil_mode=[False, True],
+    dtype=DTYPES,
+)
 def test_windows(normal, device, dtype, window, channels, last, ceil_mode):
     """Catches windows that reach over an end, a row or a channel, and a wrong number of them."""
     size, *window = window
@@ -73,8 +78,7 @@ def test_windows(normal, device, dtype, window, channels, last, ceil_mode):
     assert_matches(channels_last(x) if last else x, *window, ceil_mode=ceil_mode)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("width", [*range(3, 41), 63, 64, 65, 66, 67, 130])
+@pairwise(width=[*range(3, 41), 63, 64, 65, 66, 67, 130], stride=[1, 2, 3], dtype=DTYPES)
 def test_every_width(normal, device, dtype, width, stride):
     """Catches vectors that run over the end of a row."""
     x = normal(3, 1, 2, 5, width, dtype=dtype, device=device)

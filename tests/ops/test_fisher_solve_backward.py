@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 from support.closeness import assert_close
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 
@@ -327,9 +328,7 @@ def backward_by_formula(G, X, ridge):
     return grad_cov + ridge * diagonal, Z
 
 
-@pytest.mark.parametrize("ridge", [0.0, 0.3])
-@pytest.mark.parametrize("params", [1, 2, 3, 16, 17])
-@pytest.mark.parametrize("dim", [1, 3, 8, 33, 130])
+@pairwise(dim=[1, 3, 8, 33, 130], params=[1, 2, 3, 16, 17], ridge=[0.0, 0.3], dtype=DTYPES)
 def test_backward_is_the_formula(normal, device, dtype, dim, params, ridge):
     """Z X^T = X (G + G^T) X^T is symmetric, to the bit; G itself is not."""
     G = normal(3, params, params, dtype=dtype, device=device)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.closeness import assert_close
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import _native, ops
 from fisherfast.ops import reference
@@ -185,9 +186,12 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("which", ["x", "g", "both"])
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("case", ["3 x 3", "everything", "1 x 1", "many rows and columns"])
+@pairwise(
+    view=list(VIEWS),
+    case=["3 x 3", "everything", "1 x 1", "many rows and columns"],
+    which=["x", "g", "both"],
+    dtype=DTYPES,
+)
 def test_strided_input(normal, device, dtype, case, view, which):
     """The same bits: the sums go over positions in the same order. Catches a stride that is
     assumed, and those of x for those of g."""

@@ -1,4 +1,4 @@
-# Every verb sets up what it needs: an own virtual environment in .venv with the pinned packages.
+# Every verb sets up what it needs: its own virtual environment in .venv with the pinned packages.
 
 PYTHON ?= python3
 VENV   := .venv

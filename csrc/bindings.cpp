@@ -38,20 +38,22 @@ void set_field(Activation& field, const py::handle& value) {
   field = static_cast<Activation>(value.cast<int>());
 }
 
-// The argument struct of an op; the names given must be those of its fields.
+// The argument struct of an op from its fields by name: all of them and no others.
 template <typename Args>
 Args args_from(const py::kwargs& given) {
+  const auto check = [&](bool named) {
+    FF_CHECK(named, "the fields must be " << Args::kFields << ", got "
+                                          << std::string(py::str(py::list(given))));
+  };
   Args args{};
   std::size_t count = 0;
   for_each_field(args, [&](const std::string& name, auto& field) {
     const py::handle value = PyDict_GetItemString(given.ptr(), name.c_str());
-    FF_CHECK(value, name << " must be given, one of " << Args::kFields);
+    check(value.ptr() != nullptr);
     set_field(field, value);
     ++count;
   });
-  FF_CHECK(given.size() == count, "the arguments must be "
-                                      << Args::kFields << ", got "
-                                      << std::string(py::str(py::list(given))));
+  check(given.size() == count);
   return args;
 }
 

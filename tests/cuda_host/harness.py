@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels with the host compiler, with sanitizers, and calls their launchers.
 
-`build` gives an executable (driver.cpp says what it reads and writes). `Kernels.call` sends it one
+`build` gives an executable (driver.cpp describes its input and output). `Kernels.call` sends it one
 case and checks that the results do not depend on the order in which the threads take their turns;
 `Kernels.serving` lets the ops of fisherfast call it.
 """
@@ -25,7 +25,7 @@ ORDERS = ("forward", "reverse", "1", "20250131")
 
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"),
-    "-Wno-unknown-pragmas",  # unroll, which nvcc alone knows
+    "-Wno-unknown-pragmas",  # unroll, a pragma of nvcc
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     *("-DFISHERFAST_CUDA_HOST", f"-I{HERE / 'include'}", f"-I{CSRC}", f"-I{HERE.parent}"),
 ]
@@ -51,7 +51,7 @@ class Kernels:
 
     @contextmanager
     def serving(self, *, in_place: bool = False, **settings: object) -> Iterator[None]:
-        """Within the block the ops of fisherfast run these kernels on CPU tensors.
+        """Lets the ops of fisherfast run these kernels on CPU tensors within the block.
 
         Args:
             in_place: the kernel writes its result y to x.

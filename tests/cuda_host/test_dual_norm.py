@@ -88,7 +88,7 @@ def test_equal_numbers_without_eps(kernels, dtype, width):
 
 @pytest.mark.parametrize("width", [40, 600, 4500])
 def test_a_nan_stays_in_its_row_and_slice(kernels, normal, dtype, width):
-    """A NaN of the primal spoils its row in every slice, one of a tangent its row there."""
+    """A NaN of the primal reaches its row in every slice, one of a tangent its row there."""
     x = buffer(normal, dtype, (3, 4, width))
     x[0, 1, 7] = math.nan
     x[2, 3, 9] = math.nan

@@ -63,8 +63,8 @@ def test_ties_take_the_first(kernels, normal, dtype, pool):
 
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
 def test_nan_and_infinity(kernels, normal, dtype, pool):
-    """A NaN wins, the last of several; windows of -inf keep a place. Catches a comparison that a
-    NaN never passes, and a search that starts above -inf."""
+    """A NaN counts as the largest, the last of several; windows of -inf have a place. Catches a
+    comparison that a NaN never passes, and a search that starts above -inf."""
     x = buffer(normal, dtype, (2, 6, 4, *pool[0]))
     x[0][x[0] > 0.8] = math.nan
     x[0, :3][x[0, :3] < 0.8] = -math.inf

@@ -51,7 +51,7 @@ def test_large_numbers(kernels, normal, dtype, shape, shift, log):
     """Catches exponentials without the largest number taken off: all overflow or all vanish."""
     x = buffer(normal, dtype, (5, *shape))
     x[0] = 100 * x[0] + shift
-    # log s lies some hundreds below zero: its error is relative.
+    # log s is some hundreds below zero: its error is relative.
     assert_matches(dual_softmax(kernels, x, log), truth_of(x, log), TOLERANCE[dtype])
 
 

@@ -18,7 +18,7 @@ def run(kernels, op, x):
 def test_sound_kernels_pass(kernels, normal, op, rows):
     x = normal(rows, dtype=torch.float32)
     before = torch.cat([torch.zeros(1), x[:-1]])
-    before[::64] = 0  # a block knows its own numbers alone
+    before[::64] = 0  # a block reads its own numbers alone
     assert torch.equal(run(kernels, op, x), x + before)
 
 

@@ -219,8 +219,8 @@ def test_the_derivative_at_a_kink_is_that_of_pytorch(machine, dtype, case):
     function, kind, parameters, kinks = CASES[case]
     middle = torch.tensor([*kinks, -0.0], dtype=dtype)
     up, down = torch.full_like(middle, math.inf), torch.full_like(middle, -math.inf)
-    beside = [torch.nextafter(middle, up), torch.nextafter(middle, down)]
-    z = torch.cat([middle, *beside]).repeat(19).to(machine)
+    neighbours = [torch.nextafter(middle, up), torch.nextafter(middle, down)]
+    z = torch.cat([middle, *neighbours]).repeat(19).to(machine)
     got = ops.dual_activation(torch.stack([z, torch.ones_like(z)]), kind, *parameters)
     value, derivative = torch.func.jvp(function, (z,), (torch.ones_like(z),))
     primal = z.clone().requires_grad_()
@@ -251,8 +251,8 @@ SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0]
 
 @pytest.mark.parametrize("case", CASES)
 def test_nan_and_infinity_give_what_pytorch_gives(machine, case):
-    """As its vectors on the CPU do: for the numbers left over behind the last vector its slopes at
-    NaN are others (1 for hardtanh, elu and hardswish). In float64, as the vectors of its float32
+    """As its vectors on the CPU do: for the numbers left over after the last vector its slopes at
+    NaN differ (1 for hardtanh, elu and hardswish). In float64, as the vectors of its float32
     GELU make NaN of infinity. Catches a NaN that is swallowed by a comparison."""
     function, kind, parameters, _ = CASES[case]
     z = torch.tensor(SPECIAL, dtype=torch.float64).repeat(32)
@@ -280,7 +280,7 @@ def test_overflow_and_denormal_numbers(machine, dtype, case):
     _, kind, parameters, _ = CASES[case]
     points = [*EXTREME[dtype], *SPECIAL]
     if dtype == torch.float64 and case in ("sigmoid", "silu", "mish"):
-        # PyTorch's sigmoid is 0 below -709.8, where it still is a number, and there is no truth
+        # PyTorch's sigmoid is 0 below -709.8, where it is still a number, and there is no truth
         points = [z for z in points if not 709 < abs(z) < 1000]
     z = torch.tensor(points, dtype=dtype, device=machine).repeat(17)
     got = ops.dual_activation(torch.stack([z, torch.ones_like(z)]), kind, *parameters)
@@ -414,9 +414,9 @@ def test_in_place(machine, dtype, normal, size):
     offset=[0, 1, 5, 16],
     dtype=DTYPES,
 )
-def test_nothing_is_written_beside_the_result(machine, dtype, normal, size, offset):
-    """Catches the vector store that begins before y or ends behind a slice, and the streaming store
-    to an address that is no boundary."""
+def test_nothing_is_written_outside_the_result(machine, dtype, normal, size, offset):
+    """Catches the vector store that begins before y or ends after a slice, and the streaming store
+    to an address that is not a boundary."""
     x = normal(3, size, dtype=dtype, device=machine)
     gap = 40
     memory = torch.full((3 * (size + gap) + offset,), 7.0, dtype=dtype, device=machine)
@@ -553,7 +553,7 @@ def test_compiles(normal):
 
 @pytest.mark.parametrize("layout", ["dense", "permuted", "strided"])
 def test_overwriting(device, dtype, route, normal, layout):
-    """Catches a value that is overwritten before it is read, and numbers beside the buffer that
+    """Catches a value that is overwritten before it is read, and numbers next to the buffer that
     change."""
     memory = normal(3, 2, 5, 14, dtype=dtype, device=device)
     x = {
@@ -564,11 +564,11 @@ def test_overwriting(device, dtype, route, normal, layout):
     channels = x.shape[2]
     scale, shift = (normal(channels, dtype=dtype, device=device) for _ in range(2))
     expected = ops.dual_activation(x, "gelu", scale=scale, shift=shift)
-    beside = memory[..., 1::2].clone()
+    between = memory[..., 1::2].clone()
     assert ops.dual_activation_(x, "gelu", scale=scale, shift=shift) is None
     torch.testing.assert_close(x, expected, rtol=0, atol=0)
     if layout == "strided":
-        assert torch.equal(memory[..., 1::2], beside)
+        assert torch.equal(memory[..., 1::2], between)
 
 
 def test_overwriting_is_checked_and_known_to_torch(normal):

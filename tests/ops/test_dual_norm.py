@@ -54,7 +54,7 @@ def test_by_hand(device, dtype):
 @pytest.mark.parametrize("centre", [True, False])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_width(normal, device, dtype, width, centre):
-    """Catches a tail of a row that is lost, or summed with what lies behind it."""
+    """Catches a tail of a row that is lost, or summed with the numbers after it."""
     x = normal(6, 5, width, dtype=dtype, device=device) + 0.5
     weight, bias = affine(normal, width, dtype=dtype, device=device)
     for eps in (0.125, 2.0**-17):

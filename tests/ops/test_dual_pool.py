@@ -131,7 +131,7 @@ def test_number_of_windows(device):
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_ties_and_nan(normal, device, dtype, window, last):
-    """Few values, so that most windows have equals, -0 beside 0, NaN and infinities among them.
+    """Few values, so that most windows have equals, -0 and 0, NaN and infinities among them.
     Catches the last of equals, the first of NaN, and a NaN that a larger number replaces."""
     size, *window = window
     values = torch.tensor([0.0, -0.0, 1.0, 1.0, float("nan"), float("inf"), -float("inf")])
@@ -164,7 +164,7 @@ def test_layouts(normal, device, dtype, layout):
 
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 def test_channels_last_stays_so(normal, device, dtype, spatial):
-    """Slices that lie apart too. Catches a copy in between, which would come out contiguous."""
+    """Slices with gaps too. Catches a copy in between, whose result would be contiguous."""
     x = channels_last(normal(6, 2, 5, *[6] * spatial, dtype=dtype, device=device))
     for one in (x, x[::2], expanded(x)):
         got = assert_matches(one, *([number] * spatial for number in (2, 2, 0, 1)))

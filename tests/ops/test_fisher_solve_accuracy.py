@@ -1,7 +1,7 @@
-"""fisher_solve beside torch's own route, over condition numbers, sizes and positions in a batch.
+"""fisher_solve against torch's own route, over condition numbers, sizes and positions in a batch.
 
 Kernels that solve many systems at once, one in each lane of a vector, must not lose accuracy, nor
-let one system touch another: the cases here lie around the widths of such vectors.
+let one system touch another: the cases here are around the widths of such vectors.
 """
 
 import math

@@ -185,7 +185,7 @@ def test_batches(normal, device, dtype, route, batch):
 
 
 def test_details_are_differentiable_too(normal, device, route):
-    """Whatever else is asked for, the gradient of fisher is the same."""
+    """The gradient of fisher does not depend on the other results wanted."""
     cov, deriv = regular_systems(normal, (3,), 5, 2, device=device)
     inputs = [t.requires_grad_() for t in (cov, deriv)]
     expected = gradients(plain((cov + cov.mT) / 2, deriv, 0.2).sum(), inputs, None)

@@ -183,7 +183,7 @@ def test_threads_change_no_bit(normal, dtype, with_threads, size):
 
 
 def test_reduced_matmul_precision_does_not_reach_it(normal, device, route):
-    """With bfloat16 products the error would be about 1e-3."""
+    """Catches bfloat16 products, whose error would be about 1e-3."""
     given = side(normal, 5, 2, 30, 50, 40, dtype=torch.float32, device=device)
     former = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

@@ -131,7 +131,7 @@ def test_threads_change_no_bit(normal, dtype, with_threads):
 
 
 def test_reduced_matmul_precision_does_not_reach_it(normal, device):
-    """With bfloat16 products the error would be about 1e-3."""
+    """Catches bfloat16 products, whose error would be about 1e-3."""
     x = normal(3000, LARGE, dtype=torch.float32, device=device)
     former = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

@@ -88,7 +88,7 @@ def test_every_width(normal, device, dtype, width):
 
 
 def test_each_position_is_moments_of_its_channels(normal, device, dtype):
-    """The op beside it, on [n, C] at one position."""
+    """The results of `moments` on [n, C] at each position."""
     x = images(normal, (50, 6, 3, 4), dtype=dtype, device=device)
     pilot = normal(6, 3, 4, dtype=dtype, device=device)
     sums, cross = ops.spatial_moments(x, pilot=pilot)
@@ -279,7 +279,7 @@ def test_threads_change_no_bit(normal, dtype, with_threads, shape, last):
 
 
 def test_reduced_matmul_precision_does_not_reach_it(normal, device):
-    """With bfloat16 products the error would be about 1e-3."""
+    """Catches bfloat16 products, whose error would be about 1e-3."""
     x = images(normal, (500, 70, 2, 3), dtype=torch.float32, device=device)
     former = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

@@ -15,7 +15,7 @@ ALIGNMENT = 64  # bytes; the driver's arrays keep their distance to such an addr
 
 
 def memory(tensor: Tensor) -> Tensor:
-    """The elements that a tensor spans in memory, gaps included, in one dimension."""
+    """Views the elements that a tensor spans in memory, gaps included, in one dimension."""
     if tensor.numel() == 0:
         return tensor.flatten()
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -52,8 +52,7 @@ def _words(value: object) -> str:
 
 @contextmanager
 def kernels_called_by(call: Callable[..., None]) -> Iterator[None]:
-    """Within the block the ops call call(op, like, **fields) for their kernels, and results start
-    as NaN."""
+    """Replaces the kernels by call(op, like, **fields) within the block; results start as NaN."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "call", call)
         patch.setattr(_native, "serves", lambda tensor: True)

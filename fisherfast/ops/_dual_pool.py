@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference_dual
-from fisherfast.ops._common import check_no_grad, register
+from fisherfast.ops._common import check_no_grad, check_window, register, window_counts
 from fisherfast.ops._dual_common import check_buffer, with_contiguous_slices
 
 MAX_SPATIAL = 3
@@ -118,26 +118,13 @@ def _dual_pool_fake(
     spatial = x.dim() - 3
     if not 1 <= spatial <= MAX_SPATIAL:
         raise ValueError(f"x must have one to three spatial dimensions, got {list(x.shape)}")
-    for name, numbers, least in (
-        ("kernel", kernel, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if len(numbers) != spatial or min(numbers) < least:
-            raise ValueError(
-                f"{name} must hold {spatial} numbers of at least {least}, got {list(numbers)}"
-            )
+    window = (kernel, stride, padding, dilation)
+    check_window(spatial, *window)
     if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
         raise ValueError(
             f"padding must be at most half the kernel {list(kernel)}, got {list(padding)}"
         )
-    pooled = [
-        _pooled_size(*numbers, ceil_mode)
-        for numbers in zip(x.shape[3:], kernel, stride, padding, dilation, strict=True)
-    ]
-    if min(pooled) < 1:
-        raise ValueError(f"x must hold at least one window, got {list(x.shape[3:])} numbers")
+    pooled = window_counts(x.shape[3:], *window, ceil_mode=ceil_mode)
     for numbers in zip(x.shape[3:], pooled, stride, padding, dilation, strict=True):
         _check_no_empty_window(*numbers)
     shape = [*x.shape[:3], *pooled]
@@ -146,18 +133,6 @@ def _dual_pool_fake(
     places = range(3, x.dim())
     y = x.new_empty([x.shape[0], x.shape[1], *pooled, x.shape[2]])
     return y.permute(0, 1, x.dim() - 1, *(place - 1 for place in places))
-
-
-def _pooled_size(
-    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
-) -> int:
-    """Number of windows along one dimension, by PyTorch's rule: with ceil_mode the last begins
-    inside the input or its left padding."""
-    reach = size + 2 * padding - dilation * (kernel - 1) - 1
-    count = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
-    if ceil_mode and (count - 1) * stride >= size + padding:
-        count -= 1
-    return count
 
 
 def _check_no_empty_window(

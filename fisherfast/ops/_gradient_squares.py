@@ -15,7 +15,9 @@ from fisherfast.ops._common import (
     check_no_grad,
     check_real,
     check_shape,
+    check_window,
     register,
+    window_counts,
 )
 
 
@@ -120,14 +122,8 @@ def _gradient_squares_fake(
     if x.dim() != 4:
         raise ValueError(f"x must have shape [n, C, H, W], got {list(x.shape)}")
     check_like("g", g, "x", x)
-    for name, numbers, least in (
-        ("kernel", kernel, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if len(numbers) != 2 or min(numbers) < least:
-            raise ValueError(f"{name} must hold 2 numbers of at least {least}, got {list(numbers)}")
+    window = (kernel, stride, padding, dilation)
+    check_window(2, *window)
     if g.dim() != 4:
         raise ValueError(f"g must have shape [n, M, Ho, Wo], got {list(g.shape)}")
     check_at_least("groups", groups, 1)
@@ -135,14 +131,7 @@ def _gradient_squares_fake(
     for name, count in (("channels of x", channels), ("channels of g", g.shape[1])):
         if count % groups:
             raise ValueError(f"{name} must be a multiple of groups = {groups}, got {count}")
-    out = [
-        (length + 2 * pad - step * (taps - 1) - 1) // jump + 1
-        for length, taps, jump, pad, step in zip(
-            size, kernel, stride, padding, dilation, strict=True
-        )
-    ]
-    if min(out) < 1:
-        raise ValueError(f"x must hold at least one window, got {size} numbers")
+    out = window_counts(size, *window)
     check_shape("g", g, "[n, M, Ho, Wo]", [samples, g.shape[1], *out])
     return x.new_empty((g.shape[1], channels // groups, *kernel), dtype=torch.float64)
 

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference
-from fisherfast.ops._common import check_at_least, check_no_grad, check_real, register
+from fisherfast.ops._common import (
+    check_at_least,
+    check_no_grad,
+    check_real,
+    check_window,
+    register,
+    window_counts,
+)
 
 
 def patch_moments(
@@ -87,7 +94,7 @@ def _patch_moments(
         stride=stride,
         padding=padding,
         dilation=dilation,
-        out=[_positions(*sizes) for sizes in _along(x, kernel, stride, padding, dilation)],
+        out=window_counts(x.shape[2:], kernel, stride, padding, dilation),
         sums=sums,
         cross=cross,
         workspace=None,
@@ -110,37 +117,18 @@ def _patch_moments_fake(
     check_real("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have shape [n, C, H, W], got {list(x.shape)}")
-    lowest = {"kernel": 1, "stride": 1, "padding": 0, "dilation": 1}
-    sizes = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    for name, least in lowest.items():
-        if len(sizes[name]) != 2:
-            raise ValueError(f"{name} must have two numbers, got {list(sizes[name])}")
-        for number in sizes[name]:
-            check_at_least(name, number, least)
+    window = (kernel, stride, padding, dilation)
+    check_window(2, *window)
     check_at_least("groups", groups, 1)
     channels = x.shape[1]
     if channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
-    for size, *rest in _along(x, kernel, stride, padding, dilation):
-        if _positions(size, *rest) < 1:
-            raise ValueError(
-                f"kernel must fit into x with its padding, got {list(kernel)} (dilation"
-                f" {list(dilation)}) for {list(x.shape[2:])} (padding {list(padding)})"
-            )
+    window_counts(x.shape[2:], *window)
     width = channels // groups * kernel[0] * kernel[1]
     return (
         x.new_empty((groups, width), dtype=torch.float64),
         x.new_empty((groups, width, width), dtype=torch.float64),
     )
-
-
-def _along(x: Tensor, *sizes: list[int]) -> list[tuple[int, ...]]:
-    """(size, kernel, stride, padding, dilation) of the height and of the width."""
-    return list(zip(x.shape[2:], *sizes, strict=True))
-
-
-def _positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 register(

@@ -62,7 +62,7 @@ std::mt19937 random_numbers;
 // --- fibres --------------------------------------------------------------------------------------
 
 // The compiler's own setjmp and longjmp: those of the C library, and swapcontext, make system calls
-// at every turn. The sanitizer is notified of the switch, and must not clear the stack before a jump.
+// at every turn. The sanitizer learns of the switch, and must not clear the stack before a jump.
 #define SWITCHES_STACKS __attribute__((noinline, no_sanitize_address))
 
 SWITCHES_STACKS void jump(void** place) { __builtin_longjmp(place, 1); }

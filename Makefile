@@ -1,12 +1,12 @@
-# Every verb sets up what it needs: an own virtual environment in .venv with the pinned packages.
+# Every verb sets up what it needs: its own virtual environment in .venv with the pinned packages.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-TEST_SOURCES := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/*.cu tests/cuda_host/include/*.h \
+TEST_SOURCES := $(wildcard tests/support/*.h tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/*.cu tests/cuda_host/include/*.h \
                           tests/native/*.h tests/native/*.cpp)
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h $(foreach kind,h cuh cpp cu,csrc/*/*/*.$(kind))) CMakeLists.txt setup.py pyproject.toml
 
 # CUDA kernels are compiled where nvcc is found; one architecture is enough to develop with.
 export CUDAARCHS ?= 90

@@ -1,8 +1,8 @@
 """Load the native module ``_C`` once and call its kernels.
 
-The kernels take integers: data pointers, sizes, strides. Each one exists per device and dtype,
-named ``<op>_<device>_<dtype>``. CPU kernels take the number of threads last, CUDA kernels the
-device index and the stream; both are looked up at every call, never stored.
+Each kernel exists per device and dtype, named ``<op>_<device>_<dtype>``. It takes the fields of its
+argument struct by name, after the number of threads (CPU) or the device index and the stream
+(CUDA), which are looked up at every call and never stored.
 
 Environment:
     FISHERFAST_DISABLE_NATIVE: ``1`` runs every op in plain PyTorch; read when fisherfast is
@@ -90,19 +90,30 @@ def build_info() -> dict[str, Any]:
     return {} if _C is None else dict(_C.build_info())
 
 
-def call(op: str, like: torch.Tensor, *numbers: Any) -> None:
+def call(op: str, like: torch.Tensor, /, **fields: Any) -> None:
     """Run the kernel of ``op`` for the device and dtype of ``like``.
 
     Args:
         op: name of the op.
         like: the tensor that decides device and dtype.
-        numbers: the arguments of the kernel, up to the threads or the stream.
+        fields: the fields of the op's argument struct (csrc/ops) by name: tensors or None for
+            pointers, numbers, and sequences of numbers. On CUDA ``workspace=None`` becomes scratch
+            memory of the size that the op needs.
     """
-    kernel = getattr(_C, f"{op}_{like.device.type}_{DTYPE_NAMES[like.dtype]}")
-    if like.is_cuda:
-        kernel(*numbers, like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
-    else:
-        kernel(*numbers, torch.get_num_threads())
+    dtype = DTYPE_NAMES[like.dtype]
+    addresses = {
+        name: value.data_ptr() if isinstance(value, torch.Tensor) else value
+        for name, value in fields.items()
+    }
+    kernel = getattr(_C, f"{op}_{like.device.type}_{dtype}")
+    if not like.is_cuda:
+        kernel(torch.get_num_threads(), **addresses)
+        return
+    if "workspace" in fields:
+        size: int = getattr(_C, f"{op}_workspace_{dtype}")(**addresses)
+        workspace = torch.empty(size, dtype=torch.uint8, device=like.device)
+        addresses["workspace"] = workspace.data_ptr()
+    kernel(like.device.index, torch.cuda.current_stream(like.device).cuda_stream, **addresses)
 
 
 def fisher_solve_fits(like: torch.Tensor, dim: int, params: int, inverse_rows: bool) -> bool:
@@ -112,11 +123,3 @@ def fisher_solve_fits(like: torch.Tensor, dim: int, params: int, inverse_rows: b
     shared_bytes = getattr(_C, f"fisher_solve_shared_bytes_{DTYPE_NAMES[like.dtype]}")
     needed: int = shared_bytes(dim, params, inverse_rows)
     return needed <= _C.shared_bytes_limit(like.device.index)
-
-
-def workspace(op: str, like: torch.Tensor, *sizes: int) -> torch.Tensor | None:
-    """Allocate the scratch memory that the CUDA kernel of ``op`` asks for; None on the CPU."""
-    if not like.is_cuda:
-        return None
-    size: int = getattr(_C, f"{op}_workspace_{DTYPE_NAMES[like.dtype]}")(*sizes)
-    return torch.empty(size, dtype=torch.uint8, device=like.device)

@@ -1,4 +1,4 @@
-"""The ops: what the library computes with its own kernels, usable on their own.
+"""The ops with native kernels, usable on their own.
 
 Each op is a public function over an op of ``torch.library`` (``torch.ops.fisherfast.*``) with an
 implementation for CPU and CUDA and a fake one, so that ``torch.compile`` and fake tensors work.
@@ -13,8 +13,9 @@ tensors when the build has no CUDA kernels.
 """
 
 from fisherfast.ops._dual_activation import dual_activation, dual_activation_
+from fisherfast.ops._dual_norm import dual_norm
 from fisherfast.ops._dual_pool import dual_pool
-from fisherfast.ops._dual_rows import dual_norm, dual_softmax
+from fisherfast.ops._dual_softmax import dual_softmax
 from fisherfast.ops._fisher_solve import (
     FisherSolve,
     fisher_solve,
@@ -23,9 +24,11 @@ from fisherfast.ops._fisher_solve import (
 )
 from fisherfast.ops._gradient_gram import gradient_gram
 from fisherfast.ops._gradient_squares import gradient_squares
-from fisherfast.ops._lift import lift, lift_moments_
-from fisherfast.ops._moments import moments, spatial_moments
+from fisherfast.ops._lift import lift
+from fisherfast.ops._lift_moments import lift_moments_
+from fisherfast.ops._moments import moments
 from fisherfast.ops._patch_moments import patch_moments
+from fisherfast.ops._spatial_moments import spatial_moments
 
 __all__ = [
     "FisherSolve",

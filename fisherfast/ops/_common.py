@@ -1,8 +1,8 @@
-"""What the ops share: checks of an input, and the registration with ``torch.library``."""
+"""Shared by the ops: checks of an input, and registration with ``torch.library``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,6 @@ LIBRARY = torch.library.Library("fisherfast", "DEF")
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def with_unit_column_stride(x: Tensor) -> Tensor:
@@ -70,6 +66,44 @@ def check_shape(name: str, tensor: Tensor, symbol: str, shape: list[int]) -> Non
 def check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_window(
+    dims: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    named = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    for name, numbers in named.items():
+        least = 0 if name == "padding" else 1
+        if len(numbers) != dims or min(numbers) < least:
+            raise ValueError(
+                f"{name} must hold {dims} numbers of at least {least}, got {list(numbers)}"
+            )
+
+
+def window_counts(
+    sizes: Sequence[int], *window: Sequence[int], ceil_mode: bool = False
+) -> list[int]:
+    """Numbers of windows along each dimension of x, at least one.
+
+    Args:
+        sizes: of x.
+        window: kernel, stride, padding and dilation.
+        ceil_mode: PyTorch's rule: the last window begins inside the input or its left padding.
+    """
+    counts = []
+    for size, kernel, stride, padding, dilation in zip(sizes, *window, strict=True):
+        reach = size + 2 * padding - dilation * (kernel - 1) - 1
+        count = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
+        if ceil_mode and (count - 1) * stride >= size + padding:
+            count -= 1
+        counts.append(count)
+    if min(counts) < 1:
+        raise ValueError(f"x must hold at least one window, got {list(sizes)} numbers")
+    return counts
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""Activations of a dual buffer, with the batch norm in eval mode that comes before."""
+"""Activations of a dual buffer, fused with a preceding batch norm in eval mode."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference_dual
-from fisherfast.ops._common import (
-    address,
-    check_like,
-    check_no_grad,
-    check_shape,
-    register,
-)
+from fisherfast.ops._common import check_like, check_no_grad, check_shape, register
 from fisherfast.ops._dual_common import check_buffer, check_vector, dense, empty_like, is_dense
 
 KINDS = {
@@ -37,7 +31,7 @@ KINDS = {
     "hardswish": (),
     "hardsigmoid": (),
 }
-"""Activations and the names of their parameters, in the order of csrc/ops/dual_activation.h."""
+"""Activations and the names of their parameters, in the order of csrc (dual_activation.h)."""
 
 
 def dual_activation(
@@ -74,7 +68,7 @@ def dual_activation(
         y [1 + P, ...] in the layout of ``x``, or ``out``.
 
     Raises:
-        TypeError: wrong dtype, or a parameter that is no number.
+        TypeError: wrong dtype, or a parameter that is not a number.
         ValueError: wrong kind, shape, device, or number of parameters.
         RuntimeError: an input requires grad.
 
@@ -133,7 +127,7 @@ def _check_numbers(parameters: Sequence[float]) -> None:
 
 
 class _How(NamedTuple):
-    """The arguments behind x, in the order of the schema."""
+    """The arguments after x, in the order of the schema."""
 
     kind: str
     parameters: Sequence[float]
@@ -144,7 +138,7 @@ class _How(NamedTuple):
 
     @property
     def vectors(self) -> dict[str, Tensor]:
-        """Those that are given, by name."""
+        """The vectors that are given, by name."""
         named = {"scale": self.scale, "shift": self.shift, "slope": self.slope}
         return {name: vector for name, vector in named.items() if vector is not None}
 
@@ -160,7 +154,7 @@ def _dual_activation(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _launch(x: Tensor, y: Tensor, how: _How) -> None:
-    """The kernel on a dense x; y has its layout, or is x itself."""
+    """Run the kernel on a dense x; y has its layout, or is x itself."""
     vectors = {name: vector.contiguous() for name, vector in how.vectors.items()}
     slice_size = x[0].numel()
     channels, inner = 1, max(slice_size, 1)
@@ -171,19 +165,19 @@ def _launch(x: Tensor, y: Tensor, how: _How) -> None:
     _native.call(
         "dual_activation",
         x,
-        x.data_ptr(),
-        y.data_ptr(),
-        *(address(vectors.get(name)) for name in ("scale", "shift", "slope")),
-        x.stride(0),
-        y.stride(0),
-        x.shape[0] - 1,
-        slice_size // max(channels * inner, 1),
-        channels,
-        inner,
-        list(KINDS).index(how.kind),
-        a,
-        b,
-        c,
+        x=x,
+        y=y,
+        **{name: vectors.get(name) for name in ("scale", "shift", "slope")},
+        slice_stride=x.stride(0),
+        output_stride=y.stride(0),
+        tangents=x.shape[0] - 1,
+        outer=slice_size // max(channels * inner, 1),
+        channels=channels,
+        inner=inner,
+        kind=list(KINDS).index(how.kind),
+        a=a,
+        b=b,
+        c=c,
     )
 
 
@@ -232,7 +226,7 @@ def _check(x: Tensor, how: _How) -> None:
         raise ValueError(
             f"parameters must be ({', '.join(names)}) for {kind}, got {len(parameters)} numbers"
         )
-    infinite = kind == "hardtanh"  # an end that cuts nothing
+    infinite = kind == "hardtanh"  # an end without effect
     if not all(math.isfinite(value) or (infinite and math.isinf(value)) for value in parameters):
         raise ValueError(f"parameters must be finite, got {list(parameters)}")
     if (how.slope is not None) != (kind == "prelu"):

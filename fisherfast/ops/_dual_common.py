@@ -1,4 +1,4 @@
-"""What the dual ops share: checks of a dual buffer [1 + P, ...], and its layout in memory."""
+"""Shared by the dual ops: checks of a dual buffer [1 + P, ...], and its layout in memory."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from fisherfast.ops._common import check_like, check_real, check_shape
 
 
 def check_buffer(x: Tensor, least_dims: int, symbol: str) -> None:
-    """x is [1 + P, ...] of a real dtype with at least `least_dims` dimensions."""
+    """Checks that x is [1 + P, ...] of a real dtype with at least `least_dims` dimensions."""
     check_real("x", x)
     if x.dim() < least_dims or x.shape[0] < 1:
         raise ValueError(f"x must have shape {symbol}, got {list(x.shape)}")
 
 
 def check_vector(name: str, vector: Tensor | None, x: Tensor, symbol: str, size: int) -> None:
-    """A vector [size] like x, or None."""
+    """Checks that a vector is [size] like x, or None."""
     if vector is not None:
         check_like(name, vector, "x", x)
         check_shape(name, vector, symbol, [size])
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself where each slice x[p] fills one block of memory, in any order of dimensions; else a
-    copy of which that is true."""
+    """Return x itself if each slice x[p] fills one block of memory, in any order of dimensions,
+    else a contiguous copy."""
     return x if is_dense(x) else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -41,12 +41,12 @@ def is_dense(x: Tensor) -> bool:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """An uninitialised buffer of the shape of dense x whose slices have the layout of those of x
-    and follow each other."""
+    """Return an uninitialised buffer with the shape of dense x and the layout of its slices, which
+    follow each other."""
     strides = [x[0].numel(), *x.stride()[1:]]
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
 def with_contiguous_slices(x: Tensor) -> Tensor:
-    """x itself where each slice x[p] is contiguous, else a contiguous copy."""
+    """Return x itself if each slice x[p] is contiguous, else a contiguous copy."""
     return x if x[0].is_contiguous() else x.contiguous()

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference_dual
-from fisherfast.ops._common import check_no_grad, register
+from fisherfast.ops._common import check_no_grad, check_window, register, window_counts
 from fisherfast.ops._dual_common import check_buffer, with_contiguous_slices
 
 MAX_SPATIAL = 3
-"""Dimensions that a window may have."""
+"""The largest number of dimensions of a window."""
 
 
 def dual_pool(
@@ -35,7 +35,7 @@ def dual_pool(
             primal x[0] and its tangents; contiguous or channels-last slices are read in place.
         kernel: size of the window, one number per spatial dimension.
         stride: None for the kernel.
-        padding: -inf on both sides, at most half the kernel, and no window may lie in it alone;
+        padding: -inf on both sides, at most half the kernel; every window must reach beyond it;
             None for zero.
         dilation: None for one.
         ceil_mode: windows may begin inside and end outside.
@@ -90,18 +90,18 @@ def _dual_pool(
     _native.call(
         "dual_pool",
         x,
-        x.data_ptr(),
-        y.data_ptr(),
-        x.stride(0),
-        x.shape[0] - 1,
-        n if last else n * channels,
-        channels if last else 1,
-        [*ones, *x.shape[3:]],
-        [*ones, *y.shape[3:]],
-        [*ones, *kernel],
-        [*ones, *stride],
-        [*zeros, *padding],
-        [*ones, *dilation],
+        x=x,
+        y=y,
+        slice_stride=x.stride(0),
+        tangents=x.shape[0] - 1,
+        outer=n if last else n * channels,
+        inner=channels if last else 1,
+        **{"in": [*ones, *x.shape[3:]]},
+        out=[*ones, *y.shape[3:]],
+        kernel=[*ones, *kernel],
+        stride=[*ones, *stride],
+        padding=[*zeros, *padding],
+        dilation=[*ones, *dilation],
     )
     return y
 
@@ -118,26 +118,13 @@ def _dual_pool_fake(
     spatial = x.dim() - 3
     if not 1 <= spatial <= MAX_SPATIAL:
         raise ValueError(f"x must have one to three spatial dimensions, got {list(x.shape)}")
-    for name, numbers, least in (
-        ("kernel", kernel, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if len(numbers) != spatial or min(numbers) < least:
-            raise ValueError(
-                f"{name} must hold {spatial} numbers of at least {least}, got {list(numbers)}"
-            )
+    window = (kernel, stride, padding, dilation)
+    check_window(spatial, *window)
     if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
         raise ValueError(
             f"padding must be at most half the kernel {list(kernel)}, got {list(padding)}"
         )
-    pooled = [
-        _pooled_size(*numbers, ceil_mode)
-        for numbers in zip(x.shape[3:], kernel, stride, padding, dilation, strict=True)
-    ]
-    if min(pooled) < 1:
-        raise ValueError(f"x must hold at least one window, got {list(x.shape[3:])} numbers")
+    pooled = window_counts(x.shape[3:], *window, ceil_mode=ceil_mode)
     for numbers in zip(x.shape[3:], pooled, stride, padding, dilation, strict=True):
         _check_no_empty_window(*numbers)
     shape = [*x.shape[:3], *pooled]
@@ -148,23 +135,11 @@ def _dual_pool_fake(
     return y.permute(0, 1, x.dim() - 1, *(place - 1 for place in places))
 
 
-def _pooled_size(
-    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
-) -> int:
-    """Number of windows along one dimension, by PyTorch's rule: with ceil_mode the last begins
-    inside the input or its left padding."""
-    reach = size + 2 * padding - dilation * (kernel - 1) - 1
-    count = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
-    if ceil_mode and (count - 1) * stride >= size + padding:
-        count -= 1
-    return count
-
-
 def _check_no_empty_window(
     size: int, windows: int, stride: int, padding: int, dilation: int
 ) -> None:
-    """A window that begins in the padding may step over all of the input where its steps are
-    larger. PyTorch then returns -inf and the index of a number that is not there."""
+    """Refuse windows that begin in the padding and step over all of the input, for which PyTorch
+    returns -inf and an index outside the input."""
     for start in range(-padding, min(0, windows * stride - padding), stride):
         if start % dilation >= size:
             raise ValueError(
@@ -174,7 +149,7 @@ def _check_no_empty_window(
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether each slice [n, C, *spatial] lies as [n, *spatial, C], and not as [n, C, *spatial]."""
+    """Whether each slice [n, C, *spatial] is [n, *spatial, C] in memory, not [n, C, *spatial]."""
     one = x[0]
     order = (0, *range(2, one.dim()), 1)
     return not one.is_contiguous() and one.permute(order).is_contiguous()

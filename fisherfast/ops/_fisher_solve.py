@@ -22,7 +22,7 @@ from fisherfast.ops._common import (
 
 
 class FisherSolve(NamedTuple):
-    """What `fisher_solve_details` returns; shapes and units there."""
+    """Results of `fisher_solve_details`; shapes and units there."""
 
     fisher: Tensor
     half: Tensor
@@ -60,7 +60,7 @@ def fisher_solve_details(
     inverse_rows: bool = False,
     solution: bool = False,
 ) -> FisherSolve:
-    """Linear Fisher information J = D^T C^-1 D, with what one factorisation gives besides.
+    """Linear Fisher information J = D^T C^-1 D, with the other results of one factorisation.
 
         s_i = 1 / sqrt(C_ii),   R = diag(s) C diag(s) + ridge I = L L^T,
         Y = L^-1 diag(s) D,     J = Y^T Y,     X = diag(s) L^-T Y = (C + ridge diag(C))^-1 D
@@ -86,12 +86,13 @@ def fisher_solve_details(
         fisher: J [..., P, P], per unit of theta squared.
         half: Y [..., d, P], per unit of theta.
         info: [...] int32: 0, or i when pivot i (1-based) is the first to fail: C_ii is not positive
-            and finite, row i holds a NaN, or L_ii^2 <= d eps (below it a pivot cannot be told from
-            0). The other results of that system are then NaN; other systems are untouched.
+            and finite, row i holds a NaN, or L_ii^2 <= d eps (below it a pivot cannot be
+            distinguished from 0). The other results of that system are then NaN, other systems are
+            not affected.
         condition: [...] (max L_ii / min L_ii)^2, a lower bound on the 2-norm condition number of R.
         inverse_rows: [..., d] squared norms of the rows of L^-1, for the effective dimension
-            k - ridge * cumsum(inverse_rows); shape [0] unless asked for.
-        solution: X [..., d, P], the readout that attains J; shape [0] unless asked for.
+            k - ridge * cumsum(inverse_rows); shape [0] unless wanted.
+        solution: X [..., d, P], the readout that attains J; shape [0] unless wanted.
         For d = 0: fisher 0, info 0, condition 1. For P = 0: empty fisher and half.
 
     Raises:
@@ -126,19 +127,19 @@ def _fisher_solve(
         return tuple(result.contiguous() for result in solved)
     batch = math.prod(cov.shape[:-2])
     cov, deriv = cov.reshape(batch, dim, dim), deriv.reshape(batch, dim, params)
-    # The address of an empty tensor is 0: what nobody asked for arrives as null.
+    # The address of an empty tensor is 0: results that are not wanted arrive as null.
     _native.call(
         "fisher_solve",
         cov,
-        cov.data_ptr(),
-        cov.stride(),
-        deriv.data_ptr(),
-        deriv.stride(),
-        *(result.data_ptr() for result in results),
-        batch,
-        dim,
-        params,
-        ridge,
+        cov=cov,
+        cov_strides=cov.stride(),
+        deriv=deriv,
+        deriv_strides=deriv.stride(),
+        **dict(zip(FisherSolve._fields, results, strict=True)),
+        batch=batch,
+        dim=dim,
+        params=params,
+        ridge=ridge,
     )
     return results
 
@@ -229,14 +230,14 @@ def _fisher_solve_backward(
     _native.call(
         "fisher_solve_backward",
         solution,
-        grad_fisher.data_ptr(),
-        solution.data_ptr(),
-        grad_cov.data_ptr(),
-        grad_deriv.data_ptr(),
-        math.prod(solution.shape[:-2]),
-        dim,
-        params,
-        ridge,
+        grad_fisher=grad_fisher,
+        solution=solution,
+        grad_cov=grad_cov,
+        grad_deriv=grad_deriv,
+        batch=math.prod(solution.shape[:-2]),
+        dim=dim,
+        params=params,
+        ridge=ridge,
     )
     return results
 

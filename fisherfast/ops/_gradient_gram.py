@@ -1,24 +1,21 @@
-"""Inner products of the gradients of samples, without these gradients."""
+"""Inner products of the weight gradients of samples, without storing the gradients."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference
-from fisherfast.ops._common import (
-    check_like,
-    check_no_grad,
-    check_real,
-    register,
-)
+from fisherfast.ops._common import check_like, check_no_grad, check_real, register
 
 
 def gradient_gram(
     a: Tensor, b: Tensor, other_a: Tensor | None = None, other_b: Tensor | None = None
 ) -> Tensor:
-    """Inner products of the weight gradients of samples, from what their layer multiplied.
+    """Inner products of the weight gradients of samples, from the factors of those gradients.
 
         K[i, c, j, e] = <G_ic, G'_je> = sum_ts (a_it . a'_js) (b_ict . b'_jes),
         G_ic = sum_t b_ict a_it^T   (t: positions that share the weights, c: columns)
@@ -76,21 +73,21 @@ def _gradient_gram(a: Tensor, b: Tensor, other_a: Tensor | None, other_b: Tensor
     _native.call(
         "gradient_gram",
         a,
-        a.data_ptr(),
-        a.stride(),
-        b.data_ptr(),
-        b.stride(),
-        right_a.data_ptr(),
-        right_a.stride(),
-        right_b.data_ptr(),
-        right_b.stride(),
-        gram.data_ptr(),
-        b.shape,
-        right_b.shape,
-        inputs,
-        symmetric,
+        **_side("left", a, b),
+        **_side("right", right_a, right_b),
+        gram=gram,
+        inputs=inputs,
+        outputs=b.shape[3],
+        symmetric=symmetric,
     )
     return gram
+
+
+def _side(side: str, a: Tensor, b: Tensor) -> dict[str, Any]:
+    """The fields of one side of the product."""
+    fields = {"a": a, "a_strides": a.stride(), "b": b, "b_strides": b.stride()}
+    fields |= dict(zip(("rows", "columns", "positions"), b.shape[:3], strict=True))
+    return {f"{side}_{name}": value for name, value in fields.items()}
 
 
 def _with_columns(b: Tensor) -> Tensor:

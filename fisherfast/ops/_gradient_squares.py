@@ -10,13 +10,14 @@ from torch import Tensor
 from fisherfast import _native
 from fisherfast.ops import reference
 from fisherfast.ops._common import (
-    address,
     check_at_least,
     check_like,
     check_no_grad,
     check_real,
     check_shape,
+    check_window,
     register,
+    window_counts,
 )
 
 
@@ -47,7 +48,7 @@ def gradient_squares(
         stride: of the windows.
         padding: zeros on both sides.
         dilation: between the numbers of a window.
-        groups: a divisor of C and M; channels of g meet those of x in their group.
+        groups: a divisor of C and M; channels of g are paired with those of x in their group.
 
     Returns:
         squares: [M, C / groups, kh, kw] float64, unit of x g squared.
@@ -85,28 +86,25 @@ def _gradient_squares(
     squares = _gradient_squares_fake(x, g, kernel, stride, padding, dilation, groups)
     if not _native.serves(x):
         return reference.gradient_squares(x, g, kernel, stride, padding, dilation, groups)
-    samples, inputs, outputs = x.shape[0], x.shape[1] // groups, g.shape[1] // groups
-    columns = inputs * kernel[0] * kernel[1]
-    workspace = _native.workspace("gradient_squares", x, samples, groups, outputs, columns)
     _native.call(
         "gradient_squares",
         x,
-        x.data_ptr(),
-        g.data_ptr(),
-        x.stride(),
-        g.stride(),
-        squares.data_ptr(),
-        address(workspace),
-        samples,
-        groups,
-        inputs,
-        outputs,
-        list(x.shape[2:]),
-        list(g.shape[2:]),
-        kernel,
-        stride,
-        padding,
-        dilation,
+        x=x,
+        g=g,
+        x_strides=x.stride(),
+        g_strides=g.stride(),
+        squares=squares,
+        workspace=None,
+        samples=x.shape[0],
+        groups=groups,
+        inputs=x.shape[1] // groups,
+        outputs=g.shape[1] // groups,
+        **{"in": x.shape[2:]},
+        out=g.shape[2:],
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
     )
     return squares
 
@@ -124,14 +122,8 @@ def _gradient_squares_fake(
     if x.dim() != 4:
         raise ValueError(f"x must have shape [n, C, H, W], got {list(x.shape)}")
     check_like("g", g, "x", x)
-    for name, numbers, least in (
-        ("kernel", kernel, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if len(numbers) != 2 or min(numbers) < least:
-            raise ValueError(f"{name} must hold 2 numbers of at least {least}, got {list(numbers)}")
+    window = (kernel, stride, padding, dilation)
+    check_window(2, *window)
     if g.dim() != 4:
         raise ValueError(f"g must have shape [n, M, Ho, Wo], got {list(g.shape)}")
     check_at_least("groups", groups, 1)
@@ -139,14 +131,7 @@ def _gradient_squares_fake(
     for name, count in (("channels of x", channels), ("channels of g", g.shape[1])):
         if count % groups:
             raise ValueError(f"{name} must be a multiple of groups = {groups}, got {count}")
-    out = [
-        (length + 2 * pad - step * (taps - 1) - 1) // jump + 1
-        for length, taps, jump, pad, step in zip(
-            size, kernel, stride, padding, dilation, strict=True
-        )
-    ]
-    if min(out) < 1:
-        raise ValueError(f"x must hold at least one window, got {size} numbers")
+    out = window_counts(size, *window)
     check_shape("g", g, "[n, M, Ho, Wo]", [samples, g.shape[1], *out])
     return x.new_empty((g.shape[1], channels // groups, *kernel), dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Moments of the patches that a convolution meets, without these patches."""
+"""Moments of the patches of a convolution, without storing the patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference
-from fisherfast.ops._common import address, check_at_least, check_no_grad, check_real, register
+from fisherfast.ops._common import (
+    check_at_least,
+    check_no_grad,
+    check_real,
+    check_window,
+    register,
+    window_counts,
+)
 
 
 def patch_moments(
@@ -21,7 +28,7 @@ def patch_moments(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Sums and cross-products of the patches that the kernel of a convolution meets.
+    """Sums and cross-products of the patches of a convolution.
 
         sums_g = sum_{n, position} patch_g,   cross_g = sum_{n, position} patch_g patch_g^T
 
@@ -77,26 +84,24 @@ def _patch_moments(
         return sums.zero_(), cross.zero_()
     if not _native.serves(x):
         return reference.patch_moments(x, kernel, stride, padding, dilation, groups)
-    out = [_positions(*sizes) for sizes in _along(x, kernel, stride, padding, dilation)]
-    rows = x.shape[0] * out[0] * out[1]
-    workspace = _native.workspace("patch_moments", x, rows, sums.shape[1], groups)
     _native.call(
         "patch_moments",
         x,
-        x.data_ptr(),
-        x.stride(),
-        x.shape[2:],
-        kernel,
-        stride,
-        padding,
-        dilation,
-        out,
-        sums.data_ptr(),
-        cross.data_ptr(),
-        address(workspace),
-        x.shape[0],
-        x.shape[1] // groups,
-        groups,
+        x=x,
+        strides=x.stride(),
+        size=x.shape[2:],
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        out=window_counts(x.shape[2:], kernel, stride, padding, dilation),
+        sums=sums,
+        cross=cross,
+        workspace=None,
+        samples=x.shape[0],
+        channels=x.shape[1] // groups,
+        groups=groups,
+        width=sums.shape[1],
     )
     return results
 
@@ -112,37 +117,18 @@ def _patch_moments_fake(
     check_real("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have shape [n, C, H, W], got {list(x.shape)}")
-    lowest = {"kernel": 1, "stride": 1, "padding": 0, "dilation": 1}
-    sizes = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    for name, least in lowest.items():
-        if len(sizes[name]) != 2:
-            raise ValueError(f"{name} must have two numbers, got {list(sizes[name])}")
-        for number in sizes[name]:
-            check_at_least(name, number, least)
+    window = (kernel, stride, padding, dilation)
+    check_window(2, *window)
     check_at_least("groups", groups, 1)
     channels = x.shape[1]
     if channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
-    for size, *rest in _along(x, kernel, stride, padding, dilation):
-        if _positions(size, *rest) < 1:
-            raise ValueError(
-                f"kernel must fit into x with its padding, got {list(kernel)} (dilation"
-                f" {list(dilation)}) for {list(x.shape[2:])} (padding {list(padding)})"
-            )
+    window_counts(x.shape[2:], *window)
     width = channels // groups * kernel[0] * kernel[1]
     return (
         x.new_empty((groups, width), dtype=torch.float64),
         x.new_empty((groups, width, width), dtype=torch.float64),
     )
-
-
-def _along(x: Tensor, *sizes: list[int]) -> list[tuple[int, ...]]:
-    """(size, kernel, stride, padding, dilation) of the height and of the width."""
-    return list(zip(x.shape[2:], *sizes, strict=True))
-
-
-def _positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 register(

@@ -1,7 +1,7 @@
-"""Every op in plain PyTorch: the documentation, the oracle of the tests and the fall-back.
+"""Every op in plain PyTorch: documentation, oracle of the tests, and fallback.
 
-The functions take checked input (`fisherfast.ops` checks), run on any device and say what the
-kernels compute, line by line. Feed them float64 to get the truth a kernel is measured against.
+The functions take checked input (`fisherfast.ops` checks), run on any device and state what the
+kernels compute. Their float64 results are what a kernel is measured against.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fisher_solve(
 
     Returns:
         fisher [..., P, P], half [..., d, P], info [...] int32, condition [...], inverse_rows
-        [..., d] and solution [..., d, P] (these two [0] when not asked for).
+        [..., d] and solution [..., d, P] (these two [0] when not wanted).
     """
     dim = cov.shape[-1]
     scale, correlation = _scaled(cov, ridge)
@@ -40,7 +40,7 @@ def fisher_solve(
     info = _first_failed_pivot(diagonal, first_negative)
 
     half = torch.linalg.solve_triangular(factor, scale.unsqueeze(-1) * deriv, upper=False)
-    # Not a matrix product: reduced precision (TF32, bfloat16) must not touch it.
+    # Not a matrix product, which may run in reduced precision (TF32, bfloat16).
     fisher = (half.unsqueeze(-1) * half.unsqueeze(-2)).sum(-3)
     condition = cov.new_ones(info.shape)
     if dim > 0:
@@ -75,7 +75,7 @@ def fisher_solve_backward(
 
     See `fisherfast.ops.fisher_solve_backward` for arguments and results.
     """
-    # Sums of products, not matrix products: reduced precision must not touch them.
+    # Sums of products, not matrix products, which may run in reduced precision.
     symmetric = grad_fisher + grad_fisher.mT
     grad_deriv = (solution.unsqueeze(-1) * symmetric.unsqueeze(-3)).sum(-2)
     grad_cov = -(grad_deriv.unsqueeze(-2) * solution.unsqueeze(-3)).sum(-1) / 2
@@ -171,12 +171,12 @@ def patch_moments(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Sums and cross-products of the patches that the kernel of a convolution meets, by group.
+    """Sums and cross-products of the patches of a convolution, by group.
 
         sums_g = sum of patches over samples and positions,   cross_g = sum of patch patch^T
 
     See `fisherfast.ops.patch_moments` for arguments and results. Here every sum is float64, and
-    every patch is there.
+    all patches are in memory.
     """
     patches = torch.nn.functional.unfold(
         x.double(), tuple(kernel), tuple(dilation), tuple(padding), tuple(stride)
@@ -190,7 +190,7 @@ def gradient_gram(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Ten
     """Inner products <G_ic, G'_je> of gradients G_ic = sum_t b_ict a_it^T.
 
     See `fisherfast.ops.gradient_gram` for arguments and results. Here every sum is float64, and
-    every G is there.
+    all G are in memory.
     """
     left, right = (
         (columns.double().mT @ rows.double().unsqueeze(1)).flatten(2)
@@ -269,7 +269,7 @@ def lift_moments_(
         cross_h += sum of f f^T over the rows of half h,     rows from start on, lower triangle
 
     See `fisherfast.ops.lift_moments_` for arguments. Here every sum is float64, and the projection
-    is a sum of products, which reduced precision does not touch.
+    is computed in float64.
     """
     folds, halves = len(sums), len(cross)
     projected = (z.double() @ weight.double().T).to(z.dtype)

@@ -1,9 +1,9 @@
-"""The dual ops in plain PyTorch: a primal and its P tangents go through one operation together.
+"""The dual ops in plain PyTorch: one operation on a primal and its P tangents.
 
 A dual buffer x [1 + P, ...] holds the primal x[0] and the tangents x[1:], the derivatives of the
 primal along P directions. Each function returns the buffer of y = f(primal) and of J_f(primal)
-x[p], with J_f the Jacobian. At a kink the derivative is the one that PyTorch's autograd uses. Feed
-them float64 to get the truth a kernel is measured against.
+x[p], with J_f the Jacobian. At a kink the derivative is the one that PyTorch's autograd uses. Their
+float64 results are what a kernel is measured against.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HARD_THREE = 3.0
 GELU_CUBIC = 0.044715
 """Coefficient of x^3 in the tanh form of GELU (Hendrycks and Gimpel 2016)."""
 GELU_FLAT = 25.0
-"""Beyond, the tanh of that form is -1 or 1 in float64, and x^3 may overflow."""
+"""Beyond it the tanh of that form is -1 or 1 in float64, and x^3 may overflow."""
 
 Parameters = Sequence[float]
 ValueAndSlope = tuple[Tensor, Tensor]

@@ -1,8 +1,7 @@
-"""The self-check behind ``python -m fisherfast check``: is this build right on this machine?
+"""The self-check of ``python -m fisherfast check``: every op against its reference.
 
 Every op runs on every available device in every dtype and is compared with its float64 reference
-on the same input. The library prints nothing: `run_selfcheck` returns a report, and writes it
-only to a stream that it is given.
+on the same input. `run_selfcheck` returns a report, and prints it only to a stream that is given.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class SelfCheckReport:
-    """What `run_selfcheck` found: facts about the build and one row a comparison."""
+    """Facts about the build, and one row for each comparison."""
 
     facts: dict[str, str]
     rows: list[CheckRow]
@@ -262,7 +261,7 @@ _COMPARISONS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
 
 
 def _normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Normal numbers that are the same at every call; the global random state is not touched."""
+    """Draw normal numbers, the same at every call, without the global random state."""
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 

@@ -6,24 +6,25 @@ from collections.abc import Callable
 import pytest
 import torch
 from cuda_host import harness
+from support.pairwise import DTYPES
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory):
     """The launchers of csrc/ops, compiled once a session."""
     if shutil.which("g++") is None:
-        pytest.skip("g++ is not there: the CUDA kernels cannot be run on the host")
+        pytest.skip("g++ must be installed to run the CUDA kernels on the host")
     return harness.Kernels(harness.build(tmp_path_factory.mktemp("cuda_host")))
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
 @pytest.fixture
 def normal() -> Callable[..., torch.Tensor]:
-    """Normal numbers from a seed: normal(3, 4, dtype=...)."""
+    """Draws normal numbers from a seed: normal(3, 4, dtype=...)."""
     generator = torch.Generator().manual_seed(20250131)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

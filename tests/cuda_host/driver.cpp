@@ -1,59 +1,48 @@
 // Reads one case from standard input, runs it in every order asked for, writes the results to
-// standard output. harness.py is the other end.
+// standard output. harness.py is the other end. Settings of a case, besides those of kernel_case.h:
 //
-//   op NAME | dtype NAME | orders NAME... | number NAME VALUE | limit BYTES | grid X YZ
-//   array NAME BYTES OFFSET                                      one a line; its bytes follow
-//   end
+//   orders NAME... | limit BYTES | grid X YZ
 #include <cstdio>
 #include <exception>
 #include <iostream>
-#include <sstream>
 
-#include "case.h"
-#include "core/cuda.cuh"
-#include "scheduler.h"
+#include "core/cuda/cuda.cuh"
+#include "cuda_host/faults.h"
+#include "cuda_host/scheduler.h"
+#include "ops/all.h"
+#include "support/kernel_case.h"
 
 namespace {
 
-using cuda_host::Bytes;
-using cuda_host::Case;
-
-Case read_case(std::istream& in) {
-  Case call;
-  std::string line;
-  while (std::getline(in, line) && line != "end") {
-    std::istringstream words(line);
-    std::string kind, name;
-    words >> kind >> name;
-    if (kind == "op") call.op = name;
-    if (kind == "dtype") call.dtype = name;
-    if (kind == "limit") cuda_host::set_dynamic_limit(std::stoi(name));
-    if (kind == "grid") {
-      fisherfast::kMaxGridX = std::stoi(name);
-      words >> fisherfast::kMaxGridYZ;
-    }
-    if (kind == "number") words >> call.numbers[name];
-    if (kind == "orders") {
-      do call.orders.push_back(name);
-      while (words >> name);
-    }
-    if (kind == "array") {
-      std::size_t size = 0, offset = 0;
-      words >> size >> offset;
-      Bytes bytes(size, offset);
-      in.read(bytes.data(), static_cast<std::streamsize>(size));
-      call.inputs.insert_or_assign(name, std::move(bytes));
-    }
-  }
-  return call;
+template <typename Args>
+void run(const Case& call, void (*op)(const Args&, int, void*)) {
+  constexpr int kDevice = 0;
+  Run<Args> run(call);
+  run.add_workspace();
+  op(run.args, kDevice, nullptr);
+  run.write(std::cout);
 }
 
-void write_outputs(const Case& call, std::ostream& out) {
-  for (const auto& [name, bytes] : call.outputs) {
-    out << "array " << name << ' ' << bytes.size << '\n';
-    out.write(bytes.data(), static_cast<std::streamsize>(bytes.size));
+// False for an unknown op.
+template <typename T>
+bool run_op(const Case& call) {
+#define FF_CASE(name)                      \
+  if (call.op == #name) {                  \
+    run(call, fisherfast::name##_cuda<T>); \
+    return true;                           \
   }
-  out << "end\n";
+  FF_FOR_EACH_OP(FF_CASE)
+#undef FF_CASE
+  return false;
+}
+
+void apply(const std::map<std::string, std::string>& settings) {
+  for (const auto& [name, values] : settings) {
+    std::istringstream words(values);
+    int bytes = 0;
+    if (name == "limit" && words >> bytes) cuda_host::set_dynamic_limit(bytes);
+    if (name == "grid") words >> fisherfast::kMaxGridX >> fisherfast::kMaxGridYZ;
+  }
 }
 
 }  // namespace
@@ -61,15 +50,20 @@ void write_outputs(const Case& call, std::ostream& out) {
 int main() {
   std::ios::sync_with_stdio(false);
   try {
-    Case call = read_case(std::cin);
-    for (const std::string& order : call.orders) {
+    Case call;
+    call.read(std::cin);
+    apply(call.settings);
+    std::istringstream orders(call.settings.at("orders"));
+    for (std::string order; orders >> order;) {
       cuda_host::set_order(order);
-      call.outputs.clear();
-      if (!cuda_host::run_op(call) && !cuda_host::run_fault(call)) {
+      const bool known = call.dtype == "float64" ? run_op<double>(call) : run_op<float>(call);
+      if (known) continue;
+      const auto fault = cuda_host::faults().find(call.op);
+      if (fault == cuda_host::faults().end()) {
         std::cerr << "op must be known, got " << call.op << '\n';
         return 2;
       }
-      write_outputs(call, std::cout);
+      run(call, fault->second);
     }
   } catch (const std::exception& error) {
     std::cerr << "raised: " << error.what() << '\n';

@@ -1,7 +1,7 @@
 // Kernels with one planted fault each, and the same kernels without it: the harness must tell them
 // apart. Every kernel adds each number of x to the one before it in the block, y_i = x_(i-1) + x_i.
-#include "case.h"
-#include "core/cuda.cuh"
+#include "core/cuda/cuda.cuh"
+#include "cuda_host/faults.h"
 
 namespace cuda_host {
 namespace {
@@ -10,7 +10,7 @@ using fisherfast::index_t;
 
 constexpr unsigned kThreads = 64;
 
-enum Fault {
+enum Planted {
   kNone,
   kNoBarrier,
   kReadsOutside,
@@ -21,7 +21,7 @@ enum Fault {
 };
 
 // Thread: one number, by way of dynamic shared memory. One number of shared memory a thread.
-template <Fault kFault>
+template <Planted kFault>
 __global__ void neighbours_kernel(const float* x, float* y, index_t n) {
   FF_DYNAMIC_SHARED(shared);
   float* copy = reinterpret_cast<float*>(shared);
@@ -42,7 +42,7 @@ __global__ void neighbours_kernel(const float* x, float* y, index_t n) {
 }
 
 // The same by a shuffle inside each warp, and by static shared memory between warps.
-template <Fault kFault>
+template <Planted kFault>
 __global__ void shuffled_kernel(const float* x, float* y, index_t n) {
   __shared__ float ends[kThreads / kWarp];
   const index_t i = fisherfast::global_thread();
@@ -56,29 +56,29 @@ __global__ void shuffled_kernel(const float* x, float* y, index_t n) {
   if (i < n) y[i] = value + before;
 }
 
-template <Fault kFault>
-void neighbours(const float* x, float* y, index_t n) {
-  FF_LAUNCH(neighbours_kernel<kFault>, fisherfast::grid_x(fisherfast::ceil_div(n, kThreads)),
-            kThreads, kThreads * sizeof(float), nullptr, x, y, n);
+template <Planted kFault>
+void neighbours(const FaultArgs& args, int /*device*/, void* stream) {
+  FF_LAUNCH(neighbours_kernel<kFault>,
+            fisherfast::grid_x(fisherfast::ceil_div(args.rows, kThreads)), kThreads,
+            kThreads * sizeof(float), stream, args.x, args.y, args.rows);
 }
 
-template <Fault kFault>
-void shuffled(const float* x, float* y, index_t n) {
-  FF_LAUNCH(shuffled_kernel<kFault>, fisherfast::grid_x(fisherfast::ceil_div(n, kThreads)),
-            kThreads, 0, nullptr, x, y, n);
+template <Planted kFault>
+void shuffled(const FaultArgs& args, int /*device*/, void* stream) {
+  FF_LAUNCH(shuffled_kernel<kFault>, fisherfast::grid_x(fisherfast::ceil_div(args.rows, kThreads)),
+            kThreads, 0, stream, args.x, args.y, args.rows);
 }
 
 // Asks for more dynamic shared memory than a launch may have without cudaFuncSetAttribute.
-void too_much_shared(const float* x, float* y, index_t n) {
+void too_much_shared(const FaultArgs& args, int /*device*/, void* stream) {
   constexpr std::size_t kBytes = 64 << 10;
-  FF_LAUNCH(neighbours_kernel<kNone>, 1, kThreads, kBytes, nullptr, x, y, n);
+  FF_LAUNCH(neighbours_kernel<kNone>, 1, kThreads, kBytes, stream, args.x, args.y, args.rows);
 }
 
 }  // namespace
 
-bool run_fault(Case& call) {
-  using Launcher = void (*)(const float*, float*, index_t);
-  static const std::map<std::string, Launcher> faults = {
+const std::map<std::string, Fault>& faults() {
+  static const std::map<std::string, Fault> faults = {
       {"neighbours", neighbours<kNone>},
       {"missing_barrier", neighbours<kNoBarrier>},
       {"global_read_outside", neighbours<kReadsOutside>},
@@ -89,11 +89,7 @@ bool run_fault(Case& call) {
       {"unset_shared", shuffled<kUnset>},
       {"too_much_shared", too_much_shared},
   };
-  const auto fault = faults.find(call.op);
-  if (fault == faults.end()) return false;
-  const index_t n = call.number("rows");
-  fault->second(call.input<float>("x"), call.output<float>("y", n), n);
-  return true;
+  return faults;
 }
 
 }  // namespace cuda_host

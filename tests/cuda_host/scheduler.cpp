@@ -4,7 +4,7 @@
 // get their turn is chosen by FISHERFAST_CUDA_HOST_ORDER or set_order(): "forward", "reverse" (both
 // let a warp run as far as it can before the next one), or a number, the seed of a random choice of
 // warps and lanes at every turn. A kernel whose result depends on it lacks a barrier.
-#include "scheduler.h"
+#include "cuda_host/scheduler.h"
 
 #include <link.h>
 #include <sanitizer/common_interface_defs.h>
@@ -62,7 +62,7 @@ std::mt19937 random_numbers;
 // --- fibres --------------------------------------------------------------------------------------
 
 // The compiler's own setjmp and longjmp: those of the C library, and swapcontext, make system calls
-// at every turn. The sanitizer is told of the switch, and must not clear the stack before a jump.
+// at every turn. The sanitizer learns of the switch, and must not clear the stack before a jump.
 #define SWITCHES_STACKS __attribute__((noinline, no_sanitize_address))
 
 SWITCHES_STACKS void jump(void** place) { __builtin_longjmp(place, 1); }

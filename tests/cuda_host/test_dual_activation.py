@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from cuda_host.dual_buffers import assert_matches, buffer
+from support.pairwise import DTYPES, pairwise
 
+from fisherfast import ops
 from fisherfast.ops import reference_dual
 from fisherfast.ops._dual_activation import KINDS
 
@@ -25,21 +27,19 @@ SMALL = {torch.float32: 1e-30, torch.float64: 1e-100}
 SHAPES = [(1, 1, 1), (7, 1, 301), (3, 5, 7), (2, 3, 64), (5, 16, 4), (400, 3, 1), (3, 129, 1)]
 
 
-def dual_activation(kernels, x, kind, output_gap=0, **settings):
-    """The launcher on x [1 + P, outer, C, inner] with contiguous slices: y of that shape, and what
-    lies between its slices."""
-    numbers = dict(zip(("outer", "channels", "inner"), x.shape[1:], strict=True))
+def dual_activation(kernels, x, kind, output_gap=0, in_place=False, **options):
+    """The result for x [1 + P, outer, C, inner], and what lies between its slices."""
+    settings = {"grid": options.pop("grid", None)}
+    how = (kind, *PARAMETERS.get(kind, ()))
     size = x[0].numel()
-    numbers |= {"slice_stride": x.stride(0), "output_stride": size + output_gap}
-    numbers |= {"tangents": len(x) - 1, "kind": list(KINDS).index(kind)}
-    parameters = (*PARAMETERS.get(kind, ()), 0.0, 0.0, 0.0)
-    numbers |= dict(zip("abc", parameters[:3], strict=True))
-    name = "x" if settings.get("in_place") else "y"
-    y = kernels.run("dual_activation", x.dtype, {name: x.dtype}, x=x, **numbers, **settings)[name]
-    if name == "x":
-        return y.as_strided(x.shape, x.stride()), None
-    lines = torch.cat([y, y.new_full((output_gap,), math.nan)]).view(len(x), size + output_gap)
-    return lines[:, :size].reshape(x.shape), lines[:, size:]
+    lines = torch.full((len(x), size + output_gap), math.nan, dtype=x.dtype)
+    out = lines[:, :size].unflatten(1, x.shape[1:])
+    with kernels.serving(**settings):
+        if in_place:
+            ops.dual_activation_(x, *how, **options)
+        else:
+            ops.dual_activation(x, *how, **options, out=out)
+    return (x if in_place else out), lines[:, size:]
 
 
 def truth_of(x, kind, scale=None, shift=None, slope=None):
@@ -86,15 +86,11 @@ def test_numbers_that_are_not_finite_or_large(kernels, normal, dtype, kind):
     assert_matches(y, truth, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("tangents", [0, 1, 4, 9])
-@pytest.mark.parametrize(("outer", "channels", "inner"), SHAPES)
-@pytest.mark.parametrize("kind", ["prelu", "silu"])
-def test_scale_and_shift_of_each_channel(
-    kernels, normal, dtype, kind, outer, channels, inner, tangents
-):
+@pairwise(shape=SHAPES, tangents=[0, 1, 4, 9], kind=["prelu", "silu"], dtype=DTYPES)
+def test_scale_and_shift_of_each_channel(kernels, normal, dtype, kind, shape, tangents):
     """Catches the channel of a neighbour, a shift of the tangents, and a tangent that is left out
     (four are loaded together)."""
-    x = buffer(normal, dtype, (1 + tangents, outer, channels, inner), gap=3)
+    x, channels = buffer(normal, dtype, (1 + tangents, *shape), gap=3), shape[1]
     scale, shift = normal(channels, dtype=dtype), normal(channels, dtype=dtype)
     vectors = {"scale": scale, "shift": shift, "slope": slope_of(normal, kind, channels, dtype)}
     y, _ = dual_activation(kernels, x, kind, **vectors)
@@ -126,10 +122,10 @@ def test_any_alignment_gives_the_same_bits(kernels, normal, dtype, size, gap, of
 @pytest.mark.parametrize("tangents", [0, 2, 6])
 def test_in_place(kernels, normal, dtype, tangents):
     """Catches a primal that is read after it was written."""
-    x = buffer(normal, dtype, (1 + tangents, 3, 4, 9), gap=2)  # y has the strides of x
+    x = buffer(normal, dtype, (1 + tangents, 3, 4, 9), gap=2)
     vectors = {"scale": normal(4, dtype=dtype), "shift": normal(4, dtype=dtype)}
     expected, _ = dual_activation(kernels, x, "mish", **vectors)
-    y, _ = dual_activation(kernels, x, "mish", output_gap=2, in_place=1, **vectors)
+    y, _ = dual_activation(kernels, x, "mish", in_place=True, **vectors)
     assert torch.equal(y, expected)
 
 

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from cuda_host.dual_buffers import assert_matches, buffer
+from support.pairwise import DTYPES, pairwise
 
+from fisherfast import ops
 from fisherfast.ops import reference_dual
 
 # Measured: 8.7e-7 and 1.8e-15.
@@ -16,14 +18,11 @@ EPS = 2.0**-10  # the same number in float32 and float64
 WIDTHS = [1, 3, 32, 127, 200, 512, 513, 1500, 2048, 2500, 4097]
 
 
-def dual_norm(kernels, x, weight=None, bias=None, groups=1, inner=1, **settings):
-    """The launcher on x [1 + P, rows, width] with contiguous slices."""
-    numbers = dict(zip(("rows", "width"), x.shape[1:], strict=True)) | {"eps": EPS, "centre": 1}
-    numbers |= {"slice_stride": x.stride(0), "tangents": len(x) - 1}
-    numbers |= {"groups": groups, "inner": inner} | settings
-    name = "x" if settings.get("in_place") else "y"
-    y = kernels.run("dual_norm", x.dtype, {name: x.dtype}, x=x, weight=weight, bias=bias, **numbers)
-    return y[name].view(x.shape)
+def dual_norm(kernels, x, *vectors, groups=1, inner=1, centre=1, in_place=False, **settings):
+    with kernels.serving(in_place=in_place, **settings):
+        options = {"eps": EPS, "groups": groups, "inner": inner, "centre": bool(centre)}
+        y = ops.dual_norm(x, *vectors, **options)
+    return x if in_place else y
 
 
 def truth_of(x, weight=None, bias=None, groups=1, inner=1, centre=1, eps=EPS):
@@ -31,8 +30,7 @@ def truth_of(x, weight=None, bias=None, groups=1, inner=1, centre=1, eps=EPS):
     return reference_dual.dual_norm(x.double(), weight, bias, eps, groups, inner, bool(centre))
 
 
-@pytest.mark.parametrize(("tangents", "centre"), [(0, 1), (1, 1), (4, 1), (5, 1), (2, 0)])
-@pytest.mark.parametrize("width", WIDTHS)
+@pairwise(width=WIDTHS, tangents=[0, 1, 2, 4, 5], centre=[1, 0], dtype=DTYPES)
 def test_matches_the_reference(kernels, normal, dtype, width, tangents, centre):
     """Layer norm and RMS norm with weights. Catches a sum over part of the row, a tangent that
     gets the sums of another, a bias on the tangents, and a mean where there should be none."""
@@ -55,7 +53,7 @@ def test_weights_of_groups(kernels, normal, dtype, given, groups, inner, width):
     vectors = {name: normal(size, dtype=dtype) for name in ("weight", "bias")}
     if given != "both":
         vectors = {given: vectors[given]}
-    y = dual_norm(kernels, x, groups=groups, inner=inner, **vectors)
+    y = dual_norm(kernels, x, *map(vectors.get, ("weight", "bias")), groups=groups, inner=inner)
     truth = truth_of(x, groups=groups, inner=inner, **vectors)
     assert_matches(y, truth, TOLERANCE[dtype])
 
@@ -90,7 +88,7 @@ def test_equal_numbers_without_eps(kernels, dtype, width):
 
 @pytest.mark.parametrize("width", [40, 600, 4500])
 def test_a_nan_stays_in_its_row_and_slice(kernels, normal, dtype, width):
-    """A NaN of the primal spoils its row in every slice, one of a tangent its row there."""
+    """A NaN of the primal reaches its row in every slice, one of a tangent its row there."""
     x = buffer(normal, dtype, (3, 4, width))
     x[0, 1, 7] = math.nan
     x[2, 3, 9] = math.nan

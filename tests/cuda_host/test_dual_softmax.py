@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from cuda_host.dual_buffers import assert_matches, buffer
+from support.pairwise import DTYPES, pairwise
 
+from fisherfast import ops
 from fisherfast.ops import reference_dual
 
 # Measured: 2.1e-7 and 1.7e-15.
@@ -18,13 +20,11 @@ COLUMNS = [(1, 1, 2), (3, 5, 7), (2, 100, 33), (4, 3, 300)]
 ONE_OF_EACH = [(3, 40, 1), (3, 600, 1), (3, 4500, 1), (2, 6, 5)]
 
 
-def dual_softmax(kernels, x, log, **settings):
-    """The launcher on x [1 + P, outer, width, inner] with contiguous slices."""
-    numbers = dict(zip(("outer", "width", "inner"), x.shape[1:], strict=True)) | {"log": log}
-    numbers |= {"slice_stride": x.stride(0), "tangents": len(x) - 1}
-    name = "x" if settings.get("in_place") else "y"
-    y = kernels.run("dual_softmax", x.dtype, {name: x.dtype}, x=x, **numbers, **settings)
-    return y[name].view(x.shape)
+def dual_softmax(kernels, x, log, in_place=False, **settings):
+    """Over dimension 2 of x [1 + P, outer, width, inner]."""
+    with kernels.serving(in_place=in_place, **settings):
+        y = ops.dual_softmax(x, 2, log=bool(log))
+    return x if in_place else y
 
 
 def truth_of(x, log):
@@ -36,8 +36,7 @@ def log(request):
     return request.param
 
 
-@pytest.mark.parametrize("tangents", [0, 1, 5])
-@pytest.mark.parametrize("shape", ROWS + LONG + COLUMNS)
+@pairwise(shape=ROWS + LONG + COLUMNS, tangents=[0, 1, 5], log=[0, 1], dtype=DTYPES)
 def test_matches_the_reference(kernels, normal, dtype, shape, tangents, log):
     """Catches a sum over part of a row or over a neighbour's, and a tangent that gets the sum of
     another."""
@@ -52,7 +51,7 @@ def test_large_numbers(kernels, normal, dtype, shape, shift, log):
     """Catches exponentials without the largest number taken off: all overflow or all vanish."""
     x = buffer(normal, dtype, (5, *shape))
     x[0] = 100 * x[0] + shift
-    # log s lies some hundreds below zero: its error is relative.
+    # log s is some hundreds below zero: its error is relative.
     assert_matches(dual_softmax(kernels, x, log), truth_of(x, log), TOLERANCE[dtype])
 
 
@@ -86,8 +85,7 @@ def test_any_alignment_gives_the_same_bits(kernels, normal, dtype, shape, offset
     assert torch.equal(dual_softmax(kernels, x, log), expected)
 
 
-@pytest.mark.parametrize("tangents", [0, 3, 9])
-@pytest.mark.parametrize("shape", ONE_OF_EACH)
+@pairwise(shape=ONE_OF_EACH, tangents=[0, 3, 9], log=[0, 1], dtype=DTYPES)
 def test_in_place(kernels, normal, dtype, shape, tangents, log):
     """Catches a primal that is overwritten while tangents still need it: a row that is walked along
     takes nine of them in three turns."""

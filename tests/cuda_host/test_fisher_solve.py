@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from support.pairwise import DTYPES, pairwise
 
+from fisherfast import ops
 from fisherfast.ops import reference
 
 # Errors relative to the largest result of a system: those of tests/ops/test_fisher_solve.py.
@@ -22,31 +24,24 @@ SHAPES = [
     (4, 33, 3),
     (2, 64, 1),
 ]
-RESULTS = ("fisher", "half", "info", "condition", "inverse_rows", "solution")
 
 # A lane, a part of a warp, or a block: the plan without inverse_rows, and that with them.
 both_plans = pytest.mark.parametrize("inverse_rows", [False, True])
 
 
-def fisher_solve(kernels, cov, deriv, ridge=0.0, inverse_rows=True, solution=True, **settings):
-    """The launcher on cov [B, d, d] and deriv [B, d, P] of any strides."""
-    B, d, P = deriv.shape
-    numbers = {"batch": B, "dim": d, "params": P, "ridge": ridge, "inverse_rows": inverse_rows}
-    numbers["solution"] = solution
-    for name, tensor in (("cov", cov), ("deriv", deriv)):
-        numbers |= {f"{name}_stride{i}": tensor.stride(i) for i in range(3)}
-    outputs = dict.fromkeys(RESULTS, cov.dtype) | {"info": torch.int32}
-    got = kernels.run(
-        "fisher_solve", cov.dtype, outputs, **settings, cov=cov, deriv=deriv, **numbers
-    )
-    shapes = {"fisher": (B, P, P), "half": (B, d, P), "inverse_rows": (B, d), "solution": (B, d, P)}
-    return {name: result.view(shapes.get(name, (B,))) for name, result in got.items()}
+def fisher_solve(kernels, cov, deriv, ridge=0.0, inverse_rows=True, **settings):
+    """The results by name, those of inverse_rows where they are wanted."""
+    with kernels.serving(**settings):
+        got = ops.fisher_solve_details(
+            cov, deriv, ridge=ridge, inverse_rows=inverse_rows, solution=True
+        )._asdict()
+    return got if inverse_rows else {n: got[n] for n in got if n != "inverse_rows"}
 
 
 def truth_of(cov, deriv, ridge):
     """The results in float64, by name."""
     truth = reference.fisher_solve(cov.double(), deriv.double(), ridge, True, True)
-    return dict(zip(RESULTS, truth, strict=True))
+    return ops.FisherSolve(*truth)._asdict()
 
 
 def assert_matches(got, cov, deriv, ridge):
@@ -132,9 +127,7 @@ FAILURES = {
 }
 
 
-@both_plans
-@pytest.mark.parametrize("dim", [5, 36])
-@pytest.mark.parametrize("failure", FAILURES)
+@pairwise(failure=list(FAILURES), dim=[5, 36], inverse_rows=[False, True], dtype=DTYPES)
 def test_failures_stay_in_their_system(kernels, systems, dtype, failure, dim, inverse_rows):
     entries, pivot = FAILURES[failure]
     cov, deriv = systems(5, dim, 2, dtype)

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from support.closeness import assert_close
+
+from fisherfast import ops
 
 # Errors relative to the largest result, float32 and float64. Measured: 3e-7 and 1e-15.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
@@ -10,21 +13,10 @@ TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
 SIZES = [(1, 1, 1, 1, 1), (3, 2, 5, 17, 9), (2, 1, 70, 20, 33), (2, 3, 17, 65, 5)]
 
 
-def gradient_gram(kernels, left, right=None, **settings):
-    """The launcher on two sides (a, b) of any strides."""
-    numbers = {"symmetric": right is None, "D": left[0].shape[2], "M": left[1].shape[3]}
-    arrays = {}
-    for name, (a, b) in (("left", left), ("right", left if right is None else right)):
-        arrays |= {f"{name}_a": a, f"{name}_b": b}
-        numbers |= {f"{name}_a{i}": a.stride(i) for i in range(3)}
-        numbers |= {f"{name}_b{i}": b.stride(i) for i in range(4)}
-        sizes = zip(("rows", "columns", "positions"), b.shape[:3], strict=True)
-        numbers |= {f"{name}_{what}": size for what, size in sizes}
-    got = kernels.run(
-        "gradient_gram", left[0].dtype, {"gram": torch.float64}, **arrays, **numbers, **settings
-    )
-    other = left if right is None else right
-    return got["gram"].view(*left[1].shape[:2], *other[1].shape[:2])
+def gradient_gram(kernels, left, right=(None, None), **settings):
+    """The products of two sides (a, b)."""
+    with kernels.serving(**settings):
+        return ops.gradient_gram(*left, *right)
 
 
 def definition(left, right):
@@ -33,9 +25,7 @@ def definition(left, right):
 
 
 def assert_matches(got, left, right):
-    truth = definition(left, right)
-    error = (got - truth).abs().max()
-    assert error <= TOLERANCE[left[0].dtype] * truth.abs().max()
+    assert_close(got, definition(left, right), TOLERANCE[left[0].dtype])
 
 
 def side(normal, n, C, T, D, M, dtype):

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from support.closeness import assert_close
 from torch.nn.functional import unfold
+
+from fisherfast import ops
 
 # Errors relative to the largest result, float32 and float64. Measured: 3e-7 and 6e-16.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
@@ -29,18 +32,10 @@ def drawn(normal, case, dtype):
 
 
 def gradient_squares(kernels, x, g, case, **settings):
-    """The launcher on x and g of any strides."""
     _, _, kernel, stride, padding, dilation, groups = CASES[case]
-    numbers = {"samples": len(x), "groups": groups}
-    numbers |= {"group_inputs": x.shape[1] // groups, "group_outputs": g.shape[1] // groups}
-    for i in range(4):
-        numbers |= {f"x_stride{i}": x.stride(i), f"g_stride{i}": g.stride(i)}
-    for i in range(2):
-        numbers |= {f"in{i}": x.shape[2 + i], f"out{i}": g.shape[2 + i], f"kernel{i}": kernel[i]}
-        numbers |= {f"stride{i}": stride[i], f"padding{i}": padding[i], f"dilation{i}": dilation[i]}
-    outputs = {"squares": torch.float64}
-    got = kernels.run("gradient_squares", x.dtype, outputs, x=x, g=g, **numbers, **settings)
-    return got["squares"].view(g.shape[1], x.shape[1] // groups, *kernel)
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    with kernels.serving(**settings):
+        return ops.gradient_squares(x, g, kernel, **geometry)
 
 
 def definition(x, g, case):
@@ -52,8 +47,7 @@ def definition(x, g, case):
 
 
 def assert_matches(got, x, g, case):
-    truth = definition(x, g, case)
-    assert (got - truth).abs().max() <= TOLERANCE[x.dtype] * truth.abs().max()
+    assert_close(got, definition(x, g, case), TOLERANCE[x.dtype])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,13 +1,13 @@
 // Planted faults that AddressSanitizer and UndefinedBehaviorSanitizer must catch: `overrun heap`
-// writes one number behind the scratch memory of a kernel, on a thread of a kernel; `overrun sum`
+// writes one number past the scratch memory of a kernel, on a thread of a kernel; `overrun sum`
 // adds past the largest index. Exits with 0, for a test to see, when nothing stops it.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <string>
 
-#include "core/aligned.h"
-#include "core/parallel.h"
+#include "core/cpu/aligned.h"
+#include "core/cpu/parallel.h"
 
 using namespace fisherfast;
 
@@ -15,7 +15,7 @@ namespace {
 
 constexpr index_t kNumbers = 1000;
 
-void write_behind_the_scratch_memory(index_t extra) {
+void write_past_the_scratch_memory(index_t extra) {
   const AlignedArray<float> scratch = aligned_array<float>(kNumbers);
   parallel_for(kNumbers + extra, 100, 2, [&](index_t begin, index_t end) {
     for (index_t i = begin; i < end; ++i) scratch[i] = static_cast<float>(i);
@@ -35,7 +35,7 @@ int main(int argc, char** argv) {
   if (argc != 3) return EXIT_FAILURE;
   const index_t extra = std::atoll(argv[2]);
   if (argv[1] == std::string("heap")) {
-    write_behind_the_scratch_memory(extra);
+    write_past_the_scratch_memory(extra);
   } else {
     add_past_the_largest_index(extra);
   }

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 #include <thread>
+#include <vector>
 
-#include "cases.h"
+#include "ops/moments/lift_moments.h"
 
 using namespace fisherfast;
 
@@ -45,7 +47,7 @@ int main(int argc, char** argv) {
   if (std::find(levels.begin(), levels.end(), argv[1]) == levels.end()) return kNotHere;
   use_simd(argv[1]);
   const bool shared = argv[2] == std::string("shared");
-  const std::vector<float> z = numbers<float>(kRows * kRaw), weight = numbers<float>(kSize * kRaw);
+  const std::vector<float> z(kRows * kRaw, 0.5f), weight(kSize * kRaw, 0.25f);
   Sums first, second;
   std::thread other([&] { add(z, weight, shared ? first : second); });
   add(z, weight, first);

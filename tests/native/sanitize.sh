@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What `make sanitize` runs, with the Python of the virtual environment first on PATH: the op tests
 # on a module with AddressSanitizer and UndefinedBehaviorSanitizer, then the drivers in C++.
-# The module lies in a tree of its own, build/sanitize/tree, with copies of all that the tests import.
+# The module is in its own tree, build/sanitize/tree, with copies of all that the tests import.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 base=build/sanitize tree=$PWD/build/sanitize/tree

@@ -1,7 +1,7 @@
 """Shows that the sanitized module is the one under test, and that it stops at a fault.
 
 As a pytest plugin (`-p sanitized`) it ends the run unless `fisherfast._C` is such a module. As a
-script it lets every CPU kernel, at every instruction set of this machine, read behind its input and
+script it makes every CPU kernel, at every instruction set of this machine, read past its input and
 from an address between two numbers: AddressSanitizer and UndefinedBehaviorSanitizer must stop each
 of these calls, with a report that names a line of csrc. `make sanitize` runs both.
 """
@@ -23,7 +23,7 @@ TREE = Path(__file__).resolve().parents[2]  # of copies: `make sanitize` makes i
 
 
 def fault_of_module() -> str | None:
-    """What is wrong with the module, if it is not the sanitized one of this tree."""
+    """The reason why the module is not the sanitized one of this tree, or None."""
     module = _native.load()
     if module is None:
         return f"fisherfast._C must be loaded, got {_native.DISABLE_VARIABLE}=1"
@@ -47,21 +47,21 @@ def pytest_configure() -> None:
 
 
 def shortened(tensor: torch.Tensor) -> torch.Tensor:
-    """The same shape, and memory for all of its numbers but the last."""
+    """The tensor without memory for its last number."""
     storage = tensor.untyped_storage()
     storage.resize_(storage.nbytes() - tensor.element_size())
     return tensor
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, one byte further on than numbers may start."""
+    """Copies the numbers to an address one byte after an aligned one."""
     memory = torch.empty(tensor.nbytes + 1, dtype=torch.uint8)
     moved = torch.frombuffer(memory.numpy(), dtype=tensor.dtype, offset=1).view(tensor.shape)
     return moved.copy_(tensor)
 
 
-# What the reports say. The kind that AddressSanitizer names depends on how much of a vector lies
-# behind the memory.
+# Text of the reports. The kind that AddressSanitizer names depends on how much of a vector is past
+# the memory.
 FAULTS = {"ERROR: AddressSanitizer": shortened, "misaligned address": misaligned}
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernels in C++ alone, under the sanitizers of the compiler; and that these catch faults.
+"""The CPU kernels in C++ under the sanitizers of the compiler, which must catch planted faults.
 
 CMake builds the drivers of tests/native with FISHERFAST_SANITIZE. `make sanitize` runs the op tests
 under AddressSanitizer as well: that needs another Python process, with libraries of its own.
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from native.thread_cases import recorded
 
 from fisherfast import _native
 
@@ -41,7 +42,7 @@ def must_run(*command: object) -> None:
 
 
 def run_driver(*command: object) -> subprocess.CompletedProcess:
-    """With addresses that are not random where ThreadSanitizer, which needs some of them for
+    """Runs a driver, with fixed addresses where ThreadSanitizer, which needs some of them for
     itself, does not start otherwise."""
     done = run(*command)
     if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
@@ -78,7 +79,7 @@ def build_drivers(sanitizer: str, folder: Path, *drivers: str) -> Path:
 
 @pytest.fixture(scope="module")
 def thread_drivers() -> Path:
-    """With all of csrc: built once, and kept for the next time."""
+    """The drivers with all of csrc, built once and kept for the next run."""
     return build_drivers("thread", ROOT / "build" / "native", "threads", "race")
 
 
@@ -90,10 +91,13 @@ def overrun(tmp_path_factory: pytest.TempPathFactory) -> Callable:
 
 
 @pytest.mark.slow
-def test_threads_do_not_race_and_change_no_bit(thread_drivers):
+def test_threads_do_not_race_and_change_no_bit(thread_drivers, tmp_path):
     """Catches a missing wait between two phases of a team, a result that two threads write, a sum
     in the order in which threads come, state that two callers share."""
-    done = run_driver(thread_drivers / "threads")
+    cases = tmp_path / "cases"
+    cases.write_bytes(recorded())
+    done = run_driver(thread_drivers / "threads", cases)
+    cases.unlink()  # 400 MB
     assert "ThreadSanitizer" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(" cases, 0 differences\n")
@@ -110,7 +114,7 @@ def test_a_planted_race_is_caught(thread_drivers, level):
     shared = run_driver(thread_drivers / "race", level, "shared")
     assert shared.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in shared.stderr
-    assert "csrc/ops/lift_moments.simd.cpp" in shared.stderr
+    assert "csrc/ops/moments/lift_moments.simd.cpp" in shared.stderr
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,7 @@ def test_a_planted_race_is_caught(thread_drivers, level):
     [("heap", 0, "AddressSanitizer: heap-buffer-overflow"), ("sum", 1, "signed integer overflow")],
 )
 def test_a_planted_overrun_is_caught(overrun, fault, harmless, report):
-    """One number behind scratch memory; one added to the largest integer."""
+    """Writes one number past scratch memory; adds one to the largest integer."""
     done = overrun(fault, harmless)
     assert done.returncode == 0, done.stderr
     done = overrun(fault, harmless + 1)
@@ -145,7 +149,7 @@ def test_the_installed_module_has_no_sanitizer():
         ),
     ],
 )  # fmt: skip
-def test_what_setup_refuses(monkeypatch, tmp_path, choice, options, message):
+def test_setup_refuses_unknown_sanitizers(monkeypatch, tmp_path, choice, options, message):
     """An unknown sanitizer, and any over the module of the checkout."""
     monkeypatch.setitem(ENVIRONMENT, "FISHERFAST_SANITIZE", choice)
     places = ["--build-lib", tmp_path, "--build-temp", tmp_path]

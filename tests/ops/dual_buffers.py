@@ -1,4 +1,4 @@
-"""What the tests of the dual ops share: layouts of a buffer [1 + P, ...], comparisons by slice."""
+"""Shared by the tests of the dual ops: layouts of a buffer [1 + P, ...], comparisons by slice."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from fisherfast import _native
 
 
 def _gap(x):
-    """The same numbers in slices that are contiguous and lie apart, from an unaligned address."""
+    """Copy x into contiguous slices with gaps between them, from an unaligned address."""
     size = x[0].numel()
     storage = torch.empty(len(x) * (size + 3) + 1, dtype=x.dtype, device=x.device)
     strides = [size + 3, *torch.empty(x.shape[1:]).stride()]
@@ -29,19 +29,19 @@ LAYOUTS = {
 
 
 def skip_without_kernel(device, reason):
-    """For what a kernel promises and plain torch does not."""
+    """Skip a test of a promise that only the kernel makes."""
     if not _native.serves(torch.empty(0, device=device)):
         pytest.skip(f"plain torch runs the op: {reason}")
 
 
 def expanded(x):
-    """The primal as its own tangents: slices that lie on top of each other."""
+    """Return the primal as its own tangents: slices in the same memory."""
     return x[:1].expand(x.shape)
 
 
 def largest_error(got, truth, scale=None):
     """Largest over the slices of max |got - truth| / max |scale|; the scale is the truth itself
-    where it is no difference of larger numbers."""
+    unless the truth is a difference of larger numbers."""
     assert got.shape == truth.shape
     if got.numel() == 0:
         return 0.0

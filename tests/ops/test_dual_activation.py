@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.closeness import assert_close
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import _native, ops
 from fisherfast.ops import reference_dual
@@ -73,13 +75,9 @@ def machine(request):
 
 def assert_matches(got, truth, dtype):
     """Each slice is right on its own scale; NaN where the truth is NaN."""
-    assert got.shape == truth.shape
     assert got.dtype == dtype
-    for result, expected in zip(got.double(), truth.double(), strict=True):
-        assert torch.equal(result.isnan(), expected.isnan())
-        if expected.numel() > 0:
-            error = (result - expected).abs().nan_to_num().max()
-            assert error <= TOLERANCE[dtype] * expected.abs().nan_to_num().max(), float(error)
+    for result, expected in zip(got, truth, strict=True):
+        assert_close(result, expected, TOLERANCE[dtype])
 
 
 def truth_of(x, kind, parameters=(), **options):
@@ -93,11 +91,11 @@ def truth_of(x, kind, parameters=(), **options):
 def run_kernel(x, y, kind, parameters=(), size=None, slope=None):
     """The kernel itself, from the memory of x to that of y."""
     size = x[0].numel() if size is None else size
-    slope_address = 0 if slope is None else slope.data_ptr()
-    numbers = (x.stride(0), y.stride(0), len(x) - 1, 1, 1, size, list(KINDS).index(kind))
-    parameters = (*parameters, 0.0, 0.0, 0.0)[:3]
-    addresses = (x.data_ptr(), y.data_ptr(), 0, 0, slope_address)
-    _native.call("dual_activation", x, *addresses, *numbers, *parameters)
+    fields = {"x": x, "y": y, "scale": None, "shift": None, "slope": slope}
+    fields |= {"slice_stride": x.stride(0), "output_stride": y.stride(0), "tangents": len(x) - 1}
+    fields |= {"outer": 1, "channels": 1, "inner": size, "kind": list(KINDS).index(kind)}
+    fields |= dict(zip("abc", (*parameters, 0.0, 0.0, 0.0)[:3], strict=True))
+    _native.call("dual_activation", x, **fields)
 
 
 needs_kernel = pytest.mark.skipif(
@@ -221,8 +219,8 @@ def test_the_derivative_at_a_kink_is_that_of_pytorch(machine, dtype, case):
     function, kind, parameters, kinks = CASES[case]
     middle = torch.tensor([*kinks, -0.0], dtype=dtype)
     up, down = torch.full_like(middle, math.inf), torch.full_like(middle, -math.inf)
-    beside = [torch.nextafter(middle, up), torch.nextafter(middle, down)]
-    z = torch.cat([middle, *beside]).repeat(19).to(machine)
+    neighbours = [torch.nextafter(middle, up), torch.nextafter(middle, down)]
+    z = torch.cat([middle, *neighbours]).repeat(19).to(machine)
     got = ops.dual_activation(torch.stack([z, torch.ones_like(z)]), kind, *parameters)
     value, derivative = torch.func.jvp(function, (z,), (torch.ones_like(z),))
     primal = z.clone().requires_grad_()
@@ -253,8 +251,8 @@ SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0]
 
 @pytest.mark.parametrize("case", CASES)
 def test_nan_and_infinity_give_what_pytorch_gives(machine, case):
-    """As its vectors on the CPU do: for the numbers left over behind the last vector its slopes at
-    NaN are others (1 for hardtanh, elu and hardswish). In float64, as the vectors of its float32
+    """As its vectors on the CPU do: for the numbers left over after the last vector its slopes at
+    NaN differ (1 for hardtanh, elu and hardswish). In float64, as the vectors of its float32
     GELU make NaN of infinity. Catches a NaN that is swallowed by a comparison."""
     function, kind, parameters, _ = CASES[case]
     z = torch.tensor(SPECIAL, dtype=torch.float64).repeat(32)
@@ -282,7 +280,7 @@ def test_overflow_and_denormal_numbers(machine, dtype, case):
     _, kind, parameters, _ = CASES[case]
     points = [*EXTREME[dtype], *SPECIAL]
     if dtype == torch.float64 and case in ("sigmoid", "silu", "mish"):
-        # PyTorch's sigmoid is 0 below -709.8, where it still is a number, and there is no truth
+        # PyTorch's sigmoid is 0 below -709.8, where it is still a number, and there is no truth
         points = [z for z in points if not 709 < abs(z) < 1000]
     z = torch.tensor(points, dtype=dtype, device=machine).repeat(17)
     got = ops.dual_activation(torch.stack([z, torch.ones_like(z)]), kind, *parameters)
@@ -357,16 +355,17 @@ def test_shapes(machine, dtype, normal, case):
         assert_matches(got, truth_of(x, kind, parameters), dtype)
 
 
-@pytest.mark.parametrize("given", ["scale", "shift", "both"])
-@pytest.mark.parametrize(
-    ("shape", "channel_dim"),
-    [((3, 5), 1), ((2, 4, 9), 1), ((2, 4, 9), 2), ((4, 2, 3, 49), 2), ((2, 3, 1, 700), 2),
-     ((2, 3, 5, 2, 100), 3), ((2, 30, 1100, 1), 2), ((2, 2, 3, 2, 2), 2), ((2, 3, 0, 4), 2)],
-    ids=str,
+@pairwise(
+    layout=[((3, 5), 1), ((2, 4, 9), 1), ((2, 4, 9), 2), ((4, 2, 3, 49), 2), ((2, 3, 1, 700), 2),
+            ((2, 3, 5, 2, 100), 3), ((2, 30, 1100, 1), 2), ((2, 2, 3, 2, 2), 2),
+            ((2, 3, 0, 4), 2)],
+    given=["scale", "shift", "both"],
+    kind=["identity", "relu", "gelu"],
+    dtype=DTYPES,
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["identity", "relu", "gelu"])
-def test_scale_and_shift(machine, dtype, normal, kind, shape, channel_dim, given):
+def test_scale_and_shift(machine, dtype, normal, kind, layout, given):
     """Catches a tangent without scale, a tangent with shift, and the channel of a neighbour."""
+    shape, channel_dim = layout
     x = normal(*shape, dtype=dtype, device=machine)
     names = ("scale", "shift") if given == "both" else (given,)
     channels = shape[channel_dim]
@@ -410,11 +409,14 @@ def test_in_place(machine, dtype, normal, size):
 
 
 @needs_kernel
-@pytest.mark.parametrize("offset", [0, 1, 5, 16])
-@pytest.mark.parametrize("size", [*range(1, 20), 63, 64, 65, 1023, 1030, BEYOND_THE_CACHES // 8])
-def test_nothing_is_written_beside_the_result(machine, dtype, normal, size, offset):
-    """Catches the vector store that begins before y or ends behind a slice, and the streaming store
-    to an address that is no boundary."""
+@pairwise(
+    size=[*range(1, 20), 63, 64, 65, 1023, 1030, BEYOND_THE_CACHES // 8],
+    offset=[0, 1, 5, 16],
+    dtype=DTYPES,
+)
+def test_nothing_is_written_outside_the_result(machine, dtype, normal, size, offset):
+    """Catches the vector store that begins before y or ends after a slice, and the streaming store
+    to an address that is not a boundary."""
     x = normal(3, size, dtype=dtype, device=machine)
     gap = 40
     memory = torch.full((3 * (size + gap) + offset,), 7.0, dtype=dtype, device=machine)
@@ -551,7 +553,7 @@ def test_compiles(normal):
 
 @pytest.mark.parametrize("layout", ["dense", "permuted", "strided"])
 def test_overwriting(device, dtype, route, normal, layout):
-    """Catches a value that is overwritten before it is read, and numbers beside the buffer that
+    """Catches a value that is overwritten before it is read, and numbers next to the buffer that
     change."""
     memory = normal(3, 2, 5, 14, dtype=dtype, device=device)
     x = {
@@ -562,11 +564,11 @@ def test_overwriting(device, dtype, route, normal, layout):
     channels = x.shape[2]
     scale, shift = (normal(channels, dtype=dtype, device=device) for _ in range(2))
     expected = ops.dual_activation(x, "gelu", scale=scale, shift=shift)
-    beside = memory[..., 1::2].clone()
+    between = memory[..., 1::2].clone()
     assert ops.dual_activation_(x, "gelu", scale=scale, shift=shift) is None
     torch.testing.assert_close(x, expected, rtol=0, atol=0)
     if layout == "strided":
-        assert torch.equal(memory[..., 1::2], beside)
+        assert torch.equal(memory[..., 1::2], between)
 
 
 def test_overwriting_is_checked_and_known_to_torch(normal):

@@ -54,7 +54,7 @@ def test_by_hand(device, dtype):
 @pytest.mark.parametrize("centre", [True, False])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_width(normal, device, dtype, width, centre):
-    """Catches a tail of a row that is lost, or summed with what lies behind it."""
+    """Catches a tail of a row that is lost, or summed with the numbers after it."""
     x = normal(6, 5, width, dtype=dtype, device=device) + 0.5
     weight, bias = affine(normal, width, dtype=dtype, device=device)
     for eps in (0.125, 2.0**-17):
@@ -187,9 +187,9 @@ def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents):
     x = normal(1 + tangents, 9, 50, dtype=dtype, device=device)
     weight, bias = affine(normal, 50, dtype=dtype, device=device)
     expected = ops.dual_norm(x, weight, bias)
-    sizes = (9 * 50, tangents, 9, 50, 1, 1, 1e-5, True)
-    pointers = (t.data_ptr() for t in (x, x, weight, bias))
-    _native.call("dual_norm", x, *pointers, *sizes)
+    fields = {"slice_stride": 9 * 50, "tangents": tangents, "rows": 9, "width": 50}
+    fields |= {"groups": 1, "inner": 1, "eps": 1e-5, "centre": True}
+    _native.call("dual_norm", x, x=x, y=x, weight=weight, bias=bias, **fields)
     assert torch.equal(x, expected)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ops.dual_buffers import LAYOUTS, expanded, jvp_of
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 from fisherfast.ops import reference_dual
@@ -63,9 +64,13 @@ def test_by_hand(device, dtype):
     assert got.flatten(1).tolist() == [[5.0, 5.0], [2.0, 2.0]]
 
 
-@pytest.mark.parametrize("ceil_mode", [False, True])
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("channels", [1, 3, 16, 21])
+@pairwise(
+    window=WINDOWS,
+    channels=[1, 3, 16, 21],
+    last=[False, True],
+    ceil_mode=[False, True],
+    dtype=DTYPES,
+)
 def test_windows(normal, device, dtype, window, channels, last, ceil_mode):
     """Catches windows that reach over an end, a row or a channel, and a wrong number of them."""
     size, *window = window
@@ -73,8 +78,7 @@ def test_windows(normal, device, dtype, window, channels, last, ceil_mode):
     assert_matches(channels_last(x) if last else x, *window, ceil_mode=ceil_mode)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("width", [*range(3, 41), 63, 64, 65, 66, 67, 130])
+@pairwise(width=[*range(3, 41), 63, 64, 65, 66, 67, 130], stride=[1, 2, 3], dtype=DTYPES)
 def test_every_width(normal, device, dtype, width, stride):
     """Catches vectors that run over the end of a row."""
     x = normal(3, 1, 2, 5, width, dtype=dtype, device=device)
@@ -127,7 +131,7 @@ def test_number_of_windows(device):
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_ties_and_nan(normal, device, dtype, window, last):
-    """Few values, so that most windows have equals, -0 beside 0, NaN and infinities among them.
+    """Few values, so that most windows have equals, -0 and 0, NaN and infinities among them.
     Catches the last of equals, the first of NaN, and a NaN that a larger number replaces."""
     size, *window = window
     values = torch.tensor([0.0, -0.0, 1.0, 1.0, float("nan"), float("inf"), -float("inf")])
@@ -160,7 +164,7 @@ def test_layouts(normal, device, dtype, layout):
 
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 def test_channels_last_stays_so(normal, device, dtype, spatial):
-    """Slices that lie apart too. Catches a copy in between, which would come out contiguous."""
+    """Slices with gaps too. Catches a copy in between, whose result would be contiguous."""
     x = channels_last(normal(6, 2, 5, *[6] * spatial, dtype=dtype, device=device))
     for one in (x, x[::2], expanded(x)):
         got = assert_matches(one, *([number] * spatial for number in (2, 2, 0, 1)))

@@ -46,7 +46,7 @@ def test_by_hand(device, dtype):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_width(normal, device, dtype, width, log):
-    """Catches a tail of a row that is lost, or summed with what lies behind it."""
+    """Catches a tail of a row that is lost, or summed with the numbers after it."""
     x = 2 * normal(6, 5, width, dtype=dtype, device=device)
     assert_matches(x, -1, log)
     assert_matches(x.mT.contiguous(), 1, log)
@@ -54,7 +54,7 @@ def test_every_width(normal, device, dtype, width, log):
 
 @pytest.mark.parametrize("inner", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 70])
 def test_every_inner_size(normal, device, dtype, inner, log):
-    """Catches rows that are lost beside each other, and rows of the next outer number."""
+    """Catches neighbouring rows that are lost, and rows of the next outer number."""
     assert_matches(2 * normal(4, 3, 6, inner, dtype=dtype, device=device), 2, log)
 
 
@@ -178,8 +178,8 @@ def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents, inn
     skip_without_kernel(device, "it writes new memory")
     x = normal(1 + tangents, 9, 50, inner, dtype=dtype, device=device)
     expected = ops.dual_softmax(x, 2, log=log)
-    sizes = (x.stride(0), tangents, 9, 50, inner, log)
-    _native.call("dual_softmax", x, x.data_ptr(), x.data_ptr(), *sizes)
+    sizes = {"tangents": tangents, "outer": 9, "width": 50, "inner": inner}
+    _native.call("dual_softmax", x, x=x, y=x, slice_stride=x.stride(0), log=log, **sizes)
     assert torch.equal(x, expected)
 
 

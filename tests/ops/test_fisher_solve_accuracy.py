@@ -1,13 +1,14 @@
-"""fisher_solve beside torch's own route, over condition numbers, sizes and positions in a batch.
+"""fisher_solve against torch's own route, over condition numbers, sizes and positions in a batch.
 
 Kernels that solve many systems at once, one in each lane of a vector, must not lose accuracy, nor
-let one system touch another: the cases here lie around the widths of such vectors.
+let one system touch another: the cases here are around the widths of such vectors.
 """
 
 import math
 
 import pytest
 import torch
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 from fisherfast.ops import reference
@@ -102,15 +103,13 @@ def test_every_size(systems, device, dtype, dim):
     assert_matches(*systems((17,), dim, 2, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("dim", [1, 5, 8, 16, 33])
+@pairwise(count=COUNTS, dim=[1, 5, 8, 16, 33], dtype=DTYPES)
 def test_every_number_of_systems(systems, device, dtype, dim, count):
     """Catches a last group of systems that is not full."""
     assert_matches(*systems((count,), dim, 3, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("params", [1, 2, 3, 4, 5, 8, 9, 16, 17])
-@pytest.mark.parametrize("dim", [1, 4, 15, 16, 40, 130])
+@pairwise(params=[1, 2, 3, 4, 5, 8, 9, 16, 17], dim=[1, 4, 15, 16, 40, 130], dtype=DTYPES)
 def test_every_number_of_parameters(systems, device, dtype, dim, params):
     """Catches more right-hand sides than a block holds."""
     assert_matches(*systems((9,), dim, params, dtype=dtype, device=device))
@@ -119,9 +118,12 @@ def test_every_number_of_parameters(systems, device, dtype, dim, params):
 # --- lanes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inverse_rows", [False, True])
-@pytest.mark.parametrize("count", [1, 4, 8, 16, 17, 33, 100])
-@pytest.mark.parametrize("dim", [1, 5, 12, 40, 130])
+@pairwise(
+    count=[1, 4, 8, 16, 17, 33, 100],
+    dim=[1, 5, 12, 40, 130],
+    inverse_rows=[False, True],
+    dtype=DTYPES,
+)
 def test_a_permuted_batch_gives_permuted_bits(
     normal, systems, device, dtype, dim, count, inverse_rows
 ):
@@ -154,11 +156,15 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("position", [0, 1, 15, 16, 17, -1])
-@pytest.mark.parametrize(("dim", "count"), [(5, 37), (24, 33), (70, 20)])
-def test_a_failure_stays_in_its_lane(normal, device, dtype, dim, count, position, failure):
-    """At the edges of a vector of systems: info says which pivot, all else keeps its bits."""
+@pairwise(
+    position=[0, 1, 15, 16, 17, -1],
+    failure=list(FAILURES),
+    size=[(5, 37), (24, 33), (70, 20)],
+    dtype=DTYPES,
+)
+def test_a_failure_stays_in_its_lane(normal, device, dtype, size, position, failure):
+    """At the edges of a vector of systems: info is the failed pivot, all else keeps its bits."""
+    dim, count = size
     row, column, value = FAILURES[failure]
     kind = {"dtype": dtype, "device": device}
     cov, deriv = correlations(normal, count, dim, 10.0).to(**kind), normal(count, dim, 2, **kind)

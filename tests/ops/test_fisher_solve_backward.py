@@ -9,6 +9,8 @@ import re
 
 import pytest
 import torch
+from support.closeness import assert_close
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 
@@ -34,13 +36,11 @@ def gradients(fisher, inputs, weight):
     return torch.autograd.grad(fisher, inputs, weight)
 
 
-def assert_close(got, expected, dtype):
+def assert_matches(got, expected, dtype):
     """Relative to the largest entry of each system."""
     assert got.dtype == dtype
-    assert got.shape == expected.shape
     if got.numel() > 0:
-        scale = expected.abs().amax((-2, -1), keepdim=True)
-        assert ((got.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
+        assert_close(got, expected, TOLERANCE[dtype], expected.abs().amax((-2, -1), keepdim=True))
 
 
 # --- solution ------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_solution(normal, device, dtype, route, batch, dim, params, ridge):
     got = ops.fisher_solve_details(cov, deriv, ridge=ridge, solution=True)
     regular = (cov + ridge * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))).double()
     expected = torch.linalg.solve(regular, deriv.double())
-    assert_close(unit[:, None] * got.solution, unit[:, None] * expected, dtype)
+    assert_matches(unit[:, None] * got.solution, unit[:, None] * expected, dtype)
     without = ops.fisher_solve_details(cov, deriv, ridge=ridge)
     assert without.solution.shape == (0,)
     torch.testing.assert_close(got.fisher, without.fisher)
@@ -164,7 +164,7 @@ def test_matches_autograd_of_the_formula(normal, device, dtype, route, dim, para
     inputs = [t.clone().requires_grad_() for t in (cov, deriv)]
     got = gradients(ops.fisher_solve(*inputs, ridge=ridge)[0], inputs, weight)
     for left, right in zip(got, expected, strict=True):
-        assert_close(left, right, dtype)
+        assert_matches(left, right, dtype)
     assert torch.equal(got[0], got[0].mT)
 
 
@@ -180,12 +180,12 @@ def test_batches(normal, device, dtype, route, batch):
         alone = [t.double().requires_grad_() for t in (C, D)]
         formula = plain((alone[0] + alone[0].mT) / 2, alone[1], 0.1)
         expected = gradients(formula, alone, G.double())
-        assert_close(grad_cov, expected[0], dtype)
-        assert_close(grad_deriv, expected[1], dtype)
+        assert_matches(grad_cov, expected[0], dtype)
+        assert_matches(grad_deriv, expected[1], dtype)
 
 
 def test_details_are_differentiable_too(normal, device, route):
-    """Whatever else is asked for, the gradient of fisher is the same."""
+    """The gradient of fisher does not depend on the other results wanted."""
     cov, deriv = regular_systems(normal, (3,), 5, 2, device=device)
     inputs = [t.requires_grad_() for t in (cov, deriv)]
     expected = gradients(plain((cov + cov.mT) / 2, deriv, 0.2).sum(), inputs, None)
@@ -195,7 +195,7 @@ def test_details_are_differentiable_too(normal, device, route):
             details = ops.fisher_solve_details(cov, deriv, ridge=0.2, **options)
             got = gradients(details.fisher.sum(), inputs, None)
             for left, right in zip(got, expected, strict=True):
-                assert_close(left, right, torch.float64)
+                assert_matches(left, right, torch.float64)
 
 
 def test_only_fisher_is_differentiable(normal, device, dtype, route):
@@ -215,7 +215,7 @@ def test_one_input_needs_a_gradient(normal, device, route, needed):
     tensor = {"cov": cov, "deriv": deriv}[needed].requires_grad_()
     (expected,) = gradients(plain((cov + cov.mT) / 2, deriv, 0.1).sum(), [tensor], None)
     (got,) = gradients(ops.fisher_solve(cov, deriv, ridge=0.1)[0].sum(), [tensor], None)
-    assert_close(got, expected, torch.float64)
+    assert_matches(got, expected, torch.float64)
 
 
 def test_values_do_not_depend_on_the_gradient(normal, device, dtype, route):
@@ -328,9 +328,7 @@ def backward_by_formula(G, X, ridge):
     return grad_cov + ridge * diagonal, Z
 
 
-@pytest.mark.parametrize("ridge", [0.0, 0.3])
-@pytest.mark.parametrize("params", [1, 2, 3, 16, 17])
-@pytest.mark.parametrize("dim", [1, 3, 8, 33, 130])
+@pairwise(dim=[1, 3, 8, 33, 130], params=[1, 2, 3, 16, 17], ridge=[0.0, 0.3], dtype=DTYPES)
 def test_backward_is_the_formula(normal, device, dtype, dim, params, ridge):
     """Z X^T = X (G + G^T) X^T is symmetric, to the bit; G itself is not."""
     G = normal(3, params, params, dtype=dtype, device=device)
@@ -338,7 +336,7 @@ def test_backward_is_the_formula(normal, device, dtype, dim, params, ridge):
     expected = backward_by_formula(G.double(), X.double(), ridge)
     got = ops.fisher_solve_backward(G, X, ridge)
     for left, right in zip(got, expected, strict=True):
-        assert_close(left, right, dtype)
+        assert_matches(left, right, dtype)
     assert torch.equal(got[0], got[0].mT)
 
 
@@ -359,7 +357,7 @@ def test_backward_of_batches(normal, device, dtype, batch):
         backward_by_formula(G.double(), X.double(), 0.1),
         strict=True,
     ):
-        assert_close(left, right, dtype)
+        assert_matches(left, right, dtype)
 
 
 def test_backward_of_nan_stays_in_its_system(normal, device, dtype):

@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from support.closeness import assert_close
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import _native, ops
 from fisherfast.ops import reference
@@ -75,8 +77,7 @@ def assert_matches(got, x, g, kernel, settings):
     truth = gradients(x, g, kernel, settings).square().sum(0)
     magnitude = gradients(x.abs(), g.abs(), kernel, settings).square().sum(0)
     assert got.dtype == torch.float64
-    assert got.shape == truth.shape
-    assert ((got - truth).abs() <= TOLERANCE[x.dtype] * magnitude).all()
+    assert_close(got, truth, TOLERANCE[x.dtype], magnitude)
 
 
 # --- against the definition ----------------------------------------------------------------------
@@ -108,7 +109,7 @@ def test_every_number_of_outputs(normal, device, dtype, outputs):
 
 @pytest.mark.parametrize("inputs", [*range(1, 20), 31, 32, 33, 255, 256, 257])
 def test_every_number_of_inputs(normal, device, dtype, inputs):
-    """Catches a block of columns that is cut off, and writing behind the last."""
+    """Catches a block of columns that is cut off, and writing past the last."""
     x = normal(3, inputs, 3, 5, dtype=dtype, device=device)
     g = normal(3, 3, 3, 5, dtype=dtype, device=device)
     assert_matches(ops.gradient_squares(x, g), x, g, (1, 1), ONE)
@@ -131,7 +132,7 @@ def test_a_linear_layer_with_positions(normal, device, dtype):
 
 
 def test_a_transposed_convolution(normal, device, dtype):
-    """With x and g exchanged."""
+    """The case with x and g exchanged."""
     weight = torch.zeros(3, 4, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
     x = normal(5, 3, 4, 5, dtype=dtype, device=device)
     y = torch.nn.functional.conv_transpose2d(x.double(), weight, stride=2, padding=1)
@@ -185,9 +186,12 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("which", ["x", "g", "both"])
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("case", ["3 x 3", "everything", "1 x 1", "many rows and columns"])
+@pairwise(
+    view=list(VIEWS),
+    case=["3 x 3", "everything", "1 x 1", "many rows and columns"],
+    which=["x", "g", "both"],
+    dtype=DTYPES,
+)
 def test_strided_input(normal, device, dtype, case, view, which):
     """The same bits: the sums go over positions in the same order. Catches a stride that is
     assumed, and those of x for those of g."""
@@ -291,7 +295,7 @@ def test_threads_change_no_bit(normal, dtype, with_threads, case):
 
 
 def test_reduced_matmul_precision_does_not_reach_it(normal, device):
-    """With bfloat16 products the error would be about 1e-3."""
+    """Catches bfloat16 products, whose error would be about 1e-3."""
     kind = {"dtype": torch.float32, "device": device}
     x, g, kernel, settings = drawn(normal, "many rows and columns", **kind)
     former = torch.get_float32_matmul_precision()

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from support.closeness import assert_close
 
 from fisherfast import ops
 
@@ -54,9 +55,7 @@ def definition(sums, cross, z, weight, bias, pilot, *, offsets=None, slope=0.7, 
 def assert_matches(got, truth, dtype):
     for result, expected in zip(got, truth, strict=True):
         assert result.dtype == torch.float64
-        if expected.numel() > 0:
-            error = (result - expected).abs().max()
-            assert error <= TOLERANCE[dtype] * expected.abs().max()
+        assert_close(result, expected, TOLERANCE[dtype])
 
 
 @pytest.fixture
@@ -232,7 +231,7 @@ def test_batches_equal_one_call(inputs, device, dtype):
 def test_growing_gives_the_same_bits(inputs, device, rows, dim, lifted, steps):
     """The contract that makes growing worth it: a first pass with features [0, k0) and start = 0,
     then passes with more weights and start = d + k0, give the bits of one pass with all k: no entry
-    depends on which others are computed beside it.
+    depends on which others are computed with it.
     """
     z, weight, bias, pilot = inputs(rows, dim, lifted)
     batches = z.split(max(1, rows // 2 - 7))
@@ -378,7 +377,7 @@ def test_threads_change_no_bit(normal, dtype, with_threads):
 
 
 def test_reduced_matmul_precision_does_not_reach_it(normal, device):
-    """With bfloat16 products the error would be about 1e-3."""
+    """Catches bfloat16 products, whose error would be about 1e-3."""
     kind = {"dtype": torch.float32, "device": device}
     z, weight = normal(500, 60, **kind), normal(120, 60, **kind) / 8
     arguments = (z, weight, normal(120, **kind), normal(120, **kind))
@@ -497,7 +496,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input(case):
-    """The message says which argument; sums and cross stay as they were."""
+    """The message names the argument; sums and cross stay as they were."""
     changed, error, message = WRONG[case]
     arguments = {name: tensor.clone() for name, tensor in GOOD.items()} | changed
     before = {name: arguments[name].detach().clone() for name in ("sums", "cross")}

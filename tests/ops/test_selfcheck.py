@@ -1,4 +1,4 @@
-"""The self-check passes here, reports failures, and prints only where it is told to."""
+"""The self-check passes here, reports failures, and prints only to a stream that is given."""
 
 import io
 

@@ -1,6 +1,6 @@
 """The instruction sets of the CPU kernels: chosen when fisherfast is imported, all of them right.
 
-Each case runs in a process of its own: what FISHERFAST_SIMD says is read once.
+Each case runs in a process of its own: FISHERFAST_SIMD is read once.
 """
 
 import json
@@ -52,7 +52,7 @@ def build_info(level=None, before="", after=""):
 
 
 def refusal(level):
-    """What `import fisherfast` says of a level that it cannot use."""
+    """The message of `import fisherfast` for a level that it cannot use."""
     done = run("import fisherfast", level)
     assert done.returncode == 1, (done.returncode, done.stderr)
     start = done.stderr.rfind(f"RuntimeError: {VARIABLE} must ")

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from support.closeness import assert_close
 
 from fisherfast import _native, ops
 
@@ -32,14 +33,12 @@ def assert_matches(got, x, pilot=None):
     true_sums, true_cross = definition(x, pilot)
     tolerance = TOLERANCE[x.dtype]
     assert sums.dtype == cross.dtype == torch.float64
-    assert sums.shape == true_sums.shape
-    assert cross.shape == true_cross.shape
     assert torch.equal(cross, cross.mT)
     magnitude = centred(x, pilot).abs().sum(0).permute(1, 2, 0)
-    assert ((sums - true_sums).abs() <= tolerance * magnitude).all()
+    assert_close(sums, true_sums, tolerance, magnitude)
     if cross.numel() > 0:
         largest = true_cross.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-        assert ((cross - true_cross).abs() <= tolerance * largest).all()
+        assert_close(cross, true_cross, tolerance, largest)
 
 
 def images(normal, shape, **kind):
@@ -89,7 +88,7 @@ def test_every_width(normal, device, dtype, width):
 
 
 def test_each_position_is_moments_of_its_channels(normal, device, dtype):
-    """The op beside it, on [n, C] at one position."""
+    """The results of `moments` on [n, C] at each position."""
     x = images(normal, (50, 6, 3, 4), dtype=dtype, device=device)
     pilot = normal(6, 3, 4, dtype=dtype, device=device)
     sums, cross = ops.spatial_moments(x, pilot=pilot)
@@ -280,7 +279,7 @@ def test_threads_change_no_bit(normal, dtype, with_threads, shape, last):
 
 
 def test_reduced_matmul_precision_does_not_reach_it(normal, device):
-    """With bfloat16 products the error would be about 1e-3."""
+    """Catches bfloat16 products, whose error would be about 1e-3."""
     x = images(normal, (500, 70, 2, 3), dtype=torch.float32, device=device)
     former = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

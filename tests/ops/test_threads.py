@@ -1,4 +1,4 @@
-"""Whose threads the CPU kernels use, and what becomes of them in a forked child."""
+"""The threads of the CPU kernels, also in a forked child."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_a_forked_child_has_threads_of_its_own():
 
 
 def test_settings_of_torch_stay(with_threads):
-    """Catches a number of threads that an op leaves behind in the pool it borrows."""
+    """Catches an op that changes the number of threads of the pool it borrows."""
     x = torch.randn(50_000, 40)
     for threads in (1, 2, 3):
         with_threads(threads, lambda: ops.moments(x))
@@ -47,7 +47,7 @@ def test_settings_of_torch_stay(with_threads):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is looked for on Linux alone")
 def test_the_pool_of_torch_is_used():
-    """Catches a second pool beside that of torch, whose workers spin on the same cores."""
+    """Catches a second pool next to that of torch, whose workers spin on the same cores."""
     if "libgomp" not in Path("/proc/self/maps").read_text():
         pytest.skip("torch has no libgomp here")
     assert _native.build_info()["threads"] == "of torch (libgomp)"

@@ -25,7 +25,7 @@ from fisherfast.model.isolation import forgetting
 from fisherfast.parameters.backward.backpropagation import Backpropagation
 from fisherfast.parameters.backward.batches import Data, batches
 from fisherfast.parameters.backward.layer_check import check_one_alone, samples_apart
-from fisherfast.parameters.checks import check_evaluation
+from fisherfast.parameters.checks import check_evaluation, forward_alone
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
@@ -111,7 +111,8 @@ def forwards(
         allowed.add(torch.isfinite(x).all(), f"data must be finite, got others in batch {number}")
         looked_at = apart is None or not apart.shown or (single and len(x) > 1)
         if looked_at:
-            apart, single = samples_apart(model, layout, x), len(x) == 1
+            with forward_alone(model):
+                apart, single = samples_apart(model, layout, x), len(x) == 1
         with forgetting(model):
             batch = Backpropagation(model, layout, x, apart)
         if looked_at:

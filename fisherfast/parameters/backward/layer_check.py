@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.backward.backpropagation import Apart, Backpropagation
-from fisherfast.parameters.backward.fingerprint import settings
 from fisherfast.parameters.backward.per_sample import (
     NOT_VECTORISED,
     alone,
@@ -18,15 +16,14 @@ from fisherfast.parameters.backward.per_sample import (
     vectorised,
 )
 from fisherfast.parameters.backward.taps import Call, undisturbed
-from fisherfast.parameters.checks import forward_alone, untouched
+from fisherfast.parameters.checks import untouched
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
 
 __all__ = ["check_one_alone", "samples_apart"]
 
 EXAMINED = 3
-"""Samples that `examined` looks at: one, one that may be alike, and one that is neither first
-nor last."""
+"""Samples tried alone: the first, one that differs from it, and one that is neither."""
 
 OUTPUTS_ALIKE = 100
 """Outputs of a sample alone and in a batch agree to so many square roots of their dtype's rounding,
@@ -43,27 +40,13 @@ ABOVE_NOISE = 10
 """A change of the outputs is one when it is so many times what they change by themselves."""
 
 
-_EXAMINED: WeakKeyDictionary[nn.Module, tuple[Hashable, Apart]] = WeakKeyDictionary()
-"""What the last examination of a network has found, with what the network was like."""
-
-
-def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
-    """`examined`, once for a network: again when its modules, their settings, classes or hooks, its
-    switches or the shape of a sample have changed, or when it had shown nothing."""
-    alike = (layout, inputs.shape[1:], inputs.dtype, inputs.device, settings(model))
-    before, apart = _EXAMINED.get(model, (None, None))
-    if apart is not None and before == alike:
-        return apart
-    with forward_alone(model):
-        apart = examined(model, layout, inputs)
-    if apart.shown:
-        _EXAMINED[model] = alike, apart
-    return apart
-
-
 def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-    """Raise ValueError if the outputs of a sample are others alone than in its batch: no key of a
-    kept examination sees what a forward pass reads outside of its network. A pass of one sample."""
+    """Raise ValueError if a sample's outputs alone differ from those in its batch.
+
+    `samples_apart` compares batches of three; a network may mix the samples of larger ones only.
+
+    Cost: a forward pass of one sample.
+    """
     flat = inputs.reshape(len(inputs), inputs[:1].numel())
     others = (flat != flat[:1]).any(1).nonzero().flatten()
     one = int(others[-1]) if len(others) else 0
@@ -82,16 +65,16 @@ def _different(inputs: Tensor) -> tuple[Tensor, bool]:
     return inputs[[0, second, third]], True
 
 
-def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
-    """Which layers' rules give the gradients of single samples, by trying a few samples alone.
+def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
+    """Find the layers whose rules give the gradients of single samples, by trying a few alone.
 
-    A layer may see [time, n, d], or windows of all samples mixed: its rows are then nobody's. It
-    may be changed by a hook, or by a forward method of its own. Where a rule's gradients are not
-    those that autograd gives for a sample alone, the parameters are measured one by one.
+    A layer may see [time, n, d], or windows that mix the samples: its rows then belong to no single
+    sample. A hook, or a forward method of its own, may change it. Where a rule's gradients differ
+    from those of autograd for a sample alone, the parameters are measured one by one.
 
     Raises:
-        ValueError: the output of a sample depends on the others, or on chance, or on parameters
-            that autograd does not see.
+        ValueError: the output of a sample depends on the others, on chance, or on parameters that
+            autograd does not see.
 
     Cost: three or four passes forward and back of three samples, and the memory of a gradient.
     """

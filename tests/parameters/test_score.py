@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
-from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
-from fisherfast.parameters.analysis import score
-from fisherfast.parameters.analysis.hotelling import Moments, f_tail, t_squared
+from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Likelihood, Poisson, score
+from fisherfast.parameters.analysis.hotelling import Moments, t_squared
 
 N = 11
 KOLMOGOROV = 2.28
@@ -245,16 +244,6 @@ def test_what_a_module_keeps_and_the_default_device_are_the_users():
 
 
 # --- is the mean zero? ---
-
-
-@pytest.mark.parametrize("first", [1, 2, 5, 16])
-@pytest.mark.parametrize("second", [1, 4, 36, 496, 10_000])
-def test_the_tail_of_f(first, second):
-    """Catches a continued fraction that stops early, on either side of the mode, and swapped
-    degrees of freedom."""
-    for value in (0.0, 1e-6, 0.1, 1.0, 1.3, 4.0, 60.0, 1e4):
-        expected = scipy.stats.f.sf(value, first, second)
-        assert f_tail(value, first, second) == pytest.approx(expected, rel=1e-10, abs=1e-290)
 
 
 def test_t_squared_of_normal_numbers_has_uniform_p_values():

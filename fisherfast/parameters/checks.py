@@ -1,4 +1,4 @@
-"""What is looked at before a network is measured: arguments, its mode, its buffers."""
+"""Checks before a network is measured: arguments, its mode, its buffers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from fisherfast.model.default_device import on_host
 from fisherfast.model.isolation import forgetting, own_random_state
-from fisherfast.parameters.likelihood import Likelihood
 
 __all__ = [
     "check_choice",
     "check_count",
+    "check_damping",
     "check_evaluation",
-    "check_likelihood",
     "check_model",
     "check_number",
     "check_options",
@@ -32,20 +31,6 @@ SEEDS = 2**63
 """Beyond, PyTorch has no generator."""
 
 DROPOUT = (nn.modules.dropout._DropoutNd, nn.RReLU)
-
-
-def check_likelihood(likelihood: Any) -> None:
-    """Raise TypeError unless it is an instance of a Likelihood."""
-    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
-        raise TypeError(
-            f"likelihood must be an instance, got the class {likelihood.__name__}: write"
-            f" {likelihood.__name__}()"
-        )
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            "likelihood must be a Gaussian, Categorical, Bernoulli, Poisson or another Likelihood,"
-            f" got {type(likelihood).__name__}"
-        )
 
 
 def check_choice(name: str, value: Any, choices: Mapping[str, Any] | tuple[str, ...]) -> None:
@@ -76,6 +61,13 @@ def check_number(name: str, value: Any) -> None:
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real:
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_damping(damping: float) -> None:
+    """Raise unless damping is a finite number of at least 0."""
+    check_number("damping", damping)
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping must be finite and at least 0, got {damping}")
 
 
 def check_seed(seed: Any) -> None:

@@ -73,7 +73,7 @@ def learn(
         if structure == "diag":
             F = F.diagonal().diag()
         elif structure != "full":
-            F = ff.parameters.fisher(model, Categorical(), x, structure).to_dense()
+            F = ff.parameters.fisher(model, Categorical(), x, structure=structure).to_dense()
         found.append((F, flat(model).clone(), weight))
         for memory in memories:
             memory.consolidate(model, Categorical(), x, weight=weight, structure=structure)

@@ -86,7 +86,7 @@ def test_gradients_that_begin_in_a_later_batch(structure: str) -> None:
     network = Network(Gated, (8,))
     model, x = network.make(), network.inputs(8)
     x[:4, 0], x[4:, 0] = -1, 1
-    found = ff.parameters.fisher(model, CATEGORICAL, iter([x[:4], x[4:]]), structure)  # type: ignore[arg-type]
+    found = ff.parameters.fisher(model, CATEGORICAL, iter([x[:4], x[4:]]), structure=structure)  # type: ignore[arg-type]
     truth = brute_force(model, "categorical", x).diag()
     assert float((found.diag() - truth).abs().max()) <= 1e-10 * float(truth.abs().max())
 

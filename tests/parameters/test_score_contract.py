@@ -59,7 +59,9 @@ def test_the_second_moment_of_scores_is_the_empirical_matrix() -> None:
     """Scores of another scale or order than those that the matrices are made of."""
     model, x, y = network(), inputs(9), labels(9)
     s = ff.parameters.score(model, CATEGORICAL, x, y).matrix()
-    matrix = ff.parameters.fisher(model, CATEGORICAL, (x, y), "full", "empirical")
+    matrix = ff.parameters.fisher(
+        model, CATEGORICAL, (x, y), structure="full", fisher_type="empirical"
+    )
     assert difference(matrix.to_dense(), s.T @ s / 9) < ROUNDING
 
 

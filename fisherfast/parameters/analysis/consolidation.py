@@ -149,7 +149,7 @@ class ElasticWeightConsolidation:
     def consolidate(
         self,
         model: nn.Module,
-        likelihood: Likelihood | None = None,
+        likelihood: Likelihood | str | None = None,
         data: Data | None = None,
         *,
         fisher: ParameterFisher | None = None,
@@ -221,7 +221,8 @@ class ElasticWeightConsolidation:
             for former in self._quadratics:
                 former.anchor = former.fisher.layout.flatten(here)
                 former.weight *= self.decay
-        self._quadratics.append(_Quadratic(fisher, fisher.layout.flatten(here), weight))
+        anchor = fisher.layout.flatten(here)
+        self._quadratics.append(_Quadratic(fisher.released(), anchor, weight))
 
     def _add(self, found: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
         """Add parabolas of curvature `found` about `here`, as moments are merged:

@@ -42,8 +42,8 @@ def plot_importance(
     Example:
         >>> import torch, fisherfast as ff
         >>> model, x = torch.nn.Linear(4, 3), torch.randn(50, 4)
-        >>> found = ff.parameters.importance(model, ff.parameters.Categorical(), x, per="unit")
-        >>> left, right = found.plot()  # doctest: +SKIP
+        >>> F = ff.parameters.fisher(model, "categorical", x)
+        >>> left, right = F.importance(per="unit").plot()  # doctest: +SKIP
         >>> left.figure.savefig("importance.png")  # doctest: +SKIP
     """
     if axes is None:

@@ -14,10 +14,10 @@ from fisherfast.model.unwrap import unwrapped
 from fisherfast.parameters.analysis.hotelling import Moments, TSquared, t_squared
 from fisherfast.parameters.backward.batches import Data
 from fisherfast.parameters.backward.columns import Forward, forwards
-from fisherfast.parameters.checks import check_count, check_likelihood, check_seed, untouched
+from fisherfast.parameters.checks import check_count, check_seed, untouched
 from fisherfast.parameters.layers.base import Rows, Rule
 from fisherfast.parameters.layout import ParameterLayout, Selection
-from fisherfast.parameters.likelihoods import Likelihood
+from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
 from fisherfast.parameters.structures.base import DENSE_BYTES
 
 __all__ = ["MeanZeroTest", "Scores", "score"]
@@ -32,7 +32,7 @@ LEAST_PER_DIRECTION = 10
 
 def score(
     model: nn.Module,
-    likelihood: Likelihood,
+    likelihood: Likelihood | str,
     x: Data,
     y: Tensor | np.ndarray | None = None,
     *,
@@ -45,7 +45,7 @@ def score(
 
     Args:
         model: f(x, w), in evaluation mode, every sample by itself: [n, ...] to outputs [n, ...].
-        likelihood: p(y | f): `Gaussian`, `Categorical`, `Bernoulli`, `Poisson` or your own.
+        likelihood: p(y | f), a name or an instance, as of `ff.parameters.fisher`.
         x: inputs [n, ...]; or, without y, a pair (x, y), a Dataset or DataLoader of (x, y), or an
             iterable of such batches.
         y: labels [n, ...], as the likelihood reads them.
@@ -75,7 +75,7 @@ def score(
         >>> scores.matrix().shape
         torch.Size([100, 3])
     """
-    check_likelihood(likelihood)
+    likelihood = as_likelihood(likelihood)
     check_count("batch_size", batch_size)
     given = isinstance(x, Tensor | np.ndarray)
     if given and y is None:

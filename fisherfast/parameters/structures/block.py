@@ -10,15 +10,11 @@ from torch import Tensor
 
 from fisherfast.measurement.memory import check_budget, in_words
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import (
-    DENSE_BYTES,
-    ParameterFisher,
-    check_damping,
-    singular,
-)
-from fisherfast.parameters.structures.dense import PositiveMatrix
+from fisherfast.parameters.structures.base import DENSE_BYTES, ParameterFisher
+from fisherfast.parameters.structures.dense import PositiveMatrix, singular
 
 __all__ = ["BlockAccumulator", "BlockFisher", "BlockSums", "check_memory"]
 

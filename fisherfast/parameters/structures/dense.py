@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["PositiveMatrix"]
+__all__ = ["PositiveMatrix", "singular"]
 
 ITERATIONS = 8
 """Steps of the power method for the largest and the smallest eigenvalue. Of a singular matrix the
@@ -78,3 +78,14 @@ class PositiveMatrix:
         # the norms are about the largest eigenvalue and one over the smallest
         told_apart = largest.norm() * smallest.norm() * self.tolerance < 1
         return factor if bool(told_apart) else None
+
+
+def singular(what: str, damping: float = 0.0) -> ValueError:
+    """The error of `solve` where the matrix is singular, and the damping does not help."""
+    if damping > 0:
+        return ValueError(
+            f"damping must be larger than the rounding of F, got {damping:g}: {what}; pass more"
+        )
+    return ValueError(
+        f"damping must be positive, got 0: {what}, so that F has no inverse; pass damping="
+    )

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
+from fisherfast.parameters.structures.base import ParameterFisher
+from fisherfast.parameters.structures.dense import singular
 
 __all__ = ["DiagonalAccumulator", "DiagonalFisher"]
 

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import (
-    DENSE_BYTES,
-    ParameterFisher,
-    check_damping,
-    singular,
-)
+from fisherfast.parameters.structures.base import DENSE_BYTES, ParameterFisher
 from fisherfast.parameters.structures.block import BlockSums, check_memory
-from fisherfast.parameters.structures.dense import PositiveMatrix
+from fisherfast.parameters.structures.dense import PositiveMatrix, singular
 
 __all__ = ["FullAccumulator", "FullFisher"]
 

@@ -10,20 +10,22 @@ import torch
 from torch import Tensor
 
 from fisherfast.measurement.memory import check_budget
+from fisherfast.parameters.analysis.spectrum import numerical_rank, rounding_noise
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
+from fisherfast.parameters.structures.base import ParameterFisher
+from fisherfast.parameters.structures.dense import singular
 from fisherfast.parameters.structures.jacobian import Jacobian, jacobian_of
 
-__all__ = ["GramAccumulator", "GramFisher", "numerical_rank", "root_bytes", "rounding_noise"]
+__all__ = ["GramAccumulator", "GramFisher"]
+
+NEGLIGIBLE = 1e-3
+"""Most that a zero eigenvalue made positive by rounding may add to log det(1 + c F) by a Cholesky
+factor; each of the others adds several. Otherwise eigenvalues are computed, ten times slower."""
 
 GRAM_COPIES = 3
 """Matrices [N, N] float64 that exist at a time: K, what it is factorised into, a work space."""
-
-ROUNDING = 4.0
-"""Rounding errors of a gradient in units of its dtype's last place that are allowed for. In
-networks of four layers, float32 ones too, zero eigenvalues came out at up to 3e-15 of the largest;
-the threshold is 3e-13 in float32, and in float64 1e-14 for 50 rows."""
 
 
 class GramFisher(ParameterFisher):
@@ -74,7 +76,6 @@ class GramFisher(ParameterFisher):
 
     @property
     def precision(self) -> float:
-        """Relative rounding error of the gradients that it is made of."""
         return self._jacobian.precision
 
     def _gram(self) -> Tensor:
@@ -167,6 +168,27 @@ class GramFisher(ParameterFisher):
         inner = float((values + damping).log().sum())
         return inner + (size - len(values)) * math.log(damping)
 
+    def _rank_at_most(self) -> int:
+        return min(self.rows, self.layout.size)
+
+    def _directions(self, chosen: Sequence[int]) -> Tensor:
+        return self.directions(chosen)
+
+    def _log_det_one_plus(self, scale: float) -> float:
+        """log det(1 + scale F), through the smaller one of F and its Gram matrix."""
+        smaller = self.smaller()
+        length = float(smaller.norm())  # at least the largest eigenvalue
+        noise = rounding_noise(len(smaller), length, self.precision)
+        if scale * noise < NEGLIGIBLE:
+            damped = scale * smaller
+            damped.diagonal().add_(1)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not int(failed):
+                return 2 * float(factor.diagonal().log().sum())
+        values = torch.linalg.eigvalsh(smaller)
+        noise = rounding_noise(len(values), float(values.max()), self.precision)
+        return float((scale * values[values > noise]).log1p().sum())
+
     def _device(self) -> torch.device:
         return self._jacobian.device
 
@@ -199,26 +221,6 @@ def _cholesky(matrix: Tensor, damping: float) -> Tensor:
             f"damping must be more than rounding, about {least:.1e} for this F, got {damping}"
         )
     return factor
-
-
-def rounding_noise(size: int, largest: float, precision: float) -> float:
-    """What rounding makes of zero eigenvalues of F = S^T S at most, about.
-
-    Args:
-        size: of the matrix that is decomposed.
-        largest: its largest eigenvalue.
-        precision: relative rounding error of the numbers of S. An error e in all of them moves zero
-            eigenvalues by e^2.
-    """
-    arithmetic = size * torch.finfo(torch.float64).eps
-    return (arithmetic + (ROUNDING * precision) ** 2) * largest
-
-
-def numerical_rank(values: Tensor, precision: float) -> int:
-    """Eigenvalues above what rounding leaves of zero ones."""
-    if len(values) == 0:
-        return 0
-    return int((values > rounding_noise(len(values), float(values.max()), precision)).sum())
 
 
 class GramAccumulator:

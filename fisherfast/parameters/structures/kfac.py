@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layers.linear import MatrixRule, Sharing
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
+from fisherfast.parameters.structures.base import ParameterFisher
+from fisherfast.parameters.structures.dense import singular
 from fisherfast.parameters.structures.kronecker import KroneckerBlock
 
 __all__ = ["KroneckerAccumulator", "KroneckerFisher"]

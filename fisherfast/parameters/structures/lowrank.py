@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisherfast.measurement.memory import check_budget
+from fisherfast.parameters.analysis.spectrum import numerical_rank
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_count, check_damping
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
-from fisherfast.parameters.structures.gram import numerical_rank
+from fisherfast.parameters.structures.base import ParameterFisher
+from fisherfast.parameters.structures.dense import singular
 from fisherfast.parameters.structures.jacobian import Jacobian, jacobian_of
 from fisherfast.parameters.structures.layer_rows import LayerRows
 
@@ -116,6 +117,12 @@ class LowRankFisher(ParameterFisher):
         inside = float((self.values + damping).log().sum())
         return inside + (rest * math.log(damping) if rest else 0.0)
 
+    def _left_out(self) -> tuple[float, float]:
+        return self.missing_trace, self.error_bound
+
+    def _directions(self, chosen: Sequence[int]) -> Tensor:
+        return self.directions[:, list(chosen)]
+
     def _device(self) -> torch.device:
         return self.values.device
 
@@ -158,7 +165,8 @@ class LowRankAccumulator:
         memory_budget: int | str = "8 GiB",
     ) -> None:
         """rank: k, eigenpairs kept at most; memory_budget: bytes that it may take."""
-        self._layout, self._fisher_type, self._rank = layout, fisher_type, _whole(rank)
+        check_count("rank", rank)
+        self._layout, self._fisher_type, self._rank = layout, fisher_type, int(rank)
         budget = check_budget(memory_budget)["memory_budget"]
         assert budget is not None
         self._budget = budget
@@ -233,11 +241,3 @@ class LowRankAccumulator:
             missing_trace=missing / samples,
             error_bound=min(self._cut, missing) / samples,
         )
-
-
-def _whole(rank: Any) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"rank must be a whole number, got {rank!r}")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    return int(rank)

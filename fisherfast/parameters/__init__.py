@@ -9,9 +9,8 @@ from fisherfast.parameters.fisher import fisher, from_state_dict
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.structures.base import ParameterFisher
-from fisherfast.parameters.structures.block import BlockFisher
+from fisherfast.parameters.structures.block import BlockFisher, FullFisher
 from fisherfast.parameters.structures.diagonal import DiagonalFisher
-from fisherfast.parameters.structures.full import FullFisher
 from fisherfast.parameters.structures.gram import GramFisher
 from fisherfast.parameters.structures.kfac import KroneckerFisher
 from fisherfast.parameters.structures.lowrank import LowRankFisher

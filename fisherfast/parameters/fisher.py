@@ -14,9 +14,13 @@ from fisherfast.parameters.checks import check_choice, check_count, check_option
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
 from fisherfast.parameters.structures.base import Accumulator, ParameterFisher
-from fisherfast.parameters.structures.block import BlockAccumulator, BlockFisher
+from fisherfast.parameters.structures.block import (
+    BlockAccumulator,
+    BlockFisher,
+    FullAccumulator,
+    FullFisher,
+)
 from fisherfast.parameters.structures.diagonal import DiagonalAccumulator, DiagonalFisher
-from fisherfast.parameters.structures.full import FullAccumulator, FullFisher
 from fisherfast.parameters.structures.gram import GramAccumulator, GramFisher
 from fisherfast.parameters.structures.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.structures.lowrank import LowRankAccumulator, LowRankFisher

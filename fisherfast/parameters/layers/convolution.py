@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherfast import ops
-from fisherfast.parameters.layers.base import Rule
-from fisherfast.parameters.layers.linear import MatrixRule, Sharing, bordered
-from fisherfast.parameters.layers.linear_map import (
+from fisherfast.parameters.layers.base import (
     Layer,
+    Rule,
     as_kernels_read,
     kernel_squares,
     sum_of_squares,
 )
+from fisherfast.parameters.layers.linear import MatrixRule, Sharing, bordered
 
 __all__ = ["CONVOLUTIONS", "TRANSPOSED", "Convolution", "TransposedConvolution"]
 

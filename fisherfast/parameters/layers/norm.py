@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherfast.parameters.layers.linear_map import LinearMap, some_samples, sum_of_squares
+from fisherfast.parameters.layers.base import LinearMap, some_samples, sum_of_squares
 
 __all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "Norm"]
 

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 SEEDS = 2**63
-"""Beyond, PyTorch has no generator."""
+"""PyTorch's generators take seeds below this."""
 
 DROPOUT = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
@@ -81,8 +81,8 @@ def check_seed(seed: Any) -> None:
 def check_options(
     function: Callable[..., Any], given: Mapping[str, Any], structure: str, positional: int
 ) -> None:
-    """Raise TypeError for a keyword that a structure does not take; the first arguments are not
-    the user's."""
+    """Raise TypeError for a keyword that a structure does not take; its first `positional`
+    arguments are the library's own."""
     known = [
         name
         for name, parameter in list(inspect.signature(function).parameters.items())[positional:]
@@ -124,15 +124,15 @@ def check_evaluation(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Random states return, and what a forward pass leaves in a module; new tensors are those of
-    the CPU inside, whatever the user's default device."""
+    """Restore random states and the attributes that a forward pass writes to modules; inside, new
+    tensors are on the CPU, whatever the user's default device."""
     with on_host(), own_random_state(model, seed), forgetting(model):
         yield
 
 
 @contextlib.contextmanager
 def forward_alone(model: nn.Module) -> Iterator[None]:
-    """The first forward pass: buffers that it writes return, and are an error.
+    """Around the first forward pass: restore buffers that it changes, and raise an error.
 
     Raises:
         ValueError: a buffer changed.

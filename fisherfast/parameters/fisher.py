@@ -9,11 +9,11 @@ from torch import nn
 
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parameters.backward.batches import Data
-from fisherfast.parameters.backward.columns import FisherType, Source
+from fisherfast.parameters.backward.columns import FisherType, Source, Sums
 from fisherfast.parameters.checks import check_choice, check_count, check_options, check_seed
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
-from fisherfast.parameters.structures.base import Accumulator, ParameterFisher
+from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.block import (
     BlockAccumulator,
     BlockFisher,
@@ -30,7 +30,7 @@ __all__ = ["Structure", "fisher", "from_state_dict"]
 
 Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank", "streamed"]
 
-ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
+ACCUMULATORS: dict[str, Callable[..., Sums[ParameterFisher]]] = {
     "diag": DiagonalAccumulator,
     "block": BlockAccumulator,
     "full": FullAccumulator,

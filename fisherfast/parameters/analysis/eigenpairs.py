@@ -15,7 +15,7 @@ TOLERANCE = 1e-8
 """Residual at which ARPACK stops, relative to the trace."""
 
 LEAST_VECTORS = 20
-"""Of a Krylov space, SciPy's own choice."""
+"""Vectors of a Krylov space, SciPy's own choice."""
 
 
 class Eigenpairs(NamedTuple):

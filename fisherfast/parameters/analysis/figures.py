@@ -1,4 +1,4 @@
-"""Figures of what is measured on a network's parameters."""
+"""Figures of the analyses of a network's parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = (10.0, 4.0)  # inches, of two axes side by side
 LINES = 12
 """Layers with a line of their own among the members; networks with more show the whole alone."""
 POINTS = 500
-"""Of a line: more are not told apart at this size."""
+"""Points of a line: more are not visible at this size."""
 
 
 def plot_importance(

@@ -50,7 +50,7 @@ class Moments:
         self._sum = torch.zeros(numbers, numbers, dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """Take rows [n, m] in."""
+        """Add rows [n, m]."""
         rows = rows.double()
         before, self.samples = self.samples, self.samples + len(rows)
         mean = rows.mean(0)

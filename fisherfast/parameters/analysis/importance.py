@@ -35,7 +35,7 @@ __all__ = ["Importance", "Per", "importance"]
 Per = Literal["parameter", "unit", "layer"]
 
 MOST_ROWS = 40
-"""Of a printed table; the rest is counted."""
+"""Rows of a printed table; the rest is counted."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -151,7 +151,7 @@ class Importance:
         }
 
     def plot(self, axes: tuple[Axes, Axes] | None = None) -> tuple[Axes, Axes]:
-        """How much each layer holds, and how unequal its members are; see `plot_importance`."""
+        """Importance of each layer, and how unequal its members are; see `plot_importance`."""
         return plot_importance(self.values, self.per, axes)
 
 
@@ -188,7 +188,8 @@ def importance(source: Source, per: Per, diagonal: Tensor, samples: int) -> Impo
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 WITHOUT_A_NAME = ("weight", "bias", "orig")
-"""What does not tell matrices of a module apart; pruning calls what it masks `weight_orig`."""
+"""Parts of a name that do not distinguish the matrices of a module; pruning renames a masked weight
+`weight_orig`."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class _GateSums:
         self._outputs: dict[Rule, Tensor] = {}
 
     def add(self, sweep: Sweep) -> None:
-        """Take one batch in."""
+        """Add one batch."""
         self._outputs = {}
         sweep.visit(self._take)
         self._outputs = {}
@@ -290,7 +291,7 @@ def _units(layout: ParameterLayout, owners: Mapping[str, nn.Module]) -> list[_Un
 
 
 def _unit_axis(module: nn.Module) -> int:
-    """Of a linear or convolution layer's output."""
+    """The axis of units in the output of a linear or convolution layer."""
     return -1 if isinstance(module, nn.Linear) else 1
 
 
@@ -310,7 +311,7 @@ def _units_first(module: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _output(rule: MatrixRule, x: Tensor) -> Tensor:
-    """What the measured parameters of a linear or convolution layer put out."""
+    """The output of a linear or convolution layer with its measured parameters alone."""
     module = rule.module
     y = type(module).forward(module, x)
     bias = module.bias

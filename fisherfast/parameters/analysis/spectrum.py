@@ -1,4 +1,4 @@
-"""The spectrum of the Fisher matrix: how many directions of the parameters the data see."""
+"""The spectrum of the Fisher matrix: how many directions of the parameters the data determine."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ networks of four layers, float32 ones too, zero eigenvalues came out at up to 3e
 the threshold is 3e-13 in float32, and in float64 1e-14 for 50 rows."""
 
 SHARES = (0.5, 0.9, 0.99)
-"""Of the trace, in the table."""
+"""Shares of the trace in the table."""
 
 SHARE_ROUNDING = 1e-12
-"""Of a sum of eigenvalues relative to the trace, so that share=1 is reached."""
+"""Rounding of a sum of eigenvalues relative to the trace, so that share=1 is reached."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    r"""Eigenvalues of F, descending, and what they say of the number of parameters in use.
+    r"""Eigenvalues of F, descending, and numbers of parameters in use that follow from them.
 
     With p_i = lambda_i / trace(F)
 
@@ -88,7 +88,7 @@ class Spectrum:
 
     @property
     def zeros(self) -> int:
-        """Directions that the data do not see: P - rank, at most so many where not `complete`."""
+        """Directions that the data do not determine: P - rank, an upper bound unless `complete`."""
         return self.parameters - self.rank
 
     @property
@@ -145,7 +145,7 @@ class Spectrum:
         """Direction of an eigenvalue, one tensor per parameter by name, of unit length together.
 
         Args:
-            number: 0 for the stiffest; -1 for the sloppiest of those that are seen at all.
+            number: 0 for the stiffest; -1 for the sloppiest of those with an eigenvalue here.
         """
         if not -self.rank <= number < self.rank:
             raise IndexError(f"number must lie in [{-self.rank}, {self.rank}), got {number}")

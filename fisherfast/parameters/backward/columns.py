@@ -1,4 +1,4 @@
-"""What is sent back through the network for each batch: columns of a root of the Fisher matrix.
+"""Columns of a root of the Fisher matrix, which each batch sends back through the network.
 
 For sample i with outputs f_i, the Fisher matrix of the parameters is sum_r (J_i^T r)(J_i^T r)^T,
 where J_i = df_i/dw and the columns r are such that
@@ -8,7 +8,7 @@ where J_i = df_i/dw and the columns r are such that
     empirical   r = s(y), y the label in the data: the second moment of the training gradients,
                 not the Fisher matrix
 
-Every structure sees the same columns, one backward pass each.
+All structures use the same columns, one backward pass each.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Sweep:
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """A batch that has gone forward, with what the likelihood reads.
+    """A completed forward pass, with outputs and labels for the likelihood.
 
     Attributes:
         batch: the batch, to send vectors back.
@@ -96,7 +96,7 @@ def forwards(
     batch_size: int,
     labels: bool,
 ) -> Iterator[Forward]:
-    """Yield every batch of the data, gone forward.
+    """Yield the forward pass of every batch of the data.
 
     Raises:
         TypeError: data, outputs or labels of a kind that cannot be read.
@@ -110,13 +110,13 @@ def forwards(
         each_as_outside(batches(data, model, batch_size, labels=labels))
     ):
         allowed.add(torch.isfinite(x).all(), f"data must be finite, got others in batch {number}")
-        looked_at = apart is None or not apart.shown or (single and len(x) > 1)
-        if looked_at:
+        checked = apart is None or not apart.shown or (single and len(x) > 1)
+        if checked:
             with forward_alone(model):
                 apart, single = samples_apart(model, layout, x), len(x) == 1
         with forgetting(model):
             batch = Backpropagation(model, layout, x, apart)
-        if looked_at:
+        if checked:
             check_one_alone(model, x, batch.outputs)
         likelihood.check_outputs(batch.outputs)
         f = batch.outputs
@@ -130,8 +130,8 @@ def forwards(
 
 
 class _Allowed:
-    """Whether numbers are allowed: of those in host memory at once, of others at the end, so that
-    no batch waits for a device."""
+    """Checks that numbers are allowed: those in host memory at once, others at the end, so that no
+    batch waits for a device."""
 
     def __init__(self) -> None:
         self._later: list[tuple[Tensor, str]] = []
@@ -153,7 +153,7 @@ Summed = TypeVar("Summed", covariant=True)
 
 
 class Sums(Protocol[Summed]):
-    """Sums over batches, an `Accumulator` or the like."""
+    """Sums over batches, such as those of each structure."""
 
     def add(self, sweep: Sweep) -> None: ...
     def result(self, samples: int) -> Summed: ...

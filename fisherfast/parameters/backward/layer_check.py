@@ -1,4 +1,4 @@
-"""A few samples alone: which layers keep samples apart, seen before their rules are trusted."""
+"""Checks, on a few samples alone, of which layers' rules give the gradients of single samples."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ OUTPUTS_ALIKE = 100
 1.5e-6 in float64 and 0.03 in float32: sums in another order, amplified by the layers."""
 
 GRADIENTS_ALIKE = 10
-"""The same for gradients, which are only measured in another way where they do not agree."""
+"""The same for gradients; those that disagree are measured in another way."""
 
 LARGEST_DIFFERENCE = 0.3
 """The same for half precision: those of another sample differ by about their size."""
 
 
 ABOVE_NOISE = 10
-"""A change of the outputs is one when it is so many times what they change by themselves."""
+"""Factor by which a change of the outputs must exceed their own noise."""
 
 
 def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
@@ -55,7 +55,7 @@ def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
 
 
 def _different(inputs: Tensor) -> tuple[Tensor, bool]:
-    """A few samples, not all alike if there are such; whether there are."""
+    """A few samples, not all equal if possible; True if they differ, or if there is only one."""
     flat = inputs.reshape(len(inputs), inputs[:1].numel())
     others = (flat != flat[:1]).any(1).nonzero().flatten().tolist()
     if not others:
@@ -84,7 +84,7 @@ def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> 
     spread = torch.linspace(0.5, 1.5, f.numel(), dtype=f.dtype, device=f.device)
     vector = (spread * (1 - 2 * (torch.arange(f.numel(), device=f.device) % 2))).reshape(f.shape)
     _check_seen(model, trial)
-    wrong, silent = _misled(model, layout, trial, vector)
+    wrong, silent = _wrong_rules(model, layout, trial, vector)
     folds = {
         name: call.rows // EXAMINED
         for call in trial.calls
@@ -96,11 +96,11 @@ def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> 
     return Apart(folds, vectorised, shown and not silent)
 
 
-def _misled(
+def _wrong_rules(
     model: nn.Module, layout: ParameterLayout, trial: Backpropagation, vector: Tensor
 ) -> tuple[set[str], set[str]]:
-    """Parameters whose rule does not give the gradients of the samples alone, and those whose rule
-    has shown nothing, because all these are zero."""
+    """Parameters whose rule does not give the gradients of the samples alone, and those whose
+    gradients are all zero, which proves nothing."""
     found: list[tuple[Rule, Tensor, Tensor]] = []
 
     def keep(call: Call, x: Tensor, g: Tensor) -> None:
@@ -124,7 +124,7 @@ def _misled(
                 silent.difference_update(rule.names)
             try:
                 rows = [row[0] for row in rule.gradients(x[part], g[part])]
-            except NOT_VECTORISED:  # it is not the input that the rule knows
+            except NOT_VECTORISED:  # not an input that the rule can read
                 wrong.update(rule.names)
                 continue
             if not _alike(rows, expected, GRADIENTS_ALIKE):
@@ -139,8 +139,8 @@ def _reordered(
     vector: Tensor,
     found: Sequence[tuple[Rule, Tensor, Tensor]],
 ) -> set[str]:
-    """Parameters of layers that see the samples in an order of the network's own, sorted by their
-    length for one: with the samples the other way round, it does not turn round with them."""
+    """Parameters of layers that see the samples in an order of the network's own (sorted by length,
+    say): reversing the samples does not reverse that order."""
     back = Backpropagation(model, layout, trial.inputs.flip(0))
     seen: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
@@ -167,7 +167,7 @@ def _same_rows(here: Tensor, there: Tensor) -> bool:
 def _can_vectorise(
     model: nn.Module, trial: Backpropagation, names: Sequence[str], vector: Tensor
 ) -> bool:
-    """Whether torch.func gives the gradients of the samples alone."""
+    """True if torch.func gives the gradients of the samples alone."""
     with undisturbed(model):
         try:
             rows = vectorised(model, names, trial.inputs, vector)
@@ -182,7 +182,7 @@ def _can_vectorise(
 
 
 def _alike(rows: Sequence[Tensor], expected: Sequence[Tensor], roots: int) -> bool:
-    """Whether all are the same but for rounding, relative to the largest number among them."""
+    """True if all are equal but for rounding, relative to the largest number among them."""
     pairs = [pair for pair in zip(rows, expected, strict=True) if pair[1].numel()]
     if any(row.shape != truth.shape for row, truth in pairs):
         return False
@@ -197,7 +197,7 @@ def _alike(rows: Sequence[Tensor], expected: Sequence[Tensor], roots: int) -> bo
 def _check_apart(among_others: Tensor, alone: Tensor) -> None:
     """Raise ValueError unless a sample's outputs are the same alone as in a batch."""
     if not bool(among_others.isfinite().all()):
-        return  # the likelihood says so
+        return  # the likelihood raises the error
     if not _alike([among_others], [alone], OUTPUTS_ALIKE):
         raise ValueError(
             "model must treat every sample by itself and always alike: the output of a sample"
@@ -207,7 +207,7 @@ def _check_apart(among_others: Tensor, alone: Tensor) -> None:
 
 
 def _check_seen(model: nn.Module, trial: Backpropagation) -> None:
-    """Raise ValueError where parameters change the outputs and autograd does not know."""
+    """Raise ValueError where parameters change the outputs outside autograd."""
     if not trial.unused:
         return
     generator = torch.Generator("cpu").manual_seed(0)

@@ -1,4 +1,4 @@
-"""What one layer knows of its own per-sample gradients.
+"""Contractions of the per-sample gradients of one layer.
 
 A layer that applies its parameters linearly has, for sample i with input x_i and gradient g_i of
 the log-likelihood with respect to its output, the per-sample gradient
@@ -6,9 +6,9 @@ the log-likelihood with respect to its output, the per-sample gradient
     G_i = sum_t g_it a_it^T          (t: positions that share the parameters)
 
 where a_it is what multiplies the weights at position t: the input of a linear layer, a patch of a
-convolution's, the normalised activation of a norm. Every structure of the Fisher matrix asks for
-some contraction of these G_i; a rule answers without building them where it can. A rule for a kind
-of layer is one class; `rule_for` finds it.
+convolution's, the normalised activation of a norm. Every structure of the Fisher matrix needs
+some contraction of these G_i; a rule computes it without building them where possible. Each kind of
+layer has one class of rule; `rule_for` finds it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ __all__ = [
 class Rule:
     """Contractions of the per-sample gradients of one layer.
 
-    x and g are what the layer was given and the gradient at its output, with samples first; `names`
+    x is the input of the layer and g the gradient at its output, with samples first; `names`
     and `shapes` are those of the parameters measured, and every tuple returned has their order.
     """
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
-    folds = False  # whether x may be [n, positions, ...] where the layer saw [n positions, ...]
+    folds = False  # True if x may be [n, positions, ...] where the layer had [n positions, ...]
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """G_i of every sample: one [n, *shape] per parameter."""

@@ -21,12 +21,12 @@ from fisherfast.parameters.layers.base import (
 __all__ = ["Linear", "MatrixRule", "Sharing", "bordered", "column_gram"]
 
 Sharing = Literal["expand", "reduce"]
-"""What Kronecker factors do with shared positions: see `KroneckerFisher`."""
+"""The treatment of shared positions in Kronecker factors: see `KroneckerFisher`."""
 
 PORTION_BYTES = 32 * 2**20
-"""Of the rows a that are in memory at a time, where they are a copy of x."""
+"""Bytes of the rows a in memory at a time, where they are a copy of x."""
 IN_MEMORY = 1 << 22
-"""Numbers of patches and per-sample gradients at a time, where no kernel does without: 32 MB."""
+"""Numbers of patches and per-sample gradients at a time where no kernel avoids them: 32 MB."""
 
 
 class MatrixRule(LinearMap):
@@ -86,7 +86,7 @@ class MatrixRule(LinearMap):
         return gram
 
     def _column_portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(samples, a, b [R, n, G, T, M]) of some samples after the others."""
+        """(samples, a, b [R, n, G, T, M]) of some samples at a time."""
         start = 0
         for a, _ in self._portions(x, g[0]):
             where = slice(start, start + len(a))
@@ -120,7 +120,7 @@ class MatrixRule(LinearMap):
         raise NotImplementedError
 
     def _portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """`matrices` of some samples after the others, so that they take bounded memory."""
+        """`matrices` of some samples at a time, in bounded memory."""
         first = self.matrices(x[:1], g[:1])[0]
         step = max(1, PORTION_BYTES // max(first.numel() * first.element_size(), 1))
         for start in range(0, len(x), step):
@@ -166,13 +166,13 @@ class Linear(MatrixRule):
         return g.reshape(len(g), 1, -1, g.shape[-1])
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """See `Rule.squares`; where there is one position, it is a product of matrices."""
+        """See `Rule.squares`; with one position it is a product of matrices."""
         x, g = (rows.reshape(len(rows), -1, rows.shape[-1]) for rows in (x, g))
         parts = {}
         if "weight" in self.attributes and x.shape[1] > 1:
             parts["weight"] = kernel_squares(x.mT, g.mT)
         elif "weight" in self.attributes:
-            # float64: a reduced precision of products, which the user may have set, ends at float32
+            # float64: the user may have reduced the precision of float32 products
             parts["weight"] = g.sum(1).double().square().T @ x.sum(1).double().square()
         if "bias" in self.attributes:
             parts["bias"] = sum_of_squares(g.sum(1))
@@ -183,11 +183,11 @@ TILE_NUMBERS = 2**22
 """Numbers of gradients that are in memory at a time: 32 MB in float64."""
 
 LINES, LANES = 8, 16
-"""What `ops.gradient_gram` rounds its positions up to."""
+"""`ops.gradient_gram` rounds its positions up to multiples of these."""
 
 PRODUCT_COST = {torch.float32: 0.5, torch.float64: 1.0}
-"""Of a multiply-add of that op, in those of a float64 matrix product. Measured on one core of an
-AVX-512 processor: 50 and 30 to 39 GFLOP/s, and 31."""
+"""Cost of a multiply-add of that op, in those of a float64 matrix product: measured on one core of
+an AVX-512 processor: 50 and 30 to 39 GFLOP/s, and 31."""
 
 
 def column_gram(

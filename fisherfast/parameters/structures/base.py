@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -18,36 +18,26 @@ from fisherfast.parameters.analysis.effective_dimension import (
 )
 from fisherfast.parameters.analysis.importance import Importance, Per, importance
 from fisherfast.parameters.analysis.spectrum import Spectrum, all_eigenvalues, largest_eigenvalues
-from fisherfast.parameters.backward.columns import FisherType, Source, Sweep
+from fisherfast.parameters.backward.columns import FisherType, Source
 from fisherfast.parameters.checks import check_choice, check_count, check_damping, check_seed
 from fisherfast.parameters.layout import ParameterLayout
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-__all__ = ["Accumulator", "ParameterFisher"]
+__all__ = ["DENSE_BYTES", "ParameterFisher"]
 
 Vector = Tensor | Mapping[str, Tensor]
 """[P] or [P, m], or one tensor per parameter by name."""
 
 DENSE_BYTES = 8 * 2**30
-"""Largest dense matrix that `to_dense` builds unasked: 32 768 parameters in float64."""
+"""Largest matrix that `to_dense` builds: 32 768 parameters in float64."""
 
 
 Self = TypeVar("Self", bound="ParameterFisher")
 
 Columns = Callable[[Tensor], Tensor]
 """A map of V [P, m] float64 to V's shape."""
-
-
-class Accumulator(Protocol):
-    """How one structure is summed over batches."""
-
-    def add(self, sweep: Sweep) -> None:
-        """Take one batch in."""
-
-    def result(self, samples: int) -> ParameterFisher:
-        """The structure, averaged over the samples seen."""
 
 
 class ParameterFisher(ABC):
@@ -60,7 +50,7 @@ class ParameterFisher(ABC):
         samples: n.
         fisher_type: "exact", "mc" or "empirical".
         structure: how it is stored.
-        name: what it is, in words; for "empirical" it says that it is not the Fisher matrix.
+        name: the kind of matrix, in words; "empirical" is named as not the Fisher matrix.
 
     Numbers are float64, in the unit 1 / w^2; vectors go over parameters as `layout` orders them.
     """
@@ -79,7 +69,7 @@ class ParameterFisher(ABC):
 
     @property
     def name(self) -> str:
-        """What this matrix is, in words."""
+        """The kind of matrix, in words."""
         what = {
             "exact": "Fisher matrix",
             "mc": "Fisher matrix, Monte Carlo",
@@ -91,7 +81,7 @@ class ParameterFisher(ABC):
         return f"<{self.name}: {self.layout.size} parameters, {self.samples} samples>"
 
     def __matmul__(self, vector: Vector) -> Any:
-        """F v, as v was given: [P], [P, m], or by name; float64, differentiable in v.
+        """F v in the form of v: [P], [P, m], or by name; float64, differentiable in v.
 
         Raises:
             TypeError: v is complex, or neither tensors nor a mapping of them.
@@ -100,7 +90,7 @@ class ParameterFisher(ABC):
         return self._apply(self._matmul, vector)
 
     def solve(self, vector: Vector, *, damping: float = 0.0) -> Any:
-        """(F + damping)^-1 v, as v was given, like ``F @ v``.
+        """(F + damping)^-1 v, in the form of v, like ``F @ v``.
 
         Raises:
             TypeError: v is complex, or neither tensors nor a mapping of them; damping is no number.
@@ -146,8 +136,8 @@ class ParameterFisher(ABC):
 
     @abstractmethod
     def eigenvalues(self) -> Tensor:
-        """All P eigenvalues in ascending order, or those that are not surely zero (each structure
-        says which)."""
+        """All P eigenvalues in ascending order, or those that may differ from zero (see each
+        structure)."""
 
     @abstractmethod
     def logdet(self, *, damping: float = 0.0) -> float:
@@ -372,7 +362,7 @@ class ParameterFisher(ABC):
 
     @abstractmethod
     def _device(self) -> torch.device:
-        """Where its numbers are."""
+        """The device of its numbers."""
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for `from_state_dict`: tensors and plain numbers, for ``torch.save``."""
@@ -386,7 +376,7 @@ class ParameterFisher(ABC):
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """What the structure adds to the state."""
+        """The structure's own part of the state."""
 
     @classmethod
     @abstractmethod
@@ -401,7 +391,7 @@ class ParameterFisher(ABC):
 
 
 class _Symmetric(torch.autograd.Function):
-    """A symmetric matrix times V: its own derivative, whatever the product is computed with."""
+    """A symmetric matrix times V, which is its own derivative however it is computed."""
 
     @staticmethod
     def forward(columns: Tensor, matrix: Columns) -> Tensor:

@@ -152,7 +152,7 @@ def _check_memory(
         layout: the parameters.
         blocks: names of the parameters of each block.
         memory_budget: bytes, or like "8 GiB"; None for no bound.
-        way: what to do instead.
+        way: the advice in the message.
     """
     budget = check_budget(memory_budget)["memory_budget"]
     sizes = _block_sizes(layout, blocks)
@@ -174,9 +174,9 @@ def _block_sizes(layout: ParameterLayout, blocks: Mapping[str, Sequence[str]]) -
 
 
 class _BlockSums:
-    """sum_i G_i G_i^T of blocks of parameters, while the gradients pass.
+    """sum_i G_i G_i^T of blocks of parameters, added up as the gradients arrive.
 
-    A block that arrives in one piece is multiplied there and then, `ROWS_BYTES` of per-sample
+    A block that arrives in one piece is multiplied at once, `ROWS_BYTES` of per-sample
     gradients at a time; the pieces of one that arrives in several are kept until it is complete.
 
     Attributes:
@@ -193,7 +193,7 @@ class _BlockSums:
         self.rounding = 0.0
 
     def take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
-        """Take the gradients of one layer in; all of a column arrive before the next one's."""
+        """Add the gradients of one layer; all of a column arrive before those of the next."""
         self.rounding = max(self.rounding, torch.finfo(g.dtype).eps)
         block = self._block_of[rule.names[0]]
         if set(self._blocks[block]) == set(rule.names):

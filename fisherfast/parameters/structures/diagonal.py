@@ -103,6 +103,6 @@ class DiagonalAccumulator:
             self._sums[self._where[name]] += squares.flatten()
 
     def result(self, samples: int) -> DiagonalFisher:
-        assert self._sums is not None  # every parameter is shown in every sweep
+        assert self._sums is not None  # every sweep visits every parameter
         values = self._sums.div_(samples)
         return DiagonalFisher(self._layout, samples, self._fisher_type, values)

@@ -25,14 +25,14 @@ NEGLIGIBLE = 1e-3
 factor; each of the others adds several. Otherwise eigenvalues are computed, ten times slower."""
 
 GRAM_COPIES = 3
-"""Matrices [N, N] float64 that exist at a time: K, what it is factorised into, a work space."""
+"""Matrices [N, N] float64 that exist at a time: K, its factor, a work space."""
 
 
 class GramFisher(ParameterFisher):
     r"""F = S^T S with S = J / sqrt(n) [N, P], through K = S S^T [N, N].
 
     J has a row for each sample and column of the root of the outputs' Fisher matrix; it is kept as
-    what each layer was given and what came back to it. K has the eigenvalues of F that are not
+    the input of each layer and the gradient at its output. K has the eigenvalues of F that are not
     zero, and with K = V diag(l) V^T the eigenvectors are u = S^T v / sqrt(l). By Woodbury's
     identity and Sylvester's
 
@@ -43,7 +43,7 @@ class GramFisher(ParameterFisher):
     with a vector is one forward and one backward pass of each layer. Where P < N, eigenvalues are
     those of F [P, P], which is then the smaller.
 
-    ``fisher(..., structure="gram", memory_budget="8 GiB")``: bytes that what is kept of the layers
+    ``fisher(..., structure="gram", memory_budget="8 GiB")``: bytes that the factors of the layers
     and the matrices [N, N] may take.
 
     Example:
@@ -85,7 +85,7 @@ class GramFisher(ParameterFisher):
         return found
 
     def smaller(self) -> Tensor:
-        """K, or F where that is smaller: not to be changed."""
+        """K, or F where that is smaller; callers must not write to it."""
         if self.rows <= self.layout.size:
             return self._gram()
         return self._jacobian.moment() / self.samples
@@ -224,7 +224,7 @@ def _cholesky(matrix: Tensor, damping: float) -> Tensor:
 
 
 class GramAccumulator:
-    """Keeps what each layer was given and what came back to it, for all samples."""
+    """Keeps the inputs of each layer and the gradients at its output, for all samples."""
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class GramAccumulator:
             needed = self._bytes + more + root_bytes(rows, self._jacobian.layout.size)
             if needed > self._budget:
                 raise MemoryError(
-                    f"the Gram matrix of {rows} rows (samples x columns) and what it is made of"
+                    f"the Gram matrix of {rows} rows (samples x columns) and its factors"
                     f" must fit into memory_budget = {self._budget} bytes, got {needed} so far:"
                     ' pass fewer samples, fisher_type="mc" (one column for each draw), a larger'
                     ' memory_budget=, or structure="lowrank" or "diag"'
@@ -263,5 +263,5 @@ class GramAccumulator:
 
 
 def root_bytes(rows: int, parameters: int) -> int:
-    """Memory of the matrices that eigenvalues are computed of."""
+    """Bytes of the matrices whose eigenvalues are computed."""
     return GRAM_COPIES * 8 * min(rows, parameters) ** 2

@@ -43,7 +43,7 @@ class KroneckerFisher(ParameterFisher):
     attention's and recurrent layers' own matrices, parameters used in expressions) have their exact
     diagonal; `diagonal_names` lists them, and so does the repr.
 
-    ``fisher(..., structure="kfac", sharing="expand")``: what becomes of shared positions.
+    ``fisher(..., structure="kfac", sharing="expand")``: the treatment of shared positions.
 
     Cost: 8 (D^2 + M^2) bytes for a layer with D inputs of a weight and M outputs; T (D^2 + R M^2)
     operations per sample with R columns and T positions; `solve`, `eigenvalues` and `logdet` about
@@ -165,7 +165,7 @@ class KroneckerAccumulator:
         *,
         sharing: Sharing = "expand",
     ) -> None:
-        """sharing: what becomes of shared positions, see `KroneckerFisher`.
+        """sharing: the treatment of shared positions, see `KroneckerFisher`.
 
         Raises:
             ValueError: sharing is neither "expand" nor "reduce".
@@ -221,7 +221,7 @@ class KroneckerAccumulator:
 
 def refuse_shared_matrices(sweep: Sweep) -> None:
     """Raise ValueError where the weights of a linear or convolution layer are used in more than one
-    place: the sum of two Kronecker products is none."""
+    place: the sum of two Kronecker products is not a Kronecker product."""
     shared = sweep.matrices_without_tap
     if shared:
         raise ValueError(
@@ -284,8 +284,8 @@ class KroneckerBlock:
 
     @property
     def spectrum(self) -> Tensor:
-        """All eigenvalues [G, M, D]: products of those of B and of A, which are zero where they
-        cannot be told from it."""
+        """All eigenvalues [G, M, D]: products of those of B and of A, with those within rounding of
+        zero set to zero."""
         (left, _), (right, _) = self._eigen
         return left.unsqueeze(-1) * right.unsqueeze(-2)
 

@@ -22,12 +22,12 @@ from fisherfast.parameters.structures.layer_rows import LayerRows
 __all__ = ["LowRankAccumulator", "LowRankFisher"]
 
 ROWS_AT_ONCE = 4096
-"""Rows of the root that are taken in by one eigendecomposition, 10 s on one core; data with fewer
-rows are decomposed exactly."""
+"""Rows of the root for each eigendecomposition, 10 s on one core; data with fewer rows are
+decomposed exactly."""
 
 SPARE = 2
-"""Directions that are carried along, in units of those asked for: a direction that is cut off early
-cannot come back when later samples would have made it large."""
+"""Directions kept between batches, in units of those wanted: a direction that is dropped early is
+lost, even if later samples would have made it large."""
 
 BASIS_COPIES = 3
 """Matrices [P, k] float64 that exist at a time."""
@@ -201,7 +201,7 @@ class LowRankAccumulator:
         self._waiting.add(piece)
 
     def _merge(self, rank: int) -> None:
-        """Take in the rows that wait and keep the largest directions."""
+        """Merge the waiting rows and keep the largest directions."""
         rows = self._waiting
         self._precision = max(self._precision, rows.precision)
         new = rows.gram()

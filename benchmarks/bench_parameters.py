@@ -104,7 +104,12 @@ def cases() -> Iterator[tuple[str, Case]]:
 def ours(case: Case, structure: str, fisher_type: str, **settings: Any) -> Tensor:
     """[P, P], or [P] of the diagonal."""
     found = ff.parameters.fisher(
-        case.model, case.likelihood(), (case.x, case.y), structure, fisher_type, **settings
+        case.model,
+        case.likelihood(),
+        (case.x, case.y),
+        structure=structure,
+        fisher_type=fisher_type,
+        **settings,
     )
     return found.diag() if structure == "diag" else found.to_dense()
 

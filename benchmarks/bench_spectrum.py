@@ -62,18 +62,20 @@ def measured(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     likelihood = ff.parameters.Categorical()
     seconds = {}
     start = time.perf_counter()
-    matrix = ff.parameters.fisher(model, likelihood, x, "gram")
+    matrix = ff.parameters.fisher(model, likelihood, x, structure="gram")
     assert isinstance(matrix, GramFisher)
     seconds["root"] = time.perf_counter() - start
     start = time.perf_counter()
     gram = matrix.gram()
     seconds["Gram matrix"] = time.perf_counter() - start
     start = time.perf_counter()
-    found = ff.parameters.spectrum(matrix)
+    found = matrix.spectrum()
     seconds["eigenvalues"] = time.perf_counter() - start
     check(matrix, gram, found)
     start = time.perf_counter()
-    dimension = ff.parameters.local_effective_dimension(model, likelihood, x, n=TRAINED_ON)
+    dimension = ff.parameters.fisher(model, likelihood, x, structure="gram").effective_dimension(
+        TRAINED_ON
+    )
     seconds["effective dimension, all of it"] = time.perf_counter() - start
     seconds["spectrum, all of it"] = sum(
         seconds[step] for step in ("root", "Gram matrix", "eigenvalues")
@@ -122,7 +124,11 @@ def check_small() -> float:
             rows.append(log.detach().exp().sqrt() * torch.cat([part.flatten() for part in parts]))
     root = torch.stack(rows)
     exact = torch.linalg.eigvalsh(root.T @ root / len(x)).flip(0)
-    found = ff.parameters.spectrum(model, ff.parameters.Categorical(), x).eigenvalues
+    found = (
+        ff.parameters.fisher(model, ff.parameters.Categorical(), x, structure="gram")
+        .spectrum()
+        .eigenvalues
+    )
     return float((found - exact[: len(found)]).abs().max() / exact[0])
 
 

@@ -136,7 +136,12 @@ def batch_loop() -> list[dict[str, Any]]:
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             squared += sum(float(g.square().sum()) for g in gradients)
         ours = ff.parameters.fisher(
-            model, case.likelihood(), (x, y), "diag", "empirical", batch_size=batch
+            model,
+            case.likelihood(),
+            (x, y),
+            structure="diag",
+            fisher_type="empirical",
+            batch_size=batch,
         )
         found.append(
             {

@@ -32,7 +32,7 @@ FEW = 2
 def ours(case: Case, fisher_type: str) -> Any:
     """The diagonal by fisherfast."""
     return ff.parameters.fisher(
-        case.model, case.likelihood(), (case.x, case.y), "diag", fisher_type
+        case.model, case.likelihood(), (case.x, case.y), structure="diag", fisher_type=fisher_type
     )
 
 

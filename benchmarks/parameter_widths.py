@@ -71,8 +71,8 @@ def measure_one(width: int, seed: int, steps: int) -> dict[str, float]:
     """The statistics of one network."""
     model, x, errors = trained(width, seed, steps)
     likelihood = ff.parameters.Gaussian(SIGMA**2)
-    found = ff.parameters.spectrum(model, likelihood, x)
-    dimension = ff.parameters.local_effective_dimension(model, likelihood, x, n=SAMPLES)
+    fisher = ff.parameters.fisher(model, likelihood, x, structure="gram")
+    found, dimension = fisher.spectrum(), fisher.effective_dimension(SAMPLES)
     return {
         "width": width,
         "seed": seed,

@@ -212,7 +212,7 @@ class Meter:
         )
         self.likelihood = ff.parameters.Gaussian(variance=reader.variance)
         found = ff.parameters.fisher(
-            reader.network, self.likelihood, reader.x[:FISHER_SAMPLES], "diag"
+            reader.network, self.likelihood, reader.x[:FISHER_SAMPLES], structure="diag"
         )
         self.fisher = found.layout.unflatten(found.diag())
         self.whole = {name: w.detach() for name, w in reader.network.named_parameters()}
@@ -268,9 +268,9 @@ def unit_scores(meter: Meter) -> dict[str, Scores]:
     """The same for each hidden unit with its bias, by layer: importance with all correlations
     inside of a unit, and without, as the sum over its weights."""
     reader, whole = meter.reader, meter.whole
-    joint = ff.parameters.importance(
-        reader.network, meter.likelihood, reader.x[:FISHER_SAMPLES], per="unit"
-    )
+    joint = ff.parameters.fisher(
+        reader.network, meter.likelihood, reader.x[:FISHER_SAMPLES]
+    ).importance(per="unit")
     importance, magnitude, apart = {}, {}, {}
     for name in list(weights_of(reader.network))[:-1]:
         layer = name.removesuffix(".weight")

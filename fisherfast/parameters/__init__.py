@@ -1,24 +1,20 @@
-"""The other Fisher information: that of a network's own parameters w, for p(y | x, w)."""
+"""The Fisher matrix of a network's own parameters w, for p(y | x, w)."""
 
 from fisherfast.parameters.analysis.consolidation import ElasticWeightConsolidation
-from fisherfast.parameters.analysis.effective_dimension import (
-    EffectiveDimension,
-    effective_dimension,
-    local_effective_dimension,
-)
-from fisherfast.parameters.analysis.importance import Importance, importance
+from fisherfast.parameters.analysis.effective_dimension import EffectiveDimension
+from fisherfast.parameters.analysis.importance import Importance
 from fisherfast.parameters.analysis.score import MeanZeroTest, Scores, score
-from fisherfast.parameters.analysis.spectrum import Spectrum, spectrum
+from fisherfast.parameters.analysis.spectrum import Spectrum
 from fisherfast.parameters.fisher import fisher, from_state_dict
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from fisherfast.parameters.structures.base import ParameterFisher
-from fisherfast.parameters.structures.block import BlockFisher
+from fisherfast.parameters.structures.block import BlockFisher, FullFisher
 from fisherfast.parameters.structures.diagonal import DiagonalFisher
-from fisherfast.parameters.structures.full import FullFisher
 from fisherfast.parameters.structures.gram import GramFisher
 from fisherfast.parameters.structures.kfac import KroneckerFisher
 from fisherfast.parameters.structures.lowrank import LowRankFisher
+from fisherfast.parameters.structures.streamed import StreamedFisher
 
 __all__ = [
     "Bernoulli",
@@ -40,11 +36,8 @@ __all__ = [
     "Poisson",
     "Scores",
     "Spectrum",
-    "effective_dimension",
+    "StreamedFisher",
     "fisher",
     "from_state_dict",
-    "importance",
-    "local_effective_dimension",
     "score",
-    "spectrum",
 ]

@@ -1,4 +1,4 @@
-"""What is looked at before a network is measured: arguments, its mode, its buffers."""
+"""Checks before a network is measured: arguments, its mode, its buffers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from fisherfast.model.default_device import on_host
 from fisherfast.model.isolation import forgetting, own_random_state
-from fisherfast.parameters.likelihood import Likelihood
 
 __all__ = [
     "check_choice",
     "check_count",
+    "check_damping",
     "check_evaluation",
-    "check_likelihood",
     "check_model",
     "check_number",
     "check_options",
@@ -29,23 +28,9 @@ __all__ = [
 ]
 
 SEEDS = 2**63
-"""Beyond, PyTorch has no generator."""
+"""PyTorch's generators take seeds below this."""
 
 DROPOUT = (nn.modules.dropout._DropoutNd, nn.RReLU)
-
-
-def check_likelihood(likelihood: Any) -> None:
-    """Raise TypeError unless it is an instance of a Likelihood."""
-    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
-        raise TypeError(
-            f"likelihood must be an instance, got the class {likelihood.__name__}: write"
-            f" {likelihood.__name__}()"
-        )
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            "likelihood must be a Gaussian, Categorical, Bernoulli, Poisson or another Likelihood,"
-            f" got {type(likelihood).__name__}"
-        )
 
 
 def check_choice(name: str, value: Any, choices: Mapping[str, Any] | tuple[str, ...]) -> None:
@@ -78,6 +63,13 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def check_damping(damping: float) -> None:
+    """Raise unless damping is a finite number of at least 0."""
+    check_number("damping", damping)
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping must be finite and at least 0, got {damping}")
+
+
 def check_seed(seed: Any) -> None:
     """Raise unless the seed is one that generators take."""
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
@@ -89,8 +81,8 @@ def check_seed(seed: Any) -> None:
 def check_options(
     function: Callable[..., Any], given: Mapping[str, Any], structure: str, positional: int
 ) -> None:
-    """Raise TypeError for a keyword that a structure does not take; the first arguments are not
-    the user's."""
+    """Raise TypeError for a keyword that a structure does not take; its first `positional`
+    arguments are the library's own."""
     known = [
         name
         for name, parameter in list(inspect.signature(function).parameters.items())[positional:]
@@ -132,15 +124,15 @@ def check_evaluation(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Random states return, and what a forward pass leaves in a module; new tensors are those of
-    the CPU inside, whatever the user's default device."""
+    """Restore random states and the attributes that a forward pass writes to modules; inside, new
+    tensors are on the CPU, whatever the user's default device."""
     with on_host(), own_random_state(model, seed), forgetting(model):
         yield
 
 
 @contextlib.contextmanager
 def forward_alone(model: nn.Module) -> Iterator[None]:
-    """The first forward pass: buffers that it writes return, and are an error.
+    """Around the first forward pass: restore buffers that it changes, and raise an error.
 
     Raises:
         ValueError: a buffer changed.

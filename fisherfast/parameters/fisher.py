@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 
-from fisherfast._progress import progress_bar
-from fisherfast.model.default_device import on_host
-from fisherfast.model.isolation import own_random_state
 from fisherfast.model.unwrap import unwrapped
-from fisherfast.parameters.backward.batches import Data, count
-from fisherfast.parameters.backward.columns import FisherType, Sweep, sweeps
-from fisherfast.parameters.checks import (
-    check_choice,
-    check_count,
-    check_likelihood,
-    check_options,
-    check_seed,
-)
+from fisherfast.parameters.backward.batches import Data
+from fisherfast.parameters.backward.columns import FisherType, Source, Sums
+from fisherfast.parameters.checks import check_choice, check_count, check_options, check_seed
 from fisherfast.parameters.layout import ParameterLayout, Selection
-from fisherfast.parameters.likelihoods import Likelihood
-from fisherfast.parameters.structures.base import Accumulator, ParameterFisher
-from fisherfast.parameters.structures.block import BlockAccumulator, BlockFisher
+from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
+from fisherfast.parameters.structures.base import ParameterFisher
+from fisherfast.parameters.structures.block import (
+    BlockAccumulator,
+    BlockFisher,
+    FullAccumulator,
+    FullFisher,
+)
 from fisherfast.parameters.structures.diagonal import DiagonalAccumulator, DiagonalFisher
-from fisherfast.parameters.structures.full import FullAccumulator, FullFisher
 from fisherfast.parameters.structures.gram import GramAccumulator, GramFisher
 from fisherfast.parameters.structures.kfac import KroneckerAccumulator, KroneckerFisher
 from fisherfast.parameters.structures.lowrank import LowRankAccumulator, LowRankFisher
+from fisherfast.parameters.structures.streamed import StreamedAccumulator
 
 __all__ = ["Structure", "fisher", "from_state_dict"]
 
-Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank"]
+Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank", "streamed"]
 
-ACCUMULATORS: dict[str, Callable[..., Accumulator]] = {
+ACCUMULATORS: dict[str, Callable[..., Sums[ParameterFisher]]] = {
     "diag": DiagonalAccumulator,
     "block": BlockAccumulator,
     "full": FullAccumulator,
     "gram": GramAccumulator,
     "kfac": KroneckerAccumulator,
     "lowrank": LowRankAccumulator,
+    "streamed": StreamedAccumulator,
 }
 RESULTS: dict[str, type[ParameterFisher]] = {
     "diag": DiagonalFisher,
@@ -52,27 +49,17 @@ RESULTS: dict[str, type[ParameterFisher]] = {
 }
 
 
-Summed = TypeVar("Summed", covariant=True)
-
-
-class Sums(Protocol[Summed]):
-    """What is summed over batches, an `Accumulator` or the like."""
-
-    def add(self, sweep: Sweep) -> None: ...
-    def result(self, samples: int) -> Summed: ...
-
-
 FISHER_TYPES = ("exact", "mc", "empirical")
 
 
 def fisher(
     model: nn.Module,
-    likelihood: Likelihood,
+    likelihood: Likelihood | str,
     data: Data,
+    *,
     structure: Structure = "diag",
     fisher_type: FisherType = "exact",
     samples: int = 1,
-    *,
     parameters: Selection = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -90,28 +77,30 @@ def fisher(
 
     Args:
         model: f(x, w), in evaluation mode, every sample by itself: [n, ...] to outputs [n, ...].
-        likelihood: p(y | f): `Gaussian`, `Categorical`, `Bernoulli`, `Poisson` or a `Likelihood` of
-            your own.
+        likelihood: p(y | f): "gaussian" (of variance 1), "categorical", "bernoulli", "poisson" (f
+            the logarithm of the rate), an instance of their classes, or your own `Likelihood`.
         data: inputs x [n, ...], a pair (x, y), a Dataset or DataLoader of x or (x, y), or an
             iterable of batches, read once. Labels are used by "empirical" only. Floating inputs are
             converted to the dtype and device of the model.
         structure: what is kept of F: "diag", "block" (one dense block per layer), "kfac" (Kronecker
-            factors per layer), "full", "gram" (all of it, through the inner products of samples)
-            or "lowrank" (the largest eigenvalues).
+            factors per layer), "full", "gram" (all of it, through the inner products of samples),
+            "lowrank" (the largest eigenvalues) or "streamed" (nothing: products read the data).
         fisher_type: "exact" sums the expectation over the outputs, "mc" draws labels from the
             network, "empirical" takes the labels of the data: the second moment of the training
             gradients, which is not the Fisher matrix (Kunstner et al. 2019).
-        samples: labels drawn for each input, of "mc" only; the error falls like its square root.
+        samples: labels drawn for each input, for "mc" only; the error falls as 1 / sqrt(samples).
         parameters: which are measured: None for all that require grad, a regular expression, names,
             or a function of the name.
         batch_size: samples per batch, of tensors and Datasets. It changes memory, not the result.
         seed: of the labels drawn; the global random state is not touched.
         progress: show a bar (needs tqdm).
-        **settings: what the structure takes besides, see its class.
+        **settings: further options of the structure, see its class.
 
     Returns:
-        The matrix in the structure asked for, float64, in nats and the unit 1 / w^2: multiply it
-        (``F @ v``), ``solve``, ``trace``, ``diag``, ``eigenvalues``, ``logdet``.
+        The matrix in the structure asked for, float64, in nats and the unit 1 / w^2: ``F @ v``,
+        ``solve``, ``trace``, ``diag``, ``eigenvalues``, ``logdet``; its analyses ``spectrum``,
+        ``effective_dimension``, ``importance``. It keeps a reference to the model and the data for
+        analyses that read them again; ``F.released()`` does not.
 
     Raises:
         TypeError: an argument of a wrong kind, a keyword that the structure does not take, a model
@@ -142,39 +131,8 @@ def fisher(
     check_choice("structure", structure, ACCUMULATORS)
     accumulate = ACCUMULATORS[structure]
     check_options(accumulate, settings, structure, positional=2)
-    return over_data(
-        lambda model, layout: accumulate(layout, fisher_type, **settings),
-        model,
-        likelihood,
-        data,
-        fisher_type=fisher_type,
-        samples=samples,
-        parameters=parameters,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def over_data(
-    make: Callable[[nn.Module, ParameterLayout], Sums[Summed]],
-    model: nn.Module,
-    likelihood: Likelihood,
-    data: Data,
-    *,
-    fisher_type: FisherType,
-    samples: int,
-    parameters: Selection,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-) -> Summed:
-    """Add the sweeps of all batches to what `make(model, layout)` gives; its result.
-
-    Arguments are those of `fisher`, checked here.
-    """
     check_choice("fisher_type", fisher_type, FISHER_TYPES)
-    check_likelihood(likelihood)
+    likelihood = as_likelihood(likelihood)
     check_count("samples", samples)
     if fisher_type != "mc" and samples != 1:
         raise ValueError(
@@ -185,31 +143,16 @@ def over_data(
     check_seed(seed)
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
-    with (
-        on_host(),
-        own_random_state(model, seed),
-        progress_bar(progress, total=count(data), title="Fisher matrix") as bar,
-    ):
-        accumulator = make(model, layout)
-        seen = 0
-        for sweep in sweeps(
-            model,
-            likelihood,
-            data,
-            layout,
-            fisher_type=fisher_type,
-            samples=samples,
-            batch_size=batch_size,
-            seed=seed,
-        ):
-            accumulator.add(sweep)
-            seen += sweep.samples
-            bar.update(sweep.samples)
-        return accumulator.result(seen)
+    source = Source(
+        model, likelihood, data, layout, fisher_type, samples, batch_size, seed, progress
+    )
+    matrix = source.total(accumulate(layout, fisher_type, **settings))
+    matrix._source = source
+    return matrix
 
 
 def from_state_dict(state: Mapping[str, Any]) -> ParameterFisher:
-    """The matrix whose ``state_dict()`` this is.
+    """The matrix whose ``state_dict()`` this is; it keeps no network and no data.
 
     Raises:
         TypeError: no mapping.

@@ -1,4 +1,4 @@
-"""Which parameters of a network are measured, and where each lies in a vector of all of them."""
+"""The parameters that are measured, and the place of each in a vector of all of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class ParameterLayout:
         """The chosen parameters of a model; a shared (tied) one counts once, by its first name.
 
         Raises:
-            TypeError: the model is no module, the selection is none, or a parameter is complex.
+            TypeError: the model is not a module, the selection of a wrong type, or a parameter
+                complex.
             ValueError: nothing is chosen, a name is unknown, or a chosen parameter does not require
                 grad, or has no shape yet.
         """
@@ -60,7 +61,7 @@ class ParameterLayout:
         return sum(shape.numel() for shape in self.shapes)
 
     def slices(self) -> dict[str, slice]:
-        """Where each parameter lies in a vector of P numbers."""
+        """The place of each parameter in a vector of P numbers."""
         found, start = {}, 0
         for name, shape in zip(self.names, self.shapes, strict=True):
             found[name] = slice(start, start + shape.numel())
@@ -71,7 +72,7 @@ class ParameterLayout:
         """One vector [P] of one tensor per parameter.
 
         Raises:
-            TypeError: something that is no tensor.
+            TypeError: a value that is not a tensor.
             ValueError: a parameter is missing, or of another shape.
         """
         rows = []
@@ -163,6 +164,6 @@ def _chosen(every: Mapping[str, nn.Parameter], selection: Selection) -> list[str
 
 
 def some_of(every: Iterable[str], most: int = 8) -> str:
-    """The first of some names, for an error."""
+    """The first few of some names, for an error message."""
     names = list(every)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

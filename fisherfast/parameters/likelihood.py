@@ -1,4 +1,4 @@
-"""What the outputs of a network say about the labels: p(y | f), f = f(x, w).
+"""The distribution of labels given the outputs of a network: p(y | f), f = f(x, w).
 
 The Fisher matrix of the parameters needs three things of a likelihood: the score
 d log p(y | f) / df at a label, labels drawn from the network's own p(y | f), and the Fisher matrix
@@ -23,7 +23,7 @@ Sample = Callable[[Tensor, torch.Generator], Tensor]
 """(f [n, ...], generator) to labels [n, ...]."""
 
 LEAST_UNIFORM = 2.0**-54
-"""Stands for 0, which has no quantile: half of the smallest step of a float64 uniform number."""
+"""Replaces 0, which has no quantile: half of the smallest step of a float64 uniform number."""
 
 NEGATIVE = 1e-5
 """Share of the largest eigenvalue of an information matrix that may be below zero by rounding: a
@@ -61,7 +61,7 @@ class Likelihood:
     """
 
     allowed = "finite"
-    """What `valid` asks of the outputs, in words."""
+    """The outputs that `valid` accepts, in words."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Likelihood:
         self._log_prob, self._sample, self._information = log_prob, sample, information
 
     def check_outputs(self, f: Tensor) -> None:
-        """Look at the shape of the outputs alone.
+        """Check the shape of the outputs, not their values.
 
         Raises:
             TypeError: outputs that are no real floating-point numbers.
@@ -86,7 +86,7 @@ class Likelihood:
             raise TypeError(f"outputs of the model must be real and floating, got {f.dtype}")
 
     def valid(self, f: Tensor) -> Tensor:
-        """Whether all outputs are `allowed`: one bool on their device."""
+        """True where all outputs are `allowed`: one bool on their device."""
         return torch.isfinite(f).all()
 
     def check(self, f: Tensor, y: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Likelihood:
         the data are batched. The generator is one of the CPU.
 
         Raises:
-            ValueError: there is no function that draws.
+            ValueError: `sample` is missing.
         """
         if self._sample is None:
             raise ValueError(
@@ -196,7 +196,7 @@ def one_output_each(scale: Tensor) -> Iterator[Tensor]:
 
 
 def check_shape(f: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless there is one label for each output."""
+    """Raise ValueError unless each output has one label."""
     if y.shape != f.shape:
         raise ValueError(
             f"labels must have the shape of the outputs, {list(f.shape)}, got {list(y.shape)}"

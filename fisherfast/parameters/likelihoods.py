@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fisherfast.parameters.likelihood import (
     uniform,
 )
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"]
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson", "as_likelihood"]
 
 
 class Gaussian(Likelihood):
@@ -281,6 +282,42 @@ class Poisson(Likelihood):
 
     def root(self, f: Tensor) -> Iterator[Tensor]:
         return one_output_each((0.5 * f).exp() if self.log_rate else f.rsqrt())
+
+
+BY_NAME: dict[str, type[Gaussian | Categorical | Bernoulli | Poisson]] = {
+    "gaussian": Gaussian,
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "poisson": Poisson,
+}
+"""Likelihoods that a name stands for, with their default arguments."""
+
+
+def as_likelihood(likelihood: Any) -> Likelihood:
+    """The likelihood that a name stands for, or the instance given.
+
+    Raises:
+        TypeError: neither, or a class in place of an instance.
+        ValueError: an unknown name.
+    """
+    if isinstance(likelihood, str):
+        if likelihood not in BY_NAME:
+            raise ValueError(
+                f"likelihood must be one of {', '.join(map(repr, BY_NAME))} or an instance, got"
+                f" {likelihood!r}"
+            )
+        return BY_NAME[likelihood]()
+    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
+        raise TypeError(
+            f"likelihood must be an instance, got the class {likelihood.__name__}: write"
+            f" {likelihood.__name__}()"
+        )
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            "likelihood must be a name or a Gaussian, Categorical, Bernoulli, Poisson or another"
+            f" Likelihood, got {type(likelihood).__name__}"
+        )
+    return likelihood
 
 
 TAIL_SIGMAS, TAIL_COUNTS = 10.0, 60.0

@@ -25,8 +25,8 @@ from fisherfast.parameters import (
     Poisson,
     fisher,
     from_state_dict,
+    score,
 )
-from fisherfast.parameters.analysis import score
 from fisherfast.parameters.fisher import ACCUMULATORS, FISHER_TYPES, RESULTS
 
 N = 20
@@ -81,11 +81,12 @@ ARGUMENTS = [
         "likelihood must be an instance, got the class Poisson: write Poisson()",
     ),
     (
-        {"likelihood": "categorical"},
-        TypeError,
-        "likelihood must be a Gaussian, Categorical, Bernoulli, Poisson or another Likelihood, got"
-        " str",
+        {"likelihood": "softmax"},
+        ValueError,
+        "likelihood must be one of 'gaussian', 'categorical', 'bernoulli', 'poisson' or an"
+        " instance, got 'softmax'",
     ),
+    ({"likelihood": 3}, TypeError, "likelihood must be a name or a Gaussian, Categorical,"),
     ({"model": "network"}, TypeError, "model must be a torch.nn.Module, got str"),
     ({"model": nn.ReLU()}, ValueError, "parameters must choose at least one of the model, which"),
     ({"parameters": "convolution"}, ValueError, "parameters must choose at least one of the"),
@@ -109,21 +110,39 @@ def test_wrong_arguments(arguments, error, text):
         fisher(**given)
 
 
+@pytest.mark.parametrize(
+    ("name", "likelihood"),
+    [
+        ("gaussian", Gaussian()),
+        ("categorical", Categorical()),
+        ("bernoulli", Bernoulli()),
+        ("poisson", Poisson()),
+    ],
+)
+def test_likelihoods_by_name(name, likelihood):
+    """Catches a name that stands for another likelihood, in `fisher` or in `score`."""
+    model, labels = network(), torch.ones(N, 3)
+    y = Y if name == "categorical" else labels
+    assert torch.equal(fisher(model, name, X).diag(), fisher(model, likelihood, X).diag())
+    by_name, given = (score(model, each, X, y).mean() for each in (name, likelihood))
+    assert torch.equal(by_name, given)
+
+
 @pytest.mark.parametrize("structure", ACCUMULATORS)
 def test_keywords_of_no_structure(structure):
     """Catches a misspelt setting that is swallowed."""
     with pytest.raises(TypeError, match=f"structure '{structure}', which takes .*, got 'dampnig'"):
-        fisher(network(), Categorical(), X, structure, dampnig=3)
+        fisher(network(), Categorical(), X, structure=structure, dampnig=3)
 
 
 def test_keywords_are_those_of_the_structure():
     """Catches settings that the message does not name, and arguments of the library's own that a
     user can overwrite."""
     names = {name for name in ACCUMULATORS}
-    assert set(RESULTS) == names
+    assert set(RESULTS) == names - {"streamed"}  # which cannot be stored
     for structure in names:
         with pytest.raises(TypeError) as caught:
-            fisher(network(), Categorical(), X, structure, layout=None)
+            fisher(network(), Categorical(), X, structure=structure, layout=None)
         assert "got 'layout'" in str(caught.value)
 
 
@@ -249,7 +268,14 @@ def test_inputs_that_are_not_finite(value):
     x[15, 2] = value
     for fisher_type in FISHER_TYPES:
         with pytest.raises(ValueError, match=r"^data must be finite, got others in batch 1$"):
-            fisher(network(), Categorical(), (x, Y), "diag", fisher_type, batch_size=10)
+            fisher(
+                network(),
+                Categorical(),
+                (x, Y),
+                structure="diag",
+                fisher_type=fisher_type,
+                batch_size=10,
+            )
     with pytest.raises(ValueError, match=r"^data must be finite, got others in batch 1$"):
         score(network(), Categorical(), x, Y, batch_size=10).mean()
 
@@ -280,7 +306,7 @@ def test_rates_that_are_not_positive():
 def test_labels_that_the_likelihood_cannot_have(likelihood, y, error, text):
     """Catches labels that are only checked where a likelihood is asked directly."""
     with pytest.raises(error, match=f"^{re.escape(text)}"):
-        fisher(network(), likelihood, (X, y), "diag", "empirical")
+        fisher(network(), likelihood, (X, y), structure="diag", fisher_type="empirical")
     assert fisher(network(), likelihood, (X, y)).samples == N
 
 
@@ -294,7 +320,7 @@ def test_a_likelihood_by_functions():
     )
     exact = fisher(model, waiting, X).diag()
     torch.testing.assert_close(exact, fisher(model, Gaussian(), X).diag(), rtol=1e-5, atol=1e-9)
-    many = fisher(model, waiting, X, "diag", "mc", 1000).diag()
+    many = fisher(model, waiting, X, structure="diag", fisher_type="mc", samples=1000).diag()
     # (y - 1)^2 of an exponential y has variance 8: a standard error of 9 % of one score's mean
     # square over 1000 draws; the entries are sums over up to 20 samples and 3 outputs
     assert bool(((many / exact - 1).abs()[exact > 0] < 4 * 0.09).all())
@@ -302,8 +328,11 @@ def test_a_likelihood_by_functions():
     with pytest.raises(ValueError, match='draw labels with fisher_type="mc"'):
         fisher(model, without, X)
     with pytest.raises(ValueError, match="must have sample= for"):
-        fisher(model, without, X, "diag", "mc")
-    assert fisher(model, without, (X, X[:, :3]), "diag", "empirical").samples == N
+        fisher(model, without, X, structure="diag", fisher_type="mc")
+    assert (
+        fisher(model, without, (X, X[:, :3]), structure="diag", fisher_type="empirical").samples
+        == N
+    )
 
 
 # --- what is the user's ---
@@ -347,7 +376,9 @@ def test_nothing_of_the_users_changes(structure, fisher_type):
     x = X.clone().requires_grad_()
     loader = DataLoader(TensorDataset(X, Y), batch_size=6, shuffle=True)
     for data in ((x, Y), loader, TensorDataset(X, Y)):
-        fisher(model, Categorical(), data, structure, fisher_type, batch_size=8)
+        fisher(
+            model, Categorical(), data, structure=structure, fisher_type=fisher_type, batch_size=8
+        )
     assert random_states() == states
     assert x.grad is None
     for value, grad in zip(model.parameters(), grads, strict=True):
@@ -372,7 +403,7 @@ def test_an_error_leaves_everything_as_it_was():
         raise KeyError("the user's own")
 
     with pytest.raises(KeyError, match="the user's own"):
-        fisher(model, Categorical(), source(), "diag", "mc")
+        fisher(model, Categorical(), source(), structure="diag", fisher_type="mc")
     assert random_states() == states
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(RuntimeError):
@@ -395,7 +426,7 @@ def test_the_default_device_is_the_users(structure, fisher_type):
     torch.manual_seed(0)
     model = Computed(note)
     data = (X, Y)
-    expected = fisher(model, Categorical(), data, structure, fisher_type)
+    expected = fisher(model, Categorical(), data, structure=structure, fisher_type=fisher_type)
 
     def source():
         for i in range(0, N, 5):
@@ -405,9 +436,9 @@ def test_the_default_device_is_the_users(structure, fisher_type):
     own = Likelihood(lambda f, y: note(f).log_softmax(1).gather(1, y[:, None])[:, 0])
     with default_device("meta"):
         seen.clear()
-        found = fisher(model, Categorical(), source(), structure, fisher_type)
+        found = fisher(model, Categorical(), source(), structure=structure, fisher_type=fisher_type)
         if fisher_type == "empirical":
-            fisher(model, own, source(), structure, fisher_type)
+            fisher(model, own, source(), structure=structure, fisher_type=fisher_type)
         assert set(seen) == {"meta"}
         assert torch.empty(0).device.type == "meta"
         diagonal = found.diag()
@@ -418,10 +449,14 @@ def test_the_default_device_is_the_users(structure, fisher_type):
 def test_modes_of_the_caller(mode):
     """Catches gradients that are off because they are off outside."""
     model = network()
-    expected = fisher(model, Categorical(), (X, Y), "diag", "empirical").diag()
+    expected = fisher(
+        model, Categorical(), (X, Y), structure="diag", fisher_type="empirical"
+    ).diag()
     mean = score(model, Categorical(), X, Y).mean()
     with mode():
-        found = fisher(model, Categorical(), (X, Y), "diag", "empirical").diag()
+        found = fisher(
+            model, Categorical(), (X, Y), structure="diag", fisher_type="empirical"
+        ).diag()
         assert torch.equal(found.clone(), expected)
         assert torch.equal(score(model, Categorical(), X, Y).mean(), mean)
 
@@ -429,10 +464,13 @@ def test_modes_of_the_caller(mode):
 def test_another_default_dtype():
     """Catches numbers that are made in the default dtype and meet others."""
     model = network()
-    expected = fisher(model, Categorical(), X, "diag", "mc", 3).diag()
+    expected = fisher(model, Categorical(), X, structure="diag", fisher_type="mc", samples=3).diag()
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(fisher(model, Categorical(), X, "diag", "mc", 3).diag(), expected)
+        assert torch.equal(
+            fisher(model, Categorical(), X, structure="diag", fisher_type="mc", samples=3).diag(),
+            expected,
+        )
         score(model, Categorical(), X, Y).mean_zero_test(directions=2)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -444,8 +482,8 @@ def test_half_precision():
     model = network()
     half = copy.deepcopy(model).to(torch.bfloat16)
     for fisher_type in FISHER_TYPES:
-        exact = fisher(model, Categorical(), (X, Y), "diag", fisher_type)
-        rough = fisher(half, Categorical(), (X, Y), "diag", fisher_type)
+        exact = fisher(model, Categorical(), (X, Y), structure="diag", fisher_type=fisher_type)
+        rough = fisher(half, Categorical(), (X, Y), structure="diag", fisher_type=fisher_type)
         assert rough.diag().dtype == torch.float64
         # bfloat16 rounds to 0.4 %; the weights, the activations and the gradients are rounded
         assert abs(rough.trace() / exact.trace() - 1) < 0.1
@@ -457,10 +495,14 @@ def test_half_precision():
 def test_the_seed_chooses_the_labels():
     """Catches labels of the global random state, and the same labels for every seed."""
     model = network()
-    first = fisher(model, Categorical(), X, "diag", "mc", seed=1).diag()
+    first = fisher(model, Categorical(), X, structure="diag", fisher_type="mc", seed=1).diag()
     torch.manual_seed(99)
-    assert torch.equal(fisher(model, Categorical(), X, "diag", "mc", seed=1).diag(), first)
-    assert not torch.equal(fisher(model, Categorical(), X, "diag", "mc", seed=2).diag(), first)
+    assert torch.equal(
+        fisher(model, Categorical(), X, structure="diag", fisher_type="mc", seed=1).diag(), first
+    )
+    assert not torch.equal(
+        fisher(model, Categorical(), X, structure="diag", fisher_type="mc", seed=2).diag(), first
+    )
 
 
 def test_progress(monkeypatch):

@@ -49,9 +49,19 @@ def test_the_matrix_does_not_depend_on_the_batch_size(kind, fisher_type):
     x = inputs()
     settings = {"samples": 3, "seed": 5} if fisher_type == "mc" else {}
     data = (x, labels(model, likelihood, x))
-    whole = fisher(model, likelihood, data, "diag", fisher_type, batch_size=N, **settings)
+    whole = fisher(
+        model, likelihood, data, structure="diag", fisher_type=fisher_type, batch_size=N, **settings
+    )
     for size in (1, 7, 59, 10_000):
-        other = fisher(model, likelihood, data, "diag", fisher_type, batch_size=size, **settings)
+        other = fisher(
+            model,
+            likelihood,
+            data,
+            structure="diag",
+            fisher_type=fisher_type,
+            batch_size=size,
+            **settings,
+        )
         assert other.samples == N
         torch.testing.assert_close(other.diag(), whole.diag(), rtol=1e-12, atol=1e-14)
 
@@ -74,9 +84,18 @@ def test_squares_of_batch_means_are_another_matrix():
     model, size, number = network(), 100, 40
     likelihood, x = Categorical(), inputs(4000)
     y = labels(model, likelihood, x)
-    right = fisher(model, likelihood, (x, y), "diag", "empirical", batch_size=size).trace()
+    right = fisher(
+        model, likelihood, (x, y), structure="diag", fisher_type="empirical", batch_size=size
+    ).trace()
     single = squared_mean_gradients(model, likelihood, x[:200], y[:200], 1)
-    first = fisher(model, likelihood, (x[:200], y[:200]), "diag", "empirical", batch_size=size)
+    first = fisher(
+        model,
+        likelihood,
+        (x[:200], y[:200]),
+        structure="diag",
+        fisher_type="empirical",
+        batch_size=size,
+    )
     torch.testing.assert_close(first.diag(), single, rtol=1e-10, atol=1e-14)
     wrong = torch.stack(
         [
@@ -98,7 +117,9 @@ def test_at_a_fitted_network_squares_of_batch_means_vanish():
     with torch.no_grad():
         model.weight.copy_(solution[:4].T)
         model.bias.copy_(solution[4])
-    right = fisher(model, Gaussian(), (x, y), "diag", "empirical", batch_size=N).diag()
+    right = fisher(
+        model, Gaussian(), (x, y), structure="diag", fisher_type="empirical", batch_size=N
+    ).diag()
     assert bool((squared_mean_gradients(model, Gaussian(), x, y, N) < 1e-20 * right).all())
 
 
@@ -144,8 +165,17 @@ def test_sources_of_pairs(source):
     """Catches labels that go to other samples, and batches that are left out."""
     model, x = network(), inputs()
     y = labels(model, Categorical(), x)
-    expected = fisher(model, Categorical(), (x, y), "diag", "empirical").diag()
-    found = fisher(model, Categorical(), SOURCES[source](x, y), "diag", "empirical", batch_size=7)
+    expected = fisher(
+        model, Categorical(), (x, y), structure="diag", fisher_type="empirical"
+    ).diag()
+    found = fisher(
+        model,
+        Categorical(),
+        SOURCES[source](x, y),
+        structure="diag",
+        fisher_type="empirical",
+        batch_size=7,
+    )
     assert found.samples == N
     torch.testing.assert_close(found.diag(), expected, rtol=1e-12, atol=1e-14)
 
@@ -244,7 +274,7 @@ def test_wrong_data(data, error, text):
     """Catches an empty mean (NaN), labels that are cut or repeated, and errors about something
     else."""
     with pytest.raises(error, match=f"^{re.escape(text)}"):
-        fisher(network(), Categorical(), data, "diag", "empirical")
+        fisher(network(), Categorical(), data, structure="diag", fisher_type="empirical")
 
 
 @pytest.mark.parametrize(

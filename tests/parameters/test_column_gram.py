@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fisherfast.parameters.layers import column_gram as ways
-from fisherfast.parameters.layers.column_gram import column_gram
+from fisherfast.parameters.layers import linear as ways
+from fisherfast.parameters.layers.linear import column_gram
 from fisherfast.parameters.layers.registry import rule_for
 
 # Relative to the largest entry. Measured: 7e-16 in float64, 1e-7 in float32.

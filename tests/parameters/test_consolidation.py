@@ -20,7 +20,7 @@ import fisherfast as ff
 from fisherfast.parameters import Categorical, DiagonalFisher, ElasticWeightConsolidation
 
 ROUNDING = 1e-12  # relative, in float64; 4e-16 measured
-STRUCTURES = ("kfac", "block", "full")
+STRUCTURES = ("kfac", "block", "full", "gram", "lowrank")
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -72,8 +72,8 @@ def learn(
         F = brute_force(model, "categorical", x)
         if structure == "diag":
             F = F.diagonal().diag()
-        elif structure != "full":
-            F = ff.parameters.fisher(model, Categorical(), x, structure).to_dense()
+        elif structure not in ("full", "gram"):
+            F = ff.parameters.fisher(model, Categorical(), x, structure=structure).to_dense()
         found.append((F, flat(model).clone(), weight))
         for memory in memories:
             memory.consolidate(model, Categorical(), x, weight=weight, structure=structure)
@@ -278,8 +278,14 @@ def test_another_network():
         r" \[5, 4\] in the consolidation",
     ):
         memory.penalty(other)
-    with pytest.raises(ValueError, match=r"got '2\.weight' missing in it"):
-        memory.penalty(nn.Sequential(nn.Linear(4, 5)))
+    loaded = ElasticWeightConsolidation(1.0)
+    loaded.load_state_dict(memory.state_dict())
+    for each in (memory, loaded):
+        with pytest.raises(ValueError, match=r"got '2\.weight' missing in it"):
+            each.penalty(nn.Sequential(nn.Linear(4, 5)))
+        with pytest.raises(ValueError, match=r"got '0\.weight' \[6, 4\] in it"):
+            each.consolidate(other, Categorical(), data(1))
+    assert memory.tasks == 1
     with pytest.raises(ValueError, match=r"fisher must be of the model's parameters, got '2\.wei"):
         ElasticWeightConsolidation(1.0).consolidate(
             nn.Sequential(nn.Linear(4, 5)), fisher=diagonal(network())
@@ -325,8 +331,9 @@ def test_bad_arguments():
     for strength in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="strength must be positive and finite, got"):
             ElasticWeightConsolidation(strength)
-    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\], got 1\.1"):
-        ElasticWeightConsolidation(1.0, online=True, decay=1.1)
+    for decay in (1.1, -0.1):
+        with pytest.raises(ValueError, match=rf"decay must lie in \[0, 1\], got {decay}"):
+            ElasticWeightConsolidation(1.0, online=True, decay=decay)
     with pytest.raises(ValueError, match=r"decay must be 1 unless online=True, got 0\.5"):
         ElasticWeightConsolidation(1.0, decay=0.5)
     with pytest.raises(ValueError, match='new must be "refuse" or "free", got \'yes\''):
@@ -336,8 +343,9 @@ def test_bad_arguments():
         memory.consolidate(model, Categorical())
     with pytest.raises(ValueError, match="fisher must be given alone"):
         memory.consolidate(model, Categorical(), data(0), fisher=diagonal(model))
-    with pytest.raises(ValueError, match="weight must be positive and finite, got 0"):
-        memory.consolidate(model, Categorical(), data(0), weight=0)
+    for weight in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"weight must be positive and finite, got {weight}"):
+            memory.consolidate(model, Categorical(), data(0), weight=weight)
     with pytest.raises(ValueError, match="fisher must be finite, got NaN or infinity"):
         memory.consolidate(model, fisher=diagonal(model, float("nan")))
     assert memory.tasks == 0  # nothing of what was refused stays
@@ -345,6 +353,17 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"structure must be the same for all tasks \(a diag"):
         memory.consolidate(model, Categorical(), data(0), structure="full")
     assert memory.tasks == 1
+
+
+def test_a_matrix_measured_before():
+    """Catches a matrix that is measured again, and a task that keeps its network and data alive."""
+    model = network()
+    measured, given = (ElasticWeightConsolidation(3.0) for _ in range(2))
+    matrix = measured.consolidate(model, Categorical(), data(0), structure="full")
+    assert given.consolidate(model, fisher=matrix) is matrix
+    move(model, seed=0)
+    assert torch.equal(given.penalty(model), measured.penalty(model))
+    assert given._quadratics[0].fisher._source is None
 
 
 def test_callers_modes():

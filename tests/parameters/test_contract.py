@@ -255,8 +255,8 @@ def test_lowrank_is_below_f_and_says_by_how_much(truth: Tensor, rank: int) -> No
 def test_kronecker_is_exact_for_one_sample_of_a_dense_network() -> None:
     """Factors with 1/n twice or never, a bias outside of the block, B (x) A the wrong way round."""
     model, x = dense_network(5), inputs(1)[:, 0, :4]
-    kfac = ff.parameters.fisher(model, CATEGORICAL, x, "kfac")
-    block = ff.parameters.fisher(model, CATEGORICAL, x, "block")
+    kfac = ff.parameters.fisher(model, CATEGORICAL, x, structure="kfac")
+    block = ff.parameters.fisher(model, CATEGORICAL, x, structure="block")
     assert difference(kfac.to_dense(), block.to_dense()) < ROUNDING
     assert isinstance(kfac, ff.parameters.KroneckerFisher)
     assert not kfac.diagonal_names
@@ -267,7 +267,7 @@ def test_kronecker_trace_is_that_of_its_factors(sharing: str) -> None:
     """Factors of another normalisation than the docstring's, the bias's 1 left out of A, or a sum
     over positions in the wrong place; the norm keeps its exact diagonal."""
     x, model = inputs(6), network()
-    kfac = ff.parameters.fisher(model, CATEGORICAL, x, "kfac", sharing=sharing)
+    kfac = ff.parameters.fisher(model, CATEGORICAL, x, structure="kfac", sharing=sharing)
     assert isinstance(kfac, ff.parameters.KroneckerFisher)
     assert set(kfac.diagonal_names) == {"3.weight", "3.bias"}
     assert "3.weight" in repr(kfac)
@@ -298,7 +298,7 @@ def test_a_matrix_of_zero(structure: str) -> None:
     model = nn.Linear(4, 3, bias=False).double()
     x = torch.zeros(5, 4, dtype=torch.float64)
     settings = {"rank": 2} if structure == "lowrank" else {}
-    matrix = ff.parameters.fisher(model, CATEGORICAL, x, structure, **settings)  # type: ignore[arg-type]
+    matrix = ff.parameters.fisher(model, CATEGORICAL, x, structure=structure, **settings)  # type: ignore[arg-type]
     for each in (matrix, ff.parameters.from_state_dict(matrix.state_dict())):
         assert each.trace() == 0
         assert not each.eigenvalues().any()

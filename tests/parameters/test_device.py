@@ -7,7 +7,6 @@ import torch
 from support.parameters_zoo import NETWORKS
 
 from fisherfast.parameters import Categorical, ElasticWeightConsolidation, fisher
-from fisherfast.parameters.analysis import importance
 
 pytestmark = [
     pytest.mark.cuda,
@@ -23,8 +22,8 @@ TOLERANCE = 1e-9
 def test_the_same_matrix(name: str, structure: str) -> None:
     """Catches kernels that differ, and numbers made on another device than they are used on."""
     model, x = NETWORKS[name].make(), NETWORKS[name].inputs(5)
-    expected = fisher(model, Categorical(), x, structure).to_dense()
-    there = fisher(model.cuda(), Categorical(), x.cuda(), structure)
+    expected = fisher(model, Categorical(), x, structure=structure).to_dense()
+    there = fisher(model.cuda(), Categorical(), x.cuda(), structure=structure)
     assert there.diag().device.type == "cuda"
     error = (there.to_dense().cpu() - expected).abs().max()
     assert error < TOLERANCE * expected.abs().max()
@@ -33,8 +32,10 @@ def test_the_same_matrix(name: str, structure: str) -> None:
 def test_drawn_labels_are_the_same() -> None:
     """Catches labels that are drawn by the device."""
     model, x = NETWORKS["linear"].make(), NETWORKS["linear"].inputs(5)
-    expected = fisher(model, Categorical(), x, "diag", "mc", 3).diag()
-    found = fisher(model.cuda(), Categorical(), x.cuda(), "diag", "mc", 3).diag()
+    expected = fisher(model, Categorical(), x, structure="diag", fisher_type="mc", samples=3).diag()
+    found = fisher(
+        model.cuda(), Categorical(), x.cuda(), structure="diag", fisher_type="mc", samples=3
+    ).diag()
     torch.testing.assert_close(found.cpu(), expected)
 
 
@@ -44,5 +45,5 @@ def test_importance_and_consolidation() -> None:
     keep = ElasticWeightConsolidation(strength=1.0)
     keep.consolidate(model, Categorical(), x)
     assert keep.penalty(model).item() == pytest.approx(0, abs=TOLERANCE)
-    masks = importance(model, Categorical(), x).least(0.5)
+    masks = fisher(model, Categorical(), x).importance().least(0.5)
     assert all(mask.device.type == "cuda" for mask in masks.values())

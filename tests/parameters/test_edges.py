@@ -29,7 +29,7 @@ def make(build: Any = linear, shape: tuple[int, ...] = (4,)) -> tuple[nn.Module,
 def test_vectors_without_columns(structure: Any) -> None:
     """Catches products that count on a first column."""
     model, x = make()
-    F = fisher(model, Categorical(), x, structure)
+    F = fisher(model, Categorical(), x, structure=structure)
     none = torch.ones(F.shape[0], 0)
     for found in (F @ none, F.solve(none, damping=1.0)):
         assert found.shape == none.shape
@@ -39,7 +39,7 @@ def test_vectors_without_columns(structure: Any) -> None:
 def test_complex_vectors(structure: Any) -> None:
     """Catches imaginary parts that are dropped."""
     model, x = make()
-    F = fisher(model, Categorical(), x, structure)
+    F = fisher(model, Categorical(), x, structure=structure)
     vector = torch.ones(F.shape[0], dtype=torch.complex64)
     for wrong in (vector, F.layout.unflatten(vector)):
         with pytest.raises(TypeError, match=r"vector must be real, got torch\.complex64"):
@@ -50,7 +50,7 @@ def test_complex_vectors(structure: Any) -> None:
 def test_damping_that_is_no_number(structure: Any, damping: Any) -> None:
     """Catches errors that do not say which argument is wrong."""
     model, x = make()
-    F = fisher(model, Categorical(), x, structure)
+    F = fisher(model, Categorical(), x, structure=structure)
     for method in (
         lambda: F.solve(torch.ones(F.shape[0]), damping=damping),
         lambda: F.logdet(damping=damping),
@@ -64,7 +64,7 @@ def test_no_information_at_all(structure: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     for parameter in model.parameters():
         parameter.data.zero_()
-    F = fisher(model, Gaussian(), torch.zeros(3, 4), structure, parameters="0")
+    F = fisher(model, Gaussian(), torch.zeros(3, 4), structure=structure, parameters="0")
     ones = torch.ones(F.shape[0], dtype=torch.float64)
     assert F.trace() == 0
     assert not F.eigenvalues().any()
@@ -85,8 +85,8 @@ def test_half_precision(structure: Any, dtype: torch.dtype, image: bool) -> None
     model, x = make(convolution2d, (2, 6, 5)) if image else make()
     half = copy.deepcopy(model).to(dtype)
     same = copy.deepcopy(half).double()
-    found = fisher(half, Categorical(), x, structure).trace()
-    expected = fisher(same, Categorical(), x.to(dtype).double(), structure).trace()
+    found = fisher(half, Categorical(), x, structure=structure).trace()
+    expected = fisher(same, Categorical(), x.to(dtype).double(), structure=structure).trace()
     assert found == pytest.approx(expected, rel=HALF_ROUNDING[dtype])
 
 
@@ -97,9 +97,9 @@ def test_one_sample_and_one_output(structure: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()
     x = torch.randn(1, 3, dtype=torch.float64)
     truth = brute_force(model, "gaussian", x)
-    found = fisher(model, Gaussian(), x, structure)
+    found = fisher(model, Gaussian(), x, structure=structure)
     torch.testing.assert_close(found.diag(), truth.diag())
-    flat = fisher(nn.Sequential(model, nn.Flatten(0)), Gaussian(), x, structure)
+    flat = fisher(nn.Sequential(model, nn.Flatten(0)), Gaussian(), x, structure=structure)
     torch.testing.assert_close(flat.diag(), truth.diag())
 
 
@@ -109,7 +109,7 @@ def test_no_outputs(structure: Any) -> None:
     model.register_forward_hook(lambda module, args, output: output[:, :0])
     text = r"model must return at least one number per sample, got shape \[3, 0\]"
     with pytest.raises(ValueError, match=text):
-        fisher(model, Gaussian(), torch.ones(3, 4), structure)
+        fisher(model, Gaussian(), torch.ones(3, 4), structure=structure)
 
 
 def test_settings_of_consolidation_that_are_no_numbers(structure: Any) -> None:

@@ -25,7 +25,7 @@ def relative(got: Tensor, truth: Tensor) -> float:
 
 
 def gram(model: nn.Module, x: Tensor, **settings: object) -> GramFisher:
-    found = fp.fisher(model, fp.Categorical(), x, "gram", **settings)  # type: ignore[arg-type]
+    found = fp.fisher(model, fp.Categorical(), x, structure="gram", **settings)  # type: ignore[arg-type]
     assert isinstance(found, GramFisher)
     return found
 
@@ -123,7 +123,7 @@ def overdetermined() -> tuple[nn.Module, Tensor]:
 def test_more_rows_than_parameters() -> None:
     """Catches Woodbury's identity where F itself is smaller and regular: solve without damping."""
     model, x = overdetermined()
-    found = fp.fisher(model, fp.Gaussian(), x, "gram", batch_size=16)
+    found = fp.fisher(model, fp.Gaussian(), x, structure="gram", batch_size=16)
     truth = brute_force(model, "gaussian", x)
     v = vectors(len(truth))
     assert relative(found.eigenvalues(), torch.linalg.eigvalsh(truth)) < ROUNDING
@@ -184,7 +184,7 @@ def test_batches_of_other_lengths() -> None:
         torch.randn(3, length, width, dtype=torch.float64, generator=generator)
         for length in (1, 12, 2)
     ]
-    found = fp.fisher(model, fp.Categorical(), iter(batches), "gram")
+    found = fp.fisher(model, fp.Categorical(), iter(batches), structure="gram")
     assert isinstance(found, GramFisher)
     forms = {tuple(type(part) for part in piece.values()) for piece in found._jacobian.pieces}
     assert len(forms) == 2
@@ -206,7 +206,7 @@ def test_rank_of_a_linear_network(dtype: torch.dtype, hidden: int, rank: int) ->
         widths = [6, hidden, hidden, hidden, 5]
         layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
         model, x = nn.Sequential(*layers).to(dtype), torch.randn(300, 6, dtype=dtype)
-    found = fp.fisher(model, fp.Gaussian(), x, "gram")
+    found = fp.fisher(model, fp.Gaussian(), x, structure="gram")
     assert isinstance(found, GramFisher)
     assert found.rank() == rank
 
@@ -274,7 +274,9 @@ def test_other_types(fisher_type: str) -> None:
     model, x = network.make(), network.inputs(6)
     y = torch.arange(6) % model(x).shape[1]
     found, diagonal = (
-        fp.fisher(model, fp.Categorical(), (x, y), structure, fisher_type, seed=5)  # type: ignore[arg-type]
+        fp.fisher(
+            model, fp.Categorical(), (x, y), structure=structure, fisher_type=fisher_type, seed=5
+        )  # type: ignore[arg-type]
         for structure in ("gram", "diag")
     )
     assert relative(found.diag(), diagonal.diag()) < ROUNDING

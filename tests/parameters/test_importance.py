@@ -8,13 +8,14 @@ import math
 
 import pytest
 import torch
+from support.networks_zoo import seeded
 from support.parameters_oracle import brute_force, moments_of_trace
+from support.parameters_small import dense_network, inputs
 from support.parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
 import fisherfast as ff
 from fisherfast.parameters import Categorical, Gaussian
-from fisherfast.parameters.analysis import importance
 
 ROUNDING = 1e-10  # relative to the largest; 2e-15 measured
 
@@ -74,7 +75,9 @@ def test_units_and_layers_are_gates_on_outputs(name, layer, axis, fisher_type):
     y = network.labels() if fisher_type == "empirical" else None
     data = (x, network.labels())
     found = {
-        per: importance(network.make(), Categorical(), data, per=per, fisher_type=fisher_type)
+        per: ff.parameters.fisher(
+            network.make(), Categorical(), data, fisher_type=fisher_type
+        ).importance(per=per)
         for per in ("unit", "layer")
     }
     gated = Gated(network.make(), layer, axis, len(found["unit"][layer]))
@@ -113,7 +116,7 @@ def test_layers_of_every_network(name):
     network = NETWORKS[name]
     model, x = network.make(), network.inputs()
     F = brute_force(network.make(), "categorical", x)
-    found = importance(model, Categorical(), x, per="layer")
+    found = ff.parameters.fisher(model, Categorical(), x).importance(per="layer")
     layers = members(network.make())
     assert set(found) == set(layers)
     scale = max(float(each) for each in found.values.values())
@@ -140,7 +143,9 @@ def test_units_of_other_layers(name, label, layer, attributes):
     bias that is not its own matrix's."""
     network = NETWORKS[name]
     F = brute_force(network.make(), "categorical", network.inputs())
-    found = importance(network.make(), Categorical(), network.inputs(), per="unit")[label]
+    found = ff.parameters.fisher(network.make(), Categorical(), network.inputs()).importance(
+        per="unit"
+    )[label]
     parts = members(network.make())[layer]
     units = [sum(rows) for rows in zip(*(parts[a] for a in attributes), strict=True)]
     truth = torch.stack([w @ F @ w / 2 for w in units])
@@ -153,7 +158,7 @@ def test_parameters(name):
     """Catches F |w|, F w and a forgotten half."""
     network = NETWORKS[name]
     F = brute_force(network.make(), "categorical", network.inputs())
-    found = importance(network.make(), Categorical(), network.inputs())
+    found = ff.parameters.fisher(network.make(), Categorical(), network.inputs()).importance()
     model = network.make()
     w = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     assert close(torch.cat([v.flatten() for v in found.values.values()]), F.diagonal() * w**2 / 2)
@@ -191,7 +196,8 @@ def test_it_is_the_rise_of_the_loss():
     row = torch.tensor([False, True, False])
     every = torch.ones(3, dtype=torch.bool)
     found = {
-        per: importance(model, likelihood, x, per=per) for per in ("parameter", "unit", "layer")
+        per: ff.parameters.fisher(model, likelihood, x).importance(per=per)
+        for per in ("parameter", "unit", "layer")
     }
     assert float(found["parameter"]["weight"][1, 2]) == pytest.approx(rise(weight=one), rel=1e-9)
     assert float(found["unit"][""][1]) == pytest.approx(rise(weight=row, bias=row), rel=1e-9)
@@ -204,9 +210,9 @@ def test_only_chosen_parameters_count(name, part):
     """Catches a unit that is gated as a whole where only its weights or its bias are measured."""
     network = NETWORKS[name]
     F = brute_force(network.make(), "categorical", network.inputs())
-    found = importance(
-        network.make(), Categorical(), network.inputs(), per="unit", parameters=rf"{part}$"
-    )
+    found = ff.parameters.fisher(
+        network.make(), Categorical(), network.inputs(), parameters=rf"{part}$"
+    ).importance(per="unit")
     for layer, parts in members(network.make()).items():
         truth = torch.stack([w @ F @ w / 2 for w in parts[part]])
         assert close(found[layer], truth), layer
@@ -219,7 +225,8 @@ def test_batch_size_does_not_matter(per):
     network = NETWORKS["conv2d strided"]
     x = network.inputs(7)
     whole, parts = (
-        importance(network.make(), Categorical(), x, per=per, batch_size=size) for size in (7, 3)
+        ff.parameters.fisher(network.make(), Categorical(), x, batch_size=size).importance(per=per)
+        for size in (7, 3)
     )
     for name in whole:
         assert close(parts[name], whole[name])
@@ -233,49 +240,104 @@ def test_monte_carlo():
     gated = Gated(network.make(), "0", -1, 1).requires_grad_(False)
     gated.gates.requires_grad_(True)
     mean, variance = moments_of_trace(gated, "categorical", x)
-    found = importance(
-        network.make(), Categorical(), x, per="layer", fisher_type="mc", samples=samples, seed=5
-    )
+    found = ff.parameters.fisher(
+        network.make(), Categorical(), x, fisher_type="mc", samples=samples, seed=5
+    ).importance(per="layer")
     assert found.fisher_type == "mc"
     error = math.sqrt(variance / samples)
     assert error < 0.1 * mean
     assert abs(float(found.fisher["0"]) - mean) < 4 * error
 
 
-def test_a_fisher_matrix_that_is_there_is_used():
-    """Catches parameters in another order, and a matrix of another network that is not noticed."""
+@pytest.mark.parametrize("structure", ["diag", "block", "kfac", "full", "gram", "streamed"])
+def test_every_structure(structure):
+    """Catches a diagonal that is read in another order."""
+    network = NETWORKS["conv2d strided"]
+    model = network.make()
+    F = ff.parameters.fisher(model, Categorical(), network.inputs(), structure=structure)
+    w = torch.cat([p.detach().flatten() for p in model.parameters()])
+    found = F.importance()
+    assert close(torch.cat([v.flatten() for v in found.values.values()]), F.diag() * w**2 / 2)
+
+
+def test_network_and_data_must_be_there_as_they_were():
+    """Catches weights of another moment than F, and data that are used up."""
     network = NETWORKS["linear"]
     model, x = network.make(), network.inputs()
     F = ff.parameters.fisher(model, Categorical(), x)
-    direct, ready = importance(model, Categorical(), x), importance(model, fisher=F)
-    for name in direct:
-        assert torch.equal(direct[name], ready[name])
-    with pytest.raises(ValueError, match="must be of the model"):
-        importance(nn.Linear(4, 3), fisher=F)
-    with pytest.raises(ValueError, match=r"fisher must be left out for per=\"unit\", got one"):
-        importance(model, fisher=F, per="unit")
-    with pytest.raises(ValueError, match="fisher must be given alone, got likelihood or data"):
-        importance(model, Categorical(), x, fisher=F)
+    for matrix in (F.released(), ff.parameters.from_state_dict(F.state_dict())):
+        with pytest.raises(ValueError, match=r"^F must have its network and data for this"):
+            matrix.importance()
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    for per in ("parameter", "unit", "layer"):
+        with pytest.raises(ValueError, match=r"as it was when F was measured, got '0.bias'"):
+            F.importance(per=per)
+    once = ff.parameters.fisher(model, Categorical(), iter([x]))
+    once.importance()
+    with pytest.raises(TypeError, match=r"^data must be readable more than once, got"):
+        once.importance(per="unit")
+    parts = [x[:1], x[1:2], x[2:]]
+    growing = ff.parameters.fisher(model, Categorical(), parts)
+    parts.append(x)
+    with pytest.raises(ValueError, match=r"^data must be the same every time"):
+        growing.importance(per="layer")
+
+
+def test_a_gate_on_a_layer_by_divergence():
+    """KL(p || p with a layer times 1 + e) = e^2 fisher / 2: catches another unit of `fisher`."""
+    model, x, gate = dense_network(5), inputs(7)[:, 0, :4], 1e-4
+    found = ff.parameters.fisher(model, Categorical(), x).importance(per="layer")
+    log_p = model(x).log_softmax(1).detach()
+    for name in found.values:
+        gated = {
+            k: w * (1 + gate) if k.startswith(name) else w for k, w in model.named_parameters()
+        }
+        log_q = torch.func.functional_call(model, gated, x).log_softmax(1)
+        divergence = float((log_p.exp() * (log_p - log_q.detach())).sum(1).mean())
+        assert divergence / gate**2 == pytest.approx(float(found.fisher[name]) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("per", ["parameter", "unit", "layer"])
+def test_scale_that_two_layers_share(per):
+    """ReLU(2 w_1 x) w_2 / 2 is the same network: importance does not change, though F does."""
+    one, other = (
+        seeded(
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3, bias=False)).double()
+        ).eval()
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        for w in other[0].parameters():
+            w.mul_(2)
+        other[2].weight.div_(2)
+    x = inputs(7)[:, 0, :4]
+    before, after = (
+        ff.parameters.fisher(m, Categorical(), x).importance(per=per) for m in (one, other)
+    )
+    for name in before.values:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-9, atol=1e-15)
+    if per == "parameter":
+        assert float(after.fisher["0.bias"].sum() / before.fisher["0.bias"].sum()) < 0.3  # 1/4
 
 
 def test_bad_arguments():
     """Catches a silent default."""
     model, x = nn.Linear(4, 3), torch.ones(2, 4)
     with pytest.raises(ValueError, match=r"per must be one of .*, got 'channel'"):
-        importance(model, Categorical(), x, per="channel")
-    with pytest.raises(ValueError, match="likelihood and data must be given, or fisher"):
-        importance(model, Categorical())
-    with pytest.raises(ValueError, match=r"fraction must lie in \[0, 1\], got 2"):
-        importance(model, Categorical(), x).least(2)
+        ff.parameters.fisher(model, Categorical(), x).importance(per="channel")
+    for fraction in (-0.1, 2, float("nan")):
+        with pytest.raises(ValueError, match=r"fraction must lie in \[0, 1\], got"):
+            ff.parameters.fisher(model, Categorical(), x).importance().least(fraction)
     with pytest.raises(KeyError, match="name must be one of"):
-        importance(model, Categorical(), x)["fc"]
+        ff.parameters.fisher(model, Categorical(), x).importance()["fc"]
     with pytest.raises(ValueError, match="at least one sample"):
-        importance(model, Categorical(), torch.ones(0, 4), per="unit")
+        ff.parameters.fisher(model, Categorical(), torch.ones(0, 4)).importance(per="unit")
     with pytest.raises(ValueError, match="fisher_type must be one of"):
-        importance(model, Categorical(), x, per="layer", fisher_type="true")
+        ff.parameters.fisher(model, Categorical(), x, fisher_type="true").importance(per="layer")
     noisy = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
     with pytest.raises(ValueError, match="eval"):
-        importance(noisy, Categorical(), torch.ones(6, 4), per="unit")
+        ff.parameters.fisher(noisy, Categorical(), torch.ones(6, 4)).importance(per="unit")
 
 
 @pytest.mark.parametrize("per", ["unit", "layer"])
@@ -285,12 +347,31 @@ def test_the_model_stays_as_it_is(per):
     model[0].weight.grad = torch.ones_like(model[0].weight)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    importance(model, Categorical(), NETWORKS["batch norm 2d"].inputs(), per=per)
+    ff.parameters.fisher(model, Categorical(), NETWORKS["batch norm 2d"].inputs()).importance(
+        per=per
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
     assert model[0].bias.grad is None
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("per", ["parameter", "unit", "layer"])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.77, 1.0])
+def test_the_least_important(per, fraction):
+    """Catches masks of each layer by itself, of the most important, or of another number."""
+    network = NETWORKS["conv2d strided"]
+    F = ff.parameters.fisher(network.make(), Categorical(), network.inputs())
+    found = F.importance(per=per)
+    masks = found.least(fraction)
+    assert list(masks) == list(found.values)
+    assert all(mask.dtype == torch.bool for mask in masks.values())
+    chosen = torch.cat([found[name][mask] for name, mask in masks.items()])
+    left = torch.cat([found[name][~mask] for name, mask in masks.items()])
+    assert len(chosen) == round(fraction * (len(chosen) + len(left)))
+    if len(chosen) and len(left):
+        assert float(chosen.max()) <= float(left.min())
 
 
 def test_least_counts_over_the_whole_network():
@@ -315,7 +396,9 @@ def test_table_and_json():
     that JSON refuses."""
     network = NETWORKS["linear"]
     data = (network.inputs(), network.labels())
-    found = importance(network.make(), Categorical(), data, per="unit", fisher_type="empirical")
+    found = ff.parameters.fisher(
+        network.make(), Categorical(), data, fisher_type="empirical"
+    ).importance(per="unit")
     lines = repr(found).splitlines()
     assert lines[0] == "importance per unit in nats (4 samples, empirical)"
     assert lines[2].split()[:2] == ["0", str(len(found["0"]))]
@@ -334,7 +417,7 @@ def test_figure():
     with torch.no_grad():
         model[0].weight[0] = 0.0
         model[0].bias[0] = 0.0  # a unit without importance
-    found = importance(model, Categorical(), network.inputs(), per="unit")
+    found = ff.parameters.fisher(model, Categorical(), network.inputs()).importance(per="unit")
     left, right = found.plot()
     widths = [bar.get_width() for bar in left.patches]
     assert widths == pytest.approx([float(value.sum()) for value in found.values.values()])
@@ -345,5 +428,9 @@ def test_figure():
     assert whole.get_xdata()[-1] == 1.0
     assert whole.get_xdata()[0] == pytest.approx(2 / len(every))
     left.figure.canvas.draw()
-    again = importance(model, Categorical(), network.inputs(), per="layer").plot((left, right))
+    again = (
+        ff.parameters.fisher(model, Categorical(), network.inputs())
+        .importance(per="layer")
+        .plot((left, right))
+    )
     assert again == (left, right)

@@ -71,7 +71,7 @@ def test_gaussian_information_is_one_over_its_variance(structure: str) -> None:
     settings = {"rank": 4} if structure == "lowrank" else {}
     unit, precise = (
         ff.parameters.fisher(
-            network(), ff.parameters.Gaussian(variance), inputs(5), structure, **settings
+            network(), ff.parameters.Gaussian(variance), inputs(5), structure=structure, **settings
         ).to_dense()
         for variance in (1.0, 0.04)
     )
@@ -95,7 +95,8 @@ def test_the_unit_of_the_parameters() -> None:
         other.layer.weight.div_(8.0)
     x = inputs(6)[:, 0, :4]
     before, after = (
-        ff.parameters.fisher(model.eval(), CATEGORICAL, x, "full") for model in (one, other)
+        ff.parameters.fisher(model.eval(), CATEGORICAL, x, structure="full")
+        for model in (one, other)
     )
     unit = before.layout.flatten(
         {"layer.weight": torch.full((3, 4), 8.0), "layer.bias": torch.ones(3)}
@@ -120,7 +121,7 @@ def test_order_of_units(structure: str) -> None:
     settings = {"rank": 4} if structure == "lowrank" else {}
     x = inputs(6)[:, 0, :4]
     one, other = (
-        ff.parameters.fisher(dense(shuffle), CATEGORICAL, x, structure, **settings)
+        ff.parameters.fisher(dense(shuffle), CATEGORICAL, x, structure=structure, **settings)
         for shuffle in (False, True)
     )
     numbers = one.layout.unflatten(torch.arange(one.layout.size))

@@ -209,7 +209,7 @@ def test_equals_products_built_by_loops(name, sharing):
     """Catches a wrong scale of positions or samples, a bias apart from its weights, patches in
     another order than the weights, groups mixed, and padding or dilation ignored."""
     model, x = network(name)
-    got = P.fisher(model, P.Categorical(), x, "kfac", sharing=sharing)
+    got = P.fisher(model, P.Categorical(), x, structure="kfac", sharing=sharing)
     assert got.diagonal_names == ()
     assert_near(got.to_dense(), kronecker_by_loops(model, x, sharing))
 
@@ -218,7 +218,7 @@ def test_equals_products_built_by_loops(name, sharing):
 def test_float32(name):
     """Catches sums in float32 over a whole batch."""
     model, x = network(name, torch.float32)
-    got = P.fisher(model, P.Categorical(), x, "kfac").to_dense()
+    got = P.fisher(model, P.Categorical(), x, structure="kfac").to_dense()
     assert_near(got, kronecker_by_loops(model, x, "expand"), FLOAT32)
 
 
@@ -227,18 +227,20 @@ def test_float32(name):
 def test_batch_size_does_not_matter(name, sharing):
     """Catches products of factors summed over batches, and means of batches of unequal size."""
     model, x = network(name)
-    whole = P.fisher(model, P.Categorical(), x, "kfac", sharing=sharing)
+    whole = P.fisher(model, P.Categorical(), x, structure="kfac", sharing=sharing)
     for size in (1, 2):
-        got = P.fisher(model, P.Categorical(), x, "kfac", sharing=sharing, batch_size=size)
+        got = P.fisher(
+            model, P.Categorical(), x, structure="kfac", sharing=sharing, batch_size=size
+        )
         assert_near(got.to_dense(), whole.to_dense())
 
 
 def test_portions_of_a_batch_add_up(monkeypatch):
     """Catches patches of only the first portion, where they do not fit into memory at once."""
     model, x = network("strided")
-    whole = P.fisher(model, P.Categorical(), x, "kfac").to_dense()
+    whole = P.fisher(model, P.Categorical(), x, structure="kfac").to_dense()
     monkeypatch.setattr("fisherfast.parameters.layers.linear.PORTION_BYTES", 1)
-    assert_near(P.fisher(model, P.Categorical(), x, "kfac").to_dense(), whole)
+    assert_near(P.fisher(model, P.Categorical(), x, structure="kfac").to_dense(), whole)
 
 
 @pytest.mark.parametrize("chosen", ["weight", "bias"])
@@ -250,7 +252,7 @@ def test_weights_or_biases_alone(name, chosen):
         [torch.full((p.numel(),), chosen in key) for key, p in model.named_parameters()]
     )
     truth = kronecker_by_loops(model, x, "expand")[kept][:, kept]
-    got = P.fisher(model, P.Categorical(), x, "kfac", parameters=chosen)
+    got = P.fisher(model, P.Categorical(), x, structure="kfac", parameters=chosen)
     assert_near(got.to_dense(), truth)
 
 
@@ -260,8 +262,10 @@ def test_other_types_have_the_same_inputs(fisher_type, samples):
     column of the root instead of once."""
     model, x = network("shared linear")
     y = torch.arange(SAMPLES) % CLASSES
-    exact = P.fisher(model, P.Categorical(), (x, y), "kfac")
-    other = P.fisher(model, P.Categorical(), (x, y), "kfac", fisher_type, samples)
+    exact = P.fisher(model, P.Categorical(), (x, y), structure="kfac")
+    other = P.fisher(
+        model, P.Categorical(), (x, y), structure="kfac", fisher_type=fisher_type, samples=samples
+    )
     for left, right in zip(exact.blocks, other.blocks, strict=True):
         assert_near(left.inputs, right.inputs)
         assert not torch.equal(left.gradients, right.gradients)
@@ -273,7 +277,7 @@ def test_other_types_have_the_same_inputs(fisher_type, samples):
 def test_one_sample_without_shared_positions_is_exact():
     """Catches a factor that is not of the whole root of the output Fisher."""
     model, x = network("linear")
-    got = P.fisher(model, P.Gaussian(0.25), x[:1], "kfac")
+    got = P.fisher(model, P.Gaussian(0.25), x[:1], structure="kfac")
     assert_near(got.to_dense(), only_blocks(exact_matrix(model, x[:1], 2.0), model))
 
 
@@ -294,7 +298,7 @@ def test_deep_linear_networks_are_exact():
         (deep_linear(), rows, "expand"),
         (deep_linear(Means()), rows, "reduce"),
     ):
-        got = P.fisher(model, P.Gaussian(4.0), x, "kfac", sharing=sharing)
+        got = P.fisher(model, P.Gaussian(4.0), x, structure="kfac", sharing=sharing)
         assert_near(got.to_dense(), only_blocks(exact_matrix(model, x, 0.5), model))
 
 
@@ -303,14 +307,14 @@ def test_a_linear_convolution_with_pooling_is_exact():
     torch.manual_seed(6)
     x = torch.randn(4, 2, 5, 6).double()
     model = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1), Means()).double()
-    got = P.fisher(model, P.Gaussian(), x, "kfac", sharing="reduce")
+    got = P.fisher(model, P.Gaussian(), x, structure="kfac", sharing="reduce")
     assert_near(got.to_dense(), only_blocks(exact_matrix(model, x, 1.0), model))
 
 
 def test_trace_by_factors():
     """tr(B (x) A) = tr A tr B, in each group: catches a trace of the two factors' sum."""
     model, x = network("depthwise, no bias")
-    got = P.fisher(model, P.Categorical(), x, "kfac")
+    got = P.fisher(model, P.Categorical(), x, structure="kfac")
     by_factors = sum(
         block.inputs.diagonal(dim1=1, dim2=2).sum(1)
         @ block.gradients.diagonal(dim1=1, dim2=2).sum(1)
@@ -329,7 +333,7 @@ def test_algebra_is_that_of_the_dense_matrix(name):
     """Catches damping that is put on the factors instead of the product, eigenvalues of one factor
     alone, and weight and bias written back to each other's place."""
     model, x = network(name)
-    got = P.fisher(model, P.Categorical(), x, "kfac")
+    got = P.fisher(model, P.Categorical(), x, structure="kfac")
     dense, damping = got.to_dense(), 0.01
     damped = dense + damping * torch.eye(len(dense)).double()
     v = torch.randn(len(dense), 2, generator=torch.Generator().manual_seed(1)).double()
@@ -347,7 +351,7 @@ def test_singular_without_damping():
     """The classes' probabilities add to one, so that B is singular: catches an inverse of rounding
     errors, and a finite log-determinant."""
     model, x = network("linear")
-    got = P.fisher(model, P.Categorical(), x, "kfac")
+    got = P.fisher(model, P.Categorical(), x, structure="kfac")
     assert got.logdet() == -float("inf")
     with pytest.raises(ValueError, match="damping must be positive, got 0: some directions"):
         got.solve(torch.ones(got.shape[0]))
@@ -359,7 +363,7 @@ def test_regular_without_damping():
     """Catches a refusal of every matrix."""
     torch.manual_seed(0)
     x = torch.randn(9, 4).double()
-    got = P.fisher(nn.Linear(4, 2).double(), P.Gaussian(), x, "kfac")
+    got = P.fisher(nn.Linear(4, 2).double(), P.Gaussian(), x, structure="kfac")
     v = torch.ones(10).double()
     assert_near(got @ got.solve(v), v, 1e-10)
 
@@ -369,7 +373,7 @@ def test_state_round_trip(name, tmp_path):
     """Catches a state without the places of the blocks, the sharing, or the diagonal."""
     model, x = network(name)
     model = nn.Sequential(*model, nn.LayerNorm(CLASSES).double())
-    got = P.fisher(model, P.Categorical(), x, "kfac", sharing="reduce")
+    got = P.fisher(model, P.Categorical(), x, structure="kfac", sharing="reduce")
     torch.save(got.state_dict(), tmp_path / "kfac.pt")
     again = P.from_state_dict(torch.load(tmp_path / "kfac.pt", weights_only=True))
     assert torch.equal(again.to_dense(), got.to_dense())
@@ -385,10 +389,10 @@ def test_other_layers_have_their_exact_diagonal():
     model = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), Means(), nn.Linear(4, CLASSES))
     tokens = torch.randint(7, (SAMPLES, 6))
     model = model.double()
-    got = P.fisher(model, P.Categorical(), tokens, "kfac")
+    got = P.fisher(model, P.Categorical(), tokens, structure="kfac")
     assert got.diagonal_names == ("0.weight", "1.weight", "1.bias")
     assert repr(got).endswith("5 samples; diagonal alone: 0.weight, 1.weight, 1.bias>")
-    diagonal = P.fisher(model, P.Categorical(), tokens, "diag").diag()
+    diagonal = P.fisher(model, P.Categorical(), tokens, structure="diag").diag()
     where = torch.arange(7 * 4 + 8)
     assert_near(got.diag()[where], diagonal[where])
     rest = got.to_dense() - torch.diag(got.diag())
@@ -416,11 +420,11 @@ def test_every_network_is_measured_or_refused(name):
     model, x = network.make(), network.inputs()
     if name in REFUSED:
         with pytest.raises(ValueError, match="parameters must be used by one call of one layer"):
-            P.fisher(model, P.Categorical(), x, "kfac")
+            P.fisher(model, P.Categorical(), x, structure="kfac")
         return
-    exact = P.fisher(model, P.Categorical(), x, "diag").diag()
+    exact = P.fisher(model, P.Categorical(), x, structure="diag").diag()
     for sharing in ("expand", "reduce"):
-        got = P.fisher(model, P.Categorical(), x, "kfac", sharing=sharing)
+        got = P.fisher(model, P.Categorical(), x, structure="kfac", sharing=sharing)
         places = got.layout.slices()
         covered = torch.zeros(got.shape[0])
         for block in got.blocks:
@@ -469,14 +473,14 @@ class TiedHead(nn.Module):
 def test_tied_weights_are_refused(model, x, name):
     """Catches the sum of two Kronecker products given as one, and a diagonal that is not said."""
     with pytest.raises(ValueError, match=f"for \"kfac\", got '{name}', which is shared") as caught:
-        P.fisher(model, P.Categorical(), x, "kfac")
+        P.fisher(model, P.Categorical(), x, structure="kfac")
     assert "parameters=" in str(caught.value)
 
 
 def test_the_rest_of_a_network_with_tied_weights():
     """The way out that the error names."""
     torch.manual_seed(2)
-    got = P.fisher(Twice(), P.Categorical(), torch.randn(3, 4), "kfac", parameters="head")
+    got = P.fisher(Twice(), P.Categorical(), torch.randn(3, 4), structure="kfac", parameters="head")
     assert got.layout.names == ("head.weight", "head.bias")
     assert got.trace() > 0
 
@@ -484,4 +488,4 @@ def test_the_rest_of_a_network_with_tied_weights():
 def test_unknown_sharing():
     model, x = network("linear")
     with pytest.raises(ValueError, match='sharing must be "expand" or "reduce", got \'both\''):
-        P.fisher(model, P.Categorical(), x, "kfac", sharing="both")
+        P.fisher(model, P.Categorical(), x, structure="kfac", sharing="both")

@@ -128,7 +128,7 @@ def test_float32_and_channels_last(name):
 def test_parts_of_a_batch_add_up(name, monkeypatch):
     """One sample at a time: catches a part that is lost, or whose sum is squared with another's."""
     layer, x, g = prepared(*LAYERS[name])
-    for limit in ("norm_rule.IN_CACHE", "matrix_rule.IN_MEMORY"):
+    for limit in ("layers.norm.IN_CACHE", "layers.linear.IN_MEMORY"):
         monkeypatch.setattr(f"fisherfast.parameters.{limit}", 1)
     rule, sizes = rule_of(layer), []
     gradients = rule.gradients

@@ -239,7 +239,9 @@ def test_monte_carlo_is_an_unbiased_estimate(kind: str, structure: str) -> None:
         "bernoulli": ff.parameters.Bernoulli(),
     }[kind]
     truth = brute_force(model, kind, x)
-    estimate = ff.parameters.fisher(model, likelihood, x, structure, "mc", samples=draws, seed=1)  # type: ignore[arg-type]
+    estimate = ff.parameters.fisher(
+        model, likelihood, x, structure=structure, fisher_type="mc", samples=draws, seed=1
+    )  # type: ignore[arg-type]
     assert estimate.fisher_type == "mc"
     v = torch.zeros(12, dtype=torch.float64)
     v[0] = 1.0  # one weight, so that the diagonal answers too
@@ -268,8 +270,8 @@ def test_monte_carlo_depends_on_its_seed_alone(structure: str) -> None:
             model,
             ff.parameters.Categorical(),
             x,
-            structure,  # type: ignore[arg-type]
-            "mc",
+            structure=structure,
+            fisher_type="mc",
             samples=3,
             seed=seed,
             batch_size=batch_size,

@@ -26,7 +26,7 @@ def relative(got: Tensor, truth: Tensor) -> float:
 
 
 def low(model: nn.Module, x: Tensor, rank: int, **settings: object) -> LowRankFisher:
-    found = fp.fisher(model, fp.Categorical(), x, "lowrank", rank=rank, **settings)  # type: ignore[arg-type]
+    found = fp.fisher(model, fp.Categorical(), x, structure="lowrank", rank=rank, **settings)  # type: ignore[arg-type]
     assert isinstance(found, LowRankFisher)
     return found
 
@@ -65,7 +65,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, LowRankFisher]:
     network = NETWORKS["conv2d"]
     model, x = network.make(), network.inputs(64)
     batches = (x[start : start + 4] for start in range(0, 64, 4))  # can be read once
-    found = fp.fisher(model, fp.Categorical(), batches, "lowrank", rank=6)
+    found = fp.fisher(model, fp.Categorical(), batches, structure="lowrank", rank=6)
     assert isinstance(found, LowRankFisher)
     return brute_force(model, "categorical", x), found
 
@@ -152,6 +152,6 @@ def test_a_part_of_the_data_that_says_nothing(
     zeros = torch.zeros(20, 4, dtype=torch.float64)
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     data = torch.cat([zeros, x] if zeros_first else [x, zeros])
-    full = fp.fisher(model, fp.Categorical(), data, "full")
+    full = fp.fisher(model, fp.Categorical(), data, structure="full")
     found = low(model, data, 12, batch_size=4)
     torch.testing.assert_close(found.to_dense(), full.to_dense(), rtol=1e-11, atol=1e-15)

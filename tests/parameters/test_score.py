@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
-from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
-from fisherfast.parameters.analysis import score
-from fisherfast.parameters.analysis.hotelling import Moments, f_tail, t_squared
+from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Likelihood, Poisson, score
+from fisherfast.parameters.analysis.hotelling import Moments, t_squared
 
 N = 11
 KOLMOGOROV = 2.28
@@ -136,6 +135,24 @@ def test_any_source_of_pairs():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_second_moment_of_scores_is_the_empirical_matrix():
+    """Catches scores of another scale or order than those that the matrices are made of."""
+    model = network("images")
+    x, y = data(model, Categorical())
+    s = score(model, Categorical(), x, y).matrix()
+    F = ff.parameters.fisher(
+        model, "categorical", (x, y), structure="full", fisher_type="empirical"
+    )
+    torch.testing.assert_close(F.to_dense(), s.T @ s / N, rtol=1e-12, atol=1e-13)
+
+
+def test_nothing_is_computed_before_it_is_read():
+    """Catches a model that runs when scores are asked for, or data that are read."""
+    model = network()
+    model.register_forward_hook(lambda *_: pytest.fail("the model ran"))
+    score(model, Categorical(), iter([data(network(), Categorical())]))
+
+
 def test_batches_are_read_and_forgotten_one_by_one():
     """Catches scores of all samples that are kept, and data that are read ahead."""
     model, read = network(), []
@@ -183,6 +200,8 @@ def test_wrong_arguments():
         score(model, Gaussian(), x, y[:-1]).mean()
     with pytest.raises(ValueError, match="labels must have the shape of the outputs"):
         score(model, Gaussian(), x, y[:, 0]).mean()
+    with pytest.raises(TypeError, match=r"directions must be a whole number, got 2\.0"):
+        score(model, Gaussian(), x, y).mean_zero_test(directions=2.0)
     with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
         score(model, Gaussian(), x, y).mean_zero_test(directions=0)
     with pytest.raises(ValueError, match=r"10 samples per direction \(40\), got 11"):
@@ -247,16 +266,6 @@ def test_what_a_module_keeps_and_the_default_device_are_the_users():
 # --- is the mean zero? ---
 
 
-@pytest.mark.parametrize("first", [1, 2, 5, 16])
-@pytest.mark.parametrize("second", [1, 4, 36, 496, 10_000])
-def test_the_tail_of_f(first, second):
-    """Catches a continued fraction that stops early, on either side of the mode, and swapped
-    degrees of freedom."""
-    for value in (0.0, 1e-6, 0.1, 1.0, 1.3, 4.0, 60.0, 1e4):
-        expected = scipy.stats.f.sf(value, first, second)
-        assert f_tail(value, first, second) == pytest.approx(expected, rel=1e-10, abs=1e-290)
-
-
 def test_t_squared_of_normal_numbers_has_uniform_p_values():
     """Catches chi^2 in the place of F, n in the place of n - q, and a covariance that is not
     centred: with 12 samples of 4 numbers each of these is 4 to 10 times the bound of the
@@ -273,6 +282,39 @@ def test_t_squared_of_normal_numbers_has_uniform_p_values():
     bound = KOLMOGOROV / math.sqrt(tests)
     assert scipy.stats.kstest(p_values, "uniform").statistic < bound
     assert scipy.stats.kstest(chi_squared, "uniform").statistic > 3 * bound
+
+
+def test_p_values_are_those_of_scipy():
+    """Catches other degrees of freedom than those of T^2, the wrong tail, a layer left out, and a
+    seed that is ignored."""
+    model = network()
+    x, y = data(model, Categorical(), 300)
+    scores = score(model, Categorical(), x, y)
+    found = scores.mean_zero_test(directions=3)
+    assert found.samples == 300
+    assert list(found.layers) == ["0", "2"]
+    for each in (found, *found.layers.values()):
+        q, rest = each.degrees
+        assert q + rest == 300
+        assert q >= 1
+        ratio = each.statistic * rest / (q * (300 - 1))
+        assert each.p_value == pytest.approx(float(scipy.stats.f.sf(ratio, q, rest)), rel=1e-8)
+    again = scores.mean_zero_test(directions=3)
+    assert (again.statistic, again.p_value) == (found.statistic, found.p_value)
+    assert scores.mean_zero_test(directions=3, seed=1).statistic != found.statistic
+
+
+def test_the_statistic_has_no_unit():
+    """A Gaussian of another variance, on labels that keep their distance in sigma."""
+    model = nn.Linear(4, 2).double()
+    x = data(network(), Gaussian(), 200)[0]
+    noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f = model(x).detach()
+    one, other = (
+        score(model, Gaussian(sigma**2), x, f + sigma * noise).mean_zero_test().statistic
+        for sigma in (1.0, 0.01)
+    )
+    assert other == pytest.approx(one, rel=1e-8)
 
 
 def test_moments_batch_by_batch():

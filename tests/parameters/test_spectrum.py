@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 from support.parameters_oracle import brute_force
 from support.parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp
-from fisherfast.parameters.analysis.lanczos import lanczos
+from fisherfast.parameters.analysis.eigenpairs import largest_eigenpairs
 from fisherfast.parameters.analysis.spectrum import Spectrum
 from fisherfast.parameters.layout import ParameterLayout
 
@@ -41,7 +44,7 @@ def test_statistics(name: str, samples: int) -> None:
     """Catches zero eigenvalues that count, shares of something else than the trace, a square too
     few; with 60 samples the network is the smaller side."""
     model, x, exact = problem(name, samples)
-    found = fp.spectrum(model, fp.Categorical(), x, batch_size=16)
+    found = fp.fisher(model, fp.Categorical(), x, structure="gram", batch_size=16).spectrum()
     # layer norm: 3e-14 of the largest is real, its epsilon breaks the invariance; rounding is 1e-16
     rank = int((exact > 1e-14 * exact[0]).sum())
     assert (found.rank, found.zeros) == (rank, len(exact) - rank)
@@ -109,8 +112,8 @@ def test_of_a_matrix(structure: str) -> None:
     """Catches a structure whose eigenvalues are taken in the wrong order, or as all there are."""
     model, x, exact = problem()
     settings = {"rank": 4} if structure == "lowrank" else {}
-    matrix = fp.fisher(model, fp.Categorical(), x, structure, **settings)  # type: ignore[arg-type]
-    found = fp.spectrum(matrix)
+    matrix = fp.fisher(model, fp.Categorical(), x, structure=structure, **settings)  # type: ignore[arg-type]
+    found = matrix.spectrum()
     if structure == "diag":
         exact = matrix.diag().sort(descending=True).values
     assert found.complete == (structure != "lowrank")
@@ -129,7 +132,7 @@ def test_directions() -> None:
     """Catches stiff and sloppy being mixed up, or named by the wrong parameters."""
     model, x, exact = problem()
     truth = brute_force(model, "categorical", x)
-    found = fp.spectrum(model, fp.Categorical(), x)
+    found = fp.fisher(model, fp.Categorical(), x, structure="gram").spectrum()
     stiff, sloppy = found.stiff(3), found.sloppy(2)
     for number in range(3):
         along = float(stiff[:, number] @ truth @ stiff[:, number])
@@ -148,10 +151,10 @@ def test_directions() -> None:
     torch.testing.assert_close(last, sloppy[:, 0], rtol=1e-9, atol=1e-12)
 
 
-def test_lanczos_on_data_that_are_read_again() -> None:
+def test_the_largest_on_data_that_are_read_again() -> None:
     """Catches a product that lacks a batch, residuals that are no bounds, a wrong trace."""
     model, x, exact = problem("conv2d", 40)
-    found = fp.spectrum(model, fp.Categorical(), x, count=5, batch_size=16)
+    found = fp.fisher(model, fp.Categorical(), x, structure="streamed", batch_size=16).spectrum(5)
     truth = brute_force(model, "categorical", x)
     assert not found.complete
     assert math.isclose(found.trace, float(exact.sum()), rel_tol=ROUNDING)
@@ -169,29 +172,64 @@ def test_lanczos_on_data_that_are_read_again() -> None:
         assert bounds[0] * (1 - 1e-6) <= value <= bounds[1] * (1 + 1e-6)
 
 
-def test_lanczos_finds_all_there_are() -> None:
+def test_the_largest_are_all_there_are() -> None:
     """Catches a division by the norm of nothing: the space is used up after the rank."""
     model, x, exact = problem("linear", 3)
-    found = fp.spectrum(model, fp.Categorical(), x, count=50)
+    found = fp.fisher(model, fp.Categorical(), x, structure="streamed").spectrum(50)
     assert found.complete
     assert found.rank == 6
     torch.testing.assert_close(found.eigenvalues, exact[:6], rtol=1e-8, atol=0)
 
 
-def test_lanczos_of_a_known_matrix() -> None:
-    """Catches lost orthogonality: copies of the largest eigenvalue would come, in 60 steps."""
-    generator = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(80, 80, dtype=torch.float64, generator=generator)).Q
-    values = torch.logspace(0, -12, 80, dtype=torch.float64)
-    matrix = (turn * values) @ turn.T
+def dense_product(values: Tensor, seed: int) -> Tensor:
+    """A symmetric matrix with these eigenvalues."""
+    generator = torch.Generator().manual_seed(seed)
+    size = len(values)
+    turn = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
+    return (turn * values) @ turn.T
 
-    def draw() -> Tensor:
-        return torch.randn(80, dtype=torch.float64, generator=generator)
 
-    found = lanczos(lambda v: matrix @ v, draw, 10, tolerance=1e-14, most_products=60)
-    torch.testing.assert_close(found.values, values[:10], rtol=1e-9, atol=0)
+def largest(matrix: Tensor, count: int, seed: int = 0) -> Any:
+    return largest_eigenpairs(
+        lambda v: matrix @ v,
+        len(matrix),
+        count,
+        trace=float(matrix.trace()),
+        seed=seed,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("values", ["falling", "few", "flat"])
+def test_eigenpairs_of_a_known_matrix(values: str) -> None:
+    """Catches lost orthogonality, zero eigenvalues that never converge, residuals that are none."""
+    exact = {
+        "falling": torch.logspace(0, -12, 80, dtype=torch.float64),
+        "few": torch.cat([torch.linspace(1, 0.5, 6).double(), torch.zeros(74).double()]),
+        "flat": 1e-9 * torch.linspace(1, 0.9, 80, dtype=torch.float64),
+    }[values]
+    matrix = dense_product(exact, 0)
+    found = largest(matrix, 10)
+    scale = float(exact[0])
+    torch.testing.assert_close(found.values, exact[:10], rtol=0, atol=1e-10 * scale)
     eye = torch.eye(10, dtype=torch.float64)
     assert float((found.directions.T @ found.directions - eye).abs().max()) < 1e-12
+    left = (matrix @ found.directions - found.directions * found.values).norm(dim=0)
+    torch.testing.assert_close(found.residuals, left, rtol=1e-6, atol=1e-14 * scale)
+    assert float(left.max()) <= 1e-6 * scale
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 11])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_copy_of_an_eigenvalue_is_missed(seed: int, count: int) -> None:
+    """Triples far from the end of the space, among many other eigenvalues. Catches a search that
+    stops after the first copies: SciPy's eigsh alone fails for 4 and 8."""
+    values = torch.cat([0.9 ** torch.arange(40, dtype=torch.float64)] * 3).sort(descending=True)[0]
+    matrix = dense_product(values, seed)
+    found = largest(matrix, count, seed)
+    torch.testing.assert_close(found.values, values[:count], rtol=1e-9, atol=0)
+    left = matrix @ found.directions - found.directions * found.values
+    assert bool((left.norm(dim=0) <= found.residuals + 1e-12).all())
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 7, 30])
@@ -199,9 +237,9 @@ def test_eigenvalues_that_come_several_times(count: int) -> None:
     """Catches one of each: outputs that share no layer give every eigenvalue once for each."""
     torch.manual_seed(0)
     model, x = nn.Linear(4, 3).double(), torch.randn(50, 4, dtype=torch.float64)
-    exact = fp.spectrum(model, fp.Gaussian(), x).eigenvalues
+    exact = fp.fisher(model, fp.Gaussian(), x, structure="gram").spectrum().eigenvalues
     assert math.isclose(exact[0], exact[2], rel_tol=1e-12)
-    found = fp.spectrum(model, fp.Gaussian(), x, count=count)
+    found = fp.fisher(model, fp.Gaussian(), x, structure="streamed").spectrum(count)
     torch.testing.assert_close(found.eigenvalues, exact[:count], rtol=1e-6, atol=0)
     directions = found.stiff(found.rank)
     eye = torch.eye(found.rank, dtype=torch.float64)
@@ -211,29 +249,15 @@ def test_eigenvalues_that_come_several_times(count: int) -> None:
     assert found.complete == (count > len(exact))
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_lanczos_misses_no_copy(seed: int) -> None:
-    """Copies far from the end of the space, among many other eigenvalues: catches a search that is
-    content with the first of each."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.cat([0.9 ** torch.arange(40, dtype=torch.float64)] * 3).sort(descending=True)[0]
-    turn = torch.linalg.qr(torch.randn(120, 120, dtype=torch.float64, generator=generator)).Q
-    matrix = (turn * values) @ turn.T
-
-    def draw() -> Tensor:
-        return torch.randn(120, dtype=torch.float64, generator=generator)
-
-    found = lanczos(lambda v: matrix @ v, draw, 8, tolerance=1e-9, most_products=60)
-    torch.testing.assert_close(found.values, values[:8], rtol=1e-7, atol=0)
-    left = matrix @ found.directions - found.directions * found.values
-    assert bool((left.norm(dim=0) <= found.residuals + 1e-8).all())
-
-
 def test_monte_carlo_draws_the_same_labels_again() -> None:
     """Catches products with matrices that differ from pass to pass."""
     model, x, _ = problem("linear", 20)
-    dense = fp.fisher(model, fp.Categorical(), x, "gram", "mc", 2, seed=3).to_dense()
-    found = fp.spectrum(model, fp.Categorical(), x, "mc", 2, count=3, seed=3)
+    dense = fp.fisher(
+        model, fp.Categorical(), x, structure="gram", fisher_type="mc", samples=2, seed=3
+    ).to_dense()
+    found = fp.fisher(
+        model, fp.Categorical(), x, structure="streamed", fisher_type="mc", samples=2, seed=3
+    ).spectrum(3)
     exact = torch.linalg.eigvalsh(dense).flip(0)
     torch.testing.assert_close(found.eigenvalues, exact[:3], rtol=1e-6, atol=0)
 
@@ -241,7 +265,7 @@ def test_monte_carlo_draws_the_same_labels_again() -> None:
 def test_table_and_figure() -> None:
     """Catches a table without its numbers, and a figure without its lines."""
     model, x, _ = problem()
-    found = fp.spectrum(model, fp.Categorical(), x)
+    found = fp.fisher(model, fp.Categorical(), x, structure="gram").spectrum()
     table = repr(found)
     assert table.startswith(f"Fisher spectrum: {found.parameters} parameters, 6 samples\n")
     assert f"{found.rank} (" in table
@@ -255,20 +279,14 @@ def test_table_and_figure() -> None:
 def test_arguments() -> None:
     """Catches questions that have no answer."""
     model, x, _ = problem("linear")
-    likelihood = fp.Categorical()
-    with pytest.raises(TypeError, match=r"^likelihood and data must be given with a network"):
-        fp.spectrum(model)
+    F = fp.fisher(model, "categorical", x, structure="gram")
     with pytest.raises(ValueError, match=r"^count must be at least 1, got 0$"):
-        fp.spectrum(model, likelihood, x, count=0)
+        F.spectrum(0)
     with pytest.raises(TypeError, match=r"^count must be a whole number, got 2.5$"):
-        fp.spectrum(model, likelihood, x, count=2.5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^data must be readable more than once, got generator"):
-        fp.spectrum(model, likelihood, (part for part in x.split(2)), count=2)
+        F.spectrum(2.5)  # type: ignore[arg-type]
     with pytest.raises(MemoryError, match=r"vectors of \d+ parameters must fit into memory_budget"):
-        fp.spectrum(model, likelihood, x, count=2, memory_budget=100)
-    with pytest.raises(MemoryError, match=r"must fit into memory_budget = 100 bytes"):
-        fp.spectrum(model, likelihood, x, memory_budget=100)
-    found = fp.spectrum(model, likelihood, x)
+        F.spectrum(2, memory_budget=100)
+    found = F.spectrum()
     with pytest.raises(ValueError, match=r"^share must lie in \(0, 1\], got 0$"):
         found.count(0)
     with pytest.raises(ValueError, match=r"^count must lie in \[1, \d+\], got 0$"):
@@ -278,14 +296,61 @@ def test_arguments() -> None:
     silent = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     with torch.no_grad():
         silent[0].bias.fill_(-100)
-    with pytest.raises(ValueError, match=r"^F must not be zero, got a largest eigenvalue of 0"):
-        fp.spectrum(silent, fp.Gaussian(), torch.zeros(3, 2))
+    zero = fp.fisher(silent, "gaussian", torch.zeros(3, 2), structure="gram")
+    for count in (None, 2):
+        with pytest.raises(ValueError, match=r"^F must not be zero, got a largest eigenvalue of 0"):
+            zero.spectrum(count)
 
 
-def test_a_matrix_comes_alone():
-    """Catches data that are given and not looked at."""
-    model, x = nn.Linear(3, 2), torch.randn(5, 3)
-    matrix = fp.fisher(model, fp.Gaussian(), x, "gram")
-    for wrong in ({"likelihood": fp.Gaussian()}, {"data": x}, {"count": 1}):
-        with pytest.raises(TypeError, match="must be left out with a Fisher matrix"):
-            fp.spectrum(matrix, **wrong)
+@pytest.mark.parametrize("structure", ["diag", "block", "kfac", "full", "gram", "streamed"])
+def test_the_largest_of_every_structure(structure: Any) -> None:
+    """Catches products that are not those of the structure, and a trace or rank of another."""
+    model, x, _ = problem()
+    F = fp.fisher(model, "categorical", x, structure=structure)
+    exact = torch.linalg.eigvalsh(F.to_dense()).flip(0)
+    found = F.spectrum(3)
+    torch.testing.assert_close(found.eigenvalues, exact[:3], rtol=1e-9, atol=0)
+    assert found.most == (2 * len(x) if structure in ("gram", "streamed") else len(exact))
+    for bounds, value in (
+        (found.effective_rank_bounds, effective_rank(exact[exact > 0])),
+        (found.participation_bounds, participation(exact)),
+    ):
+        assert bounds[0] * (1 - 1e-6) <= value <= bounds[1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("structure", ["diag", "block", "kfac", "full", "gram", "streamed"])
+def test_scipy_operator(structure: Any) -> None:
+    """Catches columns taken for rows, float32 products, and a vector that is written to."""
+    model, x, _ = problem()
+    F = fp.fisher(model, "categorical", x, structure=structure)
+    operator, dense = F.to_scipy(), F.to_dense().numpy()
+    assert isinstance(operator, scipy.sparse.linalg.LinearOperator)
+    assert operator.shape == F.shape
+    assert operator.dtype == np.float64
+    v = np.linspace(-1, 1, len(dense))
+    atol = 1e-12 * np.abs(dense).max()
+    kept = v.copy()
+    np.testing.assert_allclose(operator @ v, dense @ v, rtol=0, atol=atol)
+    np.testing.assert_array_equal(v, kept)
+    columns = np.stack([v, v**2, v[::-1]], axis=1)
+    np.testing.assert_allclose(operator @ columns, dense @ columns, rtol=0, atol=atol)
+    np.testing.assert_allclose(operator.T @ v, dense @ v, rtol=0, atol=atol)
+    np.testing.assert_allclose(operator @ v.astype(np.float32), dense @ v, rtol=0, atol=1e-6)
+
+
+def test_streamed_solves_by_conjugate_gradients() -> None:
+    """Catches a damping that is left out, and a solution of a single column."""
+    model, x, _ = problem()
+    F = fp.fisher(model, "categorical", x, structure="streamed")
+    dense = F.to_dense() + 0.1 * torch.eye(len(F.diag()), dtype=torch.float64)
+    v = torch.linspace(-1, 1, len(dense) * 2, dtype=torch.float64).reshape(-1, 2)
+    torch.testing.assert_close(F.solve(v, damping=0.1), torch.linalg.solve(dense, v))
+    for question in (F.eigenvalues, F.logdet, F.state_dict, F.spectrum):
+        with pytest.raises(ValueError, match=r"^structure must be one that stores F"):
+            question()
+    with pytest.raises(ValueError, match=r"^damping must be positive, got 0"):
+        F.solve(v)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(ValueError, match="as it was when F was measured"):
+        F @ v

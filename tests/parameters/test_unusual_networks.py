@@ -43,8 +43,8 @@ def assert_right(model: nn.Module, x: Tensor, **settings: Any) -> ff.parameters.
     truth = brute_force(model, "categorical", x, chosen=chosen)
     settings.setdefault("batch_size", SAMPLES - 1)
     parameters = chosen and (lambda name: chosen(name))
-    whole = fisher(model, CATEGORICAL, x, "full", parameters=parameters, **settings)
-    diagonal = fisher(model, CATEGORICAL, x, "diag", parameters=parameters, **settings)
+    whole = fisher(model, CATEGORICAL, x, structure="full", parameters=parameters, **settings)
+    diagonal = fisher(model, CATEGORICAL, x, structure="diag", parameters=parameters, **settings)
     scale = truth.abs().max()
     assert float((whole.to_dense() - truth).abs().max() / scale) < ROUNDING
     assert float((diagonal.diag() - truth.diag()).abs().max() / scale) < ROUNDING
@@ -105,7 +105,7 @@ def test_parameter_hooks() -> None:
     truth = brute_force(model, "categorical", x)
     model.layer.weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
     model.head.weight.register_hook(lambda g: g * 0)
-    found = fisher(model, CATEGORICAL, x, "full").to_dense()
+    found = fisher(model, CATEGORICAL, x, structure="full").to_dense()
     assert float((found - truth).abs().max() / truth.abs().max()) < ROUNDING
 
 
@@ -429,7 +429,7 @@ def test_own_precision() -> None:
     model, x = network.make(torch.float32), network.inputs(SAMPLES, torch.float32)
     truth = brute_force(model, "categorical", x)
     for structure in ("diag", "full"):
-        found = fisher(model, CATEGORICAL, x, structure)
+        found = fisher(model, CATEGORICAL, x, structure=structure)
         assert float((found.diag() - truth.diag()).abs().max() / truth.max()) < 0.02  # 2 eps
 
 
@@ -477,7 +477,7 @@ def test_hidden_parameters(way: str) -> None:
     message = r"parameters must reach the outputs through autograd, got 'layer\.weight'.* leave it"
     for structure in ("diag", "full"):
         with pytest.raises(ValueError, match=message):
-            fisher(model, CATEGORICAL, x, structure)
+            fisher(model, CATEGORICAL, x, structure=structure)
     found = assert_right(model, x, chosen=lambda name: not name.startswith("layer"))
     assert found.diag()[: 4 + 2].abs().max() == 0  # idle
 
@@ -601,7 +601,7 @@ def test_modes_of_the_caller(mode: str, name: str) -> None:
     truth = brute_force(model, "categorical", x)
     with MODES[mode]():
         given = x.clone()  # in inference mode, a tensor that autograd refuses
-        found = fisher(model, CATEGORICAL, given, "full", batch_size=3)
+        found = fisher(model, CATEGORICAL, given, structure="full", batch_size=3)
     assert float((found.to_dense() - truth).abs().max() / truth.abs().max()) < ROUNDING
 
 
@@ -609,10 +609,10 @@ def test_default_dtype() -> None:
     """Numbers of the default dtype among those of the network."""
     network = NETWORKS["attention"]
     model, x = network.make(torch.float32), network.inputs(SAMPLES, torch.float32)
-    expected = fisher(model, CATEGORICAL, x, "full").to_dense()
+    expected = fisher(model, CATEGORICAL, x, structure="full").to_dense()
     torch.set_default_dtype(torch.float64)
     try:
-        found = fisher(model, CATEGORICAL, x, "full").to_dense()
+        found = fisher(model, CATEGORICAL, x, structure="full").to_dense()
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
@@ -628,7 +628,7 @@ def test_compiled(whole: bool) -> None:
     else:
         compiled = nn.Sequential(torch.compile(model[0], backend="eager"), *model[1:])
     compiled(x)
-    found = fisher(compiled, CATEGORICAL, x, "full").to_dense()
+    found = fisher(compiled, CATEGORICAL, x, structure="full").to_dense()
     assert float((found - truth).abs().max() / truth.abs().max()) < ROUNDING
 
 
@@ -638,7 +638,7 @@ def test_data_parallel(whole: bool) -> None:
     model, x = make(linear)
     truth = brute_force(model, "categorical", x)
     wrapped = nn.DataParallel(model) if whole else nn.Sequential(nn.DataParallel(model))
-    found = fisher(wrapped, CATEGORICAL, x, "full").to_dense()
+    found = fisher(wrapped, CATEGORICAL, x, structure="full").to_dense()
     assert float((found - truth).abs().max() / truth.abs().max()) < ROUNDING
 
 
@@ -653,10 +653,12 @@ def test_few_samples(samples: int) -> None:
 def test_half_precision() -> None:
     """A network in bfloat16: sums that stay there would be wrong by more than its own rounding."""
     network = NETWORKS["shared linear"]
-    truth = fisher(network.make(), CATEGORICAL, network.inputs(64), "diag").diag()
+    truth = fisher(network.make(), CATEGORICAL, network.inputs(64), structure="diag").diag()
     low = network.make(torch.bfloat16)
     for structure in ("diag", "full"):
-        found = fisher(low, CATEGORICAL, network.inputs(64, torch.bfloat16), structure).diag()
+        found = fisher(
+            low, CATEGORICAL, network.inputs(64, torch.bfloat16), structure=structure
+        ).diag()
         assert float((found - truth).abs().max() / truth.max()) < 0.02  # measured: 0.006
 
 
@@ -697,7 +699,7 @@ def test_nothing_is_touched(name: str) -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before, random_state = _state(model), torch.get_rng_state()
-    fisher(model, CATEGORICAL, (x, y), "block", "empirical", batch_size=3)
+    fisher(model, CATEGORICAL, (x, y), structure="block", fisher_type="empirical", batch_size=3)
     assert _equal(_state(model), before)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert x.grad is None
@@ -737,7 +739,7 @@ def test_recurrent_layers_keep_their_weights() -> None:
         network = NETWORKS[name]
         for dtype in (torch.float32, torch.float64):
             model, x = network.make(dtype), network.inputs(SAMPLES, dtype)
-            fisher(model, CATEGORICAL, x, "diag")
+            fisher(model, CATEGORICAL, x, structure="diag")
             for listed, name in zip(
                 model.rnn._flat_weights, model.rnn._flat_weights_names, strict=True
             ):

@@ -58,7 +58,9 @@ def measure(
     if structure == "lowrank":
         settings = {"rank": 4} | settings
     x = inputs(7) if data is None else data
-    return ff.parameters.fisher(network(), CATEGORICAL, x, structure, fisher_type, **settings)
+    return ff.parameters.fisher(
+        network(), CATEGORICAL, x, structure=structure, fisher_type=fisher_type, **settings
+    )
 
 
 def difference(found: Tensor, truth: Tensor) -> float:

@@ -1,1 +1,1 @@
-"""What a Fisher matrix says: spectrum, importance, effective dimension."""
+"""Analyses: spectrum, importance, effective dimension, scores, consolidation."""

@@ -1,4 +1,4 @@
-"""Learning tasks one after another: a penalty that keeps what the earlier ones have determined."""
+"""Learning tasks one after another: a penalty that protects what earlier ones determine."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class ElasticWeightConsolidation:
             since the approximation holds only near w_k: try 10 to 1000.
         online: keep one parabola about the latest weights.
         decay: of the older tasks' information at each new task, in [0, 1]; only online.
-        new: what becomes of parameters that no consolidation has seen, as those of an output head
-            added later: "refuse" is an error, "free" leaves them without a penalty.
+        new: the treatment of parameters that no consolidation has seen (an output head added
+            later): "refuse" raises an error, "free" leaves them without a penalty.
 
     Attributes:
         tasks: how many were consolidated.
@@ -149,20 +149,20 @@ class ElasticWeightConsolidation:
     def consolidate(
         self,
         model: nn.Module,
-        likelihood: Likelihood | None = None,
+        likelihood: Likelihood | str | None = None,
         data: Data | None = None,
         *,
         fisher: ParameterFisher | None = None,
         weight: float = 1.0,
         **settings: Any,
     ) -> ParameterFisher:
-        """Remember a task: call it at the end of the task's training.
+        """Add a task; call it at the end of the task's training.
 
         Args:
             model: at the task's weights; left as it is.
             likelihood, data: of the task, as `ff.parameters.fisher` takes them; inputs suffice.
             fisher: a matrix measured already, in place of both.
-            weight: of this task beside the others, for instance its number of samples.
+            weight: of this task relative to the others, for instance its number of samples.
             **settings: of `ff.parameters.fisher`, among them ``structure`` and ``parameters``;
                 parameters left out of the latter are free as far as this task is concerned.
 
@@ -221,7 +221,8 @@ class ElasticWeightConsolidation:
             for former in self._quadratics:
                 former.anchor = former.fisher.layout.flatten(here)
                 former.weight *= self.decay
-        self._quadratics.append(_Quadratic(fisher, fisher.layout.flatten(here), weight))
+        anchor = fisher.layout.flatten(here)
+        self._quadratics.append(_Quadratic(fisher.released(), anchor, weight))
 
     def _add(self, found: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
         """Add parabolas of curvature `found` about `here`, as moments are merged:
@@ -319,11 +320,11 @@ class ElasticWeightConsolidation:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what the state was taken of, its settings too; the penalties are the same bits.
+        """Restore a state with its settings; the penalties are the same bits.
 
         Raises:
-            ValueError: no state of an `ElasticWeightConsolidation`. Whether it is of the model's
-                parameters shows when it meets the model.
+            ValueError: not a state of an `ElasticWeightConsolidation`. A state of another model is
+                refused at the next use.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping, got {type(state).__name__}")

@@ -1,4 +1,4 @@
-"""Figures of what is measured on a network's parameters."""
+"""Figures of the analyses of a network's parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = (10.0, 4.0)  # inches, of two axes side by side
 LINES = 12
 """Layers with a line of their own among the members; networks with more show the whole alone."""
 POINTS = 500
-"""Of a line: more are not told apart at this size."""
+"""Points of a line: more are not visible at this size."""
 
 
 def plot_importance(
@@ -42,8 +42,8 @@ def plot_importance(
     Example:
         >>> import torch, fisherfast as ff
         >>> model, x = torch.nn.Linear(4, 3), torch.randn(50, 4)
-        >>> found = ff.parameters.importance(model, ff.parameters.Categorical(), x, per="unit")
-        >>> left, right = found.plot()  # doctest: +SKIP
+        >>> F = ff.parameters.fisher(model, "categorical", x)
+        >>> left, right = F.importance(per="unit").plot()  # doctest: +SKIP
         >>> left.figure.savefig("importance.png")  # doctest: +SKIP
     """
     if axes is None:

@@ -1,4 +1,4 @@
-"""Is the mean of some numbers per sample zero? Hotelling's T^2, and the tail of its F distribution.
+"""Hotelling's T^2, which tests whether the mean of some numbers per sample is zero.
 
 With mean z [q] and covariance S of n samples,
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "TSquared", "f_tail", "t_squared"]
+__all__ = ["Moments", "TSquared", "t_squared"]
 
 RANK = 1e-10
 """Eigenvalue of a correlation matrix below which a direction depends on others: what rounding in
@@ -50,7 +50,7 @@ class Moments:
         self._sum = torch.zeros(numbers, numbers, dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """Take rows [n, m] in."""
+        """Add rows [n, m]."""
         rows = rows.double()
         before, self.samples = self.samples, self.samples + len(rows)
         mean = rows.mean(0)
@@ -73,6 +73,8 @@ def t_squared(mean: Tensor, covariance: Tensor, samples: int) -> TSquared:
         covariance: [m, m] of one sample, with n - 1.
         samples: n, more than m.
     """
+    from scipy.special import fdtrc
+
     size = (covariance.diagonal() + mean.square()).sqrt()
     seen = size > 0
     if not bool(seen.any()):
@@ -89,53 +91,4 @@ def t_squared(mean: Tensor, covariance: Tensor, samples: int) -> TSquared:
     if rank == 0:
         return TSquared(0.0, degrees, 1.0)
     ratio = statistic * (samples - rank) / (rank * (samples - 1))
-    return TSquared(statistic, degrees, f_tail(ratio, *degrees))
-
-
-def f_tail(value: float, first: int, second: int) -> float:
-    """P(F > value) of the F distribution with (first, second) degrees of freedom.
-
-    Measured against a reference: relative error below 1e-10 up to 10^4 degrees of freedom.
-    """
-    if value <= 0:
-        return 1.0
-    whole = second + first * value
-    return _beta_ratio(second / 2, first / 2, second / whole, first * value / whole)
-
-
-def _beta_ratio(a: float, b: float, x: float, rest: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), rest = 1 - x."""
-    if x <= 0:
-        return 0.0
-    if rest <= 0:
-        return 1.0
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _beta_ratio(b, a, rest, x)
-    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front += a * math.log(x) + b * math.log(rest)
-    return math.exp(front) / a * _fraction(a, b, x)
-
-
-TINY = 1e-300
-"""Stands for a zero that would be divided by."""
-
-MOST_STEPS = 100_000
-"""The continued fraction takes about the root of the larger argument."""
-
-
-def _fraction(a: float, b: float, x: float) -> float:
-    """The continued fraction of the incomplete beta function (Abramowitz and Stegun 1964, 26.5.8),
-    from the front (Lentz 1976)."""
-    numerator, denominator = 1.0, 1 - (a + b) * x / (a + 1)
-    denominator = 1 / (denominator or TINY)
-    result = denominator
-    for m in range(1, MOST_STEPS):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            denominator = 1 / ((1 + term * denominator) or TINY)
-            numerator = (1 + term / numerator) or TINY
-            result *= numerator * denominator
-        if abs(numerator * denominator - 1) < torch.finfo(torch.float64).eps:
-            break
-    return result
+    return TSquared(statistic, degrees, float(fdtrc(*degrees, ratio)))

@@ -1,25 +1,31 @@
-"""What the loss would rise by if a parameter, a unit or a layer were set to zero."""
+"""The rise of the loss expected when a parameter, a unit or a layer is set to zero.
+
+For units and layers it follows from the Fisher information about a gate that multiplies all
+parameters of one. With a gate z, at 1, on the parameters w_S of a unit or layer S, the score about
+z is
+
+    d log p(y | x, w_S z) / dz = sum_{j in S} s_j w_j,     s = d log p(y | x, w) / dw
+
+For a layer that applies its parameters linearly that sum is, unit by unit, sum_t g_t y_t over the
+positions t, with y the layer's output and g the gradient there: no per-sample gradient is built.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fisherfast.model.unwrap import unwrapped
 from fisherfast.parameters.analysis.figures import plot_importance
-from fisherfast.parameters.analysis.gates import GateSums
-from fisherfast.parameters.backward.batches import Data
-from fisherfast.parameters.backward.columns import FisherType
-from fisherfast.parameters.checks import check_choice, check_model, check_number
-from fisherfast.parameters.fisher import fisher as measure
-from fisherfast.parameters.fisher import over_data
-from fisherfast.parameters.layout import ParameterLayout, Selection
-from fisherfast.parameters.likelihoods import Likelihood
-from fisherfast.parameters.structures.base import ParameterFisher, check_fisher
+from fisherfast.parameters.backward.columns import FisherType, Source, Sweep
+from fisherfast.parameters.checks import check_number
+from fisherfast.parameters.layers.base import Rule
+from fisherfast.parameters.layers.embedding import Embedding
+from fisherfast.parameters.layers.linear import MatrixRule
+from fisherfast.parameters.layout import ParameterLayout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,13 +35,34 @@ __all__ = ["Importance", "Per", "importance"]
 Per = Literal["parameter", "unit", "layer"]
 
 MOST_ROWS = 40
-"""Of a printed table; the rest is counted."""
+"""Rows of a printed table; the rest is counted."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Importance:
     """Importance by name: ``importance["fc1.weight"]`` per parameter, ``importance["fc1"]`` per
-    unit or layer. The name of what belongs to the model itself, and to no module in it, is "".
+    unit or layer. Parameters of the model itself, of no module in it, have the name "".
+
+    It is the rise of the loss -log p(y | x, w), in nats per sample, expected when parameters are
+    set to zero, to second order about a trained network:
+
+        parameter i     1/2 F_ii w_i^2
+        unit, layer S   1/2 w_S^T F_SS w_S = 1/2 E[(sum_{j in S} s_j w_j)^2],  s = d log p / dw
+
+    The first-order term is zero where training has converged, and the Hessian of the loss is the
+    Fisher matrix F where the network fits its labels. Per unit and layer all pairs of parameters
+    inside are in the sum, exactly; the joint effect of two units is not, so that removing several
+    may cost more or less than the sum of their importances. A rise of several nats is far outside
+    the range of a second order: take the order, not the number.
+
+    A unit is an entry of the leading dimension of a module's weight with that of its bias: an
+    output unit of a linear layer, an output channel of a convolution (a transposed one too), a
+    channel of a norm, a row of an embedding, a row of each matrix of a recurrent or attention
+    layer. A layer is a module with the parameters of its own. Both have those of their parameters
+    that F is measured for. Setting a unit to zero makes its *output* zero, before any norm that
+    follows. A norm hides the scale of what it normalises: a layer, or a channel that is normalised
+    by itself, has no importance before one to any order in its scale, and yet the network needs it;
+    ask for the norm's own instead.
 
     Attributes:
         per: "parameter", "unit" or "layer".
@@ -46,6 +73,10 @@ class Importance:
             that multiplies its parameters, without unit: importance = fisher / 2.
         samples: how many it was averaged over.
         fisher_type: "exact", "mc" or "empirical".
+
+    References: LeCun, Denker, Solla, NIPS 2 (1990), eq. 5 (parameters); Theis et al., "Faster gaze
+    prediction with dense networks and Fisher pruning" (2018), eq. 7 (gates on units); Molchanov et
+    al., CVPR 2019 (sums over a unit inside the square).
     """
 
     per: Per
@@ -120,7 +151,7 @@ class Importance:
         }
 
     def plot(self, axes: tuple[Axes, Axes] | None = None) -> tuple[Axes, Axes]:
-        """How much each layer holds, and how unequal its members are; see `plot_importance`."""
+        """Importance of each layer, and how unequal its members are; see `plot_importance`."""
         return plot_importance(self.values, self.per, axes)
 
 
@@ -130,113 +161,175 @@ def _summary(value: Tensor) -> tuple[int, float, float, float]:
     return value.numel(), float(value.sum()), float(value.median()), float(value.max())
 
 
-def importance(
-    model: nn.Module,
-    likelihood: Likelihood | None = None,
-    data: Data | None = None,
-    *,
-    per: Per = "parameter",
-    fisher: ParameterFisher | None = None,
-    fisher_type: FisherType = "exact",
-    samples: int = 1,
-    parameters: Selection = None,
-    batch_size: int = 256,
-    seed: int = 0,
-    progress: bool = False,
-) -> Importance:
-    """The rise of the loss -log p(y | x, w), in nats per sample, expected when parameters are set
-    to zero, to second order about a trained network:
-
-        parameter i     1/2 F_ii w_i^2
-        unit, layer S   1/2 w_S^T F_SS w_S = 1/2 E[(sum_{j in S} s_j w_j)^2],  s = d log p / dw
-
-    The first-order term is zero where training has converged, and the Hessian of the loss is the
-    Fisher matrix F where the network fits its labels. Per unit and layer all pairs of parameters
-    inside are in the sum, exactly; what two units do together is not, so that removing several may
-    cost more or less than the sum of their importances. A rise of several nats is far outside of
-    where a second order holds: take the order, not the number.
-
-    A unit is an entry of the leading dimension of a module's weight with that of its bias: an
-    output unit of a linear layer, an output channel of a convolution (of a transposed one too), a
-    channel of a norm, a row of an embedding, a row of each matrix of a recurrent or attention
-    layer. A layer is a module with the parameters of its own. Setting a unit to zero makes its
-    *output* zero, before any norm that follows. A norm hides the scale of what it normalises: a
-    layer, or a channel that is normalised by itself, has no importance in front of one to any order
-    in its scale, and yet it cannot be left out; ask for the norm's own instead.
+def importance(source: Source, per: Per, diagonal: Tensor, samples: int) -> Importance:
+    """Importance of what a Fisher matrix was measured from, see `ParameterFisher.importance`.
 
     Args:
-        model: trained, in eval mode, [n, ...] to [n, ...]; left as it is.
-        likelihood: p(y | f) of the outputs f.
-        data: inputs x [n, ...], or with labels, as `fisher` takes them.
+        source: network and data.
         per: "parameter", "unit" or "layer".
-        fisher: a Fisher matrix of the model measured already, in place of likelihood and data; per
-            parameter only, of any structure.
-        fisher_type, samples, parameters, batch_size, seed, progress: as of `fisher`. A unit or
-            layer has those of its parameters that are chosen.
-
-    Returns:
-        `Importance`, float64.
-
-    Raises:
-        ValueError: an unknown ``per``, neither or both of data and fisher, a fisher of another
-            network, and whatever `fisher` raises.
-
-    Cost: that of `fisher` with structure "diag"; per unit and layer one product of each layer's
-    outputs and gradients in place of its squared gradients, for layers that apply their parameters
-    linearly.
-
-    References: LeCun, Denker, Solla, NIPS 2 (1990), eq. 5 (parameters); Theis et al., "Faster gaze
-    prediction with dense networks and Fisher pruning" (2018), eq. 7 (gates on units); Molchanov et
-    al., CVPR 2019 (sums over a unit inside the square).
-
-    Example:
-        >>> import torch, fisherfast as ff
-        >>> from torch import nn
-        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(9, 4)
-        >>> found = ff.parameters.importance(model, ff.parameters.Categorical(), x, per="unit")
-        >>> found["0"].shape
-        torch.Size([8])
-        >>> int(found.least(0.25)["0"].sum() + found.least(0.25)["2"].sum())  # of 8 + 3 units
-        3
+        diagonal: of the matrix, [P].
+        samples: n.
     """
-    check_choice("per", per, ("parameter", "unit", "layer"))
-    if fisher is not None:
-        if likelihood is not None or data is not None:
-            raise ValueError("fisher must be given alone, got likelihood or data as well")
-        if per != "parameter":
-            raise ValueError(
-                f'fisher must be left out for per="{per}", got one: units and layers need the sums'
-                " inside of each sample; give likelihood and data"
-            )
-        return _per_parameter(unwrapped(model), fisher)
-    if likelihood is None or data is None:
-        raise ValueError("likelihood and data must be given, or fisher, got neither")
-    settings: dict[str, Any] = {
-        "fisher_type": fisher_type,
-        "samples": samples,
-        "parameters": parameters,
-        "batch_size": batch_size,
-        "seed": seed,
-        "progress": progress,
-    }
+    source.check_unchanged()
     if per == "parameter":
-        return _per_parameter(unwrapped(model), measure(model, likelihood, data, **settings))
+        every = dict(source.model.named_parameters())
+        fisher = source.layout.unflatten(diagonal)
+        values = {
+            name: 0.5 * each * every[name].detach().to(each).square()
+            for name, each in fisher.items()
+        }
+    else:
+        gates = _GateSums(source.model, source.layout, by_unit=per == "unit")
+        fisher = source.total_again(gates, samples)
+        values = {name: value / 2 for name, value in fisher.items()}
+    return Importance(per, values, fisher, samples, source.fisher_type)
 
-    def make(model: nn.Module, layout: ParameterLayout) -> GateSums:
-        return GateSums(model, layout, by_unit=per == "unit")
 
-    gates, seen = over_data(make, model, likelihood, data, **settings)
-    halves = {name: value / 2 for name, value in gates.items()}
-    return Importance(per, halves, gates, seen, fisher_type)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+WITHOUT_A_NAME = ("weight", "bias", "orig")
+"""Parts of a name that do not distinguish the matrices of a module; pruning renames a masked weight
+`weight_orig`."""
 
 
-def _per_parameter(model: nn.Module, fisher: ParameterFisher) -> Importance:
-    check_model(model)
-    check_fisher(fisher)
-    every = dict(model.named_parameters())
-    fisher.layout.check_same(ParameterLayout.of(model, list(fisher.layout.names)), "fisher")
-    diagonal = fisher.layout.unflatten(fisher.diag())
-    values = {
-        name: 0.5 * each * every[name].detach().to(each).square() for name, each in diagonal.items()
-    }
-    return Importance("parameter", values, diagonal, fisher.samples, fisher.fisher_type)
+@dataclass(frozen=True)
+class _Unit:
+    """Where the parameters of a group of units are: `names` belong to one module, and entry u of
+    the axis of units of each of them belongs to unit u."""
+
+    label: str
+    layer: str
+    names: tuple[str, ...]
+
+
+class _GateSums:
+    """Sums over samples and columns of the squared scores about gates.
+
+    A unit is one entry of the leading dimension of a module's weight, with its entry of the bias:
+    an output unit of a linear layer, an output channel of a convolution, a channel of a norm, a row
+    of an embedding. A layer is a module with all parameters of its own.
+    """
+
+    def __init__(self, model: nn.Module, layout: ParameterLayout, *, by_unit: bool) -> None:
+        self._by_unit = by_unit
+        every = dict(model.named_parameters())
+        self._weights = {name: every[name].detach() for name in layout.names}
+        self._owners = {name: model.get_submodule(_split(name)[0]) for name in layout.names}
+        self._units = _units(layout, self._owners)
+        labels = [unit.label if by_unit else unit.layer for unit in self._units]
+        self._sums: dict[str, Tensor] = dict.fromkeys(labels, torch.empty(0))
+        self._outputs: dict[Rule, Tensor] = {}
+
+    def add(self, sweep: Sweep) -> None:
+        """Add one batch."""
+        self._outputs = {}
+        sweep.visit(self._take)
+        self._outputs = {}
+
+    def result(self, samples: int) -> dict[str, Tensor]:
+        """Information about the gates, float64: [units] by name of the units, or [] by layer."""
+        return {label: total / samples for label, total in self._sums.items()}
+
+    def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
+        found = self._scores(rule, x, g)
+        if not self._by_unit:
+            layers: dict[str, Tensor] = {}
+            for unit, scores in found.items():
+                total = scores.sum(1)
+                layers[unit.layer] = layers[unit.layer] + total if unit.layer in layers else total
+            squares = {layer: total.double().square().sum() for layer, total in layers.items()}
+        else:
+            squares = {unit.label: each.double().square().sum(0) for unit, each in found.items()}
+        for label, value in squares.items():
+            known = self._sums[label]
+            self._sums[label] = known + value if known.numel() else value
+
+    def _scores(self, rule: Rule, x: Tensor, g: Tensor) -> dict[_Unit, Tensor]:
+        """The scores about the gates of all units, [n, units]."""
+        here = [unit for unit in self._units if set(unit.names) & set(rule.names)]
+        if isinstance(rule, MatrixRule):
+            if rule not in self._outputs:
+                self._outputs[rule] = _output(rule, x)
+            shared = g * self._outputs[rule]
+            return {here[0]: _summed(shared.movedim(_unit_axis(rule.module), 1))}
+        if isinstance(rule, Embedding):
+            return {here[0]: _rows_of_table(rule, x, g, self._weights[rule.names[0]])}
+        gradients = dict(zip(rule.names, rule.gradients(x, g), strict=True))
+        return {
+            unit: torch.stack(
+                [
+                    _summed(_units_first(self._owners[name], gradients[name] * self._weights[name]))
+                    for name in unit.names
+                    if name in gradients  # a bias that is never used comes by itself
+                ]
+            ).sum(0)
+            for unit in here
+        }
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Module and attribute of a parameter."""
+    module, _, attribute = name.rpartition(".")
+    return module, attribute
+
+
+def _units(layout: ParameterLayout, owners: Mapping[str, nn.Module]) -> list[_Unit]:
+    """Groups of units: a weight with the bias of the same name and size, in the same module."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        layer, attribute = _split(name)
+        count = _units_first(owners[name], torch.empty(1, *shape, device="meta")).shape[1]
+        rest = "_".join(part for part in attribute.split("_") if part not in WITHOUT_A_NAME)
+        groups.setdefault((layer, rest, count), []).append(name)
+    found: list[_Unit] = []
+    for (layer, rest, _), names in groups.items():
+        label = f"{layer}.{rest}".strip(".")
+        if any(unit.label == label for unit in found):
+            label = names[0]
+        found.append(_Unit(label, layer, tuple(names)))
+    return found
+
+
+def _unit_axis(module: nn.Module) -> int:
+    """The axis of units in the output of a linear or convolution layer."""
+    return -1 if isinstance(module, nn.Linear) else 1
+
+
+def _summed(scores: Tensor) -> Tensor:
+    """[n, units] of [n, units, ...]."""
+    return scores.reshape(*scores.shape[:2], -1).sum(2)
+
+
+def _units_first(module: nn.Module, rows: Tensor) -> Tensor:
+    """[n, units, ...] of [n, *shape]."""
+    if rows.dim() == 1:
+        return rows[:, None]
+    if isinstance(module, TRANSPOSED) and rows.dim() > 2:  # weight [inputs, outputs / groups, ...]
+        grouped = rows.reshape(len(rows), module.groups, -1, *rows.shape[2:]).transpose(2, 3)
+        return grouped.flatten(1, 2)
+    return rows
+
+
+def _output(rule: MatrixRule, x: Tensor) -> Tensor:
+    """The output of a linear or convolution layer with its measured parameters alone."""
+    module = rule.module
+    y = type(module).forward(module, x)
+    bias = module.bias
+    if bias is None:
+        return y
+    assert isinstance(bias, Tensor)
+    shape = [1] * y.dim()
+    shape[_unit_axis(module)] = -1
+    offset = bias.detach().reshape(shape)
+    if "weight" not in rule.attributes:
+        return offset.expand_as(y)
+    return y if "bias" in rule.attributes else y - offset
+
+
+def _rows_of_table(rule: Embedding, x: Tensor, g: Tensor, table: Tensor) -> Tensor:
+    """Scores of an embedding's rows, [n, rows]; the padding row has none."""
+    index = x.reshape(len(x), -1)
+    scores = (g.reshape(*index.shape, -1) * table[index]).sum(-1)
+    if rule.module.padding_idx is not None:
+        scores = scores * (index != rule.module.padding_idx)
+    return scores.new_zeros(len(x), len(table)).scatter_add_(1, index, scores)

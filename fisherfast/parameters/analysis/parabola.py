@@ -13,7 +13,7 @@ __all__ = ["Parabola", "at_least_float32"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half types are for storage."""
+    """The tensor in float32 if it has a half type, which is for storage only."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -58,7 +58,7 @@ class Parabola:
 
 
 class _Value(torch.autograd.Function):
-    """The forward pass has the gradient F (w - m) in its hands: kept, it is the backward pass. All
+    """The forward pass computes the gradient F (w - m) and keeps it for the backward pass. All
     tensors go in one call for each operation, one kernel on a GPU (private names of torch, on which
     its own optimizers rest)."""
 

@@ -14,16 +14,16 @@ from fisherfast.model.unwrap import unwrapped
 from fisherfast.parameters.analysis.hotelling import Moments, TSquared, t_squared
 from fisherfast.parameters.backward.batches import Data
 from fisherfast.parameters.backward.columns import Forward, forwards
-from fisherfast.parameters.checks import check_count, check_likelihood, check_seed, untouched
+from fisherfast.parameters.checks import check_count, check_seed, untouched
 from fisherfast.parameters.layers.base import Rows, Rule
 from fisherfast.parameters.layout import ParameterLayout, Selection
-from fisherfast.parameters.likelihoods import Likelihood
+from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
 from fisherfast.parameters.structures.base import DENSE_BYTES
 
 __all__ = ["MeanZeroTest", "Scores", "score"]
 
 DIRECTIONS = 4
-"""Directions in which the scores of a layer are looked at: the parameters themselves, and three at
+"""Directions on which the scores of a layer are projected: the parameters themselves, and three at
 random."""
 
 LEAST_PER_DIRECTION = 10
@@ -32,7 +32,7 @@ LEAST_PER_DIRECTION = 10
 
 def score(
     model: nn.Module,
-    likelihood: Likelihood,
+    likelihood: Likelihood | str,
     x: Data,
     y: Tensor | np.ndarray | None = None,
     *,
@@ -45,7 +45,7 @@ def score(
 
     Args:
         model: f(x, w), in evaluation mode, every sample by itself: [n, ...] to outputs [n, ...].
-        likelihood: p(y | f): `Gaussian`, `Categorical`, `Bernoulli`, `Poisson` or your own.
+        likelihood: p(y | f), a name or an instance, as of `ff.parameters.fisher`.
         x: inputs [n, ...]; or, without y, a pair (x, y), a Dataset or DataLoader of (x, y), or an
             iterable of such batches.
         y: labels [n, ...], as the likelihood reads them.
@@ -59,11 +59,11 @@ def score(
 
     Raises:
         TypeError: an argument of a wrong kind.
-        ValueError: labels missing; nothing to measure. What is wrong with the data or the mode of
-            the model shows when the scores are read.
+        ValueError: labels missing; nothing to measure. Errors of the data or of the mode of the
+            model come when the scores are read.
 
-    Cost: nothing yet; each reading takes one forward and one backward pass. Nothing of a batch is
-    kept when the next one comes.
+    Cost: none before the first reading; each takes one forward and one backward pass, and keeps
+    one batch at a time.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -75,7 +75,7 @@ def score(
         >>> scores.matrix().shape
         torch.Size([100, 3])
     """
-    check_likelihood(likelihood)
+    likelihood = as_likelihood(likelihood)
     check_count("batch_size", batch_size)
     given = isinstance(x, Tensor | np.ndarray)
     if given and y is None:
@@ -174,11 +174,11 @@ class Scores:
         return self.layout.flatten(sums) / samples
 
     def mean_zero_test(self, *, directions: int = DIRECTIONS, seed: int = 0) -> MeanZeroTest:
-        r"""Is the mean score zero, as it is where the labels come from p(y | x, w)?
+        r"""Test whether the mean score is zero, as it is where the labels come from p(y | x, w).
 
         The scores of each layer are projected on its parameters w themselves (is the network too
-        sure, or not enough?) and on directions at random; Hotelling's T^2 says how far the mean of
-        the projections is from zero. For all layers together, the directions of the layers are
+        sure, or not enough?) and on random directions; Hotelling's T^2 measures the distance of the
+        mean of the projections from zero. For all layers together, the directions of the layers are
         added up, each in the unit of its root mean square.
 
         A small p-value: the network is not calibrated to these labels. A large one proves little:
@@ -187,7 +187,7 @@ class Scores:
           end, so that held-out data are needed;
         - a Gaussian of a wrong variance has scores of mean zero all the same (their covariance is
           wrong: the empirical trace is not the exact one);
-        - what is wrong may lie across the directions looked at: take more, or another seed.
+        - the error may be orthogonal to the directions: take more, or another seed.
 
         Args:
             directions: of each layer, at most a tenth of the samples.
@@ -294,7 +294,7 @@ def _tested(moments: Moments, layers: list[str], directions: int) -> MeanZeroTes
 
 @dataclass(frozen=True, repr=False)
 class MeanZeroTest(TSquared):
-    """Whether the mean score is zero, over all layers and for each.
+    """Test of a mean score of zero, over all layers and for each.
 
     Attributes:
         statistic: Hotelling's T^2 of all layers together.

@@ -1,15 +1,14 @@
 """One batch forward, and any number of vectors at its outputs backward, layer by layer.
 
-The forward pass leaves a tap behind each layer that has a rule (`tapping.py`). `Backpropagation
-.visit` sends a vector back and calls a visitor with (rule, x, g) for each layer, deepest first,
-while the gradient is there; nothing is kept unless the visitor keeps it, and the gradients of the
-weights themselves are never computed.
+The forward pass puts a tap after each layer that has a rule (`taps.py`). `Backpropagation.visit`
+sends a vector back and calls a visitor with (rule, x, g) for each layer, deepest first, while the
+gradient is in memory; only the visitor keeps anything, and the gradients of the weights themselves
+are not computed.
 
-Which parameters the taps answer for is read off autograd's graph: a parameter is covered when it
-enters the graph exactly once, in a layer with a rule, and when that rule has given the gradients of
-single samples for a few of them (`examination.py`). All others (tied weights, layers called twice,
-attention's own matrices, parameters used in expressions) get per-sample gradients one by one
-(`rows.py`).
+A tap measures a parameter that enters autograd's graph exactly once, in a layer with a rule that
+gives the gradients of single samples for a few of them (`layer_check.py`). All others (tied
+weights, layers called twice, attention's own matrices, parameters used in expressions) get
+per-sample gradients one by one (`per_sample.py`).
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ Visitor = Callable[[Rule, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Apart:
-    """What is known of the samples in a network, from `samples_apart`.
+    """How the layers of a network treat the samples of a batch, from `samples_apart`.
 
     Attributes:
         folds: rows per sample in the layer of each parameter that keeps the samples apart.
-        vectorised: whether torch.func gives the gradients that autograd gives.
-        shown: whether the samples looked at could tell; not if they were alike, or gradients zero.
+        vectorised: True if torch.func gives the gradients that autograd gives.
+        shown: True if the samples tried differ and their gradients are not zero.
     """
 
     folds: Mapping[str, int] = field(default_factory=dict)
@@ -53,7 +52,7 @@ class Apart:
 
 
 class Backpropagation:
-    """A batch that has gone forward.
+    """A completed forward pass, ready for backward.
 
     Attributes:
         inputs: x [n, ...].
@@ -85,7 +84,7 @@ class Backpropagation:
         self.samples = len(inputs)
         self.calls: list[Call] = []
         with undisturbed(model):
-            # one made under inference_mode has no gradients, wherever it is used
+            # a tensor made under inference_mode has no gradients anywhere
             self.inputs = inputs.clone() if inputs.is_inference() else inputs.detach()
             self._anchor = torch.zeros((), device=inputs.device, requires_grad=True)
             with self._tapped():
@@ -115,7 +114,7 @@ class Backpropagation:
 
     @contextlib.contextmanager
     def _tapped(self) -> Iterator[None]:
-        """Taps behind every layer that has a rule, inside."""
+        """A context with taps after every layer that has a rule."""
         name_of = {}
         for name, parameter in self._model.named_parameters():
             if name in self._shape:
@@ -137,7 +136,7 @@ class Backpropagation:
                 handle.remove()
 
     def _assign(self, uses: Counter[int]) -> None:
-        """Which parameters are covered by the taps, which need rows, which are not used."""
+        """Assign each parameter: measured by a tap, by rows, or not used."""
         tapped = Counter(name for call in self.calls for name in call.rule.names)
         parameters = dict(self._model.named_parameters())
         use = {name: uses[id(parameters[name])] for name in self._layout.names}
@@ -159,7 +158,7 @@ class Backpropagation:
         }
 
     def _keeps_apart(self, call: Call) -> bool:
-        """Whether the rows of this call are those of one sample after another."""
+        """True if the rows of this call are those of one sample after another."""
         fold, rest = divmod(call.rows, self.samples)
         if rest or fold < 1 or (fold > 1 and not call.rule.folds):
             return False
@@ -168,12 +167,12 @@ class Backpropagation:
         return all(self._apart.folds.get(name) == fold for name in call.rule.names)
 
     def visit(self, vector: Tensor, visitor: Visitor, *, last: bool = False) -> None:
-        """Send one vector [n, ...] at the outputs back and show every layer's gradients.
+        """Send one vector [n, ...] at the outputs back; give every layer's gradients to a visitor.
 
         Args:
             vector: what multiplies the outputs, in their shape.
             visitor: called with (rule, x, g) for each layer.
-            last: nothing is sent back afterwards, so that autograd may drop its graph on the way.
+            last: no other vector follows, so that autograd may free its graph.
         """
         vector = vector.to(self.outputs.dtype)
         missing = {id(call): call.rule.names for call in self.calls}
@@ -209,7 +208,7 @@ class Backpropagation:
                 )
         finally:
             for call in self.calls:
-                call.arrived = None  # or the batch would hold itself
+                call.arrived = None  # break the reference cycle
         if last:
             self._graph = None
 

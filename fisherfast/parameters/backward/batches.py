@@ -1,4 +1,4 @@
-"""Inputs and labels, batch by batch, from whatever holds them."""
+"""Inputs and labels, batch by batch, from tensors, Datasets, loaders and iterables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def batches(
     """Yield (x [n, ...], y [n, ...] or None); empty batches are left out.
 
     Inputs come to the model's device, and floating ones in its dtype. Labels stay where they are,
-    so that those in host memory can be looked at without waiting for a device.
+    so that those in host memory can be checked without waiting for a device.
 
     Args:
         data: see `Data`.
@@ -70,7 +70,9 @@ def _items(data: Data, batch_size: int) -> Iterator[Any]:
     elif isinstance(data, DataLoader):
         yield from data
     elif isinstance(data, Dataset):
-        own = torch.Generator("cpu")  # a loader draws a seed, if from the global generator
+        own = torch.Generator(
+            "cpu"
+        )  # a loader without its own generator draws a seed from the global one
         yield from DataLoader(data, batch_size=batch_size, generator=own)
     elif isinstance(data, list) and len(data) == 2 and _are_tensors(data):
         raise TypeError(
@@ -100,7 +102,7 @@ def _pair(data: tuple[Any, ...]) -> list[Tensor]:
 
 
 def count(data: Data) -> int | None:
-    """Samples in the data, or None where that shows only when they are read."""
+    """Samples in the data, or None where only reading them gives the number."""
     if isinstance(data, tuple) and data and isinstance(data[0], Tensor | np.ndarray):
         return len(data[0]) if data[0].ndim else None
     if isinstance(data, DataLoader):

@@ -1,15 +1,13 @@
-"""A few samples alone: which layers keep samples apart, seen before their rules are trusted."""
+"""Checks, on a few samples alone, of which layers' rules give the gradients of single samples."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fisherfast.parameters.backward.backpropagation import Apart, Backpropagation
-from fisherfast.parameters.backward.fingerprint import settings
 from fisherfast.parameters.backward.per_sample import (
     NOT_VECTORISED,
     alone,
@@ -18,52 +16,37 @@ from fisherfast.parameters.backward.per_sample import (
     vectorised,
 )
 from fisherfast.parameters.backward.taps import Call, undisturbed
-from fisherfast.parameters.checks import forward_alone, untouched
+from fisherfast.parameters.checks import untouched
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
 
 __all__ = ["check_one_alone", "samples_apart"]
 
 EXAMINED = 3
-"""Samples that `examined` looks at: one, one that may be alike, and one that is neither first
-nor last."""
+"""Samples tried alone: the first, one that differs from it, and one that is neither."""
 
 OUTPUTS_ALIKE = 100
 """Outputs of a sample alone and in a batch agree to so many square roots of their dtype's rounding,
 1.5e-6 in float64 and 0.03 in float32: sums in another order, amplified by the layers."""
 
 GRADIENTS_ALIKE = 10
-"""The same for gradients, which are only measured in another way where they do not agree."""
+"""The same for gradients; those that disagree are measured in another way."""
 
 LARGEST_DIFFERENCE = 0.3
 """The same for half precision: those of another sample differ by about their size."""
 
 
 ABOVE_NOISE = 10
-"""A change of the outputs is one when it is so many times what they change by themselves."""
-
-
-_EXAMINED: WeakKeyDictionary[nn.Module, tuple[Hashable, Apart]] = WeakKeyDictionary()
-"""What the last examination of a network has found, with what the network was like."""
-
-
-def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
-    """`examined`, once for a network: again when its modules, their settings, classes or hooks, its
-    switches or the shape of a sample have changed, or when it had shown nothing."""
-    alike = (layout, inputs.shape[1:], inputs.dtype, inputs.device, settings(model))
-    before, apart = _EXAMINED.get(model, (None, None))
-    if apart is not None and before == alike:
-        return apart
-    with forward_alone(model):
-        apart = examined(model, layout, inputs)
-    if apart.shown:
-        _EXAMINED[model] = alike, apart
-    return apart
+"""Factor by which a change of the outputs must exceed their own noise."""
 
 
 def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-    """Raise ValueError if the outputs of a sample are others alone than in its batch: no key of a
-    kept examination sees what a forward pass reads outside of its network. A pass of one sample."""
+    """Raise ValueError if a sample's outputs alone differ from those in its batch.
+
+    `samples_apart` compares batches of three; a network may mix the samples of larger ones only.
+
+    Cost: a forward pass of one sample.
+    """
     flat = inputs.reshape(len(inputs), inputs[:1].numel())
     others = (flat != flat[:1]).any(1).nonzero().flatten()
     one = int(others[-1]) if len(others) else 0
@@ -72,7 +55,7 @@ def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
 
 
 def _different(inputs: Tensor) -> tuple[Tensor, bool]:
-    """A few samples, not all alike if there are such; whether there are."""
+    """A few samples, not all equal if possible; True if they differ, or if there is only one."""
     flat = inputs.reshape(len(inputs), inputs[:1].numel())
     others = (flat != flat[:1]).any(1).nonzero().flatten().tolist()
     if not others:
@@ -82,16 +65,16 @@ def _different(inputs: Tensor) -> tuple[Tensor, bool]:
     return inputs[[0, second, third]], True
 
 
-def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
-    """Which layers' rules give the gradients of single samples, by trying a few samples alone.
+def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
+    """Find the layers whose rules give the gradients of single samples, by trying a few alone.
 
-    A layer may see [time, n, d], or windows of all samples mixed: its rows are then nobody's. It
-    may be changed by a hook, or by a forward method of its own. Where a rule's gradients are not
-    those that autograd gives for a sample alone, the parameters are measured one by one.
+    A layer may see [time, n, d], or windows that mix the samples: its rows then belong to no single
+    sample. A hook, or a forward method of its own, may change it. Where a rule's gradients differ
+    from those of autograd for a sample alone, the parameters are measured one by one.
 
     Raises:
-        ValueError: the output of a sample depends on the others, or on chance, or on parameters
-            that autograd does not see.
+        ValueError: the output of a sample depends on the others, on chance, or on parameters that
+            autograd does not see.
 
     Cost: three or four passes forward and back of three samples, and the memory of a gradient.
     """
@@ -101,7 +84,7 @@ def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart
     spread = torch.linspace(0.5, 1.5, f.numel(), dtype=f.dtype, device=f.device)
     vector = (spread * (1 - 2 * (torch.arange(f.numel(), device=f.device) % 2))).reshape(f.shape)
     _check_seen(model, trial)
-    wrong, silent = _misled(model, layout, trial, vector)
+    wrong, silent = _wrong_rules(model, layout, trial, vector)
     folds = {
         name: call.rows // EXAMINED
         for call in trial.calls
@@ -113,11 +96,11 @@ def examined(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart
     return Apart(folds, vectorised, shown and not silent)
 
 
-def _misled(
+def _wrong_rules(
     model: nn.Module, layout: ParameterLayout, trial: Backpropagation, vector: Tensor
 ) -> tuple[set[str], set[str]]:
-    """Parameters whose rule does not give the gradients of the samples alone, and those whose rule
-    has shown nothing, because all these are zero."""
+    """Parameters whose rule does not give the gradients of the samples alone, and those whose
+    gradients are all zero, which proves nothing."""
     found: list[tuple[Rule, Tensor, Tensor]] = []
 
     def keep(call: Call, x: Tensor, g: Tensor) -> None:
@@ -141,7 +124,7 @@ def _misled(
                 silent.difference_update(rule.names)
             try:
                 rows = [row[0] for row in rule.gradients(x[part], g[part])]
-            except NOT_VECTORISED:  # it is not the input that the rule knows
+            except NOT_VECTORISED:  # not an input that the rule can read
                 wrong.update(rule.names)
                 continue
             if not _alike(rows, expected, GRADIENTS_ALIKE):
@@ -156,8 +139,8 @@ def _reordered(
     vector: Tensor,
     found: Sequence[tuple[Rule, Tensor, Tensor]],
 ) -> set[str]:
-    """Parameters of layers that see the samples in an order of the network's own, sorted by their
-    length for one: with the samples the other way round, it does not turn round with them."""
+    """Parameters of layers that see the samples in an order of the network's own (sorted by length,
+    say): reversing the samples does not reverse that order."""
     back = Backpropagation(model, layout, trial.inputs.flip(0))
     seen: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
@@ -184,7 +167,7 @@ def _same_rows(here: Tensor, there: Tensor) -> bool:
 def _can_vectorise(
     model: nn.Module, trial: Backpropagation, names: Sequence[str], vector: Tensor
 ) -> bool:
-    """Whether torch.func gives the gradients of the samples alone."""
+    """True if torch.func gives the gradients of the samples alone."""
     with undisturbed(model):
         try:
             rows = vectorised(model, names, trial.inputs, vector)
@@ -199,7 +182,7 @@ def _can_vectorise(
 
 
 def _alike(rows: Sequence[Tensor], expected: Sequence[Tensor], roots: int) -> bool:
-    """Whether all are the same but for rounding, relative to the largest number among them."""
+    """True if all are equal but for rounding, relative to the largest number among them."""
     pairs = [pair for pair in zip(rows, expected, strict=True) if pair[1].numel()]
     if any(row.shape != truth.shape for row, truth in pairs):
         return False
@@ -214,7 +197,7 @@ def _alike(rows: Sequence[Tensor], expected: Sequence[Tensor], roots: int) -> bo
 def _check_apart(among_others: Tensor, alone: Tensor) -> None:
     """Raise ValueError unless a sample's outputs are the same alone as in a batch."""
     if not bool(among_others.isfinite().all()):
-        return  # the likelihood says so
+        return  # the likelihood raises the error
     if not _alike([among_others], [alone], OUTPUTS_ALIKE):
         raise ValueError(
             "model must treat every sample by itself and always alike: the output of a sample"
@@ -224,7 +207,7 @@ def _check_apart(among_others: Tensor, alone: Tensor) -> None:
 
 
 def _check_seen(model: nn.Module, trial: Backpropagation) -> None:
-    """Raise ValueError where parameters change the outputs and autograd does not know."""
+    """Raise ValueError where parameters change the outputs outside autograd."""
     if not trial.unused:
         return
     generator = torch.Generator("cpu").manual_seed(0)

@@ -1,4 +1,4 @@
-"""Per-sample gradients of parameters that no layer rule answers for: slower, and always right."""
+"""Per-sample gradients of parameters without a layer rule: slower, and always right."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fisherfast.parameters.layout import some_of
 __all__ = ["NOT_VECTORISED", "alone", "one_by_one", "swapping", "vectorised"]
 
 CHUNK_BYTES = 2**26
-"""Per-sample gradients that are computed at a time, 64 MiB."""
+"""Bytes of per-sample gradients at a time, 64 MiB."""
 
 NOT_VECTORISED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
-"""What models raise under torch.func: a branch on a value, an operation without a rule, a check of
+"""Errors of models under torch.func: a branch on a value, an operation without a rule, a check of
 their own (NotImplementedError is a RuntimeError)."""
 
 SLOW_BATCHING = "There is a performance drop because we have not yet implemented the batching rule"
-"""How torch says that an operation is done sample by sample, which is what is asked for."""
+"""Torch's warning that an operation runs sample by sample, as wanted here."""
 
 
 def vectorised(model: nn.Module, names: Sequence[str], inputs: Tensor, vector: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def vectorised(model: nn.Module, names: Sequence[str], inputs: Tensor, vector: T
         [n, p], the parameters side by side.
 
     Raises:
-        Exception: whatever the model raises where it cannot be vectorised.
+        Exception: any error of a model that cannot be vectorised.
 
     Cost: one forward and backward pass over the batch.
     """
@@ -93,7 +93,7 @@ def _relist(module: nn.Module, args: object) -> None:
 
 @contextlib.contextmanager
 def _batching() -> Iterator[None]:
-    """Attention by operations that can be vectorised, and no word of those that cannot."""
+    """Use attention that can be vectorised; silence the warning of operations that cannot."""
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.filterwarnings("ignore", message=SLOW_BATCHING)
         yield

@@ -1,6 +1,6 @@
-"""Taps behind layers, the modes in which a network runs for them, and what autograd's graph tells.
+"""Taps after layers, the modes in which a network runs, and uses of parameters in the graph.
 
-A tap is an identity behind a layer whose backward pass shows the gradient at the layer's output.
+A tap is an identity after a layer; its backward pass reads the gradient at the layer's output.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Call:
 
     Attributes:
         rule: of the layer.
-        rows: of its output; 0 where the rows of input and output do not go together.
+        rows: of its output; 0 where input and output have different numbers of rows.
         arrived: called with the call, x and g when the gradient passes.
-        last: no other vector is sent back, x can go.
+        last: no other vector is sent back, so that x can be freed.
     """
 
     rule: Rule
@@ -41,14 +41,14 @@ class Call:
 def tap(
     module: nn.Module, rule: Rule, anchor: Tensor, called: Callable[[Call], None]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Tap a layer, before all hooks of the user's; `called` is told of each of its calls.
+    """Tap a layer, before all hooks of the user; `called` gets each of its calls.
 
     Args:
         module: the layer.
         rule: its rule.
         anchor: a number that requires grad: its gradient brings a vector to all taps, and to
             nothing else.
-        called: keeps the calls.
+        called: appends the call.
     """
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
@@ -65,10 +65,10 @@ def tap(
 
 
 class _Tap(torch.autograd.Function):
-    """The identity. What comes after may overwrite the output in place: the layers that have taps
-    do not keep theirs.
+    """The identity. Later layers may overwrite the output in place: layers with taps do not keep
+    their output.
 
-    It keeps x itself, without autograd: what checkpoints count and compute again are autograd's.
+    It keeps x itself, outside autograd, so that checkpoints neither count nor recompute it.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        unchanged = ctx.x._version == ctx.version  # else nobody has what the layer was given
+        unchanged = ctx.x._version == ctx.version  # else the input is lost
         if ctx.call.arrived is not None and unchanged:
             ctx.call.arrived(ctx.call, ctx.x, g)
         if ctx.call.last:
@@ -89,8 +89,8 @@ class _Tap(torch.autograd.Function):
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gradients on, whatever the caller's modes; autocast off: the Fisher matrix is that of the
-    parameters in the precision they have. cuDNN has no backward pass for recurrent layers in eval
+    """Turn gradients on and autocast off, in any mode of the caller: F is that of the
+    parameters in their own precision. cuDNN has no backward pass for recurrent layers in eval
     mode, so they run without it."""
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))

@@ -1,4 +1,4 @@
-"""What one layer knows of its own per-sample gradients.
+"""Contractions of the per-sample gradients of one layer.
 
 A layer that applies its parameters linearly has, for sample i with input x_i and gradient g_i of
 the log-likelihood with respect to its output, the per-sample gradient
@@ -6,31 +6,42 @@ the log-likelihood with respect to its output, the per-sample gradient
     G_i = sum_t g_it a_it^T          (t: positions that share the parameters)
 
 where a_it is what multiplies the weights at position t: the input of a linear layer, a patch of a
-convolution's, the normalised activation of a norm. Every structure of the Fisher matrix asks for
-some contraction of these G_i; a rule answers without building them where it can. A rule for a kind
-of layer is one class; `rule_for` finds it.
+convolution's, the normalised activation of a norm. Every structure of the Fisher matrix needs
+some contraction of these G_i; a rule computes it without building them where possible. Each kind of
+layer has one class of rule; `rule_for` finds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Rows", "Rule"]
+from fisherfast import ops
+
+__all__ = [
+    "Layer",
+    "LinearMap",
+    "Rows",
+    "Rule",
+    "as_kernels_read",
+    "kernel_squares",
+    "some_samples",
+    "sum_of_squares",
+]
 
 
 class Rule:
     """Contractions of the per-sample gradients of one layer.
 
-    x and g are what the layer was given and the gradient at its output, with samples first; `names`
+    x is the input of the layer and g the gradient at its output, with samples first; `names`
     and `shapes` are those of the parameters measured, and every tuple returned has their order.
     """
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
-    folds = False  # whether x may be [n, positions, ...] where the layer saw [n positions, ...]
+    folds = False  # True if x may be [n, positions, ...] where the layer had [n positions, ...]
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """G_i of every sample: one [n, *shape] per parameter."""
@@ -79,3 +90,85 @@ class Rows(Rule):
         return tuple(
             part.reshape(len(g), *shape) for part, shape in zip(parts, self.shapes, strict=True)
         )
+
+
+class Layer(Rule):
+    """A module whose own parameters `weight` and `bias` are measured, either or both."""
+
+    def __init__(self, module: nn.Module, own: Mapping[str, str]) -> None:
+        """own: attribute -> full name, of the parameters that are measured."""
+        self.module = module
+        self.attributes = tuple(own)
+        self.names = tuple(own.values())
+        self.shapes = tuple(getattr(module, attribute).shape for attribute in own)
+
+    def _ordered(self, **parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            parts[attribute].reshape(-1, *shape)
+            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
+        )
+
+    def _shaped(self, **parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            parts[attribute].reshape(shape)
+            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
+        )
+
+
+class LinearMap(Layer):
+    """A layer whose output is known to be linear in its parameters: products with vectors are
+    passes of the layer, and no per-sample gradients."""
+
+    def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
+        """The output [n, ...] for x if the parameters measured were v and all others zero: it is
+        linear in v, and <G_i, v> = <g_i, output_i>."""
+        raise NotImplementedError
+
+    def products(self, x: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:
+        """<G_i, v> [n], by one forward pass of the layer."""
+        output = self.applied(x, [part.to(g.dtype) for part in v])
+        return (g * output.reshape(g.shape)).flatten(1).sum(1)
+
+    def weighted_sum(self, x: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        """sum_i u_i G_i, by one backward pass of the layer."""
+        weighted = g * u.to(g.dtype).reshape(-1, *[1] * (g.dim() - 1))
+        with torch.inference_mode(False), torch.enable_grad():
+            v = [g.new_zeros(shape).requires_grad_() for shape in self.shapes]
+            output = self.applied(x, v)
+            return torch.autograd.grad(output, v, weighted.reshape(output.shape))
+
+
+def some_samples(samples: int, numbers: int, limit: int) -> Iterator[slice]:
+    """Slices of samples of `numbers` numbers each: of at most `limit` numbers, or one sample."""
+    few = max(1, limit // max(1, numbers))
+    return (slice(first, first + few) for first in range(0, samples, few))
+
+
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """sum_i rows_i^2 of rows [n, ...], in float64."""
+    return rows.double().square().sum(0)
+
+
+def kernel_squares(
+    x: Tensor,
+    g: Tensor,
+    kernel: Sequence[int] = (1,),
+    *,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Tensor:
+    """`ops.gradient_squares` of x and g [n, C, L] or [n, C, H, W]."""
+    if x.dim() == 3:
+        x, g = x.unsqueeze(2), g.unsqueeze(2)
+        kernel, stride, dilation = ((1, *numbers) for numbers in (kernel, stride, dilation))
+        padding = (0, *padding)
+    x, g = as_kernels_read(x), as_kernels_read(g)
+    settings = {"stride": stride, "padding": padding, "dilation": dilation}
+    return ops.gradient_squares(x, g, kernel, groups=groups, **settings)
+
+
+def as_kernels_read(x: Tensor) -> Tensor:
+    """x in a dtype that kernels read: half precision in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

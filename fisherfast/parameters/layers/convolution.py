@@ -1,4 +1,4 @@
-"""The rules of convolutions and transposed convolutions, by the patches that their kernels meet."""
+"""The rules of convolutions and transposed convolutions, by the patches under their kernels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherfast import ops
-from fisherfast.parameters.layers.base import Rule
-from fisherfast.parameters.layers.linear import MatrixRule, Sharing, bordered
-from fisherfast.parameters.layers.linear_map import (
+from fisherfast.parameters.layers.base import (
     Layer,
+    Rule,
     as_kernels_read,
     kernel_squares,
     sum_of_squares,
 )
+from fisherfast.parameters.layers.linear import MatrixRule, Sharing, bordered
 
 __all__ = ["CONVOLUTIONS", "TRANSPOSED", "Convolution", "TransposedConvolution"]
 
@@ -58,12 +58,12 @@ class Convolution(MatrixRule):
         weight = parts.get("weight")
         if weight is None:
             weight = x.new_zeros(module.weight.shape)
-        return module._conv_forward(x, weight, parts.get("bias"))  # as its padding mode has it
+        return module._conv_forward(x, weight, parts.get("bias"))  # with its padding mode
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time for three dimensions."""
         module = self.module
-        if not isinstance(module, nn.Conv1d | nn.Conv2d):  # the kernel knows images
+        if not isinstance(module, nn.Conv1d | nn.Conv2d):  # the kernel takes images only
             return super().squares(x, g)
         parts = {}
         if "weight" in self.attributes:
@@ -90,8 +90,8 @@ class TransposedConvolution(Layer):
         return zip(module.stride, module.dilation, module.kernel_size, padding, strict=True)
 
     def _margins(self, x: Tensor, g: Tensor) -> list[int]:
-        """What the windows over g reach beyond it, as F.pad takes it; `output_padding` widens g on
-        one side, to where no window may reach (then it is negative)."""
+        """The margins that the windows over g need, in the form of F.pad; negative where
+        `output_padding` widens g on one side beyond every window."""
         margins = []
         for axis, (stride, dilation, kernel, padding) in enumerate(self._settings(), start=2):
             last = (x.shape[axis] - 1) * stride - padding + dilation * (kernel - 1)
@@ -142,7 +142,7 @@ class TransposedConvolution(Layer):
 
 
 def padded(module: nn.Module, x: Tensor) -> Tensor:
-    """x with the margins of a convolution, whatever they hold."""
+    """x with the margins of a convolution, in any padding mode."""
     assert isinstance(module, CONVOLUTIONS)
     around = list(module._reversed_padding_repeated_twice)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -150,9 +150,9 @@ def padded(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _as_image(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """x as [n, C, H, W], and what the ops take of its windows; a line is an image of one row.
+    """x as [n, C, H, W], and the window arguments of the ops; a line is an image of one row.
 
-    What the padding adds is in the image already, unless it is the same zeros on both sides.
+    The image contains the padding already, unless that is the same zeros on both sides.
     """
     around = list(module._reversed_padding_repeated_twice)
     padding = around[::2][::-1]  # before each axis, the first one first
@@ -171,7 +171,7 @@ def _as_image(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[st
 
 
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:
-    """Every patch that a convolution's kernel meets: [n, C, *kernel, *positions], a view of x."""
+    """Every patch under a convolution's kernel: [n, C, *kernel, *positions], a view of x."""
     assert isinstance(module, CONVOLUTIONS)
     x = padded(module, x)
     spatial = len(module.kernel_size)

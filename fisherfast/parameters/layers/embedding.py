@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherfast.parameters.layers.linear_map import LinearMap
+from fisherfast.parameters.layers.base import LinearMap
 
 __all__ = ["Embedding"]
 

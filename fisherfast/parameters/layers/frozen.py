@@ -1,4 +1,4 @@
-"""Rules that outlive the network: plain numbers in place of its modules."""
+"""Rules without the network: plain numbers in place of its modules."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[type[DetachedRule], type[nn.Module], tuple[str, ...]]] = 
 
 
 def detached(rule: Rule) -> DetachedRule | None:
-    """A copy of a rule that holds no tensor of the network; None where sizes do not tell all."""
+    """A copy of a rule that holds no tensor of the network; None where sizes are not enough."""
     try:
         return rule_from_settings(settings_of(rule))
     except TypeError:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherfast import ops
-from fisherfast.parameters.layers.column_gram import column_gram
-from fisherfast.parameters.layers.linear_map import (
+from fisherfast.parameters.layers.base import (
     LinearMap,
     as_kernels_read,
     kernel_squares,
@@ -19,15 +18,15 @@ from fisherfast.parameters.layers.linear_map import (
     sum_of_squares,
 )
 
-__all__ = ["Linear", "MatrixRule", "Sharing", "bordered"]
+__all__ = ["Linear", "MatrixRule", "Sharing", "bordered", "column_gram"]
 
 Sharing = Literal["expand", "reduce"]
-"""What Kronecker factors do with shared positions: see `KroneckerFisher`."""
+"""The treatment of shared positions in Kronecker factors: see `KroneckerFisher`."""
 
 PORTION_BYTES = 32 * 2**20
-"""Of the rows a that are in memory at a time, where they are a copy of x."""
+"""Bytes of the rows a in memory at a time, where they are a copy of x."""
 IN_MEMORY = 1 << 22
-"""Numbers of patches and per-sample gradients at a time, where no kernel does without: 32 MB."""
+"""Numbers of patches and per-sample gradients at a time where no kernel avoids them: 32 MB."""
 
 
 class MatrixRule(LinearMap):
@@ -87,7 +86,7 @@ class MatrixRule(LinearMap):
         return gram
 
     def _column_portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(samples, a, b [R, n, G, T, M]) of some samples after the others."""
+        """(samples, a, b [R, n, G, T, M]) of some samples at a time."""
         start = 0
         for a, _ in self._portions(x, g[0]):
             where = slice(start, start + len(a))
@@ -121,7 +120,7 @@ class MatrixRule(LinearMap):
         raise NotImplementedError
 
     def _portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """`matrices` of some samples after the others, so that they take bounded memory."""
+        """`matrices` of some samples at a time, in bounded memory."""
         first = self.matrices(x[:1], g[:1])[0]
         step = max(1, PORTION_BYTES // max(first.numel() * first.element_size(), 1))
         for start in range(0, len(x), step):
@@ -167,14 +166,120 @@ class Linear(MatrixRule):
         return g.reshape(len(g), 1, -1, g.shape[-1])
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """See `Rule.squares`; where there is one position, it is a product of matrices."""
+        """See `Rule.squares`; with one position it is a product of matrices."""
         x, g = (rows.reshape(len(rows), -1, rows.shape[-1]) for rows in (x, g))
         parts = {}
         if "weight" in self.attributes and x.shape[1] > 1:
             parts["weight"] = kernel_squares(x.mT, g.mT)
         elif "weight" in self.attributes:
-            # float64: a reduced precision of products, which the user may have set, ends at float32
+            # float64: the user may have reduced the precision of float32 products
             parts["weight"] = g.sum(1).double().square().T @ x.sum(1).double().square()
         if "bias" in self.attributes:
             parts["bias"] = sum_of_squares(g.sum(1))
         return self._shaped(**parts)
+
+
+TILE_NUMBERS = 2**22
+"""Numbers of gradients that are in memory at a time: 32 MB in float64."""
+
+LINES, LANES = 8, 16
+"""`ops.gradient_gram` rounds its positions up to multiples of these."""
+
+PRODUCT_COST = {torch.float32: 0.5, torch.float64: 1.0}
+"""Cost of a multiply-add of that op, in those of a float64 matrix product: measured on one core of
+an AVX-512 processor: 50 and 30 to 39 GFLOP/s, and 31."""
+
+
+def column_gram(
+    a: Tensor,
+    b: Tensor,
+    other_a: Tensor | None = None,
+    other_b: Tensor | None = None,
+    *,
+    weight: bool = True,
+    bias: bool = False,
+) -> Tensor:
+    """<G_ri, G'_qj> of gradients G_ri = sum_t b_rit a_it^T, and of the bias sum_t b_rit.
+
+    Args:
+        a: [n, G, T, D], what multiplies the weights in each of G groups at T positions.
+        b: [R, n, G, T, M], gradients at the output, of R columns.
+        other_a, other_b: the other samples; None for the products of the samples with each other.
+        weight, bias: which of the two are measured.
+
+    Returns:
+        [R, n, R', n'] float64.
+
+    Cost: n n' times the least of R R' M D (with the gradients, some of their numbers at a time) and
+    T T' (D + R' M) + R R' T M (without); one product of D and one of M numbers where T = 1.
+    """
+    right_a, right_b = (a, b) if other_a is None or other_b is None else (other_a, other_b)
+    gram = a.new_zeros((*b.shape[:2], *right_b.shape[:2]), dtype=torch.float64)
+    for group in range(a.shape[1]):
+        left = a[:, group], b[:, :, group]
+        right = left if other_a is None else (right_a[:, group], right_b[:, :, group])
+        if bias:
+            gram += _inner(left[1].double().sum(2), right[1].double().sum(2))
+        if not weight:
+            continue
+        if left[0].shape[1] == right[0].shape[1] == 1:
+            gram += _of_single_positions(left, right)
+        elif _cheaper_without_gradients(left, right):
+            gram += _without_gradients(left, None if other_a is None else right)
+        else:
+            gram += _with_gradients(left, right)
+    return gram
+
+
+Side = tuple[Tensor, Tensor]
+"""a [n, T, D] and b [R, n, T, M]."""
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """[R, n, R', n'] of rows [R, n, k] and [R', n', k]."""
+    return (left.flatten(0, 1) @ right.flatten(0, 1).T).reshape(*left.shape[:2], *right.shape[:2])
+
+
+def _of_single_positions(left: Side, right: Side) -> Tensor:
+    """(a_i . a'_j) (b_ri . b'_qj)."""
+    inputs = left[0][:, 0].double() @ right[0][:, 0].double().T
+    gram = _inner(left[1][:, :, 0].double(), right[1][:, :, 0].double())
+    return gram.mul_(inputs[None, :, None, :])
+
+
+def _cheaper_without_gradients(left: Side, right: Side) -> bool:
+    (_, positions, inputs), (columns, _, _, outputs) = left[0].shape, left[1].shape
+    rows = -(-positions // LANES) * LANES
+    others = -(-right[0].shape[1] // LINES) * LINES
+    pairs = columns * right[1].shape[0]
+    without = rows * others * (inputs + right[1].shape[0] * outputs) + pairs * rows * outputs
+    return without * PRODUCT_COST[left[0].dtype] < pairs * outputs * inputs
+
+
+def _without_gradients(left: Side, right: Side | None) -> Tensor:
+    sides = [side for side in (left, right) if side is not None]
+    given = [part for a, b in sides for part in (a, b.transpose(0, 1))]
+    gram: Tensor = ops.gradient_gram(*given)
+    return gram.permute(1, 0, 3, 2)
+
+
+def _with_gradients(left: Side, right: Side) -> Tensor:
+    """Products of gradients, some of their entries at a time."""
+    gram = left[0].new_zeros((*left[1].shape[:2], *right[1].shape[:2]), dtype=torch.float64)
+    rows = max(b.shape[0] * b.shape[1] for _, b in (left, right))
+    entries = max(1, TILE_NUMBERS // max(1, rows))
+    outputs, inputs = left[1].shape[-1], left[0].shape[-1]
+    wide = min(inputs, entries)
+    high = max(1, entries // max(1, wide))
+    for m in range(0, outputs, high):
+        for d in range(0, inputs, max(1, wide)):
+            block = slice(m, m + high), slice(d, d + wide)
+            here = _gradients(left, *block)
+            gram += _inner(here, here if right is left else _gradients(right, *block))
+    return gram
+
+
+def _gradients(side: Side, outputs: slice, inputs: slice) -> Tensor:
+    """Some entries of the gradients: [R, n, entries]."""
+    a, b = side[0][..., inputs].double(), side[1][..., outputs].double()
+    return (b.mT @ a).flatten(2)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherfast.parameters.layers.linear_map import LinearMap, some_samples, sum_of_squares
+from fisherfast.parameters.layers.base import LinearMap, some_samples, sum_of_squares
 
 __all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "Norm"]
 
@@ -16,7 +16,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 IN_CACHE = 1 << 18
-"""Numbers of a temporary that is read at once: some samples at a time, 2 MB at most."""
+"""Numbers of a temporary that stays in the caches, 2 MB: some samples at a time."""
 
 
 class Norm(LinearMap):
@@ -28,7 +28,7 @@ class Norm(LinearMap):
         self.folds = isinstance(module, nn.LayerNorm | nn.RMSNorm)
 
     def normalised(self, x: Tensor) -> Tensor:
-        """What the scale multiplies, in the shape of x."""
+        """The numbers that the scale multiplies, in the shape of x."""
         module = self.module
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             shape = [1, -1] + [1] * (x.dim() - 2)

@@ -1,7 +1,7 @@
-"""Which rule a module of PyTorch has: found by its class and the way it is set.
+"""The rule of each module of PyTorch, found by its class and settings.
 
-What has no rule here is measured by per-sample gradients (`rows.py`), which is slower and always
-right.
+Parameters without a rule are measured by per-sample gradients (`backward/per_sample.py`), which is
+slower and always right.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["rule_for"]
 def rule_for(module: nn.Module, own: Mapping[str, str]) -> Rule | None:
     """The rule of a module whose parameters `own` (attribute -> full name) are measured, or None
     where it has none."""
-    if not set(own) <= {"weight", "bias"} or "forward" in vars(module):  # or it is somebody's own
+    if not set(own) <= {"weight", "bias"} or "forward" in vars(module):  # modified by the user
         return None
     if type(module) is nn.Linear:
         return Linear(module, own)

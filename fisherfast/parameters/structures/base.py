@@ -1,39 +1,43 @@
-"""What every structure of the Fisher matrix can be asked."""
+"""The methods that every structure of the Fisher matrix has."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fisherfast.parameters.backward.columns import FisherType, Sweep
-from fisherfast.parameters.checks import check_number
+from fisherfast.parameters.analysis.effective_dimension import (
+    EffectiveDimension,
+    effective_dimension,
+)
+from fisherfast.parameters.analysis.importance import Importance, Per, importance
+from fisherfast.parameters.analysis.spectrum import Spectrum, all_eigenvalues, largest_eigenvalues
+from fisherfast.parameters.backward.columns import FisherType, Source
+from fisherfast.parameters.checks import check_choice, check_count, check_damping, check_seed
 from fisherfast.parameters.layout import ParameterLayout
 
-__all__ = ["Accumulator", "ParameterFisher"]
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+__all__ = ["DENSE_BYTES", "ParameterFisher"]
 
 Vector = Tensor | Mapping[str, Tensor]
 """[P] or [P, m], or one tensor per parameter by name."""
 
 DENSE_BYTES = 8 * 2**30
-"""Largest dense matrix that `to_dense` builds unasked: 32 768 parameters in float64."""
+"""Largest matrix that `to_dense` builds: 32 768 parameters in float64."""
 
+
+Self = TypeVar("Self", bound="ParameterFisher")
 
 Columns = Callable[[Tensor], Tensor]
 """A map of V [P, m] float64 to V's shape."""
-
-
-class Accumulator(Protocol):
-    """How one structure is summed over batches."""
-
-    def add(self, sweep: Sweep) -> None:
-        """Take one batch in."""
-
-    def result(self, samples: int) -> ParameterFisher:
-        """The structure, averaged over the samples seen."""
 
 
 class ParameterFisher(ABC):
@@ -46,12 +50,14 @@ class ParameterFisher(ABC):
         samples: n.
         fisher_type: "exact", "mc" or "empirical".
         structure: how it is stored.
-        name: what it is, in words; of "empirical" that it is not the Fisher matrix.
+        name: the kind of matrix, in words; "empirical" is named as not the Fisher matrix.
 
     Numbers are float64, in the unit 1 / w^2; vectors go over parameters as `layout` orders them.
     """
 
     structure: ClassVar[str]
+    _source: Source | None = None
+    """The network and data that it was measured from, for analyses that read them again."""
 
     def __init__(self, layout: ParameterLayout, samples: int, fisher_type: FisherType) -> None:
         self.layout, self.samples, self.fisher_type = layout, samples, fisher_type
@@ -63,7 +69,7 @@ class ParameterFisher(ABC):
 
     @property
     def name(self) -> str:
-        """What this matrix is, in words."""
+        """The kind of matrix, in words."""
         what = {
             "exact": "Fisher matrix",
             "mc": "Fisher matrix, Monte Carlo",
@@ -75,7 +81,7 @@ class ParameterFisher(ABC):
         return f"<{self.name}: {self.layout.size} parameters, {self.samples} samples>"
 
     def __matmul__(self, vector: Vector) -> Any:
-        """F v, as v was given: [P], [P, m], or by name; float64, differentiable in v.
+        """F v in the form of v: [P], [P, m], or by name; float64, differentiable in v.
 
         Raises:
             TypeError: v is complex, or neither tensors nor a mapping of them.
@@ -84,7 +90,7 @@ class ParameterFisher(ABC):
         return self._apply(self._matmul, vector)
 
     def solve(self, vector: Vector, *, damping: float = 0.0) -> Any:
-        """(F + damping)^-1 v, as v was given, like ``F @ v``.
+        """(F + damping)^-1 v, in the form of v, like ``F @ v``.
 
         Raises:
             TypeError: v is complex, or neither tensors nor a mapping of them; damping is no number.
@@ -130,8 +136,8 @@ class ParameterFisher(ABC):
 
     @abstractmethod
     def eigenvalues(self) -> Tensor:
-        """All P eigenvalues in ascending order, or those that are not surely zero (each structure
-        says which)."""
+        """All P eigenvalues in ascending order, or those that may differ from zero (see each
+        structure)."""
 
     @abstractmethod
     def logdet(self, *, damping: float = 0.0) -> float:
@@ -150,9 +156,213 @@ class ParameterFisher(ABC):
             )
         return self @ torch.eye(size, dtype=torch.float64, device=self._device())
 
+    def to_scipy(self) -> LinearOperator:
+        """F as a SciPy linear operator, for its eigenvalue and linear solvers.
+
+        Returns:
+            A ``scipy.sparse.linalg.LinearOperator`` of shape (P, P), float64, whose products are
+            those of ``F @ v``, with NumPy arrays on the CPU.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> from scipy.sparse.linalg import eigsh
+            >>> model, x = torch.nn.Linear(4, 3), torch.randn(50, 4)
+            >>> F = ff.parameters.fisher(model, "categorical", x, structure="gram")
+            >>> values, directions = eigsh(F.to_scipy(), k=2)
+            >>> bool(abs(values[-1] / F.eigenvalues()[-1] - 1) < 1e-9)
+            True
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(v: np.ndarray) -> np.ndarray:
+            given = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64))
+            found = self._matmul(given.reshape(len(given), -1).to(self._device()))
+            return found.reshape(given.shape).cpu().numpy()
+
+        return LinearOperator(
+            self.shape,
+            matvec=product,
+            rmatvec=product,
+            matmat=product,
+            rmatmat=product,
+            dtype=np.float64,
+        )
+
+    def spectrum(
+        self, count: int | None = None, *, seed: int = 0, memory_budget: int | str = "8 GiB"
+    ) -> Spectrum:
+        """The eigenvalues of F and their directions, and how many parameters are in use.
+
+        Args:
+            count: None for all eigenvalues that the structure has; a number for so many of the
+                largest, from products ``F @ v`` alone.
+            seed: of the start vectors, where count is given.
+            memory_budget: bytes for the vectors, where count is given: a number or like "8 GiB".
+
+        Returns:
+            `Spectrum`.
+
+        Raises:
+            TypeError: a count that is not a whole number.
+            ValueError: a count that is not positive; F is zero.
+            MemoryError: the vectors do not fit.
+
+        Cost: that of ``eigenvalues()``; for "gram" N^3 operations for N = samples x columns, 4 s
+        for N = 4500 on two cores. With count that of `largest_eigenpairs`: two or three products
+        ``F @ v`` for each eigenvalue, and about 20 to see that none is missing.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(9, 30), nn.Tanh(), nn.Linear(30, 3))
+            >>> F = ff.parameters.fisher(model, "categorical", torch.randn(20, 9), structure="gram")
+            >>> found = F.spectrum()
+            >>> found.parameters, found.rank
+            (393, 40)
+        """
+        missing, rest = self._left_out()
+        if count is not None:
+            check_count("count", count)
+            check_seed(seed)
+            return largest_eigenvalues(
+                self._matmul,
+                int(count),
+                layout=self.layout,
+                samples=self.samples,
+                trace=self.trace(),
+                most=self._rank_at_most(),
+                precision=self.precision,
+                device=self._device(),
+                seed=seed,
+                memory_budget=memory_budget,
+            )
+        return all_eigenvalues(
+            self.eigenvalues().flip(0).clamp_min(0),
+            layout=self.layout,
+            samples=self.samples,
+            trace=self.trace() + missing,
+            most=self._rank_at_most(),
+            precision=self.precision,
+            rest_at_most=rest,
+            directions=self._directions,
+        )
+
+    def effective_dimension(
+        self, n: float, gamma: float = 1.0, *, others: Sequence[ParameterFisher] = ()
+    ) -> EffectiveDimension:
+        """The number of parameters that n samples can tell apart, see `EffectiveDimension`.
+
+        Args:
+            n: samples that the network would be trained on; kappa must be above 1.
+            gamma: in (0, 1].
+            others: Fisher matrices of the same network at other parameters, drawn at random.
+
+        Returns:
+            `EffectiveDimension`.
+
+        Raises:
+            ValueError: n or gamma out of range, matrices of different networks, F is zero.
+
+        Cost: eigenvalues of each matrix; for "gram", the structure to take, a Cholesky factor of
+        its N x N or P x P side. "lowrank" gives a lower bound, "diag" and "kfac" that of theirs.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x = torch.randn(50, 4)
+            >>> drawn = [
+            ...     ff.parameters.fisher(torch.nn.Linear(4, 3), "categorical", x, structure="gram")
+            ...     for _ in range(3)
+            ... ]
+            >>> 0 < drawn[0].effective_dimension(1000, others=drawn[1:]).value < 15
+            True
+        """
+        matrices = [self, *others]
+        for other in others:
+            check_fisher(other)
+            self.layout.check_same(other.layout, "others")
+        return effective_dimension(
+            [matrix.trace() for matrix in matrices],
+            [matrix._log_det_one_plus for matrix in matrices],
+            parameters=self.layout.size,
+            n=n,
+            gamma=gamma,
+        )
+
+    def importance(self, *, per: Per = "parameter") -> Importance:
+        """The rise of the loss expected when parameters, units or layers are set to zero.
+
+        See `Importance` for the formulas and what a unit is. Per unit and layer the pairs of
+        parameters inside count exactly, whatever the structure: network and data are read again.
+
+        Args:
+            per: "parameter", "unit" or "layer".
+
+        Returns:
+            `Importance`, float64.
+
+        Raises:
+            TypeError: per unit or layer, data that can be read once only.
+            ValueError: an unknown ``per``; parameters that have changed since F was measured; a
+                matrix without its network and data (loaded, or `released`).
+
+        Cost: per parameter none; per unit and layer a pass over the data, with one product of each
+        layer's outputs and gradients for layers that apply their parameters linearly.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            >>> F = ff.parameters.fisher(model, "categorical", torch.randn(9, 4))
+            >>> units = F.importance(per="unit")
+            >>> units["0"].shape
+            torch.Size([8])
+            >>> int(units.least(0.25)["0"].sum() + units.least(0.25)["2"].sum())  # of 8 + 3 units
+            3
+        """
+        check_choice("per", per, ("parameter", "unit", "layer"))
+        return importance(self._source_again(), per, self.diag(), self.samples)
+
+    def released(self: Self) -> Self:
+        """This matrix without the references to its network and data."""
+        alone = copy.copy(self)
+        alone._source = None
+        return alone
+
+    def _source_again(self) -> Source:
+        if self._source is None:
+            raise ValueError(
+                "F must have its network and data for this, got a matrix that was loaded or"
+                " released: measure it again"
+            )
+        return self._source
+
+    @property
+    def precision(self) -> float:
+        """Relative rounding error of the numbers that it is made of."""
+        return torch.finfo(torch.float64).eps
+
+    def _rank_at_most(self) -> int:
+        return self.layout.size
+
+    def _left_out(self) -> tuple[float, float]:
+        """Trace, and at least the largest eigenvalue, of what the structure leaves out of F."""
+        return 0.0, 0.0
+
+    def _directions(self, chosen: Sequence[int]) -> Tensor:
+        """Directions [P, k] of some eigenvalues, number 0 that of the largest."""
+        return self._eigenvectors[:, list(chosen)]
+
+    @cached_property
+    def _eigenvectors(self) -> Tensor:
+        return torch.linalg.eigh(self.to_dense()).eigenvectors.flip(1)
+
+    def _log_det_one_plus(self, scale: float) -> float:
+        """log det(1 + scale F)."""
+        return float((scale * self.eigenvalues()).log1p().sum())
+
     @abstractmethod
     def _device(self) -> torch.device:
-        """Where its numbers are."""
+        """The device of its numbers."""
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for `from_state_dict`: tensors and plain numbers, for ``torch.save``."""
@@ -166,7 +376,7 @@ class ParameterFisher(ABC):
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """What the structure adds to the state."""
+        """The structure's own part of the state."""
 
     @classmethod
     @abstractmethod
@@ -181,7 +391,7 @@ class ParameterFisher(ABC):
 
 
 class _Symmetric(torch.autograd.Function):
-    """A symmetric matrix times V: its own derivative, whatever the product is computed with."""
+    """A symmetric matrix times V, which is its own derivative however it is computed."""
 
     @staticmethod
     def forward(columns: Tensor, matrix: Columns) -> Tensor:
@@ -202,21 +412,3 @@ def check_fisher(fisher: Any) -> None:
         raise TypeError(
             f"fisher must be a matrix of ff.parameters.fisher, got {type(fisher).__name__}"
         )
-
-
-def check_damping(damping: float) -> None:
-    """Raise unless damping is a finite number of at least 0."""
-    check_number("damping", damping)
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping must be finite and at least 0, got {damping}")
-
-
-def singular(what: str, damping: float = 0.0) -> ValueError:
-    """The error of `solve` where the matrix is singular, and the damping does not help."""
-    if damping > 0:
-        return ValueError(
-            f"damping must be larger than the rounding of F, got {damping:g}: {what}; pass more"
-        )
-    return ValueError(
-        f"damping must be positive, got 0: {what}, so that F has no inverse; pass damping="
-    )

@@ -1,9 +1,9 @@
-"""The Fisher matrix block by block: dense within a module, nothing between modules."""
+"""The Fisher matrix in dense blocks: one for each module, or one for the whole network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,17 +11,13 @@ from torch import Tensor
 from fisherfast.measurement.memory import in_words
 from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import (
-    DENSE_BYTES,
-    ParameterFisher,
-    check_damping,
-    singular,
-)
-from fisherfast.parameters.structures.dense import PositiveMatrix
+from fisherfast.parameters.structures.base import DENSE_BYTES, ParameterFisher
+from fisherfast.parameters.structures.dense import PositiveMatrix, singular
 
-__all__ = ["BlockAccumulator", "BlockFisher", "BlockSums", "check_memory"]
+__all__ = ["BlockAccumulator", "BlockFisher", "FullAccumulator", "FullFisher"]
 
 DOUBLE = 8
 """Bytes of a float64 number."""
@@ -67,9 +63,17 @@ class BlockFisher(ParameterFisher):
     ) -> None:
         """blocks: [p, p] float64 by name of the module; rounding: of the gradients' dtype."""
         super().__init__(layout, samples, fisher_type)
-        self._where = block_slices(layout)
+        self._where = _block_slices(layout, self.members(layout))
         self._rounding = rounding
         self._blocks = {name: PositiveMatrix(blocks[name], rounding) for name in self._where}
+
+    @staticmethod
+    def members(layout: ParameterLayout) -> Mapping[str, Sequence[str]]:
+        """The parameters of each module's own: they follow each other in the layout."""
+        found: dict[str, list[str]] = {}
+        for name in layout.names:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
 
     def slices(self) -> dict[str, slice]:
         """Where each module's parameters lie in a vector of P numbers."""
@@ -97,7 +101,7 @@ class BlockFisher(ParameterFisher):
         for name, block in self._blocks.items():
             solved = block.solve(columns[self._where[name]], damping)
             if solved is None:
-                raise singular(f"the block of {name!r} cannot be told from singular", damping)
+                raise singular(f"the block of {name!r} is singular to rounding", damping)
             parts.append(solved)
         return torch.cat(parts)
 
@@ -127,24 +131,17 @@ class BlockFisher(ParameterFisher):
         return cls(layout, samples, fisher_type, state["blocks"], state["rounding"])
 
 
-def block_members(layout: ParameterLayout) -> dict[str, list[str]]:
-    """The parameters of each module's own: they follow each other in the layout."""
-    found: dict[str, list[str]] = {}
-    for name in layout.names:
-        found.setdefault(name.rpartition(".")[0], []).append(name)
-    return found
-
-
-def block_slices(layout: ParameterLayout) -> dict[str, slice]:
-    """Where the own parameters of each module lie in a vector of P numbers."""
+def _block_slices(
+    layout: ParameterLayout, members: Mapping[str, Sequence[str]]
+) -> dict[str, slice]:
     where = layout.slices()
     return {
         block: slice(where[names[0]].start, where[names[-1]].stop)
-        for block, names in block_members(layout).items()
+        for block, names in members.items()
     }
 
 
-def check_memory(
+def _check_memory(
     layout: ParameterLayout,
     blocks: Mapping[str, Sequence[str]],
     memory_budget: int | str | None,
@@ -156,10 +153,10 @@ def check_memory(
         layout: the parameters.
         blocks: names of the parameters of each block.
         memory_budget: bytes, or like "8 GiB"; None for no bound.
-        way: what to do instead.
+        way: the advice in the message.
     """
     budget = bytes_of(memory_budget)
-    sizes = block_sizes(layout, blocks)
+    sizes = _block_sizes(layout, blocks)
     needed = DOUBLE * sum(size * size for size in sizes.values())
     if budget is None or needed <= budget:
         return
@@ -171,16 +168,16 @@ def check_memory(
     )
 
 
-def block_sizes(layout: ParameterLayout, blocks: Mapping[str, Sequence[str]]) -> dict[str, int]:
+def _block_sizes(layout: ParameterLayout, blocks: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Numbers in the parameters of each block."""
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
     return {block: sum(shapes[name].numel() for name in names) for block, names in blocks.items()}
 
 
-class BlockSums:
-    """sum_i G_i G_i^T of blocks of parameters, while the gradients pass.
+class _BlockSums:
+    """sum_i G_i G_i^T of blocks of parameters, added up as the gradients arrive.
 
-    A block that arrives in one piece is multiplied there and then, `ROWS_BYTES` of per-sample
+    A block that arrives in one piece is multiplied at once, `ROWS_BYTES` of per-sample
     gradients at a time; the pieces of one that arrives in several are kept until it is complete.
 
     Attributes:
@@ -191,13 +188,13 @@ class BlockSums:
         """blocks: names of the parameters of each, in the order of its rows."""
         self._blocks = blocks
         self._block_of = {name: block for block, names in blocks.items() for name in names}
-        self._size = block_sizes(layout, blocks)
+        self._size = _block_sizes(layout, blocks)
         self._pieces: dict[str, dict[str, Tensor]] = {block: {} for block in blocks}
         self._sums: dict[str, Tensor] = {}
         self.rounding = 0.0
 
     def take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
-        """Take the gradients of one layer in; all of a column arrive before the next one's."""
+        """Add the gradients of one layer; all of a column arrive before those of the next."""
         self.rounding = max(self.rounding, torch.finfo(g.dtype).eps)
         block = self._block_of[rule.names[0]]
         if set(self._blocks[block]) == set(rule.names):
@@ -234,7 +231,10 @@ def _parts(samples: int, numbers: int) -> list[slice]:
 
 
 class BlockAccumulator:
-    """Sums the blocks of each module over batches."""
+    """Sums the blocks over batches."""
+
+    kind: ClassVar[type[BlockFisher]] = BlockFisher
+    smaller: ClassVar[str] = 'structure="kfac" or "diag" takes less'
 
     def __init__(
         self,
@@ -244,14 +244,58 @@ class BlockAccumulator:
         memory_budget: int | str | None = DENSE_BYTES,
     ) -> None:
         """memory_budget: bytes that the blocks may take, or like "8 GiB"; None for no bound."""
-        blocks = block_members(layout)
-        check_memory(layout, blocks, memory_budget, 'structure="kfac" or "diag" takes less')
+        blocks = self.kind.members(layout)
+        _check_memory(layout, blocks, memory_budget, self.smaller)
         self._layout, self._fisher_type = layout, fisher_type
-        self._sums = BlockSums(layout, blocks)
+        self._sums = _BlockSums(layout, blocks)
 
     def add(self, sweep: Sweep) -> None:
         sweep.visit(self._sums.take)
 
     def result(self, samples: int) -> BlockFisher:
         blocks = self._sums.means(samples)
-        return BlockFisher(self._layout, samples, self._fisher_type, blocks, self._sums.rounding)
+        return self.kind(self._layout, samples, self._fisher_type, blocks, self._sums.rounding)
+
+
+WHOLE = "model"
+"""Name of the only block."""
+
+
+class FullFisher(BlockFisher):
+    """F [P, P] as it is, for a few thousand parameters.
+
+    ``fisher(..., structure="full", memory_budget="8 GiB")``: bytes that the matrix may take, as a
+    number or like "8 GiB"; None for no bound. It is checked before anything runs.
+
+    Cost: 8 P^2 bytes, the per-sample gradients of one batch and column [n, P], and P^2 operations
+    per sample and column; `solve` and `logdet` P^3 / 3, `eigenvalues` about 4 P^3.
+
+    Example:
+        >>> import torch, fisherfast as ff
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+        >>> F = ff.parameters.fisher(model, ff.parameters.Gaussian(), x, structure="full")
+        >>> F.to_dense()
+        tensor([[5.0000, 1.5000],
+                [1.5000, 0.5000]], dtype=torch.float64)
+        >>> round(F.logdet(), 4) == round(torch.logdet(F.to_dense()).item(), 4)
+        True
+    """
+
+    structure = "full"
+
+    @staticmethod
+    def members(layout: ParameterLayout) -> Mapping[str, Sequence[str]]:
+        """All parameters, in one block."""
+        return {WHOLE: layout.names}
+
+    def to_dense(self) -> Tensor:
+        return self.block(WHOLE)
+
+
+class FullAccumulator(BlockAccumulator):
+    """Sums the whole matrix over batches; keeps the per-sample gradients of one vector at a time
+    for one batch, [n, P]."""
+
+    kind = FullFisher
+    smaller = 'structure="gram", "block", "kfac" or "diag" takes less'

@@ -1,15 +1,15 @@
-"""A dense positive semi-definite matrix that knows how far its numbers can be trusted."""
+"""A dense positive semi-definite matrix with the rounding error of its numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["PositiveMatrix"]
+__all__ = ["PositiveMatrix", "singular"]
 
 ITERATIONS = 8
-"""Steps of the power method for the largest and the smallest eigenvalue. Of a singular matrix the
-first step shows it already: the null space is amplified by 1e10 and more."""
+"""Steps of the power method for the largest and the smallest eigenvalue. For a singular matrix the
+first step is enough: it amplifies the null space by 1e10 and more."""
 
 
 class PositiveMatrix:
@@ -17,7 +17,7 @@ class PositiveMatrix:
 
     Gradients that cancel in some direction cancel to the rounding of their own dtype, u, and leave
     an eigenvalue of about u^2 times the largest; the sums are in float64. An eigenvalue that is
-    below p max(u^2, 2.2e-16) times the largest cannot be told from zero.
+    below p max(u^2, 2.2e-16) times the largest counts as zero.
 
     Args:
         matrix: [p, p] float64.
@@ -31,18 +31,18 @@ class PositiveMatrix:
 
     @property
     def tolerance(self) -> float:
-        """Share of the largest eigenvalue below which one cannot be told from zero."""
+        """Share of the largest eigenvalue below which one counts as zero."""
         return len(self.matrix) * max(self.rounding**2, torch.finfo(torch.float64).eps)
 
     def solve(self, columns: Tensor, damping: float) -> Tensor | None:
-        """(F + damping)^-1 V of V [p, m]; None where that cannot be told from singular."""
+        """(F + damping)^-1 V of V [p, m]; None where F is singular to rounding."""
         if not len(self.matrix):
             return columns
         factor = self._factor(damping)
         return None if factor is None else torch.cholesky_solve(columns, factor)
 
     def logdet(self, damping: float) -> float:
-        """log det(F + damping); -inf where F cannot be told from singular and damping is 0."""
+        """log det(F + damping); -inf where F is singular to rounding and damping is 0."""
         if not len(self.matrix):
             return 0.0
         factor = self._factor(damping)
@@ -59,7 +59,7 @@ class PositiveMatrix:
     def _factor(self, damping: float) -> Tensor | None:
         """Lower Cholesky factor of F + damping, or None; that of the last damping is kept."""
         if self._factored is None or self._factored[0] != damping:
-            self._factored = None  # its memory goes before the next one comes
+            self._factored = None  # free it before the next one is computed
             self._factored = damping, self._factorise(damping)
         return self._factored[1]
 
@@ -76,5 +76,16 @@ class PositiveMatrix:
             largest = shifted @ (largest / largest.norm())
             smallest = torch.cholesky_solve(smallest / smallest.norm(), factor)
         # the norms are about the largest eigenvalue and one over the smallest
-        told_apart = largest.norm() * smallest.norm() * self.tolerance < 1
-        return factor if bool(told_apart) else None
+        regular = largest.norm() * smallest.norm() * self.tolerance < 1
+        return factor if bool(regular) else None
+
+
+def singular(what: str, damping: float = 0.0) -> ValueError:
+    """The error of `solve` where the matrix is singular in spite of the damping."""
+    if damping > 0:
+        return ValueError(
+            f"damping must be larger than the rounding of F, got {damping:g}: {what}; pass more"
+        )
+    return ValueError(
+        f"damping must be positive, got 0: {what}, so that F has no inverse; pass damping="
+    )

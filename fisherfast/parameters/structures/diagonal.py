@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
+from fisherfast.parameters.structures.base import ParameterFisher
+from fisherfast.parameters.structures.dense import singular
 
 __all__ = ["DiagonalAccumulator", "DiagonalFisher"]
 
@@ -101,6 +103,6 @@ class DiagonalAccumulator:
             self._sums[self._where[name]] += squares.flatten()
 
     def result(self, samples: int) -> DiagonalFisher:
-        assert self._sums is not None  # every parameter is shown in every sweep
+        assert self._sums is not None  # every sweep visits every parameter
         values = self._sums.div_(samples)
         return DiagonalFisher(self._layout, samples, self._fisher_type, values)

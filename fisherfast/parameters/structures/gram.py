@@ -10,27 +10,29 @@ import torch
 from torch import Tensor
 
 from fisherfast.measurement.settings import bytes_of
+from fisherfast.parameters.analysis.spectrum import numerical_rank, rounding_noise
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
+from fisherfast.parameters.structures.base import ParameterFisher
+from fisherfast.parameters.structures.dense import singular
 from fisherfast.parameters.structures.jacobian import Jacobian, jacobian_of
 
-__all__ = ["GramAccumulator", "GramFisher", "numerical_rank", "root_bytes", "rounding_noise"]
+__all__ = ["GramAccumulator", "GramFisher"]
+
+NEGLIGIBLE = 1e-3
+"""Most that a zero eigenvalue made positive by rounding may add to log det(1 + c F) by a Cholesky
+factor; each of the others adds several. Otherwise eigenvalues are computed, ten times slower."""
 
 GRAM_COPIES = 3
-"""Matrices [N, N] float64 that exist at a time: K, what it is factorised into, a work space."""
-
-ROUNDING = 4.0
-"""Rounding errors of a gradient in units of its dtype's last place that are allowed for. In
-networks of four layers, float32 ones too, zero eigenvalues came out at up to 3e-15 of the largest;
-the threshold is 3e-13 in float32, and in float64 1e-14 for 50 rows."""
+"""Matrices [N, N] float64 that exist at a time: K, its factor, a work space."""
 
 
 class GramFisher(ParameterFisher):
     r"""F = S^T S with S = J / sqrt(n) [N, P], through K = S S^T [N, N].
 
     J has a row for each sample and column of the root of the outputs' Fisher matrix; it is kept as
-    what each layer was given and what came back to it. K has the eigenvalues of F that are not
+    the input of each layer and the gradient at its output. K has the eigenvalues of F that are not
     zero, and with K = V diag(l) V^T the eigenvectors are u = S^T v / sqrt(l). By Woodbury's
     identity and Sylvester's
 
@@ -41,7 +43,7 @@ class GramFisher(ParameterFisher):
     with a vector is one forward and one backward pass of each layer. Where P < N, eigenvalues are
     those of F [P, P], which is then the smaller.
 
-    ``fisher(..., structure="gram", memory_budget="8 GiB")``: bytes that what is kept of the layers
+    ``fisher(..., structure="gram", memory_budget="8 GiB")``: bytes that the factors of the layers
     and the matrices [N, N] may take.
 
     Example:
@@ -74,7 +76,6 @@ class GramFisher(ParameterFisher):
 
     @property
     def precision(self) -> float:
-        """Relative rounding error of the gradients that it is made of."""
         return self._jacobian.precision
 
     def _gram(self) -> Tensor:
@@ -84,7 +85,7 @@ class GramFisher(ParameterFisher):
         return found
 
     def smaller(self) -> Tensor:
-        """K, or F where that is smaller: not to be changed."""
+        """K, or F where that is smaller; callers must not write to it."""
         if self.rows <= self.layout.size:
             return self._gram()
         return self._jacobian.moment() / self.samples
@@ -167,6 +168,27 @@ class GramFisher(ParameterFisher):
         inner = float((values + damping).log().sum())
         return inner + (size - len(values)) * math.log(damping)
 
+    def _rank_at_most(self) -> int:
+        return min(self.rows, self.layout.size)
+
+    def _directions(self, chosen: Sequence[int]) -> Tensor:
+        return self.directions(chosen)
+
+    def _log_det_one_plus(self, scale: float) -> float:
+        """log det(1 + scale F), through the smaller one of F and its Gram matrix."""
+        smaller = self.smaller()
+        length = float(smaller.norm())  # at least the largest eigenvalue
+        noise = rounding_noise(len(smaller), length, self.precision)
+        if scale * noise < NEGLIGIBLE:
+            damped = scale * smaller
+            damped.diagonal().add_(1)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not int(failed):
+                return 2 * float(factor.diagonal().log().sum())
+        values = torch.linalg.eigvalsh(smaller)
+        noise = rounding_noise(len(values), float(values.max()), self.precision)
+        return float((scale * values[values > noise]).log1p().sum())
+
     def _device(self) -> torch.device:
         return self._jacobian.device
 
@@ -201,28 +223,8 @@ def _cholesky(matrix: Tensor, damping: float) -> Tensor:
     return factor
 
 
-def rounding_noise(size: int, largest: float, precision: float) -> float:
-    """What rounding makes of zero eigenvalues of F = S^T S at most, about.
-
-    Args:
-        size: of the matrix that is decomposed.
-        largest: its largest eigenvalue.
-        precision: relative rounding error of the numbers of S. An error e in all of them moves zero
-            eigenvalues by e^2.
-    """
-    arithmetic = size * torch.finfo(torch.float64).eps
-    return (arithmetic + (ROUNDING * precision) ** 2) * largest
-
-
-def numerical_rank(values: Tensor, precision: float) -> int:
-    """Eigenvalues above what rounding leaves of zero ones."""
-    if len(values) == 0:
-        return 0
-    return int((values > rounding_noise(len(values), float(values.max()), precision)).sum())
-
-
 class GramAccumulator:
-    """Keeps what each layer was given and what came back to it, for all samples."""
+    """Keeps the inputs of each layer and the gradients at its output, for all samples."""
 
     def __init__(
         self,
@@ -247,7 +249,7 @@ class GramAccumulator:
             needed = self._bytes + more + root_bytes(rows, self._jacobian.layout.size)
             if needed > self._budget:
                 raise MemoryError(
-                    f"the Gram matrix of {rows} rows (samples x columns) and what it is made of"
+                    f"the Gram matrix of {rows} rows (samples x columns) and its factors"
                     f" must fit into memory_budget = {self._budget} bytes, got {needed} so far:"
                     ' pass fewer samples, fisher_type="mc" (one column for each draw), a larger'
                     ' memory_budget=, or structure="lowrank" or "diag"'
@@ -261,5 +263,5 @@ class GramAccumulator:
 
 
 def root_bytes(rows: int, parameters: int) -> int:
-    """Memory of the matrices that eigenvalues are computed of."""
+    """Bytes of the matrices whose eigenvalues are computed."""
     return GRAM_COPIES * 8 * min(rows, parameters) ** 2

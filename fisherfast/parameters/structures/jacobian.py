@@ -1,7 +1,7 @@
-"""The root of a Fisher matrix that was never built: F = J^T J / n, J by layers and batches.
+"""The root J [N, P] of a Fisher matrix F = J^T J / n, by layers and batches; F is not built.
 
-J [N, P] has a row for each sample and column of the root (`sweeps.py`). Its products with vectors,
-its Gram matrix J J^T and the squares of its columns follow from what each layer keeps
+J has a row for each sample and column of the root (`columns.py`). Its products with vectors, its
+Gram matrix J J^T and the squares of its columns follow from the rows of each layer
 (`layer_rows.py`), without the network: training may go on.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["Jacobian", "jacobian_of"]
 Key = tuple[str, ...]
 
 FACTOR_COST = 1.0
-"""Numbers of a row from which on its factors are kept, in units of the numbers at the output."""
+"""Keep the factors of rows longer than this, in units of the numbers at the output."""
 
 
 class Jacobian:
@@ -186,13 +186,13 @@ def jacobian_of(
     check: Callable[[int, int], None] | None = None,
     most_rows: int | None = None,
 ) -> None:
-    """Hand over the rows of one batch, by the names of each layer's parameters.
+    """Give the rows of one batch to `take`, by the names of each layer's parameters.
 
     Args:
         sweep: the batch.
-        take: called with the rows: once, or again and again where there are many columns.
+        take: called with the rows, once or several times where there are many columns.
         check: called with (rows so far, bytes so far) before more is kept; it may raise.
-        most_rows: how many to hand over at a time, about; None for all.
+        most_rows: about how many rows at a time; None for all.
     """
     collector = _Collector(sweep.samples, take, check, most_rows)
     sweep.visit(collector.see)
@@ -200,7 +200,7 @@ def jacobian_of(
 
 
 class _Collector:
-    """What passes of one batch, copied: nothing of the user's or of the network is kept."""
+    """Collects copies of the inputs and gradients of one batch."""
 
     def __init__(
         self,
@@ -251,7 +251,7 @@ class _Collector:
             self._bytes += x.numel() * x.element_size()
 
     def finish(self) -> None:
-        """Hand over what was collected."""
+        """Give the collected rows to `take`."""
         found: dict[Key, LayerRows] = {}
         for names, columns in self._columns.items():
             rows = torch.stack(columns)

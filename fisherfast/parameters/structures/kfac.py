@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layers.linear import MatrixRule, Sharing
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
-from fisherfast.parameters.structures.kronecker import KroneckerBlock
+from fisherfast.parameters.structures.base import ParameterFisher
+from fisherfast.parameters.structures.dense import singular
 
-__all__ = ["KroneckerAccumulator", "KroneckerFisher"]
+__all__ = ["KroneckerAccumulator", "KroneckerBlock", "KroneckerFisher"]
 
 
 class KroneckerFisher(ParameterFisher):
@@ -41,7 +43,7 @@ class KroneckerFisher(ParameterFisher):
     attention's and recurrent layers' own matrices, parameters used in expressions) have their exact
     diagonal; `diagonal_names` lists them, and so does the repr.
 
-    ``fisher(..., structure="kfac", sharing="expand")``: what becomes of shared positions.
+    ``fisher(..., structure="kfac", sharing="expand")``: the treatment of shared positions.
 
     Cost: 8 (D^2 + M^2) bytes for a layer with D inputs of a weight and M outputs; T (D^2 + R M^2)
     operations per sample with R columns and T positions; `solve`, `eigenvalues` and `logdet` about
@@ -163,7 +165,7 @@ class KroneckerAccumulator:
         *,
         sharing: Sharing = "expand",
     ) -> None:
-        """sharing: what becomes of shared positions, see `KroneckerFisher`.
+        """sharing: the treatment of shared positions, see `KroneckerFisher`.
 
         Raises:
             ValueError: sharing is neither "expand" nor "reduce".
@@ -219,7 +221,7 @@ class KroneckerAccumulator:
 
 def refuse_shared_matrices(sweep: Sweep) -> None:
     """Raise ValueError where the weights of a linear or convolution layer are used in more than one
-    place: the sum of two Kronecker products is none."""
+    place: the sum of two Kronecker products is not a Kronecker product."""
     shared = sweep.matrices_without_tap
     if shared:
         raise ValueError(
@@ -227,3 +229,103 @@ def refuse_shared_matrices(sweep: Sweep) -> None:
             " is shared (tied), called more than once, or in a layer that mixes the samples; leave"
             ' it out by parameters=, or use structure="diag" or "block"'
         )
+
+
+class KroneckerBlock:
+    """One layer's block B (x) A in each of G groups: entry ((m, d), (m', d')) is B[m, m'] A[d, d'].
+
+    The weights of a group are a matrix [M, D] in the order of their parameter, row by row; a bias
+    that is measured with them is one more column, the last.
+
+    Attributes:
+        inputs: A [G, D, D] float64, of what multiplies the weights.
+        gradients: B [G, M, M] float64, of the gradients at the layer's output.
+        weight, bias: where the two lie in a vector of all parameters; None what is not measured.
+    """
+
+    def __init__(
+        self, inputs: Tensor, gradients: Tensor, weight: slice | None, bias: slice | None
+    ) -> None:
+        self.inputs, self.gradients = inputs, gradients
+        self.weight, self.bias = weight, bias
+
+    def take(self, columns: Tensor) -> Tensor:
+        """This layer's part of vectors [P, m] as matrices [G, M, D, m]."""
+        groups, rows = self.gradients.shape[:2]
+        parts = []
+        if self.weight is not None:
+            parts.append(columns[self.weight].reshape(groups, rows, -1, columns.shape[1]))
+        if self.bias is not None:
+            parts.append(columns[self.bias].reshape(groups, rows, 1, columns.shape[1]))
+        return torch.cat(parts, 2)
+
+    def put(self, matrices: Tensor, columns: Tensor) -> None:
+        """Write matrices [G, M, D, m] to their place in vectors [P, m]."""
+        if self.weight is not None:
+            end = matrices.shape[2] - (self.bias is not None)
+            columns[self.weight] = matrices[:, :, :end].reshape(-1, columns.shape[1])
+        if self.bias is not None:
+            columns[self.bias] = matrices[:, :, -1].reshape(-1, columns.shape[1])
+
+    def product(self, matrices: Tensor) -> Tensor:
+        """(B (x) A) V of V [G, M, D, m]: the matrices B V A."""
+        return _both_sides(self.gradients, matrices, self.inputs)
+
+    def solution(self, matrices: Tensor, damping: float) -> Tensor:
+        """(B (x) A + damping)^-1 V of V [G, M, D, m], in the basis of the eigenvectors."""
+        (_, left), (_, right) = self._eigen
+        rotated = _both_sides(left.mT, matrices, right)
+        rotated = rotated / (self.spectrum + damping).unsqueeze(-1)
+        return _both_sides(left, rotated, right.mT)
+
+    @cached_property
+    def _eigen(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return _eigen(self.gradients), _eigen(self.inputs)
+
+    @property
+    def spectrum(self) -> Tensor:
+        """All eigenvalues [G, M, D]: products of those of B and of A, with those within rounding of
+        zero set to zero."""
+        (left, _), (right, _) = self._eigen
+        return left.unsqueeze(-1) * right.unsqueeze(-2)
+
+    def diag(self) -> Tensor:
+        """The diagonal as matrices [G, M, D]."""
+        left, right = (part.diagonal(dim1=-2, dim2=-1) for part in (self.gradients, self.inputs))
+        return left.unsqueeze(-1) * right.unsqueeze(-2)
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as tensors and plain numbers."""
+        return {
+            "inputs": self.inputs,
+            "gradients": self.gradients,
+            "weight": _ends(self.weight),
+            "bias": _ends(self.bias),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> KroneckerBlock:
+        """The block whose `state` this is."""
+        places = [None if state[k] is None else slice(*state[k]) for k in ("weight", "bias")]
+        return cls(state["inputs"], state["gradients"], *places)
+
+
+def _both_sides(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
+    """L V R of V [G, M, D, m], for each of the m."""
+    moved = matrices.movedim(-1, 1)
+    return (left.unsqueeze(1) @ moved @ right.unsqueeze(1)).movedim(1, -1)
+
+
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [G, D] and eigenvectors; those within rounding of zero are zero.
+
+    The rounding error of an eigenvalue is at most about D eps times the largest.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    size = max(matrix.shape[-1], 1)
+    floor = size * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    return torch.where(values > floor, values, 0.0), vectors
+
+
+def _ends(place: slice | None) -> list[int] | None:
+    return None if place is None else [place.start, place.stop]

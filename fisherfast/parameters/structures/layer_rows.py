@@ -1,9 +1,9 @@
-"""The rows of the Jacobian that belong to one layer and one batch, in the smallest form they have.
+"""The rows of the Jacobian that belong to one layer and one batch, in their smallest form.
 
 Row (r, i) is the gradient of column r's number of sample i with respect to the layer's parameters
-(`sweeps.py`), as G_i = sum_t g_it a_it^T has it (`rules.py`). Either the rows themselves are kept,
-[R n, p], or what they are products of: the layer's inputs x [n, ...], shared by all R columns, and
-the gradients g [R, n, ...] at its output. A row of a fully connected layer [M, D] then takes M
+(`columns.py`), with G_i = sum_t g_it a_it^T (`layers/base.py`). Either the rows [R n, p] themselves
+are kept, or their factors: the layer's inputs x [n, ...], shared by all R columns, and the
+gradients g [R, n, ...] at its output. A row of a fully connected layer [M, D] then takes M
 numbers instead of M D.
 
 All contractions are sums of float64.
@@ -59,7 +59,7 @@ class LayerRows(Protocol):
         """J J'^T [N, N'] with rows of the same layer in the same form."""
 
     def bytes(self) -> int:
-        """Of the memory that they take."""
+        """Bytes of memory."""
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain numbers."""
@@ -163,8 +163,8 @@ class FactorRows:
         return {"rule": settings_of(self.rule), "x": self.x, "g": self.g}
 
     def gram(self, other: LayerRows) -> Tensor:
-        """Of x and g in float64, whatever they came in: zero eigenvalues stay far below those that
-        a float32 network has."""
+        """J J'^T from x and g in float64, so that the zero eigenvalues of a float32 network stay
+        small."""
         assert isinstance(other, FactorRows)
         left = self._inputs(self.x), self.g.double()
         right = left if other is self else (self._inputs(other.x), other.g.double())

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisherfast.measurement.settings import bytes_of
+from fisherfast.parameters.analysis.spectrum import numerical_rank
 from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.checks import check_count, check_damping
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.structures.base import ParameterFisher, check_damping, singular
-from fisherfast.parameters.structures.gram import numerical_rank
+from fisherfast.parameters.structures.base import ParameterFisher
+from fisherfast.parameters.structures.dense import singular
 from fisherfast.parameters.structures.jacobian import Jacobian, jacobian_of
 from fisherfast.parameters.structures.layer_rows import LayerRows
 
 __all__ = ["LowRankAccumulator", "LowRankFisher"]
 
 ROWS_AT_ONCE = 4096
-"""Rows of the root that are taken in by one eigendecomposition, 10 s on one core; data with fewer
-rows are decomposed exactly."""
+"""Rows of the root for each eigendecomposition, 10 s on one core; data with fewer rows are
+decomposed exactly."""
 
 SPARE = 2
-"""Directions that are carried along, in units of those asked for: a direction that is cut off early
-cannot come back when later samples would have made it large."""
+"""Directions kept between batches, in units of those wanted: a direction that is dropped early is
+lost, even if later samples would have made it large."""
 
 BASIS_COPIES = 3
 """Matrices [P, k] float64 that exist at a time."""
@@ -116,6 +117,12 @@ class LowRankFisher(ParameterFisher):
         inside = float((self.values + damping).log().sum())
         return inside + (rest * math.log(damping) if rest else 0.0)
 
+    def _left_out(self) -> tuple[float, float]:
+        return self.missing_trace, self.error_bound
+
+    def _directions(self, chosen: Sequence[int]) -> Tensor:
+        return self.directions[:, list(chosen)]
+
     def _device(self) -> torch.device:
         return self.values.device
 
@@ -158,7 +165,8 @@ class LowRankAccumulator:
         memory_budget: int | str = "8 GiB",
     ) -> None:
         """rank: k, eigenpairs kept at most; memory_budget: bytes that it may take."""
-        self._layout, self._fisher_type, self._rank = layout, fisher_type, _whole(rank)
+        check_count("rank", rank)
+        self._layout, self._fisher_type, self._rank = layout, fisher_type, int(rank)
         budget = bytes_of(memory_budget)
         assert budget is not None
         self._budget = budget
@@ -193,7 +201,7 @@ class LowRankAccumulator:
         self._waiting.add(piece)
 
     def _merge(self, rank: int) -> None:
-        """Take in the rows that wait and keep the largest directions."""
+        """Merge the waiting rows and keep the largest directions."""
         rows = self._waiting
         self._precision = max(self._precision, rows.precision)
         new = rows.gram()
@@ -233,11 +241,3 @@ class LowRankAccumulator:
             missing_trace=missing / samples,
             error_bound=min(self._cut, missing) / samples,
         )
-
-
-def _whole(rank: Any) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"rank must be a whole number, got {rank!r}")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    return int(rank)

@@ -80,7 +80,8 @@ def test_stale_build(monkeypatch):
 
 def test_plain_pytorch_when_native_is_disabled():
     script = (
-        "from fisherfast import _native, selfcheck; assert _native.load() is None;"
+        "from fisherfast import _native; from fisherfast.ops import selfcheck;"
+        "assert _native.load() is None;"
         "assert not _native.CUDA_COMPILED; assert selfcheck.run_selfcheck().passed"
     )
     environment = os.environ | {_native.DISABLE_VARIABLE: "1"}

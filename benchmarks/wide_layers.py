@@ -17,7 +17,7 @@ from validation_derivatives import IMAGE_THETA, shares_of_image
 
 import fisherfast as ff
 from fisherfast.data import Data, Pathwise
-from fisherfast.measurement.run import compressed_layer as wide
+from fisherfast.measurement import compressed_layer as wide
 from fisherfast.problems import CorrelatedImage, GaussianShift, Problem
 
 DIM = 400

@@ -124,7 +124,7 @@ def plot_flow(
 
     Example:
         >>> import torch, fisherfast as ff
-        >>> from fisherfast import plots
+        >>> from fisherfast.results import plots
         >>> x = torch.randn(2, 2000, 4)
         >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
         >>> flow = ff.fisher_flow(torch.nn.Linear(4, 2), data)

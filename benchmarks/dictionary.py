@@ -16,7 +16,7 @@ import fisherfast as ff
 from fisherfast.estimation import features
 from fisherfast.estimation.choice import Choice
 from fisherfast.estimation.curve import FisherCurve
-from fisherfast.measurement.run import layer as meters
+from fisherfast.measurement import layer as meters
 from fisherfast.problems import GaussianScale, Laplace, LogNormal
 
 PROBLEMS = {

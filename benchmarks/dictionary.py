@@ -16,7 +16,7 @@ import fisherfast as ff
 from fisherfast.estimation import features
 from fisherfast.estimation.choice import Choice
 from fisherfast.estimation.curve import FisherCurve
-from fisherfast.measurement import layer as meters
+from fisherfast.measurement import fit, layer
 from fisherfast.problems import GaussianScale, Laplace, LogNormal
 
 PROBLEMS = {
@@ -64,9 +64,9 @@ def one_error_of_J(curve: FisherCurve, first: int) -> Choice:
 
 def compare_rules() -> None:
     """J / I at the chosen size by both rules, means over seeds, with the dictionary as it is."""
-    rules = {"two errors of the gain": meters.choose_features, "one error of J": one_error_of_J}
+    rules = {"two errors of the gain": fit.choose_features, "one error of J": one_error_of_J}
     for rule, choose in rules.items():
-        meters.choose_features = choose
+        fit.choose_features = choose
         means = []
         for problem, theta, dtheta, truth in PROBLEMS.values():
             values = [
@@ -86,7 +86,7 @@ def main() -> None:
     warnings.simplefilter("ignore", ff.FisherWarning)
     print("chosen by               " + "  ".join(PROBLEMS))
     compare_rules()
-    meters.FeatureDictionary = SlopedDictionary  # type: ignore[misc]
+    layer.FeatureDictionary = SlopedDictionary  # type: ignore[misc]
     print("slope  bias  " + "  ".join(f"{name + ' J / lower':>20}" for name in PROBLEMS))
     for slope, bias_scale in CHOICES:
         results = measure(slope, bias_scale)

@@ -1,7 +1,8 @@
 """How many small faults in the library its tests find: mutation testing with cosmic-ray.
 
-    make mutants                                   80 faults, drawn once by their seed
-    make mutants ARGS="--count 80 --seed 1"        another sample
+    pip install cosmic-ray==8.7.0
+    python benchmarks/mutants.py                   80 faults, drawn once by their seed
+    python benchmarks/mutants.py --seed 1          another sample
     python benchmarks/mutants.py --summary         the stored result in words
 
 Faults are drawn at random over estimation, data, dual rules, training rules and parameters, one per

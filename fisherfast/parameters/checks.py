@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast._validation import SEEDS, check_whole
 from fisherfast.model.default_device import on_host
 from fisherfast.model.isolation import forgetting, own_random_state
 
@@ -27,9 +28,6 @@ __all__ = [
     "untouched",
 ]
 
-SEEDS = 2**63
-"""PyTorch's generators take seeds below this."""
-
 DROPOUT = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
@@ -41,10 +39,7 @@ def check_choice(name: str, value: Any, choices: Mapping[str, Any] | tuple[str, 
 
 def check_count(name: str, value: Any) -> None:
     """Raise unless the value is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if int(value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    check_whole(name, value, least=1)
 
 
 def check_model(model: Any) -> None:
@@ -72,9 +67,7 @@ def check_damping(damping: float) -> None:
 
 def check_seed(seed: Any) -> None:
     """Raise unless the seed is one that generators take."""
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise TypeError(f"seed must be a whole number, got {seed!r}")
-    if not 0 <= int(seed) < SEEDS:
+    if not 0 <= check_whole("seed", seed) < SEEDS:
         raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
 
 

@@ -84,7 +84,7 @@ class KeptSamples:
         self._see(condition, max(self._seen[condition], seen))
 
     def state(self) -> State:
-        """What is kept, on the CPU, for `join` on other processes."""
+        """The kept samples on the CPU, for `join` on other processes."""
         chunks = [[tuple(c.cpu() for c in chunk) for chunk in chunks] for chunks in self._kept]
         return self._seen, chunks
 

@@ -73,7 +73,7 @@ class PilotMoments:
         self._rounding = 0.0
         self._noise = 0.0
         self._rows: list[torch.Tensor] = []
-        self._told: list[bool | None] = []
+        self._flags: list[bool | None] = []
 
     def update(self, activations: torch.Tensor, moving: torch.Tensor | None = None) -> None:
         """Add activations [n, d]; moving bool [n, d] marks those with a derivative, if known."""
@@ -135,7 +135,7 @@ class PilotMoments:
         ill_conditioned: bool | None,
     ) -> None:
         """Add samples of another process, given their number, `parts` and the other values."""
-        self._told.append(ill_conditioned)
+        self._flags.append(ill_conditioned)
         self._rounding = max(self._rounding, rounding)
         self._noise = max(self._noise, noise)
         self._add(count, parts[0], parts[1])
@@ -149,8 +149,8 @@ class PilotMoments:
         alive = std > self._rounding * self._mean.abs()
         typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
         scale = torch.where(alive, std, typical).reciprocal()
-        told = self._told or [self.ill_conditioned()]
-        exact = any(told) or all(one is None for one in told)
+        flags = self._flags or [self.ill_conditioned()]
+        exact = any(flags) or all(flag is None for flag in flags)
         return Standardisation(
             self._mean, scale, alive, self._rounding, self._noise, exact, self._found_steps()
         )

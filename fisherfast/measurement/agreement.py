@@ -54,7 +54,7 @@ class Agreement:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one that speaks to the user."""
+        """Whether this rank shows progress and warnings."""
         return self._ranks is None or self._ranks.rank == 0
 
     def begin(self, model: nn.Module | None, data: Data, layers: Any, settings: Settings) -> Data:
@@ -76,16 +76,16 @@ class Agreement:
             "groups": data.groups if data.sharded else None,
             "buffers": {name: checksum(buffer) for name, buffer in buffers.items()},
         }
-        told = self._ranks.exchange("comparing settings, data and model", own)
-        check_same([each["compared"] for each in told])
-        differ = [n for n in buffers if len({each["buffers"][n] for each in told}) > 1]
+        gathered = self._ranks.exchange("comparing settings, data and model", own)
+        check_same([each["compared"] for each in gathered])
+        differ = [n for n in buffers if len({each["buffers"][n] for each in gathered}) > 1]
         self._buffers = {name: buffers[name].clone() for name in differ}
         self._ranks.broadcast(list(self._buffers.values()))
         if not data.sharded:
             _check_repeats(data)
             self.share = Share(self._ranks.rank, self._ranks.size)
             return data
-        everywhere = [each["samples"] for each in told]
+        everywhere = [each["samples"] for each in gathered]
         self.share, total = shares_of(everywhere, self._ranks.rank)
         self._numbered = total is not None
         if total is None and settings.probe is not None:
@@ -93,7 +93,9 @@ class Agreement:
                 "data must tell how many samples each rank has, for a probe in a group, got"
                 f" {everywhere} per rank and condition"
             )
-        groups = None if data.groups is None else joined_groups([each["groups"] for each in told])
+        groups = (
+            None if data.groups is None else joined_groups([each["groups"] for each in gathered])
+        )
         return WholeData(data, total, groups)
 
     def copy_buffers(self, model: nn.Module | None) -> None:
@@ -121,9 +123,9 @@ class Agreement:
         compared |= {f"layer {site.name!r}": [site.kind, list(site.shape)] for site in sites}
         compared["list of layers to measure"] = _kinds(measured)
         chains = [site.descendants for site in sites]
-        told = self._ranks.exchange("listing the layers", (compared, chains))
-        check_same([each for each, _ in told])
-        for site, descendants in zip(sites, told[0][1], strict=True):
+        gathered = self._ranks.exchange("listing the layers", (compared, chains))
+        check_same([each for each, _ in gathered])
+        for site, descendants in zip(sites, gathered[0][1], strict=True):
             site.descendants = descendants
 
     def smallest(self, plan: Plan) -> Plan:
@@ -153,9 +155,9 @@ class Agreement:
             for meter in meters
         ]
         parts = [meter.pilot.parts() for meter in meters]
-        told = self._ranks.exchange("joining the first samples", own)
+        gathered = self._ranks.exchange("joining the first samples", own)
         merged = [PilotMoments() for _ in meters]
-        for rank, states in enumerate(told):
+        for rank, states in enumerate(gathered):
             if not any(count for count, *_ in states):
                 continue
             theirs = [part.clone() for part in parts]
@@ -190,8 +192,8 @@ class Agreement:
                     store.forget()
             elif stores:
                 own = [store.state() for store in stores]
-                told = self._ranks.exchange("joining samples", own)
-                for store, states in zip(stores, zip(*told, strict=True), strict=True):
+                gathered = self._ranks.exchange("joining samples", own)
+                for store, states in zip(stores, zip(*gathered, strict=True), strict=True):
                     store.join(states, parts[-1].device)
 
 

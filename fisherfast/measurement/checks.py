@@ -50,7 +50,7 @@ def streams_of(data: Data, folds: int) -> dict[str, Any]:
 
 
 def carried_by(data: Data) -> dict[str, int]:
-    """What the samples of a source carry, as arguments of their moments."""
+    """Numbers of tangents and scores per sample, as arguments of the moments."""
     return {
         "tangents": data.parameters if data.source == "pathwise" else 0,
         "score": data.parameters if data.source == "score" else 0,
@@ -58,7 +58,8 @@ def carried_by(data: Data) -> dict[str, int]:
 
 
 def check_samples(name: str, raw: int, moments: FoldMoments) -> None:
-    """Two samples in every fold, and asked for together with what `_check_freedom` will need."""
+    """Raise UnmeasuredError unless every fold has two samples; the message also counts what
+    `check_freedom` needs."""
     if moments.fewest >= 2:
         return
     least = 2 * moments.folds

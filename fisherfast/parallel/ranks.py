@@ -179,7 +179,7 @@ class Ranks:
 
 
 def check_same(told: Sequence[Mapping[str, Any]], hint: str = "") -> None:
-    """Raise ValueError unless all ranks have told the same values; see `Ranks.agree`."""
+    """Raise ValueError unless all ranks have the same values; see `Ranks.agree`."""
     for name in dict.fromkeys(name for each in told for name in each):
         held: dict[str, list[int]] = {}
         for rank, each in enumerate(told):

@@ -1,6 +1,6 @@
 """How many small faults in the library its tests find: mutation testing with cosmic-ray.
 
-    pip install cosmic-ray==8.7.0
+    pip install -c constraints.txt cosmic-ray     or make mutants, which does it
     python benchmarks/mutants.py                   80 faults, drawn once by their seed
     python benchmarks/mutants.py --seed 1          another sample
     python benchmarks/mutants.py --summary         the stored result in words

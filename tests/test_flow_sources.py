@@ -127,9 +127,7 @@ def test_batches_do_not_matter(kind):
     """Catches folds that begin anew with each batch, of tensors and of loaders; these differ in the
     samples that fix the scale of the features."""
     data = source(kind)
-    x, companion = data._x, data._companion
-    pairs = companion.movedim(1, 0) if kind == "pathwise" else companion
-    pairs = torch.utils.data.TensorDataset(x, pairs)
+    pairs = torch.utils.data.TensorDataset(data._x, data._companion)
     loaders = [torch.utils.data.DataLoader(pairs, batch_size=size) for size in (77, 1000)]
     loaders = [type(data)(loader, parameters=2) for loader in loaders]
     model = mlp([D, 5, 3], nn.ReLU, seed=0)
@@ -195,7 +193,7 @@ def test_maps_have_the_closed_form_at_each_position(kind):
     x, dx = world.sample_with_tangent([0.0, 0.0], N, generator)
     image = x.reshape(N, C, H, W)
     data = (
-        ff.Pathwise(image, dx.reshape(2, N, C, H, W))
+        ff.Pathwise(image, dx.reshape(N, 2, C, H, W))
         if kind == "pathwise"
         else ff.Score(image, world.score(x, [0.0, 0.0]))
     )
@@ -213,9 +211,8 @@ def test_maps_have_the_closed_form_at_each_position(kind):
 def test_a_map_of_one_position_is_the_layer(kind):
     """Catches another formula for maps than for layers. Of so few samples both keep all."""
     data = source(kind)
-    image, companion = data._x[:250, :, None, None], data._companion
-    pathwise = kind == "pathwise"
-    companion = companion[:, :250, :, None, None] if pathwise else companion[:250]
+    image, companion = data._x[:250, :, None, None], data._companion[:250]
+    companion = companion[..., None, None] if kind == "pathwise" else companion
     flow = ff.fisher_flow(nn.Identity(), type(data)(image, companion), maps=True, max_features=D)
     layer = flow["input"]
     at = int((layer.curve_k == D).nonzero()[0])
@@ -361,11 +358,11 @@ def test_parameters_that_stand_for_each_other():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, 6, generator=generator)
     shift = torch.linspace(-1, 2, 6).expand(n, 6) + 0.3 * x
-    dx = torch.stack([torch.ones(n, 6), 0.1 * shift, 7 * shift, torch.zeros(n, 6)])
+    dx = torch.stack([torch.ones(n, 6), 0.1 * shift, 7 * shift, torch.zeros(n, 6)], 1)
     model = mlp([6, 20, 5], nn.Tanh, seed=0)
-    once = ff.fisher_flow(model, ff.Pathwise(x, dx[:2]), max_features=32)
+    once = ff.fisher_flow(model, ff.Pathwise(x, dx[:, :2]), max_features=32)
     more = ff.fisher_flow(model, ff.Pathwise(x, dx), max_features=32)
-    summed = torch.stack([dx[0], dx[1], dx[0] + dx[1]])
+    summed = torch.stack([dx[:, 0], dx[:, 1], dx[:, 0] + dx[:, 1]], 1)
     summed_flow = ff.fisher_flow(model, ff.Pathwise(x, summed), max_features=32)
     for layer in once:
         alone, beside = layer.marginal([0]), more[layer.name].marginal([0])

@@ -218,7 +218,8 @@ def _propagate(model: nn.Module) -> Any:
 
 
 def _flow(model: nn.Module) -> Any:
-    data = ff.Pathwise(*_samples(400))
+    x, dx = _samples(400)
+    data = ff.Pathwise(x, dx.movedim(0, 1))
     return ff.fisher_flow(model, data, max_features=8, batch_size=150)
 
 

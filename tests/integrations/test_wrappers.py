@@ -113,7 +113,7 @@ def test_compiled_models_are_not_compiled_again(make, source):
     next training step; `fisher_flow`, `step` and `observe` between two steps of a training."""
     counter = CompileCounter()
     model, x = make(counter), samples()
-    data = shifted(x) if source == "independent" else ff.Pathwise(x[0], torch.ones(1, 400, DIM))
+    data = shifted(x) if source == "independent" else ff.Pathwise(x[0], torch.ones(400, DIM))
     theta = torch.linspace(-1, 1, 400)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
 

@@ -82,7 +82,7 @@ def shifted(source: str, n: int, shape: tuple[int, ...], seed: int = 0):
     x = torch.randn(n, *shape, generator=generator)
     m = signal(shape)
     if source == "tangents":
-        return ff.Pathwise(x, m.expand(1, n, *shape))
+        return ff.Pathwise(x, m.expand(n, *shape))
     if source == "scores":
         return ff.Score(x, (x * m).flatten(1).sum(1))
     other = x if source == "paired" else torch.randn(n, *shape, generator=generator)
@@ -247,8 +247,8 @@ def test_all_layers_fail(make):
 
 def test_one_tangent_is_not_known():
     """All tangents but one are zero. Other folds know nothing of it: J = 0 +- 0 is no result."""
-    dx = torch.zeros(1, 400, 3)
-    dx[0, 7] = 1.0
+    dx = torch.zeros(400, 3)
+    dx[7] = 1.0
     layer = ff.fisher_information(ff.Pathwise(torch.randn(400, 3), dx))
     assert layer.status == "noisy"
     assert float(layer.naive) > 0

@@ -55,7 +55,7 @@ DATA = {
         [z[0] for z in shifted(-0.1)], [z[1] for z in shifted(0.1)], dtheta=[0.2, 0.2]
     ),
     "tangents": lambda: ff.Pathwise(
-        noise()[0], torch.eye(DIM)[:2, None].expand(2, ROWS, DIM).contiguous()
+        noise()[0], torch.eye(DIM)[:2].expand(ROWS, 2, DIM).contiguous()
     ),
     "score": lambda: ff.Score(noise()[0], noise()[0][:, :2]),
 }

@@ -93,7 +93,7 @@ def sources(n: int = 2000) -> dict[str, ff.data.Data]:
     return {
         "independent": two_conditions(6 * n),
         "paired": ff.FiniteDifference(x - 0.05, x + 0.05, dtheta=0.1, paired=True),
-        "pathwise": ff.Pathwise(x, torch.ones(1, n, WIDTH)),
+        "pathwise": ff.Pathwise(x, torch.ones(n, WIDTH)),
         "score": ff.Score(x, x.sum(1)),
     }
 

@@ -102,7 +102,7 @@ def test_growing_reads_the_same_samples(kind):
     """Catches a second pass whose score or tangents are those of other samples."""
     data = source(kind, 1)
     whole = ff.fisher_information(data, max_features=D + 256)
-    grown = ff.fisher_information(data, max_features=D + 256, grow=True)
+    grown = ff.fisher_information(data, max_features=D + 256, settings=ff.Settings(grow=True))
     at = {int(k): float(J) for k, J in zip(whole.curve_k, whole.curve_J, strict=True)}
     shared = [
         (float(J), at[int(k)])
@@ -119,7 +119,7 @@ def test_growing_needs_samples_that_repeat():
     x = torch.randn(100, 2)
     data = ff.Score(lambda: iter([(x, x[:, 0])]))
     with pytest.raises(ValueError, match="data must come in the same order at every pass"):
-        ff.fisher_information(data, grow=True)
+        ff.fisher_information(data, settings=ff.Settings(grow=True))
 
 
 @pytest.mark.parametrize("kind", ["pathwise", "score"])
@@ -133,7 +133,8 @@ def test_batches_do_not_matter(kind):
     model = mlp([D, 5, 3], nn.ReLU, seed=0)
     for pair in (((data, 1000), (data, 5)), ((loaders[0], 5), (loaders[1], 5))):
         one, two = (
-            ff.fisher_flow(model, given, max_features=16, batch_size=size) for given, size in pair
+            ff.fisher_flow(model, given, max_features=16, settings=ff.Settings(batch_size=size))
+            for given, size in pair
         )
         for layer in one:
             torch.testing.assert_close(layer.J, two[layer.name].J, rtol=1e-4, atol=1e-4)
@@ -197,7 +198,7 @@ def test_maps_have_the_closed_form_at_each_position(kind):
         if kind == "pathwise"
         else ff.Score(image, world.score(x, [0.0, 0.0]))
     )
-    flow = ff.fisher_flow(nn.Identity(), data, maps=True, max_features=8)
+    flow = ff.fisher_flow(nn.Identity(), data, settings=ff.Settings(maps=True), max_features=8)
     places = direction.reshape(C, H, W, 2).permute(1, 2, 0, 3)
     truth = places.mT @ places
     got = flow.map("input")
@@ -213,7 +214,9 @@ def test_a_map_of_one_position_is_the_layer(kind):
     data = source(kind)
     image, companion = data._x[:250, :, None, None], data._companion[:250]
     companion = companion[..., None, None] if kind == "pathwise" else companion
-    flow = ff.fisher_flow(nn.Identity(), type(data)(image, companion), maps=True, max_features=D)
+    flow = ff.fisher_flow(
+        nn.Identity(), type(data)(image, companion), settings=ff.Settings(maps=True), max_features=D
+    )
     layer = flow["input"]
     at = int((layer.curve_k == D).nonzero()[0])
     torch.testing.assert_close(flow.map("input").J[0, 0], layer.curve_J[at], rtol=1e-5, atol=1e-5)
@@ -332,11 +335,11 @@ def test_fewest_folds(source):
         "score": lambda: problem.scored(0.0, 400),
     }[source]()
     least = 6 if source in ("paired", "pathwise") else 4
-    info = ff.fisher_information(data, folds=least, max_features=16)
+    info = ff.fisher_information(data, settings=ff.Settings(folds=least), max_features=16)
     assert torch.isfinite(info.stderr).all()
     assert torch.isfinite(info.lower_stderr).all()
     with pytest.raises(ValueError, match=f"folds must be even and at least {least}, got"):
-        ff.fisher_information(data, folds=least - 2)
+        ff.fisher_information(data, settings=ff.Settings(folds=least - 2))
 
 
 def test_units_of_two_scores_do_not_matter():

@@ -21,11 +21,7 @@ from fisherfast.data import Data, KeptData
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
 from fisherfast.measurement.cache import Recall
 from fisherfast.measurement.run import Measurement, NotFiniteError
-from fisherfast.measurement.settings import (
-    BATCH_SIZE,
-    FOLDS,
-    Settings,
-)
+from fisherfast.measurement.settings import MeasurementSettings, Settings
 from fisherfast.model.sites import INPUT, Layers
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parallel.ranks import OtherRankError, Ranks, find_ranks, ranks_of
@@ -91,8 +87,8 @@ class FisherMonitor:
         process_group: the processes that measure together, as for `fisher_flow`. Each of them calls
             `step`; errors are averaged over them, and the first one warns and writes the file.
             `live` is that of each process's own batches.
-        batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. Memory kept
-            between measurements is not part of the budget.
+        ridge, seed, memory_budget, settings: as for `fisher_flow`. Memory kept between
+            measurements is not part of the budget.
 
     Attributes:
         history: records in the order of the calls.
@@ -121,23 +117,21 @@ class FisherMonitor:
         self,
         model: nn.Module,
         data: Data,
-        every: int = 1,
         *,
+        every: int = 1,
         layers: Layers = "auto",
         max_features: int = MONITOR_FEATURES,
+        ridge: RidgeSetting = AUTO,
         output: str | None = None,
+        seed: int = 0,
         training_data: Data | None = None,
         target_scale: float = 1.0,
         observe_every: int = OBSERVE_EVERY,
         path: str | Path | None = None,
         keep: int = KEPT_BYTES,
-        batch_size: int = BATCH_SIZE,
-        seed: int = 0,
-        ridge: RidgeSetting = AUTO,
-        folds: int = FOLDS,
-        maps: bool | Sequence[str] = False,
         memory_budget: int | str | None = None,
         process_group: Any = None,
+        settings: Settings | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -147,21 +141,21 @@ class FisherMonitor:
         self._keep = check_whole("keep", keep, least=0)
         self._target_scale = check_scale(target_scale)
         asked: dict[str, Any] = {
+            "settings": settings,
             "max_features": max_features,
-            "batch_size": batch_size,
-            "seed": seed,
             "ridge": ridge,
-            "folds": folds,
-            "maps": maps,
-            "memory_budget": memory_budget,
             "output": output,
+            "seed": seed,
+            "memory_budget": memory_budget,
         }
-        self._settings = Settings.of(data, **asked)
+        self._settings = MeasurementSettings.of(data, **asked)
+        if self._settings.grow:
+            raise ValueError("grow must be False for a monitor, which compares the same features")
         self._layers = layers
         self.data = self._kept(data)
         self._training_data: Data | None = None
         if training_data is not None:
-            Settings.of(training_data, **asked)
+            MeasurementSettings.of(training_data, **asked)
             if training_data.parameters != data.parameters:
                 raise ValueError(
                     f"training_data must have {data.parameters} parameters like data,"

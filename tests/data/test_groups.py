@@ -136,7 +136,9 @@ def test_too_few_groups_say_how_many_are_needed():
         ff.fisher_information(moved(x, groups=torch.arange(1000) // 100))
     with pytest.raises(ValueError, match=r"must see at least 32 groups of samples .*, got 20"):
         ff.fisher_information(moved(x, groups=torch.arange(1000) // 50))
-    assert ff.fisher_information(moved(x, groups=torch.arange(1000) // 60), folds=6, max_features=1)
+    assert ff.fisher_information(
+        moved(x, groups=torch.arange(1000) // 60), settings=ff.Settings(folds=6), max_features=1
+    )
 
 
 # --- folds ---------------------------------------------------------------------------------------
@@ -282,8 +284,12 @@ def test_maps_and_probes_of_groups():
     dx = torch.full((3000, 2, 3, 3), 0.5)
     labels = torch.arange(3000) // 2
     model = nn.Conv2d(2, 2, 1)
-    found = ff.fisher_flow(model, ff.Pathwise(x, dx, groups=labels), max_features=16, maps=True)
-    once = ff.fisher_flow(model, ff.Pathwise(x[::2], dx[::2]), max_features=16, maps=True)
+    found = ff.fisher_flow(
+        model, ff.Pathwise(x, dx, groups=labels), max_features=16, settings=ff.Settings(maps=True)
+    )
+    once = ff.fisher_flow(
+        model, ff.Pathwise(x[::2], dx[::2]), max_features=16, settings=ff.Settings(maps=True)
+    )
     for name in ("input", "output"):
         grouped, alone = found.map(name), once.map(name)
         torch.testing.assert_close(grouped.J, alone.J, rtol=0.1, atol=0.05)

@@ -94,7 +94,10 @@ def test_a_list_of_batches_has_no_known_length(cls):
     whole = cls(TensorDataset(x, companion))
     batches = cls(list(zip(x.split(400), companion.split(400), strict=True)))
     assert (whole.samples(0), batches.samples(0)) == (2000, None)
-    one, other = (ff.fisher_information(data, batch_size=400) for data in (whole, batches))
+    one, other = (
+        ff.fisher_information(data, settings=ff.Settings(batch_size=400))
+        for data in (whole, batches)
+    )
     assert other.samples == 2000
     torch.testing.assert_close(one.linear, other.linear, rtol=1e-6, atol=0)
 
@@ -551,7 +554,7 @@ def test_noise_that_ignores_the_generator_is_found(derivative):
         " number from the generator that it is given"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        ff.fisher_information(data, batch_size=100)
+        ff.fisher_information(data, settings=ff.Settings(batch_size=100))
 
 
 def test_rare_counts_are_no_frozen_noise():
@@ -584,7 +587,7 @@ def test_simulators_may_reuse_their_memory(derivative):
         ff.fisher_information(
             ff.Simulator(fn, 0.0, samples=1000, derivative=derivative, dtheta=step),
             max_features=16,
-            batch_size=100,
+            settings=ff.Settings(batch_size=100),
         )
         for fn in (fresh, reusing)
     )

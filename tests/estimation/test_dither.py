@@ -145,7 +145,9 @@ def test_batches_and_random_state_do_not_matter():
     """The noise belongs to the sample; the user's generators are not touched."""
     model, data = chain(1, 4, 1), shifted(0.1)
     state = torch.get_rng_state()
-    flows = [ff.fisher_flow(model, data, batch_size=size) for size in (4096, 300)]
+    flows = [
+        ff.fisher_flow(model, data, settings=ff.Settings(batch_size=size)) for size in (4096, 300)
+    ]
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(*flows, strict=True):
         torch.testing.assert_close(a.J, b.J, rtol=1e-4, atol=0)

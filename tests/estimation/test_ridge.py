@@ -248,7 +248,9 @@ def test_maps_of_channels_that_are_nearly_equal(source):
     layer = nn.Conv2d(2, 2, 1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[0.8, -0.6], [0.6, 0.8]])[:, :, None, None])
-    flow = ff.fisher_flow(nn.Sequential(layer, nn.Flatten()), data, maps=True, max_features=16)
+    flow = ff.fisher_flow(
+        nn.Sequential(layer, nn.Flatten()), data, settings=ff.Settings(maps=True), max_features=16
+    )
     for name in ("input", "0"):
         found = flow.map(name)
         assert_all_information(found.value[1, 2], found.stderr[1, 2])

@@ -364,7 +364,7 @@ def test_channels_last(inputs, maps):
         nn.Linear(4, 2),
     )
     x = torch.randn(2, 300, 3, 6, 6)
-    options = {"max_features": 64, "maps": maps}
+    options = {"max_features": 64, "settings": ff.Settings(maps=maps)}
     minus, plus = x[0] - 0.02, x[1] + 0.02
     plain = ff.fisher_flow(model, ff.FiniteDifference(minus, plus, 0.04), **options)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)

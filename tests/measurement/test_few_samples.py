@@ -173,12 +173,14 @@ def test_ten_samples_are_refused_before_the_model_has_run_over_them(source):
     model = Counting(12, 12, 11, 3)
     data = shifted(source, 10, (12,))
     with pytest.raises(ValueError, match=r"samples") as error:
-        ff.fisher_flow(model, data, batch_size=2)
+        ff.fisher_flow(model, data, settings=ff.Settings(batch_size=2))
     conditions = 2 if source in ("paired", "independent") else 1
     assert model.seen < 10 * conditions
     needed = int(re.search(r"at least (\d+) samples", str(error.value)).group(1))
     assert needed > 10
-    for info in ff.fisher_flow(model, shifted(source, needed, (12,)), batch_size=2).layers:
+    for info in ff.fisher_flow(
+        model, shifted(source, needed, (12,)), settings=ff.Settings(batch_size=2)
+    ).layers:
         assert_measured(info)
 
 

@@ -157,7 +157,7 @@ def test_data_alone_and_growing_features_within_a_budget():
     """Catches a later pass that forgets the size of the batches: folds would shift."""
     x = torch.randn(2, 2000, 20, generator=torch.Generator().manual_seed(0))
     data = ff.FiniteDifference(0.96 * x[0], 1.04 * x[1], dtheta=0.08)
-    settings = {"max_features": 300, "grow": True}
+    settings = {"max_features": 300, "settings": ff.Settings(grow=True)}
     free = ff.fisher_information(data, **settings)
     bound = ff.fisher_information(data, memory_budget="60 MB", **settings)
     assert free.features == bound.features > 20

@@ -152,7 +152,9 @@ class Measurement:
         with torch.no_grad(), self._exact():
             layers = [self._known(m, estimates[m]) for m in self._layer_meters]
             maps = {
-                m.site.name: InformationMap(*estimate_map(m.site.name, m.map, contrast, ridge))
+                m.site.name: InformationMap(
+                    m.site.name, *estimate_map(m.site.name, m.map, contrast, ridge)
+                )
                 for m in self._layer_meters
                 if m.map is not None
             }

@@ -25,6 +25,7 @@ from fisherfast.measurement.settings import MeasurementSettings, Settings
 from fisherfast.model.sites import INPUT, Layers
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parallel.ranks import OtherRankError, Ranks, find_ranks, ranks_of
+from fisherfast.results import table
 from fisherfast.results.comparison import (
     DIVIDES,
     divides,
@@ -40,7 +41,7 @@ from fisherfast.training.checks import (
 )
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import Observer, leaves
-from fisherfast.training.record import NOT_MEASURED, EpochRecord, Errors, output_of
+from fisherfast.training.record import NOT_MEASURED, EpochRecord, Errors, output_of, table_of
 from fisherfast.training.regression import LiveEstimate
 from fisherfast.training.units import unit_note
 
@@ -55,6 +56,9 @@ OBSERVE_EVERY = 256
 KEPT_BYTES = 2**29
 """Bytes of samples of simulators, files and loaders kept between measurements, 512 MB."""
 
+SHOWN_EPOCHS = 12
+"""Most rows of a printed history."""
+
 FORMAT_VERSION = 1
 STATE = {"network", "settings", "calls", "history", "observer", "spaces", "told"}
 
@@ -66,7 +70,7 @@ class FisherMonitor:
     the input, layers and their chains; layers too wide for a covariance start from their last
     Krylov space (3 passes instead of 17). All measurements use the same samples and the same lift,
     so epochs differ because of the network only. The model's parameters, mode and hooks and the
-    random state are restored.
+    random state are restored. Print the monitor for a table.
 
     Args:
         model: the network in training, also compiled or inside DistributedDataParallel.
@@ -284,6 +288,28 @@ class FisherMonitor:
         """Return J of the layers that `observe` reads, over its last few thousand samples: a trend
         between measurements, averaged over the values of theta in the batches."""
         return {} if self._observer is None else self._observer.estimates()
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{table.as_text(self._table())}" if self.history else self._title()
+
+    def _repr_html_(self) -> str:
+        return table.as_html(self._table(), self._title())
+
+    def _title(self) -> str:
+        measured = [record.flow for record in self.history if record.flow is not None]
+        shape = f" [{', '.join(map(str, measured[0][INPUT].shape))}]" if measured else ""
+        return (
+            f"FisherMonitor of {type(self.model).__name__}{shape}: {len(self.history)} epochs,"
+            f" {len(measured)} measured"
+        )
+
+    def _table(self) -> list[list[str]]:
+        """Return the header and the rows of the last epochs; of a long history the first as
+        well."""
+        rows = table_of(self.history)
+        if len(self.history) <= SHOWN_EPOCHS:
+            return rows
+        return [*rows[:2], ["..."] * len(rows[0]), *rows[2 - SHOWN_EPOCHS :]]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the history as plain numbers by column, for any logger or data frame."""

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,16 +51,11 @@ def arguments(source: str, P: int, n: int = 40, k: int = 4) -> tuple[tuple, dict
     return (minus[0],), {"score": minus[0, :, :P] + normal(n, P, seed=9)}
 
 
-def solved(covariance: Tensor, derivative: Tensor) -> Tensor:
-    """J by the op."""
-    return ops.fisher_solve(covariance, derivative)[0]
-
-
 # --- closed forms ---
 
 
-@pytest.mark.parametrize("P", [1, 2, 3])
-def test_two_conditions_are_the_solve_of_sample_moments(P):
+@pytest.mark.parametrize("P", [1, 3])
+def test_two_conditions_by_sample_moments(P):
     """Catches a covariance that is not pooled, n for n - 1, a half step, and swapped parameters."""
     minus, plus = mixed(P)
     covariance = torch.stack([torch.cov(z.T) for z in (*minus, *plus)]).mean(0)
@@ -69,32 +63,31 @@ def test_two_conditions_are_the_solve_of_sample_moments(P):
     derivative = ((plus.mean(1) - minus.mean(1)) / steps[:, None]).T
     expected = derivative.T @ torch.linalg.inv(covariance) @ derivative
     for given in ((minus, plus), (list(minus), list(plus))):
-        J = ff.linear_fisher(*given, DTHETA[:P])
-        torch.testing.assert_close(J, solved(covariance, derivative), **EXACT)
-        torch.testing.assert_close(J, expected, **EXACT)
-    assert J.shape == (P, P)
+        torch.testing.assert_close(ff.linear_fisher(*given, DTHETA[:P]), expected, **EXACT)
 
 
-@pytest.mark.parametrize("P", [1, 2, 3])
-def test_tangents_are_the_solve_of_sample_moments(P):
+def test_tangents_by_sample_moments():
     """Catches tangents whose parameter and sample axes are swapped."""
-    (z,), given = arguments("tangents", P)
+    (z,), given = arguments("tangents", 3)
     derivative = given["tangents"].mean(1).T
-    J = ff.linear_fisher(z, **given)
-    torch.testing.assert_close(J, solved(torch.cov(z.T), derivative), **EXACT)
+    expected = derivative.T @ torch.linalg.inv(torch.cov(z.T)) @ derivative
+    torch.testing.assert_close(ff.linear_fisher(z, **given), expected, **EXACT)
 
 
-@pytest.mark.parametrize("P", [1, 2, 3])
+@pytest.mark.parametrize("P", [1, 3])
 def test_score_is_the_explained_covariance(P):
-    """Against a regression of the score. Catches a score that is not centred, and n for n - 1."""
+    """Against a regression of the score. Catches a score that is not centred, n for n - 1, and the
+    explained part shrunk instead of the residual corrected."""
     (z,), given = arguments("score", P)
     s = given["score"] + 5
     design = torch.cat([torch.ones(len(z), 1, dtype=torch.float64), z], 1)
     fitted = design @ torch.linalg.lstsq(design, s).solution
-    expected = torch.cov(fitted.T).reshape(P, P)
-    torch.testing.assert_close(ff.linear_fisher(z, score=s), expected, **EXACT)
-    if P == 1:
-        torch.testing.assert_close(ff.linear_fisher(z, score=s[:, 0]), expected, **EXACT)
+    expected, V = torch.cov(fitted.T).reshape(P, P), torch.cov(s.T).reshape(P, P)
+    adjusted = V - (V - expected) * 39 / (39 - 4)
+    for score in (s, s[:, 0])[: 3 - min(P, 2)]:
+        torch.testing.assert_close(ff.linear_fisher(z, score=score), expected, **EXACT)
+        corrected = ff.linear_fisher(z, score=score, corrected=True)
+        torch.testing.assert_close(corrected, adjusted, **EXACT)
 
 
 def test_conditions_of_unequal_size():
@@ -103,8 +96,8 @@ def test_conditions_of_unequal_size():
     minus, plus = minus[0], plus[0, :25]
     pooled = (39 * torch.cov(minus.T) + 24 * torch.cov(plus.T)) / 63
     derivative = (plus.mean(0) - minus.mean(0))[:, None] / 0.3
-    J = ff.linear_fisher(minus, plus, 0.3)
-    torch.testing.assert_close(J, solved(pooled, derivative), **EXACT)
+    J = derivative.T @ torch.linalg.inv(pooled) @ derivative
+    torch.testing.assert_close(ff.linear_fisher(minus, plus, 0.3), J, **EXACT)
     corrected = ff.linear_fisher(minus, plus, 0.3, corrected=True)
     c = (1 / 40 + 1 / 25) / 0.3**2
     torch.testing.assert_close(corrected, (63 - 4 - 1) / 63 * J - 4 * c, **EXACT)
@@ -180,14 +173,6 @@ def test_corrected_pairs_have_fewer_degrees_of_freedom():
     torch.testing.assert_close(found, expected.reshape(1, 1), **EXACT)
 
 
-def test_corrected_score_is_the_adjusted_share():
-    """Catches the explained part shrunk instead of the residual corrected."""
-    (z,), given = arguments("score", 2)
-    V, J = torch.cov(given["score"].T), ff.linear_fisher(z, **given)
-    expected = V - (V - J) * 39 / (39 - 4)
-    torch.testing.assert_close(ff.linear_fisher(z, **given, corrected=True), expected, **EXACT)
-
-
 REPLICATIONS, SAMPLES, OUTPUTS = 2000, 60, 8
 
 
@@ -224,50 +209,7 @@ def test_corrected_information_has_no_bias(source):
     assert off_by_errors(replicated(source)) > 2 * SIGMAS
 
 
-def test_wrong_corrections_are_rejected():
-    """Half steps, the bias without its factor k, and no shrinkage: 12 sigma or more are
-    seen of each."""
-    naive = replicated("independent")
-    nu, c = 2 * SAMPLES - 2, 2 / SAMPLES / 0.5**2
-    h = (nu - OUTPUTS - 1) / nu
-    right = h * naive - OUTPUTS * c
-    torch.testing.assert_close(right, replicated("independent", corrected=True), **EXACT)
-    for wrong in (4 * right, h * naive - c, naive - OUTPUTS * c):
-        assert off_by_errors(wrong) > 2 * SIGMAS
-
-
 # --- gradients ---
-
-
-@pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("P", [1, 2])
-def test_gradients(source, P, corrected):
-    """Against differences of J. Catches a moment that is cut from the graph."""
-    given, keywords = arguments(source, P, n=12, k=2)
-    if source in ("independent", "paired"):
-        keywords |= {"dtheta": given[2]}
-        inputs = [z.clone().requires_grad_() for z in given[:2]]
-    else:
-        inputs = [given[0].clone().requires_grad_()]
-        if source == "tangents":
-            inputs.append(keywords.pop("tangents").clone().requires_grad_())
-
-    def information(*tensors: Tensor) -> Tensor:
-        if source == "tangents":
-            return ff.linear_fisher(tensors[0], tangents=tensors[1], corrected=corrected)
-        return ff.linear_fisher(*tensors, **keywords, corrected=corrected)
-
-    tolerance = {"eps": 1e-6, "atol": 1e-6, "rtol": 1e-6}
-    assert torch.autograd.gradcheck(information, inputs, **tolerance)
-
-
-def test_gradients_with_a_ridge():
-    """Catches the diagonal's factor 1 + ridge left out."""
-    minus, plus = (z.clone().requires_grad_() for z in mixed(2, n=12, k=3))
-    assert torch.autograd.gradcheck(
-        lambda a, b: ff.linear_fisher(a, b, (0.3, 0.2), ridge=0.1), (minus, plus)
-    )
 
 
 def test_the_score_is_a_target():
@@ -280,17 +222,25 @@ def test_the_score_is_a_target():
     assert z.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize(("corrected", "ridge"), [(False, 0.1), (True, "auto")])
 @pytest.mark.parametrize("source", SOURCES)
-def test_gradients_of_the_loss(source, corrected):
-    """Against differences. Catches a scale or a factor of J that autograd takes for a constant
-    though it does not cancel."""
+def test_gradients_of_the_loss(source, corrected, ridge):
+    """Against differences. Catches a moment, a scale or a factor of J that autograd takes for a
+    constant though it does not cancel, and the diagonal's factor 1 + ridge left out."""
     given, keywords = arguments(source, 2, n=12, k=2)
-    two = source in ("independent", "paired")
+    steps = given[2] if len(given) > 1 else None
     paired = keywords.pop("paired", False)
-    loss = ff.InformationLoss(given[2] if two else None, paired=paired, corrected=corrected)
+    loss = ff.InformationLoss(steps, paired=paired, corrected=corrected, ridge=ridge)
     inputs = [z.clone().requires_grad_() for z in given[:2]]
-    assert torch.autograd.gradcheck(lambda *z: loss(*z, **keywords), inputs)
+    if source == "tangents":
+        inputs.append(keywords.pop("tangents").clone().requires_grad_())
+
+    def value(*tensors: Tensor) -> Tensor:
+        if source == "tangents":
+            return loss(tensors[0], tangents=tensors[1])
+        return loss(*tensors, **keywords)
+
+    assert torch.autograd.gradcheck(value, inputs)
 
 
 def test_the_line_meets_the_logarithm():
@@ -418,143 +368,71 @@ def test_cuda_equals_cpu(source):
 # --- bad input ---
 
 
-def message(text: str) -> str:
-    """A pattern of the whole message."""
-    return f"^{re.escape(text)}$"
-
-
 A, B = normal(20, 3), normal(20, 3, seed=1)
 CONSTANT = A * torch.tensor([1.0, 0.0, 1.0]) + 0.1  # whose mean is not 0.1 but for rounding
 TWINS = A[:, [0, 1, 0]]
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "text"),
-    [
-        (lambda f: f(A), TypeError, "one of z_plus, tangents and score must be given, got none"),
-        (
-            lambda f: f(A, B, 0.1, score=A[:, :1]),
-            TypeError,
-            "one of z_plus, tangents and score must be given, got z_plus and score",
-        ),
-        (lambda f: f(A, B), TypeError, "dtheta must be given with z_plus, got None"),
-        (
-            lambda f: f(A, None, 0.1, score=A[:, :1]),
-            TypeError,
-            "dtheta must be left out with score, got 0.1",
-        ),
-        (lambda f: f([1.0], B, 0.1), TypeError, "z_minus[0] must be a torch.Tensor, got float"),
-        (
-            lambda f: f(A, B.long(), 0.1),
-            TypeError,
-            "z_plus must be of floating dtype, got torch.int64",
-        ),
-        (
-            lambda f: f(A[:, 0], B[:, 0], 0.1),
-            ValueError,
-            "z_minus must have shape [n, k] with at least one of each, got [20]",
-        ),
-        (
-            lambda f: f([A], [B, B], 0.1),
-            ValueError,
-            "z_plus must hold as many conditions as z_minus, got 1 and 2",
-        ),
-        (
-            lambda f: f([], [], 0.1),
-            ValueError,
-            "z_minus must hold at least one condition, got an empty list",
-        ),
-        (
-            lambda f: f(A, B[:, :2], 0.1),
-            ValueError,
-            "z_minus and z_plus must have the same [..., k] in all conditions,"
-            " got [[20, 3], [20, 2]]",
-        ),
-        (
-            lambda f: f(A, B[:9], 0.1, paired=True),
-            ValueError,
-            "z_minus and z_plus must have the same [..., n, k] in all conditions,"
-            " got [[20, 3], [9, 3]]",
-        ),
-        (lambda f: f(A, B, 0.0), ValueError, "dtheta must be positive and finite, got 0.0"),
-        (
-            lambda f: f(A, B, (0.1, 0.2)),
-            ValueError,
-            "dtheta must hold one step or one per parameter (1), got 2",
-        ),
-        (
-            lambda f: f(A, tangents=B),
-            ValueError,
-            "tangents must have shape [..., P, n, k] with [..., n, k] = [20, 3], got [20, 3]",
-        ),
-        (
-            lambda f: f(A, score=B[:9]),
-            ValueError,
-            "score must have shape [..., n, P] with [..., n] = [20], got [9, 3]",
-        ),
-        (
-            lambda f: f(A, B, 0.1, ridge=-1),
-            ValueError,
-            'ridge must be "auto" or in [0, 1), got -1.0',
-        ),
-        (
-            lambda f: f(A, B, 0.1, ridge="a"),
-            TypeError,
-            "ridge must be \"auto\" or a number, got 'a'",
-        ),
-        (
-            lambda f: f(A[:3], B[:3], 0.1),
-            ValueError,
-            "degrees of freedom must exceed the 3 outputs by at least 2, got 4:"
-            " use more samples or fewer outputs",
-        ),
-        (
-            lambda f: f(A[:1], tangents=A[None, :1], corrected=True),
-            ValueError,
-            "degrees of freedom must exceed the 3 outputs by at least 2, got 0:"
-            " use more samples or fewer outputs",
-        ),
-        (
-            lambda f: f(A[:3, :1], B[:3, :1], 0.1, paired=True, corrected=True),
-            ValueError,
-            "degrees of freedom must exceed the 1 outputs by at least 2, got 2:"
-            " use more samples or fewer outputs",
-        ),
-        (
-            lambda f: f((A, A), (B, B), 0.1),
-            TypeError,
-            "z_minus must be a tensor or a list of P of them, got a tuple: join several outputs of"
-            " a model with torch.cat(z, 1), or give one of them",
-        ),
-        (
-            lambda f: f(CONSTANT, CONSTANT, 0.1),
-            ValueError,
-            "outputs of z must vary, got a constant one: 1 of 3",
-        ),
-        (
-            lambda f: f(
-                torch.stack([A, CONSTANT])[:, None], torch.stack([B, CONSTANT])[:, None], 1
-            ),
-            ValueError,
-            "outputs of z must vary, got a constant one: 1 of 3",
-        ),
-        (
-            lambda f: f(A * math.nan, B, 0.1),
-            ValueError,
-            "z must be finite, got NaN or infinity",
-        ),
-        (
-            lambda f: f(TWINS, TWINS, 0.1, ridge=0),
-            ValueError,
-            "covariance must be positive definite, got a singular one at feature 3 of 3: add a"
-            " ridge (now 0.0), or drop features that are linear in others",
-        ),
-    ],
-)
-def test_messages(call: Callable, error: type[Exception], text: str):
+BAD_TYPES = {
+    "one of z_plus, tangents and score must be given, got none": lambda f: f(A),
+    "one of z_plus, tangents and score must be given, got z_plus and score": lambda f: f(
+        A, B, 0.1, score=A[:, :1]
+    ),
+    "dtheta must be given with z_plus, got None": lambda f: f(A, B),
+    "dtheta must be left out with score, got 0.1": lambda f: f(A, None, 0.1, score=A[:, :1]),
+    "z_minus[0] must be a torch.Tensor, got float": lambda f: f([1.0], B, 0.1),
+    "z_plus must be of floating dtype, got torch.int64": lambda f: f(A, B.long(), 0.1),
+    "ridge must be \"auto\" or a number, got 'a'": lambda f: f(A, B, 0.1, ridge="a"),
+    "z_minus must be a tensor or a list of P of them, got a tuple: join several": lambda f: f(
+        (A, A), (B, B), 0.1
+    ),
+}
+BAD_VALUES = {
+    "z_minus must have shape [n, k] with at least one of each, got [20]": lambda f: f(
+        A[:, 0], B[:, 0], 0.1
+    ),
+    "z_plus must hold as many conditions as z_minus, got 1 and 2": lambda f: f([A], [B, B], 0.1),
+    "z_minus must hold at least one condition, got an empty list": lambda f: f([], [], 0.1),
+    "z_minus and z_plus must have the same [..., k] in all conditions, got [[20, 3]": lambda f: f(
+        A, B[:, :2], 0.1
+    ),
+    "z_minus and z_plus must have the same [..., n, k] in all conditions": lambda f: f(
+        A, B[:9], 0.1, paired=True
+    ),
+    "dtheta must be positive and finite, got 0.0": lambda f: f(A, B, 0.0),
+    "dtheta must hold one step or one per parameter (1), got 2": lambda f: f(A, B, (0.1, 0.2)),
+    "tangents must have shape [..., P, n, k] with [..., n, k] = [20, 3], got [20, 3]": lambda f: f(
+        A, tangents=B
+    ),
+    "score must have shape [..., n, P] with [..., n] = [20], got [9, 3]": lambda f: f(
+        A, score=B[:9]
+    ),
+    'ridge must be "auto" or in [0, 1), got -1.0': lambda f: f(A, B, 0.1, ridge=-1),
+    "degrees of freedom must exceed the 3 outputs by at least 2, got 4: use more": lambda f: f(
+        A[:3], B[:3], 0.1
+    ),
+    "degrees of freedom must exceed the 3 outputs by at least 2, got 0: use more": lambda f: f(
+        A[:1], tangents=A[None, :1], corrected=True
+    ),
+    "degrees of freedom must exceed the 1 outputs by at least 2, got 2: use more": lambda f: f(
+        A[:3, :1], B[:3, :1], 0.1, paired=True, corrected=True
+    ),
+    "outputs of z must vary, got a constant one: 1 of 3": lambda f: f(
+        torch.stack([A, CONSTANT])[:, None], torch.stack([B, CONSTANT])[:, None], 1
+    ),
+    "z must be finite, got NaN or infinity": lambda f: f(A * math.nan, B, 0.1),
+    "covariance must be positive definite, got a singular one at feature 3 of 3: add": lambda f: f(
+        TWINS, TWINS, 0.1, ridge=0
+    ),
+}
+
+
+@pytest.mark.parametrize("text", [*BAD_TYPES, *BAD_VALUES])
+def test_messages(text):
     """Catches an error of torch from within, or a number out of nothing."""
-    with pytest.raises(error, match=message(text)):
-        call(ff.linear_fisher)
+    error = TypeError if text in BAD_TYPES else ValueError
+    with pytest.raises(error, match=f"^{re.escape(text)}"):
+        (BAD_TYPES | BAD_VALUES)[text](ff.linear_fisher)
 
 
 @pytest.mark.parametrize("ridge", ["auto", 1e-6])
@@ -576,7 +454,7 @@ def test_messages_of_the_loss():
     with pytest.raises(TypeError, match=r"^dtheta must be given with z_plus, got None$"):
         ff.InformationLoss()(A, B)
     text = "z must have at least as many outputs as parameters (2), got 1"
-    with pytest.raises(ValueError, match=message(text)):
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         ff.InformationLoss((0.1, 0.2))([A[:, :1], B[:, :1]], [A[:, 1:2], B[:, 1:2]])
 
 
@@ -606,25 +484,14 @@ def test_value_of_the_loss():
     torch.testing.assert_close(white, -J.logdet(), **EXACT)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_value_of_the_corrected_loss(source):
+def test_value_of_the_corrected_loss():
     """Well above the noise it is -log det J. Catches the line where the logarithm belongs."""
-    noise, slopes = normal(2, 500, 3), torch.tensor([[1.0, 0, 0], [0, 2, 0]], dtype=torch.float64)
-    shift = slopes[:, None] / 2
-    given: tuple = (noise[0] - shift, noise[1] + shift)
-    keywords: dict = {}
-    if source == "tangents":
-        given, keywords = (noise[0],), {"tangents": slopes[:, None] + 0.1 * noise}
-    elif source == "score":
-        given, keywords = (noise[0],), {"score": noise[0] @ slopes.T}
-    step = 1.0 if source in ("independent", "paired") else None
-    paired = source == "paired"
-    settings = {"dtheta": step} if step else {}
-    if paired:
-        settings["paired"] = True
-    J = ff.linear_fisher(*given, **keywords, **settings, corrected=True)
-    loss = ff.InformationLoss(step, paired=paired, corrected=True, regularization=0.0)
-    torch.testing.assert_close(loss(*given, **keywords), -J.logdet(), rtol=1e-9, atol=1e-9)
+    noise, slopes = normal(500, 3), torch.tensor([[1.0, 0, 0], [0, 2, 0]], dtype=torch.float64)
+    tangents = slopes[:, None] + 0.1 * noise
+    J = ff.linear_fisher(noise, tangents=tangents, corrected=True)
+    loss = ff.InformationLoss(corrected=True, regularization=0.0)
+    found = loss(noise, tangents=tangents)
+    torch.testing.assert_close(found, -J.logdet(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 import fisherfast as ff
 from fisherfast.problems import GaussianShift, mlp
@@ -65,11 +64,10 @@ def read(monitor: ff.FisherMonitor) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("every", [1, 3, 7])
-def test_one_batch_in_so_many_is_read(every):
+def test_one_batch_in_so_many_is_read():
     """Catches a cadence that is off by one: the k-th read is of batch k n + 2. Hooks are there for
     that batch alone."""
-    model = mlp([DIM, 4, 1], seed=0)
+    model, every = mlp([DIM, 4, 1], seed=0), 3
     monitor = monitored(model, every)
     for call in range(1, 30):
         listening = len(model._forward_hooks) > 0
@@ -130,14 +128,10 @@ def test_of_several_passes_in_training_the_last_is_read():
     monitor, other = monitored(model), monitored(reference)
     monitor.observe(torch.zeros(1)), other.observe(torch.zeros(1))
     for x, theta in shifted(torch.ones(DIM), 4):
-        model(noise(17)), model(x)
-        monitor.observe(theta)
-    generator.manual_seed(0)
-    for x, theta in shifted(torch.ones(DIM), 4):
-        noise(17), reference(x)
-        other.observe(theta)
+        model(2 * x), model(x), reference(x)
+        monitor.observe(theta), other.observe(theta)
     monitor.close(), other.close()
-    assert read(monitor).keys() == read(other).keys()
+    assert read(monitor) == read(other)
 
 
 def test_a_call_without_a_pass_reads_nothing():
@@ -235,11 +229,6 @@ class Words(nn.Module):
 
 
 KINDS = {
-    "dropout": (
-        lambda: nn.Sequential(nn.Linear(DIM, 4), nn.Dropout(0.5), nn.Linear(4, 1)),
-        lambda x: x,
-        {"input", "0", "output"},
-    ),
     "twice": (Twice, lambda x: x, {"input", "same", "output"}),
     "tuples": (Pair, lambda x: x, {"input", "body"}),
     "time first": (TimeFirst, lambda x: x.T[:, :, None], {"output"}),
@@ -316,61 +305,6 @@ def test_sequences_of_changing_length():
     monitor.close()
     assert monitor._observer.moments["0"].dim == 10  # of the first batch that is read
     assert bool(monitor.live()["output"].J.isfinite())
-
-
-def test_a_compiled_network_is_read_at_its_ends():
-    """Catches hooks inside of a compiled graph: it would be compiled again and again."""
-    torch._dynamo.reset()
-    compiled_times = 0
-
-    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable:
-        nonlocal compiled_times
-        compiled_times += 1
-        return graph.forward
-
-    model = mlp([DIM, 4, 1], seed=0)
-    compiled = torch.compile(model, backend=backend)
-    monitor = monitored(compiled, every=2)
-    train(monitor, compiled, 12)
-    monitor.close()
-    assert set(monitor.live()) == {"input", "output"}
-    assert compiled_times == 1
-    assert not compiled._forward_hooks
-
-
-def test_a_compiled_part_is_not_read_inside():
-    """Catches hooks inside of what is compiled, which compile it again."""
-    torch._dynamo.reset()
-    inside = torch.compile(mlp([DIM, 4, 3], seed=0), backend="eager")
-    model = nn.Sequential(inside, nn.Linear(3, 2), nn.Linear(2, 1))
-    monitor = monitored(model)
-    train(monitor, model, 3)
-    monitor.close()
-    assert set(monitor._observer.moments) == {"input", "1", "output"}
-
-
-def test_a_network_that_is_compiled_in_place_is_read_at_its_ends():
-    """Catches a graph that is compiled again for each batch that is read (after eight times it
-    would run uncompiled for good), and a network that the observer passes by."""
-
-    class Own(nn.Module):  # torch leaves its own containers uncompiled
-        def __init__(self) -> None:
-            super().__init__()
-            self.inside = mlp([DIM, 4, 1], seed=0)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inside(x)
-
-    torch._dynamo.reset()
-    counter, model = CompileCounter(), Own()
-    model.compile(backend=counter)
-    call = model._compiled_call_impl
-    monitor = monitored(model, every=2)
-    train(monitor, model, 12)
-    monitor.close()
-    assert set(monitor.live()) == {"input", "output"}
-    assert counter.frame_count == 1
-    assert model._compiled_call_impl is call
 
 
 def test_a_network_spread_over_threads_is_read_at_its_ends():

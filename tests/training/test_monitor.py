@@ -256,7 +256,7 @@ BAD_ARGUMENTS = {
     "scale nan": ({"target_scale": math.nan}, ValueError, "target_scale must be finite and not 0"),
     "scale text": ({"target_scale": "1"}, TypeError, "target_scale must be a number, got '1'"),
     "path": ({"path": "history.txt"}, ValueError, "path must end in .csv, got 'history.txt'"),
-    "folds": ({"folds": 3}, ValueError, "folds must be even and at least 4, got 3"),
+    "folds": ({"folds": 3}, ValueError, "folds must be even and at least 6, got 3"),
     "data": ({"data": torch.zeros(3)}, TypeError, "data must be a FiniteDifference, Pathwise"),
     "model": ({"model": torch.relu}, TypeError, "model must be a torch.nn.Module, got builtin"),
     "training data": ({"training_data": 3}, TypeError, "data must be a FiniteDifference"),

@@ -165,19 +165,9 @@ def test_training_meter_measures_training_samples():
     assert abs(share - 1) < 4 * error
 
 
-def test_full_grid_has_neighbours_of_zero():
-    """The 101 published values of theta: catches a pair that is not among them."""
-    theta = torch.linspace(-1.5, 1.5, 101).repeat_interleave(50)
-    x = theta[:, None] + torch.randn(len(theta), 2, generator=torch.Generator().manual_seed(0))
-    task = SimpleNamespace(x=x, theta=theta, model=torch.nn.Linear(2, 1))
-    _, error = stopping._training_meter(task)(
-        SimpleNamespace(flow={"input": SimpleNamespace(value=2.0)})
-    )
-    assert math.isfinite(error)
-
-
-def test_full_is_the_published_size():
-    """Catches a learning rate, a network, a grid or epochs of the reduced run in the full one."""
+def test_sizes():
+    """Catches a learning rate, a network, a grid or epochs of the reduced run in the full one, and
+    a reduced epoch that goes less far: learning rate times steps is that of a published epoch."""
     options = Options(full=True, samples=100)
     task = tasks.gaussian_task(options)
     assert (task.learning_rate, task.epochs, task.batch_size) == (1e-6, 15, 128)
@@ -189,12 +179,8 @@ def test_full_is_the_published_size():
     widths = [layer.in_features for layer in task.model if isinstance(layer, torch.nn.Linear)]
     assert [*widths, 1] == list(published.STOPPING_WIDTHS)
     assert float(task.theta.max()) == 1.5
-    sizes = [stopping.GAUSSIAN_SIZES[True].samples, lift.SAMPLES[True]]
-    assert sizes == [7000, 150_000]
-
-
-def test_reduced_gaussian_epoch_goes_as_far_as_a_published_one():
-    """Learning rate times steps per epoch: catches a rate that ignores --samples."""
+    assert stopping.GAUSSIAN_SIZES[True].samples == 7000
+    assert lift.SAMPLES[True] == 150_000
     for samples in (100, 250):
         task = tasks.gaussian_task(Options(samples=samples))
         assert task.learning_rate * samples == pytest.approx(1e-6 * 20_000)

@@ -382,22 +382,6 @@ def test_models_without_numbers():
         monitor.step()
 
 
-def test_several_outputs():
-    """Catches a record that reads one head: transmission is that of all of them together."""
-
-    class Mean(Net):
-        def forward(self, x: torch.Tensor) -> Any:
-            h = self.fc1(x)
-            return {"mean": self.fc2(h)[:, :1], "spread": h.sum(1), "none": None, "count": 3}
-
-    torch.manual_seed(1)
-    monitor = ff.FisherMonitor(Mean(), shifted(samples(8000)), **OPTIONS)
-    record = monitor.step(train_mse=0.1)
-    heads = ["output[mean]", "output[spread]"]
-    assert record.flow.names == ["input", "fc1", "fc2", *heads, "output"]
-    assert record.transmission == record.flow.fractions()["output"]
-
-
 @pytest.mark.parametrize("kind", ["lazy", "shared", "frozen", "made in inference mode"])
 def test_unusual_parameters_stay_as_they_are(kind):
     """Catches a measurement that unties, copies, unfreezes or fails on them; a monitor measures

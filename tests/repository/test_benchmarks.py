@@ -175,6 +175,7 @@ def tiny_results(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_tiny_runs_store_their_rows(tiny_results, script):
     """Catches a benchmark that does not run, loses rows, leaves out a rival for a mistake of ours,
@@ -197,6 +198,7 @@ def test_tiny_runs_store_their_rows(tiny_results, script):
             assert row["limits"]["limit"] == ("loads", "arithmetic")[shares[0] < shares[1]]
 
 
+@pytest.mark.slow
 def test_rows_of_exact_derivatives_add_up(tiny_results):
     """Ratios by hand from the stored seconds. Catches 1 + P that is forgotten or taken twice, a
     share of the wrong copy, and a contender that vanished without a reason."""
@@ -261,6 +263,7 @@ def test_wrong_tangents_of_a_network_are_rejected(load, number):
         assert bench.error_of_pair(wrong, (y, dy)) > bench.JVP_TOLERANCE
 
 
+@pytest.mark.slow
 def test_peak_memory_of_derivatives_counts_the_tangents(load):
     """Twice as many directions need more memory, and a plain pass the least. Catches a way that is
     not run, and a peak that is read before the call."""
@@ -284,6 +287,7 @@ def test_peak_memory_sees_a_copy(load):
 # --- tables and figure ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True])
 def test_table_and_figure(load, tiny_results, tmp_path, stored):
     """Catches a table that drops a row, and results that the script cannot read: those that the

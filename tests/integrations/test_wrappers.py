@@ -124,7 +124,7 @@ def test_compiled_models_are_not_compiled_again(make):
     train_step()
     compiled = counter.frame_count
     assert compiled > 0
-    tangents = ff.Pathwise(x[0], torch.ones(1, 400, DIM))
+    tangents = ff.Pathwise(x[0], torch.ones(400, DIM))
     flows = [ff.fisher_flow(model, data, **OPTIONS) for data in (shifted(x), tangents)]
     monitor = ff.FisherMonitor(model, shifted(x), observe_every=2, **OPTIONS)
     for _ in range(3):
@@ -356,7 +356,7 @@ def test_channels_last(minus_last, plus_last):
         nn.Linear(4, 2),
     )
     x = torch.randn(2, 300, 3, 6, 6)
-    options = {"max_features": 64, "maps": minus_last == plus_last}
+    options = {"max_features": 64, "settings": ff.Settings(maps=minus_last == plus_last)}
     minus, plus = x[0] - 0.02, x[1] + 0.02
     plain = ff.fisher_flow(model, ff.FiniteDifference(minus, plus, 0.04), **options)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)

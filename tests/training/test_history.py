@@ -152,7 +152,7 @@ def test_the_file_of_a_monitor(path, monkeypatch):
     """The file holds each number of the history, exactly. Catches a file whose n-th record costs n
     times the first."""
     data = GaussianShift(torch.ones(4)).finite_difference(0.0, 0.2, 200, seed=1)
-    monitor = ff.FisherMonitor(mlp([4, 3, 1], seed=0), data, 2, max_features=16, path=path)
+    monitor = ff.FisherMonitor(mlp([4, 3, 1], seed=0), data, every=2, max_features=16, path=path)
     monitor.step(train_mse=0.5, val_mse=0.6)
     monitor.step(train_mse=math.pi)
     monkeypatch.setattr(ff.FisherFlow, "fractions", lambda _: pytest.fail("computed again"))

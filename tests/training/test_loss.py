@@ -519,7 +519,7 @@ def test_descent_raises_the_information():
     x, dx = problem.sample_with_tangent(1.0, 20_000, torch.Generator().manual_seed(7))
 
     def fraction_and_spread() -> tuple[float, float]:
-        z, dz = ff.jvp(network, x, dx)
+        z, dz = ff.jvp(network, x, dx.movedim(1, 0))
         J = ff.linear_fisher(z, tangents=dz, corrected=True).item()
         return J / problem.fisher(1.0).item(), float(z.var())
 

@@ -96,7 +96,7 @@ def test_passes_that_are_not_of_the_training_are_not_read():
         disturbed.train()
         if measured:
             ff.fisher_flow(disturbed, other.data, max_features=8)
-            tangents = ff.Pathwise(fresh, torch.ones(1, BATCH, DIM))
+            tangents = ff.Pathwise(fresh, torch.ones(BATCH, DIM))
             ff.fisher_flow(disturbed, tangents, max_features=8)
 
     for number, (x, theta) in enumerate(shifted(torch.ones(DIM), 8)):

@@ -128,7 +128,7 @@ def test_what_is_logged():
 
 
 def test_stops_and_keeps_what_the_rule_restored():
-    """Catches a rule that is not asked, or whose word or weights are lost."""
+    """Catches a rule that is not asked, or whose verdict or weights are lost."""
     own = callback(stopping=StopAt(1))
     trainer, module = fit(own, max_epochs=8)
     assert own.stopping.asked == [0, 1]

@@ -190,7 +190,7 @@ def test_jvp_of_a_compiled_model():
 
 
 def test_the_compiler_comes_back_after_an_error():
-    """Catches a compiler that stays switched off: nothing would tell but the speed."""
+    """Catches a compiler that stays switched off: only the speed would show it."""
     counter = CompileCounter()
     model = wrapped(counter)
     broken = samples()

@@ -185,7 +185,7 @@ def test_printed_table(flow, pair):
 
 
 def test_notes_are_printed(silent):
-    """Catches a note that nobody reads."""
+    """Catches a note that is not shown."""
     assert re.search(r"^note: fc1/relu: .*constant", str(silent), re.MULTILINE)
 
 
@@ -515,7 +515,7 @@ class Bomb:
 
 @pytest.mark.parametrize("form", ["inside .npz", ".npz", ".json"])
 def test_nothing_is_unpickled(form, tmp_path):
-    """Catches `allow_pickle=True`: a file that somebody sent must not run code."""
+    """Catches `allow_pickle=True`: a file from elsewhere must not run code."""
     target = tmp_path / "exploded"
     path = tmp_path / f"a.{form[-4:].strip('.')}"
     if form == "inside .npz":

@@ -88,12 +88,12 @@ def test_new_columns_rewrite_the_file(path):
 # --- other hands ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("harm", [lambda text: text[:-5], lambda text: text + "by hand", None])
-def test_a_file_that_somebody_changed_is_written_anew(path, harm):
+@pytest.mark.parametrize("change", [lambda text: text[:-5], lambda text: text + "by hand", None])
+def test_a_file_that_was_changed_is_written_anew(path, change):
     """Catches an append to half a line, or to nothing: a file without a header."""
     file = HistoryFile(path)
     file.write(ROWS[:2])
-    path.write_text(harm(path.read_text())) if harm else path.unlink()
+    path.write_text(change(path.read_text())) if change else path.unlink()
     file.write(ROWS[:3])
     assert read(path) == cells(ROWS[:3])
 
@@ -106,7 +106,7 @@ def refuse(*_given: object, **_more: object) -> None:
 
 
 @pytest.mark.parametrize("where", ["fsync", "open", "replace", "stat"])
-def test_a_full_disk_is_told_once_and_nothing_is_lost(path, monkeypatch, where):
+def test_a_full_disk_warns_once_and_nothing_is_lost(path, monkeypatch, where):
     """Catches an exception in a training, a warning per epoch, and rows that are missing when there
     is room again, wherever the error shows."""
     file = HistoryFile(path)

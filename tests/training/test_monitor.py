@@ -187,7 +187,8 @@ def test_every_nth_call_measures():
 
 @pytest.mark.parametrize("healthy_first", [True, False])
 def test_nan_weights_leave_a_record_and_the_next_measurement_works(healthy_first):
-    """Catches an exception in a training, a warning per epoch, and what a broken network taught."""
+    """Catches an exception in a training, a warning per epoch, and results of a
+    broken network that are used again."""
     model, data = network(), PAIRED
     monitor = ff.FisherMonitor(model, data)
     if healthy_first:

@@ -262,7 +262,7 @@ def test_the_window_forgets():
 @pytest.mark.parametrize(
     ("place", "spread", "center"), [(0, 3e-3, 0.0), (0, 3e-3, 1.0), (BATCHES - 2, 1e-5, 0.0)]
 )
-def test_a_batch_of_close_thetas_does_no_harm(place, spread, center):
+def test_a_batch_of_close_thetas_is_harmless(place, spread, center):
     """The first one, as a sorted loader gives it, or another: its slope is noise. Catches a
     polynomial standardised by the first batch, whose tails hold the others, and batches that all
     count by their samples alone."""
@@ -279,7 +279,7 @@ def test_a_batch_of_close_thetas_does_no_harm(place, spread, center):
     assert found.stderr.item() < 0.2 * DIM
 
 
-# --- batches that tell nothing --------------------------------------------------------------------
+# --- batches without information ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5])
@@ -299,7 +299,7 @@ def test_batches_that_are_too_small_are_passed_over(n):
     ],
     ids=["constant", "two values", "nan", "one infinite"],
 )
-def test_thetas_that_tell_no_polynomial_are_passed_over(theta):
+def test_thetas_that_determine_no_polynomial_are_skipped(theta):
     """Catches a singular regression, and its garbage in the window."""
     model = mlp([DIM, 4, 1], seed=0)
     useless = ((noise(BATCH), theta) for _ in range(3))

@@ -205,7 +205,7 @@ def test_the_state_of_other_settings_is_refused(state, message):
 
 
 def test_the_state_of_other_parameters_is_refused():
-    """Pathwise data have no dtheta that would tell: catches a history of J [2, 2] and [1, 1]."""
+    """Pathwise data have no dtheta that would differ: catches a history of J [2, 2] and [1, 1]."""
     model = mlp([DIM, 4, 2], seed=0)
     of_two = GaussianShift(torch.eye(DIM)[:, :2]).pathwise([0.0, 0.0], 300)
     state = ff.FisherMonitor(model, of_two, max_features=32).state_dict()

@@ -1,4 +1,4 @@
-"""Targets in another unit than theta: who is warned, and who is not."""
+"""Targets in another unit than theta: which runs get a note."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_another_unit_is_noted_with_its_factor(unit):
         assert named == pytest.approx(1 / factor, rel=0.15)  # the network answers by 0.95 of a unit
 
 
-def test_with_the_scale_given_levels_are_right_and_nobody_is_warned():
+def test_with_the_scale_given_levels_are_right_and_nothing_is_noted():
     """The error of this network is 0.96 of the bound (its caution pays), known to 3 %: catches a
     scale that is not squared, or applied to J."""
     factor = 1000.0

@@ -66,6 +66,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
         assert printed[name][0] == pytest.approx(J, abs=0.1 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::Warning:lightning")
 @pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -97,6 +98,7 @@ def test_training_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert "transmission" in services["mlflow"].log_metrics.call_args.args[0]
 
 
+@pytest.mark.slow
 def test_parameter_blocks_run_in_order(tmp_path, monkeypatch):
     """Catches an example of the parameters' guide that was never run, or whose assertion fails: all
     blocks share one namespace, in an empty folder."""

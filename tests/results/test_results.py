@@ -403,7 +403,9 @@ def test_odd_numbers_survive(flow, suffix, tmp_path):
     umlauts."""
     odd = dataclasses.replace(flow["0"], J=matrix(0.1 + 0.2), stderr=matrix(5e-324))
     odd = dataclasses.replace(odd, lower=matrix(-0.0), lower_stderr=matrix(math.nan))
-    odd = dataclasses.replace(odd, naive=matrix(math.inf), aliases=("ö.<b>",))
+    odd = dataclasses.replace(
+        odd, naive=matrix(math.inf), effective_dim=math.inf, aliases=("ö.<b>",)
+    )
     odd = dataclasses.replace(odd, notes=('ü "quoted" \n', "é"))
     result = dataclasses.replace(flow, layers=(flow["input"], odd))
     path = tmp_path / f"flow{suffix}"

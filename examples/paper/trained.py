@@ -10,7 +10,7 @@ from typing import Any
 from figure import Options
 
 from fisherfast.demo import Task
-from fisherfast.demo.report import epoch_numbers, summary
+from fisherfast.demo.report import run_numbers
 from fisherfast.demo.runner import INTERRUPTED, collect, verdict
 from fisherfast.demo.training import DemoEpoch, DivergenceError, train
 
@@ -59,22 +59,10 @@ def train_and_measure(task: Task, options: Options, meter: Meter | None = None) 
     if not history:
         raise KeyboardInterrupt if status == INTERRUPTED else DivergenceError("nothing measured")
     print(verdict(history))
-    entries = [epoch_numbers(record) for record in history]
-    for entry, (share, error) in zip(entries, training, strict=False):
+    numbers = run_numbers(task, history)
+    for entry, (share, error) in zip(numbers["epochs"], training, strict=False):
         entry["training_output_fraction"] = share
         entry["training_output_fraction_error"] = error
-    numbers = {
-        "task": task.name,
-        "unit": task.unit,
-        "settings": {
-            **task.settings,
-            "learning rate": task.learning_rate,
-            "batch size": task.batch_size,
-            "epochs": task.epochs,
-        },
-        "summary": summary(history),
-        "J_input": history[0].flow["input"].value,
-        "J_input_error": float(history[0].flow["input"].stderr),
-        "epochs": entries,
-    }
+    source = history[0].flow["input"]
+    numbers |= {"J_input": source.value, "J_input_error": float(source.stderr)}
     return TrainedRun(history, status, numbers, training)

@@ -18,7 +18,7 @@ import torch
 from fisherfast._version import __version__
 from fisherfast.demo.figures import draw_figures
 from fisherfast.demo.imaging import ImagingTask
-from fisherfast.demo.training import DemoEpoch
+from fisherfast.demo.training import DemoEpoch, Task
 from fisherfast.results.comparison import unresolved_note
 from fisherfast.results.plots import crossing_epoch
 
@@ -26,7 +26,7 @@ __all__ = [
     "check_packages",
     "epoch_cells",
     "epoch_header",
-    "epoch_numbers",
+    "run_numbers",
     "summary",
     "versions",
     "write_report",
@@ -69,7 +69,9 @@ def write_report(
         figure.savefig(buffer, format="png")
         images[name] = buffer.getvalue()
         (out / name).write_bytes(images[name])
-    numbers = _numbers(task, history, complete)
+    numbers = {**run_numbers(task, history), "complete": complete, "versions": versions()}
+    for entry, record in zip(numbers["epochs"], history, strict=True):
+        entry["flow"] = record.flow.to_dict()
     text = json.dumps(_known(numbers), indent=1, allow_nan=False)
     (out / NUMBERS).write_text(text + "\n", encoding="utf-8")
     (out / PAGE).write_text(_page(task, history, images, numbers), encoding="utf-8")
@@ -169,10 +171,10 @@ def _page(
     )
 
 
-def _numbers(task: ImagingTask, history: Sequence[DemoEpoch], complete: bool) -> dict[str, Any]:
+def run_numbers(task: Task, history: Sequence[DemoEpoch]) -> dict[str, Any]:
+    """Task, settings and summary of a run, and the numbers of each epoch."""
     return {
         "task": task.name,
-        "complete": complete,
         "unit": task.unit,
         "settings": {
             **task.settings,
@@ -180,9 +182,8 @@ def _numbers(task: ImagingTask, history: Sequence[DemoEpoch], complete: bool) ->
             "batch size": task.batch_size,
             "epochs": task.epochs,
         },
-        "versions": versions(),
         "summary": summary(history),
-        "epochs": [{**epoch_numbers(record), "flow": record.flow.to_dict()} for record in history],
+        "epochs": [epoch_numbers(record) for record in history],
     }
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fisherfast.results.flow import FisherFlow
+from fisherfast.results.plots import thinned
 from fisherfast.training import EpochRecord
 
 __all__ = ["measured_flows"]
-
-LINES = 12
-"""Most flows in one figure: as many as a legend can name, and quick to draw in a long run."""
 
 
 def measured_flows(history: Sequence[EpochRecord]) -> dict[int, FisherFlow]:
@@ -24,7 +22,5 @@ def measured_flows(history: Sequence[EpochRecord]) -> dict[int, FisherFlow]:
         >>> measured_flows([])
         {}
     """
-    known = [(record.epoch, record.flow) for record in history if record.flow is not None]
-    steps = max(LINES, len(known)) - 1
-    places = [round(i * steps / (LINES - 1)) for i in range(LINES)]
-    return dict(known[place] for place in places if place < len(known))
+    measured = [record for record in history if record.flow is not None]
+    return {record.epoch: record.flow for record in thinned(measured)}

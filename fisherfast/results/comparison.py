@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from fisherfast.estimation.variance import jackknife_covariance
+from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import SINGULAR, pack_covariance, unpack_covariance
 
 __all__ = [
     "DIVIDES",
     "LayerComparison",
-    "Measured",
     "compare",
     "covariance_of",
     "divides",
@@ -39,21 +38,6 @@ BY_CHANCE = 0.02
 
 ROUNDING = 1e-12
 """Added to a correlation matrix of errors, which may be singular."""
-
-
-class Measured(Protocol):
-    """The fields of a `LayerFisher` that a comparison reads."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def J(self) -> torch.Tensor: ...
-    @property
-    def stderr(self) -> torch.Tensor: ...
-    @property
-    def error_covariance(self) -> torch.Tensor | None: ...
-    @property
-    def replicates(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,7 +80,7 @@ class LayerComparison:
         )
 
 
-def compare(a: Measured, b: Measured) -> LayerComparison:
+def compare(a: LayerFisher, b: LayerFisher) -> LayerComparison:
     """Compute ratio J_a / J_b and difference J_a - J_b of two layers with the same samples."""
     of_a, of_b = _joint_replicates(a, b)
     difference_stderr = _jackknife(of_a - of_b)
@@ -121,7 +105,7 @@ def compare(a: Measured, b: Measured) -> LayerComparison:
     )
 
 
-def exceeds(a: Measured, b: Measured, of: int = 1) -> bool:
+def exceeds(a: LayerFisher, b: LayerFisher, of: int = 1) -> bool:
     """Return whether J_a is larger than J_b in every direction, and significantly so for at least
     one parameter.
 
@@ -141,7 +125,7 @@ def exceeds(a: Measured, b: Measured, of: int = 1) -> bool:
     return bool((difference.diagonal() > errors).any())
 
 
-def ratio(a: Measured, b: Measured) -> tuple[float, float]:
+def ratio(a: LayerFisher, b: LayerFisher) -> tuple[float, float]:
     """Compute tr(J_b^-1 J_a) / P and its standard error; NaN unless `divides(b)`."""
     if not divides(b):
         return math.nan, math.nan
@@ -168,13 +152,13 @@ def relative(J_a: torch.Tensor, J_b: torch.Tensor) -> tuple[torch.Tensor, torch.
     return values, directions / scale[:, None]
 
 
-def divides(layer: Measured) -> bool:
+def divides(layer: LayerFisher) -> bool:
     """Return whether J is at least `DIVIDES` errors above zero in every direction, so that a ratio
     to it makes sense."""
     return weakest_direction(layer.J, covariance_of(layer))[1] >= DIVIDES
 
 
-def unresolved_note(layer: Measured) -> str:
+def unresolved_note(layer: LayerFisher) -> str:
     """Explain why there is no ratio to this layer."""
     return f"J of {layer.name} is within {DIVIDES:g} errors of zero: no ratio to it"
 
@@ -210,7 +194,7 @@ def variance_along(directions: torch.Tensor, covariance: torch.Tensor) -> torch.
     return torch.einsum("pqi,pqrs,rsi->i", squares, covariance, squares).clamp_min(0)
 
 
-def covariance_of(layer: Measured) -> torch.Tensor:
+def covariance_of(layer: LayerFisher) -> torch.Tensor:
     """Compute the covariance [P, P, P, P] of the errors of the entries of J, uncorrelated if only
     their standard errors are known."""
     if layer.error_covariance is not None:
@@ -226,7 +210,7 @@ def uncorrelated(stderr: torch.Tensor) -> torch.Tensor:
     return unpack_covariance(stderr[row, column].square().diag(), len(stderr))
 
 
-def _joint_replicates(a: Measured, b: Measured) -> tuple[torch.Tensor, torch.Tensor]:
+def _joint_replicates(a: LayerFisher, b: LayerFisher) -> tuple[torch.Tensor, torch.Tensor]:
     """Return J of both layers [R, P, P] without each fold, the same for both; if a layer has no
     replicates, the errors are independent and add in quadrature."""
     of_a, of_b = _deviations(a), _deviations(b)
@@ -239,7 +223,7 @@ def _joint_replicates(a: Measured, b: Measured) -> tuple[torch.Tensor, torch.Ten
     return a.J + widen * of_a, b.J + widen * of_b
 
 
-def _deviations(layer: Measured) -> torch.Tensor:
+def _deviations(layer: LayerFisher) -> torch.Tensor:
     """Compute deviations [n, P, P] of J with mean zero, whose products sum to the covariance of its
     error."""
     folds = len(layer.replicates)

@@ -204,25 +204,24 @@ class LayerFisher:
         Raises:
             KeyError, TypeError, ValueError: an entry is missing or of the wrong kind.
         """
-        added = {"error_covariance", "response"} - set(entry)  # None in the layer
-        values = {f.name: entry[f.name] for f in fields(cls) if f.name not in added}
+        values = {
+            f.name: entry[f.name] for f in fields(cls) if f.name not in _OPTIONAL or f.name in entry
+        }
         parameters = len(values["J"])
-        if "error_covariance" in values:
-            numbers = np.array(values["error_covariance"], dtype=np.float64)
-            entries = parameters * (parameters + 1) // 2
-            values["error_covariance"] = torch.from_numpy(numbers.reshape(entries, entries))
-        if "response" in values:
-            response = np.array(values["response"], dtype=np.float64)
-            values["response"] = torch.from_numpy(response.reshape(-1, parameters))
         if len(values["dtheta"]) not in (0, parameters):
             raise ValueError(
                 f"dtheta must hold {parameters} steps or none, got {len(values['dtheta'])}"
             )
-        for name in _MATRICES:
+        entries = parameters * (parameters + 1) // 2
+        shapes = {
+            **dict.fromkeys(_MATRICES, (parameters, parameters)),
+            **dict.fromkeys(_STACKS, (-1, parameters, parameters)),
+            "error_covariance": (entries, entries),
+            "response": (-1, parameters),
+        }
+        for name in values.keys() & shapes.keys():
             numbers = np.array(values[name], dtype=np.float64)
-            stacked = name.startswith("curve") or name == "replicates"
-            shape = (-1, parameters, parameters) if stacked else (parameters,) * 2
-            values[name] = torch.from_numpy(numbers.reshape(shape))
+            values[name] = torch.from_numpy(numbers.reshape(shapes[name]))
         values["effective_dim"] = float(values["effective_dim"])
         values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64, device="cpu")
         for name in ("shape", "dtheta", "aliases", "descendants", "notes"):
@@ -233,18 +232,9 @@ class LayerFisher:
         return cls(**values)
 
 
-_MATRICES = (
-    "J",
-    "stderr",
-    "lower",
-    "lower_stderr",
-    "linear",
-    "linear_stderr",
-    "naive",
-    "curve_J",
-    "curve_stderr",
-    "replicates",
-)
+_MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
+_STACKS = ("curve_J", "curve_stderr", "replicates")
+_OPTIONAL = ("error_covariance", "response")  # None in the layer, left out of `to_dict`
 
 
 def finite_step_note(layer: LayerFisher) -> str | None:

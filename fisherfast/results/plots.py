@@ -30,6 +30,7 @@ __all__ = [
     "plot_flows",
     "plot_training",
     "sequence_colours",
+    "thinned",
     "tidy",
 ]
 
@@ -177,7 +178,7 @@ def plot_flows(
         if flow.names != first.names:
             raise ValueError(f"flows must have the same layers, got {first.names} and {flow.names}")
     ax = _axes_or_new(ax)
-    named = _thinned(list(flows))
+    named = thinned(list(flows))
     for color, (label, flow) in zip(sequence_colours(len(flows)), flows.items(), strict=True):
         for line in _lines(flow, fraction):
             name = f"{label}{line.suffix}" if label in named else None
@@ -307,10 +308,7 @@ def crossing_epoch(history: Sequence[EpochLike]) -> int | None:
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025).
     """
-    for entry in history:
-        if entry.train_level <= 1:
-            return entry.epoch
-    return None
+    return next((entry.epoch for entry in history if entry.train_level <= 1), None)
 
 
 _SHARE = r"J$_{output}$ / J$_{input}$"
@@ -376,12 +374,12 @@ def _label_layers(ax: Axes, flow: FlowLike, fraction: bool, unit: str) -> None:
     tidy(ax)
 
 
-def _thinned(labels: list[Any]) -> list[Any]:
-    """Select at most `LEGEND_ENTRIES` labels, evenly spaced, with the first and the last."""
-    if len(labels) <= LEGEND_ENTRIES:
-        return labels
-    last = len(labels) - 1
-    return [labels[round(i * last / (LEGEND_ENTRIES - 1))] for i in range(LEGEND_ENTRIES)]
+def thinned(items: Sequence[Any]) -> list[Any]:
+    """Select at most `LEGEND_ENTRIES` items, evenly spaced, with the first and the last."""
+    last, steps = len(items) - 1, LEGEND_ENTRIES - 1
+    if last < LEGEND_ENTRIES:
+        return list(items)
+    return [items[round(i * last / steps)] for i in range(LEGEND_ENTRIES)]
 
 
 def sequence_colours(count: int) -> list[Any]:

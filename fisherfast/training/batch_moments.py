@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,6 @@ __all__ = [
     "Outputs",
     "batch_information",
     "batch_moments",
-    "check_steps",
 ]
 
 FOLDS = 16
@@ -107,7 +105,8 @@ def batch_moments(
         moments = _of_score(_samples(z, "z"), score)
     else:
         moments = _of_tangents(_samples(z, "z"), tangents, folds=corrected)
-    return replace(moments, rounding=_rounding(z))
+    first = z if isinstance(z, Tensor) else z[0]  # the others are of the same network
+    return replace(moments, rounding=relative_rounding(first.dtype))
 
 
 def _of_conditions(
@@ -132,7 +131,7 @@ def _of_conditions(
             f"z_minus and z_plus must have the same {equal} in all conditions,"
             f" got {[list(z.shape) for z in conditions]}"
         )
-    steps = conditions[0].new_tensor(check_steps(dtheta, len(minus)))
+    steps = conditions[0].new_tensor(check_dtheta(dtheta, len(minus)))
     number = _fold_number(min(counts)) if folds else 1
     parts = [_fold_means(z, number) for z in conditions]
     means = torch.stack([fold_means for _, fold_means, _ in parts], -1)
@@ -184,12 +183,6 @@ def _of_score(z: Tensor, score: Tensor) -> BatchMoments:
     derivative = ((z - mean[..., None, :]).mT @ centred / dof)[..., None, :, :]
     nu = z.new_full(tuple(systems), n - 1)
     return BatchMoments(mean, scatter / dof, derivative, nu, score=centred.mT @ centred / dof)
-
-
-def _rounding(z: Outputs) -> float:
-    """Return the relative rounding of the first tensor; the others are of the same network."""
-    first = z if isinstance(z, Tensor) else z[0]
-    return relative_rounding(first.dtype)
 
 
 def _fold_number(n: int) -> int:
@@ -324,12 +317,3 @@ def _floating(z: object, name: str) -> Tensor:
     if not z.is_floating_point():
         raise TypeError(f"{name} must be of floating dtype, got {z.dtype}")
     return z.double()
-
-
-def check_steps(
-    dtheta: float | Sequence[float], parameters: int | None = None
-) -> tuple[float, ...]:
-    """Return dtheta as positive numbers, one per parameter if their number is known."""
-    if parameters is None:
-        parameters = max(1, np.size(np.asarray(dtheta)))
-    return check_dtheta(dtheta, parameters)

@@ -6,16 +6,17 @@ import math
 import numbers
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.estimation.ridge import AUTO, RidgeSetting, check_ridge
 from fisherfast.training.batch_moments import (
     BatchMoments,
     Outputs,
     batch_information,
     batch_moments,
-    check_steps,
 )
 
 __all__ = ["InformationLoss", "linear_fisher"]
@@ -164,7 +165,9 @@ class InformationLoss(nn.Module):
             raise TypeError(f"regularization must be a number, got {regularization!r}")
         if not 0 <= regularization < math.inf:
             raise ValueError(f"regularization must be finite and at least 0, got {regularization}")
-        self.dtheta: tuple[float, ...] | None = None if dtheta is None else check_steps(dtheta)
+        self.dtheta: tuple[float, ...] | None = None
+        if dtheta is not None:
+            self.dtheta = check_dtheta(dtheta, max(1, np.size(np.asarray(dtheta))))
         self.paired: bool = bool(paired)
         self.corrected: bool = bool(corrected)
         self.ridge: RidgeSetting = check_ridge(ridge)

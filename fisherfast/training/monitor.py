@@ -60,7 +60,7 @@ SHOWN_EPOCHS = 12
 """Most rows of a printed history."""
 
 FORMAT_VERSION = 1
-STATE = {"network", "settings", "calls", "history", "observer", "spaces", "told"}
+STATE = {"network", "settings", "calls", "history", "observer", "spaces", "warned"}
 
 
 class FisherMonitor:
@@ -174,7 +174,7 @@ class FisherMonitor:
         self._observer: Observer | None = None
         self._outer = model
         self._calls = 0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self.history: list[EpochRecord] = []
 
     def step(
@@ -219,7 +219,9 @@ class FisherMonitor:
         notes: list[str] = []
         try:
             with ranks_of(self._group) as ranks:
-                number = self._next_epoch() if epoch is None else check_whole("epoch", epoch)
+                number = self.history[-1].epoch + 1 if self.history else 0
+                if epoch is not None:
+                    number = check_whole("epoch", epoch)
                 own = {
                     name: check_errors(name, value, self.data.parameters, self._target_scale)
                     for name, value in (("train_mse", train_mse), ("val_mse", val_mse))
@@ -247,7 +249,7 @@ class FisherMonitor:
             notes=tuple(notes),
         )
         self.history.append(record)
-        self._tell(record)
+        self._warn(record)
         if self._file is not None:
             self._file.write(self.rows())
         return record
@@ -345,7 +347,7 @@ class FisherMonitor:
             "history": [record.state_dict() for record in self.history],
             "observer": observer,
             "spaces": {n: [w.cpu() for w in s] for n, s in self._recall.spaces.items()},
-            "told": sorted(self._told),
+            "warned": sorted(self._warned),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -380,7 +382,7 @@ class FisherMonitor:
             self._file.restart()
         self.history, self._observer = history, observer
         self._calls = int(state["calls"])
-        self._told = set(state["told"])
+        self._warned = set(state["warned"])
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self._recall.spaces = {
             name: [weights.to(device, copy=True) for weights in spaces]
@@ -399,40 +401,30 @@ class FisherMonitor:
         return notes
 
     def _measure(self, ranks: Ranks | None) -> tuple[FisherFlow, FisherFlow | None]:
+        def measured(
+            data: Data, layers: Layers, settings: MeasurementSettings, recall: Recall
+        ) -> FisherFlow:
+            return Measurement(
+                self.model, data, layers, settings, recall=recall, quiet=True, ranks=ranks
+            ).run()
+
+        settings = self._settings
         paused = contextlib.nullcontext() if self._observer is None else self._observer.paused()
         with paused, _own_stream(self.model):
-            flow = Measurement(
-                self.model,
-                self.data,
-                self._layers,
-                self._settings,
-                recall=self._recall,
-                quiet=True,
-                ranks=ranks,
-            ).run()
-            if output_of(flow) not in flow:
+            flow = measured(self.data, self._layers, settings, self._recall)
+            output = output_of(flow)
+            if output not in flow:
                 raise ValueError(
                     "model must return a floating tensor with one row per sample, got none: use"
                     " fisher_flow to measure its layers alone"
                 )
             if self._training_data is None:
                 return flow, None
-            training = Measurement(
-                self.model,
-                self._training_data,
-                [output_of(flow)],
-                replace(self._settings, maps=False),
-                recall=self._training_recall,
-                quiet=True,
-                ranks=ranks,
-            ).run()
-        return flow, self._beside(flow, training)
-
-    def _beside(self, flow: FisherFlow, training: FisherFlow) -> FisherFlow:
-        """Make a flow of the held-out input and the output on training samples, for their ratio."""
-        output = [layer for layer in training if layer.name != INPUT]
-        own = [replace(layer, replicates=layer.replicates[:0]) for layer in output]  # other samples
-        return FisherFlow((flow.layers[0], *own), training.settings)
+            settings = replace(settings, maps=False)
+            training = measured(self._training_data, [output], settings, self._training_recall)
+        # beside the held-out input, for the ratio; without replicates: these are other samples
+        own = [replace(layer, replicates=layer.replicates[:0]) for layer in training.layers[1:]]
+        return flow, FisherFlow((flow.layers[0], *own), training.settings)
 
     def _kept(self, data: Data) -> Data:
         return data if data.resident() or self._keep == 0 else KeptData(data, self._keep)
@@ -468,26 +460,23 @@ class FisherMonitor:
             model, modules = self._outer, {}  # hooks inside would be compiled, or copied to threads
         return Observer(model, self.data.parameters, every=self._observe_every, modules=modules)
 
-    def _next_epoch(self) -> int:
-        return self.history[-1].epoch + 1 if self.history else 0
-
-    def _tell(self, record: EpochRecord) -> None:
+    def _warn(self, record: EpochRecord) -> None:
         """Warn of each kind of note once per run, on one rank."""
         for note in record.notes:
             kind = note.partition(":")[0].partition("=")[0]
-            if kind not in self._told:
-                self._told.add(kind)
+            if kind not in self._warned:
+                self._warned.add(kind)
                 if self._leads:
                     warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
 
     def _compared(self) -> dict[str, Any]:
         """Return the settings that two runs must share to continue one history."""
-        own = {
+        return self._settings.to_dict() | {
             "parameters": self.data.parameters,
             "target_scale": self._target_scale,
-            "layers": self._layers,
+            # a state cannot hold functions and patterns
+            "layers": self._layers if isinstance(self._layers, str | Sequence) else None,
         }
-        return _plain(self._settings.to_dict() | own)
 
     def _signature(self) -> dict[str, list[int]]:
         """Return names and shapes of the parameters."""
@@ -516,15 +505,11 @@ def _mean_over(ranks: Ranks | None, own: dict[str, Errors]) -> dict[str, Errors]
     """Average the known errors over ranks, by name; the result is the same on all of them."""
     if ranks is None:
         return own
-    told = ranks.exchange("averaging errors", own)
-    return {name: _mean([each[name] for each in told if each[name] is not None]) for name in own}
-
-
-def _mean(told: list[tuple[float, ...]]) -> Errors:
-    return tuple(math.fsum(values) / len(told) for values in zip(*told, strict=True)) or None
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert settings to values that a state can hold."""
-    kinds = (bool, int, float, str, list, tuple, type(None))
-    return {name: value for name, value in settings.items() if isinstance(value, kinds)}
+    everywhere = ranks.exchange("averaging errors", own)
+    means: dict[str, Errors] = {}
+    for name in own:
+        known = [errors[name] for errors in everywhere if errors[name] is not None]
+        means[name] = (
+            tuple(math.fsum(each) / len(known) for each in zip(*known, strict=True)) or None
+        )
+    return means

@@ -67,29 +67,26 @@ class Observer:
         self._parameters = parameters
         self._every = every
         self._modules = modules
-        self._make_hooks()
         self._handles: list[torch.utils.hooks.RemovableHandle | _AroundCompiled] = []
         self._caught: dict[str, Caught] = {}
         self._sizes: list[int] = []  # batch sizes of the recorded input and output
         self._calls = 0
         self.moments: dict[str, RegressionMoments] = {}
 
-    def _make_hooks(self) -> None:
-        self._input_hook, self._output_hook = Hook(self._catch_input), Hook(self._catch_output)
-        self._layer_hooks = {name: Hook(partial(self._catch_layer, name)) for name in self._modules}
-
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, without recorded activations, which are part of
         a graph, and without hooks, whose copies do nothing."""
-        hooks = {"_input_hook", "_output_hook", "_layer_hooks"}
-        state = {name: value for name, value in vars(self).items() if name not in hooks}
-        return state | {"_handles": [], "_caught": {}, "_sizes": [], "listening": self._listens()}
+        return vars(self) | {
+            "_handles": [],
+            "_caught": {},
+            "_sizes": [],
+            "listening": self._listens(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, which observes its own network if the original did."""
         listening = state.pop("listening")
         vars(self).update(state)
-        self._make_hooks()
         if listening:
             self._listen()
 
@@ -161,14 +158,15 @@ class Observer:
                 self._listen()
 
     def _listen(self) -> None:
+        catch_input, catch_output = Hook(self._catch_input), Hook(self._catch_output)
         if self._model._compiled_call_impl is not None:  # by `model.compile()`
-            hooks = self._input_hook, self._output_hook
-            self._handles.append(_AroundCompiled(self._model, *hooks))
+            self._handles.append(_AroundCompiled(self._model, catch_input, catch_output))
             return
-        self._handles.append(self._model.register_forward_pre_hook(self._input_hook))
-        self._handles.append(self._model.register_forward_hook(self._output_hook))
+        self._handles.append(self._model.register_forward_pre_hook(catch_input))
+        self._handles.append(self._model.register_forward_hook(catch_output))
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._layer_hooks[name]))
+            hook = Hook(partial(self._catch_layer, name))
+            self._handles.append(module.register_forward_hook(hook))
 
     def _trains(self) -> bool:
         """Return whether this forward pass is training: neither a validation nor a measurement."""

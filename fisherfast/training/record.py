@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -139,39 +139,25 @@ class EpochRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and tensors."""
-        return {
-            "epoch": self.epoch,
-            "flow": None if self.flow is None else self.flow.to_dict(),
-            "train_mse": self.train_mse,
-            "val_mse": self.val_mse,
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("flow", "training_flow"):
+            state[name] = None if state[name] is None else state[name].to_dict()
+        return state | {
             "input_J": self.input_J.clone(),
-            "training_flow": None if self.training_flow is None else self.training_flow.to_dict(),
             "live": dict(self.live),
-            "seconds": self.seconds,
             "notes": list(self.notes),
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> EpochRecord:
         """Rebuild a record from the result of `state_dict`."""
-        flow, training_flow = (
-            None if state[name] is None else FisherFlow.from_dict(state[name])
-            for name in ("flow", "training_flow")
-        )
-        train_mse, val_mse = (
-            None if state[name] is None else tuple(state[name]) for name in ("train_mse", "val_mse")
-        )
-        return cls(
-            epoch=state["epoch"],
-            flow=flow,
-            train_mse=train_mse,
-            val_mse=val_mse,
-            input_J=state["input_J"].to("cpu", copy=True),
-            training_flow=training_flow,
-            live=dict(state["live"]),
-            seconds=state["seconds"],
-            notes=tuple(state["notes"]),
-        )
+        values = dict(state)
+        for name in ("flow", "training_flow"):
+            values[name] = None if state[name] is None else FisherFlow.from_dict(state[name])
+        for name in ("train_mse", "val_mse"):
+            values[name] = None if state[name] is None else tuple(state[name])
+        values["input_J"] = state["input_J"].to("cpu", copy=True)
+        return cls(**values | {"live": dict(state["live"]), "notes": tuple(state["notes"])})
 
 
 def output_of(flow: FisherFlow) -> str:

@@ -16,6 +16,7 @@ J above that of the input shows that the network memorises.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -194,16 +195,12 @@ class RegressionMoments:
 
 def monomials(parameters: int) -> list[tuple[int, ...]]:
     """List the exponents of all monomials of P variables up to the degree, the constant first."""
-    degree = DEGREES.get(parameters, 2)
-    found: list[tuple[int, ...]] = [(0,) * parameters]
-    for _ in range(degree):
-        more = [
-            tuple(e + (p == q) for q, e in enumerate(exponents))
-            for exponents in found
-            for p in range(parameters)
-        ]
-        found = list(dict.fromkeys([*found, *more]))
-    return found
+    variables = range(parameters)
+    return [
+        tuple(map(chosen.count, variables))
+        for degree in range(DEGREES.get(parameters, 2) + 1)
+        for chosen in itertools.combinations_with_replacement(variables, degree)
+    ]
 
 
 def powers(t: torch.Tensor, exponents: list[tuple[int, ...]]) -> torch.Tensor:

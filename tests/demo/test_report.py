@@ -100,10 +100,20 @@ def made_up(task: ImagingTask, *, J: float, stderr: float) -> list[training.Demo
 
 
 def test_everything_is_written(run):
-    numbers = check_report(run[0], epochs=2)
+    """Catches a table of layers of another epoch, and a setting that is left out."""
+    out, _ = run
+    numbers = check_report(out, epochs=2)
     assert numbers["complete"] is True
     layers = ["input", "relu1", "relu2", "relu3", "relu4", "output"]
     assert list(numbers["epochs"][0]["fractions"]) == layers
+    page = (out / "index.html").read_text(encoding="utf-8")
+    best = numbers["epochs"][numbers["summary"]["best_output_epoch"]]
+    header, *rows = ff.FisherFlow.from_dict(best["flow"]).table()
+    assert cells(header, "th") in page
+    for row in rows:
+        assert cells(row) in page
+    for name, value in numbers["settings"].items():
+        assert cells([name, str(value)]) in page
 
 
 def test_table_shows_the_numbers_of_the_file(run):
@@ -127,46 +137,21 @@ def test_table_shows_the_numbers_of_the_file(run):
         assert cells(expected) in page
 
 
-def test_page_shows_layers_and_settings(run):
-    """Catches a table of layers of another epoch, and a setting that is left out."""
-    out, _ = run
-    numbers = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    page = (out / "index.html").read_text(encoding="utf-8")
-    best = numbers["epochs"][numbers["summary"]["best_output_epoch"]]
-    header, *rows = ff.FisherFlow.from_dict(best["flow"]).table()
-    assert cells(header, "th") in page
-    for row in rows:
-        assert cells(row) in page
-    for name, value in numbers["settings"].items():
-        assert cells([name, str(value)]) in page
-
-
-def test_page_escapes_what_it_shows(tmp_path, task):
-    """Catches a template that trusts a file name."""
-    settings = {"scene": "<script>alert(1)</script>", '"&': "'"}
-    history = made_up(task, J=2.0, stderr=0.1)
-    write_report(tmp_path, replace(task, settings=settings), history, complete=True)
-    page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "<script" not in page
-    assert "<td>&lt;script&gt;alert(1)&lt;/script&gt;</td>" in page
-    assert "<td>&#34;&amp;</td><td>&#39;</td>" in page
-    check_report(tmp_path, epochs=1)
-
-
-def test_photograph_as_scene(tmp_path):
+def test_photograph_as_scene():
+    """Catches a photograph whose contrast sets another information than the letter's."""
     picture = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    arguments = ["--samples", "600", "--epochs", "1", "--scene", str(picture)]
-    assert main(["demo", *arguments, "--out", str(tmp_path)]) == 0
-    numbers = check_report(tmp_path, epochs=1)
-    assert numbers["settings"]["scene"] == "grace_hopper.jpg"
-    assert numbers["settings"]["FI of one image, per um^2"] == pytest.approx(1.6)
+    settings = imaging_task(samples=250, scene=picture).settings
+    assert settings["scene"] == "grace_hopper.jpg"
+    assert settings["FI of one image, per um^2"] == pytest.approx(1.6)
 
 
-def test_input_within_its_error_of_zero(tmp_path, task):
-    """Catches shares of a J_input that is noise, NaN in JSON, and a report that is not written."""
+def test_hostile_numbers_and_names(tmp_path, task):
+    """Catches shares of a J_input that is noise, NaN in JSON, a report that is not written, and a
+    template that trusts a file name."""
     history = made_up(task, J=0.02, stderr=0.04)
     assert "nan" not in " ".join(epoch_cells(history[0], task.layers))
-    write_report(tmp_path, task, history, complete=True)
+    settings = {"scene": "<script>alert(1)</script>", '"&': "'"}
+    write_report(tmp_path, replace(task, settings=settings), history, complete=True)
     numbers = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     for entry in numbers["epochs"]:
         assert set(entry["fractions"].values()) == {None}
@@ -174,6 +159,9 @@ def test_input_within_its_error_of_zero(tmp_path, task):
     assert numbers["summary"]["stop_epoch"] is None
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "within 3 errors of zero: no ratio to it: use more samples" in page
+    assert "<script" not in page
+    assert "<td>&lt;script&gt;alert(1)&lt;/script&gt;</td>" in page
+    assert "<td>&#34;&amp;</td><td>&#39;</td>" in page
 
 
 def test_recorded_measurements(tmp_path, capsys):

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import continual_digits
 import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "continual_digits.py"
 STORED = ROOT / "benchmarks" / "results" / "parameters.json"
 
 CLAIM = 0.15
 """Of the online variant: average accuracy after the last task above plain fine-tuning, over five
 seeds."""
-
-
-def load() -> ModuleType:
-    """The example as a module."""
-    spec = importlib.util.spec_from_file_location("continual_digits", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["continual_digits"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-continual_digits = load()
 
 
 @pytest.mark.parametrize("protocol", continual_digits.PROTOCOLS)

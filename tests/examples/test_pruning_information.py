@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import pruning_information as example
 import pytest
 import torch
 
 pytest.importorskip("matplotlib", reason="the example draws figures")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-EXAMPLE = ROOT / "examples" / "pruning_information.py"
-
-
-def load() -> ModuleType:
-    """The example as a module."""
-    spec = importlib.util.spec_from_file_location("pruning_information", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pruning_information"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load()
 
 
 @pytest.fixture(scope="module")
@@ -137,17 +122,14 @@ def test_importance_keeps_what_chance_loses(run):
 
 
 def test_files_and_tables(run):
-    """Catches a figure that is not drawn, numbers that JSON cannot hold, a table without rows."""
+    """Catches a figure that is not drawn, numbers that JSON cannot hold, a table without rows, and
+    a size that is praised although a larger network has lost the information."""
     found, out = run
     assert json.loads((out / "result.json").read_text()) == found
     assert (out / "pruning.png").stat().st_size > 10_000
     assert example.table([found]).count("\n") == 3
     assert list(found["lognormal"]["layers"]) == ["whole", "importance", "magnitude", "chance"]
     assert next(iter(found["lognormal"]["layers"]["whole"])) == "input"
-
-
-def test_the_smallest_intact_network_has_no_gap_above_it():
-    """Catches a size that is praised although a larger network has lost the information."""
     curve = [{"left": left, "transmission": t} for left, t in ((0.8, 1.0), (0.4, 0.5), (0.2, 1.0))]
     assert example.intact(curve, "left", 1.0) == 0.8
     assert example.intact(curve, "left", 3.0) is None

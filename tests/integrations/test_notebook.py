@@ -45,22 +45,27 @@ def ipython(monkeypatch: pytest.MonkeyPatch, shell: Any) -> Display:
     return display
 
 
-def new_monitor(every: int = 1) -> ff.FisherMonitor:
+def new_monitor() -> ff.FisherMonitor:
     x = torch.randn(2, 5000, 4, generator=torch.Generator().manual_seed(0))
     data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
-    model = torch.nn.Linear(4, 1)
-    with torch.no_grad():
-        model.weight.fill_(1 / 4)  # unbiased: it is in the unit of theta
-    return ff.FisherMonitor(model, data, every=every, max_features=8)
+    return ff.FisherMonitor(torch.nn.Linear(4, 1), data, max_features=8)
 
 
 def test_one_display_that_is_drawn_again(monkeypatch):
-    """Catches a new picture below the last at each epoch, and one that never changes."""
+    """Catches a new picture below the last at each epoch, one that never changes, and a plot that
+    needs a measurement where the first one failed."""
     display = ipython(monkeypatch, SimpleNamespace(kernel=object()))
-    monitor = new_monitor(every=2)
+    monitor = new_monitor()
     plot = LivePlot(monitor)
     assert not plot.update()  # nothing to draw yet
-    for epoch in range(3):
+    with torch.no_grad():
+        monitor.model.weight.fill_(float("nan"))
+    with pytest.warns(ff.FisherWarning, match="not measured"):
+        monitor.step(train_mse=0.5)
+    assert plot.update()
+    with torch.no_grad():
+        monitor.model.weight.fill_(1 / 4)  # unbiased: it is in the unit of theta
+    for epoch in range(2):
         monitor.step(val_mse=0.5 / (epoch + 1))
         assert plot.update()
     assert len(display.shown) == 1
@@ -71,21 +76,10 @@ def test_one_display_that_is_drawn_again(monkeypatch):
     assert plot.drawn == 3
 
 
-def test_before_the_first_flow(monkeypatch):
-    """Catches a plot that needs a measurement where the first one failed."""
-    display = ipython(monkeypatch, SimpleNamespace(kernel=object()))
-    monitor = new_monitor()
-    with torch.no_grad():
-        monitor.model.weight.fill_(float("nan"))
-    with pytest.warns(ff.FisherWarning, match="not measured"):
-        monitor.step(train_mse=0.5)
-    assert LivePlot(monitor).update()
-    assert len(display.shown) == 1
-
-
 @pytest.mark.parametrize("shell", [None, SimpleNamespace()], ids=["script", "terminal"])
 def test_nothing_happens_outside_of_notebooks(monkeypatch, shell):
-    """Catches a line of text per epoch in a terminal, and an error in a script."""
+    """Catches a line of text per epoch in a terminal, an error in a script, and a history in place
+    of its monitor, which would never grow."""
     display = ipython(monkeypatch, shell)
     monitor = new_monitor()
     monitor.step()
@@ -93,6 +87,8 @@ def test_nothing_happens_outside_of_notebooks(monkeypatch, shell):
     assert not plot.update()
     assert not display.shown
     assert plot.drawn == 0
+    with pytest.raises(TypeError, match="monitor must be a FisherMonitor, got list"):
+        LivePlot(monitor.history)
 
 
 SCRIPT = """
@@ -112,9 +108,3 @@ def test_nothing_is_imported_outside_of_notebooks():
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_wrong_monitor():
-    """Catches a history in place of its monitor, which would never grow."""
-    with pytest.raises(TypeError, match="monitor must be a FisherMonitor, got list"):
-        LivePlot([])

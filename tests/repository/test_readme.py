@@ -14,6 +14,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from fisherfast.__main__ import main
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
     path.stem: path
@@ -64,6 +66,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
         assert printed[name][0] == pytest.approx(J, abs=0.1 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::Warning:lightning")
 @pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -95,6 +98,7 @@ def test_training_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert "transmission" in services["mlflow"].log_metrics.call_args.args[0]
 
 
+@pytest.mark.slow
 def test_parameter_blocks_run_in_order(tmp_path, monkeypatch):
     """Catches an example of the parameters' guide that was never run, or whose assertion fails: all
     blocks share one namespace, in an empty folder."""
@@ -112,34 +116,24 @@ def table_rows(text: str) -> dict[str, tuple[float, float]]:
     return {name: (float(J), float(error)) for name, J, error in rows}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        x
-        for text in (README, CONTRIBUTING)
-        for code in blocks("sh", text)
-        for x in code.splitlines()
-    ],
-)
-def test_shell_lines_exist(line, tmp_path):
+def test_shell_lines_exist(capsys):
     """Catches a verb that is not there: targets are resolved, commands asked for their help."""
-    command = line.split("#")[0].split()
-    if command[0] == "make":
-        if shutil.which("make") is None:
-            pytest.skip("make is not installed")
-        subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, check=True, capture_output=True)
-    elif command[:3] == ["python", "-m", "fisherfast"]:
-        verbs = [word for word in command[3:] if not word.startswith("-") and word.isalpha()][:2]
-        subprocess.run(
-            [sys.executable, "-m", "fisherfast", *verbs, "--help"],
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-        )
-    elif command[0] == "python":
-        assert (ROOT / command[1]).is_file()
-    else:
-        assert command[:2] == ["pip", "install"]
+    for line in "".join(blocks("sh", README) + blocks("sh", CONTRIBUTING)).splitlines():
+        command = line.split("#")[0].split()
+        if command[0] == "make":
+            if shutil.which("make") is not None:
+                subprocess.run(
+                    ["make", "-n", *command[1:]], cwd=ROOT, check=True, capture_output=True
+                )
+        elif command[:3] == ["python", "-m", "fisherfast"]:
+            verbs = [word for word in command[3:] if word.isalpha()][:2]
+            with pytest.raises(SystemExit) as stop:
+                main([*verbs, "--help"])
+            assert stop.value.code == 0, capsys.readouterr().err
+        elif command[0] == "python":
+            assert (ROOT / command[1]).is_file(), line
+        else:
+            assert command[:2] == ["pip", "install"], line
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -27,6 +27,7 @@ def load(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_a_part_leaves_the_others_as_they_were(tmp_path):
     """Catches a run of one part that drops or changes what is stored of the rest, a part that the
     command does not know, and operations that slip from the rules."""

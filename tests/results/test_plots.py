@@ -82,7 +82,8 @@ def test_flow_has_points_errors_and_bound(flow):
 
 
 def test_flow_as_fractions(flow):
-    ax = plots.plot_flow(flow, fraction=True)
+    """Catches a method of the flow that drops its arguments."""
+    ax = flow.plot(plots.new_figure().add_subplot(), fraction=True)
     assert heights(ax, 0) == list(flow.fractions().values())
     assert "input" in ax.get_ylabel()
 
@@ -107,17 +108,11 @@ def test_flow_of_several_parameters_has_a_line_for_each(flow_of_two):
     assert len(bars(plots.plot_flow(flow_of_two, fraction=True))) == 1
 
 
-def test_method_of_the_flow_draws_the_same(flow):
-    assert heights(flow.plot(), 0) == heights(plots.plot_flow(flow), 0)
-
-
 def test_flows_have_one_line_each_in_distinct_colours(flow):
+    """Catches a legend of forty lines, and one without the first and the last."""
     ax = plots.plot_flows({"first": flow, "second": flow, "third": flow}, title="epoch")
     assert legend(ax) == ["first", "second", "third"]
     assert len({c.lines[0].get_color() for c in bars(ax)}) == 3
-
-
-def test_many_flows_keep_a_short_legend(flow):
     ax = plots.plot_flows(dict.fromkeys(range(40), flow))
     assert len(bars(ax)) == 40
     assert len(legend(ax)) <= plots.LEGEND_ENTRIES
@@ -213,26 +208,20 @@ def test_epochs_whose_error_is_unknown_break_the_line(flow):
     assert [y == y for y in drawn.get_ydata()] == [True, False, True]
 
 
-def test_axes_of_the_user_are_used(flow, history):
-    ax = plots.new_figure().add_subplot()
-    assert plots.plot_flow(flow, ax) is ax
-    assert plots.plot_flows({0: flow}, ax) is ax
-    assert plots.plot_curve(flow.layers[0], ax) is ax
-    assert plots.plot_training(history, ax) is ax
-
-
 def test_nothing_global_is_touched(flow, history, tmp_path):
-    """Catches pyplot figures and changed settings."""
+    """Catches pyplot figures, changed settings, and axes of the user that are not drawn into."""
     import matplotlib.pyplot as plt
 
     before, open_figures = dict(matplotlib.rcParams), plt.get_fignums()
-    for ax in (
-        plots.plot_flow(flow),
-        plots.plot_flows({0: flow}),
-        plots.plot_curve(flow.layers[0]),
-        plots.plot_training(history),
+    for draw, shown in (
+        (plots.plot_flow, flow),
+        (plots.plot_flows, {0: flow}),
+        (plots.plot_curve, flow.layers[0]),
+        (plots.plot_training, history),
     ):
-        ax.figure.savefig(tmp_path / "figure.png")
+        given = plots.new_figure().add_subplot()
+        assert draw(shown, given) is given
+        draw(shown).figure.savefig(tmp_path / "figure.png")
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert dict(matplotlib.rcParams) == before
     assert plt.get_fignums() == open_figures

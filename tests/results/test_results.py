@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import pickle
@@ -147,15 +146,6 @@ def test_equality_and_hash(flow):
     assert flow["0"] in list(flow)
 
 
-def test_hash(flow):
-    """Catches `hash` that fails although `__hash__` is there: results as keys of a cache."""
-    try:
-        assert hash(flow["0"]) == hash(flow["0"])
-        assert hash(flow) == hash(flow)
-    except TypeError as error:
-        assert re.match(r"unhashable type: '(FisherFlow|LayerFisher)'", str(error))  # noqa: PT017
-
-
 def test_pickle(flow):
     """Results travel between processes: catches attributes that cannot be pickled."""
     back = pickle.loads(pickle.dumps(flow))
@@ -168,32 +158,20 @@ def test_pickle(flow):
 
 def test_table(flow, pair):
     """Catches a column or row that is missing, and numbers that are not those of the layer."""
+    names = "layer", "shape", "dim", "J", "+-", "lower", "J / J_input", "features", "status"
     for result in (flow, pair):
         header, *rows = result.table()
-        assert header == [
-            "layer",
-            "shape",
-            "dim",
-            "J",
-            "+-",
-            "lower",
-            "J / J_input",
-            "features",
-            "status",
-        ]
-        assert len(rows) == len(result)
-        assert all(isinstance(cell, str) for row in rows for cell in row)
+        assert tuple(header) == names
+        assert [row[0] for row in rows] == ["input", "0", "1", "output = 2"]
         assert {len(row) for row in rows} == {len(header)}
-        assert rows[0][0] == "input"
         assert rows[0][6].startswith("1.000 ")
-        assert rows[-1][0] == "output = 2"
-    assert float(flow.table()[1][3]) == pytest.approx(flow["input"].value, rel=1e-3)
-    numbers = [float(cell) for cell in pair.table()[1][3].split(",")]
-    assert numbers == pytest.approx(pair["input"].J.diagonal().tolist(), rel=1e-3)
+        numbers = [float(cell) for cell in rows[0][3].split(",")]
+        assert numbers == pytest.approx(result["input"].J.diagonal().tolist(), rel=1e-3)
 
 
 def test_printed_table(flow, pair):
-    """Catches columns that do not line up, and units that are not said."""
+    """Catches columns that do not line up, units that are not said, and a page of tensors at the
+    prompt."""
     lines = str(flow).splitlines()
     assert lines[0].split() == " ".join(flow.table()[0]).split()
     for column in ("shape", "features", "status"):  # columns of text start below their header
@@ -202,17 +180,13 @@ def test_printed_table(flow, pair):
     assert "J per unit of theta squared; dtheta 0.2; 8000 samples" in lines
     assert "diagonal of J shown" in str(pair)
     assert all(len(line) <= 120 for line in lines)
+    assert repr(flow) == str(flow)
+    assert len(repr(flow["0"])) < 300
 
 
 def test_notes_are_printed(silent):
-    """Catches a note that nobody reads."""
+    """Catches a note that is not shown."""
     assert re.search(r"^note: fc1/relu: .*constant", str(silent), re.MULTILINE)
-
-
-def test_representation_is_short(flow):
-    """Catches a page of tensors at the prompt: one line for a layer, a table for a flow."""
-    assert len(repr(flow["0"])) < 300
-    assert len(repr(flow)) < 2000
 
 
 def test_html_is_escaped():
@@ -231,31 +205,18 @@ def test_html_is_escaped():
 # --- fractions and bounds ---
 
 
-def test_fractions_of_one_parameter(flow):
-    """Catches J over the layer before, or over the largest: the input is 1."""
-    fractions = flow.fractions()
-    assert list(fractions) == flow.names
-    assert fractions["input"] == 1
-    for layer in flow:
-        expected = layer.value / flow["input"].value
-        assert fractions[layer.name] == pytest.approx(expected, rel=1e-12)
-
-
-def test_fractions_of_several_parameters(pair):
-    """tr(J_input^-1 J) / P. Catches the ratio of traces or of determinants."""
-    fractions = pair.fractions()
-    assert fractions["input"] == pytest.approx(1, abs=1e-12)
-    for layer in pair:
-        expected = torch.linalg.solve(pair["input"].J, layer.J).trace().item() / 2
-        assert fractions[layer.name] == pytest.approx(expected, rel=1e-9)
-        assert isinstance(fractions[layer.name], float)
-
-
-def test_fractions_to_a_layer_itself_are_exact(flow, pair):
-    """Catches the error of J_input printed beside a ratio that is 1 whatever J_input."""
+def test_fractions(flow, pair):
+    """tr(J_input^-1 J) / P. Catches J over the layer before, or over the largest, the ratio of
+    traces or of determinants, and the error of J_input beside a ratio that is 1 whatever it is."""
     for result in (flow, pair):
-        assert list(result.fraction_errors()) == result.names
-        assert result.fraction_errors()["input"] == pytest.approx(0, abs=1e-12)
+        fractions, errors = result.fractions(), result.fraction_errors()
+        assert list(fractions) == list(errors) == result.names
+        assert fractions["input"] == pytest.approx(1, abs=1e-12)
+        assert errors["input"] == pytest.approx(0, abs=1e-12)
+        for layer in result:
+            solved = torch.linalg.solve(result["input"].J, layer.J)
+            expected = solved.trace().item() / result.parameters
+            assert fractions[layer.name] == pytest.approx(expected, rel=1e-9)
 
 
 def test_no_fraction_of_an_input_that_cannot_be_told_from_zero():
@@ -275,21 +236,14 @@ def test_fractions_of_a_noisy_input_are_numbers():
     assert flow.fractions()["output"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("J", [0.0, -1.0, 1e-300])
-def test_fractions_of_an_input_without_information(flow, J):
-    """Catches a division by zero, and a warning of numpy or torch."""
-    odd = with_layers(flow, input=matrix(J))
-    assert all(math.isnan(fraction) for fraction in odd.fractions().values())
-    assert len(odd.fraction_errors()) == 4
-    str(odd)
-    odd._repr_html_()
-
-
-def test_fractions_of_a_singular_input(pair):
-    """Two parameters that are one: catches an error of the solver."""
-    odd = with_layers(pair, input=matrix(1, 1, 1, 1))
-    assert len(odd.fractions()) == 4
-    str(odd)
+def test_fractions_of_an_input_without_information(flow, pair):
+    """Catches a division by zero, and an error of the solver: two parameters may be one."""
+    for result, J in ((flow, (0.0,)), (flow, (-1.0,)), (pair, (1.0, 1.0, 1.0, 1.0))):
+        odd = with_layers(result, input=matrix(*J))
+        assert all(math.isnan(fraction) for fraction in odd.fractions().values())
+        assert len(odd.fraction_errors()) == 4
+        assert str(odd)
+        assert odd._repr_html_()
 
 
 @pytest.mark.parametrize(
@@ -381,7 +335,7 @@ def test_tightened_twice_is_the_same(flow, pair):
 
 
 def test_the_largest_of_equal_layers_is_no_gain(flow):
-    """Eight layers of J = 4 with errors of 0.3 of their own, 400 times: the mean after `tightened`
+    """Eight layers of J = 4 with errors of 0.3 of their own, 200 times: the mean after `tightened`
     is 4 within 4 errors and the 2 % of choices by chance (each at most 1 higher). Catches the
     largest of them, which is 4.4 in the mean; a layer that has 1 less is still found."""
     generator = torch.Generator().manual_seed(0)
@@ -406,9 +360,9 @@ def test_the_largest_of_equal_layers_is_no_gain(flow):
         layers = [noisy(n, J if i == 0 else truth, names[i + 1 :]) for i, n in enumerate(names)]
         return dataclasses.replace(flow, layers=tuple(layers)).tightened()[names[0]].value
 
-    equal = torch.tensor([first(truth) for _ in range(400)])
-    assert float(equal.mean()) == pytest.approx(truth, abs=4 * error / math.sqrt(400) + 0.02)
-    assert sum(first(truth - 2.5) > truth - 1 for _ in range(50)) == 50
+    equal = torch.tensor([first(truth) for _ in range(200)])
+    assert float(equal.mean()) == pytest.approx(truth, abs=4 * error / math.sqrt(200) + 0.02)
+    assert sum(first(truth - 2.5) > truth - 1 for _ in range(20)) == 20
 
 
 # --- files ---
@@ -431,133 +385,91 @@ def assert_same(one: ff.FisherFlow, other: ff.FisherFlow) -> None:
                 assert old == new, field.name
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("which", ["flow", "pair", "silent"])
+@pytest.mark.parametrize(
+    ("which", "suffix"), [("flow", ".json"), ("pair", ".npz"), ("silent", ".json")]
+)
 def test_files_come_back_to_the_last_bit(which, suffix, tmp_path, request):
     """Catches rounded numbers, lists for tuples, and layers without a curve that do not load."""
     result = request.getfixturevalue(which)
     path = tmp_path / f"flow{suffix}"
-    result.save(path)
+    result.save(str(path))
     assert_same(ff.FisherFlow.load(path), result)
-    ff.FisherFlow.load(str(path))
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_odd_numbers_survive(flow, suffix, tmp_path):
-    """Catches NaN, which JSON has no word for, 0.1 + 0.2, -0.0, subnormals, and umlauts."""
+    """Catches NaN and infinity, which JSON has no words for, 0.1 + 0.2, -0.0, subnormals, and
+    umlauts."""
     odd = dataclasses.replace(flow["0"], J=matrix(0.1 + 0.2), stderr=matrix(5e-324))
     odd = dataclasses.replace(odd, lower=matrix(-0.0), lower_stderr=matrix(math.nan))
-    odd = dataclasses.replace(odd, notes=('ü "quoted" \n', "é"), aliases=("ö.<b>",))
+    odd = dataclasses.replace(
+        odd, naive=matrix(math.inf), effective_dim=math.inf, aliases=("ö.<b>",)
+    )
+    odd = dataclasses.replace(odd, notes=('ü "quoted" \n', "é"))
     result = dataclasses.replace(flow, layers=(flow["input"], odd))
     path = tmp_path / f"flow{suffix}"
     result.save(path)
     back = ff.FisherFlow.load(path)
     assert_same(back, result)
     assert math.copysign(1, back["0"].lower.item()) == -1
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_infinity_survives(flow, suffix, tmp_path):
-    """Catches an infinite error that comes back as NaN: "NaN and infinity as None" loses which."""
-    odd = dataclasses.replace(flow["0"], stderr=matrix(math.inf))
-    result = dataclasses.replace(flow, layers=(odd,))
-    path = tmp_path / f"flow{suffix}"
-    result.save(path)
-    assert math.isinf(ff.FisherFlow.load(path)["0"].stderr.item())
+    assert math.isinf(back["0"].naive.item())
 
 
 def test_dict_is_plain(flow, pair, silent):
-    """Catches tensors, numpy numbers, tuples and NaN in what shall be JSON."""
+    """Catches tensors, numpy numbers, tuples and NaN in what shall be JSON, and a flow that changes
+    when its dict is edited."""
     for result in (flow, pair, silent):
         content = result.to_dict()
         assert json.loads(json.dumps(content, allow_nan=False)) == content
         assert_same(ff.FisherFlow.from_dict(content), result)
-        for layer in result:
-            entry = layer.to_dict()
-            assert json.loads(json.dumps(entry, allow_nan=False)) == entry
-            assert ff.LayerFisher.from_dict(entry).name == layer.name
+        content["settings"]["seed"] = 77
+        content["layers"].clear()
+        assert result.settings["seed"] == 0
 
 
-def test_dict_is_a_copy(flow):
-    """Catches a flow that changes when its dict is edited."""
-    content = flow.to_dict()
-    content["settings"]["seed"] = 77
-    content["layers"].clear()
-    assert flow.settings["seed"] == 0
-    assert len(flow) == 4
+DAMAGES = {
+    "no layers": lambda content: content.pop("layers"),
+    "layers no list": lambda content: content.update(layers=3),
+    "no J": lambda content: content["layers"][1].pop("J"),
+    "J text": lambda content: content["layers"][1].update(J="many"),
+    "J of other size": lambda content: content["layers"][1].update(J=[[1.0, 0.0], [0.0, 1.0]]),
+    "ragged J": lambda content: content["layers"][1].update(J=[[1.0, 2.0], [3.0]]),
+    "short curve": lambda content: content["layers"][1]["curve_J"].pop(),
+    "format": lambda content: content.update(format="other"),
+    "version": lambda content: content.update(format_version=2),
+    "no version": lambda content: content.pop("format_version"),
+}
 
 
-@pytest.mark.parametrize("content", [None, 3, "flow", [], {}, {"format": "other"}])
-def test_foreign_dicts(content):
-    """Catches KeyError and AttributeError from things that never were a flow."""
-    with pytest.raises(ValueError, match=r"^content must be "):
-        ff.FisherFlow.from_dict(content)
-
-
-def damaged(content: dict, how: str) -> dict:
-    """A saved flow with one thing wrong in it."""
-    content = json.loads(json.dumps(content))
-    layer = content["layers"][1]
-    if how == "no layers":
-        del content["layers"]
-    elif how == "layers no list":
-        content["layers"] = 3
-    elif how == "no J":
-        del layer["J"]
-    elif how == "J text":
-        layer["J"] = "many"
-    elif how == "J of other size":
-        layer["J"] = [[1.0, 0.0], [0.0, 1.0]]
-    elif how == "ragged J":
-        layer["J"] = [[1.0, 2.0], [3.0]]
-    elif how == "curve of other length":
-        layer["curve_J"] = layer["curve_J"][:-1]
-    return content
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "no layers",
-        "layers no list",
-        "no J",
-        "J text",
-        "J of other size",
-        "ragged J",
-        "curve of other length",
-    ],
-)
+@pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_content(flow, how, tmp_path):
-    """Catches a flow that loads and fails later, and errors without the file's name."""
+    """Catches a flow that loads and fails later, a newer file that is read as if it were an old
+    one, and errors without the file's name."""
+    content = flow.to_dict()
+    DAMAGES[how](content)
     path = tmp_path / "flow.json"
-    path.write_text(json.dumps(damaged(flow.to_dict(), how)))
-    with pytest.raises(ValueError, match=re.escape(path.name)):
+    path.write_text(json.dumps(content))
+    text = "format_version must be 1, got " if "version" in how else "content must be "
+    with pytest.raises(ValueError, match=rf"flow\.json: {text}"):
         ff.FisherFlow.load(path)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
-def test_truncated_files(flow, keep, suffix, tmp_path):
-    """Catches EOFError, BadZipFile and half a flow: ValueError names the file."""
+def test_truncated_files(flow, suffix, tmp_path):
+    """Catches EOFError, BadZipFile, half a flow and a checksum that is not looked at: ValueError
+    names the file."""
     path = tmp_path / f"flow{suffix}"
     flow.save(path)
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(keep * len(whole))])
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1 :]
+    cut = [whole[: int(keep * len(whole))] for keep in (0.0, 0.01, 0.5, 0.99)]
     text = r"flow\.\w+ must hold a saved flow, got a damaged or foreign file"
-    with pytest.raises(ValueError, match=text):
-        ff.FisherFlow.load(path)
-
-
-def test_flipped_bit(flow, tmp_path):
-    """Catches a damaged archive whose checksum is not looked at."""
-    path = tmp_path / "flow.npz"
-    flow.save(path)
-    whole = bytearray(path.read_bytes())
-    whole[len(whole) // 2] ^= 4
-    path.write_bytes(bytes(whole))
-    with pytest.raises(ValueError, match=r"flow\.npz"):
-        ff.FisherFlow.load(path)
+    for content in cut if suffix == ".json" else [*cut, flipped]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=text):
+            ff.FisherFlow.load(path)
 
 
 @pytest.mark.parametrize(
@@ -586,17 +498,11 @@ def test_foreign_files(name, content, tmp_path):
 def test_foreign_archives(tmp_path):
     """Catches other people's .npz files, and a single array under that name."""
     path = tmp_path / "a.npz"
-    np.savez(path, data=np.zeros(3))
-    with pytest.raises(ValueError, match=r"a\.npz"):
-        ff.FisherFlow.load(path)
-    for array in (np.zeros(3), np.zeros((2, 2), dtype=np.uint8), np.array(3.5)):
-        np.savez(path, flow=array)
+    arrays = [np.zeros(3), np.zeros((2, 2), dtype=np.uint8), np.array(3.5)]
+    for content in ({"data": np.zeros(3)}, *({"flow": array} for array in arrays)):
+        np.savez(path, **content)
         with pytest.raises(ValueError, match=r"a\.npz"):
             ff.FisherFlow.load(path)
-    with path.open("wb") as file:
-        np.save(file, np.zeros(3))
-    with pytest.raises(ValueError, match=r"a\.npz"):
-        ff.FisherFlow.load(path)
 
 
 class Bomb:
@@ -609,16 +515,13 @@ class Bomb:
         self.target = str(target)
 
 
-@pytest.mark.parametrize("form", ["npz", "raw pickle", "raw pickle as json"])
-def test_nothing_is_unpickled(flow, form, tmp_path):
-    """Catches `allow_pickle=True`: a file that somebody sent must not run code."""
+@pytest.mark.parametrize("form", ["inside .npz", ".npz", ".json"])
+def test_nothing_is_unpickled(form, tmp_path):
+    """Catches `allow_pickle=True`: a file from elsewhere must not run code."""
     target = tmp_path / "exploded"
-    path = tmp_path / ("a.json" if form.endswith("json") else "a.npz")
-    if form == "npz":
-        flow.save(path)
-        with np.load(path) as archive:
-            (key,) = archive.files
-        np.savez(path, **{key: np.array([Bomb(target)], dtype=object)})
+    path = tmp_path / f"a.{form[-4:].strip('.')}"
+    if form == "inside .npz":
+        np.savez(path, flow=np.array([Bomb(target)], dtype=object))
     else:
         path.write_bytes(pickle.dumps(Bomb(target)))
     with pytest.raises(ValueError, match=re.escape(path.name)):
@@ -626,13 +529,12 @@ def test_nothing_is_unpickled(flow, form, tmp_path):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("name", ["flow.txt", "flow", "flow.npy", "flow.json.gz", ".npz"])
+@pytest.mark.parametrize("name", ["flow.npy", "flow.json.gz", ".npz"])
 def test_other_suffixes(flow, name, tmp_path):
     """Catches a file in a format that its name does not say."""
     text = f"path must end in .json or .npz, got '{name}'"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         flow.save(tmp_path / name)
-    (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         ff.FisherFlow.load(tmp_path / name)
 
@@ -647,15 +549,6 @@ def test_missing_files(flow, suffix, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("version", [2, 99, "1", None, 0, 1.5])
-def test_other_format_versions(flow, version, tmp_path):
-    """Catches a newer file that is read as if it were an old one."""
-    path = tmp_path / "flow.json"
-    path.write_text(json.dumps(flow.to_dict() | {"format_version": version}))
-    with pytest.raises(ValueError, match=r"flow\.json: format_version must be 1, got "):
-        ff.FisherFlow.load(path)
-
-
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_failed_save_keeps_the_old_file(flow, suffix, tmp_path):
     """Catches a good file that is emptied before the new content is known to be fine."""
@@ -668,20 +561,7 @@ def test_failed_save_keeps_the_old_file(flow, suffix, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_save_replaces(flow, pair, tmp_path):
-    """Catches a longer old file whose end stays."""
-    path = tmp_path / "flow.json"
-    pair.save(path)
-    flow.save(path)
-    assert_same(ff.FisherFlow.load(path), flow)
-
-
-def test_two_flows_of_one_measurement_have_the_same_file(tmp_path):
+def test_two_flows_of_one_measurement_are_the_same():
     """Catches times and addresses in files: results can be compared by their bytes."""
-    files = []
-    for number in range(2):
-        path = tmp_path / f"{number}.json"
-        measure(seeded(mlp), two_conditions()).save(path)
-        files.append(path.read_bytes())
-    assert files[0] == files[1]
-    assert io.BytesIO(files[0]).read(1) == b"{"
+    flows = [measure(seeded(mlp), two_conditions()) for _ in range(2)]
+    assert flows[0].to_dict() == flows[1].to_dict()

@@ -42,46 +42,36 @@ def statuses(*layers: ff.LayerFisher, score: bool = False) -> list[str]:
     return [judged.status for judged in with_status(layers, score=score)]
 
 
-def status(judged: ff.LayerFisher) -> str:
-    """Of a layer that is alone."""
-    return statuses(judged)[0]
-
-
 # --- one layer ---
 
 
 @ONE_OR_THREE
-def test_resolved(P):
-    """A plateau and an error below a tenth. Catches a status that says no to everything."""
-    assert status(layer("input", P, 1.0, 0.01)) == "resolved"
-    judged = with_status([layer("input", P, 1.0, 0.01)], score=False)[0]
-    assert judged.converged
+@pytest.mark.parametrize(
+    ("J", "relative", "fields", "expected"),
+    [
+        (1.0, 0.03, {}, "resolved"),  # for three parameters J of the worst direction is 0.7
+        (1.0, 0.15, {}, "noisy"),
+        (3.1, 1.4, {}, "noisy"),  # this and the next were called converged
+        (0.02, 0.04, {}, "noisy"),
+        (-3.0, 0.01, {}, "noisy"),
+        (0.0, 0.0, {}, "resolved"),  # a constant layer is known exactly
+        (1.0, 0.001, {"carried": False}, "noisy"),
+        (1.0, 0.001, {"independent": False}, "noisy"),
+        (1.0, 0.01, {"plateau": False}, "rising"),
+    ],
+)
+def test_one_layer(P, J, relative, fields, expected):
+    """Catches a status that says no to everything, 0 / 0, and a size without its sign."""
+    (judged,) = with_status([layer("input", P, J, relative, **fields)], score=False)
+    assert judged.status == expected
+    assert judged.converged is (expected == "resolved")
     assert judged.notes == ()
-
-
-@ONE_OR_THREE
-@pytest.mark.parametrize(("relative", "expected"), [(0.03, "resolved"), (0.15, "noisy")])
-def test_error_of_a_tenth(P, relative, expected):
-    """For three parameters the worst direction counts: J there is 0.7 of the diagonal."""
-    assert status(layer("input", P, 1.0, relative)) == expected
-
-
-def test_examples_from_the_field():
-    """J = 3.1 +- 1.4 and 0.02 +- 0.04 were called converged."""
-    assert status(layer("input", 1, 3.1, 1.4)) == "noisy"
-    assert status(layer("input", 1, 0.02, 0.04)) == "noisy"
 
 
 def test_worst_direction_counts():
     """Two parameters that are nearly one, each known to 1 %: catches a look at the diagonal."""
     J = torch.tensor([[1.0, 0.97], [0.97, 1.0]], dtype=torch.float64)
-    assert status(layer_of("input", J, stderr=0.01, lifted=0.0)) == "noisy"
-
-
-@ONE_OR_THREE
-def test_covariance_that_the_arithmetic_does_not_carry(P):
-    """Information may lie below the rounding, however small the error."""
-    assert status(layer("input", P, 1.0, 0.001, carried=False)) == "noisy"
+    assert statuses(layer_of("input", J, stderr=0.01, lifted=0.0)) == ["noisy"]
 
 
 @ONE_OR_THREE
@@ -91,21 +81,9 @@ def test_bound_above_J(P):
     error = 0.02 * torch.outer(size, size) / P**2  # as errors of entries are added up for `lower`
     for lower, expected in ((1.2, "noisy"), (1.05, "resolved")):
         judged = layer("input", P, 1.0, 0.02, lower=mixed(P, lower), lower_stderr=error)
-        assert status(judged) == expected
-    noted = with_status([layer("a", P, 1.0, 0.02, lower=mixed(P, 1.3))], score=False)[0]
-    assert any("lower is above J" in note for note in noted.notes)
-
-
-@ONE_OR_THREE
-def test_no_plateau(P):
-    """Nothing is known that bounds J: more features may help."""
-    assert status(layer("input", P, 1.0, 0.01, plateau=False)) == "rising"
-
-
-@ONE_OR_THREE
-def test_no_information_is_known_exactly(P):
-    """A constant layer. Catches 0 / 0."""
-    assert status(layer("fc", P, 0.0, 0.0, plateau=True)) == "resolved"
+        (judged,) = with_status([judged], score=False)
+        assert judged.status == expected
+        assert any("lower is above J" in note for note in judged.notes) == (expected == "noisy")
 
 
 @ONE_OR_THREE
@@ -114,12 +92,6 @@ def test_not_finite(P, value):
     """Catches NaN that passes every comparison, and an error of the eigenvalue solver."""
     broken = dataclasses.replace(layer("fc", P, 1.0, 0.01), J=torch.full((P, P), value))
     assert statuses(layer("input", P, 1.0, 0.01), broken) == ["resolved", "unresolved"]
-
-
-def test_negative_J():
-    """Catches a square root of a negative number, and a size without its sign."""
-    assert status(layer("input", 1, -3.0, 0.01)) == "noisy"
-    assert status(layer("input", 3, -3.0, 0.01)) == "noisy"
 
 
 # --- what later layers show ---

@@ -44,8 +44,9 @@ class TestAttainableError:
 
     def test_limits(self):
         """Nothing measured: variance of the prior, 1 / 3. All measured: 1 / J. Catches a level
-        above 1 / J. In between it scales with the unit of theta, also across the width from which
-        on it is extrapolated."""
+        above 1 / J, and a grid far apart that is taken for a range. In between it scales with the
+        unit of theta, also across the width from which on it is extrapolated."""
+        assert attainable_error(1e4, torch.tensor([-1.0, 1.0])) < 1e-12
         assert attainable_error(1e-8, (-1.0, 1.0)) == pytest.approx(1 / 3, rel=1e-3)
         assert attainable_error(1e8, (-1.0, 1.0)) == pytest.approx(1e-8, rel=1e-3)
         here = attainable_error(3.0, (-1.0, 1.0))
@@ -53,11 +54,6 @@ class TestAttainableError:
         below = 1 - attainable_error(99.0**2, (-1.0, 1.0)) * 99.0**2
         above = 1 - attainable_error(101.0**2, (-1.0, 1.0)) * 101.0**2
         assert above / below == pytest.approx(99 / 101, rel=1e-3)
-
-    def test_a_grid_far_apart_is_read_without_error(self):
-        """Catches a grid that is taken for a range."""
-        grid = torch.tensor([-1.0, 1.0])
-        assert attainable_error(1e4, grid) < 1e-12
 
     @pytest.mark.parametrize(
         ("precision", "prior", "message"),

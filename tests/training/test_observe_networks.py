@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 import fisherfast as ff
 from fisherfast.problems import GaussianShift, mlp
@@ -65,26 +64,21 @@ def read(monitor: ff.FisherMonitor) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("every", [1, 3, 7])
-def test_one_batch_in_so_many_is_read(every):
-    """Catches a cadence that is off by one: the k-th read is of batch k n + 2. Hooks are there for
+def test_one_batch_in_three_is_read():
+    """Catches a cadence that is off by one: the k-th read is of batch 3 k + 2. Hooks are there for
     that batch alone."""
-    model = mlp([DIM, 4, 1], seed=0)
-    monitor = monitored(model, every)
-    for call in range(1, 30):
-        listening = len(model._forward_hooks) > 0
-        assert listening is (call > 1 and (call - 2) % every == 0)
-        train(monitor, model, 1)
-    monitor.close()
-    reference = mlp([DIM, 4, 1], seed=0)
-    other = monitored(reference)
+    model, reference = mlp([DIM, 4, 1], seed=0), mlp([DIM, 4, 1], seed=0)
+    monitor, other = monitored(model, every=3), monitored(reference)
     other.observe(torch.zeros(1))
-    generator.manual_seed(0)
-    for call, (x, theta) in enumerate(shifted(torch.ones(DIM), 29), start=1):
-        if call > 1 and (call - 2) % every == 0:
+    for call, (x, theta) in enumerate(shifted(torch.ones(DIM), 12)):
+        due = call % 3 == 1
+        assert bool(model._forward_hooks) is due
+        model(x)
+        monitor.observe(theta)
+        if due:
             reference(x)
             other.observe(theta)
-    other.close()
+    monitor.close(), other.close()
     assert read(monitor) == read(other)
 
 
@@ -93,30 +87,26 @@ def test_passes_that_are_not_of_the_training_are_not_read():
     measurement by `fisher_flow` and by `step`. Catches samples of one under thetas of the other."""
     plain, disturbed = mlp([DIM, 4, 1], seed=0), mlp([DIM, 4, 1], seed=0)
     quiet, other = monitored(plain), monitored(disturbed)
-    for _ in range(2):
-        train(quiet, plain, 4)
-    generator.manual_seed(0)
-    fresh = torch.Generator().manual_seed(1)
+    fresh = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(1))
 
     def validate(measured: bool) -> None:
         disturbed.eval()
         with torch.no_grad():
-            for n in (10, BATCH):
-                disturbed(torch.randn(n, DIM, generator=fresh))
+            disturbed(fresh[:10]), disturbed(fresh)
         disturbed.train()
-        if not measured:
-            return
-        ff.fisher_flow(disturbed, other.data, max_features=8)
-        x = torch.randn(100, DIM, generator=fresh)
-        ff.fisher_flow(disturbed, ff.Pathwise(x, torch.ones(100, DIM)), max_features=8)
+        if measured:
+            ff.fisher_flow(disturbed, other.data, max_features=8)
+            tangents = ff.Pathwise(fresh, torch.ones(BATCH, DIM))
+            ff.fisher_flow(disturbed, tangents, max_features=8)
 
-    for round_ in range(2):
-        for number, (x, theta) in enumerate(shifted(torch.ones(DIM), 4)):
-            validate(number == 1)
-            disturbed(x)
-            validate(number == 2)
-            other.observe(theta)
-        if round_ == 0:
+    for number, (x, theta) in enumerate(shifted(torch.ones(DIM), 8)):
+        plain(x)
+        quiet.observe(theta)
+        validate(number == 1)
+        disturbed(x)
+        validate(number == 2)
+        other.observe(theta)
+        if number == 3:
             assert disturbed._forward_hooks
             other.step()
             assert disturbed._forward_hooks  # the next batch is still listened to
@@ -130,30 +120,20 @@ def test_of_several_passes_in_training_the_last_is_read():
     monitor, other = monitored(model), monitored(reference)
     monitor.observe(torch.zeros(1)), other.observe(torch.zeros(1))
     for x, theta in shifted(torch.ones(DIM), 4):
-        model(noise(17)), model(x)
-        monitor.observe(theta)
-    generator.manual_seed(0)
-    for x, theta in shifted(torch.ones(DIM), 4):
-        noise(17), reference(x)
-        other.observe(theta)
+        model(2 * x), model(x), reference(x)
+        monitor.observe(theta), other.observe(theta)
     monitor.close(), other.close()
-    assert read(monitor).keys() == read(other).keys()
+    assert read(monitor) == read(other)
 
 
 def test_a_call_without_a_pass_reads_nothing():
-    """Catches an error, or a batch made of nothing, where the model did not run."""
+    """Catches an error, or a batch made of nothing, where the model did not run; then inference
+    tensors, which count no changes and are read: a question for their version."""
     model = mlp([DIM, 4, 1], seed=0)
     monitor = monitored(model)
     for _ in range(3):
         monitor.observe(torch.zeros(5))
     assert monitor.live() == {}
-    monitor.close()
-
-
-def test_inference_tensors_are_read():
-    """They count no changes. Catches a question for their version."""
-    model = mlp([DIM, 4, 1], seed=0)
-    monitor = monitored(model)
     with torch.inference_mode():
         train(monitor, model, 4)
     monitor.close()
@@ -235,11 +215,6 @@ class Words(nn.Module):
 
 
 KINDS = {
-    "dropout": (
-        lambda: nn.Sequential(nn.Linear(DIM, 4), nn.Dropout(0.5), nn.Linear(4, 1)),
-        lambda x: x,
-        {"input", "0", "output"},
-    ),
     "twice": (Twice, lambda x: x, {"input", "same", "output"}),
     "tuples": (Pair, lambda x: x, {"input", "body"}),
     "time first": (TimeFirst, lambda x: x.T[:, :, None], {"output"}),
@@ -318,61 +293,6 @@ def test_sequences_of_changing_length():
     assert bool(monitor.live()["output"].J.isfinite())
 
 
-def test_a_compiled_network_is_read_at_its_ends():
-    """Catches hooks inside of a compiled graph: it would be compiled again and again."""
-    torch._dynamo.reset()
-    compiled_times = 0
-
-    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable:
-        nonlocal compiled_times
-        compiled_times += 1
-        return graph.forward
-
-    model = mlp([DIM, 4, 1], seed=0)
-    compiled = torch.compile(model, backend=backend)
-    monitor = monitored(compiled, every=2)
-    train(monitor, compiled, 12)
-    monitor.close()
-    assert set(monitor.live()) == {"input", "output"}
-    assert compiled_times == 1
-    assert not compiled._forward_hooks
-
-
-def test_a_compiled_part_is_not_read_inside():
-    """Catches hooks inside of what is compiled, which compile it again."""
-    torch._dynamo.reset()
-    inside = torch.compile(mlp([DIM, 4, 3], seed=0), backend="eager")
-    model = nn.Sequential(inside, nn.Linear(3, 2), nn.Linear(2, 1))
-    monitor = monitored(model)
-    train(monitor, model, 3)
-    monitor.close()
-    assert set(monitor._observer.moments) == {"input", "1", "output"}
-
-
-def test_a_network_that_is_compiled_in_place_is_read_at_its_ends():
-    """Catches a graph that is compiled again for each batch that is read (after eight times it
-    would run uncompiled for good), and a network that the observer passes by."""
-
-    class Own(nn.Module):  # torch leaves its own containers uncompiled
-        def __init__(self) -> None:
-            super().__init__()
-            self.inside = mlp([DIM, 4, 1], seed=0)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inside(x)
-
-    torch._dynamo.reset()
-    counter, model = CompileCounter(), Own()
-    model.compile(backend=counter)
-    call = model._compiled_call_impl
-    monitor = monitored(model, every=2)
-    train(monitor, model, 12)
-    monitor.close()
-    assert set(monitor.live()) == {"input", "output"}
-    assert counter.frame_count == 1
-    assert model._compiled_call_impl is call
-
-
 def test_a_network_spread_over_threads_is_read_at_its_ends():
     """Catches hooks that are copied into replicas, each of which sees a part of the batch."""
     wrapped = nn.DataParallel(mlp([DIM, 4, 1], seed=0))
@@ -380,24 +300,6 @@ def test_a_network_spread_over_threads_is_read_at_its_ends():
     train(monitor, wrapped, 6)
     monitor.close()
     assert set(monitor.live()) == {"input", "output"}
-
-
-def test_several_models_do_not_meet():
-    """Catches hooks that are shared, by a layer that both networks have."""
-    shared = nn.Linear(DIM, 3)
-    models = [nn.Sequential(shared, nn.Linear(3, 1)) for _ in range(2)]
-    monitors = [monitored(model) for model in models]
-    for x, theta in shifted(torch.ones(DIM), 20):
-        for sign, model in zip((1, 0), models, strict=True):
-            model(x * sign)
-        for monitor in monitors:
-            monitor.observe(theta)
-    first, second = (monitor.live() for monitor in monitors)
-    assert abs(first["input"].J.item() - DIM) < SIGMAS * first["input"].stderr.item()
-    assert second["input"].J.item() == 0
-    for monitor in monitors:
-        monitor.close()
-    assert not shared._forward_hooks
 
 
 @pytest.mark.cuda

@@ -101,8 +101,8 @@ def unbroken() -> list[dict[str, Any]]:
 
 
 # one in three is listened to: kills before, between and after what `observe` reads, before and
-# after records with and without a flow; the rest as a die fell
-@pytest.mark.parametrize("kill", [1, 2, 3, 4, 5, 6, 11, 17, 20, 25])
+# after records with and without a flow
+@pytest.mark.parametrize("kill", [1, 2, 3, 5, 11, 20])
 def test_a_resumed_run_has_the_same_history(unbroken, kill):
     """Catches a counter, a window of `observe`, a batch being listened to, the input's J or a
     warning already given that the state forgets."""
@@ -123,20 +123,8 @@ def test_the_history_has_what_could_be_lost(unbroken):
 
 
 def test_the_file_of_a_resumed_run_is_whole(tmp_path):
-    """Catches a file that begins again at the resume."""
-    model = mlp([DIM, 4, 1], seed=0)
-    path = tmp_path / "history.csv"
-    monitor = ff.FisherMonitor(model, DATA, max_features=32, path=path)
-    monitor.step(train_mse=0.5)
-    state = monitor.state_dict()
-    again = ff.FisherMonitor(model, DATA, max_features=32, path=path)
-    again.load_state_dict(state)
-    again.step(train_mse=0.4)
-    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["epoch", "0", "1"]
-
-
-def test_a_state_that_replaces_as_many_records_rewrites_the_file(tmp_path):
-    """Catches a line appended to the history that was left, where both are equally long."""
+    """Catches a file that begins again at the resume, and a line appended to the history that was
+    left, where both are equally long."""
     model = mlp([DIM, 4, 1], seed=0)
     path = tmp_path / "history.csv"
     other = ff.FisherMonitor(model, DATA, max_features=32)
@@ -166,18 +154,19 @@ def test_a_state_does_not_change_with_the_run():
 # --- states of other runs -------------------------------------------------------------------------
 
 
-def other_networks() -> dict[str, tuple[nn.Module, str]]:
-    return {
-        "width": (
-            mlp([DIM, 5, 1], seed=0),
-            r"got 'fc1.weight' \[4, 6\] there and \[5, 6\] here",
-        ),
-        "names": (
-            nn.Sequential(nn.Linear(DIM, 4), nn.ReLU(), nn.Linear(4, 1)),
-            r"got '0.weight' missing there and \[4, 6\] here",
-        ),
-        "less": (nn.Sequential(), r"got 'fc1.weight' \[4, 6\] there and missing here"),
-    }
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (mlp([DIM, 5, 1], seed=0), r"got 'fc1.weight' \[4, 6\] there and \[5, 6\] here"),
+        (nn.Sequential(nn.Linear(DIM, 4)), r"got '0.weight' missing there and \[4, 6\] here"),
+        (nn.Sequential(), r"got 'fc1.weight' \[4, 6\] there and missing here"),
+    ],
+    ids=["width", "names", "less"],
+)
+def test_the_state_of_another_network_is_refused(state, model, message):
+    """Catches two networks in one history; the message says what differs."""
+    monitor = ff.FisherMonitor(model, DATA, max_features=32)
+    assert_refused(monitor, state, f"state must be of the same network, {message}")
 
 
 @pytest.fixture
@@ -197,36 +186,18 @@ def assert_refused(monitor: ff.FisherMonitor, state: Any, message: str) -> None:
     assert [len(m._forward_hooks) for m in monitor.model.modules()] == hooks
 
 
-@pytest.mark.parametrize("case", ["width", "names", "less"])
-def test_the_state_of_another_network_is_refused(state, case):
-    """Catches two networks in one history; the message says what differs."""
-    model, message = other_networks()[case]
-    monitor = ff.FisherMonitor(model, DATA, max_features=32)
-    assert_refused(monitor, state, f"state must be of the same network, {message}")
-
-
 OTHER_SETTINGS = {
-    "max_features": ({"max_features": 33}, "got max_features = 32 for 33"),
-    "seed": ({"seed": 1}, "got seed = 0 for 1"),
-    "folds": ({"settings": ff.Settings(folds=8)}, "got folds = 16 for 8"),
-    "layers": ({"layers": ["fc1"]}, r"got layers = 'auto' for \['fc1'\]"),
-    "target_scale": ({"target_scale": 2.0}, "got target_scale = 1.0 for 2.0"),
-    "source": (
-        {"data": PROBLEM.scored(0.0, 300)},
-        r"got dtheta = \[0.2\] for \[\]",
-    ),
-    "dtheta": (
-        {"data": PROBLEM.finite_difference(0.0, 0.1, 300)},
-        r"got dtheta = \[0.2\] for \[0.1\]",
-    ),
+    "got max_features = 32 for 33": {"max_features": 33},
+    r"got layers = 'auto' for \['fc1'\]": {"layers": ["fc1"]},
+    "got target_scale = 1.0 for 2.0": {"target_scale": 2.0},
+    r"got dtheta = \[0.2\] for \[0.1\]": {"data": PROBLEM.finite_difference(0.0, 0.1, 300)},
 }
 
 
-@pytest.mark.parametrize("case", OTHER_SETTINGS)
-def test_the_state_of_other_settings_is_refused(state, case):
+@pytest.mark.parametrize("message", OTHER_SETTINGS)
+def test_the_state_of_other_settings_is_refused(state, message):
     """Catches a history of two scales: what was measured otherwise does not belong together."""
-    changed, message = OTHER_SETTINGS[case]
-    arguments = {"data": DATA, "max_features": 32} | changed
+    arguments = {"data": DATA, "max_features": 32} | OTHER_SETTINGS[message]
     monitor = ff.FisherMonitor(mlp([DIM, 4, 1], seed=0), **arguments)
     monitor.observe(torch.zeros(4))
     assert_refused(monitor, state, f"state must be of the same settings, {message}")
@@ -234,7 +205,7 @@ def test_the_state_of_other_settings_is_refused(state, case):
 
 
 def test_the_state_of_other_parameters_is_refused():
-    """Pathwise data have no dtheta that would tell: catches a history of J [2, 2] and [1, 1]."""
+    """Pathwise data have no dtheta that would differ: catches a history of J [2, 2] and [1, 1]."""
     model = mlp([DIM, 4, 2], seed=0)
     of_two = GaussianShift(torch.eye(DIM)[:, :2]).pathwise([0.0, 0.0], 300)
     state = ff.FisherMonitor(model, of_two, max_features=32).state_dict()
@@ -244,15 +215,9 @@ def test_the_state_of_other_parameters_is_refused():
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [
-        ({}, "state must be of a FisherMonitor, format 1, got None"),
-        ({"format_version": 2}, "state must be of a FisherMonitor, format 1, got 2"),
-        (None, "state must be of a FisherMonitor, format 1, got <class 'NoneType'>"),
-        ([1], "state must be of a FisherMonitor, format 1, got <class 'list'>"),
-    ],
+    [({"format_version": 2}, "2"), (None, "<class 'NoneType'>")],
 )
 def test_other_formats_are_refused(wrong, message):
     """Catches the state of something else, and of another version."""
-    assert_refused(
-        ff.FisherMonitor(mlp([DIM, 4, 1], seed=0), DATA, max_features=32), wrong, message
-    )
+    monitor = ff.FisherMonitor(mlp([DIM, 4, 1], seed=0), DATA, max_features=32)
+    assert_refused(monitor, wrong, f"state must be of a FisherMonitor, format 1, got {message}")

@@ -1,4 +1,4 @@
-"""Targets in another unit than theta: who is warned, and who is not."""
+"""Targets in another unit than theta: which runs get a note."""
 
 from __future__ import annotations
 
@@ -63,24 +63,24 @@ def notes_of(
 UNITS = {"um for mm": 1000.0, "mm for um": 1e-3, "standardised, sigma 8": 1 / 8, "half range": 5.0}
 
 
-@pytest.mark.parametrize("side", ["train_mse", "val_mse"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_another_unit_is_told_with_its_factor(unit, side):
+def test_another_unit_is_noted_with_its_factor(unit):
     """Catches a factor upside down or squared, and a unit that only large outputs betray."""
     factor = UNITS[unit]
     x, theta = samples(4000, 1)
     model = regression(x, factor * theta)
-    (note,) = notes_of(model, **{side: errors(model, x, factor * theta)})
-    assert note.startswith("targets seem to be in another unit than theta: the output moves by")
-    named = float(note.rpartition("target_scale=")[2])
-    assert named == pytest.approx(1 / factor, rel=0.15)  # the network answers by 0.95 of a unit
+    for side in ("train_mse", "val_mse"):
+        (note,) = notes_of(model, **{side: errors(model, x, factor * theta)})
+        start = "targets seem to be in another unit than theta: the output moves by"
+        assert note.startswith(start)
+        named = float(note.rpartition("target_scale=")[2])
+        assert named == pytest.approx(1 / factor, rel=0.15)  # the network answers by 0.95 of a unit
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_with_the_scale_given_levels_are_right_and_nobody_is_warned(unit):
+def test_with_the_scale_given_levels_are_right_and_nothing_is_noted():
     """The error of this network is 0.96 of the bound (its caution pays), known to 3 %: catches a
     scale that is not squared, or applied to J."""
-    factor = UNITS[unit]
+    factor = 1000.0
     x, theta = samples(4000, 1)
     model = regression(x, factor * theta)
     fresh, there = samples(4000, 2)
@@ -96,7 +96,7 @@ def test_with_the_scale_given_levels_are_right_and_nobody_is_warned(unit):
     assert 0.8 < record.val_level < 1.15
 
 
-def test_a_wrong_scale_is_told():
+def test_a_wrong_scale_is_noted():
     """Catches a check that looks at the output alone: here the scale is what is wrong."""
     x, theta = samples(4000, 1)
     model = regression(x, theta)
@@ -119,7 +119,7 @@ def test_the_parameter_in_another_unit_is_named():
 # --- no false alarm -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("loud", [1.0, 30.0], ids=["as it is", "thirtyfold"])
 def test_an_untrained_network_is_left_alone(seed, loud):
     """A network that knows nothing yet may move by any amount: small weights, or raw counts as
@@ -161,31 +161,11 @@ def test_a_network_that_remembers_is_left_alone():
     assert notes_of(model, train_mse=training, val_mse=errors(model, *samples(2000, 2))) == ()
 
 
-def test_without_errors_there_is_no_unit_to_be_wrong():
-    """Catches a warning about targets that are nobody's errors."""
+def test_numbers_that_say_nothing_give_no_note():
+    """Catches a comparison that a NaN decides, a warning about targets without errors, and a
+    classifier's logits compared with theta."""
     x, theta = samples(4000, 1)
-    assert notes_of(regression(x, 1000 * theta)) == ()
-
-
-def test_outputs_that_are_no_estimate_are_left_alone():
-    """Catches a classifier's logits compared with theta."""
+    model = regression(x, 1e-3 * theta)
+    for value in (float("nan"), float("inf"), 0.0, None):
+        assert not any("unit" in note for note in notes_of(model, train_mse=value))
     assert notes_of(mlp([DIM, 12, 5], seed=0), train_mse=0.3) == ()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_an_error_that_says_nothing_alarms_nobody(value):
-    """Catches a comparison that a NaN decides."""
-    x, theta = samples(4000, 1)
-    notes = notes_of(regression(x, 1e-3 * theta), train_mse=value)
-    assert not any("unit" in note for note in notes)
-
-
-def test_the_warning_comes_once():
-    """Catches a warning in every epoch; the note stays in each record."""
-    x, theta = samples(4000, 1)
-    model = regression(x, 1000 * theta)
-    monitor = ff.FisherMonitor(model, held_out(), max_features=32)
-    mse = errors(model, x, 1000 * theta)
-    with pytest.warns(ff.FisherWarning, match=r"epoch 0: targets seem to be in another unit"):
-        monitor.step(train_mse=mse)
-    assert monitor.step(train_mse=mse).notes  # noted again, said once: warnings are errors here

@@ -21,14 +21,14 @@ SIGMAS = 4.0
 def network() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(
-        nn.Conv2d(1, 2, 5, padding=2), nn.Tanh(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(72, 2)
+        nn.Conv2d(1, 2, 5, padding=2), nn.Tanh(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(32, 2)
     )
 
 
 @pytest.fixture(scope="module")
 def data() -> ff.Pathwise:
     g = torch.Generator().manual_seed(0)
-    problem = CorrelatedImage((48, 48))
+    problem = CorrelatedImage((32, 32))
     x, dx = problem.sample_with_tangent((0.0, 1.0), SAMPLES, g)
     return ff.Pathwise(x[:, None], dx[:, :, None].contiguous())
 
@@ -53,19 +53,18 @@ def test_later_measurements_take_fewer_passes_and_say_the_same(data):
     """Catches a space that is learned anew each time, one that is not renewed for the new weights,
     and one that forgets the old vectors."""
     model = network()
-    monitor = ff.FisherMonitor(model, data, layers=["0", "1"])
+    monitor = ff.FisherMonitor(model, data, layers=["0"])
     assert passes_of(model, monitor) > KRYLOV_VECTORS
     for _ in range(2):
         change(model, 0.05)
         assert passes_of(model, monitor) < WARM_PASSES + 4  # pilot, survey, and the measurement
-        cold = ff.fisher_flow(model, data, layers=["0", "1"], max_features=128)
+        cold = ff.fisher_flow(model, data, layers=["0"], max_features=128)
         warm = monitor.history[-1].flow
-        for name in ("0", "1"):
-            assert warm[name].feature_kind == "krylov"
-            off = (warm[name].J - cold[name].J).diagonal().abs()
-            assert bool((off < SIGMAS * cold[name].stderr.diagonal()).all())
-            low = warm[name].lower.diagonal() - cold[name].lower.diagonal()
-            assert bool((low > -SIGMAS * cold[name].lower_stderr.diagonal()).all())
+        off = (warm["0"].J - cold["0"].J).diagonal().abs()
+        assert bool((off < SIGMAS * cold["0"].stderr.diagonal()).all())
+        low = warm["0"].lower.diagonal() - cold["0"].lower.diagonal()
+        assert bool((low > -SIGMAS * cold["0"].lower_stderr.diagonal()).all())
+        assert warm["0"].feature_kind == "krylov"
 
 
 def test_a_renewed_space_holds_the_derivative_and_the_old_vectors():

@@ -44,6 +44,7 @@ def numbers_of(folder: Path, name: str) -> dict:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_files_are_whole(folder, name):
     """Catches numbers without seed, version or source, and an empty picture."""
@@ -61,6 +62,7 @@ def test_files_are_whole(folder, name):
         assert len(image.convert("RGB").getcolors(2**24)) > 20  # not blank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(POINTS))
 def test_every_published_value_has_a_measured_one(folder, name):
     """Catches a published value without a measured one, and one without its error."""
@@ -78,6 +80,7 @@ def test_every_published_value_has_a_measured_one(folder, name):
                 assert point[f"{key}_error"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -133,6 +136,7 @@ def test_facts_of_a_stop():
     assert facts["excess_at_stop"] is None
 
 
+@pytest.mark.slow
 def test_transmission_shows_the_trainings_of_the_other_figures(folder):
     """Catches a second training where one is finished, and runs of other tasks."""
     runs = numbers_of(folder, "transmission")["runs"]
@@ -165,19 +169,9 @@ def test_training_meter_measures_training_samples():
     assert abs(share - 1) < 4 * error
 
 
-def test_full_grid_has_neighbours_of_zero():
-    """The 101 published values of theta: catches a pair that is not among them."""
-    theta = torch.linspace(-1.5, 1.5, 101).repeat_interleave(50)
-    x = theta[:, None] + torch.randn(len(theta), 2, generator=torch.Generator().manual_seed(0))
-    task = SimpleNamespace(x=x, theta=theta, model=torch.nn.Linear(2, 1))
-    _, error = stopping._training_meter(task)(
-        SimpleNamespace(flow={"input": SimpleNamespace(value=2.0)})
-    )
-    assert math.isfinite(error)
-
-
-def test_full_is_the_published_size():
-    """Catches a learning rate, a network, a grid or epochs of the reduced run in the full one."""
+def test_sizes():
+    """Catches a learning rate, a network, a grid or epochs of the reduced run in the full one, and
+    a reduced epoch that goes less far: learning rate times steps is that of a published epoch."""
     options = Options(full=True, samples=100)
     task = tasks.gaussian_task(options)
     assert (task.learning_rate, task.epochs, task.batch_size) == (1e-6, 15, 128)
@@ -189,30 +183,25 @@ def test_full_is_the_published_size():
     widths = [layer.in_features for layer in task.model if isinstance(layer, torch.nn.Linear)]
     assert [*widths, 1] == list(published.STOPPING_WIDTHS)
     assert float(task.theta.max()) == 1.5
-    sizes = [stopping.GAUSSIAN_SIZES[True].samples, lift.SAMPLES[True]]
-    assert sizes == [7000, 150_000]
-
-
-def test_reduced_gaussian_epoch_goes_as_far_as_a_published_one():
-    """Learning rate times steps per epoch: catches a rate that ignores --samples."""
+    assert stopping.GAUSSIAN_SIZES[True].samples == 7000
+    assert lift.SAMPLES[True] == 150_000
     for samples in (100, 250):
         task = tasks.gaussian_task(Options(samples=samples))
         assert task.learning_rate * samples == pytest.approx(1e-6 * 20_000)
 
 
 def test_same_seed_same_numbers():
-    """Catches weights, samples or order from the global random numbers."""
-
-    def errors(seed: int) -> list[float]:
+    """Catches weights, samples or order from the global random numbers, and a seed that is not
+    used."""
+    errors = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
         stopping._run.cache_clear()
-        outcome = stopping.measure_gaussian_stopping(Options(seed=seed, epochs=1, samples=100))
-        return [entry["val_mse"] for entry in outcome.numbers["epochs"]]
-
-    torch.manual_seed(0)
-    first = errors(seed=3)
-    torch.manual_seed(1)
-    assert errors(seed=3) == first
-    assert errors(seed=4)[0] != first[0]
+        outcome = stopping.measure_gaussian_stopping(Options(seed=3, epochs=1, samples=100))
+        errors.append([entry["val_mse"] for entry in outcome.numbers["epochs"]])
+    assert errors[0] == errors[1]
+    one, other = (stopping._gaussian(Options(seed=seed, samples=100)) for seed in (3, 4))
+    assert not torch.equal(one.x, other.x)
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast.parameters.checks import check_model
+
 __all__ = ["ParameterLayout", "Selection", "some_of"]
 
 Selection = None | str | Sequence[str] | Callable[[str], bool]
@@ -36,8 +38,7 @@ class ParameterLayout:
             ValueError: nothing is chosen, a name is unknown, or a chosen parameter does not require
                 grad, or has no shape yet.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         every = dict(model.named_parameters())
         chosen = _chosen(every, selection)
         if not chosen:

@@ -180,7 +180,8 @@ def importance(source: Source, per: Per, diagonal: Tensor, samples: int) -> Impo
         }
     else:
         gates = _GateSums(source.model, source.layout, by_unit=per == "unit")
-        fisher = source.total_again(gates, samples)
+        source.read_again(gates.add, samples)
+        fisher = {label: total / samples for label, total in gates.sums.items()}
         values = {name: value / 2 for name, value in fisher.items()}
     return Importance(per, values, fisher, samples, source.fisher_type)
 
@@ -208,6 +209,9 @@ class _GateSums:
     A unit is one entry of the leading dimension of a module's weight, with its entry of the bias:
     an output unit of a linear layer, an output channel of a convolution, a channel of a norm, a row
     of an embedding. A layer is a module with all parameters of its own.
+
+    Attributes:
+        sums: float64, [units] by name of the units, or [] by layer.
     """
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, *, by_unit: bool) -> None:
@@ -217,7 +221,7 @@ class _GateSums:
         self._owners = {name: model.get_submodule(_split(name)[0]) for name in layout.names}
         self._units = _units(layout, self._owners)
         labels = [unit.label if by_unit else unit.layer for unit in self._units]
-        self._sums: dict[str, Tensor] = dict.fromkeys(labels, torch.empty(0))
+        self.sums: dict[str, Tensor] = dict.fromkeys(labels, torch.empty(0))
         self._outputs: dict[Rule, Tensor] = {}
 
     def add(self, sweep: Sweep) -> None:
@@ -225,10 +229,6 @@ class _GateSums:
         self._outputs = {}
         sweep.visit(self._take)
         self._outputs = {}
-
-    def result(self, samples: int) -> dict[str, Tensor]:
-        """Information about the gates, float64: [units] by name of the units, or [] by layer."""
-        return {label: total / samples for label, total in self._sums.items()}
 
     def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
         found = self._scores(rule, x, g)
@@ -241,15 +241,16 @@ class _GateSums:
         else:
             squares = {unit.label: each.double().square().sum(0) for unit, each in found.items()}
         for label, value in squares.items():
-            known = self._sums[label]
-            self._sums[label] = known + value if known.numel() else value
+            known = self.sums[label]
+            self.sums[label] = known + value if known.numel() else value
 
     def _scores(self, rule: Rule, x: Tensor, g: Tensor) -> dict[_Unit, Tensor]:
         """The scores about the gates of all units, [n, units]."""
         here = [unit for unit in self._units if set(unit.names) & set(rule.names)]
         if isinstance(rule, MatrixRule):
             if rule not in self._outputs:
-                self._outputs[rule] = _output(rule, x)
+                own = [self._weights[name].to(x.dtype) for name in rule.names]
+                self._outputs[rule] = rule.applied(x, own)
             shared = g * self._outputs[rule]
             return {here[0]: _summed(shared.movedim(_unit_axis(rule.module), 1))}
         if isinstance(rule, Embedding):
@@ -308,22 +309,6 @@ def _units_first(module: nn.Module, rows: Tensor) -> Tensor:
         grouped = rows.reshape(len(rows), module.groups, -1, *rows.shape[2:]).transpose(2, 3)
         return grouped.flatten(1, 2)
     return rows
-
-
-def _output(rule: MatrixRule, x: Tensor) -> Tensor:
-    """The output of a linear or convolution layer with its measured parameters alone."""
-    module = rule.module
-    y = type(module).forward(module, x)
-    bias = module.bias
-    if bias is None:
-        return y
-    assert isinstance(bias, Tensor)
-    shape = [1] * y.dim()
-    shape[_unit_axis(module)] = -1
-    offset = bias.detach().reshape(shape)
-    if "weight" not in rule.attributes:
-        return offset.expand_as(y)
-    return y if "bias" in rule.attributes else y - offset
 
 
 def _rows_of_table(rule: Embedding, x: Tensor, g: Tensor, table: Tensor) -> Tensor:

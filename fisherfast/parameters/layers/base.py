@@ -66,17 +66,6 @@ class Rule:
         """sum_i u_i G_i, u [n]: one [*shape] per parameter."""
         return tuple(torch.tensordot(u, rows, dims=1) for rows in self.gradients(x, g))
 
-    def gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
-        """<G_i, G'_j> of every pair of samples, summed over the parameters: [n, n']."""
-        left, right = self.gradients(x, g), self.gradients(other_x, other_g)
-        return sum(
-            (
-                a.reshape(len(a), -1) @ b.reshape(len(b), -1).T
-                for a, b in zip(left, right, strict=True)
-            ),
-            start=torch.zeros(len(g), len(other_g), dtype=g.dtype, device=g.device),
-        )
-
 
 class Rows(Rule):
     """Per-sample gradients that had to be computed one by one: x is not used, g is [n, p], the
@@ -102,17 +91,21 @@ class Layer(Rule):
         self.names = tuple(own.values())
         self.shapes = tuple(getattr(module, attribute).shape for attribute in own)
 
-    def _ordered(self, **parts: Tensor) -> tuple[Tensor, ...]:
+    def _shaped(self, *samples: int, **parts: Tensor) -> tuple[Tensor, ...]:
+        """The parts of the parameters measured, each [*samples, *shape]."""
         return tuple(
-            parts[attribute].reshape(-1, *shape)
+            parts[attribute].reshape(*samples, *shape)
             for attribute, shape in zip(self.attributes, self.shapes, strict=True)
         )
 
-    def _shaped(self, **parts: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            parts[attribute].reshape(shape)
-            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
-        )
+    def _summed_squares(self, x: Tensor, g: Tensor, numbers: int, limit: int) -> tuple[Tensor, ...]:
+        """sum_i G_i^2 in float64 from the gradients of a few samples at a time, see
+        `some_samples`."""
+        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
+        for part in some_samples(len(x), numbers, limit):
+            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
+                total += sum_of_squares(rows)
+        return tuple(sums)
 
 
 class LinearMap(Layer):

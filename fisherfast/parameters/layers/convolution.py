@@ -103,11 +103,8 @@ class TransposedConvolution(Layer):
         if "weight" in self.attributes:
             groups = int(self.module.groups)  # type: ignore[arg-type]
             settings = list(self._settings())
-            patches = F.pad(g, self._margins(x, g))
-            for axis, (stride, dilation, kernel, _) in enumerate(settings):
-                reach = dilation * (kernel - 1) + 1
-                patches = patches.unfold(2 + axis, reach, stride)[..., ::dilation]
-            # [n, M, *positions, *kernel]
+            stride, dilation, kernel, _ = zip(*settings, strict=True)
+            patches = _windows(F.pad(g, self._margins(x, g)), kernel, stride, dilation)
             spatial = len(settings)
             patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial)
             a = patches.movedim(3, -1).flatten(2, -2)  # [n, G, M / G taps, T]
@@ -115,7 +112,7 @@ class TransposedConvolution(Layer):
             parts["weight"] = b @ a.mT
         if "bias" in self.attributes:
             parts["bias"] = g.flatten(2).sum(2)
-        return self._ordered(**parts)
+        return self._shaped(len(g), **parts)
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         parts = {}
@@ -173,9 +170,15 @@ def _as_image(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[st
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:
     """Every patch under a convolution's kernel: [n, C, *kernel, *positions], a view of x."""
     assert isinstance(module, CONVOLUTIONS)
-    x = padded(module, x)
+    x = _windows(padded(module, x), module.kernel_size, module.stride, module.dilation)
     spatial = len(module.kernel_size)
-    for axis in range(spatial):
-        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
-        x = x.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
     return x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))
+
+
+def _windows(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """[n, C, *positions, *kernel] of x [n, C, ...], a view."""
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
+    return x

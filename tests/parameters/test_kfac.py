@@ -487,5 +487,5 @@ def test_the_rest_of_a_network_with_tied_weights():
 
 def test_unknown_sharing():
     model, x = network("linear")
-    with pytest.raises(ValueError, match='sharing must be "expand" or "reduce", got \'both\''):
+    with pytest.raises(ValueError, match="sharing must be one of 'expand', 'reduce', got 'both'"):
         P.fisher(model, P.Categorical(), x, structure="kfac", sharing="both")

@@ -12,6 +12,7 @@ positions t, with y the layer's output and g the gradient there: no per-sample g
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -221,7 +222,7 @@ class _GateSums:
         self._owners = {name: model.get_submodule(_split(name)[0]) for name in layout.names}
         self._units = _units(layout, self._owners)
         labels = [unit.label if by_unit else unit.layer for unit in self._units]
-        self.sums: dict[str, Tensor] = dict.fromkeys(labels, torch.empty(0))
+        self.sums: dict[str, Any] = dict.fromkeys(labels, 0.0)
         self._outputs: dict[Rule, Tensor] = {}
 
     def add(self, sweep: Sweep) -> None:
@@ -233,16 +234,14 @@ class _GateSums:
     def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
         found = self._scores(rule, x, g)
         if not self._by_unit:
-            layers: dict[str, Tensor] = {}
+            layers: dict[str, Any] = defaultdict(float)
             for unit, scores in found.items():
-                total = scores.sum(1)
-                layers[unit.layer] = layers[unit.layer] + total if unit.layer in layers else total
+                layers[unit.layer] += scores.sum(1)
             squares = {layer: total.double().square().sum() for layer, total in layers.items()}
         else:
             squares = {unit.label: each.double().square().sum(0) for unit, each in found.items()}
         for label, value in squares.items():
-            known = self.sums[label]
-            self.sums[label] = known + value if known.numel() else value
+            self.sums[label] += value
 
     def _scores(self, rule: Rule, x: Tensor, g: Tensor) -> dict[_Unit, Tensor]:
         """The scores about the gates of all units, [n, units]."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,12 +147,12 @@ class Scores:
     def mean(self) -> Tensor:
         """The mean score [P] float64: the gradient of the mean log-likelihood. The scores of single
         samples are not built."""
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Any] = defaultdict(float)
 
         def add(column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
             parts = rule.weighted_sum(x, g, torch.ones(len(g), dtype=g.dtype, device=g.device))
             for name, part in zip(rule.names, parts, strict=True):
-                sums[name] = sums[name] + part if name in sums else part.double()
+                sums[name] += part.double()
 
         samples = self.source.read(lambda sweep: sweep.visit(add))
         return self.layout.flatten(sums) / samples

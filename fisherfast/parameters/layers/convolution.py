@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fisherfast import ops
 from fisherfast.parameters.layers.base import (
     Layer,
-    Rule,
     as_kernels_read,
     kernel_squares,
     sum_of_squares,
@@ -77,9 +76,6 @@ class Convolution(MatrixRule):
 class TransposedConvolution(Layer):
     """nn.ConvTranspose1d, ConvTranspose2d: the convolution that takes g to the shape of x has the
     same gradients, with x and g in exchanged roles."""
-
-    products = Rule.products
-    weighted_sum = Rule.weighted_sum
 
     def _settings(self) -> Iterator[tuple[int, int, int, int]]:
         """(stride, dilation, kernel, padding) of each axis."""

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fisherfast.parameters.layers.base import LinearMap
 
-__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "Norm"]
+__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "OTHER_NORMS", "Norm"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 IN_CACHE = 1 << 18
 """Numbers of a temporary that stays in the caches, 2 MB: some samples at a time."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fisherfast.parameters.backward.columns import Sweep
@@ -73,19 +74,15 @@ class DiagonalAccumulator:
     kind = DiagonalFisher
 
     def __init__(self, layout: ParameterLayout) -> None:
-        self._where = layout.slices()
-        self._size = layout.size
-        self._sums: Tensor | None = None  # [P]
+        self._layout = layout
+        self._sums: dict[str, Any] = defaultdict(float)
 
     def add(self, sweep: Sweep) -> None:
         sweep.visit(self._take)
 
     def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
         for name, squares in zip(rule.names, rule.squares(x, g), strict=True):
-            if self._sums is None:
-                self._sums = squares.new_zeros(self._size, dtype=torch.float64)
-            self._sums[self._where[name]] += squares.flatten()
+            self._sums[name] += squares.double()
 
     def means(self, samples: int) -> tuple[Tensor]:
-        assert self._sums is not None  # every sweep visits every parameter
-        return (self._sums.div_(samples),)
+        return (self._layout.flatten(self._sums) / samples,)

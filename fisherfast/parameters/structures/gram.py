@@ -117,18 +117,6 @@ class GramFisher(ParameterFisher):
         """Eigenvectors of the smaller one of F and K, that of the largest eigenvalue first."""
         return torch.linalg.eigh(self._smaller()).eigenvectors.flip(1)
 
-    def eigenvectors(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """The largest eigenvalues [k], descending, and their directions [P, k], of unit length.
-
-        Args:
-            count: k at most; None for the rank. Fewer come where the rank is less.
-
-        Cost: one eigendecomposition, that is kept, and a backward pass of each layer for each.
-        """
-        rank = self.rank()
-        chosen = range(rank if count is None else min(count, rank))
-        return self.eigenvalues().flip(0)[: len(chosen)], self._directions(chosen)
-
     def rank(self) -> int:
         """Eigenvalues that are larger than rounding."""
         return numerical_rank(self.eigenvalues(), self._jacobian.precision)
@@ -137,8 +125,8 @@ class GramFisher(ParameterFisher):
         if damping == 0:
             if self.rank() < self.layout.size:
                 raise singular(f"F has rank {self.rank()} of {self.layout.size}")
-            values, vectors = self.eigenvectors()
-            return vectors @ ((vectors.T @ columns) / values[:, None])
+            vectors = self._directions(range(self.layout.size))
+            return vectors @ ((vectors.T @ columns) / self.eigenvalues().flip(0)[:, None])
         if self.rows > self.layout.size:
             factor = _cholesky(self._smaller(), damping)
             return torch.cholesky_solve(columns, factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -82,40 +83,39 @@ class KroneckerFisher(ParameterFisher):
             text = f"{text[:-1]}; diagonal alone: {', '.join(self.diagonal_names)}>"
         return text
 
-    def _values(self) -> list[tuple[slice, Tensor]]:
-        slices = self.layout.slices()
-        return [(slices[name], self.diagonal[name].flatten()) for name in self.diagonal_names]
+    @cached_property
+    def _rest(self) -> Tensor:
+        """The diagonal [P] of the parameters without a Kronecker form; 0 for the others."""
+        found = torch.zeros(self.layout.size, dtype=torch.float64, device=self._device)
+        for name, place in self.layout.slices().items():
+            if name in self.diagonal:
+                found[place] = self.diagonal[name].flatten()
+        return found
 
     def _matmul(self, columns: Tensor) -> Tensor:
-        result = torch.empty_like(columns)
+        result = self._rest[:, None] * columns
         for block in self.blocks:
             block.put(block.product(block.take(columns)), result)
-        for place, values in self._values():
-            result[place] = values[:, None] * columns[place]
         return result
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
         if damping == 0 and bool((self.eigenvalues() == 0).any()):
             raise singular("some directions have no Fisher information")
-        result = torch.empty_like(columns)
+        result = columns / (self._rest + damping)[:, None]
         for block in self.blocks:
             block.put(block.solution(block.take(columns), damping), result)
-        for place, values in self._values():
-            result[place] = columns[place] / (values + damping)[:, None]
         return result
 
     def diag(self) -> Tensor:
-        column = torch.empty(self.layout.size, 1, dtype=torch.float64, device=self._device)
+        column = self._rest[:, None].clone()
         for block in self.blocks:
             block.put(block.diag().unsqueeze(-1), column)
-        for place, values in self._values():
-            column[place, 0] = values
         return column[:, 0]
 
     def eigenvalues(self) -> Tensor:
         """All P, ascending; those within rounding of zero are zero."""
-        parts = [block.spectrum.flatten() for block in self.blocks]
-        return torch.cat([*parts, *(values for _, values in self._values())]).sort().values
+        parts = [*(block.spectrum for block in self.blocks), *self.diagonal.values()]
+        return torch.cat([part.flatten() for part in parts]).sort().values
 
     @property
     def _device(self) -> torch.device:
@@ -145,45 +145,33 @@ class KroneckerAccumulator:
         """
         check_choice("sharing", sharing, ("expand", "reduce"))
         self._layout, self._sharing = layout, sharing
-        self._factors: dict[tuple[str, ...], list[Tensor]] = {}  # [A, B], by the layer's parameters
-        self._attributes: dict[tuple[str, ...], dict[str, str]] = {}
-        self._diagonal: dict[str, Tensor] = {}
+        self._inputs: dict[tuple[str, ...], Any] = defaultdict(float)  # A, by the parameters
+        self._gradients: dict[tuple[str, ...], Any] = defaultdict(float)  # B
+        self._attributes: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._diagonal: dict[str, Any] = defaultdict(float)
 
     def add(self, sweep: Sweep) -> None:
         refuse_shared_matrices(sweep)
-        seen: set[tuple[str, ...]] = set()
 
         def take(column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
             if isinstance(rule, MatrixRule):
-                inputs = None if rule.names in seen else rule.input_factor(x, g, self._sharing)
-                seen.add(rule.names)
-                self._add(rule, inputs, rule.gradient_factor(x, g, self._sharing))
+                if column == 0:
+                    self._inputs[rule.names] += rule.input_factor(x, g, self._sharing)
+                self._gradients[rule.names] += rule.gradient_factor(x, g, self._sharing)
+                self._attributes[rule.names] = rule.attributes
             else:
                 for name, squares in zip(rule.names, rule.squares(x, g), strict=True):
-                    former = self._diagonal.get(name)
-                    self._diagonal[name] = squares.double() if former is None else former + squares
+                    self._diagonal[name] += squares.double()
 
         sweep.visit(take)
 
-    def _add(self, rule: MatrixRule, inputs: Tensor | None, gradients: Tensor) -> None:
-        if rule.names not in self._factors:
-            assert inputs is not None
-            self._factors[rule.names] = [torch.zeros_like(inputs), torch.zeros_like(gradients)]
-            self._attributes[rule.names] = dict(zip(rule.attributes, rule.names, strict=True))
-        total = self._factors[rule.names]
-        if inputs is not None:
-            total[0] += inputs
-        total[1] += gradients
-
     def means(self, samples: int) -> tuple[list[KroneckerBlock], dict[str, Tensor], Sharing]:
-        places = self._layout.slices()
+        slices = self._layout.slices()
         blocks = []
-        for names, (inputs, gradients) in self._factors.items():
-            own = {
-                attribute: (places[name].start, places[name].stop)
-                for attribute, name in self._attributes[names].items()
-            }
-            blocks.append(KroneckerBlock(inputs / samples, gradients / samples, **own))
+        for names, inputs in self._inputs.items():
+            places = [(slices[name].start, slices[name].stop) for name in names]
+            own = dict(zip(self._attributes[names], places, strict=True))
+            blocks.append(KroneckerBlock(inputs / samples, self._gradients[names] / samples, **own))
         diagonal = {name: values / samples for name, values in self._diagonal.items()}
         return blocks, diagonal, self._sharing
 

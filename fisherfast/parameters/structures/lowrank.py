@@ -162,25 +162,17 @@ class LowRankAccumulator:
         self._precision = max(self._precision, rows.precision)
         new = rows.gram()
         self._trace += float(new.trace())
-        basis = self._basis
-        if basis is None:
-            gram = new
-        else:
-            across = rows.times(basis)
-            gram = torch.cat(
-                [
-                    torch.cat([basis.T @ basis, across.T], dim=1),
-                    torch.cat([across, new], dim=1),
-                ]
-            )
+        basis = new.new_zeros(self._layout.size, 0) if self._basis is None else self._basis
+        across = rows.times(basis)
+        above = torch.cat([basis.T @ basis, across.T], dim=1)
+        gram = torch.cat([above, torch.cat([across, new], dim=1)])
         values, vectors = torch.linalg.eigh(gram)
         kept = min(rank, numerical_rank(values.clamp_min(0), self._precision))
         if kept < len(values):
             self._cut += max(0.0, float(values[len(values) - kept - 1]))
         vectors = vectors.flip(1)[:, :kept]
-        old = 0 if basis is None else basis.shape[1]
-        turned = rows.transposed(vectors[old:])
-        self._basis = turned if basis is None else turned.addmm_(basis, vectors[:old])
+        old = basis.shape[1]
+        self._basis = rows.transposed(vectors[old:]).addmm_(basis, vectors[:old])
         self._waiting = Jacobian(self._layout)
 
     def means(self, samples: int) -> tuple[Tensor, Tensor, float, float]:

@@ -14,6 +14,7 @@ layer has one class of rule; `rule_for` finds it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ __all__ = [
     "LinearMap",
     "Rows",
     "Rule",
+    "as_image",
     "as_kernels_read",
     "kernel_squares",
     "some_samples",
@@ -142,24 +144,20 @@ def sum_of_squares(rows: Tensor) -> Tensor:
     return rows.double().square().sum(0)
 
 
-def kernel_squares(
-    x: Tensor,
-    g: Tensor,
-    kernel: Sequence[int] = (1,),
-    *,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
-    groups: int = 1,
-) -> Tensor:
-    """`ops.gradient_squares` of x and g [n, C, L] or [n, C, H, W]."""
-    if x.dim() == 3:
-        x, g = x.unsqueeze(2), g.unsqueeze(2)
-        kernel, stride, dilation = ((1, *numbers) for numbers in (kernel, stride, dilation))
-        padding = (0, *padding)
-    x, g = as_kernels_read(x), as_kernels_read(g)
-    settings = {"stride": stride, "padding": padding, "dilation": dilation}
-    return ops.gradient_squares(x, g, kernel, groups=groups, **settings)
+def kernel_squares(x: Tensor, g: Tensor, **window: Any) -> Tensor:
+    """`ops.gradient_squares` of x and g [n, C, L] or [n, C, H, W]; without a window each position
+    by itself."""
+    (x, window), (g, _) = as_image(x, window), as_image(g, {})
+    return ops.gradient_squares(as_kernels_read(x), as_kernels_read(g), **window)
+
+
+def as_image(x: Tensor, window: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """x [n, C, L] as an image of one row, with the arguments of a window over it."""
+    if x.dim() == 4:
+        return x, dict(window)
+    row = {"kernel": 1, "stride": 1, "padding": 0, "dilation": 1}
+    lifted = {name: (row[name], *each) if name in row else each for name, each in window.items()}
+    return x.unsqueeze(2), lifted
 
 
 def as_kernels_read(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fisherfast import ops
 from fisherfast.parameters.layers.base import (
     Layer,
+    as_image,
     as_kernels_read,
     kernel_squares,
     sum_of_squares,
@@ -39,7 +40,7 @@ class Convolution(MatrixRule):
             return super().input_factor(x, g, sharing)
         if not isinstance(module, nn.Conv1d | nn.Conv2d):
             return super().input_factor(x, g, sharing)
-        image, window = _as_image(module, x)
+        image, window = as_image(*_windowed(module, x))
         sums, cross = ops.patch_moments(as_kernels_read(image), **window)
         positions = g[0, 0].numel()
         if "bias" in self.attributes:
@@ -66,8 +67,8 @@ class Convolution(MatrixRule):
             return super().squares(x, g)
         parts = {}
         if "weight" in self.attributes:
-            image, window = _as_image(module, x)
-            parts["weight"] = kernel_squares(image, g if g.dim() == 4 else g.unsqueeze(2), **window)
+            image, window = _windowed(module, x)
+            parts["weight"] = kernel_squares(image, g, **window)
         if "bias" in self.attributes:
             parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
         return self._shaped(**parts)
@@ -123,11 +124,11 @@ class TransposedConvolution(Layer):
             parts["weight"] = kernel_squares(
                 image,
                 x,
-                kernel,
+                kernel=kernel,
                 stride=stride,
                 padding=padding,
                 dilation=dilation,
-                groups=int(self.module.groups),  # type: ignore[arg-type]
+                groups=self.module.groups,
             )
         if "bias" in self.attributes:
             parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
@@ -142,25 +143,18 @@ def padded(module: nn.Module, x: Tensor) -> Tensor:
     return F.pad(x, around, mode=mode) if any(around) else x
 
 
-def _as_image(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """x as [n, C, H, W], and the window arguments of the ops; a line is an image of one row.
+def _windowed(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """x and the window arguments of the ops.
 
-    The image contains the padding already, unless that is the same zeros on both sides.
+    x contains the padding already, unless that is the same zeros on both sides.
     """
     around = list(module._reversed_padding_repeated_twice)
     padding = around[::2][::-1]  # before each axis, the first one first
     if module.padding_mode != "zeros" or around[::2] != around[1::2]:
         x, padding = padded(module, x), [0] * len(padding)
-    missing = 4 - x.dim()
-    ones = [1] * missing
-    window = {
-        "kernel": [*ones, *module.kernel_size],
-        "stride": [*ones, *module.stride],
-        "padding": [*[0] * missing, *padding],
-        "dilation": [*ones, *module.dilation],
-        "groups": module.groups,
-    }
-    return (x.unsqueeze(2) if missing else x), window
+    names = ("stride", "dilation", "groups")
+    window = {name: getattr(module, name) for name in names}
+    return x, window | {"kernel": module.kernel_size, "padding": padding}
 
 
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from fisherfast.parameters.backward.columns import Sweep
 from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher
-from fisherfast.parameters.structures.dense import singular
+from fisherfast.parameters.structures.dense import cholesky, singular
 from fisherfast.parameters.structures.jacobian import Jacobian, collect_rows
 
 __all__ = ["GramAccumulator", "GramFisher"]
@@ -128,9 +128,9 @@ class GramFisher(ParameterFisher):
             vectors = self._directions(range(self.layout.size))
             return vectors @ ((vectors.T @ columns) / self.eigenvalues().flip(0)[:, None])
         if self.rows > self.layout.size:
-            factor = _cholesky(self._smaller(), damping)
+            factor = _damped_factor(self._smaller(), damping)
             return torch.cholesky_solve(columns, factor)
-        factor = _cholesky(self._gram, damping)
+        factor = _damped_factor(self._gram, damping)
         inner = torch.cholesky_solve(self.times_root(columns), factor)
         return (columns - self.transposed_root(inner)) / damping
 
@@ -156,10 +156,8 @@ class GramFisher(ParameterFisher):
         length = float(smaller.norm())  # at least the largest eigenvalue
         noise = rounding_noise(len(smaller), length, self.precision)
         if scale * noise < NEGLIGIBLE:
-            damped = scale * smaller
-            damped.diagonal().add_(1)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not int(failed):
+            factor = cholesky(scale * smaller, 1.0)
+            if factor is not None:
                 return 2 * float(factor.diagonal().log().sum())
         values = torch.linalg.eigvalsh(smaller)
         noise = rounding_noise(len(values), float(values.max()), self.precision)
@@ -173,17 +171,15 @@ class GramFisher(ParameterFisher):
         return {"_jacobian": Jacobian.from_state(layout, state["jacobian"])}
 
 
-def _cholesky(matrix: Tensor, damping: float) -> Tensor:
+def _damped_factor(matrix: Tensor, damping: float) -> Tensor:
     """The factor of matrix + damping.
 
     Raises:
         ValueError: damping is lost in the rounding of the matrix.
     """
     least = torch.finfo(torch.float64).eps * float(matrix.norm())
-    damped = matrix.clone()
-    damped.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if damping < least or int(failed):
+    factor = cholesky(matrix, damping)
+    if factor is None or damping < least:
         raise ValueError(
             f"damping must be more than rounding, about {least:.1e} for this F, got {damping}"
         )

@@ -18,6 +18,7 @@ __all__ = [
     "check_choice",
     "check_damping",
     "check_evaluation",
+    "check_fits",
     "check_model",
     "check_number",
     "check_options",
@@ -55,6 +56,14 @@ def check_damping(damping: float) -> None:
     check_number("damping", damping)
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be finite and at least 0, got {damping}")
+
+
+def check_fits(what: str, needed: int, budget: float, advice: str) -> None:
+    """Raise MemoryError unless the bytes needed are within the budget."""
+    if needed > budget:
+        raise MemoryError(
+            f"{what} must fit into memory_budget = {budget} bytes, got {needed}: {advice}"
+        )
 
 
 def check_options(function: Callable[..., Any], given: Mapping[str, Any], structure: str) -> None:

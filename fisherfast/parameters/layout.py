@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherfast.parameters.checks import check_model
 
-__all__ = ["ParameterLayout", "Selection", "some_of"]
+__all__ = ["ParameterLayout", "Selection", "module_of", "some_of"]
 
 Selection = None | str | Sequence[str] | Callable[[str], bool]
 """Parameters by name: None for all that require grad, a regular expression, names, a function."""
@@ -123,6 +123,11 @@ class ParameterLayout:
                 )
         if self.names != other.names:
             raise ValueError(f"{what} must have its parameters in the same order")
+
+
+def module_of(name: str) -> str:
+    """The name of the module that a parameter belongs to; "" is the model itself."""
+    return name.rpartition(".")[0]
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:

@@ -23,9 +23,9 @@ from fisherfast.parameters.structures.diagonal import DiagonalFisher
 __all__ = ["ElasticWeightConsolidation"]
 
 STATE_VERSION = 1
+SETTINGS = ("strength", "online", "decay", "new")
 STATE = {
-    "version", "strength", "online", "decay", "new", "tasks", "known", "information", "anchors",
-    "constant", "quadratics",
+    "version", *SETTINGS, "tasks", "known", "information", "anchors", "constant", "quadratics",
 }  # fmt: skip
 
 
@@ -302,10 +302,7 @@ class ElasticWeightConsolidation:
         """All of it, for ``torch.save``: plain numbers and tensors."""
         return {
             "version": STATE_VERSION,
-            "strength": self.strength,
-            "online": self.online,
-            "decay": self.decay,
-            "new": self.new,
+            **{name: getattr(self, name) for name in SETTINGS},
             "tasks": self.tasks,
             "known": {name: list(shape) for name, shape in self._known.items()},
             "information": {name: value.clone() for name, value in self._information.items()},
@@ -339,9 +336,7 @@ class ElasticWeightConsolidation:
 
 
 def _from_state(state: Mapping[str, Any]) -> ElasticWeightConsolidation:
-    made = ElasticWeightConsolidation(
-        state["strength"], online=state["online"], decay=state["decay"], new=state["new"]
-    )
+    made = ElasticWeightConsolidation(**{name: state[name] for name in SETTINGS})
     made.tasks, made._constant = state["tasks"], state["constant"]
     try:
         made._known = {name: torch.Size(shape) for name, shape in state["known"].items()}

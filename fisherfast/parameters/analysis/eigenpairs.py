@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.measurement.settings import bytes_of
+from fisherfast.parameters.checks import check_fits
 
 __all__ = ["Eigenpairs", "check_not_zero", "largest_eigenpairs"]
 
@@ -86,14 +87,13 @@ def largest_eigenpairs(
     """
     check_not_zero(trace)
     vectors = _krylov_vectors(count, size)
-    budget = bytes_of(memory_budget) or math.inf
     # the Krylov space, and the directions with their products
-    needed = 8 * size * (vectors + 3 * min(count, size))
-    if needed > budget:
-        raise MemoryError(
-            f"{vectors} vectors of {size} parameters must fit into memory_budget = {budget} bytes,"
-            f" got {needed}: ask for a smaller count=, or choose some parameters="
-        )
+    check_fits(
+        f"{vectors} vectors of {size} parameters",
+        8 * size * (vectors + 3 * min(count, size)),
+        bytes_of(memory_budget) or math.inf,
+        "ask for a smaller count=, or choose some parameters=",
+    )
     if vectors == size:
         matrix = product(torch.eye(size, dtype=torch.float64, device=device))
         values, directions = torch.linalg.eigh((matrix + matrix.T) / 2)

@@ -26,7 +26,7 @@ from fisherfast.parameters.checks import check_number
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layers.embedding import Embedding
 from fisherfast.parameters.layers.linear import MatrixRule
-from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.layout import ParameterLayout, module_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,7 +219,7 @@ class _GateSums:
         self._by_unit = by_unit
         every = dict(model.named_parameters())
         self._weights = {name: every[name].detach() for name in layout.names}
-        self._owners = {name: model.get_submodule(_split(name)[0]) for name in layout.names}
+        self._owners = {name: model.get_submodule(module_of(name)) for name in layout.names}
         self._units = _units(layout, self._owners)
         labels = [unit.label if by_unit else unit.layer for unit in self._units]
         self.sums: dict[str, Any] = dict.fromkeys(labels, 0.0)
@@ -232,16 +232,14 @@ class _GateSums:
         self._outputs = {}
 
     def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
-        found = self._scores(rule, x, g)
-        if not self._by_unit:
-            layers: dict[str, Any] = defaultdict(float)
-            for unit, scores in found.items():
-                layers[unit.layer] += scores.sum(1)
-            squares = {layer: total.double().square().sum() for layer, total in layers.items()}
-        else:
-            squares = {unit.label: each.double().square().sum(0) for unit, each in found.items()}
-        for label, value in squares.items():
-            self.sums[label] += value
+        gates: dict[str, Any] = defaultdict(float)
+        for unit, scores in self._scores(rule, x, g).items():
+            if self._by_unit:
+                gates[unit.label] = scores
+            else:
+                gates[unit.layer] += scores.sum(1)
+        for label, scores in gates.items():
+            self.sums[label] += scores.double().square().sum(0)
 
     def _scores(self, rule: Rule, x: Tensor, g: Tensor) -> dict[_Unit, Tensor]:
         """The scores about the gates of all units, [n, units]."""
@@ -267,17 +265,11 @@ class _GateSums:
         }
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Module and attribute of a parameter."""
-    module, _, attribute = name.rpartition(".")
-    return module, attribute
-
-
 def _units(layout: ParameterLayout, owners: Mapping[str, nn.Module]) -> list[_Unit]:
     """Groups of units: a weight with the bias of the same name and size, in the same module."""
     groups: dict[tuple[str, str, int], list[str]] = {}
     for name, shape in zip(layout.names, layout.shapes, strict=True):
-        layer, attribute = _split(name)
+        layer, attribute = module_of(name), name.rpartition(".")[2]
         count = _units_first(owners[name], torch.empty(1, *shape, device="meta")).shape[1]
         rest = "_".join(part for part in attribute.split("_") if part not in WITHOUT_A_NAME)
         groups.setdefault((layer, rest, count), []).append(name)

@@ -18,7 +18,7 @@ from fisherfast.parameters.backward.batches import Data
 from fisherfast.parameters.backward.columns import Source, Sweep
 from fisherfast.parameters.checks import untouched
 from fisherfast.parameters.layers.base import Rows, Rule
-from fisherfast.parameters.layout import ParameterLayout, Selection
+from fisherfast.parameters.layout import ParameterLayout, Selection, module_of
 from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
 from fisherfast.parameters.structures.base import DENSE_BYTES
 
@@ -188,7 +188,7 @@ class Scores:
         """
         check_whole("directions", directions, least=1)
         check_seed(seed)
-        layers = list(dict.fromkeys(map(_layer, self.layout.names)))
+        layers = list(dict.fromkeys(map(module_of, self.layout.names)))
         aim = self._directions(directions, seed)
         moments = Moments(len(layers) * directions, next(iter(aim.values())).device)
         self.source.read(lambda sweep: moments.add(_projected(sweep, layers, aim).flatten(1)))
@@ -226,19 +226,14 @@ def _projected(sweep: Sweep, layers: list[str], aim: Mapping[str, Tensor]) -> Te
         if isinstance(rule, Rows):  # parameters of several layers
             for name, part in zip(rule.names, rule.gradients(x, g), strict=True):
                 own = aim[name].flatten(1).to(part.dtype)
-                rows[:, layers.index(_layer(name))] += part.flatten(1) @ own.T
+                rows[:, layers.index(module_of(name))] += part.flatten(1) @ own.T
             return
-        here = rows[:, layers.index(_layer(rule.names[0]))]
+        here = rows[:, layers.index(module_of(rule.names[0]))]
         for k in range(directions):
             here[:, k] += rule.products(x, g, [aim[name][k] for name in rule.names])
 
     sweep.visit(project)
     return rows
-
-
-def _layer(name: str) -> str:
-    """The module that a parameter belongs to."""
-    return name.rpartition(".")[0]
 
 
 def _tested(moments: Moments, layers: list[str], directions: int) -> MeanZeroTest:

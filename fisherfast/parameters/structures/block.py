@@ -15,7 +15,7 @@ from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.backward.columns import Sweep
 from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layers.base import Rule, some_samples
-from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.layout import ParameterLayout, module_of
 from fisherfast.parameters.structures.base import DENSE_BYTES, ParameterFisher
 from fisherfast.parameters.structures.dense import PositiveMatrix, singular
 
@@ -68,7 +68,7 @@ class BlockFisher(ParameterFisher):
         """The parameters of each module's own: they follow each other in the layout."""
         found: dict[str, list[str]] = {}
         for name in layout.names:
-            found.setdefault(name.rpartition(".")[0], []).append(name)
+            found.setdefault(module_of(name), []).append(name)
         return found
 
     @cached_property

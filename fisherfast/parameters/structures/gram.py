@@ -14,7 +14,7 @@ from torch import Tensor
 from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.analysis.spectrum import numerical_rank, rounding_noise
 from fisherfast.parameters.backward.columns import Sweep
-from fisherfast.parameters.checks import check_damping
+from fisherfast.parameters.checks import check_damping, check_fits
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.dense import cholesky, singular
@@ -205,14 +205,13 @@ class GramAccumulator:
         def check(rows: int, more: int) -> None:
             rows += before
             size = min(rows, self._jacobian.layout.size)
-            needed = self._bytes + more + GRAM_COPIES * 8 * size**2
-            if needed > self._budget:
-                raise MemoryError(
-                    f"the Gram matrix of {rows} rows (samples x columns) and its factors"
-                    f" must fit into memory_budget = {self._budget} bytes, got {needed} so far:"
-                    ' pass fewer samples, fisher_type="mc" (one column for each draw), a larger'
-                    ' memory_budget=, or structure="lowrank" or "diag"'
-                )
+            check_fits(
+                f"the Gram matrix of {rows} rows (samples x columns) and its factors",
+                self._bytes + more + GRAM_COPIES * 8 * size**2,
+                self._budget,
+                'pass fewer samples, fisher_type="mc" (one column for each draw), a larger'
+                ' memory_budget=, or structure="lowrank" or "diag"',
+            )
 
         collect_rows(sweep, self._jacobian.pieces.append, check=check)
         self._bytes = self._jacobian.bytes()

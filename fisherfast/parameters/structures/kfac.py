@@ -151,7 +151,13 @@ class KroneckerAccumulator:
         self._diagonal: dict[str, Any] = defaultdict(float)
 
     def add(self, sweep: Sweep) -> None:
-        refuse_shared_matrices(sweep)
+        if sweep.matrices_without_tap:  # the sum of two Kronecker products is none
+            raise ValueError(
+                'parameters must be used by one call of one layer for "kfac", got'
+                f" {sweep.matrices_without_tap[0]!r}, which is shared (tied), called more than"
+                " once, or in a layer that mixes the samples; leave it out by parameters=, or use"
+                ' structure="diag" or "block"'
+            )
 
         def take(column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
             if isinstance(rule, MatrixRule):
@@ -174,18 +180,6 @@ class KroneckerAccumulator:
             blocks.append(KroneckerBlock(inputs / samples, self._gradients[names] / samples, **own))
         diagonal = {name: values / samples for name, values in self._diagonal.items()}
         return blocks, diagonal, self._sharing
-
-
-def refuse_shared_matrices(sweep: Sweep) -> None:
-    """Raise ValueError where the weights of a linear or convolution layer are used in more than one
-    place: the sum of two Kronecker products is not a Kronecker product."""
-    shared = sweep.matrices_without_tap
-    if shared:
-        raise ValueError(
-            f'parameters must be used by one call of one layer for "kfac", got {shared[0]!r}, which'
-            " is shared (tied), called more than once, or in a layer that mixes the samples; leave"
-            ' it out by parameters=, or use structure="diag" or "block"'
-        )
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from fisherfast._validation import check_whole
 from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.analysis.spectrum import numerical_rank
 from fisherfast.parameters.backward.columns import Sweep
-from fisherfast.parameters.checks import check_damping
+from fisherfast.parameters.checks import check_damping, check_fits
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.dense import singular
@@ -135,13 +135,13 @@ class LowRankAccumulator:
         self._precision = torch.finfo(torch.float64).eps
 
     def _check(self, rows: int, more: int) -> None:
-        needed = self._fixed + more
-        if needed > self._budget:
-            raise MemoryError(
-                f"{self._rank} directions of {self._layout.size} parameters and a batch must fit"
-                f" into memory_budget = {self._budget} bytes, got {needed}: pass a smaller rank=,"
-                " a smaller batch_size=, a larger memory_budget=, or parameters= to choose some"
-            )
+        check_fits(
+            f"{self._rank} directions of {self._layout.size} parameters and a batch",
+            self._fixed + more,
+            self._budget,
+            "pass a smaller rank=, a smaller batch_size=, a larger memory_budget=, or parameters="
+            " to choose some",
+        )
 
     def add(self, sweep: Sweep) -> None:
         collect_rows(sweep, self._wait, check=self._check, most_rows=ROWS_AT_ONCE)

@@ -430,7 +430,7 @@ def test_every_network_is_measured_or_refused(name):
         for block in got.blocks:
             for place in (block.weight, block.bias):
                 if place is not None:
-                    covered[place] += 1
+                    covered[slice(*place)] += 1
         for own in got.diagonal_names:
             covered[places[own]] += 1
             assert_near(got.diag()[places[own]], exact[places[own]])

@@ -60,6 +60,7 @@ class Backpropagation:
         samples: n.
         calls: of layers that are measured by their rule.
         unused: parameters that do not enter the graph.
+        layers: how each parameter is measured: "rule", "rows", or "unused", by name.
         matrices_without_tap: parameters of linear and convolution layers that are measured by rows.
     """
 
@@ -152,6 +153,9 @@ class Backpropagation:
         in_matrices = {name for rule in matrices for name in rule.names}
         self.matrices_without_tap = tuple(name for name in self._rows if name in in_matrices)
         self.unused = tuple(name for name in use if not use[name])
+        self.layers = {
+            name: "rule" if name in whole else "rows" if use[name] else "unused" for name in use
+        }
 
     def _keeps_apart(self, call: Call) -> bool:
         """True if the rows of this call are those of one sample after another."""

@@ -182,7 +182,7 @@ def collect_rows(
     Args:
         sweep: the batch.
         take: called with the rows, once or several times where there are many columns.
-        check: called with (rows so far, bytes so far) before more is kept; it may raise.
+        check: called with (rows so far, bytes so far) at each layer; it may raise.
         most_rows: about how many rows at a time; None for all.
     """
     most = None if most_rows is None else max(1, most_rows // sweep.samples)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from fisherfast._validation import check_positive, check_whole
+from fisherfast._validation import check_positive, check_seed, check_whole
 from fisherfast._version import __version__
 from fisherfast.demo.imaging import EPOCHS, LEARNING_RATE, imaging_task
 from fisherfast.demo.report import check_packages
@@ -22,7 +22,6 @@ from fisherfast.demo.runner import INTERRUPTED, run_demo
 
 REPORT_FOLDER = Path("fisherfast-report")
 WRONG_OPTION = 2
-SEEDS = 2**32  # what NumPy takes; the validation images count on from there
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,9 +72,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _check_numbers(options: argparse.Namespace) -> None:
     check_whole("--epochs", options.epochs, least=1)
-    check_whole("--seed", options.seed, least=0)
-    if options.seed >= SEEDS:
-        raise ValueError(f"--seed must be below {SEEDS}, got {options.seed}")
+    check_seed(options.seed)
     check_positive("--learning-rate", options.learning_rate)
 
 

@@ -67,6 +67,10 @@ def draw(theta, n, generator):
     return theta + torch.randn(n, 2, generator=generator)
 
 
+def linear():
+    return problems.mlp([2, 18], seed=0)[0]
+
+
 TAKE_A_SEED = {
     "simulator": lambda seed: (
         next(
@@ -82,6 +86,19 @@ TAKE_A_SEED = {
         ff.fisher_flow(torch.nn.Tanh(), ff.Pathwise(X, torch.ones_like(X)), seed=seed)[
             "output"
         ].curve_J
+    ),
+    "parameters": lambda seed: ff.parameters.fisher(
+        linear(), "gaussian", X, fisher_type="mc", seed=seed
+    ).diag(),
+    "spectrum": lambda seed: (
+        ff.parameters.fisher(linear(), "gaussian", X[:20], structure="gram")
+        .spectrum(2, seed=seed)
+        .residuals
+    ),
+    "score": lambda seed: torch.tensor(
+        ff.parameters.score(linear(), "gaussian", X, X.repeat(1, 9))
+        .mean_zero_test(seed=seed)
+        .statistic
     ),
 }
 

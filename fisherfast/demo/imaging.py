@@ -103,7 +103,7 @@ def _simulated(
     camera: Camera, scene: Path | None, samples: int, seed: int, held_out_factor: int
 ) -> ImagingTask:
     x, theta = camera.training_set(samples, seed=seed)
-    # Training sets of different seeds are independent; no option gives this one.
+    # Training sets of different seeds are independent.
     val_x, val_theta = camera.training_set(samples // VALIDATION_SHARE, seed=seed + 2**32)
     held_out = held_out_factor * samples
     minus, plus = camera.conditions(0.0, STEP, held_out, seed=seed)

@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast._validation import SEEDS, check_whole
 from fisherfast.model.default_device import on_host
 from fisherfast.model.isolation import forgetting, own_random_state
 
 __all__ = [
     "check_choice",
-    "check_count",
     "check_damping",
     "check_evaluation",
+    "check_fits",
     "check_model",
     "check_number",
     "check_options",
-    "check_seed",
     "forward_alone",
     "untouched",
 ]
@@ -35,11 +33,6 @@ def check_choice(name: str, value: Any, choices: Mapping[str, Any] | tuple[str, 
     """Raise ValueError unless the value is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise unless the value is a whole number of at least 1."""
-    check_whole(name, value, least=1)
 
 
 def check_model(model: Any) -> None:
@@ -65,22 +58,18 @@ def check_damping(damping: float) -> None:
         raise ValueError(f"damping must be finite and at least 0, got {damping}")
 
 
-def check_seed(seed: Any) -> None:
-    """Raise unless the seed is one that generators take."""
-    if not 0 <= check_whole("seed", seed) < SEEDS:
-        raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
+def check_fits(what: str, needed: int, budget: float, advice: str) -> None:
+    """Raise MemoryError unless the bytes needed are within the budget."""
+    if needed > budget:
+        raise MemoryError(
+            f"{what} must fit into memory_budget = {budget} bytes, got {needed}: {advice}"
+        )
 
 
-def check_options(
-    function: Callable[..., Any], given: Mapping[str, Any], structure: str, positional: int
-) -> None:
-    """Raise TypeError for a keyword that a structure does not take; its first `positional`
-    arguments are the library's own."""
-    known = [
-        name
-        for name, parameter in list(inspect.signature(function).parameters.items())[positional:]
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
+def check_options(function: Callable[..., Any], given: Mapping[str, Any], structure: str) -> None:
+    """Raise TypeError for a keyword that a structure does not take."""
+    taken = inspect.signature(function).parameters.values()
+    known = [option.name for option in taken if option.kind is option.KEYWORD_ONLY]
     for name in given:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes none of its own"
@@ -137,7 +126,7 @@ def forward_alone(model: nn.Module) -> Iterator[None]:
     finally:
         changed = []
         for name, value in model.named_buffers():
-            if name in before and not _same(value, before[name]):
+            if name in before and not torch.allclose(value, before[name], 0, 0, equal_nan=True):
                 changed.append(name)
                 with torch.no_grad():
                     value.copy_(before[name])
@@ -146,9 +135,3 @@ def forward_alone(model: nn.Module) -> Iterator[None]:
             f"model must leave its buffers as they are in a forward pass, got {changed[0]!r}"
             " changed: call model.eval()"
         )
-
-
-def _same(now: Tensor, before: Tensor) -> bool:
-    if now.shape != before.shape:
-        return False
-    return bool(((now == before) | ((now != now) & (before != before))).all())

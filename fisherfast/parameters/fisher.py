@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
 
+from fisherfast._validation import check_seed, check_whole
+from fisherfast.model.default_device import on_host
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parameters.backward.batches import Data
-from fisherfast.parameters.backward.columns import FisherType, Source, Sums
-from fisherfast.parameters.checks import check_choice, check_count, check_options, check_seed
+from fisherfast.parameters.backward.columns import FisherType, Source
+from fisherfast.parameters.checks import check_choice, check_options
 from fisherfast.parameters.layout import ParameterLayout, Selection
 from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
 from fisherfast.parameters.structures.base import ParameterFisher
-from fisherfast.parameters.structures.block import (
-    BlockAccumulator,
-    BlockFisher,
-    FullAccumulator,
-    FullFisher,
-)
-from fisherfast.parameters.structures.diagonal import DiagonalAccumulator, DiagonalFisher
-from fisherfast.parameters.structures.gram import GramAccumulator, GramFisher
-from fisherfast.parameters.structures.kfac import KroneckerAccumulator, KroneckerFisher
-from fisherfast.parameters.structures.lowrank import LowRankAccumulator, LowRankFisher
+from fisherfast.parameters.structures.block import BlockAccumulator, FullAccumulator
+from fisherfast.parameters.structures.diagonal import DiagonalAccumulator
+from fisherfast.parameters.structures.gram import GramAccumulator
+from fisherfast.parameters.structures.kfac import KroneckerAccumulator
+from fisherfast.parameters.structures.lowrank import LowRankAccumulator
 from fisherfast.parameters.structures.streamed import StreamedAccumulator
 
 __all__ = ["Structure", "fisher", "from_state_dict"]
 
 Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank", "streamed"]
 
-ACCUMULATORS: dict[str, Callable[..., Sums[ParameterFisher]]] = {
-    "diag": DiagonalAccumulator,
-    "block": BlockAccumulator,
-    "full": FullAccumulator,
-    "gram": GramAccumulator,
-    "kfac": KroneckerAccumulator,
-    "lowrank": LowRankAccumulator,
-    "streamed": StreamedAccumulator,
+ACCUMULATORS: dict[str, Any] = {
+    accumulator.kind.structure: accumulator
+    for accumulator in (
+        DiagonalAccumulator,
+        BlockAccumulator,
+        FullAccumulator,
+        GramAccumulator,
+        KroneckerAccumulator,
+        LowRankAccumulator,
+        StreamedAccumulator,
+    )
 }
-RESULTS: dict[str, type[ParameterFisher]] = {
-    "diag": DiagonalFisher,
-    "block": BlockFisher,
-    "full": FullFisher,
-    "gram": GramFisher,
-    "kfac": KroneckerFisher,
-    "lowrank": LowRankFisher,
-}
+"""By name: classes with `kind`, the structure that they make; `add`, which takes a batch; and
+`means`, which gives the structure's own fields."""
 
+RESULTS: dict[str, type[ParameterFisher]] = {
+    name: made.kind for name, made in ACCUMULATORS.items() if name != "streamed"
+}
+"""Structures that can be stored."""
 
 FISHER_TYPES = ("exact", "mc", "empirical")
 
@@ -92,7 +90,7 @@ def fisher(
         parameters: which are measured: None for all that require grad, a regular expression, names,
             or a function of the name.
         batch_size: samples per batch, of tensors and Datasets. It changes memory, not the result.
-        seed: of the labels drawn; the global random state is not touched.
+        seed: of the labels drawn, in [-2^63, 2^63); the global random state is not touched.
         progress: show a bar (needs tqdm).
         **settings: further options of the structure, see its class.
 
@@ -130,23 +128,26 @@ def fisher(
     """
     check_choice("structure", structure, ACCUMULATORS)
     accumulate = ACCUMULATORS[structure]
-    check_options(accumulate, settings, structure, positional=2)
+    check_options(accumulate, settings, structure)
     check_choice("fisher_type", fisher_type, FISHER_TYPES)
     likelihood = as_likelihood(likelihood)
-    check_count("samples", samples)
+    check_whole("samples", samples, least=1)
     if fisher_type != "mc" and samples != 1:
         raise ValueError(
             f"samples must be 1 for fisher_type {fisher_type!r}, which draws no labels, got"
             f' {samples}; draw them with fisher_type="mc"'
         )
-    check_count("batch_size", batch_size)
+    check_whole("batch_size", batch_size, least=1)
     check_seed(seed)
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
     source = Source(
         model, likelihood, data, layout, fisher_type, samples, batch_size, seed, progress
     )
-    matrix = source.total(accumulate(layout, fisher_type, **settings))
+    sums = accumulate(layout, **settings)
+    seen = source.read(sums.add)
+    with on_host():
+        matrix = sums.kind(layout, seen, fisher_type, *sums.means(seen))
     matrix._source = source
     return matrix
 
@@ -173,6 +174,5 @@ def from_state_dict(state: Mapping[str, Any]) -> ParameterFisher:
     check_choice("structure", state["structure"], RESULTS)
     check_choice("fisher_type", state["fisher_type"], FISHER_TYPES)
     layout = ParameterLayout.from_state_dict(state["layout"])
-    return RESULTS[state["structure"]]._from_state(
-        layout, state["samples"], state["fisher_type"], state
-    )
+    kind = RESULTS[state["structure"]]
+    return kind(layout, state["samples"], state["fisher_type"], **kind._from_state(layout, state))

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ParameterLayout", "Selection", "some_of"]
+from fisherfast.parameters.checks import check_model
+
+__all__ = ["ParameterLayout", "Selection", "module_of", "some_of"]
 
 Selection = None | str | Sequence[str] | Callable[[str], bool]
 """Parameters by name: None for all that require grad, a regular expression, names, a function."""
@@ -36,8 +38,7 @@ class ParameterLayout:
             ValueError: nothing is chosen, a name is unknown, or a chosen parameter does not require
                 grad, or has no shape yet.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         every = dict(model.named_parameters())
         chosen = _chosen(every, selection)
         if not chosen:
@@ -122,6 +123,11 @@ class ParameterLayout:
                 )
         if self.names != other.names:
             raise ValueError(f"{what} must have its parameters in the same order")
+
+
+def module_of(name: str) -> str:
+    """The name of the module that a parameter belongs to; "" is the model itself."""
+    return name.rpartition(".")[0]
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:

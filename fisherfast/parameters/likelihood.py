@@ -75,6 +75,9 @@ class Likelihood:
                 raise TypeError(f"{name} must be a function, got {function!r}")
         self._log_prob, self._sample, self._information = log_prob, sample, information
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def check_outputs(self, f: Tensor) -> None:
         """Check the shape of the outputs, not their values.
 
@@ -178,10 +181,10 @@ def _described(value: object) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def uniform(f: Tensor, samples: int, numbers: int, generator: torch.Generator) -> Tensor:
-    """[samples, n, numbers] uniform numbers in (0, 1), float64, on the device of f: those of one
-    data sample follow each other in the stream."""
-    shape = (len(f), samples, numbers)
+def uniform(f: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """[samples, n, ...] uniform numbers in (0, 1) in the shape of f, float64, on its device: those
+    of one data sample follow each other in the stream."""
+    shape = (len(f), samples, *f.shape[1:])
     drawn = torch.rand(shape, dtype=torch.float64, generator=generator, device="cpu")
     return drawn.clamp_min(LEAST_UNIFORM).transpose(0, 1).to(f.device)
 
@@ -203,8 +206,11 @@ def check_shape(f: Tensor, y: Tensor) -> None:
         )
 
 
-def check_finite(y: Tensor) -> None:
-    """Raise ValueError for labels that are NaN or infinite."""
+def check_finite(f: Tensor, y: Tensor) -> None:
+    """Raise unless each output has one label, a finite real number."""
+    if y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"labels must be real numbers, got {y.dtype}")
+    check_shape(f, y)
     finite = torch.isfinite(y)
     if not bool(finite.all()):
         raise ValueError(f"labels must be finite, got {float(y[~finite][0])}")

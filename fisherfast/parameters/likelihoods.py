@@ -73,9 +73,7 @@ class Gaussian(Likelihood):
         return self.variance.to(f).expand(f.shape)
 
     def check(self, f: Tensor, y: Tensor) -> Tensor:
-        _check_real(y)
-        check_shape(f, y)
-        check_finite(y)
+        check_finite(f, y)
         return y.to(f.dtype)
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
@@ -87,8 +85,7 @@ class Gaussian(Likelihood):
         return (y - f) / self._variance(f)
 
     def draw(self, f: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-        drawn = uniform(f, samples, f[:1].numel(), generator)
-        normal = torch.special.ndtri(drawn).to(f).reshape(samples, *f.shape)
+        normal = torch.special.ndtri(uniform(f, samples, generator)).to(f)
         return f + self._variance(f).sqrt() * normal
 
     def root(self, f: Tensor) -> Iterator[Tensor]:
@@ -118,9 +115,6 @@ class Categorical(Likelihood):
 
     def __init__(self) -> None:
         super().__init__()
-
-    def __repr__(self) -> str:
-        return "Categorical()"
 
     def check_outputs(self, f: Tensor) -> None:
         super().check_outputs(f)
@@ -155,11 +149,9 @@ class Categorical(Likelihood):
         return (-f.softmax(1)).scatter_add(1, y.unsqueeze(1), one)
 
     def draw(self, f: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-        positions = f.shape[2:]
         last = f.movedim(1, -1).double()  # [n, *positions, C]
         cumulative = last.softmax(-1).cumsum(-1).contiguous()
-        drawn = uniform(f, samples, positions.numel(), generator)
-        drawn = drawn.reshape(samples, len(f), *positions).movedim(0, -1).contiguous()
+        drawn = uniform(f[:, 0], samples, generator).movedim(0, -1).contiguous()
         found = torch.searchsorted(cumulative, drawn, right=True).movedim(-1, 0)
         return found.clamp_max(f.shape[1] - 1)
 
@@ -199,9 +191,6 @@ class Bernoulli(Likelihood):
     def __init__(self) -> None:
         super().__init__()
 
-    def __repr__(self) -> str:
-        return "Bernoulli()"
-
     def check(self, f: Tensor, y: Tensor) -> Tensor:
         if y.is_complex():
             raise TypeError(f"labels must be 0 or 1, got {y.dtype}")
@@ -218,8 +207,7 @@ class Bernoulli(Likelihood):
         return torch.where(y > 0, (-f).sigmoid(), -f.sigmoid())
 
     def draw(self, f: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-        drawn = uniform(f, samples, f[:1].numel(), generator).reshape(samples, *f.shape)
-        return (drawn < f.double().sigmoid()).to(f.dtype)
+        return (uniform(f, samples, generator) < f.double().sigmoid()).to(f.dtype)
 
     def root(self, f: Tensor) -> Iterator[Tensor]:
         return one_output_each((f.sigmoid() * (-f).sigmoid()).sqrt())
@@ -261,9 +249,7 @@ class Poisson(Likelihood):
         return (torch.isfinite(f) & torch.isfinite(rate) & (rate > 0)).all()
 
     def check(self, f: Tensor, y: Tensor) -> Tensor:
-        _check_real(y)
-        check_shape(f, y)
-        check_finite(y)
+        check_finite(f, y)
         wrong = y[(y < 0) | (y != y.round())]
         if len(wrong):
             raise ValueError(f"labels must be counts 0, 1, 2, ..., got {float(wrong[0]):g}")
@@ -277,7 +263,7 @@ class Poisson(Likelihood):
         return y - f.exp() if self.log_rate else y / f - 1
 
     def draw(self, f: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-        drawn = uniform(f, samples, f[:1].numel(), generator).reshape(samples, *f.shape)
+        drawn = uniform(f, samples, generator)
         return _poisson_quantile(self._rate(f.double()).expand(drawn.shape), drawn).to(f.dtype)
 
     def root(self, f: Tensor) -> Iterator[Tensor]:
@@ -342,11 +328,6 @@ def _poisson_quantile(rate: Tensor, probability: Tensor) -> Tensor:
 def _by_sample(values: Tensor) -> Tensor:
     """Sums over everything but the samples: [n]."""
     return values.reshape(len(values), values[:1].numel()).sum(1)
-
-
-def _check_real(y: Tensor) -> None:
-    if y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"labels must be real numbers, got {y.dtype}")
 
 
 def _short(variance: float | Tensor) -> str:

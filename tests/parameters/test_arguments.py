@@ -71,8 +71,11 @@ ARGUMENTS = [
     ({"samples": 2, "fisher_type": "empirical"}, ValueError, "samples must be 1 for fisher_type"),
     ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
     ({"batch_size": "8"}, TypeError, "batch_size must be a whole number, got '8'"),
-    ({"seed": -1}, ValueError, "seed must lie in [0, 2^63), got -1"),
-    ({"seed": 2**63}, ValueError, "seed must lie in [0, 2^63), got 9223372036854775808"),
+    (
+        {"seed": 2**63},
+        ValueError,
+        "seed must be at least -2**63 and below 2**63, got",
+    ),
     ({"seed": 0.5}, TypeError, "seed must be a whole number, got 0.5"),
     ({"likelihood": Categorical}, TypeError, "likelihood must be an instance, got the class"),
     (

@@ -336,7 +336,7 @@ def test_bad_arguments():
             ElasticWeightConsolidation(1.0, online=True, decay=decay)
     with pytest.raises(ValueError, match=r"decay must be 1 unless online=True, got 0\.5"):
         ElasticWeightConsolidation(1.0, decay=0.5)
-    with pytest.raises(ValueError, match='new must be "refuse" or "free", got \'yes\''):
+    with pytest.raises(ValueError, match="new must be one of 'refuse', 'free', got 'yes'"):
         ElasticWeightConsolidation(1.0, new="yes")  # type: ignore[arg-type]
     model, memory = network(), ElasticWeightConsolidation(1.0)
     with pytest.raises(ValueError, match="likelihood and data must be given, or fisher"):

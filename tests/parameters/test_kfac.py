@@ -430,7 +430,7 @@ def test_every_network_is_measured_or_refused(name):
         for block in got.blocks:
             for place in (block.weight, block.bias):
                 if place is not None:
-                    covered[place] += 1
+                    covered[slice(*place)] += 1
         for own in got.diagonal_names:
             covered[places[own]] += 1
             assert_near(got.diag()[places[own]], exact[places[own]])
@@ -487,5 +487,5 @@ def test_the_rest_of_a_network_with_tied_weights():
 
 def test_unknown_sharing():
     model, x = network("linear")
-    with pytest.raises(ValueError, match='sharing must be "expand" or "reduce", got \'both\''):
+    with pytest.raises(ValueError, match="sharing must be one of 'expand', 'reduce', got 'both'"):
         P.fisher(model, P.Categorical(), x, structure="kfac", sharing="both")

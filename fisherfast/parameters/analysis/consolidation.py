@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fisherfast._validation import check_positive
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parameters.analysis.parabola import Parabola, at_least_float32
 from fisherfast.parameters.backward.batches import Data
-from fisherfast.parameters.checks import check_model, check_number
+from fisherfast.parameters.checks import check_choice, check_model, check_number
 from fisherfast.parameters.fisher import fisher as measure
 from fisherfast.parameters.fisher import from_state_dict
-from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
 from fisherfast.parameters.structures.base import ParameterFisher, check_fisher
 from fisherfast.parameters.structures.diagonal import DiagonalFisher
@@ -24,9 +23,9 @@ from fisherfast.parameters.structures.diagonal import DiagonalFisher
 __all__ = ["ElasticWeightConsolidation"]
 
 STATE_VERSION = 1
+SETTINGS = ("strength", "online", "decay", "new")
 STATE = {
-    "version", "strength", "online", "decay", "new", "tasks", "known", "information", "anchors",
-    "constant", "quadratics",
+    "version", *SETTINGS, "tasks", "known", "information", "anchors", "constant", "quadratics",
 }  # fmt: skip
 
 
@@ -119,7 +118,7 @@ class ElasticWeightConsolidation:
         decay: float = 1.0,
         new: Literal["refuse", "free"] = "refuse",
     ) -> None:
-        _check_positive(strength, "strength")
+        check_positive("strength", strength)
         check_number("decay", decay)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie in [0, 1], got {decay}")
@@ -127,8 +126,7 @@ class ElasticWeightConsolidation:
             raise ValueError(f"decay must be 1 unless online=True, got {decay}")
         if not isinstance(online, bool):
             raise TypeError(f"online must be True or False, got {online!r}")
-        if new not in ("refuse", "free"):
-            raise ValueError(f'new must be "refuse" or "free", got {new!r}')
+        check_choice("new", new, ("refuse", "free"))
         self.strength, self.online, self.decay, self.new = strength, online, decay, new
         self.tasks = 0
         self._known: dict[str, torch.Size] = {}
@@ -177,7 +175,7 @@ class ElasticWeightConsolidation:
         """
         model = unwrapped(model)
         check_model(model)
-        _check_positive(weight, "weight")
+        check_positive("weight", weight)
         if self.tasks:
             self._check_known(model)
         if fisher is None:
@@ -189,13 +187,18 @@ class ElasticWeightConsolidation:
             raise ValueError("fisher must be given alone, got likelihood, data or settings as well")
         check_fisher(fisher)
         parameters = dict(model.named_parameters())
-        _check_layout(fisher.layout, parameters)
+        measured = dict(zip(fisher.layout.names, fisher.layout.shapes, strict=True))
+        _check_shapes(
+            measured,
+            parameters,
+            "fisher must be of the model's parameters, got {0} {1} in it and {2} in the model",
+        )
         if not bool(torch.isfinite(fisher.diag()).all()):
             raise ValueError("fisher must be finite, got NaN or infinity: are the weights finite?")
         with torch.inference_mode(False), torch.no_grad():
             self._remember(fisher, parameters, weight)
         self._known |= {name: p.shape for name, p in parameters.items() if p.requires_grad}
-        self._known |= dict(zip(fisher.layout.names, fisher.layout.shapes, strict=True))
+        self._known |= measured
         self.tasks += 1
         self._parabola = None
         return fisher
@@ -279,13 +282,12 @@ class ElasticWeightConsolidation:
         """The model's parameters, if they are those consolidated."""
         check_model(model)
         parameters = dict(model.named_parameters())
-        for name, shape in self._known.items():
-            if name not in parameters or parameters[name].shape != shape:
-                there = list(parameters[name].shape) if name in parameters else "missing"
-                raise ValueError(
-                    f"model must be the network that was consolidated, got {name!r} {there} in it"
-                    f" and {list(shape)} in the consolidation"
-                )
+        _check_shapes(
+            self._known,
+            parameters,
+            "model must be the network that was consolidated, got {0} {2} in it and {1} in the"
+            " consolidation",
+        )
         if self.tasks and self.new == "refuse":
             for name, parameter in parameters.items():
                 if name not in self._known and parameter.requires_grad:
@@ -300,10 +302,7 @@ class ElasticWeightConsolidation:
         """All of it, for ``torch.save``: plain numbers and tensors."""
         return {
             "version": STATE_VERSION,
-            "strength": self.strength,
-            "online": self.online,
-            "decay": self.decay,
-            "new": self.new,
+            **{name: getattr(self, name) for name in SETTINGS},
             "tasks": self.tasks,
             "known": {name: list(shape) for name, shape in self._known.items()},
             "information": {name: value.clone() for name, value in self._information.items()},
@@ -337,9 +336,7 @@ class ElasticWeightConsolidation:
 
 
 def _from_state(state: Mapping[str, Any]) -> ElasticWeightConsolidation:
-    made = ElasticWeightConsolidation(
-        state["strength"], online=state["online"], decay=state["decay"], new=state["new"]
-    )
+    made = ElasticWeightConsolidation(**{name: state[name] for name in SETTINGS})
     made.tasks, made._constant = state["tasks"], state["constant"]
     try:
         made._known = {name: torch.Size(shape) for name, shape in state["known"].items()}
@@ -357,18 +354,12 @@ def _from_state(state: Mapping[str, Any]) -> ElasticWeightConsolidation:
     return made
 
 
-def _check_positive(value: float, name: str) -> None:
-    check_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def _check_layout(layout: ParameterLayout, parameters: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless every parameter of the layout is one of these."""
-    for name, shape in zip(layout.names, layout.shapes, strict=True):
+def _check_shapes(
+    shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor], message: str
+) -> None:
+    """Raise ValueError unless the parameters have these shapes; the message has fields for the
+    name, the shape there should be, and what the model has."""
+    for name, shape in shapes.items():
         if name not in parameters or parameters[name].shape != shape:
             there = list(parameters[name].shape) if name in parameters else "missing"
-            raise ValueError(
-                f"fisher must be of the model's parameters, got {name!r} {list(shape)} in it and"
-                f" {there} in the model"
-            )
+            raise ValueError(message.format(repr(name), list(shape), there))

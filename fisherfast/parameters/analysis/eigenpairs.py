@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Eigenpairs", "krylov_vectors", "largest_eigenpairs"]
+from fisherfast.measurement.settings import bytes_of
+from fisherfast.parameters.checks import check_fits
+
+__all__ = ["Eigenpairs", "check_not_zero", "largest_eigenpairs"]
 
 TOLERANCE = 1e-8
 """Residual at which ARPACK stops, relative to the trace."""
@@ -32,8 +36,14 @@ class Eigenpairs(NamedTuple):
     residuals: Tensor
 
 
-def krylov_vectors(count: int, size: int) -> int:
-    """Vectors [P] that `largest_eigenpairs` keeps at a time, for `count` of `size` eigenvalues."""
+def check_not_zero(largest: float) -> None:
+    """Raise ValueError unless the largest eigenvalue, or the trace, is positive."""
+    if not largest > 0:
+        raise ValueError(f"F must not be zero, got a largest eigenvalue of {largest}")
+
+
+def _krylov_vectors(count: int, size: int) -> int:
+    """Vectors [P] that are kept at a time, for `count` of `size` eigenvalues."""
     return min(size, max(2 * count + 1, LEAST_VECTORS))
 
 
@@ -45,6 +55,7 @@ def largest_eigenpairs(
     trace: float,
     seed: int,
     device: torch.device,
+    memory_budget: int | str | None = None,
 ) -> Eigenpairs:
     """Largest eigenpairs by the implicitly restarted Lanczos method (ARPACK, through SciPy).
 
@@ -58,18 +69,31 @@ def largest_eigenpairs(
         product: F V of V [P, m] float64, F symmetric and positive semi-definite.
         size: P.
         count: eigenpairs wanted; all P at most.
-        trace: of F, positive: the unit of the tolerance.
+        trace: of F: the unit of the tolerance.
         seed: of the start vectors.
         device: where products are computed.
+        memory_budget: bytes for the vectors; None for no bound.
+
+    Raises:
+        ValueError: F is zero.
+        MemoryError: the vectors do not fit.
 
     Cost: two or three products for each eigenpair wanted, at least 20; about 20 more to see that
-    none is missing, and again for each that was. `krylov_vectors` vectors of P numbers. Where these
-    are P, one product with the identity matrix and an eigendecomposition.
+    none is missing, and again for each that was. Twice as many vectors of P numbers as eigenpairs,
+    at least 20; where that is P, one product with the identity matrix and an eigendecomposition.
 
     Reference: Lehoucq, Sorensen, Yang (1998), ARPACK Users' Guide; deflation: Parlett (1998), The
     Symmetric Eigenvalue Problem, chapter 5.3.
     """
-    vectors = krylov_vectors(count, size)
+    check_not_zero(trace)
+    vectors = _krylov_vectors(count, size)
+    # the Krylov space, and the directions with their products
+    check_fits(
+        f"{vectors} vectors of {size} parameters",
+        8 * size * (vectors + 3 * min(count, size)),
+        bytes_of(memory_budget) or math.inf,
+        "ask for a smaller count=, or choose some parameters=",
+    )
     if vectors == size:
         matrix = product(torch.eye(size, dtype=torch.float64, device=device))
         values, directions = torch.linalg.eigh((matrix + matrix.T) / 2)
@@ -93,7 +117,7 @@ def _search(
     """Eigenvalues [k] descending and directions [P, k]."""
     from scipy.sparse.linalg import LinearOperator, eigsh
 
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed % 2**64)  # NumPy refuses negative seeds
     values, directions = np.empty(0), np.empty((size, 0))
 
     def without_known(v: np.ndarray) -> np.ndarray:
@@ -114,7 +138,7 @@ def _search(
             count if first else 1,
             which="LA",
             v0=without_known(generator.standard_normal(size)),
-            ncv=vectors if first else krylov_vectors(1, size),
+            ncv=vectors if first else _krylov_vectors(1, size),
             tol=TOLERANCE,
         )
         found = (found - 1) * trace

@@ -12,6 +12,7 @@ positions t, with y the layer's output and g the gradient there: no per-sample g
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +26,7 @@ from fisherfast.parameters.checks import check_number
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layers.embedding import Embedding
 from fisherfast.parameters.layers.linear import MatrixRule
-from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.layout import ParameterLayout, module_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -180,7 +181,8 @@ def importance(source: Source, per: Per, diagonal: Tensor, samples: int) -> Impo
         }
     else:
         gates = _GateSums(source.model, source.layout, by_unit=per == "unit")
-        fisher = source.total_again(gates, samples)
+        source.read_again(gates.add, samples)
+        fisher = {label: total / samples for label, total in gates.sums.items()}
         values = {name: value / 2 for name, value in fisher.items()}
     return Importance(per, values, fisher, samples, source.fisher_type)
 
@@ -208,16 +210,19 @@ class _GateSums:
     A unit is one entry of the leading dimension of a module's weight, with its entry of the bias:
     an output unit of a linear layer, an output channel of a convolution, a channel of a norm, a row
     of an embedding. A layer is a module with all parameters of its own.
+
+    Attributes:
+        sums: float64, [units] by name of the units, or [] by layer.
     """
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, *, by_unit: bool) -> None:
         self._by_unit = by_unit
         every = dict(model.named_parameters())
         self._weights = {name: every[name].detach() for name in layout.names}
-        self._owners = {name: model.get_submodule(_split(name)[0]) for name in layout.names}
+        self._owners = {name: model.get_submodule(module_of(name)) for name in layout.names}
         self._units = _units(layout, self._owners)
         labels = [unit.label if by_unit else unit.layer for unit in self._units]
-        self._sums: dict[str, Tensor] = dict.fromkeys(labels, torch.empty(0))
+        self.sums: dict[str, Any] = dict.fromkeys(labels, 0.0)
         self._outputs: dict[Rule, Tensor] = {}
 
     def add(self, sweep: Sweep) -> None:
@@ -226,30 +231,23 @@ class _GateSums:
         sweep.visit(self._take)
         self._outputs = {}
 
-    def result(self, samples: int) -> dict[str, Tensor]:
-        """Information about the gates, float64: [units] by name of the units, or [] by layer."""
-        return {label: total / samples for label, total in self._sums.items()}
-
     def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
-        found = self._scores(rule, x, g)
-        if not self._by_unit:
-            layers: dict[str, Tensor] = {}
-            for unit, scores in found.items():
-                total = scores.sum(1)
-                layers[unit.layer] = layers[unit.layer] + total if unit.layer in layers else total
-            squares = {layer: total.double().square().sum() for layer, total in layers.items()}
-        else:
-            squares = {unit.label: each.double().square().sum(0) for unit, each in found.items()}
-        for label, value in squares.items():
-            known = self._sums[label]
-            self._sums[label] = known + value if known.numel() else value
+        gates: dict[str, Any] = defaultdict(float)
+        for unit, scores in self._scores(rule, x, g).items():
+            if self._by_unit:
+                gates[unit.label] = scores
+            else:
+                gates[unit.layer] += scores.sum(1)
+        for label, scores in gates.items():
+            self.sums[label] += scores.double().square().sum(0)
 
     def _scores(self, rule: Rule, x: Tensor, g: Tensor) -> dict[_Unit, Tensor]:
         """The scores about the gates of all units, [n, units]."""
         here = [unit for unit in self._units if set(unit.names) & set(rule.names)]
         if isinstance(rule, MatrixRule):
             if rule not in self._outputs:
-                self._outputs[rule] = _output(rule, x)
+                own = [self._weights[name].to(x.dtype) for name in rule.names]
+                self._outputs[rule] = rule.applied(x, own)
             shared = g * self._outputs[rule]
             return {here[0]: _summed(shared.movedim(_unit_axis(rule.module), 1))}
         if isinstance(rule, Embedding):
@@ -267,17 +265,11 @@ class _GateSums:
         }
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Module and attribute of a parameter."""
-    module, _, attribute = name.rpartition(".")
-    return module, attribute
-
-
 def _units(layout: ParameterLayout, owners: Mapping[str, nn.Module]) -> list[_Unit]:
     """Groups of units: a weight with the bias of the same name and size, in the same module."""
     groups: dict[tuple[str, str, int], list[str]] = {}
     for name, shape in zip(layout.names, layout.shapes, strict=True):
-        layer, attribute = _split(name)
+        layer, attribute = module_of(name), name.rpartition(".")[2]
         count = _units_first(owners[name], torch.empty(1, *shape, device="meta")).shape[1]
         rest = "_".join(part for part in attribute.split("_") if part not in WITHOUT_A_NAME)
         groups.setdefault((layer, rest, count), []).append(name)
@@ -308,22 +300,6 @@ def _units_first(module: nn.Module, rows: Tensor) -> Tensor:
         grouped = rows.reshape(len(rows), module.groups, -1, *rows.shape[2:]).transpose(2, 3)
         return grouped.flatten(1, 2)
     return rows
-
-
-def _output(rule: MatrixRule, x: Tensor) -> Tensor:
-    """The output of a linear or convolution layer with its measured parameters alone."""
-    module = rule.module
-    y = type(module).forward(module, x)
-    bias = module.bias
-    if bias is None:
-        return y
-    assert isinstance(bias, Tensor)
-    shape = [1] * y.dim()
-    shape[_unit_axis(module)] = -1
-    offset = bias.detach().reshape(shape)
-    if "weight" not in rule.attributes:
-        return offset.expand_as(y)
-    return y if "bias" in rule.attributes else y - offset
 
 
 def _rows_of_table(rule: Embedding, x: Tensor, g: Tensor, table: Tensor) -> Tensor:

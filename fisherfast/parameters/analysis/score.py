@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisherfast.model.default_device import outside
+from fisherfast._validation import check_seed, check_whole
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parameters.analysis.hotelling import Moments, TSquared, t_squared
 from fisherfast.parameters.backward.batches import Data
-from fisherfast.parameters.backward.columns import Forward, forwards
-from fisherfast.parameters.checks import check_count, check_seed, untouched
+from fisherfast.parameters.backward.columns import Source, Sweep
+from fisherfast.parameters.checks import untouched
 from fisherfast.parameters.layers.base import Rows, Rule
-from fisherfast.parameters.layout import ParameterLayout, Selection
+from fisherfast.parameters.layout import ParameterLayout, Selection, module_of
 from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
 from fisherfast.parameters.structures.base import DENSE_BYTES
 
@@ -76,7 +78,7 @@ def score(
         torch.Size([100, 3])
     """
     likelihood = as_likelihood(likelihood)
-    check_count("batch_size", batch_size)
+    check_whole("batch_size", batch_size, least=1)
     given = isinstance(x, Tensor | np.ndarray)
     if given and y is None:
         raise ValueError("y must be given where x is a tensor of inputs, got none")
@@ -87,7 +89,8 @@ def score(
         )
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
-    return Scores(model, likelihood, (x, y) if given else x, layout, batch_size)
+    data = (x, y) if given else x
+    return Scores(Source(model, likelihood, data, layout, "empirical", batch_size=batch_size))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,47 +98,32 @@ class Scores:
     """Per-sample gradients of log p(y | x, w), computed when they are read.
 
     Attributes:
-        model, likelihood, data: whose scores these are; data that can be read once give their
-            scores once.
-        layout: the parameters and their order.
-        batch_size: samples per batch, of tensors and Datasets.
+        source: network, likelihood and data; data that can be read once give their scores once.
     """
 
-    model: nn.Module
-    likelihood: Likelihood
-    data: Data
-    layout: ParameterLayout
-    batch_size: int
+    source: Source
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """The parameters and their order."""
+        return self.source.layout
 
     def __repr__(self) -> str:
-        return f"<Scores of {self.layout.size} parameters, {self.likelihood!r}>"
+        return f"<Scores of {self.layout.size} parameters, {self.source.likelihood!r}>"
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batch by batch, the scores of b samples by parameter: {name: [b, *shape]}."""
-        for forward in self._forwards():
+        for sweep in self.source.sweeps():
             found: dict[str, Tensor] = {}
 
-            def keep(rule: Rule, x: Tensor, g: Tensor, found: dict[str, Tensor] = found) -> None:
+            def keep(
+                column: int, rule: Rule, x: Tensor, g: Tensor, found: dict[str, Tensor] = found
+            ) -> None:
                 found.update(zip(rule.names, rule.gradients(x, g), strict=True))
 
-            with untouched(self.model):
-                forward.batch.visit(self._vector(forward), keep, last=True)
+            with untouched(self.source.model):
+                sweep.visit(keep)
             yield {name: found[name] for name in self.layout.names}
-
-    def _forwards(self) -> Iterator[Forward]:
-        return forwards(
-            self.model,
-            self.likelihood,
-            self.data,
-            self.layout,
-            batch_size=self.batch_size,
-            labels=True,
-        )
-
-    def _vector(self, forward: Forward) -> Tensor:
-        assert forward.y is not None
-        with outside():
-            return self.likelihood.score(forward.f, forward.y)
 
     def matrix(self) -> Tensor:
         """All scores [n, P] float64, parameters side by side as in `layout`.
@@ -145,7 +133,7 @@ class Scores:
         """
         rows: list[Tensor] = []
         samples = 0
-        with untouched(self.model):
+        with untouched(self.source.model):
             for batch in self:
                 samples += len(next(iter(batch.values())))
                 if 8 * samples * self.layout.size > DENSE_BYTES:
@@ -159,18 +147,14 @@ class Scores:
     def mean(self) -> Tensor:
         """The mean score [P] float64: the gradient of the mean log-likelihood. The scores of single
         samples are not built."""
-        sums: dict[str, Tensor] = {}
-        samples = 0
+        sums: dict[str, Any] = defaultdict(float)
 
-        def add(rule: Rule, x: Tensor, g: Tensor) -> None:
+        def add(column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
             parts = rule.weighted_sum(x, g, torch.ones(len(g), dtype=g.dtype, device=g.device))
             for name, part in zip(rule.names, parts, strict=True):
-                sums[name] = sums[name] + part if name in sums else part.double()
+                sums[name] += part.double()
 
-        with untouched(self.model):
-            for forward in self._forwards():
-                forward.batch.visit(self._vector(forward), add, last=True)
-                samples += forward.batch.samples
+        samples = self.source.read(lambda sweep: sweep.visit(add))
         return self.layout.flatten(sums) / samples
 
     def mean_zero_test(self, *, directions: int = DIRECTIONS, seed: int = 0) -> MeanZeroTest:
@@ -191,7 +175,8 @@ class Scores:
 
         Args:
             directions: of each layer, at most a tenth of the samples.
-            seed: of the random directions; the global random state is not touched.
+            seed: of the random directions, in [-2^63, 2^63); the global random state is not
+                touched.
 
         Raises:
             TypeError: no whole number.
@@ -201,26 +186,12 @@ class Scores:
         many samples. Cost: one forward and one backward pass, and [n, directions] numbers of each
         layer's batch.
         """
-        check_count("directions", directions)
+        check_whole("directions", directions, least=1)
         check_seed(seed)
-        layers = _by_layer(self.layout)
+        layers = list(dict.fromkeys(map(module_of, self.layout.names)))
         aim = self._directions(directions, seed)
-        moments: Moments | None = None
-        with untouched(self.model):
-            for forward in self._forwards():
-                rows = torch.zeros(
-                    forward.batch.samples,
-                    len(layers),
-                    directions,
-                    dtype=torch.float64,
-                    device=forward.f.device,
-                )
-                project = _Projection(rows, {name: i for i, name in enumerate(layers)}, aim)
-                forward.batch.visit(self._vector(forward), project, last=True)
-                flat = rows.flatten(1)
-                moments = moments or Moments(flat.shape[1], flat.device)
-                moments.add(flat)
-        assert moments is not None
+        moments = Moments(len(layers) * directions, next(iter(aim.values())).device)
+        self.source.read(lambda sweep: moments.add(_projected(sweep, layers, aim).flatten(1)))
         if moments.samples < LEAST_PER_DIRECTION * directions:
             raise ValueError(
                 f"data must hold at least {LEAST_PER_DIRECTION} samples per direction"
@@ -231,7 +202,7 @@ class Scores:
     def _directions(self, directions: int, seed: int) -> dict[str, Tensor]:
         """[directions, *shape] of each parameter, each of length 1, but for a zero parameter."""
         generator = torch.Generator("cpu").manual_seed(seed)
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.source.model.named_parameters())
         found = {}
         for name, shape in zip(self.layout.names, self.layout.shapes, strict=True):
             value = parameters[name].detach()
@@ -244,32 +215,25 @@ class Scores:
         return found
 
 
-class _Projection:
-    """A visitor that adds <score, direction> of each sample to rows [n, layers, directions]."""
+def _projected(sweep: Sweep, layers: list[str], aim: Mapping[str, Tensor]) -> Tensor:
+    """<score, direction> of each sample in the directions of each layer, [n, layers, directions]
+    float64."""
+    like = next(iter(aim.values()))
+    directions = len(like)
+    rows = like.new_zeros(sweep.samples, len(layers), directions, dtype=torch.float64)
 
-    def __init__(
-        self, rows: Tensor, place: Mapping[str, int], directions: Mapping[str, Tensor]
-    ) -> None:
-        self._rows, self._place, self._directions = rows, place, directions
-
-    def __call__(self, rule: Rule, x: Tensor, g: Tensor) -> None:
+    def project(column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
         if isinstance(rule, Rows):  # parameters of several layers
             for name, part in zip(rule.names, rule.gradients(x, g), strict=True):
-                aim = self._directions[name].flatten(1).to(part.dtype)
-                self._rows[:, self._place[_layer(name)]] += part.flatten(1) @ aim.T
+                own = aim[name].flatten(1).to(part.dtype)
+                rows[:, layers.index(module_of(name))] += part.flatten(1) @ own.T
             return
-        here = self._rows[:, self._place[_layer(rule.names[0])]]
-        for k in range(here.shape[1]):
-            here[:, k] += rule.products(x, g, [self._directions[name][k] for name in rule.names])
+        here = rows[:, layers.index(module_of(rule.names[0]))]
+        for k in range(directions):
+            here[:, k] += rule.products(x, g, [aim[name][k] for name in rule.names])
 
-
-def _layer(name: str) -> str:
-    """The module that a parameter belongs to."""
-    return name.rpartition(".")[0]
-
-
-def _by_layer(layout: ParameterLayout) -> list[str]:
-    return list(dict.fromkeys(_layer(name) for name in layout.names))
+    sweep.visit(project)
+    return rows
 
 
 def _tested(moments: Moments, layers: list[str], directions: int) -> MeanZeroTest:

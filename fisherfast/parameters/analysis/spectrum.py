@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fisherfast.measurement.settings import bytes_of
-from fisherfast.parameters.analysis.eigenpairs import krylov_vectors, largest_eigenpairs
+from fisherfast.parameters.analysis.eigenpairs import Eigenpairs, check_not_zero
 from fisherfast.parameters.analysis.figures import plot_spectrum
 from fisherfast.parameters.layout import ParameterLayout
 
@@ -203,101 +202,50 @@ class Spectrum:
 
 
 def all_eigenvalues(
-    values: Tensor,
-    *,
-    layout: ParameterLayout,
-    samples: int,
-    trace: float,
-    most: int,
-    precision: float,
-    rest_at_most: float,
-    directions: Callable[[Sequence[int]], Tensor],
+    values: Tensor, rest_at_most: float, precision: float, **known: Any
 ) -> Spectrum:
     """The spectrum with eigenvalues [k], descending; those within rounding of zero are left out.
 
     Args:
         values: [k], all that are not zero but for those that `rest_at_most` bounds.
-        layout, samples, trace, most, rest_at_most, directions: see `Spectrum`.
+        rest_at_most: none of the others is larger.
         precision: relative rounding error of the gradients.
+        **known: the other fields of `Spectrum`.
 
     Raises:
         ValueError: F is zero.
     """
     largest = float(values[0]) if len(values) else 0.0
-    _check_not_zero(largest)
+    check_not_zero(largest)
     noise = rounding_noise(len(values), largest, precision)
     values = values[values > noise]
     return Spectrum(
-        eigenvalues=values,
-        residuals=torch.full_like(values, rest_at_most),
-        layout=layout,
-        samples=samples,
-        trace=trace,
+        values,
+        torch.full_like(values, rest_at_most),
         complete=rest_at_most <= noise,
-        most=most,
         rest_at_most=rest_at_most,
-        directions=directions,
+        **known,
     )
 
 
 def largest_eigenvalues(
-    product: Callable[[Tensor], Tensor],
-    count: int,
-    *,
-    layout: ParameterLayout,
-    samples: int,
-    trace: float,
-    most: int,
-    precision: float,
-    device: torch.device,
-    seed: int,
-    memory_budget: int | str,
+    found: Eigenpairs, precision: float, *, trace: float, most: int, **known: Any
 ) -> Spectrum:
-    """The spectrum's `count` largest eigenvalues, from products F V of V [P, m] alone.
-
-    Args:
-        product, count, trace, seed, device: see `largest_eigenpairs`.
-        layout, samples, most: see `Spectrum`.
-        precision: relative rounding error of the gradients.
-        memory_budget: bytes for the vectors.
-
-    Raises:
-        ValueError: F is zero.
-        MemoryError: the vectors do not fit.
-    """
-    _check_not_zero(trace)
-    size = layout.size
-    budget = bytes_of(memory_budget)
-    assert budget is not None
-    vectors = krylov_vectors(count, size)
-    # the Krylov space, and the directions with their products
-    needed = 8 * size * (vectors + 3 * min(count, size))
-    if needed > budget:
-        raise MemoryError(
-            f"{vectors} vectors of {size} parameters must fit into memory_budget = {budget} bytes,"
-            f" got {needed}: ask for a smaller count=, or choose some parameters="
-        )
-    found = largest_eigenpairs(product, size, count, trace=trace, seed=seed, device=device)
+    """The spectrum of the largest eigenpairs alone; arguments as of `all_eigenvalues`."""
     noise = rounding_noise(most, float(found.values[0]), precision)
     kept = found.values > noise
     values = found.values[kept]
     missing = trace - float(values.sum())
     return Spectrum(
-        eigenvalues=values,
-        residuals=found.residuals[kept],
-        layout=layout,
-        samples=samples,
+        values,
+        found.residuals[kept],
         trace=trace,
-        complete=missing <= most * noise,
         most=most,
+        complete=missing <= most * noise,
         rest_at_most=float(values[-1]),
         directions=lambda chosen: found.directions[:, list(chosen)],
+        **known,
     )
-
-
-def _check_not_zero(largest: float) -> None:
-    if not largest > 0:
-        raise ValueError(f"F must not be zero, got a largest eigenvalue of {largest}")
 
 
 def rounding_noise(size: int, largest: float, precision: float) -> float:

@@ -65,14 +65,12 @@ def _items(data: Data, batch_size: int) -> Iterator[Any]:
     if isinstance(data, tuple) and data and isinstance(data[0], Tensor | np.ndarray):
         tensors = _pair(data)
         for start in range(0, len(tensors[0]), batch_size):
-            part = tuple(tensor[start : start + batch_size] for tensor in tensors)
-            yield part if len(part) > 1 else part[0]
+            yield tuple(tensor[start : start + batch_size] for tensor in tensors)
     elif isinstance(data, DataLoader):
         yield from data
     elif isinstance(data, Dataset):
-        own = torch.Generator(
-            "cpu"
-        )  # a loader without its own generator draws a seed from the global one
+        # a loader without its own generator draws a seed from the global one
+        own = torch.Generator("cpu")
         yield from DataLoader(data, batch_size=batch_size, generator=own)
     elif isinstance(data, list) and len(data) == 2 and _are_tensors(data):
         raise TypeError(

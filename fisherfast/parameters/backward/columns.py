@@ -13,25 +13,25 @@ All structures use the same columns, one backward pass each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fisherfast._progress import progress_bar
-from fisherfast.model.default_device import each_as_outside, on_host, outside
-from fisherfast.model.isolation import forgetting, own_random_state
+from fisherfast.model.default_device import each_as_outside, outside
+from fisherfast.model.isolation import forgetting
 from fisherfast.parameters.backward.backpropagation import Backpropagation
 from fisherfast.parameters.backward.batches import Data, batches, count
 from fisherfast.parameters.backward.layer_check import check_one_alone, samples_apart
-from fisherfast.parameters.checks import check_evaluation, forward_alone
+from fisherfast.parameters.checks import check_evaluation, forward_alone, untouched
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.likelihoods import Likelihood
 
-__all__ = ["FisherType", "Forward", "Source", "Sums", "Sweep", "forwards"]
+__all__ = ["FisherType", "Source", "Sweep"]
 
 FisherType = Literal["exact", "mc", "empirical"]
 
@@ -41,17 +41,13 @@ class Sweep:
 
     Attributes:
         samples: n.
-        layers: "rule" or "rows" for each parameter, by name.
         matrices_without_tap: parameters of linear and convolution layers that come as rows.
     """
 
-    def __init__(
-        self, backpropagation: Backpropagation, columns: Callable[[], Iterator[Tensor]]
-    ) -> None:
+    def __init__(self, backpropagation: Backpropagation, columns: Iterator[Tensor]) -> None:
         self._backpropagation = backpropagation
         self._columns = columns
         self.samples = backpropagation.samples
-        self.layers = backpropagation.layers
         self.matrices_without_tap = backpropagation.matrices_without_tap
 
     def visit(self, visitor: Callable[[int, Rule, Tensor, Tensor], None]) -> None:
@@ -59,74 +55,16 @@ class Sweep:
 
         Can be called once.
         """
-        columns = self._columns()
-        vector = next(columns, None)
+        vector = next(self._columns, None)
         number = 0
         while vector is not None:
-            following = next(columns, None)
+            following = next(self._columns, None)
             self._backpropagation.visit(
                 vector,
                 lambda rule, x, g, number=number: visitor(number, rule, x, g),  # type: ignore[misc]
                 last=following is None,
             )
             vector, number = following, number + 1
-
-
-@dataclass(frozen=True, eq=False)
-class Forward:
-    """A completed forward pass, with outputs and labels for the likelihood.
-
-    Attributes:
-        batch: the batch, to send vectors back.
-        f: its outputs [n, ...], in float32 at least.
-        y: its labels, checked, on the device of f; None where none are needed.
-    """
-
-    batch: Backpropagation
-    f: Tensor
-    y: Tensor | None
-
-
-def forwards(
-    model: nn.Module,
-    likelihood: Likelihood,
-    data: Data,
-    layout: ParameterLayout,
-    *,
-    batch_size: int,
-    labels: bool,
-) -> Iterator[Forward]:
-    """Yield the forward pass of every batch of the data.
-
-    Raises:
-        TypeError: data, outputs or labels of a kind that cannot be read.
-        ValueError: no data; outputs or labels that the likelihood cannot have; a model that mixes
-            samples or is not the same twice. Outputs on a GPU are judged after the last batch.
-    """
-    check_evaluation(model)
-    apart, single = None, False
-    allowed = _Allowed()
-    for number, (x, y) in enumerate(
-        each_as_outside(batches(data, model, batch_size, labels=labels))
-    ):
-        allowed.add(torch.isfinite(x).all(), f"data must be finite, got others in batch {number}")
-        checked = apart is None or not apart.shown or (single and len(x) > 1)
-        if checked:
-            with forward_alone(model):
-                apart, single = samples_apart(model, layout, x), len(x) == 1
-        with forgetting(model):
-            batch = Backpropagation(model, layout, x, apart)
-        if checked:
-            check_one_alone(model, x, batch.outputs)
-        likelihood.check_outputs(batch.outputs)
-        f = batch.outputs
-        f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
-        allowed.add(
-            likelihood.valid(f),
-            f"outputs of the model must be {likelihood.allowed}, got others in batch {number}",
-        )
-        yield Forward(batch, f, None if y is None else likelihood.check(f, y).to(f.device))
-    allowed.check()
 
 
 class _Allowed:
@@ -149,23 +87,14 @@ class _Allowed:
                 raise ValueError(text)
 
 
-Summed = TypeVar("Summed", covariant=True)
-
-
-class Sums(Protocol[Summed]):
-    """Sums over batches, such as those of each structure."""
-
-    def add(self, sweep: Sweep) -> None: ...
-    def result(self, samples: int) -> Summed: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Source:
     """A network, its data and how the columns are made: everything that a pass over them needs.
 
     Attributes:
-        model, likelihood, data, layout: as of `forwards`.
-        fisher_type, samples, batch_size, seed, progress: as of `ff.parameters.fisher`.
+        model, likelihood, data, fisher_type, samples, batch_size, seed, progress: as of
+            `ff.parameters.fisher`.
+        layout: the parameters measured.
     """
 
     model: nn.Module
@@ -173,10 +102,10 @@ class Source:
     data: Data
     layout: ParameterLayout
     fisher_type: FisherType
-    samples: int
-    batch_size: int
-    seed: int
-    progress: bool
+    samples: int = 1
+    batch_size: int = 256
+    seed: int = 0
+    progress: bool = False
     _versions: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -186,34 +115,25 @@ class Source:
         every = dict(self.model.named_parameters())
         return [every[name]._version for name in self.layout.names]
 
-    def total(self, sums: Sums[Summed], *, expected: int | None = None) -> Summed:
-        """Add the sweeps of all batches to `sums`; return its result.
-
-        Raises:
-            ValueError: the data hold another number of samples than expected.
-        """
+    def read(self, add: Callable[[Sweep], None]) -> int:
+        """Call `add` with every batch; return the number of samples."""
+        seen = 0
         with (
-            on_host(),
-            own_random_state(self.model, self.seed),
+            untouched(self.model, self.seed),
             progress_bar(self.progress, total=count(self.data), title="Fisher matrix") as bar,
         ):
-            seen = 0
-            for sweep in self._sweeps():
-                sums.add(sweep)
+            for sweep in self.sweeps():
+                add(sweep)
                 seen += sweep.samples
                 bar.update(sweep.samples)
-            if expected not in (None, seen):
-                raise ValueError(
-                    f"data must be the same every time, got {seen} samples after {expected}"
-                )
-            return sums.result(seen)
+        return seen
 
-    def total_again(self, sums: Sums[Summed], samples: int) -> Summed:
-        """`total` in a later pass over the same network and data of so many samples.
+    def read_again(self, add: Callable[[Sweep], None], samples: int) -> None:
+        """`read` in a later pass over the same network and data of so many samples.
 
         Raises:
             TypeError: data that can be read once only.
-            ValueError: parameters that have changed since.
+            ValueError: parameters that have changed since, or another number of samples.
         """
         if isinstance(self.data, Iterator):
             raise TypeError(
@@ -221,7 +141,11 @@ class Source:
                 " tensor, a Dataset or a DataLoader"
             )
         self.check_unchanged()
-        return self.total(sums, expected=samples)
+        seen = self.read(add)
+        if seen != samples:
+            raise ValueError(
+                f"data must be the same every time, got {seen} samples after {samples}"
+            )
 
     def check_unchanged(self) -> None:
         """Raise ValueError if a parameter was written to since the measurement."""
@@ -234,34 +158,54 @@ class Source:
                     " measure F again"
                 )
 
-    def _sweeps(self) -> Iterator[Sweep]:
+    def sweeps(self) -> Iterator[Sweep]:
+        """Run the network forward on every batch of the data.
+
+        Raises:
+            TypeError: data, outputs or labels of a kind that cannot be read.
+            ValueError: no data; outputs or labels that the likelihood cannot have; a model that
+                mixes samples or is not the same twice. Outputs on a GPU are judged after the last
+                batch.
+        """
+        check_evaluation(self.model)
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        for forward in forwards(
-            self.model,
-            self.likelihood,
-            self.data,
-            self.layout,
-            batch_size=self.batch_size,
-            labels=self.fisher_type == "empirical",
-        ):
-            columns = _columns(self.likelihood, forward, self.fisher_type, self.samples, generator)
-            yield Sweep(forward.batch, columns)
+        apart, single = None, False
+        allowed = _Allowed()
+        read = batches(
+            self.data, self.model, self.batch_size, labels=self.fisher_type == "empirical"
+        )
+        for number, (x, y) in enumerate(each_as_outside(read)):
+            finite = torch.isfinite(x).all()
+            allowed.add(finite, f"data must be finite, got others in batch {number}")
+            checked = apart is None or not apart.shown or (single and len(x) > 1)
+            if checked:
+                with forward_alone(self.model):
+                    apart, single = samples_apart(self.model, self.layout, x), len(x) == 1
+            with forgetting(self.model):
+                batch = Backpropagation(self.model, self.layout, x, apart)
+            f = batch.outputs
+            if checked:
+                check_one_alone(self.model, x, f)
+            self.likelihood.check_outputs(f)
+            f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+            allowed.add(
+                self.likelihood.valid(f),
+                f"outputs of the model must be {self.likelihood.allowed}, got others in batch"
+                f" {number}",
+            )
+            y = None if y is None else self.likelihood.check(f, y).to(f.device)
+            yield Sweep(batch, self._columns(f, y, generator))
+        allowed.check()
 
-
-def _columns(
-    likelihood: Likelihood,
-    forward: Forward,
-    fisher_type: FisherType,
-    samples: int,
-    generator: torch.Generator,
-) -> Callable[[], Iterator[Tensor]]:
-    f, y = forward.f, forward.y
-    if fisher_type == "exact":
-        return lambda: each_as_outside(likelihood.root(f))
-    if fisher_type == "mc":
-        with outside():
-            drawn = likelihood.draw(f, samples, generator)
-        scores = (likelihood.score(f, labels) / samples**0.5 for labels in drawn)
-        return lambda: each_as_outside(scores)
-    assert y is not None
-    return lambda: each_as_outside(likelihood.score(f, labels) for labels in (y,))
+    def _columns(self, f: Tensor, y: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
+        if self.fisher_type == "exact":
+            return each_as_outside(self.likelihood.root(f))
+        labels: Iterable[Tensor]
+        if y is not None:
+            labels = [y]
+        else:
+            with outside():
+                labels = self.likelihood.draw(f, self.samples, generator)
+        return each_as_outside(
+            self.likelihood.score(f, each) / self.samples**0.5 for each in labels
+        )

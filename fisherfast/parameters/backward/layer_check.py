@@ -47,17 +47,20 @@ def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
 
     Cost: a forward pass of one sample.
     """
-    flat = inputs.reshape(len(inputs), inputs[:1].numel())
-    others = (flat != flat[:1]).any(1).nonzero().flatten()
-    one = int(others[-1]) if len(others) else 0
+    one = (_others(inputs) or [0])[-1]
     with untouched(model), undisturbed(model), torch.no_grad():
         _check_apart(outputs[one : one + 1], model(inputs[one : one + 1]))
 
 
+def _others(inputs: Tensor) -> list[int]:
+    """The samples that differ from the first."""
+    flat = inputs.reshape(len(inputs), inputs[:1].numel())
+    return (flat != flat[:1]).any(1).nonzero().flatten().tolist()
+
+
 def _different(inputs: Tensor) -> tuple[Tensor, bool]:
     """A few samples, not all equal if possible; True if they differ, or if there is only one."""
-    flat = inputs.reshape(len(inputs), inputs[:1].numel())
-    others = (flat != flat[:1]).any(1).nonzero().flatten().tolist()
+    others = _others(inputs)
     if not others:
         return inputs[[i % len(inputs) for i in range(EXAMINED)]], len(inputs) == 1
     second = others[0]
@@ -91,7 +94,7 @@ def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> 
         for name in call.rule.names
         if not wrong.intersection(call.rule.names)
     }
-    rest = [name for name in layout.names if trial.layers[name] != "unused" and name not in folds]
+    rest = [name for name in layout.names if name not in trial.unused and name not in folds]
     vectorised = not rest or _can_vectorise(model, trial, rest, vector)
     return Apart(folds, vectorised, shown and not silent)
 

@@ -14,6 +14,7 @@ layer has one class of rule; `rule_for` finds it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ __all__ = [
     "LinearMap",
     "Rows",
     "Rule",
+    "as_image",
     "as_kernels_read",
     "kernel_squares",
     "some_samples",
@@ -66,17 +68,6 @@ class Rule:
         """sum_i u_i G_i, u [n]: one [*shape] per parameter."""
         return tuple(torch.tensordot(u, rows, dims=1) for rows in self.gradients(x, g))
 
-    def gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
-        """<G_i, G'_j> of every pair of samples, summed over the parameters: [n, n']."""
-        left, right = self.gradients(x, g), self.gradients(other_x, other_g)
-        return sum(
-            (
-                a.reshape(len(a), -1) @ b.reshape(len(b), -1).T
-                for a, b in zip(left, right, strict=True)
-            ),
-            start=torch.zeros(len(g), len(other_g), dtype=g.dtype, device=g.device),
-        )
-
 
 class Rows(Rule):
     """Per-sample gradients that had to be computed one by one: x is not used, g is [n, p], the
@@ -102,17 +93,21 @@ class Layer(Rule):
         self.names = tuple(own.values())
         self.shapes = tuple(getattr(module, attribute).shape for attribute in own)
 
-    def _ordered(self, **parts: Tensor) -> tuple[Tensor, ...]:
+    def _shaped(self, *samples: int, **parts: Tensor) -> tuple[Tensor, ...]:
+        """The parts of the parameters measured, each [*samples, *shape]."""
         return tuple(
-            parts[attribute].reshape(-1, *shape)
+            parts[attribute].reshape(*samples, *shape)
             for attribute, shape in zip(self.attributes, self.shapes, strict=True)
         )
 
-    def _shaped(self, **parts: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            parts[attribute].reshape(shape)
-            for attribute, shape in zip(self.attributes, self.shapes, strict=True)
-        )
+    def _summed_squares(self, x: Tensor, g: Tensor, numbers: int, limit: int) -> tuple[Tensor, ...]:
+        """sum_i G_i^2 in float64 from the gradients of a few samples at a time, see
+        `some_samples`."""
+        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
+        for part in some_samples(len(x), numbers, limit):
+            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
+                total += sum_of_squares(rows)
+        return tuple(sums)
 
 
 class LinearMap(Layer):
@@ -149,24 +144,20 @@ def sum_of_squares(rows: Tensor) -> Tensor:
     return rows.double().square().sum(0)
 
 
-def kernel_squares(
-    x: Tensor,
-    g: Tensor,
-    kernel: Sequence[int] = (1,),
-    *,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
-    groups: int = 1,
-) -> Tensor:
-    """`ops.gradient_squares` of x and g [n, C, L] or [n, C, H, W]."""
-    if x.dim() == 3:
-        x, g = x.unsqueeze(2), g.unsqueeze(2)
-        kernel, stride, dilation = ((1, *numbers) for numbers in (kernel, stride, dilation))
-        padding = (0, *padding)
-    x, g = as_kernels_read(x), as_kernels_read(g)
-    settings = {"stride": stride, "padding": padding, "dilation": dilation}
-    return ops.gradient_squares(x, g, kernel, groups=groups, **settings)
+def kernel_squares(x: Tensor, g: Tensor, **window: Any) -> Tensor:
+    """`ops.gradient_squares` of x and g [n, C, L] or [n, C, H, W]; without a window each position
+    by itself."""
+    (x, window), (g, _) = as_image(x, window), as_image(g, {})
+    return ops.gradient_squares(as_kernels_read(x), as_kernels_read(g), **window)
+
+
+def as_image(x: Tensor, window: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """x [n, C, L] as an image of one row, with the arguments of a window over it."""
+    if x.dim() == 4:
+        return x, dict(window)
+    row = {"kernel": 1, "stride": 1, "padding": 0, "dilation": 1}
+    lifted = {name: (row[name], *each) if name in row else each for name, each in window.items()}
+    return x.unsqueeze(2), lifted
 
 
 def as_kernels_read(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fisherfast import ops
 from fisherfast.parameters.layers.base import (
     Layer,
-    Rule,
+    as_image,
     as_kernels_read,
     kernel_squares,
     sum_of_squares,
@@ -40,7 +40,7 @@ class Convolution(MatrixRule):
             return super().input_factor(x, g, sharing)
         if not isinstance(module, nn.Conv1d | nn.Conv2d):
             return super().input_factor(x, g, sharing)
-        image, window = _as_image(module, x)
+        image, window = as_image(*_windowed(module, x))
         sums, cross = ops.patch_moments(as_kernels_read(image), **window)
         positions = g[0, 0].numel()
         if "bias" in self.attributes:
@@ -67,8 +67,8 @@ class Convolution(MatrixRule):
             return super().squares(x, g)
         parts = {}
         if "weight" in self.attributes:
-            image, window = _as_image(module, x)
-            parts["weight"] = kernel_squares(image, g if g.dim() == 4 else g.unsqueeze(2), **window)
+            image, window = _windowed(module, x)
+            parts["weight"] = kernel_squares(image, g, **window)
         if "bias" in self.attributes:
             parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
         return self._shaped(**parts)
@@ -77,9 +77,6 @@ class Convolution(MatrixRule):
 class TransposedConvolution(Layer):
     """nn.ConvTranspose1d, ConvTranspose2d: the convolution that takes g to the shape of x has the
     same gradients, with x and g in exchanged roles."""
-
-    products = Rule.products
-    weighted_sum = Rule.weighted_sum
 
     def _settings(self) -> Iterator[tuple[int, int, int, int]]:
         """(stride, dilation, kernel, padding) of each axis."""
@@ -103,11 +100,8 @@ class TransposedConvolution(Layer):
         if "weight" in self.attributes:
             groups = int(self.module.groups)  # type: ignore[arg-type]
             settings = list(self._settings())
-            patches = F.pad(g, self._margins(x, g))
-            for axis, (stride, dilation, kernel, _) in enumerate(settings):
-                reach = dilation * (kernel - 1) + 1
-                patches = patches.unfold(2 + axis, reach, stride)[..., ::dilation]
-            # [n, M, *positions, *kernel]
+            stride, dilation, kernel, _ = zip(*settings, strict=True)
+            patches = _windows(F.pad(g, self._margins(x, g)), kernel, stride, dilation)
             spatial = len(settings)
             patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial)
             a = patches.movedim(3, -1).flatten(2, -2)  # [n, G, M / G taps, T]
@@ -115,7 +109,7 @@ class TransposedConvolution(Layer):
             parts["weight"] = b @ a.mT
         if "bias" in self.attributes:
             parts["bias"] = g.flatten(2).sum(2)
-        return self._ordered(**parts)
+        return self._shaped(len(g), **parts)
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         parts = {}
@@ -130,11 +124,11 @@ class TransposedConvolution(Layer):
             parts["weight"] = kernel_squares(
                 image,
                 x,
-                kernel,
+                kernel=kernel,
                 stride=stride,
                 padding=padding,
                 dilation=dilation,
-                groups=int(self.module.groups),  # type: ignore[arg-type]
+                groups=self.module.groups,
             )
         if "bias" in self.attributes:
             parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
@@ -149,33 +143,32 @@ def padded(module: nn.Module, x: Tensor) -> Tensor:
     return F.pad(x, around, mode=mode) if any(around) else x
 
 
-def _as_image(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """x as [n, C, H, W], and the window arguments of the ops; a line is an image of one row.
+def _windowed(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """x and the window arguments of the ops.
 
-    The image contains the padding already, unless that is the same zeros on both sides.
+    x contains the padding already, unless that is the same zeros on both sides.
     """
     around = list(module._reversed_padding_repeated_twice)
     padding = around[::2][::-1]  # before each axis, the first one first
     if module.padding_mode != "zeros" or around[::2] != around[1::2]:
         x, padding = padded(module, x), [0] * len(padding)
-    missing = 4 - x.dim()
-    ones = [1] * missing
-    window = {
-        "kernel": [*ones, *module.kernel_size],
-        "stride": [*ones, *module.stride],
-        "padding": [*[0] * missing, *padding],
-        "dilation": [*ones, *module.dilation],
-        "groups": module.groups,
-    }
-    return (x.unsqueeze(2) if missing else x), window
+    names = ("stride", "dilation", "groups")
+    window = {name: getattr(module, name) for name in names}
+    return x, window | {"kernel": module.kernel_size, "padding": padding}
 
 
 def unfolded(module: nn.Module, x: Tensor) -> Tensor:
     """Every patch under a convolution's kernel: [n, C, *kernel, *positions], a view of x."""
     assert isinstance(module, CONVOLUTIONS)
-    x = padded(module, x)
+    x = _windows(padded(module, x), module.kernel_size, module.stride, module.dilation)
     spatial = len(module.kernel_size)
-    for axis in range(spatial):
-        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
-        x = x.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
     return x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))
+
+
+def _windows(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """[n, C, *positions, *kernel] of x [n, C, ...], a view."""
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
+    return x

@@ -14,7 +14,6 @@ from fisherfast.parameters.layers.base import (
     LinearMap,
     as_kernels_read,
     kernel_squares,
-    some_samples,
     sum_of_squares,
 )
 
@@ -44,26 +43,17 @@ class MatrixRule(LinearMap):
             parts["weight"] = b.transpose(-1, -2) @ a
         if "bias" in self.attributes:
             parts["bias"] = b.sum(2)
-        return self._ordered(**parts)
+        return self._shaped(len(g), **parts)
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time."""
-        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
         a, b = self.matrices(x[:1], g[:1])
         numbers = a.numel() + b.numel() + sum(shape.numel() for shape in self.shapes)
-        for part in some_samples(len(x), numbers, IN_MEMORY):
-            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
-                total += sum_of_squares(rows)
-        return tuple(sums)
-
-    def gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
-        same = x is other_x and g is other_g
-        columns = g[None]
-        others = columns if same else other_g[None]
-        return self.columns_gram(x, columns, other_x, others)[0, :, 0]
+        return self._summed_squares(x, g, numbers, IN_MEMORY)
 
     def columns_gram(self, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
-        """`gram` of several columns at a time, whose products of x are computed once.
+        """<G_ri, G'_qj> of every pair of samples, summed over the parameters, of several columns at
+        a time, whose products of x are computed once.
 
         Args:
             x, other_x: [n, ...] and [n', ...].

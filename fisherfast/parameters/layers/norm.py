@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherfast.parameters.layers.base import LinearMap, some_samples, sum_of_squares
+from fisherfast.parameters.layers.base import LinearMap
 
-__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "Norm"]
+__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "OTHER_NORMS", "Norm"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 IN_CACHE = 1 << 18
 """Numbers of a temporary that stays in the caches, 2 MB: some samples at a time."""
@@ -51,7 +52,7 @@ class Norm(LinearMap):
             parts["weight"] = self._shared(g * self.normalised(x))
         if "bias" in self.attributes:
             parts["bias"] = self._shared(g)
-        return self._ordered(**parts)
+        return self._shaped(len(g), **parts)
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
         last = isinstance(self.module, nn.LayerNorm | nn.RMSNorm)
@@ -66,11 +67,7 @@ class Norm(LinearMap):
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; so few samples at a time that what is normalised is in the caches."""
-        sums = [torch.zeros(shape, dtype=torch.float64, device=g.device) for shape in self.shapes]
-        for part in some_samples(len(x), x[:1].numel(), IN_CACHE):
-            for total, rows in zip(sums, self.gradients(x[part], g[part]), strict=True):
-                total += sum_of_squares(rows)
-        return tuple(sums)
+        return self._summed_squares(x, g, x[:1].numel(), IN_CACHE)
 
     def _shared(self, values: Tensor) -> Tensor:
         """Sums over the positions that share a parameter: [n, numbers of the parameter]."""

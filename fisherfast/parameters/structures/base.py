@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -12,20 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_seed, check_whole
 from fisherfast.parameters.analysis.effective_dimension import (
     EffectiveDimension,
     effective_dimension,
 )
+from fisherfast.parameters.analysis.eigenpairs import largest_eigenpairs
 from fisherfast.parameters.analysis.importance import Importance, Per, importance
 from fisherfast.parameters.analysis.spectrum import Spectrum, all_eigenvalues, largest_eigenvalues
 from fisherfast.parameters.backward.columns import FisherType, Source
-from fisherfast.parameters.checks import check_choice, check_count, check_damping, check_seed
+from fisherfast.parameters.checks import check_choice, check_damping
 from fisherfast.parameters.layout import ParameterLayout
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-__all__ = ["DENSE_BYTES", "ParameterFisher"]
+__all__ = ["DENSE_BYTES", "ParameterFisher", "check_fisher"]
 
 Vector = Tensor | Mapping[str, Tensor]
 """[P] or [P, m], or one tensor per parameter by name."""
@@ -40,6 +44,7 @@ Columns = Callable[[Tensor], Tensor]
 """A map of V [P, m] float64 to V's shape."""
 
 
+@dataclass(eq=False, repr=False)
 class ParameterFisher(ABC):
     """The Fisher matrix F [P, P] of a network's parameters in one structure, averaged over samples:
 
@@ -56,11 +61,12 @@ class ParameterFisher(ABC):
     """
 
     structure: ClassVar[str]
-    _source: Source | None = None
-    """The network and data that it was measured from, for analyses that read them again."""
 
-    def __init__(self, layout: ParameterLayout, samples: int, fisher_type: FisherType) -> None:
-        self.layout, self.samples, self.fisher_type = layout, samples, fisher_type
+    layout: ParameterLayout
+    samples: int
+    fisher_type: FisherType
+    _source: Source | None = field(default=None, init=False)
+    """The network and data that it was measured from, for analyses that read them again."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,9 +145,18 @@ class ParameterFisher(ABC):
         """All P eigenvalues in ascending order, or those that may differ from zero (see each
         structure)."""
 
-    @abstractmethod
     def logdet(self, *, damping: float = 0.0) -> float:
         """log det(F + damping); -inf where that is singular."""
+        check_damping(damping)
+        return self._logdet(self.eigenvalues(), damping)
+
+    def _logdet(self, values: Tensor, damping: float) -> float:
+        """log det(F + damping) from eigenvalues in any order; the others are zero."""
+        rest = self.layout.size - len(values)
+        if damping == 0 and rest:
+            return -math.inf
+        found = float((values + damping).log().sum())
+        return found + rest * math.log(damping) if rest else found
 
     def to_dense(self) -> Tensor:
         """The whole matrix [P, P].
@@ -154,7 +169,7 @@ class ParameterFisher(ABC):
             raise MemoryError(
                 f"to_dense must fit into 8 GiB, got P = {size}: use @, solve, diag or eigenvalues"
             )
-        return self @ torch.eye(size, dtype=torch.float64, device=self._device())
+        return self @ torch.eye(size, dtype=torch.float64, device=self._device)
 
     def to_scipy(self) -> LinearOperator:
         """F as a SciPy linear operator, for its eigenvalue and linear solvers.
@@ -176,7 +191,7 @@ class ParameterFisher(ABC):
 
         def product(v: np.ndarray) -> np.ndarray:
             given = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64))
-            found = self._matmul(given.reshape(len(given), -1).to(self._device()))
+            found = self._matmul(given.reshape(len(given), -1).to(self._device))
             return found.reshape(given.shape).cpu().numpy()
 
         return LinearOperator(
@@ -189,15 +204,16 @@ class ParameterFisher(ABC):
         )
 
     def spectrum(
-        self, count: int | None = None, *, seed: int = 0, memory_budget: int | str = "8 GiB"
+        self, count: int | None = None, *, seed: int = 0, memory_budget: int | str | None = "8 GiB"
     ) -> Spectrum:
         """The eigenvalues of F and their directions, and how many parameters are in use.
 
         Args:
             count: None for all eigenvalues that the structure has; a number for so many of the
                 largest, from products ``F @ v`` alone.
-            seed: of the start vectors, where count is given.
-            memory_budget: bytes for the vectors, where count is given: a number or like "8 GiB".
+            seed: of the start vectors, where count is given; in [-2^63, 2^63).
+            memory_budget: bytes for the vectors, where count is given: a number or like "8 GiB";
+                None for no bound.
 
         Returns:
             `Spectrum`.
@@ -220,32 +236,25 @@ class ParameterFisher(ABC):
             >>> found.parameters, found.rank
             (393, 40)
         """
-        missing, rest = self._left_out()
-        if count is not None:
-            check_count("count", count)
-            check_seed(seed)
-            return largest_eigenvalues(
-                self._matmul,
-                int(count),
-                layout=self.layout,
-                samples=self.samples,
-                trace=self.trace(),
-                most=self._rank_at_most(),
-                precision=self.precision,
-                device=self._device(),
-                seed=seed,
-                memory_budget=memory_budget,
-            )
-        return all_eigenvalues(
-            self.eigenvalues().flip(0).clamp_min(0),
-            layout=self.layout,
-            samples=self.samples,
-            trace=self.trace() + missing,
-            most=self._rank_at_most(),
-            precision=self.precision,
-            rest_at_most=rest,
-            directions=self._directions,
+        known: dict[str, Any] = {"layout": self.layout, "samples": self.samples}
+        known["most"] = self._rank_at_most()
+        if count is None:
+            missing, rest = self._left_out()
+            values = self.eigenvalues().flip(0).clamp_min(0)
+            known |= {"trace": self.trace() + missing, "directions": self._directions}
+            return all_eigenvalues(values, rest, self.precision, **known)
+        count, seed = check_whole("count", count, least=1), check_seed(seed)
+        known["trace"] = self.trace()
+        found = largest_eigenpairs(
+            self._matmul,
+            self.layout.size,
+            count,
+            trace=known["trace"],
+            seed=seed,
+            device=self._device,
+            memory_budget=memory_budget,
         )
+        return largest_eigenvalues(found, self.precision, **known)
 
     def effective_dimension(
         self, n: float, gamma: float = 1.0, *, others: Sequence[ParameterFisher] = ()
@@ -360,9 +369,10 @@ class ParameterFisher(ABC):
         """log det(1 + scale F)."""
         return float((scale * self.eigenvalues()).log1p().sum())
 
-    @abstractmethod
+    @cached_property
     def _device(self) -> torch.device:
         """The device of its numbers."""
+        return self.diag().device
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for `from_state_dict`: tensors and plain numbers, for ``torch.save``."""
@@ -374,20 +384,18 @@ class ParameterFisher(ABC):
             **self._state(),
         }
 
-    @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """The structure's own part of the state."""
+        """The structure's own fields."""
+        return {name: getattr(self, name) for name in self._own_names()}
 
     @classmethod
-    @abstractmethod
-    def _from_state(
-        cls,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        state: Mapping[str, Any],
-    ) -> ParameterFisher:
-        """The structure whose `_state` this is."""
+    def _from_state(cls, layout: ParameterLayout, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The structure's own fields of a state."""
+        return {name: state[name] for name in cls._own_names()}
+
+    @classmethod
+    def _own_names(cls) -> list[str]:
+        return [part.name for part in fields(cls)[len(fields(ParameterFisher)) :]]
 
 
 class _Symmetric(torch.autograd.Function):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fisherfast.measurement.memory import in_words
 from fisherfast.measurement.settings import bytes_of
-from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.backward.columns import Sweep
 from fisherfast.parameters.checks import check_damping
-from fisherfast.parameters.layers.base import Rule
-from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.layers.base import Rule, some_samples
+from fisherfast.parameters.layout import ParameterLayout, module_of
 from fisherfast.parameters.structures.base import DENSE_BYTES, ParameterFisher
 from fisherfast.parameters.structures.dense import PositiveMatrix, singular
 
@@ -26,6 +28,7 @@ ROWS_BYTES = 2**25
 """Per-sample gradients that are multiplied at a time, in float64: 32 MiB."""
 
 
+@dataclass(eq=False, repr=False)
 class BlockFisher(ParameterFisher):
     """The dense blocks of F of each module's own parameters, its weight and bias together.
 
@@ -34,6 +37,10 @@ class BlockFisher(ParameterFisher):
 
     ``fisher(..., structure="block", memory_budget="8 GiB")``: bytes that the blocks may take, as a
     number or like "8 GiB"; None for no bound. It is checked before anything runs.
+
+    Attributes:
+        blocks: [p, p] by name of the module.
+        rounding: of the gradients' dtype.
 
     Cost: with p parameters in a block, 8 p^2 bytes, and p^2 operations per sample and column;
     `solve` and `logdet` p^3 / 3, `eigenvalues` about 4 p^3.
@@ -53,31 +60,24 @@ class BlockFisher(ParameterFisher):
 
     structure = "block"
 
-    def __init__(
-        self,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        blocks: Mapping[str, Tensor],
-        rounding: float,
-    ) -> None:
-        """blocks: [p, p] float64 by name of the module; rounding: of the gradients' dtype."""
-        super().__init__(layout, samples, fisher_type)
-        self._where = _block_slices(layout, self.members(layout))
-        self._rounding = rounding
-        self._blocks = {name: PositiveMatrix(blocks[name], rounding) for name in self._where}
+    blocks: dict[str, Tensor]
+    rounding: float
 
     @staticmethod
-    def members(layout: ParameterLayout) -> Mapping[str, Sequence[str]]:
+    def members(layout: ParameterLayout) -> dict[str, list[str]]:
         """The parameters of each module's own: they follow each other in the layout."""
         found: dict[str, list[str]] = {}
         for name in layout.names:
-            found.setdefault(name.rpartition(".")[0], []).append(name)
+            found.setdefault(module_of(name), []).append(name)
         return found
+
+    @cached_property
+    def _matrices(self) -> dict[str, PositiveMatrix]:
+        return {name: PositiveMatrix(block, self.rounding) for name, block in self.blocks.items()}
 
     def slices(self) -> dict[str, slice]:
         """Where each module's parameters lie in a vector of P numbers."""
-        return dict(self._where)
+        return _block_slices(self.layout, self.members(self.layout))
 
     def block(self, name: str) -> Tensor:
         """The block [p, p] of a module's own parameters; "" is the whole model's own.
@@ -85,21 +85,21 @@ class BlockFisher(ParameterFisher):
         Raises:
             ValueError: no such block.
         """
-        if name not in self._blocks:
-            raise ValueError(f"name must be one of {', '.join(self._blocks)}, got {name!r}")
-        return self._blocks[name].matrix.clone()
+        if name not in self.blocks:
+            raise ValueError(f"name must be one of {', '.join(self.blocks)}, got {name!r}")
+        return self.blocks[name].clone()
 
     def diag(self) -> Tensor:
-        return torch.cat([block.matrix.diagonal() for block in self._blocks.values()])
+        return torch.cat([block.diagonal() for block in self.blocks.values()])
 
     def _matmul(self, columns: Tensor) -> Tensor:
-        parts = [block.matrix @ columns[self._where[name]] for name, block in self._blocks.items()]
-        return torch.cat(parts)
+        slices = self.slices()
+        return torch.cat([block @ columns[slices[name]] for name, block in self.blocks.items()])
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
-        parts = []
-        for name, block in self._blocks.items():
-            solved = block.solve(columns[self._where[name]], damping)
+        parts, slices = [], self.slices()
+        for name, matrix in self._matrices.items():
+            solved = matrix.solve(columns[slices[name]], damping)
             if solved is None:
                 raise singular(f"the block of {name!r} is singular to rounding", damping)
             parts.append(solved)
@@ -107,160 +107,18 @@ class BlockFisher(ParameterFisher):
 
     def eigenvalues(self) -> Tensor:
         """All P, ascending; what rounding made negative is 0."""
-        return torch.cat([block.eigenvalues() for block in self._blocks.values()]).sort().values
+        return torch.cat([each.eigenvalues() for each in self._matrices.values()]).sort().values
 
     def logdet(self, *, damping: float = 0.0) -> float:
         check_damping(damping)
-        return sum(block.logdet(damping) for block in self._blocks.values())
-
-    def _device(self) -> torch.device:
-        return next(iter(self._blocks.values())).matrix.device
-
-    def _state(self) -> dict[str, Any]:
-        blocks = {name: block.matrix for name, block in self._blocks.items()}
-        return {"blocks": blocks, "rounding": self._rounding}
-
-    @classmethod
-    def _from_state(
-        cls,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        state: Mapping[str, Any],
-    ) -> BlockFisher:
-        return cls(layout, samples, fisher_type, state["blocks"], state["rounding"])
-
-
-def _block_slices(
-    layout: ParameterLayout, members: Mapping[str, Sequence[str]]
-) -> dict[str, slice]:
-    where = layout.slices()
-    return {
-        block: slice(where[names[0]].start, where[names[-1]].stop)
-        for block, names in members.items()
-    }
-
-
-def _check_memory(
-    layout: ParameterLayout,
-    blocks: Mapping[str, Sequence[str]],
-    memory_budget: int | str | None,
-    way: str,
-) -> None:
-    """Raise MemoryError, naming the largest block, unless all of them fit.
-
-    Args:
-        layout: the parameters.
-        blocks: names of the parameters of each block.
-        memory_budget: bytes, or like "8 GiB"; None for no bound.
-        way: the advice in the message.
-    """
-    budget = bytes_of(memory_budget)
-    sizes = _block_sizes(layout, blocks)
-    needed = DOUBLE * sum(size * size for size in sizes.values())
-    if budget is None or needed <= budget:
-        return
-    name = max(sizes, key=lambda name: sizes[name])
-    raise MemoryError(
-        f"memory_budget must be at least {in_words(needed)} for these {layout.size} parameters, got"
-        f" {in_words(budget)}: {name or 'the model'!r} takes {in_words(DOUBLE * sizes[name] ** 2)}"
-        f" for its {sizes[name]}; {way}, or leave parameters out by parameters="
-    )
-
-
-def _block_sizes(layout: ParameterLayout, blocks: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Numbers in the parameters of each block."""
-    shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    return {block: sum(shapes[name].numel() for name in names) for block, names in blocks.items()}
-
-
-class _BlockSums:
-    """sum_i G_i G_i^T of blocks of parameters, added up as the gradients arrive.
-
-    A block that arrives in one piece is multiplied at once, `ROWS_BYTES` of per-sample
-    gradients at a time; the pieces of one that arrives in several are kept until it is complete.
-
-    Attributes:
-        rounding: of the gradients' dtype.
-    """
-
-    def __init__(self, layout: ParameterLayout, blocks: Mapping[str, Sequence[str]]) -> None:
-        """blocks: names of the parameters of each, in the order of its rows."""
-        self._blocks = blocks
-        self._block_of = {name: block for block, names in blocks.items() for name in names}
-        self._size = _block_sizes(layout, blocks)
-        self._pieces: dict[str, dict[str, Tensor]] = {block: {} for block in blocks}
-        self._sums: dict[str, Tensor] = {}
-        self.rounding = 0.0
-
-    def take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
-        """Add the gradients of one layer; all of a column arrive before those of the next."""
-        self.rounding = max(self.rounding, torch.finfo(g.dtype).eps)
-        block = self._block_of[rule.names[0]]
-        if set(self._blocks[block]) == set(rule.names):
-            for part in _parts(len(g), self._size[block]):
-                rows = rule.gradients(x[part], g[part])
-                self._add(block, dict(zip(rule.names, rows, strict=True)))
-            return
-        for name, row in zip(rule.names, rule.gradients(x, g), strict=True):
-            block = self._block_of[name]
-            pieces = self._pieces[block]
-            pieces[name] = row
-            if len(pieces) == len(self._blocks[block]):
-                for part in _parts(len(g), self._size[block]):
-                    self._add(block, {name: rows[part] for name, rows in pieces.items()})
-                pieces.clear()
-
-    def _add(self, block: str, rows: Mapping[str, Tensor]) -> None:
-        ordered = [rows[name].reshape(len(rows[name]), -1).double() for name in self._blocks[block]]
-        side_by_side = torch.cat(ordered, dim=1) if len(ordered) > 1 else ordered[0]
-        if block not in self._sums:
-            size = self._size[block]
-            self._sums[block] = side_by_side.new_zeros(size, size)
-        self._sums[block].addmm_(side_by_side.T, side_by_side)
-
-    def means(self, samples: int) -> dict[str, Tensor]:
-        """The blocks, averaged over the samples seen: [p, p] float64 by name."""
-        return {block: self._sums[block].div_(samples) for block in self._blocks}
-
-
-def _parts(samples: int, numbers: int) -> list[slice]:
-    """Slices of the samples, so that so many numbers for each stay within `ROWS_BYTES`."""
-    step = max(1, ROWS_BYTES // max(DOUBLE * numbers, 1))
-    return [slice(start, start + step) for start in range(0, samples, step)]
-
-
-class BlockAccumulator:
-    """Sums the blocks over batches."""
-
-    kind: ClassVar[type[BlockFisher]] = BlockFisher
-    smaller: ClassVar[str] = 'structure="kfac" or "diag" takes less'
-
-    def __init__(
-        self,
-        layout: ParameterLayout,
-        fisher_type: FisherType,
-        *,
-        memory_budget: int | str | None = DENSE_BYTES,
-    ) -> None:
-        """memory_budget: bytes that the blocks may take, or like "8 GiB"; None for no bound."""
-        blocks = self.kind.members(layout)
-        _check_memory(layout, blocks, memory_budget, self.smaller)
-        self._layout, self._fisher_type = layout, fisher_type
-        self._sums = _BlockSums(layout, blocks)
-
-    def add(self, sweep: Sweep) -> None:
-        sweep.visit(self._sums.take)
-
-    def result(self, samples: int) -> BlockFisher:
-        blocks = self._sums.means(samples)
-        return self.kind(self._layout, samples, self._fisher_type, blocks, self._sums.rounding)
+        return sum(matrix.logdet(damping) for matrix in self._matrices.values())
 
 
 WHOLE = "model"
-"""Name of the only block."""
+"""Name of the only block of `FullFisher`."""
 
 
+@dataclass(eq=False, repr=False)
 class FullFisher(BlockFisher):
     """F [P, P] as it is, for a few thousand parameters.
 
@@ -285,17 +143,89 @@ class FullFisher(BlockFisher):
     structure = "full"
 
     @staticmethod
-    def members(layout: ParameterLayout) -> Mapping[str, Sequence[str]]:
+    def members(layout: ParameterLayout) -> dict[str, list[str]]:
         """All parameters, in one block."""
-        return {WHOLE: layout.names}
+        return {WHOLE: list(layout.names)}
 
     def to_dense(self) -> Tensor:
         return self.block(WHOLE)
 
 
+class BlockAccumulator:
+    """Sums sum_i G_i G_i^T of each block over batches. The per-sample gradients of one batch and
+    column that belong to a block are kept until it is complete."""
+
+    kind: ClassVar[type[BlockFisher]] = BlockFisher
+    smaller: ClassVar[str] = 'structure="kfac" or "diag" takes less'
+
+    def __init__(
+        self, layout: ParameterLayout, *, memory_budget: int | str | None = DENSE_BYTES
+    ) -> None:
+        """memory_budget: bytes that the blocks may take, or like "8 GiB"; None for no bound.
+
+        Raises:
+            MemoryError: they take more.
+        """
+        self._members = self.kind.members(layout)
+        self._block_of = {name: block for block, names in self._members.items() for name in names}
+        slices = _block_slices(layout, self._members)
+        self._size = {block: where.stop - where.start for block, where in slices.items()}
+        self._check_memory(memory_budget)
+        self._pieces: dict[str, dict[str, Tensor]] = {block: {} for block in self._members}
+        self._sums: dict[str, Tensor] = {}
+        self._rounding = 0.0
+
+    def _check_memory(self, memory_budget: int | str | None) -> None:
+        budget = bytes_of(memory_budget)
+        needed = DOUBLE * sum(size**2 for size in self._size.values())
+        if budget is None or needed <= budget:
+            return
+        name, size = max(self._size.items(), key=lambda block: block[1])
+        raise MemoryError(
+            f"memory_budget must be at least {in_words(needed)} for these"
+            f" {sum(self._size.values())} parameters, got {in_words(budget)}:"
+            f" {name or 'the model'!r} takes {in_words(DOUBLE * size**2)} for its {size};"
+            f" {self.smaller}, or leave parameters out by parameters="
+        )
+
+    def add(self, sweep: Sweep) -> None:
+        sweep.visit(self._take)
+
+    def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
+        """Add the gradients of one layer; all of a column arrive before those of the next."""
+        self._rounding = max(self._rounding, torch.finfo(g.dtype).eps)
+        for name, rows in zip(rule.names, rule.gradients(x, g), strict=True):
+            block = self._block_of[name]
+            pieces = self._pieces[block]
+            pieces[name] = rows.reshape(len(rows), -1)
+            if len(pieces) == len(self._members[block]):
+                self._multiply(block, [pieces[name] for name in self._members[block]])
+                pieces.clear()
+
+    def _multiply(self, block: str, pieces: list[Tensor]) -> None:
+        size = self._size[block]
+        if block not in self._sums:
+            self._sums[block] = pieces[0].new_zeros(size, size, dtype=torch.float64)
+        for part in some_samples(len(pieces[0]), size, ROWS_BYTES // DOUBLE):
+            rows = torch.cat([piece[part].double() for piece in pieces], dim=1)
+            self._sums[block].addmm_(rows.T, rows)
+
+    def means(self, samples: int) -> tuple[dict[str, Tensor], float]:
+        return {block: self._sums[block].div_(samples) for block in self._members}, self._rounding
+
+
+def _block_slices(
+    layout: ParameterLayout, members: Mapping[str, Sequence[str]]
+) -> dict[str, slice]:
+    where = layout.slices()
+    return {
+        block: slice(where[names[0]].start, where[names[-1]].stop)
+        for block, names in members.items()
+    }
+
+
 class FullAccumulator(BlockAccumulator):
-    """Sums the whole matrix over batches; keeps the per-sample gradients of one vector at a time
-    for one batch, [n, P]."""
+    """Sums the whole matrix; keeps the per-sample gradients of one column for one batch, [n, P]."""
 
     kind = FullFisher
     smaller = 'structure="gram", "block", "kfac" or "diag" takes less'

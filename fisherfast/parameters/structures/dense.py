@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["PositiveMatrix", "singular"]
+__all__ = ["PositiveMatrix", "cholesky", "singular"]
 
 ITERATIONS = 8
 """Steps of the power method for the largest and the smallest eigenvalue. For a singular matrix the
@@ -64,20 +64,27 @@ class PositiveMatrix:
         return self._factored[1]
 
     def _factorise(self, damping: float) -> Tensor | None:
-        shifted = self.matrix.clone()
-        shifted.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if bool(failed):
+        factor = cholesky(self.matrix, damping)
+        if factor is None:
             return None
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(len(shifted), 1, generator=generator, dtype=shifted.dtype, device="cpu")
-        largest = smallest = start.to(shifted.device)
+        start = torch.randn(len(factor), 1, generator=generator, dtype=factor.dtype, device="cpu")
+        largest = smallest = start.to(factor.device)
         for _ in range(ITERATIONS):
-            largest = shifted @ (largest / largest.norm())
+            largest = largest / largest.norm()
+            largest = self.matrix @ largest + damping * largest
             smallest = torch.cholesky_solve(smallest / smallest.norm(), factor)
         # the norms are about the largest eigenvalue and one over the smallest
         regular = largest.norm() * smallest.norm() * self.tolerance < 1
         return factor if bool(regular) else None
+
+
+def cholesky(matrix: Tensor, damping: float) -> Tensor | None:
+    """The lower Cholesky factor of matrix + damping; None where that is not positive definite."""
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return None if bool(failed) else factor
 
 
 def singular(what: str, damping: float = 0.0) -> ValueError:

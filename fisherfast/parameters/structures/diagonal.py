@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.backward.columns import Sweep
 from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
@@ -18,10 +18,14 @@ from fisherfast.parameters.structures.dense import singular
 __all__ = ["DiagonalAccumulator", "DiagonalFisher"]
 
 
+@dataclass(eq=False, repr=False)
 class DiagonalFisher(ParameterFisher):
     """diag(F): the expected square of every parameter's score, sample by sample.
 
     Correlations between parameters are left out: `solve` divides each entry by its own number.
+
+    Attributes:
+        values: the diagonal [P].
 
     Cost: 8 P bytes; for a layer with D inputs of a weight, M outputs and T positions T D M
     operations per sample and column, and no per-sample gradient in memory where the layer has a
@@ -42,67 +46,43 @@ class DiagonalFisher(ParameterFisher):
 
     structure = "diag"
 
-    def __init__(
-        self, layout: ParameterLayout, samples: int, fisher_type: FisherType, values: Tensor
-    ) -> None:
-        """values: [P]."""
-        super().__init__(layout, samples, fisher_type)
-        self._values = values.double()
+    values: Tensor
 
     def diag(self) -> Tensor:
-        return self._values.clone()
+        return self.values.clone()
 
     def _matmul(self, columns: Tensor) -> Tensor:
-        return self._values[:, None] * columns
+        return self.values[:, None] * columns
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
-        if damping == 0 and bool((self._values == 0).any()):
+        if damping == 0 and bool((self.values == 0).any()):
             raise singular("some parameters have no Fisher information")
-        return columns / (self._values + damping)[:, None]
+        return columns / (self.values + damping)[:, None]
 
     def eigenvalues(self) -> Tensor:
         """All P, ascending."""
-        return self._values.sort().values
+        return self.values.sort().values
 
     def logdet(self, *, damping: float = 0.0) -> float:
         check_damping(damping)
-        return float((self._values + damping).log().sum())
-
-    def _device(self) -> torch.device:
-        return self._values.device
-
-    def _state(self) -> dict[str, Any]:
-        return {"values": self._values}
-
-    @classmethod
-    def _from_state(
-        cls,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        state: Mapping[str, Any],
-    ) -> DiagonalFisher:
-        return cls(layout, samples, fisher_type, state["values"])
+        return self._logdet(self.values, damping)
 
 
 class DiagonalAccumulator:
     """Sums of squares, layer by layer, while the gradients pass."""
 
-    def __init__(self, layout: ParameterLayout, fisher_type: FisherType) -> None:
-        self._layout, self._fisher_type = layout, fisher_type
-        self._where = layout.slices()
-        self._sums: Tensor | None = None  # [P]
+    kind = DiagonalFisher
+
+    def __init__(self, layout: ParameterLayout) -> None:
+        self._layout = layout
+        self._sums: dict[str, Any] = defaultdict(float)
 
     def add(self, sweep: Sweep) -> None:
         sweep.visit(self._take)
 
     def _take(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
         for name, squares in zip(rule.names, rule.squares(x, g), strict=True):
-            if self._sums is None:
-                self._sums = squares.new_zeros(self._layout.size, dtype=torch.float64)
-            self._sums[self._where[name]] += squares.flatten()
+            self._sums[name] += squares.double()
 
-    def result(self, samples: int) -> DiagonalFisher:
-        assert self._sums is not None  # every sweep visits every parameter
-        values = self._sums.div_(samples)
-        return DiagonalFisher(self._layout, samples, self._fisher_type, values)
+    def means(self, samples: int) -> tuple[Tensor]:
+        return (self._layout.flatten(self._sums) / samples,)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,12 +13,12 @@ from torch import Tensor
 
 from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.analysis.spectrum import numerical_rank, rounding_noise
-from fisherfast.parameters.backward.columns import FisherType, Sweep
-from fisherfast.parameters.checks import check_damping
+from fisherfast.parameters.backward.columns import Sweep
+from fisherfast.parameters.checks import check_damping, check_fits
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher
-from fisherfast.parameters.structures.dense import singular
-from fisherfast.parameters.structures.jacobian import Jacobian, jacobian_of
+from fisherfast.parameters.structures.dense import cholesky, singular
+from fisherfast.parameters.structures.jacobian import Jacobian, collect_rows
 
 __all__ = ["GramAccumulator", "GramFisher"]
 
@@ -28,6 +30,7 @@ GRAM_COPIES = 3
 """Matrices [N, N] float64 that exist at a time: K, its factor, a work space."""
 
 
+@dataclass(eq=False, repr=False)
 class GramFisher(ParameterFisher):
     r"""F = S^T S with S = J / sqrt(n) [N, P], through K = S S^T [N, N].
 
@@ -58,12 +61,7 @@ class GramFisher(ParameterFisher):
 
     structure = "gram"
 
-    def __init__(
-        self, layout: ParameterLayout, samples: int, fisher_type: FisherType, jacobian: Jacobian
-    ) -> None:
-        super().__init__(layout, samples, fisher_type)
-        self._jacobian = jacobian
-        self._kept: dict[str, Any] = {}
+    _jacobian: Jacobian
 
     @property
     def rows(self) -> int:
@@ -72,22 +70,20 @@ class GramFisher(ParameterFisher):
 
     def gram(self) -> Tensor:
         """K = J J^T / n [N, N], N = samples x columns: its eigenvalues are those of F."""
-        return self._gram().clone()
+        return self._gram.clone()
 
     @property
     def precision(self) -> float:
         return self._jacobian.precision
 
+    @cached_property
     def _gram(self) -> Tensor:
-        if "gram" not in self._kept:
-            self._kept["gram"] = self._jacobian.gram() / self.samples
-        found: Tensor = self._kept["gram"]
-        return found
+        return self._jacobian.gram() / self.samples
 
-    def smaller(self) -> Tensor:
+    def _smaller(self) -> Tensor:
         """K, or F where that is smaller; callers must not write to it."""
         if self.rows <= self.layout.size:
-            return self._gram()
+            return self._gram
         return self._jacobian.moment() / self.samples
 
     def times_root(self, columns: Tensor) -> Tensor:
@@ -102,7 +98,7 @@ class GramFisher(ParameterFisher):
         return self._jacobian.squares() / self.samples
 
     def trace(self) -> float:
-        return float(self._gram().trace()) if "gram" in self._kept else super().trace()
+        return float(self._gram.trace()) if "_gram" in vars(self) else super().trace()
 
     def _matmul(self, columns: Tensor) -> Tensor:
         return self.transposed_root(self.times_root(columns))
@@ -110,34 +106,16 @@ class GramFisher(ParameterFisher):
     def eigenvalues(self) -> Tensor:
         """The min(N, P) largest, ascending; the others are zero. Rounding leaves those that should
         be zero at about 1e-15 of the largest, never below 0."""
-        if "eigenvalues" not in self._kept:
-            values = torch.linalg.eigvalsh(self.smaller())
-            self._kept["eigenvalues"] = values.clamp_min(0)
-        found: Tensor = self._kept["eigenvalues"]
-        return found.clone()
+        return self._values.clone()
 
-    def eigenvectors(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """The largest eigenvalues [k], descending, and their directions [P, k], of unit length.
+    @cached_property
+    def _values(self) -> Tensor:
+        return torch.linalg.eigvalsh(self._smaller()).clamp_min(0)
 
-        Args:
-            count: k at most; None for the rank. Fewer come where the rank is less.
-        """
-        rank = self.rank()
-        chosen = range(rank if count is None else min(count, rank))
-        return self.eigenvalues().flip(0)[: len(chosen)], self.directions(chosen)
-
-    def directions(self, chosen: Sequence[int]) -> Tensor:
-        """Directions [P, k] of unit length; number 0 is that of the largest eigenvalue.
-
-        Cost: one eigendecomposition, that is kept, and a backward pass of each layer for each.
-        """
-        if "vectors" not in self._kept:
-            values, vectors = torch.linalg.eigh(self.smaller())
-            self._kept |= {"eigenvalues": values.clamp_min(0), "vectors": vectors}
-        found: Tensor = self._kept["vectors"].flip(1)[:, list(chosen)]
-        if self.rows <= self.layout.size:
-            found = self.transposed_root(found)
-        return found / found.norm(dim=0)
+    @cached_property
+    def _eigenvectors(self) -> Tensor:
+        """Eigenvectors of the smaller one of F and K, that of the largest eigenvalue first."""
+        return torch.linalg.eigh(self._smaller()).eigenvectors.flip(1)
 
     def rank(self) -> int:
         """Eigenvalues that are larger than rounding."""
@@ -147,76 +125,61 @@ class GramFisher(ParameterFisher):
         if damping == 0:
             if self.rank() < self.layout.size:
                 raise singular(f"F has rank {self.rank()} of {self.layout.size}")
-            values, vectors = self.eigenvectors()
-            return vectors @ ((vectors.T @ columns) / values[:, None])
+            vectors = self._directions(range(self.layout.size))
+            return vectors @ ((vectors.T @ columns) / self.eigenvalues().flip(0)[:, None])
         if self.rows > self.layout.size:
-            factor = _cholesky(self.smaller(), damping)
+            factor = _damped_factor(self._smaller(), damping)
             return torch.cholesky_solve(columns, factor)
-        factor = _cholesky(self._gram(), damping)
+        factor = _damped_factor(self._gram, damping)
         inner = torch.cholesky_solve(self.times_root(columns), factor)
         return (columns - self.transposed_root(inner)) / damping
 
     def logdet(self, *, damping: float = 0.0) -> float:
         """log det(F + damping); -inf without damping where the rank is below P."""
         check_damping(damping)
-        rank, size = self.rank(), self.layout.size
-        if damping == 0:
-            if rank < size:
-                return -math.inf
-            return float(self.eigenvalues().log().sum())
-        values = self.eigenvalues()
-        inner = float((values + damping).log().sum())
-        return inner + (size - len(values)) * math.log(damping)
+        if damping == 0 and self.rank() < self.layout.size:
+            return -math.inf
+        return self._logdet(self.eigenvalues(), damping)
 
     def _rank_at_most(self) -> int:
         return min(self.rows, self.layout.size)
 
     def _directions(self, chosen: Sequence[int]) -> Tensor:
-        return self.directions(chosen)
+        found = super()._directions(chosen)
+        if self.rows <= self.layout.size:
+            found = self.transposed_root(found)
+        return found / found.norm(dim=0)
 
     def _log_det_one_plus(self, scale: float) -> float:
         """log det(1 + scale F), through the smaller one of F and its Gram matrix."""
-        smaller = self.smaller()
+        smaller = self._smaller()
         length = float(smaller.norm())  # at least the largest eigenvalue
         noise = rounding_noise(len(smaller), length, self.precision)
         if scale * noise < NEGLIGIBLE:
-            damped = scale * smaller
-            damped.diagonal().add_(1)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not int(failed):
+            factor = cholesky(scale * smaller, 1.0)
+            if factor is not None:
                 return 2 * float(factor.diagonal().log().sum())
         values = torch.linalg.eigvalsh(smaller)
         noise = rounding_noise(len(values), float(values.max()), self.precision)
         return float((scale * values[values > noise]).log1p().sum())
 
-    def _device(self) -> torch.device:
-        return self._jacobian.device
-
     def _state(self) -> dict[str, Any]:
         return {"jacobian": self._jacobian.state()}
 
     @classmethod
-    def _from_state(
-        cls,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        state: Mapping[str, Any],
-    ) -> GramFisher:
-        return cls(layout, samples, fisher_type, Jacobian.from_state(layout, state["jacobian"]))
+    def _from_state(cls, layout: ParameterLayout, state: Mapping[str, Any]) -> dict[str, Any]:
+        return {"_jacobian": Jacobian.from_state(layout, state["jacobian"])}
 
 
-def _cholesky(matrix: Tensor, damping: float) -> Tensor:
+def _damped_factor(matrix: Tensor, damping: float) -> Tensor:
     """The factor of matrix + damping.
 
     Raises:
         ValueError: damping is lost in the rounding of the matrix.
     """
     least = torch.finfo(torch.float64).eps * float(matrix.norm())
-    damped = matrix.clone()
-    damped.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if damping < least or int(failed):
+    factor = cholesky(matrix, damping)
+    if factor is None or damping < least:
         raise ValueError(
             f"damping must be more than rounding, about {least:.1e} for this F, got {damping}"
         )
@@ -226,42 +189,32 @@ def _cholesky(matrix: Tensor, damping: float) -> Tensor:
 class GramAccumulator:
     """Keeps the inputs of each layer and the gradients at its output, for all samples."""
 
+    kind = GramFisher
+
     def __init__(
-        self,
-        layout: ParameterLayout,
-        fisher_type: FisherType,
-        *,
-        memory_budget: int | str = "8 GiB",
+        self, layout: ParameterLayout, *, memory_budget: int | str | None = "8 GiB"
     ) -> None:
         """memory_budget: bytes that the factors and the Gram matrix may take together."""
-        self._fisher_type = fisher_type
         self._jacobian = Jacobian(layout)
         self._bytes = 0
-        budget = bytes_of(memory_budget)
-        assert budget is not None
-        self._budget = budget
+        self._budget = bytes_of(memory_budget) or math.inf
 
     def add(self, sweep: Sweep) -> None:
         before = self._jacobian.rows
 
         def check(rows: int, more: int) -> None:
             rows += before
-            needed = self._bytes + more + root_bytes(rows, self._jacobian.layout.size)
-            if needed > self._budget:
-                raise MemoryError(
-                    f"the Gram matrix of {rows} rows (samples x columns) and its factors"
-                    f" must fit into memory_budget = {self._budget} bytes, got {needed} so far:"
-                    ' pass fewer samples, fisher_type="mc" (one column for each draw), a larger'
-                    ' memory_budget=, or structure="lowrank" or "diag"'
-                )
+            size = min(rows, self._jacobian.layout.size)
+            check_fits(
+                f"the Gram matrix of {rows} rows (samples x columns) and its factors",
+                self._bytes + more + GRAM_COPIES * 8 * size**2,
+                self._budget,
+                'pass fewer samples, fisher_type="mc" (one column for each draw), a larger'
+                ' memory_budget=, or structure="lowrank" or "diag"',
+            )
 
-        jacobian_of(sweep, self._jacobian.add, check=check)
+        collect_rows(sweep, self._jacobian.pieces.append, check=check)
         self._bytes = self._jacobian.bytes()
 
-    def result(self, samples: int) -> GramFisher:
-        return GramFisher(self._jacobian.layout, samples, self._fisher_type, self._jacobian)
-
-
-def root_bytes(rows: int, parameters: int) -> int:
-    """Bytes of the matrices whose eigenvalues are computed."""
-    return GRAM_COPIES * 8 * min(rows, parameters) ** 2
+    def means(self, samples: int) -> tuple[Jacobian]:
+        return (self._jacobian,)

@@ -8,6 +8,8 @@ Gram matrix J J^T and the squares of its columns follow from the rows of each la
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from fisherfast.parameters.structures.layer_rows import (
     layer_rows_from_state,
 )
 
-__all__ = ["Jacobian", "jacobian_of"]
+__all__ = ["Jacobian", "collect_rows"]
 
 Key = tuple[str, ...]
 
@@ -32,31 +34,22 @@ FACTOR_COST = 1.0
 """Keep the factors of rows longer than this, in units of the numbers at the output."""
 
 
+@dataclass(eq=False)
 class Jacobian:
     """J [N, P] of some batches.
 
     Attributes:
         layout: the parameters.
         pieces: of each batch, the rows of every layer.
-        rows: N.
     """
 
-    def __init__(
-        self, layout: ParameterLayout, pieces: Sequence[Mapping[Key, LayerRows]] = ()
-    ) -> None:
-        self.layout, self.pieces = layout, list(pieces)
-
-    def add(self, piece: Mapping[Key, LayerRows]) -> None:
-        """Append the rows of a batch."""
-        self.pieces.append(piece)
+    layout: ParameterLayout
+    pieces: list[dict[Key, LayerRows]] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
+        """N."""
         return sum(_count(piece) for piece in self.pieces)
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.pieces[0].values())).device
 
     @property
     def precision(self) -> float:
@@ -93,22 +86,16 @@ class Jacobian:
 
     def squares(self) -> Tensor:
         """The squared length of every column, [P]."""
-        found = None
+        found = torch.zeros(self.layout.size, 1, dtype=torch.float64, device=self._device)
         for piece in self.pieces:
             for key, part in piece.items():
-                squares = part.squares()[:, None]
-                if found is None:
-                    found = squares.new_zeros(self.layout.size, 1)
-                self._add(found, key, squares)
-        assert found is not None
+                self._add(found, key, part.squares()[:, None])
         return found[:, 0]
 
     def gram(self) -> Tensor:
         """J J^T [N, N], layer by layer."""
-        edges = [0]
-        for piece in self.pieces:
-            edges.append(edges[-1] + _count(piece))
-        found = torch.empty(edges[-1], edges[-1], dtype=torch.float64, device=self.device)
+        edges = [0, *accumulate(map(_count, self.pieces))]
+        found = torch.empty(edges[-1], edges[-1], dtype=torch.float64, device=self._device)
         for first, left in enumerate(self.pieces):
             here = slice(edges[first], edges[first + 1])
             for second, right in enumerate(self.pieces[: first + 1]):
@@ -138,13 +125,17 @@ class Jacobian:
     def moment(self) -> Tensor:
         """J^T J [P, P], for networks that are smaller than their data."""
         size = self.layout.size
-        found = torch.zeros(size, size, dtype=torch.float64, device=self.device)
+        found = torch.zeros(size, size, dtype=torch.float64, device=self._device)
         for piece in self.pieces:
             rows = found.new_empty(_count(piece), size)
             for key, part in piece.items():
                 self._add(rows.T, key, part.dense().T, add=False)
             found.addmm_(rows.T, rows)
         return found
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.pieces[0].values())).device
 
     def _take(self, v: Tensor, key: Key) -> Tensor:
         slices = self.layout.slices()
@@ -179,7 +170,7 @@ def _count(piece: Mapping[Key, LayerRows]) -> int:
     return next(iter(piece.values())).rows
 
 
-def jacobian_of(
+def collect_rows(
     sweep: Sweep,
     take: Callable[[dict[Key, LayerRows]], None],
     *,
@@ -191,74 +182,56 @@ def jacobian_of(
     Args:
         sweep: the batch.
         take: called with the rows, once or several times where there are many columns.
-        check: called with (rows so far, bytes so far) before more is kept; it may raise.
+        check: called with (rows so far, bytes so far) at each layer; it may raise.
         most_rows: about how many rows at a time; None for all.
     """
-    collector = _Collector(sweep.samples, take, check, most_rows)
-    sweep.visit(collector.see)
-    collector.finish()
+    most = None if most_rows is None else max(1, most_rows // sweep.samples)
+    kept: dict[Key, _Kept] = {}
+    columns: set[int] = set()
+
+    def hand_over() -> None:
+        rows = {names: kept.pop(names).rows() for names in list(kept)}
+        columns.clear()
+        take(rows)
+
+    def see(column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
+        if column not in columns and len(columns) == most:
+            hand_over()
+        columns.add(column)
+        if rule.names not in kept:
+            kept[rule.names] = _Kept(rule, x, g)
+        kept[rule.names].add(rule, x, g)
+        if check is not None:
+            check(len(columns) * sweep.samples, sum(layer.bytes for layer in kept.values()))
+
+    sweep.visit(see)
+    hand_over()
 
 
-class _Collector:
-    """Collects copies of the inputs and gradients of one batch."""
+class _Kept:
+    """What is kept of one layer and batch, in the smaller form of its rows."""
 
-    def __init__(
-        self,
-        samples: int,
-        take: Callable[[dict[Key, LayerRows]], None],
-        check: Callable[[int, int], None] | None,
-        most_rows: int | None,
-    ) -> None:
-        self._take, self._check = take, check
-        self._samples = samples
-        self._most = None if most_rows is None else max(1, most_rows // samples)
-        self._first = self._column = 0
-        self._clear()
-
-    def _clear(self) -> None:
-        self._bytes = 0
-        self._rules: dict[Key, DetachedRule] = {}
-        self._x: dict[Key, Tensor] = {}
-        self._columns: dict[Key, list[Tensor]] = {}
-
-    def see(self, column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
-        """A visitor of the sweep."""
-        if column != self._column:
-            self._column = column
-            if self._most is not None and column - self._first >= self._most:
-                self.finish()
-                self._first = column
-        if rule.names not in self._columns:
-            self._columns[rule.names] = []
-            self._begin(rule, x, g)
-        if rule.names in self._rules:
-            kept = g
-        else:
-            parts = rule.gradients(x, g)
-            kept = torch.cat([part.reshape(len(g), -1) for part in parts], dim=1)
-        self._bytes += kept.numel() * kept.element_size()
-        if self._check is not None:
-            self._check((column - self._first + 1) * self._samples, self._bytes)
-        self._columns[rule.names].append(kept)
-
-    def _begin(self, rule: Rule, x: Tensor, g: Tensor) -> None:
-        """Choose the form of a layer's rows, the smaller one."""
+    def __init__(self, rule: Rule, x: Tensor, g: Tensor) -> None:
         plain = detached(rule)
         numbers = sum(shape.numel() for shape in rule.shapes)
+        self._names = rule.names
+        self._factors: tuple[DetachedRule, Tensor] | None = None
         if plain is not None and len(g) * numbers > FACTOR_COST * g.numel():
-            self._rules[rule.names] = plain
-            self._x[rule.names] = x.clone()
-            self._bytes += x.numel() * x.element_size()
+            self._factors = plain, x.clone()
+        self._columns: list[Tensor] = []
+        self.bytes = self._factors[1].nbytes if self._factors else 0
 
-    def finish(self) -> None:
-        """Give the collected rows to `take`."""
-        found: dict[Key, LayerRows] = {}
-        for names, columns in self._columns.items():
-            rows = torch.stack(columns)
-            columns.clear()
-            if names in self._rules:
-                found[names] = FactorRows(self._rules[names], self._x[names], rows)
-            else:
-                found[names] = MatrixRows(names, rows.flatten(0, 1))
-        self._clear()
-        self._take(found)
+    def add(self, rule: Rule, x: Tensor, g: Tensor) -> None:
+        """Add a column."""
+        if self._factors is None:
+            g = torch.cat([part.reshape(len(g), -1) for part in rule.gradients(x, g)], dim=1)
+        self._columns.append(g)
+        self.bytes += g.nbytes
+
+    def rows(self) -> LayerRows:
+        """The rows of all columns."""
+        rows = torch.stack(self._columns)
+        self._columns.clear()
+        if self._factors is None:
+            return MatrixRows(self._names, rows.flatten(0, 1))
+        return FactorRows(*self._factors, rows)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherfast.parameters.backward.columns import FisherType, Sweep
-from fisherfast.parameters.checks import check_damping
+from fisherfast.parameters.backward.columns import Sweep
+from fisherfast.parameters.checks import check_choice
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layers.linear import MatrixRule, Sharing
 from fisherfast.parameters.layout import ParameterLayout
@@ -20,6 +22,7 @@ from fisherfast.parameters.structures.dense import singular
 __all__ = ["KroneckerAccumulator", "KroneckerBlock", "KroneckerFisher"]
 
 
+@dataclass(eq=False, repr=False)
 class KroneckerFisher(ParameterFisher):
     """K-FAC: for each linear and convolution layer the block B (x) A, and no terms between layers.
 
@@ -65,172 +68,121 @@ class KroneckerFisher(ParameterFisher):
 
     structure = "kfac"
 
-    def __init__(
-        self,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        blocks: Sequence[KroneckerBlock],
-        diagonal: Mapping[str, Tensor],
-        sharing: Sharing,
-    ) -> None:
-        """blocks: of the layers; diagonal: values of the parameters that have none, by name."""
-        super().__init__(layout, samples, fisher_type)
-        self.blocks, self.sharing = list(blocks), sharing
-        self._diagonal = {
-            name: diagonal[name].double() for name in layout.names if name in diagonal
-        }
-        self._places = {name: layout.slices()[name] for name in diagonal}
+    blocks: list[KroneckerBlock]
+    diagonal: dict[str, Tensor]
+    sharing: Sharing
 
     @property
     def diagonal_names(self) -> tuple[str, ...]:
         """The parameters that have no Kronecker form: only their exact diagonal is kept."""
-        return tuple(self._diagonal)
+        return tuple(name for name in self.layout.names if name in self.diagonal)
 
     def __repr__(self) -> str:
         text = super().__repr__()
-        if self._diagonal:
-            text = f"{text[:-1]}; diagonal alone: {', '.join(self._diagonal)}>"
+        if self.diagonal:
+            text = f"{text[:-1]}; diagonal alone: {', '.join(self.diagonal_names)}>"
         return text
 
-    def _values(self) -> list[tuple[slice, Tensor]]:
-        return [(self._places[name], values.flatten()) for name, values in self._diagonal.items()]
+    @cached_property
+    def _rest(self) -> Tensor:
+        """The diagonal [P] of the parameters without a Kronecker form; 0 for the others."""
+        found = torch.zeros(self.layout.size, dtype=torch.float64, device=self._device)
+        for name, place in self.layout.slices().items():
+            if name in self.diagonal:
+                found[place] = self.diagonal[name].flatten()
+        return found
 
     def _matmul(self, columns: Tensor) -> Tensor:
-        result = torch.empty_like(columns)
+        result = self._rest[:, None] * columns
         for block in self.blocks:
             block.put(block.product(block.take(columns)), result)
-        for place, values in self._values():
-            result[place] = values[:, None] * columns[place]
         return result
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
         if damping == 0 and bool((self.eigenvalues() == 0).any()):
             raise singular("some directions have no Fisher information")
-        result = torch.empty_like(columns)
+        result = columns / (self._rest + damping)[:, None]
         for block in self.blocks:
             block.put(block.solution(block.take(columns), damping), result)
-        for place, values in self._values():
-            result[place] = columns[place] / (values + damping)[:, None]
         return result
 
     def diag(self) -> Tensor:
-        column = torch.empty(self.layout.size, 1, dtype=torch.float64, device=self._device())
+        column = self._rest[:, None].clone()
         for block in self.blocks:
             block.put(block.diag().unsqueeze(-1), column)
-        for place, values in self._values():
-            column[place, 0] = values
         return column[:, 0]
 
     def eigenvalues(self) -> Tensor:
         """All P, ascending; those within rounding of zero are zero."""
-        parts = [block.spectrum.flatten() for block in self.blocks]
-        return torch.cat([*parts, *(values for _, values in self._values())]).sort().values
+        parts = [*(block.spectrum for block in self.blocks), *self.diagonal.values()]
+        return torch.cat([part.flatten() for part in parts]).sort().values
 
-    def logdet(self, *, damping: float = 0.0) -> float:
-        check_damping(damping)
-        return float((self.eigenvalues() + damping).log().sum())
-
+    @property
     def _device(self) -> torch.device:
-        every = [*(block.inputs for block in self.blocks), *self._diagonal.values()]
+        every = [*(block.inputs for block in self.blocks), *self.diagonal.values()]
         return every[0].device
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "sharing": self.sharing,
-            "blocks": [block.state() for block in self.blocks],
-            "diagonal": dict(self._diagonal),
-        }
+        return super()._state() | {"blocks": [block.state() for block in self.blocks]}
 
     @classmethod
-    def _from_state(
-        cls,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        state: Mapping[str, Any],
-    ) -> KroneckerFisher:
-        blocks = [KroneckerBlock.from_state(block) for block in state["blocks"]]
-        return cls(layout, samples, fisher_type, blocks, state["diagonal"], state["sharing"])
+    def _from_state(cls, layout: ParameterLayout, state: Mapping[str, Any]) -> dict[str, Any]:
+        blocks = [KroneckerBlock(**block) for block in state["blocks"]]
+        return super()._from_state(layout, state) | {"blocks": blocks}
 
 
 class KroneckerAccumulator:
     """Sums of both factors of each layer while the gradients pass; A once a batch, from the first
     column."""
 
-    def __init__(
-        self,
-        layout: ParameterLayout,
-        fisher_type: FisherType,
-        *,
-        sharing: Sharing = "expand",
-    ) -> None:
+    kind = KroneckerFisher
+
+    def __init__(self, layout: ParameterLayout, *, sharing: Sharing = "expand") -> None:
         """sharing: the treatment of shared positions, see `KroneckerFisher`.
 
         Raises:
             ValueError: sharing is neither "expand" nor "reduce".
         """
-        if sharing not in ("expand", "reduce"):
-            raise ValueError(f'sharing must be "expand" or "reduce", got {sharing!r}')
-        self._layout, self._fisher_type, self._sharing = layout, fisher_type, sharing
-        self._factors: dict[tuple[str, ...], list[Tensor]] = {}  # [A, B], by the layer's parameters
-        self._attributes: dict[tuple[str, ...], dict[str, str]] = {}
-        self._diagonal: dict[str, Tensor] = {}
+        check_choice("sharing", sharing, ("expand", "reduce"))
+        self._layout, self._sharing = layout, sharing
+        self._inputs: dict[tuple[str, ...], Any] = defaultdict(float)  # A, by the parameters
+        self._gradients: dict[tuple[str, ...], Any] = defaultdict(float)  # B
+        self._attributes: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._diagonal: dict[str, Any] = defaultdict(float)
 
     def add(self, sweep: Sweep) -> None:
-        refuse_shared_matrices(sweep)
-        seen: set[tuple[str, ...]] = set()
+        if sweep.matrices_without_tap:  # the sum of two Kronecker products is none
+            raise ValueError(
+                'parameters must be used by one call of one layer for "kfac", got'
+                f" {sweep.matrices_without_tap[0]!r}, which is shared (tied), called more than"
+                " once, or in a layer that mixes the samples; leave it out by parameters=, or use"
+                ' structure="diag" or "block"'
+            )
 
         def take(column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
             if isinstance(rule, MatrixRule):
-                inputs = None if rule.names in seen else rule.input_factor(x, g, self._sharing)
-                seen.add(rule.names)
-                self._add(rule, inputs, rule.gradient_factor(x, g, self._sharing))
+                if column == 0:
+                    self._inputs[rule.names] += rule.input_factor(x, g, self._sharing)
+                self._gradients[rule.names] += rule.gradient_factor(x, g, self._sharing)
+                self._attributes[rule.names] = rule.attributes
             else:
                 for name, squares in zip(rule.names, rule.squares(x, g), strict=True):
-                    former = self._diagonal.get(name)
-                    self._diagonal[name] = squares.double() if former is None else former + squares
+                    self._diagonal[name] += squares.double()
 
         sweep.visit(take)
 
-    def _add(self, rule: MatrixRule, inputs: Tensor | None, gradients: Tensor) -> None:
-        if rule.names not in self._factors:
-            assert inputs is not None
-            self._factors[rule.names] = [torch.zeros_like(inputs), torch.zeros_like(gradients)]
-            self._attributes[rule.names] = dict(zip(rule.attributes, rule.names, strict=True))
-        total = self._factors[rule.names]
-        if inputs is not None:
-            total[0] += inputs
-        total[1] += gradients
-
-    def result(self, samples: int) -> KroneckerFisher:
-        places = self._layout.slices()
+    def means(self, samples: int) -> tuple[list[KroneckerBlock], dict[str, Tensor], Sharing]:
+        slices = self._layout.slices()
         blocks = []
-        for names, (inputs, gradients) in self._factors.items():
-            own = {kind: places[name] for kind, name in self._attributes[names].items()}
-            blocks.append(
-                KroneckerBlock(
-                    inputs / samples, gradients / samples, own.get("weight"), own.get("bias")
-                )
-            )
+        for names, inputs in self._inputs.items():
+            places = [(slices[name].start, slices[name].stop) for name in names]
+            own = dict(zip(self._attributes[names], places, strict=True))
+            blocks.append(KroneckerBlock(inputs / samples, self._gradients[names] / samples, **own))
         diagonal = {name: values / samples for name, values in self._diagonal.items()}
-        return KroneckerFisher(
-            self._layout, samples, self._fisher_type, blocks, diagonal, self._sharing
-        )
+        return blocks, diagonal, self._sharing
 
 
-def refuse_shared_matrices(sweep: Sweep) -> None:
-    """Raise ValueError where the weights of a linear or convolution layer are used in more than one
-    place: the sum of two Kronecker products is not a Kronecker product."""
-    shared = sweep.matrices_without_tap
-    if shared:
-        raise ValueError(
-            f'parameters must be used by one call of one layer for "kfac", got {shared[0]!r}, which'
-            " is shared (tied), called more than once, or in a layer that mixes the samples; leave"
-            ' it out by parameters=, or use structure="diag" or "block"'
-        )
-
-
+@dataclass(eq=False)
 class KroneckerBlock:
     """One layer's block B (x) A in each of G groups: entry ((m, d), (m', d')) is B[m, m'] A[d, d'].
 
@@ -240,32 +192,32 @@ class KroneckerBlock:
     Attributes:
         inputs: A [G, D, D] float64, of what multiplies the weights.
         gradients: B [G, M, M] float64, of the gradients at the layer's output.
-        weight, bias: where the two lie in a vector of all parameters; None what is not measured.
+        weight, bias: (first, behind the last) place of the two in a vector of all parameters; None
+            what is not measured.
     """
 
-    def __init__(
-        self, inputs: Tensor, gradients: Tensor, weight: slice | None, bias: slice | None
-    ) -> None:
-        self.inputs, self.gradients = inputs, gradients
-        self.weight, self.bias = weight, bias
+    inputs: Tensor
+    gradients: Tensor
+    weight: tuple[int, int] | None = None
+    bias: tuple[int, int] | None = None
 
     def take(self, columns: Tensor) -> Tensor:
         """This layer's part of vectors [P, m] as matrices [G, M, D, m]."""
         groups, rows = self.gradients.shape[:2]
         parts = []
         if self.weight is not None:
-            parts.append(columns[self.weight].reshape(groups, rows, -1, columns.shape[1]))
+            parts.append(columns[slice(*self.weight)].reshape(groups, rows, -1, columns.shape[1]))
         if self.bias is not None:
-            parts.append(columns[self.bias].reshape(groups, rows, 1, columns.shape[1]))
+            parts.append(columns[slice(*self.bias)].reshape(groups, rows, 1, columns.shape[1]))
         return torch.cat(parts, 2)
 
     def put(self, matrices: Tensor, columns: Tensor) -> None:
         """Write matrices [G, M, D, m] to their place in vectors [P, m]."""
         if self.weight is not None:
             end = matrices.shape[2] - (self.bias is not None)
-            columns[self.weight] = matrices[:, :, :end].reshape(-1, columns.shape[1])
+            columns[slice(*self.weight)] = matrices[:, :, :end].reshape(-1, columns.shape[1])
         if self.bias is not None:
-            columns[self.bias] = matrices[:, :, -1].reshape(-1, columns.shape[1])
+            columns[slice(*self.bias)] = matrices[:, :, -1].reshape(-1, columns.shape[1])
 
     def product(self, matrices: Tensor) -> Tensor:
         """(B (x) A) V of V [G, M, D, m]: the matrices B V A."""
@@ -295,19 +247,8 @@ class KroneckerBlock:
         return left.unsqueeze(-1) * right.unsqueeze(-2)
 
     def state(self) -> dict[str, Any]:
-        """All of it, as tensors and plain numbers."""
-        return {
-            "inputs": self.inputs,
-            "gradients": self.gradients,
-            "weight": _ends(self.weight),
-            "bias": _ends(self.bias),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> KroneckerBlock:
-        """The block whose `state` this is."""
-        places = [None if state[k] is None else slice(*state[k]) for k in ("weight", "bias")]
-        return cls(state["inputs"], state["gradients"], *places)
+        """Its fields, as tensors and plain numbers."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
 
 def _both_sides(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
@@ -325,7 +266,3 @@ def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     size = max(matrix.shape[-1], 1)
     floor = size * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     return torch.where(values > floor, values, 0.0), vectors
-
-
-def _ends(place: slice | None) -> list[int] | None:
-    return None if place is None else [place.start, place.stop]

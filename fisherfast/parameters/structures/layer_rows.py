@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,63 +28,37 @@ TILE_NUMBERS = 2**23
 """Numbers of a temporary block, 64 MB of float64."""
 
 
-class LayerRows(Protocol):
-    """N = R n rows over the p parameters of one layer.
+class MatrixRows:
+    """The rows as they are, [N, p].
 
     Attributes:
-        names: of its parameters, which lie side by side in a row.
+        names: of the parameters, which lie side by side in a row.
         rows: N.
-        dtype: of the numbers kept.
-        device: where they are.
+        dtype, device: of the numbers kept.
     """
-
-    names: tuple[str, ...]
-    rows: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def times(self, v: Tensor) -> Tensor:
-        """J v [N, m] of v [p, m]."""
-
-    def transposed(self, u: Tensor) -> Tensor:
-        """J^T u [p, m] of u [N, m]."""
-
-    def squares(self) -> Tensor:
-        """Sums of squares [p] over the rows."""
-
-    def dense(self) -> Tensor:
-        """J [N, p]."""
-
-    def gram(self, other: LayerRows) -> Tensor:
-        """J J'^T [N, N'] with rows of the same layer in the same form."""
-
-    def bytes(self) -> int:
-        """Bytes of memory."""
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain numbers."""
-
-
-class MatrixRows:
-    """The rows as they are, [N, p]."""
 
     def __init__(self, names: tuple[str, ...], values: Tensor) -> None:
         self.names, self.rows, self.values = names, len(values), values
         self.dtype, self.device = values.dtype, values.device
 
     def times(self, v: Tensor) -> Tensor:
+        """J v [N, m] of v [p, m]."""
         return self.values.double() @ v
 
     def transposed(self, u: Tensor) -> Tensor:
+        """J^T u [p, m] of u [N, m]."""
         return self.values.double().T @ u
 
     def squares(self) -> Tensor:
+        """Sums of squares [p] over the rows."""
         return self.values.double().square().sum(0)
 
     def dense(self) -> Tensor:
+        """J [N, p]."""
         return self.values.double()
 
     def gram(self, other: LayerRows) -> Tensor:
+        """J J'^T [N, N'] with rows of the same layer in the same form."""
         assert isinstance(other, MatrixRows)
         found = self.values.new_zeros(self.rows, other.rows, dtype=torch.float64)
         width = max(1, TILE_NUMBERS // max(self.rows, other.rows, 1))
@@ -96,14 +70,17 @@ class MatrixRows:
         return found
 
     def bytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
+        """Bytes of memory."""
+        return self.values.nbytes
 
     def state(self) -> dict[str, Any]:
+        """Tensors and plain numbers."""
         return {"names": list(self.names), "values": self.values}
 
 
 class FactorRows:
-    """x [n, ...] and g [R, n, ...] of a layer whose rule needs no more than its sizes."""
+    """x [n, ...] and g [R, n, ...] of a layer whose rule needs no more than its sizes; the same
+    attributes and methods as `MatrixRows`."""
 
     def __init__(self, rule: DetachedRule, x: Tensor, g: Tensor) -> None:
         self.rule, self.x, self.g = rule, x, g
@@ -157,7 +134,7 @@ class FactorRows:
         return torch.cat(parts)
 
     def bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in (self.x, self.g))
+        return self.x.nbytes + self.g.nbytes
 
     def state(self) -> dict[str, Any]:
         return {"rule": settings_of(self.rule), "x": self.x, "g": self.g}
@@ -176,6 +153,10 @@ class FactorRows:
 
     def _inputs(self, x: Tensor) -> Tensor:
         return x.double() if x.is_floating_point() else x
+
+
+LayerRows = MatrixRows | FactorRows
+"""N = R n rows over the p parameters of one layer."""
 
 
 def _table_gram(rule: Embedding, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fisherfast._validation import check_whole
 from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.analysis.spectrum import numerical_rank
-from fisherfast.parameters.backward.columns import FisherType, Sweep
-from fisherfast.parameters.checks import check_count, check_damping
+from fisherfast.parameters.backward.columns import Sweep
+from fisherfast.parameters.checks import check_damping, check_fits
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.dense import singular
-from fisherfast.parameters.structures.jacobian import Jacobian, jacobian_of
+from fisherfast.parameters.structures.jacobian import Jacobian, collect_rows
 from fisherfast.parameters.structures.layer_rows import LayerRows
 
 __all__ = ["LowRankAccumulator", "LowRankFisher"]
@@ -33,6 +34,7 @@ BASIS_COPIES = 3
 """Matrices [P, k] float64 that exist at a time."""
 
 
+@dataclass(eq=False, repr=False)
 class LowRankFisher(ParameterFisher):
     r"""The part of F in its largest directions: F_k = U diag(s) U^T, with F_k <= F.
 
@@ -69,21 +71,10 @@ class LowRankFisher(ParameterFisher):
 
     structure = "lowrank"
 
-    def __init__(
-        self,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        values: Tensor,
-        directions: Tensor,
-        *,
-        missing_trace: float,
-        error_bound: float,
-    ) -> None:
-        """values [k] descending, directions [P, k] orthonormal."""
-        super().__init__(layout, samples, fisher_type)
-        self.values, self.directions = values, directions
-        self.missing_trace, self.error_bound = missing_trace, error_bound
+    values: Tensor
+    directions: Tensor
+    missing_trace: float
+    error_bound: float
 
     def _matmul(self, columns: Tensor) -> Tensor:
         return self.directions @ (self.values[:, None] * (self.directions.T @ columns))
@@ -111,11 +102,7 @@ class LowRankFisher(ParameterFisher):
     def logdet(self, *, damping: float = 0.0) -> float:
         """log det(F_k + damping), at most that of F."""
         check_damping(damping)
-        rest = self.layout.size - len(self.values)
-        if damping == 0 and rest:
-            return -math.inf
-        inside = float((self.values + damping).log().sum())
-        return inside + (rest * math.log(damping) if rest else 0.0)
+        return self._logdet(self.values, damping)
 
     def _left_out(self) -> tuple[float, float]:
         return self.missing_trace, self.error_bound
@@ -123,53 +110,22 @@ class LowRankFisher(ParameterFisher):
     def _directions(self, chosen: Sequence[int]) -> Tensor:
         return self.directions[:, list(chosen)]
 
-    def _device(self) -> torch.device:
-        return self.values.device
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "values": self.values,
-            "directions": self.directions,
-            "missing_trace": self.missing_trace,
-            "error_bound": self.error_bound,
-        }
-
-    @classmethod
-    def _from_state(
-        cls,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        state: Mapping[str, Any],
-    ) -> LowRankFisher:
-        return cls(
-            layout,
-            samples,
-            fisher_type,
-            state["values"],
-            state["directions"],
-            missing_trace=state["missing_trace"],
-            error_bound=state["error_bound"],
-        )
-
 
 class LowRankAccumulator:
     """A basis W [P, k] with W W^T nearly J^T J of all rows so far, and rows that wait."""
 
+    kind = LowRankFisher
+
     def __init__(
         self,
         layout: ParameterLayout,
-        fisher_type: FisherType,
         *,
         rank: int = 50,
-        memory_budget: int | str = "8 GiB",
+        memory_budget: int | str | None = "8 GiB",
     ) -> None:
         """rank: k, eigenpairs kept at most; memory_budget: bytes that it may take."""
-        check_count("rank", rank)
-        self._layout, self._fisher_type, self._rank = layout, fisher_type, int(rank)
-        budget = bytes_of(memory_budget)
-        assert budget is not None
-        self._budget = budget
+        self._layout, self._rank = layout, check_whole("rank", rank, least=1)
+        self._budget = bytes_of(memory_budget) or math.inf
         carried = min(SPARE * self._rank, layout.size)
         self._fixed = 8 * (BASIS_COPIES * carried * layout.size)
         self._check(0, 0)
@@ -179,18 +135,18 @@ class LowRankAccumulator:
         self._precision = torch.finfo(torch.float64).eps
 
     def _check(self, rows: int, more: int) -> None:
-        needed = self._fixed + more
-        if needed > self._budget:
-            raise MemoryError(
-                f"{self._rank} directions of {self._layout.size} parameters and a batch must fit"
-                f" into memory_budget = {self._budget} bytes, got {needed}: pass a smaller rank=,"
-                " a smaller batch_size=, a larger memory_budget=, or parameters= to choose some"
-            )
+        check_fits(
+            f"{self._rank} directions of {self._layout.size} parameters and a batch",
+            self._fixed + more,
+            self._budget,
+            "pass a smaller rank=, a smaller batch_size=, a larger memory_budget=, or parameters="
+            " to choose some",
+        )
 
     def add(self, sweep: Sweep) -> None:
-        jacobian_of(sweep, self._wait, check=self._check, most_rows=ROWS_AT_ONCE)
+        collect_rows(sweep, self._wait, check=self._check, most_rows=ROWS_AT_ONCE)
 
-    def _wait(self, piece: Mapping[tuple[str, ...], LayerRows]) -> None:
+    def _wait(self, piece: dict[tuple[str, ...], LayerRows]) -> None:
         coming = Jacobian(self._layout, [piece])
         together = self._waiting.rows + coming.rows
         if self._waiting.rows and (
@@ -198,7 +154,7 @@ class LowRankAccumulator:
             or self._fixed + self._waiting.bytes() + coming.bytes() > self._budget
         ):
             self._merge(SPARE * self._rank)
-        self._waiting.add(piece)
+        self._waiting.pieces.append(piece)
 
     def _merge(self, rank: int) -> None:
         """Merge the waiting rows and keep the largest directions."""
@@ -206,38 +162,23 @@ class LowRankAccumulator:
         self._precision = max(self._precision, rows.precision)
         new = rows.gram()
         self._trace += float(new.trace())
-        basis = self._basis
-        if basis is None:
-            gram = new
-        else:
-            across = rows.times(basis)
-            gram = torch.cat(
-                [
-                    torch.cat([basis.T @ basis, across.T], dim=1),
-                    torch.cat([across, new], dim=1),
-                ]
-            )
+        basis = new.new_zeros(self._layout.size, 0) if self._basis is None else self._basis
+        across = rows.times(basis)
+        above = torch.cat([basis.T @ basis, across.T], dim=1)
+        gram = torch.cat([above, torch.cat([across, new], dim=1)])
         values, vectors = torch.linalg.eigh(gram)
         kept = min(rank, numerical_rank(values.clamp_min(0), self._precision))
         if kept < len(values):
             self._cut += max(0.0, float(values[len(values) - kept - 1]))
         vectors = vectors.flip(1)[:, :kept]
-        old = 0 if basis is None else basis.shape[1]
-        turned = rows.transposed(vectors[old:])
-        self._basis = turned if basis is None else turned.addmm_(basis, vectors[:old])
+        old = basis.shape[1]
+        self._basis = rows.transposed(vectors[old:]).addmm_(basis, vectors[:old])
         self._waiting = Jacobian(self._layout)
 
-    def result(self, samples: int) -> LowRankFisher:
+    def means(self, samples: int) -> tuple[Tensor, Tensor, float, float]:
         self._merge(self._rank)
         assert self._basis is not None
         values = self._basis.square().sum(0)
         missing = max(0.0, self._trace - float(values.sum()))
-        return LowRankFisher(
-            self._layout,
-            samples,
-            self._fisher_type,
-            values / samples,
-            self._basis / values.sqrt(),
-            missing_trace=missing / samples,
-            error_bound=min(self._cut, missing) / samples,
-        )
+        bound = min(self._cut, missing)
+        return values / samples, self._basis / values.sqrt(), missing / samples, bound / samples

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from fisherfast.parameters.backward.columns import FisherType, Sweep
+from fisherfast.parameters.backward.columns import Sweep
 from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.dense import singular
-from fisherfast.parameters.structures.jacobian import Jacobian, jacobian_of
+from fisherfast.parameters.structures.jacobian import Jacobian, collect_rows
 
 __all__ = ["StreamedAccumulator", "StreamedFisher"]
 
@@ -23,6 +24,7 @@ SOLVED = 1e-10
 """Residual of `solve`, relative to the vector."""
 
 
+@dataclass(eq=False, repr=False)
 class StreamedFisher(ParameterFisher):
     """F for data of any size: only its diagonal is stored, and ``F @ v`` reads the data again.
 
@@ -47,19 +49,9 @@ class StreamedFisher(ParameterFisher):
 
     structure = "streamed"
 
-    def __init__(
-        self,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        values: Tensor,
-        rows: int,
-        precision: float,
-    ) -> None:
-        """values: the diagonal [P]; precision: relative rounding error of the gradients."""
-        super().__init__(layout, samples, fisher_type)
-        self.rows = rows
-        self._values, self._precision = values, precision
+    _values: Tensor
+    rows: int
+    _precision: float
 
     @property
     def precision(self) -> float:
@@ -69,7 +61,14 @@ class StreamedFisher(ParameterFisher):
         return self._values.clone()
 
     def _matmul(self, columns: Tensor) -> Tensor:
-        return self._source_again().total_again(_Product(self.layout, columns), self.samples)
+        total = torch.zeros_like(columns)
+
+        def add(rows: Jacobian) -> None:
+            total.add_(rows.transposed(rows.times(columns)))
+
+        source = self._source_again()
+        source.read_again(lambda sweep: _take_rows(sweep, self.layout, add), self.samples)
+        return total / self.samples
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
         if damping == 0:
@@ -95,15 +94,8 @@ class StreamedFisher(ParameterFisher):
             ' spectrum(count), or measure with structure="gram"'
         )
 
-    def logdet(self, *, damping: float = 0.0) -> NoReturn:
-        """Not available, see `eigenvalues`."""
-        self.eigenvalues()
-
     def _rank_at_most(self) -> int:
         return min(self.rows, self.layout.size)
-
-    def _device(self) -> torch.device:
-        return self._values.device
 
     def _state(self) -> NoReturn:
         raise ValueError(
@@ -111,57 +103,24 @@ class StreamedFisher(ParameterFisher):
             " network and data"
         )
 
-    @classmethod
-    def _from_state(
-        cls,
-        layout: ParameterLayout,
-        samples: int,
-        fisher_type: FisherType,
-        state: Mapping[str, Any],
-    ) -> NoReturn:
-        raise ValueError('structure must be one that stores F, got "streamed"')
+
+def _take_rows(sweep: Sweep, layout: ParameterLayout, take: Callable[[Jacobian], None]) -> None:
+    """Give the rows of a batch to `take`, `ROWS_AT_ONCE` at a time."""
+    collect_rows(sweep, lambda piece: take(Jacobian(layout, [piece])), most_rows=ROWS_AT_ONCE)
 
 
-class _Rows:
-    """Hands the rows of each batch to `_take`, `ROWS_AT_ONCE` at a time."""
+class StreamedAccumulator:
+    """The pass at the measurement: diagonal, number of rows, dtype; it checks data and network."""
+
+    kind = StreamedFisher
 
     def __init__(self, layout: ParameterLayout) -> None:
         self._layout = layout
-
-    def add(self, sweep: Sweep) -> None:
-        jacobian_of(
-            sweep,
-            lambda piece: self._take(Jacobian(self._layout, [piece])),
-            most_rows=ROWS_AT_ONCE,
-        )
-
-    def _take(self, rows: Jacobian) -> None:
-        raise NotImplementedError
-
-
-class _Product(_Rows):
-    """F V of V [P, m]."""
-
-    def __init__(self, layout: ParameterLayout, columns: Tensor) -> None:
-        super().__init__(layout)
-        self._columns = columns
-        self._sum = torch.zeros_like(columns)
-
-    def _take(self, rows: Jacobian) -> None:
-        self._sum += rows.transposed(rows.times(self._columns))
-
-    def result(self, samples: int) -> Tensor:
-        return self._sum / samples
-
-
-class StreamedAccumulator(_Rows):
-    """The pass at the measurement: diagonal, number of rows, dtype; it checks data and network."""
-
-    def __init__(self, layout: ParameterLayout, fisher_type: FisherType) -> None:
-        super().__init__(layout)
-        self._fisher_type = fisher_type
         self._squares: Tensor | None = None
         self._count, self._precision = 0, torch.finfo(torch.float64).eps
+
+    def add(self, sweep: Sweep) -> None:
+        _take_rows(sweep, self._layout, self._take)
 
     def _take(self, rows: Jacobian) -> None:
         squares = rows.squares()
@@ -169,9 +128,6 @@ class StreamedAccumulator(_Rows):
         self._count += rows.rows
         self._precision = max(self._precision, rows.precision)
 
-    def result(self, samples: int) -> StreamedFisher:
+    def means(self, samples: int) -> tuple[Tensor, int, float]:
         assert self._squares is not None
-        values = self._squares / samples
-        return StreamedFisher(
-            self._layout, samples, self._fisher_type, values, self._count, self._precision
-        )
+        return self._squares / samples, self._count, self._precision

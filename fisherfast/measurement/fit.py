@@ -19,13 +19,7 @@ from fisherfast.estimation.curve import (
 )
 from fisherfast.estimation.derivatives import ScoreMoments
 from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures
-from fisherfast.estimation.ridge import (
-    AUTO,
-    HIDDEN_SHARE,
-    LIFT_RIDGE,
-    MOSTLY_RIDGE,
-    RidgeSetting,
-)
+from fisherfast.estimation.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, MOSTLY_RIDGE, RidgeSetting
 from fisherfast.measurement.moments import LayerMoments, UnmeasuredError
 from fisherfast.measurement.replicates import HeldSamples, Readout
 

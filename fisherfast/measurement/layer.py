@@ -13,12 +13,7 @@ from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.bound import cross_fitted_bound
 from fisherfast.estimation.curve import FisherCurve
 from fisherfast.estimation.derivatives import TangentMoments
-from fisherfast.estimation.features import (
-    BLOCK_ROWS,
-    MAX_WIDTH,
-    MIN_LIFT_SHARE,
-    FeatureDictionary,
-)
+from fisherfast.estimation.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE, FeatureDictionary
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.pilot import FLOAT32_INVERSE, Standardisation
 from fisherfast.estimation.ridge import AUTO
@@ -33,12 +28,7 @@ from fisherfast.measurement.moments import (
     sketch_groups,
     streams_of,
 )
-from fisherfast.measurement.replicates import (
-    KEPT_SAMPLES,
-    LEAST_ERROR,
-    HeldSamples,
-    kept_samples,
-)
+from fisherfast.measurement.replicates import KEPT_SAMPLES, LEAST_ERROR, HeldSamples, kept_samples
 from fisherfast.measurement.without_estimate import no_information
 from fisherfast.results.layer import LayerFisher, finite_step_note
 from fisherfast.results.marginal import SINGULAR, pack_covariance

@@ -20,20 +20,8 @@ from fisherfast.estimation.choice import GAIN_ERRORS, choose_features
 from fisherfast.estimation.curve import SPARE_DOF
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.pilot import Standardisation
-from fisherfast.estimation.probe import (
-    Probe,
-    ProbedDictionary,
-    Regression,
-    Trained,
-    train_probe,
-)
-from fisherfast.measurement.cross_fit import (
-    HalfFit,
-    error_of_mean,
-    joined,
-    leading_curve,
-    mean_of,
-)
+from fisherfast.estimation.probe import Probe, ProbedDictionary, Regression, Trained, train_probe
+from fisherfast.measurement.cross_fit import HalfFit, error_of_mean, joined, leading_curve, mean_of
 from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import LayerMeter, curve_points
 from fisherfast.measurement.moments import LayerMoments, all_finite, carried_by

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -340,15 +341,8 @@ class Measurement:
         alive = -(-live.nbytes // len(batch))
         sites = [meter.site for meter in self._layer_meters]
         per_sample = shares(first, alive, sites, data, owned=streams.owned)
-        return plan(
-            budget,
-            costs,
-            per_sample,
-            streams.kept_bytes + 2 * self._probe_bytes(),  # once more while a probe is trained
-            data,
-            settings,
-            number,
-        )
+        kept = streams.kept_bytes + 2 * self._probe_bytes()  # once more while a probe is trained
+        return plan(budget, settings.batch_size, costs, per_sample, kept, data, number)
 
     def _probe_bytes(self) -> int:
         """Return the bytes of samples that may be kept to train probes."""
@@ -398,9 +392,11 @@ class Measurement:
         chains(self._model, batch[: max(CHAIN_SAMPLES, affordable)], sites)
 
     def _forward(self) -> Any:
-        """Make the forward pass that reports to the active meters."""
+        """Make the forward pass that reports to the active meters; the model does not run if they
+        read only the input."""
         if self._model is None or all(meter.site.name == INPUT for meter in self._active):
-            return _NoModel(self._consume)
+            report = partial(self._consume, INPUT, INPUT, None)
+            return nullcontext(SimpleNamespace(run=report))
         return Forward(self._model, self._consume, self._sites)
 
     def _consume(
@@ -455,22 +451,6 @@ class Measurement:
                     f"layer {meter.site.event!r} must run for every batch, got"
                     f" {sum(meter.seen)} of {sum(meters[0].seen)} samples"
                 )
-
-
-class _NoModel:
-    """A forward pass that reports only the input."""
-
-    def __init__(self, consume: Callable[[str, str, None, torch.Tensor | Batch], None]) -> None:
-        self._consume = consume
-
-    def __enter__(self) -> _NoModel:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def run(self, batch: torch.Tensor | Batch) -> None:
-        self._consume(INPUT, INPUT, None, batch)
 
 
 def _parts(

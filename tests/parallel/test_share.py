@@ -20,7 +20,7 @@ from fisherfast.estimation.krylov import KrylovSpace
 from fisherfast.estimation.maps import MapMoments
 from fisherfast.estimation.pilot import PilotMoments, Standardisation
 from fisherfast.measurement.batches import PILOT_SAMPLES, Streams, scattered
-from fisherfast.parallel.ranks import check_same, ranks_of
+from fisherfast.parallel.ranks import check_same
 from fisherfast.parallel.share import Share, WholeData, shares_of
 
 FOLDS, RAW = 4, 5
@@ -43,17 +43,6 @@ class Counted(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         self.read.append(index)
         return tuple(tensor[index] for tensor in self._tensors)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_batches_are_dealt_to_one_rank_each(size):
-    """Catches a batch that two ranks measure, or none, and ranks without work where there is some
-    for all: one batch of each of two conditions."""
-    for stream in range(2):
-        begins = [Share(rank, size).begin(stream) for rank in range(size)]
-        assert sorted(begins) == list(range(size))
-    busy = [any(Share(rank, 2).begin(stream) == 0 for stream in range(2)) for rank in range(2)]
-    assert all(busy)
 
 
 def test_shares_lie_one_after_the_other():
@@ -112,8 +101,9 @@ def carried_by(kind: str, size: int) -> torch.Tensor | None:
     return normal(SAMPLES, 2, seed=1) if kind == "score" else None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("known", [0, RAW + 2])
+@pytest.mark.parametrize(
+    ("kind", "known"), [(kind, 0) for kind in KINDS] + [("paired", RAW + 2), ("score", RAW + 2)]
+)
 def test_moments_of_processes_are_those_of_one(kind, known):
     """Catches counts of own samples alone, a sum that is not shared, and one of a known feature
     that is shared again."""
@@ -217,7 +207,7 @@ def test_krylov_spaces_of_processes_are_that_of_one(kind):
     torch.testing.assert_close(parts[2].projection(), whole.projection(), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("capacity", [3, 7, SAMPLES])
+@pytest.mark.parametrize("capacity", [3, SAMPLES])
 def test_processes_train_on_the_samples_of_one(capacity):
     """Catches a sample that is trained on in the place of another, one that is kept twice, a
     process that keeps more than the capacity, and one without samples that stops the others."""
@@ -315,15 +305,6 @@ def test_every_third_batch_is_dealt(kind):
         assert counted.read == [*range(4, 8), *range(16, 20)]
 
 
-@pytest.mark.parametrize("kind", ["tensors", "dataset"])
-def test_an_empty_source_says_so_when_dealt(kind):
-    """Catches a measurement of nothing."""
-    x = torch.zeros(0, 3)
-    data = ff.FiniteDifference(x if kind == "tensors" else Counted(x), torch.ones(4, 3), dtheta=0.1)
-    with pytest.raises(ValueError, match="minus must yield at least one sample"):
-        list(data.deal(0, 4, 0, 2))
-
-
 def test_loaders_tell_how_much_they_yield():
     """Catches the length of the Dataset where a sampler draws a part of it, or batches are
     dropped."""
@@ -337,9 +318,10 @@ def test_loaders_tell_how_much_they_yield():
     assert sources.count(DataLoader(data, batch_sampler=batches)) is None
 
 
-@pytest.mark.parametrize("loader", [False, True])
-@pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("loader", "paired", "size"),
+    [(False, True, 1), (True, False, 1), (False, False, 3), (True, True, 3)],
+)
 def test_streams_of_all_ranks_hold_each_sample_once(loader, paired, size):
     """Catches a batch that the pilot has read and no rank measures, one that all measure, one with
     the number of another, and pairs that are torn apart."""
@@ -394,19 +376,6 @@ def test_a_share_alone_is_all_there_is():
         assert torch.equal(found.J, expected.J)
     with pytest.raises(TypeError, match="data must be a FiniteDifference, Pathwise"):
         ff.Shard(normal(3, 3))
-
-
-@pytest.mark.parametrize(
-    ("group", "error", "message"),
-    [
-        ("wrld", ValueError, "process_group must be None, \"world\" or a ProcessGroup, got 'wrld'"),
-        (3, TypeError, 'process_group must be None, "world" or a ProcessGroup, got int'),
-    ],
-)
-def test_wrong_groups_are_refused(group, error, message):
-    """Catches a name that is taken for this process alone."""
-    with pytest.raises(error, match=message), ranks_of(group):
-        pass
 
 
 def test_what_differs_is_named_with_its_ranks():

@@ -44,8 +44,7 @@ def test_jackknife_is_the_error_of_J(kind):
     """
     jackknives, errors = [], []
     for seed in range(40):
-        flow = ff.fisher_flow(network(), source(kind, 2000, seed), max_features=16)
-        for layer in (flow["input"], flow["0"]):
+        for layer in ff.fisher_flow(network()[0], source(kind, 2000, seed), max_features=16):
             jackknives.append(float(layer.replicates.var(0, correction=0)) * 15)
             errors.append(float(layer.stderr) ** 2)
     for layer in range(2):

@@ -18,7 +18,6 @@ import torch
 from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place, Tally, folds_of_half
 from fisherfast.data.reservoir import KeptSamples
-from fisherfast.estimation.choice import choose_features
 from fisherfast.estimation.curve import SPARE_DOF, independent_features
 from fisherfast.estimation.features import MAX_WIDTH
 from fisherfast.estimation.fold_moments import FoldMoments
@@ -31,7 +30,13 @@ from fisherfast.estimation.krylov import (
 )
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.ridge import AUTO, raw_ridge
-from fisherfast.measurement.cross_fit import HalfFit, joined, leading_curve, replicates_of_mean
+from fisherfast.measurement.cross_fit import (
+    HalfFit,
+    crossed,
+    joined,
+    leading_curve,
+    replicates_of_mean,
+)
 from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import NO_TANGENTS, NOT_CARRIED, curve_points
 from fisherfast.measurement.memory import DOUBLE, moment_bytes, pilot_bytes
@@ -292,11 +297,7 @@ class CompressedMeter(Meter):
 
     def halves(self) -> list[HalfFit]:
         """Fit what was measured in the space of each half. Empty if a space has no feature that
-        varies in the other half.
-
-        The number of features is chosen on the *other* curve, whose noise is independent: the best
-        of many sizes on the same curve would be the luckiest one.
-        """
+        varies in the other half."""
         wholes = [moments.statistics(self._contrast) for moments in self.measured]
         indices = [self._affordable(half, whole.dof) for half, whole in enumerate(wholes)]
         if not all(map(len, indices)):
@@ -307,13 +308,7 @@ class CompressedMeter(Meter):
                 kept, _ = independent_features(whole.select(index), ridges[half][index])
                 indices[half] = index[kept]
         fits = [leading_curve(*one) for one in zip(wholes, indices, ridges, strict=True)]
-        choices = [choose_features(c, min(self._data.parameters, len(c))) for c, _ in fits]
-        return [
-            HalfFit(curve, index, min(chosen, len(index)), plateau, ridge[index])
-            for (curve, index), ridge, (chosen, plateau, *_) in zip(
-                fits, ridges, reversed(choices), strict=True
-            )
-        ]
+        return crossed(fits, ridges, self._data.parameters)
 
     def _replicates(self, half: int, fit: HalfFit) -> torch.Tensor:
         """Return J in the space of a half without each fold of the other."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fisherfast.estimation.bound import cross_fitted_bound
+from fisherfast.estimation.choice import choose_features
 from fisherfast.estimation.curve import FisherCurve, SingularCovarianceError, fisher_curve
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.ridge import HIDDEN_SHARE
@@ -24,6 +25,7 @@ from fisherfast.results.marginal import pack_covariance
 
 __all__ = [
     "HalfFit",
+    "crossed",
     "error_of_mean",
     "joined",
     "leading_curve",
@@ -81,6 +83,26 @@ def leading_curve(
             return fisher_curve(whole.select(index), ridge[index]), index
         except SingularCovarianceError as error:
             index = index[: error.feature - 1]
+
+
+def crossed(
+    fits: Sequence[tuple[FisherCurve, torch.Tensor]], ridges: Sequence[torch.Tensor], least: int
+) -> list[HalfFit]:
+    """Read each half at the size chosen on the *other* curve, whose noise is independent: the best
+    of many sizes on the same curve would be the luckiest one.
+
+    Args:
+        fits: curve of each half and the numbers of its features, from `leading_curve`.
+        ridges: ridge of all features of each half.
+        least: fewest features to choose.
+    """
+    choices = [choose_features(curve, min(least, len(curve))) for curve, _ in fits]
+    return [
+        HalfFit(curve, index, min(chosen, len(index)), plateau, ridge[index])
+        for (curve, index), ridge, (chosen, plateau, *_) in zip(
+            fits, ridges, reversed(choices), strict=True
+        )
+    ]
 
 
 def joined(

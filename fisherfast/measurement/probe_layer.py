@@ -21,7 +21,14 @@ from fisherfast.estimation.curve import SPARE_DOF
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.probe import Probe, ProbedDictionary, Regression, Trained, train_probe
-from fisherfast.measurement.cross_fit import HalfFit, error_of_mean, joined, leading_curve, mean_of
+from fisherfast.measurement.cross_fit import (
+    HalfFit,
+    crossed,
+    error_of_mean,
+    joined,
+    leading_curve,
+    mean_of,
+)
 from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import LayerMeter, curve_points
 from fisherfast.measurement.moments import LayerMoments, all_finite, carried_by
@@ -259,8 +266,8 @@ class ProbeMeter(LayerMeter):
         return replace(layer, notes=tuple(notes))
 
     def _fits(self) -> list[HalfFit] | None:
-        """Fit both halves over the same features; each is read at the size that the other has
-        chosen. None if their raw activations are linear in each other."""
+        """Fit both halves over the same features. None if their raw activations are linear in each
+        other."""
         wholes = [half.moments.statistics(self._contrast) for half in self.halves]
         alive = (self.halves[0].varied() & self.halves[1].varied()).nonzero()[:, 0]
         needed = int((alive < self.halves[0].dictionary.raw).sum())
@@ -274,11 +281,7 @@ class ProbeMeter(LayerMeter):
             return None
         if len(curves[0]) > len(alive):
             curves[0], _ = leading_curve(wholes[0], alive, ridges)
-        choices = [choose_features(curve, needed) for curve in curves]
-        return [
-            HalfFit(curve, alive, chosen, plateau, ridges[alive])
-            for curve, (chosen, plateau, *_) in zip(curves, reversed(choices), strict=True)
-        ]
+        return crossed([(curve, alive) for curve in curves], [ridges, ridges], needed)
 
     def _note(self) -> str:
         steps = " and ".join(str(trained.steps) for trained in self._trained)

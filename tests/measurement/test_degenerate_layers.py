@@ -110,28 +110,6 @@ def test_with_a_lift(source, name):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_constant_layer(source):
-    """J = 0, known exactly; nothing after it can have more."""
-
-    class Constant(nn.Module):
-        def forward(self, x):
-            return x * 0 + 2
-
-    flow = ff.fisher_flow(
-        nn.Sequential(nn.Linear(DIM, 3), Constant(), nn.Linear(3, 2)), data(source)
-    )
-    for name in ("1", "output"):
-        info = flow[name]
-        assert info.value == 0
-        assert float(info.stderr) == 0
-        assert info.dropped == info.dim
-        assert info.feature_kind == "none"
-    assert flow.fractions()["output"] == 0
-    assert flow["input"].value > 5
-    str(flow)
-
-
-@pytest.mark.parametrize("source", SOURCES)
 def test_a_single_live_activation(source):
     """One of eight activations is alive: J of it alone, 6 (w . 1)^2 / (6 |w|^2)."""
     layer = nn.Linear(DIM, 8)

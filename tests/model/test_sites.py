@@ -476,24 +476,6 @@ def test_networks_that_differentiate_inside():
     assert_measures(flow["fc"], model.fc)
 
 
-def test_networks_that_check_their_own_values():
-    """Catches an error that only a replay with exchanged values brings about."""
-
-    class Checking(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.fc(x)
-            if not torch.allclose(y, nn.functional.linear(x, self.fc.weight, self.fc.bias)):
-                raise ArithmeticError("my own layer lies")
-            return torch.tanh(y)
-
-    flow = measure(seeded(Checking))
-    assert flow.names == ["input", "fc", "output"]
-
-
 def test_default_dtype_of_the_user():
     """Catches statistics or a lift in the default dtype of the day."""
     model, data = seeded(mlp), two_conditions()

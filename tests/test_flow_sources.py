@@ -125,7 +125,7 @@ def test_batches_do_not_matter(kind):
     loaders = [torch.utils.data.DataLoader(pairs, batch_size=size) for size in (77, 1000)]
     loaders = [type(data)(loader, parameters=2) for loader in loaders]
     model = mlp([D, 5, 3], nn.ReLU, seed=0)
-    for pair in (((data, 1000), (data, 5)), ((loaders[0], 5), (loaders[1], 5))):
+    for pair in (((data, 1000), (data, 40)), ((loaders[0], 40), (loaders[1], 40))):
         one, two = (
             ff.fisher_flow(model, given, max_features=16, batch_size=size) for given, size in pair
         )

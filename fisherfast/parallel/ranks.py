@@ -178,11 +178,11 @@ class Ranks:
         return everywhere
 
 
-def check_same(told: Sequence[Mapping[str, Any]], hint: str = "") -> None:
+def check_same(everywhere: Sequence[Mapping[str, Any]], hint: str = "") -> None:
     """Raise ValueError unless all ranks have the same values; see `Ranks.agree`."""
-    for name in dict.fromkeys(name for each in told for name in each):
+    for name in dict.fromkeys(name for each in everywhere for name in each):
         held: dict[str, list[int]] = {}
-        for rank, each in enumerate(told):
+        for rank, each in enumerate(everywhere):
             held.setdefault(str(each.get(name, "none")), []).append(rank)
         if len(held) > 1:
             who = "; ".join(f"{value} on {_named(ranks)}" for value, ranks in held.items())

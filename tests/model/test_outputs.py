@@ -207,6 +207,7 @@ def test_recall_between_measurements():
         assert monitor.step().flow.to_dict()["layers"] == once.to_dict()["layers"]
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_joint_output_is_planned():
     """Catches a plan that leaves it out: two views of a small tensor take nothing, it does."""
     wide = 20_000

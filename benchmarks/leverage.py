@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fisherfast as ff
-from fisherfast.measurement.layer import LayerMeter
+from fisherfast.measurement.replicates import HeldSamples
 from fisherfast.problems import Laplace, RectifiedGaussian
 
 REPEATS = 60
@@ -120,7 +120,7 @@ def main() -> None:
     for name, draw, truth in CASES:
         sets = [draw(torch.Generator().manual_seed(seed)) for seed in range(repeats)]
         after = [output(data) for data in sets]
-        with mock.patch.object(LayerMeter, "_samples", return_value=None):
+        with mock.patch.object(HeldSamples, "samples", return_value=None):
             before = [output(data) for data in sets]
         halves = [by_halves(data) for data in sets if isinstance(data, ff.Score)]
         last = shown(halves) if halves else ""

@@ -15,9 +15,7 @@ from support.networks_zoo import (
     DTHETA,
     SHIFT,
     WIDTH,
-    Functional,
-    Residual,
-    Unused,
+    Noisy,
     measure,
     mlp,
     one_thread,  # noqa: F401
@@ -189,27 +187,19 @@ def test_invertible_affine_map_keeps_linear_information(ridge):
     torch.testing.assert_close(flow["output"].linear, flow["input"].linear, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e6, 1e12])
-def test_units_of_the_data_do_not_matter(scale):
-    """Catches an absolute threshold: volts or microvolts, J is the same to rounding."""
+@pytest.mark.parametrize(("scale", "offset"), [(1e-12, 0.0), (1e12, 0.0), (1.0, 1e3), (1.0, 1e8)])
+def test_units_and_offset_of_the_data_do_not_matter(scale, offset):
+    """Catches an absolute threshold (volts or microvolts, J is the same to rounding), a plain sum
+    of squares, and features called constant that are resolved in float64: 1e8 to 1e-8 standard
+    deviations."""
     minus, plus = (x.double() for x in samples())
     expected = ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA), max_features=16)
-    scaled = ff.FiniteDifference(minus * scale, plus * scale, DTHETA)
-    info = ff.fisher_information(scaled, max_features=16)
-    assert info.dropped == 0
-    torch.testing.assert_close(info.curve_J, expected.curve_J, rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("offset", [1e3, 1e5, 1e8])
-def test_offset_of_the_data_does_not_matter(offset):
-    """Catches a plain sum of squares, and features called constant that are resolved in float64."""
-    minus, plus = (x.double() for x in samples())
-    expected = ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA), max_features=16)
-    moved = ff.FiniteDifference(minus + offset, plus + offset, DTHETA)
+    moved = ff.FiniteDifference(minus * scale + offset, plus * scale + offset, DTHETA)
     info = ff.fisher_information(moved, max_features=16)
     assert info.dropped == 0
-    # float64 resolves 1e8 to 1e-8 standard deviations
     torch.testing.assert_close(info.linear, expected.linear, rtol=1e-6, atol=0)
+    if offset == 0:
+        torch.testing.assert_close(info.curve_J, expected.curve_J, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
@@ -252,35 +242,9 @@ def test_units_of_several_parameters():
         assert scaled.fraction_errors()[name] == pytest.approx(error, rel=1e-8)
 
 
-def test_order_of_parameters():
-    """Catches a parameter that is treated apart, such as the first one deciding on k."""
-    model = seeded(mlp).double()
-    data = three_parameters()
-    conditions = [next(data.batches(c, 10**6)) for c in range(6)]
-    order = [2, 0, 1]
-    shuffled = ff.FiniteDifference(
-        [conditions[2 * p] for p in order], [conditions[2 * p + 1] for p in order], DTHETA
-    )
-    plain, other = measure(model, data), measure(model, shuffled)
-    for layer in plain:
-        expected = layer.linear[order][:, order]
-        torch.testing.assert_close(other[layer.name].linear, expected, rtol=1e-8, atol=1e-10)
-
-
-def test_exchanged_conditions():
-    """theta -> -theta: J stays. Catches a covariance of one condition only."""
-    minus, plus = (x.double() for x in samples())
-    plus = plus[:300] * 1.1 - 0.1
-    forward, backward = (
-        ff.fisher_information(ff.FiniteDifference(*pair, DTHETA), max_features=1).linear
-        for pair in ((minus, plus), (plus, minus))
-    )
-    torch.testing.assert_close(forward, backward, rtol=1e-9, atol=0)
-
-
 def test_same_seed_same_bits():
-    """Catches a random state of the process that gets in."""
-    model = seeded(mlp)
+    """Catches a random state of the process that gets in, also where the network draws numbers."""
+    model = seeded(Noisy)
     first = measure(model)
     torch.manual_seed(99)
     np.random.seed(99)
@@ -301,23 +265,7 @@ def test_seed_changes_the_lift_alone():
         assert not torch.equal(layer.curve_J, other.curve_J)
 
 
-def test_more_features_append():
-    """Catches a lift that is drawn anew for each width: features are nested."""
-    few, many = (
-        ff.fisher_information(double_conditions(), max_features=count) for count in (16, 32)
-    )
-    common = {k: j for k, j in zip(few.curve_k.tolist(), few.curve_J, strict=True)}
-    shared = [
-        (j, common[k])
-        for k, j in zip(many.curve_k.tolist(), many.curve_J, strict=True)
-        if k in common
-    ]
-    assert len(shared) > 8
-    for one, other in shared:
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("batch_size", [1, 50, 399, 400])
+@pytest.mark.parametrize("batch_size", [1, 50, 399])
 def test_batch_size_changes_results_to_rounding(batch_size):
     """Catches samples that are dealt to folds, or standardised, by the batches they come in."""
     model = seeded(mlp).double()
@@ -351,8 +299,7 @@ def test_settings_are_kept():
 # --- values that cannot be used ---
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("batch", [0, 3, 7])
+@pytest.mark.parametrize(("batch", "value"), [(0, math.nan), (3, math.inf), (7, -math.inf)])
 def test_bad_samples_name_input_batch_and_condition(batch, value):
     """Catches NaN that reaches J, or is blamed on the first layer instead of the data."""
     minus, plus = samples()
@@ -360,21 +307,11 @@ def test_bad_samples_name_input_batch_and_condition(batch, value):
     model = seeded(mlp).train()
     text = (
         "activations of layer 'input' must be finite, got NaN or infinity in "
-        f"batch {batch} of condition 'plus'"
+        f"batch {batch} of condition 'plus[1]'"
     )
-    data = ff.FiniteDifference(minus, plus, DTHETA)
+    data = ff.FiniteDifference([minus, minus], [minus, plus], DTHETA)
     with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         measure(model, data, settings=ff.Settings(batch_size=50))
-
-
-def test_bad_samples_of_the_second_parameter():
-    """Catches a condition named "plus" when there are several."""
-    minus, plus = samples()
-    broken = minus.clone()
-    broken[60, 0] = math.nan
-    data = ff.FiniteDifference([minus, broken], [plus, plus], DTHETA)
-    with pytest.raises(ValueError, match=r"layer 'input' .* batch 1 of condition 'minus\[1\]'$"):
-        measure(seeded(mlp), data, settings=ff.Settings(batch_size=50))
 
 
 @pytest.mark.parametrize("place", [20, 333])
@@ -432,9 +369,10 @@ def wide_information(n: int, width: int, parameters: int, paired: bool) -> ff.La
         return ff.fisher_information(data, max_features=512)
 
 
-@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
-@pytest.mark.parametrize("parameters", [1, 2])
-@pytest.mark.parametrize("width", [3, 100, 257])
+@pytest.mark.parametrize(
+    ("width", "parameters", "paired"),
+    [(3, 1, False), (3, 2, True), (100, 1, True), (100, 2, False), (257, 1, False)],
+)
 def test_number_of_samples_that_is_asked_for_is_enough(width, parameters, paired):
     """Catches a number that is too small, and one that is too large (two less must fail)."""
     with pytest.raises(ValueError, match=r"^layer 'input' must see at least ") as caught:
@@ -448,38 +386,6 @@ def test_number_of_samples_that_is_asked_for_is_enough(width, parameters, paired
     with pytest.raises(ValueError, match=r"^layer 'input' must see at least ") as caught:
         wide_information(enough - 2, width, parameters, paired)
     assert needed(caught.value) == pytest.approx(enough, abs=1)
-
-
-@pytest.mark.parametrize("width", [3, 100])
-def test_samples_are_asked_for_once(width):
-    """Catches a first message that asks for the folds alone, and a second that asks for more."""
-    with pytest.raises(ValueError, match=r"^layer 'input' must see at least ") as caught:
-        wide_information(20, width, 1, False)
-    assert torch.isfinite(wide_information(needed(caught.value), width, 1, False).linear).all()
-
-
-def test_too_few_samples_name_the_numbers():
-    """Catches words about matrices instead of samples."""
-    model = seeded(mlp).train()
-    text = "layer 'input' must see at least 32 samples per condition (two per fold), got 31"
-    with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        measure(model, two_conditions(31))
-
-
-def test_one_condition_with_too_few_samples():
-    """Catches a mean over conditions: each one must fill its folds."""
-    minus, plus = samples()
-    with pytest.raises(ValueError, match=r"must see at least 32 samples per condition.*got 20$"):
-        measure(seeded(mlp), ff.FiniteDifference(minus, plus[:20], DTHETA))
-
-
-def test_a_layer_too_wide_for_its_samples_is_compressed():
-    """Catches one layer that ends the measurement of all."""
-    model = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, 200), nn.Tanh(), nn.Linear(200, 1)))
-    with untouched(model):
-        flow = measure(model, two_conditions(80), max_features=256)
-    assert [layer.name for layer in flow if layer.compressed] == ["0", "1"]
-    assert all(torch.isfinite(layer.J).all() for layer in flow)
 
 
 def test_fewer_features_than_asked_for_are_noted():
@@ -539,20 +445,7 @@ def test_all_dead_is_no_information():
     assert "fc/relu" in str(flow)
 
 
-def test_constant_input():
-    """Catches fractions of an input without information: no division by zero, no warning."""
-    data = ff.FiniteDifference(torch.ones(100, 3), torch.ones(100, 3), DTHETA)
-    flow = measure(nn.Identity(), data)
-    assert flow["input"].value == 0
-    str(flow)
-    flow.table()
-    flow.fractions()
-    flow.fraction_errors()
-    flow.tightened()
-
-
-@pytest.mark.parametrize("batch_size", [25, 4096])
-@pytest.mark.parametrize("where", ["minus", "plus"])
+@pytest.mark.parametrize(("where", "batch_size"), [("minus", 25), ("plus", 4096)])
 def test_activations_that_fire_late_count(where, batch_size):
     """Catches a feature that is dropped because it was silent in the first batches.
 
@@ -594,9 +487,7 @@ def test_a_single_event():
     ("options", "text"),
     [
         ({"max_features": 0}, "max_features must be at least 1, got 0"),
-        ({"max_features": -1}, "max_features must be at least 1, got -1"),
         ({"seed": 2**63}, f"seed must be at least -2**63 and below 2**63, got {2**63}"),
-        ({"ridge": -1}, 'ridge must be "auto" or in [0, 1), got -1.0'),
         ({"ridge": 1}, 'ridge must be "auto" or in [0, 1), got 1.0'),
         ({"ridge": math.nan}, 'ridge must be "auto" or in [0, 1), got nan'),
     ],
@@ -612,30 +503,23 @@ def test_numbers_out_of_range(options, text):
 
 @pytest.mark.parametrize("name", ["max_features", "ridge", "seed", "settings"])
 def test_arguments_of_a_wrong_kind(name):
-    """Catches "int() argument must be a string", which does not say which argument."""
+    """Catches "int() argument must be a string", which does not say which argument, and 16.5
+    features that are silently 16."""
     model = seeded(mlp)
-    for value in ({} if name == "settings" else None, "many", [1]):
+    for value in ({} if name == "settings" else None, "many", [1], 16.5):
         with untouched(model), pytest.raises((TypeError, ValueError), match=f"^{name} must "):
             measure(model, **{name: value})
 
 
-def test_fractional_numbers_are_refused():
-    """Catches 16.5 features that are silently 16."""
-    with pytest.raises((TypeError, ValueError), match=r"^max_features must "):
-        measure(seeded(mlp), max_features=16.5)
-
-
-@pytest.mark.parametrize(
-    ("model", "got"), [(None, "NoneType"), (torch.relu, "builtin_function_or_method"), ([], "list")]
-)
-def test_things_that_are_no_model(model, got):
+@pytest.mark.parametrize("model", [None, torch.relu])
+def test_things_that_are_no_model(model):
     """Catches an error about missing attributes."""
-    text = f"model must be a torch.nn.Module, got {got}"
+    text = f"model must be a torch.nn.Module, got {type(model).__name__}"
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
         ff.fisher_flow(model, two_conditions())
 
 
-@pytest.mark.parametrize("data", [None, torch.zeros(3, 3), (torch.zeros(3), 1), "x", nn.ReLU()])
+@pytest.mark.parametrize("data", [None, (torch.zeros(3), 1), nn.ReLU()])
 def test_things_that_are_no_data(data):
     """Catches samples given without their step."""
     known = "FiniteDifference, Pathwise, Score or Simulator"
@@ -657,8 +541,9 @@ def test_arguments_after_the_data_are_keywords():
 # --- interruptions, progress, chains ---
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
-@pytest.mark.parametrize("batches", [0, 1, 6, 8])
+@pytest.mark.parametrize(
+    ("batches", "error"), [(0, MemoryError), (1, KeyboardInterrupt), (8, SystemExit)]
+)
 def test_interrupted_sources_leave_nothing_behind(batches, error):
     """Catches hooks, eval mode or a seeded stream that stay after Ctrl-C while data are read."""
     minus, plus = samples()
@@ -693,30 +578,16 @@ def test_source_that_uses_the_random_stream():
     assert torch.equal(after, drawn) or torch.equal(after, before)
 
 
-def test_random_sources_are_not_frozen():
-    """Catches a source whose every batch gets the same random numbers from a library's seed."""
-    generator_state = []
-
-    def draw():
-        for _ in range(8):
-            x = torch.randn(50, WIDTH)
-            generator_state.append(x[0, 0].item())
-            yield x
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        measure(seeded(mlp), ff.FiniteDifference(draw, draw, DTHETA))
-    assert len(set(generator_state)) == 16
-
-
 def test_progress_without_a_terminal(monkeypatch):
-    """Catches a bar that needs a terminal or a length, warns, or writes to standard output."""
+    """Catches a bar that needs a terminal or a length, warns, or writes to standard output; and
+    anything printed without one."""
     out, err = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     minus, plus = samples()
     model = seeded(mlp)
     expected = measure(model)
+    assert out.getvalue() == err.getvalue() == ""
     for data in (two_conditions(), ff.FiniteDifference(lambda: [minus], iter([plus]), DTHETA)):
         with untouched(model):
             flow = measure(model, data, progress=True)
@@ -735,46 +606,6 @@ def test_progress_without_tqdm(monkeypatch):
     measure(model)
 
 
-def test_silent_without_progress(capfd):
-    """Catches anything printed."""
-    measure(seeded(mlp))
-    assert capfd.readouterr() == ("", "")
-
-
-def test_tightened_chain_never_rises():
-    """Information of a later layer was there before: catches a chain in the wrong direction. What
-    is left to rise is noise."""
-    model = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, 6), nn.ReLU(), nn.Linear(6, 3)))
-    flow = measure(model)
-    tight = flow.tightened()
-    assert tight["output"].value == flow["output"].value
-    for layer in tight:
-        names = (layer.name, *flow[layer.name].descendants)
-        assert layer.value in [flow[name].value for name in names]
-        for later in map(tight.__getitem__, layer.descendants):
-            assert later.value - layer.value < 4 * math.hypot(later.stderr, layer.stderr)
-    assert torch.equal(flow["0"].J, measure(model)["0"].J)  # the flow itself stays
-
-
-def test_tightened_stops_at_a_residual_sum():
-    """Catches the sum's information credited to a branch that saw only part of the input."""
-    flow = measure(seeded(Residual), two_conditions(1000))
-    tight = flow.tightened()
-    branch = max(flow[name].value for name in ("a", "act", "b"))
-    for name in ("a", "act", "b"):
-        assert tight[name].value <= branch
-    assert tight["input"].value == pytest.approx(max(layer.value for layer in flow))
-
-
-def test_functional_and_module_activations_agree():
-    """Catches another lift, or another measurement, for a function than for a module."""
-    function = seeded(lambda: Functional(torch.relu))
-    module = seeded(lambda: Functional(nn.ReLU()))
-    one, other = measure(function), measure(module)
-    for first, second in (("fc1", "fc1"), ("fc1/relu", "activation"), ("output", "output")):
-        torch.testing.assert_close(one[first].linear, other[second].linear, rtol=1e-9, atol=1e-9)
-
-
 def test_a_layer_that_runs_only_sometimes():
     """Catches an output that is read from its other name, which runs in every second batch."""
 
@@ -790,16 +621,6 @@ def test_a_layer_that_runs_only_sometimes():
             y = self.fc(x)
             return self.rare(y) if self.batches % 2 else y + 1
 
-    model = seeded(Sometimes)
-    try:
-        flow = measure(model, settings=ff.Settings(batch_size=50))
-    except (ValueError, RuntimeError) as error:
-        assert "rare" in str(error)  # noqa: PT017
-    else:
-        assert flow["fc"].samples == 800
-        assert flow["output"].samples == 800
-
-
-def test_unused_layers_are_left_out():
-    """Catches a layer without samples that ends in an error under "auto"."""
-    assert measure(seeded(Unused)).names == ["input", "fc1", "fc1/relu", "output"]
+    flow = measure(seeded(Sometimes), settings=ff.Settings(batch_size=50))
+    assert flow.names == ["input", "fc", "output"]
+    assert flow["output"].samples == 800

@@ -1,9 +1,8 @@
-"""How the ranks of a group make one measurement: what they must agree on, and what they add up.
+"""`Agreement`: what the ranks of a group compare and add up in one measurement.
 
-Every rank runs the same measurement on its share of the samples. They compare settings, data and
-model at the start, and layers after the first samples; after each pass the sums of all are added
-up, and from there on every rank has, and computes, the same. With one process all of this does
-nothing.
+Every rank runs the same measurement on its share of the samples. The ranks compare settings, data
+and model at the start, and layers after the first samples. After each pass their sums are added up,
+and from then on every rank has, and computes, the same. With one process nothing is compared.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from fisherfast.parallel.share import Share, WholeData, shares_of
 __all__ = ["Agreement"]
 
 SEED_STRIDE = 7_919
-"""Between the seeds of two ranks: a prime, so that seeds met in practice do not collide."""
+"""Distance of the seeds of two ranks: a prime, so that seeds met in practice do not collide."""
 
 SAME_DATA = (
     ": every rank must have the same samples, in the same order (a seed?), or its own share,"
@@ -36,14 +35,17 @@ SAME_DATA = (
 )
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of as many bytes, to add up the bits of numbers."""
+"""Integer dtype of each number of bytes, to add up the bits of numbers."""
 
 
 class Agreement:
-    """The other ranks, as one measurement deals with them.
+    """What one measurement exchanges with other ranks.
 
     Args:
-        ranks: None for this process alone.
+        ranks: of the group; None for this process alone.
+
+    Attributes:
+        share: the samples that this rank measures, after `begin`; None for all.
     """
 
     def __init__(self, ranks: Ranks | None) -> None:
@@ -60,10 +62,10 @@ class Agreement:
     def begin(
         self, model: nn.Module | None, data: Data, layers: Any, settings: MeasurementSettings
     ) -> Data:
-        """Agree on what is measured; sets `share`.
+        """Agree on what is measured, and set `share`.
 
         Returns:
-            The data as all ranks see them.
+            The data of all ranks.
 
         Raises:
             ValueError: ranks disagree, or all have the same data and these do not repeat.
@@ -95,21 +97,21 @@ class Agreement:
                 "data must tell how many samples each rank has, for a probe in a group, got"
                 f" {everywhere} per rank and condition"
             )
-        groups = (
-            None if data.groups is None else joined_groups([each["groups"] for each in gathered])
-        )
+        groups = None
+        if data.groups is not None:
+            groups = joined_groups([each["groups"] for each in gathered])
         return WholeData(data, total, groups)
 
     def copy_buffers(self, model: nn.Module | None) -> None:
-        """Give a model the buffers of rank 0 where the ranks had others; inside `evaluation`, which
-        puts them back."""
+        """Copy the buffers of rank 0 into a model if those of the ranks differ. Call inside
+        `evaluation`, which restores them."""
         if self._buffers and model is not None:
             for name, buffer in model.named_buffers():
                 if name in self._buffers:
                     buffer.copy_(self._buffers[name])
 
     def agree_on_samples(self, data: Data, heads: Sequence[Batch]) -> None:
-        """The first samples of data that all ranks have must be the same on all."""
+        """Check that the first samples of data that all ranks have are the same on all."""
         if self._ranks is None or data.sharded:
             return
         names = [f"first samples of {data.condition_name(c)!r}" for c in range(data.conditions)]
@@ -118,7 +120,7 @@ class Agreement:
         self._ranks.agree("reading the first samples", values, SAME_DATA)
 
     def agree_on_layers(self, sites: Sequence[Site], measured: Sequence[Meter]) -> None:
-        """The same layers on all ranks, in chains as rank 0 has found them."""
+        """Check that the layers are the same on all ranks, and take the chains of rank 0."""
         if self._ranks is None:
             return
         compared: dict[str, Any] = {"list of layers": [site.name for site in sites]}
@@ -131,7 +133,7 @@ class Agreement:
             site.descendants = descendants
 
     def smallest(self, plan: Plan) -> Plan:
-        """The smallest batches that any rank has planned: they are dealt by their number."""
+        """Return the smallest batches that any rank has planned: they are dealt by number."""
         if self._ranks is None:
             return plan
         mine = (plan.batch_size, plan.survey_samples, plan.pilot_bytes)
@@ -139,24 +141,17 @@ class Agreement:
         return Plan(*map(min, zip(*everywhere, strict=True)))
 
     def share_pilot(self, meters: Sequence[Meter], counts: bool) -> None:
-        """Merge what each rank has seen of the first samples, where they have different ones.
+        """Merge the pilots of ranks that have different first samples.
 
         Args:
             meters: of all layers.
-            counts: whether some of the first samples are on this rank.
+            counts: whether any of the first samples are on this rank.
         """
         if self._ranks is None or self.share is None or self.share.turns > 1:
             return
-        own = [
-            (
-                meter.pilot.count * counts,
-                meter.pilot.rounding,
-                meter.pilot.noise,
-                meter.pilot.ill_conditioned(),
-            )
-            for meter in meters
-        ]
-        parts = [meter.pilot.parts() for meter in meters]
+        pilots = [meter.pilot for meter in meters]
+        own = [(p.count * counts, p.rounding, p.noise, p.ill_conditioned()) for p in pilots]
+        parts = [pilot.parts() for pilot in pilots]
         gathered = self._ranks.exchange("joining the first samples", own)
         merged = [PilotMoments() for _ in meters]
         for rank, states in enumerate(gathered):
@@ -170,8 +165,8 @@ class Agreement:
             meter.pilot = pilot
 
     def begin_pass(self, meters: Sequence[Meter], seed: int) -> None:
-        """The same layers on all ranks, read by what rank 0 has learned; and other random numbers
-        on each, for a network that draws some."""
+        """Check that all ranks measure the same layers, take what rank 0 has learned, and give each
+        rank its own random numbers, for a network that draws some."""
         if self._ranks is None:
             return
         self._ranks.agree("beginning a pass", {"layers of a pass": _kinds(meters)})
@@ -180,7 +175,7 @@ class Agreement:
             torch.manual_seed((seed + SEED_STRIDE * self._ranks.rank) % 2**64)
 
     def end_pass(self, meters: Sequence[Meter]) -> None:
-        """Add up what all ranks have seen in a pass, and join the samples that they have kept."""
+        """Add up the sums of all ranks, and join the samples that they have kept."""
         if self._ranks is None:
             return
         sums = [meter.shared_sums() for meter in meters]
@@ -202,7 +197,7 @@ class Agreement:
 def _compared(
     model: nn.Module | None, data: Data, layers: Any, settings: MeasurementSettings
 ) -> dict[str, Any]:
-    """What must be the same on all ranks, by the names that messages call it."""
+    """List what must be the same on all ranks, by its name in messages."""
     conditions = range(data.conditions)
     compared: dict[str, Any] = {"model": "none" if model is None else type(model).__name__}
     compared |= settings.to_dict()
@@ -227,7 +222,7 @@ def _compared(
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Sum of the bits of a tensor, read as integers: the same for the same numbers in any order of
+    """Sum the bits of a tensor, read as integers: equal for equal numbers in any order of
     summation."""
     tensor = tensor.detach()
     if tensor.is_complex():
@@ -239,7 +234,7 @@ def checksum(tensor: torch.Tensor) -> int:
 def _with_numbers(
     tensors: Iterable[tuple[str, torch.Tensor]],
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """Those of named tensors that have bits to compare."""
+    """Select the named tensors that have bits to compare."""
     return (
         (name, tensor)
         for name, tensor in tensors

@@ -1,10 +1,9 @@
-"""Batches of all conditions in the order of a measurement, each sample read once.
+"""`Streams` yields the batches of all conditions in the order of a measurement.
 
-A batch holds what its samples carry: tangents, or a score. Independent conditions follow each
-other; paired ones advance in lockstep, so that the samples which share their noise meet. Some
-samples of every condition are read early, for the pilot: from all over the data where any can be
-read, the first ones of loaders and streams, which are kept until their turn comes, or read again
-where memory is bounded.
+Independent conditions follow each other; paired ones advance in lockstep, so that samples that
+share their noise are read together. Some samples of every condition are read early, for the pilot:
+from all over the data if samples can be read one by one, else the first ones. Those of loaders and
+streams are kept until their turn, or read again if memory is bounded.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from fisherfast.parallel.share import Share
 __all__ = ["Streams", "dealings_of"]
 
 PILOT_SAMPLES = 2048
-"""Samples, over all conditions, that fix the scale of the activations: known to 3 %, plenty. A
-stream that ends before is dealt as samples whose number is known."""
+"""Samples over all conditions that fix the scale of the activations, to 3 %. A stream that ends
+before is dealt like samples of known number."""
 
 PILOT_BYTES = 2**28
-"""What the pilot may keep of the input, 256 MB: fewer samples when they are large."""
+"""Most bytes of samples that the pilot keeps, 256 MB."""
 
 
 class Streams:
@@ -37,18 +36,19 @@ class Streams:
     Args:
         data: the conditions.
         batch_size: samples per batch where the source has no batches of its own.
-        folds: F, that the samples are dealt to.
-        dealings: of an earlier pass over the same samples; None for the first one.
-        share: what this process measures of the data; None for all.
-        device: where batches go; None leaves them where they are.
-        dtype: what batches become; None leaves them as they are.
-        copy: hand out copies of what is not sorted, so that a network that overwrites its input
-            harms nobody.
-        bounded: nothing is kept for the pilot that can be read again.
+        folds: F.
+        dealings: of an earlier pass over the same samples; None for the first pass.
+        share: the samples that this process measures; None for all.
+        device: of the batches; None leaves them where they are.
+        dtype: of the batches; None leaves them as they are.
+        copy: copy batches that are not sorted, so that in-place layers cannot modify the user's
+            data.
+        bounded: keep nothing for the pilot that can be read again.
 
     Attributes:
         dealings: how the samples of each condition are dealt; final after `pilot`.
-        owned: after `first`: batches are made on the way, they are no part of what the user holds.
+        owned: after `first`, whether batches are made by the source and are not views of the user's
+            tensors.
     """
 
     def __init__(
@@ -79,20 +79,20 @@ class Streams:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the batches that are kept of a source which is read once."""
+        """Bytes of the kept batches of a source that is read once."""
         kept = (batch for rounds in self._kept for _, batches in rounds for batch in batches)
         return sum(batch.nbytes for batch in kept) if self._lent else 0
 
     def limit(self, batch_size: int, pilot_bytes: int) -> None:
-        """From here on no batch has more samples than batch_size, and the pilot keeps no more than
-        about pilot_bytes of a source that is read once."""
+        """Limit the samples of a batch from here on, and the bytes that the pilot keeps of a source
+        that is read once."""
         self._batch_size = self._largest = batch_size
         if self._lent:
             self._pilot_bytes = min(PILOT_BYTES, pilot_bytes)
         self._restart()
 
     def first(self, rows: int) -> list[Batch]:
-        """The first samples of each condition, rows of them at most.
+        """Return up to `rows` first samples of each condition.
 
         Raises:
             ValueError: the conditions differ in the shape of a sample.
@@ -111,9 +111,8 @@ class Streams:
         return [self._ready(batch.leading(rows)) for batch in batches]
 
     def pilot(self) -> Iterator[tuple[int, torch.Tensor, Batch]]:
-        """Yield (condition, numbers of the batches that hold these samples [n], batch) for some
-        samples of each condition, from all over the data where any can be read, or the first ones;
-        how many does not depend on the batches."""
+        """Yield (condition, numbers [n] of the batches that hold these samples, batch) for some
+        samples of each condition. Their number does not depend on the batches."""
         for number, (kept, stream) in enumerate(zip(self._kept, self._streams, strict=True)):
             places = range(number * self._width, (number + 1) * self._width)
             picked = [self._data.pick(c, torch.zeros(1, dtype=torch.int64)) for c in places]
@@ -131,18 +130,17 @@ class Streams:
 
     @property
     def samples(self) -> int | None:
-        """About how many samples of all conditions are measured here; None where that is not
-        known."""
+        """Approximate number of samples of all conditions measured here; None if unknown."""
         counts = self._share.own or [self._data.samples(c) for c in range(self._data.conditions)]
         known = [n for n in counts if n is not None]
         return None if len(known) < len(counts) else sum(known) // self._share.turns
 
     def __iter__(self) -> Iterator[tuple[int, int, Batch]]:
-        """Yield (condition, number of the batch, batch) for every sample that is measured here,
-        sorted by its place.
+        """Yield (condition, number of the batch, batch sorted by its place) for all samples that
+        are measured here.
 
         Raises:
-            ValueError: a share has not as many samples as it announces.
+            ValueError: a share does not have as many samples as it announces.
         """
         before = self._share.before or [0] * self._data.conditions
         for index, (kept, stream) in enumerate(zip(self._kept, self._streams, strict=True)):
@@ -158,18 +156,18 @@ class Streams:
             self._check_announced(places.start, end)
 
     def _dealt(self, condition: int, first: int, batch: Batch) -> Batch:
-        """A batch whose first sample has this number, sorted by its place."""
+        """Sort a batch by its place; its first sample has number `first`."""
         place, order = self.dealings[condition].place(first, len(batch), self._folds)
         return batch.sorted(place, order).to(self._device, self._dtype)
 
     def _rounds(self, batch_size: int, share: Share) -> list[Iterator[Round]]:
-        """The streams from their beginning: the batches of a share."""
+        """Start the streams of the batches of a share."""
         begins = [share.begin(c) for c in range(self._data.conditions)]
         rounds = self._data.rounds(batch_size, begins, share.turns)
         return [each_as_outside(stream) for stream in rounds]
 
     def _check_announced(self, condition: int, samples: int) -> None:
-        """What lies before the samples of another rank depends on the number announced here."""
+        """Check the number of samples, on which the numbers of samples on other ranks depend."""
         if self._share.own and samples != self._share.own[condition]:
             raise ValueError(
                 f"{self._data.condition_name(condition)} must have the"
@@ -178,13 +176,13 @@ class Streams:
             )
 
     def _restart(self) -> None:
-        """Begin anew with what can be read again."""
+        """Start again with what can be read again."""
         if self._again:
             self._streams = self._rounds(self._batch_size, self._share)
 
     def _picked(self, condition: int, head: Batch) -> Iterator[tuple[int, torch.Tensor, Batch]]:
-        """Samples from all over a condition, of which one is given; those of them, over all
-        processes, that are here."""
+        """Yield samples from all over a condition, as far as they are on this process; `head` is
+        one of them."""
         numbers = scattered(self._data.samples(condition) or 0, self._pilot_rows(head))
         numbers = self._share.own_numbers(condition, numbers)
         for chunk in numbers.split(self._batch_size):
@@ -195,8 +193,8 @@ class Streams:
     def _leading(
         self, places: range, rounds: Iterator[Round]
     ) -> Iterator[tuple[int, torch.Tensor, Batch]]:
-        """The first samples of conditions side by side; those of them, over all processes, that are
-        here."""
+        """Yield the first samples of conditions side by side, as far as they are on this
+        process."""
         seen, rows, number = 0, 1, 0
         while seen < rows and (head := next(rounds, None)) is not None:
             rows = self._share.pilot_rows(places.start, self._pilot_rows(head[1][0]))
@@ -204,7 +202,7 @@ class Streams:
                 for part in self._cut(batch.leading(max(rows - seen, 0))):
                     yield c, torch.full((len(part),), number), self._ready(part)
             seen, number = seen + len(head[1][0]), number + 1
-        if seen < rows and not self._data.sharded:  # all of it: now its length is known
+        if seen < rows and not self._data.sharded:  # the stream ended: its length is known
             for c in places:
                 self.dealings[c] = Dealing.of(seen, self._folds)
 
@@ -213,19 +211,19 @@ class Streams:
         return max(samples // self._data.conditions, 2)
 
     def _head(self, kept: list[Round], stream: Iterator[Round]) -> Iterator[Round]:
-        """What is kept of a stream, and on from there: all of it is kept."""
+        """Yield what is kept of a stream and then its next batches, which are kept too."""
         yield from list(kept)
         for part in stream:
             kept.append(self._keep(part))
             yield kept[-1]
 
     def _keep(self, part: Round) -> Round:
-        """Copies, where a source may read the next batch into the same memory."""
+        """Copy batches if the source may read the next one into the same memory."""
         first, batches = part
         return first, tuple(batch.clone() for batch in batches) if self._lent else batches
 
     def _cut(self, batch: Batch) -> Iterator[Batch]:
-        """A batch in parts that are not too large."""
+        """Split a batch into parts within the limit."""
         for start in range(0, len(batch), self._largest):
             yield batch.part(start, start + self._largest)
 
@@ -234,8 +232,8 @@ class Streams:
 
 
 def scattered(samples: int, rows: int) -> torch.Tensor:
-    """Numbers int64 of so many rows from all over the samples, in no order: one from each of equal
-    parts."""
+    """Return the numbers int64 of `rows` samples from all over the data, in random order: one from
+    each of equal parts."""
     rows = min(rows, samples)
     part = torch.arange(rows + 1) * samples // max(rows, 1)
     numbers = part[:-1] + hashed(torch.arange(rows)) % part.diff()
@@ -243,7 +241,7 @@ def scattered(samples: int, rows: int) -> torch.Tensor:
 
 
 def dealings_of(data: Data, folds: int, rank: int) -> list[Dealing]:
-    """How the samples of each condition are dealt."""
+    """Deal the samples of each condition."""
     if data.groups is not None:
         same = {id(own): Dealing.of_groups(own, folds) for own in data.groups.numbers}
         return [same[id(own)] for own in data.groups.numbers]
@@ -258,11 +256,11 @@ def _check_shapes(batches: list[Batch]) -> None:
 
 
 def _is_view(batch: Batch) -> bool:
-    """Whether a batch lies in a larger tensor."""
+    """Return whether a batch is a view of a larger tensor."""
     return batch.x.untyped_storage().nbytes() > batch.x.nbytes
 
 
 def _release(kept: list[Round]) -> Iterator[Round]:
-    """Yield what was kept and let go of it."""
+    """Yield what was kept and drop it."""
     while kept:
         yield kept.pop(0)

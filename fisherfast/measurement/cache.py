@@ -1,4 +1,4 @@
-"""What one measurement finds out that the next one of the same model on the same data need not."""
+"""Results reused between measurements of the same model and data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Recall:
     """Layers, their chains, and the information in the input, which training does not change.
 
     Attributes:
-        sites: the layers measured, with their chains; None before two measurements agree on them: a
-            weight that begins at zero hides a path.
-        input: what was measured in the input; None where the samples may be others each time.
-        input_map: its map, where there is one.
-        spaces: of layers that are compressed, the weights that each half has taught.
+        sites: the measured layers with their chains; None until two measurements agree on them,
+            because a weight that is zero at first hides a path.
+        input: the result for the input; None if each measurement may have other samples.
+        input_map: its map, if any.
+        spaces: by layer, the weights that each half of a compressed layer has taught.
     """
 
     sites: list[Site] | None = None
@@ -34,12 +34,11 @@ class Recall:
     _chains: dict[str, set[str]] | None = field(default=None, init=False, repr=False)
 
     def unknown(self, sites: list[Site]) -> list[Site]:
-        """The sites that must be measured."""
+        """Return the sites that must be measured."""
         return [site for site in sites if site.name != INPUT or self.input is None]
 
     def complete(self, flow: FisherFlow, sites: list[Site], data: Data) -> FisherFlow:
-        """A flow with the layers that were not measured again; keeps those of this one that need
-        not be."""
+        """Add what was not measured again to a flow, and keep what the next one can reuse."""
         if self.sites is None:
             chains = {site.name: set(site.descendants) for site in sites}
             self.sites = sites if chains == self._chains else None

@@ -1,10 +1,10 @@
-"""A layer too wide for its covariance: compressed on each half of its samples, measured on the
-other.
+"""`CompressedMeter` measures a layer too wide for its covariance: compressed on each half of the
+samples, measured on the other.
 
 The Krylov space that one half has taught (`KrylovSpace`) is a handful of features for the other
-half: no number in them has seen the samples that they are measured on, so the measurement is that
-of any k features. The halves then change places, and the two results are averaged: half the
-variance of one of them, for twice the samples in each pass. See docs/theory.md, 15.
+half. They have not seen the samples that they are measured on, so the measurement is that of any k
+features. The halves then change places and the two results are averaged, which has half the
+variance of one of them. See docs/theory.md, 15.
 """
 
 from __future__ import annotations
@@ -15,15 +15,10 @@ from dataclasses import replace
 
 import torch
 
-from fisherfast.data import Data
+from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place, Tally, folds_of_half
 from fisherfast.data.reservoir import KeptSamples
-from fisherfast.estimation.choice import choose_features
-from fisherfast.estimation.curve import (
-    SPARE_DOF,
-    FisherCurve,
-    independent_features,
-)
+from fisherfast.estimation.curve import SPARE_DOF, independent_features
 from fisherfast.estimation.features import MAX_WIDTH
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.krylov import (
@@ -33,24 +28,20 @@ from fisherfast.estimation.krylov import (
     KrylovSpace,
     projected,
 )
-from fisherfast.estimation.ridge import AUTO, RidgeSetting, raw_ridge
-from fisherfast.measurement.checks import carried_by, streams_of, worst_dof
+from fisherfast.estimation.pilot import Standardisation
+from fisherfast.estimation.ridge import AUTO, raw_ridge
 from fisherfast.measurement.cross_fit import (
     HalfFit,
-    dealt_to_halves,
+    crossed,
     joined,
     leading_curve,
     replicates_of_mean,
 )
-from fisherfast.measurement.fit import UnmeasuredError
-from fisherfast.measurement.layer import (
-    NO_TANGENTS,
-    NOT_CARRIED,
-    curve_points,
-    in_turn,
-)
+from fisherfast.measurement.fit import affordable
+from fisherfast.measurement.layer import NO_TANGENTS, NOT_CARRIED, curve_points
 from fisherfast.measurement.memory import DOUBLE, moment_bytes, pilot_bytes
-from fisherfast.measurement.meter import Meter, rows_of
+from fisherfast.measurement.meter import Meter
+from fisherfast.measurement.moments import UnmeasuredError, all_finite, carried_by, worst_dof
 from fisherfast.measurement.replicates import HeldSamples
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import no_information
@@ -62,13 +53,13 @@ __all__ = ["CompressedMeter", "too_wide"]
 NO_PROBE = "no probe: the layer is too wide for a covariance, and compressed"
 
 LEAST_DOF = 1.1
-"""Degrees of freedom per activation below which a layer is compressed: above, its whole covariance
-says more."""
+"""Degrees of freedom per activation below which a layer is compressed; above, its whole covariance
+shows more."""
 
 
 def too_wide(dim: int, data: Data, max_features: int, folds: int) -> bool:
-    """Whether a layer of dim activations is to be compressed: it has too many for a covariance, or
-    too few samples to invert one. Only for data that can be read again and again."""
+    """Return whether a layer of dim activations is compressed: it has too many for a covariance, or
+    too few samples to invert one. Only for data that can be read several times."""
     if not data.repeatable:
         return False
     if dim > MAX_WIDTH:
@@ -80,17 +71,27 @@ def too_wide(dim: int, data: Data, max_features: int, folds: int) -> bool:
 
 
 def fewest_samples(dim: int, data: Data, folds: int) -> int:
-    """Samples per condition that a layer of dim activations needs: to be compressed, two in every
-    fold of each half and a quarter that carries the readouts of the bound; or so many that it is
-    not too wide."""
-    own, conditions = folds_of_half(folds), data.conditions
+    """Return the samples per condition that a layer of dim activations needs to be measured,
+    compressed or as a whole."""
+    conditions = data.conditions
     inflation = conditions if data.paired else 1
-    in_quarter = own / 2 + (data.parameters + SPARE_DOF) * inflation / conditions
-    compressed = max(4 * own, 4 * math.ceil(in_quarter))
+    compressed = fewest_to_compress(data, folds_of_half(folds), inflation)
     if dim > MAX_WIDTH:
         return compressed
     freedom = max(LEAST_DOF * dim, dim + SPARE_DOF) * inflation
     return min(compressed, max(2 * folds, math.ceil(freedom / conditions + folds)))
+
+
+def fewest_to_compress(data: Data, folds: int, inflation: float) -> int:
+    """Return the samples per condition that a compressed layer needs: two in every fold of each
+    half, and a quarter of all that carries the readouts of the bound.
+
+    Args:
+        folds: of each half.
+        inflation: samples per degree of freedom, more than 1 for paired conditions.
+    """
+    in_quarter = folds / 2 + (data.parameters + SPARE_DOF) * inflation / data.conditions
+    return max(4 * folds, 4 * math.ceil(in_quarter))
 
 
 class CompressedMeter(Meter):
@@ -98,26 +99,40 @@ class CompressedMeter(Meter):
 
     Args:
         site: the layer.
-        start: `for_next` of an earlier measurement of it with the same samples; None for none.
+        data: the samples.
+        settings: of the measurement.
+        start: `for_next` of an earlier measurement of the layer with the same samples; None for
+            none.
 
     Attributes:
-        spaces: what the samples of even and of odd folds of each condition teach.
+        spaces: those learned from the samples of even and of odd folds of each condition.
         measured: moments of the features in these spaces, each of the other samples; empty while
             the spaces are learned.
     """
 
-    rounded = False
+    finds_steps = False
     unit = "Krylov vectors"
     spaces: list[KrylovSpace]
     measured: list[FoldMoments]
 
-    def __init__(self, site: Site, start: Sequence[torch.Tensor] | None = None) -> None:
-        super().__init__(site)
+    def __init__(
+        self,
+        site: Site,
+        data: Data,
+        settings: MeasurementSettings,
+        start: Sequence[torch.Tensor] = (),
+    ) -> None:
+        super().__init__(site, data, settings)
         self._start = start
         self._projections: list[torch.Tensor] = []
+        self._folds = folds_of_half(settings.folds)
+        self._held: list[HeldSamples] = []
+        self._seen = torch.zeros(data.conditions, dtype=torch.int64)
+        self._waiting: list[list[torch.Tensor]] = [[], []]
+        self.measured = []
 
     def for_next(self) -> list[torch.Tensor]:
-        """Weights [k, d] of the vectors that each half has taught."""
+        """Return the weights [k, d] of the vectors that each half has taught."""
         return self._projections
 
     @property
@@ -127,237 +142,182 @@ class CompressedMeter(Meter):
 
     @property
     def reads_carried(self) -> bool:
-        """Products of the covariance with vectors are made of the samples alone."""
-        return self._seen_before is None or bool(self.measured)
+        """Whether this pass reads tangents or score. Products of the covariance with vectors need
+        only the samples."""
+        return self._first_pass or bool(self.measured)
 
     @property
     def parts(self) -> list[FoldMoments]:
-        """Moments of different samples, together of all: those of even folds first."""
+        """Moments of the samples of even folds, and of those of odd folds."""
         return self.measured[::-1]
 
-    def prepare(self, data: Data, settings: MeasurementSettings) -> None:
-        """Fix the pilot; from here on `observe` counts."""
-        standardisation = self.pilot.standardisation()
+    @property
+    def held(self) -> list[HeldSamples]:
+        """Samples kept for the errors."""
+        return self._held
+
+    def _prepare(self, standardisation: Standardisation) -> None:
+        """Begin the spaces."""
+        data, most = self._data, self._settings.max_features
         self._mean, self._rounding = standardisation.mean, standardisation.rounding
         self._noise_variance = standardisation.noise**2 * (
             standardisation.mean.square() + standardisation.scale.square().reciprocal()
         )
-        self._probe = settings.probe
-        self._data, self._paired, self._carried = data, data.paired, carried_by(data)
-        self._conditions, self._parameters = data.conditions, data.parameters
-        self._all_folds, self._folds = settings.folds, folds_of_half(settings.folds)
-        steps = max(min(KRYLOV_VECTORS, settings.max_features // data.parameters), 1)
         self.spaces = [
             KrylovSpace(
                 standardisation,
                 conditions=data.conditions,
                 parameters=data.parameters,
-                steps=steps,
+                steps=steps_of(data.parameters, most),
                 dtype=self._dtype,
-                scored=bool(self._carried["score"]),
+                scored=data.source == "score",
                 start=start,
             )
             for start in self._start or (None, None)
         ]
-        self._start = None
-        self.measured = []
-        self._halves_held: list[HeldSamples] = []
-        self._seen = torch.zeros(data.conditions, dtype=torch.int64)
-        self._seen_before: list[int] | None = None
-        self._waiting: list[list[torch.Tensor]] = [[], []]
-        streams = streams_of(data, settings.folds)
-        self._prepare_map(standardisation, data.conditions, settings, streams)
+        self._start = ()
 
-    def observe(
-        self,
-        condition: int,
-        activations: torch.Tensor,
-        *,
-        tangents: torch.Tensor | None = None,
-        score: torch.Tensor | None = None,
-        place: Place | None = None,
-    ) -> torch.Tensor:
-        """Add activations [n, ...] of a condition, with what they carry; see `LayerMeter`."""
-        if place is None:
-            place, activations, tangents, score = in_turn(
-                self.seen[condition], self._all_folds, activations, tangents, score
-            )
-        if self.map is not None and self._seen_before is None:
-            carried = score if tangents is None else tangents
-            self.map.update(condition, activations, carried, place)
-        rows = rows_of(activations)
-        moved = None if tangents is None else rows_of(tangents, 1)
-        self._seen[condition] += len(rows)
+    def _observe(self, condition: int, batch: Batch, place: Place) -> torch.Tensor:
+        self._seen[condition] += len(batch)
         finite = []
-        for half, own in enumerate(dealt_to_halves(place, rows, moved, score)):
+        for half, rows in enumerate(place.halves):
+            own, space = batch.part(rows.start, rows.stop), self.spaces[half]
             if self.measured:
-                finite.append(self._measure(half, condition, place, *own))
+                finite.append(self._measure(half, condition, place, own))
             else:
-                self.spaces[half].observe(condition, *own)
-                finite.append(self.spaces[half].finite(condition))
+                space.observe(condition, own.x, own.tangents, own.score)
+                finite.append(space.finite(condition))
         return torch.stack(finite).all()
 
-    def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that this pass adds up over processes."""
+    def _measure(self, half: int, condition: int, whole: Place, batch: Batch) -> torch.Tensor:
+        """Measure the samples of a half, of a batch with place `whole`, in the space of the other
+        half. Returns whether all values were finite, a 0-d tensor."""
+        other = 1 - half
+        moments, projection = self.measured[other], self._projections[other]
+        features, tangents = projected(batch.x, projection, self._mean).double(), batch.tangents
+        if tangents is not None:
+            tangents = torch.stack([projected(tangent, projection) for tangent in tangents])
+        place, order = whole.half(half, self._folds)
+        own = Batch(features, tangents, batch.score).sorted(place, order)
+        carried = own.score if own.tangents is None else own.tangents
+        self._held[other].add(condition, own.x, carried, place, whole=whole)
+        moments.update(condition, own.x, carried=carried, place=place)
+        if moments.paired:
+            waiting = self._waiting[other]
+            waiting.append(own.x)
+            if len(waiting) == self._data.conditions:
+                moments.update_products(waiting)
+                waiting.clear()
+        return all_finite(moments, condition)
+
+    def _sums(self) -> list[torch.Tensor]:
         sources = self.measured or self.spaces
-        sums = [self._seen, *(part for source in sources for part in source.shared_sums())]
-        first_pass = self._seen_before is None
-        return sums + self.map.shared_sums() if self.map is not None and first_pass else sums
+        return [self._seen, *(part for source in sources for part in source.shared_sums())]
 
-    def shared_samples(self) -> list[KeptSamples]:
-        """Samples kept in this pass, to be joined with those of the other processes."""
-        kept = [store for held in self._halves_held for store in held.stores]
-        first_pass = self._seen_before is None
-        return [*kept, self.map.kept] if self.map is not None and first_pass else kept
+    def _samples(self) -> list[KeptSamples]:
+        return [store for held in self._held for store in held.stores]
 
-    def end_pass(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
-        """Return whether another pass over the same samples must follow."""
-        if self._seen_before not in (None, self.seen):
-            raise ValueError(
-                f"samples must be the same at every pass, got {self.seen} after"
-                f" {self._seen_before} per condition"
-            )
+    def _end_pass(self) -> bool:
+        """Ask for passes until the spaces are learned, and one more to measure in them."""
         if self.measured:
             return False
-        self._seen_before, self._seen = self.seen, torch.zeros_like(self._seen)
-        more = [space.advance(contrast) for space in self.spaces]  # both: no short cut
+        self._seen = torch.zeros_like(self._seen)
+        more = [space.advance(self._contrast) for space in self.spaces]
         if not any(more):
             self._prepare_measurement()
         return True
 
-    def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
-        """J, its errors and bounds: means over the two halves."""
+    def _prepare_measurement(self) -> None:
+        """From here on measure each half in the space of the other."""
+        data, folds = self._data, self._folds
+        self._projections = [space.projection() for space in self.spaces]
+        tally = None
+        if data.groups is not None:
+            tally = Tally.of_groups(len(data.groups), self._settings.folds)
+        for half, projection in enumerate(self._projections):
+            moments = FoldMoments(
+                len(projection),
+                data.conditions,
+                folds=folds,
+                paired=data.paired,
+                groups=None if tally is None else tally.of_half(1 - half, folds),
+                **carried_by(data),
+                device=self._mean.device,
+            )
+            self.measured.append(moments)
+            self._held.append(HeldSamples(data, folds, len(projection), torch.float64))
+
+    def estimate(self) -> LayerFisher:
+        """Estimate J, its errors and bounds: means over the two halves."""
         dead = int((~(self.spaces[0].alive | self.spaces[1].alive)).sum())
-        base = no_information(self.site, data, samples=sum(self.seen), dropped=dead)
+        base = no_information(self.site, self._data, samples=sum(self.seen), dropped=dead)
         if dead == self.site.dim:
             return replace(base, notes=(f"all {dead} activations are constant: J = 0",))
         if not all(map(len, self.spaces)):
             still = "no activation moves with theta: J = 0"
-            return replace(base, notes=(NO_TANGENTS if self._carried["tangents"] else still,))
-        self._check_samples(contrast)
-        halves = self.halves(contrast, ridge)
+            return replace(base, notes=(NO_TANGENTS if self._data.source == "pathwise" else still,))
+        self._check_samples()
+        halves = self.halves()
         if not halves:
             return replace(base, notes=("no activation varies in both halves: J = 0",))
         size = max(len(half.curve) for half in halves)
-        points = curve_points(min(self._parameters, size), size)
-        layer = joined(base, halves, self.measured, contrast, points)
+        points = curve_points(min(self._data.parameters, size), size)
+        layer = joined(base, halves, self.measured, self._contrast, points)
         layer = replace(
             layer,
             linear=layer.J,
             linear_stderr=layer.stderr,
             feature_kind="krylov",
             compressed=True,
+            replicates=replicates_of_mean(
+                [self._replicates(half, fit) for half, fit in enumerate(halves)][::-1]
+            ),
         )
         notes = [f"{dead} constant activations left out"] if dead else []
         notes += [] if layer.carried else [NOT_CARRIED]
         notes += [warning] if (warning := finite_step_note(layer)) else []
-        notes += [NO_PROBE] if self._probe is not None else []
+        notes += [NO_PROBE] if self._settings.probe is not None else []
         return replace(layer, notes=tuple(notes))
 
-    def _prepare_measurement(self) -> None:
-        """From here on each half is read in the space that the other has taught."""
-        self._projections = [space.projection() for space in self.spaces]
-        groups = self._data.groups
-        tally = None if groups is None else Tally.of_groups(len(groups), self._all_folds)
-        self.measured = [
-            FoldMoments(
-                len(projection),
-                self._conditions,
-                folds=self._folds,
-                paired=self._paired,
-                groups=None if tally is None else tally.of_half(1 - half, self._folds),
-                **self._carried,
-                device=self._mean.device,
-            )
-            for half, projection in enumerate(self._projections)
-        ]
-        self._halves_held = [
-            HeldSamples(self._data, self._folds, len(projection), torch.float64)
-            for projection in self._projections
-        ]
-
-    def _measure(
-        self,
-        half: int,
-        condition: int,
-        whole: Place,
-        rows: torch.Tensor,
-        tangents: torch.Tensor | None,
-        score: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Measure samples of a half, of a batch in this place, in the space of the other half.
-        Returns whether all was finite, as a 0-d tensor."""
-        other = 1 - half
-        moments, projection = self.measured[other], self._projections[other]
-        place, order = whole.half(half, self._folds)
-        features = projected(rows, projection, self._mean).double()[order]
-        carried = None if score is None else score[order]
-        if tangents is not None:
-            moved = [projected(tangent, projection)[order] for tangent in tangents]
-            carried = torch.stack(moved)
-        self._halves_held[other].add(condition, features, carried, place, whole=whole)
-        moments.update(condition, features, carried=carried, place=place)
-        if self._paired:
-            waiting = self._waiting[other]
-            waiting.append(features)
-            if len(waiting) == self._conditions:
-                moments.update_products(waiting)
-                waiting.clear()
-        finite = torch.isfinite(moments.sums[condition]).all()
-        if moments.carried is not None:
-            finite = finite & torch.isfinite(moments.carried.sums).all()
-        return finite
-
-    def _check_samples(self, contrast: torch.Tensor) -> None:
-        """Two samples in every fold, and a quarter of all must carry the readouts of the bound."""
-        freedom = self._parameters + SPARE_DOF
-        inflation = float(self._conditions) if self._paired else 1.0  # at worst
-        fewest = min(moments.fewest for moments in self.measured)
-        if fewest >= 2:
-            quarters = [m.statistics(contrast, half) for m in self.measured for half in (0, 1)]
+    def _check_samples(self) -> None:
+        """Raise UnmeasuredError unless every fold has two samples and a quarter of all carries the
+        readouts of the bound."""
+        data, freedom = self._data, self._data.parameters + SPARE_DOF
+        inflation = float(data.conditions) if data.paired else 1.0  # at worst
+        if min(moments.fewest for moments in self.measured) >= 2:
+            quarters = [
+                m.statistics(self._contrast, half) for m in self.measured for half in (0, 1)
+            ]
             least = min(quarter.dof for quarter in quarters)
             if least >= freedom:
                 return
             samples = sum(n // 4 for n in self.seen)
-            inflation = max((samples - self._conditions * self._folds / 2) / least, 1.0)
-        in_quarter = self._folds / 2 + freedom * inflation / self._conditions
-        needed = max(4 * self._folds, 4 * math.ceil(in_quarter))
+            inflation = max((samples - data.conditions * self._folds / 2) / least, 1.0)
+        needed = fewest_to_compress(data, self._folds, inflation)
         raise UnmeasuredError(
             f"layer {self.site.name!r} must see at least {needed} samples per condition to be"
             f" compressed on one half and measured on the other, got {min(self.seen)}"
         )
 
-    def halves(self, contrast: torch.Tensor, ridge: RidgeSetting) -> list[HalfFit]:
-        """What was measured in the space of each half, and the size at which it is to be read.
-        Empty where a space has no feature that varies in the other half.
-
-        That size is chosen on the *other* curve, where its noise is another one: the best of many
-        sizes on the same curve would be the luckiest one.
-        """
-        wholes = [moments.statistics(contrast) for moments in self.measured]
+    def halves(self) -> list[HalfFit]:
+        """Fit what was measured in the space of each half. Empty if a space has no feature that
+        varies in the other half."""
+        wholes = [moments.statistics(self._contrast) for moments in self.measured]
         indices = [self._affordable(half, whole.dof) for half, whole in enumerate(wholes)]
         if not all(map(len, indices)):
             return []
-        ridges = [self._ridge(half, ridge) for half in range(2)]
-        if ridge == AUTO:
+        ridges = [self._ridge(half) for half in range(2)]
+        if self._settings.ridge == AUTO:
             for half, (whole, index) in enumerate(zip(wholes, indices, strict=True)):
                 kept, _ = independent_features(whole.select(index), ridges[half][index])
                 indices[half] = index[kept]
         fits = [leading_curve(*one) for one in zip(wholes, indices, ridges, strict=True)]
-        sizes = [choose_features(c, min(self._parameters, len(c))) for c, _ in fits]
-        halves = []
-        for half, ((curve, index), (chosen, plateau, *_)) in enumerate(
-            zip(fits, reversed(sizes), strict=True)
-        ):
-            chosen = min(chosen, len(index))
-            replicates = self._replicates(half, curve, index[:chosen])
-            own = ridges[half][index]
-            halves.append(HalfFit(curve, index, chosen, plateau, own, 1 - half, replicates))
-        return halves
+        return crossed(fits, ridges, self._data.parameters)
 
-    def _replicates(self, half: int, curve: FisherCurve, index: torch.Tensor) -> torch.Tensor:
-        """J of the features in index without each fold of a half."""
-        W = curve.readout_of(len(index))
+    def _replicates(self, half: int, fit: HalfFit) -> torch.Tensor:
+        """Return J in the space of a half without each fold of the other."""
+        index = fit.index[: fit.chosen]
+        W = fit.curve.readout_of(fit.chosen)
 
         def read(
             features: torch.Tensor, tangents: torch.Tensor | None
@@ -365,39 +325,20 @@ class CompressedMeter(Meter):
             return features[:, index] @ W, None if tangents is None else tangents[..., index] @ W
 
         samples = self.measured[half].units
-        return self._halves_held[half].replicates(curve, len(index), read, samples)
-
-    @property
-    def held(self) -> list[HeldSamples]:
-        """Kept samples that errors are read from."""
-        return self._halves_held
-
-    def nbytes(self, data: Data, settings: MeasurementSettings, number: int) -> tuple[int, int]:
-        """Bytes kept of the layer, and bytes more while it is estimated."""
-        P, C, d = data.parameters, data.conditions, self.site.dim
-        k = max(min(KRYLOV_VECTORS, settings.max_features // P), 1) * P
-        vectors = 2 * 2 * k * d * number  # of both halves, and once more scaled
-        sums = 2 * DOUBLE * d * (C + 2 * P + 3)  # means, products with S, scales
-        tiles = 3 * number * max(TILE_NUMBERS, TILE_ROWS * d)
-        moments, estimate = moment_bytes(k, data, settings.folds)
-        map_kept, map_extra = self._map_bytes(data, settings)
-        orthogonal = DOUBLE * d * (3 * P + C + 4)  # new vectors before they are orthonormal
-        kept = pilot_bytes(d) + vectors + sums + tiles + moments + map_kept
-        return kept, max(orthogonal, estimate, map_extra)
+        return self._held[half].replicates(fit.curve, fit.chosen, read, samples)
 
     def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
-        """V of the score without each fold [F, P, P]."""
+        """Return V of the score without each fold [F, P, P]."""
         parts = [
             held.replicates_of_score(V.to(self._mean), moments.units).cpu()
-            for held, moments in zip(self._halves_held, self.measured, strict=True)
+            for held, moments in zip(self._held, self.measured, strict=True)
         ]
         return replicates_of_mean(parts[::-1])
 
-    def _ridge(self, half: int, setting: RidgeSetting) -> torch.Tensor:
-        """The ridge [k] of the features in the space of a half, relative to their variances: the
-        rounding of the activations, and of the products that make features of them."""
-        moments = self.measured[half]
-        variance = moments.variances()
+    def _ridge(self, half: int) -> torch.Tensor:
+        """Return the ridge [k] of the features in the space of a half, relative to their variances:
+        the rounding of the activations, and of the products that make features of them."""
+        variance, setting = self.measured[half].variances(), self._settings.ridge
         if setting != AUTO:
             return torch.full_like(variance, setting)
         size = self._noise_variance.sqrt() / 4  # products are off by a few units in the last place
@@ -406,19 +347,41 @@ class CompressedMeter(Meter):
         return raw_ridge(variance, self._of_activations(half, self._noise_variance) + products)
 
     def _affordable(self, half: int, dof: float) -> torch.Tensor:
-        """Numbers of the features in the space of a half that vary; not more than samples carry."""
+        """Return the numbers of the features in the space of a half that vary, at most as many as
+        the samples carry."""
         varied = self.measured[half].variances() > self._rounding_variance(half)
-        return varied.nonzero()[: max(self._parameters, int(dof / 2)), 0]
+        index = varied.nonzero()[:, 0]
+        return index[: affordable(len(index), self._data.parameters, dof)]
 
     def _rounding_variance(self, half: int) -> torch.Tensor:
-        """Variance of each feature [k] below which it is rounding: of the activations, or of the
-        squares of a feature that the other half keeps far from zero."""
+        """Return the variance of each feature [k] below which it is rounding: of the activations,
+        or of the squares of a feature whose mean in the other half is far from zero."""
         moments = self.measured[half]
         mean = moments.sums.sum((0, 1)) / sum(moments.seen)
         own = self._of_activations(half, (self._rounding * self._mean).square())
         return own + self._rounding * mean.square()
 
     def _of_activations(self, half: int, variance: torch.Tensor) -> torch.Tensor:
-        """Variance [k] of the features in the space of a half, from that of activations [d]."""
+        """Return the variance [k] of the features in the space of a half, from that of activations
+        [d]."""
         weights = self._projections[half]  # one vector at a time in float64: they are long
         return torch.stack([weight.double().square() @ variance for weight in weights])
+
+    def nbytes(self, number: int) -> tuple[int, int]:
+        """Return the bytes kept for the layer, and the additional bytes while it is estimated."""
+        data, settings = self._data, self._settings
+        P, C, d = data.parameters, data.conditions, self.site.dim
+        k = steps_of(P, settings.max_features) * P
+        vectors = 2 * 2 * k * d * number  # of both halves, and once more scaled
+        sums = 2 * DOUBLE * d * (C + 2 * P + 3)  # means, products with S, scales
+        tiles = 3 * number * max(TILE_NUMBERS, TILE_ROWS * d)
+        moments, estimate = moment_bytes(k, data, settings.folds)
+        map_kept, map_extra = self._map_bytes()
+        orthogonal = DOUBLE * d * (3 * P + C + 4)  # new vectors before they are orthonormal
+        kept = pilot_bytes(d) + vectors + sums + tiles + moments + map_kept
+        return kept, max(orthogonal, estimate, map_extra)
+
+
+def steps_of(parameters: int, max_features: int) -> int:
+    """Return the Krylov vectors per parameter."""
+    return max(min(KRYLOV_VECTORS, max_features // parameters), 1)

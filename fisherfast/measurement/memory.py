@@ -1,13 +1,12 @@
-"""A measurement within a stated memory: what it keeps of each layer, what each sample of a batch
-takes on its way, and how many samples a batch may have.
+"""The memory of a measurement, and how many samples a batch may have within a budget.
 
     fixed + n (source + network + statistics) <= budget
 
-*Fixed* is what moments, dictionaries, Krylov vectors and maps take, whatever the number of samples.
-The rest grows with the samples n of a batch: what the source hands over, the activations that are
-alive at the same time (measured on a few samples by `LivePeak`), each 1 + P times with tangents,
-and the temporary copies of the statistics of one layer. Folds are dealt by the number of a sample,
-so the result does not depend on n but for rounding.
+*Fixed* is the memory of moments, dictionaries, Krylov vectors and maps, which does not depend on
+the number of samples. The rest grows with the samples n of a batch: what the source yields, the
+activations that are alive at the same time (measured on a few samples by `LivePeak`), each 1 + P
+times with tangents, and the temporary copies of the statistics of one layer. Samples are dealt to
+folds by their numbers, so the result depends on n by rounding only.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from fisherfast.data import Batch, Data
 from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
 from fisherfast.estimation.features import MAX_WIDTH
-from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 
 __all__ = [
@@ -46,34 +44,33 @@ DOUBLE = 8
 """Bytes of a float64 number."""
 
 WORKSPACE = 2
-"""Activations that are alive, and as much again: oneDNN reorders what a convolution reads and
-writes, and stacks lie in blocks that may be twice as large."""
+"""Multiple of the live activations: oneDNN copies what a convolution reads and writes into another
+layout, and stacks lie in blocks that may be twice as large."""
 
 SOURCE_COPIES = 3
-"""Batches of a source that makes them: the one in use, the next one, and what that is made of."""
+"""Batches alive in a source that makes them: the current one, the next one, and its parts."""
 
 ESTIMATE_MATRICES = 10
 """Matrices [k, k] float64 that exist while J of one layer is estimated."""
 
 MAP_COPIES = 12
-"""Arrays of each size that exist while a map is estimated, freed ones among them."""
+"""Arrays of each size that exist while a map is estimated, including freed ones."""
 
 LIBRARIES = 2**25
-"""What torch, its threads and the kernels' tiles take besides, 32 MB."""
+"""Memory of torch, its threads and the tiles of the kernels, 32 MB."""
 
 FEW_SAMPLES = 4
-"""Samples of each condition in the pass that tells what a sample takes."""
+"""Samples of each condition in the pass that measures the memory of a sample."""
 
 PILOT_SHARE = 8
-"""The pilot of a source that is read once keeps an eighth of the budget at most, of what is
-left."""
+"""The pilot of a source that is read once keeps at most an eighth of the budget."""
 
 
 class LivePeak(TorchDispatchMode):
-    """Most bytes of new tensors that are alive at the same time inside.
+    """Count the bytes of new tensors that are alive at the same time inside the block.
 
     Attributes:
-        nbytes: that number so far. What an operation allocates for itself does not show.
+        nbytes: the largest count so far, without what an operation allocates internally.
 
     Example:
         >>> import torch
@@ -104,7 +101,7 @@ class LivePeak(TorchDispatchMode):
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    """Of the tensors in nested containers; of those that have one."""
+    """List the storages of the dense tensors in nested containers."""
     dense = (
         value
         for value in tree_leaves(values)
@@ -115,14 +112,14 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 @dataclass(frozen=True)
 class Shares:
-    """What the samples of a batch take, in bytes per sample.
+    """The memory of the samples of a batch, in bytes per sample.
 
     Attributes:
         carried: stacks of each activation: 1 + P with tangents.
-        source: what the source hands over, with its copies.
+        source: what the source yields, with its copies.
         network: activations of the network, without tangents.
-        statistics: copies that the statistics of the layer with most of them make.
-        pilot: the same in the pilot, which has no tangents but float64.
+        statistics: copies made by the statistics of the layer that makes most.
+        pilot: the same in the pilot, without tangents and in float64.
     """
 
     carried: int
@@ -132,7 +129,7 @@ class Shares:
     pilot: int
 
     def of(self, samples: int) -> int:
-        """Bytes of a batch."""
+        """Return the bytes of a batch."""
         stacks = self.network * self.carried
         measured = self.source + WORKSPACE * stacks + self.statistics
         pilot = self.source + WORKSPACE * self.network + self.pilot
@@ -145,9 +142,9 @@ class Plan:
     """How a measurement stays within its budget.
 
     Attributes:
-        batch_size: samples of a batch at most.
-        survey_samples: samples of each condition that tell which layer depends on which.
-        pilot_bytes: what the pilot keeps at most of a source that is read once.
+        batch_size: most samples of a batch.
+        survey_samples: samples of each condition used to find which layer depends on which.
+        pilot_bytes: most bytes that the pilot keeps of a source that is read once.
     """
 
     batch_size: int
@@ -156,14 +153,14 @@ class Plan:
 
 
 def shares(first: Batch, live: int, sites: Iterable[Site], data: Data, owned: bool) -> Shares:
-    """What a sample takes.
+    """Compute the memory of a sample.
 
     Args:
         first: the first samples.
         live: bytes of activations alive at the same time, of one sample without tangents.
         sites: the layers that are measured.
-        data: where the samples come from.
-        owned: batches are made by the source, and no views of what the user holds.
+        data: the source of the samples.
+        owned: batches are made by the source, not views of the user's tensors.
     """
     n = max(len(first), 1)
     carried = 1 if first.tangents is None else 1 + len(first.tangents)
@@ -180,14 +177,14 @@ def shares(first: Batch, live: int, sites: Iterable[Site], data: Data, owned: bo
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer takes, in bytes.
+    """The memory of one layer, in bytes.
 
     Attributes:
         name: of the layer.
         dim: d, its activations.
-        what: takes most of it.
+        what: name of what takes most of it.
         kept: while samples stream by.
-        extra: once more while it is estimated.
+        extra: in addition while it is estimated.
     """
 
     name: str
@@ -198,20 +195,20 @@ class LayerCost:
 
 
 def pilot_bytes(d: int) -> int:
-    """Bytes of mean, variance and scale of d activations, and whether each varies."""
+    """Return the bytes of mean, variance and scale of d activations, and whether each varies."""
     return (2 * DOUBLE + DOUBLE + 1) * d
 
 
 def moment_bytes(k: int, data: Data, folds: int) -> tuple[int, int]:
-    """Bytes of the moments of k features, and bytes more while J is estimated from them."""
+    """Return the bytes of the moments of k features, and the additional bytes of an estimate."""
     P = data.parameters
     kept = 2 * DOUBLE * k * k + DOUBLE * streamed_sums(data, folds) * k
     return kept, DOUBLE * (ESTIMATE_MATRICES * k * k + 4 * k * (folds + 1) * P * P)
 
 
 def streamed_sums(data: Data, folds: int) -> int:
-    """Sums that are kept of each feature: by condition and fold, of what samples carry, of
-    pairs."""
+    """Return how many sums are kept of each feature: by condition and fold, of tangents or score,
+    and of pairs."""
     P, C = data.parameters, data.conditions
     carried = folds * P if data.source in ("pathwise", "score") else 0
     return C * folds + carried + (C * C if data.paired else 0)
@@ -219,26 +216,26 @@ def streamed_sums(data: Data, folds: int) -> int:
 
 def plan(
     budget: int,
+    batch_size: int,
     costs: Sequence[LayerCost],
     per_sample: Shares,
     kept: int,
     data: Data,
-    settings: MeasurementSettings,
     number: int,
 ) -> Plan:
-    """The largest batches that stay within a budget of so many bytes.
+    """Plan the largest batches that stay within a budget.
 
     Args:
         budget: bytes.
+        batch_size: most samples of a batch.
         costs: of the layers that are measured.
-        per_sample: what a sample takes.
+        per_sample: memory of a sample.
         kept: bytes of batches that are kept already.
-        data: where the samples come from.
-        settings: of the measurement; no batch is larger than its batch_size.
+        data: the source of the samples.
         number: bytes of a number of the statistics, 4 or 8.
 
     Raises:
-        ValueError: not even one sample fits. Says how much is needed, and which layer takes most.
+        ValueError: not even one sample fits (says how much is needed and which layer takes most).
     """
     lent = not data.repeatable
     fixed = kept + LIBRARIES + sum(cost.kept for cost in costs) + max(cost.extra for cost in costs)
@@ -254,7 +251,7 @@ def plan(
         )
     pilot = min(budget // PILOT_SHARE, budget - needed) if lent else 0
     fixed += pilot
-    low, high = 1, settings.batch_size
+    low, high = 1, batch_size
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fixed + per_sample.of(middle) <= budget else (low, middle - 1)
@@ -265,6 +262,6 @@ def plan(
 
 
 def in_words(nbytes: int) -> str:
-    """A number of bytes for a reader, rounded up."""
+    """Write a number of bytes as text, rounded up."""
     unit, name = (10**9, "GB") if nbytes >= 10**9 else (10**6, "MB")
     return f"{-(-nbytes * 100 // unit) / 100:g} {name}"

@@ -1,21 +1,21 @@
-"""The interface of a layer's meter: what is kept of one layer while samples stream by."""
+"""`Meter`: the interface of what a measurement keeps of one layer while samples stream by."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 
-from fisherfast.data import Data
+from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.dither import StepMeter
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.maps import MapMoments
 from fisherfast.estimation.pilot import PilotMoments, Standardisation
-from fisherfast.estimation.ridge import INPUT_ROUNDING, ROUNDING, RidgeSetting
+from fisherfast.estimation.ridge import INPUT_ROUNDING, ROUNDING
 from fisherfast.measurement.memory import DOUBLE, MAP_COPIES, streamed_sums
+from fisherfast.measurement.moments import streams_of
 from fisherfast.measurement.replicates import HeldSamples
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import INPUT, Site
@@ -32,36 +32,41 @@ chance."""
 class Meter(ABC):
     """What a measurement keeps of one layer.
 
-    The measurement calls, in this order: `observe_pilot` for the first samples, `prepare`, then for
-    each pass `observe` for every batch and `end_pass`, until no pass is needed, then `estimate`.
+    A measurement calls `observe_pilot` for the first samples and `prepare` once; then, for each
+    pass, `observe` for every batch and `end_pass`, until no further pass is needed; then
+    `estimate`.
+
+    Args:
+        site: the layer.
+        data: the samples.
+        settings: of the measurement.
 
     Attributes:
         site: the layer.
         pilot: scale and offset of its activations, from the first samples.
-        map: moments of the information map; None where none is asked for.
-        largest_step: the largest step between rounded activations, in their standard deviations.
-        rounded: whether steps of rounded activations are searched for.
+        map: moments of the information map; None if none is measured.
+        largest_step: largest step between rounded activations, in their standard deviations.
+        finds_steps: search the pilot for the steps of rounded activations if samples have tangents.
         unit: what takes most memory, for messages.
     """
 
     map: MapMoments | None = None
     largest_step = 0.0
-    rounded = True
-    _half_steps: torch.Tensor | None = None
+    finds_steps = True
     unit = "moments"
+    _half_steps: torch.Tensor | None = None
+    _seen_before: list[int] | None = None
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, site: Site, data: Data, settings: MeasurementSettings) -> None:
+        self.site, self._data, self._settings = site, data, settings
+        self._contrast = data.contrast()
         self._dtype = torch.float32
-        self.find_steps(None)
-
-    def find_steps(self, ties: StepMeter | None) -> None:
-        """Begin the pilot statistics; ties finds the steps of rounded activations."""
-        units = INPUT_ROUNDING if self.site.name == INPUT else ROUNDING
-        self.pilot = PilotMoments(units, ties)
+        units = INPUT_ROUNDING if site.name == INPUT else ROUNDING
+        searches = self.finds_steps and data.source == "pathwise"
+        self.pilot = PilotMoments(units, StepMeter() if searches else None)
 
     def note_steps(self, steps: torch.Tensor) -> None:
-        """Remember that activations are rounded to steps [d], which noise was added against."""
+        """Note that activations are rounded to steps [d], against which noise was added."""
         relative = steps * self.pilot.standardisation().scale
         self._half_steps = relative / 2
         self.largest_step = max(self.largest_step, float(relative.max()))
@@ -70,11 +75,67 @@ class Meter(ABC):
         """Add activations [n, ...] to the pilot statistics.
 
         Args:
-            moving: bool [n, ...], which of them have a derivative; None if that is not known.
+            moving: bool [n, ...] marks those with a derivative; None if that is unknown.
         """
         if activations.dtype == torch.float64:
             self._dtype = torch.float64
         self.pilot.update(rows_of(activations), None if moving is None else rows_of(moving))
+
+    def prepare(self) -> None:
+        """Fix the features from the pilot. From here on `observe` counts."""
+        standardisation = self.pilot.standardisation()
+        if self._has_map():
+            streams = streams_of(self._data, self._settings.folds)
+            shape, conditions = self.site.shape, self._data.conditions
+            self.map = MapMoments(standardisation, shape, conditions, **streams)
+        self._prepare(standardisation)
+
+    @abstractmethod
+    def _prepare(self, standardisation: Standardisation) -> None:
+        """Fix the features."""
+
+    def observe(self, condition: int, batch: Batch) -> torch.Tensor:
+        """Add a batch of a condition, sorted by its place: activations [n, ...] with their tangents
+        [P, n, ...] (None for zero) or score [n, P].
+
+        Returns:
+            Whether all values of that condition were finite so far, a 0-d tensor.
+        """
+        x, tangents, score, place = batch.x, batch.tangents, batch.score, batch.place
+        assert place is not None  # every batch of a measurement is dealt to folds
+        if self.map is not None and self._first_pass:
+            self.map.update(condition, x, score if tangents is None else tangents, place)
+        moved = None if tangents is None else rows_of(tangents, 1)
+        return self._observe(condition, Batch(rows_of(x), moved, score, place), place)
+
+    @abstractmethod
+    def _observe(self, condition: int, batch: Batch, place: Place) -> torch.Tensor:
+        """As `observe`, for activations [n, d] and tangents [P, n, d]."""
+
+    def end_pass(self) -> bool:
+        """Return whether another pass over the same samples must follow.
+
+        Raises:
+            ValueError: this pass had other samples than the one before.
+            UnmeasuredError: the samples are too few.
+        """
+        seen = self.seen
+        if self._seen_before not in (None, seen):
+            raise ValueError(
+                f"samples must be the same at every pass, got {seen} after {self._seen_before} per"
+                " condition"
+            )
+        more = self._end_pass()
+        self._seen_before = seen
+        return more
+
+    @abstractmethod
+    def _end_pass(self) -> bool:
+        """Prepare for another pass if one is needed, and return whether it is."""
+
+    @property
+    def _first_pass(self) -> bool:
+        return self._seen_before is None
 
     @property
     @abstractmethod
@@ -83,115 +144,88 @@ class Meter(ABC):
 
     @property
     def reads_carried(self) -> bool:
-        """Whether this pass reads what the samples carry, tangents or a score."""
+        """Whether this pass reads the tangents or the score of the samples."""
         return True
 
     @property
     @abstractmethod
     def parts(self) -> list[FoldMoments]:
-        """Moments of disjoint samples, together of all."""
+        """Moments of disjoint sets of samples that are all samples together."""
 
     @property
     @abstractmethod
     def held(self) -> list[HeldSamples]:
-        """Kept samples that errors are read from."""
+        """Samples kept for the errors."""
 
     @abstractmethod
-    def prepare(self, data: Data, settings: MeasurementSettings) -> None:
-        """Fix the features from the pilot; from here on `observe` counts."""
+    def estimate(self) -> LayerFisher:
+        """Estimate J, its errors and bounds after the last pass.
 
-    @abstractmethod
-    def observe(
-        self,
-        condition: int,
-        activations: torch.Tensor,
-        *,
-        tangents: torch.Tensor | None = None,
-        score: torch.Tensor | None = None,
-        place: Place | None = None,
-    ) -> torch.Tensor:
-        """Add activations [n, ...] of a condition, with what they carry.
-
-        Args:
-            condition: number of the condition.
-            tangents: [P, n, ...] of the activations; None for none, or for zero.
-            score: [n, P] of the samples.
-            place: folds and halves of the samples, which are sorted by them; None to deal them in
-                turn.
-
-        Returns:
-            Whether all values of that condition were finite so far, as a 0-d tensor.
+        Raises:
+            UnmeasuredError: the samples are too few.
         """
-
-    @abstractmethod
-    def end_pass(self, contrast: torch.Tensor, ridge: RidgeSetting) -> bool:
-        """Return whether another pass over the same samples must follow."""
-
-    @abstractmethod
-    def estimate(self, data: Data, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
-        """J, its errors and bounds, after the last pass."""
 
     @abstractmethod
     def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
-        """V of the score without each fold [F, P, P]; empty where no samples were kept."""
+        """Return V of the score without each fold [F, P, P]; empty if no samples are kept."""
 
     @abstractmethod
-    def nbytes(self, data: Data, settings: MeasurementSettings, number: int) -> tuple[int, int]:
-        """Bytes kept of the layer, and bytes more while it is estimated.
+    def nbytes(self, number: int) -> tuple[int, int]:
+        """Return the bytes kept for the layer, and the additional bytes while it is estimated.
 
         Args:
-            data: the samples.
-            settings: of the measurement.
             number: bytes of a number of the statistics, 4 or 8.
         """
 
-    @abstractmethod
     def shared_sums(self) -> list[torch.Tensor]:
-        """Views of all that this pass adds up over processes: counts and sums of samples."""
+        """Return views of all sums of this pass, to be added up over processes."""
+        mapped = self.map is not None and self._first_pass
+        return self._sums() + (self.map.shared_sums() if self.map is not None and mapped else [])
 
     @abstractmethod
+    def _sums(self) -> list[torch.Tensor]:
+        """As `shared_sums`, without those of the map."""
+
     def shared_samples(self) -> list[KeptSamples]:
-        """Samples kept in this pass, to be joined with those of the other processes."""
+        """Return the samples kept in this pass, to be joined with those of other processes."""
+        kept = self._samples()
+        return [*kept, self.map.kept] if self.map is not None and self._first_pass else kept
+
+    @abstractmethod
+    def _samples(self) -> list[KeptSamples]:
+        """As `shared_samples`, without those of the map."""
 
     def learned(self) -> list[torch.Tensor]:
-        """What was learned between passes in a way that processors may differ in: all processes
-        take that of the first."""
+        """Return what was learned between passes and may differ between processors: every process
+        takes that of the first."""
         return []
 
     def for_next(self) -> list[torch.Tensor]:
-        """Projections from which the next measurement of this layer may start; empty for none."""
+        """Return projections from which the next measurement of this layer may start; empty for
+        none."""
         return []
 
     def independent(self) -> bool:
-        """Whether neighbouring samples look independent in the kept samples."""
+        """Return whether neighbouring kept samples look independent."""
         return all(held.dependence <= DEPENDENT for held in self.held)
 
-    def _map_bytes(self, data: Data, settings: MeasurementSettings) -> tuple[int, int]:
-        """The same of the map; zero where none is asked for."""
-        if not self._has_map(settings):
+    def _map_bytes(self) -> tuple[int, int]:
+        """As `nbytes`, for the map; zero without one."""
+        if not self._has_map():
             return 0, 0
-        P, F, d, channels = data.parameters, settings.folds, self.site.dim, self.site.shape[0]
+        P, F, d = self._data.parameters, self._settings.folds, self.site.dim
+        channels = self.site.shape[0]
         covariance = DOUBLE * d * channels
         solved, folds = d * (F + 1) * P, d // channels * F * P * P
         estimate = MAP_COPIES * (covariance + DOUBLE * (solved + folds))
-        return covariance + DOUBLE * d * streamed_sums(data, F), estimate
+        return covariance + DOUBLE * d * streamed_sums(self._data, F), estimate
 
-    def _has_map(self, settings: MeasurementSettings) -> bool:
-        return is_mapped(settings.maps, self.site.names) and has_map(self.site.shape)
-
-    def _prepare_map(
-        self,
-        standardisation: Standardisation,
-        conditions: int,
-        settings: MeasurementSettings,
-        streams: dict[str, Any],
-    ) -> None:
-        if self._has_map(settings):
-            self.map = MapMoments(standardisation, self.site.shape, conditions, **streams)
+    def _has_map(self) -> bool:
+        return is_mapped(self._settings.maps, self.site.names) and has_map(self.site.shape)
 
 
 def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
-    """Activations [n, ...] of one layer as [n, d], one number per sample as d = 1; after leading
-    dimensions."""
+    """Flatten activations [n, ...] to [n, d], after `leading` other dimensions; one number per
+    sample has d = 1."""
     rows = leading + 1
     return activations.flatten(rows) if activations.ndim > rows else activations[..., None]

@@ -1,11 +1,11 @@
-r"""J without each fold of the samples: what the errors of two layers have in common.
+r"""Replicates of J without each fold of the samples, and the error of J from kept samples.
 
 .. math:: \delta J = W^T \delta D + \delta D^T W - W^T \delta S\, W, \qquad W = R^{-1} D
 
-Moments tell J and its error, but not how each sample moves J: that takes the numbers u = W^T f of
-the samples, and W is known when they have gone by. So a thousand samples are kept, and stand for
-the others. All layers keep the same ones, so their replicates are those of one jackknife, and the
-error of any function of several layers follows (docs/theory.md, 18).
+Moments give J and its error, but not the effect of each sample on J. That takes the numbers u =
+W^T f of the samples, and W is known only after the pass. So a thousand samples are kept and
+represent the others. All layers keep the same ones, so their replicates belong to one jackknife,
+which gives the error of any function of several layers (docs/theory.md, 18).
 """
 
 from __future__ import annotations
@@ -32,51 +32,56 @@ from fisherfast.estimation.variance import covariance_of_entries
 __all__ = ["KEPT_SAMPLES", "HeldSamples", "Readout", "kept_samples"]
 
 KEPT_SAMPLES = 1024
-"""Samples over all conditions that are kept: a variance is known to 5 % from them."""
+"""Samples kept over all conditions: a variance is known to 5 % from them."""
 
 KEPT_NUMBERS = 2**18
-"""Activations of a narrow layer that are kept of more samples, 1 MB of float32 ..."""
+"""Activations kept of a narrow layer, 1 MB of float32, so of more samples ..."""
 
 MOST_SAMPLES = 8192
-"""... and how many samples at most."""
+"""... up to this number."""
 
 NEIGHBOURS = 16
-"""Samples of a block that is kept: 15 pairs of neighbours."""
+"""Consecutive samples that are kept together: 15 pairs of neighbours."""
 
 SPARE_DOF = 3
-"""nu - k_eff - 3 degrees of freedom remain of nu in the variance of an inverse covariance."""
+"""The variance of an inverse covariance has nu - k_eff - 3 degrees of freedom."""
 
 LEAST_ERROR = 0.01
-"""Part of a Gaussian variance that light tails leave at least."""
+"""Smallest part of a Gaussian variance that light tails can leave."""
 
 Readout = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
-"""From raw features [m, d] and their tangents [m, P, d] (or None): the numbers W^T f [m, P], and
-their tangents [m, P, P], the parameter first."""
+"""Computes from raw features [m, d] and their tangents [m, P, d] (or None) the numbers W^T f
+[m, P] and their tangents [m, P, P], the parameter first."""
 
 
 Features = Callable[[torch.Tensor], torch.Tensor]
-"""Features [m, k] of raw ones [m, d]."""
+"""Computes features [m, k] of raw ones [m, d]."""
 
 
 def kept_samples(width: int, source: str) -> int:
-    """Samples over all conditions that are kept of a layer of so many raw features: more where the
-    layer is narrow, and twice as many of a score, whose residuals may follow the leverage."""
+    """Return the samples to keep over all conditions for a number of raw features: more in a narrow
+    layer, and twice as many with a score, whose residuals may depend on the leverage."""
     least = KEPT_SAMPLES * (2 if source == "score" else 1)
     return max(least, min(KEPT_NUMBERS // max(width, 1), MOST_SAMPLES))
 
 
 class HeldSamples:
-    """Some of the samples of one layer, the same of all layers, with what they carry.
+    """Some of the samples of one layer with their tangents or score; the same ones in all layers.
+
+    Blocks of consecutive samples are kept, because neighbours show whether samples depend on each
+    other.
 
     Args:
-        data: where they come from.
+        data: the source of the samples.
         folds: F.
         width: raw features of a sample.
-        dtype: of what is kept.
+        dtype: of the kept features.
 
-    Kept are blocks of neighbours, because neighbours show whether samples depend on each other.
+    Attributes:
+        dependence: largest correlation of a sample with its neighbour that `replicates` has seen,
+            in standard errors of independent samples.
 
-    Memory: of the larger of 1024 d and 2^18 numbers, times 1 + P with tangents.
+    Memory: the larger of 1024 d and 2^18 numbers, times 1 + P with tangents.
     """
 
     def __init__(self, data: Data, folds: int, width: int, dtype: torch.dtype) -> None:
@@ -95,10 +100,7 @@ class HeldSamples:
             )
             for samples in sorted({KEPT_SAMPLES, kept_samples(width, data.source)})
         ]
-        #: More samples of narrow layers, for the tails of their distribution.
-        self._many = more[0] if more else self._kept
-        #: Largest correlation of a sample with its neighbour, in standard errors of independent
-        # ones, that `replicates` has seen.
+        self._many = more[0] if more else self._kept  # for the tails of the distribution
         self.dependence = 0.0
 
     def add(
@@ -115,7 +117,7 @@ class HeldSamples:
 
         Args:
             place: of these samples.
-            whole: place of the batch, where these are a half of it; None for all.
+            whole: place of the batch if these are a half of it; None otherwise.
         """
         if self._source == "pathwise":
             if carried is None:
@@ -126,19 +128,19 @@ class HeldSamples:
 
     @property
     def stores(self) -> list[KeptSamples]:
-        """What is kept, and more of narrow layers."""
+        """All stores of kept samples."""
         return [self._kept] if self._many is self._kept else [self._kept, self._many]
 
     def samples(
         self, features: Features, moments: FoldMoments, index: torch.Tensor, most: int
     ) -> SampleFeatures | None:
-        """Features in index [k] of some of the samples that are kept; None where there are none.
+        """Compute the features in index [k] of some kept samples; None if there are none.
 
         Args:
-            features: of raw ones [m, d].
+            features: computes them from raw ones [m, d].
             moments: of these features, for the means of folds.
             index: int64 [k].
-            most: samples, of all conditions together.
+            most: most samples, of all conditions together.
         """
         if self._kept.forgotten:
             return None
@@ -156,12 +158,13 @@ class HeldSamples:
     def error_covariance(
         self, curve: FisherCurve, samples: SampleFeatures | None, read: Readout, most: int
     ) -> torch.Tensor:
-        """Covariance [P, P, P, P] of the errors of the entries of J of all features of a curve.
-        The samples show what Gaussian theory does not know of it, of a score all of it.
+        """Return the covariance [P, P, P, P] of the errors of the entries of J of all features of a
+        curve: Gaussian theory with the excess that the samples show; with a score all of it is from
+        the samples.
 
         Args:
             curve: of k features.
-            samples: theirs, from `samples`.
+            samples: from `samples`.
             read: applies the readout of the curve.
             most: as for `samples`.
         """
@@ -189,20 +192,21 @@ class HeldSamples:
         return at_least(errors + excess, LEAST_ERROR * errors)
 
     def _thinned(self, condition: int, most: int) -> tuple[torch.Tensor, ...]:
-        """As `_condition`, so few that those of all conditions are at most so many."""
+        """As `_condition`, thinned to at most `most` samples of all conditions."""
         store = self._many if most > KEPT_SAMPLES else self._kept
         parts = self._condition(condition, store)
         step = -(-len(parts[0]) * len(self._contrast) // most)
         return tuple(part[::step] for part in parts)
 
     def replicates(self, curve: FisherCurve, k: int, read: Readout, samples: int) -> torch.Tensor:
-        """J [F, P, P] of the first k features without each fold; empty where none are kept.
+        """Return J [F, P, P] of the first k features without each fold; empty if no samples are
+        kept.
 
         Args:
             curve: of at least k features.
             k: how many are used.
             read: applies the readout `FisherCurve.readout_of(k)`.
-            samples: independent ones of each condition, those that are not kept included.
+            samples: number of independent samples of each condition, kept or not.
         """
         statistics, J = curve.statistics, curve.J[k - 1]
         if self._kept.forgotten:
@@ -223,7 +227,7 @@ class HeldSamples:
         )
 
     def replicates_of_score(self, V: torch.Tensor, samples: int) -> torch.Tensor:
-        """V [F, P, P] of the score without each fold."""
+        """Return V [F, P, P] of the score without each fold; empty if no samples are kept."""
         if self._kept.forgotten:
             return V.new_empty(0, *V.shape)
         _, score, fold, numbers = self._condition(0)
@@ -232,7 +236,7 @@ class HeldSamples:
         return V - self._left_out(self._by_fold(_outer(s, s), fold, share))
 
     def _sums(self, read: Readout, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of u u^T, of what changes W^T D + D^T W, and of s s^T: by fold, see `_by_fold`."""
+        """Sum by fold (see `_by_fold`) u u^T, the changes of W^T D + D^T W, and s s^T."""
         P = self._parameters
         squares = crossed = scores = self._contrast.new_zeros(self._folds, P, P)
         for condition in range(len(self._contrast)):
@@ -258,36 +262,35 @@ class HeldSamples:
     def _condition(
         self, condition: int, kept: KeptSamples | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Raw features, what they carry (themselves where there is nothing), folds and numbers of
-        the samples."""
+        """Return raw features, their tangents or score (the features themselves if there are none),
+        folds and numbers of the samples."""
         numbers, fold, raw, *carried = (kept or self._kept).kept()[condition]
         return raw, (carried[0] if carried else raw).double(), fold.to(raw.device), numbers
 
     def _units(self, condition: int, numbers: torch.Tensor) -> int:
-        """How many independent ones are among kept samples of these numbers: groups, where there
-        are any."""
+        """Count the independent samples among kept samples of these numbers: groups, if any."""
         if self._groups is None:
             return len(numbers)
         return len(self._groups[condition][numbers].unique())
 
     def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, share: float) -> torch.Tensor:
-        """Sums [F, P, P] in each fold of values [m, P, P] less their mean, scaled so that their
-        squares add up to the variance of the mean of all samples, of which these are a share."""
+        """Sum values [m, P, P] about their mean in each fold [F, P, P], scaled so that the squares
+        add up to the variance of the mean of all samples, of which these are a share."""
         sums = values.new_zeros(self._folds, *values.shape[1:])
         sums.index_add_(0, fold, values - values.mean(0))
         return sums * (math.sqrt(share) / max(len(values), 1))
 
     def _left_out(self, sums: torch.Tensor) -> torch.Tensor:
-        """In the scale of a jackknife."""
+        """Scale sums to the replicates of a jackknife."""
         return sums * math.sqrt(self._folds / (self._folds - 1))
 
 
 def _dependence(
     u: torch.Tensor, numbers: torch.Tensor, groups: torch.Tensor | None = None
 ) -> float:
-    """Rank correlation of numbers u [m, P], or of their sizes, with those of the next sample, of
-    another group where there are any, times the root of the number of pairs: 0 +- 1 for independent
-    samples of any distribution."""
+    """Return the rank correlation of numbers u [m, P], or of their sizes, with those of the next
+    sample (of another group, if there are groups), times the root of the number of pairs: 0 +- 1
+    for independent samples of any distribution."""
     neighbours = (numbers.diff() == 1).to(u.device)
     if groups is not None:
         neighbours &= (groups.diff() != 0).to(u.device)
@@ -299,7 +302,7 @@ def _dependence(
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks [m] about their mean, the same for equal values."""
+    """Return the ranks [m] about their mean, the same for equal values."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
     return ranks - ranks.mean()
@@ -310,6 +313,6 @@ def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _about_own_means(rows: torch.Tensor, fold: torch.Tensor, folds: int) -> torch.Tensor:
-    """`about_fold_means` of rows [m, P] that are all samples of their folds."""
+    """As `about_fold_means`, for rows [m, P] that are all samples of their folds."""
     sums = rows.new_zeros(folds, rows.shape[1]).index_add_(0, fold, rows)
     return about_fold_means(rows, fold, sums, torch.bincount(fold, minlength=folds))

@@ -1,14 +1,14 @@
-"""One measurement: data are streamed through the model, `taps` hands over activations, `features`
-turns them into features, `moments` keeps their fold moments, `estimators` reads J from those.
-"""
+"""`Measurement` streams data through a model, passes the activations of each layer to its meter,
+and collects the estimates of all meters in a `FisherFlow`."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,15 +22,14 @@ from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Dealing, Place
 from fisherfast.estimation.dither import StepMeter, dithered
 from fisherfast.estimation.maps import estimate_map
-from fisherfast.estimation.ridge import RidgeSetting
 from fisherfast.measurement.agreement import Agreement
 from fisherfast.measurement.batches import Streams
 from fisherfast.measurement.cache import Recall
 from fisherfast.measurement.compressed_layer import CompressedMeter, fewest_samples, too_wide
-from fisherfast.measurement.fit import UnmeasuredError
 from fisherfast.measurement.layer import ROUNDED, LayerMeter
 from fisherfast.measurement.memory import FEW_SAMPLES, LayerCost, LivePeak, Plan, plan, shares
 from fisherfast.measurement.meter import Meter, rows_of
+from fisherfast.measurement.moments import UnmeasuredError
 from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbeMeter
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import not_measured, score_information, score_note
@@ -51,7 +50,7 @@ SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
 
 PROBE_SHARE = 8
-"""Samples to train probes on are an eighth of a memory budget at most."""
+"""Samples kept to train probes take at most an eighth of a memory budget."""
 
 
 class NotFiniteError(ValueError):
@@ -62,15 +61,15 @@ class Measurement:
     """One measurement of a model (or of the data alone) on given data.
 
     Args:
-        model: what is measured; None for the data alone.
+        model: the model; None for the data alone.
         data: the samples.
         layers: which layers.
         settings: checked for these data.
-        recall: what an earlier measurement of this model on these data has found out, and takes
-            what this one does.
+        recall: results of an earlier measurement of this model on these data, to which this one
+            adds its own.
         quiet: leave warnings to the notes of the layers.
-        ranks: the processes that make this measurement together; None for this one alone. Warnings
-            and the progress bar are left to the first.
+        ranks: the processes that make this measurement together; None for this one alone. Only the
+            first warns and shows the progress bar.
     """
 
     def __init__(
@@ -92,93 +91,68 @@ class Measurement:
         self._layers = layers
         self._settings = settings
         self._sites: list[Site] = []
-        self._meters: dict[str, Meter] = {}
+        self._meters: dict[str, Meter] = {}  # under every alias of a layer
         self._active: list[Meter] = []
         self._finite: list[tuple[str, int, int | torch.Tensor, torch.Tensor]] = []
         self._condition = 0
-        self._batch: int | torch.Tensor = 0
+        self._number: int | torch.Tensor = 0
         self._score: torch.Tensor | None = None
-        self._place: Place | None = None
+        self._place: Place | None = None  # None while the pilot runs
         self._moving: torch.Tensor | None = None
         self._ties = StepMeter()
         self._half_steps: torch.Tensor | None = None
-        self._pilot = True
         self._plan: Plan | None = None
         self._dealings: list[Dealing] | None = None
 
     @property
     def _layer_meters(self) -> list[Meter]:
-        """One meter per layer in execution order; `_meters` has it under every alias."""
+        """One meter per layer, in execution order."""
         return list(dict.fromkeys(self._meters.values()))
 
     def run(self, progress: bool = False) -> FisherFlow:
-        """Stream all samples, again for layers that grow, and estimate."""
+        """Stream all samples, again for meters that need more passes, and estimate."""
         with on_host():
-            flow, warning = self._run_on_host(progress)
-        self._warn(flow.layers, warning)
+            self._data = self._agreement.begin(
+                self._model, self._data, self._layers, self._settings
+            )
+            flow, warning = self._flow(self._measured(progress and self._agreement.leads))
+        if not self._quiet:
+            if warning is not None:
+                warnings.warn(warning, FisherWarning, stacklevel=3)
+            warn_of(flow.layers, stacklevel=4)
         return flow
 
-    def _run_on_host(self, progress: bool) -> tuple[FisherFlow, str | None]:
-        """The flow, and what is to be said of the score."""
-        progress = progress and self._agreement.leads
-        self._data = self._agreement.begin(self._model, self._data, self._layers, self._settings)
-        contrast, ridge = self._data.contrast(), self._settings.ridge
+    def _measured(self, progress: bool) -> dict[Meter, LayerFisher]:
+        """Estimate all layers, in as many passes as their meters need."""
         with self._evaluation():
             self._stream(progress)
         estimates: dict[Meter, LayerFisher] = {}
         failures: list[UnmeasuredError] = []
-        while True:
+        while self._active:
             growing = []
             with torch.inference_mode(False), torch.no_grad(), self._exact():
                 for meter in self._active:
                     try:
-                        if meter.end_pass(contrast, ridge):
+                        if meter.end_pass():
                             growing.append(meter)
                         else:
-                            estimates[meter] = self._estimate(meter, contrast, ridge)
+                            estimates[meter] = self._estimate(meter)
                     except UnmeasuredError as error:
                         failures.append(error)
-                        seen, reason = sum(meter.seen), str(error)
+                        samples, reason = sum(meter.seen), str(error)
                         estimates[meter] = not_measured(
-                            meter.site, self._data, samples=seen, reason=reason
+                            meter.site, self._data, samples=samples, reason=reason
                         )
-            if not growing:
-                break
             self._active = growing
-            with self._evaluation():
-                self._stream_again(progress)
+            if growing:
+                with self._evaluation():
+                    self._stream_again(progress)
         if failures and len(failures) == len(self._layer_meters):
             raise failures[0]
-        with torch.no_grad(), self._exact():
-            layers = [self._known(m, estimates[m]) for m in self._layer_meters]
-            maps = {
-                m.site.name: InformationMap(
-                    m.site.name, *estimate_map(m.site.name, m.map, contrast, ridge)
-                )
-                for m in self._layer_meters
-                if m.map is not None
-            }
-            warning = score_note(self._layer_meters[0]) if self._layer_meters else None
-        self._recall.spaces |= {
-            m.site.name: projections
-            for m in self._layer_meters
-            if m.site.name != INPUT and (projections := m.for_next())
-        }
-        if warning is not None:
-            layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
-        flow = self._recall.complete(
-            FisherFlow(tuple(layers), self._settings.to_dict(), maps=maps), self._sites, self._data
-        )
-        judged = with_status(flow.layers, score=self._data.source == "score")
-        return replace(flow, layers=judged), warning
+        return estimates
 
-    def _known(self, meter: Meter, layer: LayerFisher) -> LayerFisher:
-        """A layer as it was measured, but for the input of a score source."""
-        scored = meter.site.name == INPUT and self._data.source == "score"
-        return score_information(layer, meter) if scored else layer
-
-    def _estimate(self, meter: Meter, contrast: torch.Tensor, ridge: RidgeSetting) -> LayerFisher:
-        layer = meter.estimate(self._data, contrast, ridge)
+    def _estimate(self, meter: Meter) -> LayerFisher:
+        layer = meter.estimate()
         notes, independent = list(layer.notes), meter.independent()
         if meter.largest_step > 0:
             notes.append(ROUNDED.format(meter.largest_step))
@@ -186,27 +160,46 @@ class Measurement:
             notes.append(NOT_INDEPENDENT)
         return replace(layer, independent=independent, notes=tuple(notes))
 
-    def _warn(self, layers: tuple[LayerFisher, ...], warning: str | None) -> None:
-        if self._quiet:
-            return
+    def _flow(self, estimates: dict[Meter, LayerFisher]) -> tuple[FisherFlow, str | None]:
+        """Assemble the flow from the estimates of all layers, with a warning about the score."""
+        scored, meters = self._data.source == "score", self._layer_meters
+        layers = [estimates[meter] for meter in meters]
+        maps: dict[str, InformationMap] = {}
+        warning = None
+        with torch.no_grad(), self._exact():
+            for number, meter in enumerate(meters):
+                name = meter.site.name
+                if name == INPUT and scored:
+                    layers[number] = score_information(layers[number], meter)
+                if meter.map is not None:
+                    contrast, ridge = self._data.contrast(), self._settings.ridge
+                    maps[name] = InformationMap(
+                        name, *estimate_map(name, meter.map, contrast, ridge)
+                    )
+                if name != INPUT and (projections := meter.for_next()):
+                    self._recall.spaces[name] = projections
+            if meters:
+                warning = score_note(meters[0])
         if warning is not None:
-            warnings.warn(warning, FisherWarning, stacklevel=4)
-        warn_of(layers, stacklevel=5)
+            layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
+        flow = FisherFlow(tuple(layers), self._settings.to_dict(), maps=maps)
+        flow = self._recall.complete(flow, self._sites, self._data)
+        return replace(flow, layers=with_status(flow.layers, score=scored)), warning
 
     def _evaluation(self) -> AbstractContextManager[Any]:
-        """The model in eval mode, without gradients, with random numbers of its own."""
+        """Set eval mode without gradients, with random numbers of its own."""
         stack = ExitStack()
-        if self._model is not None:
-            stack.enter_context(evaluation(self._model, self._settings.seed))
-            if self._data.source == "pathwise":  # rounded values have no derivative
-                stack.enter_context(self._exact())
+        if self._model is None:
+            stack.enter_context(own_random_state(None, self._settings.seed))
+            stack.enter_context(torch.no_grad())
             return stack
-        stack.enter_context(own_random_state(None, self._settings.seed))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluation(self._model, self._settings.seed))
+        if self._data.source == "pathwise":  # rounded values have no derivative
+            stack.enter_context(self._exact())
         return stack
 
     def _exact(self) -> AbstractContextManager[Any]:
-        """No autocast, on the host and where the model lies."""
+        """Turn autocast off, on the host and on the device of the model."""
         device, _ = _place_of(self._model)
         stack = ExitStack()
         for place in {"cpu", "cpu" if device is None else device.type}:
@@ -228,39 +221,39 @@ class Measurement:
         )
 
     def _stream(self, progress: bool) -> None:
+        """List the layers, run the pilot, and make the first pass."""
         self._agreement.copy_buffers(self._model)
         streams = self._streams()
         self._survey(streams)
         self._active = self._layer_meters
         with self._forward() as forward:
             seen = 0
-            for self._condition, self._batch, batch in streams.pilot():
+            for self._condition, self._number, batch in streams.pilot():
                 forward.run(self._pilot_input(batch))
                 seen += len(batch)
             if not seen:  # the first samples are on other ranks: these only show a device
                 forward.run(streams.first(2)[0].x)
             self._agreement.share_pilot(self._layer_meters, counts=seen > 0)
             for meter in self._layer_meters:
-                meter.prepare(self._data, self._settings)
+                meter.prepare()
             if self._half_steps is not None and INPUT in self._meters:
                 self._meters[INPUT].note_steps(2 * self._half_steps)
-            self._pilot, self._dealings = False, streams.dealings
+            self._dealings = streams.dealings
             self._run_all(streams, forward, progress)
 
     def _stream_again(self, progress: bool) -> None:
-        """Another pass over the same samples, for the meters that are active."""
+        """Make another pass over the same samples for the active meters."""
         self._agreement.copy_buffers(self._model)
         streams = self._streams()
         if self._plan is not None:
             streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
-        only_input = all(meter.site.name == INPUT for meter in self._active)
-        with _NoModel(self._consume) if only_input else self._forward() as forward:
+        with self._forward() as forward:
             self._run_all(streams, forward, progress)
 
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
         self._agreement.begin_pass(self._active, self._settings.seed)
         with progress_bar(progress, total=streams.samples, title="Fisher flow") as bar:
-            for self._condition, self._batch, batch in streams:
+            for self._condition, self._number, batch in streams:
                 self._score, self._place = batch.score, batch.place
                 self._run(forward, batch)
                 if batch.x.device.type == "cpu":
@@ -271,8 +264,8 @@ class Measurement:
         self._agreement.end_pass(self._active)
 
     def _run(self, forward: Any, batch: Batch) -> None:
-        """One forward pass, with tangents where the samples have them and a layer reads them."""
-        if self._model is None and batch.tangents is not None:
+        """Run the model, with tangents if the samples have them and a layer reads them."""
+        if self._model is None:
             forward.run(batch)
             return
         x = self._dithered(batch)
@@ -283,7 +276,8 @@ class Measurement:
                 forward.run(dual.DualTensor.pack(x, batch.tangents))
 
     def _pilot_input(self, batch: Batch) -> torch.Tensor:
-        """The first samples as the model sees them. Steps are sought in those with tangents."""
+        """Return the first samples as the model sees them, after a search for steps in those with
+        tangents."""
         if batch.tangents is None:
             return batch.x
         self._moving = (batch.tangents != 0).any(0)
@@ -294,7 +288,7 @@ class Measurement:
         return self._dithered(batch)
 
     def _dithered(self, batch: Batch) -> torch.Tensor:
-        """The samples [n, ...] of a batch with noise of half a step where their tangents move."""
+        """Add noise of half a step to the samples [n, ...] where their tangents are not zero."""
         if self._half_steps is None or batch.tangents is None:
             return batch.x
         size = self._half_steps.to(batch.x).reshape(batch.x.shape[1:])
@@ -303,7 +297,8 @@ class Measurement:
         return dithered(batch.x, size, batch.tangents, numbers, *key)
 
     def _survey(self, streams: Streams) -> None:
-        """List the layers on the first samples; with a budget, on as few as tell what they take."""
+        """List the layers on the first samples; with a budget, on just enough to show how much
+        memory they take."""
         bounded = self._settings.memory_budget is not None
         first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
         self._agreement.agree_on_samples(self._data, first)
@@ -313,8 +308,6 @@ class Measurement:
         unknown = self._recall.unknown(self._sites)
         for site in unknown:
             meter = self._meter(site, self._probe_bytes() // len(unknown))
-            if self._data.source == "pathwise" and meter.rounded:
-                meter.find_steps(StepMeter())
             self._meters.update(dict.fromkeys(site.names, meter))
         self._check_maps()
         if bounded:
@@ -334,7 +327,7 @@ class Measurement:
             raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")
 
     def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
-        """How many samples of the model's own size fit into the budget."""
+        """Plan batches that fit into the budget."""
         budget = self._settings.memory_budget
         assert budget is not None
         with LivePeak() as live, outside():
@@ -344,39 +337,36 @@ class Measurement:
         data, settings = self._data, self._settings
         number = max(batch.element_size(), torch.float32.itemsize)
         costs = [
-            LayerCost(m.site.name, m.site.dim, m.unit, *m.nbytes(data, settings, number))
+            LayerCost(m.site.name, m.site.dim, m.unit, *m.nbytes(number))
             for m in self._layer_meters
         ]
         alive = -(-live.nbytes // len(batch))
         sites = [meter.site for meter in self._layer_meters]
         per_sample = shares(first, alive, sites, data, owned=streams.owned)
-        return plan(
-            budget,
-            costs,
-            per_sample,
-            streams.kept_bytes + 2 * self._probe_bytes(),  # once more while a probe is trained
-            data,
-            settings,
-            number,
-        )
+        kept = streams.kept_bytes + 2 * self._probe_bytes()  # once more while a probe is trained
+        return plan(budget, settings.batch_size, costs, per_sample, kept, data, number)
 
     def _probe_bytes(self) -> int:
-        """What may be kept to train probes on."""
+        """Return the bytes of samples that may be kept to train probes."""
         if self._settings.probe is None:
             return 0
         budget = self._settings.memory_budget
         return PROBE_BYTES if budget is None else min(PROBE_BYTES, budget // PROBE_SHARE)
 
     def _meter(self, site: Site, budget: int) -> Meter:
-        folds = self._settings.folds
-        if too_wide(site.dim, self._data, self._settings.max_features, folds):
-            self._check_samples(site, fewest_samples(site.dim, self._data, folds))
-            return CompressedMeter(site, self._recall.spaces.pop(site.name, None))
-        self._check_samples(site, 2 * folds, " (two per fold)")
-        return LayerMeter(site) if self._settings.probe is None else ProbeMeter(site, budget)
+        """Make the meter of a layer; with a probe, it keeps up to `budget` bytes of samples."""
+        data, settings = self._data, self._settings
+        if too_wide(site.dim, data, settings.max_features, settings.folds):
+            self._check_samples(site, fewest_samples(site.dim, data, settings.folds))
+            start = self._recall.spaces.pop(site.name, ())
+            return CompressedMeter(site, data, settings, start)
+        self._check_samples(site, 2 * settings.folds, " (two per fold)")
+        if settings.probe is None:
+            return LayerMeter(site, data, settings)
+        return ProbeMeter(site, data, settings, budget)
 
     def _check_samples(self, site: Site, needed: int, reason: str = "") -> None:
-        """Refuse what cannot be measured before all samples are read, where their number is
+        """Refuse a layer that cannot be measured before all samples are read, if their number is
         known."""
         counts = [self._data.units(c) for c in range(self._data.conditions)]
         known = [n for n in counts if n is not None]
@@ -394,7 +384,7 @@ class Measurement:
         return select(sites, self._layers, self._model, self._settings.output)
 
     def _find_chains(self, sites: list[Site], batch: torch.Tensor) -> None:
-        """Replay the model once per layer, on so few samples that it costs half a pass at most."""
+        """Replay the model once per layer, on so few samples that it costs at most half a pass."""
         if self._model is None:
             return
         counts = [self._data.samples(c) for c in range(self._data.conditions)]
@@ -404,15 +394,19 @@ class Measurement:
         chains(self._model, batch[: max(CHAIN_SAMPLES, affordable)], sites)
 
     def _forward(self) -> Any:
-        if self._model is None:
-            return _NoModel(self._consume)
+        """Make the forward pass that reports to the active meters; the model does not run if they
+        read only the input."""
+        if self._model is None or all(meter.site.name == INPUT for meter in self._active):
+            report = partial(self._consume, INPUT, INPUT, None)
+            return nullcontext(SimpleNamespace(run=report))
         return Forward(self._model, self._consume, self._sites)
 
     def _consume(
         self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor | Batch
     ) -> None:
+        """Pass the activations of a layer to its meter."""
         meter = self._meters.get(name)
-        if meter is None or name != meter.site.event or not (self._pilot or meter in self._active):
+        if meter is None or name != meter.site.event or meter not in self._active:
             return
         # the tensors of the statistics are neither dual tensors nor activations to report, and are
         # computed without the autocast and the gradients that the network may run with
@@ -423,21 +417,17 @@ class Measurement:
                     f"layer {name!r} must have the same shape for all samples,"
                     f" got {tuple(activations.shape[1:])} after {meter.site.shape}"
                 )
-            with torch.autocast(activations.device.type, enabled=False):
-                if self._pilot:
+            x = activations.detach()
+            with torch.autocast(x.device.type, enabled=False):
+                if self._place is None:
                     moving = self._moving if meter.site.name == INPUT else None
-                    meter.observe_pilot(activations.detach(), moving)
-                    finite = torch.isfinite(rows_of(activations)).all(1)
+                    meter.observe_pilot(x, moving)
+                    finite = torch.isfinite(rows_of(x)).all(1)
                 else:
-                    finite = meter.observe(
-                        self._condition,
-                        activations.detach(),
-                        tangents=tangents,
-                        score=self._score,
-                        place=self._place,
-                    )
-        self._finite.append((meter.site.name, self._condition, self._batch, finite))
-        if self._pilot and activations.device.type == "cpu":
+                    batch = Batch(x, tangents, self._score, self._place)
+                    finite = meter.observe(self._condition, batch)
+        self._finite.append((meter.site.name, self._condition, self._number, finite))
+        if self._place is None and x.device.type == "cpu":
             self._raise_if_not_finite()
 
     def _raise_if_not_finite(self) -> None:
@@ -455,7 +445,7 @@ class Measurement:
         )
 
     def _raise_if_skipped(self) -> None:
-        """A layer that runs for some batches only has no moments that can be compared."""
+        """Refuse a layer that did not run for every batch: its moments cannot be compared."""
         meters = self._active
         for meter in meters:
             if meter.seen != meters[0].seen:
@@ -465,26 +455,10 @@ class Measurement:
                 )
 
 
-class _NoModel:
-    """Stands in for a forward pass when only the data are measured."""
-
-    def __init__(self, consume: Callable[[str, str, None, torch.Tensor | Batch], None]) -> None:
-        self._consume = consume
-
-    def __enter__(self) -> _NoModel:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def run(self, batch: torch.Tensor | Batch) -> None:
-        self._consume(INPUT, INPUT, None, batch)
-
-
 def _parts(
     output: torch.Tensor | Batch | dual.DualTensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Activations and their tangents; None for those of a plain tensor, which are zero."""
+    """Return activations and their tangents; None for a plain tensor, whose tangents are zero."""
     if isinstance(output, Batch):
         return output.x, output.tangents
     if isinstance(output, dual.DualTensor):
@@ -493,7 +467,7 @@ def _parts(
 
 
 def _place_of(model: nn.Module | None) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and dtype of the model's first parameter or buffer of floating dtype."""
+    """Return device and dtype of the model's first parameter or buffer of floating dtype."""
     if model is None:
         return None, None
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):

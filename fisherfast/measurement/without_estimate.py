@@ -1,10 +1,11 @@
-"""Rows of a flow without an estimate of their own: constant layers, too few samples, the input of a
-score source."""
+"""Results that no features are fitted for: constant layers, layers with too few samples, and the
+input of a score source."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,25 +20,22 @@ from fisherfast.results.marginal import pack_covariance
 __all__ = ["no_information", "not_measured", "score_information", "score_note"]
 
 SCORE_ERRORS = 5.0
-"""Standard errors from zero beyond which the mean of a score is no chance: 6e-7."""
+"""Warn if the mean of a score is beyond this many standard errors from zero (p = 6e-7)."""
+
+MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
+"""Fields of a layer that hold a matrix [P, P]."""
 
 
 def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> LayerFisher:
-    """J = 0 and an empty curve: what a layer shows when none of its activations varies."""
+    """Return J = 0 with an empty curve, the result of a layer without activations that vary."""
     P = data.parameters
-    zero = torch.zeros(P, P, dtype=torch.float64)
+    matrices: dict[str, Any] = dict.fromkeys(MATRICES, torch.zeros(P, P, dtype=torch.float64))
     empty = torch.zeros(0, P, P, dtype=torch.float64)
     return LayerFisher(
         name=site.name,
         kind=site.kind,
         shape=site.shape,
-        J=zero,
-        stderr=zero,
-        lower=zero,
-        lower_stderr=zero,
-        linear=zero,
-        linear_stderr=zero,
-        naive=zero,
+        **matrices,
         curve_k=torch.zeros(0, dtype=torch.int64),
         curve_J=empty,
         curve_stderr=empty,
@@ -56,26 +54,21 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
 
 
 def not_measured(site: Site, data: Data, *, samples: int, reason: str) -> LayerFisher:
-    """NaN: what a layer shows that cannot be measured, so that the others need not fail."""
-    layer = no_information(site, data, samples=samples, dropped=0)
-    nan, entries = torch.full_like(layer.J, math.nan), layer.error_covariance
+    """Return NaN, the result of a layer that cannot be measured, so that the others do not fail."""
+    layer, P = no_information(site, data, samples=samples, dropped=0), data.parameters
+    nan: dict[str, Any] = dict.fromkeys(MATRICES, torch.full_like(layer.J, math.nan))
+    covariance = torch.full((P, P, P, P), math.nan, dtype=torch.float64)
     return replace(
         layer,
-        J=nan,
-        stderr=nan,
-        lower=nan,
-        lower_stderr=nan,
-        linear=nan,
-        linear_stderr=nan,
-        naive=nan,
-        error_covariance=None if entries is None else torch.full_like(entries, math.nan),
+        **nan,
+        error_covariance=pack_covariance(covariance),
         plateau=False,
         notes=(f"not measured: {reason}",),
     )
 
 
 def score_note(meter: Meter) -> str | None:
-    """A warning where the mean of what was given as score is not zero."""
+    """Return a warning if the mean of what was given as score is not zero."""
     errors = [
         moments.carried.mean_error(moments.counts[0].to(moments.sums.device, torch.float64))
         * math.sqrt(moments.units / min(moments.seen))
@@ -95,8 +88,8 @@ def score_note(meter: Meter) -> str | None:
 
 
 def score_information(layer: LayerFisher, meter: Meter) -> LayerFisher:
-    """The input of a score source: V = Cov(score), the Fisher information itself, in place of what
-    its features show."""
+    """Put V = Cov(score), the Fisher information itself, in place of what the features of the input
+    show."""
     scores = [
         moments.carried.score(slice(None), moments.counts[0].to(moments.sums))
         for moments in meter.parts

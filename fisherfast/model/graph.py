@@ -13,17 +13,7 @@ from fisherfast.model.sites import HEAD, INPUT, JOINT, OUTPUT, Site
 
 __all__ = ["survey"]
 
-PASSIVE = (
-    nn.Identity,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
+PASSIVE = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 """Modules that change only the shape in eval mode: "auto" leaves them out."""
 
 

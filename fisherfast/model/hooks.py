@@ -16,37 +16,12 @@ from fisherfast.model.unwrap import is_shell, name_inside
 
 __all__ = ["Forward"]
 
-ACTIVATIONS = frozenset(
-    {
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "prelu",
-        "rrelu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "softplus",
-        "softsign",
-        "sigmoid",
-        "logsigmoid",
-        "tanh",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "hardshrink",
-        "softshrink",
-        "tanhshrink",
-        "threshold",
-        "softmax",
-        "log_softmax",
-        "softmin",
-        "glu",
-    }
-)
+NAMES = """
+relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish softplus softsign sigmoid logsigmoid
+tanh hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink threshold softmax log_softmax
+softmin glu
+"""
+ACTIVATIONS = frozenset(NAMES.split())
 """Functions and methods that are reported when a forward method calls them itself."""
 
 Consumer = Callable[[str, str, nn.Module | None, torch.Tensor], torch.Tensor | None]

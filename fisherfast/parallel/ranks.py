@@ -1,11 +1,11 @@
-"""The processes that make one measurement together, on the collectives of `torch.distributed`.
+"""`Ranks`: the processes that make one measurement together, on `torch.distributed`.
 
 Every rank passes the same meeting points in the same order (`Ranks.exchange`). A rank that raises
-an error goes to one more of them and leaves its text there; the others read it, raise it too, and
-all ranks go on from the next point. Tensors are sent after a point that all have reached without an
-error. Ranks at different points are an error that names them. A collective waits only for a rank
-that is slow, has ended, was stopped or does not take part, as long as the timeout of the process
-group; then it is an error too.
+an error brings its text to one more meeting point; the others read and raise it, and all ranks
+continue from the next point. Tensors are sent after a point that all have reached without an error.
+Ranks at different points raise an error that names them. A collective waits for a rank that is
+slow, has ended, was stopped or does not take part until the timeout of the process group, and then
+raises an error.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch.distributed as dist
 __all__ = ["OtherRankError", "Ranks", "find_ranks", "ranks_of"]
 
 _ON_HOST: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""A gloo group of the same ranks, for each group that cannot send tensors of the host."""
+"""A gloo group of the same ranks for each group that cannot send tensors on the CPU."""
 
 
 class OtherRankError(RuntimeError):
-    """Another rank has failed, or does not answer."""
+    """Another rank has failed or does not answer."""
 
 
 @contextlib.contextmanager
 def ranks_of(group: Any) -> Iterator[Ranks | None]:
-    """The ranks that measure together, for one measurement; None for this process alone.
+    """Yield the ranks of one measurement; None for this process alone.
 
-    An error that is raised inside reaches all of them.
+    An error inside the block reaches all of them.
 
     Args:
         group: see `find_ranks`.
@@ -57,14 +57,14 @@ def ranks_of(group: Any) -> Iterator[Ranks | None]:
 
 
 def find_ranks(group: Any) -> Ranks | None:
-    """The ranks of a group; None for this process alone.
+    """Return the ranks of a group; None for this process alone.
 
     Args:
         group: None for this process alone; "world" for all ranks where `torch.distributed` is
             initialised, and this process alone where it is not; or a ``ProcessGroup``.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: group is none of these.
         ValueError: this process is not in the group.
     """
     if group is None:
@@ -110,7 +110,7 @@ class Ranks:
             value: anything that can be pickled.
 
         Returns:
-            What each rank has brought.
+            The values of all ranks.
 
         Raises:
             OtherRankError: a rank has failed, has ended or does not answer.
@@ -127,7 +127,7 @@ class Ranks:
         return [value for *_, value in everywhere]
 
     def report(self, error: str) -> None:
-        """Meet all other ranks with an error, which they raise."""
+        """Meet all other ranks with the text of an error, which they raise."""
         self._gathered("reporting an error", ("", error, None))
 
     def agree(self, doing: str, values: Mapping[str, Any], hint: str = "") -> None:
@@ -135,8 +135,8 @@ class Ranks:
 
         Args:
             doing: the meeting point.
-            values: what must be the same, by the names that messages call it.
-            hint: what to do where it is not.
+            values: what must be the same, by its name in messages.
+            hint: what to do if it is not.
         """
         check_same(self.exchange(doing, dict(values)), hint)
 
@@ -144,11 +144,11 @@ class Ranks:
         """Replace tensors by their sums over all ranks, in place, with the same bits on all.
 
         Args:
-            tensors: of any shape, strides, dtype and device, none of them part of another; as many
-                numbers on all ranks.
+            tensors: of any shape, strides, dtype and device, without overlap; as many numbers on
+                all ranks.
 
-        Cost: one sum in float64 in host memory: 8 bytes sent and received per number, twice,
-            whatever the number of ranks.
+        Cost: one sum in float64 in host memory: 8 bytes sent and received per number, twice, for
+            any number of ranks.
         """
         flat = torch.cat([tensor.detach().reshape(-1).double().cpu() for tensor in tensors])
         with _reaching("adding up"):
@@ -178,11 +178,11 @@ class Ranks:
         return everywhere
 
 
-def check_same(told: Sequence[Mapping[str, Any]], hint: str = "") -> None:
+def check_same(everywhere: Sequence[Mapping[str, Any]], hint: str = "") -> None:
     """Raise ValueError unless all ranks have the same values; see `Ranks.agree`."""
-    for name in dict.fromkeys(name for each in told for name in each):
+    for name in dict.fromkeys(name for each in everywhere for name in each):
         held: dict[str, list[int]] = {}
-        for rank, each in enumerate(told):
+        for rank, each in enumerate(everywhere):
             held.setdefault(str(each.get(name, "none")), []).append(rank)
         if len(held) > 1:
             who = "; ".join(f"{value} on {_named(ranks)}" for value, ranks in held.items())
@@ -190,7 +190,7 @@ def check_same(told: Sequence[Mapping[str, Any]], hint: str = "") -> None:
 
 
 def _on_host(group: Any) -> Any:
-    """A group of the same ranks that sends tensors of the host: itself, or a gloo group."""
+    """Return a group of the same ranks that sends tensors on the CPU: itself, or a gloo group."""
     config = dist.get_backend_config(group)
     if "cpu:" in config:
         return group
@@ -207,7 +207,7 @@ def _on_host(group: Any) -> Any:
 
 @contextlib.contextmanager
 def _reaching(doing: str) -> Iterator[None]:
-    """What torch raises when a rank does not answer, as an error that says so."""
+    """Turn the error of torch for a rank that does not answer into one that says so."""
     try:
         yield
     except RuntimeError as error:  # torch's own are among these

@@ -1,8 +1,8 @@
-"""Which samples of a measurement are this process's, and where they stand among those of all.
+"""`Share`: the samples that one process measures, and their numbers among those of all processes.
 
-Folds and halves go by the number of a sample (`fisherfast.data.dealing`), so a process must know
-how many samples the ranks before it have. Data that all ranks have are dealt in whole batches, so
-every batch is the same product of matrices as in one process.
+Samples are dealt to folds and halves by their numbers (`fisherfast.data.dealing`), so a process
+must know how many samples the ranks before it have. Data that all ranks have are dealt in whole
+batches, so every batch is the same matrix product as in one process.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["Share", "WholeData", "shares_of"]
 
 @dataclass(frozen=True)
 class Share:
-    """What one process measures; by default everything.
+    """The samples that one process measures; by default all.
 
     Attributes:
         rank: of this process.
-        turns: processes that take batches in turn; 1 where each has its own samples.
+        turns: number of processes that take batches in turn; 1 if each has its own samples.
         before: samples of each condition on the ranks before this one; empty for none.
-        own: samples of each condition on this rank, where they were announced; empty otherwise.
+        own: samples of each condition on this rank if it announced them; empty otherwise.
     """
 
     rank: int = 0
@@ -35,18 +35,18 @@ class Share:
     own: tuple[int, ...] = ()
 
     def begin(self, stream: int) -> int:
-        """Number of the first batch to measure of a stream. Streams begin with different ranks, so
-        that two conditions of one batch each keep two ranks busy."""
+        """Return the number of the first batch of a stream to measure. Streams begin with different
+        ranks, so that two conditions of one batch each keep two ranks busy."""
         return (self.rank - stream) % self.turns
 
     def pilot_rows(self, condition: int, rows: int) -> int:
-        """How many of the first samples of a condition, over all ranks, are on this one."""
+        """Return how many of the first samples of a condition, over all ranks, are on this one."""
         if not self.own:
             return rows
         return max(min(rows - self.before[condition], self.own[condition]), 0)
 
     def own_numbers(self, condition: int, numbers: torch.Tensor) -> torch.Tensor:
-        """Those of some numbers over all ranks that are on this one, counted from its first on."""
+        """Select the numbers of samples on this rank, and count them from its first one."""
         if not self.own:
             return numbers
         local = numbers - self.before[condition]
@@ -56,8 +56,8 @@ class Share:
 def shares_of(
     counts: Sequence[Sequence[int | None]], rank: int
 ) -> tuple[Share, tuple[int, ...] | None]:
-    """The share of a rank that has its own samples, and the samples of each condition on all ranks;
-    None where a rank does not know its own.
+    """Return the share of a rank that has its own samples, and the samples of each condition on all
+    ranks; None if a rank does not know its number.
 
     Args:
         counts: samples on each rank, of each condition.
@@ -76,12 +76,12 @@ def shares_of(
 
 
 class WholeData(Shard):
-    """The share of this rank, which knows how many samples there are on all ranks together.
+    """The samples of this rank, with the number of samples on all ranks together.
 
     Args:
-        data: the share.
-        counts: samples of each condition on all ranks; None where that is not known.
-        groups: of all of them; None where they are independent.
+        data: the samples of this rank.
+        counts: samples of each condition on all ranks; None if unknown.
+        groups: of the samples on all ranks; None if they are independent.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class WholeData(Shard):
         self.groups = groups
 
     def samples(self, condition: int) -> int | None:
-        """Number of samples on all ranks, or None for streams of unknown length."""
+        """Return the number of samples on all ranks, or None for streams of unknown length."""
         return None if self._counts is None else self._counts[condition]
 
     def length(self, condition: int) -> int | None:

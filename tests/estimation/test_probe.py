@@ -209,8 +209,8 @@ def test_a_probe_finds_what_is_not_linear(small, source, parameters):
 class _OwnHalf(probed.ProbeMeter):
     """The mistake: each half is measured with the network that was trained on it."""
 
-    def _train(self, contrast, ridge):
-        super()._train(contrast, ridge)
+    def _train(self):
+        super()._train()
         self.halves.reverse()
 
 

@@ -68,8 +68,10 @@ def linear(source: str, make):
     return ff.fisher_flow(Mix(make), data(source), max_features=RAW_ONLY)["output"]
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("name", [*COPIES, *SCALES])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("tangents", name) for name in (*COPIES, *SCALES)] + [(source, "sums") for source in SOURCES],
+)
 def test_what_adds_nothing_changes_nothing(source, name):
     """Equal to the layer without it within a thousandth of the error: the samples are the same, so
     chance has no part in it. Catches a copy that is counted as information (sums of float32 differ
@@ -84,8 +86,15 @@ def test_what_adds_nothing_changes_nothing(source, name):
     assert found.status == plain.status
 
 
-@pytest.mark.parametrize("source", ["tangents", "independent"])
-@pytest.mark.parametrize("name", [*COPIES, *SCALES])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("tangents", "sums"),
+        ("independent", "sums"),
+        ("tangents", "1e12"),
+        ("independent", "copy of another scale"),
+    ],
+)
 def test_with_a_lift(source, name):
     """The lift of a singular layer: no more than the input has beyond 4 errors,
     and no less than 0.9 of what the layer without the copy shows."""
@@ -98,28 +107,6 @@ def test_with_a_lift(source, name):
     assert found.value < DIM + 4 * errors
     assert abs(found.value - plain.value) < 0.02 * DIM + 4 * errors
     assert errors < 2 * float(plain.stderr) + 0.02 * DIM
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_constant_layer(source):
-    """J = 0, known exactly; nothing after it can have more."""
-
-    class Constant(nn.Module):
-        def forward(self, x):
-            return x * 0 + 2
-
-    flow = ff.fisher_flow(
-        nn.Sequential(nn.Linear(DIM, 3), Constant(), nn.Linear(3, 2)), data(source)
-    )
-    for name in ("1", "output"):
-        info = flow[name]
-        assert info.value == 0
-        assert float(info.stderr) == 0
-        assert info.dropped == info.dim
-        assert info.feature_kind == "none"
-    assert flow.fractions()["output"] == 0
-    assert flow["input"].value > 5
-    str(flow)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -137,46 +124,9 @@ def test_a_single_live_activation(source):
     assert math.isfinite(float(info.lower))
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_relu_that_fires_in_one_sample_of_thousands(source):
-    """A rare feature: its error may be large, J may not be above the input by more than 5 errors
-    while the table says "resolved"."""
-    layer = nn.Linear(DIM, 5)
-    with torch.no_grad():
-        layer.weight.copy_(torch.eye(DIM)[:5])
-        layer.bias.copy_(torch.tensor([-3.4, 0.0, 0.0, -3.3, 0.0]))
-    flow = ff.fisher_flow(nn.Sequential(layer, nn.ReLU()), data(source), max_features=32)
-    info = flow["output"]
-    assert info.J.isfinite().all()
-    assert info.value < DIM + 5 * float(info.stderr) or info.status != "resolved"
-
-
-@pytest.mark.parametrize("others", ["integers", "none", "both"])
-@pytest.mark.parametrize("source", SOURCES)
-def test_integers_and_none_beside_floating_outputs(source, others):
-    """ "output" is what is floating: J as without the rest."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.layer = nn.Linear(DIM, 2)
-
-        def forward(self, x):
-            z = self.layer(x)
-            if others == "none":
-                return z, None
-            index = z.argmax(1)
-            return (z, index) if others == "integers" else {"z": z, "index": index, "state": None}
-
-    model = Model()
-    flow = ff.fisher_flow(model, data(source), max_features=RAW_ONLY)
-    plain = ff.fisher_flow(model.layer, data(source), max_features=RAW_ONLY)
-    assert flow["output"].value == pytest.approx(plain["output"].value, rel=1e-6)
-
-
-@pytest.mark.parametrize("size", [1e8, 1e22])
-@pytest.mark.parametrize("source", ["tangents", "scores", "conditions"])
+@pytest.mark.parametrize(
+    ("source", "size"), [("tangents", 1e8), ("scores", 1e22), ("conditions", 1e22)]
+)
 def test_an_outlier_takes_no_layer_with_it(source, size):
     """One float32 value far beyond the others: behind a linear layer all activations are copies of
     it, and float32 products of them have no positive covariance. Every layer gets its row."""

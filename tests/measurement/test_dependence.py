@@ -43,8 +43,16 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("case", DEPENDENT)
+@pytest.mark.parametrize(
+    ("source", "case"),
+    [
+        ("tangents", "sorted"),
+        ("tangents", "antithetic pairs"),
+        ("scores", "every sample twice"),
+        ("scores", "antithetic pairs"),
+        ("conditions", "time series"),
+    ],
+)
 def test_dependent_samples_are_found(case, source):
     """A warning with the remedy, and no layer that is called resolved."""
     torch.manual_seed(0)
@@ -81,15 +89,19 @@ def test_shuffled_they_are_not(source):
 
 @pytest.mark.parametrize("tails", [1.0, 3.0, 30.0])
 def test_independent_samples_are_not_accused(tails):
-    """150 data sets of Student's t with 1 (no mean), 3 and 30 degrees of freedom: none at 5
-    standard errors, where 6e-7 are expected of normal correlations."""
-    for seed in range(150):
+    """40 data sets of Student's t with 1 (no mean), 3 and 30 degrees of freedom: none at 5 standard
+    errors, where 6e-7 are expected of normal correlations. One accused in 20 is found with a
+    probability of 0.98 (80 measurements)."""
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         chi = 2 * torch._standard_gamma(torch.full((300, 2), tails / 2), generator=generator)
         x = torch.randn(300, 2, generator=generator) * (tails / chi).sqrt()
         score = torch.randn(300, generator=generator).double()
-        assert ff.fisher_information(ff.Pathwise(x, torch.ones(300, 2)), seed=seed).independent
-        assert ff.fisher_flow(torch.nn.Linear(2, 1), ff.Score(x, score))["output"].independent
+        moved, few = ff.Pathwise(x, torch.ones(300, 2)), {"max_features": 16}
+        assert ff.fisher_information(moved, seed=seed, **few).independent
+        assert ff.fisher_flow(torch.nn.Linear(2, 1), ff.Score(x, score), **few)[
+            "output"
+        ].independent
 
 
 def test_the_table_of_assumptions_is_that_of_the_benchmark(monkeypatch):

@@ -18,55 +18,11 @@ from torch import nn
 import fisherfast as ff
 
 SOURCES = ["paired", "tangents", "scores", "independent"]
-SIDE = 16
 DTHETA = 0.1
 INFORMATION = 9.0
 
 # few samples of independent conditions: the noise of J alone may look like a wide step
 pytestmark = pytest.mark.filterwarnings("ignore:dtheta sqrt")
-
-
-class Block(nn.Module):
-    """Two convolutions with batch norm, and a skip connection."""
-
-    def __init__(self, channels: int, out: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out)
-        self.relu = nn.ReLU()
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out)
-        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(channels, out, 1, stride)
-
-    def forward(self, x):
-        hidden = self.relu(self.norm1(self.conv1(x)))
-        return torch.relu(self.norm2(self.conv2(hidden)) + self.skip(x))
-
-
-class SmallResNet(nn.Module):
-    """Layers of 1 to 2048 activations; the pooled one has 255."""
-
-    def __init__(self, channels: int = 8, pooled: int = 255) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, channels, 3, 1, 1)
-        self.block1 = Block(channels, channels)
-        self.pool = nn.MaxPool2d(2)
-        self.block2 = Block(channels, 2 * channels, stride=2)
-        self.widen = nn.Conv2d(2 * channels, pooled, 1)
-        self.average = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(pooled, 1)
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        hidden = self.pool(self.block1(self.stem(x)))
-        hidden = self.average(torch.relu(self.widen(self.block2(hidden))))
-        return self.head(hidden.flatten(1))
-
-
-def resnet(seed: int = 0, **sizes: int) -> SmallResNet:
-    torch.manual_seed(seed)
-    return SmallResNet(**sizes).eval()
 
 
 def signal(shape: tuple[int, ...]) -> torch.Tensor:
@@ -100,27 +56,13 @@ def assert_measured(info) -> None:
     assert info.status != "resolved" or excess < 5, (info.name, info.value, info.stderr)
 
 
-# --- a residual network ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_256_samples_through_a_residual_network(source):
-    """The whole measurement ran, then ended in an error because of the pooled layer of 255."""
-    model = resnet()
-    flow = ff.fisher_flow(model, shifted(source, 256, (1, SIDE, SIDE)), max_features=128)
-    assert {"stem", "block1.relu", "pool", "block2.conv1", "average", "output"} <= set(flow.names)
-    for info in flow.layers:
-        assert_measured(info)
-    conditions = 2 if source in ("paired", "independent") else 1
-    if conditions == 1:
-        assert flow["average"].compressed
-    assert not flow["output"].compressed
-    str(flow), flow.fractions(), flow.fraction_errors(), flow.to_dict()
+# --- layers of every width -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_300_samples_with_layers_of_every_width(source):
-    """Layers narrower than max_features were refused, wider ones compressed."""
+    """Layers narrower than max_features were refused, wider ones compressed; and the whole
+    measurement ended in an error because of one layer."""
     torch.manual_seed(1)
     widths = [64, 100, 200, 290, 300, 310, 400, 599, 600, 601, 4]
     layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
@@ -136,8 +78,9 @@ def test_300_samples_with_layers_of_every_width(source):
             assert not info.compressed, info.name
 
 
-@pytest.mark.parametrize("source", ["tangents", "scores"])
-@pytest.mark.parametrize("width", [64, 280, 310, 500])
+@pytest.mark.parametrize(
+    ("source", "width"), [("tangents", 64), ("scores", 280), ("tangents", 310), ("scores", 500)]
+)
 def test_compressed_layers_are_not_wrong_by_factors(source, width):
     """A linear layer wider than the input is invertible on its range, so J = 9 at every width. What
     is compressed with 300 samples keeps less; it must say so or be right. 5 errors: 6e-7."""
@@ -167,7 +110,7 @@ class Counting(nn.Module):
         return self.layers(x)
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", ["paired", "scores"])
 def test_ten_samples_are_refused_before_the_model_has_run_over_them(source):
     """The message holds the number of samples that is needed: with so many it is not raised."""
     model = Counting(12, 12, 11, 3)
@@ -224,7 +167,7 @@ def test_too_few_samples_that_do_not_repeat(make):
     flow = ff.fisher_flow(model, make(300, 20), max_features=32)
     assert flow.names == ["input", "0", "1", "output"]
     wide = flow["0"]
-    if wide.J.isfinite().all():
+    if make is shuffled:  # its length is known: a sketch
         assert wide.compressed
         assert wide.notes
         assert_measured(wide)

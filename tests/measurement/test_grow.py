@@ -8,8 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
-from fisherfast.estimation.features import BLOCK_ROWS, Lift
-from fisherfast.estimation.fold_moments import FoldMoments
+from fisherfast.estimation.features import BLOCK_ROWS
 
 # Many dimensions far apart know much about the step; nothing here depends on it.
 pytestmark = pytest.mark.filterwarnings("ignore:dtheta sqrt:fisherfast.FisherWarning")
@@ -75,20 +74,6 @@ def test_growth_stops_at_the_plateau(generator):
     assert counting.seen == once.seen
 
 
-def test_only_layers_that_rise_are_measured_again(generator):
-    """Catches a layer that is finished and added to again: its moments would double."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDE, 1), nn.Tanh())
-    data = scaled(generator)
-    flow = ff.fisher_flow(model, data, max_features=GROWN, settings=ff.Settings(grow=True))
-    fixed = ff.fisher_flow(model, data, max_features=GROWN)
-    sizes = [int(layer.curve_k[-1]) for layer in flow]
-    assert sizes[0] == GROWN
-    assert min(sizes) < GROWN  # one number: some tens of features say it all
-    assert [layer.samples for layer in flow] == [layer.samples for layer in fixed]
-    assert torch.equal(flow["input"].J, fixed["input"].J)
-
-
 def test_samples_carry_only_so_many_features(generator):
     """Catches growth beyond half the degrees of freedom, where the features would be cut again."""
     x = torch.randn(2, 120, DIM, generator=generator)
@@ -111,16 +96,3 @@ def test_data_that_do_not_repeat_are_refused():
     ff.fisher_information(
         ff.FiniteDifference(ordered, ordered, dtheta=5.0), settings=ff.Settings(grow=True)
     )
-
-
-def test_samples_that_went_missing_between_passes_are_an_error(generator):
-    """Catches new features of fewer samples beside known ones of all."""
-    z = torch.randn(200, 3, generator=generator)
-    moments = FoldMoments(3, 1, folds=4)
-    moments.update(0, z)
-    grown = moments.grown(5)
-    lift = Lift(torch.randn(2, 3, generator=generator), torch.zeros(2), torch.zeros(2))
-    grown.update(0, z[:150], lift)
-    text = r"samples must be the same at every pass, got \[150\] after \[200\] per condition"
-    with pytest.raises(ValueError, match=text):
-        grown.statistics(torch.ones(1, 1, dtype=torch.float64))

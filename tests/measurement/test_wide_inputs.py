@@ -75,20 +75,6 @@ def test_the_ratio_behind_a_wide_input(flow):
     assert "nan" not in str(flow)
 
 
-def test_an_output_that_keeps_a_part():
-    """Random weights keep nearly nothing, and say so."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 4))
-    flow = ff.fisher_flow(model, scored()[0])
-    weight = model[1].weight.detach().double()
-    slope = weight @ signal().flatten().double()
-    truth = float(slope @ torch.linalg.solve(weight @ weight.T, slope))
-    info = flow["output"]
-    assert abs(info.value - truth) < 4 * float(info.stderr) + 0.01 * INFORMATION
-    fraction = flow.fractions()["output"]
-    assert abs(fraction - truth / INFORMATION) < 4 * flow.fraction_errors()["output"] + 0.01
-
-
 def test_the_published_rule_does_not_stop_at_once():
     """An input with 0.02 of 6.28 has a bound of 50: every error is below it."""
     monitor = ff.FisherMonitor(only_matched(), scored()[0])

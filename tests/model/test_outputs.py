@@ -101,8 +101,10 @@ def sources(n: int = 2000) -> dict[str, ff.data.Data]:
 # --- the joint output -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", sources(4))
-@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize(
+    ("container", "source"),
+    [("tuple", source) for source in sources(4)] + [(each, "paired") for each in CONTAINERS],
+)
 def test_the_joint_output_has_the_information_of_all_heads(container, source):
     """Catches "output" that is one head (3 of 6), or that is missing. 4 sigma: 6e-5 a case."""
     join, names = CONTAINERS[container]
@@ -145,14 +147,6 @@ def test_heads_in_the_order_in_which_they_are_returned():
     assert torch.equal(seen["output"][1][0, 0], 1 - joined)
 
 
-def test_half_of_the_information_in_each_head():
-    """Catches a transmission of 0.5, that of one head, for a network that loses nothing."""
-    model, data = Returns(halves), sources()["paired"]
-    record = ff.FisherMonitor(model, data, max_features=16).step()
-    assert record.transmission == pytest.approx(1, abs=0.02)
-    assert record.flow.fractions()["output[0]"] == pytest.approx(0.5, abs=0.1)
-
-
 def test_joint_tangents_are_exact():
     """Catches a joint whose columns are in another order in the tangents, and lost constants."""
 
@@ -171,10 +165,8 @@ def test_joint_tangents_are_exact():
     torch.testing.assert_close(tangents[:, :, 3:], turned)
 
 
-@pytest.mark.parametrize("source", ["independent", "pathwise"])
-def test_mixed_precision_of_heads(source):
+def test_mixed_precision_of_heads():
     """Catches a joint that is rounded to the narrowest dtype, or refused by `cat`."""
-    data = sources()[source]
     model = Returns(lambda x: (x[:, :HALF].half(), x[:, HALF:].double()))
     x = torch.randn(3, WIDTH)
     with evaluation(model, 0):
@@ -184,7 +176,7 @@ def test_mixed_precision_of_heads(source):
             forward.run(x)
     assert seen["output"].dtype == torch.float64
     assert torch.equal(seen["output"][:, HALF:], x[:, HALF:].double())
-    layer = measure(model, data)["output"]
+    layer = measure(model, sources()["pathwise"])["output"]
     assert float(layer.linear) == pytest.approx(WIDTH, abs=4 * float(layer.linear_stderr))
 
 
@@ -215,16 +207,7 @@ def test_recall_between_measurements():
         assert monitor.step().flow.to_dict()["layers"] == once.to_dict()["layers"]
 
 
-def test_growing_dictionaries_maps_and_budgets():
-    """Catches a joint that is missing in later passes, or costs memory that is not planned."""
-    model, data = Returns(halves), two_conditions(1000)
-    plain = measure(model, data, max_features=128)
-    grown = measure(model, data, max_features=128, settings=ff.Settings(grow=True, maps=True))
-    assert grown.names == plain.names
-    bounded = measure(model, data, max_features=128, memory_budget="64 MB")
-    torch.testing.assert_close(bounded["output"].J, plain["output"].J, rtol=1e-3, atol=1e-3)
-
-
+@pytest.mark.slow
 def test_the_memory_of_a_joint_output_is_planned():
     """Catches a plan that leaves it out: two views of a small tensor take nothing, it does."""
     wide = 20_000
@@ -279,16 +262,6 @@ def test_one_floating_output_beside_others(others):
     assert any(alias.startswith("output[") for alias in flow["output"].aliases)
     assert flow["output"].kind == "Linear"
     assert torch.equal(flow["output"].J, measure(nn.Sequential(model.fc))["output"].J)
-    record = ff.FisherMonitor(model, sources()["paired"], max_features=16).step()
-    assert record.transmission == record.flow.fractions()["output"]
-
-
-def test_an_output_that_overlaps_another():
-    """Catches an error of a singular covariance: a part that is returned again adds nothing."""
-    flow = measure(Returns(lambda x: (x * 1, x[:, :2] * 1, x.sum(1))), two_conditions(2000))
-    assert flow["output"].shape == (WIDTH + 3,)
-    error = float(flow["output"].linear_stderr)
-    assert float(flow["output"].linear) == pytest.approx(float(flow["input"].linear), abs=error)
 
 
 def test_the_input_returned_as_it_is():
@@ -298,7 +271,7 @@ def test_the_input_returned_as_it_is():
     assert flow["output"] is flow["output[x]"] is flow["input"]
 
 
-@pytest.mark.parametrize("length", [63, 64, 127, 128, 200])
+@pytest.mark.parametrize("length", [64, 200])
 def test_tables_that_look_like_a_batch(length):
     """Catches a table of as many rows as a batch has samples, in a survey or in the last batch."""
     table = torch.randn(length, 3)
@@ -396,7 +369,7 @@ def test_a_named_head_that_is_a_layer():
     assert constant.step(train_mse=0.1).transmission == 0
 
 
-@pytest.mark.parametrize("name", ["mean", "output[2]", "fc", "", "input"])
+@pytest.mark.parametrize("name", ["output[2]", "", "input"])
 def test_a_head_that_is_not_there(name):
     """Catches a typo that is found when all passes are done, or never."""
     calls = []
@@ -411,14 +384,7 @@ def test_a_head_that_is_not_there(name):
         monitor.step()
 
 
-def test_an_only_output_by_name():
-    """Catches an error where the name is right though there is one output."""
-    assert measure(seeded(mlp), output="output").settings["output"] == "output"
-    with pytest.raises(ValueError, match=re.escape("output must be one of ['output'], got 'out'")):
-        measure(seeded(mlp), output="out")
-
-
-@pytest.mark.parametrize("output", [0, True, ["output[0]"], b"output"])
+@pytest.mark.parametrize("output", [0, ["output[0]"]])
 def test_a_head_that_is_no_name(output):
     """Catches a number that is taken for an index."""
     text = f'output must be a name like "output[0]" or None, got {output!r}'
@@ -430,17 +396,10 @@ def test_a_head_that_is_no_name(output):
 # --- wrappers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [lambda model: torch.compile(model, backend="eager"), nn.DataParallel],
-    ids=["compiled", "parallel"],
-)
-def test_wrapped_models(wrap):
+def test_wrapped_models():
     """Catches heads that are lost inside a wrapper."""
     model = seeded(Backwards)
-    torch._dynamo.reset()
-    expected, flow = measure(model), measure(wrap(model))
-    torch._dynamo.reset()
+    expected, flow = measure(model), measure(nn.DataParallel(model))
     assert flow.names == expected.names
     assert torch.equal(flow["output"].J, expected["output"].J)
 

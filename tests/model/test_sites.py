@@ -16,7 +16,6 @@ from support.networks_zoo import (
     Failing,
     Functional,
     InputOutput,
-    Nested,
     Noisy,
     Recurrent,
     Residual,
@@ -58,11 +57,13 @@ def kept(flow: ff.FisherFlow) -> dict[str, set[str]]:
     return {layer.name: set(layer.descendants) for layer in flow}
 
 
-@pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_any_network_is_measured_and_left_as_it_was(name, training):
-    """Catches hooks, modes, buffers or random states that are not put back, for every network."""
-    model = seeded(ZOO[name]).train(training)
+@pytest.mark.parametrize(("number", "name"), list(enumerate(ZOO)))
+def test_any_network_is_measured_and_left_as_it_was(number, name):
+    """Catches hooks, modes, buffers or random states that are not put back, for every network:
+    those in training mode have some layers in eval mode."""
+    model = seeded(ZOO[name]).train(number % 2 == 0)
+    for child in list(model.children())[1::2]:
+        child.eval()
     with untouched(model):
         flow = measure(model)
     assert flow.names[0] == "input"
@@ -74,68 +75,79 @@ def test_any_network_is_measured_and_left_as_it_was(name, training):
 
 
 @pytest.mark.parametrize(
-    "activation",
+    ("activation", "name"),
     [
-        F.relu,
-        torch.relu,
-        torch.Tensor.relu,
-        F.relu_,
-        torch.relu_,
-        torch.Tensor.relu_,
-        lambda x: F.relu(x, inplace=True),
+        (F.relu, "relu"),
+        (torch.Tensor.relu, "relu"),
+        (F.relu_, "relu"),
+        (torch.relu_, "relu"),
+        (torch.Tensor.relu_, "relu"),
+        (lambda x: F.relu(x, inplace=True), "relu"),
+        (torch.tanh, "tanh"),
+        (lambda x: x.tanh(), "tanh"),
+        (lambda x: x.tanh_(), "tanh"),
+        (F.sigmoid, "sigmoid"),
+        (F.gelu, "gelu"),
+        (F.leaky_relu, "leaky_relu"),
+        (lambda x: F.softmax(x, dim=-1), "softmax"),
     ],
-    ids=["F.relu", "torch.relu", "x.relu", "F.relu_", "torch.relu_", "x.relu_", "inplace=True"],
 )
-def test_functional_relu_is_seen_in_every_spelling(activation):
+def test_functional_activations(activation, name):
     """Catches a spelling without a tap, and in-place ones that overwrite the values before them."""
     model = seeded(lambda: Functional(activation))
     with untouched(model):
         flow = measure(model)
-    assert flow.names == ["input", "fc1", "fc1/relu", "output"]
-    assert flow["fc1/relu"].kind == "relu"
+    assert flow.names == ["input", "fc1", f"fc1/{name}", "output"]
+    assert flow[f"fc1/{name}"].kind == name
     assert_measures(flow["fc1"], model.fc1)
-    assert_measures(flow["fc1/relu"], lambda x: model.fc1(x).relu())
-    assert_measures(flow["output"], lambda x: model.fc2(model.fc1(x).relu()))
+    assert_measures(flow[f"fc1/{name}"], lambda x: activation(model.fc1(x)))
+    assert_measures(flow["output"], lambda x: model.fc2(activation(model.fc1(x))))
+
+
+class First(nn.Module):
+    """A function of the input before the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.tanh(x))
 
 
 @pytest.mark.parametrize(
-    ("activation", "name"),
+    ("build", "names", "layer", "transform"),
     [
-        (torch.tanh, "tanh"),
-        (lambda x: x.tanh(), "tanh"),
-        (F.tanh, "tanh"),
-        (lambda x: x.sigmoid(), "sigmoid"),
-        (torch.sigmoid, "sigmoid"),
-        (F.sigmoid, "sigmoid"),
-        (F.gelu, "gelu"),
-        (F.silu, "silu"),
-        (F.elu, "elu"),
-        (F.selu, "selu"),
-        (F.softplus, "softplus"),
-        (F.leaky_relu, "leaky_relu"),
-        (lambda x: F.softmax(x, dim=-1), "softmax"),
-        (lambda x: x.tanh_(), "tanh"),
+        (
+            Twice,
+            ["input", "fc", "act", "fc#2", "act#2", "output"],
+            "fc#2",
+            lambda model, x: model.fc(model.fc(x).tanh()),
+        ),
+        (
+            lambda: Functional(lambda x: torch.tanh(2 * torch.tanh(x))),
+            ["input", "fc1", "fc1/tanh", "fc1/tanh#2", "output"],
+            "fc1/tanh#2",
+            lambda model, x: torch.tanh(2 * torch.tanh(model.fc1(x))),
+        ),
+        (
+            Shared,
+            ["input", "a", "a/tanh", "a#2", "output"],
+            "a#2",
+            lambda model, x: model.a(model.a(x).tanh()),
+        ),
+        (First, ["input", "input/tanh", "output"], "input/tanh", lambda model, x: x.tanh()),
+        (lambda: nn.Linear(WIDTH, 2), ["input", "output"], "output", lambda model, x: model(x)),
     ],
+    ids=["module twice", "function twice", "two names", "before all layers", "bare layer"],
 )
-def test_other_functional_activations(activation, name):
-    """Catches an activation function that hides what it loses."""
-    model = seeded(lambda: Functional(activation))
+def test_names_of_calls(build, names, layer, transform):
+    """Catches a second call that overwrites the first, one name for two calls, a name that is
+    counted twice, and a function before the first layer that is lost."""
+    model = seeded(build)
     flow = measure(model)
-    assert flow.names == ["input", "fc1", f"fc1/{name}", "output"]
-    assert_measures(flow["fc1"], model.fc1)
-    assert_measures(flow[f"fc1/{name}"], lambda x: activation(model.fc1(x)))
-
-
-def test_inplace_module_after_a_tapped_layer():
-    """Catches nn.ReLU(inplace=True) that turns the values before it into those after it."""
-    plain = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, 5), nn.ReLU(), nn.Linear(5, 1)))
-    inplace = copy.deepcopy(plain)
-    inplace[1].inplace = True
-    expected, flow = measure(plain), measure(inplace)
-    assert flow.names == expected.names == ["input", "0", "1", "output"]
-    for layer in flow:
-        assert torch.equal(layer.curve_J, expected[layer.name].curve_J)
-        assert set(layer.descendants) == set(expected[layer.name].descendants)
+    assert flow.names == names
+    assert_measures(flow[layer], lambda x: transform(model, x))
 
 
 def test_inplace_arithmetic_after_a_tapped_layer():
@@ -158,7 +170,7 @@ def test_inplace_arithmetic_after_a_tapped_layer():
     assert_measures(flow["output"], model.fc)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "array", "stream", "paired"])
+@pytest.mark.parametrize("kind", ["tensor", "stream", "paired"])
 def test_networks_that_overwrite_their_input(kind):
     """Catches the user's samples changed by nn.ReLU(inplace=True), and J taken after it."""
     model = seeded(lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, 2)))
@@ -166,7 +178,6 @@ def test_networks_that_overwrite_their_input(kind):
     before = minus.clone(), plus.clone()
     sources = {
         "tensor": (minus, plus),
-        "array": (minus.numpy(), plus.numpy()),
         "stream": (lambda: minus.split(70), lambda: plus.split(70)),
         "paired": (minus, plus),
     }
@@ -178,136 +189,62 @@ def test_networks_that_overwrite_their_input(kind):
         assert_measures(flow["0"], torch.relu)
 
 
-def test_modules_called_twice():
-    """Catches a second call that overwrites the first, and calls in a wrong order."""
-    model = seeded(Twice)
-    flow = measure(model)
-    assert flow.names == ["input", "fc", "act", "fc#2", "act#2", "output"]
-    assert_measures(flow["act"], lambda x: model.fc(x).tanh())
-    assert_measures(flow["fc#2"], lambda x: model.fc(model.fc(x).tanh()))
-    assert flow["output"].aliases == ("out",)
+class Parallel(nn.Module):
+    """Two branches side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(WIDTH, 2)
+        self.right = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.left(x), self.right(x)], dim=1)
 
 
-def test_functions_called_twice():
-    """Catches two functions after one layer under one name."""
-    model = seeded(lambda: Functional(lambda x: torch.tanh(2 * torch.tanh(x))))
-    flow = measure(model)
-    assert flow.names == ["input", "fc1", "fc1/tanh", "fc1/tanh#2", "output"]
-    assert_measures(flow["fc1/tanh#2"], lambda x: torch.tanh(2 * torch.tanh(model.fc1(x))))
+class Gated(nn.Module):
+    """A skip that is open for 1 in 6 samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + x[:, :2] * (x[:, 2:3] > 1)
 
 
-def test_one_module_under_two_names():
-    """Catches a name that is counted twice: the first of `named_modules()`, then "#2"."""
-    model = seeded(Shared)
-    flow = measure(model)
-    assert flow.names == ["input", "a", "a/tanh", "a#2", "output"]
-    assert_measures(flow["a#2"], lambda x: model.a(model.a(x).tanh()))
-
-
-def test_function_on_the_input():
-    """Catches a function before the first layer that is lost or has no name."""
-
-    class First(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(torch.tanh(x))
-
-    flow = measure(seeded(First))
-    assert flow.names == ["input", "input/tanh", "output"]
-    assert_measures(flow["input/tanh"], torch.tanh)
-
-
-def test_residual_sum_ends_the_chain():
-    """Catches information of the sum that is credited to the branch, and a chain cut too early."""
-    flow = measure(seeded(Residual))
-    assert flow.names == ["input", "a", "act", "b", "output"]
-    assert kept(flow) == {
-        "input": {"a", "act", "b", "output"},
-        "a": {"act", "b"},
-        "act": {"b"},
-        "b": set(),
-        "output": set(),
-    }
-
-
-def test_sequential_is_one_chain():
-    """Catches a missing link: every layer of a Sequential is a function of every one before."""
-    flow = measure(seeded(mlp))
-    names = flow.names
-    assert kept(flow) == {name: set(names[k + 1 :]) for k, name in enumerate(names)}
-
-
-def test_parallel_branches_are_no_chain():
-    """Catches a chain made of the order of execution alone."""
-
-    class Parallel(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left = nn.Linear(WIDTH, 2)
-            self.right = nn.Linear(WIDTH, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([self.left(x), self.right(x)], dim=1)
-
-    flow = measure(seeded(Parallel))
-    assert kept(flow) == {
-        "input": {"left", "right", "output"},
-        "left": set(),
-        "right": set(),
-        "output": set(),
-    }
-
-
-@pytest.mark.parametrize("gate", [1.0, 2.0], ids=["1 in 6", "1 in 44"])
-def test_rarely_open_skip_makes_no_chain(gate):
-    """Catches a link found on few samples: a skip that is mostly closed still carries data."""
-
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x) + x[:, :2] * (x[:, 2:3] > gate)
-
-    flow = measure(seeded(Gated))
-    assert "output" not in flow["fc"].descendants
-
-
-def test_random_output_is_no_function_of_the_layer_before():
-    """Noise only loses information, but two draws of a layer (Noisy) are no chain."""
-    flow = measure(seeded(Noisy))
-    assert "output" not in flow["fc"].descendants
-
-
-def test_nested_outputs():
-    """Catches tensors in dicts, lists and tuples that are lost, and entries that are none."""
-    model = seeded(Nested)
-    flow = measure(model)
-    assert flow.names == ["input", "a", "b", "b#2", "b#2/tanh", "output"]
-    assert flow["output[mean]"].name == "a"
-    assert flow["output[rest][0]"].name == "b"
-    assert flow["output[rest][2][0]"].name == "b#2/tanh"
-    assert_measures(flow["output[mean]"], model.a)
+@pytest.mark.parametrize(
+    ("build", "descendants"),
+    [
+        (mlp, None),
+        (
+            Residual,
+            {"input": {"a", "act", "b", "output"}, "a": {"act", "b"}, "act": {"b"}, "b": set()},
+        ),
+        (Parallel, {"input": {"left", "right", "output"}, "left": set(), "right": set()}),
+        (Gated, {"input": {"fc", "output"}, "fc": set()}),
+        (Noisy, {"fc": set()}),
+    ],
+)
+def test_chains(build, descendants):
+    """Every layer of a Sequential is a function of every one before. Catches a missing link, and
+    one made of the order of execution alone, past a sum, past a skip that is mostly closed, or past
+    two draws of random numbers."""
+    flow = measure(seeded(build))
+    found = kept(flow)
+    if descendants is None:
+        descendants = {name: set(flow.names[k + 1 :]) for k, name in enumerate(flow.names)}
+    assert {name: found[name] for name in descendants} == descendants
 
 
 def test_lstm():
-    """Catches the state [layers, n, h], whose first axis is no batch, that is taken for samples."""
+    """Catches the state [layers, n, h], whose first axis is no batch, that is taken for samples,
+    and a chain that ends at a tuple."""
     model = seeded(Recurrent)
     flow = measure(model)
     assert flow.names == ["input", "lstm[0]", "output"]
     assert flow["lstm[0]"].shape == (2, 4)
+    assert flow["lstm[0]"].descendants == ("output",)
     assert_measures(flow["lstm[0]"], lambda x: model.lstm(x.view(-1, 2, 3))[0])
-
-
-@pytest.mark.parametrize(("build", "layer"), [(Recurrent, "lstm[0]"), (Attention, "heads[0]")])
-def test_chain_behind_a_tuple(build, layer):
-    """The output is a function of the first entry alone: catches chains that end at a tuple."""
-    flow = measure(seeded(build))
-    assert flow[layer].descendants == ("output",)
 
 
 class Positions(nn.Module):
@@ -326,7 +263,7 @@ class Positions(nn.Module):
         return self.fc(tokens.mean(1))
 
 
-@pytest.mark.parametrize("length", [2, 32, 64, 128, 200, 400])
+@pytest.mark.parametrize("length", [64, 200, 400])
 def test_tensors_that_look_like_a_batch(length):
     """Catches a table of as many rows as a batch has samples: 400, 200 or those of a survey."""
     flow = measure(
@@ -338,7 +275,7 @@ def test_tensors_that_look_like_a_batch(length):
     assert flow["output"].samples == 800
 
 
-@pytest.mark.parametrize("rows", [64, 128, 200, 400])
+@pytest.mark.parametrize("rows", [64, 200])
 def test_parametrised_weights(rows):
     """Catches a weight [rows, d] that is taken for the activations of its parametrisation."""
 
@@ -359,6 +296,7 @@ def test_multihead_attention():
     assert flow.names == ["input", "embed", "heads[0]", "heads[1]", "output"]
     assert flow["heads[0]"].shape == (2, 4)
     assert flow["heads[1]"].shape == (2, 2)
+    assert flow["heads[0]"].descendants == ("output",)
 
     def mixed(x: torch.Tensor) -> torch.Tensor:
         tokens = model.embed(x.view(-1, 2, 3))
@@ -392,30 +330,13 @@ def test_transformer_encoder(fast):
     assert flow["encoder"].name == "encoder.layers.0.norm2"
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("width", [2, 3, 8])
-def test_layer_norm(width, seed):
+@pytest.mark.parametrize("width", [2, 8])
+def test_layer_norm(width):
     """Catches an exact linear dependence of activations that ends in an error of Cholesky."""
-    model = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, width), nn.LayerNorm(width)), seed)
+    model = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, width), nn.LayerNorm(width)))
     flow = measure(model)
     assert torch.isfinite(flow["output"].J).all()
     assert torch.isfinite(flow["output"].lower).all()
-
-
-@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
-def test_duplicated_and_dependent_activations(double):
-    """Catches copies, negatives and sums of activations that end in an error of Cholesky."""
-    matrix = torch.eye(WIDTH)
-    matrix = torch.cat([matrix, matrix[:2], -matrix[2:4], matrix.sum(0, keepdim=True)])
-    model = nn.Linear(WIDTH, len(matrix), bias=False)
-    model.weight.data = matrix
-    data = two_conditions()
-    if double:
-        model = model.double()
-        data = ff.FiniteDifference(*(x.double() for x in samples()), DTHETA)
-    flow = measure(model, data)
-    bound = 4 * flow["output"].linear_stderr.item()
-    assert flow["output"].linear.item() == pytest.approx(flow["input"].linear.item(), abs=bound)
 
 
 def test_submodules_called_input_and_output():
@@ -428,15 +349,6 @@ def test_submodules_called_input_and_output():
     assert_measures(flow["output"], model)
 
 
-def test_a_bare_layer():
-    """Catches a model whose only module has the empty name."""
-    model = seeded(lambda: nn.Linear(WIDTH, 2))
-    flow = measure(model)
-    assert flow.names == ["input", "output"]
-    assert flow["output"].kind == "Linear"
-    assert_measures(flow["output"], model)
-
-
 def test_output_without_an_axis_of_features():
     """Catches [n] that is taken for one sample of n activations."""
     model = seeded(Squeezed)
@@ -444,15 +356,6 @@ def test_output_without_an_axis_of_features():
     assert flow["output"].shape in [(), (1,)]
     assert flow["output"].dim == 1
     assert_measures(flow["output"], model.fc)
-
-
-def test_scalar_output():
-    """A mean over the batch is no activation: catches one sample per batch."""
-    flow = measure(seeded(lambda: Squeezed(scalar=True)))
-    assert "fc" in flow
-    assert flow["fc"].samples == 800
-    if "output" in flow:
-        assert flow["output"].name == "fc"
 
 
 def test_containers_are_aliases_of_their_last_layer():
@@ -468,8 +371,10 @@ def test_containers_are_aliases_of_their_last_layer():
 
 
 def test_passive_layers_are_left_out():
-    """Catches dropout, flatten and reshapes that are measured again; their names still work."""
+    """Catches dropout, flatten and reshapes that are measured again, and those that cannot be asked
+    for by name."""
     model = seeded(convolutional)
+    assert measure(model, layers=["5"])["5"].dim == 6
     flow = measure(model)
     assert flow.names == ["input", "1", "2", "3", "output"]
     assert flow["5"].name == "3"
@@ -488,26 +393,6 @@ def test_batchnorm_uses_its_running_statistics():
         flow = measure(model, settings=ff.Settings(batch_size=70))
     assert model[1].num_batches_tracked == 0
     assert_measures(flow["output"], copy.deepcopy(model).eval())
-
-
-def test_mixed_modes_return():
-    """Catches `model.train(was_training)`, which sets every submodule alike."""
-    model = seeded(convolutional).train()
-    model[2].eval()
-    model[4].eval()
-    with untouched(model):
-        measure(model)
-    assert [child.training for child in model] == [True, True, False, True, False, True, True]
-
-
-def test_random_networks_repeat():
-    """Catches random numbers that come from the user's stream, or differ from run to run."""
-    model = seeded(Noisy)
-    first = measure(model)
-    torch.manual_seed(12345)
-    second = measure(model)
-    for layer in first:
-        assert torch.equal(layer.curve_J, second[layer.name].curve_J)
 
 
 def test_hooks_of_the_user_stay_and_run():
@@ -536,21 +421,16 @@ def test_hooks_of_the_user_stay_and_run():
     assert_measures(flow["0"], lambda x: F.linear(x, model[0].weight, model[0].bias).tanh())
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 5])
-@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt(), StopIteration(3)])
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [(RuntimeError("mine"), 1), (KeyboardInterrupt(), 2), (StopIteration(3), 3)],
+)
 def test_errors_of_the_model_pass_through(error, calls):
     """Catches a model left in eval mode, with hooks, after an error in the middle of a forward."""
     model = seeded(lambda: Failing(error, calls)).train()
     with untouched(model), pytest.raises((type(error), RuntimeError)) as caught:
         measure(model, settings=ff.Settings(batch_size=70))
     assert error in (caught.value, caught.value.__cause__, caught.value.__context__)
-
-
-def test_wrong_input_shape_leaves_the_model_as_it_was():
-    """Catches hooks that stay when the first layer refuses the data."""
-    model = seeded(mlp).train()
-    with untouched(model), pytest.raises(RuntimeError):
-        measure(model, two_conditions(width=WIDTH + 1))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
@@ -600,34 +480,6 @@ def test_networks_that_differentiate_inside():
     assert_measures(flow["fc"], model.fc)
 
 
-def test_networks_that_check_their_own_values():
-    """Catches an error that only a replay with exchanged values brings about."""
-
-    class Checking(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.fc(x)
-            if not torch.allclose(y, nn.functional.linear(x, self.fc.weight, self.fc.bias)):
-                raise ArithmeticError("my own layer lies")
-            return torch.tanh(y)
-
-    flow = measure(seeded(Checking))
-    assert flow.names == ["input", "fc", "output"]
-
-
-def test_nothing_is_recorded_for_backward():
-    """Catches a graph: activations must not require gradients."""
-    recorded = []
-    model = seeded(mlp)
-    model[0].register_forward_hook(lambda *args: recorded.append(args[2].requires_grad))
-    measure(model)
-    assert recorded
-    assert not any(recorded)
-
-
 def test_default_dtype_of_the_user():
     """Catches statistics or a lift in the default dtype of the day."""
     model, data = seeded(mlp), two_conditions()
@@ -656,72 +508,30 @@ def test_double_precision():
     torch.testing.assert_close(other["0"].linear, flow["0"].linear, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("model_dtype", "data_dtype"),
-    [
-        (torch.float64, torch.float32),
-        (torch.float32, torch.float64),
-        (torch.float32, torch.float16),
-    ],
-)
-def test_data_of_another_precision_than_the_model(model_dtype, data_dtype):
-    """NumPy's float64 into a float32 network: catches "mat1 and mat2 must have the same dtype".
-
-    The batches are moved to the model's dtype, or the message names data and model and what to do.
-    """
-    model = seeded(mlp).to(model_dtype)
-    data = ff.FiniteDifference(*(x.to(data_dtype) for x in samples()), DTHETA)
-    try:
-        flow = measure(model, data)
-    except (TypeError, ValueError) as error:
-        assert "dtype" in str(error) or "float" in str(error)  # noqa: PT017
-        assert "must" in str(error)  # noqa: PT017
-    else:
-        assert flow["input"].linear > 0
-
-
-def test_lazy_modules_are_refused_or_run():
-    """Catches a lazy layer whose parameters are made by the measurement without a word."""
-    model = nn.Sequential(nn.LazyLinear(3))
-    try:
-        flow = measure(model)
-    except (RuntimeError, ValueError):
-        return
-    assert flow["output"].dim == 3
-
-
 # --- which layers ---
 
 
-def test_names_select():
-    """Catches a selection in the order of the list instead of the order of execution."""
-    model = seeded(Unused)
-    assert measure(model, layers="fc1").names == ["input", "fc1", "output"]
-    assert measure(model, layers=["fc1/relu", "fc1"]).names == [
-        "input",
-        "fc1",
-        "fc1/relu",
-        "output",
-    ]
-    assert measure(model, layers=("fc1",)).names == ["input", "fc1", "output"]
-    assert measure(model, layers=[]).names == ["input", "output"]
-    assert measure(model, layers=["input", "output"]).names == ["input", "output"]
-    assert measure(model, layers=["fc2"]).names == ["input", "output"]
-
-
-def test_passive_layers_by_name():
-    """Catches a dropout that cannot be asked for although it has a name."""
-    model = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, 4), nn.Dropout(), nn.Linear(4, 1)))
-    for name in ("0", "1"):
-        assert measure(model, layers=[name])[name].dim == 4
-
-
-def test_regular_expressions_search():
-    """Catches a match that is anchored, or that sees the main name but not the others."""
-    model = seeded(Unused)
-    assert measure(model, layers=r"fc[12]$").names == ["input", "fc1", "output"]
-    assert measure(model, layers=r"/relu").names == ["input", "fc1/relu", "output"]
-    assert measure(model, layers=r"^fc1").names == ["input", "fc1", "fc1/relu", "output"]
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ("fc1", ["fc1"]),
+        (["fc1/relu", "fc1"], ["fc1", "fc1/relu"]),
+        (("fc1",), ["fc1"]),
+        ([], []),
+        (["input", "output"], []),
+        (["fc2"], []),
+        (r"fc[12]$", ["fc1"]),
+        (r"/relu", ["fc1/relu"]),
+        (r"^fc1", ["fc1", "fc1/relu"]),
+        ("fc1/rel.$", ["fc1/relu"]),
+        ("auto", ["fc1", "fc1/relu"]),
+        (lambda *_: False, []),
+    ],
+)
+def test_layers_select(layers, names):
+    """Catches a selection in the order of the list instead of the order of execution, an anchored
+    match, one that does not see every name, and an unused layer that is measured."""
+    assert measure(seeded(Unused), layers=layers).names == ["input", *names, "output"]
 
 
 def test_functions_select():
@@ -736,7 +546,6 @@ def test_functions_select():
     assert measure(model, layers=linear).names == ["input", "fc1", "output"]
     assert seen["fc1"] is model.fc1
     assert seen["fc1/relu"] is None
-    assert measure(model, layers=lambda *_: False).names == ["input", "output"]
 
 
 def test_selection_does_not_change_a_layer():
@@ -756,7 +565,6 @@ def test_selection_does_not_change_a_layer():
             ["fc1", "fc9"],
             r"^layers must name layers of the model, got 'fc9'; nearest: fc[12], fc[12]",
         ),
-        ("fc1/rel.$", None),
         ("^zz", r"^layers must name layers of the model, got '\^zz'; nearest: "),
         ("OUTPUT", r"^layers must name layers of the model, got 'OUTPUT'; nearest: .*output"),
         ("(", r"^layers must be names or a regular expression, got '\(': missing \)"),
@@ -768,14 +576,11 @@ def test_selection_does_not_change_a_layer():
 def test_layers_that_are_not_there(layers, text):
     """Catches a typo that measures nothing, and a never-used layer that is left out silently."""
     model = seeded(Unused).train()
-    if text is None:
-        assert "fc1/relu" in measure(model, layers=layers)
-        return
     with untouched(model), pytest.raises(ValueError, match=text):
         measure(model, layers=layers)
 
 
-@pytest.mark.parametrize("layers", [None, 3, b"fc1", [3], [None], nn.Linear(1, 1)])
+@pytest.mark.parametrize("layers", [None, b"fc1", [3], nn.Linear(1, 1)])
 def test_layers_of_a_wrong_kind(layers):
     """Catches "'int' object is not iterable", which does not name the argument."""
     model = seeded(Unused)

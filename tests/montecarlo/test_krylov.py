@@ -12,7 +12,7 @@ import functools
 
 import pytest
 import torch
-from support.wide_layers import RIDGE, information_in, measured
+from support.wide_layers import information_in, measured
 
 from fisherfast.data import Data
 from fisherfast.estimation.curve import fisher_curve
@@ -70,11 +70,9 @@ def on_its_own_half(space: KrylovSpace, samples: Data, size: int) -> float:
 def replication(source: str, seed: int) -> dict[str, float]:
     """Estimates less the truth of their spaces, in units of J."""
     samples = data(source, seed)
-    contrast = samples.contrast()
     meter = measured(samples)
-    layer = meter.estimate(samples, contrast, RIDGE)
-    halves = meter.halves(contrast, RIDGE)
-    pairs = list(zip(meter.spaces, halves, strict=True))
+    layer = meter.estimate()
+    pairs = list(zip(meter.spaces, meter.halves(), strict=True))
     truth = sum(truth_in(space, half.chosen) for space, half in pairs) / 2
     luckiest = 0.0
     for space, half in pairs:

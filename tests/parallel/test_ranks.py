@@ -206,7 +206,11 @@ def test_every_rank_hears_of_an_error(together):
 
 @pytest.mark.parametrize(
     ("case", "size"),
-    [pytest.param("kill 0", 2, marks=pytest.mark.slow), ("kill 1", 3), ("stop 1", 2)],
+    [
+        pytest.param("kill 0", 2, marks=pytest.mark.slow),
+        pytest.param("kill 1", 3, marks=pytest.mark.slow),
+        ("stop 1", 2),
+    ],
 )
 def test_a_rank_that_ends_or_stops_leaves_an_error(case, size, tmp_path):
     """Catches a hang: neither the measurement nor the next one may take much longer than the
@@ -222,6 +226,7 @@ def test_a_rank_that_ends_or_stops_leaves_an_error(case, size, tmp_path):
         assert result["seconds"] < LATE * rank_cases.SHORT
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_take_part_leaves_an_error(tmp_path):
     """Catches a rank that waits for ever for one that is busy elsewhere, and one that comes late
     and waits for ever for those that have given up."""

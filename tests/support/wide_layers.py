@@ -7,35 +7,36 @@ from typing import Any
 import torch
 
 from fisherfast.data import Data
+from fisherfast.data.dealing import Place
 from fisherfast.measurement.compressed_layer import CompressedMeter
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher
 
-RIDGE = "auto"
-
 
 def measured(data: Data, *, batch_size: int = 1000, **options: Any) -> CompressedMeter:
     """A compressed measurement of the data themselves, after its last pass."""
     shape = tuple(next(data.read(0, 1)).x.shape[1:])
-    meter = CompressedMeter(Site("input", "data", shape))
+    settings = MeasurementSettings.of(data, **options)
+    meter = CompressedMeter(Site("input", "data", shape), data, settings)
     for condition in range(data.conditions):
         meter.observe_pilot(next(data.read(condition, 64)).x)
-    meter.prepare(data, MeasurementSettings.of(data, **options))
+    meter.prepare()
     while True:
         for streams in data.rounds(batch_size):
             first = 0 if data.paired else meter.seen.index(0)
             for _, batches in streams:
                 for offset, batch in enumerate(batches):
-                    carried = {"tangents": batch.tangents, "score": batch.score}
-                    meter.observe(first + offset, batch.x, **carried)
-        if not meter.end_pass(data.contrast(), RIDGE):
+                    condition = first + offset
+                    dealt = Place.in_turn(meter.seen[condition], len(batch), settings.folds)
+                    meter.observe(condition, batch.sorted(*dealt))
+        if not meter.end_pass():
             return meter
 
 
 def estimated(data: Data, *, batch_size: int = 1000, **options: Any) -> LayerFisher:
     """The result of a compressed measurement of the data themselves."""
-    return measured(data, batch_size=batch_size, **options).estimate(data, data.contrast(), RIDGE)
+    return measured(data, batch_size=batch_size, **options).estimate()
 
 
 def information_in(

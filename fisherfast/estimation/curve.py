@@ -18,7 +18,6 @@ from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures, p
 from fisherfast.estimation.leverage import (
     Seen,
     inverse_excess,
-    left_out_score,
     pair_correlations,
     seen_along_curve,
 )
@@ -200,19 +199,13 @@ def fisher_curve(
         seen = seen_along_curve(statistics.samples, solved.inverse, half, statistics.dof)
     if statistics.score is not None:
         products = _fold_products(half[:, None], fold_half)
-        estimate = score_estimate(naive, effective, products, statistics.score, statistics.dof)
-        J, variance, replicates = estimate.J, estimate.variance, estimate.replicates
-        left_out = _gains_of_score(products, estimate.share[-1])
+        scored = score_estimate(naive, effective, products, statistics.score, statistics.dof, seen)
+        J, variance, replicates = scored.J, scored.variance, scored.replicates
+        left_out = _gains_of_score(products, scored.share[-1])
         useless = torch.zeros_like(left_out[:, 0])
         doubt = torch.zeros_like(J)
-        if seen is not None:
-            V = statistics.score.covariance
-            J = left_out_score(seen, naive, effective, V, statistics.dof)
     else:
-        noise = None if statistics.paired else statistics.noise
-        found = fold_estimate(
-            naive, effective, fold_half, _fold_products, noise, statistics.dof, seen
-        )
+        found = fold_estimate(naive, effective, fold_half, _fold_products, statistics, seen)
         J, variance, replicates, doubt = found.J, found.variance, found.replicates, found.doubt
         left_out = torch.diagonal(replicates, dim1=2, dim2=3)
         shrink = (statistics.dof - effective - 1) / statistics.dof
@@ -270,8 +263,7 @@ def fold_estimate(
     effective: torch.Tensor,
     fold_half: torch.Tensor,
     product: Product,
-    noise: torch.Tensor | None,
-    dof: float,
+    statistics: FoldStatistics,
     seen: Seen | None,
 ) -> FoldEstimate:
     """Estimate J and its variance for every source but the score, as in `fisher_curve`.
@@ -281,10 +273,10 @@ def fold_estimate(
         effective: [B] k_eff.
         fold_half: y_f [k, F, P] or [B, k, F, P], the whitened derivatives of each fold.
         product: sums l r^T over features, [B, F, P, P].
-        noise: c [P, P] of independent conditions; None for paired ones and tangents.
-        dof: nu.
+        statistics: of the features.
         seen: kept samples in the B systems, or None.
     """
+    dof, noise = statistics.dof, statistics.noise
     shrink = ((dof - effective - 1) / dof)[:, None, None]
     folds = fold_half.shape[-2]
     total = fold_half.sum(-2, keepdim=True)
@@ -292,7 +284,7 @@ def fold_estimate(
     rest = total - fold_half
     without = product(rest, rest) - (own.sum(1, keepdim=True) - own)
     replicates = shrink[:, None] * without / ((folds - 1) * (folds - 2))
-    if noise is None:
+    if statistics.paired:
         pairs = product(total, total)[:, 0] - own.sum(1)
         J = shrink * pairs / (folds * (folds - 1))
     else:
@@ -304,7 +296,7 @@ def fold_estimate(
         before, J = J, excess @ J @ excess.mT
         doubt = (J - before) / 2
         replicates = excess[:, None] @ replicates @ excess.mT[:, None]
-    if noise is None:
+    if statistics.paired:
         variance = replicates.var(1, correction=0) * (folds - 1)
         variance = variance + covariance_variance(J, dof, effective)
     else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fisherfast.estimation.derivatives import FoldScore
+from fisherfast.estimation.leverage import Seen, left_out_score
 from fisherfast.estimation.variance import entry_product, pair_product
 
 __all__ = ["ScoreEstimate", "score_estimate", "score_theory"]
@@ -44,6 +45,7 @@ def score_estimate(
     fold_products: torch.Tensor,
     score: FoldScore,
     dof: float,
+    seen: Seen | None,
 ) -> ScoreEstimate:
     r"""Estimate J and its variance.
 
@@ -66,20 +68,23 @@ def score_estimate(
         fold_products: [B, F, P, P] y^T y_f, y_f = L^-1 D_f of each fold, whose mean is naive.
         score: V, of all samples and by fold.
         dof: nu.
+        seen: kept samples in the B systems, which correct J; or None.
     """
     V = score.covariance
     residual = (V - naive) * (dof / (dof - effective))[:, None, None]
     J = V - residual
     share = _explained(J, V)
-    seen = (1 - share)[:, None, None, None] * (fold_products + fold_products.mT)
-    seen = seen + share.square()[:, None, None, None] * score.folds
-    folds = seen.shape[1]
-    replicates = -seen / (folds - 1)
+    by_fold = (1 - share)[:, None, None, None] * (fold_products + fold_products.mT)
+    by_fold = by_fold + share.square()[:, None, None, None] * score.folds
+    folds = by_fold.shape[1]
+    replicates = -by_fold / (folds - 1)
     jackknife = replicates.var(1, correction=0) * (folds - 1)
     k, R = effective[:, None, None], share[:, None, None]
     E = _not_negative(residual)
     theory = _theory(_not_negative(J), E, R, k, dof, entry_product)
     least = _of_useless(E, k, dof, entry_product)
+    if seen is not None:
+        J = left_out_score(seen, naive, effective, V, dof)
     return ScoreEstimate(J, (theory + jackknife).maximum(least), replicates, share)
 
 

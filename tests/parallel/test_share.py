@@ -155,7 +155,6 @@ def test_moments_of_processes_are_those_of_one(kind, known):
 def test_maps_of_processes_are_those_of_one(kind):
     """Catches the same at each position of a map."""
     conditions, settings = KINDS[kind]
-    settings = {"paired": False} | settings
     x, carried = normal(2, SAMPLES, 11, 2, 3), carried_by(kind, 66)
 
     def add(moments: MapMoments, rows: slice, condition: int) -> None:
@@ -169,12 +168,9 @@ def test_maps_of_processes_are_those_of_one(kind):
     )
     deal(whole, parts, conditions, add)
     contrast = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)[:conditions]
-    pairs = [
-        (whole.covariance()[0], parts[0].covariance()[0]),
-        *zip(whole.derivatives(contrast), parts[0].derivatives(contrast), strict=True),
-    ]
-    for expected, found in pairs:
-        torch.testing.assert_close(found, expected)
+    expected, found = (moments.statistics(contrast) for moments in (whole, parts[0]))
+    for name in ("covariance", "derivative", "fold_derivatives"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("kind", ["independent", "tangents", "score"])

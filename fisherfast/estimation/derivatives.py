@@ -99,11 +99,7 @@ class DerivativeMoments(ABC):
 
     def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
         """Return views of the sums to add up over processes, without features before `known`."""
-        tensors = self._tensors()
-        return [tensors.pop("sums")[..., known:], *tensors.values()]
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {"sums": self.sums}
+        return [self.sums[..., known:]]
 
 
 class TangentMoments(DerivativeMoments):
@@ -217,11 +213,9 @@ class ScoreMoments(DerivativeMoments):
         variance = self.score(slice(None), counts).covariance.diagonal()
         return self.score_sums.sum(0) / samples / (variance / samples).sqrt()
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return super()._tensors() | {
-            "score_sums": self.score_sums,
-            "score_cross": self.score_cross,
-        }
+    def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
+        """Return views of the sums, with those of the score itself."""
+        return [*super().shared_sums(known), self.score_sums, self.score_cross]
 
 
 def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tensor:

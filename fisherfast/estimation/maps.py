@@ -17,8 +17,9 @@ import torch
 from fisherfast import ops
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
-from fisherfast.estimation.curve import SPARE_DOF, fold_estimate
+from fisherfast.estimation.curve import SPARE_DOF
 from fisherfast.estimation.derivatives import ScoreMoments, fold_sums
+from fisherfast.estimation.estimate import fold_estimate, score_estimate
 from fisherfast.estimation.features import Lift
 from fisherfast.estimation.fold_moments import (
     FoldStatistics,
@@ -29,7 +30,6 @@ from fisherfast.estimation.fold_moments import (
 from fisherfast.estimation.leverage import Seen, leverage
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
-from fisherfast.estimation.score import score_estimate
 
 __all__ = ["MapMoments", "estimate_map"]
 

@@ -14,8 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from fisherfast.data.dealing import Place
-from fisherfast.estimation.bound import cross_fitted_bound
-from fisherfast.estimation.curve import FisherCurve, SingularCovarianceError, fisher_curve
+from fisherfast.estimation.curve import (
+    FisherCurve,
+    SingularCovarianceError,
+    cross_fitted_bound,
+    fisher_curve,
+)
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.ridge import HIDDEN_SHARE
 from fisherfast.estimation.variance import standard_errors

@@ -9,11 +9,11 @@ import torch
 from fisherfast.data import Data
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
-from fisherfast.estimation.bound import cross_fitted_bound
 from fisherfast.estimation.curve import (
     SPARE_DOF,
     FisherCurve,
     SingularCovarianceError,
+    cross_fitted_bound,
     fisher_curve,
     independent_features,
 )

@@ -1,4 +1,4 @@
-r"""J from the score: the part of its variance that the features explain, and the error of J.
+r"""J of B sets of features and its error: from the derivatives of the folds, or from the score.
 
 With s the score and s_hat = D^T R^-1 f its best linear prediction from the features, J = Cov(s_hat)
 = V - E[e e^T], e = s - s_hat. The residual of a fit is too small by nu / (nu - k_eff): the adjusted
@@ -13,12 +13,83 @@ from dataclasses import dataclass
 import torch
 
 from fisherfast.estimation.derivatives import FoldScore
-from fisherfast.estimation.leverage import Seen, left_out_score
-from fisherfast.estimation.variance import entry_product, pair_product
+from fisherfast.estimation.fold_moments import FoldStatistics
+from fisherfast.estimation.leverage import Seen, inverse_excess, left_out_score
+from fisherfast.estimation.variance import (
+    covariance_variance,
+    entry_product,
+    independent_variance,
+    pair_product,
+)
 
-__all__ = ["ScoreEstimate", "score_estimate", "score_theory"]
+__all__ = ["FoldEstimate", "ScoreEstimate", "fold_estimate", "score_estimate", "score_theory"]
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FoldEstimate:
+    """J of B sets of features, estimated from the derivatives of the folds.
+
+    Attributes:
+        J: [B, P, P].
+        variance: [B, P, P] of its entries.
+        replicates: [B, F, P, P] the U-statistic without each fold.
+        doubt: [B, P, P] half of the change of J by the kept samples.
+        excess: [B, P, P] the factor G of `inverse_excess`; the unit matrix without kept samples.
+    """
+
+    J: torch.Tensor
+    variance: torch.Tensor
+    replicates: torch.Tensor
+    doubt: torch.Tensor
+    excess: torch.Tensor
+
+
+def fold_estimate(
+    naive: torch.Tensor,
+    effective: torch.Tensor,
+    fold_half: torch.Tensor,
+    product: Product,
+    statistics: FoldStatistics,
+    seen: Seen | None,
+) -> FoldEstimate:
+    """Estimate J and its variance for every source but the score, as in `fisher_curve`.
+
+    Args:
+        naive: [B, P, P] D^T R^-1 D.
+        effective: [B] k_eff.
+        fold_half: y_f [k, F, P] or [B, k, F, P], the whitened derivatives of each fold.
+        product: sums l r^T over features, [B, F, P, P].
+        statistics: of the features.
+        seen: kept samples in the B systems, or None.
+    """
+    dof, noise = statistics.dof, statistics.noise
+    shrink = ((dof - effective - 1) / dof)[:, None, None]
+    folds = fold_half.shape[-2]
+    total = fold_half.sum(-2, keepdim=True)
+    own = product(fold_half, fold_half)
+    rest = total - fold_half
+    without = product(rest, rest) - (own.sum(1, keepdim=True) - own)
+    replicates = shrink[:, None] * without / ((folds - 1) * (folds - 2))
+    if statistics.paired:
+        pairs = product(total, total)[:, 0] - own.sum(1)
+        J = shrink * pairs / (folds * (folds - 1))
+    else:
+        J = shrink * naive - effective[:, None, None] * noise
+    doubt = torch.zeros_like(J)
+    excess = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device).expand_as(J)
+    if seen is not None:
+        excess = inverse_excess(seen, effective, dof)
+        before, J = J, excess @ J @ excess.mT
+        doubt = (J - before) / 2
+        replicates = excess[:, None] @ replicates @ excess.mT[:, None]
+    if statistics.paired:
+        variance = replicates.var(1, correction=0) * (folds - 1)
+        variance = variance + covariance_variance(J, dof, effective)
+    else:
+        variance = independent_variance(J, dof, noise, effective)
+    return FoldEstimate(J, variance + doubt.square(), replicates, doubt, excess)
 
 
 @dataclass(frozen=True)

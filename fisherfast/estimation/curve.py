@@ -28,9 +28,9 @@ from fisherfast.estimation.ridge import (
     with_ridge,
 )
 from fisherfast.estimation.variance import (
-    covariance_covariance,
     independent_covariance,
     jackknife_covariance,
+    pair_product,
 )
 
 __all__ = [
@@ -141,7 +141,7 @@ class FisherCurve:
         )
         if self.statistics.paired:
             # J may be slightly negative in one direction, where the variance would be negative too
-            errors = empirical + covariance_covariance(J, dof, effective)
+            errors = empirical + pair_product(J, J) / (dof - effective - 3)
             return at_least(errors, torch.zeros_like(errors))
         return empirical + independent_covariance(J, dof, noise, effective)
 

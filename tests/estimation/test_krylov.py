@@ -57,6 +57,7 @@ def learned(data: Pathwise | Score | FiniteDifference, steps: int, batch_size: i
         conditions=data.conditions,
         parameters=data.parameters,
         steps=steps,
+        scored=isinstance(data, Score),
     )
     more = True
     while more:

@@ -76,7 +76,7 @@ CASES = {
     "scale": Case(
         lambda seed: estimates(GaussianScale(20), 1.0, 0.04, 4000, 600, seed),
         40.0,
-        60,
+        150,
         {"k_eff", "folds"},
         SIGMAS,
     ),

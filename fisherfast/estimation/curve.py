@@ -1,4 +1,5 @@
-r"""The curve J(k) of the Fisher information of the first k features, with its error bars.
+r"""The curve J(k) of the Fisher information of the first k features, with its error bars; and the
+honest lower bound, from a readout learned on one half of the samples and measured on the other.
 
 Every formula is derived in docs/theory.md. Notation: S [k, k] is the covariance of the features
 scaled to unit diagonal, R = S + ridge, L L^T = R, D [k, P] the derivative of the mean, Y = L^-1 D.
@@ -9,44 +10,38 @@ linear Fisher information of the first k features, for every k at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
 
+from fisherfast.estimation.estimate import fold_estimate, score_estimate, score_theory
 from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures, pair_inflation
 from fisherfast.estimation.leverage import (
-    Seen,
-    inverse_excess,
-    left_out_score,
     pair_correlations,
     seen_along_curve,
 )
 from fisherfast.estimation.ridge import (
+    FACTOR_ROUNDING,
     LIFT_RIDGE,
     MOSTLY_RIDGE,
     as_vector,
     with_ridge,
 )
-from fisherfast.estimation.score import score_estimate, score_theory
 from fisherfast.estimation.variance import (
-    covariance_covariance,
-    covariance_variance,
     independent_covariance,
-    independent_variance,
     jackknife_covariance,
+    pair_product,
 )
 
 __all__ = [
     "FisherCurve",
+    "SingularCovarianceError",
     "at_least",
+    "cross_fitted_bound",
     "fisher_curve",
-    "fold_estimate",
     "independent_features",
     "whitened",
 ]
-
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SMALL_TRIANGLE = 128
 """Size up to which a triangle is inverted by a plain solve."""
@@ -54,6 +49,13 @@ SMALL_TRIANGLE = 128
 SPARE_DOF = 4
 """Degrees of freedom required beyond k_eff, so that the variance of an inverse covariance exists
 (nu - k - 3 > 0)."""
+
+VARIANCE_FLOOR = 0.1
+"""Variance below which a feature counts as rare, relative to the median feature of a half."""
+
+BOUND_RIDGE = 1e-8
+"""Ridge of the P readouts, needed only if readouts are copies of each other (one output, two
+parameters)."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class FisherCurve:
         )
         if self.statistics.paired:
             # J may be slightly negative in one direction, where the variance would be negative too
-            errors = empirical + covariance_covariance(J, dof, effective)
+            errors = empirical + pair_product(J, J) / (dof - effective - 3)
             return at_least(errors, torch.zeros_like(errors))
         return empirical + independent_covariance(J, dof, noise, effective)
 
@@ -200,19 +202,13 @@ def fisher_curve(
         seen = seen_along_curve(statistics.samples, solved.inverse, half, statistics.dof)
     if statistics.score is not None:
         products = _fold_products(half[:, None], fold_half)
-        estimate = score_estimate(naive, effective, products, statistics.score, statistics.dof)
-        J, variance, replicates = estimate.J, estimate.variance, estimate.replicates
-        left_out = _gains_of_score(products, estimate.share[-1])
+        scored = score_estimate(naive, effective, products, statistics.score, statistics.dof, seen)
+        J, variance, replicates = scored.J, scored.variance, scored.replicates
+        left_out = _gains_of_score(products, scored.share[-1])
         useless = torch.zeros_like(left_out[:, 0])
         doubt = torch.zeros_like(J)
-        if seen is not None:
-            V = statistics.score.covariance
-            J = left_out_score(seen, naive, effective, V, statistics.dof)
     else:
-        noise = None if statistics.paired else statistics.noise
-        found = fold_estimate(
-            naive, effective, fold_half, _fold_products, noise, statistics.dof, seen
-        )
+        found = fold_estimate(naive, effective, fold_half, _fold_products, statistics, seen)
         J, variance, replicates, doubt = found.J, found.variance, found.replicates, found.doubt
         left_out = torch.diagonal(replicates, dim1=2, dim2=3)
         shrink = (statistics.dof - effective - 1) / statistics.dof
@@ -246,70 +242,76 @@ def _with_pairs(
     return replace(statistics, dof=dof, pair_inflation=inflation)
 
 
-@dataclass(frozen=True)
-class FoldEstimate:
-    """J of B sets of features, estimated from the derivatives of the folds.
+def cross_fitted_bound(
+    half_a: FoldStatistics,
+    half_b: FoldStatistics,
+    ridge: float | torch.Tensor = LIFT_RIDGE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the honest lower bound: learn the readout on one half, measure it on the other, swap
+    the halves, and average.
 
-    Attributes:
-        J: [B, P, P].
-        variance: [B, P, P] of its entries.
-        replicates: [B, F, P, P] the U-statistic without each fold.
-        doubt: [B, P, P] half of the change of J by the kept samples.
-        excess: [B, P, P] the factor G of `inverse_excess`; the unit matrix without kept samples.
-    """
-
-    J: torch.Tensor
-    variance: torch.Tensor
-    replicates: torch.Tensor
-    doubt: torch.Tensor
-    excess: torch.Tensor
-
-
-def fold_estimate(
-    naive: torch.Tensor,
-    effective: torch.Tensor,
-    fold_half: torch.Tensor,
-    product: Product,
-    noise: torch.Tensor | None,
-    dof: float,
-    seen: Seen | None,
-) -> FoldEstimate:
-    """Estimate J and its variance for every source but the score, as in `fisher_curve`.
+    For any readout W = R_A^-1 D_A [k, P], the linear Fisher information of the P numbers W^T f is a
+    lower bound. It is measured on samples that W was not learned on, so only k = P features need a
+    correction, and without the ridge that W was learned with.
 
     Args:
-        naive: [B, P, P] D^T R^-1 D.
-        effective: [B] k_eff.
-        fold_half: y_f [k, F, P] or [B, k, F, P], the whitened derivatives of each fold.
-        product: sums l r^T over features, [B, F, P, P].
-        noise: c [P, P] of independent conditions; None for paired ones and tangents.
-        dof: nu.
-        seen: kept samples in the B systems, or None.
+        half_a, half_b: statistics of the same features.
+        ridge: of the readout, see `linear_readout`.
+
+    Returns:
+        lower [P, P] and its standard error [P, P], in 1/theta^2.
     """
-    shrink = ((dof - effective - 1) / dof)[:, None, None]
-    folds = fold_half.shape[-2]
-    total = fold_half.sum(-2, keepdim=True)
-    own = product(fold_half, fold_half)
-    rest = total - fold_half
-    without = product(rest, rest) - (own.sum(1, keepdim=True) - own)
-    replicates = shrink[:, None] * without / ((folds - 1) * (folds - 2))
-    if noise is None:
-        pairs = product(total, total)[:, 0] - own.sum(1)
-        J = shrink * pairs / (folds * (folds - 1))
-    else:
-        J = shrink * naive - effective[:, None, None] * noise
-    doubt = torch.zeros_like(J)
-    excess = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device).expand_as(J)
-    if seen is not None:
-        excess = inverse_excess(seen, effective, dof)
-        before, J = J, excess @ J @ excess.mT
-        doubt = (J - before) / 2
-        replicates = excess[:, None] @ replicates @ excess.mT[:, None]
-    if noise is None:
-        variance = replicates.var(1, correction=0) * (folds - 1)
-        variance = variance + covariance_variance(J, dof, effective)
-    else:
-        variance = independent_variance(J, dof, noise, effective)
-    return FoldEstimate(J, variance + doubt.square(), replicates, doubt, excess)
+    measured = []
+    for learn, test in ((half_a, half_b), (half_b, half_a)):
+        seen = test.project(linear_readout(learn, ridge))
+        varied = (seen.covariance.diagonal() > 0).nonzero()[:, 0]
+        measured.append(_last_or_zero(seen.select(varied)))
+    (J_a, variance_a), (J_b, variance_b) = measured
+    return (J_a + J_b) / 2, ((variance_a + variance_b) / 4).sqrt()
+
+
+def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return J and its variance [P, P] of all features of the statistics; zero without features."""
+    if len(statistics.derivative) == 0:
+        zero = torch.zeros_like(statistics.noise)
+        return zero, zero
+    ridge = BOUND_RIDGE
+    while True:
+        try:
+            curve = fisher_curve(statistics, ridge)
+        except SingularCovarianceError:  # readouts that are the same except for rounding
+            ridge *= 10
+        else:
+            return curve.J[-1], curve.stderr[-1].square()
+
+
+def linear_readout(
+    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
+) -> torch.Tensor:
+    """Compute W = R^-1 D [k, P] in the scale of the features: the readout that attains the linear
+    information.
+
+    Any readout gives a valid bound, so this one is cautious. A feature that hardly varies in these
+    samples is not scaled up to unit variance, and gets a larger ridge: it may vary strongly in
+    other samples, where a large weight on it would add much noise. If rounding makes R indefinite,
+    the ridge grows until R is positive definite.
+
+    Args:
+        statistics: of k features.
+        ridge: one number or [k], relative to the variance of each feature.
+    """
+    variance = statistics.covariance.diagonal()
+    live = variance > 0
+    floor = VARIANCE_FLOOR * (variance[live].median() if bool(live.any()) else 1.0)
+    ridge = as_vector(ridge, variance)
+    ridge = torch.where(variance < floor, ridge.clamp_min(LIFT_RIDGE), ridge)
+    scale = torch.where(live, variance.clamp_min(floor), torch.inf).rsqrt()
+    scaled = (scale[:, None] * statistics.covariance * scale).clamp(-1, 1)
+    factor, failed = torch.linalg.cholesky_ex(with_ridge(scaled, ridge))
+    while int(failed):
+        ridge = (10 * ridge).clamp_min(FACTOR_ROUNDING * len(variance))
+        factor, failed = torch.linalg.cholesky_ex(with_ridge(scaled, ridge))
+    return scale[:, None] * torch.cholesky_solve(scale[:, None] * statistics.derivative, factor)
 
 
 @dataclass(frozen=True)

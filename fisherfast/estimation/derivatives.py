@@ -99,11 +99,7 @@ class DerivativeMoments(ABC):
 
     def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
         """Return views of the sums to add up over processes, without features before `known`."""
-        tensors = self._tensors()
-        return [tensors.pop("sums")[..., known:], *tensors.values()]
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {"sums": self.sums}
+        return [self.sums[..., known:]]
 
 
 class TangentMoments(DerivativeMoments):
@@ -135,10 +131,8 @@ class TangentMoments(DerivativeMoments):
         rows = max(TILE_ROWS // self.parameters, self.folds)
         for start in range(0, len(raw), rows):
             tile = slice(start, start + rows)
-            above = (torch.addmm(rest.bias, raw[tile], rest.weight.T) > 0).to(raw.dtype)
-            moved = (carried[:, tile].to(raw.dtype) @ rest.weight.T).mul_(
-                above.mul_(1 - lift.slope).add_(lift.slope)
-            )
+            moved = carried[:, tile].to(raw.dtype) @ rest.weight.T
+            moved *= rest.slopes(raw[tile])
             self.sums[..., begin:] += fold_sums(moved, place, start)
 
     def derivatives(
@@ -198,17 +192,14 @@ class ScoreMoments(DerivativeMoments):
         """Compute the covariance with the score within folds, and the contributions of the folds,
         whose mean is the whole."""
         mean = self.score_sums[columns] / counts[:, None]
-        scatter = (self.sums[columns] - mean[..., None] * feature_sums[:, None]).mT
-        dof = counts.sum() - len(counts)
-        return scatter.sum(0) / dof, scatter * (len(counts) / dof)
+        scatter = self.sums[columns] - mean[..., None] * feature_sums[:, None]
+        return _covariances(scatter.mT, counts)
 
     def score(self, columns: slice, counts: torch.Tensor) -> FoldScore:
         """Compute V and the contributions of the folds."""
         sums = self.score_sums[columns]
         between = sums[:, :, None] * sums[:, None, :] / counts[:, None, None]
-        scatter = self.score_cross[columns] - between
-        dof = counts.sum() - len(counts)
-        return FoldScore(scatter.sum(0) / dof, scatter * (len(counts) / dof))
+        return FoldScore(*_covariances(self.score_cross[columns] - between, counts))
 
     def mean_error(self, counts: torch.Tensor) -> torch.Tensor:
         """Compute the mean of the score in units of its standard error [P]; its expectation is
@@ -217,11 +208,16 @@ class ScoreMoments(DerivativeMoments):
         variance = self.score(slice(None), counts).covariance.diagonal()
         return self.score_sums.sum(0) / samples / (variance / samples).sqrt()
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return super()._tensors() | {
-            "score_sums": self.score_sums,
-            "score_cross": self.score_cross,
-        }
+    def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
+        """Return views of the sums, with those of the score itself."""
+        return [*super().shared_sums(known), self.score_sums, self.score_cross]
+
+
+def _covariances(scatter: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute a covariance from its scatter [F, ...] within the folds, and their contributions,
+    whose mean it is."""
+    dof = counts.sum() - len(counts)
+    return scatter.sum(0) / dof, scatter * (len(counts) / dof)
 
 
 def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tensor:

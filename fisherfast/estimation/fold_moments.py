@@ -9,6 +9,7 @@ and in float64: memory is O(k^2) for any number of samples. Derived in docs/theo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from fisherfast.estimation.derivatives import (
 )
 from fisherfast.estimation.features import Lift
 
-__all__ = ["FoldMoments", "FoldStatistics", "about_fold_means"]
+__all__ = ["FoldMoments", "FoldStatistics", "FoldSums", "about_fold_means"]
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ class FoldStatistics:
         )
 
 
-class FoldMoments:
-    """Streaming moments of k features under C conditions, in F folds and two halves.
+class FoldSums:
+    """Sums of k features under C conditions, in F folds: what the statistics of a layer and those
+    of a map have in common.
 
     Args:
         size: k.
@@ -141,13 +143,11 @@ class FoldMoments:
             depend on each other; None for independent samples. A group counts as one sample.
         device: of the accumulators.
 
-    A pilot is subtracted from the features beforehand (by `FeatureDictionary`); it cancels from all
-    results. Lifted features are computed tile by tile, so those of a whole batch are never in
-    memory. Products of raw features are computed in their dtype, products with a lifted feature in
-    the dtype of the lift.
-
     Attributes:
-        known: leading features whose moments are complete, see `grown`.
+        counts: samples per condition and fold [C, F] int64, on the CPU.
+        sums: [C, F, k] float64.
+        products: sums over samples of f_a f_b, feature by feature, for each pair of conditions
+            [C, C, k] (paired only).
         carried: fold-wise derivatives from tangents or score; None for other sources.
     """
 
@@ -168,16 +168,10 @@ class FoldMoments:
         self.folds = folds
         self.paired = paired
         self.groups = groups
-        self.known = 0
-        self._seen_before: list[int] | None = None
+        self.counts = torch.zeros(conditions, folds, dtype=torch.int64)
         self.sums = torch.zeros(conditions, folds, size, dtype=torch.float64, device=device)
-        # lower triangles
-        self.cross = torch.zeros(2, size, size, dtype=torch.float64, device=device)
         pairs = conditions if paired else 0
-        #: Sums over samples of f_a f_b, feature by feature, for each pair of conditions [C, C, k]
-        # (paired only).
         self.products = torch.zeros(pairs, pairs, size, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
         self.carried: DerivativeMoments | None = None
         if tangents:
             self.carried = TangentMoments(tangents, size, folds=folds, device=device)
@@ -185,19 +179,133 @@ class FoldMoments:
             self.carried = ScoreMoments(score, size, folds=folds, device=device)
 
     @property
+    def seen(self) -> list[int]:
+        """Samples of each condition."""
+        return list(self.counts.sum(1).tolist())
+
+    @property
+    def units(self) -> int:
+        """Fewest independent samples of a condition: groups, if any."""
+        return min(self.seen) if self.groups is None else int(self.groups.sum())
+
+    @property
+    def fewest(self) -> int:
+        """Fewest independent samples in a fold of a condition."""
+        fewest = int(self.counts.min())
+        return fewest if self.groups is None else min(fewest, int(self.groups.min()))
+
+    def update_products(self, features: list[torch.Tensor]) -> None:
+        """Add the products of features [n, k] of the same samples under all conditions (paired
+        only)."""
+        for a, first in enumerate(features):
+            for b, second in enumerate(features[:a]):
+                product = (first * second).sum(0, dtype=torch.float64)
+                self.products[a, b] += product
+                self.products[b, a] += product
+
+    def _scatter_freedom(self, columns: slice) -> float:
+        """Return the divisor of the scatter within the folds in columns: samples minus cells.
+
+        For groups it is computed as if the samples of a group were equal, because subtracting the
+        mean of a fold then removes more of its scatter. With a score the plain divisor is used: the
+        scatter of the score loses as much as that of the features, and the loss cancels."""
+        counts = self.counts[:, columns]
+        if self.groups is None or isinstance(self.carried, ScoreMoments):
+            return float(counts.sum() - counts.numel())
+        groups = self.groups[columns]
+        return float(counts.sum()) * (1 - len(groups) / float(groups.sum()))
+
+    def _freedom(self, columns: slice, inflation: float) -> float:
+        """Return nu of the folds in columns; groups that all conditions share count once."""
+        counts = self.counts[:, columns] if self.groups is None else self.groups[columns]
+        return int(counts.sum() - counts.numel()) / inflation
+
+    def _inflation(self, variance: torch.Tensor, live: torch.Tensor) -> float:
+        r"""Compute the factor by which the pooled covariance of correlated conditions has fewer
+        degrees of freedom.
+
+        Two covariances of the same noise are not independent. For C conditions with mean
+        self-correlations rho_ab the variance of their average is that of
+        :math:`\nu / (1 + \sum_{a \ne b} \rho_{ab}^2 / C)` degrees of freedom; the factor is
+        1 + rho^2 for one pair.
+
+        Args:
+            variance: [k] within folds.
+            live: bool [k], the features that vary.
+        """
+        if not self.paired or self.groups is not None or not bool(live.any()):
+            return 1.0
+        weight = self.counts.to(self.sums.device, torch.float64)[..., None]
+        means = self.sums / weight
+        n = weight[0].sum()
+        between = torch.einsum("afk,bfk->abk", means * weight, means)
+        covariance = (self.products - between) / n
+        variance = variance * (1 - self.folds / n)
+        return pair_inflation((covariance[..., live] / variance[live]).mean(-1))
+
+    def _statistics(
+        self,
+        covariance: torch.Tensor,
+        contrast: torch.Tensor,
+        inflation: float,
+        columns: slice = slice(None),
+        index: torch.Tensor | slice = slice(None),
+    ) -> FoldStatistics:
+        """Return the statistics of the features in index and the folds in columns, given their
+        covariance, of any shape."""
+        device = self.sums.device
+        contrast = contrast.to(device)
+        counts = self.counts[:, columns].to(device, torch.float64)
+        sums, samples = self.sums[:, columns], counts.sum(1)[:, None]
+        score = None
+        if self.carried is None:
+            sums = sums[..., index]
+            derivative = (sums.sum(1) / samples).T @ contrast
+            fold_derivatives = (sums / counts[..., None]).permute(1, 2, 0) @ contrast
+        else:
+            derivative, fold_derivatives = self.carried.derivatives(columns, counts[0], sums[0])
+            derivative, fold_derivatives = derivative[index], fold_derivatives[:, index]
+            score = self.carried.score(columns, counts[0])
+        return FoldStatistics(
+            covariance=covariance,
+            dof=self._freedom(columns, inflation),
+            derivative=derivative,
+            fold_derivatives=fold_derivatives,
+            noise=contrast.T @ (contrast / samples),
+            paired=self.paired or self.carried is not None or self.groups is not None,
+            score=score,
+            pair_inflation=inflation,
+        )
+
+
+class FoldMoments(FoldSums):
+    """Streaming moments of k features under C conditions, in F folds and two halves.
+
+    Args:
+        size: k.
+        conditions: C.
+        streams: of the samples, see `FoldSums`.
+
+    A pilot is subtracted from the features beforehand (by `FeatureDictionary`); it cancels from all
+    results. Lifted features are computed tile by tile, so those of a whole batch are never in
+    memory. Products of raw features are computed in their dtype, products with a lifted feature in
+    the dtype of the lift.
+
+    Attributes:
+        known: leading features whose moments are complete, see `grown`.
+        cross: [2, k, k] float64 sums of products in each half, lower triangles.
+    """
+
+    def __init__(self, size: int, conditions: int, **streams: Any) -> None:
+        super().__init__(size, conditions, **streams)
+        self.known = 0
+        self._seen_before: list[int] | None = None
+        self.cross = self.sums.new_zeros(2, size, size)
+
+    @property
     def size(self) -> int:
         """Number of features k."""
         return self.sums.shape[-1]
-
-    @property
-    def counts(self) -> torch.Tensor:
-        """Samples per condition and fold [C, F] int64, on the CPU."""
-        return self._counts
-
-    @property
-    def seen(self) -> list[int]:
-        """Samples of each condition."""
-        return list(self._counts.sum(1).tolist())
 
     def update(
         self,
@@ -234,7 +342,7 @@ class FoldMoments:
             self._add(condition, raw, lift, place, known)
         if self.carried is not None:
             self.carried.update(raw, carried, lift, place, known=self.known)
-        self._counts[condition] += place.counts
+        self.counts[condition] += place.counts
 
     def _add(self, condition: int, raw: torch.Tensor, lift: Lift, place: Place, known: int) -> None:
         """Add sums and products of the features after the first `known`."""
@@ -253,7 +361,7 @@ class FoldMoments:
     def shared_sums(self) -> list[torch.Tensor]:
         """Views of all that adds up over processes which have each seen other samples. Known
         features are left out: they have been added up before."""
-        parts = [self._counts, self.sums[..., self.known :], self.cross[:, self.known :]]
+        parts = [self.counts, self.sums[..., self.known :], self.cross[:, self.known :]]
         parts += [self.products] if self.paired else []
         return parts + ([] if self.carried is None else self.carried.shared_sums(self.known))
 
@@ -270,7 +378,7 @@ class FoldMoments:
         known = self.size if known is None else known
         moments = FoldMoments(
             size,
-            len(self._counts),
+            len(self.counts),
             folds=self.folds,
             paired=self.paired,
             groups=self.groups,
@@ -283,59 +391,23 @@ class FoldMoments:
         moments.carried = None if self.carried is None else self.carried.grown(size, known)
         return moments
 
-    def update_products(self, features: list[torch.Tensor]) -> None:
-        """Add the products of features [n, k] of the same samples under all conditions (paired
-        only)."""
-        add_pair_products_(self.products, features)
-
     @property
     def degrees_of_freedom(self) -> float:
         """nu of the covariance of all samples."""
-        return self._freedom(slice(None))
-
-    @property
-    def units(self) -> int:
-        """Fewest independent samples of a condition: groups, if any."""
-        return min(self.seen) if self.groups is None else int(self.groups.sum())
-
-    @property
-    def fewest(self) -> int:
-        """Fewest independent samples in a fold of a condition."""
-        fewest = int(self._counts.min())
-        return fewest if self.groups is None else min(fewest, int(self.groups.min()))
-
-    def _freedom(self, columns: slice) -> float:
-        """Return nu of the folds in columns; groups that all conditions share count once."""
-        if self.groups is None:
-            counts = self._counts[:, columns]
-            return (int(counts.sum()) - counts.numel()) / self._pair_inflation()
-        groups = self.groups[columns]
-        return float(groups.sum() - len(groups))
-
-    def _scatter_freedom(self, columns: slice) -> float:
-        """Return the divisor of the scatter within the folds in columns: samples minus cells.
-
-        For groups it is computed as if the samples of a group were equal, because subtracting the
-        mean of a fold then removes more of its scatter. With a score the plain divisor is used: the
-        scatter of the score loses as much as that of the features, and the loss cancels."""
-        counts = self._counts[:, columns]
-        if self.groups is None or isinstance(self.carried, ScoreMoments):
-            return float(counts.sum() - counts.numel())
-        groups = self.groups[columns]
-        return float(counts.sum()) * (1 - len(groups) / float(groups.sum()))
+        return self._freedom(slice(None), self._pair_inflation())
 
     def statistics(
         self,
         contrast: torch.Tensor,
         half: int | None = None,
-        index: torch.Tensor | None = None,
+        index: torch.Tensor | slice = slice(None),
     ) -> FoldStatistics:
         """Compute covariance and derivatives of all samples, or of half A (0) or B (1).
 
         Args:
             contrast: [C, P] float64 weights of the conditions, see `FiniteDifference.contrast`.
             half: 0 or 1; None for all samples.
-            index: int64 [m] of the features; None for all.
+            index: int64 [m] of the features; all by default.
 
         Raises:
             ValueError: a fold is empty, or no degree of freedom is left.
@@ -346,23 +418,12 @@ class FoldMoments:
                 f" {self._seen_before} per condition"
             )
         columns = slice(None) if half is None else slice(half, None, 2)
-        counts = self._counts[:, columns]
+        counts = self.counts[:, columns]
         if int(counts.min()) < 1:
             raise ValueError(
                 f"every condition must have at least {self.folds} samples (one per fold),"
-                f" got {int(self._counts.sum(1).min())}"
+                f" got {min(self.seen)}"
             )
-        device = self.sums.device
-        contrast = contrast.to(device)
-        weight = counts.to(device, torch.float64)[..., None]
-        sums = self.sums[:, columns]
-        cross = self.cross.sum(0) if half is None else self.cross[half]
-        if index is not None:
-            sums = sums[..., index]
-            cross = cross[index][:, index]
-        means = sums / weight
-        cross = cross.tril() + cross.tril(-1).T
-        between = torch.einsum("cfi,cfj->ij", means * weight.sqrt(), means * weight.sqrt())
         cells, total = counts.numel(), int(counts.sum())
         if total <= cells:
             raise ValueError(
@@ -370,68 +431,25 @@ class FoldMoments:
             )
         if self.groups is not None and int(self.groups.min()) < 2:
             raise ValueError(f"groups must be at least two per fold, got {self.groups.tolist()}")
-        per_condition = counts.sum(1).to(device, torch.float64)
-        statistics = FoldStatistics(
-            covariance=(cross - between) / self._scatter_freedom(columns),
-            dof=self._freedom(columns),
-            derivative=(sums.sum(1) / per_condition[:, None]).T @ contrast,
-            fold_derivatives=means.permute(1, 2, 0) @ contrast,
-            noise=contrast.T @ (contrast / per_condition[:, None]),
-            paired=self.paired or self.carried is not None or self.groups is not None,
-            pair_inflation=self._pair_inflation() if self.groups is None else 1.0,
-        )
-        if self.carried is None:
-            return statistics
-        of_condition = weight[0, :, 0]
-        all_sums = self.sums[0, columns]
-        derivative, fold_derivatives = self.carried.derivatives(columns, of_condition, all_sums)
-        if index is not None:
-            derivative, fold_derivatives = derivative[index], fold_derivatives[:, index]
-        return replace(
-            statistics,
-            derivative=derivative,
-            fold_derivatives=fold_derivatives,
-            score=self.carried.score(columns, of_condition),
-        )
+        cross = self.cross.sum(0) if half is None else self.cross[half]
+        cross = cross[index][:, index]
+        cross = cross.tril() + cross.tril(-1).T
+        weight = counts.to(cross)[..., None]
+        means = self.sums[:, columns][..., index] / weight * weight.sqrt()
+        covariance = cross - torch.einsum("cfi,cfj->ij", means, means)
+        covariance /= self._scatter_freedom(columns)
+        return self._statistics(covariance, contrast, self._pair_inflation(), columns, index)
 
     def variances(self) -> torch.Tensor:
         """Compute the within-fold variance of each feature [k] float64, over all conditions."""
-        weight = self._counts.to(self.sums.device, torch.float64)[..., None]
+        weight = self.counts.to(self.sums)[..., None]
         between = (self.sums.square() / weight.clamp_min(1)).sum((0, 1))
-        total = int(self._counts.sum()) - self._counts.numel()
+        total = int(self.counts.sum()) - self.counts.numel()
         return (self.cross.sum(0).diagonal() - between) / max(total, 1)
 
     def _pair_inflation(self) -> float:
-        r"""Compute the factor by which the pooled covariance of correlated conditions has fewer
-        degrees of freedom.
-
-        Two covariances of the same noise are not independent. For C conditions with mean
-        self-correlations rho_ab the variance of their average is that of
-        :math:`\nu / (1 + \sum_{a \ne b} \rho_{ab}^2 / C)` degrees of freedom; the factor is
-        1 + rho^2 for one pair.
-        """
-        if not self.paired:
-            return 1.0
-        weight = self._counts.to(self.sums.device, torch.float64)[..., None]
-        means = self.sums / weight
-        n = weight[0].sum()
-        between = torch.einsum("afk,bfk->abk", means * weight, means)
-        covariance = (self.products - between) / n
-        variance = self.variances() * (1 - self.folds / n)
-        live = variance > 0
-        if not bool(live.any()):
-            return 1.0
-        return pair_inflation((covariance[..., live] / variance[live]).mean(-1))
-
-
-def add_pair_products_(products: torch.Tensor, samples: list[torch.Tensor]) -> None:
-    """Add to products [C, C, ...] the sums over n of x_a x_b, of the same samples [n, ...] under
-    each pair of C conditions."""
-    for a, first in enumerate(samples):
-        for b, second in enumerate(samples[:a]):
-            product = (first * second).sum(0, dtype=torch.float64)
-            products[a, b] += product
-            products[b, a] += product
+        variance = self.variances()
+        return self._inflation(variance, variance > 0)
 
 
 def pair_inflation(rho: torch.Tensor) -> float:

@@ -62,7 +62,8 @@ class FirstPass:
         self._squares = standardisation.mean.new_zeros(d)
         self._fourths = standardisation.mean.new_zeros(d)
         self._derivative_sums = standardisation.mean.new_zeros(parameters, d)
-        self._score_sums = standardisation.mean.new_zeros(parameters) if scored else None
+        self._score_sums = standardisation.mean.new_zeros(parameters)
+        self._scored = scored
 
     @property
     def degrees_of_freedom(self) -> int:
@@ -80,8 +81,8 @@ class FirstPass:
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Return the sums to add up over processes."""
-        sums = [self._counts, self._sums, self._squares, self._fourths, self._derivative_sums]
-        return sums if self._score_sums is None else [*sums, self._score_sums]
+        moments = [self._counts, self._sums, self._squares, self._fourths]
+        return [*moments, self._derivative_sums, self._score_sums]
 
     def add_tangents(self, tangents: torch.Tensor) -> None:
         """Add the tangents [P, n, d] of activations."""
@@ -95,8 +96,7 @@ class FirstPass:
         for tile, weight in zip(tiles(activations), tiles(weights, like=activations), strict=True):
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
             self._derivative_sums += weight.T @ z
-        sums = weights.sum(0, dtype=torch.float64)
-        self._score_sums = sums if self._score_sums is None else self._score_sums.add_(sums)
+        self._score_sums += weights.sum(0, dtype=torch.float64)
 
     def finite(self, condition: int) -> torch.Tensor:
         """Return whether all values added for a condition are finite, a 0-d tensor."""
@@ -119,7 +119,7 @@ class FirstPass:
         squares = variance * self.degrees_of_freedom
         often = squares.square() / torch.where(alive, OFTEN * self._fourths, 1.0)
         scale = torch.where(alive, own, torch.inf).rsqrt() * often.clamp_max(1.0).square()
-        if self._score_sums is not None:
+        if self._scored:
             derivative = self._derivative_sums - self._score_sums[:, None] * means
             derivative /= self.degrees_of_freedom
         else:

@@ -8,29 +8,28 @@ systems are solved in one batched call.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from fisherfast import ops
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
-from fisherfast.estimation.curve import SPARE_DOF, fold_estimate
-from fisherfast.estimation.derivatives import (
-    DerivativeMoments,
-    FoldScore,
-    ScoreMoments,
-    TangentMoments,
-)
+from fisherfast.estimation.curve import SPARE_DOF
+from fisherfast.estimation.derivatives import ScoreMoments, fold_sums
+from fisherfast.estimation.estimate import fold_estimate, score_estimate
 from fisherfast.estimation.features import Lift
 from fisherfast.estimation.fold_moments import (
+    FoldStatistics,
+    FoldSums,
     SampleFeatures,
     about_fold_means,
-    add_pair_products_,
-    pair_inflation,
 )
-from fisherfast.estimation.leverage import Seen, left_out_score, leverage
+from fisherfast.estimation.leverage import Seen, leverage
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
-from fisherfast.estimation.score import score_estimate
 
 __all__ = ["MapMoments", "estimate_map"]
 
@@ -38,18 +37,15 @@ KEPT_SAMPLES = 256
 """Samples over all conditions that are kept to compute leverages."""
 
 
-class MapMoments:
-    """Streaming moments of the C channels at each position, by condition and fold.
+class MapMoments(FoldSums):
+    """Streaming moments of the C channels at each of B = H W positions, by condition and fold. The
+    features of its sums are those of one position after the other, k = B C.
 
     Args:
         standardisation: of the C H W activations; its mean is subtracted from them.
         shape: (C, H, W).
         conditions: number of conditions.
-        folds: F.
-        paired: the conditions share their noise.
-        tangents: P if samples have tangents, else 0.
-        score: P if samples have a score, else 0.
-        groups: int64 [F] in each fold, as in `FoldMoments`; None for independent samples.
+        streams: of the samples, see `FoldSums`.
 
     Products are in float64, see `FeatureDictionary`.
 
@@ -61,167 +57,108 @@ class MapMoments:
         standardisation: Standardisation,
         shape: tuple[int, ...],
         conditions: int,
-        *,
-        folds: int,
-        paired: bool,
-        tangents: int = 0,
-        score: int = 0,
-        groups: torch.Tensor | None = None,
+        **streams: Any,
     ) -> None:
-        self.folds = folds
-        self.paired = paired
-        self.groups = groups
         pilot = standardisation.mean.reshape(shape)
+        super().__init__(pilot.numel(), conditions, device=pilot.device, **streams)
+        self.shape = shape
         self._pilot = pilot
         self._rounding, self._noise = standardisation.rounding, standardisation.noise
         self._held: list[torch.Tensor] = []
-        self.kept = KeptSamples(conditions, KEPT_SAMPLES // conditions, block=folds)
-        self._counts = torch.zeros(conditions, folds, dtype=torch.int64)
-        channels, height, width = pilot.shape
-        self._sums = _zeros(pilot, conditions, folds, channels, height, width)
-        self._cross = _zeros(pilot, height, width, channels, channels)
-        self._products = _zeros(pilot, conditions, conditions, channels, height, width)
-        self._carried: DerivativeMoments | None = None
-        if tangents:
-            self._carried = TangentMoments(
-                tangents, pilot.numel(), folds=folds, device=pilot.device
-            )
-        elif score:
-            self._carried = ScoreMoments(score, pilot.numel(), folds=folds, device=pilot.device)
+        self.kept = KeptSamples(conditions, KEPT_SAMPLES // conditions, block=self.folds)
+        self._cross = self.sums.new_zeros(math.prod(shape[1:]), shape[0], shape[0])
 
     def update(
         self,
         condition: int,
         activations: torch.Tensor,
-        carried: torch.Tensor | None = None,
-        place: Place | None = None,
+        carried: torch.Tensor | None,
+        place: Place,
     ) -> None:
         """Add activations [n, C, H, W] of a condition.
 
         Args:
             carried: their tangents [P, n, C, H, W] (None for zero), or the score [n, P].
-            place: folds of the rows, as in `FoldMoments.update`.
+            place: folds of the rows, which are sorted by them.
         """
-        x = activations.double()
+        z = activations.double() - self._pilot
+        rows = _by_position(z)
         if carried is not None and carried.ndim > 2:
-            carried = carried.flatten(2)
-        if place is None:
-            place, order = Place.in_turn(int(self._counts[condition].sum()), len(x), self.folds)
-            x = x[order]
-            carried = None if carried is None else carried[..., order, :]
-        if self._carried is not None:
-            raw = (x - self._pilot).flatten(1)
-            self._carried.update(raw, carried, Lift.none(raw), place)
-        score = None if carried is None or carried.ndim > 2 else carried
-        self.kept.add(condition, place, (x - self._pilot).flatten(1), score)
-        self._cross += ops.spatial_moments(x, pilot=self._pilot)[1]
-        for fold, rows in place.within(0, len(x)):
-            self._sums[condition, fold] += (x[rows] - self._pilot).sum(0, dtype=torch.float64)
-        self._counts[condition] += place.counts
+            carried = _by_position(carried)
+        if self.carried is not None:
+            self.carried.update(rows, carried, Lift.none(rows), place)
+        self.kept.add(condition, place, rows, carried if self._scored else None)
+        self._cross += ops.spatial_moments(z)[1].flatten(0, 1)
+        self.sums[condition] += fold_sums(rows[None], place)[:, 0]
+        self.counts[condition] += place.counts
         if self.paired:
-            self._held.append(x - self._pilot)
-            if len(self._held) == len(self._counts):
-                add_pair_products_(self._products, self._held)
+            self._held.append(rows)
+            if len(self._held) == len(self.counts):
+                self.update_products(self._held)
                 self._held = []
+
+    @property
+    def _scored(self) -> bool:
+        return isinstance(self.carried, ScoreMoments)
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Return views of the sums to add up over processes, see `FoldMoments.shared_sums`."""
-        parts = [self._counts, self._sums, self._cross]
-        parts += [self._products] if self.paired else []
-        return parts + ([] if self._carried is None else self._carried.shared_sums())
+        parts = [self.counts, self.sums, self._cross]
+        parts += [self.products] if self.paired else []
+        return parts + ([] if self.carried is None else self.carried.shared_sums())
 
-    def covariance(self) -> tuple[torch.Tensor, int]:
-        """Compute the within-fold covariance S [H, W, C, C] and its degrees of freedom."""
-        weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
-        means = (self._sums / weight.sqrt()).flatten(0, 1).permute(2, 3, 1, 0)
-        samples, dof = int(self._counts.sum()), int(self._counts.sum()) - self._counts.numel()
-        scatter = self._cross - means @ means.mT
-        if self.groups is None:
-            return scatter / dof, dof
-        groups = int(self.groups.sum())
-        own = groups - self.folds
-        if not isinstance(self._carried, ScoreMoments):
-            return scatter / (samples * own / groups), own
-        return scatter / dof, own
+    def statistics(self, contrast: torch.Tensor) -> FoldStatistics:
+        """Compute the statistics of the B C features, with the within-fold covariances [B, C, C] of
+        the positions."""
+        weight = self.counts.to(self.sums)[..., None]
+        means = self._at_positions((self.sums / weight.sqrt()).flatten(0, 1).T)
+        covariance = self._cross - means @ means.mT
+        covariance /= self._scatter_freedom(slice(None))
+        live = self.alive(covariance).flatten()
+        inflation = self._inflation(_diagonal(covariance).flatten(), live)
+        statistics = self._statistics(covariance, contrast, inflation)
+        return replace(statistics, samples=self._samples())
 
-    def derivatives(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute D [H, W, C, P] of all samples, and that of each fold alone [H, W, C, F, P]."""
-        if self._carried is not None:
-            counts = self._counts[0].to(self._sums.device, torch.float64)
-            whole, folds = self._carried.derivatives(slice(None), counts, self._sums[0].flatten(1))
-            shape = self._pilot.shape
-            return (
-                whole.unflatten(0, shape).permute(1, 2, 0, 3),
-                folds.unflatten(1, shape).permute(2, 3, 1, 0, 4),
-            )
-        weight = self._counts.to(self._sums.device, torch.float64)
-        fold_means = self._sums / weight[..., None, None, None]
-        means = self._sums.sum(1) / weight.sum(1)[..., None, None, None]
-        return (
-            torch.einsum("achw,ap->hwcp", means, contrast),
-            torch.einsum("afchw,ap->hwcfp", fold_means, contrast),
-        )
-
-    def samples(self) -> SampleFeatures | None:
-        """Return the kept samples [m, C H W] about the means of their folds; None without any."""
+    def _samples(self) -> SampleFeatures | None:
+        """Return the kept samples [m, B C] about the means of their folds; None without any."""
         if self.kept.forgotten:
             return None
         parts, scores = [], []
         for condition, (_, fold, x, *score) in enumerate(self.kept.kept()):
-            fold, counts = fold.to(x.device), self._counts[condition]
-            sums = self._sums[condition].flatten(1)
-            parts.append(about_fold_means(x.double(), fold, sums, counts))
-            if score and isinstance(self._carried, ScoreMoments):
-                sums = self._carried.score_sums
+            fold, counts = fold.to(x.device), self.counts[condition]
+            parts.append(about_fold_means(x.double(), fold, self.sums[condition], counts))
+            if isinstance(self.carried, ScoreMoments):
+                sums = self.carried.score_sums
                 scores.append(about_fold_means(score[0].double(), fold, sums, counts))
         return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
 
-    def score(self) -> FoldScore | None:
-        """Compute the covariance of the score; None for other sources."""
-        counts = self._counts[0].to(self._sums.device, torch.float64)
-        return None if self._carried is None else self._carried.score(slice(None), counts)
-
-    @property
-    def carries(self) -> bool:
-        """Whether the derivative comes from tangents or score."""
-        return self._carried is not None
-
-    def noise(self, contrast: torch.Tensor) -> torch.Tensor:
-        """Compute c [P, P]: Cov(D) = c S for independent conditions."""
-        per_condition = self._counts.sum(1).to(contrast)
-        return contrast.T @ (contrast / per_condition[:, None])
-
     def alive(self, covariance: torch.Tensor) -> torch.Tensor:
-        """Return which channels [H, W, C] vary by more than the rounding of their mean."""
-        rounding = self._rounding * self._mean()
-        return covariance.diagonal(dim1=-2, dim2=-1) > rounding.square()
+        """Return which channels [B, C] vary by more than the rounding of their mean."""
+        return _diagonal(covariance) > (self._rounding * self._mean()).square()
 
     def ridge(self, setting: RidgeSetting, variance: torch.Tensor) -> torch.Tensor:
-        """Compute the ridge [H, W, C], relative to the variances [H, W, C]."""
+        """Compute the ridge [B, C], relative to the variances [B, C]."""
         if setting != AUTO:
             return torch.full_like(variance, setting)
         return raw_ridge(variance, self._noise**2 * (self._mean().square() + variance))
 
     def _mean(self) -> torch.Tensor:
-        """Mean activations [H, W, C]."""
-        return (self._sums.sum((0, 1)) / self._counts.sum() + self._pilot).permute(1, 2, 0)
+        """Mean activations [B, C]."""
+        mean = self.sums.sum((0, 1)) / self.counts.sum() + _by_position(self._pilot)
+        return self._at_positions(mean)
 
-    def pair_inflation(self, covariance: torch.Tensor, alive: torch.Tensor) -> float:
-        """Compute the factor by which correlated conditions have fewer degrees of freedom, as for a
-        whole layer."""
-        if not self.paired or self.groups is not None or not bool(alive.any()):
-            return 1.0
-        weight = self._counts.to(self._sums.device, torch.float64)[..., None, None, None]
-        means = self._sums / weight
-        n = weight[0].sum()
-        between = torch.einsum("afchw,bfchw->abchw", means * weight, means)
-        shared = ((self._products - between) / n).permute(0, 1, 3, 4, 2)
-        variance = covariance.diagonal(dim1=-2, dim2=-1) * (1 - self.folds / n)
-        return pair_inflation((shared[..., alive] / variance[alive]).mean(-1))
+    def _at_positions(self, features: torch.Tensor) -> torch.Tensor:
+        """Split features [B C, ...] into those of each position [B, C, ...]."""
+        return features.unflatten(0, (-1, self.shape[0]))
 
 
-def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=like.device)
+def _by_position(maps: torch.Tensor) -> torch.Tensor:
+    """Flatten maps [..., C, H, W] to [..., B C], channels last."""
+    return maps.movedim(-3, -1).flatten(-3)
+
+
+def _diagonal(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 def estimate_map(
@@ -239,45 +176,45 @@ def estimate_map(
     Raises:
         ValueError: too few samples were seen for C channels.
     """
-    covariance, dof = moments.covariance()
-    contrast = contrast.to(covariance.device)
+    statistics = moments.statistics(contrast)
+    covariance, nu = statistics.covariance, statistics.dof
     alive = moments.alive(covariance)
-    nu = dof / moments.pair_inflation(covariance, alive)
     channels = int(alive.sum(-1).max())
     if nu < channels + SPARE_DOF:
         raise ValueError(
             f"layer {name!r} must have more degrees of freedom than {channels + SPARE_DOF} for the"
             f" map of its {channels} channels, got {nu:.0f}: use more samples or maps=False"
         )
-    derivative, fold_derivatives = moments.derivatives(contrast)
-    ridges = moments.ridge(ridge, covariance.diagonal(dim1=-2, dim2=-1))
-    columns = torch.cat([derivative, fold_derivatives.flatten(-2)], -1)
+    columns = statistics.columns.unflatten(0, alive.shape)
+    ridges = moments.ridge(ridge, _diagonal(covariance))
     solved, effective, known = _solve(covariance, alive, columns, ridges, rounding=ridge == AUTO)
-    parameters, folds = derivative.shape[-1], moments.folds
+    parameters = statistics.derivative.shape[1]
     half = solved[..., :parameters]
     naive = half.mT @ half
-    fold_half = solved[..., parameters:].unflatten(-1, (folds, parameters))
-    score, samples = moments.score(), moments.samples()
+    fold_half = solved[..., parameters:].unflatten(-1, (moments.folds, parameters))
     seen = None
-    if samples is not None:
-        seen = _seen(samples, covariance, ridges, known, half, nu)
-    if score is not None:
+    if statistics.samples is not None:
+        seen = _seen(statistics.samples, covariance, ridges, known, half, nu)
+    if statistics.score is not None:
         products = torch.einsum("bcp,bcfq->bfpq", half, fold_half)
-        estimate = score_estimate(naive, effective, products, score, nu)
-        J, variance = estimate.J, estimate.variance
-        if seen is not None:
-            J = left_out_score(seen, naive, effective, score.covariance, nu)
+        scored = score_estimate(naive, effective, products, statistics.score, nu, seen)
+        J, variance = scored.J, scored.variance
     else:
-        paired = moments.paired or moments.carries or moments.groups is not None
-        noise = None if paired else moments.noise(contrast)
-        found = fold_estimate(naive, effective, fold_half, _fold_products, noise, nu, seen)
+        found = fold_estimate(naive, effective, fold_half, _fold_products, statistics, seen)
         J, variance = found.J, found.variance
-    nothing = (alive.sum(-1) == 0).flatten()[:, None, None]
+    nothing = (~alive).all(-1)[:, None, None]
     J = torch.where(nothing, 0.0, (J + J.mT) / 2)
     stderr = torch.where(nothing, 0.0, (variance + variance.mT).div(2).sqrt())
-    height, width = alive.shape[:2]
-    J, stderr = (t.unflatten(0, (height, width)).detach().cpu() for t in (J, stderr))
+    J, stderr = (t.unflatten(0, moments.shape[1:]).detach().cpu() for t in (J, stderr))
     return J, stderr
+
+
+def _regularised(covariance: torch.Tensor, kept: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """Compute S + Lambda [B, C, C] of the channels in kept [B, C]; the others become features of
+    unit variance without covariance."""
+    R = torch.where(kept[..., None] & kept[..., None, :], covariance, 0.0)
+    _diagonal(R).copy_(torch.where(kept, _diagonal(R) * (1 + ridge), 1.0))
+    return R
 
 
 def _solve(
@@ -288,26 +225,19 @@ def _solve(
     *,
     rounding: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute L^-1 times all columns [H W, C, (1 + F) P], k_eff [H W], and which channels count
-    [H W, C].
+    """Compute L^-1 times all columns [B, C, (1 + F) P], k_eff [B], and which channels count [B, C].
 
-    Channels that do not vary become features of unit variance without derivative or covariance:
-    they add nothing to J and are not counted. The ridge share of a feature is computed with the
-    largest ridge of its position: it is near 0 except for channels that are linear in others, which
-    are left out if the ridge stands for rounding.
+    Channels that do not vary have no derivative: they add nothing to J and are not counted. The
+    ridge share of a feature is computed with the largest ridge of its position: it is near 0 except
+    for channels that are linear in others, which are left out if the ridge stands for rounding.
     """
-    both = alive[..., None] & alive[..., None, :]
-    covariance = torch.where(both, covariance, 0.0)
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
-    variance.copy_(torch.where(alive, variance * (1 + ridge), 1.0))
-    largest = torch.where(alive, ridge, 0.0).amax(-1).flatten()
+    largest = torch.where(alive, ridge, 0.0).amax(-1)
     columns = torch.where(alive[..., None], columns, 0.0)
     solved = ops.fisher_solve_details(
-        covariance.flatten(0, 1), columns.flatten(0, 1), inverse_rows=True
+        _regularised(covariance, alive, ridge), columns, inverse_rows=True
     )
-    counted = alive.flatten(0, 1)
     ridge_share = (largest[:, None] * solved.inverse_rows).clamp(0, 1)
-    known = counted & (ridge_share <= MOSTLY_RIDGE) if rounding else counted
+    known = alive & (ridge_share <= MOSTLY_RIDGE) if rounding else alive
     half = torch.where(known[..., None], solved.half, 0.0)
     return half, torch.where(known, 1 - ridge_share, 0.0).sum(-1), known
 
@@ -322,14 +252,8 @@ def _seen(
 ) -> Seen:
     """Compute leverage and prediction of kept samples at each position; zero where the covariance
     is singular."""
-    height, width, channels, _ = covariance.shape
-    both = (known[:, :, None] & known[:, None, :]).reshape(covariance.shape)
-    R = torch.where(both, covariance, 0.0)
-    variance = R.diagonal(dim1=-2, dim2=-1)
-    live = known.reshape(variance.shape)
-    variance.copy_(torch.where(live, variance * (1 + ridge), 1.0))
-    factor, failed = torch.linalg.cholesky_ex(R.flatten(0, 1))
-    x = samples.features.reshape(-1, channels, height * width).permute(2, 1, 0)
+    factor, failed = torch.linalg.cholesky_ex(_regularised(covariance, known, ridge))
+    x = samples.features.unflatten(1, known.shape).permute(1, 2, 0)
     x = torch.where(known[..., None] & (failed == 0)[:, None, None], x, 0.0)
     whitened = torch.linalg.solve_triangular(factor, x, upper=False).nan_to_num()
     prediction = torch.einsum("bcm,bcp->pmb", whitened, half)

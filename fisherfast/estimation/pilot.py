@@ -61,17 +61,22 @@ class PilotMoments:
     Args:
         units: rounding of an activation in units in the last place.
         ties: finds steps if the samples have tangents, else None.
+
+    Attributes:
+        count: number of samples added.
+        rounding: relative spread that the precision of the samples does not resolve.
+        noise: spread relative to its size that rounding may add to an activation.
     """
 
     def __init__(self, units: int = ROUNDING, ties: StepMeter | None = None) -> None:
         self._units = units
         self._ties = ties
         self._steps: torch.Tensor | None = None
-        self._count = 0
+        self.count = 0
         self._mean: torch.Tensor | None = None
         self._square = torch.zeros(())
-        self._rounding = 0.0
-        self._noise = 0.0
+        self.rounding = 0.0
+        self.noise = 0.0
         self._rows: list[torch.Tensor] = []
         self._flags: list[bool | None] = []
 
@@ -81,8 +86,8 @@ class PilotMoments:
             self._ties.update(activations, moving)
         pilot = activations.double()
         precision = torch.float64 if activations.dtype == torch.float64 else torch.float32
-        self._rounding = max(self._rounding, ROUNDING * torch.finfo(precision).eps)
-        self._noise = max(self._noise, relative_rounding(activations.dtype, self._units))
+        self.rounding = max(self.rounding, ROUNDING * torch.finfo(precision).eps)
+        self.noise = max(self.noise, relative_rounding(activations.dtype, self._units))
         mean = pilot.mean(0)
         self._add(len(pilot), mean, (pilot - mean).square().sum(0))
         missing = PILOT_ROWS * pilot.shape[1] - sum(map(len, self._rows))
@@ -91,23 +96,13 @@ class PilotMoments:
 
     def _add(self, n: int, mean: torch.Tensor, square: torch.Tensor) -> None:
         if self._mean is None:
-            self._count, self._mean, self._square = n, mean, square
+            self.count, self._mean, self._square = n, mean, square
             return
-        total = self._count + n
+        total = self.count + n
         delta = mean - self._mean
-        self._square = self._square + square + delta.square() * (self._count * n / total)
+        self._square = self._square + square + delta.square() * (self.count * n / total)
         self._mean = self._mean + delta * (n / total)
-        self._count = total
-
-    @property
-    def count(self) -> int:
-        """Number of samples added."""
-        return self._count
-
-    @property
-    def rounding(self) -> float:
-        """Relative spread that the precision of the added samples does not resolve."""
-        return self._rounding
+        self.count = total
 
     def parts(self) -> torch.Tensor:
         """Return mean, sum of squared deviations and steps [3, d] of the added samples."""
@@ -121,11 +116,6 @@ class PilotMoments:
         """Return the step [d] float64 between tied values, 0 without ties; None if not searched."""
         return self._steps if self._ties is None else self._ties.steps()
 
-    @property
-    def noise(self) -> float:
-        """Spread relative to its size that rounding may add to an activation."""
-        return self._noise
-
     def merge(
         self,
         count: int,
@@ -136,8 +126,8 @@ class PilotMoments:
     ) -> None:
         """Add samples of another process, given their number, `parts` and the other values."""
         self._flags.append(ill_conditioned)
-        self._rounding = max(self._rounding, rounding)
-        self._noise = max(self._noise, noise)
+        self.rounding = max(self.rounding, rounding)
+        self.noise = max(self.noise, noise)
         self._add(count, parts[0], parts[1])
         self._steps = parts[2] if self._steps is None else self._steps.maximum(parts[2])
 
@@ -145,14 +135,14 @@ class PilotMoments:
         """Return mean and scale of the added samples."""
         if self._mean is None:
             raise ValueError("pilot must hold at least one batch, got none")
-        std = (self._square / self._count).sqrt()
-        alive = std > self._rounding * self._mean.abs()
+        std = (self._square / self.count).sqrt()
+        alive = std > self.rounding * self._mean.abs()
         typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
         scale = torch.where(alive, std, typical).reciprocal()
         flags = self._flags or [self.ill_conditioned()]
         exact = any(flags) or all(flag is None for flag in flags)
         return Standardisation(
-            self._mean, scale, alive, self._rounding, self._noise, exact, self._found_steps()
+            self._mean, scale, alive, self.rounding, self.noise, exact, self._found_steps()
         )
 
     def ill_conditioned(self) -> bool | None:
@@ -163,7 +153,7 @@ class PilotMoments:
         z = torch.cat(self._rows).double()
         z = z - z.mean(0)
         size = z.square().mean(0).sqrt()
-        alive = size > self._rounding * self._mean.abs()
+        alive = size > self.rounding * self._mean.abs()
         z = z[:, alive] / size[alive]
         correlation = z.T @ z / len(z)
         correlation.diagonal().add_(0.01 / FLOAT32_INVERSE)  # a singular one inverts to far above

@@ -291,14 +291,11 @@ def train_probe(
 
     Cost: up to `STEPS` steps of `BATCH_POINTS` points, 6 w (d + 3 w) operations per point.
     """
-    with torch.enable_grad(), _no_autocast(regression.z.device):
+    device = regression.z.device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
         whitening = _whitening(covariance, max(WHITENING_RIDGE, len(covariance) / dof))
         mean = regression.z.clamp(-LIMIT, LIMIT).mean((0, 1)).double()
         return _Training(regression, whitening, mean, readout, scale, seed).run()
-
-
-def _no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
 
 
 def _whitening(covariance: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 __all__ = [
-    "covariance_covariance",
     "covariance_of_entries",
     "covariance_variance",
     "entry_product",
@@ -57,12 +56,6 @@ def standard_errors(covariance: torch.Tensor) -> torch.Tensor:
     """Compute the standard errors [P, P] of the entries of a matrix from their covariance
     [P, P, P, P]."""
     return torch.einsum("pqpq->pq", covariance).sqrt()
-
-
-def covariance_covariance(J: torch.Tensor, dof: float, effective: float) -> torch.Tensor:
-    """Compute the covariance [P, P, P, P] of the entries of J [P, P] from the error of the
-    estimated covariance alone."""
-    return pair_product(J, J) / (dof - effective - 3)
 
 
 def independent_covariance(

@@ -14,9 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fisherfast.estimation.bound import cross_fitted_bound
 from fisherfast.estimation.choice import choose_features
-from fisherfast.estimation.curve import FisherCurve, SingularCovarianceError, fisher_curve
+from fisherfast.estimation.curve import (
+    FisherCurve,
+    SingularCovarianceError,
+    cross_fitted_bound,
+    fisher_curve,
+)
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.ridge import HIDDEN_SHARE
 from fisherfast.estimation.variance import standard_errors

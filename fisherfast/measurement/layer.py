@@ -10,8 +10,7 @@ import torch
 from fisherfast.data import Batch
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
-from fisherfast.estimation.bound import cross_fitted_bound
-from fisherfast.estimation.curve import FisherCurve
+from fisherfast.estimation.curve import FisherCurve, cross_fitted_bound
 from fisherfast.estimation.derivatives import TangentMoments
 from fisherfast.estimation.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE, FeatureDictionary
 from fisherfast.estimation.fold_moments import FoldMoments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -13,12 +14,7 @@ from torch import Tensor
 from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.distributions import poisson_sample
 from fisherfast.problems.gaussian import standard_normal
-from fisherfast.problems.optics import (
-    angular_frequencies,
-    blurred_spectrum,
-    centred_canvas,
-    crop_and_bin,
-)
+from fisherfast.problems.optics import angular_frequencies
 from fisherfast.problems.problem import (
     STREAM_TRAINING,
     Problem,
@@ -42,8 +38,103 @@ def published_positions() -> Tensor:
     return torch.linspace(-1.8, 1.8, 13, dtype=torch.float64)
 
 
+class CameraImages(Problem):
+    """Images of a signal that depends on theta, with the offset and the noise of a camera.
+
+        m = offset + signal,  C = read-out noise + diag(m) / gain
+        I_pq = m_p^T C^-1 m_q,  and with shot and read-out noise + tr(C^-1 C_p C^-1 C_q) / 2
+
+    Attributes:
+        camera: whose noise it is.
+    """
+
+    camera: Camera
+
+    @abstractmethod
+    def signal(self, theta: Theta) -> Tensor:
+        """Mean image without the offset, float64 [H, W], in DN."""
+
+    @property
+    def additive(self) -> bool:  # type: ignore[override]
+        """Whether theta moves all images alike: without shot noise."""
+        return self.camera.gain is None
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether there is shot noise and read-out noise, whose density has no closed form."""
+        return self.camera.gain is not None and self.camera.has_readout_noise
+
+    def mean(self, theta: Theta) -> Tensor:
+        """m(theta), float64 [H, W], in DN."""
+        image = self.camera.offset + self.signal(theta)
+        if self.camera.gain is not None and not (image > 0).all():
+            raise ValueError(
+                "offset must give every pixel some light for shot noise, "
+                f"got a pixel of {float(image.min()):g} DN"
+            )
+        return image
+
+    def covariance(self, theta: Theta) -> Tensor:
+        """C(theta) of the pixels in row-major order, float64 [HW, HW], in DN squared."""
+        if self.camera.gain is None:
+            return self.camera.readout_covariance.clone()
+        shot = (self.mean(theta).flatten() / self.camera.gain).diag()
+        return self.camera.readout_covariance + shot
+
+    def fisher(self, theta: Theta) -> Tensor:
+        """The FI in one image, float64 [P, P]: exact, or Gaussian for mixed noise."""
+        information, gain = self.linear_fisher(theta), self.camera.gain
+        if gain is not None and self._mixed:
+            inverse = torch.cholesky_inverse(cholesky_factor(self.covariance(theta)))
+            change = self.mean_derivative(theta).flatten(1) / gain
+            information = information + change @ inverse.square() @ change.mT / 2
+        return information
+
+    def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
+        """Draw n images, float32 [n, H, W], in DN."""
+        mean, gain = self.mean(theta).flatten(), self.camera.gain
+        if gain is None:
+            images = mean.float().expand(check_whole("n", n, least=1), -1).to(generator.device)
+        else:
+            images = (poisson_sample(mean * gain, n, generator) / gain).float()
+        if self.camera.has_readout_noise:
+            noise = standard_normal(n, self.dim, generator)
+            images = images + noise @ self.camera.readout_factor.mT.to(noise)
+        return images.reshape(n, *self.camera.shape)
+
+    def sample_with_tangent(
+        self, theta: Theta, n: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Draw images [n, H, W] and their derivative [P, n, H, W], equal for all (a view).
+
+        Raises:
+            NotImplementedError: with shot noise, whose counts have no derivative.
+        """
+        if not self.additive:
+            raise NotImplementedError(
+                f"{type(self).__name__} with shot noise has no pathwise derivative; "
+                "use finite_difference"
+            )
+        return super().sample_with_tangent(theta, n, generator)
+
+    def score(self, x: Tensor, theta: Theta) -> Tensor:
+        """m_p^T C^-1 (x - m), float64 [n, P]: with read-out noise alone or shot noise alone.
+
+        Raises:
+            NotImplementedError: with both, whose density has no closed form.
+        """
+        if self._mixed:
+            raise NotImplementedError(
+                f"{type(self).__name__} with shot and read-out noise has no closed-form score; "
+                "use finite_difference"
+            )
+        residual = self._as_samples(x) - self.mean(theta).flatten()
+        factor = cholesky_factor(self.covariance(theta))
+        return residual @ torch.cholesky_solve(self.mean_derivative(theta).flatten(1).mT, factor)
+
+
 @dataclass(frozen=True, eq=False)
-class Camera(Problem):
+class Camera(CameraImages):
     """Noisy images of a scene displaced by theta micrometres along the rows.
 
     The mean image is
@@ -152,81 +243,23 @@ class Camera(Problem):
         """Standard deviation of the read-out noise of one pixel, in DN."""
         return math.hypot(self.white_std, self.row_std, self.correlated_std)
 
-    def mean(self, theta: Theta) -> Tensor:
-        """m(theta), float64 [H, W], in DN."""
-        image = self.offset + self.amplitude * self._expose(theta, order=0)
-        if self.gain is not None and not (image > 0).all():
-            raise ValueError(
-                "offset must give every pixel some light for shot noise, "
-                f"got a pixel of {float(image.min()):g} DN"
-            )
-        return image
+    @property
+    def camera(self) -> Camera:  # type: ignore[override]
+        """The camera itself."""
+        return self
+
+    def signal(self, theta: Theta) -> Tensor:
+        """Mean image without the offset, float64 [H, W], in DN."""
+        return self.amplitude * self._optics.image(self._place(theta))
 
     def mean_derivative(self, theta: Theta) -> Tensor:
         """dm/dtheta, float64 [1, H, W], in DN per um."""
-        return (self.amplitude * self._expose(theta, order=1)).unsqueeze(0)
-
-    def covariance(self, theta: Theta) -> Tensor:
-        """C(theta) of the pixels in row-major order, float64 [HW, HW], in DN squared."""
-        if self.gain is None:
-            return self.readout_covariance.clone()
-        return self.readout_covariance + (self.mean(theta).flatten() / self.gain).diag()
-
-    def fisher(self, theta: Theta) -> Tensor:
-        """The FI in one image, float64 [1, 1], per um^2: exact, or Gaussian for mixed noise."""
-        information = self.linear_fisher(theta)
-        if self.gain is not None and self.has_readout_noise:
-            change = torch.diag(self.mean_derivative(theta).flatten() / self.gain)
-            relative = torch.cholesky_solve(change, cholesky_factor(self.covariance(theta)))
-            information = information + (relative @ relative).trace() / 2
-        return information
+        return (self.amplitude * self._optics.image(self._place(theta), (1, 0))).unsqueeze(0)
 
     def snr(self, theta: Theta = 0.0) -> float:
         """Signal-to-noise ratio: the largest |m - offset| over the root mean noise variance."""
         signal = (self.mean(theta) - self.offset).abs().max()
         return float(signal / self.covariance(theta).diagonal().mean().sqrt())
-
-    def sample(self, theta: Theta, n: int, generator: torch.Generator) -> Tensor:
-        """Draw n images, float32 [n, H, W], in DN."""
-        mean = self.mean(theta).flatten()
-        if self.gain is None:
-            images = mean.float().expand(check_whole("n", n, least=1), -1).to(generator.device)
-        else:
-            images = (poisson_sample(mean * self.gain, n, generator) / self.gain).float()
-        if self.has_readout_noise:
-            noise = standard_normal(n, self.dim, generator)
-            images = images + noise @ self.readout_factor.mT.to(noise)
-        return images.reshape(n, *self.shape)
-
-    def sample_with_tangent(
-        self, theta: Theta, n: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Draw images [n, H, W] and their derivative m' [n, 1, H, W], equal for all (a view).
-
-        Raises:
-            NotImplementedError: with shot noise, whose counts have no derivative.
-        """
-        if self.gain is not None:
-            raise NotImplementedError(
-                "Camera with shot noise has no pathwise derivative; use finite_difference"
-            )
-        images = self.sample(theta, n, generator)
-        return images, self.mean_derivative(theta).to(images).expand(n, -1, -1, -1)
-
-    def score(self, x: Tensor, theta: Theta) -> Tensor:
-        """m'^T C^-1 (x - m), float64 [n, 1], per um: with read-out noise alone or shot noise alone.
-
-        Raises:
-            NotImplementedError: with both, whose density has no closed form.
-        """
-        if self.gain is not None and self.has_readout_noise:
-            raise NotImplementedError(
-                "Camera with shot and read-out noise has no closed-form score; "
-                "use finite_difference"
-            )
-        residual = self._as_samples(x) - self.mean(theta).flatten()
-        factor = cholesky_factor(self.covariance(theta))
-        return residual @ torch.cholesky_solve(self.mean_derivative(theta).reshape(-1, 1), factor)
 
     def with_input_fisher(self, target: float, theta: Theta = 0.0) -> Camera:
         """Return a copy whose amplitude is scaled so that `fisher(theta)` equals `target`.
@@ -292,25 +325,13 @@ class Camera(Problem):
             raise ValueError(f"theta must lie within +-{self.travel} um, got {place.item()}")
         return place
 
-    def _expose(self, theta: Theta, *, order: int) -> Tensor:
-        """The `order`-th derivative to theta of the blurred, shifted, binned scene, [H, W]."""
-        spectrum, frequencies, (height, width) = self._optics
-        factor = (-1j * frequencies) ** order * torch.exp(-1j * frequencies * self.as_theta(theta))
-        image = torch.fft.irfft2(spectrum * factor, s=(height, width))
-        return crop_and_bin(image, *self.shape, self.oversampling)
+    def _place(self, theta: Theta) -> Tensor:
+        """Return theta as a place (x, y), float64 [2], in um."""
+        return torch.nn.functional.pad(self.as_theta(theta), (0, 1))
 
     @cached_property
-    def _optics(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Spectrum of the blurred canvas, angular frequencies of its columns, canvas size."""
-        tail = PSF_TAIL * self.psf_sigma
-        height, width = (
-            size * self.oversampling + 2 * math.ceil(margin / self.spacing)
-            for size, margin in zip(self.shape, (tail, tail + self.travel), strict=True)
-        )
-        canvas = centred_canvas(self.scene, height, width, self.padding)
-        frequencies = angular_frequencies(canvas.shape[1], self.spacing, half=True)
-        spectrum = blurred_spectrum(canvas, self.spacing, self.psf_sigma)
-        return spectrum, frequencies, (canvas.shape[0], canvas.shape[1])
+    def _optics(self) -> Optics:
+        return Optics(self)
 
     @cached_property
     def readout_covariance(self) -> Tensor:
@@ -331,6 +352,47 @@ class Camera(Problem):
     def readout_factor(self) -> Tensor:
         """Its Cholesky factor."""
         return cholesky_factor(self.readout_covariance)
+
+
+class Optics:
+    """The scene of a camera seen through its point-spread function, moved by any distance.
+
+        F(k) exp(-|k|^2 sigma^2 / 2) exp(-i k r),  averaged over each pixel
+
+    Args:
+        camera: whose scene moves along the rows, by up to its travel.
+        down: how far the scene also moves along the columns, in um.
+    """
+
+    def __init__(self, camera: Camera, *, down: float = 0.0) -> None:
+        self._shape, self._oversampling = camera.shape, camera.oversampling
+        tail = PSF_TAIL * camera.psf_sigma
+        around = []
+        for held, pixels, move in zip(
+            camera.scene.shape, camera.shape, (down, camera.travel), strict=True
+        ):
+            seen = pixels * camera.oversampling + 2 * math.ceil((tail + move) / camera.spacing)
+            free = max(seen - held, 0)
+            around.append((free // 2, free - free // 2))
+        mode = "constant" if camera.padding == "zero" else "edge"
+        canvas = np.pad(camera.scene.numpy(), around, mode=mode)  # type: ignore[call-overload]
+        self._canvas = canvas.shape
+        self._rows = angular_frequencies(canvas.shape[0], camera.spacing).unsqueeze(1)
+        self._columns = angular_frequencies(canvas.shape[1], camera.spacing, half=True)
+        blur = torch.exp(-(self._rows**2 + self._columns**2) * camera.psf_sigma**2 / 2)
+        self._spectrum = torch.fft.rfft2(torch.from_numpy(canvas)) * blur
+
+    def image(self, place: Tensor, orders: tuple[int, int] = (0, 0)) -> Tensor:
+        """Compute the image [H, W] of the scene at a place (x, y) in um, x along the rows, or its
+        derivative of these orders in x and y."""
+        along, down = orders
+        phase = torch.exp(-1j * (self._columns * place[0] + self._rows * place[1]))
+        factor = (-1j * self._columns) ** along * (-1j * self._rows) ** down * phase
+        image = torch.fft.irfft2(self._spectrum * factor, s=self._canvas)
+        (height, width), side = self._shape, self._oversampling
+        top, left = (image.shape[0] - height * side) // 2, (image.shape[1] - width * side) // 2
+        view = image[top : top + height * side, left : left + width * side]
+        return view.reshape(height, side, width, side).mean((1, 3))
 
 
 def default_camera(scene: np.ndarray | Tensor | None = None) -> Camera:

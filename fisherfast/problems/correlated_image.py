@@ -51,6 +51,7 @@ class CorrelatedImage(Problem):
     correlation_length: float = 10.0
     dim: int = field(init=False)
     parameters = 2
+    additive = True
 
     def __post_init__(self) -> None:
         for size in self.shape:
@@ -106,13 +107,6 @@ class CorrelatedImage(Problem):
         spectrum = self.spectrum[:, : self.shape[1] // 2 + 1].sqrt().to(white)
         noise = torch.fft.irfft2(torch.fft.rfft2(white) * spectrum, s=self.shape)
         return noise + self.mean(theta).to(noise)
-
-    def sample_with_tangent(
-        self, theta: Theta, n: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Samples [n, H, W] and their derivative [n, 2, H, W], the same for each (a view)."""
-        x = self.sample(theta, n, generator)
-        return x, self.mean_derivative(theta).to(x).expand(n, -1, -1, -1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """m'^T C^-1 (x - m), float64 [n, 2]."""

@@ -233,6 +233,8 @@ class Laplace(Problem):
         (4.0, 2.0)
     """
 
+    additive = True
+
     def __init__(self, dim: int, scale: float = 1.0) -> None:
         self.dim = check_whole("dim", dim, least=1)
         self.scale = check_positive("scale", scale)
@@ -263,13 +265,6 @@ class Laplace(Problem):
         )
         first, second = -torch.log1p(-uniform)
         return (self.as_theta(theta).to(first) + self.scale * (first - second)).float()
-
-    def sample_with_tangent(
-        self, theta: Theta, n: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Samples [n, d] and their derivative, ones [n, 1, d]."""
-        x = self.sample(theta, n, generator)
-        return x, torch.ones_like(x).unsqueeze(1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """sum_i sign(x_i - theta) / b, float64 [n, 1]."""

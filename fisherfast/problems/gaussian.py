@@ -45,6 +45,8 @@ class GaussianShift(Problem):
         256.0
     """
 
+    additive = True
+
     def __init__(
         self, direction: np.ndarray | Tensor, covariance: np.ndarray | Tensor | None = None
     ) -> None:
@@ -84,9 +86,7 @@ class GaussianShift(Problem):
 
     def fisher_after(self, weight: np.ndarray | Tensor) -> Tensor:
         """FI of W x, A^T W^T (W S W^T)^-1 W A, for W [k, d] of full row rank, float64 [P, P]."""
-        rows = torch.as_tensor(weight, dtype=torch.float64)
-        if rows.ndim != 2 or rows.shape[1] != self.dim:
-            raise ValueError(f"weight must have shape [k, {self.dim}], got {tuple(rows.shape)}")
+        rows = as_rows(weight, self.dim)
         spread = rows if self._covariance is None else rows @ self._factor
         return whitened_norm((rows @ self._direction).mT, spread @ spread.mT)
 
@@ -96,13 +96,6 @@ class GaussianShift(Problem):
         if self._covariance is not None:
             noise = noise @ self._factor.mT.to(noise)
         return noise + self.mean(theta).to(noise)
-
-    def sample_with_tangent(
-        self, theta: Theta, n: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Samples [n, d] and their derivative [n, P, d], the same A for each (a view)."""
-        x = self.sample(theta, n, generator)
-        return x, self._direction.mT.to(x).expand(n, -1, -1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """A^T S^-1 (x - A theta), float64 [n, P]."""
@@ -147,9 +140,7 @@ class NoisyLinear(GaussianShift):
     ) -> None:
         clean = GaussianShift(direction, covariance)
         identity = torch.eye(clean.dim, dtype=torch.float64)
-        rows = identity if weight is None else torch.as_tensor(weight, dtype=torch.float64)
-        if rows.ndim != 2 or rows.shape[1] != clean.dim:
-            raise ValueError(f"weight must have shape [k, {clean.dim}], got {tuple(rows.shape)}")
+        rows = identity if weight is None else as_rows(weight, clean.dim)
         spread = rows @ clean.covariance(0.0) @ rows.mT
         noise = check_positive("noise_std", noise_std) ** 2 * torch.eye(len(rows)).to(spread)
         super().__init__(rows @ clean.mean_derivative(0.0).mT, (spread + spread.mT) / 2 + noise)
@@ -322,6 +313,14 @@ class GaussianFamily(Problem):
         factor = cholesky_factor(self.covariance(theta))
         half = torch.linalg.solve_triangular(factor, self.covariance_derivative(theta), upper=False)
         return torch.linalg.solve_triangular(factor, half.mT, upper=False)
+
+
+def as_rows(weight: np.ndarray | Tensor, dim: int) -> Tensor:
+    """Return the weight [k, dim] of a layer as float64, or raise a ValueError."""
+    rows = torch.as_tensor(weight, dtype=torch.float64)
+    if rows.ndim != 2 or rows.shape[1] != dim:
+        raise ValueError(f"weight must have shape [k, {dim}], got {tuple(rows.shape)}")
+    return rows
 
 
 def as_shape(name: str, value: Tensor, *shape: int) -> Tensor:

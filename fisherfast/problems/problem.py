@@ -73,10 +73,12 @@ class Problem(ABC):
     Attributes:
         dim: d, numbers in one sample.
         parameters: P, entries of theta.
+        additive: x = m(theta) + noise: theta moves all samples alike.
     """
 
     dim: int
     parameters: int = 1
+    additive: bool = False
 
     @abstractmethod
     def mean(self, theta: Theta) -> Tensor:
@@ -139,14 +141,17 @@ class Problem(ABC):
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Draw samples and their derivative at fixed noise: x [n, *sample], dx/dtheta [n, P,
-        *sample].
+        *sample], a view of that of the mean if the noise is additive.
 
         Raises:
             NotImplementedError: if x is not a differentiable function of theta and noise.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} has no pathwise derivative; use score or finite_difference"
-        )
+        if not self.additive:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no pathwise derivative; use score or finite_difference"
+            )
+        x = self.sample(theta, n, generator)
+        return x, self.mean_derivative(theta).to(x).expand(n, -1, *x.shape[1:])
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """Compute the score d log p(x | theta) / d theta of samples x [n, *sample], float64 [n, P].

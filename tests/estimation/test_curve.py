@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fisherfast.estimation.bound import cross_fitted_bound, linear_readout
-from fisherfast.estimation.curve import fisher_curve
+from fisherfast.estimation.curve import cross_fitted_bound, fisher_curve, linear_readout
 from fisherfast.estimation.fold_moments import FoldStatistics
 
 K, P, F = 12, 2, 8
@@ -29,14 +28,16 @@ def statistics(dof: float = 500.0, paired: bool = False) -> FoldStatistics:
     )
 
 
-def test_curve_equals_one_solve_per_size():
-    """Catches a curve that is right at k = K only: each point against its own inverse."""
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+def test_curve_equals_one_solve_per_size(ridge):
+    """Catches a curve that is right at k = K only, and k_eff from unscaled rows: each point against
+    its own inverse."""
     s = statistics()
-    curve = fisher_curve(s, ridge=1e-2)
+    curve = fisher_curve(s, ridge=ridge)
     scale = s.covariance.diagonal().rsqrt()
     for k in range(1, K + 1):
         scaled = (scale[:, None] * s.covariance * scale)[:k, :k]
-        inverse = torch.linalg.inv(scaled + 1e-2 * torch.eye(k, dtype=torch.float64))
+        inverse = torch.linalg.inv(scaled + ridge * torch.eye(k, dtype=torch.float64))
         D = (scale[:, None] * s.derivative)[:k]
         naive = D.T @ inverse @ D
         k_eff = torch.trace(inverse @ scaled)
@@ -44,12 +45,6 @@ def test_curve_equals_one_solve_per_size():
         torch.testing.assert_close(curve.naive[k - 1], naive)
         torch.testing.assert_close(curve.effective_dim[k - 1], k_eff)
         torch.testing.assert_close(curve.J[k - 1], h * naive - k_eff * s.noise)
-
-
-def test_effective_dimension_is_k_without_ridge():
-    """Catches k_eff from unscaled rows."""
-    curve = fisher_curve(statistics(), ridge=0.0)
-    torch.testing.assert_close(curve.effective_dim, torch.arange(1.0, K + 1, dtype=torch.float64))
 
 
 def test_fold_statistic_equals_the_double_loop():
@@ -129,14 +124,9 @@ def test_readout_attains_the_linear_information():
     # the readout is learned with a ridge of 1e-4: its loss is second order
     torch.testing.assert_close(lower, fisher_curve(s, 0.0).naive[-1], rtol=1e-3, atol=1e-3)
     assert linear_readout(s).shape == (K, P)
-
-
-def test_bound_of_one_output_and_two_parameters_exists():
-    """Catches a singular 2 x 2 covariance when both readouts are the same activation."""
-    s = statistics().leading(1)
-    lower, stderr = cross_fitted_bound(s, s)
-    assert torch.isfinite(lower).all()
-    assert torch.isfinite(stderr).all()
+    # one output, two parameters: both readouts are the same activation, their covariance singular
+    for bound in cross_fitted_bound(s.leading(1), s.leading(1)):
+        assert torch.isfinite(bound).all()
 
 
 def test_singular_covariance_is_an_error():

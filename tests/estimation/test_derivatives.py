@@ -7,14 +7,11 @@ import pytest
 import torch
 
 from fisherfast.data.dealing import Place
-from fisherfast.estimation.bound import cross_fitted_bound
-from fisherfast.estimation.choice import choose_features
 from fisherfast.estimation.curve import fisher_curve
 from fisherfast.estimation.derivatives import ScoreMoments, fold_products, fold_sums
 from fisherfast.estimation.features import FeatureDictionary, Lift
 from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.pilot import PilotMoments
-from fisherfast.estimation.variance import independent_covariance, independent_variance
 
 N, D, K, P, FOLDS = 203, 3, 24, 2, 4
 NO_STEP = torch.zeros(1, P, dtype=torch.float64)
@@ -133,11 +130,10 @@ def test_halves_are_the_even_and_the_odd_samples(kind, half, lift):
 
 
 @pytest.mark.parametrize("kind", ["tangents", "score"])
-@pytest.mark.parametrize("batch", [1, 3, 64])
-def test_batches_do_not_matter(kind, batch, lift):
+def test_batches_do_not_matter(kind, lift):
     """Catches folds dealt within a batch, or a tile whose rows start at fold 0."""
     whole = accumulate(kind, lift).statistics(NO_STEP)
-    cut = accumulate(kind, lift, batch).statistics(NO_STEP)
+    cut = accumulate(kind, lift, 3).statistics(NO_STEP)
     torch.testing.assert_close(cut.derivative, whole.derivative)
     torch.testing.assert_close(cut.fold_derivatives, whole.fold_derivatives)
     if kind == "score":
@@ -254,18 +250,6 @@ def test_errors_turn_with_theta(kind, lift):
     torch.testing.assert_close(after, expected)
 
 
-def test_independent_covariance_of_one_parameter_is_the_classical_variance():
-    """Catches a term of the inverse Wishart that is missing: docs/theory.md, section 6."""
-    J, c, k, nu = 7.0, 0.3, 12.0, 400.0
-    a = nu - k
-    expected = 2 / (a - 3) * (J**2 + 2 * c * J * (nu - 1) + c**2 * k * (nu - 1))
-    one = torch.ones(1, 1, dtype=torch.float64)
-    full = independent_covariance(J * one, nu, c * one, k)
-    assert float(full) == pytest.approx(expected)
-    entry = independent_variance(J * one[None], nu, c * one, torch.tensor([k]).double())
-    assert float(entry) == pytest.approx(expected)
-
-
 def test_score_that_is_a_feature_is_explained_whole(lift):
     """Catches an error bar that misses the variance of V: J = V, known as well as V is."""
     moments = FoldMoments(D, 1, folds=FOLDS, score=1)
@@ -276,16 +260,3 @@ def test_score_that_is_a_feature_is_explained_whole(lift):
     V = statistics.score
     torch.testing.assert_close(curve.J[-1], V.covariance)
     torch.testing.assert_close(curve.stderr[-1].square(), V.folds.var(0, correction=1) / FOLDS)
-
-
-def test_bound_and_choice_work_on_both(lift):
-    """Catches a half-split that drops the score, and a choice of k outside the curve."""
-    for kind in ("tangents", "score"):
-        moments = accumulate(kind, lift, folds=8)
-        curve = fisher_curve(moments.statistics(NO_STEP))
-        chosen = choose_features(curve, D).features
-        assert D <= chosen <= K
-        halves = [moments.statistics(NO_STEP, half) for half in (0, 1)]
-        lower, error = cross_fitted_bound(*halves)
-        assert lower.shape == error.shape == (P, P)
-        assert bool((error.diagonal() > 0).all())

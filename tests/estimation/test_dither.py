@@ -106,7 +106,9 @@ def test_a_layer_that_rounds_is_found():
     assert not_above(flow["output"], 1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_half_precision(dtype):
     """A network under autocast, one of half parameters and one that rounds inside transmit what it
     does in float32, within 3 %. Under bfloat16 autocast it was 835 times that."""
@@ -146,7 +148,7 @@ def test_batches_and_random_state_do_not_matter():
     model, data = chain(1, 4, 1), shifted(0.1)
     state = torch.get_rng_state()
     flows = [
-        ff.fisher_flow(model, data, settings=ff.Settings(batch_size=size)) for size in (4096, 300)
+        ff.fisher_flow(model, data, settings=ff.Settings(batch_size=size)) for size in (N, 3000)
     ]
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(*flows, strict=True):
@@ -195,7 +197,7 @@ def test_noise_belongs_to_the_sample():
     assert dither(torch.empty(0, 2), numbers[:0], 0).shape == (0, 2)
 
 
-@pytest.mark.parametrize("step", [0.01, 0.02, 0.1, 0.5])
+@pytest.mark.parametrize("step", [0.01, 0.5])
 def test_the_step_is_that_of_the_lattice(step):
     """Catches a quantile of the gaps: of few samples on a fine lattice they span several steps."""
     generator = torch.Generator().manual_seed(0)

@@ -154,12 +154,15 @@ def test_excess_of_the_fourth_moment():
 
 
 def flows(draw, repeats, **settings):
-    """J, its error, lower and its error over fresh data sets [repeats, 4], at the output of a
-    network that passes all on."""
+    """J, its error, lower and its error over fresh data sets [repeats, 4]; with scores at the
+    output of a network that passes all on."""
     results = []
     for seed in range(repeats):
-        flow = ff.fisher_flow(torch.nn.Hardtanh(-1e9, 1e9), draw(generator(seed)), **settings)
-        layer = flow["output"]
+        data = draw(generator(seed))
+        if data.source == "score":
+            layer = ff.fisher_flow(torch.nn.Hardtanh(-1e9, 1e9), data, **settings)["output"]
+        else:
+            layer = ff.fisher_information(data, **settings)
         results.append(
             [layer.value, float(layer.stderr), float(layer.lower), float(layer.lower_stderr)]
         )
@@ -189,11 +192,6 @@ def bright_shift(g):
     return ff.Pathwise(x, torch.full_like(x, x.shape[1] ** -0.5))
 
 
-def rare(units, mean, n):
-    problem = RectifiedGaussian(units)
-    return lambda g: ff.Pathwise(*problem.sample_with_tangent(mean, n, g))
-
-
 def moved(x):
     return ff.Pathwise(x, torch.ones_like(x))
 
@@ -205,7 +203,10 @@ def student(g, n=4000):
 
 @pytest.mark.parametrize(
     ("draw", "truth", "wrong"),
-    [(bright_score, 0.0, 0.21), (bright_shift, math.exp(-0.5), 0.76)],
+    [
+        pytest.param(bright_score, 0.0, 0.21, marks=pytest.mark.slow),
+        (bright_shift, math.exp(-0.5), 0.76),
+    ],
     ids=["score", "tangents"],
 )
 def test_common_brightness(draw, truth, wrong):
@@ -220,15 +221,25 @@ def test_common_brightness(draw, truth, wrong):
 
 
 @pytest.mark.parametrize(
-    ("units", "mean", "n"), [(64, -3.0, 4000), (100, -2.5, 300)], ids=["five", "two"]
+    ("units", "mean", "n", "features"),
+    [
+        (64, -3.0, 4000, RAW),
+        (100, -2.5, 300, 256),
+        pytest.param(64, -3.0, 4000, 256, marks=pytest.mark.slow),
+        pytest.param(100, -2.5, 300, RAW, marks=pytest.mark.slow),
+    ],
+    ids=["five", "two, lift", "five, lift", "two"],
 )
-@pytest.mark.parametrize("features", [RAW, 256], ids=["raw", "lift"])
 def test_rarely_firing_units_show_not_too_much(units, mean, n, features):
     """Five firings of a unit in 4000 samples, two in 300: without leverages the mean of J is 1.8
     and -5e5."""
     problem = RectifiedGaussian(units)
     truth = float(problem.fisher(mean) if features > RAW else problem.linear_fisher(mean))
-    results = flows(rare(units, mean, n), 30, max_features=features)
+
+    def draw(g):
+        return ff.Pathwise(*problem.sample_with_tangent(mean, n, g))
+
+    results = flows(draw, 30, max_features=features)
     error = results[:, 0].std() / math.sqrt(30)
     assert results[:, 0].mean() < 1.02 * truth + 3 * error
     assert results[:, 0].median() < truth

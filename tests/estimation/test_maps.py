@@ -16,6 +16,9 @@ from support.networks_zoo import one_thread  # noqa: F401
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.data.dealing import Place
+from fisherfast.estimation.maps import MapMoments, estimate_map
+from fisherfast.estimation.pilot import PilotMoments
 
 # The conditions lie far apart compared with the information of a whole image, which these tests do
 # not look at; for a Gaussian shift no step is too wide.
@@ -51,6 +54,7 @@ class World:
         return torch.einsum("hwab,nbhw->nahw", self.mix, self.normal(n, *self.shape))
 
     def data(self, n: int, paired: bool = False, dtheta: float = DTHETA) -> ff.FiniteDifference:
+        self.generator.manual_seed(100)  # the same at every call
         minus, plus = [], []
         for pattern in self.patterns:
             noise = self.noise(n)
@@ -108,45 +112,52 @@ def flow(world: World) -> ff.FisherFlow:
 def test_each_position(world, flow):
     """5 sigma at each of 35 positions (false alarm 2e-5 in all, for Gaussian errors).
 
-    Catches H and W exchanged, J of another position, the diagonal of S alone, a half step.
+    Catches H and W exchanged, J of another position, the diagonal of S alone, a half step. The
+    input has nine channels, the convolution eight: the map falls nearly everywhere.
     """
     result = flow.map("conv")
     truth = world.truth()
+    assert isinstance(result, ff.InformationMap)
     assert result.J.shape == result.stderr.shape == (HEIGHT, WIDTH, 1, 1)
     assert result.J.dtype == result.stderr.dtype == torch.float64
+    assert torch.equal(torch.as_tensor(result.value), result.J[..., 0, 0])
+    assert not result.J.requires_grad
     assert (result.stderr > 0).all()
     assert z_scores(result, truth).abs().max() < 5
     # power: J of the transposed layout, and 4 J of a half step
     exchanged = truth.flatten().view(WIDTH, HEIGHT).T[..., None, None]
     assert z_scores(result, exchanged).abs().max() > 10
     assert z_scores(result, 4 * truth).abs().max() > 10
-
-
-def test_the_input_has_a_map_too(world, flow):
-    """Nine channels before the convolution, eight after it: the map falls nearly everywhere."""
     before = world.truth(torch.eye(INPUTS, dtype=torch.float64))
     assert z_scores(flow.map("input"), before).abs().max() < 5
-    assert (before >= world.truth() - 1e-12).all()
+    assert (before >= truth - 1e-12).all()
+    assert torch.equal(flow.tightened().map("conv").J, result.J)
 
 
 @pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
 def test_the_mean_has_no_bias(paired):
-    """Mean over positions and 60 measurements of 60 (100) samples per condition: 4 sigma (false
-    alarm 6e-5). Catches J without the finite-sample correction, and with one half of it alone:
-    without h, or without the noise of the derivative. Each is far off here: the test shows it.
+    """Mean over 360 positions, which share nothing, of 60 (100) samples per condition: 4 sigma
+    (false alarm 6e-5). Catches J without the finite-sample correction, and with one half of it
+    alone: without h, or without the noise of the derivative. Each is far off here: the test shows
+    it.
     """
-    world = World(2, 3, seed=4)
+    world = World(18, 20, seed=4)
     truth = world.truth()
-    samples, repeats, dtheta = 100 if paired else 60, 60, 1.0
-    world.generator.manual_seed(11)
-    maps = [
-        measure(world, samples, paired=paired, dtheta=dtheta).map("conv") for _ in range(repeats)
-    ]
-    J = torch.stack([result.J for result in maps])
-    stderr = torch.stack([result.stderr for result in maps])
-    means = J.mean((1, 2, 3, 4)) / truth.mean()
-    error = means.std() / repeats**0.5
-    assert (means.mean() - 1).abs() < 4 * error
+    samples, dtheta = 100 if paired else 60, 1.0
+    data, conv = world.data(samples, paired=paired, dtheta=dtheta), world.model().conv
+    place, order = Place.in_turn(0, samples, 16)
+    with torch.no_grad():
+        layers = [conv(next(data.batches(c, samples)))[order] for c in (0, 1)]
+    pilot = PilotMoments()
+    pilot.update(layers[0].flatten(1))
+    shape = tuple(layers[0].shape[1:])
+    moments = MapMoments(pilot.standardisation(), shape, 2, folds=16, paired=paired)
+    for condition, layer in enumerate(layers):
+        moments.update(condition, layer, None, place)
+    J, stderr = estimate_map("conv", moments, data.contrast(), "auto")
+    off = (J - truth) / truth.mean()
+    error = off.std() / off.numel() ** 0.5
+    assert off.mean().abs() < 4 * error
     assert error < 0.02
     # in the error bars: the mean of z^2 is 1 (sqrt(2) too much in stderr gives 1/2, too little 2)
     spread = ((J - truth) / stderr).square().mean()
@@ -162,11 +173,11 @@ def test_the_mean_has_no_bias(paired):
         assert noise > 4 * error  # without the noise of the derivative
 
 
-def test_paired_conditions_are_less_noisy(world):
+def test_paired_conditions_are_less_noisy(world, flow):
     """The same noise in both: the derivative is nearly exact, and the error bars say so."""
     result = measure(world, 400, paired=True).map("conv")
     assert z_scores(result, world.truth()).abs().max() < 5
-    assert result.stderr.mean() < 0.6 * measure(world, 400).map("conv").stderr.mean()
+    assert result.stderr.mean() < 0.6 * flow.map("conv").stderr.mean()
 
 
 def test_no_information_is_not_clipped():
@@ -193,18 +204,6 @@ def test_two_parameters():
         _ = result.value
 
 
-# --- what it is ----------------------------------------------------------------------------------
-
-
-def test_the_object(flow):
-    result = flow.map("conv")
-    assert isinstance(result, ff.InformationMap)
-    assert result.value.shape == (HEIGHT, WIDTH)
-    assert torch.equal(torch.as_tensor(result.value), result.J[..., 0, 0])
-    assert not result.J.requires_grad
-    assert result.J.device.type == "cpu"
-
-
 def test_an_alias_has_the_same_map(world):
     model = world.model()[:1]
     flow = ff.fisher_flow(model, world.data(400), settings=ff.Settings(maps=True), max_features=1)
@@ -213,62 +212,41 @@ def test_an_alias_has_the_same_map(world):
 
 def test_maps_change_nothing_else(world, flow):
     """Catches statistics that are shared, or a random state that moves on."""
-    world.generator.manual_seed(21)
-    with_maps = measure(world, 400)
-    world.generator.manual_seed(21)
     without = measure(world, 400, settings=ff.Settings())
-    assert with_maps.names == without.names
-    for left, right in zip(with_maps, without, strict=True):
+    assert flow.names == without.names
+    for left, right in zip(flow, without, strict=True):
         assert torch.equal(left.J, right.J)
         assert torch.equal(left.stderr, right.stderr)
         assert torch.equal(left.lower, right.lower)
 
 
-def test_batches_do_not_matter(world):
-    """Catches a last batch that counts as much as a full one, and folds that start anew."""
-    maps = []
-    for batch_size in (4096, 37):
-        world.generator.manual_seed(22)
-        maps.append(
-            measure(world, 400, settings=ff.Settings(batch_size=batch_size, maps=True)).map("conv")
-        )
-    torch.testing.assert_close(maps[1].J, maps[0].J, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(maps[1].stderr, maps[0].stderr, rtol=1e-9, atol=1e-11)
-
-
-def test_unit_of_theta(world):
-    """theta in mm, not m: J and stderr by 1e-6."""
-    maps = []
-    for scale in (1.0, 1000.0):
-        world.generator.manual_seed(23)
-        data = world.data(400)
-        data = ff.FiniteDifference(
-            *(next(data.batches(c, 400)) for c in (0, 1)), dtheta=DTHETA * scale
-        )
-        maps.append(
-            ff.fisher_flow(
-                world.model(), data, max_features=1, settings=ff.Settings(maps=True)
-            ).map("conv")
-        )
-    torch.testing.assert_close(maps[1].J, maps[0].J / 1e6, rtol=1e-9, atol=1e-15)
-    torch.testing.assert_close(maps[1].stderr, maps[0].stderr / 1e6, rtol=1e-9, atol=1e-15)
-
-
-def test_float32_and_channels_last(world):
-    """The layouts that cameras and convolutions use; an offset of 1000 does not matter."""
-    world.generator.manual_seed(24)
-    data = world.data(400)
+def test_batches_and_the_unit_of_theta_do_not_matter(world, flow):
+    """Catches a last batch that counts as much as a full one, and folds that start anew. With theta
+    in mm, not m, J and stderr are 1e-6 of it."""
+    data, expected = world.data(400), flow.map("conv")
     minus, plus = (next(data.batches(c, 400)) for c in (0, 1))
-    options = {"layers": ["conv"], "max_features": 1, "settings": ff.Settings(maps=True)}
-    expected = ff.fisher_flow(world.model(), data, **options).map("conv")
-    single = [
-        (x + 1000).float().contiguous(memory_format=torch.channels_last) for x in (minus, plus)
-    ]
+    for scale, batch_size in ((1.0, 37), (1000.0, 4096)):
+        data = ff.FiniteDifference(minus, plus, dtheta=DTHETA * scale)
+        settings = ff.Settings(maps=True, batch_size=batch_size)
+        options = {"layers": ["conv"], "max_features": 1, "settings": settings}
+        found = ff.fisher_flow(world.model(), data, **options).map("conv")
+        torch.testing.assert_close(found.J * scale**2, expected.J, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found.stderr * scale**2, expected.stderr, rtol=1e-9, atol=1e-11)
+
+
+def test_float32_and_channels_last(world, flow):
+    """The layouts that cameras and convolutions use; an offset of 1000 does not matter."""
+    data = world.data(400)
+    minus, plus = (
+        (next(data.batches(c, 400)) + 1000).float().contiguous(memory_format=torch.channels_last)
+        for c in (0, 1)
+    )
     model = world.model().float().to(memory_format=torch.channels_last)
-    result = ff.fisher_flow(model, ff.FiniteDifference(*single, DTHETA), **options).map("conv")
+    options = {"layers": ["conv"], "max_features": 1, "settings": ff.Settings(maps=True)}
+    result = ff.fisher_flow(model, ff.FiniteDifference(minus, plus, DTHETA), **options).map("conv")
     assert result.J.dtype == torch.float64
     # float32 resolves 1000 to 6e-5, against noise of 1
-    torch.testing.assert_close(result.J, expected.J, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(result.J, flow.map("conv").J, rtol=2e-3, atol=2e-3)
 
 
 def test_dead_channels_are_left_out(world):
@@ -291,8 +269,7 @@ def test_dead_channels_are_left_out(world):
 # --- files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".json", ".npz"])
-@pytest.mark.parametrize("parameters", [1, 2])
+@pytest.mark.parametrize(("suffix", "parameters"), [(".json", 1), (".npz", 2)])
 def test_files_keep_the_maps(tmp_path, suffix, parameters):
     """To the last bit, and in the same shape."""
     flow = measure(World(2, 3, parameters=parameters), 300)
@@ -300,46 +277,30 @@ def test_files_keep_the_maps(tmp_path, suffix, parameters):
     flow.save(path)
     back = ff.FisherFlow.load(path)
     for name in ("conv", "input"):
-        for left, right in ((back.map(name).J, flow.map(name).J),
-                            (back.map(name).stderr, flow.map(name).stderr)):  # fmt: skip
-            assert left.shape == right.shape
+        for field in ("J", "stderr"):
+            left, right = (getattr(one.map(name), field) for one in (back, flow))
             assert left.dtype == torch.float64
             assert torch.equal(left, right)
-
-
-def test_files_without_maps_say_so(world, tmp_path):
-    path = tmp_path / "flow.json"
-    measure(world, 400, settings=ff.Settings()).save(path)
-    with pytest.raises(ValueError, match=r"^flow must have been measured with maps, "):
-        ff.FisherFlow.load(path).map("conv")
-
-
-def test_tightened_keeps_the_maps(flow):
-    assert torch.equal(flow.tightened().map("conv").J, flow.map("conv").J)
 
 
 # --- errors --------------------------------------------------------------------------------------
 
 
-def test_without_maps(world):
-    flow = measure(world, 400, settings=ff.Settings())
-    with pytest.raises(ValueError, match=r"^flow must have been measured with maps, "):
-        flow.map("conv")
-
-
-def test_maps_are_off_by_default(world):
-    flow = ff.fisher_flow(world.model(), world.data(400), layers=["conv"], max_features=1)
-    with pytest.raises(ValueError, match=r"^flow must have been measured with maps, "):
-        flow.map("conv")
-
-
-@pytest.mark.parametrize("name", ["fc", "output"])
-def test_layers_without_channels(world, name):
-    """A layer of [d] has no positions; asking for maps of all layers is no error by itself."""
+def test_layers_without_maps(world, tmp_path):
+    """A layer of [d] has no positions; asking for maps of all layers is no error by itself. Maps
+    are off by default, also in a file."""
     flow = measure(world, 400, layers=["conv", "fc"])
-    with pytest.raises(ValueError, match=rf"^layer '{name}' must have .*\[C, H, W\].*, got .*1"):
-        flow.map(name)
+    for name in ("fc", "output"):
+        with pytest.raises(
+            ValueError, match=rf"^layer '{name}' must have .*\[C, H, W\].*, got .*1"
+        ):
+            flow.map(name)
     flow.map("conv")
+    without = ff.fisher_flow(world.model(), world.data(400), layers=["conv"], max_features=1)
+    without.save(tmp_path / "flow.json")
+    for flow in (without, ff.FisherFlow.load(tmp_path / "flow.json")):
+        with pytest.raises(ValueError, match=r"^flow must have been measured with maps, "):
+            flow.map("conv")
 
 
 @pytest.mark.parametrize("name", ["conv9", "", 0, None])

@@ -125,28 +125,29 @@ class Layer:
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem and how it is measured; everything else follows from these values.
+    """A problem and how it is measured; everything else follows from these values, which are those
+    of an easy problem.
 
     ``repr`` is Python source that builds it again.
     """
 
-    seed: int
-    source: str
-    dtype: str
-    dim: int
-    parameters: int
-    samples: int
-    condition: float
-    spectrum: str
-    rotated: bool
-    direction: str
-    correlation: float
-    units: float
-    offset: float
-    step: float
-    layers: tuple[Layer, ...]
-    features: int
-    twin: str
+    seed: int = 3
+    source: str = "pathwise"
+    dtype: str = "float64"
+    dim: int = 3
+    parameters: int = 1
+    samples: int = 4000
+    condition: float = 4.0
+    spectrum: str = "spread"
+    rotated: bool = False
+    direction: str = "any"
+    correlation: float = 0.0
+    units: float = 1.0
+    offset: float = 1.0
+    step: float = 0.2
+    layers: tuple[Layer, ...] = (Layer("random", 3.0, 1.0, True),)
+    features: int = 128
+    twin: str = "unit"
     distribution: str = "Gaussian"
     lattice: float = 0.0
     order: str = "any"

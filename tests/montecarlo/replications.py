@@ -55,58 +55,37 @@ def carried_statistics(
     return moments.statistics(NO_STEP)
 
 
-def moments_of(
-    problem: Problem, theta: float, dtheta: float, n: int, features: int, seed: int, paired: bool
-) -> tuple[FoldMoments, torch.Tensor]:
-    """Fold moments of n samples per condition in `features` lifted features, and the contrast."""
-    data = problem.finite_difference(theta, dtheta, n, seed=seed, paired=paired)
-    samples = [torch.cat(list(data.batches(c, n))) for c in range(data.conditions)]
+def estimates(
+    problem: Problem, theta: float, dtheta: float, n: int, features: int, seed: int
+) -> dict[str, float]:
+    """J at all features by each formula, for one replication of n samples of independent
+    conditions. "classical" is Kanitscheider et al. 2015 with k, the number of features, in place of
+    k_eff; "ordinary" has deviations from the condition's mean instead of the fold's."""
+    data = problem.finite_difference(theta, dtheta, n, seed=seed)
+    samples = [torch.cat(list(data.batches(c, n))) for c in range(2)]
     pilot = PilotMoments()
     for x in samples:
         pilot.update(x)
     dictionary = FeatureDictionary(
         pilot.standardisation(), features, seed=seed, slope=PUBLISHED_SLOPE
     )
-    moments = FoldMoments(dictionary.size, data.conditions, paired=paired)
-    lifted = []
+    moments = FoldMoments(dictionary.size, 2)
     for condition, x in enumerate(samples):
         moments.update(condition, dictionary.raw_features(x), dictionary.lift)
-        lifted.append(x)
-    if paired:
-        moments.update_products([dictionary(x) for x in lifted])
-    return moments, data.contrast()
-
-
-def ordinary_covariance(moments: FoldMoments, within_folds: FoldStatistics) -> FoldStatistics:
-    """The same statistics with deviations from the condition's mean instead of the fold's: wrong on
-    purpose."""
-    n = moments.counts.sum(1).double()[:, None]
+    within = moments.statistics(data.contrast())
     means = moments.sums.sum(1) / n
-    scatter = moments.cross.sum(0) - torch.einsum("ci,cj->ij", means * n, means)
-    dof = int(moments.counts.sum()) - len(means)
-    return replace(within_folds, covariance=scatter / dof, dof=float(dof))
-
-
-def classical(statistics: FoldStatistics, naive: float) -> float:
-    """Kanitscheider et al. 2015 with k, the number of features, in place of k_eff: wrong with a
-    ridge."""
-    k, nu = len(statistics.derivative), statistics.dof
-    return naive * (nu - k - 1) / nu - k * float(statistics.noise)
-
-
-def estimates(
-    problem: Problem, theta: float, dtheta: float, n: int, features: int, seed: int
-) -> dict[str, float]:
-    """J at all features by each formula, for one replication of independent conditions."""
-    moments, contrast = moments_of(problem, theta, dtheta, n, features, seed, paired=False)
-    within = moments.statistics(contrast)
+    scatter = moments.cross.sum(0) - n * means.T @ means
+    ordinary = replace(within, covariance=scatter / (2 * n - 2), dof=2.0 * n - 2)
     curve = fisher_curve(within, LIFT_RIDGE)
-    naive = float(curve.naive[-1])
-    ordinary = ordinary_covariance(moments, within)
+    k, nu, naive = dictionary.size, within.dof, float(curve.naive[-1])
+    folds, wrong = (
+        float(fisher_curve(replace(one, paired=True), LIFT_RIDGE).J[-1])
+        for one in (within, ordinary)
+    )
     return {
         "k_eff": float(curve.J[-1]),
-        "folds": float(fisher_curve(replace(within, paired=True), LIFT_RIDGE).J[-1]),
+        "folds": folds,
         "naive": naive,
-        "classical": classical(within, naive),
-        "ordinary": float(fisher_curve(replace(ordinary, paired=True), LIFT_RIDGE).J[-1]),
+        "classical": naive * (nu - k - 1) / nu - k * float(within.noise),
+        "ordinary": wrong,
     }

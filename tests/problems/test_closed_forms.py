@@ -16,6 +16,8 @@ from torch.distributions import Poisson as PoissonDensity
 
 from fisherfast.problems import (
     Camera,
+    CameraPose,
+    CorrelatedImage,
     GaussianFamily,
     GaussianScale,
     GaussianShift,
@@ -27,6 +29,7 @@ from fisherfast.problems import (
     RectifiedGaussian,
     glyph_scene,
 )
+from fisherfast.problems.problem import STREAM_CONDITIONS, seeded_generator
 
 SAMPLES = 40_000
 SIGMAS = 5
@@ -89,14 +92,23 @@ CASES: dict[str, tuple[Problem, float | list[float]]] = {
     "rectified": (RectifiedGaussian(2), -0.3),
     "camera": (small_camera(), 0.2),
     "photon counting": (small_camera(gain=0.5, **NO_READOUT), 0.2),
+    "pose": (CameraPose(small_camera(offset=10.0)), [0.2, -0.3, 30.0]),
+    "pose, photon counting": (
+        CameraPose(small_camera(gain=0.5, **NO_READOUT)),
+        [0.2, -0.3, 30.0],
+    ),
+    "image": (CorrelatedImage((4, 3), spot=1.2, white_std=0.8, correlation_length=2.0), [0.3, 1.7]),
 }
-each_case = pytest.mark.parametrize(("problem", "theta"), CASES.values(), ids=CASES.keys())
-PATHWISE = {
-    name: case for name, case in CASES.items() if name not in ("poisson", "photon counting")
-}
-each_pathwise = pytest.mark.parametrize(
-    ("problem", "theta"), PATHWISE.values(), ids=PATHWISE.keys()
-)
+NO_SCORE = {"both noises": (small_camera(gain=0.25), 0.2)}
+NO_TANGENT = ("poisson", "photon counting", "pose, photon counting")
+
+
+def each(cases: dict[str, tuple[Problem, float | list[float]]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("problem", "theta"), cases.values(), ids=cases.keys())
+
+
+each_case, each_sampler = each(CASES), each(CASES | NO_SCORE)
+each_pathwise = each({name: case for name, case in CASES.items() if name not in NO_TANGENT})
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -124,8 +136,9 @@ def log_density(problem: Problem, x: torch.Tensor, theta: torch.Tensor) -> torch
         passed = Normal(theta, 1.0).log_prob(x)
         return torch.where(x > 0, passed, torch.special.log_ndtr(-theta)).sum(1)
     mean = problem.mean(theta).flatten()
-    if isinstance(problem, Camera) and problem.gain is not None:
-        return PoissonDensity(problem.gain * mean).log_prob(x.flatten(1) * problem.gain).sum(1)
+    camera = getattr(problem, "camera", None)
+    if camera is not None and camera.gain is not None:
+        return PoissonDensity(camera.gain * mean).log_prob(x.flatten(1) * camera.gain).sum(1)
     return MultivariateNormal(mean, problem.covariance(theta)).log_prob(x.flatten(1))
 
 
@@ -146,7 +159,7 @@ def test_fisher_is_the_covariance_of_the_score(problem, theta):
     assert_mean_is(score.unsqueeze(2) * score.unsqueeze(1), problem.fisher(theta))
 
 
-@each_case
+@each_sampler
 def test_samples_have_the_mean_and_covariance(problem, theta):
     """Catches a transposed Cholesky factor, a scale taken for a variance, a biased sampler."""
     x = problem.sample(theta, SAMPLES, generator(2)).double().flatten(1)
@@ -156,7 +169,7 @@ def test_samples_have_the_mean_and_covariance(problem, theta):
     assert_mean_is(residual.unsqueeze(2) * residual.unsqueeze(1), problem.covariance(theta))
 
 
-@each_case
+@each_sampler
 def test_mean_derivative_is_the_slope_of_the_mean(problem, theta):
     """Catches a derivative with respect to another unit, or transposed. Error seen: 1.2e-8."""
     centre, step = problem.as_theta(theta), 1e-4
@@ -196,6 +209,21 @@ def test_tangent_is_the_derivative_at_fixed_noise(problem, theta):
 
 
 @each_pathwise
+def test_data_are_drawn_at_theta_with_their_own_seed(problem, theta):
+    """Catches samples at one theta with the derivative or the score of another, and a seed that is
+    not used."""
+    (one,) = problem.pathwise(theta, 5, seed=2).read(0, 5)
+    (two,) = problem.scored(theta, 5, seed=2).read(0, 5)
+    (other,) = problem.pathwise(theta, 5, seed=3).read(0, 5)
+    assert torch.equal(one.x, two.x)
+    torch.testing.assert_close(two.score, problem.score(two.x, theta))
+    x, tangent = problem.sample_with_tangent(theta, 5, seeded_generator(2, STREAM_CONDITIONS))
+    assert torch.equal(one.x, x)
+    torch.testing.assert_close(one.tangents.movedim(0, 1), tangent)
+    assert not torch.equal(one.x, other.x)
+
+
+@each_pathwise
 def test_sampler_is_differentiable_in_theta(problem, theta):
     """A simulator may differentiate the sampler itself. Catches theta turned into a constant."""
     _, tangent = problem.sample_with_tangent(theta, 5, generator(4))
@@ -207,7 +235,9 @@ def test_sampler_is_differentiable_in_theta(problem, theta):
 
 @each_case
 def test_conditions_pair_the_noise_only_when_asked(problem, theta):
-    """Catches a common stream for independent conditions, and a pair that drifts apart."""
+    """Catches a common stream for independent conditions, a pair that drifts apart, and a sampler
+    that draws from the user's stream."""
+    before = torch.get_rng_state()
     same = problem.conditions(theta, 1e-9, 40, paired=True)
     for minus, plus in zip(*same, strict=True):
         torch.testing.assert_close(minus, plus, rtol=1e-5, atol=1e-5)
@@ -217,11 +247,4 @@ def test_conditions_pair_the_noise_only_when_asked(problem, theta):
     again = problem.conditions(theta, 1e-9, 40)
     assert all(map(torch.equal, other[0] + other[1], again[0] + again[1]))
     assert not torch.equal(problem.conditions(theta, 1e-9, 40, seed=1)[0][0], other[0][0])
-
-
-@each_case
-def test_sampling_leaves_the_global_random_state(problem, theta):
-    """Catches a sampler that draws from the user's stream."""
-    before = torch.get_rng_state()
-    problem.conditions(theta, 0.1, 5)
     assert torch.equal(torch.get_rng_state(), before)

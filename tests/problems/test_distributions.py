@@ -6,13 +6,12 @@ import math
 
 import numpy as np
 import pytest
-import scipy.integrate
 import scipy.stats
 import torch
 
 from fisherfast.data import FiniteDifference
 from fisherfast.problems import (
-    GaussianFamily,
+    CorrelatedImage,
     GaussianScale,
     GaussianShift,
     Laplace,
@@ -28,20 +27,6 @@ from fisherfast.problems.distributions import poisson_quantile, poisson_sample
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     stream = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=stream, dtype=torch.float64)
-
-
-def test_published_values():
-    """The input FI of the published tasks: 100, 256 and 10."""
-    assert GaussianScale(50).fisher(1.0).item() == 100
-    assert GaussianShift(torch.ones(256)).fisher(0.5).item() == 256
-    assert LogNormal.random().fisher(-7.0).item() == 10
-
-
-def test_finite_step_of_a_shift_is_exact():
-    """Catches a finite-step value that depends on dtheta where the mean is linear."""
-    problem = GaussianShift(random(6), torch.eye(6) * 2)
-    for step in (0.01, 1.0, 10.0):
-        torch.testing.assert_close(problem.finite_step_fisher(0.0, step), problem.fisher(0.0))
 
 
 def test_separation_is_the_full_one():
@@ -89,67 +74,20 @@ def test_noise_of_a_layer_adds_to_that_of_its_input():
     assert problem.fisher(0.0).item() == pytest.approx(4 / 2.25)
 
 
-def test_family_contains_shift_and_scale():
-    """Catches a trace term without its 1/2, or with C in place of its derivative."""
-    eye = torch.eye(3, dtype=torch.float64)
-    scale = GaussianFamily(
-        lambda theta: torch.zeros(3),
-        lambda theta: theta**2 * eye,
-        lambda theta: torch.zeros(1, 3),
-        lambda theta: 2 * theta * eye[None],
-        dim=3,
-    )
-    torch.testing.assert_close(scale.fisher(1.7), GaussianScale(3).fisher(1.7))
-    assert scale.linear_fisher(1.7).item() == 0
-
-
-def test_lognormal_linear_fisher_matches_its_moments():
-    """Catches exp(K) for exp(K) - 1: two derivations of J, one of them from mean and covariance."""
-    problem = LogNormal.random(seed=4)
-    for theta in (-7.0, 0.0, 7.0):
-        torch.testing.assert_close(
-            problem.linear_fisher(theta), Problem.linear_fisher(problem, theta), rtol=1e-6, atol=0
-        )
-    assert 0 < problem.linear_fisher(0.0).item() < 10
-
-
 def test_lognormal_mixing_has_the_published_spread():
     """Catches a variance taken for a standard deviation; 400 entries, bounds of 4 errors."""
     mixing = LogNormal.random(dim=20)._mixing
     assert mixing.square().mean().item() == pytest.approx(0.01, abs=4 * 0.01 * math.sqrt(2 / 400))
 
 
-@pytest.mark.parametrize("t", [-2.0, -0.3, 0.0, 1.5])
-def test_rectified_moments_by_quadrature(t):
-    """Catches phi and Phi exchanged in mean, variance or linear FI."""
-
-    def moment(power: int) -> float:
-        return scipy.integrate.quad(
-            lambda x: x**power * scipy.stats.norm.pdf(x - t), 0, np.inf, epsabs=1e-13
-        )[0]
-
-    problem = RectifiedGaussian(1)
-    variance = moment(2) - moment(1) ** 2
-    assert problem.mean(t).item() == pytest.approx(moment(1), rel=1e-8)
-    assert problem.covariance(t).item() == pytest.approx(variance, rel=1e-8)
-    passed = scipy.stats.norm.cdf(t)
-    assert problem.linear_fisher(t).item() == pytest.approx(passed**2 / variance, rel=1e-8)
-
-
-def test_finite_step_caps_a_laplace_location():
-    """The docstring's cap, 1 - dtheta / 3: the best of all features of one pair of conditions.
-
-    With q = integral of (p+ - p-)^2 / mean(p+, p-), that best is q / (1 - q / 4) / dtheta^2.
-    """
-    step = 0.1
-    minus, plus = (scipy.stats.laplace(loc=shift).pdf for shift in (-step / 2, step / 2))
-    q = scipy.integrate.quad(
-        lambda x: 2 * (plus(x) - minus(x)) ** 2 / (plus(x) + minus(x)),
-        -30,
-        30,
-        points=[-step / 2, step / 2],
-    )[0]
-    assert q / (1 - q / 4) / step**2 == pytest.approx(1 - step / 3, abs=0.003)
+def test_noise_of_an_image_has_the_stated_variances():
+    """Catches a spectrum that is not scaled to the standard deviations, or on the wrong grid: the
+    closed form is that of the dense covariance."""
+    image = CorrelatedImage((8, 7), spot=1.5, white_std=0.8, correlated_std=1.3)
+    variance = image.covariance((0.3, 1.7)).diagonal()
+    torch.testing.assert_close(variance, torch.full_like(variance, 0.8**2 + 1.3**2))
+    dense = Problem.linear_fisher(image, (0.3, 1.7))
+    torch.testing.assert_close(image.fisher((0.3, 1.7)), dense, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rate", [1e-3, 0.3, 1.0, 7.5, 60.0, 900.0, 2e4])
@@ -252,6 +190,16 @@ ERRORS = {
     "samples": (
         lambda: Laplace(3).score(torch.zeros(5, 2), 0.0),
         "x must have 3 numbers per sample, got 2",
+    ),
+    "shape": (lambda: CorrelatedImage((0, 4)), "shape must be at least 1, got 0"),
+    "spot": (lambda: CorrelatedImage(spot=0.0), "spot must be positive and finite, got 0.0"),
+    "white_std": (
+        lambda: CorrelatedImage(white_std=0.0),
+        "white_std must be positive and finite, got 0.0",
+    ),
+    "correlated_std": (
+        lambda: CorrelatedImage(correlated_std=-1.0),
+        "correlated_std must be at least 0, got -1.0",
     ),
     "scale": (lambda: Laplace(3, scale=-1.0), "scale must be positive and finite, got -1.0"),
 }

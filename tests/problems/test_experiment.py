@@ -40,7 +40,8 @@ def load(tmp_path, arrays, save=np.savez, **options):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_published_layout(tmp_path, save):
-    """Catches images beside the wrong position, training images held out, a wrong crop or pair."""
+    """Catches images beside the wrong position, training images held out, a wrong crop or pair,
+    dtheta = 0.3."""
     data = load(tmp_path, recording(), save)
     assert data.x.shape == (13 * EDGE_FRAMES, 18, 24)
     assert data.minus.shape == data.plus.shape == (CENTER_FRAMES - EDGE_FRAMES, 18, 24)
@@ -51,17 +52,12 @@ def test_published_layout(tmp_path, save):
     assert (data.minus // 1000 == 14).all()
     assert (data.plus // 1000 == 16).all()
     assert torch.equal(data.x[0, :, 0] % 100, torch.arange(7.0, 25.0))
+    pair = data.finite_difference()
+    assert (pair.dtheta, pair.paired) == (pytest.approx((0.6,)), False)
     trained = data.x[(data.theta + 0.3).abs() < 0.01][:, 0, 0]
     assert sorted(torch.cat([trained, data.minus[:, 0, 0]]).tolist()) == [
         14_007 + 100 * frame for frame in range(CENTER_FRAMES)
     ]
-
-
-def test_pair_is_0_6_apart_and_independent(tmp_path):
-    """Catches dtheta = 0.3, the half step, and a pairing that measured data do not have."""
-    data = load(tmp_path, recording()).finite_difference()
-    assert data.dtheta == pytest.approx((0.6,))
-    assert not data.paired
 
 
 def test_seed_crop_and_limit(tmp_path):

@@ -1,4 +1,4 @@
-r"""J from the score: the part of its variance that the features explain, and the error of J.
+r"""J of B sets of features and its error: from the derivatives of the folds, or from the score.
 
 With s the score and s_hat = D^T R^-1 f its best linear prediction from the features, J = Cov(s_hat)
 = V - E[e e^T], e = s - s_hat. The residual of a fit is too small by nu / (nu - k_eff): the adjusted
@@ -13,11 +13,83 @@ from dataclasses import dataclass
 import torch
 
 from fisherfast.estimation.derivatives import FoldScore
-from fisherfast.estimation.variance import entry_product, pair_product
+from fisherfast.estimation.fold_moments import FoldStatistics
+from fisherfast.estimation.leverage import Seen, inverse_excess, left_out_score
+from fisherfast.estimation.variance import (
+    covariance_variance,
+    entry_product,
+    independent_variance,
+    pair_product,
+)
 
-__all__ = ["ScoreEstimate", "score_estimate", "score_theory"]
+__all__ = ["FoldEstimate", "ScoreEstimate", "fold_estimate", "score_estimate", "score_theory"]
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FoldEstimate:
+    """J of B sets of features, estimated from the derivatives of the folds.
+
+    Attributes:
+        J: [B, P, P].
+        variance: [B, P, P] of its entries.
+        replicates: [B, F, P, P] the U-statistic without each fold.
+        doubt: [B, P, P] half of the change of J by the kept samples.
+        excess: [B, P, P] the factor G of `inverse_excess`; the unit matrix without kept samples.
+    """
+
+    J: torch.Tensor
+    variance: torch.Tensor
+    replicates: torch.Tensor
+    doubt: torch.Tensor
+    excess: torch.Tensor
+
+
+def fold_estimate(
+    naive: torch.Tensor,
+    effective: torch.Tensor,
+    fold_half: torch.Tensor,
+    product: Product,
+    statistics: FoldStatistics,
+    seen: Seen | None,
+) -> FoldEstimate:
+    """Estimate J and its variance for every source but the score, as in `fisher_curve`.
+
+    Args:
+        naive: [B, P, P] D^T R^-1 D.
+        effective: [B] k_eff.
+        fold_half: y_f [k, F, P] or [B, k, F, P], the whitened derivatives of each fold.
+        product: sums l r^T over features, [B, F, P, P].
+        statistics: of the features.
+        seen: kept samples in the B systems, or None.
+    """
+    dof, noise = statistics.dof, statistics.noise
+    shrink = ((dof - effective - 1) / dof)[:, None, None]
+    folds = fold_half.shape[-2]
+    total = fold_half.sum(-2, keepdim=True)
+    own = product(fold_half, fold_half)
+    rest = total - fold_half
+    without = product(rest, rest) - (own.sum(1, keepdim=True) - own)
+    replicates = shrink[:, None] * without / ((folds - 1) * (folds - 2))
+    if statistics.paired:
+        pairs = product(total, total)[:, 0] - own.sum(1)
+        J = shrink * pairs / (folds * (folds - 1))
+    else:
+        J = shrink * naive - effective[:, None, None] * noise
+    doubt = torch.zeros_like(J)
+    excess = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device).expand_as(J)
+    if seen is not None:
+        excess = inverse_excess(seen, effective, dof)
+        before, J = J, excess @ J @ excess.mT
+        doubt = (J - before) / 2
+        replicates = excess[:, None] @ replicates @ excess.mT[:, None]
+    if statistics.paired:
+        variance = replicates.var(1, correction=0) * (folds - 1)
+        variance = variance + covariance_variance(J, dof, effective)
+    else:
+        variance = independent_variance(J, dof, noise, effective)
+    return FoldEstimate(J, variance + doubt.square(), replicates, doubt, excess)
 
 
 @dataclass(frozen=True)
@@ -44,6 +116,7 @@ def score_estimate(
     fold_products: torch.Tensor,
     score: FoldScore,
     dof: float,
+    seen: Seen | None,
 ) -> ScoreEstimate:
     r"""Estimate J and its variance.
 
@@ -66,20 +139,23 @@ def score_estimate(
         fold_products: [B, F, P, P] y^T y_f, y_f = L^-1 D_f of each fold, whose mean is naive.
         score: V, of all samples and by fold.
         dof: nu.
+        seen: kept samples in the B systems, which correct J; or None.
     """
     V = score.covariance
     residual = (V - naive) * (dof / (dof - effective))[:, None, None]
     J = V - residual
     share = _explained(J, V)
-    seen = (1 - share)[:, None, None, None] * (fold_products + fold_products.mT)
-    seen = seen + share.square()[:, None, None, None] * score.folds
-    folds = seen.shape[1]
-    replicates = -seen / (folds - 1)
+    by_fold = (1 - share)[:, None, None, None] * (fold_products + fold_products.mT)
+    by_fold = by_fold + share.square()[:, None, None, None] * score.folds
+    folds = by_fold.shape[1]
+    replicates = -by_fold / (folds - 1)
     jackknife = replicates.var(1, correction=0) * (folds - 1)
     k, R = effective[:, None, None], share[:, None, None]
     E = _not_negative(residual)
     theory = _theory(_not_negative(J), E, R, k, dof, entry_product)
     least = _of_useless(E, k, dof, entry_product)
+    if seen is not None:
+        J = left_out_score(seen, naive, effective, V, dof)
     return ScoreEstimate(J, (theory + jackknife).maximum(least), replicates, share)
 
 

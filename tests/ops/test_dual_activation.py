@@ -574,8 +574,8 @@ def test_overwriting(device, dtype, route, normal, layout):
 def test_overwriting_is_checked_and_known_to_torch(normal):
     """Catches an in-place op that torch takes for a pure one, and a buffer that overlaps itself."""
     x = normal(3, 4, 5)
-    op = torch.ops.fisherfast.dual_activation_.default
-    torch.library.opcheck(op, (x, "leaky_relu", [0.1], None, None, None, 2))
+    op = torch.ops.fisherfast.dual_activation_out.default
+    torch.library.opcheck(op, (x, "leaky_relu", [0.1], None, None, None, 2, x.clone()))
     with pytest.raises(ValueError, match=r"x must not overlap itself, got strides \[1, 0\]"):
         ops.dual_activation_(normal(3, 1).expand(3, 4), "relu")
 

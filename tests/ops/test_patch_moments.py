@@ -224,7 +224,8 @@ WRONG = {
         "dilation must hold 2 numbers of at least 1, got [1, 2, 3]",
     ),
     "groups": (
-        (X, (2, 2)), {"groups": 3}, ValueError, "groups must divide the 4 channels of x, got 3",
+        (X, (2, 2)), {"groups": 3}, ValueError,
+        "channels of x must be a multiple of groups = 3, got 4",
     ),
     "too large": (
         (X, (2, 4)), {"dilation": (1, 2)}, ValueError,

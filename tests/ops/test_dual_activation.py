@@ -48,30 +48,6 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
 # Results of this size leave the caches: the kernel then writes past them.
 BEYOND_THE_CACHES = 17 * 2**20
 
-MACHINES = ["baseline", "avx2", "avx512"]
-if torch.cuda.is_available():
-    MACHINES.append(pytest.param("cuda", marks=pytest.mark.cuda))
-
-
-@pytest.fixture(params=MACHINES)
-def machine(request):
-    """Every device, the CPU at each of its instruction sets."""
-    if request.param == "cuda":
-        yield torch.device("cuda")
-        return
-    module, cpu = _native.load(), torch.device("cpu")
-    if module is None:
-        if request.param != "baseline":
-            pytest.skip("FISHERFAST_DISABLE_NATIVE=1 is set: there is one way only")
-        yield cpu
-        return
-    info = _native.build_info()
-    if request.param not in info["simd_available"]:
-        pytest.skip(f"this machine has no {request.param}")
-    module.use_simd(request.param)
-    yield cpu
-    module.use_simd(info["simd"])
-
 
 def assert_matches(got, truth, dtype):
     """Each slice is right on its own scale; NaN where the truth is NaN."""
@@ -455,71 +431,6 @@ def test_threads_change_no_bit(machine, dtype, normal, with_threads, shape, last
         assert torch.equal(with_threads(threads, run), one)
 
 
-# --- wrong input ---------------------------------------------------------------------------------
-
-X, C = torch.ones(3, 4, 5, 2), torch.ones(5)
-WRONG = {
-    "half": ((X.half(), "relu"), {}, TypeError, "x must be float32 or float64, got float16"),
-    "int": ((X.int(), "relu"), {}, TypeError, "x must be float32 or float64, got int32"),
-    "complex": ((X.cfloat(), "relu"), {}, TypeError, "x must be float32 or float64, got complex64"),
-    "array": ((X.numpy(), "relu"), {}, TypeError, "x must be a torch.Tensor, got ndarray"),
-    "scalar": (
-        (torch.tensor(1.0), "relu"), {}, ValueError, "x must have shape [1 + P, ...], got []",
-    ),
-    "no primal": ((X[:0], "relu"), {}, ValueError,
-                  "x must have shape [1 + P, ...], got [0, 4, 5, 2]"),
-    "kind": ((X, "swish"), {}, ValueError,
-             f"kind must be one of {', '.join(KINDS)}, got 'swish'"),
-    "too few": ((X, "elu", 1.0), {}, ValueError,
-                "parameters must be (alpha, scale, input_scale) for elu, got 1 numbers"),
-    "too many": ((X, "relu", 1.0), {}, ValueError,
-                 "parameters must be () for relu, got 1 numbers"),
-    "no number": ((X, "leaky_relu", "0.1"), {}, TypeError, "parameters must be numbers, got str"),
-    "tensor": ((X, "leaky_relu", C), {}, TypeError, "parameters must be numbers, got Tensor"),
-    "nan": ((X, "leaky_relu", math.nan), {}, ValueError, "parameters must be finite, got [nan]"),
-    "infinity": ((X, "leaky_relu", math.inf), {}, ValueError,
-                 "parameters must be finite, got [inf]"),
-    "no slope": ((X, "prelu"), {}, ValueError,
-                 "slope must be given for prelu and for it alone, got kind 'prelu'"),
-    "slope": ((X, "relu"), {"slope": C}, ValueError,
-              "slope must be given for prelu and for it alone, got kind 'relu'"),
-    "channel_dim 0": ((X, "relu"), {"scale": C, "channel_dim": 0}, ValueError,
-                      "channel_dim must lie in [1, 4), got 0"),
-    "channel_dim 4": ((X, "relu"), {"scale": C, "channel_dim": 4}, ValueError,
-                      "channel_dim must lie in [1, 4), got 4"),
-    "scale shape": ((X, "relu"), {"scale": C[:2]}, ValueError,
-                    "scale must have shape [C] = [5], got [2]"),
-    "shift shape": ((X, "relu"), {"shift": C[None]}, ValueError,
-                    "shift must have shape [C] = [5], got [1, 5]"),
-    "slope shape": ((X, "prelu"), {"slope": C[:1]}, ValueError,
-                    "slope must have shape [C] = [5], got [1]"),
-    "scale dtype": ((X, "relu"), {"scale": C.double()}, TypeError,
-                    "scale must have the dtype of x (float32), got float64"),
-    "shift array": ((X, "relu"), {"shift": C.numpy()}, TypeError,
-                    "shift must be a torch.Tensor, got ndarray"),
-    "shift device": ((X, "relu"), {"shift": C.to("meta")}, ValueError,
-                     "shift must be on the device of x (cpu), got meta"),
-    "grad": (
-        (X.clone().requires_grad_(), "relu"), {}, RuntimeError,
-        "x must not require grad, got requires_grad=True: dual_activation has no backward; "
-        "pass x.detach() or call it under torch.no_grad()",
-    ),
-    "scale grad": (
-        (X, "relu"), {"scale": C.clone().requires_grad_()}, RuntimeError,
-        "scale must not require grad, got requires_grad=True: dual_activation has no backward; "
-        "pass scale.detach() or call it under torch.no_grad()",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case):
-    arguments, options, error, message = WRONG[case]
-    with pytest.raises(error) as caught:
-        ops.dual_activation(*arguments, **options)
-    assert str(caught.value) == message
-
-
 # --- torch.library -------------------------------------------------------------------------------
 
 
@@ -543,14 +454,6 @@ def test_both_routes_give_the_same_layout(normal, device, monkeypatch, layout):
     assert kernel.stride() == plain.stride()
 
 
-def test_compiles(normal):
-    x, scale = normal(3, 2, 4, 5), normal(4)
-    compiled = torch.compile(ops.dual_activation, backend="aot_eager", fullgraph=True)
-    assert torch.equal(
-        compiled(x, "gelu", scale=scale), ops.dual_activation(x, "gelu", scale=scale)
-    )
-
-
 @pytest.mark.parametrize("layout", ["dense", "permuted", "strided"])
 def test_overwriting(device, dtype, route, normal, layout):
     """Catches a value that is overwritten before it is read, and numbers next to the buffer that
@@ -571,15 +474,6 @@ def test_overwriting(device, dtype, route, normal, layout):
         assert torch.equal(memory[..., 1::2], between)
 
 
-def test_overwriting_is_checked_and_known_to_torch(normal):
-    """Catches an in-place op that torch takes for a pure one, and a buffer that overlaps itself."""
-    x = normal(3, 4, 5)
-    op = torch.ops.fisherfast.dual_activation_out.default
-    torch.library.opcheck(op, (x, "leaky_relu", [0.1], None, None, None, 2, x.clone()))
-    with pytest.raises(ValueError, match=r"x must not overlap itself, got strides \[1, 0\]"):
-        ops.dual_activation_(normal(3, 1).expand(3, 4), "relu")
-
-
 def test_an_end_at_infinity_cuts_nothing(dtype, route, normal):
     """`nn.Hardtanh(0, inf)` is a ReLU. Catches a network that is refused for it."""
     x = normal(3, 40, dtype=dtype)
@@ -597,15 +491,3 @@ def test_a_given_result(device, dtype, route, normal, layout):
     got = ops.dual_activation(x, "elu", 1.0, 1.0, 1.0, out=out)
     assert got is out
     assert torch.equal(out, ops.dual_activation(x, "elu", 1.0, 1.0, 1.0))
-
-
-def test_a_given_result_is_checked_and_known_to_torch(normal):
-    """Catches a result of another shape or dtype that is written beyond its end."""
-    x = normal(3, 4, 5)
-    op = torch.ops.fisherfast.dual_activation_out.default
-    torch.library.opcheck(op, (x, "relu", [], None, None, None, 2, torch.empty_like(x)))
-    message = r"out must have shape \[1 \+ P, ...\] = \[3, 4, 5\], got \[3, 4\]"
-    with pytest.raises(ValueError, match=message):
-        ops.dual_activation(x, "relu", out=normal(3, 4))
-    with pytest.raises(TypeError, match=r"out must have the dtype of x \(float64\), got float32"):
-        ops.dual_activation(x, "relu", out=x.float())

@@ -195,19 +195,6 @@ def test_equal_correlations_have_a_closed_form(device, dtype, route, correlation
     assert fisher[1, 1].item() == pytest.approx(2 / (1 - r), rel=dim * eps / (1 - r))
 
 
-@pytest.mark.parametrize("inverse_rows", [False, True])
-def test_threads_change_no_bit(systems, dtype, with_threads, inverse_rows):
-    cov, deriv = systems((301,), 24, 2, dtype=dtype)
-
-    def solve():
-        return ops.fisher_solve_details(cov, deriv, ridge=1e-4, inverse_rows=inverse_rows)
-
-    one = with_threads(1, solve)
-    for threads in (2, 3):
-        for left, right in zip(with_threads(threads, solve), one, strict=True):
-            assert torch.equal(left, right)
-
-
 @pytest.mark.parametrize("failed_pivot", [0, 1, 301, 600])
 def test_threads_share_a_large_system(systems, dtype, with_threads, failed_pivot):
     """Catches a panel that is read before it is finished, and a thread that goes on alone after a
@@ -315,71 +302,3 @@ def test_a_failed_derivative_is_no_failure_of_the_system(systems, device, dtype,
     assert half[0, 0].isfinite().all()
     assert fisher[0, 0, 0].isnan()
     assert fisher[1].isfinite().all()
-
-
-# --- wrong input ---------------------------------------------------------------------------------
-
-COV, DERIV = torch.eye(3), torch.ones(3, 2)
-WRONG = {
-    "half": (COV.half(), DERIV, {}, TypeError, "cov must be float32 or float64, got float16"),
-    "int": (COV.long(), DERIV, {}, TypeError, "cov must be float32 or float64, got int64"),
-    "complex": (
-        COV.cfloat(), DERIV, {}, TypeError, "cov must be float32 or float64, got complex64",
-    ),
-    "mixed": (
-        COV, DERIV.double(), {}, TypeError,
-        "deriv must have the dtype of cov (float32), got float64",
-    ),
-    "vector": (COV[0], DERIV, {}, ValueError, "cov must have shape [..., d, d], got [3]"),
-    "oblong": (COV[:2], DERIV, {}, ValueError, "cov must have shape [..., d, d], got [2, 3]"),
-    "deriv dims": (
-        COV, DERIV[:, 0], {}, ValueError,
-        "deriv must have shape [..., d, P] with [..., d] = [3], got [3]",
-    ),
-    "deriv rows": (
-        COV[None], DERIV[None, :2], {}, ValueError,
-        "deriv must have shape [..., d, P] with [..., d] = [1, 3], got [1, 2, 2]",
-    ),
-    "ridge": (
-        COV, DERIV, {"ridge": -0.1}, ValueError, "ridge must be finite and at least 0, got -0.1",
-    ),
-    "NaN ridge": (
-        COV, DERIV, {"ridge": math.nan}, ValueError, "ridge must be finite and at least 0, got nan",
-    ),
-    "array": (
-        COV.numpy(), DERIV, {}, TypeError, "cov must be a torch.Tensor, got ndarray",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case):
-    cov, deriv, options, error, message = WRONG[case]
-    with pytest.raises(error) as caught:
-        ops.fisher_solve(cov, deriv, **options)
-    assert str(caught.value) == message
-
-
-def test_no_grad_is_enough(systems):
-    cov, deriv = systems((), 3, 1)
-    with torch.no_grad():
-        fisher, _, _ = ops.fisher_solve(cov.requires_grad_(), deriv)
-    assert not fisher.requires_grad
-
-
-# --- torch.library -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("inverse_rows", [False, True])
-@pytest.mark.parametrize(("batch", "dim", "params"), [((), 3, 1), ((2, 3), 5, 2), ((0,), 4, 1)])
-def test_opcheck(systems, device, dtype, route, batch, dim, params, inverse_rows):
-    cov, deriv = systems(batch, dim, params, dtype=dtype, device=device)
-    op = torch.ops.fisherfast.fisher_solve.default
-    torch.library.opcheck(op, (cov, deriv, 1e-4, inverse_rows, True))
-
-
-def test_compiles(systems):
-    cov, deriv = systems((4,), 3, 2)
-    compiled = torch.compile(ops.fisher_solve, backend="aot_eager", fullgraph=True)
-    for left, right in zip(compiled(cov, deriv), ops.fisher_solve(cov, deriv), strict=True):
-        assert torch.equal(left, right)

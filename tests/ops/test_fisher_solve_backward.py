@@ -370,37 +370,6 @@ def test_backward_of_nan_stays_in_its_system(normal, device, dtype):
         assert torch.equal(left[[0, 1, 3]], right[[0, 1, 3]])
 
 
-def test_threads_change_no_bit(normal, dtype, with_threads):
-    G, X = (normal(301, n, 3, dtype=dtype) for n in (3, 24))
-    one = with_threads(1, lambda: ops.fisher_solve_backward(G, X, 0.1))
-    for threads in (2, 3):
-        got = with_threads(threads, lambda: ops.fisher_solve_backward(G, X, 0.1))
-        for left, right in zip(got, one, strict=True):
-            assert torch.equal(left, right)
-
-
-G, X = torch.ones(3, 2, 2), torch.ones(3, 5, 2)
-WRONG = {
-    "half": (G.half(), X.half(), 0.0, TypeError, "must be float32 or float64, got float16"),
-    "mixed": (G, X.double(), 0.0, TypeError, "must have the dtype of .*, got float"),
-    "array": (G.numpy(), X, 0.0, TypeError, "grad_fisher must be a torch.Tensor, got ndarray"),
-    "oblong": (G[:, :1], X, 0.0, ValueError, r"must have shape .*, got \["),
-    "params": (torch.ones(3, 3, 3), X, 0.0, ValueError, r"must have shape .*, got \["),
-    "batch": (G[:2], X, 0.0, ValueError, r"must have shape .*, got \["),
-    "vector": (G[0, 0], X[0, 0], 0.0, ValueError, r"must have shape .*, got \["),
-    "ridge": (G, X, -0.1, ValueError, "ridge must be finite and at least 0, got -0.1"),
-    "NaN ridge": (G, X, math.nan, ValueError, "ridge must be finite and at least 0, got nan"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case):
-    grad_fisher, solution, ridge, error, message = WRONG[case]
-    with pytest.raises(error, match=message) as caught:
-        ops.fisher_solve_backward(grad_fisher, solution, ridge)
-    assert str(caught.value).startswith(("grad_fisher must", "solution must", "ridge must"))
-
-
 # --- torch.library -------------------------------------------------------------------------------
 
 
@@ -412,13 +381,6 @@ def test_opcheck(normal, device, dtype, route, batch, dim, params, solution, gra
     options = {"ridge": 1e-4, "inverse_rows": False, "solution": solution}
     inputs = (cov.requires_grad_(grad), deriv.requires_grad_(grad))
     torch.library.opcheck(torch.ops.fisherfast.fisher_solve.default, inputs, options)
-
-
-@pytest.mark.parametrize(("batch", "dim", "params"), [((), 3, 1), ((2, 3), 5, 2), ((0,), 4, 1)])
-def test_opcheck_of_the_backward(normal, device, dtype, batch, dim, params):
-    G = normal(*batch, params, params, dtype=dtype, device=device)
-    X = normal(*batch, dim, params, dtype=dtype, device=device)
-    torch.library.opcheck(torch.ops.fisherfast.fisher_solve_backward.default, (G, X, 0.3))
 
 
 def test_compiles_with_its_backward(normal):

@@ -168,6 +168,17 @@ def test_right_on_every_instruction_set(machine, with_threads, normal, dtype, op
 
 
 @needs_kernel
+@pytest.mark.parametrize("op", OPS)
+def test_the_kernel_is_used(monkeypatch, op):
+    """Catches plain torch that stands in for a kernel, right but slow."""
+    called = []
+    monkeypatch.setattr(_native, "call", lambda name, *_, **__: called.append(name))
+    for call in selfcheck.calls(CPU, torch.float32)[op]:
+        selfcheck.results_of(op, call)
+        assert called.pop() == op.removesuffix("_")
+
+
+@needs_kernel
 @pytest.mark.parametrize("op", [op for op in OPS if op != "dual_activation"])  # in its own file
 def test_threads_change_no_bit(normal, dtype, with_threads, op):
     """Catches sums whose order follows from who computes them."""

@@ -89,32 +89,12 @@ def test_matches_the_reference(systems, device, dtype, route, batch, dim, params
     assert largest_error(got, cov, deriv, ridge) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("batch", [1, 40])
-@pytest.mark.parametrize("dim", [191, 192, 193, 260])
-def test_matches_where_the_ways_of_the_cpu_meet(systems, device, dtype, batch, dim):
-    """One system a lane up to d = 192, blocks above it and for few systems."""
-    cov, deriv = systems((batch,), dim, 2, dtype=dtype, device=device)
-    got = ops.fisher_solve_details(cov, deriv, ridge=1e-3)
-    fisher, half, *_ = reference.fisher_solve(cov.double(), deriv.double(), 1e-3)
-    assert got.info.eq(0).all()
-    assert relative_error(got.fisher, fisher, 2) < TOLERANCE[dtype]
-    assert relative_error(got.half, half, 2) < TOLERANCE[dtype]
-
-
 def test_fisher_solve_is_the_first_three_details(systems, device, dtype):
     cov, deriv = systems((3,), 6, 2, dtype=dtype, device=device)
     details = ops.fisher_solve_details(cov, deriv, ridge=0.1)
     for got, expected in zip(ops.fisher_solve(cov, deriv, ridge=0.1), details[:3], strict=True):
         assert torch.equal(got, expected)
     assert details.inverse_rows.shape == (0,)
-
-
-def test_asking_for_inverse_rows_changes_little(systems, device, dtype):
-    cov, deriv = systems((3,), 21, 2, dtype=dtype, device=device)
-    with_rows = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
-    without = ops.fisher_solve_details(cov, deriv)
-    torch.testing.assert_close(with_rows.fisher, without.fisher)
-    torch.testing.assert_close(with_rows.condition, without.condition)
 
 
 def test_only_the_lower_triangle_is_read(systems, device, dtype, route):
@@ -139,15 +119,6 @@ def test_strided_input(systems, device, dtype, route):
         assert torch.equal(got, right)
 
 
-def test_expanded_input(systems, device, dtype, route):
-    cov, _ = systems((), 5, 1, dtype=dtype, device=device)
-    _, deriv = systems((2, 3), 5, 1, dtype=dtype, device=device)
-    fisher, _, _ = ops.fisher_solve(cov.expand(2, 3, 5, 5), deriv)
-    for i in range(2):
-        for j in range(3):
-            torch.testing.assert_close(fisher[i, j], ops.fisher_solve(cov, deriv[i, j])[0])
-
-
 # --- properties ----------------------------------------------------------------------------------
 
 
@@ -168,11 +139,6 @@ def test_units_of_powers_of_two_change_no_bit(systems, device, dtype, route):
     got = ops.fisher_solve(unit[:, None] * cov * unit, unit[:, None] * deriv, ridge=0.1)
     for left, right in zip(got, expected, strict=True):
         assert torch.equal(left, right)
-
-
-def test_units_of_theta(systems, device, dtype, route):
-    cov, deriv = systems((3,), 7, 2, dtype=dtype, device=device)
-    assert torch.equal(ops.fisher_solve(cov, 4 * deriv)[0], 16 * ops.fisher_solve(cov, deriv)[0])
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.99, 1 - 2.0**-13])
@@ -216,37 +182,20 @@ def test_threads_share_a_large_system(systems, dtype, with_threads, failed_pivot
 # --- empty input ---------------------------------------------------------------------------------
 
 
-def test_no_features(device, dtype, route):
+@pytest.mark.parametrize(
+    ("batch", "dim", "params"), [((3,), 0, 2), ((3,), 4, 0), ((0,), 4, 2), ((2, 0), 4, 2)]
+)
+def test_empty_input(device, dtype, route, batch, dim, params):
     kind = {"dtype": dtype, "device": device}
+    cov, deriv = torch.eye(dim, **kind).expand(*batch, dim, dim), torch.ones(dim, params, **kind)
     got = ops.fisher_solve_details(
-        torch.empty(3, 0, 0, **kind), torch.empty(3, 0, 2, **kind), inverse_rows=True
+        cov, deriv.expand(*batch, dim, params), inverse_rows=True, solution=True
     )
-    assert torch.equal(got.fisher, torch.zeros(3, 2, 2, **kind))
-    assert got.half.shape == (3, 0, 2)
-    assert got.info.tolist() == [0, 0, 0]
-    assert got.condition.tolist() == [1, 1, 1]
-    assert got.inverse_rows.shape == (3, 0)
-
-
-def test_no_parameters(systems, device, dtype, route):
-    cov, deriv = systems((3,), 4, 0, dtype=dtype, device=device)
-    got = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
-    assert got.fisher.shape == (3, 0, 0)
-    assert got.half.shape == (3, 4, 0)
-    assert got.info.tolist() == [0, 0, 0]
-    assert got.inverse_rows.isfinite().all()
-
-
-@pytest.mark.parametrize("batch", [(0,), (2, 0)])
-def test_no_systems(systems, device, dtype, route, batch):
-    kind = {"dtype": dtype, "device": device}
-    got = ops.fisher_solve_details(
-        torch.empty(*batch, 4, 4, **kind), torch.empty(*batch, 4, 2, **kind), inverse_rows=True
-    )
-    assert got.fisher.shape == (*batch, 2, 2)
-    assert got.half.shape == (*batch, 4, 2)
-    assert got.info.shape == got.condition.shape == batch
-    assert got.inverse_rows.shape == (*batch, 4)
+    assert torch.equal(got.fisher, torch.full((*batch, params, params), float(dim), **kind))
+    assert got.half.shape == got.solution.shape == (*batch, dim, params)
+    assert torch.equal(got.info, torch.zeros(batch, dtype=torch.int32, device=device))
+    assert torch.equal(got.condition, torch.ones(batch, **kind))
+    assert torch.equal(got.inverse_rows, torch.ones(*batch, dim, **kind))
 
 
 # --- failures, one system at a time --------------------------------------------------------------

@@ -173,22 +173,6 @@ def test_slopes(inputs, accumulators, dtype, slope):
     assert_matches(got, definition(*before, *arguments, slope=slope), dtype)
 
 
-def test_it_is_lift_and_moments(inputs, device, dtype):
-    """The two ops that it joins, on the features that they hold in memory."""
-    z, weight, bias, pilot = inputs(300, 9, 14)
-    sums, cross = zeros(4, 2, 23, device)
-    offsets = torch.tensor([0, 75, 150, 225, 300], device=device)
-    ops.lift_moments_(sums, cross, z, weight, bias, pilot, offsets=offsets)
-    in_turn = torch.cat([torch.arange(g, 300, 4) for g in (0, 2, 1, 3)]).argsort().to(device)
-    z = z[in_turn]  # row i of fold i mod 4
-    lifted, lifted_sums = ops.lift(z @ weight.T, bias, pilot, num_groups=4)
-    whole = torch.cat([z, lifted], 1)
-    group = torch.arange(300, device=device) % 2
-    _, _, products = ops.moments(whole, group, 2)
-    assert_matches((lower(cross),), (lower(products),), dtype)
-    assert_matches((sums[:, 9:],), (lifted_sums,), dtype)
-
-
 def test_small_integers_are_exact(device, dtype):
     """Catches a lost or doubled row, to the bit: all numbers are integers below 2^24."""
     kind = {"dtype": dtype, "device": device}
@@ -204,22 +188,6 @@ def test_small_integers_are_exact(device, dtype):
 
 
 # --- batches and growing -------------------------------------------------------------------------
-
-
-def test_batches_equal_one_call(inputs, device, dtype):
-    """Batches that hold each a part of the rows of every fold."""
-    z, *dictionary = inputs(1000, 10, 30)
-    whole, parts = zeros(16, 2, 40, device), zeros(16, 2, 40, device)
-    offsets = uneven(1000, 16, device)
-    ops.lift_moments_(*whole, z, *dictionary, offsets=offsets)
-    fold, batch = folds_of(offsets), torch.arange(1000, device=device) % 3
-    order = [*range(0, 16, 2), *range(1, 16, 2)]
-    for number in range(3):
-        rows = (batch == number).nonzero()[:, 0]
-        counts = torch.bincount(fold[rows], minlength=16)[order]
-        begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        ops.lift_moments_(*parts, z[rows], *dictionary, offsets=begins)
-    assert_matches(parts, whole, dtype)
 
 
 @pytest.mark.parametrize(
@@ -272,19 +240,6 @@ def test_only_rows_from_start_on_are_touched(inputs, accumulators, device, dtype
     assert not got[1][:, ~upper].isnan().any()
 
 
-def test_one_new_column_after_the_others(inputs, device, dtype):
-    """start = K - 1 gives the last row alone, as the whole pass does."""
-    arguments = inputs(333, 6, 11)
-    whole, last = zeros(4, 2, 17, device), zeros(4, 2, 17, device)
-    offsets = uneven(333, 4, device)
-    ops.lift_moments_(*whole, *arguments, offsets=offsets)
-    ops.lift_moments_(*last, *arguments, offsets=offsets, start=16)
-    assert torch.equal(last[0][:, 16], whole[0][:, 16])
-    assert torch.equal(last[1][:, 16], whole[1][:, 16])
-    assert last[0][:, :16].eq(0).all()
-    assert last[1][:, :16].eq(0).all()
-
-
 # --- properties ----------------------------------------------------------------------------------
 
 
@@ -314,14 +269,6 @@ def test_strided_input(inputs, accumulators, normal, dtype, device, view):
     got = tuple(t.clone() for t in before)
     ops.lift_moments_(*got, z, weight, bias, pilot)
     assert_matches(got, definition(*before, z, weight, bias, pilot), dtype)
-
-
-def test_inputs_are_not_changed(inputs, accumulators):
-    arguments = inputs(40, 3, 5)
-    before = [t.clone() for t in arguments]
-    ops.lift_moments_(*accumulators(4, 2, 8), *arguments)
-    for left, right in zip(arguments, before, strict=True):
-        assert torch.equal(left, right)
 
 
 @pytest.mark.parametrize("rows", [100, 2000])

@@ -62,14 +62,6 @@ def test_a_pilot_near_the_mean_avoids_cancellation(normal, device, route):
     torch.testing.assert_close(covariance[0], x.double().T.cov(), rtol=1e-5, atol=1e-6)
 
 
-def test_batches_add_up(normal, device, dtype, route):
-    x = normal(1000, 4, dtype=dtype, device=device)
-    group = torch.arange(1000, device=device) % 3
-    whole = ops.moments(x, group, 3)
-    parts = [ops.moments(x[i : i + 300], group[i : i + 300], 3) for i in range(0, 1000, 300)]
-    assert_matches([sum(part) for part in zip(*parts, strict=True)], whole, dtype)
-
-
 @pytest.mark.parametrize("view", ["rows", "columns", "both", "transposed", "expanded"])
 def test_strided_input(normal, device, dtype, route, view):
     base = normal(60, 60, dtype=dtype, device=device)

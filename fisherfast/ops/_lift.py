@@ -213,9 +213,7 @@ def _lift_moments_(
 
     def run() -> None:
         if offsets.device.type == "cpu":
-            ends = offsets.tolist()
-            if ends != sorted(ends) or ends[0] != 0 or ends[-1] != rows:
-                raise ValueError(f"offsets must rise from 0 to n = {rows}, got {ends}")
+            _check_segments(offsets.tolist(), rows)
         if not _native.serves(z):
             reference.lift_moments_(sums, cross, z, weight, bias, pilot, offsets, slope, start)
             return
@@ -243,6 +241,11 @@ def _lift_moments_(
         )
 
     return None, run
+
+
+def _check_segments(offsets: list[int], rows: int) -> None:
+    if offsets != sorted(offsets) or offsets[0] != 0 or offsets[-1] != rows:
+        raise ValueError(f"offsets must rise from 0 to n = {rows}, got {offsets}")
 
 
 def _check_accumulators(sums: Tensor, cross: Tensor, z: Tensor, size: int) -> None:

@@ -217,7 +217,8 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[Any,
         "gradient_gram": [(inputs, at_outputs, *right) for right in ((None, None), others)],
         "gradient_squares": [(order(image), order(outputs), *squares) for order in (first, last)],
         "dual_activation": [
-            (normal(3, 2, 5, 411), kind, numbers, *channels, None, 2)
+            (order(normal(3, 2, 5, 411)), kind, numbers, *channels, None, 2)
+            for order in (first, last)
             for kind, numbers in kinds.items()
         ],
         "dual_norm": [(3 + normal(6, 70, 45), normal(30), normal(30), 2.0**-10, 2, 3, True)],

@@ -5,7 +5,7 @@ import torch
 from support.closeness import assert_close
 
 from fisherfast import ops
-from fisherfast.ops import _lift_moments
+from fisherfast.ops import _lift
 
 # Errors relative to the largest result, float32 and float64. Measured: 2.4e-7 and 2.3e-15.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
@@ -97,7 +97,7 @@ def test_several_chunks_of_rows(kernels, normal, dtype):
 @pytest.mark.parametrize("offsets", [[0, 0, 30], [0, 30, 30], [-5, 40, 90], [0, 90, -7]])
 def test_wrong_offsets_read_no_row_outside(kernels, normal, dtype, monkeypatch, offsets):
     """They are not checked on the device: the sanitizer sees a row that is not there."""
-    monkeypatch.setattr(_lift_moments, "_check_segments", lambda offsets, rows: None)
+    monkeypatch.setattr(_lift, "_check_segments", lambda offsets, rows: None)
     inputs = draw(normal, dtype, 30, 4, 9, 2, 2)
     got = lift_moments(kernels, inputs | {"offsets": torch.tensor(offsets)})
     assert all(bool(result.isfinite().all()) for result in got)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from ops.dual_buffers import jvp_of
 from support.closeness import assert_close
 from support.pairwise import DTYPES, pairwise
 
@@ -95,6 +96,14 @@ def test_the_reference_has_the_values_and_derivatives_of_pytorch(normal, case):
         torch.testing.assert_close(got[0], value, rtol=1e-14, atol=1e-14)
         rounding = max(SLOPE_ROUNDING.get(case, 0), 1e-14)
         torch.testing.assert_close(result, derivative, rtol=rounding, atol=1e-14)
+
+
+def test_the_reference_scales_and_shifts_by_channel(normal):
+    """What a batch norm in eval mode and GELU give."""
+    x, scale, shift = normal(3, 4, 6, 5), normal(6), normal(6)
+    truth = jvp_of(lambda u: F.gelu(scale[:, None] * u + shift[:, None]), x)
+    got = reference_dual.dual_activation(x, "gelu", (), scale, shift)
+    torch.testing.assert_close(got, truth, rtol=1e-14, atol=1e-14)
 
 
 def test_the_reference_of_prelu_by_channel(normal):
@@ -351,26 +360,6 @@ def test_scale_and_shift(machine, dtype, normal, kind, layout, given):
     assert_matches(got, truth_of(x, kind, **options), dtype)
 
 
-def test_a_batch_norm_in_eval_mode(machine, dtype, normal):
-    """The scale and shift of its running statistics, then GELU: what two modules give."""
-    norm = torch.nn.BatchNorm2d(6, dtype=torch.float64).eval()
-    for vector in (norm.running_mean, norm.weight.data, norm.bias.data):
-        vector.copy_(normal(6))
-    norm.running_var.copy_(normal(6).square() + 0.5)
-    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
-    shift = (norm.bias - norm.running_mean * scale).detach()
-    x = normal(3, 4, 6, 5, 5)
-    value, first = torch.func.jvp(lambda u: F.gelu(norm(u)), (x[0],), (x[1],))
-    _, second = torch.func.jvp(lambda u: F.gelu(norm(u)), (x[0],), (x[2],))
-    got = ops.dual_activation(
-        x.to(machine, dtype),
-        "gelu",
-        scale=scale.to(machine, dtype),
-        shift=shift.to(machine, dtype),
-    )
-    assert_matches(got.cpu(), torch.stack([value, first, second]).detach(), dtype)
-
-
 # --- the kernel itself ---------------------------------------------------------------------------
 
 
@@ -432,16 +421,6 @@ def test_threads_change_no_bit(machine, dtype, normal, with_threads, shape, last
 
 
 # --- torch.library -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels last", "crop"])
-@pytest.mark.parametrize("shape", [(3, 2, 4, 3), (1, 0, 2, 2), (2, 3, 1, 1)], ids=str)
-def test_opcheck(normal, device, dtype, route, shape, layout):
-    """Catches a fake implementation of another layout, on either route."""
-    x = LAYOUTS[layout](normal(*shape, dtype=dtype, device=device))
-    scale = normal(shape[2], dtype=dtype, device=device)
-    arguments = (x, "elu", [1.0, 1.0, 1.0], scale, None, None, 2)
-    torch.library.opcheck(torch.ops.fisherfast.dual_activation.default, arguments)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from support.closeness import assert_close
+from support.pairwise import pairwise
 
 from fisherfast import ops
 
@@ -79,14 +80,23 @@ def accumulators(normal, device):
     return draw
 
 
+@pytest.fixture
+def matches(accumulators, dtype):
+    """Adds moments to accumulators, compares with the definition, and returns both pairs."""
+
+    def check(arguments, folds=4, halves=2, **options):
+        before = accumulators(folds, halves, arguments[0].shape[1] + len(arguments[1]))
+        got = tuple(t.clone() for t in before)
+        assert ops.lift_moments_(*got, *arguments, **options) is None
+        assert_matches(got, definition(*before, *arguments, **options), dtype)
+        return before, got
+
+    return check
+
+
 def zeros(folds, halves, size, device):
     kind = {"dtype": torch.float64, "device": device}
     return torch.zeros(folds, size, **kind), torch.zeros(halves, size, size, **kind)
-
-
-def lower(cross):
-    """The valid part."""
-    return cross.tril()
 
 
 # --- against the definition ----------------------------------------------------------------------
@@ -110,67 +120,37 @@ def test_by_hand(device, dtype):
 
 @pytest.mark.parametrize(("folds", "halves"), [(1, 1), (2, 2), (16, 2), (16, 1), (3, 2), (1, 2)])
 @pytest.mark.parametrize("rows", [1, 2, 1000, 3001])
-def test_folds_and_halves(inputs, accumulators, device, dtype, rows, folds, halves):
+def test_folds_and_halves(inputs, matches, device, rows, folds, halves):
     """Catches segments in the order of the folds, empty ones that shift the others, rows of the
     other half in a tile, and a lost tail of rows."""
-    arguments = inputs(rows, 10, 21)
-    before = accumulators(folds, halves, 31)
-    got = tuple(t.clone() for t in before)
-    offsets = uneven(rows, folds, device)
-    ops.lift_moments_(*got, *arguments, offsets=offsets)
-    assert_matches(got, definition(*before, *arguments, offsets=offsets), dtype)
+    matches(inputs(rows, 10, 21), folds, halves, offsets=uneven(rows, folds, device))
 
 
 @pytest.mark.parametrize("fold", [0, 1, 2, 3])
-def test_all_rows_in_one_fold(inputs, accumulators, device, dtype, fold):
-    """Catches a half that is assumed to have rows; without offsets all rows are of fold 0."""
-    arguments = inputs(700, 3, 9)
-    before = accumulators(4, 2, 12)
-    got = tuple(t.clone() for t in before)
+def test_all_rows_in_one_fold(inputs, matches, device, fold):
+    """Catches a half that is assumed to have rows."""
     end = 1 + [0, 2, 1, 3].index(fold)
-    offsets = torch.tensor([0] * end + [700] * (5 - end), device=device)
-    ops.lift_moments_(*got, *arguments, offsets=offsets)
-    truth = definition(*before, *arguments, offsets=offsets)
-    assert_matches(got, truth, dtype)
-    if fold == 0:
-        plain = tuple(t.clone() for t in before)
-        ops.lift_moments_(*plain, *arguments)
-        assert torch.equal(plain[0], got[0])
-        assert torch.equal(plain[1], got[1])
+    matches(inputs(700, 3, 9), offsets=torch.tensor([0] * end + [700] * (5 - end), device=device))
 
 
-@pytest.mark.parametrize("lifted", [0, 1, 63, 200])
-@pytest.mark.parametrize("dim", [1, 10, 33, 130])
-def test_sizes(inputs, accumulators, device, dtype, dim, lifted):
+@pairwise(dim=[1, 10, 33, 130], lifted=[0, 1, 63, 200])
+def test_sizes(inputs, matches, device, dim, lifted):
     """Catches the edges of tiles, in the product, in the triangle and between raw and lifted."""
-    arguments = inputs(517, dim, lifted)
-    before = accumulators(16, 2, dim + lifted)
-    got = tuple(t.clone() for t in before)
-    offsets = uneven(517, 16, device)
-    ops.lift_moments_(*got, *arguments, offsets=offsets)
-    assert_matches(got, definition(*before, *arguments, offsets=offsets), dtype)
+    matches(inputs(517, dim, lifted), 16, offsets=uneven(517, 16, device))
 
 
 @pytest.mark.parametrize("size", [*range(1, 35), 47, 48, 49, 64, 65])
-def test_every_small_size(inputs, accumulators, device, dtype, size):
+def test_every_small_size(inputs, matches, device, size):
     """All K from 1 on, split into raw and lifted features in turn."""
     dim = 1 + size * 7 % size if size > 1 else 1
-    arguments = inputs(37, dim, size - dim)
-    before = accumulators(4, 2, size)
-    got = tuple(t.clone() for t in before)
-    offsets = uneven(37, 4, device)
-    ops.lift_moments_(*got, *arguments, offsets=offsets)
-    assert_matches(got, definition(*before, *arguments, offsets=offsets), dtype)
+    matches(inputs(37, dim, size - dim), offsets=uneven(37, 4, device))
 
 
 @pytest.mark.parametrize("slope", [0.7, -1.0, 1.0, 0.0, 3.0])
-def test_slopes(inputs, accumulators, dtype, slope):
-    """Catches max(x, slope x), which is wrong for slopes above 1."""
-    arguments = inputs(200, 7, 20)
-    before = accumulators(4, 2, 27)
-    got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, *arguments, slope=slope)
-    assert_matches(got, definition(*before, *arguments, slope=slope), dtype)
+def test_slopes(inputs, matches, slope):
+    """Catches max(x, slope x), which is wrong for slopes above 1. Without offsets all rows are of
+    fold 0."""
+    matches(inputs(200, 7, 20), slope=slope)
 
 
 def test_small_integers_are_exact(device, dtype):
@@ -219,40 +199,29 @@ def test_growing_gives_the_same_bits(inputs, device, rows, dim, lifted, steps):
         run(sums, cross, k, start)
         start = dim + k
     assert torch.equal(sums, whole_sums)
-    assert torch.equal(lower(cross), lower(whole_cross))
+    assert torch.equal(cross.tril(), whole_cross.tril())
 
 
 @pytest.mark.parametrize("start", [0, 5, 10, 13, 26, 39, 40])
-def test_only_rows_from_start_on_are_touched(inputs, accumulators, device, dtype, start):
+def test_only_rows_from_start_on_are_touched(inputs, matches, device, start):
     """Catches old features that are counted twice, and writes above the diagonal."""
-    arguments = inputs(100, 10, 30)
-    before = accumulators(4, 2, 40)
-    before[1].masked_fill_(torch.ones_like(before[1], dtype=torch.bool).triu(1), math.nan)
-    got = tuple(t.clone() for t in before)
     options = {"offsets": uneven(100, 4, device), "start": start}
-    ops.lift_moments_(*got, *arguments, **options)
-    truth = definition(*before, *arguments, **options)
-    assert_matches((got[0], lower(got[1])), (truth[0], lower(truth[1])), dtype)
-    assert torch.equal(got[0][:, :start], before[0][:, :start])
-    assert torch.equal(lower(got[1])[:, :start], lower(before[1])[:, :start])
-    upper = torch.ones(40, 40, dtype=torch.bool, device=got[1].device).triu(1)
-    assert got[1][:, upper].isnan().all()
-    assert not got[1][:, ~upper].isnan().any()
+    (sums, cross), got = matches(inputs(100, 10, 30), **options)
+    assert torch.equal(got[0][:, :start], sums[:, :start])
+    assert torch.equal(got[1][:, :start], cross[:, :start])
+    assert torch.equal(got[1].triu(1), cross.triu(1))
 
 
 # --- properties ----------------------------------------------------------------------------------
 
 
-def test_no_rows(inputs, accumulators):
-    before = accumulators(4, 2, 8)
-    got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, *inputs(0, 3, 5))
-    assert torch.equal(got[0], before[0])
-    assert torch.equal(got[1], before[1])
+def test_no_rows(inputs, matches):
+    for before, got in zip(*matches(inputs(0, 3, 5)), strict=True):
+        assert torch.equal(got, before)
 
 
 @pytest.mark.parametrize("view", ["rows", "columns", "transposed", "expanded", "unaligned"])
-def test_strided_input(inputs, accumulators, normal, dtype, device, view):
+def test_strided_input(matches, normal, dtype, device, view):
     """Catches strides that are assumed: of z, of the weights, of the vectors."""
     base = normal(60, 60, dtype=dtype, device=device)
     z = {
@@ -264,11 +233,7 @@ def test_strided_input(inputs, accumulators, normal, dtype, device, view):
     }[view]
     dim = z.shape[1]
     weight = normal(dim, 2 * 17, dtype=dtype, device=device)[:, ::2].T / dim**0.5
-    bias, pilot = base[:17, 3], base[::2, 7][:17]
-    before = accumulators(4, 2, dim + 17)
-    got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, z, weight, bias, pilot)
-    assert_matches(got, definition(*before, z, weight, bias, pilot), dtype)
+    matches((z, weight, base[:17, 3], base[::2, 7][:17]))
 
 
 @pytest.mark.parametrize("rows", [100, 2000])
@@ -282,7 +247,7 @@ def test_a_nan_reaches_its_fold_and_its_half_only(inputs, device, rows):
     ops.lift_moments_(*got, z, *dictionary, offsets=offsets)
     sums, cross = got
     assert torch.equal(sums[[0, 1, 2]], clean[0][[0, 1, 2]])
-    assert torch.equal(lower(cross[0]), lower(clean[1][0]))
+    assert torch.equal(cross[0].tril(), clean[1][0].tril())
     assert sums[3].isnan().tolist() == [False, False, True, False, False] + [True] * 8
     others = [0, 1, 3, 4]
     assert cross[1][others][:, others].tril().isfinite().all()

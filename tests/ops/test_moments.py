@@ -94,14 +94,6 @@ def test_empty_input(device, dtype, route):
     assert cross.shape == (1, 0, 0)
 
 
-def test_a_group_without_rows_is_zero(normal, device, dtype, route):
-    x = normal(10, 3, dtype=dtype, device=device)
-    count, sums, cross = ops.moments(x, torch.full((10,), 2, device=device), 4)
-    assert count.tolist() == [0, 0, 10, 0]
-    assert sums[[0, 1, 3]].eq(0).all()
-    assert cross[[0, 1, 3]].eq(0).all()
-
-
 def test_a_nan_stays_in_its_group(normal, device, dtype, route):
     x = normal(100, 3, dtype=dtype, device=device)
     x[7, 1] = float("nan")

@@ -151,26 +151,25 @@ def largest_error(op: str, arguments: list[tuple[Any, ...]]) -> float:
     module = reference_dual if op.startswith("dual_") else reference
     errors = []
     for call in arguments:
-        wide = [_as_double(argument) for argument in call]
-        expected = _results(getattr(module, op), wide)
+        wide = tuple(_as_double(argument) for argument in call)
+        expected = _results(getattr(module, op), op, wide)
         for result, truth in zip(results_of(op, call), expected, strict=True):
             scale = truth.double().abs().max().clamp(min=torch.finfo(torch.float64).tiny)
             errors.append((result.double() - truth.double()).abs().max() / scale)
     return torch.stack(errors).max().item()
 
 
-def results_of(op: str, call: Sequence[Any]) -> Sequence[Tensor]:
+def results_of(op: str, call: tuple[Any, ...]) -> Sequence[Tensor]:
     """The results of an op for its arguments by position, which are not changed."""
-    return _results(getattr(torch.ops.fisherfast, op).default, call)
+    return _results(getattr(torch.ops.fisherfast, op).default, op, call)
 
 
-def _results(function: Callable[..., Any], arguments: Sequence[Any]) -> Sequence[Tensor]:
-    """What a function returns, or the two accumulators of `lift_moments_` after it added to
-    them."""
-    arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-    results = function(*arguments)
-    if results is None:
-        return arguments[:2]
+def _results(function: Callable[..., Any], op: str, call: tuple[Any, ...]) -> Sequence[Tensor]:
+    if op.endswith("_"):  # it adds to its first two arguments
+        accumulators = [accumulator.clone() for accumulator in call[:2]]
+        function(*accumulators, *call[2:])
+        return accumulators
+    results = function(*call)
     return [results] if isinstance(results, Tensor) else results
 
 

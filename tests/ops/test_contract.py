@@ -3,6 +3,7 @@ float32 whatever torch's precision of products, and known to torch.library and t
 
 import pytest
 import torch
+from support.op_views import VIEWS, seen_through
 
 from fisherfast import _native, ops
 from fisherfast.ops import selfcheck
@@ -109,7 +110,7 @@ def large_calls(normal, **kind):
         "spatial_moments": lambda: [
             (order(normal(*shape, **kind)), None)
             for shape in ((600, 7, 5, 5), (3000, 17, 1, 1), (2, 3, 40, 40))
-            for order in (torch.Tensor.contiguous, channels_last)
+            for order in (torch.Tensor.contiguous, VIEWS["channels last"])
         ],
         "patch_moments": lambda: [
             (normal(*shape, **kind), [3, 3], ONES, ONES, ONES, groups)
@@ -138,13 +139,9 @@ def large_calls(normal, **kind):
         "dual_pool": lambda: [
             (order(normal(*shape, **kind)), [3, 3], [2, 2], ONES, ONES, False)
             for shape in ((5, 16, 8, 32, 32), (3, 300, 20, 7, 9))
-            for order in (torch.Tensor.contiguous, channels_last)
+            for order in (torch.Tensor.contiguous, VIEWS["channels last"])
         ],
     }  # fmt: skip
-
-
-def channels_last(x):
-    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def assert_same_bits(with_threads, op, call):
@@ -184,6 +181,18 @@ def test_threads_change_no_bit(normal, dtype, with_threads, op):
     """Catches sums whose order follows from who computes them."""
     for call in large_calls(normal, dtype=dtype, device=CPU)[op]():
         assert_same_bits(with_threads, op, call)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("op", OPS)
+def test_any_strides(device, dtype, op, view):
+    """Catches a stride that is assumed, or taken from another argument, vector loads that need an
+    aligned address, and an input that is changed."""
+    for call in seen_through(view, op, selfcheck.calls(device, dtype)[op][0]):
+        before = [a.clone() for a in call if isinstance(a, torch.Tensor)]
+        assert largest_error(op, [call]) <= TOLERANCES[dtype]
+        after = [a for a in call if isinstance(a, torch.Tensor)]
+        assert all(map(torch.equal, after, before))
 
 
 @pytest.mark.parametrize("op", OPS)

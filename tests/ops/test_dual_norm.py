@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error, skip_without_kernel
+from ops.dual_buffers import jvp_of, largest_error, skip_without_kernel
 
 from fisherfast import _native, ops
 from fisherfast.ops import reference_dual
@@ -98,22 +98,6 @@ def test_a_weight_may_reach_into_the_next_row(normal, device, dtype, groups, wid
     x = normal(2, 2 * groups + 1, width, dtype=dtype, device=device)
     weight, bias = affine(normal, groups * width // inner, dtype=dtype, device=device)
     assert_matches(x, weight, bias, groups=groups, inner=inner)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(normal, device, dtype, layout):
-    """Catches a stride that is assumed, and vector loads that need an aligned address."""
-    x = LAYOUTS[layout](normal(5, 6, 21, dtype=dtype, device=device))
-    before = x.clone()
-    assert_matches(x, *affine(normal, 21, dtype=dtype, device=device))
-    weight, bias = affine(normal, 42, dtype=dtype, device=device)
-    assert_matches(x, weight[::2], bias[1::2])
-    assert torch.equal(x, before)
-
-
-def test_slices_on_top_of_each_other(normal, device, dtype):
-    x = expanded(normal(5, 6, 21, dtype=dtype, device=device))
-    assert_matches(x, *affine(normal, 21, dtype=dtype, device=device))
 
 
 # --- accuracy ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error, skip_without_kernel
+from ops.dual_buffers import jvp_of, largest_error, skip_without_kernel
 
 from fisherfast import _native, ops
 from fisherfast.ops import reference_dual
@@ -68,17 +68,6 @@ def test_every_number_of_tangents(normal, device, dtype, tangents, dim, log):
 @pytest.mark.parametrize("dim", [1, 2, 3, -1, -2, -3])
 def test_every_dimension(normal, device, dtype, dim, log):
     assert_matches(normal(3, 4, 5, 6, dtype=dtype, device=device), dim, log)
-
-
-@pytest.mark.parametrize("dim", [1, -1])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(normal, device, dtype, layout, dim, log):
-    """Catches a stride that is assumed, and vector loads that need an aligned address."""
-    x = LAYOUTS[layout](normal(6, 18, 21, dtype=dtype, device=device))
-    before = x.clone()
-    assert_matches(x, dim, log)
-    assert torch.equal(x, before)
-    assert_matches(expanded(x), dim, log)
 
 
 # --- accuracy and infinities ---------------------------------------------------------------------

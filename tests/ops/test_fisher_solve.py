@@ -106,19 +106,6 @@ def test_only_the_lower_triangle_is_read(systems, device, dtype, route):
         assert torch.equal(left, right)
 
 
-def test_strided_input(systems, device, dtype, route):
-    cov, deriv = systems((6,), 5, 3, dtype=dtype, device=device)
-    expected = ops.fisher_solve(cov[::2], deriv[::2].contiguous())
-    wide = torch.zeros(6, 10, 15, dtype=dtype, device=device)
-    wide[:, ::2, ::3] = cov
-    column_major = deriv.mT.contiguous().mT
-    for got, right in zip(
-        ops.fisher_solve(wide[::2, ::2, ::3], column_major[::2]), expected, strict=True
-    ):
-        assert got.is_contiguous()
-        assert torch.equal(got, right)
-
-
 # --- properties ----------------------------------------------------------------------------------
 
 

@@ -130,24 +130,6 @@ def test_samples_do_not_see_each_other(normal, device, dtype):
 
 # --- strides -------------------------------------------------------------------------------------
 
-VIEWS = {
-    "channels first": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "samples last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
-    "every second": lambda t: t[::2],
-    "cut": lambda t: t[:, ..., 1:-1],
-    "expanded": lambda t: t[:1].expand(3, *t.shape[1:]),
-    "every second number": lambda t: t[..., ::2],
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_strided_input(normal, device, dtype, view):
-    """Catches a stride that is assumed: of convolutions the positions lie next to each other."""
-    a, b = side(normal, 4, 3, 37, 70, 35, dtype=dtype, device=device)
-    a, b = VIEWS[view](a), VIEWS[view](b)
-    assert_matches(ops.gradient_gram(a, b), a, b)
-    assert_matches(ops.gradient_gram(a, b, a[:1], b[:1]), a, b, a[:1], b[:1])
-
 
 def test_patches_that_overlap(normal, device, dtype):
     """Views of one image, as a convolution of three rows with stride 2 sees it."""

@@ -72,23 +72,6 @@ def test_batches_deal_samples_as_one_call_does(inputs, dtype):
     torch.testing.assert_close(sum(part[1] for part in parts), sums, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("view", ["rows", "columns", "transposed", "expanded"])
-def test_strided_input(inputs, view):
-    base, vector, _ = inputs(40, 40)
-    projected = {
-        "rows": base[::3],
-        "columns": base[:, 5:25],
-        "transposed": base.T,
-        "expanded": base[:1].expand(9, 40),
-    }[view]
-    k = projected.shape[1]
-    bias, pilot = vector.expand(3, 40).T[:k, 0], base[:k, 3]
-    got = ops.lift(projected, bias, pilot, num_groups=2)
-    truth = ops.lift(projected.contiguous(), bias.contiguous(), pilot.contiguous(), num_groups=2)
-    for left, right in zip(got, truth, strict=True):
-        assert torch.equal(left, right)
-
-
 @pytest.mark.parametrize(("rows", "dim"), [(0, 3), (4, 0), (0, 0)])
 def test_empty_input(inputs, rows, dim):
     features, sums = ops.lift(*inputs(rows, dim), num_groups=2)

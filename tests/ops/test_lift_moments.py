@@ -220,22 +220,6 @@ def test_no_rows(inputs, matches):
         assert torch.equal(got, before)
 
 
-@pytest.mark.parametrize("view", ["rows", "columns", "transposed", "expanded", "unaligned"])
-def test_strided_input(matches, normal, dtype, device, view):
-    """Catches strides that are assumed: of z, of the weights, of the vectors."""
-    base = normal(60, 60, dtype=dtype, device=device)
-    z = {
-        "rows": base[::3],
-        "columns": base[:, 5:25],
-        "transposed": base.T[:, :9],
-        "expanded": base[:1].expand(33, 60)[:, :8],
-        "unaligned": base.flatten()[1 : 1 + 50 * 11].view(50, 11),
-    }[view]
-    dim = z.shape[1]
-    weight = normal(dim, 2 * 17, dtype=dtype, device=device)[:, ::2].T / dim**0.5
-    matches((z, weight, base[:17, 3], base[::2, 7][:17]))
-
-
 @pytest.mark.parametrize("rows", [100, 2000])
 def test_a_nan_reaches_its_fold_and_its_half_only(inputs, device, rows):
     """The last row is of fold 3 of 4, half 1. Catches 0 * NaN from masked rows."""

@@ -62,24 +62,6 @@ def test_a_pilot_near_the_mean_avoids_cancellation(normal, device, route):
     torch.testing.assert_close(covariance[0], x.double().T.cov(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("view", ["rows", "columns", "both", "transposed", "expanded"])
-def test_strided_input(normal, device, dtype, route, view):
-    base = normal(60, 60, dtype=dtype, device=device)
-    x = {
-        "rows": base[::3],
-        "columns": base[:, 7:20],
-        "both": base[1::2, ::5],
-        "transposed": base.T[:, :9],
-        "expanded": base[:1].expand(40, 60)[:, :8],
-    }[view]
-    group = (torch.arange(3 * len(x), device=device) % 2)[::3]
-    pilot = base[: x.shape[1], 3]
-    got = ops.moments(x, group, 2, pilot=pilot)
-    truth = ops.moments(x.contiguous(), group.contiguous(), 2, pilot=pilot.contiguous())
-    for left, right in zip(got, truth, strict=True):
-        assert torch.equal(left, right)
-
-
 def test_empty_input(device, dtype, route):
     kind = {"dtype": dtype, "device": device}
     count, sums, cross = ops.moments(

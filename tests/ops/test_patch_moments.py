@@ -116,25 +116,6 @@ def test_small_integers_are_exact(device, dtype):
     assert torch.equal(got[1].cpu(), rows.mT @ rows)
 
 
-VIEWS = {
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "samples": lambda x: x[::2],
-    "channels": lambda x: x[:, 2:8],
-    "columns": lambda x: x[..., ::2],
-    "crop": lambda x: x[:, :, 1:-1, 2:-1],
-    "transposed": lambda x: x.transpose(2, 3),
-    "expanded": lambda x: x[:1, :, :, :1].expand(3, -1, -1, 9),
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_strided_input(normal, device, dtype, view):
-    """Catches a stride that is assumed."""
-    x = VIEWS[view](normal(4, 10, 8, 21, dtype=dtype, device=device))
-    settings = {"padding": (1, 1), "stride": (1, 2), "groups": 2}
-    assert_matches(ops.patch_moments(x, (3, 3), **settings), x, (3, 3), settings)
-
-
 # --- properties ----------------------------------------------------------------------------------
 
 

@@ -112,54 +112,6 @@ def test_a_pilot_near_the_mean_avoids_cancellation(normal, device):
 
 # --- strides -------------------------------------------------------------------------------------
 
-VIEWS = {
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "rows": lambda x: x[::2],
-    "channels": lambda x: x[:, 3:9],
-    "every second channel": lambda x: x[:, 1::2],
-    "columns": lambda x: x[..., ::2],
-    "crop": lambda x: x[:, :, 1:-1, 2:-1],
-    "transposed": lambda x: x.transpose(2, 3),
-    "rows last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "channels last, cut": lambda x: x.contiguous(memory_format=torch.channels_last)[:, 2:11, 1:],
-    "expanded rows": lambda x: x[:1].expand(23, -1, -1, -1),
-    "expanded channels": lambda x: x[:, :1].expand(-1, 7, -1, -1),
-    "expanded positions": lambda x: x[:, :, :1, :1].expand(-1, -1, 6, 5),
-    "scalar": lambda x: x[:1, :1, :1, :1].expand(9, 4, 3, 5),
-}
-
-
-def unaligned(x, offset=1):
-    """The same numbers, `offset` elements after an aligned address."""
-    storage = torch.empty(x.numel() + offset, dtype=x.dtype, device=x.device)
-    return storage[offset:].view(x.shape).copy_(x)
-
-
-@pytest.mark.parametrize("with_pilot", [False, True])
-@pytest.mark.parametrize("view", VIEWS)
-def test_strided_input(normal, device, dtype, view, with_pilot):
-    """Catches a stride that is assumed, and a pilot whose strides are taken from x."""
-    x = VIEWS[view](images(normal, (40, 12, 6, 7), dtype=dtype, device=device))
-    before = x.clone()
-    pilot = None
-    if with_pilot:
-        _, channels, height, width = x.shape
-        pilot = normal(width, channels, height, dtype=dtype, device=device).permute(1, 2, 0)
-    assert_matches(ops.spatial_moments(x, pilot=pilot), x, pilot)
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("offset", [1, 3])
-def test_unaligned_input(normal, device, dtype, offset, last):
-    """Catches vector loads without an alignment test."""
-    x = unaligned(images(normal, (21, 8, 4, 8), dtype=dtype, device=device), offset)
-    if last:
-        x = unaligned(x.permute(0, 2, 3, 1).contiguous(), offset).permute(0, 3, 1, 2)
-    assert x.data_ptr() % 16 != 0 or dtype == torch.float64
-    pilot = unaligned(normal(8, 4, 8, dtype=dtype, device=device), offset)
-    assert_matches(ops.spatial_moments(x, pilot=pilot), x, pilot)
-
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["n", "C", "H", "W"])
 def test_offsets_beyond_32_bits(dim):

@@ -33,27 +33,9 @@ def test_matches_the_reference(kernels, normal, dtype, batch, dim, params):
         assert_close(result, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("batch", "dim", "params"), [(0, 4, 2), (3, 0, 2), (3, 4, 0)])
-def test_empty_input(kernels, normal, dtype, batch, dim, params):
-    kind = {"dtype": dtype}
-    got = backward(
-        kernels, normal(batch, params, params, **kind), normal(batch, dim, params, **kind)
-    )
-    assert got[0].eq(0).all()
-    assert got[0].shape == (batch, dim, dim)
-
-
 def test_a_failed_system_has_no_gradient(kernels, normal, dtype):
     solution = normal(3, 4, 2, dtype=dtype)
     solution[1] = math.nan
     for grad in backward(kernels, normal(3, 2, 2, dtype=dtype), solution):
         assert grad[1].isnan().all()
         assert grad[[0, 2]].isfinite().all()
-
-
-@pytest.mark.parametrize(("batch", "dim"), [(30, 5), (2, 130)])
-def test_blocks_take_turns(kernels, normal, dtype, batch, dim):
-    inputs = normal(batch, 2, 2, dtype=dtype), normal(batch, dim, 2, dtype=dtype)
-    expected = backward(kernels, *inputs)
-    for got, right in zip(backward(kernels, *inputs, grid=(1, 1)), expected, strict=True):
-        assert torch.equal(got, right)

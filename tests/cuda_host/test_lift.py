@@ -29,33 +29,9 @@ def test_matches_the_reference(kernels, normal, dtype, rows, dim, groups, first)
         assert_close(result, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("view", ["rows", "columns", "expanded"])
-def test_strided_input(kernels, normal, dtype, view):
-    base, bias, pilot = (
-        normal(40, 40, dtype=dtype),
-        normal(20, dtype=dtype),
-        normal(20, dtype=dtype),
-    )
-    projected = {
-        "rows": base[::3, :20],
-        "columns": base[:, 5:25],
-        "expanded": base[:1, :20].expand(9, 20),
-    }[view]
-    truth = lift(kernels, projected.contiguous(), bias, pilot, 2)
-    for left, right in zip(lift(kernels, projected, bias, pilot, 2), truth, strict=True):
-        assert torch.equal(left, right)
-
-
 def test_a_nan_stays_in_its_column_and_fold(kernels, normal, dtype):
     projected, bias, pilot = normal(10, 3, dtype=dtype), torch.ones(3, dtype=dtype), normal(3)
     projected[3, 1] = math.nan
     features, sums = lift(kernels, projected, bias, pilot.to(dtype), 2)
     assert features.isnan().sum() == 1
     assert sums.isnan().nonzero().tolist() == [[1, 1]]
-
-
-def test_blocks_take_turns(kernels, normal, dtype):
-    inputs = [normal(90, 20, dtype=dtype), normal(20, dtype=dtype), normal(20, dtype=dtype)]
-    expected = lift(kernels, *inputs, 4)
-    for got, right in zip(lift(kernels, *inputs, 4, grid=(1, 1)), expected, strict=True):
-        assert torch.equal(got, right)

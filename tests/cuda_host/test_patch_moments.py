@@ -47,19 +47,3 @@ def test_several_splits(kernels, normal, dtype):
     """More than 4096 patches: catches a split that is lost or summed twice."""
     x, geometry = normal(2, 1, 60, 50, dtype=dtype), ((2, 2), (1, 1), (0, 1), (1, 1), 1)
     assert_matches(patch_moments(kernels, x, *geometry), x, *geometry)
-
-
-def test_strided_input(kernels, normal, dtype):
-    x = normal(2, 4, 6, 5, dtype=dtype)
-    geometry = ((3, 3), (1, 2), (1, 1), (1, 1), 2)
-    truth = patch_moments(kernels, x, *geometry)
-    last = x.contiguous(memory_format=torch.channels_last)
-    for got, right in zip(patch_moments(kernels, last, *geometry), truth, strict=True):
-        assert torch.equal(got, right)
-
-
-def test_blocks_take_turns(kernels, normal, dtype):
-    x, geometry = normal(2, 6, 5, 5, dtype=dtype), ((3, 3), (1, 1), (1, 1), (1, 1), 3)
-    truth = patch_moments(kernels, x, *geometry)
-    for got, right in zip(patch_moments(kernels, x, *geometry, grid=(2, 1)), truth, strict=True):
-        assert torch.equal(got, right)

@@ -105,15 +105,6 @@ def test_every_size_around_a_panel(normal, device, dtype, count):
         assert_matches(ops.gradient_squares(x, g), x, g, (1, 1), ONE)
 
 
-def test_small_integers_are_exact(device, dtype, route):
-    """Every product and partial sum is an integer below 2^24: a lost or doubled term fails."""
-    x = (torch.arange(131 * 54, device=device).reshape(131, 2, 3, 9) * 37 % 5 - 2).to(dtype)
-    g = (torch.arange(131 * 81, device=device).reshape(131, 3, 3, 9) * 29 % 5 - 2).to(dtype)
-    settings = ONE | {"padding": (1, 1)}
-    got = ops.gradient_squares(x, g, (3, 3), **settings)
-    assert torch.equal(got, gradients(x, g, (3, 3), settings).square().sum(0))
-
-
 # --- strides -------------------------------------------------------------------------------------
 
 

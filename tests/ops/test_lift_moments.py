@@ -153,20 +153,6 @@ def test_slopes(inputs, matches, slope):
     matches(inputs(200, 7, 20), slope=slope)
 
 
-def test_small_integers_are_exact(device, dtype):
-    """Catches a lost or doubled row, to the bit: all numbers are integers below 2^24."""
-    kind = {"dtype": dtype, "device": device}
-    z = (torch.arange(2003 * 5, device=device).reshape(2003, 5) * 37 % 7 - 3).to(dtype)
-    weight = (torch.arange(40, device=device).reshape(8, 5) % 3 - 1).to(dtype)
-    bias, pilot = torch.ones(8, **kind), torch.full((8,), 2.0, **kind)
-    sums, cross = zeros(16, 2, 13, device)
-    options = {"offsets": uneven(2003, 16, device), "slope": -1.0}
-    expected = definition(sums, cross, z, weight, bias, pilot, **options)
-    ops.lift_moments_(sums, cross, z, weight, bias, pilot, **options)
-    assert torch.equal(sums, expected[0])
-    assert torch.equal(cross, expected[1])
-
-
 # --- batches and growing -------------------------------------------------------------------------
 
 

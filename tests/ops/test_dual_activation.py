@@ -11,7 +11,6 @@ from support.pairwise import DTYPES, pairwise
 
 from fisherfast import _native, ops
 from fisherfast.ops import reference_dual
-from fisherfast.ops._dual_activation import KINDS
 
 # PyTorch's forward mode loads decompositions, once, through a function that it deprecates itself.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -63,16 +62,6 @@ def truth_of(x, kind, parameters=(), **options):
         for name, value in options.items()
     }
     return reference_dual.dual_activation(x.double(), kind, parameters, **vectors)
-
-
-def run_kernel(x, y, kind, parameters=(), size=None, slope=None):
-    """The kernel itself, from the memory of x to that of y."""
-    size = x[0].numel() if size is None else size
-    fields = {"x": x, "y": y, "scale": None, "shift": None, "slope": slope}
-    fields |= {"slice_stride": x.stride(0), "output_stride": y.stride(0), "tangents": len(x) - 1}
-    fields |= {"outer": 1, "channels": 1, "inner": size, "kind": list(KINDS).index(kind)}
-    fields |= dict(zip("abc", (*parameters, 0.0, 0.0, 0.0)[:3], strict=True))
-    _native.call("dual_activation", x, **fields)
 
 
 needs_kernel = pytest.mark.skipif(
@@ -369,7 +358,7 @@ def test_in_place(machine, dtype, normal, size):
     """y may be x: catches a number that is computed twice where two vectors overlap."""
     x = normal(3, size, dtype=dtype, device=machine)
     expected = ops.dual_activation(x, "gelu")
-    run_kernel(x, x, "gelu")
+    ops.dual_activation_(x, "gelu")
     assert torch.equal(x, expected)
 
 
@@ -386,7 +375,7 @@ def test_nothing_is_written_outside_the_result(machine, dtype, normal, size, off
     gap = 40
     memory = torch.full((3 * (size + gap) + offset,), 7.0, dtype=dtype, device=machine)
     slices = memory[offset:].view(3, size + gap)
-    run_kernel(x, slices, "elu", (1.0, 1.0, 1.0), size)
+    ops.dual_activation(x, "elu", 1.0, 1.0, 1.0, out=slices[:, :size])
     assert torch.equal(slices[:, :size], ops.dual_activation(x, "elu", 1.0, 1.0, 1.0))
     assert slices[:, size:].eq(7).all()
     assert memory[:offset].eq(7).all()

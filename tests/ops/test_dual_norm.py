@@ -183,13 +183,6 @@ def test_reference_is_group_norm(normal):
     torch.testing.assert_close(got.reshape(x.shape), truth)
 
 
-def test_reference_is_instance_norm(normal):
-    x, (weight, bias) = normal(3, 2, 6, 5, 4), affine(normal, 6)
-    truth = jvp_of(lambda u: F.instance_norm(u, weight=weight, bias=bias, eps=1e-3), x)
-    got = reference_dual.dual_norm(x.reshape(3, 12, 20), weight, bias, 1e-3, 6, 20)
-    torch.testing.assert_close(got.reshape(x.shape), truth)
-
-
 def test_reference_is_rms_norm(normal):
     x, weight = normal(3, 4, 12), normal(12)
     truth = jvp_of(lambda u: F.rms_norm(u, (12,), weight, 1e-3), x)

@@ -61,17 +61,6 @@ def test_any_finite_slope(inputs, dtype, slope):
     assert_matches(got, reference.lift(*doubles, slope), dtype)
 
 
-def test_batches_deal_samples_as_one_call_does(inputs, dtype):
-    projected, bias, pilot = inputs(1000, 5)
-    features, sums = ops.lift(projected, bias, pilot, num_groups=7)
-    parts = [
-        ops.lift(projected[i : i + 300], bias, pilot, num_groups=7, first=i)
-        for i in range(0, 1000, 300)
-    ]
-    assert torch.equal(torch.cat([part[0] for part in parts]), features)
-    torch.testing.assert_close(sum(part[1] for part in parts), sums, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize(("rows", "dim"), [(0, 3), (4, 0), (0, 0)])
 def test_empty_input(inputs, rows, dim):
     features, sums = ops.lift(*inputs(rows, dim), num_groups=2)

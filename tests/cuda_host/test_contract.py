@@ -1,10 +1,11 @@
-"""What every CUDA kernel keeps, run on the host: blocks that take turns, strides, empty input."""
+"""What every CUDA kernel keeps, run on the host: the reference's numbers, blocks that take turns,
+strides, empty input."""
 
 import pytest
 import torch
 from support.op_views import VIEWS, seen_through
 
-from fisherfast.ops.selfcheck import results_of
+from fisherfast.ops.selfcheck import largest_error, results_of
 
 ONES = [1, 1]
 
@@ -77,6 +78,69 @@ def test_any_strides(kernels, normal, dtype, op, view):
     plain = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in call)
     with kernels.serving():
         assert_equal(results_of(op, call), results_of(op, plain))
+
+
+# Measured: 3e-7 and 3e-15.
+TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
+CLOSER = {torch.float32: 2e-6, torch.float64: 1e-14}  # fisher_solve_backward; measured: 1.2e-7
+
+# The sizes around one tile, a warp or a part of the work, and several of them.
+CASES = {
+    "fisher_solve_backward": lambda n, **k: [
+        (n(b, P, P, **k), n(b, d, P, **k), 0.125)
+        for b, d, P in ((1, 1, 1), (3, 2, 1), (70, 5, 2), (5, 8, 16), (3, 33, 3), (2, 64, 1),
+                        (1, 130, 2))
+    ],
+    "moments": lambda n, **k: [
+        (n(rows, dim, **k), torch.arange(rows) * 7 % groups, groups, n(dim, **k))
+        for rows, dim in ((1, 1), (63, 4), (130, 17), (9001, 3), (70, 100))
+        for groups in (1, 5)
+    ],
+    "spatial_moments": lambda n, **k: [
+        (n(*shape, **k), pilot)
+        for shape in ((1, 1, 1, 1), (3, 17, 60, 50), (5, 3, 4, 7), (70, 17, 3, 3), (130, 2, 1, 65),
+                      (9, 40, 2, 2))
+        for pilot in (None, n(*shape[1:], **k))
+    ],
+    "patch_moments": lambda n, **k: [
+        (n(1, 1, 1, 1, **k), ONES, ONES, [0, 0], ONES, 1),
+        (n(2, 4, 5, 7, **k), [3, 2], [2, 1], [1, 3], [1, 2], 2),
+        (n(2, 9, 6, 5, **k), [3, 3], ONES, ONES, ONES, 1),
+        (n(3, 5, 4, 40, **k), [1, 3], [1, 2], [0, 1], ONES, 5),
+        (n(2, 1, 60, 50, **k), [2, 2], ONES, [0, 1], ONES, 1),  # more than 4096 patches
+    ],
+    "lift": lambda n, **k: [
+        (n(rows, dim, **k), n(dim, **k), n(dim, **k), 0.75, groups, first)
+        for rows, dim in ((1, 1), (100, 33), (601, 7), (3, 300))
+        for groups, first in ((1, 0), (16, 1_000_003))
+    ],
+    "gradient_gram": lambda n, **k: [
+        (n(i, T, D, **k), n(i, C, T, M, **k), *right)
+        for i, C, T, D, M in ((1, 1, 1, 1, 1), (3, 2, 5, 17, 9), (2, 1, 70, 20, 33),
+                              (2, 3, 17, 65, 5))
+        for right in ((None, None), (n(i + 1, T + 2, D, **k), n(i + 1, C + 1, T + 2, M, **k)))
+    ],
+    "gradient_squares": lambda n, **k: [
+        (n(1, 1, 1, 1, **k), n(1, 1, 1, 1, **k), ONES, ONES, [0, 0], ONES, 1),
+        (n(3, 3, 5, 6, **k), n(3, 5, 3, 4, **k), [3, 2], [2, 1], [1, 0], [1, 2], 1),
+        (n(2, 9, 4, 5, **k), n(2, 18, 4, 6, **k), [1, 2], ONES, [0, 1], ONES, 1),
+        (n(2, 8, 4, 3, **k), n(2, 70, 4, 3, **k), [3, 3], ONES, ONES, ONES, 1),
+        (n(4, 6, 5, 3, **k), n(4, 4, 5, 2, **k), [3, 1], [1, 2], [1, 0], ONES, 2),
+        (n(3, 5, 4, 4, **k), n(3, 5, 3, 3, **k), [2, 2], ONES, [0, 0], ONES, 5),
+        (n(2, 2, 9, 11, **k), n(2, 3, 10, 12, **k), [2, 2], ONES, ONES, ONES, 1),
+        (n(2, 2, 2, 3, **k), n(2, 3, 5, 4, **k), [2, 2], [2, 3], [4, 5], ONES, 1),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_matches_the_reference(kernels, normal, dtype, op):
+    """Catches a lost tail of a tile, a margin that is read, a split that is lost or summed twice,
+    and groups that are mixed."""
+    tolerance = CLOSER if op == "fisher_solve_backward" else TOLERANCE
+    for call in CASES[op](normal, dtype=dtype):
+        with kernels.serving():
+            assert largest_error(op, [call]) <= tolerance[dtype]
 
 
 EMPTY = {

@@ -1,4 +1,4 @@
-"""dual_activation against closed forms, its float64 reference, PyTorch's derivatives, bad input."""
+"""dual_activation against closed forms, its float64 reference, PyTorch's derivatives."""
 
 import math
 

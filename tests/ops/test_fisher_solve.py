@@ -1,4 +1,4 @@
-"""fisher_solve against its float64 reference, against closed forms, and on every bad input."""
+"""fisher_solve against its float64 reference, against closed forms."""
 
 import math
 

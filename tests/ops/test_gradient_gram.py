@@ -1,4 +1,4 @@
-"""gradient_gram against inner products of gradients in float64, exact integers, every bad input."""
+"""gradient_gram against inner products of gradients in float64."""
 
 import pytest
 import torch

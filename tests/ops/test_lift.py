@@ -1,4 +1,4 @@
-"""lift against its float64 reference, by hand, and on every bad input."""
+"""lift against its float64 reference, by hand."""
 
 import math
 

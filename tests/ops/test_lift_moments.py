@@ -1,4 +1,4 @@
-"""lift_moments_ against its definition in float64, bit for bit while it grows, on every bad input.
+"""lift_moments_ against its definition in float64, bit for bit while it grows.
 
 Features of row i: f = [z_i | leaky_relu(weight z_i + bias) - pilot]. Rows are sorted by fold in the
 order 0, 2, ..., 1, 3, ...; fold g belongs to half g % H.

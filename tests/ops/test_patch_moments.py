@@ -1,4 +1,4 @@
-"""patch_moments against patches cut out one by one, exact integers, and on every bad input."""
+"""patch_moments against patches cut out one by one."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""spatial_moments against its definition in float64, exact integers, and on every bad input."""
+"""spatial_moments against its definition in float64."""
 
 import resource
 import sys

@@ -13,22 +13,17 @@ tensors when the build has no CUDA kernels.
 """
 
 from fisherfast.ops._dual_activation import dual_activation, dual_activation_
-from fisherfast.ops._dual_norm import dual_norm
 from fisherfast.ops._dual_pool import dual_pool
-from fisherfast.ops._dual_softmax import dual_softmax
-from fisherfast.ops._fisher_solve import (
+from fisherfast.ops._dual_rows import dual_norm, dual_softmax
+from fisherfast.ops._gradients import gradient_gram, gradient_squares
+from fisherfast.ops._lift import lift, lift_moments_
+from fisherfast.ops._moments import moments, patch_moments, spatial_moments
+from fisherfast.ops._solve import (
     FisherSolve,
     fisher_solve,
     fisher_solve_backward,
     fisher_solve_details,
 )
-from fisherfast.ops._gradient_gram import gradient_gram
-from fisherfast.ops._gradient_squares import gradient_squares
-from fisherfast.ops._lift import lift
-from fisherfast.ops._lift_moments import lift_moments_
-from fisherfast.ops._moments import moments
-from fisherfast.ops._patch_moments import patch_moments
-from fisherfast.ops._spatial_moments import spatial_moments
 
 __all__ = [
     "FisherSolve",

@@ -12,9 +12,17 @@ from fisherfast import _native
 
 LIBRARY = torch.library.Library("fisherfast", "DEF")
 
+Op = tuple[Any, Callable[[], Any]]
+"""What an op returns once it has checked its arguments: the results, not yet filled, and `run`,
+which fills and returns them by the kernel, or by the reference where there is no kernel."""
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def with_unit_column_stride(x: Tensor) -> Tensor:
@@ -42,6 +50,13 @@ def check_real(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float32 or float64, got {dtype_name(tensor.dtype)}")
 
 
+def check_input(name: str, tensor: Tensor, symbol: str) -> None:
+    """Checks the dtype, and that there are as many dimensions as in a symbol such as "[n, d]"."""
+    check_real(name, tensor)
+    if tensor.dim() != symbol.count(",") + 1:
+        raise ValueError(f"{name} must have shape {symbol}, got {list(tensor.shape)}")
+
+
 def check_device(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
     if tensor.device != model.device:
         raise ValueError(
@@ -49,23 +64,54 @@ def check_device(name: str, tensor: Tensor, model_name: str, model: Tensor) -> N
         )
 
 
-def check_like(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
+def check_shape(name: str, tensor: Tensor, symbol: str, shape: list[int]) -> None:
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {symbol} = {shape}, got {list(tensor.shape)}")
+
+
+def check_like(
+    name: str,
+    tensor: Tensor | None,
+    model_name: str,
+    model: Tensor,
+    symbol: str = "",
+    shape: list[int] | None = None,
+) -> None:
+    """Checks dtype and device of a tensor that is given, and its shape where one is stated."""
+    if tensor is None:
+        return
     if tensor.dtype != model.dtype:
         raise TypeError(
             f"{name} must have the dtype of {model_name} ({dtype_name(model.dtype)}), "
             f"got {dtype_name(tensor.dtype)}"
         )
     check_device(name, tensor, model_name, model)
+    if shape is not None:
+        check_shape(name, tensor, symbol, shape)
 
 
-def check_shape(name: str, tensor: Tensor, symbol: str, shape: list[int]) -> None:
-    if list(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {symbol} = {shape}, got {list(tensor.shape)}")
+def check_index(
+    name: str, tensor: Tensor, model_name: str, model: Tensor, symbol: str, shape: list[int]
+) -> None:
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {dtype_name(tensor.dtype)}")
+    check_device(name, tensor, model_name, model)
+    check_shape(name, tensor, symbol, shape)
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_groups(groups: int, **channels: int) -> None:
+    """Checks that a number of groups divides the channels of each tensor."""
+    check_at_least("groups", groups, 1)
+    for name, count in channels.items():
+        if count % groups:
+            raise ValueError(
+                f"channels of {name} must be a multiple of groups = {groups}, got {count}"
+            )
 
 
 def check_window(
@@ -106,10 +152,12 @@ def window_counts(
     return counts
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines one op with its implementation for CPU and CUDA and its fake implementation."""
+def register(schema: str, op: Callable[..., Op]) -> None:
+    """Defines one op for CPU and CUDA, and its fake implementation, which stops before `run`."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, device)
-    torch.library.register_fake(f"fisherfast::{name}", fake, lib=LIBRARY)
+        LIBRARY.impl(name, lambda *arguments: op(*arguments)[1](), device)
+    torch.library.register_fake(
+        f"fisherfast::{name}", lambda *arguments: op(*arguments)[0], lib=LIBRARY
+    )

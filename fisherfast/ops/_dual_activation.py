@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference_dual
-from fisherfast.ops._common import check_like, check_no_grad, check_shape, register
-from fisherfast.ops._dual_common import check_buffer, check_vector, dense, empty_like, is_dense
+from fisherfast.ops._common import Op, check_like, check_no_grad, register
+from fisherfast.ops._dual_common import check_buffer, dense, empty_like
 
 KINDS = {
     "identity": (),
@@ -116,8 +116,10 @@ def dual_activation_(
     """
     check_no_grad("dual_activation_", x=x, scale=scale, shift=shift, slope=slope)
     _check_numbers(parameters)
-    op = torch.ops.fisherfast.dual_activation_.default
-    op(x, kind, list(parameters), scale, shift, slope, channel_dim)
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"x must not overlap itself, got strides {list(x.stride())}")
+    op = torch.ops.fisherfast.dual_activation_out.default
+    op(x, kind, list(parameters), scale, shift, slope, channel_dim, x)
 
 
 def _check_numbers(parameters: Sequence[float]) -> None:
@@ -137,28 +139,40 @@ class _How(NamedTuple):
     channel_dim: int
 
     @property
-    def vectors(self) -> dict[str, Tensor]:
-        """The vectors that are given, by name."""
-        named = {"scale": self.scale, "shift": self.shift, "slope": self.slope}
-        return {name: vector for name, vector in named.items() if vector is not None}
+    def vectors(self) -> dict[str, Tensor | None]:
+        return {"scale": self.scale, "shift": self.shift, "slope": self.slope}
 
 
-def _dual_activation(x: Tensor, *arguments: Any) -> Tensor:
-    _check(x, _How(*arguments))
-    if not _native.serves(x):
-        return empty_like(dense(x)).copy_(reference_dual.dual_activation(x, *arguments))
+def _dual_activation(x: Tensor, *arguments: Any) -> Op:
+    how = _How(*arguments)
+    _check(x, how)
     x = dense(x)
     y = empty_like(x)
-    _launch(x, y, _How(*arguments))
-    return y
+    return y, lambda: _fill(y, x, how)
 
 
-def _launch(x: Tensor, y: Tensor, how: _How) -> None:
-    """Run the kernel on a dense x; y has its layout, or is x itself."""
-    vectors = {name: vector.contiguous() for name, vector in how.vectors.items()}
+def _dual_activation_out(x: Tensor, *arguments: Any) -> Op:
+    *options, out = arguments
+    how = _How(*options)
+    _check(x, how)
+    check_like("out", out, "x", x, "[1 + P, ...]", list(x.shape))
+
+    def run() -> None:
+        _fill(out, x, how)
+
+    return None, run
+
+
+def _fill(out: Tensor, x: Tensor, how: _How) -> Tensor:
+    """Write the result to out, which may be x; by way of a buffer where their layouts differ."""
+    if not _native.serves(x):
+        return out.copy_(reference_dual.dual_activation(x, *how))
+    x = dense(x)
+    y = out if out.stride()[1:] == x.stride()[1:] else empty_like(x)
+    vectors = {n: None if v is None else v.contiguous() for n, v in how.vectors.items()}
     slice_size = x[0].numel()
     channels, inner = 1, max(slice_size, 1)
-    if vectors:
+    if any(vector is not None for vector in vectors.values()):
         channels = x.shape[how.channel_dim]
         inner = x.stride(how.channel_dim) if channels > 1 else inner
     a, b, c = (*how.parameters, 0.0, 0.0, 0.0)[:3]
@@ -167,7 +181,7 @@ def _launch(x: Tensor, y: Tensor, how: _How) -> None:
         x,
         x=x,
         y=y,
-        **{name: vectors.get(name) for name in ("scale", "shift", "slope")},
+        **vectors,
         slice_stride=x.stride(0),
         output_stride=y.stride(0),
         tangents=x.shape[0] - 1,
@@ -179,41 +193,7 @@ def _launch(x: Tensor, y: Tensor, how: _How) -> None:
         b=b,
         c=c,
     )
-
-
-def _dual_activation_(x: Tensor, *arguments: Any) -> None:
-    _check_in_place(x, *arguments)
-    if _native.serves(x) and is_dense(x):
-        _launch(x, x, _How(*arguments))
-    else:
-        x.copy_(_dual_activation(x, *arguments))
-
-
-def _dual_activation_out(x: Tensor, *arguments: Any) -> None:
-    _check_out(x, *arguments)
-    *how, out = arguments
-    if _native.serves(x) and is_dense(x) and x.stride()[1:] == out.stride()[1:]:
-        _launch(x, out, _How(*how))
-    else:
-        out.copy_(_dual_activation(x, *how))
-
-
-def _check_out(x: Tensor, *arguments: Any) -> None:
-    *how, out = arguments
-    _check(x, _How(*how))
-    check_like("out", out, "x", x)
-    check_shape("out", out, "[1 + P, ...]", list(x.shape))
-
-
-def _check_in_place(x: Tensor, *arguments: Any) -> None:
-    _check(x, _How(*arguments))
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"x must not overlap itself, got strides {list(x.stride())}")
-
-
-def _dual_activation_fake(x: Tensor, *arguments: Any) -> Tensor:
-    _check(x, _How(*arguments))
-    return empty_like(dense(x))
+    return out if y is out else out.copy_(y)
 
 
 def _check(x: Tensor, how: _How) -> None:
@@ -231,27 +211,21 @@ def _check(x: Tensor, how: _How) -> None:
         raise ValueError(f"parameters must be finite, got {list(parameters)}")
     if (how.slope is not None) != (kind == "prelu"):
         raise ValueError(f"slope must be given for prelu and for it alone, got kind {kind!r}")
-    if how.vectors and not 1 <= how.channel_dim < x.dim():
-        raise ValueError(f"channel_dim must lie in [1, {x.dim()}), got {how.channel_dim}")
     for name, vector in how.vectors.items():
-        check_vector(name, vector, x, "[C]", x.shape[how.channel_dim])
+        if vector is None:
+            continue
+        if not 1 <= how.channel_dim < x.dim():
+            raise ValueError(f"channel_dim must lie in [1, {x.dim()}), got {how.channel_dim}")
+        check_like(name, vector, "x", x, "[C]", [x.shape[how.channel_dim]])
 
 
 register(
     "dual_activation(Tensor x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
     " Tensor? slope, int channel_dim) -> Tensor",
     _dual_activation,
-    _dual_activation_fake,
-)
-register(
-    "dual_activation_(Tensor(a!) x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
-    " Tensor? slope, int channel_dim) -> ()",
-    _dual_activation_,
-    _check_in_place,
 )
 register(
     "dual_activation_out(Tensor x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
     " Tensor? slope, int channel_dim, Tensor(a!) out) -> ()",
     _dual_activation_out,
-    _check_out,
 )

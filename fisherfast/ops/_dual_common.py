@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherfast.ops._common import check_like, check_real, check_shape
+from fisherfast.ops._common import check_real
 
 
 def check_buffer(x: Tensor, least_dims: int, symbol: str) -> None:
@@ -13,13 +13,6 @@ def check_buffer(x: Tensor, least_dims: int, symbol: str) -> None:
     check_real("x", x)
     if x.dim() < least_dims or x.shape[0] < 1:
         raise ValueError(f"x must have shape {symbol}, got {list(x.shape)}")
-
-
-def check_vector(name: str, vector: Tensor | None, x: Tensor, symbol: str, size: int) -> None:
-    """Checks that a vector is [size] like x, or None."""
-    if vector is not None:
-        check_like(name, vector, "x", x)
-        check_shape(name, vector, symbol, [size])
 
 
 def dense(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference_dual
-from fisherfast.ops._common import check_no_grad, check_window, register, window_counts
+from fisherfast.ops._common import Op, check_no_grad, check_window, register, window_counts
 from fisherfast.ops._dual_common import check_buffer, with_contiguous_slices
 
 MAX_SPATIAL = 3
@@ -75,64 +75,50 @@ def _dual_pool(
     padding: Sequence[int],
     dilation: Sequence[int],
     ceil_mode: bool,
-) -> Tensor:
-    y = _dual_pool_fake(x, kernel, stride, padding, dilation, ceil_mode)
-    if y.numel() == 0:
-        return y  # max_pool2d refuses zero channels
-    if not _native.serves(x):
-        return y.copy_(reference_dual.dual_pool(x, kernel, stride, padding, dilation, ceil_mode))
-    last = _is_channels_last(x)
-    if not last:
-        x = with_contiguous_slices(x)
-    n, channels = x.shape[1:3]
-    missing = MAX_SPATIAL - len(kernel)
-    ones, zeros = [1] * missing, [0] * missing
-    _native.call(
-        "dual_pool",
-        x,
-        x=x,
-        y=y,
-        slice_stride=x.stride(0),
-        tangents=x.shape[0] - 1,
-        outer=n if last else n * channels,
-        inner=channels if last else 1,
-        **{"in": [*ones, *x.shape[3:]]},
-        out=[*ones, *y.shape[3:]],
-        kernel=[*ones, *kernel],
-        stride=[*ones, *stride],
-        padding=[*zeros, *padding],
-        dilation=[*ones, *dilation],
-    )
-    return y
-
-
-def _dual_pool_fake(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> Tensor:
+) -> Op:
     check_buffer(x, 4, "[1 + P, n, C, *spatial]")
-    spatial = x.dim() - 3
-    if not 1 <= spatial <= MAX_SPATIAL:
+    slices, n, channels, *size = x.shape
+    if len(size) > MAX_SPATIAL:
         raise ValueError(f"x must have one to three spatial dimensions, got {list(x.shape)}")
     window = (kernel, stride, padding, dilation)
-    check_window(spatial, *window)
-    if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
+    check_window(len(size), *window)
+    if any(2 * pad > length for pad, length in zip(padding, kernel, strict=True)):
         raise ValueError(
             f"padding must be at most half the kernel {list(kernel)}, got {list(padding)}"
         )
-    pooled = window_counts(x.shape[3:], *window, ceil_mode=ceil_mode)
-    for numbers in zip(x.shape[3:], pooled, stride, padding, dilation, strict=True):
+    pooled = window_counts(size, *window, ceil_mode=ceil_mode)
+    for numbers in zip(size, pooled, stride, padding, dilation, strict=True):
         _check_no_empty_window(*numbers)
-    shape = [*x.shape[:3], *pooled]
-    if not _is_channels_last(x):
-        return x.new_empty(shape)
-    places = range(3, x.dim())
-    y = x.new_empty([x.shape[0], x.shape[1], *pooled, x.shape[2]])
-    return y.permute(0, 1, x.dim() - 1, *(place - 1 for place in places))
+    last = _is_channels_last(x)
+    y = x.new_empty([slices, n, *pooled, channels] if last else [slices, n, channels, *pooled])
+    y = y.movedim(-1, 2) if last else y
+
+    def run() -> Tensor:
+        if y.numel() == 0:
+            return y  # max_pool2d refuses zero channels
+        if not _native.serves(x):
+            return y.copy_(reference_dual.dual_pool(x, *window, ceil_mode))
+        source = x if last else with_contiguous_slices(x)
+        ones, zeros = ([number] * (MAX_SPATIAL - len(size)) for number in (1, 0))
+        _native.call(
+            "dual_pool",
+            x,
+            x=source,
+            y=y,
+            slice_stride=source.stride(0),
+            tangents=slices - 1,
+            outer=n if last else n * channels,
+            inner=channels if last else 1,
+            **{"in": [*ones, *size]},
+            out=[*ones, *pooled],
+            kernel=[*ones, *kernel],
+            stride=[*ones, *stride],
+            padding=[*zeros, *padding],
+            dilation=[*ones, *dilation],
+        )
+        return y
+
+    return y, run
 
 
 def _check_no_empty_window(
@@ -159,5 +145,4 @@ register(
     "dual_pool(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
     " bool ceil_mode) -> Tensor",
     _dual_pool,
-    _dual_pool_fake,
 )

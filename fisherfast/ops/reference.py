@@ -186,15 +186,18 @@ def patch_moments(
     return by_group.sum(1), (cross + cross.mT) / 2  # equal but for rounding
 
 
-def gradient_gram(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+def gradient_gram(
+    a: Tensor, b: Tensor, other_a: Tensor | None = None, other_b: Tensor | None = None
+) -> Tensor:
     """Inner products <G_ic, G'_je> of gradients G_ic = sum_t b_ict a_it^T.
 
     See `fisherfast.ops.gradient_gram` for arguments and results. Here every sum is float64, and
     all G are in memory.
     """
+    others = (a, b) if other_a is None or other_b is None else (other_a, other_b)
     left, right = (
         (columns.double().mT @ rows.double().unsqueeze(1)).flatten(2)
-        for rows, columns in ((a, b), (other_a, other_b))
+        for rows, columns in ((a, b), others)
     )
     products = left.flatten(0, 1) @ right.flatten(0, 1).T
     return products.reshape(*left.shape[:2], *right.shape[:2])

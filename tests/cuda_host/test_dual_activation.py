@@ -127,19 +127,3 @@ def test_in_place(kernels, normal, dtype, tangents):
     expected, _ = dual_activation(kernels, x, "mish", **vectors)
     y, _ = dual_activation(kernels, x, "mish", in_place=True, **vectors)
     assert torch.equal(y, expected)
-
-
-@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
-def test_empty_input(kernels, dtype, shape):
-    """Catches a launch of no blocks, and a division by no channels."""
-    y, _ = dual_activation(kernels, torch.empty(3, *shape, dtype=dtype), "relu")
-    assert y.numel() == 0
-
-
-def test_blocks_take_turns(kernels, normal, dtype):
-    """Catches a stride of the grid that leaves numbers out or takes them twice."""
-    x = buffer(normal, dtype, (3, 11, 3, 101))
-    vectors = {"scale": normal(3, dtype=dtype), "shift": normal(3, dtype=dtype)}
-    expected, _ = dual_activation(kernels, x, "relu", **vectors)
-    y, _ = dual_activation(kernels, x, "relu", grid=(1, 1), **vectors)
-    assert torch.equal(y, expected)

@@ -116,17 +116,3 @@ def test_in_place(kernels, normal, dtype, width, tangents):
     x, weight = buffer(normal, dtype, (1 + tangents, 3, width)), normal(width, dtype=dtype)
     expected = dual_norm(kernels, x, weight)
     assert torch.equal(dual_norm(kernels, x, weight, in_place=1), expected)
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
-def test_empty_input(kernels, dtype, shape):
-    """Catches a launch of no blocks."""
-    assert dual_norm(kernels, torch.empty(3, *shape, dtype=dtype)).numel() == 0
-
-
-@pytest.mark.parametrize("width", [20, 600, 4500])
-def test_blocks_take_turns(kernels, normal, dtype, width):
-    """More rows than teams: catches a row that is left out or taken twice."""
-    x = buffer(normal, dtype, (2, 19, width))
-    expected = dual_norm(kernels, x)
-    assert torch.equal(dual_norm(kernels, x, grid=(1, 1)), expected)

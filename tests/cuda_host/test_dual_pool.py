@@ -78,17 +78,3 @@ def test_a_window_of_padding_alone(kernels, normal, dtype, monkeypatch):
     x = buffer(normal, dtype, (3, 1, 2, 4))
     y = dual_pool(kernels, x, ([4], [2], [1], [1], [5]))
     assert y.flatten().tolist() == [-math.inf] * 2 + [0.0] * 4
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
-def test_empty_input(kernels, dtype, shape):
-    """Catches a launch of no blocks."""
-    x = torch.empty(3, *shape, 8, 6, dtype=dtype)
-    assert dual_pool(kernels, x, POOLS["halves"]).numel() == 0
-
-
-def test_blocks_take_turns(kernels, normal, dtype):
-    """Catches a stride of the grid that leaves windows out or takes them twice."""
-    x = buffer(normal, dtype, (6, 7, 11, 9, 7))
-    expected = dual_pool(kernels, x, POOLS["resnet"])
-    assert torch.equal(dual_pool(kernels, x, POOLS["resnet"], grid=(1, 1)), expected)

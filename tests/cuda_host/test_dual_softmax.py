@@ -92,17 +92,3 @@ def test_in_place(kernels, normal, dtype, shape, tangents, log):
     x = buffer(normal, dtype, (1 + tangents, *shape))
     expected = dual_softmax(kernels, x, log)
     assert torch.equal(dual_softmax(kernels, x, log, in_place=1), expected)
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 2), (3, 0, 1), (3, 2, 0)])
-def test_empty_input(kernels, dtype, shape):
-    """Catches a launch of no blocks."""
-    assert dual_softmax(kernels, torch.empty(3, *shape, dtype=dtype), 0).numel() == 0
-
-
-@pytest.mark.parametrize("shape", [(19, 20, 1), (19, 600, 1), (5, 4500, 1), (9, 3, 100)])
-def test_blocks_take_turns(kernels, normal, dtype, shape):
-    """More rows than teams: catches a row that is left out or taken twice."""
-    x = buffer(normal, dtype, (2, *shape))
-    expected = dual_softmax(kernels, x, 0)
-    assert torch.equal(dual_softmax(kernels, x, 0, grid=(1, 1)), expected)

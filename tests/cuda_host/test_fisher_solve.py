@@ -158,3 +158,13 @@ def test_a_system_that_does_not_fit_is_an_error(kernels, systems, dtype):
     message = "the factor of one system must take at most 8192 bytes of shared memory"
     with pytest.raises(RuntimeError, match=message):
         fisher_solve(kernels, *systems(1, 64, 1, dtype), limit=8192)
+
+
+def test_a_failed_system_has_no_gradient(kernels, normal, dtype):
+    solution = normal(3, 4, 2, dtype=dtype)
+    solution[1] = math.nan
+    with kernels.serving():
+        gradients = ops.fisher_solve_backward(normal(3, 2, 2, dtype=dtype), solution)
+    for gradient in gradients:
+        assert gradient[1].isnan().all()
+        assert gradient[[0, 2]].isfinite().all()

@@ -12,11 +12,35 @@ DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
 
+MACHINES = ["baseline", "avx2", "avx512"]
+if torch.cuda.is_available():
+    MACHINES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that is there."""
     return torch.device(request.param)
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Every device, the CPU at each of its instruction sets."""
+    if request.param == "cuda":
+        yield torch.device("cuda")
+        return
+    module, cpu = _native.load(), torch.device("cpu")
+    if module is None:
+        if request.param != "baseline":
+            pytest.skip("FISHERFAST_DISABLE_NATIVE=1 is set: there is one way only")
+        yield cpu
+        return
+    info = _native.build_info()
+    if request.param not in info["simd_available"]:
+        pytest.skip(f"this machine has no {request.param}")
+    module.use_simd(request.param)
+    yield cpu
+    module.use_simd(info["simd"])
 
 
 @pytest.fixture(params=DTYPES, ids=["float32", "float64"])

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.dual_buffers import LAYOUTS, expanded, jvp_of
+from ops.dual_buffers import jvp_of
 from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
@@ -148,25 +148,11 @@ def test_ties_and_nan(normal, device, dtype, window, last):
 # --- layouts and contracts -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(normal, device, dtype, layout):
-    """Catches a stride that is assumed, and vector loads that need an aligned address."""
-    x = LAYOUTS[layout](normal(6, 4, 3, 5, 37, dtype=dtype, device=device))
-    before = x.clone()
-    window = ([3, 3], [2, 2], [1, 1], [1, 1])
-    assert assert_matches(x, *window).is_contiguous()
-    assert torch.equal(x, before)
-    assert_matches(expanded(x), *window)
-    assert_matches(
-        LAYOUTS[layout](normal(3, 4, 3, 9, dtype=dtype, device=device)), [2], [2], [0], [1]
-    )
-
-
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 def test_channels_last_stays_so(normal, device, dtype, spatial):
     """Slices with gaps too. Catches a copy in between, whose result would be contiguous."""
     x = channels_last(normal(6, 2, 5, *[6] * spatial, dtype=dtype, device=device))
-    for one in (x, x[::2], expanded(x)):
+    for one in (x, x[::2], x[:1].expand(x.shape)):
         got = assert_matches(one, *([number] * spatial for number in (2, 2, 0, 1)))
         assert got.movedim(2, -1).is_contiguous()
     if spatial > 1:
@@ -181,16 +167,6 @@ def test_empty(device, dtype, shape, last):
     assert got.dtype == dtype
 
 
-@pytest.mark.parametrize("shape", [(5, 16, 8, 32, 32), (3, 300, 20, 7, 9)], ids=str)
-def test_threads_change_no_bit(normal, dtype, with_threads, shape, last):
-    x = normal(*shape, dtype=dtype)
-    x = channels_last(x) if last else x
-    one = with_threads(1, lambda: ops.dual_pool(x, [3, 3], [2, 2], [1, 1]))
-    for threads in (2, 3):
-        got = with_threads(threads, lambda: ops.dual_pool(x, [3, 3], [2, 2], [1, 1]))
-        assert torch.equal(got, one)
-
-
 # --- the reference -------------------------------------------------------------------------------
 
 
@@ -200,78 +176,3 @@ def test_reference_is_max_pool(normal, window):
     x = normal(3, 2, 3, *size)
     truth = jvp_of(lambda u: POOLS[len(size)](u, *window), x)
     assert torch.equal(reference_dual.dual_pool(x, *window), truth)
-
-
-# --- wrong input ---------------------------------------------------------------------------------
-
-X = torch.ones(3, 2, 4, 6, 7)
-PAIR = "must hold 2 numbers of at least"
-WRONG = {
-    "half": ((X.half(), [2, 2]), TypeError, "x must be float32 or float64, got float16"),
-    "int": ((X.int(), [2, 2]), TypeError, "x must be float32 or float64, got int32"),
-    "array": ((X.numpy(), [2, 2]), TypeError, "x must be a torch.Tensor, got ndarray"),
-    "matrix": (
-        (X[0, 0, 0], [2]), ValueError, "x must have shape [1 + P, n, C, *spatial], got [6, 7]",
-    ),
-    "no primal": (
-        (X[:0], [2, 2]), ValueError,
-        "x must have shape [1 + P, n, C, *spatial], got [0, 2, 4, 6, 7]",
-    ),
-    "four dimensions": (
-        (X[..., None, None], [2] * 4), ValueError,
-        "x must have one to three spatial dimensions, got [3, 2, 4, 6, 7, 1, 1]",
-    ),
-    "kernel": ((X, [2]), ValueError, f"kernel {PAIR} 1, got [2]"),
-    "kernel zero": ((X, [2, 0]), ValueError, f"kernel {PAIR} 1, got [2, 0]"),
-    "no kernel": ((X, []), ValueError, f"kernel {PAIR} 1, got []"),
-    "stride": ((X, [2, 2], [0, 1]), ValueError, f"stride {PAIR} 1, got [0, 1]"),
-    "padding": ((X, [2, 2], None, [-1, 0]), ValueError, f"padding {PAIR} 0, got [-1, 0]"),
-    "dilation": (
-        (X, [2, 2], None, None, [1, 1, 1]), ValueError, f"dilation {PAIR} 1, got [1, 1, 1]",
-    ),
-    "wide padding": (
-        (X, [2, 3], None, [1, 2]), ValueError,
-        "padding must be at most half the kernel [2, 3], got [1, 2]",
-    ),
-    "no window": (
-        (X, [7, 2]), ValueError, "x must hold at least one window, got [6, 7] numbers",
-    ),
-    "empty window": (
-        (X[..., :1], [1, 2], None, [0, 1], [1, 2]), ValueError,
-        "dilation must be at most 1, the numbers of x along that dimension, where a window begins "
-        "in the padding, got 2",
-    ),
-    "grad": (
-        (X.clone().requires_grad_(), [2, 2]), RuntimeError,
-        "x must not require grad, got requires_grad=True: dual_pool has no backward; "
-        "pass x.detach() or call it under torch.no_grad()",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case):
-    arguments, error, message = WRONG[case]
-    with pytest.raises(error) as caught:
-        ops.dual_pool(*arguments)
-    assert str(caught.value) == message
-
-
-# --- torch.library -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(3, 2, 4, 6), (1, 1, 1, 3, 4), (2, 2, 3, 4, 4, 4)], ids=str)
-def test_opcheck(normal, device, dtype, shape, last):
-    x = normal(*shape, dtype=dtype, device=device)
-    numbers = ([number] * (len(shape) - 3) for number in (3, 2, 1, 1))
-    arguments = (channels_last(x) if last else x, *numbers, False)
-    torch.library.opcheck(torch.ops.fisherfast.dual_pool.default, arguments)
-
-
-def test_compiles(normal, last):
-    x = normal(3, 2, 4, 6, 7)
-    x = channels_last(x) if last else x
-    compiled = torch.compile(ops.dual_pool, backend="aot_eager", fullgraph=True)
-    assert torch.equal(
-        compiled(x, [3, 2], ceil_mode=True), ops.dual_pool(x, [3, 2], ceil_mode=True)
-    )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.dual_buffers import LAYOUTS, expanded, jvp_of, largest_error, skip_without_kernel
+from ops.dual_buffers import jvp_of, largest_error, skip_without_kernel
 
 from fisherfast import _native, ops
 from fisherfast.ops import reference_dual
@@ -68,17 +68,6 @@ def test_every_number_of_tangents(normal, device, dtype, tangents, dim, log):
 @pytest.mark.parametrize("dim", [1, 2, 3, -1, -2, -3])
 def test_every_dimension(normal, device, dtype, dim, log):
     assert_matches(normal(3, 4, 5, 6, dtype=dtype, device=device), dim, log)
-
-
-@pytest.mark.parametrize("dim", [1, -1])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(normal, device, dtype, layout, dim, log):
-    """Catches a stride that is assumed, and vector loads that need an aligned address."""
-    x = LAYOUTS[layout](normal(6, 18, 21, dtype=dtype, device=device))
-    before = x.clone()
-    assert_matches(x, dim, log)
-    assert torch.equal(x, before)
-    assert_matches(expanded(x), dim, log)
 
 
 # --- accuracy and infinities ---------------------------------------------------------------------
@@ -160,17 +149,6 @@ def test_empty_and_single(device, dtype, shape):
     assert got[1:].eq(0).all()
 
 
-@pytest.mark.parametrize("shape", [(5, 700, 300), (3, 7, 100_000), (17, 90, 30, 70)], ids=str)
-@pytest.mark.parametrize("dim", [-1, -2])
-def test_threads_change_no_bit(normal, dtype, with_threads, shape, dim, log):
-    skip_without_kernel("cpu", "its sums are those of torch")
-    x = normal(*shape, dtype=dtype)
-    one = with_threads(1, lambda: ops.dual_softmax(x, dim, log=log))
-    for threads in (2, 3):
-        got = with_threads(threads, lambda: ops.dual_softmax(x, dim, log=log))
-        assert torch.equal(got, one)
-
-
 @pytest.mark.parametrize("inner", [1, 5, 40])
 @pytest.mark.parametrize("tangents", [0, 1, 5])
 def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents, inner, log):
@@ -192,54 +170,3 @@ def test_reference_is_softmax(normal, dim, log):
     x = normal(3, 4, 5, 6)
     truth = jvp_of(lambda u: function(u, dim - (dim > 0)), x)
     torch.testing.assert_close(reference_dual.dual_softmax(x, dim, log), truth)
-
-
-# --- wrong input ---------------------------------------------------------------------------------
-
-X = torch.ones(3, 4, 6)
-WRONG = {
-    "half": ((X.half(),), TypeError, "x must be float32 or float64, got float16"),
-    "int": ((X.int(),), TypeError, "x must be float32 or float64, got int32"),
-    "array": ((X.numpy(),), TypeError, "x must be a torch.Tensor, got ndarray"),
-    "vector": ((X[0, 0],), ValueError, "x must have shape [1 + P, ...], got [6]"),
-    "no primal": ((X[:0],), ValueError, "x must have shape [1 + P, ...], got [0, 4, 6]"),
-    "first": (
-        (X, 0), ValueError, "dim must be a dimension of x but the first, 1 to 2, got 0",
-    ),
-    "first from behind": (
-        (X, -3), ValueError, "dim must be a dimension of x but the first, 1 to 2, got -3",
-    ),
-    "beyond": (
-        (X, 3), ValueError, "dim must be a dimension of x but the first, 1 to 2, got 3",
-    ),
-    "grad": (
-        (X.clone().requires_grad_(),), RuntimeError,
-        "x must not require grad, got requires_grad=True: dual_softmax has no backward; "
-        "pass x.detach() or call it under torch.no_grad()",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case):
-    arguments, error, message = WRONG[case]
-    with pytest.raises(error) as caught:
-        ops.dual_softmax(*arguments)
-    assert str(caught.value) == message
-
-
-# --- torch.library -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "apart", "transposed"])
-@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 1), (2, 0, 3)], ids=str)
-@pytest.mark.parametrize("dim", [1, -1])
-def test_opcheck(normal, device, dtype, shape, layout, dim, log):
-    x = LAYOUTS[layout](normal(*shape, dtype=dtype, device=device))
-    torch.library.opcheck(torch.ops.fisherfast.dual_softmax.default, (x, dim, log))
-
-
-def test_compiles(normal, log):
-    x = normal(3, 4, 24)
-    compiled = torch.compile(ops.dual_softmax, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x, 1, log=log), ops.dual_softmax(x, 1, log=log))

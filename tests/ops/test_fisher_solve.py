@@ -1,4 +1,4 @@
-"""fisher_solve against its float64 reference, against closed forms, and on every bad input."""
+"""fisher_solve against its float64 reference, against closed forms."""
 
 import math
 
@@ -89,32 +89,12 @@ def test_matches_the_reference(systems, device, dtype, route, batch, dim, params
     assert largest_error(got, cov, deriv, ridge) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("batch", [1, 40])
-@pytest.mark.parametrize("dim", [191, 192, 193, 260])
-def test_matches_where_the_ways_of_the_cpu_meet(systems, device, dtype, batch, dim):
-    """One system a lane up to d = 192, blocks above it and for few systems."""
-    cov, deriv = systems((batch,), dim, 2, dtype=dtype, device=device)
-    got = ops.fisher_solve_details(cov, deriv, ridge=1e-3)
-    fisher, half, *_ = reference.fisher_solve(cov.double(), deriv.double(), 1e-3)
-    assert got.info.eq(0).all()
-    assert relative_error(got.fisher, fisher, 2) < TOLERANCE[dtype]
-    assert relative_error(got.half, half, 2) < TOLERANCE[dtype]
-
-
 def test_fisher_solve_is_the_first_three_details(systems, device, dtype):
     cov, deriv = systems((3,), 6, 2, dtype=dtype, device=device)
     details = ops.fisher_solve_details(cov, deriv, ridge=0.1)
     for got, expected in zip(ops.fisher_solve(cov, deriv, ridge=0.1), details[:3], strict=True):
         assert torch.equal(got, expected)
     assert details.inverse_rows.shape == (0,)
-
-
-def test_asking_for_inverse_rows_changes_little(systems, device, dtype):
-    cov, deriv = systems((3,), 21, 2, dtype=dtype, device=device)
-    with_rows = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
-    without = ops.fisher_solve_details(cov, deriv)
-    torch.testing.assert_close(with_rows.fisher, without.fisher)
-    torch.testing.assert_close(with_rows.condition, without.condition)
 
 
 def test_only_the_lower_triangle_is_read(systems, device, dtype, route):
@@ -124,28 +104,6 @@ def test_only_the_lower_triangle_is_read(systems, device, dtype, route):
     got = ops.fisher_solve_details(cov.masked_fill(upper, math.nan), deriv, inverse_rows=True)
     for left, right in zip(got, expected, strict=True):
         assert torch.equal(left, right)
-
-
-def test_strided_input(systems, device, dtype, route):
-    cov, deriv = systems((6,), 5, 3, dtype=dtype, device=device)
-    expected = ops.fisher_solve(cov[::2], deriv[::2].contiguous())
-    wide = torch.zeros(6, 10, 15, dtype=dtype, device=device)
-    wide[:, ::2, ::3] = cov
-    column_major = deriv.mT.contiguous().mT
-    for got, right in zip(
-        ops.fisher_solve(wide[::2, ::2, ::3], column_major[::2]), expected, strict=True
-    ):
-        assert got.is_contiguous()
-        assert torch.equal(got, right)
-
-
-def test_expanded_input(systems, device, dtype, route):
-    cov, _ = systems((), 5, 1, dtype=dtype, device=device)
-    _, deriv = systems((2, 3), 5, 1, dtype=dtype, device=device)
-    fisher, _, _ = ops.fisher_solve(cov.expand(2, 3, 5, 5), deriv)
-    for i in range(2):
-        for j in range(3):
-            torch.testing.assert_close(fisher[i, j], ops.fisher_solve(cov, deriv[i, j])[0])
 
 
 # --- properties ----------------------------------------------------------------------------------
@@ -170,11 +128,6 @@ def test_units_of_powers_of_two_change_no_bit(systems, device, dtype, route):
         assert torch.equal(left, right)
 
 
-def test_units_of_theta(systems, device, dtype, route):
-    cov, deriv = systems((3,), 7, 2, dtype=dtype, device=device)
-    assert torch.equal(ops.fisher_solve(cov, 4 * deriv)[0], 16 * ops.fisher_solve(cov, deriv)[0])
-
-
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.99, 1 - 2.0**-13])
 def test_equal_correlations_have_a_closed_form(device, dtype, route, correlation):
     """C = (1 - r) I + r 1 1^T: J = d / (1 + (d - 1) r) along 1, and 2 / (1 - r) along e_1 - e_2.
@@ -193,19 +146,6 @@ def test_equal_correlations_have_a_closed_form(device, dtype, route, correlation
     assert info.item() == 0
     assert fisher[0, 0].item() == pytest.approx(dim / (1 + (dim - 1) * r), rel=dim * eps)
     assert fisher[1, 1].item() == pytest.approx(2 / (1 - r), rel=dim * eps / (1 - r))
-
-
-@pytest.mark.parametrize("inverse_rows", [False, True])
-def test_threads_change_no_bit(systems, dtype, with_threads, inverse_rows):
-    cov, deriv = systems((301,), 24, 2, dtype=dtype)
-
-    def solve():
-        return ops.fisher_solve_details(cov, deriv, ridge=1e-4, inverse_rows=inverse_rows)
-
-    one = with_threads(1, solve)
-    for threads in (2, 3):
-        for left, right in zip(with_threads(threads, solve), one, strict=True):
-            assert torch.equal(left, right)
 
 
 @pytest.mark.parametrize("failed_pivot", [0, 1, 301, 600])
@@ -229,37 +169,20 @@ def test_threads_share_a_large_system(systems, dtype, with_threads, failed_pivot
 # --- empty input ---------------------------------------------------------------------------------
 
 
-def test_no_features(device, dtype, route):
+@pytest.mark.parametrize(
+    ("batch", "dim", "params"), [((3,), 0, 2), ((3,), 4, 0), ((0,), 4, 2), ((2, 0), 4, 2)]
+)
+def test_empty_input(device, dtype, route, batch, dim, params):
     kind = {"dtype": dtype, "device": device}
+    cov, deriv = torch.eye(dim, **kind).expand(*batch, dim, dim), torch.ones(dim, params, **kind)
     got = ops.fisher_solve_details(
-        torch.empty(3, 0, 0, **kind), torch.empty(3, 0, 2, **kind), inverse_rows=True
+        cov, deriv.expand(*batch, dim, params), inverse_rows=True, solution=True
     )
-    assert torch.equal(got.fisher, torch.zeros(3, 2, 2, **kind))
-    assert got.half.shape == (3, 0, 2)
-    assert got.info.tolist() == [0, 0, 0]
-    assert got.condition.tolist() == [1, 1, 1]
-    assert got.inverse_rows.shape == (3, 0)
-
-
-def test_no_parameters(systems, device, dtype, route):
-    cov, deriv = systems((3,), 4, 0, dtype=dtype, device=device)
-    got = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
-    assert got.fisher.shape == (3, 0, 0)
-    assert got.half.shape == (3, 4, 0)
-    assert got.info.tolist() == [0, 0, 0]
-    assert got.inverse_rows.isfinite().all()
-
-
-@pytest.mark.parametrize("batch", [(0,), (2, 0)])
-def test_no_systems(systems, device, dtype, route, batch):
-    kind = {"dtype": dtype, "device": device}
-    got = ops.fisher_solve_details(
-        torch.empty(*batch, 4, 4, **kind), torch.empty(*batch, 4, 2, **kind), inverse_rows=True
-    )
-    assert got.fisher.shape == (*batch, 2, 2)
-    assert got.half.shape == (*batch, 4, 2)
-    assert got.info.shape == got.condition.shape == batch
-    assert got.inverse_rows.shape == (*batch, 4)
+    assert torch.equal(got.fisher, torch.full((*batch, params, params), float(dim), **kind))
+    assert got.half.shape == got.solution.shape == (*batch, dim, params)
+    assert torch.equal(got.info, torch.zeros(batch, dtype=torch.int32, device=device))
+    assert torch.equal(got.condition, torch.ones(batch, **kind))
+    assert torch.equal(got.inverse_rows, torch.ones(*batch, dim, **kind))
 
 
 # --- failures, one system at a time --------------------------------------------------------------
@@ -315,71 +238,3 @@ def test_a_failed_derivative_is_no_failure_of_the_system(systems, device, dtype,
     assert half[0, 0].isfinite().all()
     assert fisher[0, 0, 0].isnan()
     assert fisher[1].isfinite().all()
-
-
-# --- wrong input ---------------------------------------------------------------------------------
-
-COV, DERIV = torch.eye(3), torch.ones(3, 2)
-WRONG = {
-    "half": (COV.half(), DERIV, {}, TypeError, "cov must be float32 or float64, got float16"),
-    "int": (COV.long(), DERIV, {}, TypeError, "cov must be float32 or float64, got int64"),
-    "complex": (
-        COV.cfloat(), DERIV, {}, TypeError, "cov must be float32 or float64, got complex64",
-    ),
-    "mixed": (
-        COV, DERIV.double(), {}, TypeError,
-        "deriv must have the dtype of cov (float32), got float64",
-    ),
-    "vector": (COV[0], DERIV, {}, ValueError, "cov must have shape [..., d, d], got [3]"),
-    "oblong": (COV[:2], DERIV, {}, ValueError, "cov must have shape [..., d, d], got [2, 3]"),
-    "deriv dims": (
-        COV, DERIV[:, 0], {}, ValueError,
-        "deriv must have shape [..., d, P] with [..., d] = [3], got [3]",
-    ),
-    "deriv rows": (
-        COV[None], DERIV[None, :2], {}, ValueError,
-        "deriv must have shape [..., d, P] with [..., d] = [1, 3], got [1, 2, 2]",
-    ),
-    "ridge": (
-        COV, DERIV, {"ridge": -0.1}, ValueError, "ridge must be finite and at least 0, got -0.1",
-    ),
-    "NaN ridge": (
-        COV, DERIV, {"ridge": math.nan}, ValueError, "ridge must be finite and at least 0, got nan",
-    ),
-    "array": (
-        COV.numpy(), DERIV, {}, TypeError, "cov must be a torch.Tensor, got ndarray",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case):
-    cov, deriv, options, error, message = WRONG[case]
-    with pytest.raises(error) as caught:
-        ops.fisher_solve(cov, deriv, **options)
-    assert str(caught.value) == message
-
-
-def test_no_grad_is_enough(systems):
-    cov, deriv = systems((), 3, 1)
-    with torch.no_grad():
-        fisher, _, _ = ops.fisher_solve(cov.requires_grad_(), deriv)
-    assert not fisher.requires_grad
-
-
-# --- torch.library -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("inverse_rows", [False, True])
-@pytest.mark.parametrize(("batch", "dim", "params"), [((), 3, 1), ((2, 3), 5, 2), ((0,), 4, 1)])
-def test_opcheck(systems, device, dtype, route, batch, dim, params, inverse_rows):
-    cov, deriv = systems(batch, dim, params, dtype=dtype, device=device)
-    op = torch.ops.fisherfast.fisher_solve.default
-    torch.library.opcheck(op, (cov, deriv, 1e-4, inverse_rows, True))
-
-
-def test_compiles(systems):
-    cov, deriv = systems((4,), 3, 2)
-    compiled = torch.compile(ops.fisher_solve, backend="aot_eager", fullgraph=True)
-    for left, right in zip(compiled(cov, deriv), ops.fisher_solve(cov, deriv), strict=True):
-        assert torch.equal(left, right)

@@ -103,9 +103,9 @@ def test_every_size(systems, device, dtype, dim):
     assert_matches(*systems((17,), dim, 2, dtype=dtype, device=device))
 
 
-@pairwise(count=COUNTS, dim=[1, 5, 8, 16, 33], dtype=DTYPES)
+@pairwise(count=COUNTS, dim=[1, 5, 8, 16, 33, 192, 193], dtype=DTYPES)
 def test_every_number_of_systems(systems, device, dtype, dim, count):
-    """Catches a last group of systems that is not full."""
+    """Catches a last group of systems that is not full, also where lanes give way to blocks."""
     assert_matches(*systems((count,), dim, 3, dtype=dtype, device=device))
 
 
@@ -135,16 +135,6 @@ def test_a_permuted_batch_gives_permuted_bits(
     expected = ops.fisher_solve_details(cov, deriv, **options)
     for left, right in zip(got, expected, strict=True):
         assert torch.equal(left, right[order] if right.numel() else right)
-
-
-def test_equal_systems_have_equal_bits(systems, device, dtype):
-    """The same system in every lane, and in the tail."""
-    cov, deriv = systems((), 21, 2, dtype=dtype, device=device)
-    details = ops.fisher_solve_details(
-        cov.expand(37, 21, 21), deriv.expand(37, 21, 2), ridge=1e-3, inverse_rows=True
-    )
-    for result in details[:5]:
-        assert torch.equal(result, result[:1].expand_as(result))
 
 
 FAILURES = {
@@ -199,11 +189,3 @@ def test_many_failures_at_once(normal, device, dtype):
     good = got.info == 0
     for left, right in zip(got[:5], expected[:5], strict=True):
         assert torch.equal(left[good], right[good])
-
-
-def test_all_systems_fail(device, dtype):
-    cov = torch.zeros(19, 6, 6, dtype=dtype, device=device)
-    fisher, half, info = ops.fisher_solve(cov, torch.ones(19, 6, 1, dtype=dtype, device=device))
-    assert info.tolist() == [1] * 19
-    assert fisher.isnan().all()
-    assert half.isnan().all()

@@ -1,14 +1,11 @@
-"""gradient_squares against its definition in float64, exact integers, and on every bad input."""
-
-import itertools
+"""gradient_squares against its definition in float64."""
 
 import numpy as np
 import pytest
 import torch
 from support.closeness import assert_close
-from support.pairwise import DTYPES, pairwise
 
-from fisherfast import _native, ops
+from fisherfast import ops
 from fisherfast.ops import reference
 
 # Relative to the sum over samples of (sum_t |g x|)^2, entry by entry. Measured: 5e-7 and 9e-16.
@@ -99,136 +96,16 @@ def test_matches_the_definition(normal, device, dtype, route, case):
     assert_matches(ops.gradient_squares(x, g, kernel, **settings), x, g, kernel, settings)
 
 
-@pytest.mark.parametrize("outputs", [*range(1, 20), 31, 32, 33, 64, 65, 127, 128, 129])
-def test_every_number_of_outputs(normal, device, dtype, outputs):
-    """Catches a panel of rows that is cut off, or read twice."""
-    x = normal(3, 2, 3, 5, dtype=dtype, device=device)
-    g = normal(3, outputs, 3, 5, dtype=dtype, device=device)
-    assert_matches(ops.gradient_squares(x, g), x, g, (1, 1), ONE)
-
-
-@pytest.mark.parametrize("inputs", [*range(1, 20), 31, 32, 33, 255, 256, 257])
-def test_every_number_of_inputs(normal, device, dtype, inputs):
-    """Catches a block of columns that is cut off, and writing past the last."""
-    x = normal(3, inputs, 3, 5, dtype=dtype, device=device)
-    g = normal(3, 3, 3, 5, dtype=dtype, device=device)
-    assert_matches(ops.gradient_squares(x, g), x, g, (1, 1), ONE)
-
-
-@pytest.mark.parametrize("positions", [*range(1, 20), 31, 32, 33, 255, 256, 257, 513])
-def test_every_number_of_positions(normal, device, dtype, positions):
-    """Catches a block of positions that is left out, and a transposition over its end."""
-    x, g = (normal(2, 17, 1, positions, dtype=dtype, device=device) for _ in range(2))
-    assert_matches(ops.gradient_squares(x, g), x, g, (1, 1), ONE)
-
-
-def test_a_linear_layer_with_positions(normal, device, dtype):
-    """x [n, T, D], g [n, T, M] as strided views."""
-    x, g = normal(6, 10, 5, dtype=dtype, device=device), normal(6, 10, 7, dtype=dtype)
-    g = g.to(device)
-    got = ops.gradient_squares(x.mT[..., None], g.mT[..., None])[..., 0, 0]
-    truth = (g.double().mT @ x.double()).square().sum(0)
-    torch.testing.assert_close(got, truth, rtol=0, atol=TOLERANCE[dtype] * truth.max().item())
-
-
-def test_a_transposed_convolution(normal, device, dtype):
-    """The case with x and g exchanged."""
-    weight = torch.zeros(3, 4, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
-    x = normal(5, 3, 4, 5, dtype=dtype, device=device)
-    y = torch.nn.functional.conv_transpose2d(x.double(), weight, stride=2, padding=1)
-    g = normal(*y.shape, dtype=dtype, device=device)
-    rows = [
-        torch.autograd.grad(y[i], weight, g[i].double(), retain_graph=True)[0] for i in range(5)
-    ]
-    truth = torch.stack(rows).square().sum(0)
-    got = ops.gradient_squares(g, x, (3, 2), stride=(2, 2), padding=(1, 1))
-    torch.testing.assert_close(got, truth, rtol=0, atol=TOLERANCE[dtype] * truth.max().item())
-
-
-def test_small_integers_are_exact(device, dtype, route):
-    """Every product and partial sum is an integer below 2^24: a lost or doubled term fails."""
-    x = (torch.arange(131 * 54, device=device).reshape(131, 2, 3, 9) * 37 % 5 - 2).to(dtype)
-    g = (torch.arange(131 * 81, device=device).reshape(131, 3, 3, 9) * 29 % 5 - 2).to(dtype)
-    settings = ONE | {"padding": (1, 1)}
-    got = ops.gradient_squares(x, g, (3, 3), **settings)
-    assert torch.equal(got, gradients(x, g, (3, 3), settings).square().sum(0))
-
-
-def test_batches_add_up(normal, device, dtype):
-    x, g, kernel, settings = drawn(normal, "many samples", dtype=dtype, device=device)
-    parts = [
-        ops.gradient_squares(x[i : i + 60], g[i : i + 60], kernel, **settings)
-        for i in range(0, len(x), 60)
-    ]
-    assert_matches(sum(parts), x, g, kernel, settings)
-
-
-def test_a_unit_is_squared(normal, dtype):
-    """Powers of two change no bit but the exponent: covariant under a change of unit."""
-    x, g, kernel, settings = drawn(normal, "everything", dtype=dtype)
-    got = ops.gradient_squares(4 * x, g / 2, kernel, **settings)
-    assert torch.equal(got, 4 * ops.gradient_squares(x, g, kernel, **settings))
+@pytest.mark.parametrize("count", [*range(1, 20), 31, 32, 33, 64, 65, 127, 128, 129, 256, 257, 513])
+def test_every_size_around_a_panel(normal, device, dtype, count):
+    """Catches outputs, inputs or positions that are cut off, read twice or past the last."""
+    for outputs, inputs, positions in ((count, 2, 15), (3, count, 15), (17, 17, count)):
+        x = normal(3, inputs, 1, positions, dtype=dtype, device=device)
+        g = normal(3, outputs, 1, positions, dtype=dtype, device=device)
+        assert_matches(ops.gradient_squares(x, g), x, g, (1, 1), ONE)
 
 
 # --- strides -------------------------------------------------------------------------------------
-
-VIEWS = {
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "rows": lambda x: x.repeat_interleave(2, 0)[::2],
-    "channels": lambda x: x.repeat_interleave(3, 1)[:, ::3],
-    "columns": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "crop": lambda x: torch.nn.functional.pad(x, (2, 1, 1, 3))[:, :, 1:-3, 2:-1],
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "samples last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "channels last, cut": lambda x: torch.cat([x, x], 1).contiguous(
-        memory_format=torch.channels_last
-    )[:, : x.shape[1]],
-}
-
-
-@pairwise(
-    view=list(VIEWS),
-    case=["3 x 3", "everything", "1 x 1", "many rows and columns"],
-    which=["x", "g", "both"],
-    dtype=DTYPES,
-)
-def test_strided_input(normal, device, dtype, case, view, which):
-    """The same bits: the sums go over positions in the same order. Catches a stride that is
-    assumed, and those of x for those of g."""
-    x, g, kernel, settings = drawn(normal, case, dtype=dtype, device=device)
-    expected = ops.gradient_squares(x, g, kernel, **settings)
-    strided_x = VIEWS[view](x) if which != "g" else x
-    strided_g = VIEWS[view](g) if which != "x" else g
-    got = ops.gradient_squares(strided_x, strided_g, kernel, **settings)
-    assert torch.equal(got, expected)
-    assert torch.equal(strided_x, x)
-    assert torch.equal(strided_g, g)
-
-
-@pytest.mark.parametrize("expanded", list(itertools.product(range(4), range(2))), ids=str)
-def test_expanded_input(normal, device, dtype, expanded):
-    """Strides of zero, in every dimension of x and of g."""
-    dim, of = expanded
-    x, g, kernel, settings = drawn(normal, "3 x 3", dtype=dtype, device=device)
-    pair = [x, g]
-    pair[of] = pair[of].narrow(dim, 0, 1).expand_as(pair[of])
-    assert_matches(ops.gradient_squares(*pair, kernel, **settings), *pair, kernel, settings)
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("offset", [1, 3])
-def test_unaligned_input(normal, device, dtype, offset, last):
-    """Catches vector loads without an alignment test."""
-    x, g, kernel, settings = drawn(normal, "many rows and columns", dtype=dtype, device=device)
-    expected = ops.gradient_squares(x, g, kernel, **settings)
-    moved = []
-    for part in (x, g):
-        order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
-        back = (0, 3, 1, 2) if last else (0, 1, 2, 3)
-        rows = part.permute(order)
-        storage = torch.empty(part.numel() + offset, dtype=dtype, device=device)
-        moved.append(storage[offset:].view(rows.shape).copy_(rows).permute(back))
-    assert torch.equal(ops.gradient_squares(*moved, kernel, **settings), expected)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["n", "C", "H", "W"])
@@ -284,29 +161,6 @@ def test_a_nan_reaches_its_channels_alone(normal, device, dtype, last):
     assert got.isnan().flatten(1).any(1).tolist() == [False, False, False, True]
 
 
-@pytest.mark.parametrize("case", ["3 x 3", "many rows and columns", "depthwise", "many samples"])
-def test_threads_change_no_bit(normal, dtype, with_threads, case):
-    x, g, kernel, settings = drawn(normal, case, dtype=dtype)
-    x, g = (part.repeat_interleave(8, 0) for part in (x, g))  # work for three threads
-    one = with_threads(1, lambda: ops.gradient_squares(x, g, kernel, **settings))
-    for threads in (2, 3):
-        got = with_threads(threads, lambda: ops.gradient_squares(x, g, kernel, **settings))
-        assert torch.equal(got, one)
-
-
-def test_reduced_matmul_precision_does_not_reach_it(normal, device):
-    """Catches bfloat16 products, whose error would be about 1e-3."""
-    kind = {"dtype": torch.float32, "device": device}
-    x, g, kernel, settings = drawn(normal, "many rows and columns", **kind)
-    former = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        got = ops.gradient_squares(x, g, kernel, **settings)
-    finally:
-        torch.set_float32_matmul_precision(former)
-    assert_matches(got, x, g, kernel, settings)
-
-
 def test_the_reference_takes_samples_in_parts(normal, monkeypatch):
     """One sample at a time gives the same sum. Catches a part that is lost."""
     x, g, kernel, settings = drawn(normal, "groups")
@@ -315,103 +169,3 @@ def test_the_reference_takes_samples_in_parts(normal, monkeypatch):
     monkeypatch.setattr(reference, "GRADIENT_NUMBERS", 1)
     parts = reference.gradient_squares(x, g, kernel, *settings.values())
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=0)
-
-
-@pytest.mark.skipif(_native.load() is None, reason="without kernels every route is plain torch")
-def test_the_kernel_is_used(normal):
-    """A float32 kernel and the float64 reference differ in some bit."""
-    x, g, kernel, settings = drawn(normal, "3 x 3", dtype=torch.float32)
-    truth = gradients(x, g, kernel, settings).square().sum(0)
-    assert not torch.equal(ops.gradient_squares(x, g, kernel, **settings), truth)
-
-
-# --- wrong input ---------------------------------------------------------------------------------
-
-X, G = torch.ones(4, 6, 5, 7), torch.ones(4, 9, 5, 7)
-GRAD = "gradient_squares has no backward; pass {0}.detach() or call it under torch.no_grad()"
-WRONG = {
-    "half": ((X.half(), G), {}, TypeError, "x must be float32 or float64, got float16"),
-    "array": ((X.numpy(), G), {}, TypeError, "x must be a torch.Tensor, got ndarray"),
-    "g array": ((X, G.numpy()), {}, TypeError, "g must be a torch.Tensor, got ndarray"),
-    "line": ((X[0], G), {}, ValueError, "x must have shape [n, C, H, W], got [6, 5, 7]"),
-    "g line": ((X, G[0]), {}, ValueError, "g must have shape [n, M, Ho, Wo], got [9, 5, 7]"),
-    "g dtype": (
-        (X, G.double()), {}, TypeError, "g must have the dtype of x (float32), got float64",
-    ),
-    "g samples": (
-        (X, G[:3]), {}, ValueError,
-        "g must have shape [n, M, Ho, Wo] = [4, 9, 5, 7], got [3, 9, 5, 7]",
-    ),
-    "g size": (
-        (X, G), {"padding": (1, 0)}, ValueError,
-        "g must have shape [n, M, Ho, Wo] = [4, 9, 7, 7], got [4, 9, 5, 7]",
-    ),
-    "kernel numbers": (
-        (X, G, (3,)), {}, ValueError, "kernel must hold 2 numbers of at least 1, got [3]",
-    ),
-    "kernel": (
-        (X, G, (0, 1)), {}, ValueError, "kernel must hold 2 numbers of at least 1, got [0, 1]",
-    ),
-    "stride": (
-        (X, G), {"stride": (1, 0)}, ValueError,
-        "stride must hold 2 numbers of at least 1, got [1, 0]",
-    ),
-    "padding": (
-        (X, G), {"padding": (-1, 0)}, ValueError,
-        "padding must hold 2 numbers of at least 0, got [-1, 0]",
-    ),
-    "dilation": (
-        (X, G), {"dilation": (1, 1, 1)}, ValueError,
-        "dilation must hold 2 numbers of at least 1, got [1, 1, 1]",
-    ),
-    "no window": (
-        (X, G, (6, 1)), {}, ValueError,
-        "x must hold at least one window, got [5, 7] numbers",
-    ),
-    "no groups": ((X, G), {"groups": 0}, ValueError, "groups must be at least 1, got 0"),
-    "groups of x": (
-        (X, G), {"groups": 9}, ValueError,
-        "channels of x must be a multiple of groups = 9, got 6",
-    ),
-    "groups of g": (
-        (X, G), {"groups": 2}, ValueError,
-        "channels of g must be a multiple of groups = 2, got 9",
-    ),
-    "grad": (
-        (X.clone().requires_grad_(), G), {}, RuntimeError,
-        "x must not require grad, got requires_grad=True: " + GRAD.format("x"),
-    ),
-    "g grad": (
-        (X, G.clone().requires_grad_()), {}, RuntimeError,
-        "g must not require grad, got requires_grad=True: " + GRAD.format("g"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case):
-    arguments, options, error, message = WRONG[case]
-    with pytest.raises(error) as caught:
-        ops.gradient_squares(*arguments, **options)
-    assert str(caught.value) == message
-
-
-# --- torch.library -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", ["one", "everything", "depthwise"])
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_opcheck(normal, device, dtype, case, last):
-    x, g, kernel, settings = drawn(normal, case, dtype=dtype, device=device)
-    if last:
-        x, g = (part.contiguous(memory_format=torch.channels_last) for part in (x, g))
-    numbers = [list(settings[name]) for name in ("stride", "padding", "dilation")]
-    arguments = (x, g, list(kernel), *numbers, settings["groups"])
-    torch.library.opcheck(torch.ops.fisherfast.gradient_squares.default, arguments)
-
-
-def test_compiles(normal):
-    x, g, kernel, settings = drawn(normal, "everything")
-    compiled = torch.compile(ops.gradient_squares, backend="aot_eager", fullgraph=True)
-    expected = ops.gradient_squares(x, g, kernel, **settings)
-    assert torch.equal(compiled(x, g, kernel, **settings), expected)

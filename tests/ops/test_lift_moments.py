@@ -1,15 +1,15 @@
-"""lift_moments_ against its definition in float64, bit for bit while it grows, on every bad input.
+"""lift_moments_ against its definition in float64, bit for bit while it grows.
 
 Features of row i: f = [z_i | leaky_relu(weight z_i + bias) - pilot]. Rows are sorted by fold in the
 order 0, 2, ..., 1, 3, ...; fold g belongs to half g % H.
 """
 
 import math
-import re
 
 import pytest
 import torch
 from support.closeness import assert_close
+from support.pairwise import pairwise
 
 from fisherfast import ops
 
@@ -80,14 +80,23 @@ def accumulators(normal, device):
     return draw
 
 
+@pytest.fixture
+def matches(accumulators, dtype):
+    """Adds moments to accumulators, compares with the definition, and returns both pairs."""
+
+    def check(arguments, folds=4, halves=2, **options):
+        before = accumulators(folds, halves, arguments[0].shape[1] + len(arguments[1]))
+        got = tuple(t.clone() for t in before)
+        assert ops.lift_moments_(*got, *arguments, **options) is None
+        assert_matches(got, definition(*before, *arguments, **options), dtype)
+        return before, got
+
+    return check
+
+
 def zeros(folds, halves, size, device):
     kind = {"dtype": torch.float64, "device": device}
     return torch.zeros(folds, size, **kind), torch.zeros(halves, size, size, **kind)
-
-
-def lower(cross):
-    """The valid part."""
-    return cross.tril()
 
 
 # --- against the definition ----------------------------------------------------------------------
@@ -111,116 +120,40 @@ def test_by_hand(device, dtype):
 
 @pytest.mark.parametrize(("folds", "halves"), [(1, 1), (2, 2), (16, 2), (16, 1), (3, 2), (1, 2)])
 @pytest.mark.parametrize("rows", [1, 2, 1000, 3001])
-def test_folds_and_halves(inputs, accumulators, device, dtype, rows, folds, halves):
+def test_folds_and_halves(inputs, matches, device, rows, folds, halves):
     """Catches segments in the order of the folds, empty ones that shift the others, rows of the
     other half in a tile, and a lost tail of rows."""
-    arguments = inputs(rows, 10, 21)
-    before = accumulators(folds, halves, 31)
-    got = tuple(t.clone() for t in before)
-    offsets = uneven(rows, folds, device)
-    ops.lift_moments_(*got, *arguments, offsets=offsets)
-    assert_matches(got, definition(*before, *arguments, offsets=offsets), dtype)
+    matches(inputs(rows, 10, 21), folds, halves, offsets=uneven(rows, folds, device))
 
 
 @pytest.mark.parametrize("fold", [0, 1, 2, 3])
-def test_all_rows_in_one_fold(inputs, accumulators, device, dtype, fold):
-    """Catches a half that is assumed to have rows; without offsets all rows are of fold 0."""
-    arguments = inputs(700, 3, 9)
-    before = accumulators(4, 2, 12)
-    got = tuple(t.clone() for t in before)
+def test_all_rows_in_one_fold(inputs, matches, device, fold):
+    """Catches a half that is assumed to have rows."""
     end = 1 + [0, 2, 1, 3].index(fold)
-    offsets = torch.tensor([0] * end + [700] * (5 - end), device=device)
-    ops.lift_moments_(*got, *arguments, offsets=offsets)
-    truth = definition(*before, *arguments, offsets=offsets)
-    assert_matches(got, truth, dtype)
-    if fold == 0:
-        plain = tuple(t.clone() for t in before)
-        ops.lift_moments_(*plain, *arguments)
-        assert torch.equal(plain[0], got[0])
-        assert torch.equal(plain[1], got[1])
+    matches(inputs(700, 3, 9), offsets=torch.tensor([0] * end + [700] * (5 - end), device=device))
 
 
-@pytest.mark.parametrize("lifted", [0, 1, 63, 200])
-@pytest.mark.parametrize("dim", [1, 10, 33, 130])
-def test_sizes(inputs, accumulators, device, dtype, dim, lifted):
+@pairwise(dim=[1, 10, 33, 130], lifted=[0, 1, 63, 200])
+def test_sizes(inputs, matches, device, dim, lifted):
     """Catches the edges of tiles, in the product, in the triangle and between raw and lifted."""
-    arguments = inputs(517, dim, lifted)
-    before = accumulators(16, 2, dim + lifted)
-    got = tuple(t.clone() for t in before)
-    offsets = uneven(517, 16, device)
-    ops.lift_moments_(*got, *arguments, offsets=offsets)
-    assert_matches(got, definition(*before, *arguments, offsets=offsets), dtype)
+    matches(inputs(517, dim, lifted), 16, offsets=uneven(517, 16, device))
 
 
 @pytest.mark.parametrize("size", [*range(1, 35), 47, 48, 49, 64, 65])
-def test_every_small_size(inputs, accumulators, device, dtype, size):
+def test_every_small_size(inputs, matches, device, size):
     """All K from 1 on, split into raw and lifted features in turn."""
     dim = 1 + size * 7 % size if size > 1 else 1
-    arguments = inputs(37, dim, size - dim)
-    before = accumulators(4, 2, size)
-    got = tuple(t.clone() for t in before)
-    offsets = uneven(37, 4, device)
-    ops.lift_moments_(*got, *arguments, offsets=offsets)
-    assert_matches(got, definition(*before, *arguments, offsets=offsets), dtype)
+    matches(inputs(37, dim, size - dim), offsets=uneven(37, 4, device))
 
 
 @pytest.mark.parametrize("slope", [0.7, -1.0, 1.0, 0.0, 3.0])
-def test_slopes(inputs, accumulators, dtype, slope):
-    """Catches max(x, slope x), which is wrong for slopes above 1."""
-    arguments = inputs(200, 7, 20)
-    before = accumulators(4, 2, 27)
-    got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, *arguments, slope=slope)
-    assert_matches(got, definition(*before, *arguments, slope=slope), dtype)
-
-
-def test_it_is_lift_and_moments(inputs, device, dtype):
-    """The two ops that it joins, on the features that they hold in memory."""
-    z, weight, bias, pilot = inputs(300, 9, 14)
-    sums, cross = zeros(4, 2, 23, device)
-    offsets = torch.tensor([0, 75, 150, 225, 300], device=device)
-    ops.lift_moments_(sums, cross, z, weight, bias, pilot, offsets=offsets)
-    in_turn = torch.cat([torch.arange(g, 300, 4) for g in (0, 2, 1, 3)]).argsort().to(device)
-    z = z[in_turn]  # row i of fold i mod 4
-    lifted, lifted_sums = ops.lift(z @ weight.T, bias, pilot, num_groups=4)
-    whole = torch.cat([z, lifted], 1)
-    group = torch.arange(300, device=device) % 2
-    _, _, products = ops.moments(whole, group, 2)
-    assert_matches((lower(cross),), (lower(products),), dtype)
-    assert_matches((sums[:, 9:],), (lifted_sums,), dtype)
-
-
-def test_small_integers_are_exact(device, dtype):
-    """Catches a lost or doubled row, to the bit: all numbers are integers below 2^24."""
-    kind = {"dtype": dtype, "device": device}
-    z = (torch.arange(2003 * 5, device=device).reshape(2003, 5) * 37 % 7 - 3).to(dtype)
-    weight = (torch.arange(40, device=device).reshape(8, 5) % 3 - 1).to(dtype)
-    bias, pilot = torch.ones(8, **kind), torch.full((8,), 2.0, **kind)
-    sums, cross = zeros(16, 2, 13, device)
-    options = {"offsets": uneven(2003, 16, device), "slope": -1.0}
-    expected = definition(sums, cross, z, weight, bias, pilot, **options)
-    ops.lift_moments_(sums, cross, z, weight, bias, pilot, **options)
-    assert torch.equal(sums, expected[0])
-    assert torch.equal(cross, expected[1])
+def test_slopes(inputs, matches, slope):
+    """Catches max(x, slope x), which is wrong for slopes above 1. Without offsets all rows are of
+    fold 0."""
+    matches(inputs(200, 7, 20), slope=slope)
 
 
 # --- batches and growing -------------------------------------------------------------------------
-
-
-def test_batches_equal_one_call(inputs, device, dtype):
-    """Batches that hold each a part of the rows of every fold."""
-    z, *dictionary = inputs(1000, 10, 30)
-    whole, parts = zeros(16, 2, 40, device), zeros(16, 2, 40, device)
-    offsets = uneven(1000, 16, device)
-    ops.lift_moments_(*whole, z, *dictionary, offsets=offsets)
-    fold, batch = folds_of(offsets), torch.arange(1000, device=device) % 3
-    order = [*range(0, 16, 2), *range(1, 16, 2)]
-    for number in range(3):
-        rows = (batch == number).nonzero()[:, 0]
-        counts = torch.bincount(fold[rows], minlength=16)[order]
-        begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        ops.lift_moments_(*parts, z[rows], *dictionary, offsets=begins)
-    assert_matches(parts, whole, dtype)
 
 
 @pytest.mark.parametrize(
@@ -252,91 +185,25 @@ def test_growing_gives_the_same_bits(inputs, device, rows, dim, lifted, steps):
         run(sums, cross, k, start)
         start = dim + k
     assert torch.equal(sums, whole_sums)
-    assert torch.equal(lower(cross), lower(whole_cross))
+    assert torch.equal(cross.tril(), whole_cross.tril())
 
 
 @pytest.mark.parametrize("start", [0, 5, 10, 13, 26, 39, 40])
-def test_only_rows_from_start_on_are_touched(inputs, accumulators, device, dtype, start):
+def test_only_rows_from_start_on_are_touched(inputs, matches, device, start):
     """Catches old features that are counted twice, and writes above the diagonal."""
-    arguments = inputs(100, 10, 30)
-    before = accumulators(4, 2, 40)
-    before[1].masked_fill_(torch.ones_like(before[1], dtype=torch.bool).triu(1), math.nan)
-    got = tuple(t.clone() for t in before)
     options = {"offsets": uneven(100, 4, device), "start": start}
-    ops.lift_moments_(*got, *arguments, **options)
-    truth = definition(*before, *arguments, **options)
-    assert_matches((got[0], lower(got[1])), (truth[0], lower(truth[1])), dtype)
-    assert torch.equal(got[0][:, :start], before[0][:, :start])
-    assert torch.equal(lower(got[1])[:, :start], lower(before[1])[:, :start])
-    upper = torch.ones(40, 40, dtype=torch.bool, device=got[1].device).triu(1)
-    assert got[1][:, upper].isnan().all()
-    assert not got[1][:, ~upper].isnan().any()
-
-
-def test_one_new_column_after_the_others(inputs, device, dtype):
-    """start = K - 1 gives the last row alone, as the whole pass does."""
-    arguments = inputs(333, 6, 11)
-    whole, last = zeros(4, 2, 17, device), zeros(4, 2, 17, device)
-    offsets = uneven(333, 4, device)
-    ops.lift_moments_(*whole, *arguments, offsets=offsets)
-    ops.lift_moments_(*last, *arguments, offsets=offsets, start=16)
-    assert torch.equal(last[0][:, 16], whole[0][:, 16])
-    assert torch.equal(last[1][:, 16], whole[1][:, 16])
-    assert last[0][:, :16].eq(0).all()
-    assert last[1][:, :16].eq(0).all()
+    (sums, cross), got = matches(inputs(100, 10, 30), **options)
+    assert torch.equal(got[0][:, :start], sums[:, :start])
+    assert torch.equal(got[1][:, :start], cross[:, :start])
+    assert torch.equal(got[1].triu(1), cross.triu(1))
 
 
 # --- properties ----------------------------------------------------------------------------------
 
 
-def test_no_rows(inputs, accumulators):
-    before = accumulators(4, 2, 8)
-    got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, *inputs(0, 3, 5))
-    assert torch.equal(got[0], before[0])
-    assert torch.equal(got[1], before[1])
-
-
-@pytest.mark.parametrize("view", ["rows", "columns", "transposed", "expanded", "unaligned"])
-def test_strided_input(inputs, accumulators, normal, dtype, device, view):
-    """Catches strides that are assumed: of z, of the weights, of the vectors."""
-    base = normal(60, 60, dtype=dtype, device=device)
-    z = {
-        "rows": base[::3],
-        "columns": base[:, 5:25],
-        "transposed": base.T[:, :9],
-        "expanded": base[:1].expand(33, 60)[:, :8],
-        "unaligned": base.flatten()[1 : 1 + 50 * 11].view(50, 11),
-    }[view]
-    dim = z.shape[1]
-    weight = normal(dim, 2 * 17, dtype=dtype, device=device)[:, ::2].T / dim**0.5
-    bias, pilot = base[:17, 3], base[::2, 7][:17]
-    before = accumulators(4, 2, dim + 17)
-    got = tuple(t.clone() for t in before)
-    ops.lift_moments_(*got, z, weight, bias, pilot)
-    assert_matches(got, definition(*before, z, weight, bias, pilot), dtype)
-
-
-def test_strided_accumulators_are_filled_or_refused(inputs, normal, dtype, device):
-    """Catches a copy that takes the sums, and leaves the user's tensor as it was."""
-    arguments = inputs(40, 3, 5)
-    wide_sums, wide_cross = normal(4, 16, device=device), normal(2, 16, 16, device=device)
-    sums, cross = wide_sums[:, ::2], wide_cross[:, 1:9, 4:12]
-    truth = definition(sums, cross, *arguments)
-    try:
-        ops.lift_moments_(sums, cross, *arguments)
-    except ValueError as error:
-        assert re.match(r"(sums|cross) must be contiguous, got", str(error))  # noqa: PT017
-    else:
-        assert_matches((sums, lower(cross)), (truth[0], lower(truth[1])), dtype)
-
-
-def test_inputs_are_not_changed(inputs, accumulators):
-    arguments = inputs(40, 3, 5)
-    before = [t.clone() for t in arguments]
-    ops.lift_moments_(*accumulators(4, 2, 8), *arguments)
-    for left, right in zip(arguments, before, strict=True):
-        assert torch.equal(left, right)
+def test_no_rows(inputs, matches):
+    for before, got in zip(*matches(inputs(0, 3, 5)), strict=True):
+        assert torch.equal(got, before)
 
 
 @pytest.mark.parametrize("rows", [100, 2000])
@@ -350,201 +217,10 @@ def test_a_nan_reaches_its_fold_and_its_half_only(inputs, device, rows):
     ops.lift_moments_(*got, z, *dictionary, offsets=offsets)
     sums, cross = got
     assert torch.equal(sums[[0, 1, 2]], clean[0][[0, 1, 2]])
-    assert torch.equal(lower(cross[0]), lower(clean[1][0]))
+    assert torch.equal(cross[0].tril(), clean[1][0].tril())
     assert sums[3].isnan().tolist() == [False, False, True, False, False] + [True] * 8
     others = [0, 1, 3, 4]
     assert cross[1][others][:, others].tril().isfinite().all()
     assert cross[1][2, :3].isnan().all()
     valid = torch.ones(8, 13, dtype=torch.bool, device=device).tril(5)
     assert cross[1][5:][valid].isnan().all()
-
-
-def test_threads_change_no_bit(normal, dtype, with_threads):
-    weight = normal(70, 11, dtype=dtype)
-    z, bias, pilot = (normal(*shape, dtype=dtype) for shape in ((5001, 11), (70,), (70,)))
-
-    def run():
-        sums, cross = zeros(16, 2, 81, "cpu")
-        ops.lift_moments_(sums, cross, z, weight, bias, pilot, offsets=uneven(5001, 16))
-        options = {"offsets": uneven(40, 16), "start": 30}
-        ops.lift_moments_(sums, cross, z[:40], weight, bias, pilot, **options)
-        return sums, cross
-
-    one = with_threads(1, run)
-    for threads in (2, 3):
-        for left, right in zip(with_threads(threads, run), one, strict=True):
-            assert torch.equal(left, right)
-
-
-def test_reduced_matmul_precision_does_not_reach_it(normal, device):
-    """Catches bfloat16 products, whose error would be about 1e-3."""
-    kind = {"dtype": torch.float32, "device": device}
-    z, weight = normal(500, 60, **kind), normal(120, 60, **kind) / 8
-    arguments = (z, weight, normal(120, **kind), normal(120, **kind))
-    got = zeros(4, 2, 180, device)
-    truth = definition(*got, *arguments)
-    former = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        ops.lift_moments_(*got, *arguments)
-    finally:
-        torch.set_float32_matmul_precision(former)
-    assert_matches(got, truth, torch.float32)
-
-
-# --- wrong input ---------------------------------------------------------------------------------
-
-GOOD = {
-    "sums": torch.zeros(4, 7, dtype=torch.float64),
-    "cross": torch.zeros(2, 7, 7, dtype=torch.float64),
-    "z": torch.ones(5, 3),
-    "weight": torch.ones(4, 3),
-    "bias": torch.ones(4),
-    "pilot": torch.ones(4),
-    "offsets": torch.tensor([0, 2, 2, 4, 5]),
-}
-GRAD = (
-    "{} must not require grad, got requires_grad=True: lift_moments_ has no backward; "
-    "pass {}.detach() or call it under torch.no_grad()"
-)
-# What is changed, the error, and its message as a regular expression.
-WRONG = {
-    "half": ({"z": GOOD["z"].half()}, TypeError, "z must be float32 or float64, got float16"),
-    "int": ({"z": GOOD["z"].int()}, TypeError, "z must be float32 or float64, got int32"),
-    "array": ({"z": GOOD["z"].numpy()}, TypeError, r"z must be a torch\.Tensor, got ndarray"),
-    "z dims": ({"z": torch.ones(3)}, ValueError, r"z must have shape \[n, d\].*, got \[3\]"),
-    "weight dtype": (
-        {"weight": GOOD["weight"].double()}, TypeError,
-        r"weight must have the dtype of z \(float32\), got float64",
-    ),
-    "bias dtype": (
-        {"bias": GOOD["bias"].double()}, TypeError,
-        r"bias must have the dtype of z \(float32\), got float64",
-    ),
-    "pilot dtype": (
-        {"pilot": GOOD["pilot"].double()}, TypeError,
-        r"pilot must have the dtype of z \(float32\), got float64",
-    ),
-    "weight shape": (
-        {"weight": torch.ones(4, 2)}, ValueError,
-        r"weight must have shape \[k, d\].*, got \[4, 2\]",
-    ),
-    "weight dims": (
-        {"weight": torch.ones(4)}, ValueError, r"weight must have shape \[k, d\].*, got \[4\]",
-    ),
-    "bias shape": (
-        {"bias": torch.ones(3)}, ValueError, r"bias must have shape \[k\] = \[4\], got \[3\]",
-    ),
-    "pilot shape": (
-        {"pilot": torch.ones(1, 4)}, ValueError,
-        r"pilot must have shape \[k\] = \[4\], got \[1, 4\]",
-    ),
-    "sums dtype": ({"sums": torch.zeros(4, 7)}, TypeError, "sums must be float64, got float32"),
-    "cross dtype": (
-        {"cross": torch.zeros(2, 7, 7)}, TypeError, "cross must be float64, got float32",
-    ),
-    "sums shape": (
-        {"sums": GOOD["sums"][:, :6]}, ValueError, r"sums must have shape \[F, K\].*, got \[4, 6\]",
-    ),
-    "sums dims": (
-        {"sums": GOOD["sums"][0]}, ValueError, r"sums must have shape \[F, K\].*, got \[7\]",
-    ),
-    "no folds": ({"sums": GOOD["sums"][:0]}, ValueError, r"sums must .*, got .*"),
-    "cross shape": (
-        {"cross": GOOD["cross"][:, :6]}, ValueError,
-        r"cross must have shape \[H, K, K\].*, got \[2, 6, 7\]",
-    ),
-    "cross dims": (
-        {"cross": GOOD["cross"][0]}, ValueError,
-        r"cross must have shape \[H, K, K\].*, got \[7, 7\]",
-    ),
-    "three halves": (
-        {"cross": GOOD["cross"][[0, 1, 0]]}, ValueError, r"cross must .*, got .*3.*",
-    ),
-    "no half": ({"cross": GOOD["cross"][:0]}, ValueError, r"cross must .*, got .*0.*"),
-    "slope": ({"slope": math.inf}, ValueError, "slope must be finite, got inf"),
-    "offsets dtype": (
-        {"offsets": GOOD["offsets"].int()}, TypeError, "offsets must be int64, got int32",
-    ),
-    "offsets shape": (
-        {"offsets": torch.tensor([0, 5])}, ValueError,
-        r"offsets must have shape \[F \+ 1\] = \[5\], got \[2\]",
-    ),
-    "offsets begin": (
-        {"offsets": torch.tensor([1, 2, 2, 4, 5])}, ValueError,
-        r"offsets must rise from 0 to n = 5, got \[1, 2, 2, 4, 5\]",
-    ),
-    "offsets end": (
-        {"offsets": torch.tensor([0, 2, 2, 4, 6])}, ValueError,
-        r"offsets must rise from 0 to n = 5, got \[0, 2, 2, 4, 6\]",
-    ),
-    "offsets fall": (
-        {"offsets": torch.tensor([0, 2, 1, 4, 5])}, ValueError,
-        r"offsets must rise from 0 to n = 5, got \[0, 2, 1, 4, 5\]",
-    ),
-    "start below": ({"start": -1}, ValueError, r"start must .*, got -1"),
-    "start above": ({"start": 8}, ValueError, r"start must .*, got 8"),
-} | {
-    f"{name} grad": (
-        {name: GOOD[name].clone().requires_grad_()}, RuntimeError,
-        re.escape(GRAD.format(name, name)),
-    )
-    for name in GOOD
-    if name != "offsets"
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case):
-    """The message names the argument; sums and cross stay as they were."""
-    changed, error, message = WRONG[case]
-    arguments = {name: tensor.clone() for name, tensor in GOOD.items()} | changed
-    before = {name: arguments[name].detach().clone() for name in ("sums", "cross")}
-    with pytest.raises(error) as caught:
-        ops.lift_moments_(**arguments)
-    assert re.fullmatch(message, str(caught.value)), str(caught.value)
-    for name, tensor in before.items():
-        assert torch.equal(arguments[name], tensor)
-
-
-def test_accumulators_that_overlap_are_refused():
-    """Catches two halves added into the same memory."""
-    arguments = GOOD | {"cross": GOOD["cross"][:1].clone().expand(2, 7, 7)}
-    with pytest.raises((ValueError, RuntimeError)):
-        ops.lift_moments_(**arguments)
-
-
-def test_no_grad_is_enough():
-    arguments = {name: tensor.clone() for name, tensor in GOOD.items()}
-    arguments["weight"].requires_grad_()
-    with torch.no_grad():
-        ops.lift_moments_(**arguments)
-    assert arguments["sums"].sum() != 0
-    assert not arguments["sums"].requires_grad
-
-
-# --- torch.library -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rows", "dim", "lifted", "start"), [(9, 3, 5, 0), (9, 3, 5, 4), (0, 2, 0, 2)]
-)
-def test_opcheck(inputs, accumulators, rows, dim, lifted, start):
-    op = torch.ops.fisherfast.lift_moments_.default
-    arguments = (*accumulators(4, 2, dim + lifted), *inputs(rows, dim, lifted))
-    offsets = uneven(rows, 4, arguments[0].device)
-    torch.library.opcheck(op, (*arguments, offsets), {"slope": 0.7, "start": start})
-
-
-def test_compiles(normal):
-    arguments = (normal(20, 3), normal(5, 3), normal(5), normal(5))
-
-    def run(z, weight, bias, pilot):
-        sums, cross = zeros(4, 2, 8, "cpu")
-        offsets = torch.tensor([0, 4, 9, 15, 20])
-        ops.lift_moments_(sums, cross, z, weight, bias, pilot, offsets=offsets)
-        return sums, cross
-
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    for left, right in zip(compiled(*arguments), run(*arguments), strict=True):
-        assert torch.equal(left, right)

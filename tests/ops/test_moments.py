@@ -1,4 +1,4 @@
-"""moments against its float64 reference, exact integers, and on every bad input."""
+"""moments against its float64 reference."""
 
 import pytest
 import torch
@@ -43,49 +43,12 @@ def test_matches_for_many_columns(normal, device, dtype, groups):
     assert_matches(got, reference.moments(x, group, groups, pilot), dtype)
 
 
-def test_small_integers_are_exact(device, dtype, route):
-    """Every product and partial sum is an integer below 2^24: a lost or doubled row fails."""
-    rows, dim, groups = 4099, 6, 5
-    x = (torch.arange(rows * dim, device=device).reshape(rows, dim) * 37 % 11 - 5).to(dtype)
-    group = torch.arange(rows, device=device).square() % groups
-    got = ops.moments(x, group, groups, pilot=torch.full_like(x[0], 2.0))
-    truth = reference.moments(x, group, groups, torch.full_like(x[0], 2.0))
-    for left, right in zip(got, truth, strict=True):
-        assert torch.equal(left, right)
-
-
 def test_a_pilot_near_the_mean_avoids_cancellation(normal, device, route):
     """Mean 1000, spread 1, float32: the variance about the pilot is right to 1e-5."""
     x = 1000 + normal(5000, 3, dtype=torch.float32, device=device)
     count, sums, cross = ops.moments(x, pilot=x.mean(0))
     covariance = (cross - sums[:, :, None] * sums[:, None, :] / count) / (count - 1)
     torch.testing.assert_close(covariance[0], x.double().T.cov(), rtol=1e-5, atol=1e-6)
-
-
-def test_batches_add_up(normal, device, dtype, route):
-    x = normal(1000, 4, dtype=dtype, device=device)
-    group = torch.arange(1000, device=device) % 3
-    whole = ops.moments(x, group, 3)
-    parts = [ops.moments(x[i : i + 300], group[i : i + 300], 3) for i in range(0, 1000, 300)]
-    assert_matches([sum(part) for part in zip(*parts, strict=True)], whole, dtype)
-
-
-@pytest.mark.parametrize("view", ["rows", "columns", "both", "transposed", "expanded"])
-def test_strided_input(normal, device, dtype, route, view):
-    base = normal(60, 60, dtype=dtype, device=device)
-    x = {
-        "rows": base[::3],
-        "columns": base[:, 7:20],
-        "both": base[1::2, ::5],
-        "transposed": base.T[:, :9],
-        "expanded": base[:1].expand(40, 60)[:, :8],
-    }[view]
-    group = (torch.arange(3 * len(x), device=device) % 2)[::3]
-    pilot = base[: x.shape[1], 3]
-    got = ops.moments(x, group, 2, pilot=pilot)
-    truth = ops.moments(x.contiguous(), group.contiguous(), 2, pilot=pilot.contiguous())
-    for left, right in zip(got, truth, strict=True):
-        assert torch.equal(left, right)
 
 
 def test_empty_input(device, dtype, route):
@@ -102,14 +65,6 @@ def test_empty_input(device, dtype, route):
     assert cross.shape == (1, 0, 0)
 
 
-def test_a_group_without_rows_is_zero(normal, device, dtype, route):
-    x = normal(10, 3, dtype=dtype, device=device)
-    count, sums, cross = ops.moments(x, torch.full((10,), 2, device=device), 4)
-    assert count.tolist() == [0, 0, 10, 0]
-    assert sums[[0, 1, 3]].eq(0).all()
-    assert cross[[0, 1, 3]].eq(0).all()
-
-
 def test_a_nan_stays_in_its_group(normal, device, dtype, route):
     x = normal(100, 3, dtype=dtype, device=device)
     x[7, 1] = float("nan")
@@ -118,81 +73,3 @@ def test_a_nan_stays_in_its_group(normal, device, dtype, route):
     assert cross[0].isfinite().all()
     assert sums[1, 1].isnan()
     assert sums[1, 0].isfinite()
-
-
-def test_threads_change_no_bit(normal, dtype, with_threads):
-    x = normal(20_001, 7, dtype=dtype)
-    group = torch.arange(20_001) % 5
-    one = with_threads(1, lambda: ops.moments(x, group, 5))
-    for threads in (2, 3):
-        got = with_threads(threads, lambda: ops.moments(x, group, 5))
-        for left, right in zip(got, one, strict=True):
-            assert torch.equal(left, right)
-
-
-def test_reduced_matmul_precision_does_not_reach_it(normal, device):
-    """Catches bfloat16 products, whose error would be about 1e-3."""
-    x = normal(3000, LARGE, dtype=torch.float32, device=device)
-    former = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        got = ops.moments(x)
-    finally:
-        torch.set_float32_matmul_precision(former)
-    assert_matches(got, reference.moments(x), torch.float32)
-
-
-X, GROUP = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
-WRONG = {
-    "half": ((X.half(),), {}, TypeError, "x must be float32 or float64, got float16"),
-    "bool": ((X.bool(),), {}, TypeError, "x must be float32 or float64, got bool"),
-    "complex": ((X.cdouble(),), {}, TypeError, "x must be float32 or float64, got complex128"),
-    "three dims": ((X[None],), {}, ValueError, "x must have shape [N, d], got [1, 4, 3]"),
-    "no groups": ((X, GROUP, 0), {}, ValueError, "num_groups must be at least 1, got 0"),
-    "group missing": (
-        (X, None, 4), {}, ValueError, "num_groups must be 1 when group is None, got 4",
-    ),
-    "group dtype": ((X, GROUP.int(), 1), {}, TypeError, "group must be int64, got int32"),
-    "group shape": ((X, GROUP[:2], 1), {}, ValueError, "group must have shape [N] = [4], got [2]"),
-    "group above": ((X, GROUP + 2, 2), {}, ValueError, "group must lie in [0, 2), got 2"),
-    "group below": ((X, GROUP - 1, 2), {}, ValueError, "group must lie in [0, 2), got -1"),
-    "pilot shape": (
-        (X,), {"pilot": torch.ones(2)}, ValueError, "pilot must have shape [d] = [3], got [2]",
-    ),
-    "pilot dtype": (
-        (X,), {"pilot": torch.ones(3).double()}, TypeError,
-        "pilot must have the dtype of x (float32), got float64",
-    ),
-    "grad": (
-        (X.clone().requires_grad_(),), {}, RuntimeError,
-        "x must not require grad, got requires_grad=True: moments has no backward; "
-        "pass x.detach() or call it under torch.no_grad()",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case):
-    arguments, options, error, message = WRONG[case]
-    with pytest.raises(error) as caught:
-        ops.moments(*arguments, **options)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("dim", [0, 3, LARGE])
-@pytest.mark.parametrize("grouped", [False, True])
-def test_opcheck(normal, device, dtype, dim, grouped):
-    x = normal(9, dim, dtype=dtype, device=device)
-    pilot = normal(dim, dtype=dtype, device=device)
-    op = torch.ops.fisherfast.moments.default
-    if grouped:
-        torch.library.opcheck(op, (x, torch.arange(9, device=device) % 2, 2, pilot))
-    else:
-        torch.library.opcheck(op, (x, None, 1, None))
-
-
-def test_compiles(normal):
-    x = normal(20, 3)
-    compiled = torch.compile(ops.moments, backend="aot_eager", fullgraph=True)
-    for left, right in zip(compiled(x), ops.moments(x), strict=True):
-        assert torch.equal(left, right)

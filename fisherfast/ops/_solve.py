@@ -12,10 +12,10 @@ from fisherfast import _native
 from fisherfast.ops import reference
 from fisherfast.ops._common import (
     LIBRARY,
+    Op,
     check_like,
     check_no_grad,
     check_real,
-    check_shape,
     check_tensors,
     register,
 )
@@ -118,45 +118,51 @@ def fisher_solve_details(
 
 def _fisher_solve(
     cov: Tensor, deriv: Tensor, ridge: float, inverse_rows: bool, solution: bool
-) -> tuple[Tensor, ...]:
-    results = _fisher_solve_fake(cov, deriv, ridge, inverse_rows, solution)
-    dim, params = deriv.shape[-2:]
-    native = _native.serves(cov) and _native.fisher_solve_fits(cov, dim, params, inverse_rows)
-    if not native:
-        solved = reference.fisher_solve(cov, deriv, ridge, inverse_rows, solution)
-        return tuple(result.contiguous() for result in solved)
-    batch = math.prod(cov.shape[:-2])
-    cov, deriv = cov.reshape(batch, dim, dim), deriv.reshape(batch, dim, params)
-    # The address of an empty tensor is 0: results that are not wanted arrive as null.
-    _native.call(
-        "fisher_solve",
-        cov,
-        cov=cov,
-        cov_strides=cov.stride(),
-        deriv=deriv,
-        deriv_strides=deriv.stride(),
-        **dict(zip(FisherSolve._fields, results, strict=True)),
-        batch=batch,
-        dim=dim,
-        params=params,
-        ridge=ridge,
+) -> Op:
+    check_real("cov", cov)
+    check_like("deriv", deriv, "cov", cov)
+    if cov.dim() < 2 or cov.shape[-1] != cov.shape[-2]:
+        raise ValueError(f"cov must have shape [..., d, d], got {list(cov.shape)}")
+    if deriv.dim() != cov.dim() or deriv.shape[:-1] != cov.shape[:-1]:
+        raise ValueError(
+            f"deriv must have shape [..., d, P] with [..., d] = {list(cov.shape[:-1])}, "
+            f"got {list(deriv.shape)}"
+        )
+    _check_ridge(ridge)
+    *batch, dim, params = deriv.shape
+    results = FisherSolve(
+        fisher=cov.new_empty((*batch, params, params)),
+        half=cov.new_empty((*batch, dim, params)),
+        info=cov.new_empty(batch, dtype=torch.int32),
+        condition=cov.new_empty(batch),
+        inverse_rows=cov.new_empty((*batch, dim) if inverse_rows else (0,)),
+        solution=cov.new_empty((*batch, dim, params) if solution else (0,)),
     )
-    return results
 
+    def run() -> tuple[Tensor, ...]:
+        fits = _native.serves(cov) and _native.fisher_solve_fits(cov, dim, params, inverse_rows)
+        if not fits:
+            solved = reference.fisher_solve(cov, deriv, ridge, inverse_rows, solution)
+            return tuple(result.contiguous() for result in solved)
+        systems = math.prod(batch)
+        covs, derivs = cov.reshape(systems, dim, dim), deriv.reshape(systems, dim, params)
+        # The address of an empty tensor is 0: results that are not wanted arrive as null.
+        _native.call(
+            "fisher_solve",
+            cov,
+            cov=covs,
+            cov_strides=covs.stride(),
+            deriv=derivs,
+            deriv_strides=derivs.stride(),
+            **results._asdict(),
+            batch=systems,
+            dim=dim,
+            params=params,
+            ridge=ridge,
+        )
+        return tuple(results)
 
-def _fisher_solve_fake(
-    cov: Tensor, deriv: Tensor, ridge: float, inverse_rows: bool, solution: bool
-) -> tuple[Tensor, ...]:
-    _check_fisher_solve(cov, deriv, ridge)
-    batch, (dim, params) = cov.shape[:-2], deriv.shape[-2:]
-    return (
-        cov.new_empty((*batch, params, params)),
-        cov.new_empty((*batch, dim, params)),
-        cov.new_empty(batch, dtype=torch.int32),
-        cov.new_empty(batch),
-        cov.new_empty((*batch, dim) if inverse_rows else (0,)),
-        cov.new_empty((*batch, dim, params) if solution else (0,)),
-    )
+    return tuple(results), run
 
 
 def _fisher_solve_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -180,6 +186,20 @@ def _fisher_solve_autograd(ctx: Any, grad_fisher: Tensor | None, *_: Any) -> tup
         kept = torch.ops.fisherfast.fisher_solve.default(*kept, ctx.ridge, False, True)[-1:]
     grad_cov, grad_deriv = fisher_solve_backward(grad_fisher, kept[0], ctx.ridge)
     return grad_cov, grad_deriv, None, None, None
+
+
+register(
+    "fisher_solve(Tensor cov, Tensor deriv, float ridge, bool inverse_rows, bool solution)"
+    " -> (Tensor fisher, Tensor half, Tensor info, Tensor condition, Tensor inverse_rows,"
+    " Tensor solution)",
+    _fisher_solve,
+)
+torch.library.register_autograd(
+    "fisherfast::fisher_solve",
+    _fisher_solve_autograd,
+    setup_context=_fisher_solve_setup,
+    lib=LIBRARY,
+)
 
 
 def fisher_solve_backward(
@@ -219,76 +239,45 @@ def fisher_solve_backward(
     return torch.ops.fisherfast.fisher_solve_backward.default(grad_fisher, solution, ridge)
 
 
-def _fisher_solve_backward(
-    grad_fisher: Tensor, solution: Tensor, ridge: float
-) -> tuple[Tensor, Tensor]:
-    grad_cov, grad_deriv = results = _fisher_solve_backward_fake(grad_fisher, solution, ridge)
-    if not _native.serves(solution):
-        return reference.fisher_solve_backward(grad_fisher, solution, ridge)
-    dim, params = solution.shape[-2:]
-    grad_fisher, solution = grad_fisher.contiguous(), solution.contiguous()
-    _native.call(
-        "fisher_solve_backward",
-        solution,
-        grad_fisher=grad_fisher,
-        solution=solution,
-        grad_cov=grad_cov,
-        grad_deriv=grad_deriv,
-        batch=math.prod(solution.shape[:-2]),
-        dim=dim,
-        params=params,
-        ridge=ridge,
-    )
-    return results
-
-
-def _fisher_solve_backward_fake(
-    grad_fisher: Tensor, solution: Tensor, ridge: float
-) -> tuple[Tensor, Tensor]:
+def _fisher_solve_backward(grad_fisher: Tensor, solution: Tensor, ridge: float) -> Op:
     check_real("grad_fisher", grad_fisher)
     check_like("solution", solution, "grad_fisher", grad_fisher)
     if solution.dim() < 2:
         raise ValueError(f"solution must have shape [..., d, P], got {list(solution.shape)}")
     *batch, dim, params = solution.shape
-    check_shape("grad_fisher", grad_fisher, "[..., P, P]", [*batch, params, params])
-    check_ridge(ridge)
-    return solution.new_empty((*batch, dim, dim)), solution.new_empty(solution.shape)
+    shape = [*batch, params, params]
+    check_like("grad_fisher", grad_fisher, "solution", solution, "[..., P, P]", shape)
+    _check_ridge(ridge)
+    grad_cov = solution.new_empty((*batch, dim, dim))
+    grad_deriv = solution.new_empty(solution.shape)
 
-
-def _check_fisher_solve(cov: Tensor, deriv: Tensor, ridge: float) -> None:
-    check_real("cov", cov)
-    check_like("deriv", deriv, "cov", cov)
-    if cov.dim() < 2 or cov.shape[-1] != cov.shape[-2]:
-        raise ValueError(f"cov must have shape [..., d, d], got {list(cov.shape)}")
-    if deriv.dim() != cov.dim() or deriv.shape[:-1] != cov.shape[:-1]:
-        raise ValueError(
-            f"deriv must have shape [..., d, P] with [..., d] = {list(cov.shape[:-1])}, "
-            f"got {list(deriv.shape)}"
+    def run() -> tuple[Tensor, Tensor]:
+        if not _native.serves(solution):
+            return reference.fisher_solve_backward(grad_fisher, solution, ridge)
+        _native.call(
+            "fisher_solve_backward",
+            solution,
+            grad_fisher=grad_fisher.contiguous(),
+            solution=solution.contiguous(),
+            grad_cov=grad_cov,
+            grad_deriv=grad_deriv,
+            batch=math.prod(batch),
+            dim=dim,
+            params=params,
+            ridge=ridge,
         )
-    check_ridge(ridge)
+        return grad_cov, grad_deriv
+
+    return (grad_cov, grad_deriv), run
 
 
-def check_ridge(ridge: float) -> None:
+def _check_ridge(ridge: float) -> None:
     if not 0 <= ridge < math.inf:
         raise ValueError(f"ridge must be finite and at least 0, got {ridge}")
 
 
 register(
-    "fisher_solve(Tensor cov, Tensor deriv, float ridge, bool inverse_rows, bool solution)"
-    " -> (Tensor fisher, Tensor half, Tensor info, Tensor condition, Tensor inverse_rows,"
-    " Tensor solution)",
-    _fisher_solve,
-    _fisher_solve_fake,
-)
-torch.library.register_autograd(
-    "fisherfast::fisher_solve",
-    _fisher_solve_autograd,
-    setup_context=_fisher_solve_setup,
-    lib=LIBRARY,
-)
-register(
     "fisher_solve_backward(Tensor grad_fisher, Tensor solution, float ridge)"
     " -> (Tensor grad_cov, Tensor grad_deriv)",
     _fisher_solve_backward,
-    _fisher_solve_backward_fake,
 )

@@ -48,31 +48,22 @@ def test_ways(name: str) -> None:
     """A layer that is measured by its rule where that mixes samples; or, slowly, sample by
     sample where the rule would do: behind in-place operations, folded windows, checkpoints."""
     network = NETWORKS[name]
+    parts = ROWS.get(name, [])
     for dtype in (torch.float64, torch.float32):
         batch, layout = forward(network.make(dtype), network.inputs(6, dtype))
-        parts = ROWS.get(name, [])
         for parameter in layout.names:
             by_rows = any(parameter.startswith(part) for part in parts)
             expected = "unused" if "idle" in parameter else "rows" if by_rows else "rule"
             assert batch.layers[parameter] == expected, parameter
 
 
-def test_hooks_of_the_user() -> None:
-    """A tap behind the user's hook instead of before: right, and slow."""
-    network = NETWORKS["linear"]
-    model = network.make()
+def test_rules_that_stay() -> None:
+    """A tap behind the user's hook instead of before, and a layer that has no gradient at the
+    samples that are examined, taken for one that is wrong: right, and slow."""
+    model = NETWORKS["linear"].make()
     model[0].register_forward_hook(lambda module, args, output: output * 2)
-    batch, _ = forward(model, network.inputs())
-    assert set(batch.layers.values()) == {"rule"}
-
-
-def test_layer_without_gradient() -> None:
-    """A layer that has no gradient at the samples that are examined, taken for one that is wrong:
-    the last layer of a fresh network is zero."""
-    network = NETWORKS["linear"]
-    model = network.make()
-    nn.init.zeros_(model[2].weight)
-    batch, _ = forward(model, network.inputs())
+    nn.init.zeros_(model[2].weight)  # as the last layer of a fresh network is
+    batch, _ = forward(model, NETWORKS["linear"].inputs())
     assert set(batch.layers.values()) == {"rule"}
 
 

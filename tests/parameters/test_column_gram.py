@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+from support.pairwise import pairwise
 
 from fisherfast.parameters.layers import linear as ways
 from fisherfast.parameters.layers.linear import column_gram
-from fisherfast.parameters.layers.registry import rule_for
 
 # Relative to the largest entry. Measured: 7e-16 in float64, 1e-7 in float32.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -56,10 +55,8 @@ def assert_near(got, truth, dtype):
     assert (got - truth).abs().max() <= TOLERANCE[dtype] * truth.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("weight", "bias"), [(True, False), (True, True), (False, True)])
-@pytest.mark.parametrize("name", SIZES)
-def test_every_way_equals_the_gradients(monkeypatch, name, weight, bias, dtype):
+@pairwise(name=list(SIZES), kinds=["weight", "bias", "weight and bias"], dtype=list(TOLERANCE))
+def test_every_way_equals_the_gradients(monkeypatch, name, kinds, dtype):
     """Catches columns and samples exchanged, a group or a bias that is forgotten, and a choice of
     the dearer way."""
     (n, R, *rest), chosen = SIZES[name]
@@ -67,6 +64,7 @@ def test_every_way_equals_the_gradients(monkeypatch, name, weight, bias, dtype):
     calls = []
     for way in ("_of_single_positions", "_without_gradients", "_with_gradients"):
         monkeypatch.setattr(ways, way, noted(calls, way))
+    weight, bias = (each in kinds for each in ("weight", "bias"))
     kinds = {"weight": weight, "bias": bias}
     assert_near(column_gram(*left, *right, **kinds), by_gradients(left, right, **kinds), dtype)
     assert_near(column_gram(*left, **kinds), by_gradients(left, left, **kinds), dtype)
@@ -79,41 +77,3 @@ def test_gradients_in_pieces(monkeypatch, numbers):
     monkeypatch.setattr(ways, "TILE_NUMBERS", numbers)
     left, right = side(3, 2, 1, 90, 5, 3, torch.float64), side(4, 1, 1, 90, 5, 3, torch.float64)
     assert_near(column_gram(*left, *right), by_gradients(left, right, True, False), torch.float64)
-
-
-LAYERS = {
-    "linear": (lambda: nn.Linear(6, 5), (6,)),
-    "shared linear": (lambda: nn.Linear(6, 5), (4, 3, 6)),
-    "no bias": (lambda: nn.Linear(6, 5, bias=False), (9, 6)),
-    "convolution": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 5, 6)),
-    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=2), (4, 7, 6)),
-    "1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (4, 9)),
-}
-
-
-@pytest.mark.parametrize("portion", [1, 2**25], ids=["pieces", "whole"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_rules_of_layers(monkeypatch, name, portion):
-    """Catches samples of another portion, and g of one column beside x of another sample."""
-    monkeypatch.setattr("fisherfast.parameters.layers.linear.PORTION_BYTES", portion)
-    make, shape = LAYERS[name]
-    torch.manual_seed(0)
-    layer = make().double()
-    rule = rule_for(layer, {kind: kind for kind, _ in layer.named_parameters()})
-    x, other_x = normal(5, *shape), normal(3, *shape)
-    g = torch.stack([normal(*layer(x).shape) * c for c in (1, 2)]).roll(1, 1)
-    other_g = normal(1, *layer(other_x).shape)
-    rows = [
-        torch.stack([torch.cat([p.flatten(1) for p in rule.gradients(a, c)], 1) for c in b])
-        for a, b in ((x, g), (other_x, other_g))
-    ]
-    for given, (left, right) in (
-        ((x, g, other_x, other_g), rows),
-        ((x, g, x, g), (rows[0], rows[0])),
-    ):
-        truth = torch.einsum("rnp,qmp->rnqm", left, right)
-        assert_near(rule.columns_gram(*given), truth, torch.float64)
-        one = rule.gram(given[0], given[1][0], given[2], given[3][0])
-        assert_near(one, truth[0, :, 0], torch.float64)
-    whole = rule.columns_gram(x, g, x, g).reshape(10, 10)
-    assert_near(whole, whole.T, torch.float64)

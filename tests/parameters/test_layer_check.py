@@ -7,15 +7,19 @@ import copy
 import pytest
 import torch
 from support.parameters_oracle import brute_force
+from support.parameters_small import CATEGORICAL, difference, measure, rows
 from support.parameters_zoo import NETWORKS, Network
 from torch import Tensor, nn
 
 import fisherfast as ff
 
-CATEGORICAL = ff.parameters.Categorical()
 
-ROUNDING = 1e-12
-"""Relative to the largest entry; measured: below 1e-15."""
+def assert_right(model: nn.Module, x: Tensor, data: object = None, structure: str = "diag") -> None:
+    """The diagonal equals the brute force."""
+    found = measure(structure, x if data is None else data, model=model).diag()
+    # measured: below 1e-15, and for rows of low rank 1e-13
+    assert difference(found, brute_force(model, "categorical", x).diag()) < 1e-11
+
 
 MIXED = "must treat every sample by itself"
 
@@ -35,33 +39,22 @@ class Switch(nn.Module):
         return self.last(h)
 
 
-def inputs(samples: int) -> Tensor:
-    return torch.randn(samples, 4, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize("from_samples", [1, 2, 4])
 def test_mixed_samples_are_refused(from_samples: int) -> None:
     """At 4: catches a check of the three samples alone, without the batch itself."""
     with pytest.raises(ValueError, match=MIXED):
-        ff.parameters.fisher(Switch(from_samples).eval(), CATEGORICAL, inputs(5))
+        ff.parameters.fisher(Switch(from_samples).eval(), CATEGORICAL, rows(5).float())
 
 
 def test_every_call_checks_the_network() -> None:
     """Catches what a call keeps of a network for the next: a weight and a hook that mixes."""
-    model, x = Switch().eval(), inputs(5)
+    model, x = Switch().eval(), rows(5).float()
     ff.parameters.fisher(model, CATEGORICAL, x)
     handle = model.first.register_forward_hook(lambda module, args, output: output - output.mean(0))
     with pytest.raises(ValueError, match=MIXED):
         ff.parameters.fisher(model, CATEGORICAL, x)
     handle.remove()
     assert_right(model.double(), x.double())
-
-
-def assert_right(model: nn.Module, x: Tensor, data: object = None) -> None:
-    """The diagonal equals the brute force."""
-    found = ff.parameters.fisher(model, CATEGORICAL, x if data is None else data).diag()
-    truth = brute_force(model, "categorical", x).diag()
-    assert float((found - truth).abs().max()) <= ROUNDING * float(truth.abs().max())
 
 
 @pytest.mark.parametrize("name", ["windows mixed", "transformer, time first", "windows"])
@@ -80,15 +73,13 @@ def test_a_head_that_was_zero(name: str) -> None:
     assert_right(model, x)
 
 
-@pytest.mark.parametrize("structure", ["diag", "full", "gram", "block", "lowrank"])
+@pytest.mark.parametrize("structure", ["diag", "block", "gram"])
 def test_gradients_that_begin_in_a_later_batch(structure: str) -> None:
     """Catches layers that are trusted because the first batch has shown nothing of them."""
     network = Network(Gated, (8,))
     model, x = network.make(), network.inputs(8)
     x[:4, 0], x[4:, 0] = -1, 1
-    found = ff.parameters.fisher(model, CATEGORICAL, iter([x[:4], x[4:]]), structure=structure)  # type: ignore[arg-type]
-    truth = brute_force(model, "categorical", x).diag()
-    assert float((found.diag() - truth).abs().max()) <= 1e-10 * float(truth.abs().max())
+    assert_right(model, x, iter([x[:4], x[4:]]), structure)
 
 
 class Gated(nn.Module):
@@ -107,32 +98,10 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("first", [1, 4], ids=["one sample", "samples alike"])
 def test_first_batches_that_tell_nothing(first: int) -> None:
     """Catches samples that mix and are alike in the first batch."""
-    model, x = Switch(1).eval(), inputs(9)
+    model, x = Switch(1).eval(), rows(9).float()
     x[:4] = x[0]
     with pytest.raises(ValueError, match=MIXED):
         ff.parameters.fisher(model, CATEGORICAL, iter([x[:first], x[first:]]))
-
-
-def test_a_buffer_that_is_written_is_refused_and_restored() -> None:
-    """Catches a count that stays, so that the second call finds another network."""
-
-    class Counting(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return super().forward(x)
-
-    model = Counting(4, 3).eval()
-    model.register_buffer("calls", torch.zeros(()))
-    for _ in range(2):
-        with pytest.raises(ValueError, match="buffers as they are"):
-            ff.parameters.fisher(model, CATEGORICAL, torch.randn(5, 4))
-    assert float(model.calls) == 0
-
-
-def test_one_number_for_each_sample() -> None:
-    """Catches a check that asks for a second dimension of the inputs."""
-    model = nn.Embedding(5, 3).double()
-    assert_right(model, torch.tensor([0, 3, 3, 1]))
 
 
 class Sorted(nn.Module):
@@ -154,11 +123,3 @@ def test_samples_in_an_order_of_the_networks_own(descending: bool) -> None:
     model, x = network.make(), network.inputs(8)
     x[:3, 0] = x[:3, 0].sort(descending=descending).values
     assert_right(model, x)
-
-
-def test_parameters_without_gradients_for_ever() -> None:
-    """Catches an error about something else."""
-    with torch.inference_mode():
-        model = nn.Linear(4, 3)
-    with pytest.raises(ValueError, match="parameters must not be made in inference mode"):
-        ff.parameters.fisher(model, CATEGORICAL, torch.ones(2, 4))

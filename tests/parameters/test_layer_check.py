@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.networks_zoo import seeded
 from support.parameters_oracle import brute_force
 from support.parameters_small import CATEGORICAL, difference, measure, rows
 from support.parameters_zoo import NETWORKS, Network
@@ -39,22 +40,26 @@ class Switch(nn.Module):
         return self.last(h)
 
 
+def switch(from_samples: float = float("inf")) -> nn.Module:
+    return seeded(lambda: Switch(from_samples).double()).eval()
+
+
 @pytest.mark.parametrize("from_samples", [1, 2, 4])
 def test_mixed_samples_are_refused(from_samples: int) -> None:
     """At 4: catches a check of the three samples alone, without the batch itself."""
     with pytest.raises(ValueError, match=MIXED):
-        ff.parameters.fisher(Switch(from_samples).eval(), CATEGORICAL, rows(5).float())
+        ff.parameters.fisher(switch(from_samples), CATEGORICAL, rows(5))
 
 
 def test_every_call_checks_the_network() -> None:
     """Catches what a call keeps of a network for the next: a weight and a hook that mixes."""
-    model, x = Switch().eval(), rows(5).float()
+    model, x = switch(), rows(5)
     ff.parameters.fisher(model, CATEGORICAL, x)
     handle = model.first.register_forward_hook(lambda module, args, output: output - output.mean(0))
     with pytest.raises(ValueError, match=MIXED):
         ff.parameters.fisher(model, CATEGORICAL, x)
     handle.remove()
-    assert_right(model.double(), x.double())
+    assert_right(model, x)
 
 
 @pytest.mark.parametrize("name", ["windows mixed", "transformer, time first", "windows"])
@@ -98,7 +103,7 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("first", [1, 4], ids=["one sample", "samples alike"])
 def test_first_batches_that_tell_nothing(first: int) -> None:
     """Catches samples that mix and are alike in the first batch."""
-    model, x = Switch(1).eval(), rows(9).float()
+    model, x = switch(1), rows(9)
     x[:4] = x[0]
     with pytest.raises(ValueError, match=MIXED):
         ff.parameters.fisher(model, CATEGORICAL, iter([x[:first], x[first:]]))

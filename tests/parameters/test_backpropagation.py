@@ -105,36 +105,3 @@ def test_inputs_of_layers_go_with_the_last_vector() -> None:
     assert all(reference() is None for reference in kept)
     with pytest.raises(RuntimeError, match="last must be set for the last vector only"):
         batch.visit(torch.ones_like(batch.outputs), visitor)
-
-
-def test_all_layers_come() -> None:
-    """A layer that no gradient reaches, for which a structure would wait."""
-
-    class Blocked(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: object, g: Tensor) -> None:
-            return None
-
-    class Blocking(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.first(x) + Blocked.apply(self.second(x))
-
-    network = Network(Blocking, (4,))
-    batch, layout = forward(network.make(), network.inputs())
-    seen: dict[str, Tensor] = {}
-
-    def visitor(rule: Rule, x: Tensor, g: Tensor) -> None:
-        seen.update(zip(rule.names, rule.gradients(x, g), strict=True))
-
-    batch.visit(torch.ones_like(batch.outputs), visitor)
-    assert set(seen) == set(layout.names)
-    assert bool((seen["second.weight"] == 0).all())
-    assert bool((seen["first.weight"] != 0).any())

@@ -126,44 +126,34 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_sources_of_pairs(source):
-    """Catches labels that go to other samples, and batches that are left out."""
-    model, x = network(), inputs()
-    y = labels(model, Categorical(), x)
-    expected = fisher(model, Categorical(), (x, y), fisher_type="empirical").diag()
-    found = fisher(
-        model,
-        Categorical(),
-        SOURCES[source](x, y),
-        fisher_type="empirical",
-        batch_size=7,
-    )
-    assert found.samples == N
-    torch.testing.assert_close(found.diag(), expected, rtol=1e-12, atol=1e-14)
+SOURCES_OF_INPUTS = {
+    "array": lambda x: x.numpy(),
+    "tuple of one": lambda x: (x,),
+    "pair without labels": lambda x: (x, None),
+    "pair with labels of something else": lambda x: (x, torch.full((N, 7), float("nan"))),
+    "Dataset": lambda x: TensorDataset(x),
+    "DataLoader": lambda x: DataLoader(TensorDataset(x), batch_size=9),
+    "DataLoader of tensors": lambda x: DataLoader(list(x), batch_size=9),
+    "list": lambda x: [x[:5], x[5:7], x[7:]],
+    "list of tuples": lambda x: [(x[:5],), (x[5:],)],
+    "iterator": lambda x: iter([x[:5], x[5:]]),
+}
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        lambda x: x,
-        lambda x: x.numpy(),
-        lambda x: (x,),
-        lambda x: (x, None),
-        lambda x: TensorDataset(x),
-        lambda x: DataLoader(TensorDataset(x), batch_size=9),
-        lambda x: DataLoader(list(x), batch_size=9),
-        lambda x: [x[:5], x[5:7], x[7:]],
-        lambda x: [(x[:5],), (x[5:],)],
-        lambda x: iter([x[:5], x[5:]]),
-        lambda x: (x, torch.full((N, 7), float("nan"))),
-    ],
+    ("source", "fisher_type"),
+    [*((s, "empirical") for s in SOURCES), *((s, "exact") for s in SOURCES_OF_INPUTS)],
 )
-def test_sources_of_inputs(source):
-    """Catches labels that are asked for, or looked at, where none are used."""
+def test_sources(source, fisher_type):
+    """Catches labels that go to other samples, that are asked for or looked at where none are used,
+    and batches that are left out."""
     model, x = network(), inputs()
-    expected = fisher(model, Categorical(), x).diag()
-    found = fisher(model, Categorical(), source(x), batch_size=7)
+    y = labels(model, Categorical(), x)
+    pairs = fisher_type == "empirical"
+    data = SOURCES[source](x, y) if pairs else SOURCES_OF_INPUTS[source](x)
+    expected = fisher(model, Categorical(), (x, y), fisher_type=fisher_type).diag()
+    found = fisher(model, Categorical(), data, fisher_type=fisher_type, batch_size=7)
+    assert found.samples == N
     torch.testing.assert_close(found.diag(), expected, rtol=1e-12, atol=1e-14)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+from support.networks_zoo import seeded
 from support.parameters_oracle import brute_force
 from support.parameters_small import difference
 from support.parameters_zoo import NETWORKS
@@ -83,19 +85,6 @@ def test_eigenvectors() -> None:
     assert difference(directions.T @ directions, eye) < 1e-8
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rank_is_seen_through_rounding(dtype: torch.dtype) -> None:
-    """Catches a threshold that counts the rounding of float32 gradients as rank, or drops what is
-    there: a wide network has full rank n (C - 1)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
-        model = nn.Sequential(model, nn.Linear(64, 4)).to(dtype)
-        x = torch.randn(60, 20, dtype=dtype)
-    found = gram(model, x)
-    assert found.rank() == 60 * 3
-
-
 def test_batches_of_other_lengths() -> None:
     """Catches batches whose layers are kept in different forms: a shared layer's rows are smaller
     than long sequences, and larger than short ones."""
@@ -118,16 +107,31 @@ def test_batches_of_other_lengths() -> None:
     assert difference(torch.linalg.eigvalsh(found.gram())[-rank:], exact[-rank:]) < ROUNDING
 
 
+def layers(*widths: int) -> list[nn.Module]:
+    return [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+
+
+def wide() -> nn.Module:
+    first, second, last = layers(20, 64, 64, 4)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("hidden", "rank"), [(3, 3 * (6 + 5 - 3) + 5), (8, 5 * (6 + 1))])
-def test_rank_of_a_linear_network(dtype: torch.dtype, hidden: int, rank: int) -> None:
-    """Catches rounding that counts as rank, or a threshold above what is there: a network without
-    activations is an affine map of rank at most `hidden`, whatever its number of parameters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        widths = [6, hidden, hidden, hidden, 5]
-        layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
-        model, x = nn.Sequential(*layers).to(dtype), torch.randn(300, 6, dtype=dtype)
+@pytest.mark.parametrize(
+    ("build", "samples", "rank"),
+    [
+        (wide, 60, 60 * 4),
+        (lambda: nn.Sequential(*layers(6, 3, 3, 3, 5)), 300, 3 * (6 + 5 - 3) + 5),
+        (lambda: nn.Sequential(*layers(6, 8, 8, 8, 5)), 300, 5 * (6 + 1)),
+    ],
+)
+def test_rank(build: Callable[[], nn.Module], samples: int, rank: int, dtype: torch.dtype) -> None:
+    """Catches rounding that counts as rank, or a threshold above what is there: a wide network has
+    full rank n C; one without activations is an affine map of rank at most its width, whatever its
+    number of parameters."""
+    model = seeded(build).to(dtype)
+    width = next(model.parameters()).shape[1]
+    x = torch.randn(samples, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = fp.fisher(model, fp.Gaussian(), x, structure="gram")
     assert isinstance(found, GramFisher)
     assert found.rank() == rank

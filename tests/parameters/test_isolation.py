@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -112,6 +112,19 @@ def test_an_analysis_touches_nothing(analysis: str) -> None:
     model = with_gradients()
     with untouched(model):
         ANALYSES[analysis](model)
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_an_analysis_under_another_default_device(analysis: str) -> None:
+    """Numbers made on the user's device: "meta" holds none."""
+    model = with_gradients()
+    expected = ANALYSES[analysis](model)
+    torch.set_default_device("meta")
+    try:
+        found = ANALYSES[analysis](model)
+    finally:
+        torch.set_default_device(None)
+    assert repr(found) == repr(expected)
 
 
 class Failing(torch.autograd.Function):
@@ -277,26 +290,14 @@ class Stream(IterableDataset[Tensor]):
 )
 def test_progress(monkeypatch: pytest.MonkeyPatch, data: Any, total: int | None) -> None:
     """A bar that is shown unasked, counts batches for samples, or is not closed."""
-    bars: list[Any] = []
-
-    class Bar(contextlib.AbstractContextManager):  # type: ignore[type-arg]
-        def __init__(self, **settings: Any) -> None:
-            self.settings, self.done, self.closed = settings, 0, False
-            bars.append(self)
-
-        def update(self, n: int = 1) -> None:
-            self.done += n
-
-        def close(self) -> None:
-            self.closed = True
-
-        def __exit__(self, *_: object) -> None:
-            self.close()
-
-    monkeypatch.setitem(sys.modules, "tqdm.auto", types.SimpleNamespace(tqdm=Bar))
+    bar = mock.MagicMock()
+    bar.__enter__.return_value = bar
+    tqdm = mock.Mock(return_value=bar)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", mock.Mock(tqdm=tqdm))
     model = DENSE.make()
     fp.fisher(model, CATEGORICAL, X)
-    assert not bars
+    tqdm.assert_not_called()
     fp.fisher(model, CATEGORICAL, data, batch_size=6, progress=True)
-    [bar] = bars
-    assert (bar.done, bar.settings["total"], bar.closed) == (SAMPLES, total, True)
+    assert tqdm.call_args.kwargs["total"] == total
+    assert sum(call.args[0] for call in bar.update.call_args_list) == SAMPLES
+    bar.__exit__.assert_called_once()

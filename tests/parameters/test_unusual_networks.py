@@ -268,6 +268,18 @@ class Square(torch.autograd.Function):
         return g * 2 * x * w, (g * x.square()).sum(0)
 
 
+class Blocked(torch.autograd.Function):
+    """No gradient reaches the layer before, for which a structure would wait."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        return None
+
+
 def branch(m: Any, x: Tensor) -> Tensor:
     """Numbers that are read in Python, so that samples cannot be vectorised."""
     rows = [row * m.scale if float(row[0]) > 0 else row for row in x]
@@ -288,6 +300,7 @@ USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Callable[[], ob
         LAYERS | {"kept": list},
     ),
     "own function": (lambda m, x: m.head(Square.apply(m.layer(x), m.w)), LAYERS | {"w": vector}),
+    "blocked": (lambda m, x: m.head(x) + Blocked.apply(m.head2(x)), {"head": head, "head2": head}),
     "branch": (branch, {"scale": vector, "head": head}),
     "adapter": (
         lambda m, x: m.base(x).add_(m.up(m.down(x)), alpha=0.5),

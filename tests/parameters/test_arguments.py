@@ -45,59 +45,36 @@ class Computed(nn.Module):
 
 
 ARGUMENTS = [
-    ({"structure": "diagonal"}, ValueError, "structure must be one of 'diag', "),
-    ({"structure": None}, ValueError, "structure must be one of 'diag', "),
-    (
-        {"fisher_type": "sampled"},
-        ValueError,
-        "fisher_type must be one of 'exact', 'mc', 'empirical', got 'sampled'",
-    ),
-    ({"samples": 0, "fisher_type": "mc"}, ValueError, "samples must be at least 1, got 0"),
-    ({"samples": 1.0}, TypeError, "samples must be a whole number, got 1.0"),
-    ({"samples": True}, TypeError, "samples must be a whole number, got True"),
-    (
-        {"samples": 5},
-        ValueError,
-        "samples must be 1 for fisher_type 'exact', which draws no labels, got 5; draw them with"
-        ' fisher_type="mc"',
-    ),
-    ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
-    ({"batch_size": "8"}, TypeError, "batch_size must be a whole number, got '8'"),
-    ({"seed": -1}, ValueError, "seed must lie in [0, 2^63), got -1"),
-    ({"seed": 2**63}, ValueError, "seed must lie in [0, 2^63), got 9223372036854775808"),
-    ({"seed": 0.5}, TypeError, "seed must be a whole number, got 0.5"),
-    (
-        {"likelihood": Poisson},
-        TypeError,
-        "likelihood must be an instance, got the class Poisson: write Poisson()",
-    ),
-    (
-        {"likelihood": "softmax"},
-        ValueError,
-        "likelihood must be one of 'gaussian', 'categorical', 'bernoulli', 'poisson' or an"
-        " instance, got 'softmax'",
-    ),
-    ({"likelihood": 3}, TypeError, "likelihood must be a name or a Gaussian, Categorical,"),
-    ({"model": "network"}, TypeError, "model must be a torch.nn.Module, got str"),
-    ({"model": nn.ReLU()}, ValueError, "parameters must choose at least one of the model, which"),
-    ({"parameters": "convolution"}, ValueError, "parameters must choose at least one of the"),
-    ({"parameters": ["0.weigth"]}, ValueError, "parameters must be of the model, got '0.weigth'"),
-    ({"parameters": [0]}, TypeError, "parameters must be names, a pattern or a function, got 0"),
-    ({"parameters": 0}, TypeError, "parameters must be names, a pattern or a function, got 0"),
-    (
-        {"parameters": b"0"},
-        TypeError,
-        "parameters must be names, a pattern or a function, got b'0'",
-    ),
-    ({"parameters": "0("}, ValueError, "parameters must be a regular expression, got '0('"),
+    ("structure", "diagonal", ValueError, "be one of 'diag', "),
+    ("structure", None, ValueError, "be one of 'diag', "),
+    ("fisher_type", "sampled", ValueError, "be one of 'exact', 'mc', 'empirical', got 'sampled'"),
+    ("samples", 0, ValueError, "be at least 1, got 0"),
+    ("samples", 1.0, TypeError, "be a whole number, got 1.0"),
+    ("samples", True, TypeError, "be a whole number, got True"),
+    ("samples", 5, ValueError, "be 1 for fisher_type 'exact', which draws no labels, got 5; draw"),
+    ("batch_size", 0, ValueError, "be at least 1, got 0"),
+    ("batch_size", "8", TypeError, "be a whole number, got '8'"),
+    ("seed", -1, ValueError, "lie in [0, 2^63), got -1"),
+    ("seed", 2**63, ValueError, "lie in [0, 2^63), got 9223372036854775808"),
+    ("seed", 0.5, TypeError, "be a whole number, got 0.5"),
+    ("likelihood", Poisson, TypeError, "be an instance, got the class Poisson: write Poisson()"),
+    ("likelihood", "softmax", ValueError, "be one of 'gaussian', 'categorical', 'bernoulli', 'p"),
+    ("likelihood", 3, TypeError, "be a name or a Gaussian, Categorical,"),
+    ("model", "network", TypeError, "be a torch.nn.Module, got str"),
+    ("parameters", "convolution", ValueError, "choose at least one of the model, which has none"),
+    ("parameters", ["0.weigth"], ValueError, "be of the model, got '0.weigth'; it has 0.weight"),
+    ("parameters", [0], TypeError, "be names, a pattern or a function, got 0"),
+    ("parameters", 0, TypeError, "be names, a pattern or a function, got 0"),
+    ("parameters", b"0", TypeError, "be names, a pattern or a function, got b'0'"),
+    ("parameters", "0(", ValueError, "be a regular expression, got '0('"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "text"), ARGUMENTS)
-def test_wrong_arguments(arguments, error, text):
+@pytest.mark.parametrize(("name", "value", "error", "text"), ARGUMENTS)
+def test_wrong_arguments(name, value, error, text):
     """Catches an argument that is ignored, taken for another, or refused by PyTorch far inside."""
-    given = {"model": network(), "likelihood": Categorical(), "data": (X, Y)} | arguments
-    with pytest.raises(error, match=f"^{re.escape(text)}"):
+    given = {"model": network(), "likelihood": Categorical(), "data": (X, Y)} | {name: value}
+    with pytest.raises(error, match=f"^{name} must {re.escape(text)}"):
         fisher(**given)
 
 
@@ -131,6 +108,8 @@ def test_parameters_without_gradient():
     assert fisher(model, Categorical(), X).layout.names == ("0.bias", "2.weight", "2.bias")
     with pytest.raises(ValueError, match=r"must require grad, got '0\.weight' that does not; call"):
         fisher(model, Categorical(), X, parameters=["0.weight"])
+    with pytest.raises(ValueError, match="which has no parameters"):
+        fisher(nn.ReLU(), Categorical(), X)
     with pytest.raises(ValueError, match="which has none that requires grad"):
         fisher(network().requires_grad_(False), Categorical(), X)
 
@@ -204,22 +183,10 @@ def test_networks_that_are_not_the_same_twice(model, text):
         (lambda f: f[0, :2], ValueError, "model must return one row per sample (3), got shape [2]"),
         (lambda f: f.sum(), ValueError, "model must return one row per sample (3), got shape []"),
         (lambda f: f.argmax(1), TypeError, "outputs of the model must be real and floating, got"),
-        (
-            lambda f: f[:, :0],
-            ValueError,
-            "model must return at least one number per sample, got shape [3, 0]",
-        ),
-        (
-            lambda f: f[:, 0],
-            ValueError,
-            "outputs of the model must have shape [n, C, ...], got [20]",
-        ),
+        (lambda f: f[:, :0], ValueError, "model must return at least one number per sample, got"),
+        (lambda f: f[:, 0], ValueError, "outputs of the model must have shape [n, C, ...], got ["),
         (lambda f: f[:, :1], ValueError, "outputs of the model must be logits of two classes at"),
-        (
-            lambda f: f / torch.zeros(()),
-            ValueError,
-            "outputs of the model must be finite, got others in batch 0",
-        ),
+        (lambda f: f / 0, ValueError, "outputs of the model must be finite, got others in batch 0"),
     ],
 )
 def test_outputs_that_no_likelihood_reads(function, error, text):

@@ -18,6 +18,8 @@ from fisherfast.parameters.structures import jacobian, layer_rows
 from fisherfast.parameters.structures.gram import GramFisher
 from fisherfast.parameters.structures.layer_rows import FactorRows, MatrixRows
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # of torch, on copies
+
 ROUNDING = 1e-10
 """Relative to the largest number of the truth; 3e-15 was measured."""
 

@@ -132,20 +132,6 @@ def test_ours_is_right_where_others_are_not(load):
         assert not all(others_right), row["network"]
 
 
-def test_sum_of_squares_is_no_square_of_a_sum(load):
-    """The widespread loop that squares the mean gradient of a batch falls with the batch size (a
-    third of the truth at 4, a 25th at 64); ours does not move. Catches per-sample gradients that
-    are summed before they are squared."""
-    rows = load("parameter_differences").batch_loop()
-    assert [row["batch"] for row in rows] == [1, 4, 16, 64]
-    loop = [row["squared mean gradient / truth"] for row in rows]
-    assert loop[0] == pytest.approx(1, rel=1e-12)
-    assert loop[1] < 0.4
-    assert loop[3] < 0.1
-    for row in rows:
-        assert row["fisherfast / truth"] == pytest.approx(1, rel=1e-12)
-
-
 def test_errors_that_count_entry_by_entry(load):
     """The power of the comparison: an error of one small entry, of one that must be zero, and a
     matrix whose parameters are exchanged, are seen beside entries that are much larger."""

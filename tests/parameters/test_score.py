@@ -77,7 +77,7 @@ def test_scores_are_the_gradients_of_single_samples(name, kind):
         size = len(batch[names[0]])
         for key, value in model.named_parameters():
             assert batch[key].shape == (size, *value.shape)
-        flat = torch.cat([part.flatten(1) for part in batch.values()], 1)
+        flat = torch.cat([part.reshape(size, -1) for part in batch.values()], 1)
         torch.testing.assert_close(flat, expected[start : start + size], rtol=1e-12, atol=1e-12)
         start += size
     assert start == N
@@ -257,7 +257,7 @@ def test_the_first_direction_is_that_of_the_parameters(name):
     columns = scores.layout.unflatten(scores.matrix())
     projected = {}
     for key, value in model.named_parameters():
-        along = (columns[key] * value.detach() / value.detach().norm()).flatten(1).sum(1)
+        along = (columns[key] * value.detach() / value.detach().norm()).reshape(100, -1).sum(1)
         layer = key.rpartition(".")[0]
         projected[layer] = projected.get(layer, 0) + along
     together = sum(z / (z.var() + z.mean().square()).sqrt() for z in projected.values())
@@ -270,16 +270,6 @@ def test_the_first_direction_is_that_of_the_parameters(name):
     names = [layer or "(model)" for layer in projected]
     assert [line.split()[0] for line in lines[1:]] == ["layer", "all", *names]
     assert lines[2].split()[2:4] == ["1,", "99"]
-
-
-def test_a_wrong_rate_is_seen():
-    """Catches scores of the logarithm where the rate is meant. Over 25 sets of data and directions
-    T^2 was 146 +- 43, at least 68; p = 1e-4 is at 24."""
-    model = network()
-    x, y = data(model, Poisson(), 500)
-    with torch.no_grad():
-        model[-1].bias += 0.3
-    assert score(model, Poisson(), x, y).mean_zero_test().p_value < 1e-4
 
 
 def test_a_wrong_variance_is_not_seen():

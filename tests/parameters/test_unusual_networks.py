@@ -184,14 +184,6 @@ def test_positions(positions: int) -> None:
         assert_right(model, x, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("time", [3, SAMPLES])
-def test_time_first(time: int) -> None:
-    """[time, n, d] with as many times as samples."""
-    for batch_size in (3, time):
-        model, x = make(NETWORKS["transformer, time first"].build, (time, 2))
-        assert_right(model, x, batch_size=batch_size)
-
-
 def experts(m: Any, x: Tensor) -> Tensor:
     """Every sample goes to one of two experts, and those of the second in another order."""
     second = x[:, 0] > 0

@@ -153,7 +153,9 @@ class Scores:
                         f"matrix must fit into 8 GiB, got {samples} samples and more of"
                         f" P = {self.layout.size} numbers: read the scores batch by batch"
                     )
-                rows.append(torch.cat([part.flatten(1).double() for part in batch.values()], 1))
+                rows.append(
+                    torch.cat([part.reshape(len(part), -1).double() for part in batch.values()], 1)
+                )
         return torch.cat(rows)
 
     def mean(self) -> Tensor:
@@ -255,8 +257,9 @@ class _Projection:
     def __call__(self, rule: Rule, x: Tensor, g: Tensor) -> None:
         if isinstance(rule, Rows):  # parameters of several layers
             for name, part in zip(rule.names, rule.gradients(x, g), strict=True):
-                aim = self._directions[name].flatten(1).to(part.dtype)
-                self._rows[:, self._place[_layer(name)]] += part.flatten(1) @ aim.T
+                aim = self._directions[name]
+                aim, part = (rows.reshape(len(rows), -1).to(part.dtype) for rows in (aim, part))
+                self._rows[:, self._place[_layer(name)]] += part @ aim.T
             return
         here = self._rows[:, self._place[_layer(rule.names[0])]]
         for k in range(here.shape[1]):

@@ -244,24 +244,18 @@ def test_a_likelihood_by_functions():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "text"),
+    ("change", "text"),
     [
-        (lambda state: 3, TypeError, "state must be a mapping, got int"),
-        (lambda state: {}, ValueError, "state must be that of a Fisher matrix, got none of ["),
-        (
-            lambda state: state | {"structure": "cube"},
-            ValueError,
-            "structure must be one of 'diag', ",
-        ),
-        (
-            lambda state: state | {"fisher_type": "true"},
-            ValueError,
-            "fisher_type must be one of 'exact', 'mc', 'empirical', got 'true'",
-        ),
+        ({"structure": "cube"}, "structure must be one of 'diag', "),
+        ({"fisher_type": "true"}, "fisher_type must be one of 'exact', 'mc', 'empirical', got "),
     ],
 )
-def test_states_that_are_none(change, error, text):
+def test_states_that_are_none(change, text):
     """Catches a file of something else that is read as a matrix."""
     state = fisher(network(), Categorical(), X).state_dict()
-    with pytest.raises(error, match=f"^{re.escape(text)}"):
-        from_state_dict(change(state))
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+        from_state_dict(state | change)
+    with pytest.raises(ValueError, match=r"^state must be that of a Fisher matrix, got none of \["):
+        from_state_dict(network().state_dict())
+    with pytest.raises(TypeError, match=r"^state must be a mapping, got int$"):
+        from_state_dict(3)

@@ -35,12 +35,10 @@ ROWS = {
 """Parts of the networks that no rule answers for, or not rightly."""
 
 
-def forward(
-    model: nn.Module, x: Tensor, among: int | None = None
-) -> tuple[Backpropagation, ParameterLayout]:
+def forward(model: nn.Module, x: Tensor) -> tuple[Backpropagation, ParameterLayout]:
     """A batch that has gone forward, after the examination."""
     layout = ParameterLayout.of(model)
-    return Backpropagation(model, layout, x[:among], samples_apart(model, layout, x)), layout
+    return Backpropagation(model, layout, x, samples_apart(model, layout, x)), layout
 
 
 @pytest.mark.parametrize("name", NETWORKS)

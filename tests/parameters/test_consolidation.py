@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
 
 import pytest
 import torch
 from support.pairwise import pairwise
-from support.parameters_oracle import brute_force
+from support.parameters_small import difference
+from support.parameters_zoo import Written
 from torch import Tensor, nn
 
 import fisherfast as ff
@@ -51,49 +51,6 @@ def gradient(value: Tensor, model: nn.Module) -> Tensor:
     return torch.cat([each.flatten() for each in found])
 
 
-Parabola = tuple[Tensor, Tensor, float]
-"""F [P, P] or its diagonal as a matrix, w_k [P], weight."""
-
-
-def learn(
-    model: nn.Module,
-    memories: Sequence[ElasticWeightConsolidation],
-    *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0),
-    structure: str = "diag",
-) -> list[Parabola]:
-    """Consolidate three tasks, at three places; the parabolas by brute force."""
-    found = []
-    for task, weight in enumerate(weights):
-        x = data(task)
-        F = brute_force(model, "categorical", x)
-        if structure == "diag":
-            F = F.diagonal().diag()
-        elif structure not in ("full", "gram"):
-            F = ff.parameters.fisher(model, Categorical(), x, structure=structure).to_dense()
-        found.append((F, flat(model).clone(), weight))
-        for memory in memories:
-            memory.consolidate(model, Categorical(), x, weight=weight, structure=structure)
-        move(model, seed=10 + task)
-    return found
-
-
-def written_out(parabolas: Sequence[Parabola], w: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """strength / 2 sum_k weight_k (w - w_k)^T F_k (w - w_k), and its gradient."""
-    value = sum(weight * (w - a) @ F @ (w - a) for F, a, weight in parabolas)
-    slope = sum(weight * F @ (w - a) for F, a, weight in parabolas)
-    return strength / 2 * torch.as_tensor(value), strength * torch.as_tensor(slope)
-
-
-def check(memory: ElasticWeightConsolidation, model: nn.Module, truth: tuple[Tensor, Tensor]):
-    value = memory.penalty(model)
-    slope = gradient(value, model)
-    assert value.shape == ()
-    assert float(truth[0]) > 1e-3
-    assert abs(float(value.detach() - truth[0])) <= ROUNDING * float(truth[0])
-    assert (slope - truth[1]).abs().max() <= ROUNDING * truth[1].abs().max()
-
-
 @pairwise(
     structure=["diag", *STRUCTURES],
     weights=[(1.0, 1.0, 1.0), (3.0, 0.5, 20.0)],
@@ -103,16 +60,25 @@ def test_several_tasks(structure, weights, online):
     """Catches anchors replaced by the latest or, online, old ones that stay, a vertex without its
     height, weights left out, a decay applied to the new task or not to the old ones, a factor two
     of value against gradient, a list of anchors that grows."""
-    model = network()
+    model, tasks = network(), []
     memory = ElasticWeightConsolidation(7.0, online=online, decay=0.6 if online else 1.0)
-    parabolas = learn(model, [memory], weights=weights, structure=structure)
-    assert memory.tasks == 3
+    for task, weight in enumerate(weights):
+        settings = {"weight": weight, "structure": structure}
+        F = memory.consolidate(model, Categorical(), data(task), **settings).to_dense()
+        tasks.append((weight * F, flat(model)))
+        move(model, seed=10 + task)
     if online:
-        latest = parabolas[-1][1]
-        parabolas = [(F, latest, 0.6 ** (2 - k) * w) for k, (F, _, w) in enumerate(parabolas)]
-    check(memory, model, written_out(parabolas, flat(model), 7.0))
-    move(model, seed=99, by=3.0)
-    check(memory, model, written_out(parabolas, flat(model), 7.0))
+        tasks = [(0.6 ** (2 - k) * F, tasks[-1][1]) for k, (F, _) in enumerate(tasks)]
+    for _ in range(2):
+        w, found = flat(model), memory.penalty(model)
+        value = 7 / 2 * sum((w - anchor) @ F @ (w - anchor) for F, anchor in tasks)
+        assert float(value) > 1e-3
+        assert found.shape == ()
+        assert found.item() == pytest.approx(float(value), rel=ROUNDING)
+        slope = 7 * sum(F @ (w - anchor) for F, anchor in tasks)
+        assert difference(gradient(found, model), slope) < ROUNDING
+        move(model, seed=99, by=3.0)
+    assert memory.tasks == 3
     state = memory.state_dict()
     kept = sum(x.numel() for part in ("information", "anchors") for x in state[part].values())
     assert (kept, len(state["quadratics"])) == ((86, 0) if structure == "diag" else (0, 3))
@@ -154,23 +120,16 @@ def diagonal(model: nn.Module, value: float = 1.0) -> DiagonalFisher:
     return DiagonalFisher(layout, 1, "exact", torch.full((layout.size,), value))
 
 
-class WithHeads(nn.Module):
-    """A body, and an output layer for each task."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(4, 5).double()
-        self.heads = nn.ModuleList([nn.Linear(5, 3).double()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.heads[-1](torch.tanh(self.body(x)))
-
-
 def test_new_heads_are_free_only_where_that_is_said():
     """Catches a head of a later task that is silently left out, and one that stays out after its
     own task."""
     torch.manual_seed(0)
-    model, strict = WithHeads(), ElasticWeightConsolidation(1.0)
+    model = Written(
+        lambda m, x: m.heads[-1](torch.tanh(m.body(x))),
+        body=nn.Linear(4, 5),
+        heads=nn.ModuleList([nn.Linear(5, 3)]),
+    ).double()
+    strict = ElasticWeightConsolidation(1.0)
     free = ElasticWeightConsolidation(1.0, new="free")
     for memory in (strict, free):
         memory.consolidate(model, Categorical(), data(0))

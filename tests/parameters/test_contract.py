@@ -28,7 +28,7 @@ from support.parameters_small import (
     network,
     rows,
 )
-from support.parameters_zoo import Network, convolution2d, linear
+from support.parameters_zoo import Network, Written, convolution2d, linear
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp
@@ -315,21 +315,17 @@ def test_one_sample_and_one_output(structure: str) -> None:
         torch.testing.assert_close(found.diag(), truth)
 
 
-class Tempered(nn.Module):
-    """With a parameter that is one number, of shape []."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, OUTPUTS)
-        self.temperature = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) / self.temperature
-
-
 def test_a_parameter_that_is_one_number() -> None:
-    """It has a place, a name and a shape like any other."""
-    model, x = seeded(lambda: Tempered().double()), rows(5)
+    """It has a place, a name and a shape [] like any other."""
+    network = Network(
+        lambda: Written(
+            lambda m, x: m.layer(x) / m.temperature,
+            layer=nn.Linear(4, OUTPUTS),
+            temperature=nn.Parameter(torch.tensor(2.0)),
+        ),
+        (4,),
+    )
+    model, x = network.make(), network.inputs(5)
     named = {name: w.detach() for name, w in model.named_parameters()}
     for structure in STRUCTURES:
         matrix = measure(structure, x, model=model)
@@ -352,38 +348,23 @@ def test_a_parameter_that_is_one_number() -> None:
 # --- costs ---
 
 
-class Counting(torch.autograd.Function):
-    """The identity; counts the backward passes."""
-
-    passes = 0
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        Counting.passes += 1
-        return g
-
-
-class Counted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, OUTPUTS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(Counting.apply(self.first(x))))
-
-
 def passes(data: Any, fisher_type: str = "exact", **settings: Any) -> int:
     """Backward passes of one batch: those of four batches less those of one, since what a new
     network is examined with is done once."""
-    model, counts = seeded(lambda: Counted().double()).eval(), []
+    seen: list[Tensor] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        if h.requires_grad:
+            h.register_hook(seen.append)
+        return m.last(torch.tanh(h))
+
+    build = Network(lambda: Written(forward, first=nn.Linear(4, 5), last=nn.Linear(5, 3)), (4,))
+    model, counts = build.make(), []
     for batches in (1, 4):
-        Counting.passes = 0
+        seen.clear()
         measure(data=iter([data] * batches), fisher_type=fisher_type, model=model, **settings)
-        counts.append(Counting.passes)
+        counts.append(len(seen))
     assert (counts[1] - counts[0]) % 3 == 0
     return (counts[1] - counts[0]) // 3
 

@@ -19,13 +19,11 @@ from fisherfast.parameters.structures import gram
 
 def drawn(network: Network, draws: int) -> list[nn.Module]:
     """Networks with parameters at random."""
-    models = []
-    for draw in range(draws):
-        model, generator = network.make(), torch.Generator().manual_seed(5 + draw)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        models.append(model)
+    models = [network.make() for _ in range(draws)]
+    for draw, model in enumerate(models):
+        generator = torch.Generator().manual_seed(5 + draw)
+        for parameter in model.parameters():
+            parameter.data.normal_(generator=generator)
     return models
 
 
@@ -44,8 +42,8 @@ def grams(models: list[nn.Module], x: Tensor) -> list[fp.ParameterFisher]:
 
 
 @pairwise(
-    name=["linear", "batch norm 2d", "embedding", "called twice"],
-    samples=[6, 60],  # P > N, and P < N
+    name=["linear", "embedding", "called twice"],
+    samples=[6, 25],  # P > N, and P < N
     parts=[(1000, 1.0), (200, 0.7)],
 )
 def test_equals_the_definition(name: str, samples: int, parts: tuple[int, float]) -> None:

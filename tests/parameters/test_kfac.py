@@ -47,14 +47,13 @@ def kfac(model: nn.Module, x: Any, fisher_type: Any = "exact", **options: Any) -
 
 def seen_by(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, tuple[Any, Tensor, Tensor]]]:
     """(module, input, output) of each layer with weights for one sample alone, with the graph."""
-    seen, handles = {}, []
-    for name, module in model.named_modules():
-        if hasattr(module, "weight"):
+    seen: dict[str, Any] = {}
 
-            def note(m: nn.Module, i: Any, o: Tensor, name: str = name) -> None:
-                seen[name] = m, i[0].detach(), o
+    def noted(name: str) -> Any:
+        return lambda m, given, out: seen.update({name: (m, given[0].detach(), out)})
 
-            handles.append(module.register_forward_hook(note))
+    layers = [(n, m) for n, m in model.named_modules() if hasattr(m, "weight")]
+    handles = [layer.register_forward_hook(noted(name)) for name, layer in layers]
     f = model(x[None])[0]
     for handle in handles:
         handle.remove()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from support.networks_zoo import seeded
 from support.parameters_oracle import brute_force
-from support.parameters_small import CATEGORICAL, difference, measure, rows
-from support.parameters_zoo import NETWORKS, Network
+from support.parameters_small import CATEGORICAL, difference, inputs, measure, rows
+from support.parameters_zoo import NETWORKS, Network, Written
 from torch import Tensor, nn
 
 import fisherfast as ff
@@ -25,23 +26,14 @@ def assert_right(model: nn.Module, x: Tensor, data: object = None, structure: st
 MIXED = "must treat every sample by itself"
 
 
-class Switch(nn.Module):
+def switch(from_samples: float = float("inf")) -> nn.Module:
     """Mixes the samples of a batch of at least `from_samples`."""
 
-    def __init__(self, from_samples: float = float("inf")) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 3)
-        self.from_samples = from_samples
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(m.layer(x))
+        return m.head(h - 0.5 * h.mean(0) if len(x) >= from_samples else h)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x))
-        if len(x) >= self.from_samples:
-            h = h - 0.5 * h.mean(0)
-        return self.last(h)
-
-
-def switch(from_samples: float = float("inf")) -> nn.Module:
-    return seeded(lambda: Switch(from_samples).double()).eval()
+    return made(forward)
 
 
 @pytest.mark.parametrize("from_samples", [1, 2, 4])
@@ -55,7 +47,7 @@ def test_every_call_checks_the_network() -> None:
     """Catches what a call keeps of a network for the next: a weight and a hook that mixes."""
     model, x = switch(), rows(5)
     ff.parameters.fisher(model, CATEGORICAL, x)
-    handle = model.first.register_forward_hook(lambda module, args, output: output - output.mean(0))
+    handle = model.layer.register_forward_hook(lambda module, args, output: output - output.mean(0))
     with pytest.raises(ValueError, match=MIXED):
         ff.parameters.fisher(model, CATEGORICAL, x)
     handle.remove()
@@ -78,26 +70,31 @@ def test_a_head_that_was_zero(name: str) -> None:
     assert_right(model, x)
 
 
+def gated(m: Any, x: Tensor) -> Tensor:
+    """Windows of all samples mixed, of samples that a gate lets pass."""
+    every = x.unfold(1, 4, 2).transpose(0, 1).reshape(-1, 4)
+    windows = torch.tanh(m.layer(every)).reshape(-1, len(x), 4).mean(0)
+    return m.head(windows * (x[:, :1] > 0))
+
+
+def in_order(m: Any, x: Tensor) -> Tensor:
+    """Sorts the samples of its batch, as those of different lengths are, and back."""
+    order = x[:, 0].argsort(descending=True)
+    return m.head(torch.tanh(m.layer(x[order]))[order.argsort()])
+
+
+def made(forward: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    return Network(
+        lambda: Written(forward, layer=nn.Linear(4, 4), head=nn.Linear(4, 3)), (4,)
+    ).make()
+
+
 @pytest.mark.parametrize("structure", ["diag", "block", "gram"])
 def test_gradients_that_begin_in_a_later_batch(structure: str) -> None:
     """Catches layers that are trusted because the first batch has shown nothing of them."""
-    network = Network(Gated, (8,))
-    model, x = network.make(), network.inputs(8)
+    model, x = made(gated), inputs(8).flatten(1)[:, :8]
     x[:4, 0], x[4:, 0] = -1, 1
     assert_right(model, x, iter([x[:4], x[4:]]), structure)
-
-
-class Gated(nn.Module):
-    """Windows of all samples mixed, of samples that a gate lets pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.unfold(1, 4, 2).transpose(0, 1).reshape(-1, 4)
-        windows = torch.tanh(self.layer(rows)).reshape(-1, len(x), 5).mean(0)
-        return self.head(windows * (x[:, :1] > 0))
 
 
 @pytest.mark.parametrize("first", [1, 4], ids=["one sample", "samples alike"])
@@ -109,22 +106,9 @@ def test_first_batches_that_tell_nothing(first: int) -> None:
         ff.parameters.fisher(model, CATEGORICAL, iter([x[:first], x[first:]]))
 
 
-class Sorted(nn.Module):
-    """Sorts the samples of its batch, as those of different lengths are, and back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        order = x[:, 0].argsort(descending=True)
-        return self.head(torch.tanh(self.layer(x[order]))[order.argsort()])
-
-
 @pytest.mark.parametrize("descending", [True, False])
 def test_samples_in_an_order_of_the_networks_own(descending: bool) -> None:
     """Catches an order that is that of the samples looked at, and of no others."""
-    network = Network(Sorted, (4,))
-    model, x = network.make(), network.inputs(8)
+    model, x = made(in_order), rows(8)
     x[:3, 0] = x[:3, 0].sort(descending=descending).values
     assert_right(model, x)

@@ -4,14 +4,17 @@ every sample."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
+from support.pairwise import DTYPES, pairwise
 from torch import Tensor, nn
 
+from fisherfast.parameters.layers import linear as ways
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layers.convolution import TransposedConvolution
-from fisherfast.parameters.layers.linear import MatrixRule
+from fisherfast.parameters.layers.linear import MatrixRule, column_gram
 from fisherfast.parameters.layers.registry import rule_for
 
 # PyTorch says that it copies the input.
@@ -20,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning
 # Of the largest number, in float64. Measured: 9e-16.
 TOLERANCE = 1e-13
 TOLERANCE_FLOAT32 = 4e-6  # measured: 5e-7
+TOLERANCES = {torch.float32: 2e-6, torch.float64: TOLERANCE}  # measured: 1e-7 and 7e-16
 
 LAYERS = {
     "linear": (nn.Linear(5, 3), (7, 5)),
@@ -206,3 +210,53 @@ def test_layers_without_a_rule() -> None:
     ):
         assert rule_for(layer, {"weight": "weight"}) is None
     assert isinstance(rule_of(nn.ConvTranspose2d(3, 2, 2)), TransposedConvolution)
+
+
+# --- the ways of a Gram matrix of columns ---
+
+# n R G T D M, and which way the cost chooses.
+SIZES = {
+    "single positions": ((5, 3, 1, 1, 7, 4), "_of_single_positions"),
+    "few positions": ((4, 3, 1, 6, 700, 40), "_without_gradients"),
+    "many positions": ((3, 2, 1, 90, 5, 3), "_with_gradients"),
+    "groups": ((3, 2, 4, 20, 9, 2), "_with_gradients"),
+    "deep groups": ((3, 2, 2, 8, 300, 100), "_without_gradients"),
+}
+
+
+def side(n, R, G, T, D, M, dtype):
+    return seeded((n, G, T, D), n).to(dtype), seeded((R, n, G, T, M), n).to(dtype)
+
+
+def by_gradients(left, right, weight, bias):
+    rows = []
+    for a, b in (left, right):
+        parts = [torch.einsum("rngtm,ngtd->rngmd", b.double(), a.double()).flatten(2)] * weight
+        parts += [b.double().sum(3).flatten(2)] * bias
+        rows.append(torch.cat(parts, 2))
+    return torch.einsum("rnp,qmp->rnqm", *rows)
+
+
+@pairwise(name=list(SIZES), kinds=["weight", "bias", "weight and bias"], dtype=DTYPES)
+def test_every_way_equals_the_gradients(monkeypatch, name, kinds, dtype):
+    """Catches columns and samples exchanged, a group or a bias that is forgotten, and a choice of
+    the dearer way."""
+    (n, R, *rest), chosen = SIZES[name]
+    left, right = side(n, R, *rest, dtype), side(n + 1, R + 1, *rest, dtype)
+    names = ("_of_single_positions", "_without_gradients", "_with_gradients")
+    calls = {way: mock.Mock(wraps=getattr(ways, way)) for way in names}
+    for way, call in calls.items():
+        monkeypatch.setattr(ways, way, call)
+    weight, bias = (each in kinds for each in ("weight", "bias"))
+    kinds, tolerance = {"weight": weight, "bias": bias}, TOLERANCES[dtype]
+    assert_near(column_gram(*left, *right, **kinds), by_gradients(left, right, **kinds), tolerance)
+    assert_near(column_gram(*left, **kinds), by_gradients(left, left, **kinds), tolerance)
+    assert [way for way in calls if calls[way].called] == ([chosen] if weight else [])
+
+
+@pytest.mark.parametrize("numbers", [1, 50, 1000])
+def test_gradients_in_pieces(monkeypatch, numbers):
+    """Catches a piece of the gradients that is lost or counted twice."""
+    monkeypatch.setattr(ways, "TILE_NUMBERS", numbers)
+    left, right = side(3, 2, 1, 90, 5, 3, torch.float64), side(4, 1, 1, 90, 5, 3, torch.float64)
+    assert_near(column_gram(*left, *right), by_gradients(left, right, True, False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -262,44 +263,34 @@ def test_labels_of_other_dtypes(likelihood, y, expected):
     assert likelihood.check(f, y).dtype == expected.dtype
 
 
+@pytest.mark.parametrize("shape", [[2], [5, 3]])
+def test_variances_of_another_shape(shape):
+    """Catches a variance per sample of one batch."""
+    text = f"variance must broadcast to the outputs of a sample, [3], got shape {shape}"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        Gaussian(torch.ones(shape)).check_outputs(torch.zeros(5, 3))
+
+
+RATES = Poisson(log_rate=False)
+
+
 @pytest.mark.parametrize(
-    ("likelihood", "f", "text"),
+    ("likelihood", "value"),
     [
-        (
-            Gaussian(torch.ones(2)),
-            torch.zeros(5, 3),
-            "variance must broadcast to the outputs of a sample, [3], got shape [2]",
+        *itertools.product(
+            (Gaussian(), Categorical(), Bernoulli(), Poisson(), RATES), (math.nan, math.inf)
         ),
-        (
-            Gaussian(torch.ones(5, 3)),
-            torch.zeros(5, 3),
-            "variance must broadcast to the outputs of a sample, [3], got shape [5, 3]",
-        ),
+        *((RATES, value) for value in (0.0, -1.0)),
+        *((Poisson(), value) for value in (100.0, -200.0)),  # whose rate is not finite, or zero
     ],
 )
-def test_outputs_of_a_wrong_shape(likelihood, f, text):
-    """Catches one logit as a class that is always sure, and a variance per sample of one batch."""
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        likelihood.check_outputs(f)
-
-
-@pytest.mark.parametrize("likelihood", [Gaussian(), Categorical(), Bernoulli(), Poisson()])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_outputs_that_are_not_finite(likelihood, value):
-    """Catches a Fisher matrix of NaN that looks like one."""
-    f = torch.zeros(2, 3)
+def test_outputs_that_are_not_allowed(likelihood, value):
+    """Catches a Fisher matrix of NaN that looks like one, a rate of zero or less, and the logarithm
+    of one that overflows."""
+    f = torch.full((2, 3), 1e-3)
     assert bool(likelihood.valid(f))
     f[1, 2] = value
     assert not bool(likelihood.valid(f))
-
-
-def test_rates_must_be_positive_and_finite():
-    """Catches a rate of zero or less, and the logarithm of one that overflows."""
-    assert not bool(Poisson(log_rate=False).valid(torch.tensor([[0.0]])))
-    assert not bool(Poisson(log_rate=False).valid(torch.tensor([[-1.0]])))
-    assert not bool(Poisson().valid(torch.tensor([[100.0]])))
-    assert not bool(Poisson().valid(torch.tensor([[-200.0]])))
-    assert bool(Poisson(log_rate=False).valid(torch.tensor([[1e-3]])))
 
 
 def test_functions_that_are_not_there_name_the_way_out():

@@ -17,7 +17,7 @@ from support.parameters_small import (
     labels,
     measure,
 )
-from support.parameters_zoo import NETWORKS, OUTPUTS, Network
+from support.parameters_zoo import NETWORKS, OUTPUTS, Network, Written
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp
@@ -131,18 +131,17 @@ def test_parts_of_a_block() -> None:
     """Parameters of one module that arrive apart, in different batches of columns: the model's own
     come row by row, one of them by the rule of a layer."""
 
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Parameter(torch.eye(3, 4))
-            self.second = nn.Parameter(torch.linspace(-1, 1, 4))
-            self.layer = nn.Linear(4, OUTPUTS)
-            self.layer.bias = self.second_bias = nn.Parameter(torch.linspace(-1, 1, OUTPUTS))
+    def build() -> nn.Module:
+        own = {
+            "first": nn.Parameter(torch.eye(3, 4)),
+            "second": nn.Parameter(torch.linspace(-1, 1, 4)),
+            "second_bias": nn.Parameter(torch.linspace(-1, 1, OUTPUTS)),
+        }
+        layer = nn.Linear(4, OUTPUTS)
+        layer.bias = own["second_bias"]
+        return Written(lambda m, x: m.layer(torch.tanh(x @ m.first + m.second)), **own, layer=layer)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(torch.tanh(x @ self.first + self.second))
-
-    network = Network(Mixed, (3,))
+    network = Network(build, (3,))
     model, x = network.make(), network.inputs(SAMPLES)
     # the bias arrives with the layer's weight, and belongs to the model's own block
     names = [name for name, _ in model.named_parameters()]

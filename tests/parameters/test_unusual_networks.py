@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from support.parameters_oracle import brute_force
 from support.parameters_small import CATEGORICAL, difference, measure
-from support.parameters_zoo import NETWORKS, OUTPUTS, Network, linear, randomised
+from support.parameters_zoo import (
+    NETWORKS,
+    OUTPUTS,
+    Network,
+    Written,
+    linear,
+    randomised,
+)
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -25,19 +32,6 @@ ROUNDING = 1e-12
 SAMPLES = 5
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # of torch, on copies
-
-
-class Written(nn.Module):
-    """Layers and parameters by name, and the function forward(self, x) of them."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Any], **parts: object) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
 
 
 def head() -> nn.Module:

@@ -97,15 +97,16 @@ LIKELIHOODS = {
 }
 
 
-@pairwise(kind=list(LIKELIHOODS), structure=LINEAR_IN_F)
-def test_likelihoods(kind: str, structure: str) -> None:
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_likelihoods(kind: str) -> None:
     """A structure that takes the columns of one likelihood for those of another, or leaves some
     out."""
     network = NETWORKS["conv2d grouped"]
     model, x = network.make(), network.inputs(SAMPLES)
     truth = brute_force(model, kind, x, variance=0.3)
-    found = measure(structure, x, model=model, likelihood=LIKELIHOODS[kind])
-    assert difference(found.to_dense(), kept(truth, found)) < 1e-10  # the tail of the counts
+    for structure in LINEAR_IN_F:
+        found = measure(structure, x, model=model, likelihood=LIKELIHOODS[kind])
+        assert difference(found.to_dense(), kept(truth, found)) < 1e-10  # the tail of the counts
 
 
 @pairwise(fisher_type=["mc", "empirical"], structure=[*STRUCTURES, "streamed"])
@@ -185,8 +186,8 @@ DRAWS = 40
 """Repetitions at each number of samples."""
 
 ALLOWED = (13.5, 87.5)
-"""Sum of 40 squared normal numbers of variance 1: outside with probability 5e-5. With three numbers
-of samples that is a false alarm for 1 of 7000 seeds; the seeds are fixed.
+"""Sum of 40 squared normal numbers of variance 1: outside with probability 5e-5. With two numbers
+of samples that is a false alarm for 1 of 10 000 seeds; the seeds are fixed.
 
 Power: labels that are the same in all draws of a sample multiply the sum by the number of samples:
 99.999 % fall outside at 8. A variance that is wrong by a factor of 4 falls outside in 99.1 % of
@@ -195,13 +196,13 @@ cases, already at one sample."""
 
 def test_monte_carlo() -> None:
     """Labels that are not the network's own, or draws of one sample that are not independent: the
-    error of the trace has the variance of the brute force, at 1, 8 and 64 draws per sample. All
+    error of the trace has the variance of the brute force, at 1 and at 8 draws per sample. All
     structures have the same columns (`test_types_and_batches`)."""
     network = NETWORKS["linear"]
     model, x = network.make(), network.inputs(8)
     mean, variance = moments_of_trace(model, "categorical", x)
     seeds = itertools.count()
-    for samples in (1, 8, 64):
+    for samples in (1, 8):
         squares = 0.0
         for _ in range(DRAWS):
             found = fp.fisher(

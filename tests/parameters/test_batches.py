@@ -20,7 +20,6 @@ LIKELIHOODS = {
     "Bernoulli": Bernoulli(),
     "Poisson": Poisson(),
 }
-SIGMAS = 4.0
 
 
 def network(dtype=torch.float64) -> nn.Module:
@@ -85,7 +84,7 @@ def test_squares_of_batch_means_are_another_matrix():
         ]
     )
     error = wrong.std() / number**0.5
-    assert abs(float(wrong.mean()) - right / size) < SIGMAS * error
+    assert abs(float(wrong.mean()) - right / size) < 4 * error
     assert float(wrong.mean()) < 0.02 * right
 
 

@@ -108,10 +108,11 @@ def test_damping_below_rounding(structure: str) -> None:
         measure(structure).solve(torch.ones(59), damping=1e-18)
 
 
-def test_small_but_regular() -> None:
-    """A test for singular matrices that takes small numbers for zero: a scale of 1e-9 in one
-    parameter leaves an eigenvalue of 1e-10, far from the rounding of float64."""
-    model, x = nn.Linear(2, 1, bias=False).double(), rows(30)[:, :2].clone()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_but_regular(dtype: torch.dtype) -> None:
+    """A test for singular matrices that takes small numbers for zero: an eigenvalue of 1e-10 is far
+    from the rounding of float64 and from the square of that of float32."""
+    model, x = nn.Linear(2, 1, bias=False, dtype=dtype), rows(30)[:, :2].clone()
     x[:, 1] *= 1e-5
     for structure in ("full", "gram"):
         matrix = measure(structure, x, model=model, likelihood=GAUSSIAN)

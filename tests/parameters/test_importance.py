@@ -29,26 +29,16 @@ OWN = ("weight", "bias")
 BOTH = [("0", "0", OWN), ("2", "2", OWN)]
 FIRST, SECOND = BOTH[:1], [("1", "1", OWN)]
 UNITS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
-    "linear": BOTH,
-    "shared linear": FIRST,
-    "conv2d strided": FIRST,
-    "conv2d grouped": FIRST,
-    "conv1d": FIRST,
-    "conv3d": FIRST,
-    "conv transpose": FIRST,
-    "conv transpose grouped": FIRST,
-    "batch norm 1d": SECOND,
-    "batch norm 2d": SECOND,
-    "layer norm": SECOND,
-    "group norm": SECOND,
-    "RMS norm": SECOND,
+    **{name: BOTH for name in ("linear", "partly frozen")},
+    **{name: FIRST for name in ("shared linear", "conv2d strided", "conv2d grouped", "conv1d")},
+    **{name: FIRST for name in ("conv3d", "conv transpose", "conv transpose grouped")},
+    **{name: FIRST for name in ("embedding", "embedding padded")},
+    **{name: SECOND for name in ("batch norm 1d", "batch norm 2d", "group norm")},
+    **{name: SECOND for name in ("layer norm", "RMS norm")},
     "windows": [("layers.0", "layers.0", OWN), ("layers.1", "layers.1", OWN)],
-    "embedding": FIRST,
-    "embedding padded": FIRST,
     "LSTM": [("rnn.ih_l0", "rnn", ("weight_ih_l0", "bias_ih_l0"))],
     "GRU": [("rnn.hh_l0", "rnn", ("weight_hh_l0", "bias_hh_l0"))],
     "called twice": [("layer", "layer", OWN)],
-    "partly frozen": BOTH,
 }
 """Label of some units, their layer, and the parameters that have one row for each."""
 

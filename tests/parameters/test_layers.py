@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fisherfast.parameters.layers import linear as ways
 from fisherfast.parameters.layers.base import Rule
-from fisherfast.parameters.layers.convolution import TransposedConvolution
 from fisherfast.parameters.layers.linear import MatrixRule, column_gram
 from fisherfast.parameters.layers.registry import rule_for
 
@@ -209,7 +208,6 @@ def test_layers_without_a_rule() -> None:
         nn.Bilinear(3, 3, 3),
     ):
         assert rule_for(layer, {"weight": "weight"}) is None
-    assert isinstance(rule_of(nn.ConvTranspose2d(3, 2, 2)), TransposedConvolution)
 
 
 # --- the ways of a Gram matrix of columns ---

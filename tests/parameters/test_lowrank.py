@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.networks_zoo import seeded
 from support.parameters_oracle import brute_force
-from support.parameters_small import difference
+from support.parameters_small import difference, measure
 from support.parameters_zoo import NETWORKS
 from torch import nn
 
@@ -69,12 +69,10 @@ def test_many_batches_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_arguments() -> None:
     """Catches a rank that is taken for something else."""
-    network = NETWORKS["linear"]
-    model, x = network.make(), network.inputs(4)
     with pytest.raises(ValueError, match=r"^rank must be at least 1, got 0$"):
-        low(model, x, 0)
+        measure("lowrank", rank=0)
     with pytest.raises(TypeError, match=r"^rank must be a whole number, got 2.5$"):
-        low(model, x, 2.5)  # type: ignore[arg-type]
+        measure("lowrank", rank=2.5)
 
 
 @pytest.mark.parametrize("zeros_first", [True, False])

@@ -314,13 +314,9 @@ def sparse(m: Any, x: Tensor) -> Tensor:
 def test_words() -> None:
     """Gradients that autograd gives as sparse tensors, tied and not, and a layer without a rule
     whose inputs are whole numbers."""
+    tables = {name: nn.Embedding(6, 4, sparse=True) for name in ("one", "two")}
     for build in (
-        lambda: Written(
-            sparse,
-            one=nn.Embedding(6, 4, sparse=True),
-            two=nn.Embedding(6, 4, sparse=True),
-            head=head(),
-        ),
+        lambda: Written(sparse, **tables, head=head()),
         lambda: nn.Sequential(nn.EmbeddingBag(6, 4, mode="sum"), nn.Tanh(), head()),
     ):
         network = Network(build, (5,), tokens=True)

@@ -154,7 +154,10 @@ def normed_features(norm: Callable[[], nn.Module]) -> nn.Module:
 
 
 def embedding(padding_idx: int | None = None) -> nn.Module:
-    return nn.Sequential(nn.Embedding(TOKENS, 4, padding_idx), nn.Tanh(), *mean_head(4))
+    """A table whose padding row, which has no gradient, is not zero."""
+    table = nn.Embedding(TOKENS, 4, padding_idx)
+    nn.init.normal_(table.weight)
+    return nn.Sequential(table, nn.Tanh(), *mean_head(4))
 
 
 # --- ways through the network ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.parameters_small import STRUCTURES, measure
 from support.parameters_zoo import NETWORKS
 
 from fisherfast.parameters import Categorical, ElasticWeightConsolidation, fisher
@@ -17,13 +18,13 @@ TOLERANCE = 1e-9
 """Of the largest entry, float64; sums are taken in another order."""
 
 
-@pytest.mark.parametrize("structure", ["diag", "block", "full", "gram", "lowrank", "kfac"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_matrix(name: str, structure: str) -> None:
     """Catches kernels that differ, and numbers made on another device than they are used on."""
     model, x = NETWORKS[name].make(), NETWORKS[name].inputs(5)
-    expected = fisher(model, Categorical(), x, structure=structure).to_dense()
-    there = fisher(model.cuda(), Categorical(), x.cuda(), structure=structure)
+    expected = measure(structure, x, model=model).to_dense()
+    there = measure(structure, x.cuda(), model=model.cuda())
     assert there.diag().device.type == "cuda"
     error = (there.to_dense().cpu() - expected).abs().max()
     assert error < TOLERANCE * expected.abs().max()
@@ -32,10 +33,8 @@ def test_the_same_matrix(name: str, structure: str) -> None:
 def test_drawn_labels_are_the_same() -> None:
     """Catches labels that are drawn by the device."""
     model, x = NETWORKS["linear"].make(), NETWORKS["linear"].inputs(5)
-    expected = fisher(model, Categorical(), x, structure="diag", fisher_type="mc", samples=3).diag()
-    found = fisher(
-        model.cuda(), Categorical(), x.cuda(), structure="diag", fisher_type="mc", samples=3
-    ).diag()
+    expected = measure("diag", x, "mc", model=model, samples=3).diag()
+    found = measure("diag", x.cuda(), "mc", model=model.cuda(), samples=3).diag()
     torch.testing.assert_close(found.cpu(), expected)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.pairwise import pairwise
 from support.parameters_oracle import brute_force
-from support.parameters_small import CATEGORICAL, dense_network, inputs
+from support.parameters_small import STRUCTURES, dense_network, measure, rows
 from support.parameters_zoo import NETWORKS, Network
 from torch import Tensor, nn
 
@@ -18,13 +19,11 @@ from fisherfast.parameters.structures import gram
 
 def drawn(network: Network, draws: int) -> list[nn.Module]:
     """Networks with parameters at random."""
-    models = []
-    for draw in range(draws):
-        model, generator = network.make(), torch.Generator().manual_seed(5 + draw)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        models.append(model)
+    models = [network.make() for _ in range(draws)]
+    for draw, model in enumerate(models):
+        generator = torch.Generator().manual_seed(5 + draw)
+        for parameter in model.parameters():
+            parameter.data.normal_(generator=generator)
     return models
 
 
@@ -42,22 +41,15 @@ def grams(models: list[nn.Module], x: Tensor) -> list[fp.ParameterFisher]:
     return [fp.fisher(model, "categorical", x, structure="gram") for model in models]
 
 
-@pytest.mark.parametrize(
-    ("name", "samples"),
-    [
-        ("linear", 6),
-        ("linear", 60),  # P < N
-        ("conv2d strided", 6),
-        ("batch norm 2d", 6),
-        ("embedding", 6),
-        ("called twice", 6),
-    ],
+@pairwise(
+    name=["linear", "embedding", "called twice"],
+    samples=[6, 25],  # P > N, and P < N
+    parts=[(1000, 1.0), (200, 0.7)],
 )
-@pytest.mark.parametrize(("n", "gamma"), [(1000, 1.0), (200, 0.7)])
-def test_equals_the_definition(name: str, samples: int, n: int, gamma: float) -> None:
+def test_equals_the_definition(name: str, samples: int, parts: tuple[int, float]) -> None:
     """Catches a lost factor 2 pi, a trace of one matrix in place of the mean, a mean of logarithms
     in place of the logarithm of the mean, and a determinant of the larger side alone."""
-    network = NETWORKS[name]
+    network, (n, gamma) = NETWORKS[name], parts
     models, x = drawn(network, 3), network.inputs(samples)
     exact = [brute_force(model, "categorical", x) for model in models]
     first, *others = grams(models, x)
@@ -73,13 +65,12 @@ def test_equals_the_definition(name: str, samples: int, n: int, gamma: float) ->
     assert math.isclose(alone.value, by_hand(exact[:1], n, gamma), rel_tol=1e-10)
 
 
-@pytest.mark.parametrize("structure", ["diag", "block", "kfac", "full", "lowrank"])
-def test_of_every_structure(structure: Any) -> None:
+def test_of_every_structure() -> None:
     """Catches a determinant that is not that of the structure's own matrix."""
-    network = NETWORKS["conv2d strided"]
-    F = fp.fisher(network.make(), "categorical", network.inputs(6), structure=structure)
-    exact = by_hand([F.to_dense()], 1000, 1.0)
-    assert math.isclose(F.effective_dimension(1000).value, exact, rel_tol=1e-9)
+    for structure in STRUCTURES:
+        F = measure(structure)
+        exact = by_hand([F.to_dense()], 1000, 1.0)
+        assert math.isclose(F.effective_dimension(1000).value, exact, rel_tol=1e-9), structure
 
 
 def test_by_eigenvalues_where_rounding_would_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,16 +94,6 @@ def test_tends_to_the_rank() -> None:
     assert math.isclose(slope, 4 * 2, rel_tol=1e-9)
 
 
-def test_has_no_unit() -> None:
-    """The variance of the noise cancels in F^."""
-    model, x = dense_network(4), inputs(5)[:, 0, :4]
-    one, other = (
-        fp.fisher(model, fp.Gaussian(v), x, structure="gram").effective_dimension(5000).value
-        for v in (1.0, 1e-3)
-    )
-    assert other == pytest.approx(one, rel=1e-9)
-
-
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
@@ -123,28 +104,12 @@ def test_has_no_unit() -> None:
         ({"gamma": 0.0}, ValueError, r"gamma must lie in \(0, 1\], got 0.0"),
         ({"gamma": 1.5}, ValueError, r"gamma must lie in \(0, 1\], got 1.5"),
         ({"gamma": None}, TypeError, "gamma must be a number, got None"),
+        ({"others": [measure("gram")]}, ValueError, "others must be of the same network, got '0"),
         ({"others": [3]}, TypeError, "fisher must be a matrix of ff.parameters.fisher, got int"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], error: type[Exception], text: str) -> None:
     """Catches a logarithm that is zero or negative, and errors that do not name the argument."""
-    F = fp.fisher(dense_network(4), CATEGORICAL, inputs(3)[:, 0, :4], structure="gram")
+    F = measure("gram", rows(3), model=dense_network(4))
     with pytest.raises(error, match=f"^{text}"):
         F.effective_dimension(**{"n": 5000.0, **settings})
-
-
-def test_matrices_of_different_networks() -> None:
-    x = inputs(3)[:, 0, :4]
-    one, other = grams([dense_network(4), dense_network(5)], x)
-    with pytest.raises(ValueError, match="others must be of the same network"):
-        one.effective_dimension(5000.0, others=[other])
-
-
-def test_a_matrix_of_zero() -> None:
-    """Catches 0 / 0 in place of an error."""
-    silent = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    with torch.no_grad():
-        silent[0].bias.fill_(-100)
-    F = fp.fisher(silent, "gaussian", torch.zeros(3, 2), structure="gram")
-    with pytest.raises(ValueError, match=r"^the Fisher matrix must have a positive trace, got 0"):
-        F.effective_dimension(1000)

@@ -15,10 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[dict[str, Any]]:
-    stored = json.loads((ROOT / "benchmarks" / "results" / "parameters.json").read_text())
-    found: list[dict[str, Any]] = stored["pruning"]["figures"]["runs"]
-    return found
+def stored() -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / "parameters.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(stored) -> list[dict[str, Any]]:
+    return stored["pruning"]["figures"]["runs"]
 
 
 @pytest.fixture(scope="module")
@@ -115,31 +118,19 @@ def test_tables_of_costs_are_those_of_the_stored_results(stored, guide, monkeypa
         assert f"<!-- {name} -->\n{table}\n" in guide, name
 
 
-@pytest.fixture(scope="module")
-def stored() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        (ROOT / "benchmarks" / "results" / "parameters.json").read_text()
-    )
-    return found
-
-
 def test_the_table_of_tasks_is_the_measured_one(stored, guide, monkeypatch):
     """Catches a table or a gain of another run than the one stored."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     example = importlib.import_module("continual_digits")
     protocols = stored["continual"]["figures"]["protocols"]
     assert example.table(protocols) in guide
-    gains = {way: 100 * statistics.mean(found["gain"]) for way, found in permuted(stored).items()}
+    permuted = protocols["permuted"]
+    gains = {way: 100 * statistics.mean(found["gain"]) for way, found in permuted.items()}
     assert (
         f"the online variant keeps {gains['online']:.1f} points more than fine-tuning, the sum"
         f" over all tasks {gains['consolidation']:.1f} more; joint training is"
         f" {gains['joint'] - gains['online']:.1f} above the better of the two"
     ) in " ".join(guide.split())
-
-
-def permuted(stored: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = stored["continual"]["figures"]["protocols"]["permuted"]
-    return found
 
 
 def test_what_is_said_of_widths_is_what_was_measured(stored):

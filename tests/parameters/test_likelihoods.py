@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Categorical as TorchCategorical
+from torch.distributions import MultivariateNormal
 from torch.distributions import Normal as TorchNormal
 from torch.distributions import Poisson as TorchPoisson
 
-import fisherfast as ff
 from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 
 SAMPLES = 5
@@ -24,37 +24,13 @@ SIGMAS = 4.0
 error of a second moment is sqrt(2 / DRAWS) = 0.7 %, or 14 sigma."""
 
 
-class Sampled(Likelihood):
-    """A subclass: exponential waiting times, f the logarithm of the rate."""
-
-    def log_prob(self, f, y):
-        return (f - y * f.exp()).flatten(1).sum(1)
-
-    def draw(self, f, samples, generator):
-        uniform = torch.rand(len(f), samples, f[0].numel(), generator=generator, dtype=f.dtype)
-        uniform = uniform.transpose(0, 1).reshape(samples, *f.shape)
-        return -torch.log1p(-uniform) / f.exp()
-
-    def root(self, f):
-        for output in range(f[0].numel()):
-            vector = torch.zeros_like(f).flatten(1)
-            vector[:, output] = 1
-            yield vector.reshape(f.shape)
-
-
-def by_functions() -> Likelihood:
-    """The same by functions, and correlated Gaussian noise is not needed to see a wrong root."""
-    return Likelihood(
-        lambda f, y: (f - y * f.exp()).flatten(1).sum(1),
-        lambda f, generator: torch.empty_like(f).exponential_(generator=generator) / f.exp(),
-        information=lambda f: torch.eye(f[0].numel()).expand(len(f), -1, -1),
-    )
+COVARIANCE = torch.tensor([[2.0, 0.6], [0.6, 0.5]], dtype=torch.float64)
+LOG_SCALE = math.log(2 * math.pi) + 0.5 * float(torch.logdet(COVARIANCE))
 
 
 def correlated() -> Likelihood:
     """Gaussian noise with a covariance [2, 2]: a root that is not diagonal, by functions."""
-    covariance = torch.tensor([[2.0, 0.6], [0.6, 0.5]], dtype=torch.float64)
-    factor, precision = torch.linalg.cholesky(covariance), torch.linalg.inv(covariance)
+    factor, precision = torch.linalg.cholesky(COVARIANCE), torch.linalg.inv(COVARIANCE)
 
     def log_prob(f, y):
         return -0.5 * torch.einsum("ni,ij,nj->n", y - f, precision.to(f), y - f)
@@ -77,9 +53,7 @@ LIKELIHOODS = {
     "Bernoulli": (Bernoulli, (3,)),
     "Poisson": (Poisson, (3,)),
     "Poisson of the rate": (lambda: Poisson(log_rate=False), (3,)),
-    "subclass": (Sampled, (2,)),
-    "functions": (by_functions, (2,)),
-    "correlated": (correlated, (2,)),
+    "functions": (correlated, (2,)),
 }
 CASES = pytest.mark.parametrize("case", LIKELIHOODS)
 
@@ -102,66 +76,64 @@ def information(likelihood: Likelihood, f: Tensor) -> Tensor:
     return columns @ columns.mT
 
 
+DISTRIBUTIONS = {
+    "Gaussian": lambda f: TorchNormal(f, 0.5),
+    "Gaussian of one number": lambda f: TorchNormal(f, 1.0),
+    "Gaussian by output": lambda f: TorchNormal(f, VARIANCE.double().sqrt()),
+    "Categorical": lambda f: TorchCategorical(logits=f),
+    "Categorical of two": lambda f: TorchCategorical(logits=f),
+    "Categorical of a map": lambda f: TorchCategorical(logits=f.movedim(1, -1)),
+    "Bernoulli": lambda f: TorchBernoulli(logits=f),
+    "Poisson": lambda f: TorchPoisson(f.exp()),
+    "Poisson of the rate": TorchPoisson,
+    "functions": lambda f: MultivariateNormal(f, COVARIANCE),
+}
+
+
 @CASES
-def test_the_score_is_the_derivative_of_the_log_probability(case):
-    """Catches a wrong sign, a lost 1 / sigma^2, and a softmax over the wrong dimension."""
+def test_log_probabilities_and_scores_are_those_of_torch(case):
+    """Catches a lost constant, a mean over outputs instead of the sum, a wrong sign, a lost
+    1 / sigma^2, and a softmax over the wrong dimension. Nats."""
     likelihood, f = outputs(case)
-    y = labels(likelihood, f)[0]
-    moving = f.clone().requires_grad_()
-    each = likelihood.log_prob(moving, y)
-    assert each.shape == (SAMPLES,)
-    (expected,) = torch.autograd.grad(each.sum(), moving)
-    score = likelihood.score(f, y)
-    assert score.shape == f.shape
-    torch.testing.assert_close(score, expected, rtol=1e-12, atol=1e-12)
+    y, moving = labels(likelihood, f)[0], f.clone().requires_grad_()
+    expected = DISTRIBUTIONS[case](moving).log_prob(y).reshape(SAMPLES, -1).sum(1)
+    offset = LOG_SCALE if case == "functions" else 0.0  # which that log_prob leaves out
+    torch.testing.assert_close(likelihood.log_prob(f, y), expected + offset, rtol=1e-6, atol=1e-6)
+    (slope,) = torch.autograd.grad(expected.sum(), moving)
+    torch.testing.assert_close(likelihood.score(f, y), slope, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("case", "distribution"),
-    [
-        ("Gaussian", lambda f: TorchNormal(f, 0.5)),
-        ("Gaussian of one number", lambda f: TorchNormal(f, 1.0)),
-        ("Gaussian by output", lambda f: TorchNormal(f, VARIANCE.double().sqrt())),
-        ("Categorical", lambda f: TorchCategorical(logits=f)),
-        ("Categorical of a map", lambda f: TorchCategorical(logits=f.movedim(1, -1))),
-        ("Bernoulli", lambda f: TorchBernoulli(logits=f)),
-        ("Poisson", lambda f: TorchPoisson(f.exp())),
-        ("Poisson of the rate", lambda f: TorchPoisson(f)),
-    ],
-)
-def test_log_probabilities_are_those_of_torch(case, distribution):
-    """Catches a lost constant, and a mean over outputs instead of the sum. Nats."""
+def of_classes(f: Tensor) -> Tensor:
+    p = f.double().softmax(-1)
+    return torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+
+
+INFORMATION = {
+    "Gaussian": lambda f: torch.eye(4).expand(SAMPLES, 4, 4) / 0.25,
+    "Gaussian by output": lambda f: torch.diag(1 / VARIANCE.repeat(2)).expand(SAMPLES, 6, 6),
+    "Categorical": of_classes,
+    "Categorical of two": of_classes,
+    "Bernoulli": lambda f: torch.diag_embed(f.sigmoid() * (1 - f.sigmoid())),
+    "Poisson": lambda f: torch.diag_embed(f.exp()),
+    "Poisson of the rate": lambda f: torch.diag_embed(1 / f),
+}
+
+
+@pytest.mark.parametrize("case", INFORMATION)
+def test_the_root_is_that_of_the_closed_form(case):
+    """Catches diag(p) without p p^T, classes that are counted twice, a rate for its inverse."""
     likelihood, f = outputs(case)
-    y = labels(likelihood, f)[0]
-    expected = distribution(f).log_prob(y).reshape(SAMPLES, -1).sum(1)
-    torch.testing.assert_close(likelihood.log_prob(f, y), expected, rtol=1e-6, atol=1e-6)
+    expected = INFORMATION[case](f).to(f)
+    torch.testing.assert_close(information(likelihood, f), expected, rtol=1e-7, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("case", "values"),
-    [
-        ("Categorical", range(4)),
-        ("Categorical of two", range(2)),
-        ("Categorical of a map", range(3)),
-        ("Bernoulli", range(2)),
-    ],
-)
-def test_the_root_is_that_of_the_expectation_over_all_labels(case, values):
-    """Catches diag(p) without p p^T, classes that are counted twice, and positions that see each
-    other: every label there is, with its probability."""
-    likelihood, f = outputs(case)
-    per_sample = f[:, 0].numel() // SAMPLES if case.startswith("Cat") else f[0].numel()
-    shape = f.shape[2:] if case.startswith("Cat") else f.shape[1:]
-    expected = torch.zeros(SAMPLES, f[0].numel(), f[0].numel(), dtype=torch.float64)
-    total = torch.zeros(SAMPLES, dtype=torch.float64)
-    for choice in itertools.product(values, repeat=per_sample):
-        y = torch.tensor(choice).reshape(shape).expand(SAMPLES, *shape)
-        score = likelihood.score(f, y).reshape(SAMPLES, -1)
-        p = likelihood.log_prob(f, y).exp()
-        expected += p[:, None, None] * score[:, :, None] * score[:, None, :]
-        total += p
-    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
-    torch.testing.assert_close(information(likelihood, f), expected, rtol=0, atol=1e-13)
+def test_positions_do_not_see_each_other():
+    """Catches a root that joins the classes of two positions."""
+    likelihood, f = outputs("Categorical of a map")
+    found = information(likelihood, f).reshape(SAMPLES, 3, 4, 3, 4)
+    each = of_classes(f.flatten(2).mT)  # [n, positions, C, C]
+    expected = torch.einsum("npcd,pq->ncpdq", each, torch.eye(4, dtype=f.dtype))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
 @CASES
@@ -174,6 +146,7 @@ def test_scores_of_draws_have_mean_zero_and_the_roots_covariance(case):
     assert drawn.shape[:2] == (DRAWS, 2)
     flat = drawn.flatten(0, 1)
     many = f.expand(DRAWS, *f.shape).flatten(0, 1)
+    likelihood.check(many, flat)
     scores = likelihood.score(many, flat).reshape(DRAWS, 2, -1)
     products = scores[..., :, None] * scores[..., None, :]
     for values, expected in ((scores, 0 * scores[0]), (products, information(likelihood, f))):
@@ -182,37 +155,27 @@ def test_scores_of_draws_have_mean_zero_and_the_roots_covariance(case):
 
 
 @CASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_sample_gets_the_same_labels_however_it_is_batched(case, dtype):
-    """Catches labels that depend on the batch size: results would too."""
-    likelihood, f = outputs(case, samples=23, dtype=dtype)
+def test_a_sample_gets_the_same_labels_however_it_is_batched(case):
+    """Catches labels that depend on the batch size, on the dtype of the outputs (another stream for
+    float32), on the global generator or on the user's device."""
+    likelihood, f = outputs(case, samples=23)
+    state = torch.get_rng_state()
     whole = labels(likelihood, f, 3)
-    for size in (1, 4, 17):
+    for size in (1, 17):
         generator = torch.Generator().manual_seed(5)
         parts = [likelihood.draw(part, 3, generator) for part in f.split(size)]
         assert torch.equal(torch.cat(parts, 1), whole)
     assert not torch.equal(whole[0], whole[1])
-
-
-@pytest.mark.parametrize("case", [case for case in LIKELIHOODS if case[0].isupper()])
-def test_precisions_draw_the_same_labels(case):
-    """Catches random numbers drawn in the dtype of the outputs: another stream for float32."""
-    likelihood, f = outputs(case, samples=50, dtype=torch.float32)
-    single, double = labels(likelihood, f), labels(likelihood, f.double())
-    torch.testing.assert_close(single.double(), double.double(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", [case for case in LIKELIHOODS if case[0].isupper()])
-def test_the_users_random_state_and_default_device_stay(case):
-    """Catches draws from the global generator, and numbers made on the user's device."""
-    likelihood, f = outputs(case)
-    before = torch.get_rng_state()
-    expected = labels(likelihood, f)
+    assert torch.equal(torch.get_rng_state(), state)
+    if case == "functions":  # of the user, who may draw as he likes
+        return
+    single = labels(likelihood, f.float(), 3)
+    torch.testing.assert_close(single.double(), whole.double(), rtol=1e-5, atol=1e-5)
     with torch.device("meta"):
-        assert torch.equal(likelihood.draw(f, 1, torch.Generator("cpu").manual_seed(5)), expected)
+        generator = torch.Generator("cpu").manual_seed(5)
+        assert torch.equal(likelihood.draw(f, 3, generator), whole)
         assert information(likelihood, f).device.type == "cpu"
-        likelihood.score(f, expected[0])
-    assert torch.equal(torch.get_rng_state(), before)
+        likelihood.score(f, whole[0])
 
 
 def test_counts_of_any_rate():
@@ -238,10 +201,8 @@ def test_roots_of_sure_networks_are_finite():
     f = torch.tensor([[0.0, 200, 400], [400, 200, 0], [0, 0, 0], [1e4, -1e4, 1e4]])
     for dtype in (torch.float32, torch.float64):
         for values in (f.to(dtype), f.to(dtype).flip(1)):
-            p = values.double().softmax(1)
-            expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
             found = information(Categorical(), values).double()
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+            torch.testing.assert_close(found, of_classes(values), rtol=0, atol=1e-7)
     extreme = torch.tensor([[-200.0, 200.0, 0.0]])
     assert bool(torch.isfinite(information(Bernoulli(), extreme)).all())
 
@@ -274,7 +235,7 @@ WRONG_LABELS = [
     (Poisson(), (1, 1), torch.tensor([[math.inf]]), ValueError, "be finite, got inf"),
     (Poisson(), (2, 1), torch.zeros(2), ValueError, SHAPE.format(1)),
     (Poisson(), (1, 1), torch.tensor([[True]]), TypeError, "be real numbers, got torch.bool"),
-    (Sampled(), (2, 1), torch.zeros(3, 1), ValueError, "be one per sample (2), got 3"),
+    (correlated(), (2, 2), torch.zeros(3, 2), ValueError, "be one per sample (2), got 3"),
 ]  # fmt: skip
 
 
@@ -301,88 +262,34 @@ def test_labels_of_other_dtypes(likelihood, y, expected):
     assert likelihood.check(f, y).dtype == expected.dtype
 
 
+@pytest.mark.parametrize("shape", [[2], [5, 3]])
+def test_variances_of_another_shape(shape):
+    """Catches a variance per sample of one batch."""
+    text = f"variance must broadcast to the outputs of a sample, [3], got shape {shape}"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        Gaussian(torch.ones(shape)).check_outputs(torch.zeros(5, 3))
+
+
+RATES = Poisson(log_rate=False)
+
+
 @pytest.mark.parametrize(
-    ("likelihood", "f", "text"),
+    ("likelihood", "value"),
     [
-        (
-            Categorical(),
-            torch.zeros(3),
-            "outputs of the model must have shape [n, C, ...], got [3]",
+        *itertools.product(
+            (Gaussian(), Categorical(), Bernoulli(), Poisson(), RATES), (math.nan, math.inf)
         ),
-        (
-            Categorical(),
-            torch.zeros(3, 1),
-            "outputs of the model must be logits of two classes at least, got 1; for one logit take"
-            " Bernoulli()",
-        ),
-        (
-            Gaussian(torch.ones(2)),
-            torch.zeros(5, 3),
-            "variance must broadcast to the outputs of a sample, [3], got shape [2]",
-        ),
-        (
-            Gaussian(torch.ones(5, 3)),
-            torch.zeros(5, 3),
-            "variance must broadcast to the outputs of a sample, [3], got shape [5, 3]",
-        ),
+        *((RATES, value) for value in (0.0, -1.0)),
+        *((Poisson(), value) for value in (100.0, -200.0)),  # whose rate is not finite, or zero
     ],
 )
-def test_outputs_of_a_wrong_shape(likelihood, f, text):
-    """Catches one logit as a class that is always sure, and a variance per sample of one batch."""
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        likelihood.check_outputs(f)
-
-
-def test_outputs_must_be_floating():
-    """Catches predicted classes in the place of logits."""
-    with pytest.raises(TypeError, match=r"must be real and floating, got torch\.int64"):
-        Bernoulli().check_outputs(torch.zeros(2, 1).long())
-
-
-@pytest.mark.parametrize("likelihood", [Gaussian(), Categorical(), Bernoulli(), Poisson()])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_outputs_that_are_not_finite(likelihood, value):
-    """Catches a Fisher matrix of NaN that looks like one."""
-    f = torch.zeros(2, 3)
+def test_outputs_that_are_not_allowed(likelihood, value):
+    """Catches a Fisher matrix of NaN that looks like one, a rate of zero or less, and the logarithm
+    of one that overflows."""
+    f = torch.full((2, 3), 1e-3)
     assert bool(likelihood.valid(f))
     f[1, 2] = value
     assert not bool(likelihood.valid(f))
-
-
-def test_rates_must_be_positive_and_finite():
-    """Catches a rate of zero or less, and the logarithm of one that overflows."""
-    assert not bool(Poisson(log_rate=False).valid(torch.tensor([[0.0]])))
-    assert not bool(Poisson(log_rate=False).valid(torch.tensor([[-1.0]])))
-    assert not bool(Poisson().valid(torch.tensor([[100.0]])))
-    assert not bool(Poisson().valid(torch.tensor([[-200.0]])))
-    assert bool(Poisson(log_rate=False).valid(torch.tensor([[1e-3]])))
-
-
-@pytest.mark.parametrize("variance", [0.0, -1.0, math.nan, math.inf, torch.tensor([1.0, 0.0])])
-def test_wrong_variances(variance):
-    """Catches a variance that makes the Fisher matrix infinite or NaN."""
-    with pytest.raises(ValueError, match="variance must be finite and positive, got"):
-        Gaussian(variance)
-
-
-@pytest.mark.parametrize("variance", ["1", None, {}], ids=repr)
-def test_variances_that_are_none(variance):
-    """Catches errors that do not say which argument is wrong."""
-    with pytest.raises(TypeError, match="variance must be a number or a tensor, got"):
-        Gaussian(variance)
-
-
-def test_a_variance_is_a_copy():
-    """Catches a likelihood that changes with the user's tensor."""
-    variance = torch.ones(2, dtype=torch.float64)
-    likelihood = Gaussian(variance)
-    variance.zero_()
-    assert torch.equal(likelihood.variance, torch.ones(2, dtype=torch.float64))
-
-
-def test_a_variance_keeps_its_digits():
-    """Catches a number that passes through the default dtype, float32."""
-    assert Gaussian(0.1).variance.item() == 0.1
 
 
 def test_functions_that_are_not_there_name_the_way_out():
@@ -420,4 +327,31 @@ def test_they_say_what_they_are():
     assert repr(Gaussian(0.5)) == "Gaussian(variance=0.5)"
     assert repr(Gaussian(VARIANCE)) == "Gaussian(variance=[0.3 to 4], [3])"
     assert repr(Poisson()) == "Poisson(log_rate=True)"
-    assert ff.parameters.Gaussian is Gaussian
+
+
+@pytest.mark.parametrize(
+    ("variance", "error", "text"),
+    [
+        *((v, ValueError, "be finite and positive") for v in (0.0, -1.0, math.nan, math.inf)),
+        (torch.tensor([1.0, 0.0]), ValueError, "be finite and positive"),
+        *((v, TypeError, "be a number or a tensor") for v in ("1", None, {})),
+        (True, TypeError, "be real numbers"),
+        (torch.tensor(1j), TypeError, "be real numbers"),
+    ],
+    ids=repr,
+)
+def test_wrong_variances(variance, error, text):
+    """Catches a variance that makes the Fisher matrix infinite or NaN, and errors that do not say
+    which argument is wrong."""
+    with pytest.raises(error, match=f"variance must {text}, got"):
+        Gaussian(variance)
+
+
+def test_a_variance_is_a_copy_with_its_digits():
+    """Catches a likelihood that changes with the user's tensor, and a number that passes through
+    the default dtype, float32."""
+    variance = torch.ones(2, dtype=torch.float64)
+    likelihood = Gaussian(variance)
+    variance.zero_()
+    assert torch.equal(likelihood.variance, torch.ones(2, dtype=torch.float64))
+    assert Gaussian(0.1).variance.item() == 0.1

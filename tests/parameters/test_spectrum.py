@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from support.parameters_oracle import brute_force
+from support.parameters_small import measure
 from support.parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
@@ -38,7 +40,7 @@ def participation(values: Tensor) -> float:
     return float(values.sum()) ** 2 / float(values.square().sum())
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d", "layer norm", "called twice"])
+@pytest.mark.parametrize("name", ["linear", "layer norm", "called twice"])
 @pytest.mark.parametrize("samples", [4, 60])
 def test_statistics(name: str, samples: int) -> None:
     """Catches zero eigenvalues that count, shares of something else than the trace, a square too
@@ -76,17 +78,6 @@ def made(values: list[float], *, trace: float | None = None, most: int = 0) -> S
     )
 
 
-def test_closed_forms() -> None:
-    """Catches a definition other than those of the literature: equal eigenvalues count one each."""
-    equal = made([2.0] * 4)
-    assert math.isclose(equal.effective_rank, 4, rel_tol=1e-12)
-    assert math.isclose(equal.participation_ratio, 4, rel_tol=1e-12)
-    assert [equal.count(share) for share in (0.25, 0.26, 0.5, 1.0)] == [1, 2, 2, 4]
-    halves = made([4.0, 2.0, 1.0, 1.0])  # entropy 1.75 bits
-    assert math.isclose(halves.effective_rank, 2**1.75, rel_tol=1e-12)
-    assert math.isclose(halves.participation_ratio, 64 / 22, rel_tol=1e-12)
-
-
 def test_bounds_where_some_are_unknown() -> None:
     """Catches bounds that are on the wrong side: the rest of the trace may be in as few or as many
     eigenvalues as there can be."""
@@ -103,16 +94,17 @@ def test_bounds_where_some_are_unknown() -> None:
     assert math.isnan(found.participation_ratio)
     assert found.count(0.7) == 3
     assert found.count(0.9) is None
+    equal = made([2.0] * 4)
+    assert [equal.count(share) for share in (0.25, 0.26, 0.5, 1.0)] == [1, 2, 2, 4]
     assert "more than 3" in repr(found)
     assert "between" in repr(found)
 
 
-@pytest.mark.parametrize("structure", ["gram", "lowrank", "diag", "full"])
+@pytest.mark.parametrize("structure", ["lowrank", "diag", "full"])
 def test_of_a_matrix(structure: str) -> None:
     """Catches a structure whose eigenvalues are taken in the wrong order, or as all there are."""
     model, x, exact = problem()
-    settings = {"rank": 4} if structure == "lowrank" else {}
-    matrix = fp.fisher(model, fp.Categorical(), x, structure=structure, **settings)  # type: ignore[arg-type]
+    matrix = measure(structure, x, model=model)
     found = matrix.spectrum()
     if structure == "diag":
         exact = matrix.diag().sort(descending=True).values
@@ -134,12 +126,9 @@ def test_directions() -> None:
     truth = brute_force(model, "categorical", x)
     found = fp.fisher(model, fp.Categorical(), x, structure="gram").spectrum()
     stiff, sloppy = found.stiff(3), found.sloppy(2)
-    for number in range(3):
-        along = float(stiff[:, number] @ truth @ stiff[:, number])
-        assert along == pytest.approx(float(exact[number]), rel=ROUNDING)
-    for number in range(2):
-        along = float(sloppy[:, number] @ truth @ sloppy[:, number])
-        assert along == pytest.approx(float(found.eigenvalues[-1 - number]), rel=1e-6)
+    for directions, values in ((stiff, exact[:3]), (sloppy, found.eigenvalues[-2:].flip(0))):
+        along = (directions * (truth @ directions)).sum(0)
+        torch.testing.assert_close(along, values, rtol=1e-6, atol=0)
     named = found.direction(1)
     assert {name: part.shape for name, part in named.items()} == {
         name: parameter.shape for name, parameter in model.named_parameters()
@@ -149,27 +138,6 @@ def test_directions() -> None:
     )
     last = torch.cat([part.flatten() for part in found.direction(-1).values()])
     torch.testing.assert_close(last, sloppy[:, 0], rtol=1e-9, atol=1e-12)
-
-
-def test_the_largest_on_data_that_are_read_again() -> None:
-    """Catches a product that lacks a batch, residuals that are no bounds, a wrong trace."""
-    model, x, exact = problem("conv2d", 40)
-    found = fp.fisher(model, fp.Categorical(), x, structure="streamed", batch_size=16).spectrum(5)
-    truth = brute_force(model, "categorical", x)
-    assert not found.complete
-    assert math.isclose(found.trace, float(exact.sum()), rel_tol=ROUNDING)
-    assert len(found.eigenvalues) == 5
-    error = (found.eigenvalues - exact[:5]).abs()
-    assert bool((error <= found.residuals + 1e-13 * exact[0]).all())
-    assert float(found.residuals.max()) <= 1e-6 * float(exact[0])
-    stiff = found.stiff(5)
-    left = (truth @ stiff - stiff * found.eigenvalues).norm(dim=0)
-    assert bool((left <= found.residuals * (1 + 1e-6) + 1e-12 * exact[0]).all())
-    for bounds, value in (
-        (found.effective_rank_bounds, effective_rank(exact[exact > 0])),
-        (found.participation_bounds, participation(exact)),
-    ):
-        assert bounds[0] * (1 - 1e-6) <= value <= bounds[1] * (1 + 1e-6)
 
 
 def test_the_largest_are_all_there_are() -> None:
@@ -219,8 +187,8 @@ def test_eigenpairs_of_a_known_matrix(values: str) -> None:
     assert float(left.max()) <= 1e-6 * scale
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8, 11])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [1, 4, 8, 11])
+@pytest.mark.parametrize("seed", range(2))
 def test_no_copy_of_an_eigenvalue_is_missed(seed: int, count: int) -> None:
     """Triples far from the end of the space, among many other eigenvalues. Catches a search that
     stops after the first copies: SciPy's eigsh alone fails for 4 and 8."""
@@ -230,36 +198,6 @@ def test_no_copy_of_an_eigenvalue_is_missed(seed: int, count: int) -> None:
     torch.testing.assert_close(found.values, values[:count], rtol=1e-9, atol=0)
     left = matrix @ found.directions - found.directions * found.values
     assert bool((left.norm(dim=0) <= found.residuals + 1e-12).all())
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 7, 30])
-def test_eigenvalues_that_come_several_times(count: int) -> None:
-    """Catches one of each: outputs that share no layer give every eigenvalue once for each."""
-    torch.manual_seed(0)
-    model, x = nn.Linear(4, 3).double(), torch.randn(50, 4, dtype=torch.float64)
-    exact = fp.fisher(model, fp.Gaussian(), x, structure="gram").spectrum().eigenvalues
-    assert math.isclose(exact[0], exact[2], rel_tol=1e-12)
-    found = fp.fisher(model, fp.Gaussian(), x, structure="streamed").spectrum(count)
-    torch.testing.assert_close(found.eigenvalues, exact[:count], rtol=1e-6, atol=0)
-    directions = found.stiff(found.rank)
-    eye = torch.eye(found.rank, dtype=torch.float64)
-    torch.testing.assert_close(directions.T @ directions, eye, rtol=0, atol=1e-9)
-    low, high = found.participation_bounds
-    assert low * (1 - 1e-6) <= participation(exact) <= high * (1 + 1e-6)
-    assert found.complete == (count > len(exact))
-
-
-def test_monte_carlo_draws_the_same_labels_again() -> None:
-    """Catches products with matrices that differ from pass to pass."""
-    model, x, _ = problem("linear", 20)
-    dense = fp.fisher(
-        model, fp.Categorical(), x, structure="gram", fisher_type="mc", samples=2, seed=3
-    ).to_dense()
-    found = fp.fisher(
-        model, fp.Categorical(), x, structure="streamed", fisher_type="mc", samples=2, seed=3
-    ).spectrum(3)
-    exact = torch.linalg.eigvalsh(dense).flip(0)
-    torch.testing.assert_close(found.eigenvalues, exact[:3], rtol=1e-6, atol=0)
 
 
 def test_table_and_figure() -> None:
@@ -280,29 +218,25 @@ def test_arguments() -> None:
     """Catches questions that have no answer."""
     model, x, _ = problem("linear")
     F = fp.fisher(model, "categorical", x, structure="gram")
-    with pytest.raises(ValueError, match=r"^count must be at least 1, got 0$"):
-        F.spectrum(0)
-    with pytest.raises(TypeError, match=r"^count must be a whole number, got 2.5$"):
-        F.spectrum(2.5)  # type: ignore[arg-type]
-    with pytest.raises(MemoryError, match=r"vectors of \d+ parameters must fit into memory_budget"):
-        F.spectrum(2, memory_budget=100)
     found = F.spectrum()
-    with pytest.raises(ValueError, match=r"^share must lie in \(0, 1\], got 0$"):
-        found.count(0)
-    with pytest.raises(ValueError, match=r"^count must lie in \[1, \d+\], got 0$"):
-        found.stiff(0)
-    with pytest.raises(IndexError, match=r"^number must lie in"):
-        found.direction(10**6)
-    silent = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    with torch.no_grad():
-        silent[0].bias.fill_(-100)
-    zero = fp.fisher(silent, "gaussian", torch.zeros(3, 2), structure="gram")
+    questions: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: F.spectrum(0), ValueError, r"count must be at least 1, got 0$"),
+        (lambda: F.spectrum(2.5), TypeError, r"count must be a whole number, got 2.5$"),  # type: ignore[arg-type]
+        (lambda: F.spectrum(2, memory_budget=100), MemoryError, r"\d+ vectors of \d+ parameters m"),
+        (lambda: found.count(0), ValueError, r"share must lie in \(0, 1\], got 0$"),
+        (lambda: found.stiff(0), ValueError, r"count must lie in \[1, \d+\], got 0$"),
+        (lambda: found.direction(10**6), IndexError, "number must lie in"),
+    ]
+    for question, error, text in questions:
+        with pytest.raises(error, match=f"^{text}"):
+            question()
+    zero = measure("gram", 0 * x, model=model[0], likelihood=fp.Gaussian(), parameters="weight")
     for count in (None, 2):
         with pytest.raises(ValueError, match=r"^F must not be zero, got a largest eigenvalue of 0"):
             zero.spectrum(count)
 
 
-@pytest.mark.parametrize("structure", ["diag", "block", "kfac", "full", "gram", "streamed"])
+@pytest.mark.parametrize("structure", ["kfac", "gram", "streamed"])
 def test_the_largest_of_every_structure(structure: Any) -> None:
     """Catches products that are not those of the structure, and a trace or rank of another."""
     model, x, _ = problem()
@@ -311,14 +245,13 @@ def test_the_largest_of_every_structure(structure: Any) -> None:
     found = F.spectrum(3)
     torch.testing.assert_close(found.eigenvalues, exact[:3], rtol=1e-9, atol=0)
     assert found.most == (2 * len(x) if structure in ("gram", "streamed") else len(exact))
-    for bounds, value in (
-        (found.effective_rank_bounds, effective_rank(exact[exact > 0])),
-        (found.participation_bounds, participation(exact)),
-    ):
-        assert bounds[0] * (1 - 1e-6) <= value <= bounds[1] * (1 + 1e-6)
+    low, high = found.effective_rank_bounds
+    assert low * (1 - 1e-6) <= effective_rank(exact[exact > 0]) <= high * (1 + 1e-6)
+    low, high = found.participation_bounds
+    assert low * (1 - 1e-6) <= participation(exact) <= high * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("structure", ["diag", "block", "kfac", "full", "gram", "streamed"])
+@pytest.mark.parametrize("structure", ["block", "streamed"])
 def test_scipy_operator(structure: Any) -> None:
     """Catches columns taken for rows, float32 products, and a vector that is written to."""
     model, x, _ = problem()
@@ -329,8 +262,8 @@ def test_scipy_operator(structure: Any) -> None:
     assert operator.dtype == np.float64
     v = np.linspace(-1, 1, len(dense))
     atol = 1e-12 * np.abs(dense).max()
-    kept = v.copy()
-    np.testing.assert_allclose(operator @ v, dense @ v, rtol=0, atol=atol)
+    kept, found = v.copy(), operator @ v
+    np.testing.assert_allclose(found, dense @ v, rtol=0, atol=atol)
     np.testing.assert_array_equal(v, kept)
     columns = np.stack([v, v**2, v[::-1]], axis=1)
     np.testing.assert_allclose(operator @ columns, dense @ columns, rtol=0, atol=atol)

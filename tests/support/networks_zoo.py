@@ -285,7 +285,10 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
         "tensor identities": {name: id(tensor) for name, tensor in tensors.items()},
         "tensor storages": {name: tensor.data_ptr() for name, tensor in tensors.items()},
         "requires_grad": {name: tensor.requires_grad for name, tensor in tensors.items()},
-        "gradients": {name: id(tensor.grad) for name, tensor in tensors.items()},
+        "gradients": {
+            name: None if tensor.grad is None else (id(tensor.grad), tensor.grad.tolist())
+            for name, tensor in tensors.items()
+        },
         "values": {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()},
         "training flags": {name: module.training for name, module in modules.items()},
         "hooks": hooks,

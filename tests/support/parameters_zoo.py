@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from support.networks_zoo import seeded
@@ -76,6 +77,19 @@ class Lambda(nn.Module):
         return self.function(x)
 
 
+class Written(nn.Module):
+    """Layers and parameters by name, and the function forward(self, x) of them."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any], **parts: object) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
 def mean_head(features: int, *, dims: int | tuple[int, ...] = 1) -> nn.Sequential:
     """Mean over positions, and a linear layer."""
     return nn.Sequential(Lambda(lambda h: h.mean(dims)), nn.Linear(features, OUTPUTS))
@@ -140,7 +154,10 @@ def normed_features(norm: Callable[[], nn.Module]) -> nn.Module:
 
 
 def embedding(padding_idx: int | None = None) -> nn.Module:
-    return nn.Sequential(nn.Embedding(TOKENS, 4, padding_idx), nn.Tanh(), *mean_head(4))
+    """A table whose padding row, which has no gradient, is not zero."""
+    table = nn.Embedding(TOKENS, 4, padding_idx)
+    nn.init.normal_(table.weight)
+    return nn.Sequential(table, nn.Tanh(), *mean_head(4))
 
 
 # --- ways through the network ---
@@ -234,16 +251,13 @@ class WindowsMixed(Windows):
 # --- parameters used in ways of their own ---
 
 
-class Twice(nn.Module):
-    """One linear layer, called twice."""
+def twice() -> nn.Module:
+    """One layer called two times."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.head = nn.Linear(4, OUTPUTS)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.layer(torch.tanh(m.layer(x))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(torch.tanh(self.layer(x))))
+    return Written(forward, layer=nn.Linear(4, 4), head=nn.Linear(4, OUTPUTS))
 
 
 class TiedHead(nn.Module):
@@ -260,28 +274,21 @@ class TiedHead(nn.Module):
         return self.head(torch.tanh(self.mix(self.embedding(x % OUTPUTS))).mean(1))
 
 
-class Expression(nn.Module):
+def expression() -> nn.Module:
     """Parameters of one's own, in an expression."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 4))
-        self.layer = nn.Linear(4, OUTPUTS)
-        self.gate = nn.Parameter(torch.tensor(0.3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x * self.scale.exp()) * torch.sigmoid(self.gate)
+    return Written(
+        lambda m, x: m.layer(x * m.scale.exp()) * torch.sigmoid(m.gate),
+        scale=nn.Parameter(torch.linspace(0.5, 1.5, 4)),
+        layer=nn.Linear(4, OUTPUTS),
+        gate=nn.Parameter(torch.tensor(0.3)),
+    )
 
 
-class Penalised(nn.Module):
-    """A layer whose weights enter once more, beside the layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, OUTPUTS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) * self.layer.weight.square().sum()
+def penalised() -> nn.Module:
+    """A layer whose weights enter once more, next to the layer."""
+    return Written(
+        lambda m, x: m.layer(x) * m.layer.weight.square().sum(), layer=nn.Linear(4, OUTPUTS)
+    )
 
 
 class Unused(nn.Module):
@@ -323,16 +330,13 @@ class Checkpointed(nn.Module):
         return self.head(torch.tanh(checkpoint(self.block, x, use_reentrant=False)))
 
 
-class Keywords(nn.Module):
+def keywords() -> nn.Module:
     """Layers that are called by keyword."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 5)
-        self.head = nn.Linear(5, OUTPUTS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(input=torch.tanh(self.first(input=x)))
+    return Written(
+        lambda m, x: m.head(input=torch.tanh(m.first(input=x))),
+        first=nn.Linear(4, 5),
+        head=nn.Linear(5, OUTPUTS),
+    )
 
 
 IMAGE = (2, 5, 6)
@@ -379,13 +383,13 @@ NETWORKS: dict[str, Network] = {
     "GRU": Network(partial(Recurrent, nn.GRU), (3, 2)),
     "windows": Network(Windows, (8,)),
     "windows mixed": Network(WindowsMixed, (8,)),
-    "called twice": Network(Twice, (4,)),
+    "called twice": Network(twice, (4,)),
     "tied head": Network(TiedHead, (5,), tokens=True),
-    "expression": Network(Expression, (4,)),
-    "weights in an expression": Network(Penalised, (4,)),
+    "expression": Network(expression, (4,)),
+    "weights in an expression": Network(penalised, (4,)),
     "unused and frozen": Network(Unused, (4,)),
     "weight norm": Network(parametrized, (4,)),
     "partly frozen": Network(partly_frozen, (4,)),
     "checkpoint": Network(Checkpointed, (4,)),
-    "keywords": Network(Keywords, (4,)),
+    "keywords": Network(keywords, (4,)),
 }

@@ -141,7 +141,9 @@ class Scores:
                         f"matrix must fit into 8 GiB, got {samples} samples and more of"
                         f" P = {self.layout.size} numbers: read the scores batch by batch"
                     )
-                rows.append(torch.cat([part.flatten(1).double() for part in batch.values()], 1))
+                rows.append(
+                    torch.cat([part.reshape(len(part), -1).double() for part in batch.values()], 1)
+                )
         return torch.cat(rows)
 
     def mean(self) -> Tensor:
@@ -225,8 +227,8 @@ def _projected(sweep: Sweep, layers: list[str], aim: Mapping[str, Tensor]) -> Te
     def project(column: int, rule: Rule, x: Tensor, g: Tensor) -> None:
         if isinstance(rule, Rows):  # parameters of several layers
             for name, part in zip(rule.names, rule.gradients(x, g), strict=True):
-                own = aim[name].flatten(1).to(part.dtype)
-                rows[:, layers.index(module_of(name))] += part.flatten(1) @ own.T
+                own, part = (r.reshape(len(r), -1).to(part.dtype) for r in (aim[name], part))
+                rows[:, layers.index(module_of(name))] += part @ own.T
             return
         here = rows[:, layers.index(module_of(rule.names[0]))]
         for k in range(directions):

@@ -1,0 +1,284 @@
+"""What is the user's stays as it is: weights, gradients, modes, hooks, random numbers, defaults."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.networks_zoo import untouched
+from support.pairwise import pairwise
+from support.parameters_oracle import brute_force
+from support.parameters_small import CATEGORICAL, difference, labels, measure
+from support.parameters_zoo import NETWORKS, Lambda, Network, linear
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from fisherfast import parameters as fp
+from fisherfast.parameters.fisher import ACCUMULATORS, FISHER_TYPES
+
+ROUNDING = 1e-12
+"""Relative to the largest entry; measured: below 2e-15."""
+
+SAMPLES = 20
+DENSE = Network(linear, (4,))
+X, Y = DENSE.inputs(SAMPLES, torch.float32), labels(SAMPLES)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # of torch, on copies
+
+
+def with_gradients(network: Network = DENSE) -> nn.Module:
+    """A network in the middle of its training, with hooks and modes of its own."""
+    model = network.make(torch.float32)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    model.register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+@pairwise(structure=list(ACCUMULATORS), fisher_type=list(FISHER_TYPES), source=["x", "set", "mix"])
+def test_a_measurement_touches_nothing(structure: str, fisher_type: str, source: str) -> None:
+    """Gradients left in .grad, random numbers taken (a DataLoader that shuffles takes some), modes,
+    hooks and defaults that stay, parameters that move."""
+    model, x = with_gradients(), X.clone().requires_grad_()
+    model[2].train()
+    versions = [p._version for p in model.parameters()]
+    pairs = TensorDataset(X, Y)
+    data = {"x": (x, Y), "set": pairs, "mix": DataLoader(pairs, batch_size=6, shuffle=True)}[source]
+    with untouched(model):
+        measure(structure, data, fisher_type, model=model, batch_size=8)
+    assert x.grad is None
+    assert [p._version for p in model.parameters()] == versions
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_network_is_touched(name: str) -> None:
+    """Weights that a recurrent layer lists, buffers, gradients that are filled or freed: all as
+    before, and a training step gives what it gives without."""
+    network = NETWORKS[name]
+    model, x = with_gradients(network), network.inputs(5, torch.float32)
+    other = copy.deepcopy(model)
+    with untouched(model):
+        measure("block", (x, labels(5)), "empirical", model=model, batch_size=3)
+    for rnn in (module for module in model.modules() if isinstance(module, nn.RNNBase)):
+        # torch.func.functional_call leaves the weights of its call there
+        assert [*map(id, rnn._flat_weights)] == [
+            id(getattr(rnn, n)) for n in rnn._flat_weights_names
+        ]
+    gradients = []
+    for net in (model, other):
+        net.zero_grad()
+        F.cross_entropy(net(x), labels(5)).backward()
+        gradients.append([p.grad for p in net.parameters()])
+    for here, there in zip(*gradients, strict=True):
+        assert (here is None and there is None) or torch.equal(here, there)
+
+
+ANALYSES: dict[str, Callable[[nn.Module], object]] = {
+    "unit": lambda model: fp.fisher(model, CATEGORICAL, X).importance(per="unit"),
+    "layer": lambda model: fp.fisher(model, CATEGORICAL, X).importance(per="layer"),
+    "product": lambda model: measure("streamed", X, model=model) @ torch.ones(43, device="cpu"),
+    "spectrum": lambda model: measure("gram", X, model=model).spectrum(3),
+    "scores": lambda model: list(fp.score(model, CATEGORICAL, X, Y)),
+    "matrix": lambda model: fp.score(model, CATEGORICAL, X, Y).matrix(),
+    "mean": lambda model: fp.score(model, CATEGORICAL, X, Y).mean(),
+    "test": lambda model: fp.score(model, CATEGORICAL, X, Y).mean_zero_test(directions=2),
+    "task": lambda model: fp.ElasticWeightConsolidation(1.0).consolidate(model, CATEGORICAL, X),
+}
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_an_analysis_touches_nothing(analysis: str) -> None:
+    """Gradients left in .grad, random numbers taken, hooks and modes that stay."""
+    model = with_gradients()
+    with untouched(model):
+        ANALYSES[analysis](model)
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_an_analysis_under_another_default_device(analysis: str) -> None:
+    """Numbers made on the user's device: "meta" holds none."""
+    model = with_gradients()
+    expected = ANALYSES[analysis](model)
+    torch.set_default_device("meta")
+    try:
+        found = ANALYSES[analysis](model)
+    finally:
+        torch.set_default_device(None)
+    assert repr(found) == repr(expected)
+
+
+@pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("where", ["forward", "backward", "data"])
+def test_an_error_leaves_everything_as_it_was(where: str, error: BaseException) -> None:
+    """Hooks, modes and random states that stay when the network, its gradients or the data raise:
+    an error of theirs, or Ctrl-C."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    def middle(x: Tensor) -> Tensor:
+        if where == "forward":
+            fail()
+        elif where == "backward" and x.requires_grad:
+            x.register_hook(fail)
+        return x
+
+    def data() -> Iterator[Tensor]:
+        yield X[:10]
+        raise error
+
+    model = nn.Sequential(nn.Linear(4, 4), Lambda(middle), nn.Linear(4, 3)).eval()
+    with untouched(model), pytest.raises(type(error)):
+        fp.fisher(model, CATEGORICAL, data(), fisher_type="mc")
+
+
+@pairwise(structure=list(ACCUMULATORS), fisher_type=list(FISHER_TYPES))
+def test_the_default_device_is_the_users(structure: str, fisher_type: str) -> None:
+    """Statistics on the user's device, and a network, a source or a likelihood that sees another
+    default than its author: the device "meta" holds no numbers."""
+    seen = []
+
+    def note(f: Tensor) -> Tensor:
+        seen.append(torch.empty(0).device.type)
+        return f
+
+    model = nn.Sequential(DENSE.make(torch.float32), Lambda(note))
+    expected = measure(structure, (X, Y), fisher_type, model=model)
+
+    def source() -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(0, SAMPLES, 5):
+            seen.append(torch.empty(0).device.type)
+            yield X[i : i + 5], Y[i : i + 5]
+
+    own = fp.Likelihood(lambda f, y: note(f).log_softmax(1).gather(1, y[:, None])[:, 0])
+    seen.clear()
+    torch.set_default_device("meta")
+    try:
+        found = measure(structure, source(), fisher_type, model=model)
+        if fisher_type == "empirical":
+            measure(structure, source(), fisher_type, model=model, likelihood=own)
+        assert torch.empty(0).device.type == "meta"
+        diagonal = found.diag()
+    finally:
+        torch.set_default_device(None)
+    assert set(seen) == {"meta"}
+    torch.testing.assert_close(diagonal, expected.diag(), rtol=1e-5, atol=1e-9)
+
+
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "save on CPU": torch.autograd.graph.save_on_cpu,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["attention", "checkpoint"])
+def test_modes_of_the_caller(mode: str, name: str) -> None:
+    """Gradients that are off, or numbers of lower precision, because the caller wanted so."""
+    network = NETWORKS[name]
+    model, x = network.make(), network.inputs(5)
+    truth = brute_force(model, "categorical", x)
+    mean = fp.score(model, CATEGORICAL, x, labels(5)).mean()
+    with MODES[mode]():
+        given = x.clone()  # in inference mode, a tensor that autograd refuses
+        found = measure("full", given, model=model, batch_size=3).to_dense()
+        again = fp.score(model, CATEGORICAL, given, labels(5)).mean()
+    assert difference(found, truth) < ROUNDING
+    assert difference(again, mean) < ROUNDING
+
+
+def test_default_dtype() -> None:
+    """Numbers of the default dtype among those of the network."""
+    network = NETWORKS["attention"]
+    model, x = network.make(torch.float32), network.inputs(SAMPLES, torch.float32)
+
+    def all_of_it() -> list[Any]:
+        test = fp.score(model, CATEGORICAL, x, Y).mean_zero_test(directions=2)
+        types = [measure("full", (x, Y), kind, model=model).to_dense() for kind in FISHER_TYPES]
+        return [test.statistic, *(matrix.tolist() for matrix in types)]
+
+    expected = all_of_it()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = all_of_it()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+
+
+def test_a_measurement_inside_of_the_data() -> None:
+    """Hooks of one measurement in the passes of another, and locks that never open."""
+    model, x = DENSE.make(), DENSE.inputs(8)
+
+    def data() -> Iterator[Tensor]:
+        for batch in x.split(2):
+            fp.fisher(model, CATEGORICAL, batch)
+            yield batch
+
+    expected = fp.fisher(model, CATEGORICAL, x).diag()
+    assert difference(fp.fisher(model, CATEGORICAL, data()).diag(), expected) < ROUNDING
+
+
+def test_several_threads_at_once() -> None:
+    """Hooks of one thread in the passes of another: all measure the same network."""
+    model, x = DENSE.make(), DENSE.inputs(6)
+    expected = fp.fisher(model, CATEGORICAL, x).diag()
+    with ThreadPoolExecutor(3) as pool:
+        sizes = [1, 2, 3] * 4
+        found = pool.map(lambda n: fp.fisher(model, CATEGORICAL, x, batch_size=n).diag(), sizes)
+        assert all(difference(each, expected) < ROUNDING for each in found)
+
+
+def test_the_seed_chooses_the_labels() -> None:
+    """Labels of the global random state, and the same labels for every seed."""
+    first, same, other = (
+        measure("diag", X, "mc", model=DENSE.make(torch.float32), seed=seed).diag()
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(same, first)
+    assert not torch.equal(other, first)
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(X)
+
+
+@pytest.mark.parametrize(
+    ("data", "total"),
+    [
+        (X, SAMPLES),
+        ((X, Y), SAMPLES),
+        ((np.zeros((SAMPLES, 4)), None), SAMPLES),
+        (TensorDataset(X), SAMPLES),
+        (DataLoader(TensorDataset(X), batch_size=7), SAMPLES),
+        (DataLoader(Stream(), batch_size=7), None),
+        (Stream(), None),
+        ([X[:8], X[8:], X[:0]], None),
+        (iter([X]), None),
+    ],
+)
+def test_progress(monkeypatch: pytest.MonkeyPatch, data: Any, total: int | None) -> None:
+    """A bar that is shown unasked, counts batches for samples, or is not closed."""
+    bar = mock.MagicMock()
+    bar.__enter__.return_value = bar
+    tqdm = mock.Mock(return_value=bar)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", mock.Mock(tqdm=tqdm))
+    model = DENSE.make()
+    fp.fisher(model, CATEGORICAL, X)
+    tqdm.assert_not_called()
+    fp.fisher(model, CATEGORICAL, data, batch_size=6, progress=True)
+    assert tqdm.call_args.kwargs["total"] == total
+    assert sum(call.args[0] for call in bar.update.call_args_list) == SAMPLES
+    bar.__exit__.assert_called_once()

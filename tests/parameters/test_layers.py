@@ -1,0 +1,259 @@
+"""Contractions of the per-sample gradients of each kind of layer against one backward pass for
+every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from unittest import mock
+
+import pytest
+import torch
+from support.pairwise import DTYPES, pairwise
+from torch import Tensor, nn
+
+from fisherfast.parameters.layers import linear as ways
+from fisherfast.parameters.layers.base import Rule
+from fisherfast.parameters.layers.linear import MatrixRule, column_gram
+from fisherfast.parameters.layers.registry import rule_for
+
+# PyTorch says that it copies the input.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+
+# Of the largest number, in float64. Measured: 9e-16.
+TOLERANCE = 1e-13
+TOLERANCE_FLOAT32 = 4e-6  # measured: 5e-7
+TOLERANCES = {torch.float32: 2e-6, torch.float64: TOLERANCE}  # measured: 1e-7 and 7e-16
+
+LAYERS = {
+    "linear": (nn.Linear(5, 3), (7, 5)),
+    "linear, positions": (nn.Linear(5, 3), (7, 4, 5)),
+    "linear, two dimensions of positions": (nn.Linear(5, 3), (7, 4, 2, 5)),
+    "linear, no bias": (nn.Linear(5, 3, bias=False), (7, 4, 5)),
+    "linear, no positions": (nn.Linear(5, 3), (7, 0, 5)),
+    "conv 1d": (nn.Conv1d(3, 4, 3, padding=1), (5, 3, 9)),
+    "conv 1d, strided": (nn.Conv1d(4, 6, 4, stride=3, dilation=2, groups=2), (5, 4, 19)),
+    "conv 2d": (nn.Conv2d(3, 4, 3, padding=1), (5, 3, 6, 7)),
+    "conv 2d, everything": (
+        nn.Conv2d(4, 6, (3, 2), (2, 1), (2, 1), (1, 3), groups=2),
+        (5, 4, 8, 9),
+    ),
+    "conv 2d, depthwise": (nn.Conv2d(6, 6, 3, padding=1, groups=6), (5, 6, 5, 6)),
+    "conv 2d, same": (nn.Conv2d(3, 4, (2, 4), padding="same"), (5, 3, 6, 7)),
+    "conv 2d, reflected": (
+        nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="reflect"),
+        (5, 3, 6, 7),
+    ),
+    "conv 2d, circular": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (5, 3, 6, 7)),
+    "conv 2d, no bias": (nn.Conv2d(3, 4, 1, bias=False), (5, 3, 6, 7)),
+    "conv 3d": (nn.Conv3d(3, 4, (2, 3, 1), (1, 2, 1), (0, 1, 0)), (5, 3, 4, 6, 3)),
+    "transposed 1d": (nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1), (5, 3, 6)),
+    "transposed 2d": (nn.ConvTranspose2d(3, 4, 3, padding=1), (5, 3, 6, 7)),
+    "transposed 2d, everything": (
+        nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), (1, 0), (1, 2), groups=2, dilation=(1, 2)),
+        (5, 4, 3, 5),
+    ),
+    "transposed 2d, margin beyond the stride": (
+        nn.ConvTranspose2d(3, 2, 2, stride=1, output_padding=1, dilation=2),
+        (5, 3, 4, 4),
+    ),
+    "batch norm": (nn.BatchNorm2d(4).eval(), (5, 4, 3, 6)),
+    "batch norm 1d": (nn.BatchNorm1d(4).eval(), (5, 4)),
+    "layer norm": (nn.LayerNorm((3, 6)), (5, 4, 3, 6)),
+    "RMS norm": (nn.RMSNorm(6), (5, 4, 6)),
+    "group norm": (nn.GroupNorm(2, 4), (5, 4, 3, 6)),
+    "instance norm": (nn.InstanceNorm2d(4, affine=True), (5, 4, 3, 6)),
+    "embedding": (nn.Embedding(6, 4), (7, 5)),
+    "embedding, padded": (nn.Embedding(6, 4, padding_idx=2), (7, 5)),
+}
+
+
+def seeded(shape: Sequence[int], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def prepared(layer: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Tensor, Tensor]:
+    """The layer in float64 with its own numbers, x, and gradients at its output."""
+    layer = layer.double()
+    with torch.no_grad():
+        for number, (name, values) in enumerate(layer.state_dict().items()):
+            if values.is_floating_point():
+                draw = seeded(values.shape, 100 + number)
+                values.copy_(draw.abs() + 0.5 if "var" in name else draw)
+    x = seeded(shape, 1)
+    if isinstance(layer, nn.Embedding):
+        x = x.mul(10).long() % 6
+    return layer, x, seeded(layer(x).shape, 2)
+
+
+def by_sample(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """G_i of every parameter, by autograd: one backward pass for each sample."""
+    parameters = list(layer.parameters())
+    rows = [
+        torch.autograd.grad(layer(x[i : i + 1]), parameters, g[i : i + 1]) for i in range(len(x))
+    ]
+    parts = [torch.stack(each) for each in zip(*rows, strict=True)]
+    return dict(zip((name for name, _ in layer.named_parameters()), parts, strict=True))
+
+
+def rule_of(layer: nn.Module, *names: str) -> Rule:
+    """The rule for some parameters of a layer; for all of them where none are named."""
+    names = names or tuple(name for name, _ in layer.named_parameters())
+    rule = rule_for(layer, {name: f"own.{name}" for name in names})
+    assert rule is not None
+    assert rule.names == tuple(f"own.{name}" for name in names)
+    return rule
+
+
+def assert_near(got: Tensor, truth: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert got.shape == truth.shape
+    if truth.numel():
+        assert (got.double() - truth).abs().max() <= tolerance * truth.abs().max()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_against_one_backward_pass_a_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that are squared before they are summed, a group or a margin at the wrong place,
+    parameters in another order or in the place of one that is not measured, columns and samples
+    exchanged, samples of another portion."""
+    layer, x, g = prepared(*LAYERS[name])
+    truth = by_sample(layer, x, g)
+    u = seeded([len(x)], 3)
+    choices = [tuple(truth), *((own,) for own in truth)] if len(truth) > 1 else [tuple(truth)]
+    for names in choices:
+        rule, rows = rule_of(layer, *names), [truth[own] for own in names]
+        v = [seeded(each.shape[1:], 4) for each in rows]
+        flat = torch.cat([each.flatten(1) for each in rows], 1)
+        with torch.no_grad():
+            for got, each in zip(rule.gradients(x, g), rows, strict=True):
+                assert_near(got, each)
+            for got, each in zip(rule.squares(x, g), rows, strict=True):
+                assert_near(got, each.square().sum(0))
+            for got, each in zip(rule.weighted_sum(x, g, u), rows, strict=True):
+                assert_near(got, torch.tensordot(u, each, 1))
+            assert_near(rule.products(x, g, v), flat @ torch.cat([each.flatten() for each in v]))
+        if isinstance(rule, MatrixRule) and x.numel():
+            columns = torch.stack([g, g.roll(1, 0)])
+            other = by_sample(layer, x, columns[1])
+            both = torch.stack([flat, torch.cat([other[own].flatten(1) for own in names], 1)])
+            pairs = torch.einsum("rnp,qmp->rnqm", both, both)
+            for portion in (1, 2**25):
+                monkeypatch.setattr("fisherfast.parameters.layers.linear.PORTION_BYTES", portion)
+                assert_near(rule.columns_gram(x, columns, x, columns), pairs)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_float32_and_channels_last(name: str) -> None:
+    """Strides that are assumed, and products in less than float32."""
+    layer, x, g = prepared(*LAYERS[name])
+    truth = [rows.square().sum(0) for rows in by_sample(layer, x, g).values()]
+    layer, g = layer.float(), g.float()
+    x = x.float() if x.is_floating_point() else x
+    if x.dim() == 4:
+        x, g = (part.contiguous(memory_format=torch.channels_last) for part in (x, g))
+    before = x.clone(), g.clone()
+    with torch.no_grad():
+        got = rule_of(layer).squares(x, g)
+    for mine, expected in zip(got, truth, strict=True):
+        assert_near(mine, expected, TOLERANCE_FLOAT32)
+    assert torch.equal(x, before[0])
+    assert torch.equal(g, before[1])
+    layer.double()
+
+
+@pytest.mark.parametrize("name", ["conv 3d", "layer norm", "batch norm", "instance norm"])
+def test_parts_of_a_batch_add_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample at a time: a part that is lost, or whose sum is squared with another's."""
+    layer, x, g = prepared(*LAYERS[name])
+    for limit in ("layers.norm.IN_CACHE", "layers.linear.IN_MEMORY"):
+        monkeypatch.setattr(f"fisherfast.parameters.{limit}", 1)
+    rule, sizes = rule_of(layer), []
+    gradients = rule.gradients
+
+    def recorded(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        sizes.append(len(x))
+        return gradients(x, g)
+
+    monkeypatch.setattr(rule, "gradients", recorded)
+    with torch.no_grad():
+        got = rule.squares(x, g)
+    for mine, rows in zip(got, by_sample(layer, x, g).values(), strict=True):
+        assert_near(mine, rows.square().sum(0))
+    assert sizes == [1] * len(x)
+
+
+def test_reduced_matmul_precision_does_not_reach_a_linear_layer() -> None:
+    """With bfloat16 products the error would be about 1e-3."""
+    layer, x, g = prepared(nn.Linear(64, 48), (50, 64))
+    truth = by_sample(layer, x, g)["weight"].square().sum(0)
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        got = rule_of(layer.float()).squares(x.float(), g.float())[0]
+    finally:
+        torch.set_float32_matmul_precision(former)
+    assert_near(got, truth, TOLERANCE_FLOAT32)
+
+
+def test_layers_without_a_rule() -> None:
+    """A rule for a norm whose statistics it does not know, or for a table that changes when it is
+    read."""
+    for layer in (
+        nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        nn.BatchNorm2d(3, track_running_stats=False).eval(),
+        nn.BatchNorm2d(3),
+        nn.Embedding(5, 3, max_norm=1.0),
+        nn.Embedding(5, 3, scale_grad_by_freq=True),
+        nn.Bilinear(3, 3, 3),
+    ):
+        assert rule_for(layer, {"weight": "weight"}) is None
+
+
+# --- the ways of a Gram matrix of columns ---
+
+# n R G T D M, and which way the cost chooses.
+SIZES = {
+    "single positions": ((5, 3, 1, 1, 7, 4), "_of_single_positions"),
+    "few positions": ((4, 3, 1, 6, 700, 40), "_without_gradients"),
+    "many positions": ((3, 2, 1, 90, 5, 3), "_with_gradients"),
+    "groups": ((3, 2, 4, 20, 9, 2), "_with_gradients"),
+    "deep groups": ((3, 2, 2, 8, 300, 100), "_without_gradients"),
+}
+
+
+def side(n, R, G, T, D, M, dtype):
+    return seeded((n, G, T, D), n).to(dtype), seeded((R, n, G, T, M), n).to(dtype)
+
+
+def by_gradients(left, right, weight, bias):
+    rows = []
+    for a, b in (left, right):
+        parts = [torch.einsum("rngtm,ngtd->rngmd", b.double(), a.double()).flatten(2)] * weight
+        parts += [b.double().sum(3).flatten(2)] * bias
+        rows.append(torch.cat(parts, 2))
+    return torch.einsum("rnp,qmp->rnqm", *rows)
+
+
+@pairwise(name=list(SIZES), kinds=["weight", "bias", "weight and bias"], dtype=DTYPES)
+def test_every_way_equals_the_gradients(monkeypatch, name, kinds, dtype):
+    """Catches columns and samples exchanged, a group or a bias that is forgotten, and a choice of
+    the dearer way."""
+    (n, R, *rest), chosen = SIZES[name]
+    left, right = side(n, R, *rest, dtype), side(n + 1, R + 1, *rest, dtype)
+    names = ("_of_single_positions", "_without_gradients", "_with_gradients")
+    calls = {way: mock.Mock(wraps=getattr(ways, way)) for way in names}
+    for way, call in calls.items():
+        monkeypatch.setattr(ways, way, call)
+    weight, bias = (each in kinds for each in ("weight", "bias"))
+    kinds, tolerance = {"weight": weight, "bias": bias}, TOLERANCES[dtype]
+    assert_near(column_gram(*left, *right, **kinds), by_gradients(left, right, **kinds), tolerance)
+    assert_near(column_gram(*left, **kinds), by_gradients(left, left, **kinds), tolerance)
+    assert [way for way in calls if calls[way].called] == ([chosen] if weight else [])
+
+
+@pytest.mark.parametrize("numbers", [1, 50, 1000])
+def test_gradients_in_pieces(monkeypatch, numbers):
+    """Catches a piece of the gradients that is lost or counted twice."""
+    monkeypatch.setattr(ways, "TILE_NUMBERS", numbers)
+    left, right = side(3, 2, 1, 90, 5, 3, torch.float64), side(4, 1, 1, 90, 5, 3, torch.float64)
+    assert_near(column_gram(*left, *right), by_gradients(left, right, True, False))

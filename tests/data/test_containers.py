@@ -169,10 +169,10 @@ def test_batches_cut_tensors_and_keep_those_of_loaders():
     """Catches a lost remainder, reordered samples and rebatched loaders."""
     minus, plus = samples(20)
     data = ff.FiniteDifference(minus, lambda: ((part,) for part in plus.split(6)), DTHETA)
-    assert [len(batch) for batch in data.batches(0, 8)] == [8, 8, 4]
-    assert [len(batch) for batch in data.batches(1, 8)] == [6, 6, 6, 2]
-    assert torch.equal(torch.cat(list(data.batches(0, 8))), minus)
-    assert torch.equal(torch.cat(list(data.batches(1, 8))), plus)
+    assert [len(batch) for batch in data.read(0, 8)] == [8, 8, 4]
+    assert [len(batch) for batch in data.read(1, 8)] == [6, 6, 6, 2]
+    assert torch.equal(torch.cat([batch.x for batch in data.read(0, 8)]), minus)
+    assert torch.equal(torch.cat([batch.x for batch in data.read(1, 8)]), plus)
 
 
 def test_arrays_are_neither_copied_whole_nor_changed():

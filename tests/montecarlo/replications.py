@@ -60,7 +60,7 @@ def moments_of(
 ) -> tuple[FoldMoments, torch.Tensor]:
     """Fold moments of n samples per condition in `features` lifted features, and the contrast."""
     data = problem.finite_difference(theta, dtheta, n, seed=seed, paired=paired)
-    samples = [torch.cat(list(data.batches(c, n))) for c in range(data.conditions)]
+    samples = [torch.cat([batch.x for batch in data.read(c, n)]) for c in range(data.conditions)]
     pilot = PilotMoments()
     for x in samples:
         pilot.update(x)

@@ -43,7 +43,7 @@ class Case:
 def moved(x: Tensor, groups: Tensor | None = None) -> ff.Pathwise:
     """Samples [n, d] whose mean moves along (1, .., 1) / sqrt(d)."""
     n, d = x.shape
-    return ff.Pathwise(x, torch.full((1, n, d), d**-0.5), groups=groups)
+    return ff.Pathwise(x, torch.full((n, d), d**-0.5), groups=groups)
 
 
 def normal(generator: torch.Generator, n: int = 4000, d: int = 1) -> Tensor:

@@ -127,7 +127,7 @@ def _measure(rank: int, size: int, tiny: bool, group: str | None) -> Measured:
     count = 1500 if tiny else 10_000
     problem = GaussianShift(torch.ones(256))
     model = gaussian_network(seed=0)
-    settings: dict[str, Any] = {"batch_size": BATCH, "process_group": group}
+    settings: dict[str, Any] = {"settings": ff.Settings(batch_size=BATCH), "process_group": group}
     settings |= {"max_features": 300 if tiny else FEATURES}
     minus, plus = problem.finite_difference(0.0, DTHETA, count)._sources
     few = [x[: 200 if tiny else 100] for x in (minus, plus)]  # compressed: fewer than dimensions
@@ -142,7 +142,7 @@ def _measure(rank: int, size: int, tiny: bool, group: str | None) -> Measured:
 
     whole = ff.FiniteDifference(minus, plus, dtheta=DTHETA)
     wide = ff.FiniteDifference(*few, dtheta=DTHETA)
-    compressed = {"max_features": 64, "batch_size": 25}
+    compressed = {"max_features": 64, "settings": ff.Settings(batch_size=25)}
     found = {
         "dealt, float32": measure(model, whole),
         "shares, float32": measure(model, share(minus, plus)),

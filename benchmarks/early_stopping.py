@@ -37,10 +37,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fisherfast.measurement.cache import Recall
 from fisherfast.measurement.run import Measurement
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings, Settings
 from fisherfast.training import EpochRecord, FisherEarlyStopping
 from fisherfast.training.record import Errors
-from fisherfast.training.rules import TransmissionRule
+from fisherfast.training.rules import RULES, Transmission
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "build" / "early_stopping"
@@ -67,8 +67,8 @@ def train(name: str, seed: int, size: Size) -> dict[str, Any]:
     average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING))
     optimizer = torch.optim.Adam(task.model.parameters(), lr=size.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    settings = Settings.of(
-        task.data, max_features=FEATURES, batch_size=EVALUATION_BATCH, ridge=1e-4
+    settings = MeasurementSettings.of(
+        task.data, Settings(batch_size=EVALUATION_BATCH), max_features=FEATURES, ridge=1e-4
     )
     recall, records, running = Recall(), [], []
     for epoch in range(size.epochs + 1):
@@ -150,7 +150,7 @@ def judge(run: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         if running and len(weights) > 1:
             continue
         known = told_prior if name in PRIOR_RECIPE else options if told else {}
-        stopping = FisherEarlyStopping(rule, restore_best=False, **known)
+        stopping = FisherEarlyStopping(RULES[rule](**known), restore_best=False)
         replay = Replay([], nn.Identity())
         for record in running_records(run, records) if running else records:
             replay.history.append(record)
@@ -173,7 +173,7 @@ def judge(run: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         "curves": {
             "validation": line_of(losses),
             "training": line_of([record.train_level for record in records]),
-            "transmission": line_of(TransmissionRule().shares(records)),
+            "transmission": line_of(Transmission().shares(records)),
         },
     }
 

@@ -101,7 +101,7 @@ class Samples:
         problem, theta, generator = self.task.problem, self.task.theta, self.generator
         if self.run.source == "tangents":
             x, dx = problem.sample_with_tangent(theta, n, generator)
-            return x, dx[0]
+            return x, dx[:, 0]
         if self.run.source == "score":
             x = problem.sample(theta, n, generator)
             return x, problem.score(x, theta)

@@ -37,7 +37,7 @@ def brightness(generator: torch.Generator, n: int) -> Tensor:
 
 def moved(x: Tensor) -> ff.Pathwise:
     """Samples [n, d] whose mean moves along (1, .., 1) / sqrt(d)."""
-    return ff.Pathwise(x, torch.full((1, *x.shape), x.shape[1] ** -0.5))
+    return ff.Pathwise(x, torch.full_like(x, x.shape[1] ** -0.5))
 
 
 def bright_score(generator: torch.Generator) -> ff.Score:

@@ -158,7 +158,7 @@ def pulse(seed: int, size: Size) -> StoppingTask:
     val_x, val_theta = problem.draw(size.validation, validation)
     noise = problem.noise(HELD_OUT, torch.Generator().manual_seed(1000 * seed + 3))
     centre = torch.zeros(1)
-    dx = problem.derivative(centre).expand(1, HELD_OUT, 1, -1)
+    dx = problem.derivative(centre).expand(HELD_OUT, 1, -1)
     held_out = problem.shape_of(centre)[:, None] + noise
     return StoppingTask(
         model=pulse_network(seed),
@@ -322,7 +322,7 @@ def phase(seed: int, size: Size) -> StoppingTask:
         theta=theta,
         val_x=val_x,
         val_theta=val_theta,
-        data=ff.Pathwise(held_out, sine(quarter).expand(1, HELD_OUT, -1)),
+        data=ff.Pathwise(held_out, sine(quarter).expand(HELD_OUT, -1)),
         learning_rate=size.learning_rate,
         epochs=size.epochs,
     )
@@ -352,7 +352,7 @@ def bump(seed: int, size: Size) -> StoppingTask:
         theta=theta,
         val_x=val_x,
         val_theta=val_theta,
-        data=ff.Pathwise(mean + noise, dx.expand(2, HELD_OUT, -1)),
+        data=ff.Pathwise(mean + noise, dx.expand(HELD_OUT, -1, -1)),
         learning_rate=size.learning_rate,
         epochs=size.epochs,
     )

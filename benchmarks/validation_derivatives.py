@@ -246,7 +246,7 @@ def shares_of_image(image: CorrelatedImage, source: Callable[[int], Data], seeds
     truth = image.fisher(IMAGE_THETA).diagonal()
     rows = []
     for seed in range(seeds):
-        info = of_features(source(seed), batch_size=IMAGE_BATCH)
+        info = of_features(source(seed), settings=ff.Settings(batch_size=IMAGE_BATCH))
         found = (info.curve_J[0], info.J, info.stderr, info.lower)
         rows.append(torch.stack([each.diagonal() for each in found]) / truth)
     return torch.stack(rows)

@@ -49,7 +49,7 @@ def compare(name: str, problem: Problem, theta: float | tuple[float, float]) -> 
         for seed in range(REPETITIONS):
             g = torch.Generator().manual_seed(seed)
             x, dx = problem.sample_with_tangent(theta, samples, g)
-            data = Pathwise(x, dx[-1:])
+            data = Pathwise(x, dx[:, -1])
             wide.LEAST_DOF = math.inf
             compressed = ff.fisher_information(data, max_features=DIM - 1).value
             wide.LEAST_DOF = always

@@ -355,7 +355,7 @@ def measure(
         ff.Pathwise(pictures, parameters=len(NAMES)),
         layers=lambda name, module: name != "last",  # the output is the same in other units
         max_features=options.max_features,
-        maps=MAPPED,
+        settings=ff.Settings(maps=MAPPED),
         memory_budget=options.memory_budget,
     )
     return flow, time.perf_counter() - start

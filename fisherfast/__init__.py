@@ -9,15 +9,23 @@ from fisherfast._version import __version__
 from fisherfast.data import FiniteDifference, Pathwise, Score, Shard, Simulator
 from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
+from fisherfast.measurement.settings import Settings
 from fisherfast.results.comparison import LayerComparison
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.information_map import InformationMap
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import MarginalFisher
-from fisherfast.training import EpochRecord, FisherEarlyStopping, FisherMonitor
+from fisherfast.training import (
+    CramerRao,
+    EpochRecord,
+    FisherEarlyStopping,
+    FisherMonitor,
+    Transmission,
+)
 from fisherfast.training.loss import InformationLoss, linear_fisher
 
 __all__ = [
+    "CramerRao",
     "EpochRecord",
     "FiniteDifference",
     "FisherEarlyStopping",
@@ -31,8 +39,10 @@ __all__ = [
     "MarginalFisher",
     "Pathwise",
     "Score",
+    "Settings",
     "Shard",
     "Simulator",
+    "Transmission",
     "__version__",
     "dual",
     "fisher_flow",

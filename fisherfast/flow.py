@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -12,12 +11,7 @@ from torch import nn
 from fisherfast.data import Data
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
 from fisherfast.measurement.run import Measurement
-from fisherfast.measurement.settings import (
-    BATCH_SIZE,
-    FOLDS,
-    MAX_FEATURES,
-    Settings,
-)
+from fisherfast.measurement.settings import MAX_FEATURES, MeasurementSettings, Settings
 from fisherfast.model.sites import Layers
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parallel.ranks import ranks_of
@@ -34,16 +28,13 @@ def fisher_flow(
     layers: Layers = "auto",
     max_features: int = MAX_FEATURES,
     probe: str | None = None,
+    ridge: RidgeSetting = AUTO,
     output: str | None = None,
-    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     progress: bool = False,
-    ridge: RidgeSetting = AUTO,
-    folds: int = FOLDS,
-    grow: bool = False,
-    maps: bool | Sequence[str] = False,
     memory_budget: int | str | None = None,
     process_group: Any = None,
+    settings: Settings | None = None,
 ) -> FisherFlow:
     r"""Measure the Fisher information about theta in the activations of every layer.
 
@@ -77,22 +68,14 @@ def fisher_flow(
             It takes up to a minute per layer on two cores, reads the data twice, so they must
             repeat, and keeps up to 512 MB of activations (docs/training.md). Compressed layers get
             no probe.
-        output: name of a head, such as "output[mean]", that a monitor and its rules read instead of
-            the joint "output"; it is always measured. Kept in ``flow.settings``.
-        batch_size: samples per batch, for data that are not batched already.
-        seed: of the random lift. The global random state is neither used nor changed.
-        progress: show a progress bar (needs tqdm).
         ridge: noise variance added to each feature, relative to its own variance. Directions that
             vary less than that lose all their information. "auto" adds the rounding error of the
             activations to them, which costs no information that they carry, and 1e-4 to lifted
             features; a number is added to all features.
-        folds: number of folds, even, at least 4 (6 for paired conditions and tangents).
-        grow: start with 64 lifted features and double their number, up to max_features, for layers
-            whose curve still rises at its end. Each doubling is another pass over the data that
-            computes only the new features. The data must repeat: tensors, arrays, Datasets, loaders
-            that do not shuffle.
-        maps: also measure the information of the channels at each position of layers [C, H, W], for
-            all such layers or those in a list of names, see `FisherFlow.map`.
+        output: name of a head, such as "output[mean]", that a monitor and its rules read instead of
+            the joint "output"; it is always measured. Kept in ``flow.settings``.
+        seed: of the random lift. The global random state is neither used nor changed.
+        progress: show a progress bar (needs tqdm).
         memory_budget: memory that the measurement may allocate in addition to the model and the
             user's own data, in bytes or as "2 GB"; None for no bound. Batches are made as small as
             necessary, and those of a loader are split. The result depends on the budget by rounding
@@ -101,6 +84,7 @@ def fisher_flow(
             ranks of `torch.distributed` (this process alone if it is not initialised), or a
             ProcessGroup. All of them make this call, with the same data or each with its own
             `Shard`, and all get the same result (docs/training.md, many processes).
+        settings: a `Settings`: batch size, folds, growing dictionaries, maps.
 
     Returns:
         `FisherFlow`: J, stderr, lower, ... of each layer, float64 [P, P] in 1/theta^2.
@@ -136,21 +120,17 @@ def fisher_flow(
     with ranks_of(process_group) as ranks:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        settings = Settings.of(
+        asked = MeasurementSettings.of(
             data,
+            settings,
             max_features=max_features,
             probe=probe,
-            output=output,
-            batch_size=batch_size,
-            seed=seed,
             ridge=ridge,
-            folds=folds,
-            grow=grow,
-            maps=maps,
+            output=output,
+            seed=seed,
             memory_budget=memory_budget,
         )
-        measurement = Measurement(unwrapped(model), data, layers, settings, ranks=ranks)
-        return measurement.run(progress)
+        return Measurement(unwrapped(model), data, layers, asked, ranks=ranks).run(progress)
 
 
 def fisher_information(
@@ -158,14 +138,12 @@ def fisher_information(
     *,
     max_features: int = MAX_FEATURES,
     probe: str | None = None,
-    batch_size: int = BATCH_SIZE,
+    ridge: RidgeSetting = AUTO,
     seed: int = 0,
     progress: bool = False,
-    ridge: RidgeSetting = AUTO,
-    folds: int = FOLDS,
-    grow: bool = False,
     memory_budget: int | str | None = None,
     process_group: Any = None,
+    settings: Settings | None = None,
 ) -> LayerFisher:
     """Measure the Fisher information about theta in the data themselves, without a model.
 
@@ -182,15 +160,18 @@ def fisher_information(
         True
     """
     with ranks_of(process_group) as ranks:
-        settings = Settings.of(
+        asked = MeasurementSettings.of(
             data,
+            settings,
             max_features=max_features,
             probe=probe,
-            batch_size=batch_size,
-            seed=seed,
             ridge=ridge,
-            folds=folds,
-            grow=grow,
+            seed=seed,
             memory_budget=memory_budget,
         )
-        return Measurement(None, data, "auto", settings, ranks=ranks).run(progress).layers[0]
+        if asked.maps:
+            raise ValueError(
+                f"maps must be False for fisher_information, got {asked.maps}: it returns the input"
+                " alone; use fisher_flow(torch.nn.Identity(), ...).map('input')"
+            )
+        return Measurement(None, data, "auto", asked, ranks=ranks).run(progress).layers[0]

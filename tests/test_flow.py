@@ -322,8 +322,8 @@ def test_batch_size_changes_results_to_rounding(batch_size):
     """Catches samples that are dealt to folds, or standardised, by the batches they come in."""
     model = seeded(mlp).double()
     data = double_conditions(400 if batch_size > 1 else 64)
-    expected = measure(model, data, batch_size=4096)
-    flow = measure(model, data, batch_size=batch_size)
+    expected = measure(model, data, settings=ff.Settings(batch_size=4096))
+    flow = measure(model, data, settings=ff.Settings(batch_size=batch_size))
     for layer in flow:
         other = expected[layer.name]
         for name in ("linear", "linear_stderr"):
@@ -339,7 +339,7 @@ def test_batch_size_changes_results_to_rounding(batch_size):
 
 def test_settings_are_kept():
     """Catches a result that does not say how it was measured."""
-    flow = measure(seeded(mlp), seed=3, folds=8, batch_size=100, ridge=1e-3)
+    flow = measure(seeded(mlp), seed=3, settings=ff.Settings(folds=8, batch_size=100), ridge=1e-3)
     for name, value in {"seed": 3, "folds": 8, "batch_size": 100, "ridge": 1e-3}.items():
         assert flow.settings[name] == value
     assert flow.settings["max_features"] == 16
@@ -364,7 +364,7 @@ def test_bad_samples_name_input_batch_and_condition(batch, value):
     )
     data = ff.FiniteDifference(minus, plus, DTHETA)
     with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        measure(model, data, batch_size=50)
+        measure(model, data, settings=ff.Settings(batch_size=50))
 
 
 def test_bad_samples_of_the_second_parameter():
@@ -374,7 +374,7 @@ def test_bad_samples_of_the_second_parameter():
     broken[60, 0] = math.nan
     data = ff.FiniteDifference([minus, broken], [plus, plus], DTHETA)
     with pytest.raises(ValueError, match=r"layer 'input' .* batch 1 of condition 'minus\[1\]'$"):
-        measure(seeded(mlp), data, batch_size=50)
+        measure(seeded(mlp), data, settings=ff.Settings(batch_size=50))
 
 
 @pytest.mark.parametrize("place", [20, 333])
@@ -402,7 +402,7 @@ def test_bad_activations_name_the_first_layer_in_order_of_execution(place):
     )
     data = ff.FiniteDifference(minus, plus, DTHETA)
     with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        measure(model, data, batch_size=50)
+        measure(model, data, settings=ff.Settings(batch_size=50))
 
 
 def test_overflow_of_the_statistics():
@@ -567,7 +567,9 @@ def test_activations_that_fire_late_count(where, batch_size):
     data = ff.FiniteDifference(minus, plus, DTHETA)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ff.FisherWarning)
-        info = ff.fisher_information(data, max_features=16, batch_size=batch_size)
+        info = ff.fisher_information(
+            data, max_features=16, settings=ff.Settings(batch_size=batch_size)
+        )
     expected, _ = brute_force(minus.double().numpy(), plus.double().numpy(), 0.0)
     assert info.dropped == 0
     assert info.linear.item() == pytest.approx(expected, rel=1e-4)
@@ -593,12 +595,7 @@ def test_a_single_event():
     [
         ({"max_features": 0}, "max_features must be at least 1, got 0"),
         ({"max_features": -1}, "max_features must be at least 1, got -1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
-        ({"folds": 3}, "folds must be even and at least 4, got 3"),
         ({"seed": 2**63}, f"seed must be at least -2**63 and below 2**63, got {2**63}"),
-        ({"folds": 0}, "folds must be even and at least 4, got 0"),
-        ({"folds": -2}, "folds must be even and at least 4, got -2"),
         ({"ridge": -1}, 'ridge must be "auto" or in [0, 1), got -1.0'),
         ({"ridge": 1}, 'ridge must be "auto" or in [0, 1), got 1.0'),
         ({"ridge": math.nan}, 'ridge must be "auto" or in [0, 1), got nan'),
@@ -613,20 +610,19 @@ def test_numbers_out_of_range(options, text):
         ff.fisher_information(two_conditions(), **options)
 
 
-@pytest.mark.parametrize("name", ["max_features", "batch_size", "folds", "ridge", "seed"])
+@pytest.mark.parametrize("name", ["max_features", "ridge", "seed", "settings"])
 def test_arguments_of_a_wrong_kind(name):
     """Catches "int() argument must be a string", which does not say which argument."""
     model = seeded(mlp)
-    for value in (None, "many", [1]):
+    for value in ({} if name == "settings" else None, "many", [1]):
         with untouched(model), pytest.raises((TypeError, ValueError), match=f"^{name} must "):
             measure(model, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["max_features", "batch_size", "folds"])
-def test_fractional_numbers_are_refused(name):
+def test_fractional_numbers_are_refused():
     """Catches 16.5 features that are silently 16."""
-    with pytest.raises((TypeError, ValueError), match=f"^{name} must "):
-        measure(seeded(mlp), **{name: 16.5})
+    with pytest.raises((TypeError, ValueError), match=r"^max_features must "):
+        measure(seeded(mlp), max_features=16.5)
 
 
 @pytest.mark.parametrize(
@@ -796,7 +792,7 @@ def test_a_layer_that_runs_only_sometimes():
 
     model = seeded(Sometimes)
     try:
-        flow = measure(model, batch_size=50)
+        flow = measure(model, settings=ff.Settings(batch_size=50))
     except (ValueError, RuntimeError) as error:
         assert "rare" in str(error)  # noqa: PT017
     else:

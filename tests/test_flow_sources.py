@@ -102,7 +102,7 @@ def test_growing_reads_the_same_samples(kind):
     """Catches a second pass whose score or tangents are those of other samples."""
     data = source(kind, 1)
     whole = ff.fisher_information(data, max_features=D + 256)
-    grown = ff.fisher_information(data, max_features=D + 256, grow=True)
+    grown = ff.fisher_information(data, max_features=D + 256, settings=ff.Settings(grow=True))
     at = {int(k): float(J) for k, J in zip(whole.curve_k, whole.curve_J, strict=True)}
     shared = [
         (float(J), at[int(k)])
@@ -119,7 +119,7 @@ def test_growing_needs_samples_that_repeat():
     x = torch.randn(100, 2)
     data = ff.Score(lambda: iter([(x, x[:, 0])]))
     with pytest.raises(ValueError, match="data must come in the same order at every pass"):
-        ff.fisher_information(data, grow=True)
+        ff.fisher_information(data, settings=ff.Settings(grow=True))
 
 
 @pytest.mark.parametrize("kind", ["pathwise", "score"])
@@ -127,15 +127,14 @@ def test_batches_do_not_matter(kind):
     """Catches folds that begin anew with each batch, of tensors and of loaders; these differ in the
     samples that fix the scale of the features."""
     data = source(kind)
-    x, companion = data._x, data._companion
-    pairs = companion.movedim(1, 0) if kind == "pathwise" else companion
-    pairs = torch.utils.data.TensorDataset(x, pairs)
+    pairs = torch.utils.data.TensorDataset(data._x, data._companion)
     loaders = [torch.utils.data.DataLoader(pairs, batch_size=size) for size in (77, 1000)]
     loaders = [type(data)(loader, parameters=2) for loader in loaders]
     model = mlp([D, 5, 3], nn.ReLU, seed=0)
     for pair in (((data, 1000), (data, 5)), ((loaders[0], 5), (loaders[1], 5))):
         one, two = (
-            ff.fisher_flow(model, given, max_features=16, batch_size=size) for given, size in pair
+            ff.fisher_flow(model, given, max_features=16, settings=ff.Settings(batch_size=size))
+            for given, size in pair
         )
         for layer in one:
             torch.testing.assert_close(layer.J, two[layer.name].J, rtol=1e-4, atol=1e-4)
@@ -195,11 +194,11 @@ def test_maps_have_the_closed_form_at_each_position(kind):
     x, dx = world.sample_with_tangent([0.0, 0.0], N, generator)
     image = x.reshape(N, C, H, W)
     data = (
-        ff.Pathwise(image, dx.reshape(2, N, C, H, W))
+        ff.Pathwise(image, dx.reshape(N, 2, C, H, W))
         if kind == "pathwise"
         else ff.Score(image, world.score(x, [0.0, 0.0]))
     )
-    flow = ff.fisher_flow(nn.Identity(), data, maps=True, max_features=8)
+    flow = ff.fisher_flow(nn.Identity(), data, settings=ff.Settings(maps=True), max_features=8)
     places = direction.reshape(C, H, W, 2).permute(1, 2, 0, 3)
     truth = places.mT @ places
     got = flow.map("input")
@@ -213,10 +212,11 @@ def test_maps_have_the_closed_form_at_each_position(kind):
 def test_a_map_of_one_position_is_the_layer(kind):
     """Catches another formula for maps than for layers. Of so few samples both keep all."""
     data = source(kind)
-    image, companion = data._x[:250, :, None, None], data._companion
-    pathwise = kind == "pathwise"
-    companion = companion[:, :250, :, None, None] if pathwise else companion[:250]
-    flow = ff.fisher_flow(nn.Identity(), type(data)(image, companion), maps=True, max_features=D)
+    image, companion = data._x[:250, :, None, None], data._companion[:250]
+    companion = companion[..., None, None] if kind == "pathwise" else companion
+    flow = ff.fisher_flow(
+        nn.Identity(), type(data)(image, companion), settings=ff.Settings(maps=True), max_features=D
+    )
     layer = flow["input"]
     at = int((layer.curve_k == D).nonzero()[0])
     torch.testing.assert_close(flow.map("input").J[0, 0], layer.curve_J[at], rtol=1e-5, atol=1e-5)
@@ -335,11 +335,11 @@ def test_fewest_folds(source):
         "score": lambda: problem.scored(0.0, 400),
     }[source]()
     least = 6 if source in ("paired", "pathwise") else 4
-    info = ff.fisher_information(data, folds=least, max_features=16)
+    info = ff.fisher_information(data, settings=ff.Settings(folds=least), max_features=16)
     assert torch.isfinite(info.stderr).all()
     assert torch.isfinite(info.lower_stderr).all()
     with pytest.raises(ValueError, match=f"folds must be even and at least {least}, got"):
-        ff.fisher_information(data, folds=least - 2)
+        ff.fisher_information(data, settings=ff.Settings(folds=least - 2))
 
 
 def test_units_of_two_scores_do_not_matter():
@@ -361,11 +361,11 @@ def test_parameters_that_stand_for_each_other():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, 6, generator=generator)
     shift = torch.linspace(-1, 2, 6).expand(n, 6) + 0.3 * x
-    dx = torch.stack([torch.ones(n, 6), 0.1 * shift, 7 * shift, torch.zeros(n, 6)])
+    dx = torch.stack([torch.ones(n, 6), 0.1 * shift, 7 * shift, torch.zeros(n, 6)], 1)
     model = mlp([6, 20, 5], nn.Tanh, seed=0)
-    once = ff.fisher_flow(model, ff.Pathwise(x, dx[:2]), max_features=32)
+    once = ff.fisher_flow(model, ff.Pathwise(x, dx[:, :2]), max_features=32)
     more = ff.fisher_flow(model, ff.Pathwise(x, dx), max_features=32)
-    summed = torch.stack([dx[0], dx[1], dx[0] + dx[1]])
+    summed = torch.stack([dx[:, 0], dx[:, 1], dx[:, 0] + dx[:, 1]], 1)
     summed_flow = ff.fisher_flow(model, ff.Pathwise(x, summed), max_features=32)
     for layer in once:
         alone, beside = layer.marginal([0]), more[layer.name].marginal([0])

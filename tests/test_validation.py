@@ -79,7 +79,7 @@ TAKE_A_SEED = {
     "conditions": lambda seed: problems.GaussianScale(3).conditions(1.0, 0.1, 5, seed=seed)[0][0],
     "network": lambda seed: problems.mlp([4, 1], seed=seed)[0].weight,
     "flow": lambda seed: (
-        ff.fisher_flow(torch.nn.Tanh(), ff.Pathwise(X, torch.ones(1, *X.shape)), seed=seed)[
+        ff.fisher_flow(torch.nn.Tanh(), ff.Pathwise(X, torch.ones_like(X)), seed=seed)[
             "output"
         ].curve_J
     ),

@@ -88,10 +88,10 @@ class Pathwise(PerSample):
 
     Args:
         x: samples [n, ...] of floating dtype; or, without dx, a ``Dataset``, ``DataLoader``,
-            iterable or function that yields pairs (x, dx), see below.
-        dx: dx/dtheta [P, n, ...], dtype of x, **parameter first** for tensors and arrays. Sources
-            that yield pairs give it **sample first**, as loaders collate it: batches x [n, ...] and
-            dx [n, P, ...], or Dataset items x [...] and dx [P, ...].
+            iterable or function that yields pairs (x, dx) of the same shapes (items of a
+            ``Dataset``: x [...] and dx [P, ...]).
+        dx: dx/dtheta [n, P, ...], or [n, ...] for one parameter: **batch first**, dtype of x.
+            (`fisherfast.jvp` takes [P, n, ...], as torch.func.vmap does.)
         parameters: P, for sources that yield pairs; 1 if None.
         groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
 
@@ -109,7 +109,7 @@ class Pathwise(PerSample):
     Example:
         >>> import torch, fisherfast as ff
         >>> x = torch.randn(1000, 4)
-        >>> data = ff.Pathwise(x, torch.ones(1, 1000, 4))          # a mean that moves with theta
+        >>> data = ff.Pathwise(x, torch.ones(1000, 4))             # a mean that moves with theta
         >>> abs(ff.fisher_information(data).value - 4) < 1
         True
     """
@@ -123,31 +123,41 @@ class Pathwise(PerSample):
         super().__init__(x, dx, parameters, groups)
 
     def _whole_companion(self) -> torch.Tensor:
-        x, dx = self._x, _as_tensor(self._companion, "dx", "[P, n, ...]")
-        if dx.ndim < 1 or tuple(dx.shape[1:]) != tuple(x.shape) or len(dx) < 1:
-            raise ValueError(
-                f"dx must have shape [P, n, ...] with [n, ...] = {list(x.shape)},"
-                f" got {list(dx.shape)}"
-            )
-        _check_like(dx, sources.as_batch(x[:1], "x"), "")
+        given = _as_tensor(self._companion, "dx", "[n, P, ...]")
+        dx = self._by_parameter(given, self._x, "")
+        _check_like(dx, sources.as_batch(self._x[:1], "x"), "")
         _check_finite(dx, "dx", "")
-        self.parameters = len(dx)
+        self.parameters = dx.shape[1]
         return dx
 
     def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
-        return Batch(x, tangents=self._companion[:, rows])
+        return Batch(x, tangents=self._companion[rows].movedim(1, 0))
 
     def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
-        expected = (len(x), self.parameters, *x.shape[1:])
-        if tuple(companion.shape) != expected:
+        dx = self._by_parameter(companion, x, f" {where}")
+        if dx.shape[1] != self.parameters:
             raise ValueError(
-                f"dx must have shape [n, P, ...] = {list(expected)}, got"
+                f"dx must have shape [n, P, ...] = {[len(x), self.parameters, *x.shape[1:]]}, got"
                 f" {list(companion.shape)} {where} (parameters={self.parameters})"
             )
-        _check_like(companion, x, f" {where}")
-        if companion.device.type == "cpu":
-            _check_finite(companion, "dx", f" {where}")
-        return Batch(x, tangents=companion.movedim(1, 0))
+        _check_like(dx, x, f" {where}")
+        if dx.device.type == "cpu":
+            _check_finite(dx, "dx", f" {where}")
+        return Batch(x, tangents=dx.movedim(1, 0))
+
+    @staticmethod
+    def _by_parameter(dx: torch.Tensor, x: torch.Tensor | np.ndarray, where: str) -> torch.Tensor:
+        """Return dx as [n, P, ...], with P = 1 where it was left out."""
+        by_parameter = dx[:, None] if 0 < dx.ndim == x.ndim else dx
+        shape = by_parameter.shape
+        if shape[:1] + shape[2:] != x.shape or shape[1] < 1:
+            swapped = tuple(dx.shape[1:]) == tuple(x.shape)
+            hint = ": batch first, dx.movedim(0, 1)" if swapped and len(dx) else ""
+            raise ValueError(
+                "dx must have shape [n, P, ...], or [n, ...] for one parameter, with [n, ...] ="
+                f" {list(x.shape)}, got {list(dx.shape)}{where}{hint}"
+            )
+        return by_parameter
 
 
 class Score(PerSample):

@@ -106,8 +106,8 @@ class FisherCallback(_Callback):  # type: ignore[misc]
     def __init__(
         self,
         data: Data,
-        every: int = 1,
         *,
+        every: int = 1,
         train_metric: str | list[str] | None = None,
         val_metric: str | list[str] | None = None,
         network: str | None = None,
@@ -149,7 +149,7 @@ class FisherCallback(_Callback):  # type: ignore[misc]
             )
         model = self._measured(pl_module)
         if self.monitor is None or self.monitor.model is not unwrapped(model):
-            self.monitor = FisherMonitor(model, self._data, self._every, **self._options)
+            self.monitor = FisherMonitor(model, self._data, every=self._every, **self._options)
         if self._resume is not None:
             self.monitor.load_state_dict(self._resume["monitor"])
             if self.stopping is not None and self._resume["stopping"] is not None:

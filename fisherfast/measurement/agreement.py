@@ -20,7 +20,7 @@ from fisherfast.data.groups import joined_groups
 from fisherfast.estimation.pilot import PilotMoments
 from fisherfast.measurement.memory import Plan
 from fisherfast.measurement.meter import Meter
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 from fisherfast.parallel.ranks import Ranks, check_same
 from fisherfast.parallel.share import Share, WholeData, shares_of
@@ -57,7 +57,9 @@ class Agreement:
         """Whether this rank shows progress and warnings."""
         return self._ranks is None or self._ranks.rank == 0
 
-    def begin(self, model: nn.Module | None, data: Data, layers: Any, settings: Settings) -> Data:
+    def begin(
+        self, model: nn.Module | None, data: Data, layers: Any, settings: MeasurementSettings
+    ) -> Data:
         """Agree on what is measured; sets `share`.
 
         Returns:
@@ -198,7 +200,7 @@ class Agreement:
 
 
 def _compared(
-    model: nn.Module | None, data: Data, layers: Any, settings: Settings
+    model: nn.Module | None, data: Data, layers: Any, settings: MeasurementSettings
 ) -> dict[str, Any]:
     """What must be the same on all ranks, by the names that messages call it."""
     conditions = range(data.conditions)

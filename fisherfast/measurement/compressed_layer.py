@@ -52,7 +52,7 @@ from fisherfast.measurement.layer import (
 from fisherfast.measurement.memory import DOUBLE, moment_bytes, pilot_bytes
 from fisherfast.measurement.meter import Meter, rows_of
 from fisherfast.measurement.replicates import HeldSamples
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import no_information
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
@@ -135,7 +135,7 @@ class CompressedMeter(Meter):
         """Moments of different samples, together of all: those of even folds first."""
         return self.measured[::-1]
 
-    def prepare(self, data: Data, settings: Settings) -> None:
+    def prepare(self, data: Data, settings: MeasurementSettings) -> None:
         """Fix the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self._mean, self._rounding = standardisation.mean, standardisation.rounding
@@ -372,7 +372,7 @@ class CompressedMeter(Meter):
         """Kept samples that errors are read from."""
         return self._halves_held
 
-    def nbytes(self, data: Data, settings: Settings, number: int) -> tuple[int, int]:
+    def nbytes(self, data: Data, settings: MeasurementSettings, number: int) -> tuple[int, int]:
         """Bytes kept of the layer, and bytes more while it is estimated."""
         P, C, d = data.parameters, data.conditions, self.site.dim
         k = max(min(KRYLOV_VECTORS, settings.max_features // P), 1) * P

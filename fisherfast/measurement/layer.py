@@ -50,7 +50,7 @@ from fisherfast.measurement.replicates import (
     Readout,
     kept_samples,
 )
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import no_information
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
@@ -136,7 +136,7 @@ class LayerMeter(Meter):
         """Moments of different samples, together of all."""
         return [self.moments]
 
-    def prepare(self, data: Data, settings: Settings) -> None:
+    def prepare(self, data: Data, settings: MeasurementSettings) -> None:
         """Fix the dictionary from the pilot; from here on `observe` counts."""
         standardisation = self.pilot.standardisation()
         self.dictionary = FeatureDictionary(
@@ -423,7 +423,7 @@ class LayerMeter(Meter):
         """J, its errors and bounds, after the last pass."""
         return estimate_layer(self, data, contrast, ridge)
 
-    def nbytes(self, data: Data, settings: Settings, number: int) -> tuple[int, int]:
+    def nbytes(self, data: Data, settings: MeasurementSettings, number: int) -> tuple[int, int]:
         """Bytes kept of the layer, and bytes more while it is estimated."""
         d, most = self.site.dim, settings.max_features
         raw = d if d <= MAX_WIDTH else most

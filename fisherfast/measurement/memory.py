@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fisherfast.data import Batch, Data
 from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
 from fisherfast.estimation.features import MAX_WIDTH
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 
 __all__ = [
@@ -223,7 +223,7 @@ def plan(
     per_sample: Shares,
     kept: int,
     data: Data,
-    settings: Settings,
+    settings: MeasurementSettings,
     number: int,
 ) -> Plan:
     """The largest batches that stay within a budget of so many bytes.

@@ -17,7 +17,7 @@ from fisherfast.estimation.pilot import PilotMoments, Standardisation
 from fisherfast.estimation.ridge import INPUT_ROUNDING, ROUNDING, RidgeSetting
 from fisherfast.measurement.memory import DOUBLE, MAP_COPIES, streamed_sums
 from fisherfast.measurement.replicates import HeldSamples
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import INPUT, Site
 from fisherfast.results.information_map import has_map, is_mapped
 from fisherfast.results.layer import LayerFisher
@@ -97,7 +97,7 @@ class Meter(ABC):
         """Kept samples that errors are read from."""
 
     @abstractmethod
-    def prepare(self, data: Data, settings: Settings) -> None:
+    def prepare(self, data: Data, settings: MeasurementSettings) -> None:
         """Fix the features from the pilot; from here on `observe` counts."""
 
     @abstractmethod
@@ -136,7 +136,7 @@ class Meter(ABC):
         """V of the score without each fold [F, P, P]; empty where no samples were kept."""
 
     @abstractmethod
-    def nbytes(self, data: Data, settings: Settings, number: int) -> tuple[int, int]:
+    def nbytes(self, data: Data, settings: MeasurementSettings, number: int) -> tuple[int, int]:
         """Bytes kept of the layer, and bytes more while it is estimated.
 
         Args:
@@ -166,7 +166,7 @@ class Meter(ABC):
         """Whether neighbouring samples look independent in the kept samples."""
         return all(held.dependence <= DEPENDENT for held in self.held)
 
-    def _map_bytes(self, data: Data, settings: Settings) -> tuple[int, int]:
+    def _map_bytes(self, data: Data, settings: MeasurementSettings) -> tuple[int, int]:
         """The same of the map; zero where none is asked for."""
         if not self._has_map(settings):
             return 0, 0
@@ -176,14 +176,14 @@ class Meter(ABC):
         estimate = MAP_COPIES * (covariance + DOUBLE * (solved + folds))
         return covariance + DOUBLE * d * streamed_sums(data, F), estimate
 
-    def _has_map(self, settings: Settings) -> bool:
+    def _has_map(self, settings: MeasurementSettings) -> bool:
         return is_mapped(settings.maps, self.site.names) and has_map(self.site.shape)
 
     def _prepare_map(
         self,
         standardisation: Standardisation,
         conditions: int,
-        settings: Settings,
+        settings: MeasurementSettings,
         streams: dict[str, Any],
     ) -> None:
         if self._has_map(settings):

@@ -40,7 +40,7 @@ from fisherfast.measurement.cross_fit import (
 )
 from fisherfast.measurement.layer import LayerMeter, curve_points, in_turn
 from fisherfast.measurement.meter import rows_of
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
 
@@ -87,7 +87,7 @@ class ProbeMeter(LayerMeter):
             return self.moments.seen
         return [sum(n) for n in zip(*(half.moments.seen for half in self.halves), strict=True)]
 
-    def prepare(self, data: Data, settings: Settings) -> None:
+    def prepare(self, data: Data, settings: MeasurementSettings) -> None:
         """Fix the dictionary, and how many samples are kept."""
         super().prepare(data, settings)
         carried = carried_by(data)

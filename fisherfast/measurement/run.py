@@ -32,7 +32,7 @@ from fisherfast.measurement.layer import ROUNDED, LayerMeter
 from fisherfast.measurement.memory import FEW_SAMPLES, LayerCost, LivePeak, Plan, plan, shares
 from fisherfast.measurement.meter import Meter, rows_of
 from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbeMeter
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import not_measured, score_information, score_note
 from fisherfast.model.default_device import on_host, outside
 from fisherfast.model.graph import CHAIN_SAMPLES, chains, survey
@@ -78,7 +78,7 @@ class Measurement:
         model: nn.Module | None,
         data: Data,
         layers: Layers,
-        settings: Settings,
+        settings: MeasurementSettings,
         *,
         recall: Recall | None = None,
         quiet: bool = False,
@@ -152,7 +152,9 @@ class Measurement:
         with torch.no_grad(), self._exact():
             layers = [self._known(m, estimates[m]) for m in self._layer_meters]
             maps = {
-                m.site.name: InformationMap(*estimate_map(m.site.name, m.map, contrast, ridge))
+                m.site.name: InformationMap(
+                    m.site.name, *estimate_map(m.site.name, m.map, contrast, ridge)
+                )
                 for m in self._layer_meters
                 if m.map is not None
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from fisherfast._validation import check_seed, check_whole
 from fisherfast.data import Data
 from fisherfast.estimation.ridge import AUTO, RidgeSetting, check_ridge
 
-__all__ = ["BATCH_SIZE", "FOLDS", "MAX_FEATURES", "Settings", "bytes_of"]
+__all__ = ["MAX_FEATURES", "MeasurementSettings", "Settings", "bytes_of"]
 
 FOLDS = 16
 """Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
@@ -37,8 +38,55 @@ UNITS = {"": 1, "b": 1} | {
 """Bytes of "kB", "MiB", ..., in lower case."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
+    """Settings of a measurement that few users change, for `fisher_flow`, `fisher_information` and
+    `FisherMonitor`.
+
+    Args:
+        batch_size: samples per batch, for data that are not batched already.
+        folds: number of folds, even, at least 4 (6 for paired conditions and tangents).
+        grow: start with 64 lifted features and double their number, up to max_features, for layers
+            whose curve still rises at its end. Each doubling is another pass over the data that
+            computes only the new features. The data must repeat: tensors, arrays, Datasets, loaders
+            that do not shuffle. Not for a monitor.
+        maps: also measure the information of the channels at each position of layers [C, H, W], for
+            all such layers or those in a list of names, see `FisherFlow.map`. Not for
+            `fisher_information`.
+
+    Raises:
+        ValueError: batch_size is below 1, or folds odd or below 4.
+        TypeError: a setting of another type.
+
+    Example:
+        >>> import fisherfast as ff
+        >>> ff.Settings(folds=8)
+        Settings(batch_size=4096, folds=8, grow=False, maps=False)
+    """
+
+    batch_size: int = BATCH_SIZE
+    folds: int = FOLDS
+    grow: bool = False
+    maps: bool | Sequence[str] = False
+
+    def __post_init__(self) -> None:
+        self._set("batch_size", check_whole("batch_size", self.batch_size, least=1))
+        self._set("folds", check_whole("folds", self.folds))
+        _check_even(self.folds, min(LEAST_FOLDS.values()))
+        if not isinstance(self.grow, bool):
+            raise TypeError(f"grow must be True or False, got {self.grow!r}")
+        names = isinstance(self.maps, list | tuple) and all(isinstance(m, str) for m in self.maps)
+        if not (isinstance(self.maps, bool) or names):
+            raise TypeError(f"maps must be True or False or a list of layers, got {self.maps!r}")
+        if not isinstance(self.maps, bool):
+            self._set("maps", tuple(self.maps))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the way of frozen dataclasses
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementSettings(Settings):
     """How a measurement is made; see `fisherfast.fisher_flow` for each argument.
 
     Attributes:
@@ -51,17 +99,31 @@ class Settings:
     dtheta: tuple[float, ...]
     max_features: int = MAX_FEATURES
     probe: str | None = None
-    batch_size: int = BATCH_SIZE
     seed: int = 0
     ridge: RidgeSetting = AUTO
-    folds: int = FOLDS
-    grow: bool = False
-    maps: bool | tuple[str, ...] = False
     memory_budget: int | None = None
     output: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.probe not in PROBES:
+            choices = " or ".join(map(repr, PROBES))
+            raise ValueError(f"probe must be {choices}, got {self.probe!r}")
+        if self.output is not None and not isinstance(self.output, str):
+            raise TypeError(f'output must be a name like "output[0]" or None, got {self.output!r}')
+        self._set("max_features", check_whole("max_features", self.max_features, least=1))
+        self._set("seed", check_seed(self.seed))
+        self._set("ridge", check_ridge(self.ridge))
+
     @classmethod
-    def of(cls, data: Data, **asked: Any) -> Settings:
+    def of(
+        cls,
+        data: Data,
+        settings: Settings | None = None,
+        *,
+        memory_budget: int | str | None = None,
+        **asked: Any,
+    ) -> MeasurementSettings:
         """Check settings for a measurement of these data.
 
         Raises:
@@ -73,26 +135,23 @@ class Settings:
                 "data must be a FiniteDifference, Pathwise, Score or Simulator,"
                 f" got {type(data).__name__}"
             )
-        given = cls(data.source, data.paired, tuple(data.dtheta), **asked)
-        given = dataclasses.replace(
-            given,
-            max_features=check_whole("max_features", given.max_features, least=1),
-            batch_size=check_whole("batch_size", given.batch_size, least=1),
-            folds=check_whole("folds", given.folds),
-            seed=check_seed(given.seed),
+        rare = Settings() if settings is None else settings
+        if not isinstance(rare, Settings):
+            raise TypeError(f"settings must be a fisherfast.Settings, got {settings!r}")
+        given = cls(
+            source=data.source,
+            paired=data.paired,
+            dtheta=tuple(data.dtheta),
+            memory_budget=bytes_of(memory_budget),
+            **vars(rare),
+            **asked,
         )
-        _check_choices(given)
         _check_folds(given.folds, data)
         if given.probe is not None:
             _check_repeats(data, f"probe={given.probe!r}")
         if given.grow:
             _check_repeats(data, "grow=True")
-        return dataclasses.replace(
-            given,
-            ridge=check_ridge(given.ridge),
-            maps=given.maps if isinstance(given.maps, bool) else tuple(given.maps),
-            memory_budget=bytes_of(given.memory_budget),
-        )
+        return given
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values and lists, as `FisherFlow.settings` keeps them."""
@@ -100,23 +159,13 @@ class Settings:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _check_choices(given: Settings) -> None:
-    if given.probe not in PROBES:
-        choices = " or ".join(map(repr, PROBES))
-        raise ValueError(f"probe must be {choices}, got {given.probe!r}")
-    if not isinstance(given.grow, bool):
-        raise TypeError(f"grow must be True or False, got {given.grow!r}")
-    names = isinstance(given.maps, list | tuple) and all(isinstance(m, str) for m in given.maps)
-    if not (isinstance(given.maps, bool) or names):
-        raise TypeError(f"maps must be True or False or a list of layers, got {given.maps!r}")
-    if given.output is not None and not isinstance(given.output, str):
-        raise TypeError(f'output must be a name like "output[0]" or None, got {given.output!r}')
+def _check_even(folds: int, least: int) -> None:
+    if folds < least or folds % 2:
+        raise ValueError(f"folds must be even and at least {least}, got {folds}")
 
 
 def _check_folds(folds: int, data: Data) -> None:
-    least = LEAST_FOLDS[data.source]
-    if folds < least or folds % 2:
-        raise ValueError(f"folds must be even and at least {least}, got {folds}")
+    _check_even(folds, LEAST_FOLDS[data.source])
     if data.groups is not None and len(data.groups) < folds and not data.sharded:
         raise ValueError(
             f"groups must be at least {folds}, one per fold, got {len(data.groups)}: use fewer"

@@ -201,7 +201,7 @@ class Camera(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Draw images [n, H, W] and their derivative m' [1, n, H, W], equal for all (a view).
+        """Draw images [n, H, W] and their derivative m' [n, 1, H, W], equal for all (a view).
 
         Raises:
             NotImplementedError: with shot noise, whose counts have no derivative.
@@ -211,7 +211,7 @@ class Camera(Problem):
                 "Camera with shot noise has no pathwise derivative; use finite_difference"
             )
         images = self.sample(theta, n, generator)
-        return images, self.mean_derivative(theta).to(images).unsqueeze(1).expand(-1, n, -1, -1)
+        return images, self.mean_derivative(theta).to(images).expand(n, -1, -1, -1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """m'^T C^-1 (x - m), float64 [n, 1], per um: with read-out noise alone or shot noise alone.

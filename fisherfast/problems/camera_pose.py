@@ -104,7 +104,7 @@ class CameraPose(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Draw images [n, H, W] and their derivative [3, n, H, W], equal for all (a view).
+        """Draw images [n, H, W] and their derivative [n, 3, H, W], equal for all (a view).
 
         Raises:
             NotImplementedError: with shot noise, whose counts have no derivative.
@@ -114,7 +114,7 @@ class CameraPose(Problem):
                 "CameraPose with shot noise has no pathwise derivative; use finite_difference"
             )
         images = self.sample(theta, n, generator)
-        return images, self.mean_derivative(theta).to(images).unsqueeze(1).expand(-1, n, -1, -1)
+        return images, self.mean_derivative(theta).to(images).expand(n, -1, -1, -1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """m_p^T C^-1 (x - m), float64 [n, 3]: with read-out noise alone or shot noise alone.

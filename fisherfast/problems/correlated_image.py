@@ -110,9 +110,9 @@ class CorrelatedImage(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Samples [n, H, W] and their derivative [2, n, H, W], the same for each (a view)."""
+        """Samples [n, H, W] and their derivative [n, 2, H, W], the same for each (a view)."""
         x = self.sample(theta, n, generator)
-        return x, self.mean_derivative(theta).to(x).unsqueeze(1).expand(-1, n, -1, -1)
+        return x, self.mean_derivative(theta).to(x).expand(n, -1, -1, -1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """m'^T C^-1 (x - m), float64 [n, 2]."""

@@ -90,9 +90,9 @@ class LogNormal(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Samples x [n, d] and their derivative a x [1, n, d]."""
+        """Samples x [n, d] and their derivative a x [n, 1, d]."""
         x = self.sample(theta, n, generator)
-        return x, (x * self._growth.to(x)).unsqueeze(0)
+        return x, (x * self._growth.to(x)).unsqueeze(1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """sum_i (z_i - theta) with z = B^-1 log x, float64 [n, 1]."""
@@ -267,9 +267,9 @@ class Laplace(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Samples [n, d] and their derivative, ones [1, n, d]."""
+        """Samples [n, d] and their derivative, ones [n, 1, d]."""
         x = self.sample(theta, n, generator)
-        return x, torch.ones_like(x).unsqueeze(0)
+        return x, torch.ones_like(x).unsqueeze(1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """sum_i sign(x_i - theta) / b, float64 [n, 1]."""
@@ -325,9 +325,9 @@ class RectifiedGaussian(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Samples x [n, d] and their derivative, one where x > 0, [1, n, d]."""
+        """Samples x [n, d] and their derivative, one where x > 0, [n, 1, d]."""
         x = self.sample(theta, n, generator)
-        return x, (x > 0).to(x).unsqueeze(0)
+        return x, (x > 0).to(x).unsqueeze(1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """The sum of x_i - t where x_i > 0 and of -phi / Phi(-t) where x_i = 0, float64 [n, 1]."""

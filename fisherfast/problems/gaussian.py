@@ -100,9 +100,9 @@ class GaussianShift(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Samples [n, d] and their derivative [P, n, d], the same A for each (a view)."""
+        """Samples [n, d] and their derivative [n, P, d], the same A for each (a view)."""
         x = self.sample(theta, n, generator)
-        return x, self._direction.mT.to(x).unsqueeze(1).expand(-1, n, -1)
+        return x, self._direction.mT.to(x).expand(n, -1, -1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """A^T S^-1 (x - A theta), float64 [n, P]."""
@@ -203,9 +203,9 @@ class GaussianScale(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Samples theta z [n, d] and their derivative z [1, n, d]."""
+        """Samples theta z [n, d] and their derivative z [n, 1, d]."""
         noise = standard_normal(n, self.dim, generator)
-        return noise * self.as_theta(theta).to(noise), noise.unsqueeze(0)
+        return noise * self.as_theta(theta).to(noise), noise.unsqueeze(1)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """|x|^2 / theta^3 - d / theta, float64 [n, 1]."""
@@ -294,7 +294,7 @@ class GaussianFamily(Problem):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Samples m + L z [n, d] and their derivative m_p + L_p z [P, n, d].
+        """Samples m + L z [n, d] and their derivative m_p + L_p z [n, P, d].
 
         L_p = L tril'(L^-1 C_p L^-T), tril' the lower triangle with half the diagonal (Murray 2016,
         arXiv 1602.07527, eq. 8).
@@ -305,7 +305,7 @@ class GaussianFamily(Problem):
         lower = change.tril(-1) + change.diagonal(dim1=1, dim2=2).diag_embed() / 2
         x = noise @ factor.mT.to(noise) + self.mean(theta).to(noise)
         tangent = noise @ (factor @ lower).mT.to(noise)
-        return x, tangent + self.mean_derivative(theta).unsqueeze(1).to(noise)
+        return x, tangent.movedim(0, 1) + self.mean_derivative(theta).to(noise)
 
     def score(self, x: Tensor, theta: Theta) -> Tensor:
         """m_p^T C^-1 r + [r^T C^-1 C_p C^-1 r - tr(C^-1 C_p)] / 2, r = x - m, float64 [n, P]."""

@@ -138,7 +138,7 @@ class Problem(ABC):
     def sample_with_tangent(
         self, theta: Theta, n: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Draw samples and their derivative at fixed noise: x [n, *sample], dx/dtheta [P, n,
+        """Draw samples and their derivative at fixed noise: x [n, *sample], dx/dtheta [n, P,
         *sample].
 
         Raises:

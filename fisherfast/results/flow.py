@@ -146,7 +146,7 @@ class FisherFlow:
 
     def map(self, name: str) -> InformationMap:
         """Return the linear Fisher information of the channels at each position of a layer
-        [C, H, W], measured with ``maps=True``. J [H, W, P, P] is in 1/theta^2.
+        [C, H, W], in 1/theta^2, measured with ``settings=ff.Settings(maps=True)``.
 
         Raises:
             KeyError: there is no such layer.
@@ -154,7 +154,9 @@ class FisherFlow:
         """
         layer = self[name]
         if not self.settings.get("maps", False):
-            raise ValueError("flow must have been measured with maps=True, got a flow without maps")
+            raise ValueError(
+                "flow must have been measured with maps, settings=Settings(maps=True), got none"
+            )
         if layer.name in self.maps:
             return self.maps[layer.name]
         maps = self.settings["maps"]

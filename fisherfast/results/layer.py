@@ -176,7 +176,7 @@ class LayerFisher:
         Example:
             >>> import torch, fisherfast as ff
             >>> x, tangents = torch.randn(1000, 2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-            >>> dx = tangents[:, None].expand(2, 1000, 2)       # J = [[1, 0.6], [0.6, 1]]
+            >>> dx = tangents.expand(1000, 2, 2)                # J = [[1, 0.6], [0.6, 1]]
             >>> input = ff.fisher_information(ff.Pathwise(x, dx))
             >>> abs(input.marginal(0).value - 0.64) < 0.2       # 1 - 0.6^2 / 1
             True

@@ -1,4 +1,4 @@
-"""The table of a flow, as text and as HTML."""
+"""Tables as text and as HTML, and that of a flow."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from fisherfast.results.comparison import divides, unresolved_note
 from fisherfast.results.layer import LayerFisher, diagonal_text
 
-__all__ = ["as_html", "as_text", "footnotes", "rows"]
+__all__ = ["as_html", "as_text", "footnotes", "rows", "with_error"]
 
 HEADER = ["layer", "shape", "dim", "J", "+-", "lower", "J / J_input", "features", "status"]
 
-LEFT_ALIGNED = ("layer", "shape", "features", "status")
+LEFT_ALIGNED = ("layer", "shape", "features", "status", "most lost in", "parameter", "at")
 
 
 def rows(
@@ -36,12 +36,17 @@ def rows(
                 diagonal_text(layer.J),
                 diagonal_text(layer.stderr),
                 diagonal_text(layer.lower),
-                "-" if math.isnan(fraction) else f"{fraction:.3f} +- {error:.3f}",
+                with_error(fraction, error),
                 f"{layer.feature_kind} {layer.features}",
                 layer.status,
             ]
         )
     return table
+
+
+def with_error(fraction: float, error: float) -> str:
+    """Format a ratio of J with its error; "-" for NaN."""
+    return "-" if math.isnan(fraction) else f"{fraction:.3f} +- {error:.3f}"
 
 
 def footnotes(layers: Sequence[LayerFisher], source: str) -> list[str]:
@@ -56,21 +61,21 @@ def footnotes(layers: Sequence[LayerFisher], source: str) -> list[str]:
     return lines + [f"note: {layer.name}: {note}" for layer in layers for note in layer.notes]
 
 
-def as_text(table: list[list[str]], below: Sequence[str]) -> str:
-    """Format aligned columns under a ruled header."""
+def as_text(table: list[list[str]], below: Sequence[str] = ()) -> str:
+    """Format aligned columns under a ruled header, the first row."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:
         cells = [
             cell.ljust(width) if name in LEFT_ALIGNED else cell.rjust(width)
-            for name, cell, width in zip(HEADER, row, widths, strict=True)
+            for name, cell, width in zip(table[0], row, widths, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join([*lines, *below])
 
 
-def as_html(table: list[list[str]], below: str) -> str:
+def as_html(table: list[list[str]], below: str = "") -> str:
     """Format an HTML table, for notebooks."""
     head, *body = (
         "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)

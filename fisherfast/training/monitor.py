@@ -21,14 +21,11 @@ from fisherfast.data import Data, KeptData
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
 from fisherfast.measurement.cache import Recall
 from fisherfast.measurement.run import Measurement, NotFiniteError
-from fisherfast.measurement.settings import (
-    BATCH_SIZE,
-    FOLDS,
-    Settings,
-)
+from fisherfast.measurement.settings import MeasurementSettings, Settings
 from fisherfast.model.sites import INPUT, Layers
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parallel.ranks import OtherRankError, Ranks, find_ranks, ranks_of
+from fisherfast.results import table
 from fisherfast.results.comparison import (
     DIVIDES,
     divides,
@@ -44,7 +41,7 @@ from fisherfast.training.checks import (
 )
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import Observer, leaves
-from fisherfast.training.record import NOT_MEASURED, EpochRecord, Errors, output_of
+from fisherfast.training.record import NOT_MEASURED, EpochRecord, Errors, output_of, table_of
 from fisherfast.training.regression import LiveEstimate
 from fisherfast.training.units import unit_note
 
@@ -59,6 +56,9 @@ OBSERVE_EVERY = 256
 KEPT_BYTES = 2**29
 """Bytes of samples of simulators, files and loaders kept between measurements, 512 MB."""
 
+SHOWN_EPOCHS = 12
+"""Most rows of a printed history."""
+
 FORMAT_VERSION = 1
 STATE = {"network", "settings", "calls", "history", "observer", "spaces", "told"}
 
@@ -70,7 +70,7 @@ class FisherMonitor:
     the input, layers and their chains; layers too wide for a covariance start from their last
     Krylov space (3 passes instead of 17). All measurements use the same samples and the same lift,
     so epochs differ because of the network only. The model's parameters, mode and hooks and the
-    random state are restored.
+    random state are restored. Print the monitor for a table.
 
     Args:
         model: the network in training, also compiled or inside DistributedDataParallel.
@@ -91,8 +91,8 @@ class FisherMonitor:
         process_group: the processes that measure together, as for `fisher_flow`. Each of them calls
             `step`; errors are averaged over them, and the first one warns and writes the file.
             `live` is that of each process's own batches.
-        batch_size, seed, ridge, folds, maps, memory_budget: as for `fisher_flow`. Memory kept
-            between measurements is not part of the budget.
+        ridge, seed, memory_budget, settings: as for `fisher_flow`. Memory kept between
+            measurements is not part of the budget.
 
     Attributes:
         history: records in the order of the calls.
@@ -121,23 +121,21 @@ class FisherMonitor:
         self,
         model: nn.Module,
         data: Data,
-        every: int = 1,
         *,
+        every: int = 1,
         layers: Layers = "auto",
         max_features: int = MONITOR_FEATURES,
+        ridge: RidgeSetting = AUTO,
         output: str | None = None,
+        seed: int = 0,
         training_data: Data | None = None,
         target_scale: float = 1.0,
         observe_every: int = OBSERVE_EVERY,
         path: str | Path | None = None,
         keep: int = KEPT_BYTES,
-        batch_size: int = BATCH_SIZE,
-        seed: int = 0,
-        ridge: RidgeSetting = AUTO,
-        folds: int = FOLDS,
-        maps: bool | Sequence[str] = False,
         memory_budget: int | str | None = None,
         process_group: Any = None,
+        settings: Settings | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -147,21 +145,21 @@ class FisherMonitor:
         self._keep = check_whole("keep", keep, least=0)
         self._target_scale = check_scale(target_scale)
         asked: dict[str, Any] = {
+            "settings": settings,
             "max_features": max_features,
-            "batch_size": batch_size,
-            "seed": seed,
             "ridge": ridge,
-            "folds": folds,
-            "maps": maps,
-            "memory_budget": memory_budget,
             "output": output,
+            "seed": seed,
+            "memory_budget": memory_budget,
         }
-        self._settings = Settings.of(data, **asked)
+        self._settings = MeasurementSettings.of(data, **asked)
+        if self._settings.grow:
+            raise ValueError("grow must be False for a monitor, which compares the same features")
         self._layers = layers
         self.data = self._kept(data)
         self._training_data: Data | None = None
         if training_data is not None:
-            Settings.of(training_data, **asked)
+            MeasurementSettings.of(training_data, **asked)
             if training_data.parameters != data.parameters:
                 raise ValueError(
                     f"training_data must have {data.parameters} parameters like data,"
@@ -290,6 +288,28 @@ class FisherMonitor:
         """Return J of the layers that `observe` reads, over its last few thousand samples: a trend
         between measurements, averaged over the values of theta in the batches."""
         return {} if self._observer is None else self._observer.estimates()
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{table.as_text(self._table())}" if self.history else self._title()
+
+    def _repr_html_(self) -> str:
+        return table.as_html(self._table(), self._title())
+
+    def _title(self) -> str:
+        measured = [record.flow for record in self.history if record.flow is not None]
+        shape = f" [{', '.join(map(str, measured[0][INPUT].shape))}]" if measured else ""
+        return (
+            f"FisherMonitor of {type(self.model).__name__}{shape}: {len(self.history)} epochs,"
+            f" {len(measured)} measured"
+        )
+
+    def _table(self) -> list[list[str]]:
+        """Return the header and the rows of the last epochs; of a long history the first as
+        well."""
+        rows = table_of(self.history)
+        if len(self.history) <= SHOWN_EPOCHS:
+            return rows
+        return [*rows[:2], ["..."] * len(rows[0]), *rows[2 - SHOWN_EPOCHS :]]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the history as plain numbers by column, for any logger or data frame."""

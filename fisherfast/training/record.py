@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,21 +12,27 @@ from typing import Any
 import torch
 
 from fisherfast.model.sites import INPUT, OUTPUT
+from fisherfast.results import table
 from fisherfast.results.comparison import ratio
 from fisherfast.results.flow import FisherFlow
 
-__all__ = ["NOT_MEASURED", "EpochRecord", "Errors", "level_of", "output_of"]
+__all__ = ["NOT_MEASURED", "EpochRecord", "Errors", "level_of", "output_of", "table_of"]
 
 NOT_MEASURED = "not measured: "
 """Start of the note of a record whose measurement found activations that are not finite."""
+
+HEADER = ["epoch", "J_output / J_input", "most lost in", "train mse / bound", "val mse / bound"]
+
+LAYER_COLUMNS = ("layer", "shape", "J", "+-", "J / J_input", "status")
+"""Columns of the table of a flow that a record shows."""
 
 Errors = tuple[float, ...] | None
 """Mean square errors of the P parameters in theta^2; None if unknown."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EpochRecord:
-    """The result of one call of `FisherMonitor.step`.
+    """The result of one call of `FisherMonitor.step`. Print it for a table.
 
     Attributes:
         epoch: its number, given by the caller.
@@ -78,6 +85,26 @@ class EpochRecord:
         """J_output / J_input on training samples minus that on held-out ones: zero within noise
         while the network generalises. NaN if one of them was not measured."""
         return _share(self.training_flow)[0] - self.transmission
+
+    def __repr__(self) -> str:
+        transmission = table.with_error(self.transmission, self.transmission_error)
+        return f"EpochRecord(epoch={self.epoch}, transmission={transmission})"
+
+    def __str__(self) -> str:
+        parts = [table.as_text(rows) for rows in self._tables()]
+        return "\n".join([*parts, *(f"note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return "".join(table.as_html(rows) for rows in self._tables())
+
+    def _tables(self) -> list[list[list[str]]]:
+        """Return the row of the epoch, and the layers if it was measured."""
+        tables = [table_of([self])]
+        if self.flow is not None:
+            rows = self.flow.table()
+            shown = [rows[0].index(name) for name in LAYER_COLUMNS]
+            tables.append([[row[column] for column in shown] for row in rows])
+        return tables
 
     def row(self) -> dict[str, Any]:
         """Return plain numbers by column; NaN if unknown. For several parameters the fractions are
@@ -151,6 +178,36 @@ def output_of(flow: FisherFlow) -> str:
     """Return the name of the output that monitor and rules read: the whole output, or the head
     chosen as `output`."""
     return flow.settings.get("output") or OUTPUT
+
+
+def table_of(history: Sequence[EpochRecord]) -> list[list[str]]:
+    """Return the header and one row of text per epoch, as printed."""
+    return [HEADER] + [
+        [
+            str(record.epoch),
+            table.with_error(record.transmission, record.transmission_error),
+            "-" if record.flow is None else _most_lost(record.flow),
+            *("-" if math.isnan(x) else f"{x:.3g}" for x in (record.train_level, record.val_level)),
+        ]
+        for record in history
+    ]
+
+
+def _most_lost(flow: FisherFlow) -> str:
+    """Return the layer that loses most of J_input, and how much, of the layers that everything
+    passes on its way to the output; "-" if no loss is above the errors of both ratios."""
+    output = flow[output_of(flow)]
+    way = [layer.name for layer in flow if output.name in layer.descendants] + [output.name]
+    shares, errors = flow.fractions(), flow.fraction_errors()
+    losses = {
+        after: shares[before] - shares[after]
+        for before, after in itertools.pairwise(way)
+        if shares[before] - shares[after] > math.hypot(errors[before], errors[after])
+    }
+    if not losses:
+        return "-"
+    name = max(losses, key=lambda after: losses[after])
+    return f"{name} ({losses[name]:.3f})"
 
 
 def level_of(errors: Errors, input_J: torch.Tensor) -> float:

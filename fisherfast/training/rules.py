@@ -9,6 +9,7 @@ import reprlib
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from fisherfast.training.attainable import Prior, attainable_error, check_prior
 from fisherfast.training.record import EpochRecord, output_of
 from fisherfast.training.stopping_rule import History, StoppingRule, Verdict
 
-__all__ = ["RULES", "CramerRaoRule", "TransmissionRule"]
+__all__ = ["RULES", "CramerRao", "Transmission"]
 
 TOLERANCE = 0.02
 """Tolerance relative to the largest share: less than slope and offset still add to the error in the
@@ -32,17 +33,20 @@ SIGNIFICANT = 3.0
 """Standard errors above 0 from which a share is not noise: below it, nothing has been learned."""
 NOISE_WINDOW = 10
 """Measurements from which the noise is estimated: enough for a median, few enough to be recent."""
+PLATEAU = 5
+"""Measurements without a rise that make a plateau, settled in the same study."""
 NORMAL_MEDIAN = 0.6745  # of |z|, z standard normal
 THIRD_DIFFERENCE = 20.0  # 1 + 9 + 9 + 1, variance of the third difference of independent numbers
 
 
-class CramerRaoRule(StoppingRule):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CramerRao(StoppingRule):
     r"""Stop when the training error falls below the least possible error on unseen samples.
 
     The level of an epoch is the mean over parameters of :math:`mse_p / E_p`, with :math:`E_p` the
     least possible error on samples that the network was not trained on. The rule stops at the first
-    epoch whose level is at most 1 - min_delta. By default :math:`E_p = (J^{-1})_{pp}`, J that of
-    the input.
+    epoch whose level is at most 1 - min_delta and stays there for `patience` more. By default
+    :math:`E_p = (J^{-1})_{pp}`, J that of the input.
 
     Args:
         prior: range of theta, to use an attainable error instead of 1/J: a pair (low, high), or a
@@ -57,44 +61,52 @@ class CramerRaoRule(StoppingRule):
             the monitor in the unit of the targets (the monitor has its own `target_scale`).
         smoothing: number of epochs over which the logarithm of the level is fitted by a straight
             line, whose end is used, for errors of few samples. 1 uses the level itself.
-        patience, min_delta, min_epochs: see `StoppingRule`; patience is 0 by default.
+        min_epochs: epoch number before which there is no stop.
+        check_finite: stop if an error or an activation is NaN or infinite.
+
+    Raises:
+        ValueError, TypeError: an option is out of its range.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025), section on early stopping; E_p is 1/J
         there.
+
+    Example:
+        >>> import fisherfast as ff
+        >>> stopping = ff.FisherEarlyStopping(ff.CramerRao(prior=(-1.0, 1.0)), patience=2)
     """
 
+    prior: Any = None
+    least_error: float | Sequence[float] | None = None
+    input_J: Sequence[Any] | None = None
+    target_scale: float | Sequence[float] = 1.0
+    smoothing: int = 1
+    _known: dict[tuple[float, ...], list[float]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
     name = "crlb"
-    default_patience = 0
+    largest_delta = 1.0
 
-    def __init__(
-        self,
-        *,
-        prior: Prior | Sequence[Prior] | None = None,
-        least_error: float | Sequence[float] | None = None,
-        input_J: Sequence[Any] | None = None,
-        target_scale: float | Sequence[float] = 1.0,
-        smoothing: int = 1,
-        patience: int | None = None,
-        min_delta: float = 0.0,
-        min_epochs: int = 0,
-    ) -> None:
-        super().__init__(patience=patience, min_delta=min_delta, min_epochs=min_epochs)
-        if self.min_delta >= 1:
-            raise ValueError(f"min_delta must be below 1, the level to stop at, got {min_delta}")
-        self.smoothing = check_whole("smoothing", smoothing, least=1)
-        if least_error is not None and not (prior is None and input_J is None):
-            raise ValueError("least_error must be given without prior and input_J, got both")
-        self._parts = None if prior is None else _parts_of(prior)
-        self.least_error = None if least_error is None else _numbers("least_error", least_error)
-        self.input_J = None if input_J is None else _matrices(input_J)
-        if self.input_J is not None and not self.input_J:
-            raise ValueError("input_J must hold the information at least at one theta, got none")
-        self.reads_input = self.input_J is None and self.least_error is None
-        self.target_scale = _numbers("target_scale", target_scale)
-        self._known: dict[tuple[float, ...], list[float]] = {}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("smoothing", self.smoothing, least=1)
+        _numbers("target_scale", self.target_scale)
+        if self.least_error is not None:
+            if self.prior is not None or self.input_J is not None:
+                raise ValueError("least_error must be given without prior and input_J, got both")
+            _numbers("least_error", self.least_error)
+        if self.prior is not None:
+            _parts_of(self.prior)
+        if self.input_J is not None:
+            _matrices(self.input_J)
 
-    def judge(self, history: History) -> Verdict:
-        """See `StoppingRule`."""
+    @property
+    def reads_input(self) -> bool:
+        """Whether the rule uses the measured information in the input."""
+        return self.input_J is None and self.least_error is None
+
+    def judge(self, history: History, *, patience: int = 0, min_delta: float = 0.0) -> Verdict:
+        """See `StoppingRule`; the level to stop at is 1 - min_delta."""
         levels = self.levels(history)
         known = [index for index, level in enumerate(levels) if not math.isnan(level)]
         if not known:
@@ -102,11 +114,11 @@ class CramerRaoRule(StoppingRule):
         below = 0  # consecutive epochs at the end
         for index in reversed(known):
             late = history[index].epoch >= self.min_epochs
-            if not late or levels[index] > 1 - self.min_delta:
+            if not late or levels[index] > 1 - min_delta:
                 break
             below += 1
         best = known[-below] if below else known[-1]
-        if below <= self.patience:
+        if below <= patience:
             return Verdict(best)
         return Verdict(best, self._reason(history[best], levels[best]))
 
@@ -126,10 +138,10 @@ class CramerRaoRule(StoppingRule):
             ValueError: J is not positive definite, or the prior has another number of parameters.
         """
         if self.least_error is not None:
-            return self.least_error * (len(J) if len(self.least_error) == 1 else 1)
+            return _per_parameter("least_error", self.least_error, len(J))
         key = tuple(J.flatten().tolist())
         if key not in self._known:
-            matrices = [J] if self.input_J is None else self.input_J
+            matrices = [J] if self.input_J is None else _matrices(self.input_J)
             errors = torch.tensor(
                 [self._errors_of(matrix) for matrix in matrices], dtype=torch.float64, device="cpu"
             )
@@ -144,19 +156,14 @@ class CramerRaoRule(StoppingRule):
                 f' {J.tolist()}: measure with more samples, or use rule="transmission"'
             )
         errors: list[float] = torch.cholesky_inverse(factor).diagonal().tolist()
-        if self._parts is None:
+        if self.prior is None:
             return errors
-        priors = self._priors(len(errors))
-        return [attainable_error(1 / e, prior) for e, prior in zip(errors, priors, strict=True)]
-
-    def _priors(self, parameters: int) -> list[Prior]:
-        """Return one prior per parameter."""
-        parts = self._parts or []
-        if len(parts) != parameters:
+        priors = _parts_of(self.prior)
+        if len(priors) != len(errors):
             raise ValueError(
-                f"prior must be given for each of the {parameters} parameters, got {len(parts)}"
+                f"prior must be given for each of the {len(errors)} parameters, got {len(priors)}"
             )
-        return parts
+        return [attainable_error(1 / e, prior) for e, prior in zip(errors, priors, strict=True)]
 
     def _level(self, record: EpochRecord) -> float:
         errors = record.train_mse
@@ -179,16 +186,12 @@ class CramerRaoRule(StoppingRule):
                 f"train_mse must hold an error for each of the {len(least)} parameters, got"
                 f" {len(errors)}"
             )
-        scales = self.target_scale * (len(least) if len(self.target_scale) == 1 else 1)
-        if len(scales) != len(least):
-            raise ValueError(
-                f"target_scale must be one number or {len(least)}, got {len(self.target_scale)}"
-            )
+        scales = _per_parameter("target_scale", self.target_scale, len(least))
         triples = zip(errors, scales, least, strict=True)
         return statistics.fmean(mse * scale**2 / error for mse, scale, error in triples)
 
     def _reason(self, record: EpochRecord, level: float) -> str:
-        published = self._parts is None and self.least_error is None
+        published = self.prior is None and self.least_error is None
         bound = "1 / J_input" if published else "the attainable error"
         return (
             f"training error at {level:.3g} of {bound} in epoch {record.epoch}: below it the"
@@ -196,13 +199,19 @@ class CramerRaoRule(StoppingRule):
         )
 
 
-class TransmissionRule(StoppingRule):
-    """Stop when the information in the output on held-out samples stops rising.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Transmission(StoppingRule):
+    r"""Stop when the information in the output on held-out samples stops rising.
 
-    The share of an epoch is tr(J_input^-1 J_output) / P on the held-out samples of the monitor. The
-    rule stops when `patience` measurements have not risen above the largest share (which must be
-    three standard errors above 0); the best epoch is the last one within `tolerance` of it. It
-    needs no error, unit or prior, so it works with any loss.
+    The share of an epoch is :math:`\mathrm{tr}(J_{in}^{-1} J_{out}) / P` on the held-out samples of
+    the monitor. The rule stops when `plateau` measurements have not risen above the largest share
+    (which must be three standard errors above 0); the best epoch is the last one within `tolerance`
+    of it. It needs no error, unit or prior, so it works with any loss.
+
+    `FisherEarlyStopping` waits for `patience` further measurements. Its `min_delta` is the smallest
+    rise that counts, in standard errors of the difference of two epochs. These are far below the
+    standard error of a share, because all epochs are measured on the same samples; they are
+    estimated from the scatter of the last measurements about a smooth curve.
 
     Args:
         information: "linear" for the linear information of the outputs themselves, which is that of
@@ -211,36 +220,36 @@ class TransmissionRule(StoppingRule):
         tolerance: fraction of the largest share that may be lost. Information is measured at one
             theta and does not depend on slope and offset, which converge later: while the share is
             constant, later weights are better.
-        patience: measurements without a rise before the stop; 5 by default.
-        min_delta: smallest rise that counts, in standard errors of the difference of two epochs.
-            These are far below the standard error of a share, because all epochs are measured on
-            the same samples; they are estimated from the scatter of the last measurements about a
-            smooth curve.
-        min_epochs: see `StoppingRule`.
+        plateau: measurements in succession without a rise, at least 1.
+        min_epochs: epoch number before which there is no stop.
+        check_finite: stop if an error or an activation is NaN or infinite.
+
+    Raises:
+        ValueError, TypeError: an option is out of its range.
+
+    Reference: docs/training.md, stopping; benchmarks/early_stopping.py settles the defaults.
+
+    Example:
+        >>> import fisherfast as ff
+        >>> stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=3))
     """
 
+    information: str = "linear"
+    tolerance: float = TOLERANCE
+    plateau: int = PLATEAU
+
     name = "transmission"
-    default_patience = 5
 
-    def __init__(
-        self,
-        *,
-        information: str = "linear",
-        tolerance: float = TOLERANCE,
-        patience: int | None = None,
-        min_delta: float = 0.0,
-        min_epochs: int = 0,
-    ) -> None:
-        super().__init__(patience=patience, min_delta=min_delta, min_epochs=min_epochs)
-        if information not in ("linear", "J"):
-            raise ValueError(f'information must be "linear" or "J", got {information!r}')
-        if not 0 <= tolerance < 1:
-            raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance}")
-        self.information = information
-        self.tolerance = float(tolerance)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.information not in ("linear", "J"):
+            raise ValueError(f'information must be "linear" or "J", got {self.information!r}')
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and below 1, got {self.tolerance}")
+        check_whole("plateau", self.plateau, least=1)
 
-    def judge(self, history: History) -> Verdict:
-        """See `StoppingRule`."""
+    def judge(self, history: History, *, patience: int = 0, min_delta: float = 0.0) -> Verdict:
+        """See `StoppingRule`; min_delta is in standard errors of the difference of two epochs."""
         shares = self.shares(history)
         known = [index for index, share in enumerate(shares) if not math.isnan(share)]
         if not known:
@@ -249,14 +258,15 @@ class TransmissionRule(StoppingRule):
         since = 0
         for count, index in enumerate(known[1:], start=2):
             since += 1
-            recent = known[max(0, count - NOISE_WINDOW) : count]
-            if shares[index] > shares[peak] + self._least_rise(shares, recent):
+            recent = [shares[i] for i in known[max(0, count - NOISE_WINDOW) : count]]
+            least_rise = min_delta * self.noise(recent) if min_delta else 0.0
+            if shares[index] > shares[peak] + least_rise:
                 peak, since = index, 0
             if index == peak or shares[index] >= (1 - self.tolerance) * shares[peak]:
                 best = index
         measured_now = known[-1] == len(history) - 1
         late = history[-1].epoch >= self.min_epochs
-        if since < max(self.patience, 1) or not late or not measured_now:
+        if since < self.plateau + patience or not late or not measured_now:
             return Verdict(best)
         if not self._has_begun(history[peak]):
             return Verdict(best)
@@ -281,12 +291,6 @@ class TransmissionRule(StoppingRule):
         spread = float(thirds.abs().median()) / NORMAL_MEDIAN / math.sqrt(THIRD_DIFFERENCE)
         return math.sqrt(2) * spread
 
-    def _least_rise(self, shares: Sequence[float], known: Sequence[int]) -> float:
-        """Return the smallest rise that counts after the measurements with these indices."""
-        if self.min_delta == 0:
-            return 0.0
-        return self.min_delta * self.noise([shares[index] for index in known])
-
     def _has_begun(self, record: EpochRecord) -> bool:
         """Return whether the information in the output is above noise for some parameter."""
         if record.flow is None:
@@ -308,16 +312,14 @@ class TransmissionRule(StoppingRule):
         return float(torch.linalg.solve(record.flow[INPUT].J, J).trace()) / len(J)
 
 
-RULES: Mapping[str, type[StoppingRule]] = {
-    rule.name: rule for rule in (CramerRaoRule, TransmissionRule)
-}
+RULES: Mapping[str, type[StoppingRule]] = {rule.name: rule for rule in (CramerRao, Transmission)}
 
 
 def _line_ends(levels: Sequence[float], window: int) -> list[float]:
     """Fit a straight line to the logarithms of the last known levels, at most `window`, and return
     its end for each record. Unlike a mean it does not lag behind a falling error."""
     ends = []
-    recent: deque[float] = deque(maxlen=window)
+    recent: deque[float] = deque(maxlen=int(window))
     for level in levels:
         if not math.isnan(level):
             recent.append(level)
@@ -355,12 +357,15 @@ def _parts_of(prior: Any) -> list[Prior]:
 def _matrices(input_J: Any) -> list[torch.Tensor]:
     """Return the information at several theta, each [P, P]."""
     try:
-        return [_as_matrix(J) for J in input_J]
+        matrices = [_as_matrix(J) for J in input_J]
     except TypeError:
         raise TypeError(
             "input_J must be a list of numbers, [P, P] tensors or LayerFisher, one for each theta,"
             f" got {reprlib.repr(input_J)}"
         ) from None
+    if not matrices:
+        raise ValueError("input_J must hold the information at least at one theta, got none")
+    return matrices
 
 
 def _as_matrix(J: Any) -> torch.Tensor:
@@ -373,6 +378,14 @@ def _as_matrix(J: Any) -> torch.Tensor:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"input_J must hold [P, P] matrices, got shape {tuple(matrix.shape)}")
     return matrix
+
+
+def _per_parameter(name: str, values: float | Sequence[float], parameters: int) -> list[float]:
+    """Return one positive number per parameter."""
+    numbers = _numbers(name, values)
+    if len(numbers) not in (1, parameters):
+        raise ValueError(f"{name} must be one number or {parameters}, got {len(numbers)}")
+    return numbers * parameters if len(numbers) == 1 else numbers
 
 
 def _numbers(name: str, values: float | Sequence[float]) -> list[float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
+import numbers
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
+from fisherfast._validation import check_whole
 from fisherfast.results.comparison import divides, unresolved_note
 from fisherfast.training.record import NOT_MEASURED, EpochRecord
-from fisherfast.training.rules import RULES
+from fisherfast.training.rules import RULES, Transmission
 from fisherfast.training.stopping_rule import StoppingRule, Verdict
 
 __all__ = ["FisherEarlyStopping", "Monitored"]
 
 STATE_VERSION = 1
 STATE = {"version", "rule", "stopped_epoch", "best_epoch", "best_record", "reason", "weights"}
-SHARED = ("patience", "min_delta", "min_epochs")  # settings that every rule has
 
 
 class Monitored(Protocol):
@@ -42,32 +42,25 @@ class FisherEarlyStopping:
     """Stop training by the information in the network instead of the validation loss.
 
     Args:
-        rule: "crlb" stops when the training error falls below 1 / J_input, the least error of an
-            unbiased estimate: from there on the network memorises its training samples. It needs
-            ``train_mse`` at each step of the monitor. "transmission" stops when J_output / J_input
-            on the held-out samples of the monitor stops rising. It needs no error and works with
-            any loss.
-        patience: measured epochs for which the stopping condition must last; None for 0 with "crlb"
-            and 5 with "transmission".
+        rule: "transmission" stops when J_output / J_input on the held-out samples of the monitor
+            stops rising; it needs no error and works with any loss. "crlb" stops when the training
+            error falls below 1 / J_input, the least error of an unbiased estimate: from there on
+            the network memorises its training samples; it needs ``train_mse`` at each step of the
+            monitor. `Transmission` and `CramerRao` are the same rules with options.
+        patience: measured epochs for which the stopping condition must last after it is first met.
         min_delta: margin of the condition. "crlb": the level to stop at is 1 - min_delta.
             "transmission": the smallest rise that counts, in standard errors of the difference.
-        min_epochs: epoch number before which there is no stop.
         restore_best: at the stop, load the weights of `best_epoch` into the model. A copy of the
             weights is kept for this.
-        check_finite: stop if a training or validation error, or an activation on the held-out
-            samples, is NaN or infinite.
-        **options: of the rule. "crlb": ``prior``, ``least_error``, ``input_J``, ``target_scale``,
-            ``smoothing``; "transmission": ``information``, ``tolerance``. See `CramerRaoRule` and
-            `TransmissionRule`.
 
     Attributes:
         stopped_epoch: number of the epoch after which training was stopped; None before.
         best_epoch: number of the best epoch so far; None while this is unknown.
-        reason: why training was stopped, a sentence; empty before.
+        reason: where and why training was stopped, a line; empty before.
 
     Raises:
         ValueError: an unknown rule, or a setting out of its range.
-        TypeError: an option that the rule does not have, or a count that is not a whole number.
+        TypeError: patience is not a whole number.
 
     Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025), for "crlb".
 
@@ -77,31 +70,33 @@ class FisherEarlyStopping:
         >>> stopping
         FisherEarlyStopping(rule='transmission', patience=3, best_epoch=None, stopped_epoch=None)
 
-        In a training loop, after ``monitor.step(...)``: ``if stopping.step(monitor): break``.
+        In a training loop, after ``monitor.step(...)``:
+        ``if stopping.step(monitor): print(stopping.reason); break``.
     """
 
     def __init__(
         self,
-        rule: str = "crlb",
-        patience: int | None = None,
-        min_delta: float = 0.0,
-        min_epochs: int = 0,
-        restore_best: bool = True,
+        rule: str | StoppingRule = Transmission.name,
         *,
-        check_finite: bool = True,
-        **options: Any,
+        patience: int = 0,
+        min_delta: float = 0.0,
+        restore_best: bool = True,
     ) -> None:
-        if not isinstance(rule, str) or rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, got {rule!r}")
-        known = inspect.signature(RULES[rule]).parameters
-        if unknown := sorted(set(options) - set(known)):
-            own = ", ".join(name for name in known if name not in SHARED)
-            raise TypeError(f"options of rule {rule!r} must be {own}, got {', '.join(unknown)}")
-        self.rule: StoppingRule = RULES[rule](
-            patience=patience, min_delta=min_delta, min_epochs=min_epochs, **options
-        )
+        chosen = RULES[rule]() if isinstance(rule, str) and rule in RULES else rule
+        if not isinstance(chosen, StoppingRule):
+            raise ValueError(
+                f"rule must be one of {', '.join(sorted(RULES))}, or a rule with options such as"
+                f" fisherfast.Transmission(plateau=3), got {rule!r}"
+            )
+        margin = float(min_delta) if isinstance(min_delta, numbers.Real) else math.nan
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"min_delta must be at least 0 and finite, got {min_delta!r}")
+        if margin >= chosen.largest_delta:
+            raise ValueError(f"min_delta must be below 1, the level to stop at, got {margin}")
+        self.rule: StoppingRule = chosen
+        self.patience = check_whole("patience", patience, least=0)
+        self.min_delta = margin
         self.restore_best = restore_best
-        self.check_finite = check_finite
         self.stopped_epoch: int | None = None
         self.best_epoch: int | None = None
         self.reason = ""
@@ -142,7 +137,9 @@ class FisherEarlyStopping:
                 self._weights = _copied(monitor.model.state_dict()) if seen else None
         if verdict.reason is None:
             return False
-        self.stopped_epoch, self.reason = history[-1].epoch, verdict.reason
+        self.stopped_epoch = history[-1].epoch
+        kept = "" if self.best_epoch is None else f", best epoch {self.best_epoch}"
+        self.reason = f"stopped after epoch {self.stopped_epoch}{kept}: {verdict.reason}"
         if self.restore_best and self.best_epoch is not None:
             self._restore(monitor.model)
         return True
@@ -181,7 +178,7 @@ class FisherEarlyStopping:
 
     def __repr__(self) -> str:
         return (
-            f"FisherEarlyStopping(rule={self.rule.name!r}, patience={self.rule.patience},"
+            f"FisherEarlyStopping(rule={self.rule.name!r}, patience={self.patience},"
             f" best_epoch={self.best_epoch}, stopped_epoch={self.stopped_epoch})"
         )
 
@@ -215,9 +212,9 @@ class FisherEarlyStopping:
 
     def _judge(self, history: Sequence[EpochRecord]) -> Verdict:
         """Apply the rule; if errors are not finite, stop with the best of the other epochs."""
-        if self.check_finite and (problem := _not_finite(history[-1])):
+        if self.rule.check_finite and (problem := _not_finite(history[-1])):
             return Verdict(self._best_record, problem)
-        return self.rule.judge(history)
+        return self.rule.judge(history, patience=self.patience, min_delta=self.min_delta)
 
 
 def _not_finite(record: EpochRecord) -> str:

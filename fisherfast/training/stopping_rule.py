@@ -7,10 +7,9 @@ uninterrupted one.
 from __future__ import annotations
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fisherfast._validation import check_whole
@@ -34,33 +33,41 @@ class Verdict:
     reason: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StoppingRule(ABC):
     """Base class of stopping rules.
 
     Args:
-        patience: measured epochs for which the stopping condition must last after it is first met.
-        min_delta: margin of the condition, at least 0, in a unit that depends on the rule.
         min_epochs: epoch number before which there is no stop.
+        check_finite: stop if a training or validation error, or an activation on the held-out
+            samples, is NaN or infinite.
     """
 
-    name: ClassVar[str]
-    default_patience: ClassVar[int]
-    reads_input = True  # whether the rule uses the measured information in the input
+    min_epochs: int = 0
+    check_finite: bool = True
+    _values: list[tuple[EpochRecord, float]] = field(default_factory=list, init=False, repr=False)
 
-    def __init__(
-        self, *, patience: int | None = None, min_delta: float = 0.0, min_epochs: int = 0
-    ) -> None:
-        patience = self.default_patience if patience is None else patience
-        self.patience = check_whole("patience", patience, least=0)
-        self.min_epochs = check_whole("min_epochs", min_epochs, least=0)
-        if not (isinstance(min_delta, numbers.Real) and 0 <= min_delta < math.inf):
-            raise ValueError(f"min_delta must be at least 0 and finite, got {min_delta!r}")
-        self.min_delta: float = float(min_delta)
-        self._values: list[tuple[EpochRecord, float]] = []
+    name: ClassVar[str]
+    largest_delta: ClassVar[float] = math.inf  # min_delta must be below it
+
+    def __post_init__(self) -> None:
+        check_whole("min_epochs", self.min_epochs, least=0)
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether the rule uses the measured information in the input."""
+        return True
 
     @abstractmethod
-    def judge(self, history: History) -> Verdict:
-        """Decide whether to stop after the last record, and which one was the best."""
+    def judge(self, history: History, *, patience: int = 0, min_delta: float = 0.0) -> Verdict:
+        """Decide whether to stop after the last record, and which one was the best.
+
+        Args:
+            history: the records so far.
+            patience: measured epochs for which the stopping condition must last after it is first
+                met.
+            min_delta: margin of the condition, at least 0, in a unit that depends on the rule.
+        """
 
     def _each(self, history: History, value: Callable[[EpochRecord], float]) -> list[float]:
         """Return the value of every record; for a growing history each is computed once."""

@@ -106,7 +106,7 @@ def test_every_kind_of_source_gives_the_same_information(kind, paired):
     make = SOURCES[kind]
     data = ff.FiniteDifference(make(minus), make(plus), DTHETA, paired=paired)
     with untouched(model):
-        flow = measure(model, data, batch_size=BATCH)
+        flow = measure(model, data, settings=ff.Settings(batch_size=BATCH))
     for layer, expected in zip(flow, reference, strict=True):
         assert layer.samples == expected.samples == 800
         torch.testing.assert_close(layer.linear, expected.linear, rtol=tolerance, atol=tolerance)
@@ -499,7 +499,7 @@ def test_errors_of_the_source_pass_through():
     for batches in range(5):
         data = ff.FiniteDifference(lambda batches=batches: broken(batches), y, DTHETA)
         with untouched(model), pytest.raises(OSError, match=message("disk is gone")):
-            measure(model, data, batch_size=BATCH)
+            measure(model, data, settings=ff.Settings(batch_size=BATCH))
 
 
 @pytest.mark.parametrize("kind", [*SOURCES, "shuffled DataLoader"])

@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def moved(x: torch.Tensor, **options) -> ff.Pathwise:
     """Samples [n, d] whose mean moves along (1, ..., 1) / sqrt(d): J = 1 for unit variances."""
     n, d = x.shape
-    return ff.Pathwise(x, torch.full((1, n, d), d**-0.5), **options)
+    return ff.Pathwise(x, torch.full((n, d), d**-0.5), **options)
 
 
 def result(data, model: nn.Module = SAME, **settings):
@@ -136,7 +136,9 @@ def test_too_few_groups_say_how_many_are_needed():
         ff.fisher_information(moved(x, groups=torch.arange(1000) // 100))
     with pytest.raises(ValueError, match=r"must see at least 32 groups of samples .*, got 20"):
         ff.fisher_information(moved(x, groups=torch.arange(1000) // 50))
-    assert ff.fisher_information(moved(x, groups=torch.arange(1000) // 60), folds=6, max_features=1)
+    assert ff.fisher_information(
+        moved(x, groups=torch.arange(1000) // 60), settings=ff.Settings(folds=6), max_features=1
+    )
 
 
 # --- folds ---------------------------------------------------------------------------------------
@@ -279,11 +281,15 @@ def test_pieces_of_time_series():
 def test_maps_and_probes_of_groups():
     """Catches groups that stop at a layer: the map of a layer, and a probe's halves."""
     x = normal(1500, 2, 3, 3).repeat_interleave(2, 0)
-    dx = torch.full((1, 3000, 2, 3, 3), 0.5)
+    dx = torch.full((3000, 2, 3, 3), 0.5)
     labels = torch.arange(3000) // 2
     model = nn.Conv2d(2, 2, 1)
-    found = ff.fisher_flow(model, ff.Pathwise(x, dx, groups=labels), max_features=16, maps=True)
-    once = ff.fisher_flow(model, ff.Pathwise(x[::2], dx[:, ::2]), max_features=16, maps=True)
+    found = ff.fisher_flow(
+        model, ff.Pathwise(x, dx, groups=labels), max_features=16, settings=ff.Settings(maps=True)
+    )
+    once = ff.fisher_flow(
+        model, ff.Pathwise(x[::2], dx[::2]), max_features=16, settings=ff.Settings(maps=True)
+    )
     for name in ("input", "output"):
         grouped, alone = found.map(name), once.map(name)
         torch.testing.assert_close(grouped.J, alone.J, rtol=0.1, atol=0.05)

@@ -51,21 +51,21 @@ class Items(Dataset):
 
 def test_pathwise_tensors_are_cut_along_the_samples():
     """Catches a tangent cut along the parameters."""
-    x, dx = numbers(N, *SHAPE), numbers(P, N, *SHAPE)
+    x, dx = numbers(N, *SHAPE), numbers(N, P, *SHAPE)
     data = ff.Pathwise(x, dx)
     assert (data.parameters, data.conditions, data.source, data.dtheta) == (P, 1, "pathwise", ())
     assert [len(batch) for batch in data.read(0, 7)] == [7, 7, 6]
     got = read(data)
     assert torch.equal(got.x, x)
-    assert torch.equal(got.tangents, dx)
+    assert torch.equal(got.tangents, dx.movedim(1, 0))
 
 
 @pytest.mark.parametrize("form", ["dataset", "loader", "list", "function"])
 def test_pathwise_pairs_have_the_sample_first(form):
     """Catches [P, n] read as [n, P]: both are 3 x 3 in the last batch of the list."""
-    x, dx = numbers(N, *SHAPE), numbers(P, N, *SHAPE)
-    items = Items(x, dx.movedim(0, 1))
-    pairs = [(x[i : i + P], dx[:, i : i + P].movedim(0, 1)) for i in range(0, N, P)]
+    x, dx = numbers(N, *SHAPE), numbers(N, P, *SHAPE)
+    items = Items(x, dx)
+    pairs = list(zip(x.split(P), dx.split(P), strict=True))
     sources = {
         "dataset": items,
         "loader": DataLoader(items, batch_size=6),
@@ -74,7 +74,16 @@ def test_pathwise_pairs_have_the_sample_first(form):
     }
     got = read(ff.Pathwise(sources[form], parameters=P))
     assert torch.equal(got.x, x)
-    assert torch.equal(got.tangents, dx)
+    assert torch.equal(got.tangents, dx.movedim(1, 0))
+
+
+@pytest.mark.parametrize("shape", [(), SHAPE])
+def test_one_parameter_may_be_left_out(shape):
+    """Catches dx [n, ...] read as n parameters, from tensors or from a source of pairs."""
+    x, dx = numbers(N, *shape), numbers(N, *shape) + 1
+    for data in (ff.Pathwise(x, dx), ff.Pathwise(x, dx[:, None]), ff.Pathwise([(x, dx)])):
+        assert data.parameters == 1
+        assert torch.equal(read(data).tangents, dx[None])
 
 
 @pytest.mark.parametrize("cls", [ff.Pathwise, ff.Score])
@@ -85,19 +94,22 @@ def test_a_list_of_batches_has_no_known_length(cls):
     whole = cls(TensorDataset(x, companion))
     batches = cls(list(zip(x.split(400), companion.split(400), strict=True)))
     assert (whole.samples(0), batches.samples(0)) == (2000, None)
-    one, other = (ff.fisher_information(data, batch_size=400) for data in (whole, batches))
+    one, other = (
+        ff.fisher_information(data, settings=ff.Settings(batch_size=400))
+        for data in (whole, batches)
+    )
     assert other.samples == 2000
     torch.testing.assert_close(one.linear, other.linear, rtol=1e-6, atol=0)
 
 
 def test_numpy_is_read_without_a_change():
     """Catches a cast on the way."""
-    x, dx = numbers(N, 4).double().numpy(), numbers(P, N, 4).double().numpy()
+    x, dx = numbers(N, 4).double().numpy(), numbers(N, P, 4).double().numpy()
     got = read(ff.Pathwise(x, dx))
     assert got.x.dtype == got.tangents.dtype == torch.float64
-    assert np.array_equal(got.tangents.numpy(), dx)
-    got = read(ff.Score(x, dx[:, :, 0].T))
-    assert np.array_equal(got.score.numpy(), dx[:, :, 0].T)
+    assert np.array_equal(got.tangents.movedim(0, 1).numpy(), dx)
+    got = read(ff.Score(x, dx[:, :, 0]))
+    assert np.array_equal(got.score.numpy(), dx[:, :, 0])
 
 
 @pytest.mark.parametrize("parameters", [1, P])
@@ -117,8 +129,8 @@ def test_score_is_float64_with_one_column_per_parameter(parameters):
 def test_what_repeats(cls):
     """Catches `grow` on samples that come in another order at the second pass."""
     x = numbers(N, 4)
-    companion = numbers(1, N, 4) if cls is ff.Pathwise else numbers(N)
-    items = Items(x, companion.movedim(0, 1) if cls is ff.Pathwise else companion)
+    companion = numbers(N, 1, 4) if cls is ff.Pathwise else numbers(N)
+    items = Items(x, companion)
     assert cls(x, companion).repeats(0)
     assert cls(items).repeats(0)
     assert not cls(DataLoader(items, batch_size=4, shuffle=True)).repeats(0)
@@ -128,7 +140,7 @@ def test_what_repeats(cls):
 # refusals ---------------------------------------------------------------------------------------
 
 X = numbers(N, *SHAPE)
-NAN = torch.full((1, N, *SHAPE), float("nan"))
+NAN = torch.full((N, *SHAPE), float("nan"))
 
 KINDS = (
     "a tensor, an array, a Dataset, a DataLoader, an iterable of batches or a function that "
@@ -138,30 +150,51 @@ SEVERAL = (
     "samples of several inputs are not supported yet, join them in one tensor that the model splits"
 )
 
+DX_SHAPE = (
+    "dx must have shape [n, P, ...], or [n, ...] for one parameter, with [n, ...] = [20, 4, 2]"
+)
+
 REFUSED = {
-    "dx without P": (
-        lambda: ff.Pathwise(X, X),
-        r"dx must have shape [P, n, ...] with [n, ...] = [20, 4, 2], got [20, 4, 2]",
-    ),
     "no direction": (
-        lambda: ff.Pathwise(X, X[None][:0]),
-        r"dx must have shape [P, n, ...] with [n, ...] = [20, 4, 2], got [0, 20, 4, 2]",
+        lambda: ff.Pathwise(X, X[:, None][:, :0]),
+        f"{DX_SHAPE}, got [20, 0, 4, 2]",
     ),
     "dx of other samples": (
-        lambda: ff.Pathwise(X, X[None, :5]),
-        r"dx must have shape [P, n, ...] with [n, ...] = [20, 4, 2], got [1, 5, 4, 2]",
+        lambda: ff.Pathwise(X, X[:5, None]),
+        f"{DX_SHAPE}, got [5, 1, 4, 2]",
+    ),
+    "a single dx": (
+        lambda: ff.Pathwise(X, X[0, 0, 0]),
+        "dx must yield batches of shape [n, ...], got a single number",
+    ),
+    "dx of two dimensions more": (
+        lambda: ff.Pathwise(X, X[:, None, None]),
+        f"{DX_SHAPE}, got [20, 1, 1, 4, 2]",
+    ),
+    "dx with the parameter first": (
+        lambda: ff.Pathwise(X, X.expand(3, *X.shape)),
+        f"{DX_SHAPE}, got [3, 20, 4, 2]: batch first, dx.movedim(0, 1)",
+    ),
+    "batch with the parameter first": (
+        lambda: read(ff.Pathwise([(X, X[None])])),
+        f"{DX_SHAPE}, got [1, 20, 4, 2] in batch 0: batch first, dx.movedim(0, 1)",
+    ),
+    "batch of more parameters": (
+        lambda: read(ff.Pathwise([(X, torch.stack([X, X], 1))])),
+        "dx must have shape [n, P, ...] = [20, 1, 4, 2], got [20, 2, 4, 2] in batch 0"
+        " (parameters=1)",
     ),
     "dx of another dtype": (
-        lambda: ff.Pathwise(X, X[None].double()),
+        lambda: ff.Pathwise(X, X.double()),
         "dx must have the dtype of x, torch.float32, got torch.float64",
     ),
     "integer dx": (
-        lambda: ff.Pathwise(X, X[None].long()),
+        lambda: ff.Pathwise(X, X.long()),
         "dx must have a floating dtype, got torch.int64; convert with .float(),"
         " or split complex numbers into real and imaginary part",
     ),
     "integer x": (
-        lambda: ff.Pathwise(X.long(), X[None]),
+        lambda: ff.Pathwise(X.long(), X),
         "x must have a floating dtype, got torch.int64; convert with .float(),"
         " or split complex numbers into real and imaginary part",
     ),
@@ -176,14 +209,14 @@ REFUSED = {
     ),
     "no dx": (
         lambda: ff.Pathwise(X),
-        "dx must be a tensor or array [P, n, ...] as x is, got NoneType",
+        "dx must be a tensor or array [n, P, ...] as x is, got NoneType",
     ),
     "dx beside a loader": (
-        lambda: ff.Pathwise([X], X[None]),
+        lambda: ff.Pathwise([X], X),
         "dx must be left out when x yields batches (x, dx), got Tensor",
     ),
     "parameters beside tensors": (
-        lambda: ff.Pathwise(X, X[None], parameters=1),
+        lambda: ff.Pathwise(X, X, parameters=1),
         "parameters must be left out for tensors, got 1: it follows from dx",
     ),
     "no parameter": (
@@ -203,11 +236,11 @@ REFUSED = {
         "score must have shape [n, P] or [n] with n = 20, got [20, 4, 2]",
     ),
     "score not finite": (
-        lambda: ff.Score(X, NAN[0, :, 0, 0]),
+        lambda: ff.Score(X, NAN[:, 0, 0]),
         "score must be finite, got NaN or infinity",
     ),
     "x of several inputs": (
-        lambda: ff.Pathwise((X, X), X[None]),
+        lambda: ff.Pathwise((X, X), X),
         f"x must be {KINDS}, got tuple: {SEVERAL}; several parameters or batches are a list",
     ),
     "x of several inputs by name": (
@@ -215,8 +248,8 @@ REFUSED = {
         f"x must be {KINDS}, got dict: {SEVERAL}",
     ),
     "dx of several inputs": (
-        lambda: ff.Pathwise(X, (X[None], X[None])),
-        "dx must be a tensor or array [P, n, ...] as x is, got tuple",
+        lambda: ff.Pathwise(X, (X, X)),
+        "dx must be a tensor or array [n, P, ...] as x is, got tuple",
     ),
     "more than a score": (
         lambda: read(ff.Score([(X, X[:, 0, 0], X)])),
@@ -237,11 +270,6 @@ REFUSED = {
         lambda: read(ff.Score([X])),
         "x must yield pairs (x, score) where score is not given, got Tensor in batch 0",
     ),
-    "dx with the parameter first": (
-        lambda: read(ff.Pathwise([(X, X[None])])),
-        "dx must have shape [n, P, ...] = [20, 1, 4, 2], got [1, 20, 4, 2] in batch 0"
-        " (parameters=1)",
-    ),
     "batch of another P": (
         lambda: read(ff.Score([(X, X[:, 0, 0]), (X, X[:, 0])])),
         "score must have shape [n, P] = [20, 1], got [20, 2] in batch 1 (parameters=1)",
@@ -251,7 +279,7 @@ REFUSED = {
         "dx must have the dtype of x, torch.float32, got torch.float64 in batch 0",
     ),
     "batch not finite": (
-        lambda: read(ff.Pathwise([(X, X[:, None]), (X, NAN[0][:, None])])),
+        lambda: read(ff.Pathwise([(X, X[:, None]), (X, NAN)])),
         "dx must be finite, got NaN or infinity in batch 1",
     ),
     "empty": (
@@ -504,7 +532,7 @@ def test_bad_simulators_are_refused(case):
 
 def test_representations_tell_the_source():
     """Catches a repr that shows all samples."""
-    assert repr(ff.Pathwise(X, X[None])) == "Pathwise(parameters=1, samples=20)"
+    assert repr(ff.Pathwise(X, X)) == "Pathwise(parameters=1, samples=20)"
     assert repr(ff.Score(X, X[:, 0])) == "Score(parameters=2, samples=20)"
     simulator = ff.Simulator(draw, [1.0, 0.0], samples=9, derivative="paired", dtheta=0.5)
     expected = "Simulator(paired, dtheta=[0.5, 0.5], theta=[1.0, 0.0], samples=9)"
@@ -526,7 +554,7 @@ def test_noise_that_ignores_the_generator_is_found(derivative):
         " number from the generator that it is given"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        ff.fisher_information(data, batch_size=100)
+        ff.fisher_information(data, settings=ff.Settings(batch_size=100))
 
 
 def test_rare_counts_are_no_frozen_noise():
@@ -559,7 +587,7 @@ def test_simulators_may_reuse_their_memory(derivative):
         ff.fisher_information(
             ff.Simulator(fn, 0.0, samples=1000, derivative=derivative, dtheta=step),
             max_features=16,
-            batch_size=100,
+            settings=ff.Settings(batch_size=100),
         )
         for fn in (fresh, reusing)
     )
@@ -612,7 +640,7 @@ def test_streams_may_reuse_their_memory(kind):
 def test_large_derivatives_are_finite():
     """Catches a check by a sum that takes its overflow for an infinite derivative."""
     x = torch.zeros(4, 3)
-    batch = next(ff.Pathwise(x, torch.full((1, 4, 3), 3e38)).read(0, 4))
+    batch = next(ff.Pathwise(x, torch.full((4, 3), 3e38)).read(0, 4))
     assert batch.tangents is not None
     with pytest.raises(ValueError, match="dx must be finite"):
-        ff.Pathwise(x, torch.full((1, 4, 3), 3e38).index_fill(2, torch.tensor([1]), float("inf")))
+        ff.Pathwise(x, torch.full((4, 3), 3e38).index_fill(1, torch.tensor([1]), float("inf")))

@@ -218,8 +218,9 @@ def _propagate(model: nn.Module) -> Any:
 
 
 def _flow(model: nn.Module) -> Any:
-    data = ff.Pathwise(*_samples(400))
-    return ff.fisher_flow(model, data, max_features=8, batch_size=150)
+    x, dx = _samples(400)
+    data = ff.Pathwise(x, dx.movedim(0, 1))
+    return ff.fisher_flow(model, data, max_features=8, settings=ff.Settings(batch_size=150))
 
 
 @pytest.mark.parametrize("call", [_jvp, _propagate, _flow])

@@ -23,7 +23,7 @@ def values(step: float, dim: int = 1) -> torch.Tensor:
 
 def shifted(step: float, dim: int = 1) -> ff.Pathwise:
     """With I = 1 before they were rounded."""
-    return ff.Pathwise(values(step, dim), torch.full((1, N, dim), dim**-0.5))
+    return ff.Pathwise(values(step, dim), torch.full((N, dim), dim**-0.5))
 
 
 def chain(*widths: int) -> nn.Module:
@@ -67,7 +67,7 @@ def test_counts_of_a_camera_behind_a_network():
     signal = torch.linspace(-1, 1, 64)
     signal *= 8 / signal.norm()
     x = (100 + 2 * torch.randn(N, 64, generator=generator)).round()
-    data = ff.Pathwise(x, signal.expand(1, N, 64).contiguous())
+    data = ff.Pathwise(x, signal.expand(N, 64).contiguous())
     model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 1))
     flow = ff.fisher_flow(model, data)
     assert all(not_above(layer, 16.0) for layer in flow)
@@ -86,7 +86,7 @@ def test_float32_far_from_zero():
     spreads, between which nothing fits. It was 1389 of 200."""
     generator = torch.Generator().manual_seed(0)
     x = 1e4 + 0.1 * torch.randn(N, 100, generator=generator)
-    info = ff.fisher_information(ff.Pathwise(x, torch.full((1, N, 100), 0.1 * 2**0.5)))
+    info = ff.fisher_information(ff.Pathwise(x, torch.full((N, 100), 0.1 * 2**0.5)))
     assert not_above(info, 200.0)
     assert info.value > 0.95 * 200
 
@@ -135,7 +135,7 @@ def test_what_does_not_move_is_not_touched():
 
     code = torch.arange(N, dtype=torch.float32)[:, None] % 3
     x = torch.cat([values(0.1), code], 1)
-    moved = torch.tensor([1.0, 0.0]).expand(1, N, 2)
+    moved = torch.tensor([1.0, 0.0]).expand(N, 2)
     flow = ff.fisher_flow(Model(), ff.Pathwise(x, moved))
     assert set(torch.cat(seen).tolist()) == {0.0, 1.0, 2.0}
     assert not_above(flow["output"], 1.0)
@@ -145,7 +145,9 @@ def test_batches_and_random_state_do_not_matter():
     """The noise belongs to the sample; the user's generators are not touched."""
     model, data = chain(1, 4, 1), shifted(0.1)
     state = torch.get_rng_state()
-    flows = [ff.fisher_flow(model, data, batch_size=size) for size in (4096, 300)]
+    flows = [
+        ff.fisher_flow(model, data, settings=ff.Settings(batch_size=size)) for size in (4096, 300)
+    ]
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(*flows, strict=True):
         torch.testing.assert_close(a.J, b.J, rtol=1e-4, atol=0)
@@ -219,7 +221,7 @@ def test_groups_of_copies_keep_their_information():
     z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
     mix = torch.tensor([[1.0, 0.0], [1.0, 1e-3]])
     x = (z @ mix.T).repeat(2, 1)
-    dx = (mix @ torch.tensor([0.0, 1.0])).expand(1, 4000, 2)
+    dx = (mix @ torch.tensor([0.0, 1.0])).expand(4000, 2)
     info = ff.fisher_information(ff.Pathwise(x, dx, groups=torch.arange(2000).repeat(2)))
     assert info.value == pytest.approx(1, abs=4 * float(info.stderr))
     assert float(info.stderr) < 0.1
@@ -232,7 +234,7 @@ def test_information_in_small_differences_is_not_resolved(second, noisy):
     z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     x = torch.stack([z[:, 0], z[:, 0] + second * z[:, 1]], 1)
     x = (x * 10).round() / 10
-    dx = torch.tensor([0.0, second]).expand(1, len(x), 2)
+    dx = torch.tensor([0.0, second]).expand(len(x), 2)
     info = ff.fisher_information(ff.Pathwise(x, dx))
     assert (info.status == "noisy") is noisy
     assert any("noise against rounding takes" in note for note in info.notes) is noisy

@@ -20,7 +20,7 @@ from fisherfast.estimation.krylov import KRYLOV_VECTORS, KrylovSpace
 from fisherfast.estimation.pilot import PilotMoments
 from fisherfast.measurement.compressed_layer import LEAST_DOF, too_wide
 from fisherfast.measurement.layer import NO_TANGENTS
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.problems import CorrelatedImage, GaussianShift, RectifiedGaussian
 
 D, N = 40, 600
@@ -45,7 +45,7 @@ def directions(parameters: int, d: int = D) -> torch.Tensor:
 
 def pathwise(x: torch.Tensor, derivative: torch.Tensor) -> Pathwise:
     """Samples [n, ...] that all move alike, by [P, ...]."""
-    return Pathwise(x, derivative[:, None].expand(-1, *x.shape))
+    return Pathwise(x, derivative.expand(len(x), *derivative.shape))
 
 
 def learned(data: Pathwise | Score | FiniteDifference, steps: int, batch_size: int) -> KrylovSpace:
@@ -164,7 +164,7 @@ def test_rare_activations_do_not_drown_the_others():
     Catches a scale without a floor: 0.03 of it; 0.91 to 1.06 measured over 4 seeds."""
     thresholds = torch.tensor([0.0, 2.5]).repeat(400)
     u = torch.randn(300, 800, generator=generator()) - thresholds
-    layer = estimated(Pathwise(u.relu(), (u > 0).float()[None]))
+    layer = estimated(Pathwise(u.relu(), (u > 0).float()))
     truth = 400 * float(RectifiedGaussian(1).linear_fisher(0.0))
     assert layer.value > 0.7 * truth
 
@@ -310,7 +310,7 @@ def test_passes_must_bring_the_same_samples():
     """Catches a space that mixes the products of different samples."""
     data = pathwise(correlated(), directions(1))
     meter = measured(data)
-    meter.prepare(data, Settings.of(data))
+    meter.prepare(data, MeasurementSettings.of(data))
     for rows in (N, N - 1):
         meter.observe(0, correlated()[:rows], tangents=directions(1)[:, None].expand(1, rows, D))
         if rows == N:
@@ -376,7 +376,9 @@ def test_wide_layers_of_a_network_share_their_passes():
     """Catches a pass for each layer, and narrow layers that are measured again."""
     torch.manual_seed(0)
     model, data = Counting(channels=10), shifted(300)
-    flow = ff.fisher_flow(model, data, max_features=128, batch_size=300, maps=True)
+    flow = ff.fisher_flow(
+        model, data, max_features=128, settings=ff.Settings(batch_size=300, maps=True)
+    )
     kinds = {layer.name: layer.feature_kind for layer in flow}
     assert (kinds["conv"], kinds["relu"]) == ("krylov", "krylov")
     assert kinds["input"] in ("raw", "lift")
@@ -394,7 +396,9 @@ def test_passes_over_a_wide_input_leave_the_network_alone():
     model = Counting(channels=1)
     x = torch.randn(60, 1, 8, 8, generator=generator())
     data = FiniteDifference(x, x + 0.01, dtheta=0.01, paired=True)
-    flow = ff.fisher_flow(model, data, layers=["head"], max_features=32, batch_size=60)
+    flow = ff.fisher_flow(
+        model, data, layers=["head"], max_features=32, settings=ff.Settings(batch_size=60)
+    )
     assert flow["input"].feature_kind == "krylov"
     assert model.calls < 2 * KRYLOV_VECTORS
 
@@ -404,7 +408,9 @@ def test_bad_activations_are_named():
     x = torch.randn(100, 64, generator=generator())
     x[70, 3] = torch.nan
     with pytest.raises(ValueError, match="layer 'input' must be finite"):
-        ff.fisher_information(pathwise(x, torch.ones(1, 64)), max_features=32, batch_size=50)
+        ff.fisher_information(
+            pathwise(x, torch.ones(1, 64)), max_features=32, settings=ff.Settings(batch_size=50)
+        )
 
 
 def test_white_noise_of_many_activations():
@@ -429,7 +435,9 @@ def test_image_in_correlated_noise():
     truth = image.fisher(theta).diagonal()
     chosen, filters = torch.zeros(2).double(), torch.zeros(2).double()
     for seed in range(3):
-        layer = ff.fisher_information(image.pathwise(theta, 2000, seed=seed), batch_size=500)
+        layer = ff.fisher_information(
+            image.pathwise(theta, 2000, seed=seed), settings=ff.Settings(batch_size=500)
+        )
         chosen += layer.J.diagonal() / truth / 3
         filters += layer.curve_J[0].diagonal() / truth / 3
     assert bool(((chosen > 0.88) & (chosen < 1.02)).all())
@@ -449,7 +457,7 @@ def test_wide_layers_of_a_network_with_what_samples_carry(source):
     data = (
         pathwise(x, torch.ones(1, 1, 8, 8)) if source == "pathwise" else Score(x, x.sum((1, 2, 3)))
     )
-    flow = ff.fisher_flow(model, data, max_features=256, batch_size=300)
+    flow = ff.fisher_flow(model, data, max_features=256, settings=ff.Settings(batch_size=300))
     assert flow["input"].feature_kind != "krylov"
     wide = flow["1"]
     assert wide.feature_kind == "raw"  # 1000 samples carry 300 activations
@@ -475,7 +483,9 @@ def test_tangents_go_through_the_network_where_they_are_read():
     passes = []
     model[0].register_forward_pre_hook(lambda module, args: passes.append(type(args[0]).__name__))
     data = pathwise(x, torch.ones(1, 600))
-    flow = ff.fisher_flow(model, data, layers=["1"], max_features=6, batch_size=200)
+    flow = ff.fisher_flow(
+        model, data, layers=["1"], max_features=6, settings=ff.Settings(batch_size=200)
+    )
     assert flow["1"].feature_kind == "krylov"
     assert float(flow["1"].J) > 0
     assert passes[-7:] == ["DualTensor", *["Tensor"] * 5, "DualTensor"]

@@ -186,7 +186,7 @@ def bright_score(g):
 
 def bright_shift(g):
     _, x = brightness(g, 1000)
-    return ff.Pathwise(x, torch.full((1, *x.shape), x.shape[1] ** -0.5))
+    return ff.Pathwise(x, torch.full_like(x, x.shape[1] ** -0.5))
 
 
 def rare(units, mean, n):
@@ -195,7 +195,7 @@ def rare(units, mean, n):
 
 
 def moved(x):
-    return ff.Pathwise(x, torch.ones(1, *x.shape))
+    return ff.Pathwise(x, torch.ones_like(x))
 
 
 def student(g, n=4000):

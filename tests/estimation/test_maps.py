@@ -84,7 +84,7 @@ def measure(
 ) -> ff.FisherFlow:
     """`fisher_flow` with maps, without random features."""
     data = world.data(n, paired=paired, dtheta=dtheta)
-    options = {"layers": ["conv"], "maps": True, "max_features": 1} | options
+    options = {"layers": ["conv"], "max_features": 1, "settings": ff.Settings(maps=True)} | options
     return ff.fisher_flow(world.model(), data, **options)
 
 
@@ -207,7 +207,7 @@ def test_the_object(flow):
 
 def test_an_alias_has_the_same_map(world):
     model = world.model()[:1]
-    flow = ff.fisher_flow(model, world.data(400), maps=True, max_features=1)
+    flow = ff.fisher_flow(model, world.data(400), settings=ff.Settings(maps=True), max_features=1)
     assert torch.equal(flow.map("output").J, flow.map("conv").J)
 
 
@@ -216,7 +216,7 @@ def test_maps_change_nothing_else(world, flow):
     world.generator.manual_seed(21)
     with_maps = measure(world, 400)
     world.generator.manual_seed(21)
-    without = measure(world, 400, maps=False)
+    without = measure(world, 400, settings=ff.Settings())
     assert with_maps.names == without.names
     for left, right in zip(with_maps, without, strict=True):
         assert torch.equal(left.J, right.J)
@@ -229,7 +229,9 @@ def test_batches_do_not_matter(world):
     maps = []
     for batch_size in (4096, 37):
         world.generator.manual_seed(22)
-        maps.append(measure(world, 400, batch_size=batch_size).map("conv"))
+        maps.append(
+            measure(world, 400, settings=ff.Settings(batch_size=batch_size, maps=True)).map("conv")
+        )
     torch.testing.assert_close(maps[1].J, maps[0].J, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(maps[1].stderr, maps[0].stderr, rtol=1e-9, atol=1e-11)
 
@@ -243,7 +245,11 @@ def test_unit_of_theta(world):
         data = ff.FiniteDifference(
             *(next(data.batches(c, 400)) for c in (0, 1)), dtheta=DTHETA * scale
         )
-        maps.append(ff.fisher_flow(world.model(), data, max_features=1, maps=True).map("conv"))
+        maps.append(
+            ff.fisher_flow(
+                world.model(), data, max_features=1, settings=ff.Settings(maps=True)
+            ).map("conv")
+        )
     torch.testing.assert_close(maps[1].J, maps[0].J / 1e6, rtol=1e-9, atol=1e-15)
     torch.testing.assert_close(maps[1].stderr, maps[0].stderr / 1e6, rtol=1e-9, atol=1e-15)
 
@@ -253,7 +259,7 @@ def test_float32_and_channels_last(world):
     world.generator.manual_seed(24)
     data = world.data(400)
     minus, plus = (next(data.batches(c, 400)) for c in (0, 1))
-    options = {"layers": ["conv"], "maps": True, "max_features": 1}
+    options = {"layers": ["conv"], "max_features": 1, "settings": ff.Settings(maps=True)}
     expected = ff.fisher_flow(world.model(), data, **options).map("conv")
     single = [
         (x + 1000).float().contiguous(memory_format=torch.channels_last) for x in (minus, plus)
@@ -271,7 +277,7 @@ def test_dead_channels_are_left_out(world):
     with torch.no_grad():
         model.conv.weight[3] = 0
     data = world.data(400)
-    options = {"layers": ["conv"], "maps": True, "max_features": 1}
+    options = {"layers": ["conv"], "max_features": 1, "settings": ff.Settings(maps=True)}
     result = ff.fisher_flow(model, data, **options).map("conv")
     alive = [c for c in range(CHANNELS) if c != 3]
     assert z_scores(result, world.truth(world.weight[alive])).abs().max() < 5
@@ -303,8 +309,8 @@ def test_files_keep_the_maps(tmp_path, suffix, parameters):
 
 def test_files_without_maps_say_so(world, tmp_path):
     path = tmp_path / "flow.json"
-    measure(world, 400, maps=False).save(path)
-    with pytest.raises(ValueError, match=r"^flow must have been measured with maps=True"):
+    measure(world, 400, settings=ff.Settings()).save(path)
+    with pytest.raises(ValueError, match=r"^flow must have been measured with maps, "):
         ff.FisherFlow.load(path).map("conv")
 
 
@@ -316,14 +322,14 @@ def test_tightened_keeps_the_maps(flow):
 
 
 def test_without_maps(world):
-    flow = measure(world, 400, maps=False)
-    with pytest.raises(ValueError, match=r"^flow must have been measured with maps=True"):
+    flow = measure(world, 400, settings=ff.Settings())
+    with pytest.raises(ValueError, match=r"^flow must have been measured with maps, "):
         flow.map("conv")
 
 
 def test_maps_are_off_by_default(world):
     flow = ff.fisher_flow(world.model(), world.data(400), layers=["conv"], max_features=1)
-    with pytest.raises(ValueError, match=r"^flow must have been measured with maps=True"):
+    with pytest.raises(ValueError, match=r"^flow must have been measured with maps, "):
         flow.map("conv")
 
 
@@ -350,7 +356,9 @@ def test_maps_of_single_layers(world):
     silently without a map."""
     model, data = world.model(), world.data(400)
     some, every = (
-        ff.fisher_flow(model, data, layers=["conv", "fc"], max_features=1, maps=maps)
+        ff.fisher_flow(
+            model, data, layers=["conv", "fc"], max_features=1, settings=ff.Settings(maps=maps)
+        )
         for maps in (["conv"], True)
     )
     assert list(some.maps) == ["conv"]
@@ -359,6 +367,6 @@ def test_maps_of_single_layers(world):
         some.map("input")
     assert ff.FisherFlow.from_dict(some.to_dict()).settings["maps"] == ["conv"]
     with pytest.raises(ValueError, match=r"^maps must name layers that are measured, .*\['cnv'\]"):
-        measure(world, 400, maps=["conv", "cnv"])
+        measure(world, 400, settings=ff.Settings(maps=["conv", "cnv"]))
     with pytest.raises(TypeError, match=r"^maps must be True or False or a list of layers, got"):
-        measure(world, 400, maps="conv")
+        ff.Settings(maps="conv")

@@ -304,7 +304,9 @@ def test_batches_change_nothing(small):
     """Catches halves or pairs that depend on where a batch ends: the same samples are trained on
     and measured."""
     data = data_of("paired", 2001)
-    whole, parts = (measure(data, batch_size=size)["output"].value for size in (4096, 333))
+    whole, parts = (
+        measure(data, settings=ff.Settings(batch_size=size))["output"].value for size in (4096, 333)
+    )
     assert parts == pytest.approx(whole, rel=0.02)  # sums in another order lead training elsewhere
 
 
@@ -379,8 +381,10 @@ def test_silent_and_compressed_layers_have_no_probe(small, monkeypatch):
 def test_growing_comes_first(small):
     """Catches probes beside fewer lifted features than the curve asks for."""
     data = data_of("score", 6000)
-    grown = measure(data, grow=True, max_features=DIM + 128)["output"]
-    plain = measure(data, grow=True, max_features=DIM + 128, probe=None)["output"]
+    grown = measure(data, settings=ff.Settings(grow=True), max_features=DIM + 128)["output"]
+    plain = measure(data, settings=ff.Settings(grow=True), max_features=DIM + 128, probe=None)[
+        "output"
+    ]
     assert grown.feature_kind == "probe"
     assert int(plain.curve_k[-1]) > DIM + 64  # a power check: there was growth
     assert int(grown.curve_k[-1]) == int(plain.curve_k[-1]) + 1

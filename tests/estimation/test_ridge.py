@@ -49,7 +49,7 @@ class SmallDirections:
         """Samples as a source holds them; n of each condition."""
         white, x = self.noise(n, seed)
         if source == "tangents":
-            return ff.Pathwise(x.to(dtype), self.signal.to(dtype).expand(1, n, -1))
+            return ff.Pathwise(x.to(dtype), self.signal.to(dtype).expand(n, -1))
         if source == "scores":
             return ff.Score(x.to(dtype), white @ self.whitened)
         other = x if source == "paired" else self.noise(n, seed + 1)[1]
@@ -237,7 +237,7 @@ def test_maps_of_channels_that_are_nearly_equal(source):
     signal[1, 1, 2] = gap * math.sqrt(INFORMATION)
     x, own = noise()
     if source == "tangents":
-        data = ff.Pathwise(x.float(), signal.float().expand(1, n, -1, -1, -1))
+        data = ff.Pathwise(x.float(), signal.float().expand(n, -1, -1, -1))
     elif source == "scores":
         data = ff.Score(x.float(), own[:, 1, 2] * math.sqrt(INFORMATION))
     else:
@@ -248,7 +248,9 @@ def test_maps_of_channels_that_are_nearly_equal(source):
     layer = nn.Conv2d(2, 2, 1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[0.8, -0.6], [0.6, 0.8]])[:, :, None, None])
-    flow = ff.fisher_flow(nn.Sequential(layer, nn.Flatten()), data, maps=True, max_features=16)
+    flow = ff.fisher_flow(
+        nn.Sequential(layer, nn.Flatten()), data, settings=ff.Settings(maps=True), max_features=16
+    )
     for name in ("input", "0"):
         found = flow.map(name)
         assert_all_information(found.value[1, 2], found.stderr[1, 2])

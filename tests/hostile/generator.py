@@ -321,7 +321,7 @@ class Problem:
             return ff.Score(xs[0], self._tensor(scores / units), groups=groups)
         if self.source == "pathwise":
             slopes = self.noises.slopes(noise[0])
-            moved = (self.structure.signal / units).T[:, None] * slopes  # [P, n, d]
+            moved = (self.structure.signal / units).T * slopes[:, None]  # [n, P, d]
             return ff.Pathwise(
                 xs[0], self._tensor(moved @ self.structure.factors[0].T), groups=groups
             )

@@ -128,13 +128,19 @@ def run_distributed(folder: Path) -> None:
         "best": torch.cat([w.flatten() for w in stopping.weights.values()]).tolist(),
     }
     together = FisherCallback(
-        held_out(), train_metric="train_mse", max_features=16, batch_size=500, process_group="world"
+        held_out(),
+        train_metric="train_mse",
+        max_features=16,
+        settings=ff.Settings(batch_size=500),
+        process_group="world",
     )
     module = module_of(package)
     options = {"strategy": "ddp", "devices": 2, "num_sanity_val_steps": 0}
     trainer_of(package, [together], max_epochs=2, **options).fit(module, loader())
     result["together"] = rows(together.monitor)
-    alone = ff.fisher_flow(module, held_out(), max_features=16, batch_size=500)
+    alone = ff.fisher_flow(
+        module, held_out(), max_features=16, settings=ff.Settings(batch_size=500)
+    )
     result["alone"] = alone["output"].value
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 

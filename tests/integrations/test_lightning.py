@@ -41,6 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
 PACKAGE = lightning.pytorch
+SETTINGS = {"max_features": 16, "settings": ff.Settings(batch_size=1000)}
 
 
 def package_of(name: str) -> Any:
@@ -48,7 +49,7 @@ def package_of(name: str) -> Any:
 
 
 def callback(**options: Any) -> FisherCallback:
-    common = {"train_metric": "train_mse", "max_features": 16, "batch_size": 1000}
+    common = {"train_metric": "train_mse", **SETTINGS}
     return FisherCallback(held_out(), **(common | options))
 
 
@@ -98,7 +99,9 @@ def test_measures_what_fisher_flow_measures():
     """Catches a network in training mode, and weights of another epoch."""
     own = callback()
     _, module = fit(own)
-    flow = ff.fisher_flow(module, held_out(), max_features=16, batch_size=1000)
+    flow = ff.fisher_flow(
+        module, held_out(), max_features=16, settings=ff.Settings(batch_size=1000)
+    )
     last = own.monitor.history[-1].flow
     assert last.names == flow.names
     for layer in flow:
@@ -231,10 +234,9 @@ def test_mixed_precision_is_measured_as_it_runs():
     few digits: J is that of `fisher_flow` inside of autocast, bit for bit, and not that without."""
     own = callback()
     _, module = fit(own, precision="bf16-mixed")
-    options = {"max_features": 16, "batch_size": 1000}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = ff.fisher_flow(module, held_out(), **options)
-    outside = ff.fisher_flow(module, held_out(), **options)
+        inside = ff.fisher_flow(module, held_out(), **SETTINGS)
+    outside = ff.fisher_flow(module, held_out(), **SETTINGS)
     last = own.monitor.history[-1].flow
     assert torch.equal(last["output"].J, inside["output"].J)
     assert not torch.equal(last["output"].J, outside["output"].J)

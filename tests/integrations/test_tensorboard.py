@@ -20,7 +20,7 @@ def monitor_after(epochs: int, parameters: int = 1, **options: Any) -> ff.Fisher
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     x = torch.randn(800, 4)
-    data = ff.Pathwise(x, torch.randn(parameters, 1, 4).expand(parameters, 800, 4))
+    data = ff.Pathwise(x, torch.randn(parameters, 4).expand(800, parameters, 4))
     monitor = ff.FisherMonitor(model, data, max_features=16, **options)
     for epoch in range(epochs):
         errors = [0.5 / (epoch + 1)] * parameters

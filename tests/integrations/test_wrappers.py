@@ -113,7 +113,7 @@ def test_compiled_models_are_not_compiled_again(make, source):
     next training step; `fisher_flow`, `step` and `observe` between two steps of a training."""
     counter = CompileCounter()
     model, x = make(counter), samples()
-    data = shifted(x) if source == "independent" else ff.Pathwise(x[0], torch.ones(1, 400, DIM))
+    data = shifted(x) if source == "independent" else ff.Pathwise(x[0], torch.ones(400, DIM))
     theta = torch.linspace(-1, 1, 400)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
 
@@ -364,7 +364,7 @@ def test_channels_last(inputs, maps):
         nn.Linear(4, 2),
     )
     x = torch.randn(2, 300, 3, 6, 6)
-    options = {"max_features": 64, "maps": maps}
+    options = {"max_features": 64, "settings": ff.Settings(maps=maps)}
     minus, plus = x[0] - 0.02, x[1] + 0.02
     plain = ff.fisher_flow(model, ff.FiniteDifference(minus, plus, 0.04), **options)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)

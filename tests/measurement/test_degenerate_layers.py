@@ -24,7 +24,7 @@ def data(source: str, n: int = 4000, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, DIM, generator=generator)
     if source == "tangents":
-        return ff.Pathwise(x, torch.ones(1, n, DIM))
+        return ff.Pathwise(x, torch.ones(n, DIM))
     if source == "scores":
         return ff.Score(x, x.double().sum(1))
     other = x if source == "paired" else torch.randn(n, DIM, generator=generator)
@@ -185,7 +185,7 @@ def test_an_outlier_takes_no_layer_with_it(source, size):
     score = x.sum(1).double()
     x[7, 1] = size
     if source == "tangents":
-        data = ff.Pathwise(x, torch.ones(1, 2000, 5))
+        data = ff.Pathwise(x, torch.ones(2000, 5))
     elif source == "scores":
         data = ff.Score(x, score)
     else:

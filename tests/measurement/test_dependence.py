@@ -35,7 +35,7 @@ DEPENDENT = {
     "time series": series,
 }
 SOURCES = {
-    "tangents": lambda x: ff.Pathwise(x, torch.ones(1, *x.shape)),
+    "tangents": lambda x: ff.Pathwise(x, torch.ones_like(x)),
     "scores": lambda x: ff.Score(x, x.sum(1).double()),
     "conditions": lambda x: ff.FiniteDifference(
         x - 0.05, (x if len(x.unique()) < N // 2 else x.flip(0)) + 0.05, 0.1
@@ -62,11 +62,11 @@ def test_wide_layers_are_looked_at():
     trend = torch.linspace(-1, 1, 600)[:, None]
     x = torch.randn(600, 800, generator=torch.Generator().manual_seed(0)) + trend
     with pytest.warns(ff.FisherWarning, match="depend on each other"):
-        info = ff.fisher_information(ff.Pathwise(x, torch.ones(1, 600, 800)))
+        info = ff.fisher_information(ff.Pathwise(x, torch.ones(600, 800)))
     assert info.compressed
     assert not info.independent
     shuffled = x[torch.randperm(600, generator=torch.Generator().manual_seed(1))]
-    assert ff.fisher_information(ff.Pathwise(shuffled, torch.ones(1, 600, 800))).independent
+    assert ff.fisher_information(ff.Pathwise(shuffled, torch.ones(600, 800))).independent
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -88,7 +88,7 @@ def test_independent_samples_are_not_accused(tails):
         chi = 2 * torch._standard_gamma(torch.full((300, 2), tails / 2), generator=generator)
         x = torch.randn(300, 2, generator=generator) * (tails / chi).sqrt()
         score = torch.randn(300, generator=generator).double()
-        assert ff.fisher_information(ff.Pathwise(x, torch.ones(1, 300, 2)), seed=seed).independent
+        assert ff.fisher_information(ff.Pathwise(x, torch.ones(300, 2)), seed=seed).independent
         assert ff.fisher_flow(torch.nn.Linear(2, 1), ff.Score(x, score))["output"].independent
 
 

@@ -82,7 +82,7 @@ def shifted(source: str, n: int, shape: tuple[int, ...], seed: int = 0):
     x = torch.randn(n, *shape, generator=generator)
     m = signal(shape)
     if source == "tangents":
-        return ff.Pathwise(x, m.expand(1, n, *shape))
+        return ff.Pathwise(x, m.expand(n, *shape))
     if source == "scores":
         return ff.Score(x, (x * m).flatten(1).sum(1))
     other = x if source == "paired" else torch.randn(n, *shape, generator=generator)
@@ -173,12 +173,14 @@ def test_ten_samples_are_refused_before_the_model_has_run_over_them(source):
     model = Counting(12, 12, 11, 3)
     data = shifted(source, 10, (12,))
     with pytest.raises(ValueError, match=r"samples") as error:
-        ff.fisher_flow(model, data, batch_size=2)
+        ff.fisher_flow(model, data, settings=ff.Settings(batch_size=2))
     conditions = 2 if source in ("paired", "independent") else 1
     assert model.seen < 10 * conditions
     needed = int(re.search(r"at least (\d+) samples", str(error.value)).group(1))
     assert needed > 10
-    for info in ff.fisher_flow(model, shifted(source, needed, (12,)), batch_size=2).layers:
+    for info in ff.fisher_flow(
+        model, shifted(source, needed, (12,)), settings=ff.Settings(batch_size=2)
+    ).layers:
         assert_measured(info)
 
 
@@ -247,8 +249,8 @@ def test_all_layers_fail(make):
 
 def test_one_tangent_is_not_known():
     """All tangents but one are zero. Other folds know nothing of it: J = 0 +- 0 is no result."""
-    dx = torch.zeros(1, 400, 3)
-    dx[0, 7] = 1.0
+    dx = torch.zeros(400, 3)
+    dx[7] = 1.0
     layer = ff.fisher_information(ff.Pathwise(torch.randn(400, 3), dx))
     assert layer.status == "noisy"
     assert float(layer.naive) > 0

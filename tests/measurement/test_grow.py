@@ -54,7 +54,7 @@ def test_growing_to_the_end_equals_one_pass_to_the_bit(generator, paired):
     go on where the last pass ended, and products of pairs that are added twice. The curve still
     rises at the first size (a power check: it is left), so that all features are reached."""
     data = scaled(generator, paired)
-    grown = ff.fisher_information(data, max_features=GROWN, grow=True)
+    grown = ff.fisher_information(data, max_features=GROWN, settings=ff.Settings(grow=True))
     fixed = ff.fisher_information(data, max_features=GROWN)
     assert int(grown.curve_k[-1]) == GROWN
     for name in ("J", "stderr", "lower", "naive", "linear", "curve_k", "curve_J"):
@@ -65,7 +65,9 @@ def test_growing_to_the_end_equals_one_pass_to_the_bit(generator, paired):
 def test_growth_stops_at_the_plateau(generator):
     """Catches a width that is not chosen from the curve: the shift needs no second pass."""
     counting = Counting()
-    flow = ff.fisher_flow(counting, shifted(generator), max_features=512, grow=True)
+    flow = ff.fisher_flow(
+        counting, shifted(generator), max_features=512, settings=ff.Settings(grow=True)
+    )
     assert flow["output"].plateau
     assert int(flow["output"].curve_k[-1]) == DIM + BLOCK_ROWS
     once = Counting()
@@ -78,7 +80,7 @@ def test_only_layers_that_rise_are_measured_again(generator):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDE, 1), nn.Tanh())
     data = scaled(generator)
-    flow = ff.fisher_flow(model, data, max_features=GROWN, grow=True)
+    flow = ff.fisher_flow(model, data, max_features=GROWN, settings=ff.Settings(grow=True))
     fixed = ff.fisher_flow(model, data, max_features=GROWN)
     sizes = [int(layer.curve_k[-1]) for layer in flow]
     assert sizes[0] == GROWN
@@ -91,7 +93,9 @@ def test_samples_carry_only_so_many_features(generator):
     """Catches growth beyond half the degrees of freedom, where the features would be cut again."""
     x = torch.randn(2, 120, DIM, generator=generator)
     info = ff.fisher_information(
-        ff.FiniteDifference(0.9 * x[0], 1.1 * x[1], dtheta=0.2), max_features=512, grow=True
+        ff.FiniteDifference(0.9 * x[0], 1.1 * x[1], dtheta=0.2),
+        max_features=512,
+        settings=ff.Settings(grow=True),
     )
     assert int(info.curve_k[-1]) <= 208 // 2
 
@@ -102,9 +106,11 @@ def test_data_that_do_not_repeat_are_refused():
     shuffled = DataLoader(TensorDataset(x), batch_size=16, shuffle=True)
     data = ff.FiniteDifference(shuffled, shuffled, dtheta=0.1)
     with pytest.raises(ValueError, match="data must come in the same order at every pass for grow"):
-        ff.fisher_information(data, grow=True)
+        ff.fisher_information(data, settings=ff.Settings(grow=True))
     ordered = DataLoader(TensorDataset(torch.randn(3000, DIM)), batch_size=256)
-    ff.fisher_information(ff.FiniteDifference(ordered, ordered, dtheta=5.0), grow=True)
+    ff.fisher_information(
+        ff.FiniteDifference(ordered, ordered, dtheta=5.0), settings=ff.Settings(grow=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["grow", "maps"])

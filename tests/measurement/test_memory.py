@@ -68,16 +68,14 @@ def source(kind: str, samples: int) -> ff.Pathwise | ff.FiniteDifference | ff.Sc
     """The same pictures as a Dataset, a loader with large batches, tensors or a stream."""
     pictures = Pictures(STREAM_SIZE if kind == "stream" else SIZE, samples)
     x = torch.stack([pictures[i][0] for i in range(samples)])
-    dx = pictures.tangents[:, None].expand(2, samples, *x.shape[1:])
+    dx = pictures.tangents.expand(samples, *pictures.tangents.shape)
     if kind == "dataset":
         return ff.Pathwise(pictures, parameters=2)
     if kind == "loader":
         return ff.Pathwise(torch.utils.data.DataLoader(pictures, batch_size=100), parameters=2)
     if kind == "stream":
         cuts = (slice(0, 90), slice(90, None))
-        return ff.Pathwise(
-            lambda: [(x[cut].clone(), dx[:, cut].movedim(0, 1)) for cut in cuts], parameters=2
-        )
+        return ff.Pathwise(lambda: [(x[cut].clone(), dx[cut]) for cut in cuts], parameters=2)
     if kind == "score":
         score = ((x - pictures.mean).flatten(1) @ pictures.tangents.flatten(1).T).double()
         return ff.Score(x, score)
@@ -159,7 +157,7 @@ def test_data_alone_and_growing_features_within_a_budget():
     """Catches a later pass that forgets the size of the batches: folds would shift."""
     x = torch.randn(2, 2000, 20, generator=torch.Generator().manual_seed(0))
     data = ff.FiniteDifference(0.96 * x[0], 1.04 * x[1], dtheta=0.08)
-    settings = {"max_features": 300, "grow": True}
+    settings = {"max_features": 300, "settings": ff.Settings(grow=True)}
     free = ff.fisher_information(data, **settings)
     bound = ff.fisher_information(data, memory_budget="60 MB", **settings)
     assert free.features == bound.features > 20

@@ -19,7 +19,7 @@ def source(kind: str, n: int, seed: int, dim: int = DIM) -> ff.FiniteDifference:
     generator = torch.Generator().manual_seed(seed)
     x, other = torch.randn(2, n, dim, generator=generator)
     if kind == "pathwise":
-        return ff.Pathwise(x, torch.ones(1, n, dim))
+        return ff.Pathwise(x, torch.ones(n, dim))
     if kind == "score":
         return ff.Score(x, x.sum(1, keepdim=True))
     paired = kind == "paired"

@@ -113,7 +113,7 @@ def test_common_mode_noise_in_compressed_inputs(source):
     found = {}
     for name, samples in {"plain": x, "common": x + common}.items():
         if source == "tangents":
-            data = ff.Pathwise(samples, m.expand(1, n, -1, -1, -1))
+            data = ff.Pathwise(samples, m.expand(n, -1, -1, -1))
         else:
             data = ff.FiniteDifference(samples - 0.1 * m, samples + 0.1 * m, 0.2, paired=True)
         found[name] = ff.fisher_information(data)

@@ -55,13 +55,13 @@ DATA = {
         [z[0] for z in shifted(-0.1)], [z[1] for z in shifted(0.1)], dtheta=[0.2, 0.2]
     ),
     "tangents": lambda: ff.Pathwise(
-        noise()[0], torch.eye(DIM)[:2, None].expand(2, ROWS, DIM).contiguous()
+        noise()[0], torch.eye(DIM)[:2].expand(ROWS, 2, DIM).contiguous()
     ),
     "score": lambda: ff.Score(noise()[0], noise()[0][:, :2]),
 }
 MEASURED = {
     "plain": {},
-    "grown": {"grow": True, "max_features": 100},
+    "grown": {"max_features": 100, "settings": ff.Settings(grow=True)},
     "budget": {"memory_budget": "300 MB"},
     "probe": {"probe": "network"},
 }
@@ -90,7 +90,7 @@ def test_maps_and_sources_that_are_functions():
     x = torch.randn(400, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 1))
     data = ff.FiniteDifference(x - 0.02, x + 0.02, dtheta=0.04, paired=True)
-    expected = ff.fisher_flow(model, data, maps=True).map("0").J
+    expected = ff.fisher_flow(model, data, settings=ff.Settings(maps=True)).map("0").J
     z = noise()[0]
 
     def batches():
@@ -100,7 +100,9 @@ def test_maps_and_sources_that_are_functions():
 
     read = ff.Score(batches)
     with default_device("meta"):
-        assert torch.equal(ff.fisher_flow(model, data, maps=True).map("0").J, expected)
+        assert torch.equal(
+            ff.fisher_flow(model, data, settings=ff.Settings(maps=True)).map("0").J, expected
+        )
         SEEN.clear()
         ff.fisher_information(read)
     assert set(SEEN) == {"meta"}
@@ -111,17 +113,14 @@ def test_a_training_is_watched_and_stopped(rule):
     """Catches a monitor, the live trend or a rule that makes tensors on the user's device."""
     theta = torch.rand(200, 2, generator=torch.Generator().manual_seed(2))
     x = noise()[0, :200]
-    options = {
-        "crlb": {"prior": [(-1, 1), theta[:, 0]], "smoothing": 3},
-        "transmission": {"min_delta": 1.0},
-    }[rule]
 
     def train(device: str) -> tuple[str, int | None]:
         torch.manual_seed(0)
         model, data = Network(), DATA["tangents"]()  # an input that rules act on
         with default_device(device):
             monitor = ff.FisherMonitor(model, data, observe_every=1)
-            stopping = ff.FisherEarlyStopping(rule, **options)
+            known = ff.CramerRao(prior=[(-1, 1), theta[:, 0]], smoothing=3)
+            stopping = ff.FisherEarlyStopping(known if rule == "crlb" else rule, min_delta=0.5)
             for _ in range(5):
                 model(x)
                 monitor.observe(theta)

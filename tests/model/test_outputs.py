@@ -93,7 +93,7 @@ def sources(n: int = 2000) -> dict[str, ff.data.Data]:
     return {
         "independent": two_conditions(6 * n),
         "paired": ff.FiniteDifference(x - 0.05, x + 0.05, dtheta=0.1, paired=True),
-        "pathwise": ff.Pathwise(x, torch.ones(1, n, WIDTH)),
+        "pathwise": ff.Pathwise(x, torch.ones(n, WIDTH)),
         "score": ff.Score(x, x.sum(1)),
     }
 
@@ -219,7 +219,7 @@ def test_growing_dictionaries_maps_and_budgets():
     """Catches a joint that is missing in later passes, or costs memory that is not planned."""
     model, data = Returns(halves), two_conditions(1000)
     plain = measure(model, data, max_features=128)
-    grown = measure(model, data, max_features=128, grow=True, maps=True)
+    grown = measure(model, data, max_features=128, settings=ff.Settings(grow=True, maps=True))
     assert grown.names == plain.names
     bounded = measure(model, data, max_features=128, memory_budget="64 MB")
     torch.testing.assert_close(bounded["output"].J, plain["output"].J, rtol=1e-3, atol=1e-3)
@@ -302,7 +302,9 @@ def test_the_input_returned_as_it_is():
 def test_tables_that_look_like_a_batch(length):
     """Catches a table of as many rows as a batch has samples, in a survey or in the last batch."""
     table = torch.randn(length, 3)
-    flow = measure(Returns(lambda x: (x[:, :2] * 1, x[:, 2:] * 1, table)), batch_size=200)
+    flow = measure(
+        Returns(lambda x: (x[:, :2] * 1, x[:, 2:] * 1, table)), settings=ff.Settings(batch_size=200)
+    )
     assert flow.names == ["input", "output[0]", "output[1]", "output"]
     assert flow["output"].shape == (WIDTH,)
 
@@ -354,7 +356,7 @@ def test_heads_that_are_not_always_there(late):
         return (x * 1, x * 2) if len(calls) < 16 else late(x)
 
     with pytest.raises(ValueError, match=r"^layer 'output(\[\d\])?' must (have the same|run for)"):
-        measure(Returns(outputs), batch_size=20, layers=[])
+        measure(Returns(outputs), settings=ff.Settings(batch_size=20), layers=[])
 
 
 # --- which one is read ------------------------------------------------------------------------

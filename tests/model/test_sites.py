@@ -329,7 +329,11 @@ class Positions(nn.Module):
 @pytest.mark.parametrize("length", [2, 32, 64, 128, 200, 400])
 def test_tensors_that_look_like_a_batch(length):
     """Catches a table of as many rows as a batch has samples: 400, 200 or those of a survey."""
-    flow = measure(seeded(lambda: Positions(length)), batch_size=200, layers="^(position|fc)$")
+    flow = measure(
+        seeded(lambda: Positions(length)),
+        settings=ff.Settings(batch_size=200),
+        layers="^(position|fc)$",
+    )
     assert "position" not in flow
     assert flow["output"].samples == 800
 
@@ -342,9 +346,9 @@ def test_parametrised_weights(rows):
         layer = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, rows))
         return nn.Sequential(layer, nn.Linear(rows, 2))
 
-    flow = measure(seeded(build), batch_size=200, layers=["1"])
+    flow = measure(seeded(build), settings=ff.Settings(batch_size=200), layers=["1"])
     assert flow.names == ["input", "output"]
-    full = measure(seeded(build), batch_size=200)
+    full = measure(seeded(build), settings=ff.Settings(batch_size=200))
     assert full.names == ["input", "0", "output"]
 
 
@@ -481,7 +485,7 @@ def test_batchnorm_uses_its_running_statistics():
     model[1].running_var.fill_(3.0)
     model.train()
     with untouched(model):
-        flow = measure(model, batch_size=70)
+        flow = measure(model, settings=ff.Settings(batch_size=70))
     assert model[1].num_batches_tracked == 0
     assert_measures(flow["output"], copy.deepcopy(model).eval())
 
@@ -538,7 +542,7 @@ def test_errors_of_the_model_pass_through(error, calls):
     """Catches a model left in eval mode, with hooks, after an error in the middle of a forward."""
     model = seeded(lambda: Failing(error, calls)).train()
     with untouched(model), pytest.raises((type(error), RuntimeError)) as caught:
-        measure(model, batch_size=70)
+        measure(model, settings=ff.Settings(batch_size=70))
     assert error in (caught.value, caught.value.__cause__, caught.value.__context__)
 
 

@@ -15,7 +15,7 @@ REPEATS = 100
 
 
 def tangents(g, n, d):
-    return ff.Pathwise(torch.randn(n, d, generator=g), torch.ones(1, n, d))
+    return ff.Pathwise(torch.randn(n, d, generator=g), torch.ones(n, d))
 
 
 def paired(g, n, d):

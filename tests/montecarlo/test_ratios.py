@@ -31,7 +31,7 @@ def samples(source: str, root: torch.Tensor, whitened: torch.Tensor, n: int, see
     white = torch.randn(n, len(root), dtype=torch.float64, generator=generator)
     x, signal = white @ root.T, root @ whitened
     if source == "tangents":
-        return ff.Pathwise(x.float(), signal.float().expand(1, n, -1))
+        return ff.Pathwise(x.float(), signal.float().expand(n, -1))
     if source == "scores":
         return ff.Score(x.float(), white @ whitened)
     other = x

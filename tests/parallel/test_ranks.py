@@ -142,10 +142,7 @@ ERRORS = {
     ),
     "loader": ("OSError: disk gone", "rank 1 failed"),
     "settings": (f"ValueError: max_features {SAME} 40 on rank 0; 41 on rank 1", None),
-    "folds": (
-        "ValueError: folds must be even and at least 4, got 5",
-        "rank 1 failed",
-    ),
+    "argument": ("ValueError: max_features must be at least 1, got 0", "rank 1 failed"),
     "dtheta": (f"ValueError: dtheta {SAME} [0.1] on rank 0; [0.2] on rank 1", None),
     "source": (f"ValueError: source {SAME} independent on rank 0; score on rank 1", None),
     "shares": (

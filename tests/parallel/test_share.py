@@ -277,7 +277,7 @@ def given(kind: str) -> tuple[Data, Counted | None]:
     if kind == "arrays":
         return ff.Score(x.numpy(), y.numpy()), None
     if kind == "tangents":
-        return ff.Pathwise(x, y[None]), None
+        return ff.Pathwise(x, y), None
     if kind == "simulator":
         return ff.Simulator(
             lambda t, n, g: t + torch.randn(n, 2, generator=g), 0.5, samples=25

@@ -184,10 +184,10 @@ def test_tangent_is_the_derivative_at_fixed_noise(problem, theta):
     """Catches a tangent of another sample, or of the wrong parameter. Error seen: 2e-4."""
     x, tangent = problem.sample_with_tangent(theta, 50, generator(3))
     assert torch.equal(x, problem.sample(theta, 50, generator(3)))
-    assert tangent.shape == (problem.parameters, *x.shape)
+    assert tangent.shape == (50, problem.parameters, *x.shape[1:])
     assert tangent.dtype == x.dtype == torch.float32
     centre, step = problem.as_theta(theta), 1e-2
-    for row, unit in zip(tangent, torch.eye(problem.parameters).double(), strict=True):
+    for row, unit in zip(tangent.unbind(1), torch.eye(problem.parameters).double(), strict=True):
         after = problem.sample(centre + step * unit, 50, generator(3))
         before = problem.sample(centre - step * unit, 50, generator(3))
         smooth = (after != 0) == (before != 0)  # a ReLU that switches between has no derivative
@@ -202,7 +202,7 @@ def test_sampler_is_differentiable_in_theta(problem, theta):
     derivative = torch.autograd.functional.jacobian(
         lambda t: problem.sample(t, 5, generator(4)), problem.as_theta(theta)
     )
-    torch.testing.assert_close(derivative.movedim(-1, 0).float(), tangent, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(derivative.movedim(-1, 1).float(), tangent, rtol=1e-4, atol=1e-5)
 
 
 @each_case

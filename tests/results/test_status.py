@@ -237,7 +237,7 @@ def gaussian(n: int, d: int = 4, seed: int = 0) -> ff.Pathwise:
     """White noise, all means shifted: J = d, all of it linear."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator)
-    return ff.Pathwise(x, torch.ones(1, n, d))
+    return ff.Pathwise(x, torch.ones(n, d))
 
 
 def test_measurements_have_a_status():

@@ -34,7 +34,10 @@ from fisherfast.problems import GaussianShift, mlp
 N, DIM, BATCH = 1500, 6, 128
 WIDE, WIDE_SAMPLES = 300, 150
 SCALED = 30  # a scale of so many dimensions needs more than the first 64 lifted features
-SETTINGS = {"max_features": 40, "batch_size": BATCH}
+SETTINGS = {"max_features": 40, "settings": ff.Settings(batch_size=BATCH)}
+GROWING = ff.Settings(batch_size=BATCH, grow=True)
+MAPS = ff.Settings(batch_size=BATCH, maps=True)
+ONE_BATCH = ff.Settings(batch_size=N)
 PATIENCE = 120.0  # timeout of the process group in seconds; a test machine may be slow
 SHORT = 5.0  # the same where a rank ends or stops
 
@@ -102,8 +105,8 @@ def dealt_cases() -> Cases:
     """Model, data and settings of measurements of data that all ranks have."""
     one, two, wide = gaussian(1), gaussian(2), gaussian(1, WIDE)
     x = images()
-    small = {"max_features": 32, "batch_size": 64}
-    growing = {"grow": True, "max_features": SCALED + 128}
+    small = {"max_features": 32, "settings": ff.Settings(batch_size=64)}
+    growing = {"max_features": SCALED + 128, "settings": GROWING}
     scored = one.scored([0.0], N)
     loader = DataLoader(TensorDataset(scored._x, scored._companion), batch_size=90)
     return {
@@ -114,22 +117,22 @@ def dealt_cases() -> Cases:
         "simulator": (net(), ff.Simulator(two.sample, [0.0, 0.0], samples=N), {}),
         "two parameters": (net(), conditions(2), {}),
         "several outputs": (Heads(), one.pathwise([0.0], N), {"output": "output[mean]"}),
-        "memory budget": (net(), conditions(1), {"memory_budget": "36 MB", "batch_size": N}),
+        "memory budget": (net(), conditions(1), {"memory_budget": "36 MB", "settings": ONE_BATCH}),
         "loader": (net(), ff.Score(loader), {}),
         "float64": (net(dtype=torch.float64), conditions(1), {}),
         "grow": (net(SCALED), ff.FiniteDifference(*scales(), dtheta=0.1), growing),
         "grow, score": (net(SCALED), ff.Score(*scale_and_score()), growing),
-        "maps": (conv_net(), ff.FiniteDifference(*x, dtheta=0.1), {"maps": True}),
+        "maps": (conv_net(), ff.FiniteDifference(*x, dtheta=0.1), {"settings": MAPS}),
         "paired maps": (
             conv_net(),
             ff.FiniteDifference(x[0], x[0] + 0.1, dtheta=0.1, paired=True),
-            {"maps": True},
+            {"settings": MAPS},
         ),
         "wide": (net(WIDE), conditions(1, WIDE_SAMPLES, WIDE), small),
         "wide, paired": (net(WIDE), conditions(1, WIDE_SAMPLES, WIDE, paired=True), small),
         "wide, pathwise": (net(WIDE), wide.pathwise([0.0], WIDE_SAMPLES), small),
         "wide, score": (net(WIDE), wide.scored([0.0], WIDE_SAMPLES), small),
-        "one batch": (net(), one.scored([0.0], N), {"batch_size": N}),
+        "one batch": (net(), one.scored([0.0], N), {"settings": ONE_BATCH}),
     }
 
 
@@ -179,7 +182,7 @@ def sharded_cases() -> Cases:
     minus, plus = conditions(1)._sources
     longer = torch.cat([plus, plus[:77] + 0.01])
     double = net(dtype=torch.float64)
-    growing = {"grow": True, "max_features": SCALED + 128}
+    growing = {"max_features": SCALED + 128, "settings": GROWING}
     return {
         "independent": (double, ff.FiniteDifference(minus, longer, dtheta=0.1), {}),
         "float32": (net(), ff.FiniteDifference(minus, longer, dtheta=0.1), {}),
@@ -317,7 +320,7 @@ def errors(rank: int, size: int) -> dict[str, str]:
         "nan": lambda: measure(model, shard(minus, spoilt)),
         "loader": lambda: measure(model, shard(minus, Faulty(plus, last))),
         "settings": lambda: measure(model, data, max_features=40 + last),
-        "folds": lambda: measure(model, data, folds=5 if last else 16),
+        "argument": lambda: measure(model, data, max_features=0 if last else 40),
         "dtheta": lambda: measure(model, pair(minus, plus, 0.1 + 0.1 * last)),
         "source": lambda: measure(model, scored if last else data),
         "shares": lambda: measure(model, ff.Shard(data) if last else data),
@@ -413,7 +416,7 @@ def monitored(rank: int, size: int, group: str | None = "world") -> dict[str, An
         model,
         data,
         max_features=40,
-        batch_size=BATCH,
+        settings=ff.Settings(batch_size=BATCH),
         training_data=ff.Shard(training) if group else ff.Shard(_repeated(training, size)),
         process_group=group,
         path=f"{folder}/{rank}.csv",

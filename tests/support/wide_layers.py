@@ -8,7 +8,7 @@ import torch
 
 from fisherfast.data import Data
 from fisherfast.measurement.compressed_layer import CompressedMeter
-from fisherfast.measurement.settings import Settings
+from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher
 
@@ -21,7 +21,7 @@ def measured(data: Data, *, batch_size: int = 1000, **options: Any) -> Compresse
     meter = CompressedMeter(Site("input", "data", shape))
     for condition in range(data.conditions):
         meter.observe_pilot(next(data.read(condition, 64)).x)
-    meter.prepare(data, Settings.of(data, **options))
+    meter.prepare(data, MeasurementSettings.of(data, **options))
     while True:
         for streams in data.rounds(batch_size):
             first = 0 if data.paired else meter.seen.index(0)

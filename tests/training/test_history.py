@@ -253,7 +253,7 @@ def test_a_path_that_no_file_can_have_is_refused(tmp_path):
 def test_a_training_on_a_full_disk(path, monkeypatch):
     """From the first record to the last: the file holds each number of the history, exactly."""
     data = GaussianShift(torch.ones(4)).finite_difference(0.0, 0.2, 200, seed=1)
-    monitor = ff.FisherMonitor(mlp([4, 3, 1], seed=0), data, 2, max_features=16, path=path)
+    monitor = ff.FisherMonitor(mlp([4, 3, 1], seed=0), data, every=2, max_features=16, path=path)
     monitor.step(train_mse=0.5, val_mse=0.6)
     assert len(read(path)) == 1
     monkeypatch.setattr(os, "fsync", refuse)

@@ -714,7 +714,7 @@ def test_descent_raises_the_information():
     x, dx = problem.sample_with_tangent(1.0, 20_000, torch.Generator().manual_seed(7))
 
     def fraction() -> float:
-        z, dz = ff.jvp(network, x, dx)
+        z, dz = ff.jvp(network, x, dx.movedim(1, 0))
         spreads.append(float(z.var()))
         return ff.linear_fisher(z, tangents=dz, corrected=True).item() / 10
 

@@ -92,8 +92,8 @@ def test_each_epoch_equals_a_flow_bit_for_bit(source):
 
 def test_settings_and_layers_reach_the_measurement():
     """Catches an argument that the monitor takes and does not pass on."""
-    settings = {"layers": ["fc2"], "max_features": 40, "batch_size": 128, "seed": 5, "folds": 8}
-    settings |= {"ridge": 1e-3}
+    settings = {"layers": ["fc2"], "max_features": 40, "seed": 5, "ridge": 1e-3}
+    settings |= {"settings": ff.Settings(batch_size=128, folds=8)}
     model, data = network(), SOURCES["independent"]()
     monitor = ff.FisherMonitor(model, data, **settings)
     for _ in range(3):
@@ -106,9 +106,12 @@ def test_maps_are_kept_with_the_input():
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 4, 1))
     x = torch.randn(2, 400, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     data = ff.FiniteDifference(x[0] - 0.04, x[1] + 0.04, dtheta=0.08)
-    monitor = ff.FisherMonitor(model, data, maps=True)
+    monitor = ff.FisherMonitor(model, data, settings=ff.Settings(maps=True))
     for _ in range(3):
-        flow, once = monitor.step().flow, ff.fisher_flow(model, data, max_features=128, maps=True)
+        flow, once = (
+            monitor.step().flow,
+            ff.fisher_flow(model, data, max_features=128, settings=ff.Settings(maps=True)),
+        )
         for name in ("input", "0"):
             assert torch.equal(flow.map(name).J, once.map(name).J)
         nudge(model)
@@ -145,7 +148,7 @@ def test_the_input_is_measured_once_and_layers_are_found_twice():
     """Catches a survey, a replay of chains or an input measured at every epoch."""
     model = network()
     counter = Counter(model)
-    monitor = ff.FisherMonitor(model, SOURCES["paired"](), batch_size=100)
+    monitor = ff.FisherMonitor(model, SOURCES["paired"](), settings=ff.Settings(batch_size=100))
     passes, inputs = [], []
     for _ in range(4):
         before = counter.calls
@@ -311,7 +314,11 @@ BAD_ARGUMENTS = {
     "scale nan": ({"target_scale": math.nan}, ValueError, "target_scale must be finite and not 0"),
     "scale text": ({"target_scale": "1"}, TypeError, "target_scale must be a number, got '1'"),
     "path": ({"path": "history.txt"}, ValueError, "path must end in .csv, got 'history.txt'"),
-    "folds": ({"folds": 3}, ValueError, "folds must be even and at least 4, got 3"),
+    "grow": (
+        {"settings": ff.Settings(grow=True)},
+        ValueError,
+        "grow must be False for a monitor, which compares the same features",
+    ),
     "data": ({"data": torch.zeros(3)}, TypeError, "data must be a FiniteDifference, Pathwise"),
     "model": ({"model": torch.relu}, TypeError, "model must be a torch.nn.Module, got builtin"),
     "training data": ({"training_data": 3}, TypeError, "data must be a FiniteDifference"),

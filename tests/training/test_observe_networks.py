@@ -108,7 +108,7 @@ def test_passes_that_are_not_of_the_training_are_not_read():
             return
         ff.fisher_flow(disturbed, other.data, max_features=8)
         x = torch.randn(100, DIM, generator=fresh)
-        ff.fisher_flow(disturbed, ff.Pathwise(x, torch.ones(1, 100, DIM)), max_features=8)
+        ff.fisher_flow(disturbed, ff.Pathwise(x, torch.ones(100, DIM)), max_features=8)
 
     for round_ in range(2):
         for number, (x, theta) in enumerate(shifted(torch.ones(DIM), 4)):

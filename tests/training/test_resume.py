@@ -208,7 +208,7 @@ def test_the_state_of_another_network_is_refused(state, case):
 OTHER_SETTINGS = {
     "max_features": ({"max_features": 33}, "got max_features = 32 for 33"),
     "seed": ({"seed": 1}, "got seed = 0 for 1"),
-    "folds": ({"folds": 8}, "got folds = 16 for 8"),
+    "folds": ({"settings": ff.Settings(folds=8)}, "got folds = 16 for 8"),
     "layers": ({"layers": ["fc1"]}, r"got layers = 'auto' for \['fc1'\]"),
     "target_scale": ({"target_scale": 2.0}, "got target_scale = 1.0 for 2.0"),
     "source": (

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.training_histories import by_errors, by_shares
@@ -64,7 +67,7 @@ def run(
 def test_restores_the_best_weights_exactly():
     """The largest share is in epoch 2. Catches the weights of the last epoch, copies that share
     memory with the model, and buffers that are forgotten."""
-    stopping = ff.FisherEarlyStopping("transmission", patience=2, tolerance=0.0)
+    stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=2, tolerance=0.0))
     monitor, weights = run(stopping, by_shares([0.2, 0.5, 0.8, 0.7, 0.6, 0.5]))
     assert (stopping.stopped_epoch, stopping.best_epoch) == (4, 2)
     assert same(monitor.model.state_dict(), weights[2])
@@ -72,7 +75,7 @@ def test_restores_the_best_weights_exactly():
 
 def test_parameters_stay_the_same_tensors():
     """An optimizer holds them. Catches a model whose parameters are replaced."""
-    stopping = ff.FisherEarlyStopping("transmission", patience=1, tolerance=0.0)
+    stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=1, tolerance=0.0))
     monitor = Replay(network())
     before = list(map(id, monitor.model.parameters()))
     for record in by_shares([0.5, 0.4]):
@@ -84,7 +87,7 @@ def test_parameters_stay_the_same_tensors():
 
 def test_restore_best_may_be_left_out():
     """Catches weights that change although they should not."""
-    stopping = ff.FisherEarlyStopping("transmission", patience=2, restore_best=False)
+    stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=2), restore_best=False)
     monitor, weights = run(stopping, by_shares([0.2, 0.8, 0.5, 0.5]))
     assert same(monitor.model.state_dict(), weights[3])
     assert stopping.best_epoch == 1
@@ -124,7 +127,7 @@ def test_an_error_that_is_not_finite_stops_the_other_rule_too():
 
 def test_check_finite_may_be_left_out():
     """Catches a NaN that counts as below the bound, or a check that is always made."""
-    stopping = ff.FisherEarlyStopping("crlb", check_finite=False)
+    stopping = ff.FisherEarlyStopping(ff.CramerRao(check_finite=False))
     run(stopping, by_errors([0.5, math.nan, 0.3, 0.2, 0.1]))
     assert stopping.stopped_epoch == 3
 
@@ -143,7 +146,7 @@ def test_a_stop_is_final():
 
 def test_step_twice_in_an_epoch_changes_nothing():
     """Catches patience that counts calls."""
-    stopping = ff.FisherEarlyStopping("transmission", patience=2)
+    stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=2))
     monitor = Replay(network(), by_shares([0.8, 0.5]))
     assert [stopping.step(monitor) for _ in range(5)] == [False] * 5
 
@@ -155,18 +158,19 @@ def test_a_resumed_run_goes_on_bit_for_bit(rule, cut):
     best weights that are lost (the model of the resumed run is another one until the stop), and
     counters that begin anew."""
     if rule == "crlb":
-        records, options = by_errors([0.5, 0.3, 0.2, 0.2, 0.2, 0.2, 0.1]), {"patience": 3}
+        records, patience = by_errors([0.5, 0.3, 0.2, 0.2, 0.2, 0.2, 0.1]), 3
     else:
-        records, options = by_shares([0.2, 0.5, 0.8, 0.7, 0.6, 0.5, 0.4]), {"patience": 4}
-    whole = ff.FisherEarlyStopping(rule, **options)
+        records, patience = by_shares([0.2, 0.5, 0.8, 0.7, 0.6, 0.5, 0.4]), 1
+        rule = ff.Transmission(plateau=3)
+    whole = ff.FisherEarlyStopping(rule, patience=patience)
     unbroken, weights = run(whole, records)
 
-    first = ff.FisherEarlyStopping(rule, **options)
+    first = ff.FisherEarlyStopping(rule, patience=patience)
     run(first, records[:cut])
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    second = ff.FisherEarlyStopping(rule, **options)
+    second = ff.FisherEarlyStopping(rule, patience=patience)
     second.load_state_dict(torch.load(file, weights_only=True))
     monitor = Replay(network(seed=1), list(records[:cut]))
     monitor.model.load_state_dict(weights[cut - 1])
@@ -195,7 +199,7 @@ def test_state_is_a_copy():
 def test_weights_never_seen_are_told():
     """A stopping that begins late cannot know the best weights. Catches silence."""
     monitor = Replay(network(), by_shares([0.2, 0.8, 0.5]))
-    stopping = ff.FisherEarlyStopping("transmission", patience=2)
+    stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=2))
     assert not stopping.step(monitor)
     monitor.history += [replace(by_shares([0.4])[0], epoch=3)]
     kept = state_of(monitor.model)
@@ -218,12 +222,37 @@ def test_states_that_do_not_fit():
 
 def test_settings_that_do_not_exist():
     """Catches a misspelled rule or option that is ignored."""
-    with pytest.raises(ValueError, match="rule must be one of crlb, transmission, got 'CRLB'"):
-        ff.FisherEarlyStopping("CRLB")
-    with pytest.raises(TypeError, match=r"options of rule 'crlb' must .*, got tolerance"):
-        ff.FisherEarlyStopping("crlb", tolerance=0.1)
-    with pytest.raises(ValueError, match="patience must be at least 0, got -1"):
-        ff.FisherEarlyStopping("transmission", patience=-1)
+    for rule in ("CRLB", ff.Transmission):
+        with pytest.raises(ValueError, match=r"^rule must be one of crlb, transmission, or a rule"):
+            ff.FisherEarlyStopping(rule)
+    with pytest.raises(TypeError, match="tolerance"):
+        ff.CramerRao(tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patience": -1}, "patience must be at least 0, got -1"),
+        ({"patience": 1.5}, "patience must be a whole number, got 1.5"),
+        ({"min_delta": -0.1}, "min_delta must be at least 0 and finite, got -0.1"),
+        ({"min_delta": "a lot"}, "min_delta must be at least 0 and finite, got 'a lot'"),
+        ({"min_delta": 1.0}, "min_delta must be below 1, the level to stop at, got 1.0"),
+    ],
+)
+def test_settings_out_of_range(options, message):
+    """Catches settings that are found out in the middle of a training."""
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
+        ff.FisherEarlyStopping("crlb", **options)
+    if options.get("min_delta") == 1.0:
+        ff.FisherEarlyStopping("transmission", **options)
+
+
+def test_patience_and_margin_reach_the_rule():
+    """Catches an argument that is checked and not passed on."""
+    stopping = ff.FisherEarlyStopping("crlb", patience=np.int64(1), min_delta=0.1)
+    run(stopping, by_errors([0.24, 0.22, 0.22, 0.22]))
+    assert (stopping.stopped_epoch, stopping.best_epoch) == (2, 1)
+    assert stopping.reason.startswith("stopped after epoch 2, best epoch 1: training error at 0.88")
 
 
 def test_before_the_first_epoch():
@@ -233,18 +262,19 @@ def test_before_the_first_epoch():
 
 
 def test_defaults():
-    """The published rule, at once; transmission with some patience. Catches defaults that differ
-    from those that were verified."""
-    published, other = ff.FisherEarlyStopping(), ff.FisherEarlyStopping("transmission")
-    assert repr(published) == (
-        "FisherEarlyStopping(rule='crlb', patience=0, best_epoch=None, stopped_epoch=None)"
+    """Catches defaults that differ from those that were verified."""
+    stopping = ff.FisherEarlyStopping()
+    assert repr(stopping) == (
+        "FisherEarlyStopping(rule='transmission', patience=0, best_epoch=None, stopped_epoch=None)"
     )
-    assert (other.rule.patience, other.rule.min_delta, other.rule.min_epochs) == (5, 0.0, 0)
-    assert published.restore_best
-    assert published.check_finite
+    assert repr(stopping.rule) == (
+        "Transmission(min_epochs=0, check_finite=True, information='linear', tolerance=0.02,"
+        " plateau=5)"
+    )
+    assert (stopping.min_delta, stopping.restore_best) == (0.0, True)
 
 
-def overfit(rule: str, options: dict[str, object]) -> tuple[float, float, ff.FisherEarlyStopping]:
+def overfit(rule: Any) -> tuple[float, float, ff.FisherEarlyStopping]:
     """x ~ N(theta 1, I_64), 1500 samples, trained for 60 epochs with a monitor. Returns validation
     losses at the stop and at the end in units of their minimum."""
     generator = torch.Generator().manual_seed(0)
@@ -256,7 +286,7 @@ def overfit(rule: str, options: dict[str, object]) -> tuple[float, float, ff.Fis
     (x, theta), (val_x, val_theta) = draws
     problem = ff.problems.GaussianShift(torch.ones(64))
     monitor = ff.FisherMonitor(model, problem.pathwise(0.0, 5000), layers=[])
-    stopping = ff.FisherEarlyStopping(rule, **options)
+    stopping = ff.FisherEarlyStopping(rule)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
     losses, at_stop = [], math.nan
     for epoch in range(60):
@@ -279,14 +309,12 @@ def overfit(rule: str, options: dict[str, object]) -> tuple[float, float, ff.Fis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rule", "options"), [("crlb", {"prior": (-1.0, 1.0)}), ("transmission", {})]
-)
-def test_a_training_is_stopped_near_its_best(rule, options):
+@pytest.mark.parametrize("rule", [ff.CramerRao(prior=(-1.0, 1.0)), "transmission"])
+def test_a_training_is_stopped_near_its_best(rule):
     """A real monitor and a network that overfits by more than 15 %: the stop is within 6 % of the
     least validation loss. The seed is fixed. Catches rules that stop at once or never, and weights
     that are not those of the best epoch."""
-    at_stop, at_end, stopping = overfit(rule, options)
+    at_stop, at_end, stopping = overfit(rule)
     assert stopping.stopped_epoch is not None
     assert at_end > 1.15
     assert at_stop < 1.06
@@ -295,7 +323,7 @@ def test_a_training_is_stopped_near_its_best(rule, options):
 def test_several_records_of_one_epoch():
     """Measured within epoch 0 after each of three parts: the best is the last of them. Catches
     weights that are kept once per number of an epoch, which are those of the first part."""
-    stopping = ff.FisherEarlyStopping("transmission", patience=1, tolerance=0.0)
+    stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=1, tolerance=0.0))
     records = [replace(record, epoch=0) for record in by_shares([0.2, 0.5, 0.8, 0.5])]
     monitor, weights = run(stopping, records)
     assert stopping.stopped_epoch == 0
@@ -310,7 +338,7 @@ def test_weights_that_are_not_finite_stop_without_any_error(check_finite):
     model = nn.Linear(4, 1)
     x = torch.randn(2, 4000, 4, generator=torch.Generator().manual_seed(0))
     monitor = ff.FisherMonitor(model, ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2))
-    stopping = ff.FisherEarlyStopping("transmission", patience=3, check_finite=check_finite)
+    stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=3, check_finite=check_finite))
     monitor.step()
     assert not stopping.step(monitor)
     kept = state_of(model)
@@ -320,7 +348,7 @@ def test_weights_that_are_not_finite_stop_without_any_error(check_finite):
         monitor.step()
     assert stopping.step(monitor) == check_finite
     if check_finite:
-        assert stopping.reason.startswith("epoch 1: activations of layer")
+        assert "epoch 1, best epoch 0: epoch 1: activations of layer" in stopping.reason
         assert same(model.state_dict(), kept)
 
 
@@ -340,7 +368,7 @@ def test_weights_keep_the_versions_of_their_modules(resumed):
     """Catches weights that are put back as those of an old version (negated here), also through a
     file that holds weights only."""
     model = nn.Sequential(Versioned(3, 1))
-    stopping = ff.FisherEarlyStopping("transmission", patience=1, tolerance=0.0)
+    stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=1, tolerance=0.0))
     monitor = Replay(model)
     best = state_of(model)
     for number, record in enumerate(by_shares([0.8, 0.5])):
@@ -348,7 +376,7 @@ def test_weights_keep_the_versions_of_their_modules(resumed):
             file = io.BytesIO()
             torch.save(stopping.state_dict(), file)
             file.seek(0)
-            stopping = ff.FisherEarlyStopping("transmission", patience=1, tolerance=0.0)
+            stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=1, tolerance=0.0))
             stopping.load_state_dict(torch.load(file, weights_only=True))
         if number == 1:
             train_a_little(model, number)
@@ -365,7 +393,7 @@ def test_an_input_that_cannot_be_told_from_zero_stops_nothing(rule):
     x = torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(0))
     data = ff.FiniteDifference(x[0] - 0.01, x[1] + 0.01, dtheta=0.02)
     monitor = ff.FisherMonitor(nn.Linear(4, 1), data, max_features=4)
-    stopping = ff.FisherEarlyStopping(rule, patience=0)
+    stopping = ff.FisherEarlyStopping(rule)
     record = monitor.step(train_mse=1e-9, val_mse=1e-9)
     with pytest.warns(ff.FisherWarning, match=f"J of input is within 3 errors of zero.*{rule!r}"):
         assert not stopping.step(monitor)
@@ -383,6 +411,6 @@ def test_a_rule_that_does_not_read_the_input_acts_without_it():
     x = torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(0))
     data = ff.FiniteDifference(x[0] - 0.01, x[1] + 0.01, dtheta=0.02)
     monitor = ff.FisherMonitor(nn.Linear(4, 1), data, max_features=4)
-    stopping = ff.FisherEarlyStopping("crlb", least_error=0.25)
+    stopping = ff.FisherEarlyStopping(ff.CramerRao(least_error=0.25))
     monitor.step(train_mse=0.2)
     assert stopping.step(monitor)

@@ -12,7 +12,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h $(foreach kind,h cuh cpp cu,csrc/*/*
 export CUDAARCHS ?= 90
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo paper test fast sanitize lint format wheel check bench hostile check-gpu clean
+.PHONY: help demo paper test fast sanitize lint format wheel check bench hostile mutants check-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -62,6 +62,10 @@ bench: $(READY) ## speed and memory against torch, about fifteen minutes; needs 
 
 hostile: $(READY) ## 10 000 generated problems with closed forms, about 40 minutes: ARGS="--examples 500"
 	$(BIN)/python benchmarks/run_hostile.py $(ARGS)
+
+mutants: $(READY) ## what the tests are worth: 80 faults in the code, about an hour: ARGS="--seed 1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt cosmic-ray
+	$(BIN)/python benchmarks/mutants.py $(ARGS)
 
 # With the Python that is given and what is installed there: no environment, no network.
 check-gpu: ## all tests, benchmarks and sanitizers on this machine's GPU: PYTHON=python3 ARGS="--output FILE"

@@ -51,7 +51,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         library_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build_dir = Path(self.build_temp).resolve() / "cmake"
+        # One place for every way to build: a wheel takes the objects of an editable install.
+        build_dir = SOURCE_DIR / "build" / ("cmake-sanitize" if sanitize_choice() else "cmake")
         build_dir.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",

@@ -1,18 +1,21 @@
 """How many small faults in the library its tests find: mutation testing with cosmic-ray.
 
-    pip install cosmic-ray==8.7.0
+    pip install -c constraints.txt cosmic-ray     or make mutants, which does it
     python benchmarks/mutants.py                   80 faults, drawn once by their seed
     python benchmarks/mutants.py --seed 1          another sample
     python benchmarks/mutants.py --summary         the stored result in words
 
 Faults are drawn at random over estimation, data, dual rules, training rules and parameters, one per
 place in the code, the same number of each folder. Each is judged by the fast tests of its own
-folder: killed if one of them fails. An interrupted run goes on with the same command.
+folder: killed if one of them fails. An interrupted run goes on with the same command; the faults
+are those of the commit at which it began, until build/mutants is removed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import itertools
 import json
 import os
 import random
@@ -57,6 +60,18 @@ def prepare_tree() -> None:
         shutil.copy(module, TREE / "fisherfast")
 
 
+def judge(folder: str) -> int:
+    """Exit status of the fast tests of a folder, those first that name the changed file most."""
+    changed = subprocess.check_output(["git", "diff", "--name-only"], text=True).split()
+    stems = [Path(name).stem for name in changed if name.startswith("fisherfast/")]
+    files = sorted(
+        Path(folder).rglob("test_*.py"),
+        key=lambda path: -sum(str(path).count(s) * 100 + path.read_text().count(s) for s in stems),
+    )
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    return subprocess.call([*command, "-m", "not slow", *files])
+
+
 def cosmic_ray(*arguments: object) -> None:
     """Run cosmic-ray in the tree."""
     command = [sys.executable, "-m", "cosmic_ray.cli", *map(str, arguments)]
@@ -71,10 +86,7 @@ def session_of(part: str, count: int, seed: int) -> Path:
     if session.exists():
         return session
     folder.mkdir(parents=True, exist_ok=True)
-    tests = json.dumps(
-        f"{sys.executable} -m pytest -x -q -p no:cacheprovider --numprocesses auto"
-        f" -m 'not slow' {PARTS[part][1]}"
-    )
+    tests = json.dumps(f"{sys.executable} {Path(__file__).resolve()} --judge {PARTS[part][1]}")
     config.write_text(
         f"[cosmic-ray]\nmodule-path = {json.dumps(files_of(part, TREE))}\ntimeout = {SECONDS}\n"
         f"excluded-modules = []\ntest-command = {tests}\n"
@@ -85,6 +97,23 @@ def session_of(part: str, count: int, seed: int) -> Path:
     return session
 
 
+def no_faults(path: Path) -> set[int]:
+    """Lines and columns, as line * 1000 + column, where a change is not a fault: type hints, which
+    are never evaluated, and frozen= and strict=, which guard against a fault that is not there."""
+    parts: list[ast.expr | None] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        parts.append(getattr(node, "annotation", None))
+        parts.append(getattr(node, "returns", None))
+        if isinstance(node, ast.keyword) and node.arg in ("frozen", "strict"):
+            parts.append(node.value)
+    ranges = [
+        range(part.lineno * 1000 + part.col_offset, end * 1000 + (part.end_col_offset or 0))
+        for part in parts
+        if isinstance(part, ast.expr) and (end := part.end_lineno)
+    ]
+    return set(itertools.chain.from_iterable(ranges))
+
+
 def keep_sample(session: Path, count: int, generator: random.Random) -> None:
     """Leave so many faults of a session, at different places, each one of those that are possible
     there."""
@@ -93,9 +122,11 @@ def keep_sample(session: Path, count: int, generator: random.Random) -> None:
             "SELECT module_path, start_pos_row, start_pos_col, operator_name, occurrence, job_id"
             " FROM mutation_specs"
         ).fetchall()
+        silent = {path: no_faults(TREE / path) for path in {row[0] for row in rows}}
         places: dict[tuple[str, int, int], list[str]] = {}
         for path, row, column, *_, job in sorted(rows):
-            places.setdefault((path, row, column), []).append(job)
+            if row * 1000 + column not in silent[path]:
+                places.setdefault((path, row, column), []).append(job)
         drawn = generator.sample(sorted(places), min(count, len(places)))
         kept = {generator.choice(places[place]) for place in drawn}
         gone = [(row[-1],) for row in rows if row[-1] not in kept]
@@ -133,7 +164,9 @@ def words(results: Sequence[dict[str, Any]]) -> list[str]:
             n for part in sample["parts"] for o, n in part["outcomes"].items() if "killed" in o
         )
         faults = sum(part["faults"] for part in sample["parts"])
-        lines.append(f"seed {sample['seed']}: {killed} of {faults} faults killed")
+        lines.append(
+            f"{sample['commit']}, seed {sample['seed']}: {killed} of {faults} faults killed"
+        )
         for part in sample["parts"]:
             lines.append(f"  {part['part']}: {part['outcomes']}")
             lines += [f"    {s['file']}:{s['line']} {s['change']}" for s in part["survivors"]]
@@ -146,7 +179,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--summary", action="store_true", help="print what is stored instead")
+    parser.add_argument("--judge", metavar="FOLDER", help="run the tests of a folder on a fault")
     options = parser.parse_args()
+    if options.judge:
+        sys.exit(judge(options.judge))
     stored = json.loads(options.out.read_text()) if options.out.exists() else []
     if not options.summary:
         prepare_tree()
@@ -156,8 +192,12 @@ def main() -> None:
             session = session_of(part, share, options.seed)
             cosmic_ray("exec", session.parent / "config.toml", session)
             parts.append(outcome_of(part, session))
-        stored = [sample for sample in stored if sample["seed"] != options.seed]
-        stored.append({"seed": options.seed, "machine": machine(), "parts": parts})
+        commit = subprocess.check_output(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=TREE, text=True
+        )
+        sample = {"seed": options.seed, "commit": commit.strip()}
+        stored = [old for old in stored if {**old, **sample} != old]
+        stored.append({**sample, "machine": machine(), "parts": parts})
         options.out.write_text(json.dumps(stored, indent=1) + "\n")
     print("\n".join(words(stored)))
 

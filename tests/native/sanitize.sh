@@ -4,11 +4,11 @@
 # The module is in its own tree, build/sanitize/tree, with copies of all that the tests import.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-base=build/sanitize tree=$PWD/build/sanitize/tree
+tree=$PWD/build/sanitize/tree
 
 rm -rf "$tree"
 FISHERFAST_SANITIZE=address,undefined FISHERFAST_CUDA=OFF \
-  python setup.py -q build --build-base "$base" --build-temp "$base/objects" --build-lib "$tree"
+  python setup.py -q build --build-base build/sanitize --build-lib "$tree"
 cp -r tests pyproject.toml "$tree"
 
 # Python itself has no sanitizer: their libraries must be there before it, and that of C++ with

@@ -18,13 +18,13 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script of the benchmarks as they import each other."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 def small(load, samples: int = 5):
     """A residual network in float64, with its data."""
-    networks, peers = load("parameter_networks"), load("parameter_peers")
+    networks, peers = load("peers.networks"), load("peers.libraries")
     model = networks.drawn(lambda: networks.residual(2, 2, 1, classes=3), torch.float64)
     shape = (networks.CHANNELS, networks.SIZE, networks.SIZE)
     return peers.Case(model, "categorical", *networks.data(shape, 3, samples, torch.float64))
@@ -35,7 +35,7 @@ def test_every_way_of_the_diagonal_is_right(load, exact):
     """In float64 against the loop over samples and classes, in chunks that do not divide the batch.
     Catches a rival that is left out, or beaten, for a mistake of ours."""
     ways, peers, bench = (
-        load(name) for name in ("parameter_ways", "parameter_peers", "bench_parameters")
+        load(name) for name in ("peers.ways", "peers.libraries", "peers.parameters")
     )
     case = small(load)
     truth = peers.brute_force(case, "exact" if exact else "empirical").diag()
@@ -50,7 +50,7 @@ def test_every_way_of_the_diagonal_is_right(load, exact):
 def test_wrong_diagonals_are_rejected(load):
     """The power of the check before the timing: labels of a neighbour, one sample left out, the
     square of the mean gradient, and a constant 1 % too large, exceed the tolerance."""
-    bench, ways = load("bench_parameters"), load("parameter_ways")
+    bench, ways = load("peers.parameters"), load("peers.ways")
     case = small(load, samples=6)
 
     def diagonal(x, y):
@@ -71,7 +71,7 @@ def test_wrong_diagonals_are_rejected(load):
 
 def test_labels_given_to_the_rivals_are_those_that_are_drawn(load):
     """Catches rivals that compute another matrix than `fisher_type="mc"`, by the labels."""
-    bench, ways = load("bench_parameters"), load("parameter_ways")
+    bench, ways = load("peers.parameters"), load("peers.ways")
     case = small(load)
     drawn = bench.with_drawn_labels(case)
     theirs = ways.by_vmap(case.model, case.x, drawn.y, False, 2)
@@ -82,7 +82,7 @@ def test_labels_given_to_the_rivals_are_those_that_are_drawn(load):
 
 def test_a_step_of_the_benchmark_leaves_the_network(load):
     """Catches a training step between the contenders that changes what they are compared on."""
-    bench, case = load("bench_parameters"), small(load)
+    bench, case = load("peers.parameters"), small(load)
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
     bench.step(case)
     bench.limit(case, True)
@@ -98,7 +98,7 @@ def test_tiny_run_stores_its_rows(tmp_path):
     that are not those of the stored seconds. Without the other libraries it runs too, and names
     them."""
     out = tmp_path / "parameters.json"
-    command = [sys.executable, BENCHMARKS / "bench_parameters.py", "--tiny", "--out", out]
+    command = [sys.executable, BENCHMARKS / "peers" / "parameters.py", "--tiny", "--out", out]
     done = subprocess.run(
         [*command, "diagonal", "diagonal_memory"],
         capture_output=True,

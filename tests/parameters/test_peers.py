@@ -1,6 +1,7 @@
 """The same Fisher matrices as nngeometry, curvlinops and BackPACK, after each one's conventions.
 
-Skipped where they are not installed (`benchmarks/peers.txt` says how): they are no dependencies.
+Skipped where they are not installed (`benchmarks/peers/peers.txt` says how): they are no
+dependencies.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MISSING = [name for name in PEERS if importlib.util.find_spec(name) is None]
 NETWORKS = ("perceptron", "convolutional", "normalised")
 
 with_peers = pytest.mark.skipif(
-    bool(MISSING), reason=f"needs {', '.join(MISSING)}: benchmarks/peers.txt"
+    bool(MISSING), reason=f"needs {', '.join(MISSING)}: benchmarks/peers/peers.txt"
 )
 # what the others import and call is theirs to keep up to date
 pytestmark = [
@@ -30,13 +31,13 @@ pytestmark = [
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script of the benchmarks as they import each other."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 def cases(load):
     """Every small network, with labels of classes and with targets."""
-    return dict(((name, case.kind), case) for name, case in load("bench_parameters").cases())
+    return dict(((name, case.kind), case) for name, case in load("peers.parameters").cases())
 
 
 @with_peers
@@ -47,7 +48,7 @@ def test_same_numbers_as_each_library(load, network, kind, fisher_type):
     """Dense, block, diagonal and Kronecker matrices, entry by entry. Catches a factor (mean or sum,
     1/2 of a squared error), another order of the parameters, a sharing of another name, and a
     joint bias that is left out."""
-    bench = load("bench_parameters")
+    bench = load("peers.parameters")
     case = cases(load)[network, kind]
     found = list(bench.rivals(case, fisher_type))
     kfac = 3 if network != "normalised" else 0
@@ -62,7 +63,7 @@ def test_same_numbers_as_each_library(load, network, kind, fisher_type):
 def test_same_numbers_for_the_labels_that_curvlinops_draws(load, network):
     """Its Monte Carlo Fisher matrix is our empirical one at its labels. Catches a gradient of the
     drawn labels that is not that of the labels in the data."""
-    bench, peers = load("bench_parameters"), load("parameter_peers")
+    bench, peers = load("peers.parameters"), load("peers.libraries")
     case = cases(load)[network, "categorical"]
     labelled = peers.Case(case.model, case.kind, case.x, peers.curvlinops_labels(case))
     own = bench.ours(labelled, "full", "empirical")
@@ -75,7 +76,7 @@ def test_ours_is_right_where_others_are_not(load):
     """Layers called twice, circular padding, the eps of a batch norm, outputs so confident that
     their probability rounds to 1. Catches ours going the way of the others: each of these networks
     is got wrong, or refused, by at least one of them (which the table says)."""
-    rows = load("parameter_differences").rows()
+    rows = load("peers.differences").rows()
     assert len(rows) == 8
     for row in rows:
         errors = row["errors"]
@@ -90,7 +91,7 @@ def test_sum_of_squares_is_no_square_of_a_sum(load):
     """The widespread loop that squares the mean gradient of a batch falls with the batch size (a
     third of the truth at 4, a 25th at 64); ours does not move. Catches per-sample gradients that
     are summed before they are squared."""
-    rows = load("parameter_differences").batch_loop()
+    rows = load("peers.differences").batch_loop()
     assert [row["batch"] for row in rows] == [1, 4, 16, 64]
     loop = [row["squared mean gradient / truth"] for row in rows]
     assert loop[0] == pytest.approx(1, rel=1e-12)
@@ -103,7 +104,7 @@ def test_sum_of_squares_is_no_square_of_a_sum(load):
 def test_errors_that_count_entry_by_entry(load):
     """The power of the comparison: an error of one small entry, of one that must be zero, and a
     matrix whose parameters are exchanged, are seen beside entries that are much larger."""
-    error = load("bench_parameters").entrywise_error
+    error = load("peers.parameters").entrywise_error
     row = torch.tensor([1e-6, 1.0, 0.0], dtype=torch.float64)
     for truth in (row, torch.outer(row, row)):
         assert error(truth.clone(), truth) == 0

@@ -29,7 +29,7 @@ def run(script: str, *arguments: str | Path) -> None:
 def test_benchmark(tmp_path: Path) -> None:
     """Catches a benchmark that does not run, or whose checks fail."""
     out = tmp_path / "results.json"
-    run("bench_spectrum", "--tiny", "--out", out)
+    run("speed/spectrum", "--tiny", "--out", out)
     figures = json.loads(out.read_text())["spectrum"]["figures"]
     assert figures["error on a small network"] < 1e-10
     for name in ("MLP", "CNN"):
@@ -43,11 +43,11 @@ def test_benchmark(tmp_path: Path) -> None:
 def test_widths(tmp_path: Path) -> None:
     """Catches a study that loses networks, and a figure that is not drawn."""
     out, figure = tmp_path / "results.json", tmp_path / "figures" / "widths.png"
-    run("parameter_widths", "measure", "--tiny", "--out", out)
+    run("accuracy/parameter_widths", "measure", "--tiny", "--out", out)
     networks = json.loads(out.read_text())["widths"]["figures"]["networks"]
     assert len(networks) == 6
     assert len({row["parameters"] for row in networks}) == 3
     for row in networks:
         assert 1 <= row["participation ratio"] <= row["effective rank"] <= row["rank"]
-    run("parameter_widths", "figure", "--out", out, "--figure", figure)
+    run("accuracy/parameter_widths", "figure", "--out", out, "--figure", figure)
     assert figure.stat().st_size > 10_000

@@ -26,8 +26,8 @@ SIGMAS = 4.0
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script of the benchmarks as they import each other."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 # --- the runner ----------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_what_libraries_print_is_dropped(load, capfd):
 def test_bytes_of_a_system(load, dim, size, triangle):
     """By hand: rows up to the diagonal in lines of 64 bytes, D and Y, J, condition, info."""
     results = (2 * dim * 2 + 4 + 1) * size + 4
-    assert load("bench_fisher_solve").bytes_moved(dim, 2, size) == triangle + results
+    assert load("speed.fisher_solve").bytes_moved(dim, 2, size) == triangle + results
 
 
 def test_multiply_adds_are_counted(load):
@@ -143,13 +143,13 @@ def test_multiply_adds_are_counted(load):
     factor = sum((d - 1 - j) * (d - j) / 2 for j in range(d))
     half = P * sum(i for i in range(d))
     product = d * P * (P + 1) / 2
-    counted = load("bench_fisher_solve").multiply_adds(d, P)
+    counted = load("speed.fisher_solve").multiply_adds(d, P)
     assert counted == pytest.approx(factor + half + product, rel=0.02)
 
 
 def test_factorisation_by_hand_is_right(load):
     """Catches a rival that is left out for being wrong, although it need not be."""
-    bench = load("bench_fisher_solve")
+    bench = load("speed.fisher_solve")
     cov, deriv = bench.draw_systems(5, 7, torch.float64)
     truth = deriv.mT @ torch.linalg.inv(cov) @ deriv
     assert torch.allclose(bench.by_columns(cov, deriv), truth, rtol=1e-11)
@@ -167,7 +167,7 @@ def gaussian_shift(samples: int, dim: int, dtheta: float) -> tuple[np.ndarray, n
 def test_published_loop_finds_the_information(load):
     """N(theta 1, 1_4), I = 4: J at every width within 4 standard errors, a false alarm in 1 of 16
     000 for another seed. 60 features of 4 numbers leave out much less: 120 find 0.2 % more."""
-    loop = load("published_loop")
+    loop = load("speed.published_loop")
     samples, dtheta = 20_000, 0.2
     curve = loop.published_curve(*gaussian_shift(samples, 4, dtheta), dtheta, (60, 120))
     for k, J in curve.items():
@@ -180,7 +180,7 @@ def test_published_loop_finds_the_information(load):
 def test_a_forgotten_dtheta_is_rejected(load, power):
     """The power of the test above: J times dtheta or dtheta^2 (a derivative that is not divided by
     dtheta, once or at all) leaves the same bounds by far."""
-    loop = load("published_loop")
+    loop = load("speed.published_loop")
     samples, dtheta = 20_000, 0.2
     minus, plus = gaussian_shift(samples, 4, dtheta)
     right = loop.published_curve(minus, plus, dtheta, (60,))[60]
@@ -190,7 +190,7 @@ def test_a_forgotten_dtheta_is_rejected(load, power):
 
 def test_the_correction_matters(load):
     """Few samples, many features: uncorrected J leaves the bounds that the corrected one keeps."""
-    loop = load("published_loop")
+    loop = load("speed.published_loop")
     samples, dtheta, k = 1000, 0.2, 100
     minus, plus = gaussian_shift(samples, 4, dtheta)
     rng = np.random.default_rng(0)
@@ -204,12 +204,12 @@ def test_the_correction_matters(load):
 # --- tiny runs -----------------------------------------------------------------------------------
 
 SCRIPTS = {
-    "bench_fisher_solve": {"fisher_solve": 6},
-    "bench_moments": {"moments": 2, "spatial_moments": 2},
-    "bench_gradients": {"gradient_squares": 2},
-    "bench_curve": {"curve": 2},
-    "bench_factors": {"patch_moments": 1, "gradient_gram": 1},
-    "bench_dual": {"jvp": 3, "dual_memory": 1, "dual_ops": 12},
+    "speed/fisher_solve": {"fisher_solve": 6},
+    "speed/moments": {"moments": 2, "spatial_moments": 2},
+    "speed/gradients": {"gradient_squares": 2},
+    "speed/curve": {"curve": 2},
+    "speed/factors": {"patch_moments": 1, "gradient_gram": 1},
+    "speed/dual": {"jvp": 3, "dual_memory": 1, "dual_ops": 12},
 }
 LIMITED = {
     "fisher_solve",
@@ -226,7 +226,13 @@ def tiny_results(tmp_path_factory) -> Path:
     """What a tiny run of every script stores."""
     out = tmp_path_factory.mktemp("bench") / "cpu.json"
     for script in SCRIPTS:
-        command = [sys.executable, BENCHMARKS / f"{script}.py", "--tiny", "--out", out]
+        command = [
+            sys.executable,
+            BENCHMARKS / f"{script}.py",
+            "--tiny",
+            "--out",
+            out,
+        ]
         done = subprocess.run(
             command,
             capture_output=True,
@@ -293,7 +299,7 @@ def plain_seconds(seconds: dict[str, float]) -> float:
 def test_bytes_of_a_dual_op(load):
     """By hand: relu reads and writes 3 slices of 2 x 4 x 8 x 8 floats, a pool writes a quarter of
     what it reads. Catches the results left out, or counted at the size of the input."""
-    bench, ways = load("bench_dual"), load("dual_ways")
+    bench, ways = load("speed.dual"), load("speed.dual_ways")
     maps = bench.TINY_OPS[0]
     read = 4 * 3 * 2 * 4 * 8 * 8
     for case, moved in (
@@ -308,7 +314,7 @@ def test_bytes_of_a_dual_op(load):
 def test_every_way_of_a_dual_op_is_right(load, number):
     """A float64 run of each against the formula. Catches a rival that is left out for a mistake of
     ours."""
-    bench, ways = load("bench_dual"), load("dual_ways")
+    bench, ways = load("speed.dual"), load("speed.dual_ways")
     case = ways.op_cases(*bench.TINY_OPS)[number]
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
     truth = case.formula(x.double())
@@ -321,7 +327,7 @@ def test_every_way_of_a_dual_op_is_right(load, number):
 def test_wrong_tangents_of_a_network_are_rejected(load, number):
     """The power of the check before the timing: tangents in bfloat16, of a neighbour in the batch,
     5 % too small, or an output off by 1 % exceed the tolerance that right ones keep by far."""
-    bench, networks = load("bench_dual"), load("networks")
+    bench, networks = load("speed.dual"), load("speed.networks")
     case = bench.TINY_CASES[number]
     model = networks.built(case.name, **case.sizes).double()
     generator = torch.Generator().manual_seed(1)
@@ -338,7 +344,7 @@ def test_wrong_tangents_of_a_network_are_rejected(load, number):
 def test_peak_memory_of_derivatives_counts_the_tangents(load):
     """Twice as many directions need more memory, and a plain pass the least. Catches a way that is
     not run, and a peak that is read before the call."""
-    extra = load("dual_memory").extra_bytes
+    extra = load("speed.dual_memory").extra_bytes
     sizes = {"samples": 4, "size": 128, "width": 16}
     plain = extra("plain", directions=1, **sizes)
     few, many = (extra("jvp", directions=directions, **sizes) for directions in (2, 5))
@@ -349,8 +355,8 @@ def test_peak_memory_of_derivatives_counts_the_tangents(load):
 KEPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from limits import kept_memory
-from peak_memory import _resident
+from benchmarks.speed.limits import kept_memory
+from benchmarks.speed.peak_memory import _resident
 size = 64 << 20
 torch.ones(1)
 before = _resident()
@@ -370,7 +376,7 @@ def test_kept_memory_ends():
     rest of a run inherits. In a process of its own: one that has freed much reuses that."""
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc for the resident memory")
-    command = [sys.executable, "-c", KEPT, str(BENCHMARKS)]
+    command = [sys.executable, "-c", KEPT, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * 3
 
@@ -378,7 +384,7 @@ def test_kept_memory_ends():
 def test_peak_memory_sees_a_copy(load):
     """A copy of 16 MB costs 16 MB, a view less than half of it. Catches a peak that is read before
     the call, and results or input counted as extra."""
-    extra = load("peak_memory").extra_bytes
+    extra = load("speed.peak_memory").extra_bytes
     shape, size = (64, 64, 32, 32), 64 * 64 * 32 * 32 * 4
     assert 0.8 * size < extra("bmm of a copy [HW, n, C]", shape, "channels_last") < 1.5 * size
     assert extra("bmm of the view [HW, n, C]", shape, "channels_last") < 0.5 * size
@@ -386,7 +392,7 @@ def test_peak_memory_sees_a_copy(load):
 
 def test_every_way_of_spatial_moments_is_right(load):
     """Catches a rival that is left out for a mistake of ours."""
-    ways = load("spatial_ways")
+    ways = load("speed.spatial_ways")
     for layout in ("contiguous", "channels_last"):
         x = ways.draw_maps((6, 5, 4, 3), layout)
         truth = ways.truth_of(x)
@@ -398,7 +404,7 @@ def test_every_way_of_spatial_moments_is_right(load):
 @pytest.mark.parametrize("groups", [1, 5])
 def test_every_way_of_moments_is_right(load, groups):
     """The same for `moments`, in float64 against the op."""
-    bench = load("bench_moments")
+    bench = load("speed.moments")
     x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     group = torch.arange(50) % groups
     truth = ops.moments(x, group, groups)[1:]
@@ -410,7 +416,7 @@ def test_every_way_of_moments_is_right(load, groups):
 
 def test_every_way_of_gradient_squares_is_right(load):
     """The same for `gradient_squares`, in float64 against the op."""
-    bench = load("bench_gradients")
+    bench = load("speed.gradients")
     for layer in bench.TINY_CASES.values():
         x, g = (part.double() for part in layer.draw("cpu"))
         kernel = (layer.kernel, layer.kernel)
@@ -450,7 +456,7 @@ def run_tables(results: Path, folder: Path) -> tuple[str, Path]:
     target = folder / "performance.png"
     options = ["--table", "--figure", "--results", results, "--to", target]
     done = subprocess.run(
-        [sys.executable, "-W", "error", BENCHMARKS / "tables.py", *options],
+        [sys.executable, "-W", "error", BENCHMARKS / "report" / "tables.py", *options],
         capture_output=True,
         text=True,
         check=False,
@@ -462,11 +468,11 @@ def run_tables(results: Path, folder: Path) -> tuple[str, Path]:
 def test_dual_ops_of_the_gpu_benchmark_run(load, monkeypatch):
     """On the CPU in place of the card, by the wall clock. Catches a part that fails before it
     reaches the card, and failed cases that `guarded` turns into rows."""
-    bench = load("bench_gpu")
+    bench = load("gpu.speed")
     monkeypatch.setattr(bench, "DEVICE", "cpu")
     monkeypatch.setattr(bench, "cuda_clock", load("harness").wall_clock)
     rows = bench.dual_ops(tiny=True)
-    assert len(rows) == SCRIPTS["bench_dual"]["dual_ops"]
+    assert len(rows) == SCRIPTS["speed/dual"]["dual_ops"]
     for row in rows:
         assert "failed" not in row, row
         assert row["limits"]["share of copy"] > 0
@@ -477,8 +483,8 @@ def test_dual_ops_of_the_gpu_benchmark_run(load, monkeypatch):
 def test_tiny_run_on_a_gpu(tmp_path):
     """Catches a benchmark that fails on a device: its rows then say so."""
     out = tmp_path / "gpu.json"
-    command = [sys.executable, BENCHMARKS / "bench_gpu.py", "--tiny", "--out", out]
+    command = [sys.executable, BENCHMARKS / "gpu" / "speed.py", "--tiny", "--out", out]
     subprocess.run(command, check=True, capture_output=True)
     rows = [row for part in json.loads(out.read_text()).values() for row in part["figures"]]
-    assert len(rows) == 9 + SCRIPTS["bench_dual"]["dual_ops"]
+    assert len(rows) == 9 + SCRIPTS["speed/dual"]["dual_ops"]
     assert not [row for row in rows if "failed" in row]

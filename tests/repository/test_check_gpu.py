@@ -78,7 +78,7 @@ def test_goes_on_after_failures(check, monkeypatch, tmp_path, capsys):
 def test_keeps_every_part_of_the_benchmarks(check, monkeypatch, tmp_path):
     """Catches a failed part that hides the others, and a failed row in a part that ended well."""
     script = tmp_path / "benchmarks" / "gpu" / "speed.py"
-    script.parent.mkdir()
+    script.parent.mkdir(parents=True)
     script.write_text(
         "import json, pathlib, sys\n"
         "part, out = sys.argv[1], pathlib.Path(sys.argv[3])\n"

@@ -148,7 +148,7 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 
 
 def propagate(
-    model: nn.Module, x: Tensor, dx: Tensor, layers: Layers = "auto"
+    model: nn.Module, x: Tensor, dx: Tensor, *, layers: Layers = "auto"
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Compute the activations of every layer and their exact derivatives along P directions.
 

@@ -51,7 +51,7 @@ def new_monitor(every: int = 1) -> ff.FisherMonitor:
     model = torch.nn.Linear(4, 1)
     with torch.no_grad():
         model.weight.fill_(1 / 4)  # unbiased: it is in the unit of theta
-    return ff.FisherMonitor(model, data, every, max_features=8)
+    return ff.FisherMonitor(model, data, every=every, max_features=8)
 
 
 def test_one_display_that_is_drawn_again(monkeypatch):

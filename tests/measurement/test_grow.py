@@ -113,13 +113,6 @@ def test_data_that_do_not_repeat_are_refused():
     )
 
 
-@pytest.mark.parametrize("name", ["grow", "maps"])
-def test_flags_are_true_or_false(generator, name):
-    """Catches a string that passes for True."""
-    with pytest.raises(TypeError, match=rf"^{name} must be True or False.*, got 'yes'$"):
-        ff.fisher_flow(nn.Identity(), shifted(generator), **{name: "yes"})
-
-
 def test_samples_that_went_missing_between_passes_are_an_error(generator):
     """Catches new features of fewer samples beside known ones of all."""
     z = torch.randn(200, 3, generator=generator)

@@ -31,7 +31,7 @@ class Same(nn.Module):
         return 1 * x
 
 
-def of_features(data: Data, **options: int) -> ff.LayerFisher:
+def of_features(data: Data, **options: object) -> ff.LayerFisher:
     """What the features of the samples show, also of scores, where the input itself is V."""
     return ff.fisher_flow(Same(), data, **options)["output"]
 

@@ -212,7 +212,7 @@ def test_what_is_not_kept_is_read_and_measured_again(keep):
 @pytest.mark.parametrize(("every", "measured"), [(1, range(7)), (2, [0, 2, 4, 6]), (3, [0, 3, 6])])
 def test_every_nth_call_measures(every, measured):
     """Catches a measurement that is due one call early or late."""
-    monitor = ff.FisherMonitor(network(), SOURCES["independent"](), every)
+    monitor = ff.FisherMonitor(network(), SOURCES["independent"](), every=every)
     records = [monitor.step(train_mse=0.3) for _ in range(7)]
     assert [r.epoch for r in records if r.flow is not None] == list(measured)
     assert [r.epoch for r in monitor.history] == list(range(7))

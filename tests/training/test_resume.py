@@ -32,7 +32,7 @@ class Run:
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.02)
         self.monitor = ff.FisherMonitor(
-            self.model, DATA, 2, training_data=TRAINING, max_features=32, observe_every=3
+            self.model, DATA, every=2, training_data=TRAINING, max_features=32, observe_every=3
         )
 
     def step(self, number: int) -> None:

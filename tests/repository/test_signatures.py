@@ -1,0 +1,74 @@
+"""Options of the public callables are keyword-only; what they work on is positional."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+
+import fisherfast as ff
+
+DATA = {
+    "Pathwise": {"dx"},  # left out for sources that yield pairs
+    "Score": {"score"},
+    "linear_fisher": {"z_plus", "dtheta"},  # left out for tangents and scores
+    "InformationLoss": {"dtheta"},
+    "FisherEarlyStopping": {"rule"},
+    "score": {"y"},  # of the parameters: left out for a loader
+    "Gaussian": {"variance"},
+    "Likelihood": {"log_prob", "sample", "information"},
+}
+"""Positional parameters that have a default: the data and the law that they follow."""
+
+
+def is_result(entry: object) -> bool:
+    """Whether the library makes these, not the user."""
+    return dataclasses.is_dataclass(entry) and entry not in (ff.Settings, ff.CramerRao)
+
+
+CALLABLES = {
+    name: entry
+    for module in (ff, ff.parameters)
+    for name in module.__all__
+    if callable(entry := getattr(module, name))
+    and not (inspect.isclass(entry) and issubclass(entry, Warning))
+    and not is_result(entry)
+}
+
+
+def test_callables_are_found():
+    """Catches a search that finds none."""
+    assert {"fisher_flow", "FisherMonitor", "Settings", "Simulator", "fisher"} <= set(CALLABLES)
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_options_are_keyword_only(name):
+    """Catches an option that may be given by its place."""
+    options = {
+        parameter.name
+        for parameter in inspect.signature(CALLABLES[name]).parameters.values()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.default is not parameter.empty
+    }
+    assert options <= DATA.get(name, set())
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("fisher_flow", ["model", "data"]),
+        ("fisher_information", ["data"]),
+        ("FisherMonitor", ["model", "data"]),
+        ("FiniteDifference", ["minus", "plus", "dtheta"]),
+        ("Simulator", ["fn", "theta"]),
+        ("jvp", ["model", "x", "dx"]),
+        ("propagate", ["model", "x", "dx"]),
+        ("Settings", []),
+        ("CramerRao", []),
+    ],
+)
+def test_data_are_positional(name, data):
+    """Catches an option without a default before the star, and data that need their name."""
+    parameters = inspect.signature(CALLABLES[name]).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == data

@@ -55,13 +55,6 @@ class Items(Dataset):
         return self.x[index]
 
 
-class Labelled(Items):
-    """(sample, label) by index, as a data set of images gives them."""
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.x[index], 7
-
-
 SOURCES = {
     "tensor": lambda x: x,
     "array": lambda x: x.numpy(),
@@ -391,11 +384,8 @@ def test_batches_that_are_no_samples(batch, got):
 
 
 LABELLED = {
-    "Dataset": lambda x: Labelled(x),
-    "TensorDataset": lambda x: TensorDataset(x, torch.zeros(len(x))),
     "DataLoader": lambda x: DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=BATCH),
     "generator": lambda x: ((part, part) for part in x.split(BATCH)),
-    "function": lambda x: lambda: ([part, part] for part in x.split(BATCH)),
 }
 
 

@@ -258,26 +258,6 @@ def test_dependence_between_groups_is_still_found(width):
     assert not layer.independent
 
 
-def series(seed: int, groups: torch.Tensor | None) -> ff.Score:
-    """Six autoregressive series with coefficient 0.9, of which one is the score: J = 0."""
-    noise = normal(4000, 6, seed=seed).double().numpy()
-    values = [noise[0]]
-    for step in noise[1:]:
-        values.append(0.9 * values[-1] + (1 - 0.81) ** 0.5 * step)
-    x = torch.from_numpy(np.stack(values))
-    return ff.Score(x[:, 1:].float(), x[:, 0], groups=groups)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::fisherfast.FisherWarning")
-def test_pieces_of_time_series():
-    """I = 0, groups of 100 neighbours: the bound is above 3 of its errors in one of 40 data sets at
-    most; without groups in all."""
-    pieces = torch.arange(4000) // 100
-    assert above(lambda seed: series(seed, pieces), max_features=64) <= 1
-    assert above(lambda seed: series(seed, None), repeats=5, max_features=64) == 5
-
-
 def test_maps_and_probes_of_groups():
     """Catches groups that stop at a layer: the map of a layer, and a probe's halves."""
     x = normal(1500, 2, 3, 3).repeat_interleave(2, 0)

@@ -54,22 +54,22 @@ check: $(READY) ## build facts, devices, every op against its reference
 	$(BIN)/python -m fisherfast check
 
 bench: $(READY) ## speed and memory against torch, about fifteen minutes; needs an idle machine
-	$(BIN)/python benchmarks/bench_fisher_solve.py $(ARGS)
-	$(BIN)/python benchmarks/bench_moments.py $(ARGS)
-	$(BIN)/python benchmarks/bench_gradients.py $(ARGS)
-	$(BIN)/python benchmarks/bench_curve.py $(ARGS)
-	$(BIN)/python benchmarks/bench_dual.py $(ARGS)
+	$(BIN)/python benchmarks/speed/fisher_solve.py $(ARGS)
+	$(BIN)/python benchmarks/speed/moments.py $(ARGS)
+	$(BIN)/python benchmarks/speed/gradients.py $(ARGS)
+	$(BIN)/python benchmarks/speed/curve.py $(ARGS)
+	$(BIN)/python benchmarks/speed/dual.py $(ARGS)
 
 hostile: $(READY) ## 10 000 generated problems with closed forms, about 40 minutes: ARGS="--examples 500"
-	$(BIN)/python benchmarks/run_hostile.py $(ARGS)
+	$(BIN)/python benchmarks/accuracy/run_hostile.py $(ARGS)
 
 mutants: $(READY) ## what the tests are worth: 80 faults in the code, about an hour: ARGS="--seed 1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt cosmic-ray
-	$(BIN)/python benchmarks/mutants.py $(ARGS)
+	$(BIN)/python benchmarks/report/mutants.py $(ARGS)
 
 # With the Python that is given and what is installed there: no environment, no network.
 check-gpu: ## all tests, benchmarks and sanitizers on this machine's GPU: PYTHON=python3 ARGS="--output FILE"
-	$(PYTHON) benchmarks/check_gpu.py $(ARGS)
+	$(PYTHON) benchmarks/gpu/check.py $(ARGS)
 
 clean: ## remove what was built, the virtual environment too
 	rm -rf $(VENV) build dist *.egg-info fisherfast/*.so fisherfast-report fisherfast-figures

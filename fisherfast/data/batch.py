@@ -16,7 +16,7 @@ import torch
 from fisherfast.data.dealing import Place
 from fisherfast.data.groups import Groups
 
-__all__ = ["Batch", "Data", "Numbered", "Round", "abreast"]
+__all__ = ["Batch", "Data", "Numbered", "Round", "Wrapper", "abreast"]
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,17 @@ class Batch:
 
     def part(self, start: int, stop: int) -> Batch:
         """Return samples start to stop."""
-        return Batch(
-            self.x[start:stop],
-            None if self.tangents is None else self.tangents[:, start:stop],
-            None if self.score is None else self.score[start:stop],
-        )
+        return self._rows(slice(start, stop))
 
     def sorted(self, place: Place, order: torch.Tensor) -> Batch:
-        """Copy the batch with its rows in an order int64 [n], which have that place."""
-        order = order.to(self.x.device)
+        """Copy the batch with its rows in an order int64 [n] on the CPU, which have that place."""
+        return self._rows(order, place)
+
+    def _rows(self, rows: slice | torch.Tensor, place: Place | None = None) -> Batch:
         return Batch(
-            self.x[order],
-            None if self.tangents is None else self.tangents[:, order],
-            None if self.score is None else self.score[order.to(self.score.device)],
+            self.x[rows],
+            None if self.tangents is None else self.tangents[:, rows],
+            None if self.score is None else self.score[rows],
             place,
         )
 
@@ -212,6 +210,43 @@ class Data(ABC):
         if self.paired:
             return [abreast(streams)]
         return [((first, (batch,)) for first, batch in stream) for stream in streams]
+
+
+class Wrapper(Data):
+    """Other data, some of whose answers a subclass changes.
+
+    Args:
+        data: the other data.
+    """
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+        self.source = data.source
+        self.parameters = data.parameters
+        self.conditions = data.conditions
+        self.dtheta = data.dtheta
+        self.paired = data.paired
+        self.groups = data.groups
+
+    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
+        """Yield the samples of one condition, in order."""
+        return self._data.read(condition, batch_size)
+
+    def samples(self, condition: int) -> int | None:
+        """Return the number of samples of a condition, or None for a stream of unknown length."""
+        return self._data.samples(condition)
+
+    def length(self, condition: int) -> int | None:
+        """Return the length that the data know."""
+        return self._data.length(condition)
+
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """Copy samples of the data."""
+        return self._data.pick(condition, numbers)
+
+    def repeats(self, condition: int) -> bool:
+        """Return whether each pass gives the same samples in the same order."""
+        return self._data.repeats(condition)
 
 
 def abreast(streams: Sequence[Iterator[Numbered]]) -> Rounds:

@@ -6,22 +6,24 @@ Nothing is loaded or copied before it is read.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from fisherfast.data import sources
-from fisherfast.data.batch import Batch, Data, Numbered
+from fisherfast.data.batch import Batch
+from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
 __all__ = ["FiniteDifference", "check_dtheta"]
 
 
-class FiniteDifference(Data):
+class FiniteDifference(FromSources):
     r"""Samples at theta - dtheta/2 and at theta + dtheta/2.
 
     The derivative of a mean is :math:`(\mu_+ - \mu_-) / d\theta`. **dtheta is the full separation
@@ -85,77 +87,17 @@ class FiniteDifference(Data):
         self.conditions = 2 * self.parameters
         self.paired = bool(paired)
         self.source = "paired" if self.paired else "independent"
-        self._sources: list[Source] = []
-        labels = []
-        for p, pair in enumerate(zip(minus_list, plus_list, strict=True)):
-            for name, source in zip(("minus", "plus"), pair, strict=True):
-                label = name if len(minus_list) == 1 else f"{name}[{p}]"
-                self._sources.append(sources.check_source(source, label))
-                labels.append(label)
-                if self.paired:
-                    _check_order(source, label)
+        self._sources = list(itertools.chain(*zip(minus_list, plus_list, strict=True)))
+        names = [self.condition_name(c) for c in range(self.conditions)]
+        for source, name in zip(self._sources, names, strict=True):
+            sources.check_source(source, name)
+            if self.paired:
+                _check_order(source, name)
         _check_shapes(self._sources, self.paired)
-        self.groups = check_groups(groups, self._sources, labels, paired=self.paired)
+        self.groups = check_groups(groups, self._sources, names, paired=self.paired)
 
-    def samples(self, condition: int) -> int | None:
-        """Number of samples of a condition, or None for a stream of unknown length."""
-        return sources.count(self._sources[condition])
-
-    def batches(self, condition: int, batch_size: int) -> Iterator[torch.Tensor]:
-        """Yield the samples of one condition as tensors [n_batch, ...], in order.
-
-        Tensors, arrays and Datasets are cut into batches of batch_size; loaders and iterables keep
-        their own.
-
-        Raises:
-            TypeError: a batch is not a tensor or array of floating dtype, or not alone.
-            ValueError: the source yields no sample.
-        """
-        name = self.condition_name(condition)
-        empty = True
-        for item in sources.iterate(self._sources[condition], batch_size, name):
-            batch = sources.as_batch(item, name)
-            if len(batch):
-                empty = False
-                yield batch
-        if empty:
-            raise ValueError(
-                f"{name} must yield at least one sample, got an empty source"
-                " (an iterator can be read once only: pass a function that returns a new one)"
-            )
-
-    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
-        """Yield the samples of one condition, in order."""
-        return map(Batch, self.batches(condition, batch_size))
-
-    def deal(
-        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
-    ) -> Iterator[Numbered]:
-        """Every step-th batch of one condition; the others of tensors, arrays and Datasets are not
-        read."""
-        source, name = self._sources[condition], self.condition_name(condition)
-        if step == 1 or not sources.divisible(source):
-            yield from super().deal(condition, batch_size, begin, step)
-            return
-        for first, item in sources.deal(source, batch_size, begin, step):
-            yield first, Batch(sources.as_batch(item, name))
-
-    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
-        """Read some samples of a tensor, an array or a Dataset."""
-        source = self._sources[condition]
-        if not sources.divisible(source):
-            return None
-        item = sources.pick(source, numbers)
+    def _batch(self, condition: int, item: Any, rows: object, where: str) -> Batch:
         return Batch(sources.as_batch(item, self.condition_name(condition)))
-
-    def repeats(self, condition: int) -> bool:
-        """Return whether each pass over a condition gives the same samples in the same order:
-        tensors, arrays, Datasets, and DataLoaders that do not shuffle do."""
-        return sources.repeats(self._sources[condition])
-
-    def resident(self) -> bool:
-        """Return whether all samples are in memory already, as tensors or arrays."""
-        return all(map(sources.resident, self._sources))
 
     def __repr__(self) -> str:
         counts = [self.samples(c) for c in range(self.conditions)]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-from fisherfast.data.batch import Batch, Data
+from fisherfast.data.batch import Batch, Data, Wrapper
 
 __all__ = ["KeptData"]
 
 
-class KeptData(Data):
+class KeptData(Wrapper):
     """Batches of a source, kept when they are first read: the same samples at every pass.
 
     A simulator draws nothing twice, a folder of files is read once, and a loader that shuffles
@@ -24,18 +22,12 @@ class KeptData(Data):
     """
 
     def __init__(self, source: Data, limit: int) -> None:
-        self._source = source
+        super().__init__(source)
+        self.sharded = source.sharded
         self._limit = limit
         self._kept: dict[int, list[Batch]] = {}
         self._held = 0
         self._too_large: set[int] = set()
-        self.source = source.source
-        self.parameters = source.parameters
-        self.conditions = source.conditions
-        self.dtheta = source.dtheta
-        self.paired = source.paired
-        self.groups = source.groups
-        self.sharded = source.sharded
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Yield the samples of one condition, in order; batches keep the sizes that they were first
@@ -46,7 +38,7 @@ class KeptData(Data):
         batches: list[Batch] | None = None if condition in self._too_large else []
         size, kept = 0, False
         try:
-            for batch in self._source.read(condition, batch_size):
+            for batch in self._data.read(condition, batch_size):
                 more = batch.nbytes
                 if batches is not None and self._held + more > self._limit:
                     self._too_large.add(condition)
@@ -65,23 +57,11 @@ class KeptData(Data):
         """Return the number of samples of a condition, or None for a stream of unknown length."""
         if condition in self._kept:
             return sum(map(len, self._kept[condition]))
-        return self._source.samples(condition)
-
-    def length(self, condition: int) -> int | None:
-        """Return the length that the source knows."""
-        return self._source.length(condition)
-
-    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
-        """Read samples from the source, at every measurement."""
-        return self._source.pick(condition, numbers)
+        return self._data.samples(condition)
 
     def repeats(self, condition: int) -> bool:
         """Return whether the next pass gives the same samples in the same order."""
-        return condition in self._kept or self._source.repeats(condition)
-
-    def condition_name(self, condition: int) -> str:
-        """Return the source's name of a condition."""
-        return self._source.condition_name(condition)
+        return condition in self._kept or self._data.repeats(condition)
 
     def __repr__(self) -> str:
-        return repr(self._source)
+        return repr(self._data)

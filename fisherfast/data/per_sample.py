@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,15 @@ import torch
 
 from fisherfast._validation import check_whole
 from fisherfast.data import sources
-from fisherfast.data.batch import Batch, Data, Numbered
+from fisherfast.data.batch import Batch
+from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
 __all__ = ["Pathwise", "Score"]
 
 
-class PerSample(Data):
+class PerSample(FromSources):
     """One condition at theta, each of whose samples has a companion: its tangents or score."""
 
     companion: str
@@ -28,6 +28,7 @@ class PerSample(Data):
 
     def __init__(self, x: Source, companion: Any, parameters: int | None, groups: Any) -> None:
         self._x = sources.check_source(x, "x")
+        self._sources = [x]
         self._companion = companion
         if isinstance(x, torch.Tensor | np.ndarray):
             if parameters is not None:
@@ -58,67 +59,9 @@ class PerSample(Data):
     def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
         """Check samples and companion that a source has yielded, and make a batch."""
 
-    def samples(self, condition: int = 0) -> int | None:
-        """Return the number of samples, or None for a stream of unknown length."""
-        return sources.count(self._x)
-
-    def repeats(self, condition: int = 0) -> bool:
-        """Return whether each pass gives the same samples in the same order."""
-        return sources.repeats(self._x)
-
-    def resident(self) -> bool:
-        """Return whether all samples are in memory already, as tensors or arrays."""
-        return sources.resident(self._x)
-
-    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
-        """Yield batches of samples with their companion, in order.
-
-        Raises:
-            TypeError: a batch is not a pair of tensors or arrays of floating dtype, or has more
-                entries.
-            ValueError: the source yields no sample, or a companion has the wrong shape.
-        """
-        empty, start = True, 0
-        for number, item in enumerate(sources.iterate(self._x, batch_size, "x")):
-            batch = self._batch(item, number, start)
-            start += len(batch)
-            if len(batch):
-                empty = False
-                yield batch
-        if empty:
-            raise ValueError(
-                "x must yield at least one sample, got an empty source"
-                " (an iterator can be read once only: pass a function that returns a new one)"
-            )
-
-    def deal(
-        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
-    ) -> Iterator[Numbered]:
-        """Every step-th batch; the others of tensors, arrays and Datasets are not read."""
-        if step == 1 or not sources.divisible(self._x):
-            yield from super().deal(condition, batch_size, begin, step)
-            return
-        for first, item in sources.deal(self._x, batch_size, begin, step):
-            yield first, self._batch(item, first // batch_size, first)
-
-    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
-        """Read some samples of tensors, arrays or a Dataset."""
-        if not sources.divisible(self._x):
-            return None
-        item = sources.pick(self._x, numbers)
-        if sources.resident(self._x):
-            return self._with(sources.as_batch(item, "x"), numbers)
-        return self._checked(item, "among the first samples")
-
-    def _batch(self, item: Any, number: int, start: int) -> Batch:
-        """Check the batch with a given number, whose first sample has the number start."""
-        if isinstance(self._x, torch.Tensor | np.ndarray):
-            x = sources.as_batch(item, "x")
-            return self._with(x, slice(start, start + len(x)))
-        return self._checked(item, f"in batch {number}")
-
-    def _checked(self, item: Any, where: str) -> Batch:
-        """Check an item that a source of pairs has yielded, and make a batch."""
+    def _batch(self, condition: int, item: Any, rows: slice | torch.Tensor, where: str) -> Batch:
+        if self.resident():
+            return self._with(sources.as_batch(item, "x"), rows)
         paired = isinstance(item, list | tuple)
         if not paired or len(item) != 2:
             more = paired and len(item) > 2

@@ -51,11 +51,10 @@ class KeptSamples:
         self._capacity = max(capacity, block)
         self._block = block
         self._stride = 1
-        while expected is not None and self._count_of(expected) > self._capacity:
-            self._stride *= 2
         self._seen = [0] * conditions  # over all processes, as far as sample numbers tell
         # chunks of sample numbers, of folds, and of each column
         self._kept: list[Chunks] = [[] for _ in range(conditions)]
+        self._fit(expected or 0)
 
     def add(
         self,
@@ -81,7 +80,8 @@ class KeptSamples:
                 chunks = [tuple(torch.cat(column) for column in zip(*chunks, strict=True))]
             self._kept[condition] = chunks
         seen = place.end if whole is None else whole.end
-        self._see(condition, max(self._seen[condition], seen))
+        self._seen[condition] = max(self._seen[condition], seen)
+        self._fit(self._seen[condition])
 
     def state(self) -> State:
         """The kept samples on the CPU, for `join` on other processes."""
@@ -97,17 +97,15 @@ class KeptSamples:
             seen = list(map(max, seen, counts))
             for chunks, more in zip(kept, state, strict=True):
                 chunks += [(*chunk[:2], *(c.to(device) for c in chunk[2:])) for chunk in more]
-        self._kept, self._stride = kept, 1
-        for condition, count in enumerate(seen):
-            self._see(condition, count)
+        self._kept, self._seen, self._stride = kept, seen, 1
+        self._fit(max(seen))
 
     def forget(self) -> None:
         """Let go of everything that is kept."""
         self.forgotten, self._kept = True, [[] for _ in self._kept]
 
-    def _see(self, condition: int, samples: int) -> None:
-        """Note how many samples of a condition there are so far, and drop some if that is many."""
-        self._seen[condition] = samples
+    def _fit(self, samples: int) -> None:
+        """Drop so many that of this number of samples no more than the capacity is kept."""
         while self._count_of(samples) > self._capacity:
             self._thin()
 
@@ -117,15 +115,12 @@ class KeptSamples:
         whole = -(-blocks // self._stride) * self._block
         return whole + (rest if blocks % self._stride == 0 else 0)
 
-    def _is_kept(self, numbers: torch.Tensor) -> torch.Tensor:
-        return numbers // self._block % self._stride == 0
-
     def _thin(self) -> None:
         self._stride *= 2
         for condition, chunks in enumerate(self._kept):
             if chunks:
                 columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
-                rows = self._is_kept(columns[0])
+                rows = columns[0] // self._block % self._stride == 0
                 thinned = (column[rows.to(column.device)] for column in columns)
                 self._kept[condition] = [tuple(thinned)]
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-from fisherfast.data.batch import Batch, Data, Numbered
+from fisherfast.data.batch import Data, Numbered, Wrapper
 
 __all__ = ["Shard"]
 
 
-class Shard(Data):
+class Shard(Wrapper):
     """This process's own share of the samples, for a measurement by many processes.
 
     Each rank reads its own files, or has a loader with a ``DistributedSampler``. The measurement is
@@ -46,17 +44,7 @@ class Shard(Data):
                 "data must be a FiniteDifference, Pathwise, Score or Simulator,"
                 f" got {type(data).__name__}"
             )
-        self._data = data
-        self.source = data.source
-        self.parameters = data.parameters
-        self.conditions = data.conditions
-        self.dtheta = data.dtheta
-        self.paired = data.paired
-        self.groups = data.groups
-
-    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
-        """Yield the samples of one condition, in order."""
-        return self._data.read(condition, batch_size)
+        super().__init__(data)
 
     def deal(
         self, condition: int, batch_size: int, begin: int = 0, step: int = 1
@@ -64,33 +52,9 @@ class Shard(Data):
         """As the data do."""
         return self._data.deal(condition, batch_size, begin, step)
 
-    def samples(self, condition: int) -> int | None:
-        """Number of samples in this share, or None for a stream of unknown length."""
-        return self._data.samples(condition)
-
-    def length(self, condition: int) -> int | None:
-        """As the data know it."""
-        return self._data.length(condition)
-
-    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
-        """Samples of this share."""
-        return self._data.pick(condition, numbers)
-
-    def repeats(self, condition: int) -> bool:
-        """Whether each pass surely gives the same samples in the same order."""
-        return self._data.repeats(condition)
-
     def resident(self) -> bool:
         """Whether all samples are in memory already."""
         return self._data.resident()
-
-    def contrast(self) -> torch.Tensor:
-        """Weights of the conditions, those of the data."""
-        return self._data.contrast()
-
-    def condition_name(self, condition: int) -> str:
-        """As the data call it."""
-        return self._data.condition_name(condition)
 
     def __repr__(self) -> str:
         return f"Shard({self._data!r})"

@@ -167,15 +167,13 @@ class Simulator(Data):
 
     def _differentiate(self, number: int, n: int) -> Batch:
         """Compute x and dx/dtheta by forward mode: each parameter in turn, with the same noise."""
-        x, first = self._jvp(0, number, n)
-        tangents = x.new_zeros((self.parameters, *x.shape))
-        if first is not None:
-            tangents[0] = first
-        del first  # keep one tangent at a time besides the batch
-        for parameter in range(1, self.parameters):
-            tangent = self._jvp(parameter, number, n)[1]
+        for parameter in range(self.parameters):
+            x, tangent = self._jvp(parameter, number, n)
+            if parameter == 0:
+                tangents = x.new_zeros((self.parameters, *x.shape))
             if tangent is not None:
                 tangents[parameter] = tangent
+            del tangent  # keep one at a time besides the batch
         return Batch(x, tangents=tangents)
 
     def _jvp(self, parameter: int, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -6,7 +6,7 @@ it with `rule`. Operations without a rule go to `fallback.forward_mode`, one at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -26,6 +26,7 @@ from fisherfast.dual.errors import (
     warn_of_randomness,
 )
 from fisherfast.dual.fallback import forward_mode, replaced
+from fisherfast.dual.stacks import aligned
 from fisherfast.dual.tensor import DualTensor
 
 __all__ = [
@@ -41,7 +42,6 @@ __all__ = [
     "overload",
     "overloads",
     "overwrite",
-    "plain_rule",
     "primals",
     "recording",
     "rule",
@@ -62,16 +62,6 @@ MISSING: set[str] = set()
 _record: ContextVar[Coverage | None] = ContextVar("fisherfast_dual_record", default=None)
 
 
-def rule(*operators: Operator) -> Callable[[Rule], Rule]:
-    """Register a rule for operators."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(operators, function))
-        return function
-
-    return register
-
-
 def overload(name: str, variant: str = "default") -> Operator | None:
     """Return aten.<name>.<variant>, or None if this version of PyTorch does not have it."""
     return getattr(getattr(aten, name, None), variant, None)
@@ -82,6 +72,16 @@ def overloads(*names: str) -> list[Operator]:
     found = {name: overload(*name.split(".")) for name in names}
     MISSING.update(name for name, operator in found.items() if operator is None)
     return [operator for operator in found.values() if operator is not None]
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, named as for `overloads`."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(overloads(*names), function))
+        return function
+
+    return register
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     mutable = func._schema.is_mutable
     if mutable:
         _check_target(func, args, kwargs)
-    elif not _is_view(func) and any(d.memory.constant for d in duals_of(args, kwargs)):
+    elif not func.is_view and any(d.memory.constant for d in duals_of(args, kwargs)):
         plain_args, plain_kwargs = without_constants(args), without_constants(kwargs)
         if not has_dual(plain_args, plain_kwargs):
             warn_of_randomness(func, args, kwargs)
@@ -133,11 +133,6 @@ def _count(func: Operator, how: str) -> None:
     record = _record.get()
     if record is not None and func not in BOOKKEEPING:
         record.add(str(func).removeprefix("aten."), how, current_layer())
-
-
-@cache
-def _is_view(func: Operator) -> bool:
-    return any(argument.alias_info is not None for argument in func._schema.arguments)
 
 
 def _check_target(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,14 +201,17 @@ def _into(name: str) -> Rule | None:
     return write
 
 
-def overwrite(target: DualTensor, result: Any) -> DualTensor:
-    """Copy a result into a dual tensor and its views."""
+def overwrite(target: DualTensor, source: Any) -> DualTensor:
+    """Write a tensor or number into a dual tensor and its views."""
     stack = target.before_writing()
-    if isinstance(result, DualTensor):
-        stack.copy_(result.stack)
+    if isinstance(source, DualTensor):
+        stack.copy_(aligned(source, target.dim()))
+        return target
+    if isinstance(source, Tensor):
+        stack[0].copy_(source)
     else:
-        stack[0].copy_(result)
-        stack[1:].zero_()
+        stack[0].fill_(source)
+    stack[1:].zero_()
     return target
 
 
@@ -272,15 +270,6 @@ def with_zero_tangents(result: Any, *arguments: Any) -> Any:
     if isinstance(result, Tensor) and result.is_floating_point():
         return DualTensor.constant(result, directions_of(*arguments))
     return result
-
-
-def plain_rule(operators: Iterable[Operator]) -> None:
-    """Register operators whose result has no tangent: they run on the primals alone."""
-
-    def on_primals(func: Operator, *args: Any, **kwargs: Any) -> Any:
-        return func(*primals(args), **primals(kwargs))
-
-    rule(*operators)(on_primals)
 
 
 BOOKKEEPING = frozenset(overloads("detach", "alias", "is_same_size"))

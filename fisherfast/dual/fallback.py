@@ -7,13 +7,14 @@ operations run on copies, and the result is written back.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fisherfast.dual.errors import no_derivative
 from fisherfast.dual.tensor import DualTensor
@@ -24,6 +25,9 @@ _INCLUDED = torch._C._dispatch_tls_local_include_set()
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 """State of PyTorch's dispatcher outside of any dispatched operation, where derivatives are on."""
 
+Pair = tuple[Any, Tensor | None]
+"""A result along one direction and its tangent."""
+
 
 def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute an operation on dual tensors by PyTorch's forward mode.
@@ -33,32 +37,39 @@ def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """
     found: list[DualTensor] = []
     replaced((args, kwargs), found.append)
-    in_place = func._schema.is_mutable
+    directions, in_place = found[0].directions, func._schema.is_mutable
+    runs = []
     try:
         with _autograd_alive(), _same_random_numbers() as rewind:
-            results = []
-            for direction in range(found[0].directions):
+            for direction in range(directions):
                 rewind()
-                results.append(_along(func, args, kwargs, direction, copy=in_place))
+                pairs, structure = _along(func, args, kwargs, direction, copy=in_place)
+                runs.append(pairs)
     except (NotImplementedError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise no_derivative(str(func), f"none ({reason})") from error
-    if results and _is_real(results[0]) and not any(_has_tangent(result) for result in results):
+    real = [pair for run in runs for pair in run if _is_real(pair[0])]
+    if real and all(tangent is None for _, tangent in real):  # PyTorch raises no error
         raise no_derivative(str(func), "none: neither PyTorch nor the operation's library has one")
-    if not results:  # P = 0: the primal alone
+    if directions == 0:
         plain_args, plain_kwargs = replaced((args, kwargs), lambda dual: dual.primal.clone())
-        results = [_pairs(func(*plain_args, **plain_kwargs))]
-    joined = _join(results, found[0].directions)
+        pairs, structure = _pairs(func(*plain_args, **plain_kwargs))
+        runs.append(pairs)
+    result = tree_unflatten(
+        [_join(each, directions) for each in zip(*runs, strict=True)], structure
+    )
     if not in_place:
-        return joined
-    if not isinstance(args[0], DualTensor) or not isinstance(joined, DualTensor):
+        return result
+    if not isinstance(args[0], DualTensor) or not isinstance(result, DualTensor):
         raise no_derivative(str(func), "none for an operation that overwrites several tensors")
-    args[0].before_writing().copy_(joined.stack)
+    args[0].before_writing().copy_(result.stack)
     return args[0]
 
 
-def _along(func: Any, args: Any, kwargs: Any, direction: int, *, copy: bool) -> Any:
-    """(primal, tangent) of every result along one direction."""
+def _along(
+    func: Any, args: Any, kwargs: Any, direction: int, *, copy: bool
+) -> tuple[list[Pair], TreeSpec]:
+    """Compute the operation along one direction."""
 
     def make(dual: DualTensor) -> Tensor:
         primal, tangent = dual.primal, dual.tangents[direction]
@@ -92,47 +103,28 @@ def _same_random_numbers() -> Iterator[Callable[[], None]]:
     yield lambda: torch.set_rng_state(state)
 
 
-def _pairs(result: Any) -> Any:
-    """Split results into (primal, tangent or None); values that are not dual stay."""
-    if isinstance(result, list | tuple):
-        return [_pairs(item) for item in result]
-    if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
-        unpacked = forward_ad.unpack_dual(result) if forward_ad._current_level >= 0 else None
-        if unpacked is None:
-            return (result, None)
-        return (unpacked.primal, unpacked.tangent)
-    return result
+def _pairs(result: Any) -> tuple[list[Pair], TreeSpec]:
+    """Split every tensor of a nested result into (primal, tangent or None)."""
+    leaves, structure = tree_flatten(result)
+    pairs = [tuple(forward_ad.unpack_dual(x)) if _is_real(x) else (x, None) for x in leaves]
+    return pairs, structure
 
 
 def _is_real(result: Any) -> bool:
-    """Return whether any result could have a tangent."""
-    if isinstance(result, list):
-        return any(_is_real(item) for item in result)
-    return isinstance(result, tuple)
+    """Return whether a result could have a tangent."""
+    return isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex())
 
 
-def _has_tangent(result: Any) -> bool:
-    """Return whether PyTorch gave a tangent: without a derivative it gives none, and no error."""
-    if isinstance(result, list):
-        return any(_has_tangent(item) for item in result)
-    return isinstance(result, tuple) and result[1] is not None
-
-
-def _join(results: list[Any], directions: int) -> Any:
+def _join(pairs: Sequence[Pair], directions: int) -> Any:
     """Join (primal, tangent) along each direction into one dual tensor."""
-    first = results[0]
-    if isinstance(first, list):
-        return tuple(
-            _join([result[index] for result in results], directions) for index in range(len(first))
-        )
-    if not isinstance(first, tuple):
-        return first
-    primal = first[0]
+    primal = pairs[0][0]
+    if not _is_real(primal):
+        return primal
     stack = primal.new_zeros((1 + directions, *primal.shape))
     stack[0] = primal
-    for direction, (_, tangent) in enumerate(results[:directions]):
+    for row, (_, tangent) in zip(stack[1:], pairs, strict=False):
         if tangent is not None:
-            stack[1 + direction] = tangent
+            row.copy_(tangent)
     return DualTensor(stack)
 
 

@@ -36,18 +36,11 @@ SURVEY_SAMPLES = 4
 
 FACTORIES = frozenset(
     overloads(
-        "zeros",
-        "ones",
-        "full",
-        "empty.memory_format",
-        "empty_strided",
-        "rand",
-        "randn",
-        "eye",
-        "eye.m",
-        "linspace",
+        *LIKE_FACTORIES,
+        *("zeros", "ones", "full", "empty.memory_format", "empty_strided"),
+        *("rand", "randn", "eye", "eye.m", "linspace"),
     )
-) | frozenset(LIKE_FACTORIES)
+)
 
 
 class _Factories(TorchDispatchMode):

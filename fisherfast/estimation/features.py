@@ -34,7 +34,7 @@ LIFT_SLOPE = -1.0
 
 Together with the raw activations every slope spans the same functions, but with the published 0.7
 most of a feature is linear, and the ridge suppresses the small non-linear rest (measured by
-`benchmarks/dictionary.py`)."""
+`benchmarks/accuracy/dictionary.py`)."""
 
 BIAS_SCALE = 1.0
 """Standard deviation of the biases in units of a standardised activation (same measurement)."""

@@ -102,7 +102,7 @@ class FisherMonitor:
     Raises:
         TypeError, ValueError: an argument is out of its range (as `fisher_flow`).
 
-    Cost: a measurement is a `fisher_flow` without input and survey; benchmarks/bench_monitor.py
+    Cost: a measurement is a `fisher_flow` without input and survey; benchmarks/speed/monitor.py
         compares it with the time of an epoch.
 
     Example:

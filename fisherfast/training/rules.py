@@ -28,7 +28,8 @@ __all__ = ["RULES", "CramerRao", "Transmission"]
 
 TOLERANCE = 0.02
 """Tolerance relative to the largest share: less than slope and offset still add to the error in the
-study of benchmarks/early_stopping.py; it costs at most about as much in validation loss."""
+study of benchmarks/accuracy/early_stopping.py; it costs at most about as much in validation
+loss."""
 SIGNIFICANT = 3.0
 """Standard errors above 0 from which a share is not noise: below it, nothing has been learned."""
 NOISE_WINDOW = 10
@@ -227,7 +228,8 @@ class Transmission(StoppingRule):
     Raises:
         ValueError, TypeError: an option is out of its range.
 
-    Reference: docs/training.md, stopping; benchmarks/early_stopping.py settles the defaults.
+    Reference: docs/training.md, stopping; the defaults are those that
+    benchmarks/accuracy/early_stopping.py settles.
 
     Example:
         >>> import fisherfast as ff

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,35 +18,20 @@ from fisherfast.dual import dispatch
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
-@pytest.fixture(scope="module")
-def coverages() -> dict[str, Any]:
-    """Of all networks, with random directions."""
-    return {
-        name: ff.dual.coverage(network.make(), network.inputs()[0])
-        for name, network in NETWORKS.items()
-    }
-
-
-def test_at_least_95_percent_of_the_operations_run_by_rule(coverages):
-    """Catches operations that slip from the rules to the fallback; the share is in the output."""
-    by_rule = sum(sum(each.rules.values()) for each in coverages.values())
-    by_fallback = sum(sum(each.fallbacks.values()) for each in coverages.values())
-    share = by_rule / (by_rule + by_fallback)
-    print(f"{share:.4f} of {by_rule + by_fallback} operations by rule")
-    print({name: dict(each.fallbacks) for name, each in coverages.items() if each.fallbacks})
-    assert not {name: each.failures for name, each in coverages.items() if each.failures}
-    assert share >= 0.95
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_share_is_that_of_the_counts(coverages, name):
-    """Catches counts and share that tell different stories, and an empty count."""
-    coverage = coverages[name]
-    counts = [
-        sum(each.values()) for each in (coverage.rules, coverage.fallbacks, coverage.failures)
-    ]
-    assert counts[0] > 0
-    assert coverage.share == pytest.approx(counts[0] / sum(counts), abs=1e-12)
+def test_at_least_95_percent_of_the_operations_run_by_rule():
+    """Catches operations that slip from the rules to the fallback, and a share that is not that of
+    the counts."""
+    by_rule = executed = 0
+    for name, network in NETWORKS.items():
+        coverage = ff.dual.coverage(network.make(), network.inputs()[0])
+        counts = [
+            sum(each.values()) for each in (coverage.rules, coverage.fallbacks, coverage.failures)
+        ]
+        assert counts[0] > 0
+        assert counts[2] == 0, (name, coverage.failures)
+        assert coverage.share == pytest.approx(counts[0] / sum(counts), abs=1e-12)
+        by_rule, executed = by_rule + counts[0], executed + sum(counts)
+    assert by_rule >= 0.95 * executed
 
 
 class Mixed(nn.Module):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from support import dual_oracle
 from support.dual_oracle import Function, Network, distance, map_tensors
@@ -20,7 +19,6 @@ from support.dual_zoo_operations import OPERATIONS
 from support.dual_zoo_sequences import ATTENTION
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fisherfast as ff
 from fisherfast.model.graph import survey
@@ -100,8 +98,9 @@ def _same_slope(seen: Tensor, truth: Tensor, bound: float) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_layer_has_the_exact_derivative(name):
-    """Catches a wrong rule anywhere: P = 3, float64, batch normalisation with statistics that are
-    not 0 and 1, axes that all differ; and a layer that goes missing."""
+    """Catches a wrong rule anywhere (P = 3, batch normalisation with statistics that are not 0 and
+    1, axes that all differ), a layer that goes missing, float32 kernels that lose digits, and
+    results of another dtype than the layer's."""
     network = ALL[name]
     model = network.make()
     x, dx = network.inputs()
@@ -115,13 +114,6 @@ def test_every_layer_has_the_exact_derivative(name):
     y, dy = ff.jvp(model, x, dx)
     assert_outputs(y, dy, output, tangents, bound)
 
-
-@pytest.mark.parametrize("name", ALL)
-def test_single_precision(name):
-    """Catches float32 kernels that lose digits, and results of another dtype than the layer's."""
-    network = ALL[name]
-    x, dx = network.inputs()
-    truth, _, _ = dual_oracle.oracle(network, x, dx)
     seen = ff.propagate(network.make(torch.float32), x.float(), dx.float())
     assert_layers(seen, truth, SINGLE)
     if name not in EXPLICITLY_DOUBLE:
@@ -144,8 +136,8 @@ def test_half_precision(name, dtype):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(("parameters", "samples"), [(1, None), (1, 1), (4, 1)])
-def test_one_direction_and_one_sample(name, parameters, samples):
+@pytest.mark.parametrize(("parameters", "samples"), [(1, None), (4, 1)])
+def test_one_direction_or_one_sample(name, parameters, samples):
     """Catches axes that are squeezed away or taken for each other when they are 1 long."""
     network = NETWORKS[name]
     x, dx = network.inputs(parameters, samples)
@@ -179,7 +171,7 @@ def test_slopes_that_forward_mode_rounds(function, slope):
     assert distance(dy, slope(3 * x) * dx) <= 1e-14
 
 
-@pytest.mark.parametrize("name", ["resnet18", "unet", "mobilenet"])
+@pytest.mark.parametrize("name", ["resnet18", "unet"])
 def test_channels_last(name):
     """Catches kernels that take the memory format of the input for the contiguous one."""
     network = NETWORKS[name]
@@ -280,31 +272,12 @@ def test_layers_hold_what_they_were_before_the_next_one_wrote_over_them():
 # --- attention ---
 
 
-def test_fused_attention_that_forward_mode_refuses():
-    """PyTorch has no forward derivative of its fused attention: there it raises, ours does not."""
-    network = Network(
-        lambda: Function(lambda x: F.scaled_dot_product_attention(x, 2 * x, x)), (2, 6, 4)
-    )
-    x, dx = network.inputs()
-    truth, _, _ = dual_oracle.oracle(network, x, dx)
-    model = network.make()
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(x, dx[0])
-            with pytest.raises(NotImplementedError, match=r"forward AD.*flash_attention"):
-                model(dual)
-        assert_layers(ff.propagate(model, x, dx), truth, EXACT)
-
-
-@pytest.mark.parametrize("name", ["plain", "causal", "kept"])
-def test_long_attention(name):
+@pytest.mark.parametrize("causal", [True, False])
+def test_long_attention(causal):
     """Catches blocks of queries that are put together wrongly: 150 queries to 700 keys."""
-    options: dict[str, Any] = {"causal": {"is_causal": True}, "kept": {"attn_mask": _bands()}}
 
     def forward(x: Tensor) -> Tensor:
-        chosen = dict(options.get(name, {}))
-        if "attn_mask" in chosen:
-            chosen["attn_mask"] = chosen["attn_mask"][: len(x)]
+        chosen = {"is_causal": True} if causal else {"attn_mask": _bands()[: len(x)]}
         return F.scaled_dot_product_attention(x[:, :, :150], x, x[..., :3], **chosen)
 
     network = Network(lambda: Function(forward), (2, 700, 4), samples=2)
@@ -318,13 +291,3 @@ def _bands() -> Tensor:
     """[2, 1, 150, 700]: each sample keeps the keys near its queries, another width for each."""
     gap = (torch.arange(700) - 4 * torch.arange(150)[:, None]).abs()
     return torch.stack([gap < 90, gap < 300])[:, None]
-
-
-def test_large_logits():
-    """Catches a softmax without its maximum taken out: logits of some 1000 overflow."""
-    network = Network(
-        lambda: Function(lambda x: F.scaled_dot_product_attention(20 * x, 20 * x, x)), (6, 4)
-    )
-    x, dx = network.inputs()
-    truth, _, _ = dual_oracle.oracle(network, x, dx)
-    assert_layers(ff.propagate(network.make(), x, dx), truth, EXACT)

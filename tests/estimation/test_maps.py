@@ -147,7 +147,7 @@ def test_the_mean_has_no_bias(paired):
     data, conv = world.data(samples, paired=paired, dtheta=dtheta), world.model().conv
     place, order = Place.in_turn(0, samples, 16)
     with torch.no_grad():
-        layers = [conv(next(data.batches(c, samples)))[order] for c in (0, 1)]
+        layers = [conv(next(data.read(c, samples)).x)[order] for c in (0, 1)]
     pilot = PilotMoments()
     pilot.update(layers[0].flatten(1))
     shape = tuple(layers[0].shape[1:])
@@ -224,7 +224,7 @@ def test_batches_and_the_unit_of_theta_do_not_matter(world, flow):
     """Catches a last batch that counts as much as a full one, and folds that start anew. With theta
     in mm, not m, J and stderr are 1e-6 of it."""
     data, expected = world.data(400), flow.map("conv")
-    minus, plus = (next(data.batches(c, 400)) for c in (0, 1))
+    minus, plus = (next(data.read(c, 400)).x for c in (0, 1))
     for scale, batch_size in ((1.0, 37), (1000.0, 4096)):
         data = ff.FiniteDifference(minus, plus, dtheta=DTHETA * scale)
         settings = ff.Settings(maps=True, batch_size=batch_size)
@@ -238,7 +238,7 @@ def test_float32_and_channels_last(world, flow):
     """The layouts that cameras and convolutions use; an offset of 1000 does not matter."""
     data = world.data(400)
     minus, plus = (
-        (next(data.batches(c, 400)) + 1000).float().contiguous(memory_format=torch.channels_last)
+        (next(data.read(c, 400)).x + 1000).float().contiguous(memory_format=torch.channels_last)
         for c in (0, 1)
     )
     model = world.model().float().to(memory_format=torch.channels_last)

@@ -417,8 +417,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def script(monkeypatch):
     """The script, imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("probe")
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.accuracy.probe")
 
 
 @pytest.mark.slow

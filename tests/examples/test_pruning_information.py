@@ -140,7 +140,7 @@ def test_the_benchmark_stores_a_run(tmp_path):
     """Catches a benchmark that does not run, and a convolutional network that is not measured: at
     the tiny size importance keeps twice what chance keeps with 20 % of the weights."""
     out = tmp_path / "parameters.json"
-    script = ROOT / "benchmarks" / "bench_pruning.py"
+    script = ROOT / "benchmarks" / "accuracy" / "pruning.py"
     done = subprocess.run(
         [sys.executable, script, "--tiny", "--out", out],
         capture_output=True,

@@ -18,8 +18,8 @@ STORED = ROOT / "benchmarks" / "results" / "hostile.json"
 @pytest.fixture
 def script(monkeypatch):
     """The runner, imported as the benchmarks import each other."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("run_hostile")
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.accuracy.run_hostile")
 
 
 def found(*failed: str, again: tuple[str, ...] = ()) -> Verdict:

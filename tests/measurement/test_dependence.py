@@ -106,8 +106,8 @@ def test_independent_samples_are_not_accused(tails):
 
 def test_the_table_of_assumptions_is_that_of_the_benchmark(monkeypatch):
     """Every case has its row in the page, and a row is measured. Catches a dropped case."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    assumptions = importlib.import_module("assumptions")
+    monkeypatch.syspath_prepend(str(ROOT))
+    assumptions = importlib.import_module("benchmarks.accuracy.assumptions")
     page = (ROOT / "docs" / "assumptions.md").read_text()
     table = [line for line in page.splitlines() if line.startswith("| ")]
     names = [row.split(" | ")[0].removeprefix("| ") for row in table]

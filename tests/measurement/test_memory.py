@@ -197,11 +197,11 @@ def least_budget(model: torch.nn.Module, data: ff.Pathwise, **settings: Any) -> 
 
 PROGRAM = """
 import sys
-sys.path[:0] = [{benchmarks!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 import fisherfast as ff
-from peak_memory import peak_beyond
+from benchmarks.speed.peak_memory import peak_beyond
 from measurement.test_memory import Pictures, network
 
 model, flows = network(), []
@@ -220,7 +220,7 @@ print(peak_beyond(lambda: measure(256, sys.argv[1])), float(flows[-1]["output"].
 def measured(budget: str) -> tuple[int, float]:
     """Peak of the resident memory above the state before, and J of the output."""
     here = Path(__file__).parents[1]
-    program = PROGRAM.format(benchmarks=str(here.parent / "benchmarks"), tests=str(here))
+    program = PROGRAM.format(root=str(here.parent), tests=str(here))
     command = [sys.executable, "-c", program, budget]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, J = done.stdout.split()

@@ -62,7 +62,7 @@ def estimates(
     conditions. "classical" is Kanitscheider et al. 2015 with k, the number of features, in place of
     k_eff; "ordinary" has deviations from the condition's mean instead of the fold's."""
     data = problem.finite_difference(theta, dtheta, n, seed=seed)
-    samples = [torch.cat(list(data.batches(c, n))) for c in range(2)]
+    samples = [torch.cat([batch.x for batch in data.read(c, n)]) for c in range(2)]
     pilot = PilotMoments()
     for x in samples:
         pilot.update(x)

@@ -321,7 +321,7 @@ def test_the_example_prints_the_same_on_any_number_of_processes():
 def test_the_benchmark_runs(tmp_path):
     """Catches a benchmark that compares a measurement with itself, and differences above what the
     documentation says."""
-    script = ROOT / "benchmarks" / "distributed.py"
+    script = ROOT / "benchmarks" / "speed" / "distributed.py"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, script, "--tiny", "--out", tmp_path / "found.json"]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=280)

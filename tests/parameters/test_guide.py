@@ -109,8 +109,8 @@ def test_importance_is_never_behind(runs, example):
 
 def test_tables_of_costs_are_those_of_the_stored_results(stored, guide, monkeypatch):
     """Catches tables that an older measurement has left in the guide, and marks without a table."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    tables = importlib.import_module("parameter_tables")
+    monkeypatch.syspath_prepend(str(ROOT))
+    tables = importlib.import_module("benchmarks.report.parameter_tables")
     found = tables.stored(stored)
     assert set(found) == set(tables.TABLES)
     assert tables.written(guide, found) == guide

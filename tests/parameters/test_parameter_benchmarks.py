@@ -1,7 +1,7 @@
 """The benchmarks of the parameters' Fisher matrix run, and their rivals are right.
 
-Those against other libraries are skipped where these are not installed (`benchmarks/peers.txt` says
-how): they are no dependencies.
+Those against other libraries, which are no dependencies, are skipped where these are not installed:
+`benchmarks/peers/peers.txt` says how.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PEERS = ("nngeometry", "curvlinops", "backpack")
 MISSING = [name for name in PEERS if importlib.util.find_spec(name) is None]
 
 with_peers = pytest.mark.skipif(
-    bool(MISSING), reason=f"needs {', '.join(MISSING)}: benchmarks/peers.txt"
+    bool(MISSING), reason=f"needs {', '.join(MISSING)}: benchmarks/peers/peers.txt"
 )
 # what the others import and call is theirs to keep up to date
 pytestmark = [
@@ -34,8 +34,8 @@ pytestmark = [
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script of the benchmarks as they import each other."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 def run(script, *arguments):
@@ -52,7 +52,7 @@ def run(script, *arguments):
 
 def small(load, samples: int = 5):
     """A residual network in float64, with its data."""
-    networks, peers = load("parameter_networks"), load("parameter_peers")
+    networks, peers = load("peers.networks"), load("peers.libraries")
     model = networks.drawn(lambda: networks.residual(2, 2, 1, classes=3), torch.float64)
     shape = (networks.CHANNELS, networks.SIZE, networks.SIZE)
     return peers.Case(model, "categorical", *networks.data(shape, 3, samples, torch.float64))
@@ -63,7 +63,7 @@ def test_every_way_of_the_diagonal_is_right(load, exact):
     """In float64 against the loop over samples and classes, in chunks that do not divide the batch.
     Catches a rival that is left out, or beaten, for a mistake of ours."""
     ways, peers, bench = (
-        load(name) for name in ("parameter_ways", "parameter_peers", "bench_parameters")
+        load(name) for name in ("peers.ways", "peers.libraries", "peers.parameters")
     )
     case = small(load)
     truth = peers.brute_force(case, "exact" if exact else "empirical").diag()
@@ -78,7 +78,7 @@ def test_every_way_of_the_diagonal_is_right(load, exact):
 def test_wrong_diagonals_are_rejected(load):
     """The power of the check before the timing: labels of a neighbour, one sample left out, the
     square of the mean gradient, and a constant 1 % too large, exceed the tolerance."""
-    bench, ways = load("bench_parameters"), load("parameter_ways")
+    bench, ways = load("peers.parameters"), load("peers.ways")
     case = small(load, samples=6)
 
     def diagonal(x, y):
@@ -99,7 +99,7 @@ def test_wrong_diagonals_are_rejected(load):
 
 def test_labels_given_to_the_rivals_are_those_that_are_drawn(load):
     """Catches rivals that compute another matrix than `fisher_type="mc"`, by the labels."""
-    bench, ways = load("bench_parameters"), load("parameter_ways")
+    bench, ways = load("peers.parameters"), load("peers.ways")
     case = small(load)
     drawn = bench.with_drawn_labels(case)
     theirs = ways.by_vmap(case.model, case.x, drawn.y, False, 2)
@@ -113,7 +113,7 @@ def test_same_numbers_as_each_library(load):
     """Dense, block, diagonal and Kronecker matrices, entry by entry, of each label type. Catches a
     factor (mean or sum, 1/2 of a squared error), another order of the parameters, a sharing of
     another name, and a joint bias that is left out."""
-    assert len(load("bench_parameters").same_numbers()) == 81  # it compares each
+    assert len(load("peers.parameters").same_numbers()) == 81  # it compares each
 
 
 @with_peers
@@ -121,7 +121,7 @@ def test_ours_is_right_where_others_are_not(load):
     """Layers called twice, circular padding, the eps of a batch norm, outputs so confident that
     their probability rounds to 1. Catches ours going the way of the others: each of these networks
     is got wrong, or refused, by at least one of them (which the table says)."""
-    rows = load("parameter_differences").rows()
+    rows = load("peers.differences").rows()
     assert len(rows) == 8
     for row in rows:
         errors = row["errors"]
@@ -135,7 +135,7 @@ def test_ours_is_right_where_others_are_not(load):
 def test_errors_that_count_entry_by_entry(load):
     """The power of the comparison: an error of one small entry, of one that must be zero, and a
     matrix whose parameters are exchanged, are seen beside entries that are much larger."""
-    error = load("bench_parameters").entrywise_error
+    error = load("peers.parameters").entrywise_error
     row = torch.tensor([1e-6, 1.0, 0.0], dtype=torch.float64)
     for truth in (row, torch.outer(row, row)):
         assert error(truth.clone(), truth) == 0
@@ -154,7 +154,7 @@ def test_tiny_run_stores_its_rows(tmp_path):
     that are not those of the stored seconds. Without the other libraries it runs too, and names
     them."""
     out = tmp_path / "parameters.json"
-    run("bench_parameters", "--tiny", "--out", out, "diagonal", "diagonal_memory")
+    run("peers/parameters", "--tiny", "--out", out, "diagonal", "diagonal_memory")
     results = json.loads(out.read_text())
     rows = results["diagonal"]["figures"]
     assert [row["fisher_type"] for row in rows] == ["empirical", "mc", "exact"]
@@ -176,7 +176,7 @@ def test_tiny_run_stores_its_rows(tmp_path):
 def test_spectrum_benchmark(tmp_path):
     """Catches a benchmark that does not run, or whose checks fail."""
     out = tmp_path / "results.json"
-    run("bench_spectrum", "--tiny", "--out", out)
+    run("speed/spectrum", "--tiny", "--out", out)
     figures = json.loads(out.read_text())["spectrum"]["figures"]
     assert figures["error on a small network"] < 1e-10
     for name in ("MLP", "CNN"):
@@ -190,11 +190,11 @@ def test_spectrum_benchmark(tmp_path):
 def test_widths(tmp_path):
     """Catches a study that loses networks, and a figure that is not drawn."""
     out, figure = tmp_path / "results.json", tmp_path / "figures" / "widths.png"
-    run("parameter_widths", "measure", "--tiny", "--out", out)
+    run("accuracy/parameter_widths", "measure", "--tiny", "--out", out)
     networks = json.loads(out.read_text())["widths"]["figures"]["networks"]
     assert len(networks) == 6
     assert len({row["parameters"] for row in networks}) == 3
     for row in networks:
         assert 1 <= row["participation ratio"] <= row["effective rank"] <= row["rank"]
-    run("parameter_widths", "figure", "--out", out, "--figure", figure)
+    run("accuracy/parameter_widths", "figure", "--out", out, "--figure", figure)
     assert figure.stat().st_size > 10_000

@@ -24,8 +24,8 @@ SIGMAS = 4.0
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script of the benchmarks as they import each other."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 # --- the runner ----------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_contenders_take_turns(load):
 def test_bytes_of_a_system(load, dim, size, triangle):
     """By hand: rows up to the diagonal in lines of 64 bytes, D and Y, J, condition, info."""
     results = (2 * dim * 2 + 4 + 1) * size + 4
-    assert load("bench_fisher_solve").bytes_moved(dim, 2, size) == triangle + results
+    assert load("speed.fisher_solve").bytes_moved(dim, 2, size) == triangle + results
 
 
 def test_multiply_adds_are_counted(load):
@@ -98,7 +98,7 @@ def test_multiply_adds_are_counted(load):
     factor = sum((d - 1 - j) * (d - j) / 2 for j in range(d))
     half = P * sum(i for i in range(d))
     product = d * P * (P + 1) / 2
-    counted = load("bench_fisher_solve").multiply_adds(d, P)
+    counted = load("speed.fisher_solve").multiply_adds(d, P)
     assert counted == pytest.approx(factor + half + product, rel=0.02)
 
 
@@ -115,7 +115,7 @@ def test_published_loop_finds_the_information(load):
     """N(theta 1, 1_4), I = 4: J at every width within 4 standard errors, a false alarm in 1 of 16
     000 for another seed. 60 features of 4 numbers leave out much less: 120 find 0.2 % more. A
     derivative that is not divided by dtheta, once or at all, fails by far."""
-    loop = load("published_loop")
+    loop = load("speed.published_loop")
     samples, dtheta = 20_000, 0.2
     curve = loop.published_curve(*gaussian_shift(samples, 4, dtheta), dtheta, (60, 120))
     for k, J in curve.items():
@@ -127,7 +127,7 @@ def test_published_loop_finds_the_information(load):
 
 def test_the_correction_matters(load):
     """Few samples, many features: uncorrected J leaves the bounds that the corrected one keeps."""
-    loop = load("published_loop")
+    loop = load("speed.published_loop")
     samples, dtheta, k = 1000, 0.2, 100
     minus, plus = gaussian_shift(samples, 4, dtheta)
     rng = np.random.default_rng(0)
@@ -141,12 +141,12 @@ def test_the_correction_matters(load):
 # --- tiny runs -----------------------------------------------------------------------------------
 
 SCRIPTS = {
-    "bench_fisher_solve": {"fisher_solve": 6},
-    "bench_moments": {"moments": 2, "spatial_moments": 2},
-    "bench_gradients": {"gradient_squares": 2},
-    "bench_curve": {"curve": 2},
-    "bench_factors": {"patch_moments": 1, "gradient_gram": 1},
-    "bench_dual": {"jvp": 3, "dual_memory": 1, "dual_ops": 12},
+    "speed/fisher_solve": {"fisher_solve": 6},
+    "speed/moments": {"moments": 2, "spatial_moments": 2},
+    "speed/gradients": {"gradient_squares": 2},
+    "speed/curve": {"curve": 2},
+    "speed/factors": {"patch_moments": 1, "gradient_gram": 1},
+    "speed/dual": {"jvp": 3, "dual_memory": 1, "dual_ops": 12},
 }
 LIMITED = {
     "fisher_solve",
@@ -163,7 +163,13 @@ def tiny_results(tmp_path_factory) -> Path:
     """What a tiny run of every script stores."""
     out = tmp_path_factory.mktemp("bench") / "cpu.json"
     for script in SCRIPTS:
-        command = [sys.executable, BENCHMARKS / f"{script}.py", "--tiny", "--out", out]
+        command = [
+            sys.executable,
+            BENCHMARKS / f"{script}.py",
+            "--tiny",
+            "--out",
+            out,
+        ]
         done = subprocess.run(
             command,
             capture_output=True,
@@ -235,7 +241,7 @@ def plain_seconds(seconds: dict[str, float]) -> float:
 def test_bytes_of_a_dual_op(load):
     """By hand: relu reads and writes 3 slices of 2 x 4 x 8 x 8 floats, a pool writes a quarter of
     what it reads. Catches the results left out, or counted at the size of the input."""
-    bench, ways = load("bench_dual"), load("dual_ways")
+    bench, ways = load("speed.dual"), load("speed.dual_ways")
     maps = bench.TINY_OPS[0]
     read = 4 * 3 * 2 * 4 * 8 * 8
     for case, moved in (
@@ -249,7 +255,7 @@ def test_bytes_of_a_dual_op(load):
 def test_wrong_tangents_of_a_network_are_rejected(load, number):
     """The power of the check before the timing: tangents in bfloat16, of a neighbour in the batch,
     5 % too small, or an output off by 1 % exceed the tolerance that right ones keep by far."""
-    bench, networks = load("bench_dual"), load("networks")
+    bench, networks = load("speed.dual"), load("speed.networks")
     case = bench.TINY_CASES[number]
     model = networks.built(case.name, **case.sizes).double()
     generator = torch.Generator().manual_seed(1)
@@ -267,7 +273,7 @@ def test_wrong_tangents_of_a_network_are_rejected(load, number):
 def test_peak_memory_of_derivatives_counts_the_tangents(load):
     """Twice as many directions need more memory, and a plain pass the least. Catches a way that is
     not run, and a peak that is read before the call."""
-    extra = load("dual_memory").extra_bytes
+    extra = load("speed.dual_memory").extra_bytes
     sizes = {"samples": 4, "size": 128, "width": 16}
     plain = extra("plain", directions=1, **sizes)
     few, many = (extra("jvp", directions=directions, **sizes) for directions in (2, 5))
@@ -278,7 +284,7 @@ def test_peak_memory_of_derivatives_counts_the_tangents(load):
 def test_peak_memory_sees_a_copy(load):
     """A copy of 16 MB costs 16 MB, a view less than half of it. Catches a peak that is read before
     the call, and results or input counted as extra."""
-    extra = load("peak_memory").extra_bytes
+    extra = load("speed.peak_memory").extra_bytes
     shape, size = (64, 64, 32, 32), 64 * 64 * 32 * 32 * 4
     assert 0.8 * size < extra("bmm of a copy [HW, n, C]", shape, "channels_last") < 1.5 * size
     assert extra("bmm of the view [HW, n, C]", shape, "channels_last") < 0.5 * size
@@ -296,7 +302,7 @@ def test_table_and_figure(load, tiny_results, tmp_path, stored):
     results, target = RESULTS if stored else tiny_results, tmp_path / "performance.png"
     options = ["--table", "--figure", "--results", results, "--to", target]
     done = subprocess.run(
-        [sys.executable, "-W", "error", BENCHMARKS / "tables.py", *options],
+        [sys.executable, "-W", "error", BENCHMARKS / "report" / "tables.py", *options],
         capture_output=True,
         text=True,
         check=False,
@@ -316,11 +322,11 @@ def test_table_and_figure(load, tiny_results, tmp_path, stored):
 def test_dual_ops_of_the_gpu_benchmark_run(load, monkeypatch):
     """On the CPU in place of the card, by the wall clock. Catches a part that fails before it
     reaches the card, and failed cases that `guarded` turns into rows."""
-    bench = load("bench_gpu")
+    bench = load("gpu.speed")
     monkeypatch.setattr(bench, "DEVICE", "cpu")
     monkeypatch.setattr(bench, "cuda_clock", load("harness").wall_clock)
     rows = bench.dual_ops(tiny=True)
-    assert len(rows) == SCRIPTS["bench_dual"]["dual_ops"]
+    assert len(rows) == SCRIPTS["speed/dual"]["dual_ops"]
     for row in rows:
         assert "failed" not in row, row
         assert row["limits"]["share of copy"] > 0
@@ -331,8 +337,8 @@ def test_dual_ops_of_the_gpu_benchmark_run(load, monkeypatch):
 def test_tiny_run_on_a_gpu(tmp_path):
     """Catches a benchmark that fails on a device: its rows then say so."""
     out = tmp_path / "gpu.json"
-    command = [sys.executable, BENCHMARKS / "bench_gpu.py", "--tiny", "--out", out]
+    command = [sys.executable, BENCHMARKS / "gpu" / "speed.py", "--tiny", "--out", out]
     subprocess.run(command, check=True, capture_output=True)
     rows = [row for part in json.loads(out.read_text()).values() for row in part["figures"]]
-    assert len(rows) == 9 + SCRIPTS["bench_dual"]["dual_ops"]
+    assert len(rows) == 9 + SCRIPTS["speed/dual"]["dual_ops"]
     assert not [row for row in rows if "failed" in row]

@@ -18,8 +18,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture
 def check(monkeypatch) -> ModuleType:
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("check_gpu")
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    return importlib.import_module("benchmarks.gpu.check")
 
 
 def test_says_that_there_is_none(tmp_path):
@@ -27,7 +27,7 @@ def test_says_that_there_is_none(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: the check would run for long")
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "check_gpu.py", "--output", tmp_path / "gpu.json"],
+        [sys.executable, BENCHMARKS / "gpu" / "check.py", "--output", tmp_path / "gpu.json"],
         capture_output=True,
         text=True,
         check=False,
@@ -57,7 +57,7 @@ def test_goes_on_after_failures(check, monkeypatch, tmp_path, capsys):
     }
     monkeypatch.setattr(check, "STEPS", steps)
     monkeypatch.setattr(check, "card", lambda: {"card": "Made Up 1"})
-    monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--output", str(output), "--commit", "abc"])
+    monkeypatch.setattr(sys, "argv", ["check.py", "--output", str(output), "--commit", "abc"])
     assert check.main() == 1
     report = json.loads(output.read_text())
     statuses = {name: step["status"] for name, step in report["steps"].items()}
@@ -78,9 +78,9 @@ def test_goes_on_after_failures(check, monkeypatch, tmp_path, capsys):
 def test_keeps_every_part_of_the_benchmarks(check, monkeypatch, tmp_path):
     """Catches a failed part that hides the others, a failed row in a part that ended well, and a
     part that is never run, or asked for by a name that does not exist."""
-    assert set(check.BENCHMARK_PARTS) == set(importlib.import_module("bench_gpu").PARTS)
-    script = tmp_path / "benchmarks" / "bench_gpu.py"
-    script.parent.mkdir()
+    assert set(check.BENCHMARK_PARTS) == set(importlib.import_module("benchmarks.gpu.speed").PARTS)
+    script = tmp_path / "benchmarks" / "gpu" / "speed.py"
+    script.parent.mkdir(parents=True)
     script.write_text(
         "import json, pathlib, sys\n"
         "part, out = sys.argv[1], pathlib.Path(sys.argv[3])\n"

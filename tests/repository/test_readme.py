@@ -162,7 +162,7 @@ def test_the_readme_is_short():
 # --- numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["validation.py", "tables.py"])
+@pytest.mark.parametrize("script", ["accuracy/validation.py", "report/tables.py"])
 def test_tables_are_what_was_measured(script):
     """Catches a number typed by hand: the tables come from benchmarks/results."""
     command = [sys.executable, ROOT / "benchmarks" / script, "--table"]

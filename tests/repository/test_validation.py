@@ -23,8 +23,8 @@ SIGMAS = 4.0
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script of the benchmarks as they import each other."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_a_part_leaves_the_others_as_they_were(tmp_path):
     stored["operations"]["figures"] = {}
     out.write_text(json.dumps(stored))
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "validation.py", "operations", "--out", out],
+        [sys.executable, BENCHMARKS / "accuracy" / "validation.py", "operations", "--out", out],
         capture_output=True,
         text=True,
         check=False,
@@ -56,7 +56,7 @@ def test_a_part_leaves_the_others_as_they_were(tmp_path):
 
 def test_every_part_of_derivatives_is_stored(load):
     """Catches a part that was never run, and one that does not say on what it ran."""
-    for part in load("validation_derivatives").PARTS:
+    for part in load("accuracy.validation_derivatives").PARTS:
         entry = STORED[part.__name__]
         assert entry["what"] == " ".join(part.__doc__.split())
         assert {"commit", "torch", "threads"} <= set(entry["machine"])
@@ -67,7 +67,7 @@ def test_every_part_of_derivatives_is_stored(load):
 def test_memory_is_measured_for_every_source(load, monkeypatch):
     """Catches a source that the measured program does not know, and numbers that are not MB: a
     process with torch takes some hundred."""
-    validation = load("validation")
+    validation = load("accuracy.validation")
     monkeypatch.setattr(validation, "MEMORY_SAMPLES", (2000,))
     figures = validation.memory()
     assert set(figures) == {"two conditions", "pathwise", "score"}
@@ -103,7 +103,7 @@ CHANGES = {
 def test_table_shows_what_is_stored(load, name):
     """Catches a row that reads another number than it says."""
     path, value, expected = CHANGES[name]
-    table = load("validation_table").table
+    table = load("accuracy.validation_table").table
     results = copy.deepcopy(STORED)
     put(results[name.split(",")[0]]["figures"], *path, value=value)
     assert expected not in table(STORED)
@@ -114,7 +114,7 @@ def test_shares_of_an_image_are_in_units_of_its_information(load):
     """Catches shares of the wrong parameter: position and amplitude differ 5-fold here. Four
     numbers at 4 standard errors: a false alarm in 4000 seeds."""
     image = CorrelatedImage((20, 20), spot=2.0, correlation_length=3.0)
-    derivatives = load("validation_derivatives")
+    derivatives = load("accuracy.validation_derivatives")
     shares = derivatives.shares_of_image(
         image, lambda seed: image.pathwise(derivatives.IMAGE_THETA, 2000, seed=seed), 2
     )
@@ -128,4 +128,6 @@ def test_shares_of_an_image_are_in_units_of_its_information(load):
 def test_error_with_tangents_in_theory(load):
     """Catches a step or a number of samples that is not that of the task: 0.32 is in
     docs/theory.md."""
-    assert load("validation_derivatives").ratio_in_theory() == pytest.approx(0.32, abs=0.005)
+    assert load("accuracy.validation_derivatives").ratio_in_theory() == pytest.approx(
+        0.32, abs=0.005
+    )

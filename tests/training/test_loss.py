@@ -551,8 +551,8 @@ def test_documented_figures_are_the_measured_ones(monkeypatch):
     """Catches a table that is older than the measurement, and a measurement that misses the mark:
     paired samples keep 0.95 of the truth with every seed."""
     root = TRAINING.parent.parent
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    benchmark = importlib.import_module("information_loss")
+    monkeypatch.syspath_prepend(str(root))
+    benchmark = importlib.import_module("benchmarks.accuracy.information_loss")
     stored = json.loads((root / "benchmarks/results/training.json").read_text())
     figures = stored["information_loss"]["figures"]
     assert benchmark.table(figures) in TRAINING.read_text(encoding="utf-8")

@@ -20,8 +20,8 @@ SEEDS = 5
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script of the benchmarks as they import each other."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_rules_still_stop_there(results, load):
 
     import fisherfast as ff
 
-    study = load("early_stopping")
+    study = load("accuracy.early_stopping")
     for run in results["runs"]:
         curves = {name: study.numbers_of(line) for name, line in run["curves"].items()}
         for rule, recipe, records in (
@@ -76,12 +76,12 @@ def test_the_rules_still_stop_there(results, load):
 def test_the_guide_shows_the_stored_results(results, load):
     """Catches a table that was typed, or that is older than the results."""
     guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert load("early_stopping").table(results) in guide
+    assert load("accuracy.early_stopping").table(results) in guide
 
 
 def test_a_run_is_trained_and_judged(load, tmp_path):
     """One epoch of the smallest task. Catches a script that the library has left behind."""
-    study, tasks = load("early_stopping"), load("stopping_tasks")
+    study, tasks = load("accuracy.early_stopping"), load("accuracy.stopping_tasks")
     size = replace(tasks.SIZES["phase"], training=500, validation=500, epochs=3)
     run = json.loads(json.dumps(study.train("phase", 0, size)))
     judged = study.judge(run, tasks.crlb_options("phase"))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.dual.dispatch import Operator, directions_of, overloads, rule
+from fisherfast.dual.dispatch import Operator, directions_of, rule
+from fisherfast.dual.rules.product import batched_product
 from fisherfast.dual.stacks import lifted
 from fisherfast.dual.tensor import DualTensor, apply_softmax
 
@@ -23,7 +24,7 @@ BLOCK_NUMBERS = 2**22
 """Scores of primal and tangents that exist at the same time: 16 MB in float32."""
 
 
-@rule(*overloads("scaled_dot_product_attention"))
+@rule("scaled_dot_product_attention")
 def _attention(
     func: Operator,
     query: Any,
@@ -47,29 +48,17 @@ def _attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     shape = torch.broadcast_shapes(q.shape[1:-2], k.shape[1:-2], v.shape[1:-2])
     q, k, v = (t.expand(len(t), *shape, *t.shape[-2:]).flatten(1, -3) for t in (q, k, v))
-    mask, mask_tangents = _mask(attn_mask, is_causal, q, k, shape)
+    mask = _mask(attn_mask, is_causal, q, shape, (q.shape[2], k.shape[2]))
+    k = k.transpose(-2, -1)
     result = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    rows = max(BLOCK_NUMBERS // max(q.shape[0] * q.shape[1] * k.shape[2], 1), 1)
+    rows = max(BLOCK_NUMBERS // max(q.shape[0] * q.shape[1] * k.shape[3], 1), 1)
     for start in range(0, q.shape[2], rows):
         block = slice(start, start + rows)
-        scores = _scores(q[:, :, block], k, scale)
+        scores = batched_product(q[:, :, block], k).mul_(scale)
         if mask is not None:
-            scores[0] += mask[:, block]
-        if mask_tangents is not None:
-            scores[1:] += mask_tangents[:, :, block]
-        _weighted_sum(_softmax(scores), v, result[:, :, block])
+            scores[: len(mask)] += mask[:, :, block]
+        result[:, :, block] = batched_product(_softmax(scores), v)
     return DualTensor(result.unflatten(1, shape) if shape else result[:, 0])
-
-
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Stack of s q k^T [1 + P, B, l, L]."""
-    keys = k.transpose(-2, -1)
-    scores = q.new_empty((*q.shape[:-1], keys.shape[-1]))
-    for slice_, (out, left) in enumerate(zip(scores, q, strict=True)):
-        torch.bmm(left, keys[0], out=out)
-        if slice_ > 0:
-            out.baddbmm_(q[0], keys[slice_])
-    return scores.mul_(scale)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -79,40 +68,25 @@ def _softmax(scores: Tensor) -> Tensor:
     return weights.masked_fill_(blind, 0.0)
 
 
-def _weighted_sum(weights: Tensor, v: Tensor, result: Tensor) -> None:
-    """Write the stack of A v [1 + P, B, l, e] into result."""
-    for slice_, out in enumerate(result):
-        product = torch.bmm(weights[slice_], v[0])
-        if slice_ > 0:
-            product.baddbmm_(weights[0], v[slice_])
-        out.copy_(product)
-
-
 def _mask(
-    attn_mask: Any, is_causal: bool, q: Tensor, k: Tensor, shape: torch.Size
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the mask to add to the scores [B, L, L'], and its tangents if it has any."""
-    lengths = (q.shape[2], k.shape[2])
+    attn_mask: Any, is_causal: bool, like: Tensor, shape: torch.Size, lengths: tuple[int, int]
+) -> Tensor | None:
+    """Return what is added to the scores, [1 or 1 + P, B or 1, L, L'], with its tangents if any."""
     if is_causal:
-        allowed = torch.ones(lengths, dtype=torch.bool, device=q.device).tril()
-        return _forbidding(allowed, q)[None], None
+        attn_mask = torch.ones(lengths, dtype=torch.bool, device=like.device).tril()
     if attn_mask is None:
-        return None, None
-    if not isinstance(attn_mask, DualTensor):
-        mask = _forbidding(attn_mask, q) if attn_mask.dtype == torch.bool else attn_mask
-        return _as_batch(mask, shape, lengths), None
-    stack = attn_mask.stack
-    tangents = None
-    if not attn_mask.memory.constant:
-        tangents = torch.stack([_as_batch(part, shape, lengths) for part in stack[1:]])
-    return _as_batch(stack[0], shape, lengths), tangents
-
-
-def _as_batch(mask: Tensor, shape: torch.Size, lengths: tuple[int, int]) -> Tensor:
-    """Reshape a mask that broadcasts to [*shape, L, L'] to [B or 1, L, L']."""
-    if mask.dim() <= 2 or mask.shape[:-2].numel() == 1:
-        return mask.expand(*mask.shape[:-2], *lengths).reshape(1, *lengths)
-    return mask.expand(*shape, *lengths).reshape(-1, *lengths)
+        return None
+    if isinstance(attn_mask, DualTensor):
+        stack = attn_mask.stack[:1] if attn_mask.memory.constant else attn_mask.stack
+    elif attn_mask.dtype == torch.bool:
+        stack = _forbidding(attn_mask, like)[None]
+    else:
+        stack = attn_mask[None]
+    batch = torch.Size([1] * (len(shape) + 3 - stack.dim()) + list(stack.shape[1:-2]))
+    stack = stack.reshape(len(stack), *batch, *stack.shape[-2:])
+    if batch.numel() > 1:
+        batch = shape
+    return stack.expand(len(stack), *batch, *lengths).reshape(len(stack), batch.numel(), *lengths)
 
 
 def _forbidding(allowed: Tensor, like: Tensor) -> Tensor:

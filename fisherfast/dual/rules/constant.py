@@ -1,50 +1,29 @@
-"""Rules of operations whose results do not vary with theta: counts, comparisons, indices.
+"""The rule of operations whose results do not vary with theta: counts, comparisons, indices.
 
 They run on the primals and return plain tensors.
 """
 
 from __future__ import annotations
 
-from fisherfast.dual.dispatch import overloads, plain_rule
+from typing import Any
 
-WITHOUT_DERIVATIVE = [
-    "argmax",
-    "argmin",
-    "argsort",
-    "argsort.stable",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "isposinf",
-    "isneginf",
-    "any",
-    "any.dim",
-    "all",
-    "all.dim",
-    "nonzero",
-    "count_nonzero",
-    "count_nonzero.dim_IntList",
-    "logical_not",
-    "logical_and",
-    "logical_or",
-    "logical_xor",
-    "signbit",
-    "equal",
-    "allclose",
-    "isclose",
-    "is_same_size",
-    "_local_scalar_dense",
-    "item",
-    "is_nonzero",
-    "bucketize.Tensor",
-    "searchsorted.Tensor",
-    "result_type.Tensor",
-    "histc",
-    "multinomial",
-    "heaviside",
-    "floor_divide",
-    "floor_divide.Scalar",
+from fisherfast.dual.dispatch import Operator, primals, rule
+
+COMPARISONS = [
+    f"{name}.{operand}"
+    for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    for operand in ("Tensor", "Scalar")
 ]
-for comparison in ("eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "not_equal"):
-    WITHOUT_DERIVATIVE += [f"{comparison}.Tensor", f"{comparison}.Scalar"]
-plain_rule(overloads(*WITHOUT_DERIVATIVE))
+
+
+@rule(*COMPARISONS)
+@rule("logical_not", "logical_and", "logical_or", "logical_xor")
+@rule("isnan", "isinf", "isfinite", "isposinf", "isneginf", "signbit")
+@rule("any", "any.dim", "all", "all.dim", "equal", "allclose", "isclose", "is_same_size")
+@rule("nonzero", "count_nonzero", "count_nonzero.dim_IntList")
+@rule("argmax", "argmin", "argsort", "argsort.stable")
+@rule("bucketize.Tensor", "searchsorted.Tensor", "histc", "multinomial")
+@rule("heaviside", "floor_divide", "floor_divide.Scalar")
+@rule("_local_scalar_dense", "result_type.Tensor")
+def _on_primals(func: Operator, *args: Any, **kwargs: Any) -> Any:
+    return func(*primals(args), **primals(kwargs))

@@ -18,7 +18,6 @@ from fisherfast.dual.dispatch import (
     directions_of,
     has_dual,
     overload,
-    overloads,
     primals,
     rule,
 )
@@ -29,13 +28,13 @@ from fisherfast.dual.tensor import DualTensor, Memory
 # --- Sums --------------------------------------------------------------------------------------
 
 
-@rule(*overloads("sum", "mean"))
+@rule("sum", "mean")
 def _reduce_all(func: Operator, x: DualTensor, *, dtype: torch.dtype | None = None) -> DualTensor:
     function = torch.sum if func is aten.sum.default else torch.mean
     return DualTensor(function(x.stack.flatten(1), 1, dtype=dtype))
 
 
-@rule(*overloads("sum.dim_IntList", "mean.dim"))
+@rule("sum.dim_IntList", "mean.dim")
 def _reduce(
     func: Operator,
     x: DualTensor,
@@ -54,44 +53,36 @@ def _reduce(
 # --- Elementwise -------------------------------------------------------------------------------
 
 
-@rule(*overloads("neg", "positive", "real", "resolve_conj", "resolve_neg"))
-def _linear_unary(func: Operator, x: DualTensor) -> DualTensor:
-    return DualTensor(func(x.stack))
+@rule("neg", "tril", "triu")
+def _on_stack(func: Operator, x: DualTensor, *args: Any) -> DualTensor:
+    return DualTensor(func(x.stack, *args))
 
 
-@rule(*overloads("clone", "contiguous"))
-def _clone(func: Operator, x: DualTensor, **kwargs: Any) -> DualTensor:
-    memory_format = kwargs.get("memory_format", torch.preserve_format)
-    stack = x.laid_out() if func is aten.contiguous.default else x.stack
-    if func is aten.contiguous.default:
-        memory_format = kwargs.get("memory_format", torch.contiguous_format)
-        if x.is_contiguous(memory_format=memory_format):
-            return x
+@rule("clone")
+def _clone(
+    func: Operator, x: DualTensor, *, memory_format: torch.memory_format = torch.preserve_format
+) -> DualTensor:
+    stack = x.stack
     if memory_format in (torch.preserve_format, torch.contiguous_format):
         return DualTensor(stack.clone(memory_format=memory_format))
     samples = merged(stack).clone(memory_format=memory_format)  # channels-last
     return DualTensor(samples.unflatten(0, stack.shape[:2]))
 
 
-@rule(*overloads("_to_copy", "to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as"))
-def _to(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
-    args, kwargs = primals(args), primals(kwargs)
-    if not isinstance(x, DualTensor):
-        return func(x, *args, **kwargs)
-    primal = func(x.primal, *args, **kwargs)
+@rule("_to_copy")
+def _to(func: Operator, x: DualTensor, **kwargs: Any) -> Any:
+    primal = func(x.primal, **kwargs)
     if not (primal.is_floating_point() or primal.is_complex()):
         return primal
     if primal.device != x.device:
         raise no_derivative(
             str(func), f"a move from {x.device} to {primal.device}: keep the model on one device"
         )
-    if primal.dtype == x.dtype and primal.data_ptr() == x.primal.data_ptr():
-        return x
     stack = x.stack.to(primal.dtype, copy=True)
     return DualTensor(stack, Memory(constant=x.memory.constant))
 
 
-@rule(*overloads("detach", "alias", "detach_copy"))
+@rule("detach", "alias", "detach_copy")
 def _detach(func: Operator, x: DualTensor) -> DualTensor:
     if func is overload("alias"):
         return view_of(x, x.laid_out())
@@ -111,8 +102,8 @@ def _result_stack(x: DualTensor, other: Tensor | float, dtype: torch.dtype) -> T
     return stack.to(dtype, copy=True)
 
 
-@rule(*overloads("add.Tensor", "sub.Tensor", "rsub.Scalar", "rsub.Tensor", "add.Scalar"))
-@rule(*overloads("sub.Scalar", "subtract.Tensor", "subtract.Scalar"))
+@rule("add.Tensor", "sub.Tensor", "rsub.Scalar", "rsub.Tensor", "add.Scalar")
+@rule("sub.Scalar")
 def _add(func: Operator, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     alpha = kwargs.get("alpha", args[0] if args else 1)
     name = func._schema.name
@@ -133,7 +124,7 @@ def _add(func: Operator, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     return DualTensor(stack)
 
 
-@rule(*overloads("add_.Tensor", "sub_.Tensor", "add_.Scalar", "sub_.Scalar"))
+@rule("add_.Tensor", "sub_.Tensor", "add_.Scalar", "sub_.Scalar")
 def _add_in_place(func: Operator, x: DualTensor, other: Any, alpha: float = 1) -> Any:
     stack = x.before_writing()
     if func._schema.name == "aten::sub_":
@@ -145,7 +136,7 @@ def _add_in_place(func: Operator, x: DualTensor, other: Any, alpha: float = 1) -
     return x
 
 
-@rule(*overloads("bincount"))
+@rule("bincount")
 def _count_weights(func: Operator, index: Any, weights: Any = None, minlength: int = 0) -> Any:
     """Sum weights by index: linear, although PyTorch has no derivative."""
     if not isinstance(weights, DualTensor):
@@ -156,7 +147,7 @@ def _count_weights(func: Operator, index: Any, weights: Any = None, minlength: i
 # --- Joining and choosing ----------------------------------------------------------------------
 
 
-@rule(*overloads("cat", "concat", "concatenate"))
+@rule("cat")
 def _cat(func: Operator, tensors: Sequence[Tensor], dim: int = 0) -> DualTensor:
     directions = directions_of(tensors)
     ndim = max(tensor.dim() for tensor in tensors)
@@ -164,29 +155,24 @@ def _cat(func: Operator, tensors: Sequence[Tensor], dim: int = 0) -> DualTensor:
     return DualTensor(torch.cat([lifted(t, directions) for t in legacy], shifted(dim, ndim)))
 
 
-@rule(*overloads("stack"))
+@rule("stack")
 def _stack(func: Operator, tensors: Sequence[Tensor], dim: int = 0) -> DualTensor:
     directions = directions_of(tensors)
     stacks = [lifted(tensor, directions) for tensor in tensors]
     return DualTensor(torch.stack(stacks, shifted(dim, tensors[0].dim() + 1)))
 
 
-@rule(*overloads("where.self", "where.ScalarOther", "where.ScalarSelf"))
-def _where(func: Operator, condition: Tensor, a: Any, b: Any) -> DualTensor:
-    reference = a if isinstance(a, DualTensor) else b
+@rule("where.self")
+def _where(func: Operator, condition: Tensor, a: Tensor, b: Tensor) -> DualTensor:
     directions = directions_of([a, b])
     dtype = torch.result_type(primals(a), primals(b))
-    ndim = max(t.dim() for t in (condition, a, b) if isinstance(t, Tensor))
-    stacks = []
-    for item in (a, b):
-        if not isinstance(item, Tensor):
-            item = torch.tensor(item, dtype=dtype, device=reference.device)
-        dual = item if isinstance(item, DualTensor) else DualTensor.constant(item, directions)
-        stacks.append(aligned(dual, ndim).to(dtype))
-    return DualTensor(torch.where(condition, stacks[0], stacks[1]))
+    ndim = max(condition.dim(), a.dim(), b.dim())
+    duals = (t if isinstance(t, DualTensor) else DualTensor.constant(t, directions) for t in (a, b))
+    first, second = (aligned(dual, ndim).to(dtype) for dual in duals)
+    return DualTensor(torch.where(condition, first, second))
 
 
-@rule(*overloads("masked_fill.Scalar", "masked_fill.Tensor"))
+@rule("masked_fill.Scalar", "masked_fill.Tensor")
 def _masked_fill(func: Operator, x: DualTensor, mask: Tensor, value: Any) -> Any:
     if isinstance(value, DualTensor) or not isinstance(x, DualTensor):
         return NotImplemented
@@ -196,7 +182,7 @@ def _masked_fill(func: Operator, x: DualTensor, mask: Tensor, value: Any) -> Any
     return DualTensor(stack)
 
 
-@rule(*overloads("gather"))
+@rule("gather")
 def _gather(
     func: Operator, x: DualTensor, dim: int, index: Tensor, *, sparse_grad: bool = False
 ) -> DualTensor:
@@ -204,19 +190,17 @@ def _gather(
     return DualTensor(stack.gather(shifted(dim, x.dim()), index.expand(len(stack), *index.shape)))
 
 
-@rule(*overloads("index_select"))
+@rule("index_select")
 def _index_select(func: Operator, x: DualTensor, dim: int, index: Tensor) -> DualTensor:
     return DualTensor(x.stack.index_select(shifted(dim, x.dim()), index))
-
-
-@rule(*overloads("tril", "triu"))
-def _triangle(func: Operator, x: DualTensor, diagonal: int = 0) -> DualTensor:
-    return DualTensor(func(x.stack, diagonal))
 
 
 # --- Slice by slice: linear, whatever the arguments -----------------------------------------------
 
 
+@rule("index.Tensor", "masked_select", "take", "trace", "diag_embed", "diagonal_scatter")
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r", "view_as_real", "view_as_complex")
+@rule("grid_sampler_2d", "grid_sampler_3d")
 def slice_by_slice(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     """Apply a linear operation to each slice of the stack."""
     if not isinstance(x, DualTensor) or has_dual(args, kwargs):
@@ -226,7 +210,23 @@ def slice_by_slice(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> 
 
 # --- Operations on samples [n, C, ...] ------------------------------------------------------------
 
+POOLS = [f"{kind}_pool{d}d" for d in "123" for kind in ("avg", "adaptive_avg")]
 
+PADS = [f"{kind}_pad{d}d" for d in "123" for kind in ("reflection", "replication")]
+
+UPSAMPLES = [
+    f"{kind}{variant}"
+    for kind in (
+        *(f"{kind}{d}d" for d in "123" for kind in ("upsample_nearest", "_upsample_nearest_exact")),
+        *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
+        *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    )
+    for variant in ("", ".vec")
+]
+
+
+@rule(*POOLS, "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", *PADS, *UPSAMPLES)
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im")
 def as_more_samples(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     """Apply a linear operation on [n, C, ...] to the stack as (1 + P) n samples."""
     if not isinstance(x, DualTensor) or has_dual(args, kwargs):
@@ -234,76 +234,3 @@ def as_more_samples(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) ->
     stack = x.stack
     result = func(merged(stack), *args, **kwargs)
     return DualTensor(result.unflatten(0, stack.shape[:2]))
-
-
-SAMPLE_WISE = overloads(
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d",
-    "upsample_nearest1d",
-    "upsample_nearest2d",
-    "upsample_nearest3d",
-    "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d",
-    "_upsample_nearest_exact3d",
-    "upsample_linear1d",
-    "upsample_bilinear2d",
-    "upsample_trilinear3d",
-    "upsample_bicubic2d",
-    "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa",
-    "upsample_nearest1d.vec",
-    "upsample_nearest2d.vec",
-    "upsample_nearest3d.vec",
-    "_upsample_nearest_exact1d.vec",
-    "_upsample_nearest_exact2d.vec",
-    "_upsample_nearest_exact3d.vec",
-    "upsample_linear1d.vec",
-    "upsample_bilinear2d.vec",
-    "upsample_trilinear3d.vec",
-    "upsample_bicubic2d.vec",
-    "_upsample_bilinear2d_aa.vec",
-    "_upsample_bicubic2d_aa.vec",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "reflection_pad3d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "replication_pad3d",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "channel_shuffle",
-    "native_channel_shuffle",
-    "im2col",
-    "col2im",
-)
-rule(*SAMPLE_WISE)(as_more_samples)
-
-SLICE_WISE = overloads(
-    "index.Tensor",
-    "masked_select",
-    "take",
-    "take_along_dim",
-    "trace",
-    "diag_embed",
-    "diag",
-    "diagonal_scatter",
-    "_fft_r2c",
-    "_fft_c2c",
-    "_fft_c2r",
-    "view_as_real",
-    "view_as_complex",
-    "fft_fftshift",
-    "fft_ifftshift",
-    "grid_sampler",
-    "grid_sampler_2d",
-    "grid_sampler_3d",
-    "flipud",
-    "fliplr",
-)
-rule(*SLICE_WISE)(slice_by_slice)

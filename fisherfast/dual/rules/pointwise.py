@@ -13,40 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.dual.dispatch import Operator, aten, has_dual, overloads, overwrite, rule
+from fisherfast.dual.dispatch import Operator, aten, has_dual, named_arguments, overwrite, rule
 from fisherfast.dual.stacks import aligned, in_one_dtype
 from fisherfast.dual.tensor import DualTensor
 
 # --- One operand ---------------------------------------------------------------------------------
 
 Derivative = Callable[..., Tensor]
-"""Computes f'(x) from x, y = f(x) and the arguments of f."""
+"""Computes f'(x) from x, y = f(x) and the other arguments of f by name."""
 
 
 def _pow_slope(x: Tensor, y: Tensor, exponent: float) -> Tensor:
     return torch.zeros_like(x) if exponent == 0 else exponent * x.pow(exponent - 1)
 
 
-def _clamp_slope(x: Tensor, y: Tensor, low: Any = None, high: Any = None, **kw: Any) -> Tensor:
-    low, high = kw.get("min", low), kw.get("max", high)
+def _clamp_slope(x: Tensor, y: Tensor, **limits: Any) -> Tensor:
     inside = torch.ones_like(x, dtype=torch.bool)
-    if low is not None:
-        inside &= x >= low
-    if high is not None:
-        inside &= x <= high
+    if limits.get("min") is not None:
+        inside &= x >= limits["min"]
+    if limits.get("max") is not None:
+        inside &= x <= limits["max"]
     return inside.to(x.dtype)
 
 
-def _at_least_slope(x: Tensor, y: Tensor, low: Any = None, **kw: Any) -> Tensor:
-    return _clamp_slope(x, y, kw.get("min", low))
+CLAMPS = ("clamp", "clamp.Tensor", "clamp_min", "clamp_min.Tensor", "clamp_max", "clamp_max.Tensor")
 
-
-def _at_most_slope(x: Tensor, y: Tensor, high: Any = None, **kw: Any) -> Tensor:
-    return _clamp_slope(x, y, None, kw.get("max", high))
-
-
-def _flat(x: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.zeros_like(x)
+STEPS = ("sign", "sgn", "floor", "ceil", "round", "trunc")
 
 
 SLOPES: dict[str, Derivative] = {
@@ -79,25 +71,14 @@ SLOPES: dict[str, Derivative] = {
         x == 0, 0.0, ((math.pi * x).cos() - y) / torch.where(x == 0, 1.0, x)
     ),
     "log_sigmoid": lambda x, y: torch.sigmoid(-x),
-    "hardshrink": lambda x, y, cut=0.5: (x.abs() > cut).to(x.dtype),
-    "softshrink": lambda x, y, cut=0.5: (x.abs() > cut).to(x.dtype),
+    "hardshrink": lambda x, y, lambd: (x.abs() > lambd).to(x.dtype),
+    "softshrink": lambda x, y, lambd: (x.abs() > lambd).to(x.dtype),
     "threshold": lambda x, y, threshold, value: (x > threshold).to(x.dtype),
     "pow.Tensor_Scalar": _pow_slope,
-    "clamp": _clamp_slope,
-    "clamp.Tensor": _clamp_slope,
-    "clip": _clamp_slope,
-    "clamp_min": _at_least_slope,
-    "clamp_min.Tensor": _at_least_slope,
-    "clamp_max": _at_most_slope,
-    "clamp_max.Tensor": _at_most_slope,
-    "sign": _flat,
-    "sgn": _flat,
-    "floor": _flat,
-    "ceil": _flat,
-    "round": _flat,
-    "trunc": _flat,
+    **dict.fromkeys(CLAMPS, _clamp_slope),
+    **dict.fromkeys(STEPS, lambda x, y: torch.zeros_like(x)),
     "frac": lambda x, y: torch.ones_like(x),
-    "nan_to_num": lambda x, y, *_, **__: torch.isfinite(x).to(x.dtype),
+    "nan_to_num": lambda x, y, **_: torch.isfinite(x).to(x.dtype),
 }
 """f'(x) by the name of f in ATen."""
 
@@ -114,14 +95,15 @@ def _elementwise(slope: Derivative) -> Callable[..., Any]:
             return NotImplemented
         stack = torch.empty_like(x.stack, dtype=value.dtype)
         stack[0] = value
-        torch.mul(x.tangents, slope(primal, value, *args, **kwargs), out=stack[1:])
+        named = named_arguments(func, args, kwargs)
+        torch.mul(x.tangents, slope(primal, value, **named), out=stack[1:])
         return DualTensor(stack)
 
     return apply
 
 
 for _name, _slope in SLOPES.items():
-    rule(*overloads(_name))(_elementwise(_slope))
+    rule(_name)(_elementwise(_slope))
 
 
 # --- Two operands --------------------------------------------------------------------------------
@@ -140,7 +122,14 @@ def _dims(a: Any, b: Any) -> int:
     return max(item.dim() for item in (a, b) if isinstance(item, Tensor))
 
 
-@rule(*overloads("mul.Tensor", "mul.Scalar", "multiply.Tensor", "multiply.Scalar"))
+def _chained(value: Tensor, *terms: tuple[Tensor | None, Callable[[], Tensor]]) -> DualTensor:
+    """Make a dual tensor of f(a, b) by the chain rule, from the tangents of each operand (None for
+    a plain one) and a function that computes the derivative by it."""
+    tangents: Any = sum(tangents * slope() for tangents, slope in terms if tangents is not None)
+    return DualTensor(torch.cat([value[None], tangents.expand(-1, *value.shape)]))
+
+
+@rule("mul.Tensor", "mul.Scalar")
 def _multiply(func: Operator, a: Any, b: Any) -> DualTensor:
     a, b = in_one_dtype(a, b)
     if not isinstance(a, DualTensor):
@@ -155,17 +144,7 @@ def _multiply(func: Operator, a: Any, b: Any) -> DualTensor:
     return DualTensor(result)
 
 
-@rule(*overloads("mul_.Tensor", "mul_.Scalar", "div_.Tensor", "div_.Scalar"))
-def _scale_in_place(func: Operator, x: DualTensor, other: Any) -> Any:
-    if not isinstance(other, DualTensor):
-        func(x.before_writing(), other)
-        return x
-    name = func._schema.name.removeprefix("aten::").rstrip("_")
-    function = _multiply if name == "mul" else _divide
-    return overwrite(x, function(func, x, other))
-
-
-@rule(*overloads("div.Tensor", "div.Scalar", "divide.Tensor", "true_divide.Tensor"))
+@rule("div.Tensor", "div.Scalar")
 def _divide(func: Operator, a: Any, b: Any) -> DualTensor:
     a, b = in_one_dtype(a, b)
     ndim = _dims(a, b)
@@ -180,25 +159,29 @@ def _divide(func: Operator, a: Any, b: Any) -> DualTensor:
     return DualTensor(torch.cat([value[None], tangents / b_primal]))
 
 
-@rule(*overloads("pow.Tensor_Tensor", "pow.Scalar"))
-def _power(func: Operator, base: Any, exponent: Any) -> Any:
+@rule("mul_.Tensor", "mul_.Scalar", "div_.Tensor", "div_.Scalar")
+def _scale_in_place(func: Operator, x: DualTensor, other: Any) -> DualTensor:
+    if isinstance(other, DualTensor):
+        return overwrite(x, x * other if "mul" in func._schema.name else x / other)
+    func(x.before_writing(), other)
+    return x
+
+
+@rule("pow.Tensor_Tensor", "pow.Scalar")
+def _power(func: Operator, base: Any, exponent: Any) -> DualTensor:
     ndim = _dims(base, exponent)
-    base_primal, base_tangents = _parts(base, ndim)
-    exponent_primal, exponent_tangents = _parts(exponent, ndim)
-    value = torch.pow(base_primal, exponent_primal)
-    tangents: Any = 0
-    if base_tangents is not None:
-        slope = exponent_primal * torch.pow(base_primal, exponent_primal - 1)
-        slope = torch.where(torch.as_tensor(exponent_primal == 0), torch.zeros_like(slope), slope)
-        tangents = base_tangents * slope
-    if exponent_tangents is not None:
-        base_primal = torch.as_tensor(base_primal, dtype=value.dtype, device=value.device)
-        growth = torch.where(base_primal == 0, 0.0, value * base_primal.log())
-        tangents = tangents + exponent_tangents * growth
-    return DualTensor(torch.cat([value[None], tangents.expand(-1, *value.shape)]))
+    (b, db), (e, de) = _parts(base, ndim), _parts(exponent, ndim)
+    value = torch.pow(b, e)
 
+    def by_base() -> Tensor:
+        slope = e * torch.pow(b, e - 1)
+        return torch.where(torch.as_tensor(e == 0), torch.zeros_like(slope), slope)
 
-IGNORE_NAN = overloads("fmax", "fmin")
+    def by_exponent() -> Tensor:
+        plain = torch.as_tensor(b, dtype=value.dtype, device=value.device)
+        return torch.where(plain == 0, 0.0, value * plain.log())
+
+    return _chained(value, (db, by_base), (de, by_exponent))
 
 
 def _choice(a_wins: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., DualTensor]:
@@ -210,50 +193,40 @@ def _choice(a_wins: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., DualTen
         (a_primal, a_tangents), (b_primal, b_tangents) = _parts(a, ndim), _parts(b, ndim)
         value = func(a_primal, b_primal)
         share = a_wins(a_primal, b_primal).to(value.dtype)
-        if func in IGNORE_NAN:
+        if func in (aten.fmax.default, aten.fmin.default):
             share = torch.where(b_primal.isnan(), 1, share)
         else:
             share = torch.where(a_primal == b_primal, 0.5, share)
-        tangents: Any = 0
-        if a_tangents is not None:
-            tangents = tangents + share * a_tangents
-        if b_tangents is not None:
-            tangents = tangents + (1 - share) * b_tangents
-        return DualTensor(torch.cat([value[None], tangents]))
+        return _chained(value, (a_tangents, lambda: share), (b_tangents, lambda: 1 - share))
 
     return choose
 
 
-rule(*overloads("maximum", "fmax"))(_choice(torch.gt))
-rule(*overloads("minimum"))(_choice(torch.lt))
-rule(*overloads("fmin"))(_choice(torch.le))
+rule("maximum", "fmax")(_choice(torch.gt))
+rule("minimum")(_choice(torch.lt))
+rule("fmin")(_choice(torch.le))
 
 
-@rule(*overloads("atan2"))
+@rule("atan2")
 def _angle(func: Operator, a: Any, b: Any) -> DualTensor:
     ndim = _dims(a, b)
     (y, dy), (x, dx) = _parts(a, ndim), _parts(b, ndim)
-    value, square = torch.atan2(y, x), x.square() + y.square()
-    tangents: Any = 0
-    if dy is not None:
-        tangents = tangents + dy * (x / square)
-    if dx is not None:
-        tangents = tangents - dx * (y / square)
-    return DualTensor(torch.cat([value[None], tangents]))
+    square = x.square() + y.square()
+    return _chained(torch.atan2(y, x), (dy, lambda: x / square), (dx, lambda: -(y / square)))
 
 
-@rule(*overloads("lerp.Scalar", "lerp.Tensor"))
+@rule("lerp.Scalar", "lerp.Tensor")
 def _lerp(func: Operator, start: Any, end: Any, weight: Any) -> Any:
     return start + weight * (end - start)
 
 
-@rule(*overloads("addcmul", "addcdiv"))
+@rule("addcmul", "addcdiv")
 def _add_combined(func: Operator, x: Any, a: Any, b: Any, *, value: float = 1) -> Any:
     combined = a * b if func is aten.addcmul.default else a / b
     return x + value * combined
 
 
-@rule(*overloads("glu"))
+@rule("glu")
 def _glu(func: Operator, x: DualTensor, dim: int = -1) -> Any:
     first, second = x.chunk(2, dim)
     return first * second.sigmoid()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.dual import memory
-from fisherfast.dual.dispatch import Operator, aten, overloads, rule
+from fisherfast.dual.dispatch import Operator, rule
 from fisherfast.dual.stacks import merged
 from fisherfast.dual.tensor import DualTensor
 
@@ -38,12 +38,13 @@ def _slices(product: Product, left: Any, right: Any) -> Tensor:
     return torch.stack([product(a, b) for a, b in zip(left, right, strict=True)])
 
 
-@rule(*overloads("mm", "bmm", "matmul", "mv", "dot", "vdot", "inner", "outer", "ger"))
+@rule("dot", "vdot")
+def _dot(func: Operator, a: Any, b: Any) -> Any:
+    return (a * b).sum(-1)
+
+
+@rule("mm", "bmm", "matmul", "mv")
 def _matrix_product(func: Operator, a: Any, b: Any) -> Any:
-    if func in (aten.dot.default, aten.vdot.default, aten.inner.default):
-        return (a * b).sum(-1) if a.dim() == 1 and b.dim() == 1 else NotImplemented
-    if func in (aten.outer.default, aten.ger.default):
-        return a[:, None] * b
     if isinstance(a, DualTensor) and not isinstance(b, DualTensor) and b.dim() == 2 and a.dim() > 1:
         return DualTensor(torch.matmul(a.stack, b))  # more rows of one product
     if isinstance(a, DualTensor) and isinstance(b, DualTensor) and _batches_match(a, b):
@@ -66,12 +67,10 @@ def batched_product(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
-@rule(*overloads("addmm", "baddbmm", "addbmm", "addmv"))
+@rule("addmm", "baddbmm", "addmv")
 def _add_product(
     func: Operator, x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1
 ) -> Any:
-    if func is aten.addbmm.default:
-        return NotImplemented
     product = torch.matmul(a, b)
     if alpha != 1:
         product = alpha * product
@@ -80,7 +79,7 @@ def _add_product(
     return product + (x if beta == 1 else beta * x)
 
 
-@rule(*overloads("linear"))
+@rule("linear")
 def _linear(func: Operator, x: Any, weight: Any, bias: Any = None) -> Any:
     if not isinstance(x, DualTensor) or isinstance(weight, DualTensor):
         return NotImplemented
@@ -92,7 +91,7 @@ def _linear(func: Operator, x: Any, weight: Any, bias: Any = None) -> Any:
     return DualTensor(stack)
 
 
-@rule(*overloads("bilinear"))
+@rule("bilinear")
 def _bilinear(func: Operator, a: Any, b: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(weight, DualTensor):
         return NotImplemented
@@ -102,47 +101,22 @@ def _bilinear(func: Operator, a: Any, b: Any, weight: Any, bias: Any = None) -> 
 
 # --- Convolutions ------------------------------------------------------------------------------
 
-CONVOLUTIONS = overloads(
-    "convolution",
-    "_convolution",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv1d.padding",
-    "conv2d.padding",
-    "conv3d.padding",
-    "conv_transpose1d",
-    "conv_transpose2d.input",
-    "conv_transpose3d.input",
-)
-UNBATCHED = {"conv1d": 2, "conv2d": 3, "conv3d": 4} | {
-    "conv_transpose1d": 2,
-    "conv_transpose2d": 3,
-    "conv_transpose3d": 4,
-}
-"""Dimensions of an input without samples."""
 
-
-@rule(*CONVOLUTIONS)
-def _convolve(
-    func: Operator, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
-) -> Any:
-    name = func._schema.name.removeprefix("aten::")
-
+@rule("convolution", "_convolution")
+def _convolve(func: Operator, x: Any, weight: Any, bias: Any, *args: Any) -> Any:
     def without_bias(u: Tensor, w: Tensor) -> Tensor:
-        return func(u, w, None, *args, **kwargs)
+        return func(u, w, None, *args)
 
     if isinstance(weight, DualTensor) or not isinstance(x, DualTensor):
         product = bilinear(without_bias, x, weight)
         return product if bias is None else product + _by_channel(bias, product)
-    if x.dim() == UNBATCHED.get(name):
-        return NotImplemented
+    _, _, _, transposed, *_ = args  # after stride, padding and dilation
     stack = x.stack
     samples = merged(stack)
-    if "transpose" not in name and channels_last_pays(samples):
+    if not transposed and channels_last_pays(samples):
         samples = as_channels_last(samples)
     growth = weight.shape[0] / max(x.shape[1], 1)  # of a convolution that keeps the positions
-    if "transpose" in name or growth * stack.nbytes < memory.LARGE_BYTES or stack.is_cuda:
+    if transposed or growth * stack.nbytes < memory.LARGE_BYTES or stack.is_cuda:
         result = without_bias(samples, weight).unflatten(0, stack.shape[:2])
     else:
         samples = samples.unflatten(0, stack.shape[:2])

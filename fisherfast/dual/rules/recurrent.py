@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fisherfast.dual.dispatch import Operator, overloads, rule
+from fisherfast.dual.dispatch import Operator, rule
 from fisherfast.dual.errors import no_derivative
 
 State = tuple[Any, ...]
@@ -49,10 +49,8 @@ STEPS: dict[str, Step] = {
     "rnn_relu": _relu_step,
 }
 
-LAYERS = overloads("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 
-
-@rule(*LAYERS)
+@rule("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 def _recurrent(
     func: Operator,
     x: Any,
@@ -109,7 +107,7 @@ def _run(
     return torch.stack(outputs[::-1] if backwards else outputs), state
 
 
-@rule(*overloads("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"))
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def _cell(
     func: Operator,
     x: Any,
@@ -125,7 +123,7 @@ def _cell(
     return state if name == "lstm" else state[0]
 
 
-@rule(*overloads("lstm.data", "gru.data", "rnn_tanh.data", "rnn_relu.data"))
+@rule("lstm.data", "gru.data", "rnn_tanh.data", "rnn_relu.data")
 def _packed(func: Operator, *args: Any, **kwargs: Any) -> Any:
     raise no_derivative(
         str(func), "a packed sequence: give padded sequences [n, L, d], or one length at a time"

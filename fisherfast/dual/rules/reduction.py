@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfast import ops
-from fisherfast.dual.dispatch import (
-    Operator,
-    has_dual,
-    named_arguments,
-    overload,
-    overloads,
-    rule,
-)
+from fisherfast.dual.dispatch import Operator, has_dual, named_arguments, overload, rule
 from fisherfast.dual.stacks import shifted
 from fisherfast.dual.tensor import KERNEL_DTYPES, DualTensor, apply_softmax
 from fisherfast.ops import reference_dual
@@ -29,90 +22,60 @@ from fisherfast.ops import reference_dual
 
 
 def _normalised(
-    stack: Tensor,
-    rows: Sequence[int],
+    x: DualTensor,
+    rows: int,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    *,
-    groups: int = 1,
-    inner: int = 1,
-    centre: bool = True,
-) -> Tensor:
-    """Normalise rows [rows, width] of each slice of a stack; the result has the stack's shape."""
-    flat = stack.reshape(len(stack), *rows)
-    if weight is not None:
-        weight = weight.detach().flatten().to(stack.dtype)
-    if bias is not None:
-        bias = bias.detach().flatten().to(stack.dtype)
-    settings = {"eps": eps, "groups": groups, "inner": inner, "centre": centre}
-    if stack.dtype in KERNEL_DTYPES:
-        result = ops.dual_norm(flat, weight, bias, **settings)  # type: ignore[arg-type]
-    else:
-        result = reference_dual.dual_norm(flat, weight, bias, **settings)  # type: ignore[arg-type]
-    return result.reshape(stack.shape)
-
-
-@rule(*overloads("layer_norm"))
-def _layer_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
-    named = named_arguments(func, args, kwargs)
-    weight, bias = named["weight"], named["bias"]
+    **layout: Any,
+) -> Any:
+    """Normalise a number of rows of equal width; layout as for `ops.dual_norm`."""
     if has_dual(weight, bias) or x.numel() == 0:
         return NotImplemented
-    width = torch.Size(named["normalized_shape"]).numel()
-    rows = (x.numel() // width, width)
-    return DualTensor(_normalised(x.stack, rows, weight, bias, named["eps"]))
+    stack = x.stack
+    flat = stack.reshape(len(stack), rows, -1)
+    weight, bias = (
+        None if given is None else given.detach().flatten().to(stack.dtype)
+        for given in (weight, bias)
+    )
+    norm = ops.dual_norm if stack.dtype in KERNEL_DTYPES else reference_dual.dual_norm
+    return DualTensor(norm(flat, weight, bias, eps=eps, **layout).reshape(stack.shape))
 
 
-@rule(*overloads("rms_norm"))
-def _rms_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
+@rule("layer_norm", "rms_norm")
+def _row_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
     named = named_arguments(func, args, kwargs)
-    weight, eps = named["weight"], named["eps"]
-    if has_dual(weight) or x.numel() == 0:
-        return NotImplemented
-    width = torch.Size(named["normalized_shape"]).numel()
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    rows = (x.numel() // width, width)
-    return DualTensor(_normalised(x.stack, rows, weight, None, eps, centre=False))
+    rows = x.shape[: x.dim() - len(named["normalized_shape"])].numel()
+    eps = torch.finfo(x.dtype).eps if named["eps"] is None else named["eps"]
+    centre = func is not overload("rms_norm")
+    return _normalised(x, rows, named["weight"], named.get("bias"), eps, centre=centre)
 
 
-@rule(*overloads("group_norm"))
+@rule("group_norm")
 def _group_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
     named = named_arguments(func, args, kwargs)
-    return _by_group(x, named["num_groups"], named["weight"], named["bias"], named["eps"])
+    return _by_group(x, named["num_groups"], named)
 
 
-@rule(*overloads("instance_norm"))
+@rule("instance_norm")
 def _instance_norm(func: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
     named = named_arguments(func, args, kwargs)
-    if not named["use_input_stats"]:
-        return torch.batch_norm(
-            x,
-            named["weight"],
-            named["bias"],
-            named["running_mean"],
-            named["running_var"],
-            False,
-            0.0,
-            named["eps"],
-            False,
-        )
-    if named["running_mean"] is not None:
+    if named["use_input_stats"] and named["running_mean"] is not None:
         return NotImplemented  # in training mode, which would change the running statistics
-    return _by_group(x, x.shape[1], named["weight"], named["bias"], named["eps"])
+    if named["use_input_stats"]:
+        return _by_group(x, x.shape[1], named)
+    mean, variance = named["running_mean"], named["running_var"]
+    weight, bias, eps = named["weight"], named["bias"], named["eps"]
+    return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
 
 
-def _by_group(
-    x: DualTensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Any:
-    if has_dual(weight, bias) or x.numel() == 0:
-        return NotImplemented
-    rows = (x.shape[0] * groups, x.numel() // (x.shape[0] * groups))
-    inner = x.shape[2:].numel()
-    return DualTensor(_normalised(x.stack, rows, weight, bias, eps, groups=groups, inner=inner))
+def _by_group(x: DualTensor, groups: int, named: dict[str, Any]) -> Any:
+    rows, inner = x.shape[0] * groups, x.shape[2:].numel()
+    weight, bias, eps = named["weight"], named["bias"], named["eps"]
+    return _normalised(x, rows, weight, bias, eps, groups=groups, inner=inner)
 
 
-@rule(*overloads("softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "_safe_softmax"))
+@rule("softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "_safe_softmax")
 def _softmax(
     func: Operator, x: DualTensor, dim: int, dtype: Any = None, **kwargs: Any
 ) -> DualTensor:
@@ -131,37 +94,23 @@ def _softmax(
 # --- Extremes and sorting ------------------------------------------------------------------------
 
 
-def _picked(x: DualTensor, values: Tensor, index: Tensor, dim: int, keepdim: bool) -> DualTensor:
-    """Combine picked values of the primal with the tangents at the same indices."""
-    if x.dim() == 0:
-        return DualTensor(x.stack.clone())
-    places = index if keepdim else index.unsqueeze(dim)
-    tangents = x.tangents.gather(shifted(dim, x.dim()), places.expand(x.directions, *places.shape))
-    if not keepdim:
-        tangents = tangents.squeeze(shifted(dim, x.dim()))
-    return DualTensor(torch.cat([values[None], tangents]))
-
-
-@rule(*overloads("max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode"))
-def _extreme(func: Operator, x: DualTensor, dim: int = -1, keepdim: bool = False) -> Any:
-    values, index = func(x.primal, dim, keepdim)
-    return _picked(x, values, index, dim, keepdim), index
-
-
-@rule(*overloads("kthvalue"))
-def _kth(func: Operator, x: DualTensor, k: int, dim: int = -1, keepdim: bool = False) -> Any:
-    values, index = func(x.primal, k, dim, keepdim)
-    return _picked(x, values, index, dim, keepdim), index
-
-
-@rule(*overloads("sort", "sort.stable", "topk"))
-def _sort(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    dim = named_arguments(func, args, kwargs)["dim"]
+@rule("max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode", "kthvalue")
+@rule("sort", "sort.stable", "topk")
+def _pick(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
+    """Combine the values that the primal picks with the tangents at the same indices."""
     values, index = func(x.primal, *args, **kwargs)
-    return _picked(x, values, index, dim, True), index
+    if x.dim() == 0:
+        return DualTensor(x.stack.clone()), index
+    named = named_arguments(func, args, kwargs)
+    dim, keepdim = shifted(named["dim"], x.dim()), named.get("keepdim", True)
+    places = index[None] if keepdim else index[None].unsqueeze(dim)
+    tangents = x.tangents.gather(dim, places.expand(x.directions, *places.shape[1:]))
+    if not keepdim:
+        tangents = tangents.squeeze(dim)
+    return DualTensor(torch.cat([values[None], tangents])), index
 
 
-@rule(*overloads("max", "min", "amax", "amin"))
+@rule("max", "min", "amax", "amin")
 def _extreme_of_all(
     func: Operator, x: DualTensor, dim: Sequence[int] | int = (), keepdim: bool = False
 ) -> DualTensor:
@@ -195,14 +144,11 @@ def _weighted(
 # --- Spread and size -----------------------------------------------------------------------------
 
 
-@rule(*overloads("var.correction", "std.correction", "var_mean.correction", "std_mean.correction"))
-@rule(*overloads("var", "std", "var.dim", "std.dim"))
+@rule("var.correction", "std.correction", "var_mean.correction", "std_mean.correction")
 def _spread(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     named = named_arguments(func, args, kwargs)
-    dims = named.get("dim") or list(range(x.dim()))
-    correction = named.get("correction", 1 if named.get("unbiased", True) else 0)
-    correction = 1 if correction is None else correction
-    keepdim = named.get("keepdim", False)
+    dims = _all_or(named["dim"], x)
+    correction = 1 if named["correction"] is None else named["correction"]
     places = _behind(dims, x)
     count = torch.Size([x.shape[dim] for dim in dims]).numel() - correction
     stack = x.stack
@@ -214,16 +160,14 @@ def _spread(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
         value = value.sqrt()
         tangents = tangents / (2 * value)
     spread = torch.cat([value, tangents])
-    if not keepdim:
+    if not named["keepdim"]:
         spread, mean = spread.squeeze(tuple(places)), mean.squeeze(tuple(places))
-    return (
-        (DualTensor(spread), DualTensor(mean))
-        if "_mean" in func._schema.name
-        else DualTensor(spread)
-    )
+    if "_mean" in func._schema.name:
+        return DualTensor(spread), DualTensor(mean)
+    return DualTensor(spread)
 
 
-@rule(*overloads("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar"))
+@rule("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar")
 def _norm(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     named = named_arguments(func, args, kwargs)
     order = named.get("ord", named.get("p"))
@@ -235,7 +179,7 @@ def _norm(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     return _weighted(x, value, direction, dims, bool(named.get("keepdim", False)))
 
 
-@rule(*overloads("logsumexp"))
+@rule("logsumexp")
 def _logsumexp(
     func: Operator, x: DualTensor, dim: int | list[int], keepdim: bool = False
 ) -> DualTensor:
@@ -247,23 +191,17 @@ def _logsumexp(
 # --- Max pooling -------------------------------------------------------------------------------
 
 
-@rule(*overloads("max_pool1d", "max_pool2d", "max_pool3d"))
+@rule("max_pool1d", "max_pool2d", "max_pool3d")
 def _max_pool(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     named = named_arguments(func, args, kwargs)
     spatial = int(func._schema.name.removesuffix("d")[-1])
     if x.dim() != spatial + 2 or x.dtype not in KERNEL_DTYPES:
         return NotImplemented
     kernel = _per_dim(named["kernel_size"], spatial)
-    return DualTensor(
-        ops.dual_pool(
-            x.stack,
-            kernel,
-            _per_dim(named["stride"] or kernel, spatial),
-            _per_dim(named["padding"], spatial),
-            _per_dim(named["dilation"], spatial),
-            ceil_mode=named["ceil_mode"],
-        )
-    )
+    stride = _per_dim(named["stride"] or kernel, spatial)
+    padding, dilation = (_per_dim(named[name], spatial) for name in ("padding", "dilation"))
+    stack = ops.dual_pool(x.stack, kernel, stride, padding, dilation, ceil_mode=named["ceil_mode"])
+    return DualTensor(stack)
 
 
 def _per_dim(value: int | Sequence[int], spatial: int) -> list[int]:
@@ -271,19 +209,8 @@ def _per_dim(value: int | Sequence[int], spatial: int) -> list[int]:
     return values * spatial if len(values) == 1 else values
 
 
-POOLS_WITH_INDICES = overloads(
-    "max_pool1d_with_indices",
-    "max_pool2d_with_indices",
-    "max_pool3d_with_indices",
-    "adaptive_max_pool1d",
-    "adaptive_max_pool2d",
-    "adaptive_max_pool3d",
-    "fractional_max_pool2d",
-    "fractional_max_pool3d",
-)
-
-
-@rule(*POOLS_WITH_INDICES)
+@rule("max_pool2d_with_indices", "adaptive_max_pool2d", "fractional_max_pool2d")
+@rule("max_pool3d_with_indices", "adaptive_max_pool3d", "fractional_max_pool3d")
 def _pool_with_indices(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     """Pool and return the indices as PyTorch does, in the flattened spatial dimensions."""
     values, index = func(x.primal, *args, **kwargs)

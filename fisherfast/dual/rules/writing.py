@@ -7,53 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.dual.dispatch import (
-    Operator,
-    aten,
-    overloads,
-    overwrite,
-    rule,
-    with_zero_tangents,
-)
+from fisherfast.dual.dispatch import Operator, aten, overwrite, rule, with_zero_tangents
 from fisherfast.dual.errors import warn_of_randomness
-from fisherfast.dual.stacks import aligned
 from fisherfast.dual.tensor import DualTensor
 
 # --- Writing -----------------------------------------------------------------------------------
 
 
-@rule(*overloads("copy_"))
-def _copy(func: Operator, x: DualTensor, source: Any, non_blocking: bool = False) -> DualTensor:
-    stack = x.before_writing()
-    if isinstance(source, DualTensor):
-        stack.copy_(aligned(source, x.dim()), non_blocking)
-    else:
-        stack[0].copy_(source, non_blocking)
-        stack[1:].zero_()
-    return x
+@rule("copy_", "fill_.Scalar", "fill_.Tensor", "zero_")
+def _write(func: Operator, x: DualTensor, source: Any = 0, *_: Any) -> DualTensor:
+    return overwrite(x, source)
 
 
-@rule(*overloads("fill_.Scalar", "fill_.Tensor", "zero_"))
-def _fill(func: Operator, x: DualTensor, value: Any = 0) -> Any:
-    if isinstance(value, DualTensor):
-        return overwrite(x, DualTensor(aligned(value, x.dim()).expand_as(x.stack)))
-    stack = x.before_writing()
-    stack[0].fill_(value)
-    stack[1:].zero_()
-    return x
-
-
-@rule(*overloads("masked_fill_.Scalar", "masked_fill_.Tensor"))
-def _masked_fill_in_place(func: Operator, x: DualTensor, mask: Tensor, value: Any) -> Any:
-    if isinstance(value, DualTensor):
-        return NotImplemented
-    stack = x.before_writing()
-    stack[0].masked_fill_(mask, value)
-    stack[1:].masked_fill_(mask, 0)
-    return x
-
-
-@rule(*overloads("index_put_", "_index_put_impl_"))
+@rule("index_put_", "_index_put_impl_")
 def _index_put(
     func: Operator,
     x: DualTensor,
@@ -76,16 +42,9 @@ def _index_put(
 
 # --- Made inside of the forward pass -----------------------------------------------------------
 
-LIKE_FACTORIES = overloads(
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "new_empty_strided",
+LIKE_FACTORIES = (
+    *(f"{value}_like" for value in ("zeros", "ones", "full", "empty")),
+    *(f"new_{value}" for value in ("zeros", "ones", "full", "empty", "empty_strided")),
 )
 
 
@@ -94,16 +53,13 @@ def _make_like(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     return with_zero_tangents(func(x.primal, *args, **kwargs), x)
 
 
-@rule(*overloads("rand_like", "randn_like"))
+@rule("rand_like", "randn_like")
 def _draw_like(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     warn_of_randomness(func)
     return _make_like(func, x, *args, **kwargs)
 
 
-RANDOM_FILLS = overloads("bernoulli_.float", "uniform_", "normal_", "exponential_", "random_")
-
-
-@rule(*RANDOM_FILLS)
+@rule("bernoulli_.float", "uniform_", "normal_", "exponential_", "random_")
 def _random_fill(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> DualTensor:
     warn_of_randomness(func)
     stack = x.before_writing()
@@ -112,7 +68,7 @@ def _random_fill(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Du
     return x
 
 
-@rule(*overloads("dropout"))
+@rule("dropout")
 def _dropout(func: Operator, x: DualTensor, p: float, train: bool) -> DualTensor:
     if not train or p == 0:
         return x
@@ -120,7 +76,7 @@ def _dropout(func: Operator, x: DualTensor, p: float, train: bool) -> DualTensor
     return values
 
 
-@rule(*overloads("native_dropout"))
+@rule("native_dropout")
 def _masked(func: Operator, x: DualTensor, p: float, train: bool | None = True) -> Any:
     """Apply the same mask to the primal and its tangents."""
     warn_of_randomness(aten.bernoulli.default)

@@ -19,7 +19,7 @@ LARGEST = 150_000  # bytes of a picture
 
 def test_tables_are_what_was_measured():
     """Catches a number typed by hand, and figures that were drawn anew without their tables."""
-    script = ROOT / "benchmarks" / "reproduced.py"
+    script = ROOT / "benchmarks" / "report" / "reproduced.py"
     done = subprocess.run(
         [sys.executable, script], capture_output=True, check=True, encoding="utf-8"
     )

@@ -17,7 +17,7 @@ from fisherfast.estimation import krylov
 from fisherfast.estimation.curve import fisher_curve
 from fisherfast.estimation.features import MAX_WIDTH
 from fisherfast.estimation.fold_moments import FoldMoments
-from fisherfast.estimation.krylov import KRYLOV_VECTORS, KrylovSpace
+from fisherfast.estimation.krylov import KRYLOV_VECTORS, WARM_PASSES, KrylovSpace
 from fisherfast.estimation.pilot import PilotMoments
 from fisherfast.measurement.compressed_layer import LEAST_DOF, CompressedMeter, too_wide
 from fisherfast.measurement.layer import NO_TANGENTS
@@ -50,7 +50,12 @@ def pathwise(x: torch.Tensor, derivative: torch.Tensor) -> Pathwise:
     return Pathwise(x, derivative.expand(len(x), *derivative.shape))
 
 
-def learned(data: Pathwise | Score | FiniteDifference, steps: int, batch_size: int) -> KrylovSpace:
+def learned(
+    data: Pathwise | Score | FiniteDifference,
+    steps: int,
+    batch_size: int,
+    start: torch.Tensor | None = None,
+) -> KrylovSpace:
     """The space of all samples of a source."""
     pilot = PilotMoments()
     pilot.update(next(data.read(0, 20)).x)
@@ -60,6 +65,7 @@ def learned(data: Pathwise | Score | FiniteDifference, steps: int, batch_size: i
         parameters=data.parameters,
         steps=steps,
         scored=isinstance(data, Score),
+        start=start,
     )
     more = True
     while more:
@@ -174,6 +180,20 @@ def test_rare_activations_do_not_drown_the_others():
     layer = estimated(Pathwise(u.relu(), (u > 0).float()))
     truth = 400 * float(RectifiedGaussian(1).linear_fisher(0.0))
     assert layer.value > 0.7 * truth
+
+
+def test_a_space_continues_that_of_an_earlier_measurement():
+    """With other samples: the new vectors first, then the old ones. Catches old vectors that are
+    lost, and as many passes as without them."""
+    data, other = (pathwise(correlated(seed=seed), directions(2)) for seed in (0, 1))
+    old, new = learned(data, 6, N), learned(other, WARM_PASSES, N)
+    both = learned(other, 6, N, start=old.projection())
+    assert len(both) == 2 * 6
+    assert smallest_cosine(both.basis[: len(new)], new.basis.double()) > 1 - 1e-6
+    room = len(both) - len(new)
+    weights = old.projection().double()[:room]
+    span = torch.linalg.qr(both.projection().double().T)[0]
+    assert (weights.T - span @ (span.T @ weights.T)).norm() < 1e-4 * weights.norm()
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1e3])

@@ -451,3 +451,14 @@ def test_the_documentation_shows_what_was_measured(script):
     assert len(rows) == 3
     assert all(0.92 <= row["J / J_input"] <= 1.03 for row in rows)
     assert all(row["processor seconds"] < 120 for row in rows)
+
+
+def test_the_learning_rate_rises_and_ends_at_zero():
+    """Catches a schedule whose last steps still move the weights, or whose first ones are large."""
+    rates = [probes.schedule(step / 1000) for step in range(1001)]
+    top = rates.index(max(rates))
+    assert (rates[0], rates[-1]) == (0, 0)
+    assert 0.95 < rates[top] <= 1
+    assert sorted(rates[:top]) == rates[:top]
+    assert sorted(rates[top:], reverse=True) == rates[top:]
+    assert probes.schedule(0.5) == pytest.approx(0.5)

@@ -495,3 +495,12 @@ def test_batches_are_let_go(paired):
     assert flow["input"].samples == 2 * batches * size
     assert most <= allowed
     assert len(alive) <= allowed
+
+
+def test_every_third_batch_of_a_stream():
+    """Catches batches that are given twice, and a wrong number of the first sample."""
+    stream = ff.Score(lambda: ((X[i : i + 4], X[i : i + 4, 0]) for i in range(0, 28, 4)))
+    dealt = [list(stream.deal(0, 4, begin, 3)) for begin in range(3)]
+    assert [[first for first, _ in part] for part in dealt] == [[0, 12, 24], [4, 16], [8, 20]]
+    for first, batch in (one for part in dealt for one in part):
+        assert torch.equal(batch.x, X[first : first + 4])

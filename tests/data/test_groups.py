@@ -67,6 +67,12 @@ def test_a_label_is_the_same_group_in_all_conditions():
     data = ff.FiniteDifference(normal(5, 2), normal(4, 2), 0.1, groups=[minus, plus])
     assert data.groups.labels == ("a", "b", "c")
     assert [numbers.tolist() for numbers in data.groups.numbers] == [[0, 0, 1, 2, 2], [2, 1, 1, 0]]
+    x = [normal(4, 2)] * 2
+    several = ff.FiniteDifference(
+        x, x, 0.1, groups=[list(c) for c in ("aabb", "aabb", "abab", "bbaa")]
+    )
+    found = [numbers.tolist() for numbers in several.groups.numbers]
+    assert found == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 0]]
     joined = joined_groups(
         [data.groups, Groups(("z", "c"), (torch.tensor([0]), torch.tensor([1])))]
     )

@@ -13,6 +13,7 @@ from torch import nn
 from fisherfast.problems import GaussianShift, mlp
 from fisherfast.training.observe import Observer
 from fisherfast.training.regression import (
+    WINDOW,
     LiveEstimate,
     RegressionMoments,
     ThetaBatch,
@@ -379,3 +380,21 @@ def test_weights_of_batches_are_their_size():
     assert ThetaBatch(theta.repeat(2, 1)).weight == pytest.approx(2 * weight)
     assert ThetaBatch(theta / 2 + 5).weight == pytest.approx(weight / 4)
     assert ThetaBatch(theta).noise.item() == pytest.approx(1 / weight)
+
+
+@pytest.mark.parametrize("parameters", [1, 2])
+def test_old_batches_fade(parameters):
+    """The sums are those of all batches, weighted by exp(-samples since / window). Catches a noise
+    of the derivative or degrees of freedom that fade as the sums do, not as their squares."""
+    sizes, moments = (300, 200, 400), RegressionMoments(DIM, parameters)
+    batches = [ThetaBatch(uniform(n, parameters).double()) for n in sizes]
+    for n, batch in zip(sizes, batches, strict=True):
+        moments.update(batch, noise(n))
+    fades = [math.exp(-sum(sizes[i + 1 :]) / WINDOW) for i in range(len(sizes))]
+    weights = [fade * batch.weight for fade, batch in zip(fades, batches, strict=True)]
+    state = moments.state_dict()
+    expected = sum(w**2 * batch.noise for w, batch in zip(weights, batches, strict=True))
+    torch.testing.assert_close(state["noise"], expected)
+    parts = list(zip(weights, sizes, (len(batch.solver) for batch in batches), strict=True))
+    free = [sum((n - q) * (w / n) ** power for w, n, q in parts) for power in (1, 2)]
+    assert state["counts"] == pytest.approx([sum(weights), *free])

@@ -383,3 +383,16 @@ def test_rules_by_name():
     assert set(RULES) == {"crlb", "transmission"}
     for name, rule in RULES.items():
         assert isinstance(ff.FisherEarlyStopping(name).rule, rule)
+
+
+def test_a_growing_history_is_read_once(monkeypatch):
+    """Catches values of all records computed anew after each epoch, and those of another history
+    that are taken for them."""
+    history, read, share = by_shares([0.1, 0.2, 0.3, 0.4]), [], Transmission._share
+    monkeypatch.setattr(Transmission, "_share", lambda *args: read.append(0) or share(*args))
+    rule = Transmission()
+    grown = [rule.shares(history[:count]) for count in range(1, 5)]
+    assert len(read) == len(history)
+    assert grown == [grown[-1][:count] for count in range(1, 5)]
+    other = by_shares([0.5, 0.6])
+    assert rule.shares(other) == Transmission().shares(other)

@@ -284,12 +284,11 @@ class Transmission(StoppingRule):
         return self._each(history, self._share)
 
     def noise(self, shares: Sequence[float]) -> float:
-        """Estimate the standard error of the difference of two of the last shares from their third
+        """Estimate the standard error of the difference of two of these shares from their third
         differences, which are zero for a smooth curve. 0 for fewer than four shares."""
-        recent = torch.tensor(shares[-NOISE_WINDOW:], dtype=torch.float64, device="cpu")
-        if len(recent) < 4:
+        if len(shares) < 4:
             return 0.0
-        thirds = recent.diff(n=3)
+        thirds = torch.tensor(shares, dtype=torch.float64, device="cpu").diff(n=3)
         spread = float(thirds.abs().median()) / NORMAL_MEDIAN / math.sqrt(THIRD_DIFFERENCE)
         return math.sqrt(2) * spread
 

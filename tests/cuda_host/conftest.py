@@ -10,11 +10,12 @@ from support.pairwise import DTYPES
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory):
-    """The launchers of csrc/ops, compiled once a session."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ must be installed to run the CUDA kernels on the host")
-    return harness.Kernels(harness.build(tmp_path_factory.mktemp("cuda_host")))
+def kernels() -> harness.Kernels:
+    """The launchers of csrc/ops."""
+    for tool in ("g++", "make"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} must be installed to run the CUDA kernels on the host")
+    return harness.Kernels(harness.build())
 
 
 @pytest.fixture(params=DTYPES, ids=["float32", "float64"])

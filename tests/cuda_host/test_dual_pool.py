@@ -43,8 +43,7 @@ def test_matches_the_reference(kernels, normal, dtype, pool, tangents, ceil_mode
     assert_same(dual_pool(kernels, x, pool, ceil_mode=ceil_mode), truth)
 
 
-@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-@pytest.mark.parametrize("channels", [2, 5, 64])
+@pairwise(pool=list(POOLS.values()), channels=[2, 5, 64], dtype=DTYPES)
 def test_channels_last(kernels, normal, dtype, pool, channels):
     """Catches a neighbour's channel."""
     x = buffer(normal, dtype, (3, 2, *pool[0], channels), gap=3)

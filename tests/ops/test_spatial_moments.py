@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from support.closeness import assert_close
+from support.op_bounds import BOUNDS
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import _native, ops
 
 # Errors at a position, relative to its sum of |x - m| and to its largest sum of squares.
-TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
+TOLERANCE = BOUNDS["spatial_moments"]
 
 SHAPES = [(1, 1, 1), (3, 5, 1), (17, 1, 5), (3, 4, 4), (64, 3, 3), (5, 3, 11), (17, 4, 8)]
 ROWS = [1, 2, 7, 64, 257, 1030]
@@ -63,9 +65,7 @@ def test_by_hand(device, dtype):
     assert cross.tolist() == [[[[16.0, 16.0], [16.0, 16.0]], [[40.0, 30.0], [30.0, 25.0]]]]
 
 
-@pytest.mark.parametrize("with_pilot", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
+@pairwise(shape=SHAPES, rows=ROWS, with_pilot=[False, True], dtype=DTYPES)
 def test_matches_the_definition(normal, device, dtype, rows, shape, with_pilot):
     """Catches a lost tail of rows, channels or positions (every size is odd somewhere)."""
     x = images(normal, (rows, *shape), dtype=dtype, device=device)
@@ -139,21 +139,6 @@ def test_more_than_2_to_the_31_elements(rows, channels):
 
 
 # --- properties ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "shape", [(0, 3, 2, 4), (4, 0, 2, 3), (4, 3, 0, 2), (4, 3, 2, 0), (0, 0, 0, 0)], ids=str
-)
-@pytest.mark.parametrize("with_pilot", [False, True])
-def test_empty_input(device, dtype, shape, with_pilot):
-    """Zeros, not what happens to be in memory."""
-    x = torch.ones(shape, dtype=dtype, device=device)
-    pilot = torch.ones(shape[1:], dtype=dtype, device=device) if with_pilot else None
-    sums, cross = ops.spatial_moments(x, pilot=pilot)
-    _, channels, height, width = shape
-    empty = torch.zeros(height, width, channels, channels, dtype=torch.float64, device=device)
-    assert torch.equal(cross, empty)
-    assert torch.equal(sums, empty.sum(-1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

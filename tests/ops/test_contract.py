@@ -1,6 +1,7 @@
 """What every op keeps: right on each instruction set, the same bits for any number of threads,
 float32 whatever torch's precision of products, and known to torch.library and torch.compile."""
 
+import numpy as np
 import pytest
 import torch
 from support.op_bounds import BOUNDS
@@ -213,6 +214,44 @@ def test_any_strides(device, dtype, op, view):
         assert largest_error(op, [call]) <= bound(op, dtype)
         after = [a for a in call if isinstance(a, torch.Tensor)]
         assert all(map(torch.equal, after, before))
+
+
+@needs_kernel
+@pytest.mark.parametrize("flag", [False, True], ids=["plain", "centred, log"])
+@pytest.mark.parametrize("inner", [1, 5, 40])
+@pytest.mark.parametrize("op", ["dual_norm", "dual_softmax"])
+def test_the_result_may_overwrite_the_input(monkeypatch, normal, dtype, op, inner, flag):
+    """Catches a primal that is written before the last tangent has been computed."""
+    kernel = _native.call
+    vectors = normal(50, dtype=dtype), normal(50, dtype=dtype)
+    others = (*vectors, 1e-5, inner, inner, flag) if op == "dual_norm" else (2, flag)
+    for tangents in (0, 1, 5):
+        x = normal(1 + tangents, 40, 50, *[inner] * (op == "dual_softmax"), dtype=dtype)
+        (expected,) = selfcheck.results_of(op, (x, *others))
+        with monkeypatch.context() as patch:
+            patch.setattr(_native, "call", lambda *a, **k: kernel(*a, **k | {"y": k["x"]}))
+            selfcheck.results_of(op, (x, *others))
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["n", "C", "H", "W"])
+@pytest.mark.parametrize("op", ["spatial_moments", "gradient_squares"])
+def test_offsets_beyond_32_bits(op, dim):
+    """Two elements 2^31 + 8 apart along one axis of x: catches an int for an offset or a stride.
+
+    The memory between them is never touched, so it is never there (numpy allocates it lazily).
+    """
+    far = 2**31 + 8
+    try:
+        buffer = torch.from_numpy(np.zeros(far + 100, dtype=np.float32))
+    except MemoryError:
+        pytest.skip("8.6 GB of address space must be there for this test")
+    shape, strides = [3, 3, 3, 3], [27, 9, 3, 1]
+    shape[dim], strides[dim] = 2, far
+    x, numbers = buffer.as_strided(shape, strides), torch.arange(54.0).reshape(shape)
+    x.copy_(numbers - 20)
+    others = (None,) if op == "spatial_moments" else (numbers % 5 - 2, ONES, ONES, ZEROS, ONES, 1)
+    assert largest_error(op, [(x, *others)]) == 0
 
 
 @pytest.mark.parametrize("op", OPS)

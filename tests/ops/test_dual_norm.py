@@ -7,7 +7,7 @@ from ops.dual_buffers import jvp_of, largest_error, skip_without_kernel
 from support.op_bounds import BOUNDS
 from support.pairwise import DTYPES, pairwise
 
-from fisherfast import _native, ops
+from fisherfast import ops
 from fisherfast.ops import reference_dual
 
 # Largest error of a slice relative to its largest number. Measured: 1.5e-7 and 7.3e-16.
@@ -149,19 +149,6 @@ def test_a_nan_stays_in_its_row(normal, device, dtype):
 
 def test_a_single_number_is_its_own_mean(device, dtype):
     assert ops.dual_norm(torch.ones(3, 1, 1, dtype=dtype, device=device)).eq(0).all()
-
-
-@pytest.mark.parametrize("tangents", [0, 1, 5])
-def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents):
-    """Catches a primal that is written before the last tangent has been computed."""
-    skip_without_kernel(device, "it writes new memory")
-    x = normal(1 + tangents, 9, 50, dtype=dtype, device=device)
-    weight, bias = affine(normal, 50, dtype=dtype, device=device)
-    expected = ops.dual_norm(x, weight, bias)
-    fields = {"slice_stride": 9 * 50, "tangents": tangents, "rows": 9, "width": 50}
-    fields |= {"groups": 1, "inner": 1, "eps": 1e-5, "centre": True}
-    _native.call("dual_norm", x, x=x, y=x, weight=weight, bias=bias, **fields)
-    assert torch.equal(x, expected)
 
 
 # --- the reference -------------------------------------------------------------------------------

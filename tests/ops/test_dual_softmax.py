@@ -6,7 +6,7 @@ from ops.dual_buffers import jvp_of, largest_error, skip_without_kernel
 from support.op_bounds import BOUNDS
 from support.pairwise import DTYPES, pairwise
 
-from fisherfast import _native, ops
+from fisherfast import ops
 from fisherfast.ops import reference_dual
 
 # Largest error of a slice relative to its largest number. Measured: 2.3e-7, and
@@ -140,17 +140,6 @@ def test_rows_without_a_value(normal, device, dtype, value, dim, log):
 def test_a_single_number_has_all_the_weight(device, dtype):
     got = ops.dual_softmax(torch.ones(3, 1, 1, dtype=dtype, device=device))
     assert got.flatten().tolist() == [1, 0, 0]
-
-
-@pairwise(inner=[1, 5, 40], tangents=[0, 1, 5], log=LOG, dtype=DTYPES)
-def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents, inner, log):
-    """Catches a primal that is written before the last tangent has been computed."""
-    skip_without_kernel(device, "it writes new memory")
-    x = normal(1 + tangents, 9, 50, inner, dtype=dtype, device=device)
-    expected = ops.dual_softmax(x, 2, log=log)
-    sizes = {"tangents": tangents, "outer": 9, "width": 50, "inner": inner}
-    _native.call("dual_softmax", x, x=x, y=x, slice_stride=x.stride(0), log=log, **sizes)
-    assert torch.equal(x, expected)
 
 
 # --- the reference -------------------------------------------------------------------------------

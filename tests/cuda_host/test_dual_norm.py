@@ -30,7 +30,7 @@ def truth_of(x, weight=None, bias=None, groups=1, inner=1, centre=1, eps=EPS):
     return reference_dual.dual_norm(x.double(), weight, bias, eps, groups, inner, bool(centre))
 
 
-@pairwise(width=WIDTHS, tangents=[0, 1, 2, 4, 5], centre=[1, 0], dtype=DTYPES)
+@pairwise(width=WIDTHS, tangents=[0, 1, 5], centre=[1, 0], dtype=DTYPES)
 def test_matches_the_reference(kernels, normal, dtype, width, tangents, centre):
     """Layer norm and RMS norm with weights. Catches a sum over part of the row, a tangent that
     gets the sums of another, a bias on the tangents, and a mean where there should be none."""

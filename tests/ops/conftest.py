@@ -10,22 +10,16 @@ from fisherfast import _native
 
 __all__ = ["device", "dtype", "machine", "normal", "route", "systems", "with_threads"]
 
-DEVICES = ["cpu"]
-if torch.cuda.is_available():
-    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
-
-MACHINES = ["baseline", "avx2", "avx512"]
-if torch.cuda.is_available():
-    MACHINES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+CUDA = [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", *CUDA])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that is there."""
     return torch.device(request.param)
 
 
-@pytest.fixture(params=MACHINES)
+@pytest.fixture(params=["baseline", "avx2", "avx512", *CUDA])
 def machine(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Every device, the CPU at each of its instruction sets."""
     if request.param == "cuda":

@@ -7,6 +7,8 @@ case and checks that the results do not depend on the order in which the threads
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,31 +18,31 @@ import torch
 from support.kernel_calls import kernels_called_by, memory, request
 from torch import Tensor
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
+BUILD = Path(__file__).parents[2] / "build" / "cuda_host"
 
-# Forward and reverse let one warp run far ahead of the others; the numbers are seeds of random
+# Forward and reverse let one warp run far ahead of the others; the number is the seed of random
 # turns, in which warps and lanes interleave.
-ORDERS = ("forward", "reverse", "1", "20250131")
-
-FLAGS = [
-    *("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"),
-    "-Wno-unknown-pragmas",  # unroll, a pragma of nvcc
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
-    *("-DFISHERFAST_CUDA_HOST", f"-I{HERE / 'include'}", f"-I{CSRC}", f"-I{HERE.parent}"),
-]
+ORDERS = ("forward", "reverse", "20250131")
 
 TIMEOUT = 300  # seconds; a kernel that does not end must not hold up the tests
 
 
-def build(folder: Path) -> Path:
-    """Compiles driver, scheduler, planted faults and CUDA kernels; returns the program."""
-    program = folder / "cuda_host"
-    plain = sorted(HERE.glob("*.cpp"))
-    kernels = [HERE / "faults.cu", *sorted((CSRC / "ops").glob("*/*.cu"))]
-    command = ["g++", *FLAGS, "-o", program, *plain, "-x", "c++", *kernels]
-    subprocess.run(command, check=True)
-    return program
+def build() -> Path:
+    """Compiles what changed since the last time, on all cores; returns the program."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    command = [
+        "make",
+        "-s",
+        f"-j{os.cpu_count()}",
+        "-C",
+        BUILD,
+        "-f",
+        "../../tests/cuda_host/Makefile",
+    ]
+    with (BUILD / "lock").open("w") as lock:  # other test processes start at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(command, check=True)
+    return BUILD / "cuda_host"
 
 
 class Kernels:

@@ -30,7 +30,7 @@ def truth_of(x, weight=None, bias=None, groups=1, inner=1, centre=1, eps=EPS):
     return reference_dual.dual_norm(x.double(), weight, bias, eps, groups, inner, bool(centre))
 
 
-@pairwise(width=WIDTHS, tangents=[0, 1, 2, 4, 5], centre=[1, 0], dtype=DTYPES)
+@pairwise(width=WIDTHS, tangents=[0, 1, 5], centre=[1, 0], dtype=DTYPES)
 def test_matches_the_reference(kernels, normal, dtype, width, tangents, centre):
     """Layer norm and RMS norm with weights. Catches a sum over part of the row, a tangent that
     gets the sums of another, a bias on the tangents, and a mean where there should be none."""
@@ -43,14 +43,13 @@ def test_matches_the_reference(kernels, normal, dtype, width, tangents, centre):
 GROUPS = [(1, 1, 6), (4, 5, 10), (4, 1, 7), (3, 6, 18), (2, 37, 370), (3, 700, 2800), (1, 45, 4500)]
 
 
-@pytest.mark.parametrize(("groups", "inner", "width"), GROUPS)
-@pytest.mark.parametrize("given", ["weight", "bias", "both"])
-def test_weights_of_groups(kernels, normal, dtype, given, groups, inner, width):
+@pairwise(size=GROUPS, given=["weight", "bias", "both"], dtype=DTYPES)
+def test_weights_of_groups(kernels, normal, dtype, given, size):
     """Group and instance norm, with several samples. Catches the weight of a neighbour, and a null
     vector that is read."""
+    groups, inner, width = size
     x = buffer(normal, dtype, (4, 3 * groups, width))
-    size = groups * width // inner
-    vectors = {name: normal(size, dtype=dtype) for name in ("weight", "bias")}
+    vectors = {name: normal(groups * width // inner, dtype=dtype) for name in ("weight", "bias")}
     if given != "both":
         vectors = {given: vectors[given]}
     y = dual_norm(kernels, x, *map(vectors.get, ("weight", "bias")), groups=groups, inner=inner)
@@ -98,8 +97,7 @@ def test_a_nan_stays_in_its_row_and_slice(kernels, normal, dtype, width):
     assert y.isnan().sum() == 4 * width
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("width", [9, 40, 1001, 4504])
+@pairwise(width=[9, 40, 1001, 4504], offset=[0, 1], dtype=DTYPES)
 def test_any_alignment_gives_the_same_bits(kernels, normal, dtype, width, offset):
     """Catches a vector access at an address that does not allow it."""
     x = buffer(normal, dtype, (3, 3, width), gap=1, offset=offset)
@@ -108,8 +106,7 @@ def test_any_alignment_gives_the_same_bits(kernels, normal, dtype, width, offset
     assert torch.equal(dual_norm(kernels, x, weight), expected)
 
 
-@pytest.mark.parametrize("tangents", [0, 3, 9])
-@pytest.mark.parametrize("width", [40, 600, 4500])
+@pairwise(width=[40, 600, 4500], tangents=[0, 3, 9], dtype=DTYPES)
 def test_in_place(kernels, normal, dtype, width, tangents):
     """Catches a primal that is overwritten while tangents still need it: a long row takes nine of
     them in three turns."""

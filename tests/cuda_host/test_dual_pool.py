@@ -43,8 +43,7 @@ def test_matches_the_reference(kernels, normal, dtype, pool, tangents, ceil_mode
     assert_same(dual_pool(kernels, x, pool, ceil_mode=ceil_mode), truth)
 
 
-@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-@pytest.mark.parametrize("channels", [2, 5, 64])
+@pairwise(pool=list(POOLS.values()), channels=[2, 5, 64], dtype=DTYPES)
 def test_channels_last(kernels, normal, dtype, pool, channels):
     """Catches a neighbour's channel."""
     x = buffer(normal, dtype, (3, 2, *pool[0], channels), gap=3)
@@ -53,23 +52,18 @@ def test_channels_last(kernels, normal, dtype, pool, channels):
 
 
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_ties_take_the_first(kernels, normal, dtype, pool):
-    """Few different numbers: the tangents tell which of equals was taken."""
-    x = buffer(normal, dtype, (2, 3, 4, *pool[0]))
-    x[0] = x[0].round().clamp(-1, 1)
-    truth = reference_dual.dual_pool(x, *pool[1:], False)
-    assert_same(dual_pool(kernels, x, pool), truth)
-
-
-@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_nan_and_infinity(kernels, normal, dtype, pool):
-    """A NaN counts as the largest, the last of several; windows of -inf have a place. Catches a
-    comparison that a NaN never passes, and a search that starts above -inf."""
+def test_ties_nan_and_infinity(kernels, normal, dtype, pool):
+    """Few different numbers: the tangents tell which of equals was taken, the first. A NaN counts
+    as the largest, the last of several; windows of -inf have a place. Catches a comparison that a
+    NaN never passes, and a search that starts above -inf."""
+    ties = buffer(normal, dtype, (2, 3, 4, *pool[0]))
+    ties[0] = ties[0].round().clamp(-1, 1)
     x = buffer(normal, dtype, (2, 6, 4, *pool[0]))
     x[0][x[0] > 0.8] = math.nan
     x[0, :3][x[0, :3] < 0.8] = -math.inf
-    truth = reference_dual.dual_pool(x, *pool[1:], False)
-    assert_same(dual_pool(kernels, x, pool), truth)
+    for given in (ties, x):
+        truth = reference_dual.dual_pool(given, *pool[1:], False)
+        assert_same(dual_pool(kernels, given, pool), truth)
 
 
 def test_a_window_of_padding_alone(kernels, normal, dtype, monkeypatch):

@@ -31,11 +31,6 @@ def truth_of(x, log):
     return reference_dual.dual_softmax(x.double(), 2, bool(log))
 
 
-@pytest.fixture(params=[0, 1], ids=["softmax", "log"])
-def log(request):
-    return request.param
-
-
 @pairwise(shape=ROWS + LONG + COLUMNS, tangents=[0, 1, 5], log=[0, 1], dtype=DTYPES)
 def test_matches_the_reference(kernels, normal, dtype, shape, tangents, log):
     """Catches a sum over part of a row or over a neighbour's, and a tangent that gets the sum of
@@ -45,8 +40,7 @@ def test_matches_the_reference(kernels, normal, dtype, shape, tangents, log):
     assert_matches(dual_softmax(kernels, x, log), truth_of(x, log), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("shape", ONE_OF_EACH)
-@pytest.mark.parametrize("shift", [-1e4, 1e4])
+@pairwise(shape=ONE_OF_EACH, shift=[-1e4, 1e4], log=[0, 1], dtype=DTYPES)
 def test_large_numbers(kernels, normal, dtype, shape, shift, log):
     """Catches exponentials without the largest number taken off: all overflow or all vanish."""
     x = buffer(normal, dtype, (5, *shape))
@@ -55,7 +49,7 @@ def test_large_numbers(kernels, normal, dtype, shape, shift, log):
     assert_matches(dual_softmax(kernels, x, log), truth_of(x, log), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("shape", ONE_OF_EACH)
+@pairwise(shape=ONE_OF_EACH, log=[0, 1], dtype=DTYPES)
 def test_masked_entries(kernels, normal, dtype, shape, log):
     """Entries of -inf have weight zero, a row of nothing else gives NaN, and so does one with a NaN
     or +inf: catches -inf - -inf, and a NaN that the search for the largest overlooks for good."""
@@ -68,6 +62,7 @@ def test_masked_entries(kernels, normal, dtype, shape, log):
     assert_matches(dual_softmax(kernels, x, log), truth_of(x, log), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("log", [0, 1])
 def test_a_row_of_many_numbers(kernels, normal, dtype, log):
     """Catches sums that lose digits with the width: those of a column are added one by one."""
     tolerance = max(TOLERANCE[dtype], 5e-14)  # measured: 1.1e-14 in float64
@@ -76,8 +71,12 @@ def test_a_row_of_many_numbers(kernels, normal, dtype, log):
         assert_matches(dual_softmax(kernels, x, log), truth_of(x, log), tolerance)
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("shape", [(3, 9, 1), (3, 40, 1), (2, 1001, 1), (2, 4504, 1), (2, 5, 8)])
+@pairwise(
+    shape=[(3, 9, 1), (3, 40, 1), (2, 1001, 1), (2, 4504, 1), (2, 5, 8)],
+    offset=[0, 1],
+    log=[0, 1],
+    dtype=DTYPES,
+)
 def test_any_alignment_gives_the_same_bits(kernels, normal, dtype, shape, offset, log):
     """Catches a vector access at an address that does not allow it."""
     x = buffer(normal, dtype, (3, *shape), gap=1, offset=offset)

@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
+from support.op_bounds import BOUNDS
 from support.pairwise import DTYPES, pairwise
+from support.solve_failures import COUNT, with_failures
 
 from fisherfast import ops
 from fisherfast.ops import reference
 
 # Errors relative to the largest result of a system: those of tests/ops/test_fisher_solve.py.
 # Measured: 1e-6 and 1.6e-15.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
+TOLERANCE = BOUNDS["fisher_solve"]
 
 # Both plans: a column a thread (d <= 64, P <= 4), and systems in the shared memory of a block.
 SHAPES = [
@@ -57,18 +59,17 @@ def assert_matches(got, cov, deriv, ridge):
             assert (error.amax(1) / scale).max() < TOLERANCE[cov.dtype], name
 
 
-@both_plans
-@pytest.mark.parametrize(("batch", "dim", "params"), SHAPES)
-def test_matches_the_reference(kernels, systems, dtype, batch, dim, params, inverse_rows):
-    cov, deriv = systems(batch, dim, params, dtype)
+@pairwise(shape=SHAPES, inverse_rows=[False, True], dtype=DTYPES)
+def test_matches_the_reference(kernels, systems, dtype, shape, inverse_rows):
+    batch, dim, params = shape
+    cov, deriv = systems((batch,), dim, params, dtype=dtype)
     got = fisher_solve(kernels, cov, deriv, 2.0**-13, inverse_rows)
     assert_matches(got, cov, deriv, 2.0**-13)
 
 
-@both_plans
-@pytest.mark.parametrize("dim", [5, 12, 30, 40, 66])
+@pairwise(dim=[5, 12, 30, 40, 66], inverse_rows=[False, True], dtype=DTYPES)
 def test_blocks_take_turns(kernels, systems, dtype, dim, inverse_rows):
-    cov, deriv = systems(40 if dim < 20 else 7, dim, 2, dtype)
+    cov, deriv = systems((40 if dim < 20 else 7,), dim, 2, dtype=dtype)
     cov[-2, 1, 1] = -1.0  # a failed system in a later turn
     expected = fisher_solve(kernels, cov, deriv, 0.5, inverse_rows)
     got = fisher_solve(kernels, cov, deriv, 0.5, inverse_rows, grid=(1, 1))
@@ -77,10 +78,9 @@ def test_blocks_take_turns(kernels, systems, dtype, dim, inverse_rows):
         assert torch.equal(got[name].nan_to_num(-7), expected[name].nan_to_num(-7)), name
 
 
-@both_plans
-@pytest.mark.parametrize("dim", [5, 40, 66])
+@pairwise(dim=[5, 40, 66], inverse_rows=[False, True], dtype=DTYPES)
 def test_only_the_lower_triangle_is_read(kernels, systems, dtype, dim, inverse_rows):
-    cov, deriv = systems(3, dim, 2, dtype)
+    cov, deriv = systems((3,), dim, 2, dtype=dtype)
     upper = torch.ones(dim, dim, dtype=torch.bool).triu(1)
     expected = fisher_solve(kernels, cov, deriv, 0.0, inverse_rows)
     got = fisher_solve(kernels, cov.masked_fill(upper, math.nan), deriv, 0.0, inverse_rows)
@@ -88,10 +88,9 @@ def test_only_the_lower_triangle_is_read(kernels, systems, dtype, dim, inverse_r
         assert torch.equal(got[name], expected[name]), name
 
 
-@both_plans
-@pytest.mark.parametrize("dim", [5, 20, 40, 66])
+@pairwise(dim=[5, 20, 40, 66], inverse_rows=[False, True], dtype=DTYPES)
 def test_strided_input(kernels, systems, dtype, dim, inverse_rows):
-    cov, deriv = systems(6, dim, 3, dtype)
+    cov, deriv = systems((6,), dim, 3, dtype=dtype)
     expected = fisher_solve(kernels, cov[::2], deriv[::2].contiguous(), 0.0, inverse_rows)
     wide = torch.zeros(6, 2 * dim, 3 * dim + 1, dtype=dtype)
     wide[:, ::2, 1::3] = cov
@@ -102,50 +101,31 @@ def test_strided_input(kernels, systems, dtype, dim, inverse_rows):
         assert torch.equal(got[name], expected[name]), name
 
 
-@both_plans
-@pytest.mark.parametrize(("batch", "dim", "params"), [(0, 4, 2), (3, 0, 2), (3, 4, 0)])
-def test_empty_input(kernels, systems, dtype, batch, dim, params, inverse_rows):
-    got = fisher_solve(kernels, *systems(batch, dim, params, dtype), 0.0, inverse_rows)
+@pairwise(shape=[(0, 4, 2), (3, 0, 2), (3, 4, 0)], inverse_rows=[False, True], dtype=DTYPES)
+def test_empty_input(kernels, systems, dtype, shape, inverse_rows):
+    batch, dim, params = shape
+    got = fisher_solve(kernels, *systems((batch,), dim, params, dtype=dtype), 0.0, inverse_rows)
     assert got["info"].tolist() == [0] * batch
     assert got["fisher"].shape == (batch, params, params)
     assert got["fisher"].eq(0).all()
     assert got["condition"].isfinite().all()
 
 
-# As in tests/ops/test_fisher_solve.py: entries put into the identity, and the pivot that fails.
-FAILURES = {
-    "zero variance": ([(2, 2, 0.0)], 3),
-    "negative variance": ([(0, 0, -1.0)], 1),
-    "NaN variance": ([(4, 4, math.nan)], 5),
-    "infinite variance": ([(3, 3, math.inf)], 4),
-    "NaN covariance": ([(3, 1, math.nan)], 4),
-    "infinite covariance": ([(2, 0, -math.inf)], 3),
-    "not positive definite": ([(1, 0, 1.5)], 2),
-    "singular": ([(4, 2, 1.0)], 5),
-    "the first of two": ([(3, 0, 2.0), (4, 4, math.nan)], 4),
-    "the first of two, diagonal first": ([(1, 1, 0.0), (3, 0, 2.0)], 2),
-}
-
-
-@pairwise(failure=list(FAILURES), dim=[5, 36], inverse_rows=[False, True], dtype=DTYPES)
-def test_failures_stay_in_their_system(kernels, systems, dtype, failure, dim, inverse_rows):
-    entries, pivot = FAILURES[failure]
-    cov, deriv = systems(5, dim, 2, dtype)
+@pairwise(dim=[5, 36], inverse_rows=[False, True], dtype=DTYPES)
+def test_failures_stay_in_their_system(kernels, systems, dtype, dim, inverse_rows):
+    cov, deriv = systems((COUNT,), dim, 2, dtype=dtype)
     expected = fisher_solve(kernels, cov, deriv, 0.0, inverse_rows)
-    broken = cov.clone()
-    broken[2] = torch.eye(dim, dtype=dtype)
-    for row, column, value in entries:
-        broken[2, row, column] = value
+    broken, pivots = with_failures(cov)
     got = fisher_solve(kernels, broken, deriv, 0.0, inverse_rows)
-    assert got["info"].tolist() == [0, 0, pivot, 0, 0]
+    assert got["info"].tolist() == pivots
     for name in got:
-        assert torch.equal(got[name][[0, 1, 3, 4]], expected[name][[0, 1, 3, 4]]), name
-        assert name == "info" or got[name][2].isnan().all(), name
+        assert torch.equal(got[name][::2], expected[name][::2]), name
+        assert name == "info" or got[name][1::2].isnan().all(), name
 
 
 @both_plans
 def test_a_failed_derivative_is_no_failure_of_the_system(kernels, systems, dtype, inverse_rows):
-    cov, deriv = systems(2, 4, 2, dtype)
+    cov, deriv = systems((2,), 4, 2, dtype=dtype)
     deriv[0, 1, 0] = math.nan
     got = fisher_solve(kernels, cov, deriv, 0.0, inverse_rows)
     assert got["info"].tolist() == [0, 0]
@@ -157,7 +137,7 @@ def test_a_failed_derivative_is_no_failure_of_the_system(kernels, systems, dtype
 def test_a_system_that_does_not_fit_is_an_error(kernels, systems, dtype):
     message = "the factor of one system must take at most 8192 bytes of shared memory"
     with pytest.raises(RuntimeError, match=message):
-        fisher_solve(kernels, *systems(1, 64, 1, dtype), limit=8192)
+        fisher_solve(kernels, *systems((1,), 64, 1, dtype=dtype), limit=8192)
 
 
 def test_a_failed_system_has_no_gradient(kernels, normal, dtype):

@@ -4,26 +4,22 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support.pairwise import DTYPES
+from support.op_fixtures import dtype, normal, systems
 
 from fisherfast import _native
 
-DEVICES = ["cpu"]
-if torch.cuda.is_available():
-    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+__all__ = ["device", "dtype", "machine", "normal", "route", "systems", "with_threads"]
 
-MACHINES = ["baseline", "avx2", "avx512"]
-if torch.cuda.is_available():
-    MACHINES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+CUDA = [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", *CUDA])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that is there."""
     return torch.device(request.param)
 
 
-@pytest.fixture(params=MACHINES)
+@pytest.fixture(params=["baseline", "avx2", "avx512", *CUDA])
 def machine(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Every device, the CPU at each of its instruction sets."""
     if request.param == "cuda":
@@ -41,12 +37,6 @@ def machine(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     module.use_simd(request.param)
     yield cpu
     module.use_simd(info["simd"])
-
-
-@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Every dtype that the ops accept."""
-    return request.param
 
 
 @pytest.fixture(params=["kernel", "torch"])
@@ -68,28 +58,3 @@ def with_threads() -> Iterator[Callable]:
 
     yield call
     torch.set_num_threads(former)
-
-
-@pytest.fixture
-def normal() -> Callable[..., torch.Tensor]:
-    """Normal numbers from a seed: normal(3, 4, dtype=..., device=...)."""
-    generator = torch.Generator().manual_seed(20250131)
-
-    def draw(*shape: int, dtype: torch.dtype = torch.float64, device: object = "cpu"):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    return draw
-
-
-@pytest.fixture
-def systems(normal: Callable[..., torch.Tensor]) -> Callable[..., tuple]:
-    """Well-conditioned systems: systems((B, ...), d, P, dtype=..., device=...) -> cov, deriv."""
-
-    def draw(batch: tuple, dim: int, params: int, **kind: object):
-        samples = normal(*batch, dim, 2 * dim + 3)
-        unit = torch.logspace(-3, 3, dim, dtype=torch.float64)  # features of very different units
-        cov = unit[:, None] * (samples @ samples.mT / (2 * dim + 3)) * unit
-        deriv = unit[:, None] * normal(*batch, dim, params)
-        return cov.to(**kind), deriv.to(**kind)
-
-    return draw

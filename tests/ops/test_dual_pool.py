@@ -159,14 +159,6 @@ def test_channels_last_stays_so(normal, device, dtype, spatial):
         assert got[0].is_contiguous(memory_format=LAST[spatial])
 
 
-@pytest.mark.parametrize("shape", [(2, 0, 3, 4, 4), (1, 2, 0, 4, 4), (1, 0, 0, 4, 4)], ids=str)
-def test_empty(device, dtype, shape, last):
-    x = torch.ones(shape, dtype=dtype, device=device)
-    got = ops.dual_pool(channels_last(x) if last else x, [2, 2])
-    assert got.shape == (*shape[:3], 2, 2)
-    assert got.dtype == dtype
-
-
 # --- the reference -------------------------------------------------------------------------------
 
 

@@ -3,22 +3,22 @@
 import pytest
 import torch
 from ops.dual_buffers import jvp_of, largest_error, skip_without_kernel
+from support.op_bounds import BOUNDS
+from support.pairwise import DTYPES, pairwise
 
-from fisherfast import _native, ops
+from fisherfast import ops
 from fisherfast.ops import reference_dual
 
 # Largest error of a slice relative to its largest number. Measured: 2.3e-7, and
 # 2.6e-15, part of it the reference's own.
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 8e-15}
+TOLERANCE = BOUNDS["dual_softmax"]
 
 WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 197, 1024, 4099]
 TANGENTS = [0, 1, 2, 3, 4, 5, 9, 16]
 INFINITY = float("inf")
 
 
-@pytest.fixture(params=[False, True], ids=["softmax", "log_softmax"])
-def log(request):
-    return request.param
+LOG = [False, True]
 
 
 def assert_matches(x, dim, log):
@@ -44,7 +44,7 @@ def test_by_hand(device, dtype):
     assert largest_error(ops.dual_softmax(x, log=True), truth) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pairwise(width=WIDTHS, log=LOG, dtype=DTYPES)
 def test_every_width(normal, device, dtype, width, log):
     """Catches a tail of a row that is lost, or summed with the numbers after it."""
     x = 2 * normal(6, 5, width, dtype=dtype, device=device)
@@ -52,20 +52,19 @@ def test_every_width(normal, device, dtype, width, log):
     assert_matches(x.mT.contiguous(), 1, log)
 
 
-@pytest.mark.parametrize("inner", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 70])
+@pairwise(inner=[1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 70], log=LOG, dtype=DTYPES)
 def test_every_inner_size(normal, device, dtype, inner, log):
     """Catches neighbouring rows that are lost, and rows of the next outer number."""
     assert_matches(2 * normal(4, 3, 6, inner, dtype=dtype, device=device), 2, log)
 
 
-@pytest.mark.parametrize("tangents", TANGENTS)
-@pytest.mark.parametrize("dim", [1, 2])
+@pairwise(tangents=TANGENTS, dim=[1, 2], log=LOG, dtype=DTYPES)
 def test_every_number_of_tangents(normal, device, dtype, tangents, dim, log):
     """Catches a group of tangents that is cut off, and an exponential of one that was kept."""
     assert_matches(normal(1 + tangents, 19, 37, dtype=dtype, device=device), dim, log)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3, -1, -2, -3])
+@pairwise(dim=[1, 2, 3, -1, -2, -3], log=LOG, dtype=DTYPES)
 def test_every_dimension(normal, device, dtype, dim, log):
     assert_matches(normal(3, 4, 5, 6, dtype=dtype, device=device), dim, log)
 
@@ -73,7 +72,7 @@ def test_every_dimension(normal, device, dtype, dim, log):
 # --- accuracy and infinities ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [1, 2])
+@pairwise(dim=[1, 2], log=LOG, dtype=DTYPES)
 def test_a_million_numbers(normal, device, dtype, dim, log):
     """Catches sums in float32 of one number after another (error 1e-3)."""
     skip_without_kernel(device, "its sums are those of torch")
@@ -81,8 +80,7 @@ def test_a_million_numbers(normal, device, dtype, dim, log):
     assert_matches(normal(*shape, dtype=dtype, device=device), dim, log)
 
 
-@pytest.mark.parametrize("dim", [1, 2])
-@pytest.mark.parametrize("offset", [-3e38, -800.0, 800.0, 3e38])
+@pairwise(offset=[-3e38, -800.0, 800.0, 3e38], dim=[1, 2], log=LOG, dtype=DTYPES)
 def test_exponents_out_of_range(normal, device, dtype, offset, dim, log):
     """exp(800) is infinite and exp(-800) zero in both dtypes: catches a maximum not taken off."""
     x = normal(3, 20, 20, dtype=dtype, device=device)
@@ -101,7 +99,7 @@ def test_denormal_results(device, dtype):
     assert (error <= 2 * torch.finfo(dtype).eps * truth + smallest).all()
 
 
-@pytest.mark.parametrize("dim", [1, 2])
+@pairwise(dim=[1, 2], log=LOG, dtype=DTYPES)
 def test_minus_infinity_is_a_mask(normal, device, dtype, dim, log):
     """Masked entries have s = 0 and give nothing to the others. Catches -inf - -inf."""
     x = normal(4, 23, 23, dtype=dtype, device=device)
@@ -117,8 +115,7 @@ def test_minus_infinity_is_a_mask(normal, device, dtype, dim, log):
         assert got[:, ~seen].eq(0).all()
 
 
-@pytest.mark.parametrize("dim", [1, 2])
-@pytest.mark.parametrize("value", [float("nan"), INFINITY, None], ids=["nan", "inf", "all -inf"])
+@pairwise(value=[float("nan"), INFINITY, None], dim=[1, 2], log=LOG, dtype=DTYPES)
 def test_rows_without_a_value(normal, device, dtype, value, dim, log):
     """As in PyTorch, NaN fills the row of a NaN, of inf and of -inf alone; no other row."""
     x = normal(6, 21, 21, dtype=dtype, device=device)
@@ -140,30 +137,15 @@ def test_rows_without_a_value(normal, device, dtype, value, dim, log):
 # --- contracts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 0), (3, 0, 3), (3, 4, 0), (1, 0, 0), (3, 1, 1)], ids=str)
-def test_empty_and_single(device, dtype, shape):
-    got = ops.dual_softmax(torch.ones(shape, dtype=dtype, device=device))
-    assert got.shape == shape
-    assert got.dtype == dtype
-    assert got[0].eq(1).all()
-    assert got[1:].eq(0).all()
-
-
-@pytest.mark.parametrize("inner", [1, 5, 40])
-@pytest.mark.parametrize("tangents", [0, 1, 5])
-def test_the_result_may_overwrite_the_input(normal, device, dtype, tangents, inner, log):
-    """Catches a primal that is written before the last tangent has been computed."""
-    skip_without_kernel(device, "it writes new memory")
-    x = normal(1 + tangents, 9, 50, inner, dtype=dtype, device=device)
-    expected = ops.dual_softmax(x, 2, log=log)
-    sizes = {"tangents": tangents, "outer": 9, "width": 50, "inner": inner}
-    _native.call("dual_softmax", x, x=x, y=x, slice_stride=x.stride(0), log=log, **sizes)
-    assert torch.equal(x, expected)
+def test_a_single_number_has_all_the_weight(device, dtype):
+    got = ops.dual_softmax(torch.ones(3, 1, 1, dtype=dtype, device=device))
+    assert got.flatten().tolist() == [1, 0, 0]
 
 
 # --- the reference -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("log", LOG)
 @pytest.mark.parametrize("dim", [1, 2, -1])
 def test_reference_is_softmax(normal, dim, log):
     function = torch.log_softmax if log else torch.softmax

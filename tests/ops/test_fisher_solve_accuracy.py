@@ -8,15 +8,16 @@ import math
 
 import pytest
 import torch
+from support.op_bounds import BOUNDS
 from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 from fisherfast.ops import reference
 
 # Errors relative to the largest result of a system, of systems with condition numbers below 100.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
+TOLERANCE = BOUNDS["fisher_solve"]
 
-CONDITIONS = [10.0**e for e in range(7)]
+CONDITIONS = [1.0, 100.0, 1e4, 1e6]
 SYSTEMS = {4: 600, 8: 600, 16: 400, 32: 300, 64: 150, 128: 60}
 SIZES = [*range(1, 41), 48, 63, 64, 65, 96, 127, 128, 129, 130, 200, 257]
 COUNTS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100]
@@ -171,21 +172,3 @@ def test_a_failure_stays_in_its_lane(normal, device, dtype, size, position, fail
         assert torch.equal(left[others], right[others])
     for name in ("fisher", "half", "condition", "inverse_rows"):
         assert getattr(got, name)[position].isnan().all(), name
-
-
-def test_many_failures_at_once(normal, device, dtype):
-    """Every third system fails, each at another pivot."""
-    count, dim = 100, 9
-    kind = {"dtype": dtype, "device": device}
-    cov, deriv = correlations(normal, count, dim, 10.0).to(**kind), normal(count, dim, 1, **kind)
-    expected = ops.fisher_solve_details(cov, deriv, inverse_rows=True)
-    broken = cov.clone()
-    pivots = [i % dim + 1 if i % 3 == 0 else 0 for i in range(count)]
-    for i, pivot in enumerate(pivots):
-        if pivot:
-            broken[i, pivot - 1, pivot - 1] = -1.0
-    got = ops.fisher_solve_details(broken, deriv, inverse_rows=True)
-    assert got.info.tolist() == pivots
-    good = got.info == 0
-    for left, right in zip(got[:5], expected[:5], strict=True):
-        assert torch.equal(left[good], right[good])

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from support.closeness import assert_close
+from support.op_bounds import BOUNDS
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import ops
 from fisherfast.ops import reference
 
 # Errors relative to the largest result. Measured: 1e-7 and 4e-15.
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 2e-14}
+TOLERANCE = BOUNDS["lift"]
 SLOPE = 0.75  # the same number in float32 and float64
 
 
@@ -44,10 +46,14 @@ def test_by_hand(device, dtype):
     assert sums.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("groups", "first"), [(1, 0), (2, 1), (16, 1_000_003)])
-@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (2, 3), (100, 33), (5001, 40), (3, 700)])
-def test_matches_the_reference(inputs, dtype, rows, dim, groups, first):
-    projected, bias, pilot = inputs(rows, dim)
+@pairwise(
+    shape=[(1, 1), (2, 3), (100, 33), (5001, 40), (3, 700)],
+    folds=[(1, 0), (2, 1), (16, 1_000_003)],
+    dtype=DTYPES,
+)
+def test_matches_the_reference(inputs, dtype, shape, folds):
+    projected, bias, pilot = inputs(*shape)
+    groups, first = folds
     got = ops.lift(projected, bias, pilot, slope=SLOPE, num_groups=groups, first=first)
     doubles = (projected.double(), bias.double(), pilot.double())
     assert_matches(got, reference.lift(*doubles, SLOPE, groups, first), dtype)
@@ -59,14 +65,6 @@ def test_any_finite_slope(inputs, dtype, slope):
     doubles = (projected.double(), bias.double(), pilot.double())
     got = ops.lift(projected, bias, pilot, slope=slope)
     assert_matches(got, reference.lift(*doubles, slope), dtype)
-
-
-@pytest.mark.parametrize(("rows", "dim"), [(0, 3), (4, 0), (0, 0)])
-def test_empty_input(inputs, rows, dim):
-    features, sums = ops.lift(*inputs(rows, dim), num_groups=2)
-    assert features.shape == (rows, dim)
-    assert sums.shape == (2, dim)
-    assert sums.eq(0).all()
 
 
 def test_a_nan_stays_in_its_column_and_fold(inputs):

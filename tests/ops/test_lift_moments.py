@@ -9,12 +9,13 @@ import math
 import pytest
 import torch
 from support.closeness import assert_close
+from support.op_bounds import BOUNDS
 from support.pairwise import pairwise
 
 from fisherfast import ops
 
 # Errors relative to the largest entry, as for moments.
-TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
+TOLERANCE = BOUNDS["lift_moments_"]
 
 
 def features(z, weight, bias, pilot, slope):

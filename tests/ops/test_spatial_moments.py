@@ -3,15 +3,16 @@
 import resource
 import sys
 
-import numpy as np
 import pytest
 import torch
 from support.closeness import assert_close
+from support.op_bounds import BOUNDS
+from support.pairwise import DTYPES, pairwise
 
 from fisherfast import _native, ops
 
 # Errors at a position, relative to its sum of |x - m| and to its largest sum of squares.
-TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-14}
+TOLERANCE = BOUNDS["spatial_moments"]
 
 SHAPES = [(1, 1, 1), (3, 5, 1), (17, 1, 5), (3, 4, 4), (64, 3, 3), (5, 3, 11), (17, 4, 8)]
 ROWS = [1, 2, 7, 64, 257, 1030]
@@ -63,9 +64,7 @@ def test_by_hand(device, dtype):
     assert cross.tolist() == [[[[16.0, 16.0], [16.0, 16.0]], [[40.0, 30.0], [30.0, 25.0]]]]
 
 
-@pytest.mark.parametrize("with_pilot", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
+@pairwise(shape=SHAPES, rows=ROWS, with_pilot=[False, True], dtype=DTYPES)
 def test_matches_the_definition(normal, device, dtype, rows, shape, with_pilot):
     """Catches a lost tail of rows, channels or positions (every size is odd somewhere)."""
     x = images(normal, (rows, *shape), dtype=dtype, device=device)
@@ -98,26 +97,7 @@ def test_a_pilot_near_the_mean_avoids_cancellation(normal, device):
         torch.testing.assert_close(covariance[h, w], expected, rtol=1e-5, atol=1e-6)
 
 
-# --- strides -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["n", "C", "H", "W"])
-def test_offsets_beyond_32_bits(dim):
-    """Two elements 2^31 + 8 apart along one axis: catches an int for an offset or a stride.
-
-    The memory between them is never touched, so it is never there (numpy allocates it lazily).
-    """
-    far = 2**31 + 8
-    try:
-        buffer = torch.from_numpy(np.zeros(far + 100, dtype=np.float32))
-    except MemoryError:
-        pytest.skip("8.6 GB of address space must be there for this test")
-    shape, strides = [3, 3, 3, 3], [27, 9, 3, 1]
-    shape[dim], strides[dim] = 2, far
-    x = buffer.as_strided(shape, strides)
-    x.copy_(torch.arange(54.0).reshape(shape) - 20)
-    for left, right in zip(ops.spatial_moments(x), definition(x), strict=True):
-        assert torch.equal(left, right)
+# --- size ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -139,21 +119,6 @@ def test_more_than_2_to_the_31_elements(rows, channels):
 
 
 # --- properties ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "shape", [(0, 3, 2, 4), (4, 0, 2, 3), (4, 3, 0, 2), (4, 3, 2, 0), (0, 0, 0, 0)], ids=str
-)
-@pytest.mark.parametrize("with_pilot", [False, True])
-def test_empty_input(device, dtype, shape, with_pilot):
-    """Zeros, not what happens to be in memory."""
-    x = torch.ones(shape, dtype=dtype, device=device)
-    pilot = torch.ones(shape[1:], dtype=dtype, device=device) if with_pilot else None
-    sums, cross = ops.spatial_moments(x, pilot=pilot)
-    _, channels, height, width = shape
-    empty = torch.zeros(height, width, channels, channels, dtype=torch.float64, device=device)
-    assert torch.equal(cross, empty)
-    assert torch.equal(sums, empty.sum(-1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,4 +1,4 @@
-"""Figures of the Fisher information: against layers, against features, over epochs.
+"""Figures of the Fisher information, against layers and against features.
 
 Every function draws into the given axes, or into a new figure without a window or backend state,
 and returns the axes; ``ax.figure.savefig("flow.png")`` writes the file. matplotlib is imported when
@@ -22,13 +22,11 @@ __all__ = [
     "GREEN",
     "GREY",
     "VERMILION",
-    "EpochLike",
-    "crossing_epoch",
+    "axes_or_new",
     "new_figure",
     "plot_curve",
     "plot_flow",
     "plot_flows",
-    "plot_training",
     "sequence_colours",
     "thinned",
     "tidy",
@@ -41,7 +39,6 @@ SIZE = (6.0, 4.0)  # inches
 DPI = 160
 MAP_RANGE = (0.05, 0.85)  # part of viridis; its yellow end is too pale on white
 LEGEND_ENTRIES = 12  # most lines of a legend; further ones are left out
-CEILING = 2.5  # upper end of the axis of errors: values near 1 matter, untrained ones are far above
 
 
 class FlowLike(Protocol):
@@ -55,22 +52,6 @@ class FlowLike(Protocol):
     def parameters(self) -> int: ...
     def fractions(self) -> dict[str, float]: ...
     def fraction_errors(self) -> dict[str, float]: ...
-
-
-class EpochLike(Protocol):
-    """The attributes of an epoch that `plot_training` uses; NaN if unknown. Levels are mean square
-    errors in units of the Cramer-Rao bound of the input, transmission is J_output / J_input."""
-
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def train_level(self) -> float: ...
-    @property
-    def val_level(self) -> float: ...
-    @property
-    def transmission(self) -> float: ...
-    @property
-    def transmission_error(self) -> float: ...
 
 
 class _Line(NamedTuple):
@@ -132,7 +113,7 @@ def plot_flow(
         >>> plots.plot_flow(flow).get_ylabel()  # doctest: +SKIP
         'Fisher information J (1/theta²)'
     """
-    ax = _axes_or_new(ax)
+    ax = axes_or_new(ax)
     places = range(len(flow.layers))
     for order, line in enumerate(_lines(flow, fraction)):
         shade = color if order == 0 else f"C{order}"
@@ -177,7 +158,7 @@ def plot_flows(
     for flow in flows.values():
         if flow.names != first.names:
             raise ValueError(f"flows must have the same layers, got {first.names} and {flow.names}")
-    ax = _axes_or_new(ax)
+    ax = axes_or_new(ax)
     named = thinned(list(flows))
     for color, (label, flow) in zip(sequence_colours(len(flows)), flows.items(), strict=True):
         for line in _lines(flow, fraction):
@@ -221,7 +202,7 @@ def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/the
     Raises:
         ImportError: matplotlib is not installed.
     """
-    ax = _axes_or_new(ax)
+    ax = axes_or_new(ax)
     widths = layer.curve_k.tolist()
     for p in range(layer.parameters):
         color = (BLUE, VERMILION, GREEN, GREY)[p % 4]
@@ -239,107 +220,6 @@ def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/the
     tidy(ax)
     ax.legend(frameon=False, fontsize="small")
     return ax
-
-
-def plot_training(history: Sequence[EpochLike], ax: Axes | None = None) -> Axes:
-    """Plot transmission, and the errors in units of the Cramer-Rao bound, over epochs.
-
-    It shows J_output / J_input with error bars, and training and validation error (mean square
-    error times J_input). No unbiased estimate is below the line at 1: with a training error there
-    the network memorises, and the published rule stops (star). The ring marks the least validation
-    error. The axis ends at 2.5; an arrow with a number marks a larger error.
-
-    Args:
-        history: the epochs in their order, as `FisherMonitor.history`.
-        ax: axes to draw into; None makes a new figure.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: the history is empty.
-        ImportError: matplotlib is not installed.
-    """
-    if not history:
-        raise ValueError("history must hold at least one epoch, got none")
-    ax = _axes_or_new(ax)
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [entry.epoch for entry in history]
-    measured = [entry for entry in history if entry.transmission == entry.transmission]
-    train = [entry.train_level for entry in history]
-    validation = [entry.val_level for entry in history]
-    ax.axhline(1, color=GREY, ls="--", lw=1, label="Cramér-Rao bound")
-    share = [entry.transmission for entry in measured]
-    ax.errorbar(
-        [entry.epoch for entry in measured],
-        share,
-        [entry.transmission_error for entry in measured],
-        color=BLUE,
-        marker="o",
-        ms=4,
-        capsize=3,
-        label=_SHARE,
-    )
-    ax.plot(
-        epochs, train, color=VERMILION, marker="s", ms=4, label=r"training MSE $\times$ J$_{input}$"
-    )
-    ax.plot(
-        epochs,
-        validation,
-        color=GREEN,
-        marker="^",
-        ms=4,
-        label=r"validation MSE $\times$ J$_{input}$",
-    )
-    _mark_stops(ax, history, train, validation)
-    _limit_errors(ax, epochs, validation, lowest=min([0.0, *share]))
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("in units of J$_{input}$")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    tidy(ax)
-    ax.legend(frameon=False, fontsize="small")
-    return ax
-
-
-def crossing_epoch(history: Sequence[EpochLike]) -> int | None:
-    """Find the first epoch with training MSE * J_input <= 1, where the published rule stops, or
-    None.
-
-    Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025).
-    """
-    return next((entry.epoch for entry in history if entry.train_level <= 1), None)
-
-
-_SHARE = r"J$_{output}$ / J$_{input}$"
-
-
-def _mark_stops(
-    ax: Axes, history: Sequence[EpochLike], train: list[float], validation: list[float]
-) -> None:
-    """Mark the published stopping point with a star, the least validation error with a ring."""
-    stop = crossing_epoch(history)
-    epochs = [entry.epoch for entry in history]
-    if stop is not None:
-        level = train[epochs.index(stop)]
-        ax.axvline(stop, color=VERMILION, lw=1, ls=":", alpha=0.8)
-        ax.plot([stop], [level], "*", color=VERMILION, ms=14, mec="white", label="published stop")
-    known = [
-        (level, epoch) for level, epoch in zip(validation, epochs, strict=True) if level == level
-    ]
-    if known:
-        level, epoch = min(known)
-        ax.plot([epoch], [level], "o", color=GREEN, mfc="none", ms=10, label="least validation MSE")
-
-
-def _limit_errors(ax: Axes, epochs: list[int], levels: list[float], *, lowest: float) -> None:
-    """Limit the axis from `lowest` to at most `CEILING`; an arrow marks the first level above."""
-    ax.set_ylim(bottom=lowest, top=min(CEILING, ax.get_ylim()[1]))
-    above = [(epoch, level) for epoch, level in zip(epochs, levels, strict=True) if level > CEILING]
-    if above:
-        epoch, level = above[0]
-        note = f"\N{UPWARDS ARROW} {level:.3g}"
-        ax.text(epoch, CEILING, note, ha="center", va="top", color=GREEN, fontsize="small")
 
 
 def _lines(flow: FlowLike, fraction: bool) -> Iterator[_Line]:
@@ -398,5 +278,5 @@ def tidy(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def _axes_or_new(ax: Axes | None) -> Axes:
+def axes_or_new(ax: Axes | None) -> Axes:
     return new_figure().add_subplot() if ax is None else ax

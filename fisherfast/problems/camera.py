@@ -14,11 +14,11 @@ from torch import Tensor
 from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.distributions import poisson_sample
 from fisherfast.problems.gaussian import standard_normal
-from fisherfast.problems.optics import angular_frequencies
 from fisherfast.problems.problem import (
     STREAM_TRAINING,
     Problem,
     Theta,
+    angular_frequencies,
     cholesky_factor,
     seeded_generator,
 )

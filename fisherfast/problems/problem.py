@@ -11,6 +11,7 @@ generator state at two values of theta gives the same noise at both (paired cond
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -65,6 +66,12 @@ def whitened_norm(derivative: Tensor, covariance: Tensor) -> Tensor:
     """Compute D C^-1 D^T for D [P, d] and C [d, d]: the linear FI [P, P]."""
     half = torch.linalg.solve_triangular(cholesky_factor(covariance), derivative.mT, upper=False)
     return half.mT @ half
+
+
+def angular_frequencies(size: int, spacing: float, *, half: bool = False) -> Tensor:
+    """Return k of a discrete Fourier transform, float64 [size] or half of it, per unit length."""
+    frequencies = torch.fft.rfftfreq if half else torch.fft.fftfreq
+    return 2 * math.pi * frequencies(size, d=spacing, dtype=torch.float64)
 
 
 class Problem(ABC):

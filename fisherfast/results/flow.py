@@ -233,9 +233,6 @@ class FisherFlow:
         return table.rows(self.layers, self._ratios())
 
     def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
         return table.as_text(self.table(), self._footnotes())
 
     def _repr_html_(self) -> str:

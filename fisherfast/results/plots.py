@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fisherfast.results.comparison import ratio
 from fisherfast.results.layer import LayerFisher
@@ -52,15 +52,6 @@ class FlowLike(Protocol):
     def parameters(self) -> int: ...
     def fractions(self) -> dict[str, float]: ...
     def fraction_errors(self) -> dict[str, float]: ...
-
-
-class _Line(NamedTuple):
-    """One value per layer with standard error and honest lower bound; `suffix` names it."""
-
-    suffix: str
-    values: list[float]
-    errors: list[float]
-    lower: list[float]
 
 
 def new_figure(width: float = SIZE[0], height: float = SIZE[1]) -> Any:
@@ -115,14 +106,12 @@ def plot_flow(
     """
     ax = axes_or_new(ax)
     places = range(len(flow.layers))
-    for order, line in enumerate(_lines(flow, fraction)):
+    for order, (suffix, values, errors, lower) in enumerate(_lines(flow, fraction)):
         shade = color if order == 0 else f"C{order}"
-        name = f"{label or 'J'}{line.suffix}"
-        ax.errorbar(
-            places, line.values, line.errors, label=name, color=shade, marker="o", ms=4, capsize=3
-        )
+        name = f"{label or 'J'}{suffix}"
+        ax.errorbar(places, values, errors, label=name, color=shade, marker="o", ms=4, capsize=3)
         bound = "honest lower bound" if order == 0 else None
-        ax.plot(places, line.lower, "_", label=bound, color=shade, alpha=0.6, ms=12, mew=1.5)
+        ax.plot(places, lower, "_", label=bound, color=shade, alpha=0.6, ms=12, mew=1.5)
     _label_layers(ax, flow, fraction, unit)
     ax.legend(frameon=False, fontsize="small")
     return ax
@@ -161,12 +150,12 @@ def plot_flows(
     ax = axes_or_new(ax)
     named = thinned(list(flows))
     for color, (label, flow) in zip(sequence_colours(len(flows)), flows.items(), strict=True):
-        for line in _lines(flow, fraction):
-            name = f"{label}{line.suffix}" if label in named else None
+        for suffix, values, errors, _ in _lines(flow, fraction):
+            name = f"{label}{suffix}" if label in named else None
             ax.errorbar(
                 range(len(flow.layers)),
-                line.values,
-                line.errors,
+                values,
+                errors,
                 label=name,
                 color=color,
                 marker="o",
@@ -222,24 +211,21 @@ def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/the
     return ax
 
 
-def _lines(flow: FlowLike, fraction: bool) -> Iterator[_Line]:
-    """Yield one line, or one per parameter for J of several parameters."""
+def _lines(
+    flow: FlowLike, fraction: bool
+) -> Iterator[tuple[str, list[float], list[float], list[float]]]:
+    """Yield the line of a flow, or one per parameter for J of several parameters: a suffix that
+    names it, and values, standard errors and honest lower bounds by layer."""
     if fraction:
-        shares, errors, lower = flow.fractions(), flow.fraction_errors(), _lower_fractions(flow)
-        yield _Line("", [*shares.values()], [*errors.values()], lower)
+        lower = [ratio(replace(layer, J=layer.lower), flow.layers[0])[0] for layer in flow.layers]
+        yield "", [*flow.fractions().values()], [*flow.fraction_errors().values()], lower
         return
     for p in range(flow.parameters):
-        entries = [
-            tuple(float(matrix[p, p]) for matrix in (layer.J, layer.stderr, layer.lower))
-            for layer in flow.layers
-        ]
-        J, errors_J, lower_J = (list(column) for column in zip(*entries, strict=True))
-        yield _Line(f"[{p}]" if flow.parameters > 1 else "", J, errors_J, lower_J)
-
-
-def _lower_fractions(flow: FlowLike) -> list[float]:
-    """Compute tr(J_input^-1 lower) / P of each layer."""
-    return [ratio(replace(layer, J=layer.lower), flow.layers[0])[0] for layer in flow.layers]
+        J, errors, lower = (
+            [float(getattr(layer, name)[p, p]) for layer in flow.layers]
+            for name in ("J", "stderr", "lower")
+        )
+        yield f"[{p}]" if flow.parameters > 1 else "", J, errors, lower
 
 
 def _label_layers(ax: Axes, flow: FlowLike, fraction: bool, unit: str) -> None:

@@ -10,8 +10,6 @@ from fisherfast.results.plots import new_figure, plot_flows
 from fisherfast.training import EpochRecord
 from fisherfast.training.plots import plot_training
 
-__all__ = ["draw_figures"]
-
 PANEL = 5.6  # inches
 HEIGHT = 4.0
 TILE = 1.75  # inches, one sample image

@@ -24,16 +24,6 @@ from fisherfast.results.table import with_error
 from fisherfast.training import EpochRecord
 from fisherfast.training.plots import crossing_epoch
 
-__all__ = [
-    "check_packages",
-    "epoch_cells",
-    "epoch_header",
-    "run_numbers",
-    "summary",
-    "versions",
-    "write_report",
-]
-
 PAGE = "index.html"
 NUMBERS = "results.json"
 TEMPLATE = "report.html"

@@ -11,8 +11,6 @@ from fisherfast.demo.report import epoch_cells, epoch_header, summary, write_rep
 from fisherfast.demo.training import DivergenceError, Task, train
 from fisherfast.training import EpochRecord
 
-__all__ = ["DONE", "FAILED", "INTERRUPTED", "collect", "run_demo", "verdict"]
-
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 """Exit statuses; 130 is what shells give a command that Ctrl-C ended."""
 LEAST_WIDTH = 7  # of a column of the table

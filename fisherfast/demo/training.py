@@ -19,8 +19,6 @@ from fisherfast.flow import fisher_flow
 from fisherfast.training import EpochRecord
 from fisherfast.training.record import input_of
 
-__all__ = ["VALIDATION_SHARE", "DivergenceError", "Task", "train"]
-
 EVALUATION_BATCH = 4096
 VALIDATION_SHARE = 5
 """Training samples for each validation sample."""

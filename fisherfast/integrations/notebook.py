@@ -10,8 +10,6 @@ from fisherfast.results import plots
 from fisherfast.training import FisherMonitor
 from fisherfast.training.plots import measured_flows, plot_training
 
-__all__ = ["LivePlot"]
-
 SIZE = (11.0, 4.0)
 """Size of both panels together in inches: the width of a notebook cell."""
 

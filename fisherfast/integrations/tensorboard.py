@@ -9,8 +9,6 @@ from fisherfast.results.plots import plot_flows
 from fisherfast.training import EpochRecord, FisherMonitor
 from fisherfast.training.plots import measured_flows, plot_training
 
-__all__ = ["Writer", "log_to_tensorboard"]
-
 
 class Writer(Protocol):
     """The methods of a `SummaryWriter` that are used."""

@@ -21,8 +21,6 @@ from fisherfast.results.comparison import (
 from fisherfast.results.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
 from fisherfast.results.layer import LayerFisher
 
-__all__ = ["FisherFlow"]
-
 FORMAT = "fisherfast.flow"
 
 FORMAT_VERSION = 1

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["read", "write"]
-
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write plain numbers, strings and lists. Raises ValueError unless path ends in .json or

@@ -17,21 +17,6 @@ from fisherfast.results.layer import LayerFisher
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "BLUE",
-    "GREEN",
-    "GREY",
-    "VERMILION",
-    "axes_or_new",
-    "new_figure",
-    "plot_curve",
-    "plot_flow",
-    "plot_flows",
-    "sequence_colours",
-    "thinned",
-    "tidy",
-]
-
 # Okabe and Ito (2008): distinguishable with every common colour vision.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 

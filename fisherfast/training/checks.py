@@ -11,12 +11,6 @@ import torch
 
 from fisherfast.training.record import Errors
 
-__all__ = [
-    "check_errors",
-    "check_same_network",
-    "check_scale",
-]
-
 
 def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors:
     """Return mean square errors in theta^2, one per parameter; None for None.

@@ -48,8 +48,6 @@ from fisherfast.training.record import (
 from fisherfast.training.regression import LiveEstimate
 from fisherfast.training.units import unit_note
 
-__all__ = ["FisherMonitor"]
-
 MONITOR_FEATURES = 128
 """Default number of features: enough for a trend, at an eighth of the cost of 512 features."""
 

@@ -17,8 +17,6 @@ from fisherfast.model.graph import PASSIVE
 from fisherfast.model.sites import INPUT, OUTPUT
 from fisherfast.training.regression import LiveEstimate, RegressionMoments, ThetaBatch
 
-__all__ = ["Observer", "leaves"]
-
 WIDEST = 256
 """Width of the widest layer that is observed: for wider ones the cost exceeds the benefit."""
 

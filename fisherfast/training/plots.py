@@ -12,8 +12,6 @@ from fisherfast.training.record import EpochRecord
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["crossing_epoch", "measured_flows", "plot_training"]
-
 CEILING = 2.5  # upper end of the axis of errors: values near 1 matter, untrained ones are far above
 _SHARE = r"J$_{output}$ / J$_{input}$"
 

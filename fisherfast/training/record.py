@@ -16,8 +16,6 @@ from fisherfast.results import table
 from fisherfast.results.comparison import divides, ratio
 from fisherfast.results.flow import FisherFlow
 
-__all__ = ["NOT_MEASURED", "EpochRecord", "Errors", "input_of", "level_of", "output_of", "table_of"]
-
 NOT_MEASURED = "not measured: "
 """Start of the note of a record whose measurement found activations that are not finite."""
 

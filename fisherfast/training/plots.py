@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -56,9 +57,7 @@ def plot_training(history: Sequence[EpochRecord], ax: Axes | None = None) -> Axe
     from matplotlib.ticker import MaxNLocator
 
     epochs = [entry.epoch for entry in history]
-    measured = [entry for entry in history if entry.transmission == entry.transmission]
-    train = [entry.train_level for entry in history]
-    validation = [entry.val_level for entry in history]
+    measured = [entry for entry in history if not math.isnan(entry.transmission)]
     ax.axhline(1, color=GREY, ls="--", lw=1, label="Cramér-Rao bound")
     share = [entry.transmission for entry in measured]
     ax.errorbar(
@@ -71,19 +70,14 @@ def plot_training(history: Sequence[EpochRecord], ax: Axes | None = None) -> Axe
         capsize=3,
         label=_SHARE,
     )
-    ax.plot(
-        epochs, train, color=VERMILION, marker="s", ms=4, label=r"training MSE $\times$ J$_{input}$"
-    )
-    ax.plot(
-        epochs,
-        validation,
-        color=GREEN,
-        marker="^",
-        ms=4,
-        label=r"validation MSE $\times$ J$_{input}$",
-    )
-    _mark_stops(ax, history, train, validation)
-    _limit_errors(ax, epochs, validation, lowest=min([0.0, *share]))
+    for name, levels, color, marker in (
+        ("training", [entry.train_level for entry in history], VERMILION, "s"),
+        ("validation", [entry.val_level for entry in history], GREEN, "^"),
+    ):
+        label = rf"{name} MSE $\times$ J$_{{input}}$"
+        ax.plot(epochs, levels, color=color, marker=marker, ms=4, label=label)
+    _mark_stops(ax, history)
+    _limit_errors(ax, history, lowest=min([0.0, *share]))
     ax.set_xlabel("epoch")
     ax.set_ylabel("in units of J$_{input}$")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -101,29 +95,24 @@ def crossing_epoch(history: Sequence[EpochRecord]) -> int | None:
     return next((entry.epoch for entry in history if entry.train_level <= 1), None)
 
 
-def _mark_stops(
-    ax: Axes, history: Sequence[EpochRecord], train: list[float], validation: list[float]
-) -> None:
+def _mark_stops(ax: Axes, history: Sequence[EpochRecord]) -> None:
     """Mark the published stopping point with a star, the least validation error with a ring."""
     stop = crossing_epoch(history)
-    epochs = [entry.epoch for entry in history]
     if stop is not None:
-        level = train[epochs.index(stop)]
+        level = next(entry.train_level for entry in history if entry.epoch == stop)
         ax.axvline(stop, color=VERMILION, lw=1, ls=":", alpha=0.8)
         ax.plot([stop], [level], "*", color=VERMILION, ms=14, mec="white", label="published stop")
-    known = [
-        (level, epoch) for level, epoch in zip(validation, epochs, strict=True) if level == level
-    ]
+    known = [(e.val_level, e.epoch) for e in history if not math.isnan(e.val_level)]
     if known:
         level, epoch = min(known)
         ax.plot([epoch], [level], "o", color=GREEN, mfc="none", ms=10, label="least validation MSE")
 
 
-def _limit_errors(ax: Axes, epochs: list[int], levels: list[float], *, lowest: float) -> None:
-    """Limit the axis from `lowest` to at most `CEILING`; an arrow marks the first level above."""
+def _limit_errors(ax: Axes, history: Sequence[EpochRecord], *, lowest: float) -> None:
+    """Limit the axis from `lowest` to at most `CEILING`; an arrow marks the first validation error
+    above."""
     ax.set_ylim(bottom=lowest, top=min(CEILING, ax.get_ylim()[1]))
-    above = [(epoch, level) for epoch, level in zip(epochs, levels, strict=True) if level > CEILING]
-    if above:
-        epoch, level = above[0]
-        note = f"\N{UPWARDS ARROW} {level:.3g}"
-        ax.text(epoch, CEILING, note, ha="center", va="top", color=GREEN, fontsize="small")
+    above = next((entry for entry in history if entry.val_level > CEILING), None)
+    if above is not None:
+        note = f"\N{UPWARDS ARROW} {above.val_level:.3g}"
+        ax.text(above.epoch, CEILING, note, ha="center", va="top", color=GREEN, fontsize="small")

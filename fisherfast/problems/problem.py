@@ -224,10 +224,7 @@ class Problem(ABC):
         from fisherfast.data import FiniteDifference
 
         minus, plus = self.conditions(theta, dtheta, n, seed=seed, paired=paired)
-        steps = self._as_steps(dtheta).tolist()
-        if self.parameters == 1:
-            return FiniteDifference(minus[0], plus[0], steps[0], paired=paired)
-        return FiniteDifference(minus, plus, steps, paired=paired)
+        return FiniteDifference(minus, plus, self._as_steps(dtheta).tolist(), paired=paired)
 
     def pathwise(self, theta: Theta, n: int, *, seed: int = 0) -> Pathwise:
         """Draw n samples at theta with their derivative at fixed noise, as data for `fisher_flow`.

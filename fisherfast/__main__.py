@@ -57,7 +57,9 @@ def _demo(options: argparse.Namespace) -> int:
     """Prepare the task, then run it. Only errors of the preparation become a one-line message."""
     try:
         check_packages()
-        _check_numbers(options)
+        check_whole("--epochs", options.epochs, least=1)
+        check_seed(options.seed)
+        check_positive("--learning-rate", options.learning_rate)
         task = imaging_task(
             samples=options.samples, seed=options.seed, scene=options.scene, data=options.data
         )
@@ -68,12 +70,6 @@ def _demo(options: argparse.Namespace) -> int:
     task = replace(task, epochs=options.epochs, learning_rate=options.learning_rate)
     progress = sys.stderr.isatty() and find_spec("tqdm") is not None
     return run_demo(task, out=options.out, stream=sys.stdout, seed=options.seed, progress=progress)
-
-
-def _check_numbers(options: argparse.Namespace) -> None:
-    check_whole("--epochs", options.epochs, least=1)
-    check_seed(options.seed)
-    check_positive("--learning-rate", options.learning_rate)
 
 
 def _build_parser() -> argparse.ArgumentParser:

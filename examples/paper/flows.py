@@ -15,8 +15,8 @@ from published import FIRST, GAUSSIAN_FLOW, IMAGING_FLOW, LOGNORMAL_FLOW, epoch_
 from tasks import flow_imaging_task, gaussian_task, lognormal_task
 from trained import TrainedRun, train_and_measure
 
-from fisherfast.demo.training import DemoEpoch
 from fisherfast.results.plots import GREY, new_figure, sequence_colours, tidy
+from fisherfast.training import EpochRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ def measure_imaging(options: Options) -> Outcome:
     return _measure(flow_imaging_task(options), options, IMAGING_FLOW)
 
 
-def compared_epochs(run: TrainedRun, published: Published, full: bool) -> dict[int, DemoEpoch]:
+def compared_epochs(run: TrainedRun, published: Published, full: bool) -> dict[int, EpochRecord]:
     """The epoch of a run that each published epoch is compared with.
 
     Epoch 0 with epoch 0; the same number where the run has the published size and the number is
@@ -69,7 +69,7 @@ def _measure(task: Task, options: Options, published: Published) -> Outcome:
     return Outcome(run.status, numbers, lambda: _draw(run, published, chosen))
 
 
-def _points(published: Published, chosen: Mapping[int, DemoEpoch]) -> list[dict[str, Any]]:
+def _points(published: Published, chosen: Mapping[int, EpochRecord]) -> list[dict[str, Any]]:
     """Every published value with the measured one of the epoch it is compared with."""
     points = []
     for epoch, values in published.items():
@@ -88,12 +88,12 @@ def _points(published: Published, chosen: Mapping[int, DemoEpoch]) -> list[dict[
     return points
 
 
-def _layers(record: DemoEpoch) -> list[str]:
+def _layers(record: EpochRecord) -> list[str]:
     """Hidden layers and the output."""
     return record.flow.names[1:]
 
 
-def _draw(run: TrainedRun, published: Published, chosen: Mapping[int, DemoEpoch]) -> Any:
+def _draw(run: TrainedRun, published: Published, chosen: Mapping[int, EpochRecord]) -> Any:
     """Left: share of the input in each layer, for the published epochs. Right: the same over the
     share at the output, without a choice of epochs."""
     figure = new_figure(2 * PANEL, HEIGHT + 0.8)
@@ -109,7 +109,7 @@ def _draw(run: TrainedRun, published: Published, chosen: Mapping[int, DemoEpoch]
     return figure
 
 
-def _draw_epochs(ax: Axes, published: Published, chosen: Mapping[int, DemoEpoch]) -> None:
+def _draw_epochs(ax: Axes, published: Published, chosen: Mapping[int, EpochRecord]) -> None:
     ax.axhline(1, color=GREY, ls="--", lw=1)
     for color, (epoch, values) in zip(
         sequence_colours(len(published)), published.items(), strict=True

@@ -25,18 +25,17 @@ from trained import Meter, TrainedRun, train_and_measure
 import fisherfast as ff
 from fisherfast.demo import Task, imaging_task
 from fisherfast.demo.runner import DONE
-from fisherfast.demo.training import DemoEpoch
 from fisherfast.problems import GaussianShift, mlp
 from fisherfast.results.plots import (
     BLUE,
     GREEN,
     GREY,
     VERMILION,
-    crossing_epoch,
     new_figure,
-    plot_training,
     tidy,
 )
+from fisherfast.training import EpochRecord
+from fisherfast.training.plots import crossing_epoch, plot_training
 
 GAUSSIAN_SIZES = {
     False: Size(300, 10_000, 60, 3e-5, paired=True, validation=400),
@@ -82,14 +81,14 @@ def measure_transmission(options: Options) -> Outcome:
     return Outcome(runs[-1].status, numbers, lambda: _draw_transmission(runs))
 
 
-def stopping_facts(history: Sequence[DemoEpoch]) -> dict[str, float | int | None]:
+def stopping_facts(history: Sequence[EpochRecord]) -> dict[str, float | int | None]:
     """Where the published rule stops, and what further training costs.
 
     Returns:
         The epoch of the stop and of the least validation error; the validation error at the stop
         and at the end relative to its minimum, minus 1. None where the rule does not stop.
     """
-    errors = {record.epoch: record.val_mse for record in history}
+    errors = {record.epoch: record.val_mse[0] for record in history}
     least = min(errors.values())
     stop = crossing_epoch(history)
     return {
@@ -114,7 +113,7 @@ def _training_meter(task: Task) -> Meter:
     pair = [task.x[task.theta == side] for side in (below, above)]
     step = float(above - below)
 
-    def meter(record: DemoEpoch) -> tuple[float, float]:
+    def meter(record: EpochRecord) -> tuple[float, float]:
         with torch.no_grad():
             minus, plus = (task.model(samples) for samples in pair)
         with warnings.catch_warnings():
@@ -209,8 +208,8 @@ def _draw_stopping(
     left, right = figure.subplots(1, 2)
     plot_training(run.history, left)
     epochs = [record.epoch for record in run.history]
-    least = min(record.val_mse for record in run.history)
-    ratios = [record.val_mse / least for record in run.history]
+    least = min(record.val_mse[0] for record in run.history)
+    ratios = [record.val_mse[0] / least for record in run.history]
     stop = facts["stop_epoch"]
     right.plot(epochs, ratios, color=GREEN, marker="^", ms=4, label="validation MSE / its minimum")
     if stop is not None:

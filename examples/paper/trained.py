@@ -12,9 +12,10 @@ from figure import Options
 from fisherfast.demo import Task
 from fisherfast.demo.report import run_numbers
 from fisherfast.demo.runner import INTERRUPTED, collect, verdict
-from fisherfast.demo.training import DemoEpoch, DivergenceError, train
+from fisherfast.demo.training import DivergenceError, train
+from fisherfast.training import EpochRecord
 
-Meter = Callable[[DemoEpoch], tuple[float, float]]
+Meter = Callable[[EpochRecord], tuple[float, float]]
 """Called after each epoch, with the model as it is then; returns a value and its error."""
 
 
@@ -30,7 +31,7 @@ class TrainedRun:
             without a meter.
     """
 
-    history: list[DemoEpoch]
+    history: list[EpochRecord]
     status: int
     numbers: dict[str, Any] = field(default_factory=dict)
     training: list[tuple[float, float]] = field(default_factory=list)
@@ -45,10 +46,10 @@ def train_and_measure(task: Task, options: Options, meter: Meter | None = None) 
     """
     if options.epochs is not None:
         task = replace(task, epochs=options.epochs)
-    history: list[DemoEpoch] = []
+    history: list[EpochRecord] = []
     training: list[tuple[float, float]] = []
 
-    def epochs() -> Iterator[DemoEpoch]:
+    def epochs() -> Iterator[EpochRecord]:
         for record in train(task, seed=options.seed):
             if meter is not None:
                 training.append(meter(record))

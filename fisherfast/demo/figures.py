@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fisherfast.demo.imaging import ImagingTask, Pictures
-from fisherfast.demo.training import DemoEpoch
-from fisherfast.results.plots import new_figure, plot_flows, plot_training
-
-__all__ = ["draw_figures"]
+from fisherfast.results.plots import new_figure, plot_flows
+from fisherfast.training import EpochRecord
+from fisherfast.training.plots import plot_training
 
 PANEL = 5.6  # inches
 HEIGHT = 4.0
@@ -17,12 +16,12 @@ TILE = 1.75  # inches, one sample image
 CLIP = 2.5  # standard deviations of a single image that its grey scale spans
 
 
-def draw_figures(task: ImagingTask, history: Sequence[DemoEpoch]) -> dict[str, Any]:
+def draw_figures(task: ImagingTask, history: Sequence[EpochRecord]) -> dict[str, Any]:
     """Flow, training, both side by side, and sample images."""
     flow, training = new_figure(PANEL + 0.6, HEIGHT), new_figure(PANEL, HEIGHT)
     both = new_figure(2 * PANEL, HEIGHT)
     left, right = both.subplots(1, 2)
-    flows = {record.epoch: record.flow for record in history}
+    flows = {record.epoch: record.flow for record in history if record.flow is not None}
     for ax in (flow.add_subplot(), left):
         plot_flows(flows, ax, fraction=True, title="epoch")
     for ax in (training.add_subplot(), right):

@@ -20,8 +20,6 @@ from fisherfast.problems import (
     scene_from_file,
 )
 
-__all__ = ["EPOCHS", "LEARNING_RATE", "ImagingTask", "Pictures", "imaging_task"]
-
 SAMPLES = 10_000
 EPOCHS = 20
 """The least validation error comes after 2; later epochs show how the output loses information."""

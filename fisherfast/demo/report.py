@@ -18,19 +18,11 @@ import torch
 from fisherfast._version import __version__
 from fisherfast.demo.figures import draw_figures
 from fisherfast.demo.imaging import ImagingTask
-from fisherfast.demo.training import DemoEpoch, Task
+from fisherfast.demo.training import Task
 from fisherfast.results.comparison import unresolved_note
-from fisherfast.results.plots import crossing_epoch
-
-__all__ = [
-    "check_packages",
-    "epoch_cells",
-    "epoch_header",
-    "run_numbers",
-    "summary",
-    "versions",
-    "write_report",
-]
+from fisherfast.results.table import with_error
+from fisherfast.training import EpochRecord
+from fisherfast.training.plots import crossing_epoch
 
 PAGE = "index.html"
 NUMBERS = "results.json"
@@ -50,7 +42,7 @@ def check_packages() -> None:
 
 
 def write_report(
-    out: Path, task: ImagingTask, history: Sequence[DemoEpoch], *, complete: bool
+    out: Path, task: ImagingTask, history: Sequence[EpochRecord], *, complete: bool
 ) -> Path:
     """Write everything into the folder `out`, over the files of an earlier run.
 
@@ -71,19 +63,19 @@ def write_report(
         (out / name).write_bytes(images[name])
     numbers = {**run_numbers(task, history), "complete": complete, "versions": versions()}
     for entry, record in zip(numbers["epochs"], history, strict=True):
-        entry["flow"] = record.flow.to_dict()
+        entry["flow"] = record.state_dict()["flow"]
     text = json.dumps(_known(numbers), indent=1, allow_nan=False)
     (out / NUMBERS).write_text(text + "\n", encoding="utf-8")
     (out / PAGE).write_text(_page(task, history, images, numbers), encoding="utf-8")
     return out / PAGE
 
 
-def summary(history: Sequence[DemoEpoch]) -> dict[str, Any]:
+def summary(history: Sequence[EpochRecord]) -> dict[str, Any]:
     """The epochs that matter, and the largest share of the input that the output transmits."""
     best = max(history, key=_transmitted)
     return {
         "stop_epoch": crossing_epoch(history),
-        "least_validation_epoch": min(history, key=lambda record: record.val_mse).epoch,
+        "least_validation_epoch": min(history, key=lambda record: record.row()["val_mse"]).epoch,
         "best_output_epoch": best.epoch,
         "best_output_fraction": best.transmission,
         "best_output_fraction_error": best.transmission_error,
@@ -91,16 +83,21 @@ def summary(history: Sequence[DemoEpoch]) -> dict[str, Any]:
     }
 
 
-def epoch_numbers(record: DemoEpoch) -> dict[str, Any]:
+def epoch_numbers(record: EpochRecord) -> dict[str, Any]:
     """Errors, and J / J_input of each layer with its standard error."""
+    row = record.row()
+    fractions, errors = (
+        {name.removeprefix(kind): value for name, value in row.items() if name.startswith(kind)}
+        for kind in ("fraction/", "fraction_stderr/")
+    )
     return {
         "epoch": record.epoch,
-        "train_mse": record.train_mse,
-        "val_mse": record.val_mse,
+        "train_mse": row["train_mse"],
+        "val_mse": row["val_mse"],
         "train_mse_times_J_input": record.train_level,
         "val_mse_times_J_input": record.val_level,
-        "fractions": record.flow.fractions(),
-        "fraction_errors": record.flow.fraction_errors(),
+        "fractions": fractions,
+        "fraction_errors": errors,
         "seconds": record.seconds,
     }
 
@@ -110,16 +107,15 @@ def epoch_header(layers: Sequence[str]) -> list[str]:
     return ["epoch", "train x J", "val x J", *layers, "output +- error", "seconds"]
 
 
-def epoch_cells(record: DemoEpoch, layers: Sequence[str]) -> list[str]:
+def epoch_cells(record: EpochRecord, layers: Sequence[str]) -> list[str]:
     """One row of text: errors in units of 1 / J_input, then J / J_input of each layer; "-" where
     J_input is within three errors of zero."""
-    fractions, errors = record.flow.fractions(), record.flow.fraction_errors()
-    output = f"{fractions['output']:.3f} +- {errors['output']:.3f}"
-    levels = record.train_level, record.val_level, *(fractions[name] for name in layers)
+    row = record.row()
+    levels = row["train_level"], row["val_level"], *(row[f"fraction/{name}"] for name in layers)
     return [
         str(record.epoch),
         *("-" if math.isnan(level) else f"{level:.3f}" for level in levels),
-        "-" if math.isnan(fractions["output"]) else output,
+        with_error(record.transmission, record.transmission_error),
         f"{record.seconds:.1f}",
     ]
 
@@ -140,7 +136,7 @@ def versions() -> dict[str, str]:
 
 def _page(
     task: ImagingTask,
-    history: Sequence[DemoEpoch],
+    history: Sequence[EpochRecord],
     images: Mapping[str, bytes],
     numbers: Mapping[str, Any],
 ) -> str:
@@ -155,8 +151,8 @@ def _page(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    facts, source = numbers["summary"], history[0].flow["input"]
-    best = next(record for record in history if record.epoch == facts["best_output_epoch"])
+    flows = {record.epoch: record.flow for record in history if record.flow is not None}
+    source = flows[history[0].epoch].layers[0]
     start = history[0].transmission
     return environment.get_template(TEMPLATE).render(
         **numbers,
@@ -167,11 +163,11 @@ def _page(
         images={name: base64.b64encode(image).decode() for name, image in images.items()},
         epoch_header=epoch_header(task.layers),
         epoch_rows=[epoch_cells(record, task.layers) for record in history],
-        layer_table=best.flow.table(),
+        layer_table=flows[numbers["summary"]["best_output_epoch"]].table(),
     )
 
 
-def run_numbers(task: Task, history: Sequence[DemoEpoch]) -> dict[str, Any]:
+def run_numbers(task: Task, history: Sequence[EpochRecord]) -> dict[str, Any]:
     """Task, settings and summary of a run, and the numbers of each epoch."""
     return {
         "task": task.name,
@@ -187,7 +183,7 @@ def run_numbers(task: Task, history: Sequence[DemoEpoch]) -> dict[str, Any]:
     }
 
 
-def _transmitted(record: DemoEpoch) -> float:
+def _transmitted(record: EpochRecord) -> float:
     """J_output / J_input, below all others where it is not known."""
     return -math.inf if math.isnan(record.transmission) else record.transmission
 

@@ -8,9 +8,8 @@ from typing import TextIO
 
 from fisherfast.demo.imaging import ImagingTask
 from fisherfast.demo.report import epoch_cells, epoch_header, summary, write_report
-from fisherfast.demo.training import DemoEpoch, DivergenceError, Task, train
-
-__all__ = ["DONE", "FAILED", "INTERRUPTED", "collect", "run_demo", "verdict"]
+from fisherfast.demo.training import DivergenceError, Task, train
+from fisherfast.training import EpochRecord
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 """Exit statuses; 130 is what shells give a command that Ctrl-C ended."""
@@ -34,7 +33,7 @@ def run_demo(
     Returns:
         The exit status of the command.
     """
-    history: list[DemoEpoch] = []
+    history: list[EpochRecord] = []
     status = collect(train(task, seed=seed, progress=progress), history, task, stream)
     if not history:
         stream.write("nothing was measured: no report\n")
@@ -45,7 +44,7 @@ def run_demo(
 
 
 def collect(
-    epochs: Iterator[DemoEpoch], history: list[DemoEpoch], task: Task, stream: TextIO
+    epochs: Iterator[EpochRecord], history: list[EpochRecord], task: Task, stream: TextIO
 ) -> int:
     """Fill the history and write a table, one line per epoch, until the end, Ctrl-C or divergence.
 
@@ -73,7 +72,7 @@ def collect(
     return DONE
 
 
-def verdict(history: Sequence[DemoEpoch]) -> str:
+def verdict(history: Sequence[EpochRecord]) -> str:
     """The result of a run in two lines."""
     facts = summary(history)
     stop = facts["stop_epoch"]

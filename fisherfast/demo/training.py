@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,10 +16,8 @@ from fisherfast._errors import FisherWarning
 from fisherfast._progress import progress_bar
 from fisherfast.data import FiniteDifference
 from fisherfast.flow import fisher_flow
-from fisherfast.results.comparison import divides
-from fisherfast.results.flow import FisherFlow
-
-__all__ = ["VALIDATION_SHARE", "DemoEpoch", "DivergenceError", "Task", "train"]
+from fisherfast.training import EpochRecord
+from fisherfast.training.record import input_of
 
 EVALUATION_BATCH = 4096
 VALIDATION_SHARE = 5
@@ -68,52 +65,7 @@ class Task:
     checked_share: int = VALIDATION_SHARE
 
 
-@dataclass(frozen=True)
-class DemoEpoch:
-    """Errors and information after an epoch; epoch 0 is before training.
-
-    Attributes:
-        epoch: its number.
-        flow: information in every layer, on held-out samples.
-        train_mse: mean square error on training samples, in theta^2.
-        val_mse: the same on samples that are not trained on.
-        seconds: of wall time for training, errors and measurement.
-    """
-
-    epoch: int
-    flow: FisherFlow
-    train_mse: float
-    val_mse: float
-    seconds: float
-
-    @property
-    def train_level(self) -> float:
-        """Training error in units of the Cramer-Rao bound: train_mse * J_input; NaN where J_input
-        is within three errors of zero."""
-        return self.train_mse * self._input_J
-
-    @property
-    def val_level(self) -> float:
-        """Validation error in units of the Cramer-Rao bound: val_mse * J_input; or NaN."""
-        return self.val_mse * self._input_J
-
-    @property
-    def transmission(self) -> float:
-        """J_output / J_input; or NaN."""
-        return self.flow.fractions()["output"]
-
-    @property
-    def transmission_error(self) -> float:
-        """Standard error of `transmission`."""
-        return self.flow.fraction_errors()["output"]
-
-    @property
-    def _input_J(self) -> float:
-        source = self.flow["input"]
-        return source.value if divides(source) else math.nan
-
-
-def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[DemoEpoch]:
+def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[EpochRecord]:
     """Yield a record before training and after each epoch; the model of the task is trained.
 
     Adam on the mean square error. The training error is taken after the epoch, on every
@@ -162,7 +114,7 @@ def _train_epoch(
     task.model.eval()
 
 
-def _measure(task: Task, epoch: int, start: float, progress: bool) -> DemoEpoch:
+def _measure(task: Task, epoch: int, start: float, progress: bool) -> EpochRecord:
     trained_on = slice(None, None, task.checked_share)
     train_mse = mean_square_error(task.model, task.x[trained_on], task.theta[trained_on])
     val_mse = mean_square_error(task.model, task.val_x, task.val_theta)
@@ -178,4 +130,11 @@ def _measure(task: Task, epoch: int, start: float, progress: bool) -> DemoEpoch:
             max_features=task.max_features,
             progress=progress,
         )
-    return DemoEpoch(epoch, flow, train_mse, val_mse, time.perf_counter() - start)
+    return EpochRecord(
+        epoch=epoch,
+        flow=flow,
+        train_mse=(train_mse,),
+        val_mse=(val_mse,),
+        input_J=input_of(flow),
+        seconds=time.perf_counter() - start,
+    )

@@ -19,8 +19,6 @@ from fisherfast.integrations.scalars import scalars
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.training import EpochRecord, FisherMonitor
 
-__all__ = ["FisherCallback", "Stopping"]
-
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 """Names of the same library; a trainer accepts only callbacks of its own package."""
 

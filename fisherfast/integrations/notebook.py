@@ -6,10 +6,9 @@ import io
 import sys
 from typing import Any
 
-from fisherfast.integrations.figures import measured_flows
+from fisherfast.results import plots
 from fisherfast.training import FisherMonitor
-
-__all__ = ["LivePlot"]
+from fisherfast.training.plots import measured_flows, plot_training
 
 SIZE = (11.0, 4.0)
 """Size of both panels together in inches: the width of a notebook cell."""
@@ -75,12 +74,10 @@ class LivePlot:
 
     def _png(self) -> bytes:
         """Render a picture, since how a notebook shows figures is the user's setting."""
-        from fisherfast.results import plots
-
         flows = measured_flows(self._monitor.history)
         figure = plots.new_figure(*SIZE)
         left, right = figure.subplots(1, 2)
-        plots.plot_training(self._monitor.history, left)
+        plot_training(self._monitor.history, left)
         if flows:
             plots.plot_flows(flows, right, fraction=True, title="epoch")
         else:

@@ -6,8 +6,6 @@ import math
 
 from fisherfast.training import EpochRecord
 
-__all__ = ["scalars"]
-
 CURVES = ("train_level", "val_level", "transmission", "overfitting", "J/", "fraction/", "live/")
 """Prefixes of the columns of `EpochRecord.row` that are curves: errors in units of the bound,
 transmission, and J and J / J_input of each layer."""

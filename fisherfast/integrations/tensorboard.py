@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from fisherfast.integrations.figures import measured_flows
 from fisherfast.integrations.scalars import scalars
+from fisherfast.results.plots import plot_flows
 from fisherfast.training import EpochRecord, FisherMonitor
-
-__all__ = ["Writer", "log_to_tensorboard"]
+from fisherfast.training.plots import measured_flows, plot_training
 
 
 class Writer(Protocol):
@@ -30,8 +29,8 @@ def log_to_tensorboard(
     Scalars are J and J / J_input of each layer ("fisher/J/fc1", "fisher/fraction/fc1"), errors in
     units of the Cramer-Rao bound ("fisher/train_level", "fisher/val_level"), "fisher/transmission",
     "fisher/overfitting" and the live trend ("fisher/live/fc1"); unknown values are left out.
-    Figures are "fisher/training" (`plots.plot_training`) and "fisher/flow", J / J_input against the
-    layers with a line per epoch (twelve at most).
+    Figures are "fisher/training" (`training.plots.plot_training`) and "fisher/flow", J / J_input
+    against the layers with a line per epoch (twelve at most).
 
     Args:
         writer: a `torch.utils.tensorboard.SummaryWriter`, that of tensorboardX, or any object with
@@ -95,10 +94,8 @@ def _last(source: Any) -> EpochRecord:
 
 def _figures(monitor: FisherMonitor) -> dict[str, Any]:
     """Draw errors and transmission over epochs, and the flow of each epoch over layers."""
-    from fisherfast.results import plots
-
-    figures = {"training": plots.plot_training(monitor.history).figure}
+    figures = {"training": plot_training(monitor.history).figure}
     flows = measured_flows(monitor.history)
     if flows:
-        figures["flow"] = plots.plot_flows(flows, fraction=True, title="epoch").figure
+        figures["flow"] = plot_flows(flows, fraction=True, title="epoch").figure
     return figures

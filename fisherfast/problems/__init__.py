@@ -7,19 +7,16 @@ from fisherfast.problems.distributions import Laplace, LogNormal, Poisson, Recti
 from fisherfast.problems.experiment import CameraRecording, load_camera_npz
 from fisherfast.problems.gaussian import GaussianFamily, GaussianScale, GaussianShift, NoisyLinear
 from fisherfast.problems.networks import (
-    MLP,
     gaussian_network,
     imaging_network,
     invertible_chain,
     lognormal_network,
     mlp,
 )
-from fisherfast.problems.optics import shift_image
 from fisherfast.problems.problem import Problem
 from fisherfast.problems.scenes import glyph_scene, scene_from_file
 
 __all__ = [
-    "MLP",
     "Camera",
     "CameraPose",
     "CameraRecording",
@@ -43,5 +40,4 @@ __all__ = [
     "mlp",
     "published_positions",
     "scene_from_file",
-    "shift_image",
 ]

@@ -14,11 +14,11 @@ from torch import Tensor
 from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.distributions import poisson_sample
 from fisherfast.problems.gaussian import standard_normal
-from fisherfast.problems.optics import angular_frequencies
 from fisherfast.problems.problem import (
     STREAM_TRAINING,
     Problem,
     Theta,
+    angular_frequencies,
     cholesky_factor,
     seeded_generator,
 )
@@ -53,6 +53,18 @@ class CameraImages(Problem):
     @abstractmethod
     def signal(self, theta: Theta) -> Tensor:
         """Mean image without the offset, float64 [H, W], in DN."""
+
+    def as_theta(self, theta: Theta) -> Tensor:
+        """Return theta as a float64 tensor [P], with the position within the travel of the
+        camera."""
+        theta = super().as_theta(theta)
+        position = theta[:2]
+        if not (position.abs() <= self.camera.travel).all():
+            raise ValueError(
+                f"theta must lie within +-{self.camera.travel} um, got"
+                f" {position.squeeze().tolist()}"
+            )
+        return theta
 
     @property
     def additive(self) -> bool:  # type: ignore[override]
@@ -317,13 +329,6 @@ class Camera(CameraImages):
         places = self.positions()
         images = [self.sample(place, samples_per_position, generator) for place in places]
         return torch.cat(images), places.float().repeat_interleave(samples_per_position)
-
-    def as_theta(self, theta: Theta) -> Tensor:
-        """Return theta as a float64 tensor [1], in um, within the travel."""
-        place = super().as_theta(theta)
-        if not (place.abs() <= self.travel).all():
-            raise ValueError(f"theta must lie within +-{self.travel} um, got {place.item()}")
-        return place
 
     def _place(self, theta: Theta) -> Tensor:
         """Return theta as a place (x, y), float64 [2], in um."""

@@ -56,15 +56,6 @@ class CameraPose(CameraImages):
         )
         return torch.stack([place[2] * along, place[2] * down, still])
 
-    def as_theta(self, theta: Theta) -> Tensor:
-        """Return theta as a float64 tensor [3], the position within the travel of the camera."""
-        place = super().as_theta(theta)
-        if not (place[:2].abs() <= self.camera.travel).all():
-            raise ValueError(
-                f"theta must lie within +-{self.camera.travel} um, got {place[:2].tolist()}"
-            )
-        return place
-
     @cached_property
     def _optics(self) -> Optics:
         return Optics(self.camera, down=self.camera.travel)

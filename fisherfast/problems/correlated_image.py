@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fisherfast._validation import check_positive, check_whole
 from fisherfast.problems.gaussian import standard_normal
-from fisherfast.problems.optics import angular_frequencies
-from fisherfast.problems.problem import Problem, Theta
+from fisherfast.problems.problem import Problem, Theta, angular_frequencies
 
 
 @dataclass(frozen=True, eq=False)

@@ -134,25 +134,21 @@ def _read_frames(archive: zipfile.ZipFile, part: str, crop: Crop) -> Frames:
 def _split(central: Frames, edge: Frames, held_out: int, seed: int) -> CameraRecording:
     """Split the frames into training images and the held-out pair."""
     positions = published_positions()
-    missing = [
-        round(positions[index].item(), 3)
-        for index in range(len(positions))
-        if index not in central and index not in edge
-    ]
-    if missing:
+    frames, places = edge | central, positions.tolist()
+    if missing := [round(place, 3) for index, place in enumerate(places) if index not in frames]:
         raise ValueError(f"position_center and position_edge must hold {missing} um, got neither")
     middle = len(positions) // 2
     for index in (middle - 1, middle + 1):
         if index not in central:
             raise ValueError(
-                f"position_center must hold {positions[index].item():.1f} um, "
+                f"position_center must hold {places[index]:.1f} um, "
                 "the file has it in position_edge only"
             )
     training_frames = min(len(images) for images in edge.values()) if edge else 0
     rng = np.random.default_rng(check_seed(seed) % 2**64)
     training, conditions = [], {}
     for index in range(len(positions)):
-        images = central[index] if index in central else edge[index]
+        images = frames[index]
         if index in central:
             images = images[rng.permutation(len(images))]
             conditions[index] = images[training_frames : training_frames + held_out]

@@ -10,49 +10,7 @@ import torch
 from torch import nn
 
 from fisherfast._validation import check_positive, check_seed, check_whole
-from fisherfast.problems.problem import (
-    STREAM_PARAMETERS,
-    seeded_generator,
-)
-
-
-class MLP(nn.Sequential):
-    """A multilayer perceptron with layers named fc1, relu1, fc2, relu2, ..., fcL.
-
-    Args:
-        widths: units of every layer, input and output included; at least two.
-        activation: builds one activation module; its class name in lower case names the layers.
-        flatten: start with a layer "flatten", for inputs such as images [n, H, W].
-
-    Raises:
-        ValueError: if there are fewer than two widths, or one is not positive.
-
-    Example:
-        >>> import torch
-        >>> from fisherfast.problems import MLP
-        >>> [name for name, _ in MLP([4, 3, 1]).named_children()]
-        ['fc1', 'relu1', 'fc2']
-    """
-
-    def __init__(
-        self,
-        widths: Sequence[int],
-        activation: Callable[[], nn.Module] = nn.ReLU,
-        *,
-        flatten: bool = False,
-    ) -> None:
-        if len(widths) < 2:
-            raise ValueError(f"widths must hold at least 2 numbers, got {list(widths)}")
-        sizes = [check_whole("widths", width, least=1) for width in widths]
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        if flatten:
-            layers["flatten"] = nn.Flatten()
-        for index, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
-            if index > 1:
-                module = activation()
-                layers[f"{type(module).__name__.lower()}{index - 1}"] = module
-            layers[f"fc{index}"] = nn.Linear(inputs, outputs)
-        super().__init__(layers)
+from fisherfast.problems.problem import STREAM_PARAMETERS, seeded_generator
 
 
 def mlp(
@@ -61,43 +19,59 @@ def mlp(
     *,
     flatten: bool = False,
     seed: int | None = None,
-) -> MLP:
-    """Make an `MLP` with weights drawn from `seed`, without changing the global random state.
+) -> nn.Sequential:
+    """Make a multilayer perceptron with layers named fc1, relu1, fc2, relu2, ..., fcL.
 
     Args:
-        widths: units of every layer, input and output included.
-        activation: builds one activation module.
-        flatten: start with a layer "flatten".
-        seed: of the weights; None draws them from the global random state, as PyTorch does.
+        widths: units of every layer, input and output included; at least two.
+        activation: builds one activation module; its class name in lower case names the layers.
+        flatten: start with a layer "flatten", for inputs such as images [n, H, W].
+        seed: of the weights, without changing the global random state; None draws them from that
+            state, as PyTorch does.
 
     Returns:
         The network, in training mode, on the CPU.
 
+    Raises:
+        ValueError: if there are fewer than two widths, or one is not positive.
+
     Example:
         >>> import torch
         >>> from fisherfast.problems import mlp
-        >>> first, second = mlp([4, 1], seed=0), mlp([4, 1], seed=0)
+        >>> first, second = mlp([4, 3, 1], seed=0), mlp([4, 3, 1], seed=0)
         >>> torch.equal(first.fc1.weight, second.fc1.weight)
         True
+        >>> [name for name, _ in first.named_children()]
+        ['fc1', 'relu1', 'fc2']
     """
-    if seed is None:
-        return MLP(widths, activation, flatten=flatten)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(check_seed(seed))
-        return MLP(widths, activation, flatten=flatten)
+    if len(widths) < 2:
+        raise ValueError(f"widths must hold at least 2 numbers, got {list(widths)}")
+    sizes = [check_whole("widths", width, least=1) for width in widths]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if flatten:
+        layers["flatten"] = nn.Flatten()
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(check_seed(seed))
+        for index, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
+            if index > 1:
+                module = activation()
+                layers[f"{type(module).__name__.lower()}{index - 1}"] = module
+            layers[f"fc{index}"] = nn.Linear(inputs, outputs)
+    return nn.Sequential(layers)
 
 
-def imaging_network(*, seed: int | None = None) -> MLP:
+def imaging_network(*, seed: int | None = None) -> nn.Sequential:
     """Make 432-800-100-25-5-1 with ReLU, for images [n, 18, 24] (Weimar et al. 2025)."""
     return mlp([432, 800, 100, 25, 5, 1], flatten=True, seed=seed)
 
 
-def gaussian_network(*, seed: int | None = None) -> MLP:
+def gaussian_network(*, seed: int | None = None) -> nn.Sequential:
     """Make 256-150-100-50-25-1 with ReLU, for samples [n, 256] (Weimar et al. 2025)."""
     return mlp([256, 150, 100, 50, 25, 1], seed=seed)
 
 
-def lognormal_network(*, seed: int | None = None) -> MLP:
+def lognormal_network(*, seed: int | None = None) -> nn.Sequential:
     """Make 10-150-100-50-25-1 with ReLU, for samples [n, 10] (Weimar et al. 2025)."""
     return mlp([10, 150, 100, 50, 25, 1], seed=seed)
 

@@ -11,6 +11,7 @@ generator state at two values of theta gives the same noise at both (paired cond
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -65,6 +66,12 @@ def whitened_norm(derivative: Tensor, covariance: Tensor) -> Tensor:
     """Compute D C^-1 D^T for D [P, d] and C [d, d]: the linear FI [P, P]."""
     half = torch.linalg.solve_triangular(cholesky_factor(covariance), derivative.mT, upper=False)
     return half.mT @ half
+
+
+def angular_frequencies(size: int, spacing: float, *, half: bool = False) -> Tensor:
+    """Return k of a discrete Fourier transform, float64 [size] or half of it, per unit length."""
+    frequencies = torch.fft.rfftfreq if half else torch.fft.fftfreq
+    return 2 * math.pi * frequencies(size, d=spacing, dtype=torch.float64)
 
 
 class Problem(ABC):
@@ -217,10 +224,7 @@ class Problem(ABC):
         from fisherfast.data import FiniteDifference
 
         minus, plus = self.conditions(theta, dtheta, n, seed=seed, paired=paired)
-        steps = self._as_steps(dtheta).tolist()
-        if self.parameters == 1:
-            return FiniteDifference(minus[0], plus[0], steps[0], paired=paired)
-        return FiniteDifference(minus, plus, steps, paired=paired)
+        return FiniteDifference(minus, plus, self._as_steps(dtheta).tolist(), paired=paired)
 
     def pathwise(self, theta: Theta, n: int, *, seed: int = 0) -> Pathwise:
         """Draw n samples at theta with their derivative at fixed noise, as data for `fisher_flow`.

@@ -15,21 +15,6 @@ from fisherfast.estimation.variance import jackknife_covariance
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import SINGULAR, pack_covariance, unpack_covariance
 
-__all__ = [
-    "DIVIDES",
-    "LayerComparison",
-    "compare",
-    "covariance_of",
-    "divides",
-    "exceeds",
-    "ratio",
-    "relative",
-    "uncorrelated",
-    "unresolved_note",
-    "variance_along",
-    "weakest_direction",
-]
-
 DIVIDES = 3.0
 """Standard errors that J must be above zero, in every direction, to be the divisor of a ratio."""
 

@@ -21,8 +21,6 @@ from fisherfast.results.comparison import (
 from fisherfast.results.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
 from fisherfast.results.layer import LayerFisher
 
-__all__ = ["FisherFlow"]
-
 FORMAT = "fisherfast.flow"
 
 FORMAT_VERSION = 1
@@ -233,9 +231,6 @@ class FisherFlow:
         return table.rows(self.layers, self._ratios())
 
     def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
         return table.as_text(self.table(), self._footnotes())
 
     def _repr_html_(self) -> str:

@@ -12,8 +12,6 @@ import torch
 
 from fisherfast.results import table
 
-__all__ = ["InformationMap", "has_map", "is_mapped"]
-
 MAX_MAP_NUMBERS = 2**27
 """H W C^2 of the largest map that is measured: its covariances take 1 GiB."""
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["read", "write"]
-
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write plain numbers, strings and lists. Raises ValueError unless path ends in .json or
@@ -27,22 +25,14 @@ def read(path: Path) -> Any:
     """Read a file of `write`. Raises ValueError for a damaged file, FileNotFoundError for none."""
     if path.suffix not in (".json", ".npz"):
         raise ValueError(f"path must end in .json or .npz, got {path.name!r}")
-    raw = path.read_bytes() if path.suffix == ".json" else _read_npz(path)
     try:
-        return json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(_damaged(path, error)) from None
-
-
-def _read_npz(path: Path) -> bytes:
-    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_bytes())
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return bytes(archive["flow"].tobytes())
-    except FileNotFoundError:
+            return json.loads(archive["flow"].tobytes())
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:
-        raise ValueError(_damaged(path, error)) from None
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} must hold a saved flow, got a damaged or foreign file: {error}"
+        raise ValueError(
+            f"{path} must hold a saved flow, got a damaged or foreign file: {error}"
+        ) from None

@@ -14,8 +14,6 @@ import torch
 from fisherfast._errors import FisherWarning
 from fisherfast.results.marginal import SINGULAR, MarginalFisher, cramer_rao, marginal_fisher
 
-__all__ = ["NOT_INDEPENDENT", "LayerFisher", "finite_step_note", "warn_of"]
-
 NOT_INDEPENDENT = (
     "neighbouring samples depend on each other (pairs, repeated measurements, a time series, or a"
     " sorted file), but errors and bounds assume independent samples: pass groups= for samples that"

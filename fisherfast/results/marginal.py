@@ -10,14 +10,6 @@ import torch
 
 from fisherfast._validation import check_whole
 
-__all__ = [
-    "MarginalFisher",
-    "cramer_rao",
-    "marginal_fisher",
-    "pack_covariance",
-    "unpack_covariance",
-]
-
 SINGULAR = 1e-9
 """Fraction of the information about a parameter that must remain when the others are unknown; less
 is rounding. A parameter that is the sum of two others keeps 3e-10 after a float32 layer."""

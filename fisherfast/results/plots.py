@@ -1,4 +1,4 @@
-"""Figures of the Fisher information: against layers, against features, over epochs.
+"""Figures of the Fisher information, against layers and against features.
 
 Every function draws into the given axes, or into a new figure without a window or backend state,
 and returns the axes; ``ax.figure.savefig("flow.png")`` writes the file. matplotlib is imported when
@@ -9,30 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fisherfast.results.comparison import ratio
 from fisherfast.results.layer import LayerFisher
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = [
-    "BLUE",
-    "GREEN",
-    "GREY",
-    "VERMILION",
-    "EpochLike",
-    "crossing_epoch",
-    "new_figure",
-    "plot_curve",
-    "plot_flow",
-    "plot_flows",
-    "plot_training",
-    "sequence_colours",
-    "thinned",
-    "tidy",
-]
 
 # Okabe and Ito (2008): distinguishable with every common colour vision.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
@@ -41,7 +24,6 @@ SIZE = (6.0, 4.0)  # inches
 DPI = 160
 MAP_RANGE = (0.05, 0.85)  # part of viridis; its yellow end is too pale on white
 LEGEND_ENTRIES = 12  # most lines of a legend; further ones are left out
-CEILING = 2.5  # upper end of the axis of errors: values near 1 matter, untrained ones are far above
 
 
 class FlowLike(Protocol):
@@ -55,31 +37,6 @@ class FlowLike(Protocol):
     def parameters(self) -> int: ...
     def fractions(self) -> dict[str, float]: ...
     def fraction_errors(self) -> dict[str, float]: ...
-
-
-class EpochLike(Protocol):
-    """The attributes of an epoch that `plot_training` uses; NaN if unknown. Levels are mean square
-    errors in units of the Cramer-Rao bound of the input, transmission is J_output / J_input."""
-
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def train_level(self) -> float: ...
-    @property
-    def val_level(self) -> float: ...
-    @property
-    def transmission(self) -> float: ...
-    @property
-    def transmission_error(self) -> float: ...
-
-
-class _Line(NamedTuple):
-    """One value per layer with standard error and honest lower bound; `suffix` names it."""
-
-    suffix: str
-    values: list[float]
-    errors: list[float]
-    lower: list[float]
 
 
 def new_figure(width: float = SIZE[0], height: float = SIZE[1]) -> Any:
@@ -132,16 +89,14 @@ def plot_flow(
         >>> plots.plot_flow(flow).get_ylabel()  # doctest: +SKIP
         'Fisher information J (1/theta²)'
     """
-    ax = _axes_or_new(ax)
+    ax = axes_or_new(ax)
     places = range(len(flow.layers))
-    for order, line in enumerate(_lines(flow, fraction)):
+    for order, (suffix, values, errors, lower) in enumerate(_lines(flow, fraction)):
         shade = color if order == 0 else f"C{order}"
-        name = f"{label or 'J'}{line.suffix}"
-        ax.errorbar(
-            places, line.values, line.errors, label=name, color=shade, marker="o", ms=4, capsize=3
-        )
+        name = f"{label or 'J'}{suffix}"
+        ax.errorbar(places, values, errors, label=name, color=shade, marker="o", ms=4, capsize=3)
         bound = "honest lower bound" if order == 0 else None
-        ax.plot(places, line.lower, "_", label=bound, color=shade, alpha=0.6, ms=12, mew=1.5)
+        ax.plot(places, lower, "_", label=bound, color=shade, alpha=0.6, ms=12, mew=1.5)
     _label_layers(ax, flow, fraction, unit)
     ax.legend(frameon=False, fontsize="small")
     return ax
@@ -177,15 +132,15 @@ def plot_flows(
     for flow in flows.values():
         if flow.names != first.names:
             raise ValueError(f"flows must have the same layers, got {first.names} and {flow.names}")
-    ax = _axes_or_new(ax)
+    ax = axes_or_new(ax)
     named = thinned(list(flows))
     for color, (label, flow) in zip(sequence_colours(len(flows)), flows.items(), strict=True):
-        for line in _lines(flow, fraction):
-            name = f"{label}{line.suffix}" if label in named else None
+        for suffix, values, errors, _ in _lines(flow, fraction):
+            name = f"{label}{suffix}" if label in named else None
             ax.errorbar(
                 range(len(flow.layers)),
-                line.values,
-                line.errors,
+                values,
+                errors,
                 label=name,
                 color=color,
                 marker="o",
@@ -221,7 +176,7 @@ def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/the
     Raises:
         ImportError: matplotlib is not installed.
     """
-    ax = _axes_or_new(ax)
+    ax = axes_or_new(ax)
     widths = layer.curve_k.tolist()
     for p in range(layer.parameters):
         color = (BLUE, VERMILION, GREEN, GREY)[p % 4]
@@ -241,125 +196,21 @@ def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/the
     return ax
 
 
-def plot_training(history: Sequence[EpochLike], ax: Axes | None = None) -> Axes:
-    """Plot transmission, and the errors in units of the Cramer-Rao bound, over epochs.
-
-    It shows J_output / J_input with error bars, and training and validation error (mean square
-    error times J_input). No unbiased estimate is below the line at 1: with a training error there
-    the network memorises, and the published rule stops (star). The ring marks the least validation
-    error. The axis ends at 2.5; an arrow with a number marks a larger error.
-
-    Args:
-        history: the epochs in their order, as `FisherMonitor.history`.
-        ax: axes to draw into; None makes a new figure.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: the history is empty.
-        ImportError: matplotlib is not installed.
-    """
-    if not history:
-        raise ValueError("history must hold at least one epoch, got none")
-    ax = _axes_or_new(ax)
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [entry.epoch for entry in history]
-    measured = [entry for entry in history if entry.transmission == entry.transmission]
-    train = [entry.train_level for entry in history]
-    validation = [entry.val_level for entry in history]
-    ax.axhline(1, color=GREY, ls="--", lw=1, label="Cramér-Rao bound")
-    share = [entry.transmission for entry in measured]
-    ax.errorbar(
-        [entry.epoch for entry in measured],
-        share,
-        [entry.transmission_error for entry in measured],
-        color=BLUE,
-        marker="o",
-        ms=4,
-        capsize=3,
-        label=_SHARE,
-    )
-    ax.plot(
-        epochs, train, color=VERMILION, marker="s", ms=4, label=r"training MSE $\times$ J$_{input}$"
-    )
-    ax.plot(
-        epochs,
-        validation,
-        color=GREEN,
-        marker="^",
-        ms=4,
-        label=r"validation MSE $\times$ J$_{input}$",
-    )
-    _mark_stops(ax, history, train, validation)
-    _limit_errors(ax, epochs, validation, lowest=min([0.0, *share]))
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("in units of J$_{input}$")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    tidy(ax)
-    ax.legend(frameon=False, fontsize="small")
-    return ax
-
-
-def crossing_epoch(history: Sequence[EpochLike]) -> int | None:
-    """Find the first epoch with training MSE * J_input <= 1, where the published rule stops, or
-    None.
-
-    Reference: Weimar et al., Phys. Rev. X 15, 031072 (2025).
-    """
-    return next((entry.epoch for entry in history if entry.train_level <= 1), None)
-
-
-_SHARE = r"J$_{output}$ / J$_{input}$"
-
-
-def _mark_stops(
-    ax: Axes, history: Sequence[EpochLike], train: list[float], validation: list[float]
-) -> None:
-    """Mark the published stopping point with a star, the least validation error with a ring."""
-    stop = crossing_epoch(history)
-    epochs = [entry.epoch for entry in history]
-    if stop is not None:
-        level = train[epochs.index(stop)]
-        ax.axvline(stop, color=VERMILION, lw=1, ls=":", alpha=0.8)
-        ax.plot([stop], [level], "*", color=VERMILION, ms=14, mec="white", label="published stop")
-    known = [
-        (level, epoch) for level, epoch in zip(validation, epochs, strict=True) if level == level
-    ]
-    if known:
-        level, epoch = min(known)
-        ax.plot([epoch], [level], "o", color=GREEN, mfc="none", ms=10, label="least validation MSE")
-
-
-def _limit_errors(ax: Axes, epochs: list[int], levels: list[float], *, lowest: float) -> None:
-    """Limit the axis from `lowest` to at most `CEILING`; an arrow marks the first level above."""
-    ax.set_ylim(bottom=lowest, top=min(CEILING, ax.get_ylim()[1]))
-    above = [(epoch, level) for epoch, level in zip(epochs, levels, strict=True) if level > CEILING]
-    if above:
-        epoch, level = above[0]
-        note = f"\N{UPWARDS ARROW} {level:.3g}"
-        ax.text(epoch, CEILING, note, ha="center", va="top", color=GREEN, fontsize="small")
-
-
-def _lines(flow: FlowLike, fraction: bool) -> Iterator[_Line]:
-    """Yield one line, or one per parameter for J of several parameters."""
+def _lines(
+    flow: FlowLike, fraction: bool
+) -> Iterator[tuple[str, list[float], list[float], list[float]]]:
+    """Yield the line of a flow, or one per parameter for J of several parameters: a suffix that
+    names it, and values, standard errors and honest lower bounds by layer."""
     if fraction:
-        shares, errors, lower = flow.fractions(), flow.fraction_errors(), _lower_fractions(flow)
-        yield _Line("", [*shares.values()], [*errors.values()], lower)
+        lower = [ratio(replace(layer, J=layer.lower), flow.layers[0])[0] for layer in flow.layers]
+        yield "", [*flow.fractions().values()], [*flow.fraction_errors().values()], lower
         return
     for p in range(flow.parameters):
-        entries = [
-            tuple(float(matrix[p, p]) for matrix in (layer.J, layer.stderr, layer.lower))
-            for layer in flow.layers
-        ]
-        J, errors_J, lower_J = (list(column) for column in zip(*entries, strict=True))
-        yield _Line(f"[{p}]" if flow.parameters > 1 else "", J, errors_J, lower_J)
-
-
-def _lower_fractions(flow: FlowLike) -> list[float]:
-    """Compute tr(J_input^-1 lower) / P of each layer."""
-    return [ratio(replace(layer, J=layer.lower), flow.layers[0])[0] for layer in flow.layers]
+        J, errors, lower = (
+            [float(getattr(layer, name)[p, p]) for layer in flow.layers]
+            for name in ("J", "stderr", "lower")
+        )
+        yield f"[{p}]" if flow.parameters > 1 else "", J, errors, lower
 
 
 def _label_layers(ax: Axes, flow: FlowLike, fraction: bool, unit: str) -> None:
@@ -398,5 +249,5 @@ def tidy(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def _axes_or_new(ax: Axes | None) -> Axes:
+def axes_or_new(ax: Axes | None) -> Axes:
     return new_figure().add_subplot() if ax is None else ax

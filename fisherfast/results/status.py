@@ -17,8 +17,6 @@ from fisherfast.results.comparison import (
 )
 from fisherfast.results.layer import LayerFisher
 
-__all__ = ["with_status"]
-
 UNRESOLVED = 2.0
 """Standard errors from zero within which J may be zero."""
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from fisherfast.results.comparison import divides, unresolved_note
 from fisherfast.results.layer import LayerFisher, diagonal_text
 
-__all__ = ["as_html", "as_text", "footnotes", "rows", "with_error"]
-
 HEADER = ["layer", "shape", "dim", "J", "+-", "lower", "J / J_input", "features", "status"]
 
 LEFT_ALIGNED = ("layer", "shape", "features", "status", "most lost in", "parameter", "at")

@@ -21,8 +21,6 @@ from fisherfast._validation import check_positive
 from fisherfast.estimation.ridge import raw_ridge, relative_rounding
 from fisherfast.model.default_device import on_host
 
-__all__ = ["Prior", "attainable_error", "attainable_error_of_samples", "check_prior"]
-
 Prior = torch.Tensor | Sequence[float]
 
 MOST_VALUES = 256

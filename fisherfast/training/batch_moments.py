@@ -17,13 +17,6 @@ from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.estimation.curve import SingularCovarianceError
 from fisherfast.estimation.ridge import AUTO, RidgeSetting, raw_ridge, relative_rounding
 
-__all__ = [
-    "BatchMoments",
-    "Outputs",
-    "batch_information",
-    "batch_moments",
-]
-
 FOLDS = 16
 """Folds of the U-statistic, as in a measurement; fewer if one would hold less than 2 samples."""
 

@@ -11,12 +11,6 @@ import torch
 
 from fisherfast.training.record import Errors
 
-__all__ = [
-    "check_errors",
-    "check_same_network",
-    "check_scale",
-]
-
 
 def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors:
     """Return mean square errors in theta^2, one per parameter; None for None.
@@ -50,9 +44,9 @@ def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors
 
 def check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]]) -> None:
     """Raise ValueError unless both have the same parameters: shapes by name."""
-    for name in [*here, *(name for name in there if name not in here)]:
+    for name in here | dict(there):
         ours, theirs = here.get(name), there.get(name)
-        if ours is None or theirs is None or list(ours) != list(theirs):
+        if ours != theirs:
             raise ValueError(
                 f"state must be of the same network, got {name!r} {theirs or 'missing'} there and"
                 f" {ours or 'missing'} here"

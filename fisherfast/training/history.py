@@ -17,8 +17,6 @@ from typing import Any
 
 from fisherfast._errors import FisherWarning
 
-__all__ = ["HistoryFile", "as_csv", "columns_of"]
-
 
 class HistoryFile:
     """A CSV file with one line per record.

@@ -19,8 +19,6 @@ from fisherfast.training.batch_moments import (
     batch_moments,
 )
 
-__all__ = ["InformationLoss", "linear_fisher"]
-
 LEAST_SHARE = 0.1
 """Fraction of the uncorrected J below which the logarithm of J is continued as a line."""
 

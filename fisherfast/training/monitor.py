@@ -26,12 +26,7 @@ from fisherfast.model.sites import INPUT, Layers
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parallel.ranks import OtherRankError, Ranks, find_ranks, ranks_of
 from fisherfast.results import table
-from fisherfast.results.comparison import (
-    DIVIDES,
-    divides,
-    uncorrelated,
-    weakest_direction,
-)
+from fisherfast.results.comparison import DIVIDES, uncorrelated, weakest_direction
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import finite_step_note
 from fisherfast.training.checks import (
@@ -41,11 +36,17 @@ from fisherfast.training.checks import (
 )
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import Observer, leaves
-from fisherfast.training.record import NOT_MEASURED, EpochRecord, Errors, output_of, table_of
+from fisherfast.training.plots import plot_training
+from fisherfast.training.record import (
+    NOT_MEASURED,
+    EpochRecord,
+    Errors,
+    input_of,
+    output_of,
+    table_of,
+)
 from fisherfast.training.regression import LiveEstimate
 from fisherfast.training.units import unit_note
-
-__all__ = ["FisherMonitor"]
 
 MONITOR_FEATURES = 128
 """Default number of features: enough for a trend, at an eighth of the cost of 512 features."""
@@ -325,9 +326,7 @@ class FisherMonitor:
     def plot(self, ax: Any = None) -> Any:
         """Plot transmission and the errors in units of the bound over epochs, and return the
         matplotlib axes."""
-        from fisherfast.results import plots
-
-        return plots.plot_training(self.history, ax)
+        return plot_training(self.history, ax)
 
     def close(self) -> None:
         """Remove the hooks of `observe` from the model at the end of the training."""
@@ -432,10 +431,10 @@ class FisherMonitor:
     def _input_J(self, flow: FisherFlow | None) -> torch.Tensor:
         """Return J of the input, of the flow or else of the last record; NaN before the first
         measurement, and if it is zero within its error."""
-        if flow is None and self.history:
+        if flow is not None:
+            return input_of(flow)
+        if self.history:
             return self.history[-1].input_J
-        if flow is not None and divides(flow.layers[0]):
-            return flow.layers[0].J
         return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64, device="cpu")
 
     def _live_fractions(self, input_J: torch.Tensor) -> dict[str, float]:

@@ -17,8 +17,6 @@ from fisherfast.model.graph import PASSIVE
 from fisherfast.model.sites import INPUT, OUTPUT
 from fisherfast.training.regression import LiveEstimate, RegressionMoments, ThetaBatch
 
-__all__ = ["Observer", "leaves"]
-
 WIDEST = 256
 """Width of the widest layer that is observed: for wider ones the cost exceeds the benefit."""
 
@@ -80,7 +78,7 @@ class Observer:
             "_handles": [],
             "_caught": {},
             "_sizes": [],
-            "listening": self._listens(),
+            "listening": bool(self._handles),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,9 +87,6 @@ class Observer:
         vars(self).update(state)
         if listening:
             self._listen()
-
-    def _listens(self) -> bool:
-        return bool(self._handles)
 
     def observe(self, theta: torch.Tensor) -> None:
         """Add the last batch of the model if it is one of those to read.
@@ -128,7 +123,7 @@ class Observer:
         moments = {name: m.state_dict() for name, m in self.moments.items()}
         return {
             "calls": self._calls,
-            "listening": self._listens(),
+            "listening": bool(self._handles),
             "moments": moments,
         }
 
@@ -149,7 +144,7 @@ class Observer:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Remove the hooks inside the block, and put them back if there were any."""
-        listening = self._listens()
+        listening = bool(self._handles)
         self.release()
         try:
             yield
@@ -277,7 +272,9 @@ class _AroundCompiled:
 def leaves(model: nn.Module) -> dict[str, nn.Module]:
     """Return modules without children by name, except passive ones, those inside compiled modules,
     and those that compute weights."""
-    compiled = [f"{name}." for name, module in model.named_modules() if _compiled_in_place(module)]
+    compiled = [  # in place, by their method `compile`, which adds no wrapper
+        f"{name}." for name, module in model.named_modules() if module._compiled_call_impl
+    ]
     found = {}
     for name, module in model.named_modules():
         inside = {"_orig_mod", PARAMETRIZED} & set(name.split("."))
@@ -286,8 +283,3 @@ def leaves(model: nn.Module) -> dict[str, nn.Module]:
         if name and not (inside or branches or isinstance(module, PASSIVE)):
             found[f"self.{name}" if name in (INPUT, OUTPUT) else name] = module
     return found
-
-
-def _compiled_in_place(module: nn.Module) -> bool:
-    """Return whether a module was compiled by its method `compile`, which adds no wrapper."""
-    return getattr(module, "_compiled_call_impl", None) is not None

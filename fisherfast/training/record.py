@@ -13,10 +13,8 @@ import torch
 
 from fisherfast.model.sites import INPUT, OUTPUT
 from fisherfast.results import table
-from fisherfast.results.comparison import ratio
+from fisherfast.results.comparison import divides, ratio
 from fisherfast.results.flow import FisherFlow
-
-__all__ = ["NOT_MEASURED", "EpochRecord", "Errors", "level_of", "output_of", "table_of"]
 
 NOT_MEASURED = "not measured: "
 """Start of the note of a record whose measurement found activations that are not finite."""
@@ -164,6 +162,12 @@ def output_of(flow: FisherFlow) -> str:
     """Return the name of the output that monitor and rules read: the whole output, or the head
     chosen as `output`."""
     return flow.settings.get("output") or OUTPUT
+
+
+def input_of(flow: FisherFlow) -> torch.Tensor:
+    """Return J of the input; NaN if it is zero within its error."""
+    source = flow.layers[0]
+    return source.J if divides(source) else torch.full_like(source.J, math.nan)
 
 
 def table_of(history: Sequence[EpochRecord]) -> list[list[str]]:

@@ -19,6 +19,8 @@ import fisherfast as ff
 from fisherfast.__main__ import main
 from fisherfast.demo import ImagingTask, imaging_task, training
 from fisherfast.demo.report import epoch_cells, write_report
+from fisherfast.training import EpochRecord
+from fisherfast.training.record import input_of
 
 Image = pytest.importorskip("PIL.Image")
 matplotlib = pytest.importorskip("matplotlib")
@@ -91,12 +93,13 @@ def task() -> ImagingTask:
     return imaging_task(samples=250)
 
 
-def made_up(task: ImagingTask, *, J: float, stderr: float) -> list[training.DemoEpoch]:
+def made_up(task: ImagingTask, *, J: float, stderr: float) -> list[EpochRecord]:
     """Two epochs with the same J in every layer."""
     names = ["input", *task.layers, "output"]
     layers = [layer(name, number(J), stderr=stderr, lifted=0.0) for name in names]
     flow = ff.FisherFlow(tuple(layers), {})
-    return [training.DemoEpoch(epoch, flow, 0.5, 0.5, 1.0) for epoch in range(2)]
+    errors, input_J = (0.5,), input_of(flow)
+    return [EpochRecord(epoch, flow, errors, errors, input_J, seconds=1.0) for epoch in range(2)]
 
 
 def test_everything_is_written(run):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fisherfast as ff
-from fisherfast.integrations.figures import measured_flows
 from fisherfast.integrations.scalars import scalars
 from fisherfast.integrations.tensorboard import log_to_tensorboard
+from fisherfast.training.plots import measured_flows
 
 
 def monitor_after(epochs: int, parameters: int = 1, **options: Any) -> ff.FisherMonitor:

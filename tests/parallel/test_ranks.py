@@ -159,7 +159,7 @@ ERRORS = {
     "shape": (f"ValueError: parameter fc1.weight {SAME} [5, 6] float32 (checksum", None),
     "layers": (f"ValueError: layers {SAME} ['fc2'] on rank 0; ['fc1'] on rank 1", None),
     "function": (f"ValueError: list of layers {SAME} ['input', 'fc1', 'output'] on rank 0", None),
-    "no model": (f"ValueError: model {SAME} MLP on rank 0; none on rank 1", None),
+    "no model": (f"ValueError: model {SAME} Sequential on rank 0; none on rank 1", None),
     "empty": (
         "ValueError: minus must yield at least one sample, got an empty source",
         "rank 0 failed",

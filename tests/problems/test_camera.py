@@ -16,7 +16,6 @@ from fisherfast.problems import (
     default_camera,
     glyph_scene,
     published_positions,
-    shift_image,
 )
 
 NO_READOUT = {"white_std": 0.0, "row_std": 0.0, "correlated_std": 0.0}
@@ -68,16 +67,6 @@ def test_sub_pixel_shift_equals_a_moved_scene(canvas, drawn, samples, error):
     camera, rolled = Camera(scene), Camera(scene.roll(samples, dims=1))
     image = camera.mean(samples * camera.spacing)
     torch.testing.assert_close(image, rolled.mean(0.0), rtol=0, atol=error)
-
-
-def test_two_half_shifts_are_one():
-    """Catches linear interpolation, which blurs at every shift."""
-    picture = noise(5, 31)
-    once = shift_image(picture, 0.74)
-    torch.testing.assert_close(shift_image(shift_image(picture, 0.37), 0.37), once)
-    torch.testing.assert_close(shift_image(once, -0.74), picture)
-    torch.testing.assert_close(shift_image(picture, 2.0), picture.roll(2, dims=1))
-    assert (shift_image(picture, 0.5) - picture).abs().max() > 0.1
 
 
 def test_nothing_wraps_into_the_field_of_view():

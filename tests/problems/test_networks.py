@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fisherfast.problems import (
-    MLP,
     gaussian_network,
     imaging_network,
     invertible_chain,
@@ -69,8 +68,8 @@ def test_chain_can_be_undone():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MLP([4]), r"widths must hold at least 2 numbers, got \[4\]"),
-        (lambda: MLP([4, 0]), "widths must be at least 1, got 0"),
+        (lambda: mlp([4]), r"widths must hold at least 2 numbers, got \[4\]"),
+        (lambda: mlp([4, 0]), "widths must be at least 1, got 0"),
         (lambda: invertible_chain(4, slope=0.0), "slope must be positive and finite, got 0.0"),
         (lambda: invertible_chain(4, depth=0), "depth must be at least 1, got 0"),
     ],

@@ -14,6 +14,7 @@ from support.training_histories import number
 import fisherfast as ff
 from fisherfast.problems import GaussianShift, mlp
 from fisherfast.results import plots
+from fisherfast.training import plots as training_plots
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -141,7 +142,7 @@ def test_curve_has_its_band(flow):
 
 def test_training_marks_the_published_stop(history):
     """Catches a stop at the least validation error, one epoch early, or errors without J."""
-    ax = plots.plot_training(history)
+    ax = training_plots.plot_training(history)
     lines = {line.get_label(): line for line in ax.get_lines()}
     star, ring = lines["published stop"], lines["least validation MSE"]
     assert list(star.get_xdata()) == [2]
@@ -153,30 +154,30 @@ def test_training_marks_the_published_stop(history):
     lengths = [s[1, 1] - s[0, 1] for s in segments.get_segments()]
     assert lengths == pytest.approx([2 * history[0].transmission_error] * 4)
     assert not ax.texts
-    assert plots.crossing_epoch(history) == 2
+    assert training_plots.crossing_epoch(history) == 2
 
 
 def test_training_without_crossing_or_errors(flow, history):
     """Catches a mark that nothing justifies, and unknown errors that break the figure."""
-    assert plots.crossing_epoch(history[:2]) is None
-    ax = plots.plot_training([epoch_of(flow, 0, math.nan, math.nan)])
+    assert training_plots.crossing_epoch(history[:2]) is None
+    ax = training_plots.plot_training([epoch_of(flow, 0, math.nan, math.nan)])
     assert not {"published stop", "least validation MSE"} & set(legend(ax))
     with pytest.raises(ValueError, match="history must hold at least one epoch, got none"):
-        plots.plot_training([])
+        training_plots.plot_training([])
 
 
 def test_large_errors_do_not_squeeze_what_matters(flow):
     """The axis ends at 2.5, and the error above it is written down."""
     history = [epoch_of(flow, 0, 100, 120), epoch_of(flow, 1, 1.2, math.nan)]
-    ax = plots.plot_training(history)
-    assert ax.get_ylim()[1] == plots.CEILING
+    ax = training_plots.plot_training(history)
+    assert ax.get_ylim()[1] == training_plots.CEILING
     assert [text.get_text() for text in ax.texts] == ["↑ 120"]
 
 
 def test_epochs_that_were_not_measured_have_no_point(flow, history):
     """Catches a NaN among the points, which breaks the line, and points at the wrong epoch."""
     mixed = [history[0], Epoch(1, 1.1, 1.2), Epoch(2, 0.9, 1.3), history[3]]
-    ax = plots.plot_training(mixed)
+    ax = training_plots.plot_training(mixed)
     assert list(bars(ax)[0].lines[0].get_xdata()) == [0, 3]
     assert heights(ax, 0) == [history[0].transmission, history[3].transmission]
     lines = {line.get_label(): line for line in ax.get_lines()}
@@ -188,19 +189,19 @@ def test_epochs_that_were_not_measured_have_no_point(flow, history):
 
 def test_a_history_without_any_measurement(tmp_path):
     """Catches a figure that needs one: the first measurement may have failed."""
-    ax = plots.plot_training([Epoch(0, 2.0, 2.1), Epoch(1, 0.9, math.nan)])
+    ax = training_plots.plot_training([Epoch(0, 2.0, 2.1), Epoch(1, 0.9, math.nan)])
     assert heights(ax, 0) == []
     assert ax.get_ylim()[0] == 0
     assert "published stop" in legend(ax)
     ax.figure.savefig(tmp_path / "figure.png")
-    plots.plot_training([Epoch(0)]).figure.savefig(tmp_path / "figure.png")
+    training_plots.plot_training([Epoch(0)]).figure.savefig(tmp_path / "figure.png")
 
 
 def test_epochs_whose_error_is_unknown_break_the_line(flow):
     """Catches an unknown error that is drawn as zero, or taken for a crossing or the least."""
     nan = math.nan
     history = [epoch_of(flow, 0, 2.0, nan), epoch_of(flow, 1, nan, 1.5), Epoch(2, 1.2, nan)]
-    ax = plots.plot_training(history)
+    ax = training_plots.plot_training(history)
     lines = {line.get_label(): line for line in ax.get_lines()}
     assert "published stop" not in lines
     assert list(lines["least validation MSE"].get_xdata()) == [1]
@@ -217,7 +218,7 @@ def test_nothing_global_is_touched(flow, history, tmp_path):
         (plots.plot_flow, flow),
         (plots.plot_flows, {0: flow}),
         (plots.plot_curve, flow.layers[0]),
-        (plots.plot_training, history),
+        (training_plots.plot_training, history),
     ):
         given = plots.new_figure().add_subplot()
         assert draw(shown, given) is given

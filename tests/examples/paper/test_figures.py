@@ -20,7 +20,8 @@ from support.training_histories import flow, number
 from trained import TrainedRun
 
 import fisherfast as ff
-from fisherfast.demo.training import DemoEpoch
+from fisherfast.training import EpochRecord
+from fisherfast.training.record import input_of
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -102,14 +103,15 @@ def test_points_of_the_flow_are_those_of_their_epoch(folder, name, values):
     assert {point["epoch"] for point in points[:5]} == {0}  # before training
 
 
-def fake_history(outputs, levels, *, val=None) -> list[DemoEpoch]:
+def fake_history(outputs, levels, *, val=None) -> list[EpochRecord]:
     """A run whose output transmits `outputs`, with training errors `levels` / J_input."""
     J_input = 2.0
     history = []
     for epoch, (share, level) in enumerate(zip(outputs, levels, strict=True)):
         measured = flow(number(J_input), number(J_input * share))
         val_mse = val[epoch] if val else 1.0
-        history.append(DemoEpoch(epoch, measured, level / J_input, val_mse, 0.0))
+        errors = (level / J_input,), (val_mse,)
+        history.append(EpochRecord(epoch, measured, *errors, input_of(measured)))
     return history
 
 

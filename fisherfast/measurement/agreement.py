@@ -136,8 +136,7 @@ class Agreement:
         """Return the smallest batches that any rank has planned: they are dealt by number."""
         if self._ranks is None:
             return plan
-        mine = (plan.batch_size, plan.survey_samples, plan.pilot_bytes)
-        everywhere = self._ranks.exchange("planning batches", mine)
+        everywhere = self._ranks.exchange("planning batches", tuple(plan))
         return Plan(*map(min, zip(*everywhere, strict=True)))
 
     def share_pilot(self, meters: Sequence[Meter], counts: bool) -> None:

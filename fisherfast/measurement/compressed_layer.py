@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from fisherfast.data import Batch, Data
-from fisherfast.data.dealing import Place, Tally, folds_of_half
+from fisherfast.data.dealing import Place, folds_of_half
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.curve import SPARE_DOF, independent_features
 from fisherfast.estimation.features import MAX_WIDTH
@@ -41,7 +41,7 @@ from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import NO_TANGENTS, NOT_CARRIED, curve_points
 from fisherfast.measurement.memory import DOUBLE, moment_bytes, pilot_bytes
 from fisherfast.measurement.meter import Meter
-from fisherfast.measurement.moments import UnmeasuredError, all_finite, carried_by, worst_dof
+from fisherfast.measurement.moments import UnmeasuredError, all_finite, streams_of_half, worst_dof
 from fisherfast.measurement.replicates import HeldSamples
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import no_information
@@ -210,12 +210,14 @@ class CompressedMeter(Meter):
                 waiting.clear()
         return all_finite(moments, condition)
 
-    def _sums(self) -> list[torch.Tensor]:
-        sources = self.measured or self.spaces
-        return [self._seen, *(part for source in sources for part in source.shared_sums())]
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Return views of all sums of this pass."""
+        own = [part for source in self.measured or self.spaces for part in source.shared_sums()]
+        return [*super().shared_sums(), self._seen, *own]
 
-    def _samples(self) -> list[KeptSamples]:
-        return [store for held in self._held for store in held.stores]
+    def shared_samples(self) -> list[KeptSamples]:
+        """Return the samples kept in this pass."""
+        return super().shared_samples() + [s for held in self._held for s in held.stores]
 
     def _end_pass(self) -> bool:
         """Ask for passes until the spaces are learned, and one more to measure in them."""
@@ -231,21 +233,11 @@ class CompressedMeter(Meter):
         """From here on measure each half in the space of the other."""
         data, folds = self._data, self._folds
         self._projections = [space.projection() for space in self.spaces]
-        tally = None
-        if data.groups is not None:
-            tally = Tally.of_groups(len(data.groups), self._settings.folds)
         for half, projection in enumerate(self._projections):
-            moments = FoldMoments(
-                len(projection),
-                data.conditions,
-                folds=folds,
-                paired=data.paired,
-                groups=None if tally is None else tally.of_half(1 - half, folds),
-                **carried_by(data),
-                device=self._mean.device,
-            )
-            self.measured.append(moments)
-            self._held.append(HeldSamples(data, folds, len(projection), torch.float64))
+            streams = streams_of_half(data, self._settings.folds, 1 - half, folds)
+            size, device = len(projection), self._mean.device
+            self.measured.append(FoldMoments(size, data.conditions, device=device, **streams))
+            self._held.append(HeldSamples(data, folds, size, torch.float64))
 
     def estimate(self) -> LayerFisher:
         """Estimate J, its errors and bounds: means over the two halves."""

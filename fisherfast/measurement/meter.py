@@ -178,22 +178,13 @@ class Meter(ABC):
         """
 
     def shared_sums(self) -> list[torch.Tensor]:
-        """Return views of all sums of this pass, to be added up over processes."""
-        mapped = self.map is not None and self._first_pass
-        return self._sums() + (self.map.shared_sums() if self.map is not None and mapped else [])
-
-    @abstractmethod
-    def _sums(self) -> list[torch.Tensor]:
-        """As `shared_sums`, without those of the map."""
+        """Return views of all sums of this pass, to be added up over processes: here of the map."""
+        return self.map.shared_sums() if self.map is not None and self._first_pass else []
 
     def shared_samples(self) -> list[KeptSamples]:
-        """Return the samples kept in this pass, to be joined with those of other processes."""
-        kept = self._samples()
-        return [*kept, self.map.kept] if self.map is not None and self._first_pass else kept
-
-    @abstractmethod
-    def _samples(self) -> list[KeptSamples]:
-        """As `shared_samples`, without those of the map."""
+        """Return the samples kept in this pass, to be joined with those of other processes: here of
+        the map."""
+        return [self.map.kept] if self.map is not None and self._first_pass else []
 
     def learned(self) -> list[torch.Tensor]:
         """Return what was learned between passes and may differ between processors: every process

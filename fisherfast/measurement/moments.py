@@ -14,7 +14,7 @@ from fisherfast.estimation.features import MAX_WIDTH, FeatureDictionary, Lift
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.ridge import RidgeSetting
 
-__all__ = ["LayerMoments", "UnmeasuredError", "all_finite", "carried_by", "streams_of"]
+__all__ = ["LayerMoments", "UnmeasuredError", "all_finite", "streams_of", "streams_of_half"]
 
 PRODUCT_ROWS = 512
 """Samples of a pair whose features exist at the same time: 1 MB of float32 for 512 features."""
@@ -178,13 +178,14 @@ def streams_of(data: Data, folds: int) -> dict[str, Any]:
         "folds": folds,
         "paired": data.paired,
         "groups": None if groups is None else groups.by_fold(folds),
-        **carried_by(data),
-    }
-
-
-def carried_by(data: Data) -> dict[str, int]:
-    """Return the numbers of tangents and scores per sample, as arguments of the moments."""
-    return {
         "tangents": data.parameters if data.source == "pathwise" else 0,
         "score": data.parameters if data.source == "score" else 0,
     }
+
+
+def streams_of_half(data: Data, folds: int, half: int, own: int) -> dict[str, Any]:
+    """As `streams_of`, for a half of the samples that is dealt to `own` folds."""
+    streams = streams_of(data, folds) | {"folds": own}
+    if data.groups is not None:
+        streams["groups"] = Tally.of_groups(len(data.groups), folds).of_half(half, own)
+    return streams

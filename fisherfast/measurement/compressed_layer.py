@@ -153,8 +153,8 @@ class CompressedMeter(Meter):
 
     @property
     def held(self) -> list[HeldSamples]:
-        """Samples kept for the errors."""
-        return self._held
+        """Samples kept for the errors, of each of these sets."""
+        return self._held[::-1]
 
     def _prepare(self, standardisation: Standardisation) -> None:
         """Begin the spaces."""
@@ -318,14 +318,6 @@ class CompressedMeter(Meter):
 
         samples = self.measured[half].units
         return self._held[half].replicates(fit.curve, fit.chosen, read, samples)
-
-    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
-        """Return V of the score without each fold [F, P, P]."""
-        parts = [
-            held.replicates_of_score(V.to(self._mean), moments.units).cpu()
-            for held, moments in zip(self._held, self.measured, strict=True)
-        ]
-        return replicates_of_mean(parts[::-1])
 
     def _ridge(self, half: int) -> torch.Tensor:
         """Return the ridge [k] of the features in the space of a half, relative to their variances:

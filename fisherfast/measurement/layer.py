@@ -175,10 +175,6 @@ class LayerMeter(Meter):
                 raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
         return self._fit
 
-    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
-        """Return V of the score without each fold [F, P, P]."""
-        return self._held.replicates_of_score(V, self.moments.units)
-
     def nbytes(self, number: int) -> tuple[int, int]:
         """Return the bytes kept for the layer, and the additional bytes while it is estimated."""
         data, settings = self._data, self._settings

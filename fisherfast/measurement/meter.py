@@ -155,7 +155,7 @@ class Meter(ABC):
     @property
     @abstractmethod
     def held(self) -> list[HeldSamples]:
-        """Samples kept for the errors."""
+        """Samples kept for the errors, of each of these sets."""
 
     @abstractmethod
     def estimate(self) -> LayerFisher:
@@ -164,10 +164,6 @@ class Meter(ABC):
         Raises:
             UnmeasuredError: the samples are too few.
         """
-
-    @abstractmethod
-    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
-        """Return V of the score without each fold [F, P, P]; empty if no samples are kept."""
 
     @abstractmethod
     def nbytes(self, number: int) -> tuple[int, int]:

@@ -152,12 +152,16 @@ def window_counts(
     return counts
 
 
-def register(schema: str, op: Callable[..., Op]) -> None:
+def register(schema: str) -> Callable[[Callable[..., Op]], None]:
     """Defines one op for CPU and CUDA, and its fake implementation, which stops before `run`."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, lambda *arguments: op(*arguments)[1](), device)
-    torch.library.register_fake(
-        f"fisherfast::{name}", lambda *arguments: op(*arguments)[0], lib=LIBRARY
-    )
+
+    def define(op: Callable[..., Op]) -> None:
+        LIBRARY.define(schema)
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(name, lambda *arguments: op(*arguments)[1](), device)
+        torch.library.register_fake(
+            f"fisherfast::{name}", lambda *arguments: op(*arguments)[0], lib=LIBRARY
+        )
+
+    return define

@@ -19,8 +19,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from fisherfast.dual.errors import no_derivative
 from fisherfast.dual.tensor import DualTensor
 
-__all__ = ["forward_mode", "replaced"]
-
 _INCLUDED = torch._C._dispatch_tls_local_include_set()
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 """State of PyTorch's dispatcher outside of any dispatched operation, where derivatives are on."""

@@ -1,8 +1,8 @@
 """`CompressedMeter` measures a layer too wide for its covariance: compressed on each half of the
 samples, measured on the other.
 
-The Krylov space that one half has taught (`KrylovSpace`) is a handful of features for the other
-half. They have not seen the samples that they are measured on, so the measurement is that of any k
+The Krylov space learned from one half (`KrylovSpace`) gives a few features for the other half.
+They do not depend on the samples that they are measured on, so the measurement is that of any k
 features. The halves then change places and the two results are averaged, which has half the
 variance of one of them. See docs/theory.md, 15.
 """
@@ -47,8 +47,6 @@ from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import no_information
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
-
-__all__ = ["CompressedMeter", "too_wide"]
 
 NO_PROBE = "no probe: the layer is too wide for a covariance, and compressed"
 
@@ -128,11 +126,10 @@ class CompressedMeter(Meter):
         self._folds = folds_of_half(settings.folds)
         self._held: list[HeldSamples] = []
         self._seen = torch.zeros(data.conditions, dtype=torch.int64)
-        self._waiting: list[list[torch.Tensor]] = [[], []]
         self.measured = []
 
     def for_next(self) -> list[torch.Tensor]:
-        """Return the weights [k, d] of the vectors that each half has taught."""
+        """Return the weights [k, d] of the vectors learned from each half."""
         return self._projections
 
     @property
@@ -203,11 +200,7 @@ class CompressedMeter(Meter):
         self._held[other].add(condition, own.x, carried, place, whole=whole)
         moments.update(condition, own.x, carried=carried, place=place)
         if moments.paired:
-            waiting = self._waiting[other]
-            waiting.append(own.x)
-            if len(waiting) == self._data.conditions:
-                moments.update_products(waiting)
-                waiting.clear()
+            moments.update_products(moments.abreast(own.x))
         return all_finite(moments, condition)
 
     def shared_sums(self) -> list[torch.Tensor]:

@@ -23,8 +23,6 @@ from fisherfast.estimation.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, MOSTLY_R
 from fisherfast.measurement.moments import LayerMoments
 from fisherfast.measurement.replicates import HeldSamples, Readout
 
-__all__ = ["Fit", "affordable", "fitted"]
-
 LIFT_ROUNDING = 1e-7
 """Error of the float32 products of raw and lifted features, relative to their spreads."""
 

@@ -32,8 +32,6 @@ from fisherfast.measurement.without_estimate import no_information
 from fisherfast.results.layer import LayerFisher, finite_step_note
 from fisherfast.results.marginal import SINGULAR, pack_covariance
 
-__all__ = ["NOT_CARRIED", "NO_TANGENTS", "ROUNDED", "LayerMeter", "curve_points"]
-
 CURVE_POINTS = 64
 """Points at which a result keeps its curve."""
 

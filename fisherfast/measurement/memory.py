@@ -26,21 +26,6 @@ from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
 from fisherfast.estimation.features import MAX_WIDTH
 from fisherfast.model.sites import Site
 
-__all__ = [
-    "DOUBLE",
-    "MAP_COPIES",
-    "LayerCost",
-    "LivePeak",
-    "Plan",
-    "Shares",
-    "moment_bytes",
-    "pilot_bytes",
-    "plan",
-    "shares",
-    "streamed_sums",
-]
-
-
 DOUBLE = 8
 """Bytes of a float64 number."""
 

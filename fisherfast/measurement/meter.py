@@ -1,4 +1,4 @@
-"""`Meter`: the interface of what a measurement keeps of one layer while samples stream by."""
+"""`Meter`: the interface of the statistics of one layer, collected while samples stream by."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ from fisherfast.model.sites import INPUT, Site
 from fisherfast.results.information_map import has_map, is_mapped
 from fisherfast.results.layer import LayerFisher
 
-__all__ = ["Meter", "rows_of"]
-
 DEPENDENT = 5.0
 """Standard errors from zero beyond which neighbouring samples count as dependent: 6e-7 by
 chance."""
 
 
 class Meter(ABC):
-    """What a measurement keeps of one layer.
+    """Statistics that a measurement keeps of one layer.
 
     A measurement calls `observe_pilot` for the first samples and `prepare` once; then, for each
     pass, `observe` for every batch and `end_pass`, until no further pass is needed; then

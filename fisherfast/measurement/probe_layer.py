@@ -36,8 +36,6 @@ from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
 
-__all__ = ["PROBE_BYTES", "ProbeMeter"]
-
 PROBE_BYTES = 2**29
 """Samples kept for training, of all layers together: 512 MB. A layer needs its share twice while it
 is trained."""

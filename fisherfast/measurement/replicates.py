@@ -29,8 +29,6 @@ from fisherfast.estimation.leverage import (
 )
 from fisherfast.estimation.variance import covariance_of_entries
 
-__all__ = ["KEPT_SAMPLES", "HeldSamples", "Readout", "kept_samples"]
-
 KEPT_SAMPLES = 1024
 """Samples kept over all conditions: a variance is known to 5 % from them."""
 

@@ -18,8 +18,6 @@ from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import pack_covariance
 
-__all__ = ["no_information", "not_measured", "score_information", "score_note"]
-
 SCORE_ERRORS = 5.0
 """Warn if the mean of a score is beyond this many standard errors from zero (p = 6e-7)."""
 

@@ -15,8 +15,6 @@ from torch.nn.parameter import is_lazy
 
 from fisherfast.model.unwrap import as_written
 
-__all__ = ["evaluation", "forgetting", "holds", "own_random_state"]
-
 _ONE_AT_A_TIME = threading.RLock()
 """Modes, buffers and global random states are saved and restored, so by one thread at a time."""
 

@@ -13,7 +13,7 @@ from fisherfast import _native
 LIBRARY = torch.library.Library("fisherfast", "DEF")
 
 Op = tuple[Any, Callable[[], Any]]
-"""What an op returns once it has checked its arguments: the results, not yet filled, and `run`,
+"""Returned by an op after it has checked its arguments: the results, not yet filled, and `run`,
 which fills and returns them by the kernel, or by the reference where there is no kernel."""
 
 

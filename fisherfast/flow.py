@@ -18,8 +18,6 @@ from fisherfast.parallel.ranks import ranks_of
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import LayerFisher
 
-__all__ = ["fisher_flow", "fisher_information"]
-
 
 def fisher_flow(
     model: nn.Module,

@@ -7,7 +7,6 @@
 #include "ops/dual/dual_softmax.h"
 #include "ops/gradients/gradient_gram.h"
 #include "ops/gradients/gradient_squares.h"
-#include "ops/moments/lift.h"
 #include "ops/moments/lift_moments.h"
 #include "ops/moments/moments.h"
 #include "ops/moments/patch_moments.h"
@@ -24,7 +23,6 @@
   DO(fisher_solve_backward) \
   DO(gradient_gram)         \
   DO(gradient_squares)      \
-  DO(lift)                  \
   DO(lift_moments)          \
   DO(moments)               \
   DO(patch_moments)         \

@@ -29,26 +29,6 @@ from fisherfast.dual.fallback import forward_mode, replaced
 from fisherfast.dual.stacks import aligned
 from fisherfast.dual.tensor import DualTensor
 
-__all__ = [
-    "MISSING",
-    "RULES",
-    "Operator",
-    "aten",
-    "directions_of",
-    "dispatch",
-    "duals_of",
-    "has_dual",
-    "named_arguments",
-    "overload",
-    "overloads",
-    "overwrite",
-    "primals",
-    "recording",
-    "rule",
-    "with_zero_tangents",
-    "without_constants",
-]
-
 aten: Any = torch.ops.aten
 
 Operator = OpOverload

@@ -14,14 +14,6 @@ from torch import nn
 
 from fisherfast._errors import FisherWarning
 
-__all__ = [
-    "DerivativeError",
-    "current_layer",
-    "no_derivative",
-    "running",
-    "warn_of_randomness",
-]
-
 _running: ContextVar[nn.Module | None] = ContextVar("fisherfast_dual_model", default=None)
 
 REMEDY = "use FiniteDifference(..., paired=True), which needs no derivative"

@@ -19,8 +19,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from fisherfast.dual.errors import no_derivative
 from fisherfast.dual.tensor import DualTensor
 
-__all__ = ["forward_mode", "replaced"]
-
 _INCLUDED = torch._C._dispatch_tls_local_include_set()
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 """State of PyTorch's dispatcher outside of any dispatched operation, where derivatives are on."""
@@ -40,9 +38,10 @@ def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     directions, in_place = found[0].directions, func._schema.is_mutable
     runs = []
     try:
-        with _autograd_alive(), _same_random_numbers() as rewind:
+        random_state = torch.get_rng_state()
+        with _autograd_alive():
             for direction in range(directions):
-                rewind()
+                torch.set_rng_state(random_state)  # the same random numbers in each direction
                 pairs, structure = _along(func, args, kwargs, direction, copy=in_place)
                 runs.append(pairs)
     except (NotImplementedError, RuntimeError) as error:
@@ -94,13 +93,6 @@ def _autograd_alive() -> Iterator[None]:
         # PyTorch compiles some derivatives with its old TorchScript at first use, with a warning.
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[Callable[[], None]]:
-    """Yield a function that resets the CPU's random state to what it is now."""
-    state = torch.get_rng_state()
-    yield lambda: torch.set_rng_state(state)
 
 
 def _pairs(result: Any) -> tuple[list[Pair], TreeSpec]:

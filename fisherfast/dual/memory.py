@@ -16,8 +16,6 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["compact", "empty", "release_memory", "reusing", "trim"]
-
 LARGE_BYTES = 2**25
 """Size above which glibc asks the system for each block, 32 MB."""
 

@@ -26,8 +26,6 @@ from fisherfast.model.hooks import Forward, map_tensors
 from fisherfast.model.isolation import evaluation, forgetting, holds
 from fisherfast.model.sites import Layers, select
 
-__all__ = ["coverage", "jvp", "propagate", "propagation"]
-
 SEED = 0
 """Seed of the random numbers that a model may draw in eval mode."""
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fisherfast.dual.tensor import DualTensor
 
-__all__ = ["aligned", "in_one_dtype", "lifted", "merged", "shifted", "view_of"]
-
 
 def shifted(dim: int, ndim: int) -> int:
     """Convert a dimension of the primal to that of the stack."""

@@ -23,16 +23,6 @@ from fisherfast.dual.errors import no_derivative
 from fisherfast.ops import reference_dual
 from fisherfast.ops._dual_common import is_dense
 
-__all__ = [
-    "KERNEL_DTYPES",
-    "Affine",
-    "DualTensor",
-    "Memory",
-    "apply_activation",
-    "apply_softmax",
-    "check_tangents",
-]
-
 Affine = tuple[Tensor, Tensor]
 """Scale and shift [C] of an eval-mode batch norm, over dimension 1 of the batch."""
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from fisherfast import ops
 from fisherfast.estimation.dither import HALF_TYPES, dithered
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.ridge import (
@@ -77,7 +77,7 @@ class Lift:
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """Compute lifted features [n, k] of raw features [n, d]."""
-        return ops.lift(z @ self.weight.T, self.bias, self.pilot, slope=self.slope)[0]
+        return F.leaky_relu(z @ self.weight.T + self.bias, self.slope) - self.pilot
 
     def slopes(self, z: torch.Tensor) -> torch.Tensor:
         """Compute the derivatives [n, k] of the leaky ReLU at raw features [n, d], at the kink as

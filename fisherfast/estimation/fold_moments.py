@@ -172,6 +172,7 @@ class FoldSums:
         self.sums = torch.zeros(conditions, folds, size, dtype=torch.float64, device=device)
         pairs = conditions if paired else 0
         self.products = torch.zeros(pairs, pairs, size, dtype=torch.float64, device=device)
+        self._waiting: list[torch.Tensor] = []
         self.carried: DerivativeMoments | None = None
         if tangents:
             self.carried = TangentMoments(tangents, size, folds=folds, device=device)
@@ -193,6 +194,15 @@ class FoldSums:
         """Fewest independent samples in a fold of a condition."""
         fewest = int(self.counts.min())
         return fewest if self.groups is None else min(fewest, int(self.groups.min()))
+
+    def abreast(self, features: torch.Tensor) -> list[torch.Tensor]:
+        """Collect features of the same samples under one condition after the other (paired only).
+        Returns those of all conditions once the last ones come, and an empty list before."""
+        self._waiting.append(features)
+        if len(self._waiting) < len(self.counts):
+            return []
+        complete, self._waiting = self._waiting, []
+        return complete
 
     def update_products(self, features: list[torch.Tensor]) -> None:
         """Add the products of features [n, k] of the same samples under all conditions (paired

@@ -64,7 +64,6 @@ class MapMoments(FoldSums):
         self.shape = shape
         self._pilot = pilot
         self._rounding, self._noise = standardisation.rounding, standardisation.noise
-        self._held: list[torch.Tensor] = []
         self.kept = KeptSamples(conditions, KEPT_SAMPLES // conditions, block=self.folds)
         self._cross = self.sums.new_zeros(math.prod(shape[1:]), shape[0], shape[0])
 
@@ -92,10 +91,7 @@ class MapMoments(FoldSums):
         self.sums[condition] += fold_sums(rows[None], place)[:, 0]
         self.counts[condition] += place.counts
         if self.paired:
-            self._held.append(rows)
-            if len(self._held) == len(self.counts):
-                self.update_products(self._held)
-                self._held = []
+            self.update_products(self.abreast(rows))
 
     @property
     def _scored(self) -> bool:

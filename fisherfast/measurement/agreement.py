@@ -1,4 +1,4 @@
-"""`Agreement`: what the ranks of a group compare and add up in one measurement.
+"""`Agreement`: the ranks of a group compare and add up their values in one measurement.
 
 Every rank runs the same measurement on its share of the samples. The ranks compare settings, data
 and model at the start, and layers after the first samples. After each pass their sums are added up,
@@ -24,8 +24,6 @@ from fisherfast.model.sites import Site
 from fisherfast.parallel.ranks import Ranks, check_same
 from fisherfast.parallel.share import Share, WholeData, shares_of
 
-__all__ = ["Agreement"]
-
 SEED_STRIDE = 7_919
 """Distance of the seeds of two ranks: a prime, so that seeds met in practice do not collide."""
 
@@ -39,7 +37,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Agreement:
-    """What one measurement exchanges with other ranks.
+    """Exchange of one measurement with the other ranks.
 
     Args:
         ranks: of the group; None for this process alone.
@@ -136,8 +134,7 @@ class Agreement:
         """Return the smallest batches that any rank has planned: they are dealt by number."""
         if self._ranks is None:
             return plan
-        mine = (plan.batch_size, plan.survey_samples, plan.pilot_bytes)
-        everywhere = self._ranks.exchange("planning batches", mine)
+        everywhere = self._ranks.exchange("planning batches", tuple(plan))
         return Plan(*map(min, zip(*everywhere, strict=True)))
 
     def share_pilot(self, meters: Sequence[Meter], counts: bool) -> None:

@@ -20,8 +20,6 @@ from fisherfast.data.dealing import Dealing, hashed
 from fisherfast.model.default_device import each_as_outside
 from fisherfast.parallel.share import Share
 
-__all__ = ["Streams", "dealings_of"]
-
 PILOT_SAMPLES = 2048
 """Samples over all conditions that fix the scale of the activations, to 3 %. A stream that ends
 before is dealt like samples of known number."""

@@ -12,8 +12,6 @@ from fisherfast.results.flow import FisherFlow
 from fisherfast.results.information_map import InformationMap
 from fisherfast.results.layer import LayerFisher
 
-__all__ = ["Recall"]
-
 
 @dataclass
 class Recall:
@@ -24,7 +22,7 @@ class Recall:
             because a weight that is zero at first hides a path.
         input: the result for the input; None if each measurement may have other samples.
         input_map: its map, if any.
-        spaces: by layer, the weights that each half of a compressed layer has taught.
+        spaces: by compressed layer, the weights learned from each half of its samples.
     """
 
     sites: list[Site] | None = None

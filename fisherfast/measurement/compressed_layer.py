@@ -1,8 +1,8 @@
 """`CompressedMeter` measures a layer too wide for its covariance: compressed on each half of the
 samples, measured on the other.
 
-The Krylov space that one half has taught (`KrylovSpace`) is a handful of features for the other
-half. They have not seen the samples that they are measured on, so the measurement is that of any k
+The Krylov space learned from one half (`KrylovSpace`) gives a few features for the other half.
+They do not depend on the samples that they are measured on, so the measurement is that of any k
 features. The halves then change places and the two results are averaged, which has half the
 variance of one of them. See docs/theory.md, 15.
 """
@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from fisherfast.data import Batch, Data
-from fisherfast.data.dealing import Place, Tally, folds_of_half
+from fisherfast.data.dealing import Place, folds_of_half
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.curve import SPARE_DOF, independent_features
 from fisherfast.estimation.features import MAX_WIDTH
@@ -41,14 +41,12 @@ from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import NO_TANGENTS, NOT_CARRIED, curve_points
 from fisherfast.measurement.memory import DOUBLE, moment_bytes, pilot_bytes
 from fisherfast.measurement.meter import Meter
-from fisherfast.measurement.moments import UnmeasuredError, all_finite, carried_by, worst_dof
+from fisherfast.measurement.moments import UnmeasuredError, all_finite, streams_of_half, worst_dof
 from fisherfast.measurement.replicates import HeldSamples
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import no_information
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
-
-__all__ = ["CompressedMeter", "too_wide"]
 
 NO_PROBE = "no probe: the layer is too wide for a covariance, and compressed"
 
@@ -128,11 +126,10 @@ class CompressedMeter(Meter):
         self._folds = folds_of_half(settings.folds)
         self._held: list[HeldSamples] = []
         self._seen = torch.zeros(data.conditions, dtype=torch.int64)
-        self._waiting: list[list[torch.Tensor]] = [[], []]
         self.measured = []
 
     def for_next(self) -> list[torch.Tensor]:
-        """Return the weights [k, d] of the vectors that each half has taught."""
+        """Return the weights [k, d] of the vectors learned from each half."""
         return self._projections
 
     @property
@@ -153,8 +150,8 @@ class CompressedMeter(Meter):
 
     @property
     def held(self) -> list[HeldSamples]:
-        """Samples kept for the errors."""
-        return self._held
+        """Samples kept for the errors, of each of these sets."""
+        return self._held[::-1]
 
     def _prepare(self, standardisation: Standardisation) -> None:
         """Begin the spaces."""
@@ -203,19 +200,17 @@ class CompressedMeter(Meter):
         self._held[other].add(condition, own.x, carried, place, whole=whole)
         moments.update(condition, own.x, carried=carried, place=place)
         if moments.paired:
-            waiting = self._waiting[other]
-            waiting.append(own.x)
-            if len(waiting) == self._data.conditions:
-                moments.update_products(waiting)
-                waiting.clear()
+            moments.update_products(moments.abreast(own.x))
         return all_finite(moments, condition)
 
-    def _sums(self) -> list[torch.Tensor]:
-        sources = self.measured or self.spaces
-        return [self._seen, *(part for source in sources for part in source.shared_sums())]
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Return views of all sums of this pass."""
+        own = [part for source in self.measured or self.spaces for part in source.shared_sums()]
+        return [*super().shared_sums(), self._seen, *own]
 
-    def _samples(self) -> list[KeptSamples]:
-        return [store for held in self._held for store in held.stores]
+    def shared_samples(self) -> list[KeptSamples]:
+        """Return the samples kept in this pass."""
+        return super().shared_samples() + [s for held in self._held for s in held.stores]
 
     def _end_pass(self) -> bool:
         """Ask for passes until the spaces are learned, and one more to measure in them."""
@@ -231,21 +226,11 @@ class CompressedMeter(Meter):
         """From here on measure each half in the space of the other."""
         data, folds = self._data, self._folds
         self._projections = [space.projection() for space in self.spaces]
-        tally = None
-        if data.groups is not None:
-            tally = Tally.of_groups(len(data.groups), self._settings.folds)
         for half, projection in enumerate(self._projections):
-            moments = FoldMoments(
-                len(projection),
-                data.conditions,
-                folds=folds,
-                paired=data.paired,
-                groups=None if tally is None else tally.of_half(1 - half, folds),
-                **carried_by(data),
-                device=self._mean.device,
-            )
-            self.measured.append(moments)
-            self._held.append(HeldSamples(data, folds, len(projection), torch.float64))
+            streams = streams_of_half(data, self._settings.folds, 1 - half, folds)
+            size, device = len(projection), self._mean.device
+            self.measured.append(FoldMoments(size, data.conditions, device=device, **streams))
+            self._held.append(HeldSamples(data, folds, size, torch.float64))
 
     def estimate(self) -> LayerFisher:
         """Estimate J, its errors and bounds: means over the two halves."""
@@ -326,14 +311,6 @@ class CompressedMeter(Meter):
 
         samples = self.measured[half].units
         return self._held[half].replicates(fit.curve, fit.chosen, read, samples)
-
-    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
-        """Return V of the score without each fold [F, P, P]."""
-        parts = [
-            held.replicates_of_score(V.to(self._mean), moments.units).cpu()
-            for held, moments in zip(self._held, self.measured, strict=True)
-        ]
-        return replicates_of_mean(parts[::-1])
 
     def _ridge(self, half: int) -> torch.Tensor:
         """Return the ridge [k] of the features in the space of a half, relative to their variances:

@@ -1,9 +1,9 @@
-"""Measurements of two halves of the samples, each with features that the other has taught, and
-their mean.
+"""Measurements of two halves of the samples, each with features learned from the other, and their
+mean.
 
-A Krylov space or a network must not be measured on samples that it has seen. So each half teaches
-features for the other, and the two results are averaged: they are independent measurements of the
-same J, and their mean has half the variance of one.
+A Krylov space or a network must not be measured on the samples that it was learned from. So the
+features for one half are learned from the other, and the two results are averaged: they are
+independent measurements of the same J, and their mean has half the variance of one.
 """
 
 from __future__ import annotations
@@ -27,20 +27,10 @@ from fisherfast.estimation.variance import standard_errors
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import pack_covariance
 
-__all__ = [
-    "HalfFit",
-    "crossed",
-    "error_of_mean",
-    "joined",
-    "leading_curve",
-    "mean_of",
-    "replicates_of_mean",
-]
-
 
 @dataclass(frozen=True)
 class HalfFit:
-    """J of features that one half has taught, measured on the other.
+    """J of features learned from one half, measured on the other.
 
     Attributes:
         curve: over the leading features.
@@ -93,7 +83,7 @@ def crossed(
     fits: Sequence[tuple[FisherCurve, torch.Tensor]], ridges: Sequence[torch.Tensor], least: int
 ) -> list[HalfFit]:
     """Read each half at the size chosen on the *other* curve, whose noise is independent: the best
-    of many sizes on the same curve would be the luckiest one.
+    of many sizes on the same curve would be biased upwards.
 
     Args:
         fits: curve of each half and the numbers of its features, from `leading_curve`.

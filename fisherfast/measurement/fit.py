@@ -20,10 +20,8 @@ from fisherfast.estimation.curve import (
 from fisherfast.estimation.derivatives import ScoreMoments
 from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures
 from fisherfast.estimation.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, MOSTLY_RIDGE, RidgeSetting
-from fisherfast.measurement.moments import LayerMoments, UnmeasuredError
+from fisherfast.measurement.moments import LayerMoments
 from fisherfast.measurement.replicates import HeldSamples, Readout
-
-__all__ = ["Fit", "affordable", "fitted"]
 
 LIFT_ROUNDING = 1e-7
 """Error of the float32 products of raw and lifted features, relative to their spreads."""
@@ -176,17 +174,9 @@ def fitted(
             are left out.
 
     Raises:
-        UnmeasuredError: raw activations are linear in each other, and no ridge separates them.
+        SingularCovarianceError: raw activations are linear in each other, and no ridge separates
+            them.
     """
-    try:
-        return _fitted(features, held, contrast, ridge)
-    except SingularCovarianceError as error:
-        raise UnmeasuredError(f"layer {features.layer!r}: {error}") from None
-
-
-def _fitted(
-    features: LayerMoments, held: HeldSamples, contrast: torch.Tensor, ridge: RidgeSetting
-) -> Fit:
     whole, ridges = features.moments.statistics(contrast), features.ridges(ridge)
     alive, raw = features.alive()
     try:

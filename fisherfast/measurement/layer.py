@@ -10,7 +10,7 @@ import torch
 from fisherfast.data import Batch
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
-from fisherfast.estimation.curve import FisherCurve, cross_fitted_bound
+from fisherfast.estimation.curve import FisherCurve, SingularCovarianceError, cross_fitted_bound
 from fisherfast.estimation.derivatives import TangentMoments
 from fisherfast.estimation.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE, FeatureDictionary
 from fisherfast.estimation.fold_moments import FoldMoments
@@ -31,8 +31,6 @@ from fisherfast.measurement.replicates import KEPT_SAMPLES, LEAST_ERROR, HeldSam
 from fisherfast.measurement.without_estimate import no_information
 from fisherfast.results.layer import LayerFisher, finite_step_note
 from fisherfast.results.marginal import SINGULAR, pack_covariance
-
-__all__ = ["NOT_CARRIED", "NO_TANGENTS", "ROUNDED", "LayerMeter", "curve_points"]
 
 CURVE_POINTS = 64
 """Points at which a result keeps its curve."""
@@ -117,12 +115,14 @@ class LayerMeter(Meter):
         self._fit = None
         return all_finite(self.moments, condition)
 
-    def _sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Return views of all sums of this pass."""
         self._fit = None
-        return self.moments.shared_sums()
+        return super().shared_sums() + self.moments.shared_sums()
 
-    def _samples(self) -> list[KeptSamples]:
-        return self._held.stores if self._first_pass else []
+    def shared_samples(self) -> list[KeptSamples]:
+        """Return the samples kept in this pass."""
+        return super().shared_samples() + (self._held.stores if self._first_pass else [])
 
     def _end_pass(self) -> bool:
         """Ask for another pass with twice the lifted features if the curve still rises at its end,
@@ -167,12 +167,11 @@ class LayerMeter(Meter):
         """
         if self._fit is None:
             ridge = self._settings.ridge
-            self._fit = fitted(self.features, self._held, self._contrast, ridge)
+            try:
+                self._fit = fitted(self.features, self._held, self._contrast, ridge)
+            except SingularCovarianceError as error:
+                raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
         return self._fit
-
-    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
-        """Return V of the score without each fold [F, P, P]."""
-        return self._held.replicates_of_score(V, self.moments.units)
 
     def nbytes(self, number: int) -> tuple[int, int]:
         """Return the bytes kept for the layer, and the additional bytes while it is estimated."""

@@ -11,9 +11,10 @@ folds by their numbers, so the result depends on n by rounding only.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -24,21 +25,6 @@ from fisherfast.data import Batch, Data
 from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
 from fisherfast.estimation.features import MAX_WIDTH
 from fisherfast.model.sites import Site
-
-__all__ = [
-    "DOUBLE",
-    "MAP_COPIES",
-    "LayerCost",
-    "LivePeak",
-    "Plan",
-    "Shares",
-    "moment_bytes",
-    "pilot_bytes",
-    "plan",
-    "shares",
-    "streamed_sums",
-]
-
 
 DOUBLE = 8
 """Bytes of a float64 number."""
@@ -137,8 +123,7 @@ class Shares:
         return samples * max(measured, pilot) + kept
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How a measurement stays within its budget.
 
     Attributes:
@@ -237,28 +222,24 @@ def plan(
     Raises:
         ValueError: not even one sample fits (says how much is needed and which layer takes most).
     """
-    lent = not data.repeatable
     fixed = kept + LIBRARIES + sum(cost.kept for cost in costs) + max(cost.extra for cost in costs)
     needed = fixed + per_sample.of(1)
     if needed > budget:
-        largest = max(costs, key=lambda cost: cost.kept + cost.extra)
+        cost = max(costs, key=lambda cost: cost.kept + cost.extra)
         raise ValueError(
             f"memory_budget must be at least {in_words(needed)} for these samples and layers, got"
             f" {in_words(budget)}: a sample takes {in_words(per_sample.of(1))} and layer"
-            f" {largest.name!r} with {largest.dim} activations"
-            f" {in_words(largest.kept + largest.extra)} for its {largest.what}; a smaller"
+            f" {cost.name!r} with {cost.dim} activations"
+            f" {in_words(cost.kept + cost.extra)} for its {cost.what}; a smaller"
             " max_features takes less"
         )
-    pilot = min(budget // PILOT_SHARE, budget - needed) if lent else 0
+    pilot = min(budget // PILOT_SHARE, budget - needed) if not data.repeatable else 0
     fixed += pilot
-    low, high = 1, batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fixed + per_sample.of(middle) <= budget else (low, middle - 1)
+    largest = bisect_right(range(1, batch_size + 1), budget - fixed, key=per_sample.of)
     every = number * sum(cost.dim for cost in costs)
     replay = 3 * every + WORKSPACE * per_sample.network + per_sample.source
     room = (budget - LIBRARIES - kept) // max(replay * data.conditions, 1)
-    return Plan(low, max(room, 1), pilot)
+    return Plan(largest, max(room, 1), pilot)
 
 
 def in_words(nbytes: int) -> str:

@@ -1,4 +1,4 @@
-"""`Meter`: the interface of what a measurement keeps of one layer while samples stream by."""
+"""`Meter`: the interface of the statistics of one layer, collected while samples stream by."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ from fisherfast.model.sites import INPUT, Site
 from fisherfast.results.information_map import has_map, is_mapped
 from fisherfast.results.layer import LayerFisher
 
-__all__ = ["Meter", "rows_of"]
-
 DEPENDENT = 5.0
 """Standard errors from zero beyond which neighbouring samples count as dependent: 6e-7 by
 chance."""
 
 
 class Meter(ABC):
-    """What a measurement keeps of one layer.
+    """Statistics that a measurement keeps of one layer.
 
     A measurement calls `observe_pilot` for the first samples and `prepare` once; then, for each
     pass, `observe` for every batch and `end_pass`, until no further pass is needed; then
@@ -155,7 +153,7 @@ class Meter(ABC):
     @property
     @abstractmethod
     def held(self) -> list[HeldSamples]:
-        """Samples kept for the errors."""
+        """Samples kept for the errors, of each of these sets."""
 
     @abstractmethod
     def estimate(self) -> LayerFisher:
@@ -166,10 +164,6 @@ class Meter(ABC):
         """
 
     @abstractmethod
-    def replicates_of_score(self, V: torch.Tensor) -> torch.Tensor:
-        """Return V of the score without each fold [F, P, P]; empty if no samples are kept."""
-
-    @abstractmethod
     def nbytes(self, number: int) -> tuple[int, int]:
         """Return the bytes kept for the layer, and the additional bytes while it is estimated.
 
@@ -178,22 +172,13 @@ class Meter(ABC):
         """
 
     def shared_sums(self) -> list[torch.Tensor]:
-        """Return views of all sums of this pass, to be added up over processes."""
-        mapped = self.map is not None and self._first_pass
-        return self._sums() + (self.map.shared_sums() if self.map is not None and mapped else [])
-
-    @abstractmethod
-    def _sums(self) -> list[torch.Tensor]:
-        """As `shared_sums`, without those of the map."""
+        """Return views of all sums of this pass, to be added up over processes: here of the map."""
+        return self.map.shared_sums() if self.map is not None and self._first_pass else []
 
     def shared_samples(self) -> list[KeptSamples]:
-        """Return the samples kept in this pass, to be joined with those of other processes."""
-        kept = self._samples()
-        return [*kept, self.map.kept] if self.map is not None and self._first_pass else kept
-
-    @abstractmethod
-    def _samples(self) -> list[KeptSamples]:
-        """As `shared_samples`, without those of the map."""
+        """Return the samples kept in this pass, to be joined with those of other processes: here of
+        the map."""
+        return [self.map.kept] if self.map is not None and self._first_pass else []
 
     def learned(self) -> list[torch.Tensor]:
         """Return what was learned between passes and may differ between processors: every process

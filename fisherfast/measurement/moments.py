@@ -14,8 +14,6 @@ from fisherfast.estimation.features import MAX_WIDTH, FeatureDictionary, Lift
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.ridge import RidgeSetting
 
-__all__ = ["LayerMoments", "UnmeasuredError", "all_finite", "carried_by", "streams_of"]
-
 PRODUCT_ROWS = 512
 """Samples of a pair whose features exist at the same time: 1 MB of float32 for 512 features."""
 
@@ -44,7 +42,6 @@ class LayerMoments:
     ) -> None:
         self.layer, self.dictionary, self.moments = layer, dictionary, moments
         self._seed = seed
-        self._pending: list[torch.Tensor] = []
 
     @property
     def lift(self) -> Lift:
@@ -78,18 +75,12 @@ class LayerMoments:
             carried = self.dictionary.raw_tangents(tangents, raw)
         self.moments.update(condition, raw, self.lift, carried, place)
         if self.moments.paired:
-            self._pending.append(raw.to(self.dictionary.lift.weight.dtype))
-            if len(self._pending) == len(self.moments.seen):
-                self._add_products()
+            lift = self.lift
+            pairs = self.moments.abreast(raw.to(lift.weight.dtype))
+            tiles = zip(*(rows.split(PRODUCT_ROWS) for rows in pairs), strict=True)
+            for tile in tiles:  # a few hundred samples at a time
+                self.moments.update_products([torch.cat([rows, lift(rows)], 1) for rows in tile])
         return raw, carried
-
-    def _add_products(self) -> None:
-        """Add the products of the features of pairs, a few hundred samples at a time."""
-        held, self._pending = self._pending, []
-        lift = self.lift
-        for start in range(0, len(held[0]), PRODUCT_ROWS):
-            tiles = [raw[start : start + PRODUCT_ROWS] for raw in held]
-            self.moments.update_products([torch.cat([raw, lift(raw)], 1) for raw in tiles])
 
     def ridges(self, ridge: RidgeSetting) -> torch.Tensor:
         """Return the ridge [k] of each present feature, relative to its variance."""
@@ -178,13 +169,14 @@ def streams_of(data: Data, folds: int) -> dict[str, Any]:
         "folds": folds,
         "paired": data.paired,
         "groups": None if groups is None else groups.by_fold(folds),
-        **carried_by(data),
-    }
-
-
-def carried_by(data: Data) -> dict[str, int]:
-    """Return the numbers of tangents and scores per sample, as arguments of the moments."""
-    return {
         "tangents": data.parameters if data.source == "pathwise" else 0,
         "score": data.parameters if data.source == "score" else 0,
     }
+
+
+def streams_of_half(data: Data, folds: int, half: int, own: int) -> dict[str, Any]:
+    """As `streams_of`, for a half of the samples that is dealt to `own` folds."""
+    streams = streams_of(data, folds) | {"folds": own}
+    if data.groups is not None:
+        streams["groups"] = Tally.of_groups(len(data.groups), folds).of_half(half, own)
+    return streams

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from fisherfast.data import Batch, Data
-from fisherfast.data.dealing import Place, Tally
+from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.choice import GAIN_ERRORS, choose_features
 from fisherfast.estimation.curve import SPARE_DOF
@@ -31,12 +31,10 @@ from fisherfast.measurement.cross_fit import (
 )
 from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import LayerMeter, curve_points
-from fisherfast.measurement.moments import LayerMoments, all_finite, carried_by
+from fisherfast.measurement.moments import LayerMoments, all_finite, streams_of, streams_of_half
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
-
-__all__ = ["PROBE_BYTES", "ProbeMeter"]
 
 PROBE_BYTES = 2**29
 """Samples kept for training, of all layers together: 512 MB. A layer needs its share twice while it
@@ -77,7 +75,8 @@ class ProbeMeter(LayerMeter):
     def _prepare(self, standardisation: Standardisation) -> None:
         """Fix the dictionary, and how many samples are kept."""
         super()._prepare(standardisation)
-        conditions, carried = self._data.conditions, carried_by(self._data)
+        conditions = self._data.conditions
+        carried = streams_of(self._data, self._settings.folds)
         columns = self.features.dictionary.raw * (1 + carried["tangents"]) + carried["score"]
         capacity = max(self._budget // (conditions * torch.float32.itemsize * columns), 1)
         self._kept = [KeptSamples(conditions, capacity) for _ in range(2)]  # of both halves
@@ -107,13 +106,15 @@ class ProbeMeter(LayerMeter):
                 carried = dictionary.raw_tangents(batch.tangents, raw).transpose(0, 1)
         self._kept[half].add(condition, whole.sides[half], raw, carried, whole=whole)
 
-    def _sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[torch.Tensor]:
+        """Return views of all sums of this pass."""
         if self.halves:
             return [part for half in self.halves for part in half.moments.shared_sums()]
-        return super()._sums()
+        return super().shared_sums()
 
-    def _samples(self) -> list[KeptSamples]:
-        return super()._samples() + self._kept if self._first_pass else []
+    def shared_samples(self) -> list[KeptSamples]:
+        """Return the samples kept in this pass."""
+        return super().shared_samples() + (self._kept if self._first_pass else [])
 
     def learned(self) -> list[torch.Tensor]:
         """Return the weights of both networks before they are read."""
@@ -180,20 +181,10 @@ class ProbeMeter(LayerMeter):
     def _half_moments(self, half: int, probe: Probe) -> LayerMoments:
         """Begin the moments of a half, whose samples the probe has not seen."""
         data, moments, dictionary = self._data, self.moments, self.features.dictionary
+        folds = moments.folds  # a half is dealt to as many folds as all
         probed = ProbedDictionary(dictionary, probe, moments.size - dictionary.raw)
-        groups = None
-        if data.groups is not None:
-            tally = Tally.of_groups(len(data.groups), moments.folds)
-            groups = tally.of_half(half, moments.folds)
-        own = FoldMoments(
-            probed.size,
-            data.conditions,
-            folds=moments.folds,
-            paired=data.paired,
-            groups=groups,
-            device=moments.sums.device,
-            **carried_by(data),
-        )
+        streams, device = streams_of_half(data, folds, half, folds), moments.sums.device
+        own = FoldMoments(probed.size, data.conditions, device=device, **streams)
         return LayerMoments(self.site.name, probed, own)
 
     def _train_on(self, half: int, kept: tuple[torch.Tensor, ...]) -> Trained | None:

@@ -29,8 +29,6 @@ from fisherfast.estimation.leverage import (
 )
 from fisherfast.estimation.variance import covariance_of_entries
 
-__all__ = ["KEPT_SAMPLES", "HeldSamples", "Readout", "kept_samples"]
-
 KEPT_SAMPLES = 1024
 """Samples kept over all conditions: a variance is known to 5 % from them."""
 
@@ -78,6 +76,8 @@ class HeldSamples:
         dtype: of the kept features.
 
     Attributes:
+        stores: of the thousand samples that are the same in all layers, and of more for the tails
+            of the distribution; one store if both numbers are equal.
         dependence: largest correlation of a sample with its neighbour that `replicates` has seen,
             in standard errors of independent samples.
 
@@ -90,7 +90,7 @@ class HeldSamples:
         self._groups = None if data.groups is None else data.groups.numbers
         counts = [data.samples(c) for c in range(data.conditions)]
         known = None if None in counts else max(n for n in counts if n is not None)
-        self._kept, *more = [
+        self.stores = [
             KeptSamples(
                 data.conditions,
                 samples // data.conditions,
@@ -100,7 +100,6 @@ class HeldSamples:
             )
             for samples in sorted({KEPT_SAMPLES, kept_samples(width, data.source)})
         ]
-        self._many = more[0] if more else self._kept  # for the tails of the distribution
         self.dependence = 0.0
 
     def add(
@@ -126,11 +125,6 @@ class HeldSamples:
         for kept in self.stores:
             kept.add(condition, place, raw, carried, whole=whole)
 
-    @property
-    def stores(self) -> list[KeptSamples]:
-        """All stores of kept samples."""
-        return [self._kept] if self._many is self._kept else [self._kept, self._many]
-
     def samples(
         self, features: Features, moments: FoldMoments, index: torch.Tensor, most: int
     ) -> SampleFeatures | None:
@@ -142,7 +136,7 @@ class HeldSamples:
             index: int64 [k].
             most: most samples, of all conditions together.
         """
-        if self._kept.forgotten:
+        if self.stores[0].forgotten:
             return None
         parts, scores = [], []
         for condition in range(len(self._contrast)):
@@ -193,8 +187,7 @@ class HeldSamples:
 
     def _thinned(self, condition: int, most: int) -> tuple[torch.Tensor, ...]:
         """As `_condition`, thinned to at most `most` samples of all conditions."""
-        store = self._many if most > KEPT_SAMPLES else self._kept
-        parts = self._condition(condition, store)
+        parts = self._condition(condition, self.stores[-1 if most > KEPT_SAMPLES else 0])
         step = -(-len(parts[0]) * len(self._contrast) // most)
         return tuple(part[::step] for part in parts)
 
@@ -209,7 +202,7 @@ class HeldSamples:
             samples: number of independent samples of each condition, kept or not.
         """
         statistics, J = curve.statistics, curve.J[k - 1]
-        if self._kept.forgotten:
+        if self.stores[0].forgotten:
             return J.new_empty(0, *J.shape)
         dof, effective = statistics.dof, float(curve.effective_dim[k - 1])
         if self._source == "score":
@@ -228,7 +221,7 @@ class HeldSamples:
 
     def replicates_of_score(self, V: torch.Tensor, samples: int) -> torch.Tensor:
         """Return V [F, P, P] of the score without each fold; empty if no samples are kept."""
-        if self._kept.forgotten:
+        if self.stores[0].forgotten:
             return V.new_empty(0, *V.shape)
         _, score, fold, numbers = self._condition(0)
         s = _about_own_means(score, fold, self._folds)
@@ -264,7 +257,7 @@ class HeldSamples:
     ) -> tuple[torch.Tensor, ...]:
         """Return raw features, their tangents or score (the features themselves if there are none),
         folds and numbers of the samples."""
-        numbers, fold, raw, *carried = (kept or self._kept).kept()[condition]
+        numbers, fold, raw, *carried = (kept or self.stores[0]).kept()[condition]
         return raw, (carried[0] if carried else raw).double(), fold.to(raw.device), numbers
 
     def _units(self, condition: int, numbers: torch.Tensor) -> int:

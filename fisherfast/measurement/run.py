@@ -44,8 +44,6 @@ from fisherfast.results.information_map import InformationMap
 from fisherfast.results.layer import NOT_INDEPENDENT, LayerFisher, warn_of
 from fisherfast.results.status import with_status
 
-__all__ = ["Measurement", "NotFiniteError"]
-
 SURVEY_SAMPLES = 64
 """Samples of each condition in the forward pass that lists the layers."""
 

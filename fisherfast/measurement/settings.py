@@ -13,8 +13,6 @@ from fisherfast._validation import check_seed, check_whole
 from fisherfast.data import Data
 from fisherfast.estimation.ridge import AUTO, RidgeSetting, check_ridge
 
-__all__ = ["MAX_FEATURES", "MeasurementSettings", "Settings", "bytes_of"]
-
 FOLDS = 16
 """Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
 
@@ -25,7 +23,7 @@ MAX_FEATURES = 512
 """Default number of features: raw activations and lift together."""
 
 PROBES = (None, "network")
-"""What may be trained to read a layer."""
+"""Kinds of networks that can be trained to read a layer."""
 
 BATCH_SIZE = 4096
 """Default number of samples in a batch; fewer for large samples or networks."""

@@ -12,12 +12,11 @@ import torch
 from fisherfast.data import Data
 from fisherfast.estimation.derivatives import ScoreMoments
 from fisherfast.estimation.variance import jackknife_covariance, standard_errors
+from fisherfast.measurement.cross_fit import replicates_of_mean
 from fisherfast.measurement.meter import Meter
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import pack_covariance
-
-__all__ = ["no_information", "not_measured", "score_information", "score_note"]
 
 SCORE_ERRORS = 5.0
 """Warn if the mean of a score is beyond this many standard errors from zero (p = 6e-7)."""
@@ -99,6 +98,10 @@ def score_information(layer: LayerFisher, meter: Meter) -> LayerFisher:
     V = folds.mean(0)
     errors = jackknife_covariance(V - (folds - V) / (len(folds) - 1)).cpu()
     stderr = standard_errors(errors)
+    replicates = [
+        held.replicates_of_score(V, moments.units)
+        for held, moments in zip(meter.held, meter.parts, strict=True)
+    ]
     V = V.cpu()
     return replace(
         layer,
@@ -109,6 +112,6 @@ def score_information(layer: LayerFisher, meter: Meter) -> LayerFisher:
         naive=V,
         plateau=True,
         carried=True,
-        replicates=meter.replicates_of_score(V),
+        replicates=replicates_of_mean(replicates) if len(replicates) > 1 else replicates[0].cpu(),
         error_covariance=pack_covariance(errors),
     )

@@ -15,8 +15,6 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["each_as_outside", "on_host", "outside"]
-
 T = TypeVar("T")
 
 _OUTSIDE: ContextVar[torch.device | None] = ContextVar("outside", default=None)

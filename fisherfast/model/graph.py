@@ -11,8 +11,6 @@ from torch import nn
 from fisherfast.model.hooks import Forward
 from fisherfast.model.sites import HEAD, INPUT, JOINT, OUTPUT, Site
 
-__all__ = ["survey"]
-
 PASSIVE = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 """Modules that change only the shape in eval mode: "auto" leaves them out."""
 

@@ -14,8 +14,6 @@ from fisherfast.model.default_device import outside
 from fisherfast.model.sites import INPUT, JOINT, OUTPUT, Site
 from fisherfast.model.unwrap import is_shell, name_inside
 
-__all__ = ["Forward"]
-
 NAMES = """
 relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish softplus softsign sigmoid logsigmoid
 tanh hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink threshold softmax log_softmax

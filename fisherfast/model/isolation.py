@@ -15,8 +15,6 @@ from torch.nn.parameter import is_lazy
 
 from fisherfast.model.unwrap import as_written
 
-__all__ = ["evaluation", "forgetting", "holds", "own_random_state"]
-
 _ONE_AT_A_TIME = threading.RLock()
 """Modes, buffers and global random states are saved and restored, so by one thread at a time."""
 
@@ -27,24 +25,18 @@ def own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
 
     One thread at a time may be inside; others wait.
     """
-    with _ONE_AT_A_TIME, _own_random_state(model, seed):
-        yield
-
-
-@contextlib.contextmanager
-def _own_random_state(model: nn.Module | None, seed: int) -> Iterator[None]:
-    numpy_state = np.random.get_state()
-    python_state = random.getstate()
-    devices = {torch.cuda.current_device()} if torch.cuda.is_initialized() else set()
-    if model is not None:
-        devices |= {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            torch.manual_seed(seed)
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
+    with _ONE_AT_A_TIME:
+        numpy_state, python_state = np.random.get_state(), random.getstate()
+        devices = {torch.cuda.current_device()} if torch.cuda.is_initialized() else set()
+        if model is not None:
+            devices |= {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(devices)):
+            try:
+                torch.manual_seed(seed)
+                yield
+            finally:
+                np.random.set_state(numpy_state)
+                random.setstate(python_state)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-__all__ = ["Site", "select"]
-
 Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module | None], bool]
 
 INPUT = "input"

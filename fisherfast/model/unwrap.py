@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["as_written", "is_shell", "name_inside", "unwrapped"]
-
 WRAPPED_AS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",

@@ -12,11 +12,11 @@ block. Everything goes to plain torch when ``FISHERFAST_DISABLE_NATIVE=1`` is se
 tensors when the build has no CUDA kernels.
 """
 
-from fisherfast.ops._dual_activation import dual_activation, dual_activation_
+from fisherfast.ops._dual_activation import dual_activation
 from fisherfast.ops._dual_pool import dual_pool
 from fisherfast.ops._dual_rows import dual_norm, dual_softmax
 from fisherfast.ops._gradients import gradient_gram, gradient_squares
-from fisherfast.ops._lift import lift, lift_moments_
+from fisherfast.ops._lift import lift_moments_
 from fisherfast.ops._moments import moments, patch_moments, spatial_moments
 from fisherfast.ops._solve import (
     FisherSolve,
@@ -28,7 +28,6 @@ from fisherfast.ops._solve import (
 __all__ = [
     "FisherSolve",
     "dual_activation",
-    "dual_activation_",
     "dual_norm",
     "dual_pool",
     "dual_softmax",
@@ -37,7 +36,6 @@ __all__ = [
     "fisher_solve_details",
     "gradient_gram",
     "gradient_squares",
-    "lift",
     "lift_moments_",
     "moments",
     "patch_moments",

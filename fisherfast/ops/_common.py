@@ -13,7 +13,7 @@ from fisherfast import _native
 LIBRARY = torch.library.Library("fisherfast", "DEF")
 
 Op = tuple[Any, Callable[[], Any]]
-"""What an op returns once it has checked its arguments: the results, not yet filled, and `run`,
+"""Returned by an op after it has checked its arguments: the results, not yet filled, and `run`,
 which fills and returns them by the kernel, or by the reference where there is no kernel."""
 
 
@@ -152,12 +152,16 @@ def window_counts(
     return counts
 
 
-def register(schema: str, op: Callable[..., Op]) -> None:
+def register(schema: str) -> Callable[[Callable[..., Op]], None]:
     """Defines one op for CPU and CUDA, and its fake implementation, which stops before `run`."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, lambda *arguments: op(*arguments)[1](), device)
-    torch.library.register_fake(
-        f"fisherfast::{name}", lambda *arguments: op(*arguments)[0], lib=LIBRARY
-    )
+
+    def define(op: Callable[..., Op]) -> None:
+        LIBRARY.define(schema)
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(name, lambda *arguments: op(*arguments)[1](), device)
+        torch.library.register_fake(
+            f"fisherfast::{name}", lambda *arguments: op(*arguments)[0], lib=LIBRARY
+        )
+
+    return define

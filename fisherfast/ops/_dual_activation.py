@@ -61,15 +61,16 @@ def dual_activation(
         shift: [C], or None for zero.
         slope: [C], slope of "prelu" below zero.
         channel_dim: dimension of x with the C channels, for scale, shift and slope.
-        out: takes the result: shape, dtype and device of ``x``, not overlapping it; None for a new
-            one.
+        out: takes the result: ``x`` itself, or shape, dtype and device of ``x`` without overlapping
+            it; None for a new one.
 
     Returns:
         y [1 + P, ...] in the layout of ``x``, or ``out``.
 
     Raises:
         TypeError: wrong dtype, or a parameter that is not a number.
-        ValueError: wrong kind, shape, device, or number of parameters.
+        ValueError: wrong kind, shape, device, or number of parameters, or an ``out`` that overlaps
+            itself. Nothing is changed then.
         RuntimeError: an input requires grad.
 
     Cost: reads and writes x once. The derivative at a kink is that of PyTorch's autograd.
@@ -78,54 +79,20 @@ def dual_activation(
         >>> x = torch.tensor([[-1.0, 2.0], [10.0, 10.0]])          # primal, one tangent
         >>> dual_activation(x, "leaky_relu", 0.5).tolist()
         [[-0.5, 2.0], [5.0, 10.0]]
-    """
-    check_no_grad("dual_activation", x=x, scale=scale, shift=shift, slope=slope, out=out)
-    _check_numbers(parameters)
-    how = (kind, list(parameters), scale, shift, slope, channel_dim)
-    if out is None:
-        return torch.ops.fisherfast.dual_activation.default(x, *how)
-    torch.ops.fisherfast.dual_activation_out.default(x, *how, out)
-    return out
-
-
-def dual_activation_(
-    x: Tensor,
-    kind: str,
-    *parameters: float,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    slope: Tensor | None = None,
-    channel_dim: int = 2,
-) -> None:
-    """`dual_activation` that overwrites x.
-
-    Args:
-        x: [1 + P, ...], changed in place; a buffer that overlaps itself is refused.
-        kind, parameters, scale, shift, slope, channel_dim: as for `dual_activation`.
-
-    Raises:
-        As `dual_activation`. Nothing is changed then.
-
-    Cost: reads and writes x once.
-
-    Example:
-        >>> x = torch.tensor([[-1.0, 2.0], [10.0, 10.0]])
-        >>> dual_activation_(x, "relu")
-        >>> x.tolist()
+        >>> dual_activation(x, "relu", out=x).tolist()             # in place
         [[0.0, 2.0], [0.0, 10.0]]
     """
-    check_no_grad("dual_activation_", x=x, scale=scale, shift=shift, slope=slope)
-    _check_numbers(parameters)
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"x must not overlap itself, got strides {list(x.stride())}")
-    op = torch.ops.fisherfast.dual_activation_out.default
-    op(x, kind, list(parameters), scale, shift, slope, channel_dim, x)
-
-
-def _check_numbers(parameters: Sequence[float]) -> None:
+    check_no_grad("dual_activation", x=x, scale=scale, shift=shift, slope=slope, out=out)
     for value in parameters:
         if not isinstance(value, (int, float)):
             raise TypeError(f"parameters must be numbers, got {type(value).__name__}")
+    how = (kind, list(parameters), scale, shift, slope, channel_dim)
+    if out is None:
+        return torch.ops.fisherfast.dual_activation.default(x, *how)
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"out must not overlap itself, got strides {list(out.stride())}")
+    torch.ops.fisherfast.dual_activation_out.default(x, *how, out)
+    return out
 
 
 class _How(NamedTuple):
@@ -143,6 +110,10 @@ class _How(NamedTuple):
         return {"scale": self.scale, "shift": self.shift, "slope": self.slope}
 
 
+@register(
+    "dual_activation(Tensor x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
+    " Tensor? slope, int channel_dim) -> Tensor"
+)
 def _dual_activation(x: Tensor, *arguments: Any) -> Op:
     how = _How(*arguments)
     _check(x, how)
@@ -151,6 +122,10 @@ def _dual_activation(x: Tensor, *arguments: Any) -> Op:
     return y, lambda: _fill(y, x, how)
 
 
+@register(
+    "dual_activation_out(Tensor x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
+    " Tensor? slope, int channel_dim, Tensor(a!) out) -> ()"
+)
 def _dual_activation_out(x: Tensor, *arguments: Any) -> Op:
     *options, out = arguments
     how = _How(*options)
@@ -217,15 +192,3 @@ def _check(x: Tensor, how: _How) -> None:
         if not 1 <= how.channel_dim < x.dim():
             raise ValueError(f"channel_dim must lie in [1, {x.dim()}), got {how.channel_dim}")
         check_like(name, vector, "x", x, "[C]", [x.shape[how.channel_dim]])
-
-
-register(
-    "dual_activation(Tensor x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
-    " Tensor? slope, int channel_dim) -> Tensor",
-    _dual_activation,
-)
-register(
-    "dual_activation_out(Tensor x, str kind, float[] parameters, Tensor? scale, Tensor? shift,"
-    " Tensor? slope, int channel_dim, Tensor(a!) out) -> ()",
-    _dual_activation_out,
-)

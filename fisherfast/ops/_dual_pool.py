@@ -68,6 +68,10 @@ def dual_pool(
     )
 
 
+@register(
+    "dual_pool(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
+    " bool ceil_mode) -> Tensor"
+)
 def _dual_pool(
     x: Tensor,
     kernel: Sequence[int],
@@ -139,10 +143,3 @@ def _is_channels_last(x: Tensor) -> bool:
     one = x[0]
     order = (0, *range(2, one.dim()), 1)
     return not one.is_contiguous() and one.permute(order).is_contiguous()
-
-
-register(
-    "dual_pool(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
-    " bool ceil_mode) -> Tensor",
-    _dual_pool,
-)

@@ -71,6 +71,10 @@ def dual_norm(
     return op(x, weight, bias, eps, groups, inner, centre)
 
 
+@register(
+    "dual_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, SymInt groups, SymInt inner,"
+    " bool centre) -> Tensor"
+)
 def _dual_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -120,13 +124,6 @@ def _dual_norm(
     return y, run
 
 
-register(
-    "dual_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, SymInt groups, SymInt inner,"
-    " bool centre) -> Tensor",
-    _dual_norm,
-)
-
-
 def dual_softmax(x: Tensor, dim: int = -1, *, log: bool = False) -> Tensor:
     """Softmax or log-softmax of a primal and of its P tangents along one dimension.
 
@@ -157,6 +154,7 @@ def dual_softmax(x: Tensor, dim: int = -1, *, log: bool = False) -> Tensor:
     return torch.ops.fisherfast.dual_softmax.default(x, dim, log)
 
 
+@register("dual_softmax(Tensor x, int dim, bool log) -> Tensor")
 def _dual_softmax(x: Tensor, dim: int, log: bool) -> Op:
     check_buffer(x, 2, "[1 + P, ...]")
     if not -x.dim() < dim < x.dim() or dim == 0:
@@ -185,6 +183,3 @@ def _dual_softmax(x: Tensor, dim: int, log: bool) -> Op:
         return y
 
     return y, run
-
-
-register("dual_softmax(Tensor x, int dim, bool log) -> Tensor", _dual_softmax)

@@ -70,6 +70,7 @@ def gradient_gram(
     return gram[:, 0, :, 0] if without_columns else gram
 
 
+@register("gradient_gram(Tensor a, Tensor b, Tensor? other_a, Tensor? other_b) -> Tensor")
 def _gradient_gram(a: Tensor, b: Tensor, other_a: Tensor | None, other_b: Tensor | None) -> Op:
     check_input("a", a, "[n, T, D]")
     b = _checked_gradients("b", b, "a", a)
@@ -122,11 +123,6 @@ def _side(side: str, a: Tensor, b: Tensor) -> dict[str, Any]:
     fields = {"a": a, "a_strides": a.stride(), "b": b, "b_strides": b.stride()}
     fields |= dict(zip(("rows", "columns", "positions"), b.shape[:3], strict=True))
     return {f"{side}_{name}": value for name, value in fields.items()}
-
-
-register(
-    "gradient_gram(Tensor a, Tensor b, Tensor? other_a, Tensor? other_b) -> Tensor", _gradient_gram
-)
 
 
 def gradient_squares(
@@ -182,6 +178,10 @@ def gradient_squares(
     return op(x, g, list(kernel), list(stride), list(padding), list(dilation), groups)
 
 
+@register(
+    "gradient_squares(Tensor x, Tensor g, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
+    " SymInt[] dilation, SymInt groups) -> Tensor"
+)
 def _gradient_squares(
     x: Tensor,
     g: Tensor,
@@ -229,10 +229,3 @@ def _gradient_squares(
         return squares
 
     return squares, run
-
-
-register(
-    "gradient_squares(Tensor x, Tensor g, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
-    " SymInt[] dilation, SymInt groups) -> Tensor",
-    _gradient_squares,
-)

@@ -1,4 +1,4 @@
-"""Random features of a batch, and their moments without storing them."""
+"""Moments of a batch with its random features, without storing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from fisherfast import _native
 from fisherfast.ops import reference
 from fisherfast.ops._common import (
     Op,
-    check_at_least,
     check_device,
     check_index,
     check_input,
@@ -20,103 +19,6 @@ from fisherfast.ops._common import (
     dtype_name,
     register,
     with_unit_column_stride,
-)
-
-
-def lift(
-    projected: Tensor,
-    bias: Tensor,
-    pilot: Tensor,
-    *,
-    slope: float = 0.7,
-    num_groups: int = 1,
-    first: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Random features from their projections, and their sums by fold, in one pass.
-
-        features_ij = leaky_relu(projected_ij + bias_j) - pilot_j
-        sums_gj = sum of features_ij over rows i with (first + i) mod num_groups = g
-
-    Args:
-        projected: [n, k] float32 or float64, the product of samples and random weights; rows may
-            be strided.
-        bias: [k], dtype and device of ``projected``.
-        pilot: [k], dtype and device of ``projected``: roughly the mean feature.
-        slope: factor of the leaky ReLU below zero.
-        num_groups: G >= 1, the number of folds.
-        first: number of samples dealt to folds before these, >= 0.
-
-    Returns:
-        features: [n, k], dtype of ``projected``.
-        sums: [G, k] float64.
-
-    Raises:
-        TypeError: wrong dtype.
-        ValueError: wrong shape, device, slope, num_groups or first.
-        RuntimeError: an input requires grad.
-
-    Cost: reads and writes n k numbers. The bits do not depend on the number of threads.
-
-    Example:
-        >>> zero = torch.zeros(1)
-        >>> features, sums = lift(torch.tensor([[-1.0], [2.0], [3.0]]), zero, zero, slope=0.5,
-        ...                       num_groups=2)
-        >>> features.flatten().tolist(), sums.flatten().tolist()
-        ([-0.5, 2.0, 3.0], [2.5, 2.0])
-    """
-    check_no_grad("lift", projected=projected, bias=bias, pilot=pilot)
-    op = torch.ops.fisherfast.lift.default
-    return op(projected, bias, pilot, slope, num_groups, first)
-
-
-def _lift(
-    projected: Tensor, bias: Tensor, pilot: Tensor, slope: float, num_groups: int, first: int
-) -> Op:
-    check_input("projected", projected, "[n, k]")
-    rows, dim = projected.shape
-    _check_dictionary(bias, pilot, slope, "projected", projected, dim)
-    check_at_least("num_groups", num_groups, 1)
-    check_at_least("first", first, 0)
-    features = projected.new_empty(projected.shape)
-    sums = projected.new_empty((num_groups, dim), dtype=torch.float64)
-
-    def run() -> tuple[Tensor, Tensor]:
-        if not _native.serves(projected):
-            return reference.lift(projected, bias, pilot, slope, num_groups, first)
-        dense = with_unit_column_stride(projected)
-        _native.call(
-            "lift",
-            projected,
-            projected=dense,
-            row_stride=dense.stride(0),
-            bias=bias.contiguous(),
-            pilot=pilot.contiguous(),
-            features=features,
-            sums=sums,
-            rows=rows,
-            dim=dim,
-            groups=num_groups,
-            first=first,
-            slope=slope,
-        )
-        return features, sums
-
-    return (features, sums), run
-
-
-def _check_dictionary(
-    bias: Tensor, pilot: Tensor, slope: float, model_name: str, model: Tensor, lifted: int
-) -> None:
-    check_like("bias", bias, model_name, model, "[k]", [lifted])
-    check_like("pilot", pilot, model_name, model, "[k]", [lifted])
-    if not math.isfinite(slope):
-        raise ValueError(f"slope must be finite, got {slope}")
-
-
-register(
-    "lift(Tensor projected, Tensor bias, Tensor pilot, float slope, SymInt num_groups,"
-    " SymInt first) -> (Tensor features, Tensor sums)",
-    _lift,
 )
 
 
@@ -187,6 +89,10 @@ def lift_moments_(
     op(sums, cross, z, weight, bias, pilot, offsets, slope, start)
 
 
+@register(
+    "lift_moments_(Tensor(a!) sums, Tensor(b!) cross, Tensor z, Tensor weight, Tensor bias,"
+    " Tensor pilot, Tensor offsets, float slope, SymInt start) -> ()"
+)
 def _lift_moments_(
     sums: Tensor,
     cross: Tensor,
@@ -204,7 +110,10 @@ def _lift_moments_(
     if weight.dim() != 2 or weight.shape[1] != dim:
         raise ValueError(f"weight must have shape [k, d] with d = {dim}, got {list(weight.shape)}")
     lifted = weight.shape[0]
-    _check_dictionary(bias, pilot, slope, "z", z, lifted)
+    check_like("bias", bias, "z", z, "[k]", [lifted])
+    check_like("pilot", pilot, "z", z, "[k]", [lifted])
+    if not math.isfinite(slope):
+        raise ValueError(f"slope must be finite, got {slope}")
     size = dim + lifted
     _check_accumulators(sums, cross, z, size)
     check_index("offsets", offsets, "z", z, "[F + 1]", [sums.shape[0] + 1])
@@ -271,10 +180,3 @@ def _check_accumulators(sums: Tensor, cross: Tensor, z: Tensor, size: int) -> No
         raise ValueError(
             f"cross must have shape [H, K, K] with H = 1 or 2, got {list(cross.shape)}"
         )
-
-
-register(
-    "lift_moments_(Tensor(a!) sums, Tensor(b!) cross, Tensor z, Tensor weight, Tensor bias,"
-    " Tensor pilot, Tensor offsets, float slope, SymInt start) -> ()",
-    _lift_moments_,
-)

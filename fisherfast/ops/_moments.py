@@ -66,6 +66,10 @@ def moments(
     return torch.ops.fisherfast.moments.default(x, group, num_groups, pilot)
 
 
+@register(
+    "moments(Tensor x, Tensor? group, SymInt num_groups, Tensor? pilot)"
+    " -> (Tensor count, Tensor sums, Tensor cross)"
+)
 def _moments(x: Tensor, group: Tensor | None, num_groups: int, pilot: Tensor | None) -> Op:
     check_input("x", x, "[N, d]")
     check_at_least("num_groups", num_groups, 1)
@@ -107,13 +111,6 @@ def _moments(x: Tensor, group: Tensor | None, num_groups: int, pilot: Tensor | N
     return (count, sums, cross), run
 
 
-register(
-    "moments(Tensor x, Tensor? group, SymInt num_groups, Tensor? pilot)"
-    " -> (Tensor count, Tensor sums, Tensor cross)",
-    _moments,
-)
-
-
 def spatial_moments(x: Tensor, *, pilot: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sums and cross-products over samples at every position of a feature map, about a pilot m.
 
@@ -150,6 +147,7 @@ def spatial_moments(x: Tensor, *, pilot: Tensor | None = None) -> tuple[Tensor, 
     return torch.ops.fisherfast.spatial_moments.default(x, pilot)
 
 
+@register("spatial_moments(Tensor x, Tensor? pilot) -> (Tensor sums, Tensor cross)")
 def _spatial_moments(x: Tensor, pilot: Tensor | None) -> Op:
     check_input("x", x, "[n, C, H, W]")
     rows, channels, height, width = x.shape
@@ -176,11 +174,6 @@ def _spatial_moments(x: Tensor, pilot: Tensor | None) -> Op:
         return sums, cross
 
     return (sums, cross), run
-
-
-register(
-    "spatial_moments(Tensor x, Tensor? pilot) -> (Tensor sums, Tensor cross)", _spatial_moments
-)
 
 
 def patch_moments(
@@ -235,6 +228,10 @@ def patch_moments(
     return sums, cross
 
 
+@register(
+    "patch_moments(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
+    " SymInt[] dilation, SymInt groups) -> (Tensor sums, Tensor cross)"
+)
 def _patch_moments(
     x: Tensor,
     kernel: list[int],
@@ -280,10 +277,3 @@ def _patch_moments(
         return sums, cross
 
     return (sums, cross), run
-
-
-register(
-    "patch_moments(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
-    " SymInt[] dilation, SymInt groups) -> (Tensor sums, Tensor cross)",
-    _patch_moments,
-)

@@ -116,6 +116,11 @@ def fisher_solve_details(
     return FisherSolve(*op(cov, deriv, ridge, inverse_rows, solution or tracked))
 
 
+@register(
+    "fisher_solve(Tensor cov, Tensor deriv, float ridge, bool inverse_rows, bool solution)"
+    " -> (Tensor fisher, Tensor half, Tensor info, Tensor condition, Tensor inverse_rows,"
+    " Tensor solution)"
+)
 def _fisher_solve(
     cov: Tensor, deriv: Tensor, ridge: float, inverse_rows: bool, solution: bool
 ) -> Op:
@@ -188,12 +193,6 @@ def _fisher_solve_autograd(ctx: Any, grad_fisher: Tensor | None, *_: Any) -> tup
     return grad_cov, grad_deriv, None, None, None
 
 
-register(
-    "fisher_solve(Tensor cov, Tensor deriv, float ridge, bool inverse_rows, bool solution)"
-    " -> (Tensor fisher, Tensor half, Tensor info, Tensor condition, Tensor inverse_rows,"
-    " Tensor solution)",
-    _fisher_solve,
-)
 torch.library.register_autograd(
     "fisherfast::fisher_solve",
     _fisher_solve_autograd,
@@ -239,6 +238,10 @@ def fisher_solve_backward(
     return torch.ops.fisherfast.fisher_solve_backward.default(grad_fisher, solution, ridge)
 
 
+@register(
+    "fisher_solve_backward(Tensor grad_fisher, Tensor solution, float ridge)"
+    " -> (Tensor grad_cov, Tensor grad_deriv)"
+)
 def _fisher_solve_backward(grad_fisher: Tensor, solution: Tensor, ridge: float) -> Op:
     check_real("grad_fisher", grad_fisher)
     check_like("solution", solution, "grad_fisher", grad_fisher)
@@ -274,10 +277,3 @@ def _fisher_solve_backward(grad_fisher: Tensor, solution: Tensor, ridge: float) 
 def _check_ridge(ridge: float) -> None:
     if not 0 <= ridge < math.inf:
         raise ValueError(f"ridge must be finite and at least 0, got {ridge}")
-
-
-register(
-    "fisher_solve_backward(Tensor grad_fisher, Tensor solution, float ridge)"
-    " -> (Tensor grad_cov, Tensor grad_deriv)",
-    _fisher_solve_backward,
-)

@@ -234,27 +234,6 @@ def gradient_squares(
     return squares.reshape(g.shape[1], inputs, *kernel)
 
 
-def lift(
-    projected: Tensor,
-    bias: Tensor,
-    pilot: Tensor,
-    slope: float = 0.7,
-    num_groups: int = 1,
-    first: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Random features from their projections, and their sums by fold.
-
-        features_ij = leaky_relu(projected_ij + bias_j) - pilot_j
-        sums_gj = sum of features_ij over rows i with (first + i) mod num_groups = g
-
-    See `fisherfast.ops.lift` for arguments and results.
-    """
-    features = torch.nn.functional.leaky_relu(projected + bias, slope) - pilot
-    fold = (first + torch.arange(projected.shape[0], device=projected.device)) % num_groups
-    sums = torch.zeros(num_groups, bias.shape[0], dtype=torch.float64, device=projected.device)
-    return features, sums.index_add(0, fold, features.double())
-
-
 def lift_moments_(
     sums: Tensor,
     cross: Tensor,

@@ -31,7 +31,6 @@ CALLS = {
     ]),
     "spatial_moments": ((8, 1), lambda n, **k: [(n(9, 20, 3, 40, **k), n(20, 3, 40, **k))]),
     "patch_moments": ((2, 1), lambda n, **k: [(n(2, 6, 5, 5, **k), [3, 3], ONES, ONES, ONES, 3)]),
-    "lift": ((1, 1), lambda n, **k: [(n(90, 20, **k), n(20, **k), n(20, **k), 0.75, 4, 1)]),
     "lift_moments_": ((8, 1), lambda n, **k: [added(n, 150, 6, 70, **k)]),
     "gradient_gram": ((3, 1), lambda n, **k: [(n(4, 3, 5, **k), n(4, 2, 3, 2, **k), None, None)]),
     "gradient_squares": ((2, 1), lambda n, **k: [
@@ -108,11 +107,6 @@ CASES = {
         (n(2, 9, 6, 5, **k), [3, 3], ONES, ONES, ONES, 1),
         (n(3, 5, 4, 40, **k), [1, 3], [1, 2], [0, 1], ONES, 5),
         (n(2, 1, 60, 50, **k), [2, 2], ONES, [0, 1], ONES, 1),  # more than 4096 patches
-    ],
-    "lift": lambda n, **k: [
-        (n(rows, dim, **k), n(dim, **k), n(dim, **k), 0.75, groups, first)
-        for rows, dim in ((1, 1), (100, 33), (601, 7), (3, 300))
-        for groups, first in ((1, 0), (16, 1_000_003))
     ],
     "gradient_gram": lambda n, **k: [
         (n(i, T, D, **k), n(i, C, T, M, **k), *right)

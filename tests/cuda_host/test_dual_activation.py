@@ -33,13 +33,10 @@ def dual_activation(kernels, x, kind, output_gap=0, in_place=False, **options):
     how = (kind, *PARAMETERS.get(kind, ()))
     size = x[0].numel()
     lines = torch.full((len(x), size + output_gap), math.nan, dtype=x.dtype)
-    out = lines[:, :size].unflatten(1, x.shape[1:])
+    out = x if in_place else lines[:, :size].unflatten(1, x.shape[1:])
     with kernels.serving(**settings):
-        if in_place:
-            ops.dual_activation_(x, *how, **options)
-        else:
-            ops.dual_activation(x, *how, **options, out=out)
-    return (x if in_place else out), lines[:, size:]
+        ops.dual_activation(x, *how, **options, out=out)
+    return out, lines[:, size:]
 
 
 def truth_of(x, kind, scale=None, shift=None, slope=None):

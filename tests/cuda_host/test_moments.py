@@ -29,15 +29,6 @@ def test_a_nan_stays_at_its_position(kernels, normal, dtype):
     assert cross[1, 3].isnan().sum() == 5
 
 
-def test_a_nan_stays_in_its_column_and_fold(kernels, normal, dtype):
-    projected, bias, pilot = (normal(*shape, dtype=dtype) for shape in ((10, 3), (3,), (3,)))
-    projected[3, 1] = math.nan
-    with kernels.serving():
-        features, sums = ops.lift(projected, bias, pilot, num_groups=2)
-    assert features.isnan().sum() == 1
-    assert sums.isnan().nonzero().tolist() == [[1, 1]]
-
-
 def test_cross_products_are_symmetric_to_the_bit(kernels, normal, dtype):
     """Over several tiles of each. Catches the two halves computed apart."""
     x = normal(70, 100, dtype=dtype)

@@ -96,7 +96,6 @@ def calls(dtype: torch.dtype) -> dict[str, Callable]:
             ones(9, 5, 7, 9), spoil(ones(9, 6, 7, 9))
         ),
         "patch_moments": lambda spoil: ops.patch_moments(spoil(ones(2, 3, 9, 35)), (3, 3)),
-        "lift": lambda spoil: ops.lift(spoil(ones(64, 9)), ones(9), ones(9)),
         "lift_moments": lift_moments,
         "dual_activation": lambda spoil: ops.dual_activation(
             spoil(ones(3, 9, 7, 5)), "gelu", scale=ones(7)

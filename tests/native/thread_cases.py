@@ -1,7 +1,7 @@
 """Calls of every CPU kernel, each way that its source file distinguishes, for threads.cpp.
 
 A kernel starts a thread for about 1e6 multiply-adds in fisher_solve, spatial_moments and
-gradient_squares, 1e5 numbers in the backward pass, 1024 rows in lift and moments of few columns,
+gradient_squares, 1e5 numbers in the backward pass, 1024 rows in moments of few columns,
 32 KiB of a slice in dual_activation, 1e5 numbers in the other dual ops, and 4e6 multiply-adds in
 the others: each case has 8 times that.
 """
@@ -53,7 +53,6 @@ def run_all(dtype: torch.dtype) -> None:
     ops.gradient_squares(*depthwise, (3, 3), padding=(1, 1), groups=40)
     for shape, groups in (((20, 2, 40, 40), 1), ((20, 16, 30, 30), 1), ((40, 20, 40, 40), 20)):
         ops.patch_moments(some(*shape), (3, 3), padding=(1, 1), groups=groups)
-    ops.lift(some(9000, 20), some(20), some(20), num_groups=4, first=3)
     lift_moments(3500, 10, 120, 4, 2, 0)
     lift_moments(3500, 40, 100, 16, 1, 37)
     ops.dual_norm(some(6, 1000, 170), some(170), some(170))

@@ -15,7 +15,7 @@ def test_passes_and_leaves_the_random_state_alone(capsys):
     assert report.passed
     devices = 1 + (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     checked = {row.op for row in report.rows}
-    others = {"FisherSolve", "fisher_solve_details", "dual_activation_"}  # the same kernels
+    others = {"FisherSolve", "fisher_solve_details"}  # the same kernel
     assert checked == set(ops.__all__) - others
     assert len(report.rows) == len(checked) * 2 * devices
     assert stream.getvalue() == selfcheck.format_report(report) + "\n"
@@ -27,18 +27,18 @@ def test_passes_and_leaves_the_random_state_alone(capsys):
 
 def test_a_wrong_and_a_raising_op_fail(monkeypatch):
     def wrong(*args, **kwargs):
-        features, sums = lift(*args, **kwargs)
-        return features, sums * 1.001
+        sums, cross = spatial_moments(*args, **kwargs)
+        return sums * 1.001, cross
 
     def raising(*args, **kwargs):
         raise RuntimeError("no kernel image")
 
-    lift = reference.lift
-    monkeypatch.setattr(reference, "lift", wrong)
+    spatial_moments = reference.spatial_moments
+    monkeypatch.setattr(reference, "spatial_moments", wrong)
     monkeypatch.setattr(reference, "moments", raising)
     report = selfcheck.run_selfcheck()
     assert not report.passed
-    assert {row.op for row in report.rows if not row.passed} == {"lift", "moments"}
+    assert {row.op for row in report.rows if not row.passed} == {"spatial_moments", "moments"}
     text = selfcheck.format_report(report)
     assert "FAILED (RuntimeError: no kernel image)" in text
     each = len(report.rows) // len({row.op for row in report.rows})

@@ -25,7 +25,6 @@ VALID = {
     },
     "spatial_moments": {"x": IMAGE, "pilot": IMAGE[0]},
     "patch_moments": {"x": IMAGE, "kernel": (2, 2)},
-    "lift": {"projected": ONE(4, 3), "bias": ONE(3), "pilot": ONE(3)},
     "lift_moments_": {
         "z": ONE(5, 3), "weight": ONE(4, 3), "bias": ONE(4), "pilot": ONE(4),
         "sums": torch.zeros(4, 7, dtype=TWO), "cross": torch.zeros(2, 7, 7, dtype=TWO),
@@ -39,7 +38,6 @@ VALID = {
         "x": BUFFER, "kind": "prelu", "scale": ONE(5), "shift": ONE(5), "slope": ONE(5),
         "out": 0 * BUFFER,
     },
-    "dual_activation_": {"x": BUFFER.clone(), "kind": "relu", "scale": ONE(5), "shift": ONE(5)},
     "dual_norm": {"x": ONE(3, 4, 6), "weight": ONE(6), "bias": ONE(6)},
     "dual_softmax": {"x": BUFFER},
     "dual_pool": {"x": ONE(3, 2, 4, 6, 7), "kernel": [2, 2]},
@@ -103,7 +101,7 @@ def test_every_tensor(op, name):
 
 @pytest.mark.parametrize(
     ("op", "name", "first"),
-    [("fisher_solve", "deriv", "cov"), ("moments", "pilot", "x"), ("lift", "bias", "projected"),
+    [("fisher_solve", "deriv", "cov"), ("moments", "pilot", "x"), ("lift_moments_", "bias", "z"),
      ("lift_moments_", "cross", "z"), ("lift_moments_", "offsets", "z"), ("moments", "group", "x"),
      ("gradient_gram", "b", "a"), ("dual_norm", "bias", "x"), ("dual_activation", "out", "x")],
 )  # fmt: skip
@@ -152,12 +150,6 @@ WRONG = [
     ("patch_moments", {"groups": 3}, "channels of x must be a multiple of groups = 3, got 4"),
     ("patch_moments", {"kernel": (2, 4), "dilation": (1, 2)},
      "x must hold at least one window, got [3, 5] numbers"),
-    ("lift", {"projected": ONE(3)}, SHAPE("projected", "[n, k]", [3])),
-    ("lift", {"bias": ONE(2)}, SHAPE("bias", "[k] = [3]", [2])),
-    ("lift", {"pilot": ONE(1, 3)}, SHAPE("pilot", "[k] = [3]", [1, 3])),
-    ("lift", {"slope": math.inf}, "slope must be finite, got inf"),
-    ("lift", {"num_groups": 0}, "num_groups must be at least 1, got 0"),
-    ("lift", {"first": -1}, "first must be at least 0, got -1"),
     ("lift_moments_", {"z": ONE(3)}, SHAPE("z", "[n, d]", [3])),
     ("lift_moments_", {"weight": ONE(4, 2)}, SHAPE("weight", "[k, d] with d = 3", [4, 2])),
     ("lift_moments_", {"weight": ONE(4)}, SHAPE("weight", "[k, d] with d = 3", [4])),
@@ -230,8 +222,8 @@ WRONG = [
     ("dual_activation", {"shift": ONE(1, 5)}, SHAPE("shift", "[C] = [5]", [1, 5])),
     ("dual_activation", {"slope": ONE(1)}, SHAPE("slope", "[C] = [5]", [1])),
     ("dual_activation", {"out": ONE(3, 4)}, SHAPE("out", "[1 + P, ...] = [3, 4, 5, 2]", [3, 4])),
-    ("dual_activation_", {"x": ONE(3, 4, 5, 1).expand(3, 4, 5, 2)},
-     "x must not overlap itself, got strides [20, 5, 1, 0]"),
+    ("dual_activation", {"out": ONE(3, 4, 5, 1).expand(3, 4, 5, 2)},
+     "out must not overlap itself, got strides [20, 5, 1, 0]"),
     ("dual_norm", {"x": ONE(4, 6)}, SHAPE("x", "[1 + P, rows, width]", [4, 6])),
     ("dual_norm", {"x": ONE(1, 3, 4, 6)}, SHAPE("x", "[1 + P, rows, width]", [1, 3, 4, 6])),
     ("dual_norm", {"x": ONE(0, 4, 6)}, SHAPE("x", "[1 + P, rows, width]", [0, 4, 6])),

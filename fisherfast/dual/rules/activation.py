@@ -54,7 +54,7 @@ def _activated_in_place(x: DualTensor, kind: Kind) -> DualTensor:
         return x
     stack = x.before_writing()
     if stack.dtype in KERNEL_DTYPES:
-        ops.dual_activation_(stack, *kind)
+        ops.dual_activation(stack, *kind, out=stack)
         return x
     return overwrite(x, DualTensor(apply_activation(stack, *kind)))
 

@@ -74,8 +74,8 @@ def test_a_problem_can_be_built_from_its_representation():
 def test_information_is_the_closed_form_of_input_and_layers(direction):
     """Catches a wrong V or B: A^T S^-1 A of the model's own weights is V^T V everywhere."""
     problem = example(direction=direction)
-    A, S = problem.structure.derivative, problem.structure.factors[0]
-    S = S @ S.T
+    B = problem.structure.factors[0]
+    A, S = B @ problem.structure.signal, B @ B.T
     for module in [None, *problem.model()]:
         if module is not None:
             W = module.weight.detach().double().numpy()

@@ -48,7 +48,7 @@ def test_small_problems(problem: Problem):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, **same_every_time)
+@settings(max_examples=20, **same_every_time)
 @given(problems())
 def test_problems(problem: Problem):
     """The same for more problems and up to 20 000 samples."""

@@ -94,7 +94,7 @@ def task() -> ImagingTask:
 def made_up(task: ImagingTask, *, J: float, stderr: float) -> list[training.DemoEpoch]:
     """Two epochs with the same J in every layer."""
     names = ["input", *task.layers, "output"]
-    layers = [layer(name, number(J), stderr=stderr, lifted=0.0) for name in names]
+    layers = [layer(name, number(J), stderr=stderr) for name in names]
     flow = ff.FisherFlow(tuple(layers), {})
     return [training.DemoEpoch(epoch, flow, 0.5, 0.5, 1.0) for epoch in range(2)]
 

@@ -54,7 +54,7 @@ def test_kinds_are_counted():
 @pytest.mark.parametrize(("commit", "examples"), [("abc", 3), ("abc+", 2), (None, 2)])
 def test_a_run_goes_on_with_the_same_code_alone(monkeypatch, tmp_path, commit, examples):
     """Catches examples of another version in one result, and a run that begins again."""
-    monkeypatch.setattr("machine", lambda: {"commit": commit})
+    monkeypatch.setattr(script, "machine", lambda: {"commit": commit})
 
     class Pool:
         def __init__(self, *_, **__) -> None: ...

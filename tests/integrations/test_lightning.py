@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +26,7 @@ from integrations.lightning_run import (
     rows,
     trainer_of,
 )
+from support.scripts import ROOT, run_ranks
 
 from fisherfast.integrations import lightning as integration
 from fisherfast.integrations.lightning import FisherCallback
@@ -272,31 +271,9 @@ def test_two_processes_record_stop_and_restore_together(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = importlib.import_module("integrations.lightning_run").__file__
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path],
-            env={**os.environ, **common, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            out, _ = rank.communicate(timeout=120)
-            assert rank.returncode == 0, out
-    finally:
-        for rank in ranks:
-            rank.kill()
+    script = ROOT / "tests" / "integrations" / "lightning_run.py"
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run_ranks(script, tmp_path, **common, WORLD_SIZE="2", NODE_RANK="0")
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
     assert len(first["rows"]) == 3
     assert str(first["rows"]) == str(second["rows"])

@@ -37,8 +37,8 @@ def test_goes_on_after_failures(monkeypatch, tmp_path, capsys):
         ),
         "last": (60, last),
     }
-    monkeypatch.setattr("STEPS", steps)
-    monkeypatch.setattr("card", lambda: {"card": "Made Up 1"})
+    monkeypatch.setattr(check, "STEPS", steps)
+    monkeypatch.setattr(check, "card", lambda: {"card": "Made Up 1"})
     monkeypatch.setattr(sys, "argv", ["check.py", "--output", str(output), "--commit", "abc"])
     assert check.main() == 1
     report = json.loads(output.read_text())
@@ -49,10 +49,10 @@ def test_goes_on_after_failures(monkeypatch, tmp_path, capsys):
     assert report["machine"]["commit"] == "abc"
     assert "hangs: timed out" in capsys.readouterr().out
 
-    monkeypatch.setattr("STEPS", {"later": steps["raises"]})
+    monkeypatch.setattr(check, "STEPS", {"later": steps["raises"]})
     check.main()  # the same sources and card: earlier steps stay
     assert set(json.loads(output.read_text())["steps"]) == {"raises", "hangs", "last", "later"}
-    monkeypatch.setattr("sources", lambda commit: {"sources sha256": "other"})
+    monkeypatch.setattr(check, "sources", lambda commit: {"sources sha256": "other"})
     check.main()
     assert set(json.loads(output.read_text())["steps"]) == {"later"}
 
@@ -71,7 +71,7 @@ def test_keeps_every_part_of_the_benchmarks(monkeypatch, tmp_path):
         "old = json.loads(out.read_text()) if out.exists() else {}\n"
         "out.write_text(json.dumps(old | {part: {'figures': rows}}))\n"
     )
-    monkeypatch.setattr("ROOT", tmp_path)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
     outcome = check.benchmarks(60)
     failed = {part for part, run in outcome["runs"].items() if run["status"] != "passed"}
     assert failed == {"moments", "curve"}

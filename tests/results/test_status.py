@@ -32,7 +32,7 @@ def layer(
     """A layer with an error of `relative` of `scale` (1 by default) for each entry."""
     size = mixed(P, 1.0).diagonal().sqrt()
     error = relative * torch.outer(size, size)
-    base = layer_of(name, mixed(P, J), stderr=1.0, lifted=0.0)
+    base = layer_of(name, mixed(P, J), stderr=1.0)
     fields = {"lower": mixed(P, J), "lower_stderr": error} | fields
     return dataclasses.replace(base, stderr=error, descendants=tuple(later), **fields)
 
@@ -71,7 +71,7 @@ def test_one_layer(P, J, relative, fields, expected):
 def test_worst_direction_counts():
     """Two parameters that are nearly one, each known to 1 %: catches a look at the diagonal."""
     J = torch.tensor([[1.0, 0.97], [0.97, 1.0]], dtype=torch.float64)
-    assert statuses(layer_of("input", J, stderr=0.01, lifted=0.0)) == ["noisy"]
+    assert statuses(layer_of("input", J, stderr=0.01)) == ["noisy"]
 
 
 @ONE_OR_THREE

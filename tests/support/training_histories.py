@@ -11,7 +11,7 @@ import fisherfast as ff
 from fisherfast.training.record import EpochRecord
 
 
-def layer(name: str, J: torch.Tensor, *, stderr: float, lifted: float) -> ff.LayerFisher:
+def layer(name: str, J: torch.Tensor, *, stderr: float, lifted: float = 0.0) -> ff.LayerFisher:
     """A layer with linear information J; that of a lift of it is larger by `lifted`."""
     error = torch.full_like(J, stderr)
     return ff.LayerFisher(
@@ -43,7 +43,7 @@ def flow(
 ) -> ff.FisherFlow:
     """Input and output."""
     layers = (
-        layer("input", inputs, stderr=stderr, lifted=0.0),
+        layer("input", inputs, stderr=stderr),
         layer("output", outputs, stderr=stderr, lifted=lifted),
     )
     return ff.FisherFlow(layers, {})

@@ -226,10 +226,8 @@ class JudgedLayer:
         if problem.source == "score" and layer.name == "input":
             most = least = problem.noises.score_covariance(problem.structure.signal)
         self.truth, self.least = self._along(most), self._along(least)
-        self.linear_truth, self.linear_least = (
-            self._along(problem.linear),
-            self._along(problem.least),
-        )
+        self.linear_truth = self._along(problem.linear)
+        self.linear_least = self._along(problem.least)
         # no error bar serves where the fourth moment is infinite, none from below a rare event
         self.above = problem.noises.fourth
         self.below = self.whole and problem.noises.firing is None

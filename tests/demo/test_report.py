@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.recorded_camera import recording
-from support.training_histories import layer, number
+from support.training_histories import flow_of
 
 import fisherfast as ff
 from fisherfast.__main__ import main
@@ -93,13 +93,10 @@ def task() -> ImagingTask:
     return imaging_task(samples=250)
 
 
-def made_up(task: ImagingTask, *, J: float, stderr: float) -> list[EpochRecord]:
-    """Two epochs with the same J in every layer."""
-    names = ["input", *task.layers, "output"]
-    layers = [layer(name, number(J), stderr=stderr, lifted=0.0) for name in names]
-    flow = ff.FisherFlow(tuple(layers), {})
-    errors, input_J = (0.5,), input_of(flow)
-    return [EpochRecord(epoch, flow, errors, errors, input_J, seconds=1.0) for epoch in range(2)]
+@pytest.fixture
+def unmeasured(monkeypatch) -> None:
+    """Flows are made up: what is tested is what happens around them."""
+    monkeypatch.setattr(training, "fisher_flow", flow_of)
 
 
 def test_everything_is_written(run):
@@ -151,7 +148,9 @@ def test_photograph_as_scene():
 def test_hostile_numbers_and_names(tmp_path, task):
     """Catches shares of a J_input that is noise, NaN in JSON, a report that is not written, and a
     template that trusts a file name."""
-    history = made_up(task, J=0.02, stderr=0.04)
+    flow = flow_of(None, None, layers=task.layers, J=0.02, stderr=0.04)
+    errors, J = (0.5,), input_of(flow)
+    history = [EpochRecord(epoch, flow, errors, errors, J, seconds=1.0) for epoch in range(2)]
     assert "nan" not in " ".join(epoch_cells(history[0], task.layers))
     settings = {"scene": "<script>alert(1)</script>", '"&': "'"}
     write_report(tmp_path, replace(task, settings=settings), history, complete=True)
@@ -167,7 +166,7 @@ def test_hostile_numbers_and_names(tmp_path, task):
     assert "<td>&#34;&amp;</td><td>&#39;</td>" in page
 
 
-def test_recorded_measurements(tmp_path, capsys):
+def test_recorded_measurements(unmeasured, tmp_path, capsys):
     """Catches validation images that are trained on, and files too small for the first layer."""
     path = recording(tmp_path / "Data1.npz", edge_frames=300, center_frames=1050)
     task = imaging_task(data=path)
@@ -189,14 +188,14 @@ def test_recorded_measurements(tmp_path, capsys):
     assert "at least 750 held-out images" in capsys.readouterr().err
 
 
-def test_interrupt_leaves_a_valid_report(tmp_path, task, capsys, monkeypatch):
+def test_interrupt_leaves_a_valid_report(unmeasured, tmp_path, capsys, monkeypatch):
     """Ctrl-C in the second epoch keeps the measurement before training and the first epoch."""
-    known = made_up(task, J=2.0, stderr=0.1)
+    measure = training._measure
 
     def interrupted(task, epoch, *rest):
         if epoch == 2:
             raise KeyboardInterrupt
-        return known[epoch]
+        return measure(task, epoch, *rest)
 
     monkeypatch.setattr(training, "_measure", interrupted)
     assert main(["demo", *TINY, "--out", str(tmp_path)]) == 130
@@ -216,7 +215,7 @@ def test_interrupt_before_anything_is_known(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_divergence_keeps_what_was_measured(tmp_path, capsys):
+def test_divergence_keeps_what_was_measured(unmeasured, tmp_path, capsys):
     arguments = ["--samples", "250", "--epochs", "3", "--learning-rate", "1e30"]
     assert main(["demo", *arguments, "--out", str(tmp_path)]) == 1
     assert "try a smaller --learning-rate" in capsys.readouterr().out

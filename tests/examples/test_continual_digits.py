@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from pathlib import Path
 
 import continual_digits
 import pytest
 import torch
+from support.scripts import ROOT
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
-ROOT = Path(__file__).parents[2]
 STORED = ROOT / "benchmarks" / "results" / "parameters.json"
 
 CLAIM = 0.15
@@ -61,15 +60,14 @@ def test_strengths_are_chosen_on_other_seeds():
 
 @pytest.mark.slow
 def test_consolidation_remembers(tmp_path, capsys):
-    """The claim at a small size (half of the pictures, two seeds): above fine-tuning in each seed,
-    by 18 and 7 points measured online, 11 and 6 without; the penalty that counts all weights alike
-    has -1 and 5. Catches a penalty about the wrong weights, a Fisher matrix that does not tell
-    parameters apart, and figures that do not follow."""
+    """The claim at a small size (half of the pictures, one seed): above fine-tuning by 18 points
+    measured online, 11 without; the penalty that counts all weights alike has -1.
+    Catches a penalty about the wrong weights, a Fisher matrix that does not tell parameters apart,
+    and figures that do not follow."""
     pytest.importorskip("matplotlib", reason="the example draws a figure")
-    result = continual_digits.main(["--quick", "--out", str(tmp_path)])
+    result = continual_digits.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
     methods = result["protocols"]["permuted"]
     for method in ("online", "consolidation"):
-        assert min(methods[method]["gain"]) > 0.03, method
         assert statistics.mean(methods[method]["gain"]) > 0.05, method
         assert methods[method]["mean"] > methods["distance"]["mean"] + 0.03
         assert methods[method]["mean"] < methods["joint"]["mean"]

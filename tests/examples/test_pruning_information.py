@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +11,9 @@ import pruning_information as example
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="the example draws figures")
+from benchmarks.accuracy import pruning
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+pytest.importorskip("matplotlib", reason="the example draws figures")
 
 
 @pytest.fixture(scope="module")
@@ -136,20 +133,16 @@ def test_files_and_tables(run):
 
 
 @pytest.mark.slow
-def test_the_benchmark_stores_a_run(tmp_path):
+def test_the_benchmark_stores_a_run(run, monkeypatch):
     """Catches a benchmark that does not run, and a convolutional network that is not measured: at
     the tiny size importance keeps twice what chance keeps with 20 % of the weights."""
-    out = tmp_path / "parameters.json"
-    script = ROOT / "benchmarks" / "accuracy" / "pruning.py"
-    done = subprocess.run(
-        [sys.executable, script, "--tiny", "--out", out],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    (found,) = json.loads(out.read_text())["pruning"]["figures"]["runs"]
+    measured = example.main
+
+    def camera_alone(given: list[str]) -> dict[str, Any]:
+        return run[0] | measured([*given, "--networks", "camera"])
+
+    monkeypatch.setattr(example, "main", camera_alone)
+    (found,) = pruning.pruning(tiny=True)["runs"]
     assert set(found) == set(example.TASKS)
     curves = found["camera"]["weights"]
     assert curves["importance"][1]["left"] == 0.2

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from hypothesis import strategies as st
 
 import fisherfast as ff
 
-T = TypeVar("T")
 Order = Callable[[int], np.ndarray]
 
 DIMENSIONS = (1, 60)
@@ -65,16 +64,8 @@ FOLDS = 16  # of the library, by default
 LARGE = 16_000  # samples, over conditions and tangents, from which the least features are used
 
 
-class Chooser(Protocol):
-    """Draws one value of a range."""
-
-    def integer(self, least: int, most: int) -> int: ...
-    def real(self, least: float, most: float) -> float: ...
-    def one_of(self, options: Sequence[T]) -> T: ...
-
-
 class _Numpy:
-    """Uniform in every range."""
+    """Chooses uniformly in every range."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -85,12 +76,12 @@ class _Numpy:
     def real(self, least: float, most: float) -> float:
         return float(self.rng.uniform(least, most))
 
-    def one_of(self, options: Sequence[T]) -> T:
+    def one_of(self, options: Sequence[Any]) -> Any:
         return options[int(self.rng.integers(len(options)))]
 
 
 class _Hypothesis:
-    """As hypothesis likes; shrinks towards the least value and the first option."""
+    """Leaves the choice to hypothesis, which shrinks to the least value and the first option."""
 
     def __init__(self, draw: Any) -> None:
         self.draw = draw
@@ -101,7 +92,7 @@ class _Hypothesis:
     def real(self, least: float, most: float) -> float:
         return self.draw(st.floats(least, most))
 
-    def one_of(self, options: Sequence[T]) -> T:
+    def one_of(self, options: Sequence[Any]) -> Any:
         return self.draw(st.sampled_from(options))
 
 
@@ -158,11 +149,6 @@ class Problem:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    @property
-    def names(self) -> list[str]:
-        """Of the layers in a flow of `model`, the input first."""
-        return ["input", *(str(index) for index in range(len(self.layers)))]
-
     @cached_property
     def structure(self) -> Structure:
         return Structure(self)
@@ -200,11 +186,6 @@ class Problem:
         # (p+ - p-)^2 / (p+ + p-) is below I, but the covariance within the conditions is smaller
         finite = 1 - self.step**2 / 4 if self.source in STEPS else 1.0
         return self._weighed(self.noises.full) / finite
-
-    @property
-    def score_covariance(self) -> np.ndarray:
-        """What stands for J of the input of a score source [P, P]."""
-        return self.noises.score_covariance(self.structure.signal)
 
     @property
     def dtheta(self) -> np.ndarray:
@@ -304,9 +285,10 @@ class Problem:
         if self.source in STEPS:
             halves = (self.structure.signal * self.dtheta / 2).T
             shifts = [shift for half in halves for shift in (-half, half)]
+        B, mean = self.structure.factors[0], self.structure.means[0]
         drawn = []
         for part, shift in zip(noise, shifts, strict=True):
-            x = self.structure.samples(self.noises.values(part, shift))
+            x = mean + self.noises.values(part, shift) @ B.T
             if self.lattice:
                 steps = self.lattice * self.deviations
                 x = np.round(x / steps) * steps
@@ -335,7 +317,7 @@ class Problem:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.torch_dtype)
 
 
-def draw(choose: Chooser, *, samples: tuple[float, float] = SAMPLES) -> Problem:
+def draw(choose: _Numpy | _Hypothesis, *, samples: tuple[float, float] = SAMPLES) -> Problem:
     """One problem: sizes and conditions log-uniform in their ranges, the rest uniform."""
 
     def log(least: float, most: float) -> float:

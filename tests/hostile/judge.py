@@ -25,6 +25,8 @@ from scipy import stats
 import fisherfast as ff
 from fisherfast.data.dealing import Dealing
 
+Array = np.ndarray
+
 SIGMAS = 4.0
 RESOLVED_SIGMAS = 5.0  # a layer that is called resolved must not be farther from the truth
 
@@ -146,16 +148,20 @@ def judge(problem: Problem, *, attempt: int = 0, more: int = 1) -> Judgement:
         return Judgement([check], refused=right)
     result = Judgement([Check("measured", "all", True)])
     carried = carried_layers(problem)
-    for layer, arithmetic in zip(layers, carried, strict=True):
-        judged = JudgedLayer(problem, layer, whole=enough and arithmetic and not layer.compressed)
+    exact = [good and not layer.compressed for good, layer in zip(carried, layers, strict=True)]
+    for layer, arithmetic, good in zip(layers, carried, exact, strict=True):
+        judged = JudgedLayer(problem, layer, whole=enough and good)
         result.checks += judged.checks(arithmetic)
         result.reading = judged.reading(more) if judged.whole else None
         if problem.usual and judged.should_resolve:
             result.should_resolve += 1
             result.resolved += layer.status == "resolved"
-    result.checks += invariance(problem, layers, carried, enough)
-    compare = other_unit if problem.twin == "unit" else other_order
-    result.checks += compare(problem, layers, twins, carried)
+    if enough and exact[0]:
+        result.checks += invariance(problem, layers, exact)
+    if problem.twin == "unit":
+        result.checks += other_unit(problem, layers, twins)
+    else:
+        result.checks += other_order(problem, layers, twins, exact)
     return result
 
 
@@ -175,7 +181,7 @@ def twin_of(problem: Problem, noise: list, attempt: int, more: int) -> ff.Finite
     return problem.data(problem.noise(attempt, more=more, order=within_folds))
 
 
-def other_units(problem: Problem) -> np.ndarray:
+def other_units(problem: Problem) -> Array:
     """Of each theta [P], powers of two."""
     rng = np.random.default_rng(problem.seed)
     return 2.0 ** rng.integers(-UNIT_POWERS, UNIT_POWERS + 1, problem.parameters)
@@ -186,10 +192,10 @@ def measure(problem: Problem, data: ff.FiniteDifference) -> list[ff.LayerFisher]
     if not problem.layers:
         return [ff.fisher_information(data, max_features=problem.features)]
     flow = ff.fisher_flow(problem.model(), data, max_features=problem.features)
-    return [flow[name] for name in problem.names]
+    return [flow["input"], *(flow[str(index)] for index in range(len(problem.layers)))]
 
 
-def within_folds(n: int) -> np.ndarray:
+def within_folds(n: int) -> Array:
     """A permutation of n samples that leaves each in its fold: the only place that knows how the
     library deals samples to folds."""
     fold = (Dealing.of(n, FOLDS).cells_from(0, n) % FOLDS).numpy()
@@ -205,38 +211,30 @@ class JudgedLayer:
     """One layer beside the truth, in the units of this module."""
 
     def __init__(self, problem: Problem, layer: ff.LayerFisher, *, whole: bool) -> None:
-        self.layer, self.whole = layer, whole
-        self.problem = problem
-        self.unit = 1 / np.sqrt(np.diag(problem.linear))
-        self.J, self.linear, self.lower = (
-            self._scaled(m) for m in (layer.J, layer.linear, layer.lower)
+        self.problem, self.layer, self.whole = problem, layer, whole
+        P = problem.parameters
+        self.J = in_units(problem, layer.J)
+        self.linear, self.linear_error, self.lower, self.lower_error = (
+            in_units(problem, matrix).diagonal()
+            for matrix in (layer.linear, layer.linear_stderr, layer.lower, layer.lower_stderr)
         )
-        self.linear_error, self.lower_error = (
-            self._scaled(m).diagonal() for m in (layer.linear_stderr, layer.lower_stderr)
-        )
-        linear = self._scaled(problem.linear)
-        directions = np.eye(problem.parameters)
-        if problem.parameters > 1:  # the axes, and the principal axes of the truth
-            directions = np.concatenate([directions, np.linalg.eigh(linear)[1].T])
-        self.directions = directions
-        score = problem.source == "score" and layer.name == "input"
-        most = problem.score_covariance if score else problem.information
-        least = problem.score_covariance if score else problem.least
-        self.linear_truth = _quadratic(directions, linear)
-        self.linear_least = _quadratic(directions, self._scaled(problem.least))
-        self.truth, self.least = (
-            np.full(len(directions), np.inf)
-            if np.isinf(matrix).any()
-            else _quadratic(directions, self._scaled(matrix))
-            for matrix in (most, least)
-        )
+        linear = in_units(problem, problem.linear)
+        self.directions = np.eye(P)
+        if P > 1:  # the axes, and the principal axes of the truth
+            self.directions = np.concatenate([self.directions, np.linalg.eigh(linear)[1].T])
+        most, least = problem.information, problem.least
+        if problem.source == "score" and layer.name == "input":
+            most = least = problem.noises.score_covariance(problem.structure.signal)
+        self.truth, self.least = self._along(most), self._along(least)
+        self.linear_truth = self._along(problem.linear)
+        self.linear_least = self._along(problem.least)
         # no error bar serves where the fourth moment is infinite, none from below a rare event
         self.above = problem.noises.fourth
         self.below = self.whole and problem.noises.firing is None
         self.errors = self._errors()
 
     @property
-    def values(self) -> np.ndarray:
+    def values(self) -> Array:
         """J in each direction."""
         return _quadratic(self.directions, self.J)
 
@@ -258,29 +256,26 @@ class JudgedLayer:
         checks.append(self._covariance_check())
         if not arithmetic:
             return checks
-        linear, lower = self.linear.diagonal(), self.lower.diagonal()
-        P = len(self.unit)
+        J = self.values, self.errors
+        lower = self.lower, self.lower_error
         if self.above:
-            between = self.least, self.truth
-            checks += self._bounds("J", self.values, self.errors, *between)
-            between = self.linear_least, self.linear_truth
-            checks += self._bounds("linear", linear, self.linear_error, *between)
-            above = self._not_above(lower, SIGMAS * self.lower_error, self.truth[:P])
-            checks += self._each("lower above", above, lower, self.lower_error, self.truth)
+            checks += self._bounds("J", *J, self.least, self.truth)
+            least, most = self.linear_least, self.linear_truth
+            checks += self._bounds("linear", self.linear, self.linear_error, least, most)
+            right = self._not_above(*lower, self.truth)
+            checks += self._each("lower above", right, *lower, self.truth)
         if self.layer.status == "resolved":
-            margin = RESOLVED_SIGMAS * self.errors
-            right = self._not_above(self.values, margin, self.truth)
             share = 1.0 if self.problem.usual else 1 - MISSING
-            right &= self.values >= share * self.least - margin - ROUNDING
-            more = self.values, self.errors, self.truth, RESOLVED_CHANCE
-            checks += self._each("resolved", right, *more)
+            right = self._not_above(*J, self.truth, RESOLVED_SIGMAS)
+            right &= self._not_below(*J, self.least, RESOLVED_SIGMAS, share)
+            checks += self._each("resolved", right, *J, self.truth, RESOLVED_CHANCE)
         return checks
 
     def reading(self, more: int) -> Reading:
         """The first parameter, for `Tally`."""
         problem, n = self.problem, self.problem.independent_samples(more)
         truth = self.truth[0] if np.isfinite(self.truth[0]) else np.nan
-        J, lower, linear = self.values[0], self.lower[0, 0], self.linear[0, 0]
+        J, lower, linear = self.values[0], self.lower[0], self.linear[0]
         allowed = (1 + BEYOND) * truth
         return Reading(
             _described(problem),
@@ -297,14 +292,28 @@ class JudgedLayer:
             resolved=self.layer.status == "resolved",
         )
 
-    def _not_above(self, values: np.ndarray, margin: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        allowed = ROUNDING if self.problem.usual else ROUNDING + BEYOND * truth
-        return values <= truth + margin + allowed
+    def _not_above(
+        self, values: Array, errors: Array, most: Array, sigmas: float = SIGMAS
+    ) -> Array:
+        most = most[: len(values)]
+        allowed = ROUNDING if self.problem.usual else ROUNDING + BEYOND * most
+        return values <= most + sigmas * errors + allowed
+
+    def _not_below(
+        self,
+        values: Array,
+        errors: Array,
+        least: Array,
+        sigmas: float = SIGMAS,
+        share: float = 1 - MISSING,
+    ) -> Array:
+        return values >= share * least[: len(values)] - sigmas * errors - ROUNDING
 
     def _covariance_check(self) -> Check:
         """A covariance whose variances are the squares of the standard errors."""
-        rows, columns = np.tril_indices(len(self.unit))
-        scale = self.unit[rows] * self.unit[columns]
+        rows, columns = np.tril_indices(self.problem.parameters)
+        unit = unit_of(self.problem)
+        scale = unit[rows] * unit[columns]
         covariance = self.layer.error_covariance.numpy() * np.outer(scale, scale)
         stated = (self.layer.stderr.numpy()[rows, columns] * scale) ** 2
         spectrum = np.linalg.eigvalsh(covariance)
@@ -314,27 +323,21 @@ class JudgedLayer:
         return Check("error covariance", self.layer.name, bool(agree), detail=detail)
 
     def _bounds(
-        self,
-        name: str,
-        values: np.ndarray,
-        errors: np.ndarray,
-        least: np.ndarray,
-        most: np.ndarray,
+        self, name: str, values: Array, errors: Array, least: Array, most: Array
     ) -> Iterator[Check]:
-        P = len(values)
-        above = self._not_above(values, SIGMAS * errors, most[:P])
+        above = self._not_above(values, errors, most)
         yield from self._each(f"{name} above", above, values, errors, most)
         if self.below:
-            below = values >= (1 - MISSING) * least[:P] - SIGMAS * errors - ROUNDING
+            below = self._not_below(values, errors, least)
             yield from self._each(f"{name} below", below, values, errors, least)
 
     def _each(
         self,
         name: str,
-        passed: np.ndarray,
-        values: np.ndarray,
-        errors: np.ndarray,
-        bounds: np.ndarray,
+        passed: Array,
+        values: Array,
+        errors: Array,
+        bounds: Array,
         chance: float = ONE_SIDED,
     ) -> list[Check]:
         return [
@@ -350,16 +353,20 @@ class JudgedLayer:
             )
         ]
 
-    def _scaled(self, matrix: torch.Tensor | np.ndarray) -> np.ndarray:
-        return np.asarray(matrix) * np.outer(self.unit, self.unit)
+    def _along(self, matrix: Array) -> Array:
+        """A matrix of the truth in each direction."""
+        if np.isinf(matrix).any():
+            return np.full(len(self.directions), np.inf)
+        return _quadratic(self.directions, in_units(self.problem, matrix))
 
-    def _errors(self) -> np.ndarray:
+    def _errors(self) -> Array:
         """Standard error of J in each direction, from the covariance of the errors of its lower
         triangle."""
-        rows, columns = np.tril_indices(len(self.unit))
+        rows, columns = np.tril_indices(self.problem.parameters)
         weights = self.directions[:, rows] * self.directions[:, columns]
         weights = weights * np.where(rows == columns, 1.0, 2.0)
-        weights = weights * self.unit[rows] * self.unit[columns]
+        unit = unit_of(self.problem)
+        weights = weights * unit[rows] * unit[columns]
         covariance = self.layer.error_covariance.numpy()
         variance = np.einsum("da,ab,db->d", weights, covariance, weights)
         # an exact zero may come out as a small negative number
@@ -367,46 +374,53 @@ class JudgedLayer:
 
 
 def invariance(
-    problem: Problem, layers: list[ff.LayerFisher], carried: list[bool], enough: bool
+    problem: Problem, layers: list[ff.LayerFisher], exact: list[bool]
 ) -> Iterator[Check]:
     """The linear information of every invertible layer is that of the input."""
-    whole = [good and not layer.compressed for layer, good in zip(layers, carried, strict=True)]
-    if not enough or not whole[0]:
-        return
-    first = JudgedLayer(problem, layers[0], whole=True)
-    for layer, good in zip(layers[1:], whole[1:], strict=True):
+    first = in_units(problem, layers[0].linear)
+    error = in_units(problem, layers[0].linear_stderr).diagonal().max()
+    for layer, good in zip(layers[1:], exact[1:], strict=True):
         if good:
-            judged = JudgedLayer(problem, layer, whole=True)
-            allowed = INVARIANT + SHARE_OF_ERROR * first.linear_error.max()
-            yield _equal("invariance", layer.name, judged.linear, first.linear, allowed)
+            found, allowed = in_units(problem, layer.linear), INVARIANT + SHARE_OF_ERROR * error
+            yield _equal("invariance", layer.name, found, first, allowed)
 
 
 def other_unit(
-    problem: Problem, layers: list[ff.LayerFisher], twins: list[ff.LayerFisher], _: list[bool]
+    problem: Problem, layers: list[ff.LayerFisher], twins: list[ff.LayerFisher]
 ) -> Iterator[Check]:
     """J and its error with each theta counted in a unit of its own."""
     units = np.outer(other_units(problem), other_units(problem))
-    scale = 1 / np.sqrt(np.diag(problem.linear))
     for layer, twin in zip(layers, twins, strict=True):
         for name in ("J", "stderr", "linear", "lower"):
             one, other = (getattr(entry, name).numpy() for entry in (layer, twin))
-            both = np.outer(scale, scale)
-            yield _equal(f"unit of {name}", layer.name, other * units * both, one * both, ROUNDED)
+            one, other = in_units(problem, one), in_units(problem, other * units)
+            yield _equal(f"unit of {name}", layer.name, other, one, ROUNDED)
 
 
 def other_order(
     problem: Problem,
     layers: list[ff.LayerFisher],
     twins: list[ff.LayerFisher],
-    carried: list[bool],
+    exact: list[bool],
 ) -> Iterator[Check]:
     """The linear information with the samples in another order within their folds."""
-    for layer, twin, good in zip(layers, twins, carried, strict=True):
-        if good and not layer.compressed:
-            one, other = (JudgedLayer(problem, entry, whole=True) for entry in (layer, twin))
-            share = SHARE_OF_ERROR if problem.usual else SHARE_OF_ERROR_OF_TAILS
-            allowed = REORDERED + share * one.linear_error.max()
-            yield _equal("permutation", layer.name, other.linear, one.linear, allowed)
+    share = SHARE_OF_ERROR if problem.usual else SHARE_OF_ERROR_OF_TAILS
+    for layer, twin, good in zip(layers, twins, exact, strict=True):
+        if good:
+            one, other = (in_units(problem, entry.linear) for entry in (layer, twin))
+            error = in_units(problem, layer.linear_stderr).diagonal().max()
+            yield _equal("permutation", layer.name, other, one, REORDERED + share * error)
+
+
+def in_units(problem: Problem, matrix: torch.Tensor | Array) -> Array:
+    """A matrix [P, P] with theta in the units of this module."""
+    unit = unit_of(problem)
+    return np.asarray(matrix) * np.outer(unit, unit)
+
+
+def unit_of(problem: Problem) -> Array:
+    """Of each theta [P] in this module: its reciprocal root information."""
+    return 1 / np.sqrt(np.diag(problem.linear))
 
 
 def _described(problem: Problem) -> str:
@@ -419,7 +433,7 @@ def _described(problem: Problem) -> str:
     return problem.distribution if problem.order == "any" else "sorted"
 
 
-def _equal(name: str, where: str, got: np.ndarray, wanted: np.ndarray, allowed: float) -> Check:
+def _equal(name: str, where: str, got: Array, wanted: Array, allowed: float) -> Check:
     """Equal within a share of the larger of the truth, which is 1, and the value, or both NaN."""
     if np.isnan(got).all() and np.isnan(wanted).all():
         return Check(name, where, True)
@@ -428,5 +442,5 @@ def _equal(name: str, where: str, got: np.ndarray, wanted: np.ndarray, allowed: 
     return Check(name, where, largest <= allowed, detail=detail)
 
 
-def _quadratic(directions: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def _quadratic(directions: Array, matrix: Array) -> Array:
     return np.einsum("dp,pq,dq->d", directions, matrix, directions)

@@ -50,15 +50,6 @@ class Structure:
             self.biases.append(bias)
             self.means.append(mean)
 
-    @property
-    def derivative(self) -> np.ndarray:
-        """Of the mean of the input [d, P]."""
-        return self.factors[0] @ self.signal
-
-    def samples(self, y: np.ndarray) -> np.ndarray:
-        """x of whitened noise y [n, d]."""
-        return self.means[0] + y @ self.factors[0].T
-
     def _mean(self, rng: np.random.Generator, problem: Problem) -> np.ndarray:
         deviations = np.linalg.norm(self.factors[-1], axis=1)
         return problem.offset * deviations * rng.uniform(-1, 1, problem.dim)

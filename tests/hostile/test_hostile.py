@@ -40,7 +40,7 @@ MORE_PARAMETERS_THAN_ACTIVATIONS = Problem(
 
 
 @example(MORE_PARAMETERS_THAN_ACTIVATIONS)
-@settings(max_examples=30, **same_every_time)
+@settings(max_examples=20, **same_every_time)
 @given(problems(samples=FEW_SAMPLES))
 def test_small_problems(problem: Problem):
     """Catches a ridge that eats information, a J above I, a status that is wrong."""
@@ -48,7 +48,7 @@ def test_small_problems(problem: Problem):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, **same_every_time)
+@settings(max_examples=20, **same_every_time)
 @given(problems())
 def test_problems(problem: Problem):
     """The same for more problems and up to 20 000 samples."""

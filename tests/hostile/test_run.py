@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-from pathlib import Path
 
 import pytest
 from hostile.judge import Check, Judgement, Verdict
 from hostile.tally import Reading
+from support.scripts import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from benchmarks.accuracy import run_hostile as script
+
 STORED = ROOT / "benchmarks" / "results" / "hostile.json"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """The runner, imported as the benchmarks import each other."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("benchmarks.accuracy.run_hostile")
 
 
 def found(*failed: str, again: tuple[str, ...] = ()) -> Verdict:
@@ -29,7 +22,7 @@ def found(*failed: str, again: tuple[str, ...] = ()) -> Verdict:
     return Verdict(first, [Check(name, "input", False, detail="why") for name in again])
 
 
-def test_verdicts_are_counted(script):
+def test_verdicts_are_counted():
     """Catches a failure that is not in the result, and one that is there without its seed."""
     result = script.empty()
     script.add(result, 0, found())
@@ -45,7 +38,7 @@ def test_verdicts_are_counted(script):
     assert "| J above | 3 | 1 | 1.5 | 1 |" in script.summary(result)
 
 
-def test_kinds_are_counted(script):
+def test_kinds_are_counted():
     """Catches readings that are lost, or counted with another kind."""
     result = script.empty()
     for seed, (kind, J) in enumerate((("Laplace", 0.9), ("Laplace", 1.1), ("rare", 1.0))):
@@ -59,7 +52,7 @@ def test_kinds_are_counted(script):
 
 
 @pytest.mark.parametrize(("commit", "examples"), [("abc", 3), ("abc+", 2), (None, 2)])
-def test_a_run_goes_on_with_the_same_code_alone(script, monkeypatch, tmp_path, commit, examples):
+def test_a_run_goes_on_with_the_same_code_alone(monkeypatch, tmp_path, commit, examples):
     """Catches examples of another version in one result, and a run that begins again."""
     monkeypatch.setattr(script, "machine", lambda: {"commit": commit})
 
@@ -83,14 +76,14 @@ def test_a_run_goes_on_with_the_same_code_alone(script, monkeypatch, tmp_path, c
     assert asked == ([0, 1, 2] if commit == "abc" else [0, 0, 1])
 
 
-def test_one_seed_can_be_shown(script):
+def test_one_seed_can_be_shown():
     """Catches a failing seed that cannot be looked at."""
     lines = list(script.show(25))
     assert lines[0].startswith("Problem(seed=")
     assert any(line.startswith("LayerFisher('input'") for line in lines)
 
 
-def test_the_theory_quotes_the_stored_run(script):
+def test_the_theory_quotes_the_stored_run():
     """Catches a number typed by hand, and a stored run that is shorter than is said."""
     theory = (ROOT / "docs" / "theory.md").read_text()
     result = json.loads(STORED.read_text())

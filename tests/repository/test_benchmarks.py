@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import os
-import subprocess
+import runpy
 import sys
+import warnings
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from support.scripts import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-RESULTS = BENCHMARKS / "results" / "cpu.json"
+from benchmarks import harness
+from benchmarks.gpu import speed as gpu_speed
+from benchmarks.report import tables
+from benchmarks.speed import (
+    dual,
+    dual_memory,
+    dual_ways,
+    fisher_solve,
+    networks,
+    peak_memory,
+    published_loop,
+)
+
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 SIGMAS = 4.0
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Imports a script of the benchmarks as they import each other."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 # --- the runner ----------------------------------------------------------------------------------
 
 
-def compare(harness: ModuleType, **ways) -> object:
+def compare(**ways) -> object:
     """Contenders given by name; the right result is 1."""
     contenders = [
         harness.Contender(name, way, family="" if name == harness.OURS else harness.TORCH)
@@ -40,12 +43,11 @@ def compare(harness: ModuleType, **ways) -> object:
     return harness.compare(contenders, lambda got: abs(got - 1.0), 1e-6, harness.TINY)
 
 
-def test_wrong_and_raising_contenders_are_left_out(load):
+def test_wrong_and_raising_contenders_are_left_out():
     """Catches a ratio against a contender that gives no right answer, a NaN that passes, results
     that are checked in the warm-up only, and a speed that is reported for wrong results of ours."""
-    harness, calls = load("harness"), iter(range(1000))
+    calls = iter(range(1000))
     found = compare(
-        harness,
         fisherfast=lambda: 1.0,
         right=lambda: 1.0,
         wrong=lambda: 1.1,
@@ -59,14 +61,13 @@ def test_wrong_and_raising_contenders_are_left_out(load):
     assert set(found.seconds) == {"fisherfast", "right"}
     assert found.against()["torch"]["best"] == "right"
     with pytest.raises(AssertionError, match="fisherfast must give right results"):
-        compare(harness, fisherfast=lambda: 1.5, right=lambda: 1.0)
+        compare(fisherfast=lambda: 1.5, right=lambda: 1.0)
 
 
-def test_contenders_take_turns(load):
+def test_contenders_take_turns():
     """Catches one contender timed after another: the order of calls is a, b, a, b, ..."""
-    harness, order = load("harness"), []
+    order: list[str] = []
     compare(
-        harness,
         fisherfast=lambda: order.append("a") or 1.0,
         other=lambda: order.append("b") or 1.0,
     )
@@ -86,19 +87,19 @@ def test_contenders_take_turns(load):
         (16, 8, 8 * 64 + 8 * 128),
     ],
 )
-def test_bytes_of_a_system(load, dim, size, triangle):
+def test_bytes_of_a_system(dim, size, triangle):
     """By hand: rows up to the diagonal in lines of 64 bytes, D and Y, J, condition, info."""
     results = (2 * dim * 2 + 4 + 1) * size + 4
-    assert load("speed.fisher_solve").bytes_moved(dim, 2, size) == triangle + results
+    assert fisher_solve.bytes_moved(dim, 2, size) == triangle + results
 
 
-def test_multiply_adds_are_counted(load):
+def test_multiply_adds_are_counted():
     """The leading terms of what a factorisation in scalar loops does; catches a factor of 2."""
     d, P = 200, 2
     factor = sum((d - 1 - j) * (d - j) / 2 for j in range(d))
     half = P * sum(i for i in range(d))
     product = d * P * (P + 1) / 2
-    counted = load("speed.fisher_solve").multiply_adds(d, P)
+    counted = fisher_solve.multiply_adds(d, P)
     assert counted == pytest.approx(factor + half + product, rel=0.02)
 
 
@@ -111,30 +112,30 @@ def gaussian_shift(samples: int, dim: int, dtheta: float) -> tuple[np.ndarray, n
     return noise[0] - dtheta / 2, noise[1] + dtheta / 2
 
 
-def test_published_loop_finds_the_information(load):
+def test_published_loop_finds_the_information():
     """N(theta 1, 1_4), I = 4: J at every width within 4 standard errors, a false alarm in 1 of 16
     000 for another seed. 60 features of 4 numbers leave out much less: 120 find 0.2 % more. A
     derivative that is not divided by dtheta, once or at all, fails by far."""
-    loop = load("speed.published_loop")
     samples, dtheta = 20_000, 0.2
-    curve = loop.published_curve(*gaussian_shift(samples, 4, dtheta), dtheta, (60, 120))
+    curve = published_loop.published_curve(*gaussian_shift(samples, 4, dtheta), dtheta, (60, 120))
     for k, J in curve.items():
-        error = loop.standard_error(J, k, (samples, samples), dtheta)
+        error = published_loop.standard_error(J, k, (samples, samples), dtheta)
         assert 0 < error < 0.1 * 4
         assert abs(J - 4) < SIGMAS * error
         assert abs(J * dtheta - 4) > SIGMAS * error
 
 
-def test_the_correction_matters(load):
+def test_the_correction_matters():
     """Few samples, many features: uncorrected J leaves the bounds that the corrected one keeps."""
-    loop = load("speed.published_loop")
     samples, dtheta, k = 1000, 0.2, 100
     minus, plus = gaussian_shift(samples, 4, dtheta)
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(4, k))
-    naive = loop.linear_fisher(loop.lift(minus, weight, rng), loop.lift(plus, weight, rng), dtheta)
-    J = loop.corrected(naive, k, (samples, samples), dtheta)
-    bound = SIGMAS * loop.standard_error(J, k, (samples, samples), dtheta)
+    naive = published_loop.linear_fisher(
+        published_loop.lift(minus, weight, rng), published_loop.lift(plus, weight, rng), dtheta
+    )
+    J = published_loop.corrected(naive, k, (samples, samples), dtheta)
+    bound = SIGMAS * published_loop.standard_error(J, k, (samples, samples), dtheta)
     assert abs(J - 4) < bound < abs(naive - 4)
 
 
@@ -148,36 +149,19 @@ SCRIPTS = {
     "speed/factors": {"patch_moments": 1, "gradient_gram": 1},
     "speed/dual": {"jvp": 3, "dual_memory": 1, "dual_ops": 12},
 }
-LIMITED = {
-    "fisher_solve",
-    "moments",
-    "spatial_moments",
-    "gradient_squares",
-    "patch_moments",
-    "gradient_gram",
-}  # by loads or by arithmetic
+UNLIMITED = {"curve", "jvp", "dual_memory", "dual_ops"}  # neither by loads nor by arithmetic
 
 
 @pytest.fixture(scope="module")
 def tiny_results(tmp_path_factory) -> Path:
-    """What a tiny run of every script stores."""
+    """What a tiny run of every script stores; in this process, which has torch already."""
     out = tmp_path_factory.mktemp("bench") / "cpu.json"
-    for script in SCRIPTS:
-        command = [
-            sys.executable,
-            BENCHMARKS / f"{script}.py",
-            "--tiny",
-            "--out",
-            out,
-        ]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for script in SCRIPTS:
+            path = str(ROOT / "benchmarks" / f"{script}.py")
+            patch.setattr(sys, "argv", [path, "--tiny", "--out", str(out)])
+            runpy.run_path(path, run_name="__main__")
     return out
 
 
@@ -195,7 +179,7 @@ def test_tiny_runs_store_their_rows(tiny_results, script):
         for row in results[part]["figures"]:
             for name, why in row.get("left out", {}).items():
                 assert "times the best of its family" in why, (part, name, why)
-    for part in set(SCRIPTS[script]) & LIMITED:
+    for part in set(SCRIPTS[script]) - UNLIMITED:
         for row in results[part]["figures"]:
             best = row["against"]["torch"]
             ratio = row["seconds"][best["best"]] / row["seconds"]["fisherfast"]
@@ -238,42 +222,40 @@ def plain_seconds(seconds: dict[str, float]) -> float:
     return min(time for name, time in seconds.items() if name.startswith("plain"))
 
 
-def test_bytes_of_a_dual_op(load):
+def test_bytes_of_a_dual_op():
     """By hand: relu reads and writes 3 slices of 2 x 4 x 8 x 8 floats, a pool writes a quarter of
     what it reads. Catches the results left out, or counted at the size of the input."""
-    bench, ways = load("speed.dual"), load("speed.dual_ways")
-    maps = bench.TINY_OPS[0]
+    maps = dual.TINY_OPS[0]
     read = 4 * 3 * 2 * 4 * 8 * 8
     for case, moved in (
-        (ways.activation("relu", maps, False, "cpu"), 2 * read),
-        (ways.max_pool(maps, 2, 0), read + read // 4),
+        (dual_ways.activation("relu", maps, False, "cpu"), 2 * read),
+        (dual_ways.max_pool(maps, 2, 0), read + read // 4),
     ):
-        assert bench.measure_op(case, bench.TINY)["limits"]["bytes"] == moved
+        assert dual.measure_op(case, dual.TINY)["limits"]["bytes"] == moved
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_wrong_tangents_of_a_network_are_rejected(load, number):
+def test_wrong_tangents_of_a_network_are_rejected(number):
     """The power of the check before the timing: tangents in bfloat16, of a neighbour in the batch,
     5 % too small, or an output off by 1 % exceed the tolerance that right ones keep by far."""
-    bench, networks = load("speed.dual"), load("speed.networks")
-    case = bench.TINY_CASES[number]
+    case = dual.TINY_CASES[number]
     model = networks.built(case.name, **case.sizes).double()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, *case.shape[1:], generator=generator, dtype=torch.float64)
     dx = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64)
-    y, dy = bench.by_loop(model, x, dx)
-    for way in (bench.by_vmap, bench.ff.jvp):
-        assert bench.error_of_pair(way(model, x, dx), (y, dy)) < 1e-12
+    y, dy = dual.by_loop(model, x, dx)
+    for way in (dual.by_vmap, dual.ff.jvp):
+        assert dual.error_of_pair(way(model, x, dx), (y, dy)) < 1e-12
     swapped = dy.roll(1, dims=1)
     for wrong in ((y, dy.bfloat16()), (y, swapped), (y, 0.95 * dy), (1.01 * y, dy)):
-        assert bench.error_of_pair(wrong, (y, dy)) > bench.JVP_TOLERANCE
+        assert dual.error_of_pair(wrong, (y, dy)) > dual.JVP_TOLERANCE
 
 
 @pytest.mark.slow
-def test_peak_memory_of_derivatives_counts_the_tangents(load):
+def test_peak_memory_of_derivatives_counts_the_tangents():
     """Twice as many directions need more memory, and a plain pass the least. Catches a way that is
     not run, and a peak that is read before the call."""
-    extra = load("speed.dual_memory").extra_bytes
+    extra = dual_memory.extra_bytes
     sizes = {"samples": 4, "size": 128, "width": 16}
     plain = extra("plain", directions=1, **sizes)
     few, many = (extra("jvp", directions=directions, **sizes) for directions in (2, 5))
@@ -281,10 +263,11 @@ def test_peak_memory_of_derivatives_counts_the_tangents(load):
     assert 1.5 * few < many < 3 * few  # 6 slices to 3
 
 
-def test_peak_memory_sees_a_copy(load):
+@pytest.mark.slow
+def test_peak_memory_sees_a_copy():
     """A copy of 16 MB costs 16 MB, a view less than half of it. Catches a peak that is read before
     the call, and results or input counted as extra."""
-    extra = load("speed.peak_memory").extra_bytes
+    extra = peak_memory.extra_bytes
     shape, size = (64, 64, 32, 32), 64 * 64 * 32 * 32 * 4
     assert 0.8 * size < extra("bmm of a copy [HW, n, C]", shape, "channels_last") < 1.5 * size
     assert extra("bmm of the view [HW, n, C]", shape, "channels_last") < 0.5 * size
@@ -295,37 +278,30 @@ def test_peak_memory_sees_a_copy(load):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True])
-def test_table_and_figure(load, tiny_results, tmp_path, stored):
+def test_table_and_figure(tiny_results, tmp_path, stored):
     """Catches a table that drops a row, and results that the script cannot read: those that the
     benchmarks store now, and those in the repository."""
     pytest.importorskip("matplotlib")
     results, target = RESULTS if stored else tiny_results, tmp_path / "performance.png"
     options = ["--table", "--figure", "--results", results, "--to", target]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", BENCHMARKS / "report" / "tables.py", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    printed = run_script("benchmarks/report/tables.py", *options)
     assert target.stat().st_size > 10_000
     for words in (
         *("d = 64, 1 system |", "10, 4 groups", "channels last", "J(k) to 40", "commit"),
         *("`ff.jvp` | small CNN [2, 1, 16, 16], P = 2", "| ViT [", "peak memory", "max pool 3"),
     ):
-        assert stored or words in done.stdout
+        assert stored or words in printed
     moments = json.loads(results.read_text())["moments"]["figures"]
     ratio = moments[0]["against"]["torch"]["ratio"]
-    assert f"| {load('tables').number(ratio)} " in done.stdout
+    assert f"| {tables.number(ratio)} " in printed
 
 
-def test_dual_ops_of_the_gpu_benchmark_run(load, monkeypatch):
+def test_dual_ops_of_the_gpu_benchmark_run(monkeypatch):
     """On the CPU in place of the card, by the wall clock. Catches a part that fails before it
     reaches the card, and failed cases that `guarded` turns into rows."""
-    bench = load("gpu.speed")
-    monkeypatch.setattr(bench, "DEVICE", "cpu")
-    monkeypatch.setattr(bench, "cuda_clock", load("harness").wall_clock)
-    rows = bench.dual_ops(tiny=True)
+    monkeypatch.setattr(gpu_speed, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_speed, "cuda_clock", harness.wall_clock)
+    rows = gpu_speed.dual_ops(tiny=True)
     assert len(rows) == SCRIPTS["speed/dual"]["dual_ops"]
     for row in rows:
         assert "failed" not in row, row
@@ -337,8 +313,7 @@ def test_dual_ops_of_the_gpu_benchmark_run(load, monkeypatch):
 def test_tiny_run_on_a_gpu(tmp_path):
     """Catches a benchmark that fails on a device: its rows then say so."""
     out = tmp_path / "gpu.json"
-    command = [sys.executable, BENCHMARKS / "gpu" / "speed.py", "--tiny", "--out", out]
-    subprocess.run(command, check=True, capture_output=True)
+    run_script("benchmarks/gpu/speed.py", "--tiny", "--out", out)
     rows = [row for part in json.loads(out.read_text()).values() for row in part["figures"]]
     assert len(rows) == 9 + SCRIPTS["speed/dual"]["dual_ops"]
     assert not [row for row in rows if "failed" in row]

@@ -27,15 +27,6 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def includes(path: Path) -> list[str]:
-    return INCLUDE.findall(path.read_text())
-
-
-@needs_native
-def test_version_stamp():
-    assert _native.load().__version__ == fisherfast.__version__
-
-
 @needs_native
 def test_build_info():
     info = _native.build_info()
@@ -105,7 +96,7 @@ def test_layering(path):
         allowed |= {"ops"}
     if path.name == "bindings.cpp":
         allowed |= {"ops", "pybind11"}
-    for name in includes(path):
+    for name in INCLUDE.findall(path.read_text()):
         known = name in allowed or name.partition("/")[0] in allowed
         assert name != "Python.h"
         assert known or "/" not in name, name

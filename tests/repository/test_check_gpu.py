@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
-import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from benchmarks.gpu import check, speed
 
 
-@pytest.fixture
-def check(monkeypatch) -> ModuleType:
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
-    return importlib.import_module("benchmarks.gpu.check")
-
-
-def test_says_that_there_is_none(tmp_path):
+def test_says_that_there_is_none(tmp_path, monkeypatch, capsys):
     """Catches a check that passes, or writes a report, where nothing was checked."""
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU: the check would run for long")
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "gpu" / "check.py", "--output", tmp_path / "gpu.json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "needs torch with a CUDA device" in done.stderr
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["check.py", "--output", str(tmp_path / "gpu.json")])
+    assert check.main() == 1
+    assert "needs torch with a CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_goes_on_after_failures(check, monkeypatch, tmp_path, capsys):
+def test_goes_on_after_failures(monkeypatch, tmp_path, capsys):
     """Catches a failure that hides later steps, and a report that is written at the end only."""
     output = tmp_path / "gpu.json"
 
@@ -75,10 +57,10 @@ def test_goes_on_after_failures(check, monkeypatch, tmp_path, capsys):
     assert set(json.loads(output.read_text())["steps"]) == {"later"}
 
 
-def test_keeps_every_part_of_the_benchmarks(check, monkeypatch, tmp_path):
+def test_keeps_every_part_of_the_benchmarks(monkeypatch, tmp_path):
     """Catches a failed part that hides the others, a failed row in a part that ended well, and a
     part that is never run, or asked for by a name that does not exist."""
-    assert set(check.BENCHMARK_PARTS) == set(importlib.import_module("benchmarks.gpu.speed").PARTS)
+    assert set(check.BENCHMARK_PARTS) == set(speed.PARTS)
     script = tmp_path / "benchmarks" / "gpu" / "speed.py"
     script.parent.mkdir(parents=True)
     script.write_text(
@@ -97,7 +79,7 @@ def test_keeps_every_part_of_the_benchmarks(check, monkeypatch, tmp_path):
     assert outcome["status"] == "failed"
 
 
-def test_counts_tests(check):
+def test_counts_tests():
     """Catches failures that are not reported, and errors or skips counted as passed."""
     found = check.junit(
         "<testsuites><testsuite><testcase classname='a' name='right'/>"

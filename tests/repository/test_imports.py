@@ -126,23 +126,13 @@ def test_folders_are_small():
     assert {f: n for f, n in sizes.items() if n > MOST_MODULES.get(f, 15)} == {}
 
 
-def test_results_know_no_measurement():
-    """Results are plain numbers: catches an import of anything that measures."""
-    used = {
-        room(t) for name, targets in IMPORTS.items() if room(name) == "results" for t in targets
-    }
-    assert used <= {"results", "estimation", "model", *FLOORS[-1]}
-
-
-def test_ground_truths_are_their_own():
-    """Catches ground truths computed with what they check, and library code that looks them up."""
-    used = {
-        room(t) for name, targets in IMPORTS.items() if room(name) == "problems" for t in targets
-    }
-    assert used <= {"problems", "data", "model", *FLOORS[-1]}
-    users = {
-        room(name) for name, targets in IMPORTS.items() for t in targets if room(t) == "problems"
-    }
+def test_results_and_ground_truths_stand_alone():
+    """Catches results that import what measures them, ground truths computed with what they check,
+    and library code that looks truths up."""
+    rooms = {(room(name), room(target)) for name, targets in IMPORTS.items() for target in targets}
+    for name, more in (("results", {"estimation", "model"}), ("problems", {"data", "model"})):
+        assert {used for user, used in rooms if user == name} <= {name, *more, *FLOORS[-1]}
+    users = {user for user, used in rooms if used == "problems"}
     assert users <= {"", "problems", *FLOORS[0]}
 
 

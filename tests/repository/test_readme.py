@@ -13,10 +13,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+from support.scripts import ROOT, run_script
 
 from fisherfast.__main__ import main
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
     path.stem: path
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
@@ -165,9 +165,7 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("script", ["accuracy/validation.py", "report/tables.py"])
 def test_tables_are_what_was_measured(script):
     """Catches a number typed by hand: the tables come from benchmarks/results."""
-    command = [sys.executable, ROOT / "benchmarks" / script, "--table"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() in BENCHMARKS
+    assert run_script(f"benchmarks/{script}", "--table").strip() in BENCHMARKS
 
 
 def test_the_readme_quotes_the_tables():

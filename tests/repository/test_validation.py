@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
+from support.scripts import ROOT, run_script
 
+from benchmarks.accuracy import validation, validation_derivatives
+from benchmarks.accuracy.validation_table import table
 from fisherfast.problems import CorrelatedImage
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-STORED = json.loads((BENCHMARKS / "results" / "validation.json").read_text())
+STORED = json.loads((ROOT / "benchmarks" / "results" / "validation.json").read_text())
 SIGMAS = 4.0
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Imports a script of the benchmarks as they import each other."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.mark.slow
@@ -35,18 +24,10 @@ def test_a_part_leaves_the_others_as_they_were(tmp_path):
     stored = copy.deepcopy(STORED)
     stored["operations"]["figures"] = {}
     out.write_text(json.dumps(stored))
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "accuracy" / "validation.py", "operations", "--out", out],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    run_script("benchmarks/accuracy/validation.py", "operations", "--out", out)
     results = json.loads(out.read_text())
-    measured, stored = results.pop("operations"), {**stored}
-    del stored["operations"]
-    assert results == stored
+    measured = results.pop("operations")
+    assert results == {part: entry for part, entry in stored.items() if part != "operations"}
     assert measured["machine"]["threads"] == 1
     figures = measured["figures"].values()
     executed = sum(sum(each.values()) for each in figures)
@@ -54,9 +35,9 @@ def test_a_part_leaves_the_others_as_they_were(tmp_path):
     assert not sum(each["failed"] for each in figures)
 
 
-def test_every_part_of_derivatives_is_stored(load):
+def test_every_part_of_derivatives_is_stored():
     """Catches a part that was never run, and one that does not say on what it ran."""
-    for part in load("accuracy.validation_derivatives").PARTS:
+    for part in validation_derivatives.PARTS:
         entry = STORED[part.__name__]
         assert entry["what"] == " ".join(part.__doc__.split())
         assert {"commit", "torch", "threads"} <= set(entry["machine"])
@@ -64,22 +45,13 @@ def test_every_part_of_derivatives_is_stored(load):
 
 
 @pytest.mark.slow
-def test_memory_is_measured_for_every_source(load, monkeypatch):
+def test_memory_is_measured_for_every_source(monkeypatch):
     """Catches a source that the measured program does not know, and numbers that are not MB: a
     process with torch takes some hundred."""
-    validation = load("accuracy.validation")
     monkeypatch.setattr(validation, "MEMORY_SAMPLES", (2000,))
     figures = validation.memory()
     assert set(figures) == {"two conditions", "pathwise", "score"}
     assert all(50 < by_size["2000"] < 5000 for by_size in figures.values())
-
-
-def put(figures: dict[str, Any], *path: str, value: float) -> None:
-    """Change one stored number."""
-    for key in path[:-1]:
-        figures = figures[key]
-    assert path[-1] in figures
-    figures[path[-1]] = value
 
 
 CHANGES = {
@@ -100,23 +72,26 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_table_shows_what_is_stored(load, name):
+def test_table_shows_what_is_stored(name):
     """Catches a row that reads another number than it says."""
-    path, value, expected = CHANGES[name]
-    table = load("accuracy.validation_table").table
+    (*path, last), value, expected = CHANGES[name]
     results = copy.deepcopy(STORED)
-    put(results[name.split(",")[0]]["figures"], *path, value=value)
+    figures = results[name.split(",")[0]]["figures"]
+    for key in path:
+        figures = figures[key]
+    assert last in figures
+    figures[last] = value
     assert expected not in table(STORED)
     assert expected in table(results)
 
 
-def test_shares_of_an_image_are_in_units_of_its_information(load):
+def test_shares_of_an_image_are_in_units_of_its_information():
     """Catches shares of the wrong parameter: position and amplitude differ 5-fold here. Four
     numbers at 4 standard errors: a false alarm in 4000 seeds."""
     image = CorrelatedImage((20, 20), spot=2.0, correlation_length=3.0)
-    derivatives = load("accuracy.validation_derivatives")
-    shares = derivatives.shares_of_image(
-        image, lambda seed: image.pathwise(derivatives.IMAGE_THETA, 2000, seed=seed), 2
+    theta = validation_derivatives.IMAGE_THETA
+    shares = validation_derivatives.shares_of_image(
+        image, lambda seed: image.pathwise(theta, 2000, seed=seed), 2
     )
     J, stderr, lower = shares[:, 1:].unbind(1)
     assert shares.shape == (2, 4, 2)
@@ -125,9 +100,7 @@ def test_shares_of_an_image_are_in_units_of_its_information(load):
     assert float(stderr.max()) < 0.1
 
 
-def test_error_with_tangents_in_theory(load):
+def test_error_with_tangents_in_theory():
     """Catches a step or a number of samples that is not that of the task: 0.32 is in
     docs/theory.md."""
-    assert load("accuracy.validation_derivatives").ratio_in_theory() == pytest.approx(
-        0.32, abs=0.005
-    )
+    assert validation_derivatives.ratio_in_theory() == pytest.approx(0.32, abs=0.005)

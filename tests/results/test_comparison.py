@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.training_histories import layer
+from support.training_histories import layer, number
 
 import fisherfast as ff
 from fisherfast.estimation.variance import jackknife_covariance
@@ -25,7 +25,7 @@ def with_replicates(name: str, J: torch.Tensor, deviations: torch.Tensor) -> ff.
     covariance = jackknife_covariance(replicates)
     variance = torch.einsum("pqpq->pq", covariance)
     return dataclasses.replace(
-        layer(name, J, stderr=1.0, lifted=0.0),
+        layer(name, J, stderr=1.0),
         stderr=variance.sqrt(),
         error_covariance=pack_covariance(covariance),
         replicates=replicates,
@@ -43,11 +43,6 @@ def positive(generator: torch.Generator, P: int) -> torch.Tensor:
     root = torch.randn(P, P, generator=generator, dtype=torch.float64)
     units = torch.tensor([1.0, 1e3, 1e-2], dtype=torch.float64)[:P]
     return (root @ root.T + torch.eye(P)) * torch.outer(units, units)
-
-
-def number(value: float) -> torch.Tensor:
-    """[1, 1]."""
-    return torch.tensor([[value]], dtype=torch.float64)
 
 
 @pytest.fixture
@@ -85,7 +80,7 @@ def test_one_parameter_against_numpy(generator):
 def test_errors_without_common_replicates_are_added_in_square(generator):
     """Catches an error of zero where nothing is known of the folds, and 16 folds beside 8 that are
     paired by their number."""
-    a, b = (layer(name, number(J), stderr=0.04, lifted=0.0) for name, J in (("a", 2.0), ("b", 4.0)))
+    a, b = (layer(name, number(J), stderr=0.04) for name, J in (("a", 2.0), ("b", 4.0)))
     found = compare(a, b)
     assert float(found.difference_stderr) == pytest.approx(0.04 * math.sqrt(2))
     # of the quotient beyond first order: (0.04 / 4)^2
@@ -159,8 +154,8 @@ def test_stated_errors_are_those_seen():
 @pytest.mark.parametrize(("J", "known"), [(0.02, False), (-1.0, False), (0.0, False), (0.13, True)])
 def test_denominator_within_three_errors_of_zero(J, known):
     """NaN with a note, not a number like -545. The difference is known all the same."""
-    a = layer("conv", number(6.35), stderr=0.3, lifted=0.0)
-    b = layer("input", number(J), stderr=0.04, lifted=0.0)
+    a = layer("conv", number(6.35), stderr=0.3)
+    b = layer("input", number(J), stderr=0.04)
     found = compare(a, b)
     assert divides(b) is known
     assert math.isnan(found.ratio) is not known
@@ -177,7 +172,7 @@ def test_one_direction_near_zero_is_enough():
     """Two parameters that are nearly one: each entry of J_b is known to 1 %, their difference is
     not known at all. Catches a rule that looks at the diagonal."""
     J = torch.tensor([[1.0, 0.99], [0.99, 1.0]], dtype=torch.float64)
-    b = layer("b", J, stderr=0.01, lifted=0.0)
+    b = layer("b", J, stderr=0.01)
     direction, known = weakest_direction(b.J, covariance_of(b))
     assert known < 3
     assert direction[0] == pytest.approx(-direction[1])
@@ -189,8 +184,8 @@ def test_one_direction_near_zero_is_enough():
 
 def test_layers_that_are_not_finite():
     """Catches an error of the eigenvalue solver."""
-    good = layer("a", number(1.0), stderr=0.01, lifted=0.0)
-    bad = layer("b", number(math.nan), stderr=math.nan, lifted=0.0)
+    good = layer("a", number(1.0), stderr=0.01)
+    bad = layer("b", number(math.nan), stderr=math.nan)
     assert math.isnan(compare(good, bad).ratio)
     assert math.isnan(compare(bad, good).ratio)
     assert compare(bad, good).notes == ()
@@ -212,10 +207,8 @@ def test_covariance_from_the_best_that_is_known(generator):
 
 def test_compare_by_name():
     """Catches J_b / J_a, and aliases that are not known."""
-    inputs = layer("input", number(4.0), stderr=0.01, lifted=0.0)
-    outputs = dataclasses.replace(
-        layer("output", number(3.0), stderr=0.01, lifted=0.0), aliases=("fc",)
-    )
+    inputs = layer("input", number(4.0), stderr=0.01)
+    outputs = dataclasses.replace(layer("output", number(3.0), stderr=0.01), aliases=("fc",))
     flow = ff.FisherFlow((inputs, outputs), {})
     found = flow.compare("fc", "input")
     assert isinstance(found, ff.LayerComparison)

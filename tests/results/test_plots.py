@@ -68,13 +68,25 @@ def heights(ax, number: int) -> list[float]:
     return list(bars(ax)[number].lines[0].get_ydata())
 
 
+def lengths(ax) -> list[float]:
+    """Of the first error bars."""
+    (segments,) = bars(ax)[0].lines[2]
+    return [s[1, 1] - s[0, 1] for s in segments.get_segments()]
+
+
+def points(ax) -> dict[str, tuple[list[float], list[float]]]:
+    """x and y of each line, by the first two words of its label."""
+    return {
+        " ".join(line.get_label().split()[:2]): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in ax.get_lines()
+    }
+
+
 def test_flow_has_points_errors_and_bound(flow):
     """Catches values of another quantity, errors that are not J's, a missing lower bound."""
     ax = plots.plot_flow(flow, label="now", unit="1/µm²")
     assert heights(ax, 0) == [layer.value for layer in flow]
-    (segments,) = bars(ax)[0].lines[2]
-    lengths = [s[1, 1] - s[0, 1] for s in segments.get_segments()]
-    assert lengths == pytest.approx([2 * float(layer.stderr) for layer in flow])
+    assert lengths(ax) == pytest.approx([2 * float(layer.stderr) for layer in flow])
     assert list(ax.get_lines()[-1].get_ydata()) == [float(layer.lower) for layer in flow]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == flow.names
     assert ax.get_ylabel() == "Fisher information J (1/µm²)"
@@ -143,16 +155,11 @@ def test_curve_has_its_band(flow):
 def test_training_marks_the_published_stop(history):
     """Catches a stop at the least validation error, one epoch early, or errors without J."""
     ax = training_plots.plot_training(history)
-    lines = {line.get_label(): line for line in ax.get_lines()}
-    star, ring = lines["published stop"], lines["least validation MSE"]
-    assert list(star.get_xdata()) == [2]
-    assert list(star.get_ydata()) == pytest.approx([0.9])
-    assert list(ring.get_xdata()) == [1]
-    assert list(lines["Cramér-Rao bound"].get_ydata()) == [1, 1]
+    assert points(ax)["published stop"] == ([2], pytest.approx([0.9]))
+    assert points(ax)["least validation"][0] == [1]
+    assert points(ax)["Cramér-Rao bound"][1] == [1, 1]
     assert heights(ax, 0) == [history[0].transmission] * 4
-    (segments,) = bars(ax)[0].lines[2]
-    lengths = [s[1, 1] - s[0, 1] for s in segments.get_segments()]
-    assert lengths == pytest.approx([2 * history[0].transmission_error] * 4)
+    assert lengths(ax) == pytest.approx([2 * history[0].transmission_error] * 4)
     assert not ax.texts
     assert training_plots.crossing_epoch(history) == 2
 
@@ -180,11 +187,9 @@ def test_epochs_that_were_not_measured_have_no_point(flow, history):
     ax = training_plots.plot_training(mixed)
     assert list(bars(ax)[0].lines[0].get_xdata()) == [0, 3]
     assert heights(ax, 0) == [history[0].transmission, history[3].transmission]
-    lines = {line.get_label(): line for line in ax.get_lines()}
-    assert list(lines["published stop"].get_xdata()) == [2]
-    assert list(lines["least validation MSE"].get_xdata()) == [1]
-    errors = [line for label, line in lines.items() if label.startswith("training MSE")]
-    assert list(errors[0].get_xdata()) == [0, 1, 2, 3]
+    assert points(ax)["published stop"][0] == [2]
+    assert points(ax)["least validation"][0] == [1]
+    assert points(ax)["training MSE"][0] == [0, 1, 2, 3]
 
 
 def test_a_history_without_any_measurement(tmp_path):
@@ -202,11 +207,9 @@ def test_epochs_whose_error_is_unknown_break_the_line(flow):
     nan = math.nan
     history = [epoch_of(flow, 0, 2.0, nan), epoch_of(flow, 1, nan, 1.5), Epoch(2, 1.2, nan)]
     ax = training_plots.plot_training(history)
-    lines = {line.get_label(): line for line in ax.get_lines()}
-    assert "published stop" not in lines
-    assert list(lines["least validation MSE"].get_xdata()) == [1]
-    drawn = next(line for label, line in lines.items() if label.startswith("training MSE"))
-    assert [y == y for y in drawn.get_ydata()] == [True, False, True]
+    assert "published stop" not in points(ax)
+    assert points(ax)["least validation"][0] == [1]
+    assert [math.isfinite(y) for y in points(ax)["training MSE"][1]] == [True, False, True]
 
 
 def test_nothing_global_is_touched(flow, history, tmp_path):

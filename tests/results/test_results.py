@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import pickle
@@ -15,7 +16,6 @@ import torch
 from support.networks_zoo import (
     DTHETA,
     Functional,
-    Nested,
     measure,
     mlp,
     one_thread,  # noqa: F401
@@ -72,11 +72,6 @@ def matrix(*rows: float) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64).view(size, size)
 
 
-def of(name: str, J: float, stderr: float) -> ff.LayerFisher:
-    """A layer of one parameter."""
-    return layer_of(name, matrix(J), stderr=stderr, lifted=0.0)
-
-
 def with_layers(flow: ff.FisherFlow, **matrices: torch.Tensor) -> ff.FisherFlow:
     """The flow with other J: layer name to matrix."""
     layers = tuple(
@@ -105,14 +100,6 @@ def test_indexing(flow):
         assert caught.value.args == (text,)
 
 
-def test_missing_layers_show_the_aliases_too():
-    """Catches names that work in an index but not in the message: "output[mean]" of a dict."""
-    flow = measure(seeded(Nested))
-    with pytest.raises(KeyError, match=r"got 'mean'") as caught:
-        flow["mean"]
-    assert "output[mean]" in str(caught.value)
-
-
 def test_numbers_of_one_parameter(flow, pair):
     """Catches `value` of a matrix that is silently its first entry."""
     layer = flow["0"]
@@ -135,8 +122,10 @@ def test_results_are_immutable(flow):
 
 
 def test_equality_and_hash(flow):
-    """Catches "Boolean value of Tensor is ambiguous" from a generated method."""
-    again = measure(seeded(mlp))
+    """Catches "Boolean value of Tensor is ambiguous" from a generated method; and times or
+    addresses in files: results can be compared by their bytes."""
+    again = measure(seeded(mlp), two_conditions(SAMPLES))
+    assert again.to_dict() == flow.to_dict()
     for one, other in ((flow, again), (flow["0"], again["0"])):
         assert isinstance(one == other, bool)
         assert isinstance(one != other, bool)
@@ -144,13 +133,6 @@ def test_equality_and_hash(flow):
     assert flow["0"] != flow["1"]
     assert flow != "flow"
     assert flow["0"] in list(flow)
-
-
-def test_pickle(flow):
-    """Results travel between processes: catches attributes that cannot be pickled."""
-    back = pickle.loads(pickle.dumps(flow))
-    assert back.names == flow.names
-    assert torch.equal(back["0"].curve_J, flow["0"].curve_J)
 
 
 # --- words ---
@@ -221,19 +203,19 @@ def test_fractions(flow, pair):
 
 def test_no_fraction_of_an_input_that_cannot_be_told_from_zero():
     """J_input = 0.02 +- 0.04 and J_output = 6.35 were printed as -545 +- 4164."""
-    flow = ff.FisherFlow((of("input", 0.02, 0.04), of("output", 6.35, 0.3)), {})
+    flow = ff.FisherFlow(
+        (
+            layer_of("input", matrix(0.02), stderr=0.04),
+            layer_of("output", matrix(6.35), stderr=0.3),
+        ),
+        {},
+    )
     for numbers in (flow.fractions(), flow.fraction_errors()):
         assert all(math.isnan(number) for number in numbers.values())
     assert [row[6] for row in flow.table()[1:]] == ["-", "-"]
     note = "note: J of input is within 3 errors of zero: no ratio to it"
     assert str(flow).count(note) == 1
     assert "nan" not in str(flow)
-
-
-def test_fractions_of_a_noisy_input_are_numbers():
-    """3.1 errors are enough: catches a bound that is ten errors, and one in the wrong unit."""
-    flow = ff.FisherFlow((of("input", 0.31, 0.1), of("output", 0.155, 0.1)), {})
-    assert flow.fractions()["output"] == pytest.approx(0.5)
 
 
 def test_fractions_of_an_input_without_information(flow, pair):
@@ -313,7 +295,8 @@ def test_tightened_in_every_direction(pair):
 
 
 def test_tightened_says_so_and_keeps_errors_with_values(flow):
-    """Catches a J of one layer beside the error of another, and a silent replacement."""
+    """Catches a J of one layer beside the error of another, a silent replacement, and values that
+    climb from layer to layer."""
     raised = with_layers(flow, input=matrix(-10.0))
     tight = raised.tightened()
     source = max(raised["input"].descendants, key=lambda name: raised[name].value)
@@ -324,18 +307,11 @@ def test_tightened_says_so_and_keeps_errors_with_values(flow):
     assert layer.status == raised[source].status
     assert any(source in note for note in layer.notes)
     assert torch.equal(raised["input"].J, matrix(-10.0))
-
-
-def test_tightened_twice_is_the_same(flow, pair):
-    """Catches values that climb from layer to layer."""
-    for result in (flow, pair):
-        once = result.tightened()
-        for layer in once.tightened():
-            assert torch.equal(layer.J, once[layer.name].J)
+    assert [layer.value for layer in tight.tightened()] == [layer.value for layer in tight]
 
 
 def test_the_largest_of_equal_layers_is_no_gain(flow):
-    """Eight layers of J = 4 with errors of 0.3 of their own, 200 times: the mean after `tightened`
+    """Eight layers of J = 4 with errors of 0.3 of their own, 100 times: the mean after `tightened`
     is 4 within 4 errors and the 2 % of choices by chance (each at most 1 higher). Catches the
     largest of them, which is 4.4 in the mean; a layer that has 1 less is still found."""
     generator = torch.Generator().manual_seed(0)
@@ -360,9 +336,9 @@ def test_the_largest_of_equal_layers_is_no_gain(flow):
         layers = [noisy(n, J if i == 0 else truth, names[i + 1 :]) for i, n in enumerate(names)]
         return dataclasses.replace(flow, layers=tuple(layers)).tightened()[names[0]].value
 
-    equal = torch.tensor([first(truth) for _ in range(200)])
-    assert float(equal.mean()) == pytest.approx(truth, abs=4 * error / math.sqrt(200) + 0.02)
-    assert sum(first(truth - 2.5) > truth - 1 for _ in range(20)) == 20
+    equal = torch.tensor([first(truth) for _ in range(100)])
+    assert float(equal.mean()) == pytest.approx(truth, abs=4 * error / math.sqrt(100) + 0.02)
+    assert sum(first(truth - 2.5) > truth - 1 for _ in range(10)) == 10
 
 
 # --- files ---
@@ -389,8 +365,10 @@ def assert_same(one: ff.FisherFlow, other: ff.FisherFlow) -> None:
     ("which", "suffix"), [("flow", ".json"), ("pair", ".npz"), ("silent", ".json")]
 )
 def test_files_come_back_to_the_last_bit(which, suffix, tmp_path, request):
-    """Catches rounded numbers, lists for tuples, and layers without a curve that do not load."""
+    """Catches rounded numbers, lists for tuples, layers without a curve that do not load, and
+    attributes that cannot be pickled: results travel between processes."""
     result = request.getfixturevalue(which)
+    assert_same(pickle.loads(pickle.dumps(result)), result)
     path = tmp_path / f"flow{suffix}"
     result.save(str(path))
     assert_same(ff.FisherFlow.load(path), result)
@@ -472,6 +450,13 @@ def test_truncated_files(flow, suffix, tmp_path):
             ff.FisherFlow.load(path)
 
 
+def archive(**arrays: np.ndarray) -> bytes:
+    """An .npz file."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -485,24 +470,20 @@ def test_truncated_files(flow, suffix, tmp_path):
         ("a.npz", b"{}"),
         ("a.npz", b"garbage" * 10),
         ("a.npz", b"\x93NUMPY"),
+        ("a.npz", archive(data=np.zeros(3))),
+        ("a.npz", archive(flow=np.zeros(3))),
+        ("a.npz", archive(flow=np.zeros((2, 2), dtype=np.uint8))),
+        ("a.npz", archive(flow=np.array(3.5))),
     ],
+    ids=lambda value: value[:12].hex() if isinstance(value, bytes) else value,
 )
 def test_foreign_files(name, content, tmp_path):
-    """Catches KeyError, RecursionError and UnicodeDecodeError, which do not name the file."""
+    """Catches KeyError, RecursionError and UnicodeDecodeError, which do not name the file, and
+    other people's .npz files."""
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(name)):
         ff.FisherFlow.load(path)
-
-
-def test_foreign_archives(tmp_path):
-    """Catches other people's .npz files, and a single array under that name."""
-    path = tmp_path / "a.npz"
-    arrays = [np.zeros(3), np.zeros((2, 2), dtype=np.uint8), np.array(3.5)]
-    for content in ({"data": np.zeros(3)}, *({"flow": array} for array in arrays)):
-        np.savez(path, **content)
-        with pytest.raises(ValueError, match=r"a\.npz"):
-            ff.FisherFlow.load(path)
 
 
 class Bomb:
@@ -559,9 +540,3 @@ def test_failed_save_keeps_the_old_file(flow, suffix, tmp_path):
     with pytest.raises((TypeError, ValueError)):
         broken.save(path)
     assert path.read_bytes() == before
-
-
-def test_two_flows_of_one_measurement_are_the_same():
-    """Catches times and addresses in files: results can be compared by their bytes."""
-    flows = [measure(seeded(mlp), two_conditions()) for _ in range(2)]
-    assert flows[0].to_dict() == flows[1].to_dict()

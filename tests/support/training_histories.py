@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ import fisherfast as ff
 from fisherfast.training.record import EpochRecord
 
 
-def layer(name: str, J: torch.Tensor, *, stderr: float, lifted: float) -> ff.LayerFisher:
+def layer(name: str, J: torch.Tensor, *, stderr: float, lifted: float = 0.0) -> ff.LayerFisher:
     """A layer with linear information J; that of a lift of it is larger by `lifted`."""
     error = torch.full_like(J, stderr)
     return ff.LayerFisher(
@@ -43,10 +44,24 @@ def flow(
 ) -> ff.FisherFlow:
     """Input and output."""
     layers = (
-        layer("input", inputs, stderr=stderr, lifted=0.0),
+        layer("input", inputs, stderr=stderr),
         layer("output", outputs, stderr=stderr, lifted=lifted),
     )
     return ff.FisherFlow(layers, {})
+
+
+def flow_of(
+    model: object,
+    data: object,
+    *,
+    layers: Sequence[str],
+    J: float = 2.0,
+    stderr: float = 0.1,
+    **_: Any,
+) -> ff.FisherFlow:
+    """Stands in for `fisher_flow`: the same J in the input, these layers and the output."""
+    names = ("input", *layers, "output")
+    return ff.FisherFlow(tuple(layer(name, number(J), stderr=stderr) for name in names), {})
 
 
 def number(J: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from figure import Options, Outcome
 from reproduce import FIGURES, main
 from support.recorded_camera import recording
+from support.training_histories import flow_of
 
 from fisherfast.demo import imaging_task, training
 
@@ -21,8 +22,9 @@ TINY = ("--samples", "250", "--epochs", "1")
 
 
 @pytest.fixture(autouse=True)
-def no_finished_training():
-    """Trainings of another test are not shown again."""
+def unmeasured(monkeypatch):
+    """Flows are made up, and trainings of another test are not shown again."""
+    monkeypatch.setattr(training, "fisher_flow", flow_of)
     stopping._run.cache_clear()
 
 

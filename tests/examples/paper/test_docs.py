@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from reproduce import FIGURES
+from support.scripts import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
 FOLDER = ROOT / "docs" / "figures" / "reproduce"
 LARGEST = 150_000  # bytes of a picture
@@ -19,11 +16,7 @@ LARGEST = 150_000  # bytes of a picture
 
 def test_tables_are_what_was_measured():
     """Catches a number typed by hand, and figures that were drawn anew without their tables."""
-    script = ROOT / "benchmarks" / "report" / "reproduced.py"
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, check=True, encoding="utf-8"
-    )
-    assert done.stdout == PAGE
+    assert run_script("benchmarks/report/reproduced.py") == PAGE
     assert PAGE.count("<!-- table") == PAGE.count("<!-- end -->") == 6
     assert not re.search(r"-->\n<!-- end", PAGE)  # no empty one
 

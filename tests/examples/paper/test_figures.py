@@ -16,10 +16,11 @@ import tasks
 import torch
 from figure import Options
 from reproduce import FIGURES, main
-from support.training_histories import flow, number
-from trained import TrainedRun
+from support.training_histories import flow, flow_of, number
+from trained import TrainedRun, train_and_measure
 
 import fisherfast as ff
+from fisherfast.demo import training
 from fisherfast.training import EpochRecord
 from fisherfast.training.record import input_of
 
@@ -28,6 +29,11 @@ pytest.importorskip("matplotlib")
 
 COMMON = {"figure", "title", "complete", "full", "source", "versions", "seconds", "settings"}
 POINTS = {"fig3": 6, "fig4": 20, "fig5": 15, "fig6": 10, "fig10": 2, "fig11": 2}
+FLOWS = {
+    "fig4": published.GAUSSIAN_FLOW,
+    "fig5": published.LOGNORMAL_FLOW,
+    "fig6": published.IMAGING_FLOW,
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,38 +72,24 @@ def test_files_are_whole(folder, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(POINTS))
 def test_every_published_value_has_a_measured_one(folder, name):
-    """Catches a published value without a measured one, and one without its error."""
-    points = numbers_of(folder, name)["points"]
+    """Catches a published value without a measured one, one without its error, and a layer or an
+    epoch that is compared with another one's published value."""
+    numbers = numbers_of(folder, name)
+    points = numbers["points"]
     assert len(points) == POINTS[name]
-    if name == "fig11":  # nothing is published in numbers
-        assert not any(key.startswith("published") for point in points for key in point)
-        return
-    for point in points:
-        assert any(key.startswith("published") for key in point)
+    for point in points:  # of figure 11 nothing is published in numbers
+        assert any(key.startswith("published") for key in point) == (name != "fig11")
         value = next(point[key] for key in ("fraction", "J", "value") if key in point)
         assert value is None or math.isfinite(value)
         for key in ("fraction", "J"):
-            if key in point:
-                assert point[f"{key}_error"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("fig4", published.GAUSSIAN_FLOW),
-        ("fig5", published.LOGNORMAL_FLOW),
-        ("fig6", published.IMAGING_FLOW),
-    ],
-)
-def test_points_of_the_flow_are_those_of_their_epoch(folder, name, values):
-    """Catches a layer or an epoch that is compared with another one's published value."""
-    numbers = numbers_of(folder, name)
+            assert key not in point or point[f"{key}_error"] > 0
+    if name not in FLOWS:
+        return
     epochs = {entry["epoch"]: entry for entry in numbers["epochs"]}
-    points = numbers["points"]
-    assert [point["published"] for point in points] == [v for row in values.values() for v in row]
+    rows = FLOWS[name].values()
+    assert [point["published"] for point in points] == [value for row in rows for value in row]
     layers = ["relu1", "relu2", "relu3", "relu4", "output"]
-    assert [point["layer"] for point in points] == layers * len(values)
+    assert [point["layer"] for point in points] == layers * len(rows)
     for point in points:
         assert point["fraction"] == epochs[point["epoch"]]["fractions"][point["layer"]]
     assert {point["epoch"] for point in points[:5]} == {0}  # before training
@@ -192,18 +184,18 @@ def test_sizes():
         assert task.learning_rate * samples == pytest.approx(1e-6 * 20_000)
 
 
-def test_same_seed_same_numbers():
+def test_same_seed_same_numbers(monkeypatch):
     """Catches weights, samples or order from the global random numbers, and a seed that is not
     used."""
-    errors = []
+    monkeypatch.setattr(training, "fisher_flow", flow_of)
+    options, errors = Options(seed=3, epochs=1, samples=100), []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        stopping._run.cache_clear()
-        outcome = stopping.measure_gaussian_stopping(Options(seed=3, epochs=1, samples=100))
-        errors.append([entry["val_mse"] for entry in outcome.numbers["epochs"]])
+        task = stopping._gaussian(options)
+        errors.append([record.val_mse for record in train_and_measure(task, options).history])
     assert errors[0] == errors[1]
-    one, other = (stopping._gaussian(Options(seed=seed, samples=100)) for seed in (3, 4))
-    assert not torch.equal(one.x, other.x)
+    other = stopping._gaussian(Options(seed=4, samples=100))
+    assert not torch.equal(task.x, other.x)
 
 
 @pytest.mark.slow

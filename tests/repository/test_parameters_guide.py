@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import pytest
+import continual_digits
+import pruning_information
+from support.scripts import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from benchmarks.report import parameter_tables
 
-
-@pytest.fixture(scope="module")
-def stored() -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / "parameters.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def runs(stored) -> list[dict[str, Any]]:
-    return stored["pruning"]["figures"]["runs"]
+STORED = json.loads((ROOT / "benchmarks" / "results" / "parameters.json").read_text())
+RUNS = STORED["pruning"]["figures"]["runs"]
+GUIDE = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+TEXT = " ".join(GUIDE.split())
 
 
-@pytest.fixture(scope="module")
-def guide() -> str:
-    return (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+def test_tables_are_the_measured_ones():
+    """Catches tables older than the measurement, numbers typed by hand, and marks without a
+    table."""
+    assert len(RUNS) == 3
+    assert pruning_information.table(RUNS) in GUIDE
+    assert pruning_information.bits_table(RUNS[0]) in GUIDE
+    assert continual_digits.table(STORED["continual"]["figures"]["protocols"]) in GUIDE
+    found = parameter_tables.stored(STORED)
+    assert set(found) == set(parameter_tables.TABLES)
+    assert parameter_tables.written(GUIDE, found) == GUIDE
+    for name, table in found.items():
+        assert f"<!-- {name} -->\n{table}\n" in GUIDE, name
 
 
-@pytest.fixture
-def example(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    return importlib.import_module("pruning_information")
-
-
-def test_tables_are_the_measured_ones(runs, guide, example):
-    """Catches tables older than the measurement, and numbers typed by hand."""
-    assert len(runs) == 3
-    assert example.table(runs) in guide
-    assert example.bits_table(runs[0]) in guide
-
-
-def test_the_text_quotes_the_first_run(runs, guide):
+def test_the_text_quotes_the_first_run():
     """Catches sentences about another measurement than the one stored."""
-    camera, lognormal = (runs[0][name] for name in ("camera", "lognormal"))
+    camera, lognormal = (RUNS[0][name] for name in ("camera", "lognormal"))
 
     def at(network: dict[str, Any], kind: str, way: str, size: float) -> dict[str, float]:
         axis = "bits" if kind == "bits" else "left"
@@ -55,8 +45,7 @@ def test_the_text_quotes_the_first_run(runs, guide):
 
     last = at(lognormal, "weights", "importance", 0.3)
     coarse = at(lognormal, "bits", "importance", 2.0)
-    second = runs[1]["camera"]
-    text = " ".join(guide.split())
+    second = RUNS[1]["camera"]
     for quoted in (
         "With 30 % of the weights the camera's network has"
         f" {J(camera, 'weights', 'magnitude', 0.3)} by magnitude and"
@@ -82,19 +71,19 @@ def test_the_text_quotes_the_first_run(runs, guide):
         f"with 10 % of its weights ({J(camera, 'weights', 'importance', 0.1)}) than with all"
         f" ({camera['whole']['transmission']:.2f} ± {camera['whole']['transmission_error']:.2f})",
     ):
-        assert quoted in text, quoted
+        assert quoted in TEXT, quoted
 
 
-def test_importance_is_never_behind(runs, example):
+def test_importance_is_never_behind():
     """The claims of the section, of every run: over the whole network importance needs no more
     weights than magnitude, and fewer in four of six networks; fewer units; and keeps more with 1.5
     bits or less. Catches results that are stored although the claims fail."""
     fewer = 0
-    for run in runs:
+    for run in RUNS:
         for network, found in run.items():
             whole = found["whole"]["transmission"]
             sizes = {
-                (kind, way): example.intact(found[kind][way], "left", whole) or 1.0
+                (kind, way): pruning_information.intact(found[kind][way], "left", whole) or 1.0
                 for kind in ("weights", "units")
                 for way in ("importance", "magnitude")
             }
@@ -107,41 +96,26 @@ def test_importance_is_never_behind(runs, example):
     assert fewer == 4
 
 
-def test_tables_of_costs_are_those_of_the_stored_results(stored, guide, monkeypatch):
-    """Catches tables that an older measurement has left in the guide, and marks without a table."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    tables = importlib.import_module("benchmarks.report.parameter_tables")
-    found = tables.stored(stored)
-    assert set(found) == set(tables.TABLES)
-    assert tables.written(guide, found) == guide
-    for name, table in found.items():
-        assert f"<!-- {name} -->\n{table}\n" in guide, name
-
-
-def test_the_table_of_tasks_is_the_measured_one(stored, guide, monkeypatch):
-    """Catches a table or a gain of another run than the one stored."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    example = importlib.import_module("continual_digits")
-    protocols = stored["continual"]["figures"]["protocols"]
-    assert example.table(protocols) in guide
-    permuted = protocols["permuted"]
+def test_the_text_quotes_the_gains_of_the_tasks():
+    """Catches a gain of another run than the one stored."""
+    permuted = STORED["continual"]["figures"]["protocols"]["permuted"]
     gains = {way: 100 * statistics.mean(found["gain"]) for way, found in permuted.items()}
     assert (
         f"the online variant keeps {gains['online']:.1f} points more than fine-tuning, the sum"
         f" over all tasks {gains['consolidation']:.1f} more; joint training is"
         f" {gains['joint'] - gains['online']:.1f} above the better of the two"
-    ) in " ".join(guide.split())
+    ) in TEXT
 
 
-def test_what_is_said_of_widths_is_what_was_measured(stored):
+def test_what_is_said_of_widths_is_what_was_measured():
     """Medians over seeds. Catches a caption that the figure does not show."""
-    networks = stored["widths"]["figures"]["networks"]
+    networks = STORED["widths"]["figures"]["networks"]
 
     def middle(name: str) -> list[float]:
         widths = sorted({row["width"] for row in networks})
         return [statistics.median(r[name] for r in networks if r["width"] == w) for w in widths]
 
-    assert max(middle("rank")) <= stored["widths"]["figures"]["samples"] == 128
+    assert max(middle("rank")) <= STORED["widths"]["figures"]["samples"] == 128
     for name in ("effective rank", "participation ratio"):
         assert all(2.5 < value < 4.5 for value in middle(name)), name
     dimension = middle("effective dimension")

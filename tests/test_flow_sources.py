@@ -97,23 +97,6 @@ def test_a_score_with_a_mean_is_none(shift):
     assert any("mean of the score" in note for note in info.notes)
 
 
-@pytest.mark.parametrize("kind", ["score", "simulator"])
-def test_growing_reads_the_same_samples(kind):
-    """Catches a second pass whose score or tangents are those of other samples."""
-    data = source(kind, 1)
-    whole = ff.fisher_information(data, max_features=D + 256)
-    grown = ff.fisher_information(data, max_features=D + 256, settings=ff.Settings(grow=True))
-    at = {int(k): float(J) for k, J in zip(whole.curve_k, whole.curve_J, strict=True)}
-    shared = [
-        (float(J), at[int(k)])
-        for k, J in zip(grown.curve_k, grown.curve_J, strict=True)
-        if int(k) in at
-    ]
-    assert shared
-    for mine, theirs in shared:
-        assert mine == pytest.approx(theirs, rel=1e-5)
-
-
 @pytest.mark.parametrize("kind", ["pathwise", "score"])
 def test_batches_do_not_matter(kind):
     """Catches folds that begin anew with each batch, of tensors and of loaders; these differ in the

@@ -46,12 +46,8 @@ class Mix(nn.Module):
 
 
 COPIES = {
-    "copy": lambda z: torch.cat([z, z[:, :1]], 1),
     "copies first": lambda z: torch.cat([z[:, 2:], z], 1),
     "all twice": lambda z: torch.cat([z, z], 1),
-    "negated": lambda z: torch.cat([z, -z[:, 1:2]], 1),
-    "twice as large": lambda z: torch.cat([z, 2 * z[:, :2]], 1),
-    "sum": lambda z: torch.cat([z, z.sum(1, keepdim=True)], 1),
     "sums": lambda z: torch.cat([z, z[:, :2] - 0.3 * z[:, 2:], z @ torch.ones(4, 3)], 1),
     "constant": lambda z: torch.cat([z, torch.full_like(z[:, :2], 3.0)], 1),
     "zero": lambda z: torch.cat([torch.zeros_like(z[:, :2]), z], 1),
@@ -59,7 +55,6 @@ COPIES = {
 SCALES = {
     "1e12": lambda z: z * torch.tensor([1.0, 1e12, 1e4, 1e8]),
     "1e-12": lambda z: z * torch.tensor([1e-12, 1.0, 1e-6, 1e-3]),
-    "1e-6 to 1e6": lambda z: z * torch.tensor([1e-6, 1e-2, 1e2, 1e6]),
     "copy of another scale": lambda z: torch.cat([z, 1e12 * z[:, :1]], 1),
 }
 

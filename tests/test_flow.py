@@ -180,40 +180,32 @@ def test_units_and_offset_of_the_data_do_not_matter(scale, offset):
         torch.testing.assert_close(info.curve_J, expected.curve_J, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
-def test_unit_of_theta(paired):
-    """theta in mm, not m: J, stderr, lower, all by 1e-6. Catches a step left out somewhere."""
+@pytest.mark.parametrize("kind", ["independent", "paired", "several"])
+def test_units_of_theta(kind):
+    """theta in mm, not m: J, stderr, lower, all by 1e-6, J_ij by both units, fractions not at all.
+    Catches a step left out somewhere."""
+    units = torch.tensor([1000.0] if kind != "several" else [1.0, 1000.0, 0.01]).double()
     minus, plus = (x.double() for x in samples(4000))  # J of the input is 3 errors above 0
-    model = seeded(mlp).double()
-    metres, millimetres = (
-        measure(model, ff.FiniteDifference(minus, plus, step, paired=paired))
-        for step in (DTHETA, DTHETA * 1000)
-    )
-    for layer in metres:
-        other = millimetres[layer.name]
+
+    def measured(units: torch.Tensor) -> ff.FisherFlow:
+        if kind == "several":
+            data = three_parameters(8000, units=units.tolist())
+        else:
+            data = ff.FiniteDifference(minus, plus, DTHETA * units, paired=kind == "paired")
+        return measure(seeded(mlp).double(), data)
+
+    plain, scaled = measured(torch.ones_like(units)), measured(units)
+    for layer in plain:
+        other = scaled[layer.name]
         for name in (*MATRICES, "curve_J", "curve_stderr"):
-            expected = getattr(layer, name) / 1e6
-            torch.testing.assert_close(getattr(other, name), expected, rtol=1e-9, atol=1e-15)
+            matrix = getattr(other, name) * torch.outer(units, units)
+            # the bound of the output inverts a matrix of rank 1: 1e-8 of its size seen
+            tolerance = 1e-6 if kind == "several" and name.startswith("lower") else 1e-9
+            torch.testing.assert_close(matrix, getattr(layer, name), rtol=tolerance, atol=tolerance)
         assert other.features == layer.features
         torch.testing.assert_close(other.finite_step, layer.finite_step, rtol=1e-9, atol=0)
-        torch.testing.assert_close(other.crlb, layer.crlb * 1000, rtol=1e-9, atol=0)
-    for name, fraction in metres.fractions().items():
-        assert millimetres.fractions()[name] == pytest.approx(fraction, rel=1e-9)
-
-
-def test_units_of_several_parameters():
-    """Each theta in its own unit: J_ij by both units, fractions not at all."""
-    units = torch.tensor([1.0, 1000.0, 0.01], dtype=torch.float64)
-    model = seeded(mlp).double()
-    plain = measure(model, three_parameters(8000))
-    scaled = measure(model, three_parameters(8000, units=units.tolist()))
-    for layer in plain:
-        for name in MATRICES:
-            matrix = getattr(scaled[layer.name], name) * torch.outer(units, units)
-            # the bound of the output inverts a matrix of rank 1: 1e-8 of its size seen
-            tolerance = 1e-6 if name.startswith("lower") else 1e-9
-            torch.testing.assert_close(matrix, getattr(layer, name), rtol=tolerance, atol=tolerance)
-        assert scaled[layer.name].features == layer.features
+        if kind != "several":  # of rank 1 there is no bound
+            torch.testing.assert_close(other.crlb, layer.crlb * units, rtol=1e-9, atol=0)
     for name, fraction in plain.fractions().items():
         assert scaled.fractions()[name] == pytest.approx(fraction, rel=1e-8, abs=1e-10)
         error = plain.fraction_errors()[name]

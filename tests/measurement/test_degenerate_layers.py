@@ -9,27 +9,20 @@ import math
 
 import pytest
 import torch
+from support.gaussian_shift import samples
 from torch import nn
 
 import fisherfast as ff
 
 SOURCES = ["paired", "tangents", "scores", "independent"]
 DIM, HIDDEN = 6, 4
-DTHETA = 0.1
 RAW_ONLY = 1  # max_features below the width: no lift, which differs between layers
 
 
-def data(source: str, n: int = 4000, seed: int = 0):
+def data(source: str) -> ff.data.Data:
     """White noise moved along (1, .., 1): J = 6."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, DIM, generator=generator)
-    if source == "tangents":
-        return ff.Pathwise(x, torch.ones(n, DIM))
-    if source == "scores":
-        return ff.Score(x, x.double().sum(1))
-    other = x if source == "paired" else torch.randn(n, DIM, generator=generator)
-    minus, plus = x - DTHETA / 2, other + DTHETA / 2
-    return ff.FiniteDifference(minus, plus, DTHETA, paired=source == "paired")
+    one = torch.ones(DIM, dtype=torch.float64)
+    return samples(source, torch.diag(one), one, n=4000, seed=0)
 
 
 class Mix(nn.Module):

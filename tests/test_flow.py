@@ -500,14 +500,6 @@ def test_things_that_are_no_data(data):
         ff.fisher_information(data)
 
 
-def test_arguments_after_the_data_are_keywords():
-    """Catches a position that users could rely on."""
-    with pytest.raises(TypeError, match="positional"):
-        ff.fisher_flow(seeded(mlp), two_conditions(), "auto")
-    with pytest.raises(TypeError, match="positional"):
-        ff.fisher_information(two_conditions(), 16)
-
-
 # --- interruptions, progress, chains ---
 
 

@@ -87,9 +87,9 @@ def test_shuffled_they_are_not(source):
             ff.fisher_information(SOURCES[source](DEPENDENT[case]()[order]))
 
 
-@pytest.mark.parametrize("tails", [1.0, 3.0, 30.0])
+@pytest.mark.parametrize("tails", [1.0, 3.0])
 def test_independent_samples_are_not_accused(tails):
-    """40 data sets of Student's t with 1 (no mean), 3 and 30 degrees of freedom: none at 5 standard
+    """40 data sets of Student's t with 1 (no mean) and 3 degrees of freedom: none at 5 standard
     errors, where 6e-7 are expected of normal correlations. One accused in 20 is found with a
     probability of 0.98 (80 measurements)."""
     for seed in range(40):

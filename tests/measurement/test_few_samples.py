@@ -13,37 +13,27 @@ import re
 
 import pytest
 import torch
+from support.gaussian_shift import samples
 from torch import nn
 
 import fisherfast as ff
 
-SOURCES = ["paired", "tangents", "scores", "independent"]
-DTHETA = 0.1
 INFORMATION = 9.0
 
 # few samples of independent conditions: the noise of J alone may look like a wide step
 pytestmark = pytest.mark.filterwarnings("ignore:dtheta sqrt")
 
 
-def signal(shape: tuple[int, ...]) -> torch.Tensor:
-    """A smooth signal in white noise with INFORMATION in all."""
-    size = math.prod(shape)
-    m = torch.linspace(-1, 1, size).square().reshape(shape)
+def signal(width: int) -> torch.Tensor:
+    """A smooth signal [width] in white noise with INFORMATION in all."""
+    m = torch.linspace(-1, 1, width, dtype=torch.float64).square()
     return m * math.sqrt(INFORMATION) / m.norm()
 
 
-def shifted(source: str, n: int, shape: tuple[int, ...], seed: int = 0):
-    """Unit white noise moved along `signal`, as a source holds it; n samples of each condition."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, *shape, generator=generator)
-    m = signal(shape)
-    if source == "tangents":
-        return ff.Pathwise(x, m.expand(n, *shape))
-    if source == "scores":
-        return ff.Score(x, (x * m).flatten(1).sum(1))
-    other = x if source == "paired" else torch.randn(n, *shape, generator=generator)
-    minus, plus = x - m * DTHETA / 2, other + m * DTHETA / 2
-    return ff.FiniteDifference(minus, plus, DTHETA, paired=source == "paired")
+def shifted(source: str, n: int, width: int) -> ff.data.Data:
+    """n samples of each condition: unit white noise moved along `signal`."""
+    root = torch.eye(width, dtype=torch.float64)
+    return samples(source, root, signal(width), n=n, seed=0)
 
 
 def assert_measured(info) -> None:
@@ -59,14 +49,14 @@ def assert_measured(info) -> None:
 # --- layers of every width -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", ["paired", "scores", "independent"])
 def test_300_samples_with_layers_of_every_width(source):
     """Layers narrower than max_features were refused, wider ones compressed; and the whole
     measurement ended in an error because of one layer."""
     torch.manual_seed(1)
     widths = [64, 100, 200, 290, 300, 310, 400, 599, 600, 601, 4]
     layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
-    flow = ff.fisher_flow(nn.Sequential(*layers), shifted(source, 300, (64,)), max_features=512)
+    flow = ff.fisher_flow(nn.Sequential(*layers), shifted(source, 300, 64), max_features=512)
     assert len(flow.layers) == len(widths)
     for info in flow.layers:
         assert_measured(info)
@@ -86,7 +76,7 @@ def test_compressed_layers_are_not_wrong_by_factors(source, width):
     is compressed with 300 samples keeps less; it must say so or be right. 5 errors: 6e-7."""
     torch.manual_seed(2)
     model = nn.Linear(64, width)
-    info = ff.fisher_flow(model, shifted(source, 300, (64,)), max_features=16)["output"]
+    info = ff.fisher_flow(model, shifted(source, 300, 64), max_features=16)["output"]
     assert_measured(info)
     error = abs(info.value - INFORMATION)
     assert info.status != "resolved" or error < 5 * float(info.stderr) + 0.1 * INFORMATION
@@ -114,7 +104,7 @@ class Counting(nn.Module):
 def test_ten_samples_are_refused_before_the_model_has_run_over_them(source):
     """The message holds the number of samples that is needed: with so many it is not raised."""
     model = Counting(12, 12, 11, 3)
-    data = shifted(source, 10, (12,))
+    data = shifted(source, 10, 12)
     with pytest.raises(ValueError, match=r"samples") as error:
         ff.fisher_flow(model, data, settings=ff.Settings(batch_size=2))
     conditions = 2 if source in ("paired", "independent") else 1
@@ -122,7 +112,7 @@ def test_ten_samples_are_refused_before_the_model_has_run_over_them(source):
     needed = int(re.search(r"at least (\d+) samples", str(error.value)).group(1))
     assert needed > 10
     for info in ff.fisher_flow(
-        model, shifted(source, needed, (12,)), settings=ff.Settings(batch_size=2)
+        model, shifted(source, needed, 12), settings=ff.Settings(batch_size=2)
     ).layers:
         assert_measured(info)
 
@@ -144,7 +134,7 @@ BATCH = 50
 
 def shuffled(n: int, width: int):
     x = torch.randn(n, width, generator=torch.Generator().manual_seed(3))
-    dataset = torch.utils.data.TensorDataset(x, (x @ signal((width,)))[:, None])
+    dataset = torch.utils.data.TensorDataset(x, (x @ signal(width).float())[:, None])
     return ff.Score(torch.utils.data.DataLoader(dataset, batch_size=BATCH, shuffle=True))
 
 
@@ -153,7 +143,7 @@ def stream(n: int, width: int):
         generator = torch.Generator().manual_seed(3)
         for start in range(0, n, BATCH):
             x = torch.randn(min(BATCH, n - start), width, generator=generator)
-            yield x, (x @ signal((width,)))[:, None]
+            yield x, (x @ signal(width).float())[:, None]
 
     return ff.Score(batches)
 

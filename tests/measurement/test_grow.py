@@ -30,15 +30,22 @@ class Counting(nn.Module):
         return x
 
 
-def shifted(generator: torch.Generator, paired: bool = False) -> ff.FiniteDifference:
+def shifted(generator: torch.Generator) -> ff.FiniteDifference:
     """A Gaussian shift: the raw activations know everything."""
     x = torch.randn(2, SAMPLES, DIM, generator=generator)
-    return ff.FiniteDifference(x[0] - 0.05, x[int(not paired)] + 0.05, dtheta=0.1, paired=paired)
+    return ff.FiniteDifference(x[0] - 0.05, x[1] + 0.05, dtheta=0.1)
 
 
-def scaled(generator: torch.Generator, paired: bool = False) -> ff.FiniteDifference:
+def scaled(kind: str, generator: torch.Generator) -> ff.data.Data:
     """A Gaussian scale: the raw activations know nothing, and every lifted feature adds."""
     x = torch.randn(2, SAMPLES, WIDE, generator=generator)
+    if kind == "score":
+        return ff.Score(x.flatten(0, 1), x.flatten(0, 1).square().sum(1) - WIDE)
+    if kind == "simulator":
+        return ff.Simulator(
+            lambda theta, n, g: theta * torch.randn(n, WIDE, generator=g), 1.0, samples=2 * SAMPLES
+        )
+    paired = kind == "paired"
     return ff.FiniteDifference(0.95 * x[0], 1.05 * x[int(not paired)], dtheta=0.1, paired=paired)
 
 
@@ -47,12 +54,13 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-@pytest.mark.parametrize("paired", [False, True], ids=["independent", "paired"])
-def test_growing_to_the_end_equals_one_pass_to_the_bit(generator, paired):
+@pytest.mark.parametrize("kind", ["independent", "paired", "score", "simulator"])
+def test_growing_to_the_end_equals_one_pass_to_the_bit(generator, kind):
     """Catches moments of known features that are added twice, features of another draw, folds that
-    go on where the last pass ended, and products of pairs that are added twice. The curve still
-    rises at the first size (a power check: it is left), so that all features are reached."""
-    data = scaled(generator, paired)
+    go on where the last pass ended, products of pairs that are added twice, and a later pass whose
+    score or tangents are those of other samples. The curve still rises at the first size (a power
+    check: it is left), so that all features are reached."""
+    data = scaled(kind, generator)
     grown = ff.fisher_information(data, max_features=GROWN, settings=ff.Settings(grow=True))
     fixed = ff.fisher_information(data, max_features=GROWN)
     assert int(grown.curve_k[-1]) == GROWN

@@ -40,9 +40,7 @@ def test_settings_are_plain_and_frozen():
         settings.folds = 8
 
 
-def test_settings_that_the_data_or_the_call_refuse():
-    """Catches folds too few for a jackknife of pairs, and maps of a call that returns none."""
-    with pytest.raises(ValueError, match=r"^folds must be even and at least 6, got 4$"):
-        ff.fisher_information(ff.Pathwise(X, X), settings=ff.Settings(folds=4))
+def test_settings_that_the_call_refuses():
+    """Catches maps of a call that returns none. Folds: `test_fewest_folds` of the flow."""
     with pytest.raises(ValueError, match=r"^maps must be False for fisher_information, got True: "):
         ff.fisher_information(ff.Score(X, X[:, 0]), settings=ff.Settings(maps=True))

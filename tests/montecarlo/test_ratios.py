@@ -44,11 +44,8 @@ def in_square(flow: ff.FisherFlow, name: str) -> float:
     ("source", "activation", "max_features"),
     [
         ("paired", None, 32),
-        ("scores", None, 32),
-        ("tangents", nn.ReLU, RAW_ONLY),
         ("independent", nn.ReLU, RAW_ONLY),
         ("tangents", nn.ReLU, 32),
-        ("paired", nn.ReLU, 32),
     ],
 )
 def test_stated_errors_of_fractions_are_those_seen(source, activation, max_features):

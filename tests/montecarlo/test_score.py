@@ -1,4 +1,4 @@
-"""J from the score, on the published task and on photon counts."""
+"""J from the score, on the published task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from montecarlo.replications import of_features
 
-from fisherfast.problems import Camera, LogNormal, glyph_scene
+from fisherfast.problems import LogNormal
 
 
 @pytest.mark.slow
@@ -28,16 +28,3 @@ def test_published_lognormal_task():
     assert (
         abs(float(torch.stack([layer.lower for layer in layers]).mean()) / large.value - 1) < 0.03
     )
-
-
-@pytest.mark.slow
-def test_camera_with_photon_noise():
-    """Photon counts, which have no derivative at all: 3 standard errors, a false alarm in 370."""
-    camera = Camera(
-        glyph_scene(), white_std=0.0, row_std=0.0, correlated_std=0.0, gain=0.3, psf_sigma=0.5
-    )
-    info = of_features(camera.scored(0.1, 4000), max_features=64)
-    truth = float(camera.fisher(0.1))
-    assert abs(info.value - truth) < 3 * float(info.stderr)
-    assert float(info.stderr) < 0.05 * truth
-    assert abs(float(info.lower) - truth) < 4 * float(info.lower_stderr)

@@ -87,12 +87,6 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     )
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    """The same measurements in one process."""
-    return rank_cases.measured(rank_cases.dealt_cases())
-
-
 def alone_in_shares(size: int) -> dict[str, Any]:
     cases = {
         name: (model, rank_cases.Batches(data, size), settings)
@@ -101,34 +95,27 @@ def alone_in_shares(size: int) -> dict[str, Any]:
     return rank_cases.measured(cases)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_measure_what_one_process_does(alone, size, tmp_path):
+@pytest.mark.slow
+def test_ranks_measure_what_one_process_does(tmp_path):
     """Catches folds and halves that begin anew on a rank, samples counted twice or by nobody, sums
     or counts that are not added up, or added up again in a later pass, pilots that differ, and
-    ranks whose bits differ."""
-    found = results_of(run_ranks("agree", size, tmp_path))
-    expected = {"dealt": alone, "shared": alone_in_shares(size)}
-    for kind, cases in expected.items():
+    ranks whose bits differ. Three ranks: `test_groups_come_and_go`, `test_the_benchmark_runs`."""
+    alone = rank_cases.measured(rank_cases.dealt_cases())
+    for name in ("grow", "grow, score"):  # the measurements compared take many passes
+        assert int(alone[name]["input curve_k"][-1]) > rank_cases.SCALED + 64
+    for name in ("wide", "wide, pathwise", "wide, score"):
+        assert float(alone[name]["input is krylov"]) == 1
+    assert float(alone["float64"]["input is krylov"]) == 0
+    first, second = results_of(run_ranks("agree", 2, tmp_path))
+    for kind, cases in {"dealt": alone, "shared": alone_in_shares(2)}.items():
         for name, numbers in cases.items():
-            same = found[0][kind][name]
+            bound = PRODUCTS_OF_FLOAT32 if (kind, name) == ("shared", "float32") else AGREEMENT
+            same, other = first[kind][name], second[kind][name]
             for key in numbers:
                 one = difference({key: same[key]}, {key: numbers[key]})
-                bound = PRODUCTS_OF_FLOAT32 if (kind, name) == ("shared", "float32") else AGREEMENT
                 assert one < bound, f"{kind} {name}: {key}"
-            for other in found[1:]:
-                assert float(other[kind][name].pop("warnings")) == 0
-                assert all(
-                    torch.equal(value, same[key]) for key, value in other[kind][name].items()
-                )
-
-
-def test_the_measurements_compared_take_many_passes(alone):
-    """Catches a comparison that says nothing of passes: none grows, no layer is compressed."""
-    for name in ("grow", "grow, score"):
-        assert int(alone[name]["input curve_k"][-1]) > rank_cases.SCALED + 64
-    for name in ("wide", "wide, paired", "wide, pathwise", "wide, score"):
-        assert float(alone[name]["input is krylov"]) == 1
-    assert float(alone["independent"]["input is krylov"]) == 0
+            assert float(other.pop("warnings")) == 0
+            assert all(torch.equal(value, same[key]) for key, value in other.items())
 
 
 SAME = "must be the same on all ranks, got"
@@ -204,13 +191,10 @@ def test_every_rank_hears_of_an_error(together):
             assert other[name] == f"OtherRankError: {of_other}: {failed[name]}", name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "size"),
-    [
-        pytest.param("kill 0", 2, marks=pytest.mark.slow),
-        pytest.param("kill 1", 3, marks=pytest.mark.slow),
-        ("stop 1", 2),
-    ],
+    [("kill 0", 2), ("kill 1", 3), ("stop 1", 2)],
 )
 def test_a_rank_that_ends_or_stops_leaves_an_error(case, size, tmp_path):
     """Catches a hang: neither the measurement nor the next one may take much longer than the

@@ -8,11 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from support.recorded_camera import CENTER, EDGE
 
 from fisherfast.problems import load_camera_npz, published_positions
 
-CENTER = np.array([-0.3, 0.0, 0.3])
-EDGE = np.array([p for p in np.arange(-15, 16) * 0.3 if abs(p) > 0.45])
 CENTER_FRAMES, EDGE_FRAMES = 9, 4
 
 

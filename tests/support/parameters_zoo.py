@@ -185,16 +185,13 @@ def residual() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 1), Residual(), *mean_head(2, dims=(2, 3)))
 
 
-class Attention(nn.Module):
+def attention() -> nn.Module:
     """Multi-head attention of a sequence with itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.head = nn.Linear(4, OUTPUTS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+    return Written(
+        lambda m, x: m.head(m.attention(x, x, x, need_weights=False)[0].mean(1)),
+        attention=nn.MultiheadAttention(4, 2, batch_first=True),
+        head=nn.Linear(4, OUTPUTS),
+    )
 
 
 def transformer() -> nn.Module:
@@ -202,29 +199,23 @@ def transformer() -> nn.Module:
     return nn.Sequential(layer, *mean_head(4))
 
 
-class TimeFirst(nn.Module):
+def time_first() -> nn.Module:
     """A transformer that sees [time, n, d]: its rows are not the samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(2, 4)
-        self.layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=False)
-        self.head = nn.Linear(4, OUTPUTS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(self.embed(x.transpose(0, 1))).mean(0))
+    return Written(
+        lambda m, x: m.head(m.layer(m.embed(x.transpose(0, 1))).mean(0)),
+        embed=nn.Linear(2, 4),
+        layer=nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=False),
+        head=nn.Linear(4, OUTPUTS),
+    )
 
 
-class Recurrent(nn.Module):
+def recurrent(kind: type[nn.RNNBase]) -> nn.Module:
     """The last state of a recurrent network."""
-
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.rnn = kind(2, 3, batch_first=True)
-        self.head = nn.Linear(3, OUTPUTS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0][:, -1])
+    return Written(
+        lambda m, x: m.head(m.rnn(x)[0][:, -1]),
+        rnn=kind(2, 3, batch_first=True),
+        head=nn.Linear(3, OUTPUTS),
+    )
 
 
 class Windows(nn.Module):
@@ -318,16 +309,13 @@ def partly_frozen() -> nn.Module:
     return model
 
 
-class Checkpointed(nn.Module):
+def checkpointed() -> nn.Module:
     """A block whose activations are computed again on the way back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
-        self.head = nn.Linear(4, OUTPUTS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(checkpoint(self.block, x, use_reentrant=False)))
+    return Written(
+        lambda m, x: m.head(torch.tanh(checkpoint(m.block, x, use_reentrant=False))),
+        block=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)),
+        head=nn.Linear(4, OUTPUTS),
+    )
 
 
 def keywords() -> nn.Module:
@@ -376,11 +364,11 @@ NETWORKS: dict[str, Network] = {
     "embedding": Network(embedding, (5,), tokens=True),
     "embedding padded": Network(partial(embedding, padding_idx=2), (5,), tokens=True),
     "residual": Network(residual, (1, 4, 4)),
-    "attention": Network(Attention, SEQUENCE),
+    "attention": Network(attention, SEQUENCE),
     "transformer": Network(transformer, SEQUENCE),
-    "transformer, time first": Network(TimeFirst, (4, 2)),
-    "LSTM": Network(partial(Recurrent, nn.LSTM), (3, 2)),
-    "GRU": Network(partial(Recurrent, nn.GRU), (3, 2)),
+    "transformer, time first": Network(time_first, (4, 2)),
+    "LSTM": Network(partial(recurrent, nn.LSTM), (3, 2)),
+    "GRU": Network(partial(recurrent, nn.GRU), (3, 2)),
     "windows": Network(Windows, (8,)),
     "windows mixed": Network(WindowsMixed, (8,)),
     "called twice": Network(twice, (4,)),
@@ -390,6 +378,6 @@ NETWORKS: dict[str, Network] = {
     "unused and frozen": Network(Unused, (4,)),
     "weight norm": Network(parametrized, (4,)),
     "partly frozen": Network(partly_frozen, (4,)),
-    "checkpoint": Network(Checkpointed, (4,)),
+    "checkpoint": Network(checkpointed, (4,)),
     "keywords": Network(keywords, (4,)),
 }

@@ -110,7 +110,6 @@ def dealt_cases() -> Cases:
     scored = one.scored([0.0], N)
     loader = DataLoader(TensorDataset(scored._x, scored._companion), batch_size=90)
     return {
-        "independent": (net(), conditions(1), {}),
         "paired": (net(), conditions(1, paired=True), {}),
         "pathwise": (net(), one.pathwise([0.0], N), {}),
         "score": (net(), two.scored([0.0, 0.0], N), {}),
@@ -129,7 +128,6 @@ def dealt_cases() -> Cases:
             {"settings": MAPS},
         ),
         "wide": (net(WIDE), conditions(1, WIDE_SAMPLES, WIDE), small),
-        "wide, paired": (net(WIDE), conditions(1, WIDE_SAMPLES, WIDE, paired=True), small),
         "wide, pathwise": (net(WIDE), wide.pathwise([0.0], WIDE_SAMPLES), small),
         "wide, score": (net(WIDE), wide.scored([0.0], WIDE_SAMPLES), small),
         "one batch": (net(), one.scored([0.0], N), {"settings": ONE_BATCH}),

@@ -1,7 +1,5 @@
 """Warnings and errors that several parts of the library raise."""
 
-__all__ = ["FisherWarning"]
-
 
 class FisherWarning(UserWarning):
     """Warn that a result may be wrong: the finite step is too wide, the mean score is far from

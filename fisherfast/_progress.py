@@ -5,8 +5,6 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Protocol
 
-__all__ = ["Bar", "progress_bar"]
-
 
 class Bar(Protocol):
     """The methods of a progress bar that the library uses."""

@@ -7,8 +7,6 @@ import math
 import numbers
 from typing import Any
 
-__all__ = ["check_positive", "check_seed", "check_whole"]
-
 SEEDS = 2**63
 """Seeds lie in [-SEEDS, SEEDS), the range of int64."""
 

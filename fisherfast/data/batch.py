@@ -16,8 +16,6 @@ import torch
 from fisherfast.data.dealing import Place
 from fisherfast.data.groups import Groups
 
-__all__ = ["Batch", "Data", "Numbered", "Round", "Wrapper", "abreast"]
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -19,8 +19,6 @@ from functools import cached_property, lru_cache
 
 import torch
 
-__all__ = ["Dealing", "Place", "Tally", "cells_of", "folds_of_half", "hashed"]
-
 RANK_STRIDE = 2**44
 """Distance between the numbers hashed by two ranks with streams of unknown length."""
 

@@ -20,8 +20,6 @@ from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
-__all__ = ["FiniteDifference", "check_dtheta"]
-
 
 class FiniteDifference(FromSources):
     r"""Samples at theta - dtheta/2 and at theta + dtheta/2.

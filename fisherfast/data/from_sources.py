@@ -12,8 +12,6 @@ from fisherfast.data import sources
 from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.sources import Source
 
-__all__ = ["FromSources"]
-
 
 class FromSources(Data):
     """Conditions that are read from one source each."""

@@ -12,8 +12,6 @@ import torch
 from fisherfast.data import sources
 from fisherfast.data.sources import Source
 
-__all__ = ["Groups", "check_groups", "joined_groups"]
-
 Label = int | float | str
 
 NAMED = 5

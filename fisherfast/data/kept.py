@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from fisherfast.data.batch import Batch, Data, Wrapper
 
-__all__ = ["KeptData"]
-
 
 class KeptData(Wrapper):
     """Batches of a source, kept when they are first read: the same samples at every pass.

@@ -15,8 +15,6 @@ from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
 from fisherfast.data.sources import Source
 
-__all__ = ["Pathwise", "Score"]
-
 
 class PerSample(FromSources):
     """One condition at theta, each of whose samples has a companion: its tangents or score."""

@@ -8,9 +8,6 @@ import torch
 
 from fisherfast.data.dealing import Place
 
-__all__ = ["KeptSamples"]
-
-
 MOST_CHUNKS = 2
 """Chunks of a condition that are kept before they are joined."""
 

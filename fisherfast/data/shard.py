@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from fisherfast.data.batch import Data, Numbered, Wrapper
 
-__all__ = ["Shard"]
-
 
 class Shard(Wrapper):
     """This process's own share of the samples, for a measurement by many processes.

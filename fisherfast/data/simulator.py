@@ -16,8 +16,6 @@ from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.data.sources import as_batch
 
-__all__ = ["Simulator"]
-
 Draw = Callable[[torch.Tensor, int, torch.Generator], torch.Tensor]
 
 DERIVATIVES = ("pathwise", "paired", "independent")

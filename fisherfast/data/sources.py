@@ -8,20 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = [
-    "Source",
-    "as_batch",
-    "check_floating",
-    "check_source",
-    "count",
-    "deal",
-    "divisible",
-    "iterate",
-    "pick",
-    "repeats",
-    "resident",
-]
-
 Source = Any
 """A tensor or array [n, ...], a Dataset, a DataLoader, an iterable of batches, or a function that
 returns one."""

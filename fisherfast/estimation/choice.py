@@ -9,8 +9,6 @@ import torch
 
 from fisherfast.estimation.curve import FisherCurve
 
-__all__ = ["Choice", "choose_features"]
-
 PLATEAU = 0.75
 """A plateau counts as reached if the chosen k leaves the last quarter of the lifted features
 unused."""

@@ -33,16 +33,6 @@ from fisherfast.estimation.variance import (
     pair_product,
 )
 
-__all__ = [
-    "FisherCurve",
-    "SingularCovarianceError",
-    "at_least",
-    "cross_fitted_bound",
-    "fisher_curve",
-    "independent_features",
-    "whitened",
-]
-
 SMALL_TRIANGLE = 128
 """Size up to which a triangle is inverted by a plain solve."""
 

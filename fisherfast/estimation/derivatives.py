@@ -16,8 +16,6 @@ import torch
 from fisherfast.data.dealing import Place
 from fisherfast.estimation.features import Lift
 
-__all__ = ["DerivativeMoments", "FoldScore", "ScoreMoments", "TangentMoments"]
-
 TILE_ROWS = 1024
 """Rows of features or tangents in memory at a time: 4 MB of float64 for 512 features."""
 

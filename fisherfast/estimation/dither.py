@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["HALF_TYPES", "StepMeter", "dither", "dithered"]
-
 ROWS = 256
 """Samples that are searched for ties: about nine are found for steps of 1/1000 of the spread."""
 

@@ -22,8 +22,6 @@ from fisherfast.estimation.variance import (
     pair_product,
 )
 
-__all__ = ["FoldEstimate", "ScoreEstimate", "fold_estimate", "score_estimate", "score_theory"]
-
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 

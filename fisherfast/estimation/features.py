@@ -27,8 +27,6 @@ from fisherfast.estimation.ridge import (
     raw_ridge,
 )
 
-__all__ = ["FeatureDictionary", "Lift"]
-
 LIFT_SLOPE = -1.0
 """Slope of the leaky ReLU below zero; -1 is the absolute value |W z + b|.
 

@@ -23,8 +23,6 @@ from fisherfast.estimation.derivatives import (
 )
 from fisherfast.estimation.features import Lift
 
-__all__ = ["FoldMoments", "FoldStatistics", "FoldSums", "about_fold_means"]
-
 
 @dataclass(frozen=True)
 class SampleFeatures:

@@ -13,8 +13,6 @@ import torch
 
 from fisherfast.estimation.pilot import Standardisation
 
-__all__ = ["KRYLOV_VECTORS", "KrylovSpace", "projected"]
-
 KRYLOV_VECTORS = 16
 """Vectors per parameter, q: for noise with long-range correlations J still gains 1 % from 12 to 16,
 and each more takes a pass."""

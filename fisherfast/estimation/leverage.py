@@ -17,18 +17,6 @@ import torch
 from fisherfast.estimation.fold_moments import SampleFeatures
 from fisherfast.estimation.variance import covariance_of_entries, pair_product
 
-__all__ = [
-    "Seen",
-    "excess_covariance",
-    "inverse_excess",
-    "left_out_score",
-    "leverage",
-    "pair_correlations",
-    "score_corrections",
-    "score_covariance",
-    "seen_along_curve",
-]
-
 MOST_LEVERAGE = 1 - 1e-6
 """Upper limit of leverages: a sample that alone determines a feature has leverage 1, and without it
 the covariance is singular."""

@@ -31,8 +31,6 @@ from fisherfast.estimation.leverage import Seen, leverage
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
 
-__all__ = ["MapMoments", "estimate_map"]
-
 KEPT_SAMPLES = 256
 """Samples over all conditions that are kept to compute leverages."""
 

@@ -12,8 +12,6 @@ from fisherfast.estimation.ridge import (
     relative_rounding,
 )
 
-__all__ = ["PilotMoments", "Standardisation"]
-
 PILOT_ROWS = 2
 """Samples per activation needed to estimate the condition of a covariance, which is then twice too
 large."""

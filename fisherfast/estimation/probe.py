@@ -25,8 +25,6 @@ from fisherfast import ops
 from fisherfast.estimation.features import FeatureDictionary, Lift
 from fisherfast.estimation.ridge import AUTO, LIFT_RIDGE, RidgeSetting
 
-__all__ = ["Probe", "ProbedDictionary", "Regression", "Trained", "train_probe"]
-
 WIDTH = 128
 """Units of each hidden layer."""
 

@@ -18,21 +18,6 @@ from typing import Literal
 
 import torch
 
-__all__ = [
-    "AUTO",
-    "HIDDEN_SHARE",
-    "INPUT_ROUNDING",
-    "LIFT_RIDGE",
-    "MOSTLY_RIDGE",
-    "ROUNDING",
-    "RidgeSetting",
-    "as_vector",
-    "check_ridge",
-    "raw_ridge",
-    "relative_rounding",
-    "with_ridge",
-]
-
 RidgeSetting = float | Literal["auto"]
 """A number for all features, relative to the variance of each, or "auto"."""
 

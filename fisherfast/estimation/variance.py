@@ -9,17 +9,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = [
-    "covariance_of_entries",
-    "covariance_variance",
-    "entry_product",
-    "independent_covariance",
-    "independent_variance",
-    "jackknife_covariance",
-    "pair_product",
-    "standard_errors",
-]
-
 
 def entry_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """Compute (A_pp B_qq + B_pp A_qq) / 2 + A_pq B_pq for symmetric A, B [..., P, P]: the entries

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["OtherRankError", "Ranks", "find_ranks", "ranks_of"]
-
 _ON_HOST: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """A gloo group of the same ranks for each group that cannot send tensors on the CPU."""
 

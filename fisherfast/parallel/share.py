@@ -15,8 +15,6 @@ import torch
 from fisherfast.data import Data, Shard
 from fisherfast.data.groups import Groups
 
-__all__ = ["Share", "WholeData", "shares_of"]
-
 
 @dataclass(frozen=True)
 class Share:

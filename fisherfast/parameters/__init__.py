@@ -7,7 +7,8 @@ from fisherfast.parameters.analysis.score import MeanZeroTest, Scores, score
 from fisherfast.parameters.analysis.spectrum import Spectrum
 from fisherfast.parameters.fisher import fisher, from_state_dict
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from fisherfast.parameters.likelihood import Likelihood
+from fisherfast.parameters.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.block import BlockFisher, FullFisher
 from fisherfast.parameters.structures.diagonal import DiagonalFisher

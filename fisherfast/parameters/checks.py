@@ -14,18 +14,6 @@ from torch import Tensor, nn
 from fisherfast.model.default_device import on_host
 from fisherfast.model.isolation import forgetting, own_random_state
 
-__all__ = [
-    "check_choice",
-    "check_damping",
-    "check_evaluation",
-    "check_fits",
-    "check_model",
-    "check_number",
-    "check_options",
-    "forward_alone",
-    "untouched",
-]
-
 DROPOUT = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 

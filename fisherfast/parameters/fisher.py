@@ -14,7 +14,8 @@ from fisherfast.parameters.backward.batches import Data
 from fisherfast.parameters.backward.columns import FisherType, Source
 from fisherfast.parameters.checks import check_choice, check_options
 from fisherfast.parameters.layout import ParameterLayout, Selection
-from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
+from fisherfast.parameters.likelihood import Likelihood
+from fisherfast.parameters.likelihoods import as_likelihood
 from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.block import BlockAccumulator, FullAccumulator
 from fisherfast.parameters.structures.diagonal import DiagonalAccumulator
@@ -22,8 +23,6 @@ from fisherfast.parameters.structures.gram import GramAccumulator
 from fisherfast.parameters.structures.kfac import KroneckerAccumulator
 from fisherfast.parameters.structures.lowrank import LowRankAccumulator
 from fisherfast.parameters.structures.streamed import StreamedAccumulator
-
-__all__ = ["Structure", "fisher", "from_state_dict"]
 
 Structure = Literal["diag", "block", "kfac", "full", "gram", "lowrank", "streamed"]
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from fisherfast.parameters.checks import check_model
 
-__all__ = ["ParameterLayout", "Selection", "module_of", "some_of"]
-
 Selection = None | str | Sequence[str] | Callable[[str], bool]
 """Parameters by name: None for all that require grad, a regular expression, names, a function."""
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from fisherfast.model.default_device import outside
 
-__all__ = ["Likelihood", "check_finite", "check_shape", "one_output_each", "uniform"]
-
 LogProb = Callable[[Tensor, Tensor], Tensor]
 """(f [n, ...], y [n, ...]) to log p(y_i | f_i) [n]."""
 

@@ -17,8 +17,6 @@ from fisherfast.parameters.likelihood import (
     uniform,
 )
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson", "as_likelihood"]
-
 
 class Gaussian(Likelihood):
     """y ~ N(f, variance), independent for each output: the Fisher matrix of f is 1 / variance.

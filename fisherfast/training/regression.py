@@ -28,8 +28,6 @@ from fisherfast.estimation.curve import SPARE_DOF, whitened
 from fisherfast.estimation.ridge import MOSTLY_RIDGE, raw_ridge, relative_rounding
 from fisherfast.estimation.variance import independent_variance
 
-__all__ = ["LiveEstimate", "RegressionMoments", "ThetaBatch"]
-
 WINDOW = 512
 """Samples after which the weight of a batch is 1/e: the effective number is twice as large, and J
 of an output is known to 6 %."""

@@ -24,8 +24,6 @@ from fisherfast.training.attainable import Prior, attainable_error, check_prior
 from fisherfast.training.record import EpochRecord, output_of
 from fisherfast.training.stopping_rule import History, StoppingRule, Verdict
 
-__all__ = ["RULES", "CramerRao", "Transmission"]
-
 TOLERANCE = 0.02
 """Tolerance relative to the largest share: less than slope and offset still add to the error in the
 study of benchmarks/accuracy/early_stopping.py; it costs at most about as much in validation

@@ -20,8 +20,6 @@ from fisherfast.training.record import NOT_MEASURED, EpochRecord
 from fisherfast.training.rules import RULES, Transmission
 from fisherfast.training.stopping_rule import StoppingRule, Verdict
 
-__all__ = ["FisherEarlyStopping", "Monitored"]
-
 STATE_VERSION = 1
 STATE = {"version", "rule", "stopped_epoch", "best_epoch", "best_record", "reason", "weights"}
 

@@ -15,8 +15,6 @@ from typing import ClassVar
 from fisherfast._validation import check_whole
 from fisherfast.training.record import EpochRecord
 
-__all__ = ["History", "StoppingRule", "Verdict"]
-
 History = Sequence[EpochRecord]
 
 

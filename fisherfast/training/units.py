@@ -5,8 +5,6 @@ from __future__ import annotations
 from fisherfast.results.flow import FisherFlow
 from fisherfast.training.record import Errors, output_of
 
-__all__ = ["unit_note"]
-
 FACTOR = 3.0
 """Factor by which the response of an output may differ from one per unit of theta before another
 unit is suspected: no trained estimator overshoots threefold."""

@@ -16,11 +16,9 @@ from fisherfast.parameters.backward.batches import Data
 from fisherfast.parameters.checks import check_choice, check_model, check_number
 from fisherfast.parameters.fisher import fisher as measure
 from fisherfast.parameters.fisher import from_state_dict
-from fisherfast.parameters.likelihoods import Likelihood
+from fisherfast.parameters.likelihood import Likelihood
 from fisherfast.parameters.structures.base import ParameterFisher, check_fisher
 from fisherfast.parameters.structures.diagonal import DiagonalFisher
-
-__all__ = ["ElasticWeightConsolidation"]
 
 STATE_VERSION = 1
 SETTINGS = ("strength", "online", "decay", "new")

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from fisherfast.parameters.checks import check_number
 
-__all__ = ["EffectiveDimension", "effective_dimension"]
-
 
 @dataclass(frozen=True, eq=False)
 class EffectiveDimension:

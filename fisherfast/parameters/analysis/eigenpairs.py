@@ -13,8 +13,6 @@ from torch import Tensor
 from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.checks import check_fits
 
-__all__ = ["Eigenpairs", "check_not_zero", "largest_eigenpairs"]
-
 TOLERANCE = 1e-8
 """Residual at which ARPACK stops, relative to the trace."""
 

@@ -13,8 +13,6 @@ from fisherfast.results.plots import BLUE, GREY, VERMILION, new_figure, sequence
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_importance", "plot_spectrum"]
-
 SIZE = (10.0, 4.0)  # inches, of two axes side by side
 LINES = 12
 """Layers with a line of their own among the members; networks with more show the whole alone."""

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "TSquared", "t_squared"]
-
 RANK = 1e-10
 """Eigenvalue of a correlation matrix below which a direction depends on others: what rounding in
 float32 leaves of one is about 1e-14."""

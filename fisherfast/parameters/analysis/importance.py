@@ -31,8 +31,6 @@ from fisherfast.parameters.layout import ParameterLayout, module_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Importance", "Per", "importance"]
-
 Per = Literal["parameter", "unit", "layer"]
 
 MOST_ROWS = 40

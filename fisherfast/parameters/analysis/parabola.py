@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Parabola", "at_least_float32"]
-
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32 if it has a half type, which is for storage only."""

@@ -19,10 +19,9 @@ from fisherfast.parameters.backward.columns import Source, Sweep
 from fisherfast.parameters.checks import untouched
 from fisherfast.parameters.layers.base import Rows, Rule
 from fisherfast.parameters.layout import ParameterLayout, Selection, module_of
-from fisherfast.parameters.likelihoods import Likelihood, as_likelihood
+from fisherfast.parameters.likelihood import Likelihood
+from fisherfast.parameters.likelihoods import as_likelihood
 from fisherfast.parameters.structures.base import DENSE_BYTES
-
-__all__ = ["MeanZeroTest", "Scores", "score"]
 
 DIRECTIONS = 4
 """Directions on which the scores of a layer are projected: the parameters themselves, and three at

@@ -17,14 +17,6 @@ from fisherfast.parameters.layout import ParameterLayout
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "Spectrum",
-    "all_eigenvalues",
-    "largest_eigenvalues",
-    "numerical_rank",
-    "rounding_noise",
-]
-
 ROUNDING = 4.0
 """Rounding errors of a gradient that are allowed for, in units of its dtype's last place. In
 networks of four layers, float32 ones too, zero eigenvalues came out at up to 3e-15 of the largest;

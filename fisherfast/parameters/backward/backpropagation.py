@@ -30,8 +30,6 @@ from fisherfast.parameters.layers.linear import MatrixRule
 from fisherfast.parameters.layers.registry import rule_for
 from fisherfast.parameters.layout import ParameterLayout
 
-__all__ = ["Apart", "Backpropagation", "Visitor"]
-
 Visitor = Callable[[Rule, Tensor, Tensor], None]
 """Called with a rule, its input x [n, ...] and the gradients g [n, ...] at its output."""
 

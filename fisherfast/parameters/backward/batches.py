@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Data", "batches", "count"]
-
 Data = Any
 """Inputs x [n, ...], a pair (x, y), a Dataset or a DataLoader of x or (x, y), or an iterable of
 batches."""

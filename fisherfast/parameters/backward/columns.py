@@ -29,9 +29,7 @@ from fisherfast.parameters.backward.layer_check import check_one_alone, samples_
 from fisherfast.parameters.checks import check_evaluation, forward_alone, untouched
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
-from fisherfast.parameters.likelihoods import Likelihood
-
-__all__ = ["FisherType", "Source", "Sweep"]
+from fisherfast.parameters.likelihood import Likelihood
 
 FisherType = Literal["exact", "mc", "empirical"]
 

@@ -20,8 +20,6 @@ from fisherfast.parameters.checks import untouched
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
 
-__all__ = ["check_one_alone", "samples_apart"]
-
 EXAMINED = 3
 """Samples tried alone: the first, one that differs from it, and one that is neither."""
 

@@ -13,8 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisherfast.model.isolation import forgetting
 from fisherfast.parameters.layout import some_of
 
-__all__ = ["NOT_VECTORISED", "alone", "one_by_one", "swapping", "vectorised"]
-
 CHUNK_BYTES = 2**26
 """Bytes of per-sample gradients at a time, 64 MiB."""
 

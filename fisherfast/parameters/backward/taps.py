@@ -18,8 +18,6 @@ from fisherfast.model.default_device import outside
 from fisherfast.model.unwrap import as_written
 from fisherfast.parameters.layers.base import Rule
 
-__all__ = ["Call", "parameter_uses", "tap", "undisturbed"]
-
 
 @dataclass(eq=False)
 class Call:

@@ -21,18 +21,6 @@ from torch import Tensor, nn
 
 from fisherfast import ops
 
-__all__ = [
-    "Layer",
-    "LinearMap",
-    "Rows",
-    "Rule",
-    "as_image",
-    "as_kernels_read",
-    "kernel_squares",
-    "some_samples",
-    "sum_of_squares",
-]
-
 
 class Rule:
     """Contractions of the per-sample gradients of one layer.

@@ -18,8 +18,6 @@ from fisherfast.parameters.layers.base import (
 )
 from fisherfast.parameters.layers.linear import MatrixRule, Sharing, bordered
 
-__all__ = ["CONVOLUTIONS", "TRANSPOSED", "Convolution", "TransposedConvolution"]
-
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from fisherfast.parameters.layers.base import LinearMap
 
-__all__ = ["Embedding"]
-
 
 class Embedding(LinearMap):
     """nn.Embedding: x [n, ...] whole numbers, g [n, ..., D]; the padding row has no gradient."""

@@ -13,8 +13,6 @@ from fisherfast.parameters.layers.convolution import Convolution
 from fisherfast.parameters.layers.embedding import Embedding
 from fisherfast.parameters.layers.linear import Linear
 
-__all__ = ["DetachedRule", "detached", "rule_from_settings", "settings_of"]
-
 DetachedRule = Linear | Convolution | Embedding
 """Rules that depend on sizes alone. A norm's depends on its running statistics, which change when
 training goes on: its per-sample gradients are kept instead, two numbers for each channel."""

@@ -17,8 +17,6 @@ from fisherfast.parameters.layers.base import (
     sum_of_squares,
 )
 
-__all__ = ["Linear", "MatrixRule", "Sharing", "bordered", "column_gram"]
-
 Sharing = Literal["expand", "reduce"]
 """The treatment of shared positions in Kronecker factors: see `KroneckerFisher`."""
 

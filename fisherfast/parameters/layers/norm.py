@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from fisherfast.parameters.layers.base import LinearMap
 
-__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "OTHER_NORMS", "Norm"]
-
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

@@ -22,9 +22,6 @@ from fisherfast.parameters.layers.embedding import Embedding
 from fisherfast.parameters.layers.linear import Linear
 from fisherfast.parameters.layers.norm import BATCH_NORMS, INSTANCE_NORMS, OTHER_NORMS, Norm
 
-__all__ = ["rule_for"]
-
-
 RULES: dict[type[nn.Module], type[Layer]] = {
     nn.Linear: Linear,
     nn.Embedding: Embedding,

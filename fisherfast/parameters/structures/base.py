@@ -29,8 +29,6 @@ from fisherfast.parameters.layout import ParameterLayout
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-__all__ = ["DENSE_BYTES", "ParameterFisher", "check_fisher"]
-
 Vector = Tensor | Mapping[str, Tensor]
 """[P] or [P, m], or one tensor per parameter by name."""
 

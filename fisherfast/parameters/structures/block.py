@@ -19,8 +19,6 @@ from fisherfast.parameters.layout import ParameterLayout, module_of
 from fisherfast.parameters.structures.base import DENSE_BYTES, ParameterFisher
 from fisherfast.parameters.structures.dense import PositiveMatrix, singular
 
-__all__ = ["BlockAccumulator", "BlockFisher", "FullAccumulator", "FullFisher"]
-
 DOUBLE = 8
 """Bytes of a float64 number."""
 

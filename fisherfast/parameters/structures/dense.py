@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["PositiveMatrix", "cholesky", "singular"]
-
 ITERATIONS = 8
 """Steps of the power method for the largest and the smallest eigenvalue. For a singular matrix the
 first step is enough: it amplifies the null space by 1e10 and more."""

@@ -15,8 +15,6 @@ from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.dense import singular
 
-__all__ = ["DiagonalAccumulator", "DiagonalFisher"]
-
 
 @dataclass(eq=False, repr=False)
 class DiagonalFisher(ParameterFisher):

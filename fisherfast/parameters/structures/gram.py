@@ -20,8 +20,6 @@ from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.dense import cholesky, singular
 from fisherfast.parameters.structures.jacobian import Jacobian, collect_rows
 
-__all__ = ["GramAccumulator", "GramFisher"]
-
 NEGLIGIBLE = 1e-3
 """Most that a zero eigenvalue made positive by rounding may add to log det(1 + c F) by a Cholesky
 factor; each of the others adds several. Otherwise eigenvalues are computed, ten times slower."""

@@ -26,8 +26,6 @@ from fisherfast.parameters.structures.layer_rows import (
     layer_rows_from_state,
 )
 
-__all__ = ["Jacobian", "collect_rows"]
-
 Key = tuple[str, ...]
 
 FACTOR_COST = 1.0

@@ -19,8 +19,6 @@ from fisherfast.parameters.layout import ParameterLayout
 from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.dense import singular
 
-__all__ = ["KroneckerAccumulator", "KroneckerBlock", "KroneckerFisher"]
-
 
 @dataclass(eq=False, repr=False)
 class KroneckerFisher(ParameterFisher):

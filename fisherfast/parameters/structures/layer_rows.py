@@ -22,8 +22,6 @@ from fisherfast.parameters.layers.embedding import Embedding
 from fisherfast.parameters.layers.frozen import DetachedRule, rule_from_settings, settings_of
 from fisherfast.parameters.layers.linear import Linear
 
-__all__ = ["FactorRows", "LayerRows", "MatrixRows", "layer_rows_from_state"]
-
 TILE_NUMBERS = 2**23
 """Numbers of a temporary block, 64 MB of float64."""
 

@@ -20,8 +20,6 @@ from fisherfast.parameters.structures.dense import singular
 from fisherfast.parameters.structures.jacobian import Jacobian, collect_rows
 from fisherfast.parameters.structures.layer_rows import LayerRows
 
-__all__ = ["LowRankAccumulator", "LowRankFisher"]
-
 ROWS_AT_ONCE = 4096
 """Rows of the root for each eigendecomposition, 10 s on one core; data with fewer rows are
 decomposed exactly."""

@@ -15,8 +15,6 @@ from fisherfast.parameters.structures.base import ParameterFisher
 from fisherfast.parameters.structures.dense import singular
 from fisherfast.parameters.structures.jacobian import Jacobian, collect_rows
 
-__all__ = ["StreamedAccumulator", "StreamedFisher"]
-
 ROWS_AT_ONCE = 1024
 """Rows of the root that are in memory at a time."""
 

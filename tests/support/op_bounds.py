@@ -14,7 +14,6 @@ _FLOAT32_FLOAT64 = {
     "moments": (4e-6, 2e-14),
     "spatial_moments": (4e-6, 2e-14),
     "patch_moments": (4e-6, 2e-14),
-    "lift": (2e-6, 2e-14),
     "lift_moments_": (4e-6, 2e-14),
     "gradient_gram": (4e-6, 2e-14),
     "gradient_squares": (4e-6, 2e-14),

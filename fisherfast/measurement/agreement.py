@@ -54,7 +54,7 @@ class Agreement:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank shows progress and warnings."""
+        """True on the one rank that shows progress and warnings."""
         return self._ranks is None or self._ranks.rank == 0
 
     def begin(

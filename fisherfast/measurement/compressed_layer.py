@@ -139,7 +139,7 @@ class CompressedMeter(Meter):
 
     @property
     def reads_carried(self) -> bool:
-        """Whether this pass reads tangents or score. Products of the covariance with vectors need
+        """True if this pass reads tangents or score. Products of the covariance with vectors need
         only the samples."""
         return self._first_pass or bool(self.measured)
 

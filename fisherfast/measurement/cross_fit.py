@@ -48,7 +48,7 @@ class HalfFit:
 
     @property
     def carried(self) -> bool:
-        """Whether the arithmetic carries the covariance: its rounding hides little of J."""
+        """True if rounding hides only a small part of J."""
         J = self.at_chosen("J").diagonal().clamp_min(0)
         return not bool((self.at_chosen("hidden") > HIDDEN_SHARE * J).any())
 

@@ -142,7 +142,7 @@ class Meter(ABC):
 
     @property
     def reads_carried(self) -> bool:
-        """Whether this pass reads the tangents or the score of the samples."""
+        """True if this pass reads the tangents or the score of the samples."""
         return True
 
     @property

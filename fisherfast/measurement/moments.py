@@ -55,7 +55,7 @@ class LayerMoments:
 
     @property
     def rounds_lift(self) -> bool:
-        """Whether the products of the lift are in float32."""
+        """True if the products of the lift are in float32."""
         lift = self.dictionary.lift
         return len(lift) > 0 and lift.weight.dtype == torch.float32
 

@@ -14,7 +14,7 @@ LIBRARY = torch.library.Library("fisherfast", "DEF")
 
 Op = tuple[Any, Callable[[], Any]]
 """Returned by an op after it has checked its arguments: the results, not yet filled, and `run`,
-which fills and returns them by the kernel, or by the reference where there is no kernel."""
+which fills them with the kernel, or with the reference if there is none, and returns them."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -68,12 +68,12 @@ class CameraImages(Problem):
 
     @property
     def additive(self) -> bool:  # type: ignore[override]
-        """Whether theta moves all images alike: without shot noise."""
+        """True without shot noise: all images then change with theta in the same way."""
         return self.camera.gain is None
 
     @property
     def _mixed(self) -> bool:
-        """Whether there is shot noise and read-out noise, whose density has no closed form."""
+        """True with both shot noise and read-out noise, whose density has no closed form."""
         return self.camera.gain is not None and self.camera.has_readout_noise
 
     def mean(self, theta: Theta) -> Tensor:

@@ -421,7 +421,7 @@ class FisherMonitor:
                 return flow, None
             settings = replace(settings, maps=False)
             training = measured(self._training_data, [output], settings, self._training_recall)
-        # beside the held-out input, for the ratio; without replicates: these are other samples
+        # with the held-out input, for the ratio; no replicates, because the samples differ
         own = [replace(layer, replicates=layer.replicates[:0]) for layer in training.layers[1:]]
         return flow, FisherFlow((flow.layers[0], *own), training.settings)
 

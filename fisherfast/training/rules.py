@@ -60,7 +60,7 @@ class CramerRao(StoppingRule):
             the monitor in the unit of the targets (the monitor has its own `target_scale`).
         smoothing: number of epochs over which the logarithm of the level is fitted by a straight
             line, whose end is used, for errors of few samples. 1 uses the level itself.
-        min_epochs: epoch number before which there is no stop.
+        min_epochs: first epoch number at which training may stop.
         check_finite: stop if an error or an activation is NaN or infinite.
 
     Raises:
@@ -101,7 +101,7 @@ class CramerRao(StoppingRule):
 
     @property
     def reads_input(self) -> bool:
-        """Whether the rule uses the measured information in the input."""
+        """True if the rule uses the measured information in the input."""
         return self.input_J is None and self.least_error is None
 
     def judge(self, history: History, *, patience: int = 0, min_delta: float = 0.0) -> Verdict:
@@ -220,7 +220,7 @@ class Transmission(StoppingRule):
             theta and does not depend on slope and offset, which converge later: while the share is
             constant, later weights are better.
         plateau: measurements in succession without a rise, at least 1.
-        min_epochs: epoch number before which there is no stop.
+        min_epochs: first epoch number at which training may stop.
         check_finite: stop if an error or an activation is NaN or infinite.
 
     Raises:

@@ -36,7 +36,7 @@ class StoppingRule(ABC):
     """Base class of stopping rules.
 
     Args:
-        min_epochs: epoch number before which there is no stop.
+        min_epochs: first epoch number at which training may stop.
         check_finite: stop if a training or validation error, or an activation on the held-out
             samples, is NaN or infinite.
     """
@@ -53,7 +53,7 @@ class StoppingRule(ABC):
 
     @property
     def reads_input(self) -> bool:
-        """Whether the rule uses the measured information in the input."""
+        """True if the rule uses the measured information in the input."""
         return True
 
     @abstractmethod

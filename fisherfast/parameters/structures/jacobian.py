@@ -207,7 +207,7 @@ def collect_rows(
 
 
 class _Kept:
-    """What is kept of one layer and batch, in the smaller form of its rows."""
+    """Rows kept for one layer and batch, in whichever form is smaller."""
 
     def __init__(self, rule: Rule, x: Tensor, g: Tensor) -> None:
         plain = detached(rule)

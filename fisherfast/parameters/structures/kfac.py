@@ -190,7 +190,7 @@ class KroneckerBlock:
     Attributes:
         inputs: A [G, D, D] float64, of what multiplies the weights.
         gradients: B [G, M, M] float64, of the gradients at the layer's output.
-        weight, bias: (first, behind the last) place of the two in a vector of all parameters; None
+        weight, bias: (start, stop) of the two in a vector of all parameters; None
             what is not measured.
     """
 

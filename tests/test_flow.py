@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 import re
@@ -520,6 +521,23 @@ def test_interrupted_sources_leave_nothing_behind(batches, error):
         measure(model, data)
     # and it still measures
     assert measure(model)["input"].samples == 800
+
+
+@pytest.mark.parametrize("source", ["finite-difference", "pathwise"])
+def test_a_measurement_frees_its_samples_at_once(source):
+    """Catches statistics and process groups that live on in a reference cycle until the garbage
+    collector comes by."""
+    x = samples()[0]
+    data = ff.Pathwise(x, torch.ones_like(x)) if source == "pathwise" else two_conditions(400)
+    model = seeded(mlp)
+    measure(model, data)  # what is made once per process
+    gc.collect()
+    gc.disable()
+    try:
+        measure(model, data)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_source_that_uses_the_random_stream():

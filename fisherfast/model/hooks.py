@@ -173,24 +173,22 @@ def _event_name(module_name: str) -> str:
     return f"self.{module_name}" if module_name in (INPUT, OUTPUT) else module_name
 
 
-def map_tensors(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(
+    output: Any, change: Callable[[str, torch.Tensor], torch.Tensor], place: str = ""
+) -> Any:
     """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]".
 
     Unchanged parts are returned as they are, including containers of the user's own classes.
     """
-
-    def visit(item: Any, place: str) -> Any:
-        if isinstance(item, torch.Tensor):
-            return change(place, item)
-        if isinstance(item, Mapping):
-            changed = {key: visit(value, f"{place}[{key}]") for key, value in item.items()}
-            same = all(changed[key] is value for key, value in item.items())
-            return item if same else type(item)(changed)  # type: ignore[call-arg]
-        if isinstance(item, list | tuple):
-            entries = [visit(value, f"{place}[{index}]") for index, value in enumerate(item)]
-            if all(new is old for new, old in zip(entries, item, strict=True)):
-                return item
-            return type(item)(*entries) if hasattr(item, "_fields") else type(item)(entries)
-        return item
-
-    return visit(output, "")
+    if isinstance(output, torch.Tensor):
+        return change(place, output)
+    if isinstance(output, Mapping):
+        changed = {k: map_tensors(v, change, f"{place}[{k}]") for k, v in output.items()}
+        same = all(changed[key] is value for key, value in output.items())
+        return output if same else type(output)(changed)  # type: ignore[call-arg]
+    if isinstance(output, list | tuple):
+        entries = [map_tensors(v, change, f"{place}[{i}]") for i, v in enumerate(output)]
+        if all(new is old for new, old in zip(entries, output, strict=True)):
+            return output
+        return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
+    return output

@@ -6,7 +6,6 @@ The folder also holds the store that the processes meet in.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -492,7 +491,6 @@ def groups(rank: int, size: int) -> dict[str, Any]:
     found["probed"] = probed(process_group="world")
     found["streams"] = numbers_of(measure(model, streams(data, rank, size)))
     dist.destroy_process_group()
-    gc.collect()
     found["groups left"] = len(ranks._ON_HOST)
     found["without"] = numbers_of(measure(model, data))
     again = f"file://{Path(sys.argv[4]) / 'again'}"
@@ -554,6 +552,7 @@ def main(case: str, rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     join(rank, size, folder, SHORT if case in SHORT_CASES else PATIENCE)
     torch.save(CASES[case](rank, size), folder / f"{rank}.pt")
+    dist.destroy_process_group()  # gloo's threads abort a process that ends while they run
 
 
 def join(rank: int, size: int, folder: Path, timeout: float) -> None:

@@ -128,7 +128,7 @@ DECISIONS = {
         {"min_delta": 3.0},
         (None, 29),
     ),
-    "min_delta, noisy": (exact(), by_shares(ZIGZAG, stderr=0.2), {"min_delta": 3.0}, (9, 4)),
+    "min_delta, noisy": (exact(), by_shares(ZIGZAG, stderr=0.2), {"min_delta": 3.0}, (7, 6)),
     # every second epoch is measured: a plateau of epochs without a measurement, NaN as the largest
     "every second": (
         exact(3),

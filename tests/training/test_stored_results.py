@@ -124,10 +124,11 @@ def test_the_rules_still_stop_there(results):
             assert found == (stored["stopped"], stored["best"]), (run["task"], run["seed"], rule)
 
 
-def test_a_run_of_the_study_is_trained_and_judged(tmp_path):
+def test_a_run_of_the_study_is_trained_and_judged(tmp_path, monkeypatch):
     """Three epochs of the smallest task. Catches a script that the library has left behind."""
     study, tasks = load("accuracy.early_stopping"), load("accuracy.stopping_tasks")
-    size = replace(tasks.SIZES["phase"], training=500, validation=500, epochs=3)
+    monkeypatch.setattr(tasks, "HELD_OUT", 500)
+    size = replace(tasks.SIZES["phase"], training=100, validation=100, epochs=3, passes=1)
     run = json.loads(json.dumps(study.train("phase", 0, size)))
     judged = study.judge(run, tasks.crlb_options("phase"))
     assert len(study.numbers_of(judged["curves"]["validation"])) == 4

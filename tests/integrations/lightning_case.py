@@ -20,7 +20,7 @@ def held_out(samples: int = 2000) -> ff.FiniteDifference:
     return ff.FiniteDifference(x[0] - DTHETA / 2, x[1] + DTHETA / 2, DTHETA)
 
 
-def loader(samples: int = 640, batch: int = 64) -> Any:
+def loader(samples: int = 320, batch: int = 64) -> Any:
     """Training samples, thetas from -1 to 1."""
     generator = torch.Generator().manual_seed(2)
     theta = torch.rand(samples, generator=generator) * 2 - 1

@@ -5,7 +5,6 @@ Wherever the arithmetic is the same, J must be that of the plain network bit for
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -207,29 +206,22 @@ def test_models_of_other_precision(dtype, tolerance):
         assert layer.J.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("minus_last", "plus_last"), [(True, True), (False, True)])
-def test_channels_last(minus_last, plus_last):
-    """Catches activations whose memory is read in the wrong order: J and the maps are those of the
-    contiguous network. float32 convolutions differ by 2e-5 of J, seen; 1e-3 allowed."""
+@pytest.mark.parametrize("places", [(0, 1), (1,)], ids=["both", "plus"])
+def test_channels_last(places):
+    """Catches activations whose memory is read in the wrong order: J is that of the contiguous
+    network. float32 convolutions differ by 2e-5 of J, seen; 1e-3 allowed."""
     torch.manual_seed(2)
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *head)
     x = torch.randn(2, 300, 3, 6, 6)
-    options = {"max_features": 64, "settings": ff.Settings(maps=minus_last == plus_last)}
-    minus, plus = x[0] - 0.02, x[1] + 0.02
-    plain = ff.fisher_flow(model, ff.FiniteDifference(minus, plus, 0.04), **options)
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    if minus_last:
-        minus = minus.to(memory_format=torch.channels_last)
-    if plus_last:
-        plus = plus.to(memory_format=torch.channels_last)
-    flow = ff.fisher_flow(last, ff.FiniteDifference(minus, plus, 0.04), **options)
-    assert flow.names == plain.names
-    assert flow.maps.keys() == plain.maps.keys()
-    for found, expected in zip(
-        [*flow, *flow.maps.values()], [*plain, *plain.maps.values()], strict=True
-    ):
-        torch.testing.assert_close(found.J, expected.J, rtol=1e-3, atol=1e-3)
+    sides = [x[0] - 0.02, x[1] + 0.02]
+    plain = ff.fisher_flow(model, ff.FiniteDifference(*sides, 0.04), max_features=64)
+    for place in places:
+        sides[place] = sides[place].to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    flow = ff.fisher_flow(model, ff.FiniteDifference(*sides, 0.04), max_features=64)
+    for layer, other in zip(flow, plain, strict=True):
+        torch.testing.assert_close(layer.J, other.J, rtol=1e-3, atol=1e-3)
 
 
 def test_models_without_numbers():

@@ -91,6 +91,7 @@ def run_lightning(folder: Path) -> None:
     together = FisherCallback(
         held_out(), train_metric="train_mse", process_group="world", **options
     )
+    module = module_of(package)
     trainer_of(package, [together], max_epochs=1, **shared).fit(module, loader())
     result["together"] = rows(together.monitor)
     result["alone"] = ff.fisher_flow(module, held_out(), **options)["output"].value

@@ -122,12 +122,9 @@ def test_flows_have_one_line_each_in_distinct_colours(flow):
 def test_fractions_of_an_input_that_cannot_be_told_from_zero(tmp_path):
     """Catches a figure of shares of noise, and limits of an axis that are NaN."""
     unresolved = flow_of(number(0.02), number(6.35), stderr=0.04)
-    for ax in (
-        plots.plot_flow(unresolved, fraction=True),
-        plots.plot_flows({0: unresolved}, fraction=True),
-    ):
-        assert all(math.isnan(height) for height in heights(ax, 0))
-        ax.figure.savefig(tmp_path / "flow.png")
+    ax = plots.plot_flows({0: unresolved}, fraction=True)
+    assert all(math.isnan(height) for height in heights(ax, 0))
+    ax.figure.savefig(tmp_path / "flow.png")
 
 
 def test_curve_has_its_band(flow):
@@ -157,40 +154,23 @@ def test_training_marks_the_published_stop(history):
         training_plots.plot_training([])
 
 
-def test_large_errors_do_not_squeeze_what_matters(flow):
-    """The axis ends at 2.5, and the error above it is written down."""
-    history = [epoch_of(flow, 0, 100, 120), epoch_of(flow, 1, 1.2, math.nan)]
-    ax = training_plots.plot_training(history)
-    assert ax.get_ylim()[1] == training_plots.CEILING
-    assert [text.get_text() for text in ax.texts] == ["↑ 120"]
-
-
-def test_epochs_that_were_not_measured_have_no_point(history, tmp_path):
-    """Catches a NaN among the points, which breaks the line, points at the wrong epoch, and a
-    figure that needs a measurement: the first one may have failed."""
-    ax = training_plots.plot_training(
-        [history[0], Epoch(1, 1.1, 1.2), Epoch(2, 0.9, 1.3), history[3]]
-    )
-    assert list(bars(ax)[0].lines[0].get_xdata()) == [0, 3]
-    assert heights(ax, 0) == [history[0].transmission, history[3].transmission]
+def test_what_is_not_known_is_not_drawn(flow, history, tmp_path):
+    """Catches a NaN among the points of measured epochs, which breaks the line, points at the wrong
+    epoch, and a figure that needs a measurement or an error; an unknown error that is drawn as
+    zero, or taken for a crossing or the least. An error above the axis is written down."""
+    nan = math.nan
+    ax = training_plots.plot_training([history[0], Epoch(1, 1.1, 1.2), Epoch(2, 0.9, 1.3)])
+    assert heights(ax, 0) == [history[0].transmission]
     assert points(ax)["published stop"][0] == [2]
     assert points(ax)["least validation"][0] == [1]
-    assert points(ax)["training MSE"][0] == [0, 1, 2, 3]
-    ax = training_plots.plot_training([Epoch(0, 2.0, 2.1), Epoch(1, 0.9, math.nan)])
+    assert points(ax)["training MSE"][0] == [0, 1, 2]
+    ax = training_plots.plot_training([Epoch(0, 100, 120), Epoch(1, nan, 1.5), Epoch(2, 1.2, nan)])
     assert heights(ax, 0) == []
-    assert ax.get_ylim()[0] == 0
-    assert "published stop" in legend(ax)
-    ax.figure.savefig(tmp_path / "figure.png")
-
-
-def test_epochs_whose_error_is_unknown_break_the_line(flow, tmp_path):
-    """Catches an unknown error that is drawn as zero, or taken for a crossing or the least."""
-    nan = math.nan
-    history = [epoch_of(flow, 0, 2.0, nan), epoch_of(flow, 1, nan, 1.5), Epoch(2, 1.2, nan)]
-    ax = training_plots.plot_training(history)
     assert "published stop" not in points(ax)
     assert points(ax)["least validation"][0] == [1]
     assert [math.isfinite(y) for y in points(ax)["training MSE"][1]] == [True, False, True]
+    assert ax.get_ylim() == (0, training_plots.CEILING)
+    assert [text.get_text() for text in ax.texts] == ["↑ 120"]
     for known_by_nothing in (epoch_of(flow, 0, nan, nan), Epoch(0)):
         ax = training_plots.plot_training([known_by_nothing])
         assert not {"published stop", "least validation"} & set(points(ax))

@@ -1,4 +1,4 @@
-"""Differentiable information and its loss: closed forms, gradients, wrong formulas, training."""
+"""Differentiable information and its loss: closed forms, gradients, wrong formulas."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import re
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fisherfast as ff
 from fisherfast import ops
-from fisherfast.problems import GaussianScale, mlp
 
 SIGMAS = 4.0
 """Of every statistical bound here; one test of 10^4 right codes fails by chance, at fixed seeds
@@ -242,10 +241,8 @@ def test_the_line_meets_the_logarithm():
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("corrected", [False, True])
 def test_invariances(source, corrected):
-    """Affine maps of the outputs change nothing, theta' = u theta gives J / u^2, and leading
-    dimensions are systems of their own. Catches S that is not the covariance, features that are
-    taken one by one, a step that is used once, a unit in the noise, and samples of one system in
-    the covariance of another."""
+    """theta' = u theta gives J / u^2, and leading dimensions are systems of their own. Catches a
+    step used once, a unit in the noise, and samples of one system in the covariance of another."""
     given, keywords = arguments(source, 2)
     *z, steps = given if len(given) > 1 else (*given, None)
     other = keywords.get("tangents", keywords.get("score"))
@@ -257,13 +254,6 @@ def test_invariances(source, corrected):
 
     J = information(z, steps, other)
     torch.testing.assert_close(J, J.mT, **EXACT)
-    matrix, offset = normal(4, 4, seed=7), 10 * normal(4, seed=8)
-    moved = other @ matrix if source == "tangents" else other
-    again = information([part @ matrix + offset for part in z], steps, moved)
-    # nu of pairs holds the outputs' own correlations across the pair
-    tolerance = 0.05 if source == "paired" and corrected else 1e-8
-    torch.testing.assert_close(again, J, rtol=tolerance, atol=tolerance)
-
     u = torch.tensor([10.0, 0.1], dtype=torch.float64)
     longer = None if steps is None else (u * torch.tensor(steps, dtype=torch.float64)).tolist()
     scaled = other / u[:, None, None] if source == "tangents" else other
@@ -439,40 +429,3 @@ def test_an_untrained_network_gives_no_nan(source, corrected):
     assert torch.isfinite(z.grad).all()
     J = ff.linear_fisher(*given, **keywords, **settings, corrected=True)
     assert (torch.linalg.eigvalsh(J) < 0).any(-1).sum() > 10  # the case was there
-
-
-# --- training ---
-
-
-def test_descent_raises_the_information():
-    """A short training on a scale, which no linear output sees. Catches a loss with the wrong sign,
-    one whose optimum is not the information, and one that a growing output satisfies. J of 20 000
-    fresh samples is known to 2 %."""
-    problem, step, batch = GaussianScale(5), 0.1, 300
-    network = mlp([problem.dim, 64, 64, 1], nn.GELU, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    x, dx = problem.sample_with_tangent(1.0, 20_000, torch.Generator().manual_seed(7))
-
-    def fraction_and_spread() -> tuple[float, float]:
-        z, dz = ff.jvp(network, x, dx.movedim(1, 0))
-        J = ff.linear_fisher(z, tangents=dz, corrected=True).item()
-        return J / problem.fisher(1.0).item(), float(z.var())
-
-    before, _ = fraction_and_spread()
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=120)
-    loss, losses = ff.InformationLoss(step, paired=True), []
-    for _ in range(120):
-        noise = torch.randn(batch, problem.dim, generator=generator)
-        both = torch.cat([noise * (1 + sign * step / 2) for sign in (-1, 1)])
-        value = loss(*network(both).split(batch))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(float(value.detach()))
-    after, spread = fraction_and_spread()
-    assert before < 0.5
-    assert 0.85 < after < 1.08
-    assert losses[-1] < losses[0] - 0.5
-    assert abs(spread - 1) < 0.5  # 0.1: pinned, if loosely after so few steps

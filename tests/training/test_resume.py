@@ -23,77 +23,60 @@ DATA = PROBLEM.finite_difference(0.0, 0.2, 300, seed=1, paired=True)
 TRAINING = PROBLEM.finite_difference(0.0, 0.2, 300, seed=2, paired=True)
 
 
-class Run:
-    """A training with everything that has a state."""
-
-    def __init__(self, seed: int) -> None:
+def monitor_of(seed: int) -> ff.FisherMonitor:
+    """Of a network with everything that has a state, listening to one batch in three."""
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        self.model = nn.Sequential(
-            nn.Linear(DIM, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1)
-        )
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.02)
-        self.monitor = ff.FisherMonitor(
-            self.model, DATA, every=2, training_data=TRAINING, max_features=32, observe_every=3
-        )
-
-    def step(self, number: int) -> None:
-        theta = 2 * torch.rand(64) - 1
-        x = theta[:, None] + torch.randn(64, DIM)
-        loss = nn.functional.mse_loss(self.model(x)[:, 0], theta)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.monitor.observe(theta)
-        if number % MEASURE == MEASURE - 1:
-            # the first and the last are NaN: one warning
-            error = math.nan if number in (4, 19) else float(loss.detach())
-            self.monitor.step(epoch=number, train_mse=error)
-
-    def save(self) -> io.BytesIO:
-        file = io.BytesIO()
-        state = {name: getattr(self, name).state_dict() for name in NAMES}
-        torch.save(state | {"rng": torch.get_rng_state()}, file)
-        file.seek(0)
-        return file
-
-    @classmethod
-    def resumed(cls, file: io.BytesIO) -> Run:
-        run = cls(seed=99)  # other weights
-        state = torch.load(file, weights_only=True)
-        for name in NAMES:
-            getattr(run, name).load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        return run
-
-    def trace(self) -> list[dict[str, Any]]:
-        """All that the history holds but the time it took, NaN as text."""
-        records = []
-        for record in self.monitor.history:
-            state = record.state_dict() | {"row": record.row()}
-            del state["seconds"], state["row"]["seconds"]
-            records.append({name: repr(value) for name, value in state.items()})
-        live = {name: repr(estimate) for name, estimate in self.monitor.live().items()}
-        return [*records, live]
+        model = nn.Sequential(nn.Linear(DIM, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    options = {"every": 2, "max_features": 32, "observe_every": 3}
+    return ff.FisherMonitor(model, DATA, training_data=TRAINING, **options)
 
 
-NAMES = ("model", "optimizer", "monitor")
+def go_on(monitor: ff.FisherMonitor, number: int) -> None:
+    """A batch of a training that changes all weights; after every fifth a record."""
+    generator = torch.Generator().manual_seed(number)
+    theta = 2 * torch.rand(64, generator=generator) - 1
+    monitor.model(theta[:, None] + torch.randn(64, DIM, generator=generator))
+    monitor.observe(theta)
+    with torch.no_grad():
+        for parameter in monitor.model.parameters():
+            parameter.mul_(1.05).add_(0.01)
+    if number % MEASURE == MEASURE - 1:  # the first and the last are NaN: one warning
+        monitor.step(epoch=number, train_mse=math.nan if number in (4, 19) else 1 / number)
+
+
+def resumed(monitor: ff.FisherMonitor) -> ff.FisherMonitor:
+    """Another process, with what was saved in a file."""
+    file = io.BytesIO()
+    torch.save((monitor.model.state_dict(), monitor.state_dict()), file)
+    file.seek(0)
+    monitor.close()
+    weights, state = torch.load(file, weights_only=True)
+    other = monitor_of(seed=99)
+    other.model.load_state_dict(weights)
+    other.load_state_dict(state)
+    return other
 
 
 def history_of(*, kill: int | None = None) -> list[dict[str, Any]]:
-    """Of a run that is killed before one of its steps, and resumed."""
-    run = Run(seed=0)
+    """All that the history of a run holds but the time it took, NaN as text, then the live values;
+    it is killed before one of its steps, and resumed."""
+    monitor = monitor_of(seed=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for number in range(STEPS):
             if number == kill:
-                file = run.save()
-                run.monitor.close()
-                run = Run.resumed(file)
-            run.step(number)
+                monitor = resumed(monitor)
+            go_on(monitor, number)
     (warning,) = caught  # of the NaN error, once in both lives
     assert "mean square errors must be finite" in str(warning.message)
-    run.monitor.close()
-    return run.trace()
+    monitor.close()
+    trace = []
+    for record in monitor.history:
+        state = record.state_dict() | {"row": record.row()}
+        del state["seconds"], state["row"]["seconds"]
+        trace.append({name: repr(value) for name, value in state.items()})
+    return [*trace, {name: repr(estimate) for name, estimate in monitor.live().items()}]
 
 
 @pytest.fixture(scope="module")
@@ -134,16 +117,16 @@ def test_the_file_of_a_resumed_run_is_whole(tmp_path):
 
 def test_a_state_does_not_change_with_the_run():
     """Catches tensors that a state shares with the monitor."""
-    run = Run(seed=0)
-    for number in range(4):
-        run.step(number)
-    state = run.monitor.state_dict()
-    before = repr(state)
-    with pytest.warns(ff.FisherWarning, match="mean square errors must be finite"):
-        run.step(4)
-    for number in range(5, 9):
-        run.step(number)
-    run.monitor.close()
+    monitor = monitor_of(seed=0)
+    for number in range(8):
+        if number == 4:
+            state = monitor.state_dict()
+            before = repr(state)
+            with pytest.warns(ff.FisherWarning, match="mean square errors must be finite"):
+                go_on(monitor, number)
+        else:
+            go_on(monitor, number)
+    monitor.close()
     assert repr(state) == before
 
 

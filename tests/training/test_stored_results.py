@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,19 +121,3 @@ def test_the_rules_still_stop_there(results):
             stored = run["stops"][recipe]
             found = (stopping.stopped_epoch, stopping.best_epoch)
             assert found == (stored["stopped"], stored["best"]), (run["task"], run["seed"], rule)
-
-
-def test_a_run_of_the_study_is_trained_and_judged(tmp_path, monkeypatch):
-    """Three epochs of the smallest task. Catches a script that the library has left behind."""
-    study, tasks = load("accuracy.early_stopping"), load("accuracy.stopping_tasks")
-    monkeypatch.setattr(tasks, "HELD_OUT", 500)
-    size = replace(tasks.SIZES["phase"], training=100, validation=100, epochs=3, passes=1)
-    run = json.loads(json.dumps(study.train("phase", 0, size)))
-    judged = study.judge(run, tasks.crlb_options("phase"))
-    assert len(study.numbers_of(judged["curves"]["validation"])) == 4
-    assert judged["end"] >= 0
-    assert set(study.RECIPES) <= set(judged["stops"])
-    found = {"runs": [judged], "settled on": ["phase"], "examined on": []}
-    assert study.table(found).count("\n") == 2
-    study.figure(found, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000

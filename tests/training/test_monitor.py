@@ -44,7 +44,8 @@ SOURCES = {
 }
 SETTINGS = {"layers": ["fc2"], "max_features": 40, "seed": 5, "ridge": 1e-3}
 SETTINGS |= {"settings": ff.Settings(batch_size=128, folds=8)}
-MAPPED = {"settings": ff.Settings(maps=True)}
+SMALL = {"max_features": 16}
+MAPPED = SMALL | {"settings": ff.Settings(maps=True)}
 PAIRED = SOURCES["paired"]()
 
 
@@ -69,7 +70,12 @@ def assert_same_flow(flow: ff.FisherFlow, model: nn.Module, data: object, **sett
 
 @pytest.mark.parametrize(
     ("source", "settings"),
-    [*((s, {}) for s in SOURCES), ("two, pathwise", SETTINGS), ("images", MAPPED)],
+    [
+        *((s, SMALL) for s in SOURCES),
+        ("paired", {}),
+        ("two, pathwise", SETTINGS),
+        ("images", MAPPED),
+    ],
 )
 def test_each_epoch_equals_a_flow_bit_for_bit(source, settings):
     """Catches anything recalled that training changes, other samples, another lift, other folds,
@@ -104,14 +110,14 @@ def test_a_path_that_opens_later_is_seen():
             return self.head(self.left(x) + self.gate * self.right(x))
 
     model, data = Gated(), PAIRED
-    monitor = ff.FisherMonitor(model, data)
+    monitor = ff.FisherMonitor(model, data, **SMALL)
     assert "output" in monitor.step().flow["left"].descendants
     with torch.no_grad():
         model.gate.fill_(1.0)
     for _ in range(3):
         flow = monitor.step().flow
         assert "output" not in flow["left"].descendants
-        assert_same_flow(flow, model, data)
+        assert_same_flow(flow, model, data, **SMALL)
 
 
 # --- what is found out once -----------------------------------------------------------------------
@@ -121,7 +127,7 @@ def test_the_input_is_measured_once_and_layers_are_found_twice():
     """Catches a survey, a replay of chains or an input measured at every epoch."""
     model, calls = network(), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    monitor = ff.FisherMonitor(model, PAIRED, settings=ff.Settings(batch_size=100))
+    monitor = ff.FisherMonitor(model, PAIRED, **SMALL, settings=ff.Settings(batch_size=100))
     passes, inputs = [], []
     for _ in range(4):
         calls.clear()
@@ -143,7 +149,10 @@ def test_a_simulator_draws_once():
         return draw(theta, n, generator)
 
     data, model = ff.Simulator(counting, 0.1, samples=SAMPLES), network()
-    monitors = ff.FisherMonitor(model, data), ff.FisherMonitor(model, data, keep=0)
+    monitors = (
+        ff.FisherMonitor(model, data, **SMALL),
+        ff.FisherMonitor(model, data, **SMALL, keep=0),
+    )
     flows, drawn = [], []
     for _ in range(2):
         for monitor in monitors:
@@ -158,12 +167,12 @@ def test_a_loader_that_shuffles_gives_the_same_samples():
     """Catches differences between epochs that are those of the samples; and, of samples that are
     not kept, the input of others beside layers of these."""
     model, data = network(), loaders(shuffle=True)
-    monitor = ff.FisherMonitor(model, data)
+    monitor = ff.FisherMonitor(model, data, **SMALL)
     flows = [monitor.step().flow.to_dict() for _ in range(3)]
     assert flows[0] == flows[1] == flows[2]
-    assert ff.fisher_flow(model, data, max_features=128).to_dict() != flows[0]  # the test's power
+    assert ff.fisher_flow(model, data, **SMALL).to_dict() != flows[0]  # the test's power
     for keep in (0, 1000):
-        monitor = ff.FisherMonitor(model, data, keep=keep)
+        monitor = ff.FisherMonitor(model, data, **SMALL, keep=keep)
         inputs = [monitor.step().flow["input"].value for _ in range(2)]
         assert inputs[0] != inputs[1]
 
@@ -171,7 +180,7 @@ def test_a_loader_that_shuffles_gives_the_same_samples():
 def test_every_nth_call_measures():
     """Catches a measurement that is due one call early or late, calls that leave empty rows, or do
     not count towards the next measurement."""
-    monitor = ff.FisherMonitor(network(), PAIRED, every=3)
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL, every=3)
     records = [monitor.step(epoch=c, train_mse=0.3 if c < 3 else None) for c in range(7)]
     measured = [c for c, record in enumerate(records) if record and record.flow is not None]
     assert measured == [0, 3, 6]
@@ -188,7 +197,7 @@ def test_nan_weights_leave_a_record_and_the_next_measurement_works(healthy_first
     """Catches an exception in a training, a warning per epoch, and results of a
     broken network that are used again."""
     model = network()
-    monitor = ff.FisherMonitor(model, PAIRED)
+    monitor = ff.FisherMonitor(model, PAIRED, **SMALL)
     if healthy_first:
         monitor.step()
     healthy = copy.deepcopy(model.state_dict())
@@ -203,13 +212,13 @@ def test_nan_weights_leave_a_record_and_the_next_measurement_works(healthy_first
     assert monitor.step(train_mse=0.2).notes  # no second warning: they are errors here
     model.load_state_dict(healthy)
     for _ in range(2):
-        assert_same_flow(monitor.step(train_mse=0.2).flow, model, PAIRED)
+        assert_same_flow(monitor.step(train_mse=0.2).flow, model, PAIRED, **SMALL)
 
 
 @pytest.mark.parametrize("error", [math.nan, math.inf])
 def test_an_error_that_is_not_finite_is_noted(error):
     """Catches a NaN loss that stops the training, or is taken for a targets' unit."""
-    monitor = ff.FisherMonitor(network(), PAIRED)
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL)
     with pytest.warns(ff.FisherWarning, match="mean square errors must be finite, got") as caught:
         record = monitor.step(train_mse=error, val_mse=0.5)
     assert len(caught) == 1
@@ -231,7 +240,7 @@ def test_what_a_step_takes():
     """Catches errors that would be recorded and be wrong for the whole run, an epoch that no later
     one can be counted on from, a call that counts although it failed; and tensors and numpy numbers
     that are refused or rounded."""
-    monitor = ff.FisherMonitor(network(), PAIRED, every=9)
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL, every=9)
     for name in ("train_mse", "val_mse"):
         for value, kind, message in BAD_STEPS:
             with pytest.raises(kind, match=f"{name} {message}"):
@@ -274,7 +283,7 @@ def test_bad_arguments_are_refused(message, changed):
 
 def test_levels_are_errors_in_units_of_the_bound():
     """Catches J of another layer or epoch, and a scale of the targets that is not squared."""
-    monitor = ff.FisherMonitor(network(), PAIRED, target_scale=-0.5)
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL, target_scale=-0.5)
     record = monitor.step(train_mse=0.8, val_mse=1.2)
     J = record.flow["input"].value
     assert record.train_level == pytest.approx(0.8 / 4 * J)
@@ -286,7 +295,7 @@ def test_levels_are_errors_in_units_of_the_bound():
 def test_levels_of_two_parameters():
     """Mean of mse_p / (J^-1)_pp. Catches mse_p J_pp, which takes the other parameter as known; and
     of a J that came out negative, a level below 1, which would stop the training."""
-    monitor = ff.FisherMonitor(network(2), SOURCES["two, pathwise"]())
+    monitor = ff.FisherMonitor(network(2), SOURCES["two, pathwise"](), **SMALL)
     record = monitor.step(train_mse=[0.3, 0.6])
     J = record.flow["input"].J
     bound = torch.linalg.inv(J).diagonal()
@@ -334,7 +343,7 @@ def test_rows_and_plot_of_a_run_that_was_not_measured_every_time():
     """Catches a figure that needs a flow in each record, rows that share their memory, and an
     overfitting of zero without training data."""
     pytest.importorskip("matplotlib")
-    monitor = ff.FisherMonitor(network(), PAIRED, every=2)
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL, every=2)
     for level in (0.5, 0.4, 0.3):
         monitor.step(train_mse=level, val_mse=level)
     labels = [text.get_text() for text in monitor.plot().get_legend().get_texts()]

@@ -51,7 +51,7 @@ def errors(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> list[floa
 def notes_of(
     model: nn.Module, parameters: int = 1, *, target_scale: float = 1.0, **given: object
 ) -> tuple[str, ...]:
-    data, options = held_out(parameters), {"max_features": 32, "target_scale": target_scale}
+    data, options = held_out(parameters), {"max_features": 16, "target_scale": target_scale}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ff.FisherWarning)
         return ff.FisherMonitor(model, data, **options).step(**given).notes

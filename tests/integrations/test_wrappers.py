@@ -10,17 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.wrapped_case import (
-    DIM,
-    OPTIONS,
-    Net,
-    assert_same,
-    hooks,
-    network,
-    plain_flow,
-    samples,
-    shifted,
-)
+from integrations.wrapped_case import DATA, OPTIONS, Net, X, assert_same, hooks, network, plain_flow
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -35,54 +25,51 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def wrapped(backend: Any) -> nn.Module:
-    return torch.compile(network(), backend=backend)
-
-
 def in_place(backend: Any) -> nn.Module:
     model = network()
     model.compile(backend=backend)
     return model
 
 
-def part_wrapped(backend: Any) -> nn.Module:
-    return nn.Sequential(wrapped(backend), nn.Linear(2, 2))
-
-
-def part_in_place(backend: Any) -> nn.Module:
-    return nn.Sequential(in_place(backend), nn.Linear(2, 2))
-
-
 def forward_compiled(backend: Any) -> nn.Module:
     class Compiled(Net):
         forward = torch.compile(Net.forward, backend=backend)
 
-    torch.manual_seed(1)
     return Compiled()
 
 
-COMPILED = [wrapped, in_place, part_wrapped, part_in_place, forward_compiled]
+def wrapped(backend: Any) -> nn.Module:
+    return torch.compile(network(), backend=backend)
 
 
-@pytest.mark.parametrize("make", COMPILED, ids=lambda make: make.__name__)
-def test_compiled_models_are_not_compiled_again(make):
+COMPILED = {
+    "wrapped": wrapped,
+    "in place": in_place,
+    "part wrapped": lambda backend: nn.Sequential(wrapped(backend), nn.Linear(2, 2)),
+    "part in place": lambda backend: nn.Sequential(in_place(backend), nn.Linear(2, 2)),
+    "forward": forward_compiled,
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_models_are_not_compiled_again(kind):
     """Catches hooks and modes that are compiled into a model, or that make it compile anew at the
     next training step; `fisher_flow`, `step` and `observe` between two steps of a training."""
     counter = CompileCounter()
-    model, x = make(counter), samples()
+    model = COMPILED[kind](counter)
     theta = torch.linspace(-1, 1, 400)
 
     def train_step() -> None:
         model.zero_grad()
-        model(x[0]).square().mean().backward()
+        model(X[0]).square().mean().backward()
 
     train_step()
     train_step()
     compiled = counter.frame_count
     assert compiled > 0
-    tangents = ff.Pathwise(x[0], torch.ones(400, DIM))
-    flows = [ff.fisher_flow(model, data, **OPTIONS) for data in (shifted(x), tangents)]
-    monitor = ff.FisherMonitor(model, shifted(x), observe_every=2, **OPTIONS)
+    tangents = ff.Pathwise(X[0], torch.ones_like(X[0]))
+    flows = [ff.fisher_flow(model, data, **OPTIONS) for data in (DATA, tangents)]
+    monitor = ff.FisherMonitor(model, DATA, observe_every=2, **OPTIONS)
     for _ in range(2):
         train_step()
         monitor.observe(theta)
@@ -98,17 +85,17 @@ def test_compiled_models_are_not_compiled_again(make):
     assert all("fc1/relu" in "|".join(flow.names) for flow in flows)
 
 
-@pytest.mark.parametrize("make", COMPILED[:2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [wrapped, in_place])
 def test_compiled_models_give_the_same_and_are_observed(make):
     """Catches other numbers or names than those of the plain network; and an observer that a
     compiled call passes by, or that stays around it."""
-    model, x = make("eager"), samples()
-    assert_same(ff.fisher_flow(model, shifted(x), **OPTIONS), plain_flow())
+    model = make("eager")
+    assert_same(ff.fisher_flow(model, DATA, **OPTIONS), plain_flow())
     call = model._compiled_call_impl
-    monitor = ff.FisherMonitor(model, shifted(x), observe_every=1, **OPTIONS)
+    monitor = ff.FisherMonitor(model, DATA, observe_every=1, **OPTIONS)
     theta = torch.linspace(-1, 1, 400)
     for _ in range(4):
-        model(x[0] + theta[:, None])
+        model(X[0] + theta[:, None])
         monitor.observe(theta)
     assert list(monitor.live()) == ["input", "output"]
     monitor.close()
@@ -118,23 +105,23 @@ def test_compiled_models_give_the_same_and_are_observed(make):
 def test_a_compiled_training_step_is_not_compiled_again():
     """Catches an observer that is compiled into a step that holds the model, or breaks it."""
     counter = CompileCounter()
-    model, x = network(), samples()
+    model = network()
     step = torch.compile(lambda batch: model(batch).square().mean(), backend=counter)
-    monitor = ff.FisherMonitor(model, shifted(x), observe_every=2, **OPTIONS)
-    step(x[0]).backward()
+    monitor = ff.FisherMonitor(model, DATA, observe_every=2, **OPTIONS)
+    step(X[0]).backward()
     for _ in range(4):
         monitor.observe(torch.linspace(-1, 1, 400))
-        step(x[0]).backward()
+        step(X[0]).backward()
     monitor.step()
     monitor.close()
-    step(x[0]).backward()
+    step(X[0]).backward()
     assert counter.frame_count == 1
 
 
 def test_jvp_of_a_compiled_model():
     """Catches dual tensors in a compiler."""
     counter = CompileCounter()
-    model, x = wrapped(counter), samples()[0]
+    model, x = wrapped(counter), X[0]
     dx = torch.ones(1, *x.shape)
     for one, other in zip(ff.jvp(model, x, dx), ff.jvp(network(), x, dx), strict=True):
         assert torch.equal(one, other)
@@ -146,11 +133,11 @@ def test_the_compiler_comes_back_after_an_error():
     """Catches a compiler that stays switched off: only the speed would show it."""
     counter = CompileCounter()
     model = wrapped(counter)
-    broken = samples()
+    broken = X.clone()
     broken[0, 3, 2] = float("nan")
     with pytest.raises(ValueError, match="must be finite"):
-        ff.fisher_flow(model, shifted(broken), **OPTIONS)
-    model(samples()[0])
+        ff.fisher_flow(model, ff.FiniteDifference(*broken, 0.1), **OPTIONS)
+    model(X[0])
     assert counter.frame_count == 1
 
 
@@ -158,11 +145,11 @@ def test_data_parallel_and_averaged_models():
     """Catches names and numbers that are not those inside; an average is measured with its own
     weights, not those it averages; a module whose own name looks like a wrapper's is cut."""
     model = network()
-    assert_same(ff.fisher_flow(nn.DataParallel(model), shifted(samples()), **OPTIONS), plain_flow())
+    assert_same(ff.fisher_flow(nn.DataParallel(model), DATA, **OPTIONS), plain_flow())
     average = torch.optim.swa_utils.AveragedModel(model)
     with torch.no_grad():
         model.fc1.weight.mul_(3)
-    flow = ff.fisher_flow(average, shifted(samples()), **OPTIONS)
+    flow = ff.fisher_flow(average, DATA, **OPTIONS)
     assert flow.names == ["input", "module.fc1", "module.fc1/relu", "output"]
     assert torch.equal(flow["output"].J, plain_flow()["output"].J)
     assert unwrap.name_inside("_fsdp_wrapped_module.a._orig_mod.b") == "a.b"
@@ -172,13 +159,13 @@ def test_data_parallel_and_averaged_models():
 def test_autocast_is_the_callers_and_statistics_are_not():
     """Catches activations in float32 inside of autocast, statistics in bfloat16 (three digits: J of
     the input would differ), and parameters or state of autocast that change."""
-    model, data = network(), shifted(samples())
+    model, data = network(), DATA
     monitor = ff.FisherMonitor(model, data, **OPTIONS)
     outside = monitor.step().flow
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = monitor.step().flow
         assert torch.is_autocast_enabled("cpu")
-        assert model(samples()[0]).dtype == torch.bfloat16
+        assert model(X[0]).dtype == torch.bfloat16
     assert_same(monitor.step().flow, outside)
     by_hand = network().bfloat16()
     expected = ff.fisher_flow(by_hand, data, **OPTIONS)
@@ -200,7 +187,7 @@ def test_autocast_is_the_callers_and_statistics_are_not():
 def test_models_of_other_precision(dtype, tolerance):
     """Catches samples that are not given in the model's precision, and statistics in it. Seen:
     1e-6, 1e-3 and 3e-3, relative."""
-    flow = ff.fisher_flow(network().to(dtype), shifted(samples()), **OPTIONS)
+    flow = ff.fisher_flow(network().to(dtype), DATA, **OPTIONS)
     for layer, other in zip(flow, plain_flow(), strict=True):
         torch.testing.assert_close(layer.J, other.J, rtol=tolerance, atol=tolerance)
         assert layer.J.dtype == torch.float64
@@ -228,14 +215,14 @@ def test_models_without_numbers():
     """Catches torch's own error about tensors that have no items."""
     message = r"model must hold numbers, got 'fc1.weight' on the meta device: .*to_empty"
     with pytest.raises(ValueError, match=message):
-        ff.fisher_flow(network().to("meta"), shifted(samples()), **OPTIONS)
-    monitor = ff.FisherMonitor(network().to("meta"), shifted(samples()), **OPTIONS)
+        ff.fisher_flow(network().to("meta"), DATA, **OPTIONS)
+    monitor = ff.FisherMonitor(network().to("meta"), DATA, **OPTIONS)
     with pytest.raises(ValueError, match=message):
         monitor.step()
 
 
 def shared() -> nn.Module:
-    model = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM))
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     model[2].weight = model[0].weight
     return model
 
@@ -253,7 +240,7 @@ def test_unusual_parameters_stay_as_they_are(kind):
     """Catches a measurement that unties, copies, unfreezes or fails on them; a monitor measures
     twice the same, and its state loads into another one."""
     model = UNUSUAL[kind]()
-    monitor = ff.FisherMonitor(model, shifted(samples()), **OPTIONS)
+    monitor = ff.FisherMonitor(model, DATA, **OPTIONS)
     first = monitor.step().flow
     before = [(p, p.requires_grad, p.clone()) for p in model.parameters()]
     assert_same(monitor.step().flow, first)
@@ -261,7 +248,7 @@ def test_unusual_parameters_stay_as_they_are(kind):
         assert now is parameter
         assert now.requires_grad == wants
         assert torch.equal(now, value)
-    again = ff.FisherMonitor(model, shifted(samples()), **OPTIONS)
+    again = ff.FisherMonitor(model, DATA, **OPTIONS)
     again.load_state_dict(monitor.state_dict())
     assert_same(again.step().flow, first)
 
@@ -269,7 +256,7 @@ def test_unusual_parameters_stay_as_they_are(kind):
 def test_inference_mode_around_it():
     """Catches inference tensors that the monitor keeps and cannot use outside; data made inside."""
     with torch.inference_mode():
-        data = shifted(samples())
+        data = ff.FiniteDifference(X[0] - 0.05, X[1] + 0.05, 0.1)
         monitor = ff.FisherMonitor(network(), data, **OPTIONS)
         monitor.step()
         assert torch.is_inference_mode_enabled()
@@ -283,6 +270,6 @@ def test_inference_mode_around_it():
 def test_models_on_a_gpu():
     """Catches samples that are not brought to the model, and results that stay there."""
     model = network().cuda()
-    flow = ff.fisher_flow(torch.compile(model, backend="eager"), shifted(samples()), **OPTIONS)
+    flow = ff.fisher_flow(torch.compile(model, backend="eager"), DATA, **OPTIONS)
     for layer, other in zip(flow, plain_flow(), strict=True):
         torch.testing.assert_close(layer.J, other.J, rtol=1e-3, atol=1e-3)

@@ -16,15 +16,7 @@ import lightning.pytorch as package
 import torch
 import torch.distributed as dist
 from integrations.lightning_case import StopAt, held_out, loader, module_of, rows, trainer_of
-from integrations.wrapped_case import (
-    OPTIONS,
-    assert_same,
-    hooks,
-    network,
-    plain_flow,
-    samples,
-    shifted,
-)
+from integrations.wrapped_case import DATA, OPTIONS, X, assert_same, hooks, network, plain_flow
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -37,14 +29,14 @@ RANK, WORLD = int(os.environ["LOCAL_RANK"]), 2
 
 def check_trained(model: nn.Module) -> None:
     """Forward and backward, before and after a measurement, which must be that of the network."""
-    x, expected = samples(), plain_flow()
-    model(x[0]).sum().backward()
+    expected = plain_flow()
+    model(X[0]).sum().backward()
     before = hooks(model)
-    assert_same(ff.fisher_flow(model, shifted(x), **OPTIONS), expected)
-    monitor = ff.FisherMonitor(model, shifted(x), observe_every=1, **OPTIONS)
+    assert_same(ff.fisher_flow(model, DATA, **OPTIONS), expected)
+    monitor = ff.FisherMonitor(model, DATA, observe_every=1, **OPTIONS)
     assert_same(monitor.step().flow, expected)
     for _ in range(3):
-        model(x[0]).sum().backward()
+        model(X[0]).sum().backward()
         monitor.observe(torch.linspace(-1, 1, 400))
     monitor.close()
     assert hooks(model) == before
@@ -57,7 +49,7 @@ def check_wrapped_models(store: Path) -> None:
     together = nn.parallel.DistributedDataParallel(network())
     check_trained(together)
     if RANK == 0:  # the others are not needed
-        ff.fisher_flow(together, shifted(samples()), **OPTIONS)
+        ff.fisher_flow(together, DATA, **OPTIONS)
     sharded = network()
     mesh = init_device_mesh("cpu", (WORLD,))
     for part in (sharded.fc1, sharded):

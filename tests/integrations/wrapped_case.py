@@ -9,8 +9,8 @@ from torch import nn
 
 import fisherfast as ff
 
-DIM, DTHETA, FEATURES = 6, 0.1, 16
-OPTIONS: dict[str, Any] = {"max_features": FEATURES}
+DIM, DTHETA = 6, 0.1
+OPTIONS: dict[str, Any] = {"max_features": 16}
 
 
 class Net(nn.Module):
@@ -28,16 +28,12 @@ def network() -> Net:
     return Net()
 
 
-def samples(n: int = 400, dim: int = DIM) -> torch.Tensor:
-    return torch.randn(2, n, dim, generator=torch.Generator().manual_seed(0))
-
-
-def shifted(x: torch.Tensor) -> ff.FiniteDifference:
-    return ff.FiniteDifference(x[0] - DTHETA / 2, x[1] + DTHETA / 2, DTHETA)
+X = torch.randn(2, 400, DIM, generator=torch.Generator().manual_seed(0))
+DATA = ff.FiniteDifference(X[0] - DTHETA / 2, X[1] + DTHETA / 2, DTHETA)
 
 
 def plain_flow() -> ff.FisherFlow:
-    return ff.fisher_flow(network(), shifted(samples()), **OPTIONS)
+    return ff.fisher_flow(network(), DATA, **OPTIONS)
 
 
 def assert_same(flow: ff.FisherFlow, expected: ff.FisherFlow) -> None:

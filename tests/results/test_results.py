@@ -19,7 +19,6 @@ from support.networks_zoo import (
     measure,
     mlp,
     one_thread,  # noqa: F401
-    samples,
     seeded,
     two_conditions,
 )
@@ -27,10 +26,10 @@ from support.training_histories import layer as layer_of
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.problems import GaussianShift
 
 FORMATS = (".json", ".npz")
 SAMPLES = 4000  # J of the input is far enough from 0 to divide by
-PAIR_SAMPLES = 8000
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +41,8 @@ def flow() -> ff.FisherFlow:
 @pytest.fixture(scope="module")
 def pair() -> ff.FisherFlow:
     """Two parameters, independent of each other."""
-    minus, plus = samples(2 * PAIR_SAMPLES)
-    conditions = []
-    for condition, sign in ((minus, -1), (plus, 1)):
-        one, two = condition.split(PAIR_SAMPLES)
-        one, two = one.clone(), two.clone()
-        one[:, 3:] -= sign * 0.1  # theta_1 moves the first three, theta_2 the others
-        two[:, :3] -= sign * 0.1
-        conditions.append([one, two])
-    return measure(seeded(mlp), ff.FiniteDifference(*conditions, DTHETA))
+    problem = GaussianShift(torch.eye(2).repeat_interleave(3, 0))
+    return measure(seeded(mlp), problem.finite_difference([0.0, 0.0], DTHETA, 2 * SAMPLES, seed=1))
 
 
 @pytest.fixture(scope="module")

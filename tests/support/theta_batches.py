@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
 import torch
 
 DIM = 6
@@ -12,12 +11,6 @@ BATCH = 128
 SIGMAS = 4.0  # false alarm 6e-5 per comparison
 
 generator = torch.Generator()
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """The same numbers in every test of a file that imports this."""
-    generator.manual_seed(0)
 
 
 def uniform(n: int, parameters: int = 1) -> torch.Tensor:

@@ -42,8 +42,8 @@ SOURCES = {
     "loader": lambda: loaders(shuffle=False),
     "two, pathwise": lambda: TWO.pathwise([0.0, 0.0], SAMPLES, seed=1),
 }
-SETTINGS = {"layers": ["fc2"], "max_features": 40, "seed": 5, "ridge": 1e-3}
-SETTINGS |= {"settings": ff.Settings(batch_size=128, folds=8)}
+OWN = {"layers": ["fc2"], "max_features": 40, "seed": 5, "ridge": 1e-3}
+OWN |= {"settings": ff.Settings(batch_size=128, folds=8)}
 SMALL = {"max_features": 16}
 MAPPED = SMALL | {"settings": ff.Settings(maps=True)}
 PAIRED = SOURCES["paired"]()
@@ -70,12 +70,7 @@ def assert_same_flow(flow: ff.FisherFlow, model: nn.Module, data: object, **sett
 
 @pytest.mark.parametrize(
     ("source", "settings"),
-    [
-        *((s, SMALL) for s in SOURCES),
-        ("paired", {}),
-        ("two, pathwise", SETTINGS),
-        ("images", MAPPED),
-    ],
+    [*((s, SMALL) for s in SOURCES), ("paired", {}), ("two, pathwise", OWN), ("images", MAPPED)],
 )
 def test_each_epoch_equals_a_flow_bit_for_bit(source, settings):
     """Catches anything recalled that training changes, other samples, another lift, other folds,
@@ -149,10 +144,7 @@ def test_a_simulator_draws_once():
         return draw(theta, n, generator)
 
     data, model = ff.Simulator(counting, 0.1, samples=SAMPLES), network()
-    monitors = (
-        ff.FisherMonitor(model, data, **SMALL),
-        ff.FisherMonitor(model, data, **SMALL, keep=0),
-    )
+    monitors = [ff.FisherMonitor(model, data, **SMALL, **more) for more in ({}, {"keep": 0})]
     flows, drawn = [], []
     for _ in range(2):
         for monitor in monitors:

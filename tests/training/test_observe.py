@@ -8,16 +8,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from support.theta_batches import (
-    BATCH,
-    DIM,
-    SIGMAS,
-    generator,
-    noise,
-    seeded,  # noqa: F401
-    shifted,
-    uniform,
-)
+from support.theta_batches import BATCH, DIM, SIGMAS, generator, noise, shifted, uniform
 from torch import nn
 
 from fisherfast.problems import GaussianShift, mlp

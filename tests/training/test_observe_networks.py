@@ -5,16 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.networks_zoo import InputOutput, Nested, Recurrent, Squeezed, Twice
-from support.theta_batches import (
-    BATCH,
-    DIM,
-    SIGMAS,
-    generator,
-    noise,
-    seeded,  # noqa: F401
-    shifted,
-    uniform,
-)
+from support.theta_batches import BATCH, DIM, SIGMAS, generator, noise, shifted, uniform
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 

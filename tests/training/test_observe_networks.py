@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.networks_zoo import InputOutput, Nested, Recurrent, Squeezed, Twice
+from support.networks_zoo import InputOutput, Recurrent, Twice
 from support.theta_batches import BATCH, DIM, SIGMAS, generator, noise, shifted, uniform
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -129,6 +129,13 @@ class FeaturesFirst(nn.Linear):
         return super().forward(x.T)
 
 
+class Named(nn.Sequential):
+    """Returns a dict."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        return {"mean": super().forward(x), "rest": None}
+
+
 def words() -> nn.Module:
     """Whole numbers as input, folded into one long batch on the way."""
     fold, unfold = nn.Flatten(0, 1), nn.Unflatten(0, (BATCH, DIM))
@@ -145,7 +152,7 @@ def images() -> nn.Module:
 
 
 KINDS = {
-    "nested": (Nested, {"input", "a", "b"}),
+    "named": (lambda: Named(nn.Linear(DIM, 3), nn.Linear(3, 1)), {"input", "0", "1"}),
     "tuples": (Recurrent, {"input", "output"}),
     "batch last": (lambda: FeaturesFirst(DIM, 1), {"output"}),
     "words": (words, {"0", "output"}),
@@ -153,7 +160,10 @@ KINDS = {
     "images": (images, {"input", "1", "output"}),
     "ends": (InputOutput, {"input", "self.input", "self.output", "output"}),
     "parametrized": (normed, {"input", "0", "output"}),
-    "one number": (Squeezed, {"input", "fc", "output"}),
+    "one number": (
+        lambda: nn.Sequential(nn.Linear(DIM, 1), nn.Flatten(0)),
+        {"input", "0", "output"},
+    ),
     "wide": (lambda: mlp([DIM, 300, 2, 1], seed=0), {"input", "fc2", "relu2", "output"}),
 }
 FORMS = {

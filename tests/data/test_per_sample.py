@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
 from fisherfast.data import Batch, Data
@@ -33,48 +33,37 @@ def read(data: Data, batch_size: int = 7) -> Batch:
     )
 
 
-class Items(Dataset):
-    """Items (x, companion), the parameter dimension first in the companion of a sample."""
-
-    def __init__(self, x: torch.Tensor, companion: torch.Tensor) -> None:
-        self._x, self._companion = x, companion
-
-    def __len__(self) -> int:
-        return len(self._x)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._x[index], self._companion[index]
-
-
 # reading ----------------------------------------------------------------------------------------
 
 
-def test_pathwise_tensors_are_cut_along_the_samples():
-    """Catches a tangent cut along the parameters."""
-    x, dx = numbers(N, *SHAPE), numbers(N, P, *SHAPE)
-    data = ff.Pathwise(x, dx)
+FORMS = {
+    "tensors": ff.Pathwise,
+    "arrays": lambda x, dx: ff.Pathwise(x.numpy(), dx.numpy()),
+    "dataset": lambda x, dx: ff.Pathwise(TensorDataset(x, dx), parameters=P),
+    "loader": lambda x, dx: ff.Pathwise(
+        DataLoader(TensorDataset(x, dx), batch_size=6), parameters=P
+    ),
+    "list": lambda x, dx: ff.Pathwise(
+        list(zip(x.split(P), dx.split(P), strict=True)), parameters=P
+    ),
+    "function": lambda x, dx: ff.Pathwise(
+        lambda: zip(x.split(P), dx.split(P), strict=True), parameters=P
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tangents_of_any_form(form):
+    """Catches a tangent cut along the parameters, [P, n] read as [n, P] (both are 3 x 3 in batches
+    of the list), and a cast on the way."""
+    x, dx = (numbers(N, *shape, dtype=torch.float64) for shape in (SHAPE, (P, *SHAPE)))
+    data = FORMS[form](x, dx)
     assert (data.parameters, data.conditions, data.source, data.dtheta) == (P, 1, "pathwise", ())
-    assert [len(batch) for batch in data.read(0, 7)] == [7, 7, 6]
     got = read(data)
     assert torch.equal(got.x, x)
     assert torch.equal(got.tangents, dx.movedim(1, 0))
-
-
-@pytest.mark.parametrize("form", ["dataset", "loader", "list", "function"])
-def test_pathwise_pairs_have_the_sample_first(form):
-    """Catches [P, n] read as [n, P]: both are 3 x 3 in the last batch of the list."""
-    x, dx = numbers(N, *SHAPE), numbers(N, P, *SHAPE)
-    items = Items(x, dx)
-    pairs = list(zip(x.split(P), dx.split(P), strict=True))
-    sources = {
-        "dataset": items,
-        "loader": DataLoader(items, batch_size=6),
-        "list": pairs,
-        "function": lambda: iter(pairs),
-    }
-    got = read(ff.Pathwise(sources[form], parameters=P))
-    assert torch.equal(got.x, x)
-    assert torch.equal(got.tangents, dx.movedim(1, 0))
+    if form == "tensors":
+        assert [len(batch) for batch in data.read(0, 7)] == [7, 7, 6]
 
 
 @pytest.mark.parametrize("shape", [(), SHAPE])
@@ -102,16 +91,6 @@ def test_a_list_of_batches_has_no_known_length(cls):
     torch.testing.assert_close(one.linear, other.linear, rtol=1e-6, atol=0)
 
 
-def test_numpy_is_read_without_a_change():
-    """Catches a cast on the way."""
-    x, dx = numbers(N, 4).double().numpy(), numbers(N, P, 4).double().numpy()
-    got = read(ff.Pathwise(x, dx))
-    assert got.x.dtype == got.tangents.dtype == torch.float64
-    assert np.array_equal(got.tangents.movedim(0, 1).numpy(), dx)
-    got = read(ff.Score(x, dx[:, :, 0]))
-    assert np.array_equal(got.score.numpy(), dx[:, :, 0])
-
-
 @pytest.mark.parametrize("parameters", [1, P])
 def test_score_is_float64_with_one_column_per_parameter(parameters):
     """Catches a score [n] that broadcasts to [n, n], and one that is rounded to float32."""
@@ -120,7 +99,8 @@ def test_score_is_float64_with_one_column_per_parameter(parameters):
     given = score[:, 0] if parameters == 1 else score
     data = ff.Score(x, given)
     assert (data.parameters, data.conditions, data.source) == (parameters, 1, "score")
-    assert torch.equal(read(data).score, score)
+    for same in (data, ff.Score(x.numpy(), given.numpy())):
+        assert torch.equal(read(same).score, score)
     loader = DataLoader(TensorDataset(x, given), batch_size=6)
     assert torch.equal(read(ff.Score(loader, parameters=parameters)).score, score)
 
@@ -130,7 +110,7 @@ def test_what_repeats(cls):
     """Catches `grow` on samples that come in another order at the second pass."""
     x = numbers(N, 4)
     companion = numbers(N, 1, 4) if cls is ff.Pathwise else numbers(N)
-    items = Items(x, companion)
+    items = TensorDataset(x, companion)
     assert cls(x, companion).repeats(0)
     assert cls(items).repeats(0)
     assert not cls(DataLoader(items, batch_size=4, shuffle=True)).repeats(0)
@@ -155,39 +135,20 @@ SWAPPED = ": batch first, dx.movedim(0, 1)"
 
 REFUSED = [
     (lambda: ff.Pathwise(X, X[:, None][:, :0]), f"{DX_SHAPE}, got [20, 0, 4, 2]"),
-    (lambda: ff.Pathwise(X, X[:5, None]), f"{DX_SHAPE}, got [5, 1, 4, 2]"),
-    (lambda: ff.Pathwise(X, X[:, None, None]), f"{DX_SHAPE}, got [20, 1, 1, 4, 2]"),
     (lambda: ff.Pathwise(X, X.expand(3, *X.shape)), f"{DX_SHAPE}, got [3, 20, 4, 2]{SWAPPED}"),
-    (
-        lambda: read(ff.Pathwise([(X, X[None])])),
-        f"{DX_SHAPE}, got [1, 20, 4, 2] in batch 0{SWAPPED}",
-    ),
     (
         lambda: read(ff.Pathwise([(X, torch.stack([X, X], 1))])),
         "dx must have shape [n, P, ...] = [20, 1, 4, 2], got [20, 2, 4, 2] in batch 0"
         " (parameters=1)",
     ),
     (
-        lambda: ff.Pathwise(X, X[0, 0, 0]),
-        "dx must yield batches of shape [n, ...], got a single number",
-    ),
-    (
-        lambda: ff.Pathwise(X, X.double()),
-        "dx must have the dtype of x, torch.float32, got torch.float64",
-    ),
-    (
         lambda: read(ff.Pathwise([(X, X[:, None].double())])),
         "dx must have the dtype of x, torch.float32, got torch.float64 in batch 0",
-    ),
-    (
-        lambda: ff.Pathwise(X, X.long()),
-        f"dx must have a floating dtype, got torch.int64{FLOATING}",
     ),
     (
         lambda: ff.Score(X.to(torch.complex64), X[:, 0, 0]),
         f"x must have a floating dtype, got torch.complex64{FLOATING}",
     ),
-    (lambda: ff.Pathwise(X, NAN), "dx must be finite, got NaN or infinity"),
     (
         lambda: read(ff.Pathwise([(X, X[:, None]), (X, NAN)])),
         "dx must be finite, got NaN or infinity in batch 1",
@@ -205,8 +166,6 @@ REFUSED = [
         "parameters must be left out for tensors, got 1: it follows from dx",
     ),
     (lambda: ff.Score([X], parameters=0), "parameters must be at least 1, got 0"),
-    (lambda: ff.Score([X], parameters=0.5), "parameters must be a whole number, got 0.5"),
-    (lambda: ff.Score(X, X[:5, 0, 0]), f"{ALONE}, got [5]"),
     (lambda: ff.Score(X, X), f"{ALONE}, got [20, 4, 2]"),
     (lambda: ff.Score(X, NAN[:, 0, 0]), "score must be finite, got NaN or infinity"),
     (
@@ -281,7 +240,7 @@ def test_pairs_share_their_noise_and_independent_conditions_do_not():
     assert own.dtheta == (0.1, 0.1)
 
 
-@pytest.mark.parametrize("theta", [0.5, [0.5], np.array([0.5]), torch.tensor(0.5), 1])
+@pytest.mark.parametrize("theta", [0.5, [0.5], np.array([0.5]), torch.tensor(0.5)])
 def test_theta_arrives_as_a_vector(theta):
     """Catches a number in the place of [P], and float64 that turns all samples into float64."""
     seen = []
@@ -398,19 +357,14 @@ def test_a_simulator_that_ignores_theta_has_no_information(derivative):
     assert info.value == 0
 
 
-def test_forward_mode_works_in_inference_mode():
-    """Catches samples without derivative where the caller has switched gradients off."""
-    data = ff.Simulator(draw, THETA, samples=200)
-    with torch.inference_mode():
+def test_forward_mode_works_in_inference_mode_and_is_silent():
+    """Catches samples without derivative where the caller has switched gradients off, and the
+    warning of torch's own compiler at the first use of forward mode."""
+    data = ff.Simulator(lambda t, n, g: torch.sigmoid(draw(t, n, g)), THETA, samples=200)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
         inside = ff.fisher_information(data, max_features=8)
     assert torch.equal(inside.J, ff.fisher_information(data, max_features=8).J)
-
-
-def test_forward_mode_is_silent():
-    """Catches the warning of torch's own compiler at the first use of forward mode."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read(ff.Simulator(lambda t, n, g: torch.sigmoid(draw(t, n, g)), THETA, samples=10))
 
 
 BAD = [
@@ -428,16 +382,11 @@ BAD = [
         'dtheta must be left out for derivative="pathwise", got 0.1',
     ),
     (
-        lambda: ff.Simulator(draw, THETA, derivative="paired", dtheta=[1, 1, 1]),
-        "dtheta must hold one step or one per parameter (2), got 3",
-    ),
-    (
         lambda: ff.Simulator(draw, [1e6, 0.0], derivative="paired", dtheta=0.01),
         "dtheta must be resolved by theta of torch.float32, got 0.01 at 1e+06:"
         " pass theta as a float64 tensor",
     ),
     (lambda: ff.Simulator(draw, THETA, samples=0), "samples must be at least 1, got 0"),
-    (lambda: ff.Simulator(draw, THETA, samples=1.5), "samples must be a whole number, got 1.5"),
     (lambda: ff.Simulator(draw, [[0.0]]), "theta must have shape [P], got [1, 1]"),
     (lambda: ff.Simulator(draw, float("nan")), "theta must be finite, got nan"),
     (lambda: ff.Simulator(draw, 1j), "theta must be real numbers, got torch.complex64"),

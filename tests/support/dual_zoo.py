@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,37 +172,6 @@ class UNet(nn.Module):
         return self.head(self.merge1(torch.cat((x, skip1), 1)))
 
 
-class ConvNeXtBlock(nn.Module):
-    """Depthwise 7 x 7, LayerNorm over channels last, GELU, layer scale (Liu et al. 2022)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pwconv1 = nn.Linear(width, 4 * width)
-        self.act = nn.GELU()
-        self.pwconv2 = nn.Linear(4 * width, width)
-        self.gamma = nn.Parameter(torch.full((width,), 0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        y = self.gamma * self.pwconv2(self.act(self.pwconv1(y)))
-        return x + y.permute(0, 3, 1, 2)
-
-
-def convnext() -> nn.Module:
-    """Patches, two blocks, the mean."""
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 4, stride=4),
-        ConvNeXtBlock(6),
-        ConvNeXtBlock(6),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.LayerNorm(6),
-        nn.Linear(6, 3),
-    )
-
-
 # --- what a forward method may do by itself ---
 
 
@@ -231,47 +199,12 @@ class FunctionalOnly(nn.Module):
         return y @ y.new_ones(3, 2).triu()
 
 
-class SharedInPlace(nn.Module):
-    """One convolution and one in-place ReLU, each called several times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(2, 2, 3, padding=1)
-        self.again = self.conv
-        self.relu = nn.ReLU(inplace=True)
-        self.out = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x - 0.2)
-        x = self.relu(self.conv(x))
-        x = self.relu(self.again(x) + x)
-        x = self.relu(self.conv(x) + 2 * x)
-        return self.out(x.mean(dim=[-2, -1]))
-
-
-class Nested(nn.Module):
-    """A dict with a tuple, a list, None, a number and an integer tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(5, 3)
-        self.b = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        b = self.b(x)
-        return {"mean": self.a(x), "rest": [b, None, (b.tanh(), 3)], "class": b.argmax(1)}
-
-
 NETWORKS: dict[str, Network] = {
     "mlp": Network(paper_mlp, (32,)),
     "lenet": Network(lenet, (1, 16, 16)),
     "resnet18": Network(ResNet18, (3, 32, 32), samples=2),
     "mobilenet": Network(mobilenet, (3, 12, 12)),
     "unet": Network(UNet, (1, 8, 8)),
-    "convnext": Network(convnext, (3, 16, 16)),
     **SEQUENCES,
     "functional": Network(FunctionalOnly, (2, 6, 6)),
-    "shared_inplace": Network(SharedInPlace, (2, 5, 5)),
-    "nested": Network(Nested, (5,)),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,47 +30,26 @@ class SelfAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(n, length, width))
 
 
-class PackedAttention(nn.Module):
-    """The same through `nn.MultiheadAttention`, with or without its weights."""
-
-    def __init__(self, width: int, heads: int, need_weights: bool) -> None:
-        super().__init__()
-        self.heads = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.need_weights = need_weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.heads(x, x, x, need_weights=self.need_weights)[0]
-
-
 class ViT(nn.Module):
     """Patches, class token, positions, blocks with the norm first (Dosovitskiy et al. 2021)."""
 
-    def __init__(
-        self,
-        attention: Callable[[int, int], nn.Module] = SelfAttention,
-        *,
-        width: int = 8,
-        heads: int = 2,
-        depth: int = 2,
-        image: int = 8,
-        patch: int = 4,
-    ) -> None:
+    def __init__(self, width: int = 8, patch: int = 4) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(0.5 * torch.randn(1, 1, width))
-        self.positions = nn.Parameter(0.5 * torch.randn(1, (image // patch) ** 2 + 1, width))
+        self.positions = nn.Parameter(0.5 * torch.randn(1, 5, width))
         self.blocks = nn.ModuleList(
             nn.ModuleDict(
                 {
                     "norm1": nn.LayerNorm(width),
-                    "attention": attention(width, heads),
+                    "attention": SelfAttention(width, 2),
                     "norm2": nn.LayerNorm(width),
                     "mlp": nn.Sequential(
                         nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
                     ),
                 }
             )
-            for _ in range(depth)
+            for _ in range(2)
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 3)
@@ -86,44 +64,22 @@ class ViT(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`nn.TransformerEncoder` with a causal mask and a mask of padded keys where asked for."""
+    """`nn.TransformerEncoder` with a causal mask, and a mask of padded keys where asked for."""
 
-    def __init__(
-        self, norm_first: bool, *, causal: bool, padding: bool, gelu: bool = False
-    ) -> None:
+    def __init__(self, padding: bool) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(
-            6,
-            2,
-            10,
-            activation="gelu" if gelu else "relu",
-            batch_first=True,
-            norm_first=norm_first,
-        )
+        layer = nn.TransformerEncoderLayer(6, 2, 10, batch_first=True, norm_first=padding)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.causal, self.padding = causal, padding
+        self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
         n, length = x.shape[:2]
-        mask = padded = None
-        if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype)
+        padded = None
+        mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype)
         if self.padding:
             padded = torch.arange(length).expand(n, -1) > length - 1 - torch.arange(n)[:, None] % 2
-            if mask is not None:
-                mask = mask < 0
-        return self.encoder(x, mask=mask, src_key_padding_mask=padded, is_causal=self.causal)
-
-
-class DecoderStep(nn.Module):
-    """Cross-attention: a decoder reads another sequence than its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.decoder = nn.TransformerDecoderLayer(6, 2, 8, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(x[:, :2], x[:, 2:])
+            mask = mask < 0
+        return self.encoder(x, mask=mask, src_key_padding_mask=padded, is_causal=True)
 
 
 class EveryOption(nn.Module):
@@ -157,7 +113,6 @@ fused = F.scaled_dot_product_attention
 
 ATTENTION: dict[str, Network] = {
     "attention": _attend(fused),
-    "attention_one": Network(lambda: Function(lambda x: fused(x, x, x)), (5, 4)),
     "attention_scaled": _attend(lambda q, k, v: fused(q, k, v, scale=0.3)),
     "attention_causal": _attend(lambda q, k, v: fused(q, k, v, is_causal=True)),
     "attention_kept": _attend(lambda q, k, v: fused(q, k, v, attn_mask=KEPT)),
@@ -174,12 +129,8 @@ ATTENTION: dict[str, Network] = {
     "attention_constant_query": _attend(lambda q, k, v: fused(torch.ones_like(q), k, v)),
     "attention_constant_keys": _attend(lambda q, k, v: fused(q, k.detach(), v.detach())),
     "attention_constant_values": _attend(lambda q, k, v: fused(q, k, v.detach())),
-    "attention_shared_keys": _attend(lambda q, k, v: fused(q, k[:, :1], v[:, :1])),
     "attention_grouped": _attend(
         lambda q, k, v: fused(torch.cat([q, q.sin()], 1), k, v, enable_gqa=True)
-    ),
-    "attention_one_key": _attend(
-        lambda q, k, v: fused(q, k[..., :1, :], v[..., :1, :]) + q[..., :3]
     ),
     "attention_strided": _attend(
         lambda q, k, v: fused(
@@ -234,29 +185,11 @@ def _recurrent(kind: type[nn.RNNBase], *arguments: Any, **options: Any) -> Netwo
     return Network(lambda: Recurrent(kind(3, 4, *arguments, **options)), (4, 3))
 
 
-def _encoder(norm_first: bool, **options: Any) -> Network:
-    options = {"causal": False, "padding": False} | options
-    return Network(lambda: Encoder(norm_first, **options), (4, 6))
-
-
 SEQUENCES: dict[str, Network] = {
     "vit": Network(ViT, (3, 8, 8)),
-    "vit_packed": Network(
-        lambda: ViT(functools.partial(PackedAttention, need_weights=False)), (3, 8, 8)
-    ),
-    "vit_weights": Network(
-        lambda: ViT(functools.partial(PackedAttention, need_weights=True)), (3, 8, 8)
-    ),
-    "encoder": _encoder(False),
-    "encoder_norm_first": _encoder(True, gelu=True),
-    "encoder_causal": _encoder(False, causal=True),
-    "encoder_causal_norm_first": _encoder(True, causal=True),
-    "encoder_padding": _encoder(False, padding=True),
-    "encoder_both_masks": _encoder(True, causal=True, padding=True),
-    "decoder": Network(DecoderStep, (5, 6)),
-    "lstm": _recurrent(nn.LSTM, batch_first=True),
+    "encoder_causal": Network(lambda: Encoder(False), (4, 6)),
+    "encoder_both_masks": Network(lambda: Encoder(True), (4, 6)),
     "lstm_deep": _recurrent(nn.LSTM, 2, bidirectional=True),
-    "gru": _recurrent(nn.GRU),
     "gru_deep": _recurrent(nn.GRU, 2, bidirectional=True, batch_first=True),
     "rnn": _recurrent(nn.RNN, 2, batch_first=True),
     "rnn_relu": _recurrent(nn.RNN, nonlinearity="relu", bidirectional=True),

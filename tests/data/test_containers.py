@@ -186,28 +186,25 @@ X, Y = samples(64)
 POSITIVE = "dtheta must be positive and finite, got "
 SHAPES = "all conditions must have samples of the same shape, got [(5,), (6,)]"
 NUMBER = "dtheta must be a number or a sequence of numbers, got "
+STEPS = "dtheta must hold one step or one per parameter (1), got "
 LIST = f"{KINDS}, got tuple: {SEVERAL}; several parameters or batches are a list"
 SHUFFLED = DataLoader(TensorDataset(X), batch_size=8, shuffle=True)
+SPARSE = "minus must be dense, got torch.sparse_coo; convert with .to_dense()"
+PAIRED = "paired conditions must have the same number of samples, got [63, 64]"
+COUNTS = "plus must hold as many conditions as minus, got 1 and 2"
 WRONG = {
     **{f"step {s}": (X, Y, s, POSITIVE + str(s)) for s in (0, -1, -0.0, math.nan, math.inf)},
     "second step": ([X, X], [Y, Y], [0.1, -0.1], POSITIVE + "[0.1, -0.1]"),
-    **{
-        f"{len(s)} steps": (
-            X, Y, s, f"dtheta must hold one step or one per parameter (1), got {len(s)}",
-        )
-        for s in ([], [0.1, 0.2])
-    },
+    **{f"{len(s)} steps": (X, Y, s, f"{STEPS}{len(s)}") for s in ([], [0.1, 0.2])},
     **{f"step {s!r}": (X, Y, s, f"{NUMBER}{s!r}") for s in (True, "0.1", None, [0.1, "x"], 1j)},
-    "lengths": (
-        [X, X], [Y], [0.1, 0.1], "plus must hold as many conditions as minus, got 1 and 2",
-    ),
+    "lengths": ([X, X], [Y], [0.1, 0.1], COUNTS),
     "no list": ([], [], [], "minus must hold at least one condition, got an empty list"),
     "second shape": ([X, X], [Y, Y[:, :5]], DTHETA, SHAPES),
-    "pairs": (
-        X, Y[1:], DTHETA, "paired conditions must have the same number of samples, got [63, 64]",
-    ),
+    "pairs": (X, Y[1:], DTHETA, PAIRED),
     "order": (
-        SHUFFLED, SHUFFLED, DTHETA,
+        SHUFFLED,
+        SHUFFLED,
+        DTHETA,
         "minus must keep its order when paired, got a shuffled DataLoader",
     ),
     "several inputs": ((X, X), (Y, Y), DTHETA, f"minus must be {LIST}"),
@@ -216,12 +213,9 @@ WRONG = {
         f"{source!r}": (source, Y, DTHETA, f"minus must be {KINDS}, got {type(source).__name__}")
         for source in ("data.npz", b"data", 3, None)
     },
-    "sparse": (
-        X.to_sparse(), Y, DTHETA,
-        "minus must be dense, got torch.sparse_coo; convert with .to_dense()",
-    ),
+    "sparse": (X.to_sparse(), Y, DTHETA, SPARSE),
     "a number": (X[0, 0], Y, DTHETA, "minus must have shape [n, ...], got a single number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -84,45 +84,32 @@ def batches():
     return (x for x in normal(100, 2).split(10))
 
 
-LOADED = TensorDataset(normal(100, 2))
 X = normal(100, 2)
-# minus and plus, groups, paired, message
+SHUFFLED = DataLoader(TensorDataset(X), batch_size=10, shuffle=True)
+BOTH = "groups must be the same in all conditions, got "
+# minus and plus, groups, message
 WRONG = {
-    "length": (X, X, LABELS[:99], False, "groups must hold one label .* samples of minus, got 99"),
-    "length of plus": (
-        X, X, [LABELS, LABELS[:7]], False, "groups must hold one label .* samples of plus, got 7",
-    ),
-    "2-d": (X, X, LABELS[:, None], False, r"groups must have shape \[n\], got \[100, 1\]"),
-    "number": (X, X, 3, False, r"groups must have shape \[n\], got \[\]"),
-    "arrays": (X, X, [LABELS] * 3, False, "groups must be one array, or .* 2 conditions, got 3"),
-    "NaN": (X, X, LABELS / 0.0 * 0, False, "groups must hold a label for each sample, got NaN"),
-    "one": (X, X, [7] * 100, False, "groups must be at least two, got 1: 7"),
-    "others": (
-        X, X, [LABELS, LABELS + 1], False,
-        "groups must be the same in all conditions, got 25 in plus and not in minus",
-    ),
-    "fewer": (
-        X, X, [LABELS, LABELS.clamp_max(22)], False,
-        "groups must be the same in all conditions, got 23, 24 in minus and not in plus",
-    ),
-    "pairs": (
-        X, X, [LABELS, LABELS.flip(0)], True,
-        "groups must be the same for paired conditions, got 24 in plus and 0 in minus for sample 0",
-    ),
-    "stream": (batches, X, LABELS, False, "groups must label .* fixed .*, got function for minus"),
-    "shuffled": (
-        X, DataLoader(LOADED, batch_size=10, shuffle=True), LABELS, False,
-        "groups must label .* fixed .*, got DataLoader for plus",
-    ),
-}  # fmt: skip
+    "length": (X, X, LABELS[:99], "groups must hold one label .* samples of minus, got 99"),
+    "length of plus": (X, X, [LABELS, LABELS[:7]], "groups must hold one .* of plus, got 7"),
+    "2-d": (X, X, LABELS[:, None], r"groups must have shape \[n\], got \[100, 1\]"),
+    "number": (X, X, 3, r"groups must have shape \[n\], got \[\]"),
+    "arrays": (X, X, [LABELS] * 3, "groups must be one array, or .* 2 conditions, got 3"),
+    "NaN": (X, X, LABELS / 0.0 * 0, "groups must hold a label for each sample, got NaN"),
+    "one": (X, X, [7] * 100, "groups must be at least two, got 1: 7"),
+    "others": (X, X, [LABELS, LABELS + 1], f"{BOTH}25 in plus and not in minus"),
+    "fewer": (X, X, [LABELS, LABELS.clamp_max(22)], f"{BOTH}23, 24 in minus and not in plus"),
+    "pairs": (X, X, [LABELS, LABELS.flip(0)], ".*got 24 in plus and 0 in minus for sample 0"),
+    "stream": (batches, X, LABELS, "groups must label .* fixed .*, got function for minus"),
+    "shuffled": (X, SHUFFLED, LABELS, "groups must label .* fixed .*, got DataLoader for plus"),
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_groups_are_refused(case):
     """Each message names what is wrong, and where."""
-    minus, plus, groups, paired, message = WRONG[case]
+    minus, plus, groups, message = WRONG[case]
     with pytest.raises(ValueError, match=f"^{message}"):
-        ff.FiniteDifference(minus, plus, 0.1, groups=groups, paired=paired)
+        ff.FiniteDifference(minus, plus, 0.1, groups=groups, paired=case == "pairs")
 
 
 @pytest.mark.parametrize("labels", [[1j] * 100, [None] * 100, np.zeros(100, "datetime64[s]")])

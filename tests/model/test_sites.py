@@ -154,7 +154,7 @@ NETWORKS = {
     "mean of the batch": (lambda: Calls(lambda fc, x: fc(x).mean()), "input fc", {}),
     "ends of the network": (
         InputOutput,
-        "input self.input self.output self.output/tanh",
+        "input self.input self.output output",
         {
             "self.input": lambda model, x: model.input(x),
             "self.output": lambda model, x: model.output(model.input(x)),

@@ -125,48 +125,34 @@ def test_ranks_measure_what_one_process_does(three):
 
 SAME = "must be the same on all ranks, got"
 
-# what the rank that fails says, and where the other finds that it has failed; None: both say it
-ERRORS = {
-    "nan": (
-        "NotFiniteError: activations of layer 'input' must be finite, got NaN or infinity in batch"
-        " 11 of condition 'plus'",
-        "rank 1 failed",
-    ),
-    "loader": ("OSError: disk gone", "rank 1 failed"),
-    "settings": (f"ValueError: max_features {SAME} 40 on rank 0; 41 on rank 1", None),
-    "argument": ("ValueError: max_features must be at least 1, got 0", "rank 1 failed"),
-    "dtheta": (f"ValueError: dtheta {SAME} [0.1] on rank 0; [0.2] on rank 1", None),
-    "source": (f"ValueError: source {SAME} independent on rank 0; score on rank 1", None),
-    "shares": (
-        f"ValueError: data {SAME} the same data for all ranks on rank 0; each rank's own share on"
-        " rank 1",
-        None,
-    ),
-    "samples": (f"ValueError: first samples of 'plus' {SAME} checksum", None),
-    "count": (
-        f"ValueError: samples per condition {SAME} [1500, 1500] on rank 0; [1500, 1499] on rank 1",
-        None,
-    ),
-    "weights": (f"ValueError: parameter fc1.weight {SAME} [5, 6] float32 (checksum", None),
-    "layers": (f"ValueError: layers {SAME} ['fc2'] on rank 0; ['fc1'] on rank 1", None),
-    "function": (f"ValueError: list of layers {SAME} ['input', 'fc1', 'output'] on rank 0", None),
-    "no model": (f"ValueError: model {SAME} Sequential on rank 0; none on rank 1", None),
-    "empty": (
-        "ValueError: minus must yield at least one sample, got an empty source",
-        "rank 0 failed",
-    ),
-    "announced": (
-        "ValueError: plus must have the 101 samples that it announces, got 100",
-        "rank 1 failed",
-    ),
-    "shuffled": ("ValueError: data must come in the same order at every pass to be dealt", None),
-    "few": ("ValueError: layer 'input' must see at least 32 samples per condition", None),
-    "steps": (
-        "ValueError: all ranks must take the same steps, got: rank 0 is at point 0; rank 1 is at",
-        None,
-    ),
-    "late": ("MemoryError: full", "rank 1 failed"),
-    "fine": ("no error", None),
+PARAMETER = f"ValueError: parameter fc1.weight {SAME} [5, 6] float32 (checksum"
+NAN = "NotFiniteError: activations of layer 'input' must be finite, got NaN or infinity in batch 11"
+
+# how the message of the rank that fails begins
+OWN_ERRORS = {
+    "nan": NAN,
+    "loader": "OSError: disk gone",
+    "argument": "ValueError: max_features must be at least 1, got 0",
+    "empty": "ValueError: minus must yield at least one sample, got an empty source",
+    "announced": "ValueError: plus must have the 101 samples that it announces, got 100",
+    "late": "MemoryError: full",
+}
+# and that of both where they differ, or fail alike
+COMMON_ERRORS = {
+    "settings": f"ValueError: max_features {SAME} 40 on rank 0; 41 on rank 1",
+    "dtheta": f"ValueError: dtheta {SAME} [0.1] on rank 0; [0.2] on rank 1",
+    "source": f"ValueError: source {SAME} independent on rank 0; score on rank 1",
+    "shares": f"ValueError: data {SAME} the same data for all ranks on rank 0; each rank's own sh",
+    "samples": f"ValueError: first samples of 'plus' {SAME} checksum",
+    "count": f"ValueError: samples per condition {SAME} [1500, 1500] on rank 0; [1500, 1499] on ",
+    "weights": PARAMETER,
+    "layers": f"ValueError: layers {SAME} ['fc2'] on rank 0; ['fc1'] on rank 1",
+    "function": f"ValueError: list of layers {SAME} ['input', 'fc1', 'output'] on rank 0",
+    "no model": f"ValueError: model {SAME} Sequential on rank 0; none on rank 1",
+    "shuffled": "ValueError: data must come in the same order at every pass to be dealt",
+    "few": "ValueError: layer 'input' must see at least 32 samples per condition",
+    "steps": "ValueError: all ranks must take the same steps, got: rank 0 is at point 0; rank 1 is",
+    "fine": "no error",
 }
 
 
@@ -181,14 +167,15 @@ def test_every_rank_hears_of_an_error(together):
     ranks that measure something else each and say nothing, and a group that an error breaks: all
     of these follow each other in the same processes."""
     first, last = (found["errors"] for found in together)
-    assert set(first) == set(ERRORS)
-    for name, (own, of_other) in ERRORS.items():
+    assert set(first) == set(OWN_ERRORS | COMMON_ERRORS)
+    for name, message in OWN_ERRORS.items():
+        rank = 0 if name == "empty" else 1
         failed, other = (first, last) if name == "empty" else (last, first)
-        assert failed[name].startswith(own), name
-        if of_other is None:
-            assert other[name] == failed[name], name
-        else:
-            assert other[name] == f"OtherRankError: {of_other}: {failed[name]}", name
+        assert failed[name].startswith(message), name
+        assert other[name] == f"OtherRankError: rank {rank} failed: {failed[name]}", name
+    for name, message in COMMON_ERRORS.items():
+        assert last[name].startswith(message), name
+        assert first[name] == last[name], name
 
 
 @pytest.mark.slow
@@ -253,8 +240,7 @@ def test_groups_come_and_go(three):
     for rank in (0, 2):
         assert difference(found[rank]["some"], alone) < AGREEMENT
         assert difference(found[rank]["devices"], alone) < AGREEMENT
-        assert found[rank]["groups made"] == 0
-        assert found[rank]["groups made for devices"] == 1
+        assert found[rank]["groups made"] == 1  # for the devices, at the first measurement
         assert found[rank]["timeout"] == rank_cases.PATIENCE
     for result in found:
         assert result["groups left"] == 0
@@ -280,14 +266,12 @@ EXAMPLE = ROOT / "examples" / "distributed.py"
 @pytest.mark.slow
 def test_the_example_prints_the_same_on_any_number_of_processes():
     """Catches an example that needs torchrun, or that prints once per process."""
-    alone = [sys.executable, EXAMPLE]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     printed = []
-    for command in (alone, [*torchrun, "--nproc-per-node", "2", EXAMPLE]):
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, check=False, timeout=240
-        )
+    for how in ([], torchrun):
+        command = [sys.executable, *how, EXAMPLE]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
     assert printed[0] == printed[1]
@@ -297,28 +281,11 @@ def test_the_example_prints_the_same_on_any_number_of_processes():
 def test_the_documentation_has_the_figures_that_were_measured():
     """Catches a table that was not brought up to date with its JSON."""
     stored = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())
-    figures = stored["distributed"]["figures"]
+    runs = stored["distributed"]["figures"]["relative difference of J, largest of all layers"]
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    runs = figures["relative difference of J, largest of all layers"]
-    worst = {
-        (how, dtype): max(
-            value
-            for kinds in runs.values()
-            for name, value in kinds.items()
-            if name.startswith(how) and name.endswith(dtype)
-        )
-        for how in ("dealt", "shares")
-        for dtype in ("float64", "float32")
-    }
+    differences = [one for kinds in runs.values() for one in kinds.items()]
     for how, label in (("dealt", "dealt"), ("shares", "shares, batches cut elsewhere")):
         row = next(line for line in text.splitlines() if line.startswith(f"| {label}"))
-        assert [f"{worst[how, dtype]:.0g}" for dtype in ("float64", "float32")] == [
-            cell.strip() for cell in row.split("|")[2:4]
-        ]
-    assert f"{figures['bytes of a layer'] / 1e6:.2f} MB" in text
-    adding, meeting = (
-        figures[f"seconds to {what}, 2 ranks"]["shortest"] * 1e3
-        for what in ("add up all layers", "meet")
-    )
-    assert f"take {adding:.0f} ms" in text
-    assert f"without sums {meeting:.1f} ms" in text
+        for dtype, cell in zip(("float64", "float32"), row.split("|")[2:4], strict=True):
+            worst = max(v for k, v in differences if k.startswith(how) and k.endswith(dtype))
+            assert f"{worst:.0g}" == cell.strip()

@@ -91,59 +91,6 @@ class ResNet18(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-class SqueezeExcite(nn.Module):
-    """Channels scaled by what their means say."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = nn.Conv2d(channels, 2, 1)
-        self.fc2 = nn.Conv2d(2, channels, 1)
-        self.gate = nn.Hardsigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.fc2(F.relu(self.fc1(self.pool(x)))))
-
-
-class InvertedResidual(nn.Module):
-    """Expand, depthwise convolution, squeeze and excite, project."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        wide = 3 * before
-        self.block = nn.Sequential(
-            nn.Conv2d(before, wide, 1, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.Hardswish(inplace=True),
-            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.Hardswish(inplace=True),
-            SqueezeExcite(wide),
-            nn.Conv2d(wide, after, 1, bias=False),
-            nn.BatchNorm2d(after),
-        )
-        self.residual = stride == 1 and before == after
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x) if self.residual else self.block(x)
-
-
-def mobilenet() -> nn.Module:
-    """Three inverted residuals (Howard et al. 2019)."""
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU6(),
-        InvertedResidual(4, 4, 1),
-        InvertedResidual(4, 6, 2),
-        InvertedResidual(6, 6, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(0.2),
-        nn.Linear(6, 4),
-    )
-
-
 class UNet(nn.Module):
     """Two levels down and up: one by a transposed convolution, one by interpolation; skips."""
 
@@ -203,7 +150,6 @@ NETWORKS: dict[str, Network] = {
     "mlp": Network(paper_mlp, (32,)),
     "lenet": Network(lenet, (1, 16, 16)),
     "resnet18": Network(ResNet18, (3, 32, 32), samples=2),
-    "mobilenet": Network(mobilenet, (3, 12, 12)),
     "unet": Network(UNet, (1, 8, 8)),
     **SEQUENCES,
     "functional": Network(FunctionalOnly, (2, 6, 6)),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from support.dual_oracle import Network, Oracle, calls
+from support.dual_oracle import Network, calls
 from torch import Tensor, nn
 
 LINE = (2, 9)
@@ -19,13 +19,9 @@ IMAGE = (2, 5, 7)
 VOLUME = (2, 5, 6, 7)
 
 
-def _entry(
-    layer: nn.Module | Callable[[], nn.Module], shape: tuple[int, ...], oracle: Oracle = "forward"
-) -> Network:
+def _entry(layer: nn.Module | Callable[[], nn.Module], shape: tuple[int, ...]) -> Network:
     """A layer without parameters may be given as it is, others as a function that builds them."""
-    if isinstance(layer, nn.Module):
-        return Network(lambda: layer, shape, oracle=oracle)
-    return Network(layer, shape, oracle=oracle)
+    return Network((lambda: layer) if isinstance(layer, nn.Module) else layer, shape)
 
 
 NORMS = {
@@ -83,6 +79,7 @@ ACTIVATIONS = {
     "softmax_samples": _entry(nn.Softmax(0), (5, 7)),
     "prelu": _entry(lambda: nn.PReLU(), (5, 7)),
     "prelu_channels": _entry(lambda: nn.PReLU(5), (5, 7)),
+    "hardswish_": calls(lambda x: F.hardswish(x.clone(), inplace=True)),
     "channels_last": calls(lambda x: F.silu(x.to(memory_format=torch.channels_last)), IMAGE),
     "strided": calls(lambda x: F.gelu(x.transpose(1, 2)[:, ::2]), (5, 7)),
 }
@@ -134,6 +131,7 @@ CONVOLUTIONS = {
     "conv_3d": _entry(lambda: nn.Conv3d(2, 3, 2, padding=1), VOLUME),
     "conv_dilated": _entry(lambda: nn.Conv2d(2, 3, 2, dilation=(2, 3)), IMAGE),
     "conv_grouped": _entry(lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (4, 5, 7)),
+    "conv_depthwise": _entry(lambda: nn.Conv2d(4, 8, 3, 2, 1, groups=4), (4, 5, 7)),
     "conv_same": _entry(lambda: nn.Conv2d(2, 3, (3, 5), padding="same"), IMAGE),
     "conv_reflect": _entry(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), IMAGE),
     "transposed_2d": _entry(

@@ -5,8 +5,6 @@ Axes differ in length as in `dual_zoo_layers`: from each other, from the batch a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from support.dual_oracle import Network, calls
@@ -30,19 +28,6 @@ VIEWS = {
     ),
     "triangle": calls(lambda x: x.tril() + x.triu(1) * 2),
 }
-
-
-class Square(torch.autograd.Function):
-    """A function of the user's own, with a backward and no forward derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * gradients[0]
 
 
 PRODUCTS = {
@@ -136,7 +121,6 @@ ELEMENTWISE = {
     "pow_tensor": calls(lambda x: x.abs().pow(x) + torch.pow(x.abs(), 1.7)),
     "to_float": calls(lambda x: x.float().double() + x.to(torch.float64).type_as(x)),
     "constants": calls(lambda x: x + torch.ones_like(x) * torch.arange(7) + x.new_tensor(2.0)),
-    "own_function": calls(Square.apply, (5, 7), "differences"),
     "decision": calls(lambda x: x * 2 if x.mean() > 0 else x * 3),
     "detached": calls(lambda x: x * x.detach() + x.data.sin()),
     "number_of_tensor": calls(lambda x: x * x.mean().item() + float(x[0, 0, 0])),

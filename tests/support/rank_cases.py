@@ -467,10 +467,9 @@ def some_ranks(rank: int, model: nn.Module, data: Data) -> dict[str, Any]:
         return {"error": said(lambda: measure(model, data, process_group=some))}
     known = len(dist.distributed_c10d._world.pg_map)
     found: dict[str, Any] = {"some": numbers_of(measure(model, data, process_group=some))}
-    found["groups made"] = len(dist.distributed_c10d._world.pg_map) - known
     found["devices"] = numbers_of(measure(model, data, process_group=of_devices))
     measure(model, data, process_group=of_devices)
-    found["groups made for devices"] = len(dist.distributed_c10d._world.pg_map) - known
+    found["groups made"] = len(dist.distributed_c10d._world.pg_map) - known
     host = ranks.find_ranks(of_devices)._group
     found["timeout"] = host._get_backend(torch.device("cpu")).options._timeout.seconds
     return found

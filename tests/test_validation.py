@@ -57,20 +57,11 @@ def linear():
 
 
 TAKE_A_SEED = {
-    "simulator": lambda seed: (
-        next(
-            ff.Simulator(
-                draw, 0.5, samples=9, derivative="independent", dtheta=0.1, seed=seed
-            ).read(0, 9)
-        ).x
-    ),
+    "simulator": lambda seed: next(ff.Simulator(draw, 0.5, samples=9, seed=seed).read(0, 9)).x,
     "problem": lambda seed: torch.randn(9, generator=seeded_generator(seed, 1)),
-    "conditions": lambda seed: problems.GaussianScale(3).conditions(1.0, 0.1, 5, seed=seed)[0][0],
     "network": lambda seed: problems.mlp([4, 1], seed=seed)[0].weight,
     "flow": lambda seed: (
-        ff.fisher_flow(torch.nn.Tanh(), ff.Pathwise(X, torch.ones_like(X)), seed=seed)[
-            "output"
-        ].curve_J
+        ff.fisher_information(ff.Pathwise(X, torch.ones_like(X)), seed=seed).curve_J
     ),
     "parameters": lambda seed: ff.parameters.fisher(
         linear(), "gaussian", X, fisher_type="mc", seed=seed

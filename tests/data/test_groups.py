@@ -252,11 +252,9 @@ def test_maps_and_probes_of_groups(monkeypatch):
     dx = torch.full((3000, 2, 3, 3), 0.5)
     labels = torch.arange(3000) // 2
     model = nn.Conv2d(2, 2, 1)
-    found = ff.fisher_flow(
-        model, ff.Pathwise(x, dx, groups=labels), max_features=16, settings=ff.Settings(maps=True)
-    )
-    once = ff.fisher_flow(
-        model, ff.Pathwise(x[::2], dx[::2]), max_features=16, settings=ff.Settings(maps=True)
+    found, once = (
+        ff.fisher_flow(model, data, max_features=16, settings=ff.Settings(maps=True))
+        for data in (ff.Pathwise(x, dx, groups=labels), ff.Pathwise(x[::2], dx[::2]))
     )
     for name in ("input", "output"):
         grouped, alone = found.map(name), once.map(name)

@@ -73,25 +73,19 @@ def test_it_is_the_source_in_everything_else():
     assert [(first, len(batches)) for first, batches in rounds] == [(0, 4), (20, 4), (40, 4)]
 
 
-@pytest.mark.parametrize("carried", ["tangents", "score"])
-def test_what_samples_carry_is_kept_with_them(carried):
+@pytest.mark.parametrize(("cls", "carried"), [(ff.Pathwise, "tangents"), (ff.Score, "score")])
+def test_what_samples_carry_is_kept_with_them(cls, carried):
     """Catches tangents or scores of other samples, and samples counted without them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, DIM, generator=generator)
-    if carried == "tangents":
-        make, pairs = ff.Pathwise, TensorDataset(x, 2 * x[:, None])
-    else:
-        make, pairs = ff.Score, TensorDataset(x, 2 * x[:, :1].double())
+    pairs = TensorDataset(x, 2 * x[:, None] if cls is ff.Pathwise else 2 * x[:, :1].double())
     loader = DataLoader(pairs, batch_size=10, shuffle=True, generator=generator)
-    data = KeptData(make(loader, parameters=1), 10**6)
-    first, second = list(data.read(0, 10)), list(data.read(0, 10))
-    for one, two in zip(first, second, strict=True):
+    data = KeptData(cls(loader, parameters=1), 10**6)
+    for one, two in zip(list(data.read(0, 10)), list(data.read(0, 10)), strict=True):
         assert torch.equal(one.x, two.x)
-        if carried == "tangents":
-            assert torch.equal(two.tangents[0], 2 * one.x)
-        else:
-            assert torch.equal(two.score, 2 * one.x[:, :1].double())
-    assert data._held == SIDE_BYTES + (SIDE_BYTES if carried == "tangents" else 8 * ROWS)
+        expected = 2 * one.x[None] if cls is ff.Pathwise else 2 * one.x[:, :1].double()
+        assert torch.equal(getattr(two, carried), expected)
+    assert data._held == SIDE_BYTES + (SIDE_BYTES if cls is ff.Pathwise else 8 * ROWS)
 
 
 # --- the limit ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from support import dual_oracle
 from support.dual_oracle import Function, Network, distance, map_tensors
-from support.dual_zoo import NETWORKS, ResNet18
+from support.dual_zoo import NETWORKS, resnet
 from support.dual_zoo_layers import LAYERS
 from support.dual_zoo_operations import OPERATIONS
 from support.dual_zoo_sequences import ATTENTION
@@ -147,8 +147,8 @@ def test_one_direction_or_one_sample(number, name):
 
 
 def test_width_is_no_limit():
-    """A ResNet-18 of other widths; catches kernels that are right for narrow layers only."""
-    network = Network(lambda: ResNet18(20, channels=1), (1, 33, 41), samples=1)
+    """A ResNet of other widths; catches kernels that are right for narrow layers only."""
+    network = Network(lambda: resnet(20, channels=1), (1, 33, 41), samples=1)
     x, dx = network.inputs(2)
     truth, _, _ = dual_oracle.oracle(network, x, dx)
     assert_layers(ff.propagate(network.make(), x, dx), truth, EXACT)

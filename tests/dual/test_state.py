@@ -24,7 +24,7 @@ SINGLE = 1e-4
 
 @pytest.mark.parametrize(
     ("name", "training"),
-    [("resnet18", False), ("unet", True), ("vit", True), ("lstm_deep", True), ("functional", True)],
+    [("resnet", False), ("unet", True), ("vit", True), ("lstm_deep", True), ("functional", True)],
 )
 def test_model_and_process_are_untouched(name, training):
     """Catches modes, running statistics, hooks, random states, dtype or fast path that change; and

@@ -385,14 +385,6 @@ def test_a_head_that_is_no_name(output):
 # --- wrappers ---------------------------------------------------------------------------------
 
 
-def test_wrapped_models():
-    """Catches heads that are lost inside a wrapper."""
-    model = seeded(Backwards)
-    expected, flow = measure(model), measure(nn.DataParallel(model))
-    assert flow.names == expected.names
-    assert torch.equal(flow["output"].J, expected["output"].J)
-
-
 def test_the_model_and_its_output_stay_as_they_are():
     """Catches an output that is replaced by a copy of its container: classes of the user's own."""
 

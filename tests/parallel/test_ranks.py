@@ -134,7 +134,6 @@ OWN_ERRORS = {
     "loader": "OSError: disk gone",
     "argument": "ValueError: max_features must be at least 1, got 0",
     "empty": "ValueError: minus must yield at least one sample, got an empty source",
-    "announced": "ValueError: plus must have the 101 samples that it announces, got 100",
     "late": "MemoryError: full",
 }
 # and that of both where they differ, or fail alike

@@ -5,24 +5,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from support.dual_oracle import Network
 from support.dual_zoo_sequences import SEQUENCES
 from torch import Tensor, nn
 
-# --- perceptrons and image networks ---
-
-
-def paper_mlp() -> nn.Module:
-    """256-150-100-50-25-1 with ReLU (Phys. Rev. X 15, 031072), narrower at the input."""
-    widths = (32, 24, 16, 10, 5, 1)
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+# --- image networks ---
 
 
 def lenet() -> nn.Module:
@@ -65,30 +54,19 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class ResNet18(nn.Module):
-    """Four stages of two blocks, `width` channels in the first (He et al. 2016: 64)."""
-
-    def __init__(self, width: int = 4, channels: int = 3, classes: int = 5) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        widths = [width, width, 2 * width, 4 * width, 8 * width]
-        for stage in range(1, 5):
-            before, after = widths[stage - 1], widths[stage]
-            blocks = [
-                BasicBlock(before, after, 1 if stage == 1 else 2),
-                BasicBlock(after, after, 1),
-            ]
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(8 * width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+def resnet(width: int = 4, channels: int = 3) -> nn.Sequential:
+    """Stem, two blocks and readout of a ResNet-18 (He et al. 2016)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1),
+        BasicBlock(width, width, 1),
+        BasicBlock(width, 2 * width, 2),
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(2 * width, 5),
+    )
 
 
 class UNet(nn.Module):
@@ -147,9 +125,8 @@ class FunctionalOnly(nn.Module):
 
 
 NETWORKS: dict[str, Network] = {
-    "mlp": Network(paper_mlp, (32,)),
     "lenet": Network(lenet, (1, 16, 16)),
-    "resnet18": Network(ResNet18, (3, 32, 32), samples=2),
+    "resnet": Network(resnet, (3, 24, 24), samples=2),
     "unet": Network(UNet, (1, 8, 8)),
     **SEQUENCES,
     "functional": Network(FunctionalOnly, (2, 6, 6)),

@@ -34,6 +34,8 @@ PRODUCTS = {
     "matmul_left": calls(lambda x: torch.linspace(0, 1, 10).to(x).view(2, 5) @ x),
     "matmul_vector": calls(lambda x: x @ torch.linspace(0, 1, 7).to(x)),
     "matmul_of_heads": calls(lambda x: x.view(-1, 2, 5, 7) @ x.view(-1, 2, 5, 7).mT, (10, 7)),
+    "matmul_first_of_one": calls(lambda x: x[:1] @ x.mT),
+    "matmul_second_of_one": calls(lambda x: x @ x[:1].mT),
     "bmm": calls(lambda x: torch.bmm(x[:, :2], x.transpose(1, 2))),
     "addmm": calls(lambda x: torch.addmm(x[0, 0], x[:, 0], x[0, 1:4].mT @ x[0, 1:4], alpha=2)),
     "baddbmm": calls(lambda x: torch.baddbmm(x[:, :, :5], x, x.mT, beta=0.5, alpha=2)),
@@ -67,6 +69,9 @@ REDUCTIONS = {
     "cumsum": calls(lambda x: x.cumsum(1) + x.cumsum(-1)),
     "cumprod": calls(lambda x: x.cumprod(2)),
     "cummax": calls(lambda x: x.cummax(1).values),
+    "diff_behind_constants": calls(
+        lambda x: torch.diff(x, prepend=torch.arange(5.0).to(x).view(5, 1).expand(len(x), -1, -1))
+    ),
     "sort": calls(lambda x: x.sort(-1, descending=True).values),
     "argsort": calls(lambda x: x.gather(1, x.argsort(1))),
     "topk": calls(lambda x: x.topk(3, dim=1)[0] * 2),

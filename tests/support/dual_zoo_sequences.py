@@ -31,35 +31,25 @@ class SelfAttention(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches, class token, positions, blocks with the norm first (Dosovitskiy et al. 2021)."""
+    """Patches, class token, positions, a block with the norm first (Dosovitskiy et al. 2021)."""
 
     def __init__(self, width: int = 8, patch: int = 4) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(0.5 * torch.randn(1, 1, width))
         self.positions = nn.Parameter(0.5 * torch.randn(1, 5, width))
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm1": nn.LayerNorm(width),
-                    "attention": SelfAttention(width, 2),
-                    "norm2": nn.LayerNorm(width),
-                    "mlp": nn.Sequential(
-                        nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-                    ),
-                }
-            )
-            for _ in range(2)
+        self.norm1, self.norm2, self.norm = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = SelfAttention(width, 2)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
-        self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
-        for block in self.blocks:
-            x = x + block["attention"](block["norm1"](x))
-            x = x + block["mlp"](block["norm2"](x))
+        x = x + self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
         return self.head(self.norm(x)[:, 0])
 
 

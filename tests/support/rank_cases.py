@@ -118,11 +118,6 @@ def dealt_cases() -> Cases:
         "grow": (net(SCALED), ff.FiniteDifference(*scales(), dtheta=0.1), growing),
         "grow, score": (net(SCALED), ff.Score(*scale_and_score()), growing),
         "maps": (conv_net(), ff.FiniteDifference(*x, dtheta=0.1), {"settings": MAPS}),
-        "paired maps": (
-            conv_net(),
-            ff.FiniteDifference(x[0], x[0] + 0.1, dtheta=0.1, paired=True),
-            {"settings": MAPS},
-        ),
         "wide": (net(WIDE), conditions(1, WIDE_SAMPLES, WIDE), small),
         "wide, pathwise": (net(WIDE), wide.pathwise([0.0], WIDE_SAMPLES), small),
         "wide, score": (net(WIDE), wide.scored([0.0], WIDE_SAMPLES), small),
@@ -314,7 +309,6 @@ def errors(rank: int, size: int) -> dict[str, str]:
         return ff.Shard(pair(a, b))
 
     short = minus if rank else minus[:0]
-    lying = DataLoader(TensorDataset(plus[:100]), batch_size=50, sampler=Claims(100 + last))
     calls: dict[str, Callable[[], Any]] = {
         "nan": lambda: measure(model, shard(minus, spoilt)),
         "loader": lambda: measure(
@@ -334,7 +328,6 @@ def errors(rank: int, size: int) -> dict[str, str]:
             ff.fisher_information(data, process_group="world") if last else measure(model, data)
         ),
         "empty": lambda: measure(model, shard(short, minus)),
-        "announced": lambda: measure(model, shard(plus, lying)),
         "shuffled": lambda: measure(
             model, ff.FiniteDifference(*(DataLoader(x, 32, True) for x in (minus, plus)), dtheta=1)
         ),
@@ -357,19 +350,6 @@ def meet(point: str) -> None:
     """One meeting point, as a measurement has many."""
     with ranks.ranks_of("world") as others:
         others.exchange(point)
-
-
-class Claims(torch.utils.data.Sampler):
-    """A sampler of 100 samples that says it has another number."""
-
-    def __init__(self, claimed: int) -> None:
-        self._claimed = claimed
-
-    def __len__(self) -> int:
-        return self._claimed
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(100))
 
 
 class Normalised(nn.Module):

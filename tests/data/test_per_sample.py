@@ -233,10 +233,6 @@ def counts(theta, n, generator):
     return torch.poisson(theta.exp().expand(n, 4), generator=generator)
 
 
-def numpy_inside(theta, n, generator):
-    return torch.randn(n, 2, generator=generator) + torch.from_numpy(theta.detach().numpy())
-
-
 def attention(theta, n, generator):
     noise = torch.randn(1, 1, n, 4, generator=generator)
     return torch.nn.functional.scaled_dot_product_attention(noise, theta * noise, noise)[0, 0]
@@ -256,7 +252,6 @@ INTEGERS = (
     ("fn", "error", "start"),
     [
         (counts, ValueError, re.escape(CHANGING)),
-        (numpy_inside, ValueError, re.escape(CHANGING)),
         (
             attention,
             ValueError,
@@ -264,7 +259,7 @@ INTEGERS = (
         ),
         (lambda *arguments: counts(*arguments).long(), TypeError, re.escape(INTEGERS)),
     ],
-    ids=["counts", "numpy", "attention", "integers"],
+    ids=["counts", "attention", "integers"],
 )
 def test_simulators_without_derivative_name_the_way_out(fn, error, start):
     """Catches J = 0 for photon counts, a cast that hides them, and torch's request for an issue."""
@@ -406,7 +401,9 @@ def test_simulators_may_reuse_their_memory(derivative):
 
     one, two = (
         ff.fisher_information(
-            ff.Simulator(fn, 0.0, samples=1000, derivative=derivative, dtheta=STEPS[derivative]),
+            ff.Simulator(
+                fn, 0.0, samples=1000, derivative=derivative, dtheta=STEPS[derivative] and 0.3
+            ),
             max_features=16,
             settings=ff.Settings(batch_size=100),
         )
@@ -431,32 +428,22 @@ def test_simulators_may_write_into_theta(derivative):
     assert "theta=[1.0]" in repr(data)
 
 
-@pytest.mark.parametrize("kind", ["pathwise", "score", "independent"])
-def test_streams_may_reuse_their_memory(kind):
+@pytest.mark.parametrize("cls", [ff.Pathwise, ff.Score])
+def test_streams_may_reuse_their_memory(cls):
     """Catches samples kept for the scale of the activations, overwritten by the batches behind."""
     x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
-    carried = torch.ones(1000, 1, 3) if kind == "pathwise" else x.sum(1, keepdim=True)
+    carried = torch.ones(1000, 1, 3) if cls is ff.Pathwise else x.sum(1, keepdim=True)
 
-    def stream(*parts, reuse):
-        batches = zip(*(part.split(100) for part in parts), strict=True)
-        memory = [torch.empty_like(part[:100]) for part in parts]
-        for batch in batches:
-            if reuse:
-                batch = [kept.copy_(part) for kept, part in zip(memory, batch, strict=True)]
-            yield tuple(part if reuse else part.clone() for part in batch)
+    def fresh():
+        return zip(x.split(100), carried.split(100), strict=True)
 
-    def information(reuse):
-        if kind == "independent":
-            minus, plus = (
-                lambda shift=shift: stream(x.flip(0) + shift, reuse=reuse) for shift in (-0.1, 0.1)
-            )
-            data = ff.FiniteDifference(minus, plus, dtheta=0.2)
-        else:
-            cls = ff.Pathwise if kind == "pathwise" else ff.Score
-            data = cls(lambda: stream(x, carried, reuse=reuse))
-        return ff.fisher_information(data, max_features=16)
+    def reusing():
+        memory = x[:100].clone(), carried[:100].clone()
+        for batch in fresh():
+            yield tuple(kept.copy_(part) for kept, part in zip(memory, batch, strict=True))
 
-    assert information(True).value == information(False).value
+    one, two = (ff.fisher_information(cls(stream), max_features=16) for stream in (fresh, reusing))
+    assert one.value == two.value
 
 
 def test_large_derivatives_are_finite():

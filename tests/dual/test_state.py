@@ -24,7 +24,7 @@ SINGLE = 1e-4
 
 @pytest.mark.parametrize(
     ("name", "training"),
-    [("resnet", False), ("unet", True), ("vit", True), ("lstm_deep", True), ("functional", True)],
+    [("resnet", False), ("resnet", True), ("vit", True), ("encoder_causal", True), ("rnn", True)],
 )
 def test_model_and_process_are_untouched(name, training):
     """Catches modes, running statistics, hooks, random states, dtype or fast path that change; and
@@ -100,7 +100,7 @@ def test_arguments_that_require_gradients():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_under_any_gradient_mode(mode):
     """Catches results that depend on the mode of the caller, or a mode that is not put back."""
-    network = NETWORKS["functional"]
+    network = NETWORKS["vit"]
     model = network.make()
     x, dx = network.inputs()
     expected = ff.jvp(model, x, dx)

@@ -215,7 +215,7 @@ def test_recall_between_measurements():
 @pytest.mark.slow
 def test_the_memory_of_a_joint_output_is_planned():
     """Catches a plan that leaves it out: two views of a small tensor take nothing, it does."""
-    wide = 20_000
+    wide = 10_000
 
     def largest_batch(joined: bool) -> int:
         def outputs(x: torch.Tensor) -> Any:
@@ -224,7 +224,7 @@ def test_the_memory_of_a_joint_output_is_planned():
 
         model, seen = Returns(outputs), []
         model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-        options = {"max_features": 8, "layers": [], "memory_budget": "120 MB"}
+        options = {"max_features": 8, "layers": [], "memory_budget": "60 MB"}
         measure(model, two_conditions(1500), **options)
         return max(seen)
 

@@ -83,92 +83,71 @@ def mixed(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model.heads(tokens, tokens, tokens)[0]
 
 
+SPELLINGS = [
+    (F.relu, "relu"),
+    (torch.Tensor.relu, "relu"),
+    (F.relu_, "relu"),
+    (torch.Tensor.relu_, "relu"),
+    (lambda x: F.relu(x, inplace=True), "relu"),
+    (torch.tanh, "tanh"),
+    (lambda x: x.tanh_(), "tanh"),
+    (F.sigmoid, "sigmoid"),
+    (F.gelu, "gelu"),
+    (lambda x: F.softmax(x, dim=-1), "softmax"),
+]
+
+
 def spelled(activation: Transform, name: str) -> tuple:
     """A case of `NETWORKS`: an activation between two layers."""
-    of = {
-        "fc1": lambda model, x: model.fc1(x),
-        f"fc1/{name}": lambda model, x: activation(model.fc1(x)),
-        "output": lambda model, x: model(x),
-    }
+    of = {"fc1": lambda m, x: m.fc1(x), f"fc1/{name}": lambda m, x: activation(m.fc1(x))}
     return lambda: Functional(activation), f"input fc1 fc1/{name} output", of
 
 
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """A function that calls an activation twice."""
+    return torch.tanh(2 * torch.tanh(x))
+
+
+FC = {"fc": lambda m, x: m.fc(x)}
 NETWORKS = {
-    **{
-        f"{name} {number}": spelled(activation, name)
-        for number, (activation, name) in enumerate(
-            [
-                (F.relu, "relu"),
-                (torch.Tensor.relu, "relu"),
-                (F.relu_, "relu"),
-                (torch.Tensor.relu_, "relu"),
-                (lambda x: F.relu(x, inplace=True), "relu"),
-                (torch.tanh, "tanh"),
-                (lambda x: x.tanh_(), "tanh"),
-                (F.sigmoid, "sigmoid"),
-                (F.gelu, "gelu"),
-                (lambda x: F.softmax(x, dim=-1), "softmax"),
-            ]
-        )
-    },
+    **{f"{each[1]} {number}": spelled(*each) for number, each in enumerate(SPELLINGS)},
     "module twice": (
         Twice,
         "input fc act fc#2 act#2 output",
-        {"fc#2": lambda model, x: model.fc(model.fc(x).tanh())},
+        {"fc#2": lambda m, x: m.fc(m.fc(x).tanh())},
     ),
     "function twice": (
-        lambda: Functional(lambda x: torch.tanh(2 * torch.tanh(x))),
+        lambda: Functional(doubled),
         "input fc1 fc1/tanh fc1/tanh#2 output",
-        {"fc1/tanh#2": lambda model, x: torch.tanh(2 * torch.tanh(model.fc1(x)))},
+        {"fc1/tanh#2": lambda m, x: doubled(m.fc1(x))},
     ),
-    "two names": (
-        Shared,
-        "input a a/tanh a#2 output",
-        {"a#2": lambda model, x: model.a(model.a(x).tanh())},
-    ),
+    "two names": (Shared, "input a a/tanh a#2 output", {"a#2": lambda m, x: m.a(m.a(x).tanh())}),
     "before all layers": (
         lambda: Calls(lambda fc, x: fc(torch.tanh(x))),
         "input input/tanh output",
-        {"input/tanh": lambda model, x: x.tanh()},
+        {"input/tanh": lambda m, x: x.tanh()},
     ),
-    "bare layer": (
-        lambda: nn.Linear(WIDTH, 2),
-        "input output",
-        {"output": lambda model, x: model(x)},
-    ),
-    "overwritten": (
-        lambda: Calls(overwritten),
-        "input fc output",
-        {name: lambda model, x: model.fc(x) for name in ("fc", "output")},
-    ),
-    "gradient inside": (
-        lambda: Calls(force),
-        "input fc fc/tanh output",
-        {"fc": lambda model, x: model.fc(x)},
-    ),
-    "one number": (
-        lambda: Calls(lambda fc, x: fc(x)[:, 0]),
-        "input fc output",
-        {"output": lambda model, x: model.fc(x)[:, :1]},
-    ),
-    "mean of the batch": (lambda: Calls(lambda fc, x: fc(x).mean()), "input fc", {}),
+    "bare layer": (lambda: nn.Linear(WIDTH, 2), "input output", {}),
+    "overwritten": (lambda: Calls(overwritten), "input fc output", FC),
+    "gradient inside": (lambda: Calls(force), "input fc fc/tanh output", FC),
+    "one number": (lambda: Calls(lambda fc, x: fc(x)[:, 0]), "input fc output", FC),
+    "mean of the batch": (lambda: Calls(lambda fc, x: fc(x).mean()), "input fc", FC),
     "ends of the network": (
         InputOutput,
         "input self.input self.output output",
         {
-            "self.input": lambda model, x: model.input(x),
-            "self.output": lambda model, x: model.output(model.input(x)),
-            "output": lambda model, x: model(x),
+            "self.input": lambda m, x: m.input(x),
+            "self.output": lambda m, x: m.output(m.input(x)),
         },
     ),
     "recurrent": (
         Recurrent,
         "input lstm[0] output",
-        {"lstm[0]": lambda model, x: model.lstm(x.view(-1, 2, 3))[0]},
+        {"lstm[0]": lambda m, x: m.lstm(x.view(-1, 2, 3))[0]},
     ),
     "attention": (Attention, "input embed heads[0] heads[1] output", {"heads[0]": mixed}),
-    "convolutional": (convolutional, "input 1 2 3 output", {"3": lambda model, x: model[:4](x)}),
-    "noisy": (Noisy, "input fc output", {"fc": lambda model, x: model.fc(x)}),
+    "convolutional": (convolutional, "input 1 2 3 output", {"3": lambda m, x: m[:4](x)}),
+    "noisy": (Noisy, "input fc output", FC),
 }
 
 
@@ -190,6 +169,8 @@ def test_any_network_is_measured_and_left_as_it_was(number, name):
         assert torch.isfinite(layer.J).all()
         assert (layer.samples, layer.J.dtype) == (800, torch.float64)
     model.eval()
+    if "output" in flow and name != "noisy":
+        transforms = {"output": lambda model, x: model(x).view(len(x), -1)} | transforms
     for layer, transform in transforms.items():
         assert_measures(flow[layer], lambda x, transform=transform: transform(model, x))
 
@@ -426,20 +407,6 @@ def test_default_dtype_of_the_user():
         torch.testing.assert_close(layer.curve_J, expected[layer.name].curve_J)
 
 
-def test_double_precision():
-    """Catches a model in float64 whose statistics are done in float32. Seen 1e-14, allowed 1e-9."""
-    model = seeded(mlp).double()
-    minus, plus = (x.double() for x in samples())
-    with untouched(model):
-        flow = measure(model, ff.FiniteDifference(minus, plus, DTHETA))
-    scaled = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in scaled[0].parameters():
-            parameter.mul_(1024 / 1000)
-    other = measure(scaled, ff.FiniteDifference(minus, plus, DTHETA))
-    torch.testing.assert_close(other["0"].linear, flow["0"].linear, rtol=1e-9, atol=0)
-
-
 # --- which layers ---
 
 
@@ -448,14 +415,12 @@ def test_double_precision():
     [
         ("fc1", ["fc1"]),
         (["fc1/relu", "fc1"], ["fc1", "fc1/relu"]),
-        (("fc1",), ["fc1"]),
         ([], []),
         (["input", "output"], []),
         (["fc2"], []),
         (r"fc[12]$", ["fc1"]),
         (r"/relu", ["fc1/relu"]),
         (r"^fc1", ["fc1", "fc1/relu"]),
-        ("fc1/rel.$", ["fc1/relu"]),
         ("auto", ["fc1", "fc1/relu"]),
         (lambda *_: False, []),
     ],

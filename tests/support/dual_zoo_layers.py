@@ -44,35 +44,23 @@ NORMS = {
 }
 
 
+PARAMETRISED = (
+    nn.ELU(0.7),
+    nn.CELU(1.3),
+    nn.Hardtanh(-0.5, 0.8),
+    nn.LeakyReLU(0.2),
+    nn.Threshold(0.1, 20.0),
+    nn.Softmax(-1),
+    nn.LogSoftmax(1),
+)
+OF_OTHER_SHAPES = {"GLU", "MultiheadAttention", "PReLU", "Softmax2d", "Softmin"}
+PLAIN = (
+    set(nn.modules.activation.__all__) - OF_OTHER_SHAPES - {type(a).__name__ for a in PARAMETRISED}
+)
+
 ACTIVATIONS = {
-    **{
-        layer._get_name().lower(): _entry(layer, (5, 7))
-        for layer in (
-            nn.ReLU6(),
-            nn.ELU(0.7),
-            nn.SELU(),
-            nn.CELU(1.3),
-            nn.GELU(),
-            nn.SiLU(),
-            nn.Mish(),
-            nn.Tanh(),
-            nn.Sigmoid(),
-            nn.Hardtanh(-0.5, 0.8),
-            nn.Hardswish(),
-            nn.Hardsigmoid(),
-            nn.Hardshrink(),
-            nn.Softshrink(),
-            nn.Tanhshrink(),
-            nn.Softsign(),
-            nn.LogSigmoid(),
-            nn.Softplus(),
-            nn.LeakyReLU(0.2),
-            nn.RReLU(),
-            nn.Threshold(0.1, 20.0),
-            nn.Softmax(-1),
-            nn.LogSoftmax(1),
-        )
-    },
+    **{type(layer).__name__.lower(): _entry(layer, (5, 7)) for layer in PARAMETRISED},
+    **{name.lower(): _entry(getattr(nn, name)(), (5, 7)) for name in sorted(PLAIN)},
     "gelu_tanh": _entry(nn.GELU(approximate="tanh"), (5, 7)),
     "softplus_beta": _entry(nn.Softplus(beta=2.0, threshold=1.5), (5, 7)),
     "glu_channels": _entry(nn.GLU(1), (6, 7)),
@@ -176,11 +164,4 @@ OTHERS = {
     "embedding_of_argmax": _entry(OfArgmax, (5, 7)),
 }
 
-LAYERS: dict[str, Network] = {
-    **NORMS,
-    **ACTIVATIONS,
-    **POOLS,
-    **SHAPES,
-    **CONVOLUTIONS,
-    **OTHERS,
-}
+LAYERS = NORMS | ACTIVATIONS | POOLS | SHAPES | CONVOLUTIONS | OTHERS

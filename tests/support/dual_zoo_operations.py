@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from support.dual_oracle import Network, calls
+from support.dual_oracle import calls
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +32,7 @@ VIEWS = {
 
 PRODUCTS = {
     "matmul_left": calls(lambda x: torch.linspace(0, 1, 10).to(x).view(2, 5) @ x),
+    "matmul_constant": calls(lambda x: x @ torch.linspace(0, 1, 14).to(x).view(7, 2)),
     "matmul_vector": calls(lambda x: x @ torch.linspace(0, 1, 7).to(x)),
     "matmul_of_heads": calls(lambda x: x.view(-1, 2, 5, 7) @ x.view(-1, 2, 5, 7).mT, (10, 7)),
     "matmul_first_of_one": calls(lambda x: x[:1] @ x.mT),
@@ -125,7 +126,9 @@ ELEMENTWISE = {
     "xlogy": calls(lambda x: torch.xlogy(x, x.abs() + 1) + torch.logaddexp(x, x.sin())),
     "pow_tensor": calls(lambda x: x.abs().pow(x) + torch.pow(x.abs(), 1.7)),
     "to_float": calls(lambda x: x.float().double() + x.to(torch.float64).type_as(x)),
-    "constants": calls(lambda x: x + torch.ones_like(x) * torch.arange(7) + x.new_tensor(2.0)),
+    "constants": calls(
+        lambda x: x + torch.ones_like(x) * torch.arange(7) + x.new_tensor(2.0) * x.new_ones(7)
+    ),
     "decision": calls(lambda x: x * 2 if x.mean() > 0 else x * 3),
     "detached": calls(lambda x: x * x.detach() + x.data.sin()),
     "number_of_tensor": calls(lambda x: x * x.mean().item() + float(x[0, 0, 0])),
@@ -207,11 +210,4 @@ FALLBACKS = {
 }
 """Operations that are rare enough to leave them to PyTorch's forward mode."""
 
-OPERATIONS: dict[str, Network] = {
-    **VIEWS,
-    **PRODUCTS,
-    **REDUCTIONS,
-    **ELEMENTWISE,
-    **WRITES,
-    **FALLBACKS,
-}
+OPERATIONS = VIEWS | PRODUCTS | REDUCTIONS | ELEMENTWISE | WRITES | FALLBACKS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,21 +134,12 @@ ATTENTION: dict[str, Network] = {
 # --- recurrent networks ---
 
 
-class Recurrent(nn.Module):
-    """A recurrent module, all its states, and a readout of the last step."""
+class StepsFirst(nn.GRU):
+    """Time steps before the samples, as recurrent modules take them by default."""
 
-    def __init__(self, module: nn.RNNBase) -> None:
-        super().__init__()
-        self.module = module
-        self.fc = nn.Linear(module.hidden_size * (2 if module.bidirectional else 1), 2)
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        if not self.module.batch_first:
-            x = x.transpose(0, 1)
-        steps, state = self.module(x)
-        steps = steps if self.module.batch_first else steps.transpose(0, 1)
-        hidden = state[0] if isinstance(state, tuple) else state
-        return {"steps": steps, "last": self.fc(steps[:, -1]), "hidden": hidden.transpose(0, 1)}
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        steps, state = super().forward(x.transpose(0, 1))
+        return steps.transpose(0, 1), state
 
 
 class Cells(nn.Module):
@@ -171,17 +161,13 @@ class Cells(nn.Module):
         return r
 
 
-def _recurrent(kind: type[nn.RNNBase], *arguments: Any, **options: Any) -> Network:
-    return Network(lambda: Recurrent(kind(3, 4, *arguments, **options)), (4, 3))
-
-
 SEQUENCES: dict[str, Network] = {
     "vit": Network(ViT, (3, 8, 8)),
     "encoder_causal": Network(lambda: Encoder(False), (4, 6)),
     "encoder_both_masks": Network(lambda: Encoder(True), (4, 6)),
-    "lstm_deep": _recurrent(nn.LSTM, 2, bidirectional=True),
-    "gru_deep": _recurrent(nn.GRU, 2, bidirectional=True, batch_first=True),
-    "rnn": _recurrent(nn.RNN, 2, batch_first=True),
-    "rnn_relu": _recurrent(nn.RNN, nonlinearity="relu", bidirectional=True),
+    "lstm_deep": Network(lambda: nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True), (4, 3)),
+    "gru": Network(lambda: StepsFirst(3, 4), (4, 3)),
+    "rnn": Network(lambda: nn.RNN(3, 4, 2, batch_first=True), (4, 3)),
+    "rnn_relu": Network(lambda: nn.RNN(3, 4, nonlinearity="relu", batch_first=True), (4, 3)),
     "cells": Network(Cells, (3, 3)),
 }

@@ -178,16 +178,8 @@ def sharded_cases() -> Cases:
         "paired": (double, conditions(1, paired=True), {}),
         "groups": (double, grouped(minus, plus), {}),
         "score": (net(), gaussian(1).scored([0.0], N), {}),
-        "grow": (
-            net(SCALED, torch.float64),
-            ff.FiniteDifference(*scales(), dtheta=0.1),
-            growing,
-        ),
-        "wide": (
-            net(WIDE, torch.float64),
-            conditions(1, WIDE_SAMPLES, WIDE),
-            {"max_features": 32},
-        ),
+        "grow": (net(SCALED, torch.float64), ff.FiniteDifference(*scales(), dtheta=0.1), growing),
+        "wide": (net(WIDE, torch.float64), conditions(1, WIDE_SAMPLES, WIDE), {"max_features": 32}),
     }
 
 
@@ -501,7 +493,7 @@ def ending(rank: int, size: int) -> dict[str, Any]:
     patient = dist.new_group([0, 1], timedelta(seconds=PATIENCE))
     found = {}
     if rank < 2:
-        time.sleep(2 * SHORT * rank)
+        time.sleep(1.5 * SHORT * rank)
         found["late"] = attempt(two, times=1)
     dist.barrier()
     found["stop"] = attempt(

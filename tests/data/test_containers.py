@@ -152,27 +152,25 @@ def test_batches_cut_tensors_and_keep_those_of_loaders():
     assert torch.equal(torch.cat([batch.x for batch in data.read(1, 8)]), plus)
 
 
-def _read_only(x: np.ndarray) -> np.ndarray:
+def read_only(x: np.ndarray) -> np.ndarray:
     x.flags.writeable = False
     return x
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        _read_only,
-        lambda x: x[:, ::-1],
-        lambda x: x.astype("float64"),
-        lambda x: x.astype(">f4"),
-        lambda x: x.astype("float16"),
-    ],
-    ids=["read only", "reversed", "double", "other byte order", "half"],
-)
+CHANGES = {
+    "read only": read_only,
+    "reversed": lambda x: x[:, ::-1],
+    "other byte order": lambda x: x.astype(">f4"),
+    "half": lambda x: x.astype("float16"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_arrays_of_any_layout(change):
     """Catches arrays handed to torch as they are: its warning about memory-mapped data, its errors
     about negative strides and foreign byte order; and arrays that the measurement writes to."""
     minus, plus = samples()
-    arrays = [change(x.numpy().copy()) for x in (minus, plus)]
+    arrays = [CHANGES[change](x.numpy().copy()) for x in (minus, plus)]
     before = [array.copy() for array in arrays]
     info = ff.fisher_information(ff.FiniteDifference(*arrays, DTHETA), max_features=16)
     expected = ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA), max_features=16)

@@ -210,7 +210,6 @@ NOTHING = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fisherfast.FisherWarning")
 @pytest.mark.parametrize("kind", NOTHING)
 def test_samples_stored_twice_show_no_information_where_there_is_none(kind):

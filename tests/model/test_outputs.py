@@ -212,7 +212,6 @@ def test_recall_between_measurements():
         assert monitor.step().flow.to_dict()["layers"] == once.to_dict()["layers"]
 
 
-@pytest.mark.slow
 def test_the_memory_of_a_joint_output_is_planned():
     """Catches a plan that leaves it out: two views of a small tensor take nothing, it does."""
     wide = 10_000
@@ -225,7 +224,7 @@ def test_the_memory_of_a_joint_output_is_planned():
         model, seen = Returns(outputs), []
         model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
         options = {"max_features": 8, "layers": [], "memory_budget": "60 MB"}
-        measure(model, two_conditions(1500), **options)
+        measure(model, two_conditions(600), **options)
         return max(seen)
 
     assert largest_batch(joined=False) == largest_batch(joined=True)
@@ -239,14 +238,12 @@ def test_the_memory_of_a_joint_output_is_planned():
     [
         lambda x, y: (y, None),
         lambda x, y: {"y": y, "class": y.argmax(1)},
-        lambda x, y: [y, 3, "text"],
         lambda x, y: (y.mean(), y),
         lambda x, y: (torch.ones(2, 3), y, torch.ones(len(x), dtype=torch.bool)),
         lambda x, y: (y, y),
         lambda x, y: (y, y.view(-1, 1, 2)),
-        lambda x, y: {"y": y, "again": [y.unsqueeze(0)[0]]},
     ],
-    ids=["None", "integers", "numbers", "mean", "table", "twice", "view", "view of a view"],
+    ids=["None", "integers", "mean", "table", "twice", "view"],
 )
 def test_one_floating_output_beside_others(others):
     """Catches a joint of copies or of one tensor: "output" is the layer itself."""

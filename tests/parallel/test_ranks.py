@@ -260,21 +260,16 @@ def test_groups_come_and_go(three):
 
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "distributed.py"
 
 
 @pytest.mark.slow
-def test_the_example_prints_the_same_on_any_number_of_processes(capsys):
+def test_the_example_prints_the_same_on_any_number_of_processes(three, capsys):
     """Catches an example that needs torchrun, or that prints once per process."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, EXAMPLE]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
     with torch.random.fork_rng(devices=[]):
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert done.stdout == capsys.readouterr().out
-    assert done.stdout.count("J per unit of theta squared") == 2
+        runpy.run_path(str(rank_cases.EXAMPLE), run_name="__main__")
+    expected = capsys.readouterr().out
+    assert expected.count("J per unit of theta squared") == 2
+    assert [found["groups"]["example"] for found in three] == [expected, "", ""]
 
 
 def test_the_documentation_has_the_figures_that_were_measured():

@@ -6,8 +6,12 @@ The folder also holds the store that the processes meet in.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -30,6 +34,7 @@ from fisherfast.measurement import run
 from fisherfast.parallel import ranks
 from fisherfast.problems import GaussianShift, mlp
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 N, DIM, BATCH = 1500, 6, 128
 WIDE, WIDE_SAMPLES = 300, 150
 SCALED = 30  # a scale of so many dimensions needs more than the first 64 lifted features
@@ -447,6 +452,16 @@ def some_ranks(rank: int, model: nn.Module, data: Data) -> dict[str, Any]:
     return found
 
 
+def example(rank: int, size: int, port: int) -> str:
+    """What the example prints in an environment such as torchrun makes."""
+    given = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {name: str(value) for name, value in given.items()}
+    printed = io.StringIO()
+    with mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(printed):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return printed.getvalue()
+
+
 def groups(rank: int, size: int) -> dict[str, Any]:
     """Some of the ranks, one alone, all, and all again after the group was destroyed."""
     data, model = conditions(1), net()
@@ -463,8 +478,12 @@ def groups(rank: int, size: int) -> dict[str, Any]:
     found["sampled"] = sampled["fc1"].samples
     found["probed"] = probed(process_group="world")
     found["streams"] = numbers_of(measure(model, streams(data, rank, size)))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = [free.getsockname()[1]]
+    dist.broadcast_object_list(port)
     dist.destroy_process_group()
     found["groups left"] = len(ranks._ON_HOST)
+    found["example"] = example(rank, size, port[0])
     found["without"] = numbers_of(measure(model, data))
     again = f"file://{Path(sys.argv[4]) / 'again'}"
     dist.init_process_group("gloo", init_method=again, rank=rank, world_size=size)

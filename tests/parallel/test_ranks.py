@@ -124,6 +124,48 @@ def test_ranks_measure_what_one_process_does(three):
                 assert all(torch.equal(value, same[key]) for key, value in other.items())
 
 
+@pytest.mark.slow
+def test_groups_come_and_go(three):
+    """Catches ranks outside of the group that must take part, a group that is made where there is
+    one for the host, at every measurement, or with another timeout, and one that is never let go
+    of; samples of a sampler counted by its Dataset, streams of unknown length that are counted
+    twice or not at all, a probe that each rank has trained on samples of its own, and what a
+    destroyed group leaves behind."""
+    found = [result["groups"] for result in three]
+    alone = found[1]["alone"]
+    assert "must contain this process" in found[1]["error"]
+    for rank in (0, 2):
+        assert difference(found[rank]["some"], alone) < AGREEMENT
+        assert difference(found[rank]["devices"], alone) < AGREEMENT
+        assert found[rank]["groups made"] == 1  # for the devices, at the first measurement
+        assert found[rank]["timeout"] == rank_cases.PATIENCE
+    for result in found:
+        assert result["groups left"] == 0
+        assert difference(result["without"], alone) < AGREEMENT
+        assert difference(result["again"], alone) < AGREEMENT
+        assert result["sampled"] == 2 * rank_cases.N
+        assert all(map(torch.equal, result["probed"].values(), found[0]["probed"].values()))
+        expected = found[1]["probed alone"]
+        assert bool(result["probed"]["kind"])
+        # training makes more of a rounding than 1e-10: a tenth of the error at most
+        off = (result["probed"]["J"] - expected["J"]).abs()
+        assert float(off) < 0.1 * float(expected["stderr"])
+        streamed = result["streams"]["fc1 J"] - alone["fc1 J"]
+        assert float(streamed.abs()) < float(alone["fc1 stderr"])
+        assert float(result["streams"]["fc1 dof"][1]) == 2 * rank_cases.N
+        assert all(map(torch.equal, result["streams"].values(), found[0]["streams"].values()))
+
+
+@pytest.mark.slow
+def test_the_example_prints_the_same_on_any_number_of_processes(three, capsys):
+    """Catches an example that needs torchrun, or that prints once per process."""
+    with torch.random.fork_rng(devices=[]):
+        runpy.run_path(str(rank_cases.EXAMPLE), run_name="__main__")
+    expected = capsys.readouterr().out
+    assert expected.count("J per unit of theta squared") == 2
+    assert [found["groups"]["example"] for found in three] == [expected, "", ""]
+
+
 SAME = "must be the same on all ranks, got"
 
 PARAMETER = f"ValueError: parameter fc1.weight {SAME} [5, 6] float32 (checksum"
@@ -227,49 +269,7 @@ def test_a_monitor_on_all_ranks_keeps_one_history(together):
             assert int(found["warnings"]) == 0
 
 
-@pytest.mark.slow
-def test_groups_come_and_go(three):
-    """Catches ranks outside of the group that must take part, a group that is made where there is
-    one for the host, at every measurement, or with another timeout, and one that is never let go
-    of; samples of a sampler counted by its Dataset, streams of unknown length that are counted
-    twice or not at all, a probe that each rank has trained on samples of its own, and what a
-    destroyed group leaves behind."""
-    found = [result["groups"] for result in three]
-    alone = found[1]["alone"]
-    assert "must contain this process" in found[1]["error"]
-    for rank in (0, 2):
-        assert difference(found[rank]["some"], alone) < AGREEMENT
-        assert difference(found[rank]["devices"], alone) < AGREEMENT
-        assert found[rank]["groups made"] == 1  # for the devices, at the first measurement
-        assert found[rank]["timeout"] == rank_cases.PATIENCE
-    for result in found:
-        assert result["groups left"] == 0
-        assert difference(result["without"], alone) < AGREEMENT
-        assert difference(result["again"], alone) < AGREEMENT
-        assert result["sampled"] == 2 * rank_cases.N
-        assert all(map(torch.equal, result["probed"].values(), found[0]["probed"].values()))
-        expected = found[1]["probed alone"]
-        assert bool(result["probed"]["kind"])
-        # training makes more of a rounding than 1e-10: a tenth of the error at most
-        off = (result["probed"]["J"] - expected["J"]).abs()
-        assert float(off) < 0.1 * float(expected["stderr"])
-        streamed = result["streams"]["fc1 J"] - alone["fc1 J"]
-        assert float(streamed.abs()) < float(alone["fc1 stderr"])
-        assert float(result["streams"]["fc1 dof"][1]) == 2 * rank_cases.N
-        assert all(map(torch.equal, result["streams"].values(), found[0]["streams"].values()))
-
-
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.slow
-def test_the_example_prints_the_same_on_any_number_of_processes(three, capsys):
-    """Catches an example that needs torchrun, or that prints once per process."""
-    with torch.random.fork_rng(devices=[]):
-        runpy.run_path(str(rank_cases.EXAMPLE), run_name="__main__")
-    expected = capsys.readouterr().out
-    assert expected.count("J per unit of theta squared") == 2
-    assert [found["groups"]["example"] for found in three] == [expected, "", ""]
 
 
 def test_the_documentation_has_the_figures_that_were_measured():

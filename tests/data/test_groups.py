@@ -58,26 +58,22 @@ def test_labels_of_any_kind_are_the_same_groups(given):
     )
 
 
+def numbers_of(groups: Groups) -> list[list[int]]:
+    return [numbers.tolist() for numbers in groups.numbers]
+
+
 def test_a_label_is_the_same_group_in_all_conditions():
     """Catches groups that are numbered in each condition anew."""
-    minus, plus = ["a", "a", "b", "c", "c"], ["c", "b", "b", "a"]
-    data = ff.FiniteDifference(normal(5, 2), normal(4, 2), 0.1, groups=[minus, plus])
-    assert data.groups.labels == ("a", "b", "c")
-    assert [numbers.tolist() for numbers in data.groups.numbers] == [[0, 0, 1, 2, 2], [2, 1, 1, 0]]
-    x = [normal(4, 2)] * 2
-    several = ff.FiniteDifference(
-        x, x, 0.1, groups=[list(c) for c in ("aabb", "aabb", "abab", "bbaa")]
-    )
-    found = [numbers.tolist() for numbers in several.groups.numbers]
-    assert found == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 0]]
-    joined = joined_groups(
-        [data.groups, Groups(("z", "c"), (torch.tensor([0]), torch.tensor([1])))]
-    )
+    x, labels = normal(5, 2), [list("aabcc"), list("cbba")]
+    groups = ff.FiniteDifference(x, x[:4], 0.1, groups=labels).groups
+    assert groups.labels == ("a", "b", "c")
+    assert numbers_of(groups) == [[0, 0, 1, 2, 2], [2, 1, 1, 0]]
+    pair, labels = [x[:4]] * 2, [list(word) for word in ("aabb", "aabb", "abab", "bbaa")]
+    several = ff.FiniteDifference(pair, pair, 0.1, groups=labels).groups
+    assert numbers_of(several) == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 0]]
+    joined = joined_groups([groups, Groups(("z", "c"), (torch.tensor([0]), torch.tensor([1])))])
     assert joined.labels == ("a", "b", "c", "z")
-    assert [numbers.tolist() for numbers in joined.numbers] == [
-        [0, 0, 1, 2, 2, 3],
-        [2, 1, 1, 0, 2],
-    ]
+    assert numbers_of(joined) == [[0, 0, 1, 2, 2, 3], [2, 1, 1, 0, 2]]
 
 
 def batches():

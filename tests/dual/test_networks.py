@@ -226,12 +226,10 @@ def test_directions_that_are_views():
     """Catches a buffer that is built from strides: expanded, transposed and sliced arguments."""
     network = NETWORKS["lenet"]
     x, dx = network.inputs()
+    turned = dx.permute(2, 0, 1, 4, 3).contiguous().permute(1, 2, 0, 4, 3)
     views = (
         (x.mT.contiguous().mT, dx[:1].expand(3, *x.shape)),
-        (
-            torch.cat([x, x], -1)[..., :16],
-            dx.permute(2, 0, 1, 4, 3).contiguous().permute(1, 2, 0, 4, 3),
-        ),
+        (torch.cat([x, x], -1)[..., :16], turned),
     )
     for start, directions in views:
         truth, _, _ = dual_oracle.oracle(network, start, directions)

@@ -13,15 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.networks_zoo import (
-    DTHETA,
-    Functional,
-    measure,
-    mlp,
-    one_thread,  # noqa: F401
-    seeded,
-    two_conditions,
-)
+from support.networks_zoo import DTHETA, Functional, measure, mlp, seeded, two_conditions
 from support.training_histories import layer as layer_of
 from torch import nn
 

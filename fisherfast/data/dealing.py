@@ -83,29 +83,15 @@ class Dealing:
         return _place(self, first, count, folds)
 
 
-@dataclass(frozen=True, eq=False)
-class Tally:
-    """The number of groups of samples in each cell.
-
-    Attributes:
-        cells: int64 [M].
-    """
-
-    cells: torch.Tensor
-
-    @staticmethod
-    def of_groups(count: int, folds: int) -> Tally:
-        """Count a number of groups, which are dealt like samples."""
-        cells = cells_of(folds)
-        return Tally(torch.bincount(_dealt(count, cells).long(), minlength=cells))
-
-    def by_fold(self, folds: int) -> torch.Tensor:
-        """Count the groups in each fold, int64 [F]."""
-        return self.cells.view(-1, folds).sum(0)
-
-    def of_half(self, half: int, folds: int) -> torch.Tensor:
-        """Count the groups of a half in each of its own folds, int64 [F]."""
-        return self.by_fold(2 * folds)[half::2]
+def groups_by_fold(
+    count: int, folds: int, half: int | None = None, own: int | None = None
+) -> torch.Tensor:
+    """Count how many of a number of groups, which are dealt like samples, are in each of F folds,
+    int64 [F]; or those of a half in each of its own folds."""
+    cells = _dealt(count, cells_of(folds)).long()
+    if half is None or own is None:
+        return torch.bincount(cells % folds, minlength=folds)
+    return torch.bincount(cells % (2 * own), minlength=2 * own)[half::2]
 
 
 @dataclass(frozen=True, eq=False)

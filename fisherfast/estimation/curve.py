@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from fisherfast.estimation.estimate import fold_estimate, score_estimate, score_theory
+from fisherfast.estimation.estimate import Estimate, estimate, score_theory
 from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures, pair_inflation
 from fisherfast.estimation.leverage import (
     pair_correlations,
@@ -49,45 +49,34 @@ parameters)."""
 
 
 @dataclass(frozen=True)
-class FisherCurve:
+class FisherCurve(Estimate):
     """Linear Fisher information J of the first k features, k = 1..K. Float64, in 1/theta^2.
 
     Attributes:
-        J: [K, P, P] bias-corrected; may be negative, is never clipped.
-        stderr: [K, P, P] its standard errors.
         naive: [K, P, P] Y^T Y, uncorrected.
         effective_dim: [K] k_eff, the effective number of features after the ridge.
         ridge_share: [K] q_i, the part of whitened feature i that is ridge.
         hidden: [K, P] information that the ridge may hide, to first order in q.
         readout: [K, K] L^-1 in the scale of the features: whitened features are readout @ f.
         half: [K, P] Y, the derivative of the whitened features.
-        left_out: [K, F, P] diagonal of the fold statistic without each fold: the jackknife of a
-            gain.
-        useless: [K, P] the size M in 2 M^2 dk / nu^2, the variance that dk features without
-            information add to J; zero where the jackknife includes it.
-        replicates: [K, F, P, P] the estimate without each fold; their jackknife is in stderr.
-        doubt: [K, P, P] half of the change of J by the kept samples, which is part of its error.
         statistics: the statistics it was computed from.
-        condition: lower bound on the condition number of the scaled covariance plus ridge.
     """
 
-    J: torch.Tensor
-    stderr: torch.Tensor
     naive: torch.Tensor
     effective_dim: torch.Tensor
     ridge_share: torch.Tensor
     hidden: torch.Tensor
     readout: torch.Tensor
     half: torch.Tensor
-    left_out: torch.Tensor
-    useless: torch.Tensor
-    replicates: torch.Tensor
-    doubt: torch.Tensor
     statistics: FoldStatistics
-    condition: float
 
     def __len__(self) -> int:
         return len(self.J)
+
+    @property
+    def stderr(self) -> torch.Tensor:
+        """Standard errors [K, P, P] of J."""
+        return self.variance.sqrt()
 
     def leading(self, k: int) -> FisherCurve:
         """Return the curve of the first k features."""
@@ -95,7 +84,7 @@ class FisherCurve:
         values = {
             field.name: getattr(self, field.name)[:k]
             for field in fields(self)
-            if field.name not in ("readout", "statistics", "condition")
+            if field.name not in ("readout", "statistics")
         }
         return replace(self, **values, readout=self.readout[:k, :k], statistics=statistics)
 
@@ -190,35 +179,16 @@ def fisher_curve(
     seen = None
     if statistics.samples is not None:
         seen = seen_along_curve(statistics.samples, solved.inverse, half, statistics.dof)
-    if statistics.score is not None:
-        products = _fold_products(half[:, None], fold_half)
-        scored = score_estimate(naive, effective, products, statistics.score, statistics.dof, seen)
-        J, variance, replicates = scored.J, scored.variance, scored.replicates
-        left_out = _gains_of_score(products, scored.share[-1])
-        useless = torch.zeros_like(left_out[:, 0])
-        doubt = torch.zeros_like(J)
-    else:
-        found = fold_estimate(naive, effective, fold_half, _fold_products, statistics, seen)
-        J, variance, replicates, doubt = found.J, found.variance, found.replicates, found.doubt
-        left_out = torch.diagonal(replicates, dim1=2, dim2=3)
-        shrink = (statistics.dof - effective - 1) / statistics.dof
-        useless = shrink[:, None] * torch.diagonal(naive, dim1=1, dim2=2)
-        useless = useless * torch.diagonal(found.excess, dim1=1, dim2=2).square()
+    found = estimate(half, fold_half, naive, effective, _fold_products, statistics, seen)
     return FisherCurve(
-        J=J,
-        stderr=variance.sqrt(),
+        **vars(found),
         naive=naive,
         effective_dim=effective,
         ridge_share=solved.ridge_share,
         hidden=_hidden(statistics, solved).cumsum(0),
         readout=solved.inverse,
         half=half,
-        left_out=left_out,
-        useless=useless,
-        replicates=replicates,
-        doubt=doubt,
         statistics=statistics,
-        condition=solved.condition,
     )
 
 
@@ -312,13 +282,11 @@ class Whitened:
         columns: [k, m] L^-1 s times the given columns.
         inverse: [k, k] L^-1 s.
         ridge_share: [k] q.
-        condition: (max L_ii / min L_ii)^2, a lower bound on the condition number of R.
     """
 
     columns: torch.Tensor
     inverse: torch.Tensor
     ridge_share: torch.Tensor
-    condition: float
 
 
 def whitened(
@@ -346,8 +314,7 @@ def whitened(
     inverse = inverse_of_lower(factor)
     share = inverse.square() @ ridge
     inverse = inverse * scale
-    condition = float(pivots.max() / pivots.min()) if size else 1.0
-    return Whitened(inverse @ columns, inverse, share, condition)
+    return Whitened(inverse @ columns, inverse, share)
 
 
 def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
@@ -410,18 +377,6 @@ def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
         square = solved.columns[:, :parameters].square()
     q = solved.ridge_share
     return square * torch.where(q <= MOSTLY_RIDGE, q / (1 - q), 1.0)[:, None]
-
-
-def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Compute replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
-
-    A gain is the mean of 2 e d, with d the change of the prediction by the new features and e the
-    residual before; the folds give 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the
-    largest k is used for all.
-    """
-    folds = products.shape[1]
-    scale = -2 * (1 - share).sqrt() / (folds - 1)
-    return scale * torch.diagonal(products, dim1=2, dim2=3)
 
 
 def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:

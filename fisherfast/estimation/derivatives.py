@@ -8,7 +8,6 @@ most about a thousand samples at a time.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +32,7 @@ class FoldScore:
     folds: torch.Tensor
 
 
-class DerivativeMoments(ABC):
+class DerivativeMoments:
     """Sums over the samples of each fold, from which the derivative of the mean features follows.
 
     Args:
@@ -48,52 +47,11 @@ class DerivativeMoments(ABC):
     def __init__(
         self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.folds = folds
-        self.parameters = parameters
         self.sums = torch.zeros(folds, parameters, size, dtype=torch.float64, device=device)
-
-    @abstractmethod
-    def update(
-        self,
-        raw: torch.Tensor,
-        carried: torch.Tensor | None,
-        lift: Lift,
-        place: Place,
-        *,
-        known: int = 0,
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            raw: [n, d] raw features.
-            carried: tangents [P, n, d] of the raw features (None for zero), or the score [n, P].
-            lift: computes the other k - d features.
-            place: folds of the rows, which are sorted by them.
-            known: leading features whose sums are complete: only the others are computed.
-        """
-
-    @abstractmethod
-    def derivatives(
-        self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute D [k, P] of the folds in columns, and that of each fold alone [F, k, P].
-
-        Args:
-            columns: folds to use.
-            counts: [F] samples of these folds.
-            feature_sums: [F, k] sums of the features in these folds.
-        """
 
     def score(self, columns: slice, counts: torch.Tensor) -> FoldScore | None:
         """Compute the covariance of the score in the folds in columns; None for tangents."""
         return None
-
-    def grown(self, size: int, known: int) -> DerivativeMoments:
-        """Extend to more features, keeping the sums of the first. The same samples are then added
-        again with ``known``; sums of the score itself start from zero."""
-        more = type(self)(self.parameters, size, folds=self.folds, device=self.sums.device)
-        more.sums[..., :known] = self.sums[..., :known]
-        return more
 
     def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
         """Return views of the sums to add up over processes, without features before `known`."""
@@ -116,7 +74,17 @@ class TangentMoments(DerivativeMoments):
         *,
         known: int = 0,
     ) -> None:
-        """Add a batch. Cost: n (1 + P) d (k - d) multiply-adds for the lifted features."""
+        """Add a batch.
+
+        Args:
+            raw: [n, d] raw features.
+            carried: tangents [P, n, d] of the raw features; None for zero.
+            lift: computes the other k - d features.
+            place: folds of the rows, which are sorted by them.
+            known: leading features whose sums are complete: only the others are computed.
+
+        Cost: n (1 + P) d (k - d) multiply-adds for the lifted features.
+        """
         if carried is None:
             return
         dim = raw.shape[1]
@@ -126,7 +94,8 @@ class TangentMoments(DerivativeMoments):
         rest = lift.following(begin - dim)
         if len(rest) == 0:
             return
-        rows = max(TILE_ROWS // self.parameters, self.folds)
+        folds, parameters, _ = self.sums.shape
+        rows = max(TILE_ROWS // parameters, folds)
         for start in range(0, len(raw), rows):
             tile = slice(start, start + rows)
             moved = carried[:, tile].to(raw.dtype) @ rest.weight.T
@@ -136,7 +105,14 @@ class TangentMoments(DerivativeMoments):
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the means of the tangents."""
+        """Compute D [k, P] of the folds in columns, and that of each fold alone [F, k, P]: means of
+        the tangents.
+
+        Args:
+            columns: folds to use.
+            counts: [F] samples of these folds.
+            feature_sums: [F, k] sums of the features in these folds, used with a score.
+        """
         sums = self.sums[columns].mT
         return sums.sum(0) / counts.sum(), sums / counts[:, None, None]
 
@@ -167,7 +143,7 @@ class ScoreMoments(DerivativeMoments):
         *,
         known: int = 0,
     ) -> None:
-        """Add a batch. Cost: n k (d + P) multiply-adds."""
+        """As `TangentMoments.update`, with the score [n, P]. Cost: n k (d + P) multiply-adds."""
         if carried is None:
             raise ValueError("carried must be the score of each sample, got None")
         dim = raw.shape[1]
@@ -187,8 +163,8 @@ class ScoreMoments(DerivativeMoments):
     def derivatives(
         self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the covariance with the score within folds, and the contributions of the folds,
-        whose mean is the whole."""
+        """As `TangentMoments.derivatives`: the covariance with the score within folds, and the
+        contributions of the folds, whose mean it is."""
         mean = self.score_sums[columns] / counts[:, None]
         scatter = self.sums[columns] - mean[..., None] * feature_sums[:, None]
         return _covariances(scatter.mT, counts)

@@ -161,8 +161,8 @@ class FeatureDictionary:
             weight.to(device, dtype), bias.to(device, dtype), pilot.to(device, dtype), slope
         )
         offset = (standardisation.mean * standardisation.scale).abs()
-        if self.kind == "sketch":
-            offset = self._group(offset[None])[0]
+        if groups is not None:
+            offset = offset.new_zeros(groups).index_add_(0, self._bucket, offset)
         self._offset = offset
         #: Variance of each feature [k] below which it is rounding error of the subtracted offset.
         self.rounding_variance = torch.cat(
@@ -174,7 +174,7 @@ class FeatureDictionary:
         floating dtype."""
         mean, scale = self._mean.to(self.raw_dtype), self._scale.to(self.raw_dtype)
         z = torch.sub(activations, mean).to(self.raw_dtype).mul_(scale)
-        return self._group(z * self._sign.to(z)) if self.kind == "sketch" else z
+        return self._grouped(z)
 
     def dithered(
         self,
@@ -216,11 +216,7 @@ class FeatureDictionary:
     def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the tangents [P, n, raw] of the leading features from those of the activations,
         [P, n, d]. `raw` is the result of `raw_features`, not needed for linear features."""
-        z = tangents.to(self.dtype) * self._scale.to(self.dtype)
-        if self.kind != "sketch":
-            return z
-        grouped = self._group((z * self._sign.to(self.dtype)).flatten(0, 1))
-        return grouped.unflatten(0, z.shape[:2])
+        return self._grouped(tangents.to(self.dtype) * self._scale.to(self.dtype))
 
     def response(self, derivative: torch.Tensor) -> torch.Tensor:
         """Convert the derivative of the mean features [k, P] to that of the mean activations
@@ -233,9 +229,12 @@ class FeatureDictionary:
         raw = self.raw_features(activations).to(self.dtype)
         return torch.cat([raw, self.lift(raw)], 1)
 
-    def _group(self, z: torch.Tensor) -> torch.Tensor:
-        groups = z.new_zeros(len(z), self.raw)
-        return groups.index_add_(1, self._bucket, z)
+    def _grouped(self, z: torch.Tensor) -> torch.Tensor:
+        """Add up standardised activations [..., d] in the groups of a sketch [..., raw]."""
+        if self.kind != "sketch":
+            return z
+        groups = z.new_zeros(*z.shape[:-1], self.raw)
+        return groups.index_add_(-1, self._bucket, z * self._sign.to(z))
 
 
 def draw_lift(alive: torch.Tensor, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ and in float64: memory is O(k^2) for any number of samples. Derived in docs/theo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +16,7 @@ import torch
 
 from fisherfast import ops
 from fisherfast.data.dealing import Place
-from fisherfast.estimation.derivatives import (
-    DerivativeMoments,
-    FoldScore,
-    ScoreMoments,
-    TangentMoments,
-)
+from fisherfast.estimation.derivatives import FoldScore, ScoreMoments, TangentMoments
 from fisherfast.estimation.features import Lift
 
 
@@ -171,7 +167,7 @@ class FoldSums:
         pairs = conditions if paired else 0
         self.products = torch.zeros(pairs, pairs, size, dtype=torch.float64, device=device)
         self._waiting: list[torch.Tensor] = []
-        self.carried: DerivativeMoments | None = None
+        self.carried: TangentMoments | ScoreMoments | None = None
         if tangents:
             self.carried = TangentMoments(tangents, size, folds=folds, device=device)
         elif score:
@@ -210,6 +206,32 @@ class FoldSums:
                 product = (first * second).sum(0, dtype=torch.float64)
                 self.products[a, b] += product
                 self.products[b, a] += product
+
+    def samples_of(
+        self,
+        rows: Iterable[torch.Tensor],
+        folds: Iterable[torch.Tensor],
+        score: torch.Tensor | None,
+        index: torch.Tensor | slice = slice(None),
+    ) -> SampleFeatures:
+        """Return some of the samples about the means of their folds.
+
+        Args:
+            rows: features [m, k] of samples of each condition.
+            folds: theirs, int64 [m].
+            score: [m, P] of the same samples, or None.
+            index: of the features; all by default.
+        """
+        folds = list(folds)
+        parts = [
+            about_fold_means(own, fold, sums[:, index], counts)
+            for own, fold, sums, counts in zip(rows, folds, self.sums, self.counts, strict=True)
+        ]
+        if isinstance(self.carried, ScoreMoments) and score is not None:
+            sums = self.carried.score_sums
+            score = about_fold_means(score, folds[0], sums, self.counts[0])
+        paired = self.paired and self.groups is None
+        return SampleFeatures(torch.cat(parts), score, len(parts) if paired else 1)
 
     def _scatter_freedom(self, columns: slice) -> float:
         """Return the divisor of the scatter within the folds in columns: samples minus cells.
@@ -306,8 +328,8 @@ class FoldMoments(FoldSums):
 
     def __init__(self, size: int, conditions: int, **streams: Any) -> None:
         super().__init__(size, conditions, **streams)
+        self._streams = streams
         self.known = 0
-        self._seen_before: list[int] | None = None
         self.cross = self.sums.new_zeros(2, size, size)
 
     @property
@@ -377,26 +399,19 @@ class FoldMoments(FoldSums):
         """Extend to more features, keeping the moments of the first.
 
         The same samples, in the same order, must then be added again; only the new features are
-        computed.
+        computed. Sums of pairs and of the score itself start from zero.
 
         Args:
             size: number of features.
             known: number of leading features to keep; None for all.
         """
         known = self.size if known is None else known
-        moments = FoldMoments(
-            size,
-            len(self.counts),
-            folds=self.folds,
-            paired=self.paired,
-            groups=self.groups,
-            device=self.sums.device,
-        )
+        moments = FoldMoments(size, len(self.counts), **self._streams)
         moments.known = known
-        moments._seen_before = self.seen
         moments.sums[..., :known] = self.sums[..., :known]
         moments.cross[:, :known, :known] = self.cross[:, :known, :known]
-        moments.carried = None if self.carried is None else self.carried.grown(size, known)
+        if self.carried is not None and moments.carried is not None:
+            moments.carried.sums[..., :known] = self.carried.sums[..., :known]
         return moments
 
     @property
@@ -420,11 +435,6 @@ class FoldMoments(FoldSums):
         Raises:
             ValueError: a fold is empty, or no degree of freedom is left.
         """
-        if self._seen_before not in (None, self.seen):
-            raise ValueError(
-                f"samples must be the same at every pass, got {self.seen} after"
-                f" {self._seen_before} per condition"
-            )
         columns = slice(None) if half is None else slice(half, None, 2)
         counts = self.counts[:, columns]
         if int(counts.min()) < 1:

@@ -68,28 +68,33 @@ class FirstPass:
         """Samples minus conditions."""
         return max(int(self._counts.sum()) - len(self._counts), 1)
 
-    def add(self, condition: int, activations: torch.Tensor) -> None:
-        """Add activations [n, d] of a condition."""
+    def add(
+        self,
+        condition: int,
+        activations: torch.Tensor,
+        tangents: torch.Tensor | None,
+        score: torch.Tensor | None,
+    ) -> None:
+        """Add activations [n, d] of a condition, with their tangents [P, n, d] or score [n, P]."""
         for tile in tiles(activations):
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
             self._sums[condition] += z.sum(0)
             self._squares += z.square_().sum(0)
             self._fourths += z.square_().sum(0)
         self._counts[condition] += len(activations)
+        if tangents is not None:
+            for p, tangent in enumerate(tangents):
+                for tile in tiles(tangent):
+                    self._derivative_sums[p] += tile.to(self._dtype).sum(0) * self._pilot.scale
+        if score is not None:
+            self._add_score(activations, score)
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Return the sums to add up over processes."""
         moments = [self._counts, self._sums, self._squares, self._fourths]
         return [*moments, self._derivative_sums, self._score_sums]
 
-    def add_tangents(self, tangents: torch.Tensor) -> None:
-        """Add the tangents [P, n, d] of activations."""
-        for p, tangent in enumerate(tangents):
-            for tile in tiles(tangent):
-                self._derivative_sums[p] += tile.to(self._dtype).sum(0) * self._pilot.scale
-
-    def add_score(self, activations: torch.Tensor, score: torch.Tensor) -> None:
-        """Add the score [n, P] of activations [n, d]."""
+    def _add_score(self, activations: torch.Tensor, score: torch.Tensor) -> None:
         weights = score.to(activations.device, self._dtype)
         for tile, weight in zip(tiles(activations), tiles(weights, like=activations), strict=True):
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
@@ -202,15 +207,10 @@ class KrylovSpace:
             tangents: [P, n, d] of the activations, if known.
             score: [n, P], if known.
         """
-        if self._passes:
-            if not self.ready:
-                self._add_products(condition, activations)
-            return
-        self._first.add(condition, activations)
-        if tangents is not None:
-            self._first.add_tangents(tangents)
-        if score is not None:
-            self._first.add_score(activations, score)
+        if self._passes == 0:
+            self._first.add(condition, activations, tangents, score)
+        elif not self.ready:
+            self._add_products(condition, activations)
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Return the sums of this pass to add up over processes."""

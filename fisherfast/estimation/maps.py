@@ -19,14 +19,9 @@ from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.curve import SPARE_DOF
 from fisherfast.estimation.derivatives import ScoreMoments, fold_sums
-from fisherfast.estimation.estimate import fold_estimate, score_estimate
+from fisherfast.estimation.estimate import estimate
 from fisherfast.estimation.features import Lift
-from fisherfast.estimation.fold_moments import (
-    FoldStatistics,
-    FoldSums,
-    SampleFeatures,
-    about_fold_means,
-)
+from fisherfast.estimation.fold_moments import FoldStatistics, FoldSums, SampleFeatures
 from fisherfast.estimation.leverage import Seen, leverage
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
@@ -117,14 +112,10 @@ class MapMoments(FoldSums):
         """Return the kept samples [m, B C] about the means of their folds; None without any."""
         if self.kept.forgotten:
             return None
-        parts, scores = [], []
-        for condition, (_, fold, x, *score) in enumerate(self.kept.kept()):
-            fold, counts = fold.to(x.device), self.counts[condition]
-            parts.append(about_fold_means(x.double(), fold, self.sums[condition], counts))
-            if isinstance(self.carried, ScoreMoments):
-                sums = self.carried.score_sums
-                scores.append(about_fold_means(score[0].double(), fold, sums, counts))
-        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
+        kept = self.kept.kept()
+        rows = (x.double() for _, _, x, *_ in kept)
+        folds = (fold.to(x.device) for _, fold, x, *_ in kept)
+        return self.samples_of(rows, folds, kept[0][3].double() if self._scored else None)
 
     def alive(self, covariance: torch.Tensor) -> torch.Tensor:
         """Return which channels [B, C] vary by more than the rounding of their mean."""
@@ -189,13 +180,8 @@ def estimate_map(
     seen = None
     if statistics.samples is not None:
         seen = _seen(statistics.samples, covariance, ridges, known, half, nu)
-    if statistics.score is not None:
-        products = torch.einsum("bcp,bcfq->bfpq", half, fold_half)
-        scored = score_estimate(naive, effective, products, statistics.score, nu, seen)
-        J, variance = scored.J, scored.variance
-    else:
-        found = fold_estimate(naive, effective, fold_half, _fold_products, statistics, seen)
-        J, variance = found.J, found.variance
+    found = estimate(half, fold_half, naive, effective, _fold_products, statistics, seen)
+    J, variance = found.J, found.variance
     nothing = (~alive).all(-1)[:, None, None]
     J = torch.where(nothing, 0.0, (J + J.mT) / 2)
     stderr = torch.where(nothing, 0.0, (variance + variance.mT).div(2).sqrt())

@@ -106,7 +106,7 @@ class Streams:
         _check_shapes(batches)
         self.owned = not all(map(_is_view, batches)) and not self._lent
         rows = min(rows, self._pilot_rows(batches[0]))
-        return [self._ready(batch.leading(rows)) for batch in batches]
+        return [self._ready(batch.part(0, rows)) for batch in batches]
 
     def pilot(self) -> Iterator[tuple[int, torch.Tensor, Batch]]:
         """Yield (condition, numbers [n] of the batches that hold these samples, batch) for some
@@ -197,7 +197,7 @@ class Streams:
         while seen < rows and (head := next(rounds, None)) is not None:
             rows = self._share.pilot_rows(places.start, self._pilot_rows(head[1][0]))
             for c, batch in zip(places, head[1], strict=True):
-                for part in self._cut(batch.leading(max(rows - seen, 0))):
+                for part in self._cut(batch.part(0, max(rows - seen, 0))):
                     yield c, torch.full((len(part),), number), self._ready(part)
             seen, number = seen + len(head[1][0]), number + 1
         if seen < rows and not self._data.sharded:  # the stream ended: its length is known
@@ -205,7 +205,7 @@ class Streams:
                 self.dealings[c] = Dealing.of(seen, self._folds)
 
     def _pilot_rows(self, batch: Batch) -> int:
-        samples = min(PILOT_SAMPLES, self._pilot_bytes // max(batch.leading(1).nbytes, 1))
+        samples = min(PILOT_SAMPLES, self._pilot_bytes // max(batch.part(0, 1).nbytes, 1))
         return max(samples // self._data.conditions, 2)
 
     def _head(self, kept: list[Round], stream: Iterator[Round]) -> Iterator[Round]:

@@ -41,7 +41,7 @@ from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import NO_TANGENTS, NOT_CARRIED, curve_points
 from fisherfast.measurement.memory import DOUBLE, moment_bytes, pilot_bytes
 from fisherfast.measurement.meter import Meter
-from fisherfast.measurement.moments import UnmeasuredError, all_finite, streams_of_half, worst_dof
+from fisherfast.measurement.moments import UnmeasuredError, all_finite, streams_of, worst_dof
 from fisherfast.measurement.replicates import HeldSamples
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import no_information
@@ -227,7 +227,7 @@ class CompressedMeter(Meter):
         data, folds = self._data, self._folds
         self._projections = [space.projection() for space in self.spaces]
         for half, projection in enumerate(self._projections):
-            streams = streams_of_half(data, self._settings.folds, 1 - half, folds)
+            streams = streams_of(data, self._settings.folds, 1 - half, folds)
             size, device = len(projection), self._mean.device
             self.measured.append(FoldMoments(size, data.conditions, device=device, **streams))
             self._held.append(HeldSamples(data, folds, size, torch.float64))

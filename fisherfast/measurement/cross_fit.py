@@ -54,8 +54,7 @@ class HalfFit:
 
     def at_chosen(self, name: str) -> torch.Tensor:
         """Return the value of one of the curves at the chosen size."""
-        values: torch.Tensor = getattr(self.curve, name)
-        return values[self.chosen - 1]
+        return self.at(name, torch.tensor(self.chosen))
 
     def at(self, name: str, sizes: torch.Tensor) -> torch.Tensor:
         """Return the values of one of the curves at sizes [n]; its last one if it ends before."""

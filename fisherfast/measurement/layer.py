@@ -65,7 +65,6 @@ class LayerMeter(Meter):
     """Fold moments of the activations of a layer and of a random lift of them."""
 
     features: LayerMoments
-    _held: HeldSamples
     _fit: Fit | None = None
 
     @property
@@ -86,7 +85,7 @@ class LayerMeter(Meter):
     @property
     def held(self) -> list[HeldSamples]:
         """Samples kept for the errors."""
-        return [self._held]
+        return [self.features.held]
 
     def _prepare(self, standardisation: Standardisation) -> None:
         """Fix the dictionary."""
@@ -106,12 +105,12 @@ class LayerMeter(Meter):
         streams, device = streams_of(data, settings.folds), standardisation.mean.device
         moments = FoldMoments(size, data.conditions, device=device, **streams)
         self.features = LayerMoments(self.site.name, dictionary, moments, seed=settings.seed)
-        self._held = HeldSamples(data, settings.folds, dictionary.raw, self._dtype)
+        self.features.held = HeldSamples(data, settings.folds, dictionary.raw, self._dtype)
 
     def _observe(self, condition: int, batch: Batch, place: Place) -> torch.Tensor:
         raw, carried = self.features.add(condition, batch, place)
         if self._first_pass:
-            self._held.add(condition, raw, carried, place)
+            self.features.held.add(condition, raw, carried, place)
         self._fit = None
         return all_finite(self.moments, condition)
 
@@ -122,7 +121,7 @@ class LayerMeter(Meter):
 
     def shared_samples(self) -> list[KeptSamples]:
         """Return the samples kept in this pass."""
-        return super().shared_samples() + (self._held.stores if self._first_pass else [])
+        return super().shared_samples() + (self.features.held.stores if self._first_pass else [])
 
     def _end_pass(self) -> bool:
         """Ask for another pass with twice the lifted features if the curve still rises at its end,
@@ -168,7 +167,7 @@ class LayerMeter(Meter):
         if self._fit is None:
             ridge = self._settings.ridge
             try:
-                self._fit = fitted(self.features, self._held, self._contrast, ridge)
+                self._fit = fitted(self.features, self._contrast, ridge)
             except SingularCovarianceError as error:
                 raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
         return self._fit

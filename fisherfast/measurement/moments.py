@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from fisherfast.data import Batch, Data
-from fisherfast.data.dealing import Place, Tally
+from fisherfast.data.dealing import Place, groups_by_fold
 from fisherfast.estimation.curve import SPARE_DOF
 from fisherfast.estimation.features import MAX_WIDTH, FeatureDictionary, Lift
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.ridge import RidgeSetting
+from fisherfast.measurement.replicates import HeldSamples
 
 PRODUCT_ROWS = 512
 """Samples of a pair whose features exist at the same time: 1 MB of float32 for 512 features."""
@@ -30,7 +31,12 @@ class LayerMoments:
         dictionary: computes the features.
         moments: of the first features of the dictionary.
         seed: of the noise that is added to rounded activations; None adds none.
+
+    Attributes:
+        held: samples kept for the errors; not set for the halves of a probe.
     """
+
+    held: HeldSamples
 
     def __init__(
         self,
@@ -162,21 +168,16 @@ def sketch_groups(dim: int, data: Data, max_features: int, folds: int) -> int | 
     return max(min(max_features, int(dof / 2) - SPARE_DOF), 1)
 
 
-def streams_of(data: Data, folds: int) -> dict[str, Any]:
-    """Return the arguments of `FoldMoments` and `MapMoments` that describe the samples."""
-    groups = None if data.groups is None else Tally.of_groups(len(data.groups), folds)
+def streams_of(
+    data: Data, folds: int, half: int | None = None, own: int | None = None
+) -> dict[str, Any]:
+    """Return the arguments of `FoldMoments` and `MapMoments` that describe the samples, or those of
+    a half, dealt to its `own` folds."""
+    groups = None if data.groups is None else groups_by_fold(len(data.groups), folds, half, own)
     return {
-        "folds": folds,
+        "folds": folds if own is None else own,
         "paired": data.paired,
-        "groups": None if groups is None else groups.by_fold(folds),
+        "groups": groups,
         "tangents": data.parameters if data.source == "pathwise" else 0,
         "score": data.parameters if data.source == "score" else 0,
     }
-
-
-def streams_of_half(data: Data, folds: int, half: int, own: int) -> dict[str, Any]:
-    """As `streams_of`, for a half of the samples that is dealt to `own` folds."""
-    streams = streams_of(data, folds) | {"folds": own}
-    if data.groups is not None:
-        streams["groups"] = Tally.of_groups(len(data.groups), folds).of_half(half, own)
-    return streams

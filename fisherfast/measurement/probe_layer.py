@@ -31,7 +31,7 @@ from fisherfast.measurement.cross_fit import (
 )
 from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import LayerMeter, curve_points
-from fisherfast.measurement.moments import LayerMoments, all_finite, streams_of, streams_of_half
+from fisherfast.measurement.moments import LayerMoments, all_finite, streams_of
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
@@ -183,7 +183,7 @@ class ProbeMeter(LayerMeter):
         data, moments, dictionary = self._data, self.moments, self.features.dictionary
         folds = moments.folds  # a half is dealt to as many folds as all
         probed = ProbedDictionary(dictionary, probe, moments.size - dictionary.raw)
-        streams, device = streams_of_half(data, folds, half, folds), moments.sums.device
+        streams, device = streams_of(data, folds, half, folds), moments.sums.device
         own = FoldMoments(probed.size, data.conditions, device=device, **streams)
         return LayerMoments(self.site.name, probed, own)
 

@@ -19,7 +19,6 @@ from fisherfast.data import Data
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.curve import FisherCurve, at_least
-from fisherfast.estimation.derivatives import ScoreMoments
 from fisherfast.estimation.fold_moments import FoldMoments, SampleFeatures, about_fold_means
 from fisherfast.estimation.leverage import (
     excess_covariance,
@@ -138,16 +137,11 @@ class HeldSamples:
         """
         if self.stores[0].forgotten:
             return None
-        parts, scores = [], []
-        for condition in range(len(self._contrast)):
-            raw, carried, fold, _ = self._thinned(condition, most)
-            counts, sums = moments.counts[condition], moments.sums[condition][:, index]
-            parts.append(about_fold_means(features(raw)[:, index], fold, sums, counts))
-            if isinstance(moments.carried, ScoreMoments):
-                sums = moments.carried.score_sums
-                scores.append(about_fold_means(carried, fold, sums, counts))
-        conditions = len(parts) if moments.paired and moments.groups is None else 1
-        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None, conditions)
+        kept = [self._thinned(condition, most) for condition in range(len(self._contrast))]
+        rows = (features(raw)[:, index] for raw, *_ in kept)
+        folds = (fold for _, _, fold, _ in kept)
+        score = kept[0][1] if self._source == "score" else None
+        return moments.samples_of(rows, folds, score, index)
 
     def error_covariance(
         self, curve: FisherCurve, samples: SampleFeatures | None, read: Readout, most: int

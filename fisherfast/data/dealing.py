@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -104,12 +104,14 @@ class Place:
         folds: F.
         fold: int64 [n] of each row, ascending in the order 0, 2, 4, ..., 1, 3, ...
         cells: int64 [n] of each row.
+        end: the number after the last of the batch; for a half, of the whole batch.
     """
 
     numbers: torch.Tensor
     folds: int
     fold: torch.Tensor
     cells: torch.Tensor
+    end: int
     _moved: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     _kept: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _halves: dict[tuple[int, int], tuple[Place, torch.Tensor]] = field(default_factory=dict)
@@ -120,7 +122,8 @@ class Place:
         rows."""
         fold = cells % folds
         order = (fold % 2 * folds + fold).argsort(stable=True)
-        return Place(numbers[order], folds, fold[order], cells[order]), order
+        end = int(numbers.max()) + 1 if len(numbers) else 0
+        return Place(numbers[order], folds, fold[order], cells[order], end), order
 
     @staticmethod
     def in_turn(first: int, count: int, folds: int) -> tuple[Place, torch.Tensor]:
@@ -130,11 +133,6 @@ class Place:
 
     def __len__(self) -> int:
         return len(self.numbers)
-
-    @cached_property
-    def end(self) -> int:
-        """The number after the last of these rows."""
-        return int(self.numbers.max()) + 1 if len(self) else 0
 
     @cached_property
     def counts(self) -> torch.Tensor:
@@ -185,7 +183,7 @@ class Place:
     def sides(self) -> tuple[Place, ...]:
         """The places of the two halves of the rows, in the folds of all samples."""
         return tuple(
-            Place(self.numbers[rows], self.folds, self.fold[rows], self.cells[rows])
+            Place(self.numbers[rows], self.folds, self.fold[rows], self.cells[rows], self.end)
             for rows in self.halves
         )
 
@@ -195,7 +193,8 @@ class Place:
         key = half, folds
         if key not in self._halves:
             rows = self.halves[half]
-            self._halves[key] = Place.sort(self.numbers[rows], self.cells[rows] // 2, folds)
+            own, order = Place.sort(self.numbers[rows], self.cells[rows] // 2, folds)
+            self._halves[key] = replace(own, end=self.end), order
         return self._halves[key]
 
 

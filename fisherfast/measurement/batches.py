@@ -35,7 +35,6 @@ class Streams:
         data: the conditions.
         batch_size: samples per batch where the source has no batches of its own.
         folds: F.
-        dealings: of an earlier pass over the same samples; None for the first pass.
         share: the samples that this process measures; None for all.
         device: of the batches; None leaves them where they are.
         dtype: of the batches; None leaves them as they are.
@@ -55,7 +54,6 @@ class Streams:
         batch_size: int,
         *,
         folds: int,
-        dealings: list[Dealing] | None = None,
         share: Share | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -70,8 +68,8 @@ class Streams:
         self._share = Share() if share is None else share
         self._again = not self._lent and (bounded or self._share.turns > 1)
         self._folds = folds
-        self.dealings = dealings or dealings_of(data, folds, self._share.rank)
-        self._streams = self._rounds(batch_size, self._share)
+        self.dealings = dealings_of(data, folds, self._share.rank)
+        self.restart()
         self._kept: list[list[Round]] = [[] for _ in self._streams]
         self.owned = True
 
@@ -87,7 +85,8 @@ class Streams:
         self._batch_size = self._largest = batch_size
         if self._lent:
             self._pilot_bytes = min(PILOT_BYTES, pilot_bytes)
-        self._restart()
+        if self._again:
+            self.restart()
 
     def first(self, rows: int) -> list[Batch]:
         """Return up to `rows` first samples of each condition.
@@ -124,7 +123,8 @@ class Streams:
                 continue
             for c, head in zip(places, heads, strict=True):
                 yield from self._picked(c, head)
-        self._restart()
+        if self._again:
+            self.restart()
 
     @property
     def samples(self) -> int | None:
@@ -173,10 +173,9 @@ class Streams:
                 " function that returns the batches"
             )
 
-    def _restart(self) -> None:
-        """Start again with what can be read again."""
-        if self._again:
-            self._streams = self._rounds(self._batch_size, self._share)
+    def restart(self) -> None:
+        """Begin a pass over the samples."""
+        self._streams = self._rounds(self._batch_size, self._share)
 
     def _picked(self, condition: int, head: Batch) -> Iterator[tuple[int, torch.Tensor, Batch]]:
         """Yield samples from all over a condition, as far as they are on this process; `head` is

@@ -197,7 +197,7 @@ class CompressedMeter(Meter):
         place, order = whole.half(half, self._folds)
         own = Batch(features, tangents, batch.score).sorted(place, order)
         carried = own.score if own.tangents is None else own.tangents
-        self._held[other].add(condition, own.x, carried, place, whole=whole)
+        self._held[other].add(condition, own.x, carried, place)
         moments.update(condition, own.x, carried=carried, place=place)
         if moments.paired:
             moments.update_products(moments.abreast(own.x))

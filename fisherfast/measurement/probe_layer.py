@@ -85,8 +85,8 @@ class ProbeMeter(LayerMeter):
         parts = [batch.part(rows.start, rows.stop) for rows in place.halves]
         if not self.halves:
             if self._first_pass:
-                for half, part in enumerate(parts):
-                    self._keep(half, condition, place, part)
+                for kept, side, part in zip(self._kept, place.sides, parts, strict=True):
+                    self._keep(kept, condition, side, part)
             return super()._observe(condition, batch, place)
         finite = []
         for half, (part, features) in enumerate(zip(parts, self.halves, strict=True)):
@@ -95,8 +95,8 @@ class ProbeMeter(LayerMeter):
             finite.append(all_finite(features.moments, condition))
         return torch.stack(finite).all()
 
-    def _keep(self, half: int, condition: int, whole: Place, batch: Batch) -> None:
-        """Keep some samples of a half for training, standardised, of a batch with place `whole`."""
+    def _keep(self, kept: KeptSamples, condition: int, place: Place, batch: Batch) -> None:
+        """Keep some samples of a half for training, standardised."""
         dictionary, carried = self.features.dictionary, batch.score
         raw = dictionary.raw_features(batch.x)
         if self._data.source == "pathwise":
@@ -104,7 +104,7 @@ class ProbeMeter(LayerMeter):
                 carried = raw.new_zeros(len(raw), self._data.parameters, raw.shape[1])
             else:
                 carried = dictionary.raw_tangents(batch.tangents, raw).transpose(0, 1)
-        self._kept[half].add(condition, whole.sides[half], raw, carried, whole=whole)
+        kept.add(condition, place, raw, carried)
 
     def shared_sums(self) -> list[torch.Tensor]:
         """Return views of all sums of this pass."""

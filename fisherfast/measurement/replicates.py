@@ -107,22 +107,15 @@ class HeldSamples:
         raw: torch.Tensor,
         carried: torch.Tensor | None,
         place: Place,
-        *,
-        whole: Place | None = None,
     ) -> None:
         """Add raw features [n, d] of a condition with their tangents [P, n, d] (None for zero) or
-        score [n, P].
-
-        Args:
-            place: of these samples.
-            whole: place of the batch if these are a half of it; None otherwise.
-        """
+        score [n, P]."""
         if self._source == "pathwise":
             if carried is None:
                 carried = raw.new_zeros(1, 1, 1).expand(self._parameters, *raw.shape)
             carried = carried.transpose(0, 1)
         for kept in self.stores:
-            kept.add(condition, place, raw, carried, whole=whole)
+            kept.add(condition, place, raw, carried)
 
     def samples(
         self, features: Features, moments: FoldMoments, index: torch.Tensor, most: int

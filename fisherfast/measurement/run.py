@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from fisherfast import dual
 from fisherfast._errors import FisherWarning
 from fisherfast._progress import progress_bar
 from fisherfast.data import Batch, Data
-from fisherfast.data.dealing import Dealing, Place
+from fisherfast.data.dealing import Place
 from fisherfast.estimation.dither import StepMeter, dithered
 from fisherfast.estimation.maps import estimate_map
 from fisherfast.measurement.agreement import Agreement
@@ -134,8 +135,6 @@ class Measurement:
         self._moving: torch.Tensor | None = None
         self._ties = StepMeter()
         self._half_steps: torch.Tensor | None = None
-        self._plan: Plan | None = None
-        self._dealings: list[Dealing] | None = None
 
     @property
     def _layer_meters(self) -> list[Meter]:
@@ -158,7 +157,8 @@ class Measurement:
     def _measured(self, progress: bool) -> dict[Meter, LayerFisher]:
         """Estimate all layers, in as many passes as their meters need."""
         with self._evaluation():
-            self._stream(progress)
+            streams = self._streams()
+            self._stream(streams, progress)
         estimates: dict[Meter, LayerFisher] = {}
         failures: list[UnmeasuredError] = []
         while self._active:
@@ -178,8 +178,9 @@ class Measurement:
                         )
             self._active = growing
             if growing:
-                with self._evaluation():
-                    self._stream_again(progress)
+                with self._evaluation(), self._forward() as forward:
+                    streams.restart()
+                    self._run_all(streams, forward, progress)
         if failures and len(failures) == len(self._layer_meters):
             raise failures[0]
         return estimates
@@ -219,25 +220,28 @@ class Measurement:
         flow = self._recall.complete(flow, self._sites, self._data)
         return replace(flow, layers=with_status(flow.layers, score=scored)), warning
 
-    def _evaluation(self) -> AbstractContextManager[Any]:
-        """Set eval mode without gradients, with random numbers of its own."""
-        stack = ExitStack()
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Set eval mode without gradients, with random numbers of its own and the buffers of the
+        first rank."""
         if self._model is None:
-            stack.enter_context(own_random_state(None, self._settings.seed))
-            stack.enter_context(torch.no_grad())
-            return stack
-        stack.enter_context(evaluation(self._model, self._settings.seed))
-        if self._data.source == "pathwise":  # rounded values have no derivative
-            stack.enter_context(self._exact())
-        return stack
+            with own_random_state(None, self._settings.seed), torch.no_grad():
+                yield
+            return
+        pathwise = self._data.source == "pathwise"  # rounded values have no derivative
+        with evaluation(self._model, self._settings.seed):
+            self._agreement.copy_buffers(self._model)
+            with self._exact() if pathwise else nullcontext():
+                yield
 
-    def _exact(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _exact(self) -> Iterator[None]:
         """Turn autocast off, on the host and on the device of the model."""
         device, _ = _place_of(self._model)
-        stack = ExitStack()
-        for place in {"cpu", "cpu" if device is None else device.type}:
-            stack.enter_context(torch.autocast(place, enabled=False))
-        return stack
+        with ExitStack() as stack:
+            for place in {"cpu", "cpu" if device is None else device.type}:
+                stack.enter_context(torch.autocast(place, enabled=False))
+            yield
 
     def _streams(self) -> Streams:
         device, dtype = _place_of(self._model)
@@ -245,7 +249,6 @@ class Measurement:
             self._data,
             self._settings.batch_size,
             folds=self._settings.folds,
-            dealings=self._dealings,
             share=self._agreement.share,
             device=device,
             dtype=dtype,
@@ -253,10 +256,8 @@ class Measurement:
             bounded=self._settings.memory_budget is not None,
         )
 
-    def _stream(self, progress: bool) -> None:
+    def _stream(self, streams: Streams, progress: bool) -> None:
         """List the layers, run the pilot, and make the first pass."""
-        self._agreement.copy_buffers(self._model)
-        streams = self._streams()
         self._survey(streams)
         self._active = self._layer_meters
         with self._forward() as forward:
@@ -271,16 +272,6 @@ class Measurement:
                 meter.prepare()
             if self._half_steps is not None and INPUT in self._meters:
                 self._meters[INPUT].note_steps(2 * self._half_steps)
-            self._dealings = streams.dealings
-            self._run_all(streams, forward, progress)
-
-    def _stream_again(self, progress: bool) -> None:
-        """Make another pass over the same samples for the active meters."""
-        self._agreement.copy_buffers(self._model)
-        streams = self._streams()
-        if self._plan is not None:
-            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
-        with self._forward() as forward:
             self._run_all(streams, forward, progress)
 
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
@@ -344,9 +335,9 @@ class Measurement:
             self._meters.update(dict.fromkeys(site.names, meter))
         self._check_maps()
         if bounded:
-            self._plan = self._agreement.smallest(self._planned(streams, first[0], batch))
-            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
-            more = streams.first(min(self._plan.survey_samples, SURVEY_SAMPLES))
+            fits = self._agreement.smallest(self._planned(streams, first[0], batch))
+            streams.limit(fits.batch_size, fits.pilot_bytes)
+            more = streams.first(min(fits.survey_samples, SURVEY_SAMPLES))
             batch = torch.cat([samples.x for samples in more])
         if not known:
             self._find_chains(self._sites, batch)

@@ -202,8 +202,8 @@ def test_samples_of_all_ranks_are_dealt_as_those_of_one():
         before = sum(lengths[:rank])
         share = Share(rank, 1, (before,), (length,))
         own = x[before : before + length]
-        dealings = [Dealing.of(1000, FOLDS)]
-        streams = Streams(ff.Score(own, own), 64, folds=FOLDS, share=share, dealings=dealings)
+        streams = Streams(ff.Score(own, own), 64, folds=FOLDS, share=share)
+        streams.dealings = [Dealing.of(1000, FOLDS)]
         for _, _, part in streams:
             values = part.x[:, 0].long().tolist()
             folds = part.place.fold.tolist()

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.estimate import Estimate, estimate, score_theory
 from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures, pair_inflation
@@ -62,19 +63,19 @@ class FisherCurve(Estimate):
         statistics: the statistics it was computed from.
     """
 
-    naive: torch.Tensor
-    effective_dim: torch.Tensor
-    ridge_share: torch.Tensor
-    hidden: torch.Tensor
-    readout: torch.Tensor
-    half: torch.Tensor
+    naive: Tensor
+    effective_dim: Tensor
+    ridge_share: Tensor
+    hidden: Tensor
+    readout: Tensor
+    half: Tensor
     statistics: FoldStatistics
 
     def __len__(self) -> int:
         return len(self.J)
 
     @property
-    def stderr(self) -> torch.Tensor:
+    def stderr(self) -> Tensor:
         """Standard errors [K, P, P] of J."""
         return self.variance.sqrt()
 
@@ -88,7 +89,7 @@ class FisherCurve(Estimate):
         }
         return replace(self, **values, readout=self.readout[:k, :k], statistics=statistics)
 
-    def readout_of(self, k: int) -> torch.Tensor:
+    def readout_of(self, k: int) -> Tensor:
         """Compute W = R^-1 D [k, P] of the first k features, in their scale."""
         leading = self.readout[:k, :k]
         return leading.T @ self.half[:k]
@@ -106,7 +107,7 @@ class FisherCurve(Estimate):
         J = self.naive[k - 1].diagonal()
         return float(torch.where(J > 0, error / J, 0.0).max())
 
-    def error_covariance(self, k: int) -> torch.Tensor:
+    def error_covariance(self, k: int) -> Tensor:
         """Compute the covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal is
         the square of stderr."""
         J, effective = self.J[k - 1], float(self.effective_dim[k - 1])
@@ -140,9 +141,7 @@ class SingularCovarianceError(ValueError):
         self.feature = feature
 
 
-def fisher_curve(
-    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
-) -> FisherCurve:
+def fisher_curve(statistics: FoldStatistics, ridge: float | Tensor = LIFT_RIDGE) -> FisherCurve:
     r"""Compute the whole curve J(k) from one Cholesky factorisation.
 
     .. math::
@@ -193,7 +192,7 @@ def fisher_curve(
 
 
 def _with_pairs(
-    statistics: FoldStatistics, samples: SampleFeatures, readout: torch.Tensor
+    statistics: FoldStatistics, samples: SampleFeatures, readout: Tensor
 ) -> FoldStatistics:
     """The same with nu from the correlations of whitened features, readout L^-1 [k, k]."""
     rho = pair_correlations(samples.whitened(readout), samples.conditions)
@@ -203,10 +202,8 @@ def _with_pairs(
 
 
 def cross_fitted_bound(
-    half_a: FoldStatistics,
-    half_b: FoldStatistics,
-    ridge: float | torch.Tensor = LIFT_RIDGE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    half_a: FoldStatistics, half_b: FoldStatistics, ridge: float | Tensor = LIFT_RIDGE
+) -> tuple[Tensor, Tensor]:
     """Compute the honest lower bound: learn the readout on one half, measure it on the other, swap
     the halves, and average.
 
@@ -230,7 +227,7 @@ def cross_fitted_bound(
     return (J_a + J_b) / 2, ((variance_a + variance_b) / 4).sqrt()
 
 
-def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+def _last_or_zero(statistics: FoldStatistics) -> tuple[Tensor, Tensor]:
     """Return J and its variance [P, P] of all features of the statistics; zero without features."""
     if len(statistics.derivative) == 0:
         zero = torch.zeros_like(statistics.noise)
@@ -245,9 +242,7 @@ def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tenso
             return curve.J[-1], curve.stderr[-1].square()
 
 
-def linear_readout(
-    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
-) -> torch.Tensor:
+def linear_readout(statistics: FoldStatistics, ridge: float | Tensor = LIFT_RIDGE) -> Tensor:
     """Compute W = R^-1 D [k, P] in the scale of the features: the readout that attains the linear
     information.
 
@@ -284,14 +279,12 @@ class Whitened:
         ridge_share: [k] q.
     """
 
-    columns: torch.Tensor
-    inverse: torch.Tensor
-    ridge_share: torch.Tensor
+    columns: Tensor
+    inverse: Tensor
+    ridge_share: Tensor
 
 
-def whitened(
-    covariance: torch.Tensor, columns: torch.Tensor, ridge: float | torch.Tensor
-) -> Whitened:
+def whitened(covariance: Tensor, columns: Tensor, ridge: float | Tensor) -> Whitened:
     """Whiten columns [k, m] by a covariance [k, k] with a ridge relative to its diagonal.
 
     Raises:
@@ -317,7 +310,7 @@ def whitened(
     return Whitened(inverse @ columns, inverse, share)
 
 
-def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
+def inverse_of_lower(factor: Tensor) -> Tensor:
     """Invert a lower triangle L [k, k] by halves, in a third of the operations of a solve with the
     unit matrix."""
     size = len(factor)
@@ -333,9 +326,7 @@ def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def independent_features(
-    statistics: FoldStatistics, ridge: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def independent_features(statistics: FoldStatistics, ridge: Tensor) -> tuple[Tensor, Tensor]:
     """Find the features that are not linear in those before them, apart from their ridge.
 
     Args:
@@ -361,7 +352,7 @@ def independent_features(
         index = index[~rounding]
 
 
-def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
+def _hidden(statistics: FoldStatistics, solved: Whitened) -> Tensor:
     """Estimate the information [k, P] that the ridge of each whitened feature may hide.
 
     Without the ridge a single whitened feature has J = y^2 / (1 - q): y^2 q / (1 - q) is missing.
@@ -379,7 +370,7 @@ def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
     return square * torch.where(q <= MOSTLY_RIDGE, q / (1 - q), 1.0)[:, None]
 
 
-def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+def at_least(covariance: Tensor, least: Tensor) -> Tensor:
     """Raise a covariance [P, P, P, P] to at least another one in every direction."""
     entries = len(covariance) ** 2
     least, covariance = (full.reshape(entries, entries) for full in (least, covariance))
@@ -393,5 +384,5 @@ def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     return raised.reshape((parameters,) * 4)
 
 
-def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _fold_products(left: Tensor, right: Tensor) -> Tensor:
     return (left[..., :, None] * right[..., None, :]).cumsum(0)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.derivatives import FoldScore
 from fisherfast.estimation.fold_moments import FoldStatistics
@@ -22,7 +23,7 @@ from fisherfast.estimation.variance import (
     pair_product,
 )
 
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,19 @@ class Estimate:
             information add to J; zero where the jackknife includes it.
     """
 
-    J: torch.Tensor
-    variance: torch.Tensor
-    replicates: torch.Tensor
-    doubt: torch.Tensor
-    left_out: torch.Tensor
-    useless: torch.Tensor
+    J: Tensor
+    variance: Tensor
+    replicates: Tensor
+    doubt: Tensor
+    left_out: Tensor
+    useless: Tensor
 
 
 def estimate(
-    half: torch.Tensor,
-    fold_half: torch.Tensor,
-    naive: torch.Tensor,
-    effective: torch.Tensor,
+    half: Tensor,
+    fold_half: Tensor,
+    naive: Tensor,
+    effective: Tensor,
     product: Product,
     statistics: FoldStatistics,
     seen: Seen | None,
@@ -77,9 +78,9 @@ def estimate(
 
 
 def _from_folds(
-    fold_half: torch.Tensor,
-    naive: torch.Tensor,
-    effective: torch.Tensor,
+    fold_half: Tensor,
+    naive: Tensor,
+    effective: Tensor,
     product: Product,
     statistics: FoldStatistics,
     seen: Seen | None,
@@ -116,9 +117,9 @@ def _from_folds(
 
 
 def _from_score(
-    fold_products: torch.Tensor,
-    naive: torch.Tensor,
-    effective: torch.Tensor,
+    fold_products: Tensor,
+    naive: Tensor,
+    effective: Tensor,
     score: FoldScore,
     dof: float,
     seen: Seen | None,
@@ -159,7 +160,7 @@ def _from_score(
     return Estimate(J, variance, replicates, zero, left_out, zero.diagonal(dim1=1, dim2=2))
 
 
-def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def _gains_of_score(products: Tensor, share: Tensor) -> Tensor:
     """Compute replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
 
     A gain is the mean of 2 e d, with d the change of the prediction by the new features and e the
@@ -171,9 +172,7 @@ def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor
     return scale * torch.diagonal(products, dim1=2, dim2=3)
 
 
-def score_theory(
-    J: torch.Tensor, V: torch.Tensor, effective: float, dof: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def score_theory(J: Tensor, V: Tensor, effective: float, dof: float) -> tuple[Tensor, Tensor]:
     """Compute the part of the covariance [P, P, P, P] of the entries of one J [P, P] that is not in
     the jackknife of its replicates, and a lower limit of their sum."""
     share = float(_explained(J[None], V))
@@ -182,7 +181,7 @@ def score_theory(
     return theory, _of_useless(E, effective, dof, pair_product)
 
 
-def _explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+def _explained(J: Tensor, V: Tensor) -> Tensor:
     """Compute tr(V^-1 J) / P [B], between 0 and 1; 0 for a score without variance."""
     scale = V.diagonal().clamp_min(0).sqrt()
     units = torch.where(scale > 0, scale, 1).reciprocal()
@@ -192,13 +191,8 @@ def _explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
 
 
 def _theory(
-    J: torch.Tensor,
-    E: torch.Tensor,
-    share: torch.Tensor | float,
-    k: torch.Tensor | float,
-    nu: float,
-    product: Product,
-) -> torch.Tensor:
+    J: Tensor, E: Tensor, share: Tensor | float, k: Tensor | float, nu: float, product: Product
+) -> Tensor:
     """Compute the Gaussian variance of J minus that of the part known by fold.
 
     With s = s_hat + e, u is s_hat s_hat^T plus the cross terms s_hat e^T + e s_hat^T; the folds
@@ -211,13 +205,11 @@ def _theory(
     return (first - readout) / nu + _of_useless(E, k, nu, product)
 
 
-def _of_useless(
-    E: torch.Tensor, k: torch.Tensor | float, nu: float, product: Product
-) -> torch.Tensor:
+def _of_useless(E: Tensor, k: Tensor | float, nu: float, product: Product) -> Tensor:
     """Compute the variance from fitting k features to noise."""
     return product(E, E) * (k / (nu * (nu - k)))
 
 
-def _not_negative(matrix: torch.Tensor) -> torch.Tensor:
+def _not_negative(matrix: Tensor) -> Tensor:
     diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1).clamp_min(0)
     return torch.diagonal_scatter(matrix, diagonal, dim1=-2, dim2=-1)

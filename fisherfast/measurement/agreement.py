@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fisherfast.data import Batch, Data
@@ -48,7 +48,7 @@ class Agreement:
 
     def __init__(self, ranks: Ranks | None) -> None:
         self._ranks = ranks
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
         self._numbered = True  # samples, over all ranks
         self.share: Share | None = None
 
@@ -210,7 +210,7 @@ def _compared(
     return compared
 
 
-def checksum(tensor: torch.Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
     """Sum the bits of a tensor, read as integers: equal for equal numbers in any order of
     summation."""
     tensor = tensor.detach()
@@ -220,9 +220,7 @@ def checksum(tensor: torch.Tensor) -> int:
     return int(tensor.contiguous().view(integers).sum(dtype=torch.int64)) & (2**64 - 1)
 
 
-def _with_numbers(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-) -> Iterable[tuple[str, torch.Tensor]]:
+def _with_numbers(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
     """Select the named tensors that have bits to compare."""
     return (
         (name, tensor)
@@ -231,7 +229,7 @@ def _with_numbers(
     )
 
 
-def _form(tensor: torch.Tensor) -> str:
+def _form(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype)[6:]}"
 
 

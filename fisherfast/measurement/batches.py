@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Round
@@ -107,7 +108,7 @@ class Streams:
         rows = min(rows, self._pilot_rows(batches[0]))
         return [self._ready(batch.part(0, rows)) for batch in batches]
 
-    def pilot(self) -> Iterator[tuple[int, torch.Tensor, Batch]]:
+    def pilot(self) -> Iterator[tuple[int, Tensor, Batch]]:
         """Yield (condition, numbers [n] of the batches that hold these samples, batch) for some
         samples of each condition. Their number does not depend on the batches."""
         for number, (kept, stream) in enumerate(zip(self._kept, self._streams, strict=True)):
@@ -177,7 +178,7 @@ class Streams:
         """Begin a pass over the samples."""
         self._streams = self._rounds(self._batch_size, self._share)
 
-    def _picked(self, condition: int, head: Batch) -> Iterator[tuple[int, torch.Tensor, Batch]]:
+    def _picked(self, condition: int, head: Batch) -> Iterator[tuple[int, Tensor, Batch]]:
         """Yield samples from all over a condition, as far as they are on this process; `head` is
         one of them."""
         numbers = scattered(self._data.samples(condition) or 0, self._pilot_rows(head))
@@ -189,7 +190,7 @@ class Streams:
 
     def _leading(
         self, places: range, rounds: Iterator[Round]
-    ) -> Iterator[tuple[int, torch.Tensor, Batch]]:
+    ) -> Iterator[tuple[int, Tensor, Batch]]:
         """Yield the first samples of conditions side by side, as far as they are on this
         process."""
         seen, rows, number = 0, 1, 0
@@ -228,7 +229,7 @@ class Streams:
         return batch.to(self._device, self._dtype, copy=self._copy)
 
 
-def scattered(samples: int, rows: int) -> torch.Tensor:
+def scattered(samples: int, rows: int) -> Tensor:
     """Return the numbers int64 of `rows` samples from all over the data, in random order: one from
     each of equal parts."""
     rows = min(rows, samples)

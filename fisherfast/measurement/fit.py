@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.choice import Choice, choose_features
 from fisherfast.estimation.curve import (
@@ -64,11 +65,11 @@ class Fit:
 
     features: LayerMoments
     whole: FoldStatistics
-    alive: torch.Tensor
+    alive: Tensor
     raw: int
-    ridge: torch.Tensor
+    ridge: Tensor
     curve: FisherCurve
-    lost: torch.Tensor
+    lost: Tensor
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -81,7 +82,7 @@ class Fit:
         hidden = self.lost + self.curve.hidden[self.raw - 1]
         return not bool((hidden > HIDDEN_SHARE * self.curve.J[chosen - 1].diagonal()).any())
 
-    def _spread(self) -> torch.Tensor:
+    def _spread(self) -> Tensor:
         """Return the standard deviation of each raw activation."""
         return self.whole.covariance.diagonal()[self.alive[: self.raw]].sqrt()
 
@@ -116,9 +117,7 @@ class Fit:
         full[index] = W
         lifted = bool(full[raw:].any())
 
-        def read(
-            z: torch.Tensor, tangents: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def read(z: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
             u = z.double() @ full[:raw]
             moved = None if tangents is None else tangents.double() @ full[:raw]
             if not lifted:
@@ -132,12 +131,12 @@ class Fit:
 
         return read
 
-    def replicates(self, size: int) -> torch.Tensor:
+    def replicates(self, size: int) -> Tensor:
         """Return J of the first `size` features without each fold [F, P, P]."""
         units = self.features.moments.units
         return self.features.held.replicates(self.curve, size, self.readout(size), units)
 
-    def error_covariance(self, size: int) -> torch.Tensor:
+    def error_covariance(self, size: int) -> Tensor:
         """Return the covariance [P, P, P, P] of the errors of J of the first `size` features."""
         curve, most = self.curve.leading(size), leverage_samples(self.features)
         samples = curve.statistics.samples
@@ -159,7 +158,7 @@ class Fit:
         return [f'the ridge takes {worst:.0%} of the linear information: ridge="auto" takes none']
 
 
-def fitted(features: LayerMoments, contrast: torch.Tensor, ridge: RidgeSetting) -> Fit:
+def fitted(features: LayerMoments, contrast: Tensor, ridge: RidgeSetting) -> Fit:
     """Fit the features that vary.
 
     Args:
@@ -189,11 +188,7 @@ def fitted(features: LayerMoments, contrast: torch.Tensor, ridge: RidgeSetting) 
 
 
 def _fit(
-    features: LayerMoments,
-    whole: FoldStatistics,
-    alive: torch.Tensor,
-    raw: int,
-    ridges: torch.Tensor,
+    features: LayerMoments, whole: FoldStatistics, alive: Tensor, raw: int, ridges: Tensor
 ) -> Fit:
     """Fit as many of the features `alive` as can be used, raw ones first."""
     notes = []
@@ -229,15 +224,13 @@ def leverage_samples(features: LayerMoments) -> int:
     return max(numbers // features.dictionary.size, MIN_LEVERAGE_SAMPLES)
 
 
-def sample_features(
-    features: LayerMoments, index: torch.Tensor, most: int
-) -> SampleFeatures | None:
+def sample_features(features: LayerMoments, index: Tensor, most: int) -> SampleFeatures | None:
     """Compute the features in index [k] of at most `most` kept samples; None if none are kept."""
     lift = features.leading_lift(index)
     exact = len(index) <= NARROW or features.dictionary.raw_dtype == torch.float64
     dtype = torch.float64 if exact else torch.float32
 
-    def compute(raw: torch.Tensor) -> torch.Tensor:
+    def compute(raw: Tensor) -> Tensor:
         return torch.cat([raw.to(dtype), lift(raw.to(lift.weight.dtype)).to(dtype)], 1)
 
     return features.held.samples(compute, features.moments, index, most)

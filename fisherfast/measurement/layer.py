@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch
 from fisherfast.data.dealing import Place
@@ -107,14 +108,14 @@ class LayerMeter(Meter):
         self.features = LayerMoments(self.site.name, dictionary, moments, seed=settings.seed)
         self.features.held = HeldSamples(data, settings.folds, dictionary.raw, self._dtype)
 
-    def _observe(self, condition: int, batch: Batch, place: Place) -> torch.Tensor:
+    def _observe(self, condition: int, batch: Batch, place: Place) -> Tensor:
         raw, carried = self.features.add(condition, batch, place)
         if self._first_pass:
             self.features.held.add(condition, raw, carried, place)
         self._fit = None
         return all_finite(self.moments, condition)
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Return views of all sums of this pass."""
         self._fit = None
         return super().shared_sums() + self.moments.shared_sums()
@@ -282,8 +283,8 @@ class LayerMeter(Meter):
 
 
 def _with_tails(
-    stderr: torch.Tensor, bound: torch.Tensor, curve: FisherCurve, k: int, errors: torch.Tensor
-) -> torch.Tensor:
+    stderr: Tensor, bound: Tensor, curve: FisherCurve, k: int, errors: Tensor
+) -> Tensor:
     """Widen the errors [P, P] of the honest bound, which has the tails of the same readout as
     J(k)."""
     more = standard_errors(errors).square() - standard_errors(curve.error_covariance(k)).square()
@@ -293,7 +294,7 @@ def _with_tails(
     return (variance + more * size[:, None] * size).maximum(LEAST_ERROR * variance).sqrt()
 
 
-def curve_points(raw: int, size: int) -> torch.Tensor:
+def curve_points(raw: int, size: int) -> Tensor:
     """Return the raw dimension, and about `CURVE_POINTS` sizes evenly up to all features."""
     steps = torch.linspace(raw, size, min(CURVE_POINTS, size - raw + 1), dtype=torch.float64)
     return steps.round().long().unique()

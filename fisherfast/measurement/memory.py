@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,7 +92,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
     dense = (
         value
         for value in tree_leaves(values)
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided
+        if isinstance(value, Tensor) and value.layout is torch.strided
     )
     return [tensor.untyped_storage() for tensor in dense]
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place, groups_by_fold
@@ -54,7 +55,7 @@ class LayerMoments:
         """The lifted features that are present."""
         return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
 
-    def leading_lift(self, index: torch.Tensor) -> Lift:
+    def leading_lift(self, index: Tensor) -> Lift:
         """Return the lift up to the last of the features in index [k]."""
         last = int(index.max()) + 1 if len(index) else 0
         return self.lift.leading(max(last - self.dictionary.raw, 0))
@@ -65,9 +66,7 @@ class LayerMoments:
         lift = self.dictionary.lift
         return len(lift) > 0 and lift.weight.dtype == torch.float32
 
-    def add(
-        self, condition: int, batch: Batch, place: Place
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def add(self, condition: int, batch: Batch, place: Place) -> tuple[Tensor, Tensor | None]:
         """Add activations [n, d] of a condition with their tangents or score.
 
         Returns:
@@ -88,16 +87,16 @@ class LayerMoments:
                 self.moments.update_products([torch.cat([rows, lift(rows)], 1) for rows in tile])
         return raw, carried
 
-    def ridges(self, ridge: RidgeSetting) -> torch.Tensor:
+    def ridges(self, ridge: RidgeSetting) -> Tensor:
         """Return the ridge [k] of each present feature, relative to its variance."""
         return self.dictionary.ridge(ridge, self.moments.variances())
 
-    def varied(self) -> torch.Tensor:
+    def varied(self) -> Tensor:
         """Return which present features vary by more than rounding, bool [k]."""
         rounding = self.dictionary.rounding_variance[: self.moments.size]
         return self.moments.variances() > rounding
 
-    def alive(self) -> tuple[torch.Tensor, int]:
+    def alive(self) -> tuple[Tensor, int]:
         """Return the numbers int64 [k] of the features that vary, and how many of them are raw."""
         alive = self.varied().nonzero()[:, 0]
         return alive, int((alive < self.dictionary.raw).sum())
@@ -139,7 +138,7 @@ def _needed(raw: int, inflation: float, moments: FoldMoments) -> int:
     return math.ceil(((raw + SPARE_DOF) * inflation + cells) / len(moments.seen))
 
 
-def all_finite(moments: FoldMoments, condition: int) -> torch.Tensor:
+def all_finite(moments: FoldMoments, condition: int) -> Tensor:
     """Return whether all values added for a condition are finite, a 0-d tensor."""
     finite = torch.isfinite(moments.sums[condition]).all()
     if moments.carried is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place
@@ -81,7 +82,7 @@ class ProbeMeter(LayerMeter):
         capacity = max(self._budget // (conditions * torch.float32.itemsize * columns), 1)
         self._kept = [KeptSamples(conditions, capacity) for _ in range(2)]  # of both halves
 
-    def _observe(self, condition: int, batch: Batch, place: Place) -> torch.Tensor:
+    def _observe(self, condition: int, batch: Batch, place: Place) -> Tensor:
         parts = [batch.part(rows.start, rows.stop) for rows in place.halves]
         if not self.halves:
             if self._first_pass:
@@ -106,7 +107,7 @@ class ProbeMeter(LayerMeter):
                 carried = dictionary.raw_tangents(batch.tangents, raw).transpose(0, 1)
         kept.add(condition, place, raw, carried)
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Return views of all sums of this pass."""
         if self.halves:
             return [part for half in self.halves for part in half.moments.shared_sums()]
@@ -116,7 +117,7 @@ class ProbeMeter(LayerMeter):
         """Return the samples kept in this pass."""
         return super().shared_samples() + (self._kept if self._first_pass else [])
 
-    def learned(self) -> list[torch.Tensor]:
+    def learned(self) -> list[Tensor]:
         """Return the weights of both networks before they are read."""
         probes = [trained.probe for trained in self._trained if trained.probe is not None]
         return [weight for probe in probes for weight in probe.parameters()]
@@ -187,7 +188,7 @@ class ProbeMeter(LayerMeter):
         own = FoldMoments(probed.size, data.conditions, device=device, **streams)
         return LayerMoments(self.site.name, probed, own)
 
-    def _train_on(self, half: int, kept: tuple[torch.Tensor, ...]) -> Trained | None:
+    def _train_on(self, half: int, kept: tuple[Tensor, ...]) -> Trained | None:
         """Train on the samples of a half; None if they show no information to start from."""
         whole, raw = self.moments.statistics(self._contrast, half), self.features.dictionary.raw
         rounding = self.features.dictionary.rounding_variance[: self.moments.size]
@@ -207,9 +208,7 @@ class ProbeMeter(LayerMeter):
         seed = 2 * self._settings.seed + half
         return train_probe(regression, covariance, readout, scale, dof=whole.dof, seed=seed)
 
-    def _start(
-        self, whole: FoldStatistics, alive: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _start(self, whole: FoldStatistics, alive: Tensor) -> tuple[Tensor, Tensor] | None:
         """Compute the scale [P] of the score, and its linear prediction [raw, P] from which
         training starts."""
         ridge = self.features.ridges(self._settings.ridge)

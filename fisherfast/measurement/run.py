@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual
@@ -70,7 +70,7 @@ class Recall:
     sites: list[Site] | None = None
     input: LayerFisher | None = None
     input_map: InformationMap | None = None
-    spaces: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    spaces: dict[str, list[Tensor]] = field(default_factory=dict)
     _chains: dict[str, set[str]] | None = field(default=None, init=False, repr=False)
 
     def unknown(self, sites: list[Site]) -> list[Site]:
@@ -127,14 +127,14 @@ class Measurement:
         self._sites: list[Site] = []
         self._meters: dict[str, Meter] = {}  # under every alias of a layer
         self._active: list[Meter] = []
-        self._finite: list[tuple[str, int, int | torch.Tensor, torch.Tensor]] = []
+        self._finite: list[tuple[str, int, int | Tensor, Tensor]] = []
         self._condition = 0
-        self._number: int | torch.Tensor = 0
-        self._score: torch.Tensor | None = None
+        self._number: int | Tensor = 0
+        self._score: Tensor | None = None
         self._place: Place | None = None  # None while the pilot runs
-        self._moving: torch.Tensor | None = None
+        self._moving: Tensor | None = None
         self._ties = StepMeter()
-        self._half_steps: torch.Tensor | None = None
+        self._half_steps: Tensor | None = None
 
     @property
     def _layer_meters(self) -> list[Meter]:
@@ -299,7 +299,7 @@ class Measurement:
             with dual.propagation(self._model, len(batch.tangents)):
                 forward.run(dual.DualTensor.pack(x, batch.tangents))
 
-    def _pilot_input(self, batch: Batch) -> torch.Tensor:
+    def _pilot_input(self, batch: Batch) -> Tensor:
         """Return the first samples as the model sees them, after a search for steps in those with
         tangents."""
         if batch.tangents is None:
@@ -311,7 +311,7 @@ class Measurement:
         self._half_steps = self._ties.half_steps()
         return self._dithered(batch)
 
-    def _dithered(self, batch: Batch) -> torch.Tensor:
+    def _dithered(self, batch: Batch) -> Tensor:
         """Add noise of half a step to the samples [n, ...] where their tangents are not zero."""
         if self._half_steps is None or batch.tangents is None:
             return batch.x
@@ -350,7 +350,7 @@ class Measurement:
         if unknown:
             raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")
 
-    def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
+    def _planned(self, streams: Streams, first: Batch, batch: Tensor) -> Plan:
         """Plan batches that fit into the budget."""
         budget = self._settings.memory_budget
         assert budget is not None
@@ -401,13 +401,13 @@ class Measurement:
                 f" condition{reason}, got {min(known)}"
             )
 
-    def _find_sites(self, batch: torch.Tensor) -> list[Site]:
+    def _find_sites(self, batch: Tensor) -> list[Site]:
         if self._model is None:
             return [Site(INPUT, "data", tuple(batch.shape[1:]))]
         sites = survey(self._model, batch)
         return select(sites, self._layers, self._model, self._settings.output)
 
-    def _find_chains(self, sites: list[Site], batch: torch.Tensor) -> None:
+    def _find_chains(self, sites: list[Site], batch: Tensor) -> None:
         """Replay the model once per layer, on so few samples that it costs at most half a pass."""
         if self._model is None:
             return
@@ -426,7 +426,7 @@ class Measurement:
         return Forward(self._model, self._consume, self._sites)
 
     def _consume(
-        self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor | Batch
+        self, name: str, kind: str, module: nn.Module | None, output: Tensor | Batch
     ) -> None:
         """Pass the activations of a layer to its meter."""
         meter = self._meters.get(name)
@@ -459,7 +459,7 @@ class Measurement:
         if not flags or bool(torch.stack([flag.all() for *_, flag in flags]).all()):
             return
         name, condition, batch, flag = next(entry for entry in flags if not bool(entry[-1].all()))
-        if isinstance(batch, torch.Tensor):
+        if isinstance(batch, Tensor):
             batch = int(batch[~flag.cpu()].min())
         pathwise = self._data.source == "pathwise"
         what = "activations and their tangents" if pathwise else "activations"
@@ -479,9 +479,7 @@ class Measurement:
                 )
 
 
-def _parts(
-    output: torch.Tensor | Batch | dual.DualTensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _parts(output: Tensor | Batch | dual.DualTensor) -> tuple[Tensor, Tensor | None]:
     """Return activations and their tangents; None for a plain tensor, whose tangents are zero."""
     if isinstance(output, Batch):
         return output.x, output.tangents

@@ -52,10 +52,14 @@ class Dealing:
     rank: int = 0
 
     @staticmethod
+    @lru_cache(maxsize=8)
     def of(length: int | None, folds: int, *, rank: int = 0) -> Dealing:
         """Deal a condition of known or unknown length: the same way for every condition of that
         length, on any number of ranks."""
-        return _dealing(length, cells_of(folds), 0 if length is not None else rank)
+        cells = cells_of(folds)
+        if length is None:
+            return Dealing(cells, torch.zeros(0, dtype=torch.uint8), rank)
+        return Dealing(cells, _dealt(length, cells))
 
     @staticmethod
     def of_groups(groups: torch.Tensor, folds: int) -> Dealing:
@@ -196,12 +200,6 @@ class Place:
             own, order = Place.sort(self.numbers[rows], self.cells[rows] // 2, folds)
             self._halves[key] = replace(own, end=self.end), order
         return self._halves[key]
-
-
-@lru_cache(maxsize=8)
-def _dealing(length: int | None, cells: int, rank: int) -> Dealing:
-    known = torch.zeros(0, dtype=torch.uint8) if length is None else _dealt(length, cells)
-    return Dealing(cells, known, rank)
 
 
 @lru_cache(maxsize=CACHED_PLACES)

@@ -360,13 +360,9 @@ class Measurement:
                     forward.run(batch.clone())
         data, settings = self._data, self._settings
         number = max(batch.element_size(), torch.float32.itemsize)
-        costs = [
-            LayerCost(m.site.name, m.site.dim, m.unit, *m.nbytes(number))
-            for m in self._layer_meters
-        ]
+        costs = [LayerCost(m.site, m.unit, *m.nbytes(number)) for m in self._layer_meters]
         alive = -(-live.nbytes // len(batch))
-        sites = [meter.site for meter in self._layer_meters]
-        per_sample = shares(first, alive, sites, data, owned=streams.owned)
+        per_sample = shares(first, alive, costs, data, owned=streams.owned)
         kept = streams.kept_bytes + 2 * self._probe_bytes()  # once more while a probe is trained
         return plan(budget, settings.batch_size, costs, per_sample, kept, data, number)
 

@@ -10,7 +10,7 @@ linear Fisher information of the first k features, for every k at once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,16 +78,6 @@ class FisherCurve(Estimate):
     def stderr(self) -> Tensor:
         """Standard errors [K, P, P] of J."""
         return self.variance.sqrt()
-
-    def leading(self, k: int) -> FisherCurve:
-        """Return the curve of the first k features."""
-        statistics = self.statistics.leading(k)
-        values = {
-            field.name: getattr(self, field.name)[:k]
-            for field in fields(self)
-            if field.name not in ("readout", "statistics")
-        }
-        return replace(self, **values, readout=self.readout[:k, :k], statistics=statistics)
 
     def readout_of(self, k: int) -> Tensor:
         """Compute W = R^-1 D [k, P] of the first k features, in their scale."""

@@ -50,19 +50,18 @@ class StepMeter:
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
         self._still: list[Tensor] = []
-        self._count = 0
         self._steps: Tensor | None = None
 
     def update(self, values: Tensor, moving: Tensor | None = None) -> None:
         """Add values [n, d]; moving bool [n, d] marks those with a derivative, None if unknown."""
-        missing = min(ROWS, max(LARGEST // max(values.shape[1], 1), 1)) - self._count
+        most = min(ROWS, max(LARGEST // max(values.shape[1], 1), 1))
+        missing = most - sum(map(len, self._rows))
         if missing <= 0 or values.dtype in HALF_TYPES:
             return
         rows = values[:missing].clone()
         still = torch.zeros_like(rows, dtype=torch.bool) if moving is None else ~moving[:missing]
         self._rows.append(rows)
         self._still.append(still)
-        self._count += len(rows)
         self._steps = None
 
     def half_steps(self) -> Tensor | None:

@@ -106,10 +106,6 @@ class FoldStatistics:
             samples=None,
         )
 
-    def leading(self, k: int) -> FoldStatistics:
-        """Return the statistics of the first k features."""
-        return self.select(torch.arange(k, device=self.covariance.device))
-
     def select(self, index: Tensor) -> FoldStatistics:
         """Return the statistics of the features in index (int64 [m])."""
         return replace(

@@ -72,8 +72,7 @@ class PilotMoments:
         self._ties = ties
         self._steps: Tensor | None = None
         self.count = 0
-        self._mean: Tensor | None = None
-        self._square = torch.zeros(())
+        self._mean = self._square = torch.zeros(())
         self.rounding = 0.0
         self.noise = 0.0
         self._rows: list[Tensor] = []
@@ -94,9 +93,6 @@ class PilotMoments:
             self._rows.append(activations[:missing].clone())
 
     def _add(self, n: int, mean: Tensor, square: Tensor) -> None:
-        if self._mean is None:
-            self.count, self._mean, self._square = n, mean, square
-            return
         total = self.count + n
         delta = mean - self._mean
         self._square = self._square + square + delta.square() * (self.count * n / total)
@@ -105,8 +101,6 @@ class PilotMoments:
 
     def parts(self) -> Tensor:
         """Return mean, sum of squared deviations and steps [3, d] of the added samples."""
-        if self._mean is None:
-            raise ValueError("pilot must hold at least one batch, got none")
         steps = self._found_steps()
         steps = torch.zeros_like(self._mean) if steps is None else steps
         return torch.stack([self._mean, self._square, steps])
@@ -127,7 +121,7 @@ class PilotMoments:
 
     def standardisation(self) -> Standardisation:
         """Return mean and scale of the added samples."""
-        if self._mean is None:
+        if self.count == 0:
             raise ValueError("pilot must hold at least one batch, got none")
         std = (self._square / self.count).sqrt()
         alive = std > self.rounding * self._mean.abs()
@@ -142,7 +136,7 @@ class PilotMoments:
     def ill_conditioned(self) -> bool | None:
         """Return whether the covariance needs float64 products; None for too few samples."""
         rows = sum(map(len, self._rows))
-        if self._mean is None or not 0 < rows >= PILOT_ROWS * len(self._mean):
+        if not 0 < rows >= PILOT_ROWS * len(self._mean):
             return None
         z = torch.cat(self._rows).double()
         z = z - z.mean(0)

@@ -86,8 +86,6 @@ class Streams:
         self._batch_size = self._largest = batch_size
         if self._lent:
             self._pilot_bytes = min(PILOT_BYTES, pilot_bytes)
-        if self._again:
-            self.restart()
 
     def first(self, rows: int) -> list[Batch]:
         """Return up to `rows` first samples of each condition.

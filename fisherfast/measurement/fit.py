@@ -138,12 +138,14 @@ class Fit:
 
     def error_covariance(self, size: int) -> Tensor:
         """Return the covariance [P, P, P, P] of the errors of J of the first `size` features."""
-        curve, most = self.curve.leading(size), leverage_samples(self.features)
-        samples = curve.statistics.samples
+        samples, most = self.curve.statistics.samples, leverage_samples(self.features)
         if ERROR_NUMBERS // size > most:
             most = ERROR_NUMBERS // size
             samples = sample_features(self.features, self.alive[:size], most)
-        return self.features.held.error_covariance(curve, samples, self.readout(size), most)
+        elif samples is not None:
+            samples = samples.select(torch.arange(size))
+        read = self.readout(size)
+        return self.features.held.error_covariance(self.curve, size, samples, read, most)
 
     def loss_by_ridge(self) -> list[str]:
         """Return a note if a ridge given as a number takes much of the linear information."""

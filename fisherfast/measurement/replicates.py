@@ -132,27 +132,28 @@ class HeldSamples:
         return moments.samples_of(rows, folds, score, index)
 
     def error_covariance(
-        self, curve: FisherCurve, samples: SampleFeatures | None, read: Readout, most: int
+        self, curve: FisherCurve, k: int, samples: SampleFeatures | None, read: Readout, most: int
     ) -> Tensor:
-        """Return the covariance [P, P, P, P] of the errors of the entries of J of all features of a
-        curve: Gaussian theory with the excess that the samples show; with a score all of it is from
-        the samples.
+        """Return the covariance [P, P, P, P] of the errors of the entries of J of the first k
+        features: Gaussian theory with the excess that the samples show; with a score all of it is
+        from the samples.
 
         Args:
-            curve: of k features.
-            samples: from `samples`.
-            read: applies the readout of the curve.
+            curve: of at least k features.
+            k: how many are used.
+            samples: from `samples`, with k features.
+            read: applies the readout `FisherCurve.readout_of(k)`.
             most: as for `samples`.
         """
-        errors = curve.error_covariance(len(curve))
+        errors = curve.error_covariance(k)
         if samples is None:
             return errors
-        J, dof = curve.J[-1], curve.statistics.dof
-        spare = dof - float(curve.effective_dim[-1]) - SPARE_DOF
-        whitened = samples.whitened(curve.readout).double()
-        u = whitened @ curve.half
+        J, dof = curve.J[k - 1], curve.statistics.dof
+        spare = dof - float(curve.effective_dim[k - 1]) - SPARE_DOF
+        whitened = samples.whitened(curve.readout[:k, :k]).double()
+        u = whitened @ curve.half[:k]
         if samples.score is not None:
-            errors = score_covariance(whitened, u, samples.score, J, curve.naive[-1], dof)
+            errors = score_covariance(whitened, u, samples.score, J, curve.naive[k - 1], dof)
             looked_at = curve.statistics.samples
             if looked_at is None:
                 return errors

@@ -151,18 +151,15 @@ def fisher_curve(statistics: FoldStatistics, ridge: float | Tensor = LIFT_RIDGE)
 
     Cost: K^3 operations. Derived in docs/theory.md, sections 4 to 6, 12 and 13.
     """
-    size, parameters = statistics.derivative.shape
-    folds = len(statistics.fold_derivatives)
     solved = whitened(statistics.covariance, statistics.columns, ridge)
-    half = solved.columns[:, :parameters]
-    fold_half = solved.columns[:, parameters:].reshape(size, folds, parameters)
+    half, fold_half = statistics.split(solved.columns)
     naive = _fold_products(half, half)
     effective = (1 - solved.ridge_share).cumsum(0)
     if statistics.samples is not None and statistics.samples.conditions > 1:
         statistics = _with_pairs(statistics, statistics.samples, solved.inverse)
     if float(statistics.dof - effective[-1]) < SPARE_DOF:
         raise ValueError(
-            f"degrees of freedom must exceed the {size} features by {SPARE_DOF},"
+            f"degrees of freedom must exceed the {len(half)} features by {SPARE_DOF},"
             f" got {statistics.dof:.0f}: use more samples or fewer features"
         )
     seen = None
@@ -348,14 +345,13 @@ def _hidden(statistics: FoldStatistics, solved: Whitened) -> Tensor:
     Without the ridge a single whitened feature has J = y^2 / (1 - q): y^2 q / (1 - q) is missing.
     The folds give y^2 without bias; if the feature is mostly ridge, y^2 itself is missing.
     """
-    parameters = statistics.derivative.shape[1]
-    folds = len(statistics.fold_derivatives)
-    fold_half = solved.columns[:, parameters:].unflatten(1, (folds, parameters))
+    half, fold_half = statistics.split(solved.columns)
     if statistics.score is None:
+        folds = fold_half.shape[1]
         total = fold_half.sum(1)
         square = (total.square() - fold_half.square().sum(1)) / (folds * (folds - 1))
     else:
-        square = solved.columns[:, :parameters].square()
+        square = half.square()
     q = solved.ridge_share
     return square * torch.where(q <= MOSTLY_RIDGE, q / (1 - q), 1.0)[:, None]
 

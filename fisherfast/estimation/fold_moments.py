@@ -96,6 +96,13 @@ class FoldStatistics:
         folds = self.fold_derivatives.permute(1, 0, 2).flatten(1)
         return torch.cat([self.derivative, folds], 1)
 
+    def split(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Split whitened `columns` [..., (1 + F) P] into that of D [..., P] and those of the folds
+        [..., F, P]."""
+        folds, _, parameters = self.fold_derivatives.shape
+        of_folds = columns[..., parameters:].unflatten(-1, (folds, parameters))
+        return columns[..., :parameters], of_folds
+
     def project(self, readout: Tensor) -> FoldStatistics:
         """Return the statistics of the numbers readout^T f, readout [k, m]."""
         return replace(

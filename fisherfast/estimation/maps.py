@@ -170,10 +170,8 @@ def estimate_map(
     columns = statistics.columns.unflatten(0, alive.shape)
     ridges = moments.ridge(ridge, _diagonal(covariance))
     solved, effective, known = _solve(covariance, alive, columns, ridges, rounding=ridge == AUTO)
-    parameters = statistics.derivative.shape[1]
-    half = solved[..., :parameters]
+    half, fold_half = statistics.split(solved)
     naive = half.mT @ half
-    fold_half = solved[..., parameters:].unflatten(-1, (moments.folds, parameters))
     seen = None
     if statistics.samples is not None:
         seen = _seen(statistics.samples, covariance, ridges, known, half, nu)

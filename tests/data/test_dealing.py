@@ -11,7 +11,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
-from fisherfast.data.dealing import Dealing, Place, Tally, cells_of, folds_of_half, hashed
+from fisherfast.data.dealing import (
+    Dealing,
+    Place,
+    cells_of,
+    folds_of_half,
+    groups_by_fold,
+    hashed,
+)
 from fisherfast.measurement.batches import Streams, scattered
 from fisherfast.parallel.share import Share
 from fisherfast.problems import Laplace
@@ -119,11 +126,14 @@ def test_places_are_sorted_and_complete():
         own, own_order = place.half(half, 8)
         assert torch.equal(own.numbers, place.numbers[rows][own_order])
         assert torch.equal(own.fold, place.fold[rows][own_order] // 2)  # F / 2 folds: the same ones
-        counts = Tally(torch.bincount(cells, minlength=cells_of(FOLDS))).of_half(half, 8)
-        assert torch.equal(own.counts, counts)
     assert torch.equal(torch.bincount(cells % FOLDS, minlength=FOLDS), place.counts)
     assert place.end == 1699
     assert Place.in_turn(3, 5, 4)[0].fold.tolist() == [0, 2, 1, 3, 3]
+    whole, _ = Dealing.of(500, FOLDS).place(0, 500, FOLDS)  # groups are dealt like samples
+    assert torch.equal(groups_by_fold(500, FOLDS), whole.counts)
+    for half in range(2):
+        counts = groups_by_fold(500, FOLDS, half, 8)
+        assert torch.equal(counts, whole.half(half, 8)[0].counts)
 
 
 def test_scattered_rows_come_from_everywhere():
@@ -192,8 +202,8 @@ def test_samples_of_all_ranks_are_dealt_as_those_of_one():
         before = sum(lengths[:rank])
         share = Share(rank, 1, (before,), (length,))
         own = x[before : before + length]
-        dealings = [Dealing.of(1000, FOLDS)]
-        streams = Streams(ff.Score(own, own), 64, folds=FOLDS, share=share, dealings=dealings)
+        streams = Streams(ff.Score(own, own), 64, folds=FOLDS, share=share)
+        streams.dealings = [Dealing.of(1000, FOLDS)]
         for _, _, part in streams:
             values = part.x[:, 0].long().tolist()
             folds = part.place.fold.tolist()

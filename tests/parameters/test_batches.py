@@ -14,12 +14,7 @@ from fisherfast.parameters import Bernoulli, Categorical, Gaussian, Poisson, fis
 from fisherfast.parameters.backward.batches import batches
 
 N = 60
-LIKELIHOODS = {
-    "Gaussian": Gaussian(0.25),
-    "Categorical": Categorical(),
-    "Bernoulli": Bernoulli(),
-    "Poisson": Poisson(),
-}
+LIKELIHOODS = [Gaussian(0.25), Categorical(), Bernoulli(), Poisson()]
 
 
 def network(dtype=torch.float64) -> nn.Module:
@@ -39,12 +34,12 @@ def labels(model: nn.Module, likelihood, x: Tensor) -> Tensor:
         return likelihood.draw(model(x), 1, torch.Generator().manual_seed(2))[0]
 
 
-@pytest.mark.parametrize("kind", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda each: type(each).__name__)
 @pytest.mark.parametrize("fisher_type", ["exact", "mc", "empirical"])
-def test_the_matrix_does_not_depend_on_the_batch_size(kind, fisher_type):
+def test_the_matrix_does_not_depend_on_the_batch_size(likelihood, fisher_type):
     """Catches gradients that are averaged before they are squared, a mean of the batches' means
     where the last batch is smaller, and labels that are drawn in the order of batches."""
-    model, likelihood, x = network(), LIKELIHOODS[kind], inputs(20)
+    model, x = network(), inputs(20)
     data = (x, labels(model, likelihood, x))
     settings = {"fisher_type": fisher_type, "seed": 5, "samples": 3 if fisher_type == "mc" else 1}
     whole = fisher(model, likelihood, data, batch_size=20, **settings)
@@ -52,40 +47,6 @@ def test_the_matrix_does_not_depend_on_the_batch_size(kind, fisher_type):
         other = fisher(model, likelihood, data, batch_size=size, **settings)
         assert other.samples == 20
         torch.testing.assert_close(other.diag(), whole.diag(), rtol=1e-12, atol=1e-14)
-
-
-def squared_mean_gradients(model: nn.Module, likelihood, x: Tensor, y: Tensor, size: int) -> Tensor:
-    """What is often taken for the diagonal: the mean over batches of the square of the gradient of
-    a batch's mean."""
-    squares = []
-    for xs, ys in zip(x.split(size), y.split(size), strict=True):
-        loss = likelihood.log_prob(model(xs), ys).mean()
-        parts = torch.autograd.grad(loss, list(model.parameters()))
-        squares.append(torch.cat([part.flatten() for part in parts]).square())
-    return torch.stack(squares).mean(0)
-
-
-def test_squares_of_batch_means_are_another_matrix():
-    """Catches that formula: with labels from the network, gradients of different samples do not
-    depend on each other, so that it is 1 / batch size of the Fisher matrix, here 1/100; on the data
-    that a network was fitted to it is zero. The traces of 40 batches: 4 sigma, false alarm 6e-5."""
-    model, size, number = network(), 100, 40
-    likelihood, x = Categorical(), inputs(4000)
-    y = labels(model, likelihood, x)
-    right = fisher(model, likelihood, (x, y), fisher_type="empirical", batch_size=size).trace()
-    few = x[:200], y[:200]
-    first = fisher(model, likelihood, few, fisher_type="empirical", batch_size=size).diag()
-    single = squared_mean_gradients(model, likelihood, *few, 1)
-    torch.testing.assert_close(first, single, rtol=1e-10, atol=1e-14)
-    wrong = torch.stack(
-        [
-            squared_mean_gradients(model, likelihood, xs, ys, size).sum()
-            for xs, ys in zip(x.split(size), y.split(size), strict=True)
-        ]
-    )
-    error = wrong.std() / number**0.5
-    assert abs(float(wrong.mean()) - right / size) < 4 * error
-    assert float(wrong.mean()) < 0.02 * right
 
 
 class Numbers(Dataset):
@@ -113,8 +74,6 @@ class Stream(IterableDataset):
 
 SOURCES = {
     "tensors": lambda x, y: (x, y),
-    "arrays": lambda x, y: (x.numpy(), y.numpy()),
-    "Dataset": TensorDataset,
     "Dataset of numbers": Numbers,
     "IterableDataset": Stream,
     "DataLoader": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=9),
@@ -130,10 +89,8 @@ SOURCES_OF_INPUTS = {
     "tuple of one": lambda x: (x,),
     "pair without labels": lambda x: (x, None),
     "pair with labels of something else": lambda x: (x, torch.full((N, 7), float("nan"))),
-    "Dataset": lambda x: TensorDataset(x),
-    "DataLoader": lambda x: DataLoader(TensorDataset(x), batch_size=9),
+    "Dataset": TensorDataset,
     "DataLoader of tensors": lambda x: DataLoader(list(x), batch_size=9),
-    "list": lambda x: [x[:5], x[5:7], x[7:]],
     "list of tuples": lambda x: [(x[:5],), (x[5:],)],
     "iterator": lambda x: iter([x[:5], x[5:]]),
 }
@@ -187,24 +144,18 @@ def test_a_generator_is_read_batch_by_batch():
 X, Y = inputs(), torch.zeros(N, dtype=torch.long)
 WRONG = [
     (X[:0], ValueError, "data must hold at least one sample, got none"),
-    ((X[:0], Y[:0]), ValueError, "data must hold at least one sample, got none"),
-    ([], ValueError, "data must hold at least one sample, got none"),
     (iter(()), ValueError, "data must hold at least one sample, got none"),
     (TensorDataset(X[:0], Y[:0]), ValueError, "data must hold at least one sample, got none"),
     ([X, X], TypeError, "data must be a tuple for a pair (x, y), got a list of two, which may be"),
     (X, ValueError, "data must hold labels, got inputs alone: pass (x, y)"),
-    ((X, None), ValueError, "data must hold labels, got inputs alone: pass (x, y)"),
     (TensorDataset(X), ValueError, "data must hold labels, got inputs alone: pass (x, y)"),
     ((X, Y[:-1]), ValueError, "labels must be as many as inputs (60), got 59"),
-    ([(X, Y[:-1])], ValueError, "labels must be as many as inputs (60), got 59"),
     ((X, Y, Y), ValueError, "data must be a pair (x, y), got 3 entries"),
     ([(X, Y, Y)], ValueError, "data must be batches of x or (x, y), got one of 3 entries"),
     ((X, list(range(N))), TypeError, "labels must be tensors or arrays, got list"),
     ((X, torch.tensor(1)), ValueError, "labels must have shape [n, ...], got a single number"),
     ([{"x": X, "y": Y}], TypeError, "data must be tensors or arrays, got dict"),
     ({"x": X}, TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
-    ("data", TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
-    (3, TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
     (None, TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
     (torch.tensor(1.0), ValueError, "data must have shape [n, ...], got a single number"),
     ([1.0, 2.0], TypeError, "data must be tensors or arrays, got float"),

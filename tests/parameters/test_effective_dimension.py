@@ -85,7 +85,7 @@ def test_by_eigenvalues_where_rounding_would_count(monkeypatch: pytest.MonkeyPat
 def test_tends_to_the_rank() -> None:
     """Catches zero eigenvalues that rounding turns into dimensions: with kappa from 1e150 to 1e250
     log det grows by the rank for each unit of log kappa."""
-    network = NETWORKS["conv2d"]
+    network = NETWORKS["conv2d strided"]
     x = network.inputs(4)[[0, 1, 2, 3, 3]]  # a copy, which adds rows and no rank
     F = fp.fisher(network.make(), "categorical", x, structure="gram")
     few, many = (F.effective_dimension(n) for n in (1e150, 1e250))

@@ -51,7 +51,7 @@ def test_many_batches_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a merge that loses what came before, or adds to F: F - F_k is positive semi-definite,
     within its bound, and its trace is what is said."""
     monkeypatch.setattr(lowrank, "ROWS_AT_ONCE", 24)
-    network = NETWORKS["conv2d"]
+    network = NETWORKS["conv2d grouped"]
     model, x = network.make(), network.inputs(64)
     found = low(model, iter(x.split(4)), 6)  # can be read once
     truth = brute_force(model, "categorical", x)

@@ -479,7 +479,7 @@ def test_wrappers(wrap: Callable[[nn.Module], Any]) -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("name", ["conv2d", "windows", "windows mixed", "transformer, time first"])
+@pytest.mark.parametrize("name", ["conv2d strided", "windows", "windows mixed"])
 def test_few_samples(name: str, samples: int) -> None:
     """Fewer samples than are examined."""
     assert_right(NETWORKS[name].make(), NETWORKS[name].inputs(samples))

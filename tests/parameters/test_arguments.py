@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 
 import pytest
@@ -46,14 +45,11 @@ class Computed(nn.Module):
 
 ARGUMENTS = [
     ("structure", "diagonal", ValueError, "be one of 'diag', "),
-    ("structure", None, ValueError, "be one of 'diag', "),
     ("fisher_type", "sampled", ValueError, "be one of 'exact', 'mc', 'empirical', got 'sampled'"),
     ("samples", 0, ValueError, "be at least 1, got 0"),
     ("samples", 1.0, TypeError, "be a whole number, got 1.0"),
-    ("samples", True, TypeError, "be a whole number, got True"),
     ("samples", 5, ValueError, "be 1 for fisher_type 'exact', which draws no labels, got 5; draw"),
     ("batch_size", 0, ValueError, "be at least 1, got 0"),
-    ("batch_size", "8", TypeError, "be a whole number, got '8'"),
     ("seed", 2**63, ValueError, "be at least -2**63 and below 2**63, got 9223372036854775808"),
     ("seed", 0.5, TypeError, "be a whole number, got 0.5"),
     ("likelihood", Poisson, TypeError, "be an instance, got the class Poisson: write Poisson()"),
@@ -62,8 +58,6 @@ ARGUMENTS = [
     ("model", "network", TypeError, "be a torch.nn.Module, got str"),
     ("parameters", "convolution", ValueError, "choose at least one of the model, which has none"),
     ("parameters", ["0.weigth"], ValueError, "be of the model, got '0.weigth'; it has 0.weight"),
-    ("parameters", [0], TypeError, "be names, a pattern or a function, got 0"),
-    ("parameters", 0, TypeError, "be names, a pattern or a function, got 0"),
     ("parameters", b"0", TypeError, "be names, a pattern or a function, got b'0'"),
     ("parameters", "0(", ValueError, "be a regular expression, got '0('"),
 ]
@@ -121,8 +115,8 @@ IN_TRAINING = [nn.BatchNorm1d(4), nn.Dropout(0.5), nn.AlphaDropout(0.1), nn.RReL
 
 @pytest.mark.parametrize("layer", IN_TRAINING, ids=lambda layer: type(layer).__name__)
 def test_layers_in_training_mode(layer):
-    """Catches a Fisher matrix of a network that is not the one in use, and running statistics that
-    the measurement changes."""
+    """Catches a Fisher matrix of a network that is not the one in use, running statistics that the
+    measurement changes, and networks refused that are the same in both modes."""
     model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3)).train()
     text = f"evaluation mode, got {type(layer).__name__} '1' in training mode, .* call model.eval"
     with untouched(model):
@@ -130,13 +124,7 @@ def test_layers_in_training_mode(layer):
             with pytest.raises(ValueError, match=text):
                 measure(model, Categorical(), (X, Y))
     fisher(model.eval(), Categorical(), X)
-
-
-def test_training_mode_without_such_layers():
-    """Catches refusing networks that are the same in both modes."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 3)).train()
-    expected = fisher(copy.deepcopy(model).eval(), Categorical(), X).diag()
-    assert torch.equal(fisher(model, Categorical(), X).diag(), expected)
+    fisher(nn.Sequential(model[0], nn.Dropout(0.0), model[2]).train(), Categorical(), X)
 
 
 class Counter(nn.Linear):
@@ -178,9 +166,7 @@ def test_networks_that_are_not_the_same_twice(model, text):
     ("function", "error", "text"),
     [
         (lambda f: (f, f), TypeError, "model must return one tensor [n, ...], got tuple; wrap it"),
-        (lambda f: {"y": f}, TypeError, "model must return one tensor [n, ...], got dict; wrap it"),
         (lambda f: f[0, :2], ValueError, "model must return one row per sample (3), got shape [2]"),
-        (lambda f: f.sum(), ValueError, "model must return one row per sample (3), got shape []"),
         (lambda f: f.argmax(1), TypeError, "outputs of the model must be real and floating, got"),
         (lambda f: f[:, :0], ValueError, "model must return at least one number per sample, got"),
         (lambda f: f[:, 0], ValueError, "outputs of the model must have shape [n, C, ...], got ["),
@@ -207,18 +193,15 @@ def test_inputs_that_are_not_finite(value):
         score(network(), Categorical(), x, Y, batch_size=10).mean()
 
 
-def test_rates_that_are_not_positive():
-    """Catches a Fisher matrix 1 / rate that is negative."""
-    with pytest.raises(ValueError, match="must be rates, finite and positive, got others in bat"):
-        fisher(Computed(lambda f: f), Poisson(log_rate=False), X)
-    assert fisher(Computed(F.softplus), Poisson(log_rate=False), X).samples == N
-
-
-def test_labels_that_the_likelihood_cannot_have():
-    """Catches labels that are only checked where a likelihood is asked directly."""
+def test_labels_and_rates_that_the_likelihood_cannot_have():
+    """Catches labels that are only checked where a likelihood is asked directly, and a Fisher
+    matrix 1 / rate that is negative."""
     with pytest.raises(ValueError, match=r"^labels must lie in \[0, 3\), got 1 to 3"):
         fisher(network(), Categorical(), (X, Y + 1), fisher_type="empirical")
     assert fisher(network(), Categorical(), (X, Y + 1)).samples == N
+    with pytest.raises(ValueError, match="must be rates, finite and positive, got others in bat"):
+        fisher(Computed(lambda f: f), Poisson(log_rate=False), X)
+    assert fisher(Computed(F.softplus), Poisson(log_rate=False), X).samples == N
 
 
 def test_a_likelihood_by_functions():
@@ -239,22 +222,14 @@ def test_a_likelihood_by_functions():
     assert fisher(model, without, (X, X[:, :3]), fisher_type="empirical").samples == N
 
 
-# --- files ---
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"structure": "cube"}, "structure must be one of 'diag', "),
-        ({"fisher_type": "true"}, "fisher_type must be one of 'exact', 'mc', 'empirical', got "),
-    ],
-)
-def test_states_that_are_none(change, text):
+def test_states_that_are_none():
     """Catches a file of something else that is read as a matrix."""
     state = fisher(network(), Categorical(), X).state_dict()
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
-        from_state_dict(state | change)
-    with pytest.raises(ValueError, match=r"^state must be that of a Fisher matrix, got none of \["):
-        from_state_dict(network().state_dict())
-    with pytest.raises(TypeError, match=r"^state must be a mapping, got int$"):
-        from_state_dict(3)
+    for wrong, error, text in (
+        (state | {"structure": "cube"}, ValueError, "structure must be one of 'diag', "),
+        (state | {"fisher_type": "true"}, ValueError, "fisher_type must be one of 'exact', 'mc', "),
+        (network().state_dict(), ValueError, r"state must be that of a Fisher matrix, got none of"),
+        (3, TypeError, "state must be a mapping, got int"),
+    ):
+        with pytest.raises(error, match=f"^{text}"):
+            from_state_dict(wrong)

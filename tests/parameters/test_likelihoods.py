@@ -218,19 +218,19 @@ def test_wrong_labels(likelihood, shape, y, error, text):
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "y", "expected"),
+    ("likelihood", "y", "dtype"),
     [
-        (Gaussian(), torch.tensor([[1], [2]]), torch.tensor([[1.0], [2.0]])),
-        (Categorical(), torch.tensor([1, 0], dtype=torch.uint8), torch.tensor([1, 0])),
-        (Bernoulli(), torch.tensor([[True], [False]]), torch.tensor([[1.0], [0.0]])),
-        (Poisson(), torch.tensor([[3], [0]]), torch.tensor([[3.0], [0.0]])),
+        (Gaussian(), torch.tensor([[1], [2]]), torch.float32),
+        (Categorical(), torch.tensor([1, 0], dtype=torch.uint8), torch.long),
+        (Bernoulli(), torch.tensor([[True], [False]]), torch.float32),
+        (Poisson(), torch.tensor([[3], [0]]), torch.float32),
     ],
 )
-def test_labels_of_other_dtypes(likelihood, y, expected):
+def test_labels_of_other_dtypes(likelihood, y, dtype):
     """Catches refusing labels that are right but for their dtype."""
-    f = torch.zeros(2, 2 if isinstance(likelihood, Categorical) else 1)
-    assert torch.equal(likelihood.check(f, y), expected)
-    assert likelihood.check(f, y).dtype == expected.dtype
+    found = likelihood.check(torch.zeros(2, 2 if dtype == torch.long else 1), y)
+    assert found.dtype == dtype
+    assert torch.equal(found, y.to(dtype))
 
 
 @pytest.mark.parametrize("shape", [[2], [5, 3]])

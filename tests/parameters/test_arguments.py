@@ -147,7 +147,6 @@ class Counter(nn.Linear):
             "itself, got BatchNorm1d '' without running",
         ),
         (Computed(lambda f: F.dropout(f, 0.5, training=True)), r"always alike.*Call model\.eval"),
-        (Computed(lambda f: f - f.mean(0)), "must treat every sample by itself"),
         (Computed(lambda f: f.squeeze()), "must treat every sample by itself"),
         (Counter(), r"leave its buffers as they are .* got 'calls' changed"),
     ],
@@ -212,12 +211,12 @@ def test_a_likelihood_by_functions():
         lambda f, generator: torch.empty_like(f).exponential_(generator=generator) / f.exp(),
         lambda f: torch.eye(3).expand(len(f), 3, 3),
     )
-    exact = fisher(model, waiting, X).diag()
-    torch.testing.assert_close(exact, fisher(model, Gaussian(), X).diag(), rtol=1e-5, atol=1e-9)
-    many = fisher(model, waiting, X, fisher_type="mc", samples=1000).diag()
-    # (y - 1)^2 of an exponential y has variance 8: a standard error of 9 % of one score's mean
-    # square over 1000 draws; the entries are sums over up to 20 samples and 3 outputs
-    assert bool((many / exact - 1).abs()[exact > 0].max() < 4 * 0.09)
+    exact = fisher(model, waiting, X)
+    torch.testing.assert_close(exact.diag(), fisher(model, Gaussian(), X).diag(), rtol=1e-5, atol=0)
+    many = fisher(model, waiting, X, fisher_type="mc", samples=400)
+    # (y - 1)^2 of an exponential y has variance 8: over 400 draws of 20 samples, of which the
+    # weights leave at least half, a standard error of 4.5 %; draws without the rate are 80 % off
+    assert many.trace() == pytest.approx(exact.trace(), rel=4 * 0.045)
     without = Likelihood(lambda f, y: -(f - y).square().sum(1))
     assert fisher(model, without, (X, X[:, :3]), fisher_type="empirical").samples == N
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.parameters_oracle import brute_force
-from support.parameters_small import CATEGORICAL, difference, measure
+from support.parameters_small import CATEGORICAL, difference, inputs, measure, rows
 from support.parameters_zoo import (
     NETWORKS,
     OUTPUTS,
@@ -36,6 +36,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # of tor
 
 def head() -> nn.Module:
     return nn.Linear(4, OUTPUTS)
+
+
+LAYERS = {"layer": lambda: nn.Linear(4, 4), "head": head}
+
+
+def made(forward: Callable[[Any, Tensor], Any], parts: dict[str, Any] = LAYERS) -> nn.Module:
+    """The function of parts, which are built anew."""
+    built = {name: build() for name, build in parts.items()}
+    return make(lambda: Written(forward, **built))[0]
 
 
 def make(build: Callable[[], nn.Module], shape: tuple[int, ...] = (4,)) -> tuple[Any, Tensor]:
@@ -177,22 +186,87 @@ def test_experts(sign: int | None) -> None:
     assert_right(model, x, batch_size=6)
 
 
-def tokens(m: Any, x: Tensor) -> Tensor:
-    """Two tokens a sample; those above a threshold go through a layer."""
-    every = x.reshape(-1, 4)
-    chosen = every[:, 0] > 0
-    h = every.clone()
-    h[chosen] = m.layer(every[chosen])
-    return m.head(h.tanh().reshape(len(x), 2, 4).mean(1))
+# --- samples that mix, or come in another order: a few are tried alone ---
+
+MIXED = "must treat every sample by itself"
 
 
-def test_as_many_rows_as_samples() -> None:
-    """Chosen tokens that are as many as the samples, and of some samples two, of others none."""
-    model, x = make(lambda: Written(tokens, layer=nn.Linear(4, 4), head=head()), (2, 4))
-    x = x[:4].abs()  # the examination sees two tokens of every sample
-    later = x.clone()
-    later[[0, 2], :, 0] *= -1
-    assert_right(model, torch.cat([x, later]), batch_size=4)
+def switch(from_samples: float = float("inf")) -> nn.Module:
+    """Mixes the samples of a batch of at least `from_samples`."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(m.layer(x))
+        return m.head(h - 0.5 * h.mean(0) if len(x) >= from_samples else h)
+
+    return made(forward)
+
+
+@pytest.mark.parametrize("from_samples", [1, 2, 4])
+def test_mixed_samples_are_refused(from_samples: int) -> None:
+    """At 4: a check of the three samples alone, without the batch itself."""
+    with pytest.raises(ValueError, match=MIXED):
+        fp.fisher(switch(from_samples), CATEGORICAL, rows(5))
+
+
+def test_every_call_checks_the_network() -> None:
+    """What a call keeps of a network for the next: a hook that mixes."""
+    model, x = switch(), rows(5)
+    assert_right(model, x)
+    model.layer.register_forward_hook(lambda module, args, output: output - output.mean(0))
+    with pytest.raises(ValueError, match=MIXED):
+        fp.fisher(model, CATEGORICAL, x)
+
+
+@pytest.mark.parametrize("name", ["windows mixed", "windows"])
+def test_a_head_that_was_zero(name: str) -> None:
+    """Layers that are trusted because their gradients were all zero when they were looked at, as
+    they are before the first step of a network whose last layer begins at zero."""
+    model, x = NETWORKS[name].make(), NETWORKS[name].inputs(5)
+    before = copy.deepcopy(model.head.state_dict())
+    for parameter in model.head.parameters():
+        parameter.data.zero_()
+    assert_right(model, x)
+    model.head.load_state_dict(before)
+    assert_right(model, x)
+
+
+def gated(m: Any, x: Tensor) -> Tensor:
+    """Windows of all samples mixed, of samples that a gate lets pass."""
+    every = x.unfold(1, 4, 2).transpose(0, 1).reshape(-1, 4)
+    windows = torch.tanh(m.layer(every)).reshape(-1, len(x), 4).mean(0)
+    return m.head(windows * (x[:, :1] > 0))
+
+
+def in_order(m: Any, x: Tensor) -> Tensor:
+    """Sorts the samples of its batch, as those of different lengths are, and back."""
+    order = x[:, 0].argsort(descending=True)
+    return m.head(torch.tanh(m.layer(x[order]))[order.argsort()])
+
+
+@pytest.mark.parametrize("structure", ["diag", "block", "gram"])
+def test_gradients_that_begin_in_a_later_batch(structure: str) -> None:
+    """Layers that are trusted because the first batch has shown nothing of them."""
+    model, x = made(gated), inputs(8).flatten(1)[:, :8]
+    x[:4, 0], x[4:, 0] = -1, 1
+    found = measure(structure, iter([x[:4], x[4:]]), model=model).diag()
+    assert difference(found, brute_force(model, "categorical", x).diag()) < ROUNDING
+
+
+@pytest.mark.parametrize("first", [1, 4], ids=["one sample", "samples alike"])
+def test_first_batches_that_tell_nothing(first: int) -> None:
+    """Samples that mix and are alike in the first batch."""
+    model, x = switch(1), rows(9)
+    x[:4] = x[0]
+    with pytest.raises(ValueError, match=MIXED):
+        fp.fisher(model, CATEGORICAL, iter([x[:first], x[first:]]))
+
+
+@pytest.mark.parametrize("descending", [True, False])
+def test_samples_in_an_order_of_the_networks_own(descending: bool) -> None:
+    """An order that is that of the samples looked at, and of no others."""
+    model, x = made(in_order), rows(8)
+    x[:3, 0] = x[:3, 0].sort(descending=descending).values
+    assert_right(model, x)
 
 
 # --- parameters that the graph shows only partly, or that torch.func cannot vectorise ---
@@ -254,7 +328,6 @@ def vector() -> nn.Parameter:
     return nn.Parameter(torch.linspace(0.5, 1, 4))
 
 
-LAYERS = {"layer": lambda: nn.Linear(4, 4), "head": head}
 USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Callable[[], object]]]] = {
     "detached": (detached, LAYERS),
     "target": (target, LAYERS),
@@ -281,8 +354,7 @@ USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Callable[[], ob
 def test_uses_of_parameters(name: str) -> None:
     """A tap that gets the gradient of one use only, or of one too many, or the sum of two layers;
     torch.func, which does not know what a module has kept of its parameters."""
-    forward, parts = USES[name]
-    assert_right(*make(lambda: Written(forward, **{key: new() for key, new in parts.items()})))
+    assert_right(made(*USES[name]), rows(SAMPLES))
 
 
 def sparse(m: Any, x: Tensor) -> Tensor:
@@ -321,23 +393,10 @@ def test_own_precision() -> None:
 # --- what cannot be measured ---
 
 
-class Secret(torch.autograd.Function):
-    """A layer inside of a function, unknown to autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
-        return layer(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
-
-
 HIDDEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "detach": lambda layer, x: layer(x).detach(),
     "no_grad": lambda layer, x: torch.no_grad()(layer)(x),
     "data": lambda layer, x: F.linear(x, layer.weight.data, layer.bias.data),
-    "function": lambda layer, x: Secret.apply(x, layer),
 }
 
 
@@ -375,16 +434,6 @@ def test_reentrant_checkpoint(first: bool) -> None:
             fp.fisher(model, CATEGORICAL, x)
 
 
-class Refuses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        return x * w
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        raise RuntimeError("no derivative here")
-
-
 def made_in_inference_mode() -> nn.Module:
     with torch.inference_mode():
         return nn.Linear(4, 3).double()
@@ -394,9 +443,9 @@ def made_in_inference_mode() -> nn.Module:
     ("build", "error", "message"),
     [
         (
-            lambda: Written(lambda m, x: Refuses.apply(x, m.w), w=vector()),
+            lambda: Written(lambda m, x: torch.igamma(m.w, x), w=vector()),
             RuntimeError,
-            r"parameters must have gradients for a sample alone, .* w;.*no derivative here",
+            r"parameters must have gradients for a sample alone, .* w;.*not implemented",
         ),
         (
             lambda: Written(

@@ -47,10 +47,6 @@ class Network:
             return torch.randint(TOKENS, (samples, *self.shape), generator=generator)
         return torch.randn(samples, *self.shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    def labels(self, samples: int = 4) -> Tensor:
-        """y [n], classes."""
-        return torch.randint(OUTPUTS, (samples,), generator=torch.Generator().manual_seed(2))
-
 
 @torch.no_grad()
 def randomised(model: nn.Module) -> nn.Module:
@@ -154,25 +150,18 @@ def recurrent() -> nn.Module:
     )
 
 
-class Windows(nn.Module):
-    """Windows of the signal become rows of the batch, and come back."""
+def windows(mixed: bool = False) -> nn.Module:
+    """Windows of the signal become rows of the batch, and come back; mixed, the windows of all
+    samples before the next: rows of one sample are apart."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU())
-        self.head = nn.Linear(5, OUTPUTS)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = x.unfold(1, 4, 2)  # [n, windows, 4]
+        rows = rows.transpose(0, 1) if mixed else rows
+        h = m.layers(rows.reshape(-1, 4)).reshape(*rows.shape[:2], 5)
+        return m.head(h.mean(0 if mixed else 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.unfold(1, 4, 2).reshape(-1, 4)
-        return self.head(self.layers(rows).reshape(len(x), -1, 5).mean(1))
-
-
-class WindowsMixed(Windows):
-    """The same, the windows of all samples before the next: rows of one sample are apart."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.unfold(1, 4, 2).transpose(0, 1).reshape(-1, 4)
-        return self.head(self.layers(rows).reshape(-1, len(x), 5).mean(0))
+    layers = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU())
+    return Written(forward, layers=layers, head=nn.Linear(5, OUTPUTS))
 
 
 # --- parameters used in ways of their own ---
@@ -187,18 +176,16 @@ def twice() -> nn.Module:
     return Written(forward, layer=nn.Linear(4, 4), head=nn.Linear(4, OUTPUTS))
 
 
-class TiedHead(nn.Module):
+def tied_head() -> nn.Module:
     """A language model: the embedding is also the matrix of the last layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(OUTPUTS, 4)
-        self.mix = nn.Linear(4, 4)
-        self.head = nn.Linear(4, OUTPUTS)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mix(self.embedding(x % OUTPUTS))).mean(1))
+    table, head = nn.Embedding(OUTPUTS, 4), nn.Linear(4, OUTPUTS)
+    head.weight = table.weight
+    return Written(
+        lambda m, x: m.head(torch.tanh(m.mix(m.embedding(x % OUTPUTS))).mean(1)),
+        embedding=table,
+        mix=nn.Linear(4, 4),
+        head=head,
+    )
 
 
 def expression() -> nn.Module:
@@ -218,18 +205,14 @@ def penalised() -> nn.Module:
     )
 
 
-class Unused(nn.Module):
-    """One layer that is never called, one that is frozen, and a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 5).requires_grad_(False)
-        self.idle = nn.Linear(2, 2)
-        self.register_buffer("shift", torch.linspace(-1, 1, 5))
-        self.head = nn.Linear(5, OUTPUTS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.first(x) + self.shift))
+def unused() -> nn.Module:
+    """One layer that is never called, and one that is frozen."""
+    return Written(
+        lambda m, x: m.head(torch.tanh(m.first(x))),
+        first=nn.Linear(4, 5).requires_grad_(False),
+        idle=nn.Linear(2, 2),
+        head=nn.Linear(5, OUTPUTS),
+    )
 
 
 def parametrized() -> nn.Module:
@@ -299,13 +282,13 @@ NETWORKS: dict[str, Network] = {
     "transformer": Network(transformer, SEQUENCE),
     "transformer, time first": Network(time_first, (4, 2)),
     "LSTM": Network(recurrent, (3, 2)),
-    "windows": Network(Windows, (8,)),
-    "windows mixed": Network(WindowsMixed, (8,)),
+    "windows": Network(windows, (8,)),
+    "windows mixed": Network(partial(windows, mixed=True), (8,)),
     "called twice": Network(twice, (4,)),
-    "tied head": Network(TiedHead, (5,), tokens=True),
+    "tied head": Network(tied_head, (5,), tokens=True),
     "expression": Network(expression, (4,)),
     "weights in an expression": Network(penalised, (4,)),
-    "unused and frozen": Network(Unused, (4,)),
+    "unused and frozen": Network(unused, (4,)),
     "weight norm": Network(parametrized, (4,)),
     "partly frozen": Network(partly_frozen, (4,)),
     "checkpoint": Network(checkpointed, (4,)),

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # of tor
 ROWS = {
     "instance norm, running": ["1"],
     "transformer": ["0.self_attn"],
-    "transformer, time first": ["embed", "layer"],
     "LSTM": ["rnn"],
     "windows mixed": ["layers"],
     "called twice": ["layer"],

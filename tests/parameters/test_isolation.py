@@ -18,7 +18,7 @@ from support.networks_zoo import untouched
 from support.pairwise import pairwise
 from support.parameters_oracle import brute_force
 from support.parameters_small import CATEGORICAL, difference, labels, measure
-from support.parameters_zoo import NETWORKS, Lambda, Network, linear
+from support.parameters_zoo import NETWORKS, Network, Written, linear
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -129,7 +129,7 @@ def test_an_error_leaves_everything_as_it_was(where: str, error: BaseException) 
         yield X[:10]
         raise error
 
-    model = nn.Sequential(nn.Linear(4, 4), Lambda(middle), nn.Linear(4, 3)).eval()
+    model = nn.Sequential(nn.Linear(4, 4), Written(lambda m, x: middle(x)), nn.Linear(4, 3)).eval()
     with untouched(model), pytest.raises(type(error)):
         fp.fisher(model, CATEGORICAL, data(), fisher_type="mc")
 
@@ -147,7 +147,7 @@ def test_the_default_device_is_the_users(fisher_type: str) -> None:
         for i in range(0, SAMPLES, 5):
             yield note(X[i : i + 5]), Y[i : i + 5]
 
-    model = nn.Sequential(DENSE.make(torch.float32), Lambda(note))
+    model = nn.Sequential(DENSE.make(torch.float32), Written(lambda m, f: note(f)))
     own = fp.Likelihood(lambda f, y: note(f).log_softmax(1).gather(1, y[:, None])[:, 0])
     torch.set_default_device("meta")
     try:
@@ -201,37 +201,19 @@ def test_default_dtype() -> None:
     assert found == expected
 
 
-def test_a_measurement_inside_of_the_data() -> None:
-    """Hooks of one measurement in the passes of another, and locks that never open."""
-    model, x = DENSE.make(), DENSE.inputs(8)
-
-    def data() -> Iterator[Tensor]:
-        for batch in x.split(2):
-            fp.fisher(model, CATEGORICAL, batch)
-            yield batch
-
-    expected = fp.fisher(model, CATEGORICAL, x).diag()
-    assert difference(fp.fisher(model, CATEGORICAL, data()).diag(), expected) < ROUNDING
-
-
-def test_several_threads_at_once() -> None:
-    """Hooks of one thread in the passes of another: all measure the same network."""
+def test_measurements_at_once_and_inside_of_each_other() -> None:
+    """Hooks of one thread, or of a measurement in the data, in the passes of another, and locks
+    that never open: all measure the same network."""
     model, x = DENSE.make(), DENSE.inputs(6)
     expected = fp.fisher(model, CATEGORICAL, x).diag()
+
+    def diagonal(size: int) -> Tensor:
+        batches = (batch for batch in x.split(size) if fp.fisher(model, CATEGORICAL, batch))
+        return fp.fisher(model, CATEGORICAL, batches).diag()
+
     with ThreadPoolExecutor(3) as pool:
-        sizes = [1, 2, 3] * 4
-        found = pool.map(lambda n: fp.fisher(model, CATEGORICAL, x, batch_size=n).diag(), sizes)
-        assert all(difference(each, expected) < ROUNDING for each in found)
-
-
-def test_the_seed_chooses_the_labels() -> None:
-    """Labels of the global random state, and the same labels for every seed."""
-    first, same, other = (
-        measure("diag", X, "mc", model=DENSE.make(torch.float32), seed=seed).diag()
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(same, first)
-    assert not torch.equal(other, first)
+        for found in pool.map(diagonal, [1, 2, 3] * 4):
+            assert difference(found, expected) < ROUNDING
 
 
 class Stream(IterableDataset[Tensor]):

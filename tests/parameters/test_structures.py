@@ -133,6 +133,8 @@ def test_types_and_batches(fisher_type: str, structure: str) -> None:
     for each in found:
         assert (each.fisher_type, each.samples) == (fisher_type, 7)
         assert difference(each @ v, expected) < ROUNDING
+    another = measure(structure, data, fisher_type, **settings | {"seed": 6}, **whole(structure))
+    assert torch.equal(another @ v, found[0] @ v) == (fisher_type == "empirical")
 
 
 def test_parts_of_a_block() -> None:

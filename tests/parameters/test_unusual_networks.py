@@ -439,37 +439,21 @@ def made_in_inference_mode() -> nn.Module:
         return nn.Linear(4, 3).double()
 
 
-@pytest.mark.parametrize(
-    ("build", "error", "message"),
-    [
-        (
-            lambda: Written(lambda m, x: torch.igamma(m.w, x), w=vector()),
-            RuntimeError,
-            r"parameters must have gradients for a sample alone, .* w;.*not implemented",
-        ),
-        (
-            lambda: Written(
-                lambda m, x: (x * m.phase).abs(),
-                phase=nn.Parameter(torch.ones(4, dtype=torch.complex128)),
-            ),
-            TypeError,
-            r"parameters must be real, got 'phase' of torch\.complex128",
-        ),
-        (
-            lambda: nn.LazyLinear(3, dtype=torch.float64),
-            ValueError,
-            r"parameters must have a shape, got 'weight' of a lazy",
-        ),
-        (made_in_inference_mode, ValueError, "parameters must not be made in inference mode"),
-    ],
-    ids=["autograd", "complex", "lazy", "inference mode"],
-)
+NO_GRADIENTS = [
+    (lambda: Written(lambda m, x: torch.igamma(m.w, x), w=vector()), RuntimeError, "alone, .* w;"),
+    (lambda: nn.Linear(4, 3, dtype=torch.complex64), TypeError, "be real, got 'weight' of torch.c"),
+    (lambda: nn.LazyLinear(3), ValueError, "have a shape, got 'weight' of a lazy"),
+    (made_in_inference_mode, ValueError, "not be made in inference mode"),
+]
+
+
+@pytest.mark.parametrize(("build", "error", "message"), NO_GRADIENTS)
 def test_parameters_without_gradients(
     build: Callable[[], nn.Module], error: type[Exception], message: str
 ) -> None:
     """Errors of autograd's that do not say which parameters they are about, and gradients of which
     only the real part would be left."""
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"parameters must .*{message}"):
         fp.fisher(build().eval(), CATEGORICAL, torch.ones(2, 4, dtype=torch.float64))
 
 

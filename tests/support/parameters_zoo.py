@@ -62,17 +62,6 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-class Lambda(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 class Written(nn.Module):
     """Layers and parameters by name, and the function forward(self, x) of them."""
 
@@ -90,7 +79,7 @@ def pooled(
     *layers: nn.Module, features: int = 4, dims: int | tuple[int, ...] = (2, 3)
 ) -> nn.Module:
     """Layers, a nonlinearity that sees every position, their mean, and a linear layer."""
-    mean = Lambda(lambda h: h.mean(dims))
+    mean = Written(lambda m, h: h.mean(dims))
     return nn.Sequential(*layers, nn.Tanh(), mean, nn.Linear(features, OUTPUTS))
 
 
@@ -129,16 +118,6 @@ def embedding() -> nn.Module:
 def transformer() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, dropout=0.1, batch_first=True)
     return pooled(layer, dims=1)
-
-
-def time_first() -> nn.Module:
-    """A transformer that sees [time, n, d]: its rows are not the samples."""
-    return Written(
-        lambda m, x: m.head(m.layer(m.embed(x.transpose(0, 1))).mean(0)),
-        embed=nn.Linear(2, 4),
-        layer=nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=False),
-        head=nn.Linear(4, OUTPUTS),
-    )
 
 
 def recurrent() -> nn.Module:
@@ -260,9 +239,6 @@ NETWORKS: dict[str, Network] = {
     "conv2d reflect": Network(
         partial(convolution2d, padding=1, padding_mode="reflect", bias=False), IMAGE
     ),
-    "conv1d": Network(
-        lambda: pooled(nn.Conv1d(2, 4, 3, stride=2, padding=1, dilation=2), dims=2), (2, 9)
-    ),
     "conv3d": Network(
         lambda: pooled(nn.Conv3d(1, 4, (2, 3, 1), (1, 2, 1), (1, 0, 0)), dims=(2, 3, 4)),
         (1, 3, 5, 2),
@@ -277,10 +253,8 @@ NETWORKS: dict[str, Network] = {
         partial(normed2d, lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
         IMAGE,
     ),
-    "RMS norm": Network(partial(normed_features, lambda: nn.RMSNorm(5)), SEQUENCE),
     "embedding": Network(embedding, (5,), tokens=True),
     "transformer": Network(transformer, SEQUENCE),
-    "transformer, time first": Network(time_first, (4, 2)),
     "LSTM": Network(recurrent, (3, 2)),
     "windows": Network(windows, (8,)),
     "windows mixed": Network(partial(windows, mixed=True), (8,)),

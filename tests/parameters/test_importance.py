@@ -169,22 +169,6 @@ def test_bad_arguments():
         F.importance().least(True)
 
 
-def test_pruned_networks():
-    """Catches units that come apart where pruning has renamed their weights: the importance is that
-    of the same network with zeros written into it."""
-    model, x = NETWORKS["linear"].make(), NETWORKS["linear"].inputs()
-    plain = copy.deepcopy(model)
-    prune.l1_unstructured(model[0], "weight", 0.5)
-    prune.ln_structured(model[2], "weight", 1, n=2, dim=0)
-    for number in (0, 2):
-        plain[number].weight.data.copy_(model[number].weight)
-    for per in ("parameter", "unit", "layer"):
-        expected = ff.parameters.fisher(plain, Categorical(), x).importance(per=per)
-        found = ff.parameters.fisher(model, Categorical(), x).importance(per=per)
-        assert {name.removesuffix("_orig") for name in found} == set(expected)
-        assert all(close(found[name], expected[name.removesuffix("_orig")]) for name in found)
-
-
 class WithoutBias(nn.Linear):
     """Whose bias is there, and never used."""
 
@@ -192,16 +176,26 @@ class WithoutBias(nn.Linear):
         return nn.functional.linear(x, self.weight)
 
 
-@pytest.mark.parametrize("per", ["unit", "layer"])
-def test_a_bias_that_is_never_used(per):
-    """Catches units that count on all of their parameters at once."""
-    model, x = WithoutBias(4, 3).double(), NETWORKS["linear"].inputs()
-    plain = nn.Linear(4, 3, bias=False).double()
-    plain.weight.data.copy_(model.weight.data)
-    found, expected = (
-        ff.parameters.fisher(m, Categorical(), x).importance(per=per)[""] for m in (model, plain)
-    )
-    assert close(found, expected)
+def test_pruned_networks_and_unused_biases():
+    """Catches units that come apart where pruning has renamed their weights, and units that count
+    on all of their parameters at once: the importance is that of the same network with zeros
+    written into it."""
+    model, x = NETWORKS["linear"].make(), NETWORKS["linear"].inputs()
+    model[2] = WithoutBias(5, 3).double()
+    plain = copy.deepcopy(model)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    prune.ln_structured(model[2], "weight", 1, n=2, dim=0)
+    plain[0].weight.data.copy_(model[0].weight)
+    plain[2] = nn.Linear(5, 3, bias=False).double()
+    plain[2].weight.data.copy_(model[2].weight)
+    for per in ("parameter", "unit", "layer"):
+        expected = ff.parameters.fisher(plain, Categorical(), x).importance(per=per)
+        found = ff.parameters.fisher(model, Categorical(), x).importance(per=per)
+        assert {name.removesuffix("_orig") for name in found} == {*expected} | (
+            {"2.bias"} if per == "parameter" else set()
+        )
+        for name in expected:
+            assert close(found[f"{name}_orig" if name.endswith("weight") else name], expected[name])
 
 
 def test_least_counts_over_the_whole_network():

@@ -42,17 +42,14 @@ def kfac(model: nn.Module, x: Any, fisher_type: Any = "exact", **options: Any) -
 
 def seen_by(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, tuple[Any, Tensor, Tensor]]]:
     """(module, input, output) of each layer with weights for one sample alone, with the graph."""
-    seen: dict[str, Any] = {}
+    names, seen = {module: name for name, module in model.named_modules()}, {}
 
-    def noted(name: str) -> Any:
-        return lambda m, given, out: seen.update({name: (m, given[0].detach(), out)})
+    def note(module: Any, given: Any, output: Tensor) -> None:
+        if hasattr(module, "weight"):
+            seen[names[module]] = module, given[0].detach(), output
 
-    layers = [(n, m) for n, m in model.named_modules() if hasattr(m, "weight")]
-    handles = [layer.register_forward_hook(noted(name)) for name, layer in layers]
-    f = model(x[None])[0]
-    for handle in handles:
-        handle.remove()
-    return f, seen
+    with nn.modules.module.register_module_forward_hook(note):
+        return model(x[None])[0], seen
 
 
 def rows_of(module: Any, x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -217,13 +214,7 @@ def test_every_network_is_measured_or_refused(name: str) -> None:
         return
     exact = measure("diag", x, model=model).diag()
     got = kfac(model, x)
+    assert bool((got.diag()[exact > 0] > 0).all())
     places = got.layout.slices()
-    covered = torch.zeros(got.shape[0])
-    for block in got.blocks:
-        for place in (block.weight, block.bias):
-            if place is not None:
-                covered[slice(*place)] += 1
     for own in got.diagonal_names:
-        covered[places[own]] += 1
         assert (got.diag() - exact)[places[own]].abs().max() <= EXACT * exact.max()
-    assert covered.eq(1).all()

@@ -353,3 +353,26 @@ def test_monte_carlo() -> None:
             )
             squares += (found.trace() - mean) ** 2 / (variance / samples)
         assert ALLOWED[0] < squares < ALLOWED[1], samples
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", ["linear", "conv2d strided", "batch norm", "embedding"])
+def test_the_same_matrix_on_a_gpu(name: str, structure: str) -> None:
+    """Kernels that differ, numbers made on another device than they are used on, labels that are
+    drawn by the device, and anchors and masks that stay on the CPU."""
+    model, x = NETWORKS[name].make(), NETWORKS[name].inputs(5)
+    expected = measure(structure, x, "mc", model=model).to_dense()
+    model, x = model.cuda(), x.cuda()
+    there = measure(structure, x, "mc", model=model)
+    assert there.diag().device.type == "cuda"
+    # of the largest entry; sums are taken in another order
+    assert difference(there.to_dense().cpu(), expected) < 1e-9
+    assert all(mask.device.type == "cuda" for mask in there.importance().least(0.5).values())
+    keep = fp.ElasticWeightConsolidation(strength=1.0)
+    keep.consolidate(model, fisher=there)
+    assert keep.penalty(model).item() == pytest.approx(0, abs=1e-9)

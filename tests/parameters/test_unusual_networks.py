@@ -460,21 +460,20 @@ def test_parameters_without_gradients(
 # --- wrappers ---
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda model: torch.compile(model, backend="eager"),
-        lambda model: nn.Sequential(torch.compile(model[0], backend="eager"), *model[1:]),
-        lambda model: nn.Sequential(nn.DataParallel(model)),
-    ],
-    ids=["compiled", "compiled part", "parallel part"],
-)
-def test_wrappers(wrap: Callable[[nn.Module], Any]) -> None:
+WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "part": lambda model: nn.Sequential(torch.compile(model[0], backend="eager"), *model[1:]),
+    "parallel": lambda model: nn.Sequential(nn.DataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers(name: str) -> None:
     """A compiled network, or a compiled part, whose taps would be compiled into it or left out; a
     network in a wrapper, whose names and calls are another's."""
     model, x = make(linear)
     truth = brute_force(model, "categorical", x)
-    wrapped = wrap(model)
+    wrapped = WRAPPERS[name](model)
     wrapped(x)
     assert difference(measure("full", x, model=wrapped).to_dense(), truth) < ROUNDING
 

@@ -56,6 +56,7 @@ ARGUMENTS = [
     ("parameters", "convolution", ValueError, "choose at least one of the model, which has none"),
     ("parameters", ["0.weigth"], ValueError, "be of the model, got '0.weigth'; it has 0.weight"),
     ("parameters", b"0", TypeError, "be names, a pattern or a function, got b'0'"),
+    ("parameters", [0], TypeError, "be names, a pattern or a function, got 0"),
     ("parameters", "0(", ValueError, "be a regular expression, got '0('"),
 ]
 
@@ -186,13 +187,14 @@ WRONG = [
     (X, ValueError, "data must hold labels, got inputs alone: pass (x, y)"),
     (TensorDataset(X), ValueError, "data must hold labels, got inputs alone: pass (x, y)"),
     ((X, Y[:-1]), ValueError, "labels must be as many as inputs (20), got 19"),
+    ([(X, Y[:-1])], ValueError, "labels must be as many as inputs (20), got 19"),
     ((X, Y, Y), ValueError, "data must be a pair (x, y), got 3 entries"),
     ([(X, Y, Y)], ValueError, "data must be batches of x or (x, y), got one of 3 entries"),
     ((X, list(range(N))), TypeError, "labels must be tensors or arrays, got list"),
     ((X, torch.tensor(1)), ValueError, "labels must have shape [n, ...], got a single number"),
     ([{"x": X, "y": Y}], TypeError, "data must be tensors or arrays, got dict"),
     ({"x": X}, TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
-    (None, TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
+    ("data", TypeError, "data must be a tensor, a pair (x, y), a Dataset, a DataLoader or"),
     (torch.tensor(1.0), ValueError, "data must have shape [n, ...], got a single number"),
     ([1.0, 2.0], TypeError, "data must be tensors or arrays, got float"),
     (X.to_sparse(), TypeError, "data must be dense, got torch.sparse_coo"),

@@ -264,6 +264,7 @@ def test_networks_that_are_not_the_same_twice(model, text):
     [
         (lambda f: (f, f), TypeError, "model must return one tensor [n, ...], got tuple; wrap it"),
         (lambda f: f[0, :2], ValueError, "model must return one row per sample (3), got shape [2]"),
+        (lambda f: f.sum(), ValueError, "model must return one row per sample (3), got shape []"),
         (lambda f: f.argmax(1), TypeError, "outputs of the model must be real and floating, got"),
         (lambda f: f[:, :0], ValueError, "model must return at least one number per sample, got"),
         (lambda f: f[:, 0], ValueError, "outputs of the model must have shape [n, C, ...], got ["),

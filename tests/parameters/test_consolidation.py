@@ -221,6 +221,7 @@ SETTINGS = [
     ({"strength": math.inf}, ValueError, "strength must be positive and finite, got inf"),
     ({"strength": "1"}, TypeError, "strength must be a number, got '1'"),
     ({"decay": 1.1}, ValueError, "decay must lie in [0, 1], got 1.1"),
+    ({"decay": -0.1}, ValueError, "decay must lie in [0, 1], got -0.1"),
     ({"decay": "1"}, TypeError, "decay must be a number, got '1'"),
     ({"decay": 0.5, "online": False}, ValueError, "decay must be 1 unless online=True, got 0."),
     ({"online": "yes"}, TypeError, "online must be True or False, got 'yes'"),

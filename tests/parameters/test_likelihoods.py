@@ -187,6 +187,7 @@ WHOLE = "be whole numbers of classes, got torch.{}"
 WRONG_LABELS = [
     (Gaussian(), (2, 3), torch.zeros(2), ValueError, SHAPE.format(3)),
     (Gaussian(), (1, 1), torch.tensor([[math.nan]]), ValueError, "be finite, got nan"),
+    (Gaussian(), (1, 1), torch.tensor([[1j]]), TypeError, "be real numbers, got torch.complex64"),
     (Categorical(), (2, 3), torch.zeros(2), TypeError, WHOLE.format("float32")),
     (Categorical(), (2, 3), torch.tensor([-100, 1]), ValueError, "lie in [0, 3), got -100 to 1"),
     (Categorical(), (2, 3, 4), torch.zeros(2).long(), ValueError, "have shape [2, 4], got [2]"),

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 
 import pytest
 import torch
-from support.pairwise import pairwise
-from support.parameters_small import difference
+from support.parameters_small import STRUCTURES, difference
 from support.parameters_zoo import Written
 from torch import Tensor, nn
 
 import fisherfast as ff
 from fisherfast.parameters import Categorical, DiagonalFisher, ElasticWeightConsolidation
 
-INF = float("inf")
 ROUNDING = 1e-12  # relative, in float64; 4e-16 measured
-STRUCTURES = ("kfac", "block", "full", "gram", "lowrank")
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -29,9 +27,9 @@ def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return model.to(dtype).eval()
 
 
-def data(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def data(seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(12, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(12, 4, generator=generator, dtype=torch.float64)
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -51,18 +49,17 @@ def gradient(value: Tensor, model: nn.Module) -> Tensor:
     return torch.cat([each.flatten() for each in found])
 
 
-@pairwise(
-    structure=["diag", *STRUCTURES],
-    weights=[(1.0, 1.0, 1.0), (3.0, 0.5, 20.0)],
-    online=[False, True],
-)
-def test_several_tasks(structure, weights, online):
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_several_tasks(structure, online):
     """Catches anchors replaced by the latest or, online, old ones that stay, a vertex without its
     height, weights left out, a decay applied to the new task or not to the old ones, a factor two
-    of value against gradient, a list of anchors that grows."""
+    of value against gradient, a list of anchors that grows; a state that forgets a setting, an
+    anchor or the height of the sum, and one that shares its tensors with the object it was taken
+    of."""
     model, tasks = network(), []
     memory = ElasticWeightConsolidation(7.0, online=online, decay=0.6 if online else 1.0)
-    for task, weight in enumerate(weights):
+    for task, weight in enumerate((3.0, 0.5, 20.0)):
         settings = {"weight": weight, "structure": structure}
         F = memory.consolidate(model, Categorical(), data(task), **settings).to_dense()
         tasks.append((weight * F, flat(model)))
@@ -78,10 +75,20 @@ def test_several_tasks(structure, weights, online):
         slope = 7 * sum(F @ (w - anchor) for F, anchor in tasks)
         assert difference(gradient(found, model), slope) < ROUNDING
         move(model, seed=99, by=3.0)
-    assert memory.tasks == 3
-    state = memory.state_dict()
+    state, loaded = memory.state_dict(), ElasticWeightConsolidation(1.0)
     kept = sum(x.numel() for part in ("information", "anchors") for x in state[part].values())
     assert (kept, len(state["quadratics"])) == ((86, 0) if structure == "diag" else (0, 3))
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert repr(loaded) == repr(memory)
+    for task in (3, 4):  # goes on alike
+        assert torch.equal(loaded.penalty(model), memory.penalty(model))
+        assert (loaded.tasks, memory.tasks) == (task, task)
+        for each in (memory, loaded):
+            each.consolidate(model, Categorical(), data(task), structure=structure)
+        move(model, seed=task)
 
 
 def test_the_hessian_is_the_information():
@@ -93,7 +100,7 @@ def test_the_hessian_is_the_information():
     assert torch.allclose(gradient(total, model), 3.0 * F.diag(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_of_the_penalty(dtype):
     """Catches sums in half precision, float64 that leaks into a float32 loss, a penalty before the
     first task that no gradient flows through, and one that was prepared for another dtype."""
@@ -153,59 +160,29 @@ def test_parameters_left_out_are_free():
     """Catches a choice of parameters that is refused as new, or penalised all the same."""
     model, memory = network(), ElasticWeightConsolidation(1.0)
     memory.consolidate(model, Categorical(), data(0), parameters="weight")
-    for name, parameter in model.named_parameters():
-        before = parameter.detach().clone()
-        parameter.data += 1.0
-        assert (memory.penalty(model).item() > 0) == ("weight" in name)
-        parameter.data.copy_(before)
+    for part, moved in (("bias", False), ("weight", True)):
+        model[0].get_parameter(part).data += 1.0
+        assert (memory.penalty(model).item() > 0) == moved
 
 
 def test_another_network():
     """Catches a penalty of the parameters that happen to have the same name."""
-    memory, loaded = ElasticWeightConsolidation(1.0), ElasticWeightConsolidation(1.0)
+    memory = ElasticWeightConsolidation(1.0)
     memory.consolidate(network(), Categorical(), data(0))
-    loaded.load_state_dict(memory.state_dict())
     other, short = nn.Sequential(nn.Linear(4, 6)), nn.Sequential(nn.Linear(4, 5))
-    for each in (memory, loaded):
-        text = (
-            r"model must be the network that was consolidated, got '0\.weight' \[6, 4\] in it and"
-        )
-        with pytest.raises(ValueError, match=text + r" \[5, 4\] in the consolidation"):
-            each.penalty(other)
-        with pytest.raises(ValueError, match=r"got '0\.weight' \[6, 4\] in it"):
-            each.consolidate(other, Categorical(), data(1))
-        with pytest.raises(ValueError, match=r"got '2\.weight' missing in it"):
-            each.penalty(short)
+    text = r"network that was consolidated, got '0\.weight' \[6, 4\] in it and \[5, 4\] in the cons"
+    with pytest.raises(ValueError, match=text):
+        memory.penalty(other)
+    with pytest.raises(ValueError, match=text):
+        memory.consolidate(other, Categorical(), data(1))
+    with pytest.raises(ValueError, match=r"got '2\.weight' missing in it"):
+        memory.penalty(short)
     assert memory.tasks == 1
     with pytest.raises(ValueError, match=r"fisher must be of the model's parameters, got '2\.wei"):
         ElasticWeightConsolidation(1.0).consolidate(short, fisher=diagonal(network()))
 
 
 # --- states ---
-
-
-@pairwise(structure=["diag", *STRUCTURES], online=[False, True])
-def test_state_is_the_same_bits(structure, online):
-    """Catches a state that forgets a setting, an anchor or the height of the sum, and one that
-    shares its tensors with the object it was taken of."""
-    model = network(dtype=torch.float32)
-    memory = ElasticWeightConsolidation(5.0, online=online, decay=0.5 if online else 1.0)
-    for task in range(2):
-        memory.consolidate(model, Categorical(), data(task, torch.float32), structure=structure)
-        move(model, seed=task)
-    file = io.BytesIO()
-    torch.save(memory.state_dict(), file)
-    file.seek(0)
-    loaded = ElasticWeightConsolidation(1.0)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(loaded.penalty(model), memory.penalty(model))
-    assert repr(loaded) == repr(memory)
-    kept = loaded.penalty(model).item()
-    for each in (memory, loaded):  # goes on alike
-        each.consolidate(model, Categorical(), data(7, torch.float32), structure=structure)
-    move(model, seed=3)
-    assert torch.equal(loaded.penalty(model), memory.penalty(model))
-    assert loaded.penalty(model).item() != kept
 
 
 DAMAGED = r"state must be whole, got one that is damaged: "
@@ -217,7 +194,6 @@ OTHER = "state must be of an ElasticWeightConsolidation, version 1"
     [
         ({"strength": -1}, ValueError, "strength must be positive and finite, got -1"),
         ({"information": None}, ValueError, DAMAGED),
-        ({"anchors": {}}, ValueError, DAMAGED),
         ({"information": {"0.weight": torch.ones(2)}}, ValueError, DAMAGED + r".*shapes \[2\]"),
         ({"quadratics": [{}]}, ValueError, DAMAGED),
         ({"version": 2}, ValueError, OTHER),
@@ -242,7 +218,7 @@ def test_damaged_states(damage, error, text):
 
 SETTINGS = [
     ({"strength": 0.0}, ValueError, "strength must be positive and finite, got 0.0"),
-    ({"strength": INF}, ValueError, "strength must be positive and finite, got inf"),
+    ({"strength": math.inf}, ValueError, "strength must be positive and finite, got inf"),
     ({"strength": "1"}, TypeError, "strength must be a number, got '1'"),
     ({"decay": 1.1}, ValueError, "decay must lie in [0, 1], got 1.1"),
     ({"decay": -0.1}, ValueError, "decay must lie in [0, 1], got -0.1"),
@@ -258,8 +234,6 @@ TASKS = [
     ({"weight": 0}, ValueError, "weight must be positive and finite, got 0"),
     ({"weight": None}, TypeError, "weight must be a number, got None"),
     ({"structure": "full"}, ValueError, "structure must be the same for all tasks (a diagonal), "),
-    ({"data": data(0)[:0]}, ValueError, "data must hold at least one sample, got none"),
-    ({"model": "network"}, TypeError, "model must be a torch.nn.Module, got str"),
 ]
 
 

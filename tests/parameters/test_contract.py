@@ -6,8 +6,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,13 +21,12 @@ from support.parameters_small import (
     difference,
     inputs,
     labels,
-    least_eigenvalue,
     measure,
     network,
     rows,
 )
 from support.parameters_zoo import Network, Written, convolution2d, linear
-from torch import Tensor, nn
+from torch import nn
 
 from fisherfast import parameters as fp
 
@@ -61,11 +58,11 @@ def test_methods_are_those_of_one_matrix(found: dict, structure: str, case: str)
     assert matrix.shape == (size, size) == tuple(dense.shape)
     assert dense.dtype == matrix.diag().dtype == matrix.eigenvalues().dtype == torch.float64
     assert difference(dense, dense.T) < ROUNDING
-    assert least_eigenvalue(dense) > -ROUNDING
     assert difference(matrix.diag(), dense.diag()) < ROUNDING
     assert isinstance(matrix.trace(), float)
     assert matrix.trace() == pytest.approx(float(dense.trace()), rel=ROUNDING)
     values, all_values = matrix.eigenvalues(), torch.linalg.eigvalsh(dense)
+    assert float(all_values[0]) > -ROUNDING * float(all_values[-1])
     assert bool((values.diff() >= 0).all())
     assert difference(values, all_values[-len(values) :]) < ROUNDING
     assert bool((values >= 0).all())
@@ -101,23 +98,19 @@ def test_singular(structure: str, dtype: torch.dtype) -> None:
         assert matrix.eigenvalues()[0] >= 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("structure", ["full", "gram"])
-def test_damping_below_rounding(structure: str) -> None:
-    """A solution of rounding errors."""
+def test_damping_near_rounding(structure: str, dtype: torch.dtype) -> None:
+    """A solution of rounding errors; and a test for singular matrices that takes small numbers for
+    zero: an eigenvalue of 1e-10 is far from the rounding of float64 and from the square of that of
+    float32."""
     with pytest.raises(ValueError, match=r"damping must be .* rounding.* got 1e-18"):
         measure(structure).solve(torch.ones(59), damping=1e-18)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_small_but_regular(dtype: torch.dtype) -> None:
-    """A test for singular matrices that takes small numbers for zero: an eigenvalue of 1e-10 is far
-    from the rounding of float64 and from the square of that of float32."""
     model, x = nn.Linear(2, 1, bias=False, dtype=dtype), rows(30)[:, :2].clone()
     x[:, 1] *= 1e-5
-    for structure in ("full", "gram"):
-        matrix = measure(structure, x, model=model, likelihood=GAUSSIAN)
-        v = torch.tensor([1.0, -1.0], dtype=torch.float64)
-        torch.testing.assert_close(matrix @ matrix.solve(v), v, rtol=1e-4, atol=1e-4)
+    matrix = measure(structure, x, model=model, likelihood=GAUSSIAN)
+    v = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(matrix @ matrix.solve(v), v, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -145,7 +138,9 @@ def test_a_matrix_of_zero(structure: str) -> None:
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_state_is_all_of_it(found: dict, structure: str) -> None:
-    """A state that leaves something out, or needs more than plain numbers to be read."""
+    """A state that leaves something out, or needs more than plain numbers to be read; results that
+    are views of what the matrix keeps, which a user's in-place step would change; a name that lets
+    the second moment of the training gradients pass for the Fisher matrix."""
     matrix = found[structure, "singular"]
     file = io.BytesIO()
     torch.save(matrix.state_dict(), file)
@@ -162,57 +157,50 @@ def test_state_is_all_of_it(found: dict, structure: str) -> None:
     assert torch.equal(back.solve(probe, damping=0.1), matrix.solve(probe, damping=0.1))
     for name in ("missing_trace", "error_bound", "sharing"):
         assert getattr(back, name, None) == getattr(matrix, name, None)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_own_arithmetic_leaves_the_matrix_alone(structure: str) -> None:
-    """Results that are views of what the matrix keeps: a user's in-place step would change it."""
-    matrix = measure(structure)
-    before, values = matrix.to_dense().clone(), matrix.eigenvalues().clone()
-    for view in (matrix.diag(), matrix.to_dense(), matrix.eigenvalues()):
+    for view in (back.diag(), back.to_dense(), back.eigenvalues()):
         view.fill_(-1.0)
-    assert torch.equal(matrix.to_dense(), before)
-    assert torch.equal(matrix.eigenvalues(), values)
-    assert matrix.trace() == pytest.approx(float(before.trace()), rel=ROUNDING)
+    assert torch.equal(back.to_dense(), matrix.to_dense())
+    assert torch.equal(back.eigenvalues(), matrix.eigenvalues())
+    empirical = measure(structure, (inputs(5), labels(5)), "empirical")
+    for text in (empirical.name, repr(empirical)):
+        assert "not the Fisher matrix" in text
+    assert "not the Fisher matrix" not in matrix.name
 
 
 # --- vectors ---
 
 
+@pytest.mark.parametrize("action", ["product", "solve"])
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_vectors_come_back_as_they_went_in(found: dict, structure: str) -> None:
+def test_vectors_come_back_as_they_went_in(found: dict, structure: str, action: str) -> None:
     """Names mixed up, columns taken for rows, a product that writes into the vector given or stays
     in float32, strides that are assumed, and a derivative that is not that of the dense matrix."""
-    matrix, model = found[structure, "singular"], network()
-    probe = torch.cat([w.detach().flatten() for w in model.parameters()])
-    columns = torch.stack([probe, probe.flip(0), probe**2]).T  # not contiguous
-    named = dict(model.named_parameters())
-    actions: list[Callable[[Any], Any]] = [
-        lambda v: matrix @ v,
-        lambda v: matrix.solve(v, damping=0.2),
-    ]
-    for action in actions:
-        expected, several, by_name = action(probe), action(columns), action(named)
-        assert expected.shape == probe.shape
-        assert several.shape == columns.shape
-        for j in range(3):
-            assert difference(several[:, j], action(columns[:, j])) < ROUNDING
-        assert list(by_name) == list(named)
-        assert all(by_name[name].shape == w.shape for name, w in named.items())
-        assert torch.equal(matrix.layout.flatten(by_name), expected)
-        backwards = action(dict(reversed(list(named.items()))))
-        assert torch.equal(matrix.layout.flatten(backwards), expected)
-        single = action(probe.float())
-        assert single.dtype == torch.float64
-        assert difference(single, action(probe.float().double())) < ROUNDING
-        none = action(columns[:, :0].float())
-        assert (none.shape, none.dtype) == ((len(probe), 0), torch.float64)
-        parabola = 0.5 * (probe @ matrix.layout.flatten(by_name))
-        gradient = torch.autograd.grad(parabola, list(model.parameters()))
-        assert difference(torch.cat([g.flatten() for g in gradient]), 0.5 * expected) < ROUNDING
-        by_function = torch.func.grad(lambda v, f=action: 0.5 * v @ f(v))(probe)
-        assert difference(by_function, expected) < ROUNDING
-    assert torch.equal(probe, torch.cat([w.detach().flatten() for w in model.parameters()]))
+    matrix, named = found[structure, "singular"], dict(network().named_parameters())
+    probe = matrix.layout.flatten(named).detach()
+    kept, columns = probe.clone(), torch.stack([probe, probe.flip(0), probe**2]).T  # strided
+
+    def f(v: Any) -> Any:
+        return matrix @ v if action == "product" else matrix.solve(v, damping=0.2)
+
+    expected, several, by_name = f(probe), f(columns), f(named)
+    assert (expected.shape, several.shape) == (probe.shape, columns.shape)
+    for j in range(3):
+        assert difference(several[:, j], f(columns[:, j])) < ROUNDING
+    assert {name: part.shape for name, part in by_name.items()} == {
+        name: w.shape for name, w in named.items()
+    }
+    for each in (by_name, f(dict(reversed(list(named.items()))))):
+        assert torch.equal(matrix.layout.flatten(each), expected)
+    single, none = f(probe.float()), f(columns[:, :0].float())
+    assert single.dtype == none.dtype == torch.float64
+    assert difference(single, f(probe.float().double())) < ROUNDING
+    assert none.shape == (len(probe), 0)
+    parabola = 0.5 * (probe @ matrix.layout.flatten(by_name))
+    gradient = torch.autograd.grad(parabola, list(named.values()))
+    assert difference(torch.cat([g.flatten() for g in gradient]), 0.5 * expected) < ROUNDING
+    by_function = torch.func.grad(lambda v: 0.5 * v @ f(v))(probe)
+    assert difference(by_function, expected) < ROUNDING
+    assert torch.equal(probe, kept)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -226,13 +214,9 @@ def test_wrong_vectors_and_dampings(found: dict, structure: str) -> None:
         ([1.0] * size, TypeError, "vector must be a tensor or a mapping"),
         (torch.ones(size - 1), ValueError, "vector must have shape"),
         (torch.ones(1, size), ValueError, "vector must have shape"),
-        ({"0.weight": torch.ones(4, 1, 3)}, ValueError, r"tensors must hold .*'0\.bias'"),
+        ({names[0]: torch.ones(4, 1, 3)}, ValueError, r"tensors must hold .*'0\.bias'"),
         ({name: [0.0] for name in names}, TypeError, "0.weight must be a tensor"),
-        (
-            {name: torch.ones(1) for name in names},
-            ValueError,
-            r"0\.weight must have shape \[4, 1, 3\], got \[1\]",
-        ),
+        ({name: torch.ones(1) for name in names}, ValueError, r"shape \[4, 1, 3\], got \[1\]"),
     ]
     for vector, error, message in wrong:
         with pytest.raises(error, match=message):
@@ -281,15 +265,6 @@ def test_f_is_the_curvature_of_the_divergence() -> None:
     assert divergence == pytest.approx(predicted, rel=1e-2)  # third order: measured 2e-4
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_empirical_says_that_it_is_not_the_fisher_matrix(structure: str) -> None:
-    """A name that lets the second moment of the training gradients pass for the Fisher matrix."""
-    matrix = measure(structure, (inputs(5), labels(5)), "empirical")
-    for text in (matrix.name, repr(matrix), fp.from_state_dict(matrix.state_dict()).name):
-        assert "not the Fisher matrix" in text
-    assert "not the Fisher matrix" not in measure(structure).name
-
-
 # --- samples and networks at the edge of what is allowed ---
 
 HALF_ROUNDING = {torch.float16: 0.003, torch.bfloat16: 0.02}
@@ -318,23 +293,16 @@ def test_one_sample_and_one_output(structure: str) -> None:
 
 def test_a_parameter_that_is_one_number() -> None:
     """It has a place, a name and a shape [] like any other."""
-    network = Network(
-        lambda: Written(
-            lambda m, x: m.layer(x) / m.temperature,
-            layer=nn.Linear(4, OUTPUTS),
-            temperature=nn.Parameter(torch.tensor(2.0)),
-        ),
-        (4,),
-    )
+    parts = {"layer": nn.Linear(4, OUTPUTS), "temperature": nn.Parameter(torch.tensor(2.0))}
+    network = Network(lambda: Written(lambda m, x: m.layer(x) / m.temperature, **parts), (4,))
     model, x = network.make(), network.inputs(5)
     named = {name: w.detach() for name, w in model.named_parameters()}
     for structure in STRUCTURES:
         matrix = measure(structure, x, model=model)
-        place = matrix.layout.slices()["temperature"]
         product = (matrix @ named)["temperature"]
-        assert product.shape == ()
-        assert float((matrix @ matrix.layout.flatten(named))[place]) == float(product)
-        assert matrix.spectrum().direction(0)["temperature"].shape == ()
+        assert product.shape == matrix.spectrum().direction(0)["temperature"].shape == ()
+        flat = matrix @ matrix.layout.flatten(named)
+        assert float(flat[matrix.layout.slices()["temperature"]]) == float(product)
         for per in ("parameter", "unit", "layer"):
             assert matrix.importance(per=per).least(1.0)  # type: ignore[arg-type]
     ewc = fp.ElasticWeightConsolidation(1.0)
@@ -342,43 +310,7 @@ def test_a_parameter_that_is_one_number() -> None:
     with torch.no_grad():
         model.temperature.mul_(2)
     assert ewc.penalty(model).item() > 0
-    scores = fp.score(model, CATEGORICAL, x, labels(5))
-    assert next(iter(scores))["temperature"].shape == (5,)
-
-
-# --- costs ---
-
-
-def passes(data: Any, fisher_type: str = "exact", **settings: Any) -> int:
-    """Backward passes of one batch: those of four batches less those of one, since what a new
-    network is examined with is done once."""
-    seen: list[Tensor] = []
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.first(x)
-        if h.requires_grad:
-            h.register_hook(seen.append)
-        return m.last(torch.tanh(h))
-
-    build = Network(lambda: Written(forward, first=nn.Linear(4, 5), last=nn.Linear(5, 3)), (4,))
-    model, counts = build.make(), []
-    for batches in (1, 4):
-        seen.clear()
-        measure(data=iter([data] * batches), fisher_type=fisher_type, model=model, **settings)
-        counts.append(len(seen))
-    assert (counts[1] - counts[0]) % 3 == 0
-    return (counts[1] - counts[0]) // 3
-
-
-@pytest.mark.parametrize("structure", ["diag", "kfac", "full", "gram"])
-def test_backward_passes_of_a_batch(structure: str) -> None:
-    """One pass per output, one less for classes, one per drawn label, one for the data's: a
-    structure that goes back once more, or once per sample."""
-    x, y = rows(6), labels(6)
-    assert passes(x, likelihood=GAUSSIAN, structure=structure) == OUTPUTS
-    assert passes(x, structure=structure) == OUTPUTS - 1
-    assert passes(x, "mc", samples=5, structure=structure) == 5
-    assert passes((x, y), "empirical", structure=structure) == 1
+    assert next(iter(fp.score(model, CATEGORICAL, x, labels(5))))["temperature"].shape == (5,)
 
 
 @pytest.mark.parametrize("structure", ["block", "full", "gram", "lowrank"])
@@ -400,22 +332,8 @@ def test_budget(structure: str) -> None:
     if structure in ("block", "full"):
         measure(structure, x, model=model, memory_budget=None)
     calls.clear()
-    with pytest.raises(MemoryError, match=r"memory_budget (= \d+ bytes, got \d+|must be at least)"):
+    with pytest.raises(
+        MemoryError, match=r"memory_budget (= |must be at least).*(budget|takes less)"
+    ):
         measure(structure, x, model=model, memory_budget=needed - 1)
     assert bool(calls) == (structure in ("gram", "lowrank"))
-
-
-@pytest.mark.parametrize(
-    ("structure", "advice"),
-    [("full", r'"gram", "block", "kfac" or "diag"'), ("block", '"kfac" or "diag"')],
-)
-def test_what_does_not_fit(structure: str, advice: str) -> None:
-    """A message about another block or structure; the network cannot run, and is not asked."""
-    layers = nn.Linear(2, 2, bias=False), nn.Linear(28, 33), nn.Linear(1, 1, bias=False)
-    name, part, size = {"full": ("model", 962, "7.41"), "block": ("1", 957, "7.33")}[structure]
-    text = (
-        f"memory_budget must be at least {size} MB for these 962 parameters, got 1 MB: {name!r}"
-        f" takes {size} MB for its {part}; structure={advice} takes less, or leave parameters out"
-    )
-    with pytest.raises(MemoryError, match=re.escape(text)):
-        measure(structure, torch.ones(3, 2), model=nn.Sequential(*layers), memory_budget="1 MB")

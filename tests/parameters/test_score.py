@@ -11,6 +11,7 @@ import weakref
 import pytest
 import scipy.stats
 import torch
+from support.parameters_oracle import gradients
 from support.parameters_zoo import NETWORKS
 from torch import Tensor, nn
 
@@ -47,64 +48,44 @@ def data(model: nn.Module, likelihood: Likelihood, n: int = N, seed: int = 1):
 
 def one_by_one(model: nn.Module, likelihood: Likelihood, x: Tensor, y: Tensor) -> Tensor:
     """[n, P] by autograd, each sample alone."""
-    rows = []
-    for i in range(len(x)):
-        log_p = likelihood.log_prob(model(x[i : i + 1]), y[i : i + 1]).sum()
-        parts = torch.autograd.grad(log_p, list(model.parameters()))
-        rows.append(torch.cat([part.flatten() for part in parts]))
-    return torch.stack(rows)
+    log_p = (likelihood.log_prob(model(x[i : i + 1]), y[i : i + 1]).sum() for i in range(len(x)))
+    return torch.stack([gradients(each, list(model.parameters())) for each in log_p])
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [
-        *(("linear", kind) for kind in LIKELIHOODS),
-        *((name, "Categorical") for name in ("layer norm of maps", "expression", "called twice")),
-    ],
+    [*(("linear", kind) for kind in LIKELIHOODS), ("expression", "Categorical")],
 )
 def test_scores_are_the_gradients_of_single_samples(name, kind):
-    """Catches gradients that are summed over the batch, parameters in another order, and tied
-    weights whose uses are not added up."""
+    """Catches gradients that are summed over the batch, parameters in another order, a selection
+    that is ignored, and a layout that does not fit."""
     model, likelihood, x = NETWORKS[name].make(), LIKELIHOODS[kind], NETWORKS[name].inputs(N)
     y = likelihood.draw(model(x).detach(), 1, torch.Generator().manual_seed(1))[0]
     expected = one_by_one(model, likelihood, x, y)
     scores = score(model, likelihood, x, y, batch_size=4)
     torch.testing.assert_close(scores.matrix(), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(scores.mean(), expected.mean(0), rtol=1e-11, atol=1e-12)
-    names, start = [key for key, _ in model.named_parameters()], 0
+    named, start = dict(model.named_parameters()), 0
     for batch in scores:
-        assert list(batch) == names
-        size = len(batch[names[0]])
-        for key, value in model.named_parameters():
-            assert batch[key].shape == (size, *value.shape)
+        size = len(next(iter(batch.values())))
+        shapes = {key: part.shape for key, part in batch.items()}
+        assert shapes == {key: (size, *value.shape) for key, value in named.items()}
         flat = torch.cat([part.reshape(size, -1) for part in batch.values()], 1)
         torch.testing.assert_close(flat, expected[start : start + size], rtol=1e-12, atol=1e-12)
         start += size
     assert start == N
-
-
-def test_chosen_parameters_alone():
-    """Catches a selection that is ignored, and a layout that does not fit."""
-    model = network()
-    x, y = data(model, Gaussian())
-    scores = score(model, Gaussian(), x, y, parameters=["2.bias", "0.weight"])
-    assert [list(batch) for batch in scores] == [["0.weight", "2.bias"]]
-    expected = one_by_one(model, Gaussian(), x, y)
-    torch.testing.assert_close(
-        scores.matrix(), torch.cat([expected[:, :20], expected[:, -3:]], 1), rtol=1e-12, atol=1e-12
-    )
-    assert repr(scores) == "<Scores of 23 parameters, Gaussian(variance=1)>"
-
-
-def test_nothing_is_computed_before_it_is_read():
-    """Catches a model that runs when scores are asked for, or data that are read."""
-    model = network()
-    model.register_forward_hook(lambda *_: pytest.fail("the model ran"))
-    score(model, Categorical(), iter([data(network(), Categorical())]))
+    first, *_, last = named
+    part = score(model, likelihood, x, y, parameters=[last, first])
+    assert [list(batch) for batch in part] == [[first, last]]
+    places = scores.layout.slices()
+    chosen = torch.cat([expected[:, places[key]] for key in (first, last)], 1)
+    torch.testing.assert_close(part.matrix(), chosen, rtol=1e-12, atol=1e-12)
+    assert repr(part) == f"<Scores of {chosen.shape[1]} parameters, {likelihood!r}>"
 
 
 def test_batches_are_read_and_forgotten_one_by_one():
-    """Catches scores of all samples that are kept, and data that are read ahead."""
+    """Catches scores of all samples that are kept, data that are read ahead, and a model that runs
+    or data that are read when scores are asked for."""
     model, read = network(), []
     x, y = data(model, Gaussian())
 
@@ -113,8 +94,9 @@ def test_batches_are_read_and_forgotten_one_by_one():
             read.append(i)
             yield x[i : i + 3], y[i : i + 3]
 
-    former = None
-    for number, batch in enumerate(score(model, Gaussian(), source())):
+    former, scores = None, score(model, Gaussian(), source())
+    assert not read
+    for number, batch in enumerate(scores):
         assert len(read) == number + 1
         if former is not None:
             gc.collect()
@@ -134,48 +116,43 @@ def test_a_matrix_too_large_is_refused(monkeypatch):
         score(model, Gaussian(), x, y, batch_size=4).matrix()
 
 
-def test_wrong_arguments():
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"likelihood": Gaussian}, TypeError, r"got the class Gaussian: write Gaussian\(\)"),
+        ({"y": None}, ValueError, "y must be given where x is a tensor"),
+        ({"x": (0, 0)}, TypeError, "y must be left out where x holds the labels too"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"y": torch.ones(10, 3)}, ValueError, r"labels must be as many as inputs \(11\), got 10"),
+        ({"directions": 2.0}, TypeError, r"directions must be a whole number, got 2\.0"),
+        ({"directions": 0}, ValueError, "directions must be at least 1, got 0"),
+        ({}, ValueError, r"10 samples per direction \(40\), got 11"),
+    ],
+)
+def test_wrong_arguments(changes, error, text):
     """Catches errors that come late, or are about something else."""
     model = network()
     x, y = data(model, Gaussian())
-    scores = score(model, Gaussian(), x, y)
-    with pytest.raises(TypeError, match=r"got the class Gaussian: write Gaussian\(\)"):
-        score(model, Gaussian, x, y)
-    with pytest.raises(ValueError, match="y must be given where x is a tensor"):
-        score(model, Gaussian(), x)
-    with pytest.raises(TypeError, match="y must be left out where x holds the labels too"):
-        score(model, Gaussian(), (x, y), y)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        score(model, Gaussian(), x, y, batch_size=0)
-    with pytest.raises(ValueError, match=r"labels must be as many as inputs \(11\), got 10"):
-        score(model, Gaussian(), x, y[:-1]).mean()
-    with pytest.raises(TypeError, match=r"directions must be a whole number, got 2\.0"):
-        scores.mean_zero_test(directions=2.0)
-    with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
-        scores.mean_zero_test(directions=0)
-    with pytest.raises(ValueError, match=r"10 samples per direction \(40\), got 11"):
-        scores.mean_zero_test()
+    given = {"likelihood": Gaussian(), "x": x, "y": y} | changes
+    asked = {"directions": given.pop("directions")} if "directions" in given else {}
+    with pytest.raises(error, match=text):
+        score(model, **given).mean_zero_test(**asked)
 
 
 # --- is the mean zero? ---
 
 
-def test_t_squared_of_normal_numbers_has_uniform_p_values():
+def test_t_squared_is_hotellings():
     """Catches chi^2 in the place of F, n in the place of n - q, and a covariance that is not
-    centred: with 12 samples of 4 numbers each of these is 2 to 6 times the bound of the
-    Kolmogorov distance, 0.07. False alarm 6e-5."""
-    g = torch.Generator().manual_seed(0)
-    tests, n, q = 1000, 12, 4
-    mix = torch.randn(q, q, generator=g, dtype=torch.float64)
-    p_values, chi_squared = [], []
-    for rows in torch.randn(tests, n, q, generator=g, dtype=torch.float64) @ mix:
-        found = t_squared(rows.mean(0), torch.cov(rows.T), n)
-        assert found.degrees == (4, 8)
-        p_values.append(found.p_value)
-        chi_squared.append(scipy.stats.chi2.sf(found.statistic, q))
-    bound = KOLMOGOROV / math.sqrt(tests)
-    assert scipy.stats.kstest(p_values, "uniform").statistic < bound
-    assert scipy.stats.kstest(chi_squared, "uniform").statistic > 2 * bound
+    centred."""
+    n, q = 12, 4
+    rows = torch.randn(n, q, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    mean, covariance = rows.mean(0), torch.cov(rows.T)
+    found = t_squared(mean, covariance, n)
+    expected = n * float(mean @ torch.linalg.solve(covariance, mean))
+    assert found.statistic == pytest.approx(expected, rel=1e-9)
+    p_value = scipy.stats.f.sf(expected * (n - q) / (q * (n - 1)), q, n - q)
+    assert (found.p_value, found.degrees) == (pytest.approx(p_value, rel=1e-9), (q, n - q))
 
 
 def test_labels_from_the_network_have_uniform_p_values():
@@ -183,9 +160,9 @@ def test_labels_from_the_network_have_uniform_p_values():
     independent, labels of another distribution than the score's, other degrees of freedom than
     those of T^2, the wrong tail, and a seed that is ignored. False alarm 6e-5 for the p-values of
     all layers and for those of each. Power: T^2 twice as large as it should be, or half of it,
-    is at a distance of 0.36, the bound is 0.21."""
+    is at a distance of 0.36, with a standard deviation of at most 0.05; the bound is 0.23."""
     model, likelihood = network(), Categorical()
-    tests = 120
+    tests = 100
     found: dict[str, list[float]] = {}
     for seed in range(tests):
         x, y = data(model, likelihood, 150, seed)
@@ -220,15 +197,14 @@ def confident() -> nn.Module:
 
 
 def test_wrong_labels_are_seen():
-    """Catches a test without power: labels of other samples, and labels that have nothing to do
-    with the inputs, on a network that is right about the true ones. Over 25 sets of data and
-    directions T^2 was 364 +- 93 for labels of other samples, at least 226; p = 1e-6 is at 34."""
+    """Catches a test without power: labels of other samples and other classes, on a network that is
+    right about the true ones. Over 25 sets of data and directions T^2 was 364 +- 93 for labels of
+    other samples, at least 226; p = 1e-6 is at 34."""
     model = confident()
     x, y = data(model, Categorical(), 2000)
     assert score(model, Categorical(), x, y).mean_zero_test().p_value > 1e-3
     g = torch.Generator().manual_seed(2)
-    others = torch.randint(0, 3, (2000,), generator=g)
-    for wrong in (y[torch.randperm(2000, generator=g)], others, (y + 1) % 3):
+    for wrong in (y[torch.randperm(2000, generator=g)], (y + 1) % 3):
         assert score(model, Categorical(), x, wrong).mean_zero_test().p_value < 1e-6
 
 
@@ -238,14 +214,14 @@ def test_networks_too_sure_or_not_enough_are_seen(factor):
     network becomes surer. T^2 of 1500 samples is 98 +- 23 and 68 +- 13 (measured over 40 sets of
     labels); p = 1e-3 is at 11, where a set fails with less than 1e-4."""
     model = confident()
-    for seed in range(5):
+    for seed in range(2):
         x, y = data(model, Categorical(), 1500, seed)
         claims = sharper(model, factor)
         found = score(claims, Categorical(), x, y).mean_zero_test(directions=1, seed=seed)
         assert found.layers["2"].p_value < 1e-3
 
 
-@pytest.mark.parametrize("name", ["linear", "expression", "called twice"])
+@pytest.mark.parametrize("name", ["expression", "called twice"])
 def test_the_first_direction_is_that_of_the_parameters(name):
     """Catches directions that are all random, or that run over the layers' parameters in another
     order than the scores, a merge that forgets the distance between the means of batches, layers
@@ -270,17 +246,6 @@ def test_the_first_direction_is_that_of_the_parameters(name):
     names = [layer or "(model)" for layer in projected]
     assert [line.split()[0] for line in lines[1:]] == ["layer", "all", *names]
     assert lines[2].split()[2:4] == ["1,", "99"]
-
-
-def test_a_wrong_variance_is_not_seen():
-    """Holds the docstring to what it says: the scores of a wrong variance have mean zero too, and
-    T^2 does not depend on their unit."""
-    model = network()
-    x, y = data(model, Gaussian(0.25), 300)
-    right = score(model, Gaussian(0.25), x, y).mean_zero_test()
-    wrong = score(model, Gaussian(9.0), x, y).mean_zero_test()
-    assert wrong.p_value == pytest.approx(right.p_value, rel=1e-8)
-    assert right.p_value > 1e-3
 
 
 def test_directions_that_depend_on_each_other_count_once():

@@ -1,30 +1,33 @@
-"""The spectrum of the Fisher matrix: whole, and its largest eigenvalues alone."""
+"""The spectrum of the Fisher matrix: whole, and its largest eigenvalues alone; the effective
+dimension, from dense determinants."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+from support.pairwise import pairwise
 from support.parameters_oracle import brute_force
-from support.parameters_small import measure
-from support.parameters_zoo import NETWORKS
+from support.parameters_small import STRUCTURES, measure, rows
+from support.parameters_zoo import NETWORKS, Network
 from torch import Tensor, nn
 
 from fisherfast import parameters as fp
 from fisherfast.parameters.analysis.eigenpairs import largest_eigenpairs
-from fisherfast.parameters.analysis.spectrum import Spectrum
-from fisherfast.parameters.layout import ParameterLayout
+from fisherfast.parameters.structures import gram
 
 ROUNDING = 1e-9
 """Relative to the truth; 1e-13 was measured."""
 
 
-def problem(name: str = "conv2d", samples: int = 6) -> tuple[nn.Module, Tensor, Tensor]:
+def problem(name: str = "conv2d strided", samples: int = 6) -> tuple[nn.Module, Tensor, Tensor]:
     """A network, its inputs, and its eigenvalues by brute force, descending."""
     network = NETWORKS[name]
     model, x = network.make(), network.inputs(samples)
@@ -40,8 +43,7 @@ def participation(values: Tensor) -> float:
     return float(values.sum()) ** 2 / float(values.square().sum())
 
 
-@pytest.mark.parametrize("name", ["linear", "layer norm", "called twice"])
-@pytest.mark.parametrize("samples", [4, 60])
+@pytest.mark.parametrize(("name", "samples"), [("layer norm", 4), ("linear", 60)])
 def test_statistics(name: str, samples: int) -> None:
     """Catches zero eigenvalues that count, shares of something else than the trace, a square too
     few; with 60 samples the network is the smaller side."""
@@ -59,85 +61,72 @@ def test_statistics(name: str, samples: int) -> None:
     assert 1 <= found.participation_ratio <= found.effective_rank <= found.rank
 
 
-def made(values: list[float], *, trace: float | None = None, most: int = 0) -> Spectrum:
-    """A spectrum with eigenvalues that were chosen."""
-    eigenvalues = torch.tensor(values, dtype=torch.float64)
-    layout = ParameterLayout(("w",), (torch.Size([10]),))
-    total = float(eigenvalues.sum()) if trace is None else trace
-    eye = torch.eye(10, dtype=torch.float64)
-    return Spectrum(
-        eigenvalues=eigenvalues,
-        residuals=torch.zeros_like(eigenvalues),
-        layout=layout,
-        samples=5,
-        trace=total,
-        complete=trace is None,
-        most=most or len(values),
-        rest_at_most=values[-1],
-        directions=lambda chosen: eye[:, list(chosen)],
-    )
-
-
 def test_bounds_where_some_are_unknown() -> None:
     """Catches bounds that are on the wrong side: the rest of the trace may be in as few or as many
     eigenvalues as there can be."""
-    known, rest = [4.0, 2.0, 1.0], 2.0
-    found = made(known, trace=9.0, most=7)
+    known, rest, spectrum = torch.tensor([4.0, 2.0, 1.0]).double(), 2.0, measure("gram").spectrum()
+    partly = {"trace": 9.0, "complete": False, "most": 7, "rest_at_most": 1.0}
+    found = replace(spectrum, eigenvalues=known, **partly)
     few = torch.tensor([*known, 1.0, 1.0], dtype=torch.float64)
     many = torch.tensor([*known, *[rest / 4] * 4], dtype=torch.float64)
-    expected = [effective_rank(few), effective_rank(many)]
-    assert found.effective_rank_bounds == pytest.approx(expected, rel=1e-12)
-    assert found.participation_bounds == pytest.approx(
-        [participation(few), participation(many)], rel=1e-12
-    )
-    assert math.isnan(found.effective_rank)
-    assert math.isnan(found.participation_ratio)
-    assert found.count(0.7) == 3
-    assert found.count(0.9) is None
-    equal = made([2.0] * 4)
-    assert [equal.count(share) for share in (0.25, 0.26, 0.5, 1.0)] == [1, 2, 2, 4]
+    for bounds, of in (
+        (found.effective_rank_bounds, effective_rank),
+        (found.participation_bounds, participation),
+    ):
+        assert bounds == pytest.approx([of(few), of(many)], rel=1e-12)
+    assert math.isnan(found.effective_rank + found.participation_ratio)
+    assert (found.count(0.7), found.count(0.9)) == (3, None)
     assert "more than 3" in repr(found)
     assert "between" in repr(found)
+    equal = replace(spectrum, eigenvalues=torch.full((4,), 2.0).double(), trace=8.0)
+    assert [equal.count(share) for share in (0.25, 0.26, 0.5, 1.0)] == [1, 2, 2, 4]
 
 
-@pytest.mark.parametrize("structure", ["lowrank", "diag", "full"])
-def test_of_a_matrix(structure: str) -> None:
-    """Catches a structure whose eigenvalues are taken in the wrong order, or as all there are."""
-    model, x, exact = problem()
-    matrix = measure(structure, x, model=model)
-    found = matrix.spectrum()
-    if structure == "diag":
-        exact = matrix.diag().sort(descending=True).values
-    assert found.complete == (structure != "lowrank")
-    torch.testing.assert_close(
-        found.eigenvalues[:4], exact[:4], rtol=ROUNDING, atol=ROUNDING * float(exact[0])
-    )
-    assert math.isclose(found.trace, float(exact.sum()), rel_tol=ROUNDING)
-    low, high = found.effective_rank_bounds
-    assert low * (1 - 1e-9) <= effective_rank(exact.clamp_min(0)) <= high * (1 + 1e-9)
-    stiffest = torch.cat([part.flatten() for part in found.direction(0).values()])
-    truth = matrix.to_dense()
-    assert float(stiffest @ truth @ stiffest) == pytest.approx(float(exact[0]), rel=ROUNDING)
+@pytest.mark.parametrize("structure", [*STRUCTURES, "streamed"])
+def test_of_every_structure(structure: Any) -> None:
+    """Catches eigenvalues in the wrong order, or as all there are; products, a trace or a rank that
+    are not those of the structure."""
+    model, x, _ = problem()
+    F = measure(structure, x, model=model)
+    dense = F.to_dense()
+    exact = torch.linalg.eigvalsh(dense).flip(0).clamp_min(0)
+    whole = measure("full", x, model=model) if structure == "lowrank" else F
+    for count in {"lowrank": [None], "streamed": [3]}.get(structure, [3, None]):
+        found = F.spectrum(count)
+        assert found.complete == (count is None and structure != "lowrank")
+        if count and structure in ("gram", "streamed"):
+            assert found.most == 2 * len(x)
+        torch.testing.assert_close(found.eigenvalues[:3], exact[:3], rtol=ROUNDING, atol=0)
+        assert math.isclose(found.trace, whole.trace(), rel_tol=ROUNDING)
+        first = torch.cat([part.flatten() for part in found.direction(0).values()])
+        assert float(first @ dense @ first) == pytest.approx(float(exact[0]), rel=ROUNDING)
+        for (low, high), value in (
+            (found.effective_rank_bounds, effective_rank(exact)),
+            (found.participation_bounds, participation(exact)),
+        ):
+            # low rank keeps less than all of the trace
+            assert low * (1 - 1e-6) <= value <= high * (1 + 1e-6) or structure == "lowrank"
 
 
 def test_directions() -> None:
-    """Catches stiff and sloppy being mixed up, or named by the wrong parameters."""
+    """Catches stiff and sloppy being mixed up, directions that are not orthonormal, or named by the
+    wrong parameters."""
     model, x, exact = problem()
     truth = brute_force(model, "categorical", x)
-    found = fp.fisher(model, fp.Categorical(), x, structure="gram").spectrum()
-    stiff, sloppy = found.stiff(3), found.sloppy(2)
-    for directions, values in ((stiff, exact[:3]), (sloppy, found.eigenvalues[-2:].flip(0))):
-        along = (directions * (truth @ directions)).sum(0)
-        torch.testing.assert_close(along, values, rtol=1e-6, atol=0)
-    named = found.direction(1)
-    assert {name: part.shape for name, part in named.items()} == {
-        name: parameter.shape for name, parameter in model.named_parameters()
-    }
-    torch.testing.assert_close(
-        torch.cat([part.flatten() for part in named.values()]), stiff[:, 1], rtol=1e-9, atol=1e-12
-    )
-    last = torch.cat([part.flatten() for part in found.direction(-1).values()])
-    torch.testing.assert_close(last, sloppy[:, 0], rtol=1e-9, atol=1e-12)
+    found = measure("gram", x, model=model).spectrum()
+    stiff, sloppy = found.stiff(found.rank), found.sloppy(2)
+    torch.testing.assert_close(truth @ stiff, stiff * exact[: found.rank], rtol=0, atol=1e-9)
+    eye = torch.eye(found.rank, dtype=torch.float64)
+    torch.testing.assert_close(stiff.T @ stiff, eye, rtol=0, atol=1e-8)
+    torch.testing.assert_close(sloppy, stiff[:, -2:].flip(1))
+    for number in (1, -1):
+        named = found.direction(number)
+        assert {name: part.shape for name, part in named.items()} == {
+            name: parameter.shape for name, parameter in model.named_parameters()
+        }
+        torch.testing.assert_close(
+            torch.cat([part.flatten() for part in named.values()]), stiff[:, number]
+        )
 
 
 def test_the_largest_are_all_there_are() -> None:
@@ -157,15 +146,9 @@ def dense_product(values: Tensor, seed: int) -> Tensor:
     return (turn * values) @ turn.T
 
 
-def largest(matrix: Tensor, count: int, seed: int = 0) -> Any:
-    return largest_eigenpairs(
-        lambda v: matrix @ v,
-        len(matrix),
-        count,
-        trace=float(matrix.trace()),
-        seed=seed,
-        device=torch.device("cpu"),
-    )
+def largest(matrix: Tensor, count: int) -> Any:
+    settings = {"trace": float(matrix.trace()), "seed": 0, "device": torch.device("cpu")}
+    return largest_eigenpairs(lambda v: matrix @ v, len(matrix), count, **settings)
 
 
 @pytest.mark.parametrize("values", ["falling", "few", "flat"])
@@ -188,13 +171,12 @@ def test_eigenpairs_of_a_known_matrix(values: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 8, 11])
-@pytest.mark.parametrize("seed", range(2))
-def test_no_copy_of_an_eigenvalue_is_missed(seed: int, count: int) -> None:
+def test_no_copy_of_an_eigenvalue_is_missed(count: int) -> None:
     """Triples far from the end of the space, among many other eigenvalues. Catches a search that
     stops after the first copies: SciPy's eigsh alone fails for 4 and 8."""
     values = torch.cat([0.9 ** torch.arange(40, dtype=torch.float64)] * 3).sort(descending=True)[0]
-    matrix = dense_product(values, seed)
-    found = largest(matrix, count, seed)
+    matrix = dense_product(values, count)
+    found = largest(matrix, count)
     torch.testing.assert_close(found.values, values[:count], rtol=1e-9, atol=0)
     left = matrix @ found.directions - found.directions * found.values
     assert bool((left.norm(dim=0) <= found.residuals + 1e-12).all())
@@ -236,45 +218,28 @@ def test_arguments() -> None:
             zero.spectrum(count)
 
 
-@pytest.mark.parametrize("structure", ["kfac", "gram", "streamed"])
-def test_the_largest_of_every_structure(structure: Any) -> None:
-    """Catches products that are not those of the structure, and a trace or rank of another."""
-    model, x, _ = problem()
-    F = fp.fisher(model, "categorical", x, structure=structure)
-    exact = torch.linalg.eigvalsh(F.to_dense()).flip(0)
-    found = F.spectrum(3)
-    torch.testing.assert_close(found.eigenvalues, exact[:3], rtol=1e-9, atol=0)
-    assert found.most == (2 * len(x) if structure in ("gram", "streamed") else len(exact))
-    low, high = found.effective_rank_bounds
-    assert low * (1 - 1e-6) <= effective_rank(exact[exact > 0]) <= high * (1 + 1e-6)
-    low, high = found.participation_bounds
-    assert low * (1 - 1e-6) <= participation(exact) <= high * (1 + 1e-6)
-
-
 @pytest.mark.parametrize("structure", ["block", "streamed"])
 def test_scipy_operator(structure: Any) -> None:
     """Catches columns taken for rows, float32 products, and a vector that is written to."""
     model, x, _ = problem()
-    F = fp.fisher(model, "categorical", x, structure=structure)
+    F = measure(structure, x, model=model)
     operator, dense = F.to_scipy(), F.to_dense().numpy()
     assert isinstance(operator, scipy.sparse.linalg.LinearOperator)
-    assert operator.shape == F.shape
-    assert operator.dtype == np.float64
+    assert (operator.shape, operator.dtype) == (F.shape, np.float64)
     v = np.linspace(-1, 1, len(dense))
-    atol = 1e-12 * np.abs(dense).max()
-    kept, found = v.copy(), operator @ v
-    np.testing.assert_allclose(found, dense @ v, rtol=0, atol=atol)
-    np.testing.assert_array_equal(v, kept)
     columns = np.stack([v, v**2, v[::-1]], axis=1)
-    np.testing.assert_allclose(operator @ columns, dense @ columns, rtol=0, atol=atol)
-    np.testing.assert_allclose(operator.T @ v, dense @ v, rtol=0, atol=atol)
-    np.testing.assert_allclose(operator @ v.astype(np.float32), dense @ v, rtol=0, atol=1e-6)
+    kept, close = v.copy(), partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
+    close(operator @ v, dense @ v)
+    close(operator @ columns, dense @ columns)
+    close(operator.T @ v, dense @ v)
+    close(operator @ v.astype(np.float32), dense @ v.astype(np.float32))
+    np.testing.assert_array_equal(v, kept)
 
 
 def test_streamed_solves_by_conjugate_gradients() -> None:
     """Catches a damping that is left out, and a solution of a single column."""
     model, x, _ = problem()
-    F = fp.fisher(model, "categorical", x, structure="streamed")
+    F = measure("streamed", x, model=model)
     dense = F.to_dense() + 0.1 * torch.eye(len(F.diag()), dtype=torch.float64)
     v = torch.linspace(-1, 1, len(dense) * 2, dtype=torch.float64).reshape(-1, 2)
     torch.testing.assert_close(F.solve(v, damping=0.1), torch.linalg.solve(dense, v))
@@ -287,3 +252,98 @@ def test_streamed_solves_by_conjugate_gradients() -> None:
         next(model.parameters()).add_(1)
     with pytest.raises(ValueError, match="as it was when F was measured"):
         F @ v
+
+
+# --- the effective dimension ---
+
+
+def drawn(network: Network, draws: int) -> list[nn.Module]:
+    """Networks with parameters at random."""
+    models = [network.make() for _ in range(draws)]
+    for draw, model in enumerate(models):
+        generator = torch.Generator().manual_seed(5 + draw)
+        for parameter in model.parameters():
+            parameter.data.normal_(generator=generator)
+    return models
+
+
+def by_hand(matrices: list[Tensor], n: float, gamma: float) -> float:
+    """Equation 2 of Abbas et al. (2021), by dense matrices."""
+    F = torch.stack(matrices)
+    size = F.shape[1]
+    trace = F.diagonal(dim1=1, dim2=2).sum(1).mean()
+    kappa = gamma * n / (2 * math.pi * math.log(n))
+    inside = torch.eye(size, dtype=torch.float64) + kappa * size / trace * F
+    return float(2 * torch.linalg.det(inside).sqrt().mean().log() / math.log(kappa))
+
+
+@pairwise(
+    name=["linear", "embedding", "called twice"],
+    samples=[6, 25],  # P > N, and P < N
+    parts=[(1000, 1.0), (200, 0.7)],
+)
+def test_dimension_equals_its_definition(
+    name: str, samples: int, parts: tuple[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a lost factor 2 pi, a trace of one matrix in place of the mean, a mean of logarithms
+    in place of the logarithm of the mean, a determinant of the larger side
+    alone, and an error in the slower way, by eigenvalues, which small problems never take."""
+    network, (n, gamma) = NETWORKS[name], parts
+    models, x = drawn(network, 3), network.inputs(samples)
+    exact = [brute_force(model, "categorical", x) for model in models]
+    first, *others = (measure("gram", x, model=model) for model in models)
+    found = first.effective_dimension(n, gamma, others=others)
+    assert math.isclose(found.value, by_hand(exact, n, gamma), rel_tol=1e-10)
+    assert float(found) == found.value
+    assert found.share == found.value / found.parameters
+    assert (found.n, found.gamma, found.parameters) == (n, gamma, len(exact[0]))
+    torch.testing.assert_close(found.traces, torch.stack([f.trace() for f in exact]))
+    assert found.log_determinants.shape == (3,)
+    assert repr(found).startswith("EffectiveDimension(")
+    alone = first.effective_dimension(n, gamma)
+    assert math.isclose(alone.value, by_hand(exact[:1], n, gamma), rel_tol=1e-10)
+    monkeypatch.setattr(gram, "NEGLIGIBLE", 0.0)
+    assert math.isclose(alone.value, first.effective_dimension(n, gamma).value, rel_tol=1e-10)
+
+
+def test_dimension_of_every_structure() -> None:
+    """Catches a determinant that is not that of the structure's own matrix."""
+    for structure in STRUCTURES:
+        F = measure(structure)
+        exact = by_hand([F.to_dense()], 1000, 1.0)
+        assert math.isclose(F.effective_dimension(1000).value, exact, rel_tol=1e-9), structure
+
+
+def test_dimension_tends_to_the_rank() -> None:
+    """Catches zero eigenvalues that rounding turns into dimensions: with kappa from 1e150 to 1e250
+    log det grows by the rank for each unit of log kappa."""
+    network = NETWORKS["conv2d strided"]
+    x = network.inputs(4)[[0, 1, 2, 3, 3]]  # a copy, which adds rows and no rank
+    F = measure("gram", x, model=network.make())
+    few, many = (F.effective_dimension(n) for n in (1e150, 1e250))
+    logs = [math.log(f.n / (2 * math.pi * math.log(f.n))) for f in (few, many)]
+    slope = float(many.log_determinants - few.log_determinants) / (logs[1] - logs[0])
+    assert math.isclose(slope, 4 * 2, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"n": 1.0}, ValueError, r"n must be so large that gamma n / \(2 pi log n\)"),
+        ({"n": float("nan")}, ValueError, "n must be so large"),
+        ({"n": 10}, ValueError, "n must be so large"),  # kappa below 1
+        ({"n": "1000"}, TypeError, "n must be a number, got '1000'"),
+        ({"gamma": 0.0}, ValueError, r"gamma must lie in \(0, 1\], got 0.0"),
+        ({"gamma": 1.5}, ValueError, r"gamma must lie in \(0, 1\], got 1.5"),
+        ({"gamma": None}, TypeError, "gamma must be a number, got None"),
+        ({"others": [measure("gram")]}, ValueError, "others must be of the same network, got '0"),
+        ({"others": [3]}, TypeError, "fisher must be a matrix of ff.parameters.fisher, got int"),
+    ],
+)
+def test_wrong_settings_of_the_dimension(
+    settings: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    """Catches a logarithm that is zero or negative, and errors that do not name the argument."""
+    F = measure("gram", rows(3), model=nn.Sequential(nn.Linear(4, 3)))
+    with pytest.raises(error, match=f"^{text}"):
+        F.effective_dimension(**{"n": 5000.0, **settings})

@@ -36,21 +36,13 @@ def network() -> nn.Module:
     return seeded(build).eval()
 
 
-def dense_network(hidden: int) -> nn.Module:
-    return seeded(
-        lambda: nn.Sequential(
-            nn.Linear(4, hidden), nn.Sigmoid(), nn.Linear(hidden, OUTPUTS)
-        ).double()
-    ).eval()
-
-
 def inputs(samples: int, seed: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(samples, 2, 5, generator=generator, dtype=torch.float64)
 
 
 def rows(samples: int) -> Tensor:
-    """Inputs of a `dense_network`."""
+    """Inputs of a network that takes 4 numbers."""
     return inputs(samples)[:, 0, :4]
 
 
@@ -91,9 +83,3 @@ def blocks_of(dense: Tensor, layout: ff.parameters.ParameterLayout) -> Tensor:
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         modules += [name.rpartition(".")[0]] * shape.numel()
     return dense * torch.tensor([[a == b for a in modules] for b in modules])
-
-
-def least_eigenvalue(matrix: Tensor) -> float:
-    """Relative to the largest of all."""
-    values = torch.linalg.eigvalsh(matrix)
-    return float(values[0] / values.abs().max())

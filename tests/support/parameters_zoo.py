@@ -47,10 +47,6 @@ class Network:
             return torch.randint(TOKENS, (samples, *self.shape), generator=generator)
         return torch.randn(samples, *self.shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    def labels(self, samples: int = 4) -> Tensor:
-        """y [n], classes."""
-        return torch.randint(OUTPUTS, (samples,), generator=torch.Generator().manual_seed(2))
-
 
 @torch.no_grad()
 def randomised(model: nn.Module) -> nn.Module:
@@ -66,17 +62,6 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-class Lambda(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 class Written(nn.Module):
     """Layers and parameters by name, and the function forward(self, x) of them."""
 
@@ -90,9 +75,12 @@ class Written(nn.Module):
         return self.function(self, x)
 
 
-def mean_head(features: int, *, dims: int | tuple[int, ...] = 1) -> nn.Sequential:
-    """Mean over positions, and a linear layer."""
-    return nn.Sequential(Lambda(lambda h: h.mean(dims)), nn.Linear(features, OUTPUTS))
+def pooled(
+    *layers: nn.Module, features: int = 4, dims: int | tuple[int, ...] = (2, 3)
+) -> nn.Module:
+    """Layers, a nonlinearity that sees every position, their mean, and a linear layer."""
+    mean = Written(lambda m, h: h.mean(dims))
+    return nn.Sequential(*layers, nn.Tanh(), mean, nn.Linear(features, OUTPUTS))
 
 
 # --- layers with a rule ---
@@ -102,141 +90,57 @@ def linear(bias: bool = True) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5, bias), nn.Tanh(), nn.Linear(5, OUTPUTS, bias))
 
 
-def shared_linear() -> nn.Module:
-    """One matrix for all positions of a sequence."""
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), *mean_head(5))
-
-
 def convolution2d(**settings: object) -> nn.Module:
-    """Two channels, any setting, and a nonlinearity that sees every position."""
-    conv = nn.Conv2d(2, 4, **{"kernel_size": 3} | settings)  # type: ignore[arg-type]
-    return nn.Sequential(conv, nn.Tanh(), *mean_head(4, dims=(2, 3)))
-
-
-def convolution1d() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv1d(2, 4, 3, stride=2, padding=1, dilation=2), nn.Tanh(), *mean_head(4, dims=2)
-    )
-
-
-def convolution3d() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv3d(1, 2, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0)),
-        nn.Tanh(),
-        *mean_head(2, dims=(2, 3, 4)),
-    )
-
-
-def transposed(groups: int = 1) -> nn.Module:
-    return nn.Sequential(
-        nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=groups),
-        nn.Tanh(),
-        *mean_head(4, dims=(2, 3)),
-    )
-
-
-def batch_norm1d() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, OUTPUTS)
-    )
+    """Two channels and any setting."""
+    return pooled(nn.Conv2d(2, 4, **{"kernel_size": 3} | settings))  # type: ignore[arg-type]
 
 
 def normed2d(norm: Callable[[], nn.Module]) -> nn.Module:
     """A norm of four channels between a convolution and an in-place nonlinearity."""
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3), norm(), nn.ReLU(inplace=True), *mean_head(4, dims=(2, 3))
-    )
+    return pooled(nn.Conv2d(2, 4, 3), norm(), nn.ReLU(inplace=True))
 
 
 def normed_features(norm: Callable[[], nn.Module]) -> nn.Module:
     """A norm of the five features at each position of a sequence."""
-    return nn.Sequential(nn.Linear(4, 5), norm(), nn.Tanh(), *mean_head(5))
+    return pooled(nn.Linear(4, 5), norm(), features=5, dims=1)
 
 
-def embedding(padding_idx: int | None = None) -> nn.Module:
+def embedding() -> nn.Module:
     """A table whose padding row, which has no gradient, is not zero."""
-    table = nn.Embedding(TOKENS, 4, padding_idx)
+    table = nn.Embedding(TOKENS, 4, padding_idx=2)
     nn.init.normal_(table.weight)
-    return nn.Sequential(table, nn.Tanh(), *mean_head(4))
+    return pooled(table, dims=1)
 
 
 # --- ways through the network ---
 
 
-class Residual(nn.Module):
-    """A block that adds to its input in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(2, 2, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(2)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(2, 2, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x
-        return self.relu(out)
-
-
-def residual() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 2, 1), Residual(), *mean_head(2, dims=(2, 3)))
-
-
-def attention() -> nn.Module:
-    """Multi-head attention of a sequence with itself."""
-    return Written(
-        lambda m, x: m.head(m.attention(x, x, x, need_weights=False)[0].mean(1)),
-        attention=nn.MultiheadAttention(4, 2, batch_first=True),
-        head=nn.Linear(4, OUTPUTS),
-    )
-
-
 def transformer() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, dropout=0.1, batch_first=True)
-    return nn.Sequential(layer, *mean_head(4))
+    return pooled(layer, dims=1)
 
 
-def time_first() -> nn.Module:
-    """A transformer that sees [time, n, d]: its rows are not the samples."""
-    return Written(
-        lambda m, x: m.head(m.layer(m.embed(x.transpose(0, 1))).mean(0)),
-        embed=nn.Linear(2, 4),
-        layer=nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=False),
-        head=nn.Linear(4, OUTPUTS),
-    )
-
-
-def recurrent(kind: type[nn.RNNBase]) -> nn.Module:
+def recurrent() -> nn.Module:
     """The last state of a recurrent network."""
     return Written(
         lambda m, x: m.head(m.rnn(x)[0][:, -1]),
-        rnn=kind(2, 3, batch_first=True),
+        rnn=nn.LSTM(2, 3, batch_first=True),
         head=nn.Linear(3, OUTPUTS),
     )
 
 
-class Windows(nn.Module):
-    """Windows of the signal become rows of the batch, and come back."""
+def windows(mixed: bool = False) -> nn.Module:
+    """Windows of the signal become rows of the batch, and come back; mixed, the windows of all
+    samples before the next: rows of one sample are apart."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU())
-        self.head = nn.Linear(5, OUTPUTS)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = x.unfold(1, 4, 2)  # [n, windows, 4]
+        rows = rows.transpose(0, 1) if mixed else rows
+        h = m.layers(rows.reshape(-1, 4)).reshape(*rows.shape[:2], 5)
+        return m.head(h.mean(0 if mixed else 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.unfold(1, 4, 2).reshape(-1, 4)
-        return self.head(self.layers(rows).reshape(len(x), -1, 5).mean(1))
-
-
-class WindowsMixed(Windows):
-    """The same, the windows of all samples before the next: rows of one sample are apart."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.unfold(1, 4, 2).transpose(0, 1).reshape(-1, 4)
-        return self.head(self.layers(rows).reshape(-1, len(x), 5).mean(0))
+    layers = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU())
+    return Written(forward, layers=layers, head=nn.Linear(5, OUTPUTS))
 
 
 # --- parameters used in ways of their own ---
@@ -251,18 +155,16 @@ def twice() -> nn.Module:
     return Written(forward, layer=nn.Linear(4, 4), head=nn.Linear(4, OUTPUTS))
 
 
-class TiedHead(nn.Module):
+def tied_head() -> nn.Module:
     """A language model: the embedding is also the matrix of the last layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(OUTPUTS, 4)
-        self.mix = nn.Linear(4, 4)
-        self.head = nn.Linear(4, OUTPUTS)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mix(self.embedding(x % OUTPUTS))).mean(1))
+    table, head = nn.Embedding(OUTPUTS, 4), nn.Linear(4, OUTPUTS)
+    head.weight = table.weight
+    return Written(
+        lambda m, x: m.head(torch.tanh(m.mix(m.embedding(x % OUTPUTS))).mean(1)),
+        embedding=table,
+        mix=nn.Linear(4, 4),
+        head=head,
+    )
 
 
 def expression() -> nn.Module:
@@ -282,18 +184,14 @@ def penalised() -> nn.Module:
     )
 
 
-class Unused(nn.Module):
-    """One layer that is never called, one that is frozen, and a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 5).requires_grad_(False)
-        self.idle = nn.Linear(2, 2)
-        self.register_buffer("shift", torch.linspace(-1, 1, 5))
-        self.head = nn.Linear(5, OUTPUTS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.first(x) + self.shift))
+def unused() -> nn.Module:
+    """One layer that is never called, and one that is frozen."""
+    return Written(
+        lambda m, x: m.head(torch.tanh(m.first(x))),
+        first=nn.Linear(4, 5).requires_grad_(False),
+        idle=nn.Linear(2, 2),
+        head=nn.Linear(5, OUTPUTS),
+    )
 
 
 def parametrized() -> nn.Module:
@@ -332,50 +230,39 @@ SEQUENCE = (3, 4)
 
 NETWORKS: dict[str, Network] = {
     "linear": Network(linear, (4,)),
-    "linear without bias": Network(partial(linear, bias=False), (4,)),
-    "shared linear": Network(shared_linear, SEQUENCE),
-    "conv2d": Network(convolution2d, IMAGE),
-    "conv2d strided": Network(partial(convolution2d, stride=(2, 1), padding=1), IMAGE),
+    "shared linear": Network(lambda: pooled(nn.Linear(4, 5), features=5, dims=1), SEQUENCE),
+    "conv2d strided": Network(
+        partial(convolution2d, stride=(2, 1), padding=1, dilation=(1, 2)), IMAGE
+    ),
     "conv2d grouped": Network(partial(convolution2d, groups=2), IMAGE),
-    "conv2d dilated": Network(partial(convolution2d, dilation=(1, 2), padding=(0, 2)), IMAGE),
     "conv2d same": Network(partial(convolution2d, kernel_size=(2, 3), padding="same"), IMAGE),
     "conv2d reflect": Network(
         partial(convolution2d, padding=1, padding_mode="reflect", bias=False), IMAGE
     ),
-    "conv2d replicate": Network(
-        partial(convolution2d, padding=1, padding_mode="replicate", stride=2, groups=2), IMAGE
+    "conv3d": Network(
+        lambda: pooled(nn.Conv3d(1, 4, (2, 3, 1), (1, 2, 1), (1, 0, 0)), dims=(2, 3, 4)),
+        (1, 3, 5, 2),
     ),
-    "conv2d circular": Network(partial(convolution2d, padding=1, padding_mode="circular"), IMAGE),
-    "conv1d": Network(convolution1d, (2, 9)),
-    "conv3d": Network(convolution3d, (1, 3, 5, 2)),
-    "conv transpose": Network(transposed, (2, 3, 3)),
-    "conv transpose grouped": Network(partial(transposed, groups=2), (2, 3, 3)),
-    "batch norm 1d": Network(batch_norm1d, (4,)),
-    "batch norm 2d": Network(partial(normed2d, lambda: nn.BatchNorm2d(4)), IMAGE),
+    "conv transpose": Network(
+        lambda: pooled(nn.ConvTranspose2d(2, 4, 3, 2, 1, output_padding=1, groups=2)), (2, 3, 3)
+    ),
+    "batch norm": Network(partial(normed2d, lambda: nn.BatchNorm2d(4)), IMAGE),
     "layer norm": Network(partial(normed_features, lambda: nn.LayerNorm(5)), SEQUENCE),
-    "layer norm of maps": Network(partial(normed2d, lambda: nn.LayerNorm([3, 4])), IMAGE),
     "group norm": Network(partial(normed2d, lambda: nn.GroupNorm(2, 4)), IMAGE),
-    "instance norm": Network(partial(normed2d, lambda: nn.InstanceNorm2d(4, affine=True)), IMAGE),
     "instance norm, running": Network(
         partial(normed2d, lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
         IMAGE,
     ),
-    "RMS norm": Network(partial(normed_features, lambda: nn.RMSNorm(5)), SEQUENCE),
     "embedding": Network(embedding, (5,), tokens=True),
-    "embedding padded": Network(partial(embedding, padding_idx=2), (5,), tokens=True),
-    "residual": Network(residual, (1, 4, 4)),
-    "attention": Network(attention, SEQUENCE),
     "transformer": Network(transformer, SEQUENCE),
-    "transformer, time first": Network(time_first, (4, 2)),
-    "LSTM": Network(partial(recurrent, nn.LSTM), (3, 2)),
-    "GRU": Network(partial(recurrent, nn.GRU), (3, 2)),
-    "windows": Network(Windows, (8,)),
-    "windows mixed": Network(WindowsMixed, (8,)),
+    "LSTM": Network(recurrent, (3, 2)),
+    "windows": Network(windows, (8,)),
+    "windows mixed": Network(partial(windows, mixed=True), (8,)),
     "called twice": Network(twice, (4,)),
-    "tied head": Network(TiedHead, (5,), tokens=True),
+    "tied head": Network(tied_head, (5,), tokens=True),
     "expression": Network(expression, (4,)),
     "weights in an expression": Network(penalised, (4,)),
-    "unused and frozen": Network(Unused, (4,)),
+    "unused and frozen": Network(unused, (4,)),
     "weight norm": Network(parametrized, (4,)),
     "partly frozen": Network(partly_frozen, (4,)),
     "checkpoint": Network(checkpointed, (4,)),

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fisherfast._errors import FisherWarning
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.dispatch import overloads, recording
-from fisherfast.dual.errors import running, warn_of_randomness
+from fisherfast.dual.dispatch import RECORD, overloads
+from fisherfast.dual.errors import RUNNING, setting, warn_of_randomness
 from fisherfast.dual.rules.writing import LIKE_FACTORIES
 from fisherfast.dual.tensor import DualTensor, check_tangents
 from fisherfast.model.graph import survey
@@ -91,8 +91,8 @@ def propagation(
     with (
         torch.no_grad(),
         torch._C._AutoDispatchBelowAutograd(),
-        running(model),
-        recording(record),
+        setting(RUNNING, model),
+        setting(RECORD, record),
         memory.reusing(),
         _Factories(directions),
         contextlib.nullcontext() if model is None else forgetting(model, DualTensor),

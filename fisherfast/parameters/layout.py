@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast._validation import check_same_network
 from fisherfast.parameters.checks import check_model
 
 Selection = None | str | Sequence[str] | Callable[[str], bool]
@@ -112,13 +113,7 @@ class ParameterLayout:
 
     def check_same(self, other: ParameterLayout, what: str) -> None:
         """Raise ValueError, naming the first difference, unless the other layout is this one."""
-        here, there = self.state_dict(), other.state_dict()
-        for name in [*here, *(name for name in there if name not in here)]:
-            if here.get(name) != there.get(name):
-                raise ValueError(
-                    f"{what} must be of the same network, got {name!r}"
-                    f" {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-                )
+        check_same_network(what, self.state_dict(), other.state_dict())
         if self.names != other.names:
             raise ValueError(f"{what} must have its parameters in the same order")
 

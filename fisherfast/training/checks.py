@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,17 +39,6 @@ def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors
             ' losses, such as a log-likelihood, and stop with rule="transmission"'
         )
     return tuple((errors * scale**2).tolist())
-
-
-def check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]]) -> None:
-    """Raise ValueError unless both have the same parameters: shapes by name."""
-    for name in here | dict(there):
-        ours, theirs = here.get(name), there.get(name)
-        if ours != theirs:
-            raise ValueError(
-                f"state must be of the same network, got {name!r} {theirs or 'missing'} there and"
-                f" {ours or 'missing'} here"
-            )
 
 
 def check_scale(scale: Any) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
-from fisherfast._validation import check_whole
+from fisherfast._validation import check_same_network, check_whole
 from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
@@ -29,11 +29,7 @@ from fisherfast.results import table
 from fisherfast.results.comparison import DIVIDES, uncorrelated, weakest_direction
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import finite_step_note
-from fisherfast.training.checks import (
-    check_errors,
-    check_same_network,
-    check_scale,
-)
+from fisherfast.training.checks import check_errors, check_scale
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import Observer, leaves
 from fisherfast.training.plots import plot_training
@@ -363,7 +359,7 @@ class FisherMonitor:
             )
         if missing := sorted(STATE - set(state)):
             raise ValueError(f"state must hold {missing}, got {sorted(state)}")
-        check_same_network(self._signature(), state["network"])
+        check_same_network("state", self._signature(), state["network"])
         ours, theirs = self._compared(), state["settings"]
         for name in sorted(set(ours) | set(theirs)):
             if ours.get(name) != theirs.get(name):

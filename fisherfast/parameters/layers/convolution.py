@@ -63,13 +63,11 @@ class Convolution(MatrixRule):
         module = self.module
         if not isinstance(module, nn.Conv1d | nn.Conv2d):  # the kernel takes images only
             return super().squares(x, g)
-        parts = {}
-        if "weight" in self.attributes:
-            image, window = _windowed(module, x)
-            parts["weight"] = kernel_squares(image, g, **window)
-        if "bias" in self.attributes:
-            parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
-        return self._shaped(**parts)
+        image, window = _windowed(module, x)
+        return self._shaped(
+            weight=lambda: kernel_squares(image, g, **window),
+            bias=lambda: sum_of_squares(g.flatten(2).sum(2)),
+        )
 
 
 class TransposedConvolution(Layer):
@@ -94,24 +92,19 @@ class TransposedConvolution(Layer):
         return [margin for pair in reversed(margins) for margin in pair]
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        parts = {}
-        if "weight" in self.attributes:
+        def weight() -> Tensor:
             groups = int(self.module.groups)  # type: ignore[arg-type]
-            settings = list(self._settings())
-            stride, dilation, kernel, _ = zip(*settings, strict=True)
+            stride, dilation, kernel, _ = zip(*self._settings(), strict=True)
             patches = _windows(F.pad(g, self._margins(x, g)), kernel, stride, dilation)
-            spatial = len(settings)
-            patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial)
+            patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + len(kernel))
             a = patches.movedim(3, -1).flatten(2, -2)  # [n, G, M / G taps, T]
             b = x.reshape(len(x), groups, x.shape[1] // groups, -1)
-            parts["weight"] = b @ a.mT
-        if "bias" in self.attributes:
-            parts["bias"] = g.flatten(2).sum(2)
-        return self._shaped(len(g), **parts)
+            return b @ a.mT
+
+        return self._shaped(len(g), weight=weight, bias=lambda: g.flatten(2).sum(2))
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        parts = {}
-        if "weight" in self.attributes:
+        def weight() -> Tensor:
             stride, dilation, kernel, padding = zip(*self._settings(), strict=True)
             margins, image = self._margins(x, g), g
             wider = [
@@ -119,18 +112,10 @@ class TransposedConvolution(Layer):
             ]
             if any(wide >= jump for wide, jump in zip(reversed(wider), stride, strict=True)):
                 image, padding = F.pad(g, margins), (0,) * len(kernel)  # else a window more
-            parts["weight"] = kernel_squares(
-                image,
-                x,
-                kernel=kernel,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=self.module.groups,
-            )
-        if "bias" in self.attributes:
-            parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
-        return self._shaped(**parts)
+            window = {"stride": stride, "padding": padding, "dilation": dilation}
+            return kernel_squares(image, x, kernel=kernel, groups=self.module.groups, **window)
+
+        return self._shaped(weight=weight, bias=lambda: sum_of_squares(g.flatten(2).sum(2)))
 
 
 def padded(module: nn.Module, x: Tensor) -> Tensor:

@@ -36,12 +36,7 @@ class MatrixRule(LinearMap):
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         a, b = self.matrices(x, g)
-        parts = {}
-        if "weight" in self.attributes:
-            parts["weight"] = b.transpose(-1, -2) @ a
-        if "bias" in self.attributes:
-            parts["bias"] = b.sum(2)
-        return self._shaped(len(g), **parts)
+        return self._shaped(len(g), weight=lambda: b.mT @ a, bias=lambda: b.sum(2))
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time."""
@@ -139,10 +134,7 @@ class Linear(MatrixRule):
     folds = True
 
     def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            x.reshape(len(x), 1, -1, x.shape[-1]),
-            self.output_rows(g),
-        )
+        return x.reshape(len(x), 1, -1, x.shape[-1]), self.output_rows(g)
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
         parts = dict(zip(self.attributes, v, strict=True))
@@ -156,15 +148,14 @@ class Linear(MatrixRule):
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; with one position it is a product of matrices."""
         x, g = (rows.reshape(len(rows), -1, rows.shape[-1]) for rows in (x, g))
-        parts = {}
-        if "weight" in self.attributes and x.shape[1] > 1:
-            parts["weight"] = kernel_squares(x.mT, g.mT)
-        elif "weight" in self.attributes:
+
+        def weight() -> Tensor:
+            if x.shape[1] > 1:
+                return kernel_squares(x.mT, g.mT)
             # float64: the user may have reduced the precision of float32 products
-            parts["weight"] = g.sum(1).double().square().T @ x.sum(1).double().square()
-        if "bias" in self.attributes:
-            parts["bias"] = sum_of_squares(g.sum(1))
-        return self._shaped(**parts)
+            return g.sum(1).double().square().T @ x.sum(1).double().square()
+
+        return self._shaped(weight=weight, bias=lambda: sum_of_squares(g.sum(1)))
 
 
 TILE_NUMBERS = 2**22

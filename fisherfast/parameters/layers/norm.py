@@ -45,12 +45,11 @@ class Norm(LinearMap):
         return F.group_norm(x, module.num_groups, None, None, module.eps)
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        parts = {}
-        if "weight" in self.attributes:
-            parts["weight"] = self._shared(g * self.normalised(x))
-        if "bias" in self.attributes:
-            parts["bias"] = self._shared(g)
-        return self._shaped(len(g), **parts)
+        return self._shaped(
+            len(g),
+            weight=lambda: self._shared(g * self.normalised(x)),
+            bias=lambda: self._shared(g),
+        )
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
         last = isinstance(self.module, nn.LayerNorm | nn.RMSNorm)

@@ -18,12 +18,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.errors import (
-    DerivativeError,
-    current_layer,
-    no_derivative,
-    warn_of_randomness,
-)
+from fisherfast.dual.errors import DerivativeError, current_layer, no_derivative, warn_of_randomness
 from fisherfast.dual.fallback import forward_mode, replaced
 from fisherfast.dual.stacks import aligned
 from fisherfast.dual.tensor import DualTensor

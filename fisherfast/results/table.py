@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fisherfast.results.comparison import divides, unresolved_note
-from fisherfast.results.layer import LayerFisher, diagonal_text
+from fisherfast.results.layer import LayerFisher
+from fisherfast.results.marginal import diagonal_text
 
 HEADER = ["layer", "shape", "dim", "J", "+-", "lower", "J / J_input", "features", "status"]
 

@@ -63,7 +63,9 @@ def _items(data: Data, batch_size: int) -> Iterator[Any]:
     if _is_tensor(data):
         data = (data,)
     if isinstance(data, tuple) and data and _is_tensor(data[0]):
-        yield from zip(*(tensor.split(batch_size) for tensor in _pair(data)), strict=True)
+        tensors = _pair(data)
+        for start in range(0, len(tensors[0]), batch_size):
+            yield tuple(tensor[start : start + batch_size] for tensor in tensors)
     elif isinstance(data, DataLoader):
         yield from data
     elif isinstance(data, Dataset):

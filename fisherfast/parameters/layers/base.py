@@ -76,7 +76,7 @@ class Layer(Rule):
 
     def __init__(self, module: nn.Module, own: Mapping[str, str]) -> None:
         """own: attribute -> full name, of the parameters that are measured."""
-        self.module = module
+        self.module: Any = module
         self.attributes = tuple(own)
         self.names = tuple(own.values())
         self.shapes = tuple(getattr(module, attribute).shape for attribute in own)

@@ -26,7 +26,7 @@ class Convolution(MatrixRule):
     """nn.Conv1d, Conv2d, Conv3d, any stride, padding, dilation and groups."""
 
     def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        groups = int(self.module.groups)  # type: ignore[arg-type]
+        groups = self.module.groups
         patches = unfolded(self.module, x)  # [n, C, *kernel, *positions]
         taps = patches[0, 0].numel() // g[0, 0].numel() if g.numel() else 1
         a = patches.reshape(len(x), groups, x.shape[1] // groups * taps, -1).transpose(-1, -2)
@@ -46,17 +46,15 @@ class Convolution(MatrixRule):
         return cross / positions
 
     def output_rows(self, g: Tensor) -> Tensor:
-        groups = int(self.module.groups)  # type: ignore[arg-type]
+        groups = self.module.groups
         return g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
-        module = self.module
-        assert isinstance(module, CONVOLUTIONS)
         parts = dict(zip(self.attributes, v, strict=True))
         weight = parts.get("weight")
         if weight is None:
-            weight = x.new_zeros(module.weight.shape)
-        return module._conv_forward(x, weight, parts.get("bias"))  # with its padding mode
+            weight = x.new_zeros(self.module.weight.shape)
+        return self.module._conv_forward(x, weight, parts.get("bias"))  # with its padding mode
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time for three dimensions."""
@@ -77,10 +75,7 @@ class TransposedConvolution(Layer):
     def _settings(self) -> Iterator[tuple[int, int, int, int]]:
         """(stride, dilation, kernel, padding) of each axis."""
         module = self.module
-        assert isinstance(module, TRANSPOSED)
-        padding = module.padding
-        assert not isinstance(padding, str)
-        return zip(module.stride, module.dilation, module.kernel_size, padding, strict=True)
+        return zip(module.stride, module.dilation, module.kernel_size, module.padding, strict=True)
 
     def _margins(self, x: Tensor, g: Tensor) -> list[int]:
         """The margins that the windows over g need, in the form of F.pad; negative where
@@ -93,7 +88,7 @@ class TransposedConvolution(Layer):
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         def weight() -> Tensor:
-            groups = int(self.module.groups)  # type: ignore[arg-type]
+            groups = self.module.groups
             stride, dilation, kernel, _ = zip(*self._settings(), strict=True)
             patches = _windows(F.pad(g, self._margins(x, g)), kernel, stride, dilation)
             patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + len(kernel))
@@ -118,9 +113,8 @@ class TransposedConvolution(Layer):
         return self._shaped(weight=weight, bias=lambda: sum_of_squares(g.flatten(2).sum(2)))
 
 
-def padded(module: nn.Module, x: Tensor) -> Tensor:
+def padded(module: Any, x: Tensor) -> Tensor:
     """x with the margins of a convolution, in any padding mode."""
-    assert isinstance(module, CONVOLUTIONS)
     around = list(module._reversed_padding_repeated_twice)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, around, mode=mode) if any(around) else x
@@ -140,9 +134,8 @@ def _windowed(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[st
     return x, window | {"kernel": module.kernel_size, "padding": padding}
 
 
-def unfolded(module: nn.Module, x: Tensor) -> Tensor:
+def unfolded(module: Any, x: Tensor) -> Tensor:
     """Every patch under a convolution's kernel: [n, C, *kernel, *positions], a view of x."""
-    assert isinstance(module, CONVOLUTIONS)
     x = _windows(padded(module, x), module.kernel_size, module.stride, module.dilation)
     spatial = len(module.kernel_size)
     return x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))

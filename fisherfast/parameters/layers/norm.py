@@ -41,7 +41,6 @@ class Norm(LinearMap):
             return F.rms_norm(x, module.normalized_shape, None, module.eps)
         if isinstance(module, INSTANCE_NORMS):
             return F.instance_norm(x, eps=module.eps)
-        assert isinstance(module, nn.GroupNorm)
         return F.group_norm(x, module.num_groups, None, None, module.eps)
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:

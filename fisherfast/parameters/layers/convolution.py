@@ -25,12 +25,10 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 class Convolution(MatrixRule):
     """nn.Conv1d, Conv2d, Conv3d, any stride, padding, dilation and groups."""
 
-    def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        groups = self.module.groups
+    def input_rows(self, x: Tensor) -> Tensor:
         patches = unfolded(self.module, x)  # [n, C, *kernel, *positions]
-        taps = patches[0, 0].numel() // g[0, 0].numel() if g.numel() else 1
-        a = patches.reshape(len(x), groups, x.shape[1] // groups * taps, -1).transpose(-1, -2)
-        return a, self.output_rows(g)
+        width = self.module.weight[0].numel()
+        return patches.reshape(len(x), self.module.groups, width, -1).transpose(-1, -2)
 
     def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
         module = self.module

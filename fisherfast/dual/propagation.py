@@ -25,6 +25,7 @@ from fisherfast.model.graph import survey
 from fisherfast.model.hooks import Forward, map_tensors
 from fisherfast.model.isolation import evaluation, forgetting, holds
 from fisherfast.model.sites import Layers, select
+from fisherfast.model.unwrap import check_model
 
 SEED = 0
 """Seed of the random numbers that a model may draw in eval mode."""
@@ -258,8 +259,7 @@ def _packed(x: Tensor, dx: Tensor) -> tuple[Tensor, int]:
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(

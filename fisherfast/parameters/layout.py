@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._validation import check_same_network
-from fisherfast.parameters.checks import check_model
+from fisherfast.model.unwrap import check_model
+
+SHOWN = 8
+"""Most names in an error message."""
 
 Selection = None | str | Sequence[str] | Callable[[str], bool]
 """Parameters by name: None for all that require grad, a regular expression, names, a function."""
@@ -162,7 +165,7 @@ def _chosen(every: Mapping[str, nn.Parameter], selection: Selection) -> list[str
     return [name for name in every if name in wanted]
 
 
-def some_of(every: Iterable[str], most: int = 8) -> str:
+def some_of(every: Iterable[str]) -> str:
     """The first few of some names, for an error message."""
     names = list(every)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

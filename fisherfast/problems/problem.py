@@ -46,14 +46,16 @@ def as_matrix(name: str, value: np.ndarray | Tensor, shape: tuple[int, int]) -> 
     return matrix
 
 
-def cholesky_factor(covariance: Tensor, name: str = "covariance") -> Tensor:
+def cholesky_factor(covariance: Tensor) -> Tensor:
     """Compute the lower L with L L^T = covariance [d, d]; ValueError unless positive definite."""
     if not torch.allclose(covariance, covariance.mT):
-        raise ValueError(f"{name} must be symmetric, got a matrix that differs from its transpose")
+        raise ValueError(
+            "covariance must be symmetric, got a matrix that differs from its transpose"
+        )
     factor, failed_row = torch.linalg.cholesky_ex(covariance)
     if failed_row:
         raise ValueError(
-            f"{name} must be positive definite, got a matrix whose leading "
+            "covariance must be positive definite, got a matrix whose leading "
             f"{int(failed_row)} x {int(failed_row)} block is not"
         )
     return factor

@@ -23,7 +23,7 @@ from fisherfast.measurement.cache import Recall
 from fisherfast.measurement.run import Measurement, NotFiniteError
 from fisherfast.measurement.settings import MeasurementSettings, Settings
 from fisherfast.model.sites import INPUT, Layers
-from fisherfast.model.unwrap import unwrapped
+from fisherfast.model.unwrap import check_model, unwrapped
 from fisherfast.parallel.ranks import OtherRankError, Ranks, find_ranks, ranks_of
 from fisherfast.results import table
 from fisherfast.results.comparison import DIVIDES, uncorrelated, weakest_direction
@@ -134,8 +134,7 @@ class FisherMonitor:
         process_group: Any = None,
         settings: Settings | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         self.model = unwrapped(model)
         self._every = check_whole("every", every, least=1)
         self._observe_every = check_whole("observe_every", observe_every, least=1)

@@ -26,9 +26,7 @@ class Convolution(MatrixRule):
     """nn.Conv1d, Conv2d, Conv3d, any stride, padding, dilation and groups."""
 
     def input_rows(self, x: Tensor) -> Tensor:
-        patches = unfolded(self.module, x)  # [n, C, *kernel, *positions]
-        width = self.module.weight[0].numel()
-        return patches.reshape(len(x), self.module.groups, width, -1).transpose(-1, -2)
+        return _patches(self.module, padded(self.module, x))
 
     def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
         module = self.module
@@ -87,12 +85,8 @@ class TransposedConvolution(Layer):
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         def weight() -> Tensor:
             groups = self.module.groups
-            stride, dilation, kernel, _ = zip(*self._settings(), strict=True)
-            patches = _windows(F.pad(g, self._margins(x, g)), kernel, stride, dilation)
-            patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + len(kernel))
-            a = patches.movedim(3, -1).flatten(2, -2)  # [n, G, M / G taps, T]
             b = x.reshape(len(x), groups, x.shape[1] // groups, -1)
-            return b @ a.mT
+            return b @ _patches(self.module, F.pad(g, self._margins(x, g)))
 
         return self._shaped(len(g), weight=weight, bias=lambda: g.flatten(2).sum(2))
 
@@ -132,17 +126,12 @@ def _windowed(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[st
     return x, window | {"kernel": module.kernel_size, "padding": padding}
 
 
-def unfolded(module: Any, x: Tensor) -> Tensor:
-    """Every patch under a convolution's kernel: [n, C, *kernel, *positions], a view of x."""
-    x = _windows(padded(module, x), module.kernel_size, module.stride, module.dilation)
-    spatial = len(module.kernel_size)
-    return x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))
-
-
-def _windows(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """[n, C, *positions, *kernel] of x [n, C, ...], a view."""
-    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+def _patches(module: Any, x: Tensor) -> Tensor:
+    """The patches of x under the kernel of a convolution, [n, G, T, C / G kernel]."""
+    settings = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for axis, (size, step, gap) in enumerate(settings, start=2):
         x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
-    return x
+    spatial = len(module.kernel_size)  # x is a view [n, C, *positions, *kernel]
+    positions = x.shape[2 : 2 + spatial].numel()
+    x = x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))
+    return x.reshape(len(x), module.groups, -1, positions).mT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -68,16 +68,12 @@ class TransposedConvolution(Layer):
     """nn.ConvTranspose1d, ConvTranspose2d: the convolution that takes g to the shape of x has the
     same gradients, with x and g in exchanged roles."""
 
-    def _settings(self) -> Iterator[tuple[int, int, int, int]]:
-        """(stride, dilation, kernel, padding) of each axis."""
-        module = self.module
-        return zip(module.stride, module.dilation, module.kernel_size, module.padding, strict=True)
-
     def _margins(self, x: Tensor, g: Tensor) -> list[int]:
         """The margins that the windows over g need, in the form of F.pad; negative where
         `output_padding` widens g on one side beyond every window."""
-        margins = []
-        for axis, (stride, dilation, kernel, padding) in enumerate(self._settings(), start=2):
+        margins, own = [], self.module
+        settings = zip(own.stride, own.dilation, own.kernel_size, own.padding, strict=True)
+        for axis, (stride, dilation, kernel, padding) in enumerate(settings, start=2):
             last = (x.shape[axis] - 1) * stride - padding + dilation * (kernel - 1)
             margins.append([padding, last + 1 - g.shape[axis]])
         return [margin for pair in reversed(margins) for margin in pair]
@@ -92,15 +88,16 @@ class TransposedConvolution(Layer):
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         def weight() -> Tensor:
-            stride, dilation, kernel, padding = zip(*self._settings(), strict=True)
+            module, padding = self.module, self.module.padding
             margins, image = self._margins(x, g), g
             wider = [
                 before - after for before, after in zip(margins[::2], margins[1::2], strict=True)
             ]
-            if any(wide >= jump for wide, jump in zip(reversed(wider), stride, strict=True)):
-                image, padding = F.pad(g, margins), (0,) * len(kernel)  # else a window more
-            window = {"stride": stride, "padding": padding, "dilation": dilation}
-            return kernel_squares(image, x, kernel=kernel, groups=self.module.groups, **window)
+            if any(wide >= jump for wide, jump in zip(reversed(wider), module.stride, strict=True)):
+                image, padding = F.pad(g, margins), (0,) * len(padding)  # else a window more
+            window = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
+            window |= {"kernel": module.kernel_size, "groups": module.groups}
+            return kernel_squares(image, x, **window)
 
         return self._shaped(weight=weight, bias=lambda: sum_of_squares(g.flatten(2).sum(2)))
 

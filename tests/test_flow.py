@@ -7,7 +7,7 @@ import io
 import math
 import re
 import sys
-import warnings
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -19,7 +19,6 @@ from support.networks_zoo import (
     Noisy,
     measure,
     mlp,
-    one_thread,  # noqa: F401
     samples,
     seeded,
     two_conditions,
@@ -81,7 +80,7 @@ def brute_force(minus: np.ndarray, plus: np.ndarray, ridge: float) -> tuple[floa
     return leverages * ((nu - k_eff - 1) / nu * naive - noise * k_eff), naive
 
 
-@pytest.mark.parametrize("ridge", [0.0, 1e-4, 0.1])
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
 def test_linear_information_against_the_formula(ridge):
     """Catches a covariance with fold means in it, another nu, a ridge on raw units, a half step."""
     generator = torch.Generator().manual_seed(3)
@@ -141,7 +140,6 @@ def test_results_are_symmetric_and_plain():
             assert matrix.dtype == torch.float64
             assert not matrix.requires_grad
             torch.testing.assert_close(matrix, matrix.T, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(layer.curve_J, layer.curve_J.mT, rtol=1e-12, atol=1e-12)
         assert layer.curve_J.shape == layer.curve_stderr.shape == (len(layer.curve_k), 3, 3)
         assert layer.curve_k.dtype == torch.int64
         assert (layer.curve_k[1:] > layer.curve_k[:-1]).all()
@@ -214,29 +212,23 @@ def test_units_of_theta(kind):
 
 
 def test_same_seed_same_bits():
-    """Catches a random state of the process that gets in, also where the network draws numbers."""
+    """Catches a random state of the process that gets in, also where the network draws numbers,
+    folds or pilots that are drawn, and a seed that the lift does not use."""
     model = seeded(Noisy)
     first = measure(model)
     torch.manual_seed(99)
     np.random.seed(99)
     second = measure(model)
+    other = measure(model, seed=1)["input"]
     for layer in first:
         for name in (*MATRICES, "curve_J", "curve_stderr"):
             assert torch.equal(getattr(layer, name), getattr(second[layer.name], name))
+    assert torch.equal(other.linear, first["input"].linear)
+    assert torch.equal(other.linear_stderr, first["input"].linear_stderr)
+    assert not torch.equal(other.curve_J, first["input"].curve_J)
 
 
-def test_seed_changes_the_lift_alone():
-    """Catches folds or pilots that are drawn, and a seed that is not used."""
-    model = seeded(mlp)
-    first, second = (measure(model, seed=seed) for seed in (0, 1))
-    for layer in first:
-        other = second[layer.name]
-        assert torch.equal(layer.linear, other.linear)
-        assert torch.equal(layer.linear_stderr, other.linear_stderr)
-        assert not torch.equal(layer.curve_J, other.curve_J)
-
-
-@pytest.mark.parametrize("batch_size", [1, 50, 399])
+@pytest.mark.parametrize("batch_size", [1, 399])
 def test_batch_size_changes_results_to_rounding(batch_size):
     """Catches samples that are dealt to folds, or standardised, by the batches they come in."""
     model = seeded(mlp).double()
@@ -270,7 +262,7 @@ def test_settings_are_kept():
 # --- values that cannot be used ---
 
 
-@pytest.mark.parametrize(("batch", "value"), [(0, math.nan), (3, math.inf), (7, -math.inf)])
+@pytest.mark.parametrize(("batch", "value"), [(0, math.nan), (7, -math.inf)])
 def test_bad_samples_name_input_batch_and_condition(batch, value):
     """Catches NaN that reaches J, or is blamed on the first layer instead of the data."""
     minus, plus = samples()
@@ -289,21 +281,13 @@ def test_bad_samples_name_input_batch_and_condition(batch, value):
 def test_bad_activations_name_the_first_layer_in_order_of_execution(place):
     """Catches the last layer, or the first of a dict, that is blamed; in the pilot and later."""
 
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.z_first = nn.Linear(WIDTH, WIDTH)
-            self.m_breaks = nn.Identity()
-            self.a_last = nn.Linear(WIDTH, 1)
-
+    class Breaks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.z_first(x)
-            y = torch.sigmoid(torch.where(x[:, :1] > 9, torch.nan, y))
-            return self.a_last(y)
+            return torch.sigmoid(torch.where(x[:, :1] > 9, torch.nan, x))
 
     minus, plus = samples()
     plus[place, 0] = 10
-    model = seeded(Broken)
+    model = nn.Sequential(OrderedDict(z_first=nn.Identity(), breaks=Breaks(), a_last=nn.Tanh()))
     text = (
         "activations of layer 'z_first/sigmoid' must be finite, got NaN or infinity in "
         f"batch {place // 50} of condition 'plus'"
@@ -324,48 +308,33 @@ def test_overflow_of_the_statistics():
 # --- how many samples ---
 
 
-def needed(error: BaseException) -> int:
-    """The number of samples that a message asks for."""
-    found = re.search(r"must see at least (\d+) samples per condition", str(error))
-    assert found, str(error)
-    return int(found[1])
-
-
 def wide_information(n: int, width: int, parameters: int, paired: bool) -> ff.LayerFisher:
     """Information of n samples per condition, in all activations whatever their number."""
     minus, plus = samples(n * parameters, width=width)
     data = ff.FiniteDifference(list(minus.split(n)), list(plus.split(n)), DTHETA, paired=paired)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ff.FisherWarning)
-        return ff.fisher_information(data, max_features=512)
+    return ff.fisher_information(data, max_features=512)
 
 
-@pytest.mark.parametrize(
-    ("width", "parameters", "paired"),
-    [(3, 1, False), (3, 2, True), (100, 1, True), (100, 2, False), (257, 1, False)],
-)
-def test_number_of_samples_that_is_asked_for_is_enough(width, parameters, paired):
+def needed(*arguments) -> int:
+    """The number of samples that the message asks for."""
+    text = r"^layer 'input' must see at least (\d+) samples per condition"
+    with pytest.raises(ValueError, match=text) as caught:
+        wide_information(*arguments)
+    return int(re.search(text, str(caught.value))[1])
+
+
+@pytest.mark.filterwarnings("ignore::fisherfast.FisherWarning")
+@pytest.mark.parametrize("case", [(3, 1, False), (3, 2, True), (100, 2, False), (257, 1, False)])
+def test_number_of_samples_that_is_asked_for_is_enough(case):
     """Catches a number that is too small, and one that is too large (two less must fail)."""
-    with pytest.raises(ValueError, match=r"^layer 'input' must see at least ") as caught:
-        wide_information(FOLDS, width, parameters, paired)
-    enough = needed(caught.value)
-    info = wide_information(enough, width, parameters, paired)
+    width, parameters, _ = case
+    enough = needed(FOLDS, *case)
+    info = wide_information(enough, *case)
     assert info.samples == 2 * parameters * enough
     assert info.compressed == (width > 3)
     assert torch.isfinite(info.linear).all()
     assert torch.isfinite(info.lower).all()
-    with pytest.raises(ValueError, match=r"^layer 'input' must see at least ") as caught:
-        wide_information(enough - 2, width, parameters, paired)
-    assert needed(caught.value) == pytest.approx(enough, abs=1)
-
-
-def test_fewer_features_than_asked_for_are_noted():
-    """Catches nu <= k + 1, and a reduction that nobody is told of."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ff.FisherWarning)
-        info = ff.fisher_information(two_conditions(40), max_features=512)
-    assert info.curve_k[-1] < 2 * 40 - 2 * FOLDS - 1
-    assert any("limited" in note for note in info.notes)
+    assert needed(enough - 2, *case) == pytest.approx(enough, abs=1)
 
 
 # --- features without information ---
@@ -387,35 +356,31 @@ class Dead(nn.Module):
         return self.out(torch.relu(self.fc(x) - 1e9 * self.all_dead))
 
 
-def test_constant_features_are_dropped_counted_and_noted():
-    """Catches a division by a standard deviation of 0."""
-    model = seeded(Dead)
-    flow = measure(model)
-    assert flow["fc"].dropped >= 1
-    relu = flow["fc/relu"]
-    assert relu.dropped >= 2
-    assert any("constant" in note for note in relu.notes)
-    assert relu.dim == 4
-    rest = measure(nn.Identity(), two_conditions())["input"]
-    assert relu.value < rest.value + 4 * rest.stderr.item()
-
-
-def test_all_dead_is_no_information():
-    """Catches NaN, an error, or a layer that is missing from the results."""
-    model = seeded(lambda: Dead(all_dead=True))
+@pytest.mark.parametrize("dead", [2, 4])
+def test_constant_features_are_dropped_counted_and_noted(dead):
+    """Catches a division by a standard deviation of 0; and where all are constant NaN, an error, or
+    a layer that is missing from the results."""
+    model = seeded(lambda: Dead(all_dead=dead == 4))
     with untouched(model):
         flow = measure(model, two_conditions(4000))
-    for name, dim in (("fc/relu", 4), ("output", 1)):
-        layer = flow[name]
-        assert layer.dropped == dim
+    relu = flow["fc/relu"]
+    assert relu.dim == 4
+    assert relu.dropped >= dead
+    assert any("constant" in note for note in relu.notes)
+    assert "fc/relu" in str(flow)
+    if dead == 2:
+        assert flow["fc"].dropped >= 1
+        assert relu.value < WIDTH + 4 * relu.stderr.item()
+        return
+    for layer in (relu, flow["output"]):
+        assert layer.dropped == layer.dim
         for matrix in MATRICES:
             assert torch.equal(getattr(layer, matrix), torch.zeros(1, 1, dtype=torch.float64))
-        assert any("constant" in note for note in layer.notes)
-        assert flow.fractions()[name] == 0
+        assert flow.fractions()[layer.name] == 0
         assert math.isinf(layer.crlb.item())
-    assert "fc/relu" in str(flow)
 
 
+@pytest.mark.filterwarnings("ignore::fisherfast.FisherWarning")
 @pytest.mark.parametrize(("where", "batch_size"), [("minus", 25), ("plus", 4096)])
 def test_activations_that_fire_late_count(where, batch_size):
     """Catches a feature that is dropped because it was silent in the first batches.
@@ -429,84 +394,60 @@ def test_activations_that_fire_late_count(where, batch_size):
         x[silent:, 5] += SHIFT if x is minus else -SHIFT
     (minus if where == "minus" else plus)[silent:, 5] += 1.0
     data = ff.FiniteDifference(minus, plus, DTHETA)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ff.FisherWarning)
-        info = ff.fisher_information(
-            data, max_features=16, settings=ff.Settings(batch_size=batch_size)
-        )
+    info = ff.fisher_information(data, max_features=16, settings=ff.Settings(batch_size=batch_size))
     expected, _ = brute_force(minus.double().numpy(), plus.double().numpy(), 0.0)
     assert info.dropped == 0
     assert info.linear.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_single_event():
-    """One sample of 4000 differs: catches a singular covariance of half A or B."""
-    minus, plus = samples(2000)
-    minus[:, 3] = plus[:, 3] = 0.0
-    plus[1234, 3] = 1.0
-    flow = measure(nn.Identity(), ff.FiniteDifference(minus, plus, DTHETA))
-    for name in MATRICES:
-        assert torch.isfinite(getattr(flow["input"], name)).all()
-    # one event in 4000 shows nothing that could be told from chance
-    assert flow["input"].value == pytest.approx(5, abs=4 * flow["input"].stderr.item())
-
-
 # --- arguments ---
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"max_features": 0}, "max_features must be at least 1, got 0"),
-        ({"seed": 2**63}, f"seed must be at least -2**63 and below 2**63, got {2**63}"),
-        ({"ridge": 1}, 'ridge must be "auto" or in [0, 1), got 1.0'),
-        ({"ridge": math.nan}, 'ridge must be "auto" or in [0, 1), got nan'),
-    ],
-)
-def test_numbers_out_of_range(options, text):
-    """Catches a number that fails deep inside, or not at all. Both functions check alike."""
+REFUSED = {
+    "no features": ({"max_features": 0}, "max_features must be at least 1, got 0"),
+    "seed": ({"seed": 2**63}, f"seed must be at least -2**63 and below 2**63, got {2**63}"),
+    "ridge": ({"ridge": 1}, 'ridge must be "auto" or in [0, 1), got 1.0'),
+    "NaN": ({"ridge": math.nan}, 'ridge must be "auto" or in [0, 1), got nan'),
+    **{
+        f"{name} {value!r}": ({name: value}, f"{name} must ")
+        for name in ("max_features", "ridge", "seed", "settings")
+        for value in ({} if name == "settings" else None, "many", [1], 16.5)
+    },
+    **{
+        f"data {data!r}": (
+            {"data": data},
+            "data must be a FiniteDifference, Pathwise, Score or Simulator, got "
+            + type(data).__name__,
+        )
+        for data in (None, (torch.zeros(3), 1), nn.ReLU())
+    },
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_arguments(case):
+    """Catches a number that fails deep inside, or not at all, messages that do not say which
+    argument, 16.5 features that are silently 16, and samples given without their step. Both
+    functions check alike."""
+    options, text = REFUSED[case]
+    options = {"data": two_conditions()} | options
     model = seeded(mlp)
-    with untouched(model), pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        measure(model, **options)
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        ff.fisher_information(two_conditions(), **options)
+    with untouched(model), pytest.raises((TypeError, ValueError), match=f"^{re.escape(text)}"):
+        ff.fisher_flow(model, **options)
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(text)}"):
+        ff.fisher_information(**options)
 
 
-@pytest.mark.parametrize("name", ["max_features", "ridge", "seed", "settings"])
-def test_arguments_of_a_wrong_kind(name):
-    """Catches "int() argument must be a string", which does not say which argument, and 16.5
-    features that are silently 16."""
-    model = seeded(mlp)
-    for value in ({} if name == "settings" else None, "many", [1], 16.5):
-        with untouched(model), pytest.raises((TypeError, ValueError), match=f"^{name} must "):
-            measure(model, **{name: value})
-
-
-@pytest.mark.parametrize("model", [None, torch.relu])
-def test_things_that_are_no_model(model):
+def test_things_that_are_no_model():
     """Catches an error about missing attributes."""
-    text = f"model must be a torch.nn.Module, got {type(model).__name__}"
-    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
-        ff.fisher_flow(model, two_conditions())
-
-
-@pytest.mark.parametrize("data", [None, (torch.zeros(3), 1), nn.ReLU()])
-def test_things_that_are_no_data(data):
-    """Catches samples given without their step."""
-    known = "FiniteDifference, Pathwise, Score or Simulator"
-    text = f"data must be a {known}, got {type(data).__name__}"
-    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
-        ff.fisher_flow(seeded(mlp), data)
-    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
-        ff.fisher_information(data)
+    with pytest.raises(TypeError, match=r"^model must be a torch.nn.Module, got NoneType$"):
+        ff.fisher_flow(None, two_conditions())
 
 
 # --- interruptions, progress, chains ---
 
 
-@pytest.mark.parametrize(
-    ("batches", "error"), [(0, MemoryError), (1, KeyboardInterrupt), (8, SystemExit)]
-)
+@pytest.mark.parametrize(("batches", "error"), [(0, MemoryError), (8, KeyboardInterrupt)])
 def test_interrupted_sources_leave_nothing_behind(batches, error):
     """Catches hooks, eval mode or a seeded stream that stay after Ctrl-C while data are read."""
     minus, plus = samples()

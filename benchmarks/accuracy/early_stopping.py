@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fisherfast.measurement.cache import Recall
-from fisherfast.measurement.run import Measurement
+from fisherfast.measurement.run import Measurement, Recall
 from fisherfast.measurement.settings import MeasurementSettings, Settings
 from fisherfast.training import EpochRecord, FisherEarlyStopping
 from fisherfast.training.record import Errors

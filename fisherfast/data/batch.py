@@ -42,10 +42,6 @@ class Batch:
         parts = (self.x, self.tangents, self.score)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def leading(self, rows: int) -> Batch:
-        """Return the first samples."""
-        return self.part(0, rows)
-
     def part(self, start: int, stop: int) -> Batch:
         """Return samples start to stop."""
         return self._rows(slice(start, stop))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -52,10 +52,14 @@ class Dealing:
     rank: int = 0
 
     @staticmethod
+    @lru_cache(maxsize=8)
     def of(length: int | None, folds: int, *, rank: int = 0) -> Dealing:
         """Deal a condition of known or unknown length: the same way for every condition of that
         length, on any number of ranks."""
-        return _dealing(length, cells_of(folds), 0 if length is not None else rank)
+        cells = cells_of(folds)
+        if length is None:
+            return Dealing(cells, torch.zeros(0, dtype=torch.uint8), rank)
+        return Dealing(cells, _dealt(length, cells))
 
     @staticmethod
     def of_groups(groups: torch.Tensor, folds: int) -> Dealing:
@@ -83,29 +87,15 @@ class Dealing:
         return _place(self, first, count, folds)
 
 
-@dataclass(frozen=True, eq=False)
-class Tally:
-    """The number of groups of samples in each cell.
-
-    Attributes:
-        cells: int64 [M].
-    """
-
-    cells: torch.Tensor
-
-    @staticmethod
-    def of_groups(count: int, folds: int) -> Tally:
-        """Count a number of groups, which are dealt like samples."""
-        cells = cells_of(folds)
-        return Tally(torch.bincount(_dealt(count, cells).long(), minlength=cells))
-
-    def by_fold(self, folds: int) -> torch.Tensor:
-        """Count the groups in each fold, int64 [F]."""
-        return self.cells.view(-1, folds).sum(0)
-
-    def of_half(self, half: int, folds: int) -> torch.Tensor:
-        """Count the groups of a half in each of its own folds, int64 [F]."""
-        return self.by_fold(2 * folds)[half::2]
+def groups_by_fold(
+    count: int, folds: int, half: int | None = None, own: int | None = None
+) -> torch.Tensor:
+    """Count how many of a number of groups, which are dealt like samples, are in each of F folds,
+    int64 [F]; or those of a half in each of its own folds."""
+    cells = _dealt(count, cells_of(folds)).long()
+    if half is None or own is None:
+        return torch.bincount(cells % folds, minlength=folds)
+    return torch.bincount(cells % (2 * own), minlength=2 * own)[half::2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +108,14 @@ class Place:
         folds: F.
         fold: int64 [n] of each row, ascending in the order 0, 2, 4, ..., 1, 3, ...
         cells: int64 [n] of each row.
+        end: the number after the last of the batch; for a half, of the whole batch.
     """
 
     numbers: torch.Tensor
     folds: int
     fold: torch.Tensor
     cells: torch.Tensor
+    end: int
     _moved: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     _kept: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _halves: dict[tuple[int, int], tuple[Place, torch.Tensor]] = field(default_factory=dict)
@@ -134,7 +126,8 @@ class Place:
         rows."""
         fold = cells % folds
         order = (fold % 2 * folds + fold).argsort(stable=True)
-        return Place(numbers[order], folds, fold[order], cells[order]), order
+        end = int(numbers.max()) + 1 if len(numbers) else 0
+        return Place(numbers[order], folds, fold[order], cells[order], end), order
 
     @staticmethod
     def in_turn(first: int, count: int, folds: int) -> tuple[Place, torch.Tensor]:
@@ -144,11 +137,6 @@ class Place:
 
     def __len__(self) -> int:
         return len(self.numbers)
-
-    @cached_property
-    def end(self) -> int:
-        """The number after the last of these rows."""
-        return int(self.numbers.max()) + 1 if len(self) else 0
 
     @cached_property
     def counts(self) -> torch.Tensor:
@@ -199,7 +187,7 @@ class Place:
     def sides(self) -> tuple[Place, ...]:
         """The places of the two halves of the rows, in the folds of all samples."""
         return tuple(
-            Place(self.numbers[rows], self.folds, self.fold[rows], self.cells[rows])
+            Place(self.numbers[rows], self.folds, self.fold[rows], self.cells[rows], self.end)
             for rows in self.halves
         )
 
@@ -209,14 +197,9 @@ class Place:
         key = half, folds
         if key not in self._halves:
             rows = self.halves[half]
-            self._halves[key] = Place.sort(self.numbers[rows], self.cells[rows] // 2, folds)
+            own, order = Place.sort(self.numbers[rows], self.cells[rows] // 2, folds)
+            self._halves[key] = replace(own, end=self.end), order
         return self._halves[key]
-
-
-@lru_cache(maxsize=8)
-def _dealing(length: int | None, cells: int, rank: int) -> Dealing:
-    known = torch.zeros(0, dtype=torch.uint8) if length is None else _dealt(length, cells)
-    return Dealing(cells, known, rank)
 
 
 @lru_cache(maxsize=CACHED_PLACES)

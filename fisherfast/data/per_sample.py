@@ -50,16 +50,18 @@ class PerSample(FromSources):
         """Check the companion of all samples, for x a tensor, and set `parameters`."""
 
     @abstractmethod
-    def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
-        """Make the batch of samples x, which are these rows of the tensor of all samples."""
+    def _checked(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> torch.Tensor:
+        """Check samples and companion that a source has yielded, and return the companion
+        [n, P, ...]."""
 
-    @abstractmethod
-    def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
-        """Check samples and companion that a source has yielded, and make a batch."""
+    def _join(self, x: torch.Tensor, companion: torch.Tensor) -> Batch:
+        if self.source == "score":
+            return Batch(x, score=companion)
+        return Batch(x, tangents=companion.movedim(1, 0))
 
     def _batch(self, condition: int, item: Any, rows: slice | torch.Tensor, where: str) -> Batch:
         if self.resident():
-            return self._with(sources.as_batch(item, "x"), rows)
+            return self._join(sources.as_batch(item, "x"), self._companion[rows])
         paired = isinstance(item, list | tuple)
         if not paired or len(item) != 2:
             more = paired and len(item) > 2
@@ -70,7 +72,7 @@ class PerSample(FromSources):
                 f" got {got} {where}{hint}"
             )
         x, companion = sources.as_batch(item[0], "x"), sources.as_batch(item[1], self.companion)
-        return self._join(x, companion, where)
+        return self._join(x, self._checked(x, companion, where))
 
     def __repr__(self) -> str:
         name = type(self).__name__
@@ -128,10 +130,7 @@ class Pathwise(PerSample):
         self.parameters = dx.shape[1]
         return dx
 
-    def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
-        return Batch(x, tangents=self._companion[rows].movedim(1, 0))
-
-    def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
+    def _checked(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> torch.Tensor:
         dx = self._by_parameter(companion, x, f" {where}")
         if dx.shape[1] != self.parameters:
             raise ValueError(
@@ -141,7 +140,7 @@ class Pathwise(PerSample):
         _check_like(dx, x, f" {where}")
         if dx.device.type == "cpu":
             _check_finite(dx, "dx", f" {where}")
-        return Batch(x, tangents=dx.movedim(1, 0))
+        return dx
 
     @staticmethod
     def _by_parameter(dx: torch.Tensor, x: torch.Tensor | np.ndarray, where: str) -> torch.Tensor:
@@ -211,10 +210,7 @@ class Score(PerSample):
         self.parameters = columns.shape[1]
         return columns
 
-    def _with(self, x: torch.Tensor, rows: slice | torch.Tensor) -> Batch:
-        return Batch(x, score=self._companion[rows])
-
-    def _join(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> Batch:
+    def _checked(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> torch.Tensor:
         columns = companion[:, None] if companion.ndim == 1 else companion
         if tuple(columns.shape) != (len(x), self.parameters):
             raise ValueError(
@@ -223,7 +219,7 @@ class Score(PerSample):
             )
         if companion.device.type == "cpu":
             _check_finite(companion, "score", f" {where}")
-        return Batch(x, score=columns.double())
+        return columns.double()
 
 
 def _as_tensor(value: Any, name: str, shape: str) -> torch.Tensor:

@@ -53,20 +53,13 @@ class KeptSamples:
         self._kept: list[Chunks] = [[] for _ in range(conditions)]
         self._fit(expected or 0)
 
-    def add(
-        self,
-        condition: int,
-        place: Place,
-        *columns: torch.Tensor | None,
-        whole: Place | None = None,
-    ) -> None:
+    def add(self, condition: int, place: Place, *columns: torch.Tensor | None) -> None:
         """Add samples of a condition.
 
         Args:
             condition: theirs.
             place: of these samples.
             columns: tensors [n, ...] to keep of each sample, or None.
-            whole: place of the batch if these are only a half of it; None otherwise.
         """
         rows = place.kept_rows(self._block, self._stride)
         if len(rows):
@@ -76,8 +69,7 @@ class KeptSamples:
             if len(chunks) > MOST_CHUNKS:  # small tensors between large ones fragment memory
                 chunks = [tuple(torch.cat(column) for column in zip(*chunks, strict=True))]
             self._kept[condition] = chunks
-        seen = place.end if whole is None else whole.end
-        self._seen[condition] = max(self._seen[condition], seen)
+        self._seen[condition] = max(self._seen[condition], place.end)
         self._fit(self._seen[condition])
 
     def state(self) -> State:

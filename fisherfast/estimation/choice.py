@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.curve import FisherCurve
 
@@ -50,7 +51,7 @@ class Choice(NamedTuple):
 
     features: int
     plateau: bool
-    doubt: torch.Tensor
+    doubt: Tensor
     sensitive: bool
 
 
@@ -91,9 +92,7 @@ def choose_features(curve: FisherCurve, first: int) -> Choice:
     return Choice(chosen, plateau, doubt, _sensitive(curve, grid, error[own], chosen, first))
 
 
-def _sensitive(
-    curve: FisherCurve, grid: torch.Tensor, error: torch.Tensor, chosen: int, first: int
-) -> bool:
+def _sensitive(curve: FisherCurve, grid: Tensor, error: Tensor, chosen: int, first: int) -> bool:
     """Return whether more features that add a tenth of J would have been noticed.
 
     error [m, P] is that of the gains over the chosen size."""
@@ -104,9 +103,7 @@ def _sensitive(
     return chosen == len(curve) or not bool((least * error[following] > WORTH * J).any())
 
 
-def _doubt(
-    curve: FisherCurve, smaller: int, larger: int, clearest: torch.Tensor, least: float
-) -> torch.Tensor:
+def _doubt(curve: FisherCurve, smaller: int, larger: int, clearest: Tensor, least: float) -> Tensor:
     """Compute the deviations [F, P, P] from one choice; clearest [P] is z, least is t."""
     change = curve.replicates[larger - 1] - curve.replicates[smaller - 1]
     change = change - change.mean(0)
@@ -118,7 +115,7 @@ def _doubt(
     return change * scale.nan_to_num(0.0, posinf=0.0)
 
 
-def _gains(curve: FisherCurve, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _gains(curve: FisherCurve, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sizes that are compared, [m] counted from 0, and for each pair of them the gain
     J(k') - J(k) [m, m, P] and its standard error."""
     lifted = math.log(max(len(curve) - first, 1))
@@ -142,7 +139,7 @@ def _gains(curve: FisherCurve, first: int) -> tuple[torch.Tensor, torch.Tensor, 
     return grid, gain, (jackknife + covariance).sqrt().maximum(LEAST_GAIN * own[:, None])
 
 
-def _smallest(grid: torch.Tensor, beaten: torch.Tensor) -> int:
+def _smallest(grid: Tensor, beaten: Tensor) -> int:
     """Return the smallest size that no larger one exceeds, given beaten [m, m, P]."""
     later = torch.ones_like(beaten[..., 0]).triu(1)
     enough = ~(beaten.any(-1) & later).any(1)

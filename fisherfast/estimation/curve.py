@@ -10,11 +10,12 @@ linear Fisher information of the first k features, for every k at once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from fisherfast.estimation.estimate import fold_estimate, score_estimate, score_theory
+from fisherfast.estimation.estimate import Estimate, estimate, score_theory
 from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures, pair_inflation
 from fisherfast.estimation.leverage import (
     pair_correlations,
@@ -49,57 +50,36 @@ parameters)."""
 
 
 @dataclass(frozen=True)
-class FisherCurve:
+class FisherCurve(Estimate):
     """Linear Fisher information J of the first k features, k = 1..K. Float64, in 1/theta^2.
 
     Attributes:
-        J: [K, P, P] bias-corrected; may be negative, is never clipped.
-        stderr: [K, P, P] its standard errors.
         naive: [K, P, P] Y^T Y, uncorrected.
         effective_dim: [K] k_eff, the effective number of features after the ridge.
         ridge_share: [K] q_i, the part of whitened feature i that is ridge.
         hidden: [K, P] information that the ridge may hide, to first order in q.
         readout: [K, K] L^-1 in the scale of the features: whitened features are readout @ f.
         half: [K, P] Y, the derivative of the whitened features.
-        left_out: [K, F, P] diagonal of the fold statistic without each fold: the jackknife of a
-            gain.
-        useless: [K, P] the size M in 2 M^2 dk / nu^2, the variance that dk features without
-            information add to J; zero where the jackknife includes it.
-        replicates: [K, F, P, P] the estimate without each fold; their jackknife is in stderr.
-        doubt: [K, P, P] half of the change of J by the kept samples, which is part of its error.
         statistics: the statistics it was computed from.
-        condition: lower bound on the condition number of the scaled covariance plus ridge.
     """
 
-    J: torch.Tensor
-    stderr: torch.Tensor
-    naive: torch.Tensor
-    effective_dim: torch.Tensor
-    ridge_share: torch.Tensor
-    hidden: torch.Tensor
-    readout: torch.Tensor
-    half: torch.Tensor
-    left_out: torch.Tensor
-    useless: torch.Tensor
-    replicates: torch.Tensor
-    doubt: torch.Tensor
+    naive: Tensor
+    effective_dim: Tensor
+    ridge_share: Tensor
+    hidden: Tensor
+    readout: Tensor
+    half: Tensor
     statistics: FoldStatistics
-    condition: float
 
     def __len__(self) -> int:
         return len(self.J)
 
-    def leading(self, k: int) -> FisherCurve:
-        """Return the curve of the first k features."""
-        statistics = self.statistics.leading(k)
-        values = {
-            field.name: getattr(self, field.name)[:k]
-            for field in fields(self)
-            if field.name not in ("readout", "statistics", "condition")
-        }
-        return replace(self, **values, readout=self.readout[:k, :k], statistics=statistics)
+    @property
+    def stderr(self) -> Tensor:
+        """Standard errors [K, P, P] of J."""
+        return self.variance.sqrt()
 
-    def readout_of(self, k: int) -> torch.Tensor:
+    def readout_of(self, k: int) -> Tensor:
         """Compute W = R^-1 D [k, P] of the first k features, in their scale."""
         leading = self.readout[:k, :k]
         return leading.T @ self.half[:k]
@@ -117,7 +97,7 @@ class FisherCurve:
         J = self.naive[k - 1].diagonal()
         return float(torch.where(J > 0, error / J, 0.0).max())
 
-    def error_covariance(self, k: int) -> torch.Tensor:
+    def error_covariance(self, k: int) -> Tensor:
         """Compute the covariance [P, P, P, P] of the errors of the entries of J(k); its diagonal is
         the square of stderr."""
         J, effective = self.J[k - 1], float(self.effective_dim[k - 1])
@@ -151,9 +131,7 @@ class SingularCovarianceError(ValueError):
         self.feature = feature
 
 
-def fisher_curve(
-    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
-) -> FisherCurve:
+def fisher_curve(statistics: FoldStatistics, ridge: float | Tensor = LIFT_RIDGE) -> FisherCurve:
     r"""Compute the whole curve J(k) from one Cholesky factorisation.
 
     .. math::
@@ -173,57 +151,35 @@ def fisher_curve(
 
     Cost: K^3 operations. Derived in docs/theory.md, sections 4 to 6, 12 and 13.
     """
-    size, parameters = statistics.derivative.shape
-    folds = len(statistics.fold_derivatives)
     solved = whitened(statistics.covariance, statistics.columns, ridge)
-    half = solved.columns[:, :parameters]
-    fold_half = solved.columns[:, parameters:].reshape(size, folds, parameters)
+    half, fold_half = statistics.split(solved.columns)
     naive = _fold_products(half, half)
     effective = (1 - solved.ridge_share).cumsum(0)
     if statistics.samples is not None and statistics.samples.conditions > 1:
         statistics = _with_pairs(statistics, statistics.samples, solved.inverse)
     if float(statistics.dof - effective[-1]) < SPARE_DOF:
         raise ValueError(
-            f"degrees of freedom must exceed the {size} features by {SPARE_DOF},"
+            f"degrees of freedom must exceed the {len(half)} features by {SPARE_DOF},"
             f" got {statistics.dof:.0f}: use more samples or fewer features"
         )
     seen = None
     if statistics.samples is not None:
         seen = seen_along_curve(statistics.samples, solved.inverse, half, statistics.dof)
-    if statistics.score is not None:
-        products = _fold_products(half[:, None], fold_half)
-        scored = score_estimate(naive, effective, products, statistics.score, statistics.dof, seen)
-        J, variance, replicates = scored.J, scored.variance, scored.replicates
-        left_out = _gains_of_score(products, scored.share[-1])
-        useless = torch.zeros_like(left_out[:, 0])
-        doubt = torch.zeros_like(J)
-    else:
-        found = fold_estimate(naive, effective, fold_half, _fold_products, statistics, seen)
-        J, variance, replicates, doubt = found.J, found.variance, found.replicates, found.doubt
-        left_out = torch.diagonal(replicates, dim1=2, dim2=3)
-        shrink = (statistics.dof - effective - 1) / statistics.dof
-        useless = shrink[:, None] * torch.diagonal(naive, dim1=1, dim2=2)
-        useless = useless * torch.diagonal(found.excess, dim1=1, dim2=2).square()
+    found = estimate(half, fold_half, naive, effective, _fold_products, statistics, seen)
     return FisherCurve(
-        J=J,
-        stderr=variance.sqrt(),
+        **vars(found),
         naive=naive,
         effective_dim=effective,
         ridge_share=solved.ridge_share,
         hidden=_hidden(statistics, solved).cumsum(0),
         readout=solved.inverse,
         half=half,
-        left_out=left_out,
-        useless=useless,
-        replicates=replicates,
-        doubt=doubt,
         statistics=statistics,
-        condition=solved.condition,
     )
 
 
 def _with_pairs(
-    statistics: FoldStatistics, samples: SampleFeatures, readout: torch.Tensor
+    statistics: FoldStatistics, samples: SampleFeatures, readout: Tensor
 ) -> FoldStatistics:
     """The same with nu from the correlations of whitened features, readout L^-1 [k, k]."""
     rho = pair_correlations(samples.whitened(readout), samples.conditions)
@@ -233,10 +189,8 @@ def _with_pairs(
 
 
 def cross_fitted_bound(
-    half_a: FoldStatistics,
-    half_b: FoldStatistics,
-    ridge: float | torch.Tensor = LIFT_RIDGE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    half_a: FoldStatistics, half_b: FoldStatistics, ridge: float | Tensor = LIFT_RIDGE
+) -> tuple[Tensor, Tensor]:
     """Compute the honest lower bound: learn the readout on one half, measure it on the other, swap
     the halves, and average.
 
@@ -260,7 +214,7 @@ def cross_fitted_bound(
     return (J_a + J_b) / 2, ((variance_a + variance_b) / 4).sqrt()
 
 
-def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+def _last_or_zero(statistics: FoldStatistics) -> tuple[Tensor, Tensor]:
     """Return J and its variance [P, P] of all features of the statistics; zero without features."""
     if len(statistics.derivative) == 0:
         zero = torch.zeros_like(statistics.noise)
@@ -275,9 +229,7 @@ def _last_or_zero(statistics: FoldStatistics) -> tuple[torch.Tensor, torch.Tenso
             return curve.J[-1], curve.stderr[-1].square()
 
 
-def linear_readout(
-    statistics: FoldStatistics, ridge: float | torch.Tensor = LIFT_RIDGE
-) -> torch.Tensor:
+def linear_readout(statistics: FoldStatistics, ridge: float | Tensor = LIFT_RIDGE) -> Tensor:
     """Compute W = R^-1 D [k, P] in the scale of the features: the readout that attains the linear
     information.
 
@@ -312,18 +264,14 @@ class Whitened:
         columns: [k, m] L^-1 s times the given columns.
         inverse: [k, k] L^-1 s.
         ridge_share: [k] q.
-        condition: (max L_ii / min L_ii)^2, a lower bound on the condition number of R.
     """
 
-    columns: torch.Tensor
-    inverse: torch.Tensor
-    ridge_share: torch.Tensor
-    condition: float
+    columns: Tensor
+    inverse: Tensor
+    ridge_share: Tensor
 
 
-def whitened(
-    covariance: torch.Tensor, columns: torch.Tensor, ridge: float | torch.Tensor
-) -> Whitened:
+def whitened(covariance: Tensor, columns: Tensor, ridge: float | Tensor) -> Whitened:
     """Whiten columns [k, m] by a covariance [k, k] with a ridge relative to its diagonal.
 
     Raises:
@@ -346,11 +294,10 @@ def whitened(
     inverse = inverse_of_lower(factor)
     share = inverse.square() @ ridge
     inverse = inverse * scale
-    condition = float(pivots.max() / pivots.min()) if size else 1.0
-    return Whitened(inverse @ columns, inverse, share, condition)
+    return Whitened(inverse @ columns, inverse, share)
 
 
-def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
+def inverse_of_lower(factor: Tensor) -> Tensor:
     """Invert a lower triangle L [k, k] by halves, in a third of the operations of a solve with the
     unit matrix."""
     size = len(factor)
@@ -366,9 +313,7 @@ def inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def independent_features(
-    statistics: FoldStatistics, ridge: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def independent_features(statistics: FoldStatistics, ridge: Tensor) -> tuple[Tensor, Tensor]:
     """Find the features that are not linear in those before them, apart from their ridge.
 
     Args:
@@ -394,37 +339,24 @@ def independent_features(
         index = index[~rounding]
 
 
-def _hidden(statistics: FoldStatistics, solved: Whitened) -> torch.Tensor:
+def _hidden(statistics: FoldStatistics, solved: Whitened) -> Tensor:
     """Estimate the information [k, P] that the ridge of each whitened feature may hide.
 
     Without the ridge a single whitened feature has J = y^2 / (1 - q): y^2 q / (1 - q) is missing.
     The folds give y^2 without bias; if the feature is mostly ridge, y^2 itself is missing.
     """
-    parameters = statistics.derivative.shape[1]
-    folds = len(statistics.fold_derivatives)
-    fold_half = solved.columns[:, parameters:].unflatten(1, (folds, parameters))
+    half, fold_half = statistics.split(solved.columns)
     if statistics.score is None:
+        folds = fold_half.shape[1]
         total = fold_half.sum(1)
         square = (total.square() - fold_half.square().sum(1)) / (folds * (folds - 1))
     else:
-        square = solved.columns[:, :parameters].square()
+        square = half.square()
     q = solved.ridge_share
     return square * torch.where(q <= MOSTLY_RIDGE, q / (1 - q), 1.0)[:, None]
 
 
-def _gains_of_score(products: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Compute replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
-
-    A gain is the mean of 2 e d, with d the change of the prediction by the new features and e the
-    residual before; the folds give 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the
-    largest k is used for all.
-    """
-    folds = products.shape[1]
-    scale = -2 * (1 - share).sqrt() / (folds - 1)
-    return scale * torch.diagonal(products, dim1=2, dim2=3)
-
-
-def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+def at_least(covariance: Tensor, least: Tensor) -> Tensor:
     """Raise a covariance [P, P, P, P] to at least another one in every direction."""
     entries = len(covariance) ** 2
     least, covariance = (full.reshape(entries, entries) for full in (least, covariance))
@@ -438,5 +370,5 @@ def at_least(covariance: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     return raised.reshape((parameters,) * 4)
 
 
-def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _fold_products(left: Tensor, right: Tensor) -> Tensor:
     return (left[..., :, None] * right[..., None, :]).cumsum(0)

@@ -8,10 +8,10 @@ most about a thousand samples at a time.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fisherfast.data.dealing import Place
 from fisherfast.estimation.features import Lift
@@ -29,11 +29,11 @@ class FoldScore:
         folds: [F, P, P] contributions of the folds, whose mean is V.
     """
 
-    covariance: torch.Tensor
-    folds: torch.Tensor
+    covariance: Tensor
+    folds: Tensor
 
 
-class DerivativeMoments(ABC):
+class DerivativeMoments:
     """Sums over the samples of each fold, from which the derivative of the mean features follows.
 
     Args:
@@ -48,54 +48,13 @@ class DerivativeMoments(ABC):
     def __init__(
         self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.folds = folds
-        self.parameters = parameters
         self.sums = torch.zeros(folds, parameters, size, dtype=torch.float64, device=device)
 
-    @abstractmethod
-    def update(
-        self,
-        raw: torch.Tensor,
-        carried: torch.Tensor | None,
-        lift: Lift,
-        place: Place,
-        *,
-        known: int = 0,
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            raw: [n, d] raw features.
-            carried: tangents [P, n, d] of the raw features (None for zero), or the score [n, P].
-            lift: computes the other k - d features.
-            place: folds of the rows, which are sorted by them.
-            known: leading features whose sums are complete: only the others are computed.
-        """
-
-    @abstractmethod
-    def derivatives(
-        self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute D [k, P] of the folds in columns, and that of each fold alone [F, k, P].
-
-        Args:
-            columns: folds to use.
-            counts: [F] samples of these folds.
-            feature_sums: [F, k] sums of the features in these folds.
-        """
-
-    def score(self, columns: slice, counts: torch.Tensor) -> FoldScore | None:
+    def score(self, columns: slice, counts: Tensor) -> FoldScore | None:
         """Compute the covariance of the score in the folds in columns; None for tangents."""
         return None
 
-    def grown(self, size: int, known: int) -> DerivativeMoments:
-        """Extend to more features, keeping the sums of the first. The same samples are then added
-        again with ``known``; sums of the score itself start from zero."""
-        more = type(self)(self.parameters, size, folds=self.folds, device=self.sums.device)
-        more.sums[..., :known] = self.sums[..., :known]
-        return more
-
-    def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
+    def shared_sums(self, known: int = 0) -> list[Tensor]:
         """Return views of the sums to add up over processes, without features before `known`."""
         return [self.sums[..., known:]]
 
@@ -108,15 +67,19 @@ class TangentMoments(DerivativeMoments):
     """
 
     def update(
-        self,
-        raw: torch.Tensor,
-        carried: torch.Tensor | None,
-        lift: Lift,
-        place: Place,
-        *,
-        known: int = 0,
+        self, raw: Tensor, carried: Tensor | None, lift: Lift, place: Place, *, known: int = 0
     ) -> None:
-        """Add a batch. Cost: n (1 + P) d (k - d) multiply-adds for the lifted features."""
+        """Add a batch.
+
+        Args:
+            raw: [n, d] raw features.
+            carried: tangents [P, n, d] of the raw features; None for zero.
+            lift: computes the other k - d features.
+            place: folds of the rows, which are sorted by them.
+            known: leading features whose sums are complete: only the others are computed.
+
+        Cost: n (1 + P) d (k - d) multiply-adds for the lifted features.
+        """
         if carried is None:
             return
         dim = raw.shape[1]
@@ -126,7 +89,8 @@ class TangentMoments(DerivativeMoments):
         rest = lift.following(begin - dim)
         if len(rest) == 0:
             return
-        rows = max(TILE_ROWS // self.parameters, self.folds)
+        folds, parameters, _ = self.sums.shape
+        rows = max(TILE_ROWS // parameters, folds)
         for start in range(0, len(raw), rows):
             tile = slice(start, start + rows)
             moved = carried[:, tile].to(raw.dtype) @ rest.weight.T
@@ -134,9 +98,16 @@ class TangentMoments(DerivativeMoments):
             self.sums[..., begin:] += fold_sums(moved, place, start)
 
     def derivatives(
-        self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the means of the tangents."""
+        self, columns: slice, counts: Tensor, feature_sums: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute D [k, P] of the folds in columns, and that of each fold alone [F, k, P]: means of
+        the tangents.
+
+        Args:
+            columns: folds to use.
+            counts: [F] samples of these folds.
+            feature_sums: [F, k] sums of the features in these folds, used with a score.
+        """
         sums = self.sums[columns].mT
         return sums.sum(0) / counts.sum(), sums / counts[:, None, None]
 
@@ -159,15 +130,9 @@ class ScoreMoments(DerivativeMoments):
         )
 
     def update(
-        self,
-        raw: torch.Tensor,
-        carried: torch.Tensor | None,
-        lift: Lift,
-        place: Place,
-        *,
-        known: int = 0,
+        self, raw: Tensor, carried: Tensor | None, lift: Lift, place: Place, *, known: int = 0
     ) -> None:
-        """Add a batch. Cost: n k (d + P) multiply-adds."""
+        """As `TangentMoments.update`, with the score [n, P]. Cost: n k (d + P) multiply-adds."""
         if carried is None:
             raise ValueError("carried must be the score of each sample, got None")
         dim = raw.shape[1]
@@ -185,40 +150,40 @@ class ScoreMoments(DerivativeMoments):
         self.score_cross += fold_products(carried, carried, place)
 
     def derivatives(
-        self, columns: slice, counts: torch.Tensor, feature_sums: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the covariance with the score within folds, and the contributions of the folds,
-        whose mean is the whole."""
+        self, columns: slice, counts: Tensor, feature_sums: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `TangentMoments.derivatives`: the covariance with the score within folds, and the
+        contributions of the folds, whose mean it is."""
         mean = self.score_sums[columns] / counts[:, None]
         scatter = self.sums[columns] - mean[..., None] * feature_sums[:, None]
         return _covariances(scatter.mT, counts)
 
-    def score(self, columns: slice, counts: torch.Tensor) -> FoldScore:
+    def score(self, columns: slice, counts: Tensor) -> FoldScore:
         """Compute V and the contributions of the folds."""
         sums = self.score_sums[columns]
         between = sums[:, :, None] * sums[:, None, :] / counts[:, None, None]
         return FoldScore(*_covariances(self.score_cross[columns] - between, counts))
 
-    def mean_error(self, counts: torch.Tensor) -> torch.Tensor:
+    def mean_error(self, counts: Tensor) -> Tensor:
         """Compute the mean of the score in units of its standard error [P]; its expectation is
         zero."""
         samples = counts.sum()
         variance = self.score(slice(None), counts).covariance.diagonal()
         return self.score_sums.sum(0) / samples / (variance / samples).sqrt()
 
-    def shared_sums(self, known: int = 0) -> list[torch.Tensor]:
+    def shared_sums(self, known: int = 0) -> list[Tensor]:
         """Return views of the sums, with those of the score itself."""
         return [*super().shared_sums(known), self.score_sums, self.score_cross]
 
 
-def _covariances(scatter: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _covariances(scatter: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Compute a covariance from its scatter [F, ...] within the folds, and their contributions,
     whose mean it is."""
     dof = counts.sum() - len(counts)
     return scatter.sum(0) / dof, scatter * (len(counts) / dof)
 
 
-def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tensor:
+def fold_sums(values: Tensor, place: Place, start: int = 0) -> Tensor:
     """Sum values [P, n, k] over the rows of each fold, [F, P, k] float64. The values are the rows
     of the place from `start` on."""
     shape = place.folds, values.shape[0], values.shape[2]
@@ -228,9 +193,7 @@ def fold_sums(values: torch.Tensor, place: Place, start: int = 0) -> torch.Tenso
     return sums
 
 
-def fold_products(
-    weights: torch.Tensor, features: torch.Tensor, place: Place, start: int = 0
-) -> torch.Tensor:
+def fold_products(weights: Tensor, features: Tensor, place: Place, start: int = 0) -> Tensor:
     """Sum weights [n, P] times features [n, k] over the rows of each fold, [F, P, k]. They are the
     rows of the place from `start` on. Products are in float64, which excludes TF32 and limits
     cancellation."""

@@ -12,6 +12,7 @@ import hashlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ROWS = 256
 """Samples that are searched for ties: about nine are found for steps of 1/1000 of the spread."""
@@ -47,24 +48,23 @@ class StepMeter:
     """Find the step between tied values, for each activation."""
 
     def __init__(self) -> None:
-        self._rows: list[torch.Tensor] = []
-        self._still: list[torch.Tensor] = []
-        self._count = 0
-        self._steps: torch.Tensor | None = None
+        self._rows: list[Tensor] = []
+        self._still: list[Tensor] = []
+        self._steps: Tensor | None = None
 
-    def update(self, values: torch.Tensor, moving: torch.Tensor | None = None) -> None:
+    def update(self, values: Tensor, moving: Tensor | None = None) -> None:
         """Add values [n, d]; moving bool [n, d] marks those with a derivative, None if unknown."""
-        missing = min(ROWS, max(LARGEST // max(values.shape[1], 1), 1)) - self._count
+        most = min(ROWS, max(LARGEST // max(values.shape[1], 1), 1))
+        missing = most - sum(map(len, self._rows))
         if missing <= 0 or values.dtype in HALF_TYPES:
             return
         rows = values[:missing].clone()
         still = torch.zeros_like(rows, dtype=torch.bool) if moving is None else ~moving[:missing]
         self._rows.append(rows)
         self._still.append(still)
-        self._count += len(rows)
         self._steps = None
 
-    def half_steps(self) -> torch.Tensor | None:
+    def half_steps(self) -> Tensor | None:
         """Return half of each step, [d] float64, if noise of that size is not rounded away, else
         0; None if all are 0."""
         steps = self.steps()
@@ -74,14 +74,14 @@ class StepMeter:
         room = ROOM * torch.finfo(values.dtype).eps * values.abs().amax(0).double()
         return torch.where(steps >= room, steps / 2, 0.0)
 
-    def steps(self) -> torch.Tensor | None:
+    def steps(self) -> Tensor | None:
         """Return the step of each activation, [d] float64, 0 where values are not tied; None
         without values."""
         if self._steps is None and self._rows:
             self._steps = self._found()
         return self._steps
 
-    def _found(self) -> torch.Tensor:
+    def _found(self) -> Tensor:
         rows, still = torch.cat(self._rows), torch.cat(self._still)
         if rows.shape[1] > 1:  # copies of a sample are not steps
             _, number = rows.unique(dim=0, return_inverse=True)
@@ -109,7 +109,7 @@ class StepMeter:
         return steps
 
 
-def _even_steps(gaps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def _even_steps(gaps: Tensor, noise: Tensor) -> Tensor:
     """Find the step [d] of which the gaps [d, n] (NaN for none) between values are multiples, 0 if
     there is none.
 
@@ -128,13 +128,7 @@ def _even_steps(gaps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def dithered(
-    values: torch.Tensor,
-    size: torch.Tensor,
-    tangents: torch.Tensor,
-    numbers: torch.Tensor,
-    *key: Any,
-) -> torch.Tensor:
+def dithered(values: Tensor, size: Tensor, tangents: Tensor, numbers: Tensor, *key: Any) -> Tensor:
     """Add Gaussian noise to values [n, ...] that have a non-zero tangent; see `dither`.
 
     Args:
@@ -146,7 +140,7 @@ def dithered(
     return values + size * dither(values, numbers, *key) * (tangents != 0).any(0)
 
 
-def dither(like: torch.Tensor, numbers: torch.Tensor, *key: Any) -> torch.Tensor:
+def dither(like: Tensor, numbers: Tensor, *key: Any) -> Tensor:
     """Draw standard normal noise [n, ...] that depends on the numbers of the samples only, not on
     how they are batched.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.derivatives import FoldScore
 from fisherfast.estimation.fold_moments import FoldStatistics
@@ -22,46 +23,69 @@ from fisherfast.estimation.variance import (
     pair_product,
 )
 
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class FoldEstimate:
-    """J of B sets of features, estimated from the derivatives of the folds.
+class Estimate:
+    """J of B sets of features: the first k of K for each k, or those of each position of a map.
+    Float64, in 1/theta^2.
 
     Attributes:
-        J: [B, P, P].
+        J: [B, P, P] bias-corrected; may be negative, is never clipped.
         variance: [B, P, P] of its entries.
-        replicates: [B, F, P, P] the U-statistic without each fold.
-        doubt: [B, P, P] half of the change of J by the kept samples.
-        excess: [B, P, P] the factor G of `inverse_excess`; the unit matrix without kept samples.
+        replicates: [B, F, P, P] the estimate without each fold (from a score, its part that is
+            known by fold, up to a constant); their jackknife is in the variance.
+        doubt: [B, P, P] half of the change of J by the kept samples, which is part of its error.
+        left_out: [B, F, P] diagonal of the fold statistic without each fold: the jackknife of a
+            gain.
+        useless: [B, P] the size M in 2 M^2 dk / nu^2, the variance that dk features without
+            information add to J; zero where the jackknife includes it.
     """
 
-    J: torch.Tensor
-    variance: torch.Tensor
-    replicates: torch.Tensor
-    doubt: torch.Tensor
-    excess: torch.Tensor
+    J: Tensor
+    variance: Tensor
+    replicates: Tensor
+    doubt: Tensor
+    left_out: Tensor
+    useless: Tensor
 
 
-def fold_estimate(
-    naive: torch.Tensor,
-    effective: torch.Tensor,
-    fold_half: torch.Tensor,
+def estimate(
+    half: Tensor,
+    fold_half: Tensor,
+    naive: Tensor,
+    effective: Tensor,
     product: Product,
     statistics: FoldStatistics,
     seen: Seen | None,
-) -> FoldEstimate:
-    """Estimate J and its variance for every source but the score, as in `fisher_curve`.
+) -> Estimate:
+    """Estimate J and its variance, as in `fisher_curve`.
 
     Args:
+        half: y [k, P] or [B, k, P], the whitened derivative.
+        fold_half: y_f [k, F, P] or [B, k, F, P], that of each fold.
         naive: [B, P, P] D^T R^-1 D.
         effective: [B] k_eff.
-        fold_half: y_f [k, F, P] or [B, k, F, P], the whitened derivatives of each fold.
         product: sums l r^T over features, [B, F, P, P].
         statistics: of the features.
-        seen: kept samples in the B systems, or None.
+        seen: kept samples in the B systems, which correct J; or None.
     """
+    if statistics.score is None:
+        return _from_folds(fold_half, naive, effective, product, statistics, seen)
+    products = product(half[..., None, :], fold_half)
+    return _from_score(products, naive, effective, statistics.score, statistics.dof, seen)
+
+
+def _from_folds(
+    fold_half: Tensor,
+    naive: Tensor,
+    effective: Tensor,
+    product: Product,
+    statistics: FoldStatistics,
+    seen: Seen | None,
+) -> Estimate:
+    """Estimate J for every source but the score."""
     dof, noise = statistics.dof, statistics.noise
     shrink = ((dof - effective - 1) / dof)[:, None, None]
     folds = fold_half.shape[-2]
@@ -76,47 +100,31 @@ def fold_estimate(
     else:
         J = shrink * naive - effective[:, None, None] * noise
     doubt = torch.zeros_like(J)
-    excess = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device).expand_as(J)
+    useless = shrink[..., 0] * torch.diagonal(naive, dim1=1, dim2=2)
     if seen is not None:
         excess = inverse_excess(seen, effective, dof)
         before, J = J, excess @ J @ excess.mT
         doubt = (J - before) / 2
         replicates = excess[:, None] @ replicates @ excess.mT[:, None]
+        useless = useless * torch.diagonal(excess, dim1=1, dim2=2).square()
     if statistics.paired:
         variance = replicates.var(1, correction=0) * (folds - 1)
         variance = variance + covariance_variance(J, dof, effective)
     else:
         variance = independent_variance(J, dof, noise, effective)
-    return FoldEstimate(J, variance + doubt.square(), replicates, doubt, excess)
+    left_out = torch.diagonal(replicates, dim1=2, dim2=3)
+    return Estimate(J, variance + doubt.square(), replicates, doubt, left_out, useless)
 
 
-@dataclass(frozen=True)
-class ScoreEstimate:
-    """J of B sets of features, from the score.
-
-    Attributes:
-        J: [B, P, P].
-        variance: [B, P, P] of its entries.
-        replicates: [B, F, P, P] the part of the estimate known by fold, without each fold (up to a
-            constant); their jackknife is in the variance.
-        share: [B] R, the explained part of the score's variance, between 0 and 1.
-    """
-
-    J: torch.Tensor
-    variance: torch.Tensor
-    replicates: torch.Tensor
-    share: torch.Tensor
-
-
-def score_estimate(
-    naive: torch.Tensor,
-    effective: torch.Tensor,
-    fold_products: torch.Tensor,
+def _from_score(
+    fold_products: Tensor,
+    naive: Tensor,
+    effective: Tensor,
     score: FoldScore,
     dof: float,
     seen: Seen | None,
-) -> ScoreEstimate:
-    r"""Estimate J and its variance.
+) -> Estimate:
+    r"""Estimate J from fold_products [B, F, P, P] = y^T y_f, whose mean is naive.
 
     .. math::
         J = V - (V - J_\text{naive}) \frac{\nu}{\nu - k_\text{eff}}
@@ -130,14 +138,6 @@ def score_estimate(
 
     is taken from the folds, and the rest from Gaussian theory: the rest is zero for R = 0 and 1,
     and at most 9 % of the variance in between.
-
-    Args:
-        naive: [B, P, P] D^T R^-1 D.
-        effective: [B] k_eff.
-        fold_products: [B, F, P, P] y^T y_f, y_f = L^-1 D_f of each fold, whose mean is naive.
-        score: V, of all samples and by fold.
-        dof: nu.
-        seen: kept samples in the B systems, which correct J; or None.
     """
     V = score.covariance
     residual = (V - naive) * (dof / (dof - effective))[:, None, None]
@@ -154,12 +154,25 @@ def score_estimate(
     least = _of_useless(E, k, dof, entry_product)
     if seen is not None:
         J = left_out_score(seen, naive, effective, V, dof)
-    return ScoreEstimate(J, (theory + jackknife).maximum(least), replicates, share)
+    variance = (theory + jackknife).maximum(least)
+    left_out = _gains_of_score(fold_products, share[-1])
+    zero = torch.zeros_like(J)
+    return Estimate(J, variance, replicates, zero, left_out, zero.diagonal(dim1=1, dim2=2))
 
 
-def score_theory(
-    J: torch.Tensor, V: torch.Tensor, effective: float, dof: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gains_of_score(products: Tensor, share: Tensor) -> Tensor:
+    """Compute replicates [K, F, P] whose jackknife is the variance of a gain J(k') - J(k).
+
+    A gain is the mean of 2 e d, with d the change of the prediction by the new features and e the
+    residual before; the folds give 2 s d, whose variance is larger by V / E = 1 / (1 - R). R at the
+    largest k is used for all.
+    """
+    folds = products.shape[1]
+    scale = -2 * (1 - share).sqrt() / (folds - 1)
+    return scale * torch.diagonal(products, dim1=2, dim2=3)
+
+
+def score_theory(J: Tensor, V: Tensor, effective: float, dof: float) -> tuple[Tensor, Tensor]:
     """Compute the part of the covariance [P, P, P, P] of the entries of one J [P, P] that is not in
     the jackknife of its replicates, and a lower limit of their sum."""
     share = float(_explained(J[None], V))
@@ -168,7 +181,7 @@ def score_theory(
     return theory, _of_useless(E, effective, dof, pair_product)
 
 
-def _explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+def _explained(J: Tensor, V: Tensor) -> Tensor:
     """Compute tr(V^-1 J) / P [B], between 0 and 1; 0 for a score without variance."""
     scale = V.diagonal().clamp_min(0).sqrt()
     units = torch.where(scale > 0, scale, 1).reciprocal()
@@ -178,13 +191,8 @@ def _explained(J: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
 
 
 def _theory(
-    J: torch.Tensor,
-    E: torch.Tensor,
-    share: torch.Tensor | float,
-    k: torch.Tensor | float,
-    nu: float,
-    product: Product,
-) -> torch.Tensor:
+    J: Tensor, E: Tensor, share: Tensor | float, k: Tensor | float, nu: float, product: Product
+) -> Tensor:
     """Compute the Gaussian variance of J minus that of the part known by fold.
 
     With s = s_hat + e, u is s_hat s_hat^T plus the cross terms s_hat e^T + e s_hat^T; the folds
@@ -197,13 +205,11 @@ def _theory(
     return (first - readout) / nu + _of_useless(E, k, nu, product)
 
 
-def _of_useless(
-    E: torch.Tensor, k: torch.Tensor | float, nu: float, product: Product
-) -> torch.Tensor:
+def _of_useless(E: Tensor, k: Tensor | float, nu: float, product: Product) -> Tensor:
     """Compute the variance from fitting k features to noise."""
     return product(E, E) * (k / (nu * (nu - k)))
 
 
-def _not_negative(matrix: torch.Tensor) -> torch.Tensor:
+def _not_negative(matrix: Tensor) -> Tensor:
     diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1).clamp_min(0)
     return torch.diagonal_scatter(matrix, diagonal, dim1=-2, dim2=-1)

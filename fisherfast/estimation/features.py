@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fisherfast.estimation.dither import HALF_TYPES, dithered
 from fisherfast.estimation.pilot import Standardisation
@@ -59,13 +60,13 @@ class Lift:
         slope: of the leaky ReLU below zero.
     """
 
-    weight: torch.Tensor
-    bias: torch.Tensor
-    pilot: torch.Tensor
+    weight: Tensor
+    bias: Tensor
+    pilot: Tensor
     slope: float = LIFT_SLOPE
 
     @classmethod
-    def none(cls, z: torch.Tensor) -> Lift:
+    def none(cls, z: Tensor) -> Lift:
         """Make a lift without features, for raw features like z [n, d]."""
         empty = z.new_empty(0)
         return cls(z.new_empty(0, z.shape[1]), empty, empty)
@@ -73,11 +74,11 @@ class Lift:
     def __len__(self) -> int:
         return len(self.bias)
 
-    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+    def __call__(self, z: Tensor) -> Tensor:
         """Compute lifted features [n, k] of raw features [n, d]."""
         return F.leaky_relu(z @ self.weight.T + self.bias, self.slope) - self.pilot
 
-    def slopes(self, z: torch.Tensor) -> torch.Tensor:
+    def slopes(self, z: Tensor) -> Tensor:
         """Compute the derivatives [n, k] of the leaky ReLU at raw features [n, d], at the kink as
         in PyTorch."""
         above = torch.addmm(self.bias, z, self.weight.T) > 0
@@ -138,7 +139,7 @@ class FeatureDictionary:
         self.dtype = dtype
         self._mean, self._scale = standardisation.mean, standardisation.scale
         #: Half a step of each activation [d], in its standard deviations; None if none is tied.
-        self.half_steps: torch.Tensor | None = None
+        self.half_steps: Tensor | None = None
         if standardisation.steps is not None and bool(standardisation.steps.any()):
             self.half_steps = standardisation.steps * standardisation.scale / 2
         self._noise = standardisation.noise
@@ -161,29 +162,24 @@ class FeatureDictionary:
             weight.to(device, dtype), bias.to(device, dtype), pilot.to(device, dtype), slope
         )
         offset = (standardisation.mean * standardisation.scale).abs()
-        if self.kind == "sketch":
-            offset = self._group(offset[None])[0]
+        if groups is not None:
+            offset = offset.new_zeros(groups).index_add_(0, self._bucket, offset)
         self._offset = offset
         #: Variance of each feature [k] below which it is rounding error of the subtracted offset.
         self.rounding_variance = torch.cat(
             [(standardisation.rounding * offset).square(), offset.new_zeros(lifted)]
         )
 
-    def raw_features(self, activations: torch.Tensor) -> torch.Tensor:
+    def raw_features(self, activations: Tensor) -> Tensor:
         """Compute the leading features [n, raw], in `raw_dtype`, of activations [n, d] of any
         floating dtype."""
         mean, scale = self._mean.to(self.raw_dtype), self._scale.to(self.raw_dtype)
         z = torch.sub(activations, mean).to(self.raw_dtype).mul_(scale)
-        return self._group(z * self._sign.to(z)) if self.kind == "sketch" else z
+        return self._grouped(z)
 
     def dithered(
-        self,
-        raw: torch.Tensor,
-        activations: torch.Tensor,
-        tangents: torch.Tensor,
-        numbers: torch.Tensor,
-        *key: Any,
-    ) -> torch.Tensor:
+        self, raw: Tensor, activations: Tensor, tangents: Tensor, numbers: Tensor, *key: Any
+    ) -> Tensor:
         """Add noise of half a step to raw features [n, d] of rounded activations [n, d] that have a
         non-zero tangent. Those of a sketch mix many activations and are returned unchanged.
 
@@ -203,7 +199,7 @@ class FeatureDictionary:
             size = own if size is None else own.maximum(size)
         return raw if size is None else dithered(raw, size, tangents, numbers, *key)
 
-    def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
+    def ridge(self, setting: RidgeSetting, variances: Tensor) -> Tensor:
         """Return the ridge [k] of the first k features, relative to their variances [k]."""
         if setting != AUTO:
             return torch.full_like(variances, setting)
@@ -213,32 +209,31 @@ class FeatureDictionary:
         ridge[:raw] = raw_ridge(variances[:raw], noise)
         return ridge
 
-    def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
+    def raw_tangents(self, tangents: Tensor, raw: Tensor | None = None) -> Tensor:
         """Compute the tangents [P, n, raw] of the leading features from those of the activations,
         [P, n, d]. `raw` is the result of `raw_features`, not needed for linear features."""
-        z = tangents.to(self.dtype) * self._scale.to(self.dtype)
-        if self.kind != "sketch":
-            return z
-        grouped = self._group((z * self._sign.to(self.dtype)).flatten(0, 1))
-        return grouped.unflatten(0, z.shape[:2])
+        return self._grouped(tangents.to(self.dtype) * self._scale.to(self.dtype))
 
-    def response(self, derivative: torch.Tensor) -> torch.Tensor:
+    def response(self, derivative: Tensor) -> Tensor:
         """Convert the derivative of the mean features [k, P] to that of the mean activations
         [d, P]; not for a sketch."""
         return derivative[: self.raw] / self._scale.to(derivative)[:, None]
 
-    def __call__(self, activations: torch.Tensor) -> torch.Tensor:
+    def __call__(self, activations: Tensor) -> Tensor:
         """Compute all features [n, k] of activations [n, d] of any floating dtype, about their
         pilot."""
         raw = self.raw_features(activations).to(self.dtype)
         return torch.cat([raw, self.lift(raw)], 1)
 
-    def _group(self, z: torch.Tensor) -> torch.Tensor:
-        groups = z.new_zeros(len(z), self.raw)
-        return groups.index_add_(1, self._bucket, z)
+    def _grouped(self, z: Tensor) -> Tensor:
+        """Add up standardised activations [..., d] in the groups of a sketch [..., raw]."""
+        if self.kind != "sketch":
+            return z
+        groups = z.new_zeros(*z.shape[:-1], self.raw)
+        return groups.index_add_(-1, self._bucket, z * self._sign.to(z))
 
 
-def draw_lift(alive: torch.Tensor, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_lift(alive: Tensor, rows: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw weights [rows, d] and biases [rows] of the lift, float64 on the CPU.
 
     Even rows use one activation (every live one in turn, in random order), odd rows a dense mixture
@@ -270,7 +265,7 @@ def draw_lift(alive: torch.Tensor, rows: int, seed: int) -> tuple[torch.Tensor, 
     return weight, bias
 
 
-def mean_of_leaky_relu(bias: torch.Tensor, slope: float) -> torch.Tensor:
+def mean_of_leaky_relu(bias: Tensor, slope: float) -> Tensor:
     r"""Compute the mean of leaky_relu(b + z), z ~ N(0, 1): the pilot of the lifted features.
 
     .. math:: a b + (1 - a) (b \Phi(b) + \varphi(b)), \quad a = \text{slope}
@@ -283,7 +278,7 @@ def mean_of_leaky_relu(bias: torch.Tensor, slope: float) -> torch.Tensor:
     return slope * bias + (1 - slope) * (bias * normal_cdf + normal_pdf)
 
 
-def _draw_sketch(d: int, groups: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_sketch(d: int, groups: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = _generator(seed, 0)
     bucket = torch.randint(groups, (d,), generator=generator)
     sign = 2.0 * torch.randint(2, (d,), generator=generator) - 1.0

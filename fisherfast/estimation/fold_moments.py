@@ -8,19 +8,16 @@ and in float64: memory is O(k^2) for any number of samples. Derived in docs/theo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fisherfast import ops
 from fisherfast.data.dealing import Place
-from fisherfast.estimation.derivatives import (
-    DerivativeMoments,
-    FoldScore,
-    ScoreMoments,
-    TangentMoments,
-)
+from fisherfast.estimation.derivatives import FoldScore, ScoreMoments, TangentMoments
 from fisherfast.estimation.features import Lift
 
 
@@ -36,22 +33,20 @@ class SampleFeatures:
             samples that are not paired.
     """
 
-    features: torch.Tensor
-    score: torch.Tensor | None = None
+    features: Tensor
+    score: Tensor | None = None
     conditions: int = 1
 
-    def whitened(self, readout: torch.Tensor) -> torch.Tensor:
+    def whitened(self, readout: Tensor) -> Tensor:
         """Compute t [m, k] = L^-1 f from a readout L^-1 [k, k], in the dtype of the features."""
         return self.features @ readout.T.to(self.features)
 
-    def select(self, index: torch.Tensor) -> SampleFeatures:
+    def select(self, index: Tensor) -> SampleFeatures:
         """Return the features in index (int64 [m])."""
         return replace(self, features=self.features[:, index])
 
 
-def about_fold_means(
-    rows: torch.Tensor, fold: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor
-) -> torch.Tensor:
+def about_fold_means(rows: Tensor, fold: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
     """Subtract the mean of its fold from each row, and scale it so that its square is unbiased.
 
     Args:
@@ -85,23 +80,30 @@ class FoldStatistics:
         pair_inflation: by how much nu is smaller because paired conditions share their noise.
     """
 
-    covariance: torch.Tensor
+    covariance: Tensor
     dof: float
-    derivative: torch.Tensor
-    fold_derivatives: torch.Tensor
-    noise: torch.Tensor
+    derivative: Tensor
+    fold_derivatives: Tensor
+    noise: Tensor
     paired: bool
     score: FoldScore | None = None
     samples: SampleFeatures | None = None
     pair_inflation: float = 1.0
 
     @property
-    def columns(self) -> torch.Tensor:
+    def columns(self) -> Tensor:
         """D and the derivatives of each fold, side by side [k, (1 + F) P]."""
         folds = self.fold_derivatives.permute(1, 0, 2).flatten(1)
         return torch.cat([self.derivative, folds], 1)
 
-    def project(self, readout: torch.Tensor) -> FoldStatistics:
+    def split(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Split whitened `columns` [..., (1 + F) P] into that of D [..., P] and those of the folds
+        [..., F, P]."""
+        folds, _, parameters = self.fold_derivatives.shape
+        of_folds = columns[..., parameters:].unflatten(-1, (folds, parameters))
+        return columns[..., :parameters], of_folds
+
+    def project(self, readout: Tensor) -> FoldStatistics:
         """Return the statistics of the numbers readout^T f, readout [k, m]."""
         return replace(
             self,
@@ -111,11 +113,7 @@ class FoldStatistics:
             samples=None,
         )
 
-    def leading(self, k: int) -> FoldStatistics:
-        """Return the statistics of the first k features."""
-        return self.select(torch.arange(k, device=self.covariance.device))
-
-    def select(self, index: torch.Tensor) -> FoldStatistics:
+    def select(self, index: Tensor) -> FoldStatistics:
         """Return the statistics of the features in index (int64 [m])."""
         return replace(
             self,
@@ -158,7 +156,7 @@ class FoldSums:
         paired: bool = False,
         tangents: int = 0,
         score: int = 0,
-        groups: torch.Tensor | None = None,
+        groups: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if folds < 4 or folds % 2:
@@ -170,8 +168,8 @@ class FoldSums:
         self.sums = torch.zeros(conditions, folds, size, dtype=torch.float64, device=device)
         pairs = conditions if paired else 0
         self.products = torch.zeros(pairs, pairs, size, dtype=torch.float64, device=device)
-        self._waiting: list[torch.Tensor] = []
-        self.carried: DerivativeMoments | None = None
+        self._waiting: list[Tensor] = []
+        self.carried: TangentMoments | ScoreMoments | None = None
         if tangents:
             self.carried = TangentMoments(tangents, size, folds=folds, device=device)
         elif score:
@@ -193,7 +191,7 @@ class FoldSums:
         fewest = int(self.counts.min())
         return fewest if self.groups is None else min(fewest, int(self.groups.min()))
 
-    def abreast(self, features: torch.Tensor) -> list[torch.Tensor]:
+    def abreast(self, features: Tensor) -> list[Tensor]:
         """Collect features of the same samples under one condition after the other (paired only).
         Returns those of all conditions once the last ones come, and an empty list before."""
         self._waiting.append(features)
@@ -202,7 +200,7 @@ class FoldSums:
         complete, self._waiting = self._waiting, []
         return complete
 
-    def update_products(self, features: list[torch.Tensor]) -> None:
+    def update_products(self, features: list[Tensor]) -> None:
         """Add the products of features [n, k] of the same samples under all conditions (paired
         only)."""
         for a, first in enumerate(features):
@@ -210,6 +208,32 @@ class FoldSums:
                 product = (first * second).sum(0, dtype=torch.float64)
                 self.products[a, b] += product
                 self.products[b, a] += product
+
+    def samples_of(
+        self,
+        rows: Iterable[Tensor],
+        folds: Iterable[Tensor],
+        score: Tensor | None,
+        index: Tensor | slice = slice(None),
+    ) -> SampleFeatures:
+        """Return some of the samples about the means of their folds.
+
+        Args:
+            rows: features [m, k] of samples of each condition.
+            folds: theirs, int64 [m].
+            score: [m, P] of the same samples, or None.
+            index: of the features; all by default.
+        """
+        folds = list(folds)
+        parts = [
+            about_fold_means(own, fold, sums[:, index], counts)
+            for own, fold, sums, counts in zip(rows, folds, self.sums, self.counts, strict=True)
+        ]
+        if isinstance(self.carried, ScoreMoments) and score is not None:
+            sums = self.carried.score_sums
+            score = about_fold_means(score, folds[0], sums, self.counts[0])
+        paired = self.paired and self.groups is None
+        return SampleFeatures(torch.cat(parts), score, len(parts) if paired else 1)
 
     def _scatter_freedom(self, columns: slice) -> float:
         """Return the divisor of the scatter within the folds in columns: samples minus cells.
@@ -228,7 +252,7 @@ class FoldSums:
         counts = self.counts[:, columns] if self.groups is None else self.groups[columns]
         return int(counts.sum() - counts.numel()) / inflation
 
-    def _inflation(self, variance: torch.Tensor, live: torch.Tensor) -> float:
+    def _inflation(self, variance: Tensor, live: Tensor) -> float:
         r"""Compute the factor by which the pooled covariance of correlated conditions has fewer
         degrees of freedom.
 
@@ -253,11 +277,11 @@ class FoldSums:
 
     def _statistics(
         self,
-        covariance: torch.Tensor,
-        contrast: torch.Tensor,
+        covariance: Tensor,
+        contrast: Tensor,
         inflation: float,
         columns: slice = slice(None),
-        index: torch.Tensor | slice = slice(None),
+        index: Tensor | slice = slice(None),
     ) -> FoldStatistics:
         """Return the statistics of the features in index and the folds in columns, given their
         covariance, of any shape."""
@@ -306,8 +330,8 @@ class FoldMoments(FoldSums):
 
     def __init__(self, size: int, conditions: int, **streams: Any) -> None:
         super().__init__(size, conditions, **streams)
+        self._streams = streams
         self.known = 0
-        self._seen_before: list[int] | None = None
         self.cross = self.sums.new_zeros(2, size, size)
 
     @property
@@ -318,9 +342,9 @@ class FoldMoments(FoldSums):
     def update(
         self,
         condition: int,
-        raw: torch.Tensor,
+        raw: Tensor,
         lift: Lift | None = None,
-        carried: torch.Tensor | None = None,
+        carried: Tensor | None = None,
         place: Place | None = None,
     ) -> None:
         """Add a batch of one condition.
@@ -352,7 +376,7 @@ class FoldMoments(FoldSums):
             self.carried.update(raw, carried, lift, place, known=self.known)
         self.counts[condition] += place.counts
 
-    def _add(self, condition: int, raw: torch.Tensor, lift: Lift, place: Place, known: int) -> None:
+    def _add(self, condition: int, raw: Tensor, lift: Lift, place: Place, known: int) -> None:
         """Add sums and products of the features after the first `known`."""
         ops.lift_moments_(
             self.sums[condition],
@@ -366,7 +390,7 @@ class FoldMoments(FoldSums):
             start=known,
         )
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Views of all that adds up over processes which have each seen other samples. Known
         features are left out: they have been added up before."""
         parts = [self.counts, self.sums[..., self.known :], self.cross[:, self.known :]]
@@ -377,26 +401,19 @@ class FoldMoments(FoldSums):
         """Extend to more features, keeping the moments of the first.
 
         The same samples, in the same order, must then be added again; only the new features are
-        computed.
+        computed. Sums of pairs and of the score itself start from zero.
 
         Args:
             size: number of features.
             known: number of leading features to keep; None for all.
         """
         known = self.size if known is None else known
-        moments = FoldMoments(
-            size,
-            len(self.counts),
-            folds=self.folds,
-            paired=self.paired,
-            groups=self.groups,
-            device=self.sums.device,
-        )
+        moments = FoldMoments(size, len(self.counts), **self._streams)
         moments.known = known
-        moments._seen_before = self.seen
         moments.sums[..., :known] = self.sums[..., :known]
         moments.cross[:, :known, :known] = self.cross[:, :known, :known]
-        moments.carried = None if self.carried is None else self.carried.grown(size, known)
+        if self.carried is not None and moments.carried is not None:
+            moments.carried.sums[..., :known] = self.carried.sums[..., :known]
         return moments
 
     @property
@@ -405,10 +422,7 @@ class FoldMoments(FoldSums):
         return self._freedom(slice(None), self._pair_inflation())
 
     def statistics(
-        self,
-        contrast: torch.Tensor,
-        half: int | None = None,
-        index: torch.Tensor | slice = slice(None),
+        self, contrast: Tensor, half: int | None = None, index: Tensor | slice = slice(None)
     ) -> FoldStatistics:
         """Compute covariance and derivatives of all samples, or of half A (0) or B (1).
 
@@ -420,11 +434,6 @@ class FoldMoments(FoldSums):
         Raises:
             ValueError: a fold is empty, or no degree of freedom is left.
         """
-        if self._seen_before not in (None, self.seen):
-            raise ValueError(
-                f"samples must be the same at every pass, got {self.seen} after"
-                f" {self._seen_before} per condition"
-            )
         columns = slice(None) if half is None else slice(half, None, 2)
         counts = self.counts[:, columns]
         if int(counts.min()) < 1:
@@ -448,7 +457,7 @@ class FoldMoments(FoldSums):
         covariance /= self._scatter_freedom(columns)
         return self._statistics(covariance, contrast, self._pair_inflation(), columns, index)
 
-    def variances(self) -> torch.Tensor:
+    def variances(self) -> Tensor:
         """Compute the within-fold variance of each feature [k] float64, over all conditions."""
         weight = self.counts.to(self.sums)[..., None]
         between = (self.sums.square() / weight.clamp_min(1)).sum((0, 1))
@@ -460,7 +469,7 @@ class FoldMoments(FoldSums):
         return self._inflation(variance, variance > 0)
 
 
-def pair_inflation(rho: torch.Tensor) -> float:
+def pair_inflation(rho: Tensor) -> float:
     """Compute 1 + sum over pairs of conditions of rho^2 / C, with rho [C, C] the mean correlation
     of a feature with itself."""
     rho = rho.clone().fill_diagonal_(0.0)

@@ -10,6 +10,7 @@ per batch. The space learned on one half is measured on the other, as a few line
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.pilot import Standardisation
 
@@ -68,40 +69,41 @@ class FirstPass:
         """Samples minus conditions."""
         return max(int(self._counts.sum()) - len(self._counts), 1)
 
-    def add(self, condition: int, activations: torch.Tensor) -> None:
-        """Add activations [n, d] of a condition."""
+    def add(
+        self, condition: int, activations: Tensor, tangents: Tensor | None, score: Tensor | None
+    ) -> None:
+        """Add activations [n, d] of a condition, with their tangents [P, n, d] or score [n, P]."""
         for tile in tiles(activations):
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
             self._sums[condition] += z.sum(0)
             self._squares += z.square_().sum(0)
             self._fourths += z.square_().sum(0)
         self._counts[condition] += len(activations)
+        if tangents is not None:
+            for p, tangent in enumerate(tangents):
+                for tile in tiles(tangent):
+                    self._derivative_sums[p] += tile.to(self._dtype).sum(0) * self._pilot.scale
+        if score is not None:
+            self._add_score(activations, score)
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Return the sums to add up over processes."""
         moments = [self._counts, self._sums, self._squares, self._fourths]
         return [*moments, self._derivative_sums, self._score_sums]
 
-    def add_tangents(self, tangents: torch.Tensor) -> None:
-        """Add the tangents [P, n, d] of activations."""
-        for p, tangent in enumerate(tangents):
-            for tile in tiles(tangent):
-                self._derivative_sums[p] += tile.to(self._dtype).sum(0) * self._pilot.scale
-
-    def add_score(self, activations: torch.Tensor, score: torch.Tensor) -> None:
-        """Add the score [n, P] of activations [n, d]."""
+    def _add_score(self, activations: Tensor, score: Tensor) -> None:
         weights = score.to(activations.device, self._dtype)
         for tile, weight in zip(tiles(activations), tiles(weights, like=activations), strict=True):
             z = standardised(tile, self._pilot.mean, self._pilot.scale, self._dtype)
             self._derivative_sums += weight.T @ z
         self._score_sums += weights.sum(0, dtype=torch.float64)
 
-    def finite(self, condition: int) -> torch.Tensor:
+    def finite(self, condition: int) -> Tensor:
         """Return whether all values added for a condition are finite, a 0-d tensor."""
         carried = torch.isfinite(self._derivative_sums).all()
         return torch.isfinite(self._sums[condition]).all() & carried
 
-    def results(self, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def results(self, contrast: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return means [C, d] and scales [d] of the activations, 0 where they never vary, and the
         derivative [P, d] of the standardised activations; all float64.
 
@@ -154,8 +156,8 @@ class KrylovSpace:
     Memory: q P d numbers of dtype, (3 P + 2 C) d of float64. Cost of a pass: 4 n d P operations.
     """
 
-    alive: torch.Tensor
-    _products: torch.Tensor
+    alive: Tensor
+    _products: Tensor
 
     def __init__(
         self,
@@ -166,7 +168,7 @@ class KrylovSpace:
         steps: int = KRYLOV_VECTORS,
         dtype: torch.dtype = torch.float32,
         scored: bool = False,
-        start: torch.Tensor | None = None,
+        start: Tensor | None = None,
     ) -> None:
         self.ready = False
         self._dtype = dtype
@@ -183,16 +185,16 @@ class KrylovSpace:
         return self._size
 
     @property
-    def basis(self) -> torch.Tensor:
+    def basis(self) -> Tensor:
         """Orthonormal vectors [k, d] for activations standardised by these samples."""
         return self._basis[: self._size]
 
     def observe(
         self,
         condition: int,
-        activations: torch.Tensor,
-        tangents: torch.Tensor | None = None,
-        score: torch.Tensor | None = None,
+        activations: Tensor,
+        tangents: Tensor | None = None,
+        score: Tensor | None = None,
     ) -> None:
         """Add samples to the pass.
 
@@ -202,28 +204,23 @@ class KrylovSpace:
             tangents: [P, n, d] of the activations, if known.
             score: [n, P], if known.
         """
-        if self._passes:
-            if not self.ready:
-                self._add_products(condition, activations)
-            return
-        self._first.add(condition, activations)
-        if tangents is not None:
-            self._first.add_tangents(tangents)
-        if score is not None:
-            self._first.add_score(activations, score)
+        if self._passes == 0:
+            self._first.add(condition, activations, tangents, score)
+        elif not self.ready:
+            self._add_products(condition, activations)
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Return the sums of this pass to add up over processes."""
         return self._first.shared_sums() if self._passes == 0 else [self._products]
 
-    def finite(self, condition: int) -> torch.Tensor:
+    def finite(self, condition: int) -> Tensor:
         """Return whether all activations of a condition were finite in the first pass, a 0-d
         tensor."""
         if self._passes:
             return torch.ones((), dtype=torch.bool, device=self._basis.device)
         return self._first.finite(condition)
 
-    def advance(self, contrast: torch.Tensor) -> bool:
+    def advance(self, contrast: Tensor) -> bool:
         """End a pass, and return whether another one over the same samples is needed.
 
         Args:
@@ -246,23 +243,23 @@ class KrylovSpace:
         self._products = columns.new_zeros(0 if self.ready else self._newest, columns.shape[1])
         return not self.ready
 
-    def projection(self) -> torch.Tensor:
+    def projection(self) -> Tensor:
         """Return weights [k, d] that map activations to the features, up to a constant."""
         return self.basis * self._scale.to(self._dtype)
 
-    def _add_products(self, condition: int, activations: torch.Tensor) -> None:
+    def _add_products(self, condition: int, activations: Tensor) -> None:
         newest = self.basis[self._size - self._newest :]
         for tile in tiles(activations):
             z = standardised(tile, self._center[condition], self._scale, self._dtype)
             self._products += (z @ newest.T).T @ z
 
-    def _append(self, columns: torch.Tensor) -> int:
+    def _append(self, columns: Tensor) -> int:
         """Add the part of columns [P, d] outside the space as orthonormal vectors, and return their
         number."""
         before = columns.norm(dim=1)
         for _ in range(2):  # the second time removes the rounding error of the first
             self._remove_known(columns)
-        added: list[torch.Tensor] = []
+        added: list[Tensor] = []
         room = min(len(self._basis), int(self.alive.sum())) - self._size
         for column, norm in zip(columns, before, strict=True):
             for _ in range(2):
@@ -275,7 +272,7 @@ class KrylovSpace:
             self._size += 1
         return len(added)
 
-    def _append_known(self, start: torch.Tensor, together: int) -> None:
+    def _append_known(self, start: Tensor, together: int) -> None:
         """Add the new part of the weights [k, d] of an earlier space, in its order, up to the
         largest size."""
         self._start = None
@@ -285,7 +282,7 @@ class KrylovSpace:
                 return
             self._append(rows.to(scale) / scale)
 
-    def _remove_known(self, columns: torch.Tensor) -> None:
+    def _remove_known(self, columns: Tensor) -> None:
         """Subtract from columns [P, d] float64 their projection on the basis, in place."""
         if self._size == 0:
             return
@@ -298,17 +295,13 @@ class KrylovSpace:
             columns[:, part] -= overlap @ self.basis[:, part].double()
 
 
-def standardised(
-    activations: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def standardised(activations: Tensor, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute (a - mean) scale of activations [n, d], a new tensor [n, d] of the dtype."""
     z = activations.to(dtype, copy=True)
     return z.sub_(mean.to(dtype)).mul_(scale.to(dtype))
 
 
-def projected(
-    activations: torch.Tensor, projection: torch.Tensor, mean: torch.Tensor | None = None
-) -> torch.Tensor:
+def projected(activations: Tensor, projection: Tensor, mean: Tensor | None = None) -> Tensor:
     """Compute features [n, k] of activations [n, d] with weights [k, d], about their mean [d] if it
     is given."""
     pieces = []
@@ -320,7 +313,7 @@ def projected(
     return torch.cat(pieces)
 
 
-def tiles(rows: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+def tiles(rows: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """Split rows [n, d] into tiles of about `TILE_NUMBERS`, or at the same rows as `like`."""
     width = max((rows if like is None else like).shape[1], 1)
     return rows.split(max(TILE_NUMBERS // width, TILE_ROWS))

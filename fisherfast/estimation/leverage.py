@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.fold_moments import SampleFeatures
 from fisherfast.estimation.variance import covariance_of_entries, pair_product
@@ -46,14 +47,12 @@ class Seen:
         score: [m, P], or None.
     """
 
-    leverage: torch.Tensor
-    prediction: torch.Tensor
-    score: torch.Tensor | None = None
+    leverage: Tensor
+    prediction: Tensor
+    score: Tensor | None = None
 
 
-def seen_along_curve(
-    samples: SampleFeatures, readout: torch.Tensor, half: torch.Tensor, dof: float
-) -> Seen:
+def seen_along_curve(samples: SampleFeatures, readout: Tensor, half: Tensor, dof: float) -> Seen:
     """Compute leverage and prediction by the first k of K features, for every k.
 
     Args:
@@ -69,7 +68,7 @@ def seen_along_curve(
     return Seen(leverage(whitened.square().cumsum(1), dof), prediction, samples.score)
 
 
-def pair_correlations(whitened: torch.Tensor, conditions: int) -> torch.Tensor:
+def pair_correlations(whitened: Tensor, conditions: int) -> Tensor:
     r"""Mean correlation [C, C] of a whitened feature with itself between paired conditions.
 
     .. math:: \rho_{ab} = \operatorname{tr}(S^{-1} C_{ab}) / k
@@ -86,12 +85,12 @@ def pair_correlations(whitened: torch.Tensor, conditions: int) -> torch.Tensor:
     return (rows @ rows.T / (size[:, None] * size)).nan_to_num(0.0)
 
 
-def leverage(squares: torch.Tensor, dof: float) -> torch.Tensor:
+def leverage(squares: Tensor, dof: float) -> Tensor:
     """Compute h of samples from t^T t."""
     return (squares / dof).clamp_max(MOST_LEVERAGE)
 
 
-def inverse_excess(seen: Seen, effective: torch.Tensor, dof: float) -> torch.Tensor:
+def inverse_excess(seen: Seen, effective: Tensor, dof: float) -> Tensor:
     r"""Compute the factor that multiplies J from both sides, in addition to the Gaussian
     correction.
 
@@ -117,13 +116,13 @@ def inverse_excess(seen: Seen, effective: torch.Tensor, dof: float) -> torch.Ten
     return _root_of_ratio(once, twice) * expected.sqrt()[:, None, None]
 
 
-def _weighted_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _weighted_products(left: Tensor, right: Tensor) -> Tensor:
     """Sum l r^T over samples, [B, P, P] float64, with l [P, m, B] or [P, m, 1] and r [P, m, B]."""
     rows = [torch.stack([(a * b).sum(0, dtype=torch.float64) for b in right]) for a in left]
     return torch.stack(rows).permute(2, 0, 1)
 
 
-def _root_of_ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+def _root_of_ratio(above: Tensor, below: Tensor) -> Tensor:
     """Compute (A B^-1)^(1/2) [K, P, P] of positive matrices; for G A G^T and G B G^T the result is
     G (A B^-1)^(1/2) G^-1. It is the identity in directions where B is zero."""
     if above.shape[-1] == 1:
@@ -143,9 +142,7 @@ def _root_of_ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
     return G * (scale[:, None, :] / scale[:, :, None])
 
 
-def left_out_score(
-    seen: Seen, naive: torch.Tensor, effective: torch.Tensor, V: torch.Tensor, dof: float
-) -> torch.Tensor:
+def left_out_score(seen: Seen, naive: Tensor, effective: Tensor, V: Tensor, dof: float) -> Tensor:
     r"""Estimate J [B, P, P] from a score whose residual may depend on the leverage.
 
     The prediction of sample i by a readout learned without it is s_hat_i - h_i g_i r_i with
@@ -173,13 +170,8 @@ def left_out_score(
 
 
 def score_covariance(
-    whitened: torch.Tensor,
-    prediction: torch.Tensor,
-    score: torch.Tensor,
-    J: torch.Tensor,
-    naive: torch.Tensor,
-    dof: float,
-) -> torch.Tensor:
+    whitened: Tensor, prediction: Tensor, score: Tensor, J: Tensor, naive: Tensor, dof: float
+) -> Tensor:
     r"""Compute the covariance [P, P, P, P] of the entries of J from a score.
 
     To first order J is the mean of s s_hat^T + s_hat s^T - s_hat s_hat^T; the noise of the readout
@@ -199,9 +191,7 @@ def score_covariance(
     return covariance_of_entries(change) / dof + noise_covariance(whitened, score - prediction, dof)
 
 
-def score_corrections(
-    whitened: torch.Tensor, prediction: torch.Tensor, score: torch.Tensor, dof: float
-) -> torch.Tensor:
+def score_corrections(whitened: Tensor, prediction: Tensor, score: Tensor, dof: float) -> Tensor:
     """Compute the contribution [m, P, P] of each sample to the correction of `left_out_score`, with
     all features."""
     h = leverage(whitened.square().sum(1), dof)
@@ -210,7 +200,7 @@ def score_corrections(
     return (change + change.mT) / 2
 
 
-def noise_covariance(whitened: torch.Tensor, rest: torch.Tensor, dof: float) -> torch.Tensor:
+def noise_covariance(whitened: Tensor, rest: Tensor, dof: float) -> Tensor:
     r"""Compute the covariance [P, P, P, P] of J that fitting features to a noisy score adds.
 
     .. math:: J = \frac{1}{\nu^2} \sum_{i \ne j} t_i^T t_j \frac{g_i + g_j}{2}\, e_i e_j^T
@@ -234,9 +224,7 @@ def noise_covariance(whitened: torch.Tensor, rest: torch.Tensor, dof: float) -> 
     return (crossed.permute(0, 2, 1, 3) + crossed.permute(0, 2, 3, 1)).double()
 
 
-def excess_covariance(
-    u: torch.Tensor, moved: torch.Tensor | None, J: torch.Tensor, spare: float
-) -> torch.Tensor:
+def excess_covariance(u: Tensor, moved: Tensor | None, J: Tensor, spare: float) -> Tensor:
     r"""Compute how much the features' fourth moment adds to the covariance [P, P, P, P] of the
     entries of J, compared with Gaussian features: negative for light tails. One standard error of
     the result is added, because most data sets contain fewer extreme samples than expected.
@@ -265,7 +253,7 @@ def excess_covariance(
     return excess / spare
 
 
-def _own_error(changes: torch.Tensor, mean: torch.Tensor) -> float:
+def _own_error(changes: Tensor, mean: Tensor) -> float:
     """Estimate the relative error of the mean square of changes [m, P, P], which is large if one
     sample dominates it.
 

@@ -13,20 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fisherfast import ops
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.curve import SPARE_DOF
 from fisherfast.estimation.derivatives import ScoreMoments, fold_sums
-from fisherfast.estimation.estimate import fold_estimate, score_estimate
+from fisherfast.estimation.estimate import estimate
 from fisherfast.estimation.features import Lift
-from fisherfast.estimation.fold_moments import (
-    FoldStatistics,
-    FoldSums,
-    SampleFeatures,
-    about_fold_means,
-)
+from fisherfast.estimation.fold_moments import FoldStatistics, FoldSums, SampleFeatures
 from fisherfast.estimation.leverage import Seen, leverage
 from fisherfast.estimation.pilot import Standardisation
 from fisherfast.estimation.ridge import AUTO, MOSTLY_RIDGE, RidgeSetting, raw_ridge
@@ -66,11 +62,7 @@ class MapMoments(FoldSums):
         self._cross = self.sums.new_zeros(math.prod(shape[1:]), shape[0], shape[0])
 
     def update(
-        self,
-        condition: int,
-        activations: torch.Tensor,
-        carried: torch.Tensor | None,
-        place: Place,
+        self, condition: int, activations: Tensor, carried: Tensor | None, place: Place
     ) -> None:
         """Add activations [n, C, H, W] of a condition.
 
@@ -95,13 +87,13 @@ class MapMoments(FoldSums):
     def _scored(self) -> bool:
         return isinstance(self.carried, ScoreMoments)
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Return views of the sums to add up over processes, see `FoldMoments.shared_sums`."""
         parts = [self.counts, self.sums, self._cross]
         parts += [self.products] if self.paired else []
         return parts + ([] if self.carried is None else self.carried.shared_sums())
 
-    def statistics(self, contrast: torch.Tensor) -> FoldStatistics:
+    def statistics(self, contrast: Tensor) -> FoldStatistics:
         """Compute the statistics of the B C features, with the within-fold covariances [B, C, C] of
         the positions."""
         weight = self.counts.to(self.sums)[..., None]
@@ -117,47 +109,43 @@ class MapMoments(FoldSums):
         """Return the kept samples [m, B C] about the means of their folds; None without any."""
         if self.kept.forgotten:
             return None
-        parts, scores = [], []
-        for condition, (_, fold, x, *score) in enumerate(self.kept.kept()):
-            fold, counts = fold.to(x.device), self.counts[condition]
-            parts.append(about_fold_means(x.double(), fold, self.sums[condition], counts))
-            if isinstance(self.carried, ScoreMoments):
-                sums = self.carried.score_sums
-                scores.append(about_fold_means(score[0].double(), fold, sums, counts))
-        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None)
+        kept = self.kept.kept()
+        rows = (x.double() for _, _, x, *_ in kept)
+        folds = (fold.to(x.device) for _, fold, x, *_ in kept)
+        return self.samples_of(rows, folds, kept[0][3].double() if self._scored else None)
 
-    def alive(self, covariance: torch.Tensor) -> torch.Tensor:
+    def alive(self, covariance: Tensor) -> Tensor:
         """Return which channels [B, C] vary by more than the rounding of their mean."""
         return _diagonal(covariance) > (self._rounding * self._mean()).square()
 
-    def ridge(self, setting: RidgeSetting, variance: torch.Tensor) -> torch.Tensor:
+    def ridge(self, setting: RidgeSetting, variance: Tensor) -> Tensor:
         """Compute the ridge [B, C], relative to the variances [B, C]."""
         if setting != AUTO:
             return torch.full_like(variance, setting)
         return raw_ridge(variance, self._noise**2 * (self._mean().square() + variance))
 
-    def _mean(self) -> torch.Tensor:
+    def _mean(self) -> Tensor:
         """Mean activations [B, C]."""
         mean = self.sums.sum((0, 1)) / self.counts.sum() + _by_position(self._pilot)
         return self._at_positions(mean)
 
-    def _at_positions(self, features: torch.Tensor) -> torch.Tensor:
+    def _at_positions(self, features: Tensor) -> Tensor:
         """Split features [B C, ...] into those of each position [B, C, ...]."""
         return features.unflatten(0, (-1, self.shape[0]))
 
 
-def _by_position(maps: torch.Tensor) -> torch.Tensor:
+def _by_position(maps: Tensor) -> Tensor:
     """Flatten maps [..., C, H, W] to [..., B C], channels last."""
     return maps.movedim(-3, -1).flatten(-3)
 
 
-def _diagonal(matrices: torch.Tensor) -> torch.Tensor:
+def _diagonal(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 def estimate_map(
-    name: str, moments: MapMoments, contrast: torch.Tensor, ridge: RidgeSetting
-) -> tuple[torch.Tensor, torch.Tensor]:
+    name: str, moments: MapMoments, contrast: Tensor, ridge: RidgeSetting
+) -> tuple[Tensor, Tensor]:
     r"""Estimate J [H, W, P, P] and its standard errors at each position, in 1/theta^2.
 
     .. math::
@@ -182,20 +170,13 @@ def estimate_map(
     columns = statistics.columns.unflatten(0, alive.shape)
     ridges = moments.ridge(ridge, _diagonal(covariance))
     solved, effective, known = _solve(covariance, alive, columns, ridges, rounding=ridge == AUTO)
-    parameters = statistics.derivative.shape[1]
-    half = solved[..., :parameters]
+    half, fold_half = statistics.split(solved)
     naive = half.mT @ half
-    fold_half = solved[..., parameters:].unflatten(-1, (moments.folds, parameters))
     seen = None
     if statistics.samples is not None:
         seen = _seen(statistics.samples, covariance, ridges, known, half, nu)
-    if statistics.score is not None:
-        products = torch.einsum("bcp,bcfq->bfpq", half, fold_half)
-        scored = score_estimate(naive, effective, products, statistics.score, nu, seen)
-        J, variance = scored.J, scored.variance
-    else:
-        found = fold_estimate(naive, effective, fold_half, _fold_products, statistics, seen)
-        J, variance = found.J, found.variance
+    found = estimate(half, fold_half, naive, effective, _fold_products, statistics, seen)
+    J, variance = found.J, found.variance
     nothing = (~alive).all(-1)[:, None, None]
     J = torch.where(nothing, 0.0, (J + J.mT) / 2)
     stderr = torch.where(nothing, 0.0, (variance + variance.mT).div(2).sqrt())
@@ -203,7 +184,7 @@ def estimate_map(
     return J, stderr
 
 
-def _regularised(covariance: torch.Tensor, kept: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+def _regularised(covariance: Tensor, kept: Tensor, ridge: Tensor) -> Tensor:
     """Compute S + Lambda [B, C, C] of the channels in kept [B, C]; the others become features of
     unit variance without covariance."""
     R = torch.where(kept[..., None] & kept[..., None, :], covariance, 0.0)
@@ -212,13 +193,8 @@ def _regularised(covariance: torch.Tensor, kept: torch.Tensor, ridge: torch.Tens
 
 
 def _solve(
-    covariance: torch.Tensor,
-    alive: torch.Tensor,
-    columns: torch.Tensor,
-    ridge: torch.Tensor,
-    *,
-    rounding: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    covariance: Tensor, alive: Tensor, columns: Tensor, ridge: Tensor, *, rounding: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute L^-1 times all columns [B, C, (1 + F) P], k_eff [B], and which channels count [B, C].
 
     Channels that do not vary have no derivative: they add nothing to J and are not counted. The
@@ -238,10 +214,10 @@ def _solve(
 
 def _seen(
     samples: SampleFeatures,
-    covariance: torch.Tensor,
-    ridge: torch.Tensor,
-    known: torch.Tensor,
-    half: torch.Tensor,
+    covariance: Tensor,
+    ridge: Tensor,
+    known: Tensor,
+    half: Tensor,
     dof: float,
 ) -> Seen:
     """Compute leverage and prediction of kept samples at each position; zero where the covariance
@@ -254,6 +230,6 @@ def _seen(
     return Seen(leverage(whitened.square().sum(1).T, dof), prediction, samples.score)
 
 
-def _fold_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _fold_products(left: Tensor, right: Tensor) -> Tensor:
     """Sum l r^T over channels, [B, F, P, P], with l and r [B, C, F, P]."""
     return torch.einsum("bcfp,bcfq->bfpq", left, right)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.dither import StepMeter
 from fisherfast.estimation.ridge import (
@@ -43,13 +44,13 @@ class Standardisation:
         steps: [d] float64 step between tied values, 0 without ties; None if not searched.
     """
 
-    mean: torch.Tensor
-    scale: torch.Tensor
-    alive: torch.Tensor
+    mean: Tensor
+    scale: Tensor
+    alive: Tensor
     rounding: float
     noise: float
     exact: bool = True
-    steps: torch.Tensor | None = None
+    steps: Tensor | None = None
 
 
 class PilotMoments:
@@ -69,16 +70,15 @@ class PilotMoments:
     def __init__(self, units: int = ROUNDING, ties: StepMeter | None = None) -> None:
         self._units = units
         self._ties = ties
-        self._steps: torch.Tensor | None = None
+        self._steps: Tensor | None = None
         self.count = 0
-        self._mean: torch.Tensor | None = None
-        self._square = torch.zeros(())
+        self._mean = self._square = torch.zeros(())
         self.rounding = 0.0
         self.noise = 0.0
-        self._rows: list[torch.Tensor] = []
+        self._rows: list[Tensor] = []
         self._flags: list[bool | None] = []
 
-    def update(self, activations: torch.Tensor, moving: torch.Tensor | None = None) -> None:
+    def update(self, activations: Tensor, moving: Tensor | None = None) -> None:
         """Add activations [n, d]; moving bool [n, d] marks those with a derivative, if known."""
         if self._ties is not None:
             self._ties.update(activations, moving)
@@ -92,35 +92,25 @@ class PilotMoments:
         if pilot.shape[1] <= PILOT_WIDTH and missing > 0 and precision == torch.float32:
             self._rows.append(activations[:missing].clone())
 
-    def _add(self, n: int, mean: torch.Tensor, square: torch.Tensor) -> None:
-        if self._mean is None:
-            self.count, self._mean, self._square = n, mean, square
-            return
+    def _add(self, n: int, mean: Tensor, square: Tensor) -> None:
         total = self.count + n
         delta = mean - self._mean
         self._square = self._square + square + delta.square() * (self.count * n / total)
         self._mean = self._mean + delta * (n / total)
         self.count = total
 
-    def parts(self) -> torch.Tensor:
+    def parts(self) -> Tensor:
         """Return mean, sum of squared deviations and steps [3, d] of the added samples."""
-        if self._mean is None:
-            raise ValueError("pilot must hold at least one batch, got none")
         steps = self._found_steps()
         steps = torch.zeros_like(self._mean) if steps is None else steps
         return torch.stack([self._mean, self._square, steps])
 
-    def _found_steps(self) -> torch.Tensor | None:
+    def _found_steps(self) -> Tensor | None:
         """Return the step [d] float64 between tied values, 0 without ties; None if not searched."""
         return self._steps if self._ties is None else self._ties.steps()
 
     def merge(
-        self,
-        count: int,
-        parts: torch.Tensor,
-        rounding: float,
-        noise: float,
-        ill_conditioned: bool | None,
+        self, count: int, parts: Tensor, rounding: float, noise: float, ill_conditioned: bool | None
     ) -> None:
         """Add samples of another process, given their number, `parts` and the other values."""
         self._flags.append(ill_conditioned)
@@ -131,7 +121,7 @@ class PilotMoments:
 
     def standardisation(self) -> Standardisation:
         """Return mean and scale of the added samples."""
-        if self._mean is None:
+        if self.count == 0:
             raise ValueError("pilot must hold at least one batch, got none")
         std = (self._square / self.count).sqrt()
         alive = std > self.rounding * self._mean.abs()
@@ -146,7 +136,7 @@ class PilotMoments:
     def ill_conditioned(self) -> bool | None:
         """Return whether the covariance needs float64 products; None for too few samples."""
         rows = sum(map(len, self._rows))
-        if self._mean is None or not 0 < rows >= PILOT_ROWS * len(self._mean):
+        if not 0 < rows >= PILOT_ROWS * len(self._mean):
             return None
         z = torch.cat(self._rows).double()
         z = z - z.mean(0)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from fisherfast import ops
@@ -106,15 +107,15 @@ class Probe:
         skip: [P, d] linear readout of the raw features.
     """
 
-    enter: tuple[torch.Tensor, torch.Tensor]
-    blocks: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    leave: tuple[torch.Tensor, torch.Tensor]
-    skip: torch.Tensor
+    enter: tuple[Tensor, Tensor]
+    blocks: tuple[tuple[Tensor, Tensor], ...]
+    leave: tuple[Tensor, Tensor]
+    skip: Tensor
 
     def __len__(self) -> int:
         return len(self.skip)
 
-    def parameters(self) -> list[torch.Tensor]:
+    def parameters(self) -> list[Tensor]:
         """Return all tensors, the weights of layers first."""
         layers = (self.enter, *self.blocks, self.leave)
         return [w for w, _ in layers] + [b for _, b in layers] + [self.skip]
@@ -123,31 +124,31 @@ class Probe:
         """Convert to another dtype."""
         return self.like([parameter.to(dtype) for parameter in self.parameters()])
 
-    def like(self, parameters: list[torch.Tensor]) -> Probe:
+    def like(self, parameters: list[Tensor]) -> Probe:
         """Make a network with other `parameters`."""
         layers = list(zip(parameters, parameters[BLOCKS + 2 : -1], strict=False))
         return Probe(layers[0], tuple(layers[1:-1]), layers[-1], parameters[-1])
 
-    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+    def __call__(self, z: Tensor) -> Tensor:
         """Compute the outputs [n, P] from raw features [n, d], roughly the score in units of its
         standard deviation."""
         return torch.cat([self.read(part.clamp(-LIMIT, LIMIT)) for part in z.split(TILE_ROWS)])
 
-    def read(self, z: torch.Tensor) -> torch.Tensor:
+    def read(self, z: Tensor) -> Tensor:
         """Compute the outputs [..., P] from clipped features [..., d]."""
         hidden = functional.gelu(functional.linear(z, *self.enter))
         for block in self.blocks:
             hidden = hidden + functional.gelu(functional.linear(hidden, *block))
         return functional.linear(hidden, *self.leave) + z @ self.skip.T
 
-    def tangents(self, z: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+    def tangents(self, z: Tensor, tangents: Tensor) -> Tensor:
         """Compute the tangents [Q, n, P] of the outputs from raw features z [n, d] and their
         tangents [Q, n, d]."""
         rows = max(TILE_ROWS // (1 + len(tangents)), 1)
         parts = zip(z.split(rows), tangents.split(rows, 1), strict=True)
         return torch.cat([self._moved(part, moved) for part, moved in parts], 1)
 
-    def _moved(self, z: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+    def _moved(self, z: Tensor, tangents: Tensor) -> Tensor:
         moved = tangents * (z.abs() <= LIMIT)
         read = torch.cat([z.clamp(-LIMIT, LIMIT)[None], moved])
         hidden = _dual_layer(read, *self.enter)
@@ -156,7 +157,7 @@ class Probe:
         return hidden[1:] @ self.leave[0].T + moved @ self.skip.T
 
 
-def _dual_layer(stack: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _dual_layer(stack: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Apply a linear layer and GELU to a stack of primal and tangents [1 + Q, n, w]."""
     stack = stack @ weight.T
     stack[0] += bias
@@ -185,12 +186,12 @@ class ProbedDictionary(FeatureDictionary):
             [rounding[: base.raw], rounding.new_zeros(self.size - base.raw)]
         )
 
-    def raw_features(self, activations: torch.Tensor) -> torch.Tensor:
+    def raw_features(self, activations: Tensor) -> Tensor:
         """Compute the features [n, raw] before the lift: linear ones and the probe's outputs."""
         z = self.base.raw_features(activations)
         return torch.cat([z, self.probe(z.to(self.dtype)).to(z)], 1)
 
-    def ridge(self, setting: RidgeSetting, variances: torch.Tensor) -> torch.Tensor:
+    def ridge(self, setting: RidgeSetting, variances: Tensor) -> Tensor:
         """Return the ridge [k] of the base; outputs of the probe have that of lifted features."""
         if setting != AUTO:
             return torch.full_like(variances, setting)
@@ -198,7 +199,7 @@ class ProbedDictionary(FeatureDictionary):
         ridge[: self.linear] = self.base.ridge(setting, variances[: self.linear])
         return ridge
 
-    def raw_tangents(self, tangents: torch.Tensor, raw: torch.Tensor | None = None) -> torch.Tensor:
+    def raw_tangents(self, tangents: Tensor, raw: Tensor | None = None) -> Tensor:
         """Compute the tangents [P, n, raw] of `raw`, the result of `raw_features`."""
         if raw is None:
             raise ValueError("raw must be given: the tangents of a network depend on its input")
@@ -217,9 +218,9 @@ class Regression:
         tangents: [n, P, d] of the raw features (C = 1); then `targets` are not used.
     """
 
-    z: torch.Tensor
-    targets: torch.Tensor
-    tangents: torch.Tensor | None = None
+    z: Tensor
+    targets: Tensor
+    tangents: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.z)
@@ -233,9 +234,7 @@ class Regression:
         """Return the number of points of one sample."""
         return self.z.shape[1] if self.tangents is None else 2 * self.tangents.shape[1]
 
-    def batch(
-        self, rows: torch.Tensor | slice, scale: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, rows: Tensor | slice, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return the points [m, C, d] and targets [m or 1, C, P] of some samples.
 
         Args:
@@ -270,9 +269,9 @@ class Trained:
 
 def train_probe(
     regression: Regression,
-    covariance: torch.Tensor,
-    readout: torch.Tensor,
-    scale: torch.Tensor,
+    covariance: Tensor,
+    readout: Tensor,
+    scale: Tensor,
     *,
     dof: float,
     seed: int,
@@ -296,7 +295,7 @@ def train_probe(
         return _Training(regression, whitening, mean, readout, scale, seed).run()
 
 
-def _whitening(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
+def _whitening(covariance: Tensor, ridge: float) -> Tensor:
     """Compute M [d, m] with Cov(M^T z) = 1, apart from the ridge, for the m features that vary."""
     variance = covariance.diagonal()
     alive = (variance > 0).nonzero()[:, 0]
@@ -316,10 +315,10 @@ class _Training:
     def __init__(
         self,
         regression: Regression,
-        whitening: torch.Tensor,
-        mean: torch.Tensor,
-        readout: torch.Tensor,
-        scale: torch.Tensor,
+        whitening: Tensor,
+        mean: Tensor,
+        readout: Tensor,
+        scale: Tensor,
         seed: int,
     ) -> None:
         self._regression, self._scale = regression, scale.float()
@@ -364,10 +363,10 @@ class _Training:
         found = None if kept is None else self._unwhitened(self._probe.like(kept))
         return Trained(found, step, len(self._train_rows))
 
-    def _initial(self, skip: torch.Tensor) -> Probe:
+    def _initial(self, skip: Tensor) -> Probe:
         """Draw random weights of variance 2 / inputs, with a last layer of zeros."""
 
-        def layer(outputs: int, inputs: int, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
+        def layer(outputs: int, inputs: int, gain: float) -> tuple[Tensor, Tensor]:
             weight = torch.randn(outputs, inputs, generator=self._random, device=self._device)
             return weight * (gain / inputs) ** 0.5, weight.new_zeros(outputs)
 
@@ -375,7 +374,7 @@ class _Training:
         outputs, inputs = skip.shape
         return Probe(layer(WIDTH, inputs, 2.0), blocks, layer(outputs, WIDTH, 0.0), skip.clone())
 
-    def _batches(self, rows: int, total: int) -> Iterator[torch.Tensor]:
+    def _batches(self, rows: int, total: int) -> Iterator[Tensor]:
         """Yield the rows of each step, in a new random order for each pass over all rows."""
         order, start = self._train_rows[:0], 0
         for _ in range(total):
@@ -387,7 +386,7 @@ class _Training:
             yield order[start : start + rows]
             start += rows
 
-    def _loss(self, probe: Probe, rows: torch.Tensor, *, noisy: bool) -> torch.Tensor:
+    def _loss(self, probe: Probe, rows: Tensor, *, noisy: bool) -> Tensor:
         """Compute the mean of f^2 - 2 f t."""
         points, targets = self._regression.batch(rows, self._scale)
         white = self._whitened(points)
@@ -405,7 +404,7 @@ class _Training:
             losses = [self._loss(probe, rows, noisy=False) * len(rows) for rows in parts]
             return float(torch.stack(losses).sum()) / len(self._test_rows)
 
-    def _whitened(self, points: torch.Tensor) -> torch.Tensor:
+    def _whitened(self, points: Tensor) -> Tensor:
         cut = points.clamp(-LIMIT, LIMIT) - self._mean.float()
         return cut @ self._whitening.float()
 

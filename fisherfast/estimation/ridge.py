@@ -17,6 +17,7 @@ import numbers
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 RidgeSetting = float | Literal["auto"]
 """A number for all features, relative to the variance of each, or "auto"."""
@@ -74,7 +75,7 @@ def relative_rounding(dtype: torch.dtype, units: int = ROUNDING) -> float:
     return max(units * torch.finfo(precision).eps, torch.finfo(dtype).eps)
 
 
-def raw_ridge(variance: torch.Tensor, rounding_variance: torch.Tensor) -> torch.Tensor:
+def raw_ridge(variance: Tensor, rounding_variance: Tensor) -> Tensor:
     """Compute the smallest ridge [..., k] that the arithmetic allows.
 
     Args:
@@ -85,12 +86,12 @@ def raw_ridge(variance: torch.Tensor, rounding_variance: torch.Tensor) -> torch.
     return rounding_variance / torch.where(variance > 0, variance, 1.0) + factor
 
 
-def as_vector(ridge: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def as_vector(ridge: float | Tensor, like: Tensor) -> Tensor:
     """Expand a ridge of one number or [k] to [k], on the device of `like`."""
-    return ridge.to(like) if isinstance(ridge, torch.Tensor) else torch.full_like(like, ridge)
+    return ridge.to(like) if isinstance(ridge, Tensor) else torch.full_like(like, ridge)
 
 
-def with_ridge(correlation: torch.Tensor, ridge: float | torch.Tensor) -> torch.Tensor:
+def with_ridge(correlation: Tensor, ridge: float | Tensor) -> Tensor:
     """Compute R = S + Lambda [k, k] from a covariance with unit diagonal."""
     R = correlation.clone()
     R.diagonal().add_(ridge)

@@ -8,9 +8,10 @@ follows (marginal information). The diagonal of the second is the first.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
-def entry_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def entry_product(A: Tensor, B: Tensor) -> Tensor:
     """Compute (A_pp B_qq + B_pp A_qq) / 2 + A_pq B_pq for symmetric A, B [..., P, P]: the entries
     p = r and q = s of `pair_product`."""
     A_p, A_q = _outer_diagonals(A)
@@ -18,7 +19,7 @@ def entry_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return (A_p * B_q + B_p * A_q) / 2 + A * B
 
 
-def pair_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def pair_product(A: Tensor, B: Tensor) -> Tensor:
     """Compute (A_pr B_qs + A_ps B_qr + B_pr A_qs + B_ps A_qr) / 2 [P, P, P, P].
 
     For A = B this is the covariance of a_p a_q and a_r a_s for Gaussian a of covariance A; for
@@ -29,27 +30,25 @@ def pair_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return (both + both.transpose(2, 3)) / 2
 
 
-def jackknife_covariance(replicates: torch.Tensor) -> torch.Tensor:
+def jackknife_covariance(replicates: Tensor) -> Tensor:
     """Compute the covariance [P, P, P, P] of an estimate from its values without each fold
     [F, P, P]."""
     return covariance_of_entries(replicates) * (len(replicates) - 1)
 
 
-def covariance_of_entries(matrices: torch.Tensor) -> torch.Tensor:
+def covariance_of_entries(matrices: Tensor) -> Tensor:
     """Compute the covariance [P, P, P, P] of the entries of matrices [m, P, P]."""
     centred = matrices - matrices.mean(0)
     return torch.einsum("mpq,mrs->pqrs", centred, centred) / len(centred)
 
 
-def standard_errors(covariance: torch.Tensor) -> torch.Tensor:
+def standard_errors(covariance: Tensor) -> Tensor:
     """Compute the standard errors [P, P] of the entries of a matrix from their covariance
     [P, P, P, P]."""
     return torch.einsum("pqpq->pq", covariance).sqrt()
 
 
-def independent_covariance(
-    J: torch.Tensor, dof: float, noise: torch.Tensor, effective: float
-) -> torch.Tensor:
+def independent_covariance(J: Tensor, dof: float, noise: Tensor, effective: float) -> Tensor:
     r"""Compute the covariance [P, P, P, P] of the entries of J [P, P], whose diagonal is
     `independent_variance`.
 
@@ -66,7 +65,7 @@ def independent_covariance(
     return (2 * second + (a - 1) * crossed) / (a * (a - 3)) + of_mean
 
 
-def covariance_variance(J: torch.Tensor, dof: float, effective: torch.Tensor) -> torch.Tensor:
+def covariance_variance(J: Tensor, dof: float, effective: Tensor) -> Tensor:
     r"""Compute the variance of J from the error of the estimated covariance alone:
     (J_pp J_qq + J_pq^2) / (nu - k_eff - 3)."""
     diagonal = torch.diagonal(J, dim1=1, dim2=2).clamp_min(0)
@@ -74,9 +73,7 @@ def covariance_variance(J: torch.Tensor, dof: float, effective: torch.Tensor) ->
     return spread / (dof - effective - 3)[:, None, None]
 
 
-def independent_variance(
-    J: torch.Tensor, dof: float, noise: torch.Tensor, effective: torch.Tensor
-) -> torch.Tensor:
+def independent_variance(J: Tensor, dof: float, noise: Tensor, effective: Tensor) -> Tensor:
     r"""Compute the variance [K, P, P] of corrected J [K, P, P] for Gaussian features and
     independent conditions, with nu = dof degrees of freedom, noise c [P, P] and k_eff = effective
     [K].
@@ -105,12 +102,12 @@ def independent_variance(
     return wishart + var_mean
 
 
-def _outer_diagonals(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _outer_diagonals(matrix: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)
     return diagonal[..., :, None], diagonal[..., None, :]
 
 
-def _positive_part(J: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def _positive_part(J: Tensor, noise: Tensor) -> Tensor:
     """Remove the negative part of J [K, P, P], in units of its noise c [K, P, P]: a variance from
     an indefinite J would be negative in some direction."""
     if J.shape[-1] == 1:

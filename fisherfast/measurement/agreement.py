@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fisherfast.data import Batch, Data
@@ -48,7 +48,7 @@ class Agreement:
 
     def __init__(self, ranks: Ranks | None) -> None:
         self._ranks = ranks
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
         self._numbered = True  # samples, over all ranks
         self.share: Share | None = None
 
@@ -100,13 +100,12 @@ class Agreement:
             groups = joined_groups([each["groups"] for each in gathered])
         return WholeData(data, total, groups)
 
-    def copy_buffers(self, model: nn.Module | None) -> None:
+    def copy_buffers(self, model: nn.Module) -> None:
         """Copy the buffers of rank 0 into a model if those of the ranks differ. Call inside
         `evaluation`, which restores them."""
-        if self._buffers and model is not None:
-            for name, buffer in model.named_buffers():
-                if name in self._buffers:
-                    buffer.copy_(self._buffers[name])
+        for name, buffer in model.named_buffers():
+            if name in self._buffers:
+                buffer.copy_(self._buffers[name])
 
     def agree_on_samples(self, data: Data, heads: Sequence[Batch]) -> None:
         """Check that the first samples of data that all ranks have are the same on all."""
@@ -146,20 +145,13 @@ class Agreement:
         """
         if self._ranks is None or self.share is None or self.share.turns > 1:
             return
-        pilots = [meter.pilot for meter in meters]
-        own = [(p.count * counts, p.rounding, p.noise, p.ill_conditioned()) for p in pilots]
-        parts = [pilot.parts() for pilot in pilots]
+        pilots = [meter.pilot for meter in meters] if counts else []
+        own = [(p.count, p.parts().cpu(), p.rounding, p.noise, p.ill_conditioned()) for p in pilots]
         gathered = self._ranks.exchange("joining the first samples", own)
-        merged = [PilotMoments() for _ in meters]
-        for rank, states in enumerate(gathered):
-            if not any(count for count, *_ in states):
-                continue
-            theirs = [part.clone() for part in parts]
-            self._ranks.broadcast(theirs, rank)
-            for pilot, part, (count, *relative) in zip(merged, theirs, states, strict=True):
-                pilot.merge(count, part, *relative)
-        for meter, pilot in zip(meters, merged, strict=True):
-            meter.pilot = pilot
+        for meter, *states in zip(meters, *filter(None, gathered), strict=True):
+            device, meter.pilot = meter.pilot.parts().device, PilotMoments()
+            for count, parts, *relative in states:
+                meter.pilot.merge(count, parts.to(device), *relative)
 
     def begin_pass(self, meters: Sequence[Meter], seed: int) -> None:
         """Check that all ranks measure the same layers, take what rank 0 has learned, and give each
@@ -218,7 +210,7 @@ def _compared(
     return compared
 
 
-def checksum(tensor: torch.Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
     """Sum the bits of a tensor, read as integers: equal for equal numbers in any order of
     summation."""
     tensor = tensor.detach()
@@ -228,9 +220,7 @@ def checksum(tensor: torch.Tensor) -> int:
     return int(tensor.contiguous().view(integers).sum(dtype=torch.int64)) & (2**64 - 1)
 
 
-def _with_numbers(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-) -> Iterable[tuple[str, torch.Tensor]]:
+def _with_numbers(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
     """Select the named tensors that have bits to compare."""
     return (
         (name, tensor)
@@ -239,7 +229,7 @@ def _with_numbers(
     )
 
 
-def _form(tensor: torch.Tensor) -> str:
+def _form(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype)[6:]}"
 
 

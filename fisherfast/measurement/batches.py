@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Round
@@ -35,7 +36,6 @@ class Streams:
         data: the conditions.
         batch_size: samples per batch where the source has no batches of its own.
         folds: F.
-        dealings: of an earlier pass over the same samples; None for the first pass.
         share: the samples that this process measures; None for all.
         device: of the batches; None leaves them where they are.
         dtype: of the batches; None leaves them as they are.
@@ -55,7 +55,6 @@ class Streams:
         batch_size: int,
         *,
         folds: int,
-        dealings: list[Dealing] | None = None,
         share: Share | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -70,8 +69,8 @@ class Streams:
         self._share = Share() if share is None else share
         self._again = not self._lent and (bounded or self._share.turns > 1)
         self._folds = folds
-        self.dealings = dealings or dealings_of(data, folds, self._share.rank)
-        self._streams = self._rounds(batch_size, self._share)
+        self.dealings = dealings_of(data, folds, self._share.rank)
+        self.restart()
         self._kept: list[list[Round]] = [[] for _ in self._streams]
         self.owned = True
 
@@ -87,7 +86,6 @@ class Streams:
         self._batch_size = self._largest = batch_size
         if self._lent:
             self._pilot_bytes = min(PILOT_BYTES, pilot_bytes)
-        self._restart()
 
     def first(self, rows: int) -> list[Batch]:
         """Return up to `rows` first samples of each condition.
@@ -106,9 +104,9 @@ class Streams:
         _check_shapes(batches)
         self.owned = not all(map(_is_view, batches)) and not self._lent
         rows = min(rows, self._pilot_rows(batches[0]))
-        return [self._ready(batch.leading(rows)) for batch in batches]
+        return [self._ready(batch.part(0, rows)) for batch in batches]
 
-    def pilot(self) -> Iterator[tuple[int, torch.Tensor, Batch]]:
+    def pilot(self) -> Iterator[tuple[int, Tensor, Batch]]:
         """Yield (condition, numbers [n] of the batches that hold these samples, batch) for some
         samples of each condition. Their number does not depend on the batches."""
         for number, (kept, stream) in enumerate(zip(self._kept, self._streams, strict=True)):
@@ -124,7 +122,8 @@ class Streams:
                 continue
             for c, head in zip(places, heads, strict=True):
                 yield from self._picked(c, head)
-        self._restart()
+        if self._again:
+            self.restart()
 
     @property
     def samples(self) -> int | None:
@@ -173,12 +172,11 @@ class Streams:
                 " function that returns the batches"
             )
 
-    def _restart(self) -> None:
-        """Start again with what can be read again."""
-        if self._again:
-            self._streams = self._rounds(self._batch_size, self._share)
+    def restart(self) -> None:
+        """Begin a pass over the samples."""
+        self._streams = self._rounds(self._batch_size, self._share)
 
-    def _picked(self, condition: int, head: Batch) -> Iterator[tuple[int, torch.Tensor, Batch]]:
+    def _picked(self, condition: int, head: Batch) -> Iterator[tuple[int, Tensor, Batch]]:
         """Yield samples from all over a condition, as far as they are on this process; `head` is
         one of them."""
         numbers = scattered(self._data.samples(condition) or 0, self._pilot_rows(head))
@@ -190,14 +188,14 @@ class Streams:
 
     def _leading(
         self, places: range, rounds: Iterator[Round]
-    ) -> Iterator[tuple[int, torch.Tensor, Batch]]:
+    ) -> Iterator[tuple[int, Tensor, Batch]]:
         """Yield the first samples of conditions side by side, as far as they are on this
         process."""
         seen, rows, number = 0, 1, 0
         while seen < rows and (head := next(rounds, None)) is not None:
             rows = self._share.pilot_rows(places.start, self._pilot_rows(head[1][0]))
             for c, batch in zip(places, head[1], strict=True):
-                for part in self._cut(batch.leading(max(rows - seen, 0))):
+                for part in self._cut(batch.part(0, max(rows - seen, 0))):
                     yield c, torch.full((len(part),), number), self._ready(part)
             seen, number = seen + len(head[1][0]), number + 1
         if seen < rows and not self._data.sharded:  # the stream ended: its length is known
@@ -205,7 +203,7 @@ class Streams:
                 self.dealings[c] = Dealing.of(seen, self._folds)
 
     def _pilot_rows(self, batch: Batch) -> int:
-        samples = min(PILOT_SAMPLES, self._pilot_bytes // max(batch.leading(1).nbytes, 1))
+        samples = min(PILOT_SAMPLES, self._pilot_bytes // max(batch.part(0, 1).nbytes, 1))
         return max(samples // self._data.conditions, 2)
 
     def _head(self, kept: list[Round], stream: Iterator[Round]) -> Iterator[Round]:
@@ -229,7 +227,7 @@ class Streams:
         return batch.to(self._device, self._dtype, copy=self._copy)
 
 
-def scattered(samples: int, rows: int) -> torch.Tensor:
+def scattered(samples: int, rows: int) -> Tensor:
     """Return the numbers int64 of `rows` samples from all over the data, in random order: one from
     each of equal parts."""
     rows = min(rows, samples)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place, folds_of_half
@@ -41,7 +42,7 @@ from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import NO_TANGENTS, NOT_CARRIED, curve_points
 from fisherfast.measurement.memory import DOUBLE, moment_bytes, pilot_bytes
 from fisherfast.measurement.meter import Meter
-from fisherfast.measurement.moments import UnmeasuredError, all_finite, streams_of_half, worst_dof
+from fisherfast.measurement.moments import UnmeasuredError, all_finite, streams_of, worst_dof
 from fisherfast.measurement.replicates import HeldSamples
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import no_information
@@ -114,21 +115,17 @@ class CompressedMeter(Meter):
     measured: list[FoldMoments]
 
     def __init__(
-        self,
-        site: Site,
-        data: Data,
-        settings: MeasurementSettings,
-        start: Sequence[torch.Tensor] = (),
+        self, site: Site, data: Data, settings: MeasurementSettings, start: Sequence[Tensor] = ()
     ) -> None:
         super().__init__(site, data, settings)
         self._start = start
-        self._projections: list[torch.Tensor] = []
+        self._projections: list[Tensor] = []
         self._folds = folds_of_half(settings.folds)
         self._held: list[HeldSamples] = []
         self._seen = torch.zeros(data.conditions, dtype=torch.int64)
         self.measured = []
 
-    def for_next(self) -> list[torch.Tensor]:
+    def for_next(self) -> list[Tensor]:
         """Return the weights [k, d] of the vectors learned from each half."""
         return self._projections
 
@@ -174,7 +171,7 @@ class CompressedMeter(Meter):
         ]
         self._start = ()
 
-    def _observe(self, condition: int, batch: Batch, place: Place) -> torch.Tensor:
+    def _observe(self, condition: int, batch: Batch, place: Place) -> Tensor:
         self._seen[condition] += len(batch)
         finite = []
         for half, rows in enumerate(place.halves):
@@ -186,7 +183,7 @@ class CompressedMeter(Meter):
                 finite.append(space.finite(condition))
         return torch.stack(finite).all()
 
-    def _measure(self, half: int, condition: int, whole: Place, batch: Batch) -> torch.Tensor:
+    def _measure(self, half: int, condition: int, whole: Place, batch: Batch) -> Tensor:
         """Measure the samples of a half, of a batch with place `whole`, in the space of the other
         half. Returns whether all values were finite, a 0-d tensor."""
         other = 1 - half
@@ -197,13 +194,13 @@ class CompressedMeter(Meter):
         place, order = whole.half(half, self._folds)
         own = Batch(features, tangents, batch.score).sorted(place, order)
         carried = own.score if own.tangents is None else own.tangents
-        self._held[other].add(condition, own.x, carried, place, whole=whole)
+        self._held[other].add(condition, own.x, carried, place)
         moments.update(condition, own.x, carried=carried, place=place)
         if moments.paired:
             moments.update_products(moments.abreast(own.x))
         return all_finite(moments, condition)
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Return views of all sums of this pass."""
         own = [part for source in self.measured or self.spaces for part in source.shared_sums()]
         return [*super().shared_sums(), self._seen, *own]
@@ -227,7 +224,7 @@ class CompressedMeter(Meter):
         data, folds = self._data, self._folds
         self._projections = [space.projection() for space in self.spaces]
         for half, projection in enumerate(self._projections):
-            streams = streams_of_half(data, self._settings.folds, 1 - half, folds)
+            streams = streams_of(data, self._settings.folds, 1 - half, folds)
             size, device = len(projection), self._mean.device
             self.measured.append(FoldMoments(size, data.conditions, device=device, **streams))
             self._held.append(HeldSamples(data, folds, size, torch.float64))
@@ -299,20 +296,18 @@ class CompressedMeter(Meter):
         fits = [leading_curve(*one) for one in zip(wholes, indices, ridges, strict=True)]
         return crossed(fits, ridges, self._data.parameters)
 
-    def _replicates(self, half: int, fit: HalfFit) -> torch.Tensor:
+    def _replicates(self, half: int, fit: HalfFit) -> Tensor:
         """Return J in the space of a half without each fold of the other."""
         index = fit.index[: fit.chosen]
         W = fit.curve.readout_of(fit.chosen)
 
-        def read(
-            features: torch.Tensor, tangents: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def read(features: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
             return features[:, index] @ W, None if tangents is None else tangents[..., index] @ W
 
         samples = self.measured[half].units
         return self._held[half].replicates(fit.curve, fit.chosen, read, samples)
 
-    def _ridge(self, half: int) -> torch.Tensor:
+    def _ridge(self, half: int) -> Tensor:
         """Return the ridge [k] of the features in the space of a half, relative to their variances:
         the rounding of the activations, and of the products that make features of them."""
         variance, setting = self.measured[half].variances(), self._settings.ridge
@@ -323,14 +318,14 @@ class CompressedMeter(Meter):
         products = torch.stack([weight.abs().double() @ size for weight in weights]).square()
         return raw_ridge(variance, self._of_activations(half, self._noise_variance) + products)
 
-    def _affordable(self, half: int, dof: float) -> torch.Tensor:
+    def _affordable(self, half: int, dof: float) -> Tensor:
         """Return the numbers of the features in the space of a half that vary, at most as many as
         the samples carry."""
         varied = self.measured[half].variances() > self._rounding_variance(half)
         index = varied.nonzero()[:, 0]
         return index[: affordable(len(index), self._data.parameters, dof)]
 
-    def _rounding_variance(self, half: int) -> torch.Tensor:
+    def _rounding_variance(self, half: int) -> Tensor:
         """Return the variance of each feature [k] below which it is rounding: of the activations,
         or of the squares of a feature whose mean in the other half is far from zero."""
         moments = self.measured[half]
@@ -338,7 +333,7 @@ class CompressedMeter(Meter):
         own = self._of_activations(half, (self._rounding * self._mean).square())
         return own + self._rounding * mean.square()
 
-    def _of_activations(self, half: int, variance: torch.Tensor) -> torch.Tensor:
+    def _of_activations(self, half: int, variance: Tensor) -> Tensor:
         """Return the variance [k] of the features in the space of a half, from that of activations
         [d]."""
         weights = self._projections[half]  # one vector at a time in float64: they are long

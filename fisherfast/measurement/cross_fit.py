@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.choice import choose_features
 from fisherfast.estimation.curve import (
@@ -41,10 +42,10 @@ class HalfFit:
     """
 
     curve: FisherCurve
-    index: torch.Tensor
+    index: Tensor
     chosen: int
     plateau: bool
-    ridge: torch.Tensor
+    ridge: Tensor
 
     @property
     def carried(self) -> bool:
@@ -52,20 +53,19 @@ class HalfFit:
         J = self.at_chosen("J").diagonal().clamp_min(0)
         return not bool((self.at_chosen("hidden") > HIDDEN_SHARE * J).any())
 
-    def at_chosen(self, name: str) -> torch.Tensor:
+    def at_chosen(self, name: str) -> Tensor:
         """Return the value of one of the curves at the chosen size."""
-        values: torch.Tensor = getattr(self.curve, name)
-        return values[self.chosen - 1]
+        return self.at(name, torch.tensor(self.chosen))
 
-    def at(self, name: str, sizes: torch.Tensor) -> torch.Tensor:
+    def at(self, name: str, sizes: Tensor) -> Tensor:
         """Return the values of one of the curves at sizes [n]; its last one if it ends before."""
-        values: torch.Tensor = getattr(self.curve, name)
+        values: Tensor = getattr(self.curve, name)
         return values[(sizes.to(values.device) - 1).clamp_max(len(values) - 1)]
 
 
 def leading_curve(
-    whole: FoldStatistics, index: torch.Tensor, ridge: torch.Tensor
-) -> tuple[FisherCurve, torch.Tensor]:
+    whole: FoldStatistics, index: Tensor, ridge: Tensor
+) -> tuple[FisherCurve, Tensor]:
     """Compute the curve of the features in index [k] up to the first that is linear in those before
     it.
 
@@ -80,7 +80,7 @@ def leading_curve(
 
 
 def crossed(
-    fits: Sequence[tuple[FisherCurve, torch.Tensor]], ridges: Sequence[torch.Tensor], least: int
+    fits: Sequence[tuple[FisherCurve, Tensor]], ridges: Sequence[Tensor], least: int
 ) -> list[HalfFit]:
     """Read each half at the size chosen on the *other* curve, whose noise is independent: the best
     of many sizes on the same curve would be biased upwards.
@@ -103,8 +103,8 @@ def joined(
     base: LayerFisher,
     halves: Sequence[HalfFit],
     measured: Sequence[FoldMoments],
-    contrast: torch.Tensor,
-    points: torch.Tensor,
+    contrast: Tensor,
+    points: Tensor,
 ) -> LayerFisher:
     """Average two halves, in all but the linear J, the replicates and the kind of features.
 
@@ -145,7 +145,7 @@ def joined(
     )
 
 
-def replicates_of_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def replicates_of_mean(parts: Sequence[Tensor]) -> Tensor:
     """Average the replicates [F / 2, P, P] of both halves, even folds first, into J without each
     fold [F, P, P]; empty if one of them is."""
     if not all(map(len, parts)):
@@ -157,11 +157,11 @@ def replicates_of_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return (means.mean(0) + changes.flatten(0, 1) * scale).cpu()
 
 
-def mean_of(values: list[torch.Tensor]) -> torch.Tensor:
+def mean_of(values: list[Tensor]) -> Tensor:
     """Average results, on the CPU."""
     return torch.stack(values).mean(0).cpu()
 
 
-def error_of_mean(errors: list[torch.Tensor]) -> torch.Tensor:
+def error_of_mean(errors: list[Tensor]) -> Tensor:
     """Return the standard error of the mean of independent results with these errors."""
     return torch.stack(errors).square().sum(0).sqrt().cpu() / len(errors)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from fisherfast.estimation.choice import Choice, choose_features
 from fisherfast.estimation.curve import (
@@ -21,7 +22,7 @@ from fisherfast.estimation.derivatives import ScoreMoments
 from fisherfast.estimation.fold_moments import FoldStatistics, SampleFeatures
 from fisherfast.estimation.ridge import AUTO, HIDDEN_SHARE, LIFT_RIDGE, MOSTLY_RIDGE, RidgeSetting
 from fisherfast.measurement.moments import LayerMoments
-from fisherfast.measurement.replicates import HeldSamples, Readout
+from fisherfast.measurement.replicates import Readout
 
 LIFT_ROUNDING = 1e-7
 """Error of the float32 products of raw and lifted features, relative to their spreads."""
@@ -52,7 +53,6 @@ class Fit:
 
     Attributes:
         features: moments of the features.
-        held: kept samples.
         whole: statistics of all features.
         alive: int64 [k] numbers of the fitted features: those that vary, are not copies of others
             and that the samples carry.
@@ -64,13 +64,12 @@ class Fit:
     """
 
     features: LayerMoments
-    held: HeldSamples
     whole: FoldStatistics
-    alive: torch.Tensor
+    alive: Tensor
     raw: int
-    ridge: torch.Tensor
+    ridge: Tensor
     curve: FisherCurve
-    lost: torch.Tensor
+    lost: Tensor
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -83,7 +82,7 @@ class Fit:
         hidden = self.lost + self.curve.hidden[self.raw - 1]
         return not bool((hidden > HIDDEN_SHARE * self.curve.J[chosen - 1].diagonal()).any())
 
-    def _spread(self) -> torch.Tensor:
+    def _spread(self) -> Tensor:
         """Return the standard deviation of each raw activation."""
         return self.whole.covariance.diagonal()[self.alive[: self.raw]].sqrt()
 
@@ -118,9 +117,7 @@ class Fit:
         full[index] = W
         lifted = bool(full[raw:].any())
 
-        def read(
-            z: torch.Tensor, tangents: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def read(z: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
             u = z.double() @ full[:raw]
             moved = None if tangents is None else tangents.double() @ full[:raw]
             if not lifted:
@@ -134,19 +131,21 @@ class Fit:
 
         return read
 
-    def replicates(self, size: int) -> torch.Tensor:
+    def replicates(self, size: int) -> Tensor:
         """Return J of the first `size` features without each fold [F, P, P]."""
         units = self.features.moments.units
-        return self.held.replicates(self.curve, size, self.readout(size), units)
+        return self.features.held.replicates(self.curve, size, self.readout(size), units)
 
-    def error_covariance(self, size: int) -> torch.Tensor:
+    def error_covariance(self, size: int) -> Tensor:
         """Return the covariance [P, P, P, P] of the errors of J of the first `size` features."""
-        curve, most = self.curve.leading(size), leverage_samples(self.features)
-        samples = curve.statistics.samples
+        samples, most = self.curve.statistics.samples, leverage_samples(self.features)
         if ERROR_NUMBERS // size > most:
             most = ERROR_NUMBERS // size
-            samples = sample_features(self.features, self.held, self.alive[:size], most)
-        return self.held.error_covariance(curve, samples, self.readout(size), most)
+            samples = sample_features(self.features, self.alive[:size], most)
+        elif samples is not None:
+            samples = samples.select(torch.arange(size))
+        read = self.readout(size)
+        return self.features.held.error_covariance(self.curve, size, samples, read, most)
 
     def loss_by_ridge(self) -> list[str]:
         """Return a note if a ridge given as a number takes much of the linear information."""
@@ -161,14 +160,11 @@ class Fit:
         return [f'the ridge takes {worst:.0%} of the linear information: ridge="auto" takes none']
 
 
-def fitted(
-    features: LayerMoments, held: HeldSamples, contrast: torch.Tensor, ridge: RidgeSetting
-) -> Fit:
+def fitted(features: LayerMoments, contrast: Tensor, ridge: RidgeSetting) -> Fit:
     """Fit the features that vary.
 
     Args:
         features: moments of the features.
-        held: kept samples.
         contrast: [C, P] float64 weights of the conditions.
         ridge: setting of the measurement. With "auto", raw activations that are linear in others
             are left out.
@@ -180,7 +176,7 @@ def fitted(
     whole, ridges = features.moments.statistics(contrast), features.ridges(ridge)
     alive, raw = features.alive()
     try:
-        fit = _fit(features, held, whole, alive, raw, ridges)
+        fit = _fit(features, whole, alive, raw, ridges)
     except SingularCovarianceError:
         if ridge != AUTO:
             raise
@@ -190,16 +186,11 @@ def fitted(
     linear = alive[:raw]
     kept, lost = independent_features(whole.select(linear), ridges[linear])
     alive = torch.cat([linear[kept], alive[raw:]])
-    return replace(_fit(features, held, whole, alive, len(kept), ridges), lost=lost)
+    return replace(_fit(features, whole, alive, len(kept), ridges), lost=lost)
 
 
 def _fit(
-    features: LayerMoments,
-    held: HeldSamples,
-    whole: FoldStatistics,
-    alive: torch.Tensor,
-    raw: int,
-    ridges: torch.Tensor,
+    features: LayerMoments, whole: FoldStatistics, alive: Tensor, raw: int, ridges: Tensor
 ) -> Fit:
     """Fit as many of the features `alive` as can be used, raw ones first."""
     notes = []
@@ -208,7 +199,7 @@ def _fit(
         notes.append(f"features limited to {size} of {len(alive)} by the number of samples")
     while True:
         index = alive[:size]
-        samples = sample_features(features, held, index, leverage_samples(features))
+        samples = sample_features(features, index, leverage_samples(features))
         try:
             curve = fisher_curve(replace(whole.select(index), samples=samples), ridges[index])
         except SingularCovarianceError as error:
@@ -219,7 +210,7 @@ def _fit(
         else:
             lost = whole.derivative.new_zeros(whole.derivative.shape[1])
             ridge = ridges[index]
-            return Fit(features, held, whole, index, raw, ridge, curve, lost, tuple(notes))
+            return Fit(features, whole, index, raw, ridge, curve, lost, tuple(notes))
 
 
 def affordable(size: int, raw: int, dof: float) -> int:
@@ -235,15 +226,13 @@ def leverage_samples(features: LayerMoments) -> int:
     return max(numbers // features.dictionary.size, MIN_LEVERAGE_SAMPLES)
 
 
-def sample_features(
-    features: LayerMoments, held: HeldSamples, index: torch.Tensor, most: int
-) -> SampleFeatures | None:
+def sample_features(features: LayerMoments, index: Tensor, most: int) -> SampleFeatures | None:
     """Compute the features in index [k] of at most `most` kept samples; None if none are kept."""
     lift = features.leading_lift(index)
     exact = len(index) <= NARROW or features.dictionary.raw_dtype == torch.float64
     dtype = torch.float64 if exact else torch.float32
 
-    def compute(raw: torch.Tensor) -> torch.Tensor:
+    def compute(raw: Tensor) -> Tensor:
         return torch.cat([raw.to(dtype), lift(raw.to(lift.weight.dtype)).to(dtype)], 1)
 
-    return held.samples(compute, features.moments, index, most)
+    return features.held.samples(compute, features.moments, index, most)

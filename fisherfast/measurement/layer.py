@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch
 from fisherfast.data.dealing import Place
@@ -65,7 +66,6 @@ class LayerMeter(Meter):
     """Fold moments of the activations of a layer and of a random lift of them."""
 
     features: LayerMoments
-    _held: HeldSamples
     _fit: Fit | None = None
 
     @property
@@ -86,7 +86,7 @@ class LayerMeter(Meter):
     @property
     def held(self) -> list[HeldSamples]:
         """Samples kept for the errors."""
-        return [self._held]
+        return [self.features.held]
 
     def _prepare(self, standardisation: Standardisation) -> None:
         """Fix the dictionary."""
@@ -106,23 +106,23 @@ class LayerMeter(Meter):
         streams, device = streams_of(data, settings.folds), standardisation.mean.device
         moments = FoldMoments(size, data.conditions, device=device, **streams)
         self.features = LayerMoments(self.site.name, dictionary, moments, seed=settings.seed)
-        self._held = HeldSamples(data, settings.folds, dictionary.raw, self._dtype)
+        self.features.held = HeldSamples(data, settings.folds, dictionary.raw, self._dtype)
 
-    def _observe(self, condition: int, batch: Batch, place: Place) -> torch.Tensor:
+    def _observe(self, condition: int, batch: Batch, place: Place) -> Tensor:
         raw, carried = self.features.add(condition, batch, place)
         if self._first_pass:
-            self._held.add(condition, raw, carried, place)
+            self.features.held.add(condition, raw, carried, place)
         self._fit = None
         return all_finite(self.moments, condition)
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Return views of all sums of this pass."""
         self._fit = None
         return super().shared_sums() + self.moments.shared_sums()
 
     def shared_samples(self) -> list[KeptSamples]:
         """Return the samples kept in this pass."""
-        return super().shared_samples() + (self._held.stores if self._first_pass else [])
+        return super().shared_samples() + (self.features.held.stores if self._first_pass else [])
 
     def _end_pass(self) -> bool:
         """Ask for another pass with twice the lifted features if the curve still rises at its end,
@@ -168,7 +168,7 @@ class LayerMeter(Meter):
         if self._fit is None:
             ridge = self._settings.ridge
             try:
-                self._fit = fitted(self.features, self._held, self._contrast, ridge)
+                self._fit = fitted(self.features, self._contrast, ridge)
             except SingularCovarianceError as error:
                 raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
         return self._fit
@@ -283,8 +283,8 @@ class LayerMeter(Meter):
 
 
 def _with_tails(
-    stderr: torch.Tensor, bound: torch.Tensor, curve: FisherCurve, k: int, errors: torch.Tensor
-) -> torch.Tensor:
+    stderr: Tensor, bound: Tensor, curve: FisherCurve, k: int, errors: Tensor
+) -> Tensor:
     """Widen the errors [P, P] of the honest bound, which has the tails of the same readout as
     J(k)."""
     more = standard_errors(errors).square() - standard_errors(curve.error_covariance(k)).square()
@@ -294,7 +294,7 @@ def _with_tails(
     return (variance + more * size[:, None] * size).maximum(LEAST_ERROR * variance).sqrt()
 
 
-def curve_points(raw: int, size: int) -> torch.Tensor:
+def curve_points(raw: int, size: int) -> Tensor:
     """Return the raw dimension, and about `CURVE_POINTS` sizes evenly up to all features."""
     steps = torch.linspace(raw, size, min(CURVE_POINTS, size - raw + 1), dtype=torch.float64)
     return steps.round().long().unique()

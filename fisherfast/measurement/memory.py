@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,7 +92,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
     dense = (
         value
         for value in tree_leaves(values)
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided
+        if isinstance(value, Tensor) and value.layout is torch.strided
     )
     return [tensor.untyped_storage() for tensor in dense]
 
@@ -137,13 +138,13 @@ class Plan(NamedTuple):
     pilot_bytes: int
 
 
-def shares(first: Batch, live: int, sites: Iterable[Site], data: Data, owned: bool) -> Shares:
+def shares(first: Batch, live: int, costs: Iterable[LayerCost], data: Data, owned: bool) -> Shares:
     """Compute the memory of a sample.
 
     Args:
         first: the first samples.
         live: bytes of activations alive at the same time, of one sample without tangents.
-        sites: the layers that are measured.
+        costs: of the layers that are measured.
         data: the source of the samples.
         owned: batches are made by the source, not views of the user's tensors.
     """
@@ -153,27 +154,25 @@ def shares(first: Batch, live: int, sites: Iterable[Site], data: Data, owned: bo
     together = data.conditions if data.paired else 1
     batch = -(-first.nbytes // n)
     source = together * (batch * (SOURCE_COPIES if owned else 0) + batch)
-    widest = max(site.dim for site in sites)
-    narrow = max((site.dim for site in sites if site.dim <= MAX_WIDTH), default=0)
+    dims = [cost.site.dim for cost in costs]
+    widest = max(dims)
+    narrow = max((dim for dim in dims if dim <= MAX_WIDTH), default=0)
     # a copy of rows that lie channel by channel; standardised ones; their tangents
     statistics = carried * widest + (1 + carried + together) * narrow
     return Shares(carried, source, live, number * statistics, 3 * DOUBLE * widest)
 
 
-@dataclass(frozen=True)
-class LayerCost:
+class LayerCost(NamedTuple):
     """The memory of one layer, in bytes.
 
     Attributes:
-        name: of the layer.
-        dim: d, its activations.
+        site: the layer.
         what: name of what takes most of it.
         kept: while samples stream by.
         extra: in addition while it is estimated.
     """
 
-    name: str
-    dim: int
+    site: Site
     what: str
     kept: int
     extra: int
@@ -229,14 +228,14 @@ def plan(
         raise ValueError(
             f"memory_budget must be at least {in_words(needed)} for these samples and layers, got"
             f" {in_words(budget)}: a sample takes {in_words(per_sample.of(1))} and layer"
-            f" {cost.name!r} with {cost.dim} activations"
+            f" {cost.site.name!r} with {cost.site.dim} activations"
             f" {in_words(cost.kept + cost.extra)} for its {cost.what}; a smaller"
             " max_features takes less"
         )
     pilot = min(budget // PILOT_SHARE, budget - needed) if not data.repeatable else 0
     fixed += pilot
     largest = bisect_right(range(1, batch_size + 1), budget - fixed, key=per_sample.of)
-    every = number * sum(cost.dim for cost in costs)
+    every = number * sum(cost.site.dim for cost in costs)
     replay = 3 * every + WORKSPACE * per_sample.network + per_sample.source
     room = (budget - LIBRARIES - kept) // max(replay * data.conditions, 1)
     return Plan(largest, max(room, 1), pilot)

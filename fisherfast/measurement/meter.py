@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place
@@ -52,7 +53,7 @@ class Meter(ABC):
     largest_step = 0.0
     finds_steps = True
     unit = "moments"
-    _half_steps: torch.Tensor | None = None
+    _half_steps: Tensor | None = None
     _seen_before: list[int] | None = None
 
     def __init__(self, site: Site, data: Data, settings: MeasurementSettings) -> None:
@@ -63,13 +64,13 @@ class Meter(ABC):
         searches = self.finds_steps and data.source == "pathwise"
         self.pilot = PilotMoments(units, StepMeter() if searches else None)
 
-    def note_steps(self, steps: torch.Tensor) -> None:
+    def note_steps(self, steps: Tensor) -> None:
         """Note that activations are rounded to steps [d], against which noise was added."""
         relative = steps * self.pilot.standardisation().scale
         self._half_steps = relative / 2
         self.largest_step = max(self.largest_step, float(relative.max()))
 
-    def observe_pilot(self, activations: torch.Tensor, moving: torch.Tensor | None = None) -> None:
+    def observe_pilot(self, activations: Tensor, moving: Tensor | None = None) -> None:
         """Add activations [n, ...] to the pilot statistics.
 
         Args:
@@ -92,7 +93,7 @@ class Meter(ABC):
     def _prepare(self, standardisation: Standardisation) -> None:
         """Fix the features."""
 
-    def observe(self, condition: int, batch: Batch) -> torch.Tensor:
+    def observe(self, condition: int, batch: Batch) -> Tensor:
         """Add a batch of a condition, sorted by its place: activations [n, ...] with their tangents
         [P, n, ...] (None for zero) or score [n, P].
 
@@ -107,7 +108,7 @@ class Meter(ABC):
         return self._observe(condition, Batch(rows_of(x), moved, score, place), place)
 
     @abstractmethod
-    def _observe(self, condition: int, batch: Batch, place: Place) -> torch.Tensor:
+    def _observe(self, condition: int, batch: Batch, place: Place) -> Tensor:
         """As `observe`, for activations [n, d] and tangents [P, n, d]."""
 
     def end_pass(self) -> bool:
@@ -171,7 +172,7 @@ class Meter(ABC):
             number: bytes of a number of the statistics, 4 or 8.
         """
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Return views of all sums of this pass, to be added up over processes: here of the map."""
         return self.map.shared_sums() if self.map is not None and self._first_pass else []
 
@@ -180,12 +181,12 @@ class Meter(ABC):
         the map."""
         return [self.map.kept] if self.map is not None and self._first_pass else []
 
-    def learned(self) -> list[torch.Tensor]:
+    def learned(self) -> list[Tensor]:
         """Return what was learned between passes and may differ between processors: every process
         takes that of the first."""
         return []
 
-    def for_next(self) -> list[torch.Tensor]:
+    def for_next(self) -> list[Tensor]:
         """Return projections from which the next measurement of this layer may start; empty for
         none."""
         return []
@@ -209,7 +210,7 @@ class Meter(ABC):
         return is_mapped(self._settings.maps, self.site.names) and has_map(self.site.shape)
 
 
-def rows_of(activations: torch.Tensor, leading: int = 0) -> torch.Tensor:
+def rows_of(activations: Tensor, leading: int = 0) -> Tensor:
     """Flatten activations [n, ...] to [n, d], after `leading` other dimensions; one number per
     sample has d = 1."""
     rows = leading + 1

@@ -6,13 +6,15 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch, Data
-from fisherfast.data.dealing import Place, Tally
+from fisherfast.data.dealing import Place, groups_by_fold
 from fisherfast.estimation.curve import SPARE_DOF
 from fisherfast.estimation.features import MAX_WIDTH, FeatureDictionary, Lift
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.ridge import RidgeSetting
+from fisherfast.measurement.replicates import HeldSamples
 
 PRODUCT_ROWS = 512
 """Samples of a pair whose features exist at the same time: 1 MB of float32 for 512 features."""
@@ -30,7 +32,12 @@ class LayerMoments:
         dictionary: computes the features.
         moments: of the first features of the dictionary.
         seed: of the noise that is added to rounded activations; None adds none.
+
+    Attributes:
+        held: samples kept for the errors; not set for the halves of a probe.
     """
+
+    held: HeldSamples
 
     def __init__(
         self,
@@ -48,7 +55,7 @@ class LayerMoments:
         """The lifted features that are present."""
         return self.dictionary.lift.leading(self.moments.size - self.dictionary.raw)
 
-    def leading_lift(self, index: torch.Tensor) -> Lift:
+    def leading_lift(self, index: Tensor) -> Lift:
         """Return the lift up to the last of the features in index [k]."""
         last = int(index.max()) + 1 if len(index) else 0
         return self.lift.leading(max(last - self.dictionary.raw, 0))
@@ -59,9 +66,7 @@ class LayerMoments:
         lift = self.dictionary.lift
         return len(lift) > 0 and lift.weight.dtype == torch.float32
 
-    def add(
-        self, condition: int, batch: Batch, place: Place
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def add(self, condition: int, batch: Batch, place: Place) -> tuple[Tensor, Tensor | None]:
         """Add activations [n, d] of a condition with their tangents or score.
 
         Returns:
@@ -82,16 +87,16 @@ class LayerMoments:
                 self.moments.update_products([torch.cat([rows, lift(rows)], 1) for rows in tile])
         return raw, carried
 
-    def ridges(self, ridge: RidgeSetting) -> torch.Tensor:
+    def ridges(self, ridge: RidgeSetting) -> Tensor:
         """Return the ridge [k] of each present feature, relative to its variance."""
         return self.dictionary.ridge(ridge, self.moments.variances())
 
-    def varied(self) -> torch.Tensor:
+    def varied(self) -> Tensor:
         """Return which present features vary by more than rounding, bool [k]."""
         rounding = self.dictionary.rounding_variance[: self.moments.size]
         return self.moments.variances() > rounding
 
-    def alive(self) -> tuple[torch.Tensor, int]:
+    def alive(self) -> tuple[Tensor, int]:
         """Return the numbers int64 [k] of the features that vary, and how many of them are raw."""
         alive = self.varied().nonzero()[:, 0]
         return alive, int((alive < self.dictionary.raw).sum())
@@ -133,7 +138,7 @@ def _needed(raw: int, inflation: float, moments: FoldMoments) -> int:
     return math.ceil(((raw + SPARE_DOF) * inflation + cells) / len(moments.seen))
 
 
-def all_finite(moments: FoldMoments, condition: int) -> torch.Tensor:
+def all_finite(moments: FoldMoments, condition: int) -> Tensor:
     """Return whether all values added for a condition are finite, a 0-d tensor."""
     finite = torch.isfinite(moments.sums[condition]).all()
     if moments.carried is None:
@@ -162,21 +167,16 @@ def sketch_groups(dim: int, data: Data, max_features: int, folds: int) -> int | 
     return max(min(max_features, int(dof / 2) - SPARE_DOF), 1)
 
 
-def streams_of(data: Data, folds: int) -> dict[str, Any]:
-    """Return the arguments of `FoldMoments` and `MapMoments` that describe the samples."""
-    groups = None if data.groups is None else Tally.of_groups(len(data.groups), folds)
+def streams_of(
+    data: Data, folds: int, half: int | None = None, own: int | None = None
+) -> dict[str, Any]:
+    """Return the arguments of `FoldMoments` and `MapMoments` that describe the samples, or those of
+    a half, dealt to its `own` folds."""
+    groups = None if data.groups is None else groups_by_fold(len(data.groups), folds, half, own)
     return {
-        "folds": folds,
+        "folds": folds if own is None else own,
         "paired": data.paired,
-        "groups": None if groups is None else groups.by_fold(folds),
+        "groups": groups,
         "tangents": data.parameters if data.source == "pathwise" else 0,
         "score": data.parameters if data.source == "score" else 0,
     }
-
-
-def streams_of_half(data: Data, folds: int, half: int, own: int) -> dict[str, Any]:
-    """As `streams_of`, for a half of the samples that is dealt to `own` folds."""
-    streams = streams_of(data, folds) | {"folds": own}
-    if data.groups is not None:
-        streams["groups"] = Tally.of_groups(len(data.groups), folds).of_half(half, own)
-    return streams

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place
@@ -31,7 +32,7 @@ from fisherfast.measurement.cross_fit import (
 )
 from fisherfast.measurement.fit import affordable
 from fisherfast.measurement.layer import LayerMeter, curve_points
-from fisherfast.measurement.moments import LayerMoments, all_finite, streams_of, streams_of_half
+from fisherfast.measurement.moments import LayerMoments, all_finite, streams_of
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import LayerFisher, finite_step_note
@@ -81,12 +82,12 @@ class ProbeMeter(LayerMeter):
         capacity = max(self._budget // (conditions * torch.float32.itemsize * columns), 1)
         self._kept = [KeptSamples(conditions, capacity) for _ in range(2)]  # of both halves
 
-    def _observe(self, condition: int, batch: Batch, place: Place) -> torch.Tensor:
+    def _observe(self, condition: int, batch: Batch, place: Place) -> Tensor:
         parts = [batch.part(rows.start, rows.stop) for rows in place.halves]
         if not self.halves:
             if self._first_pass:
-                for half, part in enumerate(parts):
-                    self._keep(half, condition, place, part)
+                for kept, side, part in zip(self._kept, place.sides, parts, strict=True):
+                    self._keep(kept, condition, side, part)
             return super()._observe(condition, batch, place)
         finite = []
         for half, (part, features) in enumerate(zip(parts, self.halves, strict=True)):
@@ -95,8 +96,8 @@ class ProbeMeter(LayerMeter):
             finite.append(all_finite(features.moments, condition))
         return torch.stack(finite).all()
 
-    def _keep(self, half: int, condition: int, whole: Place, batch: Batch) -> None:
-        """Keep some samples of a half for training, standardised, of a batch with place `whole`."""
+    def _keep(self, kept: KeptSamples, condition: int, place: Place, batch: Batch) -> None:
+        """Keep some samples of a half for training, standardised."""
         dictionary, carried = self.features.dictionary, batch.score
         raw = dictionary.raw_features(batch.x)
         if self._data.source == "pathwise":
@@ -104,9 +105,9 @@ class ProbeMeter(LayerMeter):
                 carried = raw.new_zeros(len(raw), self._data.parameters, raw.shape[1])
             else:
                 carried = dictionary.raw_tangents(batch.tangents, raw).transpose(0, 1)
-        self._kept[half].add(condition, whole.sides[half], raw, carried, whole=whole)
+        kept.add(condition, place, raw, carried)
 
-    def shared_sums(self) -> list[torch.Tensor]:
+    def shared_sums(self) -> list[Tensor]:
         """Return views of all sums of this pass."""
         if self.halves:
             return [part for half in self.halves for part in half.moments.shared_sums()]
@@ -116,7 +117,7 @@ class ProbeMeter(LayerMeter):
         """Return the samples kept in this pass."""
         return super().shared_samples() + (self._kept if self._first_pass else [])
 
-    def learned(self) -> list[torch.Tensor]:
+    def learned(self) -> list[Tensor]:
         """Return the weights of both networks before they are read."""
         probes = [trained.probe for trained in self._trained if trained.probe is not None]
         return [weight for probe in probes for weight in probe.parameters()]
@@ -183,11 +184,11 @@ class ProbeMeter(LayerMeter):
         data, moments, dictionary = self._data, self.moments, self.features.dictionary
         folds = moments.folds  # a half is dealt to as many folds as all
         probed = ProbedDictionary(dictionary, probe, moments.size - dictionary.raw)
-        streams, device = streams_of_half(data, folds, half, folds), moments.sums.device
+        streams, device = streams_of(data, folds, half, folds), moments.sums.device
         own = FoldMoments(probed.size, data.conditions, device=device, **streams)
         return LayerMoments(self.site.name, probed, own)
 
-    def _train_on(self, half: int, kept: tuple[torch.Tensor, ...]) -> Trained | None:
+    def _train_on(self, half: int, kept: tuple[Tensor, ...]) -> Trained | None:
         """Train on the samples of a half; None if they show no information to start from."""
         whole, raw = self.moments.statistics(self._contrast, half), self.features.dictionary.raw
         rounding = self.features.dictionary.rounding_variance[: self.moments.size]
@@ -207,9 +208,7 @@ class ProbeMeter(LayerMeter):
         seed = 2 * self._settings.seed + half
         return train_probe(regression, covariance, readout, scale, dof=whole.dof, seed=seed)
 
-    def _start(
-        self, whole: FoldStatistics, alive: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _start(self, whole: FoldStatistics, alive: Tensor) -> tuple[Tensor, Tensor] | None:
         """Compute the scale [P] of the score, and its linear prediction [raw, P] from which
         training starts."""
         ridge = self.features.ridges(self._settings.ridge)

@@ -14,12 +14,12 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fisherfast.data import Data
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.curve import FisherCurve, at_least
-from fisherfast.estimation.derivatives import ScoreMoments
 from fisherfast.estimation.fold_moments import FoldMoments, SampleFeatures, about_fold_means
 from fisherfast.estimation.leverage import (
     excess_covariance,
@@ -47,12 +47,12 @@ SPARE_DOF = 3
 LEAST_ERROR = 0.01
 """Smallest part of a Gaussian variance that light tails can leave."""
 
-Readout = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+Readout = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """Computes from raw features [m, d] and their tangents [m, P, d] (or None) the numbers W^T f
 [m, P] and their tangents [m, P, P], the parameter first."""
 
 
-Features = Callable[[torch.Tensor], torch.Tensor]
+Features = Callable[[Tensor], Tensor]
 """Computes features [m, k] of raw ones [m, d]."""
 
 
@@ -102,31 +102,18 @@ class HeldSamples:
         ]
         self.dependence = 0.0
 
-    def add(
-        self,
-        condition: int,
-        raw: torch.Tensor,
-        carried: torch.Tensor | None,
-        place: Place,
-        *,
-        whole: Place | None = None,
-    ) -> None:
+    def add(self, condition: int, raw: Tensor, carried: Tensor | None, place: Place) -> None:
         """Add raw features [n, d] of a condition with their tangents [P, n, d] (None for zero) or
-        score [n, P].
-
-        Args:
-            place: of these samples.
-            whole: place of the batch if these are a half of it; None otherwise.
-        """
+        score [n, P]."""
         if self._source == "pathwise":
             if carried is None:
                 carried = raw.new_zeros(1, 1, 1).expand(self._parameters, *raw.shape)
             carried = carried.transpose(0, 1)
         for kept in self.stores:
-            kept.add(condition, place, raw, carried, whole=whole)
+            kept.add(condition, place, raw, carried)
 
     def samples(
-        self, features: Features, moments: FoldMoments, index: torch.Tensor, most: int
+        self, features: Features, moments: FoldMoments, index: Tensor, most: int
     ) -> SampleFeatures | None:
         """Compute the features in index [k] of some kept samples; None if there are none.
 
@@ -138,39 +125,35 @@ class HeldSamples:
         """
         if self.stores[0].forgotten:
             return None
-        parts, scores = [], []
-        for condition in range(len(self._contrast)):
-            raw, carried, fold, _ = self._thinned(condition, most)
-            counts, sums = moments.counts[condition], moments.sums[condition][:, index]
-            parts.append(about_fold_means(features(raw)[:, index], fold, sums, counts))
-            if isinstance(moments.carried, ScoreMoments):
-                sums = moments.carried.score_sums
-                scores.append(about_fold_means(carried, fold, sums, counts))
-        conditions = len(parts) if moments.paired and moments.groups is None else 1
-        return SampleFeatures(torch.cat(parts), torch.cat(scores) if scores else None, conditions)
+        kept = [self._thinned(condition, most) for condition in range(len(self._contrast))]
+        rows = (features(raw)[:, index] for raw, *_ in kept)
+        folds = (fold for _, _, fold, _ in kept)
+        score = kept[0][1] if self._source == "score" else None
+        return moments.samples_of(rows, folds, score, index)
 
     def error_covariance(
-        self, curve: FisherCurve, samples: SampleFeatures | None, read: Readout, most: int
-    ) -> torch.Tensor:
-        """Return the covariance [P, P, P, P] of the errors of the entries of J of all features of a
-        curve: Gaussian theory with the excess that the samples show; with a score all of it is from
-        the samples.
+        self, curve: FisherCurve, k: int, samples: SampleFeatures | None, read: Readout, most: int
+    ) -> Tensor:
+        """Return the covariance [P, P, P, P] of the errors of the entries of J of the first k
+        features: Gaussian theory with the excess that the samples show; with a score all of it is
+        from the samples.
 
         Args:
-            curve: of k features.
-            samples: from `samples`.
-            read: applies the readout of the curve.
+            curve: of at least k features.
+            k: how many are used.
+            samples: from `samples`, with k features.
+            read: applies the readout `FisherCurve.readout_of(k)`.
             most: as for `samples`.
         """
-        errors = curve.error_covariance(len(curve))
+        errors = curve.error_covariance(k)
         if samples is None:
             return errors
-        J, dof = curve.J[-1], curve.statistics.dof
-        spare = dof - float(curve.effective_dim[-1]) - SPARE_DOF
-        whitened = samples.whitened(curve.readout).double()
-        u = whitened @ curve.half
+        J, dof = curve.J[k - 1], curve.statistics.dof
+        spare = dof - float(curve.effective_dim[k - 1]) - SPARE_DOF
+        whitened = samples.whitened(curve.readout[:k, :k]).double()
+        u = whitened @ curve.half[:k]
         if samples.score is not None:
-            errors = score_covariance(whitened, u, samples.score, J, curve.naive[-1], dof)
+            errors = score_covariance(whitened, u, samples.score, J, curve.naive[k - 1], dof)
             looked_at = curve.statistics.samples
             if looked_at is None:
                 return errors
@@ -185,13 +168,13 @@ class HeldSamples:
         excess = excess_covariance(u * g.sqrt(), moved, J, spare)
         return at_least(errors + excess, LEAST_ERROR * errors)
 
-    def _thinned(self, condition: int, most: int) -> tuple[torch.Tensor, ...]:
+    def _thinned(self, condition: int, most: int) -> tuple[Tensor, ...]:
         """As `_condition`, thinned to at most `most` samples of all conditions."""
         parts = self._condition(condition, self.stores[-1 if most > KEPT_SAMPLES else 0])
         step = -(-len(parts[0]) * len(self._contrast) // most)
         return tuple(part[::step] for part in parts)
 
-    def replicates(self, curve: FisherCurve, k: int, read: Readout, samples: int) -> torch.Tensor:
+    def replicates(self, curve: FisherCurve, k: int, read: Readout, samples: int) -> Tensor:
         """Return J [F, P, P] of the first k features without each fold; empty if no samples are
         kept.
 
@@ -219,7 +202,7 @@ class HeldSamples:
             J + curve.replicates[k - 1] - curve.replicates[k - 1].mean(0) + self._left_out(squares)
         )
 
-    def replicates_of_score(self, V: torch.Tensor, samples: int) -> torch.Tensor:
+    def replicates_of_score(self, V: Tensor, samples: int) -> Tensor:
         """Return V [F, P, P] of the score without each fold; empty if no samples are kept."""
         if self.stores[0].forgotten:
             return V.new_empty(0, *V.shape)
@@ -228,7 +211,7 @@ class HeldSamples:
         share = self._units(0, numbers) / samples
         return V - self._left_out(self._by_fold(_outer(s, s), fold, share))
 
-    def _sums(self, read: Readout, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _sums(self, read: Readout, samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sum by fold (see `_by_fold`) u u^T, the changes of W^T D + D^T W, and s s^T."""
         P = self._parameters
         squares = crossed = scores = self._contrast.new_zeros(self._folds, P, P)
@@ -252,35 +235,31 @@ class HeldSamples:
             crossed = crossed.to(u) + self._by_fold(change + change.mT, fold, share)
         return squares / len(self._contrast), crossed, scores
 
-    def _condition(
-        self, condition: int, kept: KeptSamples | None = None
-    ) -> tuple[torch.Tensor, ...]:
+    def _condition(self, condition: int, kept: KeptSamples | None = None) -> tuple[Tensor, ...]:
         """Return raw features, their tangents or score (the features themselves if there are none),
         folds and numbers of the samples."""
         numbers, fold, raw, *carried = (kept or self.stores[0]).kept()[condition]
         return raw, (carried[0] if carried else raw).double(), fold.to(raw.device), numbers
 
-    def _units(self, condition: int, numbers: torch.Tensor) -> int:
+    def _units(self, condition: int, numbers: Tensor) -> int:
         """Count the independent samples among kept samples of these numbers: groups, if any."""
         if self._groups is None:
             return len(numbers)
         return len(self._groups[condition][numbers].unique())
 
-    def _by_fold(self, values: torch.Tensor, fold: torch.Tensor, share: float) -> torch.Tensor:
+    def _by_fold(self, values: Tensor, fold: Tensor, share: float) -> Tensor:
         """Sum values [m, P, P] about their mean in each fold [F, P, P], scaled so that the squares
         add up to the variance of the mean of all samples, of which these are a share."""
         sums = values.new_zeros(self._folds, *values.shape[1:])
         sums.index_add_(0, fold, values - values.mean(0))
         return sums * (math.sqrt(share) / max(len(values), 1))
 
-    def _left_out(self, sums: torch.Tensor) -> torch.Tensor:
+    def _left_out(self, sums: Tensor) -> Tensor:
         """Scale sums to the replicates of a jackknife."""
         return sums * math.sqrt(self._folds / (self._folds - 1))
 
 
-def _dependence(
-    u: torch.Tensor, numbers: torch.Tensor, groups: torch.Tensor | None = None
-) -> float:
+def _dependence(u: Tensor, numbers: Tensor, groups: Tensor | None = None) -> float:
     """Return the rank correlation of numbers u [m, P], or of their sizes, with those of the next
     sample (of another group, if there are groups), times the root of the number of pairs: 0 +- 1
     for independent samples of any distribution."""
@@ -294,18 +273,18 @@ def _dependence(
     return float(r.nan_to_num().abs().max()) * math.sqrt(a.shape[1])
 
 
-def _ranks(values: torch.Tensor) -> torch.Tensor:
+def _ranks(values: Tensor) -> Tensor:
     """Return the ranks [m] about their mean, the same for equal values."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
     return ranks - ranks.mean()
 
 
-def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _outer(left: Tensor, right: Tensor) -> Tensor:
     return left[:, :, None] * right[:, None, :]
 
 
-def _about_own_means(rows: torch.Tensor, fold: torch.Tensor, folds: int) -> torch.Tensor:
+def _about_own_means(rows: Tensor, fold: Tensor, folds: int) -> Tensor:
     """As `about_fold_means`, for rows [m, P] that are all samples of their folds."""
     sums = rows.new_zeros(folds, rows.shape[1]).index_add_(0, fold, rows)
     return about_fold_means(rows, fold, sums, torch.bincount(fold, minlength=folds))

@@ -5,26 +5,26 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual
 from fisherfast._errors import FisherWarning
 from fisherfast._progress import progress_bar
 from fisherfast.data import Batch, Data
-from fisherfast.data.dealing import Dealing, Place
+from fisherfast.data.dealing import Place
 from fisherfast.estimation.dither import StepMeter, dithered
 from fisherfast.estimation.maps import estimate_map
 from fisherfast.measurement.agreement import Agreement
 from fisherfast.measurement.batches import Streams
-from fisherfast.measurement.cache import Recall
 from fisherfast.measurement.compressed_layer import CompressedMeter, fewest_samples, too_wide
 from fisherfast.measurement.layer import ROUNDED, LayerMeter
 from fisherfast.measurement.memory import FEW_SAMPLES, LayerCost, LivePeak, Plan, plan, shares
@@ -53,6 +53,42 @@ PROBE_SHARE = 8
 
 class NotFiniteError(ValueError):
     """Activations are NaN or infinite."""
+
+
+@dataclass
+class Recall:
+    """Layers, their chains, and the information in the input, which training does not change.
+
+    Attributes:
+        sites: the measured layers with their chains; None until two measurements agree on them,
+            because a weight that is zero at first hides a path.
+        input: the result for the input; None if each measurement may have other samples.
+        input_map: its map, if any.
+        spaces: by compressed layer, the weights learned from each half of its samples.
+    """
+
+    sites: list[Site] | None = None
+    input: LayerFisher | None = None
+    input_map: InformationMap | None = None
+    spaces: dict[str, list[Tensor]] = field(default_factory=dict)
+    _chains: dict[str, set[str]] | None = field(default=None, init=False, repr=False)
+
+    def unknown(self, sites: list[Site]) -> list[Site]:
+        """Return the sites that must be measured."""
+        return [site for site in sites if site.name != INPUT or self.input is None]
+
+    def complete(self, flow: FisherFlow, sites: list[Site], data: Data) -> FisherFlow:
+        """Add what was not measured again to a flow, and keep what the next one can reuse."""
+        if self.sites is None:
+            chains = {site.name: set(site.descendants) for site in sites}
+            self.sites = sites if chains == self._chains else None
+            self._chains = chains
+        if self.input is not None:
+            maps = {} if self.input_map is None else {INPUT: self.input_map}
+            return replace(flow, layers=(self.input, *flow.layers), maps=maps | flow.maps)
+        if flow.names[0] == INPUT and data.repeatable:
+            self.input, self.input_map = flow.layers[0], flow.maps.get(INPUT)
+        return flow
 
 
 class Measurement:
@@ -91,16 +127,14 @@ class Measurement:
         self._sites: list[Site] = []
         self._meters: dict[str, Meter] = {}  # under every alias of a layer
         self._active: list[Meter] = []
-        self._finite: list[tuple[str, int, int | torch.Tensor, torch.Tensor]] = []
+        self._finite: list[tuple[str, int, int | Tensor, Tensor]] = []
         self._condition = 0
-        self._number: int | torch.Tensor = 0
-        self._score: torch.Tensor | None = None
+        self._number: int | Tensor = 0
+        self._score: Tensor | None = None
         self._place: Place | None = None  # None while the pilot runs
-        self._moving: torch.Tensor | None = None
+        self._moving: Tensor | None = None
         self._ties = StepMeter()
-        self._half_steps: torch.Tensor | None = None
-        self._plan: Plan | None = None
-        self._dealings: list[Dealing] | None = None
+        self._half_steps: Tensor | None = None
 
     @property
     def _layer_meters(self) -> list[Meter]:
@@ -123,7 +157,8 @@ class Measurement:
     def _measured(self, progress: bool) -> dict[Meter, LayerFisher]:
         """Estimate all layers, in as many passes as their meters need."""
         with self._evaluation():
-            self._stream(progress)
+            streams = self._streams()
+            self._stream(streams, progress)
         estimates: dict[Meter, LayerFisher] = {}
         failures: list[UnmeasuredError] = []
         while self._active:
@@ -143,8 +178,9 @@ class Measurement:
                         )
             self._active = growing
             if growing:
-                with self._evaluation():
-                    self._stream_again(progress)
+                with self._evaluation(), self._forward() as forward:
+                    streams.restart()
+                    self._run_all(streams, forward, progress)
         if failures and len(failures) == len(self._layer_meters):
             raise failures[0]
         return estimates
@@ -184,25 +220,28 @@ class Measurement:
         flow = self._recall.complete(flow, self._sites, self._data)
         return replace(flow, layers=with_status(flow.layers, score=scored)), warning
 
-    def _evaluation(self) -> AbstractContextManager[Any]:
-        """Set eval mode without gradients, with random numbers of its own."""
-        stack = ExitStack()
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Set eval mode without gradients, with random numbers of its own and the buffers of the
+        first rank."""
         if self._model is None:
-            stack.enter_context(own_random_state(None, self._settings.seed))
-            stack.enter_context(torch.no_grad())
-            return stack
-        stack.enter_context(evaluation(self._model, self._settings.seed))
-        if self._data.source == "pathwise":  # rounded values have no derivative
-            stack.enter_context(self._exact())
-        return stack
+            with own_random_state(None, self._settings.seed), torch.no_grad():
+                yield
+            return
+        pathwise = self._data.source == "pathwise"  # rounded values have no derivative
+        with evaluation(self._model, self._settings.seed):
+            self._agreement.copy_buffers(self._model)
+            with self._exact() if pathwise else nullcontext():
+                yield
 
-    def _exact(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _exact(self) -> Iterator[None]:
         """Turn autocast off, on the host and on the device of the model."""
         device, _ = _place_of(self._model)
-        stack = ExitStack()
-        for place in {"cpu", "cpu" if device is None else device.type}:
-            stack.enter_context(torch.autocast(place, enabled=False))
-        return stack
+        with ExitStack() as stack:
+            for place in {"cpu", "cpu" if device is None else device.type}:
+                stack.enter_context(torch.autocast(place, enabled=False))
+            yield
 
     def _streams(self) -> Streams:
         device, dtype = _place_of(self._model)
@@ -210,7 +249,6 @@ class Measurement:
             self._data,
             self._settings.batch_size,
             folds=self._settings.folds,
-            dealings=self._dealings,
             share=self._agreement.share,
             device=device,
             dtype=dtype,
@@ -218,10 +256,8 @@ class Measurement:
             bounded=self._settings.memory_budget is not None,
         )
 
-    def _stream(self, progress: bool) -> None:
+    def _stream(self, streams: Streams, progress: bool) -> None:
         """List the layers, run the pilot, and make the first pass."""
-        self._agreement.copy_buffers(self._model)
-        streams = self._streams()
         self._survey(streams)
         self._active = self._layer_meters
         with self._forward() as forward:
@@ -236,16 +272,6 @@ class Measurement:
                 meter.prepare()
             if self._half_steps is not None and INPUT in self._meters:
                 self._meters[INPUT].note_steps(2 * self._half_steps)
-            self._dealings = streams.dealings
-            self._run_all(streams, forward, progress)
-
-    def _stream_again(self, progress: bool) -> None:
-        """Make another pass over the same samples for the active meters."""
-        self._agreement.copy_buffers(self._model)
-        streams = self._streams()
-        if self._plan is not None:
-            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
-        with self._forward() as forward:
             self._run_all(streams, forward, progress)
 
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
@@ -273,7 +299,7 @@ class Measurement:
             with dual.propagation(self._model, len(batch.tangents)):
                 forward.run(dual.DualTensor.pack(x, batch.tangents))
 
-    def _pilot_input(self, batch: Batch) -> torch.Tensor:
+    def _pilot_input(self, batch: Batch) -> Tensor:
         """Return the first samples as the model sees them, after a search for steps in those with
         tangents."""
         if batch.tangents is None:
@@ -285,7 +311,7 @@ class Measurement:
         self._half_steps = self._ties.half_steps()
         return self._dithered(batch)
 
-    def _dithered(self, batch: Batch) -> torch.Tensor:
+    def _dithered(self, batch: Batch) -> Tensor:
         """Add noise of half a step to the samples [n, ...] where their tangents are not zero."""
         if self._half_steps is None or batch.tangents is None:
             return batch.x
@@ -309,9 +335,9 @@ class Measurement:
             self._meters.update(dict.fromkeys(site.names, meter))
         self._check_maps()
         if bounded:
-            self._plan = self._agreement.smallest(self._planned(streams, first[0], batch))
-            streams.limit(self._plan.batch_size, self._plan.pilot_bytes)
-            more = streams.first(min(self._plan.survey_samples, SURVEY_SAMPLES))
+            fits = self._agreement.smallest(self._planned(streams, first[0], batch))
+            streams.limit(fits.batch_size, fits.pilot_bytes)
+            more = streams.first(min(fits.survey_samples, SURVEY_SAMPLES))
             batch = torch.cat([samples.x for samples in more])
         if not known:
             self._find_chains(self._sites, batch)
@@ -324,7 +350,7 @@ class Measurement:
         if unknown:
             raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")
 
-    def _planned(self, streams: Streams, first: Batch, batch: torch.Tensor) -> Plan:
+    def _planned(self, streams: Streams, first: Batch, batch: Tensor) -> Plan:
         """Plan batches that fit into the budget."""
         budget = self._settings.memory_budget
         assert budget is not None
@@ -334,13 +360,9 @@ class Measurement:
                     forward.run(batch.clone())
         data, settings = self._data, self._settings
         number = max(batch.element_size(), torch.float32.itemsize)
-        costs = [
-            LayerCost(m.site.name, m.site.dim, m.unit, *m.nbytes(number))
-            for m in self._layer_meters
-        ]
+        costs = [LayerCost(m.site, m.unit, *m.nbytes(number)) for m in self._layer_meters]
         alive = -(-live.nbytes // len(batch))
-        sites = [meter.site for meter in self._layer_meters]
-        per_sample = shares(first, alive, sites, data, owned=streams.owned)
+        per_sample = shares(first, alive, costs, data, owned=streams.owned)
         kept = streams.kept_bytes + 2 * self._probe_bytes()  # once more while a probe is trained
         return plan(budget, settings.batch_size, costs, per_sample, kept, data, number)
 
@@ -375,13 +397,13 @@ class Measurement:
                 f" condition{reason}, got {min(known)}"
             )
 
-    def _find_sites(self, batch: torch.Tensor) -> list[Site]:
+    def _find_sites(self, batch: Tensor) -> list[Site]:
         if self._model is None:
             return [Site(INPUT, "data", tuple(batch.shape[1:]))]
         sites = survey(self._model, batch)
         return select(sites, self._layers, self._model, self._settings.output)
 
-    def _find_chains(self, sites: list[Site], batch: torch.Tensor) -> None:
+    def _find_chains(self, sites: list[Site], batch: Tensor) -> None:
         """Replay the model once per layer, on so few samples that it costs at most half a pass."""
         if self._model is None:
             return
@@ -400,7 +422,7 @@ class Measurement:
         return Forward(self._model, self._consume, self._sites)
 
     def _consume(
-        self, name: str, kind: str, module: nn.Module | None, output: torch.Tensor | Batch
+        self, name: str, kind: str, module: nn.Module | None, output: Tensor | Batch
     ) -> None:
         """Pass the activations of a layer to its meter."""
         meter = self._meters.get(name)
@@ -433,7 +455,7 @@ class Measurement:
         if not flags or bool(torch.stack([flag.all() for *_, flag in flags]).all()):
             return
         name, condition, batch, flag = next(entry for entry in flags if not bool(entry[-1].all()))
-        if isinstance(batch, torch.Tensor):
+        if isinstance(batch, Tensor):
             batch = int(batch[~flag.cpu()].min())
         pathwise = self._data.source == "pathwise"
         what = "activations and their tangents" if pathwise else "activations"
@@ -453,9 +475,7 @@ class Measurement:
                 )
 
 
-def _parts(
-    output: torch.Tensor | Batch | dual.DualTensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _parts(output: Tensor | Batch | dual.DualTensor) -> tuple[Tensor, Tensor | None]:
     """Return activations and their tangents; None for a plain tensor, whose tangents are zero."""
     if isinstance(output, Batch):
         return output.x, output.tangents

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,15 +36,9 @@ def on_host() -> Iterator[None]:
         _OUTSIDE.reset(token)
 
 
-@contextlib.contextmanager
-def outside() -> Iterator[None]:
+def outside() -> contextlib.AbstractContextManager[Any]:
     """Restore the user's default device inside the block, within `on_host`."""
-    theirs = _OUTSIDE.get()
-    if theirs is None:
-        yield
-        return
-    with theirs:
-        yield
+    return _OUTSIDE.get() or contextlib.nullcontext()
 
 
 def each_as_outside(items: Iterator[T]) -> Iterator[T]:

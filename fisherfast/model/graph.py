@@ -5,8 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fisherfast.model.hooks import Forward
 from fisherfast.model.sites import HEAD, INPUT, JOINT, OUTPUT, Site
@@ -15,7 +14,7 @@ PASSIVE = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 """Modules that change only the shape in eval mode: "auto" leaves them out."""
 
 
-def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
+def survey(model: nn.Module, batch: Tensor) -> list[Site]:
     """List all sites of a model in execution order, with aliases and chains. Call inside
     `evaluation`.
 
@@ -26,11 +25,11 @@ def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
     """
     per_sample = _events(model, batch[:-1]) if len(batch) > 1 else None
     sites: list[Site] = []
-    seen: list[tuple[weakref.ref[torch.Tensor], int, Site]] = []
+    seen: list[tuple[weakref.ref[Tensor], int, Site]] = []
 
     heads: dict[int, tuple[str, Site]] = {}  # by the site: a tensor returned twice is one head
 
-    def consume(name: str, kind: str, module: nn.Module | None, output: torch.Tensor) -> None:
+    def consume(name: str, kind: str, module: nn.Module | None, output: Tensor) -> None:
         if per_sample is not None and name not in per_sample:
             return
         for reference, version, site in seen:
@@ -58,7 +57,7 @@ def survey(model: nn.Module, batch: torch.Tensor) -> list[Site]:
     return sites
 
 
-def _events(model: nn.Module, batch: torch.Tensor) -> set[str]:
+def _events(model: nn.Module, batch: Tensor) -> set[str]:
     """Names of all events of a run."""
     names: set[str] = set()
     with Forward(model, lambda name, kind, module, output: names.add(name)) as forward:
@@ -74,7 +73,7 @@ CHAIN_TOLERANCE = 1e-3
 order is 1e-5."""
 
 
-def chains(model: nn.Module, batch: torch.Tensor, sites: list[Site]) -> None:
+def chains(model: nn.Module, batch: Tensor, sites: list[Site]) -> None:
     """Find which sites are a function of which other site alone, and fill `Site.descendants`.
 
     The model runs on *other* samples while the output of one site is replaced by its output for
@@ -99,17 +98,15 @@ def chains(model: nn.Module, batch: torch.Tensor, sites: list[Site]) -> None:
 
 def _record(
     model: nn.Module,
-    x: torch.Tensor,
+    x: Tensor,
     sites: Sequence[Site],
-    replace: tuple[str, Mapping[str, torch.Tensor]] | None = None,
-) -> dict[str, torch.Tensor]:
+    replace: tuple[str, Mapping[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
     """Record the outputs of all sites, with one of them replaced by that of an earlier record."""
     by_event = {event: site for site in sites for event in site.names}
-    outputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
-    def consume(
-        event: str, kind: str, module: nn.Module | None, output: torch.Tensor
-    ) -> torch.Tensor | None:
+    def consume(event: str, kind: str, module: nn.Module | None, output: Tensor) -> Tensor | None:
         site = by_event.get(event)
         if site is None or site.name in outputs:
             return None
@@ -125,19 +122,19 @@ def _record(
     return outputs
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.double(), b.double()
     return bool((a - b).abs().max() <= CHAIN_TOLERANCE * b.abs().max().clamp_min(1e-30))
 
 
-def _version(output: torch.Tensor) -> int:
+def _version(output: Tensor) -> int:
     """Return the count of in-place changes; inference tensors have none."""
     return -1 if output.is_inference() else output._version
 
 
-def _original(output: torch.Tensor) -> torch.Tensor:
+def _original(output: Tensor) -> Tensor:
     """Return the tensor that a view only reshapes, or the tensor itself."""
     base = output._base
     return base if base is not None and base.numel() == output.numel() else output

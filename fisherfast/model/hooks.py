@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fisherfast.model.default_device import outside
@@ -22,7 +22,7 @@ softmin glu
 ACTIVATIONS = frozenset(NAMES.split())
 """Functions and methods that are reported when a forward method calls them itself."""
 
-Consumer = Callable[[str, str, nn.Module | None, torch.Tensor], torch.Tensor | None]
+Consumer = Callable[[str, str, nn.Module | None, Tensor], Tensor | None]
 """Called with event name, kind, module and output; a returned tensor replaces the output."""
 
 
@@ -67,7 +67,7 @@ class Forward(TorchFunctionMode):
     def __exit__(self, *error: object) -> None:
         self._remove_hooks()
 
-    def run(self, batch: torch.Tensor) -> Any:
+    def run(self, batch: Tensor) -> Any:
         """Run the model on a batch [n, ...], report all events, and return the model's output."""
         self._calls = {}
         self._stack = []
@@ -85,7 +85,7 @@ class Forward(TorchFunctionMode):
 
     def _join(self, output: Any) -> None:
         """Report the heads as one "output" [n, sum of d] in the widest of their dtypes."""
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, Tensor] = {}
         if self._heads:
             map_tensors(output, lambda place, head: found.setdefault(OUTPUT + place, head))
         heads = [found[name] for name in self._heads if self._readable(found.get(name))]
@@ -101,7 +101,7 @@ class Forward(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._busy or not isinstance(result, torch.Tensor):
+        if self._busy or not isinstance(result, Tensor):
             return result
         kind = getattr(func, "__name__", "").rstrip("_")
         if kind not in ACTIVATIONS or self._inside_layer():
@@ -134,13 +134,7 @@ class Forward(TorchFunctionMode):
         self._last = name
         return output
 
-    def _report(
-        self,
-        name: str,
-        kind: str,
-        module: nn.Module | None,
-        output: torch.Tensor,
-    ) -> torch.Tensor:
+    def _report(self, name: str, kind: str, module: nn.Module | None, output: Tensor) -> Tensor:
         """Pass an activation [n, ...] of floating dtype to the consumer."""
         if self._busy or not self._readable(output):
             return output
@@ -151,7 +145,7 @@ class Forward(TorchFunctionMode):
             self._busy = False
         return output if replacement is None else replacement
 
-    def _readable(self, output: torch.Tensor | None) -> bool:
+    def _readable(self, output: Tensor | None) -> bool:
         """Return whether the output is a floating tensor with one row per sample."""
         if output is None or output.ndim == 0 or len(output) != self._samples:
             return False
@@ -173,14 +167,12 @@ def _event_name(module_name: str) -> str:
     return f"self.{module_name}" if module_name in (INPUT, OUTPUT) else module_name
 
 
-def map_tensors(
-    output: Any, change: Callable[[str, torch.Tensor], torch.Tensor], place: str = ""
-) -> Any:
+def map_tensors(output: Any, change: Callable[[str, Tensor], Tensor], place: str = "") -> Any:
     """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]".
 
     Unchanged parts are returned as they are, including containers of the user's own classes.
     """
-    if isinstance(output, torch.Tensor):
+    if isinstance(output, Tensor):
         return change(place, output)
     if isinstance(output, Mapping):
         changed = {k: map_tensors(v, change, f"{place}[{k}]") for k, v in output.items()}

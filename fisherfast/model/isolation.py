@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fisherfast.model.unwrap import as_written
@@ -57,7 +57,7 @@ def _own_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forgetting(model: nn.Module, kind: type = torch.Tensor) -> Iterator[None]:
+def forgetting(model: nn.Module, kind: type = Tensor) -> Iterator[None]:
     """Restore attributes of modules that a forward pass sets (a state, a cache), if they hold
     tensors of a kind."""
     places = [place for module in model.modules() for place in (vars(module), module._buffers)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,14 +57,11 @@ def name_inside(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in SHELLS)
 
 
-@contextlib.contextmanager
-def as_written() -> Iterator[None]:
+def as_written() -> contextlib.AbstractContextManager[Any]:
     """Run compiled modules and functions uncompiled inside the block, also those inside a model.
 
     Otherwise they would be compiled again at each change of hooks and modes.
     """
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and its import takes seconds
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -19,8 +19,7 @@ from fisherfast._validation import check_same_network, check_whole
 from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
-from fisherfast.measurement.cache import Recall
-from fisherfast.measurement.run import Measurement, NotFiniteError
+from fisherfast.measurement.run import Measurement, NotFiniteError, Recall
 from fisherfast.measurement.settings import MeasurementSettings, Settings
 from fisherfast.model.sites import INPUT, Layers
 from fisherfast.model.unwrap import check_model, unwrapped

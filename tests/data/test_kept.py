@@ -73,42 +73,27 @@ def test_it_is_the_source_in_everything_else():
     assert [(first, len(batches)) for first, batches in rounds] == [(0, 4), (20, 4), (40, 4)]
 
 
-@pytest.mark.parametrize("carried", ["tangents", "score"])
-def test_what_samples_carry_is_kept_with_them(carried):
+@pytest.mark.parametrize(("cls", "carried"), [(ff.Pathwise, "tangents"), (ff.Score, "score")])
+def test_what_samples_carry_is_kept_with_them(cls, carried):
     """Catches tangents or scores of other samples, and samples counted without them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, DIM, generator=generator)
-    if carried == "tangents":
-        make, pairs = ff.Pathwise, TensorDataset(x, 2 * x[:, None])
-    else:
-        make, pairs = ff.Score, TensorDataset(x, 2 * x[:, :1].double())
+    pairs = TensorDataset(x, 2 * x[:, None] if cls is ff.Pathwise else 2 * x[:, :1].double())
     loader = DataLoader(pairs, batch_size=10, shuffle=True, generator=generator)
-    data = KeptData(make(loader, parameters=1), 10**6)
-    first, second = list(data.read(0, 10)), list(data.read(0, 10))
-    for one, two in zip(first, second, strict=True):
+    data = KeptData(cls(loader, parameters=1), 10**6)
+    for one, two in zip(list(data.read(0, 10)), list(data.read(0, 10)), strict=True):
         assert torch.equal(one.x, two.x)
-        if carried == "tangents":
-            assert torch.equal(two.tangents[0], 2 * one.x)
-        else:
-            assert torch.equal(two.score, 2 * one.x[:, :1].double())
-    assert data._held == SIDE_BYTES + (SIDE_BYTES if carried == "tangents" else 8 * ROWS)
+        expected = 2 * one.x[None] if cls is ff.Pathwise else 2 * one.x[:, :1].double()
+        assert torch.equal(getattr(two, carried), expected)
+    assert data._held == SIDE_BYTES + (SIDE_BYTES if cls is ff.Pathwise else 8 * ROWS)
 
 
 # --- the limit ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("limit", "held"),
-    [
-        (2 * SIDE_BYTES, 2 * SIDE_BYTES),
-        (2 * SIDE_BYTES - 1, SIDE_BYTES),
-        (SIDE_BYTES, SIDE_BYTES),
-        (SIDE_BYTES - 1, 0),
-        (0, 0),
-    ],
-)
+@pytest.mark.parametrize(("limit", "sides"), [(2 * SIDE_BYTES, 2), (2 * SIDE_BYTES - 1, 1), (0, 0)])
 @pytest.mark.parametrize("abreast", [False, True])
-def test_the_limit_holds_while_conditions_are_read(limit, held, abreast):
+def test_the_limit_holds_while_conditions_are_read(limit, sides, abreast):
     """One after the other, and abreast as paired ones are. Catches a limit for each condition
     instead of all, and a part that stays when the whole does not fit."""
     *_, source = streams()
@@ -117,11 +102,11 @@ def test_the_limit_holds_while_conditions_are_read(limit, held, abreast):
     batches = zip(*reads, strict=True) if abreast else itertools.chain(*reads)
     for _ in batches:
         assert data._held <= limit
-    assert data._held == held
-    if held == 0:
+    assert data._held == sides * SIDE_BYTES
+    if sides == 0:
         assert values(data)[0] == 200  # read again
         assert data.samples(0) is None
-    assert [data.repeats(0), data.repeats(1)].count(True) == held // SIDE_BYTES
+    assert [data.repeats(0), data.repeats(1)].count(True) == sides
 
 
 def test_a_pass_that_is_broken_off_keeps_nothing():
@@ -140,13 +125,11 @@ def test_a_pass_that_is_broken_off_keeps_nothing():
 def test_a_source_that_fails_keeps_nothing():
     """Catches half a stream that passes for all of it at the next try."""
 
-    class Failing(Stream):
-        def __iter__(self):
-            yield torch.zeros(10, DIM)
-            raise RuntimeError("a file is gone")
+    def failing():
+        yield torch.zeros(10, DIM)
+        raise RuntimeError("a file is gone")
 
-    loaders = [DataLoader(Failing(), batch_size=None) for _ in range(2)]
-    data = KeptData(ff.FiniteDifference(*loaders, dtheta=0.1), 10**6)
+    data = KeptData(ff.FiniteDifference(failing, failing, dtheta=0.1), 10**6)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="a file is gone"):
             values(data)

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
 from fisherfast.data import Batch, Data
@@ -33,48 +33,37 @@ def read(data: Data, batch_size: int = 7) -> Batch:
     )
 
 
-class Items(Dataset):
-    """Items (x, companion), the parameter dimension first in the companion of a sample."""
-
-    def __init__(self, x: torch.Tensor, companion: torch.Tensor) -> None:
-        self._x, self._companion = x, companion
-
-    def __len__(self) -> int:
-        return len(self._x)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._x[index], self._companion[index]
-
-
 # reading ----------------------------------------------------------------------------------------
 
 
-def test_pathwise_tensors_are_cut_along_the_samples():
-    """Catches a tangent cut along the parameters."""
-    x, dx = numbers(N, *SHAPE), numbers(N, P, *SHAPE)
-    data = ff.Pathwise(x, dx)
+FORMS = {
+    "tensors": ff.Pathwise,
+    "arrays": lambda x, dx: ff.Pathwise(x.numpy(), dx.numpy()),
+    "dataset": lambda x, dx: ff.Pathwise(TensorDataset(x, dx), parameters=P),
+    "loader": lambda x, dx: ff.Pathwise(
+        DataLoader(TensorDataset(x, dx), batch_size=6), parameters=P
+    ),
+    "list": lambda x, dx: ff.Pathwise(
+        list(zip(x.split(P), dx.split(P), strict=True)), parameters=P
+    ),
+    "function": lambda x, dx: ff.Pathwise(
+        lambda: zip(x.split(P), dx.split(P), strict=True), parameters=P
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tangents_of_any_form(form):
+    """Catches a tangent cut along the parameters, [P, n] read as [n, P] (both are 3 x 3 in batches
+    of the list), and a cast on the way."""
+    x, dx = (numbers(N, *shape, dtype=torch.float64) for shape in (SHAPE, (P, *SHAPE)))
+    data = FORMS[form](x, dx)
     assert (data.parameters, data.conditions, data.source, data.dtheta) == (P, 1, "pathwise", ())
-    assert [len(batch) for batch in data.read(0, 7)] == [7, 7, 6]
     got = read(data)
     assert torch.equal(got.x, x)
     assert torch.equal(got.tangents, dx.movedim(1, 0))
-
-
-@pytest.mark.parametrize("form", ["dataset", "loader", "list", "function"])
-def test_pathwise_pairs_have_the_sample_first(form):
-    """Catches [P, n] read as [n, P]: both are 3 x 3 in the last batch of the list."""
-    x, dx = numbers(N, *SHAPE), numbers(N, P, *SHAPE)
-    items = Items(x, dx)
-    pairs = list(zip(x.split(P), dx.split(P), strict=True))
-    sources = {
-        "dataset": items,
-        "loader": DataLoader(items, batch_size=6),
-        "list": pairs,
-        "function": lambda: iter(pairs),
-    }
-    got = read(ff.Pathwise(sources[form], parameters=P))
-    assert torch.equal(got.x, x)
-    assert torch.equal(got.tangents, dx.movedim(1, 0))
+    if form == "tensors":
+        assert [len(batch) for batch in data.read(0, 7)] == [7, 7, 6]
 
 
 @pytest.mark.parametrize("shape", [(), SHAPE])
@@ -102,16 +91,6 @@ def test_a_list_of_batches_has_no_known_length(cls):
     torch.testing.assert_close(one.linear, other.linear, rtol=1e-6, atol=0)
 
 
-def test_numpy_is_read_without_a_change():
-    """Catches a cast on the way."""
-    x, dx = numbers(N, 4).double().numpy(), numbers(N, P, 4).double().numpy()
-    got = read(ff.Pathwise(x, dx))
-    assert got.x.dtype == got.tangents.dtype == torch.float64
-    assert np.array_equal(got.tangents.movedim(0, 1).numpy(), dx)
-    got = read(ff.Score(x, dx[:, :, 0]))
-    assert np.array_equal(got.score.numpy(), dx[:, :, 0])
-
-
 @pytest.mark.parametrize("parameters", [1, P])
 def test_score_is_float64_with_one_column_per_parameter(parameters):
     """Catches a score [n] that broadcasts to [n, n], and one that is rounded to float32."""
@@ -120,7 +99,8 @@ def test_score_is_float64_with_one_column_per_parameter(parameters):
     given = score[:, 0] if parameters == 1 else score
     data = ff.Score(x, given)
     assert (data.parameters, data.conditions, data.source) == (parameters, 1, "score")
-    assert torch.equal(read(data).score, score)
+    for same in (data, ff.Score(x.numpy(), given.numpy())):
+        assert torch.equal(read(same).score, score)
     loader = DataLoader(TensorDataset(x, given), batch_size=6)
     assert torch.equal(read(ff.Score(loader, parameters=parameters)).score, score)
 
@@ -130,7 +110,7 @@ def test_what_repeats(cls):
     """Catches `grow` on samples that come in another order at the second pass."""
     x = numbers(N, 4)
     companion = numbers(N, 1, 4) if cls is ff.Pathwise else numbers(N)
-    items = Items(x, companion)
+    items = TensorDataset(x, companion)
     assert cls(x, companion).repeats(0)
     assert cls(items).repeats(0)
     assert not cls(DataLoader(items, batch_size=4, shuffle=True)).repeats(0)
@@ -142,86 +122,33 @@ def test_what_repeats(cls):
 X = numbers(N, *SHAPE)
 NAN = torch.full((N, *SHAPE), float("nan"))
 
-SEVERAL = (
-    "samples of several inputs are not supported yet, join them in one tensor that the model splits"
-)
-FLOATING = "; convert with .float(), or split complex numbers into real and imaginary part"
-DX_SHAPE = (
-    "dx must have shape [n, P, ...], or [n, ...] for one parameter, with [n, ...] = [20, 4, 2]"
-)
-ALONE = "score must have shape [n, P] or [n] with n = 20"
-PAIRS = "x must yield pairs (x, score) where score is not given"
-SWAPPED = ": batch first, dx.movedim(0, 1)"
-
+SINGLE = "dx must have the dtype of x, torch.float32, got torch.float64 in batch 0"
+COLUMNS = "score must have shape [n, P] = [20, 1], got [20, 2] in batch 1 (parameters=1)"
 REFUSED = [
-    (lambda: ff.Pathwise(X, X[:, None][:, :0]), f"{DX_SHAPE}, got [20, 0, 4, 2]"),
-    (lambda: ff.Pathwise(X, X[:5, None]), f"{DX_SHAPE}, got [5, 1, 4, 2]"),
-    (lambda: ff.Pathwise(X, X[:, None, None]), f"{DX_SHAPE}, got [20, 1, 1, 4, 2]"),
-    (lambda: ff.Pathwise(X, X.expand(3, *X.shape)), f"{DX_SHAPE}, got [3, 20, 4, 2]{SWAPPED}"),
-    (
-        lambda: read(ff.Pathwise([(X, X[None])])),
-        f"{DX_SHAPE}, got [1, 20, 4, 2] in batch 0{SWAPPED}",
-    ),
-    (
-        lambda: read(ff.Pathwise([(X, torch.stack([X, X], 1))])),
-        "dx must have shape [n, P, ...] = [20, 1, 4, 2], got [20, 2, 4, 2] in batch 0"
-        " (parameters=1)",
-    ),
-    (
-        lambda: ff.Pathwise(X, X[0, 0, 0]),
-        "dx must yield batches of shape [n, ...], got a single number",
-    ),
-    (
-        lambda: ff.Pathwise(X, X.double()),
-        "dx must have the dtype of x, torch.float32, got torch.float64",
-    ),
-    (
-        lambda: read(ff.Pathwise([(X, X[:, None].double())])),
-        "dx must have the dtype of x, torch.float32, got torch.float64 in batch 0",
-    ),
-    (
-        lambda: ff.Pathwise(X, X.long()),
-        f"dx must have a floating dtype, got torch.int64{FLOATING}",
-    ),
+    (lambda: ff.Pathwise(X, X[:, None][:, :0]), "dx must have shape [n, P, ...], or [n, ...] for"),
+    (lambda: ff.Pathwise(X, X.expand(3, *X.shape)), "[3, 20, 4, 2]: batch first, dx.movedim(0, 1)"),
+    (lambda: read(ff.Pathwise([(X, torch.stack([X, X], 1))])), "[20, 2, 4, 2] in batch 0"),
+    (lambda: read(ff.Pathwise([(X, X[:, None].double())])), SINGLE),
     (
         lambda: ff.Score(X.to(torch.complex64), X[:, 0, 0]),
-        f"x must have a floating dtype, got torch.complex64{FLOATING}",
+        "x must have a floating dtype",
     ),
-    (lambda: ff.Pathwise(X, NAN), "dx must be finite, got NaN or infinity"),
-    (
-        lambda: read(ff.Pathwise([(X, X[:, None]), (X, NAN)])),
-        "dx must be finite, got NaN or infinity in batch 1",
-    ),
-    (
-        lambda: ff.Pathwise(X),
-        "dx must be a tensor or array [n, P, ...] as x is, got NoneType",
-    ),
-    (
-        lambda: ff.Pathwise([X], X),
-        "dx must be left out when x yields batches (x, dx), got Tensor",
-    ),
-    (
-        lambda: ff.Pathwise(X, X, parameters=1),
-        "parameters must be left out for tensors, got 1: it follows from dx",
-    ),
+    (lambda: read(ff.Pathwise([(X, X[:, None]), (X, NAN)])), "dx must be finite, got NaN"),
+    (lambda: ff.Pathwise(X), "dx must be a tensor or array [n, P, ...] as x is, got NoneType"),
+    (lambda: ff.Pathwise([X], X), "dx must be left out when x yields batches (x, dx), got Tensor"),
+    (lambda: ff.Pathwise(X, X, parameters=1), "parameters must be left out for tensors, got 1"),
     (lambda: ff.Score([X], parameters=0), "parameters must be at least 1, got 0"),
-    (lambda: ff.Score([X], parameters=0.5), "parameters must be a whole number, got 0.5"),
-    (lambda: ff.Score(X, X[:5, 0, 0]), f"{ALONE}, got [5]"),
-    (lambda: ff.Score(X, X), f"{ALONE}, got [20, 4, 2]"),
+    (lambda: ff.Score(X, X), "score must have shape [n, P] or [n] with n = 20, got [20, 4, 2]"),
     (lambda: ff.Score(X, NAN[:, 0, 0]), "score must be finite, got NaN or infinity"),
+    (lambda: read(ff.Score([(X, X[:, 0, 0]), (X, X[:, 0])])), COLUMNS),
     (
-        lambda: read(ff.Score([(X, X[:, 0, 0]), (X, X[:, 0])])),
-        "score must have shape [n, P] = [20, 1], got [20, 2] in batch 1 (parameters=1)",
+        lambda: read(ff.Score([X])),
+        "x must yield pairs (x, score) where score is not given",
     ),
-    (lambda: read(ff.Score([X])), f"{PAIRS}, got Tensor in batch 0"),
-    (
-        lambda: read(ff.Score([(X, X[:, 0, 0], X)])),
-        f"{PAIRS}, got 3 entries in batch 0: leave labels out; {SEVERAL}",
-    ),
+    (lambda: read(ff.Score([(X, X[:, 0, 0], X)])), "got 3 entries in batch 0: leave labels out"),
     (
         lambda: read(ff.Score([((X, X), X[:, 0, 0])])),
-        "x must yield samples [n, ...] alone, got 2 entries (Tensor, Tensor): leave labels out;"
-        f" {SEVERAL}",
+        "got 2 entries (Tensor, Tensor): leave labels",
     ),
 ]
 
@@ -229,7 +156,7 @@ REFUSED = [
 @pytest.mark.parametrize(("make", "message"), REFUSED)
 def test_wrong_companions_are_refused(make, message):
     """Catches samples that are paired with what is not theirs, silently."""
-    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         make()
 
 
@@ -245,6 +172,9 @@ def draw(theta: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tenso
 THETA = [0.5, -0.2]
 
 
+STEPS = {"pathwise": None, "paired": 0.1, "independent": 0.1}
+
+
 def test_tangents_of_a_simulator_are_exact():
     """Catches a direction in the place of another, and noise that differs between directions."""
     got = read(ff.Simulator(draw, THETA, samples=50))
@@ -256,9 +186,12 @@ def test_tangents_of_a_simulator_are_exact():
 @pytest.mark.parametrize("derivative", ["pathwise", "paired", "independent"])
 def test_every_pass_repeats(derivative):
     """Catches a generator that goes on where the first pass ended."""
-    step = None if derivative == "pathwise" else 0.1
-    data = ff.Simulator(draw, THETA, samples=50, derivative=derivative, dtheta=step, seed=3)
-    other = ff.Simulator(draw, THETA, samples=50, derivative=derivative, dtheta=step, seed=4)
+    data = ff.Simulator(
+        draw, THETA, samples=50, derivative=derivative, dtheta=STEPS[derivative], seed=3
+    )
+    other = ff.Simulator(
+        draw, THETA, samples=50, derivative=derivative, dtheta=STEPS[derivative], seed=4
+    )
     assert data.source == derivative
     for c in range(data.conditions):
         one, two = (torch.cat([b.x for b in data.read(c, 16)]) for _ in range(2))
@@ -281,7 +214,7 @@ def test_pairs_share_their_noise_and_independent_conditions_do_not():
     assert own.dtheta == (0.1, 0.1)
 
 
-@pytest.mark.parametrize("theta", [0.5, [0.5], np.array([0.5]), torch.tensor(0.5), 1])
+@pytest.mark.parametrize("theta", [0.5, [0.5], np.array([0.5]), torch.tensor(0.5)])
 def test_theta_arrives_as_a_vector(theta):
     """Catches a number in the place of [P], and float64 that turns all samples into float64."""
     seen = []
@@ -298,10 +231,6 @@ def test_theta_arrives_as_a_vector(theta):
 
 def counts(theta, n, generator):
     return torch.poisson(theta.exp().expand(n, 4), generator=generator)
-
-
-def numpy_inside(theta, n, generator):
-    return torch.randn(n, 2, generator=generator) + torch.from_numpy(theta.detach().numpy())
 
 
 def attention(theta, n, generator):
@@ -323,7 +252,6 @@ INTEGERS = (
     ("fn", "error", "start"),
     [
         (counts, ValueError, re.escape(CHANGING)),
-        (numpy_inside, ValueError, re.escape(CHANGING)),
         (
             attention,
             ValueError,
@@ -331,7 +259,7 @@ INTEGERS = (
         ),
         (lambda *arguments: counts(*arguments).long(), TypeError, re.escape(INTEGERS)),
     ],
-    ids=["counts", "numpy", "attention", "integers"],
+    ids=["counts", "attention", "integers"],
 )
 def test_simulators_without_derivative_name_the_way_out(fn, error, start):
     """Catches J = 0 for photon counts, a cast that hides them, and torch's request for an issue."""
@@ -371,8 +299,7 @@ SAME = "other samples from another generator state, got the same"
 def test_noise_that_is_not_of_the_generator_is_found(fn, derivative, wrong):
     """Catches pairs whose noise differs, in which J would drown, and batches that repeat the same
     noise, as if each sample were new (J twice too large). The user's random state stays."""
-    step = None if derivative == "pathwise" else 0.1
-    data = ff.Simulator(fn, 0.0, samples=1000, derivative=derivative, dtheta=step)
+    data = ff.Simulator(fn, 0.0, samples=1000, derivative=derivative, dtheta=STEPS[derivative])
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     message = f"fn must {wrong}: draw every random number from the generator that it is given"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -384,13 +311,12 @@ def test_noise_that_is_not_of_the_generator_is_found(fn, derivative, wrong):
 @pytest.mark.parametrize("derivative", ["pathwise", "paired"])
 def test_a_simulator_that_ignores_theta_has_no_information(derivative):
     """Catches an error, or a J from rounding, where the truth is 0."""
-    step = None if derivative == "pathwise" else 0.1
     data = ff.Simulator(
         lambda t, n, g: torch.randn(n, 2, generator=g),
         0.0,
         samples=1000,
         derivative=derivative,
-        dtheta=step,
+        dtheta=STEPS[derivative],
     )
     message = "fn must depend on theta, got the same samples for another theta[0]: J = 0"
     with pytest.warns(ff.FisherWarning, match=f"^{re.escape(message)}$"):
@@ -398,70 +324,50 @@ def test_a_simulator_that_ignores_theta_has_no_information(derivative):
     assert info.value == 0
 
 
-def test_forward_mode_works_in_inference_mode():
-    """Catches samples without derivative where the caller has switched gradients off."""
-    data = ff.Simulator(draw, THETA, samples=200)
-    with torch.inference_mode():
+def test_forward_mode_works_in_inference_mode_and_is_silent():
+    """Catches samples without derivative where the caller has switched gradients off, and the
+    warning of torch's own compiler at the first use of forward mode."""
+    data = ff.Simulator(lambda t, n, g: torch.sigmoid(draw(t, n, g)), THETA, samples=200)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
         inside = ff.fisher_information(data, max_features=8)
     assert torch.equal(inside.J, ff.fisher_information(data, max_features=8).J)
 
 
-def test_forward_mode_is_silent():
-    """Catches the warning of torch's own compiler at the first use of forward mode."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read(ff.Simulator(lambda t, n, g: torch.sigmoid(draw(t, n, g)), THETA, samples=10))
-
-
+RESOLVED = "dtheta must be resolved by theta of torch.float32, got 0.01 at 1e+06"
 BAD = [
     (lambda: ff.Simulator(1, 0.0), "fn must be a function, got int"),
     (
         lambda: ff.Simulator(draw, THETA, derivative="exact"),
-        "derivative must be one of ('pathwise', 'paired', 'independent'), got 'exact'",
+        "derivative must be one of ('pathwise'",
     ),
     (
         lambda: ff.Simulator(draw, THETA, derivative="paired"),
-        'dtheta must be given for derivative="paired", got None',
+        "dtheta must be given",
     ),
-    (
-        lambda: ff.Simulator(draw, THETA, dtheta=0.1),
-        'dtheta must be left out for derivative="pathwise", got 0.1',
-    ),
-    (
-        lambda: ff.Simulator(draw, THETA, derivative="paired", dtheta=[1, 1, 1]),
-        "dtheta must hold one step or one per parameter (2), got 3",
-    ),
-    (
-        lambda: ff.Simulator(draw, [1e6, 0.0], derivative="paired", dtheta=0.01),
-        "dtheta must be resolved by theta of torch.float32, got 0.01 at 1e+06:"
-        " pass theta as a float64 tensor",
-    ),
+    (lambda: ff.Simulator(draw, THETA, dtheta=0.1), "dtheta must be left out"),
+    (lambda: ff.Simulator(draw, [1e6, 0.0], derivative="paired", dtheta=0.01), RESOLVED),
     (lambda: ff.Simulator(draw, THETA, samples=0), "samples must be at least 1, got 0"),
-    (lambda: ff.Simulator(draw, THETA, samples=1.5), "samples must be a whole number, got 1.5"),
     (lambda: ff.Simulator(draw, [[0.0]]), "theta must have shape [P], got [1, 1]"),
     (lambda: ff.Simulator(draw, float("nan")), "theta must be finite, got nan"),
     (lambda: ff.Simulator(draw, 1j), "theta must be real numbers, got torch.complex64"),
     (
-        lambda: read(ff.Simulator(lambda t, n, g: t + torch.zeros(n - 1, 1), 0.0)),
-        "fn must return n = 7 samples, got shape [6, 1]",
+        lambda: read(ff.Simulator(lambda t, n, g: X[1:7, 0], 0.0)),
+        "return n = 7 samples",
     ),
-    (
-        lambda: read(ff.Simulator(lambda t, n, g: np.zeros((n, 1)), 0.0)),
-        "fn must return a tensor [n, ...], got ndarray",
-    ),
+    (lambda: read(ff.Simulator(lambda t, n, g: np.ones((n, 1)), 0.0)), "return a tensor [n, ...]"),
 ]
 
 
 @pytest.mark.parametrize(("make", "message"), BAD)
 def test_bad_simulators_are_refused(make, message):
     """Catches an argument that is ignored."""
-    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         make()
 
 
 def test_representations_tell_the_source():
     """Catches a repr that shows all samples."""
-    assert repr(ff.Pathwise(X, X)) == "Pathwise(parameters=1, samples=20)"
     assert repr(ff.Score(X, X[:, 0])) == "Score(parameters=2, samples=20)"
     simulator = ff.Simulator(draw, [1.0, 0.0], samples=9, derivative="paired", dtheta=0.5)
     expected = "Simulator(paired, dtheta=[0.5, 0.5], theta=[1.0, 0.0], samples=9)"
@@ -493,10 +399,11 @@ def test_simulators_may_reuse_their_memory(derivative):
         with torch.no_grad():
             return memory[:n].detach().copy_(fresh(theta, n, generator))
 
-    step = None if derivative == "pathwise" else 0.3
     one, two = (
         ff.fisher_information(
-            ff.Simulator(fn, 0.0, samples=1000, derivative=derivative, dtheta=step),
+            ff.Simulator(
+                fn, 0.0, samples=1000, derivative=derivative, dtheta=STEPS[derivative] and 0.3
+            ),
             max_features=16,
             settings=ff.Settings(batch_size=100),
         )
@@ -508,44 +415,35 @@ def test_simulators_may_reuse_their_memory(derivative):
 @pytest.mark.parametrize("derivative", ["pathwise", "paired"])
 def test_simulators_may_write_into_theta(derivative):
     """Catches a theta that the simulator changes for all later batches."""
-    step = None if derivative == "pathwise" else 0.1
 
     def converted(theta, n, generator):
         theta *= 2
         return theta + torch.randn(n, 2, generator=generator)
 
-    data = ff.Simulator(converted, 1.0, samples=2000, derivative=derivative, dtheta=step)
+    data = ff.Simulator(
+        converted, 1.0, samples=2000, derivative=derivative, dtheta=STEPS[derivative]
+    )
     info = ff.fisher_information(data, max_features=2)
     assert abs(info.value - 8) < 4 * float(info.stderr) < 2
     assert "theta=[1.0]" in repr(data)
 
 
-@pytest.mark.parametrize("kind", ["pathwise", "score", "independent"])
-def test_streams_may_reuse_their_memory(kind):
+@pytest.mark.parametrize("cls", [ff.Pathwise, ff.Score])
+def test_streams_may_reuse_their_memory(cls):
     """Catches samples kept for the scale of the activations, overwritten by the batches behind."""
     x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
-    carried = torch.ones(1000, 1, 3) if kind == "pathwise" else x.sum(1, keepdim=True)
+    carried = torch.ones(1000, 1, 3) if cls is ff.Pathwise else x.sum(1, keepdim=True)
 
-    def stream(*parts, reuse):
-        batches = zip(*(part.split(100) for part in parts), strict=True)
-        memory = [torch.empty_like(part[:100]) for part in parts]
-        for batch in batches:
-            if reuse:
-                batch = [kept.copy_(part) for kept, part in zip(memory, batch, strict=True)]
-            yield tuple(part if reuse else part.clone() for part in batch)
+    def fresh():
+        return zip(x.split(100), carried.split(100), strict=True)
 
-    def information(reuse):
-        if kind == "independent":
-            minus, plus = (
-                lambda shift=shift: stream(x.flip(0) + shift, reuse=reuse) for shift in (-0.1, 0.1)
-            )
-            data = ff.FiniteDifference(minus, plus, dtheta=0.2)
-        else:
-            cls = ff.Pathwise if kind == "pathwise" else ff.Score
-            data = cls(lambda: stream(x, carried, reuse=reuse))
-        return ff.fisher_information(data, max_features=16)
+    def reusing():
+        memory = x[:100].clone(), carried[:100].clone()
+        for batch in fresh():
+            yield tuple(kept.copy_(part) for kept, part in zip(memory, batch, strict=True))
 
-    assert information(True).value == information(False).value
+    one, two = (ff.fisher_information(cls(stream), max_features=16) for stream in (fresh, reusing))
+    assert one.value == two.value
 
 
 def test_large_derivatives_are_finite():

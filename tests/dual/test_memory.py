@@ -54,14 +54,6 @@ def test_a_living_block_is_not():
         assert len({other.data_ptr() for other in others}) == len(others)
 
 
-def test_small_tensors_and_those_outside_of_a_pass_are_ordinary():
-    """Catches memory that is kept for what the allocator does well."""
-    room(FLOATS)
-    with memory.reusing():
-        room(FLOATS // 2)
-    assert kept() == 0
-
-
 def test_what_is_kept_has_a_limit(monkeypatch):
     """Catches memory that grows from call to call, and memory of a user's result that is counted
     as free."""
@@ -102,42 +94,24 @@ class Corner(nn.Module):
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 6, 3),
-        nn.GELU(),
-        nn.Conv2d(6, 2, 1),
-    ).eval()
+    layers = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.GELU(), nn.Conv2d(6, 2, 3)
+    return nn.Sequential(*layers).eval()
 
 
-def test_results_stay_as_they_are():
-    """Catches a result of one call that the next one overwrites."""
+def test_results_stay_and_are_those_of_fresh_memory(monkeypatch):
+    """Catches a result of one call that the next one overwrites, a slice that is left as it was
+    found, and a layout that is not that of the input."""
     model = network()
     x, dx = torch.randn(3, 1, 12, 12), torch.randn(2, 3, 1, 12, 12)
-    y, dy = ff.jvp(model, x, dx)
-    before = y.clone(), dy.clone()
-    acts = ff.propagate(model, x + 1, dx * 2)
-    kept = {name: (a.clone(), t.clone()) for name, (a, t) in acts.items()}
+    results = [ff.jvp(model, x, dx), *ff.propagate(model, x, dx).values()]
+    before = [(activations.clone(), tangents.clone()) for activations, tangents in results]
     for _ in range(3):
         ff.jvp(model, torch.randn(3, 1, 12, 12), torch.randn(2, 3, 1, 12, 12))
-    assert torch.equal(y, before[0])
-    assert torch.equal(dy, before[1])
-    for name, (activations, tangents) in acts.items():
-        assert torch.equal(activations, kept[name][0])
-        assert torch.equal(tangents, kept[name][1])
-
-
-def test_same_numbers_as_in_fresh_memory(monkeypatch):
-    """Catches a slice that is left as it was found, and a layout that is not that of the input."""
-    model = network()
-    x, dx = torch.randn(3, 1, 12, 12), torch.randn(2, 3, 1, 12, 12)
-    for _ in range(2):
-        used = ff.jvp(model, x, dx)
+    used = ff.jvp(model, x, dx)
+    for pair, copies in zip(results, before, strict=True):
+        assert all(map(torch.equal, pair, copies))
     monkeypatch.setattr(memory, "LARGE_BYTES", 2**40)
-    fresh = ff.jvp(model, x, dx)
-    for one, other in zip(used, fresh, strict=True):
+    for one, other in zip(used, ff.jvp(model, x, dx), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from support import dual_oracle
 from support.dual_oracle import Function, Network, distance, map_tensors
-from support.dual_zoo import NETWORKS, ResNet18
+from support.dual_zoo import NETWORKS, resnet
 from support.dual_zoo_layers import LAYERS
 from support.dual_zoo_operations import OPERATIONS
 from support.dual_zoo_sequences import ATTENTION
@@ -30,9 +30,6 @@ ALL: dict[str, Network] = {**NETWORKS, **ATTENTION, **LAYERS, **OPERATIONS}
 EXACT = 1e-8
 """Against forward mode in float64: the same derivative, another order of sums."""
 
-DIFFERENCES = 1e-6
-"""Against central differences of step 1e-5: rounding of 1e-16 / 1e-5, and the step squared."""
-
 SINGLE = 1e-4
 """float32 against the truth in float64."""
 
@@ -45,9 +42,7 @@ ROUNDED = 1e-7
 
 def bound_of(name: str) -> float:
     """How far from its oracle an entry may be in float64."""
-    if ALL[name].oracle == "differences":
-        return DIFFERENCES
-    return ROUNDED if name in ("mobilenet", "hardsigmoid", "celu") else EXACT
+    return ROUNDED if name in ("hardsigmoid", "celu") else EXACT
 
 
 def names_of(model: nn.Module, x: Tensor) -> list[str]:
@@ -70,30 +65,17 @@ def assert_layers(seen: dict[str, tuple[Tensor, Tensor]], truth: Any, bound: flo
 
 def assert_outputs(y: Any, dy: Any, truth: Any, tangents: list[Any], bound: float) -> None:
     """The same structure, the same primal, the same tangent in each direction."""
-    map_tensors(lambda expected, seen: _same(seen, expected, bound), truth, y)
+
+    def same(expected: Tensor, seen: Tensor) -> None:
+        assert type(seen) is torch.Tensor
+        if expected.is_floating_point():
+            assert distance(seen, expected) <= bound
+        else:  # integers do not move
+            assert torch.equal(seen.to(expected.dtype), expected)
+
+    map_tensors(same, truth, y)
     for index, expected in enumerate(tangents):
-        map_tensors(
-            lambda one, all_of_them, index=index: _same_slope(all_of_them[index], one, bound),
-            expected,
-            dy,
-        )
-
-
-def _same(seen: Tensor, truth: Tensor, bound: float) -> None:
-    assert type(seen) is torch.Tensor
-    if truth.is_floating_point():
-        assert distance(seen, truth) <= bound
-    else:
-        assert torch.equal(seen, truth)
-
-
-def _same_slope(seen: Tensor, truth: Tensor, bound: float) -> None:
-    assert type(seen) is torch.Tensor
-    if truth.is_floating_point():
-        assert distance(seen, truth) <= bound
-    else:  # integers do not move
-        assert seen.shape == truth.shape
-        assert not seen.any()
+        map_tensors(lambda one, every, index=index: same(one, every[index]), expected, dy)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -114,6 +96,11 @@ def test_every_layer_has_the_exact_derivative(name):
     y, dy = ff.jvp(model, x, dx)
     assert_outputs(y, dy, output, tangents, bound)
 
+    if name in NETWORKS:  # nothing slips from the rules to the fallback, which costs more
+        coverage = ff.dual.coverage(model, x)
+        assert coverage.rules
+        assert (coverage.fallbacks, coverage.failures, coverage.share) == ({}, {}, 1.0)
+
     seen = ff.propagate(network.make(torch.float32), x.float(), dx.float())
     assert_layers(seen, truth, SINGLE)
     if name not in EXPLICITLY_DOUBLE:
@@ -124,7 +111,7 @@ EXPLICITLY_DOUBLE = {"to_float"}
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["mlp", "lenet", "vit"])
+@pytest.mark.parametrize("name", ["lenet", "vit"])
 def test_half_precision(name, dtype):
     """Catches half types that are refused or summed badly."""
     network = NETWORKS[name]
@@ -135,12 +122,11 @@ def test_half_precision(name, dtype):
     assert {t.dtype for pair in seen.values() for t in pair} == {dtype}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(("parameters", "samples"), [(1, None), (4, 1)])
-def test_one_direction_or_one_sample(name, parameters, samples):
+@pytest.mark.parametrize(("number", "name"), list(enumerate(NETWORKS)))
+def test_one_direction_or_one_sample(number, name):
     """Catches axes that are squeezed away or taken for each other when they are 1 long."""
     network = NETWORKS[name]
-    x, dx = network.inputs(parameters, samples)
+    x, dx = network.inputs(*((4, 1) if number % 2 else (1, None)))
     truth, output, tangents = dual_oracle.oracle(network, x, dx)
     assert_layers(ff.propagate(network.make(), x, dx), truth, bound_of(name))
     y, dy = ff.jvp(network.make(), x, dx)
@@ -148,8 +134,8 @@ def test_one_direction_or_one_sample(name, parameters, samples):
 
 
 def test_width_is_no_limit():
-    """A ResNet-18 of other widths; catches kernels that are right for narrow layers only."""
-    network = Network(lambda: ResNet18(20, channels=1), (1, 33, 47), samples=2)
+    """A ResNet of other widths; catches kernels that are right for narrow layers only."""
+    network = Network(lambda: resnet(20, channels=1), (1, 33, 41), samples=1)
     x, dx = network.inputs(2)
     truth, _, _ = dual_oracle.oracle(network, x, dx)
     assert_layers(ff.propagate(network.make(), x, dx), truth, EXACT)
@@ -157,30 +143,44 @@ def test_width_is_no_limit():
     assert_layers(seen, truth, SINGLE)
 
 
+class Square(torch.autograd.Function):
+    """A function of the user's own, with a backward and no forward derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradients[0]
+
+
 @pytest.mark.parametrize(
     ("function", "slope"),
     [
         (F.hardsigmoid, lambda x: (x.abs() < 3).double() / 6),
         (lambda x: F.celu(x, 1.3), lambda x: (x / 1.3).clamp(max=0).exp()),
+        (lambda x: Square.apply(x), lambda x: 2 * x),
     ],
 )
-def test_slopes_that_forward_mode_rounds(function, slope):
-    """Catches slopes that are right to float32 only; here the closed form is the oracle."""
+def test_slopes_that_forward_mode_rounds_or_has_not(function, slope):
+    """Catches slopes that are right to float32 only, and a function of the user's own that has a
+    backward alone; here the closed form is the oracle."""
     x, dx = Network(nn.Identity, (5, 7)).inputs()
     _, dy = ff.jvp(Function(function), 3 * x, dx)
     assert distance(dy, slope(3 * x) * dx) <= 1e-14
 
 
-@pytest.mark.parametrize("name", ["resnet18", "unet"])
-def test_channels_last(name):
+def test_channels_last():
     """Catches kernels that take the memory format of the input for the contiguous one."""
-    network = NETWORKS[name]
+    network = NETWORKS["resnet"]
     x, dx = network.inputs()
     truth, _, _ = dual_oracle.oracle(network, x, dx)
     model = network.make().to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last)
     dx = dx.flatten(0, 1).to(memory_format=torch.channels_last).view(dx.shape)
-    assert_layers(ff.propagate(model, x, dx), truth, bound_of(name))
+    assert_layers(ff.propagate(model, x, dx), truth, EXACT)
 
 
 @pytest.mark.parametrize(
@@ -226,12 +226,10 @@ def test_directions_that_are_views():
     """Catches a buffer that is built from strides: expanded, transposed and sliced arguments."""
     network = NETWORKS["lenet"]
     x, dx = network.inputs()
+    turned = dx.permute(2, 0, 1, 4, 3).contiguous().permute(1, 2, 0, 4, 3)
     views = (
         (x.mT.contiguous().mT, dx[:1].expand(3, *x.shape)),
-        (
-            torch.cat([x, x], -1)[..., :16],
-            dx.permute(2, 0, 1, 4, 3).contiguous().permute(1, 2, 0, 4, 3),
-        ),
+        (torch.cat([x, x], -1)[..., :16], turned),
     )
     for start, directions in views:
         truth, _, _ = dual_oracle.oracle(network, start, directions)
@@ -256,17 +254,6 @@ def test_layers_are_chosen_as_in_fisher_flow():
     assert list(ff.propagate(model, x, dx, layers="^[01]$")) == ["input", "0", "1", "output"]
     with pytest.raises(ValueError, match="layers must name layers of the model, got 'nine'"):
         ff.propagate(model, x, dx, layers=["nine"])
-
-
-def test_layers_hold_what_they_were_before_the_next_one_wrote_over_them():
-    """Catches a layer that is handed out without a copy before an in-place activation."""
-    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Tanh()).double()
-    x, dx = Network(lambda: model, (5,)).inputs()
-    seen = ff.propagate(model, x, dx)
-    with torch.no_grad():
-        assert distance(seen["0"][0], model[0](x)) <= EXACT
-        assert distance(seen["0"][1], dx @ model[0].weight.T) <= EXACT
-    assert (seen["0"][0] < 0).any()
 
 
 # --- attention ---

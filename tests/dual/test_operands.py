@@ -37,19 +37,6 @@ def test_extremes_of_two_operands(function, swapped):
     torch.testing.assert_close(dy, _tangents(forward, x, dx), rtol=EXACT, atol=EXACT)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [lambda x: x[:1] @ x.mT, lambda x: x @ x[:1].mT, lambda x: x @ x.mT],
-    ids=["first", "second", "neither"],
-)
-def test_products_of_batches_of_one(function):
-    """Catches products that do not repeat a batch of one."""
-    x, dx = torch.randn(4, 3, 5).double(), torch.randn(2, 4, 3, 5).double()
-    y, dy = ff.jvp(Function(function), x, dx)
-    torch.testing.assert_close(y, function(x), rtol=EXACT, atol=EXACT)
-    torch.testing.assert_close(dy, _tangents(function, x, dx), rtol=EXACT, atol=EXACT)
-
-
 @pytest.mark.parametrize("operation", [torch.add, torch.sub, torch.mul, torch.div])
 def test_numbers_of_another_dtype(operation):
     """Catches a float64 tensor without dimensions that turns a float32 network into float64."""
@@ -71,13 +58,3 @@ def test_counts_with_weights():
     y, dy = ff.jvp(Function(lambda x: torch.bincount(index, x, minlength=5)), x, dx)
     expected = torch.zeros(3, 5).double().index_add_(1, index, torch.cat([x[None], dx]))
     torch.testing.assert_close(torch.cat([y[None], dy]), expected, rtol=EXACT, atol=EXACT)
-
-
-def test_differences_behind_constants():
-    """Catches what is joined on being taken for a part of the stack."""
-    first = torch.arange(4.0).double()[:, None]
-    x, dx = torch.randn(4, 3).double(), torch.randn(2, 4, 3).double()
-    y, dy = ff.jvp(Function(lambda x: torch.diff(x, prepend=first)), x, dx)
-    torch.testing.assert_close(y, torch.diff(x, prepend=first), rtol=EXACT, atol=EXACT)
-    truth = torch.diff(dx, prepend=torch.zeros(2, 4, 1).double())
-    torch.testing.assert_close(dy, truth, rtol=EXACT, atol=EXACT)

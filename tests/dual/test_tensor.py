@@ -8,13 +8,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support.dual_oracle import Function, distance, map_tensors
+from support.dual_oracle import Function, map_tensors
 from torch import Tensor
 
 import fisherfast as ff
-
-EXACT = 1e-12
-"""In float64, one operation."""
 
 
 def test_dual_tensor_is_the_stack_of_its_parts():
@@ -40,7 +37,7 @@ def test_structures_of_outputs_stay():
     x, dx = torch.randn(2, 5), torch.randn(3, 2, 5)
     for structure in (
         lambda x: (x + 1, [x * 2, (x.exp(),)]),
-        lambda x: {"a": {"b": x + 1}, "c": [x]},
+        lambda x: {"a": {"b": x + 1}, "c": [x, None, 3]},
         lambda x: Pair(x + 1, x.exp()),
         lambda x: [Pair(x, x[:, 0])],
     ):
@@ -53,16 +50,6 @@ def test_structures_of_outputs_stay():
 
 def _shaped(seen: Tensor, shape: tuple[int, ...]) -> None:
     assert seen.shape == shape
-
-
-def test_dual_tensor_through_operators():
-    """Catches operators that leave the dual world, or enter it from a constant wrongly."""
-    x, dx = torch.randn(2, 5).double(), torch.randn(3, 2, 5).double()
-    dual = ff.dual.DualTensor.pack(x, dx)
-    y = 2 - torch.ones(5).double() * dual.exp() / 3
-    assert isinstance(y, ff.dual.DualTensor)
-    assert distance(y.primal, 2 - x.exp() / 3) <= EXACT
-    assert distance(y.tangents, -dx * x.exp() / 3) <= EXACT
 
 
 def test_comparisons_and_indices_are_plain():

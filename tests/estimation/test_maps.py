@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.networks_zoo import one_thread  # noqa: F401
 from torch import nn
 
 import fisherfast as ff

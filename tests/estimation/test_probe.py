@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.networks_zoo import one_thread, untouched  # noqa: F401
+from support.networks_zoo import untouched
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

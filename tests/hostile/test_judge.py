@@ -209,11 +209,11 @@ def test_a_lattice_without_dither_is_found(monkeypatch):
 def test_folds_by_the_number_of_a_sample_are_found(monkeypatch):
     """Plants folds that follow a sorted file: their spread says nothing of the noise."""
     monkeypatch.setattr(dealing, "_dealt", lambda count, cells: torch.arange(count) % cells)
-    dealing._dealing.cache_clear()
+    dealing.Dealing.of.cache_clear()
     try:
         found = violations(Problem(distribution="Laplace", dim=1, order="value", layers=()))
     finally:
-        dealing._dealing.cache_clear()
+        dealing.Dealing.of.cache_clear()
     assert "J above" in found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,8 +11,6 @@ import torch
 
 import fisherfast as ff
 from fisherfast.integrations.notebook import LivePlot
-
-PNG = b"\x89PNG"
 
 
 class Display(ModuleType):
@@ -71,7 +68,7 @@ def test_one_display_that_is_drawn_again(monkeypatch):
     assert len(display.shown) == 1
     assert len(display.updated) == 2
     pictures = display.shown + display.updated
-    assert all(picture.startswith(PNG) for picture in pictures)
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert len(set(pictures)) == 3
     assert plot.drawn == 3
 
@@ -89,23 +86,3 @@ def test_nothing_happens_outside_of_notebooks(monkeypatch, shell):
     assert plot.drawn == 0
     with pytest.raises(TypeError, match="monitor must be a FisherMonitor, got list"):
         LivePlot(monitor.history)
-
-
-SCRIPT = """
-import sys, torch, fisherfast as ff
-from fisherfast.integrations.notebook import LivePlot
-x = torch.randn(2, 500, 4)
-monitor = ff.FisherMonitor(torch.nn.Linear(4, 1), ff.FiniteDifference(x[0] - 0.1, x[1], dtheta=0.1))
-monitor.step()
-assert not LivePlot(monitor).update()
-print(sorted({"IPython", "matplotlib", "torch._dynamo"} & set(sys.modules)))
-"""
-
-
-def test_nothing_is_imported_that_is_not_used():
-    """Catches an import of what a script on a cluster does not have, and of torch's compiler, which
-    takes seconds, where nothing is compiled."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "[]", done.stderr

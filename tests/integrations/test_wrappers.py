@@ -5,63 +5,17 @@ Wherever the arithmetic is the same, J must be that of the plain network bit for
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.scripts import ROOT, run_ranks
+from integrations.wrapped_case import DATA, OPTIONS, Net, X, assert_same, hooks, network, plain_flow
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import fisherfast as ff
 from fisherfast.model import unwrap
-
-DIM, DTHETA, FEATURES = 6, 0.1, 16
-OPTIONS: dict[str, Any] = {"max_features": FEATURES}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(DIM, 5)
-        self.fc2 = nn.Linear(5, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(torch.relu(self.fc1(x)))
-
-
-def network() -> Net:
-    torch.manual_seed(1)
-    return Net()
-
-
-def samples(n: int = 400, dim: int = DIM) -> torch.Tensor:
-    return torch.randn(2, n, dim, generator=torch.Generator().manual_seed(0))
-
-
-def shifted(x: torch.Tensor) -> ff.FiniteDifference:
-    return ff.FiniteDifference(x[0] - DTHETA / 2, x[1] + DTHETA / 2, DTHETA)
-
-
-def plain_flow() -> ff.FisherFlow:
-    return ff.fisher_flow(network(), shifted(samples()), **OPTIONS)
-
-
-def assert_same(flow: ff.FisherFlow, expected: ff.FisherFlow) -> None:
-    assert flow.names == expected.names
-    for layer, other in zip(flow, expected, strict=True):
-        assert torch.equal(layer.J, other.J), layer.name
-
-
-def hooks(model: nn.Module) -> int:
-    """Hooks of all modules."""
-    return sum(
-        len(found)
-        for module in model.modules()
-        for found in (module._forward_hooks, module._forward_pre_hooks)
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -71,57 +25,52 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def wrapped(backend: Any) -> nn.Module:
-    return torch.compile(network(), backend=backend)
-
-
 def in_place(backend: Any) -> nn.Module:
     model = network()
     model.compile(backend=backend)
     return model
 
 
-def part_wrapped(backend: Any) -> nn.Module:
-    return nn.Sequential(wrapped(backend), nn.Linear(2, 2))
-
-
-def part_in_place(backend: Any) -> nn.Module:
-    return nn.Sequential(in_place(backend), nn.Linear(2, 2))
-
-
 def forward_compiled(backend: Any) -> nn.Module:
     class Compiled(Net):
         forward = torch.compile(Net.forward, backend=backend)
 
-    torch.manual_seed(1)
     return Compiled()
 
 
-COMPILED = [wrapped, in_place, part_wrapped, part_in_place, forward_compiled]
+def wrapped(backend: Any) -> nn.Module:
+    return torch.compile(network(), backend=backend)
 
 
-@pytest.mark.parametrize("make", COMPILED, ids=lambda make: make.__name__)
-def test_compiled_models_are_not_compiled_again(make):
+COMPILED = {
+    "wrapped": wrapped,
+    "in place": in_place,
+    "part wrapped": lambda backend: nn.Sequential(wrapped(backend), nn.Linear(2, 2)),
+    "part in place": lambda backend: nn.Sequential(in_place(backend), nn.Linear(2, 2)),
+    "forward": forward_compiled,
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_models_are_not_compiled_again(kind):
     """Catches hooks and modes that are compiled into a model, or that make it compile anew at the
     next training step; `fisher_flow`, `step` and `observe` between two steps of a training."""
     counter = CompileCounter()
-    model, x = make(counter), samples()
+    model = COMPILED[kind](counter)
     theta = torch.linspace(-1, 1, 400)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
 
     def train_step() -> None:
-        optimizer.zero_grad()
-        model(x[0]).square().mean().backward()
-        optimizer.step()
+        model.zero_grad()
+        model(X[0]).square().mean().backward()
 
     train_step()
     train_step()
     compiled = counter.frame_count
     assert compiled > 0
-    tangents = ff.Pathwise(x[0], torch.ones(400, DIM))
-    flows = [ff.fisher_flow(model, data, **OPTIONS) for data in (shifted(x), tangents)]
-    monitor = ff.FisherMonitor(model, shifted(x), observe_every=2, **OPTIONS)
-    for _ in range(3):
+    tangents = ff.Pathwise(X[0], torch.ones_like(X[0]))
+    flows = [ff.fisher_flow(model, data, **OPTIONS) for data in (DATA, tangents)]
+    monitor = ff.FisherMonitor(model, DATA, observe_every=2, **OPTIONS)
+    for _ in range(2):
         train_step()
         monitor.observe(theta)
         train_step()
@@ -136,17 +85,17 @@ def test_compiled_models_are_not_compiled_again(make):
     assert all("fc1/relu" in "|".join(flow.names) for flow in flows)
 
 
-@pytest.mark.parametrize("make", COMPILED[:2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [wrapped, in_place])
 def test_compiled_models_give_the_same_and_are_observed(make):
     """Catches other numbers or names than those of the plain network; and an observer that a
     compiled call passes by, or that stays around it."""
-    model, x = make("eager"), samples()
-    assert_same(ff.fisher_flow(model, shifted(x), **OPTIONS), plain_flow())
+    model = make("eager")
+    assert_same(ff.fisher_flow(model, DATA, **OPTIONS), plain_flow())
     call = model._compiled_call_impl
-    monitor = ff.FisherMonitor(model, shifted(x), observe_every=1, **OPTIONS)
+    monitor = ff.FisherMonitor(model, DATA, observe_every=1, **OPTIONS)
     theta = torch.linspace(-1, 1, 400)
     for _ in range(4):
-        model(x[0] + theta[:, None])
+        model(X[0] + theta[:, None])
         monitor.observe(theta)
     assert list(monitor.live()) == ["input", "output"]
     monitor.close()
@@ -156,30 +105,27 @@ def test_compiled_models_give_the_same_and_are_observed(make):
 def test_a_compiled_training_step_is_not_compiled_again():
     """Catches an observer that is compiled into a step that holds the model, or breaks it."""
     counter = CompileCounter()
-    model, x = network(), samples()
+    model = network()
     step = torch.compile(lambda batch: model(batch).square().mean(), backend=counter)
-    monitor = ff.FisherMonitor(model, shifted(x), observe_every=2, **OPTIONS)
-    step(x[0]).backward()
+    monitor = ff.FisherMonitor(model, DATA, observe_every=2, **OPTIONS)
+    step(X[0]).backward()
     for _ in range(4):
         monitor.observe(torch.linspace(-1, 1, 400))
-        step(x[0]).backward()
+        step(X[0]).backward()
     monitor.step()
     monitor.close()
-    step(x[0]).backward()
+    step(X[0]).backward()
     assert counter.frame_count == 1
 
 
 def test_jvp_of_a_compiled_model():
     """Catches dual tensors in a compiler."""
     counter = CompileCounter()
-    model, x = wrapped(counter), samples()[0]
-    y, dy = ff.jvp(model, x, torch.ones(1, *x.shape))
-    expected, expected_tangent = ff.jvp(network(), x, torch.ones(1, *x.shape))
-    assert torch.equal(y, expected)
-    assert torch.equal(dy, expected_tangent)
-    assert list(ff.propagate(model, x, torch.ones(1, *x.shape))) == [
-        *ff.propagate(network(), x, torch.ones(1, *x.shape))
-    ]
+    model, x = wrapped(counter), X[0]
+    dx = torch.ones(1, *x.shape)
+    for one, other in zip(ff.jvp(model, x, dx), ff.jvp(network(), x, dx), strict=True):
+        assert torch.equal(one, other)
+    assert list(ff.propagate(model, x, dx)) == list(ff.propagate(network(), x, dx))
     assert counter.frame_count == 0
 
 
@@ -187,83 +133,23 @@ def test_the_compiler_comes_back_after_an_error():
     """Catches a compiler that stays switched off: only the speed would show it."""
     counter = CompileCounter()
     model = wrapped(counter)
-    broken = samples()
+    broken = X.clone()
     broken[0, 3, 2] = float("nan")
     with pytest.raises(ValueError, match="must be finite"):
-        ff.fisher_flow(model, shifted(broken), **OPTIONS)
-    model(samples()[0])
+        ff.fisher_flow(model, ff.FiniteDifference(*broken, 0.1), **OPTIONS)
+    model(X[0])
     assert counter.frame_count == 1
-
-
-DISTRIBUTED = """
-import os
-import sys
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-sys.path.insert(0, {tests!r})
-from integrations.test_wrappers import OPTIONS, assert_same, hooks, network, plain_flow, samples
-from integrations.test_wrappers import shifted
-import fisherfast as ff
-
-torch.set_num_threads(1)
-rank, world = int(os.environ["LOCAL_RANK"]), 2
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=world)
-x, expected = samples(), plain_flow()
-
-def trained(model):  # forward and backward, before and after a measurement
-    model(x[0]).sum().backward()
-    before = hooks(model)
-    flow = ff.fisher_flow(model, shifted(x), **OPTIONS)
-    monitor = ff.FisherMonitor(model, shifted(x), observe_every=1, **OPTIONS)
-    record = monitor.step()
-    for _ in range(3):
-        model(x[0]).sum().backward()
-        monitor.observe(torch.linspace(-1, 1, 400))
-    monitor.close()
-    assert hooks(model) == before
-    assert "output" in monitor.live()
-    return flow, record.flow
-
-together = nn.parallel.DistributedDataParallel(network())
-for flow in trained(together):
-    assert_same(flow, expected)
-if rank == 0:  # the others are not needed
-    ff.fisher_flow(together, shifted(x), **OPTIONS)
-sharded = network()
-mesh = init_device_mesh("cpu", (world,))
-for part in (sharded.fc1, sharded):
-    fully_shard(part, mesh=mesh)
-for flow in trained(sharded):
-    assert_same(flow, expected)
-old = network()
-old.fc1 = FullyShardedDataParallel(old.fc1, device_id=torch.device("cpu"))
-for flow in trained(FullyShardedDataParallel(old, device_id=torch.device("cpu"))):
-    assert_same(flow, expected)
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_distributed_models(tmp_path):
-    """Catches a measurement that waits for other processes, of a shard in place of the parameters,
-    or that leaves DDP or FSDP unable to train on. Bounded by a timeout."""
-    code = DISTRIBUTED.format(tests=str(ROOT / "tests"))
-    run_ranks("-W", "ignore", "-c", code, tmp_path / "store")
 
 
 def test_data_parallel_and_averaged_models():
     """Catches names and numbers that are not those inside; an average is measured with its own
     weights, not those it averages; a module whose own name looks like a wrapper's is cut."""
     model = network()
-    assert_same(ff.fisher_flow(nn.DataParallel(model), shifted(samples()), **OPTIONS), plain_flow())
+    assert_same(ff.fisher_flow(nn.DataParallel(model), DATA, **OPTIONS), plain_flow())
     average = torch.optim.swa_utils.AveragedModel(model)
     with torch.no_grad():
         model.fc1.weight.mul_(3)
-    flow = ff.fisher_flow(average, shifted(samples()), **OPTIONS)
+    flow = ff.fisher_flow(average, DATA, **OPTIONS)
     assert flow.names == ["input", "module.fc1", "module.fc1/relu", "output"]
     assert torch.equal(flow["output"].J, plain_flow()["output"].J)
     assert unwrap.name_inside("_fsdp_wrapped_module.a._orig_mod.b") == "a.b"
@@ -273,13 +159,13 @@ def test_data_parallel_and_averaged_models():
 def test_autocast_is_the_callers_and_statistics_are_not():
     """Catches activations in float32 inside of autocast, statistics in bfloat16 (three digits: J of
     the input would differ), and parameters or state of autocast that change."""
-    model, data = network(), shifted(samples())
+    model, data = network(), DATA
     monitor = ff.FisherMonitor(model, data, **OPTIONS)
     outside = monitor.step().flow
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = monitor.step().flow
         assert torch.is_autocast_enabled("cpu")
-        assert model(samples()[0]).dtype == torch.bfloat16
+        assert model(X[0]).dtype == torch.bfloat16
     assert_same(monitor.step().flow, outside)
     by_hand = network().bfloat16()
     expected = ff.fisher_flow(by_hand, data, **OPTIONS)
@@ -296,46 +182,32 @@ def test_autocast_is_the_callers_and_statistics_are_not():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 2e-2)],
-    ids=["float64", "float16", "bfloat16"],
+    ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 2e-2)]
 )
 def test_models_of_other_precision(dtype, tolerance):
     """Catches samples that are not given in the model's precision, and statistics in it. Seen:
     1e-6, 1e-3 and 3e-3, relative."""
-    flow = ff.fisher_flow(network().to(dtype), shifted(samples()), **OPTIONS)
+    flow = ff.fisher_flow(network().to(dtype), DATA, **OPTIONS)
     for layer, other in zip(flow, plain_flow(), strict=True):
         torch.testing.assert_close(layer.J, other.J, rtol=tolerance, atol=tolerance)
         assert layer.J.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("minus_last", "plus_last"), [(True, True), (False, True)])
-def test_channels_last(minus_last, plus_last):
-    """Catches activations whose memory is read in the wrong order: J and the maps are those of the
-    contiguous network. float32 convolutions differ by 2e-5 of J, seen; 1e-3 allowed."""
+@pytest.mark.parametrize("places", [(0, 1), (1,)], ids=["both", "plus"])
+def test_channels_last(places):
+    """Catches activations whose memory is read in the wrong order: J is that of the contiguous
+    network. float32 convolutions differ by 2e-5 of J, seen; 1e-3 allowed."""
     torch.manual_seed(2)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 2),
-    )
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *head)
     x = torch.randn(2, 300, 3, 6, 6)
-    options = {"max_features": 64, "settings": ff.Settings(maps=minus_last == plus_last)}
-    minus, plus = x[0] - 0.02, x[1] + 0.02
-    plain = ff.fisher_flow(model, ff.FiniteDifference(minus, plus, 0.04), **options)
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    if minus_last:
-        minus = minus.to(memory_format=torch.channels_last)
-    if plus_last:
-        plus = plus.to(memory_format=torch.channels_last)
-    flow = ff.fisher_flow(last, ff.FiniteDifference(minus, plus, 0.04), **options)
-    assert flow.names == plain.names
-    assert flow.maps.keys() == plain.maps.keys()
-    pairs = [*zip(flow, plain, strict=True), *((flow.maps[n], plain.maps[n]) for n in flow.maps)]
-    for layer, other in pairs:
+    sides = [x[0] - 0.02, x[1] + 0.02]
+    plain = ff.fisher_flow(model, ff.FiniteDifference(*sides, 0.04), max_features=64)
+    for place in places:
+        sides[place] = sides[place].to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    flow = ff.fisher_flow(model, ff.FiniteDifference(*sides, 0.04), max_features=64)
+    for layer, other in zip(flow, plain, strict=True):
         torch.testing.assert_close(layer.J, other.J, rtol=1e-3, atol=1e-3)
 
 
@@ -343,28 +215,32 @@ def test_models_without_numbers():
     """Catches torch's own error about tensors that have no items."""
     message = r"model must hold numbers, got 'fc1.weight' on the meta device: .*to_empty"
     with pytest.raises(ValueError, match=message):
-        ff.fisher_flow(network().to("meta"), shifted(samples()), **OPTIONS)
-    monitor = ff.FisherMonitor(network().to("meta"), shifted(samples()), **OPTIONS)
+        ff.fisher_flow(network().to("meta"), DATA, **OPTIONS)
+    monitor = ff.FisherMonitor(network().to("meta"), DATA, **OPTIONS)
     with pytest.raises(ValueError, match=message):
         monitor.step()
 
 
-@pytest.mark.parametrize("kind", ["lazy", "shared", "frozen", "made in inference mode"])
+def shared() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    return model
+
+
+UNUSUAL = {
+    "lazy": lambda: nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(2)),
+    "shared": shared,
+    "frozen": lambda: network().requires_grad_(False),
+    "made in inference mode": torch.inference_mode()(network),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
 def test_unusual_parameters_stay_as_they_are(kind):
     """Catches a measurement that unties, copies, unfreezes or fails on them; a monitor measures
     twice the same, and its state loads into another one."""
-    model: nn.Module = network()
-    if kind == "lazy":
-        model = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(2))
-    elif kind == "shared":
-        model = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM))
-        model[2].weight = model[0].weight
-    elif kind == "frozen":
-        model.requires_grad_(False)
-    else:
-        with torch.inference_mode():
-            model = network()
-    monitor = ff.FisherMonitor(model, shifted(samples()), **OPTIONS)
+    model = UNUSUAL[kind]()
+    monitor = ff.FisherMonitor(model, DATA, **OPTIONS)
     first = monitor.step().flow
     before = [(p, p.requires_grad, p.clone()) for p in model.parameters()]
     assert_same(monitor.step().flow, first)
@@ -372,7 +248,7 @@ def test_unusual_parameters_stay_as_they_are(kind):
         assert now is parameter
         assert now.requires_grad == wants
         assert torch.equal(now, value)
-    again = ff.FisherMonitor(model, shifted(samples()), **OPTIONS)
+    again = ff.FisherMonitor(model, DATA, **OPTIONS)
     again.load_state_dict(monitor.state_dict())
     assert_same(again.step().flow, first)
 
@@ -380,7 +256,7 @@ def test_unusual_parameters_stay_as_they_are(kind):
 def test_inference_mode_around_it():
     """Catches inference tensors that the monitor keeps and cannot use outside; data made inside."""
     with torch.inference_mode():
-        data = shifted(samples())
+        data = ff.FiniteDifference(X[0] - 0.05, X[1] + 0.05, 0.1)
         monitor = ff.FisherMonitor(network(), data, **OPTIONS)
         monitor.step()
         assert torch.is_inference_mode_enabled()
@@ -394,6 +270,6 @@ def test_inference_mode_around_it():
 def test_models_on_a_gpu():
     """Catches samples that are not brought to the model, and results that stay there."""
     model = network().cuda()
-    flow = ff.fisher_flow(torch.compile(model, backend="eager"), shifted(samples()), **OPTIONS)
+    flow = ff.fisher_flow(torch.compile(model, backend="eager"), DATA, **OPTIONS)
     for layer, other in zip(flow, plain_flow(), strict=True):
         torch.testing.assert_close(layer.J, other.J, rtol=1e-3, atol=1e-3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from support.networks_zoo import (
     WIDTH,
     measure,
     mlp,
-    one_thread,  # noqa: F401
     samples,
     seeded,
     two_conditions,
@@ -41,6 +39,17 @@ class Returns(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.outputs(x)
+
+
+class Head(nn.Module):
+    """Returns what a function makes of the input and of a linear layer's output."""
+
+    def __init__(self, outputs: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.fc, self.outputs = nn.Linear(WIDTH, 2), outputs
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.outputs(x, self.fc(x))
 
 
 class Estimate(NamedTuple):
@@ -169,13 +178,9 @@ def test_mixed_precision_of_heads():
     """Catches a joint that is rounded to the narrowest dtype, or refused by `cat`."""
     model = Returns(lambda x: (x[:, :HALF].half(), x[:, HALF:].double()))
     x = torch.randn(3, WIDTH)
-    with evaluation(model, 0):
-        sites = survey(model, x)
-        seen = {}
-        with Forward(model, lambda name, k, m, y: seen.update({name: y}), sites) as forward:
-            forward.run(x)
-    assert seen["output"].dtype == torch.float64
-    assert torch.equal(seen["output"][:, HALF:], x[:, HALF:].double())
+    joint, _ = ff.propagate(model, x, torch.ones(1, 3, WIDTH))["output"]
+    assert joint.dtype == torch.float64
+    assert torch.equal(joint[:, HALF:], x[:, HALF:].double())
     layer = measure(model, sources()["pathwise"])["output"]
     assert float(layer.linear) == pytest.approx(WIDTH, abs=4 * float(layer.linear_stderr))
 
@@ -207,10 +212,9 @@ def test_recall_between_measurements():
         assert monitor.step().flow.to_dict()["layers"] == once.to_dict()["layers"]
 
 
-@pytest.mark.slow
 def test_the_memory_of_a_joint_output_is_planned():
     """Catches a plan that leaves it out: two views of a small tensor take nothing, it does."""
-    wide = 20_000
+    wide = 10_000
 
     def largest_batch(joined: bool) -> int:
         def outputs(x: torch.Tensor) -> Any:
@@ -219,8 +223,8 @@ def test_the_memory_of_a_joint_output_is_planned():
 
         model, seen = Returns(outputs), []
         model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-        options = {"max_features": 8, "layers": [], "memory_budget": "120 MB"}
-        measure(model, two_conditions(1500), **options)
+        options = {"max_features": 8, "layers": [], "memory_budget": "60 MB"}
+        measure(model, two_conditions(600), **options)
         return max(seen)
 
     assert largest_batch(joined=False) == largest_batch(joined=True)
@@ -234,27 +238,17 @@ def test_the_memory_of_a_joint_output_is_planned():
     [
         lambda x, y: (y, None),
         lambda x, y: {"y": y, "class": y.argmax(1)},
-        lambda x, y: [y, 3, "text"],
         lambda x, y: (y.mean(), y),
         lambda x, y: (torch.ones(2, 3), y, torch.ones(len(x), dtype=torch.bool)),
         lambda x, y: (y, y),
         lambda x, y: (y, y.view(-1, 1, 2)),
-        lambda x, y: {"y": y, "again": [y.unsqueeze(0)[0]]},
     ],
-    ids=["None", "integers", "numbers", "mean", "table", "twice", "view", "view of a view"],
+    ids=["None", "integers", "mean", "table", "twice", "view"],
 )
 def test_one_floating_output_beside_others(others):
     """Catches a joint of copies or of one tensor: "output" is the layer itself."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, 2)
-
-        def forward(self, x: torch.Tensor) -> Any:
-            return others(x, self.fc(x))
-
-    model = seeded(Model)
+    model = seeded(lambda: Head(others))
     with untouched(model):
         flow = measure(model)
     assert flow.names == ["input", "output"]
@@ -271,15 +265,16 @@ def test_the_input_returned_as_it_is():
     assert flow["output"] is flow["output[x]"] is flow["input"]
 
 
-@pytest.mark.parametrize("length", [64, 200])
-def test_tables_that_look_like_a_batch(length):
+def test_tables_that_look_like_a_batch():
     """Catches a table of as many rows as a batch has samples, in a survey or in the last batch."""
-    table = torch.randn(length, 3)
-    flow = measure(
-        Returns(lambda x: (x[:, :2] * 1, x[:, 2:] * 1, table)), settings=ff.Settings(batch_size=200)
-    )
-    assert flow.names == ["input", "output[0]", "output[1]", "output"]
-    assert flow["output"].shape == (WIDTH,)
+    for length in (64, 200):
+        table = torch.randn(length, 3)
+        flow = measure(
+            Returns(lambda x, table=table: (*halves(x), table)),
+            settings=ff.Settings(batch_size=200),
+        )
+        assert flow.names == ["input", "output[0]", "output[1]", "output"]
+        assert flow["output"].shape == (WIDTH,)
 
 
 @pytest.mark.parametrize(
@@ -290,20 +285,13 @@ def test_tables_that_look_like_a_batch(length):
 def test_models_without_a_floating_output(outputs):
     """Catches an error, or another layer that passes for the output: there is none."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, 2)
-
-        def forward(self, x: torch.Tensor) -> Any:
-            return outputs(self.fc(x))
-
-    flow = measure(seeded(Model))
+    model = seeded(lambda: Head(lambda x, y: outputs(y)))
+    flow = measure(model)
     assert flow.names == ["input", "fc"]
     assert "output" not in flow
     with pytest.raises(ValueError, match=re.escape("output must be one of [], got 'output'")):
-        measure(seeded(Model), output="output")
-    monitor = ff.FisherMonitor(seeded(Model), two_conditions(), max_features=16)
+        measure(model, output="output")
+    monitor = ff.FisherMonitor(model, two_conditions(), max_features=16)
     text = "model must return a floating tensor with one row per sample, got none: use fisher_flow"
     with pytest.raises(ValueError, match=f"^{text}"):
         monitor.step()
@@ -361,12 +349,10 @@ def test_a_named_head_is_measured_on_training_samples_too():
 
 def test_a_named_head_that_is_a_layer():
     """Catches a name that the flow knows as an alias alone: the record reads the layer "mean"."""
-    monitor = ff.FisherMonitor(seeded(Backwards), two_conditions(2000), output="output[1]")
-    record = monitor.step(train_mse=0.1)
-    assert record.flow["output[1]"].name == "mean"
-    assert record.transmission == record.flow.fractions()["mean"]
-    constant = ff.FisherMonitor(seeded(Backwards), two_conditions(2000), output="output[0]")
-    assert constant.step(train_mse=0.1).transmission == 0
+    for head, layer in (("output[1]", "mean"), ("output[0]", "log_variance")):
+        record = ff.FisherMonitor(seeded(Backwards), two_conditions(2000), output=head).step()
+        assert record.flow[head].name == layer
+        assert record.transmission == record.flow.fractions()[layer]
 
 
 @pytest.mark.parametrize("name", ["output[2]", "", "input"])
@@ -396,26 +382,12 @@ def test_a_head_that_is_no_name(output):
 # --- wrappers ---------------------------------------------------------------------------------
 
 
-def test_wrapped_models():
-    """Catches heads that are lost inside a wrapper."""
-    model = seeded(Backwards)
-    expected, flow = measure(model), measure(nn.DataParallel(model))
-    assert flow.names == expected.names
-    assert torch.equal(flow["output"].J, expected["output"].J)
-
-
 def test_the_model_and_its_output_stay_as_they_are():
     """Catches an output that is replaced by a copy of its container: classes of the user's own."""
-
-    @dataclasses.dataclass
-    class Own(OrderedDict):
-        def __init__(self, **values: Any) -> None:
-            super().__init__(**values)
-
     made = []
 
-    def outputs(x: torch.Tensor) -> Own:
-        made.append(Own(a=x[:, :1] * 1, b=x[:, 1:] * 1))
+    def outputs(x: torch.Tensor) -> ModelOutput:
+        made.append(ModelOutput(a=x[:, :1] * 1, b=x[:, 1:] * 1))
         return made[-1]
 
     model, x = Returns(outputs), samples(8)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from support.networks_zoo import (
     DTHETA,
     WIDTH,
-    ZOO,
     Attention,
     Failing,
     Functional,
@@ -20,14 +20,12 @@ from support.networks_zoo import (
     Recurrent,
     Residual,
     Shared,
-    Squeezed,
     Transformer,
     Twice,
     Unused,
     convolutional,
     measure,
     mlp,
-    one_thread,  # noqa: F401
     samples,
     seeded,
     two_conditions,
@@ -52,119 +50,129 @@ def assert_measures(layer: ff.LayerFisher, transform: Transform) -> None:
     torch.testing.assert_close(layer.linear, linear_of(transform), rtol=1e-3, atol=1e-3)
 
 
-def kept(flow: ff.FisherFlow) -> dict[str, set[str]]:
-    """Descendants of each layer."""
-    return {layer.name: set(layer.descendants) for layer in flow}
+class Calls(nn.Module):
+    """A function of a linear layer and the input."""
+
+    def __init__(self, function: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, 4)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.fc, x)
 
 
-@pytest.mark.parametrize(("number", "name"), list(enumerate(ZOO)))
+def overwritten(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Writes over the layer's output when it was read."""
+    y = fc(x)
+    z = y.clone()
+    y.mul_(0)
+    return z
+
+
+def force(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Minus the gradient of an energy, taken inside the forward pass."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(fc(x).tanh().sum(), x)[0]
+
+
+def mixed(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The output of self-attention."""
+    tokens = model.embed(x.view(-1, 2, 3))
+    return model.heads(tokens, tokens, tokens)[0]
+
+
+SPELLINGS = [
+    (F.relu, "relu"),
+    (torch.Tensor.relu, "relu"),
+    (F.relu_, "relu"),
+    (torch.Tensor.relu_, "relu"),
+    (lambda x: F.relu(x, inplace=True), "relu"),
+    (torch.tanh, "tanh"),
+    (lambda x: x.tanh_(), "tanh"),
+    (F.sigmoid, "sigmoid"),
+    (F.gelu, "gelu"),
+    (lambda x: F.softmax(x, dim=-1), "softmax"),
+]
+
+
+def spelled(activation: Transform, name: str) -> tuple:
+    """A case of `NETWORKS`: an activation between two layers."""
+    of = {"fc1": lambda m, x: m.fc1(x), f"fc1/{name}": lambda m, x: activation(m.fc1(x))}
+    return lambda: Functional(activation), f"input fc1 fc1/{name} output", of
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """A function that calls an activation twice."""
+    return torch.tanh(2 * torch.tanh(x))
+
+
+FC = {"fc": lambda m, x: m.fc(x)}
+NETWORKS = {
+    **{f"{each[1]} {number}": spelled(*each) for number, each in enumerate(SPELLINGS)},
+    "module twice": (
+        Twice,
+        "input fc act fc#2 act#2 output",
+        {"fc#2": lambda m, x: m.fc(m.fc(x).tanh())},
+    ),
+    "function twice": (
+        lambda: Functional(doubled),
+        "input fc1 fc1/tanh fc1/tanh#2 output",
+        {"fc1/tanh#2": lambda m, x: doubled(m.fc1(x))},
+    ),
+    "two names": (Shared, "input a a/tanh a#2 output", {"a#2": lambda m, x: m.a(m.a(x).tanh())}),
+    "before all layers": (
+        lambda: Calls(lambda fc, x: fc(torch.tanh(x))),
+        "input input/tanh output",
+        {"input/tanh": lambda m, x: x.tanh()},
+    ),
+    "bare layer": (lambda: nn.Linear(WIDTH, 2), "input output", {}),
+    "overwritten": (lambda: Calls(overwritten), "input fc output", FC),
+    "gradient inside": (lambda: Calls(force), "input fc fc/tanh output", FC),
+    "one number": (lambda: Calls(lambda fc, x: fc(x)[:, 0]), "input fc output", FC),
+    "mean of the batch": (lambda: Calls(lambda fc, x: fc(x).mean()), "input fc", FC),
+    "ends of the network": (
+        InputOutput,
+        "input self.input self.output output",
+        {
+            "self.input": lambda m, x: m.input(x),
+            "self.output": lambda m, x: m.output(m.input(x)),
+        },
+    ),
+    "recurrent": (
+        Recurrent,
+        "input lstm[0] output",
+        {"lstm[0]": lambda m, x: m.lstm(x.view(-1, 2, 3))[0]},
+    ),
+    "attention": (Attention, "input embed heads[0] heads[1] output", {"heads[0]": mixed}),
+    "convolutional": (convolutional, "input 1 2 3 output", {"3": lambda m, x: m[:4](x)}),
+    "noisy": (Noisy, "input fc output", FC),
+}
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(NETWORKS)))
 def test_any_network_is_measured_and_left_as_it_was(number, name):
-    """Catches hooks, modes, buffers or random states that are not put back, for every network:
-    those in training mode have some layers in eval mode."""
-    model = seeded(ZOO[name]).train(number % 2 == 0)
+    """Catches hooks, modes, buffers or random states that are not put back (the networks in
+    training mode have some layers in eval mode), a spelling of an activation without a tap, one
+    that overwrites the values before it, a second call that overwrites the first, a name that is
+    counted twice or collides with an end of the network, a state [layers, n, h] taken for samples,
+    [n] taken for one sample, the fused path of attention, and a replay that breaks a gradient."""
+    build, names, transforms = NETWORKS[name]
+    model = seeded(build).train(number % 2 == 0)
     for child in list(model.children())[1::2]:
         child.eval()
     with untouched(model):
         flow = measure(model)
-    assert flow.names[0] == "input"
-    assert len(set(flow.names)) == len(flow.names)
+    assert flow.names == names.split()
     for layer in flow:
         assert torch.isfinite(layer.J).all()
-        assert layer.samples == 800
-        assert layer.J.dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    ("activation", "name"),
-    [
-        (F.relu, "relu"),
-        (torch.Tensor.relu, "relu"),
-        (F.relu_, "relu"),
-        (torch.Tensor.relu_, "relu"),
-        (lambda x: F.relu(x, inplace=True), "relu"),
-        (torch.tanh, "tanh"),
-        (lambda x: x.tanh_(), "tanh"),
-        (F.sigmoid, "sigmoid"),
-        (F.gelu, "gelu"),
-        (lambda x: F.softmax(x, dim=-1), "softmax"),
-    ],
-)
-def test_functional_activations(activation, name):
-    """Catches a spelling without a tap, and in-place ones that overwrite the values before them."""
-    model = seeded(lambda: Functional(activation))
-    with untouched(model):
-        flow = measure(model)
-    assert flow.names == ["input", "fc1", f"fc1/{name}", "output"]
-    assert flow[f"fc1/{name}"].kind == name
-    assert_measures(flow["fc1"], model.fc1)
-    assert_measures(flow[f"fc1/{name}"], lambda x: activation(model.fc1(x)))
-    assert_measures(flow["output"], lambda x: model.fc2(activation(model.fc1(x))))
-
-
-class First(nn.Module):
-    """A function of the input before the first layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(WIDTH, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(torch.tanh(x))
-
-
-@pytest.mark.parametrize(
-    ("build", "names", "layer", "transform"),
-    [
-        (
-            Twice,
-            ["input", "fc", "act", "fc#2", "act#2", "output"],
-            "fc#2",
-            lambda model, x: model.fc(model.fc(x).tanh()),
-        ),
-        (
-            lambda: Functional(lambda x: torch.tanh(2 * torch.tanh(x))),
-            ["input", "fc1", "fc1/tanh", "fc1/tanh#2", "output"],
-            "fc1/tanh#2",
-            lambda model, x: torch.tanh(2 * torch.tanh(model.fc1(x))),
-        ),
-        (
-            Shared,
-            ["input", "a", "a/tanh", "a#2", "output"],
-            "a#2",
-            lambda model, x: model.a(model.a(x).tanh()),
-        ),
-        (First, ["input", "input/tanh", "output"], "input/tanh", lambda model, x: x.tanh()),
-        (lambda: nn.Linear(WIDTH, 2), ["input", "output"], "output", lambda model, x: model(x)),
-    ],
-    ids=["module twice", "function twice", "two names", "before all layers", "bare layer"],
-)
-def test_names_of_calls(build, names, layer, transform):
-    """Catches a second call that overwrites the first, one name for two calls, a name that is
-    counted twice, and a function before the first layer that is lost."""
-    model = seeded(build)
-    flow = measure(model)
-    assert flow.names == names
-    assert_measures(flow[layer], lambda x: transform(model, x))
-
-
-def test_inplace_arithmetic_after_a_tapped_layer():
-    """Catches values that are read only when the forward pass is over."""
-
-    class Overwritten(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.fc(x)
-            z = y.clone()
-            y.mul_(0)
-            return z
-
-    model = seeded(Overwritten)
-    flow = measure(model)
-    assert_measures(flow["fc"], model.fc)
-    assert_measures(flow["output"], model.fc)
+        assert (layer.samples, layer.J.dtype) == (800, torch.float64)
+    model.eval()
+    if "output" in flow and name != "noisy":
+        transforms = {"output": lambda model, x: model(x).view(len(x), -1)} | transforms
+    for layer, transform in transforms.items():
+        assert_measures(flow[layer], lambda x, transform=transform: transform(model, x))
 
 
 @pytest.mark.parametrize("kind", ["tensor", "stream", "paired"])
@@ -198,15 +206,9 @@ class Parallel(nn.Module):
         return torch.cat([self.left(x), self.right(x)], dim=1)
 
 
-class Gated(nn.Module):
+def gated(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A skip that is open for 1 in 6 samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(WIDTH, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) + x[:, :2] * (x[:, 2:3] > 1)
+    return fc(x) + x[:, :4] * (x[:, 4:5] > 1)
 
 
 @pytest.mark.parametrize(
@@ -218,30 +220,21 @@ class Gated(nn.Module):
             {"input": {"a", "act", "b", "output"}, "a": {"act", "b"}, "act": {"b"}, "b": set()},
         ),
         (Parallel, {"input": {"left", "right", "output"}, "left": set(), "right": set()}),
-        (Gated, {"input": {"fc", "output"}, "fc": set()}),
+        (lambda: Calls(gated), {"input": {"fc", "output"}, "fc": set()}),
         (Noisy, {"fc": set()}),
+        (Recurrent, {"lstm[0]": {"output"}}),
+        (Attention, {"heads[0]": {"output"}}),
     ],
 )
 def test_chains(build, descendants):
     """Every layer of a Sequential is a function of every one before. Catches a missing link, and
     one made of the order of execution alone, past a sum, past a skip that is mostly closed, or past
-    two draws of random numbers."""
+    two draws of random numbers; and a chain that ends at a tuple."""
     flow = measure(seeded(build))
-    found = kept(flow)
+    found = {layer.name: set(layer.descendants) for layer in flow}
     if descendants is None:
         descendants = {name: set(flow.names[k + 1 :]) for k, name in enumerate(flow.names)}
     assert {name: found[name] for name in descendants} == descendants
-
-
-def test_lstm():
-    """Catches the state [layers, n, h], whose first axis is no batch, that is taken for samples,
-    and a chain that ends at a tuple."""
-    model = seeded(Recurrent)
-    flow = measure(model)
-    assert flow.names == ["input", "lstm[0]", "output"]
-    assert flow["lstm[0]"].shape == (2, 4)
-    assert flow["lstm[0]"].descendants == ("output",)
-    assert_measures(flow["lstm[0]"], lambda x: model.lstm(x.view(-1, 2, 3))[0])
 
 
 class Positions(nn.Module):
@@ -260,7 +253,7 @@ class Positions(nn.Module):
         return self.fc(tokens.mean(1))
 
 
-@pytest.mark.parametrize("length", [64, 200, 400])
+@pytest.mark.parametrize("length", [64, 400])
 def test_tensors_that_look_like_a_batch(length):
     """Catches a table of as many rows as a batch has samples: 400, 200 or those of a survey."""
     flow = measure(
@@ -286,64 +279,22 @@ def test_parametrised_weights(rows):
     assert full.names == ["input", "0", "output"]
 
 
-def test_multihead_attention():
-    """Catches the fused path of eval mode, which hides what it does, and lost weights."""
-    model = seeded(Attention)
-    flow = measure(model)
-    assert flow.names == ["input", "embed", "heads[0]", "heads[1]", "output"]
-    assert flow["heads[0]"].shape == (2, 4)
-    assert flow["heads[1]"].shape == (2, 2)
-    assert flow["heads[0]"].descendants == ("output",)
-
-    def mixed(x: torch.Tensor) -> torch.Tensor:
-        tokens = model.embed(x.view(-1, 2, 3))
-        return model.heads(tokens, tokens, tokens)[0]
-
-    assert_measures(flow["heads[0]"], mixed)
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_transformer_encoder(fast):
+def test_transformer_encoder():
     """Catches the fused path of eval mode, and a flag that is switched on instead of put back.
 
     The outputs of LayerNorm add up to a constant: catches a covariance that must have full rank.
     """
     model = seeded(Transformer).eval()
-    torch.backends.mha.set_fastpath_enabled(fast)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with untouched(model):
             flow = measure(model)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    names = [
-        "encoder.layers.0.self_attn[0]",
-        "encoder.layers.0.norm1",
-        "encoder.layers.0.linear1",
-        "encoder.layers.0.linear1/relu",
-        "encoder.layers.0.linear2",
-        "encoder.layers.0.norm2",
-    ]
+    parts = ("self_attn[0]", "norm1", "linear1", "linear1/relu", "linear2", "norm2")
+    names = [f"encoder.layers.0.{part}" for part in parts]
     assert [name for name in flow.names if name in names] == names
     assert flow["encoder"].name == "encoder.layers.0.norm2"
-
-
-def test_submodules_called_input_and_output():
-    """Catches names that collide with the ends of the network."""
-    model = seeded(InputOutput)
-    flow = measure(model)
-    assert flow.names == ["input", "self.input", "self.output", "output"]
-    assert_measures(flow["self.input"], model.input)
-    assert_measures(flow["self.output"], lambda x: model.output(model.input(x)))
-    assert_measures(flow["output"], model)
-
-
-def test_output_without_an_axis_of_features():
-    """Catches [n] that is taken for one sample of n activations."""
-    model = seeded(Squeezed)
-    flow = measure(model)
-    assert flow["output"].shape in [(), (1,)]
-    assert flow["output"].dim == 1
-    assert_measures(flow["output"], model.fc)
 
 
 def test_containers_are_aliases_of_their_last_layer():
@@ -364,11 +315,8 @@ def test_passive_layers_are_left_out():
     model = seeded(convolutional)
     assert measure(model, layers=["5"])["5"].dim == 6
     flow = measure(model)
-    assert flow.names == ["input", "1", "2", "3", "output"]
     assert flow["5"].name == "3"
     assert flow["1"].shape == (3, 1, 2)
-    model.eval()
-    assert_measures(flow["3"], model[:4])
 
 
 def test_batchnorm_uses_its_running_statistics():
@@ -445,29 +393,6 @@ def test_autocast_of_the_user():
         assert layer.linear.item() == pytest.approx(expected[layer.name].linear.item(), abs=error)
 
 
-class Energy(nn.Module):
-    """A force: minus the gradient of an energy, taken inside the forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(WIDTH, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            energy = self.fc(x).tanh().sum()
-            return -torch.autograd.grad(energy, x)[0]
-
-
-def test_networks_that_differentiate_inside():
-    """Catches a replay for chains whose replaced outputs break the network's own gradient."""
-    model = seeded(Energy)
-    with untouched(model):
-        flow = measure(model)
-    assert flow.names == ["input", "fc", "fc/tanh", "output"]
-    assert_measures(flow["fc"], model.fc)
-
-
 def test_default_dtype_of_the_user():
     """Catches statistics or a lift in the default dtype of the day."""
     model, data = seeded(mlp), two_conditions()
@@ -482,20 +407,6 @@ def test_default_dtype_of_the_user():
         torch.testing.assert_close(layer.curve_J, expected[layer.name].curve_J)
 
 
-def test_double_precision():
-    """Catches a model in float64 whose statistics are done in float32. Seen 1e-14, allowed 1e-9."""
-    model = seeded(mlp).double()
-    minus, plus = (x.double() for x in samples())
-    with untouched(model):
-        flow = measure(model, ff.FiniteDifference(minus, plus, DTHETA))
-    scaled = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in scaled[0].parameters():
-            parameter.mul_(1024 / 1000)
-    other = measure(scaled, ff.FiniteDifference(minus, plus, DTHETA))
-    torch.testing.assert_close(other["0"].linear, flow["0"].linear, rtol=1e-9, atol=0)
-
-
 # --- which layers ---
 
 
@@ -504,14 +415,12 @@ def test_double_precision():
     [
         ("fc1", ["fc1"]),
         (["fc1/relu", "fc1"], ["fc1", "fc1/relu"]),
-        (("fc1",), ["fc1"]),
         ([], []),
         (["input", "output"], []),
         (["fc2"], []),
         (r"fc[12]$", ["fc1"]),
         (r"/relu", ["fc1/relu"]),
         (r"^fc1", ["fc1", "fc1/relu"]),
-        ("fc1/rel.$", ["fc1/relu"]),
         ("auto", ["fc1", "fc1/relu"]),
         (lambda *_: False, []),
     ],
@@ -545,39 +454,29 @@ def test_selection_does_not_change_a_layer():
         assert torch.equal(layer.curve_J, everything[name].curve_J)
 
 
+NAME = "layers must name layers of the model, got "
+NEVER = "layer 'aux' must run in the forward pass, got none: it never ran"
+
+
 @pytest.mark.parametrize(
     ("layers", "text"),
     [
-        ("fc3", r"^layers must name layers of the model, got 'fc3'; nearest: fc2, fc1, fc1/relu$"),
-        (
-            ["fc1", "fc9"],
-            r"^layers must name layers of the model, got 'fc9'; nearest: fc[12], fc[12]",
-        ),
-        ("^zz", r"^layers must name layers of the model, got '\^zz'; nearest: "),
-        ("OUTPUT", r"^layers must name layers of the model, got 'OUTPUT'; nearest: .*output"),
-        ("(", r"^layers must be names or a regular expression, got '\(': missing \)"),
-        ("aux", r"^layer 'aux' must run in the forward pass, got none: it never ran"),
-        (["fc1", "aux"], r"^layer 'aux' must run in the forward pass, got none: it never ran"),
-        (["fc1#2"], r"^layers must name layers of the model, got 'fc1#2'; nearest: .*fc1"),
+        ("fc3", f"{NAME}'fc3'; nearest: fc2, fc1, fc1/relu"),
+        (["fc1", "fc9"], f"{NAME}'fc9'; nearest: fc"),
+        ("OUTPUT", f"{NAME}'OUTPUT'; nearest: "),
+        (["fc1#2"], f"{NAME}'fc1#2'; nearest: "),
+        ("(", "layers must be names or a regular expression, got '(': missing )"),
+        (["fc1", "aux"], NEVER),
+        ("aux", NEVER),
+        *((layers, "layers must ") for layers in (None, b"fc1", [3], nn.Linear(1, 1))),
+        (lambda name, module: 1 / 0, "division by zero"),
     ],
 )
 def test_layers_that_are_not_there(layers, text):
-    """Catches a typo that measures nothing, and a never-used layer that is left out silently."""
+    """Catches a typo that measures nothing, a never-used layer that is left out silently, "'int'
+    object is not iterable", which does not name the argument, and hooks that stay when the user's
+    function fails."""
     model = seeded(Unused).train()
-    with untouched(model), pytest.raises(ValueError, match=text):
+    errors = (TypeError, ValueError, ZeroDivisionError)
+    with untouched(model), pytest.raises(errors, match=f"^{re.escape(text)}"):
         measure(model, layers=layers)
-
-
-@pytest.mark.parametrize("layers", [None, b"fc1", [3], nn.Linear(1, 1)])
-def test_layers_of_a_wrong_kind(layers):
-    """Catches "'int' object is not iterable", which does not name the argument."""
-    model = seeded(Unused)
-    with untouched(model), pytest.raises((TypeError, ValueError), match=r"^layers must "):
-        measure(model, layers=layers)
-
-
-def test_errors_of_a_selecting_function_pass_through():
-    """Catches hooks that stay when the user's function fails."""
-    model = seeded(Unused).train()
-    with untouched(model), pytest.raises(ZeroDivisionError):
-        measure(model, layers=lambda name, module: 1 / 0)

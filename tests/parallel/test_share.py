@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import fisherfast as ff
@@ -23,23 +23,19 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-class Counted(Dataset):
+READ: list[int] = []  # the rows that were read of a `Counted`
+
+
+class Counted(TensorDataset):
     """Rows that are counted when they are read."""
 
-    def __init__(self, x: torch.Tensor, *more: torch.Tensor) -> None:
-        self._tensors = (x, *more)
-        self.read: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self._tensors[0])
-
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        self.read.append(index)
-        return tuple(tensor[index] for tensor in self._tensors)
+        READ.append(index)
+        return super().__getitem__(index)
 
 
 def test_shares_lie_one_after_the_other():
-    """Catches offsets of another rank or condition."""
+    """Catches offsets of another rank or condition, and those made up of some of the lengths."""
     counts = [[5, 1], [0, 2], [7, 3]]
     shares, totals = zip(*(shares_of(counts, rank) for rank in range(3)), strict=True)
     assert [share.before for share in shares] == [(0, 0), (5, 1), (5, 3)]
@@ -47,11 +43,7 @@ def test_shares_lie_one_after_the_other():
     assert set(totals) == {(12, 6)}
     assert [share.pilot_rows(0, 8) for share in shares] == [5, 0, 3]
     assert [share.pilot_rows(1, 2) for share in shares] == [1, 1, 0]
-
-
-def test_shares_of_unknown_length_begin_anew():
-    """Catches an offset that is made up of some of the lengths."""
-    share, total = shares_of([[5], [None]], 1)
+    share, total = shares_of([[5], [None]], 1)  # of unknown length: they begin anew
     assert total is None
     assert (share.before, share.own) == ((), ())
     assert share.pilot_rows(0, 8) == 8
@@ -107,50 +99,42 @@ def test_a_pilot_of_one_process_keeps_its_bits():
     assert merged.count == 50
 
 
-def given(kind: str) -> tuple[Data, Counted | None]:
-    """Data of 25 samples, and what counts how many of them are read."""
-    x, y = normal(25, 3), normal(25, 3, seed=1)
-    if kind == "tensors":
-        return ff.FiniteDifference(x, y, dtheta=0.1), None
-    if kind == "arrays":
-        return ff.Score(x.numpy(), y.numpy()), None
-    if kind == "tangents":
-        return ff.Pathwise(x, y), None
-    if kind == "simulator":
-        return ff.Simulator(
-            lambda t, n, g: t + torch.randn(n, 2, generator=g), 0.5, samples=25
-        ), None
-    counted = Counted(x) if kind == "dataset" else Counted(x, y[:, :1])
-    if kind == "dataset":
-        return ff.FiniteDifference(counted, y, dtheta=0.1), counted
-    if kind == "pairs":
-        return ff.Score(counted), counted
-    if kind == "loader":
-        return ff.Score(DataLoader(counted, batch_size=4)), None
-    kept = KeptData(ff.Score(counted), 2**20)
-    list(kept.read(0, 4))
-    return kept, None
+def kept(x: torch.Tensor, y: torch.Tensor) -> Data:
+    data = KeptData(ff.Score(Counted(x, y)), 2**20)
+    list(data.read(0, 4))
+    return data
 
 
-GIVEN = ["tensors", "arrays", "tangents", "simulator", "dataset", "pairs", "loader", "kept"]
+GIVEN = {
+    "tensors": lambda x, y: ff.FiniteDifference(x, y, dtheta=0.1),
+    "arrays": lambda x, y: ff.Score(x.numpy(), y.numpy()),
+    "tangents": ff.Pathwise,
+    "simulator": lambda x, y: ff.Simulator(
+        lambda t, n, g: t + torch.randn(n, 2, generator=g), 0.5, samples=25
+    ),
+    "dataset": lambda x, y: ff.FiniteDifference(Counted(x), y, dtheta=0.1),
+    "pairs": lambda x, y: ff.Score(Counted(x, y[:, :1])),
+    "loader": lambda x, y: ff.Score(DataLoader(Counted(x, y[:, :1]), batch_size=4)),
+    "stream": lambda x, y: ff.Score(lambda: zip(x.split(4), y[:, :1].split(4), strict=True)),
+    "kept": lambda x, y: kept(x, y[:, :1]),
+}
 
 
 @pytest.mark.parametrize("kind", GIVEN)
 def test_every_third_batch_is_dealt(kind):
     """Catches the batch of another number, a wrong number of its first sample, and a Dataset that
     is read for the other batches."""
-    data, counted = given(kind)
+    data = GIVEN[kind](normal(25, 3), normal(25, 3, seed=1))
     everything = list(data.read(0, 4))
-    if counted is not None:
-        counted.read.clear()
+    READ.clear()
     firsts, parts = zip(*data.deal(0, 4, 1, 3), strict=True)
     assert firsts == (4, 16)
     for part, batch in zip(parts, everything[1::3], strict=True):
         for name in ("x", "tangents", "score"):
             expected = getattr(batch, name)
             assert expected is None or torch.equal(getattr(part, name), expected)
-    if counted is not None:
-        assert counted.read == [*range(4, 8), *range(16, 20)]
+    if kind in ("dataset", "pairs"):
+        assert [*range(4, 8), *range(16, 20)] == READ
 
 
 def test_loaders_tell_how_much_they_yield():

@@ -158,6 +158,13 @@ def state():
 before, known = state(), set(sys.modules)
 import fisherfast
 assert state() == before, "import fisherfast changes a global setting"
+from fisherfast.integrations.notebook import LivePlot
+x = torch.randn(2, 500, 4)
+data = fisherfast.FiniteDifference(x[0] - 0.1, x[1], dtheta=0.1)
+monitor = fisherfast.FisherMonitor(torch.nn.Linear(4, 1), data)
+monitor.step()
+assert not LivePlot(monitor).update(), "this is no notebook"
+assert "torch._dynamo" not in sys.modules, "torch's compiler takes seconds to import"
 heavy = {"matplotlib", "tqdm", "PIL", "scipy", "pandas", "torchvision"}
 heavy |= {"lightning", "pytorch_lightning", "tensorboard", "IPython"}
 print(sorted(heavy & {name.split(".")[0] for name in set(sys.modules) - known}))
@@ -165,7 +172,8 @@ print(sorted(heavy & {name.split(".")[0] for name in set(sys.modules) - known}))
 
 
 def test_import_is_light_and_changes_nothing():
-    """Catches matplotlib, tqdm, PIL or scipy at import, flushed denormals, and changed defaults."""
+    """Catches matplotlib, tqdm, PIL or scipy, at import or in a measurement, flushed denormals, and
+    changed defaults."""
     done = subprocess.run(
         [sys.executable, "-c", SILENT_IMPORT], capture_output=True, text=True, check=False
     )

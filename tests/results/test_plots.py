@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import math
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -82,8 +82,9 @@ def points(ax) -> dict[str, tuple[list[float], list[float]]]:
     }
 
 
-def test_flow_has_points_errors_and_bound(flow):
-    """Catches values of another quantity, errors that are not J's, a missing lower bound."""
+def test_flow_has_points_errors_and_bound(flow, flow_of_two):
+    """Catches values of another quantity, errors that are not J's, a missing lower bound, a method
+    that drops its arguments, and the off-diagonal or only the first parameter drawn."""
     ax = plots.plot_flow(flow, label="now", unit="1/µm²")
     assert heights(ax, 0) == [layer.value for layer in flow]
     assert lengths(ax) == pytest.approx([2 * float(layer.stderr) for layer in flow])
@@ -92,28 +93,9 @@ def test_flow_has_points_errors_and_bound(flow):
     assert ax.get_ylabel() == "Fisher information J (1/µm²)"
     assert ax.get_xlabel() == "layer"
     assert sorted(legend(ax)) == ["honest lower bound", "now"]
-
-
-def test_flow_as_fractions(flow):
-    """Catches a method of the flow that drops its arguments."""
     ax = flow.plot(plots.new_figure().add_subplot(), fraction=True)
     assert heights(ax, 0) == list(flow.fractions().values())
     assert "input" in ax.get_ylabel()
-
-
-def test_fractions_of_an_input_that_cannot_be_told_from_zero(tmp_path):
-    """Catches a figure of shares of noise, and limits of an axis that are NaN."""
-    unresolved = flow_of(number(0.02), number(6.35), stderr=0.04)
-    for ax in (
-        plots.plot_flow(unresolved, fraction=True),
-        plots.plot_flows({0: unresolved}, fraction=True),
-    ):
-        assert all(math.isnan(height) for height in heights(ax, 0))
-        ax.figure.savefig(tmp_path / "flow.png")
-
-
-def test_flow_of_several_parameters_has_a_line_for_each(flow_of_two):
-    """Catches the off-diagonal or only the first parameter drawn."""
     ax = plots.plot_flow(flow_of_two)
     assert len(bars(ax)) == 2
     assert heights(ax, 1) == [float(layer.J[1, 1]) for layer in flow_of_two]
@@ -122,7 +104,8 @@ def test_flow_of_several_parameters_has_a_line_for_each(flow_of_two):
 
 
 def test_flows_have_one_line_each_in_distinct_colours(flow):
-    """Catches a legend of forty lines, and one without the first and the last."""
+    """Catches a legend of forty lines, one without the first and the last, and flows of different
+    layers in one figure."""
     ax = plots.plot_flows({"first": flow, "second": flow, "third": flow}, title="epoch")
     assert legend(ax) == ["first", "second", "third"]
     assert len({c.lines[0].get_color() for c in bars(ax)}) == 3
@@ -130,14 +113,18 @@ def test_flows_have_one_line_each_in_distinct_colours(flow):
     assert len(bars(ax)) == 40
     assert len(legend(ax)) <= plots.LEGEND_ENTRIES
     assert {"0", "39"} <= set(legend(ax))
-
-
-def test_flows_must_be_of_the_same_layers(flow):
-    other = ff.FisherFlow(flow.layers[:2])
     with pytest.raises(ValueError, match="flows must have the same layers, got"):
-        plots.plot_flows({0: flow, 1: other})
+        plots.plot_flows({0: flow, 1: ff.FisherFlow(flow.layers[:2])})
     with pytest.raises(ValueError, match="flows must hold at least one flow, got none"):
         plots.plot_flows({})
+
+
+def test_fractions_of_an_input_that_cannot_be_told_from_zero(tmp_path):
+    """Catches a figure of shares of noise, and limits of an axis that are NaN."""
+    unresolved = flow_of(number(0.02), number(6.35), stderr=0.04)
+    ax = plots.plot_flows({0: unresolved}, fraction=True)
+    assert all(math.isnan(height) for height in heights(ax, 0))
+    ax.figure.savefig(tmp_path / "flow.png")
 
 
 def test_curve_has_its_band(flow):
@@ -162,54 +149,32 @@ def test_training_marks_the_published_stop(history):
     assert lengths(ax) == pytest.approx([2 * history[0].transmission_error] * 4)
     assert not ax.texts
     assert training_plots.crossing_epoch(history) == 2
-
-
-def test_training_without_crossing_or_errors(flow, history):
-    """Catches a mark that nothing justifies, and unknown errors that break the figure."""
     assert training_plots.crossing_epoch(history[:2]) is None
-    ax = training_plots.plot_training([epoch_of(flow, 0, math.nan, math.nan)])
-    assert not {"published stop", "least validation MSE"} & set(legend(ax))
     with pytest.raises(ValueError, match="history must hold at least one epoch, got none"):
         training_plots.plot_training([])
 
 
-def test_large_errors_do_not_squeeze_what_matters(flow):
-    """The axis ends at 2.5, and the error above it is written down."""
-    history = [epoch_of(flow, 0, 100, 120), epoch_of(flow, 1, 1.2, math.nan)]
-    ax = training_plots.plot_training(history)
-    assert ax.get_ylim()[1] == training_plots.CEILING
-    assert [text.get_text() for text in ax.texts] == ["↑ 120"]
-
-
-def test_epochs_that_were_not_measured_have_no_point(flow, history):
-    """Catches a NaN among the points, which breaks the line, and points at the wrong epoch."""
-    mixed = [history[0], Epoch(1, 1.1, 1.2), Epoch(2, 0.9, 1.3), history[3]]
-    ax = training_plots.plot_training(mixed)
-    assert list(bars(ax)[0].lines[0].get_xdata()) == [0, 3]
-    assert heights(ax, 0) == [history[0].transmission, history[3].transmission]
+def test_what_is_not_known_is_not_drawn(flow, history, tmp_path):
+    """Catches a NaN among the points of measured epochs, which breaks the line, points at the wrong
+    epoch, and a figure that needs a measurement or an error; an unknown error that is drawn as
+    zero, or taken for a crossing or the least. An error above the axis is written down."""
+    nan = math.nan
+    ax = training_plots.plot_training([history[0], Epoch(1, 1.1, 1.2), Epoch(2, 0.9, 1.3)])
+    assert heights(ax, 0) == [history[0].transmission]
     assert points(ax)["published stop"][0] == [2]
     assert points(ax)["least validation"][0] == [1]
-    assert points(ax)["training MSE"][0] == [0, 1, 2, 3]
-
-
-def test_a_history_without_any_measurement(tmp_path):
-    """Catches a figure that needs one: the first measurement may have failed."""
-    ax = training_plots.plot_training([Epoch(0, 2.0, 2.1), Epoch(1, 0.9, math.nan)])
+    assert points(ax)["training MSE"][0] == [0, 1, 2]
+    ax = training_plots.plot_training([Epoch(0, 100, 120), Epoch(1, nan, 1.5), Epoch(2, 1.2, nan)])
     assert heights(ax, 0) == []
-    assert ax.get_ylim()[0] == 0
-    assert "published stop" in legend(ax)
-    ax.figure.savefig(tmp_path / "figure.png")
-    training_plots.plot_training([Epoch(0)]).figure.savefig(tmp_path / "figure.png")
-
-
-def test_epochs_whose_error_is_unknown_break_the_line(flow):
-    """Catches an unknown error that is drawn as zero, or taken for a crossing or the least."""
-    nan = math.nan
-    history = [epoch_of(flow, 0, 2.0, nan), epoch_of(flow, 1, nan, 1.5), Epoch(2, 1.2, nan)]
-    ax = training_plots.plot_training(history)
     assert "published stop" not in points(ax)
     assert points(ax)["least validation"][0] == [1]
     assert [math.isfinite(y) for y in points(ax)["training MSE"][1]] == [True, False, True]
+    assert ax.get_ylim() == (0, training_plots.CEILING)
+    assert [text.get_text() for text in ax.texts] == ["↑ 120"]
+    for known_by_nothing in (epoch_of(flow, 0, nan, nan), Epoch(0)):
+        ax = training_plots.plot_training([known_by_nothing])
+        assert not {"published stop", "least validation"} & set(points(ax))
+        ax.figure.savefig(tmp_path / "figure.png")
 
 
 def test_nothing_global_is_touched(flow, history, tmp_path):
@@ -232,13 +197,7 @@ def test_nothing_global_is_touched(flow, history, tmp_path):
 
 
 def test_missing_matplotlib_says_how_to_get_it(flow, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install 'fisherfast\[plots\]'"):
         plots.plot_flow(flow)

@@ -13,24 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.networks_zoo import (
-    DTHETA,
-    Functional,
-    measure,
-    mlp,
-    one_thread,  # noqa: F401
-    samples,
-    seeded,
-    two_conditions,
-)
+from support.networks_zoo import DTHETA, Functional, measure, mlp, seeded, two_conditions
 from support.training_histories import layer as layer_of
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.problems import GaussianShift
 
 FORMATS = (".json", ".npz")
 SAMPLES = 4000  # J of the input is far enough from 0 to divide by
-PAIR_SAMPLES = 8000
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +33,8 @@ def flow() -> ff.FisherFlow:
 @pytest.fixture(scope="module")
 def pair() -> ff.FisherFlow:
     """Two parameters, independent of each other."""
-    minus, plus = samples(2 * PAIR_SAMPLES)
-    conditions = []
-    for condition, sign in ((minus, -1), (plus, 1)):
-        one, two = condition.split(PAIR_SAMPLES)
-        one, two = one.clone(), two.clone()
-        one[:, 3:] -= sign * 0.1  # theta_1 moves the first three, theta_2 the others
-        two[:, :3] -= sign * 0.1
-        conditions.append([one, two])
-    return measure(seeded(mlp), ff.FiniteDifference(*conditions, DTHETA))
+    problem = GaussianShift(torch.eye(2).repeat_interleave(3, 0))
+    return measure(seeded(mlp), problem.finite_difference([0.0, 0.0], DTHETA, 2 * SAMPLES, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +69,7 @@ def with_layers(flow: ff.FisherFlow, **matrices: torch.Tensor) -> ff.FisherFlow:
 
 def test_indexing(flow):
     """Catches an alias that is a copy, an order that is alphabetic, and numbers as indices."""
-    assert flow.names == ["input", "0", "1", "output"]
-    assert [layer.name for layer in flow] == flow.names
+    assert flow.names == [layer.name for layer in flow] == ["input", "0", "1", "output"]
     assert len(flow) == 4
     assert flow["output"] is flow["2"]
     assert flow["2"].aliases == ("2",)
@@ -94,31 +77,27 @@ def test_indexing(flow):
     assert "2" in flow
     for missing in ("fc9", "", 0, -1, None, ("0",), slice(0, 1)):
         assert missing not in flow
-        text = f"layer must be one of {[*flow.names, '2']}, got {missing!r}"
         with pytest.raises(KeyError) as caught:
             flow[missing]
+        text = f"layer must be one of {[*flow.names, '2']}, got {missing!r}"
         assert caught.value.args == (text,)
 
 
 def test_numbers_of_one_parameter(flow, pair):
-    """Catches `value` of a matrix that is silently its first entry."""
+    """Catches `value` of a matrix that is silently its first entry, and results that a user changes
+    by accident."""
     layer = flow["0"]
     assert layer.value == float(layer) == layer.J.item()
     assert flow.parameters == layer.parameters == 1
     assert pair.parameters == pair["0"].parameters == 2
-    text = "value needs exactly one parameter, got 2: use .J"
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        _ = pair["0"].value
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        float(pair["0"])
-
-
-def test_results_are_immutable(flow):
-    """Catches results that a user changes by accident."""
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        flow["0"].J = torch.zeros(1, 1)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        flow.layers = ()
+    for number in (float, lambda layer: layer.value):
+        with pytest.raises(
+            ValueError, match=r"^value needs exactly one parameter, got 2: use \.J$"
+        ):
+            number(pair["0"])
+    for frozen, name in ((layer, "J"), (flow, "layers")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(frozen, name, ())
 
 
 def test_equality_and_hash(flow):
@@ -128,7 +107,6 @@ def test_equality_and_hash(flow):
     assert again.to_dict() == flow.to_dict()
     for one, other in ((flow, again), (flow["0"], again["0"])):
         assert isinstance(one == other, bool)
-        assert isinstance(one != other, bool)
         assert one == one
     assert flow["0"] != flow["1"]
     assert flow != "flow"
@@ -151,9 +129,9 @@ def test_table(flow, pair):
         assert numbers == pytest.approx(result["input"].J.diagonal().tolist(), rel=1e-3)
 
 
-def test_printed_table(flow, pair):
-    """Catches columns that do not line up, units that are not said, and a page of tensors at the
-    prompt."""
+def test_printed_table(flow, pair, silent):
+    """Catches columns that do not line up, units that are not said, a page of tensors at the
+    prompt, and a note that is not shown."""
     lines = str(flow).splitlines()
     assert lines[0].split() == " ".join(flow.table()[0]).split()
     for column in ("shape", "features", "status"):  # columns of text start below their header
@@ -164,10 +142,6 @@ def test_printed_table(flow, pair):
     assert all(len(line) <= 120 for line in lines)
     assert repr(flow) == str(flow)
     assert len(repr(flow["0"])) < 300
-
-
-def test_notes_are_printed(silent):
-    """Catches a note that is not shown."""
     assert re.search(r"^note: fc1/relu: .*constant", str(silent), re.MULTILINE)
 
 
@@ -201,44 +175,32 @@ def test_fractions(flow, pair):
             assert fractions[layer.name] == pytest.approx(expected, rel=1e-9)
 
 
-def test_no_fraction_of_an_input_that_cannot_be_told_from_zero():
-    """J_input = 0.02 +- 0.04 and J_output = 6.35 were printed as -545 +- 4164."""
-    flow = ff.FisherFlow(
-        (
-            layer_of("input", matrix(0.02), stderr=0.04),
-            layer_of("output", matrix(6.35), stderr=0.3),
-        ),
-        {},
-    )
-    for numbers in (flow.fractions(), flow.fraction_errors()):
-        assert all(math.isnan(number) for number in numbers.values())
-    assert [row[6] for row in flow.table()[1:]] == ["-", "-"]
+def test_no_fraction_of_an_input_without_information(flow, pair):
+    """J_input = 0.02 +- 0.04 and J_output = 6.35 were printed as -545 +- 4164. Catches a division
+    by zero, and an error of the solver: two parameters may be one."""
+    noisy = layer_of("input", matrix(0.02), stderr=0.04)
+    noisy = ff.FisherFlow((noisy, layer_of("output", matrix(6.35), stderr=0.3)), {})
     note = "note: J of input is within 3 errors of zero: no ratio to it"
-    assert str(flow).count(note) == 1
-    assert "nan" not in str(flow)
-
-
-def test_fractions_of_an_input_without_information(flow, pair):
-    """Catches a division by zero, and an error of the solver: two parameters may be one."""
-    for result, J in ((flow, (0.0,)), (flow, (-1.0,)), (pair, (1.0, 1.0, 1.0, 1.0))):
-        odd = with_layers(result, input=matrix(*J))
-        assert all(math.isnan(fraction) for fraction in odd.fractions().values())
-        assert len(odd.fraction_errors()) == 4
-        assert str(odd)
-        assert odd._repr_html_()
+    assert str(noisy).count(note) == 1
+    assert "nan" not in str(noisy)
+    assert noisy._repr_html_()
+    assert [row[6] for row in noisy.table()[1:]] == ["-", "-"]
+    odd = [(flow, (0.0,)), (flow, (-1.0,)), (pair, (1.0, 1.0, 1.0, 1.0))]
+    for result in (noisy, *(with_layers(result, input=matrix(*J)) for result, J in odd)):
+        for numbers in (result.fractions(), result.fraction_errors()):
+            assert list(numbers) == result.names
+            assert all(math.isnan(number) for number in numbers.values())
+        assert str(result)
 
 
 @pytest.mark.parametrize(
     ("J", "bound"),
     [
         ((4.0,), (0.5,)),
-        ((0.0,), (math.inf,)),
-        ((-1.0,), (math.inf,)),
         ((4.0, 0.0, 0.0, 25.0), (0.5, 0.2)),
         ((2.0, 1.0, 1.0, 2.0), (math.sqrt(2 / 3), math.sqrt(2 / 3))),
         ((4.0, 0.0, 0.0, -1.0), (math.inf, math.inf)),
         ((1.0, 1.0, 1.0, 1.0), (math.inf, math.inf)),
-        ((0.0, 0.0, 0.0, 0.0), (math.inf, math.inf)),
         ((4e-20, 0.0, 0.0, 25e20), (0.5e10, 0.2e-10)),
     ],
 )
@@ -273,25 +235,20 @@ def chain(flow: ff.FisherFlow, **matrices: torch.Tensor) -> dict[str, torch.Tens
 
 def test_tightened_takes_the_best_later_layer(flow):
     """Catches the next layer instead of the best, and a chain that is used backwards."""
-    names = dict(zip(flow.names, (30.0, 10.0, 40.0, 20.0), strict=True))
-    tight = chain(flow, **{name: matrix(value) for name, value in names.items()})
+    values = (30.0, 10.0, 40.0, 20.0)
+    tight = chain(flow, **{n: matrix(value) for n, value in zip(flow.names, values, strict=True)})
     assert [tight[name].item() for name in flow.names] == [40, 40, 40, 20]
 
 
 def test_tightened_in_every_direction(pair):
     """Catches a later matrix that is taken for one larger entry: it must be larger as a matrix."""
-    tight = chain(
-        pair,
-        **{
-            "input": matrix(2, 0, 0, 2),
-            "0": matrix(1, 0, 0, 1),
-            "1": matrix(3, 0, 0, 0.5),  # not larger in the second direction
-            "output": matrix(1.5, 0.4, 0.4, 1.5),  # larger than "0" in every direction
-        },
-    )
-    assert torch.equal(tight["input"], matrix(2, 0, 0, 2))
-    assert torch.equal(tight["0"], matrix(1.5, 0.4, 0.4, 1.5))
-    assert torch.equal(tight["1"], matrix(3, 0, 0, 0.5))
+    two, one = matrix(2, 0, 0, 2), matrix(1, 0, 0, 1)
+    partly = matrix(3, 0, 0, 0.5)  # not larger in the second direction
+    larger = matrix(1.5, 0.4, 0.4, 1.5)  # than "0" in every direction
+    tight = chain(pair, **{"input": two, "0": one, "1": partly, "output": larger})
+    assert torch.equal(tight["input"], two)
+    assert torch.equal(tight["0"], larger)
+    assert torch.equal(tight["1"], partly)
 
 
 def test_tightened_says_so_and_keeps_errors_with_values(flow):
@@ -361,62 +318,54 @@ def assert_same(one: ff.FisherFlow, other: ff.FisherFlow) -> None:
                 assert old == new, field.name
 
 
-@pytest.mark.parametrize(
-    ("which", "suffix"), [("flow", ".json"), ("pair", ".npz"), ("silent", ".json")]
-)
+@pytest.fixture(scope="module")
+def odd(flow) -> ff.FisherFlow:
+    """NaN and infinity, which JSON has no words for, 0.1 + 0.2, -0.0, subnormals, and umlauts."""
+    odd = dataclasses.replace(
+        flow["0"],
+        J=matrix(0.1 + 0.2),
+        stderr=matrix(5e-324),
+        lower=matrix(-0.0),
+        lower_stderr=matrix(math.nan),
+        naive=matrix(math.inf),
+        effective_dim=math.inf,
+        aliases=("ö.<b>",),
+        notes=('ü "quoted" \n', "é"),
+    )
+    return dataclasses.replace(flow, layers=(flow["input"], odd))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("which", ["flow", "pair", "silent", "odd"])
 def test_files_come_back_to_the_last_bit(which, suffix, tmp_path, request):
     """Catches rounded numbers, lists for tuples, layers without a curve that do not load, and
-    attributes that cannot be pickled: results travel between processes."""
+    attributes that cannot be pickled: results travel between processes; tensors, numpy numbers,
+    tuples and NaN in what shall be JSON, and a flow that changes when its dict is edited."""
     result = request.getfixturevalue(which)
     assert_same(pickle.loads(pickle.dumps(result)), result)
     path = tmp_path / f"flow{suffix}"
     result.save(str(path))
-    assert_same(ff.FisherFlow.load(path), result)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_odd_numbers_survive(flow, suffix, tmp_path):
-    """Catches NaN and infinity, which JSON has no words for, 0.1 + 0.2, -0.0, subnormals, and
-    umlauts."""
-    odd = dataclasses.replace(flow["0"], J=matrix(0.1 + 0.2), stderr=matrix(5e-324))
-    odd = dataclasses.replace(odd, lower=matrix(-0.0), lower_stderr=matrix(math.nan))
-    odd = dataclasses.replace(
-        odd, naive=matrix(math.inf), effective_dim=math.inf, aliases=("ö.<b>",)
-    )
-    odd = dataclasses.replace(odd, notes=('ü "quoted" \n', "é"))
-    result = dataclasses.replace(flow, layers=(flow["input"], odd))
-    path = tmp_path / f"flow{suffix}"
-    result.save(path)
     back = ff.FisherFlow.load(path)
     assert_same(back, result)
-    assert math.copysign(1, back["0"].lower.item()) == -1
-    assert math.isinf(back["0"].naive.item())
-
-
-def test_dict_is_plain(flow, pair, silent):
-    """Catches tensors, numpy numbers, tuples and NaN in what shall be JSON, and a flow that changes
-    when its dict is edited."""
-    for result in (flow, pair, silent):
-        content = result.to_dict()
-        assert json.loads(json.dumps(content, allow_nan=False)) == content
-        assert_same(ff.FisherFlow.from_dict(content), result)
-        content["settings"]["seed"] = 77
-        content["layers"].clear()
-        assert result.settings["seed"] == 0
+    if which == "odd":
+        assert math.copysign(1, back["0"].lower.item()) == -1
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    content = result.to_dict()
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    assert_same(ff.FisherFlow.from_dict(content), result)
+    content["settings"]["seed"] = 77
+    content["layers"].clear()
+    assert result.settings["seed"] == 0
 
 
 DAMAGES = {
     "no layers": lambda content: content.pop("layers"),
-    "layers no list": lambda content: content.update(layers=3),
     "no J": lambda content: content["layers"][1].pop("J"),
     "J text": lambda content: content["layers"][1].update(J="many"),
-    "J of other size": lambda content: content["layers"][1].update(J=[[1.0, 0.0], [0.0, 1.0]]),
     "ragged J": lambda content: content["layers"][1].update(J=[[1.0, 2.0], [3.0]]),
     "short curve": lambda content: content["layers"][1]["curve_J"].pop(),
     "format": lambda content: content.update(format="other"),
     "version": lambda content: content.update(format_version=2),
-    "no version": lambda content: content.pop("format_version"),
 }
 
 
@@ -433,100 +382,59 @@ def test_damaged_content(flow, how, tmp_path):
         ff.FisherFlow.load(path)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_truncated_files(flow, suffix, tmp_path):
-    """Catches EOFError, BadZipFile, half a flow and a checksum that is not looked at: ValueError
-    names the file."""
-    path = tmp_path / f"flow{suffix}"
-    flow.save(path)
-    whole = path.read_bytes()
-    half = len(whole) // 2
-    flipped = whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1 :]
-    cut = [whole[: int(keep * len(whole))] for keep in (0.0, 0.01, 0.5, 0.99)]
-    text = r"flow\.\w+ must hold a saved flow, got a damaged or foreign file"
-    for content in cut if suffix == ".json" else [*cut, flipped]:
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=text):
-            ff.FisherFlow.load(path)
-
-
-def archive(**arrays: np.ndarray) -> bytes:
-    """An .npz file."""
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.json", b'{"a": 1}'),
-        ("a.json", b"[1, 2]"),
-        ("a.json", b"null"),
-        ("a.json", b"3"),
-        ("a.json", b"\xff\xfe\x00"),
-        ("a.json", b"PK\x03\x04"),
-        ("a.json", b"[" * 100_000),
-        ("a.npz", b"{}"),
-        ("a.npz", b"garbage" * 10),
-        ("a.npz", b"\x93NUMPY"),
-        ("a.npz", archive(data=np.zeros(3))),
-        ("a.npz", archive(flow=np.zeros(3))),
-        ("a.npz", archive(flow=np.zeros((2, 2), dtype=np.uint8))),
-        ("a.npz", archive(flow=np.array(3.5))),
-    ],
-    ids=lambda value: value[:12].hex() if isinstance(value, bytes) else value,
-)
-def test_foreign_files(name, content, tmp_path):
-    """Catches KeyError, RecursionError and UnicodeDecodeError, which do not name the file, and
-    other people's .npz files."""
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(name)):
-        ff.FisherFlow.load(path)
-
-
 class Bomb:
     """Runs code when it is unpickled."""
 
-    def __reduce__(self):
-        return Path.touch, (Path(self.target),)
-
     def __init__(self, target: Path) -> None:
-        self.target = str(target)
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
 
 
-@pytest.mark.parametrize("form", ["inside .npz", ".npz", ".json"])
-def test_nothing_is_unpickled(form, tmp_path):
-    """Catches `allow_pickle=True`: a file from elsewhere must not run code."""
-    target = tmp_path / "exploded"
-    path = tmp_path / f"a.{form[-4:].strip('.')}"
-    if form == "inside .npz":
-        np.savez(path, flow=np.array([Bomb(target)], dtype=object))
-    else:
-        path.write_bytes(pickle.dumps(Bomb(target)))
-    with pytest.raises(ValueError, match=re.escape(path.name)):
-        ff.FisherFlow.load(path)
-    assert not target.exists()
-
-
-@pytest.mark.parametrize("name", ["flow.npy", "flow.json.gz", ".npz"])
-def test_other_suffixes(flow, name, tmp_path):
-    """Catches a file in a format that its name does not say."""
-    text = f"path must end in .json or .npz, got '{name}'"
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        flow.save(tmp_path / name)
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        ff.FisherFlow.load(tmp_path / name)
+def archive(flow: object) -> bytes:
+    """An .npz file."""
+    file = io.BytesIO()
+    np.savez(file, flow=flow)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_missing_files(flow, suffix, tmp_path):
-    """Catches ValueError for a file that is not there, and folders that are made silently."""
-    with pytest.raises(FileNotFoundError):
-        ff.FisherFlow.load(tmp_path / f"none{suffix}")
-    with pytest.raises(FileNotFoundError):
-        flow.save(tmp_path / "none" / f"flow{suffix}")
+def test_damaged_and_foreign_files(flow, suffix, tmp_path):
+    """Catches EOFError, BadZipFile, KeyError, RecursionError and UnicodeDecodeError: ValueError
+    names the file; half a flow, a checksum that is not looked at, other people's .npz files, and
+    `allow_pickle=True`: a file from elsewhere must not run code."""
+    path, target = tmp_path / f"flow{suffix}", tmp_path / "exploded"
+    flow.save(path)
+    whole, bomb = path.read_bytes(), Bomb(target)
+    half = len(whole) // 2
+    contents = [whole[: int(keep * len(whole))] for keep in (0.0, 0.01, 0.5, 0.99)]
+    contents += [b"garbage" * 10, b"{}", pickle.dumps(bomb)]
+    if suffix == ".json":
+        contents += [b"[1, 2]", b"null", b"3", b"\xff\xfe\x00", b"PK\x03\x04", b"[" * 100_000]
+    else:
+        contents += [whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1 :], b"\x93NUMPY"]
+        contents += [archive(np.array(a)) for a in ([0.0] * 3, 3.5, np.uint8([[1]]), bomb)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"flow\{suffix}"):
+            ff.FisherFlow.load(path)
+    assert not target.exists()
+
+
+def test_paths_that_are_refused(flow, tmp_path):
+    """Catches a file in a format that its name does not say, ValueError for a file that is not
+    there, and folders that are made silently."""
+    for name in ("flow.npy", "flow.json.gz", ".npz"):
+        text = f"^{re.escape('path must end in .json or .npz')}, got '{re.escape(name)}'$"
+        for call in (flow.save, ff.FisherFlow.load):
+            with pytest.raises(ValueError, match=text):
+                call(tmp_path / name)
+    for suffix in FORMATS:
+        with pytest.raises(FileNotFoundError):
+            ff.FisherFlow.load(tmp_path / f"none{suffix}")
+        with pytest.raises(FileNotFoundError):
+            flow.save(tmp_path / "none" / f"flow{suffix}")
     assert not list(tmp_path.iterdir())
 
 

@@ -141,10 +141,9 @@ def test_rise_is_judged_by_the_error_of_the_difference():
 def test_rise_in_one_direction():
     """Catches a comparison of traces, and one that wants more in every direction."""
     first = layer("fc1", 3, 1.0, 0.005, later=["fc2"])
-    J = first.J.clone()
+    units = torch.tensor([0.8, 1.0, 1.0], dtype=torch.float64)
+    J = first.J * units * units[:, None]
     J[1, 1] *= 1.3
-    J[0] *= 0.8
-    J[:, 0] *= 0.8
     second = dataclasses.replace(layer("fc2", 3, 1.0, 0.005), J=J)
     assert statuses(first, second)[0] == "rising"
 
@@ -179,9 +178,8 @@ def test_no_features_are_missing_at_an_upper_bound(P, name, plateau, score, shar
 def test_bound_in_the_worst_direction():
     """A layer that keeps two of three parameters is not at the bound."""
     inputs = layer("input", 3, 2.0, 0.005)
-    J = inputs.J.clone()
-    J[2] *= 0.8
-    J[:, 2] *= 0.8
+    kept = torch.tensor([1.0, 1.0, 0.8], dtype=torch.float64)
+    J = inputs.J * kept * kept[:, None]
     lossy = dataclasses.replace(layer("fc", 3, 2.0, 0.005, plateau=False), J=J, lower=J)
     assert statuses(inputs, lossy)[1] == "rising"
 
@@ -189,36 +187,24 @@ def test_bound_in_the_worst_direction():
 # --- measured layers ---
 
 
-def gaussian(n: int, d: int = 4, seed: int = 0) -> ff.Pathwise:
-    """White noise, all means shifted: J = d, all of it linear."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=generator)
-    return ff.Pathwise(x, torch.ones(n, d))
+def gaussian(n: int, seed: int = 0) -> ff.Pathwise:
+    """White noise, all means shifted: J = 4, all of it linear."""
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+    return ff.Pathwise(x, torch.ones(n, 4))
 
 
 def test_measurements_have_a_status():
-    """Ordinary samples are resolved, in flows and alone; few samples are noisy. Catches a status
-    that is never set."""
+    """Ordinary samples are resolved, in flows too; few samples are noisy. Of 40 problems with an
+    error below a tenth, all information linear, 36 are resolved at least. Catches a status that is
+    never set, and a test of the plateau that asks for more than samples can show."""
     model = nn.Linear(4, 4)
     with torch.no_grad():
         model.weight.copy_(torch.eye(4) + 0.1)
     flow = ff.fisher_flow(model, gaussian(4000), max_features=32)
     assert [judged.status for judged in flow] == ["resolved", "resolved"]
-    assert ff.fisher_information(gaussian(4000), max_features=32).status == "resolved"
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 400, 4, generator=generator)
+    x = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(1))
     noisy = ff.FiniteDifference(x[0] - 0.05, x[1] + 0.05, dtheta=0.1)
     assert ff.fisher_information(noisy, max_features=32).status == "noisy"
-
-
-def test_nine_of_ten_ordinary_problems_are_resolved():
-    """40 problems with an error below a tenth, all information linear: 36 resolved at least.
-
-    Catches a test of the plateau that asks for more than samples can show.
-    """
-    found = [
-        ff.fisher_information(gaussian(1000, seed=seed), max_features=64) for seed in range(40)
-    ]
-    precise = [judged for judged in found if judged.stderr < 0.1 * judged.J]
-    assert len(precise) == 40
-    assert sum(judged.status == "resolved" for judged in precise) >= 36
+    found = [ff.fisher_information(gaussian(1000, seed), max_features=64) for seed in range(40)]
+    assert all(judged.stderr < 0.1 * judged.J for judged in found)
+    assert sum(judged.status == "resolved" for judged in found) >= 36

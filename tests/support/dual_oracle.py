@@ -1,7 +1,7 @@
-"""What exact derivatives are compared with: PyTorch's forward mode, or central differences.
+"""What exact derivatives are compared with: PyTorch's forward mode, in float64.
 
-Both run the network one direction after the other, in float64, and read every layer with the taps
-that `fisher_flow` uses.
+It runs the network one direction after the other and reads every layer with the taps that
+`fisher_flow` uses.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherfast.model.hooks import Forward
 
-Oracle = Literal["forward", "differences"]
 Activations = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -33,15 +32,11 @@ class Network:
         build: makes the module; its parameters are drawn again by `make`.
         shape: of one sample.
         samples: in a batch.
-        oracle: "forward" is PyTorch's forward mode, "differences" where it has no derivative.
-        step: of the central differences.
     """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     samples: int = 3
-    oracle: Oracle = "forward"
-    step: float = 1e-5
 
     def make(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The network in training mode, drawn in float64 so that every dtype has the same one."""
@@ -85,11 +80,9 @@ class Function(nn.Module):
         return self.function(x)
 
 
-def calls(
-    function: Callable[[Tensor], Any], shape: tuple[int, ...] = (5, 7), oracle: Oracle = "forward"
-) -> Network:
+def calls(function: Callable[[Tensor], Any], shape: tuple[int, ...] = (5, 7)) -> Network:
     """A network that is one function of an input of this shape."""
-    return Network(lambda: Function(function), shape, oracle=oracle)
+    return Network(lambda: Function(function), shape)
 
 
 @contextlib.contextmanager
@@ -154,34 +147,9 @@ def forward_mode(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Activations, 
     return layers, runs[0][1], [tangent for _, _, tangent in runs]
 
 
-def differences(
-    model: nn.Module, x: Tensor, dx: Tensor, step: float
-) -> tuple[Activations, Any, list[Any]]:
-    """The same by central differences, where PyTorch has no forward derivative."""
-    with _plain_evaluation():
-        output, layers = run(model, x, torch.clone)
-        ends = [
-            [run(model, x + sign * step * direction, torch.clone) for sign in (1, -1)]
-            for direction in dx
-        ]
-
-    def slope(plus: Tensor, minus: Tensor) -> Tensor:
-        return (plus - minus) / (2 * step)
-
-    tangents = [map_tensors(slope, plus[0], minus[0]) for plus, minus in ends]
-    activations = {
-        name: (primal, torch.stack([slope(plus[1][name], minus[1][name]) for plus, minus in ends]))
-        for name, primal in layers.items()
-    }
-    return activations, output, tangents
-
-
 def oracle(network: Network, x: Tensor, dx: Tensor) -> tuple[Activations, Any, list[Any]]:
     """Truth in float64 for one entry of the zoo."""
-    model = network.make()
-    if network.oracle == "forward":
-        return forward_mode(model, x, dx)
-    return differences(model, x, dx, network.step)
+    return forward_mode(network.make(), x, dx)
 
 
 def map_tensors(function: Callable[..., Any], *structures: Any) -> Any:

@@ -5,25 +5,11 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from support.dual_oracle import Network
 from support.dual_zoo_sequences import SEQUENCES
 from torch import Tensor, nn
 
-# --- perceptrons and image networks ---
-
-
-def paper_mlp() -> nn.Module:
-    """256-150-100-50-25-1 with ReLU (Phys. Rev. X 15, 031072), narrower at the input."""
-    widths = (32, 24, 16, 10, 5, 1)
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+# --- image networks ---
 
 
 def lenet() -> nn.Module:
@@ -66,212 +52,23 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class ResNet18(nn.Module):
-    """Four stages of two blocks, `width` channels in the first (He et al. 2016: 64)."""
-
-    def __init__(self, width: int = 4, channels: int = 3, classes: int = 5) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        widths = [width, width, 2 * width, 4 * width, 8 * width]
-        for stage in range(1, 5):
-            before, after = widths[stage - 1], widths[stage]
-            blocks = [
-                BasicBlock(before, after, 1 if stage == 1 else 2),
-                BasicBlock(after, after, 1),
-            ]
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(8 * width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-class SqueezeExcite(nn.Module):
-    """Channels scaled by what their means say."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = nn.Conv2d(channels, 2, 1)
-        self.fc2 = nn.Conv2d(2, channels, 1)
-        self.gate = nn.Hardsigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.fc2(F.relu(self.fc1(self.pool(x)))))
-
-
-class InvertedResidual(nn.Module):
-    """Expand, depthwise convolution, squeeze and excite, project."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        wide = 3 * before
-        self.block = nn.Sequential(
-            nn.Conv2d(before, wide, 1, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.Hardswish(inplace=True),
-            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.Hardswish(inplace=True),
-            SqueezeExcite(wide),
-            nn.Conv2d(wide, after, 1, bias=False),
-            nn.BatchNorm2d(after),
-        )
-        self.residual = stride == 1 and before == after
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x) if self.residual else self.block(x)
-
-
-def mobilenet() -> nn.Module:
-    """Three inverted residuals (Howard et al. 2019)."""
+def resnet(width: int = 4, channels: int = 3) -> nn.Sequential:
+    """Stem, two blocks and readout of a ResNet-18 (He et al. 2016)."""
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU6(),
-        InvertedResidual(4, 4, 1),
-        InvertedResidual(4, 6, 2),
-        InvertedResidual(6, 6, 1),
-        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(channels, width, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1),
+        BasicBlock(width, width, 1),
+        BasicBlock(width, 2 * width, 2),
+        nn.AdaptiveAvgPool2d((1, 1)),
         nn.Flatten(),
-        nn.Dropout(0.2),
-        nn.Linear(6, 4),
+        nn.Linear(2 * width, 5),
     )
-
-
-class UNet(nn.Module):
-    """Two levels down and up: one by a transposed convolution, one by interpolation; skips."""
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.down1 = self._block(1, width)
-        self.down2 = self._block(width, 2 * width)
-        self.bottom = self._block(2 * width, 2 * width)
-        self.up2 = nn.ConvTranspose2d(2 * width, 2 * width, 2, stride=2)
-        self.merge2 = self._block(4 * width, width)
-        self.merge1 = self._block(2 * width, width)
-        self.head = nn.Conv2d(width, 1, 1)
-
-    @staticmethod
-    def _block(before: int, after: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.LeakyReLU(0.1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        skip1 = self.down1(x)
-        skip2 = self.down2(F.max_pool2d(skip1, 2))
-        low = self.bottom(F.max_pool2d(skip2, 2))
-        x = self.merge2(torch.cat([self.up2(low), skip2], dim=1))
-        x = F.interpolate(x, size=skip1.shape[-2:], mode="bilinear", align_corners=False)
-        return self.head(self.merge1(torch.cat((x, skip1), 1)))
-
-
-class ConvNeXtBlock(nn.Module):
-    """Depthwise 7 x 7, LayerNorm over channels last, GELU, layer scale (Liu et al. 2022)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pwconv1 = nn.Linear(width, 4 * width)
-        self.act = nn.GELU()
-        self.pwconv2 = nn.Linear(4 * width, width)
-        self.gamma = nn.Parameter(torch.full((width,), 0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        y = self.gamma * self.pwconv2(self.act(self.pwconv1(y)))
-        return x + y.permute(0, 3, 1, 2)
-
-
-def convnext() -> nn.Module:
-    """Patches, two blocks, the mean."""
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 4, stride=4),
-        ConvNeXtBlock(6),
-        ConvNeXtBlock(6),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.LayerNorm(6),
-        nn.Linear(6, 3),
-    )
-
-
-# --- what a forward method may do by itself ---
-
-
-class FunctionalOnly(nn.Module):
-    """No submodules: every operation is a call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernel = nn.Parameter(0.3 * torch.randn(4, 2, 3, 3))
-        self.mixing = nn.Parameter(torch.randn(3, 2, 4))
-        self.bias = nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(F.conv2d(x, self.kernel, self.bias, padding=1))
-        x = torch.cat([F.max_pool2d(x, 2), x[:, :, ::2, 1::2] ** 2], dim=1)
-        a, b = x.chunk(2, dim=1)
-        x = torch.stack([a, b], dim=1)
-        x = torch.einsum("nschw,tsc->nthw", x, self.mixing)
-        x = torch.where(x > 0, x, x.pow(3) / 10)
-        x = x / x.norm(dim=1, keepdim=True)
-        y = x.mean((2, 3))
-        y += 0.5 * y.sin()
-        y[:, 0] += x[:, 1].amax(dim=(1, 2))
-        y.mul_(2).sub_(y.mean(1, keepdim=True))
-        return y @ y.new_ones(3, 2).triu()
-
-
-class SharedInPlace(nn.Module):
-    """One convolution and one in-place ReLU, each called several times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(2, 2, 3, padding=1)
-        self.again = self.conv
-        self.relu = nn.ReLU(inplace=True)
-        self.out = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x - 0.2)
-        x = self.relu(self.conv(x))
-        x = self.relu(self.again(x) + x)
-        x = self.relu(self.conv(x) + 2 * x)
-        return self.out(x.mean(dim=[-2, -1]))
-
-
-class Nested(nn.Module):
-    """A dict with a tuple, a list, None, a number and an integer tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(5, 3)
-        self.b = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        b = self.b(x)
-        return {"mean": self.a(x), "rest": [b, None, (b.tanh(), 3)], "class": b.argmax(1)}
 
 
 NETWORKS: dict[str, Network] = {
-    "mlp": Network(paper_mlp, (32,)),
     "lenet": Network(lenet, (1, 16, 16)),
-    "resnet18": Network(ResNet18, (3, 32, 32), samples=2),
-    "mobilenet": Network(mobilenet, (3, 12, 12)),
-    "unet": Network(UNet, (1, 8, 8)),
-    "convnext": Network(convnext, (3, 16, 16)),
+    "resnet": Network(resnet, (3, 24, 24), samples=2),
     **SEQUENCES,
-    "functional": Network(FunctionalOnly, (2, 6, 6)),
-    "shared_inplace": Network(SharedInPlace, (2, 5, 5)),
-    "nested": Network(Nested, (5,)),
 }

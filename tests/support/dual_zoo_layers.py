@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from support.dual_oracle import Network, Oracle, calls
+from support.dual_oracle import Network, calls
 from torch import Tensor, nn
 
 LINE = (2, 9)
@@ -19,29 +19,19 @@ IMAGE = (2, 5, 7)
 VOLUME = (2, 5, 6, 7)
 
 
-def _entry(
-    layer: nn.Module | Callable[[], nn.Module], shape: tuple[int, ...], oracle: Oracle = "forward"
-) -> Network:
+def _entry(layer: nn.Module | Callable[[], nn.Module], shape: tuple[int, ...]) -> Network:
     """A layer without parameters may be given as it is, others as a function that builds them."""
-    if isinstance(layer, nn.Module):
-        return Network(lambda: layer, shape, oracle=oracle)
-    return Network(layer, shape, oracle=oracle)
+    return Network((lambda: layer) if isinstance(layer, nn.Module) else layer, shape)
 
 
 NORMS = {
     "batch_norm_flat": _entry(lambda: nn.BatchNorm1d(5), (5,)),
-    "batch_norm_1d": _entry(lambda: nn.BatchNorm1d(2), LINE),
-    "batch_norm_2d": _entry(lambda: nn.BatchNorm2d(2), IMAGE),
-    "batch_norm_3d": _entry(lambda: nn.BatchNorm3d(2), VOLUME),
     "batch_norm_plain": _entry(lambda: nn.BatchNorm2d(2, affine=False), IMAGE),
     "batch_norm_of_batch": _entry(lambda: nn.BatchNorm2d(2, track_running_stats=False), IMAGE),
-    "layer_norm": _entry(lambda: nn.LayerNorm(7), (5, 7)),
     "layer_norm_2": _entry(lambda: nn.LayerNorm((5, 7)), (2, 5, 7)),
-    "layer_norm_plain": _entry(lambda: nn.LayerNorm(7, elementwise_affine=False), (7,)),
     "layer_norm_no_bias": _entry(lambda: nn.LayerNorm(7, bias=False), (5, 7)),
     "group_norm": _entry(lambda: nn.GroupNorm(2, 6), (6, 5, 7)),
     "group_norm_flat": _entry(lambda: nn.GroupNorm(2, 6, affine=False), (6,)),
-    "instance_norm_1d": _entry(lambda: nn.InstanceNorm1d(2), LINE),
     "instance_norm_2d": _entry(lambda: nn.InstanceNorm2d(2, affine=True), IMAGE),
     "instance_norm_tracked": _entry(
         lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True), IMAGE
@@ -49,80 +39,51 @@ NORMS = {
     "rms_norm": _entry(lambda: nn.RMSNorm(7, eps=1e-5), (5, 7)),
     "rms_norm_plain": _entry(lambda: nn.RMSNorm((5, 7), elementwise_affine=False), (2, 5, 7)),
     "local_response": _entry(nn.LocalResponseNorm(2), (5, 3, 7)),
-    "conv_batch_norm_relu": _entry(
-        lambda: nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True)), IMAGE
-    ),
     "batch_norm_gelu": _entry(lambda: nn.Sequential(nn.BatchNorm1d(2), nn.GELU()), LINE),
     "batch_norm_prelu": _entry(lambda: nn.Sequential(nn.BatchNorm1d(2), nn.PReLU(2)), LINE),
-    "spectral_norm": _entry(
-        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(7, 6)), (5, 7)
-    ),
-    "weight_norm": _entry(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(7, 6)), (5, 7)),
 }
 
 
+PARAMETRISED = (
+    nn.ELU(0.7),
+    nn.CELU(1.3),
+    nn.Hardtanh(-0.5, 0.8),
+    nn.LeakyReLU(0.2),
+    nn.Threshold(0.1, 20.0),
+    nn.Softmax(-1),
+    nn.LogSoftmax(1),
+)
+OF_OTHER_SHAPES = {"GLU", "MultiheadAttention", "PReLU", "Softmax2d", "Softmin"}
+PLAIN = (
+    set(nn.modules.activation.__all__) - OF_OTHER_SHAPES - {type(a).__name__ for a in PARAMETRISED}
+)
+
 ACTIVATIONS = {
-    **{
-        layer._get_name().lower(): _entry(layer, (5, 7))
-        for layer in (
-            nn.ReLU(),
-            nn.ReLU6(),
-            nn.ELU(0.7),
-            nn.SELU(),
-            nn.CELU(1.3),
-            nn.GELU(),
-            nn.SiLU(),
-            nn.Mish(),
-            nn.Tanh(),
-            nn.Sigmoid(),
-            nn.Hardtanh(-0.5, 0.8),
-            nn.Hardswish(),
-            nn.Hardsigmoid(),
-            nn.Hardshrink(),
-            nn.Softshrink(),
-            nn.Tanhshrink(),
-            nn.Softsign(),
-            nn.LogSigmoid(),
-            nn.Softplus(),
-            nn.LeakyReLU(0.2),
-            nn.RReLU(),
-            nn.Threshold(0.1, 20.0),
-            nn.Softmax(-1),
-            nn.LogSoftmax(1),
-            nn.Softmin(2),
-        )
-    },
+    **{type(layer).__name__.lower(): _entry(layer, (5, 7)) for layer in PARAMETRISED},
+    **{name.lower(): _entry(getattr(nn, name)(), (5, 7)) for name in sorted(PLAIN)},
     "gelu_tanh": _entry(nn.GELU(approximate="tanh"), (5, 7)),
     "softplus_beta": _entry(nn.Softplus(beta=2.0, threshold=1.5), (5, 7)),
-    "glu": _entry(nn.GLU(), (5, 8)),
     "glu_channels": _entry(nn.GLU(1), (6, 7)),
     "softmax_samples": _entry(nn.Softmax(0), (5, 7)),
-    "softmax_2d": _entry(nn.Softmax2d(), IMAGE),
     "prelu": _entry(lambda: nn.PReLU(), (5, 7)),
     "prelu_channels": _entry(lambda: nn.PReLU(5), (5, 7)),
-    "prelu_flat": _entry(lambda: nn.PReLU(5), (5,)),
+    "hardswish_": calls(lambda x: F.hardswish(x.clone(), inplace=True)),
     "channels_last": calls(lambda x: F.silu(x.to(memory_format=torch.channels_last)), IMAGE),
     "strided": calls(lambda x: F.gelu(x.transpose(1, 2)[:, ::2]), (5, 7)),
 }
 
 POOLS = {
-    "avg_1d": _entry(nn.AvgPool1d(3, 2, 1), LINE),
     "avg_2d": _entry(nn.AvgPool2d((2, 3), (1, 2), (1, 1), ceil_mode=True), IMAGE),
     "avg_uncounted": _entry(nn.AvgPool2d(3, 2, 1, count_include_pad=False), IMAGE),
-    "avg_3d": _entry(nn.AvgPool3d(2), VOLUME),
     "max_1d": _entry(nn.MaxPool1d(3, 2, 1), LINE),
-    "max_2d": _entry(nn.MaxPool2d(3, 2, 1), IMAGE),
     "max_dilated": _entry(nn.MaxPool2d(2, 2, dilation=2, ceil_mode=True), IMAGE),
     "max_indices": _entry(nn.MaxPool2d(2, return_indices=True), IMAGE),
     "max_3d": _entry(nn.MaxPool3d(2, (1, 2, 2)), VOLUME),
     "adaptive_avg_1d": _entry(nn.AdaptiveAvgPool1d(4), LINE),
-    "adaptive_avg_2d": _entry(nn.AdaptiveAvgPool2d((2, 3)), IMAGE),
     "adaptive_avg_3d": _entry(nn.AdaptiveAvgPool3d((2, 1, 3)), VOLUME),
     "adaptive_max_1d": _entry(nn.AdaptiveMaxPool1d(4), LINE),
-    "adaptive_max_2d": _entry(nn.AdaptiveMaxPool2d((2, 3)), IMAGE),
     "adaptive_max_3d": _entry(nn.AdaptiveMaxPool3d(2), VOLUME),
     "lp_1d": calls(lambda x: F.lp_pool1d(x.abs() + 0.1, 3, 2), LINE),
-    "lp_2d": _entry(nn.LPPool2d(2, 2), IMAGE),
     "max_unpool": calls(
         lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), (2, 4, 6)
     ),
@@ -136,7 +97,6 @@ SHAPES = {
     "up_linear": _entry(nn.Upsample(scale_factor=1.5, mode="linear"), LINE),
     "up_nearest": _entry(nn.Upsample(size=(8, 9)), IMAGE),
     "up_nearest_exact": _entry(nn.Upsample(size=(8, 9), mode="nearest-exact"), IMAGE),
-    "up_bilinear": _entry(nn.Upsample(scale_factor=2, mode="bilinear"), IMAGE),
     "up_aligned": _entry(nn.Upsample(size=(8, 9), mode="bilinear", align_corners=True), IMAGE),
     "up_bicubic": _entry(nn.Upsample(scale_factor=2, mode="bicubic"), IMAGE),
     "up_nearest_3d": _entry(nn.Upsample(scale_factor=2), VOLUME),
@@ -144,37 +104,27 @@ SHAPES = {
     "down_antialias": calls(
         lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True), IMAGE
     ),
-    "down_area": calls(lambda x: F.interpolate(x, size=(2, 3), mode="area"), IMAGE),
-    "reflect_1d": _entry(nn.ReflectionPad1d(2), LINE),
     "reflect_2d": _entry(nn.ReflectionPad2d((1, 2, 0, 3)), IMAGE),
     "reflect_3d": _entry(nn.ReflectionPad3d(1), VOLUME),
-    "replicate_1d": _entry(nn.ReplicationPad1d((2, 1)), LINE),
     "replicate_2d": _entry(nn.ReplicationPad2d(2), IMAGE),
     "replicate_3d": _entry(nn.ReplicationPad3d(1), VOLUME),
-    "circular_1d": calls(lambda x: F.pad(x, (2, 1), mode="circular"), LINE),
     "circular_2d": calls(lambda x: F.pad(x, (1, 2, 3, 0), mode="circular"), IMAGE),
     "constant": _entry(nn.ConstantPad2d((1, 2, 3, 0), 2.5), IMAGE),
     "cropped": _entry(nn.ZeroPad2d((1, -2, -1, 1)), IMAGE),
-    "flatten": _entry(nn.Sequential(nn.Flatten(), nn.Unflatten(1, (7, 5, 2)), nn.Tanh()), IMAGE),
     "unfold": _entry(nn.Unfold((2, 3), dilation=2, padding=1, stride=(1, 2)), IMAGE),
     "fold": _entry(nn.Fold((5, 7), (2, 3), padding=1), (12, 42)),
 }
 
 CONVOLUTIONS = {
-    "conv_1d": _entry(lambda: nn.Conv1d(2, 3, 3, 2, 1), LINE),
     "conv_3d": _entry(lambda: nn.Conv3d(2, 3, 2, padding=1), VOLUME),
     "conv_dilated": _entry(lambda: nn.Conv2d(2, 3, 2, dilation=(2, 3)), IMAGE),
     "conv_grouped": _entry(lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (4, 5, 7)),
+    "conv_depthwise": _entry(lambda: nn.Conv2d(4, 8, 3, 2, 1, groups=4), (4, 5, 7)),
     "conv_same": _entry(lambda: nn.Conv2d(2, 3, (3, 5), padding="same"), IMAGE),
     "conv_reflect": _entry(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), IMAGE),
-    "conv_circular": _entry(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), IMAGE),
-    "conv_replicate": _entry(lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="replicate"), LINE),
-    "transposed_1d": _entry(lambda: nn.ConvTranspose1d(2, 3, 3, 2), LINE),
     "transposed_2d": _entry(
         lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2), (4, 5, 7)
     ),
-    "transposed_3d": _entry(lambda: nn.ConvTranspose3d(2, 3, 2, bias=False), VOLUME),
-    "linear_of_tokens": _entry(lambda: nn.Linear(7, 4), (2, 5, 7)),
     "linear_no_bias": _entry(lambda: nn.Linear(7, 4, bias=False), (7,)),
     "conv_of_weight": calls(lambda x: F.conv1d(x, x.mean(0)[:, None, :3], groups=2), LINE),
     "conv_of_bias": calls(
@@ -214,11 +164,4 @@ OTHERS = {
     "embedding_of_argmax": _entry(OfArgmax, (5, 7)),
 }
 
-LAYERS: dict[str, Network] = {
-    **NORMS,
-    **ACTIVATIONS,
-    **POOLS,
-    **SHAPES,
-    **CONVOLUTIONS,
-    **OTHERS,
-}
+LAYERS = NORMS | ACTIVATIONS | POOLS | SHAPES | CONVOLUTIONS | OTHERS

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,99 +29,46 @@ class SelfAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(n, length, width))
 
 
-class PackedAttention(nn.Module):
-    """The same through `nn.MultiheadAttention`, with or without its weights."""
-
-    def __init__(self, width: int, heads: int, need_weights: bool) -> None:
-        super().__init__()
-        self.heads = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.need_weights = need_weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.heads(x, x, x, need_weights=self.need_weights)[0]
-
-
 class ViT(nn.Module):
-    """Patches, class token, positions, blocks with the norm first (Dosovitskiy et al. 2021)."""
+    """Patches, class token, positions, a block with the norm first (Dosovitskiy et al. 2021)."""
 
-    def __init__(
-        self,
-        attention: Callable[[int, int], nn.Module] = SelfAttention,
-        *,
-        width: int = 8,
-        heads: int = 2,
-        depth: int = 2,
-        image: int = 8,
-        patch: int = 4,
-    ) -> None:
+    def __init__(self, width: int = 8, patch: int = 4) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(0.5 * torch.randn(1, 1, width))
-        self.positions = nn.Parameter(0.5 * torch.randn(1, (image // patch) ** 2 + 1, width))
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm1": nn.LayerNorm(width),
-                    "attention": attention(width, heads),
-                    "norm2": nn.LayerNorm(width),
-                    "mlp": nn.Sequential(
-                        nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-                    ),
-                }
-            )
-            for _ in range(depth)
+        self.positions = nn.Parameter(0.5 * torch.randn(1, 5, width))
+        self.norm1, self.norm2, self.norm = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = SelfAttention(width, 2)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
-        self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
-        for block in self.blocks:
-            x = x + block["attention"](block["norm1"](x))
-            x = x + block["mlp"](block["norm2"](x))
+        x = x + self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
         return self.head(self.norm(x)[:, 0])
 
 
 class Encoder(nn.Module):
-    """`nn.TransformerEncoder` with a causal mask and a mask of padded keys where asked for."""
+    """`nn.TransformerEncoder` with a causal mask, and a mask of padded keys where asked for."""
 
-    def __init__(
-        self, norm_first: bool, *, causal: bool, padding: bool, gelu: bool = False
-    ) -> None:
+    def __init__(self, padding: bool) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(
-            6,
-            2,
-            10,
-            activation="gelu" if gelu else "relu",
-            batch_first=True,
-            norm_first=norm_first,
-        )
+        layer = nn.TransformerEncoderLayer(6, 2, 10, batch_first=True, norm_first=padding)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.causal, self.padding = causal, padding
+        self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
         n, length = x.shape[:2]
-        mask = padded = None
-        if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype)
+        padded = None
+        mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype)
         if self.padding:
             padded = torch.arange(length).expand(n, -1) > length - 1 - torch.arange(n)[:, None] % 2
-            if mask is not None:
-                mask = mask < 0
-        return self.encoder(x, mask=mask, src_key_padding_mask=padded, is_causal=self.causal)
-
-
-class DecoderStep(nn.Module):
-    """Cross-attention: a decoder reads another sequence than its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.decoder = nn.TransformerDecoderLayer(6, 2, 8, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(x[:, :2], x[:, 2:])
+            mask = mask < 0
+        return self.encoder(x, mask=mask, src_key_padding_mask=padded, is_causal=True)
 
 
 class EveryOption(nn.Module):
@@ -157,7 +102,6 @@ fused = F.scaled_dot_product_attention
 
 ATTENTION: dict[str, Network] = {
     "attention": _attend(fused),
-    "attention_one": Network(lambda: Function(lambda x: fused(x, x, x)), (5, 4)),
     "attention_scaled": _attend(lambda q, k, v: fused(q, k, v, scale=0.3)),
     "attention_causal": _attend(lambda q, k, v: fused(q, k, v, is_causal=True)),
     "attention_kept": _attend(lambda q, k, v: fused(q, k, v, attn_mask=KEPT)),
@@ -174,12 +118,8 @@ ATTENTION: dict[str, Network] = {
     "attention_constant_query": _attend(lambda q, k, v: fused(torch.ones_like(q), k, v)),
     "attention_constant_keys": _attend(lambda q, k, v: fused(q, k.detach(), v.detach())),
     "attention_constant_values": _attend(lambda q, k, v: fused(q, k, v.detach())),
-    "attention_shared_keys": _attend(lambda q, k, v: fused(q, k[:, :1], v[:, :1])),
     "attention_grouped": _attend(
         lambda q, k, v: fused(torch.cat([q, q.sin()], 1), k, v, enable_gqa=True)
-    ),
-    "attention_one_key": _attend(
-        lambda q, k, v: fused(q, k[..., :1, :], v[..., :1, :]) + q[..., :3]
     ),
     "attention_strided": _attend(
         lambda q, k, v: fused(
@@ -194,21 +134,12 @@ ATTENTION: dict[str, Network] = {
 # --- recurrent networks ---
 
 
-class Recurrent(nn.Module):
-    """A recurrent module, all its states, and a readout of the last step."""
+class StepsFirst(nn.GRU):
+    """Time steps before the samples, as recurrent modules take them by default."""
 
-    def __init__(self, module: nn.RNNBase) -> None:
-        super().__init__()
-        self.module = module
-        self.fc = nn.Linear(module.hidden_size * (2 if module.bidirectional else 1), 2)
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        if not self.module.batch_first:
-            x = x.transpose(0, 1)
-        steps, state = self.module(x)
-        steps = steps if self.module.batch_first else steps.transpose(0, 1)
-        hidden = state[0] if isinstance(state, tuple) else state
-        return {"steps": steps, "last": self.fc(steps[:, -1]), "hidden": hidden.transpose(0, 1)}
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        steps, state = super().forward(x.transpose(0, 1))
+        return steps.transpose(0, 1), state
 
 
 class Cells(nn.Module):
@@ -230,35 +161,13 @@ class Cells(nn.Module):
         return r
 
 
-def _recurrent(kind: type[nn.RNNBase], *arguments: Any, **options: Any) -> Network:
-    return Network(lambda: Recurrent(kind(3, 4, *arguments, **options)), (4, 3))
-
-
-def _encoder(norm_first: bool, **options: Any) -> Network:
-    options = {"causal": False, "padding": False} | options
-    return Network(lambda: Encoder(norm_first, **options), (4, 6))
-
-
 SEQUENCES: dict[str, Network] = {
     "vit": Network(ViT, (3, 8, 8)),
-    "vit_packed": Network(
-        lambda: ViT(functools.partial(PackedAttention, need_weights=False)), (3, 8, 8)
-    ),
-    "vit_weights": Network(
-        lambda: ViT(functools.partial(PackedAttention, need_weights=True)), (3, 8, 8)
-    ),
-    "encoder": _encoder(False),
-    "encoder_norm_first": _encoder(True, gelu=True),
-    "encoder_causal": _encoder(False, causal=True),
-    "encoder_causal_norm_first": _encoder(True, causal=True),
-    "encoder_padding": _encoder(False, padding=True),
-    "encoder_both_masks": _encoder(True, causal=True, padding=True),
-    "decoder": Network(DecoderStep, (5, 6)),
-    "lstm": _recurrent(nn.LSTM, batch_first=True),
-    "lstm_deep": _recurrent(nn.LSTM, 2, bidirectional=True),
-    "gru": _recurrent(nn.GRU),
-    "gru_deep": _recurrent(nn.GRU, 2, bidirectional=True, batch_first=True),
-    "rnn": _recurrent(nn.RNN, 2, batch_first=True),
-    "rnn_relu": _recurrent(nn.RNN, nonlinearity="relu", bidirectional=True),
+    "encoder_causal": Network(lambda: Encoder(False), (4, 6)),
+    "encoder_both_masks": Network(lambda: Encoder(True), (4, 6)),
+    "lstm_deep": Network(lambda: nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True), (4, 3)),
+    "gru": Network(lambda: StepsFirst(3, 4), (4, 3)),
+    "rnn": Network(lambda: nn.RNN(3, 4, 2, batch_first=True), (4, 3)),
+    "rnn_relu": Network(lambda: nn.RNN(3, 4, nonlinearity="relu", batch_first=True), (4, 3)),
     "cells": Network(Cells, (3, 3)),
 }

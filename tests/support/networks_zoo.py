@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,15 +18,6 @@ import fisherfast as ff
 WIDTH = 6  # activations of the input that all networks here take
 SHIFT = 0.1  # half of the separation of the two conditions
 DTHETA = 2 * SHIFT
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread: on shared cores threads that wait for each other take most of the time here."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 def samples(n: int = 400, *, seed: int = 0, width: int = WIDTH) -> tuple[torch.Tensor, ...]:
@@ -121,18 +111,6 @@ class Recurrent(nn.Module):
         return self.fc(steps[:, -1])
 
 
-class Nested(nn.Module):
-    """Returns a dict with a list, a tuple, None and a number in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(WIDTH, 3)
-        self.b = nn.Linear(WIDTH, 2)
-
-    def forward(self, x: torch.Tensor) -> dict[str, Any]:
-        return {"mean": self.a(x), "rest": [self.b(x), None, (torch.tanh(self.b(x)), 3)]}
-
-
 class InputOutput(nn.Module):
     """Submodules that are called like the ends of the network."""
 
@@ -143,19 +121,6 @@ class InputOutput(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.output(self.input(x)))
-
-
-class Squeezed(nn.Module):
-    """One number per sample, without an axis for it; or the mean over the batch."""
-
-    def __init__(self, scalar: bool = False) -> None:
-        super().__init__()
-        self.fc = nn.Linear(WIDTH, 1)
-        self.scalar = scalar
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.fc(x).squeeze(-1)
-        return y.mean() if self.scalar else y
 
 
 class Noisy(nn.Module):
@@ -247,26 +212,6 @@ def convolutional() -> nn.Sequential:
         nn.Linear(6, 1),
     )
 
-
-ZOO: dict[str, Callable[[], nn.Module]] = {
-    "mlp": mlp,
-    "linear": lambda: nn.Linear(WIDTH, 2),
-    "relu": lambda: Functional(F.relu),
-    "relu_": lambda: Functional(F.relu_),
-    "inplace": lambda: Functional(nn.ReLU(inplace=True)),
-    "twice": Twice,
-    "shared": Shared,
-    "residual": Residual,
-    "recurrent": Recurrent,
-    "nested": Nested,
-    "input_output": InputOutput,
-    "squeezed": Squeezed,
-    "scalar": lambda: Squeezed(scalar=True),
-    "noisy": Noisy,
-    "attention": Attention,
-    "transformer": Transformer,
-    "convolutional": convolutional,
-}
 
 FUNCTIONS = (F.relu, F.relu_, F.gelu, torch.relu, torch.tanh, torch.Tensor.relu, torch.sigmoid)
 

@@ -6,8 +6,12 @@ The folder also holds the store that the processes meet in.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -30,6 +34,7 @@ from fisherfast.measurement import run
 from fisherfast.parallel import ranks
 from fisherfast.problems import GaussianShift, mlp
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 N, DIM, BATCH = 1500, 6, 128
 WIDE, WIDE_SAMPLES = 300, 150
 SCALED = 30  # a scale of so many dimensions needs more than the first 64 lifted features
@@ -110,10 +115,7 @@ def dealt_cases() -> Cases:
     loader = DataLoader(TensorDataset(scored._x, scored._companion), batch_size=90)
     return {
         "paired": (net(), conditions(1, paired=True), {}),
-        "pathwise": (net(), one.pathwise([0.0], N), {}),
         "score": (net(), two.scored([0.0, 0.0], N), {}),
-        "simulator": (net(), ff.Simulator(two.sample, [0.0, 0.0], samples=N), {}),
-        "two parameters": (net(), conditions(2), {}),
         "several outputs": (Heads(), one.pathwise([0.0], N), {"output": "output[mean]"}),
         "memory budget": (net(), conditions(1), {"memory_budget": "36 MB", "settings": ONE_BATCH}),
         "loader": (net(), ff.Score(loader), {}),
@@ -121,11 +123,6 @@ def dealt_cases() -> Cases:
         "grow": (net(SCALED), ff.FiniteDifference(*scales(), dtheta=0.1), growing),
         "grow, score": (net(SCALED), ff.Score(*scale_and_score()), growing),
         "maps": (conv_net(), ff.FiniteDifference(*x, dtheta=0.1), {"settings": MAPS}),
-        "paired maps": (
-            conv_net(),
-            ff.FiniteDifference(x[0], x[0] + 0.1, dtheta=0.1, paired=True),
-            {"settings": MAPS},
-        ),
         "wide": (net(WIDE), conditions(1, WIDE_SAMPLES, WIDE), small),
         "wide, pathwise": (net(WIDE), wide.pathwise([0.0], WIDE_SAMPLES), small),
         "wide, score": (net(WIDE), wide.scored([0.0], WIDE_SAMPLES), small),
@@ -186,16 +183,8 @@ def sharded_cases() -> Cases:
         "paired": (double, conditions(1, paired=True), {}),
         "groups": (double, grouped(minus, plus), {}),
         "score": (net(), gaussian(1).scored([0.0], N), {}),
-        "grow": (
-            net(SCALED, torch.float64),
-            ff.FiniteDifference(*scales(), dtheta=0.1),
-            growing,
-        ),
-        "wide": (
-            net(WIDE, torch.float64),
-            conditions(1, WIDE_SAMPLES, WIDE),
-            {"max_features": 32},
-        ),
+        "grow": (net(SCALED, torch.float64), ff.FiniteDifference(*scales(), dtheta=0.1), growing),
+        "wide": (net(WIDE, torch.float64), conditions(1, WIDE_SAMPLES, WIDE), {"max_features": 32}),
     }
 
 
@@ -276,19 +265,25 @@ def measure(model: Any, data: Any, **also: Any) -> ff.FisherFlow:
     return ff.fisher_flow(model, data, **(SETTINGS | {"process_group": "world"} | also))
 
 
-class Faulty(torch.utils.data.Dataset):
-    """Samples of which one cannot be read, on one rank."""
+class AtTheEnd(TensorDataset):
+    """Samples of which the last one does something when it is read."""
 
-    def __init__(self, x: torch.Tensor, last: bool) -> None:
-        self._x, self._last = x, last
-
-    def __len__(self) -> int:
-        return len(self._x)
+    def __init__(self, x: torch.Tensor, act: Callable[[], None]) -> None:
+        super().__init__(x)
+        self._act = act
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self._last and index == len(self._x) - 1:
-            raise OSError("disk gone")
-        return self._x[index]
+        if index == len(self) - 1:
+            self._act()
+        return super().__getitem__(index)[0]
+
+
+def nothing() -> None:
+    """A sample like all others."""
+
+
+def disk_gone() -> None:
+    raise OSError("disk gone")
 
 
 def errors(rank: int, size: int) -> dict[str, str]:
@@ -303,7 +298,6 @@ def errors(rank: int, size: int) -> dict[str, str]:
     trained = net()
     with torch.no_grad():
         trained.fc1.weight[0, 0] += float(last)
-    wider = mlp([DIM, 5 + last, 3], nn.ReLU, seed=0)
 
     def pair(a: torch.Tensor, b: Any, dtheta: float = 0.1) -> ff.FiniteDifference:
         return ff.FiniteDifference(a, b, dtheta=dtheta)
@@ -312,10 +306,11 @@ def errors(rank: int, size: int) -> dict[str, str]:
         return ff.Shard(pair(a, b))
 
     short = minus if rank else minus[:0]
-    lying = DataLoader(TensorDataset(plus[:100]), batch_size=50, sampler=Claims(100 + last))
     calls: dict[str, Callable[[], Any]] = {
         "nan": lambda: measure(model, shard(minus, spoilt)),
-        "loader": lambda: measure(model, shard(minus, Faulty(plus, last))),
+        "loader": lambda: measure(
+            model, shard(minus, AtTheEnd(plus, disk_gone if last else nothing))
+        ),
         "settings": lambda: measure(model, data, max_features=40 + last),
         "argument": lambda: measure(model, data, max_features=0 if last else 40),
         "dtheta": lambda: measure(model, pair(minus, plus, 0.1 + 0.1 * last)),
@@ -324,19 +319,16 @@ def errors(rank: int, size: int) -> dict[str, str]:
         "samples": lambda: measure(model, pair(minus, other)),
         "count": lambda: measure(model, pair(minus, plus[: N - last])),
         "weights": lambda: measure(trained, data),
-        "shape": lambda: measure(wider, data),
         "layers": lambda: measure(model, data, layers=["fc1"] if last else ["fc2"]),
         "function": lambda: measure(model, data, layers=lambda name, _: last or name == "fc1"),
         "no model": lambda: (
             ff.fisher_information(data, process_group="world") if last else measure(model, data)
         ),
         "empty": lambda: measure(model, shard(short, minus)),
-        "announced": lambda: measure(model, shard(plus, lying)),
         "shuffled": lambda: measure(
             model, ff.FiniteDifference(*(DataLoader(x, 32, True) for x in (minus, plus)), dtheta=1)
         ),
         "few": lambda: measure(model, pair(minus[:9], plus[:9])),
-        "group": lambda: measure(model, data, process_group="all"),
         "steps": lambda: meet(f"at point {rank}"),
         "late": lambda: fail_late(model, data, last),
         "fine": lambda: measure(model, data),
@@ -355,19 +347,6 @@ def meet(point: str) -> None:
     """One meeting point, as a measurement has many."""
     with ranks.ranks_of("world") as others:
         others.exchange(point)
-
-
-class Claims(torch.utils.data.Sampler):
-    """A sampler of 100 samples that says it has another number."""
-
-    def __init__(self, claimed: int) -> None:
-        self._claimed = claimed
-
-    def __len__(self) -> int:
-        return self._claimed
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(100))
 
 
 class Normalised(nn.Module):
@@ -465,13 +444,22 @@ def some_ranks(rank: int, model: nn.Module, data: Data) -> dict[str, Any]:
         return {"error": said(lambda: measure(model, data, process_group=some))}
     known = len(dist.distributed_c10d._world.pg_map)
     found: dict[str, Any] = {"some": numbers_of(measure(model, data, process_group=some))}
-    found["groups made"] = len(dist.distributed_c10d._world.pg_map) - known
     found["devices"] = numbers_of(measure(model, data, process_group=of_devices))
     measure(model, data, process_group=of_devices)
-    found["groups made for devices"] = len(dist.distributed_c10d._world.pg_map) - known
+    found["groups made"] = len(dist.distributed_c10d._world.pg_map) - known
     host = ranks.find_ranks(of_devices)._group
     found["timeout"] = host._get_backend(torch.device("cpu")).options._timeout.seconds
     return found
+
+
+def example(rank: int, size: int, port: int) -> str:
+    """What the example prints in an environment such as torchrun makes."""
+    given = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {name: str(value) for name, value in given.items()}
+    printed = io.StringIO()
+    with mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(printed):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return printed.getvalue()
 
 
 def groups(rank: int, size: int) -> dict[str, Any]:
@@ -490,8 +478,12 @@ def groups(rank: int, size: int) -> dict[str, Any]:
     found["sampled"] = sampled["fc1"].samples
     found["probed"] = probed(process_group="world")
     found["streams"] = numbers_of(measure(model, streams(data, rank, size)))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = [free.getsockname()[1]]
+    dist.broadcast_object_list(port)
     dist.destroy_process_group()
     found["groups left"] = len(ranks._ON_HOST)
+    found["example"] = example(rank, size, port[0])
     found["without"] = numbers_of(measure(model, data))
     again = f"file://{Path(sys.argv[4]) / 'again'}"
     dist.init_process_group("gloo", init_method=again, rank=rank, world_size=size)
@@ -504,43 +496,34 @@ def _for_devices(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
-class Signalled(torch.utils.data.Dataset):
-    """Samples of which the last one sends a signal to the process that reads it."""
-
-    def __init__(self, x: torch.Tensor, number: int) -> None:
-        self._x, self._number = x, number
-
-    def __len__(self) -> int:
-        return len(self._x)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        if self._number and index == len(self._x) - 1:
-            os.kill(os.getpid(), self._number)
-        return self._x[index]
-
-
-def signalled(number: int, victim: int) -> Callable[[int, int], dict[str, Any]]:
-    """One rank ends or stops while it measures; then the others try again."""
-
-    def case(rank: int, size: int) -> dict[str, Any]:
-        minus, plus = conditions(1)._sources
-        data = Signalled(plus, number if rank == victim else 0)
-        shard = ff.Shard(ff.FiniteDifference(minus, data, dtheta=0.1))
-        begin = time.monotonic()
-        first = said(lambda: measure(net(), shard))
-        second = said(lambda: measure(net(), shard))
-        return {"said": [first, second], "seconds": time.monotonic() - begin}
-
-    return case
-
-
-def absent(rank: int, size: int) -> dict[str, Any]:
-    """One rank does not take part, and comes too late."""
+def attempt(group: Any, act: Callable[[], None] = nothing, times: int = 2) -> tuple[Any, float]:
+    """What a measurement of a group says at each try, and how long all of them take in seconds."""
+    minus, plus = conditions(1)._sources
+    shard = ff.Shard(ff.FiniteDifference(minus, AtTheEnd(plus, act), dtheta=0.1))
     begin = time.monotonic()
-    if rank:
-        time.sleep(2 * SHORT)
-    said_late = said(lambda: measure(net(), conditions(1)))
-    return {"said": [said_late], "seconds": time.monotonic() - begin}
+    found = [said(lambda: measure(net(), shard, process_group=group)) for _ in range(times)]
+    return found, time.monotonic() - begin
+
+
+def ending(rank: int, size: int) -> dict[str, Any]:
+    """Rank 1 comes too late, then rank 2 stops, then rank 0 is killed."""
+    short = timedelta(seconds=SHORT)
+    two, three, last = (dist.new_group(members, short) for members in ([0, 1], [0, 1, 2], [0, 1]))
+    patient = dist.new_group([0, 1], timedelta(seconds=PATIENCE))
+    found = {}
+    if rank < 2:
+        time.sleep(1.5 * SHORT * rank)
+        found["late"] = attempt(two, times=1)
+    dist.barrier()
+    found["stop"] = attempt(
+        three, lambda: os.kill(os.getpid(), signal.SIGSTOP) if rank == 2 else None
+    )
+    dist.barrier(group=patient)
+    torch.save(found, Path(sys.argv[4]) / f"{rank}.pt")
+    found["kill"] = attempt(
+        last, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else None
+    )
+    return found
 
 
 def together(rank: int, size: int) -> dict[str, Any]:
@@ -548,14 +531,19 @@ def together(rank: int, size: int) -> dict[str, Any]:
     return {case.__name__: case(rank, size) for case in (errors, training, monitored)}
 
 
+def three(rank: int, size: int) -> dict[str, Any]:
+    """The same of the cases that take long."""
+    return {case.__name__: case(rank, size) for case in (agree, groups)}
+
+
 def main(case: str, rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    join(rank, size, folder, SHORT if case in SHORT_CASES else PATIENCE)
+    join(rank, size, folder)
     torch.save(CASES[case](rank, size), folder / f"{rank}.pt")
     dist.destroy_process_group()  # gloo's threads abort a process that ends while they run
 
 
-def join(rank: int, size: int, folder: Path, timeout: float) -> None:
+def join(rank: int, size: int, folder: Path) -> None:
     """Meet at a server that rank 0 keeps, as in real use: it ends with rank 0."""
     told = folder / "port"
     if rank == 0:
@@ -569,18 +557,11 @@ def join(rank: int, size: int, folder: Path, timeout: float) -> None:
     store.set(f"started {rank}", "")
     store.wait([f"started {other}" for other in range(size)])
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
     )
 
 
-SHORT_CASES: dict[str, Callable[[int, int], Any]] = {
-    "absent": absent,
-    "kill 0": signalled(signal.SIGKILL, 0),
-    "kill 1": signalled(signal.SIGKILL, 1),
-    "stop 1": signalled(signal.SIGSTOP, 1),
-}
-
-CASES = SHORT_CASES | {"agree": agree, "together": together, "groups": groups}
+CASES = {case.__name__: case for case in (together, three, ending)}
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

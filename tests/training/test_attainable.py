@@ -55,22 +55,6 @@ class TestAttainableError:
         above = 1 - attainable_error(101.0**2, (-1.0, 1.0)) * 101.0**2
         assert above / below == pytest.approx(99 / 101, rel=1e-3)
 
-    @pytest.mark.parametrize(
-        ("precision", "prior", "message"),
-        [
-            (0.0, (-1.0, 1.0), "precision must be positive and finite, got 0.0"),
-            (1.0, (1.0, -1.0), "prior must be .low, high. with low < high"),
-            (1.0, (1.0, 2.0, 3.0), "prior must be .low, high. with low < high"),
-            (1.0, torch.ones(5), "prior must hold more than one value of theta, got 1.0"),
-            (1.0, torch.tensor([1.0, NAN]), "prior must hold finite values of theta"),
-            (1.0, torch.empty(0), "prior must hold finite values of theta"),
-        ],
-    )
-    def test_bad_arguments(self, precision, prior, message):
-        """Catches a prior without a range: an error of 0, and a rule that never stops."""
-        with pytest.raises(ValueError, match=message):
-            attainable_error(precision, prior)
-
 
 class TestAttainableErrorOfSamples:
     """The same, with distances that samples show."""
@@ -127,12 +111,32 @@ class TestAttainableErrorOfSamples:
             got = attainable_error_of_samples(x, theta, degree=degree)
             assert got == pytest.approx(wanted, rel=0.06)
 
-    def test_bad_arguments(self):
-        """Catches covariances that cannot be inverted, and theta of two parameters."""
-        x = torch.randn(100, 60)
-        with pytest.raises(ValueError, match="x must hold at least 127 samples of 60 numbers"):
-            attainable_error_of_samples(x, torch.rand(100))
-        with pytest.raises(ValueError, match=r"theta must have one value per sample, got shape"):
-            attainable_error_of_samples(x, torch.rand(100, 2))
-        with pytest.raises(ValueError, match=r"theta must hold more than one value, got 0\.0"):
-            attainable_error_of_samples(x[:, :5], torch.zeros(100))
+
+X = torch.randn(100, 60)
+RANGE = "prior must be .low, high. with low < high"
+
+
+@pytest.mark.parametrize(
+    ("call", "first", "second", "message"),
+    [
+        (attainable_error, 0.0, (-1.0, 1.0), "precision must be positive and finite, got 0.0"),
+        (attainable_error, 1.0, (1.0, -1.0), RANGE),
+        (attainable_error, 1.0, (1.0, 2.0, 3.0), RANGE),
+        (attainable_error, 1.0, torch.ones(5), "prior must hold more than one value of theta"),
+        (attainable_error, 1.0, torch.tensor([1.0, NAN]), "prior must hold finite values of theta"),
+        (attainable_error, 1.0, torch.empty(0), "prior must hold finite values of theta"),
+        (attainable_error_of_samples, X, torch.rand(100), "x must hold at least 127 samples of 60"),
+        (
+            attainable_error_of_samples,
+            X,
+            torch.rand(100, 2),
+            "theta must have one value per sample",
+        ),
+        (attainable_error_of_samples, X[:, :5], torch.zeros(100), "theta must hold more than one"),
+    ],
+)
+def test_bad_arguments(call, first, second, message):
+    """Catches a prior without a range (an error of 0, and a rule that never stops), covariances
+    that cannot be inverted, and theta of two parameters."""
+    with pytest.raises(ValueError, match=message):
+        call(first, second)

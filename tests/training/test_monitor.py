@@ -42,8 +42,10 @@ SOURCES = {
     "loader": lambda: loaders(shuffle=False),
     "two, pathwise": lambda: TWO.pathwise([0.0, 0.0], SAMPLES, seed=1),
 }
-SETTINGS = {"layers": ["fc2"], "max_features": 40, "seed": 5, "ridge": 1e-3}
-SETTINGS |= {"settings": ff.Settings(batch_size=128, folds=8)}
+OWN = {"layers": ["fc2"], "max_features": 40, "seed": 5, "ridge": 1e-3}
+OWN |= {"settings": ff.Settings(batch_size=128, folds=8)}
+SMALL = {"max_features": 16}
+MAPPED = SMALL | {"settings": ff.Settings(maps=True)}
 PAIRED = SOURCES["paired"]()
 
 
@@ -61,35 +63,32 @@ def nudge(model: nn.Module) -> None:
 # --- a measurement by the monitor is a measurement ------------------------------------------------
 
 
+def assert_same_flow(flow: ff.FisherFlow, model: nn.Module, data: object, **settings) -> None:
+    once = ff.fisher_flow(model, data, **({"max_features": 128} | settings))
+    assert flow.to_dict() == once.to_dict()
+
+
 @pytest.mark.parametrize(
-    ("source", "settings"), [*((s, {}) for s in SOURCES), ("two, pathwise", SETTINGS)]
+    ("source", "settings"),
+    [*((s, SMALL) for s in SOURCES), ("paired", {}), ("two, pathwise", OWN), ("images", MAPPED)],
 )
 def test_each_epoch_equals_a_flow_bit_for_bit(source, settings):
     """Catches anything recalled that training changes, other samples, another lift, other folds,
-    and an argument that the monitor takes and does not pass on."""
-    data = SOURCES[source]()
-    model = network(data.parameters)
+    an argument that the monitor takes and does not pass on, and a second measurement without the
+    map of the input."""
+    if source == "images":
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 4, 1))
+        x = torch.randn(2, 200, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+        data = ff.FiniteDifference(x[0] - 0.04, x[1] + 0.04, dtheta=0.08)
+    else:
+        data = SOURCES[source]()
+        model = network(data.parameters)
     monitor = ff.FisherMonitor(model, data, **settings)
     for _ in range(3):
         flow = monitor.step().flow
-        once = ff.fisher_flow(model, data, **({"max_features": 128} | settings))
-        assert flow.to_dict() == once.to_dict()
+        assert_same_flow(flow, model, data, **settings)
         nudge(model)
-
-
-def test_maps_are_kept_with_the_input():
-    """Catches a second measurement without the map of the input."""
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 4, 1))
-    x = torch.randn(2, 400, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-    data = ff.FiniteDifference(x[0] - 0.04, x[1] + 0.04, dtheta=0.08)
-    mapped = ff.Settings(maps=True)
-    monitor = ff.FisherMonitor(model, data, settings=mapped)
-    for _ in range(3):
-        flow = monitor.step().flow
-        once = ff.fisher_flow(model, data, max_features=128, settings=mapped)
-        assert flow.to_dict() == once.to_dict()
-        nudge(model)
-    assert {"input", "0"} <= set(flow.maps)
+    assert set(flow.maps) == ({"input", "0", "1"} if source == "images" else set())
 
 
 def test_a_path_that_opens_later_is_seen():
@@ -106,14 +105,14 @@ def test_a_path_that_opens_later_is_seen():
             return self.head(self.left(x) + self.gate * self.right(x))
 
     model, data = Gated(), PAIRED
-    monitor = ff.FisherMonitor(model, data)
+    monitor = ff.FisherMonitor(model, data, **SMALL)
     assert "output" in monitor.step().flow["left"].descendants
     with torch.no_grad():
         model.gate.fill_(1.0)
     for _ in range(3):
         flow = monitor.step().flow
         assert "output" not in flow["left"].descendants
-        assert flow.to_dict() == ff.fisher_flow(model, data, max_features=128).to_dict()
+        assert_same_flow(flow, model, data, **SMALL)
 
 
 # --- what is found out once -----------------------------------------------------------------------
@@ -123,7 +122,7 @@ def test_the_input_is_measured_once_and_layers_are_found_twice():
     """Catches a survey, a replay of chains or an input measured at every epoch."""
     model, calls = network(), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    monitor = ff.FisherMonitor(model, PAIRED, settings=ff.Settings(batch_size=100))
+    monitor = ff.FisherMonitor(model, PAIRED, **SMALL, settings=ff.Settings(batch_size=100))
     passes, inputs = [], []
     for _ in range(4):
         calls.clear()
@@ -145,7 +144,7 @@ def test_a_simulator_draws_once():
         return draw(theta, n, generator)
 
     data, model = ff.Simulator(counting, 0.1, samples=SAMPLES), network()
-    monitors = ff.FisherMonitor(model, data), ff.FisherMonitor(model, data, keep=0)
+    monitors = [ff.FisherMonitor(model, data, **SMALL, **more) for more in ({}, {"keep": 0})]
     flows, drawn = [], []
     for _ in range(2):
         for monitor in monitors:
@@ -160,12 +159,12 @@ def test_a_loader_that_shuffles_gives_the_same_samples():
     """Catches differences between epochs that are those of the samples; and, of samples that are
     not kept, the input of others beside layers of these."""
     model, data = network(), loaders(shuffle=True)
-    monitor = ff.FisherMonitor(model, data)
+    monitor = ff.FisherMonitor(model, data, **SMALL)
     flows = [monitor.step().flow.to_dict() for _ in range(3)]
     assert flows[0] == flows[1] == flows[2]
-    assert ff.fisher_flow(model, data, max_features=128).to_dict() != flows[0]  # the test's power
+    assert ff.fisher_flow(model, data, **SMALL).to_dict() != flows[0]  # the test's power
     for keep in (0, 1000):
-        monitor = ff.FisherMonitor(model, data, keep=keep)
+        monitor = ff.FisherMonitor(model, data, **SMALL, keep=keep)
         inputs = [monitor.step().flow["input"].value for _ in range(2)]
         assert inputs[0] != inputs[1]
 
@@ -173,7 +172,7 @@ def test_a_loader_that_shuffles_gives_the_same_samples():
 def test_every_nth_call_measures():
     """Catches a measurement that is due one call early or late, calls that leave empty rows, or do
     not count towards the next measurement."""
-    monitor = ff.FisherMonitor(network(), PAIRED, every=3)
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL, every=3)
     records = [monitor.step(epoch=c, train_mse=0.3 if c < 3 else None) for c in range(7)]
     measured = [c for c, record in enumerate(records) if record and record.flow is not None]
     assert measured == [0, 3, 6]
@@ -189,8 +188,8 @@ def test_every_nth_call_measures():
 def test_nan_weights_leave_a_record_and_the_next_measurement_works(healthy_first):
     """Catches an exception in a training, a warning per epoch, and results of a
     broken network that are used again."""
-    model, data = network(), PAIRED
-    monitor = ff.FisherMonitor(model, data)
+    model = network()
+    monitor = ff.FisherMonitor(model, PAIRED, **SMALL)
     if healthy_first:
         monitor.step()
     healthy = copy.deepcopy(model.state_dict())
@@ -205,14 +204,13 @@ def test_nan_weights_leave_a_record_and_the_next_measurement_works(healthy_first
     assert monitor.step(train_mse=0.2).notes  # no second warning: they are errors here
     model.load_state_dict(healthy)
     for _ in range(2):
-        flow = monitor.step(train_mse=0.2).flow
-        assert flow.to_dict() == ff.fisher_flow(model, data, max_features=128).to_dict()
+        assert_same_flow(monitor.step(train_mse=0.2).flow, model, PAIRED, **SMALL)
 
 
 @pytest.mark.parametrize("error", [math.nan, math.inf])
 def test_an_error_that_is_not_finite_is_noted(error):
     """Catches a NaN loss that stops the training, or is taken for a targets' unit."""
-    monitor = ff.FisherMonitor(network(), PAIRED)
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL)
     with pytest.warns(ff.FisherWarning, match="mean square errors must be finite, got") as caught:
         record = monitor.step(train_mse=error, val_mse=0.5)
     assert len(caught) == 1
@@ -222,7 +220,7 @@ def test_an_error_that_is_not_finite_is_noted(error):
     assert monitor.step(train_mse=error).notes
 
 
-BAD_ERRORS = [
+BAD_STEPS = [
     ("low", TypeError, "must be a number or one per parameter, got 'low'"),
     ([0.1, 0.2], ValueError, r"must hold one number per parameter \(1\), got"),
     ([], ValueError, r"must hold one number per parameter \(1\), got"),
@@ -230,64 +228,46 @@ BAD_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["train_mse", "val_mse"])
-def test_bad_errors_are_refused(name):
-    """Catches errors that would be recorded and be wrong for the whole run, and a call that counts
-    although it failed."""
-    monitor = ff.FisherMonitor(network(), PAIRED, every=2)
-    for value, kind, message in BAD_ERRORS:
-        with pytest.raises(kind, match=f"{name} {message}"):
-            monitor.step(**{name: value})
-    assert monitor.history == []
-    assert monitor.step().flow is not None  # the first call that goes through measures
-
-
-def test_errors_may_be_any_kind_of_number():
-    """Catches tensors and numpy numbers that are refused or rounded."""
-    monitor = ff.FisherMonitor(network(), PAIRED, every=9)
-    wanting = torch.tensor([0.25], requires_grad=True)
-    for value in (0.25, np.float32(0.25), torch.tensor(0.25), wanting):
-        assert monitor.step(train_mse=value).train_mse == (0.25,)
-
-
-BAD_ARGUMENTS = {
-    "every 0": ({"every": 0}, ValueError, "every must be at least 1, got 0"),
-    "every 1.5": ({"every": 1.5}, TypeError, "every must be a whole number, got 1.5"),
-    "observe_every": ({"observe_every": 0}, ValueError, "observe_every must be at least 1, got 0"),
-    "keep": ({"keep": -1}, ValueError, "keep must be at least 0, got -1"),
-    "scale 0": ({"target_scale": 0.0}, ValueError, "target_scale must be finite and not 0, got 0"),
-    "scale nan": ({"target_scale": math.nan}, ValueError, "target_scale must be finite and not 0"),
-    "scale text": ({"target_scale": "1"}, TypeError, "target_scale must be a number, got '1'"),
-    "path": ({"path": "history.txt"}, ValueError, "path must end in .csv, got 'history.txt'"),
-    "grow": (
-        {"settings": ff.Settings(grow=True)},
-        ValueError,
-        "grow must be False for a monitor, which compares the same features",
-    ),
-    "data": ({"data": torch.zeros(3)}, TypeError, "data must be a FiniteDifference, Pathwise"),
-    "model": ({"model": torch.relu}, TypeError, "model must be a torch.nn.Module, got builtin"),
-    "training data": ({"training_data": 3}, TypeError, "data must be a FiniteDifference"),
-    "training parameters": (
-        {"training_data": SOURCES["two, pathwise"]()},
-        ValueError,
-        "training_data must have 1 parameters like data, got 2",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_bad_arguments_are_refused(case):
-    """Catches settings that are found out in the middle of a training."""
-    changed, kind, message = BAD_ARGUMENTS[case]
-    arguments = {"model": network(), "data": PAIRED} | changed
-    with pytest.raises(kind, match=message):
-        ff.FisherMonitor(**arguments)
-
-
-def test_epochs_are_whole_numbers():
-    """Catches an epoch that no later one can be counted on from."""
+def test_what_a_step_takes():
+    """Catches errors that would be recorded and be wrong for the whole run, an epoch that no later
+    one can be counted on from, a call that counts although it failed; and tensors and numpy numbers
+    that are refused or rounded."""
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL, every=9)
+    for name in ("train_mse", "val_mse"):
+        for value, kind, message in BAD_STEPS:
+            with pytest.raises(kind, match=f"{name} {message}"):
+                monitor.step(**{name: value})
     with pytest.raises(TypeError, match=r"epoch must be a whole number, got 1\.5"):
-        ff.FisherMonitor(network(), PAIRED).step(epoch=1.5)
+        monitor.step(epoch=1.5)
+    assert monitor.history == []
+    wanting = torch.tensor([0.25], requires_grad=True)
+    records = [monitor.step(train_mse=v) for v in (0.25, np.float32(0.25), wanting[0], wanting)]
+    assert [record.train_mse for record in records] == [(0.25,)] * 4
+    assert records[0].flow is not None  # the first call that goes through measures
+
+
+BAD_ARGUMENTS = [
+    ("every must be at least 1, got 0", {"every": 0}),
+    ("every must be a whole number, got 1.5", {"every": 1.5}),
+    ("observe_every must be at least 1, got 0", {"observe_every": 0}),
+    ("keep must be at least 0, got -1", {"keep": -1}),
+    ("target_scale must be finite and not 0, got 0", {"target_scale": 0.0}),
+    ("target_scale must be finite and not 0", {"target_scale": math.nan}),
+    ("target_scale must be a number, got '1'", {"target_scale": "1"}),
+    ("path must end in .csv, got 'history.txt'", {"path": "history.txt"}),
+    ("grow must be False for a monitor", {"settings": ff.Settings(grow=True)}),
+    ("data must be a FiniteDifference, Pathwise", {"data": torch.zeros(3)}),
+    ("model must be a torch.nn.Module, got builtin", {"model": torch.relu}),
+    ("data must be a FiniteDifference", {"training_data": 3}),
+    ("must have 1 parameters like data, got 2", {"training_data": SOURCES["two, pathwise"]()}),
+]
+
+
+@pytest.mark.parametrize(("message", "changed"), BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(message, changed):
+    """Catches settings that are found out in the middle of a training."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        ff.FisherMonitor(**({"model": network(), "data": PAIRED} | changed))
 
 
 # --- levels and the meter of overfitting ----------------------------------------------------------
@@ -295,7 +275,7 @@ def test_epochs_are_whole_numbers():
 
 def test_levels_are_errors_in_units_of_the_bound():
     """Catches J of another layer or epoch, and a scale of the targets that is not squared."""
-    monitor = ff.FisherMonitor(network(), PAIRED, target_scale=-0.5)
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL, target_scale=-0.5)
     record = monitor.step(train_mse=0.8, val_mse=1.2)
     J = record.flow["input"].value
     assert record.train_level == pytest.approx(0.8 / 4 * J)
@@ -305,20 +285,16 @@ def test_levels_are_errors_in_units_of_the_bound():
 
 
 def test_levels_of_two_parameters():
-    """Mean of mse_p / (J^-1)_pp. Catches mse_p J_pp, which takes the other parameter as known."""
-    monitor = ff.FisherMonitor(network(2), SOURCES["two, pathwise"]())
+    """Mean of mse_p / (J^-1)_pp. Catches mse_p J_pp, which takes the other parameter as known; and
+    of a J that came out negative, a level below 1, which would stop the training."""
+    monitor = ff.FisherMonitor(network(2), SOURCES["two, pathwise"](), **SMALL)
     record = monitor.step(train_mse=[0.3, 0.6])
     J = record.flow["input"].J
     bound = torch.linalg.inv(J).diagonal()
     assert record.train_level == pytest.approx(float((0.3 / bound[0] + 0.6 / bound[1]) / 2))
     assert record.train_level != pytest.approx(float((0.3 * J[0, 0] + 0.6 * J[1, 1]) / 2), rel=0.01)
-
-
-def test_a_bound_that_is_not_positive_gives_no_level():
-    """An input whose J comes out negative says nothing. Catches a level below 1, which would stop
-    the training."""
-    record = ff.EpochRecord(0, None, (0.3,), (0.3,), torch.tensor([[-2.0]], dtype=torch.float64))
-    assert math.isnan(record.train_level)
+    negative = torch.tensor([[-2.0]], dtype=torch.float64)
+    assert math.isnan(ff.EpochRecord(0, None, (0.3,), (0.3,), negative).train_level)
 
 
 def memorised(x: torch.Tensor, target: torch.Tensor) -> nn.Module:
@@ -343,17 +319,14 @@ def test_overfitting_shows_memory_and_nothing_else():
     held_out = problem.finite_difference(0.0, 1.0, 4000, seed=2)
     found = {}
     for name, model in (("memory", memorised(x, side)), ("none", mlp([60, 200, 1], seed=0))):
+        options = {"layers": ["output"], "max_features": 64, "training_data": trained_on}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ff.FisherWarning)  # the step is wide on purpose
-            record = ff.FisherMonitor(
-                model, held_out, layers=["output"], max_features=64, training_data=trained_on
-            ).step()
+            record = ff.FisherMonitor(model, held_out, **options).step()
         assert record.row()["overfitting"] == record.overfitting
         assert record.training_flow.names == ["input", "output"]
-        error = math.hypot(
-            record.transmission_error, record.training_flow.fraction_errors()["output"]
-        )
-        found[name] = record.overfitting / error
+        error = record.training_flow.fraction_errors()["output"]
+        found[name] = record.overfitting / math.hypot(record.transmission_error, error)
     assert found["memory"] > 8
     assert abs(found["none"]) < 4
 
@@ -362,7 +335,7 @@ def test_rows_and_plot_of_a_run_that_was_not_measured_every_time():
     """Catches a figure that needs a flow in each record, rows that share their memory, and an
     overfitting of zero without training data."""
     pytest.importorskip("matplotlib")
-    monitor = ff.FisherMonitor(network(), PAIRED, every=2)
+    monitor = ff.FisherMonitor(network(), PAIRED, **SMALL, every=2)
     for level in (0.5, 0.4, 0.3):
         monitor.step(train_mse=level, val_mse=level)
     labels = [text.get_text() for text in monitor.plot().get_legend().get_texts()]

@@ -1,17 +1,18 @@
-"""The live estimate: against closed forms, while weights drift, and in networks of every kind."""
+"""The live estimate: against closed forms, while weights drift, and of batches of every kind."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from support.theta_batches import BATCH, DIM, SIGMAS, generator, noise, shifted, uniform
 from torch import nn
 
 from fisherfast.problems import GaussianShift, mlp
-from fisherfast.training.observe import Observer
+from fisherfast.training.observe import Observer, leaves
 from fisherfast.training.regression import (
     WINDOW,
     LiveEstimate,
@@ -21,35 +22,13 @@ from fisherfast.training.regression import (
     slopes_of,
 )
 
-DIM = 6
-BATCH = 128
 BATCHES = 80  # many windows: what is seen is the last of it
-SIGMAS = 4.0  # false alarm 6e-5 per comparison
-
-generator = torch.Generator()
-
-
-def uniform(n: int, parameters: int = 1) -> torch.Tensor:
-    """theta in [-1, 1], [n, P]."""
-    return 2 * torch.rand(n, parameters, generator=generator) - 1
-
-
-def noise(n: int, dim: int = DIM) -> torch.Tensor:
-    return torch.randn(n, dim, generator=generator)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    generator.manual_seed(0)
-
-
-def leaves(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in model.named_modules() if name and not list(m.children())}
+ONES = torch.ones(DIM)
 
 
 def live(
     model: nn.Module,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     parameters: int = 1,
     *,
     between: Callable[[int], None] = lambda _: None,
@@ -65,27 +44,14 @@ def live(
     return observer.estimates()
 
 
-def shifted(direction: torch.Tensor, batches: int = BATCHES, n: int = BATCH) -> Iterator:
-    """x ~ N(A theta, 1), theta uniform."""
-    direction = direction.reshape(DIM, -1)
-    for _ in range(batches):
-        theta = uniform(n, direction.shape[1])
-        yield theta @ direction.T + noise(n), theta
-
-
 def linear_network(*widths: int) -> nn.Module:
     return mlp(widths, nn.Identity, seed=0)
 
 
-def weights_to(model: nn.Module, name: str) -> torch.Tensor:
-    """The product of all layers up to one."""
-    product = torch.eye(DIM, dtype=torch.float64)
-    for module_name, module in model.named_children():
-        if isinstance(module, nn.Linear):
-            product = module.weight.detach().double() @ product
-        if module_name == name:
-            break
-    return product
+def assert_near(found: LiveEstimate, truth: torch.Tensor | float) -> None:
+    """Within the stated errors, which are below a fifth: that is the power of the test."""
+    assert float(((found.J - truth).abs() / found.stderr).amax()) < SIGMAS
+    assert float(found.stderr.amax()) < 0.2 * float(found.J.diagonal().mean())
 
 
 # --- against closed forms -------------------------------------------------------------------------
@@ -98,29 +64,24 @@ def test_layers_of_a_linear_network(parameters):
     direction = torch.randn(DIM, parameters, generator=generator) * 2
     problem = GaussianShift(direction)
     model = linear_network(DIM, 4, 3, parameters)
-    found = live(model, shifted(direction), parameters)
-    names = {"input": None, "fc1": "fc1", "fc2": "fc2", "output": "fc3"}
-    for name, layer in names.items():
-        weights = torch.eye(DIM).double() if layer is None else weights_to(model, layer)
-        truth = problem.fisher_after(weights)
-        error = (found[name].J - truth).abs() / found[name].stderr
-        assert float(error.amax()) < SIGMAS, name
-        assert (
-            float((found[name].stderr / truth.diagonal().mean()).amax()) < 0.2
-        )  # the test's power
+    found = live(model, shifted(direction, BATCHES), parameters)
+    weights = torch.eye(DIM)
+    assert_near(found["input"], problem.fisher_after(weights))
+    for name, layer in (("fc1", model.fc1), ("fc2", model.fc2), ("output", model.fc3)):
+        weights = layer.weight.detach() @ weights
+        assert_near(found[name], problem.fisher_after(weights))
 
 
 def test_the_error_bar_has_its_coverage():
     """120 short runs that share nothing, two layers. Of exact errors 95.4 % lie within two error
     bars; the sum of squares of z has mean 120 and error 15.5. Bounds at 4 sigma: false alarm 2e-4
     in all. Catches error bars that are off by a quarter, and a bias of 0.4 of one."""
-    direction, model = torch.ones(DIM), linear_network(DIM, 1)
-    problem = GaussianShift(direction)
-    truths = {"input": torch.eye(DIM), "output": weights_to(model, "fc1")}
-    truths = {name: problem.fisher_after(weights).item() for name, weights in truths.items()}
+    model, problem = linear_network(DIM, 1), GaussianShift(ONES)
+    truths = {"input": torch.eye(DIM), "output": model.fc1.weight.detach()}
     runs = 120
-    found = [live(model, shifted(direction, batches=16)) for _ in range(runs)]
-    for name, truth in truths.items():
+    found = [live(model, shifted(ONES, batches=8)) for _ in range(runs)]
+    for name, weights in truths.items():
+        truth = problem.fisher_after(weights).item()
         z = torch.tensor([float((run[name].J - truth) / run[name].stderr) for run in found])
         within = int((z.abs() < 2).sum())
         assert within >= 0.954 * runs - SIGMAS * math.sqrt(runs * 0.954 * 0.046), name
@@ -133,13 +94,12 @@ def test_short_windows_are_free_of_bias():
     errors (0.11): false alarm 6e-5. Catches J as it comes (2.9), the noise of the slope left in
     (2.3), residuals over n instead of n - q (0.3)."""
     runs, dim, n, batches = 200, 20, 16, 12
-    direction = torch.full((dim,), dim**-0.5)
-    values = []
+    thetas = [uniform(n).double() for _ in range(batches)]
+    known, values = [ThetaBatch(theta) for theta in thetas], []
     for _ in range(runs):
         moments = RegressionMoments(dim, 1)
-        for _ in range(batches):
-            theta = uniform(n)
-            moments.update(ThetaBatch(theta.double()), theta * direction + noise(n, dim))
+        for theta, batch in zip(thetas, known, strict=True):
+            moments.update(batch, theta * dim**-0.5 + noise(n, dim))
         values.append(moments.estimate().J.item())
     J = torch.tensor(values)
     error = float(J.std()) / math.sqrt(runs)
@@ -155,13 +115,8 @@ def test_a_relu_network_is_a_lower_bound():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
-
-    def batches() -> Iterator:
-        for _ in range(BATCHES):
-            theta = uniform(BATCH)
-            yield strength * theta + noise(BATCH, 2), theta
-
-    found = live(model, batches())["output"]
+    thetas = [uniform(BATCH) for _ in range(BATCHES)]
+    found = live(model, ((strength * theta + noise(BATCH, 2), theta) for theta in thetas))["output"]
     t = strength * torch.linspace(-1, 1, 4001, dtype=torch.float64)
     normal = torch.distributions.Normal(0.0, 1.0)
     cdf, pdf = normal.cdf(t), normal.log_prob(t).exp()
@@ -169,8 +124,7 @@ def test_a_relu_network_is_a_lower_bound():
     variance = (t.square() + 1) * cdf + t * pdf - mean.square()
     slope = strength * cdf
     truth = 2 * (slope.square() / variance.clamp_min(1e-12))[variance > 1e-9].mean()
-    assert found.J.item() < truth + SIGMAS * found.stderr.item()
-    assert found.J.item() > 0.3 * truth
+    assert 0.3 * truth < found.J.item() < truth + SIGMAS * found.stderr.item()
     wrong = 2 * slope.square().mean() / variance.mean()
     assert wrong > truth + SIGMAS * found.stderr.item()
 
@@ -180,20 +134,17 @@ def test_a_silent_layer_has_no_information():
     model = mlp([DIM, 4, 1], seed=0)
     with torch.no_grad():
         model.fc1.bias.fill_(-100.0)
-    found = live(model, shifted(torch.ones(DIM)))
-    assert found["relu1"].J.item() == 0
-    assert found["relu1"].stderr.item() == 0
+    found = live(model, shifted(ONES, 20))["relu1"]
+    assert (found.J.item(), found.stderr.item()) == (0, 0)
 
 
 def test_another_unit_of_theta_scales_j():
     """J is per unit of theta squared. Catches a polynomial that is only good for theta of order 1,
     and a weight of batches that depends on the unit."""
     model, scale = linear_network(DIM, 3, 1), 1e-6
-    plain = live(model, shifted(torch.ones(DIM), 20))
-    generator.manual_seed(0)
-    rescaled = ((x, scale * theta.double()) for x, theta in shifted(torch.ones(DIM), 20))
-    other = live(model, rescaled)
-    for name, estimate in plain.items():
+    batches = list(shifted(ONES, 20))
+    other = live(model, ((x, scale * theta.double()) for x, theta in batches))
+    for name, estimate in live(model, batches).items():
         assert other[name].J.item() * scale**2 == pytest.approx(estimate.J.item(), rel=1e-4)
         assert other[name].samples == pytest.approx(estimate.samples, rel=1e-6)
 
@@ -218,30 +169,25 @@ def test_weights_that_drift_do_not_count_as_noise():
     covariance of what grows so fast keep 0.53 of it (geometric sums over the fading window). One
     regression of all batches counts the drift as noise: the last line is that it fails the test."""
     model = linear_network(DIM, 1)
-    growth = 10 ** (1 / 4)
-    direction = 2 * torch.ones(DIM)
+    growth, direction = 10 ** (1 / 4), 2 * ONES
     with torch.no_grad():
         model.fc1.weight.fill_(1.0)
         model.fc1.bias.fill_(20.0)
-    outputs = []
 
     def grow(_: int) -> None:
         with torch.no_grad():
-            model.fc1.weight.mul_(growth)
-            model.fc1.bias.mul_(growth)
+            for parameter in model.parameters():
+                parameter.mul_(growth)
 
-    truth = GaussianShift(direction).fisher_after(weights_to(model, "fc1")).item()
-    handle = model.register_forward_hook(lambda _m, _i, out: outputs.append(out.detach()))
+    truth = GaussianShift(direction).fisher_after(model.fc1.weight.detach()).item()
     seen = list(shifted(direction, 40))
-    thetas = [theta for _, theta in seen]
-    found = live(model, iter(seen), between=grow)["output"]
-    handle.remove()
+    found = live(model, seen, between=grow)["output"]
     assert 0.35 * truth < found.J.item() < 0.7 * truth
-    theta, a = torch.cat(thetas[-4:]).double(), torch.cat(outputs[-4:]).double()
-    basis = theta ** torch.arange(4)
+    x, theta = (torch.cat(each).double() for each in zip(*seen[-4:], strict=True))
+    size = growth ** torch.arange(4.0).double().repeat_interleave(BATCH)[:, None]
+    a, basis = size * (x.sum(1, keepdim=True) + 20), theta ** torch.arange(4)
     coefficients = torch.linalg.lstsq(basis, a).solution
-    residual = a - basis @ coefficients
-    pooled = coefficients[1] ** 2 / residual.square().mean()
+    pooled = coefficients[1] ** 2 / (a - basis @ coefficients).square().mean()
     assert float(pooled) < 0.1 * truth
 
 
@@ -256,8 +202,7 @@ def test_the_window_forgets():
             with torch.no_grad():
                 model.fc1.weight.fill_(1.0)
 
-    found = live(model, shifted(torch.ones(DIM), 70), between=swap)["output"]
-    assert abs(found.J.item() - DIM) < SIGMAS * found.stderr.item()
+    assert_near(live(model, shifted(ONES, 70), between=swap)["output"], DIM)
 
 
 @pytest.mark.parametrize(
@@ -267,53 +212,31 @@ def test_a_batch_of_close_thetas_is_harmless(place, spread, center):
     """The first one, as a sorted loader gives it, or another: its slope is noise. Catches a
     polynomial standardised by the first batch, whose tails hold the others, and batches that all
     count by their samples alone."""
-
-    def batches() -> Iterator:
-        for number in range(BATCHES):
-            theta = uniform(BATCH)
-            if number == place:
-                theta = spread * theta + center
-            yield theta * torch.ones(DIM) + noise(BATCH), theta
-
-    found = live(linear_network(DIM, 1), batches())["input"]
-    assert abs(found.J.item() - DIM) < SIGMAS * found.stderr.item()
-    assert found.stderr.item() < 0.2 * DIM
+    thetas = [uniform(BATCH) for _ in range(BATCHES)]
+    thetas[place] = spread * thetas[place] + center
+    batches = ((theta * ONES + noise(BATCH), theta) for theta in thetas)
+    assert_near(live(linear_network(DIM, 1), batches)["input"], DIM)
 
 
 # --- batches without information ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 5])
-def test_batches_that_are_too_small_are_passed_over(n):
-    """Catches a division by no degrees of freedom, and a warning of torch."""
-    model = mlp([DIM, 4, 1], seed=0)
-    assert live(model, shifted(torch.ones(DIM), 20, n)) == {}
+USELESS = {f"{n} samples": torch.linspace(-1, 1, n) for n in (0, 1, 2, 5)} | {
+    "constant": torch.full((BATCH,), 0.7),
+    "two values": torch.ones(BATCH).copysign(torch.arange(BATCH) - 60.5),
+    "nan": torch.full((BATCH,), math.nan),
+    "one infinite": torch.linspace(-1, 1, BATCH).index_fill(0, torch.tensor([3]), math.inf),
+}
 
 
-@pytest.mark.parametrize(
-    "theta",
-    [
-        torch.full((BATCH,), 0.7),
-        torch.ones(BATCH).copysign(torch.arange(BATCH) - 60.5),
-        torch.full((BATCH,), math.nan),
-        torch.linspace(-1, 1, BATCH).index_fill(0, torch.tensor([3]), math.inf),
-    ],
-    ids=["constant", "two values", "nan", "one infinite"],
-)
-def test_thetas_that_determine_no_polynomial_are_skipped(theta):
-    """Catches a singular regression, and its garbage in the window."""
-    model = mlp([DIM, 4, 1], seed=0)
-    useless = ((noise(BATCH), theta) for _ in range(3))
+@pytest.mark.parametrize("kind", USELESS)
+def test_thetas_that_determine_no_polynomial_are_skipped(kind):
+    """Catches a division by no degrees of freedom, a singular regression, and its garbage in the
+    window."""
+    model, theta = mlp([DIM, 4, 1], seed=0), USELESS[kind]
+    useless = [(noise(len(theta)), theta) for _ in range(3)]
     assert live(model, useless) == {}
-
-    def mixed() -> Iterator:
-        yield noise(BATCH), theta
-        yield from shifted(torch.ones(DIM), 20)
-        yield noise(BATCH), theta
-
-    generator.manual_seed(1)
-    found = live(model, mixed())["input"]
-    assert abs(found.J.item() - DIM) < SIGMAS * found.stderr.item()
+    assert_near(live(model, [useless[0], *shifted(ONES, 20), *useless])["input"], DIM)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
@@ -328,37 +251,31 @@ def test_activations_that_are_not_finite_do_not_stay(value):
             if number == 10:
                 model.fc1.weight[0, 0] = value
 
-    found = live(model, shifted(torch.ones(DIM), 30), between=fail)
-    truth = GaussianShift(torch.ones(DIM)).fisher_after(healthy).item()
-    assert abs(found["fc1"].J.item() - truth) < SIGMAS * found["fc1"].stderr.item()
+    found = live(model, shifted(ONES, 30), between=fail)
+    assert_near(found["fc1"], GaussianShift(ONES).fisher_after(healthy))
+
+
+SHAPE = "theta must have shape [n, P] = [8, 1], one row per sample of the last forward pass, got "
+REAL = "theta must be a tensor of real numbers, got"
 
 
 @pytest.mark.parametrize(
-    ("theta", "shape"),
+    ("theta", "error", "message"),
     [
-        (torch.zeros(5), "[5]"),
-        (torch.zeros(2, 8), "[2, 8]"),
-        (torch.zeros(()), "[]"),
-        (None, None),
-        ("x", None),
-        (torch.zeros(8, dtype=torch.complex64), None),
+        (torch.zeros(5), ValueError, f"{SHAPE}[5]"),
+        (torch.zeros(2, 8), ValueError, f"{SHAPE}[2, 8]"),
+        (torch.zeros(()), ValueError, f"{SHAPE}[]"),
+        (None, TypeError, REAL),
+        ("x", TypeError, REAL),
+        (torch.zeros(8, dtype=torch.complex64), TypeError, REAL),
     ],
 )
-def test_other_thetas_are_refused(theta, shape):
+def test_other_thetas_are_refused(theta, error, message):
     """Catches thetas that are broadcast or cut to fit, PyTorch's own words, an imaginary part that
     is dropped, and hooks that stay."""
     model = mlp([DIM, 4, 1], seed=0)
-    error, message = TypeError, "theta must be a tensor of real numbers, got"
-    if shape is not None:
-        error, message = (
-            ValueError,
-            (
-                "theta must have shape [n, P] = [8, 1], one row per sample of the last forward"
-                f" pass, got {shape}"
-            ),
-        )
     with pytest.raises(error, match=re.escape(message)):
-        live(model, iter([(noise(8), theta)]))
+        live(model, [(noise(8), theta)])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -368,7 +285,7 @@ def test_thetas_may_be_given_in_any_form():
     x = noise(BATCH) + theta[:, None]
     wanting = theta.float().requires_grad_()
     forms = theta.double(), theta.tolist(), wanting, theta, theta[:, None, None].float()
-    found = [live(linear_network(DIM, 1), iter([(x, form)] * 4))["input"].J for form in forms]
+    found = [live(linear_network(DIM, 1), [(x, form)] * 4)["input"].J for form in forms]
     assert all(torch.equal(J, found[0]) for J in found)
 
 

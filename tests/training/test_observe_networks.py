@@ -2,75 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from support.networks_zoo import InputOutput, Recurrent, Twice
+from support.theta_batches import BATCH, DIM, SIGMAS, generator, noise, shifted, uniform
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fisherfast as ff
 from fisherfast.problems import GaussianShift, mlp
 
-DIM = 6
-BATCH = 128
-SIGMAS = 4.0  # false alarm 6e-5 per comparison
-
-generator = torch.Generator()
+ONES = torch.ones(DIM)
+DATA = GaussianShift(torch.eye(DIM)[:, 0]).finite_difference(0.0, 0.2, 200, seed=1)
 
 
-def uniform(n: int) -> torch.Tensor:
-    """theta in [-1, 1], [n, 1]."""
-    return 2 * torch.rand(n, 1, generator=generator) - 1
+def monitored(model: nn.Module, every: int = 1) -> ff.FisherMonitor:
+    return ff.FisherMonitor(model, DATA, max_features=16, observe_every=every)
 
 
-def noise(n: int, dim: int = DIM) -> torch.Tensor:
-    return torch.randn(n, dim, generator=generator)
+def small(every: int = 1) -> tuple[nn.Module, ff.FisherMonitor]:
+    """The same network each time."""
+    model = mlp([DIM, 4, 1], seed=0)
+    return model, monitored(model, every)
 
 
-def shifted(direction: torch.Tensor, batches: int, n: int = BATCH) -> Iterator:
-    """x ~ N(a theta, 1), theta uniform."""
-    for _ in range(batches):
-        theta = uniform(n)
-        yield theta * direction + noise(n), theta
+def train(monitor: ff.FisherMonitor, model: nn.Module, batches: int) -> None:
+    for x, theta in shifted(ONES, batches):
+        model(x)
+        monitor.observe(theta)
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    generator.manual_seed(0)
+def sums(monitor: ff.FisherMonitor) -> dict[str, object]:
+    """Of its observer, to be compared bit for bit; it lets go."""
+    moments = monitor.state_dict()["observer"]["moments"]
+    monitor.close()
+    return tree_map(lambda it: it.tolist() if isinstance(it, torch.Tensor) else it, moments)
 
 
 # --- which pass is read ---------------------------------------------------------------------------
 
 
-def monitored(model: nn.Module, every: int = 1, parameters: int = 1) -> ff.FisherMonitor:
-    direction = torch.eye(DIM)[:, :parameters]
-    data = GaussianShift(direction).finite_difference([0.0] * parameters, 0.2, 200, seed=1)
-    return ff.FisherMonitor(model, data, max_features=16, observe_every=every)
-
-
-def train(monitor: ff.FisherMonitor, model: nn.Module, batches: int, n: int = BATCH) -> None:
-    for x, theta in shifted(torch.ones(DIM), batches, n):
-        model(x)
-        monitor.observe(theta)
-
-
-def read(monitor: ff.FisherMonitor) -> dict[str, object]:
-    """The sums of an observer, to be compared bit for bit."""
-    moments = monitor.state_dict()["observer"]["moments"]
-    return {
-        f"{name}/{key}": value.tolist() if isinstance(value, torch.Tensor) else value
-        for name, sums in moments.items()
-        for key, value in sums.items()
-    }
-
-
 def test_one_batch_in_three_is_read():
     """Catches a cadence that is off by one: the k-th read is of batch 3 k + 2. Hooks are there for
     that batch alone."""
-    model, reference = mlp([DIM, 4, 1], seed=0), mlp([DIM, 4, 1], seed=0)
-    monitor, other = monitored(model, every=3), monitored(reference)
+    (model, monitor), (reference, other) = small(every=3), small()
     other.observe(torch.zeros(1))
-    for call, (x, theta) in enumerate(shifted(torch.ones(DIM), 12)):
+    for call, (x, theta) in enumerate(shifted(ONES, 12)):
         due = call % 3 == 1
         assert bool(model._forward_hooks) is due
         model(x)
@@ -78,15 +55,14 @@ def test_one_batch_in_three_is_read():
         if due:
             reference(x)
             other.observe(theta)
-    monitor.close(), other.close()
-    assert read(monitor) == read(other)
+    assert sums(monitor) == sums(other) != {}
 
 
 def test_passes_that_are_not_of_the_training_are_not_read():
     """Validation with another batch size before, and after, the forward pass of the training; a
-    measurement by `fisher_flow` and by `step`. Catches samples of one under thetas of the other."""
-    plain, disturbed = mlp([DIM, 4, 1], seed=0), mlp([DIM, 4, 1], seed=0)
-    quiet, other = monitored(plain), monitored(disturbed)
+    measurement by `fisher_flow` and by `step`; of several passes in training all but the last.
+    Catches samples of one under thetas of the other."""
+    (plain, quiet), (disturbed, other) = small(), small()
     fresh = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(1))
 
     def validate(measured: bool) -> None:
@@ -95,42 +71,28 @@ def test_passes_that_are_not_of_the_training_are_not_read():
             disturbed(fresh[:10]), disturbed(fresh)
         disturbed.train()
         if measured:
-            ff.fisher_flow(disturbed, other.data, max_features=8)
+            ff.fisher_flow(disturbed, DATA, max_features=8)
             tangents = ff.Pathwise(fresh, torch.ones(BATCH, DIM))
             ff.fisher_flow(disturbed, tangents, max_features=8)
 
-    for number, (x, theta) in enumerate(shifted(torch.ones(DIM), 8)):
+    for number, (x, theta) in enumerate(shifted(ONES, 8)):
         plain(x)
         quiet.observe(theta)
         validate(number == 1)
-        disturbed(x)
+        disturbed(2 * x), disturbed(x)
         validate(number == 2)
         other.observe(theta)
         if number == 3:
             assert disturbed._forward_hooks
             other.step()
             assert disturbed._forward_hooks  # the next batch is still listened to
-    assert read(quiet) == read(other)
-    quiet.close(), other.close()
-
-
-def test_of_several_passes_in_training_the_last_is_read():
-    """Catches the first one, which may be of other samples."""
-    model, reference = mlp([DIM, 4, 1], seed=0), mlp([DIM, 4, 1], seed=0)
-    monitor, other = monitored(model), monitored(reference)
-    monitor.observe(torch.zeros(1)), other.observe(torch.zeros(1))
-    for x, theta in shifted(torch.ones(DIM), 4):
-        model(2 * x), model(x), reference(x)
-        monitor.observe(theta), other.observe(theta)
-    monitor.close(), other.close()
-    assert read(monitor) == read(other)
+    assert sums(quiet) == sums(other) != {}
 
 
 def test_a_call_without_a_pass_reads_nothing():
     """Catches an error, or a batch made of nothing, where the model did not run; then inference
     tensors, which count no changes and are read: a question for their version."""
-    model = mlp([DIM, 4, 1], seed=0)
-    monitor = monitored(model)
+    model, monitor = small()
     for _ in range(3):
         monitor.observe(torch.zeros(5))
     assert monitor.live() == {}
@@ -143,111 +105,71 @@ def test_a_call_without_a_pass_reads_nothing():
 def test_activations_that_are_overwritten_are_left_out():
     """ReLU in place: the layer before it holds what comes after. Catches its values taken for
     that layer's."""
-    model = nn.Sequential(nn.Linear(DIM, 4), nn.ReLU(inplace=True), nn.Linear(4, 1))
-    other = nn.Sequential(nn.Linear(DIM, 4), nn.ReLU(), nn.Linear(4, 1))
-    other.load_state_dict(model.state_dict())
-    monitor, reference = monitored(model), monitored(other)
-    train(monitor, model, 6)
-    generator.manual_seed(0)
-    train(reference, other, 6)
-    assert set(monitor.live()) == {"input", "1", "output"}
-    assert set(reference.live()) == {"input", "0", "1", "output"}
-    for name, estimate in monitor.live().items():
-        assert torch.equal(estimate.J, reference.live()[name].J)
-    monitor.close(), reference.close()
+    found = []
+    for inplace in (True, False):
+        model = nn.Sequential(nn.Linear(DIM, 4), nn.ReLU(inplace=inplace), nn.Linear(4, 1))
+        model.load_state_dict(dict(zip(model.state_dict(), small()[0].parameters(), strict=True)))
+        monitor = monitored(model)
+        generator.manual_seed(0)
+        train(monitor, model, 6)
+        monitor.close()
+        found.append(monitor.live())
+    assert set(found[0]) == {"input", "1", "output"}
+    assert set(found[1]) == {"input", "0", "1", "output"}
+    assert all(torch.equal(found[0][name].J, found[1][name].J) for name in found[0])
 
 
 # --- networks of every kind -----------------------------------------------------------------------
 
 
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.same, self.head = nn.Linear(DIM, DIM), nn.Linear(DIM, 1)
+class FeaturesFirst(nn.Linear):
+    """The batch is the last dimension of the input, as recurrent layers take it by default."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.same(torch.relu(self.same(x)))))
+        return super().forward(x.T)
 
 
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.split = nn.Linear(DIM, 4), nn.GRU(4, 3, batch_first=True)
+class Named(nn.Sequential):
+    """Returns a dict."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        body = self.body(x)
-        states, _ = self.split(body[:, None])
-        return body.sum(1), {"states": states}
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        return {"mean": super().forward(x), "rest": None}
 
 
-class Ends(nn.Module):
-    """Layers that are called like the ends of the network, which they are not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input, self.output = nn.Linear(DIM, 4), nn.Linear(4, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.output(self.input(x)))
-
-
-class TimeFirst(nn.Module):
-    """Sequences [T, n, 1], as recurrent layers take them by default."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recurrent, self.head = nn.GRU(1, 4), nn.Linear(4, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.recurrent(x)[0][-1])
-
-
-class Words(nn.Module):
+def words() -> nn.Module:
     """Whole numbers as input, folded into one long batch on the way."""
+    fold, unfold = nn.Flatten(0, 1), nn.Unflatten(0, (BATCH, DIM))
+    last = [nn.Flatten(), nn.Linear(2 * DIM, 1)]
+    return nn.Sequential(nn.Embedding(9, 4), fold, nn.Linear(4, 2), unfold, *last)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.word, self.head = nn.Embedding(9, 4), nn.Linear(4, 2), nn.Linear(6, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        words = self.word(self.table(x).flatten(0, 1))
-        return self.head(words.unflatten(0, (-1, 3)).flatten(1))
+def normed() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(DIM, 9)), nn.Linear(9, 1))
+
+
+def images() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 2, 2), nn.Flatten())
 
 
 KINDS = {
-    "twice": (Twice, lambda x: x, {"input", "same", "output"}),
-    "tuples": (Pair, lambda x: x, {"input", "body"}),
-    "time first": (TimeFirst, lambda x: x.T[:, :, None], {"output"}),
-    "words": (Words, lambda x: (x[:, :3] + 4).round().clamp(0, 8).long(), {"table", "output"}),
-    "half": (
-        lambda: mlp([DIM, 4, 1], seed=0).bfloat16(),
-        lambda x: x.bfloat16(),
-        {"input", "fc1", "relu1", "output"},
-    ),
-    "images": (
-        lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 2, 2), nn.Flatten()),
-        lambda x: x,
-        {"input", "1", "output"},
-    ),
-    "ends": (Ends, lambda x: x, {"input", "self.input", "self.output", "output"}),
-    "parametrized": (
-        lambda: nn.Sequential(
-            nn.utils.parametrizations.weight_norm(nn.Linear(DIM, BATCH)), nn.Linear(BATCH, 1)
-        ),
-        lambda x: x,
-        {"input", "0", "output"},
-    ),
-    "one module": (lambda: nn.Linear(DIM, 1), lambda x: x, {"input", "output"}),
+    "named": (lambda: Named(nn.Linear(DIM, 3), nn.Linear(3, 1)), {"input", "0", "1"}),
+    "tuples": (Recurrent, {"input", "output"}),
+    "batch last": (lambda: FeaturesFirst(DIM, 1), {"output"}),
+    "words": (words, {"0", "output"}),
+    "half": (lambda: small()[0].bfloat16(), {"input", "fc1", "relu1", "output"}),
+    "images": (images, {"input", "1", "output"}),
+    "ends": (InputOutput, {"input", "self.input", "self.output", "output"}),
+    "parametrized": (normed, {"input", "0", "output"}),
     "one number": (
         lambda: nn.Sequential(nn.Linear(DIM, 1), nn.Flatten(0)),
-        lambda x: x,
         {"input", "0", "output"},
     ),
-    "wide": (
-        lambda: mlp([DIM, 300, 2, 1], seed=0),
-        lambda x: x,
-        {"input", "fc2", "relu2", "output"},
-    ),
+    "wide": (lambda: mlp([DIM, 300, 2, 1], seed=0), {"input", "fc2", "relu2", "output"}),
+}
+FORMS = {
+    "batch last": lambda x: x.T,
+    "words": lambda x: (x + 4).round().clamp(0, 8).long(),
+    "half": lambda x: x.bfloat16(),
 }
 
 
@@ -255,15 +177,14 @@ KINDS = {
 def test_networks_of_every_kind(kind):
     """Catches a training that is stopped by its layers: tuples, a batch that does not come first or
     becomes longer, whole numbers, layers that are called twice or are too wide."""
-    make, form, names = KINDS[kind]
+    make, names = KINDS[kind]
     torch.manual_seed(0)
     model = make()
     monitor = monitored(model)
-    for x, theta in shifted(torch.ones(DIM), 12):
-        output = model(form(x))
-        first = output[0] if isinstance(output, tuple) else output
+    for x, theta in shifted(ONES, 12):
+        output = model(FORMS.get(kind, lambda x: x)(x))
         monitor.observe(theta)
-        first.float().mean().backward()
+        tree_leaves(output)[0].float().mean().backward()
     monitor.close()
     assert set(monitor.live()) == names
     assert all(bool(estimate.J.isfinite().all()) for estimate in monitor.live().values())
@@ -275,8 +196,8 @@ def test_a_module_that_is_called_twice_is_read_at_its_first_call():
     monitor = monitored(model)
     train(monitor, model, 40)
     monitor.close()
-    truth = GaussianShift(torch.ones(DIM)).fisher_after(model.same.weight.detach()).item()
-    found = monitor.live()["same"]
+    truth = GaussianShift(ONES).fisher_after(model.fc.weight.detach()).item()
+    found = monitor.live()["fc"]
     assert abs(found.J.item() - truth) < SIGMAS * found.stderr.item()
 
 
@@ -309,21 +230,21 @@ def test_a_state_that_comes_back_on_another_device(place, tmp_path):
     """Catches sums that stay where a state was loaded to, away from the activations."""
     model = mlp([DIM, 4, 1], seed=0).cuda()
     monitor = monitored(model)
-    for x, theta in shifted(torch.ones(DIM), 4):
-        model(x.cuda())
-        monitor.observe(theta.cuda())
-    monitor.step(train_mse=0.5)
-    monitor.close()
+
+    def go_on(each: ff.FisherMonitor) -> None:
+        for x, theta in shifted(ONES, 4):
+            model(x.cuda())
+            each.observe(theta.cuda())
+        each.step(train_mse=torch.tensor(0.5, device="cuda"))
+        each.close()
+
+    go_on(monitor)
     torch.save(monitor.state_dict(), tmp_path / "state.pt")
     again = monitored(model)
     again.load_state_dict(torch.load(tmp_path / "state.pt", map_location=place, weights_only=True))
     for each in (monitor, again):
         generator.manual_seed(1)
-        for x, theta in shifted(torch.ones(DIM), 4):
-            model(x.cuda())
-            each.observe(theta)
-        each.step(train_mse=torch.tensor(0.5, device="cuda"))
-        each.close()
+        go_on(each)
     assert again.history[0].train_level == monitor.history[0].train_level
     for name, estimate in monitor.live().items():
         assert torch.allclose(again.live()[name].J, estimate.J, rtol=1e-4)
@@ -331,15 +252,14 @@ def test_a_state_that_comes_back_on_another_device(place, tmp_path):
 
 def test_live_values_are_shares_of_the_input_that_was_observed():
     """Catches J at one theta under a mean over all, and the layers' unit."""
-    model = mlp([DIM, 3, 1], nn.Identity, seed=0)
-    monitor = monitored(model)
-    train(monitor, model, 60)
+    model, monitor = small()
+    train(monitor, model, 20)
     record = monitor.step(train_mse=1.0)
     monitor.close()
-    live_ = monitor.live()
-    assert set(record.live) == set(live_) - {"input"}
+    live = monitor.live()
+    assert set(record.live) == set(live) - {"input"}
     for name, share in record.live.items():
-        assert share == pytest.approx(live_[name].J.item() / live_["input"].J.item())
+        assert share == pytest.approx(live[name].J.item() / live["input"].J.item())
     assert record.row()["live/output"] == record.live["output"]
 
 
@@ -347,17 +267,15 @@ def test_live_values_are_shares_of_the_input_that_was_observed():
 def test_two_monitors_of_a_network_that_is_compiled_in_place(first):
     """They let go in either order. Catches the hooks of one that stay for ever because the other
     has put back the call that it found, and one that loses its own."""
-    model = torch.nn.Sequential(torch.nn.Linear(4, 1))
+    model = nn.Sequential(nn.Linear(DIM, 1))
     model.compile(backend="eager")
     call = model._compiled_call_impl
-    x = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
-    data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
-    monitors = [ff.FisherMonitor(model, data, observe_every=1) for _ in range(2)]
-    theta = torch.linspace(-1, 1, 32)
+    monitors = [monitored(model) for _ in range(2)]
+    theta = uniform(BATCH)
     for monitor in monitors:
         monitor.observe(theta)
     monitors[first].close()
-    model(theta[:, None] + x[0, :32])
+    model(theta + noise(BATCH))
     monitors[1 - first].observe(theta)
     assert set(monitors[1 - first]._observer.moments) == {"input", "output"}
     assert not monitors[first]._observer.moments

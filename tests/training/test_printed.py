@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import pytest
 import torch
 from support.training_histories import by_errors, layer, number
 
@@ -57,17 +56,12 @@ def test_a_record():
     assert "<td>fc (0.250)</td>" in record(3, output=2.8)._repr_html_()
 
 
-def test_a_record_without_a_measurement():
-    """Catches NaN in the table."""
+def test_what_is_not_known_is_a_dash():
+    """Catches NaN in the table, and noise that is called a loss: 0.002 +- 0.014."""
     (unmeasured,) = by_errors([0.25], J=math.nan)
     assert str(unmeasured).splitlines()[2].split() == ["0", *"----"]
     assert repr(unmeasured) == "EpochRecord(epoch=0, transmission=-)"
-
-
-def test_a_loss_within_its_error_is_none():
-    """Catches noise that is called a loss: 0.002 +- 0.014."""
-    (row,) = str(record(0, hidden=3.99, output=3.98)).splitlines()[2:3]
-    assert row.split()[4] == "-"
+    assert str(record(0, hidden=3.99, output=3.98)).splitlines()[2].split()[4] == "-"
 
 
 def test_a_monitor():
@@ -101,12 +95,11 @@ def test_a_map():
     assert "<td>[1, 1]</td>" in printed._repr_html_()
 
 
-@pytest.mark.parametrize("name", ["input", "0"])
-def test_a_measured_map_is_named(name):
+def test_measured_maps_are_named():
     """Catches the name of another layer, also from a file."""
     x = torch.randn(200, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    data = ff.Pathwise(x, torch.ones_like(x))
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.ReLU(), torch.nn.Flatten())
-    flow = ff.fisher_flow(model, data, max_features=4, settings=ff.Settings(maps=True))
+    options = {"max_features": 4, "settings": ff.Settings(maps=True)}
+    flow = ff.fisher_flow(model, ff.Pathwise(x, torch.ones_like(x)), **options)
     for found in (flow, ff.FisherFlow.from_dict(flow.to_dict())):
-        assert found.map(name).name == name
+        assert [found.map(name).name for name in ("input", "0")] == ["input", "0"]

@@ -28,16 +28,8 @@ def draw(theta, n, generator):
 def regular() -> nn.Module:
     """A network with everything that has a state, partly in eval mode."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(DIM, 8),
-        nn.BatchNorm1d(8),
-        nn.ReLU(inplace=True),
-        nn.Dropout(0.5),
-        nn.Linear(8, 8),
-        nn.BatchNorm1d(8),
-        nn.Linear(8, 1),
-    )
-    model.train()
+    first = [nn.Linear(DIM, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.5)]
+    model = nn.Sequential(*first, nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
     model[5].eval()
     return model
 
@@ -93,15 +85,30 @@ def test_gradients_are_the_same_bits_with_a_monitor():
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
 
 
+THETA = torch.linspace(-1, 1, 64)
+X = THETA[:, None] + torch.randn(64, DIM, generator=torch.Generator().manual_seed(0))
+
+
+def listening() -> ff.FisherMonitor:
+    """It holds activations of a graph."""
+    monitor = ff.FisherMonitor(mlp([DIM, 8, 1], seed=0), DATA, observe_every=1)
+    monitor.observe(THETA)
+    monitor.model(X)
+    return monitor
+
+
+def square(monitor: ff.FisherMonitor) -> torch.Tensor:
+    """A sum of all layers that were read."""
+    moments = monitor.state_dict()["observer"]["moments"]
+    assert list(moments) == ["input", "fc1", "relu1", "output"]
+    return moments["fc1"]["square"]
+
+
 def test_a_network_that_is_listened_to_can_be_copied_and_saved():
     """Catches hooks that cannot be pickled, copies of the monitor inside of copies of the network,
     and copies that are still listened to."""
-    model = mlp([DIM, 8, 1], seed=0)
-    monitor = ff.FisherMonitor(model, DATA, observe_every=1)
-    theta = torch.linspace(-1, 1, 64)
-    x = theta[:, None] + torch.randn(64, DIM)
-    monitor.observe(theta)
-    model(x)  # activations of a graph are held now
+    monitor = listening()
+    model = monitor.model
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -111,17 +118,15 @@ def test_a_network_that_is_listened_to_can_be_copied_and_saved():
         torch.load(file, weights_only=False),
         torch.optim.swa_utils.AveragedModel(model).module,
     ]
-    monitor.observe(theta)
-    assert list(monitor._observer.moments) == ["input", "fc1", "relu1", "output"]
-    before = monitor.state_dict()["observer"]["moments"]["fc1"]["square"]
+    monitor.observe(THETA)
+    before = square(monitor)
     for other in copies:
-        assert torch.equal(other(-x), model(-x))
-    model(x)
-    monitor.observe(theta)
+        assert torch.equal(other(-X), model(-X))
+    model(X)
+    monitor.observe(THETA)
     monitor.close()
-    after = monitor.state_dict()["observer"]["moments"]["fc1"]["square"]
     keep = math.exp(-64 / 512)
-    assert torch.allclose(after, before * (1 + keep), rtol=1e-6)  # x twice, and no -x
+    assert torch.allclose(square(monitor), before * (1 + keep), rtol=1e-6)  # X twice, and no -X
     assert b"fisherfast" not in pickle.dumps(copies[0].fc1._forward_hooks)
 
 
@@ -129,22 +134,14 @@ def test_a_network_that_is_listened_to_can_be_copied_and_saved():
 def test_a_monitor_that_listens_can_be_copied(copied):
     """Catches copies of activations of a graph, a copy that reads nothing any more because its
     hooks do nothing, and one that listens to the network of the original."""
-    model = mlp([DIM, 8, 1], seed=0)
-    monitor = ff.FisherMonitor(model, DATA, observe_every=1)
-    theta = torch.linspace(-1, 1, 64)
-    x = theta[:, None] + torch.randn(64, DIM)
-    monitor.observe(theta)
-    model(x)
+    monitor = listening()
     other = copied(monitor)
-    assert other.model is not model
-    other.model(x)
-    other.observe(theta)
-    assert list(other._observer.moments) == ["input", "fc1", "relu1", "output"]
-    monitor.observe(theta)
-    both = [m._observer.moments["fc1"].state_dict()["square"] for m in (monitor, other)]
-    assert torch.equal(*both)
-    for each in (monitor, other):
+    assert other.model is not monitor.model
+    other.model(X)
+    for each in (other, monitor):
+        each.observe(THETA)
         each.close()
+    assert torch.equal(square(monitor), square(other))
     other.step()
     assert (len(monitor.history), len(other.history)) == (0, 1)
-    assert not model.fc1._forward_hooks
+    assert not monitor.model.fc1._forward_hooks

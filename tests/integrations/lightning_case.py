@@ -1,11 +1,7 @@
-"""A small training under Lightning, of either name; also run by two processes at once."""
+"""A small training under Lightning, of either name."""
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +20,7 @@ def held_out(samples: int = 2000) -> ff.FiniteDifference:
     return ff.FiniteDifference(x[0] - DTHETA / 2, x[1] + DTHETA / 2, DTHETA)
 
 
-def loader(samples: int = 640, batch: int = 64) -> Any:
+def loader(samples: int = 320, batch: int = 64) -> Any:
     """Training samples, thetas from -1 to 1."""
     generator = torch.Generator().manual_seed(2)
     theta = torch.rand(samples, generator=generator) * 2 - 1
@@ -32,7 +28,7 @@ def loader(samples: int = 640, batch: int = 64) -> Any:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, theta), batch)
 
 
-def module_of(package: Any, sync_dist: bool = False) -> Any:
+def module_of(package: Any) -> Any:
     """A LightningModule of one of the two packages."""
 
     class Estimator(package.LightningModule):  # type: ignore[misc, name-defined]
@@ -46,11 +42,11 @@ def module_of(package: Any, sync_dist: bool = False) -> Any:
 
         def training_step(self, batch: Any, index: int) -> torch.Tensor:
             loss = self.error(batch)
-            self.log("train_mse", loss, on_step=False, on_epoch=True, sync_dist=sync_dist)
+            self.log("train_mse", loss, on_step=False, on_epoch=True)
             return loss
 
         def validation_step(self, batch: Any, index: int) -> None:
-            self.log("val_mse", self.error(batch), sync_dist=sync_dist)
+            self.log("val_mse", self.error(batch))
 
         def error(self, batch: Any) -> torch.Tensor:
             x, theta = batch
@@ -100,51 +96,3 @@ class StopAt:
 def rows(monitor: ff.FisherMonitor) -> list[dict[str, Any]]:
     """The history without wall time."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in monitor.rows()]
-
-
-def run_distributed(folder: Path) -> None:
-    """One rank of two: the environment says which. Each has other data and logs its own errors."""
-    import lightning.pytorch as package
-
-    from fisherfast.integrations.lightning import FisherCallback
-
-    warnings.simplefilter("ignore")
-    stopping = StopAt(2)
-    callback = FisherCallback(
-        held_out(), train_metric="train_mse", max_features=16, stopping=stopping
-    )
-    trainer = trainer_of(
-        package, [callback], max_epochs=9, strategy="ddp", devices=2, num_sanity_val_steps=0
-    )
-    module = module_of(package)
-    own = []
-    module.on_train_epoch_end = lambda: own.append(float(trainer.callback_metrics["train_mse"]))
-    trainer.fit(module, loader())
-    result = {
-        "rows": rows(callback.monitor),
-        "own": own,
-        "epochs": trainer.current_epoch,
-        "weights": torch.cat([p.detach().flatten() for p in module.parameters()]).tolist(),
-        "best": torch.cat([w.flatten() for w in stopping.weights.values()]).tolist(),
-    }
-    together = FisherCallback(
-        held_out(),
-        train_metric="train_mse",
-        max_features=16,
-        settings=ff.Settings(batch_size=500),
-        process_group="world",
-    )
-    module = module_of(package)
-    options = {"strategy": "ddp", "devices": 2, "num_sanity_val_steps": 0}
-    trainer_of(package, [together], max_epochs=2, **options).fit(module, loader())
-    result["together"] = rows(together.monitor)
-    alone = ff.fisher_flow(
-        module, held_out(), max_features=16, settings=ff.Settings(batch_size=500)
-    )
-    result["alone"] = alone["output"].value
-    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_distributed(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ Each returns the value as a plain Python number, or raises an error that names t
 
 import math
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SEEDS = 2**63
@@ -38,6 +39,18 @@ def check_seed(seed: Any) -> int:
     if not -SEEDS <= seed < SEEDS:
         raise ValueError(f"seed must be at least -2**63 and below 2**63, got {seed}")
     return seed
+
+
+def check_same_network(
+    what: str, here: Mapping[str, Sequence[int]], there: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise ValueError, naming the first difference, unless both hold the same shapes by name."""
+    for name in {**here, **there}:
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"{what} must be of the same network, got {name!r}"
+                f" {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            )
 
 
 def check_positive(name: str, value: Any) -> float:

@@ -13,7 +13,7 @@ from fisherfast.estimation.ridge import AUTO, RidgeSetting
 from fisherfast.measurement.run import Measurement
 from fisherfast.measurement.settings import MAX_FEATURES, MeasurementSettings, Settings
 from fisherfast.model.sites import Layers
-from fisherfast.model.unwrap import unwrapped
+from fisherfast.model.unwrap import check_model, unwrapped
 from fisherfast.parallel.ranks import ranks_of
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import LayerFisher
@@ -116,8 +116,7 @@ def fisher_flow(
         ['input', '0', '1', 'output']
     """
     with ranks_of(process_group) as ranks:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         asked = MeasurementSettings.of(
             data,
             settings,

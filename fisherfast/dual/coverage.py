@@ -26,16 +26,19 @@ class Coverage:
 
     def add(self, operation: str, how: str, layer: str) -> None:
         """Count one execution: how is "rule", "fallback" or "failed"."""
-        table = {"rule": self.rules, "fallback": self.fallbacks, "failed": self.failures}[how]
-        table[operation] += 1
+        self._tables[how][operation] += 1
         seen = self.layers.setdefault(operation, [])
         if layer not in seen:
             seen.append(layer)
 
     @property
+    def _tables(self) -> dict[str, Counter[str]]:
+        return {"failed": self.failures, "fallback": self.fallbacks, "rule": self.rules}
+
+    @property
     def executed(self) -> int:
         """Number of operations executed."""
-        return sum(sum(table.values()) for table in (self.rules, self.fallbacks, self.failures))
+        return sum(sum(table.values()) for table in self._tables.values())
 
     @property
     def share(self) -> float:
@@ -45,11 +48,7 @@ class Coverage:
     def __str__(self) -> str:
         rows = [
             (operation, how, str(count), self._layers_of(operation))
-            for how, table in (
-                ("failed", self.failures),
-                ("fallback", self.fallbacks),
-                ("rule", self.rules),
-            )
+            for how, table in self._tables.items()
             for operation, count in sorted(table.items())
         ]
         header = ("operation", "served by", "times", "layers")

@@ -7,7 +7,6 @@ it with `rule`. Operations without a rule go to `fallback.forward_mode`, one at 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
@@ -19,12 +18,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.errors import (
-    DerivativeError,
-    current_layer,
-    no_derivative,
-    warn_of_randomness,
-)
+from fisherfast.dual.errors import DerivativeError, current_layer, no_derivative, warn_of_randomness
 from fisherfast.dual.fallback import forward_mode, replaced
 from fisherfast.dual.stacks import aligned
 from fisherfast.dual.tensor import DualTensor
@@ -39,7 +33,8 @@ RULES: dict[Operator, Rule] = {}
 MISSING: set[str] = set()
 """Names of operators that rules exist for but this version of PyTorch does not have."""
 
-_record: ContextVar[Coverage | None] = ContextVar("fisherfast_dual_record", default=None)
+RECORD: ContextVar[Coverage | None] = ContextVar("fisherfast_dual_record", default=None)
+"""Counts every operation; with one, an operation that fails has zero tangents."""
 
 
 def overload(name: str, variant: str = "default") -> Operator | None:
@@ -62,16 +57,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-@contextmanager
-def recording(record: Coverage | None) -> Iterator[None]:
-    """Count every operation in a record; with one, an operation that fails has zero tangents."""
-    token = _record.set(record)
-    try:
-        yield
-    finally:
-        _record.reset(token)
 
 
 def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,7 +86,7 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     try:
         result = forward_mode(func, args, kwargs)
     except DerivativeError:
-        if _record.get() is None:
+        if RECORD.get() is None:
             raise
         _count(func, "failed")
         return with_zero_tangents(func(*primals(args), **primals(kwargs)), args, kwargs)
@@ -110,7 +95,7 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def _count(func: Operator, how: str) -> None:
-    record = _record.get()
+    record = RECORD.get()
     if record is not None and func not in BOOKKEEPING:
         record.add(str(func).removeprefix("aten."), how, current_layer())
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from fisherfast._errors import FisherWarning
 
-_running: ContextVar[nn.Module | None] = ContextVar("fisherfast_dual_model", default=None)
+RUNNING: ContextVar[nn.Module | None] = ContextVar("fisherfast_dual_model", default=None)
+"""The model that names the layers."""
 
 REMEDY = "use FiniteDifference(..., paired=True), which needs no derivative"
 
@@ -24,19 +25,19 @@ class DerivativeError(RuntimeError):
 
 
 @contextmanager
-def running(model: nn.Module | None) -> Iterator[None]:
-    """Take the names of layers from this model inside the block."""
-    token = _running.set(model)
+def setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Give a context variable a value inside the block."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _running.reset(token)
+        variable.reset(token)
 
 
 def current_layer() -> str:
     """Find the name of the innermost module whose forward runs, on the call stack: modules need no
     hooks for it."""
-    model = _running.get()
+    model = RUNNING.get()
     names = {} if model is None else {id(m): name for name, m in model.named_modules()}
     frame = sys._getframe(1)
     while frame is not None:

@@ -86,10 +86,7 @@ def _along(
 @contextmanager
 def _autograd_alive() -> Iterator[None]:
     """Enable derivatives inside a dispatched operation, where PyTorch disables them."""
-    with (
-        warnings.catch_warnings(),
-        torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED),
-    ):
+    with warnings.catch_warnings(), torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED):
         # PyTorch compiles some derivatives with its old TorchScript at first use, with a warning.
         warnings.simplefilter("ignore", DeprecationWarning)
         yield

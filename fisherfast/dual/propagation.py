@@ -17,14 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fisherfast._errors import FisherWarning
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.dispatch import overloads, recording
-from fisherfast.dual.errors import running, warn_of_randomness
+from fisherfast.dual.dispatch import RECORD, overloads
+from fisherfast.dual.errors import RUNNING, setting, warn_of_randomness
 from fisherfast.dual.rules.writing import LIKE_FACTORIES
 from fisherfast.dual.tensor import DualTensor, check_tangents
 from fisherfast.model.graph import survey
 from fisherfast.model.hooks import Forward, map_tensors
 from fisherfast.model.isolation import evaluation, forgetting, holds
 from fisherfast.model.sites import Layers, select
+from fisherfast.model.unwrap import check_model
 
 SEED = 0
 """Seed of the random numbers that a model may draw in eval mode."""
@@ -91,8 +92,8 @@ def propagation(
     with (
         torch.no_grad(),
         torch._C._AutoDispatchBelowAutograd(),
-        running(model),
-        recording(record),
+        setting(RUNNING, model),
+        setting(RECORD, record),
         memory.reusing(),
         _Factories(directions),
         contextlib.nullcontext() if model is None else forgetting(model, DualTensor),
@@ -258,8 +259,7 @@ def _packed(x: Tensor, dx: Tensor) -> tuple[Tensor, int]:
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(

@@ -41,6 +41,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inside
 
 
+def check_model(model: Any) -> None:
+    """Raise TypeError unless a model is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def is_shell(module: nn.Module) -> bool:
     """Return whether a module, anywhere in a model, only wraps another one."""
     return any(name in module._modules for name in SHELLS)

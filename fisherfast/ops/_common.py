@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,15 +114,17 @@ def check_groups(groups: int, **channels: int) -> None:
             )
 
 
-def check_window(
-    dims: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> None:
-    named = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    for name, numbers in named.items():
+class Window(NamedTuple):
+    """Windows over an input, with one number for each dimension."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+
+def check_window(dims: int, window: Window) -> None:
+    for name, numbers in window._asdict().items():
         least = 0 if name == "padding" else 1
         if len(numbers) != dims or min(numbers) < least:
             raise ValueError(
@@ -130,14 +132,12 @@ def check_window(
             )
 
 
-def window_counts(
-    sizes: Sequence[int], *window: Sequence[int], ceil_mode: bool = False
-) -> list[int]:
+def window_counts(sizes: Sequence[int], window: Window, *, ceil_mode: bool = False) -> list[int]:
     """Numbers of windows along each dimension of x, at least one.
 
     Args:
         sizes: of x.
-        window: kernel, stride, padding and dilation.
+        window: as many dimensions.
         ceil_mode: PyTorch's rule: the last window begins inside the input or its left padding.
     """
     counts = []

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisherfast import _native
 from fisherfast.ops import reference_dual
-from fisherfast.ops._common import Op, check_no_grad, check_window, register, window_counts
+from fisherfast.ops._common import (
+    Op,
+    Window,
+    check_no_grad,
+    check_window,
+    register,
+    window_counts,
+)
 from fisherfast.ops._dual_common import check_buffer, with_contiguous_slices
 
 MAX_SPATIAL = 3
@@ -72,26 +80,19 @@ def dual_pool(
     "dual_pool(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
     " bool ceil_mode) -> Tensor"
 )
-def _dual_pool(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> Op:
+def _dual_pool(x: Tensor, *settings: Any) -> Op:
+    *window_settings, ceil_mode = settings
+    window = Window(*window_settings)
     check_buffer(x, 4, "[1 + P, n, C, *spatial]")
     slices, n, channels, *size = x.shape
     if len(size) > MAX_SPATIAL:
         raise ValueError(f"x must have one to three spatial dimensions, got {list(x.shape)}")
-    window = (kernel, stride, padding, dilation)
-    check_window(len(size), *window)
+    check_window(len(size), window)
+    kernel, padding = list(window.kernel), list(window.padding)
     if any(2 * pad > length for pad, length in zip(padding, kernel, strict=True)):
-        raise ValueError(
-            f"padding must be at most half the kernel {list(kernel)}, got {list(padding)}"
-        )
-    pooled = window_counts(size, *window, ceil_mode=ceil_mode)
-    for numbers in zip(size, pooled, stride, padding, dilation, strict=True):
+        raise ValueError(f"padding must be at most half the kernel {kernel}, got {padding}")
+    pooled = window_counts(size, window, ceil_mode=ceil_mode)
+    for numbers in zip(size, pooled, *window[1:], strict=True):
         _check_no_empty_window(*numbers)
     last = _is_channels_last(x)
     y = x.new_empty([slices, n, *pooled, channels] if last else [slices, n, channels, *pooled])
@@ -115,10 +116,10 @@ def _dual_pool(
             inner=channels if last else 1,
             **{"in": [*ones, *size]},
             out=[*ones, *pooled],
-            kernel=[*ones, *kernel],
-            stride=[*ones, *stride],
-            padding=[*zeros, *padding],
-            dilation=[*ones, *dilation],
+            kernel=[*ones, *window.kernel],
+            stride=[*ones, *window.stride],
+            padding=[*zeros, *window.padding],
+            dilation=[*ones, *window.dilation],
         )
         return y
 

@@ -12,6 +12,7 @@ from fisherfast import _native
 from fisherfast.ops import reference
 from fisherfast.ops._common import (
     Op,
+    Window,
     check_groups,
     check_input,
     check_like,
@@ -182,26 +183,19 @@ def gradient_squares(
     "gradient_squares(Tensor x, Tensor g, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
     " SymInt[] dilation, SymInt groups) -> Tensor"
 )
-def _gradient_squares(
-    x: Tensor,
-    g: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Op:
+def _gradient_squares(x: Tensor, g: Tensor, *settings: Any) -> Op:
+    *window_settings, groups = settings
+    window = Window(*window_settings)
     check_input("x", x, "[n, C, H, W]")
     check_like("g", g, "x", x)
-    window = (kernel, stride, padding, dilation)
-    check_window(2, *window)
+    check_window(2, window)
     check_input("g", g, "[n, M, Ho, Wo]")
     samples, channels, *size = x.shape
     check_groups(groups, x=channels, g=g.shape[1])
-    out = window_counts(size, *window)
+    out = window_counts(size, window)
     check_like("g", g, "x", x, "[n, M, Ho, Wo]", [samples, g.shape[1], *out])
     inputs, outputs = channels // groups, g.shape[1] // groups
-    squares = x.new_empty((g.shape[1], inputs, *kernel), dtype=torch.float64)
+    squares = x.new_empty((g.shape[1], inputs, *window.kernel), dtype=torch.float64)
 
     def run() -> Tensor:
         if not _native.serves(x):
@@ -221,10 +215,7 @@ def _gradient_squares(
             outputs=outputs,
             **{"in": size},
             out=out,
-            kernel=kernel,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
+            **window._asdict(),
         )
         return squares
 

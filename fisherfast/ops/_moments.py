@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from fisherfast import _native
 from fisherfast.ops import reference
 from fisherfast.ops._common import (
     Op,
+    Window,
     check_at_least,
     check_groups,
     check_index,
@@ -232,21 +234,15 @@ def patch_moments(
     "patch_moments(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
     " SymInt[] dilation, SymInt groups) -> (Tensor sums, Tensor cross)"
 )
-def _patch_moments(
-    x: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Op:
+def _patch_moments(x: Tensor, *settings: Any) -> Op:
+    *window_settings, groups = settings
+    window = Window(*window_settings)
     check_input("x", x, "[n, C, H, W]")
-    window = (kernel, stride, padding, dilation)
-    check_window(2, *window)
+    check_window(2, window)
     check_groups(groups, x=x.shape[1])
-    out = window_counts(x.shape[2:], *window)
+    out = window_counts(x.shape[2:], window)
     channels = x.shape[1] // groups
-    width = channels * kernel[0] * kernel[1]
+    width = channels * window.kernel[0] * window.kernel[1]
     sums = x.new_empty((groups, width), dtype=torch.float64)
     cross = x.new_empty((groups, width, width), dtype=torch.float64)
 
@@ -261,10 +257,7 @@ def _patch_moments(
             x=x,
             strides=x.stride(),
             size=x.shape[2:],
-            kernel=kernel,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
+            **window._asdict(),
             out=out,
             sums=sums,
             cross=cross,

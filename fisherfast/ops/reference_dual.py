@@ -62,22 +62,6 @@ def _along(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return vector.reshape([-1 if dim == channel_dim else 1 for dim in range(x.dim())])
 
 
-def _identity(z: Tensor) -> ValueAndSlope:
-    return z, torch.ones_like(z)
-
-
-def _relu(z: Tensor) -> ValueAndSlope:
-    return F.relu(z), (~(z <= 0)).to(z.dtype)  # 1 at NaN
-
-
-def _leaky_relu(z: Tensor, slope: float) -> ValueAndSlope:
-    return F.leaky_relu(z, slope), torch.where(z > 0, 1.0, slope).to(z.dtype)
-
-
-def _hardtanh(z: Tensor, low: float, high: float) -> ValueAndSlope:
-    return F.hardtanh(z, low, high), ((z > low) & (z < high)).to(z.dtype)
-
-
 def _elu(z: Tensor, alpha: float, scale: float, input_scale: float) -> ValueAndSlope:
     """scale * (z if z > 0 else alpha (exp(input_scale z) - 1)): ELU, SELU and CELU."""
     negative = alpha * torch.expm1(input_scale * z)
@@ -122,10 +106,6 @@ def _sigmoid(z: Tensor) -> ValueAndSlope:
     return s, s * torch.sigmoid(-z)
 
 
-def _tanh(z: Tensor) -> ValueAndSlope:
-    return torch.tanh(z), z.cosh().square().reciprocal()
-
-
 def _hardswish(z: Tensor) -> ValueAndSlope:
     middle = z / HARD_THREE + 0.5
     slope = torch.where(z <= -HARD_THREE, 0.0, torch.where(z >= HARD_THREE, 1.0, middle))
@@ -138,10 +118,10 @@ def _hardsigmoid(z: Tensor) -> ValueAndSlope:
 
 
 ACTIVATIONS: dict[str, Callable[..., ValueAndSlope]] = {
-    "identity": _identity,
-    "relu": _relu,
-    "leaky_relu": _leaky_relu,
-    "hardtanh": _hardtanh,
+    "identity": lambda z: (z, torch.ones_like(z)),
+    "relu": lambda z: (F.relu(z), (~(z <= 0)).to(z.dtype)),  # 1 at NaN
+    "leaky_relu": lambda z, a: (F.leaky_relu(z, a), torch.where(z > 0, 1.0, a).to(z.dtype)),
+    "hardtanh": lambda z, a, b: (F.hardtanh(z, a, b), ((z > a) & (z < b)).to(z.dtype)),
     "elu": _elu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
@@ -149,7 +129,7 @@ ACTIVATIONS: dict[str, Callable[..., ValueAndSlope]] = {
     "mish": _mish,
     "softplus": _softplus,
     "sigmoid": _sigmoid,
-    "tanh": _tanh,
+    "tanh": lambda z: (torch.tanh(z), z.cosh().square().reciprocal()),
     "hardswish": _hardswish,
     "hardsigmoid": _hardsigmoid,
 }

@@ -23,12 +23,6 @@ def check_choice(name: str, value: Any, choices: Mapping[str, Any] | tuple[str, 
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_model(model: Any) -> None:
-    """Raise TypeError unless it is a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
 def check_number(name: str, value: Any) -> None:
     """Raise TypeError unless the value is a real number, or a tensor of one."""
     if isinstance(value, Tensor):

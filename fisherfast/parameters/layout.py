@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.parameters.checks import check_model
+from fisherfast._validation import check_same_network
+from fisherfast.model.unwrap import check_model
+
+SHOWN = 8
+"""Most names in an error message."""
 
 Selection = None | str | Sequence[str] | Callable[[str], bool]
 """Parameters by name: None for all that require grad, a regular expression, names, a function."""
@@ -112,13 +116,7 @@ class ParameterLayout:
 
     def check_same(self, other: ParameterLayout, what: str) -> None:
         """Raise ValueError, naming the first difference, unless the other layout is this one."""
-        here, there = self.state_dict(), other.state_dict()
-        for name in [*here, *(name for name in there if name not in here)]:
-            if here.get(name) != there.get(name):
-                raise ValueError(
-                    f"{what} must be of the same network, got {name!r}"
-                    f" {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-                )
+        check_same_network(what, self.state_dict(), other.state_dict())
         if self.names != other.names:
             raise ValueError(f"{what} must have its parameters in the same order")
 
@@ -167,7 +165,7 @@ def _chosen(every: Mapping[str, nn.Parameter], selection: Selection) -> list[str
     return [name for name in every if name in wanted]
 
 
-def some_of(every: Iterable[str], most: int = 8) -> str:
+def some_of(every: Iterable[str]) -> str:
     """The first few of some names, for an error message."""
     names = list(every)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -80,11 +80,8 @@ class Likelihood:
         """Check the shape of the outputs, not their values.
 
         Raises:
-            TypeError: outputs that are no real floating-point numbers.
             ValueError: outputs of a shape that the likelihood cannot read.
         """
-        if not f.is_floating_point():
-            raise TypeError(f"outputs of the model must be real and floating, got {f.dtype}")
 
     def valid(self, f: Tensor) -> Tensor:
         """True where all outputs are `allowed`: one bool on their device."""

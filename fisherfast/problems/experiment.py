@@ -8,17 +8,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fisherfast._validation import check_seed, check_whole
+from fisherfast.data import FiniteDifference
 from fisherfast.problems.camera import published_positions
-
-if TYPE_CHECKING:
-    from fisherfast.data import FiniteDifference
 
 Crop = tuple[tuple[int, int], tuple[int, int]]
 Frames = dict[int, np.ndarray]  # by index of the published position
@@ -49,8 +47,6 @@ class CameraRecording:
     def finite_difference(self) -> FiniteDifference:
         """Return the held-out pair, dtheta = 0.6 um, independent noise, as data for
         `fisher_flow`."""
-        from fisherfast.data import FiniteDifference
-
         return FiniteDifference(self.minus, self.plus, STEP, paired=False)
 
 

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherfast._validation import check_positive, check_whole
-from fisherfast.problems.problem import (
-    Problem,
-    Theta,
-    as_matrix,
-    cholesky_factor,
-    whitened_norm,
-)
+from fisherfast.problems.problem import Problem, Theta, as_matrix, cholesky_factor, whitened_norm
 
 
 def standard_normal(n: int, dim: int, generator: torch.Generator) -> Tensor:

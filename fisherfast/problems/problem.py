@@ -14,16 +14,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fisherfast._validation import check_positive, check_seed
-
-if TYPE_CHECKING:
-    from fisherfast.data import FiniteDifference, Pathwise, Score
+from fisherfast.data import FiniteDifference, Pathwise, Score
 
 Theta = float | Sequence[float] | np.ndarray | Tensor
 
@@ -49,14 +46,16 @@ def as_matrix(name: str, value: np.ndarray | Tensor, shape: tuple[int, int]) -> 
     return matrix
 
 
-def cholesky_factor(covariance: Tensor, name: str = "covariance") -> Tensor:
+def cholesky_factor(covariance: Tensor) -> Tensor:
     """Compute the lower L with L L^T = covariance [d, d]; ValueError unless positive definite."""
     if not torch.allclose(covariance, covariance.mT):
-        raise ValueError(f"{name} must be symmetric, got a matrix that differs from its transpose")
+        raise ValueError(
+            "covariance must be symmetric, got a matrix that differs from its transpose"
+        )
     factor, failed_row = torch.linalg.cholesky_ex(covariance)
     if failed_row:
         raise ValueError(
-            f"{name} must be positive definite, got a matrix whose leading "
+            "covariance must be positive definite, got a matrix whose leading "
             f"{int(failed_row)} x {int(failed_row)} block is not"
         )
     return factor
@@ -221,8 +220,6 @@ class Problem(ABC):
         paired: bool = False,
     ) -> FiniteDifference:
         """Return the samples of `conditions` as data for `fisher_information` and `fisher_flow`."""
-        from fisherfast.data import FiniteDifference
-
         minus, plus = self.conditions(theta, dtheta, n, seed=seed, paired=paired)
         return FiniteDifference(minus, plus, self._as_steps(dtheta).tolist(), paired=paired)
 
@@ -237,8 +234,6 @@ class Problem(ABC):
             >>> GaussianScale(3).pathwise(1.0, 100)
             Pathwise(parameters=1, samples=100)
         """
-        from fisherfast.data import Pathwise
-
         generator = seeded_generator(seed, STREAM_CONDITIONS)
         return Pathwise(*self.sample_with_tangent(theta, n, generator))
 
@@ -253,8 +248,6 @@ class Problem(ABC):
             >>> Laplace(3).scored(0.0, 100)
             Score(parameters=1, samples=100)
         """
-        from fisherfast.data import Score
-
         x = self.sample(theta, n, seeded_generator(seed, STREAM_CONDITIONS))
         return Score(x, self.score(x, theta))
 

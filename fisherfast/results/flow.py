@@ -12,12 +12,7 @@ import torch
 
 from fisherfast._version import __version__
 from fisherfast.results import io, plots, table
-from fisherfast.results.comparison import (
-    LayerComparison,
-    compare,
-    exceeds,
-    ratio,
-)
+from fisherfast.results.comparison import LayerComparison, compare, exceeds, ratio
 from fisherfast.results.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
 from fisherfast.results.layer import LayerFisher
 

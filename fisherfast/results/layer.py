@@ -12,7 +12,13 @@ import numpy as np
 import torch
 
 from fisherfast._errors import FisherWarning
-from fisherfast.results.marginal import SINGULAR, MarginalFisher, cramer_rao, marginal_fisher
+from fisherfast.results.marginal import (
+    SINGULAR,
+    MarginalFisher,
+    cramer_rao,
+    diagonal_text,
+    marginal_fisher,
+)
 
 NOT_INDEPENDENT = (
     "neighbouring samples depend on each other (pairs, repeated measurements, a time series, or a"
@@ -266,8 +272,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def diagonal_text(matrix: torch.Tensor) -> str:
-    """Format the diagonal of a matrix [P, P] with four digits."""
-    return ", ".join(f"{float(value):.4g}" for value in matrix.diagonal())

@@ -48,9 +48,13 @@ class MarginalFisher:
         return cramer_rao(self.J)
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{float(value):.4g}" for value in self.J.diagonal())
-        errors = ", ".join(f"{float(value):.4g}" for value in self.stderr.diagonal())
-        return f"MarginalFisher(parameters={list(self.parameters)}, J={values}, stderr={errors})"
+        J, stderr = map(diagonal_text, (self.J, self.stderr))
+        return f"MarginalFisher(parameters={list(self.parameters)}, J={J}, stderr={stderr})"
+
+
+def diagonal_text(matrix: torch.Tensor) -> str:
+    """Format the diagonal of a matrix [P, P] with four digits."""
+    return ", ".join(f"{float(value):.4g}" for value in matrix.diagonal())
 
 
 def cramer_rao(J: torch.Tensor, rounding: float = SINGULAR) -> torch.Tensor:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fisherfast.results.comparison import divides, unresolved_note
-from fisherfast.results.layer import LayerFisher, diagonal_text
+from fisherfast.results.layer import LayerFisher
+from fisherfast.results.marginal import diagonal_text
 
 HEADER = ["layer", "shape", "dim", "J", "+-", "lower", "J / J_input", "features", "status"]
 
@@ -59,8 +60,8 @@ def footnotes(layers: Sequence[LayerFisher], source: str) -> list[str]:
     return lines + [f"note: {layer.name}: {note}" for layer in layers for note in layer.notes]
 
 
-def as_text(table: list[list[str]], below: Sequence[str] = ()) -> str:
-    """Format aligned columns under a ruled header, the first row."""
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Format aligned columns, a line per row."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:
@@ -69,6 +70,12 @@ def as_text(table: list[list[str]], below: Sequence[str] = ()) -> str:
             for name, cell, width in zip(table[0], row, widths, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def as_text(table: list[list[str]], below: Sequence[str] = ()) -> str:
+    """Format aligned columns under a ruled header, the first row."""
+    lines = aligned(table)
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join([*lines, *below])
 

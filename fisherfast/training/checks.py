@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,30 +26,29 @@ def check_errors(name: str, value: Any, parameters: int, scale: float) -> Errors
     """
     if value is None:
         return None
-    device = getattr(value, "device", "cpu")
-    try:
-        errors = torch.as_tensor(value, dtype=torch.float64, device=device).detach().cpu().flatten()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number or one per parameter, got {value!r}") from None
+    errors = numbers_of(name, value)
     if len(errors) != parameters:
         raise ValueError(f"{name} must hold one number per parameter ({parameters}), got {value!r}")
-    if bool((errors < 0).any()):
+    if any(error < 0 for error in errors):
         raise ValueError(
             f"{name} must be a mean square error, at least 0, got {value!r}: leave it out for other"
             ' losses, such as a log-likelihood, and stop with rule="transmission"'
         )
-    return tuple((errors * scale**2).tolist())
+    return tuple(error * scale**2 for error in errors)
 
 
-def check_same_network(here: dict[str, list[int]], there: Mapping[str, list[int]]) -> None:
-    """Raise ValueError unless both have the same parameters: shapes by name."""
-    for name in here | dict(there):
-        ours, theirs = here.get(name), there.get(name)
-        if ours != theirs:
-            raise ValueError(
-                f"state must be of the same network, got {name!r} {theirs or 'missing'} there and"
-                f" {ours or 'missing'} here"
-            )
+def numbers_of(name: str, value: Any) -> list[float]:
+    """Return one number or several as a list.
+
+    Raises:
+        TypeError: the value is neither a number nor numbers.
+    """
+    device = getattr(value, "device", "cpu")
+    try:
+        values = torch.as_tensor(value, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or one per parameter, got {value!r}") from None
+    return values.flatten().tolist()
 
 
 def check_scale(scale: Any) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,15 +109,9 @@ def as_csv(
 ) -> str:
     """Format rows as CSV; missing values and NaN are empty cells, numbers keep every digit."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     if header:
-        writer.writerow(columns)
+        writer.writeheader()
     for row in rows:
-        writer.writerow([_cell(row.get(name)) for name in columns])
+        writer.writerow({name: value for name, value in row.items() if value == value})
     return text.getvalue()
-
-
-def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return repr(value) if isinstance(value, float) else str(value)

@@ -97,8 +97,7 @@ def linear_fisher(
     """
     with _exact(z_minus):
         moments = batch_moments(z_minus, z_plus, dtheta, tangents, score, paired, corrected)
-        naive, estimate = batch_information(moments, check_ridge(ridge), corrected)
-    return estimate if corrected else naive
+        return batch_information(moments, check_ridge(ridge), corrected)[1]
 
 
 class InformationLoss(nn.Module):

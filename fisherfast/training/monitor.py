@@ -15,24 +15,20 @@ import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
-from fisherfast._validation import check_whole
+from fisherfast._validation import check_same_network, check_whole
 from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
 from fisherfast.estimation.ridge import AUTO, RidgeSetting
 from fisherfast.measurement.run import Measurement, NotFiniteError, Recall
 from fisherfast.measurement.settings import MeasurementSettings, Settings
 from fisherfast.model.sites import INPUT, Layers
-from fisherfast.model.unwrap import unwrapped
+from fisherfast.model.unwrap import check_model, unwrapped
 from fisherfast.parallel.ranks import OtherRankError, Ranks, find_ranks, ranks_of
 from fisherfast.results import table
 from fisherfast.results.comparison import DIVIDES, uncorrelated, weakest_direction
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import finite_step_note
-from fisherfast.training.checks import (
-    check_errors,
-    check_same_network,
-    check_scale,
-)
+from fisherfast.training.checks import check_errors, check_scale
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import Observer, leaves
 from fisherfast.training.plots import plot_training
@@ -137,8 +133,7 @@ class FisherMonitor:
         process_group: Any = None,
         settings: Settings | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         self.model = unwrapped(model)
         self._every = check_whole("every", every, least=1)
         self._observe_every = check_whole("observe_every", observe_every, least=1)
@@ -362,7 +357,7 @@ class FisherMonitor:
             )
         if missing := sorted(STATE - set(state)):
             raise ValueError(f"state must hold {missing}, got {sorted(state)}")
-        check_same_network(self._signature(), state["network"])
+        check_same_network("state", self._signature(), state["network"])
         ours, theirs = self._compared(), state["settings"]
         for name in sorted(set(ours) | set(theirs)):
             if ours.get(name) != theirs.get(name):

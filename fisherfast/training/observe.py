@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -121,11 +120,7 @@ class Observer:
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain numbers, without a batch that is being observed."""
         moments = {name: m.state_dict() for name, m in self.moments.items()}
-        return {
-            "calls": self._calls,
-            "listening": bool(self._handles),
-            "moments": moments,
-        }
+        return {"calls": self._calls, "listening": bool(self._handles), "moments": moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the result of `state_dict`, and observe the next batch if that was so."""
@@ -160,7 +155,7 @@ class Observer:
         self._handles.append(self._model.register_forward_pre_hook(catch_input))
         self._handles.append(self._model.register_forward_hook(catch_output))
         for name, module in self._modules.items():
-            hook = Hook(partial(self._catch_layer, name))
+            hook = Hook(lambda _, args, output, name=name: self._keep(name, output))
             self._handles.append(module.register_forward_hook(hook))
 
     def _trains(self) -> bool:
@@ -179,11 +174,6 @@ class Observer:
         for name in same:
             del self._caught[name]
         self._keep(OUTPUT, output)
-
-    def _catch_layer(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any
-    ) -> None:
-        self._keep(name, output)
 
     def _keep(self, name: str, output: Any) -> None:
         """Keep a reference; the backward pass keeps the activations in memory anyway."""

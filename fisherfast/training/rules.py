@@ -21,6 +21,7 @@ from fisherfast.results.comparison import DIVIDES, divides
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import LayerFisher
 from fisherfast.training.attainable import Prior, attainable_error, check_prior
+from fisherfast.training.checks import numbers_of
 from fisherfast.training.record import EpochRecord, output_of
 from fisherfast.training.stopping_rule import History, StoppingRule, Verdict
 
@@ -389,11 +390,7 @@ def _per_parameter(name: str, values: float | Sequence[float], parameters: int) 
 
 def _numbers(name: str, values: float | Sequence[float]) -> list[float]:
     """Return one number or several as a list, each positive."""
-    try:
-        flat = torch.as_tensor(values, dtype=torch.float64, device=getattr(values, "device", "cpu"))
-        listed: list[float] = flat.reshape(-1).tolist()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number or one per parameter, got {values!r}") from None
+    listed = numbers_of(name, values)
     if not listed or not all(0 < value < math.inf for value in listed):
         raise ValueError(f"{name} must be positive and finite, got {values}")
     return listed

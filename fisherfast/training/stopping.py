@@ -6,34 +6,21 @@ import copy
 import math
 import numbers
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
 from fisherfast._validation import check_whole
 from fisherfast.results.comparison import divides, unresolved_note
+from fisherfast.training.monitor import FisherMonitor
 from fisherfast.training.record import NOT_MEASURED, EpochRecord
 from fisherfast.training.rules import RULES, Transmission
 from fisherfast.training.stopping_rule import StoppingRule, Verdict
 
 STATE_VERSION = 1
 STATE = {"version", "rule", "stopped_epoch", "best_epoch", "best_record", "reason", "weights"}
-
-
-class Monitored(Protocol):
-    """The attributes of a `FisherMonitor` that are used."""
-
-    @property
-    def history(self) -> Sequence[EpochRecord]:
-        """Records of the epochs so far."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The network that is trained."""
 
 
 class FisherEarlyStopping:
@@ -102,7 +89,7 @@ class FisherEarlyStopping:
         self._warned = False
         self._best_record: int | None = None  # in the history: an epoch may have several records
 
-    def step(self, monitor: Monitored) -> bool:
+    def step(self, monitor: FisherMonitor) -> bool:
         """Judge the last epoch of the monitor. Call it once after each ``monitor.step``.
 
         Returns:
@@ -132,7 +119,7 @@ class FisherEarlyStopping:
             self.best_epoch, self._best_record = best_epoch, verdict.best
             if self.restore_best and is_new:
                 seen = verdict.best == len(history) - 1
-                self._weights = _copied(monitor.model.state_dict()) if seen else None
+                self._weights = copy.deepcopy(monitor.model.state_dict()) if seen else None
         if verdict.reason is None:
             return False
         self.stopped_epoch = history[-1].epoch
@@ -152,7 +139,7 @@ class FisherEarlyStopping:
             "best_epoch": self.best_epoch,
             "best_record": self._best_record,
             "reason": self.reason,
-            "weights": None if self._weights is None else _copied(self._weights),
+            "weights": copy.deepcopy(self._weights),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -172,7 +159,7 @@ class FisherEarlyStopping:
         self.stopped_epoch, self.best_epoch = state["stopped_epoch"], state["best_epoch"]
         self._best_record = state["best_record"]
         self.reason = state["reason"]
-        self._weights = None if state["weights"] is None else _copied(state["weights"])
+        self._weights = copy.deepcopy(state["weights"])
 
     def __repr__(self) -> str:
         return (
@@ -225,15 +212,3 @@ def _not_finite(record: EpochRecord) -> str:
         if note.startswith(NOT_MEASURED):
             return f"epoch {record.epoch}: {note.removeprefix(NOT_MEASURED)}"
     return ""
-
-
-def _copied(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a state, so that training does not change it, with the versions of its modules: a module
-    without a version treats the state as an old one."""
-    copied = OrderedDict(
-        (name, value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value))
-        for name, value in weights.items()
-    )
-    if (versions := getattr(weights, "_metadata", None)) is not None:
-        copied._metadata = copy.deepcopy(versions)  # type: ignore[attr-defined]
-    return copied

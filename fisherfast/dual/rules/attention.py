@@ -79,7 +79,7 @@ def _mask(
     if isinstance(attn_mask, DualTensor):
         stack = attn_mask.stack[:1] if attn_mask.memory.constant else attn_mask.stack
     elif attn_mask.dtype == torch.bool:
-        stack = _forbidding(attn_mask, like)[None]
+        stack = like.new_zeros(1, *attn_mask.shape).masked_fill_(~attn_mask, -torch.inf)
     else:
         stack = attn_mask[None]
     batch = torch.Size([1] * (len(shape) + 3 - stack.dim()) + list(stack.shape[1:-2]))
@@ -87,9 +87,3 @@ def _mask(
     if batch.numel() > 1:
         batch = shape
     return stack.expand(len(stack), *batch, *lengths).reshape(len(stack), batch.numel(), *lengths)
-
-
-def _forbidding(allowed: Tensor, like: Tensor) -> Tensor:
-    """Convert a mask of allowed keys to 0 where allowed and -inf elsewhere."""
-    zero = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
-    return zero.masked_fill_(allowed.logical_not(), -torch.inf)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._validation import check_positive
-from fisherfast.model.unwrap import unwrapped
+from fisherfast.model.unwrap import check_model, unwrapped
 from fisherfast.parameters.analysis.parabola import Parabola, at_least_float32
 from fisherfast.parameters.backward.batches import Data
-from fisherfast.parameters.checks import check_choice, check_model, check_number
+from fisherfast.parameters.checks import check_choice, check_number
 from fisherfast.parameters.fisher import fisher as measure
 from fisherfast.parameters.fisher import from_state_dict
 from fisherfast.parameters.likelihood import Likelihood

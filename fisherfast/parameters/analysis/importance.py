@@ -247,7 +247,8 @@ class _GateSums:
                 own = [self._weights[name].to(x.dtype) for name in rule.names]
                 self._outputs[rule] = rule.applied(x, own)
             shared = g * self._outputs[rule]
-            return {here[0]: _summed(shared.movedim(_unit_axis(rule.module), 1))}
+            axis = -1 if isinstance(rule.module, nn.Linear) else 1
+            return {here[0]: _summed(shared.movedim(axis, 1))}
         if isinstance(rule, Embedding):
             return {here[0]: _rows_of_table(rule, x, g, self._weights[rule.names[0]])}
         gradients = dict(zip(rule.names, rule.gradients(x, g), strict=True))
@@ -278,11 +279,6 @@ def _units(layout: ParameterLayout, owners: Mapping[str, nn.Module]) -> list[_Un
             label = names[0]
         found.append(_Unit(label, layer, tuple(names)))
     return found
-
-
-def _unit_axis(module: nn.Module) -> int:
-    """The axis of units in the output of a linear or convolution layer."""
-    return -1 if isinstance(module, nn.Linear) else 1
 
 
 def _summed(scores: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from fisherfast.parameters.layout import ParameterLayout, Selection, module_of
 from fisherfast.parameters.likelihood import Likelihood
 from fisherfast.parameters.likelihoods import as_likelihood
 from fisherfast.parameters.structures.base import DENSE_BYTES
+from fisherfast.results.table import aligned
 
 DIRECTIONS = 4
 """Directions on which the scores of a layer are projected: the parameters themselves, and three at
@@ -248,13 +249,8 @@ def _tested(moments: Moments, layers: list[str], directions: int) -> MeanZeroTes
     each = torch.eye(directions, dtype=mean.dtype, device=mean.device).repeat(len(layers), 1)
     each *= weights[:, None]
     whole = t_squared(each.T @ mean, each.T @ covariance @ each, n)
-    return MeanZeroTest(
-        whole.statistic,
-        whole.degrees,
-        whole.p_value,
-        n,
-        dict(zip(layers, single, strict=True)),
-    )
+    by_layer = dict(zip(layers, single, strict=True))
+    return MeanZeroTest(whole.statistic, whole.degrees, whole.p_value, n, by_layer)
 
 
 @dataclass(frozen=True, repr=False)
@@ -275,13 +271,8 @@ class MeanZeroTest(TSquared):
     def __repr__(self) -> str:
         rows = [("layer", "T^2", "degrees", "p"), _row("all", self)]
         rows += [_row(name or "(model)", layer) for name, layer in self.layers.items()]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [f"MeanZeroTest: p = {self.p_value:.3g}, {self.samples} samples"]
-        for row in rows:
-            cells = [f"{row[0]:<{widths[0]}}"]
-            cells += [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append("  ".join(cells))
-        return "\n".join(lines)
+        title = f"MeanZeroTest: p = {self.p_value:.3g}, {self.samples} samples"
+        return "\n".join([title, *aligned(rows)])
 
 
 def _row(name: str, test: TSquared) -> tuple[str, str, str, str]:

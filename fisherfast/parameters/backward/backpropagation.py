@@ -173,15 +173,14 @@ class Backpropagation:
             last: no other vector follows, so that autograd may free its graph.
         """
         vector = vector.to(self.outputs.dtype)
-        missing = {id(call): call.rule.names for call in self.calls}
+        left = {name for call in self.calls for name in call.rule.names}.union(self._rows)
 
-        def arrived(call: Call, x: Tensor, g: Tensor) -> None:
-            del missing[id(call)]
+        def arrived(rule: Rule, x: Tensor, g: Tensor) -> None:
+            left.difference_update(rule.names)
             with torch.no_grad(), on_host():
-                visitor(call.rule, self.by_sample(x), self.by_sample(g))
+                visitor(rule, x, g)
 
         self.send(vector, arrived, last=last)
-        left = {name for names in missing.values() for name in names}.union(self._rows)
         names = tuple(name for name in self._layout.names if name in left)
         if names:
             self._show(names, self._per_sample(names, vector), visitor)
@@ -189,10 +188,12 @@ class Backpropagation:
             size = sum(self._shape[name].numel() for name in self.unused)
             self._show(self.unused, vector.new_zeros(1, 1).expand(len(vector), size), visitor)
 
-    def send(
-        self, vector: Tensor, arrived: Callable[[Call, Tensor, Tensor], None], *, last: bool
-    ) -> None:
-        """Send one vector back; `arrived` is called with each call, its x and its g."""
+    def send(self, vector: Tensor, visitor: Visitor, *, last: bool) -> None:
+        """Send one vector back to the layers that are measured by their rule."""
+
+        def arrived(call: Call, x: Tensor, g: Tensor) -> None:
+            visitor(call.rule, self._by_sample(x), self._by_sample(g))
+
         if not self.calls:
             return
         if self._graph is None:
@@ -221,7 +222,7 @@ class Backpropagation:
         with torch.no_grad():
             visitor(Rows(names, [self._shape[name] for name in names]), self.inputs, gradients)
 
-    def by_sample(self, rows: Tensor) -> Tensor:
+    def _by_sample(self, rows: Tensor) -> Tensor:
         """[n, ...]: rows that were folded into the batch (windows, time steps) become positions."""
         if len(rows) == self.samples:
             return rows

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fisherfast.data import sources
+
 Data = Any
 """Inputs x [n, ...], a pair (x, y), a Dataset or a DataLoader of x or (x, y), or an iterable of
 batches."""
@@ -58,9 +60,9 @@ def batches(
 
 
 def _items(data: Data, batch_size: int) -> Iterator[Any]:
-    if isinstance(data, Tensor | np.ndarray):
+    if _is_tensor(data):
         data = (data,)
-    if isinstance(data, tuple) and data and isinstance(data[0], Tensor | np.ndarray):
+    if isinstance(data, tuple) and data and _is_tensor(data[0]):
         tensors = _pair(data)
         for start in range(0, len(tensors[0]), batch_size):
             yield tuple(tensor[start : start + batch_size] for tensor in tensors)
@@ -70,7 +72,7 @@ def _items(data: Data, batch_size: int) -> Iterator[Any]:
         # a loader without its own generator draws a seed from the global one
         own = torch.Generator("cpu")
         yield from DataLoader(data, batch_size=batch_size, generator=own)
-    elif isinstance(data, list) and len(data) == 2 and _are_tensors(data):
+    elif isinstance(data, list) and list(map(_is_tensor, data)) == [True, True]:
         raise TypeError(
             "data must be a tuple for a pair (x, y), got a list of two, which may be two batches as"
             " well: pass (x, y), or iter([first, second])"
@@ -99,20 +101,12 @@ def _pair(data: tuple[Any, ...]) -> list[Tensor]:
 
 def count(data: Data) -> int | None:
     """Samples in the data, or None where only reading them gives the number."""
-    if isinstance(data, tuple) and data and isinstance(data[0], Tensor | np.ndarray):
-        return len(data[0]) if data[0].ndim else None
-    if isinstance(data, DataLoader):
-        data = data.sampler
-    elif not isinstance(data, Tensor | np.ndarray | Dataset):
-        return None
-    try:
-        return len(data)
-    except TypeError:
-        return None
+    inputs = data[0] if isinstance(data, tuple) and data else data
+    return None if getattr(inputs, "ndim", 1) == 0 else sources.count(inputs)
 
 
-def _are_tensors(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, Tensor | np.ndarray) for value in values)
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
 
 
 def _tensor(value: Any, name: str) -> Tensor:

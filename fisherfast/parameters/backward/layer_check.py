@@ -15,7 +15,7 @@ from fisherfast.parameters.backward.per_sample import (
     swapping,
     vectorised,
 )
-from fisherfast.parameters.backward.taps import Call, undisturbed
+from fisherfast.parameters.backward.taps import undisturbed
 from fisherfast.parameters.checks import untouched
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layout import ParameterLayout
@@ -103,11 +103,7 @@ def _wrong_rules(
     """Parameters whose rule does not give the gradients of the samples alone, and those whose
     gradients are all zero, which proves nothing."""
     found: list[tuple[Rule, Tensor, Tensor]] = []
-
-    def keep(call: Call, x: Tensor, g: Tensor) -> None:
-        found.append((call.rule, trial.by_sample(x), trial.by_sample(g)))
-
-    trial.send(vector, keep, last=False)
+    trial.send(vector, lambda *arrived: found.append(arrived), last=False)
     wrong = {name for call in trial.calls for name in call.rule.names}
     wrong -= {name for rule, _, _ in found for name in rule.names}  # no gradient, or x is gone
     wrong |= _reordered(model, layout, trial, vector, found)
@@ -144,11 +140,7 @@ def _reordered(
     say): reversing the samples does not reverse that order."""
     back = Backpropagation(model, layout, trial.inputs.flip(0))
     seen: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
-
-    def keep(call: Call, x: Tensor, g: Tensor) -> None:
-        seen[call.rule.names] = back.by_sample(x), back.by_sample(g)
-
-    back.send(vector.flip(0), keep, last=True)
+    back.send(vector.flip(0), lambda rule, x, g: seen.update({rule.names: (x, g)}), last=True)
     turned: set[str] = set()
     for rule, x, g in found:
         other = seen.get(rule.names)

@@ -13,7 +13,7 @@ layer has one class of rule; `rule_for` finds it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,15 +76,15 @@ class Layer(Rule):
 
     def __init__(self, module: nn.Module, own: Mapping[str, str]) -> None:
         """own: attribute -> full name, of the parameters that are measured."""
-        self.module = module
+        self.module: Any = module
         self.attributes = tuple(own)
         self.names = tuple(own.values())
         self.shapes = tuple(getattr(module, attribute).shape for attribute in own)
 
-    def _shaped(self, *samples: int, **parts: Tensor) -> tuple[Tensor, ...]:
-        """The parts of the parameters measured, each [*samples, *shape]."""
+    def _shaped(self, *samples: int, **parts: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        """The parts of the parameters measured, each [*samples, *shape]; no others are run."""
         return tuple(
-            parts[attribute].reshape(*samples, *shape)
+            parts[attribute]().reshape(*samples, *shape)
             for attribute, shape in zip(self.attributes, self.shapes, strict=True)
         )
 

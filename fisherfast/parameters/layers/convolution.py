@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -25,12 +25,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 class Convolution(MatrixRule):
     """nn.Conv1d, Conv2d, Conv3d, any stride, padding, dilation and groups."""
 
-    def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        groups = int(self.module.groups)  # type: ignore[arg-type]
-        patches = unfolded(self.module, x)  # [n, C, *kernel, *positions]
-        taps = patches[0, 0].numel() // g[0, 0].numel() if g.numel() else 1
-        a = patches.reshape(len(x), groups, x.shape[1] // groups * taps, -1).transpose(-1, -2)
-        return a, self.output_rows(g)
+    def input_rows(self, x: Tensor) -> Tensor:
+        return _patches(self.module, padded(self.module, x))
 
     def input_factor(self, x: Tensor, g: Tensor, sharing: Sharing) -> Tensor:
         module = self.module
@@ -46,96 +42,68 @@ class Convolution(MatrixRule):
         return cross / positions
 
     def output_rows(self, g: Tensor) -> Tensor:
-        groups = int(self.module.groups)  # type: ignore[arg-type]
+        groups = self.module.groups
         return g.reshape(len(g), groups, g.shape[1] // groups, -1).transpose(-1, -2)
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
-        module = self.module
-        assert isinstance(module, CONVOLUTIONS)
         parts = dict(zip(self.attributes, v, strict=True))
         weight = parts.get("weight")
         if weight is None:
-            weight = x.new_zeros(module.weight.shape)
-        return module._conv_forward(x, weight, parts.get("bias"))  # with its padding mode
+            weight = x.new_zeros(self.module.weight.shape)
+        return self.module._conv_forward(x, weight, parts.get("bias"))  # with its padding mode
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time for three dimensions."""
         module = self.module
         if not isinstance(module, nn.Conv1d | nn.Conv2d):  # the kernel takes images only
             return super().squares(x, g)
-        parts = {}
-        if "weight" in self.attributes:
-            image, window = _windowed(module, x)
-            parts["weight"] = kernel_squares(image, g, **window)
-        if "bias" in self.attributes:
-            parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
-        return self._shaped(**parts)
+        image, window = _windowed(module, x)
+        return self._shaped(
+            weight=lambda: kernel_squares(image, g, **window),
+            bias=lambda: sum_of_squares(g.flatten(2).sum(2)),
+        )
 
 
 class TransposedConvolution(Layer):
     """nn.ConvTranspose1d, ConvTranspose2d: the convolution that takes g to the shape of x has the
     same gradients, with x and g in exchanged roles."""
 
-    def _settings(self) -> Iterator[tuple[int, int, int, int]]:
-        """(stride, dilation, kernel, padding) of each axis."""
-        module = self.module
-        assert isinstance(module, TRANSPOSED)
-        padding = module.padding
-        assert not isinstance(padding, str)
-        return zip(module.stride, module.dilation, module.kernel_size, padding, strict=True)
-
     def _margins(self, x: Tensor, g: Tensor) -> list[int]:
         """The margins that the windows over g need, in the form of F.pad; negative where
         `output_padding` widens g on one side beyond every window."""
-        margins = []
-        for axis, (stride, dilation, kernel, padding) in enumerate(self._settings(), start=2):
+        margins, own = [], self.module
+        settings = zip(own.stride, own.dilation, own.kernel_size, own.padding, strict=True)
+        for axis, (stride, dilation, kernel, padding) in enumerate(settings, start=2):
             last = (x.shape[axis] - 1) * stride - padding + dilation * (kernel - 1)
             margins.append([padding, last + 1 - g.shape[axis]])
         return [margin for pair in reversed(margins) for margin in pair]
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        parts = {}
-        if "weight" in self.attributes:
-            groups = int(self.module.groups)  # type: ignore[arg-type]
-            settings = list(self._settings())
-            stride, dilation, kernel, _ = zip(*settings, strict=True)
-            patches = _windows(F.pad(g, self._margins(x, g)), kernel, stride, dilation)
-            spatial = len(settings)
-            patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial)
-            a = patches.movedim(3, -1).flatten(2, -2)  # [n, G, M / G taps, T]
+        def weight() -> Tensor:
+            groups = self.module.groups
             b = x.reshape(len(x), groups, x.shape[1] // groups, -1)
-            parts["weight"] = b @ a.mT
-        if "bias" in self.attributes:
-            parts["bias"] = g.flatten(2).sum(2)
-        return self._shaped(len(g), **parts)
+            return b @ _patches(self.module, F.pad(g, self._margins(x, g)))
+
+        return self._shaped(len(g), weight=weight, bias=lambda: g.flatten(2).sum(2))
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        parts = {}
-        if "weight" in self.attributes:
-            stride, dilation, kernel, padding = zip(*self._settings(), strict=True)
+        def weight() -> Tensor:
+            module, padding = self.module, self.module.padding
             margins, image = self._margins(x, g), g
             wider = [
                 before - after for before, after in zip(margins[::2], margins[1::2], strict=True)
             ]
-            if any(wide >= jump for wide, jump in zip(reversed(wider), stride, strict=True)):
-                image, padding = F.pad(g, margins), (0,) * len(kernel)  # else a window more
-            parts["weight"] = kernel_squares(
-                image,
-                x,
-                kernel=kernel,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=self.module.groups,
-            )
-        if "bias" in self.attributes:
-            parts["bias"] = sum_of_squares(g.flatten(2).sum(2))
-        return self._shaped(**parts)
+            if any(wide >= jump for wide, jump in zip(reversed(wider), module.stride, strict=True)):
+                image, padding = F.pad(g, margins), (0,) * len(padding)  # else a window more
+            window = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
+            window |= {"kernel": module.kernel_size, "groups": module.groups}
+            return kernel_squares(image, x, **window)
+
+        return self._shaped(weight=weight, bias=lambda: sum_of_squares(g.flatten(2).sum(2)))
 
 
-def padded(module: nn.Module, x: Tensor) -> Tensor:
+def padded(module: Any, x: Tensor) -> Tensor:
     """x with the margins of a convolution, in any padding mode."""
-    assert isinstance(module, CONVOLUTIONS)
     around = list(module._reversed_padding_repeated_twice)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, around, mode=mode) if any(around) else x
@@ -155,18 +123,12 @@ def _windowed(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[st
     return x, window | {"kernel": module.kernel_size, "padding": padding}
 
 
-def unfolded(module: nn.Module, x: Tensor) -> Tensor:
-    """Every patch under a convolution's kernel: [n, C, *kernel, *positions], a view of x."""
-    assert isinstance(module, CONVOLUTIONS)
-    x = _windows(padded(module, x), module.kernel_size, module.stride, module.dilation)
-    spatial = len(module.kernel_size)
-    return x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))
-
-
-def _windows(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """[n, C, *positions, *kernel] of x [n, C, ...], a view."""
-    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+def _patches(module: Any, x: Tensor) -> Tensor:
+    """The patches of x under the kernel of a convolution, [n, G, T, C / G kernel]."""
+    settings = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for axis, (size, step, gap) in enumerate(settings, start=2):
         x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
-    return x
+    spatial = len(module.kernel_size)  # x is a view [n, C, *positions, *kernel]
+    positions = x.shape[2 : 2 + spatial].numel()
+    x = x.movedim(tuple(range(2, 2 + spatial)), tuple(range(-spatial, 0)))
+    return x.reshape(len(x), module.groups, -1, positions).mT

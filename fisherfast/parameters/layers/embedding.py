@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisherfast.parameters.layers.base import LinearMap
 
@@ -40,7 +40,6 @@ class Embedding(LinearMap):
         return (values.new_zeros(self.shapes[0]).index_add_(0, row, values.square()),)
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
-        assert isinstance(self.module, nn.Embedding)
         table, padding = v[0], self.module.padding_idx
         if padding is not None:
             kept = torch.ones(len(table), 1, dtype=table.dtype, device=table.device)

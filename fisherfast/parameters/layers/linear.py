@@ -30,22 +30,21 @@ class MatrixRule(LinearMap):
     """A layer that multiplies by a matrix: at each of T positions, in each of G groups, rows
     a [n, G, T, D] meet gradients b [n, G, T, M], and the weights' gradient is sum_t b_t a_t^T."""
 
-    def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """a [n, G, T, D] and b [n, G, T, M]."""
+    def input_rows(self, x: Tensor) -> Tensor:
+        """a [n, G, T, D]."""
+        raise NotImplementedError
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """b [n, G, T, M]."""
         raise NotImplementedError
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        a, b = self.matrices(x, g)
-        parts = {}
-        if "weight" in self.attributes:
-            parts["weight"] = b.transpose(-1, -2) @ a
-        if "bias" in self.attributes:
-            parts["bias"] = b.sum(2)
-        return self._shaped(len(g), **parts)
+        a, b = self.input_rows(x), self.output_rows(g)
+        return self._shaped(len(g), weight=lambda: b.mT @ a, bias=lambda: b.sum(2))
 
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; a few samples at a time."""
-        a, b = self.matrices(x[:1], g[:1])
+        a, b = self.input_rows(x[:1]), self.output_rows(g[:1])
         numbers = a.numel() + b.numel() + sum(shape.numel() for shape in self.shapes)
         return self._summed_squares(x, g, numbers, IN_MEMORY)
 
@@ -76,7 +75,7 @@ class MatrixRule(LinearMap):
     def _column_portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(samples, a, b [R, n, G, T, M]) of some samples at a time."""
         start = 0
-        for a, _ in self._portions(x, g[0]):
+        for a in self._portions(x):
             where = slice(start, start + len(a))
             columns = g[:, where]
             b = self.output_rows(columns.flatten(0, 1))
@@ -88,7 +87,7 @@ class MatrixRule(LinearMap):
         a last row and column for the bias."""
         bias = "bias" in self.attributes
         total: Tensor | None = None
-        for a, _ in self._portions(x, g):
+        for a in self._portions(x):
             if "weight" not in self.attributes:
                 a = a[..., :0]
             positions = a.shape[2]
@@ -103,16 +102,10 @@ class MatrixRule(LinearMap):
         b = self.output_rows(g)
         return _second_moment(b if sharing == "expand" else b.sum(2, keepdim=True))
 
-    def output_rows(self, g: Tensor) -> Tensor:
-        """b of `matrices`."""
-        raise NotImplementedError
-
-    def _portions(self, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """`matrices` of some samples at a time, in bounded memory."""
-        first = self.matrices(x[:1], g[:1])[0]
-        step = max(1, PORTION_BYTES // max(first.numel() * first.element_size(), 1))
-        for start in range(0, len(x), step):
-            yield self.matrices(x[start : start + step], g[start : start + step])
+    def _portions(self, x: Tensor) -> Iterator[Tensor]:
+        """`input_rows` of some samples at a time, in bounded memory."""
+        step = max(1, PORTION_BYTES // max(self.input_rows(x[:1]).nbytes, 1))
+        return map(self.input_rows, x.split(step))
 
 
 def _second_moment(rows: Tensor, *, with_one: bool = False) -> Tensor:
@@ -138,11 +131,8 @@ class Linear(MatrixRule):
 
     folds = True
 
-    def matrices(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            x.reshape(len(x), 1, -1, x.shape[-1]),
-            self.output_rows(g),
-        )
+    def input_rows(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), 1, -1, x.shape[-1])
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
         parts = dict(zip(self.attributes, v, strict=True))
@@ -156,15 +146,14 @@ class Linear(MatrixRule):
     def squares(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See `Rule.squares`; with one position it is a product of matrices."""
         x, g = (rows.reshape(len(rows), -1, rows.shape[-1]) for rows in (x, g))
-        parts = {}
-        if "weight" in self.attributes and x.shape[1] > 1:
-            parts["weight"] = kernel_squares(x.mT, g.mT)
-        elif "weight" in self.attributes:
+
+        def weight() -> Tensor:
+            if x.shape[1] > 1:
+                return kernel_squares(x.mT, g.mT)
             # float64: the user may have reduced the precision of float32 products
-            parts["weight"] = g.sum(1).double().square().T @ x.sum(1).double().square()
-        if "bias" in self.attributes:
-            parts["bias"] = sum_of_squares(g.sum(1))
-        return self._shaped(**parts)
+            return g.sum(1).double().square().T @ x.sum(1).double().square()
+
+        return self._shaped(weight=weight, bias=lambda: sum_of_squares(g.sum(1)))
 
 
 TILE_NUMBERS = 2**22

@@ -41,16 +41,14 @@ class Norm(LinearMap):
             return F.rms_norm(x, module.normalized_shape, None, module.eps)
         if isinstance(module, INSTANCE_NORMS):
             return F.instance_norm(x, eps=module.eps)
-        assert isinstance(module, nn.GroupNorm)
         return F.group_norm(x, module.num_groups, None, None, module.eps)
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        parts = {}
-        if "weight" in self.attributes:
-            parts["weight"] = self._shared(g * self.normalised(x))
-        if "bias" in self.attributes:
-            parts["bias"] = self._shared(g)
-        return self._shaped(len(g), **parts)
+        return self._shaped(
+            len(g),
+            weight=lambda: self._shared(g * self.normalised(x)),
+            bias=lambda: self._shared(g),
+        )
 
     def applied(self, x: Tensor, v: Sequence[Tensor]) -> Tensor:
         last = isinstance(self.module, nn.LayerNorm | nn.RMSNorm)

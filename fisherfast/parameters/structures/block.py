@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -75,7 +74,11 @@ class BlockFisher(ParameterFisher):
 
     def slices(self) -> dict[str, slice]:
         """Where each module's parameters lie in a vector of P numbers."""
-        return _block_slices(self.layout, self.members(self.layout))
+        where = self.layout.slices()
+        return {
+            block: slice(where[names[0]].start, where[names[-1]].stop)
+            for block, names in self.members(self.layout).items()
+        }
 
     def block(self, name: str) -> Tensor:
         """The block [p, p] of a module's own parameters; "" is the whole model's own.
@@ -166,8 +169,8 @@ class BlockAccumulator:
         """
         self._members = self.kind.members(layout)
         self._block_of = {name: block for block, names in self._members.items() for name in names}
-        slices = _block_slices(layout, self._members)
-        self._size = {block: where.stop - where.start for block, where in slices.items()}
+        numbers = {n: shape.numel() for n, shape in zip(layout.names, layout.shapes, strict=True)}
+        self._size = {b: sum(numbers[n] for n in names) for b, names in self._members.items()}
         self._check_memory(memory_budget)
         self._pieces: dict[str, dict[str, Tensor]] = {block: {} for block in self._members}
         self._sums: dict[str, Tensor] = {}
@@ -210,16 +213,6 @@ class BlockAccumulator:
 
     def means(self, samples: int) -> tuple[dict[str, Tensor], float]:
         return {block: self._sums[block].div_(samples) for block in self._members}, self._rounding
-
-
-def _block_slices(
-    layout: ParameterLayout, members: Mapping[str, Sequence[str]]
-) -> dict[str, slice]:
-    where = layout.slices()
-    return {
-        block: slice(where[names[0]].start, where[names[-1]].stop)
-        for block, names in members.items()
-    }
 
 
 class FullAccumulator(BlockAccumulator):

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisherfast.parameters.layers.embedding import Embedding
 from fisherfast.parameters.layers.frozen import DetachedRule, rule_from_settings, settings_of
@@ -159,11 +159,10 @@ LayerRows = MatrixRows | FactorRows
 
 def _table_gram(rule: Embedding, x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor) -> Tensor:
     """[R, n, R', n'] of an embedding: the sum of <g_t, g'_s> over positions with the same token."""
-    module = rule.module
-    assert isinstance(module, nn.Embedding)
+    padding = rule.module.padding_idx
     tokens, others = (part.reshape(len(part), -1) for part in (x, other_x))
-    if module.padding_idx is not None:
-        others = others.masked_fill(others == module.padding_idx, -1)
+    if padding is not None:
+        others = others.masked_fill(others == padding, -1)
     b, other_b = (
         part.reshape(*part.shape[:2], t.shape[1], -1)
         for part, t in ((g, tokens), (other_g, others))

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 from cuda_host import harness
-from support.op_fixtures import dtype, normal, systems
+from support.op_fixtures import dtype, normal
 
-__all__ = ["dtype", "kernels", "normal", "systems"]
+__all__ = ["dtype", "kernels", "normal"]
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -154,14 +151,13 @@ UNLIMITED = {"curve", "jvp", "dual_memory", "dual_ops"}  # neither by loads nor 
 
 @pytest.fixture(scope="module")
 def tiny_results(tmp_path_factory) -> Path:
-    """What a tiny run of every script stores; in this process, which has torch already."""
+    """What a tiny run of every script stores, in this process: peaks of memory are tested below."""
     out = tmp_path_factory.mktemp("bench") / "cpu.json"
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("default")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (peak_memory, dual_memory):
+            patch.setattr(module, "printed_by", lambda *call: int(run_script(*call).split()[-1]))
         for script in SCRIPTS:
-            path = str(ROOT / "benchmarks" / f"{script}.py")
-            patch.setattr(sys, "argv", [path, "--tiny", "--out", str(out)])
-            runpy.run_path(path, run_name="__main__")
+            run_script(f"benchmarks/{script}.py", "--tiny", "--out", out)
     return out
 
 
@@ -252,25 +248,19 @@ def test_wrong_tangents_of_a_network_are_rejected(number):
 
 
 @pytest.mark.slow
-def test_peak_memory_of_derivatives_counts_the_tangents():
-    """Twice as many directions need more memory, and a plain pass the least. Catches a way that is
-    not run, and a peak that is read before the call."""
-    extra = dual_memory.extra_bytes
+def test_peak_memory():
+    """Six slices need more than twice a plain pass; a copy of 16 MB costs 16 MB. Catches a way that
+    is not run, a peak that is read before the call, and results or input counted as extra."""
     sizes = {"samples": 4, "size": 128, "width": 16}
-    plain = extra("plain", directions=1, **sizes)
-    few, many = (extra("jvp", directions=directions, **sizes) for directions in (2, 5))
-    assert 0 < plain < few
-    assert 1.5 * few < many < 3 * few  # 6 slices to 3
-
-
-@pytest.mark.slow
-def test_peak_memory_sees_a_copy():
-    """A copy of 16 MB costs 16 MB, a view less than half of it. Catches a peak that is read before
-    the call, and results or input counted as extra."""
-    extra = peak_memory.extra_bytes
+    plain, many = (dual_memory.extra_bytes(way, directions=5, **sizes) for way in ("plain", "jvp"))
+    assert 0 < 2 * plain < many
     shape, size = (64, 64, 32, 32), 64 * 64 * 32 * 32 * 4
-    assert 0.8 * size < extra("bmm of a copy [HW, n, C]", shape, "channels_last") < 1.5 * size
-    assert extra("bmm of the view [HW, n, C]", shape, "channels_last") < 0.5 * size
+    copied, seen = (
+        peak_memory.extra_bytes(f"bmm of {way} [HW, n, C]", shape, "channels_last")
+        for way in ("a copy", "the view")
+    )
+    assert 0.8 * size < copied < 1.5 * size
+    assert seen < 0.5 * size
 
 
 # --- tables and figure ---------------------------------------------------------------------------

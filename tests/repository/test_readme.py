@@ -21,9 +21,9 @@ PAGES = {
     path.stem: path
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 }
-README, CONTRIBUTING, TRAINING, PARAMETERS, BENCHMARKS = (
+README, CONTRIBUTING, TRAINING, BENCHMARKS = (
     PAGES[name].read_text(encoding="utf-8")
-    for name in ("README", "CONTRIBUTING", "training", "parameters", "benchmarks")
+    for name in ("README", "CONTRIBUTING", "training", "benchmarks")
 )
 LANGUAGES = {"python", "sh", "text"}
 LONGEST_README, LONGEST_ROW = 140, 200
@@ -50,20 +50,24 @@ def test_every_block_has_a_known_language(name):
     assert name in {"README", "training", "parameters"} or not blocks("python", text)
 
 
-def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
-    """Catches an example that was never run, and a table that it does not print.
+@pytest.mark.parametrize("page", ["README", pytest.param("parameters", marks=pytest.mark.slow)])
+def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys, page):
+    """Catches an example that was never run, or whose assertion fails, and a table that it does not
+    print.
 
     All blocks share one namespace, in an empty folder. Other processors round differently: J may
     differ from what is shown by a tenth of its error.
     """
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    assert blocks("python")
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), namespace)
-    printed = table_rows(capsys.readouterr().out)
-    for name, (J, error) in table_rows(blocks("text")[0]).items():
-        assert printed[name][0] == pytest.approx(J, abs=0.1 * error)
+    codes = blocks("python", PAGES[page].read_text(encoding="utf-8"))
+    assert codes
+    for code in codes:
+        exec(compile(code, f"{page}.md", "exec"), namespace)
+    if page == "README":
+        printed = table_rows(capsys.readouterr().out)
+        for name, (J, error) in table_rows(blocks("text")[0]).items():
+            assert printed[name][0] == pytest.approx(J, abs=0.1 * error)
 
 
 @pytest.mark.slow
@@ -96,17 +100,6 @@ def test_training_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     logged = services["wandb"].init.return_value.log.call_args_list
     assert [call.args[0]["epoch"] for call in logged] == list(range(epochs))
     assert "transmission" in services["mlflow"].log_metrics.call_args.args[0]
-
-
-@pytest.mark.slow
-def test_parameter_blocks_run_in_order(tmp_path, monkeypatch):
-    """Catches an example of the parameters' guide that was never run, or whose assertion fails: all
-    blocks share one namespace, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
-    for code in blocks("python", PARAMETERS):
-        exec(compile(code, "parameters.md", "exec"), namespace)
-    assert "ewc" in namespace
 
 
 def table_rows(text: str) -> dict[str, tuple[float, float]]:

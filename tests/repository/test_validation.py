@@ -8,7 +8,7 @@ import json
 import pytest
 from support.scripts import ROOT, run_script
 
-from benchmarks.accuracy import validation, validation_derivatives
+from benchmarks.accuracy import validation_derivatives
 from benchmarks.accuracy.validation_table import table
 from fisherfast.problems import CorrelatedImage
 
@@ -42,16 +42,6 @@ def test_every_part_of_derivatives_is_stored():
         assert entry["what"] == " ".join(part.__doc__.split())
         assert {"commit", "torch", "threads"} <= set(entry["machine"])
         assert entry["figures"]
-
-
-@pytest.mark.slow
-def test_memory_is_measured_for_every_source(monkeypatch):
-    """Catches a source that the measured program does not know, and numbers that are not MB: a
-    process with torch takes some hundred."""
-    monkeypatch.setattr(validation, "MEMORY_SAMPLES", (2000,))
-    figures = validation.memory()
-    assert set(figures) == {"two conditions", "pathwise", "score"}
-    assert all(50 < by_size["2000"] < 5000 for by_size in figures.values())
 
 
 CHANGES = {

@@ -14,6 +14,7 @@ from fisherfast.estimation.leverage import (
     inverse_excess,
     left_out_score,
     noise_covariance,
+    score_corrections,
     seen_along_curve,
 )
 from fisherfast.problems import Laplace, RectifiedGaussian
@@ -42,21 +43,27 @@ def drawn(P=1, k=K, n=N, seed=0):
 @pytest.mark.parametrize("P", [1, 2])
 def test_left_out_score_is_that_of_n_regressions(P):
     """All samples kept: the mean of s_i times the prediction of a regression without i, with the
-    first k features for every k. Catches h for h / (1 - h), the wrong normalisation, mixed-up
-    features."""
+    first k features for every k, and what each sample adds to it with all. Catches h or h (1 - h)
+    for h / (1 - h), the wrong normalisation, mixed-up features."""
     f, s, readout, half = drawn(P)
     naive = (half[:, :, None] * half[:, None]).cumsum(0)
     V = s.T @ s / N
     seen = seen_along_curve(SampleFeatures(f, s), readout, half, N)
     J = left_out_score(seen, naive, torch.arange(1.0, K + 1), V, N)
     for k in (1, 3, K):
-        products = torch.zeros(P, P, dtype=torch.float64)
+        left_out = torch.zeros(N, P, dtype=torch.float64)
         for i in range(N):
             rest = torch.arange(N) != i
             a, b = f[rest, :k], s[rest]
-            W = torch.linalg.solve(a.T @ a, a.T @ b)
-            products += s[i, :, None] * (f[i, :k] @ W) / N
+            left_out[i] = f[i, :k] @ torch.linalg.solve(a.T @ a, a.T @ b)
+        products = s.T @ left_out / N
         torch.testing.assert_close(J[k - 1], (products + products.T) / 2)
+    t = f @ readout.T
+    fitted = t @ half
+    influence = (fitted - left_out)[:, :1] / (s - fitted)[:, :1]  # h / (1 - h)
+    change = s[:, :, None] * ((influence - influence.mean()) * (s - fitted))[:, None]
+    found = score_corrections(t, fitted, s, N)
+    torch.testing.assert_close(found, (change + change.mT) / 2)
 
 
 def test_inverse_excess_is_what_samples_left_out_show():

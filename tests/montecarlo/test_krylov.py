@@ -19,7 +19,7 @@ from fisherfast.estimation.krylov import KrylovSpace, projected
 from fisherfast.problems import GaussianShift
 
 SIGMAS = 4.0
-REPLICATIONS = 120
+REPLICATIONS = 60
 SAMPLES = 400
 DIM = 300
 

@@ -30,7 +30,7 @@ def measured(source: str, seed: int) -> ff.FisherFlow:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(DIM, 3), nn.LeakyReLU(0.3), nn.Linear(3, 1))
-    return ff.fisher_flow(model, shifted(source, 1000, seed), max_features=16)
+    return ff.fisher_flow(model, shifted(source, 2000, seed), max_features=16)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -346,7 +346,12 @@ def test_where_nothing_is_left_to_find_there_is_no_probe(small):
     ("samples", "model", "kind", "note"),
     [
         (100, chain(), "raw", "no probe: half of 100 samples per condition are too few"),
-        (1000, nn.Sequential(nn.Linear(DIM, 3), nn.Threshold(1e9, 0.0)), "none", "all 3 activations"),
+        (
+            1000,
+            nn.Sequential(nn.Linear(DIM, 3), nn.Threshold(1e9, 0.0)),
+            "none",
+            "all 3 activations",
+        ),
         (1000, nn.Linear(DIM, 5000), "krylov", "no probe: the layer is too wide for a covariance"),
     ],
 )

@@ -72,9 +72,9 @@ CASES = {
         SIGMAS,
     ),
     "scale": Case(
-        lambda seed: estimates(GaussianScale(10), 1.0, 0.0566, 2000, 300, seed),
-        20.0,
-        200,
+        lambda seed: estimates(GaussianScale(20), 1.0, 0.04, 4000, 600, seed),
+        40.0,
+        150,
         {"k_eff", "folds"},
         SIGMAS,
     ),

@@ -19,7 +19,7 @@ from fisherfast.estimation.krylov import KrylovSpace, projected
 from fisherfast.problems import GaussianShift
 
 SIGMAS = 4.0
-REPLICATIONS = 60
+REPLICATIONS = 120
 SAMPLES = 400
 DIM = 300
 

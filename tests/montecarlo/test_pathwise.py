@@ -39,7 +39,7 @@ def test_three_unknowns_of_a_camera(source):
     scene = torch.zeros(40, 48, dtype=torch.float64)
     scene[4:36, 6:16] = scene[26:36, 6:44] = 1.0
     pose = CameraPose(Camera(scene, shape=(8, 10), white_std=1.0, row_std=0.5, correlated_std=0.5))
-    theta, n = [0.3, -0.2, 2.0], 3000
+    theta, n = [0.3, -0.2, 2.0], 6000
     model = nn.Sequential(nn.Flatten(), mlp([80, 20, 5], nn.Identity, seed=0))
     if source == "scored":
         data = pose.scored(theta, n)

@@ -7,8 +7,8 @@ replaces B by W B and leaves V, and so the Fisher information, as they are. Gaus
 linear Fisher information alone; that of other noise (distributions.py) lies in known bounds.
 Samples may also be rounded, sorted, or depend on each other.
 
-One description of the ranges (`draw`) serves both hypothesis, which shrinks what fails, and plain
-seeds (`from_seed`), which a long run counts through.
+`from_seed` draws a problem from the ranges below; the suite takes a few seeds, a long run counts
+through thousands.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import torch
 from hostile import distributions
 from hostile.distributions import SOURCES_OF, Distribution, Noise
 from hostile.structure import Structure
-from hypothesis import strategies as st
 
 import fisherfast as ff
 
@@ -62,38 +61,6 @@ GROUPED = ("neighbours", "far", "unsaid")  # how far copies lie, with groups= or
 TESTED = 1000  # samples among which a dependence that is not said is found
 FOLDS = 16  # of the library, by default
 LARGE = 16_000  # samples, over conditions and tangents, from which the least features are used
-
-
-class _Numpy:
-    """Chooses uniformly in every range."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-
-    def integer(self, least: int, most: int) -> int:
-        return int(self.rng.integers(least, most + 1))
-
-    def real(self, least: float, most: float) -> float:
-        return float(self.rng.uniform(least, most))
-
-    def one_of(self, options: Sequence[Any]) -> Any:
-        return options[int(self.rng.integers(len(options)))]
-
-
-class _Hypothesis:
-    """Leaves the choice to hypothesis, which shrinks to the least value and the first option."""
-
-    def __init__(self, draw: Any) -> None:
-        self.draw = draw
-
-    def integer(self, least: int, most: int) -> int:
-        return self.draw(st.integers(least, most))
-
-    def real(self, least: float, most: float) -> float:
-        return self.draw(st.floats(least, most))
-
-    def one_of(self, options: Sequence[Any]) -> Any:
-        return self.draw(st.sampled_from(options))
 
 
 @dataclass(frozen=True)
@@ -317,69 +284,68 @@ class Problem:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.torch_dtype)
 
 
-def draw(choose: _Numpy | _Hypothesis, *, samples: tuple[float, float] = SAMPLES) -> Problem:
-    """One problem: sizes and conditions log-uniform in their ranges, the rest uniform."""
+def from_seed(seed: int, *, samples: tuple[float, float] = SAMPLES) -> Problem:
+    """The problem of a seed: sizes and conditions log-uniform in their ranges, the rest uniform."""
+    rng = np.random.default_rng(seed)
+
+    def integer(least: int, most: int) -> int:
+        return int(rng.integers(least, most + 1))
+
+    def real(least: float, most: float) -> float:
+        return float(rng.uniform(least, most))
+
+    def one_of(options: Sequence[Any]) -> Any:
+        return options[int(rng.integers(len(options)))]
 
     def log(least: float, most: float) -> float:
-        return 10 ** choose.real(math.log10(least), math.log10(most))
+        return 10 ** real(math.log10(least), math.log10(most))
 
-    source = choose.one_of(SOURCES)
-    parameters = choose.integer(*PARAMETERS)
+    source = one_of(SOURCES)
+    parameters = integer(*PARAMETERS)
     n = round(log(*samples))
     layers = [
         Layer(
-            kind=choose.one_of(KINDS),
+            kind=one_of(KINDS),
             condition=log(*LAYER_CONDITIONS),
-            units=choose.real(*UNIT_DECADES),
-            standardised=choose.one_of((True, True, False)),
+            units=real(*UNIT_DECADES),
+            standardised=one_of((True, True, False)),
         )
-        for _ in range(choose.integer(*LAYERS))
+        for _ in range(integer(*LAYERS))
     ]
-    distribution = choose.one_of([k for k in DISTRIBUTIONS if source in SOURCES_OF.get(k, SOURCES)])
-    order = choose.one_of([o for o in ORDERS if o != "score" or source == "score"])
+    distribution = one_of([k for k in DISTRIBUTIONS if source in SOURCES_OF.get(k, SOURCES)])
+    order = one_of([o for o in ORDERS if o != "score" or source == "score"])
     gaussian = distribution == "Gaussian"
-    copies = choose.one_of(COPIES) if gaussian and order == "any" else "none"
-    grouped = choose.one_of(GROUPED) if copies != "none" else GROUPED[0]
+    copies = one_of(COPIES) if gaussian and order == "any" else "none"
+    grouped = one_of(GROUPED) if copies != "none" else GROUPED[0]
     if copies != "none":
         n = max(n, TESTED if grouped == "unsaid" else 4 * FOLDS) // 2 * 2
-    raw = not gaussian and choose.one_of((False, True))
-    dim = choose.integer(1, NARROW if raw else DIMENSIONS[1])
+    raw = not gaussian and one_of((False, True))
+    dim = integer(1, NARROW if raw else DIMENSIONS[1])
     if source == "score" and distribution in ("brightness", "rare") and not layers:
         layers = [Layer("random", 1.0, 0.0, True)]  # the input's J is that of the score
     large = n * (1 + parameters if source == "pathwise" else 2 * parameters) > LARGE
     return Problem(
-        seed=choose.integer(0, 2**31 - 1),
+        seed=integer(0, 2**31 - 1),
         source=source,
-        dtype=choose.one_of(("float64", "float32")),
+        dtype=one_of(("float64", "float32")),
         dim=dim,
         parameters=parameters,
         samples=n,
         condition=log(*CONDITIONS),
-        spectrum=choose.one_of(SPECTRA),
-        rotated=distribution != "rare" and choose.one_of((False, True, True, True)),
-        direction=choose.one_of(DIRECTIONS),
-        correlation=choose.real(*CORRELATIONS),
-        units=choose.real(*UNIT_DECADES),
+        spectrum=one_of(SPECTRA),
+        rotated=distribution != "rare" and one_of((False, True, True, True)),
+        direction=one_of(DIRECTIONS),
+        correlation=real(*CORRELATIONS),
+        units=real(*UNIT_DECADES),
         offset=log(*OFFSETS),
-        step=choose.real(*STEPS.get(source, (1.0, 1.0))),
+        step=real(*STEPS.get(source, (1.0, 1.0))),
         layers=tuple(layers),
-        features=RAW_ONLY if raw else FEATURES[0] if large else choose.one_of(FEATURES),
+        features=RAW_ONLY if raw else FEATURES[0] if large else one_of(FEATURES),
         # another order changes the folds of groups, and the noise added to a lattice
-        twin="unit" if copies != "none" or distribution == "lattice" else choose.one_of(TWINS),
+        twin="unit" if copies != "none" or distribution == "lattice" else one_of(TWINS),
         distribution=distribution,
         lattice=log(*LATTICE) if distribution == "lattice" else 0.0,
         order=order,
         copies=copies,
         grouped=grouped,
     )
-
-
-def from_seed(seed: int) -> Problem:
-    """The problem of a seed."""
-    return draw(_Numpy(seed))
-
-
-@st.composite
-def problems(draw_value: Any, *, samples: tuple[float, float] = SAMPLES) -> Problem:
-    """Strategy of hypothesis."""
-    return draw(_Hypothesis(draw_value), samples=samples)

@@ -1,11 +1,10 @@
-"""The long run counts what was found, goes on where it stopped, and is what the theory quotes."""
+"""The long run counts what was found, and is what the theory quotes."""
 
 from __future__ import annotations
 
 import json
 import re
 
-import pytest
 from hostile.judge import Check, Judgement, Verdict
 from hostile.tally import Reading
 from support.scripts import ROOT
@@ -49,38 +48,6 @@ def test_kinds_are_counted():
     row = ("Laplace", "2", "1.000 +- 0.000", "1.000 +- 0.100", "0.500 +- 0.000", "100.0 %")
     assert f"| {' | '.join(row)} | 0.0 % | 0.0 % |" in script.summary(result)
     assert script.wrong_kinds(result)[0] == "Laplace: J above the information in 2 of 2"
-
-
-@pytest.mark.parametrize(("commit", "examples"), [("abc", 3), ("abc+", 2), (None, 2)])
-def test_a_run_goes_on_with_the_same_code_alone(monkeypatch, tmp_path, commit, examples):
-    """Catches examples of another version in one result, and a run that begins again."""
-    monkeypatch.setattr(script, "machine", lambda: {"commit": commit})
-
-    class Pool:
-        def __init__(self, *_, **__) -> None: ...
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_) -> None: ...
-        def imap(self, call, seeds, chunksize):
-            asked.extend(seeds)
-            return [(seed, found()) for seed in seeds]
-
-    context = type("Context", (), {"Pool": Pool})
-    monkeypatch.setattr(script.multiprocessing, "get_context", lambda _: context)
-    asked: list[int] = []
-    out = tmp_path / "found.json"
-    script.run(1, 1, out)
-    script.run(2 if examples == 2 else 3, 1, out)
-    assert json.loads(out.read_text())["examples"] == examples
-    assert asked == ([0, 1, 2] if commit == "abc" else [0, 0, 1])
-
-
-def test_one_seed_can_be_shown():
-    """Catches a failing seed that cannot be looked at."""
-    lines = list(script.show(25))
-    assert lines[0].startswith("Problem(seed=")
-    assert any(line.startswith("LayerFisher('input'") for line in lines)
 
 
 def test_the_theory_quotes_the_stored_run():

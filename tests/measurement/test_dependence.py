@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from support.scripts import ROOT
 
 import fisherfast as ff
+from benchmarks.accuracy import assumptions
 
 N = 2000
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def normal(n: int = N, d: int = 4, seed: int = 0) -> torch.Tensor:
@@ -89,10 +88,10 @@ def test_shuffled_they_are_not(source):
 
 @pytest.mark.parametrize("tails", [1.0, 3.0])
 def test_independent_samples_are_not_accused(tails):
-    """40 data sets of Student's t with 1 (no mean) and 3 degrees of freedom: none at 5 standard
+    """20 data sets of Student's t with 1 (no mean) and 3 degrees of freedom: none at 5 standard
     errors, where 6e-7 are expected of normal correlations. One accused in 20 is found with a
-    probability of 0.98 (80 measurements)."""
-    for seed in range(40):
+    probability of 0.98 by the 80 measurements of both."""
+    for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         chi = 2 * torch._standard_gamma(torch.full((300, 2), tails / 2), generator=generator)
         x = torch.randn(300, 2, generator=generator) * (tails / chi).sqrt()
@@ -104,10 +103,8 @@ def test_independent_samples_are_not_accused(tails):
         ].independent
 
 
-def test_the_table_of_assumptions_is_that_of_the_benchmark(monkeypatch):
+def test_the_table_of_assumptions_is_that_of_the_benchmark():
     """Every case has its row in the page, and a row is measured. Catches a dropped case."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    assumptions = importlib.import_module("benchmarks.accuracy.assumptions")
     page = (ROOT / "docs" / "assumptions.md").read_text()
     table = [line for line in page.splitlines() if line.startswith("| ")]
     names = [row.split(" | ")[0].removeprefix("| ") for row in table]

@@ -204,37 +204,22 @@ import fisherfast as ff
 from benchmarks.speed.peak_memory import peak_beyond
 from measurement.test_memory import Pictures, network
 
-model, flows = network(), []
-
-def measure(size, budget):
+def measure(size):
     data = ff.Pathwise(Pictures(size, 120), parameters=2)
-    flows.append(ff.fisher_flow(model, data, max_features=8, memory_budget=budget))
+    ff.fisher_flow(network(), data, max_features=8, memory_budget="300 MB")
     return ()
 
-measure(32, "300 MB")  # what a first call loads and starts
+measure(32)  # what a first call loads and starts
 ff.dual.release_memory()
-print(peak_beyond(lambda: measure(256, sys.argv[1])), float(flows[-1]["output"].J[0, 0]))
+print(peak_beyond(lambda: measure(256)))
 """
-
-
-def measured(budget: str) -> tuple[int, float]:
-    """Peak of the resident memory above the state before, and J of the output."""
-    here = Path(__file__).parents[1]
-    program = PROGRAM.format(root=str(here.parent), tests=str(here))
-    command = [sys.executable, "-c", program, budget]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak, J = done.stdout.split()
-    return int(peak), float(J)
 
 
 @pytest.mark.slow
 def test_peak_memory_stays_below_the_budget():
-    """Catches a share that is not counted: 120 pictures with tangents take 1.5 GB at once.
-
-    The larger budget must also be used: its peak lies above the smaller one.
-    """
-    small, of_small = measured("300 MB")
-    large, of_large = measured("600 MB")
-    assert small < 300_000_000
-    assert small < large < 600_000_000
-    assert abs(of_small - of_large) <= RESULTS_AGREE * abs(of_large)
+    """Catches a share that is not counted, 120 pictures with tangents take 1.5 GB at once, and a
+    budget of which half is not used."""
+    here = Path(__file__).parents[1]
+    program = PROGRAM.format(root=str(here.parent), tests=str(here))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert 150_000_000 < int(done.stdout) < 300_000_000

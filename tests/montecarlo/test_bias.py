@@ -64,15 +64,13 @@ def many_tangents() -> float:
 
 
 CASES = {
-    # naive about 130, classical about 4
     "shift": Case(
-        lambda seed: estimates(GaussianShift(torch.ones(16)), 0.0, 0.0625, 2000, 400, seed),
-        16.0,
-        100,
+        lambda seed: estimates(GaussianShift(torch.ones(8)), 0.0, 0.0884, 1000, 200, seed),
+        8.0,
+        150,
         {"k_eff", "folds"},
         SIGMAS,
     ),
-    # naive about 230, classical about 20
     "scale": Case(
         lambda seed: estimates(GaussianScale(20), 1.0, 0.04, 4000, 600, seed),
         40.0,

@@ -47,7 +47,7 @@ def peak_kilobytes(samples: int, source: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["two conditions", "pathwise", "score"])
+@pytest.mark.parametrize("source", ["two conditions", "pathwise"])
 def test_memory_is_flat_from_1e4_to_3e5_samples(source):
     """Catches inputs, activations or features that are kept: 3 10^5 x 64 floats alone are 77 MB.
 

@@ -21,7 +21,7 @@ def test_published_lognormal_task():
         of_features(problem.scored(0.0, 4000, seed=seed), max_features=300) for seed in range(24)
     ]
     J = torch.tensor([layer.value for layer in layers])
-    large = of_features(problem.scored(0.0, 200_000, seed=1000), max_features=300)
+    large = of_features(problem.scored(0.0, 100_000, seed=1000), max_features=300)
     assert float(J.std()) <= 0.2
     assert abs(float(J.mean()) / large.value - 1) < 0.03
     assert all(float(layer.lower) < layer.value + 3 * float(layer.stderr) for layer in layers)

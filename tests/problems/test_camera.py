@@ -155,61 +155,25 @@ def test_training_set():
     assert isinstance(camera.finite_difference(0.0, 0.6, 2), FiniteDifference)
 
 
-ERRORS = {
-    "scene": (lambda: Camera(torch.ones(3)), r"scene must have shape \[h, w\], got \(3,\)"),
-    "scene nan": (
-        lambda: Camera(torch.full((3, 3), float("nan"))),
-        "scene must be finite, got nan or inf",
-    ),
-    "theta": (
-        lambda: experiment().mean(2.5),
-        r"theta must lie within \+-2.4 um, got 2.5",
-    ),
-    "place": (
-        lambda: CameraPose(experiment()).mean([0.0, 3.0, 1.0]),
-        r"theta must lie within \+-2.4 um, got \[0.0, 3.0\]",
-    ),
-    "psf": (
-        lambda: Camera(glyph_scene(), psf_sigma=0.1),
-        r"psf_sigma must be at least one scene sample \(0.15 um\), got 0.1",
-    ),
-    "pixel": (
-        lambda: Camera(glyph_scene(), pixel_size=0.0),
-        "pixel_size must be positive and finite, got 0.0",
-    ),
-    "row": (lambda: Camera(glyph_scene(), row_std=-1.0), "row_std must be at least 0, got -1.0"),
-    "white": (
-        lambda: Camera(glyph_scene(), white_std=0.0),
-        "white_std must be positive unless shot noise is the only noise, got 0",
-    ),
-    "white beside shot": (
-        lambda: Camera(glyph_scene(), white_std=0.0, gain=1.0),
-        "white_std must be positive unless shot noise is the only noise, got 0",
-    ),
-    "gain": (
-        lambda: Camera(glyph_scene(), gain=-1.0),
-        "gain must be positive and finite, got -1.0",
-    ),
-    "padding": (
-        lambda: Camera(glyph_scene(), padding="wrap"),
-        "padding must be 'zero' or 'edge', got 'wrap'",
-    ),
-    "dark": (
-        lambda: Camera(-glyph_scene(), gain=1.0, offset=1.0, amplitude=10.0).mean(0.0),
-        "offset must give every pixel some light for shot noise, got a pixel of -",
-    ),
-    "target": (
-        lambda: experiment().with_input_fisher(0.0),
-        "target must be positive and finite, got 0.0",
-    ),
-    "still": (
-        lambda: default_camera(torch.zeros(3, 3)),
-        "scene must change when it moves, got a FI of 0",
-    ),
-}
+ERRORS = [
+    (lambda: Camera(torch.ones(3)), r"scene must have shape \[h, w\], got \(3,\)"),
+    (lambda: Camera(torch.full((3, 3), math.nan)), "scene must be finite, got nan or inf"),
+    (lambda: experiment().mean(2.5), r"theta must lie within \+-2.4 um, got 2.5"),
+    (lambda: CameraPose(experiment()).mean([0.0, 3.0, 1.0]), r"2.4 um, got \[0.0, 3.0\]"),
+    (lambda: Camera(glyph_scene(), psf_sigma=0.1), r"one scene sample \(0.15 um\), got 0.1"),
+    (lambda: Camera(glyph_scene(), pixel_size=0.0), "pixel_size must be positive .*, got 0.0"),
+    (lambda: Camera(glyph_scene(), row_std=-1.0), "row_std must be at least 0, got -1.0"),
+    (lambda: Camera(glyph_scene(), white_std=0.0), "white_std must be positive .*, got 0"),
+    (lambda: Camera(glyph_scene(), white_std=0.0, gain=1.0), "unless shot noise is the only"),
+    (lambda: Camera(glyph_scene(), gain=-1.0), "gain must be positive and finite, got -1.0"),
+    (lambda: Camera(glyph_scene(), padding="wrap"), "must be 'zero' or 'edge', got 'wrap'"),
+    (lambda: Camera(-glyph_scene(), gain=1.0, offset=1.0).mean(0.0), "some light for shot noise"),
+    (lambda: experiment().with_input_fisher(0.0), "target must be positive and finite, got 0.0"),
+    (lambda: default_camera(torch.zeros(3, 3)), "scene must change when it moves, got a FI of 0"),
+]
 
 
-@pytest.mark.parametrize(("call", "message"), ERRORS.values(), ids=ERRORS.keys())
+@pytest.mark.parametrize(("call", "message"), ERRORS)
 def test_wrong_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()

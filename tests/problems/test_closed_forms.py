@@ -31,7 +31,7 @@ from fisherfast.problems import (
 )
 from fisherfast.problems.problem import STREAM_CONDITIONS, seeded_generator
 
-SAMPLES = 40_000
+SAMPLES = 10_000
 SIGMAS = 5
 
 DIRECTION = torch.tensor([[1.0, 0.2], [0.5, -1.0], [-0.3, 0.4]], dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_score_is_the_derivative_of_the_log_density(problem, theta):
 
 @each_case
 def test_fisher_is_the_covariance_of_the_score(problem, theta):
-    """Catches d / theta^2 for 2 d / theta^2, a lost 1/2, Phi for phi: 5 errors are 4 %."""
+    """Catches d / theta^2 for 2 d / theta^2, a lost 1/2, Phi for phi: 5 errors are 8 %."""
     score = problem.score(problem.sample(theta, SAMPLES, generator(1)), theta)
     assert_mean_is(score, torch.zeros(problem.parameters))
     assert_mean_is(score.unsqueeze(2) * score.unsqueeze(1), problem.fisher(theta))
@@ -194,18 +194,16 @@ def test_linear_fisher_is_a_lower_bound_and_the_limit_of_small_steps(problem, th
 
 @each_pathwise
 def test_tangent_is_the_derivative_at_fixed_noise(problem, theta):
-    """Catches a tangent of another sample, or of the wrong parameter. Error seen: 2e-4."""
-    x, tangent = problem.sample_with_tangent(theta, 50, generator(3))
-    assert torch.equal(x, problem.sample(theta, 50, generator(3)))
-    assert tangent.shape == (50, problem.parameters, *x.shape[1:])
+    """Catches a tangent of another sample, or of the wrong parameter, and a sampler that a
+    simulator cannot differentiate: theta turned into a constant."""
+    x, tangent = problem.sample_with_tangent(theta, 5, generator(3))
+    assert torch.equal(x, problem.sample(theta, 5, generator(3)))
+    assert tangent.shape == (5, problem.parameters, *x.shape[1:])
     assert tangent.dtype == x.dtype == torch.float32
-    centre, step = problem.as_theta(theta), 1e-2
-    for row, unit in zip(tangent.unbind(1), torch.eye(problem.parameters).double(), strict=True):
-        after = problem.sample(centre + step * unit, 50, generator(3))
-        before = problem.sample(centre - step * unit, 50, generator(3))
-        smooth = (after != 0) == (before != 0)  # a ReLU that switches between has no derivative
-        slope = (after - before) / (2 * step)
-        torch.testing.assert_close(row[smooth], slope[smooth], rtol=5e-4, atol=5e-4)
+    derivative = torch.autograd.functional.jacobian(
+        lambda t: problem.sample(t, 5, generator(3)), problem.as_theta(theta)
+    )
+    torch.testing.assert_close(derivative.movedim(-1, 1).float(), tangent, rtol=1e-4, atol=1e-5)
 
 
 @each_pathwise
@@ -221,16 +219,6 @@ def test_data_are_drawn_at_theta_with_their_own_seed(problem, theta):
     assert torch.equal(one.x, x)
     torch.testing.assert_close(one.tangents.movedim(0, 1), tangent)
     assert not torch.equal(one.x, other.x)
-
-
-@each_pathwise
-def test_sampler_is_differentiable_in_theta(problem, theta):
-    """A simulator may differentiate the sampler itself. Catches theta turned into a constant."""
-    _, tangent = problem.sample_with_tangent(theta, 5, generator(4))
-    derivative = torch.autograd.functional.jacobian(
-        lambda t: problem.sample(t, 5, generator(4)), problem.as_theta(theta)
-    )
-    torch.testing.assert_close(derivative.movedim(-1, 1).float(), tangent, rtol=1e-4, atol=1e-5)
 
 
 @each_case

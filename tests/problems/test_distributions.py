@@ -9,7 +9,6 @@ import pytest
 import scipy.stats
 import torch
 
-from fisherfast.data import FiniteDifference
 from fisherfast.problems import (
     CorrelatedImage,
     GaussianScale,
@@ -37,41 +36,25 @@ def test_separation_is_the_full_one():
     torch.testing.assert_close(plus[1] - minus[1], torch.tensor([[0.0, 0.25]]).expand(3, 2))
 
 
-@pytest.mark.parametrize("paired", [True, False])
-def test_finite_difference_hands_over_the_conditions(paired):
+def test_finite_difference_hands_over_the_conditions():
     """Catches dtheta or the pairing lost on the way."""
-    data = GaussianScale(3).finite_difference(1.0, 0.1, 8, paired=paired)
-    assert isinstance(data, FiniteDifference)
-    assert data.dtheta == (0.1,)
-    assert data.paired is paired
-    assert data.samples(0) == data.samples(1) == 8
-    two = GaussianShift(random(4, 2)).finite_difference([0.0, 0.0], [0.1, 0.2], 8, seed=3)
-    assert two.parameters == 2
-    assert two.dtheta == pytest.approx((0.1, 0.2))
+    problem = GaussianShift(random(4, 2))
+    for paired in (True, False):
+        data = problem.finite_difference([0.0, 0.0], [0.1, 0.2], 8, paired=paired)
+        assert (data.dtheta, data.paired, data.parameters) == ((0.1, 0.2), paired, 2)
+        assert data.samples(0) == data.samples(1) == 8
 
 
 def test_shift_after_a_layer():
     """Catches W^T for W, and a loss where an invertible layer loses nothing."""
-    base = random(5, 5)
-    covariance = base @ base.mT + torch.eye(5)
-    problem = GaussianShift(random(5, seed=1), covariance)
-    weight = random(2, 5, seed=2)
-    behind = GaussianShift(weight @ problem.mean(1.0), (weight @ covariance @ weight.mT + 0.0))
-    torch.testing.assert_close(problem.fisher_after(weight), behind.fisher(0.0))
-    assert problem.fisher_after(weight) < problem.fisher(0.0)
-    invertible = random(5, 5, seed=3)
-    torch.testing.assert_close(problem.fisher_after(invertible), problem.fisher(0.0))
-    white = GaussianShift(random(5, seed=1))
-    torch.testing.assert_close(
-        white.fisher_after(weight),
-        GaussianShift(random(5, seed=1), torch.eye(5)).fisher_after(weight),
-    )
-
-
-def test_noise_of_a_layer_adds_to_that_of_its_input():
-    """Catches s for s^2."""
-    problem = NoisyLinear(torch.ones(4), noise_std=0.5, covariance=2 * torch.eye(4))
-    assert problem.fisher(0.0).item() == pytest.approx(4 / 2.25)
+    base, direction, weight = random(5, 5), random(5, seed=1), random(2, 5, seed=2)
+    for covariance in (None, base @ base.mT + torch.eye(5)):
+        problem = GaussianShift(direction, covariance)
+        S = torch.eye(5).double() if covariance is None else covariance
+        behind = GaussianShift(weight @ direction, weight @ S @ weight.mT)
+        torch.testing.assert_close(problem.fisher_after(weight), behind.fisher(0.0))
+        assert problem.fisher_after(weight) < problem.fisher(0.0)
+        torch.testing.assert_close(problem.fisher_after(base), problem.fisher(0.0))
 
 
 def test_lognormal_mixing_has_the_published_spread():
@@ -90,10 +73,10 @@ def test_noise_of_an_image_has_the_stated_variances():
     torch.testing.assert_close(image.fisher((0.3, 1.7)), dense, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rate", [1e-3, 0.3, 1.0, 7.5, 60.0, 900.0, 2e4])
+@pytest.mark.parametrize("rate", [1e-3, 0.3, 7.5, 60.0, 900.0])
 def test_poisson_quantile(rate):
     """Catches a search that stops one count early, against scipy.stats on both tails."""
-    middle = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
+    middle = torch.linspace(0, 1, 201, dtype=torch.float64)[:-1]
     u = torch.cat([middle, torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64)])
     counts = poisson_quantile(u[:, None], torch.tensor([rate], dtype=torch.float64))[:, 0]
     expected = np.maximum(scipy.stats.poisson.ppf(u.numpy(), rate), 0)
@@ -123,89 +106,43 @@ def test_samples_accept_any_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
-def simple_poisson() -> Poisson:
-    return Poisson(lambda theta: theta * torch.ones(2), lambda theta: torch.ones(1, 2), dim=2)
+def simple_poisson(returned: int = 2) -> Poisson:
+    return Poisson(lambda theta: theta * torch.ones(returned), lambda _: torch.ones(1, 2), dim=2)
 
 
-ERRORS = {
-    "theta shape": (
-        lambda: GaussianShift(torch.ones(3, 2)).mean([1.0]),
-        r"theta must have shape \(2,\), got \(1,\)",
-    ),
-    "theta nan": (
-        lambda: GaussianShift(torch.ones(3)).mean(float("nan")),
-        r"theta must be finite, got nan",
-    ),
-    "theta sign": (lambda: GaussianScale(3).fisher(-1.0), "theta must be positive, got -1.0"),
-    "dtheta": (
-        lambda: GaussianScale(3).conditions(1.0, -0.1, 5),
-        "dtheta must be positive and finite, got -0.1",
-    ),
-    "dtheta count": (
-        lambda: GaussianScale(3).conditions(1.0, [0.1, 0.2], 5),
-        r"dtheta must be one number or 1, got shape \(2,\)",
-    ),
-    "n": (
-        lambda: GaussianScale(3).conditions(1.0, 0.1, 0),
-        "n must be at least 1, got 0",
-    ),
-    "dim": (lambda: GaussianScale(0), "dim must be at least 1, got 0"),
-    "direction": (
+SKEWED = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+INDEFINITE = torch.diag(torch.tensor([1.0, -1.0]))
+ERRORS = [
+    (lambda: GaussianShift(torch.ones(3, 2)).mean([1.0]), r"theta must have shape \(2,\), got"),
+    (lambda: GaussianShift(torch.ones(3)).mean(math.nan), "theta must be finite, got nan"),
+    (lambda: GaussianScale(3).fisher(-1.0), "theta must be positive, got -1.0"),
+    (lambda: GaussianScale(3).conditions(1.0, -0.1, 5), "dtheta must be positive .*, got -0.1"),
+    (lambda: GaussianScale(3).conditions(1.0, [0.1, 0.2], 5), r"one number or 1, got shape \(2,\)"),
+    (lambda: GaussianScale(3).conditions(1.0, 0.1, 0), "n must be at least 1, got 0"),
+    (lambda: GaussianScale(0), "dim must be at least 1, got 0"),
+    (
         lambda: GaussianShift(torch.ones(2, 2, 2)),
-        r"direction must have shape \[d\] or \[d, P\], got \(2, 2, 2\)",
+        r"\[d\] or \[d, P\], got \(2, 2, 2\)",
     ),
-    "covariance shape": (
-        lambda: GaussianShift(torch.ones(2), torch.eye(3)),
-        r"covariance must have shape \(2, 2\), got \(3, 3\)",
-    ),
-    "covariance sign": (
-        lambda: GaussianShift(torch.ones(2), torch.diag(torch.tensor([1.0, -1.0]))),
-        "covariance must be positive definite, got a matrix whose leading 2 x 2 block is not",
-    ),
-    "covariance symmetry": (
-        lambda: GaussianShift(torch.ones(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]])),
-        "covariance must be symmetric, got a matrix that differs from its transpose",
-    ),
-    "weight": (
-        lambda: NoisyLinear(torch.ones(2), noise_std=1.0, weight=torch.eye(3)),
-        r"weight must have shape \[k, 2\], got \(3, 3\)",
-    ),
-    "noise_std": (
-        lambda: NoisyLinear(torch.ones(2), noise_std=0.0),
-        "noise_std must be positive and finite, got 0.0",
-    ),
-    "mixing shape": (
-        lambda: LogNormal(torch.ones(2, 3)),
-        r"mixing must have shape \(2, 2\), got \(2, 3\)",
-    ),
-    "mixing rank": (
-        lambda: LogNormal(torch.ones(3, 3)),
-        "mixing must be invertible, got rank 1 of 3",
-    ),
-    "rates": (lambda: simple_poisson().fisher(-2.0), "rates must be positive, got -2.0"),
-    "returned shape": (
-        lambda: Poisson(lambda t: torch.ones(3), lambda t: torch.ones(1, 2), dim=2).fisher(1.0),
-        r"rates must return shape \(2,\), got \(3,\)",
-    ),
-    "samples": (
-        lambda: Laplace(3).score(torch.zeros(5, 2), 0.0),
-        "x must have 3 numbers per sample, got 2",
-    ),
-    "shape": (lambda: CorrelatedImage((0, 4)), "shape must be at least 1, got 0"),
-    "spot": (lambda: CorrelatedImage(spot=0.0), "spot must be positive and finite, got 0.0"),
-    "white_std": (
-        lambda: CorrelatedImage(white_std=0.0),
-        "white_std must be positive and finite, got 0.0",
-    ),
-    "correlated_std": (
-        lambda: CorrelatedImage(correlated_std=-1.0),
-        "correlated_std must be at least 0, got -1.0",
-    ),
-    "scale": (lambda: Laplace(3, scale=-1.0), "scale must be positive and finite, got -1.0"),
-}
+    (lambda: GaussianShift(torch.ones(2), torch.eye(3)), r"shape \(2, 2\), got \(3, 3\)"),
+    (lambda: GaussianShift(torch.ones(2), INDEFINITE), "leading 2 x 2 block is not"),
+    (lambda: GaussianShift(torch.ones(2), SKEWED), "covariance must be symmetric"),
+    (lambda: NoisyLinear(torch.ones(2), noise_std=1.0, weight=torch.eye(3)), r"\[k, 2\], got"),
+    (lambda: NoisyLinear(torch.ones(2), noise_std=0.0), "noise_std must be positive .*, got 0.0"),
+    (lambda: LogNormal(torch.ones(2, 3)), r"mixing must have shape \(2, 2\), got \(2, 3\)"),
+    (lambda: LogNormal(torch.ones(3, 3)), "mixing must be invertible, got rank 1 of 3"),
+    (lambda: simple_poisson().fisher(-2.0), "rates must be positive, got -2.0"),
+    (lambda: simple_poisson(3).fisher(1.0), r"rates must return shape \(2,\), got \(3,\)"),
+    (lambda: Laplace(3).score(torch.zeros(5, 2), 0.0), "3 numbers per sample, got 2"),
+    (lambda: CorrelatedImage((0, 4)), "shape must be at least 1, got 0"),
+    (lambda: CorrelatedImage(spot=0.0), "spot must be positive and finite, got 0.0"),
+    (lambda: CorrelatedImage(white_std=0.0), "white_std must be positive and finite, got 0.0"),
+    (lambda: CorrelatedImage(correlated_std=-1.0), "correlated_std must be at least 0, got -1.0"),
+    (lambda: Laplace(3, scale=-1.0), "scale must be positive and finite, got -1.0"),
+]
 
 
-@pytest.mark.parametrize(("call", "message"), ERRORS.values(), ids=ERRORS.keys())
+@pytest.mark.parametrize(("call", "message"), ERRORS)
 def test_wrong_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -75,41 +75,25 @@ def changed(**arrays: np.ndarray) -> dict[str, np.ndarray]:
     return {**recording(), **arrays}
 
 
-WRONG = {
-    "foreign": ({"x": np.zeros(3)}, r"path must hold the array position_center, got .* \['x'\]"),
-    "positions": (
+WRONG = [
+    ({"x": np.zeros(3)}, r"path must hold the array position_center, got .* \['x'\]"),
+    (
         changed(position_center=np.zeros((3, 2))),
-        r"position_center must be one row of numbers, got float64 of shape \(3, 2\)",
+        r"numbers, got float64 of shape \(3, 2\)",
     ),
-    "objects": (
-        changed(position_edge=np.array([None, 1])),
-        "position_edge must hold plain numbers in C order, got object",
-    ),
-    "shape": (
-        changed(data_edge=np.zeros((4, 2, 32, 64))),
-        r"data_edge must have shape \[28, n, rows, columns\] to match position_edge, "
-        r"got \(4, 2, 32, 64\)",
-    ),
-    "order": (
-        changed(data_center=np.asfortranarray(np.zeros((3, 9, 32, 64)))),
-        "data_center must hold plain numbers in C order, got float64 in Fortran order",
-    ),
-    "pixels": (
-        changed(data_center=np.zeros((3, 9, 16, 64))),
-        r"crop must lie within 16 x 64 pixels of data_center, got \(\(7, 25\), \(20, 44\)\)",
-    ),
-    "millimetres": (
+    (changed(position_edge=np.array([None, 1])), "position_edge must hold plain .*, got object"),
+    (changed(data_edge=np.zeros((4, 2, 32, 64))), r"data_edge must have shape \[28, n, rows, "),
+    (changed(data_center=np.asfortranarray(np.zeros((3, 9, 32, 64)))), "in Fortran order"),
+    (changed(data_center=np.zeros((3, 9, 16, 64))), "crop must lie within 16 x 64 pixels"),
+    (
         changed(position_edge=EDGE * 1e3),
-        r"position_center and position_edge must hold \[-1.8, -1.5, -1.2, -0.9, -0.6, 0.6,",
+        r"edge must hold \[-1.8, -1.5, -1.2, -0.9",
     ),
-    "frames": (
-        changed(data_center=np.zeros((3, 4, 32, 64))),
-        "data_center must hold more frames per position than data_edge, got 4 and 4",
-    ),
-}
+    (changed(data_center=np.zeros((3, 4, 32, 64))), "more frames .* than data_edge, got 4 and 4"),
+]
 
 
-@pytest.mark.parametrize(("arrays", "message"), WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize(("arrays", "message"), WRONG)
 def test_wrong_layout(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, arrays)

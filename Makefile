@@ -31,8 +31,9 @@ fast: $(READY) ## the fast tests only
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
 
 # The op tests that are not slow, on a sanitized module, at every instruction set; those of plain torch
-# stand-ins ("torch" in their name) are left out: nothing of theirs is sanitized. The environment
-# goes first on PATH for its cmake and ninja.
+# stand-ins ("torch" in their name) are left out: nothing of theirs is sanitized; so are views of
+# untouched gigabytes ("far apart"), which the sanitizer would touch. The environment goes first on
+# PATH for its cmake and ninja.
 sanitize: $(READY) ## the CPU kernels under the address, undefined and thread sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" tests/native/sanitize.sh
 

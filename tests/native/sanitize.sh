@@ -24,7 +24,7 @@ sanitized() {
 }
 op_tests() {
   sanitized -m pytest -q --capture=sys -p sanitized -p no:cacheprovider -m "not slow" \
-    -k "not torch" --numprocesses auto --dist worksteal "$@"
+    -k "not torch and not far" --numprocesses auto --dist worksteal "$@"
 }
 
 sanitized tests/native/sanitized.py

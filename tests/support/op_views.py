@@ -19,6 +19,16 @@ def _expanded(x: Tensor) -> Tensor:
     return (x[:1] if x.dim() > 2 else x[..., :1]).expand(x.shape)
 
 
+def _far_apart(x: Tensor) -> Tensor:
+    """The last slice more than 2^31 numbers behind the first: memory that is never touched."""
+    if len(x) < 2 or x.dtype != torch.float32 or x.device.type != "cpu":
+        return x
+    step = 2**31 // (len(x) - 1) + 1
+    storage = torch.empty((len(x) - 1) * step + x[0].numel())
+    strides = (step, *torch.empty(x.shape[1:], device="meta").stride())
+    return storage.as_strided(x.shape, strides).copy_(x)
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second slice": lambda x: x.repeat_interleave(2, 0)[::2],
     "slices apart": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]] if x.dim() > 1 else x,
@@ -28,6 +38,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "slices last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
     "channels last": lambda x: x.movedim(-3, -1).contiguous().movedim(-1, -3) if x.dim() > 2 else x,
     "unaligned": _unaligned,
+    "far apart": _far_apart,
     "expanded": lambda x: _expanded(x) if x.is_floating_point() else x,
 }
 

@@ -9,15 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from support.networks_zoo import (
-    DTHETA,
-    WIDTH,
-    measure,
-    mlp,
-    samples,
-    seeded,
-    untouched,
-)
+from support.networks_zoo import DTHETA, WIDTH, measure, mlp, samples, seeded, untouched
 from support.pairwise import pairwise
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset

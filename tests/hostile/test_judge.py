@@ -20,13 +20,7 @@ from fisherfast.estimation import dither
 from fisherfast.measurement.layer import LayerMeter
 
 EASY = Problem(
-    dim=6,
-    parameters=2,
-    samples=1000,
-    rotated=True,
-    correlation=0.3,
-    step=1.0,
-    twin="permutation",
+    dim=6, parameters=2, samples=1000, rotated=True, correlation=0.3, step=1.0, twin="permutation"
 )
 
 

@@ -42,15 +42,13 @@ class Network:
         """The network in training mode, drawn in float64 so that every dtype has the same one."""
         return seeded(lambda: randomised(self.build().double())).to(dtype)
 
-    def inputs(
-        self, parameters: int = 3, samples: int | None = None, dtype: torch.dtype = torch.float64
-    ) -> tuple[Tensor, Tensor]:
+    def inputs(self, parameters: int = 3, samples: int | None = None) -> tuple[Tensor, Tensor]:
         """x [n, ...] and dx [P, n, ...], white noise."""
         generator = torch.Generator().manual_seed(1)
         shape = (samples or self.samples, *self.shape)
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         dx = torch.randn(parameters, *shape, generator=generator, dtype=torch.float64)
-        return x.to(dtype), dx.to(dtype)
+        return x, dx
 
 
 @torch.no_grad()

@@ -13,21 +13,16 @@ from torch import Tensor, nn
 # --- attention ---
 
 
-class SelfAttention(nn.Module):
+def self_attention(width: int, heads: int) -> nn.Module:
     """Queries, keys and values from one product, then the fused function."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        qkv = self.qkv(x).reshape(n, length, 3, self.heads, width // self.heads)
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        qkv = m.qkv(x).reshape(*x.shape[:2], 3, heads, width // heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(n, length, width))
+        return m.proj(mixed.transpose(1, 2).reshape(x.shape))
+
+    return Written(forward, qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width))
 
 
 class ViT(nn.Module):
@@ -39,7 +34,7 @@ class ViT(nn.Module):
         self.token = nn.Parameter(0.5 * torch.randn(1, 1, width))
         self.positions = nn.Parameter(0.5 * torch.randn(1, 5, width))
         self.norm1, self.norm2, self.norm = (nn.LayerNorm(width) for _ in range(3))
-        self.attention = SelfAttention(width, 2)
+        self.attention = self_attention(width, 2)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )

@@ -16,9 +16,9 @@ from support.networks_zoo import (
     DTHETA,
     SHIFT,
     WIDTH,
-    Noisy,
     measure,
     mlp,
+    noisy,
     samples,
     seeded,
     two_conditions,
@@ -214,7 +214,7 @@ def test_units_of_theta(kind):
 def test_same_seed_same_bits():
     """Catches a random state of the process that gets in, also where the network draws numbers,
     folds or pilots that are drawn, and a seed that the lift does not use."""
-    model = seeded(Noisy)
+    model = seeded(noisy)
     first = measure(model)
     torch.manual_seed(99)
     np.random.seed(99)

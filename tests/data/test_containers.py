@@ -9,15 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from support.networks_zoo import (
-    DTHETA,
-    WIDTH,
-    measure,
-    mlp,
-    samples,
-    seeded,
-    untouched,
-)
+from support.networks_zoo import DTHETA, WIDTH, measure, mlp, samples, seeded, untouched
 from support.pairwise import pairwise
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -187,6 +179,7 @@ LIST = f"{KINDS}, got tuple: {SEVERAL}; several parameters or batches are a list
 SHUFFLED = DataLoader(TensorDataset(X), batch_size=8, shuffle=True)
 SPARSE = "minus must be dense, got torch.sparse_coo; convert with .to_dense()"
 PAIRED = "paired conditions must have the same number of samples, got [63, 64]"
+ORDER = "minus must keep its order when paired, got a shuffled DataLoader"
 COUNTS = "plus must hold as many conditions as minus, got 1 and 2"
 WRONG = {
     **{f"step {s}": (X, Y, s, POSITIVE + str(s)) for s in (0, -1, -0.0, math.nan, math.inf)},
@@ -197,12 +190,7 @@ WRONG = {
     "no list": ([], [], [], "minus must hold at least one condition, got an empty list"),
     "second shape": ([X, X], [Y, Y[:, :5]], DTHETA, SHAPES),
     "pairs": (X, Y[1:], DTHETA, PAIRED),
-    "order": (
-        SHUFFLED,
-        SHUFFLED,
-        DTHETA,
-        "minus must keep its order when paired, got a shuffled DataLoader",
-    ),
+    "order": (SHUFFLED, SHUFFLED, DTHETA, ORDER),
     "several inputs": ((X, X), (Y, Y), DTHETA, f"minus must be {LIST}"),
     "a dict": ({"x": X}, Y, DTHETA, f"minus must be {KINDS}, got dict: {SEVERAL}"),
     **{
@@ -224,6 +212,7 @@ def test_wrong_data_are_refused(case):
         ff.FiniteDifference(minus, plus, step, paired=case in ("pairs", "order"))
 
 
+PAIRS = "^paired conditions must yield .*got "
 STREAMS = {
     "shapes": (lambda x, y: (x[:, :5].split(BATCH), y.split(BATCH)), r"must have .*\(5,\).*\(6,\)"),
     "one batch": (lambda x, y: ([x[:, :5]], [y]), r"must have .*shape.*\(5,\).*\(6,\)"),
@@ -231,14 +220,8 @@ STREAMS = {
         lambda x, y: ([x, x[:, :5]], [y]),
         r"^layer 'input' must have the same shape for all samples, got \(5,\) after \(6,\)$",
     ),
-    "pairs": (
-        lambda x, y: (x.split(BATCH), y[:-BATCH].split(BATCH)),
-        "^paired conditions must yield .*got ",
-    ),
-    "pairs but one": (
-        lambda x, y: (x.split(BATCH), y[:-1].split(BATCH)),
-        "^paired conditions must yield .*got ",
-    ),
+    "pairs": (lambda x, y: (x.split(BATCH), y[:-BATCH].split(BATCH)), PAIRS),
+    "pairs but one": (lambda x, y: (x.split(BATCH), y[:-1].split(BATCH)), PAIRS),
 }
 
 

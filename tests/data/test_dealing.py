@@ -11,14 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherfast as ff
-from fisherfast.data.dealing import (
-    Dealing,
-    Place,
-    cells_of,
-    folds_of_half,
-    groups_by_fold,
-    hashed,
-)
+from fisherfast.data.dealing import Dealing, Place, cells_of, folds_of_half, groups_by_fold, hashed
 from fisherfast.measurement.batches import Streams, scattered
 from fisherfast.parallel.share import Share
 from fisherfast.problems import Laplace

@@ -129,10 +129,7 @@ REFUSED = [
     (lambda: ff.Pathwise(X, X.expand(3, *X.shape)), "[3, 20, 4, 2]: batch first, dx.movedim(0, 1)"),
     (lambda: read(ff.Pathwise([(X, torch.stack([X, X], 1))])), "[20, 2, 4, 2] in batch 0"),
     (lambda: read(ff.Pathwise([(X, X[:, None].double())])), SINGLE),
-    (
-        lambda: ff.Score(X.to(torch.complex64), X[:, 0, 0]),
-        "x must have a floating dtype",
-    ),
+    (lambda: ff.Score(X.to(torch.complex64), X[:, 0, 0]), "x must have a floating dtype"),
     (lambda: read(ff.Pathwise([(X, X[:, None]), (X, NAN)])), "dx must be finite, got NaN"),
     (lambda: ff.Pathwise(X), "dx must be a tensor or array [n, P, ...] as x is, got NoneType"),
     (lambda: ff.Pathwise([X], X), "dx must be left out when x yields batches (x, dx), got Tensor"),
@@ -141,15 +138,9 @@ REFUSED = [
     (lambda: ff.Score(X, X), "score must have shape [n, P] or [n] with n = 20, got [20, 4, 2]"),
     (lambda: ff.Score(X, NAN[:, 0, 0]), "score must be finite, got NaN or infinity"),
     (lambda: read(ff.Score([(X, X[:, 0, 0]), (X, X[:, 0])])), COLUMNS),
-    (
-        lambda: read(ff.Score([X])),
-        "x must yield pairs (x, score) where score is not given",
-    ),
+    (lambda: read(ff.Score([X])), "x must yield pairs (x, score) where score is not given"),
     (lambda: read(ff.Score([(X, X[:, 0, 0], X)])), "got 3 entries in batch 0: leave labels out"),
-    (
-        lambda: read(ff.Score([((X, X), X[:, 0, 0])])),
-        "got 2 entries (Tensor, Tensor): leave labels",
-    ),
+    (lambda: read(ff.Score([((X, X), X[:, 0, 0])])), "got 2 entries (Tensor, Tensor): leave"),
 ]
 
 
@@ -170,9 +161,11 @@ def draw(theta: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tenso
 
 
 THETA = [0.5, -0.2]
-
-
 STEPS = {"pathwise": None, "paired": 0.1, "independent": 0.1}
+
+
+def simulated(fn, theta, derivative: str, **options) -> ff.Simulator:
+    return ff.Simulator(fn, theta, derivative=derivative, dtheta=STEPS[derivative], **options)
 
 
 def test_tangents_of_a_simulator_are_exact():
@@ -186,12 +179,7 @@ def test_tangents_of_a_simulator_are_exact():
 @pytest.mark.parametrize("derivative", ["pathwise", "paired", "independent"])
 def test_every_pass_repeats(derivative):
     """Catches a generator that goes on where the first pass ended."""
-    data = ff.Simulator(
-        draw, THETA, samples=50, derivative=derivative, dtheta=STEPS[derivative], seed=3
-    )
-    other = ff.Simulator(
-        draw, THETA, samples=50, derivative=derivative, dtheta=STEPS[derivative], seed=4
-    )
+    data, other = (simulated(draw, THETA, derivative, samples=50, seed=seed) for seed in (3, 4))
     assert data.source == derivative
     for c in range(data.conditions):
         one, two = (torch.cat([b.x for b in data.read(c, 16)]) for _ in range(2))
@@ -238,26 +226,17 @@ def attention(theta, n, generator):
     return torch.nn.functional.scaled_dot_product_attention(noise, theta * noise, noise)[0, 0]
 
 
-CHANGING = (
-    "fn must be differentiable in theta[0], got samples that change with it but have no derivative"
-    " (counts, comparisons, NumPy)"
-)
-INTEGERS = (
-    "fn must return a floating tensor, got torch.int64: convert with .float(); counts have no"
-    " derivative"
-)
+CHANGING = r"fn must be differentiable in theta\[0\], got samples that change with it but .*"
+FORWARD = "fn must be differentiable in forward mode, got: .* implemented yet"
+INTEGERS = r"fn must return a floating tensor, got torch.int64: convert with .float\(\); counts .*"
 
 
 @pytest.mark.parametrize(
     ("fn", "error", "start"),
     [
-        (counts, ValueError, re.escape(CHANGING)),
-        (
-            attention,
-            ValueError,
-            "fn must be differentiable in forward mode, got: .* implemented yet",
-        ),
-        (lambda *arguments: counts(*arguments).long(), TypeError, re.escape(INTEGERS)),
+        (counts, ValueError, CHANGING),
+        (attention, ValueError, FORWARD),
+        (lambda *arguments: counts(*arguments).long(), TypeError, INTEGERS),
     ],
     ids=["counts", "attention", "integers"],
 )
@@ -299,7 +278,7 @@ SAME = "other samples from another generator state, got the same"
 def test_noise_that_is_not_of_the_generator_is_found(fn, derivative, wrong):
     """Catches pairs whose noise differs, in which J would drown, and batches that repeat the same
     noise, as if each sample were new (J twice too large). The user's random state stays."""
-    data = ff.Simulator(fn, 0.0, samples=1000, derivative=derivative, dtheta=STEPS[derivative])
+    data = simulated(fn, 0.0, derivative, samples=1000)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     message = f"fn must {wrong}: draw every random number from the generator that it is given"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -311,13 +290,7 @@ def test_noise_that_is_not_of_the_generator_is_found(fn, derivative, wrong):
 @pytest.mark.parametrize("derivative", ["pathwise", "paired"])
 def test_a_simulator_that_ignores_theta_has_no_information(derivative):
     """Catches an error, or a J from rounding, where the truth is 0."""
-    data = ff.Simulator(
-        lambda t, n, g: torch.randn(n, 2, generator=g),
-        0.0,
-        samples=1000,
-        derivative=derivative,
-        dtheta=STEPS[derivative],
-    )
+    data = simulated(lambda t, n, g: torch.randn(n, 2, generator=g), 0.0, derivative, samples=1000)
     message = "fn must depend on theta, got the same samples for another theta[0]: J = 0"
     with pytest.warns(ff.FisherWarning, match=f"^{re.escape(message)}$"):
         info = ff.fisher_information(data, max_features=16)
@@ -337,24 +310,15 @@ def test_forward_mode_works_in_inference_mode_and_is_silent():
 RESOLVED = "dtheta must be resolved by theta of torch.float32, got 0.01 at 1e+06"
 BAD = [
     (lambda: ff.Simulator(1, 0.0), "fn must be a function, got int"),
-    (
-        lambda: ff.Simulator(draw, THETA, derivative="exact"),
-        "derivative must be one of ('pathwise'",
-    ),
-    (
-        lambda: ff.Simulator(draw, THETA, derivative="paired"),
-        "dtheta must be given",
-    ),
+    (lambda: ff.Simulator(draw, THETA, derivative="exact"), "derivative must be one of ('path"),
+    (lambda: ff.Simulator(draw, THETA, derivative="paired"), "dtheta must be given"),
     (lambda: ff.Simulator(draw, THETA, dtheta=0.1), "dtheta must be left out"),
     (lambda: ff.Simulator(draw, [1e6, 0.0], derivative="paired", dtheta=0.01), RESOLVED),
     (lambda: ff.Simulator(draw, THETA, samples=0), "samples must be at least 1, got 0"),
     (lambda: ff.Simulator(draw, [[0.0]]), "theta must have shape [P], got [1, 1]"),
     (lambda: ff.Simulator(draw, float("nan")), "theta must be finite, got nan"),
     (lambda: ff.Simulator(draw, 1j), "theta must be real numbers, got torch.complex64"),
-    (
-        lambda: read(ff.Simulator(lambda t, n, g: X[1:7, 0], 0.0)),
-        "return n = 7 samples",
-    ),
+    (lambda: read(ff.Simulator(lambda t, n, g: X[1:7, 0], 0.0)), "return n = 7 samples"),
     (lambda: read(ff.Simulator(lambda t, n, g: np.ones((n, 1)), 0.0)), "return a tensor [n, ...]"),
 ]
 
@@ -420,9 +384,7 @@ def test_simulators_may_write_into_theta(derivative):
         theta *= 2
         return theta + torch.randn(n, 2, generator=generator)
 
-    data = ff.Simulator(
-        converted, 1.0, samples=2000, derivative=derivative, dtheta=STEPS[derivative]
-    )
+    data = simulated(converted, 1.0, derivative, samples=2000)
     info = ff.fisher_information(data, max_features=2)
     assert abs(info.value - 8) < 4 * float(info.stderr) < 2
     assert "theta=[1.0]" in repr(data)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.dual_oracle import Function
-from support.networks_zoo import seeded, untouched
-from torch import Tensor, nn
+from support.networks_zoo import Written, seeded, untouched
+from torch import nn
 
 import fisherfast as ff
 from fisherfast.dual import dispatch
@@ -17,22 +17,19 @@ from fisherfast.dual import dispatch
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
-class Mixed(nn.Module):
+def mixed() -> nn.Module:
     """A layer by rule, one by the fallback, one that has no derivative."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(5, 5)
-        self.curious = Function(lambda x: torch.polygamma(1, x.abs() + 1))
-        self.impossible = Function(lambda x: torch.special.zeta(x.abs() + 2, x.abs() + 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.impossible(self.curious(self.linear(x))) * 2
+    return Written(
+        lambda m, x: m.impossible(m.curious(m.linear(x))) * 2,
+        linear=nn.Linear(5, 5),
+        curious=Function(lambda x: torch.polygamma(1, x.abs() + 1)),
+        impossible=Function(lambda x: torch.special.zeta(x.abs() + 2, x.abs() + 1)),
+    )
 
 
 def test_coverage_reports_and_does_not_raise():
     """Catches a report that fails where it is needed, or that names no layer."""
-    model = seeded(Mixed)
+    model = seeded(mixed)
     x, dx = torch.rand(3, 5), torch.rand(2, 3, 5)
     with untouched(model):
         coverage = ff.dual.coverage(model, x, dx)

@@ -17,12 +17,9 @@ import fisherfast as ff
 PARAMETERS, SAMPLES, WIDTH = 2, 3, 5
 
 
-def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """x [3, 5] and dx [2, 3, 5]."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(SAMPLES, WIDTH, generator=generator)
-    dx = torch.randn(PARAMETERS, SAMPLES, WIDTH, generator=generator)
-    return x.to(dtype), dx.to(dtype)
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(SAMPLES, WIDTH, generator=GENERATOR)
+DX = torch.randn(PARAMETERS, SAMPLES, WIDTH, generator=GENERATOR)
 
 
 class Around(nn.Module):
@@ -54,7 +51,6 @@ def call(request) -> Any:
 # --- arguments ---
 
 
-X, DX = arguments()
 SHAPE = r"dx must have shape [P, *x.shape] with x.shape = [3, 5], got "
 DTYPE = "dx must have the dtype of x (torch.float32), got torch.float64"
 COMPLEX = "x must have a floating dtype, got torch.complex64: give real and imaginary part as two"
@@ -117,15 +113,14 @@ def test_integers_for_an_embedding(dtype):
 def test_model_that_is_no_module(call):
     """Catches a function given as a model, which has no layers."""
     with pytest.raises(TypeError, match=r"model must .*got.*"):
-        call(torch.sin, *arguments())
+        call(torch.sin, X, DX)
 
 
 def test_errors_of_the_model_stay_what_they_are(call):
     """Catches a shape error of the user's own that is turned into an error of derivatives."""
-    x, dx = arguments()
     model = nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(3, 2))
     with untouched(model), pytest.raises(RuntimeError, match="shape") as raised:
-        call(model, x, dx)
+        call(model, X, DX)
     assert not isinstance(raised.value, ff.dual.DerivativeError)
 
 
@@ -149,7 +144,7 @@ def foreign_operation(request) -> Any:
 def assert_explains(call: Any, model: nn.Module, operation: str) -> None:
     """The error names the operation, the layer and the way out; nothing is left behind."""
     with untouched(model), pytest.raises(ff.dual.DerivativeError) as raised:
-        call(model, *arguments())
+        call(model, X, DX)
     message = str(raised.value)
     assert isinstance(raised.value, RuntimeError)
     for part in (operation, "block.layer", "FiniteDifference", "paired=True"):
@@ -179,10 +174,9 @@ def test_operation_without_a_derivative_on_constants():
     """Catches an error where none is due: of a constant there is nothing to derive."""
     constant = torch.rand(WIDTH) + 2
     model = around(lambda x: x * torch.special.zeta(constant, constant))
-    x, dx = arguments()
-    _, dy = ff.jvp(model, x, dx)
+    _, dy = ff.jvp(model, X, DX)
     with torch.no_grad():
-        z = dx @ model.before.weight.T * torch.special.zeta(constant, constant)
+        z = DX @ model.before.weight.T * torch.special.zeta(constant, constant)
         torch.testing.assert_close(dy, z @ model.after.weight.T)
 
 
@@ -193,12 +187,11 @@ def test_dropout_that_stays_switched_on():
     """Catches a new mask for each tangent, a silent one, and a random state that moves on."""
     model = around(lambda x: F.dropout(x, 0.5, training=True))
     model.before = model.after = nn.Identity()
-    x, dx = arguments()
     with untouched(model), pytest.warns(ff.FisherWarning, match=r"block\.layer"):
-        y, dy = ff.jvp(model, x, dx)
-    mask = y / x
+        y, dy = ff.jvp(model, X, DX)
+    mask = y / X
     assert set(mask.round(decimals=4).unique().tolist()) == {0.0, 2.0}
-    torch.testing.assert_close(dy, mask * dx)
+    torch.testing.assert_close(dy, mask * DX)
 
 
 @pytest.mark.parametrize(
@@ -214,19 +207,17 @@ def test_dropout_that_stays_switched_on():
 def test_random_numbers_are_constants(draw):
     """Catches random numbers that are given tangents, and layers that draw them unnoticed."""
     model = around(lambda x: x + 0 * draw(x))
-    x, dx = arguments()
     with untouched(model), pytest.warns(ff.FisherWarning, match=r"block\.layer"):
-        _, dy = ff.jvp(model, x, dx)
+        _, dy = ff.jvp(model, X, DX)
     with torch.no_grad():
-        z = dx @ model.before.weight.T
+        z = DX @ model.before.weight.T
         torch.testing.assert_close(dy, z @ model.after.weight.T)
 
 
 def test_dropout_modules_are_quiet():
     """Catches a warning about modules that eval mode switches off (warnings are errors here)."""
     model = nn.Sequential(nn.Dropout(), nn.Linear(WIDTH, 4), nn.AlphaDropout(), nn.RReLU())
-    x, dx = arguments()
-    _, dy = ff.jvp(model.train(), x, dx)
+    _, dy = ff.jvp(model.train(), X, DX)
     assert dy.shape == (PARAMETERS, SAMPLES, 4)
 
 
@@ -240,7 +231,7 @@ def test_model_that_moves_data_to_another_device(call):
             (RuntimeError, ValueError), match=r"block\.layer.*device|device.*block\.layer"
         ),
     ):
-        call(model, *arguments())
+        call(model, X, DX)
 
 
 @pytest.mark.parametrize("make", [lambda: torch.zeros(4, 3).clone(), lambda: torch.eye(4, 3)])

@@ -16,7 +16,6 @@ from hostile.generator import (
     PARAMETERS,
     SAMPLES,
     SOURCES,
-    Layer,
     Problem,
     from_seed,
 )
@@ -42,14 +41,6 @@ def test_ranges_are_reached():
         (copies, grouped) for copies in set(COPIES) - {"none"} for grouped in GROUPED
     }
     assert 0.2 < np.mean([p.usual for p in drawn]) < 0.5
-
-
-def test_a_problem_can_be_built_from_its_representation():
-    """Catches a failure that cannot be repeated from what is printed."""
-    problem = from_seed(3)
-    again = eval(repr(problem), {"Problem": Problem, "Layer": Layer})
-    assert again == problem
-    np.testing.assert_array_equal(again.information, problem.information)
 
 
 def test_rectified_units_are_those_of_the_library():

@@ -4,8 +4,7 @@ finds none where there are none."""
 from __future__ import annotations
 
 import itertools
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,13 +20,7 @@ from fisherfast.estimation import dither
 from fisherfast.measurement.layer import LayerMeter
 
 EASY = Problem(
-    dim=6,
-    parameters=2,
-    samples=1000,
-    rotated=True,
-    correlation=0.3,
-    step=1.0,
-    twin="permutation",
+    dim=6, parameters=2, samples=1000, rotated=True, correlation=0.3, step=1.0, twin="permutation"
 )
 
 
@@ -234,11 +227,3 @@ def test_bounds_that_are_above_are_counted():
     assert tally(few).failures() == []
     assert len(tally(many).failures()) == 2
     assert tally([replace(one, kind="Student t(3)") for one in many]).failures() == []
-
-
-def test_sums_are_stored():
-    """Catches a tally that JSON does not give back."""
-    sums = tally([reading(1.1), reading(0.9)])
-    again = Tally(**json.loads(json.dumps(asdict(sums))))
-    assert again == sums
-    assert again.mean("J") == pytest.approx((1.0, 0.1))

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.dual_oracle import Function
 from support.networks_zoo import (
     WIDTH,
+    Written,
     measure,
     mlp,
     samples,
@@ -25,31 +27,12 @@ from fisherfast.model.graph import survey
 from fisherfast.model.hooks import Forward
 from fisherfast.model.isolation import evaluation
 
-Outputs = Callable[[torch.Tensor], Any]
-
 HALF = WIDTH // 2
 
 
-class Returns(nn.Module):
-    """Returns what a function makes of the input."""
-
-    def __init__(self, outputs: Outputs) -> None:
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.outputs(x)
-
-
-class Head(nn.Module):
+def head(outputs: Callable[[torch.Tensor, torch.Tensor], Any]) -> nn.Module:
     """Returns what a function makes of the input and of a linear layer's output."""
-
-    def __init__(self, outputs: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
-        super().__init__()
-        self.fc, self.outputs = nn.Linear(WIDTH, 2), outputs
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.outputs(x, self.fc(x))
+    return Written(lambda m, x: outputs(x, m.fc(x)), fc=nn.Linear(WIDTH, 2))
 
 
 class Estimate(NamedTuple):
@@ -117,7 +100,7 @@ def sources(n: int = 2000) -> dict[str, ff.data.Data]:
 def test_the_joint_output_has_the_information_of_all_heads(container, source):
     """Catches "output" that is one head (3 of 6), or that is missing. 4 sigma: 6e-5 a case."""
     join, names = CONTAINERS[container]
-    model = Returns(lambda x: join(x[:, :HALF] * 1, x[:, HALF:] * 1))
+    model = Function(lambda x: join(x[:, :HALF] * 1, x[:, HALF:] * 1))
     with untouched(model):
         flow = measure(model, sources()[source])
     assert flow.names == ["input", *names, "output"]
@@ -134,7 +117,7 @@ def test_the_joint_output_has_the_information_of_all_heads(container, source):
 @pytest.mark.parametrize("layers", [[], "output", "^output$", lambda *_: False, ["input"]])
 def test_the_joint_output_is_always_measured(layers):
     """Catches a selection that loses it; heads are measured where they are asked for."""
-    model = Returns(halves)
+    model = Function(halves)
     assert measure(model, layers=layers).names == ["input", "output"]
     for chosen in ("output[1]", r"output\[1", ["output[1]"], lambda name, _: name == "output[1]"):
         assert measure(model, layers=chosen).names == ["input", "output[1]", "output"]
@@ -165,7 +148,7 @@ def test_joint_tangents_are_exact():
 
     x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dx = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    value, tangents = ff.propagate(Returns(outputs), x, dx)["output"]
+    value, tangents = ff.propagate(Function(outputs), x, dx)["output"]
     square, constant, last = outputs(x)
     assert torch.equal(value, torch.cat([square[:, None], constant, last.flatten(1)], 1))
     torch.testing.assert_close(tangents[:, :, 0], 2 * (x * dx).sum(-1))
@@ -176,7 +159,7 @@ def test_joint_tangents_are_exact():
 
 def test_mixed_precision_of_heads():
     """Catches a joint that is rounded to the narrowest dtype, or refused by `cat`."""
-    model = Returns(lambda x: (x[:, :HALF].half(), x[:, HALF:].double()))
+    model = Function(lambda x: (x[:, :HALF].half(), x[:, HALF:].double()))
     x = torch.randn(3, WIDTH)
     joint, _ = ff.propagate(model, x, torch.ones(1, 3, WIDTH))["output"]
     assert joint.dtype == torch.float64
@@ -188,16 +171,14 @@ def test_mixed_precision_of_heads():
 def test_a_joint_output_is_a_function_of_what_all_heads_depend_on():
     """Catches a chain from a layer that only one head depends on, and one that is lost."""
 
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.a, self.b = nn.Linear(WIDTH, 4), nn.Linear(4, 1), nn.Linear(4, 2)
+    def forward(m: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = m.body(x)
+        return m.a(h), m.b(h)
 
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            h = self.body(x)
-            return self.a(h), self.b(h)
+    def build() -> nn.Module:
+        return Written(forward, body=nn.Linear(WIDTH, 4), a=nn.Linear(4, 1), b=nn.Linear(4, 2))
 
-    flow = measure(seeded(Two))
+    flow = measure(seeded(build))
     assert flow.names == ["input", "body", "a", "b", "output"]
     assert set(flow["body"].descendants) == {"a", "b", "output"}
     assert flow["a"].descendants == flow["b"].descendants == ()
@@ -221,7 +202,7 @@ def test_the_memory_of_a_joint_output_is_planned():
             heads = x[:, :1].expand(-1, wide), x[:, 1:2].expand(-1, wide)
             return torch.cat(heads, 1) if joined else heads
 
-        model, seen = Returns(outputs), []
+        model, seen = Function(outputs), []
         model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
         options = {"max_features": 8, "layers": [], "memory_budget": "60 MB"}
         measure(model, two_conditions(600), **options)
@@ -248,7 +229,7 @@ def test_the_memory_of_a_joint_output_is_planned():
 def test_one_floating_output_beside_others(others):
     """Catches a joint of copies or of one tensor: "output" is the layer itself."""
 
-    model = seeded(lambda: Head(others))
+    model = seeded(lambda: head(others))
     with untouched(model):
         flow = measure(model)
     assert flow.names == ["input", "output"]
@@ -260,7 +241,7 @@ def test_one_floating_output_beside_others(others):
 
 def test_the_input_returned_as_it_is():
     """Catches a joint output that hides that nothing is lost: "output" is the input here."""
-    flow = measure(Returns(lambda x: {"x": x, "n": len(x)}))
+    flow = measure(Function(lambda x: {"x": x, "n": len(x)}))
     assert flow.names == ["input"]
     assert flow["output"] is flow["output[x]"] is flow["input"]
 
@@ -270,7 +251,7 @@ def test_tables_that_look_like_a_batch():
     for length in (64, 200):
         table = torch.randn(length, 3)
         flow = measure(
-            Returns(lambda x, table=table: (*halves(x), table)),
+            Function(lambda x, table=table: (*halves(x), table)),
             settings=ff.Settings(batch_size=200),
         )
         assert flow.names == ["input", "output[0]", "output[1]", "output"]
@@ -285,7 +266,7 @@ def test_tables_that_look_like_a_batch():
 def test_models_without_a_floating_output(outputs):
     """Catches an error, or another layer that passes for the output: there is none."""
 
-    model = seeded(lambda: Head(lambda x, y: outputs(y)))
+    model = seeded(lambda: head(lambda x, y: outputs(y)))
     flow = measure(model)
     assert flow.names == ["input", "fc"]
     assert "output" not in flow
@@ -317,7 +298,7 @@ def test_heads_that_are_not_always_there(late):
         return (x * 1, x * 2) if len(calls) < 16 else late(x)
 
     with pytest.raises(ValueError, match=r"^layer 'output(\[\d\])?' must (have the same|run for)"):
-        measure(Returns(outputs), settings=ff.Settings(batch_size=20), layers=[])
+        measure(Function(outputs), settings=ff.Settings(batch_size=20), layers=[])
 
 
 # --- which one is read ------------------------------------------------------------------------
@@ -325,7 +306,7 @@ def test_heads_that_are_not_always_there(late):
 
 def test_a_named_head_is_kept_in_the_settings_and_measured():
     """Catches a head that `layers` loses, and a joint that is lost for it."""
-    model = Returns(halves)
+    model = Function(halves)
     flow = measure(model, layers=[], output="output[1]")
     assert flow.names == ["input", "output[1]", "output"]
     assert flow.settings["output"] == "output[1]"
@@ -341,7 +322,7 @@ def test_a_named_head_is_measured_on_training_samples_too():
     """Catches training samples measured in another output than held-out ones."""
     held_out, training = sources()["paired"], sources()["pathwise"]
     options = {"training_data": training, "max_features": 16, "output": "output[1]"}
-    record = ff.FisherMonitor(Returns(halves), held_out, **options).step()
+    record = ff.FisherMonitor(Function(halves), held_out, **options).step()
     assert "output[1]" in record.training_flow
     share = record.training_flow.fractions()["output[1]"]
     assert record.overfitting == pytest.approx(share - record.flow.fractions()["output[1]"])
@@ -359,7 +340,7 @@ def test_a_named_head_that_is_a_layer():
 def test_a_head_that_is_not_there(name):
     """Catches a typo that is found when all passes are done, or never."""
     calls = []
-    model = nn.Sequential(nn.Identity(), Returns(halves))
+    model = nn.Sequential(nn.Identity(), Function(halves))
     model.register_forward_hook(lambda *_: calls.append(1))
     text = f"output must be one of ['output[0]', 'output[1]', 'output'], got {name!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
@@ -390,7 +371,7 @@ def test_the_model_and_its_output_stay_as_they_are():
         made.append(ModelOutput(a=x[:, :1] * 1, b=x[:, 1:] * 1))
         return made[-1]
 
-    model, x = Returns(outputs), samples(8)[0]
+    model, x = Function(outputs), samples(8)[0]
     with evaluation(model, 0):
         sites = survey(model, x)
         with Forward(model, lambda *event: None, sites) as forward:

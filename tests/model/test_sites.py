@@ -12,24 +12,25 @@ import torch.nn.functional as F
 from support.networks_zoo import (
     DTHETA,
     WIDTH,
-    Attention,
     Failing,
-    Functional,
-    InputOutput,
-    Noisy,
-    Recurrent,
-    Residual,
-    Shared,
-    Transformer,
-    Twice,
-    Unused,
+    Written,
+    attention,
     convolutional,
+    functional,
+    input_output,
     measure,
     mlp,
+    noisy,
+    recurrent,
+    residual,
     samples,
     seeded,
+    shared,
+    transformer,
+    twice,
     two_conditions,
     untouched,
+    unused,
 )
 from torch import nn
 
@@ -38,28 +39,18 @@ import fisherfast as ff
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-def linear_of(transform: Transform, data_dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Linear information of activations that are computed here, without hooks."""
-    with torch.no_grad():
-        minus, plus = (transform(x.to(data_dtype)) for x in samples())
-    return ff.fisher_information(ff.FiniteDifference(minus, plus, DTHETA), max_features=4).linear
-
-
 def assert_measures(layer: ff.LayerFisher, transform: Transform) -> None:
-    """The layer holds the information of these activations. float32: 1e-5 seen, 1e-3 allowed."""
-    torch.testing.assert_close(layer.linear, linear_of(transform), rtol=1e-3, atol=1e-3)
+    """The layer holds the information of activations that are computed here, without hooks.
+    float32: 1e-5 seen, 1e-3 allowed."""
+    with torch.no_grad():
+        data = ff.FiniteDifference(*(transform(x) for x in samples()), DTHETA)
+    truth = ff.fisher_information(data, max_features=4).linear
+    torch.testing.assert_close(layer.linear, truth, rtol=1e-3, atol=1e-3)
 
 
-class Calls(nn.Module):
+def around(function: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> nn.Module:
     """A function of a linear layer and the input."""
-
-    def __init__(self, function: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.fc = nn.Linear(WIDTH, 4)
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(self.fc, x)
+    return Written(lambda m, x: function(m.fc, x), fc=nn.Linear(WIDTH, 4))
 
 
 def overwritten(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +91,7 @@ SPELLINGS = [
 def spelled(activation: Transform, name: str) -> tuple:
     """A case of `NETWORKS`: an activation between two layers."""
     of = {"fc1": lambda m, x: m.fc1(x), f"fc1/{name}": lambda m, x: activation(m.fc1(x))}
-    return lambda: Functional(activation), f"input fc1 fc1/{name} output", of
+    return lambda: functional(activation), f"input fc1 fc1/{name} output", of
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:
@@ -112,42 +103,39 @@ FC = {"fc": lambda m, x: m.fc(x)}
 NETWORKS = {
     **{f"{each[1]} {number}": spelled(*each) for number, each in enumerate(SPELLINGS)},
     "module twice": (
-        Twice,
+        twice,
         "input fc act fc#2 act#2 output",
         {"fc#2": lambda m, x: m.fc(m.fc(x).tanh())},
     ),
     "function twice": (
-        lambda: Functional(doubled),
+        lambda: functional(doubled),
         "input fc1 fc1/tanh fc1/tanh#2 output",
         {"fc1/tanh#2": lambda m, x: doubled(m.fc1(x))},
     ),
-    "two names": (Shared, "input a a/tanh a#2 output", {"a#2": lambda m, x: m.a(m.a(x).tanh())}),
+    "two names": (shared, "input a a/tanh a#2 output", {"a#2": lambda m, x: m.a(m.a(x).tanh())}),
     "before all layers": (
-        lambda: Calls(lambda fc, x: fc(torch.tanh(x))),
+        lambda: around(lambda fc, x: fc(torch.tanh(x))),
         "input input/tanh output",
         {"input/tanh": lambda m, x: x.tanh()},
     ),
     "bare layer": (lambda: nn.Linear(WIDTH, 2), "input output", {}),
-    "overwritten": (lambda: Calls(overwritten), "input fc output", FC),
-    "gradient inside": (lambda: Calls(force), "input fc fc/tanh output", FC),
-    "one number": (lambda: Calls(lambda fc, x: fc(x)[:, 0]), "input fc output", FC),
-    "mean of the batch": (lambda: Calls(lambda fc, x: fc(x).mean()), "input fc", FC),
+    "overwritten": (lambda: around(overwritten), "input fc output", FC),
+    "gradient inside": (lambda: around(force), "input fc fc/tanh output", FC),
+    "one number": (lambda: around(lambda fc, x: fc(x)[:, 0]), "input fc output", FC),
+    "mean of the batch": (lambda: around(lambda fc, x: fc(x).mean()), "input fc", FC),
     "ends of the network": (
-        InputOutput,
+        input_output,
         "input self.input self.output output",
-        {
-            "self.input": lambda m, x: m.input(x),
-            "self.output": lambda m, x: m.output(m.input(x)),
-        },
+        {"self.input": lambda m, x: m.input(x), "self.output": lambda m, x: m.output(m.input(x))},
     ),
     "recurrent": (
-        Recurrent,
+        recurrent,
         "input lstm[0] output",
         {"lstm[0]": lambda m, x: m.lstm(x.view(-1, 2, 3))[0]},
     ),
-    "attention": (Attention, "input embed heads[0] heads[1] output", {"heads[0]": mixed}),
+    "attention": (attention, "input embed heads[0] heads[1] output", {"heads[0]": mixed}),
     "convolutional": (convolutional, "input 1 2 3 output", {"3": lambda m, x: m[:4](x)}),
-    "noisy": (Noisy, "input fc output", FC),
+    "noisy": (noisy, "input fc output", FC),
 }
 
 
@@ -194,16 +182,10 @@ def test_networks_that_overwrite_their_input(kind):
         assert_measures(flow["0"], torch.relu)
 
 
-class Parallel(nn.Module):
+def parallel() -> nn.Module:
     """Two branches side by side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = nn.Linear(WIDTH, 2)
-        self.right = nn.Linear(WIDTH, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.left(x), self.right(x)], dim=1)
+    branches = {"left": nn.Linear(WIDTH, 2), "right": nn.Linear(WIDTH, 2)}
+    return Written(lambda m, x: torch.cat([m.left(x), m.right(x)], dim=1), **branches)
 
 
 def gated(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -216,14 +198,14 @@ def gated(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
     [
         (mlp, None),
         (
-            Residual,
+            residual,
             {"input": {"a", "act", "b", "output"}, "a": {"act", "b"}, "act": {"b"}, "b": set()},
         ),
-        (Parallel, {"input": {"left", "right", "output"}, "left": set(), "right": set()}),
-        (lambda: Calls(gated), {"input": {"fc", "output"}, "fc": set()}),
-        (Noisy, {"fc": set()}),
-        (Recurrent, {"lstm[0]": {"output"}}),
-        (Attention, {"heads[0]": {"output"}}),
+        (parallel, {"input": {"left", "right", "output"}, "left": set(), "right": set()}),
+        (lambda: around(gated), {"input": {"fc", "output"}, "fc": set()}),
+        (noisy, {"fc": set()}),
+        (recurrent, {"lstm[0]": {"output"}}),
+        (attention, {"heads[0]": {"output"}}),
     ],
 )
 def test_chains(build, descendants):
@@ -237,27 +219,22 @@ def test_chains(build, descendants):
     assert {name: found[name] for name in descendants} == descendants
 
 
-class Positions(nn.Module):
+def positions(length: int) -> nn.Module:
     """Adds an embedding of `length` positions, [length, 2], to the tokens."""
 
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.token = nn.Linear(WIDTH, 2 * length)
-        self.position = nn.Embedding(length, 2)
-        self.fc = nn.Linear(2, 1)
-        self.length = length
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        tokens = m.token(x).view(-1, length, 2) + m.position(torch.arange(length))
+        return m.fc(tokens.mean(1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.token(x).view(-1, self.length, 2)
-        tokens = tokens + self.position(torch.arange(self.length))
-        return self.fc(tokens.mean(1))
+    layers = {"token": nn.Linear(WIDTH, 2 * length), "position": nn.Embedding(length, 2)}
+    return Written(forward, **layers, fc=nn.Linear(2, 1))
 
 
 @pytest.mark.parametrize("length", [64, 400])
 def test_tensors_that_look_like_a_batch(length):
     """Catches a table of as many rows as a batch has samples: 400, 200 or those of a survey."""
     flow = measure(
-        seeded(lambda: Positions(length)),
+        seeded(lambda: positions(length)),
         settings=ff.Settings(batch_size=200),
         layers="^(position|fc)$",
     )
@@ -284,7 +261,7 @@ def test_transformer_encoder():
 
     The outputs of LayerNorm add up to a constant: catches a covariance that must have full rank.
     """
-    model = seeded(Transformer).eval()
+    model = seeded(transformer).eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with untouched(model):
@@ -334,25 +311,14 @@ def test_batchnorm_uses_its_running_statistics():
 def test_hooks_of_the_user_stay_and_run():
     """Catches hooks that are removed, not called, or called on other values."""
     model = seeded(mlp)
-    seen = {"pre": 0, "post": 0, "changed": 0}
-
-    def pre(module: nn.Module, args: tuple) -> None:
-        seen["pre"] += len(args[0])
-
-    def post(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        seen["post"] += len(output)
-
-    def double(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        seen["changed"] += 1
-        return torch.tanh(output)
-
-    model[0].register_forward_pre_hook(pre)
-    model[0].register_forward_hook(post)
-    model[0].register_forward_hook(double)
+    before, behind = [], []
+    model[0].register_forward_pre_hook(lambda module, args: before.append(len(args[0])))
+    model[0].register_forward_hook(lambda module, args, output: behind.append(len(output)))
+    model[0].register_forward_hook(lambda module, args, output: torch.tanh(output))
     model[2].register_full_backward_hook(lambda *_: None)
     with untouched(model):
         flow = measure(model)
-    assert min(seen["pre"], seen["post"]) >= 800
+    assert min(sum(before), sum(behind)) >= 800
     # what leaves the module is what its own hooks made of it
     assert_measures(flow["0"], lambda x: F.linear(x, model[0].weight, model[0].bias).tanh())
 
@@ -428,12 +394,12 @@ def test_default_dtype_of_the_user():
 def test_layers_select(layers, names):
     """Catches a selection in the order of the list instead of the order of execution, an anchored
     match, one that does not see every name, and an unused layer that is measured."""
-    assert measure(seeded(Unused), layers=layers).names == ["input", *names, "output"]
+    assert measure(seeded(unused), layers=layers).names == ["input", *names, "output"]
 
 
 def test_functions_select():
     """Catches a function that is not given the module, or None for functions."""
-    model = seeded(Unused)
+    model = seeded(unused)
     seen = {}
 
     def linear(name: str, module: nn.Module | None) -> bool:
@@ -447,7 +413,7 @@ def test_functions_select():
 
 def test_selection_does_not_change_a_layer():
     """Catches a lift that depends on which other layers are measured."""
-    model = seeded(Unused)
+    model = seeded(unused)
     everything = measure(model)
     for name in ("fc1", "fc1/relu", "output"):
         layer = measure(model, layers=[name])[name]
@@ -476,7 +442,7 @@ def test_layers_that_are_not_there(layers, text):
     """Catches a typo that measures nothing, a never-used layer that is left out silently, "'int'
     object is not iterable", which does not name the argument, and hooks that stay when the user's
     function fails."""
-    model = seeded(Unused).train()
+    model = seeded(unused).train()
     errors = (TypeError, ValueError, ZeroDivisionError)
     with untouched(model), pytest.raises(errors, match=f"^{re.escape(text)}"):
         measure(model, layers=layers)

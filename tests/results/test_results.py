@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.networks_zoo import DTHETA, Functional, measure, mlp, seeded, two_conditions
+from support.networks_zoo import DTHETA, functional, measure, mlp, seeded, two_conditions
 from support.training_histories import layer as layer_of
 from torch import nn
 
@@ -42,7 +42,7 @@ def silent() -> ff.FisherFlow:
     """The last two layers never vary."""
 
     def build() -> nn.Module:
-        model = Functional(torch.relu)
+        model = functional(torch.relu)
         with torch.no_grad():
             model.fc1.bias.fill_(-1e6)
         return model

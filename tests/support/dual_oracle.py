@@ -42,15 +42,13 @@ class Network:
         """The network in training mode, drawn in float64 so that every dtype has the same one."""
         return seeded(lambda: randomised(self.build().double())).to(dtype)
 
-    def inputs(
-        self, parameters: int = 3, samples: int | None = None, dtype: torch.dtype = torch.float64
-    ) -> tuple[Tensor, Tensor]:
+    def inputs(self, parameters: int = 3, samples: int | None = None) -> tuple[Tensor, Tensor]:
         """x [n, ...] and dx [P, n, ...], white noise."""
         generator = torch.Generator().manual_seed(1)
         shape = (samples or self.samples, *self.shape)
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         dx = torch.randn(parameters, *shape, generator=generator, dtype=torch.float64)
-        return x.to(dtype), dx.to(dtype)
+        return x, dx
 
 
 @torch.no_grad()
@@ -109,22 +107,19 @@ def run(model: nn.Module, x: Tensor, read: Callable[[Tensor], Any]) -> tuple[Any
 
     with Forward(model, consume) as forward:
         output = forward.run(x.clone())
-    heads = heads_of(output, len(x))
+    heads: list[Tensor] = []
+    map_tensors(heads.append, output)
+    heads = [h for h in heads if h.is_floating_point() and h.shape[:1] == x.shape[:1]]
     if "output" not in layers and heads:
         flat = [head.reshape(len(x), -1) for head in heads]
         layers["output"] = read(heads[0] if len(heads) == 1 else torch.cat(flat, 1))
     return output, layers
 
 
-def heads_of(output: Any, samples: int) -> list[Tensor]:
-    """The floating tensors of a nested output with one row per sample, in order."""
-    heads: list[Tensor] = []
-    map_tensors(heads.append, output)
-    return [h for h in heads if h.is_floating_point() and h.shape[:1] == (samples,)]
-
-
-def forward_mode(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Activations, Any, list[Any]]:
-    """Every layer's primal and tangents; the output's structure, and the same for each tangent."""
+def oracle(network: Network, x: Tensor, dx: Tensor) -> tuple[Activations, Any, list[Any]]:
+    """Every layer's primal and tangents; the output's structure, and the same for each tangent; in
+    float64, for one entry of the zoo."""
+    model = network.make()
 
     def unpack(value: Tensor) -> tuple[Tensor, Tensor]:
         if not value.is_floating_point():
@@ -145,11 +140,6 @@ def forward_mode(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Activations, 
         for name, (primal, _) in runs[0][0].items()
     }
     return layers, runs[0][1], [tangent for _, _, tangent in runs]
-
-
-def oracle(network: Network, x: Tensor, dx: Tensor) -> tuple[Activations, Any, list[Any]]:
-    """Truth in float64 for one entry of the zoo."""
-    return forward_mode(network.make(), x, dx)
 
 
 def map_tensors(function: Callable[..., Any], *structures: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from support.dual_oracle import Network, calls
+from support.networks_zoo import Written
 from torch import Tensor, nn
 
 LINE = (2, 9)
@@ -74,16 +75,13 @@ ACTIVATIONS = {
 
 POOLS = {
     "avg_2d": _entry(nn.AvgPool2d((2, 3), (1, 2), (1, 1), ceil_mode=True), IMAGE),
-    "avg_uncounted": _entry(nn.AvgPool2d(3, 2, 1, count_include_pad=False), IMAGE),
     "max_1d": _entry(nn.MaxPool1d(3, 2, 1), LINE),
     "max_dilated": _entry(nn.MaxPool2d(2, 2, dilation=2, ceil_mode=True), IMAGE),
     "max_indices": _entry(nn.MaxPool2d(2, return_indices=True), IMAGE),
     "max_3d": _entry(nn.MaxPool3d(2, (1, 2, 2)), VOLUME),
     "adaptive_avg_1d": _entry(nn.AdaptiveAvgPool1d(4), LINE),
-    "adaptive_avg_3d": _entry(nn.AdaptiveAvgPool3d((2, 1, 3)), VOLUME),
     "adaptive_max_1d": _entry(nn.AdaptiveMaxPool1d(4), LINE),
     "adaptive_max_3d": _entry(nn.AdaptiveMaxPool3d(2), VOLUME),
-    "lp_1d": calls(lambda x: F.lp_pool1d(x.abs() + 0.1, 3, 2), LINE),
     "max_unpool": calls(
         lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), (2, 4, 6)
     ),
@@ -91,16 +89,10 @@ POOLS = {
 
 SHAPES = {
     "pixel_shuffle": _entry(nn.PixelShuffle(2), (8, 3, 5)),
-    "pixel_unshuffle": _entry(nn.PixelUnshuffle(2), (2, 6, 4)),
-    "channel_shuffle": _entry(nn.ChannelShuffle(2), (6, 5, 7)),
-    "up_nearest_1d": _entry(nn.Upsample(scale_factor=2), LINE),
     "up_linear": _entry(nn.Upsample(scale_factor=1.5, mode="linear"), LINE),
-    "up_nearest": _entry(nn.Upsample(size=(8, 9)), IMAGE),
     "up_nearest_exact": _entry(nn.Upsample(size=(8, 9), mode="nearest-exact"), IMAGE),
     "up_aligned": _entry(nn.Upsample(size=(8, 9), mode="bilinear", align_corners=True), IMAGE),
-    "up_bicubic": _entry(nn.Upsample(scale_factor=2, mode="bicubic"), IMAGE),
     "up_nearest_3d": _entry(nn.Upsample(scale_factor=2), VOLUME),
-    "up_trilinear": _entry(nn.Upsample(scale_factor=2, mode="trilinear"), VOLUME),
     "down_antialias": calls(
         lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True), IMAGE
     ),
@@ -133,35 +125,25 @@ CONVOLUTIONS = {
 }
 
 
-class Two(nn.Module):
+def of_halves(module: nn.Module) -> nn.Module:
     """A module of two arguments, fed with the two halves of the input."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(*x.chunk(2, dim=1))
+    return Written(lambda m, x: m.module(*x.chunk(2, dim=1)), module=module)
 
 
-class OfArgmax(nn.Module):
+def of_argmax() -> nn.Module:
     """Looks up a table at the index of the largest entry: no derivative goes through it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(7, 4)
-        self.fc = nn.Linear(7, 4)
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.table(x.argmax(-1)) * m.fc(x) + F.one_hot(x.argmin(-1), 7)[..., :4]
 
-    def forward(self, x: Tensor) -> Tensor:
-        looked_up = self.table(x.argmax(-1))
-        return looked_up * self.fc(x) + F.one_hot(x.argmin(-1), 7)[..., :4]
+    return Written(forward, table=nn.Embedding(7, 4), fc=nn.Linear(7, 4))
 
 
 OTHERS = {
-    "bilinear": _entry(lambda: Two(nn.Bilinear(5, 5, 3)), (10,)),
-    "cosine": _entry(Two(nn.CosineSimilarity(dim=1)), (6, 7)),
-    "pairwise": _entry(Two(nn.PairwiseDistance()), (10,)),
-    "embedding_of_argmax": _entry(OfArgmax, (5, 7)),
+    "bilinear": _entry(lambda: of_halves(nn.Bilinear(5, 5, 3)), (10,)),
+    "cosine": _entry(of_halves(nn.CosineSimilarity(dim=1)), (6, 7)),
+    "pairwise": _entry(of_halves(nn.PairwiseDistance()), (10,)),
+    "embedding_of_argmax": _entry(of_argmax, (5, 7)),
 }
 
 LAYERS = NORMS | ACTIVATIONS | POOLS | SHAPES | CONVOLUTIONS | OTHERS

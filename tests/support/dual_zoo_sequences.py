@@ -7,26 +7,22 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from support.dual_oracle import Function, Network
+from support.networks_zoo import Written
 from torch import Tensor, nn
 
 # --- attention ---
 
 
-class SelfAttention(nn.Module):
+def self_attention(width: int, heads: int) -> nn.Module:
     """Queries, keys and values from one product, then the fused function."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        qkv = self.qkv(x).reshape(n, length, 3, self.heads, width // self.heads)
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        qkv = m.qkv(x).reshape(*x.shape[:2], 3, heads, width // heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(n, length, width))
+        return m.proj(mixed.transpose(1, 2).reshape(x.shape))
+
+    return Written(forward, qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width))
 
 
 class ViT(nn.Module):
@@ -38,7 +34,7 @@ class ViT(nn.Module):
         self.token = nn.Parameter(0.5 * torch.randn(1, 1, width))
         self.positions = nn.Parameter(0.5 * torch.randn(1, 5, width))
         self.norm1, self.norm2, self.norm = (nn.LayerNorm(width) for _ in range(3))
-        self.attention = SelfAttention(width, 2)
+        self.attention = self_attention(width, 2)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
@@ -71,19 +67,16 @@ class Encoder(nn.Module):
         return self.encoder(x, mask=mask, src_key_padding_mask=padded, is_causal=True)
 
 
-class EveryOption(nn.Module):
+def every_option() -> nn.Module:
     """`nn.MultiheadAttention` with other widths of keys and values, extra keys, its weights."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = nn.MultiheadAttention(
-            6, 2, kdim=4, vdim=3, add_bias_kv=True, add_zero_attn=True
-        )
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.transpose(0, 1)
-        out, weights = self.heads(x[:2], x[2:, :, :4], x[2:, :, 3:], average_attn_weights=False)
+        out, weights = m.heads(x[:2], x[2:, :, :4], x[2:, :, 3:], average_attn_weights=False)
         return out.transpose(0, 1), weights
+
+    options = {"kdim": 4, "vdim": 3, "add_bias_kv": True, "add_zero_attn": True}
+    return Written(forward, heads=nn.MultiheadAttention(6, 2, **options))
 
 
 def _attend(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Network:
@@ -127,7 +120,7 @@ ATTENTION: dict[str, Network] = {
         )
     ),
     "attention_large_logits": Network(lambda: Function(lambda x: fused(20 * x, 20 * x, x)), (6, 4)),
-    "attention_options": Network(EveryOption, (6, 6)),
+    "attention_options": Network(every_option, (6, 6)),
 }
 
 
@@ -142,23 +135,19 @@ class StepsFirst(nn.GRU):
         return steps.transpose(0, 1), state
 
 
-class Cells(nn.Module):
+def cells() -> nn.Module:
     """Recurrence written out with cells, from zeros of the batch's size."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTMCell(3, 4)
-        self.gru = nn.GRUCell(4, 3)
-        self.rnn = nn.RNNCell(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
         h, c = x.new_zeros(len(x), 4), x.new_zeros(len(x), 4)
         g, r = x.new_zeros(len(x), 3), x.new_zeros(len(x), 2)
         for step in x.unbind(1):
-            h, c = self.lstm(step, (h, c))
-            g = self.gru(h, g)
-            r = self.rnn(g, r)
+            h, c = m.lstm(step, (h, c))
+            g = m.gru(h, g)
+            r = m.rnn(g, r)
         return r
+
+    return Written(forward, lstm=nn.LSTMCell(3, 4), gru=nn.GRUCell(4, 3), rnn=nn.RNNCell(3, 2))
 
 
 SEQUENCES: dict[str, Network] = {
@@ -169,5 +158,5 @@ SEQUENCES: dict[str, Network] = {
     "gru": Network(lambda: StepsFirst(3, 4), (4, 3)),
     "rnn": Network(lambda: nn.RNN(3, 4, 2, batch_first=True), (4, 3)),
     "rnn_relu": Network(lambda: nn.RNN(3, 4, nonlinearity="relu", batch_first=True), (4, 3)),
-    "cells": Network(Cells, (3, 3)),
+    "cells": Network(cells, (3, 3)),
 }

@@ -45,136 +45,92 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         return build()
 
 
-class Functional(nn.Module):
+class Written(nn.Module):
+    """Layers and parameters by name, and the function forward(self, x) of them."""
+
+    def __init__(self, function: Callable[[Any, torch.Tensor], Any], **parts: object) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
+def functional(activation: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """An activation that is a function, between two layers."""
-
-    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(WIDTH, 5)
-        self.fc2 = nn.Linear(5, 2)
-        self.activation = activation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+    layers = {"fc1": nn.Linear(WIDTH, 5), "fc2": nn.Linear(5, 2)}
+    return Written(lambda m, x: m.fc2(activation(m.fc1(x))), **layers)
 
 
-class Twice(nn.Module):
+def twice() -> nn.Module:
     """Every module but the last is called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(WIDTH, WIDTH)
-        self.act = nn.Tanh()
-        self.out = nn.Linear(WIDTH, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.act(self.fc(self.act(self.fc(x)))))
+    layers = {"fc": nn.Linear(WIDTH, WIDTH), "act": nn.Tanh(), "out": nn.Linear(WIDTH, 1)}
+    return Written(lambda m, x: m.out(m.act(m.fc(m.act(m.fc(x))))), **layers)
 
 
-class Shared(nn.Module):
+def shared() -> nn.Module:
     """One module under two names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(WIDTH, WIDTH)
-        self.b = self.a
-        self.out = nn.Linear(WIDTH, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.b(torch.tanh(self.a(x))))
+    layer, out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+    return Written(lambda m, x: m.out(m.b(torch.tanh(m.a(x)))), a=layer, b=layer, out=out)
 
 
-class Residual(nn.Module):
+def residual() -> nn.Module:
     """A branch a -> act -> b that is added to its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(WIDTH, 3)
-        self.act = nn.ReLU()
-        self.b = nn.Linear(3, WIDTH)
-        self.out = nn.Linear(WIDTH, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(x + self.b(self.act(self.a(x))))
+    branch = {"a": nn.Linear(WIDTH, 3), "act": nn.ReLU(), "b": nn.Linear(3, WIDTH)}
+    out = nn.Linear(WIDTH, 1)
+    return Written(lambda m, x: m.out(x + m.b(m.act(m.a(x)))), **branch, out=out)
 
 
-class Recurrent(nn.Module):
+def recurrent() -> nn.Module:
     """An LSTM, which returns nested tuples, read at its last step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(3, 4, batch_first=True)
-        self.fc = nn.Linear(4, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        steps, _ = self.lstm(x.view(-1, 2, 3))
-        return self.fc(steps[:, -1])
+    layers = {"lstm": nn.LSTM(3, 4, batch_first=True), "fc": nn.Linear(4, 1)}
+    return Written(lambda m, x: m.fc(m.lstm(x.view(-1, 2, 3))[0][:, -1]), **layers)
 
 
-class InputOutput(nn.Module):
+def input_output() -> nn.Module:
     """Submodules that are called like the ends of the network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input = nn.Linear(WIDTH, 3)
-        self.output = nn.Linear(3, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.output(self.input(x)))
+    layers = {"input": nn.Linear(WIDTH, 3), "output": nn.Linear(3, 2)}
+    return Written(lambda m, x: torch.tanh(m.output(m.input(x))), **layers)
 
 
-class Noisy(nn.Module):
+def noisy() -> nn.Module:
     """Draws random numbers in eval mode too, from torch's global stream."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(WIDTH, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.fc(x)
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.fc(x)
         return y + torch.randn_like(y) + F.dropout(y)
 
+    return Written(forward, fc=nn.Linear(WIDTH, 4))
 
-class Attention(nn.Module):
+
+def attention() -> nn.Module:
     """Self-attention over two tokens; `heads` returns the weights too."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(3, 4)
-        self.heads = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.fc = nn.Linear(4, 1)
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        tokens = m.embed(x.view(-1, 2, 3))
+        return m.fc(m.heads(tokens, tokens, tokens)[0].mean(1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.embed(x.view(-1, 2, 3))
-        mixed, _ = self.heads(tokens, tokens, tokens)
-        return self.fc(mixed.mean(1))
+    heads = {"embed": nn.Linear(3, 4), "heads": nn.MultiheadAttention(4, 2, batch_first=True)}
+    return Written(forward, **heads, fc=nn.Linear(4, 1))
 
 
-class Transformer(nn.Module):
+def transformer() -> nn.Module:
     """An encoder layer, which has a fused path of its own in eval mode."""
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.embed = nn.Linear(3, width)
-        layer = nn.TransformerEncoderLayer(width, 2, 8, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 1)
-        self.fc = nn.Linear(width, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.encoder(self.embed(x.view(-1, 2, 3))).mean(1))
+    embed, layer = nn.Linear(3, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    return Written(
+        lambda m, x: m.fc(m.encoder(m.embed(x.view(-1, 2, 3))).mean(1)),
+        embed=embed,
+        encoder=nn.TransformerEncoder(layer, 1),
+        fc=nn.Linear(4, 1),
+    )
 
 
-class Unused(nn.Module):
+def unused() -> nn.Module:
     """A layer that never runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(WIDTH, 4)
-        self.fc2 = nn.Linear(4, 1)
-        self.aux = nn.Linear(4, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.relu(self.fc1(x)))
+    layers = {"fc1": nn.Linear(WIDTH, 4), "fc2": nn.Linear(4, 1), "aux": nn.Linear(4, 1)}
+    return Written(lambda m, x: m.fc2(F.relu(m.fc1(x))), **layers)
 
 
 class Failing(nn.Module):

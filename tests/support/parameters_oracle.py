@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal, Poisson
 
-__all__ = ["brute_force", "distribution", "gradients", "moments_of_trace"]
-
 POISSON_TAIL = 60
 """Counts that are summed: rates of the tests are below 10, the rest has less than 1e-25."""
 

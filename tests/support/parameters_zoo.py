@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from support.networks_zoo import seeded
+from support.dual_oracle import randomised
+from support.networks_zoo import Written, seeded
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -46,33 +47,6 @@ class Network:
         if self.tokens:
             return torch.randint(TOKENS, (samples, *self.shape), generator=generator)
         return torch.randn(samples, *self.shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-@torch.no_grad()
-def randomised(model: nn.Module) -> nn.Module:
-    """Draw biases, scales and running statistics: at 0 and 1 a wrong use of them does not show."""
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(std=0.5)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 2.0)
-    return model
-
-
-class Written(nn.Module):
-    """Layers and parameters by name, and the function forward(self, x) of them."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Any], **parts: object) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
 
 
 def pooled(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.networks_zoo import InputOutput, Recurrent, Twice
+from support.networks_zoo import input_output, recurrent, twice
 from support.theta_batches import BATCH, DIM, SIGMAS, generator, noise, shifted, uniform
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -153,12 +153,12 @@ def images() -> nn.Module:
 
 KINDS = {
     "named": (lambda: Named(nn.Linear(DIM, 3), nn.Linear(3, 1)), {"input", "0", "1"}),
-    "tuples": (Recurrent, {"input", "output"}),
+    "tuples": (recurrent, {"input", "output"}),
     "batch last": (lambda: FeaturesFirst(DIM, 1), {"output"}),
     "words": (words, {"0", "output"}),
     "half": (lambda: small()[0].bfloat16(), {"input", "fc1", "relu1", "output"}),
     "images": (images, {"input", "1", "output"}),
-    "ends": (InputOutput, {"input", "self.input", "self.output", "output"}),
+    "ends": (input_output, {"input", "self.input", "self.output", "output"}),
     "parametrized": (normed, {"input", "0", "output"}),
     "one number": (
         lambda: nn.Sequential(nn.Linear(DIM, 1), nn.Flatten(0)),
@@ -192,7 +192,7 @@ def test_networks_of_every_kind(kind):
 
 def test_a_module_that_is_called_twice_is_read_at_its_first_call():
     """Catches a mixture of two layers under one name."""
-    model = Twice()
+    model = twice()
     monitor = monitored(model)
     train(monitor, model, 40)
     monitor.close()

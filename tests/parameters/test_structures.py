@@ -343,7 +343,7 @@ def test_monte_carlo() -> None:
     structures have the same columns (`test_types_and_batches`)."""
     network = NETWORKS["linear"]
     model, x = network.make(), network.inputs(8)
-    mean, variance = moments_of_trace(model, "categorical", x)
+    mean, variance = moments_of_trace(model, x)
     seeds = itertools.count()
     for samples in (1, 8):
         squares = 0.0

@@ -199,29 +199,12 @@ def parametrized() -> nn.Module:
     return nn.Sequential(weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, OUTPUTS))
 
 
-def partly_frozen() -> nn.Module:
-    """Weights of one layer and biases of the other."""
-    model = linear()
-    model[0].bias.requires_grad_(False)
-    model[2].weight.requires_grad_(False)
-    return model
-
-
 def checkpointed() -> nn.Module:
-    """A block whose activations are computed again on the way back."""
+    """A block whose activations are computed again on the way back, a layer called by keyword."""
     return Written(
-        lambda m, x: m.head(torch.tanh(checkpoint(m.block, x, use_reentrant=False))),
+        lambda m, x: m.head(input=torch.tanh(checkpoint(m.block, x, use_reentrant=False))),
         block=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)),
         head=nn.Linear(4, OUTPUTS),
-    )
-
-
-def keywords() -> nn.Module:
-    """Layers that are called by keyword."""
-    return Written(
-        lambda m, x: m.head(input=torch.tanh(m.first(input=x))),
-        first=nn.Linear(4, 5),
-        head=nn.Linear(5, OUTPUTS),
     )
 
 
@@ -264,7 +247,5 @@ NETWORKS: dict[str, Network] = {
     "weights in an expression": Network(penalised, (4,)),
     "unused and frozen": Network(unused, (4,)),
     "weight norm": Network(parametrized, (4,)),
-    "partly frozen": Network(partly_frozen, (4,)),
     "checkpoint": Network(checkpointed, (4,)),
-    "keywords": Network(keywords, (4,)),
 }

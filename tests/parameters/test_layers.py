@@ -28,7 +28,6 @@ LAYERS = {
     "linear, no positions": (nn.Linear(5, 3, bias=False), (7, 0, 5)),
     "conv 1d": (nn.Conv1d(4, 6, 4, stride=3, dilation=2, groups=2), (5, 4, 19)),
     "conv 2d": (nn.Conv2d(4, 6, (3, 2), (2, 1), (2, 1), (1, 3), groups=2), (5, 4, 8, 9)),
-    "conv 2d, depthwise": (nn.Conv2d(6, 6, 3, padding=1, groups=6), (5, 6, 5, 6)),
     "conv 2d, same": (
         nn.Conv2d(3, 4, (2, 4), padding="same", padding_mode="circular", bias=False),
         (5, 3, 6, 7),
@@ -49,7 +48,6 @@ LAYERS = {
     "RMS norm": (nn.RMSNorm(6), (5, 4, 6)),
     "group norm": (nn.GroupNorm(2, 4), (5, 4, 3, 6)),
     "instance norm": (nn.InstanceNorm2d(4, affine=True), (5, 4, 3, 6)),
-    "embedding": (nn.Embedding(6, 4), (7, 5)),
     "embedding, padded": (nn.Embedding(6, 4, padding_idx=2), (7, 5)),
 }
 
@@ -166,12 +164,11 @@ def test_reduced_matmul_precision_does_not_reach_a_linear_layer() -> None:
     """With bfloat16 products the error would be about 1e-3."""
     layer, x, g = prepared(nn.Linear(64, 48), (50, 64))
     truth = by_sample(layer, x, g)["weight"].square().sum(0)
-    former = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         got = rule_of(layer.float()).squares(x.float(), g.float())[0]
     finally:
-        torch.set_float32_matmul_precision(former)
+        torch.set_float32_matmul_precision("highest")
     assert_near(got, truth, TOLERANCE_FLOAT32)
 
 

@@ -84,12 +84,15 @@ def test_bounds_where_some_are_unknown() -> None:
 @pytest.mark.parametrize("structure", [*STRUCTURES, "streamed"])
 def test_of_every_structure(structure: Any) -> None:
     """Catches eigenvalues in the wrong order, or as all there are; products, a trace or a rank that
-    are not those of the structure."""
+    are not those of the structure, and neither is the effective dimension."""
     model, x, _ = problem()
     F = measure(structure, x, model=model)
     dense = F.to_dense()
     exact = torch.linalg.eigvalsh(dense).flip(0).clamp_min(0)
     whole = measure("full", x, model=model) if structure == "lowrank" else F
+    if structure != "streamed":
+        dimension = F.effective_dimension(1000).value
+        assert math.isclose(dimension, by_hand([dense], 1000, 1.0), rel_tol=ROUNDING)
     for count in {"lowrank": [None], "streamed": [3]}.get(structure, [3, None]):
         found = F.spectrum(count)
         assert found.complete == (count is None and structure != "lowrank")
@@ -118,14 +121,9 @@ def test_directions() -> None:
     eye = torch.eye(found.rank, dtype=torch.float64)
     torch.testing.assert_close(stiff.T @ stiff, eye, rtol=0, atol=1e-8)
     torch.testing.assert_close(sloppy, stiff[:, -2:].flip(1))
+    layout = fp.ParameterLayout.of(model)
     for number in (1, -1):
-        named = found.direction(number)
-        assert {name: part.shape for name, part in named.items()} == {
-            name: parameter.shape for name, parameter in model.named_parameters()
-        }
-        torch.testing.assert_close(
-            torch.cat([part.flatten() for part in named.values()]), stiff[:, number]
-        )
+        torch.testing.assert_close(layout.flatten(found.direction(number)), stiff[:, number])
 
 
 def test_the_largest_are_all_there_are() -> None:
@@ -135,19 +133,6 @@ def test_the_largest_are_all_there_are() -> None:
     assert found.complete
     assert found.rank == 6
     torch.testing.assert_close(found.eigenvalues, exact[:6], rtol=1e-8, atol=0)
-
-
-def dense_product(values: Tensor, seed: int) -> Tensor:
-    """A symmetric matrix with these eigenvalues."""
-    generator = torch.Generator().manual_seed(seed)
-    size = len(values)
-    turn = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
-    return (turn * values) @ turn.T
-
-
-def largest(matrix: Tensor, count: int) -> Any:
-    settings = {"trace": float(matrix.trace()), "seed": 0, "device": torch.device("cpu")}
-    return largest_eigenpairs(lambda v: matrix @ v, len(matrix), count, **settings)
 
 
 EIGENVALUES = {
@@ -167,8 +152,11 @@ def test_eigenpairs_of_a_known_matrix(values: str, count: int) -> None:
     and a search that stops after the first copies of triples among many other eigenvalues: SciPy's
     eigsh alone fails for 4 and 8."""
     exact = EIGENVALUES[values]
-    matrix, scale = dense_product(exact, count), float(exact[0])
-    found = largest(matrix, count)
+    noise = torch.randn(len(exact), len(exact), generator=torch.Generator().manual_seed(count))
+    turn = torch.linalg.qr(noise.double()).Q
+    matrix, scale = (turn * exact) @ turn.T, float(exact[0])
+    settings = {"trace": float(matrix.trace()), "seed": 0, "device": torch.device("cpu")}
+    found = largest_eigenpairs(lambda v: matrix @ v, len(exact), count, **settings)
     torch.testing.assert_close(found.values, exact[:count], rtol=0, atol=1e-10 * scale)
     eye = torch.eye(count, dtype=torch.float64)
     assert float((found.directions.T @ found.directions - eye).abs().max()) < 1e-12
@@ -181,10 +169,8 @@ def test_table_and_figure() -> None:
     """Catches a table without its numbers, and a figure without its lines."""
     model, x, _ = problem()
     found = fp.fisher(model, fp.Categorical(), x, structure="gram").spectrum()
-    table = repr(found)
-    assert table.startswith(f"Fisher spectrum: {found.parameters} parameters, 6 samples\n")
-    assert f"{found.rank} (" in table
-    assert "directions with 90 % of the trace" in table
+    assert repr(found).startswith(f"Fisher spectrum: {found.parameters} parameters, 6 samples\n")
+    assert f"{found.rank} (" in repr(found)
     ax = found.plot()
     assert ax.get_xscale() == ax.get_yscale() == "log"
     assert len(ax.get_lines()) == 3
@@ -298,14 +284,6 @@ def test_dimension_equals_its_definition(
     assert math.isclose(alone.value, first.effective_dimension(n, gamma).value, rel_tol=1e-10)
 
 
-def test_dimension_of_every_structure() -> None:
-    """Catches a determinant that is not that of the structure's own matrix."""
-    for structure in STRUCTURES:
-        F = measure(structure)
-        exact = by_hand([F.to_dense()], 1000, 1.0)
-        assert math.isclose(F.effective_dimension(1000).value, exact, rel_tol=1e-9), structure
-
-
 def test_dimension_tends_to_the_rank() -> None:
     """Catches zero eigenvalues that rounding turns into dimensions: with kappa from 1e150 to 1e250
     log det grows by the rank for each unit of log kappa."""
@@ -322,10 +300,8 @@ def test_dimension_tends_to_the_rank() -> None:
     ("settings", "error", "text"),
     [
         ({"n": 1.0}, ValueError, r"n must be so large that gamma n / \(2 pi log n\)"),
-        ({"n": float("nan")}, ValueError, "n must be so large"),
         ({"n": 10}, ValueError, "n must be so large"),  # kappa below 1
         ({"n": "1000"}, TypeError, "n must be a number, got '1000'"),
-        ({"gamma": 0.0}, ValueError, r"gamma must lie in \(0, 1\], got 0.0"),
         ({"gamma": 1.5}, ValueError, r"gamma must lie in \(0, 1\], got 1.5"),
         ({"gamma": None}, TypeError, "gamma must be a number, got None"),
         ({"others": [measure("gram")]}, ValueError, "others must be of the same network, got '0"),

@@ -84,7 +84,10 @@ def moments_of_trace(model: nn.Module, x: Tensor) -> tuple[float, float]:
     mean, variance = 0.0, 0.0
     for i in range(len(x)):
         log_p = model(x[i : i + 1])[0].log_softmax(0)
-        p, scores = log_p.exp(), [gradients(each, list(model.parameters())) for each in log_p]
+        p, scores = (
+            log_p.detach().exp(),
+            [gradients(each, list(model.parameters())) for each in log_p],
+        )
         squares = torch.stack([s.dot(s) for s in scores])
         first, second = float(p @ squares), float(p @ squares**2)
         mean += first / len(x)

@@ -65,7 +65,7 @@ class Jacobian:
         for piece in self.pieces:
             products = v.new_zeros(_count(piece), v.shape[1])
             for key, part in piece.items():
-                products += part.times(v[self._places(key)])
+                products += part.times(self._take(v, key))
             found.append(products)
         return torch.cat(found)
 
@@ -78,17 +78,17 @@ class Jacobian:
         for piece in self.pieces:
             stop = start + _count(piece)
             for key, part in piece.items():
-                found[self._places(key)] += part.transposed(u[start:stop])
+                self._add(found, key, part.transposed(u[start:stop]))
             start = stop
         return found
 
     def squares(self) -> Tensor:
         """The squared length of every column, [P]."""
-        found = torch.zeros(self.layout.size, dtype=torch.float64, device=self._device)
+        found = torch.zeros(self.layout.size, 1, dtype=torch.float64, device=self._device)
         for piece in self.pieces:
             for key, part in piece.items():
-                found[self._places(key)] += part.squares()
-        return found
+                self._add(found, key, part.squares()[:, None])
+        return found[:, 0]
 
     def gram(self) -> Tensor:
         """J J^T [N, N], layer by layer."""
@@ -112,9 +112,13 @@ class Jacobian:
 
     def _rest(self, piece: Mapping[Key, LayerRows], without: Container[Key]) -> Tensor:
         """The rows [N, p] of the layers that are left, parameters in the order of the layout."""
-        left = [key for key in piece if key not in without]
-        order = torch.cat([self._places(key) for key in left]).argsort()
-        return torch.cat([piece[key].dense() for key in left], dim=1)[:, order]
+        slices = self.layout.slices()
+        parts: dict[str, Tensor] = {}
+        for key, part in piece.items():
+            if key not in without:
+                sizes = [slices[name].stop - slices[name].start for name in key]
+                parts |= dict(zip(key, part.dense().split(sizes, dim=1), strict=True))
+        return torch.cat([parts[name] for name in self.layout.names if name in parts], dim=1)
 
     def moment(self) -> Tensor:
         """J^T J [P, P], for networks that are smaller than their data."""
@@ -123,7 +127,7 @@ class Jacobian:
         for piece in self.pieces:
             rows = found.new_empty(_count(piece), size)
             for key, part in piece.items():
-                rows[:, self._places(key)] = part.dense()
+                self._add(rows.T, key, part.dense().T, add=False)
             found.addmm_(rows.T, rows)
         return found
 
@@ -131,10 +135,18 @@ class Jacobian:
     def _device(self) -> torch.device:
         return next(iter(self.pieces[0].values())).device
 
-    def _places(self, key: Key) -> Tensor:
-        """Where the parameters of a layer lie in a vector of P numbers, [p]."""
+    def _take(self, v: Tensor, key: Key) -> Tensor:
         slices = self.layout.slices()
-        return torch.cat([torch.arange(slices[n].start, slices[n].stop) for n in key])
+        parts = [v[slices[name]] for name in key]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _add(self, total: Tensor, key: Key, values: Tensor, *, add: bool = True) -> None:
+        slices, start = self.layout.slices(), 0
+        for name in key:
+            where = slices[name]
+            stop = start + where.stop - where.start
+            total[where] = total[where] + values[start:stop] if add else values[start:stop]
+            start = stop
 
     def state(self) -> list[list[dict[str, Any]]]:
         """Tensors and plain numbers."""

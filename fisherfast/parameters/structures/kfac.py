@@ -93,7 +93,7 @@ class KroneckerFisher(ParameterFisher):
     def _matmul(self, columns: Tensor) -> Tensor:
         result = self._rest[:, None] * columns
         for block in self.blocks:
-            result[block.places] = block.product(columns[block.places])
+            block.put(block.product(block.take(columns)), result)
         return result
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
@@ -101,14 +101,14 @@ class KroneckerFisher(ParameterFisher):
             raise singular("some directions have no Fisher information")
         result = columns / (self._rest + damping)[:, None]
         for block in self.blocks:
-            result[block.places] = block.solution(columns[block.places], damping)
+            block.put(block.solution(block.take(columns), damping), result)
         return result
 
     def diag(self) -> Tensor:
-        diagonal = self._rest.clone()
+        column = self._rest[:, None].clone()
         for block in self.blocks:
-            diagonal[block.places] = block.diag()
-        return diagonal
+            block.put(block.diag().unsqueeze(-1), column)
+        return column[:, 0]
 
     def eigenvalues(self) -> Tensor:
         """All P, ascending; those within rounding of zero are zero."""
@@ -199,12 +199,23 @@ class KroneckerBlock:
     weight: tuple[int, int] | None = None
     bias: tuple[int, int] | None = None
 
-    @property
-    def places(self) -> Tensor:
-        """Where the entries of its matrices lie in a vector of all parameters, [G, M, D]."""
+    def take(self, columns: Tensor) -> Tensor:
+        """This layer's part of vectors [P, m] as matrices [G, M, D, m]."""
         groups, rows = self.gradients.shape[:2]
-        parts = [torch.arange(*part) for part in (self.weight, self.bias) if part is not None]
-        return torch.cat([part.reshape(groups, rows, -1) for part in parts], 2)
+        parts = []
+        if self.weight is not None:
+            parts.append(columns[slice(*self.weight)].reshape(groups, rows, -1, columns.shape[1]))
+        if self.bias is not None:
+            parts.append(columns[slice(*self.bias)].reshape(groups, rows, 1, columns.shape[1]))
+        return torch.cat(parts, 2)
+
+    def put(self, matrices: Tensor, columns: Tensor) -> None:
+        """Write matrices [G, M, D, m] to their place in vectors [P, m]."""
+        if self.weight is not None:
+            end = matrices.shape[2] - (self.bias is not None)
+            columns[slice(*self.weight)] = matrices[:, :, :end].reshape(-1, columns.shape[1])
+        if self.bias is not None:
+            columns[slice(*self.bias)] = matrices[:, :, -1].reshape(-1, columns.shape[1])
 
     def product(self, matrices: Tensor) -> Tensor:
         """(B (x) A) V of V [G, M, D, m]: the matrices B V A."""

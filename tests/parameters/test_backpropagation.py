@@ -19,7 +19,6 @@ from fisherfast.parameters.layout import ParameterLayout
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # of torch, on copies
 
 ROWS = {
-    "instance norm, running": ["1"],
     "transformer": ["0.self_attn"],
     "LSTM": ["rnn"],
     "windows mixed": ["layers"],

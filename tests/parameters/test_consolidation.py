@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 
 import pytest
@@ -78,10 +77,8 @@ def test_several_tasks(structure, online):
     state, loaded = memory.state_dict(), ElasticWeightConsolidation(1.0)
     kept = sum(x.numel() for part in ("information", "anchors") for x in state[part].values())
     assert (kept, len(state["quadratics"])) == ((86, 0) if structure == "diag" else (0, 3))
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
+    torch.save(state, file := io.BytesIO())
+    loaded.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert repr(loaded) == repr(memory)
     for task in (3, 4):  # goes on alike
         assert torch.equal(loaded.penalty(model), memory.penalty(model))
@@ -92,9 +89,13 @@ def test_several_tasks(structure, online):
 
 
 def test_the_hessian_is_the_information():
-    """Catches a gradient cut out of the graph: second derivatives of the penalty exist."""
+    """Catches a gradient cut out of the graph: second derivatives of the penalty exist; a matrix
+    that is given, and measured again."""
     model, memory = network(), ElasticWeightConsolidation(3.0)
     F = memory.consolidate(model, Categorical(), data(0))
+    given = ElasticWeightConsolidation(3.0)
+    assert given.consolidate(model, fisher=F) is F
+    assert torch.equal(given.penalty(model), memory.penalty(model))
     slopes = torch.autograd.grad(memory.penalty(model), list(model.parameters()), create_graph=True)
     total = torch.cat([s.flatten() for s in slopes]).sum()
     assert torch.allclose(gradient(total, model), 3.0 * F.diag(), rtol=1e-12)
@@ -117,8 +118,6 @@ def test_dtype_of_the_penalty(dtype):
     assert value.dtype == result
     distance = (flat(model).double() - before).square().sum()
     assert value.item() == pytest.approx(0.5 * float(distance), rel=2e-6)  # of float32 sums
-    value.backward()
-    assert model[0].weight.grad.dtype == dtype
     assert memory.penalty(model.double()).item() == pytest.approx(0.5 * float(distance))
 
 
@@ -139,7 +138,9 @@ def test_new_heads_are_free_only_where_that_is_said():
     strict = ElasticWeightConsolidation(1.0)
     free = ElasticWeightConsolidation(1.0, new="free")
     for memory in (strict, free):
-        memory.consolidate(model, Categorical(), data(0))
+        memory.consolidate(model, Categorical(), data(0), parameters=r"body|weight")
+    model.heads[0].bias.data += 1.0  # left out, hence free
+    assert strict.penalty(model).item() == 0
     model.heads.append(nn.Linear(5, 3).double())
     with pytest.raises(ValueError, match=r"got 'heads\.1\.weight' that is new; .*new=\"free\""):
         strict.penalty(model)
@@ -154,15 +155,6 @@ def test_new_heads_are_free_only_where_that_is_said():
     assert free.penalty(model).item() == pytest.approx(first, rel=1e-6)
     move(model.heads[1], seed=3)
     assert free.penalty(model).item() > 1.001 * first
-
-
-def test_parameters_left_out_are_free():
-    """Catches a choice of parameters that is refused as new, or penalised all the same."""
-    model, memory = network(), ElasticWeightConsolidation(1.0)
-    memory.consolidate(model, Categorical(), data(0), parameters="weight")
-    for part, moved in (("bias", False), ("weight", True)):
-        model[0].get_parameter(part).data += 1.0
-        assert (memory.penalty(model).item() > 0) == moved
 
 
 def test_another_network():
@@ -218,10 +210,8 @@ def test_damaged_states(damage, error, text):
 
 SETTINGS = [
     ({"strength": 0.0}, ValueError, "strength must be positive and finite, got 0.0"),
-    ({"strength": math.inf}, ValueError, "strength must be positive and finite, got inf"),
     ({"strength": "1"}, TypeError, "strength must be a number, got '1'"),
     ({"decay": 1.1}, ValueError, "decay must lie in [0, 1], got 1.1"),
-    ({"decay": -0.1}, ValueError, "decay must lie in [0, 1], got -0.1"),
     ({"decay": "1"}, TypeError, "decay must be a number, got '1'"),
     ({"decay": 0.5, "online": False}, ValueError, "decay must be 1 unless online=True, got 0."),
     ({"online": "yes"}, TypeError, "online must be True or False, got 'yes'"),
@@ -255,17 +245,6 @@ def test_wrong_arguments(arguments, error, text):
         memory.consolidate(model, fisher=diagonal(model, float("nan")))
 
 
-def test_a_matrix_measured_before():
-    """Catches a matrix that is measured again, and a task that keeps its network and data alive."""
-    model = network()
-    measured, given = (ElasticWeightConsolidation(3.0) for _ in range(2))
-    matrix = measured.consolidate(model, Categorical(), data(0), structure="full")
-    assert given.consolidate(model, fisher=matrix) is matrix
-    move(model, seed=0)
-    assert torch.equal(given.penalty(model), measured.penalty(model))
-    assert given._quadratics[0].fisher._source is None
-
-
 def test_callers_modes_and_wrappers():
     """Catches anchors that autograd refuses because they were made in inference mode, a graph that
     anchors keep alive, anchors that follow the weights, and names with the prefix of a wrapper."""
@@ -274,8 +253,6 @@ def test_callers_modes_and_wrappers():
     with torch.inference_mode():
         memory.consolidate(nn.DataParallel(model), Categorical(), x)
         memory.penalty(model)
-    with torch.no_grad():
-        assert not memory.penalty(model).requires_grad
     memory.penalty(model).backward()
     anchors = memory.state_dict()["anchors"].values()
     assert not any(value.requires_grad for value in anchors)

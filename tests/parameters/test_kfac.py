@@ -10,12 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.parameters_oracle import brute_force
-from support.parameters_small import (
-    blocks_of,
-    difference,
-    labels,
-    measure,
-)
+from support.parameters_small import blocks_of, difference, labels, measure
 from support.parameters_zoo import NETWORKS, Network, Written
 from torch import Tensor, nn
 
@@ -185,8 +180,7 @@ def test_other_layers_have_their_exact_diagonal() -> None:
     assert got.diagonal_names == ("3.weight", "3.bias")
     assert repr(got).endswith("7 samples; diagonal alone: 3.weight, 3.bias>")
     norm, dense = slice(16, 32), got.to_dense()
-    assert torch.equal(got.diag()[norm], measure("diag").diag()[norm])
-    assert not (dense - dense.diag().diag())[norm].any()
+    assert torch.equal(dense[norm], measure("diag").to_dense()[norm])
 
 
 REFUSED = {
@@ -204,10 +198,8 @@ def test_every_network_is_measured_or_refused(name: str) -> None:
     network that is refused without need."""
     model, x = NETWORKS[name].make(), NETWORKS[name].inputs()
     if name in REFUSED:
-        text = (
-            f"by one call of one layer for \"kfac\", got '{REFUSED[name]}', which is shared .* by"
-        )
-        with pytest.raises(ValueError, match=text + " parameters="):
+        text = f"by one call of one layer .*, got '{REFUSED[name]}', which is shared .* parameters="
+        with pytest.raises(ValueError, match=text):
             kfac(model, x)
         if name == "called twice":  # the way out that the error names
             assert kfac(model, x, parameters="head").layout.names == ("head.weight", "head.bias")

@@ -150,13 +150,10 @@ def test_counts_of_any_rate():
     too early: the quantile against the distribution function, both sides, and its mean."""
     rate = torch.tensor([[1e-6, 0.3, 7.0, 900.0, 1e8]], dtype=torch.float64)
     drawn = labels(Poisson(log_rate=False), rate, 2000)[:, 0]
-    assert bool((drawn == drawn.round()).all())
-    assert bool((drawn >= 0).all())
-    error = (rate[0] / 2000).sqrt()
+    assert torch.equal(drawn, drawn.round().abs())
+    error, seed = (rate[0] / 2000).sqrt(), torch.Generator().manual_seed(5)
     assert bool(((drawn.mean(0) - rate[0]).abs() < SIGMAS * error + 1e-12).all())
-    uniform = torch.rand(
-        1, 2000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
-    )
+    uniform = torch.rand(1, 2000, 5, dtype=torch.float64, generator=seed)
     # P(count <= k) >= u > P(count <= k - 1)
     assert bool((torch.special.gammaincc(drawn + 1, rate) >= uniform[0]).all())
     below = torch.special.gammaincc(drawn.clamp_min(1), rate)
@@ -182,22 +179,20 @@ def test_categorical_takes_one_column_less_than_classes():
     assert len(list(Categorical().root(torch.zeros(2, 3, 4)))) == 8
 
 
-SHAPE = "have the shape of the outputs, [2, {}], got [2]"
+SHAPE = "have the shape of the outputs, [2, 3], got [2]"
 WHOLE = "be whole numbers of classes, got torch.{}"
 WRONG_LABELS = [
-    (Gaussian(), (2, 3), torch.zeros(2), ValueError, SHAPE.format(3)),
+    (Gaussian(), (2, 3), torch.zeros(2), ValueError, SHAPE),
     (Gaussian(), (1, 1), torch.tensor([[math.nan]]), ValueError, "be finite, got nan"),
     (Gaussian(), (1, 1), torch.tensor([[1j]]), TypeError, "be real numbers, got torch.complex64"),
     (Categorical(), (2, 3), torch.zeros(2), TypeError, WHOLE.format("float32")),
     (Categorical(), (2, 3), torch.tensor([-100, 1]), ValueError, "lie in [0, 3), got -100 to 1"),
     (Categorical(), (2, 3, 4), torch.zeros(2).long(), ValueError, "have shape [2, 4], got [2]"),
     (Categorical(), (2, 3), torch.tensor([True, False]), TypeError, WHOLE.format("bool")),
-    (Bernoulli(), (2, 1), torch.zeros(2), ValueError, SHAPE.format(1)),
     (Bernoulli(), (1, 2), torch.tensor([[0.0, 0.5]]), ValueError, "be 0 or 1, got 0.5"),
     (Bernoulli(), (1, 1), torch.tensor([[1j]]), TypeError, "be 0 or 1, got torch.complex64"),
     (Poisson(), (1, 1), torch.tensor([[-1]]), ValueError, "be counts 0, 1, 2, ..., got -1"),
     (Poisson(), (1, 1), torch.tensor([[1.5]]), ValueError, "be counts 0, 1, 2, ..., got 1.5"),
-    (Poisson(), (1, 1), torch.tensor([[math.inf]]), ValueError, "be finite, got inf"),
     (Poisson(), (1, 1), torch.tensor([[True]]), TypeError, "be real numbers, got torch.bool"),
     (correlated(), (2, 2), torch.zeros(3, 2), ValueError, "be one per sample (2), got 3"),
 ]  # fmt: skip
@@ -224,14 +219,6 @@ def test_labels_of_other_dtypes(likelihood, y, dtype):
     found = likelihood.check(torch.zeros(2, 2 if dtype == torch.long else 1), y)
     assert found.dtype == dtype
     assert torch.equal(found, y.to(dtype))
-
-
-@pytest.mark.parametrize("shape", [[2], [5, 3]])
-def test_variances_of_another_shape(shape):
-    """Catches a variance per sample of one batch."""
-    text = f"variance must broadcast to the outputs of a sample, [3], got shape {shape}"
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        Gaussian(torch.ones(shape)).check_outputs(torch.zeros(5, 3))
 
 
 RATES = Poisson(log_rate=False)
@@ -285,18 +272,21 @@ def test_functions_that_return_something_else():
         Likelihood(None, None, lambda f: -torch.eye(3).expand(2, 3, 3)).root(f)
 
 
-@pytest.mark.parametrize("variance", [0.0, -1.0, math.nan, math.inf, torch.tensor([1.0, 0.0])])
-def test_variances_that_are_not_positive(variance):
-    """Catches a variance that makes the Fisher matrix infinite or NaN."""
-    with pytest.raises(ValueError, match="variance must be finite and positive, got"):
-        Gaussian(variance)
+WRONG_VARIANCES = {
+    (ValueError, "finite and positive"): [0.0, -1.0, math.nan, math.inf, torch.tensor([1.0, 0.0])],
+    (TypeError, "(a number|real numbers)"): ["1", None, True, torch.tensor(1j)],
+}
 
 
-@pytest.mark.parametrize("variance", ["1", None, True, torch.tensor(1j)])
-def test_variances_that_are_no_numbers(variance):
-    """Catches errors that do not say which argument is wrong."""
-    with pytest.raises(TypeError, match=r"variance must be (a number|real numbers)"):
-        Gaussian(variance)
+@pytest.mark.parametrize(("error", "text"), WRONG_VARIANCES)
+def test_wrong_variances(error, text):
+    """Catches a variance that makes the Fisher matrix infinite or NaN, or is one per sample of a
+    batch."""
+    for variance in WRONG_VARIANCES[error, text]:
+        with pytest.raises(error, match=f"variance must be {text}"):
+            Gaussian(variance)
+    with pytest.raises(ValueError, match=r"must broadcast to .* sample, \[3\], got shape \[5, 3\]"):
+        Gaussian(torch.ones(5, 3)).check_outputs(torch.zeros(5, 3))
 
 
 def test_a_variance_is_a_copy_with_its_digits():

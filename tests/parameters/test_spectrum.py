@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,13 +84,16 @@ def test_bounds_where_some_are_unknown() -> None:
 @pytest.mark.parametrize("structure", [*STRUCTURES, "streamed"])
 def test_of_every_structure(structure: Any) -> None:
     """Catches eigenvalues in the wrong order, or as all there are; products, a trace or a rank that
-    are not those of the structure."""
+    are not those of the structure, and neither is the effective dimension."""
     model, x, _ = problem()
     F = measure(structure, x, model=model)
     dense = F.to_dense()
     exact = torch.linalg.eigvalsh(dense).flip(0).clamp_min(0)
     whole = measure("full", x, model=model) if structure == "lowrank" else F
-    for count in {"lowrank": [None], "streamed": [3]}.get(structure, [3, None]):
+    if structure != "streamed":
+        dimension = F.effective_dimension(1000).value
+        assert math.isclose(dimension, by_hand([dense], 1000, 1.0), rel_tol=ROUNDING)
+    for count in [3] if structure == "streamed" else [3, None]:
         found = F.spectrum(count)
         assert found.complete == (count is None and structure != "lowrank")
         if count and structure in ("gram", "streamed"):
@@ -119,14 +121,9 @@ def test_directions() -> None:
     eye = torch.eye(found.rank, dtype=torch.float64)
     torch.testing.assert_close(stiff.T @ stiff, eye, rtol=0, atol=1e-8)
     torch.testing.assert_close(sloppy, stiff[:, -2:].flip(1))
+    layout = fp.ParameterLayout.of(model)
     for number in (1, -1):
-        named = found.direction(number)
-        assert {name: part.shape for name, part in named.items()} == {
-            name: parameter.shape for name, parameter in model.named_parameters()
-        }
-        torch.testing.assert_close(
-            torch.cat([part.flatten() for part in named.values()]), stiff[:, number]
-        )
+        torch.testing.assert_close(layout.flatten(found.direction(number)), stiff[:, number])
 
 
 def test_the_largest_are_all_there_are() -> None:
@@ -138,58 +135,42 @@ def test_the_largest_are_all_there_are() -> None:
     torch.testing.assert_close(found.eigenvalues, exact[:6], rtol=1e-8, atol=0)
 
 
-def dense_product(values: Tensor, seed: int) -> Tensor:
-    """A symmetric matrix with these eigenvalues."""
-    generator = torch.Generator().manual_seed(seed)
-    size = len(values)
-    turn = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
-    return (turn * values) @ turn.T
+EIGENVALUES = {
+    "falling": torch.logspace(0, -12, 80, dtype=torch.float64),
+    "few": torch.cat([torch.linspace(1, 0.5, 6).double(), torch.zeros(74).double()]),
+    "flat": 1e-9 * torch.linspace(1, 0.9, 80, dtype=torch.float64),
+    "triples": (0.9 ** torch.arange(40, dtype=torch.float64)).repeat_interleave(3),
+}
 
 
-def largest(matrix: Tensor, count: int) -> Any:
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [("falling", 10), ("few", 10), ("flat", 10), *(("triples", count) for count in (1, 4, 8, 11))],
+)
+def test_eigenpairs_of_a_known_matrix(values: str, count: int) -> None:
+    """Catches lost orthogonality, zero eigenvalues that never converge, residuals that are none,
+    and a search that stops after the first copies of triples among many other eigenvalues: SciPy's
+    eigsh alone fails for 4 and 8."""
+    exact = EIGENVALUES[values]
+    noise = torch.randn(len(exact), len(exact), generator=torch.Generator().manual_seed(count))
+    turn = torch.linalg.qr(noise.double()).Q
+    matrix, scale = (turn * exact) @ turn.T, float(exact[0])
     settings = {"trace": float(matrix.trace()), "seed": 0, "device": torch.device("cpu")}
-    return largest_eigenpairs(lambda v: matrix @ v, len(matrix), count, **settings)
-
-
-@pytest.mark.parametrize("values", ["falling", "few", "flat"])
-def test_eigenpairs_of_a_known_matrix(values: str) -> None:
-    """Catches lost orthogonality, zero eigenvalues that never converge, residuals that are none."""
-    exact = {
-        "falling": torch.logspace(0, -12, 80, dtype=torch.float64),
-        "few": torch.cat([torch.linspace(1, 0.5, 6).double(), torch.zeros(74).double()]),
-        "flat": 1e-9 * torch.linspace(1, 0.9, 80, dtype=torch.float64),
-    }[values]
-    matrix = dense_product(exact, 0)
-    found = largest(matrix, 10)
-    scale = float(exact[0])
-    torch.testing.assert_close(found.values, exact[:10], rtol=0, atol=1e-10 * scale)
-    eye = torch.eye(10, dtype=torch.float64)
+    found = largest_eigenpairs(lambda v: matrix @ v, len(exact), count, **settings)
+    torch.testing.assert_close(found.values, exact[:count], rtol=0, atol=1e-10 * scale)
+    eye = torch.eye(count, dtype=torch.float64)
     assert float((found.directions.T @ found.directions - eye).abs().max()) < 1e-12
     left = (matrix @ found.directions - found.directions * found.values).norm(dim=0)
     torch.testing.assert_close(found.residuals, left, rtol=1e-6, atol=1e-14 * scale)
     assert float(left.max()) <= 1e-6 * scale
 
 
-@pytest.mark.parametrize("count", [1, 4, 8, 11])
-def test_no_copy_of_an_eigenvalue_is_missed(count: int) -> None:
-    """Triples far from the end of the space, among many other eigenvalues. Catches a search that
-    stops after the first copies: SciPy's eigsh alone fails for 4 and 8."""
-    values = torch.cat([0.9 ** torch.arange(40, dtype=torch.float64)] * 3).sort(descending=True)[0]
-    matrix = dense_product(values, count)
-    found = largest(matrix, count)
-    torch.testing.assert_close(found.values, values[:count], rtol=1e-9, atol=0)
-    left = matrix @ found.directions - found.directions * found.values
-    assert bool((left.norm(dim=0) <= found.residuals + 1e-12).all())
-
-
 def test_table_and_figure() -> None:
     """Catches a table without its numbers, and a figure without its lines."""
     model, x, _ = problem()
     found = fp.fisher(model, fp.Categorical(), x, structure="gram").spectrum()
-    table = repr(found)
-    assert table.startswith(f"Fisher spectrum: {found.parameters} parameters, 6 samples\n")
-    assert f"{found.rank} (" in table
-    assert "directions with 90 % of the trace" in table
+    assert repr(found).startswith(f"Fisher spectrum: {found.parameters} parameters, 6 samples\n")
+    assert f"{found.rank} (" in repr(found)
     ax = found.plot()
     assert ax.get_xscale() == ax.get_yscale() == "log"
     assert len(ax.get_lines()) == 3
@@ -227,12 +208,10 @@ def test_scipy_operator(structure: Any) -> None:
     assert isinstance(operator, scipy.sparse.linalg.LinearOperator)
     assert (operator.shape, operator.dtype) == (F.shape, np.float64)
     v = np.linspace(-1, 1, len(dense))
-    columns = np.stack([v, v**2, v[::-1]], axis=1)
-    kept, close = v.copy(), partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
-    close(operator @ v, dense @ v)
-    close(operator @ columns, dense @ columns)
-    close(operator.T @ v, dense @ v)
-    close(operator @ v.astype(np.float32), dense @ v.astype(np.float32))
+    kept = v.copy()
+    for given in (v, np.stack([v, v**2, v[::-1]], axis=1), v.astype(np.float32)):
+        for product in (operator, operator.T):
+            np.testing.assert_allclose(product @ given, dense @ given, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(v, kept)
 
 
@@ -294,8 +273,7 @@ def test_dimension_equals_its_definition(
     first, *others = (measure("gram", x, model=model) for model in models)
     found = first.effective_dimension(n, gamma, others=others)
     assert math.isclose(found.value, by_hand(exact, n, gamma), rel_tol=1e-10)
-    assert float(found) == found.value
-    assert found.share == found.value / found.parameters
+    assert (float(found), found.share) == (found.value, found.value / found.parameters)
     assert (found.n, found.gamma, found.parameters) == (n, gamma, len(exact[0]))
     torch.testing.assert_close(found.traces, torch.stack([f.trace() for f in exact]))
     assert found.log_determinants.shape == (3,)
@@ -304,14 +282,6 @@ def test_dimension_equals_its_definition(
     assert math.isclose(alone.value, by_hand(exact[:1], n, gamma), rel_tol=1e-10)
     monkeypatch.setattr(gram, "NEGLIGIBLE", 0.0)
     assert math.isclose(alone.value, first.effective_dimension(n, gamma).value, rel_tol=1e-10)
-
-
-def test_dimension_of_every_structure() -> None:
-    """Catches a determinant that is not that of the structure's own matrix."""
-    for structure in STRUCTURES:
-        F = measure(structure)
-        exact = by_hand([F.to_dense()], 1000, 1.0)
-        assert math.isclose(F.effective_dimension(1000).value, exact, rel_tol=1e-9), structure
 
 
 def test_dimension_tends_to_the_rank() -> None:
@@ -330,10 +300,8 @@ def test_dimension_tends_to_the_rank() -> None:
     ("settings", "error", "text"),
     [
         ({"n": 1.0}, ValueError, r"n must be so large that gamma n / \(2 pi log n\)"),
-        ({"n": float("nan")}, ValueError, "n must be so large"),
         ({"n": 10}, ValueError, "n must be so large"),  # kappa below 1
         ({"n": "1000"}, TypeError, "n must be a number, got '1000'"),
-        ({"gamma": 0.0}, ValueError, r"gamma must lie in \(0, 1\], got 0.0"),
         ({"gamma": 1.5}, ValueError, r"gamma must lie in \(0, 1\], got 1.5"),
         ({"gamma": None}, TypeError, "gamma must be a number, got None"),
         ({"others": [measure("gram")]}, ValueError, "others must be of the same network, got '0"),

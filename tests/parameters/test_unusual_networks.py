@@ -47,9 +47,9 @@ def made(forward: Callable[[Any, Tensor], Any], parts: dict[str, Any] = LAYERS) 
     return make(lambda: Written(forward, **built))[0]
 
 
-def make(build: Callable[[], nn.Module], shape: tuple[int, ...] = (4,)) -> tuple[Any, Tensor]:
+def make(build: Callable[[], nn.Module]) -> tuple[Any, Tensor]:
     """A network in float64 and eval mode, and its inputs."""
-    network = Network(build, shape)
+    network = Network(build, (4,))
     return network.make(), network.inputs(SAMPLES)
 
 
@@ -130,22 +130,7 @@ def test_outputs_changed_in_place(layer: nn.Module, change: Callable[[Tensor], T
         change(h)
         return m.head(h.tanh())
 
-    assert_right(*make(lambda: Written(forward, layer=copy.deepcopy(layer), head=head())))
-
-
-def test_inputs_changed_in_place() -> None:
-    """A tap that reads the input of a layer after it was overwritten: the bias does not need it,
-    so that autograd has nothing to complain about."""
-
-    def reused(m: Any, x: Tensor) -> Tensor:
-        h = x * 2
-        y = m.first(h)
-        h += 1
-        return m.second(y.tanh() + h)
-
-    model, x = make(lambda: Written(reused, first=nn.Linear(4, 4), second=head()))
-    model.first.weight.requires_grad_(False)
-    assert_right(model, x)
+    assert_right(made(forward, LAYERS | {"layer": lambda: copy.deepcopy(layer)}), rows(SAMPLES))
 
 
 # --- rows that are not the samples ---
@@ -160,9 +145,9 @@ def test_positions(positions: int) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.head((x[:, :1, None] * m.embed(place.to(x))).tanh().mean(1))
 
+    model = made(forward, {"embed": lambda: nn.Linear(2, 4), "head": head})
     for batch_size in (3, positions):
-        model, x = make(lambda: Written(forward, embed=nn.Linear(2, 4), head=head()))
-        assert_right(model, x, batch_size=batch_size)
+        assert_right(model, rows(SAMPLES), batch_size=batch_size)
 
 
 def experts(m: Any, x: Tensor) -> Tensor:
@@ -179,11 +164,10 @@ def experts(m: Any, x: Tensor) -> Tensor:
 def test_experts(sign: int | None) -> None:
     """Rows that belong to other samples in each batch, and an expert that a batch does not use;
     the first three samples, which are examined, may all go one way."""
-    model, x = make(lambda: Written(experts, first=head(), second=head()))
-    x = torch.cat([x, -x, x.flip(0)])
+    x = torch.cat([rows(SAMPLES), -rows(SAMPLES), rows(SAMPLES).flip(0)])
     if sign is not None:
         x[:3, 0] = x[:3, 0].abs() * sign
-    assert_right(model, x, batch_size=6)
+    assert_right(made(experts, {"first": head, "second": head}), x, batch_size=6)
 
 
 # --- samples that mix, or come in another order: a few are tried alone ---
@@ -201,20 +185,15 @@ def switch(from_samples: float = float("inf")) -> nn.Module:
     return made(forward)
 
 
-@pytest.mark.parametrize("from_samples", [1, 2, 4])
-def test_mixed_samples_are_refused(from_samples: int) -> None:
-    """At 4: a check of the three samples alone, without the batch itself."""
-    with pytest.raises(ValueError, match=MIXED):
-        fp.fisher(switch(from_samples), CATEGORICAL, rows(5))
-
-
-def test_every_call_checks_the_network() -> None:
-    """What a call keeps of a network for the next: a hook that mixes."""
+def test_mixed_samples_are_refused() -> None:
+    """At 4: a check of the three samples alone, without the batch itself. Then what a call keeps
+    of a network for the next: a hook that mixes."""
     model, x = switch(), rows(5)
     assert_right(model, x)
     model.layer.register_forward_hook(lambda module, args, output: output - output.mean(0))
-    with pytest.raises(ValueError, match=MIXED):
-        fp.fisher(model, CATEGORICAL, x)
+    for mixing in (switch(1), switch(2), switch(4), model):
+        with pytest.raises(ValueError, match=MIXED):
+            fp.fisher(mixing, CATEGORICAL, x)
 
 
 @pytest.mark.parametrize("name", ["windows mixed", "windows"])
@@ -285,6 +264,21 @@ def target(m: Any, x: Tensor) -> Tensor:
     return m.head((m.layer(x) - shift).tanh())
 
 
+def bias_alone() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+def reused(m: Any, x: Tensor) -> Tensor:
+    """The input of a layer is overwritten: its bias does not need it, so that autograd has nothing
+    to complain about."""
+    h = x * 2
+    y = m.layer(h)
+    h += 1
+    return m.head(y.tanh() + h)
+
+
 def transpose(m: Any, x: Tensor) -> Tensor:
     """The transpose of a weight, kept from the beginning and used alone."""
     if not m.kept:
@@ -328,14 +322,13 @@ def vector() -> nn.Parameter:
     return nn.Parameter(torch.linspace(0.5, 1, 4))
 
 
+CACHE: dict[str, Callable[[], object]] = {**LAYERS, "kept": list}
 USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Callable[[], object]]]] = {
     "detached": (detached, LAYERS),
     "target": (target, LAYERS),
-    "cached transpose": (transpose, LAYERS | {"kept": list}),
-    "cached transpose and layer": (
-        lambda m, x: transpose(m, m.layer(x)),
-        LAYERS | {"kept": list},
-    ),
+    "cached transpose": (transpose, CACHE),
+    "cached transpose and layer": (lambda m, x: transpose(m, m.layer(x)), CACHE),
+    "input changed": (reused, LAYERS | {"layer": bias_alone}),
     "own function": (lambda m, x: m.head(Square.apply(m.layer(x), m.w)), LAYERS | {"w": vector}),
     "blocked": (lambda m, x: m.head(x) + Blocked.apply(m.head2(x)), {"head": head, "head2": head}),
     "branch": (branch, {"scale": vector, "head": head}),
@@ -352,7 +345,8 @@ USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Callable[[], ob
 
 @pytest.mark.parametrize("name", USES)
 def test_uses_of_parameters(name: str) -> None:
-    """A tap that gets the gradient of one use only, or of one too many, or the sum of two layers;
+    """A tap that gets the gradient of one use only, or of one too many, or the sum of two layers,
+    or that reads an input after it was overwritten;
     torch.func, which does not know what a module has kept of its parameters."""
     assert_right(made(*USES[name]), rows(SAMPLES))
 
@@ -382,8 +376,7 @@ def test_own_precision() -> None:
             h = m.layer(x).tanh()
         return m.head(h.float())
 
-    model, x = make(lambda: Written(lowered, layer=nn.Linear(4, 4), head=head()))
-    model, x = model.float(), x.float()
+    model, x = made(lowered).float(), rows(SAMPLES).float()
     truth = brute_force(model, "categorical", x).diag()
     for structure in ("diag", "full"):
         found = measure(structure, x, model=model)
@@ -401,19 +394,15 @@ HIDDEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 def hidden(how: Callable[[Any, Tensor], Tensor]) -> nn.Module:
-    return Written(
-        lambda m, x: m.head(how(m.layer, x).tanh()),
-        layer=nn.Linear(4, 4),
-        idle=nn.Linear(2, 2),
-        head=head(),
-    )
+    parts = {"layer": lambda: nn.Linear(4, 4), "idle": lambda: nn.Linear(2, 2), "head": head}
+    return made(lambda m, x: m.head(how(m.layer, x).tanh()), parts)
 
 
 @pytest.mark.parametrize("way", HIDDEN)
 def test_hidden_parameters(way: str) -> None:
     """Parameters that change the outputs and have no gradient: their information is not zero. An
     unused one's is, and a hidden one that is left out does not matter."""
-    model, x = make(lambda: hidden(HIDDEN[way]))
+    model, x = hidden(HIDDEN[way]), rows(SAMPLES)
     message = r"parameters must reach the outputs through autograd, got 'layer\.weight'.* leave it"
     for structure in ("diag", "full"):
         with pytest.raises(ValueError, match=message):
@@ -425,13 +414,13 @@ def test_hidden_parameters(way: str) -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_reentrant_checkpoint(first: bool) -> None:
     """A checkpoint that hides its parameters, with and without a gradient at its input."""
-    model, x = make(lambda: hidden(lambda layer, x: checkpoint(layer, x, use_reentrant=True)))
+    model = hidden(lambda layer, x: checkpoint(layer, x, use_reentrant=True))
     if not first:
         model = nn.Sequential(nn.Linear(4, 4).double(), model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         with pytest.raises(ValueError, match="use_reentrant"):
-            fp.fisher(model, CATEGORICAL, x)
+            fp.fisher(model, CATEGORICAL, rows(SAMPLES))
 
 
 def made_in_inference_mode() -> nn.Module:

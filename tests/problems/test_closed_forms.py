@@ -44,17 +44,13 @@ RIPPLE = torch.tensor([0.0, 0.7, 1.9], dtype=torch.float64)
 def family() -> GaussianFamily:
     """Two parameters that both move the mean and the covariance."""
     ones = torch.ones(3, 3, dtype=torch.float64)
-
-    def covariance_derivative(theta: torch.Tensor) -> torch.Tensor:
-        return torch.stack([2 * theta[0] * COVARIANCE, ones])
-
     return GaussianFamily(
         mean=lambda theta: torch.sin(theta[0] + RIPPLE) * theta[1],
         covariance=lambda theta: theta[0] ** 2 * COVARIANCE + theta[1] * ones,
         mean_derivative=lambda theta: torch.stack(
             [torch.cos(theta[0] + RIPPLE) * theta[1], torch.sin(theta[0] + RIPPLE)]
         ),
-        covariance_derivative=covariance_derivative,
+        covariance_derivative=lambda theta: torch.stack([2 * theta[0] * COVARIANCE, ones]),
         dim=3,
         parameters=2,
     )
@@ -76,7 +72,7 @@ def small_camera(**noise: float | None) -> Camera:
     return Camera(glyph_scene((12, 10), stroke=2), amplitude=40.0, shape=(4, 5), **noise)
 
 
-NO_READOUT = {"white_std": 0.0, "row_std": 0.0, "correlated_std": 0.0}
+COUNTING = small_camera(gain=0.5, white_std=0.0, row_std=0.0, correlated_std=0.0)
 CASES: dict[str, tuple[Problem, float | list[float]]] = {
     "shift": (GaussianShift(torch.ones(5)), 0.3),
     "shift, two parameters": (GaussianShift(DIRECTION, COVARIANCE), [0.3, -0.2]),
@@ -91,12 +87,9 @@ CASES: dict[str, tuple[Problem, float | list[float]]] = {
     "laplace": (Laplace(3, scale=0.8), 0.4),
     "rectified": (RectifiedGaussian(2), -0.3),
     "camera": (small_camera(), 0.2),
-    "photon counting": (small_camera(gain=0.5, **NO_READOUT), 0.2),
+    "photon counting": (COUNTING, 0.2),
     "pose": (CameraPose(small_camera(offset=10.0)), [0.2, -0.3, 30.0]),
-    "pose, photon counting": (
-        CameraPose(small_camera(gain=0.5, **NO_READOUT)),
-        [0.2, -0.3, 30.0],
-    ),
+    "pose, photon counting": (CameraPose(COUNTING), [0.2, -0.3, 30.0]),
     "image": (CorrelatedImage((4, 3), spot=1.2, white_std=0.8, correlation_length=2.0), [0.3, 1.7]),
 }
 NO_SCORE = {"both noises": (small_camera(gain=0.25), 0.2)}

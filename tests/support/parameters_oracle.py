@@ -1,34 +1,29 @@
-"""The Fisher matrix of the parameters by brute force: one sample and one label after the other.
+"""The Fisher matrix of the parameters by brute force: one sample and one output after the other.
 
-F = 1/n sum_i sum_y p(y | x_i) s s^T, s = d log p(y | x_i, w) / dw by autograd, every sample alone
-in its batch, log-probabilities from `torch.distributions`. Nothing of the library is used.
+F = 1/n sum_i J^T H J, J = df_i / dw by autograd, every sample alone in its batch, and H the Hessian
+of -log p(y | f) from `torch.distributions`, which is the same for every label; of given labels,
+F = 1/n sum_i s s^T, s = d log p(y_i | f_i) / dw. Nothing of the library is used.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Distribution, Normal, Poisson
-
-POISSON_TAIL = 60
-"""Counts that are summed: rates of the tests are below 10, the rest has less than 1e-25."""
+from torch.distributions import Bernoulli, Categorical, Normal, Poisson
 
 
-def distribution(kind: str, f: Tensor, variance: float = 1.0) -> Distribution:
-    """p(y | f): "categorical" and "bernoulli" of logits, "gaussian", "poisson" of log rates."""
-    if kind == "categorical":
-        return Categorical(logits=f)
-    if kind == "gaussian":
-        return Normal(f, torch.full_like(f, variance**0.5))  # a number would be of float32
-    if kind == "bernoulli":
-        return Bernoulli(logits=f)
-    if kind == "poisson":
-        return Poisson(f.exp())
-    raise ValueError(f"kind must be that of a likelihood, got {kind!r}")
+def log_probability(kind: str, f: Tensor, y: Tensor, variance: float = 1.0) -> Tensor:
+    """log p(y | f): "categorical" and "bernoulli" of logits, "gaussian", "poisson" of log rates."""
+    density = {
+        "categorical": lambda: Categorical(logits=f),
+        "gaussian": lambda: Normal(f, torch.full_like(f, variance**0.5)),  # 1.0 is of float32
+        "bernoulli": lambda: Bernoulli(logits=f),
+        "poisson": lambda: Poisson(f.exp()),
+    }[kind]()
+    return density.log_prob(y).sum()
 
 
 def gradients(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -54,71 +49,45 @@ def brute_force(
 
     Args:
         model: maps [n, ...] to [n, ...].
-        kind: of likelihood, see `distribution`.
+        kind: of likelihood, see `log_probability`.
         x: inputs [n, ...].
         y: labels [n, ...] of the empirical matrix; None for the exact one.
         variance: of the Gaussian.
         chosen: parameters by name; None for all that require grad.
     """
-    total: Tensor | float = 0.0
-    for _, weight, s in _scores(model, kind, x, y, variance, chosen):
-        total = total + weight * torch.outer(s, s)
-    assert isinstance(total, Tensor)
-    return total / len(x)
-
-
-def moments_of_trace(model: nn.Module, kind: str, x: Tensor) -> tuple[float, float]:
-    """Mean and variance, over labels drawn once for each sample, of the Monte Carlo trace.
-
-    The trace is 1/n sum_i |s_i|^2, with the s_i of different samples independent.
-    """
-    mean = torch.zeros(len(x), dtype=torch.float64)
-    square = torch.zeros_like(mean)
-    for i, weight, s in _scores(model, kind, x, None, 1.0, None):
-        mean[i] += weight * s.dot(s)
-        square[i] += weight * s.dot(s) ** 2
-    return float(mean.mean()), float((square - mean**2).sum()) / len(x) ** 2
-
-
-def _scores(
-    model: nn.Module,
-    kind: str,
-    x: Tensor,
-    y: Tensor | None,
-    variance: float,
-    chosen: Callable[[str], bool] | None,
-) -> Iterator[tuple[int, float, Tensor]]:
-    """(sample, weight, s [P] float64) of every sample and label."""
     named = model.named_parameters()
     parameters = [p for n, p in named if p.requires_grad and (chosen is None or chosen(n))]
+    parts = []
     for i in range(len(x)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tests of the library see its own
             f = model(x[i : i + 1])
-            if y is not None:
-                log = distribution(kind, f, variance).log_prob(y[i : i + 1])
-                yield i, 1.0, gradients(log.sum(), parameters).double()
-                continue
-            for weight, log in _labels(kind, f, variance):
-                yield i, weight, gradients(log, parameters).double()
+        if y is not None:
+            log = log_probability(kind, f, y[i : i + 1], variance)
+            s = gradients(log, parameters).double()
+            parts.append(torch.outer(s, s))
+            continue
+        J = torch.stack([gradients(output, parameters) for output in f.flatten()]).double()
+        any_label = torch.zeros_like(f[:, 0] if kind == "categorical" else f)
+        H = torch.autograd.functional.hessian(
+            lambda f, y=any_label: -log_probability(kind, f, y.to(f), variance), f.detach().double()
+        ).reshape(len(J), len(J))
+        parts.append(J.T @ H @ J)
+    return torch.stack(parts).mean(0)
 
 
-def _labels(kind: str, f: Tensor, variance: float) -> Iterator[tuple[float, Tensor]]:
-    """Weights and log-probabilities of labels, so that sums over them are expectations of s s^T."""
-    p = distribution(kind, f, variance)
-    if kind == "gaussian":  # s is linear in y: one deviation of sigma in each output
-        for j in range(f.numel()):
-            y = f.detach().clone()
-            y.view(-1)[j] += variance**0.5
-            yield 1.0, p.log_prob(y).sum()
-    elif kind == "poisson":  # scores of different outputs are independent and of mean zero
-        for count in range(POISSON_TAIL):
-            logs = p.log_prob(torch.full_like(f, count)).flatten()
-            for log in logs:
-                yield float(log.detach().exp()), log
-    else:
-        choices = range(f.shape[1]) if kind == "categorical" else (0.0, 1.0)
-        for label in itertools.product(choices, repeat=1 if kind == "categorical" else f.numel()):
-            y = torch.tensor(label).reshape(f.shape[:1] if kind == "categorical" else f.shape)
-            log = p.log_prob(y.to(f) if kind == "bernoulli" else y).sum()
-            yield float(log.detach().exp()), log
+def moments_of_trace(model: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Mean and variance, over labels of a classifier drawn once for each sample, of the Monte Carlo
+    trace 1/n sum_i |s_i|^2, with the s_i of different samples independent."""
+    mean, variance = 0.0, 0.0
+    for i in range(len(x)):
+        log_p = model(x[i : i + 1])[0].log_softmax(0)
+        p, scores = (
+            log_p.detach().exp(),
+            [gradients(each, list(model.parameters())) for each in log_p],
+        )
+        squares = torch.stack([s.dot(s) for s in scores])
+        first, second = float(p @ squares), float(p @ squares**2)
+        mean += first / len(x)
+        variance += (second - first**2) / len(x) ** 2
+    return mean, variance

@@ -173,46 +173,28 @@ def parametrized() -> nn.Module:
     return nn.Sequential(weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, OUTPUTS))
 
 
-def partly_frozen() -> nn.Module:
-    """Weights of one layer and biases of the other."""
-    model = linear()
-    model[0].bias.requires_grad_(False)
-    model[2].weight.requires_grad_(False)
-    return model
-
-
 def checkpointed() -> nn.Module:
-    """A block whose activations are computed again on the way back."""
+    """A block whose activations are computed again on the way back, a layer called by keyword."""
     return Written(
-        lambda m, x: m.head(torch.tanh(checkpoint(m.block, x, use_reentrant=False))),
+        lambda m, x: m.head(input=torch.tanh(checkpoint(m.block, x, use_reentrant=False))),
         block=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)),
         head=nn.Linear(4, OUTPUTS),
     )
 
 
-def keywords() -> nn.Module:
-    """Layers that are called by keyword."""
-    return Written(
-        lambda m, x: m.head(input=torch.tanh(m.first(input=x))),
-        first=nn.Linear(4, 5),
-        head=nn.Linear(5, OUTPUTS),
-    )
+def of_images(build: Callable[..., nn.Module], **settings: Any) -> Network:
+    return Network(partial(build, **settings), (2, 5, 6))
 
 
-IMAGE = (2, 5, 6)
 SEQUENCE = (3, 4)
 
 NETWORKS: dict[str, Network] = {
     "linear": Network(linear, (4,)),
     "shared linear": Network(lambda: pooled(nn.Linear(4, 5), features=5, dims=1), SEQUENCE),
-    "conv2d strided": Network(
-        partial(convolution2d, stride=(2, 1), padding=1, dilation=(1, 2)), IMAGE
-    ),
-    "conv2d grouped": Network(partial(convolution2d, groups=2), IMAGE),
-    "conv2d same": Network(partial(convolution2d, kernel_size=(2, 3), padding="same"), IMAGE),
-    "conv2d reflect": Network(
-        partial(convolution2d, padding=1, padding_mode="reflect", bias=False), IMAGE
-    ),
+    "conv2d strided": of_images(convolution2d, stride=(2, 1), padding=1, dilation=(1, 2)),
+    "conv2d grouped": of_images(convolution2d, groups=2),
+    "conv2d same": of_images(convolution2d, kernel_size=(2, 3), padding="same"),
+    "conv2d reflect": of_images(convolution2d, padding=1, padding_mode="reflect", bias=False),
     "conv3d": Network(
         lambda: pooled(nn.Conv3d(1, 4, (2, 3, 1), (1, 2, 1), (1, 0, 0)), dims=(2, 3, 4)),
         (1, 3, 5, 2),
@@ -220,13 +202,9 @@ NETWORKS: dict[str, Network] = {
     "conv transpose": Network(
         lambda: pooled(nn.ConvTranspose2d(2, 4, 3, 2, 1, output_padding=1, groups=2)), (2, 3, 3)
     ),
-    "batch norm": Network(partial(normed2d, lambda: nn.BatchNorm2d(4)), IMAGE),
+    "batch norm": of_images(normed2d, norm=lambda: nn.BatchNorm2d(4)),
     "layer norm": Network(partial(normed_features, lambda: nn.LayerNorm(5)), SEQUENCE),
-    "group norm": Network(partial(normed2d, lambda: nn.GroupNorm(2, 4)), IMAGE),
-    "instance norm, running": Network(
-        partial(normed2d, lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
-        IMAGE,
-    ),
+    "group norm": of_images(normed2d, norm=lambda: nn.GroupNorm(2, 4)),
     "embedding": Network(embedding, (5,), tokens=True),
     "transformer": Network(transformer, SEQUENCE),
     "LSTM": Network(recurrent, (3, 2)),
@@ -238,7 +216,5 @@ NETWORKS: dict[str, Network] = {
     "weights in an expression": Network(penalised, (4,)),
     "unused and frozen": Network(unused, (4,)),
     "weight norm": Network(parametrized, (4,)),
-    "partly frozen": Network(partly_frozen, (4,)),
     "checkpoint": Network(checkpointed, (4,)),
-    "keywords": Network(keywords, (4,)),
 }

@@ -221,20 +221,21 @@ def all_eigenvalues(
 
 
 def largest_eigenvalues(
-    found: Eigenpairs, precision: float, *, trace: float, most: int, **known: Any
+    found: Eigenpairs, left_out: float, precision: float, *, trace: float, most: int, **known: Any
 ) -> Spectrum:
-    """The spectrum of the largest eigenpairs alone; arguments as of `all_eigenvalues`."""
+    """The spectrum of the largest eigenpairs alone; arguments as of `all_eigenvalues`, but for
+    `left_out`, the largest eigenvalue, at most, of F less the matrix of these eigenpairs."""
     noise = rounding_noise(most, float(found.values[0]), precision)
     kept = found.values > noise
     values = found.values[kept]
     missing = trace - float(values.sum())
     return Spectrum(
         values,
-        found.residuals[kept],
+        found.residuals[kept] + left_out,
         trace=trace,
         most=most,
         complete=missing <= most * noise,
-        rest_at_most=float(values[-1]),
+        rest_at_most=float(values[-1]) + left_out,
         directions=lambda chosen: found.directions[:, list(chosen)],
         **known,
     )

@@ -234,25 +234,24 @@ class ParameterFisher(ABC):
             >>> found.parameters, found.rank
             (393, 40)
         """
+        trace, (missing, rest) = self.trace(), self._left_out()
         known: dict[str, Any] = {"layout": self.layout, "samples": self.samples}
-        known["most"] = self._rank_at_most()
+        known |= {"most": self._rank_at_most(), "trace": trace + missing}
         if count is None:
-            missing, rest = self._left_out()
             values = self.eigenvalues().flip(0).clamp_min(0)
-            known |= {"trace": self.trace() + missing, "directions": self._directions}
+            known["directions"] = self._directions
             return all_eigenvalues(values, rest, self.precision, **known)
         count, seed = check_whole("count", count, least=1), check_seed(seed)
-        known["trace"] = self.trace()
         found = largest_eigenpairs(
             self._matmul,
             self.layout.size,
             count,
-            trace=known["trace"],
+            trace=trace,
             seed=seed,
             device=self._device,
             memory_budget=memory_budget,
         )
-        return largest_eigenvalues(found, self.precision, **known)
+        return largest_eigenvalues(found, rest, self.precision, **known)
 
     def effective_dimension(
         self, n: float, gamma: float = 1.0, *, others: Sequence[ParameterFisher] = ()

@@ -151,6 +151,10 @@ def images() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 2, 2), nn.Flatten())
 
 
+def one_number() -> nn.Module:
+    return nn.Sequential(nn.Linear(DIM, 1), nn.Flatten(0))
+
+
 KINDS = {
     "named": (lambda: Named(nn.Linear(DIM, 3), nn.Linear(3, 1)), {"input", "0", "1"}),
     "tuples": (Recurrent, {"input", "output"}),
@@ -160,10 +164,9 @@ KINDS = {
     "images": (images, {"input", "1", "output"}),
     "ends": (InputOutput, {"input", "self.input", "self.output", "output"}),
     "parametrized": (normed, {"input", "0", "output"}),
-    "one number": (
-        lambda: nn.Sequential(nn.Linear(DIM, 1), nn.Flatten(0)),
-        {"input", "0", "output"},
-    ),
+    "one number": (one_number, {"input", "0", "output"}),
+    # hooks that are copied into replicas, each of which sees a part of the batch
+    "spread over threads": (lambda: nn.DataParallel(small()[0]), {"input", "output"}),
     "wide": (lambda: mlp([DIM, 300, 2, 1], seed=0), {"input", "fc2", "relu2", "output"}),
 }
 FORMS = {
@@ -212,15 +215,6 @@ def test_sequences_of_changing_length():
     monitor.close()
     assert monitor._observer.moments["0"].dim == 10  # of the first batch that is read
     assert bool(monitor.live()["output"].J.isfinite())
-
-
-def test_a_network_spread_over_threads_is_read_at_its_ends():
-    """Catches hooks that are copied into replicas, each of which sees a part of the batch."""
-    wrapped = nn.DataParallel(mlp([DIM, 4, 1], seed=0))
-    monitor = monitored(wrapped)
-    train(monitor, wrapped, 6)
-    monitor.close()
-    assert set(monitor.live()) == {"input", "output"}
 
 
 @pytest.mark.cuda

@@ -54,18 +54,6 @@ def test_wrong_options(capsys, tmp_path, monkeypatch, arguments, message):
     assert files(tmp_path) == set()
 
 
-def test_help_says_how_long_each_takes(capsys):
-    """Catches a figure that the help leaves out, or shows without its times."""
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for name, figure in FIGURES.items():
-        assert f"{name} " in text
-        assert figure.title in text
-        assert f"{figure.reduced}; --full: {figure.full}" in text
-
-
 def test_order_and_repetition(tmp_path, monkeypatch):
     """Catches figures that are run twice, and transmission before the trainings it can reuse."""
     asked = []

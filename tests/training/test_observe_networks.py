@@ -223,9 +223,10 @@ def test_sequences_of_changing_length():
 def test_a_state_that_comes_back_on_another_device(place, tmp_path):
     """Catches sums that stay where a state was loaded to, away from the activations."""
     model = mlp([DIM, 4, 1], seed=0).cuda()
-    monitor = monitored(model)
+    monitor, again = monitored(model), monitored(model)
 
     def go_on(each: ff.FisherMonitor) -> None:
+        generator.manual_seed(1)
         for x, theta in shifted(ONES, 4):
             model(x.cuda())
             each.observe(theta.cuda())
@@ -234,11 +235,9 @@ def test_a_state_that_comes_back_on_another_device(place, tmp_path):
 
     go_on(monitor)
     torch.save(monitor.state_dict(), tmp_path / "state.pt")
-    again = monitored(model)
     again.load_state_dict(torch.load(tmp_path / "state.pt", map_location=place, weights_only=True))
-    for each in (monitor, again):
-        generator.manual_seed(1)
-        go_on(each)
+    go_on(monitor)
+    go_on(again)
     assert again.history[0].train_level == monitor.history[0].train_level
     for name, estimate in monitor.live().items():
         assert torch.allclose(again.live()[name].J, estimate.J, rtol=1e-4)

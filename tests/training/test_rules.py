@@ -76,8 +76,8 @@ DECISIONS = {
     # epochs count from 1 here: an index instead of the number (stop at number 4)
     "min_epochs": (CramerRao(min_epochs=3), by_errors([0.1] * 6, first=1), (2, 2)),
     # J is NaN until it is measured: a stop (or a crash) on NaN
-    # a NaN error that counts as below the bound, or a check that is always made
-    "not finite": (CramerRao(check_finite=False), by_errors([0.5, NAN, 0.3, 0.2]), (3, 3)),
+    # a NaN error that counts as below the bound
+    "not finite": (CramerRao(), by_errors([0.5, NAN, 0.3, 0.2]), (3, 3)),
     "unmeasured": (CramerRao(), unmeasured([0.01, 0.01]), (None, None)),
     "measured": (CramerRao(), unmeasured([0.01] * 2) + by_errors([0.3, 0.2]), (3, 3)),
     # a prior that is not used, and a bound that is raised by it

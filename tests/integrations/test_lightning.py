@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -224,12 +222,3 @@ def test_without_lightning_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(integration, "_BASES", ())
     with pytest.raises(ImportError, match=r"pip install 'fisherfast\[lightning\]'"):
         FisherCallback(held_out())
-
-
-def test_bases_are_those_in_use(monkeypatch):
-    """Catches an import of the other package, which takes seconds."""
-    for name in integration.PACKAGES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "pytorch_lightning", SimpleNamespace(Callback=dict))
-    monkeypatch.setattr(importlib, "import_module", lambda name: sys.modules[name])
-    assert integration._bases() == (dict,)

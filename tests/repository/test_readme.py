@@ -147,9 +147,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_readme_is_short():
-    """Catches a README that cannot be read in two minutes."""
+def test_pages_are_short():
+    """Catches a README that cannot be read in two minutes, and a table that has to be decoded."""
     assert len(README.splitlines()) <= LONGEST_README
+    rows = [line for line in CONTRIBUTING.splitlines() if line.startswith("|")]
+    assert max(map(len, rows)) < LONGEST_ROW
 
 
 # --- numbers -------------------------------------------------------------------------------------
@@ -191,12 +193,6 @@ def named_paths(text: str) -> set[str]:
     return found
 
 
-def test_paths_are_found():
-    """Catches a search that finds none."""
-    text = "`a/b.py`, `FisherFlow`\n```text\nc/    for\n  d/  e.py, so\n      f.py (x) g/ h\n```"
-    assert named_paths(text) == {"a/b.py", "c/", "c/d/", "c/d/e.py", "c/d/f.py", "c/d/g/"}
-
-
 @pytest.mark.parametrize("name", PAGES)
 def test_every_named_path_exists(name):
     """Catches a file that was moved. A star stands for any name."""
@@ -213,9 +209,3 @@ def test_every_folder_is_in_the_tree():
         if (path / "__init__.py").exists()
     }
     assert folders <= named_paths(CONTRIBUTING)
-
-
-def test_rows_of_tables_are_short():
-    """Catches a table that has to be decoded."""
-    rows = [line for line in CONTRIBUTING.splitlines() if line.startswith("|")]
-    assert max(map(len, rows)) < LONGEST_ROW

@@ -43,24 +43,3 @@ def test_options_are_keyword_only(name):
         and parameter.default is not parameter.empty
     }
     assert options <= DATA.get(name, set())
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("fisher_flow", ["model", "data"]),
-        ("fisher_information", ["data"]),
-        ("FisherMonitor", ["model", "data"]),
-        ("FiniteDifference", ["minus", "plus", "dtheta"]),
-        ("Simulator", ["fn", "theta"]),
-        ("jvp", ["model", "x", "dx"]),
-        ("propagate", ["model", "x", "dx"]),
-        ("fisher", ["model", "likelihood", "data"]),
-        ("Settings", []),
-        ("CramerRao", []),
-    ],
-)
-def test_data_are_positional(name, data):
-    """Catches an option without a default before the star, and data that need their name."""
-    parameters = inspect.signature(CALLABLES[name]).parameters.values()
-    assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == data

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,25 +14,16 @@ import fisherfast as ff
 from fisherfast.problems import GaussianShift, mlp
 from fisherfast.results import plots
 from fisherfast.training import plots as training_plots
+from fisherfast.training.record import EpochRecord
 
 matplotlib = pytest.importorskip("matplotlib")
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """The least that `plot_training` needs; levels are errors in units of the bound."""
-
-    epoch: int
-    train_level: float = math.nan
-    val_level: float = math.nan
-    transmission: float = math.nan
-    transmission_error: float = math.nan
-
-
-def epoch_of(flow: ff.FisherFlow, epoch: int, train: float, val: float) -> Epoch:
-    """An epoch that was measured."""
-    share, error = flow.fractions()["output"], flow.fraction_errors()["output"]
-    return Epoch(epoch, train, val, share, error)
+def epoch_of(
+    epoch: int, train: float, val: float, flow: ff.FisherFlow | None = None
+) -> EpochRecord:
+    """Errors in units of the bound."""
+    return EpochRecord(epoch, flow, (train,), (val,), number(1.0))
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +39,10 @@ def flow_of_two() -> ff.FisherFlow:
 
 
 @pytest.fixture
-def history(flow: ff.FisherFlow) -> list[Epoch]:
+def history(flow: ff.FisherFlow) -> list[EpochRecord]:
     """Training error x J of 2, 1.1, 0.9, 0.8, and the least validation error in epoch 1."""
     levels = [(2.0, 2.1), (1.1, 1.2), (0.9, 1.3), (0.8, 1.4)]
-    return [epoch_of(flow, e, train, val) for e, (train, val) in enumerate(levels)]
+    return [epoch_of(epoch, *pair, flow) for epoch, pair in enumerate(levels)]
 
 
 def legend(ax) -> list[str]:
@@ -159,19 +149,20 @@ def test_what_is_not_known_is_not_drawn(flow, history, tmp_path):
     epoch, and a figure that needs a measurement or an error; an unknown error that is drawn as
     zero, or taken for a crossing or the least. An error above the axis is written down."""
     nan = math.nan
-    ax = training_plots.plot_training([history[0], Epoch(1, 1.1, 1.2), Epoch(2, 0.9, 1.3)])
+    ax = training_plots.plot_training([history[0], epoch_of(1, 1.1, 1.2), epoch_of(2, 0.9, 1.3)])
     assert heights(ax, 0) == [history[0].transmission]
     assert points(ax)["published stop"][0] == [2]
     assert points(ax)["least validation"][0] == [1]
     assert points(ax)["training MSE"][0] == [0, 1, 2]
-    ax = training_plots.plot_training([Epoch(0, 100, 120), Epoch(1, nan, 1.5), Epoch(2, 1.2, nan)])
+    unknown = [epoch_of(0, 100, 120), epoch_of(1, nan, 1.5), epoch_of(2, 1.2, nan)]
+    ax = training_plots.plot_training(unknown)
     assert heights(ax, 0) == []
     assert "published stop" not in points(ax)
     assert points(ax)["least validation"][0] == [1]
     assert [math.isfinite(y) for y in points(ax)["training MSE"][1]] == [True, False, True]
     assert ax.get_ylim() == (0, training_plots.CEILING)
     assert [text.get_text() for text in ax.texts] == ["↑ 120"]
-    for known_by_nothing in (epoch_of(flow, 0, nan, nan), Epoch(0)):
+    for known_by_nothing in (epoch_of(0, nan, nan, flow), epoch_of(0, nan, nan)):
         ax = training_plots.plot_training([known_by_nothing])
         assert not {"published stop", "least validation"} & set(points(ax))
         ax.figure.savefig(tmp_path / "figure.png")

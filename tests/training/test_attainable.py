@@ -126,12 +126,7 @@ RANGE = "prior must be .low, high. with low < high"
         (attainable_error, 1.0, torch.tensor([1.0, NAN]), "prior must hold finite values of theta"),
         (attainable_error, 1.0, torch.empty(0), "prior must hold finite values of theta"),
         (attainable_error_of_samples, X, torch.rand(100), "x must hold at least 127 samples of 60"),
-        (
-            attainable_error_of_samples,
-            X,
-            torch.rand(100, 2),
-            "theta must have one value per sample",
-        ),
+        (attainable_error_of_samples, X, torch.rand(100, 2), "theta must have one value per"),
         (attainable_error_of_samples, X[:, :5], torch.zeros(100), "theta must hold more than one"),
     ],
 )

@@ -166,8 +166,9 @@ def test_slopes_are_derivatives():
 
 def test_weights_that_drift_do_not_count_as_noise():
     """The output grows tenfold within a window of 512 samples, J stays. Mean slope and mean
-    covariance of what grows so fast keep 0.53 of it (geometric sums over the fading window). One
-    regression of all batches counts the drift as noise: the last line is that it fails the test."""
+    covariance of what grows so fast keep 0.53 of it (geometric sums over the fading window), 0.09
+    without a window. One regression of all batches counts the drift as noise: the last line is that
+    it fails the test."""
     model = linear_network(DIM, 1)
     growth, direction = 10 ** (1 / 4), 2 * ONES
     with torch.no_grad():
@@ -189,20 +190,6 @@ def test_weights_that_drift_do_not_count_as_noise():
     coefficients = torch.linalg.lstsq(basis, a).solution
     pooled = coefficients[1] ** 2 / (a - basis @ coefficients).square().mean()
     assert float(pooled) < 0.1 * truth
-
-
-def test_the_window_forgets():
-    """J of the output rises tenfold when another layer is put in. Catches a window without end."""
-    model = linear_network(DIM, 1)
-    with torch.no_grad():
-        model.fc1.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0, -0.9]]))
-
-    def swap(number: int) -> None:
-        if number == 30:
-            with torch.no_grad():
-                model.fc1.weight.fill_(1.0)
-
-    assert_near(live(model, shifted(ONES, 70), between=swap)["output"], DIM)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,11 @@ LUCKY = by_errors([0.35, 0.35, 0.35, 0.35, 0.24, 0.35, 0.35])
 FALLING = by_errors([1.5 * 2.0**-n for n in range(6)], J=8.0)
 PLATEAU = by_shares([0.1, 0.4, 0.6, 0.8, 0.6, 0.5, 0.55, 0.5, 0.5, 0.5])
 LIFTED = by_shares([0.5, 0.8, 0.75, 0.7, 0.7], lifted=[0.0, 0.0, 0.1, 0.0, 0.0])
+NEARLY_FLAT = by_shares([0.3, 0.79, 0.8, 0.795, 0.785, 0.781, 0.7, 0.7])
 UNRESOLVED = by_shares([300.0, 200.0, 100.0], J=0.02, stderr=0.04)
+
+
+NUMPY = CramerRao(min_epochs=np.int32(3), smoothing=np.int64(2))
 
 
 def exact(plateau: int = 5, **options: object) -> Transmission:
@@ -72,6 +76,8 @@ DECISIONS = {
     # epochs count from 1 here: an index instead of the number (stop at number 4)
     "min_epochs": (CramerRao(min_epochs=3), by_errors([0.1] * 6, first=1), (2, 2)),
     # J is NaN until it is measured: a stop (or a crash) on NaN
+    # a NaN error that counts as below the bound
+    "not finite": (CramerRao(), by_errors([0.5, NAN, 0.3, 0.2]), (3, 3)),
     "unmeasured": (CramerRao(), unmeasured([0.01, 0.01]), (None, None)),
     "measured": (CramerRao(), unmeasured([0.01] * 2) + by_errors([0.3, 0.2]), (3, 3)),
     # a prior that is not used, and a bound that is raised by it
@@ -88,12 +94,7 @@ DECISIONS = {
     "one lucky epoch": (CramerRao(), LUCKY, (4, 4)),
     "smoothing": (CramerRao(smoothing=5), LUCKY, (None, 6)),
     # counts from an array, refused although `every` takes one
-    "numpy": (
-        CramerRao(min_epochs=np.int32(3), smoothing=np.int64(2)),
-        by_errors([0.2] * 5),
-        (4, 3),
-        {"patience": np.int64(1)},
-    ),
+    "numpy": (NUMPY, by_errors([0.2] * 5), (4, 3), {"patience": np.int64(1)}),
     # the largest is at 3, so the stop at 3 + plateau + patience: a forgotten plateau (4) or
     # patience (6), and a rise above the previous epoch instead of the largest
     "plateau": (exact(3), PLATEAU, (6, 3)),
@@ -102,11 +103,7 @@ DECISIONS = {
     # a counter that is not reset by a new largest share
     "a later rise": (exact(3), by_shares([0.5, 0.6, 0.5, 0.5, 0.7] + [0.6] * 4), (7, 4)),
     # within 2 % of 0.8 is 0.784: the first of the plateau, an absolute tolerance (0.78), the last
-    "tolerance": (
-        Transmission(),
-        by_shares([0.3, 0.79, 0.8, 0.795, 0.785, 0.781, 0.7, 0.7]),
-        (7, 4),
-    ),
+    "tolerance": (Transmission(), NEARLY_FLAT, (7, 4)),
     # a stop at small rises without min_delta
     "rising": (Transmission(), by_shares([0.5 + 0.001 * n for n in range(20)]), (None, 19)),
     # min_delta is in errors of the difference: a rise of 0.001 an epoch without noise is one, under
@@ -288,11 +285,7 @@ def test_bad_settings(rule, options, message):
         ({}, by_errors([0.5], J=-0.1), "input_J must be positive definite for rule 'crlb'"),
         ({}, [of_two(DIAGONAL, 0.3)], "train_mse must hold an error for each of the 2"),
         ({"prior": (-1, 1)}, [of_two(DIAGONAL, 0.3, 0.3)], "prior must be given for each of the 2"),
-        (
-            {"target_scale": [1.0] * 3},
-            [of_two(DIAGONAL, 0.3, 0.3)],
-            "target_scale must be one number or 2, got 3",
-        ),
+        ({"target_scale": [1, 1, 1]}, [of_two(DIAGONAL, 0.3, 0.3)], "must be one number or 2, got"),
     ],
 )
 def test_histories_without_a_level(options, history, message):

@@ -135,13 +135,6 @@ def test_an_error_that_is_not_finite_stops(rule, name, value):
     assert same(monitor.model.state_dict(), weights[1])
 
 
-def test_check_finite_may_be_left_out():
-    """Catches a NaN that counts as below the bound, or a check that is always made."""
-    stopping = ff.FisherEarlyStopping(ff.CramerRao(check_finite=False))
-    run(stopping, by_errors([0.5, NAN, 0.3, 0.2, 0.1]))
-    assert stopping.stopped_epoch == 3
-
-
 def test_step_twice_in_an_epoch_changes_nothing():
     """Catches patience that counts calls."""
     stopping = ff.FisherEarlyStopping(ff.Transmission(plateau=2))

@@ -54,18 +54,6 @@ def test_wrong_options(capsys, tmp_path, monkeypatch, arguments, message):
     assert files(tmp_path) == set()
 
 
-def test_help_says_how_long_each_takes(capsys):
-    """Catches a figure that the help leaves out, or shows without its times."""
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for name, figure in FIGURES.items():
-        assert f"{name} " in text
-        assert figure.title in text
-        assert f"{figure.reduced}; --full: {figure.full}" in text
-
-
 def test_order_and_repetition(tmp_path, monkeypatch):
     """Catches figures that are run twice, and transmission before the trainings it can reuse."""
     asked = []
@@ -93,46 +81,39 @@ def test_a_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     assert files(tmp_path) == {"fig5.json", "fig5.png"}
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_divergence_keeps_what_was_measured(tmp_path, monkeypatch, capsys, epoch):
-    """Catches a figure that is lost, or called complete, when its training diverges; and, where
-    nothing was measured, a failure that is taken for Ctrl-C: the next figure is begun."""
+DIVERGED = training.DivergenceError("the error became nan")
+BOTH, LATER = [("gaussian", 0), ("lognormal", 0)], [("lognormal", 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "places", "complete"),
+    [
+        (["fig4", "fig5"], DIVERGED, BOTH, {}),
+        (["fig5"], DIVERGED, LATER, {"fig5": False}),
+        (["fig4", "fig5", "fig6"], KeyboardInterrupt(), LATER, {"fig4": True, "fig5": False}),
+    ],
+)
+def test_what_was_measured_is_kept(tmp_path, monkeypatch, capsys, names, error, places, complete):
+    """Catches a figure that is lost, or called complete, when its training diverges or Ctrl-C ends
+    it; a figure that is begun after Ctrl-C; and, where nothing was measured, a failure that is
+    taken for Ctrl-C: the next figure is begun."""
     measure = training._measure
 
-    def diverging(task, number, *rest):
-        if number == epoch:
-            raise training.DivergenceError(f"the error became nan in epoch {epoch}")
-        return measure(task, number, *rest)
-
-    monkeypatch.setattr(training, "_measure", diverging)
-    names = ["fig4", "fig5"][epoch:]
-    assert main([*names, *TINY, "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().out.endswith(f"failed: {', '.join(names)}\n")
-    assert files(tmp_path) == (set() if epoch == 0 else {"fig5.json", "fig5.png"})
-    if epoch:
-        numbers = numbers_of(tmp_path, "fig5")
-        assert numbers["complete"] is False
-        assert [entry["epoch"] for entry in numbers["epochs"]] == [0]
-
-
-def test_interrupt_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
-    """Ctrl-C in the second training: the first figure is whole, the second shows its first epoch,
-    no third is begun."""
-    measure = training._measure
-
-    def interrupted(task, epoch, *rest):
-        if task.name == "lognormal" and epoch == 1:
-            raise KeyboardInterrupt
+    def broken(task, epoch, *rest):
+        if (task.name, epoch) in places:
+            raise error
         return measure(task, epoch, *rest)
 
-    monkeypatch.setattr(training, "_measure", interrupted)
-    assert main(["fig4", "fig5", "fig6", *TINY, "--out", str(tmp_path)]) == 130
-    assert files(tmp_path) == {"fig4.json", "fig4.png", "fig5.json", "fig5.png"}
-    assert numbers_of(tmp_path, "fig4")["complete"] is True
-    numbers = numbers_of(tmp_path, "fig5")
-    assert numbers["complete"] is False
-    assert len(numbers["epochs"]) == 1
-    assert "interrupted" in capsys.readouterr().out
+    monkeypatch.setattr(training, "_measure", broken)
+    diverged = error is DIVERGED
+    assert main([*names, *TINY, "--out", str(tmp_path)]) == (1 if diverged else 130)
+    said = f"failed: {', '.join(names)}\n" if diverged else "interrupted"
+    assert said in capsys.readouterr().out
+    assert files(tmp_path) == {f"{name}.{kind}" for name in complete for kind in ("json", "png")}
+    for name, whole in complete.items():
+        numbers = numbers_of(tmp_path, name)
+        assert numbers["complete"] is whole
+        assert whole or [entry["epoch"] for entry in numbers["epochs"]] == [0]
 
 
 def test_published_measurements(tmp_path, monkeypatch):

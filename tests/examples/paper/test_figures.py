@@ -16,11 +16,13 @@ import tasks
 import torch
 from figure import Options
 from reproduce import FIGURES, main
+from support.scripts import ROOT
 from support.training_histories import flow, flow_of, number
 from trained import TrainedRun, train_and_measure
 
 import fisherfast as ff
 from fisherfast.demo import training
+from fisherfast.problems import GaussianScale
 from fisherfast.training import EpochRecord
 from fisherfast.training.record import input_of
 
@@ -91,6 +93,15 @@ def test_every_published_value_has_a_measured_one(folder, name):
         for point in points:
             assert point["fraction"] == epochs[point["epoch"]]["fractions"][point["layer"]]
         assert {point["epoch"] for point in points[:5]} == {0}  # before training
+
+
+def test_published_values_are_those_of_the_stored_figures():
+    """Catches a published value that was changed since, or slipped into another layer or epoch."""
+    values = {name: [v for row in rows.values() for v in row] for name, rows in FLOWS.items()}
+    values |= {"fig3": [*published.LIFT_CURVE.values()]}
+    for name, expected in values.items():
+        points = numbers_of(ROOT / "docs" / "figures" / "reproduce", name)["points"]
+        assert [point["published"] for point in points] == expected
 
 
 def fake_history(outputs, levels, *, val=None) -> list[EpochRecord]:
@@ -177,6 +188,8 @@ def test_sizes():
     assert float(task.theta.max()) == 1.5
     assert stopping.GAUSSIAN_SIZES[True].samples == 7000
     assert lift.SAMPLES[True] == 150_000
+    truth = GaussianScale(published.LIFT_DIM).fisher(published.LIFT_THETA).item()
+    assert truth == published.LIFT_FISHER
     for samples in (100, 250):
         task = tasks.gaussian_task(Options(samples=samples))
         assert task.learning_rate * samples == pytest.approx(1e-6 * 20_000)

@@ -13,6 +13,7 @@ from fisherfast.estimation.features import (
     mean_of_leaky_relu,
 )
 from fisherfast.estimation.pilot import PilotMoments
+from fisherfast.estimation.ridge import AUTO, raw_ridge
 
 
 def dictionary_of(x: torch.Tensor, size: int, **options) -> FeatureDictionary:
@@ -92,6 +93,18 @@ def test_rounding_noise_is_no_variation():
     """Catches a softmax sum of 1 +- 1e-7 blown up to a feature of unit variance."""
     x = torch.ones(400, 1) + 6e-8 * torch.randn(400, 1).sign()
     assert not dictionary_of(x, 10).size > 1
+
+
+def test_the_ridge_is_the_rounding_of_the_activations(x):
+    """Which is relative to their size: 1 + mean^2 / variance times that of centred ones."""
+    centred = x - x.mean(0)
+    ridges = [
+        dictionary_of(part, 5).ridge(AUTO, torch.ones(5, dtype=torch.float64))
+        - raw_ridge(torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64))
+        for part in (centred, centred + 100)
+    ]
+    expected = 1 + 1e4 / x.double().var(0)
+    torch.testing.assert_close(ridges[1] / ridges[0], expected, rtol=0.01, atol=0)
 
 
 def test_wide_layers_get_a_lift_to_judge_a_plateau_by():

@@ -205,7 +205,7 @@ from benchmarks.speed.peak_memory import peak_beyond
 from measurement.test_memory import Pictures, network
 
 def measure(size):
-    data = ff.Pathwise(Pictures(size, 120), parameters=2)
+    data = ff.Pathwise(Pictures(size, 60), parameters=2)
     ff.fisher_flow(network(), data, max_features=8, memory_budget="300 MB")
     return ()
 
@@ -217,7 +217,7 @@ print(peak_beyond(lambda: measure(256)))
 
 @pytest.mark.slow
 def test_peak_memory_stays_below_the_budget():
-    """Catches a share that is not counted, 120 pictures with tangents take 1.5 GB at once, and a
+    """Catches a share that is not counted, 60 pictures with tangents take 0.75 GB at once, and a
     budget of which half is not used."""
     here = Path(__file__).parents[1]
     program = PROGRAM.format(root=str(here.parent), tests=str(here))

@@ -90,9 +90,9 @@ def test_the_published_rule_does_not_stop_at_once():
 @pytest.mark.slow
 def test_common_mode_noise_in_compressed_inputs():
     """Noise of all pixels together, a hundred times that of one: orthogonal to the signal, so the
-    information is the same. 2000 samples cannot show all of it, with or without common mode; what
+    information is the same. 1000 samples cannot show all of it, with or without common mode; what
     they show is within a fifth of each other beyond 4 errors, and not above the truth."""
-    n = 2000
+    n = 1000
     x, m = noise(n), signal().expand(n, -1, -1, -1)
     common = 100 * torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(9))
     plain, shifted = (ff.fisher_information(ff.Pathwise(one, m)) for one in (x, x + common))

@@ -72,7 +72,7 @@ CASES = {
         SIGMAS,
     ),
     "scale": Case(
-        lambda seed: estimates(GaussianScale(20), 1.0, 0.04, 4000, 600, seed),
+        lambda seed: estimates(GaussianScale(20), 1.0, 0.04, 2000, 300, seed),
         40.0,
         150,
         {"k_eff", "folds"},

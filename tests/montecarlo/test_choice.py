@@ -13,7 +13,7 @@ import fisherfast as ff
 from fisherfast.problems import GaussianScale, Laplace
 
 pytestmark = pytest.mark.slow
-REPEATS = 100
+REPEATS = 60
 
 
 def drawn(source, n, d, seed):
@@ -39,10 +39,11 @@ def measured(data, **options):
     [("tangents", 300, 1), ("paired", 500, 5), ("independent", 1000, 5), ("scores", 2000, 10)],
 )
 def test_useless_features_are_not_used(source, n, d):
-    """At most 4 of 100 (0.004 by chance where one of 200 is); J is the truth d within 4 errors of
-    the mean. Power: with 2 errors in the place of 3.5 the lift enters in a tenth of the sets."""
+    """At most 2 of 60 (0.003 by chance where one of 200 is); J is the truth d within 4 errors of
+    the mean. Power: with 2 errors in the place of 3.5 the lift enters in a tenth of the sets, and
+    in more than 2 of 60 with a probability of 0.95."""
     layers = [measured(drawn(source, n, d, seed), max_features=100) for seed in range(REPEATS)]
-    assert sum(layer.features > d for layer in layers) <= 4
+    assert sum(layer.features > d for layer in layers) <= 2
     J = torch.tensor([layer.value for layer in layers])
     assert abs(float(J.mean()) - d) < 4 * float(J.std()) / REPEATS**0.5
 

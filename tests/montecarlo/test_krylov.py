@@ -19,7 +19,6 @@ from fisherfast.estimation.krylov import KrylovSpace, projected
 from fisherfast.problems import GaussianShift
 
 SIGMAS = 4.0
-REPLICATIONS = 120
 SAMPLES = 400
 DIM = 300
 
@@ -96,21 +95,22 @@ def deviation(values: torch.Tensor) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("source", "wrong"), [("pathwise", "own"), ("score", "luckiest"), ("independent", "naive")]
+    ("source", "wrong", "count"),
+    [("pathwise", "own", 60), ("score", "luckiest", 120), ("independent", "naive", 80)],
 )
-def test_estimate_is_that_of_the_space(source, wrong):
+def test_estimate_is_that_of_the_space(source, wrong, count):
     """Catches J that is measured on the samples that taught the space or chose its size, a readout
     that is measured on the quarter that it was learned on, halves that are not independent, and an
-    average without its factor of a half (the spread over the stated error: 1.04 and 0.95 measured,
+    average without its factor of a half (the spread over the stated error: 1.05 and 1.06 measured,
     1 within 4 standard errors of a standard deviation).
 
     Power: the half that taught the space, the size with most J on the same curve, no correction.
     """
-    runs = [replication(source, seed) for seed in range(REPLICATIONS)]
+    runs = [replication(source, seed) for seed in range(count)]
     values = {name: torch.tensor([run[name] for run in runs]) for name in runs[0]}
     assert abs(deviation(values["estimate"])) < SIGMAS
     assert deviation(values["lower"]) < SIGMAS
     assert deviation(values[wrong]) > SIGMAS
     if source != "independent":
         ratio = float(values["estimate"].std() / values["stderr"].square().mean().sqrt())
-        assert abs(ratio - 1) < SIGMAS / (2 * REPLICATIONS) ** 0.5
+        assert abs(ratio - 1) < SIGMAS / (2 * count) ** 0.5

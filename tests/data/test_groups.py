@@ -255,7 +255,8 @@ def test_maps_and_probes_of_groups(monkeypatch):
         grouped, alone = found.map(name), once.map(name)
         torch.testing.assert_close(grouped.J, alone.J, rtol=0.1, atol=0.05)
         torch.testing.assert_close(grouped.stderr, alone.stderr, rtol=0.6, atol=0.0)
-    monkeypatch.setattr("fisherfast.estimation.probe.LEAST_STEPS", 100)  # as many as it takes
+    for name, value in {"WIDTH": 16, "STEPS": 300, "LEAST_STEPS": 100}.items():
+        monkeypatch.setattr(f"fisherfast.estimation.probe.{name}", value)  # trained in a second
     y = normal(1500, 2).repeat_interleave(2, 0)
     score = y.square().sum(1) - 2
     probed = ff.fisher_flow(

@@ -211,7 +211,7 @@ def test_kept_samples_are_few_and_evenly_spaced(batches):
 def test_a_probe_finds_what_is_not_linear(small, source, parameters):
     """Catches targets, tangents or halves that do not fit together: J must lie between the truth
     and what is linear, 4 standard errors from the latter, and the bound must know it too."""
-    samples = 20_000 if source == "independent" else 6000
+    samples = 20_000 if source == "independent" else 3000
     flow = measure(data_of(source, samples, parameters))
     layer, truth = flow["output"], float(truth_of(parameters).trace())
     J, error, linear = (float(m.trace()) for m in (layer.J, layer.stderr, layer.linear))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import runpy
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from support import rank_cases
-
-import fisherfast as ff
 
 AGREEMENT = 1e-8  # relative to the largest number of its kind: 4e-14 was seen, and 4e-9 where a
 # convolution has more outputs than inputs: its covariance has a condition of 1e8
@@ -34,36 +30,35 @@ LATE = 6  # timeouts of the process group that two measurements may take to fail
 class Process:
     """What became of one rank."""
 
-    code: int
+    code: int | None
     errors: str
     result: Any
 
 
 def run_ranks(case: str, size: int, folder: Path, *, without: int | None = None) -> list[Process]:
     """Run a case on so many processes of this machine; one of them need not end by itself."""
-    root = Path(ff.__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    script = Path(rank_cases.__file__)
-    children: list[subprocess.Popen[bytes]] = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fisherfast", "torch._dynamo"])  # imported once for all ranks
+    given = [(case, rank, size, folder) for rank in range(size)]
+    children = [context.Process(target=rank_cases.main, args=one) for one in given]
     deadline = time.monotonic() + SECONDS
     try:
-        for rank in range(size):
-            command = [sys.executable, "-W", "error", script, case, str(rank), str(size), folder]
-            with (folder / f"{rank}.txt").open("w") as errors:
-                children.append(subprocess.Popen(command, env=environment, stderr=errors))
+        for child in children:
+            child.start()
         for rank, child in enumerate(children):
             if rank != without:
-                child.wait(max(deadline - time.monotonic(), 0.0))
+                child.join(max(deadline - time.monotonic(), 0.0))
+                assert child.exitcode is not None, f"rank {rank} takes too long"
     finally:
         for child in children:
-            if child.poll() is None:
+            if child.is_alive():
                 child.kill()
-                child.wait()
+                child.join()
     found = []
     for rank, child in enumerate(children):
         saved = folder / f"{rank}.pt"
         result = torch.load(saved) if saved.exists() else None
-        found.append(Process(child.returncode, (folder / f"{rank}.txt").read_text(), result))
+        found.append(Process(child.exitcode, (folder / f"{rank}.txt").read_text(), result))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a test run: ``python rank_cases.py CASE RANK SIZE FOLDER``.
+"""What the processes of a test run: ``main(case, rank, size, folder)``.
 
 Each case is a function of rank and size; what it returns is saved in FOLDER for the test to read.
 The folder also holds the store that the processes meet in.
@@ -30,6 +30,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import fisherfast as ff
 from fisherfast.data import Batch, Data
+from fisherfast.estimation import probe
 from fisherfast.measurement import run
 from fisherfast.parallel import ranks
 from fisherfast.problems import GaussianShift, mlp
@@ -431,7 +432,8 @@ def probed(**also: Any) -> dict[str, torch.Tensor]:
     """A measurement with a probe."""
     x = scale_and_score()[0][:800]
     data = ff.Score(x[:, :4].contiguous(), x[:, :4].square().sum(1) - 4)
-    info = ff.fisher_information(data, **(SETTINGS | {"probe": "network"} | also))
+    with mock.patch.multiple(probe, WIDTH=16, STEPS=300, LEAST_STEPS=100):  # trained in a second
+        info = ff.fisher_information(data, **(SETTINGS | {"probe": "network"} | also))
     return {"J": info.J, "stderr": info.stderr, "kind": torch.tensor(info.feature_kind == "probe")}
 
 
@@ -462,7 +464,7 @@ def example(rank: int, size: int, port: int) -> str:
     return printed.getvalue()
 
 
-def groups(rank: int, size: int) -> dict[str, Any]:
+def groups(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Some of the ranks, one alone, all, and all again after the group was destroyed."""
     data, model = conditions(1), net()
     found = some_ranks(rank, model, data)
@@ -485,7 +487,7 @@ def groups(rank: int, size: int) -> dict[str, Any]:
     found["groups left"] = len(ranks._ON_HOST)
     found["example"] = example(rank, size, port[0])
     found["without"] = numbers_of(measure(model, data))
-    again = f"file://{Path(sys.argv[4]) / 'again'}"
+    again = f"file://{folder / 'again'}"
     dist.init_process_group("gloo", init_method=again, rank=rank, world_size=size)
     found["again"] = numbers_of(measure(model, data))
     return found
@@ -505,7 +507,7 @@ def attempt(group: Any, act: Callable[[], None] = nothing, times: int = 2) -> tu
     return found, time.monotonic() - begin
 
 
-def ending(rank: int, size: int) -> dict[str, Any]:
+def ending(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Rank 1 comes too late, then rank 2 stops, then rank 0 is killed."""
     short = timedelta(seconds=SHORT)
     two, three, last = (dist.new_group(members, short) for members in ([0, 1], [0, 1, 2], [0, 1]))
@@ -519,27 +521,30 @@ def ending(rank: int, size: int) -> dict[str, Any]:
         three, lambda: os.kill(os.getpid(), signal.SIGSTOP) if rank == 2 else None
     )
     dist.barrier(group=patient)
-    torch.save(found, Path(sys.argv[4]) / f"{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     found["kill"] = attempt(
         last, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else None
     )
     return found
 
 
-def together(rank: int, size: int) -> dict[str, Any]:
+def together(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """One after the other in the same processes."""
     return {case.__name__: case(rank, size) for case in (errors, training, monitored)}
 
 
-def three(rank: int, size: int) -> dict[str, Any]:
+def three(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """The same of the cases that take long."""
-    return {case.__name__: case(rank, size) for case in (agree, groups)}
+    return {"agree": agree(rank, size), "groups": groups(rank, size, folder)}
 
 
 def main(case: str, rank: int, size: int, folder: Path) -> None:
+    errors = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(errors, sys.stderr.fileno())
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     join(rank, size, folder)
-    torch.save(CASES[case](rank, size), folder / f"{rank}.pt")
+    torch.save(CASES[case](rank, size, folder), folder / f"{rank}.pt")
     dist.destroy_process_group()  # gloo's threads abort a process that ends while they run
 
 
@@ -562,6 +567,3 @@ def join(rank: int, size: int, folder: Path) -> None:
 
 
 CASES = {case.__name__: case for case in (together, three, ending)}
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

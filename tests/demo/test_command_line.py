@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -28,11 +28,14 @@ def fails_with(capsys, *arguments: str) -> str:
     return output.err
 
 
-def test_runs_as_a_module(capsys):
+def test_runs_as_a_module(capsys, monkeypatch):
     """Catches a verb that the help leaves out, and another version than that of the package."""
-    command = [sys.executable, "-m", "fisherfast", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == (f"fisherfast {__version__}\n", "")
+    monkeypatch.setattr(sys, "argv", ["fisherfast", "--version"])
+    monkeypatch.delitem(sys.modules, "fisherfast.__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("fisherfast", run_name="__main__")
+    assert stop.value.code == 0
+    assert capsys.readouterr() == (f"fisherfast {__version__}\n", "")
     assert main([]) == 0
     text = capsys.readouterr().out
     assert "demo" in text

@@ -272,8 +272,8 @@ def test_the_result_has_the_layout_of_the_input(device, dtype, route, normal, di
 def test_nothing_is_written_outside_the_result(machine, dtype, normal, offset):
     """Catches the vector store that begins before y or ends after a slice, and the streaming store
     to an address that is not a boundary."""
-    gap = 40
-    for size in (*range(1, 20), 63, 64, 65, 1023, 1030, BEYOND_THE_CACHES // 8):
+    gap, streamed = 40, BEYOND_THE_CACHES // (3 * dtype.itemsize)
+    for size in (*range(1, 20), 63, 64, 65, 1023, 1030, streamed):
         x = normal(3, size, dtype=dtype, device=machine)
         memory = torch.full((3 * (size + gap) + offset,), 7.0, dtype=dtype, device=machine)
         slices = memory[offset:].view(3, size + gap)

@@ -78,7 +78,7 @@ POOLS = {
     "max_1d": _entry(nn.MaxPool1d(3, 2, 1), LINE),
     "max_dilated": _entry(nn.MaxPool2d(2, 2, dilation=2, ceil_mode=True), IMAGE),
     "max_indices": _entry(nn.MaxPool2d(2, return_indices=True), IMAGE),
-    "max_3d": _entry(nn.MaxPool3d(2, (1, 2, 2)), VOLUME),
+    "max_3d": _entry(nn.MaxPool3d([2], (1, 2, 2)), VOLUME),
     "adaptive_avg_1d": _entry(nn.AdaptiveAvgPool1d(4), LINE),
     "adaptive_max_1d": _entry(nn.AdaptiveMaxPool1d(4), LINE),
     "adaptive_max_3d": _entry(nn.AdaptiveMaxPool3d(2), VOLUME),
@@ -118,7 +118,9 @@ CONVOLUTIONS = {
         lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2), (4, 5, 7)
     ),
     "linear_no_bias": _entry(lambda: nn.Linear(7, 4, bias=False), (7,)),
-    "conv_of_weight": calls(lambda x: F.conv1d(x, x.mean(0)[:, None, :3], groups=2), LINE),
+    "conv_of_weight": calls(
+        lambda x: F.conv1d(x, x.mean(0)[:, None, :3], torch.ones(2).to(x), groups=2), LINE
+    ),
     "conv_of_bias": calls(
         lambda x: F.conv1d(x, torch.ones(2, 2, 3).to(x), x.sum((0, 2)), padding=1), LINE
     ),

@@ -125,6 +125,9 @@ ELEMENTWISE = {
     "remainder": calls(lambda x: x % 1.5 + torch.fmod(x, 0.7)),
     "xlogy": calls(lambda x: torch.xlogy(x, x.abs() + 1) + torch.logaddexp(x, x.sin())),
     "pow_tensor": calls(lambda x: x.abs().pow(x) + torch.pow(x.abs(), 1.7)),
+    "channels_last": calls(
+        lambda x: x[:, None].clone(memory_format=torch.channels_last).squeeze(1) * x
+    ),
     "to_float": calls(lambda x: x.float().double() + x.to(torch.float64).type_as(x)),
     "constants": calls(
         lambda x: x + torch.ones_like(x) * torch.arange(7) + x.new_tensor(2.0) * x.new_ones(7)

@@ -149,6 +149,13 @@ def test_another_unit_of_theta_scales_j():
         assert other[name].samples == pytest.approx(estimate.samples, rel=1e-6)
 
 
+def test_fewest_samples_of_a_batch():
+    """Two more than the polynomial has terms: catches a residual without a degree of freedom."""
+    terms = len(monomials(1))
+    batches = [torch.linspace(0, 1, n).double()[:, None] for n in (terms + 1, terms + 2)]
+    assert [ThetaBatch(theta).usable for theta in batches] == [False, True]
+
+
 def test_slopes_are_derivatives():
     """Against autograd, for three parameters. Catches a monomial lowered in the wrong variable."""
     t = torch.randn(5, 3, dtype=torch.float64, generator=generator, requires_grad=True)

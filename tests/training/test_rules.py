@@ -128,6 +128,13 @@ DECISIONS = {
 }
 
 
+def test_smoothing_keeps_an_exponential_fall():
+    """To the last digit: catches a line that is not fitted about the middle of its window."""
+    history = list(FALLING)
+    smooth, raw = CramerRao(smoothing=3).levels(history), CramerRao().levels(history)
+    assert smooth == pytest.approx(raw, rel=1e-12)
+
+
 @pytest.mark.parametrize("case", DECISIONS)
 def test_when_a_rule_stops_and_what_is_best(case):
     """The comment beside each case says what it catches."""

@@ -147,7 +147,7 @@ def memory() -> dict[str, Any]:
     """Peak resident memory of a process that streams 10^4 and 10^6 samples per condition, in MB, by
     source."""
     return {
-        source: {str(n): peak_kilobytes(n, source) / 1024 for n in MEMORY_SAMPLES}
+        source: {str(n): peak_kilobytes(source, n)[0] / 1024 for n in MEMORY_SAMPLES}
         for source in MEMORY_SOURCES
     }
 

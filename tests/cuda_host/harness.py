@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +74,7 @@ class Kernels:
         like: Tensor,
         /,
         *,
+        orders: Sequence[str] = ORDERS,
         limit: int | None = None,
         grid: tuple[int, int] | None = None,
         **fields: object,
@@ -81,6 +82,7 @@ class Kernels:
         """Runs one launcher on the fields of its argument struct, and writes to its results.
 
         Args:
+            orders: of the threads; one suffices where a kernel has run in all of them before.
             limit: bytes of shared memory that a block may have; default: those of an H200.
             grid: largest grid along x, and along y and z, for blocks that take several turns.
 
@@ -88,11 +90,11 @@ class Kernels:
             RuntimeError: the launcher threw, or a sanitizer reported; the message is its text.
             OrderError: two orders gave different bits.
         """
-        case = request(op, like.dtype, fields, orders=ORDERS, limit=limit, grid=grid)
+        case = request(op, like.dtype, fields, orders=orders, limit=limit, grid=grid)
         done = subprocess.run([self._program], input=case, capture_output=True, timeout=TIMEOUT)
         if done.returncode != 0:
             raise RuntimeError(done.stderr.decode())
-        for name, data in _same_results(done.stdout).items():
+        for name, data in _same_results(done.stdout, orders).items():
             target = memory(fields[name])
             target.copy_(torch.frombuffer(bytearray(data), dtype=target.dtype))
 
@@ -101,7 +103,7 @@ class OrderError(AssertionError):
     """The result depends on the order in which threads run."""
 
 
-def _same_results(answer: bytes) -> dict[str, bytes]:
+def _same_results(answer: bytes, orders: Sequence[str]) -> dict[str, bytes]:
     results = []
     while answer:
         result: dict[str, bytes] = {}
@@ -111,8 +113,8 @@ def _same_results(answer: bytes) -> dict[str, bytes]:
             result[name.decode()], answer = answer[: int(size)], answer[int(size) :]
         answer = answer.removeprefix(b"end\n")
         results.append(result)
-    for order, result in zip(ORDERS, results, strict=True):
+    for order, result in zip(orders, results, strict=True):
         for name, data in result.items():
             if data != results[0][name]:
-                raise OrderError(f"{name} must be the same in order {order} and {ORDERS[0]}")
+                raise OrderError(f"{name} must be the same in order {order} and {orders[0]}")
     return results[0]

@@ -3,6 +3,7 @@ strides, empty input."""
 
 import pytest
 import torch
+from cuda_host.harness import ORDERS
 from support.op_cases import CASES, HOSTILE, ONES, added, grouped, pair, solved, squared
 from support.op_empty import EMPTY, empty_call
 from support.op_oracle import BOUNDS, assert_right
@@ -10,6 +11,8 @@ from support.op_views import seen_through
 from support.pairwise import DTYPES, pairwise
 
 from fisherfast.ops.selfcheck import results_of
+
+ONE_ORDER = ORDERS[-1:]  # the random one; all of them are taken where the reference is compared
 
 # Arguments for every kernel, more than blocks of a grid of this size do in one turn.
 CALLS = {
@@ -71,7 +74,7 @@ def test_any_strides(kernels, normal, dtype, op, view):
     for call in CALLS[op][1](normal, dtype=dtype):
         moved = next(seen_through(view, op, call))
         plain = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in moved)
-        with kernels.serving():
+        with kernels.serving(orders=ONE_ORDER):
             assert all(map(torch.equal, results_of(op, moved), results_of(op, plain)))
 
 
@@ -95,7 +98,7 @@ def test_matches_the_reference(kernels, normal, dtype, op):
 def test_numbers_that_are_not_finite_stay_in_their_place(kernels, normal, dtype, op):
     """NaN, infinities, ties, exponents out of range. Catches 0 * NaN in lanes that are masked, sums
     that are shared by rows, groups or positions, and a NaN that a comparison swallows."""
-    with kernels.serving():
+    with kernels.serving(orders=ONE_ORDER):
         for call in HOSTILE[op](normal, dtype=dtype):
             assert_right(op, call, HERE)
 
@@ -107,7 +110,7 @@ def test_in_place(kernels, normal, dtype, op):
     for tangents in (0, 9):
         for call in CALLS[op][1](normal, dtype=dtype):
             x = normal(1 + tangents, 3, *call[0].shape[2:], dtype=dtype)
-            with kernels.serving():
+            with kernels.serving(orders=ONE_ORDER):
                 (expected,) = results_of(op, (x, *call[1:]))
             with kernels.serving(in_place=True):
                 results_of(op, (x, *call[1:]))
@@ -118,6 +121,6 @@ def test_in_place(kernels, normal, dtype, op):
 def test_empty_input(kernels, dtype, op, shapes):
     """Zeros, not what happens to be in memory. Catches a launch of no blocks."""
     call = empty_call(op, shapes, dtype=dtype)
-    with kernels.serving():
+    with kernels.serving(orders=ONE_ORDER):
         for result in results_of(op, call):
             assert result.eq(5 if result.dtype == torch.int64 and shapes == ((5, 0),) else 0).all()

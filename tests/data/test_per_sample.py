@@ -107,11 +107,14 @@ def test_score_is_float64_with_one_column_per_parameter(parameters):
 
 @pytest.mark.parametrize("cls", [ff.Pathwise, ff.Score])
 def test_what_repeats(cls):
-    """Catches `grow` on samples that come in another order at the second pass."""
+    """Catches `grow` on samples that come in another order at the second pass, and streams that are
+    taken for samples in memory."""
     x = numbers(N, 4)
     companion = numbers(N, 1, 4) if cls is ff.Pathwise else numbers(N)
     items = TensorDataset(x, companion)
     assert cls(x, companion).repeats(0)
+    assert cls(x, companion).resident()
+    assert not ff.Simulator(lambda t, n, g: t + torch.zeros(n, 1), [0.0], samples=8).resident()
     assert cls(items).repeats(0)
     assert not cls(DataLoader(items, batch_size=4, shuffle=True)).repeats(0)
     assert not cls(lambda: iter([])).repeats(0)

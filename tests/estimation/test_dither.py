@@ -190,12 +190,14 @@ def test_noise_belongs_to_the_sample():
     assert dither(torch.empty(0, 2), numbers[:0], 0).shape == (0, 2)
 
 
-@pytest.mark.parametrize("step", [0.01, 0.5])
-def test_the_step_is_that_of_the_lattice(step):
-    """Catches a quantile of the gaps: of few samples on a fine lattice they span several steps."""
+@pytest.mark.parametrize(("step", "unit"), [(0.01, 1.0), (0.5, 1.0), (0.01, 1e4 / 3)])
+def test_the_step_is_that_of_the_lattice(step, unit):
+    """Catches a quantile of the gaps: of few samples on a fine lattice they span several steps; and
+    a rounding error that does not grow with the values."""
     meter = StepMeter()
-    meter.update((numbers(256, 2) / step).round() * step)
-    torch.testing.assert_close(meter.steps(), torch.full((2,), step).double(), rtol=1e-3, atol=0)
+    meter.update((numbers(256, 2) / step).round() * step * unit)
+    expected = torch.full((2,), step * unit, dtype=torch.float64)
+    torch.testing.assert_close(meter.steps(), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("copies", "d", "lattice"), [(2, 1, 0), (3, 2, 0), (3, 1, 1)])

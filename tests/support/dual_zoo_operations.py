@@ -67,6 +67,10 @@ REDUCTIONS = {
     "median": calls(lambda x: x.median(-1).values + x.kthvalue(2, -1).values),
     "prod": calls(lambda x: x.prod(-1) + x[:, 0].prod(1, keepdim=True)),
     "logsumexp": calls(lambda x: x.logsumexp(1)),
+    "softmax_of_a_number": calls(lambda x: x * x.mean().softmax(0)),
+    "softmax_of_nothing": calls(
+        lambda x: torch._safe_softmax(x.masked_fill(torch.eye(5, 7)[:, :1] > 0, -torch.inf), -1)
+    ),
     "cumsum": calls(lambda x: x.cumsum(1) + x.cumsum(-1)),
     "cumprod": calls(lambda x: x.cumprod(2)),
     "cummax": calls(lambda x: x.cummax(1).values),
@@ -182,7 +186,15 @@ def _aliased(x: Tensor) -> Tensor:
     return y + row.sum()
 
 
+def _put(x: Tensor) -> Tensor:
+    y = x.sin()
+    y[:, torch.tensor([1, 3])] = 0.5
+    y[..., torch.tensor([2, 6])] = x[..., :2]
+    return y * x
+
+
 WRITES = {
+    "put": calls(_put),
     "overwritten": calls(_overwritten),
     "filled": calls(_filled),
     "scattered": calls(_scattered),

@@ -31,12 +31,12 @@ def _index_put(
     stack = x.before_writing()
     if isinstance(values, DualTensor):
         for part, value in zip(stack, values.stack, strict=True):
-            part.index_put_(indices, value, accumulate)
+            func(part, indices, value, accumulate)  # unlike the method, it takes None
         return x
-    stack[0].index_put_(indices, values, accumulate)
+    func(stack[0], indices, values, accumulate)
     if not accumulate:
         for tangent in stack[1:]:
-            tangent.index_put_(indices, values.new_zeros(()), False)
+            func(tangent, indices, values.new_zeros(()), False)
     return x
 
 

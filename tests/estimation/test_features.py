@@ -125,6 +125,8 @@ def test_very_wide_layers_are_sketched():
     mean = dictionary((one + two) / 2)
     both = (dictionary(one) + dictionary(two)) / 2
     torch.testing.assert_close(mean, both, rtol=0, atol=1e-4)
+    sketches = [features_of(x, 32, groups=32, seed=seed) for seed in range(6)]
+    assert not any(torch.equal(a, b) for a, b in combinations(sketches, 2))
 
 
 @pytest.mark.parametrize("slope", [0.7, 0.0, -1.0])

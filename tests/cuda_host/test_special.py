@@ -1,5 +1,5 @@
-"""What only one CUDA kernel has, run on the host: formulas of the activations, accuracy of rows,
-reads outside, and the shared memory of a system."""
+"""Tests of single CUDA kernels, run on the host: the formulas of the activations, the accuracy of
+rows, reads out of bounds, and the shared memory that a system needs."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the report of rules and fallbacks says, and that there is an operator for each rule."""
+"""The report of rules and fallbacks is right, and every rule belongs to an existing operator."""
 
 from __future__ import annotations
 

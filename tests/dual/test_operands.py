@@ -83,7 +83,8 @@ CASES = {
         lambda y: y,
     ),
 }
-"""What is returned of y, and what is written into: both are taken before the write."""
+"""For each case, the part of y that is returned and the part that is overwritten; both are taken
+before the write."""
 
 
 @pytest.mark.parametrize("activated", [False, True])

@@ -166,8 +166,9 @@ def test_a_readout_without_ridge_of_copies_ends():
 
 @pytest.mark.parametrize("R", [0.3, 0.7])
 def test_variance_that_the_folds_do_not_know_of_a_score(R):
-    """Of u = 2 s s_hat - s_hat^2 less that of v = 2 (1 - R) s s_hat + R^2 s^2, of the folds: 0.09,
-    from 10^6 samples to 0.0008. R in place of R^2 is off by 0.04 or more."""
+    """The variance of u = 2 s s_hat - s_hat^2 less that of v = 2 (1 - R) s s_hat + R^2 s^2, which
+    the folds give. It is 0.09, and 10^6 samples show it to within 0.0008. Catches R in place of
+    R^2, which is off by 0.04 or more."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(2, 10**6, generator=generator, dtype=torch.float64)
     known, rest = R**0.5 * normal[0], (1 - R) ** 0.5 * normal[1]

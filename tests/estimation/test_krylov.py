@@ -401,8 +401,8 @@ def test_white_noise_of_many_activations():
 def test_image_in_correlated_noise():
     """96 x 96 pixels, 2000 samples, exact tangents by position and amplitude: between 0.88 and
     1.02 of the closed form, where 0.94 +- 0.03 is expected; the matched filter D alone reaches
-    0.8. Catches a space that stops at D, J that is measured on the samples that taught the space
-    (1.6 and more)."""
+    0.8. Catches a space that stops at D, and a J measured on the samples from which the space was
+    learned (1.6 and more)."""
     image, theta = CorrelatedImage((96, 96)), (0.0, 1.0)
     data = image.pathwise(theta, 2000)
     layer = ff.fisher_information(data, settings=ff.Settings(batch_size=500))

@@ -419,7 +419,7 @@ def in_units(problem: Problem, matrix: torch.Tensor | Array) -> Array:
 
 
 def unit_of(problem: Problem) -> Array:
-    """Of each theta [P] in this module: its reciprocal root information."""
+    """The unit in which this module measures each theta [P]: 1 / sqrt(information)."""
     return 1 / np.sqrt(np.diag(problem.linear))
 
 

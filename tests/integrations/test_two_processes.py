@@ -13,11 +13,11 @@ pytest.importorskip("lightning", reason="Lightning is not installed")
 
 @pytest.mark.slow
 def test_two_processes_measure_stop_and_restore_together(tmp_path):
-    """Of DDP and FSDP, catches a measurement that waits for other processes, of a shard in place of
-    the parameters, or that leaves the model unable to train on. Of Lightning, a rank without
-    history, with errors of its own share alone, or with other weights; then the same with a
-    measurement that they share, which must be that of one process (float64 sums of the same
-    batches: 1e-10). Bounded by a timeout."""
+    """With DDP and FSDP, catches a measurement that waits for the other process, that sees a shard
+    instead of all parameters, or after which the model cannot be trained further. With Lightning,
+    catches a rank that has no history, that averages errors over its own share only, or that ends
+    with other weights. A measurement shared by both must equal that of one process (float64 sums of
+    the same batches: 1e-10). A timeout bounds the test."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

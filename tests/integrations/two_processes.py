@@ -1,6 +1,6 @@
-"""What two processes do at once, as ranks 0 and 1: wrapped models, then a fit of Lightning.
+"""Run by two processes at once, as ranks 0 and 1: measure wrapped models, then fit with Lightning.
 
-LOCAL_RANK says which is which; the argument is a folder for results."""
+LOCAL_RANK tells a process its rank; the argument is a folder for results."""
 
 from __future__ import annotations
 

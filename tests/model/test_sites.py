@@ -311,14 +311,14 @@ def test_batchnorm_uses_its_running_statistics():
 def test_hooks_of_the_user_stay_and_run():
     """Catches hooks that are removed, not called, or called on other values."""
     model = seeded(mlp)
-    before, behind = [], []
+    before, after = [], []
     model[0].register_forward_pre_hook(lambda module, args: before.append(len(args[0])))
-    model[0].register_forward_hook(lambda module, args, output: behind.append(len(output)))
+    model[0].register_forward_hook(lambda module, args, output: after.append(len(output)))
     model[0].register_forward_hook(lambda module, args, output: torch.tanh(output))
     model[2].register_full_backward_hook(lambda *_: None)
     with untouched(model):
         flow = measure(model)
-    assert min(sum(before), sum(behind)) >= 800
+    assert min(sum(before), sum(after)) >= 800
     # what leaves the module is what its own hooks made of it
     assert_measures(flow["0"], lambda x: F.linear(x, model[0].weight, model[0].bias).tanh())
 

@@ -17,8 +17,8 @@ REPEATS = 60
 
 
 def drawn(source, n, d, seed):
-    """A Gaussian shift of unit information in each of d activations, and beside a score noise that
-    they do not explain."""
+    """A Gaussian shift with unit information in each of d activations. A score also has noise that
+    the activations do not explain."""
     one = torch.ones(d, dtype=torch.float64)
     data = samples(source, torch.diag(one), one, n=n, seed=seed)
     if source == "scores":

@@ -99,12 +99,13 @@ def deviation(values: torch.Tensor) -> float:
     [("pathwise", "own", 60), ("score", "luckiest", 120), ("independent", "naive", 80)],
 )
 def test_estimate_is_that_of_the_space(source, wrong, count):
-    """Catches J that is measured on the samples that taught the space or chose its size, a readout
-    that is measured on the quarter that it was learned on, halves that are not independent, and an
-    average without its factor of a half (the spread over the stated error: 1.05 and 1.06 measured,
-    1 within 4 standard errors of a standard deviation).
+    """Catches J measured on the samples from which the space was learned or its size was chosen, a
+    readout measured on the quarter from which it was learned, halves that are not independent, and
+    an average without its factor of a half (the spread over the stated error: 1.05 and 1.06
+    measured, 1 within 4 standard errors of a standard deviation).
 
-    Power: the half that taught the space, the size with most J on the same curve, no correction.
+    Power: three wrong ways must fail. They measure on the half from which the space was learned,
+    take the size with the largest J on the same curve, or leave out the correction.
     """
     runs = [replication(source, seed) for seed in range(count)]
     values = {name: torch.tensor([run[name] for run in runs]) for name in runs[0]}

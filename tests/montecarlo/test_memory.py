@@ -41,7 +41,7 @@ for samples in map(int, sys.argv[2:]):
 
 
 def peak_kilobytes(source: str, *samples: int) -> list[int]:
-    """Of one process, after measurements of so many samples, one after the other."""
+    """Peak memory of one process after each of several measurements, of that many samples each."""
     command = [sys.executable, "-c", PROGRAM, source, *map(str, samples)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [int(line) for line in done.stdout.split()]

@@ -1,5 +1,5 @@
-"""What every op keeps: empty input, any strides, float32 whatever torch's precision of products,
-and known to torch.library and torch.compile."""
+"""What holds for every op: it takes empty input and any strides, keeps float32 whatever precision
+torch uses for matrix products, and works with torch.library and torch.compile."""
 
 import numpy as np
 import pytest

@@ -24,7 +24,7 @@ def regular_systems(normal, batch, dim, params, **kind):
 
 
 def gradients(cov, deriv, weight=None, ridge=0.0):
-    """Of sum(weight J) with respect to both."""
+    """The gradients of sum(weight J) with respect to cov and deriv."""
     inputs = [t.detach().clone().requires_grad_() for t in (cov, deriv)]
     fisher = ops.fisher_solve(*inputs, ridge=ridge)[0]
     return torch.autograd.grad(

@@ -234,14 +234,15 @@ class ParameterFisher(ABC):
             >>> found.parameters, found.rank
             (393, 40)
         """
-        trace, (missing, rest) = self.trace(), self._left_out()
         known: dict[str, Any] = {"layout": self.layout, "samples": self.samples}
-        known |= {"most": self._rank_at_most(), "trace": trace + missing}
+        known["most"] = self._rank_at_most()
+        missing, rest = self._left_out()
         if count is None:
             values = self.eigenvalues().flip(0).clamp_min(0)
-            known["directions"] = self._directions
+            known |= {"trace": self.trace() + missing, "directions": self._directions}
             return all_eigenvalues(values, rest, self.precision, **known)
         count, seed = check_whole("count", count, least=1), check_seed(seed)
+        trace = self.trace()
         found = largest_eigenpairs(
             self._matmul,
             self.layout.size,
@@ -251,7 +252,7 @@ class ParameterFisher(ABC):
             device=self._device,
             memory_budget=memory_budget,
         )
-        return largest_eigenvalues(found, rest, self.precision, **known)
+        return largest_eigenvalues(found, rest, self.precision, trace=trace + missing, **known)
 
     def effective_dimension(
         self, n: float, gamma: float = 1.0, *, others: Sequence[ParameterFisher] = ()

@@ -19,6 +19,7 @@ from fisherfast.results.marginal import (
     diagonal_text,
     marginal_fisher,
 )
+from fisherfast.results.profile import Profile
 
 NOT_INDEPENDENT = (
     "neighbouring samples depend on each other (pairs, repeated measurements, a time series, or a"
@@ -84,6 +85,10 @@ class LayerFisher:
         replicates: [F, P, P] J without each fold of the samples, scaled so that their jackknife is
             the covariance of the error of J. All layers of a flow leave out the same samples, so
             they give the error of any function of several layers. Empty if there are none.
+        cut: the output depends on the input through this layer alone; None if that is unknown.
+        profile: the information along theta, of which J is the mean over samples; None for samples
+            at one theta.
+        parameter_names: [P] names of the parameters; empty if they have none.
     """
 
     name: str
@@ -120,6 +125,9 @@ class LayerFisher:
     replicates: torch.Tensor = field(
         default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")
     )
+    cut: bool | None = None
+    profile: Profile | None = None
+    parameter_names: tuple[str, ...] = ()
 
     @property
     def converged(self) -> bool:
@@ -226,9 +234,11 @@ class LayerFisher:
         for name in values.keys() & shapes.keys():
             numbers = np.array(values[name], dtype=np.float64)
             values[name] = torch.from_numpy(numbers.reshape(shapes[name]))
+        if "profile" in values:
+            values["profile"] = Profile.from_dict(values["profile"])
         values["effective_dim"] = float(values["effective_dim"])
         values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64, device="cpu")
-        for name in ("shape", "dtheta", "aliases", "descendants", "notes"):
+        for name in ("shape", "dtheta", "aliases", "descendants", "notes", "parameter_names"):
             values[name] = tuple(values[name])
         lengths = {len(values[name]) for name in ("curve_k", "curve_J", "curve_stderr")}
         if len(lengths) > 1:
@@ -238,7 +248,12 @@ class LayerFisher:
 
 _MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
 _STACKS = ("curve_J", "curve_stderr", "replicates")
-_OPTIONAL = ("error_covariance", "response")  # None in the layer, left out of `to_dict`
+_OPTIONAL = (
+    "error_covariance",
+    "response",
+    "cut",
+    "profile",
+)  # None in the layer, left out of `to_dict`
 
 
 def finite_step_note(layer: LayerFisher) -> str | None:
@@ -267,8 +282,12 @@ def warn_of(layers: tuple[LayerFisher, ...], *, stacklevel: int = 4) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return _plain(value.tolist())
+    if isinstance(value, Profile):
+        return _plain(value.to_dict())
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -10,11 +10,13 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fisherfast.data.dealing import Place
 from fisherfast.data.groups import Groups
+from fisherfast.data.inputs import moved
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,13 @@ class Batch:
     """Samples of one condition, with their tangents or score.
 
     Attributes:
-        x: [n, ...].
-        tangents: [P, n, ...] dx/dtheta of each sample, or None.
+        x: `Samples`; of a layer its activations, a tensor [n, ...].
+        tangents: [P, n, ...] dx/dtheta of each sample, or None; of several inputs that of `joined`.
         score: [n, P] float64 d log p(x | theta) / d theta of each sample, or None.
         place: folds of the samples, which are sorted by them; None before sorting.
     """
 
-    x: torch.Tensor
+    x: Any
     tangents: torch.Tensor | None = None
     score: torch.Tensor | None = None
     place: Place | None = None
@@ -69,16 +71,17 @@ class Batch:
     def to(
         self, device: torch.device | None, dtype: torch.dtype | None, *, copy: bool = False
     ) -> Batch:
-        """Move to another device, samples and tangents also to another dtype; None keeps either.
+        """Move to another device, floating samples and tangents also to another dtype; None keeps
+        either.
 
         Args:
             copy: always copy x, so that in-place layers cannot modify the user's data.
         """
-        device, dtype = device or self.x.device, dtype or self.x.dtype
+        tangents, score = self.tangents, self.score
         return Batch(
-            self.x.to(device=device, dtype=dtype, copy=copy),
-            None if self.tangents is None else self.tangents.to(device=device, dtype=dtype),
-            None if self.score is None else self.score.to(device),
+            moved(self.x, device, dtype, copy=copy),
+            None if tangents is None else tangents.to(device or tangents.device, dtype),
+            None if score is None else score.to(device),
             self.place,
         )
 

@@ -4,7 +4,8 @@ steps."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,19 @@ from fisherfast._errors import FisherWarning
 from fisherfast._validation import check_seed, check_whole
 from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.finite_difference import check_dtheta
-from fisherfast.data.sources import as_batch
+from fisherfast.data.inputs import (
+    Inputs,
+    Samples,
+    equal,
+    floating,
+    joined,
+    mapped,
+    rows_of,
+    tensors_of,
+)
+from fisherfast.data.sources import as_batch, check_dense, check_entries
 
-Draw = Callable[[torch.Tensor, int, torch.Generator], torch.Tensor]
+Draw = Callable[[torch.Tensor, int, torch.Generator], Any]
 
 DERIVATIVES = ("pathwise", "paired", "independent")
 
@@ -34,7 +45,8 @@ class Simulator(Data):
     """Samples drawn by a function, batch by batch, the same ones at every pass.
 
     Args:
-        fn: fn(theta [P], n, generator) -> x [n, ...] of floating dtype. All random numbers must
+        fn: fn(theta [P], n, generator) -> x [n, ...], or a tuple or dict of the inputs of a model;
+            integers for finite steps only, except beside floating entries. All random numbers must
             come from the generator: the same generator state must give the same noise.
         theta: where to measure, P numbers. It reaches fn as a tensor [P] of torch's default dtype,
             or of its own dtype if it is a floating tensor; x keeps the dtype that fn returns.
@@ -52,7 +64,7 @@ class Simulator(Data):
         ValueError: dtheta is missing, not positive or lost in the rounding of theta; during a
             measurement: fn gives other samples from the same generator state, the same from
             another one, or has no derivative.
-        TypeError: fn cannot be called, or does not return a floating tensor.
+        TypeError: fn cannot be called, or does not return tensors.
 
     Warns:
         FisherWarning: during a measurement, if x does not depend on theta: J = 0.
@@ -145,38 +157,43 @@ class Simulator(Data):
         state = np.random.SeedSequence((self._seed, stream, number)).generate_state(1, np.uint64)
         return torch.Generator(self._theta.device).manual_seed(int(state[0]))
 
-    def _draw(self, theta: torch.Tensor, condition: int, number: int, n: int) -> torch.Tensor:
+    def _draw(self, theta: torch.Tensor, condition: int, number: int, n: int) -> Samples:
         """Draw one batch at any theta, from the random numbers of a condition's batch."""
         x = as_batch(self._call(theta, self._generator(condition, number), n), "fn")
         return x.clone()  # fn may draw the next batch into the same memory
 
-    def _call(self, theta: torch.Tensor, generator: torch.Generator, n: int) -> torch.Tensor:
+    def _call(self, theta: torch.Tensor, generator: torch.Generator, n: int) -> Samples:
         x = self._fn(theta.clone(), n, generator)  # fn may convert units in place
-        if not isinstance(x, torch.Tensor):
+        inputs = isinstance(x, tuple | Mapping) and len(x) > 0
+        if not (inputs or isinstance(x, torch.Tensor)):
             raise TypeError(f"fn must return a tensor [n, ...], got {type(x).__name__}")
-        if x.ndim < 1 or len(x) != n:
+        if isinstance(x, torch.Tensor) and (x.ndim < 1 or len(x) != n):
             raise ValueError(f"fn must return n = {n} samples, got shape {list(x.shape)}")
-        if not x.is_floating_point():
-            hint = f"; counts have no derivative: {HINT}" if self.source == "pathwise" else ""
+        samples: Samples = check_entries(Inputs.of(x), "fn", check_dense) if inputs else x
+        if len(samples) != n:
+            raise ValueError(f"fn must return n = {n} samples, got {len(samples)}")
+        if self.source == "pathwise" and not floating(samples):
             raise TypeError(
-                f"fn must return a floating tensor, got {x.dtype}: convert with .float(){hint}"
+                f"fn must return a floating tensor, got {tensors_of(samples)[0].dtype}: convert"
+                f" with .float(); counts have no derivative: {HINT}"
             )
-        return x
+        return samples
 
     def _differentiate(self, number: int, n: int) -> Batch:
         """Compute x and dx/dtheta by forward mode: each parameter in turn, with the same noise."""
         for parameter in range(self.parameters):
             x, tangent = self._jvp(parameter, number, n)
             if parameter == 0:
-                tangents = x.new_zeros((self.parameters, *x.shape))
+                side = joined(x)
+                tangents = side.new_zeros((self.parameters, *side.shape))
             if tangent is not None:
                 tangents[parameter] = tangent
             del tangent  # keep one at a time besides the batch
         return Batch(x, tangents=tangents)
 
-    def _jvp(self, parameter: int, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute x of one batch and its derivative to one parameter; None if x does not depend on
-        it."""
+    def _jvp(self, parameter: int, number: int, n: int) -> tuple[Samples, torch.Tensor | None]:
+        """Compute x of one batch and the derivative of `joined` x to one parameter; None if x does
+        not depend on it."""
         direction = torch.zeros_like(self._theta)
         direction[parameter] = 1
         with warnings.catch_warnings():
@@ -191,7 +208,8 @@ class Simulator(Data):
                     raise ValueError(
                         f"fn must be differentiable in forward mode, got: {reason}; {HINT}"
                     ) from error
-                primal, tangent = forward_ad.unpack_dual(x)
+                primal = mapped(x, lambda entry: forward_ad.unpack_dual(entry).primal)
+                tangent = forward_ad.unpack_dual(joined(x)).tangent
                 x = as_batch(primal, "fn").clone()
                 return x, None if tangent is None else tangent.detach().clone()
 
@@ -199,13 +217,13 @@ class Simulator(Data):
         """Check on the first batch that fn draws all noise from the generator, and that x depends
         on theta."""
         first = self._draw(self._theta, 0, 0, n)
-        if not torch.equal(self._draw(self._theta, 0, 0, n), first):
+        if not equal(self._draw(self._theta, 0, 0, n), first):
             raise ValueError(
                 "fn must give the same samples from the same generator state, got others:"
                 " draw every random number from the generator that it is given"
             )
-        varied = not torch.equal(first, first[:1].expand_as(first))
-        if varied and torch.equal(self._draw(self._theta, 0, 1, n), first):
+        varied = not equal(first, rows_of(first, torch.zeros(n, dtype=torch.int64)))
+        if varied and equal(self._draw(self._theta, 0, 1, n), first):
             raise ValueError(
                 "fn must draw other samples from another generator state, got the same: draw every"
                 " random number from the generator that it is given"
@@ -218,7 +236,7 @@ class Simulator(Data):
                     stacklevel=2,
                 )
 
-    def _depends_on(self, parameter: int, n: int, first: torch.Tensor) -> bool:
+    def _depends_on(self, parameter: int, n: int, first: Samples) -> bool:
         """Return whether the first batch changes with a parameter.
 
         Raises:
@@ -228,13 +246,13 @@ class Simulator(Data):
             minus, plus = (
                 self._draw(self._point(2 * parameter + side), 0, 0, n) for side in (0, 1)
             )
-            return not torch.equal(minus, plus)
+            return not equal(minus, plus)
         tangent = self._jvp(parameter, 0, n)[1]
         if tangent is not None and bool(tangent.any()):
             return True
         moved = self._theta.clone()
         moved[parameter] += PROBE_STEP * (1 + float(moved[parameter].abs()))
-        if torch.equal(self._draw(moved, 0, 0, n), first):
+        if equal(self._draw(moved, 0, 0, n), first):
             return False
         raise ValueError(
             f"fn must be differentiable in theta[{parameter}], got samples that change with it but"

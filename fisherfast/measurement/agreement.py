@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.groups import joined_groups
+from fisherfast.data.inputs import tensors_of
 from fisherfast.estimation.pilot import PilotMoments
 from fisherfast.measurement.memory import Plan
 from fisherfast.measurement.meter import Meter
@@ -112,7 +113,7 @@ class Agreement:
         if self._ranks is None or data.sharded:
             return
         names = [f"first samples of {data.condition_name(c)!r}" for c in range(data.conditions)]
-        sums = [f"checksum {checksum(head.x):x}" for head in heads]
+        sums = [f"checksum {sum(map(checksum, tensors_of(head.x))):x}" for head in heads]
         values = dict(zip(names, sums, strict=True))
         self._ranks.agree("reading the first samples", values, SAME_DATA)
 

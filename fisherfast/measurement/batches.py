@@ -18,6 +18,7 @@ from torch import Tensor
 from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Round
 from fisherfast.data.dealing import Dealing, hashed
+from fisherfast.data.inputs import check_forms, tensors_of
 from fisherfast.model.default_device import each_as_outside
 from fisherfast.parallel.share import Share
 
@@ -101,7 +102,7 @@ class Streams:
                     kept.append(self._keep(next(stream)))
             firsts = [kept[0] for kept in self._kept]
         batches = [batch for _, first in firsts for batch in first]
-        _check_shapes(batches)
+        check_forms(batch.x for batch in batches)
         self.owned = not all(map(_is_view, batches)) and not self._lent
         rows = min(rows, self._pilot_rows(batches[0]))
         return [self._ready(batch.part(0, rows)) for batch in batches]
@@ -245,15 +246,9 @@ def dealings_of(data: Data, folds: int, rank: int) -> list[Dealing]:
     return [Dealing.of(length, folds, rank=rank) for length in lengths]
 
 
-def _check_shapes(batches: list[Batch]) -> None:
-    shapes = sorted({tuple(batch.x.shape[1:]) for batch in batches})
-    if len(shapes) > 1:
-        raise ValueError(f"all conditions must have samples of the same shape, got {shapes}")
-
-
 def _is_view(batch: Batch) -> bool:
     """Return whether a batch is a view of a larger tensor."""
-    return batch.x.untyped_storage().nbytes() > batch.x.nbytes
+    return any(x.untyped_storage().nbytes() > x.nbytes for x in tensors_of(batch.x))
 
 
 def _release(kept: list[Round]) -> Iterator[Round]:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fisherfast.data import Batch, Data
+from fisherfast.data.inputs import joined
 from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
 from fisherfast.estimation.features import MAX_WIDTH
 from fisherfast.model.sites import Site
@@ -150,7 +151,7 @@ def shares(first: Batch, live: int, costs: Iterable[LayerCost], data: Data, owne
     """
     n = max(len(first), 1)
     carried = 1 if first.tangents is None else 1 + len(first.tangents)
-    number = max(first.x.element_size(), torch.float32.itemsize)
+    number = max(joined(first.x).element_size(), torch.float32.itemsize)
     together = data.conditions if data.paired else 1
     batch = -(-first.nbytes // n)
     source = together * (batch * (SOURCE_COPIES if owned else 0) + batch)

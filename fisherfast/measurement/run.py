@@ -17,10 +17,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual
-from fisherfast._errors import FisherWarning
+from fisherfast._errors import FisherWarning, explained
 from fisherfast._progress import progress_bar
 from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place
+from fisherfast.data.inputs import (
+    Samples,
+    concatenated,
+    described,
+    floating,
+    joined,
+    left_out,
+    spread,
+    tensors_of,
+)
 from fisherfast.estimation.dither import StepMeter, dithered
 from fisherfast.estimation.maps import estimate_map
 from fisherfast.measurement.agreement import Agreement
@@ -135,6 +145,7 @@ class Measurement:
         self._moving: Tensor | None = None
         self._ties = StepMeter()
         self._half_steps: Tensor | None = None
+        self._left_out: str | None = None
 
     @property
     def _layer_meters(self) -> list[Meter]:
@@ -203,8 +214,8 @@ class Measurement:
         with torch.no_grad(), self._exact():
             for number, meter in enumerate(meters):
                 name = meter.site.name
-                if name == INPUT and scored:
-                    layers[number] = score_information(layers[number], meter)
+                if name == INPUT:
+                    layers[number] = self._of_input(layers[number], meter)
                 if meter.map is not None:
                     contrast, ridge = self._data.contrast(), self._settings.ridge
                     maps[name] = InformationMap(
@@ -219,6 +230,17 @@ class Measurement:
         flow = FisherFlow(tuple(layers), self._settings.to_dict(), maps=maps)
         flow = self._recall.complete(flow, self._sites, self._data)
         return replace(flow, layers=with_status(flow.layers, score=scored)), warning
+
+    def _of_input(self, layer: LayerFisher, meter: Meter) -> LayerFisher:
+        """Complete the result for the input: V of a score, and a note about what is left out."""
+        site, unseen = meter.site, self._left_out
+        blind = unseen is not None and layer.feature_kind == "none"
+        if unseen is not None and blind:
+            layer = not_measured(site, self._data, samples=layer.samples, reason=unseen)
+        if self._data.source == "score":
+            layer = score_information(layer, meter)
+            return replace(layer, notes=()) if blind else layer
+        return layer if blind or unseen is None else replace(layer, notes=(*layer.notes, unseen))
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -263,7 +285,8 @@ class Measurement:
         with self._forward() as forward:
             seen = 0
             for self._condition, self._number, batch in streams.pilot():
-                forward.run(self._pilot_input(batch))
+                with self._located(batch.x):
+                    forward.run(self._pilot_input(batch))
                 seen += len(batch)
             if not seen:  # the first samples are on other ranks: these only show a device
                 forward.run(streams.first(2)[0].x)
@@ -279,13 +302,24 @@ class Measurement:
         with progress_bar(progress, total=streams.samples, title="Fisher flow") as bar:
             for self._condition, self._number, batch in streams:
                 self._score, self._place = batch.score, batch.place
-                self._run(forward, batch)
+                with self._located(batch.x):
+                    self._run(forward, batch)
                 if batch.x.device.type == "cpu":
                     self._raise_if_not_finite()
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
         self._agreement.end_pass(self._active)
+
+    def _located(self, x: Samples) -> Any:
+        """Add to an error of the model which batch it was called with."""
+
+        def where() -> str:
+            number = self._number if isinstance(self._number, int) else int(self._number.min())
+            name = self._data.condition_name(self._condition)
+            return f"in batch {number} of condition {name!r}: {described(x)}"
+
+        return explained(where)
 
     def _run(self, forward: Any, batch: Batch) -> None:
         """Run the model, with tangents if the samples have them and a layer reads them."""
@@ -297,9 +331,9 @@ class Measurement:
             forward.run(x)
         else:
             with dual.propagation(self._model, len(batch.tangents)):
-                forward.run(dual.DualTensor.pack(x, batch.tangents))
+                forward.run(spread(x, batch.tangents, dual.DualTensor.pack))
 
-    def _pilot_input(self, batch: Batch) -> Tensor:
+    def _pilot_input(self, batch: Batch) -> Samples:
         """Return the first samples as the model sees them, after a search for steps in those with
         tangents."""
         if batch.tangents is None:
@@ -307,18 +341,20 @@ class Measurement:
         self._moving = (batch.tangents != 0).any(0)
         if self._model is None:
             return batch.x
-        self._ties.update(rows_of(batch.x), rows_of(self._moving))
+        self._ties.update(rows_of(joined(batch.x)), rows_of(self._moving))
         self._half_steps = self._ties.half_steps()
         return self._dithered(batch)
 
-    def _dithered(self, batch: Batch) -> Tensor:
+    def _dithered(self, batch: Batch) -> Samples:
         """Add noise of half a step to the samples [n, ...] where their tangents are not zero."""
         if self._half_steps is None or batch.tangents is None:
             return batch.x
-        size = self._half_steps.to(batch.x).reshape(batch.x.shape[1:])
+        x = joined(batch.x)
+        size = self._half_steps.to(x).reshape(x.shape[1:])
         key = self._settings.seed, self._condition
         numbers = torch.arange(len(batch)) if batch.place is None else batch.place.numbers
-        return dithered(batch.x, size, batch.tangents, numbers, *key)
+        noisy = dithered(x, size, batch.tangents, numbers, *key)
+        return spread(batch.x, noisy, lambda entry, part: part)
 
     def _survey(self, streams: Streams) -> None:
         """List the layers on the first samples; with a budget, on just enough to show how much
@@ -326,9 +362,13 @@ class Measurement:
         bounded = self._settings.memory_budget is not None
         first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
         self._agreement.agree_on_samples(self._data, first)
-        batch = torch.cat([samples.x for samples in first])
+        batch = concatenated([samples.x for samples in first])
+        self._left_out = left_out(batch)
         known = self._recall.sites is not None
-        self._sites = self._recall.sites or self._find_sites(batch)
+        with explained(lambda: f"on the first samples of all conditions: {described(batch)}"):
+            self._sites = self._recall.sites or self._find_sites(batch)
+        if not floating(batch) and {site.name for site in self._sites} <= {INPUT}:
+            self._check_score(batch)
         unknown = self._recall.unknown(self._sites)
         for site in unknown:
             meter = self._meter(site, self._probe_bytes() // len(unknown))
@@ -338,10 +378,18 @@ class Measurement:
             fits = self._agreement.smallest(self._planned(streams, first[0], batch))
             streams.limit(fits.batch_size, fits.pilot_bytes)
             more = streams.first(min(fits.survey_samples, SURVEY_SAMPLES))
-            batch = torch.cat([samples.x for samples in more])
+            batch = concatenated([samples.x for samples in more])
         if not known:
             self._find_chains(self._sites, batch)
         self._agreement.agree_on_layers(self._sites, self._layer_meters)
+
+    def _check_score(self, x: Samples) -> None:
+        """Refuse integers that no layer has turned into numbers, except with a score."""
+        if self._data.source != "score":
+            raise TypeError(
+                f"x must have a floating dtype, got {tensors_of(x)[0].dtype}; convert with"
+                " .float(), or measure the layers of a model that takes integers"
+            )
 
     def _check_maps(self) -> None:
         maps = self._settings.maps
@@ -350,7 +398,7 @@ class Measurement:
         if unknown:
             raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")
 
-    def _planned(self, streams: Streams, first: Batch, batch: Tensor) -> Plan:
+    def _planned(self, streams: Streams, first: Batch, batch: Samples) -> Plan:
         """Plan batches that fit into the budget."""
         budget = self._settings.memory_budget
         assert budget is not None
@@ -359,7 +407,7 @@ class Measurement:
                 with Forward(self._model, lambda *event: None, self._sites) as forward:
                     forward.run(batch.clone())
         data, settings = self._data, self._settings
-        number = max(batch.element_size(), torch.float32.itemsize)
+        number = max(joined(batch).element_size(), torch.float32.itemsize)
         costs = [LayerCost(m.site, m.unit, *m.nbytes(number)) for m in self._layer_meters]
         alive = -(-live.nbytes // len(batch))
         per_sample = shares(first, alive, costs, data, owned=streams.owned)
@@ -397,13 +445,13 @@ class Measurement:
                 f" condition{reason}, got {min(known)}"
             )
 
-    def _find_sites(self, batch: Tensor) -> list[Site]:
+    def _find_sites(self, batch: Samples) -> list[Site]:
         if self._model is None:
-            return [Site(INPUT, "data", tuple(batch.shape[1:]))]
+            return [Site(INPUT, "data", tuple(joined(batch).shape[1:]))]
         sites = survey(self._model, batch)
         return select(sites, self._layers, self._model, self._settings.output)
 
-    def _find_chains(self, sites: list[Site], batch: Tensor) -> None:
+    def _find_chains(self, sites: list[Site], batch: Samples) -> None:
         """Replay the model once per layer, on so few samples that it costs at most half a pass."""
         if self._model is None:
             return
@@ -417,8 +465,10 @@ class Measurement:
         """Make the forward pass that reports to the active meters; the model does not run if they
         read only the input."""
         if self._model is None or all(meter.site.name == INPUT for meter in self._active):
-            report = partial(self._consume, INPUT, INPUT, None)
-            return nullcontext(SimpleNamespace(run=report))
+            consume = partial(self._consume, INPUT, INPUT, None)
+            return nullcontext(
+                SimpleNamespace(run=lambda x: consume(x if isinstance(x, Batch) else joined(x)))
+            )
         return Forward(self._model, self._consume, self._sites)
 
     def _consume(
@@ -478,7 +528,7 @@ class Measurement:
 def _parts(output: Tensor | Batch | dual.DualTensor) -> tuple[Tensor, Tensor | None]:
     """Return activations and their tangents; None for a plain tensor, whose tangents are zero."""
     if isinstance(output, Batch):
-        return output.x, output.tangents
+        return joined(output.x), output.tangents
     if isinstance(output, dual.DualTensor):
         return output.primal, output.tangents
     return output, None

@@ -15,7 +15,7 @@ from fisherfast.estimation.variance import jackknife_covariance, standard_errors
 from fisherfast.measurement.cross_fit import replicates_of_mean
 from fisherfast.measurement.meter import Meter
 from fisherfast.model.sites import Site
-from fisherfast.results.layer import LayerFisher
+from fisherfast.results.layer import UNMEASURED, LayerFisher
 from fisherfast.results.marginal import pack_covariance
 
 SCORE_ERRORS = 5.0
@@ -62,7 +62,7 @@ def not_measured(site: Site, data: Data, *, samples: int, reason: str) -> LayerF
         **nan,
         error_covariance=pack_covariance(covariance),
         plateau=False,
-        notes=(f"not measured: {reason}",),
+        notes=(f"{UNMEASURED}{reason}",),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from fisherfast.data.inputs import Samples
 from fisherfast.model.hooks import Forward
 from fisherfast.model.sites import HEAD, INPUT, JOINT, OUTPUT, Site
 
@@ -14,7 +15,7 @@ PASSIVE = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 """Modules that change only the shape in eval mode: "auto" leaves them out."""
 
 
-def survey(model: nn.Module, batch: Tensor) -> list[Site]:
+def survey(model: nn.Module, batch: Samples) -> list[Site]:
     """List all sites of a model in execution order, with aliases and chains. Call inside
     `evaluation`.
 
@@ -57,7 +58,7 @@ def survey(model: nn.Module, batch: Tensor) -> list[Site]:
     return sites
 
 
-def _events(model: nn.Module, batch: Tensor) -> set[str]:
+def _events(model: nn.Module, batch: Samples) -> set[str]:
     """Names of all events of a run."""
     names: set[str] = set()
     with Forward(model, lambda name, kind, module, output: names.add(name)) as forward:
@@ -73,7 +74,7 @@ CHAIN_TOLERANCE = 1e-3
 order is 1e-5."""
 
 
-def chains(model: nn.Module, batch: Tensor, sites: list[Site]) -> None:
+def chains(model: nn.Module, batch: Samples, sites: list[Site]) -> None:
     """Find which sites are a function of which other site alone, and fill `Site.descendants`.
 
     The model runs on *other* samples while the output of one site is replaced by its output for
@@ -86,7 +87,8 @@ def chains(model: nn.Module, batch: Tensor, sites: list[Site]) -> None:
     original = _record(model, batch, sites)
     for site in sites:
         try:
-            replay = _record(model, other, sites, replace=(site.name, original))
+            start = batch if site.name == INPUT else other
+            replay = _record(model, start, sites, replace=(site.name, original))
         except Exception:  # the network rejects replaced values: no chain is known
             continue
         past = False
@@ -98,7 +100,7 @@ def chains(model: nn.Module, batch: Tensor, sites: list[Site]) -> None:
 
 def _record(
     model: nn.Module,
-    x: Tensor,
+    x: Samples,
     sites: Sequence[Site],
     replace: tuple[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
@@ -116,9 +118,8 @@ def _record(
         outputs[site.name] = output.detach().clone()
         return None
 
-    start = x if replace is None or replace[0] != INPUT else replace[1][INPUT]
     with Forward(model, consume, sites) as forward:
-        forward.run(start.clone())
+        forward.run(x.clone())
     return outputs
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fisherfast.data.inputs import Samples, call, joined
 from fisherfast.model.default_device import outside
 from fisherfast.model.sites import INPUT, JOINT, OUTPUT, Site
 from fisherfast.model.unwrap import is_shell, name_inside
@@ -67,17 +68,18 @@ class Forward(TorchFunctionMode):
     def __exit__(self, *error: object) -> None:
         self._remove_hooks()
 
-    def run(self, batch: Tensor) -> Any:
-        """Run the model on a batch [n, ...], report all events, and return the model's output."""
+    def run(self, batch: Samples) -> Any:
+        """Run the model on a batch [n, ...], report all events, and return the model's output. The
+        floating entries of several inputs are reported side by side as "input"."""
         self._calls = {}
         self._stack = []
         self._last = INPUT
         self._samples = len(batch)
-        self._report(INPUT, INPUT, None, batch)
+        self._report(INPUT, INPUT, None, joined(batch))
         super().__enter__()
         try:
             with outside():
-                output = self._model(batch)
+                output = call(self._model, batch)
                 self._join(output)
                 return output
         finally:

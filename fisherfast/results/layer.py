@@ -246,6 +246,9 @@ class LayerFisher:
         return cls(**values)
 
 
+UNMEASURED = "not measured: "
+"""Begin of the note of a layer whose J is NaN because it cannot be measured."""
+
 _MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
 _STACKS = ("curve_J", "curve_stderr", "replicates")
 _OPTIONAL = (
@@ -259,7 +262,7 @@ _OPTIONAL = (
 def finite_step_note(layer: LayerFisher) -> str | None:
     """Make a warning if the two conditions are too far apart for a derivative."""
     worst = float(layer.finite_step.max())
-    if worst <= FINITE_STEP_LIMIT:
+    if not worst > FINITE_STEP_LIMIT:  # NaN: not measured
         return None
     return (
         f"dtheta sqrt(J) / 2 = {worst:.2f} > {FINITE_STEP_LIMIT}: the finite step distorts J;"

@@ -53,8 +53,9 @@ class MarginalFisher:
 
 
 def diagonal_text(matrix: torch.Tensor) -> str:
-    """Format the diagonal of a matrix [P, P] with four digits."""
-    return ", ".join(f"{float(value):.4g}" for value in matrix.diagonal())
+    """Format the diagonal of a matrix [P, P] with four digits; "-" for NaN."""
+    values = matrix.diagonal().tolist()
+    return ", ".join("-" if math.isnan(value) else f"{value:.4g}" for value in values)
 
 
 def cramer_rao(J: torch.Tensor, rounding: float = SINGULAR) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from fisherfast._errors import FisherWarning
 from fisherfast._validation import check_whole
 from fisherfast.results.comparison import divides, unresolved_note
+from fisherfast.results.layer import UNMEASURED
 from fisherfast.training.monitor import FisherMonitor
 from fisherfast.training.record import NOT_MEASURED, EpochRecord
 from fisherfast.training.rules import RULES, Transmission
@@ -97,8 +98,8 @@ class FisherEarlyStopping:
             first time.
 
         Raises:
-            ValueError: "crlb" without ``train_mse`` or with an error below 0, or the monitor has no
-                epoch yet.
+            ValueError: "crlb" without ``train_mse`` or with an error below 0, the monitor has no
+                epoch yet, or J_input cannot be measured (integers alone without a score).
 
         Warns:
             FisherWarning: the best epoch was before the first step, so its weights are unknown;
@@ -182,10 +183,19 @@ class FisherEarlyStopping:
         self._weights = None
 
     def _warn_of_input(self, record: EpochRecord) -> None:
-        """Warn once that the rule waits for a J_input that is significantly above zero."""
+        """Warn once that the rule waits for a J_input that is significantly above zero.
+
+        Raises:
+            ValueError: J_input cannot be measured: the rule would wait for ever.
+        """
         if self._warned or record.flow is None or not self.rule.reads_input:
             return
         source = record.flow.layers[0]
+        if reasons := [note for note in source.notes if note.startswith(UNMEASURED)]:
+            raise ValueError(
+                f"J of the input must be known for rule {self.rule.name!r}, got none in epoch"
+                f" {record.epoch}, {reasons[0]}"
+            )
         if not divides(source):
             self._warned = True
             warnings.warn(

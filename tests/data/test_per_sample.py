@@ -143,7 +143,12 @@ REFUSED = [
     (lambda: read(ff.Score([(X, X[:, 0, 0]), (X, X[:, 0])])), COLUMNS),
     (lambda: read(ff.Score([X])), "x must yield pairs (x, score) where score is not given"),
     (lambda: read(ff.Score([(X, X[:, 0, 0], X)])), "got 3 entries in batch 0: leave labels out"),
-    (lambda: read(ff.Score([((X, X), X[:, 0, 0])])), "got 2 entries (Tensor, Tensor): leave"),
+    (lambda: ff.Pathwise((X, X), X), "dx must be a tuple as x is, got Tensor"),
+    (lambda: ff.Pathwise({"a": X}, {"b": X}), "dx must have the entries of x, ['a'], got ['b']"),
+    (lambda: ff.Pathwise((X, X), (X,)), "dx must have the entries of x, [0, 1], got [0]"),
+    (lambda: ff.Pathwise((X, X), (None, None)), "derivatives to the same P parameters, got {}"),
+    (lambda: ff.Pathwise((X, X.long()), (X, X)), "dx[1] must be None, got Tensor: only floating"),
+    (lambda: ff.Pathwise(X.long(), X), "integers have no derivative; use Score or FiniteDiff"),
 ]
 
 

@@ -6,7 +6,9 @@ arithmetic is the same, so J must be the same to the last bit.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fisherfast as ff
+from fisherfast.model.hooks import map_tensors
 
 N, PIXELS, STEP = 400, (1, 3, 3), 0.1
 WORDS = 7
@@ -281,3 +284,155 @@ def test_rules_refuse_an_input_without_J(rule):
     monitor.step(train_mse=0.1)
     with pytest.raises(ValueError, match=f"rule '{rule}'.* x holds integers alone"):
         ff.FisherEarlyStopping(rule).step(monitor)
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    loss: Tensor | None = None
+    classes: Tensor | None = None
+
+
+@dataclass
+class MapAnswer(OrderedDict):
+    """As the models of transformers return it: a mapping whose fields are attributes too, and
+    whose constructor takes fields and no mapping."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+    classes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is not None:
+                self[field.name] = getattr(self, field.name)
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+
+class OwnAnswer:
+    def __init__(self, logits: Tensor, loss: Tensor, classes: Tensor) -> None:
+        self.logits, self.loss, self.classes, self.parent = logits, loss, classes, self
+
+
+class Answering(Camera):
+    """Returns an object, of an inner network that returns one as well."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, image: Tensor, time: Tensor) -> Any:
+        y = super().forward(image, time)
+        return self.kind(logits=y, loss=y.mean(), classes=y.argmax(1))
+
+
+@pytest.mark.parametrize("kind", [Answer, MapAnswer, OwnAnswer])
+def test_objects_with_logits(kind):
+    """Catches an output that is not found, a loss or classes that become heads, an object that is
+    rebuilt by its constructor, and tangents that stay in the primal's object."""
+    model = seeded(lambda: Answering(kind))
+    flow = measured(model, SOURCES["pathwise"](KEEP, lambda x: x))
+    expected = measured(seeded(Camera), SOURCES["pathwise"](KEEP, lambda x: x))
+    assert flow.names == expected.names
+    assert "output[logits]" in flow["output"].aliases
+    assert torch.equal(flow["output"].J, expected["output"].J)
+    image, time = (entry.clone() for entry in drawn())
+    dx = tuple(part.movedim(1, 0) for part in DX)
+    y, dy = ff.jvp(model, (image, time), dx)
+    assert type(y) is type(dy) is kind
+    whole, tangents = ff.jvp(seeded(ByHand), join(*drawn()), join_tangents(*dx))
+    assert torch.equal(y.logits, whole)
+    assert torch.equal(dy.logits, tangents)
+    assert torch.equal(y.classes, whole.argmax(1))
+    assert map_tensors(y, lambda place, tensor: tensor) is y
+
+
+def join_tangents(*dx: Tensor) -> Tensor:
+    return torch.cat([part.flatten(2) for part in dx], 2)
+
+
+def test_jvp_and_propagate_of_several_inputs():
+    """Catches tangents of the wrong entry, a None that is refused or takes those of another entry,
+    and integers that are made dual."""
+    reader, by_hand = seeded(Reader).double(), seeded(ReaderByHand).double()
+    dose, ids, mask = words(0)
+    dx = torch.stack([torch.ones(N), torch.randn(N)]).double()
+    x, whole = tokens(dose.double(), ids, mask), as_floats(dose, ids, mask).double()
+    side = torch.cat([dx[..., None], torch.zeros(2, N, 10, dtype=dx.dtype)], 2)
+    for given in ({"dose": dx}, {"dose": dx, "ids": None, "scale": None}):
+        y, dy = ff.jvp(reader, x, given)
+        assert torch.equal(y, ff.jvp(by_hand, whole, side)[0])
+        assert torch.equal(dy, ff.jvp(by_hand, whole, side)[1])
+    seen, expected = ff.propagate(reader, x, {"dose": dx}), ff.propagate(by_hand, whole, side)
+    for name in ("embed", "output"):
+        assert all(map(torch.equal, seen[name], expected[name]))
+    assert torch.equal(seen["input"][1], dx)
+    still = ff.propagate(seeded(Camera), drawn(), (None, DX[1].movedim(1, 0)))["input"]
+    assert torch.equal(still[0], join(*drawn()))
+    assert not still[1][..., :9].any()
+    assert (still[1][..., 9:] == -2).all()
+    report = ff.dual.coverage(reader, x)
+    assert report.share == 1
+
+
+BAD = {
+    "x list": (lambda: ff.jvp(Camera(), [*drawn()], None), TypeError, "x must be a torch.Tensor,"),
+    "a tensor": (lambda: ff.jvp(Camera(), drawn(), DX[0]), TypeError, "dx must be a tuple as x"),
+    "too few": (lambda: ff.jvp(Camera(), drawn(), DX[:1]), ValueError, "dx must have the entries"),
+    "none": (lambda: ff.jvp(Camera(), drawn(), (None, None)), ValueError, "dx must hold tangents"),
+    "counts": (
+        lambda: ff.jvp(Camera(), drawn(), (DX[0].movedim(1, 0), torch.zeros(2, N, 2))),
+        ValueError,
+        "dx must hold P tangents of each entry",
+    ),
+    "shape": (lambda: ff.jvp(Camera(), drawn(), DX), ValueError, r"dx\[0\] must have shape"),
+    "integers": (
+        lambda: ff.jvp(Reader(), tokens(*words(0)), {"ids": words(0)[1][None]}),
+        TypeError,
+        r"dx\['ids'\] must be None",
+    ),
+    "keys": (
+        lambda: measured(Camera(), ff.FiniteDifference(*streams(named, KEEP), STEP)),
+        ValueError,
+        r"plus must have the same entries .* got \(\[1, 3, 3\], \[2\]\) in batch 0 after",
+    ),
+    "a changed entry": (
+        lambda: measured(Camera(), ff.FiniteDifference(*streams(KEEP, wider), STEP)),
+        ValueError,
+        r"plus must have .* got \(\[1, 3, 3\], \[4\]\) in batch 0 after \(\[1, 3, 3\], \[2\]\)",
+    ),
+}
+
+
+def wider(image: Tensor, time: Tensor) -> Any:
+    return image, torch.cat([time, time], 1)
+
+
+def streams(*packs: Callable[..., Any]) -> list[Any]:
+    return [stream(pack(*drawn())) for pack in packs]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_inputs_are_refused(case):
+    """Catches torch's own words about arguments, and derivatives that are put to other entries."""
+    call, kind, message = BAD[case]
+    with pytest.raises(kind, match=f"^{message}"):
+        call()
+
+
+def test_errors_of_the_model_name_the_batch():
+    """Catches an index error without the batch that holds the word, and an error of another class.
+    Notes are a part of what pytest matches."""
+    ids = words(0)[1]
+    late = ids.clone()
+    late[-1, 0] = WORDS
+    for data in (ff.FiniteDifference(stream(ids), stream(late), 0.1), ff.Score(late, SCORE)):
+        text = r"^index out of range in self\nin (batch 6|one of the batches 0 to 6) of condition"
+        with pytest.raises(IndexError, match=text):
+            measured(seeded(Words), data)

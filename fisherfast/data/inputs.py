@@ -106,6 +106,13 @@ def is_samples(entry: Any) -> bool:
     return isinstance(entry, Tensor | np.ndarray) and entry.ndim > 0
 
 
+def is_floating(entry: Any) -> bool:
+    """Return whether an entry has one row per sample and a floating dtype."""
+    if not is_samples(entry):
+        return False
+    return entry.is_floating_point() if isinstance(entry, Tensor) else entry.dtype.kind == "f"
+
+
 def is_constant(entry: Any) -> bool:
     """Return whether an entry is the same for all samples: a number, a string or None."""
     single = isinstance(entry, Tensor | np.ndarray) and entry.ndim == 0
@@ -175,6 +182,32 @@ def spread(x: Samples, side: Tensor, change: Callable[[Tensor, Tensor], Tensor])
         ]
     left = iter(parts)
     return mapped(x, lambda e: change(e, next(left)) if e.is_floating_point() else e)
+
+
+def dx_of(x: Inputs, dx: Any, where: str = "") -> dict[Any, Any]:
+    """Return the tangents that are given for entries of x, by key; the rest are zero.
+
+    Raises:
+        TypeError: dx is no tuple or dict as x is, or has tangents of an entry without a derivative.
+        ValueError: dx has other entries than x, or none.
+    """
+    given = Inputs.of(dx)
+    if not isinstance(given, Inputs) or given.named != x.named:
+        kind = "dict" if x.named else "tuple"
+        raise TypeError(f"dx must be a {kind} as x is, got {type(dx).__name__}{where}")
+    keys, own = list(given.entries), list(x.entries)
+    if not set(keys) <= set(own) or not (x.named or len(keys) == len(own)):
+        raise ValueError(f"dx must have the entries of x, {own}, got {keys}{where}")
+    parts = {key: part for key, part in given.entries.items() if part is not None}
+    if not parts:
+        raise ValueError(f"dx must hold tangents of at least one entry, got none{where}")
+    for key, part in parts.items():
+        if not is_floating(x.entries[key]):
+            raise TypeError(
+                f"dx[{key!r}] must be None, got {type(part).__name__}{where}: only floating entries"
+                " have a derivative"
+            )
+    return parts
 
 
 def concatenated(batches: Sequence[Samples]) -> Samples:

@@ -13,7 +13,7 @@ from fisherfast.data import sources
 from fisherfast.data.batch import Batch
 from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
-from fisherfast.data.inputs import Inputs, Samples, floating, is_samples, tensors_of
+from fisherfast.data.inputs import Inputs, Samples, dx_of, floating, is_floating, tensors_of
 from fisherfast.data.sources import Source
 
 
@@ -134,6 +134,9 @@ class Pathwise(PerSample):
     def _checked(self, x: Any, companion: Any, where: str, like: Samples | None = None) -> Samples:
         """Check dx of samples x, or of samples that have the dtypes of `like`."""
         like, where = x if like is None else like, where and f" {where}"
+        single = isinstance(companion, list | tuple) and len(companion) == 1
+        if single and not isinstance(x, Inputs):
+            companion = companion[0]
         if not floating(like):
             raise TypeError(
                 f"x must have a floating dtype, got {tensors_of(like)[0].dtype}{where}: integers"
@@ -141,22 +144,10 @@ class Pathwise(PerSample):
             )
         if not isinstance(x, Inputs):
             return self._of_entry(companion, x, like, "dx", where)
-        given, alike = Inputs.of(companion), like.entries if isinstance(like, Inputs) else {}
-        if not isinstance(given, Inputs) or given.named != x.named:
-            raise TypeError(
-                f"dx must be a {'dict' if x.named else 'tuple'} as x is, got"
-                f" {type(companion).__name__}{where}"
-            )
-        unknown = [key for key in given.entries if key not in x.entries]
-        if unknown or not (x.named or len(given.entries) == len(x.entries)):
-            raise ValueError(
-                f"dx must have the entries of x, {list(x.entries)}, got"
-                f" {list(given.entries)}{where}"
-            )
+        alike = like.entries if isinstance(like, Inputs) else {}
         found = {
             key: self._of_entry(part, x.entries[key], alike[key], f"dx[{key!r}]", where)
-            for key, part in given.entries.items()
-            if part is not None
+            for key, part in dx_of(x, companion, where).items()
         }
         if len({part.shape[1] for part in found.values()}) != 1:
             counts = {key: part.shape[1] for key, part in found.items()}
@@ -167,11 +158,6 @@ class Pathwise(PerSample):
 
     def _of_entry(self, dx: Any, x: Any, like: Any, name: str, where: str) -> torch.Tensor:
         """Check dx of one entry, and return it as [n, P, ...], with P = 1 where it was left out."""
-        if not is_samples(like) or not like.is_floating_point():
-            raise TypeError(
-                f"{name} must be None, got {type(dx).__name__}{where}: only floating entries have a"
-                " derivative"
-            )
         if not isinstance(dx, torch.Tensor | np.ndarray):
             raise TypeError(
                 f"{name} must be a tensor or array [n, P, ...] as x is, got {type(dx).__name__}"
@@ -203,7 +189,7 @@ class Pathwise(PerSample):
             return Batch(x, tangents=companion.movedim(1, 0))
         parts = []
         for key, entry in x.entries.items():
-            if is_samples(entry) and entry.is_floating_point():
+            if is_floating(entry):
                 dx = companion.entries.get(key)
                 if dx is None:
                     dx = entry.new_zeros(()).expand(len(x), self.parameters, *entry.shape[1:])
@@ -284,6 +270,8 @@ class Score(PerSample):
 
 
 def _as_score(value: Any) -> torch.Tensor:
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
     if not isinstance(value, torch.Tensor | np.ndarray):
         raise TypeError(
             f"score must be a tensor or array [n, P] as x is, got {type(value).__name__}"

@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fisherfast._errors import FisherWarning
+from fisherfast.data.inputs import Inputs, Samples, call, dx_of, is_floating
+from fisherfast.data.sources import check_dense, check_entries
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.dispatch import RECORD, overloads
@@ -101,7 +103,7 @@ def propagation(
         yield
 
 
-def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
+def jvp(model: nn.Module, x: Any, dx: Any) -> tuple[Any, Any]:
     r"""Compute the output of a model and its exact derivatives along P directions, per sample.
 
     .. math:: y_i = f(x_i), \qquad dy_{p i} = \frac{\partial f}{\partial x}(x_i) \, dx_{p i}
@@ -111,9 +113,13 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     afterwards, also after an error.
 
     Args:
-        model: any module that maps a batch [n, ...] to tensors, tuples, lists or dicts of them.
-        x: [n, ...] of floating dtype (or integers, for an embedding: all tangents are then zero).
-        dx: [P, n, ...], dtype and device of x: derivative of each sample along P directions.
+        model: any module that maps a batch [n, ...] to tensors, or to tuples, lists, dicts or
+            objects of them.
+        x: [n, ...] of floating dtype (or integers, for an embedding: all tangents are then zero);
+            several inputs in a tuple (``model(*x)``) or dict (``model(**x)``), of any dtype.
+        dx: [P, n, ...], dtype and device of x: derivative of each sample along P directions. Of
+            several inputs a tuple or dict as x is; None, or a key left out, for an entry that does
+            not move or that holds integers.
 
     Returns:
         y: what the model returns for x, without gradients.
@@ -122,8 +128,9 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 
     Raises:
         ValueError: dx has another shape or device.
-        TypeError: model is not a module, x is not a tensor or is complex, dx has another dtype, or
-            the model returns another type of object.
+        TypeError: model is not a module, x is not a tensor (or a tuple or dict of tensors) or is
+            complex, dx has another dtype or is not given as x is, or the model returns an object
+            that hides its tensors.
         DerivativeError: an operation has no derivative (names its layer).
 
     Warns:
@@ -141,25 +148,25 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     _check_model(model)
     batch, directions = _packed(x, dx)
     with evaluation(model, SEED), propagation(model, directions):
-        output = model(batch)
+        output = call(model, batch)
         output = map_tensors(output, lambda place, tensor: _compact(tensor))
     return _structure(output, _primal), _structure(output, lambda t: _tangents(t, directions))
 
 
 def propagate(
-    model: nn.Module, x: Tensor, dx: Tensor, *, layers: Layers = "auto"
+    model: nn.Module, x: Any, dx: Any, *, layers: Layers = "auto"
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Compute the activations of every layer and their exact derivatives along P directions.
 
     Args:
         model: as for `jvp`.
-        x: [n, ...].
-        dx: [P, n, ...].
+        x, dx: as for `jvp`.
         layers: as for `fisher_flow`.
 
     Returns:
         Name of the layer -> (activations [n, ...], tangents [P, n, ...]), in execution order,
-        with "input" and "output".
+        with "input" and "output". The input is the floating entries of x side by side, [n, d], if
+        there are several.
 
     Raises:
         As for `jvp`; ValueError for an unknown layer (lists the nearest names).
@@ -178,7 +185,7 @@ def propagate(
     batch, directions = _packed(x, dx)
     kept: dict[str, Tensor] = {}
     with evaluation(model, SEED):
-        first = x[:SURVEY_SAMPLES]
+        first = _inputs(x)[:SURVEY_SAMPLES]
         with _explained(model, batch, directions):
             sites = select(survey(model, first), layers, model)
         names = {site.event: site.name for site in sites}
@@ -196,24 +203,24 @@ def propagate(
 
 
 @contextmanager
-def _explained(model: nn.Module, batch: Tensor, directions: int) -> Iterator[None]:
+def _explained(model: nn.Module, batch: Samples, directions: int) -> Iterator[None]:
     """Run a model that failed again under `propagation`, whose errors name the operation and the
     layer."""
     try:
         yield
     except RuntimeError:
         with propagation(model, directions):
-            model(batch)
+            call(model, batch)
         raise
 
 
-def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
+def coverage(model: nn.Module, x: Any, dx: Any = None) -> Coverage:
     """List the operations of a model that have a rule, need PyTorch's forward mode, or fail.
 
     Args:
         model: as for `jvp`.
-        x: [n, ...].
-        dx: [P, n, ...], or None for one random direction.
+        x: as for `jvp`.
+        dx: as for `jvp`, or None for one random direction.
 
     Returns:
         `Coverage`: counts by operation and by how it was differentiated; prints as a table.
@@ -231,21 +238,56 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
     """
     _check_model(model)
     if dx is None:
-        generator = torch.Generator(device=x.device).manual_seed(SEED)
-        dx = torch.randn((1, *x.shape), generator=generator, device=x.device)
-        dx = dx.to(x.dtype) if x.is_floating_point() else dx
+        dx = _random_direction(_inputs(x))
     record = Coverage()
     batch, directions = _packed(x, dx)
     with evaluation(model, SEED), propagation(model, directions, record):
-        model(batch)
+        call(model, batch)
     return record
 
 
-def _packed(x: Tensor, dx: Tensor) -> tuple[Tensor, int]:
-    """Return the input of the model and P: a dual tensor, or x itself if it holds integers, whose
-    tangents are zero."""
-    counts = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
-    if not counts:
+def _random_direction(x: Samples) -> Any:
+    """Draw one tangent of each floating entry of x, of a single tensor of any dtype."""
+    generator = torch.Generator(device=x.device).manual_seed(SEED)
+
+    def drawn(entry: Tensor) -> Tensor:
+        dx = torch.randn((1, *entry.shape), generator=generator, device=entry.device)
+        return dx.to(entry.dtype) if entry.is_floating_point() else dx
+
+    if isinstance(x, Tensor):
+        return drawn(x)
+    directions = {
+        key: drawn(entry) if is_floating(entry) else None for key, entry in x.entries.items()
+    }
+    return directions if x.named else tuple(directions.values())
+
+
+def _inputs(x: Any) -> Any:
+    """Return a tuple or dict as `Inputs`, with its entries checked; anything else as it is."""
+    if not isinstance(x, tuple | Mapping):
+        return x
+    return check_entries(Inputs.of(x), "x", check_dense)
+
+
+def _packed(x: Any, dx: Any) -> tuple[Samples, int]:
+    """Return the input of the model and P: dual tensors in place of floating entries, and the
+    integers, whose tangents are zero, as they are."""
+    if isinstance(x, tuple) and isinstance(dx, tuple) and len(x) == len(dx) == 1:
+        x, dx = x[0], dx[0]
+    x = _inputs(x)
+    if isinstance(x, Inputs):
+        parts = dx_of(x, dx)
+        counts = {len(part) for part in parts.values()}
+        if len(counts) > 1:
+            raise ValueError(f"dx must hold P tangents of each entry, got {sorted(counts)}")
+        for key, part in parts.items():
+            check_tangents(x.entries[key], part, f"x[{key!r}]", f"dx[{key!r}]")
+        several = x.clone()
+        for key, part in parts.items():
+            several.entries[key] = DualTensor.pack(several.entries[key], part)
+        return several, counts.pop()
+    integers = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
+    if not integers:
         batch = DualTensor.pack(x, dx)
         return batch, batch.directions
     check_tangents(x.to(dx.dtype), dx)

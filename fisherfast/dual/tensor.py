@@ -198,9 +198,9 @@ def _channels_last(stack: Tensor) -> bool:
     return stack.movedim(2, 4).is_contiguous()
 
 
-def check_tangents(x: Tensor, dx: Tensor) -> None:
+def check_tangents(x: Tensor, dx: Tensor, x_name: str = "x", dx_name: str = "dx") -> None:
     """Raise unless x [n, ...] has a real floating dtype and dx [P, n, ...] matches it."""
-    for name, tensor in (("x", x), ("dx", dx)):
+    for name, tensor in ((x_name, x), (dx_name, dx)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if x.is_complex():
@@ -214,12 +214,13 @@ def check_tangents(x: Tensor, dx: Tensor) -> None:
             " may create integers inside; their tangents are zero)"
         )
     if dx.dtype != x.dtype:
-        raise TypeError(f"dx must have the dtype of x ({x.dtype}), got {dx.dtype}")
+        raise TypeError(f"{dx_name} must have the dtype of {x_name} ({x.dtype}), got {dx.dtype}")
     if dx.device != x.device:
-        raise ValueError(f"dx must be on the device of x ({x.device}), got {dx.device}")
+        raise ValueError(f"{dx_name} must be on the device of x ({x.device}), got {dx.device}")
     if dx.dim() != x.dim() + 1 or dx.shape[1:] != x.shape:
         raise ValueError(
-            f"dx must have shape [P, *x.shape] with x.shape = {list(x.shape)}, got {list(dx.shape)}"
+            f"{dx_name} must have shape [P, *x.shape] with x.shape = {list(x.shape)},"
+            f" got {list(dx.shape)}"
         )
 
 

@@ -315,9 +315,13 @@ class Measurement:
         """Add to an error of the model which batch it was called with."""
 
         def where() -> str:
-            number = self._number if isinstance(self._number, int) else int(self._number.min())
             name = self._data.condition_name(self._condition)
-            return f"in batch {number} of condition {name!r}: {described(x)}"
+            # the pilot reads samples from all over the data
+            numbers = torch.as_tensor(self._number, device="cpu").unique().tolist()
+            batch = f"batch {numbers[0]}"
+            if len(numbers) > 1:
+                batch = f"one of the batches {numbers[0]} to {numbers[-1]}"
+            return f"in {batch} of condition {name!r}: {described(x)}"
 
         return explained(where)
 

@@ -3,6 +3,8 @@ for which modules have no hooks."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -170,19 +172,43 @@ def _event_name(module_name: str) -> str:
 
 
 def map_tensors(output: Any, change: Callable[[str, Tensor], Tensor], place: str = "") -> Any:
-    """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]".
+    """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]",
+    "[logits]" for an attribute.
 
-    Unchanged parts are returned as they are, including containers of the user's own classes.
+    Unchanged parts are returned as they are, including objects of the user's own classes; changed
+    ones are copies of the same class.
     """
     if isinstance(output, Tensor):
         return change(place, output)
     if isinstance(output, Mapping):
-        changed = {k: map_tensors(v, change, f"{place}[{k}]") for k, v in output.items()}
-        same = all(changed[key] is value for key, value in output.items())
-        return output if same else type(output)(changed)  # type: ignore[call-arg]
+        parts: dict[Any, Any] = dict(output)
+    elif isinstance(output, list | tuple):
+        parts = dict(enumerate(output))
+    else:
+        parts = _attributes(output)
+    changed = {k: map_tensors(v, change, f"{place}[{k}]") for k, v in parts.items()}
+    if all(changed[key] is value for key, value in parts.items()):
+        return output
     if isinstance(output, list | tuple):
-        entries = [map_tensors(v, change, f"{place}[{i}]") for i, v in enumerate(output)]
-        if all(new is old for new, old in zip(entries, output, strict=True)):
-            return output
+        entries = changed.values()
         return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
-    return output
+    copied = copy.copy(output)
+    for key, value in changed.items():
+        if isinstance(output, Mapping):
+            copied[key] = value
+        else:
+            object.__setattr__(copied, key, value)
+    return copied
+
+
+def _attributes(output: Any) -> dict[str, Any]:
+    """Return the attributes of an object that hold tensors, alone or in containers; none unless one
+    is a tensor itself: caches and modules are no outputs."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        found = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    else:
+        found = dict(getattr(output, "__dict__", None) or {})
+    alone = any(isinstance(value, Tensor) for value in found.values())
+    if isinstance(output, nn.Module | type) or not alone:
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, Tensor | Mapping | list | tuple)}

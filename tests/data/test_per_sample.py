@@ -146,7 +146,7 @@ REFUSED = [
     (lambda: ff.Pathwise((X, X), X), "dx must be a tuple as x is, got Tensor"),
     (lambda: ff.Pathwise({"a": X}, {"b": X}), "dx must have the entries of x, ['a'], got ['b']"),
     (lambda: ff.Pathwise((X, X), (X,)), "dx must have the entries of x, [0, 1], got [0]"),
-    (lambda: ff.Pathwise((X, X), (None, None)), "derivatives to the same P parameters, got {}"),
+    (lambda: ff.Pathwise((X, X), (None, None)), "dx must hold tangents of at least one"),
     (lambda: ff.Pathwise((X, X.long()), (X, X)), "dx[1] must be None, got Tensor: only floating"),
     (lambda: ff.Pathwise(X.long(), X), "integers have no derivative; use Score or FiniteDiff"),
 ]

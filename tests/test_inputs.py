@@ -436,3 +436,74 @@ def test_errors_of_the_model_name_the_batch():
         text = r"^index out of range in self\nin (batch 6|one of the batches 0 to 6) of condition"
         with pytest.raises(IndexError, match=text):
             measured(seeded(Words), data)
+
+
+def labels(n: int = N) -> Tensor:
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(2))
+
+
+def answers() -> nn.Module:
+    return Answering(MapAnswer)
+
+
+PARAMETER_DATA: dict[str, Callable[[Any, Any], Any]] = {
+    "pair": lambda x, y: (x, y),
+    "loader": lambda x, y: DataLoader(Items((x, y)), batch_size=64),
+    "stream": lambda x, y: stream((x, y))(),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETER_DATA)
+@pytest.mark.parametrize("pack", [KEEP, named])
+def test_parameters_of_several_inputs(kind, pack):
+    """Catches inputs that are taken for labels, or that are cut at other rows; rows of single
+    samples by torch.func; logits in an object."""
+    x = pack(*drawn())
+    model, by_hand = (seeded(build).double() for build in (answers, ByHand))
+    model.scale = by_hand.scale = nn.Parameter(torch.ones(()).double())  # no rule: rows
+    for net in (model, by_hand):
+        net.conv.register_forward_hook(lambda m, args, out, net=net: out * net.scale)
+    with untouched(model):
+        fisher = ff.parameters.fisher(
+            model, "gaussian", PARAMETER_DATA[kind](x, labels()), fisher_type="empirical"
+        )
+    expected = ff.parameters.fisher(
+        by_hand, "gaussian", (join(*drawn()), labels()), fisher_type="empirical"
+    )
+    torch.testing.assert_close(fisher.diag(), expected.diag(), rtol=1e-12, atol=0)  # sums
+    if kind == "pair":
+        scores = ff.parameters.score(model, "gaussian", x, labels()).matrix()
+        other = ff.parameters.score(by_hand, "gaussian", join(*drawn()), labels()).matrix()
+        assert torch.equal(scores, other)
+
+
+def test_parameters_of_tokens():
+    exact = ff.parameters.fisher(seeded(Reader), "gaussian", tokens(*words(0)))
+    expected = ff.parameters.fisher(seeded(ReaderByHand), "gaussian", as_floats(*words(0)))
+    assert torch.equal(exact.diag(), expected.diag())
+
+
+@pytest.mark.parametrize("pack", [KEEP, named])
+def test_live_estimates_of_several_inputs(pack):
+    """Catches a live "input" that is the image alone, or missing for named inputs, and an output in
+    an object that is not read."""
+    models = [seeded(lambda: Answering(MapAnswer)), seeded(ByHand)]
+    data = SOURCES["independent"](pack, lambda x: x), SOURCES["independent"](ONE, lambda x: x)
+    monitors = [
+        ff.FisherMonitor(m, d, observe_every=1, max_features=8)
+        for m, d in zip(models, data, strict=True)
+    ]
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(40):
+        theta = torch.randn(64, generator=generator)
+        image = torch.randn(64, *PIXELS, generator=generator) + theta[:, None, None, None]
+        entries = image, torch.randn(64, 2, generator=generator)
+        for model, monitor, own in zip(models, monitors, (pack, ONE), strict=True):
+            x = own(*(entry.clone() for entry in entries))
+            model.train()
+            model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
+            monitor.observe(theta)
+    seen, expected = (monitor.live() for monitor in monitors)
+    assert set(seen) == set(expected) >= {"input", "output"}
+    for name in ("input", "output"):
+        assert torch.equal(seen[name].J, expected[name].J)

@@ -201,6 +201,20 @@ def map_tensors(output: Any, change: Callable[[str, Tensor], Tensor], place: str
     return copied
 
 
+def only_output(output: Any, samples: int) -> Any:
+    """Return the one floating tensor [n, ...] in an output, such as its logits; the output itself
+    if there are none or several."""
+    found: dict[int, Tensor] = {}
+
+    def look(place: str, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and tensor.ndim and len(tensor) == samples:
+            found[id(tensor)] = tensor
+        return tensor
+
+    map_tensors(output, look)
+    return next(iter(found.values())) if len(found) == 1 else output
+
+
 def _attributes(output: Any) -> dict[str, Any]:
     """Return the attributes of an object that hold tensors, alone or in containers; none unless one
     is a tensor itself: caches and modules are no outputs."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._progress import progress_bar
+from fisherfast.data.inputs import joined
 from fisherfast.model.default_device import each_as_outside, outside
 from fisherfast.model.isolation import forgetting
 from fisherfast.parameters.backward.backpropagation import Backpropagation
@@ -173,7 +174,7 @@ class Source:
             self.data, self.model, self.batch_size, labels=self.fisher_type == "empirical"
         )
         for number, (x, y) in enumerate(each_as_outside(read)):
-            finite = torch.isfinite(x).all()
+            finite = torch.isfinite(joined(x)).all()
             allowed.add(finite, f"data must be finite, got others in batch {number}")
             checked = apart is None or not apart.shown or (single and len(x) > 1)
             if checked:

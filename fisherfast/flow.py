@@ -42,16 +42,20 @@ def fisher_flow(
     restored afterwards, also after an error.
 
     Args:
-        model: any module that takes a batch [n, ...]. For a compiled or distributed model the
-            wrapped module is measured.
+        model: any module that takes a batch [n, ...], or several inputs as the data hold them, by
+            position (a tuple) or by name (a dict). For a compiled or distributed model the wrapped
+            module is measured.
         data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
-            copied to the device and dtype of the model. For `Pathwise` the tangents pass through
+            copied to the device of the model, floating ones to its dtype; integers stay as they
+            are. The layer "input" holds the floating entries side by side; of integers alone it is
+            NaN, except with a score. For `Pathwise` the tangents pass through
             the model together with the samples, at the cost of 1 + P forward passes.
         layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
             names, a regular expression searched for in the names, or a function (name, module or
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
             and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always included. If
-            the model returns a tuple, a list or a dict, also nested, "output" is the joint output:
+            the model returns a tuple, a list, a dict or an object with tensors (its logits, say),
+            also nested, "output" is the joint output:
             all floating tensors with one row per sample, side by side. Each of them is also a head,
             "output[0]" or "output[mean]", and included in "auto". Integers, None and tensors
             without a row per sample are left out; if nothing remains there is no "output".
@@ -93,7 +97,7 @@ def fisher_flow(
             or one that never runs; an output that the model does not have (lists its outputs); a
             memory_budget too small for one sample (says how much is needed); data that do not
             repeat, with a probe or grow.
-        TypeError: integer or complex data.
+        TypeError: complex data, or integers that no layer of the model turns into numbers.
         RuntimeError: another rank of the group failed (says which, and what it raised), or did not
             answer within the timeout of the process group.
 
@@ -144,7 +148,8 @@ def fisher_information(
 ) -> LayerFisher:
     """Measure the Fisher information about theta in the data themselves, without a model.
 
-    Arguments, errors and cost are those of `fisher_flow`.
+    Arguments, errors and cost are those of `fisher_flow`. Several inputs are measured side by side,
+    as far as they are floating.
 
     Returns:
         `LayerFisher` named "input": J, stderr, lower, ... float64 [P, P] in 1/theta^2.

@@ -42,7 +42,7 @@ from fisherfast.measurement.meter import Meter, rows_of
 from fisherfast.measurement.moments import UnmeasuredError
 from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbeMeter
 from fisherfast.measurement.settings import MeasurementSettings
-from fisherfast.measurement.without_estimate import not_measured, score_information, score_note
+from fisherfast.measurement.without_estimate import not_measured, of_input, score_note
 from fisherfast.model.default_device import on_host, outside
 from fisherfast.model.graph import CHAIN_SAMPLES, chains, survey
 from fisherfast.model.hooks import Forward
@@ -215,7 +215,7 @@ class Measurement:
             for number, meter in enumerate(meters):
                 name = meter.site.name
                 if name == INPUT:
-                    layers[number] = self._of_input(layers[number], meter)
+                    layers[number] = of_input(layers[number], meter, self._data, self._left_out)
                 if meter.map is not None:
                     contrast, ridge = self._data.contrast(), self._settings.ridge
                     maps[name] = InformationMap(
@@ -230,17 +230,6 @@ class Measurement:
         flow = FisherFlow(tuple(layers), self._settings.to_dict(), maps=maps)
         flow = self._recall.complete(flow, self._sites, self._data)
         return replace(flow, layers=with_status(flow.layers, score=scored)), warning
-
-    def _of_input(self, layer: LayerFisher, meter: Meter) -> LayerFisher:
-        """Complete the result for the input: V of a score, and a note about what is left out."""
-        site, unseen = meter.site, self._left_out
-        blind = unseen is not None and layer.feature_kind == "none"
-        if unseen is not None and blind:
-            layer = not_measured(site, self._data, samples=layer.samples, reason=unseen)
-        if self._data.source == "score":
-            layer = score_information(layer, meter)
-            return replace(layer, notes=()) if blind else layer
-        return layer if blind or unseen is None else replace(layer, notes=(*layer.notes, unseen))
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -371,8 +360,12 @@ class Measurement:
         known = self._recall.sites is not None
         with explained(lambda: f"on the first samples of all conditions: {described(batch)}"):
             self._sites = self._recall.sites or self._find_sites(batch)
-        if not floating(batch) and {site.name for site in self._sites} <= {INPUT}:
-            self._check_score(batch)
+        alone = all(site.name == INPUT for site in self._sites)
+        if alone and not floating(batch) and self._data.source != "score":
+            raise TypeError(
+                f"x must have a floating dtype, got {tensors_of(batch)[0].dtype}; convert with"
+                " .float(), or measure the layers of a model that takes integers"
+            )
         unknown = self._recall.unknown(self._sites)
         for site in unknown:
             meter = self._meter(site, self._probe_bytes() // len(unknown))
@@ -386,14 +379,6 @@ class Measurement:
         if not known:
             self._find_chains(self._sites, batch)
         self._agreement.agree_on_layers(self._sites, self._layer_meters)
-
-    def _check_score(self, x: Samples) -> None:
-        """Refuse integers that no layer has turned into numbers, except with a score."""
-        if self._data.source != "score":
-            raise TypeError(
-                f"x must have a floating dtype, got {tensors_of(x)[0].dtype}; convert with"
-                " .float(), or measure the layers of a model that takes integers"
-            )
 
     def _check_maps(self) -> None:
         maps = self._settings.maps

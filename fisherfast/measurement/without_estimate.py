@@ -86,6 +86,24 @@ def score_note(meter: Meter) -> str | None:
     )
 
 
+def of_input(layer: LayerFisher, meter: Meter, data: Data, unseen: str | None) -> LayerFisher:
+    """Complete the result for the input: V of a score, or what no density is known of.
+
+    Args:
+        layer: as its features show it.
+        meter: of the input.
+        data: the samples.
+        unseen: which of their entries are not floating; None for none.
+    """
+    blind = unseen is not None and layer.feature_kind == "none"
+    if unseen is not None and blind:
+        layer = not_measured(meter.site, data, samples=layer.samples, reason=unseen)
+    if data.source == "score":
+        layer = score_information(layer, meter)
+        return replace(layer, notes=()) if blind else layer
+    return layer if blind or unseen is None else replace(layer, notes=(*layer.notes, unseen))
+
+
 def score_information(layer: LayerFisher, meter: Meter) -> LayerFisher:
     """Put V = Cov(score), the Fisher information itself, in place of what the features of the input
     show."""

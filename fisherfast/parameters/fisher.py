@@ -77,7 +77,8 @@ def fisher(
         likelihood: p(y | f): "gaussian" (of variance 1), "categorical", "bernoulli", "poisson" (f
             the logarithm of the rate), an instance of their classes, or your own `Likelihood`.
         data: inputs x [n, ...], a pair (x, y), a Dataset or DataLoader of x or (x, y), or an
-            iterable of batches, read once. Labels are used by "empirical" only. Floating inputs are
+            iterable of batches, read once. Several inputs of the model are a dict, or a tuple
+            inside a pair, ((x1, x2), y). Labels are used by "empirical" only. Floating inputs are
             converted to the dtype and device of the model.
         structure: what is kept of F: "diag", "block" (one dense block per layer), "kfac" (Kronecker
             factors per layer), "full", "gram" (all of it, through the inner products of samples),

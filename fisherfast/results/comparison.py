@@ -145,6 +145,8 @@ def divides(layer: LayerFisher) -> bool:
 
 def unresolved_note(layer: LayerFisher) -> str:
     """Explain why there is no ratio to this layer."""
+    if bool(layer.J.isnan().any()):
+        return f"J of {layer.name} is not known: no ratio to it"
     return f"J of {layer.name} is within {DIVIDES:g} errors of zero: no ratio to it"
 
 

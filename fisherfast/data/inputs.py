@@ -241,7 +241,8 @@ def in_words(x: Samples) -> str:
 
 
 def described(x: Samples) -> str:
-    """Write how a model is called: "model(*x), x = (float32 [8, 1, 28, 28], int64 [8])"."""
+    """Write how a model is called, for errors of the model: "model(*x), x = (float32 [8, 1, 28,
+    28], int64 [8])", and what may be wrong with that."""
 
     def words(entry: Any) -> str:
         if not isinstance(entry, Tensor):
@@ -249,10 +250,12 @@ def described(x: Samples) -> str:
         return f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
 
     if not isinstance(x, Inputs):
-        return f"model(x), x = {words(x)}"
+        hint = "" if floating(x) else "; integers stay as they are, convert counts with .float()"
+        return f"model(x), x = {words(x)}{hint}"
     if x.named:
         return f"model(**x), x = {{{', '.join(f'{k}: {words(v)}' for k, v in x.entries.items())}}}"
-    return f"model(*x), x = ({', '.join(map(words, x.entries.values()))})"
+    entries = ", ".join(map(words, x.entries.values()))
+    return f"model(*x), x = ({entries}); labels are left out of x"
 
 
 def left_out(x: Samples) -> str | None:

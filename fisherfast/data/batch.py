@@ -109,6 +109,7 @@ class Data(ABC):
         points: Q, the number of theta at which the information is measured; 0 for one theta without
             a profile. Conditions are ordered point by point; labelled samples have one condition,
             whose labels decide.
+        siblings: points that share the memory and time of a measurement; 1 if there is one.
         centres: [Q, P] float64 theta of each point; about the middle of a bin.
         names: of the parameters; empty if they have none.
     """
@@ -121,6 +122,7 @@ class Data(ABC):
     sharded: bool = False
     groups: Groups | None = None
     points: int = 0
+    siblings: int = 1
     centres: torch.Tensor = torch.empty(0, 0, dtype=torch.float64)
     names: tuple[str, ...] = ()
 

@@ -10,6 +10,7 @@ import torch
 
 from fisherfast._validation import check_whole
 from fisherfast.data import sources
+from fisherfast.data.batch import Batch, Numbered
 from fisherfast.data.bins import (
     LEAST_SAMPLES,
     Bins,
@@ -123,7 +124,10 @@ class Labelled(PerSample):
                 f"edges must be left out for {self.parameters} parameters, got {edges}: pass at=,"
                 " centres [Q, P]"
             )
+        self._order: torch.Tensor | None = None
         self._bins = self._make_bins(labels, asked, at)
+        if self._bin_of is not None and self.resident():
+            self._read_by_bins(self._bin_of)
         self.points = len(self._bins)
         self.centres = self._bins.centres
         self.names = _check_names(names, self.parameters)
@@ -160,6 +164,46 @@ class Labelled(PerSample):
         if sources.repeats(self._sources[0]):
             self._bin_of = own
         return bins
+
+    def _read_by_bins(self, bin_of: torch.Tensor) -> None:
+        """Read the samples bin by bin, in their order, without those outside: their numbers count
+        in this order, and a batch has samples of few bins."""
+        inside = (bin_of >= 0).nonzero()[:, 0]
+        self._order = inside[bin_of[inside].argsort(stable=True)]
+        self._bin_of = bin_of[self._order]
+        if self.groups is not None:
+            numbers = self.groups.numbers[0][self._order]
+            self.groups = Groups(self.groups.labels, (numbers,), numbers.unique())
+
+    def samples(self, condition: int = 0) -> int | None:
+        """Return the number of samples that are read, or None for a stream of unknown length."""
+        return super().samples(condition) if self._order is None else len(self._order)
+
+    def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
+        """Yield the samples: of tensors and arrays bin by bin, else in order."""
+        if self._order is None:
+            yield from super().read(condition, batch_size)
+            return
+        for _, batch in self.deal(condition, batch_size):
+            yield batch
+
+    def deal(
+        self, condition: int, batch_size: int, begin: int = 0, step: int = 1
+    ) -> Iterator[Numbered]:
+        """Every step-th batch, as `read`."""
+        if self._order is None:
+            yield from super().deal(condition, batch_size, begin, step)
+            return
+        for start in range(begin * batch_size, len(self._order), step * batch_size):
+            batch = self.pick(condition, torch.arange(start, start + batch_size))
+            assert batch is not None
+            yield start, batch
+
+    def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
+        """Read some samples, as far as there are so many."""
+        if self._order is not None:
+            numbers = self._order[numbers[numbers < len(self._order)]]
+        return super().pick(condition, numbers)
 
     def point_of(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the bin of each of these labels [n, P], int64 [n]; -1 outside of the edges."""

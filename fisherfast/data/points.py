@@ -19,7 +19,7 @@ class AtPoint(Wrapper):
 
     def __init__(self, data: Data, point: int) -> None:
         super().__init__(data)
-        self.points = 0
+        self.points, self.siblings = 0, data.points
         self.conditions = data.at_each
         self.sharded = data.sharded
         self.groups = data.groups_at(point)

@@ -20,6 +20,9 @@ from fisherfast.estimation.features import Lift
 TILE_ROWS = 1024
 """Rows of features or tangents in memory at a time: 4 MB of float64 for 512 features."""
 
+FEW_ROWS = 64
+"""Rows per fold up to which all folds are summed in one product."""
+
 LINEAR_TERMS = 1e-5
 """Standard deviation of a term of the labels, relative to its own, below which it is linear in
 those before it: squares on a grid of two values."""
@@ -223,12 +226,25 @@ class LabelMoments(ProductMoments):
     ) -> None:
         pairs = torch.combinations(torch.arange(parameters), with_replacement=True)
         self._first, self._second = pairs.to(device).T
+        self._bases: dict[tuple[int | None, int | None], Tensor] = {}
         super().__init__(parameters + len(pairs), size, folds=folds, device=device)
         self.parameters = parameters
 
     def columns_of(self, carried: Tensor) -> Tensor:
         """Return theta [m, P] and its products, side by side."""
         return torch.cat([carried, carried[:, self._first] * carried[:, self._second]], 1)
+
+    def update(
+        self, raw: Tensor, carried: Tensor | None, lift: Lift, place: Place, *, known: int = 0
+    ) -> None:
+        """As `ProductMoments.update`, with labels."""
+        super().update(raw, carried, lift, place, known=known)
+        self._bases.clear()
+
+    def shared_sums(self, known: int = 0) -> list[Tensor]:
+        """Return views of the sums, which other processes will change."""
+        self._bases.clear()
+        return super().shared_sums(known)
 
     def basis(self, columns: slice, counts: Tensor) -> Tensor:
         """Return orthonormal combinations U [T, r] of the terms, those of theta alone first:
@@ -238,6 +254,12 @@ class LabelMoments(ProductMoments):
         Raises:
             LabelsError: theta does not vary in all directions.
         """
+        key = columns.start, columns.step
+        if key not in self._bases:
+            self._bases[key] = self._basis(columns, counts)
+        return self._bases[key]
+
+    def _basis(self, columns: slice, counts: Tensor) -> Tensor:
         A, P = self.scatter(columns, counts).sum(0), self.parameters
         unit = torch.where(A.diagonal() > 0, A.diagonal(), 1.0).rsqrt()
         A = unit[:, None] * A * unit
@@ -319,7 +341,13 @@ def fold_products(weights: Tensor, features: Tensor, place: Place, start: int = 
     rows of the place from `start` on. Products are in float64, which excludes TF32 and limits
     cancellation."""
     features, weights = features.double(), weights.double()
-    products = features.new_zeros(place.folds, weights.shape[1], features.shape[1])
+    shape = place.folds, weights.shape[1], features.shape[1]
+    if len(features) <= FEW_ROWS * place.folds:  # one product costs less than one for each fold
+        fold = place.fold[start : start + len(features)].to(features.device)
+        own = weights.new_zeros(len(features), place.folds, weights.shape[1])
+        own[torch.arange(len(features), device=features.device), fold] = weights
+        return (own.flatten(1).T @ features).reshape(shape)
+    products = features.new_zeros(shape)
     for fold, rows in place.within(start, start + len(features)):
         torch.mm(weights[rows].T, features[rows], out=products[fold])
     return products

@@ -365,6 +365,7 @@ class FoldMoments(FoldSums):
         super().__init__(size, conditions, **streams)
         self._streams = streams
         self.known = 0
+        self._variances: Tensor | None = None
         self.cross = self.sums.new_zeros(2, size, size)
 
     @property
@@ -408,6 +409,7 @@ class FoldMoments(FoldSums):
         if self.carried is not None:
             self.carried.update(raw, carried, lift, place, known=self.known)
         self.counts[condition] += place.counts
+        self._variances = None
 
     def _add(self, condition: int, raw: Tensor, lift: Lift, place: Place, known: int) -> None:
         """Add sums and products of the features after the first `known`."""
@@ -426,6 +428,7 @@ class FoldMoments(FoldSums):
     def shared_sums(self) -> list[Tensor]:
         """Views of all that adds up over processes which have each seen other samples. Known
         features are left out: they have been added up before."""
+        self._variances = None
         parts = [self.counts, self.sums[..., self.known :], self.cross[:, self.known :]]
         parts += [self.products] if self.paired else []
         return parts + ([] if self.carried is None else self.carried.shared_sums(self.known))
@@ -494,6 +497,11 @@ class FoldMoments(FoldSums):
 
     def variances(self) -> Tensor:
         """Compute the within-fold variance of each feature [k] float64, over all conditions."""
+        if self._variances is None:
+            self._variances = self._variance()
+        return self._variances
+
+    def _variance(self) -> Tensor:
         weight = self.counts.to(self.sums)[..., None]
         between = (self.sums.square() / weight.clamp_min(1)).sum((0, 1))
         total = int(self.counts.sum()) - self.counts.numel()
@@ -503,6 +511,8 @@ class FoldMoments(FoldSums):
         return scatter / max(total, 1)
 
     def _pair_inflation(self) -> float:
+        if not self.paired:
+            return 1.0
         variance = self.variances()
         return self._inflation(variance, variance > 0)
 

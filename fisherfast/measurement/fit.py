@@ -80,7 +80,8 @@ class Fit:
     def carried(self, chosen: int) -> bool:
         """Return whether the arithmetic carries the covariance: its rounding hides little of J."""
         hidden = self.lost + self.curve.hidden[self.raw - 1]
-        return not bool((hidden > HIDDEN_SHARE * self.curve.J[chosen - 1].diagonal()).any())
+        J, error = self.curve.J[chosen - 1].diagonal(), self.curve.stderr[chosen - 1].diagonal()
+        return not bool((hidden > HIDDEN_SHARE * J.maximum(error)).any())
 
     def _spread(self) -> Tensor:
         """Return the standard deviation of each raw activation."""

@@ -28,7 +28,7 @@ from fisherfast.measurement.moments import (
     sketch_groups,
     streams_of,
 )
-from fisherfast.measurement.replicates import KEPT_SAMPLES, LEAST_ERROR, HeldSamples, kept_samples
+from fisherfast.measurement.replicates import LEAST_ERROR, HeldSamples, kept_samples
 from fisherfast.measurement.without_estimate import no_information
 from fisherfast.results.layer import LayerFisher, finite_step_note
 from fisherfast.results.marginal import SINGULAR, pack_covariance
@@ -182,7 +182,7 @@ class LayerMeter(Meter):
         k = raw + max(aimed, 0)
         lift = (k - raw) * d * number
         carried = data.parameters if data.source == "pathwise" else 0
-        held = number * (KEPT_SAMPLES + kept_samples(raw, data.source)) * raw * (1 + carried)
+        held = number * sum(kept_samples(raw, data)) * raw * (1 + carried)
         moments, estimate = moment_bytes(k, data, settings.folds)
         if settings.probe is not None:  # the same of each half, with another lift
             held += 2 * (moments + lift)

@@ -181,6 +181,10 @@ class PointsMeter(Meter):
         for child in self._children:
             if child.pilot.count < LEAST_PILOT:
                 child.pilot = _joined([pilot for pilot in pilots if pilot.count])
+        few = [child for child in self._children if child.pilot.ill_conditioned() is None]
+        ill_conditioned = PilotMoments.pooled_condition(pilots) if few else None
+        for child in few:
+            child.pilot.take_condition(ill_conditioned)
         for child in self._children:
             child.prepare()
 

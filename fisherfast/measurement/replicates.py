@@ -36,6 +36,9 @@ KEPT_SAMPLES = 1024
 KEPT_NUMBERS = 2**18
 """Activations kept of a narrow layer, 1 MB of float32, so of more samples ..."""
 
+MOST_SHARED = 4
+"""Largest factor by which each of several points keeps fewer samples: their mean needs no more."""
+
 MOST_SAMPLES = 8192
 """... up to this number."""
 
@@ -60,11 +63,13 @@ Features = Callable[[Tensor], Tensor]
 """Computes features [m, k] of raw ones [m, d]."""
 
 
-def kept_samples(width: int, source: str) -> int:
-    """Return the samples to keep over all conditions for a number of raw features: more in a narrow
-    layer, and twice as many with a score, whose residuals may depend on the leverage."""
-    least = KEPT_SAMPLES * (2 if source == "score" else 1)
-    return max(least, min(KEPT_NUMBERS // max(width, 1), MOST_SAMPLES))
+def kept_samples(width: int, data: Data) -> list[int]:
+    """Return the samples to keep over all conditions, the same for all layers and those for a
+    number of raw features: more in a narrow layer, and twice as many with a score, whose residuals
+    may depend on the leverage. One of several points keeps a quarter."""
+    least = KEPT_SAMPLES * (2 if data.source == "score" else 1)
+    more = max(least, min(KEPT_NUMBERS // max(width, 1), MOST_SAMPLES))
+    return sorted({kept // min(data.siblings, MOST_SHARED) for kept in (KEPT_SAMPLES, more)})
 
 
 class HeldSamples:
@@ -90,6 +95,7 @@ class HeldSamples:
 
     def __init__(self, data: Data, folds: int, width: int, dtype: torch.dtype) -> None:
         self._source, self._folds = data.source, folds
+        self._shared = min(data.siblings, MOST_SHARED)
         self._parameters, self._contrast = data.parameters, data.contrast()
         self._groups = None if data.groups is None else data.groups.numbers
         counts = [data.samples(c) for c in range(data.conditions)]
@@ -102,7 +108,7 @@ class HeldSamples:
                 dtype=dtype,
                 expected=known,
             )
-            for samples in sorted({KEPT_SAMPLES, kept_samples(width, data.source)})
+            for samples in kept_samples(width, data)
         ]
         self.dependence = 0.0
 
@@ -174,7 +180,9 @@ class HeldSamples:
 
     def _thinned(self, condition: int, most: int) -> tuple[Tensor, ...]:
         """As `_condition`, thinned to at most `most` samples of all conditions."""
-        parts = self._condition(condition, self.stores[-1 if most > KEPT_SAMPLES else 0])
+        parts = self._condition(
+            condition, self.stores[-1 if most > KEPT_SAMPLES // self._shared else 0]
+        )
         step = -(-len(parts[0]) * len(self._contrast) // most)
         return tuple(part[::step] for part in parts)
 

@@ -141,14 +141,15 @@ class Labelled(PerSample):
             spread = centres.std(0) if len(centres) > 1 else torch.ones(self.parameters)
             return Bins(centres, None, torch.where(spread > 0, spread, 1.0).double())
         _check_varied(labels)
+        affordable = min(asked, max(len(labels) // LEAST_SAMPLES, 1))
         if self._edges is not None:
             bins = Bins.by_edges(self._edges)
         elif at is not None:
             bins = Bins(check_centres(at, self.parameters), None, labels.std(0))
         elif self.parameters == 1:
-            bins = quantile_bins(labels[:, 0], asked)
+            bins = quantile_bins(labels[:, 0], affordable)
         else:
-            bins = cluster_bins(labels, asked)
+            bins = cluster_bins(labels, affordable)
         before = len(bins) if at is not None or self._edges is not None else asked
         bins = bins.merged(labels)
         if len(bins) < before:

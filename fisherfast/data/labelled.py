@@ -44,7 +44,7 @@ class Labelled(PerSample):
         c = \Big(\sum (\theta - \bar\theta)(\theta - \bar\theta)^T\Big)^{-1}
 
     ``LayerFisher.profile`` holds J along theta; the J of a layer is its mean over the samples. J of
-    a bin is that of the mean slope and noise in it (docs/theory.md, 26).
+    a bin is that of the mean slope and noise in it (docs/theory.md, 23).
 
     Args:
         x: samples [n, ...] of floating dtype, a tensor or array; or, without theta, a ``Dataset``,

@@ -2,7 +2,7 @@
 
 With two conditions the derivative is a difference of means. With one condition it is the mean of
 the tangents of the features, the covariance of features and score, or the slope of a regression on
-the labels (docs/theory.md, 12, 13 and 26).
+the labels (docs/theory.md, 12, 13 and 23).
 One float64 number is stored per fold, parameter and feature; lifted features are computed for at
 most about a thousand samples at a time.
 """
@@ -213,7 +213,7 @@ class LabelMoments(ProductMoments):
     The terms are theta and, against curvature, the products of two of its entries. The derivative
     is the slope on theta alone, :math:`B = A^{-1} G` with the scatter A [P, P] of theta and its
     products G [P, k] with the features; the covariance of the features is what all terms leave
-    (docs/theory.md, 26).
+    (docs/theory.md, 23).
 
     Args:
         parameters: P.
@@ -343,9 +343,9 @@ def fold_products(weights: Tensor, features: Tensor, place: Place, start: int = 
     features, weights = features.double(), weights.double()
     shape = place.folds, weights.shape[1], features.shape[1]
     if len(features) <= FEW_ROWS * place.folds:  # one product costs less than one for each fold
-        fold = place.fold[start : start + len(features)].to(features.device)
+        folds = place.fold[start : start + len(features)].to(features.device)
         own = weights.new_zeros(len(features), place.folds, weights.shape[1])
-        own[torch.arange(len(features), device=features.device), fold] = weights
+        own[torch.arange(len(features), device=features.device), folds] = weights
         return (own.flatten(1).T @ features).reshape(shape)
     products = features.new_zeros(shape)
     for fold, rows in place.within(start, start + len(features)):

@@ -11,6 +11,7 @@ from torch import Tensor
 from fisherfast.data import Batch
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
+from fisherfast.estimation.choice import Choice
 from fisherfast.estimation.curve import FisherCurve, SingularCovarianceError, cross_fitted_bound
 from fisherfast.estimation.derivatives import TangentMoments
 from fisherfast.estimation.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE, FeatureDictionary
@@ -172,6 +173,10 @@ class LayerMeter(Meter):
             except SingularCovarianceError as error:
                 raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
         return self._fit
+
+    def choose(self, choice: Choice) -> None:
+        """Use as many features as others have chosen."""
+        self._fit = replace(self.fit(), given=choice)
 
     def nbytes(self, number: int) -> tuple[int, int]:
         """Return the bytes kept for the layer, and the additional bytes while it is estimated."""

@@ -20,6 +20,8 @@ from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.derivatives import LabelMoments, LabelsError
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.pilot import PilotMoments, Standardisation
+from fisherfast.measurement.fit import choose_together
+from fisherfast.measurement.layer import LayerMeter
 from fisherfast.measurement.meter import Meter
 from fisherfast.measurement.moments import UnmeasuredError
 from fisherfast.measurement.replicates import HeldSamples
@@ -267,6 +269,7 @@ class PointsMeter(Meter):
 
     def estimate(self) -> LayerFisher:
         """Estimate J at each point, and its mean over the samples."""
+        self._choose()
         layers: list[LayerFisher] = []
         for point, child in enumerate(self._children):
             try:
@@ -282,6 +285,21 @@ class PointsMeter(Meter):
         if len(self._failures) == len(layers):
             raise UnmeasuredError(self._failures[0])
         return averaged(layers, self._theta(), failed=self._failures)
+
+    def _choose(self) -> None:
+        """Choose the number of lifted features on the mean of the curves."""
+        meters = [
+            child
+            for point, child in enumerate(self._children)
+            if type(child) is LayerMeter and point not in self._failures
+        ]
+        meters = [meter for meter in meters if meter.features.alive()[1]]
+        if len(meters) < 2:
+            return
+        samples = torch.tensor([sum(meter.seen) for meter in meters], dtype=torch.float64)
+        choices = choose_together([meter.fit() for meter in meters], samples / samples.sum())
+        for meter, choice in zip(meters, choices, strict=True):
+            meter.choose(choice)
 
     def _theta(self) -> Tensor:
         """Return theta [Q, P] of each point: the mean of its labels, if it has some."""

@@ -1,4 +1,4 @@
-"""J along theta from labels: bias, stated errors and coverage in every bin, against closed forms."""
+"""J along theta from labels against closed forms: bias, stated errors and coverage in each bin."""
 
 from __future__ import annotations
 

@@ -132,7 +132,8 @@ def along_theta(name: str, gridded: bool, runs: int, samples: int = SAMPLES) -> 
         J.append(info.profile.J[:, 0, 0])
         errors.append(info.profile.stderr[:, 0, 0])
         truths.append(torch.stack([truth[own == q].mean() for q in range(BINS)]))
-        means.append(torch.stack([(info.J - truth.mean())[0, 0], info.stderr[0, 0]]))
+        of_all = info.J - truth.mean(), info.stderr, info.lower / truth.mean()
+        means.append(torch.stack(of_all)[:, 0, 0])
     J, errors, truths, means = map(torch.stack, (J, errors, truths, means))
     off = (J - truths) / errors
     bias = (J - truths).mean(0)
@@ -144,6 +145,7 @@ def along_theta(name: str, gridded: bool, runs: int, samples: int = SAMPLES) -> 
         "pooled_spread": float(((J - truths).var(0) / errors.square().mean(0)).mean().sqrt()),
         "coverage": float((off.abs() < 1.96).double().mean()),
         "mean_spread": float(means[:, 0].std() / means[:, 1].mean()),
+        "lower_ratio": float(means[:, 2].mean()),
         "mean_ratio": float(1 + means[:, 0].mean() / truths.mean()),
     }
 
@@ -196,7 +198,7 @@ def closed_forms(tiny: bool) -> dict[str, Any]:
             print(
                 f"{case:40s} {ratios}  spread {row['pooled_spread']:.2f}  coverage"
                 f" {row['coverage']:.3f}  mean {row['mean_ratio']:.3f} spread"
-                f" {row['mean_spread']:.2f}",
+                f" {row['mean_spread']:.2f} lower {row['lower_ratio']:.3f}",
                 flush=True,
             )
     return found

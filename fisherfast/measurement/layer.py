@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from fisherfast.estimation.choice import Choice
 from fisherfast.estimation.curve import FisherCurve, SingularCovarianceError, cross_fitted_bound
 from fisherfast.estimation.derivatives import TangentMoments
 from fisherfast.estimation.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE, FeatureDictionary
-from fisherfast.estimation.fold_moments import FoldMoments
+from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.pilot import FLOAT32_INVERSE, Standardisation
 from fisherfast.estimation.ridge import AUTO
 from fisherfast.estimation.variance import jackknife_covariance, standard_errors
@@ -68,6 +69,8 @@ class LayerMeter(Meter):
 
     features: LayerMoments
     _fit: Fit | None = None
+    _halves: tuple[FoldStatistics, FoldStatistics] | None = None
+    _readouts: Sequence[Tensor] = ()
 
     @property
     def moments(self) -> FoldMoments:
@@ -113,12 +116,12 @@ class LayerMeter(Meter):
         raw, carried = self.features.add(condition, batch, place)
         if self._first_pass:
             self.features.held.add(condition, raw, carried, place)
-        self._fit = None
+        self._fit = self._halves = None
         return all_finite(self.moments, condition)
 
     def shared_sums(self) -> list[Tensor]:
         """Return views of all sums of this pass."""
-        self._fit = None
+        self._fit = self._halves = None
         return super().shared_sums() + self.moments.shared_sums()
 
     def shared_samples(self) -> list[KeptSamples]:
@@ -173,6 +176,23 @@ class LayerMeter(Meter):
             except SingularCovarianceError as error:
                 raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
         return self._fit
+
+    @property
+    def sketched(self) -> bool:
+        """True if the features are sums of the activations in random groups."""
+        return self.features.dictionary.kind == "sketch"
+
+    def half_statistics(self) -> tuple[FoldStatistics, FoldStatistics]:
+        """Compute the statistics of all features in each half of the samples."""
+        if self._halves is None:
+            first, second = (self.moments.statistics(self._contrast, half) for half in (0, 1))
+            self._halves = first, second
+        return self._halves
+
+    def read_also(self, readouts: Sequence[Tensor]) -> None:
+        """Use other readouts of the raw features [raw, P] for the honest bound, one for each half,
+        learned without the samples of the other half."""
+        self._readouts = readouts
 
     def choose(self, choice: Choice) -> None:
         """Use as many features as others have chosen."""
@@ -239,8 +259,9 @@ class LayerMeter(Meter):
     def _read(self, base: LayerFisher, fit: Fit, chosen: int) -> LayerFisher:
         """Read J, its errors and bounds at a number of features."""
         curve, raw, index = fit.curve, fit.raw, fit.alive[:chosen]
-        halves = [self.moments.statistics(self._contrast, half, index) for half in (0, 1)]
-        lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
+        halves = [half.select(index) for half in self.half_statistics()]
+        others = [_at_features(readout, index, raw) for readout in self._readouts]
+        lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen], others)
         errors = fit.error_covariance(chosen)
         if halves[0].score is None:
             lower_stderr = _with_tails(lower_stderr, lower, curve, chosen, errors)
@@ -285,6 +306,14 @@ class LayerMeter(Meter):
         J = fit.curve.J[size - 1].diagonal()
         noise = (W * self._half_steps[raw, None]).square().sum(0)
         return float(torch.where(J > 0, noise / J, 0.0).max())
+
+
+def _at_features(readout: Tensor, index: Tensor, raw: int) -> Tensor:
+    """Extend a readout of all raw features [d, P] to the features in index [k], of which the first
+    are raw."""
+    extended = readout.new_zeros(len(index), readout.shape[1])
+    extended[:raw] = readout[index[:raw]]
+    return extended
 
 
 def _with_tails(

@@ -17,6 +17,7 @@ from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place
 from fisherfast.data.points import AtPoint
 from fisherfast.data.reservoir import KeptSamples
+from fisherfast.estimation.curve import linear_readout
 from fisherfast.estimation.derivatives import LabelMoments, LabelsError
 from fisherfast.estimation.fold_moments import FoldMoments
 from fisherfast.estimation.pilot import PilotMoments, Standardisation
@@ -297,9 +298,12 @@ class PointsMeter(Meter):
         if len(meters) < 2:
             return
         samples = torch.tensor([sum(meter.seen) for meter in meters], dtype=torch.float64)
-        choices = choose_together([meter.fit() for meter in meters], samples / samples.sum())
+        weight = samples / samples.sum()
+        choices = choose_together([meter.fit() for meter in meters], weight)
         for meter, choice in zip(meters, choices, strict=True):
             meter.choose(choice)
+        if self._data.source == "labelled" and not meters[0].sketched:
+            _share_readouts(meters, weight)
 
     def _theta(self) -> Tensor:
         """Return theta [Q, P] of each point: the mean of its labels, if it has some."""
@@ -309,6 +313,28 @@ class PointsMeter(Meter):
                 if isinstance(part.carried, LabelMoments) and (samples := sum(child.seen)):
                     theta[point] += part.carried.theta_sums().cpu() / samples
         return theta
+
+
+def _share_readouts(meters: Sequence[LayerMeter], weight: Tensor) -> None:
+    """Let the honest bound of each bin also read what the same half of all bins has learned: the
+    readout of a narrow bin alone is mostly noise."""
+    fits = [meter.fit() for meter in meters]
+    kept = [torch.isin(fits[0].alive, fit.alive[: fit.raw]) for fit in fits]
+    index = fits[0].alive[torch.stack(kept).all(0)]
+    scales = [meter.features.dictionary.scale for meter in meters]
+    units = [scale[index] for scale in scales]
+    learned = []
+    for half in (0, 1):
+        parts = [meter.half_statistics()[half].select(index) for meter in meters]
+        each = list(zip(weight.tolist(), parts, units, strict=True))
+        S = sum(w * part.covariance / (unit[:, None] * unit) for w, part, unit in each)
+        D = sum(w * part.derivative / unit[:, None] for w, part, unit in each)
+        learned.append(linear_readout(replace(parts[0], covariance=S, derivative=D)))
+    for meter, scale, unit in zip(meters, scales, units, strict=True):
+        full = [scale.new_zeros(len(scale), readout.shape[1]) for readout in learned]
+        for own, readout in zip(full, learned, strict=True):
+            own[index] = readout / unit[:, None]
+        meter.read_also(full)
 
 
 def features_at(data: Data, max_features: int, points: int) -> int:

@@ -273,7 +273,7 @@ class FoldSums:
             return 0
         return self.carried.basis(columns, self.counts[0, columns].to(self.sums)).shape[1]
 
-    def _explained(self, columns: slice, index: Tensor | slice = slice(None)) -> Tensor | None:
+    def explained(self, columns: slice, index: Tensor | slice = slice(None)) -> Tensor | None:
         """Return E [r, m]: E^T E is the scatter of the features in index, within the folds in
         columns, that the labels explain; None without labels."""
         if not isinstance(self.carried, LabelMoments):
@@ -490,7 +490,7 @@ class FoldMoments(FoldSums):
         weight = counts.to(cross)[..., None]
         means = self.sums[:, columns][..., index] / weight * weight.sqrt()
         covariance = cross - torch.einsum("cfi,cfj->ij", means, means)
-        if (explained := self._explained(columns, index)) is not None:
+        if (explained := self.explained(columns, index)) is not None:
             covariance -= explained.T @ explained
         covariance /= self._scatter_freedom(columns)
         return self._statistics(covariance, contrast, self._pair_inflation(), columns, index)
@@ -506,7 +506,7 @@ class FoldMoments(FoldSums):
         between = (self.sums.square() / weight.clamp_min(1)).sum((0, 1))
         total = int(self.counts.sum()) - self.counts.numel()
         scatter = self.cross.sum(0).diagonal() - between
-        if (explained := self._explained(slice(None))) is not None:
+        if (explained := self.explained(slice(None))) is not None:
             scatter, total = scatter - explained.square().sum(0), total - len(explained)
         return scatter / max(total, 1)
 

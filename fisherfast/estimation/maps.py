@@ -99,7 +99,7 @@ class MapMoments(FoldSums):
         weight = self.counts.to(self.sums)[..., None]
         means = self._at_positions((self.sums / weight.sqrt()).flatten(0, 1).T)
         covariance = self._cross - means @ means.mT
-        if (explained := self._explained(slice(None))) is not None:
+        if (explained := self.explained(slice(None))) is not None:
             terms = self._at_positions(explained.T)
             covariance -= terms @ terms.mT
         covariance /= self._scatter_freedom(slice(None))

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -55,6 +56,16 @@ ROUNDED = (
     "values are rounded, in steps of up to {:.1g} standard deviations: noise of half a step was"
     " added, because tangents do not give the derivative on a lattice"
 )
+
+BEND_ERRORS = 4.0
+"""Standard errors of a bend that is no chance."""
+
+BEND_TO_J = 5.0
+"""For even theta J(theta) of a mean b t + a t^2 is on average larger than that of its slope b by
+five times the ratio of what t^2 and t explain."""
+
+BENT = 0.1
+"""Part of J that a bend may add before a note says so."""
 
 TAKEN = 0.1
 """Part of J that noise against rounding may take before the layer is noisy."""
@@ -197,6 +208,22 @@ class LayerMeter(Meter):
     def choose(self, choice: Choice) -> None:
         """Use as many features as others have chosen."""
         self._fit = replace(self.fit(), given=choice)
+
+    def bends(self) -> bool:
+        """Return whether the mean of the activations bends with theta so strongly that the mean of
+        J over a bin is clearly above J of the mean slope."""
+        fit = self.fit()
+        explained = self.moments.explained(slice(None), fit.alive[: fit.raw])
+        P = self._data.parameters
+        if explained is None or len(explained) == P:
+            return False
+        squares = (fit.curve.readout[: fit.raw, : fit.raw] @ explained.T).square().sum(0)
+        effective = float(fit.curve.effective_dim[fit.raw - 1])
+        shrink = (fit.whole.dof - effective - 1) / fit.whole.dof
+        sizes = shrink * squares - effective
+        line, bend, terms = float(sizes[:P].sum()), float(sizes[P:].sum()), len(sizes) - P
+        error = math.sqrt(2 * terms * effective + 4 * max(bend, 0.0))
+        return bend > BEND_ERRORS * error and BEND_TO_J * bend > BENT * max(line, 0.0)
 
     def nbytes(self, number: int) -> tuple[int, int]:
         """Return the bytes kept for the layer, and the additional bytes while it is estimated."""

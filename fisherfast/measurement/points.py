@@ -28,7 +28,7 @@ from fisherfast.measurement.moments import UnmeasuredError
 from fisherfast.measurement.replicates import HeldSamples
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import not_measured
-from fisherfast.model.sites import Site
+from fisherfast.model.sites import INPUT, Site
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.mean import averaged
 
@@ -38,6 +38,10 @@ LEAST_PILOT = 64
 SAMPLES_PER_FEATURE = 16
 """Samples of a point per feature: more features would add more noise to J along theta, and cost
 more, than they add information."""
+
+TOLERABLE = 0.3
+"""Relative error of J in a bin above which a note asks for fewer bins. It grows with the number of
+bins to the power of 3/2 (docs/theory.md, 23)."""
 
 LEAST_FEATURES = 64
 """Features of a point with few samples."""
@@ -138,6 +142,7 @@ class PointsMeter(Meter):
         super().__init__(site, data, settings)
         self._splitter = split
         self._failures: dict[int, str] = {}
+        self._fitted: dict[int, LayerMeter] = {}
         self._children = []
         for point in range(data.points):
             own = AtPoint(data, point)
@@ -285,16 +290,44 @@ class PointsMeter(Meter):
                 self._failures[point] = reason
         if len(self._failures) == len(layers):
             raise UnmeasuredError(self._failures[0])
-        return averaged(layers, self._theta(), failed=self._failures)
+        layer = averaged(layers, self._theta(), failed=self._failures)
+        if self._data.source != "labelled":
+            return layer
+        return replace(layer, notes=(*layer.notes, *self._of_bins(layer)))
+
+    def _of_bins(self, layer: LayerFisher) -> list[str]:
+        """Return notes about bins in which the mean bends, and about too many bins."""
+        notes = []
+        bent = [point for point, child in self._fitted.items() if child.bends()]
+        if bent:
+            names = ", ".join(map(str, bent))
+            notes.append(
+                f"the mean bends inside bins {names}: J is that of its mean slope; more"
+                " bins follow it"
+            )
+        assert layer.profile is not None
+        J, errors = (m.diagonal(dim1=1, dim2=2) for m in (layer.profile.J, layer.profile.stderr))
+        relative = float((errors / J.clamp_min(0)).amax(1).nanmedian())
+        if self.site.name != INPUT or not relative > TOLERABLE:
+            return notes
+        bins = max(int(len(J) * (TOLERABLE / relative) ** (2 / 3)), 1)
+        if bins < len(J):
+            size = f"{relative:.0%} of J" if relative < 1 else "as large as J"
+            notes.append(f"errors are {size} in a bin: the samples carry about {bins} bins")
+        return notes
 
     def _choose(self) -> None:
         """Choose the number of lifted features on the mean of the curves."""
-        meters = [
-            child
-            for point, child in enumerate(self._children)
-            if type(child) is LayerMeter and point not in self._failures
-        ]
-        meters = [meter for meter in meters if meter.features.alive()[1]]
+        for point, child in enumerate(self._children):
+            if type(child) is not LayerMeter or point in self._failures:
+                continue
+            try:
+                if child.features.check():
+                    child.fit()
+                    self._fitted[point] = child
+            except (UnmeasuredError, LabelsError) as error:
+                self._failures[point] = str(error)
+        meters = list(self._fitted.values())
         if len(meters) < 2:
             return
         samples = torch.tensor([sum(meter.seen) for meter in meters], dtype=torch.float64)

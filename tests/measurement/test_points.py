@@ -134,3 +134,24 @@ def test_monitor():
     first, second = (record.flow for record in monitor.history)
     assert first["input"].profile is second["input"].profile
     assert len(second["output"].profile) == 3
+
+
+@pytest.mark.parametrize(("bins", "amplitude", "bent"), [(2, 3.0, True), (8, 3.0, False)])
+def test_a_bent_mean_is_noted(bins, amplitude, bent):
+    """sin(3 theta) over 2 and over 8 bins. Catches a note about every curve that is seen at all."""
+    g = torch.Generator().manual_seed(0)
+    theta = torch.rand(8000, generator=g) - 0.5
+    x = amplitude * torch.sin(3 * theta)[:, None] + torch.randn(8000, D, generator=g)
+    info = ff.fisher_information(ff.Labelled(x, theta, bins=bins), max_features=1)
+    assert any("the mean bends inside bins" in note for note in info.notes) == bent
+
+
+def test_too_many_bins_are_noted():
+    """Catches a profile of noise without a word."""
+    g = torch.Generator().manual_seed(0)
+    theta = torch.rand(4000, generator=g)
+    x = 2 * theta[:, None] + torch.randn(4000, D, generator=g)
+    many = ff.fisher_information(ff.Labelled(x, theta, bins=16), max_features=1)
+    few = ff.fisher_information(ff.Labelled(x, theta, bins=2), max_features=1)
+    assert any("the samples carry about" in note for note in many.notes)
+    assert not any("the samples carry about" in note for note in few.notes)

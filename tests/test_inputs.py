@@ -54,6 +54,7 @@ from fisherfast.model.hooks import map_tensors
     [(source, "tuple") for source in SOURCES]
     + [("pathwise", c) for c in CONTAINERS if c != "tuple"]
     + [("paired", c) for c in CONTAINERS if c != "tuple"]
+    + [("labelled", "dict"), ("labelled", "tuple of a loader")]
     + [("score", "dict of a loader"), ("independent", "dict"), ("simulated pairs", "dict")],
 )
 def test_several_inputs_equal_the_network_wrapped_by_hand(source, container):
@@ -99,6 +100,11 @@ def test_tokens_alone():
     assert str(flow).splitlines()[2].split()[:6] == ["input", "1", "1", "-", "-", "-"]
     with pytest.raises(TypeError, match=r"^x must have a floating dtype, got torch\.int64; conv"):
         ff.fisher_information(data)
+    theta, chance = torch.rand(2, N, generator=torch.Generator().manual_seed(4))
+    ones = (chance < theta).long()[:, None].repeat(1, 5)
+    flow = measured(seeded(Words), ff.Labelled(ones, theta, bins=2))
+    assert flow["input"].J.isnan().all()
+    assert flow["embed"].value > 2
     score = bernoulli_score(*words(0)) - words(0)[0]
     scored = ff.Score(words(0)[1], score)
     flow = measured(seeded(Words), scored)

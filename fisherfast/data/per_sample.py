@@ -56,9 +56,9 @@ class PerSample(FromSources):
         """Check samples and companion that a source has yielded, and return the companion
         [n, P, ...]."""
 
-    @abstractmethod
     def _join(self, x: Samples, companion: Any) -> Batch:
-        """Make a batch of samples and their checked companion."""
+        """Make a batch of samples and their checked companion: score or labels."""
+        return Batch(x, score=companion)
 
     def _batch(self, condition: int, item: Any, rows: slice | torch.Tensor, where: str) -> Batch:
         if self.resident():
@@ -264,9 +264,6 @@ class Score(PerSample):
         if score.device.type == "cpu":
             _check_finite(score, "score", f" {where}")
         return columns.double()
-
-    def _join(self, x: Samples, companion: Any) -> Batch:
-        return Batch(x, score=companion)
 
 
 def _as_score(value: Any) -> torch.Tensor:

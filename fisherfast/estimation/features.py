@@ -214,6 +214,11 @@ class FeatureDictionary:
         [P, n, d]. `raw` is the result of `raw_features`, not needed for linear features."""
         return self._grouped(tangents.to(self.dtype) * self._scale.to(self.dtype))
 
+    @property
+    def scale(self) -> Tensor:
+        """Scale [d] of each activation in the raw features."""
+        return self._scale
+
     def response(self, derivative: Tensor) -> Tensor:
         """Convert the derivative of the mean features [k, P] to that of the mean activations
         [d, P]; not for a sketch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,22 @@ class PilotMoments:
         return Standardisation(
             self._mean, scale, alive, self.rounding, self.noise, exact, self._found_steps()
         )
+
+    def take_condition(self, ill_conditioned: bool | None) -> None:
+        """Take from other samples whether products need float64."""
+        self._flags = [ill_conditioned]
+
+    def centred_rows(self) -> list[Tensor]:
+        """Return the first samples, in the order of their batches, about their mean."""
+        return [torch.cat(self._rows) - self._mean.to(self._rows[0])] if self._rows else []
+
+    @staticmethod
+    def pooled_condition(pilots: Iterable[PilotMoments]) -> bool | None:
+        """Return `ill_conditioned` of samples from several distributions about their means."""
+        whole = PilotMoments()
+        for row in (row for pilot in pilots for row in pilot.centred_rows()):
+            whole.update(row)
+        return whole.ill_conditioned() if whole.count else None
 
     def ill_conditioned(self) -> bool | None:
         """Return whether the covariance needs float64 products; None for too few samples."""

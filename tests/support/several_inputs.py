@@ -119,6 +119,14 @@ CONTAINERS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
 }
 MINUS, PLUS = shifted(*drawn(), -STEP / 2), shifted(*drawn(1), STEP / 2)
 DX = torch.ones(N, 1, *PIXELS), torch.full((N, 1, 2), -2.0)
+LABELS = torch.linspace(0, 1, N)
+
+
+def labelled() -> tuple[Tensor, Tensor]:
+    image, time = drawn()
+    return image + LABELS[:, None, None, None], time - 2 * LABELS[:, None]
+
+
 SCORE = drawn()[0].flatten(1).sum(1) - 2 * drawn()[1].sum(1)
 
 
@@ -144,6 +152,7 @@ SOURCES: dict[str, Callable[[Any, Any], ff.data.Data]] = {
     ),
     "pathwise": lambda p, f: ff.Pathwise(*pairs(p(*drawn()), of_dx(p), f)),
     "score": lambda p, f: ff.Score(*pairs(p(*drawn()), SCORE, f)),
+    "labelled": lambda p, f: ff.Labelled(*pairs(p(*labelled()), LABELS, f), bins=2),
     "simulated": lambda p, f: simulator(p, "pathwise"),
     "simulated pairs": lambda p, f: simulator(p, "paired"),
 }

@@ -323,7 +323,7 @@ BAD = [
     (lambda: ff.Simulator(draw, THETA, dtheta=0.1), "dtheta must be left out"),
     (lambda: ff.Simulator(draw, [1e6, 0.0], derivative="paired", dtheta=0.01), RESOLVED),
     (lambda: ff.Simulator(draw, THETA, samples=0), "samples must be at least 1, got 0"),
-    (lambda: ff.Simulator(draw, [[0.0]]), "theta must have shape [P], got [1, 1]"),
+    (lambda: ff.Simulator(draw, [[[0.0]]]), "theta must have shape [P] or [Q, P], got [1, 1, 1]"),
     (lambda: ff.Simulator(draw, float("nan")), "theta must be finite, got nan"),
     (lambda: ff.Simulator(draw, 1j), "theta must be real numbers, got torch.complex64"),
     (lambda: read(ff.Simulator(lambda t, n, g: X[1:7, 0], 0.0)), "return n = 7 samples"),

@@ -105,6 +105,7 @@ class Data(ABC):
         paired: the i-th samples of all conditions share their noise.
         sharded: these are the samples of this process alone, see `Shard`.
         groups: which samples depend on each other; None if all are independent.
+        names: [P] names of the parameters; empty if they have none.
     """
 
     source: str
@@ -114,6 +115,7 @@ class Data(ABC):
     paired: bool = False
     sharded: bool = False
     groups: Groups | None = None
+    names: tuple[str, ...] = ()
 
     @abstractmethod
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
@@ -221,6 +223,7 @@ class Wrapper(Data):
         self.dtheta = data.dtheta
         self.paired = data.paired
         self.groups = data.groups
+        self.names = data.names
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Yield the samples of one condition, in order."""

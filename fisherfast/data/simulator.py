@@ -14,6 +14,7 @@ from fisherfast._errors import FisherWarning
 from fisherfast._validation import check_seed, check_whole
 from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.finite_difference import check_dtheta
+from fisherfast.data.names import check_names
 from fisherfast.data.sources import as_batch
 
 Draw = Callable[[torch.Tensor, int, torch.Generator], torch.Tensor]
@@ -47,6 +48,7 @@ class Simulator(Data):
         seed: a batch depends on seed, condition and its number only: a measurement with another
             batch size draws other samples.
         device: of theta and of the generator.
+        names: names of the P parameters, for tables and figures.
 
     Raises:
         ValueError: dtheta is missing, not positive or lost in the rounding of theta; during a
@@ -78,6 +80,7 @@ class Simulator(Data):
         dtheta: float | Sequence[float] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        names: Sequence[str] | None = None,
     ) -> None:
         if not callable(fn):
             raise TypeError(f"fn must be a function, got {type(fn).__name__}")
@@ -89,6 +92,7 @@ class Simulator(Data):
         self._seed = check_seed(seed) % 2**64
         self.source = derivative
         self.parameters = len(self._theta)
+        self.names = check_names(names, self.parameters)
         self.paired = derivative == "paired"
         if derivative == "pathwise":
             if dtheta is not None:

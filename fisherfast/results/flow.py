@@ -137,6 +137,11 @@ class FisherFlow:
             tight.append(layer)
         return replace(self, layers=tuple(tight))
 
+    def with_prior(self, precision: Any) -> FisherFlow:
+        """Add the information of a prior to every layer: `LayerFisher.with_prior`. Ratios of layers
+        are then those of data and prior together."""
+        return replace(self, layers=tuple(layer.with_prior(precision) for layer in self))
+
     def map(self, name: str) -> InformationMap:
         """Return the linear Fisher information of the channels at each position of a layer
         [C, H, W], in 1/theta^2, measured with ``settings=ff.Settings(maps=True)``.

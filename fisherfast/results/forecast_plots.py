@@ -33,6 +33,9 @@ PANEL = 2.4
 LEVELS = (0.683, 0.954)
 """Credible levels, as one and two standard deviations of a single parameter."""
 
+LEGEND_CHARACTERS = 12
+"""Characters of a legend per inch, with its symbols."""
+
 MARGIN = 1.12
 """Axes reach this much beyond the largest ellipse."""
 
@@ -235,9 +238,16 @@ def plot_profile(
         last.set_xlabel(label)
         upper.set_ylim(bottom=0)
         tidy(upper)
+    figure.align_ylabels()
     handles, texts = figure.axes[0].get_legend_handles_labels()
+    fitting = int(LEGEND_CHARACTERS * figure.get_figwidth() / max(map(len, texts)))
     figure.legend(
-        handles, texts, loc="outside upper center", ncols=3, frameon=False, fontsize="small"
+        handles,
+        texts,
+        loc="outside upper center",
+        ncols=min(max(fitting, 1), 3),
+        frameon=False,
+        fontsize="small",
     )
     return figure
 

@@ -13,7 +13,7 @@ import torch
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.profile import Profile
-from fisherfast.results.status import with_status
+from fisherfast.results.status import is_judgement, with_status
 
 SUMS = ("J", "lower", "linear", "naive", "features", "effective_dim", "samples", "dropped")
 ERRORS = ("stderr", "lower_stderr", "linear_stderr")
@@ -86,7 +86,10 @@ def _combined(parts: Sequence[LayerFisher]) -> LayerFisher:
     covariances = [part.error_covariance for part in parts if part.error_covariance is not None]
     readouts = [part.readout for part in parts if part.readout is not None]
     remarks = [
-        f"data set {number}: {note}" for number, part in enumerate(parts, 1) for note in part.notes
+        f"data set {number}: {note}"
+        for number, part in enumerate(parts, 1)
+        for note in part.notes
+        if not is_judgement(note)
     ]
     joined: dict[str, Any] = {
         **{name: sum(getattr(part, name) for part in parts) for name in SUMS},

@@ -13,6 +13,7 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.problems import GaussianShift
+from fisherfast.results.status import BLIND
 
 CAMERA = GaussianShift(torch.tensor([[1.0, 0.2], [0.0, 1.0], [0.5, 0.5], [1.0, -1.0]]))
 PROBE = GaussianShift(torch.tensor([[2.0, 0.0], [1.0, 0.5]]), torch.eye(2) + 0.5)
@@ -75,8 +76,9 @@ def test_combined_is_the_measurement_of_both_side_by_side(flows):
 
 
 def test_what_adds_up_and_what_does_not(flows, tmp_path):
-    """Catches errors that are added instead of their squares, and notes that do not say whose."""
-    noted = dataclasses.replace(flows[1]["0"], notes=("three features dropped",))
+    """Catches errors that are added instead of their squares, notes that do not say whose, and the
+    reasons of a status that both together do not have."""
+    noted = dataclasses.replace(flows[1]["0"], notes=("three features dropped", BLIND))
     layers = [noted if layer.name == "0" else layer for layer in flows[1]]
     one, other = flows[0]["0"], noted
     found = ff.combine(flows[0], dataclasses.replace(flows[1], layers=tuple(layers)))["0"]
@@ -86,7 +88,7 @@ def test_what_adds_up_and_what_does_not(flows, tmp_path):
         squares = getattr(one, name).square() + getattr(other, name).square()
         assert torch.allclose(getattr(found, name).square(), squares), name
     assert found.samples == one.samples + other.samples
-    assert "data set 2: three features dropped" in found.notes
+    assert found.notes == ("data set 2: three features dropped",)
     shift = torch.cat([torch.ones(3), torch.zeros(3)])
     pull = one.readout.double().T @ torch.ones(3, dtype=torch.float64)
     assert torch.allclose(found.bias(shift), torch.linalg.solve(found.linear, pull))

@@ -6,7 +6,7 @@ flow = ff.fisher_flow(model, ff.FiniteDifference(x_minus, x_plus, dtheta=0.06))
 from fisherfast import dual, ops, parameters, problems
 from fisherfast._errors import FisherWarning
 from fisherfast._version import __version__
-from fisherfast.data import FiniteDifference, Pathwise, Score, Shard, Simulator
+from fisherfast.data import FiniteDifference, Labelled, Pathwise, Score, Shard, Simulator
 from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
 from fisherfast.measurement.settings import Settings
@@ -17,6 +17,7 @@ from fisherfast.results.forecast import Ellipse
 from fisherfast.results.information_map import InformationMap
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import MarginalFisher
+from fisherfast.results.profile import Profile
 from fisherfast.training import (
     CramerRao,
     EpochRecord,
@@ -37,10 +38,12 @@ __all__ = [
     "FisherWarning",
     "InformationLoss",
     "InformationMap",
+    "Labelled",
     "LayerComparison",
     "LayerFisher",
     "MarginalFisher",
     "Pathwise",
+    "Profile",
     "Score",
     "Settings",
     "Shard",

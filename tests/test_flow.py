@@ -416,7 +416,7 @@ REFUSED = {
     **{
         f"data {data!r}": (
             {"data": data},
-            "data must be a FiniteDifference, Pathwise, Score or Simulator, got "
+            "data must be a FiniteDifference, Pathwise, Score, Labelled or Simulator, got "
             + type(data).__name__,
         )
         for data in (None, (torch.zeros(3), 1), nn.ReLU())

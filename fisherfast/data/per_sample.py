@@ -32,7 +32,7 @@ class PerSample(FromSources):
         companion: Any,
         parameters: int | None,
         groups: Any,
-        names: Sequence[str] | None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self._x = sources.check_source(x, "x")
         self._sources = [x]
@@ -64,8 +64,12 @@ class PerSample(FromSources):
         """Check samples and companion that a source has yielded, and return the companion
         [n, P, ...]."""
 
+    def _companion_of(self, given: Any) -> torch.Tensor:
+        """Convert the companion that a source has yielded to a tensor [n, ...]."""
+        return sources.as_batch(given, self.companion)
+
     def _join(self, x: torch.Tensor, companion: torch.Tensor) -> Batch:
-        if self.source == "score":
+        if self.source in ("score", "labelled"):
             return Batch(x, score=companion)
         return Batch(x, tangents=companion.movedim(1, 0))
 
@@ -81,7 +85,7 @@ class PerSample(FromSources):
                 f"x must yield pairs (x, {self.companion}) where {self.companion} is not given,"
                 f" got {got} {where}{hint}"
             )
-        x, companion = sources.as_batch(item[0], "x"), sources.as_batch(item[1], self.companion)
+        x, companion = sources.as_batch(item[0], "x"), self._companion_of(item[1])
         return self._join(x, self._checked(x, companion, where))
 
     def __repr__(self) -> str:

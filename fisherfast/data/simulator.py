@@ -37,9 +37,10 @@ class Simulator(Data):
     Args:
         fn: fn(theta [P], n, generator) -> x [n, ...] of floating dtype. All random numbers must
             come from the generator: the same generator state must give the same noise.
-        theta: where to measure, P numbers. It reaches fn as a tensor [P] of torch's default dtype,
-            or of its own dtype if it is a floating tensor; x keeps the dtype that fn returns.
-        samples: number of samples, of each condition for finite steps.
+        theta: where to measure, P numbers; or [Q, P], Q points along theta, for a profile ([Q, 1]
+            for one parameter). It reaches fn as a tensor [P] of torch's default dtype, or of its
+            own dtype if it is a floating tensor; x keeps the dtype that fn returns.
+        samples: number of samples at each theta, of each condition for finite steps.
         derivative: "pathwise": dx/dtheta by PyTorch's forward mode through fn, one parameter at a
             time (P calls of fn per batch). "paired": two conditions with the same noise, for a fn
             that PyTorch cannot differentiate. "independent": two conditions with independent noise.
@@ -87,22 +88,25 @@ class Simulator(Data):
         if derivative not in DERIVATIVES:
             raise ValueError(f"derivative must be one of {DERIVATIVES}, got {derivative!r}")
         self._fn = fn
-        self._theta = _as_theta(theta).to(device)
+        given = _as_theta(theta).to(device)
+        self._points = given if given.ndim == 2 else given[None]
         self._samples = check_whole("samples", samples, least=1)
         self._seed = check_seed(seed) % 2**64
         self.source = derivative
-        self.parameters = len(self._theta)
+        self.parameters = given.shape[-1]
+        if given.ndim == 2:
+            self.points, self.centres = len(given), given.double().cpu()
         self.names = check_names(names, self.parameters)
         self.paired = derivative == "paired"
         if derivative == "pathwise":
             if dtheta is not None:
                 raise ValueError(f'dtheta must be left out for derivative="pathwise", got {dtheta}')
-            self.conditions = 1
+            self.conditions = len(self._points)
         else:
             if dtheta is None:
                 raise ValueError(f'dtheta must be given for derivative="{derivative}", got None')
             self.dtheta = check_dtheta(dtheta, self.parameters)
-            self.conditions = 2 * self.parameters
+            self.conditions = 2 * self.parameters * len(self._points)
             self._check_rounding()
         self._checked = False
 
@@ -132,12 +136,13 @@ class Simulator(Data):
 
     def _batch(self, condition: int, number: int, n: int) -> Batch:
         if self.source == "pathwise":
-            return self._differentiate(number, n)
+            return self._differentiate(condition, number, n)
         return Batch(self._draw(self._point(condition), condition, number, n))
 
     def _point(self, condition: int) -> torch.Tensor:
         """Return theta of a condition, [P]."""
-        point = self._theta.clone()
+        number, condition = divmod(condition, self.conditions // len(self._points))
+        point = self._points[number].clone()
         if self.dtheta:
             side = 0.5 if condition % 2 else -0.5
             point[condition // 2] += side * self.dtheta[condition // 2]
@@ -147,7 +152,7 @@ class Simulator(Data):
         """Make the generator of one batch, the same for both conditions of a pair."""
         stream = condition // 2 if self.paired else condition
         state = np.random.SeedSequence((self._seed, stream, number)).generate_state(1, np.uint64)
-        return torch.Generator(self._theta.device).manual_seed(int(state[0]))
+        return torch.Generator(self._points.device).manual_seed(int(state[0]))
 
     def _draw(self, theta: torch.Tensor, condition: int, number: int, n: int) -> torch.Tensor:
         """Draw one batch at any theta, from the random numbers of a condition's batch."""
@@ -167,10 +172,10 @@ class Simulator(Data):
             )
         return x
 
-    def _differentiate(self, number: int, n: int) -> Batch:
+    def _differentiate(self, condition: int, number: int, n: int) -> Batch:
         """Compute x and dx/dtheta by forward mode: each parameter in turn, with the same noise."""
         for parameter in range(self.parameters):
-            x, tangent = self._jvp(parameter, number, n)
+            x, tangent = self._jvp(parameter, condition, number, n)
             if parameter == 0:
                 tangents = x.new_zeros((self.parameters, *x.shape))
             if tangent is not None:
@@ -178,18 +183,20 @@ class Simulator(Data):
             del tangent  # keep one at a time besides the batch
         return Batch(x, tangents=tangents)
 
-    def _jvp(self, parameter: int, number: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _jvp(
+        self, parameter: int, condition: int, number: int, n: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute x of one batch and its derivative to one parameter; None if x does not depend on
         it."""
-        direction = torch.zeros_like(self._theta)
+        direction = torch.zeros_like(self._points[0])
         direction[parameter] = 1
         with warnings.catch_warnings():
             # torch compiles its decompositions at the first use of forward mode, with a warning
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
             with torch.inference_mode(False), forward_ad.dual_level():
-                theta = forward_ad.make_dual(self._theta.clone(), direction)
+                theta = forward_ad.make_dual(self._points[condition].clone(), direction)
                 try:
-                    x = self._call(theta, self._generator(0, number), n)
+                    x = self._call(theta, self._generator(condition, number), n)
                 except NotImplementedError as error:
                     reason = str(error).partition("\n")[0].rstrip(".")
                     raise ValueError(
@@ -202,14 +209,15 @@ class Simulator(Data):
     def _check_simulator(self, n: int) -> None:
         """Check on the first batch that fn draws all noise from the generator, and that x depends
         on theta."""
-        first = self._draw(self._theta, 0, 0, n)
-        if not torch.equal(self._draw(self._theta, 0, 0, n), first):
+        theta = self._points[0]
+        first = self._draw(theta, 0, 0, n)
+        if not torch.equal(self._draw(theta, 0, 0, n), first):
             raise ValueError(
                 "fn must give the same samples from the same generator state, got others:"
                 " draw every random number from the generator that it is given"
             )
         varied = not torch.equal(first, first[:1].expand_as(first))
-        if varied and torch.equal(self._draw(self._theta, 0, 1, n), first):
+        if varied and torch.equal(self._draw(theta, 0, 1, n), first):
             raise ValueError(
                 "fn must draw other samples from another generator state, got the same: draw every"
                 " random number from the generator that it is given"
@@ -233,10 +241,10 @@ class Simulator(Data):
                 self._draw(self._point(2 * parameter + side), 0, 0, n) for side in (0, 1)
             )
             return not torch.equal(minus, plus)
-        tangent = self._jvp(parameter, 0, n)[1]
+        tangent = self._jvp(parameter, 0, 0, n)[1]
         if tangent is not None and bool(tangent.any()):
             return True
-        moved = self._theta.clone()
+        moved = self._points[0].clone()
         moved[parameter] += PROBE_STEP * (1 + float(moved[parameter].abs()))
         if torch.equal(self._draw(moved, 0, 0, n), first):
             return False
@@ -246,23 +254,24 @@ class Simulator(Data):
         )
 
     def _check_rounding(self) -> None:
-        for p, step in enumerate(self.dtheta):
-            minus, plus = (self._point(2 * p + side)[p].double() for side in (0, 1))
+        for condition in range(0, self.conditions, 2):
+            p = condition // 2 % self.parameters
+            step = self.dtheta[p]
+            minus, plus = (self._point(condition + side)[p].double() for side in (0, 1))
             if abs(float(plus - minus) / step - 1) > STEP_ROUNDING:
                 raise ValueError(
-                    f"dtheta must be resolved by theta of {self._theta.dtype}, got"
-                    f" {step:g} at {float(self._theta[p]):g}: pass theta as a float64 tensor"
+                    f"dtheta must be resolved by theta of {self._points.dtype}, got"
+                    f" {step:g} at {float((minus + plus) / 2):g}: pass theta as a float64 tensor"
                 )
 
     def __repr__(self) -> str:
         step = f", dtheta={list(self.dtheta)}" if self.dtheta else ""
-        return (
-            f"Simulator({self.source}{step}, theta={self._theta.tolist()}, samples={self._samples})"
-        )
+        theta = (self._points if self.points else self._points[0]).tolist()
+        return f"Simulator({self.source}{step}, theta={theta}, samples={self._samples})"
 
 
 def _as_theta(theta: float | Sequence[float] | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Return theta as a finite tensor [P]."""
+    """Return theta as a finite tensor [P], or [Q, P] for Q points."""
     if isinstance(theta, torch.Tensor) and theta.is_floating_point():
         vector = theta.detach().clone()
     else:
@@ -270,8 +279,8 @@ def _as_theta(theta: float | Sequence[float] | np.ndarray | torch.Tensor) -> tor
         if vector.is_complex() or vector.dtype == torch.bool:
             raise TypeError(f"theta must be real numbers, got {vector.dtype}")
         vector = vector.to(torch.get_default_dtype())
-    if vector.ndim > 1 or vector.numel() < 1:
-        raise ValueError(f"theta must have shape [P], got {list(vector.shape)}")
+    if vector.ndim > 2 or vector.numel() < 1:
+        raise ValueError(f"theta must have shape [P] or [Q, P], got {list(vector.shape)}")
     if not bool(torch.isfinite(vector).all()):
         raise ValueError(f"theta must be finite, got {vector.tolist()}")
-    return vector.reshape(-1)
+    return vector.reshape(-1) if vector.ndim < 2 else vector

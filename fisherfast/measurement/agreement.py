@@ -145,13 +145,15 @@ class Agreement:
         """
         if self._ranks is None or self.share is None or self.share.turns > 1:
             return
+        meters = [leaf for meter in meters for leaf in meter.leaves]
         pilots = [meter.pilot for meter in meters] if counts else []
         own = [(p.count, p.parts().cpu(), p.rounding, p.noise, p.ill_conditioned()) for p in pilots]
         gathered = self._ranks.exchange("joining the first samples", own)
         for meter, *states in zip(meters, *filter(None, gathered), strict=True):
             device, meter.pilot = meter.pilot.parts().device, PilotMoments()
             for count, parts, *relative in states:
-                meter.pilot.merge(count, parts.to(device), *relative)
+                if count:
+                    meter.pilot.merge(count, parts.to(device), *relative)
 
     def begin_pass(self, meters: Sequence[Meter], seed: int) -> None:
         """Check that all ranks measure the same layers, take what rank 0 has learned, and give each
@@ -194,6 +196,7 @@ def _compared(
         "data": "each rank's own share" if data.sharded else "the same data for all ranks",
         "parameters of the data": data.parameters,
         "conditions of the data": data.conditions,
+        "points of theta": data.centres.tolist(),
         "repetition of the data": [data.repeats(c) for c in conditions],
         "layers": repr(layers) if not callable(layers) else "a function",
         "groups": "none" if data.groups is None else "some",

@@ -63,7 +63,7 @@ class Streams:
     ) -> None:
         self._data, self._batch_size = data, batch_size
         self._device, self._dtype, self._copy = device, dtype, copy
-        self._width = data.conditions if data.paired else 1
+        self._width = data.at_each if data.paired else 1
         self._largest, self._pilot_bytes = sys.maxsize, PILOT_BYTES
         self._lent = not data.repeatable
         self._share = Share() if share is None else share
@@ -241,6 +241,8 @@ def dealings_of(data: Data, folds: int, rank: int) -> list[Dealing]:
     if data.groups is not None:
         same = {id(own): Dealing.of_groups(own, folds) for own in data.groups.numbers}
         return [same[id(own)] for own in data.groups.numbers]
+    if (strata := data.strata()) is not None:
+        return [Dealing.of_strata(strata, folds)] * data.conditions
     lengths = map(data.length, range(data.conditions))
     return [Dealing.of(length, folds, rank=rank) for length in lengths]
 

@@ -164,7 +164,7 @@ class CompressedMeter(Meter):
                 parameters=data.parameters,
                 steps=steps_of(data.parameters, most),
                 dtype=self._dtype,
-                scored=data.source == "score",
+                scored=data.source in ("score", "labelled"),
                 start=start,
             )
             for start in self._start or (None, None)

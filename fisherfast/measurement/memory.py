@@ -194,7 +194,8 @@ def streamed_sums(data: Data, folds: int) -> int:
     """Return how many sums are kept of each feature: by condition and fold, of tangents or score,
     and of pairs."""
     P, C = data.parameters, data.conditions
-    carried = folds * P if data.source in ("pathwise", "score") else 0
+    columns = {"pathwise": P, "score": P, "labelled": P + P * (P + 1) // 2}
+    carried = folds * columns.get(data.source, 0)
     return C * folds + carried + (C * C if data.paired else 0)
 
 

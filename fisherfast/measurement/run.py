@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +30,7 @@ from fisherfast.measurement.layer import ROUNDED, LayerMeter
 from fisherfast.measurement.memory import FEW_SAMPLES, LayerCost, LivePeak, Plan, plan, shares
 from fisherfast.measurement.meter import Meter, rows_of
 from fisherfast.measurement.moments import UnmeasuredError
+from fisherfast.measurement.points import PointsMeter, Splitter
 from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbeMeter
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import not_measured, score_information, score_note
@@ -135,6 +136,7 @@ class Measurement:
         self._moving: Tensor | None = None
         self._ties = StepMeter()
         self._half_steps: Tensor | None = None
+        self._split = Splitter(data)
 
     @property
     def _layer_meters(self) -> list[Meter]:
@@ -147,6 +149,7 @@ class Measurement:
             self._data = self._agreement.begin(
                 self._model, self._data, self._layers, self._settings
             )
+            self._split = Splitter(self._data)
             flow, warning = self._flow(self._measured(progress and self._agreement.leads))
         if not self._quiet:
             if warning is not None:
@@ -214,8 +217,10 @@ class Measurement:
                     self._recall.spaces[name] = projections
             if meters:
                 warning = score_note(meters[0])
-        if warning is not None:
-            layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
+        remarks = [*self._data.notes(), *self._split.notes()]
+        remarks += [] if warning is None else [warning]
+        if meters and remarks:
+            layers[0] = replace(layers[0], notes=(*layers[0].notes, *remarks))
         flow = FisherFlow(tuple(layers), self._settings.to_dict(), maps=maps)
         flow = self._recall.complete(flow, self._sites, self._data)
         return replace(flow, layers=with_status(flow.layers, score=scored)), warning
@@ -263,6 +268,7 @@ class Measurement:
         with self._forward() as forward:
             seen = 0
             for self._condition, self._number, batch in streams.pilot():
+                self._score = batch.score
                 forward.run(self._pilot_input(batch))
                 seen += len(batch)
             if not seen:  # the first samples are on other ranks: these only show a device
@@ -276,6 +282,7 @@ class Measurement:
 
     def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
         self._agreement.begin_pass(self._active, self._settings.seed)
+        self._split.outside = 0
         with progress_bar(progress, total=streams.samples, title="Fisher flow") as bar:
             for self._condition, self._number, batch in streams:
                 self._score, self._place = batch.score, batch.place
@@ -376,26 +383,33 @@ class Measurement:
     def _meter(self, site: Site, budget: int) -> Meter:
         """Make the meter of a layer; with a probe, it keeps up to `budget` bytes of samples."""
         data, settings = self._data, self._settings
+        start = self._recall.spaces.pop(site.name, [])
+        if not data.points:
+            return self._meter_at(site, data, settings, budget, start)
+        share = len(start) // data.points
+
+        def make(point: int, own: Data, asked: MeasurementSettings) -> Meter:
+            known = start[point * share : (point + 1) * share]
+            return self._meter_at(site, own, asked, budget // data.points, known)
+
+        return PointsMeter(site, data, settings, make, self._split)
+
+    def _meter_at(
+        self,
+        site: Site,
+        data: Data,
+        settings: MeasurementSettings,
+        budget: int,
+        start: Sequence[Tensor],
+    ) -> Meter:
+        """Make the meter of a layer at one theta."""
         if too_wide(site.dim, data, settings.max_features, settings.folds):
-            self._check_samples(site, fewest_samples(site.dim, data, settings.folds))
-            start = self._recall.spaces.pop(site.name, ())
+            _check_samples(site, data, fewest_samples(site.dim, data, settings.folds))
             return CompressedMeter(site, data, settings, start)
-        self._check_samples(site, 2 * settings.folds, " (two per fold)")
+        _check_samples(site, data, 2 * settings.folds, " (two per fold)")
         if settings.probe is None:
             return LayerMeter(site, data, settings)
         return ProbeMeter(site, data, settings, budget)
-
-    def _check_samples(self, site: Site, needed: int, reason: str = "") -> None:
-        """Refuse a layer that cannot be measured before all samples are read, if their number is
-        known."""
-        counts = [self._data.units(c) for c in range(self._data.conditions)]
-        known = [n for n in counts if n is not None]
-        if known and min(known) < needed and not self._data.sharded:
-            units = "samples" if self._data.groups is None else "groups of samples"
-            raise ValueError(
-                f"layer {site.name!r} must see at least {needed} {units} per"
-                f" condition{reason}, got {min(known)}"
-            )
 
     def _find_sites(self, batch: Tensor) -> list[Site]:
         if self._model is None:
@@ -441,7 +455,8 @@ class Measurement:
             with torch.autocast(x.device.type, enabled=False):
                 if self._place is None:
                     moving = self._moving if meter.site.name == INPUT else None
-                    meter.observe_pilot(x, moving)
+                    labels = self._score
+                    meter.observe_pilot(x, moving, condition=self._condition, labels=labels)
                     finite = torch.isfinite(rows_of(x)).all(1)
                 else:
                     batch = Batch(x, tangents, self._score, self._place)
@@ -473,6 +488,20 @@ class Measurement:
                     f"layer {meter.site.event!r} must run for every batch, got"
                     f" {sum(meter.seen)} of {sum(meters[0].seen)} samples"
                 )
+
+
+def _check_samples(site: Site, data: Data, needed: int, reason: str = "") -> None:
+    """Refuse a layer that cannot be measured before all samples are read, if their number is
+    known."""
+    counts = [data.units(c) for c in range(data.conditions)]
+    known = [n for n in counts if n is not None]
+    if known and min(known) < needed and not data.sharded:
+        units = "samples" if data.groups is None else "groups of samples"
+        of = "bin" if data.source == "labelled" else "condition"
+        raise ValueError(
+            f"layer {site.name!r} must see at least {needed} {units} per {of}{reason}, got"
+            f" {min(known)}"
+        )
 
 
 def _parts(output: Tensor | Batch | dual.DualTensor) -> tuple[Tensor, Tensor | None]:

@@ -167,9 +167,7 @@ def _legend(
     colours = sequence_colours(len(layers))
     lines = []
     for number, (colour, layer) in enumerate(zip(colours, layers, strict=True)):
-        missing = sum(not panel[number] for panel in panels)
-        unknown = " (unbounded)" if missing == len(panels) else " (partly unbounded)"
-        label = layer.name + (unknown if missing else "")
+        label = layer.name + _unknown([not panel[number] for panel in panels])
         lines.append(Line2D([], [], color=colour, lw=2.5, label=label))
     ordered = sorted(levels)
     for number, level in enumerate(ordered):
@@ -182,6 +180,13 @@ def _legend(
         fontsize="small",
         loc="outside right upper" if narrow else "upper right",
     )
+
+
+def _unknown(missing: Sequence[bool]) -> str:
+    """Say in the legend that a layer is not in every place of a figure."""
+    if all(missing):
+        return " (unbounded)"
+    return " (partly unbounded)" if any(missing) else ""
 
 
 def plot_profile(
@@ -262,6 +267,7 @@ def _bound(ax: Axes, profile: Profile, p: int, colour: Any, label: str) -> None:
         _numbers(values[:, p][order])
         for values in (profile.theta, profile.crlb, profile.crlb_stderr)
     )
+    label += _unknown([math.isnan(b) for b in bound])
     if profile.theta.shape[1] == 1:
         ax.plot(theta, bound, color=colour, lw=1.8, label=label)
         low, high = ([b + sign * e for b, e in zip(bound, error, strict=True)] for sign in (-1, 1))

@@ -306,7 +306,7 @@ class LayerFisher:
         if self.readout is None:
             raise ValueError(
                 f"layer {self.name!r} must have a readout of its activations for a bias, got none:"
-                f" it is combined, compressed, or wider than {READOUT_WIDTH} activations"
+                f" it is of several theta, compressed, or wider than {READOUT_WIDTH} activations"
             )
         return bias_of(self.linear, self.readout, self.shape, shift)
 

@@ -259,6 +259,7 @@ def test_names_reach_the_results(tmp_path, measured):
         ff.FiniteDifference([x, x], [x, x + 1], 0.1, names=names),
         ff.Pathwise(x, torch.ones(200, 2, 3), names=names),
         ff.Score(x, x[:, :2], names=names),
+        ff.Labelled(x, x[:, :2], at=[[-1.0, 0.0], [1.0, 0.0]], names=names),
         ff.Simulator(simulate, [0.0, 0.0], samples=200, names=names),
     ):
         for wrapped in (data, ff.Shard(data), ff.data.KeptData(data, 10**6)):

@@ -172,6 +172,10 @@ def test_profile_figure(tmp_path):
     assert shown == [getattr(found, name)[:, 0].tolist() for name in ("rms", "std", "bias")]
     assert lower.get_xlabel() == "x (µm)"
     assert len(flow.plot_profile(["output"]).axes) == 1
+    lost = dataclasses.replace(ONE, J=ONE.J.clone().index_fill_(0, torch.tensor([2]), 0.0))
+    partly = [dataclasses.replace(layer, profile=lost) for layer in flow]
+    legend = forecast_plots.plot_profile(partly).legends[0].get_texts()
+    assert legend[0].get_text() == "bound, input (partly unbounded)"
     pair = flow_with(profile_of(torch.rand(6, 2).double(), J2), J2, ())
     figure = pair.plot_profile()
     assert [ax.get_xlabel() for ax in figure.axes] == ["θ[0]", "θ[1]"]

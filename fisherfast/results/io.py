@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -38,19 +36,3 @@ def read(path: Path) -> Any:
         raise ValueError(
             f"{path} must hold a saved flow, got a damaged or foreign file: {error}"
         ) from None
-
-
-def plain(value: Any) -> Any:
-    """Convert tensors, results and containers to plain numbers, strings and lists; NaN and
-    infinity to "nan", "inf"."""
-    if isinstance(value, torch.Tensor):
-        return plain(value.tolist())
-    if hasattr(value, "to_dict"):
-        return plain(value.to_dict())
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from fisherfast._errors import FisherWarning
-from fisherfast.results import io
 from fisherfast.results.forecast import (
     LEVEL,
     Ellipse,
@@ -306,7 +305,8 @@ class LayerFisher:
         if self.readout is None:
             raise ValueError(
                 f"layer {self.name!r} must have a readout of its activations for a bias, got none:"
-                f" it is of several theta, compressed, or wider than {READOUT_WIDTH} activations"
+                " it is of several theta, compressed, from the state of a monitor, or wider than"
+                f" {READOUT_WIDTH} activations"
             )
         return bias_of(self.linear, self.readout, self.shape, shift)
 
@@ -322,7 +322,7 @@ class LayerFisher:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and nested lists; NaN and infinity as "nan", "inf"."""
-        entry = {f.name: io.plain(getattr(self, f.name)) for f in fields(self)}
+        entry = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         return {name: value for name, value in entry.items() if value is not None}
 
     @classmethod
@@ -398,3 +398,17 @@ def warn_of(layers: tuple[LayerFisher, ...], *, stacklevel: int = 4) -> None:
     if noted:
         names = ", ".join(name for name, _ in noted)
         warnings.warn(f"{noted[0][1]} (layers: {names})", FisherWarning, stacklevel=stacklevel)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, Profile):
+        return _plain(value.to_dict())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

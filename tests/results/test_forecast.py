@@ -288,3 +288,15 @@ def test_wrong_names_are_refused(names, error, message):
     """Catches a string that is taken for two names, and a name that means two parameters."""
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         ff.Score(torch.randn(10, 2), torch.randn(10, 2), names=names)
+
+
+def test_the_state_of_a_monitor_holds_no_readouts():
+    """Catches a state of a training run that is three times as large, with every epoch's readouts;
+    the last flow in memory still has them."""
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    data = ff.Pathwise(x, torch.ones(400, 3))
+    monitor = ff.FisherMonitor(torch.nn.Linear(3, 1), data, max_features=8)
+    monitor.step()
+    (record,) = monitor.state_dict()["history"]
+    assert not any("readout" in layer for layer in record["flow"]["layers"])
+    assert monitor.history[0].flow["input"].bias(torch.ones(3)).item() == pytest.approx(1, rel=0.1)

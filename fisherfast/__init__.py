@@ -10,8 +10,10 @@ from fisherfast.data import FiniteDifference, Labelled, Pathwise, Score, Shard, 
 from fisherfast.dual import jvp, propagate
 from fisherfast.flow import fisher_flow, fisher_information
 from fisherfast.measurement.settings import Settings
+from fisherfast.results.combination import combine
 from fisherfast.results.comparison import LayerComparison
 from fisherfast.results.flow import FisherFlow
+from fisherfast.results.forecast import Ellipse
 from fisherfast.results.information_map import InformationMap
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import MarginalFisher
@@ -27,6 +29,7 @@ from fisherfast.training.loss import InformationLoss, linear_fisher
 
 __all__ = [
     "CramerRao",
+    "Ellipse",
     "EpochRecord",
     "FiniteDifference",
     "FisherEarlyStopping",
@@ -47,6 +50,7 @@ __all__ = [
     "Simulator",
     "Transmission",
     "__version__",
+    "combine",
     "dual",
     "fisher_flow",
     "fisher_information",

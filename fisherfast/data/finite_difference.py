@@ -19,6 +19,7 @@ from fisherfast.data.batch import Batch
 from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
 from fisherfast.data.inputs import check_forms
+from fisherfast.data.names import check_names
 from fisherfast.data.sources import Source
 
 
@@ -46,11 +47,12 @@ class FiniteDifference(FromSources):
             sample. One array for all conditions, or a **list** with one for each of them (minus and
             plus of the first parameter, then of the second); a label means the same group in all
             conditions.
+        names: names of the P parameters, for tables and figures.
 
     Raises:
         ValueError: dtheta is not positive and finite; the lists differ in length; tensors differ in
             sample shape; paired tensors differ in their number of samples; groups differ in their
-            number of samples, or the samples have no fixed order.
+            number of samples, or the samples have no fixed order; names are not P different ones.
         TypeError: complex samples, or a source that cannot be read.
 
     Example:
@@ -71,6 +73,7 @@ class FiniteDifference(FromSources):
         *,
         paired: bool = False,
         groups: Any = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         minus_list = _as_list(minus)
         plus_list = _as_list(plus)
@@ -83,17 +86,18 @@ class FiniteDifference(FromSources):
             )
         self.dtheta = check_dtheta(dtheta, len(minus_list))
         self.parameters = len(minus_list)
+        self.names = check_names(names, self.parameters)
         self.conditions = 2 * self.parameters
         self.paired = bool(paired)
         self.source = "paired" if self.paired else "independent"
         given = itertools.chain(*zip(minus_list, plus_list, strict=True))
-        names = [self.condition_name(c) for c in range(self.conditions)]
-        self._sources = list(map(sources.check_source, given, names))
-        for source, name in zip(self._sources, names, strict=True):
+        conditions = [self.condition_name(c) for c in range(self.conditions)]
+        self._sources = list(map(sources.check_source, given, conditions))
+        for source, name in zip(self._sources, conditions, strict=True):
             if self.paired:
                 _check_order(source, name)
         _check_shapes(self._sources, self.paired)
-        self.groups = check_groups(groups, self._sources, names, paired=self.paired)
+        self.groups = check_groups(groups, self._sources, conditions, paired=self.paired)
 
     def _batch(self, condition: int, item: Any, rows: object, where: str) -> Batch:
         return Batch(sources.as_batch(item, self.condition_name(condition)))

@@ -21,6 +21,7 @@ from fisherfast.data.bins import (
 )
 from fisherfast.data.groups import Groups
 from fisherfast.data.inputs import Samples
+from fisherfast.data.names import check_names
 from fisherfast.data.per_sample import PerSample
 from fisherfast.data.sources import Source
 
@@ -131,7 +132,7 @@ class Labelled(PerSample):
             self._read_by_bins(self._bin_of)
         self.points = len(self._bins)
         self.centres = self._bins.centres
-        self.names = _check_names(names, self.parameters)
+        self.names = check_names(names, self.parameters)
 
     def _make_bins(self, labels: torch.Tensor | None, asked: int, at: Any) -> Bins:
         """Make the bins, and deal the labels to them if they are known."""
@@ -326,13 +327,3 @@ def _check_bins(bins: Bins, own: torch.Tensor, labels: torch.Tensor) -> None:
                 )
         if not len(inside):
             raise ValueError(f"bins must hold samples, got none in bin {q} of {len(bins)}")
-
-
-def _check_names(names: Sequence[str] | None, parameters: int) -> tuple[str, ...]:
-    if names is None:
-        return ()
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"names must be a sequence of strings, got {names!r}")
-    if len(names) != parameters:
-        raise ValueError(f"names must hold {parameters} names, one per parameter, got {names!r}")
-    return tuple(names)

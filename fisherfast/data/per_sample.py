@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from fisherfast.data.batch import Batch
 from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
 from fisherfast.data.inputs import Inputs, Samples, dx_of, floating, is_floating, tensors_of
+from fisherfast.data.names import check_names
 from fisherfast.data.sources import Source
 
 
@@ -25,7 +27,14 @@ class PerSample(FromSources):
 
     conditions = 1
 
-    def __init__(self, x: Source, companion: Any, parameters: int | None, groups: Any) -> None:
+    def __init__(
+        self,
+        x: Source,
+        companion: Any,
+        parameters: int | None,
+        groups: Any,
+        names: Sequence[str] | None = None,
+    ) -> None:
         self._x = sources.check_source(x, "x")
         self._sources = [self._x]
         self._companion = companion
@@ -45,6 +54,7 @@ class PerSample(FromSources):
             self.parameters = 1 if parameters is None else parameters
         self.parameters = check_whole("parameters", self.parameters, least=1)
         self.groups = check_groups(groups, self._sources, ["x"])
+        self.names = check_names(names, self.parameters)
 
     @abstractmethod
     def _whole_companion(self, none: Samples) -> Samples:
@@ -98,6 +108,7 @@ class Pathwise(PerSample):
             integers.
         parameters: P, for sources that yield pairs; 1 if None.
         groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
+        names: names of the P parameters, for tables and figures.
 
     Raises:
         ValueError: dx has another shape or is not finite.
@@ -122,9 +133,15 @@ class Pathwise(PerSample):
     companion = "dx"
 
     def __init__(
-        self, x: Source, dx: Any = None, *, parameters: int | None = None, groups: Any = None
+        self,
+        x: Source,
+        dx: Any = None,
+        *,
+        parameters: int | None = None,
+        groups: Any = None,
+        names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(x, dx, parameters, groups)
+        super().__init__(x, dx, parameters, groups, names)
 
     def _whole_companion(self, none: Samples) -> Samples:
         dx = self._checked(self._x, self._companion, "", like=none)
@@ -215,6 +232,7 @@ class Score(PerSample):
         score: [n, P], or [n] for one parameter, floating; Dataset items hold [P] or one number.
         parameters: P, for sources that yield pairs; 1 if None.
         groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
+        names: names of the P parameters, for tables and figures.
 
     Raises:
         ValueError: score has another shape or is not finite.
@@ -237,9 +255,15 @@ class Score(PerSample):
     companion = "score"
 
     def __init__(
-        self, x: Source, score: Any = None, *, parameters: int | None = None, groups: Any = None
+        self,
+        x: Source,
+        score: Any = None,
+        *,
+        parameters: int | None = None,
+        groups: Any = None,
+        names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(x, score, parameters, groups)
+        super().__init__(x, score, parameters, groups, names)
 
     def _whole_companion(self, none: Samples) -> Samples:
         score = _as_score(self._companion)

@@ -25,6 +25,7 @@ from fisherfast.data.inputs import (
     rows_of,
     tensors_of,
 )
+from fisherfast.data.names import check_names
 from fisherfast.data.sources import as_batch, check_dense, check_entries
 
 Draw = Callable[[torch.Tensor, int, torch.Generator], Any]
@@ -60,6 +61,7 @@ class Simulator(Data):
         seed: a batch depends on seed, condition and its number only: a measurement with another
             batch size draws other samples.
         device: of theta and of the generator.
+        names: names of the P parameters, for tables and figures.
 
     Raises:
         ValueError: dtheta is missing, not positive or lost in the rounding of theta; during a
@@ -91,6 +93,7 @@ class Simulator(Data):
         dtheta: float | Sequence[float] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        names: Sequence[str] | None = None,
     ) -> None:
         if not callable(fn):
             raise TypeError(f"fn must be a function, got {type(fn).__name__}")
@@ -105,6 +108,7 @@ class Simulator(Data):
         self.parameters = given.shape[-1]
         if given.ndim == 2:
             self.points, self.centres = len(given), given.double().cpu()
+        self.names = check_names(names, self.parameters)
         self.paired = derivative == "paired"
         if derivative == "pathwise":
             if dtheta is not None:

@@ -224,6 +224,11 @@ class FeatureDictionary:
         [d, P]; not for a sketch."""
         return derivative[: self.raw] / self._scale.to(derivative)[:, None]
 
+    def readout(self, weights: Tensor) -> Tensor:
+        """Convert weights of the raw features [raw, P] to those of the activations [d, P]; not for
+        a sketch."""
+        return weights * self._scale.to(weights)[:, None]
+
     def __call__(self, activations: Tensor) -> Tensor:
         """Compute all features [n, k] of activations [n, d] of any floating dtype, about their
         pilot."""

@@ -33,7 +33,8 @@ from fisherfast.measurement.moments import (
 )
 from fisherfast.measurement.replicates import LEAST_ERROR, HeldSamples, kept_samples
 from fisherfast.measurement.without_estimate import no_information
-from fisherfast.results.layer import LayerFisher, finite_step_note
+from fisherfast.model.sites import INPUT
+from fisherfast.results.layer import READOUT_WIDTH, LayerFisher, finite_step_note
 from fisherfast.results.marginal import SINGULAR, pack_covariance
 
 CURVE_POINTS = 64
@@ -320,7 +321,22 @@ class LayerMeter(Meter):
             replicates=(replicates + doubt if len(replicates) else replicates).cpu(),
             error_covariance=pack_covariance(errors).cpu(),
             response=response,
+            readout=self._linear_readout(fit),
         )
+
+    def _linear_readout(self, fit: Fit) -> Tensor | None:
+        """Return S^-1 D [d, P] of the raw activations, without bias for few samples; None for a
+        wide layer after the input, and for a sketch."""
+        dictionary, statistics = self.features.dictionary, fit.curve.statistics
+        wide = self.site.name != INPUT and self.site.dim > READOUT_WIDTH
+        if wide or dictionary.kind == "sketch" or self.site.dim > dictionary.raw:
+            return None
+        W = fit.curve.readout_of(fit.raw)
+        if statistics.score is None:  # E[S^-1] is larger than S^-1; a regression has no such bias
+            W = W * (1 - (float(fit.curve.effective_dim[fit.raw - 1]) + 1) / statistics.dof)
+        full = W.new_zeros(dictionary.raw, W.shape[1])
+        full[fit.alive[: fit.raw]] = W
+        return dictionary.readout(full).cpu()
 
     def _taken_by_noise(self, fit: Fit, size: int) -> float:
         """Return the share of J of the first `size` features that noise against rounding has taken:

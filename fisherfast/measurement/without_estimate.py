@@ -49,6 +49,7 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
         replicates=empty,
         aliases=tuple(site.aliases),
         descendants=tuple(sorted(site.descendants)),
+        parameter_names=data.names,
     )
 
 

@@ -43,6 +43,7 @@ class LayerComparison:
         directions: [P, P], in the unit of theta; the columns w are the directions of `ratios`,
             w^T J_b w = 1.
         notes: remarks for the reader.
+        parameter_names: [P] names of the parameters; empty if they have none.
     """
 
     names: tuple[str, str]
@@ -54,10 +55,15 @@ class LayerComparison:
     ratios_stderr: torch.Tensor
     directions: torch.Tensor
     notes: tuple[str, ...] = ()
+    parameter_names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         by = zip(self.difference.diagonal(), self.difference_stderr.diagonal(), strict=True)
-        differences = ", ".join(f"{float(value):.4g} +- {float(error):.2g}" for value, error in by)
+        texts = [f"{float(value):.4g} +- {float(error):.2g}" for value, error in by]
+        if self.parameter_names:
+            named = zip(self.parameter_names, texts, strict=True)
+            texts = [f"{name}: {text}" for name, text in named]
+        differences = ", ".join(texts)
         a, b = self.names
         return (
             f"LayerComparison({a!r} / {b!r} = {self.ratio:.4g} +- {self.ratio_stderr:.2g},"
@@ -87,6 +93,7 @@ def compare(a: LayerFisher, b: LayerFisher) -> LayerComparison:
         ratios_stderr=errors,
         directions=directions,
         notes=() if divides(b) else (unresolved_note(b),),
+        parameter_names=a.parameter_names,
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fisherfast._version import __version__
-from fisherfast.results import io, plots, table
+from fisherfast.results import forecast_plots, io, plots, table
 from fisherfast.results.comparison import LayerComparison, compare, exceeds, ratio
 from fisherfast.results.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
 from fisherfast.results.layer import LayerFisher
@@ -137,6 +138,11 @@ class FisherFlow:
             tight.append(layer)
         return replace(self, layers=tuple(tight))
 
+    def with_prior(self, precision: Any) -> FisherFlow:
+        """Add the information of a prior to every layer: `LayerFisher.with_prior`. Ratios of layers
+        are then those of data and prior together."""
+        return replace(self, layers=tuple(layer.with_prior(precision) for layer in self))
+
     def map(self, name: str) -> InformationMap:
         """Return the linear Fisher information of the channels at each position of a layer
         [C, H, W], in 1/theta^2, measured with ``settings=ff.Settings(maps=True)``.
@@ -166,6 +172,43 @@ class FisherFlow:
         """Plot J with error bars and the honest bound against the layers, and return the matplotlib
         axes."""
         return plots.plot_flow(self, ax, **style)
+
+    def plot_ellipses(
+        self,
+        layers: Sequence[str] = ("input", "output"),
+        params: Sequence[int | str] | None = None,
+        *,
+        levels: Sequence[float] = forecast_plots.LEVELS,
+        center: Sequence[float] | None = None,
+    ) -> Any:
+        """Plot the credible ellipses of layers, one panel for each pair of parameters, and return
+        the matplotlib figure.
+
+        Args:
+            layers: names of layers.
+            params: two or more parameters, numbers or names; None for all.
+            levels: credible levels, between 0 and 1.
+            center: theta of these parameters; None draws deviations.
+        """
+        shown = [self[name] for name in layers]
+        return forecast_plots.plot_ellipses(shown, params, levels=levels, center=center)
+
+    def plot_profile(
+        self,
+        layers: Sequence[str] = ("input", "output"),
+        errors: tuple[nn.Module, Any, Any] | None = None,
+    ) -> Any:
+        """Plot the Cramer-Rao bounds of layers along theta, and return the matplotlib figure.
+
+        Args:
+            layers: names of layers with a `profile`.
+            errors: (model, x, theta) also draws RMS error, standard deviation and bias of the
+                model's estimates, see `Profile.errors`. A biased estimate may be below the bound.
+        """
+        shown = [self[name] for name in layers]
+        profile = shown[0].profile if shown else None
+        found = None if errors is None or profile is None else profile.errors(*errors)
+        return forecast_plots.plot_profile(shown, found)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and lists, which `save` writes as JSON."""

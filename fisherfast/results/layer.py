@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from fisherfast._errors import FisherWarning
+from fisherfast.results.forecast import (
+    LEVEL,
+    Ellipse,
+    bias_of,
+    check_precision,
+    credible_ellipse,
+)
 from fisherfast.results.marginal import (
     SINGULAR,
+    Keep,
     MarginalFisher,
     cramer_rao,
     diagonal_text,
@@ -26,6 +34,9 @@ NOT_INDEPENDENT = (
     " sorted file), but errors and bounds assume independent samples: pass groups= for samples that"
     " belong together, or shuffle a file that is only sorted"
 )
+
+READOUT_WIDTH = 512
+"""Widest layer after the input that keeps its readout, which `LayerFisher.bias` needs."""
 
 FINITE_STEP_LIMIT = 0.3
 """dtheta sqrt(J) / 2 above which the finite step overshoots by more than 0.4 % (Gaussian shift)."""
@@ -89,6 +100,9 @@ class LayerFisher:
         profile: the information along theta, of which J is the mean over samples; None for samples
             at one theta.
         parameter_names: [P] names of the parameters; empty if they have none.
+        prior: [P, P] precision of a prior that J contains, see `with_prior`; None without one.
+        readout: [d, P] S^-1 D of the raw activations, per unit of activation and theta, corrected
+            for few samples, from which `bias` is computed; None for wide layers.
     """
 
     name: str
@@ -128,6 +142,8 @@ class LayerFisher:
     cut: bool | None = None
     profile: Profile | None = None
     parameter_names: tuple[str, ...] = ()
+    prior: torch.Tensor | None = None
+    readout: torch.Tensor | None = None
 
     @property
     def converged(self) -> bool:
@@ -170,7 +186,7 @@ class LayerFisher:
         """
         return cramer_rao(self.J, self.rounding)
 
-    def marginal(self, keep: int | Sequence[int]) -> MarginalFisher:
+    def marginal(self, keep: Keep) -> MarginalFisher:
         """Compute the information about some parameters with the others as unknown nuisances: the
         Schur complement J_aa - J_ab J_bb^-1 J_ba, in 1/theta^2.
 
@@ -179,11 +195,12 @@ class LayerFisher:
         without information do not count; NaN if their J is not positive semi-definite.
 
         Args:
-            keep: the parameters to keep, one index or several; negative ones count from the end.
+            keep: the parameters to keep, one or several, by number or name; negative numbers count
+                from the end.
 
         Raises:
             ValueError: keep is empty, or holds a parameter twice or one that does not exist.
-            TypeError: keep does not hold whole numbers.
+            TypeError: keep does not hold whole numbers or names.
 
         Example:
             >>> import torch, fisherfast as ff
@@ -193,7 +210,105 @@ class LayerFisher:
             >>> abs(input.marginal(0).value - 0.64) < 0.2       # 1 - 0.6^2 / 1
             True
         """
-        return marginal_fisher(self.J, self.error_covariance, keep, self.rounding)
+        return marginal_fisher(
+            self.J, self.error_covariance, keep, self.rounding, self.parameter_names
+        )
+
+    def ellipse(
+        self, keep: Keep, level: float = LEVEL, *, center: Sequence[float] = (0.0, 0.0)
+    ) -> Ellipse:
+        r"""Compute the credible ellipse of two parameters with the others unknown.
+
+        .. math:: (\theta - c)^T M (\theta - c) = -2 \ln(1 - \text{level})
+
+        with M the `marginal` information: 2.30 on the right for 68.3 %, 6.17 for 95.4 %.
+
+        Args:
+            keep: two parameters, numbers or names.
+            level: probability inside, between 0 and 1.
+            center: of the ellipse, in the units of theta.
+
+        Raises:
+            ValueError: keep, level or center is wrong, or there is no information on a parameter
+                with the others unknown.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x, tangents = torch.randn(1000, 2), torch.eye(2).expand(1000, 2, 2)   # J = 1
+            >>> input = ff.fisher_information(ff.Pathwise(x, tangents, names=["x", "y"]))
+            >>> ellipse = input.ellipse(["x", "y"])
+            >>> abs(ellipse.semi_axes[0] - 2.30**0.5) < 0.3, ellipse.points().shape
+            (True, torch.Size([181, 2]))
+        """
+        return credible_ellipse(self.marginal(keep), self.J, self.rounding, level, center)
+
+    def with_prior(self, precision: Any) -> LayerFisher:
+        """Add the information of a prior, or of another experiment, that is known without error.
+
+        J, lower, linear, naive, the curve, the profile and the replicates become J + precision;
+        errors and status stay those of the measurement. A `bias` is then that of the estimate of
+        maximal posterior density.
+
+        Args:
+            precision: [P, P] symmetric positive semi-definite, in 1/theta^2; or [P] of 1/sigma^2,
+                0 for no prior; or a number for one parameter.
+
+        Raises:
+            ValueError: precision has another shape, is not finite, or not symmetric positive
+                semi-definite.
+            TypeError: it does not hold real numbers.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x, dx = torch.randn(1000, 4), torch.ones(1000, 4)
+            >>> input = ff.fisher_information(ff.Pathwise(x, dx))
+            >>> both = input.with_prior(1 / 0.25**2)               # sigma = 0.25: J = 4 + 16
+            >>> round(both.value - input.value, 6)
+            16.0
+        """
+        more = check_precision(precision, self.parameters)
+        sums = {name: getattr(self, name) + more for name in (*_ESTIMATES, "curve_J")}
+        if len(self.replicates):
+            sums["replicates"] = self.replicates + more
+        profile = self.profile and replace(self.profile, J=self.profile.J + more)
+        prior = more if self.prior is None else self.prior + more
+        return replace(self, **sums, profile=profile, prior=prior)
+
+    def bias(self, shift: Any) -> torch.Tensor:
+        r"""Compute the bias [P] of an efficient linear estimate if the mean of the activations is
+        shifted by an effect that the estimate does not know, in the unit of theta.
+
+        .. math:: b = J^{-1} D^T S^{-1} \delta
+
+        to first order in the shift, with J the `linear` information: the estimate weighs the raw
+        activations, without their lift. The error of b is not computed.
+
+        Args:
+            shift: delta of the activations, of the shape of one sample; or [n, ...] of n samples,
+                of which the mean is used. For the input this is the shift of x; for other layers
+                `fisherfast.propagate` turns that into theirs.
+
+        Returns:
+            [P] float64. NaN if J is not positive definite.
+
+        Raises:
+            ValueError: shift has another shape or is not finite; the layer has no readout.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x, dx = torch.randn(1000, 4), torch.ones(1000, 4)
+            >>> input = ff.fisher_information(ff.Pathwise(x, dx))
+            >>> shift = torch.tensor([0.2, 0.0, 0.0, 0.0])         # of one of four equal pixels
+            >>> abs(float(input.bias(shift)) - 0.05) < 0.02
+            True
+        """
+        if self.readout is None:
+            raise ValueError(
+                f"layer {self.name!r} must have a readout of its activations for a bias, got none:"
+                " it is of several theta, compressed, from the state of a monitor, or wider than"
+                f" {READOUT_WIDTH} activations"
+            )
+        return bias_of(self.linear, self.readout, self.shape, shift)
 
     @property
     def finite_step(self) -> torch.Tensor:
@@ -202,7 +317,8 @@ class LayerFisher:
         if not self.dtheta:
             return torch.zeros(self.parameters, dtype=torch.float64, device="cpu")
         step = torch.tensor(self.dtheta, dtype=torch.float64, device="cpu")
-        return step * self.J.diagonal().clamp_min(0).sqrt() / 2
+        J = self.J if self.prior is None else self.J - self.prior
+        return step * J.diagonal().clamp_min(0).sqrt() / 2
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and nested lists; NaN and infinity as "nan", "inf"."""
@@ -230,6 +346,8 @@ class LayerFisher:
             **dict.fromkeys(_STACKS, (-1, parameters, parameters)),
             "error_covariance": (entries, entries),
             "response": (-1, parameters),
+            "prior": (parameters, parameters),
+            "readout": (-1, parameters),
         }
         for name in values.keys() & shapes.keys():
             numbers = np.array(values[name], dtype=np.float64)
@@ -249,13 +367,16 @@ class LayerFisher:
 UNMEASURED = "not measured: "
 """Begin of the note of a layer whose J is NaN because it cannot be measured."""
 
-_MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
+_ESTIMATES = ("J", "lower", "linear", "naive")
+_MATRICES = (*_ESTIMATES, "stderr", "lower_stderr", "linear_stderr")
 _STACKS = ("curve_J", "curve_stderr", "replicates")
 _OPTIONAL = (
     "error_covariance",
     "response",
     "cut",
     "profile",
+    "prior",
+    "readout",
 )  # None in the layer, left out of `to_dict`
 
 

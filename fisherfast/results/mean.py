@@ -84,6 +84,7 @@ def averaged(
         rounding=profile.rounding,
         replicates=replicates,
         profile=profile,
+        readout=None,  # an efficient estimate has another at each theta
     )
 
 

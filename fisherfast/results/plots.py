@@ -180,7 +180,7 @@ def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/the
     widths = layer.curve_k.tolist()
     for p in range(layer.parameters):
         color = (BLUE, VERMILION, GREEN, GREY)[p % 4]
-        suffix = f"[{p}]" if layer.parameters > 1 else ""
+        suffix = _suffix(layer, p)
         J, error = layer.curve_J[:, p, p], layer.curve_stderr[:, p, p]
         ax.fill_between(widths, (J - error).tolist(), (J + error).tolist(), color=color, alpha=0.25)
         ax.plot(widths, J.tolist(), color=color, label=f"J{suffix}")
@@ -210,7 +210,13 @@ def _lines(
             [float(getattr(layer, name)[p, p]) for layer in flow.layers]
             for name in ("J", "stderr", "lower")
         )
-        yield f"[{p}]" if flow.parameters > 1 else "", J, errors, lower
+        yield _suffix(flow.layers[0], p), J, errors, lower
+
+
+def _suffix(layer: LayerFisher, parameter: int) -> str:
+    """Name a parameter of several: "[x]", or "[0]" if it has no name."""
+    shown = layer.parameter_names[parameter] if layer.parameter_names else parameter
+    return f"[{shown}]" if layer.parameters > 1 else ""
 
 
 def _label_layers(ax: Axes, flow: FlowLike, fraction: bool, unit: str) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from fisherfast.results.estimator import EstimatorErrors, errors_along
 from fisherfast.results.marginal import SINGULAR, cramer_rao
 
 
@@ -35,6 +37,48 @@ class Profile:
     def crlb(self) -> torch.Tensor:
         """Cramer-Rao bound [Q, P] in the unit of theta, as in `LayerFisher.crlb`."""
         return torch.stack([cramer_rao(J, self.rounding) for J in self.J])
+
+    @property
+    def crlb_stderr(self) -> torch.Tensor:
+        """Standard errors [Q, P] of `crlb` to first order, as if the entries of J had independent
+        errors; NaN where the bound is infinite."""
+        bound = self.crlb
+        known = torch.isfinite(bound).all(1)
+        unit = torch.eye(self.J.shape[1], dtype=torch.float64, device="cpu")
+        column = torch.linalg.inv(torch.where(known[:, None, None], self.J, unit)).square()
+        variance = self.stderr.square()
+        crossed = 2 * torch.einsum("qip,qij,qjp->qp", column, variance, column)
+        crossed -= torch.einsum("qip,qii,qip->qp", column, variance, column)
+        return torch.where(known[:, None], crossed.sqrt() / (2 * bound), torch.nan)
+
+    def errors(self, model: nn.Module, x: Any, theta: Any) -> EstimatorErrors:
+        """Compute RMS error, bias and standard deviation of a network that estimates theta, at the
+        theta of this profile, to be compared with `crlb`.
+
+        Each sample belongs to the nearest theta of the profile, in units of the spread of theta.
+
+        Args:
+            model: returns estimates [n, P], or [n]. It runs in eval mode without gradients.
+            x: samples [n, ...], tensor or array; a tuple or dict of these for several inputs.
+            theta: true theta [n, P], or [n] for one parameter.
+
+        Raises:
+            ValueError: theta or the estimates have another shape or are not finite.
+            TypeError: x or theta are no tensors or arrays.
+
+        Example:
+            >>> import torch
+            >>> from fisherfast.results.profile import Profile
+            >>> at, J = torch.tensor([[-1.0], [0.0], [1.0]]).double(), torch.ones(3, 1, 1).double()
+            >>> profile = Profile(at, J, J / 10, J[:, 0, 0])
+            >>> theta = torch.rand(3000) * 3 - 1.5
+            >>> halved = torch.nn.Linear(1, 1)                       # bias towards the middle
+            >>> _ = halved.weight.data.fill_(0.5), halved.bias.data.zero_()
+            >>> errors = profile.errors(halved, theta[:, None] + torch.randn(3000, 1), theta)
+            >>> (errors.bias[[0, 2], 0] > 0).tolist(), (errors.std < profile.crlb).all().item()
+            ([True, False], True)
+        """
+        return errors_along(self.theta, model, x, theta)
 
     def __len__(self) -> int:
         return len(self.theta)

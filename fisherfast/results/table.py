@@ -24,7 +24,8 @@ def rows(
         layers: in execution order.
         ratios: J / J_input and its standard error by layer.
     """
-    table = [HEADER]
+    names = ", ".join(layers[0].parameter_names) if layers else ""
+    table = [[f"J ({names})" if name == "J" and names else name for name in HEADER]]
     for layer in layers:
         fraction, error = ratios[layer.name]
         table.append(
@@ -53,6 +54,8 @@ def footnotes(layers: Sequence[LayerFisher], source: str) -> list[str]:
     first = layers[0]
     step = ", ".join(f"{value:g}" for value in first.dtheta)
     per = "diagonal of J shown; " if first.parameters > 1 else ""
+    if first.prior is not None:
+        per += f"with a prior of {diagonal_text(first.prior)}; "
     how = f"dtheta {step}" if step else source
     lines = [f"J per unit of theta squared; {per}{how}; {first.samples} samples"]
     if not divides(first):

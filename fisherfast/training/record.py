@@ -136,10 +136,12 @@ class EpochRecord:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings, lists and tensors."""
+        """Return plain numbers, strings, lists and tensors; without the readouts of layers."""
         state = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("flow", "training_flow"):
             state[name] = None if state[name] is None else state[name].to_dict()
+            for layer in [] if state[name] is None else state[name]["layers"]:
+                layer.pop("readout", None)  # two thirds of the state
         return state | {
             "input_J": self.input_J.clone(),
             "live": dict(self.live),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
+from fisherfast._files import replacing
 from fisherfast._validation import check_same_network, check_whole
 from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
@@ -313,9 +314,11 @@ class FisherMonitor:
         return [record.row() for record in self.history]
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the history, one line per record, with empty cells for unknown values."""
+        """Write the history, one line per record, with empty cells for unknown values; after an
+        error an earlier file is as it was."""
         rows = self.rows()
-        Path(path).write_text(as_csv(rows, columns_of(rows)), encoding="utf-8")
+        with replacing(Path(path)) as file:
+            file.write(as_csv(rows, columns_of(rows)).encode())
 
     def plot(self, ax: Any = None) -> Any:
         """Plot transmission and the errors in units of the bound over epochs, and return the

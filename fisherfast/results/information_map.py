@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 
+from fisherfast._fields import AtLeast, Shape, build, plain
 from fisherfast.results import table
 
 MAX_MAP_NUMBERS = 2**27
@@ -31,8 +31,8 @@ class InformationMap:
     """
 
     name: str
-    J: torch.Tensor
-    stderr: torch.Tensor
+    J: Annotated[torch.Tensor, Shape(("H", "W", "P", "P"))]
+    stderr: Annotated[torch.Tensor, Shape(("H", "W", "P", "P")), AtLeast(0)]
 
     @property
     def value(self) -> torch.Tensor:
@@ -70,21 +70,12 @@ class InformationMap:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and nested lists; NaN as "nan"."""
-        return {
-            "name": self.name,
-            "shape": list(self.J.shape),
-            "J": [str(v) if v != v else v for v in self.J.flatten().tolist()],
-            "stderr": [str(v) if v != v else v for v in self.stderr.flatten().tolist()],
-        }
+        return plain(self)
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> InformationMap:
-        """Rebuild a map from the result of `to_dict`."""
-        J, stderr = (
-            torch.from_numpy(np.array(entry[name], dtype=np.float64).reshape(entry["shape"]))
-            for name in ("J", "stderr")
-        )
-        return cls(entry["name"], J, stderr)
+        """Rebuild a map from the result of `to_dict`. Raises ValueError for anything else."""
+        return build(cls, entry)
 
 
 def has_map(shape: tuple[int, ...]) -> bool:

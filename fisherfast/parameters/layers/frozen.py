@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
+from fisherfast._fields import OneOf, read_fields
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layers.convolution import Convolution
 from fisherfast.parameters.layers.embedding import Embedding
@@ -50,7 +51,20 @@ def settings_of(rule: DetachedRule) -> dict[str, Any]:
 
 
 def rule_from_settings(settings: Mapping[str, Any]) -> DetachedRule:
-    """The rule whose `settings_of` these are."""
-    rule_type, module_type, _ = KINDS[settings["kind"]]
-    module = module_type(**settings["module"], device=torch.device("meta"))
-    return rule_type(module, settings["own"])
+    """The rule whose `settings_of` these are. Raises ValueError for anything else."""
+    kinds = {
+        "kind": Annotated[str, OneOf(tuple(KINDS))],
+        "module": dict[str, Any],
+        "own": dict[str, str],
+    }
+    values = read_fields(kinds, settings, "rule")
+    rule_type, module_type, _ = KINDS[values["kind"]]
+    try:
+        module = module_type(**values["module"], device=torch.device("meta"))
+        rule = rule_type(module, values["own"])
+        same = repr(settings_of(rule)) == repr(values)  # True is not 1
+    except Exception as error:
+        raise ValueError(f"rule must have the settings of a layer, got {values}: {error}") from None
+    if not same:
+        raise ValueError(f"rule must have all settings of a layer, got {values}")
+    return rule

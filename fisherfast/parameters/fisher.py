@@ -69,7 +69,7 @@ def fisher(
     parameters: Selection = None,
     batch_size: int = 256,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Any,
 ) -> ParameterFisher:
     r"""The Fisher matrix of the parameters w of p(y | x, w), averaged over the inputs of the data.
@@ -99,7 +99,8 @@ def fisher(
             or a function of the name.
         batch_size: samples per batch, of tensors and Datasets. It changes memory, not the result.
         seed: of the labels drawn, in [-2^63, 2^63); the global random state is not touched.
-        progress: show a bar (needs tqdm).
+        progress: True shows the progress, with tqdm if that is installed, False does not; None
+            does after two seconds of work if standard error is a terminal and CI is not set.
         **settings: further options of the structure, see its class.
 
     Returns:

@@ -168,6 +168,12 @@ def read(kind: Any, value: Any, name: str, scope: Scope | None = None) -> Any:
     return _read_container(origin, args, value, name, scope)
 
 
+def has_version(state: Any, key: str, version: Any) -> bool:
+    """Return whether a mapping has this version, or format, under a key."""
+    found = state.get(key) if isinstance(state, Mapping) else None
+    return type(found) is type(version) and bool(found == version)
+
+
 @contextlib.contextmanager
 def inside(name: str) -> Iterator[None]:
     """Put the name of a part in front of the ValueErrors of the block."""
@@ -229,10 +235,11 @@ def _read_annotated(base: Any, marks: Sequence[Any], value: Any, name: str, scop
 
 
 def _read_union(args: Sequence[Any], value: Any, name: str, scope: Scope) -> Any:
-    """Read T | None, or bool | T."""
-    if (value is None and type(None) in args) or (isinstance(value, bool) and bool in args):
+    """Read one kind, or None, True, False or text where these are among the kinds."""
+    if type(value) in args and type(value) in (type(None), bool, str):
         return value
-    (kind,) = (each for each in args if each not in (type(None), bool))
+    kinds = [each for each in args if each not in (type(None), bool)]
+    kind = next((each for each in kinds if each is not str), str)
     return read(kind, value, name, scope)
 
 

@@ -92,6 +92,25 @@ def stopped() -> dict[str, Any]:
     return stopping.state_dict()
 
 
+class Tokens(nn.Module):
+    """Layers whose settings are in the state of a Gram matrix, and one whose gradients are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3, padding_idx=0)
+        self.norm = nn.LayerNorm(3)
+        self.conv = nn.Conv1d(3, 2, 2, padding="same", padding_mode="circular")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.norm(self.embed(x)).mT).mean(2)
+
+
+@cache
+def fisher_of_tokens() -> dict[str, Any]:
+    x = torch.arange(6).reshape(2, 3) % 5
+    return ff.parameters.fisher(Tokens(), "gaussian", x, structure="gram").state_dict()
+
+
 @cache
 def fisher_state(structure: str) -> dict[str, Any]:
     x = torch.linspace(-1, 1, 6).reshape(2, 3)
@@ -168,6 +187,7 @@ KINDS = {
         f"Fisher, {name}": Kind(lambda name=name: fisher_state(name), load_fisher)
         for name in STRUCTURES
     },
+    "Fisher, gram of tokens": Kind(fisher_of_tokens, load_fisher),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fisherfast._fields import build, plain, read
+from fisherfast._fields import build, has_version, plain, read
 from fisherfast._version import __version__
 from fisherfast.model.sites import INPUT
 from fisherfast.results import io, plots, table
@@ -186,11 +186,11 @@ class FisherFlow:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> FisherFlow:
         """Rebuild a flow from the result of `to_dict`. Raises ValueError for anything else."""
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not has_version(content, "format", FORMAT):
             raise ValueError(
                 f"content must be a saved flow (format {FORMAT!r}), got another format"
             )
-        if content.get("format_version") != FORMAT_VERSION:
+        if not has_version(content, "format_version", FORMAT_VERSION):
             raise ValueError(
                 f"format_version must be {FORMAT_VERSION}, got {content.get('format_version')}:"
                 " use the version of fisherfast that wrote the file"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fisherfast._fields import Count, read_fields
+from fisherfast._fields import Count, has_version, read_fields
 from fisherfast.training.record import EpochRecord, Errors
 
 FORMAT_VERSION = 1
@@ -91,7 +91,7 @@ def read_state(state: Any) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged or of another version.
     """
-    if not isinstance(state, Mapping) or state.get("format_version") != FORMAT_VERSION:
+    if not has_version(state, "format_version", FORMAT_VERSION):
         raise ValueError(
             f"state must be of a FisherMonitor, format {FORMAT_VERSION}, got"
             f" {state.get('format_version') if isinstance(state, Mapping) else type(state)}"

@@ -12,7 +12,7 @@ import torch
 
 VALUES = (
     None, True, False, -1, 0, 3, 1e999, -1e999, math.nan, 0.5, 10**400, "text", "nan", "", [], {},
-    [[1.0]], [[[["x"]]]], (2,), {"a": None},
+    [[1.0]], [[[["x"]]]], (2,), {"a": None}, torch.ones(2),
 )  # fmt: skip
 """What takes the place of a value."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fisherfast._fields import AtLeast, Count, Shape, inside, read, read_fields, wrong
+from fisherfast._fields import AtLeast, Count, Shape, has_version, inside, read, read_fields, wrong
 from fisherfast._validation import check_positive
 from fisherfast.model.unwrap import check_model, unwrapped
 from fisherfast.parameters.analysis.parabola import Parabola, at_least_float32
@@ -336,7 +336,7 @@ class ElasticWeightConsolidation:
             ValueError: not a state of an `ElasticWeightConsolidation`, or a damaged one; nothing is
                 changed then. A state of another model is refused at the next use.
         """
-        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+        if not has_version(state, "version", STATE_VERSION):
             raise wrong(
                 "state", f"be of an ElasticWeightConsolidation, version {STATE_VERSION}", state
             )
@@ -356,9 +356,9 @@ def _from_state(state: Mapping[str, Any]) -> ElasticWeightConsolidation:
             read(kind, kept.get(name), f"state.{what}[{name!r}]")
         made._information[name] = information[name].clone()
         made._anchors[name] = anchors[name].clone()
-        if bool((information[name] < 0).any()):
-            raise ValueError(
-                f"state.information[{name!r}] must be at least 0, got a negative number"
+        if not bool(((information[name] >= 0) & information[name].isfinite()).all()):
+            raise wrong(
+                f"state.information[{name!r}]", "be finite and at least 0", information[name]
             )
     for number, each in enumerate(state["quadratics"]):
         made._quadratics.append(_quadratic_of(each, made._known, f"state.quadratics[{number}]"))

@@ -218,13 +218,13 @@ def _output_shape(rule: DetachedRule, x: Tensor) -> list[int]:
     tokens, dtype = isinstance(rule, Embedding), torch.float32
     if tokens:
         numbers = rule.module.num_embeddings
-        ends = [] if x.is_floating_point() or not x.numel() else [int(x.min()), int(x.max())]
-        if x.is_floating_point() or not all(0 <= end < numbers for end in ends):
+        whole = x.dtype in (torch.int32, torch.int64)
+        if not whole or bool(((x < 0) | (x >= numbers)).any()):
             raise wrong("layer.x", f"be tokens below {numbers}", x)
     elif not x.is_floating_point():
         raise wrong("layer.x", "be floating numbers", x)
     parts = [x.new_zeros(shape, dtype=dtype) for shape in rule.shapes]
     try:
         return list(rule.applied(x[:0].to(x.dtype if tokens else dtype), parts).shape[1:])
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"layer.x must fit the layer, got {list(x.shape)}: {error}") from None

@@ -2,7 +2,8 @@
 
 A kind is a type hint: bool, int, float, str, Any (plain values), object (anything), a Literal, a
 tensor, T | None, lists, tuples and dicts of kinds, or a dataclass. `Annotated` adds a `Shape`, an
-`AtLeast` or a `OneOf`. A new field of a dataclass is covered by its hint alone.
+`AtLeast` or a `OneOf`. A new field of a dataclass is covered by its hint alone, which must be
+defined at run time; a tensor of another dtype than float64 needs a `Shape`.
 
 NaN and infinity, for which JSON has no words, are also read from "nan", "inf" and "-inf".
 """
@@ -68,7 +69,7 @@ class Scope:
 
 Count = Annotated[int, AtLeast(0)]
 Matrix = Annotated[torch.Tensor, Shape(("P", "P"))]
-Errors = Annotated[torch.Tensor, Shape(("P", "P")), AtLeast(0)]
+ErrorMatrix = Annotated[torch.Tensor, Shape(("P", "P")), AtLeast(0)]
 
 
 def build(cls: type[T], state: Any, *, complete: bool = False) -> T:
@@ -244,6 +245,8 @@ def _read_union(args: Sequence[Any], value: Any, name: str, scope: Scope) -> Any
 
 
 def _read_container(origin: Any, args: Sequence[Any], value: Any, name: str, scope: Scope) -> Any:
+    if origin not in (dict, Mapping, list, tuple, Sequence):
+        raise TypeError(f"{name} must have a type hint that can be checked, got {origin}")
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise wrong(name, "be a mapping", value)

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -24,9 +24,12 @@ from support.mutants import mutants, same
 from torch import nn
 
 import fisherfast as ff
+from fisherfast._fields import Shape, build, kinds_of, plain, read
+from fisherfast.parameters.fisher import RESULTS
 from fisherfast.problems import GaussianShift
 from fisherfast.results.information_map import InformationMap
 from fisherfast.results.profile import Profile
+from fisherfast.training.record import EpochRecord
 
 COUNT = 1000
 PROBLEM = GaussianShift(torch.ones(3))
@@ -230,7 +233,7 @@ def change(path: tuple[Any, ...], value: Any) -> Callable[[Any], None]:
     return apply
 
 
-DROP = object()
+DROP, ONE = object(), torch.tensor([1])
 LAYER, RECORD, MOMENTS = ("layers", 1), ("history", 0), ("observer", "moments", "output")
 WRONGS = [
     ("flow", (*LAYER, "J"), DROP, "layers[1]: content must hold 'J', got ['aliases"),
@@ -250,6 +253,8 @@ WRONGS = [
     ("flow", (*LAYER, "descendants"), [3], "layers[1]: descendants[0] must be text, got 3"),
     ("flow", (*LAYER, "parameter_names"), ["x", "y"], "layers[1]: parameter_names must have 1 ent"),
     ("flow", (*LAYER, "dtheta"), [0.1, 0.1], "layers[1]: dtheta must have 1 entries or none, got"),
+    ("flow", (*LAYER, "response"), [[1.0]] * 2, "layers[1]: response must have 1 rows for the sha"),
+    ("flow", (*LAYER, "error_covariance"), [[1.0] * 3] * 3, "layers[1]: error_covariance must hav"),
     ("flow", (*LAYER, "name"), "input", "layers must have different names, got 'input' twice"),
     ("flow", (*LAYER, "curve_J"), lambda J: J[:-1], "layers[1]: curve_J must have the shape [K = "),
     ("flow", (*LAYER, "profil"), None, "layers[1]: content must hold only known fields, got 'prof"),
@@ -305,6 +310,58 @@ def test_wrongs_are_refused_by_name(kind, path, value, text):
     with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
         of.load(mutant)
     assert of.unchanged()
+
+
+SAVED = [ff.FisherFlow, ff.LayerFisher, Profile, InformationMap, EpochRecord]
+
+
+@pytest.mark.parametrize("cls", [*SAVED, *RESULTS.values()])
+def test_every_saved_field_is_checked(cls):
+    """Catches a new field with a hint that the checker does not know, or that takes anything."""
+    for name, kind in kinds_of(cls).items():
+        if name not in ("layout", "_jacobian"):  # these check themselves
+            with pytest.raises(ValueError, match=f"^{name}"):
+                read(kind, object(), name)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """All kinds of fields."""
+
+    rows: Annotated[torch.Tensor, Shape(("n", "P"))]
+    count: int
+    where: tuple[int, str]
+    parts: dict[str, list[float]]
+    switch: bool | str = True
+    inner: Profile | None = None
+
+
+def test_fields_come_back():
+    """Catches 1 that comes back as 1.0 or True, -0.0 and subnormals that change, a list for a
+    tuple, and sizes that are shared by two objects."""
+    inner = Profile(f64(-0.0)[:, None], f64(5e-324)[:, None, None], f64(1)[:, None, None], ONE)
+    thing = Thing(
+        f64(0.1 + 0.2, math.inf, math.nan)[:, None], 1, (2, "x"), {"a": [1.0]}, "on", inner
+    )
+    state = plain(thing)
+    assert state == json.loads(json.dumps(state, allow_nan=False))
+    back = build(Thing, state)
+    assert same(vars(back) | {"inner": vars(back.inner)}, vars(thing) | {"inner": vars(inner)})
+    assert type(back.count) is int
+    assert math.copysign(1, float(back.inner.theta)) == -1
+    assert build(Thing, state | {"rows": [[1.0, 2.0]]}).rows.shape == (1, 2)
+    assert build(Thing, {**state, "switch": False, "inner": None}).switch is False
+    for name, value, text in (
+        ("where", [2], "where must have 2 entries, got [2]"),
+        ("where", [2, 3], "where[1] must be text, got 3"),
+        ("parts", {"a": [True]}, "parts['a'][0] must be a number, got True"),
+        ("parts", {3: []}, "parts must have text as keys, got 3"),
+        ("switch", 1, "switch must be text, got 1"),
+        ("count", 2**63, "count must be a whole number below 2**63, got 9223372036854775808"),
+        ("rows", [[10**400]], "an entry of rows must be a number that float64 can hold, got 1000"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+            build(Thing, state | {name: value})
 
 
 def test_bytes_of_files(tmp_path):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 
 from fisherfast._errors import FisherWarning
-from fisherfast._fields import AtLeast, Count, Errors, Matrix, OneOf, Shape, build, plain
+from fisherfast._fields import AtLeast, Count, ErrorMatrix, Matrix, OneOf, Shape, build, plain
 from fisherfast.results.marginal import (
     SINGULAR,
     MarginalFisher,
@@ -97,11 +97,11 @@ class LayerFisher:
     kind: str
     shape: tuple[Count, ...]
     J: Matrix
-    stderr: Errors
+    stderr: ErrorMatrix
     lower: Matrix
-    lower_stderr: Errors
+    lower_stderr: ErrorMatrix
     linear: Matrix
-    linear_stderr: Errors
+    linear_stderr: ErrorMatrix
     naive: Matrix
     curve_k: Annotated[torch.Tensor, Shape(("K",), torch.int64), AtLeast(0)]
     curve_J: Annotated[torch.Tensor, Shape(("K", "P", "P"))]

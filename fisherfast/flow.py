@@ -29,7 +29,7 @@ def fisher_flow(
     ridge: RidgeSetting = AUTO,
     output: str | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
     memory_budget: int | str | None = None,
     process_group: Any = None,
     settings: Settings | None = None,
@@ -77,7 +77,8 @@ def fisher_flow(
         output: name of a head, such as "output[mean]", that a monitor and its rules read instead of
             the joint "output"; it is always measured. Kept in ``flow.settings``.
         seed: of the random lift. The global random state is neither used nor changed.
-        progress: show a progress bar (needs tqdm).
+        progress: True shows the progress, with tqdm if that is installed, False does not; None
+            does after two seconds of work if standard error is a terminal and CI is not set.
         memory_budget: memory that the measurement may allocate in addition to the model and the
             user's own data, in bytes or as "2 GB"; None for no bound. Batches are made as small as
             necessary, and those of a loader are split. The result depends on the budget by rounding
@@ -141,7 +142,7 @@ def fisher_information(
     probe: str | None = None,
     ridge: RidgeSetting = AUTO,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
     memory_budget: int | str | None = None,
     process_group: Any = None,
     settings: Settings | None = None,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual
 from fisherfast._errors import FisherWarning, explained
-from fisherfast._progress import progress_bar
+from fisherfast._progress import Progress
 from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place
 from fisherfast.data.inputs import (
@@ -154,21 +154,22 @@ class Measurement:
         """One meter per layer, in execution order."""
         return list(dict.fromkeys(self._meters.values()))
 
-    def run(self, progress: bool = False) -> FisherFlow:
+    def run(self, progress: bool | None = False) -> FisherFlow:
         """Stream all samples, again for meters that need more passes, and estimate."""
+        shown = Progress(progress if self._agreement.leads else False, "Fisher flow")
         with on_host():
             self._data = self._agreement.begin(
                 self._model, self._data, self._layers, self._settings
             )
             self._split = Splitter(self._data)
-            flow, warning = self._flow(self._measured(progress and self._agreement.leads))
+            flow, warning = self._flow(self._measured(shown))
         if not self._quiet:
             if warning is not None:
                 warnings.warn(warning, FisherWarning, stacklevel=3)
             warn_of(flow.layers, stacklevel=4)
         return flow
 
-    def _measured(self, progress: bool) -> dict[Meter, LayerFisher]:
+    def _measured(self, progress: Progress) -> dict[Meter, LayerFisher]:
         """Estimate all layers, in as many passes as their meters need."""
         with self._evaluation():
             streams = self._streams()
@@ -272,7 +273,7 @@ class Measurement:
             bounded=self._settings.memory_budget is not None,
         )
 
-    def _stream(self, streams: Streams, progress: bool) -> None:
+    def _stream(self, streams: Streams, progress: Progress) -> None:
         """List the layers, run the pilot, and make the first pass."""
         self._survey(streams)
         self._active = self._layer_meters
@@ -292,10 +293,10 @@ class Measurement:
                 self._meters[INPUT].note_steps(2 * self._half_steps)
             self._run_all(streams, forward, progress)
 
-    def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
+    def _run_all(self, streams: Streams, forward: Any, progress: Progress) -> None:
         self._agreement.begin_pass(self._active, self._settings.seed)
         self._split.outside = 0
-        with progress_bar(progress, total=streams.samples, title="Fisher flow") as bar:
+        with progress.bar(streams.samples) as bar:
             for self._condition, self._number, batch in streams:
                 self._score, self._place = batch.score, batch.place
                 with self._located(batch.x):

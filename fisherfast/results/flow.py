@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherfast._fields import build, has_version, plain, read
 from fisherfast._version import __version__
+from fisherfast.model.sites import INPUT
 from fisherfast.results import forecast_plots, io, plots, table
 from fisherfast.results.comparison import LayerComparison, compare, exceeds, ratio
 from fisherfast.results.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
@@ -20,6 +22,11 @@ from fisherfast.results.layer import LayerFisher
 FORMAT = "fisherfast.flow"
 
 FORMAT_VERSION = 1
+
+_HEADER = ("format", "format_version")
+
+_SETTINGS = {"source": str, "output": str | None, "maps": bool | tuple[str, ...]}
+"""Kinds of the settings that a flow itself uses."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -215,35 +222,46 @@ class FisherFlow:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "version": self.version,
+            **plain(self),
             "settings": copy.deepcopy(self.settings),
-            "layers": [layer.to_dict() for layer in self],
-            "maps": {name: entry.to_dict() for name, entry in self.maps.items()},
         }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> FisherFlow:
         """Rebuild a flow from the result of `to_dict`. Raises ValueError for anything else."""
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not has_version(content, "format", FORMAT):
             raise ValueError(
                 f"content must be a saved flow (format {FORMAT!r}), got another format"
             )
-        if content.get("format_version") != FORMAT_VERSION:
+        if not has_version(content, "format_version", FORMAT_VERSION):
             raise ValueError(
                 f"format_version must be {FORMAT_VERSION}, got {content.get('format_version')}:"
                 " use the version of fisherfast that wrote the file"
             )
-        try:
-            layers = tuple(LayerFisher.from_dict(entry) for entry in content["layers"])
-            maps = {
-                str(name): InformationMap.from_dict(entry)
-                for name, entry in content.get("maps", {}).items()
-            }
-            return cls(layers, dict(content["settings"]), str(content["version"]), maps)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"content must be a complete flow, got a damaged one: {error!r}"
-            ) from None
+        return build(cls, {key: part for key, part in content.items() if key not in _HEADER})
+
+    def check_fields(self) -> None:
+        """Raise ValueError unless the fields of a rebuilt flow fit together."""
+        if not self.layers or self.layers[0].name != INPUT:
+            raise ValueError(f"layers must begin with {INPUT!r}, got {self.names[:1]}")
+        for number, layer in enumerate(self.layers):
+            if layer.name in self.names[:number]:
+                raise ValueError(f"layers must have different names, got {layer.name!r} twice")
+            if layer.parameters != self.parameters:
+                raise ValueError(
+                    f"layers must have {self.parameters} parameters like the input, got"
+                    f" {layer.parameters} of {layer.name!r}"
+                )
+        for name, each in self.maps.items():
+            if name not in self.names or each.name != name:
+                raise ValueError(f"maps must be of the layers, got {name!r} for {each.name!r}")
+            if each.J.shape[-1] != self.parameters:
+                raise ValueError(
+                    f"maps must have {self.parameters} parameters, got {each.J.shape[-1]}"
+                )
+        for name, kind in _SETTINGS.items():
+            if name in self.settings:
+                read(kind, self.settings[name], f"settings[{name!r}]")
 
     def save(self, path: str | Path) -> None:
         """Write to a .json or .npz file (by its ending). Numbers are stored exactly, without

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 
 from fisherfast._errors import FisherWarning
+from fisherfast._fields import AtLeast, Count, ErrorMatrix, Matrix, OneOf, Shape, build, plain
 from fisherfast.results.forecast import (
     LEVEL,
     Ellipse,
@@ -37,6 +37,12 @@ NOT_INDEPENDENT = (
 
 READOUT_WIDTH = 512
 """Widest layer after the input that keeps its readout, which `LayerFisher.bias` needs."""
+UNMEASURED = "not measured: "
+"""Begin of the note of a layer whose J is NaN because it cannot be measured."""
+
+_ESTIMATES = ("J", "lower", "linear", "naive")
+
+STATUSES = ("unresolved", "noisy", "rising", "resolved")
 
 FINITE_STEP_LIMIT = 0.3
 """dtheta sqrt(J) / 2 above which the finite step overshoots by more than 0.4 % (Gaussian shift)."""
@@ -107,43 +113,43 @@ class LayerFisher:
 
     name: str
     kind: str
-    shape: tuple[int, ...]
-    J: torch.Tensor
-    stderr: torch.Tensor
-    lower: torch.Tensor
-    lower_stderr: torch.Tensor
-    linear: torch.Tensor
-    linear_stderr: torch.Tensor
-    naive: torch.Tensor
-    curve_k: torch.Tensor
-    curve_J: torch.Tensor
-    curve_stderr: torch.Tensor
-    features: int
+    shape: tuple[Count, ...]
+    J: Matrix
+    stderr: ErrorMatrix
+    lower: Matrix
+    lower_stderr: ErrorMatrix
+    linear: Matrix
+    linear_stderr: ErrorMatrix
+    naive: Matrix
+    curve_k: Annotated[torch.Tensor, Shape(("K",), torch.int64), AtLeast(0)]
+    curve_J: Annotated[torch.Tensor, Shape(("K", "P", "P"))]
+    curve_stderr: Annotated[torch.Tensor, Shape(("K", "P", "P")), AtLeast(0)]
+    features: Count
     feature_kind: str
-    effective_dim: float
-    samples: int
-    dropped: int
+    effective_dim: Annotated[float, AtLeast(0)]
+    samples: Count
+    dropped: Count
     plateau: bool
     dtheta: tuple[float, ...]
     aliases: tuple[str, ...] = ()
     descendants: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    error_covariance: torch.Tensor | None = None
-    response: torch.Tensor | None = None
-    status: str = "unresolved"
+    error_covariance: Annotated[torch.Tensor, Shape(("m", "m"))] | None = None
+    response: Annotated[torch.Tensor, Shape(("d", "P"))] | None = None
+    status: Annotated[str, OneOf(STATUSES)] = "unresolved"
     compressed: bool = False
     carried: bool = True
     independent: bool = True
     sensitive: bool = True
-    rounding: float = SINGULAR
-    replicates: torch.Tensor = field(
+    rounding: Annotated[float, AtLeast(0)] = SINGULAR
+    replicates: Annotated[torch.Tensor, Shape(("F", "P", "P"))] = field(
         default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")
     )
     cut: bool | None = None
     profile: Profile | None = None
     parameter_names: tuple[str, ...] = ()
-    prior: torch.Tensor | None = None
-    readout: torch.Tensor | None = None
+    prior: Matrix | None = None
+    readout: Annotated[torch.Tensor, Shape(("d", "P"))] | None = None
 
     @property
     def converged(self) -> bool:
@@ -322,62 +328,36 @@ class LayerFisher:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and nested lists; NaN and infinity as "nan", "inf"."""
-        entry = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-        return {name: value for name, value in entry.items() if value is not None}
+        return plain(self)
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> LayerFisher:
         """Rebuild a layer from the result of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: an entry is missing or of the wrong kind.
+            ValueError: an entry is missing or of the wrong kind.
         """
-        values = {
-            f.name: entry[f.name] for f in fields(cls) if f.name not in _OPTIONAL or f.name in entry
-        }
-        parameters = len(values["J"])
-        if len(values["dtheta"]) not in (0, parameters):
+        return build(cls, entry)
+
+    def check_fields(self) -> None:
+        """Raise ValueError unless the fields of a rebuilt layer fit together."""
+        P = self.parameters
+        for name, each in (("dtheta", self.dtheta), ("parameter_names", self.parameter_names)):
+            if len(each) not in (0, P):
+                raise ValueError(f"{name} must have {P} entries or none, got {len(each)}")
+        m = P * (P + 1) // 2
+        if self.error_covariance is not None and len(self.error_covariance) != m:
             raise ValueError(
-                f"dtheta must hold {parameters} steps or none, got {len(values['dtheta'])}"
+                f"error_covariance must have {m} rows for {P} parameters, got"
+                f" {len(self.error_covariance)}"
             )
-        entries = parameters * (parameters + 1) // 2
-        shapes = {
-            **dict.fromkeys(_MATRICES, (parameters, parameters)),
-            **dict.fromkeys(_STACKS, (-1, parameters, parameters)),
-            "error_covariance": (entries, entries),
-            "response": (-1, parameters),
-            "prior": (parameters, parameters),
-            "readout": (-1, parameters),
-        }
-        for name in values.keys() & shapes.keys():
-            numbers = np.array(values[name], dtype=np.float64)
-            values[name] = torch.from_numpy(numbers.reshape(shapes[name]))
-        if "profile" in values:
-            values["profile"] = Profile.from_dict(values["profile"])
-        values["effective_dim"] = float(values["effective_dim"])
-        values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64, device="cpu")
-        for name in ("shape", "dtheta", "aliases", "descendants", "notes", "parameter_names"):
-            values[name] = tuple(values[name])
-        lengths = {len(values[name]) for name in ("curve_k", "curve_J", "curve_stderr")}
-        if len(lengths) > 1:
-            raise ValueError(f"curves must have the same length, got {sorted(lengths)}")
-        return cls(**values)
-
-
-UNMEASURED = "not measured: "
-"""Begin of the note of a layer whose J is NaN because it cannot be measured."""
-
-_ESTIMATES = ("J", "lower", "linear", "naive")
-_MATRICES = (*_ESTIMATES, "stderr", "lower_stderr", "linear_stderr")
-_STACKS = ("curve_J", "curve_stderr", "replicates")
-_OPTIONAL = (
-    "error_covariance",
-    "response",
-    "cut",
-    "profile",
-    "prior",
-    "readout",
-)  # None in the layer, left out of `to_dict`
+        if self.response is not None and len(self.response) != self.dim:
+            raise ValueError(
+                f"response must have {self.dim} rows for the shape {list(self.shape)}, got"
+                f" {len(self.response)}"
+            )
+        if self.profile is not None and self.profile.theta.shape[1] != P:
+            raise ValueError(f"profile must have {P} parameters, got {self.profile.theta.shape[1]}")
 
 
 def finite_step_note(layer: LayerFisher) -> str | None:
@@ -401,17 +381,3 @@ def warn_of(layers: tuple[LayerFisher, ...], *, stacklevel: int = 4) -> None:
     if noted:
         names = ", ".join(name for name, _ in noted)
         warnings.warn(f"{noted[0][1]} (layers: {names})", FisherWarning, stacklevel=stacklevel)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, Profile):
-        return _plain(value.to_dict())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

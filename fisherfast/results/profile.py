@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from fisherfast._fields import AtLeast, Shape, build, plain
 from fisherfast.results.estimator import EstimatorErrors, errors_along
 from fisherfast.results.marginal import SINGULAR, cramer_rao
 
@@ -27,11 +27,11 @@ class Profile:
         rounding: as in `LayerFisher`, the largest of the bins.
     """
 
-    theta: torch.Tensor
-    J: torch.Tensor
-    stderr: torch.Tensor
-    samples: torch.Tensor
-    rounding: float = SINGULAR
+    theta: Annotated[torch.Tensor, Shape(("Q", "P"))]
+    J: Annotated[torch.Tensor, Shape(("Q", "P", "P"))]
+    stderr: Annotated[torch.Tensor, Shape(("Q", "P", "P")), AtLeast(0)]
+    samples: Annotated[torch.Tensor, Shape(("Q",), torch.int64), AtLeast(0)]
+    rounding: Annotated[float, AtLeast(0)] = SINGULAR
 
     @property
     def crlb(self) -> torch.Tensor:
@@ -87,27 +87,14 @@ class Profile:
         return f"Profile(bins={len(self)}, parameters={self.theta.shape[1]})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and nested lists."""
-        tensors = {name: getattr(self, name).tolist() for name in (*_NUMBERS, "samples")}
-        return {**tensors, "rounding": self.rounding}
+        """Return plain numbers and nested lists; NaN as "nan"."""
+        return plain(self)
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Profile:
         """Rebuild a profile from the result of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: an entry is missing or of the wrong kind.
+            ValueError: an entry is missing or of the wrong kind.
         """
-        bins, parameters = len(entry["theta"]), len(entry["theta"][0])
-        shapes = dict.fromkeys(_NUMBERS, (bins, parameters, parameters)) | {
-            "theta": (bins, parameters)
-        }
-        numbers = {
-            name: torch.from_numpy(np.array(entry[name], dtype=np.float64).reshape(shapes[name]))
-            for name in _NUMBERS
-        }
-        samples = torch.tensor(entry["samples"], dtype=torch.int64, device="cpu").reshape(bins)
-        return cls(**numbers, samples=samples, rounding=float(entry["rounding"]))
-
-
-_NUMBERS = ("theta", "J", "stderr")
+        return build(cls, entry)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherfast._fields import Count, inside, read_fields
 from fisherfast.data.inputs import Inputs, floating, joined
 from fisherfast.model.graph import PASSIVE
 from fisherfast.model.hooks import only_output
@@ -23,6 +24,8 @@ WIDEST = 256
 
 PARAMETRIZED = "parametrizations"
 """Name of the child that computes the weights of a module in `torch.nn.utils.parametrize`."""
+
+_STATE = {"calls": Count, "listening": bool, "moments": dict[str, object]}
 
 Caught = tuple[torch.Tensor, int]
 """An activation, and its count of in-place changes when it was recorded."""
@@ -124,18 +127,20 @@ class Observer:
         moments = {name: m.state_dict() for name, m in self.moments.items()}
         return {"calls": self._calls, "listening": bool(self._handles), "moments": moments}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the result of `state_dict`, and observe the next batch if that was so."""
+    def load_state_dict(self, state: Any) -> None:
+        """Load the result of `state_dict`, and observe the next batch if that was so.
+
+        Raises:
+            ValueError: the state is damaged; nothing is changed.
+        """
+        values = read_fields(_STATE, state, "observer")
+        moments = {}
+        for name, sums in values["moments"].items():
+            with inside(f"observer.moments[{name!r}]"):
+                moments[name] = RegressionMoments.from_state_dict(sums, self._parameters)
         self.release()
-        self._calls = int(state["calls"])
-        self.moments = {}
-        for name, sums in state["moments"].items():
-            moments = RegressionMoments(
-                len(sums["square"]), self._parameters, device=sums["square"].device
-            )
-            moments.load_state_dict(sums)
-            self.moments[name] = moments
-        if state["listening"]:
+        self._calls, self.moments = values["calls"], moments
+        if values["listening"]:
             self._listen()
 
     @contextlib.contextmanager

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from fisherfast._fields import AtLeast, Matrix, build
 from fisherfast.model.sites import INPUT, OUTPUT
 from fisherfast.results import table
 from fisherfast.results.comparison import divides, ratio
@@ -24,7 +25,7 @@ HEADER = ["epoch", "J_output / J_input", "most lost in", "train mse / bound", "v
 LAYER_COLUMNS = ("layer", "shape", "J", "+-", "J / J_input", "status")
 """Columns of the table of a flow that a record shows."""
 
-Errors = tuple[float, ...] | None
+Errors = tuple[Annotated[float, AtLeast(0)], ...] | None
 """Mean square errors of the P parameters in theta^2; None if unknown."""
 
 
@@ -50,10 +51,10 @@ class EpochRecord:
     flow: FisherFlow | None
     train_mse: Errors
     val_mse: Errors
-    input_J: torch.Tensor
+    input_J: Matrix
     training_flow: FisherFlow | None = None
     live: Mapping[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: Annotated[float, AtLeast(0)] = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -150,14 +151,27 @@ class EpochRecord:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> EpochRecord:
-        """Rebuild a record from the result of `state_dict`."""
-        values = dict(state)
-        for name in ("flow", "training_flow"):
-            values[name] = None if state[name] is None else FisherFlow.from_dict(state[name])
+        """Rebuild a record from the result of `state_dict`.
+
+        Raises:
+            ValueError: an entry is missing or of the wrong kind.
+        """
+        record = build(cls, state, complete=True)
+        return replace(record, input_J=record.input_J.to("cpu", copy=True))
+
+    def check_fields(self) -> None:
+        """Raise ValueError unless the fields of a rebuilt record have the same parameters."""
+        P = len(self.input_J)
         for name in ("train_mse", "val_mse"):
-            values[name] = None if state[name] is None else tuple(state[name])
-        values["input_J"] = state["input_J"].to("cpu", copy=True)
-        return cls(**values | {"live": dict(state["live"]), "notes": tuple(state["notes"])})
+            errors = getattr(self, name)
+            if errors is not None and len(errors) != P:
+                raise ValueError(f"{name} must hold one number per parameter ({P}), got {errors}")
+        for name in ("flow", "training_flow"):
+            flow = getattr(self, name)
+            if flow is not None and flow.parameters != P:
+                raise ValueError(f"{name} must have {P} parameters, got {flow.parameters}")
+            if flow is not None and output_of(flow) not in flow:
+                raise ValueError(f"{name} must have a layer {output_of(flow)!r}, got {flow.names}")
 
 
 def output_of(flow: FisherFlow) -> str:

@@ -298,11 +298,11 @@ def test_a_likelihood_by_functions():
 def test_states_that_are_none():
     """Catches a file of something else that is read as a matrix."""
     state = fisher(network(), Categorical(), X).state_dict()
-    for wrong, error, text in (
-        (state | {"structure": "cube"}, ValueError, "structure must be one of 'diag', "),
-        (state | {"fisher_type": "true"}, ValueError, "fisher_type must be one of 'exact', 'mc', "),
-        (network().state_dict(), ValueError, r"state must be that of a Fisher matrix, got none of"),
-        (3, TypeError, "state must be a mapping, got int"),
+    for wrong, text in (
+        (state | {"structure": "cube"}, r"state\.structure must be one of 'diag', .*, got 'cube'"),
+        (state | {"fisher_type": "true"}, r"state\.fisher_type must be one of 'exact', 'mc', "),
+        (network().state_dict(), r"state\.structure must be one of 'diag', .*, got None"),
+        (3, "state must be a mapping, got 3"),
     ):
-        with pytest.raises(error, match=f"^{text}"):
+        with pytest.raises(ValueError, match=f"^{text}"):
             from_state_dict(wrong)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fisherfast._progress import progress_bar
+from fisherfast._progress import Progress
 from fisherfast.data.inputs import joined
 from fisherfast.model.default_device import each_as_outside, outside
 from fisherfast.model.isolation import forgetting
@@ -104,7 +104,7 @@ class Source:
     samples: int = 1
     batch_size: int = 256
     seed: int = 0
-    progress: bool = False
+    progress: bool | None = False
     _versions: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class Source:
         seen = 0
         with (
             untouched(self.model, self.seed),
-            progress_bar(self.progress, total=count(self.data), title="Fisher matrix") as bar,
+            Progress(self.progress, "Fisher matrix").bar(count(self.data)) as bar,
         ):
             for sweep in self.sweeps():
                 add(sweep)

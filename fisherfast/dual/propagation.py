@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fisherfast._errors import FisherWarning
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.dispatch import RECORD, overloads
+from fisherfast.dual.dispatch import RECORD, overloads, plain
 from fisherfast.dual.errors import RUNNING, setting, warn_of_randomness
 from fisherfast.dual.rules.writing import LIKE_FACTORIES
-from fisherfast.dual.tensor import DualTensor, check_tangents
+from fisherfast.dual.tensor import DualTensor, check_tangents, is_differentiable
 from fisherfast.model.graph import survey
 from fisherfast.model.hooks import Forward, map_tensors
 from fisherfast.model.isolation import evaluation, forgetting, holds
@@ -37,7 +37,7 @@ FACTORIES = frozenset(
     overloads(
         *LIKE_FACTORIES,
         *("zeros", "ones", "full", "empty.memory_format", "empty_strided"),
-        *("rand", "randn", "eye", "eye.m", "linspace"),
+        *("rand", "randn", "eye", "eye.m", "linspace", "clone"),
     )
 )
 
@@ -54,15 +54,10 @@ class _Factories(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = plain(func, args, kwargs)
         if not any(issubclass(kind, DualTensor) for kind in types):
             warn_of_randomness(func, args, kwargs)
-        if (
-            func in FACTORIES
-            and isinstance(result, Tensor)
-            and not isinstance(result, DualTensor)
-            and result.is_floating_point()
-        ):
+        if func in FACTORIES and is_differentiable(result) and not isinstance(result, DualTensor):
             return DualTensor.constant(result, self._directions)
         return result
 
@@ -304,5 +299,5 @@ def _primal(tensor: Tensor) -> Tensor:
 def _tangents(tensor: Tensor, directions: int) -> Tensor:
     if isinstance(tensor, DualTensor):
         return tensor.tangents
-    dtype = tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
+    dtype = tensor.dtype if is_differentiable(tensor) else torch.get_default_dtype()
     return torch.zeros((directions, *tensor.shape), dtype=dtype, device=tensor.device)

@@ -61,6 +61,20 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute one operation on dual tensors (and others)."""
+    try:
+        return _derived(func, args, kwargs)
+    except DerivativeError:
+        if RECORD.get() is None:
+            raise
+    _count(func, "failed")
+    result = func(*primals(args), **primals(kwargs))
+    if func._schema.is_mutable:
+        return kwargs.get("out", args[0])
+    return with_zero_tangents(result, args, kwargs)
+
+
+def _derived(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute one operation and its derivative."""
     memory.trim()
     served = RULES.get(func)
     mutable = func._schema.is_mutable
@@ -83,13 +97,7 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if func._can_decompose():
         return func.decompose(*args, **kwargs)
     warn_of_randomness(func, args, kwargs)
-    try:
-        result = forward_mode(func, args, kwargs)
-    except DerivativeError:
-        if RECORD.get() is None:
-            raise
-        _count(func, "failed")
-        return with_zero_tangents(func(*primals(args), **primals(kwargs)), args, kwargs)
+    result = forward_mode(func, args, kwargs)
     _count(func, "fallback")
     return result
 

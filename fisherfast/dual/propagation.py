@@ -18,7 +18,14 @@ from fisherfast._errors import FisherWarning
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.dispatch import RECORD, overloads, plain
-from fisherfast.dual.errors import RUNNING, setting, warn_of_randomness
+from fisherfast.dual.errors import (
+    RUNNING,
+    autograd_call,
+    failed_layer,
+    no_derivative,
+    setting,
+    warn_of_randomness,
+)
 from fisherfast.dual.rules.writing import LIKE_FACTORIES
 from fisherfast.dual.tensor import DualTensor, check_tangents, is_differentiable
 from fisherfast.model.graph import survey
@@ -74,7 +81,8 @@ def propagation(
     Args:
         model: names the layers in errors and warnings.
         directions: P.
-        record: counts the operations. With a record, an operation that fails has zero tangents.
+        record: counts the operations. With a record, an operation that fails has zero tangents,
+            and an error of the model ends the block without being raised.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -93,7 +101,18 @@ def propagation(
         _Factories(directions),
         contextlib.nullcontext() if model is None else forgetting(model, DualTensor),
     ):
-        yield
+        try:
+            yield
+        except Exception as error:
+            function = autograd_call(error)
+            if record is not None:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                record.stop(function or reason, failed_layer(error))
+            elif function is None:
+                raise
+            else:
+                reason = "none: no graph is recorded here"
+                raise no_derivative(function, reason, failed_layer(error)) from error
 
 
 def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -214,7 +233,8 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
         `Coverage`: counts by operation and by how it was differentiated; prints as a table.
 
     Raises:
-        ValueError, TypeError: as for `jvp`. An operation that fails is reported, not raised.
+        ValueError, TypeError: x or dx as for `jvp`. What fails inside the model is reported, not
+            raised: operations without a derivative, and the error that stopped it.
 
     Cost: as for `jvp`, with P = 1 if dx is None; a few samples are enough.
 
@@ -224,7 +244,7 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
         >>> report.share, list(report.rules)
         (1.0, ['linear.default'])
     """
-    _check_model(model)
+    check_model(model)
     if dx is None:
         generator = torch.Generator(device=x.device).manual_seed(SEED)
         dx = torch.randn((1, *x.shape), generator=generator, device=x.device)
@@ -232,6 +252,7 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
     record = Coverage()
     batch, directions = _packed(x, dx)
     with evaluation(model, SEED), propagation(model, directions, record):
+        _check_model(model)
         model(batch)
     return record
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.jit._script import RecursiveScriptModule
 from torch.overrides import TorchFunctionMode
 
 from fisherfast.model.default_device import outside
@@ -55,12 +54,14 @@ class Forward(TorchFunctionMode):
 
     def __enter__(self) -> Forward:
         try:
-            for name, module in self._model.named_modules():
+            for module in self._model.modules():
                 if is_shell(module):
                     continue
-                _check_readable(name, module)
-                self._handles.append(module.register_forward_pre_hook(self._enter_module))
-                self._handles.append(module.register_forward_hook(self._leave_module))
+                # the functions of the class: a scripted module hides its own, and takes hooks
+                before = nn.Module.register_forward_pre_hook(module, self._enter_module)
+                self._handles.append(before)
+                after = nn.Module.register_forward_hook(module, self._leave_module)
+                self._handles.append(after)
         except BaseException:
             self._remove_hooks()
             raise
@@ -160,16 +161,6 @@ class Forward(TorchFunctionMode):
     def _remove_hooks(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-
-
-def _check_readable(name: str, module: nn.Module) -> None:
-    """Raise if a module takes no hooks."""
-    if isinstance(module, RecursiveScriptModule):
-        what = f"layer {name!r}" if name else "model"
-        raise TypeError(
-            f"{what} must be a module that takes hooks, got one of torch.jit.script: put the module"
-            " that was scripted in its place, with the same state_dict"
-        )
 
 
 def _event_name(module_name: str) -> str:

@@ -93,35 +93,31 @@ def test_force_field_has_no_tangents(force):
     assert report.layers["torch.autograd.grad"] == ["1"]
 
 
-SCRIPTED = (
-    "{} must be a module that takes hooks, got one of torch.jit.script: put the module that was"
-    " scripted in its place, with the same state_dict"
+UNSEEN = (
+    "layer {} must run in the forward pass, got none: it never ran, or returned no floating"
+    " tensor with one row per sample (a layer inside torch.func.vmap sees one sample, one inside"
+    " torch.jit.script is not seen: name the layer around it, or use the module that was scripted)"
 )
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_scripted_network():
-    """Catches "register_forward_pre_hook is not supported", which says neither where nor what to
-    do; tangents pass through all the same."""
+@pytest.mark.parametrize("whole", [True, False])
+def test_scripted_network(whole):
+    """Catches "register_forward_pre_hook is not supported", a scripted layer that is not measured,
+    wrong tangents, hooks that stay, and an error that does not say why a layer is missing."""
     written = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), _energy()))
-    x, dx = torch.randn(300, WIDTH), torch.ones(1, 300, WIDTH)
-    scripted = torch.jit.script(written)
-    for model, what in (
-        (scripted, "model"),
-        (nn.Sequential(written[0], torch.jit.script(written[1])), "layer '1'"),
-    ):
-        with pytest.raises(TypeError, match=f"^{re.escape(SCRIPTED.format(what))}$"):
-            measure(model)
-        with pytest.raises(TypeError, match=f"^{re.escape(SCRIPTED.format(what))}$"):
-            ff.propagate(model, x, dx)
-        torch.testing.assert_close(ff.jvp(model, x, dx), ff.jvp(written, x, dx))
-
-
-MAPPED = (
-    "layer 'net.0' must run in the forward pass, got none: it never ran, or returned no floating"
-    " tensor with one row per sample (inside torch.func.vmap a layer sees one sample: name the"
-    " layer around it)"
-)
+    inside = nn.Sequential(written[0], torch.jit.script(written[1]))
+    model = torch.jit.script(written) if whole else inside
+    data = two_conditions()
+    flow, expected = measure(model, data), measure(written, data)
+    assert flow.names == (["input", "output"] if whole else ["input", "0", "output"])
+    assert not any(module._forward_hooks for module in model.modules())
+    for name in flow.names:
+        assert flow[name].value == pytest.approx(expected[name].value, rel=1e-5)
+    x, dx = torch.randn(5, WIDTH), torch.randn(2, 5, WIDTH)
+    torch.testing.assert_close(ff.jvp(model, x, dx), ff.jvp(written, x, dx))
+    with pytest.raises(ValueError, match=f"^{re.escape(UNSEEN.format(repr('1.0')))}$"):
+        measure(model, data, layers=["1.0"])
 
 
 def test_layers_inside_vmap():
@@ -136,5 +132,5 @@ def test_layers_inside_vmap():
     assert flow["output"].value == pytest.approx(measure(written, data)["output"].value, rel=1e-5)
     x, dx = torch.randn(5, WIDTH), torch.randn(2, 5, WIDTH)
     torch.testing.assert_close(ff.jvp(model, x, dx), ff.jvp(written, x, dx))
-    with pytest.raises(ValueError, match=f"^{re.escape(MAPPED)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(UNSEEN.format(repr('net.0')))}$"):
         measure(model, data, layers=["net.0"])

@@ -1,0 +1,189 @@
+"""`ff.jvp` and `ff.fisher_flow` on forty architectures that other people wrote.
+
+    python benchmarks/peers/architectures.py [--only NAME ...] [--limit SECONDS] [--out FILE]
+
+Of each: the largest error of the tangents in float64 against central differences, relative to their
+norm, and the same in float32; then a flow of 100 samples with tangents at default settings in
+float32: layers, seconds, and the overhead over plain passes of the same samples. Every result is
+stored at once, so a run may be repeated for some names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fisherfast as ff
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import harness
+from benchmarks.peers import architecture_zoo as zoo
+
+RESULTS = harness.ROOT / "benchmarks" / "results" / "architectures.json"
+LIMIT = 120.0  # seconds of one architecture
+SAMPLES = 100
+COMPARED = 3  # samples whose tangents are compared
+STEPS = (1e-4, 1e-5, 1e-6)  # of central differences: the best one counts, kinks spoil the large
+PASSES = 3  # plain passes, of which the median counts
+
+
+class OverTimeError(BaseException):
+    """The time limit; no `except Exception` on the way catches it."""
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise after that many seconds."""
+
+    def stop(*_: Any) -> None:
+        raise OverTimeError
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def built(architecture: zoo.Architecture, dtype: torch.dtype) -> nn.Module:
+    """The same network in each dtype, in eval mode, with parameters that are not zero."""
+    torch.manual_seed(0)
+    model = architecture.build().eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.numel() and not tensor.any():
+            tensor.data.normal_(std=0.1)  # zeros, as of a last layer, would hide the rest
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
+    return model
+
+
+def samples(shape: tuple[int, ...], n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """White noise [n, ...], and one direction for all of them, smooth along each axis."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+    direction = torch.linspace(0, 3, x[0].numel(), dtype=torch.float64).sin().view(shape)
+    return x.to(dtype), direction.expand_as(x).to(dtype)
+
+
+def joint(output: Any) -> Tensor:
+    """All floating tensors of an output, side by side."""
+    found: list[Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value.flatten())
+        for item in value.values() if isinstance(value, dict) else value:
+            if not isinstance(value, Tensor):
+                collect(item)
+
+    collect(output)
+    return torch.cat([t for t in found if t.is_floating_point()])
+
+
+def derivative_errors(architecture: zoo.Architecture) -> dict[str, float]:
+    """Relative errors of the tangents in float64 and float32 against differences in float64."""
+    with zoo.fields(torch.float64):
+        model = built(architecture, torch.float64)
+        x, dx = samples(architecture.shape, COMPARED, torch.float64)
+        _, tangents = ff.jvp(model, x, dx[None])
+        exact = joint(tangents)
+        with torch.no_grad():
+            differences = [
+                (joint(model(x + h * dx)) - joint(model(x - h * dx))) / (2 * h) for h in STEPS
+            ]
+    error = min(float((exact - d).norm() / d.norm()) for d in differences)
+    model = built(architecture, torch.float32)
+    _, tangents = ff.jvp(model, x.float(), dx.float()[None])
+    single = joint(tangents)
+    return {"error": error, "error in float32": float((single - exact).norm() / exact.norm())}
+
+
+def flow(architecture: zoo.Architecture) -> dict[str, Any]:
+    """A flow of 100 samples: layers, those without a number, seconds, overhead."""
+    model = built(architecture, torch.float32)
+    x, dx = samples(architecture.shape, SAMPLES, torch.float32)
+    plain = []
+    with torch.no_grad():
+        for _ in range(PASSES):
+            start = time.perf_counter()
+            model(x)
+            plain.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    measured = ff.fisher_flow(model, ff.Pathwise(x, dx))
+    seconds = time.perf_counter() - start
+    layers = measured.layers
+    return {
+        "layers": len(layers),
+        "layers without a number": sum(not layer.J.isfinite().all() for layer in layers),
+        "seconds": round(seconds, 2),
+        "plain pass": round(sorted(plain)[PASSES // 2], 4),
+        "overhead": round(seconds - sorted(plain)[PASSES // 2], 2),
+    }
+
+
+def measured(name: str, limit: float) -> dict[str, Any]:
+    """The row of an architecture; what fails is named in it."""
+    architecture = zoo.ARCHITECTURES[name]
+    row: dict[str, Any] = {"library": architecture.library, "shape": list(architecture.shape)}
+    for part in (derivative_errors, flow):
+        try:
+            with limited(limit), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                row |= part(architecture)
+        except OverTimeError:
+            row[f"{part.__name__} failed"] = f"not within {limit:.0f} s"
+        except Exception as error:  # whatever fails is a result
+            reason = (str(error).splitlines() or [""])[0]
+            row[f"{part.__name__} failed"] = f"{type(error).__name__}: {reason}"
+    return row
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that are installed."""
+    found = {}
+    for name in zoo.PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    """Measure and store."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--only", nargs="+", choices=list(zoo.ARCHITECTURES), metavar="NAME")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of one architecture")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to add the results to")
+    options = parser.parse_args()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    rows = results.get("architectures", {})
+    skipped = zoo.missing()
+    for name in skipped:
+        print(f"skipped: {name} is not installed")
+    for name in options.only or zoo.ARCHITECTURES:
+        if zoo.ARCHITECTURES[name].library in skipped:
+            continue
+        rows[name] = measured(name, options.limit)
+        print(name, rows[name], flush=True)
+        results = {"machine": harness.machine(), "versions": versions(), "skipped": skipped}
+        options.out.write_text(json.dumps(results | {"architectures": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -53,8 +53,8 @@ def fields(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _without_compiled_vision() -> None:
-    """Declare the operators that torchvision looks for when it is imported: its wheels are built for
-    CUDA and do not load beside a torch without it. Nothing here calls them."""
+    """Declare the operators that torchvision looks for when it is imported, where its own do not
+    load: its wheels are built for CUDA. Nothing here calls them."""
     if importlib.util.find_spec("torchvision") is None or hasattr(torch.ops.torchvision, "nms"):
         return
     with contextlib.suppress(OSError):
@@ -85,7 +85,7 @@ class Calls(nn.Module):
 # --- timm ----------------------------------------------------------------------------------------
 
 
-def _timm(name: str, size: int = 64, **options: Any) -> Architecture:
+def _timm(name: str, size: int = 32, **options: Any) -> Architecture:
     def build() -> nn.Module:
         _without_compiled_vision()
         timm = importlib.import_module("timm")
@@ -98,16 +98,16 @@ _TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_
 
 TIMM = {
     "resnet10t": _timm("resnet10t"),
-    "resnet18": _timm("resnet18", 32),
+    "resnet18": _timm("resnet18"),
     "efficientnet_b0": _timm("efficientnet_b0"),
     "mobilenetv3_small": _timm("mobilenetv3_small_050"),
     "convnext_atto": _timm("convnext_atto"),
     "regnety_002": _timm("regnety_002"),
     "ghostnet": _timm("ghostnet_050"),
-    "densenet": _timm("densenet121", 32, growth_rate=8, block_config=(2, 2, 2, 2)),
-    "vit": _timm("vit_tiny_patch16_224", 32, **_TINY_VIT),
-    "deit": _timm("deit_tiny_patch16_224", 32, **_TINY_VIT),
-    "mixer": _timm("mixer_s32_224", 32, img_size=32, patch_size=8, num_blocks=2, embed_dim=24),
+    "densenet": _timm("densenet121", growth_rate=8, block_config=(2, 2, 2, 2)),
+    "vit": _timm("vit_tiny_patch16_224", **_TINY_VIT),
+    "deit": _timm("deit_tiny_patch16_224", **_TINY_VIT),
+    "mixer": _timm("mixer_s32_224", img_size=32, patch_size=8, num_blocks=2, embed_dim=24),
     "swin": _timm(
         "swin_tiny_patch4_window7_224",
         32,
@@ -156,9 +156,7 @@ _VIT = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 16, "depth":
 VIT_PYTORCH = {
     "vit-pytorch ViT": _vit("vit", "ViT", mlp_dim=32, **_VIT),
     "SimpleViT": _vit("simple_vit", "SimpleViT", mlp_dim=32, **_VIT),
-    "CaiT": _vit(
-        "cait", "CaiT", mlp_dim=32, cls_depth=1, **{k: v for k, v in _VIT.items()}
-    ),
+    "CaiT": _vit("cait", "CaiT", mlp_dim=32, cls_depth=1, **{k: v for k, v in _VIT.items()}),
     "DeepViT": _vit("deepvit", "DeepViT", mlp_dim=32, **_VIT),
     "CCT": _vit(
         "cct",

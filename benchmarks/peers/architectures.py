@@ -1,9 +1,12 @@
 """`ff.jvp` and `ff.fisher_flow` on forty architectures that other people wrote.
 
     python benchmarks/peers/architectures.py [--only NAME ...] [--limit SECONDS] [--out FILE]
+    python benchmarks/peers/architectures.py --table
+
+Install the libraries by `architectures.txt`; one that is missing is skipped by name.
 
 Of each: the largest error of the tangents in float64 against central differences, relative to their
-norm, and the same in float32; then a flow of 100 samples with tangents at default settings in
+norm, and of those in float32; then a flow of 100 samples with tangents at default settings in
 float32: layers, seconds, and the overhead over plain passes of the same samples. Every result is
 stored at once, so a run may be repeated for some names.
 """
@@ -164,14 +167,50 @@ def versions() -> dict[str, str]:
     return found
 
 
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a line for each library, with the worst of its architectures."""
+    lines = [
+        "| library | architectures | refused | error | in float32 | layers | overhead of a flow |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found = list(results["architectures"].values())
+    for library in dict.fromkeys(row["library"] for row in found):
+        rows = [row for row in found if row["library"] == library]
+        refused = [row for row in rows if any(key.endswith("failed") for key in row)]
+        cells = [
+            f"{library} {results['versions'].get(library, '')}",
+            str(len(rows)),
+            str(len(refused)),
+            f"{_largest(rows, 'error'):.0e}",
+            f"{_largest(rows, 'error in float32'):.0e}",
+            f"{_largest(rows, 'layers'):.0f}",
+            f"{_largest(rows, 'overhead'):.0f} s",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    machine = results["machine"]
+    note = (
+        f"Largest of each column. {machine['processor']}, {machine['threads']} thread(s), torch"
+        f" {machine['torch']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _largest(rows: list[dict[str, Any]], key: str) -> float:
+    return max((row[key] for row in rows if key in row), default=float("nan"))
+
+
 def main() -> None:
-    """Measure and store."""
+    """Measure and store, or print the table of what is stored."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--only", nargs="+", choices=list(zoo.ARCHITECTURES), metavar="NAME")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of one architecture")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to add the results to")
+    parser.add_argument("--table", action="store_true", help="print what is stored")
     options = parser.parse_args()
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if options.table:
+        print(table(results))
+        return
     rows = results.get("architectures", {})
     skipped = zoo.missing()
     for name in skipped:

@@ -43,7 +43,9 @@ def fisher_flow(
 
     Args:
         model: any module that takes a batch [n, ...]. For a compiled or distributed model the
-            wrapped module is measured.
+            wrapped module is measured; a module of ``torch.jit.script`` is one layer, and layers
+            inside ``torch.func.vmap`` are not seen. A model that calls ``torch.autograd`` itself (a
+            force field) has no tangents: give pairs, a score or labels.
         data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
             copied to the device and dtype of the model. For `Pathwise` the tangents pass through
             the model together with the samples, at the cost of 1 + P forward passes.

@@ -107,7 +107,7 @@ TIMM = {
     "densenet": _timm("densenet121", growth_rate=8, block_config=(2, 2, 2, 2)),
     "vit": _timm("vit_tiny_patch16_224", **_TINY_VIT),
     "deit": _timm("deit_tiny_patch16_224", **_TINY_VIT),
-    "mixer": _timm("mixer_s32_224", img_size=32, patch_size=8, num_blocks=2, embed_dim=24),
+    "mixer": _timm("mixer_s32_224", 64, img_size=64),
     "swin": _timm(
         "swin_tiny_patch4_window7_224",
         32,
@@ -117,7 +117,7 @@ TIMM = {
         depths=(2, 2),
         num_heads=(2, 4),
     ),
-    "poolformer": _timm("poolformer_s12", embed_dims=(8, 16, 24, 32), layers=(1, 1, 1, 1)),
+    "poolformer": _timm("poolformer_s12"),
 }
 
 # --- x-transformers and vit-pytorch --------------------------------------------------------------
@@ -156,7 +156,7 @@ _VIT = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 16, "depth":
 VIT_PYTORCH = {
     "vit-pytorch ViT": _vit("vit", "ViT", mlp_dim=32, **_VIT),
     "SimpleViT": _vit("simple_vit", "SimpleViT", mlp_dim=32, **_VIT),
-    "CaiT": _vit("cait", "CaiT", mlp_dim=32, cls_depth=1, **{k: v for k, v in _VIT.items()}),
+    "CaiT": _vit("cait", "CaiT", mlp_dim=32, cls_depth=1, **_VIT),
     "DeepViT": _vit("deepvit", "DeepViT", mlp_dim=32, **_VIT),
     "CCT": _vit(
         "cct",

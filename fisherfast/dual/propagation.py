@@ -138,7 +138,8 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         ValueError: dx has another shape or device.
         TypeError: model is not a module, x is not a tensor or is complex, dx has another dtype, or
             the model returns another type of object.
-        DerivativeError: an operation has no derivative (names its layer).
+        DerivativeError: an operation has no derivative, or the model calls `torch.autograd` (names
+            the layer).
 
     Warns:
         FisherWarning: integer x, or a layer that draws random numbers in eval mode.

@@ -7,8 +7,8 @@ Install the libraries by `architectures.txt`; one that is missing is skipped by 
 
 Of each: the largest error of the tangents in float64 against central differences, relative to their
 norm, and of those in float32; then a flow of 100 samples with tangents at default settings in
-float32: layers, seconds, and the overhead over plain passes of the same samples. Every result is
-stored at once, so a run may be repeated for some names.
+float32: layers, processor seconds, and the overhead over a plain pass of the same samples. Every
+result is stored at once, so a run may be repeated for some names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -123,26 +123,27 @@ def derivative_errors(architecture: zoo.Architecture) -> dict[str, float]:
 
 
 def flow(architecture: zoo.Architecture) -> dict[str, Any]:
-    """A flow of 100 samples: layers, those without a number, seconds, overhead."""
+    """A flow of 100 samples: layers, those without a number, processor seconds, overhead."""
     model = built(architecture, torch.float32)
     x, dx = samples(architecture.shape, SAMPLES, torch.float32)
-    plain = []
     with torch.no_grad():
-        for _ in range(PASSES):
-            start = time.perf_counter()
-            model(x)
-            plain.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    measured = ff.fisher_flow(model, ff.Pathwise(x, dx))
-    seconds = time.perf_counter() - start
-    layers = measured.layers
+        plain = sorted(seconds(lambda: model(x))[1] for _ in range(PASSES))[PASSES // 2]
+    found, spent = seconds(lambda: ff.fisher_flow(model, ff.Pathwise(x, dx)))
     return {
-        "layers": len(layers),
-        "layers without a number": sum(not layer.J.isfinite().all() for layer in layers),
-        "seconds": round(seconds, 2),
-        "plain pass": round(sorted(plain)[PASSES // 2], 4),
-        "overhead": round(seconds - sorted(plain)[PASSES // 2], 2),
+        "layers": len(found.layers),
+        "layers without a number": sum(not bool(each.J.isfinite().all()) for each in found.layers),
+        "seconds": round(spent, 2),
+        "plain pass": round(plain, 4),
+        "overhead": round(spent - plain, 2),
     }
+
+
+def seconds(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, and the processor seconds it takes: of the process, so that others on
+    the machine do not count."""
+    start = time.process_time()
+    result = call()
+    return result, time.process_time() - start
 
 
 def measured(name: str, limit: float) -> dict[str, Any]:

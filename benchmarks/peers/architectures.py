@@ -41,7 +41,7 @@ SAMPLES = 100
 COMPARED = 3  # samples whose tangents are compared
 # Of central differences of fourth order: the best one counts. Kinks spoil the large ones, and the
 # small ones a softmax that x-transformers computes in float32 also for float64.
-STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 PASSES = 3  # plain passes, of which the median counts
 
 

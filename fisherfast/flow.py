@@ -44,7 +44,9 @@ def fisher_flow(
     Args:
         model: any module that takes a batch [n, ...], or several inputs as the data hold them, by
             position (a tuple) or by name (a dict). For a compiled or distributed model the wrapped
-            module is measured.
+            module is measured; a module of ``torch.jit.script`` is one layer, and layers inside
+            ``torch.func.vmap`` are not seen. A model that calls ``torch.autograd`` itself (a force
+            field) has no tangents: give pairs, a score or labels.
         data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
             copied to the device of the model, floating ones to its dtype; integers stay as they
             are. The layer "input" holds the floating entries side by side; of integers alone it is

@@ -19,10 +19,17 @@ from fisherfast.data.inputs import Inputs, Samples, call, dx_of, is_floating
 from fisherfast.data.sources import check_dense, check_entries
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.dispatch import RECORD, overloads
-from fisherfast.dual.errors import RUNNING, setting, warn_of_randomness
+from fisherfast.dual.dispatch import RECORD, overloads, plain
+from fisherfast.dual.errors import (
+    RUNNING,
+    autograd_call,
+    failed_layer,
+    no_derivative,
+    setting,
+    warn_of_randomness,
+)
 from fisherfast.dual.rules.writing import LIKE_FACTORIES
-from fisherfast.dual.tensor import DualTensor, check_tangents
+from fisherfast.dual.tensor import DualTensor, check_tangents, is_differentiable
 from fisherfast.model.graph import survey
 from fisherfast.model.hooks import Forward, map_tensors
 from fisherfast.model.isolation import evaluation, forgetting, holds
@@ -39,7 +46,7 @@ FACTORIES = frozenset(
     overloads(
         *LIKE_FACTORIES,
         *("zeros", "ones", "full", "empty.memory_format", "empty_strided"),
-        *("rand", "randn", "eye", "eye.m", "linspace"),
+        *("rand", "randn", "eye", "eye.m", "linspace", "clone"),
     )
 )
 
@@ -56,15 +63,10 @@ class _Factories(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = plain(func, args, kwargs)
         if not any(issubclass(kind, DualTensor) for kind in types):
             warn_of_randomness(func, args, kwargs)
-        if (
-            func in FACTORIES
-            and isinstance(result, Tensor)
-            and not isinstance(result, DualTensor)
-            and result.is_floating_point()
-        ):
+        if func in FACTORIES and is_differentiable(result) and not isinstance(result, DualTensor):
             return DualTensor.constant(result, self._directions)
         return result
 
@@ -81,7 +83,8 @@ def propagation(
     Args:
         model: names the layers in errors and warnings.
         directions: P.
-        record: counts the operations. With a record, an operation that fails has zero tangents.
+        record: counts the operations. With a record, an operation that fails has zero tangents,
+            and an error of the model ends the block without being raised.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -100,7 +103,18 @@ def propagation(
         _Factories(directions),
         contextlib.nullcontext() if model is None else forgetting(model, DualTensor),
     ):
-        yield
+        try:
+            yield
+        except Exception as error:
+            function = autograd_call(error)
+            if record is not None:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                record.stop(function or reason, failed_layer(error))
+            elif function is None:
+                raise
+            else:
+                reason = "none: no graph is recorded here"
+                raise no_derivative(function, reason, failed_layer(error)) from error
 
 
 def jvp(model: nn.Module, x: Any, dx: Any) -> tuple[Any, Any]:
@@ -131,7 +145,8 @@ def jvp(model: nn.Module, x: Any, dx: Any) -> tuple[Any, Any]:
         TypeError: model is not a module, x is not a tensor (or a tuple or dict of tensors) or is
             complex, dx has another dtype or is not given as x is, or the model returns an object
             that hides its tensors.
-        DerivativeError: an operation has no derivative (names its layer).
+        DerivativeError: an operation has no derivative, or the model calls `torch.autograd` (names
+            the layer).
 
     Warns:
         FisherWarning: integer x, or a layer that draws random numbers in eval mode.
@@ -226,7 +241,8 @@ def coverage(model: nn.Module, x: Any, dx: Any = None) -> Coverage:
         `Coverage`: counts by operation and by how it was differentiated; prints as a table.
 
     Raises:
-        ValueError, TypeError: as for `jvp`. An operation that fails is reported, not raised.
+        ValueError, TypeError: x or dx as for `jvp`. What fails inside the model is reported, not
+            raised: operations without a derivative, and the error that stopped it.
 
     Cost: as for `jvp`, with P = 1 if dx is None; a few samples are enough.
 
@@ -236,12 +252,13 @@ def coverage(model: nn.Module, x: Any, dx: Any = None) -> Coverage:
         >>> report.share, list(report.rules)
         (1.0, ['linear.default'])
     """
-    _check_model(model)
+    check_model(model)
     if dx is None:
         dx = _random_direction(_inputs(x))
     record = Coverage()
     batch, directions = _packed(x, dx)
     with evaluation(model, SEED), propagation(model, directions, record):
+        _check_model(model)
         call(model, batch)
     return record
 
@@ -346,5 +363,5 @@ def _primal(tensor: Tensor) -> Tensor:
 def _tangents(tensor: Tensor, directions: int) -> Tensor:
     if isinstance(tensor, DualTensor):
         return tensor.tangents
-    dtype = tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
+    dtype = tensor.dtype if is_differentiable(tensor) else torch.get_default_dtype()
     return torch.zeros((directions, *tensor.shape), dtype=dtype, device=tensor.device)

@@ -39,16 +39,17 @@ class Memory:
     Attributes:
         constant: created by a factory inside the model and not yet written with a dual tensor: its
             tangents are known to be zero.
-        detached: a copy that represents `x.detach()`: a write into it would not change x.
+        read_only: the operation ("detach", "conj") whose result shares the memory of x in PyTorch
+            but is a copy here: a write into it would not change x.
         waiting: dual tensors that have yet to read this storage (a batch norm deferred until the
             activation after it) and must do so before it is overwritten.
     """
 
-    __slots__ = ("constant", "detached", "waiting")
+    __slots__ = ("constant", "read_only", "waiting")
 
-    def __init__(self, *, constant: bool = False, detached: bool = False) -> None:
+    def __init__(self, *, constant: bool = False, read_only: str = "") -> None:
         self.constant = constant
-        self.detached = detached
+        self.read_only = read_only
         self.waiting: list[weakref.ref[DualTensor]] = []
 
 
@@ -70,6 +71,9 @@ class DualTensor(torch.Tensor):
     memory: Memory
     apply_rule: ClassVar[Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]]
     """Apply the rule of an operation; set by `fisherfast.dual.dispatch`."""
+
+    # Libraries such as opt_einsum choose the functions for an array by the module of its class
+    __module__ = "torch"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -151,8 +155,11 @@ class DualTensor(torch.Tensor):
 
     def before_writing(self) -> Tensor:
         """Return the stack after all deferred readers of its present content have read it."""
-        if self.memory.detached:
-            raise no_derivative("detach", "a write into a detached tensor (or into x.data)")
+        if self.memory.read_only:
+            raise no_derivative(
+                self.memory.read_only,
+                "a write into its result, x.detach(), x.data or x.conj(): write into a clone of it",
+            )
         stack = self.stack
         self.memory.constant = False
         waiting, self.memory.waiting = self.memory.waiting, []
@@ -189,6 +196,11 @@ class DualTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return cls.apply_rule(func, args, kwargs or {})
+
+
+def is_differentiable(value: Any) -> bool:
+    """Return whether a value could have tangents: a real or complex floating tensor."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _channels_last(stack: Tensor) -> bool:

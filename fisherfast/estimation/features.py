@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherfast.estimation.dither import HALF_TYPES, dithered
-from fisherfast.estimation.pilot import Standardisation
+from fisherfast.estimation.pilot import SUBNORMAL, Standardisation
 from fisherfast.estimation.ridge import (
     AUTO,
     LIFT_RIDGE,
@@ -162,6 +162,7 @@ class FeatureDictionary:
             weight.to(device, dtype), bias.to(device, dtype), pilot.to(device, dtype), slope
         )
         offset = (standardisation.mean * standardisation.scale).abs()
+        offset = offset.maximum(SUBNORMAL / standardisation.rounding * standardisation.scale)
         if groups is not None:
             offset = offset.new_zeros(groups).index_add_(0, self._bucket, offset)
         self._offset = offset

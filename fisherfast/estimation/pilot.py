@@ -26,6 +26,14 @@ FLOAT32_INVERSE = 1e4
 error is 3e-8, which then changes J by less than 1e-3 in its worst direction."""
 
 
+NARROWEST = 1e-9
+"""Smallest standard deviation that scales an activation, relative to the largest of its layer: a
+softmax has 1e-42, whose inverse float32 does not hold, and may fire later: z^4 must be finite."""
+
+SUBNORMAL = torch.finfo(torch.float32).tiny
+"""Numbers below it have fewer digits: an activation that varies by less only shows rounding."""
+
+
 @dataclass(frozen=True)
 class Standardisation:
     """Pilot mean and scale of the activations of one layer: z = (a - mean) * scale.
@@ -35,8 +43,8 @@ class Standardisation:
 
     Attributes:
         mean: [d] float64.
-        scale: [d] float64, 1 / standard deviation; the layer's median scale for activations that
-            did not vary in the pilot.
+        scale: [d] float64, 1 / standard deviation, at most 1e9 times the smallest of the layer; the
+            layer's median scale for activations that did not vary in the pilot.
         alive: [d] bool, activations that varied in the pilot; only these enter the lift.
         rounding: relative spread that the precision of the activations does not resolve.
         noise: spread relative to its size that rounding may add to an activation: `rounding`, or
@@ -127,7 +135,8 @@ class PilotMoments:
         std = (self._square / self.count).sqrt()
         alive = std > self.rounding * self._mean.abs()
         typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
-        scale = torch.where(alive, std, typical).reciprocal()
+        narrowest = max(NARROWEST * float(std.max()), SUBNORMAL) if std.numel() else SUBNORMAL
+        scale = torch.where(alive, std, typical).clamp_min(narrowest).reciprocal()
         flags = self._flags or [self.ill_conditioned()]
         exact = any(flags) or all(flag is None for flag in flags)
         return Standardisation(

@@ -31,6 +31,7 @@ from fisherfast.data.inputs import (
     spread,
     tensors_of,
 )
+from fisherfast.dual.errors import autograd_call
 from fisherfast.estimation.dither import StepMeter, dithered
 from fisherfast.estimation.maps import estimate_map
 from fisherfast.measurement.agreement import Agreement
@@ -76,12 +77,15 @@ class Recall:
         input: the result for the input; None if each measurement may have other samples.
         input_map: its map, if any.
         spaces: by compressed layer, the weights learned from each half of its samples.
+        gradients: whether the model runs only where graphs are recorded, because it calls
+            `torch.autograd` itself (a force field).
     """
 
     sites: list[Site] | None = None
     input: LayerFisher | None = None
     input_map: InformationMap | None = None
     spaces: dict[str, list[Tensor]] = field(default_factory=dict)
+    gradients: bool = False
     _chains: dict[str, set[str]] | None = field(default=None, init=False, repr=False)
 
     def unknown(self, sites: list[Site]) -> list[Site]:
@@ -239,8 +243,8 @@ class Measurement:
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """Set eval mode without gradients, with random numbers of its own and the buffers of the
-        first rank."""
+        """Set eval mode without gradients (unless the model calls for them), with random numbers of
+        its own and the buffers of the first rank."""
         if self._model is None:
             with own_random_state(None, self._settings.seed), torch.no_grad():
                 yield
@@ -248,7 +252,8 @@ class Measurement:
         pathwise = self._data.source == "pathwise"  # rounded values have no derivative
         with evaluation(self._model, self._settings.seed):
             self._agreement.copy_buffers(self._model)
-            with self._exact() if pathwise else nullcontext():
+            gradients = torch.set_grad_enabled(self._recall.gradients)
+            with gradients, self._exact() if pathwise else nullcontext():
                 yield
 
     @contextmanager
@@ -452,7 +457,14 @@ class Measurement:
     def _find_sites(self, batch: Samples) -> list[Site]:
         if self._model is None:
             return [Site(INPUT, "data", tuple(joined(batch).shape[1:]))]
-        sites = survey(self._model, batch)
+        try:
+            sites = survey(self._model, batch)
+        except RuntimeError as error:
+            if autograd_call(error) is None:
+                raise
+            self._recall.gradients = True
+            torch.set_grad_enabled(True)  # until the end of this evaluation
+            sites = survey(self._model, batch)
         return select(sites, self._layers, self._model, self._settings.output)
 
     def _find_chains(self, sites: list[Site], batch: Samples) -> None:

@@ -60,8 +60,11 @@ class Forward(TorchFunctionMode):
             for module in self._model.modules():
                 if is_shell(module):
                     continue
-                self._handles.append(module.register_forward_pre_hook(self._enter_module))
-                self._handles.append(module.register_forward_hook(self._leave_module))
+                # the functions of the class: a scripted module hides its own, and takes hooks
+                before = nn.Module.register_forward_pre_hook(module, self._enter_module)
+                self._handles.append(before)
+                after = nn.Module.register_forward_hook(module, self._leave_module)
+                self._handles.append(after)
         except BaseException:
             self._remove_hooks()
             raise

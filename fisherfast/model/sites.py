@@ -144,7 +144,9 @@ def _unknown(name: str, known: Mapping[str, Site], model: nn.Module) -> str:
     if name in dict(model.named_modules(remove_duplicate=False)):
         return (
             f"layer {name!r} must run in the forward pass, got none: it never ran, or returned no"
-            " floating tensor with one row per sample"
+            " floating tensor with one row per sample (a layer inside torch.func.vmap sees one"
+            " sample, one inside torch.jit.script is not seen: name the layer around it, or use the"
+            " module that was scripted)"
         )
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:5]
     return f"layers must name layers of the model, got {name!r}; nearest: {', '.join(near)}"

@@ -159,7 +159,9 @@ def test_pages_are_short():
 # --- numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["accuracy/validation.py", "report/tables.py"])
+@pytest.mark.parametrize(
+    "script", ["accuracy/validation.py", "report/tables.py", "peers/architectures.py"]
+)
 def test_tables_are_what_was_measured(script):
     """Catches a number typed by hand: the tables come from benchmarks/results."""
     assert run_script(f"benchmarks/{script}", "--table").strip() in BENCHMARKS

@@ -34,13 +34,14 @@ from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbeMeter
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import not_measured, score_information, score_note
 from fisherfast.model.default_device import on_host, outside
-from fisherfast.model.graph import CHAIN_SAMPLES, chains, survey
+from fisherfast.model.graph import merged, survey
 from fisherfast.model.hooks import Forward
 from fisherfast.model.isolation import evaluation, own_random_state
+from fisherfast.model.paths import follow
 from fisherfast.model.sites import INPUT, Layers, Site, select
 from fisherfast.parallel.ranks import Ranks
 from fisherfast.results.flow import FisherFlow
-from fisherfast.results.information_map import InformationMap
+from fisherfast.results.information_map import InformationMap, is_mapped
 from fisherfast.results.layer import NOT_INDEPENDENT, LayerFisher, warn_of
 from fisherfast.results.status import with_status
 
@@ -57,32 +58,29 @@ class NotFiniteError(ValueError):
 
 @dataclass
 class Recall:
-    """Layers, their chains, and the information in the input, which training does not change.
+    """Layers, and the information in the input, which training does not change.
 
     Attributes:
-        sites: the measured layers with their chains; None until two measurements agree on them,
-            because a weight that is zero at first hides a path.
+        sites: all layers of the model; empty before the first measurement.
+        apart: names of layers that were no copy of another one in some measurement: they keep a
+            row of their own, so that rows stay when a scale is no longer zero.
         input: the result for the input; None if each measurement may have other samples.
         input_map: its map, if any.
         spaces: by compressed layer, the weights learned from each half of its samples.
     """
 
-    sites: list[Site] | None = None
+    sites: list[Site] = field(default_factory=list)
+    apart: set[str] = field(default_factory=set)
     input: LayerFisher | None = None
     input_map: InformationMap | None = None
     spaces: dict[str, list[Tensor]] = field(default_factory=dict)
-    _chains: dict[str, set[str]] | None = field(default=None, init=False, repr=False)
 
     def unknown(self, sites: list[Site]) -> list[Site]:
         """Return the sites that must be measured."""
         return [site for site in sites if site.name != INPUT or self.input is None]
 
-    def complete(self, flow: FisherFlow, sites: list[Site], data: Data) -> FisherFlow:
+    def complete(self, flow: FisherFlow, data: Data) -> FisherFlow:
         """Add what was not measured again to a flow, and keep what the next one can reuse."""
-        if self.sites is None:
-            chains = {site.name: set(site.descendants) for site in sites}
-            self.sites = sites if chains == self._chains else None
-            self._chains = chains
         if self.input is not None:
             maps = {} if self.input_map is None else {INPUT: self.input_map}
             return replace(flow, layers=(self.input, *flow.layers), maps=maps | flow.maps)
@@ -217,7 +215,7 @@ class Measurement:
         if warning is not None:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
         flow = FisherFlow(tuple(layers), self._settings.to_dict(), maps=maps)
-        flow = self._recall.complete(flow, self._sites, self._data)
+        flow = self._recall.complete(flow, self._data)
         return replace(flow, layers=with_status(flow.layers, score=scored)), warning
 
     @contextmanager
@@ -327,8 +325,7 @@ class Measurement:
         first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
         self._agreement.agree_on_samples(self._data, first)
         batch = torch.cat([samples.x for samples in first])
-        known = self._recall.sites is not None
-        self._sites = self._recall.sites or self._find_sites(batch)
+        self._sites = self._find_sites(batch)
         unknown = self._recall.unknown(self._sites)
         for site in unknown:
             meter = self._meter(site, self._probe_bytes() // len(unknown))
@@ -337,10 +334,6 @@ class Measurement:
         if bounded:
             fits = self._agreement.smallest(self._planned(streams, first[0], batch))
             streams.limit(fits.batch_size, fits.pilot_bytes)
-            more = streams.first(min(fits.survey_samples, SURVEY_SAMPLES))
-            batch = torch.cat([samples.x for samples in more])
-        if not known:
-            self._find_chains(self._sites, batch)
         self._agreement.agree_on_layers(self._sites, self._layer_meters)
 
     def _check_maps(self) -> None:
@@ -398,20 +391,22 @@ class Measurement:
             )
 
     def _find_sites(self, batch: Tensor) -> list[Site]:
-        if self._model is None:
+        """List the layers to measure. The model is followed at every measurement, because a scale
+        may have become zero: a layer that was a copy of another one is then measured again."""
+        model, recall, maps = self._model, self._recall, self._settings.maps
+        if model is None:
             return [Site(INPUT, "data", tuple(batch.shape[1:]))]
-        sites = survey(self._model, batch)
-        return select(sites, self._layers, self._model, self._settings.output)
+        recall.sites = recall.sites or survey(model, batch)
+        follow(model, batch, recall.sites)
+        self._agreement.agree_on_paths(recall.sites)
+        recall.apart |= {site.name for site in recall.sites if site.copy_of is None}
 
-    def _find_chains(self, sites: list[Site], batch: Tensor) -> None:
-        """Replay the model once per layer, on so few samples that it costs at most half a pass."""
-        if self._model is None:
-            return
-        counts = [self._data.samples(c) for c in range(self._data.conditions)]
-        affordable = len(batch)
-        if None not in counts:
-            affordable = sum(n for n in counts if n is not None) // (2 * len(sites))
-        chains(self._model, batch[: max(CHAIN_SAMPLES, affordable)], sites)
+        def apart(site: Site, original: Site) -> bool:
+            reordered = site.shape != original.shape and is_mapped(maps, site.names)
+            return site.name in recall.apart or reordered
+
+        sites = merged(recall.sites, apart)
+        return select(sites, self._layers, model, self._settings.output)
 
     def _forward(self) -> Any:
         """Make the forward pass that reports to the active meters; the model does not run if they

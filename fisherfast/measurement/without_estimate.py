@@ -49,6 +49,9 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
         replicates=empty,
         aliases=tuple(site.aliases),
         descendants=tuple(sorted(site.descendants)),
+        cut=site.cut,
+        copies=tuple(site.copies),
+        label=site.label,
     )
 
 

@@ -16,10 +16,10 @@ from fisherfast.results.marginal import (
     SINGULAR,
     MarginalFisher,
     cramer_rao,
-    diagonal_text,
     marginal_fisher,
 )
 from fisherfast.results.profile import Profile
+from fisherfast.results.text import diagonal_text
 
 NOT_INDEPENDENT = (
     "neighbouring samples depend on each other (pairs, repeated measurements, a time series, or a"
@@ -86,6 +86,9 @@ class LayerFisher:
             the covariance of the error of J. All layers of a flow leave out the same samples, so
             they give the error of any function of several layers. Empty if there are none.
         cut: the output depends on the input through this layer alone; None if that is unknown.
+        copies: names, also in `aliases`, of layers that are an invertible affine map of this one
+            (batch norm, scales that are not zero): they hold the same information.
+        label: what tables and figures call it, as in "layer1.0 (sum)"; empty for its name.
         profile: the information along theta, of which J is the mean over samples; None for samples
             at one theta.
         parameter_names: [P] names of the parameters; empty if they have none.
@@ -126,6 +129,8 @@ class LayerFisher:
         default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")
     )
     cut: bool | None = None
+    copies: tuple[str, ...] = ()
+    label: str = ""
     profile: Profile | None = None
     parameter_names: tuple[str, ...] = ()
 
@@ -238,7 +243,7 @@ class LayerFisher:
             values["profile"] = Profile.from_dict(values["profile"])
         values["effective_dim"] = float(values["effective_dim"])
         values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64, device="cpu")
-        for name in ("shape", "dtheta", "aliases", "descendants", "notes", "parameter_names"):
+        for name in _TUPLES:
             values[name] = tuple(values[name])
         lengths = {len(values[name]) for name in ("curve_k", "curve_J", "curve_stderr")}
         if len(lengths) > 1:
@@ -248,6 +253,7 @@ class LayerFisher:
 
 _MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
 _STACKS = ("curve_J", "curve_stderr", "replicates")
+_TUPLES = ("shape", "dtheta", "aliases", "descendants", "notes", "copies", "parameter_names")
 _OPTIONAL = (
     "error_covariance",
     "response",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fisherfast._validation import check_whole
+from fisherfast.results.text import diagonal_text
 
 SINGULAR = 1e-9
 """Fraction of the information about a parameter that must remain when the others are unknown; less
@@ -50,11 +51,6 @@ class MarginalFisher:
     def __repr__(self) -> str:
         J, stderr = map(diagonal_text, (self.J, self.stderr))
         return f"MarginalFisher(parameters={list(self.parameters)}, J={J}, stderr={stderr})"
-
-
-def diagonal_text(matrix: torch.Tensor) -> str:
-    """Format the diagonal of a matrix [P, P] with four digits."""
-    return ", ".join(f"{float(value):.4g}" for value in matrix.diagonal())
 
 
 def cramer_rao(J: torch.Tensor, rounding: float = SINGULAR) -> torch.Tensor:

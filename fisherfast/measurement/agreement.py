@@ -117,18 +117,25 @@ class Agreement:
         values = dict(zip(names, sums, strict=True))
         self._ranks.agree("reading the first samples", values, SAME_DATA)
 
+    def agree_on_paths(self, sites: Sequence[Site]) -> None:
+        """Take cuts, chains and copies of rank 0: whether a shift is too wide for the numbers is
+        judged by samples."""
+        if self._ranks is None:
+            return
+        found = {s.name: (s.descendants, s.cut, s.copy_of, s.summed) for s in sites}
+        of_first = self._ranks.exchange("following the model", found)[0]
+        for site in sites:
+            if site.name in of_first:
+                site.descendants, site.cut, site.copy_of, site.summed = of_first[site.name]
+
     def agree_on_layers(self, sites: Sequence[Site], measured: Sequence[Meter]) -> None:
-        """Check that the layers are the same on all ranks, and take the chains of rank 0."""
+        """Check that the layers are the same on all ranks."""
         if self._ranks is None:
             return
         compared: dict[str, Any] = {"list of layers": [site.name for site in sites]}
         compared |= {f"layer {site.name!r}": [site.kind, list(site.shape)] for site in sites}
         compared["list of layers to measure"] = _kinds(measured)
-        chains = [site.descendants for site in sites]
-        gathered = self._ranks.exchange("listing the layers", (compared, chains))
-        check_same([each for each, _ in gathered])
-        for site, descendants in zip(sites, gathered[0][1], strict=True):
-            site.descendants = descendants
+        self._ranks.agree("listing the layers", compared)
 
     def smallest(self, plan: Plan) -> Plan:
         """Return the smallest batches that any rank has planned: they are dealt by number."""

@@ -130,12 +130,10 @@ class Plan(NamedTuple):
 
     Attributes:
         batch_size: most samples of a batch.
-        survey_samples: samples of each condition used to find which layer depends on which.
         pilot_bytes: most bytes that the pilot keeps of a source that is read once.
     """
 
     batch_size: int
-    survey_samples: int
     pilot_bytes: int
 
 
@@ -237,10 +235,7 @@ def plan(
     pilot = min(budget // PILOT_SHARE, budget - needed) if not data.repeatable else 0
     fixed += pilot
     largest = bisect_right(range(1, batch_size + 1), budget - fixed, key=per_sample.of)
-    every = number * sum(cost.site.dim for cost in costs)
-    replay = 3 * every + WORKSPACE * per_sample.network + per_sample.source
-    room = (budget - LIBRARIES - kept) // max(replay * data.conditions, 1)
-    return Plan(largest, max(room, 1), pilot)
+    return Plan(largest, pilot)
 
 
 def in_words(nbytes: int) -> str:

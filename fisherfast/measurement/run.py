@@ -46,13 +46,14 @@ from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbeMeter
 from fisherfast.measurement.settings import MeasurementSettings
 from fisherfast.measurement.without_estimate import not_measured, of_input, score_note
 from fisherfast.model.default_device import on_host, outside
-from fisherfast.model.graph import CHAIN_SAMPLES, chains, survey
+from fisherfast.model.graph import merged, survey
 from fisherfast.model.hooks import Forward
 from fisherfast.model.isolation import evaluation, own_random_state
+from fisherfast.model.paths import follow
 from fisherfast.model.sites import INPUT, Layers, Site, select
 from fisherfast.parallel.ranks import Ranks
 from fisherfast.results.flow import FisherFlow
-from fisherfast.results.information_map import InformationMap
+from fisherfast.results.information_map import InformationMap, is_mapped
 from fisherfast.results.layer import NOT_INDEPENDENT, LayerFisher, warn_of
 from fisherfast.results.status import with_status
 
@@ -69,11 +70,12 @@ class NotFiniteError(ValueError):
 
 @dataclass
 class Recall:
-    """Layers, their chains, and the information in the input, which training does not change.
+    """Layers, and the information in the input, which training does not change.
 
     Attributes:
-        sites: the measured layers with their chains; None until two measurements agree on them,
-            because a weight that is zero at first hides a path.
+        sites: all layers of the model; empty before the first measurement.
+        apart: names of layers that were no copy of another one in some measurement: they keep a
+            row of their own, so that rows stay when a scale is no longer zero.
         input: the result for the input; None if each measurement may have other samples.
         input_map: its map, if any.
         spaces: by compressed layer, the weights learned from each half of its samples.
@@ -81,23 +83,19 @@ class Recall:
             `torch.autograd` itself (a force field).
     """
 
-    sites: list[Site] | None = None
+    sites: list[Site] = field(default_factory=list)
+    apart: set[str] = field(default_factory=set)
     input: LayerFisher | None = None
     input_map: InformationMap | None = None
     spaces: dict[str, list[Tensor]] = field(default_factory=dict)
     gradients: bool = False
-    _chains: dict[str, set[str]] | None = field(default=None, init=False, repr=False)
 
     def unknown(self, sites: list[Site]) -> list[Site]:
         """Return the sites that must be measured."""
         return [site for site in sites if site.name != INPUT or self.input is None]
 
-    def complete(self, flow: FisherFlow, sites: list[Site], data: Data) -> FisherFlow:
+    def complete(self, flow: FisherFlow, data: Data) -> FisherFlow:
         """Add what was not measured again to a flow, and keep what the next one can reuse."""
-        if self.sites is None:
-            chains = {site.name: set(site.descendants) for site in sites}
-            self.sites = sites if chains == self._chains else None
-            self._chains = chains
         if self.input is not None:
             maps = {} if self.input_map is None else {INPUT: self.input_map}
             return replace(flow, layers=(self.input, *flow.layers), maps=maps | flow.maps)
@@ -238,7 +236,7 @@ class Measurement:
         if meters and remarks:
             layers[0] = replace(layers[0], notes=(*layers[0].notes, *remarks))
         flow = FisherFlow(tuple(layers), self._settings.to_dict(), maps=maps)
-        flow = self._recall.complete(flow, self._sites, self._data)
+        flow = self._recall.complete(flow, self._data)
         return replace(flow, layers=with_status(flow.layers, score=scored)), warning
 
     @contextmanager
@@ -370,9 +368,8 @@ class Measurement:
         self._agreement.agree_on_samples(self._data, first)
         batch = concatenated([samples.x for samples in first])
         self._left_out = left_out(batch)
-        known = self._recall.sites is not None
         with explained(lambda: f"on the first samples of all conditions: {described(batch)}"):
-            self._sites = self._recall.sites or self._find_sites(batch)
+            self._sites = self._find_sites(batch)
         alone = all(site.name == INPUT for site in self._sites)
         if alone and not floating(batch) and self._data.source != "score":
             raise TypeError(
@@ -387,10 +384,6 @@ class Measurement:
         if bounded:
             fits = self._agreement.smallest(self._planned(streams, first[0], batch))
             streams.limit(fits.batch_size, fits.pilot_bytes)
-            more = streams.first(min(fits.survey_samples, SURVEY_SAMPLES))
-            batch = concatenated([samples.x for samples in more])
-        if not known:
-            self._find_chains(self._sites, batch)
         self._agreement.agree_on_layers(self._sites, self._layer_meters)
 
     def _check_maps(self) -> None:
@@ -455,27 +448,33 @@ class Measurement:
         return ProbeMeter(site, data, settings, budget)
 
     def _find_sites(self, batch: Samples) -> list[Site]:
-        if self._model is None:
+        """List the layers to measure. The model is followed at every measurement, because a scale
+        may have become zero: a layer that was a copy of another one is then measured again."""
+        model, recall, maps = self._model, self._recall, self._settings.maps
+        if model is None:
             return [Site(INPUT, "data", tuple(joined(batch).shape[1:]))]
+        recall.sites = recall.sites or self._surveyed(model, batch)
+        follow(model, batch, recall.sites)
+        self._agreement.agree_on_paths(recall.sites)
+        recall.apart |= {site.name for site in recall.sites if site.copy_of is None}
+
+        def apart(site: Site, original: Site) -> bool:
+            reordered = site.shape != original.shape and is_mapped(maps, site.names)
+            return site.name in recall.apart or reordered
+
+        sites = merged(recall.sites, apart)
+        return select(sites, self._layers, model, self._settings.output)
+
+    def _surveyed(self, model: nn.Module, batch: Samples) -> list[Site]:
+        """List all layers; of a force field with graphs recorded."""
         try:
-            sites = survey(self._model, batch)
+            return survey(model, batch)
         except RuntimeError as error:
             if autograd_call(error) is None:
                 raise
             self._recall.gradients = True
             torch.set_grad_enabled(True)  # until the end of this evaluation
-            sites = survey(self._model, batch)
-        return select(sites, self._layers, self._model, self._settings.output)
-
-    def _find_chains(self, sites: list[Site], batch: Samples) -> None:
-        """Replay the model once per layer, on so few samples that it costs at most half a pass."""
-        if self._model is None:
-            return
-        counts = [self._data.samples(c) for c in range(self._data.conditions)]
-        affordable = len(batch)
-        if None not in counts:
-            affordable = sum(n for n in counts if n is not None) // (2 * len(sites))
-        chains(self._model, batch[: max(CHAIN_SAMPLES, affordable)], sites)
+            return survey(model, batch)
 
     def _forward(self) -> Any:
         """Make the forward pass that reports to the active meters; the model does not run if they

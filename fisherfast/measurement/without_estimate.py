@@ -50,6 +50,9 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
         aliases=tuple(site.aliases),
         descendants=tuple(sorted(site.descendants)),
         parameter_names=data.names,
+        cut=site.cut,
+        copies=tuple(site.copies),
+        label=site.label,
     )
 
 

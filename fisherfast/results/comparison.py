@@ -14,6 +14,7 @@ import torch
 from fisherfast.estimation.variance import jackknife_covariance
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import SINGULAR, pack_covariance, unpack_covariance
+from fisherfast.results.text import with_error
 
 DIVIDES = 3.0
 """Standard errors that J must be above zero, in every direction, to be the divisor of a ratio."""
@@ -59,14 +60,14 @@ class LayerComparison:
 
     def __repr__(self) -> str:
         by = zip(self.difference.diagonal(), self.difference_stderr.diagonal(), strict=True)
-        texts = [f"{float(value):.4g} +- {float(error):.2g}" for value, error in by]
+        texts = [with_error(float(value), float(error)) for value, error in by]
         if self.parameter_names:
             named = zip(self.parameter_names, texts, strict=True)
             texts = [f"{name}: {text}" for name, text in named]
         differences = ", ".join(texts)
         a, b = self.names
         return (
-            f"LayerComparison({a!r} / {b!r} = {self.ratio:.4g} +- {self.ratio_stderr:.2g},"
+            f"LayerComparison({a!r} / {b!r} = {with_error(self.ratio, self.ratio_stderr)},"
             f" {a!r} - {b!r} = {differences})"
         )
 

@@ -52,13 +52,15 @@ class FisherFlow:
 
     def __getitem__(self, name: str) -> LayerFisher:
         for layer in self.layers:
-            if name == layer.name or name in layer.aliases:
+            if name and name in (layer.name, *layer.aliases, layer.label):
                 return layer
         known = [*self.names, *(alias for layer in self.layers for alias in layer.aliases)]
         raise KeyError(f"layer must be one of {known}, got {name!r}")
 
     def __contains__(self, name: object) -> bool:
-        return any(name == layer.name or name in layer.aliases for layer in self.layers)
+        return any(
+            name and name in (layer.name, *layer.aliases, layer.label) for layer in self.layers
+        )
 
     def __iter__(self) -> Iterator[LayerFisher]:
         return iter(self.layers)
@@ -282,15 +284,22 @@ class FisherFlow:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def table(self) -> list[list[str]]:
-        """Return the header and one row of text per layer, as printed."""
-        return table.rows(self.layers, self._ratios())
+    def table(self, *, full: bool = False) -> list[list[str]]:
+        """Return the header and one row of text per layer, as printed.
+
+        Layers that are no cut are indented below the last cut. In a long table those of one block
+        share a row.
+
+        Args:
+            full: a row for every layer.
+        """
+        return table.rows(self.layers, self._ratios(), full=full)
 
     def __repr__(self) -> str:
         return table.as_text(self.table(), self._footnotes())
 
     def _repr_html_(self) -> str:
-        return table.as_html(self.table(), self._footnotes()[0])
+        return table.as_html(self.table(), self._footnotes())
 
     def _footnotes(self) -> list[str]:
         source = self.settings.get("source", "no finite step")

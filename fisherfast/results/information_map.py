@@ -14,6 +14,7 @@ from fisherfast._fields import AtLeast, Shape, build, plain
 from fisherfast._validation import check_whole
 from fisherfast.results import table
 from fisherfast.results.plots import axes_or_new
+from fisherfast.results.text import number, theta
 
 COLOURS = (1, 3)
 """Channels of a picture: grey or RGB."""
@@ -56,23 +57,23 @@ class InformationMap:
             J, stderr = (part[..., p, p].flatten() for part in (self.J, self.stderr))
             known = J[~J.isnan()]
             if not len(known):
-                rows.append([f"theta[{p}]", *"-----"])
+                rows.append([theta(f"[{p}]"), *"-----"])
                 continue
             top = int(J.nan_to_num(-math.inf).argmax())
             numbers = (known.min(), known.median(), J[top], stderr[top])
             at = f"[{top // width}, {top % width}]"
-            rows.append([f"theta[{p}]", *(f"{float(number):.4g}" for number in numbers), at])
+            rows.append([theta(f"[{p}]"), *(number(float(value)) for value in numbers), at])
         return rows
 
     def __repr__(self) -> str:
         return table.as_text(self.table(), [self._footnote()])
 
     def _repr_html_(self) -> str:
-        return table.as_html(self.table(), self._footnote())
+        return table.as_html(self.table(), [self._footnote()])
 
     def _footnote(self) -> str:
         H, W = self.J.shape[:2]
-        return f"map of {self.name}, [{H}, {W}] positions; J per unit of theta squared"
+        return f"map of {self.name}, [{H}, {W}] positions; J per unit of {theta('²')}"
 
     def plot(
         self,

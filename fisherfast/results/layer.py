@@ -24,10 +24,10 @@ from fisherfast.results.marginal import (
     Keep,
     MarginalFisher,
     cramer_rao,
-    diagonal_text,
     marginal_fisher,
 )
 from fisherfast.results.profile import Profile
+from fisherfast.results.text import diagonal_text
 
 NOT_INDEPENDENT = (
     "neighbouring samples depend on each other (pairs, repeated measurements, a time series, or a"
@@ -103,6 +103,9 @@ class LayerFisher:
             the covariance of the error of J. All layers of a flow leave out the same samples, so
             they give the error of any function of several layers. Empty if there are none.
         cut: the output depends on the input through this layer alone; None if that is unknown.
+        copies: names, also in `aliases`, of layers that are an invertible affine map of this one
+            (batch norm, scales that are not zero): they hold the same information.
+        label: what tables and figures call it, as in "layer1.0 (sum)"; empty for its name.
         profile: the information along theta, of which J is the mean over samples; None for samples
             at one theta.
         parameter_names: [P] names of the parameters; empty if they have none.
@@ -146,6 +149,8 @@ class LayerFisher:
         default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")
     )
     cut: bool | None = None
+    copies: tuple[str, ...] = ()
+    label: str = ""
     profile: Profile | None = None
     parameter_names: tuple[str, ...] = ()
     prior: Matrix | None = None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fisherfast._validation import check_whole
+from fisherfast.results.text import diagonal_text
 
 SINGULAR = 1e-9
 """Fraction of the information about a parameter that must remain when the others are unknown; less
@@ -58,12 +59,6 @@ class MarginalFisher:
         J, stderr = map(diagonal_text, (self.J, self.stderr))
         kept = list(self.names or self.parameters)
         return f"MarginalFisher(parameters={kept}, J={J}, stderr={stderr})"
-
-
-def diagonal_text(matrix: torch.Tensor) -> str:
-    """Format the diagonal of a matrix [P, P] with four digits; "-" for NaN."""
-    values = matrix.diagonal().tolist()
-    return ", ".join("-" if math.isnan(value) else f"{value:.4g}" for value in values)
 
 
 def cramer_rao(J: torch.Tensor, rounding: float = SINGULAR) -> torch.Tensor:

@@ -288,7 +288,7 @@ class FisherMonitor:
         return f"{self._title()}\n{table.as_text(self._table())}" if self.history else self._title()
 
     def _repr_html_(self) -> str:
-        return table.as_html(self._table(), self._title())
+        return table.as_html(self._table(), [self._title()])
 
     def _title(self) -> str:
         measured = [record.flow for record in self.history if record.flow is not None]

@@ -16,6 +16,7 @@ from fisherfast.model.sites import INPUT, OUTPUT
 from fisherfast.results import table
 from fisherfast.results.comparison import divides, ratio
 from fisherfast.results.flow import FisherFlow
+from fisherfast.results.text import number, with_error
 
 NOT_MEASURED = "not measured: "
 """Start of the note of a record whose measurement found activations that are not finite."""
@@ -86,7 +87,7 @@ class EpochRecord:
         return _share(self.training_flow)[0] - self.transmission
 
     def __repr__(self) -> str:
-        transmission = table.with_error(self.transmission, self.transmission_error)
+        transmission = with_error(self.transmission, self.transmission_error)
         return f"EpochRecord(epoch={self.epoch}, transmission={transmission})"
 
     def __str__(self) -> str:
@@ -191,9 +192,10 @@ def table_of(history: Sequence[EpochRecord]) -> list[list[str]]:
     return [HEADER] + [
         [
             str(record.epoch),
-            table.with_error(record.transmission, record.transmission_error),
+            with_error(record.transmission, record.transmission_error),
             "-" if record.flow is None else _most_lost(record.flow),
-            *("-" if math.isnan(x) else f"{x:.3g}" for x in (record.train_level, record.val_level)),
+            number(record.train_level),
+            number(record.val_level),
         ]
         for record in history
     ]
@@ -213,7 +215,7 @@ def _most_lost(flow: FisherFlow) -> str:
     if not losses:
         return "-"
     name = max(losses, key=lambda after: losses[after])
-    return f"{name} ({losses[name]:.3f})"
+    return f"{flow[name].label or name} ({number(losses[name])})"
 
 
 def level_of(errors: Errors, input_J: torch.Tensor) -> float:

@@ -137,12 +137,13 @@ def test_printed_table(flow, pair, silent):
     for column in ("shape", "features", "status"):  # columns of text start below their header
         start = lines[0].index(column)
         assert all(line[start - 1] == " " and line[start] != " " for line in lines[2:6])
-    assert "J per unit of theta squared; dtheta 0.2; 8000 samples" in lines
+    assert "J per unit of θ²; dtheta 0.2; 8000 samples" in lines
     assert "diagonal of J shown" in str(pair)
     assert all(len(line) <= 120 for line in lines)
     assert repr(flow) == str(flow)
     assert len(repr(flow["0"])) < 300
-    assert re.search(r"^note: fc1/relu: .*constant", str(silent), re.MULTILINE)
+    note = r"^note: 3 layers \(fc1, fc1/relu, output\): all 2 to 5 .*constant"
+    assert re.search(note, str(silent), re.MULTILINE)
 
 
 def test_html_is_escaped():
@@ -356,6 +357,30 @@ def test_files_come_back_to_the_last_bit(which, suffix, tmp_path, request):
     content["settings"]["seed"] = 77
     content["layers"].clear()
     assert result.settings["seed"] == 0
+
+
+DAMAGES = {
+    "no layers": lambda content: content.pop("layers"),
+    "no J": lambda content: content["layers"][1].pop("J"),
+    "J text": lambda content: content["layers"][1].update(J="many"),
+    "ragged J": lambda content: content["layers"][1].update(J=[[1.0, 2.0], [3.0]]),
+    "short curve": lambda content: content["layers"][1]["curve_J"].pop(),
+    "format": lambda content: content.update(format="other"),
+    "version": lambda content: content.update(format_version=2),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_content(flow, how, tmp_path):
+    """Catches a flow that loads and fails later, a newer file that is read as if it were an old
+    one, and errors without the file's name."""
+    content = flow.to_dict()
+    DAMAGES[how](content)
+    path = tmp_path / "flow.json"
+    path.write_text(json.dumps(content))
+    text = "format_version must be 1, got " if "version" in how else "content must be "
+    with pytest.raises(ValueError, match=rf"flow\.json: {text}"):
+        ff.FisherFlow.load(path)
 
 
 class Bomb:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -85,7 +84,7 @@ class Splitter:
     def __init__(self, data: Data) -> None:
         self._data = data
         self._centres = data.centres
-        self._split = lru_cache(maxsize=1)(self._split_labels)
+        self._last: tuple[Tensor, Place | None, tuple[Part, ...]] | None = None
         self.outside = 0
 
     def __call__(
@@ -96,7 +95,10 @@ class Splitter:
             point, own = divmod(condition, self._data.at_each)
             return (Part(point, own, None, None, place),)
         assert labels is not None
-        return self._split(labels, place)
+        last = self._last
+        if last is None or last[0] is not labels or last[1] is not place:
+            self._last = last = (labels, place, self._split(labels, place))
+        return last[2]
 
     def notes(self) -> list[str]:
         """Return a remark if samples were left out that nobody knew before."""
@@ -105,7 +107,7 @@ class Splitter:
             return []
         return [f"{self.outside} samples outside of the edges left out"]
 
-    def _split_labels(self, labels: Tensor, place: Place | None) -> tuple[Part, ...]:
+    def _split(self, labels: Tensor, place: Place | None) -> tuple[Part, ...]:
         theta = labels.cpu()  # a few numbers per sample; folds are dealt on the CPU, too
         points = self._data.point_of(theta)
         parts = []

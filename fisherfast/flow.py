@@ -47,8 +47,8 @@ def fisher_flow(
             module is measured; a module of ``torch.jit.script`` is one layer, and layers inside
             ``torch.func.vmap`` are not seen. A model that calls ``torch.autograd`` itself (a force
             field) has no tangents: give pairs, a score or labels.
-        data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
-            copied to the device of the model, floating ones to its dtype; integers stay as they
+        data: samples: `Labelled`, `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches
+            are copied to the device of the model, floating ones to its dtype; integers stay as they
             are. The layer "input" holds the floating entries side by side; of integers alone it is
             NaN, except with a score. For `Pathwise` the tangents pass through
             the model together with the samples, at the cost of 1 + P forward passes.

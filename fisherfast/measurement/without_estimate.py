@@ -17,12 +17,10 @@ from fisherfast.measurement.meter import Meter
 from fisherfast.model.sites import Site
 from fisherfast.results.layer import UNMEASURED, LayerFisher
 from fisherfast.results.marginal import pack_covariance
+from fisherfast.results.mean import MATRICES
 
 SCORE_ERRORS = 5.0
 """Warn if the mean of a score is beyond this many standard errors from zero (p = 6e-7)."""
-
-MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
-"""Fields of a layer that hold a matrix [P, P]."""
 
 
 def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> LayerFisher:

@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -68,8 +67,7 @@ def _demo(options: argparse.Namespace) -> int:
         sys.stderr.write(f"fisherfast demo: {' '.join(str(error).split())}\n")
         return WRONG_OPTION
     task = replace(task, epochs=options.epochs, learning_rate=options.learning_rate)
-    progress = sys.stderr.isatty() and find_spec("tqdm") is not None
-    return run_demo(task, out=options.out, stream=sys.stdout, seed=options.seed, progress=progress)
+    return run_demo(task, out=options.out, stream=sys.stdout, seed=options.seed, progress=None)
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ def fisher_flow(
     ridge: RidgeSetting = AUTO,
     output: str | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
     memory_budget: int | str | None = None,
     process_group: Any = None,
     settings: Settings | None = None,
@@ -42,16 +42,22 @@ def fisher_flow(
     restored afterwards, also after an error.
 
     Args:
-        model: any module that takes a batch [n, ...]. For a compiled or distributed model the
-            wrapped module is measured.
-        data: samples at theta: `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches are
-            copied to the device and dtype of the model. For `Pathwise` the tangents pass through
+        model: any module that takes a batch [n, ...], or several inputs as the data hold them, by
+            position (a tuple) or by name (a dict). For a compiled or distributed model the wrapped
+            module is measured; a module of ``torch.jit.script`` is one layer, and layers inside
+            ``torch.func.vmap`` are not seen. A model that calls ``torch.autograd`` itself (a force
+            field) has no tangents: give pairs, a score or labels.
+        data: samples: `Labelled`, `FiniteDifference`, `Pathwise`, `Score` or `Simulator`. Batches
+            are copied to the device of the model, floating ones to its dtype; integers stay as they
+            are. The layer "input" holds the floating entries side by side; of integers alone it is
+            NaN, except with a score. For `Pathwise` the tangents pass through
             the model together with the samples, at the cost of 1 + P forward passes.
         layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
             names, a regular expression searched for in the names, or a function (name, module or
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
             and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always included. If
-            the model returns a tuple, a list or a dict, also nested, "output" is the joint output:
+            the model returns a tuple, a list, a dict or an object with tensors (its logits, say),
+            also nested, "output" is the joint output:
             all floating tensors with one row per sample, side by side. Each of them is also a head,
             "output[0]" or "output[mean]", and included in "auto". Integers, None and tensors
             without a row per sample are left out; if nothing remains there is no "output".
@@ -73,7 +79,8 @@ def fisher_flow(
         output: name of a head, such as "output[mean]", that a monitor and its rules read instead of
             the joint "output"; it is always measured. Kept in ``flow.settings``.
         seed: of the random lift. The global random state is neither used nor changed.
-        progress: show a progress bar (needs tqdm).
+        progress: True shows the progress, with tqdm if that is installed, False does not; None
+            does after two seconds of work if standard error is a terminal and CI is not set.
         memory_budget: memory that the measurement may allocate in addition to the model and the
             user's own data, in bytes or as "2 GB"; None for no bound. Batches are made as small as
             necessary, and those of a loader are split. The result depends on the budget by rounding
@@ -93,7 +100,7 @@ def fisher_flow(
             or one that never runs; an output that the model does not have (lists its outputs); a
             memory_budget too small for one sample (says how much is needed); data that do not
             repeat, with a probe or grow.
-        TypeError: integer or complex data.
+        TypeError: complex data, or integers that no layer of the model turns into numbers.
         RuntimeError: another rank of the group failed (says which, and what it raised), or did not
             answer within the timeout of the process group.
 
@@ -137,14 +144,15 @@ def fisher_information(
     probe: str | None = None,
     ridge: RidgeSetting = AUTO,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
     memory_budget: int | str | None = None,
     process_group: Any = None,
     settings: Settings | None = None,
 ) -> LayerFisher:
     """Measure the Fisher information about theta in the data themselves, without a model.
 
-    Arguments, errors and cost are those of `fisher_flow`.
+    Arguments, errors and cost are those of `fisher_flow`. Several inputs are measured side by side,
+    as far as they are floating.
 
     Returns:
         `LayerFisher` named "input": J, stderr, lower, ... float64 [P, P] in 1/theta^2.

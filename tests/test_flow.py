@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import io
 import math
 import re
-import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -416,7 +414,7 @@ REFUSED = {
     **{
         f"data {data!r}": (
             {"data": data},
-            "data must be a FiniteDifference, Pathwise, Score or Simulator, got "
+            "data must be a FiniteDifference, Pathwise, Score, Labelled or Simulator, got "
             + type(data).__name__,
         )
         for data in (None, (torch.zeros(3), 1), nn.ReLU())
@@ -497,34 +495,6 @@ def test_source_that_uses_the_random_stream():
         measure(model, ff.FiniteDifference(draw, draw, DTHETA))
         after = torch.get_rng_state()
     assert torch.equal(after, drawn) or torch.equal(after, before)
-
-
-def test_progress_without_a_terminal(monkeypatch):
-    """Catches a bar that needs a terminal or a length, warns, or writes to standard output; and
-    anything printed without one."""
-    out, err = io.StringIO(), io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
-    minus, plus = samples()
-    model = seeded(mlp)
-    expected = measure(model)
-    assert out.getvalue() == err.getvalue() == ""
-    for data in (two_conditions(), ff.FiniteDifference(lambda: [minus], iter([plus]), DTHETA)):
-        with untouched(model):
-            flow = measure(model, data, progress=True)
-        assert torch.equal(flow["output"].J, expected["output"].J)
-    assert out.getvalue() == ""
-
-
-def test_progress_without_tqdm(monkeypatch):
-    """Catches "No module named 'tqdm'", and a measurement that needs tqdm for nothing."""
-    for name in ("tqdm", "tqdm.auto", "tqdm.std"):
-        monkeypatch.setitem(sys.modules, name, None)
-    model = seeded(mlp).train()
-    text = "progress bars need tqdm: pip install 'fisherfast[plots]', or pass progress=False"
-    with untouched(model), pytest.raises(ImportError, match=f"^{re.escape(text)}$"):
-        measure(model, progress=True)
-    measure(model)
 
 
 def test_a_layer_that_runs_only_sometimes():

@@ -193,7 +193,7 @@ def test_dtheta_of_another_length_is_damage(flow):
     """Catches a file whose steps belong to other parameters."""
     content = flow.to_dict()
     content["layers"][0]["dtheta"] = [0.1]
-    with pytest.raises(ValueError, match="dtheta must hold 3 steps or none, got 1"):
+    with pytest.raises(ValueError, match="dtheta must have 3 entries or none, got 1"):
         ff.FisherFlow.from_dict(content)
 
 

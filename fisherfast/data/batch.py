@@ -10,11 +10,13 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fisherfast.data.dealing import Place
 from fisherfast.data.groups import Groups
+from fisherfast.data.inputs import moved
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,14 @@ class Batch:
     """Samples of one condition, with their tangents or score.
 
     Attributes:
-        x: [n, ...].
-        tangents: [P, n, ...] dx/dtheta of each sample, or None.
-        score: [n, P] float64 d log p(x | theta) / d theta of each sample, or None.
+        x: `Samples`; of a layer its activations, a tensor [n, ...].
+        tangents: [P, n, ...] dx/dtheta of each sample, or None; of several inputs that of `joined`.
+        score: [n, P] float64 d log p(x | theta) / d theta of each sample, or its labels theta, or
+            None.
         place: folds of the samples, which are sorted by them; None before sorting.
     """
 
-    x: torch.Tensor
+    x: Any
     tangents: torch.Tensor | None = None
     score: torch.Tensor | None = None
     place: Place | None = None
@@ -69,16 +72,17 @@ class Batch:
     def to(
         self, device: torch.device | None, dtype: torch.dtype | None, *, copy: bool = False
     ) -> Batch:
-        """Move to another device, samples and tangents also to another dtype; None keeps either.
+        """Move to another device, floating samples and tangents also to another dtype; None keeps
+        either.
 
         Args:
             copy: always copy x, so that in-place layers cannot modify the user's data.
         """
-        device, dtype = device or self.x.device, dtype or self.x.dtype
+        tangents, score = self.tangents, self.score
         return Batch(
-            self.x.to(device=device, dtype=dtype, copy=copy),
-            None if self.tangents is None else self.tangents.to(device=device, dtype=dtype),
-            None if self.score is None else self.score.to(device),
+            moved(self.x, device, dtype, copy=copy),
+            None if tangents is None else tangents.to(device or tangents.device, dtype),
+            None if score is None else score.to(device),
             self.place,
         )
 
@@ -98,13 +102,19 @@ class Data(ABC):
     """Samples at theta, whatever their source.
 
     Attributes:
-        source: "independent", "paired", "pathwise" or "score".
+        source: "independent", "paired", "pathwise", "score" or "labelled".
         parameters: P, entries of theta.
         conditions: number of conditions.
         dtheta: [P] full separation of the conditions; empty without a finite step.
         paired: the i-th samples of all conditions share their noise.
         sharded: these are the samples of this process alone, see `Shard`.
         groups: which samples depend on each other; None if all are independent.
+        points: Q, the number of theta at which the information is measured; 0 for one theta without
+            a profile. Conditions are ordered point by point; labelled samples have one condition,
+            whose labels decide.
+        siblings: points that share the memory and time of a measurement; 1 if there is one.
+        centres: [Q, P] float64 theta of each point; about the middle of a bin.
+        names: of the parameters; empty if they have none.
     """
 
     source: str
@@ -114,6 +124,36 @@ class Data(ABC):
     paired: bool = False
     sharded: bool = False
     groups: Groups | None = None
+    points: int = 0
+    siblings: int = 1
+    centres: torch.Tensor = torch.empty(0, 0, dtype=torch.float64)
+    names: tuple[str, ...] = ()
+
+    @property
+    def at_each(self) -> int:
+        """Conditions at each point of theta."""
+        return max(self.conditions // max(self.points, 1), 1)
+
+    def point_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the point of each of these labels [n, P], int64 [n]; -1 for none."""
+        raise NotImplementedError
+
+    def samples_at(self, point: int, condition: int) -> int | None:
+        """Return the number of samples of a condition at a point, or None if it is unknown."""
+        return self.samples(point * self.at_each + condition)
+
+    def groups_at(self, point: int) -> Groups | None:
+        """Return the groups of the samples at a point."""
+        return self.groups
+
+    def strata(self) -> torch.Tensor | None:
+        """Return the point of each sample of a condition by its number, int64 [n], if samples of
+        each are to be dealt to folds evenly; else None."""
+        return None
+
+    def notes(self) -> tuple[str, ...]:
+        """Return remarks on the data for the reader of a result."""
+        return ()
 
     @abstractmethod
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
@@ -179,14 +219,18 @@ class Data(ABC):
 
     def condition_name(self, condition: int) -> str:
         """Return the name of a condition in messages: "minus", "plus", "plus[1]" for the second of
-        several parameters, or "x" if there is only one condition."""
-        if self.conditions == 1:
-            return "x"
+        several parameters, or "x" if there is only one condition; with the number of the point if
+        there are several."""
+        point, condition = divmod(condition, self.at_each)
+        where = f" at point {point}" if self.points and self.conditions > 1 else ""
+        if self.at_each == 1:
+            return f"x{where}"
         name = "plus" if condition % 2 else "minus"
-        return name if self.parameters == 1 else f"{name}[{condition // 2}]"
+        return f"{name}{where}" if self.parameters == 1 else f"{name}[{condition // 2}]{where}"
 
     def rounds(self, batch_size: int, begins: Sequence[int] = (), step: int = 1) -> list[Rounds]:
-        """The streams of a measurement: one per condition, or one of all when they are paired.
+        """The streams of a measurement: one per condition, or when they are paired one of all at
+        each point.
 
         Args:
             batch_size: samples per batch, as for `read`.
@@ -197,12 +241,13 @@ class Data(ABC):
             ValueError: paired conditions do not yield batches of the same sizes.
         """
         begins = begins or [0] * self.conditions
+        width = self.at_each if self.paired else 1
         streams = [
-            self.deal(c, batch_size, begins[0 if self.paired else c], step)
-            for c in range(self.conditions)
+            self.deal(c, batch_size, begins[c // width], step) for c in range(self.conditions)
         ]
         if self.paired:
-            return [abreast(streams)]
+            starts = range(0, self.conditions, width)
+            return [abreast(streams[start : start + width]) for start in starts]
         return [((first, (batch,)) for first, batch in stream) for stream in streams]
 
 
@@ -221,6 +266,7 @@ class Wrapper(Data):
         self.dtheta = data.dtheta
         self.paired = data.paired
         self.groups = data.groups
+        self.points, self.centres, self.names = data.points, data.centres, data.names
 
     def read(self, condition: int, batch_size: int) -> Iterator[Batch]:
         """Yield the samples of one condition, in order."""
@@ -233,6 +279,26 @@ class Wrapper(Data):
     def length(self, condition: int) -> int | None:
         """Return the length that the data know."""
         return self._data.length(condition)
+
+    def point_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the point of each of these labels."""
+        return self._data.point_of(labels)
+
+    def samples_at(self, point: int, condition: int) -> int | None:
+        """Return the number of samples of a condition at a point, or None if it is unknown."""
+        return self._data.samples_at(point, condition)
+
+    def groups_at(self, point: int) -> Groups | None:
+        """Return the groups of the samples at a point."""
+        return self._data.groups_at(point)
+
+    def strata(self) -> torch.Tensor | None:
+        """Return the point of each sample, if it is known."""
+        return self._data.strata()
+
+    def notes(self) -> tuple[str, ...]:
+        """Return the remarks on the data."""
+        return self._data.notes()
 
     def pick(self, condition: int, numbers: torch.Tensor) -> Batch | None:
         """Copy samples of the data."""

@@ -73,6 +73,13 @@ class Dealing:
         of_group = _dealt(int(groups.max()) + 1 if len(groups) else 0, cells)
         return Dealing(cells, of_group[groups])
 
+    @staticmethod
+    def of_strata(strata: torch.Tensor, folds: int) -> Dealing:
+        """Deal samples so that those of each stratum, int64 [N], are evenly dealt."""
+        cells = cells_of(folds)
+        order = hashed(torch.arange(len(strata))).argsort()
+        return Dealing(cells, _in_turn(order[strata[order].argsort(stable=True)], cells))
+
     def cells_from(self, first: int, count: int) -> torch.Tensor:
         """Return the cells of `count` samples from number `first` on, int64 [count]."""
         known = self.known[first : first + count].long()
@@ -88,11 +95,17 @@ class Dealing:
 
 
 def groups_by_fold(
-    count: int, folds: int, half: int | None = None, own: int | None = None
+    count: int,
+    folds: int,
+    half: int | None = None,
+    own: int | None = None,
+    among: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Count how many of a number of groups, which are dealt like samples, are in each of F folds,
-    int64 [F]; or those of a half in each of its own folds."""
+    int64 [F]; or those of a half in each of its own folds. Only `among` int64 are counted if they
+    are given."""
     cells = _dealt(count, cells_of(folds)).long()
+    cells = cells if among is None else cells[among]
     if half is None or own is None:
         return torch.bincount(cells % folds, minlength=folds)
     return torch.bincount(cells % (2 * own), minlength=2 * own)[half::2]
@@ -148,6 +161,11 @@ class Place:
         """Rows at which the segments start and the last one ends, int64 [F + 1]."""
         counts = torch.cat([self.counts[::2], self.counts[1::2]])
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    def rows(self, rows: torch.Tensor) -> Place:
+        """Return the place of some of the rows, int64 [m] ascending."""
+        own = self.numbers[rows], self.folds, self.fold[rows], self.cells[rows]
+        return Place(*own, self.end)
 
     def offsets_on(self, device: torch.device) -> torch.Tensor:
         """Return `offsets` on a device."""
@@ -210,10 +228,14 @@ def _place(dealing: Dealing, first: int, count: int, folds: int) -> tuple[Place,
 
 def _dealt(length: int, cells: int) -> torch.Tensor:
     """Deal N samples round-robin in the order of their hashes: their cells [N]."""
-    order = hashed(torch.arange(length)).argsort()
+    return _in_turn(hashed(torch.arange(length)).argsort(), cells)
+
+
+def _in_turn(order: torch.Tensor, cells: int) -> torch.Tensor:
+    """Deal samples int64 [N] one after the other: the cells [N] by number."""
     small = next(d for d in (torch.uint8, torch.int16, torch.int64) if cells <= torch.iinfo(d).max)
-    dealt = torch.empty(length, dtype=small)
-    dealt[order] = (torch.arange(length) % cells).to(small)
+    dealt = torch.empty(len(order), dtype=small)
+    dealt[order] = (torch.arange(len(order)) % cells).to(small)
     return dealt
 
 

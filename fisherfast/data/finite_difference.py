@@ -18,6 +18,8 @@ from fisherfast.data import sources
 from fisherfast.data.batch import Batch
 from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
+from fisherfast.data.inputs import check_forms
+from fisherfast.data.names import check_names
 from fisherfast.data.sources import Source
 
 
@@ -28,12 +30,12 @@ class FiniteDifference(FromSources):
     of the two conditions**; codes that use half steps must double theirs.
 
     Args:
-        minus: samples at theta - dtheta/2: a tensor or array [n, ...] of floating dtype, a
+        minus: samples at theta - dtheta/2: a tensor or array [n, ...] of any real dtype, a
             ``Dataset``, a ``DataLoader``, an iterable of batches [n_batch, ...], or a function
             without arguments that returns such an iterable (for streams that can be replayed).
-            For P parameters a **list** of P of these. A tuple means one sample of several inputs,
-            which is not supported yet. Batches of more than one entry are refused as well: leave
-            out labels.
+            For P parameters a **list** of P of these. Several inputs of a model are a **tuple**
+            (``model(*x)``) or a dict (``model(**x)``) of tensors; a Dataset or loader yields them
+            as its items, whose entries are all passed to the model: leave out labels.
         plus: samples at theta + dtheta/2, in the same form.
         dtheta: full separation in the unit of theta, positive; a sequence of P numbers for P
             parameters.
@@ -45,12 +47,13 @@ class FiniteDifference(FromSources):
             sample. One array for all conditions, or a **list** with one for each of them (minus and
             plus of the first parameter, then of the second); a label means the same group in all
             conditions.
+        names: names of the P parameters, for tables and figures.
 
     Raises:
         ValueError: dtheta is not positive and finite; the lists differ in length; tensors differ in
             sample shape; paired tensors differ in their number of samples; groups differ in their
-            number of samples, or the samples have no fixed order.
-        TypeError: integer, boolean or complex samples, a source that cannot be read, or a tuple.
+            number of samples, or the samples have no fixed order; names are not P different ones.
+        TypeError: complex samples, or a source that cannot be read.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -70,6 +73,7 @@ class FiniteDifference(FromSources):
         *,
         paired: bool = False,
         groups: Any = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         minus_list = _as_list(minus)
         plus_list = _as_list(plus)
@@ -82,17 +86,18 @@ class FiniteDifference(FromSources):
             )
         self.dtheta = check_dtheta(dtheta, len(minus_list))
         self.parameters = len(minus_list)
+        self.names = check_names(names, self.parameters)
         self.conditions = 2 * self.parameters
         self.paired = bool(paired)
         self.source = "paired" if self.paired else "independent"
-        self._sources = list(itertools.chain(*zip(minus_list, plus_list, strict=True)))
-        names = [self.condition_name(c) for c in range(self.conditions)]
-        for source, name in zip(self._sources, names, strict=True):
-            sources.check_source(source, name)
+        given = itertools.chain(*zip(minus_list, plus_list, strict=True))
+        conditions = [self.condition_name(c) for c in range(self.conditions)]
+        self._sources = list(map(sources.check_source, given, conditions))
+        for source, name in zip(self._sources, conditions, strict=True):
             if self.paired:
                 _check_order(source, name)
         _check_shapes(self._sources, self.paired)
-        self.groups = check_groups(groups, self._sources, names, paired=self.paired)
+        self.groups = check_groups(groups, self._sources, conditions, paired=self.paired)
 
     def _batch(self, condition: int, item: Any, rows: object, where: str) -> Batch:
         return Batch(sources.as_batch(item, self.condition_name(condition)))
@@ -124,12 +129,8 @@ def check_dtheta(dtheta: float | Sequence[float], parameters: int) -> tuple[floa
 
 
 def _check_shapes(conditions: list[Source], paired: bool) -> None:
-    sized = [s for s in conditions if isinstance(s, torch.Tensor | np.ndarray)]
-    shapes = {tuple(s.shape[1:]) for s in sized}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"all conditions must have samples of the same shape, got {sorted(shapes)}"
-        )
+    sized = [s for s in conditions if sources.resident(s)]
+    check_forms(sized)
     counts = {len(s) for s in sized}
     if paired and len(counts) > 1:
         raise ValueError(

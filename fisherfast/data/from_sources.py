@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fisherfast.data import sources
 from fisherfast.data.batch import Batch, Data, Numbered
+from fisherfast.data.inputs import Inputs, Samples, form, in_words, tensors_of
 from fisherfast.data.sources import Source
 
 
@@ -17,6 +19,7 @@ class FromSources(Data):
     """Conditions that are read from one source each."""
 
     _sources: list[Source]
+    _first: Samples | None = None  # no rows of the first batch: all others have its entries
 
     @abstractmethod
     def _batch(self, condition: int, item: Any, rows: slice | torch.Tensor, where: str) -> Batch:
@@ -49,8 +52,9 @@ class FromSources(Data):
         their own.
 
         Raises:
-            TypeError: an item does not hold tensors or arrays of floating dtype, or too many.
-            ValueError: the source yields no sample, or one of the wrong shape.
+            TypeError: an item does not hold tensors or arrays.
+            ValueError: the source yields no sample, or one of the wrong shape; batches differ in
+                their entries.
         """
         name, empty = self.condition_name(condition), True
         for number, item in enumerate(sources.iterate(self._sources[condition], batch_size, name)):
@@ -82,9 +86,34 @@ class FromSources(Data):
         if not sources.divisible(source):
             return None
         item = sources.pick(source, numbers)
-        return self._batch(condition, item, numbers, "among the first samples")
+        return self._read(condition, item, numbers, "among the first samples")
 
     def _numbered(self, condition: int, item: Any, number: int, batch_size: int) -> Batch:
         """Make the batch with this number."""
         rows = slice(number * batch_size, (number + 1) * batch_size)
-        return self._batch(condition, item, rows, f"in batch {number}")
+        return self._read(condition, item, rows, f"in batch {number}")
+
+    def _read(self, condition: int, item: Any, rows: slice | torch.Tensor, where: str) -> Batch:
+        """Make a batch, and check that it has the same entries as the others."""
+        batch = self._batch(condition, item, rows, where)
+        x, first = batch.x, self._first
+        if first is None:
+            self._first = first = x[:0].clone()
+        elif isinstance(x, Inputs) and isinstance(first, Inputs) and form(x) == form(first):
+            batch = replace(batch, x=x.ordered(first.entries))
+        elif isinstance(x, Inputs) or isinstance(first, Inputs):
+            raise ValueError(
+                f"{self.condition_name(condition)} must have the same entries and shapes in every"
+                f" batch, got {in_words(x)} {where} after {in_words(first)}"
+            )
+        self._check_dtypes(condition, batch.x, first, where)
+        return batch
+
+    def _check_dtypes(self, condition: int, x: Samples, first: Samples, where: str) -> None:
+        """Raise unless the same entries are floating as in the first batch."""
+        for entry, other in zip(tensors_of(x), tensors_of(first), strict=True):
+            if entry.is_floating_point() != other.is_floating_point():
+                raise TypeError(
+                    f"{self.condition_name(condition)} must be floating or integers as the first"
+                    f" batch is, {other.dtype}, got {entry.dtype} {where}; convert with .float()"
+                )

@@ -25,13 +25,15 @@ class Groups:
     Attributes:
         labels: of the groups, in the order of their first samples.
         numbers: for each condition int64 [n], the number of each sample's group.
+        present: int64 numbers of the groups that some of the samples belong to; None for all.
     """
 
     labels: tuple[Label, ...]
     numbers: tuple[torch.Tensor, ...]
+    present: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels) if self.present is None else len(self.present)
 
 
 def check_groups(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from fisherfast.data import sources
 from fisherfast.data.batch import Batch
 from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
+from fisherfast.data.inputs import Inputs, Samples, dx_of, floating, is_floating, tensors_of
+from fisherfast.data.names import check_names
 from fisherfast.data.sources import Source
 
 
@@ -24,17 +27,24 @@ class PerSample(FromSources):
 
     conditions = 1
 
-    def __init__(self, x: Source, companion: Any, parameters: int | None, groups: Any) -> None:
+    def __init__(
+        self,
+        x: Source,
+        companion: Any,
+        parameters: int | None,
+        groups: Any,
+        names: Sequence[str] | None = None,
+    ) -> None:
         self._x = sources.check_source(x, "x")
-        self._sources = [x]
+        self._sources = [self._x]
         self._companion = companion
-        if isinstance(x, torch.Tensor | np.ndarray):
+        if self.resident():
             if parameters is not None:
                 raise ValueError(
                     f"parameters must be left out for tensors, got {parameters}: it follows from"
                     f" {self.companion}"
                 )
-            self._companion = self._whole_companion()
+            self._companion = self._whole_companion(sources.as_batch(self._x[:0], "x"))
         else:
             if companion is not None:
                 raise TypeError(
@@ -43,21 +53,22 @@ class PerSample(FromSources):
                 )
             self.parameters = 1 if parameters is None else parameters
         self.parameters = check_whole("parameters", self.parameters, least=1)
-        self.groups = check_groups(groups, [x], ["x"])
+        self.groups = check_groups(groups, self._sources, ["x"])
+        self.names = check_names(names, self.parameters)
 
     @abstractmethod
-    def _whole_companion(self) -> torch.Tensor:
-        """Check the companion of all samples, for x a tensor, and set `parameters`."""
+    def _whole_companion(self, none: Samples) -> Samples:
+        """Check the companion of all samples, for x in memory, and set `parameters`. `none` are
+        samples like x, but no rows of them."""
 
     @abstractmethod
-    def _checked(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> torch.Tensor:
+    def _checked(self, x: Samples, companion: Any, where: str) -> Samples:
         """Check samples and companion that a source has yielded, and return the companion
         [n, P, ...]."""
 
-    def _join(self, x: torch.Tensor, companion: torch.Tensor) -> Batch:
-        if self.source == "score":
-            return Batch(x, score=companion)
-        return Batch(x, tangents=companion.movedim(1, 0))
+    def _join(self, x: Samples, companion: Any) -> Batch:
+        """Make a batch of samples and their checked companion: score or labels."""
+        return Batch(x, score=companion)
 
     def _batch(self, condition: int, item: Any, rows: slice | torch.Tensor, where: str) -> Batch:
         if self.resident():
@@ -66,13 +77,13 @@ class PerSample(FromSources):
         if not paired or len(item) != 2:
             more = paired and len(item) > 2
             got = f"{len(item)} entries" if more else type(item).__name__
-            hint = f": leave labels out; {sources.SEVERAL}" if more else ""
+            hint = ": leave labels out; several inputs are a tuple, ((x1, x2), ...)" if more else ""
             raise TypeError(
                 f"x must yield pairs (x, {self.companion}) where {self.companion} is not given,"
                 f" got {got} {where}{hint}"
             )
-        x, companion = sources.as_batch(item[0], "x"), sources.as_batch(item[1], self.companion)
-        return self._join(x, self._checked(x, companion, where))
+        x = sources.as_batch(item[0], "x")
+        return self._join(x, self._checked(x, item[1], where))
 
     def __repr__(self) -> str:
         name = type(self).__name__
@@ -87,24 +98,28 @@ class Pathwise(PerSample):
     the difference of two conditions.
 
     Args:
-        x: samples [n, ...] of floating dtype; or, without dx, a ``Dataset``, ``DataLoader``,
-            iterable or function that yields pairs (x, dx) of the same shapes (items of a
-            ``Dataset``: x [...] and dx [P, ...]).
+        x: samples [n, ...] of floating dtype, or several inputs of a model in a tuple
+            (``model(*x)``) or dict (``model(**x)``), of which one at least is floating; or, without
+            dx, a ``Dataset``, ``DataLoader``, iterable or function that yields pairs (x, dx) of the
+            same shapes (items of a ``Dataset``: x [...] and dx [P, ...]).
         dx: dx/dtheta [n, P, ...], or [n, ...] for one parameter: **batch first**, dtype of x.
-            (`fisherfast.jvp` takes [P, n, ...], as torch.func.vmap does.)
+            (`fisherfast.jvp` takes [P, n, ...], as torch.func.vmap does.) Of several inputs a tuple
+            or dict as x is; None, or a key left out, for an entry that does not move or that holds
+            integers.
         parameters: P, for sources that yield pairs; 1 if None.
         groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
+        names: names of the P parameters, for tables and figures.
 
     Raises:
         ValueError: dx has another shape or is not finite.
-        TypeError: integer, boolean or complex samples (integers have no derivative: use `Score` or
-            `FiniteDifference`), dx of another dtype than x, or samples of several inputs (a tuple
-            or dict), which are not supported yet.
+        TypeError: samples without a floating entry (integers have no derivative: use `Score` or
+            `FiniteDifference`), complex ones, dx of another dtype than x.
 
     Rounded values (camera counts, half precision) have no derivative: they are measured with added
     noise of half a step, and the result has a note (docs/theory.md, section 21).
 
-    Cost: tensors are not copied; a measurement takes 1 + P forward passes over the samples.
+    Cost: tensors are not copied, except dx of several inputs, batch by batch; a measurement takes
+        1 + P forward passes over the samples.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -118,43 +133,87 @@ class Pathwise(PerSample):
     companion = "dx"
 
     def __init__(
-        self, x: Source, dx: Any = None, *, parameters: int | None = None, groups: Any = None
+        self,
+        x: Source,
+        dx: Any = None,
+        *,
+        parameters: int | None = None,
+        groups: Any = None,
+        names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(x, dx, parameters, groups)
+        super().__init__(x, dx, parameters, groups, names)
 
-    def _whole_companion(self) -> torch.Tensor:
-        given = _as_tensor(self._companion, "dx", "[n, P, ...]")
-        dx = self._by_parameter(given, self._x, "")
-        _check_like(dx, sources.as_batch(self._x[:1], "x"), "")
-        _check_finite(dx, "dx", "")
-        self.parameters = dx.shape[1]
+    def _whole_companion(self, none: Samples) -> Samples:
+        dx = self._checked(self._x, self._companion, "", like=none)
+        self.parameters = next(part.shape[1] for part in tensors_of(dx))
         return dx
 
-    def _checked(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> torch.Tensor:
-        dx = self._by_parameter(companion, x, f" {where}")
-        if dx.shape[1] != self.parameters:
-            raise ValueError(
-                f"dx must have shape [n, P, ...] = {[len(x), self.parameters, *x.shape[1:]]}, got"
-                f" {list(companion.shape)} {where} (parameters={self.parameters})"
+    def _checked(self, x: Any, companion: Any, where: str, like: Samples | None = None) -> Samples:
+        """Check dx of samples x, or of samples that have the dtypes of `like`."""
+        like, where = x if like is None else like, where and f" {where}"
+        single = isinstance(companion, list | tuple) and len(companion) == 1
+        if single and not isinstance(x, Inputs):
+            companion = companion[0]
+        if not floating(like):
+            raise TypeError(
+                f"x must have a floating dtype, got {tensors_of(like)[0].dtype}{where}: integers"
+                " have no derivative; use Score or FiniteDifference, or convert with .float()"
             )
-        _check_like(dx, x, f" {where}")
-        if dx.device.type == "cpu":
-            _check_finite(dx, "dx", f" {where}")
+        if not isinstance(x, Inputs):
+            return self._of_entry(companion, x, like, "dx", where)
+        alike = like.entries if isinstance(like, Inputs) else {}
+        found = {
+            key: self._of_entry(part, x.entries[key], alike[key], f"dx[{key!r}]", where)
+            for key, part in dx_of(x, companion, where).items()
+        }
+        if len({part.shape[1] for part in found.values()}) != 1:
+            counts = {key: part.shape[1] for key, part in found.items()}
+            raise ValueError(
+                f"dx must hold derivatives to the same P parameters, got {counts}{where}"
+            )
+        return Inputs(found, named=x.named)
+
+    def _of_entry(self, dx: Any, x: Any, like: Any, name: str, where: str) -> torch.Tensor:
+        """Check dx of one entry, and return it as [n, P, ...], with P = 1 where it was left out."""
+        if not isinstance(dx, torch.Tensor | np.ndarray):
+            raise TypeError(
+                f"{name} must be a tensor or array [n, P, ...] as x is, got {type(dx).__name__}"
+            )
+        given = sources.as_batch(dx, name)
+        assert isinstance(given, torch.Tensor)
+        dx = given[:, None] if 0 < given.ndim == x.ndim else given
+        shape = dx.shape
+        if shape[:1] + shape[2:] != tuple(x.shape) or shape[1] < 1:
+            swapped = tuple(given.shape[1:]) == tuple(x.shape)
+            hint = ": batch first, dx.movedim(0, 1)" if swapped and len(given) else ""
+            raise ValueError(
+                f"{name} must have shape [n, P, ...], or [n, ...] for one parameter, with [n, ...]"
+                f" = {list(x.shape)}, got {list(given.shape)}{where}{hint}"
+            )
+        if not self.resident() and shape[1] != self.parameters:
+            raise ValueError(
+                f"{name} must have shape [n, P, ...] = {[len(x), self.parameters, *x.shape[1:]]},"
+                f" got {list(given.shape)}{where} (parameters={self.parameters})"
+            )
+        if dx.dtype != like.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {like.dtype}, got {dx.dtype}{where}")
+        if where == "" or dx.device.type == "cpu":
+            _check_finite(dx, name, where)
         return dx
 
-    @staticmethod
-    def _by_parameter(dx: torch.Tensor, x: torch.Tensor | np.ndarray, where: str) -> torch.Tensor:
-        """Return dx as [n, P, ...], with P = 1 where it was left out."""
-        by_parameter = dx[:, None] if 0 < dx.ndim == x.ndim else dx
-        shape = by_parameter.shape
-        if shape[:1] + shape[2:] != x.shape or shape[1] < 1:
-            swapped = tuple(dx.shape[1:]) == tuple(x.shape)
-            hint = ": batch first, dx.movedim(0, 1)" if swapped and len(dx) else ""
-            raise ValueError(
-                "dx must have shape [n, P, ...], or [n, ...] for one parameter, with [n, ...] ="
-                f" {list(x.shape)}, got {list(dx.shape)}{where}{hint}"
-            )
-        return by_parameter
+    def _join(self, x: Samples, companion: Any) -> Batch:
+        if not isinstance(x, Inputs):
+            return Batch(x, tangents=companion.movedim(1, 0))
+        parts = []
+        for key, entry in x.entries.items():
+            if is_floating(entry):
+                dx = companion.entries.get(key)
+                if dx is None:
+                    dx = entry.new_zeros(()).expand(len(x), self.parameters, *entry.shape[1:])
+                parts.append(dx)
+        if len(parts) > 1:
+            parts = [torch.cat([part.reshape(len(x), self.parameters, -1) for part in parts], 2)]
+        return Batch(x, tangents=parts[0].movedim(1, 0))
 
 
 class Score(PerSample):
@@ -166,16 +225,18 @@ class Score(PerSample):
     variance that the features explain, corrected for overfitting.
 
     Args:
-        x: samples [n, ...] of floating dtype (counts converted to it); or, without score, a
-            ``Dataset``, ``DataLoader``, iterable or function that yields pairs (x, score).
+        x: samples [n, ...], or several inputs of a model in a tuple (``model(*x)``) or dict
+            (``model(**x)``), of any real dtype: integers stay tokens, and the information in the
+            input is that of the score all the same; or, without score, a ``Dataset``,
+            ``DataLoader``, iterable or function that yields pairs (x, score).
         score: [n, P], or [n] for one parameter, floating; Dataset items hold [P] or one number.
         parameters: P, for sources that yield pairs; 1 if None.
         groups: labels [n] of samples that depend on each other, as in `FiniteDifference`.
+        names: names of the P parameters, for tables and figures.
 
     Raises:
         ValueError: score has another shape or is not finite.
-        TypeError: integer, boolean or complex samples or score, or samples of several inputs (a
-            tuple or dict), which are not supported yet.
+        TypeError: complex samples, an integer or complex score.
 
     Warns:
         FisherWarning: during a measurement, if the mean of the score is more than 5 standard errors
@@ -194,12 +255,18 @@ class Score(PerSample):
     companion = "score"
 
     def __init__(
-        self, x: Source, score: Any = None, *, parameters: int | None = None, groups: Any = None
+        self,
+        x: Source,
+        score: Any = None,
+        *,
+        parameters: int | None = None,
+        groups: Any = None,
+        names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(x, score, parameters, groups)
+        super().__init__(x, score, parameters, groups, names)
 
-    def _whole_companion(self) -> torch.Tensor:
-        score = _as_tensor(self._companion, "score", "[n, P]")
+    def _whole_companion(self, none: Samples) -> Samples:
+        score = _as_score(self._companion)
         if score.ndim not in (1, 2) or len(score) != len(self._x) or score.shape[-1] < 1:
             raise ValueError(
                 f"score must have shape [n, P] or [n] with n = {len(self._x)},"
@@ -210,29 +277,33 @@ class Score(PerSample):
         self.parameters = columns.shape[1]
         return columns
 
-    def _checked(self, x: torch.Tensor, companion: torch.Tensor, where: str) -> torch.Tensor:
-        columns = companion[:, None] if companion.ndim == 1 else companion
+    def _checked(self, x: Samples, companion: Any, where: str) -> Samples:
+        score = _as_score(companion)
+        columns = score[:, None] if score.ndim == 1 else score
         if tuple(columns.shape) != (len(x), self.parameters):
             raise ValueError(
                 f"score must have shape [n, P] = {[len(x), self.parameters]}, got"
-                f" {list(companion.shape)} {where} (parameters={self.parameters})"
+                f" {list(score.shape)} {where} (parameters={self.parameters})"
             )
-        if companion.device.type == "cpu":
-            _check_finite(companion, "score", f" {where}")
+        if score.device.type == "cpu":
+            _check_finite(score, "score", f" {where}")
         return columns.double()
 
 
-def _as_tensor(value: Any, name: str, shape: str) -> torch.Tensor:
+def _as_score(value: Any) -> torch.Tensor:
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
     if not isinstance(value, torch.Tensor | np.ndarray):
         raise TypeError(
-            f"{name} must be a tensor or array {shape} as x is, got {type(value).__name__}"
+            f"score must be a tensor or array [n, P] as x is, got {type(value).__name__}"
         )
-    return sources.as_batch(value, name)
-
-
-def _check_like(dx: torch.Tensor, x: torch.Tensor, where: str) -> None:
-    if dx.dtype != x.dtype:
-        raise TypeError(f"dx must have the dtype of x, {x.dtype}, got {dx.dtype}{where}")
+    score = sources.as_batch(value, "score")
+    assert isinstance(score, torch.Tensor)
+    if not score.is_floating_point():
+        raise TypeError(
+            f"score must have a floating dtype, got {score.dtype}; convert with .float()"
+        )
+    return score
 
 
 def _check_finite(value: torch.Tensor, name: str, where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fisherfast.data.batch import Data, Numbered, Wrapper
+from fisherfast.data.labelled import Labelled
 
 
 class Shard(Wrapper):
@@ -25,6 +26,8 @@ class Shard(Wrapper):
 
     Raises:
         TypeError: data are no source of samples.
+        ValueError: the bins of labelled data follow from the labels of this rank alone, or they
+            have groups.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -39,10 +42,19 @@ class Shard(Wrapper):
     def __init__(self, data: Data) -> None:
         if not isinstance(data, Data):
             raise TypeError(
-                "data must be a FiniteDifference, Pathwise, Score or Simulator,"
+                "data must be a FiniteDifference, Pathwise, Score, Labelled or Simulator,"
                 f" got {type(data).__name__}"
             )
+        if isinstance(data, Labelled):
+            _check_labelled(data)
         super().__init__(data)
+
+    def strata(self) -> None:
+        """Return None: other ranks have samples, too."""
+
+    def samples_at(self, point: int, condition: int) -> int | None:
+        """Return None for labelled samples: other ranks have some in the same bin."""
+        return None if self.source == "labelled" else super().samples_at(point, condition)
 
     def deal(
         self, condition: int, batch_size: int, begin: int = 0, step: int = 1
@@ -56,3 +68,16 @@ class Shard(Wrapper):
 
     def __repr__(self) -> str:
         return f"Shard({self._data!r})"
+
+
+def _check_labelled(data: Labelled) -> None:
+    if data.chosen_bins:
+        raise ValueError(
+            "data must have the same bins on all ranks, got bins from the labels of this one: pass"
+            " edges= or at= to ff.Labelled"
+        )
+    if data.groups is not None:
+        raise ValueError(
+            "groups must be left out of the shares of labelled data, got some: pass all data to"
+            " every rank"
+        )

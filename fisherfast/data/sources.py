@@ -2,65 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-Source = Any
-"""A tensor or array [n, ...], a Dataset, a DataLoader, an iterable of batches, or a function that
-returns one."""
+from fisherfast.data.inputs import Inputs, Samples, is_constant, is_samples, rows_of
 
-SEVERAL = (
-    "samples of several inputs are not supported yet, join them in one tensor that the model splits"
+Source = Any
+"""A tensor or array [n, ...], several in a tuple or dict, a Dataset, a DataLoader, an iterable of
+batches, or a function that returns one."""
+
+KINDS = (
+    "a tensor, an array, a tuple or dict of these, a Dataset, a DataLoader, an iterable of batches"
+    " or a function that returns one"
 )
-"""End of the error messages about tuples and dicts."""
 
 
 def check_source(source: Source, name: str) -> Source:
-    """Check that a source can be read, and return it.
+    """Check that a source can be read, and return it; a tuple or dict as `Inputs`.
 
     Raises:
-        TypeError: it is not a source, a tensor or array of integers or complex numbers, sparse, or
-            a tuple or dict, which means samples of several inputs.
-        ValueError: it is a tensor without dimensions.
+        TypeError: it is not a source, or holds complex numbers, sparse tensors, or something else
+            than tensors, arrays and constants.
+        ValueError: it is a tensor without dimensions, or entries differ in their number of samples.
     """
     if isinstance(source, torch.Tensor | np.ndarray):
-        check_floating(source, name)
+        check_dense(source, name)
         if source.ndim < 1:
             raise ValueError(f"{name} must have shape [n, ...], got a single number")
         return source
+    if isinstance(source, tuple | Mapping):
+        return check_entries(Inputs.of(source), name, check_dense)
     readable = isinstance(source, Iterable | Callable) or hasattr(source, "__getitem__")
-    if not readable or isinstance(source, str | bytes | tuple | dict | np.generic):
-        hint = "; several parameters or batches are a list" if isinstance(source, tuple) else ""
-        raise TypeError(
-            f"{name} must be a tensor, an array, a Dataset, a DataLoader, an iterable of batches"
-            f" or a function that returns one, got {_kind(source)}{hint}"
-        )
+    if not readable or isinstance(source, str | bytes | np.generic):
+        raise TypeError(f"{name} must be {KINDS}, got {type(source).__name__}")
     return source
 
 
-def check_floating(batch: torch.Tensor | np.ndarray, name: str) -> None:
-    """Raise TypeError unless a tensor or array is dense and of floating dtype."""
-    floating = (
-        batch.is_floating_point()
-        if isinstance(batch, torch.Tensor)
-        else np.issubdtype(batch.dtype, np.floating)
-    )
-    if not floating:
+def check_dense(batch: torch.Tensor | np.ndarray, name: str) -> None:
+    """Raise TypeError unless a tensor or array is dense and holds real numbers."""
+    real = not batch.is_complex() if isinstance(batch, torch.Tensor) else batch.dtype.kind in "biuf"
+    if not real:
         raise TypeError(
-            f"{name} must have a floating dtype, got {batch.dtype}; convert with .float(),"
-            " or split complex numbers into real and imaginary part"
+            f"{name} must have a floating dtype, got {batch.dtype}; convert with .float(), or split"
+            " complex numbers into real and imaginary part"
         )
     if isinstance(batch, torch.Tensor) and batch.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got {batch.layout}; convert with .to_dense()")
 
 
+def check_entries(inputs: Inputs, name: str, check: Callable[[Any, str], Any]) -> Samples:
+    """Check several inputs, and return them; a tuple of one as that one.
+
+    Args:
+        inputs: with tensors or arrays.
+        name: in messages.
+        check: gets each entry that holds samples, and its name.
+
+    Raises:
+        TypeError: an entry is neither samples nor a constant, or none holds samples.
+        ValueError: the entries differ in their number of samples.
+    """
+    first = None
+    only = not inputs.named and len(inputs.entries) == 1
+    for key, entry in inputs.entries.items():
+        own = name if only else f"{name}[{key!r}]"
+        if is_samples(entry):
+            check(entry, own)
+            first = (own, len(entry)) if first is None else first
+            if len(entry) != first[1]:
+                raise ValueError(
+                    f"{own} must have {first[1]} rows as {first[0]} has, got {len(entry)}: one per"
+                    " sample; what all samples share belongs into the model, or is repeated with"
+                    " .expand(n, ...)"
+                )
+        elif not is_constant(entry):
+            raise TypeError(
+                f"{own} must be a tensor or array [n, ...] or a constant (a number, a string,"
+                f" None), got {type(entry).__name__}; a Dataset, DataLoader or stream of several"
+                " inputs yields tuples or dicts itself"
+            )
+    if first is None:
+        raise TypeError(f"{name} must hold tensors or arrays [n, ...], got constants")
+    return inputs.entries[0] if only else inputs
+
+
 def iterate(source: Source, batch_size: int, name: str) -> Iterator[Any]:
     """Yield the samples of a source in batches: of batch_size samples, or the batches that it
     yields itself (loaders, iterables)."""
-    if isinstance(source, torch.Tensor | np.ndarray):
+    if resident(source):
         for start in range(0, len(source), batch_size):
             yield source[start : start + batch_size]
     elif isinstance(source, torch.utils.data.DataLoader):
@@ -87,10 +119,8 @@ def divisible(source: Source) -> bool:
 
 def pick(source: Source, numbers: torch.Tensor) -> Any:
     """Return the samples with these numbers, int64 [n], of a divisible source, as a new batch."""
-    if isinstance(source, torch.Tensor):
-        return source[numbers.to(source.device)]
-    if isinstance(source, np.ndarray):
-        return source[numbers.numpy()]
+    if resident(source):
+        return rows_of(source, numbers)
     loader = torch.utils.data.DataLoader(source, batch_sampler=[numbers.tolist()])
     return next(iter(loader))
 
@@ -114,42 +144,33 @@ def _from_array(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.require(native, requirements=["C", "W"]))
 
 
-def as_batch(item: Any, name: str) -> torch.Tensor:
-    """Convert an item of a source, alone or as the only entry of a tuple or list, to a tensor
-    [n, ...] without gradient.
+def as_batch(item: Any, name: str) -> Samples:
+    """Convert an item of a source to samples without gradient: a tensor or array [n, ...] to a
+    tensor, several of them in a tuple, list or dict to `Inputs`.
 
     Raises:
-        TypeError: it is not a tensor or array of floating dtype, or has more than one entry.
-        ValueError: it is a tensor without dimensions.
+        TypeError: it is none of these, or holds complex numbers or sparse tensors.
+        ValueError: it is a tensor without dimensions, or entries differ in their number of samples.
     """
-    if isinstance(item, list | tuple) and len(item) > 1:
-        kinds = ", ".join(type(entry).__name__ for entry in item)
-        raise TypeError(
-            f"{name} must yield samples [n, ...] alone, got {len(item)} entries ({kinds}): leave"
-            f" labels out; {SEVERAL}"
-        )
-    if isinstance(item, list | tuple) and item:
-        item = item[0]
-    if isinstance(item, np.ndarray):
-        check_floating(item, name)
-        item = _from_array(item)
-    if not isinstance(item, torch.Tensor):
-        raise TypeError(f"{name} must yield tensors or arrays [n, ...], got {_kind(item)}")
-    check_floating(item, name)
+    inputs = item if isinstance(item, Inputs) else Inputs.of(item)
+    if isinstance(inputs, Inputs) and inputs.entries:
+        checked = check_entries(inputs, name, check_dense)
+        return checked.map(_as_tensor) if isinstance(checked, Inputs) else _as_tensor(checked)
+    if not isinstance(item, torch.Tensor | np.ndarray):
+        raise TypeError(f"{name} must yield tensors or arrays [n, ...], got {type(item).__name__}")
+    check_dense(item, name)
     if item.ndim < 1:
         raise ValueError(f"{name} must yield batches of shape [n, ...], got a single number")
-    return item.detach()
+    return _as_tensor(item)
 
 
-def _kind(value: Any) -> str:
-    """Name the class of a value for a message, and for tuples and dicts what they mean."""
-    name = type(value).__name__
-    return f"{name}: {SEVERAL}" if isinstance(value, tuple | dict) and value else name
+def _as_tensor(value: torch.Tensor | np.ndarray) -> torch.Tensor:
+    return (_from_array(value) if isinstance(value, np.ndarray) else value).detach()
 
 
 def count(source: Source) -> int | None:
     """Return the number of samples of a source, or None for a stream of unknown length."""
-    if isinstance(source, torch.Tensor | np.ndarray):
+    if resident(source):
         return len(source)
     if isinstance(source, torch.utils.data.DataLoader):
         return _count_of_loader(source)
@@ -178,7 +199,7 @@ def _count_of_loader(loader: torch.utils.data.DataLoader[Any]) -> int | None:
 
 def resident(source: Source) -> bool:
     """Return whether all samples of a source are in memory already."""
-    return isinstance(source, torch.Tensor | np.ndarray)
+    return isinstance(source, torch.Tensor | np.ndarray | Inputs)
 
 
 def repeats(source: Source) -> bool:
@@ -188,4 +209,4 @@ def repeats(source: Source) -> bool:
         return isinstance(source.sampler, torch.utils.data.SequentialSampler)
     if isinstance(source, torch.utils.data.IterableDataset):
         return False
-    return isinstance(source, torch.Tensor | np.ndarray | torch.utils.data.Dataset)
+    return resident(source) or isinstance(source, torch.utils.data.Dataset)

@@ -20,7 +20,7 @@ from fisherfast.demo.figures import draw_figures
 from fisherfast.demo.imaging import ImagingTask
 from fisherfast.demo.training import Task
 from fisherfast.results.comparison import unresolved_note
-from fisherfast.results.table import with_error
+from fisherfast.results.text import number, with_error
 from fisherfast.training import EpochRecord
 from fisherfast.training.plots import crossing_epoch
 
@@ -114,7 +114,7 @@ def epoch_cells(record: EpochRecord, layers: Sequence[str]) -> list[str]:
     levels = row["train_level"], row["val_level"], *(row[f"fraction/{name}"] for name in layers)
     return [
         str(record.epoch),
-        *("-" if math.isnan(level) else f"{level:.3f}" for level in levels),
+        *map(number, levels),
         with_error(record.transmission, record.transmission_error),
         f"{record.seconds:.1f}",
     ]

@@ -17,7 +17,7 @@ LEAST_WIDTH = 7  # of a column of the table
 
 
 def run_demo(
-    task: ImagingTask, *, out: Path, stream: TextIO, seed: int = 0, progress: bool = False
+    task: ImagingTask, *, out: Path, stream: TextIO, seed: int = 0, progress: bool | None = False
 ) -> int:
     """Train, measure, show a table, and write the report into `out`.
 
@@ -28,7 +28,7 @@ def run_demo(
         out: an existing folder, for the report.
         stream: for table and messages.
         seed: of the order of the samples.
-        progress: show progress bars.
+        progress: as of `fisher_flow`.
 
     Returns:
         The exit status of the command.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fisherfast._errors import FisherWarning
-from fisherfast._progress import progress_bar
+from fisherfast._progress import Progress
 from fisherfast.data import FiniteDifference
 from fisherfast.flow import fisher_flow
 from fisherfast.training import EpochRecord
@@ -65,7 +65,7 @@ class Task:
     checked_share: int = VALIDATION_SHARE
 
 
-def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[EpochRecord]:
+def train(task: Task, *, seed: int = 0, progress: bool | None = False) -> Iterator[EpochRecord]:
     """Yield a record before training and after each epoch; the model of the task is trained.
 
     Adam on the mean square error. The training error is taken after the epoch, on every
@@ -74,7 +74,7 @@ def train(task: Task, *, seed: int = 0, progress: bool = False) -> Iterator[Epoc
     Args:
         task: what to learn.
         seed: of the order of the samples.
-        progress: show a progress bar for each epoch and measurement.
+        progress: of each epoch and measurement, as of `fisher_flow`.
 
     Raises:
         DivergenceError: the error became infinite or NaN.
@@ -101,10 +101,10 @@ def mean_square_error(model: nn.Module, x: Tensor, theta: Tensor) -> float:
 
 
 def _train_epoch(
-    task: Task, optimizer: torch.optim.Optimizer, order: Tensor, title: str, progress: bool
+    task: Task, optimizer: torch.optim.Optimizer, order: Tensor, title: str, progress: bool | None
 ) -> None:
     task.model.train()
-    with progress_bar(progress, total=len(order), title=title) as bar:
+    with Progress(progress, title).bar(len(order)) as bar:
         for batch in order.split(task.batch_size):
             loss = F.mse_loss(task.model(task.x[batch])[:, 0], task.theta[batch])
             optimizer.zero_grad()
@@ -114,7 +114,7 @@ def _train_epoch(
     task.model.eval()
 
 
-def _measure(task: Task, epoch: int, start: float, progress: bool) -> EpochRecord:
+def _measure(task: Task, epoch: int, start: float, progress: bool | None) -> EpochRecord:
     trained_on = slice(None, None, task.checked_share)
     train_mse = mean_square_error(task.model, task.x[trained_on], task.theta[trained_on])
     val_mse = mean_square_error(task.model, task.val_x, task.val_theta)

@@ -17,12 +17,14 @@ class Coverage:
         fallbacks: the same for PyTorch's forward mode of that one operation.
         failures: the same for operations without a derivative.
         layers: name of the operation -> layers it was executed in.
+        stopped: whether the model raised an error, which is then the last of the failures.
     """
 
     rules: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     layers: dict[str, list[str]] = field(default_factory=dict)
+    stopped: bool = False
 
     def add(self, operation: str, how: str, layer: str) -> None:
         """Count one execution: how is "rule", "fallback" or "failed"."""
@@ -30,6 +32,11 @@ class Coverage:
         seen = self.layers.setdefault(operation, [])
         if layer not in seen:
             seen.append(layer)
+
+    def stop(self, reason: str, layer: str) -> None:
+        """Count an error that the model raised as a failure of that layer."""
+        self.add(reason, "failed", layer)
+        self.stopped = True
 
     @property
     def _tables(self) -> dict[str, Counter[str]]:
@@ -61,6 +68,8 @@ class Coverage:
             f"{self.executed} operations: {100 * self.share:.1f} % by rule,"
             f" {sum(self.fallbacks.values())} by forward mode, {sum(self.failures.values())} failed"
         )
+        if self.stopped:
+            verdict += "; the model stopped with an error"
         return "\n".join([*lines, verdict])
 
     def _layers_of(self, operation: str) -> str:

@@ -21,7 +21,7 @@ from fisherfast.dual.coverage import Coverage
 from fisherfast.dual.errors import DerivativeError, current_layer, no_derivative, warn_of_randomness
 from fisherfast.dual.fallback import forward_mode, replaced
 from fisherfast.dual.stacks import aligned
-from fisherfast.dual.tensor import DualTensor
+from fisherfast.dual.tensor import DualTensor, is_differentiable
 
 aten: Any = torch.ops.aten
 
@@ -61,6 +61,20 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute one operation on dual tensors (and others)."""
+    try:
+        return _derived(func, args, kwargs)
+    except DerivativeError:
+        if RECORD.get() is None:
+            raise
+    _count(func, "failed")
+    result = func(*primals(args), **primals(kwargs))
+    if func._schema.is_mutable:
+        return kwargs.get("out", args[0])
+    return with_zero_tangents(result, args, kwargs)
+
+
+def _derived(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute one operation and its derivative."""
     memory.trim()
     served = RULES.get(func)
     mutable = func._schema.is_mutable
@@ -70,8 +84,8 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         plain_args, plain_kwargs = without_constants(args), without_constants(kwargs)
         if not has_dual(plain_args, plain_kwargs):
             warn_of_randomness(func, args, kwargs)
-            result = func(*plain_args, **plain_kwargs)
-            return with_zero_tangents(result, args) if func is aten.clone.default else result
+            result = plain(func, plain_args, plain_kwargs)
+            return with_zero_tangents(result, args) if func in COPIES else result
         args, kwargs = plain_args, plain_kwargs
     if served is None and mutable:
         served = _in_place(func)
@@ -83,15 +97,23 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if func._can_decompose():
         return func.decompose(*args, **kwargs)
     warn_of_randomness(func, args, kwargs)
-    try:
-        result = forward_mode(func, args, kwargs)
-    except DerivativeError:
-        if RECORD.get() is None:
-            raise
-        _count(func, "failed")
-        return with_zero_tangents(func(*primals(args), **primals(kwargs)), args, kwargs)
+    result = forward_mode(func, args, kwargs)
     _count(func, "fallback")
     return result
+
+
+def plain(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute an operation on plain tensors.
+
+    Inside a dispatched operation PyTorch ignores the mark of complex tensors that are conjugated
+    when they are read, which an operation made of others may set: here it counts.
+    """
+    if not any(isinstance(item, Tensor) and item.is_complex() for item in args):
+        return func(*args, **kwargs)
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.Conjugate)
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        return func(*args, **kwargs)
 
 
 def _count(func: Operator, how: str) -> None:
@@ -106,8 +128,8 @@ def _check_target(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any])
     if isinstance(target, Tensor) and not isinstance(target, DualTensor):
         raise no_derivative(
             str(func),
-            "a write of values that depend on theta into a tensor created outside of the forward"
-            " pass: create it inside, or with x.new_zeros(...)",
+            "a write of values that depend on theta into a tensor that the forward pass did not"
+            " create: write into tensor.clone() or x.new_zeros(...)",
         )
 
 
@@ -229,13 +251,16 @@ def named_arguments(
 
 
 def with_zero_tangents(result: Any, *arguments: Any) -> Any:
-    """Turn the floating tensors of a plain result into dual tensors with zero tangents."""
+    """Turn the real and complex tensors of a plain result into dual tensors with zero tangents."""
     if isinstance(result, list | tuple):
         return type(result)(with_zero_tangents(item, *arguments) for item in result)
-    if isinstance(result, Tensor) and result.is_floating_point():
+    if is_differentiable(result):
         return DualTensor.constant(result, directions_of(*arguments))
     return result
 
+
+COPIES = frozenset(overloads("clone", "_to_copy"))
+"""Operations whose results a model may write into, also those of constants."""
 
 BOOKKEEPING = frozenset(overloads("detach", "alias", "is_same_size"))
 """Operations that compute nothing: `coverage` does not count them."""

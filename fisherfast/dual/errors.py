@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from fisherfast._errors import FisherWarning
 RUNNING: ContextVar[nn.Module | None] = ContextVar("fisherfast_dual_model", default=None)
 """The model that names the layers."""
 
-REMEDY = "use FiniteDifference(..., paired=True), which needs no derivative"
+REMEDY = "use FiniteDifference(..., paired=True), Score or Labelled, which need no derivative"
 
 
 class DerivativeError(RuntimeError):
@@ -37,24 +39,42 @@ def setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 def current_layer() -> str:
     """Find the name of the innermost module whose forward runs, on the call stack: modules need no
     hooks for it."""
+    frames = traceback.walk_stack(sys._getframe(1))
+    return _innermost(frame for frame, _ in frames)
+
+
+def failed_layer(error: BaseException) -> str:
+    """Find the name of the innermost module whose forward raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return _innermost(reversed(frames))
+
+
+def _innermost(frames: Iterable[FrameType]) -> str:
+    """Name the first module among the owners of frames, ordered from the inside."""
     model = RUNNING.get()
     names = {} if model is None else {id(m): name for name, m in model.named_modules()}
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in frames:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
-            name = names.get(id(owner), "")
-            return name or type(owner).__name__
-        frame = frame.f_back  # type: ignore[assignment]
+            return names.get(id(owner), "") or type(owner).__name__
     return "the model"
 
 
-def no_derivative(operation: str, reason: str) -> DerivativeError:
-    """Make the error for an operation without a derivative."""
+def no_derivative(operation: str, reason: str, layer: str | None = None) -> DerivativeError:
+    """Make the error for an operation without a derivative, in the running layer by default."""
     return DerivativeError(
-        f"operation {operation} in layer {current_layer()!r} must have a derivative, got"
+        f"operation {operation} in layer {(layer or current_layer())!r} must have a derivative, got"
         f" {reason}; {REMEDY}"
     )
+
+
+def autograd_call(error: BaseException) -> str | None:
+    """Name the function of `torch.autograd` that raised an error ("torch.autograd.grad"), or
+    None."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == torch.autograd.__file__:
+            return f"torch.autograd.{frame.f_code.co_name}"
+    return None
 
 
 SWITCHES = ("train", "training", "dropout", "dropout_p")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fisherfast.dual.errors import no_derivative
-from fisherfast.dual.tensor import DualTensor
+from fisherfast.dual.tensor import DualTensor, is_differentiable
 
 _INCLUDED = torch._C._dispatch_tls_local_include_set()
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
@@ -47,7 +47,7 @@ def forward_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     except (NotImplementedError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise no_derivative(str(func), f"none ({reason})") from error
-    real = [pair for run in runs for pair in run if _is_real(pair[0])]
+    real = [pair for run in runs for pair in run if is_differentiable(pair[0])]
     if real and all(tangent is None for _, tangent in real):  # PyTorch raises no error
         raise no_derivative(str(func), "none: neither PyTorch nor the operation's library has one")
     if directions == 0:
@@ -95,19 +95,16 @@ def _autograd_alive() -> Iterator[None]:
 def _pairs(result: Any) -> tuple[list[Pair], TreeSpec]:
     """Split every tensor of a nested result into (primal, tangent or None)."""
     leaves, structure = tree_flatten(result)
-    pairs = [tuple(forward_ad.unpack_dual(x)) if _is_real(x) else (x, None) for x in leaves]
+    pairs = [
+        tuple(forward_ad.unpack_dual(x)) if is_differentiable(x) else (x, None) for x in leaves
+    ]
     return pairs, structure
-
-
-def _is_real(result: Any) -> bool:
-    """Return whether a result could have a tangent."""
-    return isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex())
 
 
 def _join(pairs: Sequence[Pair], directions: int) -> Any:
     """Join (primal, tangent) along each direction into one dual tensor."""
     primal = pairs[0][0]
-    if not _is_real(primal):
+    if not is_differentiable(primal):
         return primal
     stack = primal.new_zeros((1 + directions, *primal.shape))
     stack[0] = primal

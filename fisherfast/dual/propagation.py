@@ -15,12 +15,21 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fisherfast._errors import FisherWarning
+from fisherfast.data.inputs import Inputs, Samples, call, dx_of, is_floating
+from fisherfast.data.sources import check_dense, check_entries
 from fisherfast.dual import memory
 from fisherfast.dual.coverage import Coverage
-from fisherfast.dual.dispatch import RECORD, overloads
-from fisherfast.dual.errors import RUNNING, setting, warn_of_randomness
+from fisherfast.dual.dispatch import RECORD, overloads, plain
+from fisherfast.dual.errors import (
+    RUNNING,
+    autograd_call,
+    failed_layer,
+    no_derivative,
+    setting,
+    warn_of_randomness,
+)
 from fisherfast.dual.rules.writing import LIKE_FACTORIES
-from fisherfast.dual.tensor import DualTensor, check_tangents
+from fisherfast.dual.tensor import DualTensor, check_tangents, is_differentiable
 from fisherfast.model.graph import survey
 from fisherfast.model.hooks import Forward, map_tensors
 from fisherfast.model.isolation import evaluation, forgetting, holds
@@ -37,7 +46,7 @@ FACTORIES = frozenset(
     overloads(
         *LIKE_FACTORIES,
         *("zeros", "ones", "full", "empty.memory_format", "empty_strided"),
-        *("rand", "randn", "eye", "eye.m", "linspace"),
+        *("rand", "randn", "eye", "eye.m", "linspace", "clone"),
     )
 )
 
@@ -54,15 +63,10 @@ class _Factories(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = plain(func, args, kwargs)
         if not any(issubclass(kind, DualTensor) for kind in types):
             warn_of_randomness(func, args, kwargs)
-        if (
-            func in FACTORIES
-            and isinstance(result, Tensor)
-            and not isinstance(result, DualTensor)
-            and result.is_floating_point()
-        ):
+        if func in FACTORIES and is_differentiable(result) and not isinstance(result, DualTensor):
             return DualTensor.constant(result, self._directions)
         return result
 
@@ -79,7 +83,8 @@ def propagation(
     Args:
         model: names the layers in errors and warnings.
         directions: P.
-        record: counts the operations. With a record, an operation that fails has zero tangents.
+        record: counts the operations. With a record, an operation that fails has zero tangents,
+            and an error of the model ends the block without being raised.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -98,10 +103,21 @@ def propagation(
         _Factories(directions),
         contextlib.nullcontext() if model is None else forgetting(model, DualTensor),
     ):
-        yield
+        try:
+            yield
+        except Exception as error:
+            function = autograd_call(error)
+            if record is not None:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                record.stop(function or reason, failed_layer(error))
+            elif function is None:
+                raise
+            else:
+                reason = "none: no graph is recorded here"
+                raise no_derivative(function, reason, failed_layer(error)) from error
 
 
-def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
+def jvp(model: nn.Module, x: Any, dx: Any) -> tuple[Any, Any]:
     r"""Compute the output of a model and its exact derivatives along P directions, per sample.
 
     .. math:: y_i = f(x_i), \qquad dy_{p i} = \frac{\partial f}{\partial x}(x_i) \, dx_{p i}
@@ -111,9 +127,13 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     afterwards, also after an error.
 
     Args:
-        model: any module that maps a batch [n, ...] to tensors, tuples, lists or dicts of them.
-        x: [n, ...] of floating dtype (or integers, for an embedding: all tangents are then zero).
-        dx: [P, n, ...], dtype and device of x: derivative of each sample along P directions.
+        model: any module that maps a batch [n, ...] to tensors, or to tuples, lists, dicts or
+            objects of them.
+        x: [n, ...] of floating dtype (or integers, for an embedding: all tangents are then zero);
+            several inputs in a tuple (``model(*x)``) or dict (``model(**x)``), of any dtype.
+        dx: [P, n, ...], dtype and device of x: derivative of each sample along P directions. Of
+            several inputs a tuple or dict as x is; None, or a key left out, for an entry that does
+            not move or that holds integers.
 
     Returns:
         y: what the model returns for x, without gradients.
@@ -122,9 +142,11 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
 
     Raises:
         ValueError: dx has another shape or device.
-        TypeError: model is not a module, x is not a tensor or is complex, dx has another dtype, or
-            the model returns another type of object.
-        DerivativeError: an operation has no derivative (names its layer).
+        TypeError: model is not a module, x is not a tensor (or a tuple or dict of tensors) or is
+            complex, dx has another dtype or is not given as x is, or the model returns an object
+            that hides its tensors.
+        DerivativeError: an operation has no derivative, or the model calls `torch.autograd` (names
+            the layer).
 
     Warns:
         FisherWarning: integer x, or a layer that draws random numbers in eval mode.
@@ -141,25 +163,25 @@ def jvp(model: nn.Module, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     _check_model(model)
     batch, directions = _packed(x, dx)
     with evaluation(model, SEED), propagation(model, directions):
-        output = model(batch)
+        output = call(model, batch)
         output = map_tensors(output, lambda place, tensor: _compact(tensor))
     return _structure(output, _primal), _structure(output, lambda t: _tangents(t, directions))
 
 
 def propagate(
-    model: nn.Module, x: Tensor, dx: Tensor, *, layers: Layers = "auto"
+    model: nn.Module, x: Any, dx: Any, *, layers: Layers = "auto"
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Compute the activations of every layer and their exact derivatives along P directions.
 
     Args:
         model: as for `jvp`.
-        x: [n, ...].
-        dx: [P, n, ...].
+        x, dx: as for `jvp`.
         layers: as for `fisher_flow`.
 
     Returns:
         Name of the layer -> (activations [n, ...], tangents [P, n, ...]), in execution order,
-        with "input" and "output".
+        with "input" and "output". The input is the floating entries of x side by side, [n, d], if
+        there are several.
 
     Raises:
         As for `jvp`; ValueError for an unknown layer (lists the nearest names).
@@ -178,7 +200,7 @@ def propagate(
     batch, directions = _packed(x, dx)
     kept: dict[str, Tensor] = {}
     with evaluation(model, SEED):
-        first = x[:SURVEY_SAMPLES]
+        first = _inputs(x)[:SURVEY_SAMPLES]
         with _explained(model, batch, directions):
             sites = select(survey(model, first), layers, model)
         names = {site.event: site.name for site in sites}
@@ -196,30 +218,31 @@ def propagate(
 
 
 @contextmanager
-def _explained(model: nn.Module, batch: Tensor, directions: int) -> Iterator[None]:
+def _explained(model: nn.Module, batch: Samples, directions: int) -> Iterator[None]:
     """Run a model that failed again under `propagation`, whose errors name the operation and the
     layer."""
     try:
         yield
     except RuntimeError:
         with propagation(model, directions):
-            model(batch)
+            call(model, batch)
         raise
 
 
-def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
+def coverage(model: nn.Module, x: Any, dx: Any = None) -> Coverage:
     """List the operations of a model that have a rule, need PyTorch's forward mode, or fail.
 
     Args:
         model: as for `jvp`.
-        x: [n, ...].
-        dx: [P, n, ...], or None for one random direction.
+        x: as for `jvp`.
+        dx: as for `jvp`, or None for one random direction.
 
     Returns:
         `Coverage`: counts by operation and by how it was differentiated; prints as a table.
 
     Raises:
-        ValueError, TypeError: as for `jvp`. An operation that fails is reported, not raised.
+        ValueError, TypeError: x or dx as for `jvp`. What fails inside the model is reported, not
+            raised: operations without a derivative, and the error that stopped it.
 
     Cost: as for `jvp`, with P = 1 if dx is None; a few samples are enough.
 
@@ -229,23 +252,59 @@ def coverage(model: nn.Module, x: Tensor, dx: Tensor | None = None) -> Coverage:
         >>> report.share, list(report.rules)
         (1.0, ['linear.default'])
     """
-    _check_model(model)
+    check_model(model)
     if dx is None:
-        generator = torch.Generator(device=x.device).manual_seed(SEED)
-        dx = torch.randn((1, *x.shape), generator=generator, device=x.device)
-        dx = dx.to(x.dtype) if x.is_floating_point() else dx
+        dx = _random_direction(_inputs(x))
     record = Coverage()
     batch, directions = _packed(x, dx)
     with evaluation(model, SEED), propagation(model, directions, record):
-        model(batch)
+        _check_model(model)
+        call(model, batch)
     return record
 
 
-def _packed(x: Tensor, dx: Tensor) -> tuple[Tensor, int]:
-    """Return the input of the model and P: a dual tensor, or x itself if it holds integers, whose
-    tangents are zero."""
-    counts = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
-    if not counts:
+def _random_direction(x: Samples) -> Any:
+    """Draw one tangent of each floating entry of x, of a single tensor of any dtype."""
+    generator = torch.Generator(device=x.device).manual_seed(SEED)
+
+    def drawn(entry: Tensor) -> Tensor:
+        dx = torch.randn((1, *entry.shape), generator=generator, device=entry.device)
+        return dx.to(entry.dtype) if entry.is_floating_point() else dx
+
+    if isinstance(x, Tensor):
+        return drawn(x)
+    directions = {
+        key: drawn(entry) if is_floating(entry) else None for key, entry in x.entries.items()
+    }
+    return directions if x.named else tuple(directions.values())
+
+
+def _inputs(x: Any) -> Any:
+    """Return a tuple or dict as `Inputs`, with its entries checked; anything else as it is."""
+    if not isinstance(x, tuple | Mapping):
+        return x
+    return check_entries(Inputs.of(x), "x", check_dense)
+
+
+def _packed(x: Any, dx: Any) -> tuple[Samples, int]:
+    """Return the input of the model and P: dual tensors in place of floating entries, and the
+    integers, whose tangents are zero, as they are."""
+    if isinstance(x, tuple) and isinstance(dx, tuple) and len(x) == len(dx) == 1:
+        x, dx = x[0], dx[0]
+    x = _inputs(x)
+    if isinstance(x, Inputs):
+        parts = dx_of(x, dx)
+        counts = {len(part) for part in parts.values()}
+        if len(counts) > 1:
+            raise ValueError(f"dx must hold P tangents of each entry, got {sorted(counts)}")
+        for key, part in parts.items():
+            check_tangents(x.entries[key], part, f"x[{key!r}]", f"dx[{key!r}]")
+        several = x.clone()
+        for key, part in parts.items():
+            several.entries[key] = DualTensor.pack(several.entries[key], part)
+        return several, counts.pop()
+    integers = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
+    if not integers:
         batch = DualTensor.pack(x, dx)
         return batch, batch.directions
     check_tangents(x.to(dx.dtype), dx)
@@ -304,5 +363,5 @@ def _primal(tensor: Tensor) -> Tensor:
 def _tangents(tensor: Tensor, directions: int) -> Tensor:
     if isinstance(tensor, DualTensor):
         return tensor.tangents
-    dtype = tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
+    dtype = tensor.dtype if is_differentiable(tensor) else torch.get_default_dtype()
     return torch.zeros((directions, *tensor.shape), dtype=dtype, device=tensor.device)

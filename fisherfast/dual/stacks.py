@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.dual.tensor import DualTensor
+from fisherfast.dual.tensor import DualTensor, is_differentiable
 
 
 def shifted(dim: int, ndim: int) -> int:
@@ -29,12 +29,12 @@ def aligned(dual: DualTensor, ndim: int, *, laid_out: bool = False) -> Tensor:
 def in_one_dtype(a: Any, b: Any) -> tuple[Any, Any]:
     """Convert two operands to the dtype of their result. PyTorch's promotion ignores the precision
     of tensors without dimensions, and a stack has one dimension more than its primal."""
-    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
-    if not tensors or a.dtype == b.dtype or not (a.is_floating_point() and b.is_floating_point()):
+    if not (is_differentiable(a) and is_differentiable(b)) or a.dtype == b.dtype:
         return a, b
     plain = [item.primal if isinstance(item, DualTensor) else item for item in (a, b)]
     dtype = torch.result_type(*plain)
-    return a.to(dtype), b.to(dtype)
+    first, second = (t.to(dtype if t.is_complex() else dtype.to_real()) for t in (a, b))
+    return first, second
 
 
 def lifted(tensor: Any, directions: int) -> Tensor:

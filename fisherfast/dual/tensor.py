@@ -39,16 +39,17 @@ class Memory:
     Attributes:
         constant: created by a factory inside the model and not yet written with a dual tensor: its
             tangents are known to be zero.
-        detached: a copy that represents `x.detach()`: a write into it would not change x.
+        read_only: the operation ("detach", "conj") whose result shares the memory of x in PyTorch
+            but is a copy here: a write into it would not change x.
         waiting: dual tensors that have yet to read this storage (a batch norm deferred until the
             activation after it) and must do so before it is overwritten.
     """
 
-    __slots__ = ("constant", "detached", "waiting")
+    __slots__ = ("constant", "read_only", "waiting")
 
-    def __init__(self, *, constant: bool = False, detached: bool = False) -> None:
+    def __init__(self, *, constant: bool = False, read_only: str = "") -> None:
         self.constant = constant
-        self.detached = detached
+        self.read_only = read_only
         self.waiting: list[weakref.ref[DualTensor]] = []
 
 
@@ -70,6 +71,9 @@ class DualTensor(torch.Tensor):
     memory: Memory
     apply_rule: ClassVar[Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]]
     """Apply the rule of an operation; set by `fisherfast.dual.dispatch`."""
+
+    # Libraries such as opt_einsum choose the functions for an array by the module of its class
+    __module__ = "torch"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -151,8 +155,11 @@ class DualTensor(torch.Tensor):
 
     def before_writing(self) -> Tensor:
         """Return the stack after all deferred readers of its present content have read it."""
-        if self.memory.detached:
-            raise no_derivative("detach", "a write into a detached tensor (or into x.data)")
+        if self.memory.read_only:
+            raise no_derivative(
+                self.memory.read_only,
+                "a write into its result, x.detach(), x.data or x.conj(): write into a clone of it",
+            )
         stack = self.stack
         self.memory.constant = False
         waiting, self.memory.waiting = self.memory.waiting, []
@@ -191,6 +198,11 @@ class DualTensor(torch.Tensor):
         return cls.apply_rule(func, args, kwargs or {})
 
 
+def is_differentiable(value: Any) -> bool:
+    """Return whether a value could have tangents: a real or complex floating tensor."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def _channels_last(stack: Tensor) -> bool:
     """Return whether a stack [1 + P, n, C, H, W] is stored channels-last."""
     if stack.dim() != len("pnCHW") or stack.is_contiguous():
@@ -198,9 +210,9 @@ def _channels_last(stack: Tensor) -> bool:
     return stack.movedim(2, 4).is_contiguous()
 
 
-def check_tangents(x: Tensor, dx: Tensor) -> None:
+def check_tangents(x: Tensor, dx: Tensor, x_name: str = "x", dx_name: str = "dx") -> None:
     """Raise unless x [n, ...] has a real floating dtype and dx [P, n, ...] matches it."""
-    for name, tensor in (("x", x), ("dx", dx)):
+    for name, tensor in ((x_name, x), (dx_name, dx)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if x.is_complex():
@@ -214,12 +226,13 @@ def check_tangents(x: Tensor, dx: Tensor) -> None:
             " may create integers inside; their tangents are zero)"
         )
     if dx.dtype != x.dtype:
-        raise TypeError(f"dx must have the dtype of x ({x.dtype}), got {dx.dtype}")
+        raise TypeError(f"{dx_name} must have the dtype of {x_name} ({x.dtype}), got {dx.dtype}")
     if dx.device != x.device:
-        raise ValueError(f"dx must be on the device of x ({x.device}), got {dx.device}")
+        raise ValueError(f"{dx_name} must be on the device of x ({x.device}), got {dx.device}")
     if dx.dim() != x.dim() + 1 or dx.shape[1:] != x.shape:
         raise ValueError(
-            f"dx must have shape [P, *x.shape] with x.shape = {list(x.shape)}, got {list(dx.shape)}"
+            f"{dx_name} must have shape [P, *x.shape] with x.shape = {list(x.shape)},"
+            f" got {list(dx.shape)}"
         )
 
 

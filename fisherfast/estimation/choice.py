@@ -108,11 +108,11 @@ def _doubt(curve: FisherCurve, smaller: int, larger: int, clearest: Tensor, leas
     change = curve.replicates[larger - 1] - curve.replicates[smaller - 1]
     change = change - change.mean(0)
     p = torch.special.ndtr(clearest.max() - SELECTED - least)
-    worst = int(clearest.argmax())
-    own = change[:, worst, worst].square().sum() * (len(change) - 1) / len(change)
-    gain = (curve.J[larger - 1] - curve.J[smaller - 1])[worst, worst].abs()
-    scale = (p * (1 - p)).sqrt() * gain / own.sqrt()
-    return change * scale.nan_to_num(0.0, posinf=0.0)
+    folds = torch.diagonal(change, dim1=1, dim2=2)  # [F, P]
+    own = (folds.square().sum(0) * (len(change) - 1) / len(change)).sqrt()
+    gain = (curve.J[larger - 1] - curve.J[smaller - 1]).diagonal().abs()
+    scale = ((p * (1 - p)).sqrt() * gain / own).nan_to_num(0.0, posinf=0.0).sqrt()
+    return change * scale[:, None] * scale  # each parameter by its own gain
 
 
 def _gains(curve: FisherCurve, first: int) -> tuple[Tensor, Tensor, Tensor]:

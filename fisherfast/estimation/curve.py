@@ -10,6 +10,7 @@ linear Fisher information of the first k features, for every k at once.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -189,7 +190,10 @@ def _with_pairs(
 
 
 def cross_fitted_bound(
-    half_a: FoldStatistics, half_b: FoldStatistics, ridge: float | Tensor = LIFT_RIDGE
+    half_a: FoldStatistics,
+    half_b: FoldStatistics,
+    ridge: float | Tensor = LIFT_RIDGE,
+    more: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Compute the honest lower bound: learn the readout on one half, measure it on the other, swap
     the halves, and average.
@@ -201,13 +205,16 @@ def cross_fitted_bound(
     Args:
         half_a, half_b: statistics of the same features.
         ridge: of the readout, see `linear_readout`.
+        more: readouts [k, m] that are read beside those of each half, learned without the samples
+            of the other one; empty for none.
 
     Returns:
         lower [P, P] and its standard error [P, P], in 1/theta^2.
     """
     measured = []
-    for learn, test in ((half_a, half_b), (half_b, half_a)):
-        seen = test.project(linear_readout(learn, ridge))
+    for number, (learn, test) in enumerate(((half_a, half_b), (half_b, half_a))):
+        readout = linear_readout(learn, ridge)
+        seen = test.project(torch.cat([readout, more[number]], 1) if more else readout)
         varied = (seen.covariance.diagonal() > 0).nonzero()[:, 0]
         measured.append(_last_or_zero(seen.select(varied)))
     (J_a, variance_a), (J_b, variance_b) = measured

@@ -1,7 +1,8 @@
-"""Fold-wise derivatives of mean features, from the tangents or the score of the samples.
+"""Fold-wise derivatives of mean features, from tangents, score or labels of the samples.
 
 With two conditions the derivative is a difference of means. With one condition it is the mean of
-the tangents of the features, or the covariance of features and score (docs/theory.md, 12 and 13).
+the tangents of the features, the covariance of features and score, or the slope of a regression on
+the labels (docs/theory.md, 12, 13 and 23).
 One float64 number is stored per fold, parameter and feature; lifted features are computed for at
 most about a thousand samples at a time.
 """
@@ -18,6 +19,20 @@ from fisherfast.estimation.features import Lift
 
 TILE_ROWS = 1024
 """Rows of features or tangents in memory at a time: 4 MB of float64 for 512 features."""
+
+FEW_ROWS = 64
+"""Rows per fold up to which all folds are summed in one product."""
+
+LINEAR_TERMS = 1e-5
+"""Standard deviation of a term of the labels, relative to its own, below which it is linear in
+those before it: squares on a grid of two values."""
+
+MOST_TERMS = 0.1
+"""Terms of the labels per sample above which only theta itself is fitted."""
+
+
+class LabelsError(ValueError):
+    """The labels do not vary enough for a slope."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class DerivativeMoments:
         self.sums = torch.zeros(folds, parameters, size, dtype=torch.float64, device=device)
 
     def score(self, columns: slice, counts: Tensor) -> FoldScore | None:
-        """Compute the covariance of the score in the folds in columns; None for tangents."""
+        """Compute the covariance of the score in the folds in columns; None for other sources."""
         return None
 
     def shared_sums(self, known: int = 0) -> list[Tensor]:
@@ -112,68 +127,196 @@ class TangentMoments(DerivativeMoments):
         return sums.sum(0) / counts.sum(), sums / counts[:, None, None]
 
 
-class ScoreMoments(DerivativeMoments):
-    r"""Sums of features times score: :math:`\partial E[f] = \mathrm{Cov}(f, s)` within folds.
+class ProductMoments(DerivativeMoments):
+    """Sums of features times columns that the samples carry, of which T are numbers: the score, or
+    terms of the labels.
 
     Attributes:
-        score_sums: [F, P] float64.
-        score_cross: [F, P, P] float64 sums of s s^T.
+        column_sums: [F, T] float64.
+        column_cross: [F, T, T] float64 sums of products of the columns.
     """
 
     def __init__(
-        self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"
+        self, columns: int, size: int, *, folds: int, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__(parameters, size, folds=folds, device=device)
-        self.score_sums = torch.zeros(folds, parameters, dtype=torch.float64, device=device)
-        self.score_cross = torch.zeros(
-            folds, parameters, parameters, dtype=torch.float64, device=device
-        )
+        super().__init__(columns, size, folds=folds, device=device)
+        self.column_sums = torch.zeros(folds, columns, dtype=torch.float64, device=device)
+        self.column_cross = torch.zeros(folds, columns, columns, dtype=torch.float64, device=device)
+
+    def columns_of(self, carried: Tensor) -> Tensor:
+        """Return the columns [m, T] of what samples carry [m, P]."""
+        return carried
 
     def update(
         self, raw: Tensor, carried: Tensor | None, lift: Lift, place: Place, *, known: int = 0
     ) -> None:
-        """As `TangentMoments.update`, with the score [n, P]. Cost: n k (d + P) multiply-adds."""
+        """As `TangentMoments.update`, with score or labels [n, P]. Cost: n k (d + T)
+        multiply-adds."""
         if carried is None:
-            raise ValueError("carried must be the score of each sample, got None")
+            raise ValueError("carried must be the score or labels of each sample, got None")
+        columns = self.columns_of(carried)
         dim = raw.shape[1]
         begin = max(known, dim)
         rest = lift.following(begin - dim)
         for start in range(0, len(raw), TILE_ROWS):
             tile = slice(start, start + TILE_ROWS)
             if known < dim:
-                self.sums[..., :dim] += fold_products(carried[tile], raw[tile], place, start)
+                self.sums[..., :dim] += fold_products(columns[tile], raw[tile], place, start)
             if len(rest):
                 self.sums[..., begin:] += fold_products(
-                    carried[tile], rest(raw[tile]), place, start
+                    columns[tile], rest(raw[tile]), place, start
                 )
-        self.score_sums += fold_sums(carried[None], place)[:, 0]
-        self.score_cross += fold_products(carried, carried, place)
+        self.column_sums += fold_sums(columns[None], place)[:, 0]
+        self.column_cross += fold_products(columns, columns, place)
+
+    def scatter(self, columns: slice, counts: Tensor) -> Tensor:
+        """Compute the scatter of the T columns [F, T, T] about the means of the folds in
+        columns."""
+        sums = self.column_sums[columns]
+        return self.column_cross[columns] - _outer(sums, sums / counts.clamp_min(1)[:, None])
+
+    def products(self, columns: slice, counts: Tensor, feature_sums: Tensor) -> Tensor:
+        """Compute the products of the T columns with the features [F, T, k], as `scatter`."""
+        mean = self.column_sums[columns] / counts.clamp_min(1)[:, None]
+        return self.sums[columns] - _outer(mean, feature_sums)
+
+    def shared_sums(self, known: int = 0) -> list[Tensor]:
+        """Return views of the sums, with those of the columns themselves."""
+        return [*super().shared_sums(known), self.column_sums, self.column_cross]
+
+
+class ScoreMoments(ProductMoments):
+    r"""Sums of features times score: :math:`\partial E[f] = \mathrm{Cov}(f, s)` within folds."""
 
     def derivatives(
         self, columns: slice, counts: Tensor, feature_sums: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `TangentMoments.derivatives`: the covariance with the score within folds, and the
         contributions of the folds, whose mean it is."""
-        mean = self.score_sums[columns] / counts[:, None]
-        scatter = self.sums[columns] - mean[..., None] * feature_sums[:, None]
-        return _covariances(scatter.mT, counts)
+        return _covariances(self.products(columns, counts, feature_sums).mT, counts)
 
     def score(self, columns: slice, counts: Tensor) -> FoldScore:
         """Compute V and the contributions of the folds."""
-        sums = self.score_sums[columns]
-        between = sums[:, :, None] * sums[:, None, :] / counts[:, None, None]
-        return FoldScore(*_covariances(self.score_cross[columns] - between, counts))
+        return FoldScore(*_covariances(self.scatter(columns, counts), counts))
 
     def mean_error(self, counts: Tensor) -> Tensor:
         """Compute the mean of the score in units of its standard error [P]; its expectation is
         zero."""
         samples = counts.sum()
         variance = self.score(slice(None), counts).covariance.diagonal()
-        return self.score_sums.sum(0) / samples / (variance / samples).sqrt()
+        return self.column_sums.sum(0) / samples / (variance / samples).sqrt()
+
+
+class LabelMoments(ProductMoments):
+    r"""Sums of features times terms of the labels theta, for a regression within folds.
+
+    The terms are theta and, against curvature, the products of two of its entries. The derivative
+    is the slope on theta alone, :math:`B = A^{-1} G` with the scatter A [P, P] of theta and its
+    products G [P, k] with the features; the covariance of the features is what all terms leave
+    (docs/theory.md, 23).
+
+    Args:
+        parameters: P.
+        size: number of features k.
+        folds: F.
+    """
+
+    def __init__(
+        self, parameters: int, size: int, *, folds: int, device: torch.device | str = "cpu"
+    ) -> None:
+        pairs = torch.combinations(torch.arange(parameters), with_replacement=True)
+        self._first, self._second = pairs.to(device).T
+        self._bases: dict[tuple[int | None, int | None], Tensor] = {}
+        super().__init__(parameters + len(pairs), size, folds=folds, device=device)
+        self.parameters = parameters
+
+    def columns_of(self, carried: Tensor) -> Tensor:
+        """Return theta [m, P] and its products, side by side."""
+        return torch.cat([carried, carried[:, self._first] * carried[:, self._second]], 1)
+
+    def update(
+        self, raw: Tensor, carried: Tensor | None, lift: Lift, place: Place, *, known: int = 0
+    ) -> None:
+        """As `ProductMoments.update`, with labels."""
+        super().update(raw, carried, lift, place, known=known)
+        self._bases.clear()
 
     def shared_sums(self, known: int = 0) -> list[Tensor]:
-        """Return views of the sums, with those of the score itself."""
-        return [*super().shared_sums(known), self.score_sums, self.score_cross]
+        """Return views of the sums, which other processes will change."""
+        self._bases.clear()
+        return super().shared_sums(known)
+
+    def basis(self, columns: slice, counts: Tensor) -> Tensor:
+        """Return orthonormal combinations U [T, r] of the terms, those of theta alone first:
+        U^T A U = 1 with the scatter A of the folds in columns. Products that are linear in the
+        terms before, as on a grid of two values, are left out; all are if there are few samples.
+
+        Raises:
+            LabelsError: theta does not vary in all directions.
+        """
+        key = columns.start, columns.step
+        if key not in self._bases:
+            self._bases[key] = self._basis(columns, counts)
+        return self._bases[key]
+
+    def _basis(self, columns: slice, counts: Tensor) -> Tensor:
+        A, P = self.scatter(columns, counts).sum(0), self.parameters
+        unit = torch.where(A.diagonal() > 0, A.diagonal(), 1.0).rsqrt()
+        A = unit[:, None] * A * unit
+        factor, failed = torch.linalg.cholesky_ex(A[:P, :P])
+        if int(failed) or float(factor.diagonal().min()) < LINEAR_TERMS:
+            raise LabelsError(
+                f"theta must vary in all of its {P} directions among the {int(counts.sum())}"
+                " samples of a bin"
+            )
+        linear = torch.linalg.solve_triangular(factor, A[:P], upper=False)  # [P, T]
+        rest = A[P:, P:] - linear[:, P:].T @ linear[:, P:]
+        values, vectors = torch.linalg.eigh(rest)
+        curved = values > LINEAR_TERMS**2
+        if len(A) > MOST_TERMS * float(counts.sum() - len(counts)):
+            curved = torch.zeros_like(curved)
+        vectors = vectors[:, curved] / values[curved].sqrt()
+        triangle = torch.linalg.solve_triangular(factor.T, torch.eye(P).to(A), upper=True)
+        U = A.new_zeros(len(A), P + vectors.shape[1])
+        U[:P, :P] = triangle
+        U[:P, P:] = -triangle @ linear[:, P:] @ vectors
+        U[P:, P:] = vectors
+        return unit[:, None] * U
+
+    def explained(
+        self, columns: slice, counts: Tensor, feature_sums: Tensor, basis: Tensor | None = None
+    ) -> Tensor:
+        """Compute E [r, k], the features along the basis of the terms: E^T E is the scatter that
+        the terms explain."""
+        basis = self.basis(columns, counts) if basis is None else basis
+        return basis.T @ self.products(columns, counts, feature_sums).sum(0)
+
+    def derivatives(
+        self, columns: slice, counts: Tensor, feature_sums: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `TangentMoments.derivatives`: the slope, and what each fold alone makes of it, its
+        residuals about the regression of all, so that the mean of the folds is the slope."""
+        basis, P = self.basis(columns, counts), self.parameters
+        products = self.products(columns, counts, feature_sums)
+        fitted = basis @ (basis.T @ products.sum(0))
+        residual = products[:, :P] - self.scatter(columns, counts)[:, :P] @ fitted
+        inverse = basis[:P, :P] @ basis[:P, :P].T
+        slope = inverse @ products[:, :P].sum(0)
+        return slope.T, (slope + len(counts) * (inverse @ residual)).mT
+
+    def theta_sums(self) -> Tensor:
+        """Return the sum of theta over all samples [P]."""
+        return self.column_sums[:, : self.parameters].sum(0)
+
+    def noise(self, columns: slice, counts: Tensor) -> Tensor:
+        """Compute c = A^-1 [P, P]: the covariance of the slope is c S."""
+        linear = self.basis(columns, counts)[: self.parameters, : self.parameters]
+        return linear @ linear.T
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Compute l r^T [F, m, k] of l [F, m] and r [F, k]."""
+    return left[:, :, None] * right[:, None, :]
 
 
 def _covariances(scatter: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +341,13 @@ def fold_products(weights: Tensor, features: Tensor, place: Place, start: int = 
     rows of the place from `start` on. Products are in float64, which excludes TF32 and limits
     cancellation."""
     features, weights = features.double(), weights.double()
-    products = features.new_zeros(place.folds, weights.shape[1], features.shape[1])
+    shape = place.folds, weights.shape[1], features.shape[1]
+    if len(features) <= FEW_ROWS * place.folds:  # one product costs less than one for each fold
+        folds = place.fold[start : start + len(features)].to(features.device)
+        own = weights.new_zeros(len(features), place.folds, weights.shape[1])
+        own[torch.arange(len(features), device=features.device), folds] = weights
+        return (own.flatten(1).T @ features).reshape(shape)
+    products = features.new_zeros(shape)
     for fold, rows in place.within(start, start + len(features)):
         torch.mm(weights[rows].T, features[rows], out=products[fold])
     return products

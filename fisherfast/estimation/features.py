@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherfast.estimation.dither import HALF_TYPES, dithered
-from fisherfast.estimation.pilot import Standardisation
+from fisherfast.estimation.pilot import SUBNORMAL, Standardisation
 from fisherfast.estimation.ridge import (
     AUTO,
     LIFT_RIDGE,
@@ -162,6 +162,7 @@ class FeatureDictionary:
             weight.to(device, dtype), bias.to(device, dtype), pilot.to(device, dtype), slope
         )
         offset = (standardisation.mean * standardisation.scale).abs()
+        offset = offset.maximum(SUBNORMAL / standardisation.rounding * standardisation.scale)
         if groups is not None:
             offset = offset.new_zeros(groups).index_add_(0, self._bucket, offset)
         self._offset = offset
@@ -214,10 +215,20 @@ class FeatureDictionary:
         [P, n, d]. `raw` is the result of `raw_features`, not needed for linear features."""
         return self._grouped(tangents.to(self.dtype) * self._scale.to(self.dtype))
 
+    @property
+    def scale(self) -> Tensor:
+        """Scale [d] of each activation in the raw features."""
+        return self._scale
+
     def response(self, derivative: Tensor) -> Tensor:
         """Convert the derivative of the mean features [k, P] to that of the mean activations
         [d, P]; not for a sketch."""
         return derivative[: self.raw] / self._scale.to(derivative)[:, None]
+
+    def readout(self, weights: Tensor) -> Tensor:
+        """Convert weights of the raw features [raw, P] to those of the activations [d, P]; not for
+        a sketch."""
+        return weights * self._scale.to(weights)[:, None]
 
     def __call__(self, activations: Tensor) -> Tensor:
         """Compute all features [n, k] of activations [n, d] of any floating dtype, about their

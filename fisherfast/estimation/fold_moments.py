@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherfast import ops
 from fisherfast.data.dealing import Place
-from fisherfast.estimation.derivatives import FoldScore, ScoreMoments, TangentMoments
+from fisherfast.estimation.derivatives import FoldScore, LabelMoments, ScoreMoments, TangentMoments
 from fisherfast.estimation.features import Lift
 
 
@@ -135,6 +135,7 @@ class FoldSums:
         paired: the conditions share their noise.
         tangents: P if samples have tangents, else 0.
         score: P if samples have a score, else 0.
+        labels: P if samples have labels theta, else 0.
         groups: int64 [F], number of groups in each fold, the same in all conditions, if samples
             depend on each other; None for independent samples. A group counts as one sample.
         device: of the accumulators.
@@ -144,7 +145,7 @@ class FoldSums:
         sums: [C, F, k] float64.
         products: sums over samples of f_a f_b, feature by feature, for each pair of conditions
             [C, C, k] (paired only).
-        carried: fold-wise derivatives from tangents or score; None for other sources.
+        carried: fold-wise derivatives from tangents, score or labels; None for other sources.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class FoldSums:
         paired: bool = False,
         tangents: int = 0,
         score: int = 0,
+        labels: int = 0,
         groups: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -169,11 +171,13 @@ class FoldSums:
         pairs = conditions if paired else 0
         self.products = torch.zeros(pairs, pairs, size, dtype=torch.float64, device=device)
         self._waiting: list[Tensor] = []
-        self.carried: TangentMoments | ScoreMoments | None = None
+        self.carried: TangentMoments | ScoreMoments | LabelMoments | None = None
         if tangents:
             self.carried = TangentMoments(tangents, size, folds=folds, device=device)
         elif score:
             self.carried = ScoreMoments(score, size, folds=folds, device=device)
+        elif labels:
+            self.carried = LabelMoments(labels, size, folds=folds, device=device)
 
     @property
     def seen(self) -> list[int]:
@@ -213,15 +217,16 @@ class FoldSums:
         self,
         rows: Iterable[Tensor],
         folds: Iterable[Tensor],
-        score: Tensor | None,
+        carried: Tensor | None,
         index: Tensor | slice = slice(None),
     ) -> SampleFeatures:
-        """Return some of the samples about the means of their folds.
+        """Return some of the samples about the means of their folds, or about the regression on
+        their labels.
 
         Args:
             rows: features [m, k] of samples of each condition.
             folds: theirs, int64 [m].
-            score: [m, P] of the same samples, or None.
+            carried: score or labels [m, P] of the same samples, or None.
             index: of the features; all by default.
         """
         folds = list(folds)
@@ -229,9 +234,18 @@ class FoldSums:
             about_fold_means(own, fold, sums[:, index], counts)
             for own, fold, sums, counts in zip(rows, folds, self.sums, self.counts, strict=True)
         ]
-        if isinstance(self.carried, ScoreMoments) and score is not None:
-            sums = self.carried.score_sums
-            score = about_fold_means(score, folds[0], sums, self.counts[0])
+        score = None
+        if isinstance(self.carried, ScoreMoments | LabelMoments) and carried is not None:
+            columns, sums = self.carried.columns_of(carried), self.carried.column_sums
+            score = about_fold_means(columns, folds[0], sums, self.counts[0])
+        if isinstance(self.carried, LabelMoments) and score is not None:
+            every, counts = slice(None), self.counts[0].to(self.sums)
+            basis = self.carried.basis(every, counts)
+            explained = self.carried.explained(every, counts, self.sums[0], basis)[:, index]
+            along = score @ basis
+            parts[0] -= (along @ explained).to(parts[0])
+            parts[0] *= (1 - along.square().sum(1, keepdim=True)).rsqrt().to(parts[0])
+            score = None
         paired = self.paired and self.groups is None
         return SampleFeatures(torch.cat(parts), score, len(parts) if paired else 1)
 
@@ -243,14 +257,29 @@ class FoldSums:
         scatter of the score loses as much as that of the features, and the loss cancels."""
         counts = self.counts[:, columns]
         if self.groups is None or isinstance(self.carried, ScoreMoments):
-            return float(counts.sum() - counts.numel())
+            return float(counts.sum() - counts.numel() - self._terms(columns))
         groups = self.groups[columns]
-        return float(counts.sum()) * (1 - len(groups) / float(groups.sum()))
+        lost = len(groups) + self._terms(columns)
+        return float(counts.sum()) * (1 - lost / float(groups.sum()))
 
     def _freedom(self, columns: slice, inflation: float) -> float:
         """Return nu of the folds in columns; groups that all conditions share count once."""
         counts = self.counts[:, columns] if self.groups is None else self.groups[columns]
-        return int(counts.sum() - counts.numel()) / inflation
+        return int(counts.sum() - counts.numel() - self._terms(columns)) / inflation
+
+    def _terms(self, columns: slice) -> int:
+        """Return the terms of the labels that are fitted to the samples of the folds in columns."""
+        if not isinstance(self.carried, LabelMoments):
+            return 0
+        return self.carried.basis(columns, self.counts[0, columns].to(self.sums)).shape[1]
+
+    def explained(self, columns: slice, index: Tensor | slice = slice(None)) -> Tensor | None:
+        """Return E [r, m]: E^T E is the scatter of the features in index, within the folds in
+        columns, that the labels explain; None without labels."""
+        if not isinstance(self.carried, LabelMoments):
+            return None
+        counts = self.counts[0, columns].to(self.sums)
+        return self.carried.explained(columns, counts, self.sums[0, columns])[:, index]
 
     def _inflation(self, variance: Tensor, live: Tensor) -> float:
         r"""Compute the factor by which the pooled covariance of correlated conditions has fewer
@@ -289,7 +318,7 @@ class FoldSums:
         contrast = contrast.to(device)
         counts = self.counts[:, columns].to(device, torch.float64)
         sums, samples = self.sums[:, columns], counts.sum(1)[:, None]
-        score = None
+        score, noise = None, contrast.T @ (contrast / samples)
         if self.carried is None:
             sums = sums[..., index]
             derivative = (sums.sum(1) / samples).T @ contrast
@@ -298,13 +327,17 @@ class FoldSums:
             derivative, fold_derivatives = self.carried.derivatives(columns, counts[0], sums[0])
             derivative, fold_derivatives = derivative[index], fold_derivatives[:, index]
             score = self.carried.score(columns, counts[0])
+        labelled = isinstance(self.carried, LabelMoments)
+        if isinstance(self.carried, LabelMoments):
+            noise = self.carried.noise(columns, counts[0])
+        carried = self.carried is not None and not labelled
         return FoldStatistics(
             covariance=covariance,
             dof=self._freedom(columns, inflation),
             derivative=derivative,
             fold_derivatives=fold_derivatives,
-            noise=contrast.T @ (contrast / samples),
-            paired=self.paired or self.carried is not None or self.groups is not None,
+            noise=noise,
+            paired=self.paired or carried or self.groups is not None,
             score=score,
             pair_inflation=inflation,
         )
@@ -332,6 +365,7 @@ class FoldMoments(FoldSums):
         super().__init__(size, conditions, **streams)
         self._streams = streams
         self.known = 0
+        self._variances: Tensor | None = None
         self.cross = self.sums.new_zeros(2, size, size)
 
     @property
@@ -375,6 +409,7 @@ class FoldMoments(FoldSums):
         if self.carried is not None:
             self.carried.update(raw, carried, lift, place, known=self.known)
         self.counts[condition] += place.counts
+        self._variances = None
 
     def _add(self, condition: int, raw: Tensor, lift: Lift, place: Place, known: int) -> None:
         """Add sums and products of the features after the first `known`."""
@@ -393,6 +428,7 @@ class FoldMoments(FoldSums):
     def shared_sums(self) -> list[Tensor]:
         """Views of all that adds up over processes which have each seen other samples. Known
         features are left out: they have been added up before."""
+        self._variances = None
         parts = [self.counts, self.sums[..., self.known :], self.cross[:, self.known :]]
         parts += [self.products] if self.paired else []
         return parts + ([] if self.carried is None else self.carried.shared_sums(self.known))
@@ -454,17 +490,29 @@ class FoldMoments(FoldSums):
         weight = counts.to(cross)[..., None]
         means = self.sums[:, columns][..., index] / weight * weight.sqrt()
         covariance = cross - torch.einsum("cfi,cfj->ij", means, means)
+        if (explained := self.explained(columns, index)) is not None:
+            covariance -= explained.T @ explained
         covariance /= self._scatter_freedom(columns)
         return self._statistics(covariance, contrast, self._pair_inflation(), columns, index)
 
     def variances(self) -> Tensor:
         """Compute the within-fold variance of each feature [k] float64, over all conditions."""
+        if self._variances is None:
+            self._variances = self._variance()
+        return self._variances
+
+    def _variance(self) -> Tensor:
         weight = self.counts.to(self.sums)[..., None]
         between = (self.sums.square() / weight.clamp_min(1)).sum((0, 1))
         total = int(self.counts.sum()) - self.counts.numel()
-        return (self.cross.sum(0).diagonal() - between) / max(total, 1)
+        scatter = self.cross.sum(0).diagonal() - between
+        if (explained := self.explained(slice(None))) is not None:
+            scatter, total = scatter - explained.square().sum(0), total - len(explained)
+        return scatter / max(total, 1)
 
     def _pair_inflation(self) -> float:
+        if not self.paired:
+            return 1.0
         variance = self.variances()
         return self._inflation(variance, variance > 0)
 

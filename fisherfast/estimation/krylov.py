@@ -37,6 +37,9 @@ TILE_NUMBERS = 2**20
 TILE_ROWS = 4
 """Fewest samples of a tile, at any width: the vectors are read once per tile."""
 
+SMALLEST_VARIANCE = 1e-30
+"""Variance of a standardised activation below which float32 does not resolve its squares."""
+
 
 class FirstPass:
     """Means, variances and the derivative of the activations of one set of samples.
@@ -114,7 +117,8 @@ class FirstPass:
         means = self._sums / counts
         variance = self._squares - (counts * means.square()).sum(0)
         variance /= self.degrees_of_freedom
-        alive = variance > (self._pilot.rounding * self._pilot.mean * self._pilot.scale).square()
+        rounding = (self._pilot.rounding * self._pilot.mean * self._pilot.scale).square()
+        alive = variance > rounding.clamp_min(SMALLEST_VARIANCE)
         own = variance / self._pilot.scale.square()  # in units of the activations
         squares = variance * self.degrees_of_freedom
         often = squares.square() / torch.where(alive, OFTEN * self._fourths, 1.0)

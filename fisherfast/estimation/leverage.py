@@ -20,7 +20,7 @@ from fisherfast.estimation.variance import covariance_of_entries, pair_product
 
 MOST_LEVERAGE = 1 - 1e-6
 """Upper limit of leverages: a sample that alone determines a feature has leverage 1, and without it
-the covariance is singular."""
+the covariance is singular (`left_out`)."""
 
 OWN_FEATURE = 0.5
 """Leverage of a sample that makes up half of a feature: without it the other samples would be
@@ -90,6 +90,12 @@ def leverage(squares: Tensor, dof: float) -> Tensor:
     return (squares / dof).clamp_max(MOST_LEVERAGE)
 
 
+def left_out(h: Tensor) -> Tensor:
+    """Compute g = 1 / (1 - h), by which leaving a sample out multiplies its number; zero for a
+    sample that alone makes up a feature, which says nothing about the others."""
+    return torch.where(h < MOST_LEVERAGE, 1 / (1 - h), 0.0)
+
+
 def inverse_excess(seen: Seen, effective: Tensor, dof: float) -> Tensor:
     r"""Compute the factor that multiplies J from both sides, in addition to the Gaussian
     correction.
@@ -110,8 +116,10 @@ def inverse_excess(seen: Seen, effective: Tensor, dof: float) -> Tensor:
     Returns:
         G [B, P, P]: J is G J G^T.
     """
-    g, u = 1 / (1 - seen.leverage), seen.prediction
-    once, twice = _weighted_products(g * u, u), _weighted_products(g * u, g * u)
+    g, u = left_out(seen.leverage), seen.prediction
+    once = _weighted_products(g * u, u)
+    counted = torch.where(g > 0, g, 1.0) * u  # J of a sample that is alone counts as nothing
+    twice = _weighted_products(counted, counted)
     expected = (dof - 2) / (dof - effective - GAUSSIAN_SPARE).clamp_min(1)
     return _root_of_ratio(once, twice) * expected.sqrt()[:, None, None]
 
@@ -214,7 +222,7 @@ def noise_covariance(whitened: Tensor, rest: Tensor, dof: float) -> Tensor:
     """
     step = -(-len(rest) // MOST_PAIRED)
     whitened, rest = whitened[::step], rest[::step]
-    g = 1 / (1 - leverage(whitened.square().sum(1), dof))
+    g = left_out(leverage(whitened.square().sum(1), dof))
     m, P = rest.shape
     kernel = (whitened @ whitened.T) * (g[:, None] + g) / (2 * dof)
     kernel = kernel.square()

@@ -19,7 +19,7 @@ from fisherfast import ops
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
 from fisherfast.estimation.curve import SPARE_DOF
-from fisherfast.estimation.derivatives import ScoreMoments, fold_sums
+from fisherfast.estimation.derivatives import ProductMoments, fold_sums
 from fisherfast.estimation.estimate import estimate
 from fisherfast.estimation.features import Lift
 from fisherfast.estimation.fold_moments import FoldStatistics, FoldSums, SampleFeatures
@@ -76,7 +76,7 @@ class MapMoments(FoldSums):
             carried = _by_position(carried)
         if self.carried is not None:
             self.carried.update(rows, carried, Lift.none(rows), place)
-        self.kept.add(condition, place, rows, carried if self._scored else None)
+        self.kept.add(condition, place, rows, carried if self._keeps_carried else None)
         self._cross += ops.spatial_moments(z)[1].flatten(0, 1)
         self.sums[condition] += fold_sums(rows[None], place)[:, 0]
         self.counts[condition] += place.counts
@@ -84,8 +84,8 @@ class MapMoments(FoldSums):
             self.update_products(self.abreast(rows))
 
     @property
-    def _scored(self) -> bool:
-        return isinstance(self.carried, ScoreMoments)
+    def _keeps_carried(self) -> bool:
+        return isinstance(self.carried, ProductMoments)
 
     def shared_sums(self) -> list[Tensor]:
         """Return views of the sums to add up over processes, see `FoldMoments.shared_sums`."""
@@ -99,6 +99,9 @@ class MapMoments(FoldSums):
         weight = self.counts.to(self.sums)[..., None]
         means = self._at_positions((self.sums / weight.sqrt()).flatten(0, 1).T)
         covariance = self._cross - means @ means.mT
+        if (explained := self.explained(slice(None))) is not None:
+            terms = self._at_positions(explained.T)
+            covariance -= terms @ terms.mT
         covariance /= self._scatter_freedom(slice(None))
         live = self.alive(covariance).flatten()
         inflation = self._inflation(_diagonal(covariance).flatten(), live)
@@ -112,7 +115,7 @@ class MapMoments(FoldSums):
         kept = self.kept.kept()
         rows = (x.double() for _, _, x, *_ in kept)
         folds = (fold.to(x.device) for _, fold, x, *_ in kept)
-        return self.samples_of(rows, folds, kept[0][3].double() if self._scored else None)
+        return self.samples_of(rows, folds, kept[0][3].double() if self._keeps_carried else None)
 
     def alive(self, covariance: Tensor) -> Tensor:
         """Return which channels [B, C] vary by more than the rounding of their mean."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,14 @@ FLOAT32_INVERSE = 1e4
 error is 3e-8, which then changes J by less than 1e-3 in its worst direction."""
 
 
+NARROWEST = 1e-9
+"""Smallest standard deviation that scales an activation, relative to the largest of its layer: a
+softmax has 1e-42, whose inverse float32 does not hold, and may fire later: z^4 must be finite."""
+
+SUBNORMAL = torch.finfo(torch.float32).tiny
+"""Numbers below it have fewer digits: an activation that varies by less only shows rounding."""
+
+
 @dataclass(frozen=True)
 class Standardisation:
     """Pilot mean and scale of the activations of one layer: z = (a - mean) * scale.
@@ -34,8 +43,8 @@ class Standardisation:
 
     Attributes:
         mean: [d] float64.
-        scale: [d] float64, 1 / standard deviation; the layer's median scale for activations that
-            did not vary in the pilot.
+        scale: [d] float64, 1 / standard deviation, at most 1e9 times the smallest of the layer; the
+            layer's median scale for activations that did not vary in the pilot.
         alive: [d] bool, activations that varied in the pilot; only these enter the lift.
         rounding: relative spread that the precision of the activations does not resolve.
         noise: spread relative to its size that rounding may add to an activation: `rounding`, or
@@ -126,12 +135,29 @@ class PilotMoments:
         std = (self._square / self.count).sqrt()
         alive = std > self.rounding * self._mean.abs()
         typical = std[alive].median() if bool(alive.any()) else std.new_ones(())
-        scale = torch.where(alive, std, typical).reciprocal()
+        narrowest = max(NARROWEST * float(std.max()), SUBNORMAL) if std.numel() else SUBNORMAL
+        scale = torch.where(alive, std, typical).clamp_min(narrowest).reciprocal()
         flags = self._flags or [self.ill_conditioned()]
         exact = any(flags) or all(flag is None for flag in flags)
         return Standardisation(
             self._mean, scale, alive, self.rounding, self.noise, exact, self._found_steps()
         )
+
+    def take_condition(self, ill_conditioned: bool | None) -> None:
+        """Take from other samples whether products need float64."""
+        self._flags = [ill_conditioned]
+
+    def centred_rows(self) -> list[Tensor]:
+        """Return the first samples, in the order of their batches, about their mean."""
+        return [torch.cat(self._rows) - self._mean.to(self._rows[0])] if self._rows else []
+
+    @staticmethod
+    def pooled_condition(pilots: Iterable[PilotMoments]) -> bool | None:
+        """Return `ill_conditioned` of samples from several distributions about their means."""
+        whole = PilotMoments()
+        for row in (row for pilot in pilots for row in pilot.centred_rows()):
+            whole.update(row)
+        return whole.ill_conditioned() if whole.count else None
 
     def ill_conditioned(self) -> bool | None:
         """Return whether the covariance needs float64 products; None for too few samples."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
+from fisherfast._fields import read_fields
 from fisherfast.data import Data
 from fisherfast.integrations.scalars import scalars
 from fisherfast.model.unwrap import unwrapped
@@ -21,6 +22,8 @@ from fisherfast.training import EpochRecord, FisherMonitor
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 """Names of the same library; a trainer accepts only callbacks of its own package."""
+
+STATE = {"monitor": object, "stopping": object, "val_mse": list[float] | None}
 
 SHARDED = frozenset({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
 """Strategies under which no process has the whole model."""
@@ -213,8 +216,14 @@ class FisherCallback(_Callback):  # type: ignore[misc]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Store the states until the start of the fit, when the network exists."""
-        self._resume = dict(state_dict) or None
+        """Store the states until the start of the fit, when the network exists.
+
+        Raises:
+            ValueError: it is not the result of `state_dict`; the states inside are checked later.
+        """
+        optional = ("stopping", "val_mse")
+        found = read_fields(STATE, state_dict, "state", optional=optional) if state_dict else None
+        self._resume = found
 
     def _measured(self, pl_module: nn.Module) -> nn.Module:
         if self._network is None:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from fisherfast.data import Batch, Data
 from fisherfast.data.groups import joined_groups
+from fisherfast.data.inputs import tensors_of
 from fisherfast.estimation.pilot import PilotMoments
 from fisherfast.measurement.memory import Plan
 from fisherfast.measurement.meter import Meter
@@ -112,22 +113,29 @@ class Agreement:
         if self._ranks is None or data.sharded:
             return
         names = [f"first samples of {data.condition_name(c)!r}" for c in range(data.conditions)]
-        sums = [f"checksum {checksum(head.x):x}" for head in heads]
+        sums = [f"checksum {sum(map(checksum, tensors_of(head.x))):x}" for head in heads]
         values = dict(zip(names, sums, strict=True))
         self._ranks.agree("reading the first samples", values, SAME_DATA)
 
+    def agree_on_paths(self, sites: Sequence[Site]) -> None:
+        """Take cuts, chains and copies of rank 0: whether a shift is too wide for the numbers is
+        judged by samples."""
+        if self._ranks is None:
+            return
+        found = {s.name: (s.descendants, s.cut, s.copy_of, s.summed) for s in sites}
+        of_first = self._ranks.exchange("following the model", found)[0]
+        for site in sites:
+            if site.name in of_first:
+                site.descendants, site.cut, site.copy_of, site.summed = of_first[site.name]
+
     def agree_on_layers(self, sites: Sequence[Site], measured: Sequence[Meter]) -> None:
-        """Check that the layers are the same on all ranks, and take the chains of rank 0."""
+        """Check that the layers are the same on all ranks."""
         if self._ranks is None:
             return
         compared: dict[str, Any] = {"list of layers": [site.name for site in sites]}
         compared |= {f"layer {site.name!r}": [site.kind, list(site.shape)] for site in sites}
         compared["list of layers to measure"] = _kinds(measured)
-        chains = [site.descendants for site in sites]
-        gathered = self._ranks.exchange("listing the layers", (compared, chains))
-        check_same([each for each, _ in gathered])
-        for site, descendants in zip(sites, gathered[0][1], strict=True):
-            site.descendants = descendants
+        self._ranks.agree("listing the layers", compared)
 
     def smallest(self, plan: Plan) -> Plan:
         """Return the smallest batches that any rank has planned: they are dealt by number."""
@@ -145,13 +153,15 @@ class Agreement:
         """
         if self._ranks is None or self.share is None or self.share.turns > 1:
             return
+        meters = [leaf for meter in meters for leaf in meter.leaves]
         pilots = [meter.pilot for meter in meters] if counts else []
         own = [(p.count, p.parts().cpu(), p.rounding, p.noise, p.ill_conditioned()) for p in pilots]
         gathered = self._ranks.exchange("joining the first samples", own)
         for meter, *states in zip(meters, *filter(None, gathered), strict=True):
             device, meter.pilot = meter.pilot.parts().device, PilotMoments()
             for count, parts, *relative in states:
-                meter.pilot.merge(count, parts.to(device), *relative)
+                if count:
+                    meter.pilot.merge(count, parts.to(device), *relative)
 
     def begin_pass(self, meters: Sequence[Meter], seed: int) -> None:
         """Check that all ranks measure the same layers, take what rank 0 has learned, and give each
@@ -194,6 +204,7 @@ def _compared(
         "data": "each rank's own share" if data.sharded else "the same data for all ranks",
         "parameters of the data": data.parameters,
         "conditions of the data": data.conditions,
+        "points of theta": data.centres.tolist(),
         "repetition of the data": [data.repeats(c) for c in conditions],
         "layers": repr(layers) if not callable(layers) else "a function",
         "groups": "none" if data.groups is None else "some",

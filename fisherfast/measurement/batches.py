@@ -18,6 +18,7 @@ from torch import Tensor
 from fisherfast.data import Batch, Data
 from fisherfast.data.batch import Round
 from fisherfast.data.dealing import Dealing, hashed
+from fisherfast.data.inputs import check_forms, tensors_of
 from fisherfast.model.default_device import each_as_outside
 from fisherfast.parallel.share import Share
 
@@ -63,7 +64,7 @@ class Streams:
     ) -> None:
         self._data, self._batch_size = data, batch_size
         self._device, self._dtype, self._copy = device, dtype, copy
-        self._width = data.conditions if data.paired else 1
+        self._width = data.at_each if data.paired else 1
         self._largest, self._pilot_bytes = sys.maxsize, PILOT_BYTES
         self._lent = not data.repeatable
         self._share = Share() if share is None else share
@@ -101,7 +102,7 @@ class Streams:
                     kept.append(self._keep(next(stream)))
             firsts = [kept[0] for kept in self._kept]
         batches = [batch for _, first in firsts for batch in first]
-        _check_shapes(batches)
+        check_forms(batch.x for batch in batches)
         self.owned = not all(map(_is_view, batches)) and not self._lent
         rows = min(rows, self._pilot_rows(batches[0]))
         return [self._ready(batch.part(0, rows)) for batch in batches]
@@ -241,19 +242,15 @@ def dealings_of(data: Data, folds: int, rank: int) -> list[Dealing]:
     if data.groups is not None:
         same = {id(own): Dealing.of_groups(own, folds) for own in data.groups.numbers}
         return [same[id(own)] for own in data.groups.numbers]
+    if (strata := data.strata()) is not None:
+        return [Dealing.of_strata(strata, folds)] * data.conditions
     lengths = map(data.length, range(data.conditions))
     return [Dealing.of(length, folds, rank=rank) for length in lengths]
 
 
-def _check_shapes(batches: list[Batch]) -> None:
-    shapes = sorted({tuple(batch.x.shape[1:]) for batch in batches})
-    if len(shapes) > 1:
-        raise ValueError(f"all conditions must have samples of the same shape, got {shapes}")
-
-
 def _is_view(batch: Batch) -> bool:
     """Return whether a batch is a view of a larger tensor."""
-    return batch.x.untyped_storage().nbytes() > batch.x.nbytes
+    return any(x.untyped_storage().nbytes() > x.nbytes for x in tensors_of(batch.x))
 
 
 def _release(kept: list[Round]) -> Iterator[Round]:

@@ -164,7 +164,7 @@ class CompressedMeter(Meter):
                 parameters=data.parameters,
                 steps=steps_of(data.parameters, most),
                 dtype=self._dtype,
-                scored=data.source == "score",
+                scored=data.source in ("score", "labelled"),
                 start=start,
             )
             for start in self._start or (None, None)
@@ -283,7 +283,7 @@ class CompressedMeter(Meter):
 
     def halves(self) -> list[HalfFit]:
         """Fit what was measured in the space of each half. Empty if a space has no feature that
-        varies in the other half."""
+        varies in the other half by more than rounding."""
         wholes = [moments.statistics(self._contrast) for moments in self.measured]
         indices = [self._affordable(half, whole.dof) for half, whole in enumerate(wholes)]
         if not all(map(len, indices)):
@@ -293,6 +293,8 @@ class CompressedMeter(Meter):
             for half, (whole, index) in enumerate(zip(wholes, indices, strict=True)):
                 kept, _ = independent_features(whole.select(index), ridges[half][index])
                 indices[half] = index[kept]
+            if not all(map(len, indices)):
+                return []
         fits = [leading_curve(*one) for one in zip(wholes, indices, ridges, strict=True)]
         return crossed(fits, ridges, self._data.parameters)
 

@@ -5,6 +5,7 @@ The features that vary are fitted, raw activations first, as far as the samples 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -61,6 +62,7 @@ class Fit:
         curve: over the fitted features.
         lost: [P] information that may be in raw activations that are left out as rounding.
         notes: why features were left out.
+        given: a choice that others have made, for all points of theta; None for that of this curve.
     """
 
     features: LayerMoments
@@ -71,16 +73,18 @@ class Fit:
     curve: FisherCurve
     lost: Tensor
     notes: tuple[str, ...] = ()
+    given: Choice | None = None
 
     @cached_property
     def choice(self) -> Choice:
         """How many features are used, and what that choice adds to the error."""
-        return choose_features(self.curve, self.raw)
+        return choose_features(self.curve, self.raw) if self.given is None else self.given
 
     def carried(self, chosen: int) -> bool:
         """Return whether the arithmetic carries the covariance: its rounding hides little of J."""
         hidden = self.lost + self.curve.hidden[self.raw - 1]
-        return not bool((hidden > HIDDEN_SHARE * self.curve.J[chosen - 1].diagonal()).any())
+        J, error = self.curve.J[chosen - 1].diagonal(), self.curve.stderr[chosen - 1].diagonal()
+        return not bool((hidden > HIDDEN_SHARE * J.maximum(error)).any())
 
     def _spread(self) -> Tensor:
         """Return the standard deviation of each raw activation."""
@@ -158,6 +162,46 @@ class Fit:
         if worst <= RIDGE_LOSS:
             return []
         return [f'the ridge takes {worst:.0%} of the linear information: ridge="auto" takes none']
+
+
+def choose_together(fits: Sequence[Fit], weight: Tensor) -> list[Choice]:
+    """Choose how many lifted features to use at several points, the same number at all, on the mean
+    of their curves: it shows gains that are noise at each point.
+
+    Args:
+        fits: of the points, from independent samples.
+        weight: [Q] float64 of each in the mean.
+    """
+    sizes = min(len(fit.curve) - fit.raw for fit in fits) + 1  # after 0, 1, ... lifted features
+    weight = weight.to(fits[0].curve.J)
+
+    def values(name: str) -> Tensor:
+        rows = [getattr(fit.curve, name)[fit.raw - 1 : fit.raw - 1 + sizes] for fit in fits]
+        return torch.stack(rows)
+
+    def mean(found: Tensor) -> Tensor:
+        return torch.einsum("q,q...->...", weight, found)
+
+    def size(found: Tensor) -> Tensor:
+        return torch.einsum("q,q...->...", weight.square(), found.square()).sqrt()
+
+    statistics = fits[0].curve.statistics
+    dofs = weight.new_tensor([fit.curve.statistics.dof for fit in fits])
+    noise = size(torch.stack([fit.curve.statistics.noise for fit in fits]))
+    shape = [-1, *[1] * (fits[0].curve.useless.ndim)]
+    useless = size(values("useless") * (dofs.mean() / dofs).reshape(shape))
+    curve = replace(
+        fits[0].curve,
+        J=mean(values("J")),
+        variance=size(values("variance").sqrt()).square(),
+        replicates=mean(values("replicates")),
+        left_out=mean(values("left_out")),
+        effective_dim=mean(values("effective_dim")),
+        useless=useless,
+        statistics=replace(statistics, dof=float(dofs.mean()), noise=noise, samples=None),
+    )
+    chosen, plateau, doubt, sensitive = choose_features(curve, 1)
+    return [Choice(fit.raw - 1 + chosen, plateau, doubt, sensitive) for fit in fits]
 
 
 def fitted(features: LayerMoments, contrast: Tensor, ridge: RidgeSetting) -> Fit:

@@ -3,6 +3,8 @@ them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor
 from fisherfast.data import Batch
 from fisherfast.data.dealing import Place
 from fisherfast.data.reservoir import KeptSamples
+from fisherfast.estimation.choice import Choice
 from fisherfast.estimation.curve import FisherCurve, SingularCovarianceError, cross_fitted_bound
 from fisherfast.estimation.derivatives import TangentMoments
 from fisherfast.estimation.features import BLOCK_ROWS, MAX_WIDTH, MIN_LIFT_SHARE, FeatureDictionary
-from fisherfast.estimation.fold_moments import FoldMoments
+from fisherfast.estimation.fold_moments import FoldMoments, FoldStatistics
 from fisherfast.estimation.pilot import FLOAT32_INVERSE, Standardisation
 from fisherfast.estimation.ridge import AUTO
 from fisherfast.estimation.variance import jackknife_covariance, standard_errors
@@ -28,9 +31,10 @@ from fisherfast.measurement.moments import (
     sketch_groups,
     streams_of,
 )
-from fisherfast.measurement.replicates import KEPT_SAMPLES, LEAST_ERROR, HeldSamples, kept_samples
+from fisherfast.measurement.replicates import LEAST_ERROR, HeldSamples, kept_samples
 from fisherfast.measurement.without_estimate import no_information
-from fisherfast.results.layer import LayerFisher, finite_step_note
+from fisherfast.model.sites import INPUT
+from fisherfast.results.layer import READOUT_WIDTH, LayerFisher, finite_step_note
 from fisherfast.results.marginal import SINGULAR, pack_covariance
 
 CURVE_POINTS = 64
@@ -54,6 +58,16 @@ ROUNDED = (
     " added, because tangents do not give the derivative on a lattice"
 )
 
+BEND_ERRORS = 4.0
+"""Standard errors of a bend that is no chance."""
+
+BEND_TO_J = 5.0
+"""For even theta J(theta) of a mean b t + a t^2 is on average larger than that of its slope b by
+five times the ratio of what t^2 and t explain."""
+
+BENT = 0.1
+"""Part of J that a bend may add before a note says so."""
+
 TAKEN = 0.1
 """Part of J that noise against rounding may take before the layer is noisy."""
 
@@ -67,6 +81,8 @@ class LayerMeter(Meter):
 
     features: LayerMoments
     _fit: Fit | None = None
+    _halves: tuple[FoldStatistics, FoldStatistics] | None = None
+    _readouts: Sequence[Tensor] = ()
 
     @property
     def moments(self) -> FoldMoments:
@@ -112,12 +128,12 @@ class LayerMeter(Meter):
         raw, carried = self.features.add(condition, batch, place)
         if self._first_pass:
             self.features.held.add(condition, raw, carried, place)
-        self._fit = None
+        self._fit = self._halves = None
         return all_finite(self.moments, condition)
 
     def shared_sums(self) -> list[Tensor]:
         """Return views of all sums of this pass."""
-        self._fit = None
+        self._fit = self._halves = None
         return super().shared_sums() + self.moments.shared_sums()
 
     def shared_samples(self) -> list[KeptSamples]:
@@ -173,6 +189,43 @@ class LayerMeter(Meter):
                 raise UnmeasuredError(f"layer {self.site.name!r}: {error}") from None
         return self._fit
 
+    @property
+    def sketched(self) -> bool:
+        """True if the features are sums of the activations in random groups."""
+        return self.features.dictionary.kind == "sketch"
+
+    def half_statistics(self) -> tuple[FoldStatistics, FoldStatistics]:
+        """Compute the statistics of all features in each half of the samples."""
+        if self._halves is None:
+            first, second = (self.moments.statistics(self._contrast, half) for half in (0, 1))
+            self._halves = first, second
+        return self._halves
+
+    def read_also(self, readouts: Sequence[Tensor]) -> None:
+        """Use other readouts of the raw features [raw, P] for the honest bound, one for each half,
+        learned without the samples of the other half."""
+        self._readouts = readouts
+
+    def choose(self, choice: Choice) -> None:
+        """Use as many features as others have chosen."""
+        self._fit = replace(self.fit(), given=choice)
+
+    def bends(self) -> bool:
+        """Return whether the mean of the activations bends with theta so strongly that the mean of
+        J over a bin is clearly above J of the mean slope."""
+        fit = self.fit()
+        explained = self.moments.explained(slice(None), fit.alive[: fit.raw])
+        P = self._data.parameters
+        if explained is None or len(explained) == P:
+            return False
+        squares = (fit.curve.readout[: fit.raw, : fit.raw] @ explained.T).square().sum(0)
+        effective = float(fit.curve.effective_dim[fit.raw - 1])
+        shrink = (fit.whole.dof - effective - 1) / fit.whole.dof
+        sizes = shrink * squares - effective
+        line, bend, terms = float(sizes[:P].sum()), float(sizes[P:].sum()), len(sizes) - P
+        error = math.sqrt(2 * terms * effective + 4 * max(bend, 0.0))
+        return bend > BEND_ERRORS * error and BEND_TO_J * bend > BENT * max(line, 0.0)
+
     def nbytes(self, number: int) -> tuple[int, int]:
         """Return the bytes kept for the layer, and the additional bytes while it is estimated."""
         data, settings = self._data, self._settings
@@ -182,7 +235,7 @@ class LayerMeter(Meter):
         k = raw + max(aimed, 0)
         lift = (k - raw) * d * number
         carried = data.parameters if data.source == "pathwise" else 0
-        held = number * (KEPT_SAMPLES + kept_samples(raw, data.source)) * raw * (1 + carried)
+        held = number * sum(kept_samples(raw, data)) * raw * (1 + carried)
         moments, estimate = moment_bytes(k, data, settings.folds)
         if settings.probe is not None:  # the same of each half, with another lift
             held += 2 * (moments + lift)
@@ -234,8 +287,9 @@ class LayerMeter(Meter):
     def _read(self, base: LayerFisher, fit: Fit, chosen: int) -> LayerFisher:
         """Read J, its errors and bounds at a number of features."""
         curve, raw, index = fit.curve, fit.raw, fit.alive[:chosen]
-        halves = [self.moments.statistics(self._contrast, half, index) for half in (0, 1)]
-        lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen])
+        halves = [half.select(index) for half in self.half_statistics()]
+        others = [_at_features(readout, index, raw) for readout in self._readouts]
+        lower, lower_stderr = cross_fitted_bound(halves[0], halves[1], fit.ridge[:chosen], others)
         errors = fit.error_covariance(chosen)
         if halves[0].score is None:
             lower_stderr = _with_tails(lower_stderr, lower, curve, chosen, errors)
@@ -267,7 +321,22 @@ class LayerMeter(Meter):
             replicates=(replicates + doubt if len(replicates) else replicates).cpu(),
             error_covariance=pack_covariance(errors).cpu(),
             response=response,
+            readout=self._linear_readout(fit),
         )
+
+    def _linear_readout(self, fit: Fit) -> Tensor | None:
+        """Return S^-1 D [d, P] of the raw activations, without bias for few samples; None for a
+        wide layer after the input, and for a sketch."""
+        dictionary, statistics = self.features.dictionary, fit.curve.statistics
+        wide = self.site.name != INPUT and self.site.dim > READOUT_WIDTH
+        if wide or dictionary.kind == "sketch" or self.site.dim > dictionary.raw:
+            return None
+        W = fit.curve.readout_of(fit.raw)
+        if statistics.score is None:  # E[S^-1] is larger than S^-1; a regression has no such bias
+            W = W * (1 - (float(fit.curve.effective_dim[fit.raw - 1]) + 1) / statistics.dof)
+        full = W.new_zeros(dictionary.raw, W.shape[1])
+        full[fit.alive[: fit.raw]] = W
+        return dictionary.readout(full).cpu()
 
     def _taken_by_noise(self, fit: Fit, size: int) -> float:
         """Return the share of J of the first `size` features that noise against rounding has taken:
@@ -280,6 +349,14 @@ class LayerMeter(Meter):
         J = fit.curve.J[size - 1].diagonal()
         noise = (W * self._half_steps[raw, None]).square().sum(0)
         return float(torch.where(J > 0, noise / J, 0.0).max())
+
+
+def _at_features(readout: Tensor, index: Tensor, raw: int) -> Tensor:
+    """Extend a readout of all raw features [d, P] to the features in index [k], of which the first
+    are raw."""
+    extended = readout.new_zeros(len(index), readout.shape[1])
+    extended[:raw] = readout[index[:raw]]
+    return extended
 
 
 def _with_tails(

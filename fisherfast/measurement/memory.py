@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fisherfast.data import Batch, Data
+from fisherfast.data.inputs import joined
 from fisherfast.dual.memory import KEPT_BYTES, LARGE_BYTES
 from fisherfast.estimation.features import MAX_WIDTH
 from fisherfast.model.sites import Site
@@ -129,12 +130,10 @@ class Plan(NamedTuple):
 
     Attributes:
         batch_size: most samples of a batch.
-        survey_samples: samples of each condition used to find which layer depends on which.
         pilot_bytes: most bytes that the pilot keeps of a source that is read once.
     """
 
     batch_size: int
-    survey_samples: int
     pilot_bytes: int
 
 
@@ -150,7 +149,7 @@ def shares(first: Batch, live: int, costs: Iterable[LayerCost], data: Data, owne
     """
     n = max(len(first), 1)
     carried = 1 if first.tangents is None else 1 + len(first.tangents)
-    number = max(first.x.element_size(), torch.float32.itemsize)
+    number = max(joined(first.x).element_size(), torch.float32.itemsize)
     together = data.conditions if data.paired else 1
     batch = -(-first.nbytes // n)
     source = together * (batch * (SOURCE_COPIES if owned else 0) + batch)
@@ -194,7 +193,8 @@ def streamed_sums(data: Data, folds: int) -> int:
     """Return how many sums are kept of each feature: by condition and fold, of tangents or score,
     and of pairs."""
     P, C = data.parameters, data.conditions
-    carried = folds * P if data.source in ("pathwise", "score") else 0
+    columns = {"pathwise": P, "score": P, "labelled": P + P * (P + 1) // 2}
+    carried = folds * columns.get(data.source, 0)
     return C * folds + carried + (C * C if data.paired else 0)
 
 
@@ -235,10 +235,7 @@ def plan(
     pilot = min(budget // PILOT_SHARE, budget - needed) if not data.repeatable else 0
     fixed += pilot
     largest = bisect_right(range(1, batch_size + 1), budget - fixed, key=per_sample.of)
-    every = number * sum(cost.site.dim for cost in costs)
-    replay = 3 * every + WORKSPACE * per_sample.network + per_sample.source
-    room = (budget - LIBRARIES - kept) // max(replay * data.conditions, 1)
-    return Plan(largest, max(room, 1), pilot)
+    return Plan(largest, pilot)
 
 
 def in_words(nbytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -70,11 +71,25 @@ class Meter(ABC):
         self._half_steps = relative / 2
         self.largest_step = max(self.largest_step, float(relative.max()))
 
-    def observe_pilot(self, activations: Tensor, moving: Tensor | None = None) -> None:
+    @property
+    def leaves(self) -> Sequence[Meter]:
+        """The meters that have a pilot: this one, or those of several points of theta."""
+        return (self,)
+
+    def observe_pilot(
+        self,
+        activations: Tensor,
+        moving: Tensor | None = None,
+        *,
+        condition: int = 0,
+        labels: Tensor | None = None,
+    ) -> None:
         """Add activations [n, ...] to the pilot statistics.
 
         Args:
             moving: bool [n, ...] marks those with a derivative; None if that is unknown.
+            condition: of the samples; read by `PointsMeter` only, as are
+            labels: theta [n, P] of the samples, if they have some.
         """
         if activations.dtype == torch.float64:
             self._dtype = torch.float64

@@ -172,11 +172,15 @@ def streams_of(
 ) -> dict[str, Any]:
     """Return the arguments of `FoldMoments` and `MapMoments` that describe the samples, or those of
     a half, dealt to its `own` folds."""
-    groups = None if data.groups is None else groups_by_fold(len(data.groups), folds, half, own)
+    groups = None
+    if data.groups is not None:
+        count, among = len(data.groups.labels), data.groups.present
+        groups = groups_by_fold(count, folds, half, own, among)
     return {
         "folds": folds if own is None else own,
         "paired": data.paired,
         "groups": groups,
         "tangents": data.parameters if data.source == "pathwise" else 0,
         "score": data.parameters if data.source == "score" else 0,
+        "labels": data.parameters if data.source == "labelled" else 0,
     }

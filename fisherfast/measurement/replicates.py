@@ -23,6 +23,7 @@ from fisherfast.estimation.curve import FisherCurve, at_least
 from fisherfast.estimation.fold_moments import FoldMoments, SampleFeatures, about_fold_means
 from fisherfast.estimation.leverage import (
     excess_covariance,
+    left_out,
     leverage,
     score_corrections,
     score_covariance,
@@ -35,6 +36,9 @@ KEPT_SAMPLES = 1024
 KEPT_NUMBERS = 2**18
 """Activations kept of a narrow layer, 1 MB of float32, so of more samples ..."""
 
+MOST_SHARED = 4
+"""Largest factor by which each of several points keeps fewer samples: their mean needs no more."""
+
 MOST_SAMPLES = 8192
 """... up to this number."""
 
@@ -43,6 +47,9 @@ NEIGHBOURS = 16
 
 SPARE_DOF = 3
 """The variance of an inverse covariance has nu - k_eff - 3 degrees of freedom."""
+
+NOTHING = 1e-9
+"""Eigenvalue of normalised terms of the labels below which they are linear in each other."""
 
 LEAST_ERROR = 0.01
 """Smallest part of a Gaussian variance that light tails can leave."""
@@ -56,11 +63,13 @@ Features = Callable[[Tensor], Tensor]
 """Computes features [m, k] of raw ones [m, d]."""
 
 
-def kept_samples(width: int, source: str) -> int:
-    """Return the samples to keep over all conditions for a number of raw features: more in a narrow
-    layer, and twice as many with a score, whose residuals may depend on the leverage."""
-    least = KEPT_SAMPLES * (2 if source == "score" else 1)
-    return max(least, min(KEPT_NUMBERS // max(width, 1), MOST_SAMPLES))
+def kept_samples(width: int, data: Data) -> list[int]:
+    """Return the samples to keep over all conditions, the same for all layers and those for a
+    number of raw features: more in a narrow layer, and twice as many with a score, whose residuals
+    may depend on the leverage. One of several points keeps a quarter."""
+    least = KEPT_SAMPLES * (2 if data.source == "score" else 1)
+    more = max(least, min(KEPT_NUMBERS // max(width, 1), MOST_SAMPLES))
+    return sorted({kept // min(data.siblings, MOST_SHARED) for kept in (KEPT_SAMPLES, more)})
 
 
 class HeldSamples:
@@ -86,6 +95,7 @@ class HeldSamples:
 
     def __init__(self, data: Data, folds: int, width: int, dtype: torch.dtype) -> None:
         self._source, self._folds = data.source, folds
+        self._shared = min(data.siblings, MOST_SHARED)
         self._parameters, self._contrast = data.parameters, data.contrast()
         self._groups = None if data.groups is None else data.groups.numbers
         counts = [data.samples(c) for c in range(data.conditions)]
@@ -98,7 +108,7 @@ class HeldSamples:
                 dtype=dtype,
                 expected=known,
             )
-            for samples in sorted({KEPT_SAMPLES, kept_samples(width, data.source)})
+            for samples in kept_samples(width, data)
         ]
         self.dependence = 0.0
 
@@ -128,8 +138,8 @@ class HeldSamples:
         kept = [self._thinned(condition, most) for condition in range(len(self._contrast))]
         rows = (features(raw)[:, index] for raw, *_ in kept)
         folds = (fold for _, _, fold, _ in kept)
-        score = kept[0][1] if self._source == "score" else None
-        return moments.samples_of(rows, folds, score, index)
+        carried = kept[0][1] if self._source in ("score", "labelled") else None
+        return moments.samples_of(rows, folds, carried, index)
 
     def error_covariance(
         self, curve: FisherCurve, k: int, samples: SampleFeatures | None, read: Readout, most: int
@@ -160,7 +170,7 @@ class HeldSamples:
             missing = 1 / len(looked_at.features) - 1 / dof
             changes = score_corrections(whitened, u, samples.score, dof)
             return errors + covariance_of_entries(changes) * max(missing, 0.0)
-        g = 1 / (1 - leverage(whitened.square().sum(1, keepdim=True), dof))
+        g = left_out(leverage(whitened.square().sum(1, keepdim=True), dof))
         moved = None
         if self._source == "pathwise":
             raw, tangents, *_ = self._thinned(0, most)
@@ -170,7 +180,9 @@ class HeldSamples:
 
     def _thinned(self, condition: int, most: int) -> tuple[Tensor, ...]:
         """As `_condition`, thinned to at most `most` samples of all conditions."""
-        parts = self._condition(condition, self.stores[-1 if most > KEPT_SAMPLES else 0])
+        parts = self._condition(
+            condition, self.stores[-1 if most > KEPT_SAMPLES // self._shared else 0]
+        )
         step = -(-len(parts[0]) * len(self._contrast) // most)
         return tuple(part[::step] for part in parts)
 
@@ -219,6 +231,8 @@ class HeldSamples:
             raw, carried, fold, numbers = self._condition(condition)
             tangents = carried if self._source == "pathwise" else None
             u, moved = read(raw, tangents)
+            if self._source == "labelled":
+                u = _about_labels(u, carried)
             share = self._units(condition, numbers) / samples
             groups = None if self._groups is None else self._groups[condition][numbers]
             self.dependence = max(self.dependence, _dependence(u, numbers, groups))
@@ -228,6 +242,8 @@ class HeldSamples:
                 s = _about_own_means(carried, fold, self._folds)
                 change = _outer(s, own)
                 scores = self._by_fold(_outer(s, s), fold, share)
+            elif self._source == "labelled":
+                change = _outer(u, _slope_weights(carried).to(u))
             elif moved is not None:
                 change = moved.mT
             else:
@@ -236,8 +252,8 @@ class HeldSamples:
         return squares / len(self._contrast), crossed, scores
 
     def _condition(self, condition: int, kept: KeptSamples | None = None) -> tuple[Tensor, ...]:
-        """Return raw features, their tangents or score (the features themselves if there are none),
-        folds and numbers of the samples."""
+        """Return raw features, their tangents, score or labels (the features themselves if there
+        are none), folds and numbers of the samples."""
         numbers, fold, raw, *carried = (kept or self.stores[0]).kept()[condition]
         return raw, (carried[0] if carried else raw).double(), fold.to(raw.device), numbers
 
@@ -278,6 +294,22 @@ def _ranks(values: Tensor) -> Tensor:
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
     return ranks - ranks.mean()
+
+
+def _about_labels(u: Tensor, theta: Tensor) -> Tensor:
+    """Subtract from numbers u [m, P] their regression on theta [m, P] and its squares."""
+    centred = theta - theta.mean(0)
+    terms = torch.cat([torch.ones_like(theta[:, :1]), centred, centred.square()], 1).to(u)
+    terms = terms / terms.norm(dim=0).clamp_min(torch.finfo(u.dtype).tiny)
+    values, vectors = torch.linalg.eigh(terms.T @ terms)
+    basis = terms @ (vectors[:, values > NOTHING] / values[values > NOTHING].sqrt())
+    return u - basis @ (basis.T @ u)
+
+
+def _slope_weights(theta: Tensor) -> Tensor:
+    """Return weights [m, P]: the slope on theta [m, P] is the mean of weight times feature."""
+    centred = theta - theta.mean(0)
+    return len(theta) * centred @ torch.linalg.pinv(centred.T @ centred, hermitian=True)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,10 +17,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fisherfast import dual
-from fisherfast._errors import FisherWarning
-from fisherfast._progress import progress_bar
+from fisherfast._errors import FisherWarning, explained
+from fisherfast._progress import Progress
 from fisherfast.data import Batch, Data
 from fisherfast.data.dealing import Place
+from fisherfast.data.inputs import (
+    Samples,
+    concatenated,
+    described,
+    floating,
+    joined,
+    left_out,
+    spread,
+    tensors_of,
+)
+from fisherfast.dual.errors import autograd_call
 from fisherfast.estimation.dither import StepMeter, dithered
 from fisherfast.estimation.maps import estimate_map
 from fisherfast.measurement.agreement import Agreement
@@ -30,17 +41,19 @@ from fisherfast.measurement.layer import ROUNDED, LayerMeter
 from fisherfast.measurement.memory import FEW_SAMPLES, LayerCost, LivePeak, Plan, plan, shares
 from fisherfast.measurement.meter import Meter, rows_of
 from fisherfast.measurement.moments import UnmeasuredError
+from fisherfast.measurement.points import PointsMeter, Splitter
 from fisherfast.measurement.probe_layer import PROBE_BYTES, ProbeMeter
 from fisherfast.measurement.settings import MeasurementSettings
-from fisherfast.measurement.without_estimate import not_measured, score_information, score_note
+from fisherfast.measurement.without_estimate import not_measured, of_input, score_note
 from fisherfast.model.default_device import on_host, outside
-from fisherfast.model.graph import CHAIN_SAMPLES, chains, survey
+from fisherfast.model.graph import merged, survey
 from fisherfast.model.hooks import Forward
 from fisherfast.model.isolation import evaluation, own_random_state
+from fisherfast.model.paths import follow
 from fisherfast.model.sites import INPUT, Layers, Site, select
 from fisherfast.parallel.ranks import Ranks
 from fisherfast.results.flow import FisherFlow
-from fisherfast.results.information_map import InformationMap
+from fisherfast.results.information_map import InformationMap, is_mapped
 from fisherfast.results.layer import NOT_INDEPENDENT, LayerFisher, warn_of
 from fisherfast.results.status import with_status
 
@@ -57,32 +70,32 @@ class NotFiniteError(ValueError):
 
 @dataclass
 class Recall:
-    """Layers, their chains, and the information in the input, which training does not change.
+    """Layers, and the information in the input, which training does not change.
 
     Attributes:
-        sites: the measured layers with their chains; None until two measurements agree on them,
-            because a weight that is zero at first hides a path.
+        sites: all layers of the model; empty before the first measurement.
+        apart: names of layers that were no copy of another one in some measurement: they keep a
+            row of their own, so that rows stay when a scale is no longer zero.
         input: the result for the input; None if each measurement may have other samples.
         input_map: its map, if any.
         spaces: by compressed layer, the weights learned from each half of its samples.
+        gradients: whether the model runs only where graphs are recorded, because it calls
+            `torch.autograd` itself (a force field).
     """
 
-    sites: list[Site] | None = None
+    sites: list[Site] = field(default_factory=list)
+    apart: set[str] = field(default_factory=set)
     input: LayerFisher | None = None
     input_map: InformationMap | None = None
     spaces: dict[str, list[Tensor]] = field(default_factory=dict)
-    _chains: dict[str, set[str]] | None = field(default=None, init=False, repr=False)
+    gradients: bool = False
 
     def unknown(self, sites: list[Site]) -> list[Site]:
         """Return the sites that must be measured."""
         return [site for site in sites if site.name != INPUT or self.input is None]
 
-    def complete(self, flow: FisherFlow, sites: list[Site], data: Data) -> FisherFlow:
+    def complete(self, flow: FisherFlow, data: Data) -> FisherFlow:
         """Add what was not measured again to a flow, and keep what the next one can reuse."""
-        if self.sites is None:
-            chains = {site.name: set(site.descendants) for site in sites}
-            self.sites = sites if chains == self._chains else None
-            self._chains = chains
         if self.input is not None:
             maps = {} if self.input_map is None else {INPUT: self.input_map}
             return replace(flow, layers=(self.input, *flow.layers), maps=maps | flow.maps)
@@ -135,26 +148,30 @@ class Measurement:
         self._moving: Tensor | None = None
         self._ties = StepMeter()
         self._half_steps: Tensor | None = None
+        self._left_out: str | None = None
+        self._split = Splitter(data)
 
     @property
     def _layer_meters(self) -> list[Meter]:
         """One meter per layer, in execution order."""
         return list(dict.fromkeys(self._meters.values()))
 
-    def run(self, progress: bool = False) -> FisherFlow:
+    def run(self, progress: bool | None = False) -> FisherFlow:
         """Stream all samples, again for meters that need more passes, and estimate."""
+        shown = Progress(progress if self._agreement.leads else False, "Fisher flow")
         with on_host():
             self._data = self._agreement.begin(
                 self._model, self._data, self._layers, self._settings
             )
-            flow, warning = self._flow(self._measured(progress and self._agreement.leads))
+            self._split = Splitter(self._data)
+            flow, warning = self._flow(self._measured(shown))
         if not self._quiet:
             if warning is not None:
                 warnings.warn(warning, FisherWarning, stacklevel=3)
             warn_of(flow.layers, stacklevel=4)
         return flow
 
-    def _measured(self, progress: bool) -> dict[Meter, LayerFisher]:
+    def _measured(self, progress: Progress) -> dict[Meter, LayerFisher]:
         """Estimate all layers, in as many passes as their meters need."""
         with self._evaluation():
             streams = self._streams()
@@ -203,8 +220,8 @@ class Measurement:
         with torch.no_grad(), self._exact():
             for number, meter in enumerate(meters):
                 name = meter.site.name
-                if name == INPUT and scored:
-                    layers[number] = score_information(layers[number], meter)
+                if name == INPUT:
+                    layers[number] = of_input(layers[number], meter, self._data, self._left_out)
                 if meter.map is not None:
                     contrast, ridge = self._data.contrast(), self._settings.ridge
                     maps[name] = InformationMap(
@@ -214,16 +231,18 @@ class Measurement:
                     self._recall.spaces[name] = projections
             if meters:
                 warning = score_note(meters[0])
-        if warning is not None:
-            layers[0] = replace(layers[0], notes=(*layers[0].notes, warning))
+        remarks = [*self._data.notes(), *self._split.notes()]
+        remarks += [] if warning is None else [warning]
+        if meters and remarks:
+            layers[0] = replace(layers[0], notes=(*layers[0].notes, *remarks))
         flow = FisherFlow(tuple(layers), self._settings.to_dict(), maps=maps)
-        flow = self._recall.complete(flow, self._sites, self._data)
+        flow = self._recall.complete(flow, self._data)
         return replace(flow, layers=with_status(flow.layers, score=scored)), warning
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """Set eval mode without gradients, with random numbers of its own and the buffers of the
-        first rank."""
+        """Set eval mode without gradients (unless the model calls for them), with random numbers of
+        its own and the buffers of the first rank."""
         if self._model is None:
             with own_random_state(None, self._settings.seed), torch.no_grad():
                 yield
@@ -231,7 +250,8 @@ class Measurement:
         pathwise = self._data.source == "pathwise"  # rounded values have no derivative
         with evaluation(self._model, self._settings.seed):
             self._agreement.copy_buffers(self._model)
-            with self._exact() if pathwise else nullcontext():
+            gradients = torch.set_grad_enabled(self._recall.gradients)
+            with gradients, self._exact() if pathwise else nullcontext():
                 yield
 
     @contextmanager
@@ -256,14 +276,16 @@ class Measurement:
             bounded=self._settings.memory_budget is not None,
         )
 
-    def _stream(self, streams: Streams, progress: bool) -> None:
+    def _stream(self, streams: Streams, progress: Progress) -> None:
         """List the layers, run the pilot, and make the first pass."""
         self._survey(streams)
         self._active = self._layer_meters
         with self._forward() as forward:
             seen = 0
             for self._condition, self._number, batch in streams.pilot():
-                forward.run(self._pilot_input(batch))
+                self._score = batch.score
+                with self._located(batch.x):
+                    forward.run(self._pilot_input(batch))
                 seen += len(batch)
             if not seen:  # the first samples are on other ranks: these only show a device
                 forward.run(streams.first(2)[0].x)
@@ -274,18 +296,34 @@ class Measurement:
                 self._meters[INPUT].note_steps(2 * self._half_steps)
             self._run_all(streams, forward, progress)
 
-    def _run_all(self, streams: Streams, forward: Any, progress: bool) -> None:
+    def _run_all(self, streams: Streams, forward: Any, progress: Progress) -> None:
         self._agreement.begin_pass(self._active, self._settings.seed)
-        with progress_bar(progress, total=streams.samples, title="Fisher flow") as bar:
+        self._split.outside = 0
+        with progress.bar(streams.samples) as bar:
             for self._condition, self._number, batch in streams:
                 self._score, self._place = batch.score, batch.place
-                self._run(forward, batch)
+                with self._located(batch.x):
+                    self._run(forward, batch)
                 if batch.x.device.type == "cpu":
                     self._raise_if_not_finite()
                 bar.update(len(batch))
         self._raise_if_not_finite()
         self._raise_if_skipped()
         self._agreement.end_pass(self._active)
+
+    def _located(self, x: Samples) -> Any:
+        """Add to an error of the model which batch it was called with."""
+
+        def where() -> str:
+            name = self._data.condition_name(self._condition)
+            # the pilot reads samples from all over the data
+            numbers = torch.as_tensor(self._number, device="cpu").unique().tolist()
+            batch = f"batch {numbers[0]}"
+            if len(numbers) > 1:
+                batch = f"one of the batches {numbers[0]} to {numbers[-1]}"
+            return f"in {batch} of condition {name!r}: {described(x)}"
+
+        return explained(where)
 
     def _run(self, forward: Any, batch: Batch) -> None:
         """Run the model, with tangents if the samples have them and a layer reads them."""
@@ -297,9 +335,9 @@ class Measurement:
             forward.run(x)
         else:
             with dual.propagation(self._model, len(batch.tangents)):
-                forward.run(dual.DualTensor.pack(x, batch.tangents))
+                forward.run(spread(x, batch.tangents, dual.DualTensor.pack))
 
-    def _pilot_input(self, batch: Batch) -> Tensor:
+    def _pilot_input(self, batch: Batch) -> Samples:
         """Return the first samples as the model sees them, after a search for steps in those with
         tangents."""
         if batch.tangents is None:
@@ -307,18 +345,20 @@ class Measurement:
         self._moving = (batch.tangents != 0).any(0)
         if self._model is None:
             return batch.x
-        self._ties.update(rows_of(batch.x), rows_of(self._moving))
+        self._ties.update(rows_of(joined(batch.x)), rows_of(self._moving))
         self._half_steps = self._ties.half_steps()
         return self._dithered(batch)
 
-    def _dithered(self, batch: Batch) -> Tensor:
+    def _dithered(self, batch: Batch) -> Samples:
         """Add noise of half a step to the samples [n, ...] where their tangents are not zero."""
         if self._half_steps is None or batch.tangents is None:
             return batch.x
-        size = self._half_steps.to(batch.x).reshape(batch.x.shape[1:])
+        x = joined(batch.x)
+        size = self._half_steps.to(x).reshape(x.shape[1:])
         key = self._settings.seed, self._condition
         numbers = torch.arange(len(batch)) if batch.place is None else batch.place.numbers
-        return dithered(batch.x, size, batch.tangents, numbers, *key)
+        noisy = dithered(x, size, batch.tangents, numbers, *key)
+        return spread(batch.x, noisy, lambda entry, part: part)
 
     def _survey(self, streams: Streams) -> None:
         """List the layers on the first samples; with a budget, on just enough to show how much
@@ -326,9 +366,16 @@ class Measurement:
         bounded = self._settings.memory_budget is not None
         first = streams.first(FEW_SAMPLES if bounded else SURVEY_SAMPLES)
         self._agreement.agree_on_samples(self._data, first)
-        batch = torch.cat([samples.x for samples in first])
-        known = self._recall.sites is not None
-        self._sites = self._recall.sites or self._find_sites(batch)
+        batch = concatenated([samples.x for samples in first])
+        self._left_out = left_out(batch)
+        with explained(lambda: f"on the first samples of all conditions: {described(batch)}"):
+            self._sites = self._find_sites(batch)
+        alone = all(site.name == INPUT for site in self._sites)
+        if alone and not floating(batch) and self._data.source != "score":
+            raise TypeError(
+                f"x must have a floating dtype, got {tensors_of(batch)[0].dtype}; convert with"
+                " .float(), or measure the layers of a model that takes integers"
+            )
         unknown = self._recall.unknown(self._sites)
         for site in unknown:
             meter = self._meter(site, self._probe_bytes() // len(unknown))
@@ -337,10 +384,6 @@ class Measurement:
         if bounded:
             fits = self._agreement.smallest(self._planned(streams, first[0], batch))
             streams.limit(fits.batch_size, fits.pilot_bytes)
-            more = streams.first(min(fits.survey_samples, SURVEY_SAMPLES))
-            batch = torch.cat([samples.x for samples in more])
-        if not known:
-            self._find_chains(self._sites, batch)
         self._agreement.agree_on_layers(self._sites, self._layer_meters)
 
     def _check_maps(self) -> None:
@@ -350,7 +393,7 @@ class Measurement:
         if unknown:
             raise ValueError(f"maps must name layers that are measured, {known}, got {unknown}")
 
-    def _planned(self, streams: Streams, first: Batch, batch: Tensor) -> Plan:
+    def _planned(self, streams: Streams, first: Batch, batch: Samples) -> Plan:
         """Plan batches that fit into the budget."""
         budget = self._settings.memory_budget
         assert budget is not None
@@ -359,7 +402,7 @@ class Measurement:
                 with Forward(self._model, lambda *event: None, self._sites) as forward:
                     forward.run(batch.clone())
         data, settings = self._data, self._settings
-        number = max(batch.element_size(), torch.float32.itemsize)
+        number = max(joined(batch).element_size(), torch.float32.itemsize)
         costs = [LayerCost(m.site, m.unit, *m.nbytes(number)) for m in self._layer_meters]
         alive = -(-live.nbytes // len(batch))
         per_sample = shares(first, alive, costs, data, owned=streams.owned)
@@ -376,49 +419,71 @@ class Measurement:
     def _meter(self, site: Site, budget: int) -> Meter:
         """Make the meter of a layer; with a probe, it keeps up to `budget` bytes of samples."""
         data, settings = self._data, self._settings
+        start = self._recall.spaces.pop(site.name, [])
+        if not data.points:
+            return self._meter_at(site, data, settings, budget, start)
+        share = len(start) // data.points
+
+        def make(point: int, own: Data, asked: MeasurementSettings) -> Meter:
+            known = start[point * share : (point + 1) * share]
+            return self._meter_at(site, own, asked, budget // data.points, known)
+
+        return PointsMeter(site, data, settings, make, self._split)
+
+    def _meter_at(
+        self,
+        site: Site,
+        data: Data,
+        settings: MeasurementSettings,
+        budget: int,
+        start: Sequence[Tensor],
+    ) -> Meter:
+        """Make the meter of a layer at one theta."""
         if too_wide(site.dim, data, settings.max_features, settings.folds):
-            self._check_samples(site, fewest_samples(site.dim, data, settings.folds))
-            start = self._recall.spaces.pop(site.name, ())
+            _check_samples(site, data, fewest_samples(site.dim, data, settings.folds))
             return CompressedMeter(site, data, settings, start)
-        self._check_samples(site, 2 * settings.folds, " (two per fold)")
+        _check_samples(site, data, 2 * settings.folds, " (two per fold)")
         if settings.probe is None:
             return LayerMeter(site, data, settings)
         return ProbeMeter(site, data, settings, budget)
 
-    def _check_samples(self, site: Site, needed: int, reason: str = "") -> None:
-        """Refuse a layer that cannot be measured before all samples are read, if their number is
-        known."""
-        counts = [self._data.units(c) for c in range(self._data.conditions)]
-        known = [n for n in counts if n is not None]
-        if known and min(known) < needed and not self._data.sharded:
-            units = "samples" if self._data.groups is None else "groups of samples"
-            raise ValueError(
-                f"layer {site.name!r} must see at least {needed} {units} per"
-                f" condition{reason}, got {min(known)}"
-            )
+    def _find_sites(self, batch: Samples) -> list[Site]:
+        """List the layers to measure. The model is followed at every measurement, because a scale
+        may have become zero: a layer that was a copy of another one is then measured again."""
+        model, recall, maps = self._model, self._recall, self._settings.maps
+        if model is None:
+            return [Site(INPUT, "data", tuple(joined(batch).shape[1:]))]
+        recall.sites = recall.sites or self._surveyed(model, batch)
+        follow(model, batch, recall.sites)
+        self._agreement.agree_on_paths(recall.sites)
+        recall.apart |= {site.name for site in recall.sites if site.copy_of is None}
 
-    def _find_sites(self, batch: Tensor) -> list[Site]:
-        if self._model is None:
-            return [Site(INPUT, "data", tuple(batch.shape[1:]))]
-        sites = survey(self._model, batch)
-        return select(sites, self._layers, self._model, self._settings.output)
+        def apart(site: Site, original: Site) -> bool:
+            reordered = site.shape != original.shape and is_mapped(maps, site.names)
+            return site.name in recall.apart or reordered
 
-    def _find_chains(self, sites: list[Site], batch: Tensor) -> None:
-        """Replay the model once per layer, on so few samples that it costs at most half a pass."""
-        if self._model is None:
-            return
-        counts = [self._data.samples(c) for c in range(self._data.conditions)]
-        affordable = len(batch)
-        if None not in counts:
-            affordable = sum(n for n in counts if n is not None) // (2 * len(sites))
-        chains(self._model, batch[: max(CHAIN_SAMPLES, affordable)], sites)
+        sites = merged(recall.sites, apart)
+        return select(sites, self._layers, model, self._settings.output)
+
+    def _surveyed(self, model: nn.Module, batch: Samples) -> list[Site]:
+        """List all layers; of a force field with graphs recorded."""
+        try:
+            return survey(model, batch)
+        except RuntimeError as error:
+            if autograd_call(error) is None:
+                raise
+            self._recall.gradients = True
+            torch.set_grad_enabled(True)  # until the end of this evaluation
+            return survey(model, batch)
 
     def _forward(self) -> Any:
         """Make the forward pass that reports to the active meters; the model does not run if they
         read only the input."""
         if self._model is None or all(meter.site.name == INPUT for meter in self._active):
-            report = partial(self._consume, INPUT, INPUT, None)
-            return nullcontext(SimpleNamespace(run=report))
+            consume = partial(self._consume, INPUT, INPUT, None)
+            return nullcontext(
+                SimpleNamespace(run=lambda x: consume(x if isinstance(x, Batch) else joined(x)))
+            )
         return Forward(self._model, self._consume, self._sites)
 
     def _consume(
@@ -441,7 +506,8 @@ class Measurement:
             with torch.autocast(x.device.type, enabled=False):
                 if self._place is None:
                     moving = self._moving if meter.site.name == INPUT else None
-                    meter.observe_pilot(x, moving)
+                    labels = self._score
+                    meter.observe_pilot(x, moving, condition=self._condition, labels=labels)
                     finite = torch.isfinite(rows_of(x)).all(1)
                 else:
                     batch = Batch(x, tangents, self._score, self._place)
@@ -475,10 +541,24 @@ class Measurement:
                 )
 
 
+def _check_samples(site: Site, data: Data, needed: int, reason: str = "") -> None:
+    """Refuse a layer that cannot be measured before all samples are read, if their number is
+    known."""
+    counts = [data.units(c) for c in range(data.conditions)]
+    known = [n for n in counts if n is not None]
+    if known and min(known) < needed and not data.sharded:
+        units = "samples" if data.groups is None else "groups of samples"
+        of = "bin" if data.source == "labelled" else "condition"
+        raise ValueError(
+            f"layer {site.name!r} must see at least {needed} {units} per {of}{reason}, got"
+            f" {min(known)}"
+        )
+
+
 def _parts(output: Tensor | Batch | dual.DualTensor) -> tuple[Tensor, Tensor | None]:
     """Return activations and their tangents; None for a plain tensor, whose tangents are zero."""
     if isinstance(output, Batch):
-        return output.x, output.tangents
+        return joined(output.x), output.tangents
     if isinstance(output, dual.DualTensor):
         return output.primal, output.tangents
     return output, None

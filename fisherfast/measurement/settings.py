@@ -16,7 +16,7 @@ from fisherfast.estimation.ridge import AUTO, RidgeSetting, check_ridge
 FOLDS = 16
 """Folds of the U-statistic: 15 degrees of freedom for its jackknife error."""
 
-LEAST_FOLDS = {"independent": 4, "score": 4, "paired": 6, "pathwise": 6}
+LEAST_FOLDS = {"independent": 4, "score": 4, "labelled": 4, "paired": 6, "pathwise": 6}
 """Each half needs two folds; three where its error is a jackknife of pairs of folds."""
 
 MAX_FEATURES = 512
@@ -130,7 +130,7 @@ class MeasurementSettings(Settings):
         """
         if not isinstance(data, Data):
             raise TypeError(
-                "data must be a FiniteDifference, Pathwise, Score or Simulator,"
+                "data must be a FiniteDifference, Pathwise, Score, Labelled or Simulator,"
                 f" got {type(data).__name__}"
             )
         rare = Settings() if settings is None else settings
@@ -145,6 +145,13 @@ class MeasurementSettings(Settings):
             **asked,
         )
         _check_folds(given.folds, data)
+        if given.probe is not None and data.source == "labelled":
+            raise ValueError(f"probe must be None for labelled data, got {given.probe!r}")
+        if given.maps and data.points:
+            raise ValueError(
+                f"maps must be False for data at several theta, got {given.maps}: measure the map"
+                " at one theta"
+            )
         if given.probe is not None:
             _check_repeats(data, f"probe={given.probe!r}")
         if given.grow:

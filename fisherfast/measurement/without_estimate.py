@@ -15,14 +15,12 @@ from fisherfast.estimation.variance import jackknife_covariance, standard_errors
 from fisherfast.measurement.cross_fit import replicates_of_mean
 from fisherfast.measurement.meter import Meter
 from fisherfast.model.sites import Site
-from fisherfast.results.layer import LayerFisher
+from fisherfast.results.layer import UNMEASURED, LayerFisher
 from fisherfast.results.marginal import pack_covariance
+from fisherfast.results.mean import MATRICES
 
 SCORE_ERRORS = 5.0
 """Warn if the mean of a score is beyond this many standard errors from zero (p = 6e-7)."""
-
-MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
-"""Fields of a layer that hold a matrix [P, P]."""
 
 
 def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> LayerFisher:
@@ -49,6 +47,10 @@ def no_information(site: Site, data: Data, *, samples: int, dropped: int) -> Lay
         replicates=empty,
         aliases=tuple(site.aliases),
         descendants=tuple(sorted(site.descendants)),
+        parameter_names=data.names,
+        cut=site.cut,
+        copies=tuple(site.copies),
+        label=site.label,
     )
 
 
@@ -62,7 +64,7 @@ def not_measured(site: Site, data: Data, *, samples: int, reason: str) -> LayerF
         **nan,
         error_covariance=pack_covariance(covariance),
         plateau=False,
-        notes=(f"not measured: {reason}",),
+        notes=(f"{UNMEASURED}{reason}",),
     )
 
 
@@ -84,6 +86,24 @@ def score_note(meter: Meter) -> str | None:
         f"mean of the score is {worst:.1f} standard errors from zero: it is no score of these"
         " samples, or one at another theta; J is wrong then"
     )
+
+
+def of_input(layer: LayerFisher, meter: Meter, data: Data, unseen: str | None) -> LayerFisher:
+    """Complete the result for the input: V of a score, or what no density is known of.
+
+    Args:
+        layer: as its features show it.
+        meter: of the input.
+        data: the samples.
+        unseen: which of their entries are not floating; None for none.
+    """
+    blind = unseen is not None and layer.feature_kind == "none"
+    if unseen is not None and blind:
+        layer = not_measured(meter.site, data, samples=layer.samples, reason=unseen)
+    if data.source == "score":
+        layer = score_information(layer, meter)
+        return replace(layer, notes=()) if blind else layer
+    return layer if blind or unseen is None else replace(layer, notes=(*layer.notes, unseen))
 
 
 def score_information(layer: LayerFisher, meter: Meter) -> LayerFisher:

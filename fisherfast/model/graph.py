@@ -1,22 +1,23 @@
-"""Find the layers of a network, and which of them are functions of which others alone."""
+"""Find the layers of a network, and join those that hold the same information."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
+from fisherfast.data.inputs import Samples
 from fisherfast.model.hooks import Forward
-from fisherfast.model.sites import HEAD, INPUT, JOINT, OUTPUT, Site
+from fisherfast.model.sites import HEAD, JOINT, OUTPUT, Site
 
 PASSIVE = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 """Modules that change only the shape in eval mode: "auto" leaves them out."""
 
 
-def survey(model: nn.Module, batch: Tensor) -> list[Site]:
-    """List all sites of a model in execution order, with aliases and chains. Call inside
-    `evaluation`.
+def survey(model: nn.Module, batch: Samples) -> list[Site]:
+    """List all sites of a model in execution order, with aliases. Call inside `evaluation`.
 
     Two events with the same tensor (a container returns its last child's output) are one site. A
     second run with one sample less shows which tensors have one row per sample, and which only
@@ -40,7 +41,7 @@ def survey(model: nn.Module, batch: Tensor) -> list[Site]:
             passive = isinstance(module, PASSIVE) and name != OUTPUT
             site = Site(name, kind, tuple(output.shape[1:]), passive=passive, module=module)
             sites.append(site)
-            seen.append((weakref.ref(output), _version(output), site))
+            seen.append((weakref.ref(_original(output)), _version(output), site))
         if name.startswith(HEAD):
             heads.setdefault(id(site), (name, site))
             site.passive = False
@@ -57,7 +58,7 @@ def survey(model: nn.Module, batch: Tensor) -> list[Site]:
     return sites
 
 
-def _events(model: nn.Module, batch: Tensor) -> set[str]:
+def _events(model: nn.Module, batch: Samples) -> set[str]:
     """Names of all events of a run."""
     names: set[str] = set()
     with Forward(model, lambda name, kind, module, output: names.add(name)) as forward:
@@ -65,68 +66,36 @@ def _events(model: nn.Module, batch: Tensor) -> set[str]:
     return names
 
 
-CHAIN_SAMPLES = 8
-"""Fewest samples that distinguish two activations; more also cover paths that few samples take."""
+def merged(sites: Sequence[Site], apart: Callable[[Site, Site], bool]) -> list[Site]:
+    """Join each site with the one of which it is an invertible affine map (see `follow`): it
+    becomes a second name of that one, which is measured for both.
 
-CHAIN_TOLERANCE = 1e-3
-"""Relative difference below which two activations count as equal; the rounding of another batch
-order is 1e-5."""
+    Args:
+        sites: all sites of a model, which stay as they are.
+        apart: (site, original) -> whether to keep this site.
 
-
-def chains(model: nn.Module, batch: Tensor, sites: list[Site]) -> None:
-    """Find which sites are a function of which other site alone, and fill `Site.descendants`.
-
-    The model runs on *other* samples while the output of one site is replaced by its output for
-    these samples. A later site whose output is unchanged depends on this site alone; after a skip
-    connection it differs.
+    Returns:
+        New sites, in the same order.
     """
-    if len(batch) < 2:
-        return
-    other = batch.roll(1, 0)
-    original = _record(model, batch, sites)
+    by_name = {site.name: site for site in sites}
+    original = {
+        site.name: site.copy_of
+        for site in sites
+        if site.copy_of is not None and not apart(site, by_name[site.copy_of])
+    }
+    kept: dict[str, Site] = {}
     for site in sites:
-        try:
-            replay = _record(model, other, sites, replace=(site.name, original))
-        except Exception:  # the network rejects replaced values: no chain is known
+        if site.name not in original:
+            later = {original.get(name, name) for name in site.descendants} - {site.name}
+            kept[site.name] = replace(
+                site, aliases=list(site.aliases), descendants=later, copies=[]
+            )
             continue
-        past = False
-        for later in sites:
-            if past and later.name in replay and _same(replay[later.name], original[later.name]):
-                site.descendants.add(later.name)
-            past = past or later is site
-
-
-def _record(
-    model: nn.Module,
-    x: Tensor,
-    sites: Sequence[Site],
-    replace: tuple[str, Mapping[str, Tensor]] | None = None,
-) -> dict[str, Tensor]:
-    """Record the outputs of all sites, with one of them replaced by that of an earlier record."""
-    by_event = {event: site for site in sites for event in site.names}
-    outputs: dict[str, Tensor] = {}
-
-    def consume(event: str, kind: str, module: nn.Module | None, output: Tensor) -> Tensor | None:
-        site = by_event.get(event)
-        if site is None or site.name in outputs:
-            return None
-        if replace is not None and site.name == replace[0] and event != INPUT:
-            outputs[site.name] = replace[1][site.name]
-            return outputs[site.name].clone()
-        outputs[site.name] = output.detach().clone()
-        return None
-
-    start = x if replace is None or replace[0] != INPUT else replace[1][INPUT]
-    with Forward(model, consume, sites) as forward:
-        forward.run(start.clone())
-    return outputs
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    a, b = a.double(), b.double()
-    return bool((a - b).abs().max() <= CHAIN_TOLERANCE * b.abs().max().clamp_min(1e-30))
+        one = kept[original[site.name]]
+        one.aliases += site.names
+        one.copies.append(site.name)
+        one.passive = one.passive and site.passive
+    return list(kept.values())
 
 
 def _version(output: Tensor) -> int:

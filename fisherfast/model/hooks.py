@@ -3,6 +3,8 @@ for which modules have no hooks."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fisherfast.data.inputs import Samples, call, joined
 from fisherfast.model.default_device import outside
 from fisherfast.model.sites import INPUT, JOINT, OUTPUT, Site
 from fisherfast.model.unwrap import is_shell, name_inside
@@ -57,8 +60,11 @@ class Forward(TorchFunctionMode):
             for module in self._model.modules():
                 if is_shell(module):
                     continue
-                self._handles.append(module.register_forward_pre_hook(self._enter_module))
-                self._handles.append(module.register_forward_hook(self._leave_module))
+                # the functions of the class: a scripted module hides its own, and takes hooks
+                before = nn.Module.register_forward_pre_hook(module, self._enter_module)
+                self._handles.append(before)
+                after = nn.Module.register_forward_hook(module, self._leave_module)
+                self._handles.append(after)
         except BaseException:
             self._remove_hooks()
             raise
@@ -67,17 +73,18 @@ class Forward(TorchFunctionMode):
     def __exit__(self, *error: object) -> None:
         self._remove_hooks()
 
-    def run(self, batch: Tensor) -> Any:
-        """Run the model on a batch [n, ...], report all events, and return the model's output."""
+    def run(self, batch: Samples) -> Any:
+        """Run the model on a batch [n, ...], report all events, and return the model's output. The
+        floating entries of several inputs are reported side by side as "input"."""
         self._calls = {}
         self._stack = []
         self._last = INPUT
         self._samples = len(batch)
-        self._report(INPUT, INPUT, None, batch)
+        self._report(INPUT, INPUT, None, joined(batch))
         super().__enter__()
         try:
             with outside():
-                output = self._model(batch)
+                output = call(self._model, batch)
                 self._join(output)
                 return output
         finally:
@@ -168,19 +175,57 @@ def _event_name(module_name: str) -> str:
 
 
 def map_tensors(output: Any, change: Callable[[str, Tensor], Tensor], place: str = "") -> Any:
-    """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]".
+    """Apply change(place, tensor) to the tensors of a nested output; places are "[0]", "[mean]",
+    "[logits]" for an attribute.
 
-    Unchanged parts are returned as they are, including containers of the user's own classes.
+    Unchanged parts are returned as they are, including objects of the user's own classes; changed
+    ones are copies of the same class.
     """
     if isinstance(output, Tensor):
         return change(place, output)
     if isinstance(output, Mapping):
-        changed = {k: map_tensors(v, change, f"{place}[{k}]") for k, v in output.items()}
-        same = all(changed[key] is value for key, value in output.items())
-        return output if same else type(output)(changed)  # type: ignore[call-arg]
+        parts: dict[Any, Any] = dict(output)
+    elif isinstance(output, list | tuple):
+        parts = dict(enumerate(output))
+    else:
+        parts = _attributes(output)
+    changed = {k: map_tensors(v, change, f"{place}[{k}]") for k, v in parts.items()}
+    if all(changed[key] is value for key, value in parts.items()):
+        return output
     if isinstance(output, list | tuple):
-        entries = [map_tensors(v, change, f"{place}[{i}]") for i, v in enumerate(output)]
-        if all(new is old for new, old in zip(entries, output, strict=True)):
-            return output
+        entries = changed.values()
         return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
-    return output
+    copied = copy.copy(output)
+    for key, value in changed.items():
+        if isinstance(output, Mapping):
+            copied[key] = value
+        else:
+            object.__setattr__(copied, key, value)
+    return copied
+
+
+def only_output(output: Any, samples: int) -> Any:
+    """Return the one floating tensor [n, ...] in an output, such as its logits; the output itself
+    if there are none or several."""
+    found: dict[int, Tensor] = {}
+
+    def look(place: str, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and tensor.ndim and len(tensor) == samples:
+            found[id(tensor)] = tensor
+        return tensor
+
+    map_tensors(output, look)
+    return next(iter(found.values())) if len(found) == 1 else output
+
+
+def _attributes(output: Any) -> dict[str, Any]:
+    """Return the attributes of an object that hold tensors, alone or in containers; none unless one
+    is a tensor itself: caches and modules are no outputs."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        found = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    else:
+        found = dict(getattr(output, "__dict__", None) or {})
+    alone = any(isinstance(value, Tensor) for value in found.values())
+    if isinstance(output, nn.Module | type) or not alone:
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, Tensor | Mapping | list | tuple)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from torch import nn
 
+from fisherfast._fields import AtLeast, check_together, inside, read_fields, wrong
 from fisherfast._validation import check_seed, check_whole
 from fisherfast.model.default_device import on_host
 from fisherfast.model.unwrap import unwrapped
@@ -46,7 +47,15 @@ RESULTS: dict[str, type[ParameterFisher]] = {
 }
 """Structures that can be stored."""
 
-FISHER_TYPES = ("exact", "mc", "empirical")
+FISHER_TYPES = get_args(FisherType)
+
+HEADER = {
+    "structure": str,
+    "layout": object,
+    "samples": Annotated[int, AtLeast(1)],
+    "fisher_type": FisherType,
+}
+"""Fields of the state of every structure."""
 
 
 def fisher(
@@ -60,7 +69,7 @@ def fisher(
     parameters: Selection = None,
     batch_size: int = 256,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Any,
 ) -> ParameterFisher:
     r"""The Fisher matrix of the parameters w of p(y | x, w), averaged over the inputs of the data.
@@ -77,7 +86,8 @@ def fisher(
         likelihood: p(y | f): "gaussian" (of variance 1), "categorical", "bernoulli", "poisson" (f
             the logarithm of the rate), an instance of their classes, or your own `Likelihood`.
         data: inputs x [n, ...], a pair (x, y), a Dataset or DataLoader of x or (x, y), or an
-            iterable of batches, read once. Labels are used by "empirical" only. Floating inputs are
+            iterable of batches, read once. Several inputs of the model are a dict, or a tuple
+            inside a pair, ((x1, x2), y). Labels are used by "empirical" only. Floating inputs are
             converted to the dtype and device of the model.
         structure: what is kept of F: "diag", "block" (one dense block per layer), "kfac" (Kronecker
             factors per layer), "full", "gram" (all of it, through the inner products of samples),
@@ -90,7 +100,8 @@ def fisher(
             or a function of the name.
         batch_size: samples per batch, of tensors and Datasets. It changes memory, not the result.
         seed: of the labels drawn, in [-2^63, 2^63); the global random state is not touched.
-        progress: show a bar (needs tqdm).
+        progress: True shows the progress, with tqdm if that is installed, False does not; None
+            does after two seconds of work if standard error is a terminal and CI is not set.
         **settings: further options of the structure, see its class.
 
     Returns:
@@ -155,8 +166,7 @@ def from_state_dict(state: Mapping[str, Any]) -> ParameterFisher:
     """The matrix whose ``state_dict()`` this is; it keeps no network and no data.
 
     Raises:
-        TypeError: no mapping.
-        ValueError: a mapping that is no state of a Fisher matrix.
+        ValueError: no state of a Fisher matrix, or a damaged one.
 
     Example:
         >>> import torch, fisherfast as ff
@@ -166,12 +176,13 @@ def from_state_dict(state: Mapping[str, Any]) -> ParameterFisher:
         True
     """
     if not isinstance(state, Mapping):
-        raise TypeError(f"state must be a mapping, got {type(state).__name__}")
-    missing = {"structure", "layout", "samples", "fisher_type"} - set(state)
-    if missing:
-        raise ValueError(f"state must be that of a Fisher matrix, got none of {sorted(missing)}")
-    check_choice("structure", state["structure"], RESULTS)
-    check_choice("fisher_type", state["fisher_type"], FISHER_TYPES)
-    layout = ParameterLayout.from_state_dict(state["layout"])
+        raise wrong("state", "be a mapping", state)
+    check_choice("state.structure", state.get("structure"), RESULTS)
     kind = RESULTS[state["structure"]]
-    return kind(layout, state["samples"], state["fisher_type"], **kind._from_state(layout, state))
+    own = {name: value for name, value in state.items() if name not in HEADER}
+    values = read_fields(HEADER, {n: v for n, v in state.items() if n in HEADER}, "state")
+    layout = ParameterLayout.from_state_dict(values["layout"])
+    made = kind(layout, values["samples"], values["fisher_type"], **kind._from_state(layout, own))
+    with inside("state"):
+        check_together(made)
+    return made

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast._fields import Count, read, wrong
 from fisherfast._validation import check_same_network
 from fisherfast.model.unwrap import check_model
+
+SHAPES = dict[str, tuple[Count, ...]]
+"""Shapes by name, in states."""
 
 SHOWN = 8
 """Most names in an error message."""
@@ -111,8 +115,11 @@ class ParameterLayout:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Sequence[int]]) -> ParameterLayout:
-        """The layout whose `state_dict` this is."""
-        return cls(tuple(state), tuple(torch.Size(shape) for shape in state.values()))
+        """The layout whose `state_dict` this is. Raises ValueError for anything else."""
+        shapes = read(SHAPES, state, "layout")
+        if not shapes:
+            raise wrong("layout", "hold at least one parameter", state)
+        return cls(tuple(shapes), tuple(map(torch.Size, shapes.values())))
 
     def check_same(self, other: ParameterLayout, what: str) -> None:
         """Raise ValueError, naming the first difference, unless the other layout is this one."""

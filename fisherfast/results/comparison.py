@@ -14,6 +14,7 @@ import torch
 from fisherfast.estimation.variance import jackknife_covariance
 from fisherfast.results.layer import LayerFisher
 from fisherfast.results.marginal import SINGULAR, pack_covariance, unpack_covariance
+from fisherfast.results.text import with_error
 
 DIVIDES = 3.0
 """Standard errors that J must be above zero, in every direction, to be the divisor of a ratio."""
@@ -43,6 +44,7 @@ class LayerComparison:
         directions: [P, P], in the unit of theta; the columns w are the directions of `ratios`,
             w^T J_b w = 1.
         notes: remarks for the reader.
+        parameter_names: [P] names of the parameters; empty if they have none.
     """
 
     names: tuple[str, str]
@@ -54,13 +56,18 @@ class LayerComparison:
     ratios_stderr: torch.Tensor
     directions: torch.Tensor
     notes: tuple[str, ...] = ()
+    parameter_names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         by = zip(self.difference.diagonal(), self.difference_stderr.diagonal(), strict=True)
-        differences = ", ".join(f"{float(value):.4g} +- {float(error):.2g}" for value, error in by)
+        texts = [with_error(float(value), float(error)) for value, error in by]
+        if self.parameter_names:
+            named = zip(self.parameter_names, texts, strict=True)
+            texts = [f"{name}: {text}" for name, text in named]
+        differences = ", ".join(texts)
         a, b = self.names
         return (
-            f"LayerComparison({a!r} / {b!r} = {self.ratio:.4g} +- {self.ratio_stderr:.2g},"
+            f"LayerComparison({a!r} / {b!r} = {with_error(self.ratio, self.ratio_stderr)},"
             f" {a!r} - {b!r} = {differences})"
         )
 
@@ -87,6 +94,7 @@ def compare(a: LayerFisher, b: LayerFisher) -> LayerComparison:
         ratios_stderr=errors,
         directions=directions,
         notes=() if divides(b) else (unresolved_note(b),),
+        parameter_names=a.parameter_names,
     )
 
 
@@ -145,6 +153,8 @@ def divides(layer: LayerFisher) -> bool:
 
 def unresolved_note(layer: LayerFisher) -> str:
     """Explain why there is no ratio to this layer."""
+    if bool(layer.J.isnan().any()):
+        return f"J of {layer.name} is not known: no ratio to it"
     return f"J of {layer.name} is within {DIVIDES:g} errors of zero: no ratio to it"
 
 

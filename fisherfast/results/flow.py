@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from fisherfast._fields import build, has_version, plain, read
 from fisherfast._version import __version__
-from fisherfast.results import io, plots, table
+from fisherfast.model.sites import INPUT
+from fisherfast.results import forecast_plots, io, plots, table
 from fisherfast.results.comparison import LayerComparison, compare, exceeds, ratio
 from fisherfast.results.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
 from fisherfast.results.layer import LayerFisher
@@ -19,6 +22,11 @@ from fisherfast.results.layer import LayerFisher
 FORMAT = "fisherfast.flow"
 
 FORMAT_VERSION = 1
+
+_HEADER = ("format", "format_version")
+
+_SETTINGS = {"source": str, "output": str | None, "maps": bool | tuple[str, ...]}
+"""Kinds of the settings that a flow itself uses."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,13 +52,15 @@ class FisherFlow:
 
     def __getitem__(self, name: str) -> LayerFisher:
         for layer in self.layers:
-            if name == layer.name or name in layer.aliases:
+            if name and name in (layer.name, *layer.aliases, layer.label):
                 return layer
         known = [*self.names, *(alias for layer in self.layers for alias in layer.aliases)]
         raise KeyError(f"layer must be one of {known}, got {name!r}")
 
     def __contains__(self, name: object) -> bool:
-        return any(name == layer.name or name in layer.aliases for layer in self.layers)
+        return any(
+            name and name in (layer.name, *layer.aliases, layer.label) for layer in self.layers
+        )
 
     def __iter__(self) -> Iterator[LayerFisher]:
         return iter(self.layers)
@@ -137,6 +147,11 @@ class FisherFlow:
             tight.append(layer)
         return replace(self, layers=tuple(tight))
 
+    def with_prior(self, precision: Any) -> FisherFlow:
+        """Add the information of a prior to every layer: `LayerFisher.with_prior`. Ratios of layers
+        are then those of data and prior together."""
+        return replace(self, layers=tuple(layer.with_prior(precision) for layer in self))
+
     def map(self, name: str) -> InformationMap:
         """Return the linear Fisher information of the channels at each position of a layer
         [C, H, W], in 1/theta^2, measured with ``settings=ff.Settings(maps=True)``.
@@ -167,40 +182,88 @@ class FisherFlow:
         axes."""
         return plots.plot_flow(self, ax, **style)
 
+    def plot_ellipses(
+        self,
+        layers: Sequence[str] = ("input", "output"),
+        params: Sequence[int | str] | None = None,
+        *,
+        levels: Sequence[float] = forecast_plots.LEVELS,
+        center: Sequence[float] | None = None,
+    ) -> Any:
+        """Plot the credible ellipses of layers, one panel for each pair of parameters, and return
+        the matplotlib figure.
+
+        Args:
+            layers: names of layers.
+            params: two or more parameters, numbers or names; None for all.
+            levels: credible levels, between 0 and 1.
+            center: theta of these parameters; None draws deviations.
+        """
+        shown = [self[name] for name in layers]
+        return forecast_plots.plot_ellipses(shown, params, levels=levels, center=center)
+
+    def plot_profile(
+        self,
+        layers: Sequence[str] = ("input", "output"),
+        errors: tuple[nn.Module, Any, Any] | None = None,
+    ) -> Any:
+        """Plot the Cramer-Rao bounds of layers along theta, and return the matplotlib figure.
+
+        Args:
+            layers: names of layers with a `profile`.
+            errors: (model, x, theta) also draws RMS error, standard deviation and bias of the
+                model's estimates, see `Profile.errors`. A biased estimate may be below the bound.
+        """
+        shown = [self[name] for name in layers]
+        profile = shown[0].profile if shown else None
+        found = None if errors is None or profile is None else profile.errors(*errors)
+        return forecast_plots.plot_profile(shown, found)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and lists, which `save` writes as JSON."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "version": self.version,
+            **plain(self),
             "settings": copy.deepcopy(self.settings),
-            "layers": [layer.to_dict() for layer in self],
-            "maps": {name: entry.to_dict() for name, entry in self.maps.items()},
         }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> FisherFlow:
         """Rebuild a flow from the result of `to_dict`. Raises ValueError for anything else."""
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not has_version(content, "format", FORMAT):
             raise ValueError(
                 f"content must be a saved flow (format {FORMAT!r}), got another format"
             )
-        if content.get("format_version") != FORMAT_VERSION:
+        if not has_version(content, "format_version", FORMAT_VERSION):
             raise ValueError(
                 f"format_version must be {FORMAT_VERSION}, got {content.get('format_version')}:"
                 " use the version of fisherfast that wrote the file"
             )
-        try:
-            layers = tuple(LayerFisher.from_dict(entry) for entry in content["layers"])
-            maps = {
-                str(name): InformationMap.from_dict(entry)
-                for name, entry in content.get("maps", {}).items()
-            }
-            return cls(layers, dict(content["settings"]), str(content["version"]), maps)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"content must be a complete flow, got a damaged one: {error!r}"
-            ) from None
+        return build(cls, {key: part for key, part in content.items() if key not in _HEADER})
+
+    def check_fields(self) -> None:
+        """Raise ValueError unless the fields of a rebuilt flow fit together."""
+        if not self.layers or self.layers[0].name != INPUT:
+            raise ValueError(f"layers must begin with {INPUT!r}, got {self.names[:1]}")
+        for number, layer in enumerate(self.layers):
+            if layer.name in self.names[:number]:
+                raise ValueError(f"layers must have different names, got {layer.name!r} twice")
+            if layer.parameters != self.parameters:
+                raise ValueError(
+                    f"layers must have {self.parameters} parameters like the input, got"
+                    f" {layer.parameters} of {layer.name!r}"
+                )
+        for name, each in self.maps.items():
+            if name not in self.names or each.name != name:
+                raise ValueError(f"maps must be of the layers, got {name!r} for {each.name!r}")
+            if each.J.shape[-1] != self.parameters:
+                raise ValueError(
+                    f"maps must have {self.parameters} parameters, got {each.J.shape[-1]}"
+                )
+        for name, kind in _SETTINGS.items():
+            if name in self.settings:
+                read(kind, self.settings[name], f"settings[{name!r}]")
 
     def save(self, path: str | Path) -> None:
         """Write to a .json or .npz file (by its ending). Numbers are stored exactly, without
@@ -221,15 +284,22 @@ class FisherFlow:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def table(self) -> list[list[str]]:
-        """Return the header and one row of text per layer, as printed."""
-        return table.rows(self.layers, self._ratios())
+    def table(self, *, full: bool = False) -> list[list[str]]:
+        """Return the header and one row of text per layer, as printed.
+
+        Layers that are no cut are indented below the last cut. In a long table those of one block
+        share a row.
+
+        Args:
+            full: a row for every layer.
+        """
+        return table.rows(self.layers, self._ratios(), full=full)
 
     def __repr__(self) -> str:
         return table.as_text(self.table(), self._footnotes())
 
     def _repr_html_(self) -> str:
-        return table.as_html(self.table(), self._footnotes()[0])
+        return table.as_html(self.table(), self._footnotes())
 
     def _footnotes(self) -> list[str]:
         source = self.settings.get("source", "no finite step")

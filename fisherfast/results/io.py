@@ -8,23 +8,24 @@ from typing import Any
 
 import numpy as np
 
+from fisherfast._files import replacing
+
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write plain numbers, strings and lists. Raises ValueError unless path ends in .json or
-    .npz."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-    if path.suffix == ".json":
-        path.write_text(text + "\n", encoding="utf-8")
-    elif path.suffix == ".npz":
-        np.savez_compressed(path, flow=np.frombuffer(text.encode(), dtype=np.uint8))
-    else:
-        raise ValueError(f"path must end in .json or .npz, got {path.name!r}")
+    """Write plain numbers, strings and lists; after an error the earlier file is as it was. Raises
+    ValueError unless path ends in .json or .npz."""
+    _check_suffix(path)
+    text = json.dumps(content, indent=1, allow_nan=False).encode()
+    with replacing(path) as file:
+        if path.suffix == ".json":
+            file.write(text + b"\n")
+        else:
+            np.savez_compressed(file, flow=np.frombuffer(text, dtype=np.uint8))
 
 
 def read(path: Path) -> Any:
     """Read a file of `write`. Raises ValueError for a damaged file, FileNotFoundError for none."""
-    if path.suffix not in (".json", ".npz"):
-        raise ValueError(f"path must end in .json or .npz, got {path.name!r}")
+    _check_suffix(path)
     try:
         if path.suffix == ".json":
             return json.loads(path.read_bytes())
@@ -36,3 +37,8 @@ def read(path: Path) -> Any:
         raise ValueError(
             f"{path} must hold a saved flow, got a damaged or foreign file: {error}"
         ) from None
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".json", ".npz"):
+        raise ValueError(f"path must end in .json or .npz, got {path.name!r}")

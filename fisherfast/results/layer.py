@@ -5,27 +5,44 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 
 from fisherfast._errors import FisherWarning
+from fisherfast._fields import AtLeast, Count, ErrorMatrix, Matrix, OneOf, Shape, build, plain
+from fisherfast.results.forecast import (
+    LEVEL,
+    Ellipse,
+    bias_of,
+    check_precision,
+    credible_ellipse,
+)
 from fisherfast.results.marginal import (
     SINGULAR,
+    Keep,
     MarginalFisher,
     cramer_rao,
-    diagonal_text,
     marginal_fisher,
 )
 from fisherfast.results.profile import Profile
+from fisherfast.results.text import diagonal_text
 
 NOT_INDEPENDENT = (
     "neighbouring samples depend on each other (pairs, repeated measurements, a time series, or a"
     " sorted file), but errors and bounds assume independent samples: pass groups= for samples that"
     " belong together, or shuffle a file that is only sorted"
 )
+
+READOUT_WIDTH = 512
+"""Widest layer after the input that keeps its readout, which `LayerFisher.bias` needs."""
+UNMEASURED = "not measured: "
+"""Begin of the note of a layer whose J is NaN because it cannot be measured."""
+
+_ESTIMATES = ("J", "lower", "linear", "naive")
+
+STATUSES = ("unresolved", "noisy", "rising", "resolved")
 
 FINITE_STEP_LIMIT = 0.3
 """dtheta sqrt(J) / 2 above which the finite step overshoots by more than 0.4 % (Gaussian shift)."""
@@ -86,48 +103,58 @@ class LayerFisher:
             the covariance of the error of J. All layers of a flow leave out the same samples, so
             they give the error of any function of several layers. Empty if there are none.
         cut: the output depends on the input through this layer alone; None if that is unknown.
+        copies: names, also in `aliases`, of layers that are an invertible affine map of this one
+            (batch norm, scales that are not zero): they hold the same information.
+        label: what tables and figures call it, as in "layer1.0 (sum)"; empty for its name.
         profile: the information along theta, of which J is the mean over samples; None for samples
             at one theta.
         parameter_names: [P] names of the parameters; empty if they have none.
+        prior: [P, P] precision of a prior that J contains, see `with_prior`; None without one.
+        readout: [d, P] S^-1 D of the raw activations, per unit of activation and theta, corrected
+            for few samples, from which `bias` is computed; None for wide layers.
     """
 
     name: str
     kind: str
-    shape: tuple[int, ...]
-    J: torch.Tensor
-    stderr: torch.Tensor
-    lower: torch.Tensor
-    lower_stderr: torch.Tensor
-    linear: torch.Tensor
-    linear_stderr: torch.Tensor
-    naive: torch.Tensor
-    curve_k: torch.Tensor
-    curve_J: torch.Tensor
-    curve_stderr: torch.Tensor
-    features: int
+    shape: tuple[Count, ...]
+    J: Matrix
+    stderr: ErrorMatrix
+    lower: Matrix
+    lower_stderr: ErrorMatrix
+    linear: Matrix
+    linear_stderr: ErrorMatrix
+    naive: Matrix
+    curve_k: Annotated[torch.Tensor, Shape(("K",), torch.int64), AtLeast(0)]
+    curve_J: Annotated[torch.Tensor, Shape(("K", "P", "P"))]
+    curve_stderr: Annotated[torch.Tensor, Shape(("K", "P", "P")), AtLeast(0)]
+    features: Count
     feature_kind: str
-    effective_dim: float
-    samples: int
-    dropped: int
+    effective_dim: Annotated[float, AtLeast(0)]
+    samples: Count
+    dropped: Count
     plateau: bool
     dtheta: tuple[float, ...]
     aliases: tuple[str, ...] = ()
     descendants: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    error_covariance: torch.Tensor | None = None
-    response: torch.Tensor | None = None
-    status: str = "unresolved"
+    error_covariance: Annotated[torch.Tensor, Shape(("m", "m"))] | None = None
+    response: Annotated[torch.Tensor, Shape(("d", "P"))] | None = None
+    status: Annotated[str, OneOf(STATUSES)] = "unresolved"
     compressed: bool = False
     carried: bool = True
     independent: bool = True
     sensitive: bool = True
-    rounding: float = SINGULAR
-    replicates: torch.Tensor = field(
+    rounding: Annotated[float, AtLeast(0)] = SINGULAR
+    replicates: Annotated[torch.Tensor, Shape(("F", "P", "P"))] = field(
         default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64, device="cpu")
     )
     cut: bool | None = None
+    copies: tuple[str, ...] = ()
+    label: str = ""
     profile: Profile | None = None
     parameter_names: tuple[str, ...] = ()
+    prior: Matrix | None = None
+    readout: Annotated[torch.Tensor, Shape(("d", "P"))] | None = None
 
     @property
     def converged(self) -> bool:
@@ -170,7 +197,7 @@ class LayerFisher:
         """
         return cramer_rao(self.J, self.rounding)
 
-    def marginal(self, keep: int | Sequence[int]) -> MarginalFisher:
+    def marginal(self, keep: Keep) -> MarginalFisher:
         """Compute the information about some parameters with the others as unknown nuisances: the
         Schur complement J_aa - J_ab J_bb^-1 J_ba, in 1/theta^2.
 
@@ -179,11 +206,12 @@ class LayerFisher:
         without information do not count; NaN if their J is not positive semi-definite.
 
         Args:
-            keep: the parameters to keep, one index or several; negative ones count from the end.
+            keep: the parameters to keep, one or several, by number or name; negative numbers count
+                from the end.
 
         Raises:
             ValueError: keep is empty, or holds a parameter twice or one that does not exist.
-            TypeError: keep does not hold whole numbers.
+            TypeError: keep does not hold whole numbers or names.
 
         Example:
             >>> import torch, fisherfast as ff
@@ -193,7 +221,105 @@ class LayerFisher:
             >>> abs(input.marginal(0).value - 0.64) < 0.2       # 1 - 0.6^2 / 1
             True
         """
-        return marginal_fisher(self.J, self.error_covariance, keep, self.rounding)
+        return marginal_fisher(
+            self.J, self.error_covariance, keep, self.rounding, self.parameter_names
+        )
+
+    def ellipse(
+        self, keep: Keep, level: float = LEVEL, *, center: Sequence[float] = (0.0, 0.0)
+    ) -> Ellipse:
+        r"""Compute the credible ellipse of two parameters with the others unknown.
+
+        .. math:: (\theta - c)^T M (\theta - c) = -2 \ln(1 - \text{level})
+
+        with M the `marginal` information: 2.30 on the right for 68.3 %, 6.17 for 95.4 %.
+
+        Args:
+            keep: two parameters, numbers or names.
+            level: probability inside, between 0 and 1.
+            center: of the ellipse, in the units of theta.
+
+        Raises:
+            ValueError: keep, level or center is wrong, or there is no information on a parameter
+                with the others unknown.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x, tangents = torch.randn(1000, 2), torch.eye(2).expand(1000, 2, 2)   # J = 1
+            >>> input = ff.fisher_information(ff.Pathwise(x, tangents, names=["x", "y"]))
+            >>> ellipse = input.ellipse(["x", "y"])
+            >>> abs(ellipse.semi_axes[0] - 2.30**0.5) < 0.3, ellipse.points().shape
+            (True, torch.Size([181, 2]))
+        """
+        return credible_ellipse(self.marginal(keep), self.J, self.rounding, level, center)
+
+    def with_prior(self, precision: Any) -> LayerFisher:
+        """Add the information of a prior, or of another experiment, that is known without error.
+
+        J, lower, linear, naive, the curve, the profile and the replicates become J + precision;
+        errors and status stay those of the measurement. A `bias` is then that of the estimate of
+        maximal posterior density.
+
+        Args:
+            precision: [P, P] symmetric positive semi-definite, in 1/theta^2; or [P] of 1/sigma^2,
+                0 for no prior; or a number for one parameter.
+
+        Raises:
+            ValueError: precision has another shape, is not finite, or not symmetric positive
+                semi-definite.
+            TypeError: it does not hold real numbers.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x, dx = torch.randn(1000, 4), torch.ones(1000, 4)
+            >>> input = ff.fisher_information(ff.Pathwise(x, dx))
+            >>> both = input.with_prior(1 / 0.25**2)               # sigma = 0.25: J = 4 + 16
+            >>> round(both.value - input.value, 6)
+            16.0
+        """
+        more = check_precision(precision, self.parameters)
+        sums = {name: getattr(self, name) + more for name in (*_ESTIMATES, "curve_J")}
+        if len(self.replicates):
+            sums["replicates"] = self.replicates + more
+        profile = self.profile and replace(self.profile, J=self.profile.J + more)
+        prior = more if self.prior is None else self.prior + more
+        return replace(self, **sums, profile=profile, prior=prior)
+
+    def bias(self, shift: Any) -> torch.Tensor:
+        r"""Compute the bias [P] of an efficient linear estimate if the mean of the activations is
+        shifted by an effect that the estimate does not know, in the unit of theta.
+
+        .. math:: b = J^{-1} D^T S^{-1} \delta
+
+        to first order in the shift, with J the `linear` information: the estimate weighs the raw
+        activations, without their lift. The error of b is not computed.
+
+        Args:
+            shift: delta of the activations, of the shape of one sample; or [n, ...] of n samples,
+                of which the mean is used. For the input this is the shift of x; for other layers
+                `fisherfast.propagate` turns that into theirs.
+
+        Returns:
+            [P] float64. NaN if J is not positive definite.
+
+        Raises:
+            ValueError: shift has another shape or is not finite; the layer has no readout.
+
+        Example:
+            >>> import torch, fisherfast as ff
+            >>> x, dx = torch.randn(1000, 4), torch.ones(1000, 4)
+            >>> input = ff.fisher_information(ff.Pathwise(x, dx))
+            >>> shift = torch.tensor([0.2, 0.0, 0.0, 0.0])         # of one of four equal pixels
+            >>> abs(float(input.bias(shift)) - 0.05) < 0.02
+            True
+        """
+        if self.readout is None:
+            raise ValueError(
+                f"layer {self.name!r} must have a readout of its activations for a bias, got none:"
+                " it is of several theta, compressed, from the state of a monitor, or wider than"
+                f" {READOUT_WIDTH} activations"
+            )
+        return bias_of(self.linear, self.readout, self.shape, shift)
 
     @property
     def finite_step(self) -> torch.Tensor:
@@ -202,64 +328,47 @@ class LayerFisher:
         if not self.dtheta:
             return torch.zeros(self.parameters, dtype=torch.float64, device="cpu")
         step = torch.tensor(self.dtheta, dtype=torch.float64, device="cpu")
-        return step * self.J.diagonal().clamp_min(0).sqrt() / 2
+        J = self.J if self.prior is None else self.J - self.prior
+        return step * J.diagonal().clamp_min(0).sqrt() / 2
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and nested lists; NaN and infinity as "nan", "inf"."""
-        entry = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-        return {name: value for name, value in entry.items() if value is not None}
+        return plain(self)
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> LayerFisher:
         """Rebuild a layer from the result of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: an entry is missing or of the wrong kind.
+            ValueError: an entry is missing or of the wrong kind.
         """
-        values = {
-            f.name: entry[f.name] for f in fields(cls) if f.name not in _OPTIONAL or f.name in entry
-        }
-        parameters = len(values["J"])
-        if len(values["dtheta"]) not in (0, parameters):
+        return build(cls, entry)
+
+    def check_fields(self) -> None:
+        """Raise ValueError unless the fields of a rebuilt layer fit together."""
+        P = self.parameters
+        for name, each in (("dtheta", self.dtheta), ("parameter_names", self.parameter_names)):
+            if len(each) not in (0, P):
+                raise ValueError(f"{name} must have {P} entries or none, got {len(each)}")
+        m = P * (P + 1) // 2
+        if self.error_covariance is not None and len(self.error_covariance) != m:
             raise ValueError(
-                f"dtheta must hold {parameters} steps or none, got {len(values['dtheta'])}"
+                f"error_covariance must have {m} rows for {P} parameters, got"
+                f" {len(self.error_covariance)}"
             )
-        entries = parameters * (parameters + 1) // 2
-        shapes = {
-            **dict.fromkeys(_MATRICES, (parameters, parameters)),
-            **dict.fromkeys(_STACKS, (-1, parameters, parameters)),
-            "error_covariance": (entries, entries),
-            "response": (-1, parameters),
-        }
-        for name in values.keys() & shapes.keys():
-            numbers = np.array(values[name], dtype=np.float64)
-            values[name] = torch.from_numpy(numbers.reshape(shapes[name]))
-        if "profile" in values:
-            values["profile"] = Profile.from_dict(values["profile"])
-        values["effective_dim"] = float(values["effective_dim"])
-        values["curve_k"] = torch.tensor(values["curve_k"], dtype=torch.int64, device="cpu")
-        for name in ("shape", "dtheta", "aliases", "descendants", "notes", "parameter_names"):
-            values[name] = tuple(values[name])
-        lengths = {len(values[name]) for name in ("curve_k", "curve_J", "curve_stderr")}
-        if len(lengths) > 1:
-            raise ValueError(f"curves must have the same length, got {sorted(lengths)}")
-        return cls(**values)
-
-
-_MATRICES = ("J", "stderr", "lower", "lower_stderr", "linear", "linear_stderr", "naive")
-_STACKS = ("curve_J", "curve_stderr", "replicates")
-_OPTIONAL = (
-    "error_covariance",
-    "response",
-    "cut",
-    "profile",
-)  # None in the layer, left out of `to_dict`
+        if self.response is not None and len(self.response) != self.dim:
+            raise ValueError(
+                f"response must have {self.dim} rows for the shape {list(self.shape)}, got"
+                f" {len(self.response)}"
+            )
+        if self.profile is not None and self.profile.theta.shape[1] != P:
+            raise ValueError(f"profile must have {P} parameters, got {self.profile.theta.shape[1]}")
 
 
 def finite_step_note(layer: LayerFisher) -> str | None:
     """Make a warning if the two conditions are too far apart for a derivative."""
     worst = float(layer.finite_step.max())
-    if worst <= FINITE_STEP_LIMIT:
+    if not worst > FINITE_STEP_LIMIT:  # NaN: not measured
         return None
     return (
         f"dtheta sqrt(J) / 2 = {worst:.2f} > {FINITE_STEP_LIMIT}: the finite step distorts J;"
@@ -277,17 +386,3 @@ def warn_of(layers: tuple[LayerFisher, ...], *, stacklevel: int = 4) -> None:
     if noted:
         names = ", ".join(name for name, _ in noted)
         warnings.warn(f"{noted[0][1]} (layers: {names})", FisherWarning, stacklevel=stacklevel)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, Profile):
-        return _plain(value.to_dict())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fisherfast._validation import check_whole
+from fisherfast.results.text import diagonal_text
 
 SINGULAR = 1e-9
 """Fraction of the information about a parameter that must remain when the others are unknown; less
 is rounding. A parameter that is the sum of two others keeps 3e-10 after a float32 layer."""
+
+
+Keep = int | str | Sequence[int | str]
+"""Parameters by their numbers or names."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,11 +30,13 @@ class MarginalFisher:
         J: [a, a] float64, J_aa - J_ab J_bb^-1 J_ba, per unit of theta squared. NaN if the
             information about the nuisances is not positive semi-definite.
         stderr: [a, a] standard errors; NaN if the errors of J are unknown.
+        names: [a] of the kept parameters; empty if they have none.
     """
 
     parameters: tuple[int, ...]
     J: torch.Tensor
     stderr: torch.Tensor
+    names: tuple[str, ...] = ()
 
     @property
     def value(self) -> float:
@@ -49,12 +57,8 @@ class MarginalFisher:
 
     def __repr__(self) -> str:
         J, stderr = map(diagonal_text, (self.J, self.stderr))
-        return f"MarginalFisher(parameters={list(self.parameters)}, J={J}, stderr={stderr})"
-
-
-def diagonal_text(matrix: torch.Tensor) -> str:
-    """Format the diagonal of a matrix [P, P] with four digits."""
-    return ", ".join(f"{float(value):.4g}" for value in matrix.diagonal())
+        kept = list(self.names or self.parameters)
+        return f"MarginalFisher(parameters={kept}, J={J}, stderr={stderr})"
 
 
 def cramer_rao(J: torch.Tensor, rounding: float = SINGULAR) -> torch.Tensor:
@@ -92,8 +96,9 @@ def _pseudo_inverse(J: torch.Tensor, rounding: float) -> torch.Tensor | None:
 def marginal_fisher(
     J: torch.Tensor,
     error_covariance: torch.Tensor | None,
-    keep: int | Sequence[int],
+    keep: Keep,
     rounding: float = SINGULAR,
+    names: Sequence[str] = (),
 ) -> MarginalFisher:
     r"""Compute the Schur complement of J, and its standard error to first order.
 
@@ -103,14 +108,16 @@ def marginal_fisher(
     Args:
         J: [P, P].
         error_covariance: [m, m] of the lower triangle of J, m = P (P + 1) / 2, or None.
-        keep: parameters to keep.
+        keep: parameters to keep, numbers or names.
         rounding: fraction of the information about a parameter below which J is rounding.
+        names: [P] of all parameters; empty if they have none.
 
     Raises:
         ValueError: keep is empty, or holds a parameter twice or one that does not exist.
         TypeError: keep is not a whole number or a sequence of these.
     """
-    kept = _check_keep(keep, len(J))
+    kept = _check_keep(keep, len(J), names)
+    kept_names = tuple(names[p] for p in kept) if names else ()
     rest = [p for p in range(len(J)) if p not in kept]
     J = (J + J.T) / 2
     size = len(kept)
@@ -120,14 +127,15 @@ def marginal_fisher(
         inverse = _pseudo_inverse(J[rest][:, rest], rounding)
         if inverse is None:
             nothing = torch.full((size, size), math.nan, dtype=torch.float64, device="cpu")
-            return MarginalFisher(tuple(kept), nothing, nothing.clone())
+            return MarginalFisher(tuple(kept), nothing, nothing.clone(), kept_names)
         X[rest] = -inverse @ J[rest][:, kept]
     marginal = X.T @ J @ X
-    if error_covariance is None:
-        return MarginalFisher(tuple(kept), marginal, torch.full_like(marginal, math.nan))
-    full = unpack_covariance(error_covariance, len(J))
-    variance = torch.einsum("pi,qj,pqrs,ri,sj->ij", X, X, full, X, X)
-    return MarginalFisher(tuple(kept), marginal, variance.clamp_min(0).sqrt())
+    stderr = torch.full_like(marginal, math.nan)
+    if error_covariance is not None:
+        full = unpack_covariance(error_covariance, len(J))
+        variance = torch.einsum("pi,qj,pqrs,ri,sj->ij", X, X, full, X, X)
+        stderr = variance.clamp_min(0).sqrt()
+    return MarginalFisher(tuple(kept), marginal, stderr, kept_names)
 
 
 def pack_covariance(full: torch.Tensor) -> torch.Tensor:
@@ -144,12 +152,23 @@ def unpack_covariance(packed: torch.Tensor, parameters: int) -> torch.Tensor:
     return packed[place.flatten()][:, place.flatten()].reshape((parameters,) * 4)
 
 
-def _check_keep(keep: int | Sequence[int], parameters: int) -> list[int]:
-    entries = list(keep) if isinstance(keep, Iterable) else [keep]
-    kept = [p + parameters if p < 0 else p for p in (check_whole("keep", p) for p in entries)]
+def _check_keep(keep: Keep, parameters: int, names: Sequence[str]) -> list[int]:
+    single = isinstance(keep, str) or not isinstance(keep, Iterable)
+    given: Any = [keep] if single else keep
+    entries = [_number_of(entry, names) for entry in given]
+    kept = [p + parameters if p < 0 else p for p in entries]
     valid = all(0 <= p < parameters for p in kept)
     if not kept or not valid or len(set(kept)) < len(kept):
         raise ValueError(
             f"keep must name different parameters of the {parameters} there are, got {keep!r}"
         )
     return kept
+
+
+def _number_of(entry: int | str, names: Sequence[str]) -> int:
+    if not isinstance(entry, str):
+        return check_whole("keep", entry)
+    if entry not in names:
+        known = f"one of {list(names)}" if names else "a number, or named in the data (names=)"
+        raise ValueError(f"keep must be {known}, got {entry!r}")
+    return list(names).index(entry)

@@ -23,6 +23,7 @@ BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 SIZE = (6.0, 4.0)  # inches
 DPI = 160
 MAP_RANGE = (0.05, 0.85)  # part of viridis; its yellow end is too pale on white
+LAYER_WIDTH = 0.22  # inches for a layer at least, so that names at 45 degrees stay apart
 LEGEND_ENTRIES = 12  # most lines of a legend; further ones are left out
 
 
@@ -61,10 +62,13 @@ def plot_flow(
     *,
     label: str | None = None,
     fraction: bool = False,
-    unit: str = "1/theta²",
+    unit: str = "1/θ²",
     color: Any = BLUE,
 ) -> Axes:
     """Plot J against the layers, with error bars of one standard error and the honest lower bound.
+
+    The line goes through the cuts, the layers that everything passes. Hollow points are layers of
+    branches, which hold a part of the information.
 
     Args:
         flow: a measurement. For several parameters there is one line per diagonal entry of J.
@@ -87,14 +91,14 @@ def plot_flow(
         >>> data = ff.FiniteDifference(x[0] - 0.1, x[1] + 0.1, dtheta=0.2)
         >>> flow = ff.fisher_flow(torch.nn.Linear(4, 2), data)
         >>> plots.plot_flow(flow).get_ylabel()  # doctest: +SKIP
-        'Fisher information J (1/theta²)'
+        'Fisher information J (1/θ²)'
     """
-    ax = axes_or_new(ax)
+    ax = new_figure(_width(flow)).add_subplot() if ax is None else ax
     places = range(len(flow.layers))
     for order, (suffix, values, errors, lower) in enumerate(_lines(flow, fraction)):
         shade = color if order == 0 else f"C{order}"
         name = f"{label or 'J'}{suffix}"
-        ax.errorbar(places, values, errors, label=name, color=shade, marker="o", ms=4, capsize=3)
+        _draw_line(ax, flow, values, errors, label=name, color=shade, ms=4, capsize=3)
         bound = "honest lower bound" if order == 0 else None
         ax.plot(places, lower, "_", label=bound, color=shade, alpha=0.6, ms=12, mew=1.5)
     _label_layers(ax, flow, fraction, unit)
@@ -107,7 +111,7 @@ def plot_flows(
     ax: Axes | None = None,
     *,
     fraction: bool = False,
-    unit: str = "1/theta²",
+    unit: str = "1/θ²",
     title: str = "",
 ) -> Axes:
     """Plot J against the layers, one line per flow in the given order, from dark to bright.
@@ -137,17 +141,8 @@ def plot_flows(
     for color, (label, flow) in zip(sequence_colours(len(flows)), flows.items(), strict=True):
         for suffix, values, errors, _ in _lines(flow, fraction):
             name = f"{label}{suffix}" if label in named else None
-            ax.errorbar(
-                range(len(flow.layers)),
-                values,
-                errors,
-                label=name,
-                color=color,
-                marker="o",
-                ms=3.5,
-                lw=1.3,
-                capsize=2,
-            )
+            style = {"label": name, "color": color, "ms": 3.5, "capsize": 2}
+            _draw_line(ax, flow, values, errors, branches=None, **style)
     _label_layers(ax, first, fraction, unit)
     ax.legend(
         title=title or None,
@@ -159,7 +154,7 @@ def plot_flows(
     return ax
 
 
-def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/theta²") -> Axes:
+def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/θ²") -> Axes:
     """Plot J of the first k features against k, with a band of one standard error.
 
     The ring marks the k used for `J`, the dashed line the honest lower bound there. For several
@@ -180,7 +175,7 @@ def plot_curve(layer: LayerFisher, ax: Axes | None = None, *, unit: str = "1/the
     widths = layer.curve_k.tolist()
     for p in range(layer.parameters):
         color = (BLUE, VERMILION, GREEN, GREY)[p % 4]
-        suffix = f"[{p}]" if layer.parameters > 1 else ""
+        suffix = _suffix(layer, p)
         J, error = layer.curve_J[:, p, p], layer.curve_stderr[:, p, p]
         ax.fill_between(widths, (J - error).tolist(), (J + error).tolist(), color=color, alpha=0.25)
         ax.plot(widths, J.tolist(), color=color, label=f"J{suffix}")
@@ -210,15 +205,46 @@ def _lines(
             [float(getattr(layer, name)[p, p]) for layer in flow.layers]
             for name in ("J", "stderr", "lower")
         )
-        yield f"[{p}]" if flow.parameters > 1 else "", J, errors, lower
+        yield _suffix(flow.layers[0], p), J, errors, lower
+
+
+def _suffix(layer: LayerFisher, parameter: int) -> str:
+    """Name a parameter of several: "[x]", or "[0]" if it has no name."""
+    shown = layer.parameter_names[parameter] if layer.parameter_names else parameter
+    return f"[{shown}]" if layer.parameters > 1 else ""
+
+
+def _draw_line(
+    ax: Axes,
+    flow: FlowLike,
+    values: list[float],
+    errors: list[float],
+    branches: str | None = "inside a branch",
+    **style: Any,
+) -> None:
+    """Draw a line through the cuts, and hollow points, named in the legend, for other layers."""
+    inside = [layer.cut is False for layer in flow.layers]
+    for is_branch in (False, True):
+        places = [place for place, branch in enumerate(inside) if branch is is_branch]
+        if is_branch:
+            style |= {"ls": "none", "mfc": "white", "label": branches}
+        if places or not is_branch:
+            J, error = ([numbers[place] for place in places] for numbers in (values, errors))
+            ax.errorbar(places, J, error, marker="o", lw=1.3, **style)
+
+
+def _width(flow: FlowLike) -> float:
+    """Return a width in inches in which the names of all layers can be read."""
+    return max(SIZE[0], LAYER_WIDTH * len(flow.layers))
 
 
 def _label_layers(ax: Axes, flow: FlowLike, fraction: bool, unit: str) -> None:
-    ax.set_xticks(range(len(flow.layers)), flow.names)
-    if len(flow.layers) > 6 or max(map(len, flow.names)) > 8:
-        ax.tick_params(axis="x", rotation=45)
+    names = [layer.label or layer.name for layer in flow.layers]
+    ax.set_xticks(range(len(names)), names)
+    if len(names) > 6 or max(map(len, names)) > 8:
+        ax.tick_params(axis="x", rotation=45, labelsize="small")
         for tick in ax.get_xticklabels():
-            tick.set_horizontalalignment("right")
+            tick.set(horizontalalignment="right", rotation_mode="anchor")
     ax.set_xlabel("layer")
     ax.set_ylabel("J / J$_{input}$" if fraction else f"Fisher information J ({unit})")
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))

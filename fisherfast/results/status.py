@@ -32,6 +32,10 @@ a few per cent through a non-linear layer even if both J are right."""
 
 BLIND = "more features that add a tenth of J would not have been noticed: use more samples"
 
+TOO_LOW = "lower is above J by more than three errors: J is too low"
+
+LATER = "a function of this layer, has more"
+
 ATTAINED = 0.97
 """Fraction of a known upper bound from which more features can add only a negligible part."""
 
@@ -68,6 +72,11 @@ def with_status(layers: Sequence[LayerFisher], *, score: bool) -> tuple[LayerFis
     return tuple(judged)
 
 
+def is_judgement(note: str) -> bool:
+    """Return whether a note explains a status, as opposed to the measurement."""
+    return note in (BLIND, TOO_LOW) or LATER in note
+
+
 def _status(
     layer: LayerFisher, later: Sequence[LayerFisher], bound: LayerFisher | None
 ) -> tuple[str, list[str]]:
@@ -80,21 +89,19 @@ def _status(
         shown = [other.name for other in later if _shows(other, layer, direction)]
         if shown:
             return "unresolved", [
-                f"J is zero within its error, but {shown[0]}, a function of this layer, has more:"
+                f"J is zero within its error, but {shown[0]}, {LATER}:"
                 " use more samples, or flow.tightened()"
             ]
     if known < PRECISE or not (layer.carried and layer.independent):
         return "noisy", []
     if _bound_is_above(layer):
-        return "noisy", ["lower is above J by more than three errors: J is too low"]
+        return "noisy", [TOO_LOW]
     attained = bound is not None and _attains(layer, bound)
     if not layer.sensitive and not attained:
         return "noisy", [BLIND]
     risen = next(_risen(later, layer), None)
     if risen is not None:
-        return "rising", [
-            f"{risen.name}, a function of this layer, has more: flow.tightened() applies it here"
-        ]
+        return "rising", [f"{risen.name}, {LATER}: flow.tightened() applies it here"]
     if layer.plateau or attained:
         return "resolved", []
     return "rising", []

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fisherfast._errors import FisherWarning
+from fisherfast._files import replacing, synchronise
 
 
 class HistoryFile:
@@ -55,9 +55,9 @@ class HistoryFile:
         follows = self._written == len(rows) - 1 and set(rows[-1]) <= set(columns)
         try:
             if follows and self._whole():
-                with self._path.open("a", encoding="utf-8", newline="") as file:
-                    file.write(as_csv(rows[-1:], columns, header=False))
-                    self._synchronise(file)
+                with self._path.open("ab") as file:
+                    file.write(as_csv(rows[-1:], columns, header=False).encode())
+                    synchronise(file)
             else:
                 columns = columns_of(rows)
                 self._rewrite(as_csv(rows, columns))
@@ -81,22 +81,9 @@ class HistoryFile:
         return self._path.exists() and self._path.stat().st_size == self._size
 
     def _rewrite(self, text: str) -> None:
-        """Write a temporary file and rename it, so that readers never see half a file."""
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
-        try:
-            with beside.open("w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                self._synchronise(file)
-            beside.replace(self._path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
-
-    @staticmethod
-    def _synchronise(file: io.TextIOBase) -> None:
-        """Flush to the disk, because a full disk may raise an error only then."""
-        file.flush()
-        os.fsync(file.fileno())
+        """Replace the file, so that readers never see half of one."""
+        with replacing(self._path) as file:
+            file.write(text.encode())
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
+from fisherfast._files import replacing
 from fisherfast._validation import check_same_network, check_whole
 from fisherfast._version import __version__
 from fisherfast.data import Data, KeptData
@@ -28,7 +29,7 @@ from fisherfast.results import table
 from fisherfast.results.comparison import DIVIDES, uncorrelated, weakest_direction
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import finite_step_note
-from fisherfast.training.checks import check_errors, check_scale
+from fisherfast.training.checks import FORMAT_VERSION, check_errors, check_scale, read_state
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
 from fisherfast.training.observe import Observer, leaves
 from fisherfast.training.plots import plot_training
@@ -54,9 +55,6 @@ KEPT_BYTES = 2**29
 
 SHOWN_EPOCHS = 12
 """Most rows of a printed history."""
-
-FORMAT_VERSION = 1
-STATE = {"network", "settings", "calls", "history", "observer", "spaces", "warned"}
 
 
 class FisherMonitor:
@@ -290,7 +288,7 @@ class FisherMonitor:
         return f"{self._title()}\n{table.as_text(self._table())}" if self.history else self._title()
 
     def _repr_html_(self) -> str:
-        return table.as_html(self._table(), self._title())
+        return table.as_html(self._table(), [self._title()])
 
     def _title(self) -> str:
         measured = [record.flow for record in self.history if record.flow is not None]
@@ -313,9 +311,11 @@ class FisherMonitor:
         return [record.row() for record in self.history]
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the history, one line per record, with empty cells for unknown values."""
+        """Write the history, one line per record, with empty cells for unknown values; after an
+        error an earlier file is as it was."""
         rows = self.rows()
-        Path(path).write_text(as_csv(rows, columns_of(rows)), encoding="utf-8")
+        with replacing(Path(path)) as file:
+            file.write(as_csv(rows, columns_of(rows)).encode())
 
     def plot(self, ax: Any = None) -> Any:
         """Plot transmission and the errors in units of the bound over epochs, and return the
@@ -350,37 +350,30 @@ class FisherMonitor:
             ValueError: the state is of another network (says what differs), of other settings or of
                 another version of the format. Nothing is changed then.
         """
-        if not isinstance(state, Mapping) or state.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"state must be of a FisherMonitor, format {FORMAT_VERSION}, got"
-                f" {state.get('format_version') if isinstance(state, Mapping) else type(state)}"
-            )
-        if missing := sorted(STATE - set(state)):
-            raise ValueError(f"state must hold {missing}, got {sorted(state)}")
-        check_same_network("state", self._signature(), state["network"])
-        ours, theirs = self._compared(), state["settings"]
+        values = read_state(state)
+        check_same_network("state", self._signature(), values["network"])
+        ours, theirs = self._compared(), values["settings"]
         for name in sorted(set(ours) | set(theirs)):
-            if ours.get(name) != theirs.get(name):
+            here, there = ours.get(name), theirs.get(name)
+            if type(here) is not type(there) or here != there:
                 raise ValueError(
-                    f"state must be of the same settings, got {name} = {theirs.get(name)!r} for"
-                    f" {ours.get(name)!r}"
+                    f"state must be of the same settings, got {name} = {there!r} for {here!r}"
                 )
-        history = [EpochRecord.from_state_dict(record) for record in state["history"]]
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        spaces = {
+            name: [weights.to(device, copy=True) for weights in halves]
+            for name, halves in values["spaces"].items()
+        }
         observer = None
-        if state["observer"] is not None:
+        if values["observer"] is not None:
             observer = self._new_observer()
-            observer.load_state_dict(state["observer"])
+            observer.load_state_dict(values["observer"])
         self.close()
         if self._file is not None:
             self._file.restart()
-        self.history, self._observer = history, observer
-        self._calls = int(state["calls"])
-        self._warned = set(state["warned"])
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self._recall.spaces = {
-            name: [weights.to(device, copy=True) for weights in spaces]
-            for name, spaces in state["spaces"].items()
-        }
+        self.history, self._observer = values["history"], observer
+        self._calls, self._warned = values["calls"], set(values["warned"])
+        self._recall.spaces = spaces
 
     def _notes_on(self, flow: FisherFlow | None, errors: Mapping[str, Errors]) -> list[str]:
         """Make the notes of a record."""

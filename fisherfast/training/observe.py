@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherfast._fields import Count, inside, read_fields
+from fisherfast.data.inputs import Inputs, floating, joined
 from fisherfast.model.graph import PASSIVE
+from fisherfast.model.hooks import only_output
 from fisherfast.model.sites import INPUT, OUTPUT
 from fisherfast.training.regression import LiveEstimate, RegressionMoments, ThetaBatch
 
@@ -21,6 +24,8 @@ WIDEST = 256
 
 PARAMETRIZED = "parametrizations"
 """Name of the child that computes the weights of a module in `torch.nn.utils.parametrize`."""
+
+_STATE = {"calls": Count, "listening": bool, "moments": dict[str, object]}
 
 Caught = tuple[torch.Tensor, int]
 """An activation, and its count of in-place changes when it was recorded."""
@@ -122,18 +127,20 @@ class Observer:
         moments = {name: m.state_dict() for name, m in self.moments.items()}
         return {"calls": self._calls, "listening": bool(self._handles), "moments": moments}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the result of `state_dict`, and observe the next batch if that was so."""
+    def load_state_dict(self, state: Any) -> None:
+        """Load the result of `state_dict`, and observe the next batch if that was so.
+
+        Raises:
+            ValueError: the state is damaged; nothing is changed.
+        """
+        values = read_fields(_STATE, state, "observer")
+        moments = {}
+        for name, sums in values["moments"].items():
+            with inside(f"observer.moments[{name!r}]"):
+                moments[name] = RegressionMoments.from_state_dict(sums, self._parameters)
         self.release()
-        self._calls = int(state["calls"])
-        self.moments = {}
-        for name, sums in state["moments"].items():
-            moments = RegressionMoments(
-                len(sums["square"]), self._parameters, device=sums["square"].device
-            )
-            moments.load_state_dict(sums)
-            self.moments[name] = moments
-        if state["listening"]:
+        self._calls, self.moments = values["calls"], moments
+        if values["listening"]:
             self._listen()
 
     @contextlib.contextmanager
@@ -152,7 +159,7 @@ class Observer:
         if self._model._compiled_call_impl is not None:  # by `model.compile()`
             self._handles.append(_AroundCompiled(self._model, catch_input, catch_output))
             return
-        self._handles.append(self._model.register_forward_pre_hook(catch_input))
+        self._handles.append(self._model.register_forward_pre_hook(catch_input, with_kwargs=True))
         self._handles.append(self._model.register_forward_hook(catch_output))
         for name, module in self._modules.items():
             hook = Hook(lambda _, args, output, name=name: self._keep(name, output))
@@ -162,13 +169,16 @@ class Observer:
         """Return whether this forward pass is training: neither a validation nor a measurement."""
         return self._model.training or torch.is_grad_enabled()
 
-    def _catch_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _catch_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if self._trains():
             self._caught, self._sizes = {}, []  # only the last pass is used
-            if args:
-                self._keep(INPUT, args[0])
+            self._keep(INPUT, _input_of(args, kwargs))
 
     def _catch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._sizes and not isinstance(output, torch.Tensor):
+            output = only_output(output, self._sizes[0])
         # the same tensor as the last layer's: one of them is enough
         same = [name for name, (tensor, _) in self._caught.items() if tensor is output]
         for name in same:
@@ -245,7 +255,7 @@ class _AroundCompiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._removed:
             return self._inner(*args, **kwargs)
-        self._catch_input(self._module, args)
+        self._catch_input(self._module, args, kwargs)
         output = self._inner(*args, **kwargs)
         self._catch_output(self._module, args, output)
         return output
@@ -257,6 +267,22 @@ class _AroundCompiled:
         while isinstance(call, _AroundCompiled) and call._removed:
             call = call._inner
         self._module._compiled_call_impl = call
+
+
+def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the one input of a model; of several with as many rows the floating ones side by side
+    if they are narrow enough to be read, else the first."""
+    given = dict(enumerate(args)) | dict(kwargs)
+    found = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and v.ndim}
+    if not found:
+        return None
+    inputs = Inputs(found, named=True)
+    parts, apart = floating(inputs), len({len(entry) for entry in found.values()}) > 1
+    if apart or not parts or sum(part[:1].numel() for part in parts) > WIDEST:
+        first: torch.Tensor = inputs.samples[0]
+        return first
+    with torch.no_grad():
+        return joined(inputs)
 
 
 def leaves(model: nn.Module) -> dict[str, nn.Module]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from fisherfast._fields import AtLeast, Matrix, build
 from fisherfast.model.sites import INPUT, OUTPUT
 from fisherfast.results import table
 from fisherfast.results.comparison import divides, ratio
 from fisherfast.results.flow import FisherFlow
+from fisherfast.results.text import number, with_error
 
 NOT_MEASURED = "not measured: "
 """Start of the note of a record whose measurement found activations that are not finite."""
@@ -24,7 +26,7 @@ HEADER = ["epoch", "J_output / J_input", "most lost in", "train mse / bound", "v
 LAYER_COLUMNS = ("layer", "shape", "J", "+-", "J / J_input", "status")
 """Columns of the table of a flow that a record shows."""
 
-Errors = tuple[float, ...] | None
+Errors = tuple[Annotated[float, AtLeast(0)], ...] | None
 """Mean square errors of the P parameters in theta^2; None if unknown."""
 
 
@@ -50,10 +52,10 @@ class EpochRecord:
     flow: FisherFlow | None
     train_mse: Errors
     val_mse: Errors
-    input_J: torch.Tensor
+    input_J: Matrix
     training_flow: FisherFlow | None = None
     live: Mapping[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: Annotated[float, AtLeast(0)] = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -85,7 +87,7 @@ class EpochRecord:
         return _share(self.training_flow)[0] - self.transmission
 
     def __repr__(self) -> str:
-        transmission = table.with_error(self.transmission, self.transmission_error)
+        transmission = with_error(self.transmission, self.transmission_error)
         return f"EpochRecord(epoch={self.epoch}, transmission={transmission})"
 
     def __str__(self) -> str:
@@ -136,10 +138,12 @@ class EpochRecord:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings, lists and tensors."""
+        """Return plain numbers, strings, lists and tensors; without the readouts of layers."""
         state = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("flow", "training_flow"):
             state[name] = None if state[name] is None else state[name].to_dict()
+            for layer in [] if state[name] is None else state[name]["layers"]:
+                layer.pop("readout", None)  # two thirds of the state
         return state | {
             "input_J": self.input_J.clone(),
             "live": dict(self.live),
@@ -148,14 +152,27 @@ class EpochRecord:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> EpochRecord:
-        """Rebuild a record from the result of `state_dict`."""
-        values = dict(state)
-        for name in ("flow", "training_flow"):
-            values[name] = None if state[name] is None else FisherFlow.from_dict(state[name])
+        """Rebuild a record from the result of `state_dict`.
+
+        Raises:
+            ValueError: an entry is missing or of the wrong kind.
+        """
+        record = build(cls, state, complete=True)
+        return replace(record, input_J=record.input_J.to("cpu", copy=True))
+
+    def check_fields(self) -> None:
+        """Raise ValueError unless the fields of a rebuilt record have the same parameters."""
+        P = len(self.input_J)
         for name in ("train_mse", "val_mse"):
-            values[name] = None if state[name] is None else tuple(state[name])
-        values["input_J"] = state["input_J"].to("cpu", copy=True)
-        return cls(**values | {"live": dict(state["live"]), "notes": tuple(state["notes"])})
+            errors = getattr(self, name)
+            if errors is not None and len(errors) != P:
+                raise ValueError(f"{name} must hold one number per parameter ({P}), got {errors}")
+        for name in ("flow", "training_flow"):
+            flow = getattr(self, name)
+            if flow is not None and flow.parameters != P:
+                raise ValueError(f"{name} must have {P} parameters, got {flow.parameters}")
+            if flow is not None and output_of(flow) not in flow:
+                raise ValueError(f"{name} must have a layer {output_of(flow)!r}, got {flow.names}")
 
 
 def output_of(flow: FisherFlow) -> str:
@@ -175,9 +192,10 @@ def table_of(history: Sequence[EpochRecord]) -> list[list[str]]:
     return [HEADER] + [
         [
             str(record.epoch),
-            table.with_error(record.transmission, record.transmission_error),
+            with_error(record.transmission, record.transmission_error),
             "-" if record.flow is None else _most_lost(record.flow),
-            *("-" if math.isnan(x) else f"{x:.3g}" for x in (record.train_level, record.val_level)),
+            number(record.train_level),
+            number(record.val_level),
         ]
         for record in history
     ]
@@ -197,7 +215,7 @@ def _most_lost(flow: FisherFlow) -> str:
     if not losses:
         return "-"
     name = max(losses, key=lambda after: losses[after])
-    return f"{name} ({losses[name]:.3f})"
+    return f"{flow[name].label or name} ({number(losses[name])})"
 
 
 def level_of(errors: Errors, input_J: torch.Tensor) -> float:

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from fisherfast._fields import AtLeast, Matrix, Scope, Shape, read_fields
 from fisherfast.estimation.curve import SPARE_DOF, whitened
 from fisherfast.estimation.ridge import MOSTLY_RIDGE, raw_ridge, relative_rounding
 from fisherfast.estimation.variance import independent_variance
@@ -184,11 +184,29 @@ class RegressionMoments:
         sums = {name: value.clone() for name, value in self._sums.items()}
         return sums | {"counts": [self._weight, self._freedom, self._freedom_squared]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the result of `state_dict`."""
-        for name, value in self._sums.items():
-            self._sums[name] = state[name].to(value.device, copy=True)
-        self._weight, self._freedom, self._freedom_squared = state["counts"]
+    @classmethod
+    def from_state_dict(cls, state: Any, parameters: int) -> RegressionMoments:
+        """Make the moments of the result of `state_dict`. Raises ValueError for anything else."""
+        values = read_fields(_STATE, state, "", scope=Scope({"P": parameters}))
+        weight, freedom, squared = counts = values.pop("counts")
+        if not all(map(math.isfinite, counts)) or len({count > 0 for count in counts}) > 1:
+            raise ValueError(f"counts must be zero, or positive and finite, got {counts}")
+        made = cls(len(values["square"]), parameters, device=values["square"].device)
+        made._sums = {
+            name: values[name].to(zero.device, copy=True) for name, zero in made._sums.items()
+        }
+        made._weight, made._freedom, made._freedom_squared = weight, freedom, squared
+        return made
+
+
+_SUM = Annotated[float, AtLeast(0)]
+_STATE = {
+    "derivative": Annotated[torch.Tensor, Shape(("P", "d"))],
+    "square": Annotated[torch.Tensor, Shape(("d", "d"))],
+    "rounding": Annotated[torch.Tensor, Shape(("d",)), AtLeast(0)],
+    "noise": Matrix,
+    "counts": tuple[_SUM, _SUM, _SUM],
+}
 
 
 def monomials(parameters: int) -> list[tuple[int, ...]]:

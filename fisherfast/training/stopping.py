@@ -9,18 +9,34 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
+from fisherfast._fields import Count, read_fields, wrong
 from fisherfast._validation import check_whole
 from fisherfast.results.comparison import divides, unresolved_note
+from fisherfast.results.layer import UNMEASURED
 from fisherfast.training.monitor import FisherMonitor
 from fisherfast.training.record import NOT_MEASURED, EpochRecord
 from fisherfast.training.rules import RULES, Transmission
 from fisherfast.training.stopping_rule import StoppingRule, Verdict
 
 STATE_VERSION = 1
-STATE = {"version", "rule", "stopped_epoch", "best_epoch", "best_record", "reason", "weights"}
+STATE = {
+    "version": int,
+    "rule": str,
+    "stopped_epoch": int | None,
+    "best_epoch": int | None,
+    "best_record": Count | None,
+    "reason": str,
+    "weights": dict[str, object] | None,
+}
+
+PLAIN = (type(None), bool, int, float, str, list, dict)
+
+EXTRA_STATE = "_extra_state"
+"""End of the names under which PyTorch stores what `nn.Module.get_extra_state` returns."""
 
 
 class FisherEarlyStopping:
@@ -97,8 +113,8 @@ class FisherEarlyStopping:
             first time.
 
         Raises:
-            ValueError: "crlb" without ``train_mse`` or with an error below 0, or the monitor has no
-                epoch yet.
+            ValueError: "crlb" without ``train_mse`` or with an error below 0, the monitor has no
+                epoch yet, or J_input cannot be measured (integers alone without a score).
 
         Warns:
             FisherWarning: the best epoch was before the first step, so its weights are unknown;
@@ -148,18 +164,29 @@ class FisherEarlyStopping:
         Raises:
             ValueError: the state is of another rule, or not a state.
         """
-        if not isinstance(state, Mapping) or (missing := sorted(STATE - set(state))):
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            wanted = missing if isinstance(state, Mapping) else sorted(STATE)
-            raise ValueError(f"state must hold {wanted}, got {got}")
-        if state["version"] != STATE_VERSION:
-            raise ValueError(f"state must be of version {STATE_VERSION}, got {state['version']}")
-        if state["rule"] != self.rule.name:
-            raise ValueError(f"state must be of rule {self.rule.name!r}, got {state['rule']!r}")
-        self.stopped_epoch, self.best_epoch = state["stopped_epoch"], state["best_epoch"]
-        self._best_record = state["best_record"]
-        self.reason = state["reason"]
-        self._weights = copy.deepcopy(state["weights"])
+        values = read_fields(STATE, state, "state")
+        if values["version"] != STATE_VERSION:
+            raise ValueError(f"state must be of version {STATE_VERSION}, got {values['version']}")
+        if values["rule"] != self.rule.name:
+            raise ValueError(f"state must be of rule {self.rule.name!r}, got {values['rule']!r}")
+        if (values["best_epoch"] is None) != (values["best_record"] is None):
+            raise ValueError(
+                f"state.best_record must belong to best_epoch {values['best_epoch']}, got"
+                f" {values['best_record']}"
+            )
+        if (values["stopped_epoch"] is None) == bool(values["reason"]):
+            raise ValueError(
+                f"state.reason must belong to stopped_epoch {values['stopped_epoch']}, got"
+                f" {values['reason']!r}"
+            )
+        if values["weights"] is not None:
+            _check_weights(values["weights"])
+            if values["best_record"] is None:
+                raise ValueError("state.weights must belong to a best_record, got None")
+        weights = copy.deepcopy(state["weights"])  # with the versions of its modules
+        self.stopped_epoch, self.best_epoch = values["stopped_epoch"], values["best_epoch"]
+        self._best_record, self.reason = values["best_record"], values["reason"]
+        self._weights = weights
 
     def __repr__(self) -> str:
         return (
@@ -178,14 +205,30 @@ class FisherEarlyStopping:
                 stacklevel=3,
             )
             return
+        here = model.state_dict()
+        for name in dict(model.named_parameters()).keys() & here.keys() & self._weights.keys():
+            if self._weights[name].shape != here[name].shape:
+                raise ValueError(
+                    f"model must have the {name!r} of its best epoch,"
+                    f" {list(self._weights[name].shape)}, got {list(here[name].shape)}"
+                )
         model.load_state_dict(self._weights)
         self._weights = None
 
     def _warn_of_input(self, record: EpochRecord) -> None:
-        """Warn once that the rule waits for a J_input that is significantly above zero."""
+        """Warn once that the rule waits for a J_input that is significantly above zero.
+
+        Raises:
+            ValueError: J_input cannot be measured: the rule would wait for ever.
+        """
         if self._warned or record.flow is None or not self.rule.reads_input:
             return
         source = record.flow.layers[0]
+        if reasons := [note for note in source.notes if note.startswith(UNMEASURED)]:
+            raise ValueError(
+                f"J of the input must be known for rule {self.rule.name!r}, got none in epoch"
+                f" {record.epoch}, {reasons[0]}"
+            )
         if not divides(source):
             self._warned = True
             warnings.warn(
@@ -200,6 +243,16 @@ class FisherEarlyStopping:
         if self.rule.check_finite and (problem := _not_finite(history[-1])):
             return Verdict(self._best_record, problem)
         return self.rule.judge(history, patience=self.patience, min_delta=self.min_delta)
+
+
+def _check_weights(weights: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the values of a model's state are tensors; objects of a module's own
+    kind are left to the module."""
+    for name, value in weights.items():
+        if isinstance(value, PLAIN) and not name.endswith(EXTRA_STATE):
+            raise wrong(f"state.weights[{name!r}]", "be a tensor", value)
+        if isinstance(value, torch.Tensor) and value.device.type == "meta":
+            raise wrong(f"state.weights[{name!r}]", "be a tensor with numbers", value)
 
 
 def _not_finite(record: EpochRecord) -> str:

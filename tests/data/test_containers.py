@@ -18,19 +18,15 @@ import fisherfast as ff
 
 BATCH = 70  # does not divide the 400 samples: the last batch is smaller
 KINDS = (
-    "a tensor, an array, a Dataset, a DataLoader, an iterable of batches or a function that "
-    "returns one"
+    "a tensor, an array, a tuple or dict of these, a Dataset, a DataLoader, an iterable of batches"
+    " or a function that returns one"
 )
 EMPTY = (
     "must yield at least one sample, got an empty source (an iterator can be read once only: "
     "pass a function that returns a new one)"
 )
+REAL = "must have a floating dtype, got "
 FLOATING = "; convert with .float(), or split complex numbers into real and imaginary part"
-
-
-SEVERAL = (
-    "samples of several inputs are not supported yet, join them in one tensor that the model splits"
-)
 
 
 class Items(TensorDataset):
@@ -175,7 +171,15 @@ POSITIVE = "dtheta must be positive and finite, got "
 SHAPES = "all conditions must have samples of the same shape, got [(5,), (6,)]"
 NUMBER = "dtheta must be a number or a sequence of numbers, got "
 STEPS = "dtheta must hold one step or one per parameter (1), got "
-LIST = f"{KINDS}, got tuple: {SEVERAL}; several parameters or batches are a list"
+ENTRY = (
+    "must be a tensor or array [n, ...] or a constant (a number, a string, None), got {}; a"
+    " Dataset, DataLoader or stream of several inputs yields tuples or dicts itself"
+)
+NOTHING = "minus must hold tensors or arrays [n, ...], got constants"
+ROWS = (
+    "minus['b'] must have 64 rows as minus['a'] has, got 5: one per sample; what all samples share"
+    " belongs into the model, or is repeated with .expand(n, ...)"
+)
 SHUFFLED = DataLoader(TensorDataset(X), batch_size=8, shuffle=True)
 SPARSE = "minus must be dense, got torch.sparse_coo; convert with .to_dense()"
 PAIRED = "paired conditions must have the same number of samples, got [63, 64]"
@@ -191,8 +195,17 @@ WRONG = {
     "second shape": ([X, X], [Y, Y[:, :5]], DTHETA, SHAPES),
     "pairs": (X, Y[1:], DTHETA, PAIRED),
     "order": (SHUFFLED, SHUFFLED, DTHETA, ORDER),
-    "several inputs": ((X, X), (Y, Y), DTHETA, f"minus must be {LIST}"),
-    "a dict": ({"x": X}, Y, DTHETA, f"minus must be {KINDS}, got dict: {SEVERAL}"),
+    "a dict and a tensor": ({"x": X}, Y, DTHETA, f"{SHAPES[:-12]}{{'x': [6]}} and [6]"),
+    "a dict and a tuple": ({"x": X}, (Y, Y), DTHETA, f"{SHAPES[:-12]}{{'x': [6]}} and ([6], [6])"),
+    "a tuple of loaders": ((X, [Y]), (X, Y), DTHETA, f"minus[1] {ENTRY.format('list')}"),
+    "rows": ({"a": X, "b": X[:5]}, {"a": X, "b": X}, DTHETA, ROWS),
+    "constants": (
+        (3, None),
+        Y,
+        DTHETA,
+        "minus must hold tensors or arrays [n, ...], got constants",
+    ),
+    "complex entry": ((X, X + 0j), Y, DTHETA, f"minus[1] {REAL}torch.complex64{FLOATING}"),
     **{
         f"{source!r}": (source, Y, DTHETA, f"minus must be {KINDS}, got {type(source).__name__}")
         for source in ("data.npz", b"data", 3, None)
@@ -249,8 +262,10 @@ def test_dtype_must_be_floating(kind, convert, name):
     dtype = str(bad.dtype).removeprefix("torch." if kind == "array" else "")
     source = SOURCES[kind](bad)
     model = nn.Identity()
-    text = f"{name} must have a floating dtype, got {dtype}{FLOATING}"
-    with untouched(model), pytest.raises(TypeError, match=message(text)):
+    text = re.escape(f"{name} {REAL}{dtype}{FLOATING}")
+    if convert != "complex":
+        text = "^plus must be floating or integers as the first batch is, torch.* got torch.*float"
+    with untouched(model), pytest.raises(TypeError, match=text):
         measure(model, with_one(source, name, y))
 
 
@@ -279,19 +294,16 @@ def test_second_measurements():
 
 
 YIELD = "minus must yield tensors or arrays [n, ...], got "
-ALONE = (
-    "minus must yield samples [n, ...] alone, got 2 entries (Tensor, Tensor): leave labels out;"
-    f" {SEVERAL}"
-)
+OTHER = r"^plus must have the same entries .* every batch, got \[6\] in batch 0 after "
 BAD_BATCHES = {
     **{
         f"batch {batch!r}": (lambda batch=batch: [batch], message(YIELD + type(batch).__name__))
         for batch in ("abc", 3.0, None, ())
     },
-    "dict": (lambda: [{"x": X}], message(f"{YIELD}dict: {SEVERAL}")),
-    "tuple in a tuple": (lambda: [((X, X),)], message(f"{YIELD}tuple: {SEVERAL}")),
-    "labels": (lambda: ((part, part) for part in X.split(BATCH)), message(ALONE)),
-    "labels of a loader": (DataLoader(TensorDataset(X, X)), message(ALONE)),
+    "dict": (lambda: [{"x": X}], OTHER),
+    "tuple in a tuple": (lambda: [((X, X),)], r"^minus must be a tensor or array .*got tuple"),
+    "labels": (lambda: ((part, part) for part in X.split(BATCH)), OTHER),
+    "labels of a loader": (DataLoader(TensorDataset(X, X)), OTHER),
     "scalars": (lambda: [torch.tensor(1.0)], "^minus must "),
     "a forgotten return": (lambda: None, "^minus must .*(iterable|yield|return)"),
     "a number": (lambda: 3, "^minus must .*(iterable|yield|return)"),

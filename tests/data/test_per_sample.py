@@ -143,7 +143,12 @@ REFUSED = [
     (lambda: read(ff.Score([(X, X[:, 0, 0]), (X, X[:, 0])])), COLUMNS),
     (lambda: read(ff.Score([X])), "x must yield pairs (x, score) where score is not given"),
     (lambda: read(ff.Score([(X, X[:, 0, 0], X)])), "got 3 entries in batch 0: leave labels out"),
-    (lambda: read(ff.Score([((X, X), X[:, 0, 0])])), "got 2 entries (Tensor, Tensor): leave"),
+    (lambda: ff.Pathwise((X, X), X), "dx must be a tuple as x is, got Tensor"),
+    (lambda: ff.Pathwise({"a": X}, {"b": X}), "dx must have the entries of x, ['a'], got ['b']"),
+    (lambda: ff.Pathwise((X, X), (X,)), "dx must have the entries of x, [0, 1], got [0]"),
+    (lambda: ff.Pathwise((X, X), (None, None)), "dx must hold tangents of at least one"),
+    (lambda: ff.Pathwise((X, X.long()), (X, X)), "dx[1] must be None, got Tensor: only floating"),
+    (lambda: ff.Pathwise(X.long(), X), "integers have no derivative; use Score or FiniteDiff"),
 ]
 
 
@@ -318,7 +323,7 @@ BAD = [
     (lambda: ff.Simulator(draw, THETA, dtheta=0.1), "dtheta must be left out"),
     (lambda: ff.Simulator(draw, [1e6, 0.0], derivative="paired", dtheta=0.01), RESOLVED),
     (lambda: ff.Simulator(draw, THETA, samples=0), "samples must be at least 1, got 0"),
-    (lambda: ff.Simulator(draw, [[0.0]]), "theta must have shape [P], got [1, 1]"),
+    (lambda: ff.Simulator(draw, [[[0.0]]]), "theta must have shape [P] or [Q, P], got [1, 1, 1]"),
     (lambda: ff.Simulator(draw, float("nan")), "theta must be finite, got nan"),
     (lambda: ff.Simulator(draw, 1j), "theta must be real numbers, got torch.complex64"),
     (lambda: read(ff.Simulator(lambda t, n, g: X[1:7, 0], 0.0)), "return n = 7 samples"),

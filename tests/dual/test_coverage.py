@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -45,6 +46,34 @@ def test_coverage_reports_and_does_not_raise():
         line = next(line for line in lines if operation in line)
         assert way in line
         assert layer in line
+
+
+BUFFER = torch.zeros(3, 5)
+
+STOPPED = {
+    "shapes": (nn.Linear(4, 2), "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+    "its own": (Function(lambda x: x.nothing), "AttributeError: 'DualTensor' object has no"),
+    "lazy": (nn.LazyLinear(3), "ValueError: model must have initialised parameters, got 'weight'"),
+}
+CONTINUED = {
+    "into a buffer": (Function(lambda x: BUFFER.clone().copy_(x) + BUFFER.copy_(x)), "copy_"),
+    "into a detached": (Function(lambda x: x.detach().mul_(2) + x), "mul_"),
+}
+
+
+@pytest.mark.parametrize("case", STOPPED | CONTINUED)
+def test_coverage_of_a_network_that_cannot_run(case):
+    """Catches an error where a report was asked for, or a report that says nothing of it."""
+    model, reason = (STOPPED | CONTINUED)[case]
+    x = torch.rand(3, 5)
+    with contextlib.nullcontext() if case == "lazy" else untouched(model):
+        report = ff.dual.coverage(nn.Sequential(nn.Identity(), model), x)
+    (failure,) = report.failures
+    assert reason.replace("'weight'", "'1.weight'") in failure
+    assert report.layers[failure] == ["the model" if case == "lazy" else "1"]
+    assert report.stopped == (case in STOPPED)
+    assert ("the model stopped with an error" in str(report)) == report.stopped
+    assert failure in str(report)
 
 
 def test_every_rule_is_for_an_operator_that_exists():

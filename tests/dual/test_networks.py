@@ -17,6 +17,7 @@ from support.dual_zoo import NETWORKS, resnet
 from support.dual_zoo_layers import LAYERS
 from support.dual_zoo_operations import OPERATIONS
 from support.dual_zoo_sequences import ATTENTION
+from support.dual_zoo_spectral import COMPLEX
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,12 +26,12 @@ from fisherfast.model.graph import survey
 from fisherfast.model.isolation import evaluation
 from fisherfast.model.sites import select
 
-ALL: dict[str, Network] = {**NETWORKS, **ATTENTION, **LAYERS, **OPERATIONS}
+ALL: dict[str, Network] = {**NETWORKS, **ATTENTION, **LAYERS, **OPERATIONS, **COMPLEX}
 
 WITHOUT_RULE = (
     *("batch_norm_of_batch", "max_unpool", "norm", "prod", "cumprod", "cummax", "atan2", "erf"),
-    *("clamp_tensor", "remainder", "xlogy", "scattered", "index_put", "inverse", "complex"),
-    *("spectrogram", "spread"),
+    *("clamp_tensor", "remainder", "xlogy", "scattered", "index_put", "inverse"),
+    *("complex_spread", "complex_activation", "spread"),
 )
 """Entries of which an operation has no rule."""
 

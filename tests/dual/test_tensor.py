@@ -80,15 +80,15 @@ def test_constants_of_a_forward_pass_are_plain_operands():
 
 @dataclass
 class Answer:
-    """An output of a class that nobody knows how to take apart."""
+    """An output that hides its tensors in a list."""
 
-    mean: Tensor
+    means: list[Tensor]
 
 
 @pytest.mark.parametrize("wrap", [lambda a: a, lambda a: [a], lambda a: {"a": (1, a)}])
 def test_outputs_of_other_classes_are_refused(wrap):
     """Catches an object that comes back twice, with dual tensors inside, as y and as dy."""
-    model = Function(lambda x: wrap(Answer(x * 2)))
+    model = Function(lambda x: wrap(Answer([x * 2])))
     with pytest.raises(TypeError, match=r"^model must return tensors, or .*, got Answer$"):
         ff.jvp(model, torch.randn(2, 5), torch.randn(3, 2, 5))
 
@@ -102,3 +102,19 @@ def test_outputs_that_are_parameters():
     assert not y.requires_grad
     assert torch.equal(weight, torch.ones(5))
     assert torch.equal(dy, torch.zeros(3, 5))
+
+
+def test_libraries_take_it_for_a_tensor_of_torch():
+    """Catches NumPy's functions on tangents: opt_einsum and autoray choose the library for an array
+    by the first name of the module of its class."""
+    dual = ff.dual.DualTensor.pack(torch.ones(2), torch.ones(1, 2))
+    assert type(dual).__module__.split(".")[0] == torch.Tensor.__module__ == "torch"
+
+
+def test_writes_into_a_conjugate_are_refused():
+    """Catches a write that is lost: PyTorch would change x, too."""
+    x = torch.complex(torch.ones(2), torch.ones(2))
+    dual = ff.dual.DualTensor.pack(x.real.clone(), torch.ones(1, 2)) * 1j
+    with pytest.raises(ff.dual.DerivativeError, match=r"^operation conj in .*write into a clone"):
+        dual.conj().mul_(2)
+    assert torch.equal(dual.conj().clone().mul_(2).primal, torch.tensor([-2j, -2j]))

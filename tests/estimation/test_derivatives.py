@@ -166,7 +166,9 @@ def test_no_tangents_are_zero_tangents(lift):
 def test_score_is_needed(lift):
     """Catches a score of zero in the place of none."""
     place, _ = Place.in_turn(0, N, FOLDS)
-    with pytest.raises(ValueError, match="carried must be the score of each sample, got None"):
+    with pytest.raises(
+        ValueError, match="carried must be the score or labels of each sample, got None"
+    ):
         ScoreMoments(P, K, folds=FOLDS).update(numbers(N, D), None, lift, place)
 
 

@@ -9,6 +9,7 @@ import torch
 import fisherfast as ff
 from fisherfast.estimation.fold_moments import SampleFeatures
 from fisherfast.estimation.leverage import (
+    MOST_LEVERAGE,
     Seen,
     excess_covariance,
     inverse_excess,
@@ -268,3 +269,14 @@ def test_heavy_tails():
     results = flows(student, 100, max_features=RAW)
     assert covered(results, results[:, 0].mean()) >= 86
     assert above(results, 1 / 3) <= 6
+
+
+def test_an_activation_that_fires_once_leaves_the_others_alone():
+    """A sample of leverage 1 in one feature of two; power: with its weight of 1 / (1 - h) = 1e6 in
+    the mean J of the other feature would be 1e-6 of its value."""
+    g = generator()
+    other = torch.randn(N, 1, generator=g, dtype=torch.float64)
+    lone = torch.eye(N, 1, dtype=torch.float64)
+    u = other + 0.03 * lone
+    seen = Seen(torch.where(lone > 0, MOST_LEVERAGE, 2 / N), u[None])
+    assert abs(float(inverse_excess(seen, torch.full((1,), 2.0), N)) - 1) < 0.1

@@ -97,7 +97,7 @@ def test_moments_of_processes_are_those_of_one(kind, known):
         torch.testing.assert_close(getattr(parts[0], name), getattr(whole, name))
     torch.testing.assert_close(parts[0].cross.tril(), whole.cross.tril())
     if carried is not None:
-        for name in ("sums", "score_sums", "score_cross")[: 3 if kind == "score" else 1]:
+        for name in ("sums", "column_sums", "column_cross")[: 3 if kind == "score" else 1]:
             found, expected = (getattr(moments.carried, name) for moments in (parts[0], whole))
             torch.testing.assert_close(found, expected)
 

@@ -164,6 +164,13 @@ def test_checkpoint_before_the_fit_keeps_what_was_loaded():
     assert own.state_dict() == {}
     own.load_state_dict({"monitor": {"calls": 3}, "stopping": None})
     assert own.state_dict()["monitor"] == {"calls": 3}
+    for wrong in (
+        {"stopping": None},
+        {"monitor": {}, "val_mse": "low"},
+        {"monitor": {}, "more": 1},
+    ):
+        with pytest.raises(ValueError, match=r"^state(\.val_mse)? must "):
+            own.load_state_dict(wrong)
 
 
 def test_second_fit_goes_on():

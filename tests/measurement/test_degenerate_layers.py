@@ -132,3 +132,31 @@ def test_an_outlier_takes_no_layer_with_it(source, size):
     output = flow["output"]
     assert output.value <= 5 + 4 * float(output.stderr)
     assert output.status != "resolved"
+
+
+@pytest.mark.parametrize("n", [4000, 100])
+def test_activations_below_the_range_of_float32(n):
+    """Catches scales whose inverse overflows: a softmax over many places has activations that vary
+    by 1e-42. A layer with them was refused as not finite; at n = 100 it is compressed."""
+    source = samples("tangents", torch.eye(DIM).double(), torch.ones(DIM).double(), n=n, seed=0)
+
+    def tiny(z: torch.Tensor) -> torch.Tensor:
+        return torch.cat([z, (z * 1e-42).repeat(1, 10), (z * 1e-30).repeat(1, 10)], 1)
+
+    flow = ff.fisher_flow(Mix(tiny), source, max_features=RAW_ONLY)
+    plain = ff.fisher_flow(Mix(lambda z: z), source, max_features=RAW_ONLY)
+    seen, expected = flow["output"], plain["output"]
+    assert seen.compressed == (n == 100)
+    assert abs(seen.value - expected.value) < 4 * expected.stderr.item()
+
+
+@pytest.mark.parametrize("n", [60, 100])
+def test_one_hot_activations(n):
+    """Catches an IndexError where no feature of one half varies in the other by more than
+    rounding."""
+    x = torch.zeros(n, 300)
+    x[torch.arange(n), torch.arange(n)] = 1
+    dx = torch.zeros(n, 300)
+    dx[:, 0] = 1e-3
+    flow = ff.fisher_flow(nn.Identity(), ff.Pathwise(x, dx))
+    assert flow["input"].J.isfinite().all()

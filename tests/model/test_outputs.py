@@ -345,7 +345,7 @@ def test_a_head_that_is_not_there(name):
     text = f"output must be one of ['output[0]', 'output[1]', 'output'], got {name!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         measure(model, output=name)
-    assert len(calls) == 2  # the survey
+    assert len(calls) == 3  # two of the survey, and one that is followed
     monitor = ff.FisherMonitor(model, two_conditions(), output=name)
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         monitor.step()

@@ -134,7 +134,7 @@ NETWORKS = {
         {"lstm[0]": lambda m, x: m.lstm(x.view(-1, 2, 3))[0]},
     ),
     "attention": (attention, "input embed heads[0] heads[1] output", {"heads[0]": mixed}),
-    "convolutional": (convolutional, "input 1 2 3 output", {"3": lambda m, x: m[:4](x)}),
+    "convolutional": (convolutional, "input 1 3 output", {"3": lambda m, x: m[:4](x)}),
     "noisy": (noisy, "input fc output", FC),
 }
 

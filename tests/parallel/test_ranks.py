@@ -157,7 +157,7 @@ def test_the_example_prints_the_same_on_any_number_of_processes(three, capsys):
     with torch.random.fork_rng(devices=[]):
         runpy.run_path(str(rank_cases.EXAMPLE), run_name="__main__")
     expected = capsys.readouterr().out
-    assert expected.count("J per unit of theta squared") == 2
+    assert expected.count("J per unit of θ²") == 2
     assert [found["groups"]["example"] for found in three] == [expected, "", ""]
 
 

@@ -177,22 +177,27 @@ def test_another_network():
 # --- states ---
 
 
-DAMAGED = r"state must be whole, got one that is damaged: "
-OTHER = "state must be of an ElasticWeightConsolidation, version 1"
+OTHER = r"state must be of an ElasticWeightConsolidation, version 1, got \{"
 
 
 @pytest.mark.parametrize(
-    ("damage", "error", "text"),
+    ("damage", "text"),
     [
-        ({"strength": -1}, ValueError, "strength must be positive and finite, got -1"),
-        ({"information": None}, ValueError, DAMAGED),
-        ({"information": {"0.weight": torch.ones(2)}}, ValueError, DAMAGED + r".*shapes \[2\]"),
-        ({"quadratics": [{}]}, ValueError, DAMAGED),
-        ({"version": 2}, ValueError, OTHER),
-        ({"param_groups": []}, ValueError, OTHER),
+        ({"strength": -1}, r"strength must be positive and finite, got -1\.0"),
+        ({"information": None}, r"state\.information must be a mapping, got None"),
+        (
+            {"information": {"0.weight": torch.ones(2)}},
+            r"state\.information\['0\.weight'\] must be a tensor of torch\.float64, got a tens",
+        ),
+        (
+            {"quadratics": [{}]},
+            r"state\.quadratics\[0\] must hold 'fisher', 'anchor', 'weight', got",
+        ),
+        ({"version": 2}, OTHER),
+        ({"param_groups": []}, r"state must hold only known fields, got 'param_groups'"),
     ],
 )
-def test_damaged_states(damage, error, text):
+def test_damaged_states(damage, text):
     """Catches a state that is taken in half, or that shows only in the training loop, and that of
     something else."""
     model, memory = network(), ElasticWeightConsolidation(3.0, online=True, decay=0.5)
@@ -200,7 +205,7 @@ def test_damaged_states(damage, error, text):
     move(model, seed=1)
     before, other = memory.penalty(model).item(), ElasticWeightConsolidation(7.0)
     for each in (memory, other):
-        with pytest.raises(error, match=f"^{text}"):
+        with pytest.raises(ValueError, match=f"^{text}"):
             each.load_state_dict({**memory.state_dict(), **damage})
     assert memory.penalty(model).item() == before > 0
     assert (other.strength, other.online, other.tasks) == (7.0, False, 0)

@@ -24,7 +24,7 @@ FLOORS = [
     {"measurement"},
     {"estimation", "model", "dual", "parallel", "data", "results", "problems"},
     {"ops"},
-    {"_native", "_errors", "_progress", "_validation", "_version"},
+    {"_native", "_errors", "_fields", "_files", "_progress", "_validation", "_version"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MOST_MODULES = {"": 12}  # of a folder; 15 elsewhere

@@ -47,10 +47,12 @@ def test_every_block_has_a_known_language(name):
     """Catches a block that none of the tests below would run."""
     text = PAGES[name].read_text(encoding="utf-8")
     assert {language for language, _ in all_blocks(text)} <= LANGUAGES
-    assert name in {"README", "training", "parameters"} or not blocks("python", text)
+    assert name in {"README", "training", "parameters", "forecasts"} or not blocks("python", text)
 
 
-@pytest.mark.parametrize("page", ["README", pytest.param("parameters", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "page", ["README", "forecasts", pytest.param("parameters", marks=pytest.mark.slow)]
+)
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys, page):
     """Catches an example that was never run, or whose assertion fails, and a table that it does not
     print.
@@ -157,7 +159,9 @@ def test_pages_are_short():
 # --- numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["accuracy/validation.py", "report/tables.py"])
+@pytest.mark.parametrize(
+    "script", ["accuracy/validation.py", "report/tables.py", "peers/architectures.py"]
+)
 def test_tables_are_what_was_measured(script):
     """Catches a number typed by hand: the tables come from benchmarks/results."""
     assert run_script(f"benchmarks/{script}", "--table").strip() in BENCHMARKS

@@ -12,6 +12,7 @@ import fisherfast as ff
 DATA = {
     "Pathwise": {"dx"},  # left out for sources that yield pairs
     "Score": {"score"},
+    "Labelled": {"theta"},
     "linear_fisher": {"z_plus", "dtheta"},  # left out for tangents and scores
     "InformationLoss": {"dtheta"},
     "FisherEarlyStopping": {"rule"},

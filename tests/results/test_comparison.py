@@ -72,7 +72,7 @@ def test_one_parameter_against_numpy(generator):
     assert found.ratios.tolist() == pytest.approx([2.0])
     assert found.ratios_stderr.tolist() == pytest.approx([found.ratio_stderr])
     assert found.notes == ()
-    assert "'a' / 'b' = 2 +- " in repr(found)
+    assert "'a' / 'b' = 2.000 +- " in repr(found)
     in_square = math.hypot(float(a.stderr) / 4, 2 * float(b.stderr) / 4)
     assert found.ratio_stderr < in_square / 5  # most of the noise is shared
 

@@ -192,3 +192,74 @@ def test_missing_matplotlib_says_how_to_get_it(flow, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install 'fisherfast\[plots\]'"):
         plots.plot_flow(flow)
+
+
+# --- maps -----------------------------------------------------------------------------------------
+
+
+def map_of(*values: float) -> ff.InformationMap:
+    """A map [2, 3] of two parameters; the second is ten times the first."""
+    J = torch.tensor(values, dtype=torch.float64).reshape(2, 3)
+    both = torch.diag_embed(torch.stack([J, 10 * J], -1))
+    return ff.InformationMap("conv", both, both)
+
+
+def test_a_map_lies_over_its_picture():
+    """Catches H and W exchanged, a map in its own pixels in a corner of the picture, a picture that
+    is hidden, or whose rows are upside down, J of another parameter, and noise below zero that sets
+    the scale."""
+    picture = torch.arange(48.0).reshape(1, 6, 8).requires_grad_()
+    ax = map_of(0.0, 1.0, 2.0, -9.0, math.nan, 4.0).plot(over=picture, parameter=1)
+    below, above = ax.get_images()
+    assert list(below.get_extent()) == list(above.get_extent()) == [-0.5, 7.5, 5.5, -0.5]
+    assert below.origin == above.origin == "upper"
+    assert torch.equal(torch.tensor(below.get_array()), picture[0].detach().double() / 47)
+    assert above.get_array().filled(math.nan)[0].tolist() == [0.0, 10.0, 20.0]
+    assert above.get_clim() == (0.0, 40.0)
+    opacity = torch.tensor(above.get_alpha())
+    expected = torch.tensor([[0.0, 0.25, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    assert torch.allclose(opacity, 0.7 * expected)
+    assert ax.figure.axes[1].get_ylabel() == "J of theta[1] at each position (1/theta²)"
+    alone = map_of(*range(6)).plot()
+    assert list(alone.get_images()[0].get_extent()) == [-0.5, 2.5, 1.5, -0.5]
+    assert alone.get_images()[0].get_alpha() is None
+
+
+def test_forms_of_a_picture():
+    """Catches channels that are taken for rows, and numbers of a device or dtype that matplotlib
+    does not draw."""
+    grey = torch.rand(4, 5)
+    colours = torch.stack([grey, grey.flip(0), grey.flip(1)])
+    for given, expected in (
+        (grey, grey),
+        (grey[None], grey),
+        (grey[..., None], grey),
+        (grey.numpy(), grey),
+        (grey.bfloat16(), grey.bfloat16()),
+        (grey > 0.5, grey > 0.5),
+        (colours, colours.movedim(0, 2)),
+        (colours.movedim(0, 2), colours.movedim(0, 2)),
+    ):
+        drawn = torch.tensor(map_of(*range(6)).plot(over=given).get_images()[0].get_array())
+        expected = expected.double()
+        low, high = expected.aminmax()
+        assert torch.allclose(drawn, (expected - low) / (high - low))
+    assert not map_of(*range(6)).plot(over=torch.ones(4, 5)).get_images()[0].get_array().any()
+
+
+def test_pictures_that_are_refused():
+    """Catches a batch, or a picture of many channels, that is drawn as something else."""
+    chart = map_of(*range(6))
+    for given, error, text in (
+        (torch.rand(7, 4, 5), ValueError, r"over must be a picture .*, got \[7, 4, 5\]: choose"),
+        (torch.rand(2, 1, 4, 5), ValueError, r"over must be a picture .*, got \[2, 1, 4, 5\]"),
+        (torch.rand(0, 5), ValueError, r"over must be a picture .*, got \[0, 5\]"),
+        (torch.tensor([[math.nan]]), ValueError, "over must be finite, got NaN or infinity"),
+        (torch.ones(4, 5) * 1j, TypeError, "over must be real, got torch.complex64"),
+    ):
+        with pytest.raises(error, match=text):
+            chart.plot(over=given)
+    with pytest.raises(ValueError, match="parameter must be below 2 and at least 0, got 2"):
+        chart.plot(parameter=2)
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2"):
+        chart.plot(alpha=2)

@@ -137,12 +137,13 @@ def test_printed_table(flow, pair, silent):
     for column in ("shape", "features", "status"):  # columns of text start below their header
         start = lines[0].index(column)
         assert all(line[start - 1] == " " and line[start] != " " for line in lines[2:6])
-    assert "J per unit of theta squared; dtheta 0.2; 8000 samples" in lines
+    assert "J per unit of θ²; dtheta 0.2; 8000 samples" in lines
     assert "diagonal of J shown" in str(pair)
     assert all(len(line) <= 120 for line in lines)
     assert repr(flow) == str(flow)
     assert len(repr(flow["0"])) < 300
-    assert re.search(r"^note: fc1/relu: .*constant", str(silent), re.MULTILINE)
+    note = r"^note: 3 layers \(fc1, fc1/relu, output\): all 2 to 5 .*constant"
+    assert re.search(note, str(silent), re.MULTILINE)
 
 
 def test_html_is_escaped():

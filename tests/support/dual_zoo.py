@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from support.dual_oracle import Network
 from support.dual_zoo_sequences import SEQUENCES
+from support.dual_zoo_spectral import SPECTRAL
 from torch import Tensor, nn
 
 # --- image networks ---
@@ -71,4 +72,5 @@ NETWORKS: dict[str, Network] = {
     "lenet": Network(lenet, (1, 16, 16)),
     "resnet": Network(resnet, (3, 24, 24), samples=2),
     **SEQUENCES,
+    **SPECTRAL,
 }

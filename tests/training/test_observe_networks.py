@@ -156,7 +156,7 @@ def one_number() -> nn.Module:
 
 
 KINDS = {
-    "named": (lambda: Named(nn.Linear(DIM, 3), nn.Linear(3, 1)), {"input", "0", "1"}),
+    "named": (lambda: Named(nn.Linear(DIM, 3), nn.Linear(3, 1)), {"input", "0", "output"}),
     "tuples": (recurrent, {"input", "output"}),
     "batch last": (lambda: FeaturesFirst(DIM, 1), {"output"}),
     "words": (words, {"0", "output"}),

@@ -17,7 +17,7 @@ def record(epoch: int, *, output: float, hidden: float = 3.0) -> EpochRecord:
     """J of 4 at the input; a branch that nothing has to pass loses all of it."""
     way = (("input", 4.0, ("fc", "output")), ("branch", 0.0, ()), ("fc", hidden, ("output",)))
     layers = [
-        replace(layer(name, number(J), stderr=0.04, lifted=0.0), descendants=later)
+        replace(layer(name, number(J), stderr=0.04, lifted=0.0), descendants=later, cut=bool(later))
         for name, J, later in way
     ]
     layers.append(layer("output", number(output), stderr=0.04, lifted=0.0))
@@ -43,13 +43,13 @@ def test_a_record():
     assert str(record(3, output=2.8)) == (
         "epoch  J_output / J_input  most lost in  train mse / bound  val mse / bound\n"
         "---------------------------------------------------------------------------\n"
-        "    3      0.700 +- 0.012  fc (0.250)                  1.2                -\n"
-        "layer   shape    J    +-     J / J_input  status\n"
-        "----------------------------------------------------\n"
-        "input   1        4  0.04  1.000 +- 0.000  unresolved\n"
-        "branch  1        0  0.04  0.000 +- 0.010  unresolved\n"
-        "fc      1        3  0.04  0.750 +- 0.013  unresolved\n"
-        "output  1      2.8  0.04  0.700 +- 0.012  unresolved\n"
+        "    3      0.700 +- 0.012  fc (0.250)                1.200                -\n"
+        "layer     shape      J     +-     J / J_input  status\n"
+        "---------------------------------------------------------\n"
+        "input     1      4.000  0.040  1.000 +- 0.000  unresolved\n"
+        "  branch  1      0.000  0.040  0.000 +- 0.010  unresolved\n"
+        "fc        1      3.000  0.040  0.750 +- 0.013  unresolved\n"
+        "output    1      2.800  0.040  0.700 +- 0.012  unresolved\n"
         "note: mean square errors must be finite"
     )
     assert repr(record(3, output=2.8)) == "EpochRecord(epoch=3, transmission=0.700 +- 0.012)"
@@ -72,8 +72,8 @@ def test_a_monitor():
         "FisherMonitor of Linear [1]: 2 epochs, 1 measured\n"
         "epoch  J_output / J_input  most lost in  train mse / bound  val mse / bound\n"
         "---------------------------------------------------------------------------\n"
-        "    0      0.500 +- 0.011  fc (0.250)                  1.2                -\n"
-        "    1                   -  -                             1                -"
+        "    0      0.500 +- 0.011  fc (0.250)                1.200                -\n"
+        "    1                   -  -                         1.000                -"
     )
     assert "<td>0.500 +- 0.011</td>" in monitor(history)._repr_html_()
     rows = repr(monitor(by_errors([0.25] * 30))).splitlines()[3:]
@@ -86,11 +86,11 @@ def test_a_map():
     both = torch.diag_embed(torch.stack([J, torch.full_like(J, math.nan)], -1))
     printed = InformationMap("conv3", both, both / 10)
     assert str(printed) == (
-        "parameter  min  median  max   +-  at\n"
-        "----------------------------------------\n"
-        "theta[0]   0.5       2    7  0.7  [1, 1]\n"
-        "theta[1]     -       -    -    -  -\n"
-        "map of conv3, [2, 3] positions; J per unit of theta squared"
+        "parameter    min  median    max     +-  at\n"
+        "----------------------------------------------\n"
+        "θ[0]       0.500   2.000  7.000  0.700  [1, 1]\n"
+        "θ[1]           -       -      -      -  -\n"
+        "map of conv3, [2, 3] positions; J per unit of θ²"
     )
     assert "<td>[1, 1]</td>" in printed._repr_html_()
 

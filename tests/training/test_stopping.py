@@ -227,7 +227,7 @@ def test_states_that_do_not_fit():
         (state, "state must be of rule 'transmission', got 'crlb'"),
         (state | {"version": 0}, "state must be of version 1, got 0"),
         (state | {"version": 2}, "state must be of version 1, got 2"),
-        ({"rule": "transmission"}, r"state must hold .*'weights'"),
+        ({"rule": "transmission"}, r"state must hold 'version', .*'weights', got \['rule'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             ff.FisherEarlyStopping("transmission").load_state_dict(wrong)

@@ -3,6 +3,7 @@
 from fisherfast.dual.rules import (
     activation,
     attention,
+    complex_numbers,
     constant,
     linear,
     pointwise,
@@ -16,6 +17,7 @@ from fisherfast.dual.rules import (
 __all__ = [
     "activation",
     "attention",
+    "complex_numbers",
     "constant",
     "linear",
     "pointwise",

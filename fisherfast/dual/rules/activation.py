@@ -37,7 +37,9 @@ KINDS: dict[str, Callable[[dict[str, Any]], Kind]] = {
 
 
 @rule(*KINDS, *(f"{name}_" for name in KINDS if name != "softplus"))
-def _activate(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> DualTensor:
+def _activate(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
+    if x.is_complex():
+        return NotImplemented
     name = func._schema.name.removeprefix("aten::")
     kind, *parameters = KINDS[name.rstrip("_")](named_arguments(func, args, kwargs))
     kind = (kind, *map(float, parameters))

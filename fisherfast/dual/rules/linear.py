@@ -53,7 +53,7 @@ def _reduce(
 # --- Elementwise -------------------------------------------------------------------------------
 
 
-@rule("neg", "tril", "triu")
+@rule("neg", "tril", "triu", "conj_physical")
 def _on_stack(func: Operator, x: DualTensor, *args: Any) -> DualTensor:
     return DualTensor(func(x.stack, *args))
 
@@ -87,7 +87,7 @@ def _detach(func: Operator, x: DualTensor) -> DualTensor:
     if func is overload("alias"):
         return view_of(x, x.laid_out())
     detached = DualTensor.constant(x.primal, x.directions)
-    detached.memory = Memory(detached=True)
+    detached.memory = Memory(read_only="detach")
     return detached
 
 
@@ -199,7 +199,6 @@ def _index_select(func: Operator, x: DualTensor, dim: int, index: Tensor) -> Dua
 
 
 @rule("index.Tensor", "masked_select", "take", "trace", "diag_embed", "diagonal_scatter")
-@rule("_fft_r2c", "_fft_c2c", "_fft_c2r", "view_as_real", "view_as_complex")
 @rule("grid_sampler_2d", "grid_sampler_3d")
 def slice_by_slice(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     """Apply a linear operation to each slice of the stack."""

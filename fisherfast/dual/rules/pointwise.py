@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.dual.dispatch import Operator, aten, has_dual, named_arguments, overwrite, rule
+from fisherfast.dual.rules.complex_numbers import size_of
 from fisherfast.dual.stacks import aligned, in_one_dtype
 from fisherfast.dual.tensor import DualTensor
 
@@ -84,10 +85,19 @@ SLOPES: dict[str, Derivative] = {
 
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+HOLOMORPHIC_NAMES = """
+exp exp2 expm1 log log1p sqrt rsqrt reciprocal square sin cos tan sinh cosh pow.Tensor_Scalar
+"""
+HOLOMORPHIC = frozenset(HOLOMORPHIC_NAMES.split())
+"""Functions whose f' is also their derivative at complex x."""
 
-def _elementwise(slope: Derivative) -> Callable[..., Any]:
+
+def _elementwise(name: str, slope: Derivative) -> Callable[..., Any]:
     def apply(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-        if has_dual(args, kwargs) or x.dtype not in REAL:
+        if name == "abs" and x.is_complex():
+            return size_of(func, x)
+        known = x.dtype in REAL or (x.is_complex() and name in HOLOMORPHIC)
+        if has_dual(args, kwargs) or not known:
             return NotImplemented
         primal = x.primal
         value = func(primal, *args, **kwargs)
@@ -103,7 +113,7 @@ def _elementwise(slope: Derivative) -> Callable[..., Any]:
 
 
 for _name, _slope in SLOPES.items():
-    rule(_name)(_elementwise(_slope))
+    rule(_name)(_elementwise(_name, _slope))
 
 
 # --- Two operands --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.dual import memory
-from fisherfast.dual.dispatch import Operator, rule
+from fisherfast.dual.dispatch import Operator, aten, rule
 from fisherfast.dual.stacks import merged
 from fisherfast.dual.tensor import DualTensor
 
@@ -40,7 +40,7 @@ def _slices(product: Product, left: Any, right: Any) -> Tensor:
 
 @rule("dot", "vdot")
 def _dot(func: Operator, a: Any, b: Any) -> Any:
-    return (a * b).sum(-1)
+    return ((torch.conj_physical(a) if func is aten.vdot.default else a) * b).sum(-1)
 
 
 @rule("mm", "bmm", "matmul", "mv")

@@ -146,6 +146,8 @@ def _weighted(
 
 @rule("var.correction", "std.correction", "var_mean.correction", "std_mean.correction")
 def _spread(func: Operator, x: DualTensor, *args: Any, **kwargs: Any) -> Any:
+    if x.is_complex():
+        return NotImplemented
     named = named_arguments(func, args, kwargs)
     dims = _all_or(named["dim"], x)
     correction = 1 if named["correction"] is None else named["correction"]

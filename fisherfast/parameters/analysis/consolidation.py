@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fisherfast._fields import AtLeast, Count, Shape, has_version, inside, read, read_fields, wrong
 from fisherfast._validation import check_positive
 from fisherfast.model.unwrap import check_model, unwrapped
 from fisherfast.parameters.analysis.parabola import Parabola, at_least_float32
@@ -16,6 +17,7 @@ from fisherfast.parameters.backward.batches import Data
 from fisherfast.parameters.checks import check_choice, check_number
 from fisherfast.parameters.fisher import fisher as measure
 from fisherfast.parameters.fisher import from_state_dict
+from fisherfast.parameters.layout import SHAPES
 from fisherfast.parameters.likelihood import Likelihood
 from fisherfast.parameters.structures.base import ParameterFisher, check_fisher
 from fisherfast.parameters.structures.diagonal import DiagonalFisher
@@ -23,8 +25,19 @@ from fisherfast.parameters.structures.diagonal import DiagonalFisher
 STATE_VERSION = 1
 SETTINGS = ("strength", "online", "decay", "new")
 STATE = {
-    "version", *SETTINGS, "tasks", "known", "information", "anchors", "constant", "quadratics",
-}  # fmt: skip
+    "version": int,
+    "strength": float,
+    "online": bool,
+    "decay": float,
+    "new": str,
+    "tasks": Count,
+    "known": SHAPES,
+    "information": dict[str, Tensor],
+    "anchors": dict[str, Tensor],
+    "constant": Annotated[float, AtLeast(0)],
+    "quadratics": list[object],
+}
+QUADRATIC = {"fisher": object, "anchor": Tensor, "weight": float}
 
 
 @dataclass
@@ -320,36 +333,57 @@ class ElasticWeightConsolidation:
         """Restore a state with its settings; the penalties are the same bits.
 
         Raises:
-            ValueError: not a state of an `ElasticWeightConsolidation`. A state of another model is
-                refused at the next use.
+            ValueError: not a state of an `ElasticWeightConsolidation`, or a damaged one; nothing is
+                changed then. A state of another model is refused at the next use.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping, got {type(state).__name__}")
-        if set(state) != STATE or state["version"] != STATE_VERSION:
-            raise ValueError(
-                f"state must be of an ElasticWeightConsolidation, version {STATE_VERSION}, got"
-                f" {sorted(map(str, state))[:8]}"
+        if not has_version(state, "version", STATE_VERSION):
+            raise wrong(
+                "state", f"be of an ElasticWeightConsolidation, version {STATE_VERSION}", state
             )
-        self.__dict__.update(vars(_from_state(state)))
+        self.__dict__.update(vars(_from_state(read_fields(STATE, state, "state"))))
 
 
 def _from_state(state: Mapping[str, Any]) -> ElasticWeightConsolidation:
     made = ElasticWeightConsolidation(**{name: state[name] for name in SETTINGS})
     made.tasks, made._constant = state["tasks"], state["constant"]
-    try:
-        made._known = {name: torch.Size(shape) for name, shape in state["known"].items()}
-        for name, value in state["information"].items():
-            anchor = state["anchors"][name]
-            if not made._known[name] == value.shape == anchor.shape:
-                raise ValueError(f"{name} has the shapes {[*value.shape]} and {[*anchor.shape]}")
-            made._information[name], made._anchors[name] = value.clone(), anchor.clone()
-        made._quadratics = [
-            _Quadratic(from_state_dict(each["fisher"]), each["anchor"].clone(), each["weight"])
-            for each in state["quadratics"]
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"state must be whole, got one that is damaged: {error!r}") from error
+    made._known = {name: torch.Size(shape) for name, shape in state["known"].items()}
+    information, anchors = state["information"], state["anchors"]
+    for name in {**information, **anchors}:
+        if name not in made._known:
+            raise ValueError(f"state.known must hold {name!r}, got {list(made._known)}")
+        for what, kept in (("information", information), ("anchors", anchors)):
+            kind = Annotated[Tensor, Shape(tuple(made._known[name]))]
+            read(kind, kept.get(name), f"state.{what}[{name!r}]")
+        made._information[name] = information[name].clone()
+        made._anchors[name] = anchors[name].clone()
+        if not bool(((information[name] >= 0) & information[name].isfinite()).all()):
+            raise wrong(
+                f"state.information[{name!r}]", "be finite and at least 0", information[name]
+            )
+    for number, each in enumerate(state["quadratics"]):
+        made._quadratics.append(_quadratic_of(each, made._known, f"state.quadratics[{number}]"))
+    kept_tasks = len(made._quadratics) or made.tasks
+    if made.tasks != kept_tasks or bool(made.tasks) != bool(information or made._quadratics):
+        raise ValueError(
+            f"state.tasks must be those of {len(information)} parabolas and"
+            f" {len(made._quadratics)} matrices, got {made.tasks}"
+        )
+    if information and made._quadratics:
+        raise ValueError("state must hold parabolas or matrices, got both")
     return made
+
+
+def _quadratic_of(state: Any, known: Mapping[str, torch.Size], name: str) -> _Quadratic:
+    """A task's matrix and weights."""
+    values = read_fields(QUADRATIC, state, name)
+    with inside(name):
+        fisher = from_state_dict(values["fisher"])
+        layout = fisher.layout
+        if any(known.get(n) != s for n, s in zip(layout.names, layout.shapes, strict=True)):
+            raise ValueError(f"layout must be of the known parameters, got {layout.state_dict()}")
+        check_positive("weight", values["weight"])
+        anchor = read(Annotated[Tensor, Shape((layout.size,))], values["anchor"], "anchor")
+    return _Quadratic(fisher, anchor.clone(), values["weight"])
 
 
 def _check_shapes(

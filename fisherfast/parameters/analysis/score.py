@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._validation import check_seed, check_whole
+from fisherfast.data.inputs import Inputs
 from fisherfast.model.unwrap import unwrapped
 from fisherfast.parameters.analysis.hotelling import Moments, TSquared, t_squared
 from fisherfast.parameters.backward.batches import Data
@@ -48,8 +49,8 @@ def score(
     Args:
         model: f(x, w), in evaluation mode, every sample by itself: [n, ...] to outputs [n, ...].
         likelihood: p(y | f), a name or an instance, as of `ff.parameters.fisher`.
-        x: inputs [n, ...]; or, without y, a pair (x, y), a Dataset or DataLoader of (x, y), or an
-            iterable of such batches.
+        x: inputs [n, ...], several of them in a tuple or dict; or, without y, a pair (x, y), a
+            Dataset or DataLoader of (x, y), or an iterable of such batches.
         y: labels [n, ...], as the likelihood reads them.
         parameters: which are measured: None for all that require grad, a regular expression, names,
             or a function of the name.
@@ -80,16 +81,17 @@ def score(
     likelihood = as_likelihood(likelihood)
     check_whole("batch_size", batch_size, least=1)
     given = isinstance(x, Tensor | np.ndarray)
+    several = y is not None and isinstance(x, tuple | Mapping) and bool(Inputs.of(x).samples)
     if given and y is None:
         raise ValueError("y must be given where x is a tensor of inputs, got none")
-    if not given and y is not None:
+    if not (given or several) and y is not None:
         raise TypeError(
             "y must be left out where x holds the labels too, got labels and a"
             f" {type(x).__name__} of data"
         )
     model = unwrapped(model)
     layout = ParameterLayout.of(model, parameters)
-    data = (x, y) if given else x
+    data = (x, y) if given or several else x
     return Scores(Source(model, likelihood, data, layout, "empirical", batch_size=batch_size))
 
 

@@ -22,8 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast.data.inputs import Samples, joined, mapped
 from fisherfast.model.default_device import on_host
-from fisherfast.parameters.backward.per_sample import NOT_VECTORISED, one_by_one, vectorised
+from fisherfast.parameters.backward.per_sample import (
+    NOT_VECTORISED,
+    forward,
+    one_by_one,
+    vectorised,
+)
 from fisherfast.parameters.backward.taps import Call, parameter_uses, tap, undisturbed
 from fisherfast.parameters.layers.base import Rows, Rule
 from fisherfast.parameters.layers.linear import MatrixRule
@@ -66,7 +72,7 @@ class Backpropagation:
         self,
         model: nn.Module,
         layout: ParameterLayout,
-        inputs: Tensor,
+        inputs: Samples,
         apart: Apart | None = None,
     ) -> None:
         """Run the model forward; its mode, parameters, gradients and hooks stay as they are.
@@ -83,10 +89,10 @@ class Backpropagation:
         self.calls: list[Call] = []
         with undisturbed(model):
             # a tensor made under inference_mode has no gradients anywhere
-            self.inputs = inputs.clone() if inputs.is_inference() else inputs.detach()
+            self.inputs = mapped(inputs, lambda x: x.clone() if x.is_inference() else x.detach())
             self._anchor = torch.zeros((), device=inputs.device, requires_grad=True)
             with self._tapped():
-                outputs = model(self.inputs)
+                outputs = forward(model, self.inputs)
         self._check_outputs(outputs)
         self._graph: Tensor | None = outputs
         self.outputs = outputs.detach()
@@ -95,8 +101,9 @@ class Backpropagation:
     def _check_outputs(self, outputs: Any) -> None:
         if not isinstance(outputs, Tensor):
             raise TypeError(
-                f"model must return one tensor [n, ...], got {type(outputs).__name__}; wrap it in a"
-                " module that returns what the likelihood reads"
+                "model must return one floating tensor [n, ...], alone or in an object, got"
+                f" {type(outputs).__name__}; wrap it in a module that returns what the likelihood"
+                " reads"
             )
         if not outputs.is_floating_point():
             raise TypeError(f"outputs of the model must be real and floating, got {outputs.dtype}")
@@ -220,7 +227,8 @@ class Backpropagation:
 
     def _show(self, names: Sequence[str], gradients: Tensor, visitor: Visitor) -> None:
         with torch.no_grad():
-            visitor(Rows(names, [self._shape[name] for name in names]), self.inputs, gradients)
+            rule = Rows(names, [self._shape[name] for name in names])
+            visitor(rule, joined(self.inputs), gradients)
 
     def _by_sample(self, rows: Tensor) -> Tensor:
         """[n, ...]: rows that were folded into the batch (windows, time steps) become positions."""

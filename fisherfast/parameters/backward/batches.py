@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fisherfast.data import sources
+from fisherfast.data.inputs import Inputs, Samples, moved
+from fisherfast.data.sources import check_entries
 
 Data = Any
 """Inputs x [n, ...], a pair (x, y), a Dataset or a DataLoader of x or (x, y), or an iterable of
-batches."""
+batches. Several inputs of a model are a dict, or a tuple inside a pair: ((x1, x2), y)."""
 
 
 def batches(
     data: Data, model: nn.Module, batch_size: int, *, labels: bool
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> Iterator[tuple[Samples, Tensor | None]]:
     """Yield (x [n, ...], y [n, ...] or None); empty batches are left out.
 
     Inputs come to the model's device, and floating ones in its dtype. Labels stay where they are,
@@ -40,11 +42,14 @@ def batches(
     found = False
     for item in _items(data, batch_size):
         x, y = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-        if isinstance(x, tuple | list) and len(x) == 1:
+        if x is item and isinstance(x, tuple | list):
+            if len(x) != 1:
+                raise ValueError(
+                    f"data must be batches of x or (x, y), got one of {len(x)} entries; several"
+                    " inputs are ((x1, x2), y)"
+                )
             x = x[0]
-        if isinstance(x, tuple | list):
-            raise ValueError(f"data must be batches of x or (x, y), got one of {len(x)} entries")
-        x, y = _tensor(x, "data"), None if y is None else _tensor(y, "labels")
+        x, y = _samples(x, "data"), None if y is None else _tensor(y, "labels")
         if labels and y is None:
             raise ValueError(
                 "data must hold labels, got inputs alone: pass (x, y), or take a fisher_type that"
@@ -54,18 +59,18 @@ def batches(
             raise ValueError(f"labels must be as many as inputs ({len(x)}), got {len(y)}")
         if len(x):
             found = True
-            yield x.to(place, dtype if x.is_floating_point() else None), y if labels else None
+            yield moved(x, place, dtype), y if labels else None
     if not found:
         raise ValueError("data must hold at least one sample, got none")
 
 
 def _items(data: Data, batch_size: int) -> Iterator[Any]:
-    if _is_tensor(data):
+    if _is_tensor(data) or isinstance(data, Mapping):
         data = (data,)
-    if isinstance(data, tuple) and data and _is_tensor(data[0]):
-        tensors = _pair(data)
-        for start in range(0, len(tensors[0]), batch_size):
-            yield tuple(tensor[start : start + batch_size] for tensor in tensors)
+    if isinstance(data, tuple) and data and (_is_tensor(data[0]) or _is_pair(data)):
+        parts = _pair(data)
+        for start in range(0, len(parts[0]), batch_size):
+            yield tuple(part[start : start + batch_size] for part in parts)
     elif isinstance(data, DataLoader):
         yield from data
     elif isinstance(data, Dataset):
@@ -86,14 +91,12 @@ def _items(data: Data, batch_size: int) -> Iterator[Any]:
         )
 
 
-def _pair(data: tuple[Any, ...]) -> list[Tensor]:
-    """[x] or [x, y] of a tuple that begins with a tensor."""
+def _pair(data: tuple[Any, ...]) -> list[Samples]:
+    """[x] or [x, y] of a tuple that begins with inputs."""
     if len(data) > 2:
         raise ValueError(f"data must be a pair (x, y), got {len(data)} entries")
-    names = ("data", "labels")
-    found = [
-        _tensor(value, name) for value, name in zip(data, names, strict=False) if value is not None
-    ]
+    found = [_samples(data[0], "data")]
+    found += [_tensor(value, "labels") for value in data[1:] if value is not None]
     if len(found) == 2 and len(found[0]) != len(found[1]):
         raise ValueError(f"labels must be as many as inputs ({len(found[0])}), got {len(found[1])}")
     return found
@@ -102,11 +105,31 @@ def _pair(data: tuple[Any, ...]) -> list[Tensor]:
 def count(data: Data) -> int | None:
     """Samples in the data, or None where only reading them gives the number."""
     inputs = data[0] if isinstance(data, tuple) and data else data
+    if isinstance(data, Mapping) or (isinstance(data, tuple) and data and _is_pair(data)):
+        inputs = Inputs.of(inputs)
     return None if getattr(inputs, "ndim", 1) == 0 else sources.count(inputs)
 
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray)
+
+
+def _is_pair(data: Any) -> bool:
+    """True for ((x1, x2), y); a tuple of batches (x, y) is none."""
+    if isinstance(data[0], Mapping):
+        return True
+    return isinstance(data[0], tuple) and len(data) == 2 and _is_tensor(data[1])
+
+
+def _samples(value: Any, name: str) -> Samples:
+    """Check inputs, of one tensor or several, and return them as tensors."""
+    inputs = value if isinstance(value, Inputs) else Inputs.of(value)
+    if not isinstance(inputs, Inputs):
+        return _tensor(value, name)
+    checked = check_entries(inputs, name, lambda entry, own: _tensor(entry, own))
+    if isinstance(checked, Inputs):
+        return checked.map(lambda entry: _tensor(entry, name))
+    return _tensor(checked, name)
 
 
 def _tensor(value: Any, name: str) -> Tensor:

@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fisherfast._progress import progress_bar
+from fisherfast._progress import Progress
+from fisherfast.data.inputs import joined
 from fisherfast.model.default_device import each_as_outside, outside
 from fisherfast.model.isolation import forgetting
 from fisherfast.parameters.backward.backpropagation import Backpropagation
@@ -103,7 +104,7 @@ class Source:
     samples: int = 1
     batch_size: int = 256
     seed: int = 0
-    progress: bool = False
+    progress: bool | None = False
     _versions: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +119,7 @@ class Source:
         seen = 0
         with (
             untouched(self.model, self.seed),
-            progress_bar(self.progress, total=count(self.data), title="Fisher matrix") as bar,
+            Progress(self.progress, "Fisher matrix").bar(count(self.data)) as bar,
         ):
             for sweep in self.sweeps():
                 add(sweep)
@@ -173,7 +174,7 @@ class Source:
             self.data, self.model, self.batch_size, labels=self.fisher_type == "empirical"
         )
         for number, (x, y) in enumerate(each_as_outside(read)):
-            finite = torch.isfinite(x).all()
+            finite = torch.isfinite(joined(x)).all()
             allowed.add(finite, f"data must be finite, got others in batch {number}")
             checked = apart is None or not apart.shown or (single and len(x) > 1)
             if checked:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fisherfast.data.inputs import Samples, tensors_of
 from fisherfast.parameters.backward.backpropagation import Apart, Backpropagation
 from fisherfast.parameters.backward.per_sample import (
     NOT_VECTORISED,
     alone,
+    forward,
     one_by_one,
     swapping,
     vectorised,
@@ -38,7 +40,7 @@ ABOVE_NOISE = 10
 """Factor by which a change of the outputs must exceed their own noise."""
 
 
-def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+def check_one_alone(model: nn.Module, inputs: Samples, outputs: Tensor) -> None:
     """Raise ValueError if a sample's outputs alone differ from those in its batch.
 
     `samples_apart` compares batches of three; a network may mix the samples of larger ones only.
@@ -47,16 +49,18 @@ def check_one_alone(model: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
     """
     one = (_others(inputs) or [0])[-1]
     with untouched(model), undisturbed(model), torch.no_grad():
-        _check_apart(outputs[one : one + 1], model(inputs[one : one + 1]))
+        _check_apart(outputs[one : one + 1], forward(model, inputs[one : one + 1]))
 
 
-def _others(inputs: Tensor) -> list[int]:
+def _others(inputs: Samples) -> list[int]:
     """The samples that differ from the first."""
-    flat = inputs.reshape(len(inputs), inputs[:1].numel())
-    return (flat != flat[:1]).any(1).nonzero().flatten().tolist()
+    entries = tensors_of(inputs)
+    flat = [entry.reshape(len(entry), entry[:1].numel()) for entry in entries]
+    differs = torch.stack([(rows != rows[:1]).any(1) for rows in flat]).any(0)
+    return differs.nonzero().flatten().tolist()
 
 
-def _different(inputs: Tensor) -> tuple[Tensor, bool]:
+def _different(inputs: Samples) -> tuple[Samples, bool]:
     """A few samples, not all equal if possible; True if they differ, or if there is only one."""
     others = _others(inputs)
     if not others:
@@ -66,7 +70,7 @@ def _different(inputs: Tensor) -> tuple[Tensor, bool]:
     return inputs[[0, second, third]], True
 
 
-def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Tensor) -> Apart:
+def samples_apart(model: nn.Module, layout: ParameterLayout, inputs: Samples) -> Apart:
     """Find the layers whose rules give the gradients of single samples, by trying a few alone.
 
     A layer may see [time, n, d], or windows that mix the samples: its rows then belong to no single
@@ -214,7 +218,7 @@ def _check_seen(model: nn.Module, trial: Backpropagation) -> None:
     def change(names: Sequence[str]) -> float:
         values = {name: moved(name) for name in names}
         with undisturbed(model), swapping(model):
-            output = torch.func.functional_call(model, values, (trial.inputs,)).detach()
+            output = forward(model, trial.inputs, values).detach()
         return float((output - trial.outputs).abs().max())
 
     noise = change(())  # 0, but for sums whose order is left to the device

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fisherfast.data.inputs import Samples, arguments, tensors_of
+from fisherfast.model.hooks import only_output
 from fisherfast.model.isolation import forgetting
 from fisherfast.parameters.layout import some_of
 
@@ -24,7 +27,20 @@ SLOW_BATCHING = "There is a performance drop because we have not yet implemented
 """Torch's warning that an operation runs sample by sample, as wanted here."""
 
 
-def vectorised(model: nn.Module, names: Sequence[str], inputs: Tensor, vector: Tensor) -> Tensor:
+def forward(model: nn.Module, x: Samples, values: Mapping[str, Tensor] | None = None) -> Any:
+    """Run a model on samples, with other values of some parameters; of an output with a single
+    floating tensor [n, ...], such as an object with logits, that tensor.
+
+    The samples are copied, so that in-place layers cannot modify the user's data."""
+    args, kwargs = arguments(x.clone())
+    if values is None:
+        output = model(*args, **kwargs)
+    else:
+        output = torch.func.functional_call(model, dict(values), args, kwargs)
+    return output if isinstance(output, Tensor) else only_output(output, len(x))
+
+
+def vectorised(model: nn.Module, names: Sequence[str], inputs: Samples, vector: Tensor) -> Tensor:
     """d <vector_i, f(x_i)> / d parameters for every sample alone, by torch.func.
 
     Args:
@@ -45,10 +61,14 @@ def vectorised(model: nn.Module, names: Sequence[str], inputs: Tensor, vector: T
     fixed |= {name: value.detach() for name, value in model.named_buffers()}
     moving = tuple(fixed.pop(name) for name in names)
 
-    def rows(x: Tensor, r: Tensor) -> Tensor:
+    def rows(x: list[Tensor], r: Tensor) -> Tensor:
+        entries = [entry[None] for entry in x]
+        sample = entries[0] if isinstance(inputs, Tensor) else inputs.replaced(entries)
+
         def output(*values: Tensor) -> Tensor:
             merged = fixed | dict(zip(names, values, strict=True))
-            return torch.func.functional_call(model, merged, (x[None],))[0]
+            found: Tensor = forward(model, sample, merged)[0]
+            return found
 
         pull_back = torch.func.vjp(output, *moving)[1]
         return torch.cat([part.flatten() for part in pull_back(r)])
@@ -59,7 +79,8 @@ def vectorised(model: nn.Module, names: Sequence[str], inputs: Tensor, vector: T
     with _batching(), swapping(model):
         for start in range(0, len(inputs), few):
             part = slice(start, start + few)
-            found[part] = torch.func.vmap(rows)(inputs[part], vector[part]).detach()
+            x = tensors_of(inputs[part])
+            found[part] = torch.func.vmap(rows)(x, vector[part]).detach()
     return found
 
 
@@ -97,7 +118,7 @@ def _batching() -> Iterator[None]:
         yield
 
 
-def one_by_one(model: nn.Module, names: Sequence[str], inputs: Tensor, vector: Tensor) -> Tensor:
+def one_by_one(model: nn.Module, names: Sequence[str], inputs: Samples, vector: Tensor) -> Tensor:
     """The same as `vectorised`, by one forward and backward pass for each sample."""
     found = []
     for sample in range(len(inputs)):
@@ -108,7 +129,7 @@ def one_by_one(model: nn.Module, names: Sequence[str], inputs: Tensor, vector: T
 
 
 def alone(
-    model: nn.Module, names: Sequence[str], x: Tensor, vector: Tensor
+    model: nn.Module, names: Sequence[str], x: Samples, vector: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """f(x) [1, ...] of one sample, and d <vector, f(x)> / d parameters.
 
@@ -123,9 +144,9 @@ def alone(
     }
     if hooked:
         with swapping(model):
-            output = torch.func.functional_call(model, hooked, (x,))
+            output = forward(model, x, hooked)
     else:
-        output = model(x)
+        output = forward(model, x)
     moving = [hooked.get(name, every[name]) for name in names]
     if output.shape != vector.shape:
         return output.detach(), []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
+from fisherfast._fields import Count, OneOf, read_fields
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layers.convolution import Convolution
 from fisherfast.parameters.layers.embedding import Embedding
@@ -17,19 +18,29 @@ DetachedRule = Linear | Convolution | Embedding
 """Rules that depend on sizes alone. A norm's depends on its running statistics, which change when
 training goes on: its per-sample gradients are kept instead, two numbers for each channel."""
 
-CONVOLUTION = (
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
-    "padding_mode",
-)  # fmt: skip
+Sizes = tuple[Count, ...]
 
-KINDS: dict[str, tuple[type[DetachedRule], type[nn.Module], tuple[str, ...]]] = {
-    "linear": (Linear, nn.Linear, ("in_features", "out_features")),
-    "embedding": (Embedding, nn.Embedding, ("num_embeddings", "embedding_dim", "padding_idx")),
+CONVOLUTION = {
+    "in_channels": Count,
+    "out_channels": Count,
+    "kernel_size": Sizes,
+    "stride": Sizes,
+    "padding": str | Sizes,
+    "dilation": Sizes,
+    "groups": Count,
+    "padding_mode": str,
+}
+LINEAR = {"in_features": Count, "out_features": Count}
+EMBEDDING = {"num_embeddings": Count, "embedding_dim": Count, "padding_idx": Count | None}
+
+KINDS: dict[str, tuple[type[DetachedRule], type[nn.Module], dict[str, Any]]] = {
+    "linear": (Linear, nn.Linear, LINEAR),
+    "embedding": (Embedding, nn.Embedding, EMBEDDING),
     "conv1d": (Convolution, nn.Conv1d, CONVOLUTION),
     "conv2d": (Convolution, nn.Conv2d, CONVOLUTION),
     "conv3d": (Convolution, nn.Conv3d, CONVOLUTION),
 }
-"""Name in files -> rule, module, and the arguments that it is made of."""
+"""Name in files -> rule, module, and the arguments that it is made of, with their kinds."""
 
 
 def detached(rule: Rule) -> DetachedRule | None:
@@ -50,7 +61,19 @@ def settings_of(rule: DetachedRule) -> dict[str, Any]:
 
 
 def rule_from_settings(settings: Mapping[str, Any]) -> DetachedRule:
-    """The rule whose `settings_of` these are."""
-    rule_type, module_type, _ = KINDS[settings["kind"]]
-    module = module_type(**settings["module"], device=torch.device("meta"))
-    return rule_type(module, settings["own"])
+    """The rule whose `settings_of` these are. Raises ValueError for anything else."""
+    kind = Annotated[str, OneOf(tuple(KINDS))]
+    parts = {"kind": kind, "module": object, "own": dict[str, str]}
+    values = read_fields(parts, settings, "rule")
+    rule_type, module_type, kinds = KINDS[values["kind"]]
+    arguments = read_fields(kinds, values["module"], "rule.module")
+    try:
+        module = module_type(**arguments, device=torch.device("meta"))
+        rule = rule_type(module, values["own"])
+    except (AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"rule must have the settings of a layer, got {arguments}: {error}"
+        ) from None
+    if not values["own"] or settings_of(rule) != values | {"module": arguments}:
+        raise ValueError(f"rule must have the settings of a layer, got {arguments}")
+    return rule

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfast._fields import Scope, kinds_of, read_fields
 from fisherfast._validation import check_seed, check_whole
 from fisherfast.parameters.analysis.effective_dimension import (
     EffectiveDimension,
@@ -388,8 +389,10 @@ class ParameterFisher(ABC):
 
     @classmethod
     def _from_state(cls, layout: ParameterLayout, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The structure's own fields of a state."""
-        return {name: state[name] for name in cls._own_names()}
+        """The structure's own fields of a state, checked."""
+        kinds = kinds_of(cls)
+        own = {name: kinds[name] for name in cls._own_names()}
+        return read_fields(own, state, "state", scope=Scope({"P": layout.size}))
 
     @classmethod
     def _own_names(cls) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from fisherfast._fields import AtLeast, Shape, read
 from fisherfast.measurement.memory import in_words
 from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.backward.columns import Sweep
@@ -58,7 +59,15 @@ class BlockFisher(ParameterFisher):
     structure = "block"
 
     blocks: dict[str, Tensor]
-    rounding: float
+    rounding: Annotated[float, AtLeast(0)]
+
+    def check_fields(self) -> None:
+        sizes = {name: where.stop - where.start for name, where in self.slices().items()}
+        if list(self.blocks) != list(sizes):
+            raise ValueError(f"blocks must be those of {list(sizes)}, got {list(self.blocks)}")
+        for name, size in sizes.items():
+            kind = Annotated[Tensor, Shape((size, size))]
+            read(kind, self.blocks[name], f"blocks[{name!r}]")
 
     @staticmethod
     def members(layout: ParameterLayout) -> dict[str, list[str]]:

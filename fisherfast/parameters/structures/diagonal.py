@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from fisherfast._fields import AtLeast, Shape
 from fisherfast.parameters.backward.columns import Sweep
 from fisherfast.parameters.checks import check_damping
 from fisherfast.parameters.layers.base import Rule
@@ -44,7 +45,7 @@ class DiagonalFisher(ParameterFisher):
 
     structure = "diag"
 
-    values: Tensor
+    values: Annotated[Tensor, Shape(("P",)), AtLeast(0)]
 
     def diag(self) -> Tensor:
         return self.values.clone()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast._fields import inside, read_fields
 from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.analysis.spectrum import numerical_rank, rounding_noise
 from fisherfast.parameters.backward.columns import Sweep
@@ -166,7 +167,13 @@ class GramFisher(ParameterFisher):
 
     @classmethod
     def _from_state(cls, layout: ParameterLayout, state: Mapping[str, Any]) -> dict[str, Any]:
-        return {"_jacobian": Jacobian.from_state(layout, state["jacobian"])}
+        pieces = read_fields({"jacobian": list[list[dict[str, object]]]}, state, "state")
+        with inside("state"):
+            return {"_jacobian": Jacobian.from_state(layout, pieces["jacobian"])}
+
+    def check_fields(self) -> None:
+        if self.rows % self.samples:
+            raise ValueError(f"rows must be a multiple of {self.samples} samples, got {self.rows}")
 
 
 def _damped_factor(matrix: Tensor, damping: float) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast._fields import inside
 from fisherfast.parameters.backward.columns import Sweep
 from fisherfast.parameters.layers.base import Rule
 from fisherfast.parameters.layers.frozen import DetachedRule, detached
@@ -156,11 +157,21 @@ class Jacobian:
     def from_state(
         cls, layout: ParameterLayout, state: Sequence[Sequence[Mapping[str, Any]]]
     ) -> Jacobian:
-        """The Jacobian whose `state` this is."""
+        """The Jacobian whose `state` this is. Raises ValueError for anything else."""
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
         pieces = []
-        for piece in state:
-            parts = [layer_rows_from_state(part) for part in piece]
+        for number, piece in enumerate(state):
+            with inside(f"jacobian[{number}]"):
+                parts = [layer_rows_from_state(part, shapes) for part in piece]
+                names = sorted(name for part in parts for name in part.names)
+                if names != sorted(shapes) or len({part.rows for part in parts}) != 1:
+                    raise ValueError(
+                        f"layers must hold the same rows of {sorted(shapes)}, got"
+                        f" {[part.rows for part in parts]} of {names}"
+                    )
             pieces.append({part.names: part for part in parts})
+        if not pieces:
+            raise ValueError("jacobian must hold at least one batch, got none")
         return cls(layout, pieces)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from fisherfast._fields import AtLeast, Shape, inside, read, wrong
 from fisherfast.parameters.backward.columns import Sweep
 from fisherfast.parameters.checks import check_choice
 from fisherfast.parameters.layers.base import Rule
@@ -123,10 +123,21 @@ class KroneckerFisher(ParameterFisher):
     def _state(self) -> dict[str, Any]:
         return super()._state() | {"blocks": [block.state() for block in self.blocks]}
 
-    @classmethod
-    def _from_state(cls, layout: ParameterLayout, state: Mapping[str, Any]) -> dict[str, Any]:
-        blocks = [KroneckerBlock(**block) for block in state["blocks"]]
-        return super()._from_state(layout, state) | {"blocks": blocks}
+    def check_fields(self) -> None:
+        shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
+        places = {(place.start, place.stop): name for name, place in self.layout.slices().items()}
+        found = list(self.diagonal)
+        for name, values in self.diagonal.items():
+            if name in shapes:
+                kind = Annotated[Tensor, Shape(tuple(shapes[name])), AtLeast(0)]
+                read(kind, values, f"diagonal[{name!r}]")
+        for number, block in enumerate(self.blocks):
+            with inside(f"blocks[{number}]"):
+                found += [places.get(place, str(place)) for place in block.own()]
+        if sorted(found) != sorted(shapes):
+            raise ValueError(
+                f"blocks and diagonal must hold each of {sorted(shapes)} once, got {sorted(found)}"
+            )
 
 
 class KroneckerAccumulator:
@@ -194,10 +205,27 @@ class KroneckerBlock:
             what is not measured.
     """
 
-    inputs: Tensor
-    gradients: Tensor
+    inputs: Annotated[Tensor, Shape(("G", "D", "D"))]
+    gradients: Annotated[Tensor, Shape(("G", "M", "M"))]
     weight: tuple[int, int] | None = None
     bias: tuple[int, int] | None = None
+
+    def own(self) -> list[tuple[int, int]]:
+        """Its places in a vector of all parameters.
+
+        Raises:
+            ValueError: they do not have the sizes of the factors.
+        """
+        groups, rows, columns = *self.gradients.shape[:2], self.inputs.shape[1]
+        sizes = {"weight": columns - (self.bias is not None), "bias": 1}
+        found = []
+        for name, size in sizes.items():
+            place = getattr(self, name)
+            if place is not None:
+                if place[1] - place[0] != groups * rows * size:
+                    raise wrong(name, f"have {groups * rows * size} numbers", place)
+                found.append(place)
+        return found
 
     def take(self, columns: Tensor) -> Tensor:
         """This layer's part of vectors [P, m] as matrices [G, M, D, m]."""

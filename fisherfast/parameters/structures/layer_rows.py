@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast._fields import read_fields, wrong
 from fisherfast.parameters.layers.embedding import Embedding
 from fisherfast.parameters.layers.frozen import DetachedRule, rule_from_settings, settings_of
 from fisherfast.parameters.layers.linear import Linear
@@ -182,8 +183,48 @@ def _table_gram(rule: Embedding, x: Tensor, g: Tensor, other_x: Tensor, other_g:
     return found
 
 
-def layer_rows_from_state(state: Mapping[str, Any]) -> LayerRows:
-    """The rows whose `state` this is."""
+def layer_rows_from_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> LayerRows:
+    """The rows whose `state` this is.
+
+    Raises:
+        ValueError: it is none, or not of parameters of these shapes.
+    """
     if "values" in state:
-        return MatrixRows(tuple(state["names"]), state["values"])
-    return FactorRows(rule_from_settings(state["rule"]), state["x"], state["g"])
+        values = read_fields({"names": tuple[str, ...], "values": Tensor}, state, "layer")
+        names, rows = values["names"], values["values"]
+        size = sum(shapes[name].numel() for name in names if name in shapes)
+        if rows.dim() != 2 or rows.shape[1] != size or not rows.is_floating_point():
+            raise wrong("layer.values", f"be floating numbers [N, {size}]", rows)
+        return MatrixRows(names, rows)
+    values = read_fields({"rule": dict[str, object], "x": Tensor, "g": Tensor}, state, "layer")
+    rule, x, g = rule_from_settings(values["rule"]), values["x"], values["g"]
+    if rule.shapes != tuple(shapes.get(name) for name in rule.names):
+        raise ValueError(
+            f"layer.rule must be of the parameters {dict(shapes)}, got"
+            f" {dict(zip(rule.names, rule.shapes, strict=True))}"
+        )
+    shape = [len(x), *_output_shape(rule, x)] if x.dim() else []
+    if not g.is_floating_point() or list(g.shape[1:]) != shape:
+        raise wrong("layer.g", f"be floating numbers [R, *{shape}]", g)
+    return FactorRows(rule, x, g)
+
+
+def _output_shape(rule: DetachedRule, x: Tensor) -> list[int]:
+    """The shape of a layer's output for one sample.
+
+    Raises:
+        ValueError: the layer does not take it.
+    """
+    tokens, dtype = isinstance(rule, Embedding), torch.float32
+    if tokens:
+        numbers = rule.module.num_embeddings
+        whole = x.dtype in (torch.int32, torch.int64)
+        if not whole or bool(((x < 0) | (x >= numbers)).any()):
+            raise wrong("layer.x", f"be tokens below {numbers}", x)
+    elif not x.is_floating_point():
+        raise wrong("layer.x", "be floating numbers", x)
+    parts = [x.new_zeros(shape, dtype=dtype) for shape in rule.shapes]
+    try:
+        return list(rule.applied(x[:0].to(x.dtype if tokens else dtype), parts).shape[1:])
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"layer.x must fit the layer, got {list(x.shape)}: {error}") from None

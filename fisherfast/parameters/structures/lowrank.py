@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from fisherfast._fields import AtLeast, Shape
 from fisherfast._validation import check_whole
 from fisherfast.measurement.settings import bytes_of
 from fisherfast.parameters.analysis.spectrum import numerical_rank
@@ -69,10 +71,10 @@ class LowRankFisher(ParameterFisher):
 
     structure = "lowrank"
 
-    values: Tensor
-    directions: Tensor
-    missing_trace: float
-    error_bound: float
+    values: Annotated[Tensor, Shape(("k",)), AtLeast(0)]
+    directions: Annotated[Tensor, Shape(("P", "k"))]
+    missing_trace: Annotated[float, AtLeast(0)]
+    error_bound: Annotated[float, AtLeast(0)]
 
     def _matmul(self, columns: Tensor) -> Tensor:
         return self.directions @ (self.values[:, None] * (self.directions.T @ columns))

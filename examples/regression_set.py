@@ -11,4 +11,4 @@ model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.L
 flow = ff.fisher_flow(model, ff.Labelled(x, theta))
 print(flow)
 print(flow["output"].profile.crlb)
-flow.plot_profile(["input", "output"], errors=(model, x, theta))[0].figure.savefig("profile.png")
+flow.plot_profile(["input", "output"], errors=(model, x, theta)).savefig("profile.png")

@@ -45,8 +45,8 @@ def fisher_flow(
         model: any module that takes a batch [n, ...]. For a compiled or distributed model the
             wrapped module is measured.
         data: samples at theta: `Labelled`, `FiniteDifference`, `Pathwise`, `Score` or `Simulator`.
-            Batches are copied to the device and dtype of the model. For `Pathwise` the tangents pass through
-            the model together with the samples, at the cost of 1 + P forward passes.
+            Batches are copied to the device and dtype of the model. For `Pathwise` the tangents
+            pass through the model together with the samples, at the cost of 1 + P forward passes.
         layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
             names, a regular expression searched for in the names, or a function (name, module or
             None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call

@@ -214,12 +214,20 @@ class Labelled(PerSample):
         """Return the number of samples in a bin, or None if labels have not been read."""
         return None if self._counts is None else self._counts[point]
 
+    def first_at(self, point: int) -> int | None:
+        """Return the number of the first sample in a bin; None unless they are read by bins."""
+        if self._order is None or self._counts is None:
+            return None
+        return sum(self._counts[:point])
+
     def groups_at(self, point: int) -> Groups | None:
-        """Return the groups that have samples in a bin."""
+        """Return the groups that have samples in a bin, of these samples if they are read by
+        bins."""
         if self.groups is None or self._bin_of is None:
             return self.groups
-        present = self.groups.numbers[0][self._bin_of == point].unique()
-        return Groups(self.groups.labels, self.groups.numbers, present)
+        inside, numbers = self._bin_of == point, self.groups.numbers[0]
+        own = numbers if self._order is None else numbers[inside]
+        return Groups(self.groups.labels, (own,), numbers[inside].unique())
 
     def strata(self) -> torch.Tensor | None:
         """Return the bin of each sample, int64 [n]; None for loaders that shuffle and streams."""

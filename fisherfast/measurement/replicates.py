@@ -100,10 +100,11 @@ class HeldSamples:
         self._groups = None if data.groups is None else data.groups.numbers
         counts = [data.samples(c) for c in range(data.conditions)]
         known = None if None in counts else max(n for n in counts if n is not None)
+        known = known if data.spread == 1 else None  # numbers run over the samples of all points
         self.stores = [
             KeptSamples(
                 data.conditions,
-                samples // data.conditions,
+                samples * data.spread // data.conditions,
                 block=NEIGHBOURS,
                 dtype=dtype,
                 expected=known,

@@ -253,7 +253,7 @@ WRONGS = [
     ("flow", (*LAYER, "descendants"), [3], "layers[1]: descendants[0] must be text, got 3"),
     ("flow", (*LAYER, "parameter_names"), ["x", "y"], "layers[1]: parameter_names must have 1 ent"),
     ("flow", (*LAYER, "dtheta"), [0.1, 0.1], "layers[1]: dtheta must have 1 entries or none, got"),
-    ("flow", (*LAYER, "response"), [[1.0]] * 2, "layers[1]: response must have 1 rows for the sha"),
+    ("flow", (*LAYER, "response"), [[1.0]] * 2, "layers[1]: readout must have the shape [d = 2, P"),
     ("flow", (*LAYER, "error_covariance"), [[1.0] * 3] * 3, "layers[1]: error_covariance must hav"),
     ("flow", (*LAYER, "name"), "input", "layers must have different names, got 'input' twice"),
     ("flow", (*LAYER, "curve_J"), lambda J: J[:-1], "layers[1]: curve_J must have the shape [K = "),

@@ -112,6 +112,7 @@ class Data(ABC):
         points: Q, the number of theta at which the information is measured; 0 for one theta without
             a profile. Conditions are ordered point by point; labelled samples have one condition,
             whose labels decide.
+        spread: how far apart the samples of one point are; 1 if they follow each other.
         siblings: points that share the memory and time of a measurement; 1 if there is one.
         centres: [Q, P] float64 theta of each point; about the middle of a bin.
         names: of the parameters; empty if they have none.
@@ -126,6 +127,7 @@ class Data(ABC):
     groups: Groups | None = None
     points: int = 0
     siblings: int = 1
+    spread: int = 1
     centres: torch.Tensor = torch.empty(0, 0, dtype=torch.float64)
     names: tuple[str, ...] = ()
 
@@ -141,6 +143,11 @@ class Data(ABC):
     def samples_at(self, point: int, condition: int) -> int | None:
         """Return the number of samples of a condition at a point, or None if it is unknown."""
         return self.samples(point * self.at_each + condition)
+
+    def first_at(self, point: int) -> int | None:
+        """Return the number of the first sample at a point, where these follow each other; else
+        None."""
+        return 0
 
     def groups_at(self, point: int) -> Groups | None:
         """Return the groups of the samples at a point."""
@@ -287,6 +294,10 @@ class Wrapper(Data):
     def samples_at(self, point: int, condition: int) -> int | None:
         """Return the number of samples of a condition at a point, or None if it is unknown."""
         return self._data.samples_at(point, condition)
+
+    def first_at(self, point: int) -> int | None:
+        """Return the number of the first sample at a point, if they follow each other."""
+        return self._data.first_at(point)
 
     def groups_at(self, point: int) -> Groups | None:
         """Return the groups of the samples at a point."""

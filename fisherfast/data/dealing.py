@@ -162,10 +162,12 @@ class Place:
         counts = torch.cat([self.counts[::2], self.counts[1::2]])
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
-    def rows(self, rows: torch.Tensor) -> Place:
-        """Return the place of some of the rows, int64 [m] ascending."""
-        own = self.numbers[rows], self.folds, self.fold[rows], self.cells[rows]
-        return Place(*own, self.end)
+    def rows(self, rows: torch.Tensor, first: int | None = None) -> Place:
+        """Return the place of some of the rows, int64 [m] ascending; their numbers count from a
+        first one on, if it is given."""
+        numbers = self.numbers[rows] - (first or 0)
+        end = self.end if first is None else int(numbers.max()) + 1
+        return Place(numbers, self.folds, self.fold[rows], self.cells[rows], end)
 
     def offsets_on(self, device: torch.device) -> torch.Tensor:
         """Return `offsets` on a device."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fisherfast._validation import check_whole
+from fisherfast._validation import check_names, check_whole
 from fisherfast.data import sources
 from fisherfast.data.batch import Batch, Numbered
 from fisherfast.data.bins import (
@@ -21,7 +21,6 @@ from fisherfast.data.bins import (
 )
 from fisherfast.data.groups import Groups
 from fisherfast.data.inputs import Samples
-from fisherfast.data.names import check_names
 from fisherfast.data.per_sample import PerSample
 from fisherfast.data.sources import Source
 
@@ -216,12 +215,20 @@ class Labelled(PerSample):
         """Return the number of samples in a bin, or None if labels have not been read."""
         return None if self._counts is None else self._counts[point]
 
+    def first_at(self, point: int) -> int | None:
+        """Return the number of the first sample in a bin; None unless they are read by bins."""
+        if self._order is None or self._counts is None:
+            return None
+        return sum(self._counts[:point])
+
     def groups_at(self, point: int) -> Groups | None:
-        """Return the groups that have samples in a bin."""
+        """Return the groups that have samples in a bin, of these samples if they are read by
+        bins."""
         if self.groups is None or self._bin_of is None:
             return self.groups
-        present = self.groups.numbers[0][self._bin_of == point].unique()
-        return Groups(self.groups.labels, self.groups.numbers, present)
+        inside, numbers = self._bin_of == point, self.groups.numbers[0]
+        own = numbers if self._order is None else numbers[inside]
+        return Groups(self.groups.labels, (own,), numbers[inside].unique())
 
     def strata(self) -> torch.Tensor | None:
         """Return the bin of each sample, int64 [n]; None for loaders that shuffle and streams."""

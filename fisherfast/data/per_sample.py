@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fisherfast._validation import check_whole
+from fisherfast._validation import check_names, check_whole
 from fisherfast.data import sources
 from fisherfast.data.batch import Batch
 from fisherfast.data.from_sources import FromSources
 from fisherfast.data.groups import check_groups
 from fisherfast.data.inputs import Inputs, Samples, dx_of, floating, is_floating, tensors_of
-from fisherfast.data.names import check_names
 from fisherfast.data.sources import Source
 
 

@@ -20,6 +20,7 @@ class AtPoint(Wrapper):
     def __init__(self, data: Data, point: int) -> None:
         super().__init__(data)
         self.points, self.siblings = 0, data.points
+        self.spread = data.points if data.first_at(point) is None else 1
         self.conditions = data.at_each
         self.sharded = data.sharded
         self.groups = data.groups_at(point)

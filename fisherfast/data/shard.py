@@ -56,6 +56,10 @@ class Shard(Wrapper):
         """Return None for labelled samples: other ranks have some in the same bin."""
         return None if self.source == "labelled" else super().samples_at(point, condition)
 
+    def first_at(self, point: int) -> int | None:
+        """Return None for labelled samples."""
+        return None if self.source == "labelled" else super().first_at(point)
+
     def deal(
         self, condition: int, batch_size: int, begin: int = 0, step: int = 1
     ) -> Iterator[Numbered]:

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fisherfast._errors import FisherWarning
-from fisherfast._validation import check_seed, check_whole
+from fisherfast._validation import check_names, check_seed, check_whole
 from fisherfast.data.batch import Batch, Data, Numbered
 from fisherfast.data.finite_difference import check_dtheta
 from fisherfast.data.inputs import (
@@ -25,7 +25,6 @@ from fisherfast.data.inputs import (
     rows_of,
     tensors_of,
 )
-from fisherfast.data.names import check_names
 from fisherfast.data.sources import as_batch, check_dense, check_entries
 
 Draw = Callable[[torch.Tensor, int, torch.Generator], Any]

@@ -116,7 +116,7 @@ class Splitter:
             if point < 0:
                 self.outside += len(rows) if place is not None else 0
                 continue
-            own = None if place is None else place.rows(rows)
+            own = None if place is None else place.rows(rows, self._data.first_at(point))
             centred = (theta[rows] - self._centres[point]).to(labels.device)
             parts.append(Part(point, 0, rows, centred, own))
         return tuple(parts)

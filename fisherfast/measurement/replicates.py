@@ -66,9 +66,11 @@ Features = Callable[[Tensor], Tensor]
 def kept_samples(width: int, data: Data) -> list[int]:
     """Return the samples to keep over all conditions, the same for all layers and those for a
     number of raw features: more in a narrow layer, and twice as many with a score, whose residuals
-    may depend on the leverage. One of several points keeps a quarter."""
+    may depend on the leverage. One of several points keeps as much less as it has siblings, up to a
+    factor of `MOST_SHARED`, or its square for narrow layers."""
     least = KEPT_SAMPLES * (2 if data.source == "score" else 1)
-    more = max(least, min(KEPT_NUMBERS // max(width, 1), MOST_SAMPLES))
+    most = MOST_SAMPLES // min(data.siblings, MOST_SHARED)
+    more = max(least, min(KEPT_NUMBERS // max(width, 1), most))
     return sorted({kept // min(data.siblings, MOST_SHARED) for kept in (KEPT_SAMPLES, more)})
 
 
@@ -100,10 +102,11 @@ class HeldSamples:
         self._groups = None if data.groups is None else data.groups.numbers
         counts = [data.samples(c) for c in range(data.conditions)]
         known = None if None in counts else max(n for n in counts if n is not None)
+        known = known if data.spread == 1 else None  # numbers run over the samples of all points
         self.stores = [
             KeptSamples(
                 data.conditions,
-                samples // data.conditions,
+                samples * data.spread // data.conditions,
                 block=NEIGHBOURS,
                 dtype=dtype,
                 expected=known,

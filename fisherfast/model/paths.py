@@ -119,6 +119,11 @@ class Paths(TorchDispatchMode):
         self._origins: dict[int, Origin] = {}
         self._left: frozenset[str] | None = None  # passed by all values that left torch
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Do not import torch's compiler, which takes seconds: nothing here is compiled."""
+        return False
+
     def mark(self, name: str, output: Tensor) -> Origin:
         """Note that a tensor is the output of a site, and return where it comes from."""
         before = self._origins.get(_key(output), Origin(frozenset({INPUT})))

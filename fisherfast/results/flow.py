@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from fisherfast._fields import build, has_version, plain, read
+from fisherfast._files import read_flow, write_flow
 from fisherfast._version import __version__
 from fisherfast.model.sites import INPUT
-from fisherfast.results import forecast_plots, io, plots, table
+from fisherfast.results import forecast_plots, plots, table
 from fisherfast.results.comparison import LayerComparison, compare, exceeds, ratio
 from fisherfast.results.information_map import MAX_MAP_NUMBERS, InformationMap, has_map, is_mapped
 from fisherfast.results.layer import LayerFisher
@@ -268,7 +269,7 @@ class FisherFlow:
     def save(self, path: str | Path) -> None:
         """Write to a .json or .npz file (by its ending). Numbers are stored exactly, without
         pickle."""
-        io.write(Path(path), self.to_dict())
+        write_flow(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> FisherFlow:
@@ -278,7 +279,7 @@ class FisherFlow:
             ValueError: the file is damaged or of another kind.
             FileNotFoundError: there is no such file.
         """
-        content = io.read(Path(path))
+        content = read_flow(Path(path))
         try:
             return cls.from_dict(content)
         except ValueError as error:

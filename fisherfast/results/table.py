@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from fisherfast.results.comparison import divides, unresolved_note
 from fisherfast.results.layer import LayerFisher
-from fisherfast.results.text import diagonal_text, number, theta, with_error
+from fisherfast.results.text import diagonal_text, error_diagonal, number, theta, with_error
 
 HEADER = ["layer", "shape", "dim", "J", "+-", "lower", "J / J_input", "features", "status"]
 
@@ -55,7 +55,7 @@ def rows(
                 "x".join(map(str, layer.shape)) or "1",
                 str(layer.dim),
                 diagonal_text(layer.J),
-                diagonal_text(layer.stderr),
+                error_diagonal(layer.stderr),
                 diagonal_text(layer.lower),
                 with_error(fraction, error),
                 f"{layer.feature_kind} {layer.features}",

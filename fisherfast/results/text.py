@@ -10,6 +10,9 @@ import torch
 SMALL, LARGE = 0.01, 1e6
 """Sizes from which three decimals show two digits, and from which they are a row of noise."""
 
+LAST_DECIMAL = 0.001
+"""Size from which three decimals show one digit, which is enough of an error."""
+
 ROUNDING = 1e-12
 """Errors below this fraction of a ratio are rounding: the ratio is known exactly."""
 
@@ -36,12 +39,22 @@ def with_error(value: float, error: float) -> str:
     if math.isnan(value):
         return "-"
     exact = error <= ROUNDING * abs(value)
-    return f"{number(value)} +- {number(0.0 if exact else error)}"
+    return f"{number(value)} +- {error_text(0.0 if exact else error)}"
+
+
+def error_text(value: float) -> str:
+    """Format a standard error: as `number`, with three decimals from one digit on."""
+    return f"{value:.3f}" if LAST_DECIMAL <= value < SMALL else number(value)
 
 
 def diagonal_text(matrix: torch.Tensor) -> str:
     """Format the diagonal of a matrix [P, P]."""
     return ", ".join(number(float(value)) for value in matrix.diagonal())
+
+
+def error_diagonal(matrix: torch.Tensor) -> str:
+    """Format the diagonal of a matrix [P, P] of standard errors."""
+    return ", ".join(error_text(float(value)) for value in matrix.diagonal())
 
 
 def theta(suffix: str = "") -> str:

@@ -163,7 +163,7 @@ WRONG = {
         "at must have shape [Q, 2], got [3]",
     ),
     "equal centres": ({"at": [0.5, 0.5]}, "at must hold different centres, got [[0.5], [0.5]]"),
-    "names": ({"names": ["a", "b"]}, "names must hold 1 names, one per parameter, got ['a', 'b']"),
+    "names": ({"names": ["a", "b"]}, "names must hold one per parameter (1), got 2: ['a', 'b']"),
     "once": ({"x": batches(), "theta": None}, "edges or at must be given for samples that can be"),
     "not pairs": (
         {"x": DataLoader(drawn()[0]), "theta": None},

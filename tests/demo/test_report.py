@@ -19,6 +19,7 @@ import fisherfast as ff
 from fisherfast.__main__ import main
 from fisherfast.demo import ImagingTask, imaging_task, training
 from fisherfast.demo.report import epoch_cells, write_report
+from fisherfast.results.text import number, with_error
 from fisherfast.training import EpochRecord
 from fisherfast.training.record import input_of
 
@@ -128,9 +129,9 @@ def test_table_shows_the_numbers_of_the_file(run):
         shares, error = entry["fractions"], entry["fraction_errors"]["output"]
         expected = [
             str(entry["epoch"]),
-            *(f"{entry[f'{part}_mse_times_J_input']:.3f}" for part in ("train", "val")),
-            *(f"{shares[name]:.3f}" for name in list(shares)[1:-1]),
-            f"{shares['output']:.3f} +- {error:.3f}",
+            *(number(entry[f"{part}_mse_times_J_input"]) for part in ("train", "val")),
+            *(number(shares[name]) for name in list(shares)[1:-1]),
+            with_error(shares["output"], error),
             f"{entry['seconds']:.1f}",
         ]
         assert re.split(r"\s{2,}", row.strip()) == expected

@@ -155,3 +155,13 @@ def test_too_many_bins_are_noted():
     few = ff.fisher_information(ff.Labelled(x, theta, bins=2), max_features=1)
     assert any("the samples carry about" in note for note in many.notes)
     assert not any("the samples carry about" in note for note in few.notes)
+
+
+def test_size_of_batches():
+    """J depends on it by rounding only. Catches samples kept of a bin whose number depends on what
+    other samples are in its batch."""
+    one, other = (
+        ff.fisher_information(labelled(), settings=ff.Settings(batch_size=size)).profile.J
+        for size in (100, 4096)
+    )
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=0)

@@ -153,7 +153,9 @@ def test_what_cannot_be_combined_is_refused(flows):
     one, other = flows[0]["input"], flows[1]["input"]
     named = dataclasses.replace(other, parameter_names=("x", "y"))
     single = layer_of("input", torch.ones(1, 1, dtype=torch.float64), stderr=0.1)
-    renamed = dataclasses.replace(flows[1], layers=(dataclasses.replace(other, name="x"),))
+    renamed = dataclasses.replace(
+        flows[1], layers=(dataclasses.replace(other, name="x", label="x"),)
+    )
     for message, parts in {
         "combine must be given at least two data sets, got 1": [one],
         "combine must be given at least two data sets, got 0": [],

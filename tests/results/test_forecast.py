@@ -46,7 +46,9 @@ def test_a_prior_adds_its_precision(precision):
     """Catches sigma or sigma^2 in place of 1 / sigma^2, errors that change, a curve, profile or
     bound without the prior, and a prior that makes a finite step look wider."""
     theta = torch.zeros(2, 1, dtype=torch.float64).expand(2, 3)
-    profile = ff.results.profile.Profile(theta, J3.expand(2, 3, 3), J3.expand(2, 3, 3), theta[:, 0])
+    profile = ff.results.profile.Profile(
+        theta, J3.expand(2, 3, 3), J3.abs().expand(2, 3, 3), theta[:, 0].long()
+    )
     before = layer(profile=profile, dtheta=(0.1,) * 3, replicates=J3.expand(4, 3, 3))
     after, more = before.with_prior(precision), torch.tensor([4.0, 0, 1]).double().diag()
     for name in ("J", "lower", "linear", "naive", "curve_J", "replicates"):

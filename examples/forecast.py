@@ -1,4 +1,4 @@
-"""What two sensors together will know about a position, with a prior: bounds before building them."""
+"""What two sensors together will know about a position, with a prior, before they are built."""
 
 import torch
 

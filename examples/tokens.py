@@ -1,12 +1,13 @@
 """A transformer that reads tokens: integers go to the model as they are."""
 
 import torch
+from torch import nn
 
 import fisherfast as ff
 
 torch.manual_seed(0)
-theta = torch.rand(8000)  # the probability of a one
-tokens = (torch.rand(8000, 12) < theta[:, None]).long()
-block = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-model = torch.nn.Sequential(torch.nn.Embedding(2, 16), block, torch.nn.Flatten(), torch.nn.Linear(192, 1))
-print(ff.fisher_flow(model, ff.Labelled(tokens, theta)))
+theta = torch.rand(6000) / 2 + 0.25  # the probability of a one
+tokens = (torch.rand(6000, 8) < theta[:, None]).long()
+block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+model = nn.Sequential(nn.Embedding(2, 8), block, nn.Flatten(), nn.Linear(64, 1))
+print(ff.fisher_flow(model, ff.Labelled(tokens, theta, bins=4)))

@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy/sources.py [--tiny] [--out FILE]
 
-A pulse of 64 pixels in noise of variance 1, whose position is theta. Each source gets as many samples
-in total, and the flow of the same network is measured. The information of the data is known in
-closed form: the sum over pixels of the squared derivative of the mean.
+A pulse of 64 pixels in noise of variance 1, whose position is theta. Each source gets the same
+number of samples in total, and the flow of the same network is measured. The information of the
+data is known in closed form: the sum over pixels of the squared derivative of the mean.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fisherfast.results.comparison import DIVIDES
 from fisherfast.results.estimator import EstimatorErrors
 from fisherfast.results.forecast import Ellipse
 from fisherfast.results.layer import LayerFisher
@@ -267,6 +268,8 @@ def _bound(ax: Axes, profile: Profile, p: int, colour: Any, label: str) -> None:
         _numbers(values[:, p][order])
         for values in (profile.theta, profile.crlb, profile.crlb_stderr)
     )
+    # of J within three errors of zero no bound is known: the error of J^(-1/2) is half as large
+    bound = [b if e < b / (2 * DIVIDES) else math.nan for b, e in zip(bound, error, strict=True)]
     label += _unknown([math.isnan(b) for b in bound])
     if profile.theta.shape[1] == 1:
         ax.plot(theta, bound, color=colour, lw=1.8, label=label)

@@ -27,6 +27,9 @@ VARIES = re.compile(
 )
 """What differs between notes of the same kind: other layers, names and numbers."""
 
+BINS = re.compile(r" \(bin [\d, ]+\)$")
+"""Bins of one layer, which the note for several leaves out."""
+
 
 def rows(
     layers: Sequence[LayerFisher],
@@ -114,7 +117,8 @@ def notes(layers: Sequence[LayerFisher]) -> list[str]:
     kinds: dict[str, tuple[list[str], list[str]]] = {}
     for layer in layers:
         for note in layer.notes:
-            names, texts = kinds.setdefault(VARIES.sub("#", note), ([], []))
+            kind = VARIES.sub("#", BINS.sub("", note))
+            names, texts = kinds.setdefault(kind, ([], []))
             names.append(_label(layer))
             texts.append(note)
     return [f"note: {_who(names)}: {_common(texts)}" for names, texts in kinds.values()]
@@ -213,6 +217,8 @@ def _who(names: Sequence[str]) -> str:
 
 def _common(texts: Sequence[str]) -> str:
     """Join notes of the same kind into one."""
+    if len(texts) > 1:
+        texts = [BINS.sub("", text) for text in texts]
     split = [VARIES.split(text) for text in texts]
     return "".join(
         parts[0] if place % 2 == 0 else _varying(list(dict.fromkeys(parts)))

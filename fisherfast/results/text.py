@@ -13,7 +13,7 @@ SMALL, LARGE = 0.01, 1e6
 LAST_DECIMAL = 0.001
 """Size from which three decimals show one digit, which is enough of an error."""
 
-ROUNDING = 1e-12
+ROUNDING = 1e-6
 """Errors below this fraction of a ratio are rounding: the ratio is known exactly."""
 
 

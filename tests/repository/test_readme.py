@@ -47,11 +47,13 @@ def test_every_block_has_a_known_language(name):
     """Catches a block that none of the tests below would run."""
     text = PAGES[name].read_text(encoding="utf-8")
     assert {language for language, _ in all_blocks(text)} <= LANGUAGES
-    assert name in {"README", "training", "parameters", "forecasts"} or not blocks("python", text)
+    assert name in {"README", "training", "parameters", "forecasts", "sources"} or not blocks(
+        "python", text
+    )
 
 
 @pytest.mark.parametrize(
-    "page", ["README", "forecasts", pytest.param("parameters", marks=pytest.mark.slow)]
+    "page", ["README", "forecasts", "sources", pytest.param("parameters", marks=pytest.mark.slow)]
 )
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys, page):
     """Catches an example that was never run, or whose assertion fails, and a table that it does not

@@ -149,7 +149,8 @@ def flow_with(profile: Profile | None, J: torch.Tensor, names: tuple[str, ...]) 
         dataclasses.replace(
             layer_of(name, share * J, stderr=0.1),
             parameter_names=names,
-            profile=profile and dataclasses.replace(profile, J=share * profile.J),
+            profile=profile
+            and dataclasses.replace(profile, J=share * profile.J, stderr=share * profile.stderr),
         )
         for name, share in (("input", 1.0), ("output", 0.25))
     ]
@@ -172,7 +173,7 @@ def test_profile_figure(tmp_path):
     assert shown == [getattr(found, name)[:, 0].tolist() for name in ("rms", "std", "bias")]
     assert lower.get_xlabel() == "x (µm)"
     assert len(flow.plot_profile(["output"]).axes) == 1
-    lost = dataclasses.replace(ONE, J=ONE.J.clone().index_fill_(0, torch.tensor([2]), 0.0))
+    lost = dataclasses.replace(ONE, J=ONE.J.clone().index_fill_(0, torch.tensor([2]), 1.0))
     partly = [dataclasses.replace(layer, profile=lost) for layer in flow]
     legend = forecast_plots.plot_profile(partly).legends[0].get_texts()
     assert legend[0].get_text() == "bound, input (partly unbounded)"

@@ -9,7 +9,7 @@ leave torch), a path counts as one that passes no site: a cut may be missed, non
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,7 +81,10 @@ def follow(model: nn.Module, x: Samples, sites: Sequence[Site]) -> None:
 
     def consume(event: str, kind: str, module: nn.Module | None, output: Tensor) -> Tensor | None:
         site = by_event.get(event)
-        if site is None or site.name in found:
+        if site is None:
+            return None
+        if site.name in found:  # the program may have chosen this output since
+            found[site.name] = paths.narrowed(site.name, found[site.name])
             return None
         with torch._C.DisableTorchFunction():
             own = output if _whole(output) else output.clone()  # a part of a tensor gets its own
@@ -132,6 +135,12 @@ class Paths(TorchDispatchMode):
         root = name if before.copy_of in (None, INPUT) else before.copy_of
         self._origins[_key(output)] = Origin(through, (name,), copy_of=root)
         return Origin(through, before.near, before.summed, None if root == name else root)
+
+    def narrowed(self, name: str, origin: Origin) -> Origin:
+        """Return where a site comes from if values that have left torch so far decide about it."""
+        if self._left is None:
+            return origin
+        return replace(origin, through=origin.through & self._left | {INPUT, name})
 
     def leave(self, values: Any) -> None:
         """Note that values leave torch: all that follows may depend on them."""

@@ -127,10 +127,12 @@ def by_noise(m: nn.Module, x: Tensor) -> Tensor:
 )
 def test_ways_around_a_layer(function):
     """Catches a path by values that leave torch, by control flow, by memory, by a mask or by noise
-    that is used twice."""
-    found = sites_of(around(function), torch.randn(8, WIDTH))
-    assert found["fc"].cut is False
-    assert found["input"].cut
+    that is used twice. The branches differ with the sign of the sum."""
+    x = torch.rand(8, WIDTH)
+    for samples in (x, -x):
+        found = sites_of(around(function), samples)
+        assert found["fc"].cut is False
+        assert found["input"].cut
 
 
 def by_shape(m: nn.Module, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from benchmarks import harness
 RESULTS = harness.ROOT / "benchmarks" / "results" / "sources.json"
 PIXELS = torch.arange(64.0)
 CENTRE, WIDTH, HEIGHT = 32.0, 5.0, 2.0
-SAMPLES, RUNS, STEP, RANGE = 20_000, 20, 0.5, 1.0
+SAMPLES, RUNS, STEP, RANGE = 20_000, 20, 0.5, 8.0
 COLUMNS = ("source", "J / I of the input", "stated error", "J / I after the ReLU", "seconds")
 
 

@@ -52,15 +52,17 @@ def fisher_flow(
             are. The layer "input" holds the floating entries side by side; of integers alone it is
             NaN, except with a score. For `Pathwise` the tangents pass through
             the model together with the samples, at the cost of 1 + P forward passes.
-        layers: "auto" (every layer, without dropout, flatten and identity), a name, a list of
-            names, a regular expression searched for in the names, or a function (name, module or
-            None) -> bool. Names are those of ``model.named_modules()``, with "#2" for a second call
-            and "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always included. If
-            the model returns a tuple, a list, a dict or an object with tensors (its logits, say),
-            also nested, "output" is the joint output:
-            all floating tensors with one row per sample, side by side. Each of them is also a head,
-            "output[0]" or "output[mean]", and included in "auto". Integers, None and tensors
-            without a row per sample are left out; if nothing remains there is no "output".
+        layers: "auto" (every layer, without dropout, flatten and identity; an invertible affine map
+            such as batch norm shares the row of the layer before), "cuts" (of the layers that every
+            path from input to output passes the last of each stage), a name, a list of names, a
+            regular expression searched for in the names, or a function (name, module or None) ->
+            bool. Names are those of ``model.named_modules()``, with "#2" for a second call and
+            "fc1/relu" for ``F.relu`` after fc1. "input" and "output" are always included. If the
+            model returns a tuple, a list, a dict or an object with tensors (its logits, say), also
+            nested, "output" is the joint output: all floating tensors with one row per sample, side
+            by side. Each of them is also a head, "output[0]" or "output[mean]", and included in
+            "auto". Integers, None and tensors without a row per sample are left out; if nothing
+            remains there is no "output".
         max_features: number of features to use per layer. A layer with more activations than that
             uses all of them; with more than 4096 activations, or too few samples for them, it is
             compressed in 16 more passes over the data, if these can be read again (docs/theory.md,

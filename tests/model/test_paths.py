@@ -129,8 +129,8 @@ def test_ways_around_a_layer(function):
     """Catches a path by values that leave torch, by control flow, by memory, by a mask or by noise
     that is used twice. The branches differ with the sign of the sum."""
     x = torch.rand(8, WIDTH)
-    for samples in (x, -x):
-        found = sites_of(around(function), samples)
+    for signed in (x, -x):
+        found = sites_of(around(function), signed)
         assert found["fc"].cut is False
         assert found["input"].cut
 

@@ -36,6 +36,7 @@ from fisherfast.training.record import (
     NOT_MEASURED,
     EpochRecord,
     Errors,
+    Stop,
     input_of,
     output_of,
     table_of,
@@ -80,7 +81,7 @@ class FisherMonitor:
             measured on them, and `EpochRecord.overfitting` is the difference.
         target_scale: theta per unit of the network's targets; errors given to `step` are multiplied
             by its square. 1 for targets in the unit of theta.
-        observe_every: `observe` reads every so many batches.
+        observe_every: `observe` reads every so many batches, at most those of an epoch.
         path: CSV file that is updated with every record.
         keep: bytes of samples to keep between measurements if the source is a simulator, a loader
             or files; samples that do not fit are read again each time.
@@ -94,6 +95,8 @@ class FisherMonitor:
         history: records in the order of the calls.
         model: the module without its wrappers.
         data: the samples.
+        stop: where a `FisherEarlyStopping` has stopped the run; None before.
+        leads: this process reports the run: it warns, logs the stop and writes the file.
 
     Raises:
         TypeError, ValueError: an argument is out of its range (as `fisher_flow`).
@@ -162,15 +165,16 @@ class FisherMonitor:
                 )
             self._training_data = self._kept(training_data)
         ranks = find_ranks(process_group)
-        self._leads = ranks is None or ranks.rank == 0
+        self.leads = ranks is None or ranks.rank == 0
         self._group = process_group
-        self._file = None if path is None or not self._leads else HistoryFile(path)
+        self._file = None if path is None or not self.leads else HistoryFile(path)
         self._recall, self._training_recall = Recall(), Recall()
         self._observer: Observer | None = None
         self._outer = model
         self._calls = 0
         self._warned: set[str] = set()
         self.history: list[EpochRecord] = []
+        self.stop: Stop | None = None
 
     def step(
         self,
@@ -202,8 +206,9 @@ class FisherMonitor:
 
         Warns:
             FisherWarning: activations or the training error are NaN or infinite (the record then
-                has no flow); the targets seem to be in another unit than theta; the history file
-                cannot be written; each at most once.
+                has no flow); the targets seem to be in another unit than theta; observe_every
+                exceeds the batches between two measurements; the history file cannot be written;
+                each at most once.
         """
         due = self._calls % self._every == 0
         if not due and train_mse is None and val_mse is None:
@@ -231,7 +236,10 @@ class FisherMonitor:
             flow = training_flow = None
         self._calls += 1
         notes += self._notes_on(flow, errors)
+        if due and self._observer is not None:
+            notes += self._observer.note()
         input_J = self._input_J(flow)
+        live = self.live()
         record = EpochRecord(
             epoch=number,
             flow=flow,
@@ -239,7 +247,8 @@ class FisherMonitor:
             val_mse=errors["val_mse"],
             input_J=input_J,
             training_flow=training_flow,
-            live=self._live_fractions(input_J),
+            live=self._live_fractions(live, input_J),
+            live_age=next((estimate.age for estimate in live.values()), 0),
             seconds=time.perf_counter() - start,
             notes=tuple(notes),
         )
@@ -250,13 +259,14 @@ class FisherMonitor:
         return record
 
     def adopt(self, record: EpochRecord) -> None:
-        """Add a record of the same network that another process has measured, instead of calling
-        `step`.
+        """Add a record of the same network that another process has measured, which also reports
+        the run, instead of calling `step`.
 
         Args:
             record: the result of `step` there.
         """
         self._calls += 1
+        self.leads = False
         self.history.append(record)
 
     def observe(self, theta: torch.Tensor) -> None:
@@ -283,11 +293,13 @@ class FisherMonitor:
 
     def live(self) -> dict[str, LiveEstimate]:
         """Return J of the layers that `observe` reads, over its last few thousand samples: a trend
-        between measurements, averaged over the values of theta in the batches."""
+        between measurements, averaged over the values of theta in the batches. `age` says how many
+        batches ago the last one was read."""
         return {} if self._observer is None else self._observer.estimates()
 
     def __repr__(self) -> str:
-        return f"{self._title()}\n{table.as_text(self._table())}" if self.history else self._title()
+        parts = [self._title()] + [table.as_text(self._table())] * bool(self.history)
+        return "\n".join([*parts, *([self.stop.reason] if self.stop else [])])
 
     def _repr_html_(self) -> str:
         return table.as_html(self._table(), self._title())
@@ -318,9 +330,9 @@ class FisherMonitor:
         Path(path).write_text(as_csv(rows, columns_of(rows)), encoding="utf-8")
 
     def plot(self, ax: Any = None) -> Any:
-        """Plot transmission and the errors in units of the bound over epochs, and return the
-        matplotlib axes."""
-        return plot_training(self.history, ax)
+        """Plot transmission and the errors in units of the bound over epochs, with the stop of the
+        rule that ran, and return the matplotlib axes."""
+        return plot_training(self.history, ax, stop=self.stop)
 
     def close(self) -> None:
         """Remove the hooks of `observe` from the model at the end of the training."""
@@ -431,9 +443,10 @@ class FisherMonitor:
             return self.history[-1].input_J
         return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64, device="cpu")
 
-    def _live_fractions(self, input_J: torch.Tensor) -> dict[str, float]:
+    def _live_fractions(
+        self, estimates: Mapping[str, LiveEstimate], input_J: torch.Tensor
+    ) -> dict[str, float]:
         """Compute tr(J_input^-1 J) / P of the layers read by `observe`."""
-        estimates = self.live()
         source = estimates.get(INPUT)
         J = input_J if source is None else source.J
         errors = torch.zeros_like(J) if source is None else source.stderr
@@ -459,7 +472,7 @@ class FisherMonitor:
             kind = note.partition(":")[0].partition("=")[0]
             if kind not in self._warned:
                 self._warned.add(kind)
-                if self._leads:
+                if self.leads:
                     warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
 
     def _compared(self) -> dict[str, Any]:

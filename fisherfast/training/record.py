@@ -28,6 +28,23 @@ Errors = tuple[float, ...] | None
 """Mean square errors of the P parameters in theta^2; None if unknown."""
 
 
+@dataclass(frozen=True)
+class Stop:
+    """Where a rule has stopped a run.
+
+    Attributes:
+        rule: its name.
+        epoch: number of the epoch after which training was stopped.
+        best_epoch: number of the best epoch; None if it is unknown.
+        reason: where and why, a line.
+    """
+
+    rule: str
+    epoch: int
+    best_epoch: int | None
+    reason: str
+
+
 @dataclass(frozen=True, repr=False)
 class EpochRecord:
     """The result of one call of `FisherMonitor.step`. Print it for a table.
@@ -42,6 +59,7 @@ class EpochRecord:
             NaN before, and if it is within three errors of zero: rules then do not use it.
         training_flow: information in the output on *training* samples, if the monitor has these.
         live: J / J_input of layers from the training batches, see `FisherMonitor.observe`.
+        live_age: training batches since the last one that `live` has read.
         seconds: wall time of the record.
         notes: remarks for the reader.
     """
@@ -53,6 +71,7 @@ class EpochRecord:
     input_J: torch.Tensor
     training_flow: FisherFlow | None = None
     live: Mapping[str, float] = field(default_factory=dict)
+    live_age: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
@@ -133,6 +152,8 @@ class EpochRecord:
                 row[f"fraction/{layer.name}"] = fractions[layer.name]
                 row[f"fraction_stderr/{layer.name}"] = fraction_errors[layer.name]
         row |= {f"live/{name}": value for name, value in self.live.items()}
+        if self.live:
+            row["live_age"] = self.live_age
         return row
 
     def state_dict(self) -> dict[str, Any]:

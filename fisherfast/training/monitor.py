@@ -28,8 +28,10 @@ from fisherfast.results import table
 from fisherfast.results.comparison import DIVIDES, uncorrelated, weakest_direction
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import finite_step_note
+from fisherfast.results.profile import Profile
 from fisherfast.training.checks import check_errors, check_scale
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
+from fisherfast.training.labels import Bound, bound_along_theta
 from fisherfast.training.observe import Observer, leaves
 from fisherfast.training.plots import plot_training
 from fisherfast.training.record import (
@@ -56,6 +58,8 @@ KEPT_BYTES = 2**29
 SHOWN_EPOCHS = 12
 """Most rows of a printed history."""
 
+ON_HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
 FORMAT_VERSION = 1
 STATE = {"network", "settings", "calls", "history", "observer", "spaces", "warned"}
 
@@ -71,7 +75,11 @@ class FisherMonitor:
 
     Args:
         model: the network in training, also compiled or inside DistributedDataParallel.
-        data: held-out samples at theta, as for `fisher_flow`.
+        data: held-out samples at theta, as for `fisher_flow`; or a `Labelled` regression data set,
+            which may be the training set itself.
+        held_out: whether the network is not trained on `data`. None: yes, but unknown for labelled
+            samples. Only rule "crlb", which reads the information in the input, stops on samples
+            that are, or may be, trained on.
         every: measure at every so many calls of `step`, starting with the first.
         layers: as for `fisher_flow`.
         max_features: number of features to use per layer.
@@ -121,6 +129,7 @@ class FisherMonitor:
         model: nn.Module,
         data: Data,
         *,
+        held_out: bool | None = None,
         every: int = 1,
         layers: Layers = "auto",
         max_features: int = MONITOR_FEATURES,
@@ -155,6 +164,9 @@ class FisherMonitor:
             raise ValueError("grow must be False for a monitor, which compares the same features")
         self._layers = layers
         self.data = self._kept(data)
+        self._given = data
+        self._held_out = _check_held_out(held_out, data)
+        self._bound: Bound = torch.full((data.parameters,) * 2, math.nan, **ON_HOST), None
         self._training_data: Data | None = None
         if training_data is not None:
             MeasurementSettings.of(training_data, **asked)
@@ -229,6 +241,7 @@ class FisherMonitor:
                 errors = _mean_over(ranks, own)
                 if due:
                     flow, training_flow = self._measure(ranks)
+                    self._bound = self._bound_of(flow, ranks)
         except (NotFiniteError, OtherRankError) as error:
             if isinstance(error, OtherRankError) and NotFiniteError.__name__ not in str(error):
                 raise
@@ -238,7 +251,7 @@ class FisherMonitor:
         notes += self._notes_on(flow, errors)
         if due and self._observer is not None:
             notes += self._observer.note()
-        input_J = self._input_J(flow)
+        input_J, attainable = self._bound
         live = self.live()
         record = EpochRecord(
             epoch=number,
@@ -249,6 +262,9 @@ class FisherMonitor:
             training_flow=training_flow,
             live=self._live_fractions(live, input_J),
             live_age=next((estimate.age for estimate in live.values()), 0),
+            attainable=attainable,
+            source=self.data.source,
+            held_out=self._held_out,
             seconds=time.perf_counter() - start,
             notes=tuple(notes),
         )
@@ -307,9 +323,10 @@ class FisherMonitor:
     def _title(self) -> str:
         measured = [record.flow for record in self.history if record.flow is not None]
         shape = f" [{', '.join(map(str, measured[0][INPUT].shape))}]" if measured else ""
+        samples = f" on samples {s}" if measured and (s := self.history[-1].samples) else ""
         return (
             f"FisherMonitor of {type(self.model).__name__}{shape}: {len(self.history)} epochs,"
-            f" {len(measured)} measured"
+            f" {len(measured)} measured{samples}"
         )
 
     def _table(self) -> list[list[str]]:
@@ -321,7 +338,8 @@ class FisherMonitor:
         return [*rows[:2], ["..."] * len(rows[0]), *rows[2 - SHOWN_EPOCHS :]]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the history as plain numbers by column, for any logger or data frame."""
+        """Return the history as plain numbers by column, and the kind of samples, for any logger or
+        data frame."""
         return [record.row() for record in self.history]
 
     def to_csv(self, path: str | Path) -> None:
@@ -386,6 +404,8 @@ class FisherMonitor:
         if self._file is not None:
             self._file.restart()
         self.history, self._observer = history, observer
+        if history:
+            self._bound = history[-1].input_J, history[-1].attainable
         self._calls = int(state["calls"])
         self._warned = set(state["warned"])
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -434,14 +454,22 @@ class FisherMonitor:
     def _kept(self, data: Data) -> Data:
         return data if data.resident() or self._keep == 0 else KeptData(data, self._keep)
 
-    def _input_J(self, flow: FisherFlow | None) -> torch.Tensor:
-        """Return J of the input, of the flow or else of the last record; NaN before the first
-        measurement, and if it is zero within its error."""
-        if flow is not None:
-            return input_of(flow)
-        if self.history:
-            return self.history[-1].input_J
-        return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64, device="cpu")
+    def _bound_of(self, flow: FisherFlow, ranks: Ranks | None) -> Bound:
+        """Return J of the input, and for labelled samples the attainable error, which both belong
+        to the samples and are determined once."""
+        source = flow.layers[0]
+        if source.profile is None:
+            return input_of(flow), None
+        if not bool(torch.isnan(self._bound[0]).any()):
+            return self._bound
+        settings = replace(self._settings, maps=False, output=None)
+
+        def profile(data: Data) -> Profile | None:
+            found = Measurement(None, data, "auto", settings, quiet=True, ranks=ranks).run()
+            return found.layers[0].profile
+
+        J, errors = bound_along_theta(source.profile, self._given, profile)
+        return J, _mean_over(ranks, {"attainable": errors})["attainable"]
 
     def _live_fractions(
         self, estimates: Mapping[str, LiveEstimate], input_J: torch.Tensor
@@ -480,6 +508,7 @@ class FisherMonitor:
         return self._settings.to_dict() | {
             "parameters": self.data.parameters,
             "target_scale": self._target_scale,
+            "held_out": self._held_out,
             # a state cannot hold functions and patterns
             "layers": self._layers if isinstance(self._layers, str | Sequence) else None,
         }
@@ -487,6 +516,17 @@ class FisherMonitor:
     def _signature(self) -> dict[str, list[int]]:
         """Return names and shapes of the parameters."""
         return {name: list(p.shape) for name, p in self.model.named_parameters()}
+
+
+def _check_held_out(held_out: Any, data: Data) -> bool | None:
+    """Return whether the samples are held out; None if unknown.
+
+    Raises:
+        TypeError: held_out is neither a boolean nor None.
+    """
+    if held_out is not None and not isinstance(held_out, bool):
+        raise TypeError(f"held_out must be True, False or None, got {held_out!r}")
+    return True if held_out is None and data.source != "labelled" else held_out
 
 
 @contextlib.contextmanager

@@ -51,15 +51,21 @@ class EpochRecord:
 
     Attributes:
         epoch: its number, given by the caller.
-        flow: information in every layer on held-out samples; None if this epoch was not measured.
+        flow: information in every layer on the monitor's samples; None if this epoch was not
+            measured.
         train_mse: mean square errors of the P parameters on training samples, in theta^2; None if
             not given.
         val_mse: the same on samples that are not trained on.
         input_J: [P, P] Fisher information of the input in 1/theta^2, from the first measurement on;
-            NaN before, and if it is within three errors of zero: rules then do not use it.
+            for labelled samples the one whose inverse is the mean of J(theta)^-1 over them. NaN
+            before, and if it is within three errors of zero: rules then do not use it.
         training_flow: information in the output on *training* samples, if the monitor has these.
         live: J / J_input of layers from the training batches, see `FisherMonitor.observe`.
         live_age: training batches since the last one that `live` has read.
+        attainable: for labelled samples, least mean square errors of the P parameters on unseen
+            samples, in theta^2, for an estimate that knows the range of the labels; otherwise None.
+        source: of the samples, as `Data.source`; empty if unknown.
+        held_out: the network is not trained on these samples; None if unknown.
         seconds: wall time of the record.
         notes: remarks for the reader.
     """
@@ -72,6 +78,9 @@ class EpochRecord:
     training_flow: FisherFlow | None = None
     live: Mapping[str, float] = field(default_factory=dict)
     live_age: int = 0
+    attainable: Errors = None
+    source: str = ""
+    held_out: bool | None = True
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
@@ -87,8 +96,14 @@ class EpochRecord:
         return level_of(self.val_mse, self.input_J)
 
     @property
+    def samples(self) -> str:
+        """The samples that were measured, such as "labelled (trained on)"; empty if unknown."""
+        known = {True: " (held out)", False: " (trained on)", None: ""}
+        return self.source and f"{self.source}{known[self.held_out]}"
+
+    @property
     def transmission(self) -> float:
-        """J_output / J_input on held-out samples; NaN if not measured, or if J_input is within
+        """J_output / J_input on the monitor's samples; NaN if not measured, or if J_input is within
         three errors of zero."""
         return _share(self.flow)[0]
 
@@ -109,7 +124,8 @@ class EpochRecord:
 
     def __str__(self) -> str:
         parts = [table.as_text(rows) for rows in self._tables()]
-        return "\n".join([*parts, *(f"note: {note}" for note in self.notes)])
+        samples = [f"samples: {self.samples}"] if self.samples else []
+        return "\n".join([*parts, *samples, *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         return "".join(table.as_html(rows) for rows in self._tables())
@@ -124,8 +140,9 @@ class EpochRecord:
         return tables
 
     def row(self) -> dict[str, Any]:
-        """Return plain numbers by column; NaN if unknown. For several parameters the fractions are
-        those of `FisherFlow.fractions`, and the diagonal of J is in "J/layer[p]"."""
+        """Return plain numbers by column, and what `samples` says; NaN if unknown. For several
+        parameters the fractions are those of `FisherFlow.fractions`, and the diagonal of J is in
+        "J/layer[p]"."""
         return dict(self._row)
 
     @cached_property
@@ -142,7 +159,10 @@ class EpochRecord:
             "transmission_stderr": self.transmission_error,
             "overfitting": self.overfitting,
             "seconds": self.seconds,
+            "samples": self.samples,
         }
+        if self.attainable is not None:
+            row |= _by_parameter("attainable", self.attainable)
         if self.flow is not None:
             fractions, fraction_errors = self.flow.fractions(), self.flow.fraction_errors()
             for layer in self.flow:
@@ -173,7 +193,7 @@ class EpochRecord:
         values = dict(state)
         for name in ("flow", "training_flow"):
             values[name] = None if state[name] is None else FisherFlow.from_dict(state[name])
-        for name in ("train_mse", "val_mse"):
+        for name in ("train_mse", "val_mse", "attainable"):
             values[name] = None if state[name] is None else tuple(state[name])
         values["input_J"] = state["input_J"].to("cpu", copy=True)
         return cls(**values | {"live": dict(state["live"]), "notes": tuple(state["notes"])})

@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fisherfast._errors import FisherWarning
 from fisherfast._validation import check_whole
-from fisherfast.results.comparison import divides, unresolved_note
+from fisherfast.results.comparison import unresolved_note
 from fisherfast.training.monitor import FisherMonitor
 from fisherfast.training.record import NOT_MEASURED, EpochRecord, Stop
 from fisherfast.training.rules import RULES, Transmission
@@ -200,8 +201,8 @@ class FisherEarlyStopping:
         """Warn once that the rule waits for a J_input that is significantly above zero."""
         if self._warned or record.flow is None or not self.rule.reads_input:
             return
-        source = record.flow.layers[0]
-        if not divides(source):
+        if bool(torch.isnan(record.input_J).any()):
+            source = record.flow.layers[0]
             self._warned = True
             warnings.warn(
                 f"epoch {record.epoch}: {unresolved_note(source)}, and rule {self.rule.name!r} does"

@@ -140,6 +140,7 @@ class Replay:
 
     history: list[EpochRecord]
     model: nn.Module
+    leads: bool = False  # no line per stop
 
 
 def judge(run: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

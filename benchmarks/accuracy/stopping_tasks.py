@@ -345,7 +345,7 @@ def bump(seed: int, size: Size) -> StoppingTask:
     )
     mean = bump_shape(centre, middle)
     times = torch.arange(BUMP_WIDTHS[0]) - (BUMP_WIDTHS[0] - 1) / 2
-    dx = torch.stack([mean * times / BUMP_WIDTH**2, mean / middle])
+    dx = torch.stack([mean * times / BUMP_WIDTH**2, mean / middle], 1)
     return StoppingTask(
         model=mlp(BUMP_WIDTHS, seed=seed),
         x=x,

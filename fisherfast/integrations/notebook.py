@@ -8,7 +8,7 @@ from typing import Any
 
 from fisherfast.results import plots
 from fisherfast.training import FisherMonitor
-from fisherfast.training.plots import measured_flows, plot_training
+from fisherfast.training.plots import measured_flows
 
 SIZE = (11.0, 4.0)
 """Size of both panels together in inches: the width of a notebook cell."""
@@ -77,7 +77,7 @@ class LivePlot:
         flows = measured_flows(self._monitor.history)
         figure = plots.new_figure(*SIZE)
         left, right = figure.subplots(1, 2)
-        plot_training(self._monitor.history, left)
+        self._monitor.plot(left)
         if flows:
             plots.plot_flows(flows, right, fraction=True, title="epoch")
         else:

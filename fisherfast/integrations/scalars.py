@@ -6,9 +6,9 @@ import math
 
 from fisherfast.training import EpochRecord
 
-CURVES = ("train_level", "val_level", "transmission", "overfitting", "J/", "fraction/", "live/")
+CURVES = ("train_level", "val_level", "transmission", "overfitting", "J/", "fraction/", "live")
 """Prefixes of the columns of `EpochRecord.row` that are curves: errors in units of the bound,
-transmission, and J and J / J_input of each layer."""
+transmission, J and J / J_input of each layer, and the live trend with its age in batches."""
 
 
 def scalars(record: EpochRecord) -> dict[str, float]:

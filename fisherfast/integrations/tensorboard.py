@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from fisherfast.integrations.scalars import scalars
 from fisherfast.results.plots import plot_flows
 from fisherfast.training import EpochRecord, FisherMonitor
-from fisherfast.training.plots import measured_flows, plot_training
+from fisherfast.training.plots import measured_flows
 
 
 class Writer(Protocol):
@@ -29,7 +29,7 @@ def log_to_tensorboard(
     Scalars are J and J / J_input of each layer ("fisher/J/fc1", "fisher/fraction/fc1"), errors in
     units of the Cramer-Rao bound ("fisher/train_level", "fisher/val_level"), "fisher/transmission",
     "fisher/overfitting" and the live trend ("fisher/live/fc1"); unknown values are left out.
-    Figures are "fisher/training" (`training.plots.plot_training`) and "fisher/flow", J / J_input
+    Figures are "fisher/training" (`FisherMonitor.plot`) and "fisher/flow", J / J_input
     against the layers with a line per epoch (twelve at most).
 
     Args:
@@ -94,7 +94,7 @@ def _last(source: Any) -> EpochRecord:
 
 def _figures(monitor: FisherMonitor) -> dict[str, Any]:
     """Draw errors and transmission over epochs, and the flow of each epoch over layers."""
-    figures = {"training": plot_training(monitor.history).figure}
+    figures = {"training": monitor.plot().figure}
     flows = measured_flows(monitor.history)
     if flows:
         figures["flow"] = plot_flows(flows, fraction=True, title="epoch").figure

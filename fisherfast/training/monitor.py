@@ -29,14 +29,17 @@ from fisherfast.results import table
 from fisherfast.results.comparison import DIVIDES, uncorrelated, weakest_direction
 from fisherfast.results.flow import FisherFlow
 from fisherfast.results.layer import finite_step_note
+from fisherfast.results.profile import Profile
 from fisherfast.training.checks import FORMAT_VERSION, check_errors, check_scale, read_state
 from fisherfast.training.history import HistoryFile, as_csv, columns_of
+from fisherfast.training.labels import Bound, bound_along_theta
 from fisherfast.training.observe import Observer, leaves
 from fisherfast.training.plots import plot_training
 from fisherfast.training.record import (
     NOT_MEASURED,
     EpochRecord,
     Errors,
+    Stop,
     input_of,
     output_of,
     table_of,
@@ -56,6 +59,8 @@ KEPT_BYTES = 2**29
 SHOWN_EPOCHS = 12
 """Most rows of a printed history."""
 
+ON_HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
 
 class FisherMonitor:
     r"""Measure a network repeatedly while it trains, and keep the history.
@@ -68,7 +73,11 @@ class FisherMonitor:
 
     Args:
         model: the network in training, also compiled or inside DistributedDataParallel.
-        data: held-out samples at theta, as for `fisher_flow`.
+        data: held-out samples at theta, as for `fisher_flow`; or a `Labelled` regression data set,
+            which may be the training set itself.
+        held_out: whether the network is not trained on `data`. None: yes, but unknown for labelled
+            samples. Only rule "crlb", which reads the information in the input, stops on samples
+            that are, or may be, trained on.
         every: measure at every so many calls of `step`, starting with the first.
         layers: as for `fisher_flow`.
         max_features: number of features to use per layer.
@@ -78,7 +87,7 @@ class FisherMonitor:
             measured on them, and `EpochRecord.overfitting` is the difference.
         target_scale: theta per unit of the network's targets; errors given to `step` are multiplied
             by its square. 1 for targets in the unit of theta.
-        observe_every: `observe` reads every so many batches.
+        observe_every: `observe` reads every so many batches, at most those of an epoch.
         path: CSV file that is updated with every record.
         keep: bytes of samples to keep between measurements if the source is a simulator, a loader
             or files; samples that do not fit are read again each time.
@@ -92,6 +101,8 @@ class FisherMonitor:
         history: records in the order of the calls.
         model: the module without its wrappers.
         data: the samples.
+        stop: where a `FisherEarlyStopping` has stopped the run; None before.
+        leads: this process reports the run: it warns, logs the stop and writes the file.
 
     Raises:
         TypeError, ValueError: an argument is out of its range (as `fisher_flow`).
@@ -116,6 +127,7 @@ class FisherMonitor:
         model: nn.Module,
         data: Data,
         *,
+        held_out: bool | None = None,
         every: int = 1,
         layers: Layers = "auto",
         max_features: int = MONITOR_FEATURES,
@@ -150,6 +162,9 @@ class FisherMonitor:
             raise ValueError("grow must be False for a monitor, which compares the same features")
         self._layers = layers
         self.data = self._kept(data)
+        self._given = data
+        self._held_out = _check_held_out(held_out, data)
+        self._bound: Bound = torch.full((data.parameters,) * 2, math.nan, **ON_HOST), None
         self._training_data: Data | None = None
         if training_data is not None:
             MeasurementSettings.of(training_data, **asked)
@@ -160,15 +175,16 @@ class FisherMonitor:
                 )
             self._training_data = self._kept(training_data)
         ranks = find_ranks(process_group)
-        self._leads = ranks is None or ranks.rank == 0
+        self.leads = ranks is None or ranks.rank == 0
         self._group = process_group
-        self._file = None if path is None or not self._leads else HistoryFile(path)
+        self._file = None if path is None or not self.leads else HistoryFile(path)
         self._recall, self._training_recall = Recall(), Recall()
         self._observer: Observer | None = None
         self._outer = model
         self._calls = 0
         self._warned: set[str] = set()
         self.history: list[EpochRecord] = []
+        self.stop: Stop | None = None
 
     def step(
         self,
@@ -200,8 +216,9 @@ class FisherMonitor:
 
         Warns:
             FisherWarning: activations or the training error are NaN or infinite (the record then
-                has no flow); the targets seem to be in another unit than theta; the history file
-                cannot be written; each at most once.
+                has no flow); the targets seem to be in another unit than theta; observe_every
+                exceeds the batches between two measurements; the history file cannot be written;
+                each at most once.
         """
         due = self._calls % self._every == 0
         if not due and train_mse is None and val_mse is None:
@@ -222,6 +239,7 @@ class FisherMonitor:
                 errors = _mean_over(ranks, own)
                 if due:
                     flow, training_flow = self._measure(ranks)
+                    self._bound = self._bound_of(flow, ranks)
         except (NotFiniteError, OtherRankError) as error:
             if isinstance(error, OtherRankError) and NotFiniteError.__name__ not in str(error):
                 raise
@@ -229,7 +247,10 @@ class FisherMonitor:
             flow = training_flow = None
         self._calls += 1
         notes += self._notes_on(flow, errors)
-        input_J = self._input_J(flow)
+        if due and self._observer is not None:
+            notes += self._observer.note()
+        input_J, attainable = self._bound
+        live = self.live()
         record = EpochRecord(
             epoch=number,
             flow=flow,
@@ -237,7 +258,11 @@ class FisherMonitor:
             val_mse=errors["val_mse"],
             input_J=input_J,
             training_flow=training_flow,
-            live=self._live_fractions(input_J),
+            live=self._live_fractions(live, input_J),
+            live_age=next((estimate.age for estimate in live.values()), 0),
+            attainable=attainable,
+            source=self.data.source,
+            held_out=self._held_out,
             seconds=time.perf_counter() - start,
             notes=tuple(notes),
         )
@@ -248,13 +273,14 @@ class FisherMonitor:
         return record
 
     def adopt(self, record: EpochRecord) -> None:
-        """Add a record of the same network that another process has measured, instead of calling
-        `step`.
+        """Add a record of the same network that another process has measured, which also reports
+        the run, instead of calling `step`.
 
         Args:
             record: the result of `step` there.
         """
         self._calls += 1
+        self.leads = False
         self.history.append(record)
 
     def observe(self, theta: torch.Tensor) -> None:
@@ -281,11 +307,13 @@ class FisherMonitor:
 
     def live(self) -> dict[str, LiveEstimate]:
         """Return J of the layers that `observe` reads, over its last few thousand samples: a trend
-        between measurements, averaged over the values of theta in the batches."""
+        between measurements, averaged over the values of theta in the batches. `age` says how many
+        batches ago the last one was read."""
         return {} if self._observer is None else self._observer.estimates()
 
     def __repr__(self) -> str:
-        return f"{self._title()}\n{table.as_text(self._table())}" if self.history else self._title()
+        parts = [self._title()] + [table.as_text(self._table())] * bool(self.history)
+        return "\n".join([*parts, *([self.stop.reason] if self.stop else [])])
 
     def _repr_html_(self) -> str:
         return table.as_html(self._table(), [self._title()])
@@ -293,9 +321,10 @@ class FisherMonitor:
     def _title(self) -> str:
         measured = [record.flow for record in self.history if record.flow is not None]
         shape = f" [{', '.join(map(str, measured[0][INPUT].shape))}]" if measured else ""
+        samples = f" on samples {s}" if measured and (s := self.history[-1].samples) else ""
         return (
             f"FisherMonitor of {type(self.model).__name__}{shape}: {len(self.history)} epochs,"
-            f" {len(measured)} measured"
+            f" {len(measured)} measured{samples}"
         )
 
     def _table(self) -> list[list[str]]:
@@ -307,7 +336,8 @@ class FisherMonitor:
         return [*rows[:2], ["..."] * len(rows[0]), *rows[2 - SHOWN_EPOCHS :]]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the history as plain numbers by column, for any logger or data frame."""
+        """Return the history as plain numbers by column, and the kind of samples, for any logger or
+        data frame."""
         return [record.row() for record in self.history]
 
     def to_csv(self, path: str | Path) -> None:
@@ -318,9 +348,9 @@ class FisherMonitor:
             file.write(as_csv(rows, columns_of(rows)).encode())
 
     def plot(self, ax: Any = None) -> Any:
-        """Plot transmission and the errors in units of the bound over epochs, and return the
-        matplotlib axes."""
-        return plot_training(self.history, ax)
+        """Plot transmission and the errors in units of the bound over epochs, with the stop of the
+        rule that ran, and return the matplotlib axes."""
+        return plot_training(self.history, ax, stop=self.stop)
 
     def close(self) -> None:
         """Remove the hooks of `observe` from the model at the end of the training."""
@@ -372,6 +402,8 @@ class FisherMonitor:
         if self._file is not None:
             self._file.restart()
         self.history, self._observer = values["history"], observer
+        if self.history:
+            self._bound = self.history[-1].input_J, self.history[-1].attainable
         self._calls, self._warned = values["calls"], set(values["warned"])
         self._recall.spaces = spaces
 
@@ -415,18 +447,27 @@ class FisherMonitor:
     def _kept(self, data: Data) -> Data:
         return data if data.resident() or self._keep == 0 else KeptData(data, self._keep)
 
-    def _input_J(self, flow: FisherFlow | None) -> torch.Tensor:
-        """Return J of the input, of the flow or else of the last record; NaN before the first
-        measurement, and if it is zero within its error."""
-        if flow is not None:
-            return input_of(flow)
-        if self.history:
-            return self.history[-1].input_J
-        return torch.full((self.data.parameters,) * 2, math.nan, dtype=torch.float64, device="cpu")
+    def _bound_of(self, flow: FisherFlow, ranks: Ranks | None) -> Bound:
+        """Return J of the input, and for labelled samples the attainable error, which both belong
+        to the samples and are determined once."""
+        source = flow.layers[0]
+        if source.profile is None:
+            return input_of(flow), None
+        if not bool(torch.isnan(self._bound[0]).any()):
+            return self._bound
+        settings = replace(self._settings, maps=False, output=None)
 
-    def _live_fractions(self, input_J: torch.Tensor) -> dict[str, float]:
+        def profile(data: Data) -> Profile | None:
+            found = Measurement(None, data, "auto", settings, quiet=True, ranks=ranks).run()
+            return found.layers[0].profile
+
+        J, errors = bound_along_theta(source.profile, self._given, profile)
+        return J, _mean_over(ranks, {"attainable": errors})["attainable"]
+
+    def _live_fractions(
+        self, estimates: Mapping[str, LiveEstimate], input_J: torch.Tensor
+    ) -> dict[str, float]:
         """Compute tr(J_input^-1 J) / P of the layers read by `observe`."""
-        estimates = self.live()
         source = estimates.get(INPUT)
         J = input_J if source is None else source.J
         errors = torch.zeros_like(J) if source is None else source.stderr
@@ -452,7 +493,7 @@ class FisherMonitor:
             kind = note.partition(":")[0].partition("=")[0]
             if kind not in self._warned:
                 self._warned.add(kind)
-                if self._leads:
+                if self.leads:
                     warnings.warn(f"epoch {record.epoch}: {note}", FisherWarning, stacklevel=3)
 
     def _compared(self) -> dict[str, Any]:
@@ -460,6 +501,7 @@ class FisherMonitor:
         return self._settings.to_dict() | {
             "parameters": self.data.parameters,
             "target_scale": self._target_scale,
+            "held_out": self._held_out,
             # a state cannot hold functions and patterns
             "layers": self._layers if isinstance(self._layers, str | Sequence) else None,
         }
@@ -467,6 +509,17 @@ class FisherMonitor:
     def _signature(self) -> dict[str, list[int]]:
         """Return names and shapes of the parameters."""
         return {name: list(p.shape) for name, p in self.model.named_parameters()}
+
+
+def _check_held_out(held_out: Any, data: Data) -> bool | None:
+    """Return whether the samples are held out; None if unknown.
+
+    Raises:
+        TypeError: held_out is neither a boolean nor None.
+    """
+    if held_out is not None and not isinstance(held_out, bool):
+        raise TypeError(f"held_out must be True, False or None, got {held_out!r}")
+    return True if held_out is None and data.source != "labelled" else held_out
 
 
 @contextlib.contextmanager

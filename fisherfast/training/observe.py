@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ WIDEST = 256
 PARAMETRIZED = "parametrizations"
 """Name of the child that computes the weights of a module in `torch.nn.utils.parametrize`."""
 
-_STATE = {"calls": Count, "listening": bool, "moments": dict[str, object]}
+_STATE = {"calls": Count, "read": Count, "measured": Count, "listening": bool, "moments": dict[str, object]}
 
 Caught = tuple[torch.Tensor, int]
 """An activation, and its count of in-place changes when it was recorded."""
@@ -73,6 +74,8 @@ class Observer:
         self._caught: dict[str, Caught] = {}
         self._sizes: list[int] = []  # batch sizes of the recorded input and output
         self._calls = 0
+        self._read = 0  # call in which a batch was read last
+        self._measured = 0  # call before the last measurement
         self.moments: dict[str, RegressionMoments] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +108,8 @@ class Observer:
         if self._handles:
             try:
                 with torch.no_grad():
-                    self._take(theta)
+                    if self._take(theta):
+                        self._read = self._calls
             finally:
                 self.release()
         if (self._calls - 1) % self._every == 0:
@@ -120,12 +124,24 @@ class Observer:
     def estimates(self) -> dict[str, LiveEstimate]:
         """Return J of each layer with enough samples."""
         found = {name: moments.estimate() for name, moments in self.moments.items()}
-        return {name: live for name, live in found.items() if live is not None}
+        age = self._calls - self._read
+        return {name: replace(live, age=age) for name, live in found.items() if live is not None}
+
+    def note(self) -> list[str]:
+        """Make a note if an epoch is shorter than `every` batches; call it at each measurement."""
+        batches, self._measured = self._calls - self._measured, self._calls
+        if not 0 < batches < self._every:
+            return []
+        return [
+            f"live may be older than its epoch: observe_every must be at most the {batches} batches"
+            f" between two measurements, got {self._every}; pass observe_every={batches}"
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain numbers, without a batch that is being observed."""
         moments = {name: m.state_dict() for name, m in self.moments.items()}
-        return {"calls": self._calls, "listening": bool(self._handles), "moments": moments}
+        counts = {"calls": self._calls, "read": self._read, "measured": self._measured}
+        return counts | {"listening": bool(self._handles), "moments": moments}
 
     def load_state_dict(self, state: Any) -> None:
         """Load the result of `state_dict`, and observe the next batch if that was so.
@@ -140,6 +156,7 @@ class Observer:
                 moments[name] = RegressionMoments.from_state_dict(sums, self._parameters)
         self.release()
         self._calls, self.moments = values["calls"], moments
+        self._read, self._measured = values["read"], values["measured"]
         if values["listening"]:
             self._listen()
 
@@ -196,16 +213,17 @@ class Observer:
             version = -1 if output.is_inference() else output._version
             self._caught[name] = (output, version)
 
-    def _take(self, theta: torch.Tensor) -> None:
+    def _take(self, theta: torch.Tensor) -> bool:
+        """Add the recorded activations, and return whether there were any to add."""
         caught = {name: tensor for name, tensor in self._caught.items() if self._intact(tensor)}
         if not caught:
-            return
+            return False
         rows = self._theta(theta, self._sizes or [len(output) for output, _ in caught.values()])
         if len(rows) < 2:
-            return
+            return False
         batch = ThetaBatch(rows)
         if not batch.usable:
-            return
+            return False
         for name, (output, _) in caught.items():
             flat = output.detach().flatten(1) if output.ndim > 1 else output.detach()[:, None]
             if len(flat) != len(rows):
@@ -217,6 +235,7 @@ class Observer:
             if flat.shape[1] == moments.dim:  # sequences may differ in length
                 with torch.autocast(flat.device.type, enabled=False):
                     moments.update(batch.to(flat.device), flat)
+        return True
 
     def _intact(self, caught: Caught) -> bool:
         """Return whether no in-place activation has overwritten the tensor since."""

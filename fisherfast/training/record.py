@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import torch
 
-from fisherfast._fields import AtLeast, Matrix, build
+from fisherfast._fields import AtLeast, Count, Matrix, build
 from fisherfast.model.sites import INPUT, OUTPUT
 from fisherfast.results import table
 from fisherfast.results.comparison import divides, ratio
@@ -30,20 +30,44 @@ Errors = tuple[Annotated[float, AtLeast(0)], ...] | None
 """Mean square errors of the P parameters in theta^2; None if unknown."""
 
 
+@dataclass(frozen=True)
+class Stop:
+    """Where a rule has stopped a run.
+
+    Attributes:
+        rule: its name.
+        epoch: number of the epoch after which training was stopped.
+        best_epoch: number of the best epoch; None if it is unknown.
+        reason: where and why, a line.
+    """
+
+    rule: str
+    epoch: int
+    best_epoch: int | None
+    reason: str
+
+
 @dataclass(frozen=True, repr=False)
 class EpochRecord:
     """The result of one call of `FisherMonitor.step`. Print it for a table.
 
     Attributes:
         epoch: its number, given by the caller.
-        flow: information in every layer on held-out samples; None if this epoch was not measured.
+        flow: information in every layer on the monitor's samples; None if this epoch was not
+            measured.
         train_mse: mean square errors of the P parameters on training samples, in theta^2; None if
             not given.
         val_mse: the same on samples that are not trained on.
         input_J: [P, P] Fisher information of the input in 1/theta^2, from the first measurement on;
-            NaN before, and if it is within three errors of zero: rules then do not use it.
+            for labelled samples the one whose inverse is the mean of J(theta)^-1 over them. NaN
+            before, and if it is within three errors of zero: rules then do not use it.
         training_flow: information in the output on *training* samples, if the monitor has these.
         live: J / J_input of layers from the training batches, see `FisherMonitor.observe`.
+        live_age: training batches since the last one that `live` has read.
+        attainable: for labelled samples, least mean square errors of the P parameters on unseen
+            samples, in theta^2, for an estimate that knows the range of the labels; otherwise None.
+        source: of the samples, as `Data.source`; empty if unknown.
+        held_out: the network is not trained on these samples; None if unknown.
         seconds: wall time of the record.
         notes: remarks for the reader.
     """
@@ -55,6 +79,10 @@ class EpochRecord:
     input_J: Matrix
     training_flow: FisherFlow | None = None
     live: Mapping[str, float] = field(default_factory=dict)
+    live_age: Count = 0
+    attainable: Errors = None
+    source: str = ""
+    held_out: bool | None = True
     seconds: Annotated[float, AtLeast(0)] = 0.0
     notes: tuple[str, ...] = ()
 
@@ -70,8 +98,14 @@ class EpochRecord:
         return level_of(self.val_mse, self.input_J)
 
     @property
+    def samples(self) -> str:
+        """The samples that were measured, such as "labelled (trained on)"; empty if unknown."""
+        known = {True: " (held out)", False: " (trained on)", None: ""}
+        return self.source and f"{self.source}{known[self.held_out]}"
+
+    @property
     def transmission(self) -> float:
-        """J_output / J_input on held-out samples; NaN if not measured, or if J_input is within
+        """J_output / J_input on the monitor's samples; NaN if not measured, or if J_input is within
         three errors of zero."""
         return _share(self.flow)[0]
 
@@ -92,7 +126,8 @@ class EpochRecord:
 
     def __str__(self) -> str:
         parts = [table.as_text(rows) for rows in self._tables()]
-        return "\n".join([*parts, *(f"note: {note}" for note in self.notes)])
+        samples = [f"samples: {self.samples}"] if self.samples else []
+        return "\n".join([*parts, *samples, *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         return "".join(table.as_html(rows) for rows in self._tables())
@@ -107,8 +142,9 @@ class EpochRecord:
         return tables
 
     def row(self) -> dict[str, Any]:
-        """Return plain numbers by column; NaN if unknown. For several parameters the fractions are
-        those of `FisherFlow.fractions`, and the diagonal of J is in "J/layer[p]"."""
+        """Return plain numbers by column, and what `samples` says; NaN if unknown. For several
+        parameters the fractions are those of `FisherFlow.fractions`, and the diagonal of J is in
+        "J/layer[p]"."""
         return dict(self._row)
 
     @cached_property
@@ -125,7 +161,10 @@ class EpochRecord:
             "transmission_stderr": self.transmission_error,
             "overfitting": self.overfitting,
             "seconds": self.seconds,
+            "samples": self.samples,
         }
+        if self.attainable is not None:
+            row |= _by_parameter("attainable", self.attainable)
         if self.flow is not None:
             fractions, fraction_errors = self.flow.fractions(), self.flow.fraction_errors()
             for layer in self.flow:
@@ -135,6 +174,8 @@ class EpochRecord:
                 row[f"fraction/{layer.name}"] = fractions[layer.name]
                 row[f"fraction_stderr/{layer.name}"] = fraction_errors[layer.name]
         row |= {f"live/{name}": value for name, value in self.live.items()}
+        if self.live:
+            row["live_age"] = self.live_age
         return row
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,7 +204,7 @@ class EpochRecord:
     def check_fields(self) -> None:
         """Raise ValueError unless the fields of a rebuilt record have the same parameters."""
         P = len(self.input_J)
-        for name in ("train_mse", "val_mse"):
+        for name in ("train_mse", "val_mse", "attainable"):
             errors = getattr(self, name)
             if errors is not None and len(errors) != P:
                 raise ValueError(f"{name} must hold one number per parameter ({P}), got {errors}")

@@ -52,11 +52,13 @@ class LiveEstimate:
         J: [P, P] float64, a lower bound of its mean over the values of theta in the batches.
         stderr: [P, P] its standard errors for independent samples.
         samples: effective number of samples, the degrees of freedom of its covariance.
+        age: training batches since the last one that was read.
     """
 
     J: torch.Tensor
     stderr: torch.Tensor
     samples: float
+    age: int = 0
 
 
 class ThetaBatch:

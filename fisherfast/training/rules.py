@@ -51,7 +51,8 @@ class CramerRao(StoppingRule):
     Args:
         prior: range of theta, to use an attainable error instead of 1/J: a pair (low, high), or a
             tensor or array [n] of the theta of the training samples; for P parameters P of these,
-            or [n, P]. See `attainable_error` for the assumptions.
+            or [n, P]. See `attainable_error` for the assumptions. None uses the labels of a monitor
+            of `Labelled` samples; False uses 1/J all the same, as published.
         least_error: E_p in theta^2 if known from elsewhere, such as a simulation, one number or P.
             Prior and J are then not used.
         input_J: information in the input at several theta, if it varies: numbers, [P, P] tensors or
@@ -95,10 +96,14 @@ class CramerRao(StoppingRule):
             if self.prior is not None or self.input_J is not None:
                 raise ValueError("least_error must be given without prior and input_J, got both")
             _numbers("least_error", self.least_error)
-        if self.prior is not None:
-            _parts_of(self.prior)
+        if self._given_prior is not None:
+            _parts_of(self._given_prior)
         if self.input_J is not None:
             _matrices(self.input_J)
+
+    @property
+    def _given_prior(self) -> Any:
+        return None if self.prior is False else self.prior
 
     @property
     def reads_input(self) -> bool:
@@ -156,7 +161,7 @@ class CramerRao(StoppingRule):
                 f' {J.tolist()}: measure with more samples, or use rule="transmission"'
             )
         errors: list[float] = torch.cholesky_inverse(factor).diagonal().tolist()
-        if self.prior is None:
+        if self._given_prior is None:
             return errors
         priors = _parts_of(self.prior)
         if len(priors) != len(errors):
@@ -180,7 +185,7 @@ class CramerRao(StoppingRule):
             )
         if self.reads_input and bool(torch.isnan(record.input_J).any()):
             return math.nan
-        least = self.least_errors(record.input_J)
+        least = self._least_of(record)
         if len(errors) != len(least):
             raise ValueError(
                 f"train_mse must hold an error for each of the {len(least)} parameters, got"
@@ -190,8 +195,17 @@ class CramerRao(StoppingRule):
         triples = zip(errors, scales, least, strict=True)
         return statistics.fmean(mse * scale**2 / error for mse, scale, error in triples)
 
+    def _by_labels(self, record: EpochRecord) -> bool:
+        return record.attainable is not None and self.prior is None and self.reads_input
+
+    def _least_of(self, record: EpochRecord) -> Sequence[float]:
+        if self._by_labels(record):
+            return record.attainable or ()
+        return self.least_errors(record.input_J)
+
     def _reason(self, record: EpochRecord, level: float) -> str:
-        published = self.prior is None and self.least_error is None
+        published = self._given_prior is None and self.least_error is None
+        published = published and not self._by_labels(record)
         bound = "1 / J_input" if published else "the attainable error"
         return (
             f"training error at {level:.3g} of {bound} in epoch {record.epoch}: below it the"
@@ -306,6 +320,13 @@ class Transmission(StoppingRule):
         return layer.J, layer.stderr
 
     def _share(self, record: EpochRecord) -> float:
+        if record.held_out is not True:
+            known = "samples that are trained on" if record.held_out is False else "unknown"
+            raise ValueError(
+                "data of the monitor must be held-out samples for rule 'transmission', got"
+                f" {known}: the information in memorised outputs keeps rising; pass held_out=True"
+                ' to the monitor if the network is not trained on them, or use rule="crlb"'
+            )
         if record.flow is None or not divides(record.flow[INPUT]):
             return math.nan
         J, _ = self._output(record.flow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import numbers
 import warnings
@@ -15,12 +16,16 @@ from torch import nn
 from fisherfast._errors import FisherWarning
 from fisherfast._fields import Count, read_fields, wrong
 from fisherfast._validation import check_whole
-from fisherfast.results.comparison import divides, unresolved_note
+from fisherfast.results.comparison import unresolved_note
 from fisherfast.results.layer import UNMEASURED
 from fisherfast.training.monitor import FisherMonitor
-from fisherfast.training.record import NOT_MEASURED, EpochRecord
+from fisherfast.training.record import NOT_MEASURED, EpochRecord, Stop
 from fisherfast.training.rules import RULES, Transmission
 from fisherfast.training.stopping_rule import StoppingRule, Verdict
+
+LOG = logging.getLogger("fisherfast")
+"""A stop is logged as a warning: the least level that Python shows where no logging is configured,
+on stderr."""
 
 STATE_VERSION = 1
 STATE = {
@@ -57,7 +62,8 @@ class FisherEarlyStopping:
     Attributes:
         stopped_epoch: number of the epoch after which training was stopped; None before.
         best_epoch: number of the best epoch so far; None while this is unknown.
-        reason: where and why training was stopped, a line; empty before.
+        reason: where and why training was stopped, a line; empty before. It is logged as well, as a
+            warning of the logger "fisherfast", which plain scripts show on stderr.
 
     Raises:
         ValueError: an unknown rule, or a setting out of its range.
@@ -72,7 +78,7 @@ class FisherEarlyStopping:
         FisherEarlyStopping(rule='transmission', patience=3, best_epoch=None, stopped_epoch=None)
 
         In a training loop, after ``monitor.step(...)``:
-        ``if stopping.step(monitor): print(stopping.reason); break``.
+        ``if stopping.step(monitor): break``.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class FisherEarlyStopping:
         Cost: a copy of the weights in each epoch that is the best so far; nothing is measured.
         """
         if self.stopped_epoch is not None:
+            self._show_on(monitor)
             return True
         history = monitor.history
         if not history:
@@ -143,6 +150,9 @@ class FisherEarlyStopping:
         self.reason = f"stopped after epoch {self.stopped_epoch}{kept}: {verdict.reason}"
         if self.restore_best and self.best_epoch is not None:
             self._restore(monitor.model)
+        self._show_on(monitor)
+        if monitor.leads:
+            LOG.warning(self.reason)
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,6 +204,11 @@ class FisherEarlyStopping:
             f" best_epoch={self.best_epoch}, stopped_epoch={self.stopped_epoch})"
         )
 
+    def _show_on(self, monitor: FisherMonitor) -> None:
+        """Make the stop known to the monitor, for its table and figures; also of a resumed run."""
+        if self.stopped_epoch is not None:
+            monitor.stop = Stop(self.rule.name, self.stopped_epoch, self.best_epoch, self.reason)
+
     def _restore(self, model: nn.Module) -> None:
         """Restore the weights of the best epoch."""
         if self._weights is None:
@@ -229,7 +244,7 @@ class FisherEarlyStopping:
                 f"J of the input must be known for rule {self.rule.name!r}, got none in epoch"
                 f" {record.epoch}, {reasons[0]}"
             )
-        if not divides(source):
+        if bool(torch.isnan(record.input_J).any()):
             self._warned = True
             warnings.warn(
                 f"epoch {record.epoch}: {unresolved_note(source)}, and rule {self.rule.name!r} does"

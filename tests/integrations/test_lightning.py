@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,16 @@ def test_stops_and_keeps_what_the_rule_restored():
     assert trainer.current_epoch == 2
     for name, value in module.state_dict().items():
         assert torch.equal(value, own.stopping.weights[name])
+
+
+def test_the_stop_is_one_line(capsys, monkeypatch):
+    """On the terminal of a fit, whose package configures logging of its own. Catches a stop without
+    a word, and two lines."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    own = callback(stopping=ff.FisherEarlyStopping(ff.CramerRao(least_error=1e9)))
+    fit(own)
+    assert own.stopping.stopped_epoch == 0
+    assert capsys.readouterr().err.count(own.stopping.reason) == 1
 
 
 def test_trainers_that_would_not_stop_are_refused():

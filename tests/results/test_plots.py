@@ -14,7 +14,7 @@ import fisherfast as ff
 from fisherfast.problems import GaussianShift, mlp
 from fisherfast.results import plots
 from fisherfast.training import plots as training_plots
-from fisherfast.training.record import EpochRecord
+from fisherfast.training.record import EpochRecord, Stop
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -144,6 +144,34 @@ def test_training_marks_the_published_stop(history):
         training_plots.plot_training([])
 
 
+@pytest.mark.parametrize(("rule", "height"), [("crlb", 0.8), ("transmission", None), ("own", 1.0)])
+def test_training_marks_the_stop_of_the_rule_that_ran(history, rule, height):
+    """Best epoch 3, stopped in 5. Catches the published crossing (epoch 2) beside the stop of
+    another rule, a star at the stop, and one on the curve of another rule."""
+    ax = training_plots.plot_training(history, stop=Stop(rule, 5, 3, "why"))
+    wanted = history[3].transmission if height is None else height
+    assert points(ax)["best epoch"] == ([3], pytest.approx([wanted]))
+    assert points(ax)[f"stop ({rule})"][0] == [5, 5]
+    assert "published stop" not in points(ax)
+    unknown = training_plots.plot_training(history, stop=Stop(rule, 5, None, "why"))
+    assert "best epoch" not in points(unknown)
+
+
+def test_the_legend_names_what_is_drawn(history, flow):
+    """Catches entries of curves without a point, and a warning of a legend without entries (an
+    error here)."""
+    nan, share, bound = math.nan, "J$_{output}$ /", "Cramér-Rao bound"
+    for record, wanted in (
+        (epoch_of(0, nan, nan), []),
+        (epoch_of(0, nan, nan, flow), [share]),
+        (epoch_of(0, 2.0, nan), [bound, "training MSE"]),
+        (epoch_of(0, nan, 2.0, flow), [bound, share, "validation MSE", "least validation"]),
+    ):
+        ax = training_plots.plot_training([record])
+        named = legend(ax) if ax.get_legend() else []
+        assert sorted(" ".join(name.split()[:2]) for name in named) == sorted(wanted)
+
+
 def test_what_is_not_known_is_not_drawn(flow, history, tmp_path):
     """Catches a NaN among the points of measured epochs, which breaks the line, points at the wrong
     epoch, and a figure that needs a measurement or an error; an unknown error that is drawn as
@@ -156,7 +184,7 @@ def test_what_is_not_known_is_not_drawn(flow, history, tmp_path):
     assert points(ax)["training MSE"][0] == [0, 1, 2]
     unknown = [epoch_of(0, 100, 120), epoch_of(1, nan, 1.5), epoch_of(2, 1.2, nan)]
     ax = training_plots.plot_training(unknown)
-    assert heights(ax, 0) == []
+    assert not bars(ax)
     assert "published stop" not in points(ax)
     assert points(ax)["least validation"][0] == [1]
     assert [math.isfinite(y) for y in points(ax)["training MSE"][1]] == [True, False, True]

@@ -28,7 +28,13 @@ def cells(rows: list[dict[str, object]]) -> list[dict[str, str]]:
     """What the file must hold of these rows."""
     columns = columns_of(rows)
     full = [{name: row.get(name) for name in columns} for row in rows]
-    return [{n: "" if v is None or v != v else repr(v) for n, v in row.items()} for row in full]
+    return [
+        {
+            n: "" if v is None or v != v else v if isinstance(v, str) else repr(v)
+            for n, v in row.items()
+        }
+        for row in full
+    ]
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from support.networks_zoo import input_output, recurrent, twice
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fisherfast as ff
+from fisherfast import FisherWarning
 from fisherfast.problems import GaussianShift, mlp
 
 ONES = torch.ones(DIM)
@@ -56,6 +59,28 @@ def test_one_batch_in_three_is_read():
             reference(x)
             other.observe(theta)
     assert sums(monitor) == sums(other) != {}
+
+
+def test_the_trend_says_how_old_it_is():
+    """One in eight of 5 batches in an epoch: batches 2, 10 and 18 are read. Catches an age that
+    counts batches in which hooks were on, one of the last record, silence where an epoch is
+    shorter, and a warning where it is not (an error here) or in each epoch."""
+    (model, monitor), ages = small(every=8), []
+    monitor.step()  # nothing observed yet
+    warned = pytest.warns(FisherWarning, match="live may .* pass observe_every=5")
+    for context in (warned, *[nullcontext()] * 3):
+        train(monitor, model, 5)
+        with context:
+            record = monitor.step()
+        ages.append((monitor.live()["output"].age, record.live_age))
+    monitor.close()
+    assert ages == [(3, 3), (0, 0), (5, 5), (2, 2)]
+    assert record.row()["live_age"] == 2
+    model, monitor = small(every=5)
+    for _ in range(2):
+        train(monitor, model, 5)
+        assert monitor.step().notes == ()
+    monitor.close()
 
 
 def test_passes_that_are_not_of_the_training_are_not_read():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from support.training_histories import by_errors, by_shares
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.training.record import EpochRecord
+from fisherfast.training.record import EpochRecord, Stop
 
 NAN = math.nan
 
@@ -25,6 +26,8 @@ class Replay:
 
     model: nn.Module
     history: list[EpochRecord] = field(default_factory=list)
+    leads: bool = True
+    stop: Stop | None = None
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -163,6 +166,36 @@ def test_weights_never_seen_are_told():
     with pytest.warns(ff.FisherWarning, match="weights of the best epoch 1 were not seen"):
         assert stopping.step(monitor)
     assert same(monitor.model.state_dict(), kept)
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_stop_is_one_line_and_known_to_the_monitor(leads, caplog):
+    """Catches a stop without a word, a line per later call or per rank, a level that Python hides
+    where no handler is configured (INFO), and a figure that cannot know which rule ran."""
+    stopping = ff.FisherEarlyStopping("crlb", patience=1)
+    monitor = Replay(network(), leads=leads)
+    run(stopping, by_errors([0.5, 0.24, 0.23]), monitor)
+    assert stopping.step(monitor)
+    lines = [(entry.name, entry.levelno, entry.getMessage()) for entry in caplog.records]
+    assert lines == [("fisherfast", logging.WARNING, stopping.reason)] * leads
+    assert "\n" not in stopping.reason
+    assert monitor.stop == Stop("crlb", 2, 1, stopping.reason)
+
+
+def test_a_plain_script_shows_the_line(monkeypatch, capsys):
+    """No logging is configured: one line on stderr. Catches a print, a handler of our own, and a
+    line of a process whose record another one has measured."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    for adopts in (False, True):
+        monitor, stopping = monitor_of(4000), ff.FisherEarlyStopping("crlb")
+        record = monitor.step(train_mse=1e-3)
+        if adopts:
+            monitor = monitor_of(4000)
+            monitor.adopt(record)
+        assert stopping.step(monitor)
+        assert repr(monitor).splitlines()[-1] == stopping.reason
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == ("", "" if adopts else f"{stopping.reason}\n")
 
 
 # --- resumed runs ---------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ class Labelled(PerSample):
         names: Sequence[str] | None = None,
     ) -> None:
         asked = check_whole("bins", bins, least=1)
+        self._given = x, theta, {"groups": groups, "names": names}
         if edges is not None and at is not None:
             raise ValueError("edges must be left out where at is given, got both")
         if isinstance(x, torch.utils.data.TensorDataset) and theta is None and len(x.tensors) == 2:
@@ -237,6 +238,11 @@ class Labelled(PerSample):
     def notes(self) -> tuple[str, ...]:
         """Return which bins were merged, and how many samples are outside."""
         return tuple(self._notes)
+
+    def with_bins(self, bins: int) -> Labelled:
+        """Return the same samples in another number of bins, which follow from their labels."""
+        x, theta, more = self._given
+        return Labelled(x, theta, bins=bins, **more)
 
     @property
     def chosen_bins(self) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from fisherfast.data import Data, Labelled
+from fisherfast.data.inputs import joined
 from fisherfast.results.comparison import DIVIDES, uncorrelated, weakest_direction
 from fisherfast.results.profile import Profile
 from fisherfast.training.attainable import (
@@ -121,12 +122,12 @@ def bound_along_theta(
 
     Cost: up to six measurements of the input.
     """
-    labelled = isinstance(data, Labelled)
-    if labelled and data.chosen_bins:
+    if not isinstance(data, Labelled):
+        return bounding_J(profile), None
+    if data.chosen_bins:
         profile = choose(_in_bins(data, measure) or [profile])
     J = bounding_J(profile)
-    known = labelled and not bool(torch.isnan(J).any())
-    return J, attainable(data, J) if known else None
+    return J, None if bool(torch.isnan(J).any()) else attainable(data, J)
 
 
 def _in_bins(data: Labelled, measure: Callable[[Data], Profile | None]) -> list[Profile]:
@@ -184,7 +185,7 @@ def _of_samples(data: Data, n: int) -> float | None:
 def _read(data: Data) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for batch in data.read(0, BATCH):
         assert batch.score is not None
-        yield batch.x, batch.score.cpu()
+        yield joined(batch.x), batch.score.cpu()
 
 
 def _mean_of(profile: Profile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,7 +26,13 @@ WIDEST = 256
 PARAMETRIZED = "parametrizations"
 """Name of the child that computes the weights of a module in `torch.nn.utils.parametrize`."""
 
-_STATE = {"calls": Count, "read": Count, "measured": Count, "listening": bool, "moments": dict[str, object]}
+_STATE = {
+    "calls": Count,
+    "read": Count,
+    "measured": Count,
+    "listening": bool,
+    "moments": dict[str, object],
+}
 
 Caught = tuple[torch.Tensor, int]
 """An activation, and its count of in-place changes when it was recorded."""

@@ -95,7 +95,8 @@ def test_live_trend_and_overfitting_are_written():
     known = scalars(type("Record", (), {"row": lambda self: row})())
     assert {"live/output", "overfitting", "J/output[0]", "J/output[1]"} <= set(known)
     rest = {name.partition("/")[0].partition("[")[0] for name in set(row) - set(known)}
-    expected = "epoch train_mse val_mse transmission_stderr seconds stderr lower fraction_stderr"
+    expected = "epoch samples train_mse val_mse transmission_stderr seconds stderr lower"
+    expected += " fraction_stderr"
     assert rest == set(expected.split())
 
 

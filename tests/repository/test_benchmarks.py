@@ -12,6 +12,7 @@ import torch
 from support.scripts import ROOT, run_script
 
 from benchmarks import harness
+from benchmarks.accuracy import sources
 from benchmarks.gpu import speed as gpu_speed
 from benchmarks.report import tables
 from benchmarks.speed import (
@@ -300,3 +301,10 @@ def test_tiny_run_on_a_gpu(tmp_path):
     rows = [row for part in json.loads(out.read_text()).values() for row in part["figures"]]
     assert len(rows) == 9 + SCRIPTS["speed/dual"]["dual_ops"]
     assert not [row for row in rows if "failed" in row]
+
+
+def test_table_of_sources_holds_the_stored_results():
+    """Catches a number in docs/sources.md that was not measured."""
+    stored = json.loads(sources.RESULTS.read_text(encoding="utf-8"))["sources"]["figures"]
+    page = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
+    assert sources.table(stored) in page

@@ -2,6 +2,7 @@
 
 python benchmarks/accuracy/early_stopping.py train     all runs to their end, about a minute each
 python benchmarks/accuracy/early_stopping.py judge     the rules on what the runs recorded
+python benchmarks/accuracy/early_stopping.py labels    the rules on stored curves and labels alone
 python benchmarks/accuracy/early_stopping.py table     markdown
 python benchmarks/accuracy/early_stopping.py figure
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import fisherfast as ff
 from fisherfast.measurement.run import Measurement, Recall
 from fisherfast.measurement.settings import MeasurementSettings, Settings
 from fisherfast.training import EpochRecord, FisherEarlyStopping
@@ -59,8 +61,11 @@ RECIPES = {  # name -> rule, whether it is told where theta lies, training error
     "crlb, running error": ("crlb", True, True),
     "crlb, published, running error": ("crlb", False, True),
 }
+LABELS_ALONE = "crlb, labelled training set only"
+"""Rule "crlb" of a monitor that has the training samples with their labels and nothing else."""
 PRIOR_RECIPE = {"crlb, prior alone": ("crlb", True, False)}
 """Not in the table: the same as "crlb" but for the camera images."""
+COLUMNS = [*RECIPES, LABELS_ALONE]
 BATCH, EVALUATION_BATCH, FEATURES = 128, 2048, 64
 
 
@@ -177,9 +182,48 @@ def judge(run: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         "curves": {
             "validation": line_of(losses),
             "training": line_of([record.train_level for record in records]),
+            "errors": [
+                line_of(errors)
+                for errors in zip(*(r.train_mse or () for r in records), strict=True)
+            ],
             "transmission": line_of(Transmission().shares(records)),
         },
     }
+
+
+def judge_by_labels(run: dict[str, Any]) -> dict[str, Any]:
+    """Where the rule stops a stored run if the monitor has the labelled training set alone."""
+    task = (TASKS | LIMITS)[run["task"]](run["seed"], SIZES[run["task"]])
+    labelled = ff.Labelled(task.x, task.theta)
+    monitor = ff.FisherMonitor(task.model, labelled, layers="output", held_out=False)
+    errors = training_errors(run, task)
+    first = monitor.step(epoch=0, train_mse=errors[0])
+    assert first is not None
+    losses = numbers_of(run["curves"]["validation"])
+    stopping = FisherEarlyStopping("crlb", restore_best=False)
+    replay = Replay([], nn.Identity())
+    for epoch, error in enumerate(errors):
+        replay.history.append(replace(first, epoch=epoch, train_mse=error))
+        if stopping.step(replay):
+            break
+    best = stopping.best_epoch
+    assert best is not None
+    return {
+        "stopped": stopping.stopped_epoch,
+        "best": best,
+        "excess": losses[best] / min(losses) - 1,
+    }
+
+
+def training_errors(run: dict[str, Any], task: StoppingTask) -> list[tuple[float, ...]]:
+    """The training errors of all epochs of a stored run."""
+    if "errors" in run["curves"]:
+        return list(zip(*map(numbers_of, run["curves"]["errors"]), strict=True))
+    settings = MeasurementSettings.of(
+        task.data, Settings(batch_size=EVALUATION_BATCH), max_features=FEATURES, ridge=1e-4
+    )
+    J = Measurement(task.model.eval(), task.data, [], settings, quiet=True).run()["input"].value
+    return [(level / J,) for level in numbers_of(run["curves"]["training"])]
 
 
 def line_of(numbers: list[float]) -> str:
@@ -215,13 +259,16 @@ def weighted(errors: Errors, weights: list[float]) -> float:
     return sum(error * weight for error, weight in zip(errors or (), weights, strict=True))
 
 
-def study(runs: Path) -> dict[str, Any]:
+def study(runs: Path, known: dict[str, Any]) -> dict[str, Any]:
     """Validation loss at the stop of each rule, over tasks and seeds"""
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in (*TASKS, *LIMITS):
         paths = sorted(runs.glob(f"{name}_*.json"))
         options = crlb_options(name) if paths else {}
         rows[name] = [judge(json.loads(path.read_text()), options) for path in paths]
+        if not paths:  # what is stored of the task
+            stored = known.get("runs", []) + known.get("limits", [])
+            rows[name] = [row for row in stored if row["task"] == name]
     return {
         "settled on": list(SETTLED_ON),
         "examined on": list(EXAMINED_ON),
@@ -234,9 +281,9 @@ def table(results: dict[str, Any]) -> str:
     """Markdown: mean and largest excess over the least validation loss, per task and recipe."""
     lines = [
         "| task | epochs to the least loss | least loss x J | loss at the end | "
-        + " | ".join(RECIPES)
+        + " | ".join(COLUMNS)
         + " |",
-        "|---|---|---|---|" + "---|" * len(RECIPES),
+        "|---|---|---|---|" + "---|" * len(COLUMNS),
     ]
     for name in dict.fromkeys(run["task"] for run in results["runs"]):
         found = [run for run in results["runs"] if run["task"] == name]
@@ -245,7 +292,7 @@ def table(results: dict[str, Any]) -> str:
         end = min(run["end"] for run in found)
         label = f"{name}, examined" if name in results["examined on"] else name
         cells = [label, f"{min(at)} to {max(at)}", f"{level:.2f}", f"+{end:.0%} or more"]
-        for recipe in RECIPES:
+        for recipe in COLUMNS:
             excess = [run["stops"][recipe]["excess"] for run in found if recipe in run["stops"]]
             cells.append(f"{statistics.fmean(excess):.1%} ({max(excess):.1%})" if excess else "")
         lines.append("| " + " | ".join(cells) + " |")
@@ -320,7 +367,7 @@ def train_all(options: argparse.Namespace) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("verb", choices=("train", "judge", "table", "figure"))
+    parser.add_argument("verb", choices=("train", "judge", "labels", "table", "figure"))
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=[*TASKS, *LIMITS])
     parser.add_argument("--seeds", nargs="*", type=int, default=range(5))
     parser.add_argument("--runs", type=Path, default=RUNS, help="where runs are stored")
@@ -331,13 +378,17 @@ def main() -> None:
     if options.verb == "train":
         train_all(options)
         return
-    if options.verb == "judge":
+    stored = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results = stored.get("early_stopping", {}).get("figures", {})
+    if options.verb in ("judge", "labels"):
         start = time.perf_counter()
-        results = study(options.runs)
+        if options.verb == "judge":
+            results = study(options.runs, results)
+        for run in results["runs"] + results["limits"]:
+            run["stops"][LABELS_ALONE] = judge_by_labels(run)
         what = (study.__doc__ or "").splitlines()[0]
         harness.store("early_stopping", what, results, time.perf_counter() - start, options.out)
         return
-    results = json.loads(options.out.read_text())["early_stopping"]["figures"]
     if options.verb == "table":
         print(table(results))
     else:

@@ -211,8 +211,9 @@ class LabelMoments(ProductMoments):
     r"""Sums of features times terms of the labels theta, for a regression within folds.
 
     The terms are theta and, against curvature, the products of two of its entries. The derivative
-    is the slope on theta alone, :math:`B = A^{-1} G` with the scatter A [P, P] of theta and its
-    products G [P, k] with the features; the covariance of the features is what all terms leave
+    is the slope on theta, :math:`B = A^{-1} G` with the scatter A of the terms and their products G
+    with the features: for one parameter of theta alone, A [1, 1] and G [1, k], for several the rows
+    of theta in the regression on all terms. The covariance of the features is what all terms leave
     (docs/theory.md, 23).
 
     Args:
@@ -296,12 +297,12 @@ class LabelMoments(ProductMoments):
     ) -> tuple[Tensor, Tensor]:
         """As `TangentMoments.derivatives`: the slope, and what each fold alone makes of it, its
         residuals about the regression of all, so that the mean of the folds is the slope."""
-        basis, P = self.basis(columns, counts), self.parameters
+        basis = self.basis(columns, counts)
         products = self.products(columns, counts, feature_sums)
         fitted = basis @ (basis.T @ products.sum(0))
-        residual = products[:, :P] - self.scatter(columns, counts)[:, :P] @ fitted
-        inverse = basis[:P, :P] @ basis[:P, :P].T
-        slope = inverse @ products[:, :P].sum(0)
+        residual = products - self.scatter(columns, counts) @ fitted
+        inverse = self._inverse(columns, counts)
+        slope = inverse @ products.sum(0)
         return slope.T, (slope + len(counts) * (inverse @ residual)).mT
 
     def theta_sums(self) -> Tensor:
@@ -309,9 +310,17 @@ class LabelMoments(ProductMoments):
         return self.column_sums[:, : self.parameters].sum(0)
 
     def noise(self, columns: slice, counts: Tensor) -> Tensor:
-        """Compute c = A^-1 [P, P]: the covariance of the slope is c S."""
-        linear = self.basis(columns, counts)[: self.parameters, : self.parameters]
-        return linear @ linear.T
+        """Compute c [P, P]: the covariance of the slope is c S."""
+        return self._inverse(columns, counts)[:, : self.parameters]
+
+    def _inverse(self, columns: slice, counts: Tensor) -> Tensor:
+        """Compute the matrix [P, T] that makes slopes of products with the terms. With several
+        parameters it is that of the regression on all terms: bins are then of any shape, in which
+        the products of theta are correlated with theta, and what bends would count as slope. With
+        one it is that on theta alone, the mean slope of the bin, which has less noise."""
+        basis, P = self.basis(columns, counts), self.parameters
+        used = basis if P > 1 else basis[:, :P]
+        return used[:P] @ used.T
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

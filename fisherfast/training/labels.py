@@ -79,9 +79,9 @@ def bounding_J(profile: Profile) -> torch.Tensor:
     return torch.linalg.inv((weights[:, None, None] * torch.linalg.inv(J)).sum(0))
 
 
-def choose(profiles: Sequence[Profile]) -> Profile:
-    """Choose the profile with the fewest bins whose J no finer one exceeds by more than the error
-    of the difference.
+def choose(profiles: Sequence[Profile], parameter: int = 0) -> Profile:
+    """Choose the profile with the fewest bins whose J_pp no finer one exceeds by more than the
+    error of the difference.
 
     Noise has mean zero and fewer bins have less of it; bending within a bin only lowers J.
     Under the hypothesis that nothing bends, the variance of the difference is the difference of the
@@ -89,11 +89,10 @@ def choose(profiles: Sequence[Profile]) -> Profile:
 
     Args:
         profiles: of the same samples, in ascending order of their number of bins.
+        parameter: p; another one may bend elsewhere, and be noisier.
     """
-    means = [_mean_of(profile)[:2] for profile in profiles]
-    J = torch.stack([mean.diagonal() for mean, _ in means])
-    errors = torch.stack([stderr.diagonal() for _, stderr in means])
-    relative = [_relative_error(profile) for profile in profiles]
+    J, errors = torch.tensor([_entry(profile, parameter) for profile in profiles]).T
+    relative = torch.where(J > 0, errors / J, math.inf).tolist()
     known = [n for n in range(len(profiles)) if relative[n] <= NOISY]
     for place, n in enumerate(known):
         finer = known[place + 1 :]
@@ -124,15 +123,29 @@ def bound_along_theta(
     """
     if not isinstance(data, Labelled):
         return bounding_J(profile), None
-    if data.chosen_bins:
-        profile = choose(_in_bins(data, measure) or [profile])
-    J = bounding_J(profile)
+    profiles = _in_bins(data, measure) if data.chosen_bins else []
+    J = _bounding_J_of(profiles or [profile])
     return J, None if bool(torch.isnan(J).any()) else attainable(data, J)
 
 
+def _bounding_J_of(profiles: Sequence[Profile]) -> torch.Tensor:
+    """Compute the J of the mean bound, with the bound of each parameter from the number of bins
+    that is chosen for it, and correlations from the first of these."""
+    bounds = [(profile, bounding_J(profile)) for profile in profiles]
+    known = [(profile, J) for profile, J in bounds if not bool(torch.isnan(J).any())]
+    if not known:
+        return bounds[0][1]
+    usable = [profile for profile, _ in known]
+    numbers = [usable.index(choose(usable, p)) for p in range(len(known[0][1]))]
+    inverses = [torch.linalg.inv(known[number][1]) for number in numbers]
+    diagonal = torch.stack([inverse[p, p] for p, inverse in enumerate(inverses)])
+    scale = (diagonal / inverses[0].diagonal()).sqrt()
+    return torch.linalg.inv(scale[:, None] * inverses[0] * scale)
+
+
 def _in_bins(data: Labelled, measure: Callable[[Data], Profile | None]) -> list[Profile]:
-    """Measure in ever more bins, until twice the error, that of narrower bins, would be too large,
-    or they hold too few samples or values of theta."""
+    """Measure in ever more bins, until twice the error, that of narrower bins, would be too large
+    for all parameters, or they hold too few samples or values of theta."""
     found: list[Profile] = []
     for bins in NUMBERS_OF_BINS:
         try:
@@ -197,12 +210,18 @@ def _mean_of(profile: Profile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return mean, stderr, weights
 
 
+def _entry(profile: Profile, parameter: int) -> tuple[float, float]:
+    """Return the mean J of a parameter and its error."""
+    mean, stderr, _ = _mean_of(profile)
+    return float(mean[parameter, parameter]), float(stderr[parameter, parameter])
+
+
 def _relative_error(profile: Profile) -> float:
-    """Return the largest relative error of the mean of a diagonal entry; infinite if it is not
+    """Return the least relative error of the mean of a diagonal entry; infinite if none is
     positive."""
     mean, stderr, _ = _mean_of(profile)
     J, errors = mean.diagonal(), stderr.diagonal()
-    return float(torch.where(J > 0, errors / J, math.inf).amax())
+    return float(torch.where(J > 0, errors / J, math.inf).amin())
 
 
 def _resolved(J: torch.Tensor, stderr: torch.Tensor) -> bool:

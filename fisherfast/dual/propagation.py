@@ -33,7 +33,8 @@ from fisherfast.dual.tensor import DualTensor, check_tangents, is_differentiable
 from fisherfast.model.graph import survey
 from fisherfast.model.hooks import Forward, map_tensors
 from fisherfast.model.isolation import evaluation, forgetting, holds
-from fisherfast.model.sites import Layers, select
+from fisherfast.model.paths import follow
+from fisherfast.model.sites import CUTS, Layers, select
 from fisherfast.model.unwrap import check_model
 
 SEED = 0
@@ -202,7 +203,10 @@ def propagate(
     with evaluation(model, SEED):
         first = _inputs(x)[:SURVEY_SAMPLES]
         with _explained(model, batch, directions):
-            sites = select(survey(model, first), layers, model)
+            sites = survey(model, first)
+            if isinstance(layers, str) and layers == CUTS:
+                follow(model, first, sites)
+            sites = select(sites, layers, model)
         names = {site.event: site.name for site in sites}
 
         def keep(event: str, kind: str, module: nn.Module | None, output: Tensor) -> None:

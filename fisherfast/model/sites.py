@@ -175,8 +175,8 @@ def _check_layers(layers: Any) -> None:
         return
     if names or not callable(layers) or isinstance(layers, nn.Module):
         raise TypeError(
-            'layers must be "auto", a name, a list of names, a regular expression or a function,'
-            f" got {layers!r}"
+            'layers must be "auto", "cuts", a name, a list of names, a regular expression or a'
+            f" function, got {layers!r}"
         )
 
 

@@ -36,6 +36,7 @@ class FlowLike(Protocol):
     def names(self) -> list[str]: ...
     @property
     def parameters(self) -> int: ...
+    def __contains__(self, name: object) -> bool: ...
     def fractions(self) -> dict[str, float]: ...
     def fraction_errors(self) -> dict[str, float]: ...
 
@@ -127,15 +128,18 @@ def plot_flows(
         The axes.
 
     Raises:
-        ValueError: there is no flow, or two of them have different layers.
+        ValueError: there is no flow, or one of them does not know a layer of the first.
         ImportError: matplotlib is not installed.
     """
     if not flows:
         raise ValueError("flows must hold at least one flow, got none")
     first = next(iter(flows.values()))
     for flow in flows.values():
-        if flow.names != first.names:
+        if any(name not in flow for name in first.names):
             raise ValueError(f"flows must have the same layers, got {first.names} and {flow.names}")
+    shared = set.intersection(*(set(flow.names) for flow in flows.values()))
+    flows = {label: _restricted(flow, shared) for label, flow in flows.items()}
+    first = next(iter(flows.values()))
     ax = axes_or_new(ax)
     named = thinned(list(flows))
     for color, (label, flow) in zip(sequence_colours(len(flows)), flows.items(), strict=True):
@@ -206,6 +210,15 @@ def _lines(
             for name in ("J", "stderr", "lower")
         )
         yield _suffix(flow.layers[0], p), J, errors, lower
+
+
+def _restricted(flow: Any, names: set[str]) -> FlowLike:
+    """Return a flow of some layers only: a copy of another layer has a row of its own from the
+    epoch in which one of its scales is zero."""
+    shown: FlowLike = replace(
+        flow, layers=tuple(each for each in flow.layers if each.name in names)
+    )
+    return shown
 
 
 def _suffix(layer: LayerFisher, parameter: int) -> str:

@@ -267,6 +267,19 @@ def test_cuts_of_resnet18():
     assert flow["layer1.0 (sum)"] is flow["layer1.0"]
 
 
+def test_cuts_of_propagate():
+    """Catches `layers="cuts"` that only a measurement knows."""
+    model = seeded(NETWORKS["two branches"])
+    x = pictures()
+    assert list(ff.propagate(model, x, torch.ones_like(x)[None], layers="cuts")) == [
+        "input",
+        "stem",
+        "act",
+        "act#2",
+        "output",
+    ]
+
+
 def test_cuts_that_are_unknown():
     """Catches a guess where no single output is known."""
     model = around(lambda m, x: m.fc(x).mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,33 @@ def test_flows_have_one_line_each_in_distinct_colours(flow):
         plots.plot_flows({0: flow, 1: ff.FisherFlow(flow.layers[:2])})
     with pytest.raises(ValueError, match="flows must hold at least one flow, got none"):
         plots.plot_flows({})
+
+
+def test_the_line_goes_through_cuts(flow):
+    """Catches a line that falls and rises through branches, points of branches that are not drawn
+    or at the place of another layer, and ticks without the name of a sum."""
+    input, inside, sum_of, output = flow.layers
+    inside = replace(inside, cut=False)
+    branched = ff.FisherFlow((input, inside, replace(sum_of, label="block (sum)"), output))
+    for ax in (plots.plot_flow(branched), plots.plot_flows({"now": branched})):
+        line, branch = (container.lines[0] for container in bars(ax))
+        assert list(line.get_xdata()) == [0, 2, 3]
+        assert list(line.get_ydata()) == [input.value, sum_of.value, output.value]
+        assert (list(branch.get_xdata()), list(branch.get_ydata())) == ([1], [inside.value])
+        assert (branch.get_linestyle(), branch.get_markerfacecolor()) == ("None", "white")
+        assert ax.get_xticklabels()[2].get_text() == "block (sum)"
+    assert "inside a branch" in legend(plots.plot_flow(branched))
+
+
+def test_flows_that_gain_a_row(flow):
+    """A copy whose scale becomes zero is measured from then on. Catches a figure of the epochs that
+    fails then, and a name that belongs to another point."""
+    input, one, two, output = flow.layers
+    before = ff.FisherFlow((input, replace(one, aliases=(two.name,)), output))
+    for flows in ((before, flow), (flow, before)):
+        ax = plots.plot_flows(dict(enumerate(flows)))
+        assert [tick.get_text() for tick in ax.get_xticklabels()] == before.names
+        assert heights(ax, 0) == heights(ax, 1) == [input.value, one.value, output.value]
 
 
 def test_fractions_of_an_input_that_cannot_be_told_from_zero(tmp_path):

@@ -239,9 +239,8 @@ def _read_union(args: Sequence[Any], value: Any, name: str, scope: Scope) -> Any
     """Read one kind, or None, True, False or text where these are among the kinds."""
     if type(value) in args and type(value) in (type(None), bool, str):
         return value
-    kinds = [each for each in args if each not in (type(None), bool)]
-    kind = next((each for each in kinds if each is not str), str)
-    return read(kind, value, name, scope)
+    kinds = [each for each in args if each is not type(None)]
+    return read(min(kinds, key=lambda kind: (kind is bool, kind is str)), value, name, scope)
 
 
 def _read_container(origin: Any, args: Sequence[Any], value: Any, name: str, scope: Scope) -> Any:
